@@ -1,0 +1,61 @@
+"""The `worldloom` command: assembles the command groups and turns errors into messages and exit codes."""
+
+import logging
+import sys
+
+import typer
+
+from worldloom import __version__
+from worldloom.cli import collect, data, demo, doctor, evaluate, plan, runs, train
+from worldloom.core.errors import WorldloomError
+
+app = typer.Typer(
+    name="worldloom",
+    help="Learn how a world works from reward-free logs, then plan in representation space.",
+    epilog="Exit codes: 0 done, 1 other failure, 2 usage or configuration, 3 data, 4 storage, 5 checkpoint, "
+    "6 environment, 7 training, 8 planning, 130 interrupted.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"worldloom {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Show the library's log."),
+    debug: bool = typer.Option(False, "--debug", help="Show the whole traceback of an error."),
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose or debug else logging.WARNING, format="%(levelname)s %(message)s")
+    if debug:
+        logging.getLogger("worldloom").setLevel(logging.DEBUG)
+
+
+app.command("demo")(demo.demo)
+app.command("collect")(collect.collect)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("plan")(plan.plan)
+app.command("doctor")(doctor.doctor)
+app.add_typer(data.app, name="data")
+app.add_typer(runs.app, name="runs")
+
+
+def main() -> None:
+    """Run the command line; every expected failure is one message on standard error and an exit code."""
+    try:
+        app()
+    except WorldloomError as error:
+        if "--debug" in sys.argv:
+            raise
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.secho("interrupted: what was collected or trained so far is kept", fg="yellow", err=True)
+        sys.exit(130)

@@ -1,0 +1,107 @@
+"""Frozen, keyword-only configuration: unknown keys fail with the nearest valid name."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from worldloom.core.errors import ConfigError
+from worldloom.core.registry import Registry, nearest
+
+
+class Config(BaseModel):
+    """Base of every configuration: immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Self:
+        """Build from plain values (as read from JSON).
+
+        Raises:
+            ConfigError: names each wrong key with its path, what was expected and what came.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError(_explain(cls, error, values)) from None
+
+    def override(self, assignments: Sequence[str]) -> Self:
+        """Return a copy with `a.b=value` assignments applied; values are read as JSON, else as text.
+
+        Raises:
+            ConfigError: for an assignment without `=`, an unknown key or a value of the wrong type.
+        """
+        values = self.model_dump(mode="json")
+        for assignment in assignments:
+            key, equals, text = assignment.partition("=")
+            if not equals:
+                raise ConfigError(f"override {assignment!r} has no '='; expected key=value")
+            _assign(values, key.strip(), parse_value(text.strip()))
+        return type(self).parse(values)
+
+
+class Component(Config):
+    """A configuration of one of several interchangeable parts, told apart by `name`."""
+
+    name: str
+
+
+C = TypeVar("C", bound=Component)
+
+
+def parse_component(registry: Registry[type[C]], value: Any) -> C:
+    """Validate a component from its registry: an instance, or a mapping with a `name`."""
+    if isinstance(value, Component):
+        return value  # type: ignore[return-value]
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise ConfigError(f"expected a {registry.kind} with a 'name'; got {value!r}")
+    return registry[value["name"]].parse(value)
+
+
+def parse_value(text: str) -> Any:
+    """Read `text` as JSON, else take it as it stands."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    node: Any = values
+    for depth, part in enumerate([*parents, last]):
+        path = ".".join([*parents, last][: depth + 1])
+        if not isinstance(node, dict):
+            raise ConfigError(f"unknown key {path!r}: {'.'.join(parents[:depth])!r} holds a value, not keys")
+        # A mapping that is empty or whose values are scalars of one kind may take new keys; the
+        # config class itself refuses them if it does not.
+        if part not in node and depth < len(parents):
+            raise ConfigError(f"unknown key {path!r}; {nearest(part, node)}")
+        if depth == len(parents):
+            node[part] = value
+        else:
+            node = node[part]
+
+
+def _explain(cls: type[BaseModel], error: ValidationError, values: Mapping[str, Any]) -> str:
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            fields = _fields_at(cls, [str(part) for part in item["loc"][:-1]])
+            lines.append(f"unknown key {path!r}; {nearest(str(item['loc'][-1]), fields)}")
+        else:
+            lines.append(f"{path or cls.__name__}: {item['msg']}; got {item.get('input')!r}")
+    return "; ".join(lines)
+
+
+def _fields_at(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for part in path:
+        field = cls.model_fields.get(part)
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        cls = annotation
+    return list(cls.model_fields)

@@ -1,0 +1,38 @@
+"""How the library says how far it is, without printing: the caller hands in a `Progress`."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+
+class Task(Protocol):
+    """One piece of long work under way."""
+
+    def advance(self, amount: int = 1, **figures: float) -> None:
+        """Say that `amount` more units are done, with figures worth showing beside the bar."""
+        ...
+
+
+class Progress(Protocol):
+    """Opens tasks; the CLI's draws bars with a rate and the time left."""
+
+    def task(self, description: str, total: int, unit: str = "it") -> AbstractContextManager[Task]:
+        """Open a task of `total` units."""
+        ...
+
+
+class _SilentTask:
+    def advance(self, amount: int = 1, **figures: float) -> None:
+        return None
+
+
+class SilentProgress:
+    """The default: says nothing."""
+
+    @contextmanager
+    def task(self, description: str, total: int, unit: str = "it") -> Iterator[Task]:
+        """Open a task that says nothing."""
+        yield _SilentTask()
+
+
+SILENT = SilentProgress()

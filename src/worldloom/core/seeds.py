@@ -1,0 +1,22 @@
+"""Random numbers that depend on names, not on order: one root seed, a stream for each purpose."""
+
+import hashlib
+
+import numpy as np
+import torch
+
+
+def derive_seed(root: int, *names: str | int) -> int:
+    """Return a 63-bit seed for the stream `names` under `root`; the same on every machine."""
+    text = "/".join([str(root), *map(str, names)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def numpy_generator(root: int, *names: str | int) -> np.random.Generator:
+    """Return NumPy's generator for the stream `names` under `root`."""
+    return np.random.default_rng(derive_seed(root, *names))
+
+
+def torch_generator(root: int, *names: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return PyTorch's generator for the stream `names` under `root`, on `device`."""
+    return torch.Generator(device=device).manual_seed(derive_seed(root, *names))

@@ -1,0 +1,256 @@
+"""The value objects that travel between folders.
+
+Axes: B batch (environments), S candidates, K context frames, T future steps, A action block, D latent,
+N frames, H W C height, width and channels. Pixels are unsigned bytes with channels last, everywhere.
+
+A *step* of the environment and a *block* differ: a block is `ModelSpec.block` consecutive actions,
+concatenated, and one step of the model. `actions[t]` leaves frame t.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
+
+from worldloom.core.errors import DataError, PlanningError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObservationSpec:
+    """What one observation holds: pixels of shape (H, W, C), a vector of this size, or both."""
+
+    pixels: tuple[int, int, int] | None = None
+    vector: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pixels is None and self.vector == 0:
+            raise DataError("an observation holds neither pixels nor a vector; expected at least one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionSpec:
+    """Bounds of one environment action; `discrete` marks one-hot scores of a choice, taken by argmax."""
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    discrete: bool = False
+
+    def __post_init__(self) -> None:
+        pairs = list(zip(self.low, self.high, strict=True))
+        if not pairs or not all(np.isfinite(pair).all() and pair[0] < pair[1] for pair in pairs):
+            raise DataError(
+                f"action bounds must be finite with low < high in each dimension; got low {self.low}, "
+                f"high {self.high}. Wrap the environment so that its actions are bounded"
+            )
+
+    @property
+    def size(self) -> int:
+        """The number of dimensions of one environment action."""
+        return len(self.low)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What a world model takes and gives.
+
+    `block` environment actions make one model step; `context` frames, one block apart, make its state;
+    `fingerprint` names the weights, so that latents of another model are recognised.
+    """
+
+    observation: ObservationSpec
+    action: ActionSpec
+    block: int
+    context: int
+    latent_dim: int
+    fingerprint: str = ""
+
+    @property
+    def block_size(self) -> int:
+        """The size A of an action block: `block` actions, concatenated."""
+        return self.block * self.action.size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observations:
+    """A batch of observations with any leading axes, as tensors."""
+
+    pixels: UInt8[Tensor, "*axes H W C"] | None = None
+    vector: Float[Tensor, "*axes V"] | None = None
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The leading axes, shared by all parts."""
+        if self.pixels is not None:
+            return tuple(self.pixels.shape[:-3])
+        assert self.vector is not None
+        return tuple(self.vector.shape[:-1])
+
+    def map(self, function: Any) -> "Observations":
+        """Apply `function` to each part that is there."""
+        return Observations(
+            pixels=None if self.pixels is None else function(self.pixels),
+            vector=None if self.vector is None else function(self.vector),
+        )
+
+    def to(self, device: torch.device | str) -> "Observations":
+        """Return the same observations on `device`."""
+        return self.map(lambda part: part.to(device))
+
+    def __getitem__(self, index: Any) -> "Observations":
+        """Index the leading axes."""
+        return self.map(lambda part: part[index])
+
+    @classmethod
+    def from_numpy(cls, pixels: np.ndarray | None, vector: np.ndarray | None) -> Self:
+        """Wrap arrays (uint8 pixels, float vector) without copying where possible."""
+        return cls(
+            pixels=None if pixels is None else torch.from_numpy(np.ascontiguousarray(pixels)),
+            vector=None if vector is None else torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float32)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Episode:
+    """One unbroken stretch of experience: N = T+1 frames and T actions, and no reward.
+
+    `labels` are named columns that an agent never sees (simulator state, for probes and scores);
+    `metadata` is JSON: the seed, the policy, the factors of variation.
+
+    Raises:
+        DataError: frames and actions do not fit, a dtype is wrong, or a value is not finite.
+    """
+
+    pixels: np.ndarray | None = None  # uint8 (N, H, W, C)
+    vector: np.ndarray | None = None  # float32 (N, V)
+    actions: np.ndarray  # float32 (T, A of one action)
+    labels: Mapping[str, np.ndarray] = field(default_factory=dict)  # float32 (N, L) each
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.pixels is None and self.vector is None:
+            raise DataError("an episode holds neither pixels nor vectors; expected at least one of them")
+        self._expect("actions", self.actions, np.float32, 2)
+        frames = len(self.actions) + 1
+        if frames < 2:
+            raise DataError("an episode needs at least one action and two frames; got no action")
+        parts: list[tuple[str, np.ndarray | None, Any, int]] = [
+            ("pixels", self.pixels, np.uint8, 4),
+            ("vector", self.vector, np.float32, 2),
+            *((f"label {name!r}", column, np.float32, 2) for name, column in self.labels.items()),
+        ]
+        for name, column, dtype, axes in parts:
+            if column is None:
+                continue
+            self._expect(name, column, dtype, axes)
+            if len(column) != frames:
+                raise DataError(
+                    f"{name} has {len(column)} frames and there are {len(self.actions)} actions; "
+                    f"expected one action fewer than frames"
+                )
+
+    @staticmethod
+    def _expect(name: str, array: np.ndarray, dtype: Any, axes: int) -> None:
+        if array.dtype != dtype or array.ndim != axes:
+            raise DataError(
+                f"{name} must be {np.dtype(dtype)} with {axes} axes; got {array.dtype} of shape {array.shape}"
+            )
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            step = int(np.argwhere(~np.isfinite(array))[0][0])
+            raise DataError(f"{name} is not finite at step {step}; drop or repair the episode")
+
+    @property
+    def steps(self) -> int:
+        """The number of actions T."""
+        return len(self.actions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """A batch of training windows: K context frames and T future ones, one block apart.
+
+    `actions[:, i]` is the block that leads from frame i to frame i + 1.
+    """
+
+    observations: Observations  # axes (B, K+T)
+    actions: Float32[Tensor, "B K+T-1 A"]
+    labels: Mapping[str, Float32[Tensor, "B K+T L"]] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> "Windows":
+        """Return the same windows on `device`."""
+        return replace(
+            self,
+            observations=self.observations.to(device),
+            actions=self.actions.to(device),
+            labels={name: column.to(device) for name, column in self.labels.items()},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a world model knows before it predicts: K encoded frames and the blocks between them."""
+
+    latents: Float[Tensor, "B K D"]
+    actions: Float[Tensor, "B K-1 A"]
+
+    @property
+    def batch(self) -> int:
+        """The number B of environments."""
+        return self.latents.shape[0]
+
+    def __getitem__(self, index: Any) -> "Context":
+        """Select environments."""
+        return Context(latents=self.latents[index], actions=self.actions[index])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollouts:
+    """Predicted futures: one rollout, from which costs are computed together. The future only."""
+
+    context: Context
+    actions: Float[Tensor, "B S T A"]
+    latents: Float[Tensor, "B S T D"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What is to be reached, for each of B environments: an observation of it."""
+
+    observations: Observations  # axes (B,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionBounds:
+    """Bounds of an action block, each of shape (A,)."""
+
+    low: Float[Tensor, "A"]
+    high: Float[Tensor, "A"]
+
+    def __post_init__(self) -> None:
+        if not bool((self.low < self.high).all()):
+            raise PlanningError(f"action bounds must have low < high; got {self.low} and {self.high}")
+
+    @classmethod
+    def of(cls, spec: ModelSpec, device: torch.device | str = "cpu") -> Self:
+        """Return the bounds of one block of `spec`."""
+        low, high = (
+            torch.tensor(bound, dtype=torch.float32, device=device).repeat(spec.block)
+            for bound in (spec.action.low, spec.action.high)
+        )
+        return cls(low=low, high=high)
+
+    def clamp(self, actions: Float[Tensor, "*axes A"]) -> Float[Tensor, "*axes A"]:
+        """Return the nearest actions within the bounds."""
+        return torch.minimum(torch.maximum(actions, self.low), self.high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The chosen actions for each environment, what they are predicted to cause, and at what cost."""
+
+    actions: Float[Tensor, "B T A"]
+    latents: Float[Tensor, "B T D"]
+    cost: Float[Tensor, "B"]

@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from worldloom.core.errors import ConfigError
 from worldloom.core.registry import Registry, nearest
+
+
+ConfigT = TypeVar("ConfigT", bound="Config")
 
 
 class Config(BaseModel):
@@ -16,7 +19,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @classmethod
-    def parse(cls, values: Mapping[str, Any]) -> Self:
+    def parse(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
         """Build from plain values (as read from JSON).
 
         Raises:
@@ -27,7 +30,7 @@ class Config(BaseModel):
         except ValidationError as error:
             raise ConfigError(_explain(cls, error, values)) from None
 
-    def override(self, assignments: Sequence[str]) -> Self:
+    def override(self: ConfigT, assignments: Sequence[str]) -> ConfigT:
         """Return a copy with `a.b=value` assignments applied; values are read as JSON, else as text.
 
         Raises:

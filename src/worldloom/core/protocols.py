@@ -27,6 +27,7 @@ class WorldModel(Protocol):
         ...
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A cost over predicted futures; lower is better."""
 
@@ -35,6 +36,7 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
 class Agent(Protocol):
     """Acts in B environments at once; one environment is a batch of one."""
 
@@ -47,6 +49,7 @@ class Agent(Protocol):
         ...
 
 
+@runtime_checkable
 class Policy(Protocol):
     """Chooses actions for data collection, without reward or goal."""
 

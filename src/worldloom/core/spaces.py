@@ -142,6 +142,8 @@ def numeric_labels(infos: Mapping[str, Any], batch: int) -> dict[str, np.ndarray
 def make_vector_env(env_id: str, num_envs: int, **kwargs: Any) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
     """Make `num_envs` copies of a registered environment, natively vectorised where it offers that.
 
+    Its `reset` takes one seed for each copy; a native one that cannot do that is passed over.
+
     An environment whose observation holds no pixels, made with `render_mode="rgb_array"`, keeps its vector
     observation; wrap it with `gymnasium.wrappers.AddRenderObservation` to learn from its pictures.
 
@@ -150,13 +152,26 @@ def make_vector_env(env_id: str, num_envs: int, **kwargs: Any) -> gymnasium.vect
     """
     try:
         spec = gymnasium.spec(env_id)
-        mode = "vector_entry_point" if spec.vector_entry_point is not None else "sync"
-        return gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode=mode, **kwargs)
+        if spec.vector_entry_point is not None:
+            envs = gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="vector_entry_point", **kwargs)
+            if spec.entry_point is None or _takes_a_seed_for_each(envs):
+                return envs
+            envs.close()
+        return gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync", **kwargs)
     except (gymnasium.error.Error, TypeError, ImportError) as error:
         raise EnvironmentFailure(
             f"cannot make environment {env_id!r}: {error}. Check the id and the arguments, and name the module "
             f"that registers it (--import MODULE)"
         ) from error
+
+
+def _takes_a_seed_for_each(envs: Any) -> bool:
+    # Gymnasium's own CartPole, for one, takes a single seed for all copies.
+    try:
+        envs.reset(seed=list(range(envs.num_envs)))
+    except (gymnasium.error.Error, TypeError, ValueError):
+        return False
+    return True
 
 
 def _is_image(space: spaces.Space[Any]) -> bool:

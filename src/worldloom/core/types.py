@@ -9,7 +9,7 @@ concatenated, and one step of the model. `actions[t]` leaves frame t.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,7 +105,7 @@ class Observations:
         return self.map(lambda part: part[index])
 
     @classmethod
-    def from_numpy(cls, pixels: np.ndarray | None, vector: np.ndarray | None) -> Self:
+    def from_numpy(cls, pixels: np.ndarray | None, vector: np.ndarray | None) -> "Observations":
         """Wrap arrays (uint8 pixels, float vector) without copying where possible."""
         return cls(
             pixels=None if pixels is None else torch.from_numpy(np.ascontiguousarray(pixels)),
@@ -176,8 +176,8 @@ class Windows:
     """
 
     observations: Observations  # axes (B, K+T)
-    actions: Float32[Tensor, "B K+T-1 A"]
-    labels: Mapping[str, Float32[Tensor, "B K+T L"]] = field(default_factory=dict)
+    actions: Float32[Tensor, "B M A"]  # M = K + T - 1
+    labels: Mapping[str, Float32[Tensor, "B N _"]] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> "Windows":
         """Return the same windows on `device`."""
@@ -234,7 +234,7 @@ class ActionBounds:
             raise PlanningError(f"action bounds must have low < high; got {self.low} and {self.high}")
 
     @classmethod
-    def of(cls, spec: ModelSpec, device: torch.device | str = "cpu") -> Self:
+    def of(cls, spec: ModelSpec, device: torch.device | str = "cpu") -> "ActionBounds":
         """Return the bounds of one block of `spec`."""
         low, high = (
             torch.tensor(bound, dtype=torch.float32, device=device).repeat(spec.block)

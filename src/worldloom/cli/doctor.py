@@ -1,0 +1,66 @@
+"""`worldloom doctor`: what this machine has, and what is missing."""
+
+import typer
+
+from worldloom.cli.options import Json
+
+
+def doctor(json: Json = False) -> None:
+    """Check this machine: versions, cores, memory, disk, accelerators, video encoding and matrix speed."""
+    from worldloom.cli.console import out, print_json, print_table
+
+    checks = _checks()
+    if json:
+        print_json({name: {"found": found, "remedy": remedy} for name, found, remedy in checks})
+    else:
+        print_table("worldloom doctor", ["check", "found"], [[name, found] for name, found, _ in checks])
+        for name, _, remedy in checks:
+            if remedy:
+                out.print(f"[yellow]{name}[/]: {remedy}")
+    if any(remedy for _, _, remedy in checks):
+        raise typer.Exit(1)
+
+
+def _checks() -> list[tuple[str, str, str]]:
+    """Return name, what was found, and a remedy where something is wrong."""
+    import platform
+    import shutil
+    import sys
+    from importlib import metadata
+    from pathlib import Path
+
+    import psutil
+    import torch
+
+    from worldloom.core.hardware import matmul_peak
+
+    memory = psutil.virtual_memory()
+    disk = shutil.disk_usage(Path.cwd())
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    versions = "  ".join(f"{name} {metadata.version(name)}" for name in ("torch", "gymnasium", "pylance", "pyarrow"))
+    checks = [
+        ("python", platform.python_version(), "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer"),
+        ("packages", versions, ""),
+        ("cores", f"{psutil.cpu_count(logical=False)} physical, PyTorch uses {torch.get_num_threads()}", ""),
+        (
+            "memory",
+            f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}",
+            "" if memory.available > 2 * 2**30 else "close other programs: the demo takes about 2 GiB",
+        ),
+        (
+            "disk",
+            f"{disk.free / 2**30:.1f} GiB free here",
+            "" if disk.free > 2**30 else "free some space: the demo writes up to 1 GiB",
+        ),
+        ("accelerator", ", ".join(gpus) or "none (not needed)", ""),
+        ("float32 matmul", f"{matmul_peak(torch.float32) / 1e9:,.0f} GFLOP/s", ""),
+        ("bfloat16 matmul", f"{matmul_peak(torch.bfloat16) / 1e9:,.0f} GFLOP/s", ""),
+    ]
+    try:
+        import av
+
+        av.codec.Codec("libx264", "w")
+        checks.append(("video", "H.264 encoder found", ""))
+    except (ImportError, ValueError) as error:
+        checks.append(("video", str(error), "reinstall PyAV from a wheel: pip install --force-reinstall av"))
+    return checks

@@ -1,0 +1,68 @@
+"""`worldloom evaluate`: zero-shot success under a named protocol."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from worldloom.cli.options import Imports, Json, Threads, import_modules, key_values, set_threads
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    protocol: Annotated[
+        str | None, typer.Option(help="A named protocol; by default the world's own, else goals from the log's policy.")
+    ] = None,
+    success: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME:TOLERANCE|env", help="For other worlds: a named vector and its tolerance, such as position:3."
+        ),
+    ] = None,
+    goal_offset: Annotated[int | None, typer.Option(min=1, help="For other worlds: steps from start to goal.")] = None,
+    budget: Annotated[int | None, typer.Option(min=1, help="The most steps of an episode.")] = None,
+    episodes: Annotated[int | None, typer.Option(min=1, help="Episodes in each split.")] = None,
+    seed: Annotated[int, typer.Option(help="The root of the evaluation's seeds.")] = 0,
+    method: Annotated[list[str] | None, typer.Option(help="A method to evaluate; all of the recipe by default.")] = None,
+    env_arg: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the world.")] = None,
+    threads: Threads = 0,
+    imports: Imports = None,
+    json: Json = False,
+) -> None:
+    """Evaluate a run and its baselines on goals drawn from seeds never used in training; writes a report."""
+    from worldloom.cli.console import out as console
+    from worldloom.cli.console import print_json, progress
+    from worldloom.recipes import workflow
+
+    import_modules(imports)
+    set_threads(threads)
+    opened = workflow.Run.open(run)
+    results = workflow.evaluate(
+        opened,
+        protocol=protocol,
+        success=success,
+        goal_offset=goal_offset,
+        budget=budget,
+        episodes=episodes,
+        seed=seed,
+        methods=method,
+        env_kwargs=key_values(env_arg, "--env-arg"),
+        progress=progress(),
+    )
+    if json:
+        print_json(results.to_json())
+        return
+    show(results)
+    console.print(f"report: {workflow.report_path(opened, results)}")
+
+
+def show(results: Any) -> None:
+    """Print the table of an evaluation."""
+    from worldloom.cli.console import out as console
+    from worldloom.cli.console import print_table
+    from worldloom.evaluation import table_rows
+
+    header, *rows = table_rows(results)
+    print_table(f"{results.protocol.name}: zero-shot success", header, rows)
+    for line in results.protocol.describe():
+        console.print(f"[dim]{line}[/]")

@@ -1,0 +1,71 @@
+"""`worldloom runs`: what was trained, and how runs compare."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from worldloom.cli.options import Json
+
+app = typer.Typer(help="List, show and compare run folders.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_runs(
+    root: Annotated[Path, typer.Argument(help="The folder that holds run folders.")] = Path("runs"), json: Json = False
+) -> None:
+    """List the runs below a folder."""
+    from worldloom.cli.console import print_json, print_table
+    from worldloom.recipes import workflow
+
+    summaries = [run.summary() for run in workflow.find_runs(root)]
+    if json:
+        print_json(summaries)
+        return
+    columns = ("run", "recipe", "steps", "prediction", "effective_rank", "success")
+    rows = [[str(summary.get(column, "")) for column in columns] for summary in summaries]
+    print_table(f"{len(rows)} runs below {root}", columns, rows)
+
+
+@app.command()
+def show(run: Annotated[Path, typer.Argument(help="A run folder.")], json: Json = False) -> None:
+    """Show a run's figures, configuration and provenance."""
+    from worldloom.cli.console import print_json, print_table
+    from worldloom.recipes import workflow
+
+    opened = workflow.Run.open(run)
+    description = {"summary": opened.summary(), "config": opened.recipe_values(), "provenance": opened.provenance()}
+    if json:
+        print_json(description)
+        return
+    for title, values in description.items():
+        print_table(title, ["", "value"], [[name, str(value)] for name, value in _flat(values)])
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders.")], json: Json = False
+) -> None:
+    """Show where runs differ: settings and figures side by side."""
+    from worldloom.cli.console import print_json, print_table
+    from worldloom.recipes import workflow
+
+    columns = []
+    for path in runs:
+        opened = workflow.Run.open(path)
+        columns.append(dict(_flat({"config": opened.recipe_values(), "summary": opened.summary()})))
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    differing = [name for name in names if len({str(column.get(name, "-")) for column in columns}) > 1]
+    if json:
+        print_json({name: [column.get(name) for column in columns] for name in differing})
+        return
+    rows = [[name, *(str(column.get(name, "-")) for column in columns)] for name in differing]
+    print_table("where the runs differ", ["", *map(str, runs)], rows)
+
+
+def _flat(values: object, prefix: str = "") -> list[tuple[str, object]]:
+    if isinstance(values, dict) and values:
+        return [
+            item for key, value in values.items() for item in _flat(value, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    return [(prefix, values)]

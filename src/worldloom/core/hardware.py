@@ -1,0 +1,45 @@
+"""What a figure was measured on."""
+
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+
+def describe_hardware() -> dict[str, Any]:
+    """Return the processor, cores, threads in use, memory and accelerator, as JSON values."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": _processor(),
+        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "accelerator": gpu,
+    }
+
+
+def matmul_peak(
+    dtype: torch.dtype, *, device: torch.device | str = "cpu", size: int = 1024, seconds: float = 0.4
+) -> float:
+    """Return the best rate of square matrix products seen within about `seconds`, in FLOP/s."""
+    left = torch.ones(size, size, dtype=dtype, device=device)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        (left @ left)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _processor() -> str:
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,32 @@
+"""Episodes: collected, stored, looked into, and drawn as training windows."""
+
+from worldloom.data.cache import FrameCache, load_cache
+from worldloom.data.collection import collect, episode_seed, policy_generator
+from worldloom.data.dataset import Columns, DatasetSpec, EpisodeDataset
+from worldloom.data.inspection import inspect
+from worldloom.data.policies import POLICIES
+from worldloom.data.preview import contact_sheet, video
+from worldloom.data.statistics import Statistics, compute_statistics
+from worldloom.data.validation import Problem, validate
+from worldloom.data.windows import LanceWindows, WindowSampler
+
+__all__ = [
+    "POLICIES",
+    "Columns",
+    "DatasetSpec",
+    "EpisodeDataset",
+    "FrameCache",
+    "LanceWindows",
+    "Problem",
+    "Statistics",
+    "WindowSampler",
+    "collect",
+    "compute_statistics",
+    "contact_sheet",
+    "episode_seed",
+    "inspect",
+    "load_cache",
+    "policy_generator",
+    "validate",
+    "video",
+]

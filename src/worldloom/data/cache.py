@@ -1,0 +1,144 @@
+"""Decoded frames, so that drawing training windows never waits for decoding."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import psutil
+from jaxtyping import Float32, Int64, UInt8
+
+from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.files import write_atomic
+from worldloom.core.progress import SILENT, Progress
+from worldloom.core.registry import nearest
+from worldloom.core.seeds import numpy_generator
+from worldloom.data.dataset import EpisodeDataset
+from worldloom.data.spec import DatasetSpec
+
+Mode = Literal["auto", "ram", "mmap"]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FrameCache:
+    """All frames of a dataset, decoded: N frames of E episodes, one after the other.
+
+    `starts` is the first frame of each episode and `lengths` its number of actions (one fewer than its frames).
+    `pixels` may be mapped from a file. The last action of each episode is zero and never used.
+    """
+
+    spec: DatasetSpec
+    fingerprint: str
+    pixels: UInt8[np.ndarray, "N H W C"] | None
+    vector: Float32[np.ndarray, "N V"] | None
+    actions: Float32[np.ndarray, "N A"]
+    labels: dict[str, Float32[np.ndarray, "N _"]]
+    starts: Int64[np.ndarray, "E"]
+    lengths: Int64[np.ndarray, "E"]
+
+    def rows(self, episode: int) -> slice:
+        """Return where the frames of an episode stand."""
+        first = int(self.starts[episode])
+        return slice(first, first + int(self.lengths[episode]) + 1)
+
+    def split(self, validation_fraction: float, seed: int) -> tuple[Int64[np.ndarray, "T"], Int64[np.ndarray, "V"]]:
+        """Return the episodes for training and for validation, drawn by `seed`, each in ascending order.
+
+        Neither is empty unless the fraction is 0 or there is one episode, which is then for training.
+
+        Raises:
+            ConfigError: the fraction is not in [0, 1).
+        """
+        if not 0 <= validation_fraction < 1:
+            raise ConfigError(f"the validation fraction must be at least 0 and below 1; got {validation_fraction}")
+        episodes = len(self.lengths)
+        held_out = round(validation_fraction * episodes)
+        if validation_fraction > 0:
+            held_out = min(max(held_out, 1), episodes - 1)
+        order = numpy_generator(seed, "split").permutation(episodes)
+        return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def load_cache(
+    dataset: EpisodeDataset, mode: Mode = "auto", *, directory: Path | None = None, progress: Progress = SILENT
+) -> FrameCache:
+    """Decode a dataset into memory ("ram") or into a file that is mapped ("mmap").
+
+    "auto" takes memory if the frames fill less than a quarter of what is available. The file stands in `directory`
+    (default: PATH.cache beside the dataset), is named by the dataset's fingerprint and used again by the next
+    call; it may be deleted at any time.
+
+    Raises:
+        DataError: a file of the dataset is missing, cut or does not decode.
+        StorageError: the disk is full.
+    """
+    if mode not in ("auto", "ram", "mmap"):
+        raise ConfigError(f"unknown cache mode {mode!r}; {nearest(mode, ['auto', 'ram', 'mmap'])}")
+    fingerprint = dataset.fingerprint()
+    columns = dataset.columns()
+    pixels = None
+    if dataset.spec.observation.pixels is not None:
+        size = dataset.frames * int(np.prod(dataset.spec.observation.pixels))
+        if mode == "auto":
+            mode = "ram" if size < psutil.virtual_memory().available / 4 else "mmap"
+        if mode == "ram" or size == 0:  # no file of no bytes can be mapped
+            pixels = _decode(dataset, progress)
+        else:
+            pixels = _map(dataset, fingerprint, directory or _default_directory(dataset), progress)
+    return FrameCache(
+        spec=dataset.spec,
+        fingerprint=fingerprint,
+        pixels=pixels,
+        vector=columns.vector,
+        actions=columns.actions,
+        labels=columns.labels,
+        starts=dataset.starts,
+        lengths=dataset.lengths,
+    )
+
+
+def _decode(dataset: EpisodeDataset, progress: Progress) -> UInt8[np.ndarray, "N H W C"]:
+    assert dataset.spec.observation.pixels is not None
+    out = np.empty((dataset.frames, *dataset.spec.observation.pixels), np.uint8)
+    with progress.task("decode", dataset.frames, "frames") as task:
+        for part in dataset.scan_pixels(out=out):
+            task.advance(len(part))
+    return out
+
+
+def _map(
+    dataset: EpisodeDataset, fingerprint: str, directory: Path, progress: Progress
+) -> UInt8[np.ndarray, "N H W C"]:
+    assert dataset.spec.observation.pixels is not None
+    shape = (dataset.frames, *dataset.spec.observation.pixels)
+    size = int(np.prod(shape))
+    path = directory / f"{fingerprint}.frames"
+    if path.exists() and path.stat().st_size == size:
+        _log.info("using the decoded frames in %s", path)
+    else:
+        if path.exists():
+            _log.warning("%s has %d bytes, expected %d; it is written again", path, path.stat().st_size, size)
+        _log.info("decoding %d frames into %s (%.1f GiB)", shape[0], path, size / 2**30)
+
+        # Plain writes: on a full disk they raise, where writing through a mapping would end the process.
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file, progress.task("decode", shape[0], "frames") as task:
+                for part in dataset.scan_pixels():
+                    file.write(part.data)
+                    task.advance(len(part))
+
+        write_atomic(path, write)
+    # A plain view: indexing np.memmap itself is slower and returns np.memmap.
+    return np.asarray(np.memmap(path, np.uint8, mode="r", shape=shape))
+
+
+def _default_directory(dataset: EpisodeDataset) -> Path:
+    path = str(dataset.path)
+    if "://" in path:
+        raise DataError(
+            f"the frames of {path} do not fit into memory and it has no place beside it for a cache; pass a "
+            f"directory, or draw windows from storage with LanceWindows"
+        )
+    return Path(f"{path.rstrip('/')}.cache")

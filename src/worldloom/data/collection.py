@@ -1,0 +1,161 @@
+"""Reward-free logs from any Gymnasium environment, in batches that are committed whole.
+
+Episode i depends on (arguments, i) alone: its environment is reset with a seed, and its policy draws from a
+generator, both derived from the root seed and i. So it does not matter how many environments are stepped at
+once, nor how often the work was broken off.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldloom.core.errors import ConfigError, DataError, EnvironmentFailure
+from worldloom.core.progress import SILENT, Progress
+from worldloom.core.protocols import Policy
+from worldloom.core.seeds import derive_seed, numpy_generator
+from worldloom.core.types import Episode
+from worldloom.data.dataset import EpisodeDataset
+from worldloom.data.layout import MissingDataset, metadata_json
+from worldloom.data.policies import POLICIES
+from worldloom.data.recording import Batch, World
+from worldloom.data.spec import DatasetSpec
+
+_log = logging.getLogger(__name__)
+
+
+def episode_seed(seed: int, episode: int) -> int:
+    """Return the seed with which `collect` resets the environment of an episode."""
+    return derive_seed(seed, "episode", episode) % 2**31  # many environments take no more than 32 bits
+
+
+def policy_generator(seed: int, episode: int) -> np.random.Generator:
+    """Return the generator from which the policy of an episode draws."""
+    return numpy_generator(seed, "policy", episode)
+
+
+def collect(
+    path: str | Path,
+    *,
+    env_id: str,
+    episodes: int,
+    steps: int,
+    policy: str = "directed-walk",
+    policy_options: Mapping[str, Any] | None = None,
+    num_envs: int = 50,
+    seed: int,
+    env_kwargs: Mapping[str, Any] | None = None,
+    labels: Sequence[str] | None = None,
+    storage_options: Mapping[str, str] | None = None,
+    progress: Progress = SILENT,
+) -> EpisodeDataset:
+    """Collect episodes of at most `steps` steps until there are `episodes`; a partial dataset is completed.
+
+    `labels` names the info columns to keep (None: the numeric ones of at most 256 values that are always there).
+    Every `num_envs` episodes are one commit.
+
+    Raises:
+        DataError: the dataset was collected with other arguments, a label is not there, or an action of the
+            policy is out of bounds.
+        EnvironmentFailure: the environment raised, or returned what is not finite. The frames before are saved as
+            shorter episodes with `truncated_by` in their metadata; so they are on Ctrl-C.
+        StorageError: the disk is full; what was committed is kept.
+    """
+    if min(episodes, steps, num_envs) < 1:
+        raise ConfigError(f"expected at least 1 of each; got episodes={episodes}, steps={steps}, num_envs={num_envs}")
+    factory = POLICIES[policy]
+    kwargs, options = dict(env_kwargs or {}), dict(policy_options or {})
+    source = {"id": env_id, "kwargs": kwargs, "policy": policy, "policy_options": options, "seed": seed}
+    source |= {"steps": steps, "labels": None if labels is None else sorted(labels)}
+    source = json.loads(metadata_json(source))
+    dataset = _resume(path, source, storage_options)
+    done = 0 if dataset is None else len(dataset)
+    if dataset is not None and done >= episodes:
+        _log.info("%s already holds %d episodes", path, done)
+        return dataset
+    with ExitStack() as stack:
+        task = stack.enter_context(progress.task("collect", (episodes - done) * (steps + 1), "frames"))
+        worlds: dict[int, tuple[World, Policy]] = {}  # by size: the last batch may be smaller
+        for first in range(done, episodes, num_envs):
+            numbers = range(first, min(first + num_envs, episodes))
+            if len(numbers) not in worlds:
+                world = World(env_id, len(numbers), kwargs)
+                stack.callback(world.close)
+                worlds[len(numbers)] = world, factory(world.action, **options)
+            world, actor = worlds[len(numbers)]
+            kept = None if labels is None else dict.fromkeys(labels)
+            batch = Batch(world, numbers, steps, kept if dataset is None else dataset.spec.labels)
+            seeds = [episode_seed(seed, number) for number in numbers]
+            failure: BaseException | None = None
+            generators = [policy_generator(seed, number) for number in numbers]
+            try:
+                batch.run(actor, seeds, generators, policy, task)
+            except (EnvironmentFailure, KeyboardInterrupt) as error:
+                failure = error
+            recorded = batch.episodes(seeds, policy, None if failure is None else type(failure).__name__)
+            if recorded:
+                spec = DatasetSpec(
+                    observation=world.observation, action=world.action, labels=batch.labels, environment=source
+                )
+                dataset = _commit(path, spec, dataset, recorded, storage_options)
+                _log.info("%s: %d of %d episodes", path, len(dataset), episodes)
+            if isinstance(failure, EnvironmentFailure):
+                raise _with_remedy(failure, path, recorded, first) from failure.__cause__ or failure
+            if failure is not None:
+                raise failure
+    assert dataset is not None
+    return dataset
+
+
+def _resume(
+    path: str | Path, source: Mapping[str, Any], storage_options: Mapping[str, str] | None
+) -> EpisodeDataset | None:
+    try:
+        dataset = EpisodeDataset.open(path, storage_options=storage_options)
+    except MissingDataset:
+        return None
+    there = dataset.spec.environment
+    differences = [
+        f"{key} is {there.get(key)!r} there and {value!r} here"
+        for key, value in source.items()
+        if there.get(key) != value
+    ]
+    if differences:
+        raise DataError(
+            f"{path} was collected with other arguments: {'; '.join(differences)}. Give the same ones to complete it, "
+            f"or another path"
+        )
+    return dataset
+
+
+def _commit(
+    path: str | Path,
+    spec: DatasetSpec,
+    dataset: EpisodeDataset | None,
+    episodes: list[Episode],
+    storage_options: Mapping[str, str] | None,
+) -> EpisodeDataset:
+    def write() -> EpisodeDataset:
+        target = dataset or EpisodeDataset.create(path, spec, storage_options=storage_options)
+        target.append(episodes)
+        return target
+
+    # In a thread of its own, for which Ctrl-C waits here: what is recorded gets committed.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(write).result()
+
+
+def _with_remedy(
+    failure: EnvironmentFailure, path: str | Path, recorded: list[Episode], first: int
+) -> EnvironmentFailure:
+    if not recorded:
+        return EnvironmentFailure(f"{failure}. Repair the environment, then run the same command again")
+    return EnvironmentFailure(
+        f"{failure}. The frames before that are kept in {path} (episodes {first} to {first + len(recorded) - 1}, cut "
+        f"short); repair the environment, then run the same command again to go on with the next"
+    )

@@ -1,0 +1,279 @@
+"""Episodes in one Lance table: appended whole, opened at one version."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float32, Int, UInt8
+
+from worldloom.core.errors import DataError
+from worldloom.core.types import Episode
+from worldloom.data import layout
+from worldloom.data.layout import floats_of, lance_errors
+from worldloom.data.spec import DatasetSpec
+
+__all__ = ["Columns", "DatasetSpec", "EpisodeDataset"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Columns:
+    """All that a dataset holds but pixels: N frames; `actions` is zero in the last row of an episode."""
+
+    vector: Float32[np.ndarray, "N V"] | None
+    actions: Float32[np.ndarray, "N A"]
+    labels: dict[str, Float32[np.ndarray, "N _"]]
+
+
+class EpisodeDataset:
+    """Episodes on any storage that Lance takes: a directory, or a URI such as s3://bucket/name.
+
+    Opening pins a version: what others append later is seen by opening again. An append is one atomic commit of
+    whole episodes, so that a process killed at any moment leaves whole episodes only.
+    """
+
+    def __init__(self, path: str | Path, table: Any, storage_options: Mapping[str, str] | None) -> None:
+        self.path = path
+        self._location = str(path)
+        self._storage_options = None if storage_options is None else dict(storage_options)
+        self.spec = layout.spec_of(table.schema, self._location)
+        self._pin(table)
+
+    @classmethod
+    def create(
+        cls, path: str | Path, spec: DatasetSpec, *, storage_options: Mapping[str, str] | None = None
+    ) -> "EpisodeDataset":
+        """Create an empty dataset.
+
+        Raises:
+            DataError: there is a dataset at `path`.
+            StorageError: the storage refuses.
+        """
+        import lance
+
+        where = str(path)
+        options = None if storage_options is None else dict(storage_options)
+        with lance_errors(where, "write"):
+            table = lance.write_dataset(layout.table_schema(spec).empty_table(), where, storage_options=options)
+        return cls(path, table, storage_options)
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, version: int | None = None, storage_options: Mapping[str, str] | None = None
+    ) -> "EpisodeDataset":
+        """Open the latest version, or the one named.
+
+        Raises:
+            StorageError: there is no dataset at `path`, or the storage refuses.
+            DataError: a file is missing or cut, episodes are not whole, or the format is of another version.
+        """
+        return cls(path, open_table(path, version=version, storage_options=storage_options), storage_options)
+
+    def _pin(self, table: Any) -> None:
+        with lance_errors(self._location, "read"):
+            rows = table.to_table(columns=["step"])  # opens every file, so that a cut one is found here
+        steps = rows["step"].to_numpy().astype(np.int64)
+        starts = np.flatnonzero(steps == 0)
+        counts = np.diff(np.append(starts, len(steps)))
+        begins_whole = len(steps) == 0 or steps[0] == 0
+        if (
+            not begins_whole
+            or (counts < 2).any()
+            or not np.array_equal(steps, np.arange(len(steps)) - np.repeat(starts, counts))
+        ):
+            raise DataError(
+                f"{self._location} holds episodes that are not whole; run 'worldloom data validate {self._location}' "
+                f"for the list, and restore it from a copy"
+            )
+        self._table, self.starts, self.lengths = table, starts, counts - 1
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __repr__(self) -> str:
+        return f"EpisodeDataset({self._location!r}, version={self.version}, episodes={len(self)}, frames={self.frames})"
+
+    @property
+    def version(self) -> int:
+        """The Lance version that is open."""
+        return int(self._table.version)
+
+    @property
+    def frames(self) -> int:
+        """The number of frames in all episodes."""
+        return int(self.lengths.sum()) + len(self)
+
+    def episode(self, index: int) -> Episode:
+        """Return one episode, decoded.
+
+        Raises:
+            IndexError: there is no such episode.
+            DataError: a frame does not decode or a value is not finite.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"episode {index} of {len(self)}")
+        rows = np.arange(self.starts[index], self.starts[index] + self.lengths[index] + 1)
+        with lance_errors(self._location, "read"):
+            table = self._table.take(rows)
+        pixels = None
+        if self.spec.observation.pixels is not None:
+            pixels = np.empty((len(rows), *self.spec.observation.pixels), np.uint8)
+            _decode(table["pixels"].combine_chunks(), pixels, rows, self._location)
+        columns = decode_columns(table, self.spec)
+        return Episode(
+            pixels=pixels,
+            vector=columns.vector,
+            actions=columns.actions[:-1],
+            labels=columns.labels,
+            metadata=json.loads(table["metadata"][0].as_py()),
+        )
+
+    def append(self, episodes: Iterable[Episode]) -> None:
+        """Add whole episodes in one commit, and pin the version that holds them.
+
+        Raises:
+            DataError: an episode does not fit the spec, or another process has appended since this was opened.
+            StorageError: the disk is full or the storage refuses; nothing of this append is then kept.
+        """
+        import lance
+
+        batches = []
+        for number, episode in enumerate(episodes, start=len(self)):
+            layout.check_episode(episode, self.spec, f"episode {number}")
+            batches.append(layout.episode_batch(episode, number, self.spec))
+        if not batches:
+            return
+        reader = pa.RecordBatchReader.from_batches(batches[0].schema, batches)
+        with lance_errors(self._location, "write"):
+            transaction = lance.fragment.write_fragments(
+                reader, self._table, mode="append", return_transaction=True, storage_options=self._storage_options
+            )
+            # Lance would rebase an append onto another's; then both would give the same number to an episode.
+            latest = self._table.latest_version
+            if latest != self.version:
+                raise DataError(
+                    f"{self._location} is at version {latest} and was opened at {self.version}: another process has "
+                    f"appended. Let one process write at a time, and open it again"
+                )
+            table = lance.LanceDataset.commit(self._table, transaction, storage_options=self._storage_options)
+        self._pin(table)
+        _log.debug("appended %d episodes to %s as version %d", len(batches), self._location, self.version)
+
+    def metadata(self) -> list[dict[str, Any]]:
+        """Return the metadata of each episode."""
+        return [json.loads(text) for text in self._first_rows("metadata")]
+
+    def fingerprint(self) -> str:
+        """Return a digest of what is observed, done and noted, in order; commit boundaries do not matter.
+
+        It is made of digests taken when episodes were appended; `validate` compares these with the content.
+        """
+        spec = json.loads(self.spec.to_json())
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(json.dumps([spec["observation"], spec["action"], spec["labels"]], sort_keys=True).encode())
+        for text in self._first_rows("digest"):
+            digest.update(text.encode())
+        return digest.hexdigest()
+
+    def columns(self) -> Columns:
+        """Return everything but the pixels, for all frames."""
+        spec = self.spec
+        names = ["action"]
+        if spec.observation.vector:
+            names.append("vector")
+        if spec.labels:
+            names.append("label")
+        with lance_errors(self._location, "read"):
+            table = self._table.to_table(columns=names)
+        return decode_columns(table, spec)
+
+    def pixels(self, rows: Int[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W C"]:
+        """Return the frames in these rows, decoded; each is read once even if it is named often."""
+        unique, inverse = np.unique(rows, return_inverse=True)
+        out = np.empty((len(unique), *self._shape()), np.uint8)
+        with lance_errors(self._location, "read"):
+            frames = self._table.take(unique, columns=["pixels"])["pixels"].combine_chunks()
+        _decode(frames, out, unique, self._location)
+        return out if len(unique) == len(rows) and np.array_equal(unique, rows) else out[inverse]
+
+    def scan_pixels(
+        self, *, batch: int = 1024, out: UInt8[np.ndarray, "N H W C"] | None = None
+    ) -> Iterator[UInt8[np.ndarray, "n H W C"]]:
+        """Yield all frames in order, decoded, at most `batch` at a time; they are parts of `out` if it is given."""
+        row = 0
+        with lance_errors(self._location, "read"):
+            for part in self._table.to_batches(columns=["pixels"], batch_size=batch):
+                rows = np.arange(row, row + part.num_rows)
+                pixels = np.empty((len(rows), *self._shape()), np.uint8) if out is None else out[row : row + len(rows)]
+                _decode(part["pixels"], pixels, rows, self._location)
+                row += len(rows)
+                yield pixels
+
+    def versions(self) -> list[dict[str, Any]]:
+        """Return the history up to this version: number, time (ISO 8601) and frames."""
+        with lance_errors(self._location, "read"):
+            return [
+                {
+                    "version": entry["version"],
+                    "time": entry["timestamp"].isoformat(timespec="seconds"),
+                    "frames": int(entry["metadata"].get("total_rows", 0)),
+                }
+                for entry in self._table.versions()
+                if entry["version"] <= self.version
+            ]
+
+    def stored_bytes(self) -> int:
+        """Return the size of this version's data files."""
+        with lance_errors(self._location, "read"):
+            files = [file for fragment in self._table.get_fragments() for file in fragment.data_files()]
+        return sum(file.file_size_bytes or 0 for file in files)
+
+    def _first_rows(self, column: str) -> list[str]:
+        """Return what stands in a column on step 0, for each episode."""
+        with lance_errors(self._location, "read"):
+            texts: list[str] = self._table.to_table(columns=[column], filter="step = 0")[column].to_pylist()
+        return texts
+
+    def _shape(self) -> tuple[int, int, int]:
+        if self.spec.observation.pixels is None:
+            raise DataError(f"{self._location} holds no pixels; read its vectors with columns()")
+        return self.spec.observation.pixels
+
+
+def open_table(
+    path: str | Path, *, version: int | None = None, storage_options: Mapping[str, str] | None = None
+) -> Any:
+    """Open the Lance table at `path`."""
+    import lance
+
+    where = str(path)
+    with lance_errors(where, "read"):
+        options = None if storage_options is None else dict(storage_options)
+        return lance.dataset(where, version=version, storage_options=options)
+
+
+def decode_columns(table: pa.Table, spec: DatasetSpec) -> Columns:
+    """Return everything but the pixels of these rows."""
+    labels = table["label"].combine_chunks() if spec.labels else None
+    return Columns(
+        vector=floats_of(table["vector"])[0] if spec.observation.vector else None,
+        actions=floats_of(table["action"])[0],
+        labels={} if labels is None else {name: floats_of(labels.field(name))[0] for name in spec.labels},
+    )
+
+
+def _decode(frames: pa.Array, out: UInt8[np.ndarray, "n H W C"], rows: Int[np.ndarray, "n"], path: str) -> None:
+    try:
+        layout.decode_frames(frames, out)
+    except layout.Undecodable as error:
+        raise DataError(
+            f"{path}: the frame in row {rows[error.index]} does not decode: {error.reason}. Restore the dataset from a "
+            f"copy; 'worldloom data validate {path}' lists what is lost"
+        ) from error

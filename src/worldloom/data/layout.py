@@ -1,0 +1,258 @@
+"""How episodes stand in a Lance table: one row per frame.
+
+Columns: episode (int64), step (int32), pixels (zstd of the raw bytes), vector and action (fixed-size lists of
+float32; action is null in an episode's last row), label (a struct: one fixed-size list for each label, read as
+`label.NAME`), metadata (JSON text) and digest (of the whole episode), both on step 0 and null elsewhere.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float32, UInt8
+
+from worldloom.core.errors import DataError, StorageError, WorldloomError
+from worldloom.core.files import storage_errors
+from worldloom.core.types import Episode
+from worldloom.data.spec import DatasetSpec
+
+FORMAT = "worldloom.dataset"
+VERSION = 1
+BOUNDS_SLACK = 1e-5  # of the range: rounding, not a wrong action
+
+_CODEC = pa.Codec("zstd", compression_level=1)
+_CHUNK = 128  # frames that a thread takes at once
+
+
+class MissingDataset(StorageError):
+    """There is no dataset at a path."""
+
+
+class Undecodable(DataError):
+    """The frame at `index` of those given does not decode."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(f"frame {index} does not decode: {reason}")
+        self.index, self.reason = index, reason
+
+
+def threads() -> int:
+    """Return how many threads compress and decompress frames; zstd runs without the interpreter's lock."""
+    return min(8, os.cpu_count() or 1)
+
+
+def table_schema(spec: DatasetSpec) -> pa.Schema:
+    """Return the columns for `spec`, with the format, its version and the spec as metadata."""
+    fields = [pa.field("episode", pa.int64(), nullable=False), pa.field("step", pa.int32(), nullable=False)]
+    metadata = {"format": FORMAT, "version": str(VERSION), "spec": spec.to_json()}
+    if spec.observation.pixels is not None:
+        fields.append(pa.field("pixels", pa.large_binary(), nullable=False))
+        layout = {"codec": "zstd", "dtype": "uint8", "shape": list(spec.observation.pixels)}
+        metadata["pixels"] = json.dumps(layout)
+    if spec.observation.vector:
+        fields.append(pa.field("vector", _floats(spec.observation.vector), nullable=False))
+    fields.append(pa.field("action", _floats(spec.action.size)))
+    if spec.labels:
+        children = [pa.field(name, _floats(size), nullable=False) for name, size in spec.labels.items()]
+        fields.append(pa.field("label", pa.struct(children), nullable=False))
+    fields += [pa.field("metadata", pa.string()), pa.field("digest", pa.string())]
+    return pa.schema(fields, metadata=metadata)
+
+
+def spec_of(schema: pa.Schema, path: str) -> DatasetSpec:
+    """Return the spec that a table carries.
+
+    Raises:
+        DataError: the table is no dataset of this library, or of another version of its format.
+    """
+    metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+    if metadata.get("format") != FORMAT:
+        raise DataError(f"{path} is a Lance table but no worldloom dataset; check the path")
+    if metadata.get("version") != str(VERSION):
+        raise DataError(
+            f"{path} has version {metadata.get('version')} of the dataset format; this worldloom reads version "
+            f"{VERSION}. Install the worldloom that wrote it, or collect it again"
+        )
+    return DatasetSpec.from_json(metadata.get("spec", ""))
+
+
+def check_episode(episode: Episode, spec: DatasetSpec, where: str) -> None:
+    """Raise `DataError` where an episode does not fit the spec."""
+    observation = spec.observation
+    pixels = None if episode.pixels is None else episode.pixels.shape[1:]
+    vector = 0 if episode.vector is None else episode.vector.shape[1]
+    if pixels != observation.pixels:
+        raise DataError(f"{where} has pixels of shape {pixels}; the dataset holds {observation.pixels}. Convert them")
+    if vector != observation.vector:
+        raise DataError(f"{where} has {vector} values in its vector; the dataset holds {observation.vector}")
+    if episode.actions.shape[1] != spec.action.size:
+        raise DataError(
+            f"{where} has actions of {episode.actions.shape[1]} values; the dataset holds {spec.action.size}"
+        )
+    sizes = {name: column.shape[1] for name, column in episode.labels.items()}
+    if sizes != spec.labels:
+        raise DataError(f"{where} has labels {sizes}; the dataset holds {spec.labels}. Give each episode all of them")
+    inside = within_bounds(episode.actions, spec)
+    if not inside.all():
+        step = int(np.flatnonzero(~inside)[0])
+        raise DataError(
+            f"{where} has action {episode.actions[step]} at step {step}; expected low {spec.action.low} to high "
+            f"{spec.action.high}. Clip it, or widen the bounds of the dataset's spec"
+        )
+
+
+def within_bounds(actions: Float32[np.ndarray, "T A"], spec: DatasetSpec) -> Bool[np.ndarray, "T"]:
+    """Return which actions are finite and within bounds, but for rounding."""
+    low, high = np.array(spec.action.low, np.float32), np.array(spec.action.high, np.float32)
+    slack = BOUNDS_SLACK * (high - low)
+    inside: np.ndarray = np.all((actions >= low - slack) & (actions <= high + slack), axis=1)
+    return inside
+
+
+def episode_batch(episode: Episode, number: int, spec: DatasetSpec) -> pa.RecordBatch:
+    """Return the rows of one episode."""
+    frames = episode.steps + 1
+    columns: dict[str, Any] = {
+        "episode": pa.array(np.full(frames, number, np.int64)),
+        "step": pa.array(np.arange(frames, dtype=np.int32)),
+    }
+    if episode.pixels is not None:
+        columns["pixels"] = _compress(episode.pixels)
+    if episode.vector is not None:
+        columns["vector"] = _float_lists(episode.vector)
+    padded = np.concatenate([episode.actions, np.zeros_like(episode.actions[:1])])
+    columns["action"] = _float_lists(padded, null=np.arange(frames) == frames - 1)
+    schema = table_schema(spec)
+    if spec.labels:
+        lists = [_float_lists(episode.labels[name]) for name in spec.labels]
+        columns["label"] = pa.StructArray.from_arrays(lists, fields=list(schema.field("label").type))
+    metadata = metadata_json(episode.metadata)
+    first = {"metadata": metadata, "digest": episode_digest(arrays_digest(episode), metadata)}
+    for name, text in first.items():
+        columns[name] = pa.array([text, *[None] * (frames - 1)], pa.string())
+    return pa.record_batch([columns[name] for name in schema.names], schema=schema)
+
+
+def metadata_json(metadata: Mapping[str, Any]) -> str:
+    """Return metadata as JSON with sorted keys; NumPy's numbers and arrays become plain ones."""
+    try:
+        return json.dumps(dict(metadata), sort_keys=True, allow_nan=False, default=_plain)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"an episode's metadata must be JSON: {error}; keep plain values in it") from error
+
+
+def arrays_digest(episode: Episode) -> str:
+    """Return a digest of an episode's frames, actions and labels, the same on every machine."""
+    digest = hashlib.blake2b(digest_size=16)
+    parts = {"pixels": episode.pixels, "vector": episode.vector, "actions": episode.actions}
+    parts |= {f"label.{name}": column for name, column in sorted(episode.labels.items())}
+    for name, array in parts.items():
+        if array is not None:
+            digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
+            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def episode_digest(arrays: str, metadata: str) -> str:
+    """Return the digest of an episode from that of its arrays and its metadata as stored."""
+    return hashlib.blake2b(f"{arrays} {metadata}".encode(), digest_size=16).hexdigest()
+
+
+def decode_frames(frames: pa.Array, out: UInt8[np.ndarray, "n H W C"]) -> None:
+    """Decompress frames into `out`, in parallel threads.
+
+    Raises:
+        Undecodable: a frame does not decode to its size.
+    """
+    size = int(np.prod(out.shape[1:]))
+    flat = out.reshape(len(out), size)
+
+    def decode(first: int) -> None:
+        for index in range(first, min(first + _CHUNK, len(flat))):
+            try:
+                flat[index] = np.frombuffer(_CODEC.decompress(frames[index].as_buffer(), size), np.uint8)
+            except (OSError, ValueError) as error:
+                raise Undecodable(index, f"expected {size} bytes of zstd ({error})") from error
+
+    chunks = range(0, len(flat), _CHUNK)
+    if len(chunks) == 1:
+        decode(0)
+    elif chunks:
+        with ThreadPoolExecutor(threads()) as pool:
+            for _ in pool.map(decode, chunks):
+                pass
+
+
+def floats_of(column: pa.Array | pa.ChunkedArray) -> tuple[Float32[np.ndarray, "n size"], Bool[np.ndarray, "n"]]:
+    """Return a column of fixed-size lists as an array, zero where null, and which rows are null."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    size = column.type.list_size
+    null = column.is_null().to_numpy(zero_copy_only=False)
+    # A fixed-size list keeps the values under a null, and a slice shares its parent's values.
+    flat = column.values.slice(column.offset * size, len(column) * size).to_numpy(zero_copy_only=False)
+    values = flat.astype(np.float32).reshape(len(column), size)
+    values[null] = 0.0
+    return values, null
+
+
+@contextmanager
+def lance_errors(path: str, doing: Literal["read", "write"]) -> Iterator[None]:
+    """Turn what Lance raises into this library's errors, with a remedy."""
+    try:
+        with storage_errors(path):
+            yield
+    except (OSError, ValueError, RuntimeError) as error:  # Arrow's errors are among these
+        raise _translate(path, doing, error) from error
+
+
+def _translate(path: str, doing: str, error: Exception) -> WorldloomError:
+    text = str(error).split(", /")[0]  # what follows is a place in Lance's source
+    if "Dataset at path" in text and "not found" in text:
+        return MissingDataset(f"there is no dataset at {path}; check the path, or collect one")
+    if "already exists" in text:
+        return DataError(f"{path} already holds a dataset; open it to append, or choose another path")
+    if "Permission denied" in text or "Read-only file system" in text:
+        return StorageError(f"no permission for {path}; change its owner or choose another path")
+    signs = ("not found", "whole buffer", "too small", "corrupt", "magic", "decode", "invalid")
+    remote = "://" in path
+    if doing == "write" or (remote and not any(sign in text.lower() for sign in signs)):
+        return StorageError(f"cannot {doing} {path}: {text}. Check the storage, then run the same command again")
+    return DataError(
+        f"{path} is damaged: a file of it is missing, cut or changed ({text}). Restore it from a copy, or collect "
+        f"it again into another directory; 'worldloom data validate {path}' lists what is lost"
+    )
+
+
+def _compress(pixels: UInt8[np.ndarray, "N H W C"]) -> pa.Array:
+    frames = [np.ascontiguousarray(frame).reshape(-1) for frame in pixels]
+
+    def compress(first: int) -> list[bytes]:
+        return [_CODEC.compress(frame, asbytes=True) for frame in frames[first : first + _CHUNK]]
+
+    with ThreadPoolExecutor(threads()) as pool:
+        parts = pool.map(compress, range(0, len(frames), _CHUNK))
+        return pa.array([frame for part in parts for frame in part], pa.large_binary())
+
+
+def _floats(size: int) -> pa.DataType:
+    return pa.list_(pa.float32(), size)
+
+
+def _float_lists(array: Float32[np.ndarray, "n size"], null: Bool[np.ndarray, "n"] | None = None) -> pa.Array:
+    values = pa.array(np.ascontiguousarray(array).reshape(-1), pa.float32())
+    return pa.FixedSizeListArray.from_arrays(values, array.shape[1], mask=None if null is None else pa.array(null))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not JSON")

@@ -1,0 +1,114 @@
+"""Pictures of a dataset for people: a contact sheet and a video."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from worldloom.core.errors import DataError
+from worldloom.core.files import write_atomic
+from worldloom.data.dataset import EpisodeDataset
+
+_TILE = 112  # least height and width of a picture on the contact sheet
+_VIDEO = 256  # and in the video
+_MARGIN, _CAPTION = 6, 16
+_PAPER, _INK = (255, 255, 255), (60, 60, 60)
+
+
+def contact_sheet(dataset: EpisodeDataset, path: Path, *, episodes: int = 6, times: int = 8) -> None:
+    """Write a PNG: a row for each of some episodes, from first to last frame, with captions.
+
+    Raises:
+        DataError: the dataset holds no pixels, or no episode.
+        StorageError: `path` cannot be written.
+    """
+    rows = []
+    for number in _spread(_with_pixels(dataset), episodes):
+        length = int(dataset.lengths[number])
+        steps = _spread(length + 1, times)
+        frames = dataset.pixels(dataset.starts[number] + steps)
+        rows.append((int(number), steps, _upscaled(to_rgb(frames), _TILE)))
+    height, width = rows[0][2].shape[1:3]
+    columns = max(len(steps) for _, steps, _ in rows)
+    step_x, step_y = width + _MARGIN, height + _CAPTION + _MARGIN
+    sheet = Image.new("RGB", (_MARGIN + columns * step_x, _MARGIN + len(rows) * step_y), _PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for row, (number, steps, frames) in enumerate(rows):
+        for column, (step, frame) in enumerate(zip(steps, frames, strict=True)):
+            x, y = _MARGIN + column * step_x, _MARGIN + row * step_y
+            caption = f"episode {number}" if column == 0 else f"step {step}"
+            draw.text((x, y), caption, fill=_INK, font=font)
+            sheet.paste(Image.fromarray(frame), (x, y + _CAPTION))
+    write_atomic(Path(path), lambda temporary: sheet.save(temporary, format="PNG"))
+
+
+def video(dataset: EpisodeDataset, path: Path, *, episodes: int = 4, rate: int = 15) -> None:
+    """Write an MP4 of some episodes, one after the other, at `rate` frames a second.
+
+    Raises:
+        DataError: the dataset holds no pixels, or no episode.
+        StorageError: `path` cannot be written.
+    """
+    import av
+
+    chosen = _spread(_with_pixels(dataset), episodes)
+
+    def write(temporary: Path) -> None:
+        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+        with av.open(str(temporary), "w", format="mp4") as container:
+            stream: Any = container.add_stream(codec, rate=rate)
+            stream.pix_fmt = "yuv420p"
+            for number in chosen:
+                start, length = int(dataset.starts[number]), int(dataset.lengths[number])
+                for first in range(0, length + 1, 64):
+                    steps = np.arange(first, min(first + 64, length + 1))
+                    frames = _upscaled(to_rgb(dataset.pixels(start + steps)), _VIDEO)
+                    for step, frame in zip(steps, frames, strict=True):
+                        picture = _captioned(frame, f"episode {number}, step {step}")
+                        stream.height, stream.width = picture.shape[:2]
+                        for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                            container.mux(packet)
+            for packet in stream.encode():
+                container.mux(packet)
+
+    write_atomic(Path(path), write)
+
+
+def to_rgb(frames: UInt8[np.ndarray, "n H W C"]) -> UInt8[np.ndarray, "n H W 3"]:
+    """Show any number of channels: one is grey, two lack blue, of more than three the first three are taken."""
+    channels = frames.shape[-1]
+    if channels == 1:
+        return np.repeat(frames, 3, axis=-1)
+    if channels == 2:
+        return np.concatenate([frames, np.zeros_like(frames[..., :1])], axis=-1)
+    return frames[..., :3]
+
+
+def _captioned(frame: UInt8[np.ndarray, "H W 3"], caption: str) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """Add a line of text below, and make both sizes even, as yuv420p asks."""
+    height, width = frame.shape[:2]
+    picture = Image.new("RGB", (width + width % 2, height + height % 2 + 20), _PAPER)
+    picture.paste(Image.fromarray(np.ascontiguousarray(frame)), (0, 0))
+    ImageDraw.Draw(picture).text((4, height + 4), caption, fill=_INK, font=ImageFont.load_default(11))
+    return np.asarray(picture)
+
+
+def _upscaled(frames: UInt8[np.ndarray, "n H W 3"], least: int) -> UInt8[np.ndarray, "n H2 W2 3"]:
+    """Repeat pixels until the smaller side has at least `least`."""
+    factor = -(-least // min(frames.shape[1:3]))
+    return np.repeat(np.repeat(frames, factor, axis=1), factor, axis=2)
+
+
+def _spread(count: int, most: int) -> np.ndarray:
+    """Return at most `most` of the first `count` numbers, spread evenly from first to last."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
+
+
+def _with_pixels(dataset: EpisodeDataset) -> int:
+    if dataset.spec.observation.pixels is None:
+        raise DataError(f"{dataset.path} holds no pixels; there is nothing to show. Look at it with 'data inspect'")
+    if len(dataset) == 0:
+        raise DataError(f"{dataset.path} holds no episode; collect some first")
+    return len(dataset)

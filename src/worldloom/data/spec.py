@@ -1,0 +1,59 @@
+"""What a dataset holds, as one value that is stored with it."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from worldloom.core.errors import DataError
+from worldloom.core.types import ActionSpec, ObservationSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """Observations, actions, the size of each label column, and where the episodes come from.
+
+    `environment` is JSON; `collect` stores the arguments there that decide the content.
+    """
+
+    observation: ObservationSpec
+    action: ActionSpec
+    labels: dict[str, int] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, size in self.labels.items():
+            if not name or size < 1:
+                raise DataError(f"label {name!r} has {size} values; expected a name and at least one value")
+
+    def to_json(self) -> str:
+        """Return the spec as JSON with sorted keys."""
+        try:
+            return json.dumps(asdict(self), sort_keys=True, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"the dataset's environment must be JSON: {error}; pass plain values only") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> "DatasetSpec":
+        """Read what `to_json` wrote.
+
+        Raises:
+            DataError: the text is not such a spec.
+        """
+        try:
+            values = json.loads(text)
+            observation, action = values["observation"], values["action"]
+            pixels = observation["pixels"]
+            return cls(
+                observation=ObservationSpec(
+                    pixels=None if pixels is None else (pixels[0], pixels[1], pixels[2]), vector=observation["vector"]
+                ),
+                action=ActionSpec(
+                    low=tuple(action["low"]), high=tuple(action["high"]), discrete=bool(action["discrete"])
+                ),
+                labels=values["labels"],
+                environment=values["environment"],
+            )
+        except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+            raise DataError(
+                f"the dataset's spec is damaged ({type(error).__name__}: {error}); restore the dataset"
+            ) from error

@@ -1,0 +1,76 @@
+"""Means and standard deviations of the data, by which models normalise their inputs."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int
+from torch import Tensor
+
+from worldloom.core.errors import DataError
+from worldloom.core.seeds import numpy_generator
+from worldloom.data.cache import FrameCache
+
+_CHUNK = 64  # frames whose squares are summed at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Mean and standard deviation of each pixel and channel (0 to 255), vector value and action value.
+
+    A value that never varies has a standard deviation of 0; who divides by it sets a floor.
+    """
+
+    pixel_mean: Float32[Tensor, "H W C"] | None
+    pixel_std: Float32[Tensor, "H W C"] | None
+    vector_mean: Float32[Tensor, "V"] | None
+    vector_std: Float32[Tensor, "V"] | None
+    action_mean: Float32[Tensor, "A"]
+    action_std: Float32[Tensor, "A"]
+
+
+def compute_statistics(
+    cache: FrameCache, *, seed: int, max_frames: int = 4096, episodes: Int[np.ndarray, "T"] | None = None
+) -> Statistics:
+    """Measure the data, or these episodes of it; pixels on at most `max_frames` frames drawn by `seed`.
+
+    Raises:
+        DataError: there is no episode.
+    """
+    chosen = np.arange(len(cache.lengths)) if episodes is None else episodes
+    if len(chosen) == 0:
+        raise DataError("there is no episode to take statistics of; collect some first")
+    frames = np.concatenate([np.arange(cache.starts[e], cache.starts[e] + cache.lengths[e] + 1) for e in chosen])
+    last = np.zeros(len(cache.actions), bool)
+    last[cache.starts + cache.lengths] = True
+    action_mean, action_std = _moments(cache.actions, frames[~last[frames]])
+    pixel_mean = pixel_std = vector_mean = vector_std = None
+    if cache.vector is not None:
+        vector_mean, vector_std = _moments(cache.vector, frames)
+    if cache.pixels is not None:
+        count = min(max_frames, len(frames))
+        sample = numpy_generator(seed, "statistics").choice(frames, size=count, replace=False)
+        pixel_mean, pixel_std = _moments(cache.pixels, np.sort(sample))
+    return Statistics(
+        pixel_mean=pixel_mean,
+        pixel_std=pixel_std,
+        vector_mean=vector_mean,
+        vector_std=vector_std,
+        action_mean=action_mean,
+        action_std=action_std,
+    )
+
+
+def _moments(
+    values: np.ndarray, rows: Int[np.ndarray, "R"]
+) -> tuple[Float32[Tensor, "*shape"], Float32[Tensor, "*shape"]]:
+    # The first row is taken off before squaring: a large mean would cancel away a small variance.
+    origin = values[rows[0]].astype(np.float64)
+    total, squares = np.zeros_like(origin), np.zeros_like(origin)
+    for first in range(0, len(rows), _CHUNK):
+        part = values[rows[first : first + _CHUNK]] - origin
+        total += part.sum(axis=0)
+        squares += np.square(part, out=part).sum(axis=0)
+    mean = total / len(rows)
+    std = np.sqrt(np.maximum(squares / len(rows) - mean**2, 0.0))
+    return torch.from_numpy((origin + mean).astype(np.float32)), torch.from_numpy(std.astype(np.float32))

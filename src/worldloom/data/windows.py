@@ -1,0 +1,142 @@
+"""Training windows: one vectorised gather, from a cache or straight from storage."""
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int, Int64, UInt8
+
+from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.types import Observations, Windows
+from worldloom.data.cache import FrameCache
+from worldloom.data.dataset import Columns, EpisodeDataset
+
+_log = logging.getLogger(__name__)
+
+_Fetch = Callable[[Int64[np.ndarray, "B N"]], UInt8[np.ndarray, "B N H W C"]]
+
+
+class _Sampler:
+    """What both samplers share: the index, and the columns that are held in memory."""
+
+    def __init__(self, index: "_WindowIndex", columns: Columns, fetch: _Fetch | None) -> None:
+        self._index, self._columns, self._fetch = index, columns, fetch
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def sample(self, batch: int, generator: np.random.Generator) -> Windows:
+        """Return `batch` windows, drawn uniformly with replacement."""
+        return self.at(generator.integers(len(self), size=batch))
+
+    def at(self, windows: Int[np.ndarray, "B"]) -> Windows:
+        """Return the windows with these numbers, 0 to `len(self)` - 1, in order of episode and time."""
+        frames, actions, real = self._index.rows(windows)
+        taken = self._columns.actions[actions]
+        taken[~real] = 0.0
+        vector = self._columns.vector
+        return Windows(
+            observations=Observations(
+                pixels=None if self._fetch is None else torch.from_numpy(self._fetch(frames)),
+                vector=None if vector is None else torch.from_numpy(vector[frames]),
+            ),
+            actions=torch.from_numpy(taken.reshape(*taken.shape[:2], -1)),
+            labels={name: torch.from_numpy(column[frames]) for name, column in self._columns.labels.items()},
+        )
+
+
+class WindowSampler(_Sampler):
+    """Draws windows of `context` + `horizon` frames, `block` steps apart, from episodes of a cache.
+
+    A window is named by its current frame, the last of its context. It may begin before its episode does: the
+    first frame repeats there and the actions before it are zero, so that a model with history knows a start. All
+    windows are equally likely; episodes too short for one are left out. `episodes` restricts it to some.
+
+    Raises:
+        DataError: no episode is long enough for one window, or an episode is named that is not there.
+        ConfigError: context, horizon or block is below 1.
+    """
+
+    def __init__(
+        self, cache: FrameCache, *, context: int, horizon: int, block: int, episodes: np.ndarray | None = None
+    ) -> None:
+        pixels = cache.pixels
+        super().__init__(
+            _WindowIndex(cache.starts, cache.lengths, episodes, context=context, horizon=horizon, block=block),
+            Columns(vector=cache.vector, actions=cache.actions, labels=cache.labels),
+            None if pixels is None else lambda frames: pixels[frames],
+        )
+
+
+class LanceWindows(_Sampler):
+    """Draws the same windows as `WindowSampler` straight from storage, for data beyond memory and disk cache.
+
+    Frames are read and decoded as they are drawn; vectors, actions and labels are held in memory.
+
+    Raises:
+        DataError: as `WindowSampler`; a frame that does not decode is named when it is drawn.
+    """
+
+    def __init__(
+        self, dataset: EpisodeDataset, *, context: int, horizon: int, block: int, episodes: np.ndarray | None = None
+    ) -> None:
+        def fetch(frames: Int64[np.ndarray, "B N"]) -> UInt8[np.ndarray, "B N H W C"]:
+            pixels = dataset.pixels(frames.reshape(-1))
+            return pixels.reshape(*frames.shape, *pixels.shape[1:])
+
+        super().__init__(
+            _WindowIndex(dataset.starts, dataset.lengths, episodes, context=context, horizon=horizon, block=block),
+            dataset.columns(),
+            None if dataset.spec.observation.pixels is None else fetch,
+        )
+
+
+class _WindowIndex:
+    """Numbers every window of some episodes, and says which rows it is made of."""
+
+    def __init__(
+        self,
+        starts: Int64[np.ndarray, "E"],
+        lengths: Int64[np.ndarray, "E"],
+        episodes: np.ndarray | None,
+        *,
+        context: int,
+        horizon: int,
+        block: int,
+    ) -> None:
+        if min(context, horizon, block) < 1:
+            raise ConfigError(
+                f"context, horizon and block must be at least 1; got context {context}, horizon {horizon} and block "
+                f"{block}"
+            )
+        chosen = np.arange(len(lengths)) if episodes is None else np.asarray(episodes, np.int64)
+        if ((chosen < 0) | (chosen >= len(lengths))).any():
+            raise DataError(f"episodes {chosen.min()} to {chosen.max()} are asked for; the data holds {len(lengths)}")
+        counts = np.maximum(lengths[chosen] - block * horizon + 1, 0)
+        if not counts.any():
+            there = f"they have {lengths[chosen].min()} to {lengths[chosen].max()}" if len(chosen) else "there are none"
+            raise DataError(
+                f"no episode is long enough: a window of horizon {horizon} and block {block} needs {block * horizon} "
+                f"steps, and of the {len(chosen)} episodes {there}. Shorten the horizon or the block, or collect "
+                f"longer episodes"
+            )
+        if not counts.all():
+            _log.info("%d of %d episodes are too short for a window", int((counts == 0).sum()), len(chosen))
+        self._starts, self._ends, self._counts = starts[chosen], np.cumsum(counts), counts
+        self._frames = block * np.arange(1 - context, horizon + 1)
+        self._actions = self._frames[:-1, None] + np.arange(block)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def rows(
+        self, windows: Int[np.ndarray, "B"]
+    ) -> tuple[Int64[np.ndarray, "B N"], Int64[np.ndarray, "B M K"], Bool[np.ndarray, "B M K"]]:
+        """Return the rows of frames and of actions, and which of these actions were taken (the rest are zero)."""
+        episode = np.searchsorted(self._ends, windows, side="right")
+        current = windows - (self._ends - self._counts)[episode]
+        start = self._starts[episode]
+        frames = np.maximum(current[:, None] + self._frames, 0) + start[:, None]
+        steps = current[:, None, None] + self._actions
+        return frames, np.maximum(steps, 0) + start[:, None, None], steps >= 0

@@ -1,0 +1,227 @@
+"""Factors of variation: what each pixel world can vary by name, and the walls that follow from it.
+
+Lengths are in px: 1/64 of the side of the world, whatever the resolution it is rendered in.
+"""
+
+import colorsys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from jaxtyping import Float64, Int64
+from pydantic import Field
+
+from worldloom.core.config import Config
+from worldloom.core.errors import ConfigError
+from worldloom.core.registry import nearest
+
+SIDE = 64.0
+Byte = Annotated[int, Field(ge=0, le=255)]
+Colour = tuple[Byte, Byte, Byte]
+Draw = Callable[[np.random.Generator], Any]
+
+
+def _uniform(low: float, high: float) -> Draw:
+    return lambda rng: float(rng.uniform(low, high))
+
+
+def _colour(saturation: float, low: float, high: float) -> Draw:
+    def draw(rng: np.random.Generator) -> Colour:
+        red, green, blue = colorsys.hsv_to_rgb(rng.random(), saturation, rng.uniform(low, high))
+        return round(255 * red), round(255 * green), round(255 * blue)
+
+    return draw
+
+
+class RoomFactors(Config):
+    """What all pixel rooms share. The agent is a disc; to walls it is its bounding square."""
+
+    agent_radius: float = Field(2.5, ge=1, le=4)
+    agent_speed: float = Field(2.5, gt=0, le=4)
+    agent_colour: Colour = (214, 60, 50)
+    wall_colour: Colour = (60, 64, 72)
+    floor_colour: Colour = (235, 232, 224)
+    wall_thickness: float = Field(4.0, ge=1, le=8)
+    distractors: int = Field(0, ge=0, le=8)
+    distractor_colour: Colour = (70, 130, 200)
+
+    @classmethod
+    def draws(cls) -> dict[str, Draw]:
+        """Return how each factor is drawn when it varies; the keys are the names that may vary."""
+        return {
+            "agent_radius": _uniform(1.5, 3.5),
+            "agent_speed": _uniform(1.5, 3.0),
+            "agent_colour": _colour(0.85, 0.7, 0.95),
+            "wall_colour": _colour(0.3, 0.2, 0.45),
+            "floor_colour": _colour(0.1, 0.8, 1.0),
+            "wall_thickness": _uniform(3.0, 6.0),
+            "distractors": lambda rng: int(rng.integers(0, 4)),
+            "distractor_colour": _colour(0.6, 0.5, 0.9),
+        }
+
+    def walls(self) -> Float64[np.ndarray, "M 4"]:
+        """Return the walls as rectangles (left, top, right, bottom)."""
+        raise ConfigError(f"{type(self).__name__} has no walls of its own; use a world's factors")
+
+    def rooms(self, points: Float64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "P"]:
+        """Return the room that each point (x, y) lies in, -1 in a doorway."""
+        raise ConfigError(f"{type(self).__name__} has no rooms of its own; use a world's factors")
+
+    def _clearance(self) -> float:
+        """Return how far from a wall's middle line the agent's centre is out of the doorway."""
+        return self.wall_thickness / 2 + self.agent_radius
+
+
+class TwoRoomFactors(RoomFactors):
+    """One wall with one door, through which the agent's centre passes within `door_size` of `door_position`."""
+
+    door_position: float = Field(32.0, ge=9, le=55)
+    door_size: float = Field(4.0, ge=1, le=8)
+    wall_position: float = Field(32.0, ge=20, le=44)
+    wall_axis: Literal["vertical", "horizontal"] = "vertical"
+
+    @classmethod
+    def draws(cls) -> dict[str, Draw]:
+        """Return how each factor is drawn when it varies."""
+        return {
+            **super().draws(),
+            "door_position": _uniform(11, 53),
+            "door_size": _uniform(3, 6),
+            "wall_position": _uniform(24, 40),
+            "wall_axis": lambda rng: str(rng.choice(["vertical", "horizontal"])),
+        }
+
+    def walls(self) -> Float64[np.ndarray, "M 4"]:
+        """Return the two parts of the wall."""
+        walls = _wall(self.wall_position, self.wall_thickness, 0, SIDE, self.door_position, self._gap())
+        return np.array([_turned(wall) if self.wall_axis == "horizontal" else wall for wall in walls])
+
+    def rooms(self, points: Float64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "P"]:
+        """Return 0 before the wall, 1 behind it."""
+        across = points[:, 0 if self.wall_axis == "vertical" else 1] - self.wall_position
+        return np.where(np.abs(across) < self._clearance(), -1, (across > 0).astype(np.int64))
+
+    def _gap(self) -> float:
+        return self.door_size + self.agent_radius
+
+
+class FourRoomsFactors(RoomFactors):
+    """A cross of two walls; each of its four arms (up, down, left, right) has a door at its place."""
+
+    door_positions: tuple[float, float, float, float] = (16.0, 48.0, 16.0, 48.0)
+    door_size: float = Field(4.0, ge=1, le=5)
+
+    @classmethod
+    def draws(cls) -> dict[str, Draw]:
+        """Return how each factor is drawn when it varies."""
+
+        def doors(rng: np.random.Generator) -> tuple[float, ...]:
+            near, far = rng.uniform(10, 20, 2), rng.uniform(44, 54, 2)
+            return float(near[0]), float(far[0]), float(near[1]), float(far[1])
+
+        return {**super().draws(), "door_positions": doors, "door_size": _uniform(3, 5)}
+
+    def walls(self) -> Float64[np.ndarray, "M 4"]:
+        """Return the two parts of each arm."""
+        middle, thick, gap = SIDE / 2, self.wall_thickness, self.door_size + self.agent_radius
+        up, down, left, right = self.door_positions
+        vertical = [*_wall(middle, thick, 0, middle, up, gap), *_wall(middle, thick, middle, SIDE, down, gap)]
+        horizontal = [*_wall(middle, thick, 0, middle, left, gap), *_wall(middle, thick, middle, SIDE, right, gap)]
+        return np.array([*vertical, *(_turned(wall) for wall in horizontal)])
+
+    def rooms(self, points: Float64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "P"]:
+        """Return the quadrant, 0 to 3."""
+        across = points - SIDE / 2
+        quadrant = (across[:, 0] > 0) + 2 * (across[:, 1] > 0)
+        return np.where((np.abs(across) < self._clearance()).any(axis=1), -1, quadrant)
+
+
+class MazeFactors(RoomFactors):
+    """A perfect maze of `cells` x `cells`: one way between any two cells, drawn by `layout` depth first.
+
+    The agent is slower than elsewhere, so that most layouts hold goals more than 100 steps away.
+    """
+
+    agent_radius: float = Field(2.0, ge=1, le=3)
+    agent_speed: float = Field(1.25, gt=0, le=4)
+    wall_thickness: float = Field(2.0, ge=1, le=3)
+    cells: int = Field(5, ge=2, le=6)
+    layout: int = Field(0, ge=0)
+
+    @classmethod
+    def draws(cls) -> dict[str, Draw]:
+        """Return how each factor is drawn when it varies."""
+        return {
+            **super().draws(),
+            "agent_radius": _uniform(1.5, 2.5),
+            "agent_speed": _uniform(1.0, 2.0),
+            "wall_thickness": _uniform(1.5, 3.0),
+            "cells": lambda rng: int(rng.integers(3, 6)),
+            "layout": lambda rng: int(rng.integers(2**24)),  # a label holds it exactly
+        }
+
+    def walls(self) -> Float64[np.ndarray, "M 4"]:
+        """Return a wall between each two neighbouring cells that are not joined."""
+        joined = self._joined()
+        side, half, walls = SIDE / self.cells, self.wall_thickness / 2, []
+        for column in range(self.cells):
+            for row in range(self.cells):
+                for right, down in ((1, 0), (0, 1)):
+                    neighbour = (column + right, row + down)
+                    if max(neighbour) < self.cells and ((column, row), neighbour) not in joined:
+                        left, top = neighbour[0] * side, neighbour[1] * side
+                        walls.append((left - half, top - half, left + down * side + half, top + right * side + half))
+        return np.array(walls)
+
+    def rooms(self, points: Float64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "P"]:
+        """Return the cell, counted along rows."""
+        cell = np.clip((points * self.cells / SIDE).astype(np.int64), 0, self.cells - 1)
+        return cell[:, 0] + self.cells * cell[:, 1]
+
+    def _joined(self) -> set[tuple[tuple[int, int], tuple[int, int]]]:
+        """Return the joined pairs of neighbouring cells, the upper or left one first."""
+        rng = np.random.default_rng(self.layout)
+        start = (int(rng.integers(self.cells)), int(rng.integers(self.cells)))
+        path, seen = [start], {start}
+        joined: set[tuple[tuple[int, int], tuple[int, int]]] = set()
+        while path:
+            column, row = path[-1]
+            around = [(column + 1, row), (column - 1, row), (column, row + 1), (column, row - 1)]
+            free = [cell for cell in around if cell not in seen and min(cell) >= 0 and max(cell) < self.cells]
+            if not free:
+                path.pop()
+                continue
+            chosen = free[int(rng.integers(len(free)))]
+            seen.add(chosen)
+            first, second = sorted((path[-1], chosen))
+            joined.add((first, second))
+            path.append(chosen)
+        return joined
+
+
+def check_names(factors: type[RoomFactors], vary: Sequence[str], fixed: Mapping[str, Any]) -> None:
+    """Refuse names that are not factors, or that are both fixed and varied.
+
+    Raises:
+        ConfigError: with the nearest valid name.
+    """
+    known = factors.draws()
+    for name in vary:
+        if name not in known:
+            raise ConfigError(f"unknown factor {name!r} in vary; {nearest(name, known)}")
+    both = sorted(set(vary) & set(fixed))
+    if both:
+        raise ConfigError(f"factors {both} are both fixed and varied; name each of them once")
+
+
+def _wall(
+    position: float, thickness: float, begin: float, end: float, door: float, gap: float
+) -> list[tuple[float, float, float, float]]:
+    """Return a vertical wall from `begin` to `end`, less its door."""
+    left, right = position - thickness / 2, position + thickness / 2
+    return [(left, begin, right, door - gap), (left, door + gap, right, end)]
+
+
+def _turned(wall: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    left, top, right, bottom = wall
+    return top, left, bottom, right

@@ -1,0 +1,231 @@
+"""The Gymnasium environments: one agent in a room, or many at once, over the same simulator."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+from jaxtyping import Float64
+
+from worldloom.core.errors import ConfigError
+from worldloom.core.registry import nearest
+from worldloom.envs.factors import FourRoomsFactors, MazeFactors, RoomFactors, TwoRoomFactors, check_names
+from worldloom.envs.simulator import Simulator
+from worldloom.envs.tasks import Task, TaskOptions, draw_free, draw_task
+
+_OPTIONS = ("factors", "task")
+_SEED_LIMIT = 2**31
+_LAYOUTS = 20  # layouts drawn for a task that some do not hold
+
+Infos = dict[str, Any]
+
+
+class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
+    """N pixel rooms. Observations are frames (N, size, size, 3), actions (N, 2) in [-1, 1] (x right, y down).
+
+    An action moves the centre by itself times `agent_speed` px; walls let slide. There is no reward (0.0) and no
+    end but `max_episode_steps`. Infos hold `position` (N, 2) in px, and every numeric factor in `vary`.
+
+    Args:
+        num_envs: N.
+        vary: the factors drawn anew for each episode, from the episode's seed; see the world's factors.
+        factors: the values of others, where they are not the defaults.
+        size: the side of a frame in pixels; the world itself is always 64 px wide.
+        max_episode_steps: after so many steps an episode is truncated.
+        render_mode: None or "rgb_array".
+
+    `reset(options=...)` takes `factors`, values for the coming episodes, and `task`, the fields of `TaskOptions`:
+    then a start and a goal are drawn, and the infos of the reset hold `goal` (N, size, size, 3), its picture,
+    `goal_position` (N, 2), `shortest_steps` (N,) and `wall_between` (N,).
+
+    Raises:
+        ConfigError: an unknown factor or option, a value out of range, or no such task in the layout.
+    """
+
+    metadata: dict[str, Any] = {  # noqa: RUF012 - Gymnasium's own type
+        "render_modes": ["rgb_array"],
+        "render_fps": 10,
+        "autoreset_mode": AutoresetMode.NEXT_STEP,
+    }
+    factors_type: ClassVar[type[RoomFactors]]
+    default_vary: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        vary: Sequence[str] | None = None,
+        factors: Mapping[str, Any] | None = None,
+        size: int = 64,
+        max_episode_steps: int | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        if not 16 <= size <= 512:
+            raise ConfigError(f"size must be 16 to 512 pixels; got {size}")
+        self.num_envs, self.render_mode = num_envs, render_mode
+        self._fixed = dict(factors or {})
+        self._vary = tuple(self.default_vary if vary is None else vary)
+        check_names(self.factors_type, self._vary, self._fixed)
+        self.factors_type.parse(self._fixed)
+        self._max_steps = max_episode_steps
+        self._simulator = Simulator(num_envs, size)
+        self.single_observation_space = spaces.Box(0, 255, (size, size, 3), np.uint8)
+        self.single_action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._generators = [np.random.default_rng() for _ in range(num_envs)]
+        self._elapsed = np.zeros(num_envs, np.int64)
+        self._over = np.ones(num_envs, bool)
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[np.ndarray, Infos]:
+        """Begin an episode in each environment; one seed gives the i-th environment seed + i, as in Gymnasium."""
+        for name in options or {}:
+            if name not in _OPTIONS:
+                raise ConfigError(f"unknown reset option {name!r}; {nearest(name, _OPTIONS)}")
+        values = dict(options or {})
+        task_options = TaskOptions.parse(values["task"]) if values.get("task") is not None else None
+        seeds = [seed + row for row in range(self.num_envs)] if isinstance(seed, int) else seed
+        if seeds is not None and len(seeds) != self.num_envs:
+            raise ConfigError(f"expected {self.num_envs} seeds, one for each environment; got {len(seeds)}")
+        tasks: list[Task] = []
+        for row in range(self.num_envs):
+            if seeds is not None and (given := seeds[row]) is not None:
+                self._generators[row] = np.random.default_rng(given)
+            task = self._begin(row, values.get("factors") or {}, task_options)
+            tasks += [] if task is None else [task]
+        infos = self._infos()
+        if tasks:
+            goals = np.stack([task.goal for task in tasks])
+            infos |= {
+                "goal": self._simulator.render(goals),
+                "goal_position": goals.astype(np.float32),
+                "shortest_steps": np.array([task.shortest_steps for task in tasks], np.float32),
+                "wall_between": np.array([task.wall_between for task in tasks]),
+            }
+        return self._simulator.render(), infos
+
+    def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Infos]:
+        """Move each agent; an environment whose episode is over begins the next one instead."""
+        wanted: Float64[np.ndarray, "N 2"] = np.asarray(actions, np.float64)
+        if wanted.shape != (self.num_envs, 2) or not np.isfinite(wanted).all():
+            raise ConfigError(f"expected finite actions of shape {(self.num_envs, 2)}; got {wanted.shape}: {wanted}")
+        again = np.flatnonzero(self._over)
+        self._simulator.step(wanted, ~self._over)
+        self._elapsed += 1
+        for row in again:
+            self._begin(int(row), {}, None)
+        truncated = np.zeros(self.num_envs, bool)
+        if self._max_steps is not None:
+            truncated = self._elapsed >= self._max_steps
+        self._over = truncated.copy()
+        none = np.zeros(self.num_envs, bool)
+        return self._simulator.render(), np.zeros(self.num_envs), none, truncated, self._infos()
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """Return the frames as they are, if `render_mode` is "rgb_array"."""
+        return tuple(self._simulator.render()) if self.render_mode == "rgb_array" else None
+
+    def _begin(self, row: int, given: Mapping[str, Any], options: TaskOptions | None) -> Task | None:
+        rng = np.random.default_rng(self._generators[row].integers(_SEED_LIMIT))
+        draws = self.factors_type.draws()
+        for name in given:
+            if name not in draws:
+                raise ConfigError(f"unknown factor {name!r}; {nearest(name, draws)}")
+        for attempt in range(_LAYOUTS):
+            # All that varies is drawn, given or not, so that a factor that is given changes no other one.
+            drawn = {name: draws[name](rng) for name in sorted(self._vary)}
+            factors = self.factors_type.parse({**self._fixed, **drawn, **given})
+            try:
+                task = None if options is None else draw_task(factors, options, rng)
+            except ConfigError:
+                if attempt == _LAYOUTS - 1:
+                    raise
+            else:
+                break
+        start = draw_free(factors, rng) if task is None else task.start
+        self._simulator.place(row, factors, start, rng)
+        self._elapsed[row], self._over[row] = 0, False
+        return task
+
+    def _infos(self) -> Infos:
+        infos: Infos = {"position": self._simulator.position.astype(np.float32)}
+        for name in self._vary:
+            values = [getattr(factors, name) for factors in self._simulator.factors]
+            if not isinstance(values[0], str):
+                infos[name] = np.array(values, np.float32)
+        return infos
+
+
+class TwoRoomVectorEnv(RoomsVectorEnv):
+    """Two rooms and one door, whose place is drawn anew for each episode."""
+
+    factors_type = TwoRoomFactors
+    default_vary = ("door_position",)
+
+
+class FourRoomsVectorEnv(RoomsVectorEnv):
+    """Four rooms and four doors, whose places are drawn anew for each episode."""
+
+    factors_type = FourRoomsFactors
+    default_vary = ("door_positions",)
+
+
+class MazeVectorEnv(RoomsVectorEnv):
+    """A maze, whose layout is drawn anew for each episode."""
+
+    factors_type = MazeFactors
+    default_vary = ("layout",)
+
+
+class _RoomEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+    """One environment: a batch of one."""
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 - Gymnasium's own type
+    vector_type: ClassVar[type[RoomsVectorEnv]]
+
+    def __init__(self, *, render_mode: str | None = None, **kwargs: Any) -> None:
+        self._batch = self.vector_type(1, render_mode=render_mode, **kwargs)
+        self.render_mode = render_mode
+        self.observation_space = self._batch.single_observation_space
+        self.action_space = self._batch.single_action_space
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Infos]:
+        """Begin an episode; for the options see `RoomsVectorEnv`."""
+        super().reset(seed=seed)
+        # Without a seed the episodes that follow the last seed go on, as Gymnasium asks.
+        drawn = int(self.np_random.integers(_SEED_LIMIT)) if seed is None else seed
+        frames, infos = self._batch.reset(seed=[drawn], options=options)
+        return frames[0], {name: values[0] for name, values in infos.items()}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, Infos]:
+        """Move the agent."""
+        frames, _, _, truncated, infos = self._batch.step(np.asarray(action)[None])
+        return frames[0], 0.0, False, bool(truncated[0]), {name: values[0] for name, values in infos.items()}
+
+    def render(self) -> np.ndarray | None:
+        """Return the frame as it is, if `render_mode` is "rgb_array"."""
+        frames = self._batch.render()
+        return None if frames is None else frames[0]
+
+
+class TwoRoomEnv(_RoomEnv):
+    """One of `TwoRoomVectorEnv`."""
+
+    vector_type = TwoRoomVectorEnv
+
+
+class FourRoomsEnv(_RoomEnv):
+    """One of `FourRoomsVectorEnv`."""
+
+    vector_type = FourRoomsVectorEnv
+
+
+class MazeEnv(_RoomEnv):
+    """One of `MazeVectorEnv`."""
+
+    vector_type = MazeVectorEnv

@@ -1,0 +1,129 @@
+"""Many pixel rooms at once: motion, collisions and pictures, in NumPy over all environments.
+
+Nothing here depends on what else is in the batch: an environment alone gives the same numbers, bit for bit.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float64, UInt8
+
+from worldloom.envs.factors import SIDE, RoomFactors
+
+_DISTRACTOR_RADIUS = 2.0
+_DISTRACTOR_SPEED = 1.5
+
+
+class Simulator:
+    """N rooms of side 64 px, rendered as frames of `size` x `size`."""
+
+    def __init__(self, batch: int, size: int) -> None:
+        self.batch, self.size = batch, size
+        self.factors: list[RoomFactors] = [RoomFactors()] * batch
+        self.position = np.zeros((batch, 2))
+        self._walls = np.zeros((batch, 0, 4))
+        self._radius, self._speed = np.ones(batch), np.ones(batch)
+        self._colour = np.zeros((batch, 3), np.float32)
+        self._background = np.zeros((batch, size, size, 3), np.uint8)
+        self._others: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = [_no_distractors()] * batch
+
+    def place(self, row: int, factors: RoomFactors, position: np.ndarray, rng: np.random.Generator) -> None:
+        """Begin an episode in environment `row`; `rng` draws where the distractors begin."""
+        walls = factors.walls()
+        if len(walls) > self._walls.shape[1]:
+            grown = np.full((self.batch, len(walls), 4), -np.inf)
+            grown[:, : self._walls.shape[1]] = self._walls
+            self._walls = grown
+        self._walls[row] = -np.inf  # a wall at minus infinity stops nobody
+        self._walls[row, : len(walls)] = walls
+        self.factors[row], self.position[row] = factors, position
+        self._radius[row], self._speed[row] = factors.agent_radius, factors.agent_speed
+        self._colour[row] = factors.agent_colour
+        self._background[row] = paint(factors, self.size)
+        if factors.distractors:
+            centres = rng.uniform(_DISTRACTOR_RADIUS, SIDE - _DISTRACTOR_RADIUS, (factors.distractors, 2))
+            heading = rng.uniform(0, 2 * np.pi, factors.distractors)
+            velocity = _DISTRACTOR_SPEED * np.stack([np.cos(heading), np.sin(heading)], axis=1)
+            self._others[row] = (centres, velocity, np.array(factors.distractor_colour, np.float32))
+        else:
+            self._others[row] = _no_distractors()
+
+    def step(self, actions: Float64[np.ndarray, "N 2"], moving: Bool[np.ndarray, "N"]) -> None:
+        """Move the agents by `actions` in [-1, 1] times their speed: along x, then along y.
+
+        Each axis stops at the first wall in its way, exactly, so that no speed passes through one.
+        """
+        for axis in (0, 1):
+            self._slide(axis, np.where(moving, np.clip(actions[:, axis], -1, 1) * self._speed, 0.0))
+        for row in np.flatnonzero(moving):
+            centres, velocity, _ = self._others[row]
+            if len(centres):
+                centres += velocity
+                outside = (centres < _DISTRACTOR_RADIUS) | (centres > SIDE - _DISTRACTOR_RADIUS)
+                velocity[outside] *= -1
+                np.clip(centres, _DISTRACTOR_RADIUS, SIDE - _DISTRACTOR_RADIUS, out=centres)
+
+    def render(self, positions: Float64[np.ndarray, "N 2"] | None = None) -> UInt8[np.ndarray, "N H W 3"]:
+        """Return new frames, with the agents at `positions` (default: where they are)."""
+        positions = self.position if positions is None else positions
+        frames = self._background.copy()
+        for row, (centres, _, colour) in enumerate(self._others):
+            for centre in centres:
+                _blend(frames[row : row + 1], centre[None], np.full(1, _DISTRACTOR_RADIUS), colour[None])
+        _blend(frames, positions, self._radius, self._colour)
+        return frames
+
+    def _slide(self, axis: int, distance: Float64[np.ndarray, "N"]) -> None:
+        here, beside = self.position[:, axis], self.position[:, 1 - axis]
+        radius = self._radius[:, None]
+        near, far = self._walls[:, :, axis] - radius, self._walls[:, :, axis + 2] + radius
+        beside_near, beside_far = self._walls[:, :, 1 - axis] - radius, self._walls[:, :, 3 - axis] + radius
+        in_the_way = (beside[:, None] > beside_near) & (beside[:, None] < beside_far)
+        ahead = np.where(in_the_way & (near >= here[:, None]), near, np.inf).min(axis=1, initial=np.inf)
+        behind = np.where(in_the_way & (far <= here[:, None]), far, -np.inf).max(axis=1, initial=-np.inf)
+        low, high = np.maximum(behind, self._radius), np.minimum(ahead, SIDE - self._radius)
+        self.position[:, axis] = np.clip(here + distance, low, high)
+
+
+def free(factors: RoomFactors, points: Float64[np.ndarray, "P 2"]) -> Bool[np.ndarray, "P"]:
+    """Return where the agent's centre may be."""
+    radius = factors.agent_radius
+    inside: np.ndarray = np.all((points >= radius) & (points <= SIDE - radius), axis=1)
+    for left, top, right, bottom in factors.walls():
+        x, y = points[:, 0], points[:, 1]
+        inside &= ~((x > left - radius) & (x < right + radius) & (y > top - radius) & (y < bottom + radius))
+    return inside
+
+
+def paint(factors: RoomFactors, size: int) -> UInt8[np.ndarray, "H W 3"]:
+    """Return the room without anything that moves; a pixel is wall where its centre is."""
+    picture = np.empty((size, size, 3), np.uint8)
+    picture[:] = factors.floor_colour
+    centres = (np.arange(size) + 0.5) * SIDE / size
+    for left, top, right, bottom in factors.walls():
+        rows, columns = (centres >= top) & (centres < bottom), (centres >= left) & (centres < right)
+        picture[np.ix_(rows, columns)] = factors.wall_colour
+    return picture
+
+
+def _blend(
+    frames: UInt8[np.ndarray, "N H W 3"],
+    centres: Float64[np.ndarray, "N 2"],
+    radii: Float64[np.ndarray, "N"],
+    colours: np.ndarray,
+) -> None:
+    """Draw a disc with a soft edge of one pixel into each frame, in place."""
+    count, size = frames.shape[:2]
+    scale = size / SIDE
+    centre, radius = centres * scale, radii * scale
+    patch = min(size, 2 * int(np.ceil(radius.max() + 1)) + 2)
+    corner = np.clip(np.floor(centre).astype(np.int64) - patch // 2 + 1, 0, size - patch)
+    columns, rows = (corner[:, axis, None] + np.arange(patch) for axis in (0, 1))
+    across, down = columns + 0.5 - centre[:, :1], rows + 0.5 - centre[:, 1:]
+    distance = np.sqrt(down[:, :, None] ** 2 + across[:, None, :] ** 2)
+    cover = np.clip(radius[:, None, None] + 0.5 - distance, 0, 1).astype(np.float32)[..., None]
+    place = (np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :])
+    below = frames[place].astype(np.float32)
+    frames[place] = np.rint(below + (colours[:, None, None].astype(np.float32) - below) * cover).astype(np.uint8)
+
+
+def _no_distractors() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.zeros((0, 2)), np.zeros((0, 2)), np.zeros(3, np.float32)

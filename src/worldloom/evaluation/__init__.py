@@ -1,0 +1,42 @@
+"""Evaluation: named protocols, success with intervals, results and reports."""
+
+from worldloom.evaluation.evaluate import Narrowing, Timed, evaluate
+from worldloom.evaluation.intervals import wilson_interval
+from worldloom.evaluation.protocols import PROTOCOLS, Protocol, Split, SuccessRule, gym_protocol, register_protocol
+from worldloom.evaluation.results import (
+    DistanceBins,
+    EpisodeResult,
+    Latency,
+    PooledResults,
+    PooledRow,
+    Rate,
+    Recording,
+    Results,
+    Row,
+    pool,
+    table_rows,
+)
+
+__all__ = [
+    "PROTOCOLS",
+    "DistanceBins",
+    "EpisodeResult",
+    "Latency",
+    "Narrowing",
+    "PooledResults",
+    "PooledRow",
+    "Protocol",
+    "Rate",
+    "Recording",
+    "Results",
+    "Row",
+    "Split",
+    "SuccessRule",
+    "Timed",
+    "evaluate",
+    "gym_protocol",
+    "pool",
+    "register_protocol",
+    "table_rows",
+    "wilson_interval",
+]

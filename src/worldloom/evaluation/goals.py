@@ -1,0 +1,192 @@
+"""Starts and goals, drawn once and handed to every method."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from worldloom.core.errors import ConfigError, EnvironmentFailure
+from worldloom.core.seeds import derive_seed
+from worldloom.core.types import Goal, Observations
+from worldloom.evaluation.protocols import Protocol
+from worldloom.evaluation.world import Frame, World
+
+_CANDIDATES = 20  # how many seeds are tried for each logged goal before the protocol is called impossible
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tasks:
+    """B starts and goals. Absent arrays mean that the world does not tell."""
+
+    seeds: tuple[int, ...]
+    goal: Goal
+    target: np.ndarray | None  # (B, L): the success rule's vector at the goal
+    start_distance: np.ndarray | None  # (B,)
+    shortest_steps: np.ndarray | None  # (B,)
+    wall_between: np.ndarray | None  # (B,) bool
+    budgets: np.ndarray  # (B,) environment steps
+    digests: tuple[str, ...]  # of each start and goal observation
+
+    def check(self, start: Frame, where: str) -> None:
+        """Raise `EnvironmentFailure` if a reset with the same seed led to another start."""
+        for row, seed in enumerate(self.seeds):
+            if _digest(start.observations[row], self.goal.observations[row]) != self.digests[row]:
+                raise EnvironmentFailure(
+                    f"{where}, episode seed {seed}: a second reset with the same seed gave another observation, so the "
+                    f"goal need not be reachable and methods would see different starts; draw all randomness of the "
+                    f"environment from self.np_random"
+                )
+
+
+def goal_policy_generator(episode_seed: int) -> np.random.Generator:
+    """Return the randomness of the logging policy on its way to the goal of one episode."""
+    return np.random.default_rng(derive_seed(episode_seed, "goal-policy"))
+
+
+def draw_tasks(protocol: Protocol, split: str, world: World, first: int, where: str) -> tuple[Tasks, int]:
+    """Return as many starts and goals as `world` has copies, and the index after the last one used.
+
+    Raises:
+        ConfigError: hardly any goal of the logging policy lies far enough from its start.
+        EnvironmentFailure: the world fails, or does not say where its goal is.
+    """
+    if protocol.goal_source == "world":
+        seeds = [protocol.episode_seed(split, first + row) for row in range(world.size)]
+        return _world_tasks(protocol, split, world, seeds, where), first + world.size
+    return _logged_tasks(protocol, split, world, first, where)
+
+
+def _world_tasks(protocol: Protocol, split: str, world: World, seeds: list[int], where: str) -> Tasks:
+    start = world.reset(seeds, protocol.task(split), where=where)
+    pictures = start.infos.get("goal")
+    if pictures is None:
+        raise EnvironmentFailure(
+            f"{where}: the world draws no goals: its reset gave no info 'goal' for the option 'task'. Use a protocol "
+            f"with goals of the logging policy"
+        )
+    goal = world.observe(pictures, start.rows)
+    target = distance = None
+    if protocol.success.source != "environment":
+        key = f"goal_{protocol.success.name}"
+        target = start.info(key)
+        if target is None:
+            raise EnvironmentFailure(f"{where}: the world's reset gave no info {key!r}, which the success rule needs")
+        target = target.reshape(world.size, -1).astype(np.float64)
+        world.check_finite(target, start.rows, key)
+        distance = np.linalg.norm(start.vector(protocol.success) - target, axis=1)
+    shortest, wall = start.info("shortest_steps"), start.info("wall_between")
+    if protocol.budget is not None:
+        budgets = np.full(world.size, protocol.budget)
+    elif shortest is not None:
+        assert protocol.budget_over_shortest is not None
+        budgets = np.ceil(protocol.budget_over_shortest * shortest).astype(int)
+    else:
+        raise EnvironmentFailure(f"{where}: the budget is stated over the shortest path, which the world does not tell")
+    return Tasks(
+        seeds=tuple(seeds),
+        goal=Goal(observations=goal),
+        target=target,
+        start_distance=distance,
+        shortest_steps=shortest,
+        wall_between=None if wall is None else wall.astype(bool),
+        budgets=budgets,
+        digests=tuple(_digest(start.observations[row], goal[row]) for row in range(world.size)),
+    )
+
+
+def _logged_tasks(protocol: Protocol, split: str, world: World, first: int, where: str) -> tuple[Tasks, int]:
+    drawn: list[_Drawn] = []
+    index = first
+    while len(drawn) < world.size:
+        if index - first >= _CANDIDATES * world.size:
+            raise ConfigError(
+                f"{where}: of {index - first} goals that the policy {protocol.policy!r} reached, only {len(drawn)} lie "
+                f"more than {protocol.least_distance} from their start; take a larger goal_offset or a smaller "
+                f"tolerance"
+            )
+        seeds = [protocol.episode_seed(split, index + row) for row in range(world.size)]
+        for candidate in _follow_policy(protocol, split, world, seeds, where):
+            index += 1
+            least = protocol.least_distance
+            if least is None or candidate.distance is None or candidate.distance > least:
+                drawn.append(candidate)
+            if len(drawn) == world.size:
+                break
+    goal = _stack([one.goal for one in drawn])
+    distances = [one.distance for one in drawn if one.distance is not None]
+    targets = [one.target for one in drawn if one.target is not None]
+    assert protocol.budget is not None
+    tasks = Tasks(
+        seeds=tuple(one.seed for one in drawn),
+        goal=Goal(observations=goal),
+        target=np.stack(targets) if targets else None,
+        start_distance=np.array(distances) if distances else None,
+        shortest_steps=None,
+        wall_between=None,
+        budgets=np.full(world.size, protocol.budget),
+        digests=tuple(_digest(one.start, one.goal) for one in drawn),
+    )
+    return tasks, index
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Drawn:
+    """One start and the goal that the logging policy reached from it."""
+
+    seed: int
+    start: Observations
+    goal: Observations
+    target: np.ndarray | None
+    distance: float | None
+
+
+def _follow_policy(protocol: Protocol, split: str, world: World, seeds: list[int], where: str) -> Iterator[_Drawn]:
+    from worldloom.data.policies import POLICIES
+
+    policy = POLICIES[protocol.policy](world.action_spec, **protocol.policy_options)
+    policy.reset([goal_policy_generator(seed) for seed in seeds])
+    steps = protocol.splits[split].goal_offset
+    assert steps is not None
+    start = frame = world.reset(seeds, None, where=where)
+    origins, starts = [start.observations[row] for row in range(world.size)], _vectors(protocol, world, start)
+    goals, targets = list(origins), list(starts)
+    running = np.ones(world.size, bool)
+    for _ in range(steps):
+        frame = world.step(policy.act(frame.observations), start.rows)
+        reached = frame[running]
+        for index, (row, vector) in enumerate(zip(reached.rows, _vectors(protocol, world, reached), strict=True)):
+            goals[row], targets[row] = reached.observations[index], vector
+        running &= ~frame.over
+        if not running.any():
+            break
+    for row, seed in enumerate(seeds):
+        origin, target = starts[row], targets[row]
+        distance = None if origin is None or target is None else float(np.linalg.norm(origin - target))
+        yield _Drawn(seed=seed, start=origins[row], goal=goals[row], target=target, distance=distance)
+
+
+def _vectors(protocol: Protocol, world: World, frame: Frame) -> list[np.ndarray | None]:
+    """Return the success rule's vector of each row, or None for each where the world itself judges."""
+    if protocol.success.source == "environment":
+        return [None] * len(frame.rows)
+    values = frame.vector(protocol.success)
+    world.check_finite(values, frame.rows, protocol.success.name or "the observation vector")
+    return list(values)
+
+
+def _stack(parts: list[Observations]) -> Observations:
+    pixels = [part.pixels for part in parts if part.pixels is not None]
+    vectors = [part.vector for part in parts if part.vector is not None]
+    return Observations(
+        pixels=torch.stack(pixels) if pixels else None, vector=torch.stack(vectors) if vectors else None
+    )
+
+
+def _digest(start: Observations, goal: Observations) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in (start.pixels, start.vector, goal.pixels, goal.vector):
+        if part is not None:
+            digest.update(part.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,314 @@
+"""Named, versioned evaluation protocols: every convention is a field, and is written out by `describe`."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from worldloom.core.config import Config
+from worldloom.core.errors import ConfigError
+from worldloom.core.registry import Registry
+from worldloom.core.seeds import derive_seed
+
+
+class SuccessRule(Config):
+    """When an episode has succeeded.
+
+    With the source `environment` the environment's own word counts. Otherwise the vector `name` must come
+    within `radius` of the same vector at the goal: an info, a part of the observation (the whole observation
+    vector if `name` is empty), or, with the source `named`, whichever of the two bears the name.
+    """
+
+    source: Literal["named", "info", "observation", "environment"] = "named"
+    name: str = ""
+    radius: float = Field(default=0.0, ge=0)
+    unit: str = ""
+
+    @model_validator(mode="after")
+    def _named(self) -> "SuccessRule":
+        if self.source in ("named", "info") and not self.name:
+            raise ValueError(f"a success rule of source {self.source!r} needs a name")
+        return self
+
+    @classmethod
+    def parse_text(cls, text: str) -> "SuccessRule":
+        """Read `NAME:TOLERANCE`, `info:NAME:TOLERANCE`, `observation[:NAME]:TOLERANCE` or `env`.
+
+        Raises:
+            ConfigError: the text is none of these.
+        """
+        if text == "env":
+            return cls(source="environment")
+        *parts, tolerance = text.split(":")
+        source = parts.pop(0) if parts and parts[0] in ("info", "observation") else "named"
+        try:
+            if len(parts) > 1:
+                raise ValueError("too many colons")
+            values = {"source": source, "name": parts[0] if parts else "", "radius": float(tolerance)}
+            return cls.parse(values)
+        except (ValueError, ConfigError) as error:
+            raise ConfigError(
+                f"success rule {text!r} is not understood ({error}); expected NAME:TOLERANCE such as position:3, "
+                f"info:NAME:TOLERANCE, observation:TOLERANCE, observation:NAME:TOLERANCE, or env"
+            ) from None
+
+    def describe(self) -> str:
+        """Return the rule in words."""
+        if self.source == "environment":
+            return (
+                "the environment's own word: its info 'success', else its info 'is_success', else 'terminated' where "
+                "it gives neither"
+            )
+        whole = "the observation vector"
+        place = {"named": "info or observation", "info": "info", "observation": "observation"}[self.source]
+        what = f"'{self.name}' ({place})" if self.name else whole
+        unit = f" {self.unit}" if self.unit else ""
+        return f"the Euclidean distance from {what} to the same vector at the goal is at most {self.radius:g}{unit}"
+
+
+class Split(Config):
+    """Episodes that are counted together.
+
+    `task` goes to the world's `reset(options={"task": ...})`; `goal_offset` is the number of steps for which
+    the logging policy acts to reach the goal, where the world draws none.
+    """
+
+    episodes: int = Field(default=100, ge=1)
+    task: dict[str, Any] = Field(default_factory=dict)
+    goal_offset: int | None = Field(default=None, ge=1)
+
+
+class Protocol(Config):
+    """How success is measured: the world, its starts and goals, the budget and what counts.
+
+    `goal_source` says who draws the goals: the `world` itself, or the `logged-policy`, whose frame after
+    `goal_offset` steps from the same reset seed is the goal, which is so known to be reachable. The budget
+    is a number of environment steps, or a multiple of the shortest path where the world tells it.
+    `min_distance` is the least distance between start and goal by the vector of the success rule (by default
+    more than its radius, for logged goals). Goals depend on `seed`, the split and the protocol's name alone.
+    """
+
+    name: str
+    version: int = Field(default=1, ge=1)
+    env_id: str
+    env_kwargs: dict[str, Any] = Field(default_factory=dict)
+    goal_source: Literal["world", "logged-policy"] = "world"
+    splits: dict[str, Split] = Field(min_length=1)
+    policy: str = "directed-walk"
+    policy_options: dict[str, Any] = Field(default_factory=dict)
+    success: SuccessRule
+    min_distance: float | None = Field(default=None, ge=0)
+    budget: int | None = Field(default=None, ge=1)
+    budget_over_shortest: float | None = Field(default=None, gt=0)
+    frame_skip: int = Field(default=1, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Protocol":
+        if (self.budget is None) == (self.budget_over_shortest is None):
+            raise ValueError("expected either budget or budget_over_shortest")
+        logged = self.goal_source == "logged-policy"
+        for name, split in self.splits.items():
+            if logged and (split.goal_offset is None or split.task):
+                raise ValueError(
+                    f"split {name!r} takes its goals from the logged policy: it needs goal_offset, no task"
+                )
+            if not logged and split.goal_offset is not None:
+                raise ValueError(f"split {name!r} has a goal_offset, but the world draws the goals")
+        if logged and self.budget is None:
+            raise ValueError("goals of the logged policy have no known shortest path: give a budget in steps")
+        return self
+
+    @property
+    def title(self) -> str:
+        """The name and version, such as `two-room@1`."""
+        return f"{self.name}@{self.version}"
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of every convention; the root seed, which chooses a draw under them, is left out."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"seed"}), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    @property
+    def least_distance(self) -> float | None:
+        """The distance that start and goal must exceed, or None where none is asked."""
+        if self.min_distance is None and self.goal_source == "logged-policy" and self.success.source != "environment":
+            return self.success.radius
+        return self.min_distance
+
+    def task(self, split: str) -> dict[str, Any]:
+        """Return the task options for the world, `min_distance` included."""
+        least = {} if self.min_distance is None else {"min_distance": self.min_distance}
+        return {**least, **self.splits[split].task}
+
+    def episode_seed(self, split: str, index: int) -> int:
+        """Return the reset seed of one episode, from the stream "evaluation", which no training draws from.
+
+        It is below 2**31, which every simulator takes and every JSON reader keeps exactly.
+        """
+        return derive_seed(self.seed, "evaluation", self.name, self.version, split, index) % 2**31
+
+    def customise(
+        self,
+        *,
+        budget: int | None = None,
+        episodes: int | None = None,
+        seed: int | None = None,
+        env_kwargs: Mapping[str, Any] | None = None,
+    ) -> "Protocol":
+        """Return the protocol with conventions changed; it then bears another name, but for a fresh seed."""
+        values = self.model_dump()
+        if budget is not None:
+            values.update(budget=budget, budget_over_shortest=None)
+        if episodes is not None:
+            values["splits"] = {name: {**split, "episodes": episodes} for name, split in values["splits"].items()}
+        if env_kwargs:
+            values["env_kwargs"] = {**self.env_kwargs, **env_kwargs}
+        if Protocol.parse(values) != self:
+            values["name"] = f"{self.name}-custom"
+        if seed is not None:
+            values["seed"] = seed
+        return Protocol.parse(values)
+
+    def describe(self) -> list[str]:
+        """Return every convention as a line of text."""
+        counts = ", ".join(f"{name} ({split.episodes} episodes)" for name, split in self.splits.items())
+        arguments = f"with {_json(self.env_kwargs)}" if self.env_kwargs else "with its default arguments"
+        if self.budget is not None:
+            budget = f"{self.budget} environment steps"
+        else:
+            budget = f"{self.budget_over_shortest:g} times the fewest steps that the world says are needed"
+        skip = (
+            "none: the agent sees every frame and chooses every action"
+            if self.frame_skip == 1
+            else f"each chosen action is taken {self.frame_skip} times; the agent sees every {self.frame_skip}th frame"
+        )
+        return [
+            f"Protocol: {self.title}, digest {self.fingerprint}.",
+            f"World: {self.env_id}, {arguments}; it is drawn anew for each episode from that episode's seed.",
+            f"Splits: {counts}.",
+            *self._describe_goals(),
+            f"Seeds: root {self.seed}; each episode's seed comes from the stream 'evaluation', which neither "
+            f"collection nor training draws from. Every method sees the same starts and goals.",
+            f"Success: {self.success.describe()}. It counts at any step within the budget, the start included, and "
+            f"ends the episode; so do termination and truncation.",
+            f"Budget: {budget}.",
+            f"Frame skip: {skip}. A model's own action block is part of the method and needs no frame skip.",
+            "What the agent sees: the observation and an observation of the goal; no info, no reward.",
+            "Intervals: Wilson's score interval at 95%, episodes taken as independent.",
+            "Path length: SPL is the mean of success x shortest / max(taken, shortest) (Anderson et al. 2018); the "
+            "ratio is steps taken / shortest over successes. Success within a radius can take fewer steps than the "
+            "shortest path to the goal itself.",
+        ]
+
+    def _describe_goals(self) -> list[str]:
+        unit = f" {self.success.unit}" if self.success.unit else ""
+        least = (
+            "" if self.least_distance is None else f" Start and goal lie more than {self.least_distance:g}{unit} apart."
+        )
+        if self.goal_source == "world":
+            tasks = "; ".join(f"{name}: {_json(self.task(name))}" for name in self.splits)
+            return [f"Starts and goals: drawn by the world at reset from the task options {tasks}.{least}"]
+        offsets = "; ".join(f"{name}: {split.goal_offset} steps" for name, split in self.splits.items())
+        options = f" with {_json(self.policy_options)}" if self.policy_options else ""
+        return [
+            f"Starts and goals: the world is reset with the episode's seed and the logging policy "
+            f"'{self.policy}'{options} acts ({offsets}, or fewer where the world ends the episode); the frame that it "
+            f"reaches is the goal. The world is then reset with the same seed and the agent acts.{least}"
+            + ("" if self.least_distance is None else " Closer ones are left out and the next seed is taken.")
+        ]
+
+
+PROTOCOLS: Registry[Protocol] = Registry("protocol")
+
+
+def register_protocol(protocol: Protocol) -> Protocol:
+    """Add a protocol to `PROTOCOLS` under its title."""
+    return PROTOCOLS.register(protocol.title)(protocol)
+
+
+def gym_protocol(
+    env_id: str,
+    *,
+    success: str,
+    goal_offset: int | Sequence[int] = 25,
+    budget: int | None = None,
+    episodes: int = 100,
+    policy: str = "directed-walk",
+    policy_options: Mapping[str, Any] | None = None,
+    env_kwargs: Mapping[str, Any] | None = None,
+    min_distance: float | None = None,
+    frame_skip: int = 1,
+    seed: int = 0,
+) -> Protocol:
+    """Return a protocol for any Gymnasium id, with goals that the logging policy reached from the same seed.
+
+    The budget is four times the longest `goal_offset` unless given.
+
+    Raises:
+        ConfigError: the success rule is not understood, or a value is out of range.
+    """
+    offsets = [goal_offset] if isinstance(goal_offset, int) else list(goal_offset)
+    return Protocol.parse(
+        {
+            "name": f"logged-goals/{env_id}",
+            "env_id": env_id,
+            "env_kwargs": dict(env_kwargs or {}),
+            "goal_source": "logged-policy",
+            "splits": {f"{steps} steps away": {"episodes": episodes, "goal_offset": steps} for steps in offsets},
+            "policy": policy,
+            "policy_options": dict(policy_options or {}),
+            "success": SuccessRule.parse_text(success),
+            "min_distance": min_distance,
+            "budget": budget or 4 * max(offsets),
+            "frame_skip": frame_skip,
+            "seed": seed,
+        }
+    )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+_WITHIN_3_PIXELS = SuccessRule(source="info", name="position", radius=3.0, unit="px")
+
+register_protocol(
+    Protocol(
+        name="two-room",
+        env_id="worldloom/TwoRoom-v0",
+        splits={
+            "cross-room": Split(task={"split": "cross-room"}),
+            "same-room": Split(task={"split": "same-room"}),
+        },
+        success=_WITHIN_3_PIXELS,
+        min_distance=10.0,
+        budget=150,
+    )
+)
+register_protocol(
+    Protocol(
+        name="four-rooms",
+        env_id="worldloom/FourRooms-v0",
+        splits={
+            "cross-room": Split(task={"split": "cross-room"}),
+            "same-room": Split(task={"split": "same-room"}),
+        },
+        success=_WITHIN_3_PIXELS,
+        min_distance=10.0,
+        budget=200,
+    )
+)
+register_protocol(
+    Protocol(
+        name="maze-far",
+        env_id="worldloom/Maze-v0",
+        splits={"far": Split(task={"split": "any", "min_steps": 101})},
+        success=_WITHIN_3_PIXELS,
+        min_distance=10.0,
+        budget_over_shortest=4.0,
+    )
+)

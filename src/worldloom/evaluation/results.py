@@ -1,0 +1,477 @@
+"""What an evaluation found, and `results.json`.
+
+`results.json` is one object:
+
+- `format`: 1; `kind`: "worldloom results"; `worldloom`: the version that wrote it.
+- `protocol`: every field of the protocol, with `title`, `fingerprint` and `conventions` (its lines of text).
+- `model`: fingerprint of the weights; `training_seed`; `hardware`; `provenance`: whatever the caller gave.
+- `rows`: one for each method and split, in the order evaluated: `method`, `split`, `protocol`,
+  `protocol_fingerprint`, `n`, `successes`, `rate`, `interval` (Wilson 95%), `seeds` (`evaluation`, `training`),
+  `spl`, `steps_over_shortest`, `by_distance` (`measure`, `bins`), `by_wall`, `latency`, `hardware`, `threads`,
+  `model` and `episodes`.
+- Each bin of `by_distance` and each group of `by_wall`: `label`, `n`, `successes`, `rate`, `interval`, and a bin's
+  `mean_distance`.
+- `latency`: `basis` ("plan" or "act"), `decisions`, `batch_ms` (per decision for the whole batch), and `mean_ms`,
+  `p50_ms`, `p95_ms` per decision and environment.
+- `episodes`: `index`, `seed`, `success`, `steps`, `budget`, `shortest_steps`, `start_distance`, `end_distance`,
+  `wall_between`, `task` (digest of start and goal).
+
+What follows from the episodes is written for readers and computed again when the file is read.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import worldloom
+from worldloom.core.errors import ConfigError, StorageError
+from worldloom.core.files import read_json, write_json
+from worldloom.evaluation.intervals import wilson_interval
+from worldloom.evaluation.protocols import Protocol
+
+FORMAT = 1
+_KIND = "worldloom results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeResult:
+    """One episode. `steps` are environment steps, to success or in all; distances are those of the success rule."""
+
+    index: int
+    seed: int
+    success: bool
+    steps: int
+    budget: int
+    shortest_steps: float | None = None
+    start_distance: float | None = None
+    end_distance: float | None = None
+    wall_between: bool | None = None
+    task: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """Successes among n episodes."""
+
+    label: str
+    n: int
+    successes: int
+
+    @property
+    def rate(self) -> float:
+        """The share of successes; 0 without an episode."""
+        return self.successes / self.n if self.n else 0.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95% interval."""
+        return wilson_interval(self.successes, self.n)
+
+    @classmethod
+    def of(cls, label: str, episodes: Sequence[EpisodeResult]) -> "Rate":
+        """Count episodes."""
+        return cls(label=label, n=len(episodes), successes=sum(episode.success for episode in episodes))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts, the rate and its interval."""
+        return {
+            "label": self.label,
+            "n": self.n,
+            "successes": self.successes,
+            "rate": self.rate,
+            "interval": list(self.interval),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Milliseconds per decision and environment, decisions being made for a batch at once.
+
+    `basis` is "plan" where the agent says how long it planned, else "act": the time of a call to act.
+    """
+
+    basis: str
+    decisions: int
+    batch_ms: float
+    mean_ms: float
+    p50_ms: float
+    p95_ms: float
+
+    @classmethod
+    def of(cls, basis: str, seconds: Sequence[float], environments: Sequence[int]) -> "Latency | None":
+        """Summarise decisions, each of `seconds` for so many environments; None without any."""
+        if not seconds:
+            return None
+        total, each = np.array(seconds) * 1e3, np.array(seconds) * 1e3 / np.array(environments)
+        return cls(
+            basis=basis,
+            decisions=len(seconds),
+            batch_ms=float(total.mean()),
+            mean_ms=float(total.sum() / np.sum(environments)),
+            p50_ms=float(np.percentile(each, 50)),
+            p95_ms=float(np.percentile(each, 95)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Summary:
+    """The episodes of one method on one split, and what follows from them."""
+
+    method: str
+    split: str
+    episodes: tuple[EpisodeResult, ...]
+
+    @property
+    def overall(self) -> Rate:
+        """Success over all episodes."""
+        return Rate.of("all", self.episodes)
+
+    @property
+    def spl(self) -> float | None:
+        """Success weighted by path length (Anderson et al. 2018), or None where no shortest path is known."""
+        terms = []
+        for episode in self.episodes:
+            if episode.shortest_steps is not None:
+                longest = max(episode.steps, episode.shortest_steps)
+                terms.append(episode.success * (episode.shortest_steps / longest if longest else 1.0))
+        return float(np.mean(terms)) if terms else None
+
+    @property
+    def steps_over_shortest(self) -> float | None:
+        """The mean ratio of steps taken to the fewest needed, over successes."""
+        ratios = [
+            episode.steps / episode.shortest_steps
+            for episode in self.episodes
+            if episode.success and episode.shortest_steps
+        ]
+        return float(np.mean(ratios)) if ratios else None
+
+    @property
+    def by_wall(self) -> list[Rate]:
+        """Success with and without a wall between start and goal; empty where the world does not tell."""
+        groups = [
+            Rate.of(label, [episode for episode in self.episodes if episode.wall_between is wall])
+            for label, wall in (("wall between", True), ("no wall between", False))
+        ]
+        return [group for group in groups if group.n]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(_Summary):
+    """One method on one split."""
+
+    latency: Latency | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistanceBins:
+    """Intervals of goal distance within a split, the same for every method: the measure's name and the edges."""
+
+    measure: str
+    attribute: str
+    edges: tuple[float, ...]
+
+    @classmethod
+    def of(cls, episodes: Sequence[EpisodeResult], unit: str = "") -> "DistanceBins | None":
+        """Choose up to five bins of like counts by shortest path, else by distance; None without either."""
+        for measure, attribute in (
+            ("shortest path (steps)", "shortest_steps"),
+            (f"start-goal distance{f' ({unit})' if unit else ''}", "start_distance"),
+        ):
+            values = [getattr(episode, attribute) for episode in episodes]
+            if values and None not in values:
+                return cls(measure=measure, attribute=attribute, edges=_edges(np.array(values)))
+        return None
+
+    def split(self, episodes: Sequence[EpisodeResult]) -> list[tuple[Rate, float]]:
+        """Return the success in each bin that holds an episode, and the mean distance there."""
+        values = np.array([getattr(episode, self.attribute) for episode in episodes])
+        places = np.clip(np.digitize(values, self.edges) - 1, 0, len(self.edges) - 2)
+        groups = []
+        for place, (low, high) in enumerate(zip(self.edges[:-1], self.edges[1:], strict=True)):
+            inside = [episode for episode, found in zip(episodes, places, strict=True) if found == place]
+            if inside:
+                rate = Rate.of(f"{low:g} to {high:g}", inside)
+                groups.append((rate, float(values[places == place].mean())))
+        return groups
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Recording:
+    """Frames and path of one episode, kept in memory for pictures and never written to `results.json`."""
+
+    method: str
+    split: str
+    seed: int
+    success: bool
+    steps: int
+    frames: np.ndarray | None  # uint8 (T+1, H, W, C)
+    goal: np.ndarray | None  # uint8 (H, W, C)
+    path: np.ndarray | None  # (T+1, L), the success rule's vector, else the info 'position'
+    target: np.ndarray | None  # (L,), at the goal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """All rows of one evaluation; `recordings` are pictures that no file keeps."""
+
+    protocol: Protocol
+    rows: tuple[Row, ...]
+    hardware: Mapping[str, Any]
+    model: str = ""
+    training_seed: int | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    recordings: tuple[Recording, ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods, in the order evaluated."""
+        return list(dict.fromkeys(row.method for row in self.rows))
+
+    def bins(self, split: str) -> DistanceBins | None:
+        """Return the bins of goal distance that every row of a split is divided by."""
+        episodes = next((row.episodes for row in self.rows if row.split == split), ())
+        return DistanceBins.of(episodes, self.protocol.success.unit)
+
+    def row(self, method: str, split: str) -> Row:
+        """Return one row.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        for row in self.rows:
+            if (row.method, row.split) == (method, split):
+                return row
+        raise ConfigError(f"no row for method {method!r} and split {split!r}; methods: {', '.join(self.methods)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of `results.json`."""
+        return {
+            "format": FORMAT,
+            "kind": _KIND,
+            "worldloom": worldloom.__version__,
+            "protocol": {
+                **self.protocol.model_dump(mode="json"),
+                "title": self.protocol.title,
+                "fingerprint": self.protocol.fingerprint,
+                "conventions": self.protocol.describe(),
+            },
+            "model": self.model,
+            "training_seed": self.training_seed,
+            "hardware": dict(self.hardware),
+            "provenance": dict(self.provenance),
+            "rows": [self._row_json(row) for row in self.rows],
+        }
+
+    def _row_json(self, row: Row) -> dict[str, Any]:
+        bins = self.bins(row.split)
+        return {
+            "method": row.method,
+            "split": row.split,
+            "protocol": self.protocol.title,
+            "protocol_fingerprint": self.protocol.fingerprint,
+            **{key: value for key, value in row.overall.to_json().items() if key != "label"},
+            "seeds": {"evaluation": self.protocol.seed, "training": self.training_seed},
+            "spl": row.spl,
+            "steps_over_shortest": row.steps_over_shortest,
+            "by_distance": {
+                "measure": bins.measure if bins else None,
+                "bins": [
+                    {**rate.to_json(), "mean_distance": mean}
+                    for rate, mean in (bins.split(row.episodes) if bins else [])
+                ],
+            },
+            "by_wall": [rate.to_json() for rate in row.by_wall],
+            "latency": asdict(row.latency) if row.latency else None,
+            "hardware": self.hardware.get("accelerator") or self.hardware.get("processor"),
+            "threads": self.hardware.get("threads"),
+            "model": self.model,
+            "episodes": [asdict(episode) for episode in row.episodes],
+        }
+
+    @classmethod
+    def from_json(cls, value: Any, *, where: str = "results") -> "Results":
+        """Build from the content of `results.json`.
+
+        Raises:
+            StorageError: the content is of another kind or format, or its counts are not those of its episodes.
+        """
+        if not isinstance(value, Mapping) or value.get("kind") != _KIND or value.get("format") != FORMAT:
+            found = (value.get("kind"), value.get("format")) if isinstance(value, Mapping) else type(value).__name__
+            raise StorageError(f"{where}: expected kind {_KIND!r} in format {FORMAT}; got {found}. Evaluate again")
+        try:
+            fields = {key: item for key, item in value["protocol"].items() if key in Protocol.model_fields}
+            results = cls(
+                protocol=Protocol.parse(fields),
+                rows=tuple(_row_from_json(row) for row in value["rows"]),
+                hardware=value["hardware"],
+                model=value["model"],
+                training_seed=value["training_seed"],
+                provenance=value["provenance"],
+            )
+            for row, given in zip(results.rows, value["rows"], strict=True):
+                if (row.overall.n, row.overall.successes) != (given["n"], given["successes"]):
+                    raise StorageError(
+                        f"{where}: the row of {row.method!r} on {row.split!r} says {given['successes']} successes of "
+                        f"{given['n']}, its episodes {row.overall.successes} of {row.overall.n}; the file was changed. "
+                        f"Evaluate again"
+                    )
+        except (KeyError, TypeError, AttributeError, ConfigError) as error:
+            raise StorageError(f"{where}: not whole ({type(error).__name__}: {error}). Evaluate again") from error
+        return results
+
+    def write(self, path: Path) -> None:
+        """Write `results.json` atomically."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def read(cls, path: Path) -> "Results":
+        """Read a `results.json`; recordings are not in it."""
+        return cls.from_json(read_json(path), where=str(path))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledRow(_Summary):
+    """One method on one split over several trained models; `episodes` are those of all `runs`."""
+
+    runs: tuple[Row, ...]
+
+    @classmethod
+    def of(cls, runs: Sequence[Row]) -> "PooledRow":
+        """Pool rows of one method and split."""
+        episodes = tuple(episode for run in runs for episode in run.episodes)
+        return cls(method=runs[0].method, split=runs[0].split, episodes=episodes, runs=tuple(runs))
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The lowest and the highest rate of a single model."""
+        rates = [run.overall.rate for run in self.runs]
+        return min(rates), max(rates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledResults:
+    """Evaluations of several trained models under one protocol.
+
+    The pooled interval takes all episodes as independent. They are not quite: models share goals, and the
+    episodes of one model share its faults. So the lowest and highest rate of a single model stand beside it.
+    """
+
+    protocol: Protocol
+    rows: tuple[PooledRow, ...]
+    training_seeds: tuple[int | None, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the pooled rows as JSON values, with what the interval means."""
+        return {
+            "format": FORMAT,
+            "kind": "worldloom pooled results",
+            "protocol": self.protocol.title,
+            "protocol_fingerprint": self.protocol.fingerprint,
+            "training_seeds": list(self.training_seeds),
+            "interval_meaning": "Wilson 95% over all episodes taken as independent; models share goals, and "
+            "episodes of one model share its faults, so see also the range over models",
+            "rows": [
+                {
+                    "method": row.method,
+                    "split": row.split,
+                    **{key: value for key, value in row.overall.to_json().items() if key != "label"},
+                    "lowest": row.range[0],
+                    "highest": row.range[1],
+                    "rates": [run.overall.rate for run in row.runs],
+                    "spl": row.spl,
+                    "steps_over_shortest": row.steps_over_shortest,
+                }
+                for row in self.rows
+            ],
+        }
+
+
+def pool(results: Sequence[Results]) -> PooledResults:
+    """Merge evaluations of several trained models into one row for each method and split.
+
+    Raises:
+        ConfigError: nothing to pool, another protocol, or methods that are not in each of them.
+    """
+    if not results:
+        raise ConfigError("nothing to pool; expected at least one evaluation")
+    first = results[0]
+    for other in results[1:]:
+        if other.protocol.fingerprint != first.protocol.fingerprint:
+            raise ConfigError(
+                f"cannot pool {first.protocol.title} ({first.protocol.fingerprint}) with {other.protocol.title} "
+                f"({other.protocol.fingerprint}); evaluate all models under one protocol"
+            )
+        if {(row.method, row.split) for row in other.rows} != {(row.method, row.split) for row in first.rows}:
+            raise ConfigError(f"cannot pool methods {', '.join(first.methods)} with {', '.join(other.methods)}")
+    return PooledResults(
+        protocol=first.protocol,
+        rows=tuple(PooledRow.of([result.row(row.method, row.split) for result in results]) for row in first.rows),
+        training_seeds=tuple(result.training_seed for result in results),
+    )
+
+
+def table_rows(results: Results | PooledResults) -> list[list[str]]:
+    """Return a header and one row of text for each method: success by split, path length, latency."""
+    splits = list(dict.fromkeys(row.split for row in results.rows))
+    methods = list(dict.fromkeys(row.method for row in results.rows))
+    cells: dict[tuple[str, str], Row | PooledRow] = {(row.method, row.split): row for row in results.rows}
+    sizes = {split: next(row.overall.n for row in results.rows if row.split == split) for split in splits}
+    rows = [
+        ["method", *(f"{split} (n={sizes[split]})" for split in splits), "steps / shortest", "SPL", "ms per decision"]
+    ]
+    for method in methods:
+        mine = [cells[method, split] for split in splits if (method, split) in cells]
+        rows.append(
+            [
+                method,
+                *(_success_text(cells[method, split]) if (method, split) in cells else "-" for split in splits),
+                " / ".join(_number(row.steps_over_shortest) for row in mine),
+                " / ".join(_number(row.spl) for row in mine),
+                " / ".join(_latency_text(row) for row in mine),
+            ]
+        )
+    return rows
+
+
+def _success_text(row: Row | PooledRow) -> str:
+    low, high = row.overall.interval
+    text = f"{row.overall.rate:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+    if isinstance(row, PooledRow):
+        text += f" models {100 * row.range[0]:.1f} to {100 * row.range[1]:.1f}"
+    return text
+
+
+def _latency_text(row: Row | PooledRow) -> str:
+    latencies = [row.latency] if isinstance(row, Row) else [run.latency for run in row.runs]
+    known = [latency.mean_ms for latency in latencies if latency is not None]
+    return _number(float(np.mean(known))) if known else "-"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _row_from_json(row: Mapping[str, Any]) -> Row:
+    return Row(
+        method=row["method"],
+        split=row["split"],
+        episodes=tuple(EpisodeResult(**episode) for episode in row["episodes"]),
+        latency=Latency(**row["latency"]) if row["latency"] else None,
+    )
+
+
+def _edges(values: np.ndarray) -> tuple[float, ...]:
+    """Return edges of up to five bins with at least 15 values or so each, in round numbers."""
+    low, high = float(values.min()), float(values.max())
+    count = int(np.clip(len(values) // 15, 1, 5))
+    scale = 10.0 ** math.floor(math.log10(max(high - low, 1e-9) / 10))
+    inner = {round(float(edge) / scale) for edge in np.quantile(values, np.linspace(0, 1, count + 1)[1:-1])}
+    first = math.floor(low / scale)
+    last = max(math.floor(high / scale) + 1, first + 1)
+    places = [first, *sorted(place for place in inner if first < place < last), last]
+    return tuple(round(float(place * scale), 10) for place in places)

@@ -1,0 +1,9 @@
+"""Encoders: observations to latents. A new one is one file here and a registered `EncoderConfig`."""
+
+from worldloom.models.encoders.base import ENCODERS, EncoderConfig, EncoderField
+from worldloom.models.encoders.fusion import Fusion, default_encoder
+from worldloom.models.encoders.patch_conv import PatchConv
+from worldloom.models.encoders.vector import VectorMLP
+from worldloom.models.encoders.vit import ViT
+
+__all__ = ["ENCODERS", "EncoderConfig", "EncoderField", "Fusion", "PatchConv", "VectorMLP", "ViT", "default_encoder"]

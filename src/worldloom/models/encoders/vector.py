@@ -1,0 +1,46 @@
+"""An encoder of vectors."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from worldloom.core.types import Observations, ObservationSpec
+from worldloom.data.statistics import Statistics
+from worldloom.models.encoders.base import ENCODERS, EncoderConfig, vector_statistics
+from worldloom.models.heads import MLP, Activation, Norm
+from worldloom.models.normalisation import Standardise
+
+
+@ENCODERS.register("vector")
+class VectorMLP(EncoderConfig):
+    """Multi-layer perceptron over the standardised vector."""
+
+    name: Literal["vector"] = "vector"
+    hidden: tuple[int, ...] = (256, 256)
+    norm: Norm = "none"
+    activation: Activation = "relu"
+
+    def build(self, observation: ObservationSpec, statistics: Statistics, latent_dim: int) -> nn.Module:
+        """Build the module."""
+        mean, std = vector_statistics(self.name, observation, statistics)
+        # An element that does not vary but for rounding is left near its own size instead of turning into noise.
+        constant = std <= 1e-4 * mean.abs() + 1e-6
+        standardise = Standardise(mean, torch.where(constant, mean.abs().clamp_min(1), std))
+        mlp = MLP((len(mean), *self.hidden, latent_dim), norm=self.norm, activation=self.activation)
+        return VectorEncoder(standardise, mlp)
+
+
+class VectorEncoder(nn.Module):
+    """The module of `VectorMLP`."""
+
+    def __init__(self, standardise: Standardise, mlp: MLP) -> None:
+        super().__init__()
+        self.standardise, self.mlp = standardise, mlp
+
+    def forward(self, observations: Observations) -> Float[Tensor, "R D"]:
+        """Encode vectors; any pixels beside them are not read."""
+        assert observations.vector is not None
+        latents: Tensor = self.mlp(self.standardise(observations.vector.to(torch.float32)))
+        return latents

@@ -1,0 +1,160 @@
+"""The joint-embedding predictive world model: an encoder, a predictor, and no decoder."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from worldloom.core.config import Config
+from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.seeds import derive_seed
+from worldloom.core.types import ActionSpec, Context, ModelSpec, Observations, ObservationSpec, Windows
+from worldloom.data.statistics import Statistics
+from worldloom.models.encoders import EncoderField, PatchConv
+from worldloom.models.normalisation import LatentNorm, Standardise
+from worldloom.models.predictors import MLPPredictor, Predictor, PredictorField
+
+_ENCODE_AT_ONCE = 1024  # frames, in evaluation: bounds the memory of encoding a whole dataset
+
+
+class JEPAConfig(Config):
+    """What a model is made of; `block` environment actions make one step of it (frame skip, never hidden).
+
+    `context` frames, one block apart, are its state: 1 where a single frame shows the state, more where it does
+    not (velocities).
+    """
+
+    encoder: EncoderField = PatchConv()
+    predictor: PredictorField = MLPPredictor()
+    latent_dim: int = Field(default=64, ge=1)
+    block: int = Field(default=4, ge=1)
+    context: int = Field(default=1, ge=1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WindowOutputs:
+    """What a model makes of training windows: all frames encoded, and the last T predicted open loop."""
+
+    latents: Float[Tensor, "B N D"]
+    predictions: Float[Tensor, "B T D"]
+    actions: Float[Tensor, "B N-1 A"]  # normalised
+
+
+class JEPA(nn.Module):
+    """Implements `WorldModel`; made by `build_jepa` or `load_model`.
+
+    Latents leave the encoder through a batch norm without affine, so each dimension has mean 0 and variance 1
+    over the data. `fingerprint` is set when the weights are saved or loaded.
+    """
+
+    def __init__(
+        self,
+        config: JEPAConfig,
+        spec: ModelSpec,
+        *,
+        encoder: nn.Module,
+        predictor: Predictor,
+        normalise_actions: Standardise,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.spec = spec
+        self.encoder = encoder
+        self.norm = LatentNorm(spec.latent_dim)
+        self.predictor = predictor
+        self.normalise_actions = normalise_actions
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters lie."""
+        return self.norm.running_mean.device
+
+    def set_fingerprint(self, fingerprint: str) -> None:
+        """Name the weights as they are now."""
+        self.spec = replace(self.spec, fingerprint=fingerprint)
+
+    def encode(self, observations: Observations) -> Float[Tensor, "*axes D"]:
+        """Encode observations with any leading axes.
+
+        Raises:
+            DataError: an observation is not what the model was trained on.
+        """
+        self._check(observations)
+        axes = observations.axes
+        flat = observations.map(lambda part: part.reshape(-1, *part.shape[len(axes) :]))
+        if self.training:
+            latents = self.norm(self.encoder(flat))
+        else:
+            rows = math.prod(axes)
+            starts = range(0, max(rows, 1), _ENCODE_AT_ONCE)
+            latents = torch.cat([self.norm(self.encoder(flat[i : i + _ENCODE_AT_ONCE])) for i in starts])
+        shaped: Tensor = latents.reshape(*axes, self.spec.latent_dim)
+        return shaped
+
+    def rollout(self, context: Context, actions: Float[Tensor, "B S T A"]) -> Float[Tensor, "B S T D"]:
+        """Predict the T frames after the context, open loop; actions in environment units."""
+        past, future = self.normalise_actions(context.actions), self.normalise_actions(actions)
+        predictions: Tensor = self.predictor(context.latents, past, future)
+        return predictions.float()
+
+    def forward(self, windows: Windows) -> WindowOutputs:
+        """Encode all frames of the windows and predict, from the first `context`, the rest."""
+        latents = self.encode(windows.observations)
+        context = self.spec.context
+        actions = self.normalise_actions(windows.actions)
+        predictions = self.predictor(latents[:, :context], actions[:, : context - 1], actions[:, None, context - 1 :])
+        return WindowOutputs(latents=latents, predictions=predictions[:, 0].float(), actions=actions)
+
+    def _check(self, observations: Observations) -> None:
+        expected = self.spec.observation
+        pixels, vector = observations.pixels, observations.vector
+        got_pixels = None if pixels is None else tuple(pixels.shape[-3:])
+        got_vector = 0 if vector is None else vector.shape[-1]
+        if got_pixels != expected.pixels or got_vector != expected.vector:
+            raise DataError(
+                f"the model takes pixels {expected.pixels} and a vector of {expected.vector}; got pixels {got_pixels} "
+                f"and a vector of {got_vector}. Use the model with the kind of data that it was trained on"
+            )
+
+
+def build_jepa(
+    config: JEPAConfig,
+    observation: ObservationSpec,
+    action: ActionSpec,
+    statistics: Statistics,
+    *,
+    seed: int,
+) -> JEPA:
+    """Build an untrained model on the CPU, its weights drawn from `seed` alone.
+
+    Raises:
+        ConfigError: the encoder reads what the observation does not hold, or the statistics do not fit the actions.
+    """
+    if len(statistics.action_mean) != action.size:
+        raise ConfigError(
+            f"the statistics are of {len(statistics.action_mean)} action dimensions and an action has {action.size}; "
+            f"compute them from the same data"
+        )
+    spec = ModelSpec(
+        observation=observation, action=action, block=config.block, context=config.context, latent_dim=config.latent_dim
+    )
+    # An action dimension that hardly varies in the data is not blown up: at least 1% of its range is one unit.
+    floor = 0.01 * (torch.tensor(action.high) - torch.tensor(action.low))
+    std = torch.maximum(statistics.action_std, floor)
+    # Modules draw their weights from the default generator: lend it a seed, and give it back as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "model"))
+        encoder = config.encoder.build(observation, statistics, config.latent_dim)
+        predictor = config.predictor.build(
+            latent_dim=config.latent_dim, block_size=spec.block_size, context=config.context
+        )
+    return JEPA(
+        config,
+        spec,
+        encoder=encoder,
+        predictor=predictor,
+        normalise_actions=Standardise(statistics.action_mean.repeat(config.block), std.repeat(config.block)),
+    )

@@ -1,0 +1,27 @@
+"""Losses of training: one module each. A new one is one file here and a registered `LossConfig`."""
+
+from worldloom.models.losses.base import LOSSES, Loss, LossConfig, LossField, LossInputs, Samples, draw_samples
+from worldloom.models.losses.covariance import Covariance
+from worldloom.models.losses.inverse_dynamics import InverseDynamics
+from worldloom.models.losses.prediction import Prediction
+from worldloom.models.losses.sigreg import SIGReg
+from worldloom.models.losses.straightening import Straightening
+from worldloom.models.losses.temporal_similarity import TemporalSimilarity
+from worldloom.models.losses.variance import Variance
+
+__all__ = [
+    "LOSSES",
+    "Covariance",
+    "InverseDynamics",
+    "Loss",
+    "LossConfig",
+    "LossField",
+    "LossInputs",
+    "Prediction",
+    "SIGReg",
+    "Samples",
+    "Straightening",
+    "TemporalSimilarity",
+    "Variance",
+    "draw_samples",
+]

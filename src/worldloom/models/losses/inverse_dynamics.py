@@ -1,0 +1,44 @@
+"""The action that led from one latent to the next, read back: what keeps the moving body in the latents."""
+
+from typing import Literal
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from worldloom.models.distributed import mean_over_ranks
+from worldloom.models.heads import MLP
+from worldloom.models.losses.base import LOSSES, Loss, LossConfig, LossInputs
+
+
+@LOSSES.register("inverse-dynamics")
+class InverseDynamics(LossConfig):
+    """A perceptron from `frames` consecutive latents to the block before the last of them.
+
+    Two frames suffice where one shows the state; with velocities that no single frame shows, take three.
+    """
+
+    name: Literal["inverse-dynamics"] = "inverse-dynamics"
+    frames: int = Field(default=2, ge=2)
+    hidden: tuple[int, ...] = (256,)
+
+    def build(self, *, latent_dim: int, block_size: int) -> Loss:
+        """Build the module."""
+        return InverseDynamicsLoss(latent_dim, block_size, self.frames, self.hidden)
+
+
+class InverseDynamicsLoss(Loss):
+    """The module of `InverseDynamics`: mean squared error in units of the action's variance; 1 is no better than
+    the mean action.
+    """
+
+    def __init__(self, latent_dim: int, block_size: int, frames: int, hidden: tuple[int, ...]) -> None:
+        super().__init__()
+        self.frames = frames
+        self.mlp = MLP((frames * latent_dim, *hidden, block_size))
+
+    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
+        """Return the mean squared error."""
+        pairs = inputs.latents.unfold(1, self.frames, 1).flatten(2)  # (B, N - frames + 1, D * frames)
+        return mean_over_ranks(functional.mse_loss(self.mlp(pairs), inputs.actions[:, self.frames - 2 :]))

@@ -1,0 +1,67 @@
+"""Sketched isotropic Gaussian regularisation (SIGReg of LeJEPA; Balestriero and LeCun, arXiv 2511.08544)."""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from worldloom.core.seeds import torch_generator
+from worldloom.models.distributed import mean_over_ranks, world_size
+from worldloom.models.losses.base import LOSSES, Loss, LossConfig, LossInputs, Samples, draw_samples
+
+
+@LOSSES.register("sigreg")
+class SIGReg(LossConfig):
+    """Epps-Pulley statistic of random one-dimensional projections against the standard normal.
+
+    `stride` takes every so many frames of the window; for `samples` see `draw_samples`.
+    """
+
+    name: Literal["sigreg"] = "sigreg"
+    projections: int = Field(default=256, ge=1)
+    knots: int = Field(default=17, ge=2)
+    limit: float = Field(default=3.0, gt=0)
+    stride: int = Field(default=1, ge=1)
+    samples: Samples = "frame"
+
+    def build(self, *, latent_dim: int, block_size: int) -> Loss:
+        """Build the module."""
+        return SIGRegLoss(self)
+
+
+class SIGRegLoss(Loss):
+    """The module of `SIGReg`.
+
+    For each projection x: the batch size times the integral over [-limit, limit] of
+    |mean exp(itx) - exp(-t^2/2)|^2 exp(-t^2/2) dt, by the trapezoid rule; averaged over projections.
+    """
+
+    def __init__(self, config: SIGReg) -> None:
+        super().__init__()
+        self.config = config
+        spacing = config.limit / (config.knots - 1)
+        self._knots = [index * spacing for index in range(config.knots)]
+        # The integrand is even: each half counts twice, and so do all knots but the two at the ends.
+        self._weights = [2 * spacing * math.exp(-(knot**2) / 2) for knot in self._knots]
+        self._weights[0] /= 2
+        self._weights[-1] /= 2
+
+    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
+        """Return the mean statistic; projections are drawn from a generator seeded by the step."""
+        windows, _, dimension = inputs.latents.shape
+        samples = draw_samples(inputs.latents[:, :: self.config.stride].float(), self.config.samples)
+        # On the CPU, so that every machine and rank draws the same.
+        directions = torch.randn(dimension, self.config.projections, generator=torch_generator(inputs.step, "sigreg"))
+        values = samples @ (directions / directions.norm(dim=0)).to(samples.device)  # M G P
+        parts = []
+        for knot in self._knots:  # one at a time: the intermediates stay in the processor's cache
+            angle = knot * values
+            parts.append(torch.stack([angle.cos().mean(0), angle.sin().mean(0)]))
+        real, imaginary = mean_over_ranks(torch.stack(parts, dim=-1))  # G P Q each
+        knots, weights = values.new_tensor([self._knots, self._weights])
+        distance = (real - torch.exp(-knots.square() / 2)).square() + imaginary.square()
+        statistic: Tensor = (distance @ weights).mean()
+        return windows * world_size() * statistic

@@ -1,0 +1,32 @@
+"""Latent paths that bend little (temporal straightening, after Hénaff et al. 2019)."""
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from worldloom.models.distributed import mean_over_ranks
+from worldloom.models.losses.base import LOSSES, Loss, LossConfig, LossInputs
+
+
+@LOSSES.register("straightening")
+class Straightening(LossConfig):
+    """1 - the cosine between consecutive latent velocities, averaged; needs windows of three frames."""
+
+    name: Literal["straightening"] = "straightening"
+
+    def build(self, *, latent_dim: int, block_size: int) -> Loss:
+        """Build the module."""
+        return StraighteningLoss()
+
+
+class StraighteningLoss(Loss):
+    """The module of `Straightening`."""
+
+    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
+        """Return the mean curvature, from 0 (straight) to 2 (back and forth)."""
+        velocity = inputs.latents.diff(dim=1)
+        return mean_over_ranks(
+            1 - functional.cosine_similarity(velocity[:, 1:], velocity[:, :-1], dim=-1, eps=1e-6).mean()
+        )

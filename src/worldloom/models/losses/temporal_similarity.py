@@ -1,0 +1,29 @@
+"""Latents that change slowly (Sobal et al., arXiv 2211.10831 and 2502.14819)."""
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from worldloom.models.distributed import mean_over_ranks
+from worldloom.models.losses.base import LOSSES, Loss, LossConfig, LossInputs
+
+
+@LOSSES.register("temporal-similarity")
+class TemporalSimilarity(LossConfig):
+    """Mean squared difference of consecutive latents; alone it invites the slow-feature trap."""
+
+    name: Literal["temporal-similarity"] = "temporal-similarity"
+
+    def build(self, *, latent_dim: int, block_size: int) -> Loss:
+        """Build the module."""
+        return TemporalSimilarityLoss()
+
+
+class TemporalSimilarityLoss(Loss):
+    """The module of `TemporalSimilarity`."""
+
+    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
+        """Return the mean squared difference."""
+        return mean_over_ranks(functional.mse_loss(inputs.latents[:, 1:], inputs.latents[:, :-1]))

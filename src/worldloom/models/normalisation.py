@@ -1,0 +1,104 @@
+"""Scales that come from the data: of pixels, of vectors and actions, and of latents."""
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional
+
+from worldloom.models.distributed import mean_over_ranks, world_size
+
+_CHUNK = 2**19  # pixels turned to floats at a time on a CPU, so that they stay in its cache
+
+
+class PixelNormalisation(nn.Module):
+    """(pixel - mean) / std for each pixel and channel, padded with zeros to multiples of `patch`.
+
+    A pixel that the agent crosses in a share p of the frames has std c sqrt(p) for a contrast c, so the division
+    lifts a rare visit to 1 / sqrt(p), which is what lets a small moving body count beside large static walls. A
+    pixel with no visit in the sample has std 0: it takes as floor half the median std of the pixels that vary,
+    so that a first visit there looks like at most two visits elsewhere. One grey level (of 255) is the least
+    floor: below it is quantisation noise.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, mean: Float[Tensor, "H W C"], std: Float[Tensor, "H W C"], patch: int = 1) -> None:
+        super().__init__()
+        varying = std[std > 1]
+        floor = max(1.0, 0.5 * varying.median().item()) if len(varying) else 1.0
+        scale = 1 / std.clamp_min(floor)
+        height, width, _ = mean.shape
+        # (left, right) of channels, width, height; a scale and shift of 0 make the padding 0 whatever it holds.
+        self._padding = (0, 0, 0, -width % patch, 0, -height % patch)
+        self.register_buffer("scale", functional.pad(scale, self._padding))
+        self.register_buffer("shift", functional.pad(-mean * scale, self._padding))
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Height, width and channels of the padded frames."""
+        height, width, channels = self.scale.shape
+        return height, width, channels
+
+    def forward(self, pixels: UInt8[Tensor, "R H W C"]) -> Float[Tensor, "R C Hp Wp"]:
+        """Return normalised frames, channels first by shape and channels last in memory."""
+        if any(self._padding):
+            pixels = functional.pad(pixels, self._padding)
+        if pixels.device.type == "cpu" and not torch.compiler.is_compiling():
+            frames = torch.empty(pixels.shape, dtype=self.scale.dtype)
+            rows = max(1, _CHUNK // self.scale.numel())
+            for part, out in zip(pixels.split(rows), frames.split(rows), strict=True):
+                torch.addcmul(self.shift, part.to(out.dtype), self.scale, out=out)
+        else:
+            frames = torch.addcmul(self.shift, pixels.to(self.scale.dtype), self.scale)
+        return frames.permute(0, 3, 1, 2)
+
+
+class Standardise(nn.Module):
+    """(x - mean) / std for the last axis."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, mean: Float[Tensor, "V"], std: Float[Tensor, "V"]) -> None:
+        super().__init__()
+        self.register_buffer("shift", mean.clone())
+        self.register_buffer("scale", 1 / std)
+
+    def forward(self, values: Float[Tensor, "*axes V"]) -> Float[Tensor, "*axes V"]:
+        """Standardise."""
+        return (values - self.shift) * self.scale
+
+
+class LatentNorm(nn.Module):
+    """Batch norm without affine: statistics of all ranks' batch in training, running ones in evaluation."""
+
+    running_mean: Tensor
+    running_variance: Tensor
+
+    def __init__(self, dimension: int, *, momentum: float = 0.1, epsilon: float = 1e-5) -> None:
+        super().__init__()
+        self.momentum, self.epsilon = momentum, epsilon
+        self.register_buffer("running_mean", torch.zeros(dimension))
+        self.register_buffer("running_variance", torch.ones(dimension))
+
+    def forward(self, values: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
+        """Normalise each dimension, in single precision."""
+        values = values.float()
+        if world_size() == 1 or not self.training:
+            return functional.batch_norm(
+                values,
+                self.running_mean,
+                self.running_variance,
+                training=self.training,
+                momentum=self.momentum,
+                eps=self.epsilon,
+            )
+        mean = mean_over_ranks(values.mean(0))
+        centred = values - mean
+        variance = mean_over_ranks(centred.square().mean(0))
+        with torch.no_grad():
+            count = len(values) * world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_variance.lerp_(variance * (count / (count - 1)), self.momentum)
+        return centred * torch.rsqrt(variance + self.epsilon)

@@ -1,0 +1,155 @@
+"""One planning problem for B environments: the only place where candidates are rolled out and scored."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from worldloom.core.errors import PlanningError
+from worldloom.core.protocols import Objective, WorldModel
+from worldloom.core.types import ActionBounds, Context, Rollouts
+from worldloom.planning.actions import project
+from worldloom.planning.geometry import LatentGeometry
+from worldloom.planning.objectives import Selectable, goal_of
+
+# Rows that a CPU predicts at a time: their activations stay in its second-level cache.
+_CPU_ROWS = 256
+
+
+@dataclass
+class RolloutCount:
+    """How many candidates were rolled out."""
+
+    rollouts: int = 0
+
+
+class PlanningProblem:
+    """Find actions of `horizon` blocks, within `bounds`, that make the objective small.
+
+    `geometry` is what tree search knows of the latent space; other solvers need none.
+
+    Raises:
+        PlanningError: the context or the bounds do not fit the model, or the horizon is below 1.
+    """
+
+    def __init__(
+        self,
+        model: WorldModel,
+        context: Context,
+        objective: Objective,
+        *,
+        horizon: int,
+        bounds: ActionBounds | None = None,
+        geometry: LatentGeometry | None = None,
+        count: RolloutCount | None = None,
+    ) -> None:
+        spec = model.spec
+        expected = (spec.context, spec.latent_dim)
+        if horizon < 1:
+            raise PlanningError(f"a plan needs a horizon of at least one block; got {horizon}")
+        if tuple(context.latents.shape[1:]) != expected:
+            raise PlanningError(
+                f"the model plans from {expected[0]} frames with latents of {expected[1]}; got a context of shape "
+                f"{tuple(context.latents.shape)}. Encode it with the same model"
+            )
+        self.model, self.context, self.objective = model, context, objective
+        self.horizon, self.geometry = horizon, geometry
+        self.bounds = ActionBounds.of(spec, context.latents.device) if bounds is None else bounds
+        if self.bounds.low.shape != (spec.block_size,):
+            raise PlanningError(
+                f"bounds must be of one block, {spec.block_size} values; got {tuple(self.bounds.low.shape)}"
+            )
+        self.count = RolloutCount() if count is None else count
+
+    @property
+    def batch(self) -> int:
+        """The number B of environments."""
+        return self.context.batch
+
+    @property
+    def device(self) -> torch.device:
+        """Where the latents lie, and so the actions."""
+        return self.context.latents.device
+
+    @property
+    def latents(self) -> Float[Tensor, "B D"]:
+        """The current state of each environment."""
+        return self.context.latents[:, -1]
+
+    @property
+    def goal(self) -> Float[Tensor, "B D"]:
+        """The objective's goal.
+
+        Raises:
+            PlanningError: the objective has none.
+        """
+        goal = goal_of(self.objective)
+        if goal is None:
+            raise PlanningError(
+                "this solver searches toward a goal and the objective has none; use GoalObjective, or another solver"
+            )
+        return goal
+
+    def select(self, environments: Tensor | slice, *, horizon: int | None = None) -> "PlanningProblem":
+        """Return the problem of some environments, with the same count of rollouts."""
+        objective = self.objective
+        if not isinstance(objective, Selectable):
+            raise PlanningError(
+                f"{type(objective).__name__} cannot be split by environment; give it a method select(environments)"
+            )
+        return PlanningProblem(
+            self.model,
+            self.context[environments],
+            objective.select(environments),
+            horizon=horizon or self.horizon,
+            bounds=self.bounds,
+            geometry=self.geometry,
+            count=self.count,
+        )
+
+    def project(self, actions: Float[Tensor, "*axes A"]) -> Float[Tensor, "*axes A"]:
+        """Return the nearest actions that may be taken; see `worldloom.planning.actions.project`."""
+        return project(actions, self.model.spec, self.bounds)
+
+    def imagine(self, context: Context, actions: Float[Tensor, "B S T A"]) -> Float[Tensor, "B S T D"]:
+        """Roll the model out from any context; the actions must be projected already."""
+        self.count.rollouts += actions.shape[0] * actions.shape[1]
+        parts = [
+            self.model.rollout(context[rows], actions[rows, columns])
+            for rows, columns in self._chunks(*actions.shape[:2])
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        columns = len(range(0, actions.shape[1], _CPU_ROWS))
+        lines = [torch.cat(parts[first : first + columns], dim=1) for first in range(0, len(parts), columns)]
+        return torch.cat(lines)
+
+    def rollout(self, actions: Float[Tensor, "B S T A"]) -> Rollouts:
+        """Predict what the actions, projected, cause."""
+        actions = self.project(actions)
+        return Rollouts(context=self.context, actions=actions, latents=self.imagine(self.context, actions))
+
+    def evaluate(self, actions: Float[Tensor, "B S T A"]) -> Float[Tensor, "B S"]:
+        """Return the cost of each candidate, by one rollout."""
+        if isinstance(self.objective, Selectable):
+            # Environments by groups, so that what is rolled out is scored while it lies in the cache.
+            chunks = [rows for rows, _ in self._chunks(actions.shape[0], min(actions.shape[1], _CPU_ROWS))]
+            if len(chunks) > 1:
+                return torch.cat([self.select(rows).evaluate(actions[rows]) for rows in chunks])
+        return self.cost(self.rollout(actions))
+
+    def cost(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
+        """Return the cost of what was rolled out; one that is not a number counts as infinite."""
+        return self.objective(rollouts).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+    def _chunks(self, batch: int, candidates: int) -> Iterator[tuple[slice, slice]]:
+        """Cut B x S into pieces, row after row, that suit the device."""
+        if self.device.type != "cpu" or batch * candidates <= _CPU_ROWS:
+            yield slice(0, batch), slice(0, candidates)
+            return
+        rows = max(1, _CPU_ROWS // candidates)
+        for row in range(0, batch, rows):
+            for column in range(0, candidates, _CPU_ROWS):
+                yield slice(row, row + rows), slice(column, column + _CPU_ROWS)

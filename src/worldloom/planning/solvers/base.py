@@ -1,0 +1,66 @@
+"""What a solver is, and the few lines that all of them share."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from jaxtyping import Float
+from pydantic import BeforeValidator, SerializeAsAny
+from torch import Tensor
+
+from worldloom.core.config import Component, parse_component
+from worldloom.core.registry import Registry
+from worldloom.planning.problem import PlanningProblem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """The chosen actions of each environment, and their cost in the solver's own measure."""
+
+    actions: Float[Tensor, "B T A"]
+    cost: Float[Tensor, "B"]
+
+
+class Solver(Component):
+    """A search for good actions: its own configuration, and a pure function of problem and generator.
+
+    A new solver is one file: subclass, `solve`, and `@SOLVERS.register(name)`.
+    """
+
+    @abstractmethod
+    def solve(
+        self, problem: PlanningProblem, *, initial: Float[Tensor, "B I T A"] | None, generator: torch.Generator
+    ) -> Solution:
+        """Return actions within the problem's bounds, in the solver's measure never worse than any of `initial`."""
+
+
+SOLVERS: Registry[type[Solver]] = Registry("solver")
+
+# The field type of a configuration that holds a solver: read by name, written whole.
+SolverField = Annotated[SerializeAsAny[Solver], BeforeValidator(lambda value: parse_component(SOLVERS, value))]
+
+
+def pick(candidates: Float[Tensor, "B S T A"], index: Tensor) -> Float[Tensor, "B K T A"]:
+    """Return the candidates with these places (B, K)."""
+    return candidates[torch.arange(len(index), device=index.device)[:, None], index]
+
+
+def better_of(best: Solution | None, candidates: Float[Tensor, "B S T A"], cost: Float[Tensor, "B S"]) -> Solution:
+    """Return the best so far, or the best of the candidates where that is better."""
+    lowest, index = cost.min(dim=1)
+    actions = pick(candidates, index[:, None])[:, 0]
+    if best is None:
+        return Solution(actions=actions, cost=lowest)
+    better = lowest < best.cost
+    return Solution(
+        actions=torch.where(better[:, None, None], actions, best.actions), cost=torch.minimum(lowest, best.cost)
+    )
+
+
+def start(problem: PlanningProblem, initial: Float[Tensor, "B I T A"] | None) -> Float[Tensor, "B I T A"]:
+    """Return the initial candidates, projected; the middle of the bounds if there are none."""
+    if initial is not None and initial.shape[1]:
+        return problem.project(initial)
+    middle = (problem.bounds.low + problem.bounds.high) / 2
+    return problem.project(middle.expand(problem.batch, 1, problem.horizon, -1))

@@ -1,0 +1,71 @@
+"""The cross-entropy method."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from worldloom.planning.actions import Walk
+from worldloom.planning.problem import PlanningProblem
+from worldloom.planning.solvers.base import SOLVERS, Solution, Solver, better_of, pick, start
+
+
+@SOLVERS.register("cem")
+class CEM(Solver):
+    """Draw from a normal distribution, refit it to the elites, repeat (Rubinstein 1999).
+
+    Deviations are in half ranges of an action. The share `held` of the noise's variance is common to a block's
+    actions: noise that differs at each step averages out and explores little. The share `walks` of the first
+    draw are persistent random walks. Stops early where every deviation is below `stop_below`.
+    """
+
+    name: Literal["cem"] = "cem"
+    samples: int = Field(default=64, ge=2)
+    iterations: int = Field(default=3, ge=1)
+    elites: int = Field(default=8, ge=2)
+    deviation: float = Field(default=0.85, gt=0)
+    least_deviation: float = Field(default=0.05, ge=0)
+    held: float = Field(default=0.85, ge=0, le=1)
+    walks: float = Field(default=0.5, ge=0, le=1)
+    walk: Walk = Walk()
+    stop_below: float = Field(default=0.0, ge=0)
+
+    def solve(
+        self, problem: PlanningProblem, *, initial: Float[Tensor, "B I T A"] | None, generator: torch.Generator
+    ) -> Solution:
+        """Solve; see `Solver`."""
+        spec, bounds = problem.model.spec, problem.bounds
+        half = (bounds.high - bounds.low) / 2
+        kept = start(problem, initial)
+        mean, deviation = kept[:, 0], self.deviation * half.expand_as(kept[:, 0])
+        walking = round(self.walks * self.samples)
+        best: Solution | None = None
+        for iteration in range(self.iterations):
+            drawn = self.samples - (walking if iteration == 0 else 0)
+            noise = self._noise(problem, drawn, generator)
+            candidates = [kept, problem.project(mean[:, None] + deviation[:, None] * noise)]
+            if iteration == 0 and walking:
+                shape = (problem.batch, walking, problem.horizon)
+                candidates.append(self.walk.sample(spec, bounds, shape, generator))
+            population = torch.cat(candidates, dim=1)
+            cost = problem.evaluate(population)
+            best = better_of(best, population, cost)
+            elites = pick(population, cost.topk(min(self.elites, cost.shape[1]), dim=1, largest=False).indices)
+            mean = elites.mean(1)
+            spread = elites.std(1)
+            deviation = torch.maximum(spread, self.least_deviation * half)
+            kept = problem.project(mean)[:, None]
+            if bool((spread < self.stop_below * half).all()):
+                break
+        assert best is not None
+        return better_of(best, kept, problem.evaluate(kept))
+
+    def _noise(self, problem: PlanningProblem, samples: int, generator: torch.Generator) -> Float[Tensor, "B S T A"]:
+        spec = problem.model.spec
+        axes = (problem.batch, samples, problem.horizon)
+        each = torch.randn(*axes, spec.block, spec.action.size, generator=generator, device=problem.device)
+        common = torch.randn(*axes, 1, spec.action.size, generator=generator, device=problem.device)
+        noise: Tensor = each * (1 - self.held) ** 0.5 + common * self.held**0.5
+        return noise.flatten(-2)

@@ -1,0 +1,58 @@
+"""Model predictive path integral control (Williams et al., arXiv 1707.02342)."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from worldloom.planning.problem import PlanningProblem
+from worldloom.planning.solvers.base import SOLVERS, Solution, Solver, better_of, start
+
+
+@SOLVERS.register("mppi")
+class MPPI(Solver):
+    """Move the plan by the noise of the samples, weighted by exp(-cost / temperature).
+
+    The paper's information-theoretic form: u <- u + sum_k w_k e_k with w = softmax(-(S + control u' Sigma^-1 e) /
+    temperature). The temperature is in standard deviations of the costs of one draw, so that it does not depend
+    on their unit; so is `control`. The share `held` of the noise is common to a block's actions.
+    """
+
+    name: Literal["mppi"] = "mppi"
+    samples: int = Field(default=128, ge=2)
+    iterations: int = Field(default=3, ge=1)
+    deviation: float = Field(default=0.6, gt=0)  # half ranges of an action, halved by each iteration
+    temperature: float = Field(default=0.1, gt=0)
+    control: float = Field(default=0.0, ge=0)
+    held: float = Field(default=0.85, ge=0, le=1)
+
+    def solve(
+        self, problem: PlanningProblem, *, initial: Float[Tensor, "B I T A"] | None, generator: torch.Generator
+    ) -> Solution:
+        """Solve; see `Solver`."""
+        spec = problem.model.spec
+        middle = (problem.bounds.low + problem.bounds.high) / 2
+        half = (problem.bounds.high - problem.bounds.low) / 2
+        kept = start(problem, initial)
+        best = better_of(None, kept, problem.evaluate(kept))
+        plan = best.actions
+        axes = (problem.batch, self.samples, problem.horizon)
+        for iteration in range(self.iterations):
+            sigma = self.deviation * 0.5**iteration * half
+            each = torch.randn(*axes, spec.block, spec.action.size, generator=generator, device=problem.device)
+            common = torch.randn(*axes, 1, spec.action.size, generator=generator, device=problem.device)
+            noise = sigma * (each * (1 - self.held) ** 0.5 + common * self.held**0.5).flatten(-2)
+            candidates = problem.project(plan[:, None] + noise)
+            cost = problem.evaluate(candidates)
+            best = better_of(best, candidates, cost)
+            taken = candidates - plan[:, None]  # the noise that the bounds let through
+            control = ((plan - middle)[:, None] * taken / sigma.square()).sum((-2, -1))
+            scale = cost.nan_to_num(posinf=0.0).std(dim=1, keepdim=True).clamp_min(1e-12)
+            weights = torch.softmax(
+                -((cost - best.cost[:, None]) / scale + self.control * control) / self.temperature, 1
+            )
+            plan = plan + (weights[..., None, None] * taken).sum(1)
+        final = problem.project(plan)[:, None]
+        return better_of(best, final, problem.evaluate(final))

@@ -1,0 +1,227 @@
+"""Two-sided search in imagination."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from worldloom.core.errors import PlanningError
+from worldloom.core.types import Context
+from worldloom.planning.actions import Walk
+from worldloom.planning.geometry import LatentGeometry, still
+from worldloom.planning.problem import PlanningProblem
+from worldloom.planning.solvers.base import SOLVERS, Solution, Solver, SolverField, better_of
+from worldloom.planning.solvers.cem import CEM
+
+# Pairs of nodes scored at a time on a CPU: their scores stay in its cache.
+_CPU_PAIRS = 2**20
+
+
+@SOLVERS.register("tree-search")
+class TreeSearch(Solver):
+    """Imagine walks from the state and walks from the goal, and join the two that nearly meet.
+
+    A pair of nodes costs the steps to the one, the steps from the other to the goal, and `gap_weight` times the
+    squared latent gap between them in typical step lengths. The branch from the goal is walked in reverse, its
+    actions read off its latents by inverse dynamics. Where the measured geometry says that dynamics cannot be
+    reversed, all branches start from the state. The best pairs of `checked` different branches, and the initial
+    candidates, are rolled out whole; the plan is the one that comes nearest in the fewest steps, cut where it
+    does, so that a wrong join or a step that cannot be undone is seen before it is taken. A plan is as long as the
+    horizon: each side goes half of it.
+
+    States nearer to the goal than `near` step lengths are left to `near_solver`, over at most `near_horizon`
+    blocks. The cost is in blocks; near the goal it is the objective's.
+    """
+
+    name: Literal["tree-search"] = "tree-search"
+    branches: int = Field(default=64, ge=1)
+    gap_weight: float = Field(default=1.0, gt=0)
+    checked: int = Field(default=8, ge=1)
+    walk: Walk = Walk()
+    near: float = Field(default=4.0, ge=0)
+    near_solver: SolverField = CEM()
+    near_horizon: int = Field(default=4, ge=1)
+
+    def solve(
+        self, problem: PlanningProblem, *, initial: Float[Tensor, "B I T A"] | None, generator: torch.Generator
+    ) -> Solution:
+        """Solve; see `Solver`.
+
+        Raises:
+            PlanningError: the objective has no goal, or the planner was given no geometry.
+        """
+        geometry = problem.geometry
+        if geometry is None:
+            raise PlanningError(
+                "tree search needs to know the latent space: give the planner what measure_geometry(...) returns"
+            )
+        if initial is None:
+            initial = problem.latents.new_empty(problem.batch, 0, problem.horizon, len(problem.bounds.low))
+        initial = problem.project(initial)
+        near = (problem.goal - problem.latents).norm(dim=-1) < self.near * geometry.step_length
+        if not near.any():
+            return self._search(problem, geometry, initial, generator)
+        if near.all():
+            return self._approach(problem, initial, generator)
+        actions = initial.new_empty(problem.batch, problem.horizon, initial.shape[-1])
+        cost = initial.new_empty(problem.batch)
+        (close,), (far,) = torch.where(near), torch.where(~near)
+        approach = self._approach(problem.select(close), initial[close], generator)
+        search = self._search(problem.select(far), geometry, initial[far], generator)
+        actions[close], actions[far] = approach.actions, search.actions
+        cost[close], cost[far] = approach.cost, search.cost
+        return Solution(actions=actions, cost=cost)
+
+    def _approach(
+        self, problem: PlanningProblem, initial: Float[Tensor, "B I T A"], generator: torch.Generator
+    ) -> Solution:
+        horizon = min(self.near_horizon, problem.horizon)
+        near = problem.select(slice(None), horizon=horizon)
+        solution = self.near_solver.solve(near, initial=initial[:, :, :horizon], generator=generator)
+        actions = functional.pad(solution.actions, (0, 0, 0, problem.horizon - horizon))
+        length = torch.full((problem.batch,), horizon, device=problem.device)
+        return Solution(actions=_rest_after(actions, length, problem), cost=solution.cost)
+
+    def _search(
+        self,
+        problem: PlanningProblem,
+        geometry: LatentGeometry,
+        initial: Float[Tensor, "B I T A"],
+        generator: torch.Generator,
+    ) -> Solution:
+        two_sided = geometry.reversibility.reversible and problem.horizon > 1
+        depth = (problem.horizon + 1) // 2 if two_sided else problem.horizon
+        scale = self.gap_weight / geometry.step_length**2
+        forward = self._grow(problem, problem.latents, problem.context, depth, generator)
+        if two_sided:
+            backward = self._grow(
+                problem, problem.goal, still(problem.goal, problem.model), problem.horizon - depth, generator
+            )
+        else:
+            backward = _Tree.bare(problem.goal)
+        joins = _best_joins(forward, backward, scale, self.checked)
+        plans, lengths = _assemble(forward, backward, joins, geometry, problem)
+        plans = torch.cat([plans, initial], dim=1)
+        lengths = torch.cat([lengths, torch.full_like(lengths[:, :1], problem.horizon).expand(-1, initial.shape[1])], 1)
+        # Roll the plans out whole: the cost is that of the best place to stop.
+        longest = int(lengths.max())
+        latents = problem.imagine(problem.context, plans[:, :, :longest])
+        steps = torch.arange(1, longest + 1, device=lengths.device)
+        cost = (latents - problem.goal[:, None, None]).square().sum(-1) * scale + steps
+        cost, stop = cost.masked_fill(steps > lengths[..., None], torch.inf).nan_to_num(nan=torch.inf).min(-1)
+        plans = _rest_after(plans, stop + 1, problem)
+        return better_of(None, plans, cost)
+
+    def _grow(
+        self,
+        problem: PlanningProblem,
+        root: Float[Tensor, "B D"],
+        context: Context,
+        depth: int,
+        generator: torch.Generator,
+    ) -> "_Tree":
+        shape = (problem.batch, self.branches, depth)
+        actions = self.walk.sample(problem.model.spec, problem.bounds, shape, generator)
+        return _Tree(root=root, latents=problem.imagine(context, actions), actions=actions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tree:
+    """N branches of H nodes from one root. Node 0 is the root; node 1 + n H + h is h + 1 steps along branch n."""
+
+    root: Float[Tensor, "B D"]
+    latents: Float[Tensor, "B N H D"]
+    actions: Float[Tensor, "B N H A"]
+
+    @classmethod
+    def bare(cls, root: Float[Tensor, "B D"]) -> "_Tree":
+        """Return a tree without branches."""
+        none = root.new_empty(len(root), 0, 0, root.shape[-1])
+        return cls(root=root, latents=none, actions=none)
+
+    @property
+    def nodes(self) -> Float[Tensor, "B M D"]:
+        return torch.cat([self.root[:, None], self.latents.flatten(1, 2)], dim=1)
+
+    @property
+    def steps(self) -> Float[Tensor, "M"]:
+        branches, depth = self.latents.shape[1:3]
+        along = torch.arange(1, depth + 1, device=self.root.device, dtype=self.root.dtype).repeat(branches)
+        return functional.pad(along, (1, 0))
+
+    def locate(self, node: Int[Tensor, "B K"]) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B K"]]:
+        """Return the branch and the steps of each node; the root counts as 0 steps along branch 0."""
+        depth = max(1, self.latents.shape[2])
+        place = (node - 1).clamp_min(0)
+        return place // depth, torch.where(node > 0, place % depth + 1, 0)
+
+
+def _best_joins(
+    forward: _Tree, backward: _Tree, scale: float, count: int
+) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B K"]]:
+    """Return the cheapest pair of nodes of each of the `count` best forward branches, as node numbers.
+
+    A cost is steps + steps + scale |f - b|^2, expanded so that one matrix product and one minimum over the
+    goal's side give it.
+    """
+    ours, theirs = forward.nodes, backward.nodes
+    base = scale * ours.square().sum(-1) + forward.steps
+    offset = (scale * theirs.square().sum(-1) + backward.steps)[:, None]
+    per_environment = ours.shape[1] * theirs.shape[1]
+    at_once = max(1, _CPU_PAIRS // per_environment) if ours.device.type == "cpu" else len(ours)
+    lowest, partner = [], []
+    for rows in torch.arange(len(ours), device=ours.device).split(at_once):
+        pairs = torch.baddbmm(offset[rows], ours[rows], theirs[rows].transpose(1, 2), alpha=-2 * scale)
+        values, places = pairs.min(dim=2)
+        lowest.append(values)
+        partner.append(places)
+    cost, mate = torch.cat(lowest) + base, torch.cat(partner)
+    # The best node of each branch; the root stands for itself.
+    branches, depth = forward.latents.shape[1:3]
+    along, step = cost[:, 1:].unflatten(1, (branches, depth)).min(-1)
+    first = torch.arange(branches, device=cost.device) * depth + 1
+    node = functional.pad(first + step, (1, 0))
+    chosen = torch.cat([cost[:, :1], along], dim=1).topk(min(count, 1 + branches), dim=1, largest=False).indices
+    node = node.gather(1, chosen)
+    return node, mate.gather(1, node)
+
+
+def _assemble(
+    forward: _Tree,
+    backward: _Tree,
+    joins: tuple[Int[Tensor, "B K"], Int[Tensor, "B K"]],
+    geometry: LatentGeometry,
+    problem: PlanningProblem,
+) -> tuple[Float[Tensor, "B K T A"], Int[Tensor, "B K"]]:
+    """Return the plan through each pair of nodes and its length: out along one branch, home along the other."""
+    row = torch.arange(problem.batch, device=problem.device)[:, None]
+    branch, out = forward.locate(joins[0])
+    depth = forward.actions.shape[2]
+    plans = functional.pad(forward.actions[row, branch], (0, 0, 0, problem.horizon - depth))
+    length = out
+    if backward.latents.shape[1]:
+        branch, home = backward.locate(joins[1])
+        path = torch.cat(
+            [backward.root[:, None, None].expand(-1, out.shape[1], 1, -1), backward.latents[row, branch]], 2
+        )
+        blocks = geometry.inverse(path[:, :, 1:], path[:, :, :-1])  # blocks[h] leads from h + 1 steps away to h
+        length = out + home
+        time = torch.arange(problem.horizon, device=problem.device)
+        place = (length[..., None] - 1 - time).clamp(0, blocks.shape[2] - 1)
+        homeward = blocks.gather(2, place[..., None].expand(-1, -1, -1, blocks.shape[-1]))
+        plans = torch.where((time < out[..., None])[..., None], plans, homeward)
+    length = length.clamp_min(1)
+    return _rest_after(plans, length, problem), length
+
+
+def _rest_after(
+    plans: Float[Tensor, "*axes T A"], length: Int[Tensor, "*axes"], problem: PlanningProblem
+) -> Float[Tensor, "*axes T A"]:
+    """Return the plans with the actions nearest to zero after their lengths."""
+    rest = problem.project(torch.zeros_like(problem.bounds.low))
+    over = torch.arange(plans.shape[-2], device=plans.device) >= length[..., None]
+    return torch.where(over[..., None], rest, plans)

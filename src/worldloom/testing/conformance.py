@@ -1,0 +1,83 @@
+"""What `WorldModel` promises, as checks that any implementation can be run through."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from worldloom.core.protocols import WorldModel
+from worldloom.core.types import ActionBounds, Context, ModelSpec, Observations
+
+
+def check_world_model(model: WorldModel, *, seed: int = 0, tolerance: float = 1e-4) -> None:
+    """Raise `AssertionError` where `model` breaks a promise of `WorldModel`; the message names it.
+
+    Checked: shapes and finiteness, the same result twice, that an observation's latent depends on that
+    observation alone, that a candidate's or an environment's prediction does not depend on the others, that
+    the first steps of a long rollout are the short rollout, that the first of the future actions matters
+    from the first step on and no later action does, and that inputs are left as they were. A trained or
+    untrained model will do; put modules in evaluation mode first. `tolerance` is absolute and relative.
+    """
+    spec, generator = model.spec, torch.Generator().manual_seed(seed)
+    device = torch.device(getattr(model, "device", "cpu"))
+    batch, candidates, steps = 3, 4, 5
+    observations = _observations(spec, (batch, spec.context), generator).to(device)
+    bounds = ActionBounds.of(spec)
+
+    def draw(*axes: int) -> Tensor:
+        share = torch.rand(*axes, spec.block_size, generator=generator)
+        return (bounds.low + share * (bounds.high - bounds.low)).to(device)
+
+    def same(first: Tensor, second: Tensor) -> bool:
+        return first.shape == second.shape and torch.allclose(first, second, rtol=tolerance, atol=tolerance)
+
+    with torch.no_grad():
+        kept = observations.map(torch.clone)
+        latents = model.encode(observations)
+        _check_latents("encode", latents, (batch, spec.context, spec.latent_dim))
+        assert same(latents, model.encode(observations)), "encode gave two results for the same observations"
+        for row in range(batch):
+            assert same(latents[row], model.encode(observations[row])), (
+                "encode depends on what else is in the batch, or does not take any leading axes; "
+                "use no batch statistics in evaluation"
+            )
+        for before, after in ((kept.pixels, observations.pixels), (kept.vector, observations.vector)):
+            assert before is None or (after is not None and torch.equal(before, after)), "encode changed its input"
+
+        context = Context(latents=latents, actions=draw(batch, spec.context - 1))
+        actions = draw(batch, candidates, steps)
+        kept_actions = actions.clone()
+        futures = model.rollout(context, actions)
+        _check_latents("rollout", futures, (batch, candidates, steps, spec.latent_dim))
+        assert torch.equal(actions, kept_actions), "rollout changed the actions that it was given"
+        assert same(futures, model.rollout(context, actions)), "rollout gave two results for the same actions"
+        for candidate in range(candidates):
+            alone = model.rollout(context, actions[:, candidate : candidate + 1])
+            assert same(futures[:, candidate : candidate + 1], alone), "a candidate's future depends on the others"
+        for row in range(batch):
+            alone = model.rollout(context[row : row + 1], actions[row : row + 1])
+            assert same(futures[row : row + 1], alone), "an environment's future depends on the others"
+        for length in range(1, steps):
+            prefix = model.rollout(context, actions[:, :, :length])
+            assert same(futures[:, :, :length], prefix), (
+                f"the first {length} of {steps} steps differ from a rollout of {length} steps"
+            )
+        other = torch.cat([draw(batch, candidates, 1), actions[:, :, 1:]], dim=2)
+        moved = (model.rollout(context, other)[:, :, 0] - futures[:, :, 0]).abs().amax()
+        assert moved > 0, "the first action does not change the first predicted frame; actions[t] leaves frame t"
+
+
+def _check_latents(name: str, latents: Float[Tensor, "..."], shape: tuple[int, ...]) -> None:
+    assert tuple(latents.shape) == shape, f"{name} must give shape {shape}; got {tuple(latents.shape)}"
+    assert latents.is_floating_point(), f"{name} must give floats; got {latents.dtype}"
+    assert bool(latents.isfinite().all()), f"{name} gave values that are not finite"
+
+
+def _observations(spec: ModelSpec, axes: tuple[int, ...], generator: torch.Generator) -> Observations:
+    pixels = spec.observation.pixels
+    vector = spec.observation.vector
+    return Observations(
+        pixels=None
+        if pixels is None
+        else torch.randint(0, 256, (*axes, *pixels), dtype=torch.uint8, generator=generator),
+        vector=torch.randn(*axes, vector, generator=generator) if vector else None,
+    )

@@ -1,0 +1,21 @@
+"""Training: from frames to a world model, in a run folder that can be resumed and repeated."""
+
+from worldloom.training.config import TrainingConfig, default_losses
+from worldloom.training.diagnostics import Alarm, alarms, diagnose, effective_rank
+from worldloom.training.fit import fit, make_fabric
+from worldloom.training.provenance import describe_provenance, git_commit
+from worldloom.training.run import RunFolder
+
+__all__ = [
+    "Alarm",
+    "RunFolder",
+    "TrainingConfig",
+    "alarms",
+    "default_losses",
+    "describe_provenance",
+    "diagnose",
+    "effective_rank",
+    "fit",
+    "git_commit",
+    "make_fabric",
+]

@@ -1,0 +1,96 @@
+"""How a world model is trained."""
+
+import math
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from worldloom.core.config import Config
+from worldloom.models.losses import (
+    Covariance,
+    InverseDynamics,
+    LossConfig,
+    LossField,
+    Prediction,
+    TemporalSimilarity,
+    Variance,
+)
+from worldloom.models.target import TargetConfig
+
+
+def default_losses() -> dict[str, LossConfig]:
+    """Return the mix that was measured to work: open-loop prediction, VICReg terms and inverse dynamics."""
+    return {
+        "prediction": Prediction(),
+        "variance": Variance(weight=4.0),
+        "covariance": Covariance(weight=2.0),
+        "temporal-similarity": TemporalSimilarity(weight=1.0),
+        "inverse-dynamics": InverseDynamics(weight=10.0),
+    }
+
+
+class TrainingConfig(Config):
+    """One training run; `batch` windows a step, over all devices together.
+
+    `horizon` counts the blocks predicted open loop. `losses` is a named mapping: a name is also what its figure is
+    logged under. With `target`, predictions aim at a slowly following copy of the encoder. `schedule` "constant"
+    holds the rate for `constant_share` of the steps, then falls to 0 as a cosine; "one-cycle" rises for a tenth,
+    then falls. `threads` of 0 leaves PyTorch's number as it is.
+    """
+
+    steps: int = Field(default=1000, ge=1)
+    batch: int = Field(default=64, ge=2)
+    horizon: int = Field(default=8, ge=1)
+    losses: dict[str, LossField] = Field(default_factory=default_losses)
+    target: TargetConfig | None = None
+
+    learning_rate: float = Field(default=2e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    schedule: Literal["constant", "one-cycle"] = "constant"
+    constant_share: float = Field(default=0.5, ge=0, le=1)
+    warmup_steps: int = Field(default=20, ge=0)
+    clip: float = Field(default=5.0, gt=0)
+
+    seed: int = 0
+    validation_share: float = Field(default=0.05, ge=0, lt=1)
+    validation_windows: int = Field(default=256, ge=8)
+
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    devices: int = Field(default=1, ge=1)
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    threads: int = Field(default=0, ge=0)
+    compile: bool = False
+
+    log_every: int = Field(default=20, ge=1)
+    checkpoint_every: int = Field(default=200, ge=1)
+    validate_every: int = Field(default=200, ge=1)
+
+    @field_validator("losses")
+    @classmethod
+    def _check_losses(cls, losses: dict[str, LossConfig]) -> dict[str, LossConfig]:
+        wrong = [name for name in losses if not name or "." in name]
+        if wrong:
+            raise ValueError(f"loss names must not be empty or hold a dot; got {wrong}")
+        if not any(loss.weight > 0 for loss in losses.values()):
+            raise ValueError("every loss has weight 0; give at least 'prediction' a weight")
+        return losses
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        progress = step / self.steps
+        if self.schedule == "one-cycle":
+            rise = 0.1
+            share = progress / rise if progress < rise else _cosine((progress - rise) / (1 - rise))
+            return self.learning_rate * max(share, 1 / max(1, self.steps))
+        warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        decay = (
+            1.0
+            if progress < self.constant_share
+            else _cosine((progress - self.constant_share) / (1 - self.constant_share))
+        )
+        return self.learning_rate * warm * decay
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,181 @@
+"""Whether the latents hold what planning needs: figures of a model, and alarms that say what to change."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from worldloom.core.seeds import torch_generator
+from worldloom.core.types import Context, Windows
+from worldloom.models.heads import LinearProbe
+from worldloom.models.jepa import JEPA
+
+_FEATURES = 512  # random features of the inverse-dynamics probe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarm:
+    """Something that is wrong with the latents, and what to change."""
+
+    name: str
+    message: str
+    remedy: str
+
+
+@torch.no_grad()
+def diagnose(model: JEPA, fit: Windows, held_out: Windows) -> dict[str, float]:
+    """Measure a model in evaluation mode; probes are fitted on `fit` and everything is scored on `held_out`.
+
+    - effective_rank: see `effective_rank`; latent_dimensions beside it.
+    - dead_dimensions: share of the latent dimensions with less than a tenth of the median std; latent_std_min.
+    - moving_share: share of the latents' variance that lies within windows; the rest tells windows apart.
+    - inverse_dynamics: error of reading the mean action of a block back from the latents around it, over that
+      action's variance: 0 is perfect, 1 knows nothing of what the actions do.
+    - open_loop: squared error of the last predicted latent over that of standing still; 1 is no better.
+    - probe/LABEL/error, probe/LABEL/r2: a linear probe of each label that varies, on the model's state (the K
+      latents up to a frame); error in the label's unit. probe/LABEL/moving: as moving_share, of the label.
+    - open_loop/LABEL/H: the probe's error on the latents predicted H blocks ahead.
+    """
+    context = model.spec.context
+    fitted, latents = model.encode(fit.observations), model.encode(held_out.observations)
+    flat = latents.flatten(0, 1)
+    std = flat.std(dim=0)
+    figures = {
+        "effective_rank": effective_rank(flat),
+        "latent_dimensions": float(flat.shape[1]),
+        "dead_dimensions": (std < 0.1 * std.median()).float().mean().item(),
+        "latent_std_min": std.min().item(),
+        "moving_share": _moving_share(latents),
+        "inverse_dynamics": inverse_dynamics_error(model, fitted, fit.actions, latents, held_out.actions),
+    }
+    start = Context(latents=latents[:, :context], actions=held_out.actions[:, : context - 1])
+    predicted = model.rollout(start, held_out.actions[:, None, context - 1 :])[:, 0]
+    still = (latents[:, -1] - latents[:, context - 1]).square().mean()
+    figures["open_loop"] = ((predicted[:, -1] - latents[:, -1]).square().mean() / still.clamp_min(1e-12)).item()
+    seen, unseen = _states(fitted, context), _states(latents, context)
+    imagined = _states(torch.cat([latents[:, :context], predicted], dim=1), context)
+    for name in held_out.labels:
+        labels, truth = (windows.labels[name][:, context - 1 :] for windows in (fit, held_out))
+        if not _varies(labels) or not _varies(truth):
+            continue
+        probe = LinearProbe.fit(seen, labels)
+        score = probe.score(unseen, truth)
+        figures |= {
+            f"probe/{name}/error": score.error,
+            f"probe/{name}/r2": score.r2,
+            f"probe/{name}/moving": _moving_share(truth),
+        }
+        steps = predicted.shape[1]
+        for horizon in sorted({1, (steps + 1) // 2, steps}):
+            figures[f"open_loop/{name}/{horizon}"] = probe.score(imagined[:, horizon], truth[:, horizon]).error
+    return figures
+
+
+def effective_rank(latents: Float[Tensor, "N D"]) -> float:
+    """Return exp of the entropy of the normalised singular values (RankMe; Garrido et al., arXiv 2210.02885)."""
+    centred = (latents - latents.mean(dim=0)).double()
+    values = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0).sqrt()
+    shares = values / values.sum().clamp_min(1e-12)
+    return torch.exp(-torch.special.xlogy(shares, shares).sum()).item()
+
+
+def inverse_dynamics_error(
+    model: JEPA,
+    fit_latents: Float[Tensor, "B N D"],
+    fit_actions: Float[Tensor, "B M A"],
+    latents: Float[Tensor, "B2 N D"],
+    actions: Float[Tensor, "B2 M A"],
+) -> float:
+    """Return the unexplained share of the variance of a block's mean action, read from K+1 latents around it.
+
+    The mean, for the order of the actions within a block leaves no trace in its end. The reader is ridge
+    regression on the latents, their differences and random ReLU features of both: closed, so that the figure
+    does not hang on a training of its own.
+    """
+    frames = model.spec.context + 1
+
+    def mean_action(blocks: Tensor) -> Tensor:
+        normalised: Tensor = model.normalise_actions(blocks)[:, frames - 2 :]
+        return normalised.reshape(-1, model.spec.block, model.spec.action.size).mean(1)
+
+    def inputs(encoded: Tensor) -> Tensor:
+        last = encoded[:, frames - 1 :].flatten(0, 1)
+        changes = encoded.diff(dim=1).unfold(1, frames - 1, 1).flatten(2).flatten(0, 1)
+        return torch.cat([last, changes], dim=1)
+
+    seen, unseen = inputs(fit_latents), inputs(latents)
+    mean, std = seen.mean(dim=0), seen.std(dim=0).clamp_min(1e-6)
+    seen, unseen = (seen - mean) / std, (unseen - mean) / std
+    weight = torch.randn(seen.shape[1], _FEATURES, generator=torch_generator(0, "inverse-dynamics")).to(seen.device)
+    weight /= seen.shape[1] ** 0.5
+    seen, unseen = (torch.cat([part, torch.relu(part @ weight)], dim=1) for part in (seen, unseen))
+    probe = LinearProbe.fit(seen, mean_action(fit_actions), ridge=0.1)
+    return 1 - probe.score(unseen, mean_action(actions)).r2
+
+
+def alarms(figures: Mapping[str, float]) -> list[Alarm]:
+    """Return what the figures of `diagnose` say is wrong; empty for a model to plan with."""
+    found = []
+    rank, dimensions = figures["effective_rank"], figures["latent_dimensions"]
+    collapsed = rank < min(2.0, 0.5 * dimensions) or figures["dead_dimensions"] > 0.5
+    if collapsed:
+        found.append(
+            Alarm(
+                name="collapse",
+                message=(
+                    f"the latents have collapsed: effective rank {rank:.1f} of {dimensions:.0f} dimensions, "
+                    f"{figures['dead_dimensions']:.0%} of them dead"
+                ),
+                remedy="raise the weights of 'variance' and 'covariance', or add 'sigreg' with weight 0.1",
+            )
+        )
+    lost = [
+        name.split("/")[1]
+        for name, r2 in figures.items()
+        if name.startswith("probe/") and name.endswith("/r2") and r2 < 0.5 and figures[name[:-2] + "moving"] > 0.1
+    ]
+    blind = figures["inverse_dynamics"] > 0.8
+    if not collapsed and (blind or lost):
+        evidence = [f"{figures['moving_share']:.1%} of their variance lies within windows"]
+        evidence += [f"inverse-dynamics error is {figures['inverse_dynamics']:.2f} of the actions' variance"]
+        evidence += [f"a probe reads {name!r} with R2 {figures[f'probe/{name}/r2']:.2f}" for name in lost]
+        found.append(
+            Alarm(
+                name="slow-features",
+                message=(
+                    f"the latents keep the background and lose what moves: {'; '.join(evidence)}, although their "
+                    f"effective rank is {rank:.1f}"
+                ),
+                remedy=(
+                    "raise the weight of 'inverse-dynamics' (10 is usual), or set samples=\"centred\" in 'variance', "
+                    "'covariance' or 'sigreg'; if no single frame shows the velocity, raise the model's context to 2 "
+                    "and the frames of 'inverse-dynamics' to 3"
+                ),
+            )
+        )
+    if figures["open_loop"] > 1:
+        found.append(
+            Alarm(
+                name="prediction",
+                message=f"open-loop predictions are worse than standing still ({figures['open_loop']:.2f} times)",
+                remedy="train for more steps, shorten the block, or raise the model's context to 2",
+            )
+        )
+    return found
+
+
+def _states(latents: Float[Tensor, "B N D"], context: int) -> Float[Tensor, "B M KD"]:
+    return latents.unfold(1, context, 1).flatten(2)
+
+
+def _varies(labels: Float[Tensor, "B N L"]) -> bool:
+    flat = labels.flatten(0, 1)
+    return bool((flat.std(dim=0) > 1e-4 * (flat.abs().mean(dim=0) + 1e-6)).any())
+
+
+def _moving_share(values: Float[Tensor, "B N L"]) -> float:
+    within = (values - values.mean(dim=1, keepdim=True)).square().sum()
+    total = (values - values.mean(dim=(0, 1))).square().sum()
+    return (within / total.clamp_min(1e-12)).item()

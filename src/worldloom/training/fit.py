@@ -1,0 +1,310 @@
+"""Training, on one device or many: resumable at any step, with the same result."""
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
+from torch import Tensor, nn
+
+from worldloom.core.errors import ConfigError, TrainingError
+from worldloom.core.progress import SILENT, Progress
+from worldloom.core.seeds import derive_seed, numpy_generator
+from worldloom.core.types import Windows
+from worldloom.data.cache import FrameCache
+from worldloom.data.statistics import compute_statistics
+from worldloom.data.windows import WindowSampler
+from worldloom.models.checkpoint import save_model
+from worldloom.models.jepa import JEPA, JEPAConfig, build_jepa
+from worldloom.training.config import TrainingConfig
+from worldloom.training.diagnostics import alarms, diagnose
+from worldloom.training.learner import Learner
+from worldloom.training.prefetch import prefetch
+from worldloom.training.run import RunFolder
+from worldloom.training.state import load_state, save_state
+
+_logger = logging.getLogger(__name__)
+
+# What may differ when a run is resumed: it changes no parameter, but for rounding.
+_FREE = {
+    "log_every", "checkpoint_every", "validate_every", "validation_windows", "threads", "accelerator", "compile",
+}  # fmt: skip
+
+
+def fit(
+    config: TrainingConfig,
+    model_config: JEPAConfig,
+    cache: FrameCache,
+    run: RunFolder,
+    *,
+    fabric: Fabric | None = None,
+    resume: bool = False,
+    progress: Progress = SILENT,
+) -> JEPA:
+    """Train a world model on the frames of `cache`, save it in the run folder and return it for evaluation.
+
+    The batch of step t is drawn from (seed, t, rank) alone, so a run that was killed and resumed ends with the
+    same parameters as an unbroken one on the same machine. Several devices: start the program with torchrun, or
+    hand in a launched `fabric`.
+
+    Raises:
+        TrainingError: a loss is not finite, or another process trains in the folder. The last checkpoint is kept.
+        CheckpointError: `resume` with another configuration or other data.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written; the message says how to resume.
+    """
+    fabric = fabric or make_fabric(config)
+    with run.lock(), _threads(config.threads):
+        try:
+            return _Training(config, model_config, cache, run, fabric).run(resume=resume, progress=progress)
+        finally:
+            run.close()
+
+
+def make_fabric(config: TrainingConfig) -> Fabric:
+    """Make and launch what `config` asks for.
+
+    Raises:
+        ConfigError: several devices are asked for outside torchrun.
+    """
+    if config.devices == 1:
+        fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
+    else:
+        if not torch.distributed.is_torchelastic_launched():
+            raise ConfigError(
+                f"training.devices is {config.devices}; start the program with torchrun --nproc-per-node "
+                f"{config.devices}, one process for each device"
+            )
+        # Every rank computes the same running statistics, so there are no buffers to send.
+        strategy = DDPStrategy(broadcast_buffers=False)
+        fabric = Fabric(
+            accelerator=config.accelerator, devices=config.devices, strategy=strategy, precision=config.precision
+        )
+    fabric.launch()
+    return fabric
+
+
+class _Training:
+    def __init__(
+        self, config: TrainingConfig, model_config: JEPAConfig, cache: FrameCache, run: RunFolder, fabric: Fabric
+    ) -> None:
+        if config.batch % fabric.world_size:
+            raise ConfigError(
+                f"training.batch is {config.batch}; expected a multiple of the {fabric.world_size} devices"
+            )
+        self.config, self.folder, self.fabric = config, run, fabric
+        sampling = {"context": model_config.context, "horizon": config.horizon, "block": model_config.block}
+        training, validation = cache.split(config.validation_share, config.seed)
+        self.sampler = WindowSampler(cache, **sampling, episodes=training)
+        held_out = validation if len(validation) else training
+        self.held_out_sampler = WindowSampler(cache, **sampling, episodes=held_out)
+        self.model = build_jepa(
+            model_config,
+            cache.spec.observation,
+            cache.spec.action,
+            compute_statistics(cache, seed=config.seed, episodes=training),
+            seed=config.seed,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(config.seed, "losses"))
+            self.learner = Learner(self.model, config)
+        if config.compile:
+            self.model.encoder.compile()
+            self.model.predictor.compile()
+        self.optimizer = torch.optim.AdamW(
+            [parameter for parameter in self.learner.parameters() if parameter.requires_grad],
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=fabric.device.type in ("cpu", "cuda"),
+        )
+        self.identity = {
+            "training": config.model_dump(mode="json", exclude=_FREE),
+            "model": model_config.model_dump(mode="json"),
+            "data": cache.fingerprint,
+        }
+
+    def run(self, *, resume: bool, progress: Progress) -> JEPA:
+        config, fabric = self.config, self.fabric
+        wrapped, optimizer = fabric.setup(self.learner, self.optimizer)
+        done = load_state(self.folder, self.learner, self.optimizer, self.identity) if resume else 0
+        if fabric.is_global_zero:
+            self.folder.forget_after(done)
+        meter = _Meter(config.batch * (self.model.spec.context + config.horizon))
+        with (
+            _interrupts() as interrupted,
+            prefetch(self._batch, range(done, config.steps)) as next_batch,
+            progress.task("training", config.steps, "step") as task,
+        ):
+            task.advance(done)
+            for step in range(done, config.steps):
+                with meter.phase("wait"):
+                    windows = next_batch()
+                figures = self._step(wrapped, optimizer, windows, step, meter)
+                meter.add(figures)
+                task.advance(1, loss=figures["loss"])
+                finished = step + 1
+                if finished % config.log_every == 0 or finished == config.steps:
+                    with meter.phase("log"):
+                        self.folder.log(finished, {**meter.take(), "learning_rate": config.learning_rate_at(step)})
+                if finished % config.validate_every == 0 or finished == config.steps:
+                    with meter.phase("validate"):
+                        self._validate(finished)
+                stop = self._any_rank(interrupted.is_set())
+                if finished % config.checkpoint_every == 0 or finished == config.steps or stop:
+                    with meter.phase("checkpoint"):
+                        self._save(finished)
+                if stop and finished < config.steps:
+                    message = f"stopped after step {finished} of {config.steps}; resume {self.folder.path} to go on"
+                    _logger.warning(message)
+                    raise KeyboardInterrupt(message)
+        self.model.eval()
+        if fabric.is_global_zero:
+            save_model(self.folder.model_directory, self.model, {"steps": config.steps})
+        fabric.barrier()
+        return self.model
+
+    def _step(
+        self, wrapped: nn.Module, optimizer: Any, windows: Windows, step: int, meter: "_Meter"
+    ) -> dict[str, float]:
+        """Take one step of the optimiser, unless a figure is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate_at(step)
+        self.learner.train()
+        with meter.phase("forward"):
+            observations = windows.observations
+            total, losses = wrapped(observations.pixels, observations.vector, windows.actions, step)
+        with meter.phase("backward"):
+            optimizer.zero_grad(set_to_none=True)
+            self.fabric.backward(total)
+            norm = self.fabric.clip_gradients(wrapped, optimizer, max_norm=self.config.clip, error_if_nonfinite=False)
+            # One transfer for all figures; before the step, so that the parameters stay finite.
+            assert norm is not None
+            values = torch.stack([total, norm, *losses.values()]).tolist()
+        names = ["loss", "gradient_norm", *(f"loss/{name}" for name in losses)]
+        figures = dict(zip(names, values, strict=True))
+        if not all(math.isfinite(value) for value in values):
+            raise TrainingError(self._not_finite(figures, step))
+        with meter.phase("optimizer"):
+            optimizer.step()
+            self.learner.after_step()
+        return figures
+
+    def _not_finite(self, figures: Mapping[str, float], step: int) -> str:
+        wrong = ", ".join(f"{name} = {value}" for name, value in figures.items() if not math.isfinite(value))
+        return (
+            f"training stopped at step {step}: {wrong}; all figures: {figures}. The last checkpoint is kept in "
+            f"{self.folder.checkpoint_directory}. Lower training.learning_rate ({self.config.learning_rate}) or "
+            f"training.clip ({self.config.clip}), or look for odd values in the data (worldloom data validate)"
+        )
+
+    def _batch(self, step: int) -> Windows:
+        generator = numpy_generator(self.config.seed, "batch", step, self.fabric.global_rank)
+        windows = self.sampler.sample(self.config.batch // self.fabric.world_size, generator)
+        return windows.to(self.fabric.device)
+
+    def _validate(self, step: int) -> None:
+        """Log the figures of the latents on held-out episodes; past half of the training, raise alarms."""
+        if not self.fabric.is_global_zero:
+            return
+        self.model.eval()
+        count, device = self.config.validation_windows, self.fabric.device
+        fitted, held_out = (
+            sampler.sample(count, numpy_generator(self.config.seed, "validation", name)).to(device)
+            for sampler, name in ((self.sampler, "fit"), (self.held_out_sampler, "held-out"))
+        )
+        figures = diagnose(self.model, fitted, held_out)
+        found = alarms(figures) if 2 * step >= self.config.steps else []
+        for alarm in found:
+            _logger.warning("step %d: %s. What to change: %s", step, alarm.message, alarm.remedy)
+        self.folder.log(step, {**figures, "alarms": len(found)})
+        self.folder.write_diagnostics(
+            {"step": step, "figures": _finite(figures), "alarms": [asdict(alarm) for alarm in found]}
+        )
+
+    def _save(self, step: int) -> None:
+        if self.fabric.is_global_zero:
+            save_state(self.folder, step, self.learner, self.optimizer, self.identity)
+        self.fabric.barrier()
+
+    def _any_rank(self, flag: bool) -> bool:
+        if self.fabric.world_size == 1:
+            return flag
+        flags = self.fabric.all_gather(torch.tensor(flag, device=self.fabric.device))
+        assert isinstance(flags, Tensor)
+        return bool(flags.any())
+
+
+class _Meter:
+    """Averages figures and measures where the time goes, between two logged steps."""
+
+    def __init__(self, frames: int) -> None:
+        self._frames = frames
+        self._reset()
+
+    def _reset(self) -> None:
+        self._figures: list[dict[str, float]] = []
+        self._seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def add(self, figures: dict[str, float]) -> None:
+        self._figures.append(figures)
+
+    def take(self) -> dict[str, float]:
+        """Return the means, encoded frames a second and each phase's share of the time; begin anew."""
+        seconds = time.perf_counter() - self._start
+        means = {name: float(np.mean([step[name] for step in self._figures])) for name in self._figures[-1]}
+        shares = {f"time/{name}": spent / seconds for name, spent in self._seconds.items()}
+        rate = self._frames * len(self._figures) / seconds
+        self._reset()
+        return {**means, "frames_per_second": rate, **shares}
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into an event, so that the step under way ends whole; a second one ends at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}

@@ -1,0 +1,57 @@
+"""The model together with what trains it: one module, so that data parallelism wraps it whole."""
+
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor, nn
+
+from worldloom.core.types import Observations, Windows
+from worldloom.models.jepa import JEPA
+from worldloom.models.losses import LossInputs
+from worldloom.models.target import TargetEncoder
+from worldloom.training.config import TrainingConfig
+
+
+class Learner(nn.Module):
+    """Holds the model, the modules of the losses and, if configured, the target encoder."""
+
+    def __init__(self, model: JEPA, config: TrainingConfig) -> None:
+        super().__init__()
+        active = {name: loss for name, loss in config.losses.items() if loss.weight > 0}
+        spec = model.spec
+        self.model = model
+        self.losses = nn.ModuleDict(
+            {name: loss.build(latent_dim=spec.latent_dim, block_size=spec.block_size) for name, loss in active.items()}
+        )
+        self.weights = {name: loss.weight for name, loss in active.items()}
+        self.target = None if config.target is None else TargetEncoder(model, config.target)
+
+    def forward(
+        self,
+        pixels: UInt8[Tensor, "B N H W C"] | None,
+        vector: Float32[Tensor, "B N V"] | None,
+        actions: Float32[Tensor, "B N-1 A"],
+        step: int,
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """Compute the weighted sum to minimise, and each loss by its name, not weighted.
+
+        Each is the whole batch's over all ranks. The windows arrive in parts, for Fabric's wrapper takes frozen
+        value objects for collections and tries to rebuild them.
+        """
+        windows = Windows(observations=Observations(pixels=pixels, vector=vector), actions=actions)
+        outputs = self.model(windows)
+        future = slice(self.model.spec.context, None)
+        targets = outputs.latents[:, future] if self.target is None else self.target(windows.observations[:, future])
+        inputs = LossInputs(
+            latents=outputs.latents,
+            predictions=outputs.predictions,
+            targets=targets,
+            actions=outputs.actions,
+            step=step,
+        )
+        losses = {name: loss(inputs) for name, loss in self.losses.items()}
+        total = sum((self.weights[name] * loss for name, loss in losses.items()), start=actions.new_zeros(()))
+        return total, losses
+
+    def after_step(self) -> None:
+        """Let the target encoder follow, once the optimiser has stepped."""
+        if self.target is not None:
+            self.target.follow(self.model)

@@ -1,0 +1,99 @@
+"""The state of a training: saved whole, restored exactly, the last two kept."""
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from worldloom.core.errors import CheckpointError
+from worldloom.models.checkpoint import delete_tensors, load_tensors, save_tensors
+from worldloom.training.run import RunFolder
+
+_logger = logging.getLogger(__name__)
+_KIND = "training-state"
+_KEPT = 2
+
+
+def save_state(
+    run: RunFolder, step: int, learner: nn.Module, optimizer: torch.optim.Optimizer, metadata: Mapping[str, Any]
+) -> None:
+    """Save what `step` finished steps have made; older states than the last two are deleted."""
+    tensors = {f"learner/{name}": tensor for name, tensor in learner.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in state.items()}
+    save_tensors(_stem(run, step), tensors, {"step": step, **metadata}, kind=_KIND)
+    for old in saved_steps(run)[:-_KEPT]:
+        delete_tensors(_stem(run, old))
+
+
+def saved_steps(run: RunFolder) -> list[int]:
+    """Return the steps that have a state, in order."""
+    names = (path.name for path in run.checkpoint_directory.glob("step-*.json"))
+    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)\.json", name)))
+
+
+def load_state(
+    run: RunFolder, learner: nn.Module, optimizer: torch.optim.Optimizer, metadata: Mapping[str, Any]
+) -> int:
+    """Restore the newest whole state into `learner` and `optimizer`; return how many steps it has made, or 0.
+
+    A state that is damaged is passed over for the one before it.
+
+    Raises:
+        CheckpointError: the state is of another configuration or other data than `metadata` says, or every state
+            is damaged.
+    """
+    damage: CheckpointError | None = None
+    for step in reversed(saved_steps(run)):
+        try:
+            tensors, saved = load_tensors(_stem(run, step), kind=_KIND)
+        except CheckpointError as error:
+            _logger.warning("passing over a checkpoint: %s", error)
+            damage = error
+            continue
+        _compare(run, saved, metadata)
+        _restore(tensors, learner, optimizer)
+        return int(saved["step"])
+    if damage is not None:
+        raise damage
+    return 0
+
+
+def _restore(tensors: Mapping[str, Tensor], learner: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    learner_state: dict[str, Tensor] = {}
+    optimizer_state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition("/")
+        if part == "learner":
+            learner_state[name] = tensor
+        else:
+            index, _, field = name.partition("/")
+            parameter = parameters[int(index)]
+            if tensor.shape == parameter.shape:
+                # The fused optimiser walks parameter and moments in memory order: they must lie alike.
+                tensor = torch.empty_like(parameter, requires_grad=False).copy_(tensor)
+            optimizer_state.setdefault(int(index), {})[field] = tensor
+    learner.load_state_dict(learner_state)
+    optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _compare(run: RunFolder, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    for part, values in expected.items():
+        before = saved.get(part)
+        if before == values:
+            continue
+        differing = part
+        if isinstance(before, Mapping) and isinstance(values, Mapping):
+            keys = sorted(key for key in {*before, *values} if before.get(key) != values.get(key))
+            differing = ", ".join(f"{part}.{key} was {before.get(key)!r}, is {values.get(key)!r}" for key in keys)
+        raise CheckpointError(
+            f"{run.path} cannot be resumed with another setting: {differing}. Restore it, or start a new run"
+        )
+
+
+def _stem(run: RunFolder, step: int) -> Any:
+    return run.checkpoint_directory / f"step-{step:08d}"

@@ -1,0 +1,51 @@
+import errno
+from pathlib import Path
+
+import pytest
+
+from worldloom.core.errors import StorageError
+from worldloom.core.files import read_json, storage_errors, write_atomic, write_json
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "value.json"
+    write_json(path, {"x": 1})
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text('{"x": ')
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        write_atomic(path, fail)
+    assert read_json(path) == {"x": 1}
+    assert [file.name for file in path.parent.iterdir()] == ["value.json"]
+
+
+def test_a_full_disk_is_named_with_a_remedy(tmp_path: Path) -> None:
+    def full(temporary: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(StorageError, match="disk is full.*free some space"):
+        write_atomic(tmp_path / "value", full)
+
+
+def test_nan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "value.json", float("nan"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cut_file_is_not_read_as_whole(tmp_path: Path) -> None:
+    (tmp_path / "cut.json").write_text('{"x": 1, ')
+    with pytest.raises(StorageError, match="not whole JSON"):
+        read_json(tmp_path / "cut.json")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="does not exist"):
+        read_json(tmp_path / "none.json")
+
+
+def test_other_errors_pass_through() -> None:
+    with pytest.raises(OSError, match="odd"), storage_errors("x"):
+        raise OSError(errno.EIO, "odd")

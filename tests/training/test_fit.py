@@ -1,0 +1,262 @@
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from blob_world import blob_cache, make_cache
+from train_blobs import CONFIG, MODEL, STEPS, train
+
+from worldloom.core.errors import CheckpointError, ConfigError, TrainingError
+from worldloom.models import LOSSES, JEPAConfig, load_model, load_tensors
+from worldloom.models.encoders import VectorMLP
+from worldloom.training import RunFolder, TrainingConfig, fit
+from worldloom.training.state import saved_steps
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def cache():
+    return blob_cache(episodes=10)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> RunFolder:
+    path = tmp_path_factory.mktemp("unbroken") / "run"
+    train(path)
+    return RunFolder.open(path)
+
+
+def start(path: Path, *arguments: str) -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    return subprocess.Popen([sys.executable, str(HERE / "train_blobs.py"), str(path), *arguments], env=environment)
+
+
+def wait_for_step(path: Path, step: int, process: "subprocess.Popen[bytes]") -> None:
+    for _ in range(6000):
+        assert process.poll() is None, "the training ended too soon"
+        if path.exists() and any(line["step"] >= step for line in RunFolder(path).metrics()):
+            return
+        time.sleep(0.005)
+    raise AssertionError("the training did not get so far")
+
+
+def steps_of(run: RunFolder) -> list[tuple[float, float]]:
+    return [(line["step"], line["loss"]) for line in run.metrics() if "loss" in line]
+
+
+def assert_same_result(run: RunFolder, other: RunFolder) -> None:
+    first, second = (
+        load_tensors(part.checkpoint_directory / f"step-{STEPS:08d}", kind="training-state") for part in (run, other)
+    )
+    assert first[0].keys() == second[0].keys()
+    assert any(key.startswith("optimizer/") for key in first[0])
+    assert any("target" in key for key in first[0])
+    for key, tensor in first[0].items():
+        assert torch.equal(tensor, second[0][key]), key
+    assert load_model(run.model_directory).spec == load_model(other.model_directory).spec
+
+
+def test_killed_at_a_random_step_and_resumed_it_ends_as_if_unbroken(unbroken, tmp_path) -> None:
+    path = tmp_path / "run"
+    process = start(path)
+    try:
+        wait_for_step(path, random.choice([5, 10, 15, 25, 35]), process)
+        time.sleep(random.uniform(0, 0.05))
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run = RunFolder.open(path)
+    assert not run.model_directory.exists()
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9')  # as if killed in the middle of a line
+    train(path, resume=True)
+    assert_same_result(unbroken, run)
+    steps = [step for step, _ in steps_of(run)]
+    assert steps == sorted(set(steps)) == [step for step, _ in steps_of(unbroken)]
+
+
+def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(unbroken, tmp_path, caplog) -> None:
+    assert saved_steps(unbroken) == [56, 60]
+    path = tmp_path / "run"
+    process = start(path)
+    wait_for_step(path, 25, process)
+    process.kill()
+    process.wait()
+    run = RunFolder.open(path)
+    newest = saved_steps(run)[-1]
+    (damaged,) = run.checkpoint_directory.glob(f"step-{newest:08d}-*.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    train(path, resume=True)
+    assert "passing over a checkpoint" in caplog.text
+    assert_same_result(unbroken, run)
+    for path in run.checkpoint_directory.iterdir():
+        path.write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match="format"):
+        train(run.path, resume=True)
+
+
+def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(unbroken, tmp_path) -> None:
+    path = tmp_path / "run"
+
+    def interrupt() -> None:
+        while not (path.exists() and RunFolder(path).metrics()):
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after step \d+ of 60; resume"):
+        train(path)
+    thread.join()
+    assert saved_steps(RunFolder.open(path))[-1] < STEPS
+    train(path, resume=True)
+    assert_same_result(unbroken, RunFolder.open(path))
+
+
+def test_resuming_a_finished_run_gives_the_same_model(unbroken) -> None:
+    before = load_model(unbroken.model_directory).spec.fingerprint
+    train(unbroken.path, resume=True)
+    assert load_model(unbroken.model_directory).spec.fingerprint == before
+
+
+def test_resuming_with_another_setting_or_other_data_is_refused(unbroken, cache) -> None:
+    def resume(config=CONFIG, model=MODEL, data=cache) -> None:
+        fit(config, model, data, unbroken, resume=True)
+
+    with pytest.raises(CheckpointError, match="training.learning_rate was 0.002, is 0.1"):
+        resume(CONFIG.override(["learning_rate=0.1"]))
+    with pytest.raises(CheckpointError, match="model.latent_dim was 8, is 4"):
+        resume(model=MODEL.override(["latent_dim=4"]))
+    other = replace(cache, fingerprint="other")
+    with pytest.raises(CheckpointError, match="another setting: data"):
+        resume(data=other)
+
+
+def test_a_run_holds_figures_shares_of_time_and_diagnostics(unbroken) -> None:
+    lines = unbroken.metrics()
+    training = [line for line in lines if "loss" in line]
+    assert training[-1]["step"] == STEPS
+    assert {"loss/prediction", "loss/sigreg", "gradient_norm", "learning_rate", "frames_per_second"} <= training[
+        -1
+    ].keys()
+    shares = [value for name, value in training[-1].items() if name.startswith("time/")]
+    assert 0.5 < sum(shares) <= 1.0
+    assert unbroken.diagnostics()["step"] == STEPS
+    assert unbroken.diagnostics()["figures"]["effective_rank"] > 1
+    assert list((unbroken.path / "tensorboard").iterdir())
+    weighted = sum(loss.weight * training[0][f"loss/{name}"] for name, loss in CONFIG.losses.items())
+    assert training[0]["loss"] == pytest.approx(weighted, rel=1e-4)
+
+
+def test_the_trained_model_carries_no_loss_and_no_target(unbroken) -> None:
+    names = load_model(unbroken.model_directory).state_dict().keys()
+    assert {name.split(".")[0] for name in names} == {"encoder", "norm", "predictor", "normalise_actions"}
+
+
+def poisoned(cache, monkeypatch):
+    """Make the batch of step 9 hold an action that is not finite."""
+    from worldloom.data.windows import WindowSampler
+
+    calls = []
+    sample = WindowSampler.sample
+
+    def spoil(self, batch, generator):
+        windows = sample(self, batch, generator)
+        calls.append(batch)
+        if batch == CONFIG.batch and len(calls) == 10:
+            windows.actions[0, 0, 0] = math.inf
+        return windows
+
+    monkeypatch.setattr(WindowSampler, "sample", spoil)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_step_and_loss(cache, tmp_path, monkeypatch) -> None:
+    poisoned(cache, monkeypatch)
+    run = RunFolder.create(tmp_path / "run", {}, {})
+    with pytest.raises(TrainingError, match=r"stopped at step 9: .*loss/inverse-dynamics = (inf|nan)") as error:
+        fit(CONFIG, MODEL, cache, run)
+    assert "learning_rate" in str(error.value)
+    assert saved_steps(run) == [7]
+    tensors, _ = load_tensors(run.checkpoint_directory / "step-00000007", kind="training-state")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_two_trainings_do_not_share_a_folder(cache, tmp_path) -> None:
+    run = RunFolder.create(tmp_path / "run", {}, {})
+    with RunFolder.open(run.path).lock(), pytest.raises(TrainingError, match="another training is writing"):
+        fit(CONFIG, MODEL, cache, run)
+
+
+def test_several_devices_need_torchrun(cache, tmp_path) -> None:
+    run = RunFolder.create(tmp_path / "run", {}, {})
+    with pytest.raises(ConfigError, match="torchrun --nproc-per-node 2"):
+        fit(CONFIG.override(["devices=2"]), MODEL, cache, run)
+
+
+def hidden_velocity_cache():
+    """Return a point mass pushed by its actions, of which only the position is observed."""
+    random_numbers = np.random.default_rng(0)
+    actions = random_numbers.uniform(-1, 1, (60, 41, 2)).astype(np.float32)
+    velocity = np.zeros_like(actions)
+    for t in range(40):
+        velocity[:, t + 1] = 0.9 * velocity[:, t] + 0.1 * actions[:, t]
+    position = np.concatenate([np.zeros((60, 1, 2)), velocity[:, 1:].cumsum(1)], axis=1).astype(np.float32)
+    actions[:, -1] = 0
+    return make_cache(
+        vector=position.reshape(-1, 2),
+        actions=actions.reshape(-1, 2),
+        labels={"velocity": velocity.reshape(-1, 2)},
+        episodes=60,
+        steps=40,
+    )
+
+
+@pytest.mark.parametrize("context", [1, 3])
+def test_history_knows_the_velocity_that_no_frame_shows_and_its_lack_raises_an_alarm(context, tmp_path) -> None:
+    config = TrainingConfig(
+        steps=250, batch=32, horizon=4, validation_windows=64, validation_share=0.2, threads=1, checkpoint_every=1000
+    ).override(["losses.inverse-dynamics.frames=3"])
+    run = RunFolder.create(tmp_path / "run", {}, {})
+    model = JEPAConfig(encoder=VectorMLP(hidden=(32,)), latent_dim=16, block=1, context=context)
+    fit(config, model, hidden_velocity_cache(), run)
+    figures, alarms = run.diagnostics()["figures"], run.diagnostics()["alarms"]
+    if context == 3:
+        assert alarms == []
+        assert figures["probe/velocity/r2"] > 0.7
+        assert figures["inverse_dynamics"] < 0.5
+    else:
+        assert "raise the model's context" in alarms[0]["remedy"]
+        assert figures["probe/velocity/r2"] < 0.3
+
+
+def test_every_loss_trains(cache, tmp_path) -> None:
+    losses = {name: {"name": name, "weight": 0.1} for name in LOSSES}
+    config = CONFIG.override([f"losses={json.dumps(losses)}", "steps=3", "checkpoint_every=100"])
+    run = RunFolder.create(tmp_path / "run", {}, {})
+    fit(config, MODEL, cache, run)
+    assert {f"loss/{name}" for name in LOSSES} <= run.metrics()[0].keys()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_one_model_and_the_first_writes_the_folder(tmp_path) -> None:
+    path = tmp_path / "run"
+    launcher = [sys.executable, "-W", "error::UserWarning", "-m", "torch.distributed.run", "--standalone"]
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*launcher, "--nproc-per-node", "2", str(HERE / "train_ranks.py"), str(path)], env=environment, check=True
+    )
+    run = RunFolder.open(path)
+    assert [step for step, _ in steps_of(run)] == [5, 10, 15, 20]
+    assert saved_steps(run) == [14, 20]
+    assert load_model(run.model_directory).spec.latent_dim == MODEL.latent_dim

@@ -71,6 +71,7 @@ class PushWorld(gymnasium.Env[Any, Any]):
         self.state = self.np_random.normal(size=2).astype(np.float32)
         self.chosen = self.np_random.random() < self.share
         self.time = 0
+        self.end = self.length + int(abs(self.state[1]) * 100) % 3 if self.length else -1
         return self._observation(), self._info()
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -81,9 +82,7 @@ class PushWorld(gymnasium.Env[Any, Any]):
             raise RuntimeError("the motor is on fire")
         if self.chosen and self.time == self.bad:
             self.state[0] = np.nan
-        # Each environment ends at a time of its own.
-        end = self.length + int(abs(self.state[1]) * 100) % 3 if self.length else -1
-        return self._observation(), 0.0, self.time == end, False, {**self._info(), "only_on_step": 1.0}
+        return self._observation(), 0.0, self.time == self.end, False, {**self._info(), "only_on_step": 1.0}
 
     def _observation(self) -> dict[str, np.ndarray]:
         camera = np.zeros(SHAPE, np.uint8)

@@ -12,7 +12,6 @@ from jaxtyping import Float32, Int64, UInt8
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.files import write_atomic
 from worldloom.core.progress import SILENT, Progress
-from worldloom.core.registry import nearest
 from worldloom.core.seeds import numpy_generator
 from worldloom.data.dataset import EpisodeDataset
 from worldloom.data.spec import DatasetSpec
@@ -74,8 +73,6 @@ def load_cache(
         DataError: a file of the dataset is missing, cut or does not decode.
         StorageError: the disk is full.
     """
-    if mode not in ("auto", "ram", "mmap"):
-        raise ConfigError(f"unknown cache mode {mode!r}; {nearest(mode, ['auto', 'ram', 'mmap'])}")
     fingerprint = dataset.fingerprint()
     columns = dataset.columns()
     pixels = None

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Float64
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from worldloom.core.config import Config
 from worldloom.core.protocols import Policy
@@ -25,6 +25,12 @@ class DirectedWalkOptions(Config):
     turn_probability: float = Field(default=0.05, ge=0, le=1)  # of a new heading or choice, per step
     min_speed: float = Field(default=0.4, ge=0, le=1)  # share of the largest action, drawn anew at each step
     max_speed: float = Field(default=1.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "DirectedWalkOptions":
+        if self.min_speed > self.max_speed:
+            raise ValueError(f"min_speed {self.min_speed} is above max_speed {self.max_speed}")
+        return self
 
 
 class UniformOptions(Config):

@@ -269,13 +269,18 @@ class _Copy(gymnasium.Wrapper[Any, Any, Any, Any]):
 
 
 def _take(batch: Any, rows: Int64[np.ndarray, "R"], size: int) -> Any:
-    """Select environments from a batch of observations: an array, or a mapping of arrays."""
+    """Select environments from a batch of observations: an array, a mapping of arrays, or an array of objects."""
     if isinstance(batch, Mapping):
-        return {key: _take(part, rows, size) for key, part in batch.items() if not key.startswith("_")}
+        return {key: _take(part, rows, size) for key, part in batch.items()}
     array = np.asarray(batch)
     if array.shape[:1] != (size,):
         raise EnvironmentFailure(f"a batch of observations has shape {array.shape}; expected ({size}, ...)")
-    return np.stack([np.asarray(array[row]) for row in rows]) if array.dtype == object else array[rows]
+    if array.dtype != object:
+        return array[rows]
+    items = [array[row] for row in rows]
+    if isinstance(items[0], Mapping):
+        return {key: np.stack([item[key] for item in items]) for key in items[0]}
+    return np.stack(items)
 
 
 def _labels(infos: Mapping[str, Any], rows: Int64[np.ndarray, "R"], size: int) -> dict[str, np.ndarray]:

@@ -85,15 +85,15 @@ class TwoRoomFactors(RoomFactors):
         """Return how each factor is drawn when it varies."""
         return {
             **super().draws(),
-            "door_position": _uniform(11, 53),
-            "door_size": _uniform(3, 6),
-            "wall_position": _uniform(24, 40),
+            "door_position": _uniform(11.0, 53.0),
+            "door_size": _uniform(3.0, 6.0),
+            "wall_position": _uniform(24.0, 40.0),
             "wall_axis": lambda rng: str(rng.choice(["vertical", "horizontal"])),
         }
 
     def walls(self) -> Float64[np.ndarray, "M 4"]:
         """Return the two parts of the wall."""
-        walls = _wall(self.wall_position, self.wall_thickness, 0, SIDE, self.door_position, self._gap())
+        walls = _wall(self.wall_position, self.wall_thickness, 0.0, SIDE, self.door_position, self._gap())
         return np.array([_turned(wall) if self.wall_axis == "horizontal" else wall for wall in walls])
 
     def rooms(self, points: Float64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "P"]:
@@ -119,14 +119,14 @@ class FourRoomsFactors(RoomFactors):
             near, far = rng.uniform(10, 20, 2), rng.uniform(44, 54, 2)
             return float(near[0]), float(far[0]), float(near[1]), float(far[1])
 
-        return {**super().draws(), "door_positions": doors, "door_size": _uniform(3, 5)}
+        return {**super().draws(), "door_positions": doors, "door_size": _uniform(3.0, 5.0)}
 
     def walls(self) -> Float64[np.ndarray, "M 4"]:
         """Return the two parts of each arm."""
         middle, thick, gap = SIDE / 2, self.wall_thickness, self.door_size + self.agent_radius
         up, down, left, right = self.door_positions
-        vertical = [*_wall(middle, thick, 0, middle, up, gap), *_wall(middle, thick, middle, SIDE, down, gap)]
-        horizontal = [*_wall(middle, thick, 0, middle, left, gap), *_wall(middle, thick, middle, SIDE, right, gap)]
+        vertical = [*_wall(middle, thick, 0.0, middle, up, gap), *_wall(middle, thick, middle, SIDE, down, gap)]
+        horizontal = [*_wall(middle, thick, 0.0, middle, left, gap), *_wall(middle, thick, middle, SIDE, right, gap)]
         return np.array([*vertical, *(_turned(wall) for wall in horizontal)])
 
     def rooms(self, points: Float64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "P"]:

@@ -125,7 +125,7 @@ def success_by_distance(results: Results) -> Themed | None:
     return themed(draw, (9.6, 3.9))
 
 
-def training_curves(metrics: Sequence[Mapping[str, float]]) -> Themed | None:
+def training_curves(metrics: Sequence[Mapping[str, float | int]]) -> Themed | None:
     """Draw the figures of metrics.jsonl, a panel for each kind of them; None without any that is known."""
     names = list(dict.fromkeys(name for line in metrics for name in line))
     ratios: list[str] = [name for name in ("inverse_dynamics", "open_loop") if name in names]
@@ -199,7 +199,7 @@ def distance_map(data: DistanceMap) -> Themed:
             room.set_ylabel(f"y ({data.unit})")
             _goal(room, data.goal)
         for axis, (name, distances) in zip(axes, data.distances.items(), strict=True):
-            image, across, down = _binned(data.positions, distances, extent)
+            image, across, down = binned(data.positions, distances, extent)
             shown = axis.pcolormesh(across, down, np.ma.masked_invalid(image), cmap=_MAP, rasterized=True)
             # Lines of equal distance show what colour alone does not: whether it goes around the walls.
             axis.contour(across, down, np.ma.masked_invalid(image), levels=8, colors="white", linewidths=0.7, alpha=0.8)
@@ -333,7 +333,7 @@ def _flipped(extent: tuple[float, float, float, float]) -> tuple[float, float, f
     return x0, x1, y1, y0
 
 
-def _binned(
+def binned(
     positions: Float[np.ndarray, "M 2"],
     values: Float[np.ndarray, "M"],
     extent: tuple[float, float, float, float],

@@ -37,7 +37,7 @@ class ReportData:
     the part: `metrics`, `latents`, `distance`, `paths` or `episodes`.
     """
 
-    metrics: Sequence[Mapping[str, float]] = ()
+    metrics: Sequence[Mapping[str, float | int]] = ()
     latents: LatentMap | None = None
     distance: DistanceMap | None = None
     paths: PredictedPaths | None = None
@@ -98,7 +98,7 @@ def render_report(results: Results, data: ReportData) -> str:
             "latents": "it needs encoded frames with a position label, and none were given to this report.",
             "distance": "it needs a measure of distance and a position label, and none were given to this report.",
             "paths": "it needs a position label that a probe can read, and none was given to this report.",
-            "episodes": video.absent or "",
+            "episodes": f"{video.absent}.",
             **data.absent,
         },
         video=_uri("video/mp4", video.data) if video.data else "",
@@ -124,9 +124,12 @@ def _headline(results: Results, best: str) -> str:
     """Say in one sentence what the best method achieved, split by split."""
     if not any(row.overall.successes for row in results.rows):
         return "No method reached a goal"
-    parts = [f"{row.overall.successes} of {row.overall.n} {row.split}" for row in results.rows if row.method == best]
+    logged = results.protocol.goal_source == "logged-policy"
+    rates = [(row.overall, row.split) for row in results.rows if row.method == best]
+    parts = [f"{rate.successes} of {rate.n} {'goals ' if logged else ''}{split}" for rate, split in rates]
     goals = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-    return f"{best[:1].upper()}{best[1:]} reaches {goals} goals it was never trained for"
+    unseen = ", none of which it was trained for" if logged else " goals it was never trained for"
+    return f"{best[:1].upper()}{best[1:]} reaches {goals}{unseen}"
 
 
 def _comparison(results: Results, best: str, baselines: Sequence[str]) -> str:
@@ -141,6 +144,7 @@ def _comparison(results: Results, best: str, baselines: Sequence[str]) -> str:
         for split in results.protocol.splits
     }
     split = max(gaps, key=lambda name: abs(gaps[name]))
+    goals = f"goals {split}" if results.protocol.goal_source == "logged-policy" else f"{split} goals"
     first, second = results.row(best, split).overall, results.row(rival, split).overall
     apart = first.interval[0] > second.interval[1]
     verdict = (
@@ -148,7 +152,7 @@ def _comparison(results: Results, best: str, baselines: Sequence[str]) -> str:
     )
     kind = "the best baseline on the same data" if rival in baselines else "the next best method"
     return (
-        f"On {split} goals {best} succeeds in {_percent(first.rate)} of episodes (95% interval "
+        f"On {goals} {best} succeeds in {_percent(first.rate)} of episodes (95% interval "
         f"{_interval(first.interval)}); {rival}, {kind}, in {_percent(second.rate)} ({_interval(second.interval)}). "
         f"{verdict}."
     )
@@ -168,7 +172,9 @@ def _summary(results: Results) -> list[str]:
 
 
 def _split_table(results: Results, split: str) -> dict[str, Any]:
-    rows = sorted((row for row in results.rows if row.split == split), key=lambda row: (-row.overall.rate, row.method))
+    ranked = _ranked(results)
+    mine = [row for row in results.rows if row.split == split]
+    rows = sorted(mine, key=lambda row: (-row.overall.rate, ranked.index(row.method)))
     return {"name": split, "rows": [_row(results, row) for row in rows]}
 
 

@@ -13,6 +13,7 @@ from worldloom.core.errors import ConfigError, EnvironmentFailure
 from worldloom.core.registry import nearest
 from worldloom.core.spaces import ActionAdapter, ObservationAdapter, make_vector_env
 from worldloom.core.types import Observations
+from worldloom.envs.registration import register_envs
 from worldloom.evaluation.protocols import Protocol, SuccessRule
 
 
@@ -83,6 +84,7 @@ class World:
         self._seeds: list[int] = []
         self._stale = np.zeros(size, bool)
         # Gymnasium's base class is typed for one seed; its vector environments take one for each copy.
+        register_envs()
         self._envs: Any = make_vector_env(protocol.env_id, size, **protocol.env_kwargs)
         if isinstance(self._envs, SyncVectorEnv):
             self._envs.envs = [_Located(env) for env in self._envs.envs]

@@ -34,6 +34,10 @@ class LatentEpisodes:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def __getitem__(self, index: Int[Tensor, "_"]) -> "LatentEpisodes":
+        """Select episodes."""
+        return LatentEpisodes(latents=self.latents[index], blocks=self.blocks[index], lengths=self.lengths[index])
+
     @classmethod
     def of(cls, episodes: Sequence[tuple[Float[Tensor, "_ D"], Float[Tensor, "_ A"]]]) -> "LatentEpisodes":
         """Pad episodes given one by one: the latents, and the blocks between them."""

@@ -109,6 +109,12 @@ class PlanningProblem:
             count=self.count,
         )
 
+    def copy(self) -> "PlanningProblem":
+        """Return the same problem made of copies: outside inference mode, of tensors that autograd takes."""
+        problem = self.select(torch.arange(self.batch, device=self.device))
+        problem.bounds = ActionBounds(low=self.bounds.low.clone(), high=self.bounds.high.clone())
+        return problem
+
     def project(self, actions: Float[Tensor, "*axes A"]) -> Float[Tensor, "*axes A"]:
         """Return the nearest actions that may be taken; see `worldloom.planning.actions.project`."""
         return project(actions, self.model.spec, self.bounds)

@@ -32,7 +32,7 @@ class Adam(Solver):
         """Solve; see `Solver`."""
         # Planning runs in inference mode, whose tensors cannot be differentiated: leave it, with copies.
         with torch.inference_mode(False), torch.enable_grad():
-            problem = problem.select(torch.arange(problem.batch, device=problem.device))
+            problem = problem.copy()
             given = start(problem, None if initial is None else initial.clone())
             shape = (problem.batch, self.starts, problem.horizon)
             walks = self.walk.sample(problem.model.spec, problem.bounds, shape, generator)

@@ -1,0 +1,139 @@
+"""Model predictive control: plan, act on the beginning of the plan, look, plan again."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from worldloom.agents.batch import Batch
+from worldloom.agents.history import History
+from worldloom.core.errors import PlanningError
+from worldloom.core.protocols import Objective, WorldModel
+from worldloom.core.seeds import torch_generator
+from worldloom.core.types import Context, Goal, Observations, Plan
+from worldloom.planning.planner import Planner
+
+
+class Proposer(Protocol):
+    """Proposes plans for the search to start from."""
+
+    def __call__(self, context: Context, goal: Float[Tensor, "B D"], horizon: int) -> Float[Tensor, "B I T A"]:
+        """Return at least one plan of `horizon` blocks for each environment."""
+        ...
+
+
+class PlanningAgent:
+    """Plans every `replan` environment steps and takes the plan's actions in between.
+
+    `objective` makes an objective of goal latents (B, D). Each search starts from the last plan, shifted by what
+    was done of it, and from what `proposer` gives, if there is one (mode 2).
+
+    Raises:
+        PlanningError: `replan` is below 1 or longer than a plan.
+    """
+
+    def __init__(
+        self,
+        model: WorldModel,
+        planner: Planner,
+        objective: Callable[[Float[Tensor, "B D"]], Objective],
+        *,
+        replan: int,
+        proposer: Proposer | None = None,
+        seed: int = 0,
+    ) -> None:
+        longest = planner.horizon * model.spec.block
+        if not 1 <= replan <= longest:
+            raise PlanningError(f"replan must be 1 to {longest} environment steps, the length of a plan; got {replan}")
+        self._model, self._planner, self._make_objective = model, planner, objective
+        self._replan, self._proposer = replan, proposer
+        self._device = torch.device(getattr(model, "device", "cpu"))
+        self._generator = torch_generator(seed, "planning-agent", device=self._device)
+        self._batch, self._history = Batch(), History(model)
+        self._goal: Tensor | None = None
+        self._plan: Plan | None = None
+        self._step = 0
+        self._statistics: dict[str, list[float]] = {
+            "plan_seconds": [],
+            "plan_environments": [],
+            "plan_rollouts": [],
+        }
+
+    @property
+    def statistics(self) -> Mapping[str, Sequence[float]]:
+        """`plan_seconds`, `plan_environments` and `plan_rollouts` (candidates): one entry for each plan."""
+        return self._statistics
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that is being followed."""
+        return self._plan
+
+    def reset(self, goal: Goal) -> None:
+        """Forget the last episode and take a new goal for each environment."""
+        self._batch.start(goal)
+        self._history.clear()
+        self._plan, self._step = None, 0
+        with torch.inference_mode():
+            self._goal = self._model.encode(goal.observations.to(self._device))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep only these environments, by their places in the last batch, in this order."""
+        places = self._batch.keep(rows)
+        self._history.keep(places)
+        if self._goal is not None:
+            self._goal = self._goal[places]
+        if self._plan is not None:
+            plan = self._plan
+            self._plan = Plan(actions=plan.actions[places], latents=plan.latents[places], cost=plan.cost[places])
+
+    def act(self, observations: Observations) -> Float[Tensor, "B A"]:
+        """Return the next environment action of the plan, made anew when it is time.
+
+        Raises:
+            PlanningError: before `reset`, or for another number of environments.
+        """
+        self._batch.check(observations)
+        self._history.see(observations)
+        place = self._step % self._replan
+        if place == 0:
+            self._plan = self._make_plan()
+        assert self._plan is not None
+        action = self._steps(self._plan.actions)[:, place].clone()
+        self._history.did(action)
+        self._step += 1
+        return action
+
+    def _make_plan(self) -> Plan:
+        assert self._goal is not None
+        began = time.perf_counter()
+        with torch.inference_mode():
+            context = self._history.context()
+            problem = self._planner.problem(context, self._make_objective(self._goal))
+            initial = self._initial(context)
+            plan = self._planner.solve(problem, initial=initial, generator=self._generator)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._statistics["plan_seconds"].append(time.perf_counter() - began)
+        self._statistics["plan_environments"].append(float(problem.batch))
+        self._statistics["plan_rollouts"].append(float(problem.count.rollouts))
+        return plan
+
+    def _initial(self, context: Context) -> Float[Tensor, "B I T A"] | None:
+        """Return the last plan shifted by what was done of it, its last action repeated, and what is proposed."""
+        candidates: list[Tensor] = []
+        if self._plan is not None:
+            steps = self._steps(self._plan.actions)
+            rest = steps[:, -1:].expand(-1, self._replan, -1)
+            shifted = torch.cat([steps[:, self._replan :], rest], dim=1)
+            candidates.append(shifted.reshape(self._plan.actions.shape)[:, None])
+        if self._proposer is not None and self._goal is not None:
+            candidates.append(self._proposer(context, self._goal, self._planner.horizon))
+        return torch.cat(candidates, dim=1) if candidates else None
+
+    def _steps(self, blocks: Float[Tensor, "B T A"]) -> Float[Tensor, "B N _"]:
+        """Return blocks as environment actions in order."""
+        return blocks.reshape(len(blocks), -1, self._model.spec.action.size)

@@ -1,0 +1,239 @@
+"""A fast policy distilled from the model (mode 1): it acts at once, or proposes plans to the search (mode 2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from worldloom.agents.batch import Batch
+from worldloom.core.config import Config
+from worldloom.core.errors import PlanningError, TrainingError
+from worldloom.core.progress import SILENT, Progress
+from worldloom.core.protocols import WorldModel
+from worldloom.core.seeds import derive_seed, torch_generator
+from worldloom.core.types import Context, Goal, ModelSpec, Observations
+from worldloom.models.heads import fit_head
+from worldloom.planning.actions import Walk
+from worldloom.planning.episodes import LatentEpisodes, dream
+from worldloom.planning.geometry import LatentGeometry, still
+from worldloom.planning.inverse import InverseDynamics
+from worldloom.planning.objectives import GoalObjective, LatentL2
+from worldloom.planning.planner import Planner
+from worldloom.planning.solvers import SolverField, TreeSearch
+from worldloom.planning.storage import read_head, restore, save_head
+
+_KIND = "reactive-policy"
+_PROBLEMS_AT_ONCE = 128
+
+
+class ReactiveConfig(Config):
+    """The network and what it imitates.
+
+    `teacher` solves `problems` of going from one imagined or recorded state to another in the same layout, over
+    at most `horizon` blocks; the policy imitates every step of the plans that arrive. The share `hindsight` of a
+    batch is from the episodes themselves: the block that was taken, with a later state as its goal.
+    """
+
+    hidden: tuple[int, ...] = Field(default=(256, 256), min_length=1)
+    teacher: SolverField = TreeSearch(branches=32, near=0.0)
+    problems: int = Field(default=2048, ge=1)
+    horizon: int = Field(default=20, ge=1)
+    hindsight: float = Field(default=0.1, ge=0, le=1)
+    steps: int = Field(default=2000, ge=1)
+    batch: int = Field(default=512, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    walk: Walk = Walk()
+
+
+class ReactivePolicy(nn.Module):
+    """(z, goal) -> the next block: inverse dynamics with a goal many steps away."""
+
+    def __init__(self, spec: ModelSpec, config: ReactiveConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.inverse = InverseDynamics(spec, config.hidden)
+
+    def forward(self, latents: Float[Tensor, "*axes D"], goal: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes A"]:
+        """Return a block within bounds, in environment units."""
+        block: Tensor = self.inverse(latents, goal)
+        return block
+
+    def save(self, stem: Path | str, model: WorldModel) -> str:
+        """Write it beside the model whose latents it reads; return the digest."""
+        return save_head(stem, self, kind=_KIND, model=model, config=self.config)
+
+    @classmethod
+    def load(cls, stem: Path | str, model: WorldModel) -> "ReactivePolicy":
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: it is missing, damaged or of another model.
+        """
+        tensors, metadata = read_head(stem, kind=_KIND, model=model)
+        policy = cls(model.spec, ReactiveConfig.parse(metadata["config"])).to(getattr(model, "device", "cpu"))
+        return restore(stem, policy, tensors)
+
+
+def fit_reactive(
+    model: WorldModel,
+    episodes: LatentEpisodes,
+    geometry: LatentGeometry,
+    config: ReactiveConfig | None = None,
+    *,
+    seed: int,
+    progress: Progress = SILENT,
+) -> ReactivePolicy:
+    """Distil the teacher's plans, made in imagination, into a policy; no environment is needed."""
+    config = config or ReactiveConfig()
+    device = episodes.latents.device
+    generator = torch_generator(seed, "reactive", device=device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "reactive", "weights"))
+        policy = ReactivePolicy(model.spec, config).to(device)
+    states, goals, blocks = _lessons(model, episodes, geometry, config, generator, progress)
+    seen_states, seen_goals, seen_blocks = _hindsight(episodes, config, generator)
+    policy.inverse.mean.copy_(blocks.mean(0))
+    policy.inverse.std.copy_(torch.maximum(blocks.std(0), 0.02 * policy.inverse.std))
+    taught = config.batch - round(config.hindsight * config.batch)
+
+    def loss(step: int) -> Tensor:
+        lesson = torch.randint(len(states), (taught,), generator=generator, device=device)
+        seen = torch.randint(len(seen_states), (config.batch - taught,), generator=generator, device=device)
+        state = torch.cat([states[lesson], seen_states[seen]])
+        goal = torch.cat([goals[lesson], seen_goals[seen]])
+        block = policy.inverse.normalise(torch.cat([blocks[lesson], seen_blocks[seen]]))
+        return (policy.inverse.normalised(state, goal) - block).square().mean()
+
+    fit_head(policy, loss, config.steps, config.learning_rate, progress, description="reactive policy")
+    return policy
+
+
+def _lessons(
+    model: WorldModel,
+    episodes: LatentEpisodes,
+    geometry: LatentGeometry,
+    config: ReactiveConfig,
+    generator: torch.Generator,
+    progress: Progress,
+) -> tuple[Float[Tensor, "M D"], Float[Tensor, "M D"], Float[Tensor, "M A"]]:
+    """Return states along the teacher's plans, their goals, and the blocks taken there."""
+    planner = Planner(model, config.teacher, horizon=config.horizon, geometry=geometry)
+    metric = LatentL2(geometry.step_length)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    with progress.task("lessons", config.problems, "plan") as task:
+        for first in range(0, config.problems, _PROBLEMS_AT_ONCE):
+            count = min(_PROBLEMS_AT_ONCE, config.problems - first)
+            layouts = episodes[_below(len(episodes), count, generator)]
+            start, goal = (_somewhere(model, layouts, config, generator) for _ in range(2))
+            plan = planner.plan(still(start, model), GoalObjective(metric, goal), generator=generator)
+            # Out of inference mode: what is learned from must be an ordinary tensor.
+            latents, blocks = plan.latents.clone(), plan.actions.clone()
+            states = torch.cat([start[:, None], latents[:, :-1]], dim=1)
+            # Imitate up to where the plan comes nearest, if that is within a step of the goal.
+            time = torch.arange(config.horizon, device=start.device)
+            gap = metric(latents, goal[:, None])
+            stop = (gap + 0.1 * time).argmin(dim=1, keepdim=True)
+            used = (gap.gather(1, stop) < 1.0) & (time <= stop)
+            parts.append((states[used], goal[:, None].expand_as(states)[used], blocks[used]))
+            task.advance(count)
+    states, goals, blocks = (torch.cat(column) for column in zip(*parts, strict=True))
+    if len(states) == 0:
+        raise TrainingError(
+            f"none of the teacher's {config.problems} plans arrives, so there is nothing to imitate; train the world "
+            f"model longer, or give the teacher a longer horizon"
+        )
+    return states, goals, blocks
+
+
+def _somewhere(
+    model: WorldModel, layouts: LatentEpisodes, config: ReactiveConfig, generator: torch.Generator
+) -> Float[Tensor, "E D"]:
+    """Return a state that a walk from some recorded state of each episode passes through."""
+    walks = dream(model, layouts, per_episode=1, horizon=config.horizon, walk=config.walk, generator=generator)
+    return walks.latents[torch.arange(len(layouts)), _below(config.horizon + 1, len(layouts), generator)]
+
+
+def _hindsight(
+    episodes: LatentEpisodes, config: ReactiveConfig, generator: torch.Generator
+) -> tuple[Float[Tensor, "M D"], Float[Tensor, "M D"], Float[Tensor, "M A"]]:
+    """Return states of the episodes, states up to `horizon` blocks later, and the blocks taken there."""
+    count = config.problems * config.horizon
+    episode = _below(len(episodes), count, generator)
+    last = episodes.lengths[episode] - 1
+    share, ahead = torch.rand(2, count, generator=generator, device=last.device)
+    frame = (share * last).long()
+    later = frame + 1 + (ahead * (last - frame).clamp_max(config.horizon)).long()
+    return episodes.latents[episode, frame], episodes.latents[episode, later], episodes.blocks[episode, frame]
+
+
+def _below(limit: int, count: int, generator: torch.Generator) -> Int[Tensor, "_"]:
+    return torch.randint(limit, (count,), generator=generator, device=generator.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyProposer:
+    """Proposes the plan that the policy would follow in imagination."""
+
+    model: WorldModel
+    policy: ReactivePolicy
+
+    def __call__(self, context: Context, goal: Float[Tensor, "B D"], horizon: int) -> Float[Tensor, "B 1 T A"]:
+        """Roll the policy out in the model."""
+        latents, actions = list(context.latents.unbind(1)), list(context.actions.unbind(1))
+        size, plan = len(latents), []
+        for _ in range(horizon):
+            block = self.policy(latents[-1], goal)
+            between = torch.stack(actions, dim=1) if actions else context.actions
+            now = Context(latents=torch.stack(latents, dim=1), actions=between)
+            following = self.model.rollout(now, block[:, None, None])[:, 0, 0]
+            plan.append(block)
+            latents, actions = [*latents, following][-size:], [*actions, block][len(actions) + 2 - size :]
+        return torch.stack(plan, dim=1)[:, None]
+
+
+class ReactiveAgent:
+    """Acts by the policy alone; looks again every `every` environment steps, by default after each block."""
+
+    def __init__(self, model: WorldModel, policy: ReactivePolicy, *, every: int | None = None) -> None:
+        block = model.spec.block
+        self._every = block if every is None else every
+        if not 1 <= self._every <= block:
+            raise PlanningError(f"the policy gives {block} environment steps at a time; got every={every}")
+        self._model, self._policy = model, policy
+        self._device = torch.device(getattr(model, "device", "cpu"))
+        self._batch = Batch()
+        self._goal: Tensor | None = None
+        self._coming: list[Tensor] = []
+
+    def reset(self, goal: Goal) -> None:
+        """Take a new goal for each environment."""
+        self._batch.start(goal)
+        self._coming = []
+        with torch.inference_mode():
+            self._goal = self._model.encode(goal.observations.to(self._device))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep only these environments, by their places in the last batch, in this order."""
+        places = self._batch.keep(rows)
+        self._coming = [actions[places] for actions in self._coming]
+        if self._goal is not None:
+            self._goal = self._goal[places]
+
+    def act(self, observations: Observations) -> Float[Tensor, "B A"]:
+        """Return the next environment action.
+
+        Raises:
+            PlanningError: before `reset`, or for another number of environments.
+        """
+        batch = self._batch.check(observations)
+        if not self._coming:
+            assert self._goal is not None
+            with torch.inference_mode():
+                block = self._policy(self._model.encode(observations.to(self._device)), self._goal)
+            steps = block.view(batch, self._model.spec.block, -1)[:, : self._every]
+            self._coming = list(steps.unbind(1))
+        return self._coming.pop(0)

@@ -1,3 +1,31 @@
 """worldloom: learn how a world works from reward-free logs, then plan in representation space."""
 
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+# Loaded when first used, so that importing the package is light.
+_WHERE = {
+    "EpisodeDataset": "worldloom.data",
+    "Recipe": "worldloom.recipes",
+    "Run": "worldloom.recipes",
+    "collect": "worldloom.recipes",
+    "evaluate": "worldloom.recipes",
+    "load_recipe": "worldloom.recipes",
+    "plan_once": "worldloom.recipes",
+    "report_path": "worldloom.recipes",
+    "train": "worldloom.recipes",
+}
+
+__all__ = ["__version__", *_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'worldloom' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -22,8 +22,10 @@ def evaluate(
     goal_offset: Annotated[int | None, typer.Option(min=1, help="For other worlds: steps from start to goal.")] = None,
     budget: Annotated[int | None, typer.Option(min=1, help="The most steps of an episode.")] = None,
     episodes: Annotated[int | None, typer.Option(min=1, help="Episodes in each split.")] = None,
-    seed: Annotated[int, typer.Option(help="The root of the evaluation's seeds.")] = 0,
-    method: Annotated[list[str] | None, typer.Option(help="A method to evaluate; all of the recipe by default.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The root of the evaluation's seeds.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="A method to evaluate; all of the recipe by default.")
+    ] = None,
     env_arg: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the world.")] = None,
     threads: Threads = 0,
     imports: Imports = None,
@@ -32,11 +34,11 @@ def evaluate(
     """Evaluate a run and its baselines on goals drawn from seeds never used in training; writes a report."""
     from worldloom.cli.console import out as console
     from worldloom.cli.console import print_json, progress
-    from worldloom.recipes import workflow
+    from worldloom.recipes import Run, report_path, workflow
 
     import_modules(imports)
     set_threads(threads)
-    opened = workflow.Run.open(run)
+    opened = Run.open(run)
     results = workflow.evaluate(
         opened,
         protocol=protocol,
@@ -53,7 +55,7 @@ def evaluate(
         print_json(results.to_json())
         return
     show(results)
-    console.print(f"report: {workflow.report_path(opened, results)}")
+    console.print(f"report: {report_path(opened, results)}")
 
 
 def show(results: Any) -> None:

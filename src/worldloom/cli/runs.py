@@ -16,9 +16,9 @@ def list_runs(
 ) -> None:
     """List the runs below a folder."""
     from worldloom.cli.console import print_json, print_table
-    from worldloom.recipes import workflow
+    from worldloom.recipes import find_runs
 
-    summaries = [run.summary() for run in workflow.find_runs(root)]
+    summaries = [run.summary() for run in find_runs(root)]
     if json:
         print_json(summaries)
         return
@@ -31,10 +31,10 @@ def list_runs(
 def show(run: Annotated[Path, typer.Argument(help="A run folder.")], json: Json = False) -> None:
     """Show a run's figures, configuration and provenance."""
     from worldloom.cli.console import print_json, print_table
-    from worldloom.recipes import workflow
+    from worldloom.recipes import Run
 
-    opened = workflow.Run.open(run)
-    description = {"summary": opened.summary(), "config": opened.recipe_values(), "provenance": opened.provenance()}
+    opened = Run.open(run)
+    description = {"summary": opened.summary(), "config": opened.folder.config, "provenance": opened.folder.provenance}
     if json:
         print_json(description)
         return
@@ -43,17 +43,15 @@ def show(run: Annotated[Path, typer.Argument(help="A run folder.")], json: Json 
 
 
 @app.command()
-def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders.")], json: Json = False
-) -> None:
+def compare(runs: Annotated[list[Path], typer.Argument(help="Two or more run folders.")], json: Json = False) -> None:
     """Show where runs differ: settings and figures side by side."""
     from worldloom.cli.console import print_json, print_table
-    from worldloom.recipes import workflow
+    from worldloom.recipes import Run
 
     columns = []
     for path in runs:
-        opened = workflow.Run.open(path)
-        columns.append(dict(_flat({"config": opened.recipe_values(), "summary": opened.summary()})))
+        opened = Run.open(path)
+        columns.append(dict(_flat({"config": opened.folder.config, "summary": opened.summary()})))
     names = list(dict.fromkeys(name for column in columns for name in column))
     differing = [name for name in names if len({str(column.get(name, "-")) for column in columns}) > 1]
     if json:

@@ -8,7 +8,7 @@ once, nor how often the work was broken off.
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,12 @@ def collect(
         return dataset
     with ExitStack() as stack:
         task = stack.enter_context(progress.task("collect", (episodes - done) * (steps + 1), "frames"))
+        # Writes while the next batch is recorded. Leaving, by Ctrl-C too, waits for what it was given.
+        writer = stack.enter_context(ThreadPoolExecutor(1))
+        written: Future[EpisodeDataset] | None = None
         worlds: dict[int, tuple[World, Policy]] = {}  # by size: the last batch may be smaller
+        kept = None if dataset is None else dataset.spec.labels
+        wanted = labels if kept is None else list(kept)
         for first in range(done, episodes, num_envs):
             numbers = range(first, min(first + num_envs, episodes))
             if len(numbers) not in worlds:
@@ -88,28 +93,31 @@ def collect(
                 stack.callback(world.close)
                 worlds[len(numbers)] = world, factory(world.action, **options)
             world, actor = worlds[len(numbers)]
-            kept = None if labels is None else dict.fromkeys(labels)
-            batch = Batch(world, numbers, steps, kept if dataset is None else dataset.spec.labels)
+            batch = Batch(world, numbers, steps, wanted, kept)
             seeds = [episode_seed(seed, number) for number in numbers]
-            failure: BaseException | None = None
             generators = [policy_generator(seed, number) for number in numbers]
+            failure: BaseException | None = None
             try:
                 batch.run(actor, seeds, generators, policy, task)
             except (EnvironmentFailure, KeyboardInterrupt) as error:
                 failure = error
             recorded = batch.episodes(seeds, policy, None if failure is None else type(failure).__name__)
             if recorded:
-                spec = DatasetSpec(
-                    observation=world.observation, action=world.action, labels=batch.labels, environment=source
-                )
-                dataset = _commit(path, spec, dataset, recorded, storage_options)
-                _log.info("%s: %d of %d episodes", path, len(dataset), episodes)
-            if isinstance(failure, EnvironmentFailure):
-                raise _with_remedy(failure, path, recorded, first) from failure.__cause__ or failure
+                kept = batch.labels
+                wanted = list(kept)
+                spec = DatasetSpec(observation=world.observation, action=world.action, labels=kept, environment=source)
+                before = written
+                written = writer.submit(_commit, path, spec, before or dataset, recorded, storage_options)
+                if before is not None:
+                    before.result()  # at most one batch waits to be written
             if failure is not None:
+                if written is not None:
+                    written.result()
+                if isinstance(failure, EnvironmentFailure):
+                    raise _with_remedy(failure, path, recorded, first) from failure.__cause__ or failure
                 raise failure
-    assert dataset is not None
-    return dataset
+        assert written is not None
+        return written.result()
 
 
 def _resume(
@@ -136,18 +144,17 @@ def _resume(
 def _commit(
     path: str | Path,
     spec: DatasetSpec,
-    dataset: EpisodeDataset | None,
+    before: "Future[EpisodeDataset] | EpisodeDataset | None",
     episodes: list[Episode],
     storage_options: Mapping[str, str] | None,
 ) -> EpisodeDataset:
-    def write() -> EpisodeDataset:
-        target = dataset or EpisodeDataset.create(path, spec, storage_options=storage_options)
-        target.append(episodes)
-        return target
-
-    # In a thread of its own, for which Ctrl-C waits here: what is recorded gets committed.
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(write).result()
+    """Append to the dataset as `before` leaves it; if that failed this fails too, so that there is no gap."""
+    dataset = before.result() if isinstance(before, Future) else before
+    if dataset is None:
+        dataset = EpisodeDataset.create(path, spec, storage_options=storage_options)
+    dataset.append(episodes)
+    _log.info("%s: %d episodes", path, len(dataset))
+    return dataset
 
 
 def _with_remedy(

@@ -1,9 +1,11 @@
 """Episodes in one Lance table: appended whole, opened at one version."""
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +138,7 @@ class EpisodeDataset:
         )
 
     def append(self, episodes: Iterable[Episode]) -> None:
-        """Add whole episodes in one commit, and pin the version that holds them.
+        """Add whole episodes in one commit, which is held in memory, and pin the version that holds them.
 
         Raises:
             DataError: an episode does not fit the spec, or another process has appended since this was opened.
@@ -144,10 +146,12 @@ class EpisodeDataset:
         """
         import lance
 
-        batches = []
-        for number, episode in enumerate(episodes, start=len(self)):
+        def encode(number: int, episode: Episode) -> pa.RecordBatch:
             layout.check_episode(episode, self.spec, f"episode {number}")
-            batches.append(layout.episode_batch(episode, number, self.spec))
+            return layout.episode_batch(episode, number, self.spec)
+
+        with ThreadPoolExecutor(layout.threads()) as pool:
+            batches = list(pool.map(encode, itertools.count(len(self)), episodes))
         if not batches:
             return
         reader = pa.RecordBatchReader.from_batches(batches[0].schema, batches)

@@ -171,16 +171,18 @@ def decode_frames(frames: pa.Array, out: UInt8[np.ndarray, "n H W C"]) -> None:
         Undecodable: a frame does not decode to its size.
     """
     size = int(np.prod(out.shape[1:]))
-    flat = out.reshape(len(out), size)
+    whole = memoryview(out.reshape(-1))
 
     def decode(first: int) -> None:
-        for index in range(first, min(first + _CHUNK, len(flat))):
+        for index in range(first, min(first + _CHUNK, len(out))):
             try:
-                flat[index] = np.frombuffer(_CODEC.decompress(frames[index].as_buffer(), size), np.uint8)
+                whole[index * size : (index + 1) * size] = _CODEC.decompress(
+                    frames[index].as_buffer(), size, asbytes=True
+                )
             except (OSError, ValueError) as error:
                 raise Undecodable(index, f"expected {size} bytes of zstd ({error})") from error
 
-    chunks = range(0, len(flat), _CHUNK)
+    chunks = range(0, len(out), _CHUNK)
     if len(chunks) == 1:
         decode(0)
     elif chunks:
@@ -231,14 +233,8 @@ def _translate(path: str, doing: str, error: Exception) -> WorldloomError:
 
 
 def _compress(pixels: UInt8[np.ndarray, "N H W C"]) -> pa.Array:
-    frames = [np.ascontiguousarray(frame).reshape(-1) for frame in pixels]
-
-    def compress(first: int) -> list[bytes]:
-        return [_CODEC.compress(frame, asbytes=True) for frame in frames[first : first + _CHUNK]]
-
-    with ThreadPoolExecutor(threads()) as pool:
-        parts = pool.map(compress, range(0, len(frames), _CHUNK))
-        return pa.array([frame for part in parts for frame in part], pa.large_binary())
+    frames = np.ascontiguousarray(pixels).reshape(len(pixels), -1)
+    return pa.array([_CODEC.compress(frame, asbytes=True) for frame in frames], pa.large_binary())
 
 
 def _floats(size: int) -> pa.DataType:

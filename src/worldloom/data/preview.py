@@ -1,10 +1,11 @@
 """Pictures of a dataset for people: a contact sheet and a video."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from worldloom.core.errors import DataError
@@ -58,22 +59,28 @@ def video(dataset: EpisodeDataset, path: Path, *, episodes: int = 4, rate: int =
     def write(temporary: Path) -> None:
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         with av.open(str(temporary), "w", format="mp4") as container:
-            stream: Any = container.add_stream(codec, rate=rate)
-            stream.pix_fmt = "yuv420p"
-            for number in chosen:
-                start, length = int(dataset.starts[number]), int(dataset.lengths[number])
-                for first in range(0, length + 1, 64):
-                    steps = np.arange(first, min(first + 64, length + 1))
-                    frames = _upscaled(to_rgb(dataset.pixels(start + steps)), _VIDEO)
-                    for step, frame in zip(steps, frames, strict=True):
-                        picture = _captioned(frame, f"episode {number}, step {step}")
-                        stream.height, stream.width = picture.shape[:2]
-                        for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
-                            container.mux(packet)
-            for packet in stream.encode():
-                container.mux(packet)
+            stream: Any = None
+            for picture in _pictures(dataset, chosen):
+                if stream is None:
+                    stream = container.add_stream(codec, rate=rate)
+                    stream.pix_fmt = "yuv420p"
+                    stream.height, stream.width = picture.shape[:2]
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
 
     write_atomic(Path(path), write)
+
+
+def _pictures(
+    dataset: EpisodeDataset, episodes: Int64[np.ndarray, "E"]
+) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
+    for number in episodes:
+        start, length = int(dataset.starts[number]), int(dataset.lengths[number])
+        for first in range(0, length + 1, 64):
+            steps = np.arange(first, min(first + 64, length + 1))
+            frames = _upscaled(to_rgb(dataset.pixels(start + steps)), _VIDEO)
+            for step, frame in zip(steps, frames, strict=True):
+                yield _captioned(frame, f"episode {number}, step {step}")
 
 
 def to_rgb(frames: UInt8[np.ndarray, "n H W C"]) -> UInt8[np.ndarray, "n H W 3"]:

@@ -18,6 +18,8 @@ from worldloom.core.registry import nearest
 SIDE = 64.0
 Byte = Annotated[int, Field(ge=0, le=255)]
 Colour = tuple[Byte, Byte, Byte]
+Near = Annotated[float, Field(ge=8, le=22)]  # a door in the half of a wall that begins at 0
+Far = Annotated[float, Field(ge=42, le=56)]  # ... and in the half that ends at 64
 Draw = Callable[[np.random.Generator], Any]
 
 
@@ -108,7 +110,7 @@ class TwoRoomFactors(RoomFactors):
 class FourRoomsFactors(RoomFactors):
     """A cross of two walls; each of its four arms (up, down, left, right) has a door at its place."""
 
-    door_positions: tuple[float, float, float, float] = (16.0, 48.0, 16.0, 48.0)
+    door_positions: tuple[Near, Far, Near, Far] = (16.0, 48.0, 16.0, 48.0)
     door_size: float = Field(4.0, ge=1, le=5)
 
     @classmethod
@@ -139,7 +141,7 @@ class FourRoomsFactors(RoomFactors):
 class MazeFactors(RoomFactors):
     """A perfect maze of `cells` x `cells`: one way between any two cells, drawn by `layout` depth first.
 
-    The agent is slower than elsewhere, so that most layouts hold goals more than 100 steps away.
+    The agent is slower than elsewhere, so that layouts hold goals more than 100 steps away.
     """
 
     agent_radius: float = Field(2.0, ge=1, le=3)

@@ -65,6 +65,8 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     ) -> None:
         if not 16 <= size <= 512:
             raise ConfigError(f"size must be 16 to 512 pixels; got {size}")
+        if num_envs < 1:
+            raise ConfigError(f"num_envs must be at least 1; got {num_envs}")
         self.num_envs, self.render_mode = num_envs, render_mode
         self._fixed = dict(factors or {})
         self._vary = tuple(self.default_vary if vary is None else vary)
@@ -89,7 +91,7 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
                 raise ConfigError(f"unknown reset option {name!r}; {nearest(name, _OPTIONS)}")
         values = dict(options or {})
         task_options = TaskOptions.parse(values["task"]) if values.get("task") is not None else None
-        seeds = [seed + row for row in range(self.num_envs)] if isinstance(seed, int) else seed
+        seeds = [int(seed) + row for row in range(self.num_envs)] if isinstance(seed, int | np.integer) else seed
         if seeds is not None and len(seeds) != self.num_envs:
             raise ConfigError(f"expected {self.num_envs} seeds, one for each environment; got {len(seeds)}")
         tasks: list[Task] = []
@@ -197,9 +199,9 @@ class _RoomEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Infos]:
         """Begin an episode; for the options see `RoomsVectorEnv`."""
         super().reset(seed=seed)
-        # Without a seed the episodes that follow the last seed go on, as Gymnasium asks.
-        drawn = int(self.np_random.integers(_SEED_LIMIT)) if seed is None else seed
-        frames, infos = self._batch.reset(seed=[drawn], options=options)
+        # The batch draws from this very generator: the episodes that follow a seed are those of its place in a batch.
+        self._batch._generators = [self.np_random]
+        frames, infos = self._batch.reset(options=options)
         return frames[0], {name: values[0] for name, values in infos.items()}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, Infos]:

@@ -126,7 +126,7 @@ def _suits(
     steps: Float64[np.ndarray, "P"],
 ) -> Bool[np.ndarray, "P"]:
     distance = np.linalg.norm(starts - goal, axis=1)
-    suits = distance > options.min_distance
+    suits: np.ndarray = distance > options.min_distance
     if options.max_distance is not None:
         suits &= distance <= options.max_distance
     if options.min_steps is not None:

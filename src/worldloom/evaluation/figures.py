@@ -90,8 +90,9 @@ class _Panel(NamedTuple):
 
 
 def success_by_distance(results: Results) -> Themed | None:
-    """Draw success over goal distance with 95% intervals, a panel for each split; None without distances."""
-    panels = {split: bins for split in results.protocol.splits if (bins := results.bins(split)) is not None}
+    """Draw success over goal distance with 95% intervals, a panel for each split that has several bins, or None."""
+    binned_splits = {split: results.bins(split) for split in results.protocol.splits}
+    panels = {split: bins for split, bins in binned_splits.items() if bins is not None and len(bins.edges) > 2}
     if not panels:
         return None
 

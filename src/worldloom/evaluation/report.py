@@ -93,7 +93,7 @@ def render_report(results: Results, data: ReportData) -> str:
             }.items()
         },
         absent={
-            "by_distance": "the world tells neither the shortest path nor a distance between start and goal.",
+            "by_distance": "there are too few episodes to divide, or nothing tells the distance from start to goal.",
             "metrics": "no training figures were given to this report.",
             "latents": "it needs encoded frames with a position label, and none were given to this report.",
             "distance": "it needs a measure of distance and a position label, and none were given to this report.",
@@ -164,7 +164,7 @@ def _summary(results: Results) -> list[str]:
     machine = hardware.get("accelerator") or hardware.get("processor") or "unknown hardware"
     return [
         results.protocol.title,
-        ", ".join(f"{n} {split}" for split, n in sizes.items()) + " episodes",
+        ", ".join(f"{split}: {n} episodes" for split, n in sizes.items()),
         f"evaluation seed {results.protocol.seed}",
         *([] if results.training_seed is None else [f"training seed {results.training_seed}"]),
         f"{machine}, {threads} thread{'' if threads == 1 else 's'}",
@@ -191,9 +191,8 @@ def _row(results: Results, row: Row) -> dict[str, Any]:
         "count": f"{row.overall.successes} / {row.overall.n}",
         "spl": _number(row.spl),
         "ratio": _number(row.steps_over_shortest),
-        "latency": _number(row.latency.mean_ms) if row.latency else "-",
-        "p95": _number(row.latency.p95_ms) if row.latency else "-",
-        "basis": row.latency.basis if row.latency else "",
+        "latency": _number(row.latency.mean_ms if row.latency else None),
+        "p95": _number(row.latency.p95_ms if row.latency else None),
     }
 
 
@@ -254,7 +253,9 @@ def _interval(interval: tuple[float, float]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    if value is None:
+        return "-"
+    return "< 0.01" if 0 < value < 0.005 else f"{value:.2f}"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

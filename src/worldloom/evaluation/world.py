@@ -83,8 +83,8 @@ class World:
         self._where = ""
         self._seeds: list[int] = []
         self._stale = np.zeros(size, bool)
-        # Gymnasium's base class is typed for one seed; its vector environments take one for each copy.
         register_envs()
+        # Gymnasium's base class is typed for one seed; its vector environments take one for each copy.
         self._envs: Any = make_vector_env(protocol.env_id, size, **protocol.env_kwargs)
         if isinstance(self._envs, SyncVectorEnv):
             self._envs.envs = [_Located(env) for env in self._envs.envs]

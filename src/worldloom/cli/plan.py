@@ -1,0 +1,38 @@
+"""`worldloom plan`: one plan, looked at closely."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from worldloom.cli.options import Imports, Json, Threads, import_modules, set_threads
+
+
+def plan(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    start: Annotated[Path | None, typer.Option(help="A picture of the state to plan from (PNG).")] = None,
+    goal: Annotated[Path | None, typer.Option(help="A picture of the goal (PNG).")] = None,
+    protocol: Annotated[str | None, typer.Option(help="Else: draw start and goal as this protocol does.")] = None,
+    split: Annotated[str | None, typer.Option(help="The protocol's split; the first by default.")] = None,
+    episode: Annotated[int, typer.Option(min=0, help="Which episode of the split.")] = 0,
+    method: Annotated[str | None, typer.Option(help="A planning method of the recipe.")] = None,
+    threads: Threads = 0,
+    imports: Imports = None,
+    json: Json = False,
+) -> None:
+    """Plan once from a start to a goal: the actions, what they are predicted to cost, and how long it took."""
+    from worldloom.cli.console import print_json, print_table
+    from worldloom.recipes import Run, plan_once
+
+    import_modules(imports)
+    set_threads(threads)
+    made = plan_once(
+        Run.open(run), start=start, goal=goal, protocol=protocol, split=split, episode=episode, method=method
+    )
+    if json:
+        print_json(made)
+        return
+    actions = made.pop("actions")
+    print_table("plan", ["", "value"], [[name, str(value)] for name, value in made.items()])
+    rows = [[str(step), *(f"{value:+.3f}" for value in action)] for step, action in enumerate(actions)]
+    print_table("actions", ["step", *(f"a{index}" for index in range(len(actions[0])))], rows)

@@ -1,0 +1,24 @@
+"""Recipes: complete configurations by name, and the work that they describe."""
+
+from worldloom.recipes.config import CollectionConfig, Recipe
+from worldloom.recipes.library import RECIPES, load_recipe
+from worldloom.recipes.methods import METHODS, MethodConfig
+from worldloom.recipes.planning import plan_once
+from worldloom.recipes.run import Run, find_runs
+from worldloom.recipes.workflow import collect, evaluate, report_path, train
+
+__all__ = [
+    "METHODS",
+    "RECIPES",
+    "CollectionConfig",
+    "MethodConfig",
+    "Recipe",
+    "Run",
+    "collect",
+    "evaluate",
+    "find_runs",
+    "load_recipe",
+    "plan_once",
+    "report_path",
+    "train",
+]

@@ -1,0 +1,54 @@
+"""A recipe: one complete, frozen configuration, from collecting to evaluating."""
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+
+from worldloom.agents import CloningConfig, ReactiveConfig
+from worldloom.core.config import Config, parse_component
+from worldloom.core.registry import nearest
+from worldloom.models import JEPAConfig
+from worldloom.planning import DistanceConfig, InverseConfig
+from worldloom.recipes.methods import METHODS, MethodConfig, default_methods
+from worldloom.training import TrainingConfig
+
+MethodField = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(lambda value: parse_component(METHODS, value))]
+
+
+class CollectionConfig(Config):
+    """The logs to collect: see `worldloom.data.collect`."""
+
+    env_id: str
+    env_kwargs: dict[str, Any] = Field(default_factory=dict)
+    episodes: int = Field(default=1000, ge=1)
+    steps: int = Field(default=100, ge=1)
+    policy: str = "directed-walk"
+    policy_options: dict[str, Any] = Field(default_factory=dict)
+    num_envs: int = Field(default=100, ge=1)
+    seed: int = 0
+
+
+class Recipe(Config):
+    """What `collect`, `train` and `evaluate` do; `collection` and `protocol` are None where data come from elsewhere.
+
+    `methods` are the rows of the table, in order; `default_method` is the one to act with.
+    """
+
+    name: str
+    description: str = ""
+    collection: CollectionConfig | None = None
+    model: JEPAConfig = JEPAConfig()
+    training: TrainingConfig = TrainingConfig()
+    inverse: InverseConfig = InverseConfig()
+    distance: DistanceConfig = DistanceConfig()
+    reactive: ReactiveConfig = ReactiveConfig()
+    cloning: CloningConfig = CloningConfig()
+    methods: dict[str, MethodField] = Field(default_factory=default_methods, min_length=1)
+    default_method: str = "tree search"
+    protocol: str | None = None
+
+    @model_validator(mode="after")
+    def _check_default(self) -> "Recipe":
+        if self.default_method not in self.methods:
+            raise ValueError(f"default_method {self.default_method!r}; {nearest(self.default_method, self.methods)}")
+        return self

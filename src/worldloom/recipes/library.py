@@ -1,0 +1,39 @@
+"""The recipes that worldloom ships, by name."""
+
+from collections.abc import Callable
+
+from worldloom.core.registry import Registry
+from worldloom.models import JEPAConfig
+from worldloom.recipes.config import CollectionConfig, Recipe
+
+RECIPES: Registry[Callable[[], Recipe]] = Registry("recipe")
+
+
+def load_recipe(name: str) -> Recipe:
+    """Return a recipe by name.
+
+    Raises:
+        ConfigError: there is none of this name; the nearest is named.
+    """
+    return RECIPES[name]()
+
+
+@RECIPES.register("two-room")
+def two_room() -> Recipe:
+    """The demo: two rooms, the door drawn anew for each episode."""
+    return Recipe(
+        name="two-room",
+        description="Two rooms in 64x64 RGB, the door's place drawn anew for each episode; 100 thousand frames.",
+        collection=CollectionConfig(env_id="worldloom/TwoRoom-v0"),
+        protocol="two-room@1",
+    )
+
+
+@RECIPES.register("generic")
+def generic() -> Recipe:
+    """Any dataset: two frames of history, since one may not show velocities."""
+    return Recipe(
+        name="generic",
+        description="Any dataset of pixels and/or vectors; two frames of history, for one may not show velocities.",
+        model=JEPAConfig(context=2),
+    )

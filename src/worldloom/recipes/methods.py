@@ -1,0 +1,146 @@
+"""The methods of an evaluation: what acts, built from what a run has learned."""
+
+from abc import abstractmethod
+from typing import Literal, Protocol
+
+from pydantic import Field
+
+from worldloom.agents import (
+    BehaviourCloningAgent,
+    CloningPolicy,
+    PlanningAgent,
+    PolicyProposer,
+    RandomAgent,
+    ReactiveAgent,
+    ReactivePolicy,
+)
+from worldloom.core.config import Component
+from worldloom.core.protocols import Agent
+from worldloom.core.registry import Registry
+from worldloom.models import JEPA
+from worldloom.planning import (
+    CEM,
+    GoalObjective,
+    LatentGeometry,
+    LatentL2,
+    Metric,
+    Planner,
+    SolverField,
+    TemporalDistance,
+    TreeSearch,
+)
+
+
+class Learned(Protocol):
+    """What a finished run offers."""
+
+    @property
+    def model(self) -> JEPA:
+        """The world model."""
+        ...
+
+    @property
+    def geometry(self) -> LatentGeometry:
+        """Step length, inverse dynamics and reversibility."""
+        ...
+
+    @property
+    def distance(self) -> TemporalDistance:
+        """The learned temporal distance."""
+        ...
+
+    @property
+    def reactive(self) -> ReactivePolicy:
+        """The reactive policy."""
+        ...
+
+    @property
+    def cloning(self) -> CloningPolicy:
+        """The policy cloned from the same data."""
+        ...
+
+
+class MethodConfig(Component):
+    """One way to act; a new one is a subclass with `build`, registered in `METHODS`."""
+
+    @abstractmethod
+    def build(self, learned: Learned, *, seed: int) -> Agent:
+        """Build the agent."""
+
+
+METHODS: Registry[type[MethodConfig]] = Registry("method")
+
+
+@METHODS.register("random")
+class RandomMethod(MethodConfig):
+    """A random walk."""
+
+    name: Literal["random"] = "random"
+
+    def build(self, learned: Learned, *, seed: int) -> Agent:
+        """Build the agent."""
+        return RandomAgent(learned.model.spec.action, seed=seed)
+
+
+@METHODS.register("behaviour-cloning")
+class CloningMethod(MethodConfig):
+    """Goal-conditioned imitation of the same data, from observations, with an encoder of its own."""
+
+    name: Literal["behaviour-cloning"] = "behaviour-cloning"
+
+    def build(self, learned: Learned, *, seed: int) -> Agent:
+        """Build the agent."""
+        return BehaviourCloningAgent(learned.cloning)
+
+
+@METHODS.register("reactive")
+class ReactiveMethod(MethodConfig):
+    """The reactive policy alone (mode 1)."""
+
+    name: Literal["reactive"] = "reactive"
+
+    def build(self, learned: Learned, *, seed: int) -> Agent:
+        """Build the agent."""
+        return ReactiveAgent(learned.model, learned.reactive)
+
+
+@METHODS.register("plan")
+class PlanMethod(MethodConfig):
+    """Model predictive control.
+
+    `metric` is latent L2 or the learned temporal distance; `replan` counts environment steps, 0 for one block;
+    `propose` lets the search start from the reactive policy's plan as well (mode 2).
+    """
+
+    name: Literal["plan"] = "plan"
+    solver: SolverField = CEM()
+    metric: Literal["latent", "distance"] = "latent"
+    last_weight: float = Field(default=1.0, ge=0)
+    horizon: int = Field(default=6, ge=1)
+    replan: int = Field(default=0, ge=0)
+    propose: bool = False
+
+    def build(self, learned: Learned, *, seed: int) -> Agent:
+        """Build the agent."""
+        model, geometry = learned.model, learned.geometry
+        metric: Metric = LatentL2(geometry.step_length) if self.metric == "latent" else learned.distance
+        return PlanningAgent(
+            model,
+            Planner(model, self.solver, horizon=self.horizon, geometry=geometry),
+            lambda goal: GoalObjective(metric, goal, last_weight=self.last_weight),
+            replan=self.replan or model.spec.block,
+            proposer=PolicyProposer(model=model, policy=learned.reactive) if self.propose else None,
+            seed=seed,
+        )
+
+
+def default_methods() -> dict[str, MethodConfig]:
+    """Return the baselines and the planners that every table shows."""
+    return {
+        "random": RandomMethod(),
+        "behaviour cloning": CloningMethod(),
+        "reactive policy": ReactiveMethod(),
+        "CEM, latent L2": PlanMethod(),
+        "CEM, learned distance": PlanMethod(metric="distance"),
+        "tree search": PlanMethod(solver=TreeSearch(gap_weight=2.0), horizon=24),
+    }

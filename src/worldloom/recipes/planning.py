@@ -1,0 +1,102 @@
+"""One plan from a start to a goal, as JSON values."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from worldloom.agents import PlanningAgent
+from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.files import storage_errors
+from worldloom.core.registry import nearest
+from worldloom.core.types import Goal, Observations
+from worldloom.evaluation import PROTOCOLS
+from worldloom.evaluation.goals import draw_tasks
+from worldloom.evaluation.world import World
+from worldloom.recipes.run import Run
+
+
+def plan_once(
+    run: Run,
+    *,
+    start: Path | None = None,
+    goal: Path | None = None,
+    protocol: str | None = None,
+    split: str | None = None,
+    episode: int = 0,
+    method: str | None = None,
+) -> dict[str, Any]:
+    """Plan once: between two pictures, or between a start and a goal that a protocol draws.
+
+    Returns `actions` (environment steps, each a list), `cost`, `predicted_gap` (how far from the goal the plan is
+    predicted to end, in typical model steps), `gap` (how far it is now), `milliseconds` (of a second planning, the
+    first one warming up) and `rollouts`.
+
+    Raises:
+        ConfigError: only one of the pictures is given, or the method does not plan.
+        DataError: a picture is not what the model was trained on.
+    """
+    agent = run.agent(method)
+    if not isinstance(agent, PlanningAgent):
+        raise ConfigError(f"method {method!r} does not plan; choose one of the planners in the recipe's methods")
+    if (start is None) != (goal is None):
+        raise ConfigError("give both --start and --goal, or neither")
+    if start is not None and goal is not None:
+        observations, target = _picture(run, start), Goal(observations=_picture(run, goal))
+    else:
+        observations, target = _drawn(run, protocol, split, episode)
+    for _ in range(2):
+        agent.reset(target)
+        agent.act(observations)
+    plan = agent.plan
+    assert plan is not None
+    with torch.no_grad():
+        here, there = run.model.encode(observations), run.model.encode(target.observations)
+    scale = run.geometry.step_length
+    return {
+        "method": method or run.recipe.default_method,
+        "milliseconds": round(1e3 * agent.statistics["plan_seconds"][-1], 2),
+        "rollouts": int(agent.statistics["plan_rollouts"][-1]),
+        "cost": round(plan.cost.item(), 4),
+        "gap": round((here - there).norm().item() / scale, 3),
+        "predicted_gap": round((plan.latents[0, -1] - there[0]).norm().item() / scale, 3),
+        "actions": plan.actions.reshape(-1, run.model.spec.action.size).tolist(),
+    }
+
+
+def _picture(run: Run, path: Path) -> Observations:
+    from PIL import Image, UnidentifiedImageError
+
+    expected = run.model.spec.observation.pixels
+    if expected is None or run.model.spec.observation.vector:
+        raise DataError("the model does not see by pictures alone; name a protocol that draws start and goal")
+    try:
+        with storage_errors(path), Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB" if expected[2] == 3 else "L"), np.uint8).reshape(
+                1, *_size(image), -1
+            )
+    except UnidentifiedImageError as error:
+        raise DataError(f"{path} is not a picture: {error}; expected a PNG of {expected[1]}x{expected[0]}") from None
+    if pixels.shape[1:] != expected:
+        raise DataError(f"{path} has shape {pixels.shape[1:]}; the model was trained on {expected}. Resize it")
+    return Observations.from_numpy(pixels, None)
+
+
+def _size(image: Any) -> tuple[int, int]:
+    return image.height, image.width
+
+
+def _drawn(run: Run, protocol: str | None, split: str | None, episode: int) -> tuple[Observations, Goal]:
+    name = protocol or run.recipe.protocol
+    if name is None:
+        raise ConfigError("give --start and --goal, or a --protocol that draws them")
+    chosen = PROTOCOLS[name]
+    split = split or next(iter(chosen.splits))
+    if split not in chosen.splits:
+        raise ConfigError(f"protocol {name} has no split {split!r}; {nearest(split, chosen.splits)}")
+    with World(chosen, 1) as world:
+        tasks, _ = draw_tasks(chosen, split, world, episode, f"drawing episode {episode} of {split!r}")
+        options = chosen.task(split) if chosen.goal_source == "world" else None
+        frame = world.reset(tasks.seeds, options, where="plan")
+        return frame.observations, tasks.goal

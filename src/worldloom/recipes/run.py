@@ -1,0 +1,155 @@
+"""A run as its user sees it: what was trained, and agents made of it."""
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from worldloom.agents import CloningPolicy, ReactivePolicy
+from worldloom.core.errors import ConfigError, StorageError
+from worldloom.core.files import read_json
+from worldloom.core.protocols import Agent
+from worldloom.core.registry import nearest
+from worldloom.models import JEPA, load_model
+from worldloom.planning import LatentGeometry, TemporalDistance
+from worldloom.recipes.config import Recipe
+from worldloom.training import RunFolder
+
+
+class Run:
+    """A run folder, opened for use; its parts are loaded when they are asked for.
+
+    Raises:
+        StorageError: there is no run at the path.
+        CheckpointError: a part is missing, damaged or of another model.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Run":
+        """Open a run folder."""
+        return cls(RunFolder.open(path))
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.folder.path
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe, with its overrides."""
+        return Recipe.parse(self.folder.config["recipe"])
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Where the data came from: the `environment` of the dataset's spec, empty where nothing is known."""
+        environment: dict[str, Any] = self.folder.config["environment"]
+        return environment
+
+    @property
+    def data(self) -> str:
+        """The dataset's path when the run was made."""
+        return str(self.folder.config["data"])
+
+    @cached_property
+    def model(self) -> JEPA:
+        """The world model."""
+        return load_model(self.folder.model_directory)
+
+    @cached_property
+    def geometry(self) -> LatentGeometry:
+        """Step length, inverse dynamics and reversibility."""
+        return LatentGeometry.load(self.head("geometry"), self.model)
+
+    @cached_property
+    def distance(self) -> TemporalDistance:
+        """The learned temporal distance."""
+        return TemporalDistance.load(self.head("distance"), self.model)
+
+    @cached_property
+    def reactive(self) -> ReactivePolicy:
+        """The reactive policy."""
+        return ReactivePolicy.load(self.head("reactive"), self.model)
+
+    @cached_property
+    def cloning(self) -> CloningPolicy:
+        """The policy cloned from the same data."""
+        return CloningPolicy.load(self.head("cloning"))
+
+    def head(self, name: str) -> Path:
+        """Return where a part learned beside the world model is kept."""
+        return self.path / "heads" / name
+
+    def agent(self, method: str | None = None, *, seed: int = 0) -> Agent:
+        """Build an agent; by default the recipe's.
+
+        Raises:
+            ConfigError: the recipe has no such method.
+        """
+        name = method or self.recipe.default_method
+        if name not in self.recipe.methods:
+            raise ConfigError(f"unknown method {name!r}; {nearest(name, self.recipe.methods)}")
+        return self.recipe.methods[name].build(self, seed=seed)
+
+    def heads(self) -> dict[str, Any]:
+        """Return the figures of the parts learned beside the world model."""
+        path = self.path / "heads.json"
+        figures: dict[str, Any] = read_json(path) if path.is_file() else {}
+        return figures
+
+    def evaluations(self) -> dict[str, dict[str, Any]]:
+        """Return the results of each evaluation, by protocol."""
+        return {path.parent.name: read_json(path) for path in sorted(self.path.glob("evaluation/*/results.json"))}
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures that runs are compared by."""
+        metrics = self.folder.metrics()
+        trained: dict[str, Any] = {}
+        for line in metrics:
+            trained.update(line)
+        figures = self.folder.diagnostics().get("figures", {})
+        summary = {
+            "run": str(self.path),
+            "recipe": self.recipe.name,
+            "steps": trained.get("step", 0),
+            "prediction": _short(trained.get("loss/prediction")),
+            **{name: _short(value) for name, value in figures.items()},
+            "alarms": [alarm["name"] for alarm in self.folder.diagnostics().get("alarms", [])],
+        }
+        for protocol, results in self.evaluations().items():
+            for row in results["rows"]:
+                if row["method"] == self.recipe.default_method:
+                    summary[f"success/{protocol}/{row['split']}"] = _short(row["rate"])
+        rates = [value for name, value in summary.items() if name.startswith("success/")]
+        return {**summary, "success": _short(sum(rates) / len(rates))} if rates else summary
+
+
+def find_runs(root: Path) -> Iterator[Run]:
+    """Yield the runs below a folder, in the order of their paths.
+
+    Raises:
+        StorageError: there is no such folder.
+    """
+    if not root.is_dir():
+        raise StorageError(f"{root} is not a folder; name the one that holds your runs")
+    for config in sorted(root.rglob("config.json")):
+        if (config.parent / "provenance.json").is_file():
+            yield Run.open(config.parent)
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return the keys, with dots, under which two configurations differ."""
+    found: list[str] = []
+    for key in sorted(set(ours) | set(theirs)):
+        mine, other = ours.get(key), theirs.get(key)
+        if isinstance(mine, Mapping) and isinstance(other, Mapping):
+            found += differences(mine, other, f"{prefix}{key}.")
+        elif mine != other:
+            found.append(f"{prefix}{key}")
+    return found
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -1,0 +1,263 @@
+"""The main job: collect, train, evaluate; each step can be broken off and taken up again."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from worldloom import data
+from worldloom.agents import fit_behaviour_cloning, fit_reactive
+from worldloom.core.errors import ConfigError
+from worldloom.core.files import write_json
+from worldloom.core.progress import SILENT, Progress
+from worldloom.core.seeds import torch_generator
+from worldloom.data import EpisodeDataset, FrameCache, load_cache
+from worldloom.envs import register_envs
+from worldloom.evaluation import PROTOCOLS, Protocol, Results, gym_protocol
+from worldloom.evaluation import evaluate as evaluate_methods
+from worldloom.evaluation.report import write_report
+from worldloom.models import load_model
+from worldloom.planning import (
+    LatentEpisodes,
+    LatentL2,
+    encode_episodes,
+    fit_distance,
+    measure_geometry,
+    rank_correlation,
+)
+from worldloom.recipes.config import Recipe
+from worldloom.recipes.pictures import report_data
+from worldloom.recipes.run import Run, differences
+from worldloom.training import RunFolder, describe_provenance, fit
+
+_log = logging.getLogger(__name__)
+
+register_envs()
+
+
+def collect(recipe: Recipe, path: Path | str, *, progress: Progress = SILENT) -> EpisodeDataset:
+    """Collect the logs that the recipe asks for; a partial dataset is completed.
+
+    Raises:
+        ConfigError: the recipe has no world of its own.
+        DataError, EnvironmentFailure, StorageError: see `worldloom.data.collect`.
+    """
+    if recipe.collection is None:
+        raise ConfigError(
+            f"recipe {recipe.name!r} names no world; collect with worldloom.data.collect(path, env_id=...)"
+        )
+    options = recipe.collection.model_dump()
+    return data.collect(path, **options, progress=progress)
+
+
+def train(
+    recipe: Recipe,
+    dataset: EpisodeDataset | Path | str,
+    path: Path | str,
+    *,
+    resume: bool = False,
+    progress: Progress = SILENT,
+) -> Run:
+    """Train the world model and what is learned on its frozen latents; with `resume`, take up what is there.
+
+    Raises:
+        StorageError: the folder holds a run and `resume` is not set.
+        ConfigError: `resume` with another recipe; the keys that differ are named.
+        CheckpointError: `resume` with other data.
+        DataError, TrainingError: see `worldloom.training.fit`.
+    """
+    dataset = dataset if isinstance(dataset, EpisodeDataset) else EpisodeDataset.open(dataset)
+    folder = _folder(recipe, dataset, Path(path), resume=resume)
+    run = Run(folder)
+    if run.heads().get("complete"):
+        _log.info("%s is complete", path)
+        return run
+    cache = load_cache(dataset, progress=progress)
+    if (folder.model_directory / "model.json").is_file():
+        load_model(folder.model_directory)  # whole, or an error
+    else:
+        fit(
+            recipe.training, recipe.model, cache, folder, resume=folder.checkpoint_directory.is_dir(), progress=progress
+        )
+    _train_heads(run, cache, progress)
+    return run
+
+
+def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, *, resume: bool) -> RunFolder:
+    fingerprint = dataset.fingerprint()
+    config: dict[str, Any] = {
+        "recipe": recipe.model_dump(mode="json"),
+        "environment": dataset.spec.environment,
+        "data": str(Path(str(dataset.path)).resolve()) if "://" not in str(dataset.path) else str(dataset.path),
+    }
+    if not (resume and (path / "config.json").is_file()):
+        seeds = {"training": recipe.training.seed}
+        return RunFolder.create(path, config, describe_provenance(data_fingerprint=fingerprint, seeds=seeds))
+    folder = RunFolder.open(path)
+    differ = differences(folder.config["recipe"], config["recipe"])
+    # The methods decide nothing that was trained.
+    if wrong := [
+        key for key in differ if not key.startswith(("methods.", "default_method", "protocol", "description"))
+    ]:
+        raise ConfigError(
+            f"{path} was begun with another recipe; they differ in {', '.join(wrong[:8])}. Resume it with the same "
+            f"recipe and overrides, or choose another folder"
+        )
+    return folder
+
+
+def _train_heads(run: Run, cache: FrameCache, progress: Progress) -> None:
+    """Learn what stands beside the world model; a part that is there already is kept."""
+    recipe, model = run.recipe, run.model
+    seed = recipe.training.seed
+    training, held_out = cache.split(recipe.training.validation_share, seed)
+    figures: dict[str, Any] = {"held_out": [int(episode) for episode in held_out]}
+    latents = encode_episodes(model, cache, episodes=training, progress=progress)
+
+    def learn(name: str, make: Callable[[], Any]) -> None:
+        began = time.perf_counter()
+        if not run.head(name).with_suffix(".json").is_file():
+            make()
+            figures[f"{name}_seconds"] = round(time.perf_counter() - began, 2)
+
+    learn(
+        "geometry",
+        lambda: measure_geometry(model, latents, recipe.inverse, seed=seed, progress=progress).save(
+            run.head("geometry"), model
+        ),
+    )
+    learn(
+        "distance",
+        lambda: fit_distance(latents, model, recipe.distance, seed=seed, progress=progress).save(
+            run.head("distance"), model
+        ),
+    )
+    learn(
+        "reactive",
+        lambda: fit_reactive(model, latents, run.geometry, recipe.reactive, seed=seed, progress=progress).save(
+            run.head("reactive"), model
+        ),
+    )
+    learn(
+        "cloning",
+        lambda: fit_behaviour_cloning(
+            cache, recipe.cloning, episodes=training, seed=seed, device=model.device, progress=progress
+        ).save(run.head("cloning")),
+    )
+    reversibility = run.geometry.reversibility
+    figures |= {
+        "step_length": run.geometry.step_length,
+        "reversibility_remaining": reversibility.remaining,
+        "reversible": reversibility.reversible,
+    }
+    if len(held_out):
+        figures |= _rank(run, encode_episodes(model, cache, episodes=held_out))
+    write_json(run.path / "heads.json", {**figures, "complete": True})
+
+
+def _rank(run: Run, episodes: LatentEpisodes, pairs: int = 2048) -> dict[str, float]:
+    """Compare the distances with the steps between states of the same held-out episodes.
+
+    These are the steps that a random walk took, not the fewest: a rank, not a truth.
+    """
+    generator = torch_generator(run.recipe.training.seed, "rank")
+    episode = torch.randint(len(episodes), (pairs,), generator=generator)
+    shares = torch.rand(2, pairs, generator=generator) * episodes.lengths[episode].cpu()
+    first, second = shares.long().sort(dim=0).values
+    latents, goals = episodes.latents[episode, first], episodes.latents[episode, second]
+    steps = (second - first).float()
+    return {
+        "rank_correlation/distance": rank_correlation(run.distance, latents, goals, steps),
+        "rank_correlation/latent": rank_correlation(LatentL2(), latents, goals, steps),
+    }
+
+
+def evaluate(
+    run: Run,
+    *,
+    protocol: str | None = None,
+    success: str | None = None,
+    goal_offset: int | None = None,
+    budget: int | None = None,
+    episodes: int | None = None,
+    seed: int | None = None,
+    methods: Sequence[str] | None = None,
+    env_kwargs: Mapping[str, Any] | None = None,
+    progress: Progress = SILENT,
+) -> Results:
+    """Evaluate methods of the run and write `results.json` and `report.html`; see `report_path`.
+
+    The protocol is the one named, else the recipe's, else one that the run's world has, else one whose goals the
+    logging policy reached (then `success` says what counts, such as `position:3`).
+
+    Raises:
+        ConfigError: no protocol or method of that name, or `success` is missing where it is needed.
+        EnvironmentFailure: see `worldloom.evaluation.evaluate`.
+    """
+    chosen = list(run.recipe.methods) if methods is None else list(methods)
+    agents = {name: _factory(run, name) for name in chosen}
+    for name in chosen:
+        agents[name]()  # an unknown method is said before anything runs
+    results = evaluate_methods(
+        _protocol(run, protocol, success, goal_offset, budget, episodes, seed, env_kwargs or {}),
+        agents,
+        model=run.model.spec.fingerprint,
+        training_seed=run.recipe.training.seed,
+        provenance=run.folder.provenance,
+        progress=progress,
+    )
+    results.write(report_path(run, results).with_name("results.json"))
+    write_report(report_path(run, results), results, report_data(run))
+    return results
+
+
+def report_path(run: Run, results: Results) -> Path:
+    """Return where the report of an evaluation is kept."""
+    name = results.protocol.title.replace("/", "-")
+    return run.path / "evaluation" / name / "report.html"
+
+
+def _factory(run: Run, method: str) -> Callable[[], Any]:
+    return lambda: run.agent(method)
+
+
+def _protocol(
+    run: Run,
+    name: str | None,
+    success: str | None,
+    goal_offset: int | None,
+    budget: int | None,
+    episodes: int | None,
+    seed: int | None,
+    env_kwargs: Mapping[str, Any],
+) -> Protocol:
+    source = run.environment
+    env_id = source.get("id")
+    name = name or run.recipe.protocol
+    if name is None and success is None:
+        name = next((title for title in PROTOCOLS if PROTOCOLS[title].env_id == env_id), None)
+    if name is not None:
+        if success is not None or goal_offset is not None:
+            raise ConfigError(f"protocol {name!r} says what success and goals are; leave out success and goal_offset")
+        return PROTOCOLS[name].customise(budget=budget, episodes=episodes, seed=seed, env_kwargs=env_kwargs or None)
+    if env_id is None:
+        raise ConfigError("the data do not say which world they are from; name a protocol (--protocol)")
+    if success is None:
+        raise ConfigError(
+            f"there is no protocol for {env_id}: say what counts as success, such as --success position:3 (a named "
+            f"vector and a tolerance) or --success env (the world's own word)"
+        )
+    offset = goal_offset or 25
+    options: dict[str, Any] = {"goal_offset": offset, "budget": budget or 2 * offset, "seed": seed or 0}
+    options |= {"episodes": episodes} if episodes is not None else {}
+    return gym_protocol(
+        env_id,
+        success=success,
+        policy=source.get("policy", "directed-walk"),
+        policy_options=source.get("policy_options") or {},
+        env_kwargs={**(source.get("kwargs") or {}), **env_kwargs},
+        **options,
+    )

@@ -9,7 +9,7 @@ import pytest
 from data_samples import PushWorld, register
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from worldloom.core.errors import ConfigError, DataError, EnvironmentFailure
+from worldloom.core.errors import ConfigError, DataError, EnvironmentFailure, StorageError
 from worldloom.core.progress import Task
 from worldloom.core.types import ActionSpec, Observations
 from worldloom.data import POLICIES, EpisodeDataset, collect, episode_seed, policy_generator, validate
@@ -225,3 +225,23 @@ def test_policies_can_be_replayed_from_the_root_seed(tmp_path: Path) -> None:
     nothing = Observations.from_numpy(None, np.zeros((1, 2), np.float32))
     replayed = np.concatenate([policy.act(nothing) for _ in range(7)])
     assert np.array_equal(replayed, dataset.episode(4).actions)
+
+
+def test_a_write_that_fails_leaves_no_gap_and_the_rest_is_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, calls = EpisodeDataset.append, []
+
+    def failing(self: EpisodeDataset, episodes: Any) -> None:
+        calls.append(len(episodes))
+        if len(calls) == 2:
+            raise StorageError("the disk is full")
+        append(self, episodes)
+
+    monkeypatch.setattr(EpisodeDataset, "append", failing)
+    with pytest.raises(StorageError, match="the disk is full"):
+        collect(tmp_path / "d", **ARGUMENTS | {"num_envs": 1})
+    monkeypatch.undo()
+    assert len(EpisodeDataset.open(tmp_path / "d")) == 1
+    completed = collect(tmp_path / "d", **ARGUMENTS)
+    assert completed.fingerprint() == collect(tmp_path / "whole", **ARGUMENTS).fingerprint()

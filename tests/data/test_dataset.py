@@ -269,7 +269,7 @@ def test_a_writer_killed_at_any_moment_leaves_whole_episodes_and_all_that_it_ack
     path = tmp_path / "d"
     EpisodeDataset.create(path, SPEC)
     chance = random.Random()  # another moment in each run is the point
-    for _ in range(4):
+    for _ in range(3):
         command = [sys.executable, "-c", WRITER, str(path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent) as writer:
             assert writer.stdout is not None

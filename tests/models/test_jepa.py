@@ -58,10 +58,9 @@ def test_a_rollout_feeds_each_prediction_back(pixel_case, predictor, context) ->
 def test_the_mlp_predictor_is_a_residual_perceptron_on_everything_it_is_given(pixel_case) -> None:
     predictor = build(pixel_case, context=2).predictor
     latents, past, actions = torch.randn(3, 2, 6), torch.randn(3, 1, 4), torch.randn(3, 5, 1, 4)
-    weight = torch.cat([layer.weight for layer in [*predictor.from_latent, *predictor.from_action]], dim=1)
     for candidate in range(5):
         joined = torch.cat([latents.flatten(1), past[:, 0], actions[:, candidate, 0]], dim=1)
-        expected = latents[:, -1] + predictor.rest(joined @ weight.T + predictor.from_action[-1].bias)
+        expected = latents[:, -1] + predictor.mlp(joined)
         torch.testing.assert_close(predictor(latents, past, actions)[:, candidate, 0], expected)
 
 

@@ -198,6 +198,11 @@ def test_two_trainings_do_not_share_a_folder(cache, tmp_path) -> None:
         fit(CONFIG, MODEL, cache, run)
 
 
+def test_a_new_training_does_not_mix_with_an_old_one(cache, unbroken) -> None:
+    with pytest.raises(TrainingError, match="holds checkpoints already; resume it"):
+        fit(CONFIG, MODEL, cache, unbroken)
+
+
 def test_several_devices_need_torchrun(cache, tmp_path) -> None:
     run = RunFolder.create(tmp_path / "run", {}, {})
     with pytest.raises(ConfigError, match="torchrun --nproc-per-node 2"):

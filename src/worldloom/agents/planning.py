@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from worldloom.core.types import Context, Goal, Observations, Plan
 from worldloom.planning.planner import Planner
 
 
+@runtime_checkable
 class Proposer(Protocol):
     """Proposes plans for the search to start from."""
 

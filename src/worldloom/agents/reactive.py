@@ -43,7 +43,7 @@ class ReactiveConfig(Config):
     problems: int = Field(default=2048, ge=1)
     horizon: int = Field(default=20, ge=1)
     hindsight: float = Field(default=0.1, ge=0, le=1)
-    steps: int = Field(default=2000, ge=1)
+    steps: int = Field(default=1200, ge=1)
     batch: int = Field(default=512, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
     walk: Walk = Walk()
@@ -152,9 +152,11 @@ def _lessons(
 def _somewhere(
     model: WorldModel, layouts: LatentEpisodes, config: ReactiveConfig, generator: torch.Generator
 ) -> Float[Tensor, "E D"]:
-    """Return a state that a walk from some recorded state of each episode passes through."""
+    """Return a state late on a walk from some recorded state of each episode: two of them are often far apart."""
     walks = dream(model, layouts, per_episode=1, horizon=config.horizon, walk=config.walk, generator=generator)
-    return walks.latents[torch.arange(len(layouts)), _below(config.horizon + 1, len(layouts), generator)]
+    early = config.horizon // 2
+    late = early + _below(config.horizon + 1 - early, len(layouts), generator)
+    return walks.latents[torch.arange(len(layouts), device=late.device), late]
 
 
 def _hindsight(

@@ -84,8 +84,9 @@ def collect(
         writer = stack.enter_context(ThreadPoolExecutor(1))
         written: Future[EpisodeDataset] | None = None
         worlds: dict[int, tuple[World, Policy]] = {}  # by size: the last batch may be smaller
-        kept = None if dataset is None else dataset.spec.labels
-        wanted = labels if kept is None else list(kept)
+        wanted: Mapping[str, int | None] | None = None if labels is None else dict.fromkeys(labels)
+        if dataset is not None:
+            wanted = dataset.spec.labels
         for first in range(done, episodes, num_envs):
             numbers = range(first, min(first + num_envs, episodes))
             if len(numbers) not in worlds:
@@ -93,7 +94,7 @@ def collect(
                 stack.callback(world.close)
                 worlds[len(numbers)] = world, factory(world.action, **options)
             world, actor = worlds[len(numbers)]
-            batch = Batch(world, numbers, steps, wanted, kept)
+            batch = Batch(world, numbers, steps, wanted)
             seeds = [episode_seed(seed, number) for number in numbers]
             generators = [policy_generator(seed, number) for number in numbers]
             failure: BaseException | None = None
@@ -103,9 +104,10 @@ def collect(
                 failure = error
             recorded = batch.episodes(seeds, policy, None if failure is None else type(failure).__name__)
             if recorded:
-                kept = batch.labels
-                wanted = list(kept)
-                spec = DatasetSpec(observation=world.observation, action=world.action, labels=kept, environment=source)
+                wanted = batch.labels
+                spec = DatasetSpec(
+                    observation=world.observation, action=world.action, labels=batch.labels, environment=source
+                )
                 before = written
                 written = writer.submit(_commit, path, spec, before or dataset, recorded, storage_options)
                 if before is not None:

@@ -171,7 +171,8 @@ def decode_frames(frames: pa.Array, out: UInt8[np.ndarray, "n H W C"]) -> None:
         Undecodable: a frame does not decode to its size.
     """
     size = int(np.prod(out.shape[1:]))
-    whole = memoryview(out.reshape(-1))
+    assert out.flags.c_contiguous
+    whole = out.reshape(-1).data
 
     def decode(first: int) -> None:
         for index in range(first, min(first + _CHUNK, len(out))):

@@ -83,7 +83,10 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self._over = np.ones(num_envs, bool)
 
     def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
+        self,
+        *,
+        seed: int | np.integer[Any] | Sequence[int | None] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> tuple[np.ndarray, Infos]:
         """Begin an episode in each environment; one seed gives the i-th environment seed + i, as in Gymnasium."""
         for name in options or {}:

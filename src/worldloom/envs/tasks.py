@@ -89,7 +89,8 @@ def steps_from(factors: RoomFactors, goal: Float64[np.ndarray, "2"]) -> Float64[
 
     A breadth-first search over pixels and their eight neighbours, both corners of a diagonal move being free. As
     each axis moves at full speed on its own, a diagonal pixel costs as much as a straight one, and the length of
-    the way over the speed is the number of steps, to within a pixel at either end.
+    the way over the speed is the number of steps, to within a pixel at either end. It is a reference and no bound: a
+    step that cuts a corner of a wall can make the best run about one step shorter.
     """
     open_ = free(factors, _GRID)
     joined = _joined(open_)

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from worldloom.core.errors import DataError
@@ -174,7 +175,7 @@ def latent_space(data: LatentMap) -> Themed:
     def draw(figure: Figure, theme: str) -> None:
         axes = figure.subplots(1, 2, sharex=True, sharey=True)
         for axis, values, name in zip(axes, data.positions.T, ("x", "y"), strict=True):
-            points = axis.scatter(*plane.T, c=values, s=5, cmap=_MAP, linewidths=0, rasterized=True)
+            points = axis.scatter(*plane.T, c=values, s=5, cmap=_point_colours(theme), linewidths=0, rasterized=True)
             bar = figure.colorbar(points, ax=axis, shrink=0.85)
             bar.set_label(f"{name} of the agent ({data.unit})")
             bar.outline.set_visible(False)
@@ -301,6 +302,11 @@ def _style(theme: str) -> Any:
 
 def _colour(theme: str, place: int) -> str:
     return _CYCLE[theme][place % len(_CYCLE[theme])]
+
+
+def _point_colours(theme: str) -> ListedColormap:
+    # The darkest tones would vanish on dark paper.
+    return ListedColormap(colormaps[_MAP](np.linspace(0.0 if theme == "light" else 0.22, 1.0, 256)))
 
 
 def _probe_names(names: Sequence[str]) -> list[str]:

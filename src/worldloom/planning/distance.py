@@ -32,10 +32,10 @@ class DistanceConfig(Config):
     same layout are those reachable. Distances are cut off at `longest` environment steps.
     """
 
-    hidden: tuple[int, ...] = Field(default=(256, 256), min_length=1)
-    norm: Norm = "layer"
-    activation: Activation = "silu"
-    steps: int = Field(default=2500, ge=1)
+    hidden: tuple[int, ...] = Field(default=(256, 128), min_length=1)
+    norm: Norm = "none"
+    activation: Activation = "relu"
+    steps: int = Field(default=2000, ge=1)
     batch: int = Field(default=512, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
     expectile: float = Field(default=0.1, gt=0, lt=0.5)
@@ -45,7 +45,7 @@ class DistanceConfig(Config):
         default=0.15, gt=0, lt=1
     )  # chance that a goal on the same line is the next state, and so on
     longest: float = Field(default=150.0, gt=0)
-    follow: float = Field(default=0.01, gt=0, le=1)  # how fast the target network follows, each step
+    follow: float = Field(default=0.02, gt=0, le=1)  # how fast the target network follows, each step
     dreams: int = Field(default=4, ge=0)
     dream_horizon: int = Field(default=20, ge=1)
     walk: Walk = Walk()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from worldloom.core.protocols import Objective
 from worldloom.core.types import Rollouts
 
 
+@runtime_checkable
 class Metric(Protocol):
     """How far latents are from goals, broadcast against each other; 0 at the goal."""
 
@@ -29,7 +30,7 @@ class Selectable(Protocol):
         """Return one cost for each candidate."""
         ...
 
-    def select(self, environments: Tensor | slice) -> Self:
+    def select(self, environments: Tensor | slice) -> Objective:
         """Return the objective of these environments."""
         ...
 

@@ -1,6 +1,6 @@
 """Training: from frames to a world model, in a run folder that can be resumed and repeated."""
 
-from worldloom.training.config import TrainingConfig, default_losses
+from worldloom.training.config import TrainingConfig, default_losses, sigreg_losses
 from worldloom.training.diagnostics import Alarm, alarms, diagnose, effective_rank
 from worldloom.training.fit import fit, make_fabric
 from worldloom.training.provenance import describe_provenance, git_commit
@@ -18,4 +18,5 @@ __all__ = [
     "fit",
     "git_commit",
     "make_fabric",
+    "sigreg_losses",
 ]

@@ -149,7 +149,8 @@ def alarms(figures: Mapping[str, float]) -> list[Alarm]:
                     f"effective rank is {rank:.1f}"
                 ),
                 remedy=(
-                    "raise the weight of 'inverse-dynamics' (10 is usual), or set samples=\"centred\" in 'variance', "
+                    "if these figures still improve, train for more steps; else raise the weight of 'inverse-dynamics' "
+                    "(10 is usual), or set samples=\"centred\" in 'variance', "
                     "'covariance' or 'sigreg'; if no single frame shows the velocity, raise the model's context to 2 "
                     "and the frames of 'inverse-dynamics' to 3"
                 ),

@@ -31,7 +31,7 @@ from worldloom.training.diagnostics import alarms, diagnose
 from worldloom.training.learner import Learner
 from worldloom.training.prefetch import prefetch
 from worldloom.training.run import RunFolder
-from worldloom.training.state import load_state, save_state
+from worldloom.training.state import load_state, save_state, saved_steps
 
 _logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def fit(
     hand in a launched `fabric`.
 
     Raises:
-        TrainingError: a loss is not finite, or another process trains in the folder. The last checkpoint is kept.
+        TrainingError: a loss is not finite (the last checkpoint is kept), or the folder is taken by another training.
         CheckpointError: `resume` with another configuration or other data.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written; the message says how to resume.
     """
@@ -136,6 +136,8 @@ class _Training:
     def run(self, *, resume: bool, progress: Progress) -> JEPA:
         config, fabric = self.config, self.fabric
         wrapped, optimizer = fabric.setup(self.learner, self.optimizer)
+        if not resume and saved_steps(self.folder):
+            raise TrainingError(f"{self.folder.path} holds checkpoints already; resume it or choose another folder")
         done = load_state(self.folder, self.learner, self.optimizer, self.identity) if resume else 0
         if fabric.is_global_zero:
             self.folder.forget_after(done)
@@ -282,7 +284,7 @@ def _interrupts() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    previous = signal.getsignal(signal.SIGINT)
+    previous = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
 
     def handle(number: int, frame: FrameType | None) -> None:
         event.set()

@@ -19,42 +19,44 @@ Size = Annotated[int, Field(ge=1)]
 
 @ENCODERS.register("patch-conv")
 class PatchConv(EncoderConfig):
-    """Patch convolution, then 3x3 convolutions with stride 2, then a hidden layer; ReLU between.
+    """Patch convolution, then convolutions with stride 2, then a hidden layer; ReLU between.
 
-    `channels` gives the width of the patch convolution and of each one after it.
+    `channels` gives the width of the patch convolution and of each one after it, whose kernel is `kernel`: 2
+    merges neighbours without overlap, which is the faster and was measured to be the better.
     """
 
     name: Literal["patch-conv"] = "patch-conv"
     patch: Size = 8
     channels: tuple[Size, ...] = Field(default=(64, 64), min_length=1)
+    kernel: Literal[2, 3] = 2
     hidden: Size = 256
 
     def build(self, observation: ObservationSpec, statistics: Statistics, latent_dim: int) -> nn.Module:
         """Build the module."""
-        normalise = PixelNormalisation(*pixel_statistics(self.name, observation, statistics), patch=self.patch)
-        return PatchConvEncoder(normalise, self.patch, self.channels, self.hidden, latent_dim)
+        # Padded so that every stride comes out even.
+        multiple = self.patch * 2 ** (len(self.channels) - 1)
+        normalise = PixelNormalisation(*pixel_statistics(self.name, observation, statistics), patch=multiple)
+        return PatchConvEncoder(normalise, self, latent_dim)
 
 
 class PatchConvEncoder(nn.Module):
     """The module of `PatchConv`."""
 
-    def __init__(
-        self, normalise: PixelNormalisation, patch: int, channels: tuple[int, ...], hidden: int, latent_dim: int
-    ) -> None:
+    def __init__(self, normalise: PixelNormalisation, config: PatchConv, latent_dim: int) -> None:
         super().__init__()
         self.normalise = normalise
         height, width, inputs = normalise.size
-        rows, columns = height // patch, width // patch
+        patch, channels, kernel = config.patch, config.channels, config.kernel
         convolutions = [nn.Conv2d(inputs, channels[0], patch, stride=patch)]
         for narrow, wide in pairwise(channels):
-            convolutions.append(nn.Conv2d(narrow, wide, 3, stride=2, padding=1))
-            rows, columns = (rows + 1) // 2, (columns + 1) // 2
-        # Features lie channels last, as the frames do; weights that lie likewise are not reordered at each call.
+            convolutions.append(nn.Conv2d(narrow, wide, kernel, stride=2, padding=kernel // 3))
+        shrink = patch * 2 ** (len(channels) - 1)
+        positions = (height // shrink) * (width // shrink)
         self.convolutions = nn.ModuleList(convolutions)
         for convolution in convolutions:
             convolution.weight.data = convolution.weight.data.contiguous(memory_format=torch.channels_last)
-        self.hidden = nn.Linear(rows * columns * channels[-1], hidden)
-        self.out = nn.Linear(hidden, latent_dim)
+        self.hidden = nn.Linear(positions * channels[-1], config.hidden)
+        self.out = nn.Linear(config.hidden, latent_dim)
 
     def forward(self, observations: Observations) -> Float[Tensor, "R D"]:
         """Encode frames; any vector beside them is not read."""

@@ -1,0 +1,1 @@
+"""Value objects, protocols, configuration, errors, seeds and files: what every room may use."""

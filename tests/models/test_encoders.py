@@ -14,6 +14,7 @@ from worldloom.models.normalisation import PixelNormalisation
 SMALL = [
     PatchConv(patch=4, channels=(8, 8), hidden=16),
     PatchConv(patch=8, channels=(8,), hidden=16),
+    PatchConv(patch=4, channels=(8, 8, 8), kernel=3, hidden=16),
     ViT(patch=4, depth=2, width=16, heads=2),
     ViT(patch=4, depth=1, width=16, heads=2, positions="sincos"),
     VectorMLP(hidden=(16,), norm="layer", activation="silu"),
@@ -31,7 +32,7 @@ def test_each_frame_is_encoded_alone_whatever_its_shape(odd_case, config) -> Non
         torch.testing.assert_close(latents[row : row + 1], encoder(observations[row : row + 1]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", SMALL[:4], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", SMALL[:5], ids=lambda config: config.name)
 def test_every_pixel_reaches_the_latent(odd_case, config) -> None:
     encoder = config.build(odd_case.observation, odd_case.statistics, 6)
     observations = odd_case.observations(1)
@@ -42,15 +43,18 @@ def test_every_pixel_reaches_the_latent(odd_case, config) -> None:
         assert not torch.equal(plain, encoder(Observations(pixels=changed, vector=observations.vector)))
 
 
-def test_patch_conv_is_the_convolutions_that_it_says_it_is(pixel_case) -> None:
-    encoder = PatchConv(patch=4, channels=(8, 6), hidden=16).build(pixel_case.observation, pixel_case.statistics, 5)
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_patch_conv_is_the_convolutions_that_it_says_it_is(pixel_case, kernel) -> None:
+    config = PatchConv(patch=4, channels=(8, 6), kernel=kernel, hidden=16)
+    encoder = config.build(pixel_case.observation, pixel_case.statistics, 5)
     observations = pixel_case.observations(3)
     std = pixel_case.statistics.pixel_std
     floor = max(1.0, 0.5 * std[std > 1].median().item())
     frames = (observations.pixels.double() - pixel_case.statistics.pixel_mean) / std.clamp_min(floor)
     first, second = encoder.double().convolutions
     features = functional.relu(functional.conv2d(frames.permute(0, 3, 1, 2), first.weight, first.bias, stride=4))
-    features = functional.relu(functional.conv2d(features, second.weight, second.bias, stride=2, padding=1))
+    features = functional.conv2d(features, second.weight, second.bias, stride=2, padding=1 if kernel == 3 else 0)
+    features = functional.relu(features)
     expected = encoder.out(functional.relu(encoder.hidden(features.permute(0, 2, 3, 1).flatten(1))))
     torch.testing.assert_close(encoder.float()(observations).double(), expected, rtol=1e-4, atol=1e-4)
 

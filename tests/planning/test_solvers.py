@@ -12,6 +12,8 @@ from worldloom.core.errors import ConfigError, PlanningError
 from worldloom.core.types import ActionBounds, ActionSpec, Context, ModelSpec, ObservationSpec, Rollouts
 from worldloom.planning import (
     CEM,
+    ICEM,
+    MPPI,
     SOLVERS,
     Adam,
     GoalObjective,
@@ -20,6 +22,8 @@ from worldloom.planning import (
     LatentL2,
     Planner,
     PlanningProblem,
+    RandomShooting,
+    Solver,
     TreeSearch,
 )
 from worldloom.planning.geometry import Reversibility
@@ -28,6 +32,16 @@ from worldloom.planning.solvers.icem import colouring_matrix
 from worldloom.testing import LinearWorld
 
 ALL = sorted(SOLVERS)
+
+# Enough search to converge: the defaults are for speed.
+THOROUGH: dict[str, Solver] = {
+    "adam": Adam(starts=4, iterations=60),
+    "cem": CEM(samples=256, iterations=15, elites=16, least_deviation=0.0),
+    "icem": ICEM(samples=256, iterations=15, elites=16, colour=1.0),
+    "mppi": MPPI(samples=512, iterations=15, decay=0.75),
+    "random-shooting": RandomShooting(samples=20_000),
+    "tree-search": TreeSearch(branches=256, near_solver=CEM(samples=256, iterations=15, elites=16)),
+}
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -68,15 +82,14 @@ def test_reaches_the_known_optimum(name: str) -> None:
     latents = torch.tensor([[0.0, 0.0], [2.0, -1.0], [0.0, 0.0]])
     goal = torch.tensor([[6.0, 3.0], [-5.0, 0.5], [0.5, -0.25]])
     objective = GoalObjective(LatentL2(2.0), goal)
-    solver = SOLVERS[name]()
-    planner = Planner(world, solver, horizon=6, geometry=geometry_of(world))
+    planner = Planner(world, THOROUGH[name], horizon=6, geometry=geometry_of(world))
     plan = planner.plan(context_of(latents, 4), objective, generator=generator())
     # The optimum goes straight, each axis as fast as it can: 2 a block.
     ideal = torch.stack([(goal - latents).clamp(-2 * t, 2 * t) for t in range(1, 7)], dim=1) + latents[:, None]
     distance = (ideal - goal[:, None]).norm(dim=-1) / 2
     optimum = distance.mean(-1) + distance[:, -1]
-    # In blocks; to stand still is 4 to 7 worse. Random shooting and a join of random walks are coarse.
-    tolerance = {"random-shooting": 1.2, "tree-search": 1.2}.get(name, 0.35)
+    # In blocks; to stand still is 1 to 7 worse. What only ever draws random walks is coarse.
+    tolerance = {"random-shooting": 0.8, "tree-search": 0.5, "adam": 0.1}.get(name, 0.2)
     assert (plan.cost - optimum <= tolerance).all(), (plan.cost, optimum)
     assert (plan.cost >= optimum - 1e-4).all(), "no plan can beat the optimum"
     assert torch.allclose(plan.latents[:, -1], latents + plan.actions.view(3, 12, 2).sum(1), atol=1e-4)
@@ -86,7 +99,7 @@ def test_reaches_the_known_optimum(name: str) -> None:
 @settings(max_examples=12, deadline=None)
 @given(
     low=st.floats(-50, 50, width=32),
-    width=st.floats(1e-2, 20, width=32),
+    width=st.floats(0.015625, 20, width=32),
     reversible=st.booleans(),
     far=st.floats(0, 30),
     seed=st.integers(0, 1000),
@@ -137,7 +150,7 @@ def test_tree_search_keeps_an_initial_plan_that_is_better(reversible: bool) -> N
     )
     straight = (goal / 10).repeat(1, 2).expand(1, 1, 5, 4)
     straight = torch.cat([straight, torch.zeros(1, 1, 1, 4)], dim=2)
-    solver = TreeSearch(branches=2, near=0.0)
+    solver = TreeSearch(branches=2, near=0.0, gap_weights=(4.0,))
     without = solver.solve(problem, initial=None, generator=generator())
     given_it = solver.solve(problem, initial=straight, generator=generator())
     assert given_it.cost.item() <= 5.0 + 1e-4 < without.cost.item()
@@ -179,13 +192,13 @@ def test_discrete_choices_stay_choices(name: str) -> None:
         reversibility=Reversibility(gap=1.0, displacement=1.0),
         config=InverseConfig(hidden=(4,)),
     )
-    planner = Planner(world, SOLVERS[name](), horizon=4, geometry=geometry)
+    planner = Planner(world, THOROUGH[name], horizon=4, geometry=geometry)
     objective = GoalObjective(LatentL2(), torch.tensor([[6.0, 0.0], [-3.0, 0.0]]))
     plan = planner.plan(context_of(torch.zeros(2, 2), 6), objective, generator=generator())
     choices = plan.actions.view(2, 8, 3)
     assert ((choices == 0) | (choices == 1)).all()
     assert (choices.sum(-1) == 1).all()
-    assert torch.allclose(plan.latents[:, -1, 0], torch.tensor([6.0, -3.0]), atol=1.01)
+    assert torch.allclose(plan.latents[:, -1, 0], torch.tensor([6.0, -3.0]), atol=2.01)
 
 
 def test_adam_descends_in_inference_mode_and_leaves_the_model_alone() -> None:

@@ -8,7 +8,8 @@ from worldloom.core.types import ActionBounds, ActionSpec, Context, ModelSpec, O
 from worldloom.planning import LatentEpisodes, Walk
 
 STEP = 0.08  # the longest environment step, in a square from -1 to 1
-DOOR = 0.6  # the wall x = 0 is open above this height
+WALL = 0.15  # half the thickness of the wall on x = 0
+DOOR = 0.6  # the wall is open above this height
 
 
 class WallWorld:
@@ -35,9 +36,10 @@ class WallWorld:
         if self.one_way:
             dx = (dx + STEP) / 2
         moved = (x + dx).clamp(-1, 1)
-        shut = (y < DOOR) & ((x < 0) != (moved < 0))
-        moved = torch.where(shut, torch.where(x < 0, -1e-3, 1e-3), moved)
-        return torch.stack([moved, (y + dy).clamp(-1, 1)], dim=-1)
+        moved = torch.where((y < DOOR) & (x <= -WALL), moved.clamp_max(-WALL), moved)
+        moved = torch.where((y < DOOR) & (x >= WALL), moved.clamp_min(WALL), moved)
+        risen = (y + dy).clamp(-1, 1)
+        return torch.stack([moved, torch.where(moved.abs() < WALL, risen.clamp_min(DOOR), risen)], dim=-1)
 
     def rollout(self, context: Context, actions: Float[Tensor, "B S T A"]) -> Float[Tensor, "B S T D"]:
         position = context.latents[:, -1, None].expand(-1, actions.shape[1], -1)
@@ -53,6 +55,7 @@ class WallWorld:
         generator = torch.Generator().manual_seed(seed)
         blocks = Walk().sample(self.spec, ActionBounds.of(self.spec), (count, 1, length), generator)
         start = 2 * torch.rand(count, 1, 2, generator=generator) - 1
+        start[..., 0] = torch.where(start[..., 0].abs() < WALL, start[..., 0].sign() * WALL, start[..., 0])
         walked = self.rollout(Context(latents=start, actions=blocks[:, 0, :0]), blocks)[:, 0]
         return LatentEpisodes(
             latents=torch.cat([start, walked], dim=1), blocks=blocks[:, 0], lengths=torch.full((count,), length + 1)

@@ -22,7 +22,7 @@ _KIND = "latent-geometry"
 class Reversibility:
     """How far walking back leads home: `gap` remains of `displacement`, both mean latent distances.
 
-    Dynamics count as reversible where at most half the displacement remains.
+    Dynamics count as reversible where at most 40% of the displacement remains.
     """
 
     gap: float
@@ -36,7 +36,7 @@ class Reversibility:
     @property
     def reversible(self) -> bool:
         """Whether search may imagine backwards from a goal."""
-        return self.remaining <= 0.5
+        return self.remaining <= 0.4
 
 
 def measure_reversibility(

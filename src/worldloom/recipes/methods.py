@@ -142,5 +142,5 @@ def default_methods() -> dict[str, MethodConfig]:
         "reactive policy": ReactiveMethod(),
         "CEM, latent L2": PlanMethod(),
         "CEM, learned distance": PlanMethod(metric="distance"),
-        "tree search": PlanMethod(solver=TreeSearch(gap_weight=2.0), horizon=24),
+        "tree search": PlanMethod(solver=TreeSearch(), horizon=24),
     }

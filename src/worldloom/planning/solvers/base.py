@@ -58,7 +58,7 @@ def better_of(best: Solution | None, candidates: Float[Tensor, "B S T A"], cost:
     )
 
 
-def start(problem: PlanningProblem, initial: Float[Tensor, "B I T A"] | None) -> Float[Tensor, "B I T A"]:
+def start(problem: PlanningProblem, initial: Float[Tensor, "B I T A"] | None) -> Float[Tensor, "B _ T A"]:
     """Return the initial candidates, projected; the middle of the bounds if there are none."""
     if initial is not None and initial.shape[1]:
         return problem.project(initial)

@@ -17,13 +17,15 @@ class MPPI(Solver):
 
     The paper's information-theoretic form: u <- u + sum_k w_k e_k with w = softmax(-(S + control u' Sigma^-1 e) /
     temperature). The temperature is in standard deviations of the costs of one draw, so that it does not depend
-    on their unit; so is `control`. The share `held` of the noise is common to a block's actions.
+    on their unit; so is `control`. The noise's deviation, in half ranges of an action, is multiplied by `decay` in each
+    iteration; the share `held` of its variance is common to a block's actions.
     """
 
     name: Literal["mppi"] = "mppi"
     samples: int = Field(default=128, ge=2)
     iterations: int = Field(default=3, ge=1)
-    deviation: float = Field(default=0.6, gt=0)  # half ranges of an action, halved by each iteration
+    deviation: float = Field(default=0.6, gt=0)
+    decay: float = Field(default=0.5, gt=0, le=1)
     temperature: float = Field(default=0.1, gt=0)
     control: float = Field(default=0.0, ge=0)
     held: float = Field(default=0.85, ge=0, le=1)
@@ -40,7 +42,7 @@ class MPPI(Solver):
         plan = best.actions
         axes = (problem.batch, self.samples, problem.horizon)
         for iteration in range(self.iterations):
-            sigma = self.deviation * 0.5**iteration * half
+            sigma = self.deviation * self.decay**iteration * half
             each = torch.randn(*axes, spec.block, spec.action.size, generator=generator, device=problem.device)
             common = torch.randn(*axes, 1, spec.action.size, generator=generator, device=problem.device)
             noise = sigma * (each * (1 - self.held) ** 0.5 + common * self.held**0.5).flatten(-2)

@@ -1,7 +1,8 @@
 """Two-sided search in imagination."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -21,16 +22,21 @@ from worldloom.planning.solvers.cem import CEM
 _CPU_PAIRS = 2**20
 
 
+Weight = Annotated[float, Field(gt=0)]
+
+
 @SOLVERS.register("tree-search")
 class TreeSearch(Solver):
     """Imagine walks from the state and walks from the goal, and join the two that nearly meet.
 
-    A pair of nodes costs the steps to the one, the steps from the other to the goal, and `gap_weight` times the
-    squared latent gap between them in typical step lengths. The branch from the goal is walked in reverse, its
-    actions read off its latents by inverse dynamics. Where the measured geometry says that dynamics cannot be
-    reversed, all branches start from the state. The best pairs of `checked` different branches, and the initial
-    candidates, are rolled out whole; the plan is the one that comes nearest in the fewest steps, cut where it
-    does, so that a wrong join or a step that cannot be undone is seen before it is taken. A plan is as long as the
+    A pair of nodes costs the steps to the one, the steps from the other to the goal, and a weight times the squared
+    latent gap between them in typical step lengths. The branch from the goal is walked in reverse, its actions read
+    off its latents by inverse dynamics. Where the measured geometry says that dynamics cannot be reversed, all
+    branches start from the state.
+
+    For each of `gap_weights` the best pairs of `checked` different branches, and the initial candidates, are rolled
+    out whole: a join through a wall, or a step that cannot be undone, is seen before it is taken. The plan is the
+    one that comes nearest in the fewest steps (by the first weight), cut where it does. A plan is as long as the
     horizon: each side goes half of it.
 
     States nearer to the goal than `near` step lengths are left to `near_solver`, over at most `near_horizon`
@@ -39,8 +45,8 @@ class TreeSearch(Solver):
 
     name: Literal["tree-search"] = "tree-search"
     branches: int = Field(default=64, ge=1)
-    gap_weight: float = Field(default=1.0, gt=0)
-    checked: int = Field(default=8, ge=1)
+    gap_weights: tuple[Weight, ...] = Field(default=(1.0, 8.0), min_length=1)
+    checked: int = Field(default=4, ge=1)
     walk: Walk = Walk()
     near: float = Field(default=4.0, ge=0)
     near_solver: SolverField = CEM()
@@ -95,7 +101,7 @@ class TreeSearch(Solver):
     ) -> Solution:
         two_sided = geometry.reversibility.reversible and problem.horizon > 1
         depth = (problem.horizon + 1) // 2 if two_sided else problem.horizon
-        scale = self.gap_weight / geometry.step_length**2
+        scales = [weight / geometry.step_length**2 for weight in self.gap_weights]
         forward = self._grow(problem, problem.latents, problem.context, depth, generator)
         if two_sided:
             backward = self._grow(
@@ -103,7 +109,7 @@ class TreeSearch(Solver):
             )
         else:
             backward = _Tree.bare(problem.goal)
-        joins = _best_joins(forward, backward, scale, self.checked)
+        joins = _best_joins(forward, backward, scales, self.checked)
         plans, lengths = _assemble(forward, backward, joins, geometry, problem)
         plans = torch.cat([plans, initial], dim=1)
         lengths = torch.cat([lengths, torch.full_like(lengths[:, :1], problem.horizon).expand(-1, initial.shape[1])], 1)
@@ -111,7 +117,7 @@ class TreeSearch(Solver):
         longest = int(lengths.max())
         latents = problem.imagine(problem.context, plans[:, :, :longest])
         steps = torch.arange(1, longest + 1, device=lengths.device)
-        cost = (latents - problem.goal[:, None, None]).square().sum(-1) * scale + steps
+        cost = (latents - problem.goal[:, None, None]).square().sum(-1) * scales[0] + steps
         cost, stop = cost.masked_fill(steps > lengths[..., None], torch.inf).nan_to_num(nan=torch.inf).min(-1)
         plans = _rest_after(plans, stop + 1, problem)
         return better_of(None, plans, cost)
@@ -161,33 +167,37 @@ class _Tree:
 
 
 def _best_joins(
-    forward: _Tree, backward: _Tree, scale: float, count: int
+    forward: _Tree, backward: _Tree, scales: Sequence[float], count: int
 ) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B K"]]:
-    """Return the cheapest pair of nodes of each of the `count` best forward branches, as node numbers.
+    """Return, for each scale, the cheapest pair of each of the `count` best forward branches, as node numbers.
 
-    A cost is steps + steps + scale |f - b|^2, expanded so that one matrix product and one minimum over the
-    goal's side give it.
+    A cost is steps + steps + scale |f - b|^2, expanded so that one matrix product serves all scales, and one
+    minimum over the goal's side each.
     """
     ours, theirs = forward.nodes, backward.nodes
-    base = scale * ours.square().sum(-1) + forward.steps
-    offset = (scale * theirs.square().sum(-1) + backward.steps)[:, None]
+    ours_squared, theirs_squared = ours.square().sum(-1), theirs.square().sum(-1)[:, None]
     per_environment = ours.shape[1] * theirs.shape[1]
     at_once = max(1, _CPU_PAIRS // per_environment) if ours.device.type == "cpu" else len(ours)
-    lowest, partner = [], []
+    minima: list[list[tuple[Tensor, Tensor]]] = [[] for _ in scales]
     for rows in torch.arange(len(ours), device=ours.device).split(at_once):
-        pairs = torch.baddbmm(offset[rows], ours[rows], theirs[rows].transpose(1, 2), alpha=-2 * scale)
-        values, places = pairs.min(dim=2)
-        lowest.append(values)
-        partner.append(places)
-    cost, mate = torch.cat(lowest) + base, torch.cat(partner)
-    # The best node of each branch; the root stands for itself.
+        product = ours[rows] @ theirs[rows].transpose(1, 2)
+        for found, scale in zip(minima, scales, strict=True):
+            offset = scale * theirs_squared[rows] + backward.steps
+            found.append(torch.add(offset, product, alpha=-2 * scale).min(dim=2))
     branches, depth = forward.latents.shape[1:3]
-    along, step = cost[:, 1:].unflatten(1, (branches, depth)).min(-1)
-    first = torch.arange(branches, device=cost.device) * depth + 1
-    node = functional.pad(first + step, (1, 0))
-    chosen = torch.cat([cost[:, :1], along], dim=1).topk(min(count, 1 + branches), dim=1, largest=False).indices
-    node = node.gather(1, chosen)
-    return node, mate.gather(1, node)
+    first = torch.arange(branches, device=ours.device) * depth + 1
+    joins = []
+    for found, scale in zip(minima, scales, strict=True):
+        lowest, partner = (torch.cat(column) for column in zip(*found, strict=True))
+        cost = lowest + scale * ours_squared + forward.steps
+        # The best node of each branch; the root stands for itself.
+        along, step = cost[:, 1:].unflatten(1, (branches, depth)).min(-1)
+        node = functional.pad(first + step, (1, 0))
+        best = torch.cat([cost[:, :1], along], dim=1).topk(min(count, 1 + branches), dim=1, largest=False).indices
+        node = node.gather(1, best)
+        joins.append((node, partner.gather(1, node)))
+    nodes, partners = (torch.cat(column, dim=1) for column in zip(*joins, strict=True))
+    return nodes, partners
 
 
 def _assemble(

@@ -1,0 +1,120 @@
+"""Search in the model crosses a wall where a greedy cost fails, backwards only where a test allows it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from wall_world import DOOR, WallWorld
+
+from worldloom.core.errors import CheckpointError
+from worldloom.core.types import Context
+from worldloom.planning import (
+    CEM,
+    GoalObjective,
+    InverseConfig,
+    LatentGeometry,
+    LatentL2,
+    Planner,
+    Solver,
+    TreeSearch,
+    measure_geometry,
+)
+
+START = torch.tensor([[-0.5, -0.7], [-0.4, -0.5], [-0.6, -0.2], [-0.3, -0.8]])
+GOAL = torch.tensor([[0.5, -0.7], [0.4, -0.6], [0.6, -0.3], [0.3, -0.4]])
+
+
+@pytest.fixture(scope="module")
+def geometries() -> dict[bool, LatentGeometry]:
+    config = InverseConfig(steps=500, hidden=(64, 64), batch=256)
+    worlds = {one_way: WallWorld(one_way=one_way) for one_way in (False, True)}
+    return {
+        one_way: measure_geometry(world, world.episodes(count=200, length=8), config, seed=0)
+        for one_way, world in worlds.items()
+    }
+
+
+def drive(world: WallWorld, solver: Solver, geometry: LatentGeometry, *, replans: int = 60) -> Tensor:
+    """Replan after each block, as an agent does; return how near each comes to its goal."""
+    planner = Planner(world, solver, horizon=32, geometry=geometry)
+    objective = GoalObjective(LatentL2(geometry.step_length), GOAL)
+    generator = torch.Generator().manual_seed(0)
+    position, initial = START, None
+    nearest = torch.full((len(START),), torch.inf)
+    for _ in range(replans):
+        context = Context(latents=position[:, None], actions=torch.zeros(len(START), 0, 4))
+        plan = planner.plan(context, objective, initial=initial, generator=generator)
+        position = world.rollout(context, plan.actions[:, None, :1])[:, 0, 0]
+        initial = torch.cat([plan.actions[:, 1:], torch.zeros(len(START), 1, 4)], dim=1)[:, None]
+        nearest = torch.minimum(nearest, (position - GOAL).norm(dim=-1))
+    return nearest
+
+
+def test_tree_search_crosses_where_a_greedy_cost_stays_at_the_wall(geometries: dict[bool, LatentGeometry]) -> None:
+    world, geometry = WallWorld(), geometries[False]
+    assert geometry.reversibility.reversible
+    greedy = drive(world, CEM(walks=0.0), geometry, replans=30)
+    assert (greedy > 0.25).all(), f"the wall is meant to hold a greedy search up; it came within {greedy}"
+    searched = drive(world, TreeSearch(), geometry)
+    assert (searched < 0.08).all(), f"tree search stopped {searched} from its goals"
+
+
+def test_tree_search_grows_one_side_where_there_is_no_way_back(geometries: dict[bool, LatentGeometry]) -> None:
+    world, geometry = WallWorld(one_way=True), geometries[True]
+    assert not geometry.reversibility.reversible
+    searched = drive(world, TreeSearch(branches=256), geometry, replans=30)
+    assert (searched < 0.2).sum() >= 3, f"one-sided search stopped {searched} from its goals"
+
+
+def test_reversibility_is_measured(geometries: dict[bool, LatentGeometry]) -> None:
+    there_and_back, one_way = geometries[False].reversibility, geometries[True].reversibility
+    assert there_and_back.remaining < 0.3
+    assert one_way.remaining > 0.45
+
+
+def test_step_length_is_measured(geometries: dict[bool, LatentGeometry]) -> None:
+    before, _, after = WallWorld().episodes(count=200, length=8).transitions()
+    expected = (after - before).norm(dim=-1).mean().item()
+    assert geometries[False].step_length == pytest.approx(expected, rel=1e-4)
+
+
+def test_inverse_dynamics_leads_from_latent_to_latent(geometries: dict[bool, LatentGeometry]) -> None:
+    world = WallWorld()
+    before, _, after = world.episodes(seed=1).transitions()
+    with torch.no_grad():
+        block = geometries[False].inverse(before, after)
+        reached = world.rollout(
+            Context(latents=before[:, None], actions=block[:, None, :][:, :0]), block[:, None, None]
+        )
+    moved = (after - before).norm(dim=-1)
+    missed = (reached[:, 0, 0] - after).norm(dim=-1)
+    assert missed.mean() < 0.3 * moved.mean()
+
+
+def test_geometry_is_kept_with_its_model(geometries: dict[bool, LatentGeometry], tmp_path: Path) -> None:
+    geometry, world = geometries[False], WallWorld()
+    geometry.save(tmp_path / "geometry", world)
+    back = LatentGeometry.load(tmp_path / "geometry", world)
+    assert (back.step_length, back.reversibility, back.config) == (
+        geometry.step_length,
+        geometry.reversibility,
+        geometry.config,
+    )
+    latents = torch.rand(5, 2)
+    with torch.no_grad():
+        assert torch.equal(back.inverse(latents, -latents), geometry.inverse(latents, -latents))
+    with pytest.raises(CheckpointError, match="fit it again"):
+        LatentGeometry.load(tmp_path / "geometry", WallWorld(one_way=True))
+
+
+def test_a_plan_goes_through_the_door(geometries: dict[bool, LatentGeometry]) -> None:
+    world = WallWorld()
+    planner = Planner(world, TreeSearch(branches=128), horizon=40, geometry=geometries[False])
+    context = Context(latents=START[:1, None], actions=torch.zeros(1, 0, 4))
+    plan = planner.plan(context, GoalObjective(LatentL2(), GOAL[:1]), generator=torch.Generator().manual_seed(3))
+    path = torch.cat([START[:1, None], plan.latents], dim=1)[0]
+    (crossing,) = torch.where((path[:-1, 0] < 0) & (path[1:, 0] >= 0))
+    assert len(crossing) >= 1
+    assert (path[crossing, 1] > DOOR - 0.17).all()
+    assert (path - GOAL[0]).norm(dim=-1).min() < 0.4

@@ -1,9 +1,14 @@
 """worldloom: learn how a world works from reward-free logs, then plan in representation space."""
 
 import importlib
+import os
 from typing import Any
 
 __version__ = "0.1.0"
+
+# OpenMP threads that wait for each other spin for milliseconds by default: on a core that is wanted elsewhere, that
+# made training twenty times slower. A short spin costs nothing on a quiet machine. Read when PyTorch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 # Loaded when first used, so that importing the package is light.
 _WHERE = {

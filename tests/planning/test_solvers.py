@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_geometry import linear_geometry
 from torch import Tensor, nn
 
 from worldloom.core.errors import ConfigError, PlanningError
@@ -52,37 +53,13 @@ def context_of(latents: Tensor, block_size: int) -> Context:
     return Context(latents=latents[:, None], actions=latents.new_zeros(len(latents), 0, block_size))
 
 
-def geometry_of(world: LinearWorld, *, reversible: bool = True) -> LatentGeometry:
-    """Inverse dynamics of z' = z + a as exact weights: the mean action of the block is the displacement / block."""
-    spec = world.spec
-    inverse = InverseDynamics(spec, (4,))
-    first, last = inverse.network.layers[0], inverse.network.layers[-1]
-    with torch.no_grad():
-        for layer in (first, last):
-            layer.weight.zero_()
-            layer.bias.zero_()
-        for axis in range(2):
-            first.weight[2 * axis, 2 + axis], first.weight[2 * axis + 1, 2 + axis] = 1.0, -1.0
-            for step in range(spec.block):
-                last.weight[2 * step + axis, 2 * axis] = 1 / spec.block
-                last.weight[2 * step + axis, 2 * axis + 1] = -1 / spec.block
-        inverse.mean.zero_()
-        inverse.std.fill_(1.0)
-    return LatentGeometry(
-        step_length=1.0 * spec.block,
-        inverse=inverse,
-        reversibility=Reversibility(gap=0.0 if reversible else 1.0, displacement=1.0),
-        config=InverseConfig(hidden=(4,)),
-    )
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_reaches_the_known_optimum(name: str) -> None:
     world = LinearWorld(block=2)
     latents = torch.tensor([[0.0, 0.0], [2.0, -1.0], [0.0, 0.0]])
     goal = torch.tensor([[6.0, 3.0], [-5.0, 0.5], [0.5, -0.25]])
     objective = GoalObjective(LatentL2(2.0), goal)
-    planner = Planner(world, THOROUGH[name], horizon=6, geometry=geometry_of(world))
+    planner = Planner(world, THOROUGH[name], horizon=6, geometry=linear_geometry(world))
     plan = planner.plan(context_of(latents, 4), objective, generator=generator())
     # The optimum goes straight, each axis as fast as it can: 2 a block.
     ideal = torch.stack([(goal - latents).clamp(-2 * t, 2 * t) for t in range(1, 7)], dim=1) + latents[:, None]
@@ -110,7 +87,7 @@ def test_answers_are_within_any_bounds(
     world = LinearWorld(block=2, low=low, high=low + width)
     bounds = ActionBounds.of(world.spec)
     goal = torch.tensor([[far, 0.0], [0.0, -far]])
-    planner = Planner(world, SOLVERS[name](), horizon=4, geometry=geometry_of(world, reversible=reversible))
+    planner = Planner(world, SOLVERS[name](), horizon=4, geometry=linear_geometry(world, reversible=reversible))
     wild = 100 * torch.randn(2, 3, 4, 4, generator=generator(seed))
     problem = planner.problem(context_of(torch.zeros(2, 2), 4), GoalObjective(LatentL2(2.0), goal))
     solution = planner.solver.solve(problem, initial=wild, generator=generator(seed))
@@ -146,7 +123,7 @@ def test_tree_search_keeps_an_initial_plan_that_is_better(reversible: bool) -> N
         context_of(torch.zeros(1, 2), 4),
         GoalObjective(LatentL2(2.0), goal),
         horizon=6,
-        geometry=geometry_of(world, reversible=reversible),
+        geometry=linear_geometry(world, reversible=reversible),
     )
     straight = (goal / 10).repeat(1, 2).expand(1, 1, 5, 4)
     straight = torch.cat([straight, torch.zeros(1, 1, 1, 4)], dim=2)
@@ -161,7 +138,7 @@ def test_tree_search_keeps_an_initial_plan_that_is_better(reversible: bool) -> N
 def test_the_generator_alone_decides(name: str) -> None:
     world = LinearWorld(block=2)
     objective = GoalObjective(LatentL2(2.0), torch.tensor([[8.0, 1.0]]))
-    planner = Planner(world, SOLVERS[name](), horizon=4, geometry=geometry_of(world))
+    planner = Planner(world, SOLVERS[name](), horizon=4, geometry=linear_geometry(world))
 
     def plan(seed: int) -> Tensor:
         return planner.plan(context_of(torch.zeros(1, 2), 4), objective, generator=generator(seed)).actions
@@ -258,7 +235,7 @@ def test_tree_search_says_what_it_lacks() -> None:
             return rollouts.latents.sum((-1, -2))
 
     with pytest.raises(PlanningError, match="goal"):
-        Planner(world, TreeSearch(), horizon=4, geometry=geometry_of(world)).plan(
+        Planner(world, TreeSearch(), horizon=4, geometry=linear_geometry(world)).plan(
             context, NoGoal(), generator=generator()
         )
     plan = Planner(world, CEM(), horizon=4).plan(context, NoGoal(), generator=generator())
@@ -274,7 +251,7 @@ def test_a_cost_that_is_not_a_number_is_never_chosen() -> None:
     goal = torch.tensor([[0.6, 2.0]])
     for name in ALL:
         world = Torn()
-        planner = Planner(world, SOLVERS[name](), horizon=3, geometry=geometry_of(world))
+        planner = Planner(world, SOLVERS[name](), horizon=3, geometry=linear_geometry(world))
         plan = planner.plan(context_of(torch.zeros(1, 2), 2), GoalObjective(LatentL2(), goal), generator=generator())
         assert plan.latents.isfinite().all(), name
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from linear_geometry import linear_geometry
 from torch import Tensor
 from wall_world import DOOR, WallWorld
 
@@ -16,10 +17,15 @@ from worldloom.planning import (
     LatentGeometry,
     LatentL2,
     Planner,
+    PlanningProblem,
     Solver,
     TreeSearch,
+    Walk,
     measure_geometry,
 )
+from worldloom.planning.geometry import still
+from worldloom.planning.solvers.tree_search import _assemble, _Tree
+from worldloom.testing import LinearWorld
 
 START = torch.tensor([[-0.5, -0.7], [-0.4, -0.5], [-0.6, -0.2], [-0.3, -0.8]])
 GOAL = torch.tensor([[0.5, -0.7], [0.4, -0.6], [0.6, -0.3], [0.3, -0.4]])
@@ -118,3 +124,40 @@ def test_a_plan_goes_through_the_door(geometries: dict[bool, LatentGeometry]) ->
     assert len(crossing) >= 1
     assert (path[crossing, 1] > DOOR - 0.17).all()
     assert (path - GOAL[0]).norm(dim=-1).min() < 0.4
+
+
+@pytest.mark.parametrize("one_way", [False, True])
+def test_the_measured_reversibility_decides_where_branches_grow(
+    one_way: bool, geometries: dict[bool, LatentGeometry]
+) -> None:
+    world = WallWorld(one_way=one_way)
+    planner = Planner(world, TreeSearch(branches=16, checked=3), horizon=20, geometry=geometries[one_way])
+    context = Context(latents=START[:, None], actions=torch.zeros(4, 0, 4))
+    problem = planner.problem(context, GoalObjective(LatentL2(), GOAL))
+    planner.solver.solve(problem, initial=None, generator=torch.Generator().manual_seed(0))
+    trees, checks = (1 if one_way else 2) * 16, 3 * 2
+    assert problem.count.rollouts == 4 * (trees + checks)
+
+
+def test_a_plan_through_a_join_walks_out_along_one_branch_and_home_along_the_other() -> None:
+    world = LinearWorld(block=2)
+    goal, generator = torch.tensor([[9.0, 5.0]]), torch.Generator().manual_seed(0)
+    context = Context(latents=torch.zeros(1, 1, 2), actions=torch.zeros(1, 0, 4))
+    problem = PlanningProblem(world, context, GoalObjective(LatentL2(), goal), horizon=8)
+    trees = []
+    for root in (torch.zeros(1, 2), goal):
+        actions = Walk().sample(world.spec, problem.bounds, (1, 5, 4), generator)
+        trees.append(_Tree(root=root, latents=world.rollout(still(root, world), actions), actions=actions))
+    forward, backward = trees
+    for out, home in ((0, 0), (1, 4), (3, 2), (4, 0), (0, 3), (4, 4)):
+        # Node 1 + n H + h is h + 1 steps along branch n: here branches 2 and 3.
+        joins = tuple(torch.tensor([[1 + n * 4 + steps - 1 if steps else 0]]) for n, steps in ((2, out), (3, home)))
+        plans, length = _assemble(forward, backward, joins, linear_geometry(world), problem)
+        assert length.item() == max(1, out + home)
+        path = world.rollout(context, plans)[0, 0]
+        there = forward.latents[0, 2, :out]
+        node = forward.nodes[0, joins[0][0, 0]]
+        back = torch.cat([goal, backward.latents[0, 3]])[:home].flip(0)  # one step nearer each, down to the goal
+        gap = node - backward.nodes[0, joins[1][0, 0]]
+        assert torch.allclose(path[: out + home], torch.cat([there, back + gap]), atol=1e-4), (out, home)
+        assert not plans[0, 0, max(1, out + home) :].any(), "it rests afterwards"

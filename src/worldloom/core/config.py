@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from worldloom.core.errors import ConfigError
 from worldloom.core.registry import Registry, nearest
 
-
 ConfigT = TypeVar("ConfigT", bound="Config")
 
 

@@ -15,7 +15,7 @@ from worldloom.planning.geometry import LatentGeometry
 from worldloom.planning.objectives import Selectable, goal_of
 
 # Rows that a CPU predicts at a time: their activations stay in its second-level cache.
-_CPU_ROWS = 256
+_CPU_ROWS = 512
 
 
 @dataclass

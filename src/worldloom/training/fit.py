@@ -18,6 +18,7 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 
 from worldloom.core.errors import ConfigError, TrainingError
+from worldloom.core.hardware import keep_freed_memory
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seeds import derive_seed, numpy_generator
 from worldloom.core.types import Windows
@@ -62,6 +63,7 @@ def fit(
         CheckpointError: `resume` with another configuration or other data.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written; the message says how to resume.
     """
+    keep_freed_memory()
     fabric = fabric or make_fabric(config)
     with run.lock(), _threads(config.threads):
         try:

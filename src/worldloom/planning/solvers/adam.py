@@ -22,7 +22,7 @@ class Adam(Solver):
 
     name: Literal["adam"] = "adam"
     starts: int = Field(default=8, ge=1)
-    iterations: int = Field(default=15, ge=1)
+    iterations: int = Field(default=10, ge=1)
     learning_rate: float = Field(default=0.3, gt=0)
     walk: Walk = Walk()
 

@@ -1,0 +1,64 @@
+"""Zero-shot success of a recipe at several training seeds: each collects, trains and evaluates from scratch.
+
+    python benchmarks/success.py two-room [--seeds 0 1 2] [--runs runs/benchmarks] [--set KEY=VALUE ...]
+
+Writes benchmarks/results/success-RECIPE.json: the rows pooled over seeds (a 95% interval, and the range over the
+models), the seconds of each stage, and the hardware. A run that is there already is taken up.
+"""
+
+import argparse
+import itertools
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from worldloom.cli.console import print_table, progress
+from worldloom.core.files import write_json
+from worldloom.evaluation import pool, table_rows
+from worldloom.recipes import load_recipe, workflow
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--set", action="append", default=[], help="override of the recipe")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    all_results, seconds, heads = [], [], []
+    for seed in arguments.seeds:
+        overrides = [f"training.seed={seed}", f"collection.seed={seed}", *arguments.set]
+        recipe = load_recipe(arguments.recipe).override(overrides)
+        folder = arguments.runs / f"{arguments.recipe}-{seed}"
+        clock = [time.perf_counter()]
+        workflow.collect(recipe, folder / "data", progress=progress())
+        clock.append(time.perf_counter())
+        run = workflow.train(recipe, folder / "data", folder / "run", resume=True, progress=progress())
+        clock.append(time.perf_counter())
+        all_results.append(workflow.evaluate(run, progress=progress()))
+        clock.append(time.perf_counter())
+        stages = [round(after - before, 1) for before, after in itertools.pairwise(clock)]
+        seconds.append(dict(zip(("collect", "train", "evaluate"), stages, strict=True)))
+        heads.append({name: value for name, value in run.heads().items() if name != "held_out"})
+    pooled = pool(all_results)
+    values = {
+        "command": f"python benchmarks/success.py {arguments.recipe} --seeds {' '.join(map(str, arguments.seeds))}"
+        + "".join(f" --set {each}" for each in arguments.set),
+        "seconds": seconds,
+        "heads": heads,
+        "table": table_rows(pooled),
+        "results": pooled.to_json(),
+    }
+    write_json(RESULTS / f"success-{arguments.recipe}.json", json.loads(json.dumps(values, default=str)))
+    header, *rows = table_rows(pooled)
+    print_table(f"{arguments.recipe}: {len(arguments.seeds)} training seeds", header, rows)
+
+
+if __name__ == "__main__":
+    main()

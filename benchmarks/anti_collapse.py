@@ -8,10 +8,9 @@ Writes benchmarks/results/anti-collapse.json. The last row is the slow-feature t
 import argparse
 from pathlib import Path
 
-import torch
-
 from worldloom.agents import PlanningAgent
 from worldloom.cli.console import print_table, progress
+from worldloom.cli.options import set_threads
 from worldloom.core.files import write_json
 from worldloom.core.hardware import describe_hardware
 from worldloom.core.protocols import Agent
@@ -55,7 +54,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=[], help="parts of the names of variants")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    set_threads(arguments.threads)
     recipe = load_recipe("two-room")
     dataset = workflow.collect(recipe, arguments.runs / "two-room-0" / "data", progress=progress())
     cache = load_cache(dataset, progress=progress())

@@ -12,9 +12,8 @@ import json
 import time
 from pathlib import Path
 
-import torch
-
 from worldloom.cli.console import print_table, progress
+from worldloom.cli.options import set_threads
 from worldloom.core.files import write_json
 from worldloom.evaluation import pool, table_rows
 from worldloom.recipes import load_recipe, workflow
@@ -30,7 +29,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--set", action="append", default=[], help="override of the recipe")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    set_threads(arguments.threads)
     all_results, seconds, heads = [], [], []
     for seed in arguments.seeds:
         overrides = [f"training.seed={seed}", f"collection.seed={seed}", *arguments.set]

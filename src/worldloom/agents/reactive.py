@@ -34,7 +34,8 @@ class ReactiveConfig(Config):
     """The network and what it imitates.
 
     `teacher` solves `problems` of going from one imagined or recorded state to another in the same layout, over
-    at most `horizon` blocks; the policy imitates every step of the plans that arrive. The share `hindsight` of a
+    at most `horizon` blocks; the policy imitates every step of the plans that come
+    within `arrival` step lengths of their goals. The share `hindsight` of a
     batch is from the episodes themselves: the block that was taken, with a later state as its goal.
     """
 
@@ -42,6 +43,7 @@ class ReactiveConfig(Config):
     teacher: SolverField = TreeSearch(branches=32, near=0.0)
     problems: int = Field(default=2048, ge=1)
     horizon: int = Field(default=20, ge=1)
+    arrival: float = Field(default=2.8, gt=0)
     hindsight: float = Field(default=0.1, ge=0, le=1)
     steps: int = Field(default=1200, ge=1)
     batch: int = Field(default=512, ge=1)
@@ -133,11 +135,11 @@ def _lessons(
             # Out of inference mode: what is learned from must be an ordinary tensor.
             latents, blocks = plan.latents.clone(), plan.actions.clone()
             states = torch.cat([start[:, None], latents[:, :-1]], dim=1)
-            # Imitate up to where the plan comes nearest, if that is within a step of the goal.
+            # Imitate up to where the plan comes nearest, if that is near enough.
             time = torch.arange(config.horizon, device=start.device)
             gap = metric(latents, goal[:, None])
             stop = (gap + 0.1 * time).argmin(dim=1, keepdim=True)
-            used = (gap.gather(1, stop) < 1.0) & (time <= stop)
+            used = (gap.gather(1, stop) < config.arrival) & (time <= stop)
             parts.append((states[used], goal[:, None].expand_as(states)[used], blocks[used]))
             task.advance(count)
     states, goals, blocks = (torch.cat(column) for column in zip(*parts, strict=True))

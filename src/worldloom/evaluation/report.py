@@ -112,7 +112,7 @@ def render_report(results: Results, data: ReportData) -> str:
 
 
 def _ranked(results: Results) -> list[str]:
-    """Return the methods, the one with the highest mean rate over splits first; of equals, the one with shorter ways."""
+    """Return the methods by their mean rate over splits, the best first; of equals, the one with shorter ways."""
 
     def merit(method: str) -> tuple[float, float]:
         rows = [row for row in results.rows if row.method == method]

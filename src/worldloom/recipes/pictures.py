@@ -36,7 +36,7 @@ def report_data(run: Run) -> ReportData:
     label = _position_label(episodes)
     if label is None:
         return ReportData(metrics=metrics, baselines=baselines)
-    shown = _Shown(run, episodes, label)
+    shown = _Shown(Run(run.folder, device="cpu"), episodes, label)
     return ReportData(
         metrics=metrics,
         baselines=baselines,

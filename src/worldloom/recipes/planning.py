@@ -52,7 +52,7 @@ def plan_once(
     plan = agent.plan
     assert plan is not None
     with torch.no_grad():
-        here, there = run.model.encode(observations), run.model.encode(target.observations)
+        here, there = (run.model.encode(each.to(run.device)) for each in (observations, target.observations))
     scale = run.geometry.step_length
     return {
         "method": method or run.recipe.default_method,

@@ -5,6 +5,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from worldloom.agents import CloningPolicy, ReactivePolicy
 from worldloom.core.errors import ConfigError, StorageError
 from worldloom.core.files import read_json
@@ -24,13 +26,15 @@ class Run:
         CheckpointError: a part is missing, damaged or of another model.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, *, device: torch.device | str | None = None) -> None:
         self.folder = folder
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(default if device is None else device)
 
     @classmethod
-    def open(cls, path: Path | str) -> "Run":
-        """Open a run folder."""
-        return cls(RunFolder.open(path))
+    def open(cls, path: Path | str, *, device: torch.device | str | None = None) -> "Run":
+        """Open a run folder; `device` defaults to a GPU where there is one."""
+        return cls(RunFolder.open(path), device=device)
 
     @property
     def path(self) -> Path:
@@ -56,7 +60,7 @@ class Run:
     @cached_property
     def model(self) -> JEPA:
         """The world model."""
-        return load_model(self.folder.model_directory)
+        return load_model(self.folder.model_directory, self.device)
 
     @cached_property
     def geometry(self) -> LatentGeometry:
@@ -76,7 +80,7 @@ class Run:
     @cached_property
     def cloning(self) -> CloningPolicy:
         """The policy cloned from the same data."""
-        return CloningPolicy.load(self.head("cloning"))
+        return CloningPolicy.load(self.head("cloning"), self.device)
 
     def head(self, name: str) -> Path:
         """Return where a part learned beside the world model is kept."""

@@ -1,0 +1,134 @@
+"""Writes benchmarks/RESULTS.md from benchmarks/results/: run it after the other benchmarks.
+
+python benchmarks/render.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+INTRODUCTION = """# Results
+
+Every figure here was printed by the command above it; `python benchmarks/render.py` writes this page from what these
+commands left in `benchmarks/results/`. Intervals are Wilson's at 95%, over the episodes of all models together;
+"models" gives the lowest and the highest rate of one model. Protocols are in
+[docs/protocols.md](../docs/protocols.md). Speeds are of a shared machine: take ratios within one run rather than the
+figures themselves.
+"""
+
+
+def main() -> None:
+    parts = [INTRODUCTION]
+    for name in ("two-room", "four-rooms", "maze"):
+        path = RESULTS / f"success-{name}.json"
+        if path.exists():
+            parts.append(success(name, json.loads(path.read_text())))
+    path = RESULTS / "anti-collapse.json"
+    if path.exists():
+        parts.append(anti_collapse(json.loads(path.read_text())))
+    for name in ("training", "planning", "windows", "collecting"):
+        path = RESULTS / f"{name}.jsonl"
+        if path.exists():
+            lines = [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")]
+            parts.append(speeds(name, lines))
+    (Path(__file__).parent / "RESULTS.md").write_text("\n".join(parts))
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def success(name: str, values: dict[str, Any]) -> str:
+    header, *rows = values["table"]
+    seconds = ", ".join(
+        f"{each['collect']:.0f} + {each['train']:.0f} + {each['evaluate']:.0f} s" for each in values["seconds"]
+    )
+    reversible = {head["reversible"] for head in values["heads"]}
+    ranks = ", ".join(f"{head['rank_correlation/distance']:.2f}" for head in values["heads"])
+    latent = ", ".join(f"{head['rank_correlation/latent']:.2f}" for head in values["heads"])
+    hardware = values["results"].get("hardware") or values["results"]["rows"][0]["hardware"]
+    return (
+        f"## Zero-shot success: {name}\n\n    {values['command']}\n\n{table(header, rows)}\n"
+        f"To the left of a slash is the first split, to the right the next. Collecting + training (world model, "
+        f"distance, reactive policy, cloning) + evaluating all methods, for each model: {seconds}. Dynamics found "
+        f"reversible: {', '.join(map(str, sorted(reversible)))}. Rank correlation with the steps that the data took: "
+        f"learned distance {ranks}; latent L2 {latent}. {describe(hardware)}\n"
+    )
+
+
+def anti_collapse(values: dict[str, Any]) -> str:
+    rows = []
+    for row in values["rows"]:
+        figures, rates = row["figures"], row["success"]
+        rows.append(
+            [
+                row["variant"],
+                f"{figures['effective_rank']:.1f}",
+                f"{figures['probe/position/error']:.2f}",
+                f"{figures['open_loop/position/8']:.2f}",
+                f"{figures['inverse_dynamics']:.2f}",
+                ", ".join(row["alarms"]) or "none",
+                *(
+                    f"{100 * rates[key]['rate']:.0f}% [{100 * rates[key]['interval'][0]:.0f}, "
+                    f"{100 * rates[key]['interval'][1]:.0f}]"
+                    for key in ("CEM, latent L2/cross-room", "tree search/cross-room", "tree search/same-room")
+                ),
+            ]
+        )
+    header = ["variant", "effective rank", "probe (px)", "8 blocks open loop (px)", "inverse dynamics", "alarms"]
+    header += ["CEM cross-room", "tree cross-room", "tree same-room"]
+    n = next(iter(values["rows"][0]["success"].values()))["n"]
+    return (
+        f"## Anti-collapse variants on the demo's data\n\n    {values['command']}\n\n{table(header, rows)}\n"
+        f"One training seed ({values['training_seeds'][0]}), n = {n} for each rate. Errors are of a linear probe of "
+        f"the position on held-out episodes; 'inverse dynamics' is the unexplained share of the action's variance. "
+        f"{describe(values['hardware'])}\n"
+    )
+
+
+def speeds(name: str, lines: list[dict[str, Any]]) -> str:
+    hardware = next((line["hardware"] for line in lines if "hardware" in line), {})
+    blocks = []
+    for line in lines:
+        flat = flatten({key: value for key, value in line.items() if key not in ("hardware", "benchmark")})
+        blocks.append(table(["figure", "value"], [[key, show(value)] for key, value in flat.items()]))
+    if len(lines) > 2:
+        keys = [key for key in lines[0] if key not in ("hardware", "benchmark") and not isinstance(lines[0][key], dict)]
+        blocks = [table(keys, [[show(line.get(key, "")) for key in keys] for line in lines])]
+    return (
+        f"## Speed: {name}\n\n    python benchmarks/{name}.py >> benchmarks/results/{name}.jsonl\n\n"
+        + "\n".join(blocks)
+        + f"\n{describe(hardware)}\n"
+    )
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}: ") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def show(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def describe(hardware: Any) -> str:
+    if isinstance(hardware, list):
+        hardware = hardware[0] if hardware else {}
+    if not hardware:
+        return ""
+    accelerator = hardware.get("accelerator") or "no accelerator"
+    return (
+        f"Measured on {hardware['processor']}, {hardware['cores']} cores, {hardware['threads']} threads, "
+        f"{hardware['memory_gib']} GiB, {accelerator}."
+    )
+
+
+if __name__ == "__main__":
+    main()

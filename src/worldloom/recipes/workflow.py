@@ -10,7 +10,7 @@ import torch
 
 from worldloom import data
 from worldloom.agents import fit_behaviour_cloning, fit_reactive
-from worldloom.core.errors import ConfigError
+from worldloom.core.errors import CheckpointError, ConfigError
 from worldloom.core.files import write_json
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seeds import torch_generator
@@ -105,6 +105,11 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, *, resume: bool
         raise ConfigError(
             f"{path} was begun with another recipe; they differ in {', '.join(wrong[:8])}. Resume it with the same "
             f"recipe and overrides, or choose another folder"
+        )
+    if (before := folder.provenance["data"]) != fingerprint:
+        raise CheckpointError(
+            f"{path} was begun on other data (fingerprint {before[:12]}, now {fingerprint[:12]}); resume it on the "
+            f"dataset of then ({folder.config['data']}), or choose another folder"
         )
     return folder
 

@@ -90,23 +90,12 @@ class CloningPolicy(nn.Module):
             CheckpointError: it is missing, damaged, or made by another version of a part.
         """
         tensors, metadata = load_tensors(stem, kind=_KIND)
-        pixels, vector = metadata["observation"]["pixels"], metadata["observation"]["vector"]
-        observation = ObservationSpec(
-            pixels=None if pixels is None else (pixels[0], pixels[1], pixels[2]), vector=vector
-        )
-        low, high, discrete = (metadata["action"][key] for key in ("low", "high", "discrete"))
-        action = ActionSpec(low=tuple(low), high=tuple(high), discrete=discrete)
-        # The statistics are buffers and come with the tensors; only their shapes matter here.
-        statistics = Statistics(
-            pixel_mean=None if pixels is None else torch.zeros(pixels),
-            pixel_std=None if pixels is None else torch.ones(pixels),
-            vector_mean=torch.zeros(vector) if vector else None,
-            vector_std=torch.ones(vector) if vector else None,
-            action_mean=torch.zeros(action.size),
-            action_std=torch.ones(action.size),
-        )
+        observation = ObservationSpec.from_json(metadata["observation"])
+        action = ActionSpec.from_json(metadata["action"])
         try:
-            policy = cls(CloningConfig.parse(metadata["config"]), observation, action, statistics)
+            policy = cls(
+                CloningConfig.parse(metadata["config"]), observation, action, Statistics.unit(observation, action)
+            )
             policy.load_state_dict(tensors)
         except (ConfigError, RuntimeError) as error:
             raise CheckpointError(f"{stem} cannot be built: {error}; fit it again") from None

@@ -30,6 +30,12 @@ class ObservationSpec:
         if self.pixels is None and self.vector == 0:
             raise DataError("an observation holds neither pixels nor a vector; expected at least one of them")
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "ObservationSpec":
+        """Read what `dataclasses.asdict` gave, after JSON."""
+        pixels = values["pixels"]
+        return cls(pixels=None if pixels is None else (pixels[0], pixels[1], pixels[2]), vector=values["vector"])
+
 
 @dataclass(frozen=True, kw_only=True)
 class ActionSpec:
@@ -46,6 +52,11 @@ class ActionSpec:
                 f"action bounds must be finite with low < high in each dimension; got low {self.low}, "
                 f"high {self.high}. Wrap the environment so that its actions are bounded"
             )
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "ActionSpec":
+        """Read what `dataclasses.asdict` gave, after JSON."""
+        return cls(low=tuple(values["low"]), high=tuple(values["high"]), discrete=bool(values["discrete"]))
 
     @property
     def size(self) -> int:

@@ -41,15 +41,9 @@ class DatasetSpec:
         """
         try:
             values = json.loads(text)
-            observation, action = values["observation"], values["action"]
-            pixels = observation["pixels"]
             return cls(
-                observation=ObservationSpec(
-                    pixels=None if pixels is None else (pixels[0], pixels[1], pixels[2]), vector=observation["vector"]
-                ),
-                action=ActionSpec(
-                    low=tuple(action["low"]), high=tuple(action["high"]), discrete=bool(action["discrete"])
-                ),
+                observation=ObservationSpec.from_json(values["observation"]),
+                action=ActionSpec.from_json(values["action"]),
                 labels=values["labels"],
                 environment=values["environment"],
             )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from worldloom.core.errors import DataError
 from worldloom.core.seeds import numpy_generator
+from worldloom.core.types import ActionSpec, ObservationSpec
 from worldloom.data.cache import FrameCache
 
 _CHUNK = 64  # frames whose squares are summed at once
@@ -27,6 +28,19 @@ class Statistics:
     vector_std: Float32[Tensor, "V"] | None
     action_mean: Float32[Tensor, "A"]
     action_std: Float32[Tensor, "A"]
+
+    @classmethod
+    def unit(cls, observation: ObservationSpec, action: ActionSpec) -> "Statistics":
+        """Return means of 0 and deviations of 1: for a model whose own come with its tensors."""
+        pixels, vector = observation.pixels, observation.vector
+        return cls(
+            pixel_mean=None if pixels is None else torch.zeros(pixels),
+            pixel_std=None if pixels is None else torch.ones(pixels),
+            vector_mean=torch.zeros(vector) if vector else None,
+            vector_std=torch.ones(vector) if vector else None,
+            action_mean=torch.zeros(action.size),
+            action_std=torch.ones(action.size),
+        )
 
 
 def compute_statistics(

@@ -99,17 +99,10 @@ def load_model(directory: Path | str, device: torch.device | str = "cpu") -> JEP
             f"{_json_path(stem)} cannot be built: {error}. If a part comes from a module of yours, import the module "
             f"that registers it first (--import MODULE)"
         ) from None
-    pixels = metadata["observation"]["pixels"]
-    observation = ObservationSpec(
-        pixels=None if pixels is None else tuple(pixels), vector=metadata["observation"]["vector"]
-    )
-    action = ActionSpec(
-        low=tuple(metadata["action"]["low"]),
-        high=tuple(metadata["action"]["high"]),
-        discrete=metadata["action"]["discrete"],
-    )
+    observation = ObservationSpec.from_json(metadata["observation"])
+    action = ActionSpec.from_json(metadata["action"])
     # The statistics are buffers and come with the tensors; only their shapes matter here.
-    model = build_jepa(config, observation, action, _unit_statistics(observation, action), seed=0)
+    model = build_jepa(config, observation, action, Statistics.unit(observation, action), seed=0)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -164,18 +157,6 @@ def _read_body(stem: Path, kind: str) -> dict[str, Any]:
     if Path(body["tensors"]).name != body["tensors"]:
         raise CheckpointError(f"{path} names tensors outside its directory: {body['tensors']!r}")
     return body
-
-
-def _unit_statistics(observation: ObservationSpec, action: ActionSpec) -> Statistics:
-    pixels, vector = observation.pixels, observation.vector
-    return Statistics(
-        pixel_mean=None if pixels is None else torch.zeros(pixels),
-        pixel_std=None if pixels is None else torch.ones(pixels),
-        vector_mean=torch.zeros(vector) if vector else None,
-        vector_std=torch.ones(vector) if vector else None,
-        action_mean=torch.zeros(action.size),
-        action_std=torch.ones(action.size),
-    )
 
 
 def _json_path(stem: Path) -> Path:

@@ -20,7 +20,7 @@ from worldloom.models import TargetConfig
 from worldloom.models.losses import InverseDynamics, LossConfig, SIGReg, Straightening, Variance
 from worldloom.planning import CEM, GoalObjective, LatentL2, Planner, TreeSearch, encode_episodes, measure_geometry
 from worldloom.recipes import load_recipe, workflow
-from worldloom.training import RunFolder, TrainingConfig, default_losses, fit
+from worldloom.training import RunFolder, TrainingConfig, alarms, default_losses, fit
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -89,7 +89,7 @@ def main() -> None:
             {
                 "variant": name,
                 "figures": diagnostics["figures"],
-                "alarms": [alarm["name"] for alarm in diagnostics["alarms"]],
+                "alarms": [alarm.name for alarm in alarms(diagnostics["figures"])],
                 "success": {
                     f"{row.method}/{row.split}": {
                         "rate": row.overall.rate,

@@ -14,6 +14,11 @@ from worldloom.models.jepa import JEPA
 
 _FEATURES = 512  # random features of the inverse-dynamics probe
 
+# Where an alarm is raised. On Two Rooms every variant that keeps the agent is at 0.06 to 0.25 of the action's variance;
+# the one that loses it by 10 px, its rank healthy, at 0.67 with an R2 of 0.85 (benchmarks/RESULTS.md).
+_BLIND = 0.5  # inverse-dynamics error over the action's variance
+_READABLE = 0.75  # R2 of a label that moves within windows
+
 
 @dataclass(frozen=True, kw_only=True)
 class Alarm:
@@ -134,9 +139,9 @@ def alarms(figures: Mapping[str, float]) -> list[Alarm]:
     lost = [
         name.split("/")[1]
         for name, r2 in figures.items()
-        if name.startswith("probe/") and name.endswith("/r2") and r2 < 0.5 and figures[name[:-2] + "moving"] > 0.1
+        if name.startswith("probe/") and name.endswith("/r2") and r2 < _READABLE and figures[name[:-2] + "moving"] > 0.1
     ]
-    blind = figures["inverse_dynamics"] > 0.8
+    blind = figures["inverse_dynamics"] > _BLIND
     if not collapsed and (blind or lost):
         evidence = [f"{figures['moving_share']:.1%} of their variance lies within windows"]
         evidence += [f"inverse-dynamics error is {figures['inverse_dynamics']:.2f} of the actions' variance"]

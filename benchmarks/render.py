@@ -49,13 +49,12 @@ def success(name: str, values: dict[str, Any]) -> str:
     reversible = {head["reversible"] for head in values["heads"]}
     ranks = ", ".join(f"{head['rank_correlation/distance']:.2f}" for head in values["heads"])
     latent = ", ".join(f"{head['rank_correlation/latent']:.2f}" for head in values["heads"])
-    hardware = values["results"].get("hardware") or values["results"]["rows"][0]["hardware"]
     return (
         f"## Zero-shot success: {name}\n\n    {values['command']}\n\n{table(header, rows)}\n"
         f"To the left of a slash is the first split, to the right the next. Collecting + training (world model, "
         f"distance, reactive policy, cloning) + evaluating all methods, for each model: {seconds}. Dynamics found "
         f"reversible: {', '.join(map(str, sorted(reversible)))}. Rank correlation with the steps that the data took: "
-        f"learned distance {ranks}; latent L2 {latent}. {describe(hardware)}\n"
+        f"learned distance {ranks}; latent L2 {latent}. {describe(values['hardware'])}\n"
     )
 
 

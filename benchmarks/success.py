@@ -52,6 +52,7 @@ def main() -> None:
         "seconds": seconds,
         "heads": heads,
         "table": table_rows(pooled),
+        "hardware": all_results[0].hardware,
         "results": pooled.to_json(),
     }
     write_json(RESULTS / f"success-{arguments.recipe}.json", json.loads(json.dumps(values, default=str)))

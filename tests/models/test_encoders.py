@@ -103,7 +103,7 @@ def test_sincos_positions_tell_places_apart() -> None:
 
 def test_the_default_encoder_reads_what_is_observed(pixel_case, vector_case, odd_case) -> None:
     for case in (pixel_case, vector_case, odd_case):
-        encoder = default_encoder(case.observation).build(case.observation, case.statistics, 4)
+        encoder = default_encoder(case.observation).build(case.observation, case.statistics, 32)
         first, second = case.observations(1), case.observations(1, seed=1)
         parts = [name for name in ("pixels", "vector") if getattr(first, name) is not None]
         for name in parts:

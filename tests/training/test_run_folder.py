@@ -74,11 +74,11 @@ def hold(path: Path, held: "multiprocessing.synchronize.Event") -> None:
 
 
 def test_two_trainings_cannot_have_one_folder_and_a_killed_one_gives_it_back(run) -> None:
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     held = context.Event()
     process = context.Process(target=hold, args=(run.path, held))
     process.start()
-    assert held.wait(30)
+    assert held.wait(120)
     with pytest.raises(TrainingError, match="another training is writing"), run.lock():
         pass
     process.kill()

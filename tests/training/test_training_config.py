@@ -9,9 +9,9 @@ def test_the_default_mix_is_the_measured_one() -> None:
     assert weights == {
         "prediction": ("prediction", 1.0),
         "variance": ("variance", 4.0),
-        "covariance": ("covariance", 2.0),
+        "covariance": ("covariance", 0.03),
         "temporal-similarity": ("temporal-similarity", 1.0),
-        "inverse-dynamics": ("inverse-dynamics", 10.0),
+        "inverse-dynamics": ("inverse-dynamics", 3.0),
     }
 
 

@@ -1,5 +1,6 @@
 """A fast policy distilled from the model (mode 1): it acts at once, or proposes plans to the search (mode 2)."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from worldloom.agents.batch import Batch
 from worldloom.core.config import Config
-from worldloom.core.errors import PlanningError, TrainingError
+from worldloom.core.errors import PlanningError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.protocols import WorldModel
 from worldloom.core.seeds import derive_seed, torch_generator
@@ -26,6 +27,7 @@ from worldloom.planning.planner import Planner
 from worldloom.planning.solvers import SolverField, TreeSearch
 from worldloom.planning.storage import read_head, restore, save_head
 
+_log = logging.getLogger(__name__)
 _KIND = "reactive-policy"
 _PROBLEMS_AT_ONCE = 128
 
@@ -98,6 +100,13 @@ def fit_reactive(
         policy = ReactivePolicy(model.spec, config).to(device)
     states, goals, blocks = _lessons(model, episodes, geometry, config, generator, progress)
     seen_states, seen_goals, seen_blocks = _hindsight(episodes, config, generator)
+    if len(states) < 2:
+        _log.warning(
+            "none of the teacher's %d plans arrives: the reactive policy imitates the episodes alone. Train the world "
+            "model longer, or give the teacher a longer horizon",
+            config.problems,
+        )
+        states, goals, blocks = seen_states, seen_goals, seen_blocks
     policy.inverse.mean.copy_(blocks.mean(0))
     policy.inverse.std.copy_(torch.maximum(blocks.std(0), 0.02 * policy.inverse.std))
     taught = config.batch - round(config.hindsight * config.batch)
@@ -143,11 +152,6 @@ def _lessons(
             parts.append((states[used], goal[:, None].expand_as(states)[used], blocks[used]))
             task.advance(count)
     states, goals, blocks = (torch.cat(column) for column in zip(*parts, strict=True))
-    if len(states) == 0:
-        raise TrainingError(
-            f"none of the teacher's {config.problems} plans arrives, so there is nothing to imitate; train the world "
-            f"model longer, or give the teacher a longer horizon"
-        )
     return states, goals, blocks
 
 

@@ -32,7 +32,9 @@ def collect(
     from worldloom.cli.console import print_json, progress
     from worldloom.data import collect as collect_episodes
     from worldloom.data import inspect
+    from worldloom.envs import register_envs
 
+    register_envs()
     import_modules(imports)
     dataset = collect_episodes(
         out,

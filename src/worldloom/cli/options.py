@@ -29,8 +29,9 @@ def import_modules(names: list[str] | None) -> None:
     for name in names or []:
         try:
             importlib.import_module(name)
-        except ImportError as error:
-            raise ConfigError(f"cannot import {name!r}: {error}. Check --import and the working directory") from error
+        except Exception as error:  # whatever the user's module raises, a syntax error too
+            reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+            raise ConfigError(f"cannot import {name!r}: {reason}. Check --import and the working directory") from error
 
 
 def key_values(assignments: list[str] | None, option: str) -> dict[str, Any]:

@@ -160,8 +160,8 @@ def make_vector_env(env_id: str, num_envs: int, **kwargs: Any) -> gymnasium.vect
         return gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync", **kwargs)
     except (gymnasium.error.Error, TypeError, ImportError) as error:
         raise EnvironmentFailure(
-            f"cannot make environment {env_id!r}: {error}. Check the id and the arguments, and name the module "
-            f"that registers it (--import MODULE)"
+            f"cannot make environment {env_id!r}: {str(error).rstrip('.?')}. Check the id and the arguments, and name "
+            f"the module that registers it (--import MODULE)"
         ) from error
 
 

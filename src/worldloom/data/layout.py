@@ -221,6 +221,8 @@ def _translate(path: str, doing: str, error: Exception) -> WorldloomError:
         return MissingDataset(f"there is no dataset at {path}; check the path, or collect one")
     if "already exists" in text:
         return DataError(f"{path} already holds a dataset; open it to append, or choose another path")
+    if "Not a directory" in text:
+        return StorageError(f"{path} is a file or lies in one; expected a dataset's directory. Check the path")
     if "Permission denied" in text or "Read-only file system" in text:
         return StorageError(f"no permission for {path}; change its owner or choose another path")
     signs = ("not found", "whole buffer", "too small", "corrupt", "magic", "decode", "invalid")

@@ -133,7 +133,7 @@ class Batch:
 
         Raises:
             EnvironmentFailure: names the episode and the step.
-            DataError: the policy `name` gave an action out of bounds, or a label that is wanted is not there.
+            DataError: the policy `name` raised or gave an action out of bounds, or a label that is wanted is not there.
         """
         rows = np.arange(len(self._numbers))
         observations, labels = self._world.reset(seeds, self._where)
@@ -143,9 +143,9 @@ class Batch:
         policy.reset(generators)
         latest = observations.map(lambda part: part.clone())
         while self._step < self._steps and len(rows):
-            actions = np.array(policy.act(latest), np.float32)
             self._step += 1
             where = self._where
+            actions = self._actions_of(policy, latest, name)
             converted = self._world.act(actions, where=f"policy {name!r}, {where(None)}")
             observations, labels, terminated, truncated = self._world.step(converted, rows, where)
             self._actions[rows, self._step - 1] = _as_stored(actions[rows], self._world.action)
@@ -156,6 +156,14 @@ class Batch:
                 if whole is not None and part is not None:
                     whole[rows] = part
             rows = rows[~(terminated | truncated)]
+
+    def _actions_of(self, policy: Policy, latest: Observations, name: str) -> np.ndarray:
+        try:
+            return np.array(policy.act(latest), np.float32)
+        except Exception as error:
+            raise DataError(
+                f"policy {name!r}, {self._where(None)}it raised {type(error).__name__}: {error}. Repair the policy"
+            ) from error
 
     def episodes(self, seeds: list[int], policy: str, truncated_by: str | None = None) -> list[Episode]:
         """Return the episodes recorded so far that have two frames; those broken off are marked."""

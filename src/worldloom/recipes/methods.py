@@ -1,7 +1,7 @@
 """The methods of an evaluation: what acts, built from what a run has learned."""
 
-from abc import abstractmethod
-from typing import Literal, Protocol
+from abc import ABC, abstractmethod
+from typing import Literal
 
 from pydantic import Field
 
@@ -31,33 +31,33 @@ from worldloom.planning import (
 )
 
 
-class Learned(Protocol):
+class Learned(ABC):
     """What a finished run offers."""
 
     @property
+    @abstractmethod
     def model(self) -> JEPA:
         """The world model."""
-        ...
 
     @property
+    @abstractmethod
     def geometry(self) -> LatentGeometry:
         """Step length, inverse dynamics and reversibility."""
-        ...
 
     @property
+    @abstractmethod
     def distance(self) -> TemporalDistance:
         """The learned temporal distance."""
-        ...
 
     @property
+    @abstractmethod
     def reactive(self) -> ReactivePolicy:
         """The reactive policy."""
-        ...
 
     @property
+    @abstractmethod
     def cloning(self) -> CloningPolicy:
         """The policy cloned from the same data."""
-        ...
 
 
 class MethodConfig(Component):

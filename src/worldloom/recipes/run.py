@@ -15,10 +15,11 @@ from worldloom.core.registry import nearest
 from worldloom.models import JEPA, load_model
 from worldloom.planning import LatentGeometry, TemporalDistance
 from worldloom.recipes.config import Recipe
+from worldloom.recipes.methods import Learned
 from worldloom.training import RunFolder
 
 
-class Run:
+class Run(Learned):
     """A run folder, opened for use; its parts are loaded when they are asked for.
 
     Raises:

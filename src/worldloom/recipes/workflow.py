@@ -10,7 +10,7 @@ import torch
 
 from worldloom import data
 from worldloom.agents import fit_behaviour_cloning, fit_reactive
-from worldloom.core.errors import CheckpointError, ConfigError
+from worldloom.core.errors import CheckpointError, ConfigError, WorldloomError
 from worldloom.core.files import write_json
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seeds import torch_generator
@@ -75,13 +75,16 @@ def train(
     if run.heads().get("complete"):
         _log.info("%s is complete", path)
         return run
-    cache = load_cache(dataset, progress=progress)
-    if (folder.model_directory / "model.json").is_file():
-        load_model(folder.model_directory)  # whole, or an error
-    else:
-        fit(
-            recipe.training, recipe.model, cache, folder, resume=folder.checkpoint_directory.is_dir(), progress=progress
-        )
+    try:
+        cache = load_cache(dataset, progress=progress)
+        if (folder.model_directory / "model.json").is_file():
+            load_model(folder.model_directory)  # whole, or an error
+        else:
+            begun = folder.checkpoint_directory.is_dir()
+            fit(recipe.training, recipe.model, cache, folder, resume=begun, progress=progress)
+    except WorldloomError:
+        folder.withdraw()
+        raise
     _train_heads(run, cache, progress)
     return run
 

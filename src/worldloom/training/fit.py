@@ -107,8 +107,14 @@ class _Training:
         sampling = {"context": model_config.context, "horizon": config.horizon, "block": model_config.block}
         training, validation = cache.split(config.validation_share, config.seed)
         self.sampler = WindowSampler(cache, **sampling, episodes=training)
-        held_out = validation if len(validation) else training
-        self.held_out_sampler = WindowSampler(cache, **sampling, episodes=held_out)
+        held_out = validation[cache.lengths[validation] >= config.horizon * model_config.block]
+        if len(validation) and not len(held_out):
+            _logger.warning(
+                "none of the %d held-out episodes is long enough for a window; the figures of the latents are "
+                "measured on training episodes. Collect more or longer episodes, or shorten the horizon or the block",
+                len(validation),
+            )
+        self.held_out_sampler = WindowSampler(cache, **sampling, episodes=held_out if len(held_out) else training)
         self.model = build_jepa(
             model_config,
             cache.spec.observation,

@@ -64,6 +64,13 @@ class RunFolder:
             raise StorageError(f"{run.path} is not a run: it has no config.json; check the path")
         return run
 
+    def withdraw(self) -> None:
+        """Take `create` back if nothing has been trained, so that the folder is free for another configuration."""
+        if self._writes and not any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints", "model")):
+            with storage_errors(self.path):
+                for name in ("config.json", "provenance.json"):
+                    (self.path / name).unlink(missing_ok=True)
+
     @property
     def config(self) -> dict[str, Any]:
         """What was given to `create`."""

@@ -21,7 +21,7 @@ from worldloom.agents import (
     fit_behaviour_cloning,
     fit_reactive,
 )
-from worldloom.core.errors import CheckpointError, PlanningError
+from worldloom.core.errors import CheckpointError, DataError, PlanningError
 from worldloom.core.protocols import Agent
 from worldloom.core.types import ActionBounds, ActionSpec, Context, Goal, Observations, ObservationSpec
 from worldloom.data.cache import FrameCache
@@ -188,6 +188,11 @@ def test_cloning_heads_for_the_goal(cloned: CloningPolicy) -> None:
     alignment = torch.cosine_similarity(action, goal, dim=-1)
     assert (alignment > 0.7).all(), alignment
     assert (action.abs() <= torch.tensor([1.0, 2.0])).all()
+
+
+def test_a_clone_refuses_observations_of_another_kind(cloned: CloningPolicy) -> None:
+    with pytest.raises(DataError, match="the model takes pixels .* got pixels None and a vector of 9"):
+        cloned.encode(Observations(vector=torch.zeros(1, 9)))
 
 
 def test_a_saved_clone_acts_the_same(cloned: CloningPolicy, tmp_path: Path) -> None:

@@ -29,10 +29,14 @@ class Inner(Config):
     rate: float = 0.1
 
 
+PartField = Annotated[SerializeAsAny[Component], BeforeValidator(lambda value: parse_component(PARTS, value))]
+
+
 class Outer(Config):
     inner: Inner = Inner()
-    part: Annotated[SerializeAsAny[Component], BeforeValidator(lambda value: parse_component(PARTS, value))] = Round()
+    part: PartField = Round()
     label: str = "x"
+    spare: PartField | None = None
 
 
 def test_overrides_reach_nested_values_and_leave_the_original() -> None:
@@ -45,6 +49,14 @@ def test_overrides_reach_nested_values_and_leave_the_original() -> None:
 def test_override_can_exchange_a_component() -> None:
     changed = Outer().override(['part={"name": "square", "side": 5}'])
     assert changed.part == Square(side=5)
+
+
+def test_override_can_exchange_a_component_by_name_alone_and_go_on_with_its_options() -> None:
+    base = Outer().override(["part.radius=3"])
+    assert base.override(["part.name=square"]).part == Square()
+    assert base.override(["part.name=square", "part.side=5"]).part == Square(side=5)
+    assert base.override(["part.name=round"]).part == Round(radius=3)
+    assert base.override(["spare.name=square", "spare.side=5"]).spare == Square(side=5)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -29,10 +31,16 @@ def test_an_episode_that_does_not_fit_is_refused(parts: dict[str, np.ndarray], m
         Episode(**{"actions": ACTIONS, **parts})
 
 
-@pytest.mark.parametrize(("low", "high"), [((0.0,), (0.0,)), ((-np.inf,), (0.0,)), ((), ())])
+@pytest.mark.parametrize(("low", "high"), [((0.0,), (0.0,)), ((-np.inf,), (0.0,)), ((), ()), ((0.0,), (1.0, 1.0))])
 def test_action_bounds_are_finite_and_ordered(low: tuple[float, ...], high: tuple[float, ...]) -> None:
     with pytest.raises(DataError, match="bounds"):
         ActionSpec(low=low, high=high)
+
+
+@pytest.mark.parametrize("parts", [{"vector": -1}, {"pixels": (8, 0, 3)}])
+def test_an_observation_has_a_shape(parts: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="expected pixels of shape"):
+        ObservationSpec(**parts)
 
 
 def test_block_bounds_repeat_the_action_bounds() -> None:

@@ -192,6 +192,21 @@ def test_a_policy_out_of_bounds_is_named(tmp_path: Path) -> None:
         collect(tmp_path / "d", **ARGUMENTS, policy="test-wild")
 
 
+class _Raising(_Wild):
+    def act(self, observations: Observations) -> np.ndarray:
+        raise RuntimeError("no battery")
+
+
+if "test-raising" not in POLICIES:
+    POLICIES.register("test-raising")(_Raising)
+
+
+def test_a_policy_that_raises_is_named(tmp_path: Path) -> None:
+    message = r"policy 'test-raising', episodes 0 to 1, step 1: it raised RuntimeError: no battery. Repair the policy"
+    with pytest.raises(DataError, match=message):
+        collect(tmp_path / "d", **ARGUMENTS, policy="test-raising")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -186,6 +186,13 @@ def test_a_cut_manifest_is_named(tmp_path: Path) -> None:
             action(tmp_path / "d")
 
 
+def test_a_file_is_no_dataset(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "d"):
+        with pytest.raises(StorageError, match="is a file or lies in one"):
+            EpisodeDataset.open(path)
+
+
 def test_errors_of_the_storage_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = make_dataset(tmp_path / "d", [5])
 

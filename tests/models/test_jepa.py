@@ -35,6 +35,11 @@ def test_it_is_a_world_model_with_every_encoder(odd_case, encoder) -> None:
     check_world_model(build(odd_case, encoder=encoder, block=3).eval())
 
 
+def test_without_an_encoder_the_one_that_suits_the_observation_is_taken(pixel_case, vector_case, odd_case) -> None:
+    for case in (pixel_case, vector_case, odd_case):
+        check_world_model(build(case, encoder=None).eval())
+
+
 @pytest.mark.parametrize("predictor", PREDICTORS, ids=lambda config: f"{config.name}-{getattr(config, 'norm', '')}")
 @pytest.mark.parametrize("context", [1, 3])
 def test_a_rollout_feeds_each_prediction_back(pixel_case, predictor, context) -> None:

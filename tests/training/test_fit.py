@@ -203,6 +203,16 @@ def test_a_new_training_does_not_mix_with_an_old_one(cache, unbroken) -> None:
         fit(CONFIG, MODEL, cache, unbroken)
 
 
+def test_held_out_episodes_too_short_for_a_window_stop_nothing(cache, tmp_path, caplog) -> None:
+    _, held_out = cache.split(CONFIG.validation_share, CONFIG.seed)
+    lengths = cache.lengths.copy()
+    lengths[held_out] = CONFIG.horizon * MODEL.block - 1
+    run = RunFolder.create(tmp_path / "run", {}, {})
+    fit(CONFIG.override(["steps=2"]), MODEL, replace(cache, lengths=lengths), run)
+    assert "none of the 2 held-out episodes is long enough for a window" in caplog.text
+    assert run.diagnostics()["figures"]
+
+
 def test_several_devices_need_torchrun(cache, tmp_path) -> None:
     run = RunFolder.create(tmp_path / "run", {}, {})
     with pytest.raises(ConfigError, match="torchrun --nproc-per-node 2"):

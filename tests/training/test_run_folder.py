@@ -47,6 +47,23 @@ def test_a_line_cut_off_by_a_crash_is_not_read_and_does_not_spoil_the_next(run) 
     run.close()
 
 
+def test_a_damaged_line_is_named(run) -> None:
+    run.log(1, {"loss": 1.0})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step\n')
+    with pytest.raises(StorageError, match=r"line 2 of .*metrics.jsonl is not whole JSON.*delete it"):
+        run.metrics()
+
+
+def test_a_folder_in_which_nothing_was_trained_can_be_had_by_another(run) -> None:
+    run.withdraw()
+    again = RunFolder.create(run.path, {}, {})
+    again.log(1, {"loss": 1.0})
+    again.withdraw()
+    with pytest.raises(StorageError, match="holds a run already"):
+        RunFolder.create(run.path, {}, {})
+
+
 def test_resuming_forgets_what_came_after(run) -> None:
     for step in range(1, 6):
         run.log(step, {"loss": float(step)})

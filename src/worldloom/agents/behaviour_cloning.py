@@ -58,7 +58,12 @@ class CloningPolicy(nn.Module):
         self._spec = ModelSpec(observation=observation, action=action, block=1, context=1, latent_dim=config.latent_dim)
 
     def encode(self, observations: Observations) -> Float[Tensor, "B D"]:
-        """Encode observations or goals."""
+        """Encode observations or goals.
+
+        Raises:
+            DataError: an observation is not what the policy was trained on.
+        """
+        self.observation.check(observations)
         latents: Tensor = self.norm(self.encoder(observations))
         return latents
 

@@ -28,8 +28,7 @@ def collect(
     json: Json = False,
 ) -> None:
     """Collect episodes without rewards or goals; run again to complete what was interrupted."""
-    from worldloom.cli.console import out as console
-    from worldloom.cli.console import print_json, progress
+    from worldloom.cli.console import print_json, progress, say
     from worldloom.data import collect as collect_episodes
     from worldloom.data import inspect
     from worldloom.envs import register_envs
@@ -52,4 +51,4 @@ def collect(
     if json:
         print_json(inspect(dataset))
     else:
-        console.print(f"{out}: {len(dataset)} episodes, {dataset.frames:,} frames")
+        say(f"{out}: {len(dataset)} episodes, {dataset.frames:,} frames")

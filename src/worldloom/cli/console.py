@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
@@ -23,6 +24,11 @@ def progress() -> Progress:
     return BarProgress() if err.is_terminal else LineProgress()
 
 
+def say(text: str, style: str | None = None) -> None:
+    """Print a line as it stands, neither wrapped nor read as markup: a path can be copied whole."""
+    out.print(text, style=style, markup=False, soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
     """Print one JSON document for programs, to standard output."""
     sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
@@ -30,11 +36,11 @@ def print_json(value: Any) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; columns after the first are aligned to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(escape(column), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     # A file or a pipe has no width of its own: let no column be cut there.
     (out if out.is_terminal else Console(highlight=False, width=160)).print(table)
 

@@ -29,7 +29,7 @@ def validate(path: Dataset, json: Json = False) -> None:
     """Check every episode; exit code 3 if anything is wrong."""
     from dataclasses import asdict
 
-    from worldloom.cli.console import out, print_json, print_table
+    from worldloom.cli.console import print_json, print_table, say
     from worldloom.core.errors import DataError
     from worldloom.data import validate
 
@@ -40,7 +40,7 @@ def validate(path: Dataset, json: Json = False) -> None:
         rows = [[problem.where, problem.what, problem.remedy] for problem in problems]
         print_table(f"{len(problems)} problems in {path}", ["where", "what", "remedy"], rows)
     else:
-        out.print(f"{path}: no problem found")
+        say(f"{path}: no problem found")
     if problems:
         raise typer.Exit(DataError.exit_code)
 
@@ -51,11 +51,11 @@ def preview(
     out: Annotated[Path | None, typer.Option(help="Where to write; beside the dataset by default.")] = None,
 ) -> None:
     """Write a contact sheet (PNG) and a video (MP4)."""
-    from worldloom.cli import console
+    from worldloom.cli.console import say
     from worldloom.data import EpisodeDataset, contact_sheet, video
 
     dataset = EpisodeDataset.open(path)
     target = out or path.parent
     for write, name in ((contact_sheet, f"{path.name}.png"), (video, f"{path.name}.mp4")):
         write(dataset, target / name)
-        console.out.print(f"wrote {target / name}")
+        say(f"wrote {target / name}")

@@ -32,8 +32,7 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Evaluate a run and its baselines on goals drawn from seeds never used in training; writes a report."""
-    from worldloom.cli.console import out as console
-    from worldloom.cli.console import print_json, progress
+    from worldloom.cli.console import print_json, progress, say
     from worldloom.recipes import Run, report_path, workflow
 
     import_modules(imports)
@@ -55,16 +54,15 @@ def evaluate(
         print_json(results.to_json())
         return
     show(results)
-    console.print(f"report: {report_path(opened, results)}")
+    say(f"report: {report_path(opened, results)}")
 
 
 def show(results: Any) -> None:
     """Print the table of an evaluation."""
-    from worldloom.cli.console import out as console
-    from worldloom.cli.console import print_table
+    from worldloom.cli.console import print_table, say
     from worldloom.evaluation import table_rows
 
     header, *rows = table_rows(results)
     print_table(f"{results.protocol.name}: zero-shot success", header, rows)
     for line in results.protocol.describe():
-        console.print(f"[dim]{line}[/]")
+        say(line, style="dim")

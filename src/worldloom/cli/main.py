@@ -7,7 +7,7 @@ import typer
 
 from worldloom import __version__
 from worldloom.cli import collect, data, demo, doctor, evaluate, plan, runs, train
-from worldloom.core.errors import WorldloomError
+from worldloom.core.errors import StorageError, WorldloomError
 
 app = typer.Typer(
     name="worldloom",
@@ -20,10 +20,11 @@ app = typer.Typer(
 )
 
 
-def _version(show: bool) -> None:
+def _version(show: bool) -> bool:
     if show:
         typer.echo(f"worldloom {__version__}")
         raise typer.Exit
+    return show
 
 
 @app.callback()
@@ -51,11 +52,13 @@ def main() -> None:
     """Run the command line; every expected failure is one message on standard error and an exit code."""
     try:
         app()
-    except WorldloomError as error:
+    except (WorldloomError, OSError) as error:
         if "--debug" in sys.argv:
             raise
         typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+        sys.exit(error.exit_code if isinstance(error, WorldloomError) else StorageError.exit_code)
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != 130:  # Typer's code for Ctrl-C
+            raise
         typer.secho("interrupted: what was collected or trained so far is kept", fg="yellow", err=True)
         sys.exit(130)

@@ -46,8 +46,11 @@ def show(run: Annotated[Path, typer.Argument(help="A run folder.")], json: Json 
 def compare(runs: Annotated[list[Path], typer.Argument(help="Two or more run folders.")], json: Json = False) -> None:
     """Show where runs differ: settings and figures side by side."""
     from worldloom.cli.console import print_json, print_table
+    from worldloom.core.errors import ConfigError
     from worldloom.recipes import Run
 
+    if len(runs) < 2:
+        raise ConfigError(f"nothing to compare {runs[0]} with; name two or more run folders")
     columns = []
     for path in runs:
         opened = Run.open(path)

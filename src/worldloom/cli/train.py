@@ -19,8 +19,7 @@ def train(
     json: Json = False,
 ) -> None:
     """Train a world model on a dataset, then its distance, its reactive policy and the baseline of the same data."""
-    from worldloom.cli.console import out as console
-    from worldloom.cli.console import print_json, progress
+    from worldloom.cli.console import print_json, progress, say
     from worldloom.recipes import load_recipe, workflow
 
     import_modules(imports)
@@ -32,4 +31,4 @@ def train(
         print_json(summary)
     else:
         for name, value in summary.items():
-            console.print(f"{name}: {value}")
+            say(f"{name}: {value}")

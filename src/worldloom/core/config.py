@@ -32,6 +32,8 @@ class Config(BaseModel):
     def override(self: ConfigT, assignments: Sequence[str]) -> ConfigT:
         """Return a copy with `a.b=value` assignments applied; values are read as JSON, else as text.
 
+        `a.name=other` exchanges a component for the one of that name, with its defaults.
+
         Raises:
             ConfigError: for an assignment without `=`, an unknown key or a value of the wrong type.
         """
@@ -40,7 +42,7 @@ class Config(BaseModel):
             key, equals, text = assignment.partition("=")
             if not equals:
                 raise ConfigError(f"override {assignment!r} has no '='; expected key=value")
-            _assign(values, key.strip(), parse_value(text.strip()))
+            _assign(values, key.strip(), parse_value(text.strip()), self)
         return type(self).parse(values)
 
 
@@ -70,9 +72,10 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+def _assign(values: dict[str, Any], key: str, value: Any, config: Config) -> None:
     *parents, last = key.split(".")
     node: Any = values
+    there: Any = config  # what `node` was written from
     for depth, part in enumerate([*parents, last]):
         path = ".".join([*parents, last][: depth + 1])
         if not isinstance(node, dict):
@@ -82,9 +85,14 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
         if part not in node and depth < len(parents):
             raise ConfigError(f"unknown key {path!r}; {nearest(part, node)}")
         if depth == len(parents):
+            if part == "name" and isinstance(there, Component) and value != node.get("name"):
+                node.clear()  # another part: the options of the one before are not its own
             node[part] = value
         else:
+            if node[part] is None and parents[depth + 1 :] == [] and last == "name":
+                node[part] = {}  # a component that is chosen by itself unless it is named
             node = node[part]
+            there = there.get(part) if isinstance(there, Mapping) else getattr(there, part, None)
 
 
 def _explain(cls: type[BaseModel], error: ValidationError, values: Mapping[str, Any]) -> str:

@@ -51,10 +51,10 @@ def read_json(path: Path) -> Any:
         StorageError: the file is missing, unreadable or not whole JSON.
     """
     with storage_errors(path):
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return json.loads(content.decode("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StorageError(f"{path} is not whole JSON ({error}); restore it or delete it") from None
 
 

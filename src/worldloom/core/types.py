@@ -29,12 +29,27 @@ class ObservationSpec:
     def __post_init__(self) -> None:
         if self.pixels is None and self.vector == 0:
             raise DataError("an observation holds neither pixels nor a vector; expected at least one of them")
+        if self.vector < 0 or (self.pixels is not None and (len(self.pixels) != 3 or min(self.pixels) < 1)):
+            raise DataError(
+                f"expected pixels of shape (H, W, C) and a vector of 0 or more values; got pixels {self.pixels} and "
+                f"vector {self.vector}"
+            )
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ObservationSpec":
         """Read what `dataclasses.asdict` gave, after JSON."""
         pixels = values["pixels"]
         return cls(pixels=None if pixels is None else (pixels[0], pixels[1], pixels[2]), vector=values["vector"])
+
+    def check(self, observations: "Observations") -> None:
+        """Raise `DataError` where observations are not of this kind."""
+        pixels = None if observations.pixels is None else tuple(observations.pixels.shape[-3:])
+        vector = 0 if observations.vector is None else observations.vector.shape[-1]
+        if pixels != self.pixels or vector != self.vector:
+            raise DataError(
+                f"the model takes pixels {self.pixels} and a vector of {self.vector}; got pixels {pixels} and a vector "
+                f"of {vector}. Use the model with the kind of data that it was trained on"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +61,12 @@ class ActionSpec:
     discrete: bool = False
 
     def __post_init__(self) -> None:
-        pairs = list(zip(self.low, self.high, strict=True))
-        if not pairs or not all(np.isfinite(pair).all() and pair[0] < pair[1] for pair in pairs):
+        pairs = list(zip(self.low, self.high, strict=False))
+        if (
+            not pairs
+            or len(self.low) != len(self.high)
+            or not all(np.isfinite(pair).all() and pair[0] < pair[1] for pair in pairs)
+        ):
             raise DataError(
                 f"action bounds must be finite with low < high in each dimension; got low {self.low}, "
                 f"high {self.high}. Wrap the environment so that its actions are bounded"
@@ -165,10 +184,13 @@ class Episode:
 
     @staticmethod
     def _expect(name: str, array: np.ndarray, dtype: Any, axes: int) -> None:
-        if array.dtype != dtype or array.ndim != axes:
-            raise DataError(
-                f"{name} must be {np.dtype(dtype)} with {axes} axes; got {array.dtype} of shape {array.shape}"
+        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != axes:
+            came = (
+                f"{array.dtype} of shape {array.shape}"
+                if isinstance(array, np.ndarray)
+                else f"a {type(array).__name__}"
             )
+            raise DataError(f"{name} must be {np.dtype(dtype)} with {axes} axes; got {came}")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             step = int(np.argwhere(~np.isfinite(array))[0][0])
             raise DataError(f"{name} is not finite at step {step}; drop or repair the episode")

@@ -128,7 +128,10 @@ def _read(stem: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; restore it or use an earlier checkpoint") from None
     if _digest(payload) != body["digest"]:
-        raise CheckpointError(f"{path} is damaged or was changed: its digest is not the one in {_json_path(stem)}")
+        raise CheckpointError(
+            f"{path} is damaged or was changed: its digest is not the one in {_json_path(stem)}; restore it or train "
+            f"again"
+        )
     try:
         return safetensors.torch.load(payload), body
     except safetensors.SafetensorError as error:

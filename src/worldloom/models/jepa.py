@@ -9,11 +9,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from worldloom.core.config import Config
-from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.errors import ConfigError
 from worldloom.core.seeds import derive_seed
 from worldloom.core.types import ActionSpec, Context, ModelSpec, Observations, ObservationSpec, Windows
 from worldloom.data.statistics import Statistics
-from worldloom.models.encoders import EncoderField, PatchConv
+from worldloom.models.encoders import EncoderField, PatchConv, default_encoder
 from worldloom.models.normalisation import LatentNorm, Standardise
 from worldloom.models.predictors import MLPPredictor, Predictor, PredictorField
 
@@ -24,10 +24,10 @@ class JEPAConfig(Config):
     """What a model is made of; `block` environment actions make one step of it (frame skip, never hidden).
 
     `context` frames, one block apart, are its state: 1 where a single frame shows the state, more where it does
-    not (velocities).
+    not (velocities). Without an `encoder` the one that suits the observation is taken.
     """
 
-    encoder: EncoderField = PatchConv()
+    encoder: EncoderField | None = PatchConv()
     predictor: PredictorField = MLPPredictor()
     latent_dim: int = Field(default=64, ge=1)
     block: int = Field(default=4, ge=1)
@@ -82,7 +82,7 @@ class JEPA(nn.Module):
         Raises:
             DataError: an observation is not what the model was trained on.
         """
-        self._check(observations)
+        self.spec.observation.check(observations)
         axes = observations.axes
         flat = observations.map(lambda part: part.reshape(-1, *part.shape[len(axes) :]))
         if self.training:
@@ -107,17 +107,6 @@ class JEPA(nn.Module):
         actions = self.normalise_actions(windows.actions)
         predictions = self.predictor(latents[:, :context], actions[:, : context - 1], actions[:, None, context - 1 :])
         return WindowOutputs(latents=latents, predictions=predictions[:, 0].float(), actions=actions)
-
-    def _check(self, observations: Observations) -> None:
-        expected = self.spec.observation
-        pixels, vector = observations.pixels, observations.vector
-        got_pixels = None if pixels is None else tuple(pixels.shape[-3:])
-        got_vector = 0 if vector is None else vector.shape[-1]
-        if got_pixels != expected.pixels or got_vector != expected.vector:
-            raise DataError(
-                f"the model takes pixels {expected.pixels} and a vector of {expected.vector}; got pixels {got_pixels} "
-                f"and a vector of {got_vector}. Use the model with the kind of data that it was trained on"
-            )
 
 
 def build_jepa(
@@ -147,7 +136,7 @@ def build_jepa(
     # Modules draw their weights from the default generator: lend it a seed, and give it back as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "model"))
-        encoder = config.encoder.build(observation, statistics, config.latent_dim)
+        encoder = (config.encoder or default_encoder(observation)).build(observation, statistics, config.latent_dim)
         predictor = config.predictor.build(
             latent_dim=config.latent_dim, block_size=spec.block_size, context=config.context
         )

@@ -67,6 +67,6 @@ def generic() -> Recipe:
     return Recipe(
         name="generic",
         description="Any dataset of pixels and/or vectors; two frames of history, for one may not show velocities.",
-        model=JEPAConfig(context=2),
+        model=JEPAConfig(context=2, encoder=None),
         training=_with_history(),
     )

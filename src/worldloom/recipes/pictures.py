@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worldloom.core.errors import DataError, StorageError
+from worldloom.core.errors import CheckpointError, DataError, StorageError
 from worldloom.core.seeds import torch_generator
 from worldloom.core.types import Context, Episode, Observations
 from worldloom.data import EpisodeDataset
@@ -26,22 +26,28 @@ def report_data(run: Run) -> ReportData:
         name for name, method in run.recipe.methods.items() if isinstance(method, RandomMethod | CloningMethod)
     ]
     metrics = run.folder.metrics()
+
+    def without(what: str, error: Exception) -> ReportData:
+        reasons = dict.fromkeys(("latents", "distance", "paths"), f"{what} of this run could not be read: {error}")
+        return ReportData(metrics=metrics, baselines=baselines, absent=reasons)
+
     try:
         episodes = _held_out(run)
     except (DataError, StorageError) as error:
-        reason = f"the dataset of this run could not be read: {error}"
-        return ReportData(
-            metrics=metrics, baselines=baselines, absent=dict.fromkeys(("latents", "distance", "paths"), reason)
-        )
+        return without("the dataset", error)
     label = _position_label(episodes)
     if label is None:
         return ReportData(metrics=metrics, baselines=baselines)
     shown = _Shown(Run(run.folder, device="cpu"), episodes, label)
+    try:
+        distance = shown.distance_map()
+    except CheckpointError as error:
+        return without("the distance", error)  # the training was broken off; some methods need none
     return ReportData(
         metrics=metrics,
         baselines=baselines,
         latents=LatentMap(latents=shown.flat_latents.numpy(), positions=shown.flat_positions.numpy(), unit=shown.unit),
-        distance=shown.distance_map(),
+        distance=distance,
         paths=shown.predicted_paths(),
     )
 

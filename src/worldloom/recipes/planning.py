@@ -73,18 +73,13 @@ def _picture(run: Run, path: Path) -> Observations:
         raise DataError("the model does not see by pictures alone; name a protocol that draws start and goal")
     try:
         with storage_errors(path), Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB" if expected[2] == 3 else "L"), np.uint8).reshape(
-                1, *_size(image), -1
-            )
-    except UnidentifiedImageError as error:
+            pixels = np.array(image.convert("RGB" if expected[2] == 3 else "L"), np.uint8)
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow's words for a damaged file
         raise DataError(f"{path} is not a picture: {error}; expected a PNG of {expected[1]}x{expected[0]}") from None
+    pixels = pixels.reshape(1, *pixels.shape[:2], -1)
     if pixels.shape[1:] != expected:
         raise DataError(f"{path} has shape {pixels.shape[1:]}; the model was trained on {expected}. Resize it")
     return Observations.from_numpy(pixels, None)
-
-
-def _size(image: Any) -> tuple[int, int]:
-    return image.height, image.width
 
 
 def _drawn(run: Run, protocol: str | None, split: str | None, episode: int) -> tuple[Observations, Goal]:

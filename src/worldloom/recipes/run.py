@@ -45,7 +45,7 @@ class Run(Learned):
     @cached_property
     def recipe(self) -> Recipe:
         """The recipe, with its overrides."""
-        return Recipe.parse(self.folder.config["recipe"])
+        return Recipe.parse(recipe_values(self.folder))
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -110,6 +110,7 @@ class Run(Learned):
 
     def summary(self) -> dict[str, Any]:
         """Return the figures that runs are compared by."""
+        recipe = recipe_values(self.folder)  # as they stand: a part of it may need a module that is not imported
         metrics = self.folder.metrics()
         trained: dict[str, Any] = {}
         for line in metrics:
@@ -117,7 +118,7 @@ class Run(Learned):
         figures = self.folder.diagnostics().get("figures", {})
         summary = {
             "run": str(self.path),
-            "recipe": self.recipe.name,
+            "recipe": recipe["name"],
             "steps": trained.get("step", 0),
             "prediction": _short(trained.get("loss/prediction")),
             **{name: _short(value) for name, value in figures.items()},
@@ -125,14 +126,26 @@ class Run(Learned):
         }
         for protocol, results in self.evaluations().items():
             for row in results["rows"]:
-                if row["method"] == self.recipe.default_method:
+                if row["method"] == recipe["default_method"]:
                     summary[f"success/{protocol}/{row['split']}"] = _short(row["rate"])
         rates = [value for name, value in summary.items() if name.startswith("success/")]
         return {**summary, "success": _short(sum(rates) / len(rates))} if rates else summary
 
 
+def recipe_values(folder: RunFolder) -> dict[str, Any]:
+    """Return the recipe that a folder was made with, as JSON values.
+
+    Raises:
+        StorageError: it was made by `worldloom.training.fit` alone, without a recipe.
+    """
+    values = folder.config.get("recipe")
+    if not isinstance(values, dict):
+        raise StorageError(f"{folder.path} was made without a recipe; choose a folder that worldloom train made")
+    return values
+
+
 def find_runs(root: Path) -> Iterator[Run]:
-    """Yield the runs below a folder, in the order of their paths.
+    """Yield the runs of recipes below a folder, in the order of their paths.
 
     Raises:
         StorageError: there is no such folder.
@@ -140,7 +153,7 @@ def find_runs(root: Path) -> Iterator[Run]:
     if not root.is_dir():
         raise StorageError(f"{root} is not a folder; name the one that holds your runs")
     for config in sorted(root.rglob("config.json")):
-        if (config.parent / "provenance.json").is_file():
+        if (config.parent / "provenance.json").is_file() and "recipe" in read_json(config):
             yield Run.open(config.parent)
 
 

@@ -30,7 +30,7 @@ from worldloom.planning import (
 )
 from worldloom.recipes.config import Recipe
 from worldloom.recipes.pictures import report_data
-from worldloom.recipes.run import Run, differences
+from worldloom.recipes.run import Run, differences, recipe_values
 from worldloom.training import RunFolder, describe_provenance, fit
 
 _log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, *, resume: bool
         seeds = {"training": recipe.training.seed}
         return RunFolder.create(path, config, describe_provenance(data_fingerprint=fingerprint, seeds=seeds))
     folder = RunFolder.open(path)
-    differ = differences(folder.config["recipe"], config["recipe"])
+    differ = differences(recipe_values(folder), config["recipe"])
     # The methods decide nothing that was trained.
     if wrong := [
         key for key in differ if not key.startswith(("methods.", "default_method", "protocol", "description"))
@@ -114,6 +114,8 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, *, resume: bool
             f"{path} was begun on other data (fingerprint {before[:12]}, now {fingerprint[:12]}); resume it on the "
             f"dataset of then ({folder.config['data']}), or choose another folder"
         )
+    if differ:
+        write_json(path / "config.json", config)
     return folder
 
 

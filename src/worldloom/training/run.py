@@ -133,13 +133,24 @@ class RunFolder:
             writer.add_scalar(name, value, step)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Read the logged lines; a last line cut off by a crash is left out."""
+        """Read the logged lines; a last line cut off by a crash is left out.
+
+        Raises:
+            StorageError: another line is damaged.
+        """
         path = self.path / "metrics.jsonl"
         if not path.is_file():
             return []
         with storage_errors(path):
-            text = path.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+            content = path.read_bytes()
+        lines: list[dict[str, Any]] = []
+        for number, line in enumerate(content.splitlines(keepends=True), 1):
+            if line.endswith(b"\n"):
+                try:
+                    lines.append(json.loads(line))
+                except ValueError as error:
+                    raise StorageError(f"line {number} of {path} is not whole JSON ({error}); delete it") from None
+        return lines
 
     def forget_after(self, step: int) -> None:
         """Drop the lines past `step`, which a resumed training will write again."""

@@ -38,12 +38,18 @@ EncoderField = Annotated[SerializeAsAny[EncoderConfig], BeforeValidator(lambda v
 def pixel_statistics(name: str, observation: ObservationSpec, statistics: Statistics) -> tuple[Tensor, Tensor]:
     """Return the pixels' mean and std, or raise `ConfigError` where there are no pixels."""
     if observation.pixels is None or statistics.pixel_mean is None or statistics.pixel_std is None:
-        raise ConfigError(f"encoder {name!r} reads pixels and the observation holds none; use encoder 'vector'")
+        raise ConfigError(
+            f"encoder {name!r} reads pixels and the observation holds none; use encoder 'vector' "
+            f"(model.encoder.name=vector)"
+        )
     return statistics.pixel_mean, statistics.pixel_std
 
 
 def vector_statistics(name: str, observation: ObservationSpec, statistics: Statistics) -> tuple[Tensor, Tensor]:
     """Return the vector's mean and std, or raise `ConfigError` where there is no vector."""
     if not observation.vector or statistics.vector_mean is None or statistics.vector_std is None:
-        raise ConfigError(f"encoder {name!r} reads a vector and the observation holds none; use encoder 'patch-conv'")
+        raise ConfigError(
+            f"encoder {name!r} reads a vector and the observation holds none; use encoder 'patch-conv' "
+            f"(model.encoder.name=patch-conv)"
+        )
     return statistics.vector_mean, statistics.vector_std

@@ -51,7 +51,7 @@ app.add_typer(runs.app, name="runs")
 def main() -> None:
     """Run the command line; every expected failure is one message on standard error and an exit code."""
     try:
-        app()
+        app(prog_name="worldloom")
     except (WorldloomError, OSError) as error:
         if "--debug" in sys.argv:
             raise

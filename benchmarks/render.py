@@ -52,7 +52,8 @@ def success(name: str, values: dict[str, Any]) -> str:
     return (
         f"## Zero-shot success: {name}\n\n    {values['command']}\n\n{table(header, rows)}\n"
         f"To the left of a slash is the first split, to the right the next. Collecting + training (world model, "
-        f"distance, reactive policy, cloning) + evaluating all methods, for each model: {seconds} (of a run that was taken up, only what was left). Dynamics found "
+        f"distance, reactive policy, cloning) + evaluating all methods, for each model: {seconds} "
+        f"(of a run that was taken up, only what was left). Dynamics found "
         f"reversible: {', '.join(map(str, sorted(reversible)))}. Rank correlation with the steps that the data took: "
         f"learned distance {ranks}; latent L2 {latent}. {describe(values['hardware'])}\n"
     )

@@ -4,6 +4,7 @@ from worldloom.data.cache import FrameCache, load_cache
 from worldloom.data.collection import collect, episode_seed, policy_generator
 from worldloom.data.dataset import Columns, DatasetSpec, EpisodeDataset
 from worldloom.data.inspection import inspect
+from worldloom.data.object_walk import ObjectWalkOptions
 from worldloom.data.policies import POLICIES
 from worldloom.data.preview import contact_sheet, video
 from worldloom.data.statistics import Statistics, compute_statistics
@@ -17,6 +18,7 @@ __all__ = [
     "EpisodeDataset",
     "FrameCache",
     "LanceWindows",
+    "ObjectWalkOptions",
     "Problem",
     "Statistics",
     "WindowSampler",

@@ -7,6 +7,11 @@ _WORLDS = {
     "worldloom/FourRooms-v0": "FourRooms",
     "worldloom/Maze-v0": "Maze",
 }
+# Worlds on a physics engine of an extra; the class is imported when the world is made.
+_PHYSICS = {
+    "worldloom/PushT-v0": "worldloom.envs.pusht:PushTEnv",
+    "worldloom/Plant-v0": "worldloom.envs.link_env:LinkEnv",
+}
 
 
 def register_envs() -> None:
@@ -18,3 +23,7 @@ def register_envs() -> None:
                 entry_point=f"worldloom.envs.rooms:{name}Env",
                 vector_entry_point=f"worldloom.envs.rooms:{name}VectorEnv",
             )
+    for env_id, entry_point in _PHYSICS.items():
+        if env_id not in gymnasium.registry:
+            # The worlds check themselves; Gymnasium's checker would render each of a hundred copies anew.
+            gymnasium.register(env_id, entry_point=entry_point, disable_env_checker=True)

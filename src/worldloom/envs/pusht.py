@@ -1,0 +1,106 @@
+"""PushT: a disc pushes a T-shaped block about a table, by the physics of `gym-pusht` (pymunk).
+
+The task is that of Florence et al. (2021) and Chi et al., "Diffusion Policy" (2023). Here it has no target of its
+own: goals are observations.
+"""
+
+import os
+import warnings
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from jaxtyping import Float32, UInt8
+
+from worldloom.core.errors import EnvironmentFailure
+
+_TABLE = 512  # px; the table's side in the units of the simulator
+_REACH = 100.0  # px from the disc to the target of an action of 1, as in the field's relative actions
+
+
+class PushTEnv(gymnasium.Env[Any, Any]):
+    """The table from above; the action says where the disc is drawn to, relative to where it is.
+
+    Observation: uint8 pixels (size, size, 3), the table scaled by area. Action: (dx, dy) in [-1, 1], in units of
+    100 px of the 512-px table; a PD controller follows that target for 0.1 s. The disc carries its velocity from
+    step to step, which one frame does not show; the block stops when nothing pushes it. Infos: `agent` (x, y) and
+    `block` (x, y) in px of the table, `angle` of the block in radians within [0, 2 pi). An episode has no end of
+    its own.
+
+    Raises:
+        EnvironmentFailure: `gym-pusht` is not installed, or the size is out of range.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 - Gymnasium declares it so
+
+    def __init__(self, size: int = 64, render_mode: str | None = None) -> None:
+        if not 8 <= size <= _TABLE:
+            raise EnvironmentFailure(f"PushT's picture has a side of {size} px; expected 8 to {_TABLE}")
+        self.render_mode = render_mode
+        self._size = size
+        self._physics, self._picture = _load()
+        self.observation_space = spaces.Box(0, 255, (size, size, 3), np.uint8)
+        self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[UInt8[np.ndarray, "H W 3"], dict[str, Any]]:
+        """Lay disc and block where the seed says."""
+        super().reset(seed=seed)
+        self._physics.reset(seed=int(self.np_random.integers(2**31)))
+        return self.render(), self._infos()
+
+    def step(
+        self, action: Float32[np.ndarray, "2"]
+    ) -> tuple[UInt8[np.ndarray, "H W 3"], float, bool, bool, dict[str, Any]]:
+        """Draw the disc toward its place plus 100 px times `action`, for 0.1 s."""
+        here = np.array(self._physics.agent.position)
+        self._physics.step(np.clip(here + _REACH * np.asarray(action, np.float64), 0.0, _TABLE))
+        return self.render(), 0.0, False, False, self._infos()
+
+    def render(self) -> UInt8[np.ndarray, "H W 3"]:
+        """Return the picture that the agent sees."""
+        return self._picture.draw(self._physics.space, self._size)
+
+    def _infos(self) -> dict[str, Any]:
+        block = self._physics.block
+        return {
+            "agent": np.array(self._physics.agent.position, np.float32),
+            "block": np.array(block.position, np.float32),
+            "angle": np.array([block.angle % (2 * np.pi)], np.float32),
+        }
+
+
+class _Picture:
+    """Draws a pymunk space by its own colours, without the original task's target."""
+
+    def __init__(self, pygame: Any, draw_options: Any, cv2: Any) -> None:
+        self._surface = pygame.Surface((_TABLE, _TABLE))
+        self._pixels = pygame.surfarray.pixels3d
+        self._options = draw_options(self._surface)
+        self._cv2 = cv2
+
+    def draw(self, space: Any, size: int) -> UInt8[np.ndarray, "H W 3"]:
+        self._surface.fill((255, 255, 255))
+        space.debug_draw(self._options)
+        whole = np.ascontiguousarray(self._pixels(self._surface).transpose(1, 0, 2))
+        small: np.ndarray = self._cv2.resize(whole, (size, size), interpolation=self._cv2.INTER_AREA)
+        return small
+
+
+def _load() -> tuple[Any, _Picture]:
+    """Return the physics and what draws it."""
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pygame imports a module that setuptools calls deprecated
+            import cv2
+            import pygame
+            from gym_pusht.envs.pusht import PushTEnv as Physics
+            from pymunk.pygame_util import DrawOptions
+    except ImportError as error:
+        raise EnvironmentFailure(
+            f"PushT's physics are not installed ({error}); run: pip install 'worldloom[pusht]'"
+        ) from error
+    return Physics(obs_type="state"), _Picture(pygame, DrawOptions, cv2)

@@ -6,6 +6,7 @@ from worldloom.agents.behaviour_cloning import (
     CloningPolicy,
     fit_behaviour_cloning,
 )
+from worldloom.agents.control import ControlLoop, ControlReport
 from worldloom.agents.planning import PlanningAgent, Proposer
 from worldloom.agents.random import RandomAgent
 from worldloom.agents.reactive import PolicyProposer, ReactiveAgent, ReactiveConfig, ReactivePolicy, fit_reactive
@@ -14,6 +15,8 @@ __all__ = [
     "BehaviourCloningAgent",
     "CloningConfig",
     "CloningPolicy",
+    "ControlLoop",
+    "ControlReport",
     "PlanningAgent",
     "PolicyProposer",
     "Proposer",

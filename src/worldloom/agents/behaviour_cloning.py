@@ -16,7 +16,7 @@ from worldloom.core.errors import CheckpointError, ConfigError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seeds import derive_seed, numpy_generator
 from worldloom.core.types import ActionBounds, ActionSpec, Goal, ModelSpec, Observations, ObservationSpec
-from worldloom.data.cache import FrameCache
+from worldloom.data.frames import Frames
 from worldloom.data.statistics import Statistics, compute_statistics
 from worldloom.models.checkpoint import load_tensors, save_tensors
 from worldloom.models.encoders import EncoderConfig, EncoderField, default_encoder
@@ -108,7 +108,7 @@ class CloningPolicy(nn.Module):
 
 
 def fit_behaviour_cloning(
-    cache: FrameCache,
+    cache: Frames,
     config: CloningConfig | None = None,
     *,
     episodes: np.ndarray | None = None,

@@ -6,7 +6,7 @@ import sys
 import typer
 
 from worldloom import __version__
-from worldloom.cli import collect, data, demo, doctor, evaluate, plan, runs, train
+from worldloom.cli import collect, data, demo, deploy, doctor, evaluate, plan, runs, train
 from worldloom.core.errors import StorageError, WorldloomError
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ app.command("collect")(collect.collect)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("plan")(plan.plan)
+app.command("deploy")(deploy.deploy)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
 app.add_typer(runs.app, name="runs")

@@ -9,11 +9,16 @@ from worldloom.cli.options import Imports, Json, Overrides, Threads, import_modu
 
 
 def train(
-    data: Annotated[Path, typer.Argument(help="The dataset's directory.")],
+    data: Annotated[str, typer.Argument(help="The dataset's directory, or its URI, such as s3://bucket/logs.")],
     out: Annotated[Path, typer.Option(help="The run folder to make, or to take up with --resume.")],
     recipe: Annotated[str, typer.Option(help="A recipe's name; 'generic' fits any dataset.")] = "generic",
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Take up a run that was interrupted.")] = False,
+    data_mode: Annotated[
+        str, typer.Option(help="cache: decode all first; stream: read while training; auto: stream what is remote.")
+    ] = "",
+    cache_dir: Annotated[str, typer.Option(help="Where what is streamed is kept on the local disk.")] = "",
+    cache_gib: Annotated[float, typer.Option(help="How much of it at most, in GiB; 0 keeps none.")] = -1.0,
     threads: Threads = 0,
     imports: Imports = None,
     json: Json = False,
@@ -24,7 +29,13 @@ def train(
 
     import_modules(imports)
     set_threads(threads)
-    config = load_recipe(recipe).override(overrides or [])
+    options = {
+        "mode": data_mode or None,
+        "cache_dir": cache_dir or None,
+        "cache_gib": cache_gib if cache_gib >= 0 else None,
+    }
+    reading = [f"data.{name}={value}" for name, value in options.items() if value is not None]
+    config = load_recipe(recipe).override([*reading, *(overrides or [])])
     run = workflow.train(config, data, out, resume=resume, progress=progress())
     summary = run.summary()
     if json:

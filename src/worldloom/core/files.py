@@ -71,6 +71,12 @@ def storage_errors(path: Path | str) -> Iterator[None]:
             raise StorageError(f"{path} does not exist; check the path") from error
         if isinstance(error, PermissionError):
             raise StorageError(f"no permission for {path}; change its owner or choose another path") from error
+        if isinstance(error, NotADirectoryError):
+            raise StorageError(f"{path} lies in a file; expected a directory. Check the path") from error
+        if isinstance(error, IsADirectoryError):
+            raise StorageError(f"{path} is a directory; expected a file. Check the path") from error
+        if isinstance(error, FileExistsError):
+            raise StorageError(f"{path} is already there; choose another path or remove it") from error
         raise
 
 

@@ -139,8 +139,10 @@ def numeric_labels(infos: Mapping[str, Any], batch: int) -> dict[str, np.ndarray
     return labels
 
 
-def make_vector_env(env_id: str, num_envs: int, **kwargs: Any) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
-    """Make `num_envs` copies of a registered environment, natively vectorised where it offers that.
+def make_vector_env(
+    env_id: str, num_envs: int, *, native: bool = True, **kwargs: Any
+) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
+    """Make `num_envs` copies of a registered environment, natively vectorised where it offers that and `native`.
 
     Its `reset` takes one seed for each copy; a native one that cannot do that is passed over.
 
@@ -152,7 +154,7 @@ def make_vector_env(env_id: str, num_envs: int, **kwargs: Any) -> gymnasium.vect
     """
     try:
         spec = gymnasium.spec(env_id)
-        if spec.vector_entry_point is not None:
+        if native and spec.vector_entry_point is not None:
             envs = gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="vector_entry_point", **kwargs)
             if spec.entry_point is None or _takes_a_seed_for_each(envs):
                 return envs

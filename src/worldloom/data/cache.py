@@ -9,11 +9,11 @@ import numpy as np
 import psutil
 from jaxtyping import Float32, Int64, UInt8
 
-from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.errors import DataError
 from worldloom.core.files import write_atomic
 from worldloom.core.progress import SILENT, Progress
-from worldloom.core.seeds import numpy_generator
 from worldloom.data.dataset import EpisodeDataset
+from worldloom.data.frames import split_episodes
 from worldloom.data.spec import DatasetSpec
 
 Mode = Literal["auto", "ram", "mmap"]
@@ -37,27 +37,17 @@ class FrameCache:
     starts: Int64[np.ndarray, "E"]
     lengths: Int64[np.ndarray, "E"]
 
+    def close(self) -> None:
+        """Do nothing: no reading goes on; `StreamedFrames` has something to stop."""
+
     def rows(self, episode: int) -> slice:
         """Return where the frames of an episode stand."""
         first = int(self.starts[episode])
         return slice(first, first + int(self.lengths[episode]) + 1)
 
     def split(self, validation_fraction: float, seed: int) -> tuple[Int64[np.ndarray, "T"], Int64[np.ndarray, "V"]]:
-        """Return the episodes for training and for validation, drawn by `seed`, each in ascending order.
-
-        Neither is empty unless the fraction is 0 or there is one episode, which is then for training.
-
-        Raises:
-            ConfigError: the fraction is not in [0, 1).
-        """
-        if not 0 <= validation_fraction < 1:
-            raise ConfigError(f"the validation fraction must be at least 0 and below 1; got {validation_fraction}")
-        episodes = len(self.lengths)
-        held_out = round(validation_fraction * episodes)
-        if validation_fraction > 0:
-            held_out = min(max(held_out, 1), episodes - 1)
-        order = numpy_generator(seed, "split").permutation(episodes)
-        return np.sort(order[held_out:]), np.sort(order[:held_out])
+        """Return the episodes for training and for validation: see `split_episodes`."""
+        return split_episodes(len(self.lengths), validation_fraction, seed)
 
 
 def load_cache(

@@ -128,6 +128,11 @@ def _resume(
     try:
         dataset = EpisodeDataset.open(path, storage_options=storage_options)
     except MissingDataset:
+        if "://" not in str(path) and any(Path(path).glob("data/*.lance")):
+            raise DataError(
+                f"{path} holds frames but not the versions that name them; restore its _versions folder from a copy, "
+                f"or choose another path"
+            ) from None
         return None
     there = dataset.spec.environment
     differences = [

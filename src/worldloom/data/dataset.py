@@ -145,8 +145,11 @@ class EpisodeDataset:
             StorageError: the disk is full or the storage refuses; nothing of this append is then kept.
         """
         import lance
+        from lance.commit import CommitConflictError
 
-        def encode(number: int, episode: Episode) -> pa.RecordBatch:
+        def encode(number: int, episode: Any) -> pa.RecordBatch:
+            if not isinstance(episode, Episode):
+                raise DataError(f"expected Episodes; got {type(episode).__name__}. Make worldloom.core.types.Episode")
             layout.check_episode(episode, self.spec, f"episode {number}")
             return layout.episode_batch(episode, number, self.spec)
 
@@ -156,17 +159,25 @@ class EpisodeDataset:
             return
         reader = pa.RecordBatchReader.from_batches(batches[0].schema, batches)
         with lance_errors(self._location, "write"):
-            transaction = lance.fragment.write_fragments(
-                reader, self._table, mode="append", return_transaction=True, storage_options=self._storage_options
+            added = lance.fragment.write_fragments(
+                reader, self._table, mode="append", storage_options=self._storage_options
             )
-            # Lance would rebase an append onto another's; then both would give the same number to an episode.
-            latest = self._table.latest_version
-            if latest != self.version:
-                raise DataError(
-                    f"{self._location} is at version {latest} and was opened at {self.version}: another process has "
-                    f"appended. Let one process write at a time, and open it again"
+            there = [fragment.metadata for fragment in self._table.get_fragments()]
+            first = max((fragment.id for fragment in there), default=-1) + 1
+            for number, fragment in enumerate(added, first):
+                fragment.id = number
+            # Not Lance's Append: that is rebased onto another's, and both would give the same number to an episode.
+            # Merge names all fragments and so conflicts with every other commit.
+            operation = lance.LanceOperation.Merge([*there, *added], self._table.lance_schema)
+            try:
+                table = lance.LanceDataset.commit(
+                    self._table, operation, read_version=self.version, storage_options=self._storage_options
                 )
-            table = lance.LanceDataset.commit(self._table, transaction, storage_options=self._storage_options)
+            except CommitConflictError as error:
+                raise DataError(
+                    f"{self._location} was opened at version {self.version}, and another process has appended since. "
+                    f"Let one process write at a time, and open it again"
+                ) from error
         self._pin(table)
         _log.debug("appended %d episodes to %s as version %d", len(batches), self._location, self.version)
 
@@ -258,9 +269,18 @@ def open_table(
     import lance
 
     where = str(path)
-    with lance_errors(where, "read"):
-        options = None if storage_options is None else dict(storage_options)
-        return lance.dataset(where, version=version, storage_options=options)
+    options = None if storage_options is None else dict(storage_options)
+    try:
+        with lance_errors(where, "read"):
+            return lance.dataset(where, version=version, storage_options=options)
+    except layout.MissingDataset:
+        if version is None:
+            raise
+        latest = open_table(path, storage_options=storage_options).version
+        raise DataError(
+            f"{where} has no version {version}; expected 1 to {latest}, the latest. Name one that 'worldloom data "
+            f"inspect {where}' lists"
+        ) from None
 
 
 def decode_columns(table: pa.Table, spec: DatasetSpec) -> Columns:

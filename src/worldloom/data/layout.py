@@ -26,6 +26,9 @@ FORMAT = "worldloom.dataset"
 VERSION = 1
 BOUNDS_SLACK = 1e-5  # of the range: rounding, not a wrong action
 
+# What a client says of a storage that refuses, times out or breaks off: not damage, though it may say "decode".
+_NETWORK = ("error sending request", "response body", "timed out", "timeout", "status code: 5", "onnection ")
+
 _CODEC = pa.Codec("zstd", compression_level=1)
 _CHUNK = 128  # frames that a thread takes at once
 
@@ -219,6 +222,10 @@ def _translate(path: str, doing: str, error: Exception) -> WorldloomError:
     text = str(error).split(", /")[0]  # what follows is a place in Lance's source
     if "Dataset at path" in text and "not found" in text:
         return MissingDataset(f"there is no dataset at {path}; check the path, or collect one")
+    if "NoSuchBucket" in text:
+        return StorageError(f"the bucket of {path} does not exist; check its name, the endpoint and the region")
+    if "://" in path and any(sign in text for sign in _NETWORK):
+        return StorageError(f"cannot {doing} {path}: {text}. Check the network and the storage, then run it again")
     if "already exists" in text:
         return DataError(f"{path} already holds a dataset; open it to append, or choose another path")
     if "Not a directory" in text:

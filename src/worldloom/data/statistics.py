@@ -10,7 +10,7 @@ from torch import Tensor
 from worldloom.core.errors import DataError
 from worldloom.core.seeds import numpy_generator
 from worldloom.core.types import ActionSpec, ObservationSpec
-from worldloom.data.cache import FrameCache
+from worldloom.data.frames import Frames, Pixels
 
 _CHUNK = 64  # frames whose squares are summed at once
 
@@ -44,7 +44,7 @@ class Statistics:
 
 
 def compute_statistics(
-    cache: FrameCache, *, seed: int, max_frames: int = 4096, episodes: Int[np.ndarray, "T"] | None = None
+    cache: Frames, *, seed: int, max_frames: int = 4096, episodes: Int[np.ndarray, "T"] | None = None
 ) -> Statistics:
     """Measure the data, or these episodes of it; pixels on at most `max_frames` frames drawn by `seed`.
 
@@ -76,7 +76,7 @@ def compute_statistics(
 
 
 def _moments(
-    values: np.ndarray, rows: Int[np.ndarray, "R"]
+    values: np.ndarray | Pixels, rows: Int[np.ndarray, "R"]
 ) -> tuple[Float32[Tensor, "*shape"], Float32[Tensor, "*shape"]]:
     # The first row is taken off before squaring: a large mean would cancel away a small variance.
     origin = values[rows[0]].astype(np.float64)

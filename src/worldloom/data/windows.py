@@ -9,8 +9,8 @@ from jaxtyping import Bool, Int, Int64, UInt8
 
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.types import Observations, Windows
-from worldloom.data.cache import FrameCache
 from worldloom.data.dataset import Columns, EpisodeDataset
+from worldloom.data.frames import Frames
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class WindowSampler(_Sampler):
     """
 
     def __init__(
-        self, cache: FrameCache, *, context: int, horizon: int, block: int, episodes: np.ndarray | None = None
+        self, cache: Frames, *, context: int, horizon: int, block: int, episodes: np.ndarray | None = None
     ) -> None:
         pixels = cache.pixels
         super().__init__(

@@ -122,8 +122,10 @@ class _MethodRun:
         """Run one episode for each start and goal, until each is over."""
         size, budgets, skip = world.size, tasks.budgets, self._protocol.frame_skip
         where = f"method {self._method!r}, split {self._split!r}"
-        options = self._protocol.task(self._split) if self._protocol.goal_source == "world" else None
-        frame = world.reset(tasks.seeds, options, where=where)
+        if self._protocol.goal_source == "world":
+            frame = world.reset(tasks.seeds, self._protocol.task(self._split), where=where)
+        else:
+            frame = world.replay(tasks.seeds, tasks.before, where=where)
         tasks.check(frame, where)
         self._agent.reset(tasks.goal)
         audience = _Audience(self._agent, frame.observations)
@@ -269,7 +271,7 @@ def _verdict(
         return frame.terminated, None
     values = frame.vector(protocol.success)
     world.check_finite(values, frame.rows, protocol.success.name or "the observation vector")
-    distance = np.linalg.norm(values - tasks.target[frame.rows], axis=1)
+    distance = protocol.success.distance(values, tasks.target[frame.rows])
     return distance <= protocol.success.radius, distance
 
 

@@ -27,10 +27,11 @@ class Tasks:
     shortest_steps: np.ndarray | None  # (B,)
     wall_between: np.ndarray | None  # (B,) bool
     budgets: np.ndarray  # (B,) environment steps
+    before: tuple[np.ndarray, ...]  # (K, A) each: the actions that lead from the reset to the start
     digests: tuple[str, ...]  # of each start and goal observation
 
     def check(self, start: Frame, where: str) -> None:
-        """Raise `EnvironmentFailure` if a reset with the same seed led to another start."""
+        """Raise `EnvironmentFailure` if the same seed and actions led to another start."""
         for row, seed in enumerate(self.seeds):
             if _digest(start.observations[row], self.goal.observations[row]) != self.digests[row]:
                 raise EnvironmentFailure(
@@ -69,13 +70,17 @@ def _world_tasks(protocol: Protocol, split: str, world: World, seeds: list[int],
     goal = world.observe(pictures, start.rows)
     target = distance = None
     if protocol.success.source != "environment":
-        key = f"goal_{protocol.success.name}"
-        target = start.info(key)
-        if target is None:
-            raise EnvironmentFailure(f"{where}: the world's reset gave no info {key!r}, which the success rule needs")
-        target = target.reshape(world.size, -1).astype(np.float64)
-        world.check_finite(target, start.rows, key)
-        distance = np.linalg.norm(start.vector(protocol.success) - target, axis=1)
+        parts = []
+        for name in protocol.success.names:
+            part = start.info(f"goal_{name}")
+            if part is None:
+                raise EnvironmentFailure(
+                    f"{where}: the world's reset gave no info 'goal_{name}', which the success rule needs"
+                )
+            parts.append(part.reshape(world.size, -1).astype(np.float64))
+            world.check_finite(parts[-1], start.rows, f"goal_{name}")
+        target = np.concatenate(parts, axis=1)
+        distance = protocol.success.distance(start.vector(protocol.success), target)
     shortest, wall = start.info("shortest_steps"), start.info("wall_between")
     if protocol.budget is not None:
         budgets = np.full(world.size, protocol.budget)
@@ -92,6 +97,7 @@ def _world_tasks(protocol: Protocol, split: str, world: World, seeds: list[int],
         shortest_steps=shortest,
         wall_between=None if wall is None else wall.astype(bool),
         budgets=budgets,
+        before=_nothing(world),
         digests=tuple(_digest(start.observations[row], goal[row]) for row in range(world.size)),
     )
 
@@ -106,9 +112,10 @@ def _logged_tasks(protocol: Protocol, split: str, world: World, first: int, wher
                 f"more than {protocol.least_distance} from their start; take a larger goal_offset or a smaller "
                 f"tolerance"
             )
-        seeds = [protocol.episode_seed(split, index + row) for row in range(world.size)]
-        for candidate in _follow_policy(protocol, split, world, seeds, where):
+        for candidate in _follow_policy(protocol, split, world, index, where):
             index += 1
+            if candidate is None:
+                continue
             least = protocol.least_distance
             if least is None or candidate.distance is None or candidate.distance > least:
                 drawn.append(candidate)
@@ -126,6 +133,7 @@ def _logged_tasks(protocol: Protocol, split: str, world: World, first: int, wher
         shortest_steps=None,
         wall_between=None,
         budgets=np.full(world.size, protocol.budget),
+        before=tuple(one.before for one in drawn),
         digests=tuple(_digest(one.start, one.goal) for one in drawn),
     )
     return tasks, index
@@ -136,35 +144,61 @@ class _Drawn:
     """One start and the goal that the logging policy reached from it."""
 
     seed: int
+    before: np.ndarray  # (K, A): the actions that led to the start
     start: Observations
     goal: Observations
     target: np.ndarray | None
     distance: float | None
 
 
-def _follow_policy(protocol: Protocol, split: str, world: World, seeds: list[int], where: str) -> Iterator[_Drawn]:
+def _follow_policy(protocol: Protocol, split: str, world: World, first: int, where: str) -> Iterator[_Drawn | None]:
+    """Let the logging policy act in one episode for each copy; None where it ended before it had gone on."""
     from worldloom.data.policies import POLICIES
 
+    seeds = [protocol.episode_seed(split, first + row) for row in range(world.size)]
     policy = POLICIES[protocol.policy](world.action_spec, **protocol.policy_options)
     policy.reset([goal_policy_generator(seed) for seed in seeds])
-    steps = protocol.splits[split].goal_offset
-    assert steps is not None
-    start = frame = world.reset(seeds, None, where=where)
-    origins, starts = [start.observations[row] for row in range(world.size)], _vectors(protocol, world, start)
-    goals, targets = list(origins), list(starts)
+    offset = protocol.splits[split].goal_offset
+    assert offset is not None
+    begins = np.array([protocol.start_steps(split, first + row) for row in range(world.size)])
+    frame = world.reset(seeds, None, where=where)
+    starts: list[tuple[Observations, np.ndarray | None] | None] = [None] * world.size
+    goals = list(starts)
+    taken: list[np.ndarray] = []
+    everyone = frame.rows
     running = np.ones(world.size, bool)
-    for _ in range(steps):
-        frame = world.step(policy.act(frame.observations), start.rows)
+    for step in range(int(begins.max()) + offset + 1):
         reached = frame[running]
         for index, (row, vector) in enumerate(zip(reached.rows, _vectors(protocol, world, reached), strict=True)):
-            goals[row], targets[row] = reached.observations[index], vector
-        running &= ~frame.over
+            if step == begins[row]:
+                starts[row] = reached.observations[index], vector
+            elif begins[row] < step <= begins[row] + offset:
+                goals[row] = reached.observations[index], vector
+        running &= ~frame.over & (step < begins + offset)
         if not running.any():
             break
+        actions = policy.act(frame.observations)
+        taken.append(actions)
+        frame = world.step(actions, everyone)
     for row, seed in enumerate(seeds):
-        origin, target = starts[row], targets[row]
-        distance = None if origin is None or target is None else float(np.linalg.norm(origin - target))
-        yield _Drawn(seed=seed, start=origins[row], goal=goals[row], target=target, distance=distance)
+        start, goal = starts[row], goals[row]
+        if start is None or goal is None:
+            yield None
+            continue
+        distance = None if start[1] is None or goal[1] is None else float(protocol.success.distance(start[1], goal[1]))
+        before = [actions[row] for actions in taken[: begins[row]]]
+        yield _Drawn(
+            seed=seed,
+            before=np.stack(before) if before else _nothing(world)[row],
+            start=start[0],
+            goal=goal[0],
+            target=goal[1],
+            distance=distance,
+        )
+
+
+def _nothing(world: World) -> tuple[np.ndarray, ...]:
+    return (np.zeros((0, world.action_spec.size), np.float32),) * world.size
 
 
 def _vectors(protocol: Protocol, world: World, frame: Frame) -> list[np.ndarray | None]:

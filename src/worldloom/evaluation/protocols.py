@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
+from jaxtyping import Float
 from pydantic import Field, model_validator
 
 from worldloom.core.config import Config
@@ -13,45 +16,109 @@ from worldloom.core.registry import Registry
 from worldloom.core.seeds import derive_seed
 
 
+class Condition(Config):
+    """A further named vector of `size` values that must come within its own `radius` of the goal's.
+
+    With a `period`, differences are taken around the circle: 2 pi for an angle in radians.
+    """
+
+    name: str = Field(min_length=1)
+    radius: float = Field(gt=0)
+    unit: str = ""
+    size: int = Field(default=1, ge=1)
+    period: float = Field(default=0.0, ge=0)
+
+    def describe(self) -> str:
+        """Return the condition in words."""
+        around = f" (around a circle of {self.period:.4g})" if self.period else ""
+        unit = f" {self.unit}" if self.unit else ""
+        return f"that of '{self.name}'{around} at most {self.radius:g}{unit}"
+
+
 class SuccessRule(Config):
     """When an episode has succeeded.
 
     With the source `environment` the environment's own word counts. Otherwise the vector `name` must come
     within `radius` of the same vector at the goal: an info, a part of the observation (the whole observation
-    vector if `name` is empty), or, with the source `named`, whichever of the two bears the name.
+    vector if `name` is empty), or, with the source `named`, whichever of the two bears the name. Several names
+    joined by "+" are one vector; the conditions `also` must hold at the same moment. With `largest` each value on
+    its own must come within `radius`, instead of the Euclidean distance; with a `period` differences are taken
+    around the circle.
     """
 
     source: Literal["named", "info", "observation", "environment"] = "named"
     name: str = ""
     radius: float = Field(default=0.0, ge=0)
     unit: str = ""
+    largest: bool = False
+    period: float = Field(default=0.0, ge=0)
+    also: tuple[Condition, ...] = ()
 
     @model_validator(mode="after")
     def _named(self) -> "SuccessRule":
         if self.source in ("named", "info") and not self.name:
             raise ValueError(f"a success rule of source {self.source!r} needs a name")
+        if self.also and (self.source == "environment" or not self.radius):
+            raise ValueError("further conditions need a first one with a radius above 0")
         return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The named vectors, in the order in which `Frame.vector` joins them."""
+        return (*self.name.split("+"), *(condition.name for condition in self.also))
+
+    def distance(
+        self, values: Float[np.ndarray, "*#rows L"], goal: Float[np.ndarray, "*#rows L"]
+    ) -> Float[np.ndarray, "..."]:
+        """Return how far vectors are from the goal's: success is a distance of at most `radius`.
+
+        With further conditions it is the worst of all, each as a multiple of its own radius times `radius`.
+        """
+        difference = values - goal
+        end = difference.shape[-1]
+        worst = np.zeros(difference.shape[:-1])
+        for condition in reversed(self.also):
+            begin = end - condition.size
+            part = difference[..., begin:end]
+            away = np.linalg.norm(_around(part, condition.period), axis=-1)
+            worst = np.maximum(worst, away * (self.radius / condition.radius))
+            end = begin
+        first = _around(difference[..., :end], self.period)
+        away = np.abs(first).max(axis=-1) if self.largest else np.linalg.norm(first, axis=-1)
+        return np.asarray(np.maximum(worst, away))
 
     @classmethod
     def parse_text(cls, text: str) -> "SuccessRule":
         """Read `NAME:TOLERANCE`, `info:NAME:TOLERANCE`, `observation[:NAME]:TOLERANCE` or `env`.
+
+        Names joined by "+" are one vector. After a comma come further conditions `NAME:TOLERANCE`, or
+        `NAME~:TOLERANCE` for an angle in radians.
 
         Raises:
             ConfigError: the text is none of these.
         """
         if text == "env":
             return cls(source="environment")
-        *parts, tolerance = text.split(":")
+        first, *others = text.split(",")
+        *parts, tolerance = first.split(":")
         source = parts.pop(0) if parts and parts[0] in ("info", "observation") else "named"
         try:
             if len(parts) > 1:
                 raise ValueError("too many colons")
-            values = {"source": source, "name": parts[0] if parts else "", "radius": float(tolerance)}
+            also = []
+            for other in others:
+                name, radius = other.split(":")
+                angle = (
+                    {"name": name[:-1], "period": 2 * math.pi, "unit": "rad"} if name[-1:] == "~" else {"name": name}
+                )
+                also.append({**angle, "radius": float(radius)})
+            values = {"source": source, "name": parts[0] if parts else "", "radius": float(tolerance), "also": also}
             return cls.parse(values)
         except (ValueError, ConfigError) as error:
             raise ConfigError(
                 f"success rule {text!r} is not understood ({error}); expected NAME:TOLERANCE such as position:3, "
-                f"info:NAME:TOLERANCE, observation:TOLERANCE, observation:NAME:TOLERANCE, or env"
+                f"info:NAME:TOLERANCE, observation:TOLERANCE, observation:NAME:TOLERANCE, or env; then "
+                f"further conditions such as ,angle~:0.35"
             ) from None
 
     def describe(self) -> str:
@@ -65,19 +132,24 @@ class SuccessRule(Config):
         place = {"named": "info or observation", "info": "info", "observation": "observation"}[self.source]
         what = f"'{self.name}' ({place})" if self.name else whole
         unit = f" {self.unit}" if self.unit else ""
-        return f"the Euclidean distance from {what} to the same vector at the goal is at most {self.radius:g}{unit}"
+        measure = "largest difference of a value" if self.largest else "Euclidean distance"
+        around = f" (around a circle of {self.period:.4g})" if self.period else ""
+        text = f"the {measure} from {what} to the same vector at the goal{around} is at most {self.radius:g}{unit}"
+        return "; ".join([text, *(f"and {condition.describe()}" for condition in self.also)])
 
 
 class Split(Config):
     """Episodes that are counted together.
 
     `task` goes to the world's `reset(options={"task": ...})`; `goal_offset` is the number of steps for which
-    the logging policy acts to reach the goal, where the world draws none.
+    the logging policy acts to reach the goal, where the world draws none. It has acted before the start as well, for
+    a number of steps drawn uniformly from 0 to `start_steps`, so that episodes start in the middle of what it does.
     """
 
     episodes: int = Field(default=100, ge=1)
     task: dict[str, Any] = Field(default_factory=dict)
     goal_offset: int | None = Field(default=None, ge=1)
+    start_steps: int = Field(default=0, ge=0)
 
 
 class Protocol(Config):
@@ -87,7 +159,9 @@ class Protocol(Config):
     `goal_offset` steps from the same reset seed is the goal, which is so known to be reachable. The budget
     is a number of environment steps, or a multiple of the shortest path where the world tells it.
     `min_distance` is the least distance between start and goal by the vector of the success rule (by default
-    more than its radius, for logged goals). Goals depend on `seed`, the split and the protocol's name alone.
+    more than its radius, for logged goals). With `count_solved`, as the field does it, goals of the logging policy
+    that the start satisfies already stay in and count as successes. Goals depend on `seed`, the split and the
+    protocol's name alone.
     """
 
     name: str
@@ -100,6 +174,7 @@ class Protocol(Config):
     policy_options: dict[str, Any] = Field(default_factory=dict)
     success: SuccessRule
     min_distance: float | None = Field(default=None, ge=0)
+    count_solved: bool = False
     budget: int | None = Field(default=None, ge=1)
     budget_over_shortest: float | None = Field(default=None, gt=0)
     frame_skip: int = Field(default=1, ge=1)
@@ -115,8 +190,10 @@ class Protocol(Config):
                 raise ValueError(
                     f"split {name!r} takes its goals from the logged policy: it needs goal_offset, no task"
                 )
-            if not logged and split.goal_offset is not None:
-                raise ValueError(f"split {name!r} has a goal_offset, but the world draws the goals")
+            if not logged and (split.goal_offset is not None or split.start_steps):
+                raise ValueError(f"split {name!r} has a goal_offset or start_steps, but the world draws the goals")
+        if self.count_solved and (not logged or self.min_distance is not None):
+            raise ValueError("count_solved goes with goals of the logged policy and no min_distance")
         if logged and self.budget is None:
             raise ValueError("goals of the logged policy have no known shortest path: give a budget in steps")
         return self
@@ -129,13 +206,24 @@ class Protocol(Config):
     @property
     def fingerprint(self) -> str:
         """A digest of every convention; the root seed, which chooses a draw under them, is left out."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"seed"}), sort_keys=True)
+        values = self.model_dump(mode="json", exclude={"seed"})
+        # Conventions that came later are left out where they are off: a protocol keeps its digest.
+        for name in ("largest", "period", "also"):
+            if not getattr(self.success, name):
+                del values["success"][name]
+        if not self.count_solved:
+            del values["count_solved"]
+        for split in values["splits"].values():
+            if not split["start_steps"]:
+                del split["start_steps"]
+        text = json.dumps(values, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     @property
     def least_distance(self) -> float | None:
         """The distance that start and goal must exceed, or None where none is asked."""
-        if self.min_distance is None and self.goal_source == "logged-policy" and self.success.source != "environment":
+        logged = self.goal_source == "logged-policy" and not self.count_solved
+        if self.min_distance is None and logged and self.success.source != "environment":
             return self.success.radius
         return self.min_distance
 
@@ -150,6 +238,16 @@ class Protocol(Config):
         It is below 2**31, which every simulator takes and every JSON reader keeps exactly.
         """
         return derive_seed(self.seed, "evaluation", self.name, self.version, split, index) % 2**31
+
+    def start_steps(self, split: str, index: int) -> int:
+        """Return for how many steps the logging policy acts before the start of one episode."""
+        most = self.splits[split].start_steps
+        return derive_seed(self.episode_seed(split, index), "start") % (most + 1)
+
+    @property
+    def replays(self) -> bool:
+        """Whether starts are reached by repeating what the logging policy did."""
+        return any(split.start_steps for split in self.splits.values())
 
     def customise(
         self,
@@ -214,12 +312,22 @@ class Protocol(Config):
             return [f"Starts and goals: drawn by the world at reset from the task options {tasks}.{least}"]
         offsets = "; ".join(f"{name}: {split.goal_offset} steps" for name, split in self.splits.items())
         options = f" with {_json(self.policy_options)}" if self.policy_options else ""
-        return [
+        before = "; ".join(f"{name}: 0 to {split.start_steps}" for name, split in self.splits.items())
+        lead = f" acts for a number of steps drawn uniformly ({before}); there is the start. It" if self.replays else ""
+        again = " and the same actions up to the start" if self.replays else ""
+        lines = (
             f"Starts and goals: the world is reset with the episode's seed and the logging policy "
-            f"'{self.policy}'{options} acts ({offsets}, or fewer where the world ends the episode); the frame that it "
-            f"reaches is the goal. The world is then reset with the same seed and the agent acts.{least}"
-            + ("" if self.least_distance is None else " Closer ones are left out and the next seed is taken.")
-        ]
+            f"'{self.policy}'{options}{lead} acts ({offsets}, or fewer where the world ends the episode); the frame "
+            f"that it reaches is the goal. The world is then reset with the same seed{again} and the agent acts."
+        )
+        if self.least_distance is not None:
+            lines += f"{least} Closer ones are left out and the next seed is taken."
+        if self.count_solved:
+            lines += (
+                " Goals that the start satisfies already stay in and count as successes, as in published figures; the "
+                "report says how many there are."
+            )
+        return [lines]
 
 
 PROTOCOLS: Registry[Protocol] = Registry("protocol")
@@ -270,6 +378,11 @@ def gym_protocol(
     )
 
 
+def _around(difference: np.ndarray, period: float) -> np.ndarray:
+    """Return differences as they are, or the shorter way around a circle of this period."""
+    return (difference + period / 2) % period - period / 2 if period else difference
+
+
 def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
@@ -311,4 +424,60 @@ register_protocol(
         min_distance=10.0,
         budget_over_shortest=4.0,
     )
+)
+
+# The field's two settings: a goal 25 steps ahead in 50 steps, and 100 ahead in 150 (docs/protocols.md).
+_FIELD = {25: 50, 100: 150}
+
+
+def _register_field(
+    name: str, env_id: str, success: SuccessRule, *, policy: str = "directed-walk", start_steps: int = 75
+) -> None:
+    for offset, budget in _FIELD.items():
+        register_protocol(
+            Protocol(
+                name=f"{name}-{offset}",
+                env_id=env_id,
+                goal_source="logged-policy",
+                splits={f"{offset} steps ahead": Split(goal_offset=offset, start_steps=start_steps)},
+                policy=policy,
+                success=success,
+                count_solved=True,
+                budget=budget,
+            )
+        )
+
+
+# stable-worldmodel's rule: disc and block together within 20 px of the 512-px table, the angle within 20 degrees.
+_register_field(
+    "pusht",
+    "worldloom/PushT-v0",
+    SuccessRule(
+        source="info",
+        name="agent+block",
+        radius=20.0,
+        unit="px",
+        also=(Condition(name="angle", radius=math.pi / 9, unit="rad", period=2 * math.pi),),
+    ),
+    policy="near-object",
+)
+_register_field("two-room", "worldloom/TwoRoom-v0", _WITHIN_3_PIXELS, start_steps=25)
+# stable-worldmodel's rule: each joint within 0.05 rad.
+_register_field(
+    "reacher",
+    "worldloom/Reacher-v0",
+    SuccessRule(source="info", name="joints", radius=0.05, unit="rad", largest=True, period=2 * math.pi),
+)
+# A quarter of a cell; Gymnasium-Robotics asks for 0.45 m, which many goals 25 steps ahead satisfy at the start.
+_register_field(
+    "point-maze",
+    "worldloom/PointMaze-v0",
+    SuccessRule(source="info", name="position", radius=0.25, unit="m"),
+)
+# OGBench's rule: the cube within 4 cm.
+_register_field(
+    "cube",
+    "worldloom/Cube-v0",
+    SuccessRule(source="info", name="block", radius=0.04, unit="m"),
+    policy="cube-walk",
 )

@@ -50,17 +50,21 @@ class Frame:
         return value
 
     def vector(self, rule: SuccessRule) -> np.ndarray:
-        """Return the vector that the rule names, float64 (R, L).
+        """Return the vectors that the rule names, joined, float64 (R, L).
 
         Raises:
             ConfigError: there is none of this name.
         """
+        parts = [self._named(name, rule.source) for name in rule.names]
+        return np.concatenate([part.reshape(len(self.rows), -1).astype(np.float64) for part in parts], axis=1)
+
+    def _named(self, name: str, source: str) -> np.ndarray:
         value = None
-        if rule.source in ("named", "info"):
-            value = self.info(rule.name)
-        if value is None and rule.source in ("named", "observation"):
-            if rule.name:
-                value = self.parts.get(rule.name)
+        if source in ("named", "info"):
+            value = self.info(name)
+        if value is None and source in ("named", "observation"):
+            if name:
+                value = self.parts.get(name)
             elif self.observations.vector is not None:
                 value = self.observations.vector.numpy()
         if value is None or value.dtype.kind not in "fiub":
@@ -69,10 +73,10 @@ class Frame:
                 + [name for name, part in self.parts.items() if part.dtype.kind in "fiub"]
             )
             raise ConfigError(
-                f"the success rule names {rule.name or 'the observation vector'!r}, which this world does not give as "
-                f"numbers; {nearest(rule.name, known)}"
+                f"the success rule names {name or 'the observation vector'!r}, which this world does not give as "
+                f"numbers; {nearest(name, known)}"
             )
-        return value.reshape(len(self.rows), -1).astype(np.float64)
+        return value
 
 
 class World:
@@ -83,9 +87,10 @@ class World:
         self._where = ""
         self._seeds: list[int] = []
         self._stale = np.zeros(size, bool)
+        self._first: Any = None  # what the last reset returned
         register_envs()
         # Gymnasium's base class is typed for one seed; its vector environments take one for each copy.
-        self._envs: Any = make_vector_env(protocol.env_id, size, **protocol.env_kwargs)
+        self._envs: Any = make_vector_env(protocol.env_id, size, native=not protocol.replays, **protocol.env_kwargs)
         if isinstance(self._envs, SyncVectorEnv):
             self._envs.envs = [_Located(env) for env in self._envs.envs]
         self._autoreset = AutoresetMode(self._envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
@@ -120,8 +125,39 @@ class World:
         except Exception as error:
             raise self._failure("reset", error) from error
         rows, none = np.arange(self.size), np.zeros(self.size, bool)
-        self._stale = none
+        self._stale, self._first = none, observations
         return self._frame(observations, infos, rows, none, none)
+
+    def replay(self, seeds: Sequence[int], actions: Sequence[np.ndarray], *, where: str) -> Frame:
+        """Start one episode for each seed and take in it the actions (K, A), K its own; return where that leads.
+
+        Raises:
+            EnvironmentFailure: the environment raised, or ended an episode on the way.
+        """
+        frame = self.reset(seeds, None, where=where)
+        if not any(len(taken) for taken in actions):
+            return frame
+        observations, infos = list(_rows(self._first, self.size)), dict(frame.infos)
+        infos = {name: np.array(value) for name, value in infos.items()}
+        for row, (env, taken) in enumerate(zip(self._envs.envs, actions, strict=True)):
+            ended, info = False, {}
+            for action in taken:
+                if ended:
+                    break
+                try:
+                    observations[row], _, terminated, truncated, info = env.step(self._convert(action[None])[0])
+                except Exception as error:
+                    raise self._failure("step", error) from error
+                ended = terminated or truncated
+            if ended:
+                raise EnvironmentFailure(
+                    f"{where}, episode seed {seeds[row]}: the episode ended on the way to its start, which it did not "
+                    f"when the goal was drawn; draw all randomness of the environment from self.np_random"
+                )
+            for name in set(info) & set(infos):
+                infos[name][row] = info[name]
+        rows, none = np.arange(self.size), np.zeros(self.size, bool)
+        return self._frame(_batch(observations), infos, rows, none, none)
 
     def step(self, actions: np.ndarray, rows: np.ndarray) -> Frame:
         """Take one action (size, A) in each environment and return what those in `rows` gave.
@@ -219,3 +255,15 @@ def _take(batch: Any, rows: Any) -> Any:
     if isinstance(batch, Mapping):
         return {name: np.asarray(part)[rows] for name, part in batch.items()}
     return np.asarray(batch)[rows]
+
+
+def _rows(batch: Any, size: int) -> list[Any]:
+    if isinstance(batch, Mapping):
+        return [{name: part[row] for name, part in batch.items()} for row in range(size)]
+    return [batch[row] for row in range(size)]
+
+
+def _batch(rows: list[Any]) -> Any:
+    if isinstance(rows[0], Mapping):
+        return {name: np.stack([np.asarray(row[name]) for row in rows]) for name in rows[0]}
+    return np.stack([np.asarray(row) for row in rows])

@@ -12,7 +12,7 @@ from worldloom.core.errors import DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.protocols import WorldModel
 from worldloom.core.types import ActionBounds, Context, Observations
-from worldloom.data.cache import FrameCache
+from worldloom.data.frames import Frames
 from worldloom.planning.actions import Walk
 
 
@@ -104,7 +104,7 @@ def dream(
 
 def encode_episodes(
     model: WorldModel,
-    cache: FrameCache,
+    cache: Frames,
     *,
     episodes: np.ndarray | None = None,
     offset: int = 0,

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from worldloom.agents import CloningConfig, ReactiveConfig
 from worldloom.core.config import Config, parse_component
 from worldloom.core.registry import nearest
+from worldloom.data import DataConfig
 from worldloom.models import JEPAConfig
 from worldloom.planning import DistanceConfig, InverseConfig
 from worldloom.recipes.methods import METHODS, MethodConfig, default_methods
@@ -37,6 +38,7 @@ class Recipe(Config):
     name: str
     description: str = ""
     collection: CollectionConfig | None = None
+    data: DataConfig = DataConfig()
     model: JEPAConfig = JEPAConfig()
     training: TrainingConfig = TrainingConfig()
     inverse: InverseConfig = InverseConfig()

@@ -66,11 +66,20 @@ def plan_once(
 
 
 def _picture(run: Run, path: Path) -> Observations:
-    from PIL import Image, UnidentifiedImageError
-
     expected = run.model.spec.observation.pixels
     if expected is None or run.model.spec.observation.vector:
         raise DataError("the model does not see by pictures alone; name a protocol that draws start and goal")
+    return read_picture(path, expected)
+
+
+def read_picture(path: Path, expected: tuple[int, int, int]) -> Observations:
+    """Read a picture as a batch of one observation of this shape.
+
+    Raises:
+        DataError: it is no picture, or of another size.
+    """
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with storage_errors(path), Image.open(path) as image:
             pixels = np.array(image.convert("RGB" if expected[2] == 3 else "L"), np.uint8)

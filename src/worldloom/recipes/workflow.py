@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from worldloom.core.errors import CheckpointError, ConfigError, WorldloomError
 from worldloom.core.files import write_json
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seeds import torch_generator
-from worldloom.data import EpisodeDataset, FrameCache, load_cache
+from worldloom.data import EpisodeDataset, Frames, load_frames
 from worldloom.envs import register_envs
 from worldloom.evaluation import PROTOCOLS, Protocol, Results, gym_protocol
 from worldloom.evaluation import evaluate as evaluate_methods
@@ -76,16 +77,21 @@ def train(
         _log.info("%s is complete", path)
         return run
     try:
-        cache = load_cache(dataset, progress=progress)
-        if (folder.model_directory / "model.json").is_file():
-            load_model(folder.model_directory)  # whole, or an error
-        else:
-            begun = folder.checkpoint_directory.is_dir()
-            fit(recipe.training, recipe.model, cache, folder, resume=begun, progress=progress)
+        cache = load_frames(dataset, recipe.data, progress=progress)
     except WorldloomError:
         folder.withdraw()
         raise
-    _train_heads(run, cache, progress)
+    with closing(cache):
+        try:
+            if (folder.model_directory / "model.json").is_file():
+                load_model(folder.model_directory)  # whole, or an error
+            else:
+                begun = folder.checkpoint_directory.is_dir()
+                fit(recipe.training, recipe.model, cache, folder, resume=begun, progress=progress)
+        except WorldloomError:
+            folder.withdraw()
+            raise
+        _train_heads(run, cache, progress)
     return run
 
 
@@ -101,9 +107,9 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, *, resume: bool
         return RunFolder.create(path, config, describe_provenance(data_fingerprint=fingerprint, seeds=seeds))
     folder = RunFolder.open(path)
     differ = differences(recipe_values(folder), config["recipe"])
-    # The methods decide nothing that was trained.
+    # The methods, and how the data are read, decide nothing that was trained.
     if wrong := [
-        key for key in differ if not key.startswith(("methods.", "default_method", "protocol", "description"))
+        key for key in differ if not key.startswith(("methods.", "data", "default_method", "protocol", "description"))
     ]:
         raise ConfigError(
             f"{path} was begun with another recipe; they differ in {', '.join(wrong[:8])}. Resume it with the same "
@@ -119,7 +125,7 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, *, resume: bool
     return folder
 
 
-def _train_heads(run: Run, cache: FrameCache, progress: Progress) -> None:
+def _train_heads(run: Run, cache: Frames, progress: Progress) -> None:
     """Learn what stands beside the world model; a part that is there already is kept."""
     recipe, model = run.recipe, run.model
     seed = recipe.training.seed

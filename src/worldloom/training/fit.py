@@ -22,7 +22,7 @@ from worldloom.core.hardware import keep_freed_memory
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seeds import derive_seed, numpy_generator
 from worldloom.core.types import Windows
-from worldloom.data.cache import FrameCache
+from worldloom.data.frames import Frames
 from worldloom.data.statistics import compute_statistics
 from worldloom.data.windows import WindowSampler
 from worldloom.models.checkpoint import save_model
@@ -45,7 +45,7 @@ _FREE = {
 def fit(
     config: TrainingConfig,
     model_config: JEPAConfig,
-    cache: FrameCache,
+    cache: Frames,
     run: RunFolder,
     *,
     fabric: Fabric | None = None,
@@ -97,7 +97,7 @@ def make_fabric(config: TrainingConfig) -> Fabric:
 
 class _Training:
     def __init__(
-        self, config: TrainingConfig, model_config: JEPAConfig, cache: FrameCache, run: RunFolder, fabric: Fabric
+        self, config: TrainingConfig, model_config: JEPAConfig, cache: Frames, run: RunFolder, fabric: Fabric
     ) -> None:
         if config.batch % fabric.world_size:
             raise ConfigError(

@@ -1,0 +1,127 @@
+"""How fast training windows come from local disk and from a local S3 server, cold and warm, slow and fast.
+
+    python benchmarks/streaming.py [--episodes 300] [--seconds 3] [--out FILE|-]
+
+A server from a package answers on this machine, so that server, network and reader share its cores; a proxy before
+it adds latency and bounds the bandwidth. `consumed` is what the default model trains on in the same run, and
+`wait_share` the share of training's time that it waits for a batch.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldloom.core.hardware import describe_hardware
+from worldloom.data import DataConfig, EpisodeDataset, Frames, StreamedFrames, WindowSampler, collect, load_cache
+from worldloom.envs import register_envs
+from worldloom.models import JEPAConfig
+from worldloom.training import RunFolder, TrainingConfig, fit
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "data"))
+from s3_server import BUCKET, FaultyProxy, options_for, s3_server
+
+RESULTS = Path(__file__).parent / "results" / "streaming.json"
+BATCH, CONTEXT, HORIZON, BLOCK = 64, 1, 8, 1
+
+
+def windows_per_second(frames: Frames, seconds: float) -> float:
+    """Return the frames a second of random windows."""
+    sampler = WindowSampler(frames, context=CONTEXT, horizon=HORIZON, block=BLOCK)
+    generator, count, began = np.random.default_rng(0), 0, time.perf_counter()
+    while time.perf_counter() - began < seconds or count == 0:
+        sampler.sample(BATCH, generator)
+        count += BATCH * (CONTEXT + HORIZON)
+    return count / (time.perf_counter() - began)
+
+
+def training(frames: Frames, directory: Path, steps: int) -> dict[str, float]:
+    """Return the frames a second that the default model consumes, and the share of time that it waits."""
+    run = RunFolder.create(directory, {}, {})
+    config = TrainingConfig(steps=steps, log_every=steps, validate_every=10 * steps, checkpoint_every=10 * steps)
+    began = time.perf_counter()
+    fit(config, JEPAConfig(), frames, run)
+    spent = time.perf_counter() - began
+    lines: dict[str, Any] = {}
+    for line in run.metrics():
+        lines.update(line)
+    figures = {"seconds": round(spent, 2)}
+    return figures | {
+        key: round(value, 4) for key, value in lines.items() if key.startswith("time/") or "per_second" in key
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--episodes", type=int, default=300)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--megabytes-per-second", type=float, default=20.0)
+    parser.add_argument("--out", default=str(RESULTS))
+    arguments = parser.parse_args()
+    register_envs()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name, s3_server() as port:
+        directory = Path(name)
+        options: dict[str, Any] = {
+            "env_id": "worldloom/TwoRoom-v0",
+            "episodes": arguments.episodes,
+            "steps": 100,
+            "seed": 0,
+        }
+        local = collect(directory / "logs", **options)
+        uri = f"s3://{BUCKET}/logs"
+        remote = collect(uri, **options, storage_options=options_for(port))
+        cache = load_cache(local, "ram")
+        rows.append({"source": "decoded in memory", "frames_per_second": windows_per_second(cache, arguments.seconds)})
+        rows[-1] |= training(cache, directory / "run-memory", arguments.steps)
+
+        def measure(source: str, dataset: EpisodeDataset, change: Callable[[], None] = lambda: None) -> None:
+            config = DataConfig(cache_dir=str(directory / source), cache_gib=10)
+            change()
+            for state in ("cold", "warm"):
+                with StreamedFrames(dataset, config) as frames:
+                    began = time.perf_counter()
+                    row: dict[str, Any] = {"source": source, "state": state}
+                    if state == "cold":
+                        row |= training(frames, directory / f"run-{source}", arguments.steps)
+                        assert frames.pixels is not None
+                        frames.pixels[:: max(1, len(frames.pixels) // 64)]
+                        row["chunks"] = frames.pixels.fetched
+                        row["seconds_until_all_is_local"] = round(time.perf_counter() - began, 2)
+                    else:
+                        row["frames_per_second"] = round(windows_per_second(frames, arguments.seconds))
+                    rows.append(row)
+                    print(json.dumps(row), file=sys.stderr)
+
+        measure("disk", local)
+        measure("s3", remote)
+        for delay, rate in ((0.02, 0.0), (0.05, 0.0), (0.0, arguments.megabytes_per_second * 1e6)):
+            proxy = FaultyProxy(port)
+            slow = EpisodeDataset.open(uri, storage_options=options_for(proxy.port))
+            proxy.delay, proxy.bytes_per_second = delay, rate
+            measure(f"s3 +{delay * 1000:.0f} ms" + (f", {rate / 1e6:g} MB/s a connection" if rate else ""), slow)
+            proxy.close()
+        result = {
+            "benchmark": "streaming",
+            "frames": local.frames,
+            "stored_bytes": local.stored_bytes(),
+            "bytes_per_frame": round(local.stored_bytes() / local.frames, 1),
+            "rows": rows,
+            "hardware": describe_hardware(),
+        }
+    text = json.dumps(result, indent=2) + "\n"
+    if arguments.out == "-":
+        print(text)
+    else:
+        Path(arguments.out).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

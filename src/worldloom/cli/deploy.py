@@ -1,0 +1,134 @@
+"""`worldloom deploy`: a run drives a plant that runs on its own clock."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from worldloom.cli.options import Imports, Json, import_modules
+
+
+def deploy(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    connect: Annotated[str, typer.Option(metavar="ADDRESS", help="The plant: tcp://HOST:PORT or unix:PATH.")],
+    goal: Annotated[
+        Path, typer.Option(help="The goal: a picture (PNG), or JSON with a 'vector' and/or the path of 'pixels'.")
+    ],
+    safe_action: Annotated[
+        str,
+        typer.Option(
+            metavar="zero|hold|V1,V2,...",
+            help="What is sent where no plan is there in time: zeros, the last action again, or these values.",
+        ),
+    ],
+    rate: Annotated[float, typer.Option(min=0.1, help="Periods a second; must be the plant's.")] = 20.0,
+    deadline_ms: Annotated[float, typer.Option(min=0.1, help="When an action is due, after its period began.")] = 40.0,
+    late: Annotated[
+        str, typer.Option(metavar="discard|use", help="What becomes of a plan that is finished in a later period.")
+    ] = "discard",
+    duration: Annotated[float, typer.Option(min=0.0, help="Seconds; 0 goes on until Ctrl-C.")] = 0.0,
+    method: Annotated[str | None, typer.Option(help="A method of the recipe; by default its own.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The root of the planner's seed.")] = 0,
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, help="CPU threads of the planner; leave a core to the loop.")
+    ] = 1,
+    imports: Imports = None,
+    json: Json = False,
+) -> None:
+    """Drive a real plant towards a goal at a fixed rate; a late plan is replaced by the declared safe action.
+
+    Ctrl-C stops it with the safe action applied. The report and its timeline are kept in the run folder.
+    """
+    import signal
+
+    from worldloom.agents.control import ControlLoop
+    from worldloom.cli.console import print_json, say
+    from worldloom.cli.options import set_threads
+    from worldloom.core.errors import ConfigError
+    from worldloom.envs.link import SocketLink
+    from worldloom.recipes import Run
+    from worldloom.recipes.deployment import check_plant, keep_report, read_goal
+
+    if late not in ("discard", "use"):
+        raise ConfigError(f"--late is discard or use; got {late!r}")
+    import_modules(imports)
+    set_threads(threads)
+    opened = Run.open(run)
+    target = read_goal(opened, goal)
+    agent = opened.agent(method, seed=seed)
+    with SocketLink(connect) as link:
+        check_plant(opened, link)
+        loop = ControlLoop(
+            agent,
+            link,
+            rate=rate,
+            deadline=deadline_ms / 1e3,
+            safe_action=_safe_action(safe_action, link.action.size),
+            late="discard" if late == "discard" else "use if fresh",
+            on_period=_Live(json),
+        )
+        previous = signal.signal(signal.SIGTERM, lambda *_: loop.stop())
+        try:
+            loop.run(target, duration=duration or None)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            folder = keep_report(opened, loop.report)
+    if json:
+        print_json(loop.report.to_json())
+        return
+    show(loop.report.to_json())
+    say(f"report: {folder}")
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print the figures of a report."""
+    from worldloom.cli.console import print_table
+
+    def row(name: str) -> list[str]:
+        shown = figures[name] or {}
+        return [name, *(f"{shown[key]:.2f}" if key in shown else "" for key in ("p50", "p95", "p99", "max"))]
+
+    print_table(
+        f"{figures['periods']} periods, {figures['rate_held']} Hz held, {figures['misses']} deadlines missed, "
+        f"{len(figures['watchdog_acts'])} acts of the watchdog; {figures['ended']}",
+        ["milliseconds", "p50", "p95", "p99", "max"],
+        [row(name) for name in ("jitter_ms", "plan_ms", "command_ms", "observation_age_ms")],
+    )
+    if figures["miss_causes"]:
+        print_table("misses", ["cause", "periods"], [[name, str(n)] for name, n in figures["miss_causes"].items()])
+
+
+class _Live:
+    """A line of figures: once a second in a terminal, every ten seconds in a file."""
+
+    def __init__(self, silent: bool) -> None:
+        from worldloom.cli.console import err
+
+        self._silent, self._console = silent, err
+        self._every = 1.0 if err.is_terminal else 10.0
+        self._next = self._every
+
+    def __call__(self, report: Any) -> None:
+        seconds = (report.periods[-1].number + 1) / report.rate
+        if self._silent or seconds < self._next:
+            return
+        self._next += self._every
+        plan = f"plan {1e3 * report.plans[-1]:.1f} ms" if report.plans else "no plan yet"
+        self._console.print(
+            f"{seconds:6.0f} s  {len(report.periods)} periods  {plan}  missed {len(report.misses)}  "
+            f"watchdog {len(report.watchdog)}",
+            end="\r" if self._console.is_terminal else "\n",
+        )
+
+
+def _safe_action(text: str, size: int) -> Any:
+    from worldloom.core.errors import ConfigError
+
+    if text == "hold":
+        return "hold"
+    if text == "zero":
+        return [0.0] * size
+    try:
+        return [float(value) for value in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--safe-action is zero, hold or {size} values with commas between; got {text!r}") from None

@@ -1,0 +1,158 @@
+"""A bounded cache of decoded chunks on the local disk, shared by processes."""
+
+import fcntl
+import hashlib
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+from worldloom.core.errors import StorageError
+from worldloom.core.files import storage_errors
+
+_log = logging.getLogger(__name__)
+
+_MAGIC = b"wlchunk1"
+_HEADER = len(_MAGIC) + 16  # the magic, then blake2b of the content
+_STALE_SECONDS = 3600.0  # a temporary file as old as this was left by a killed process
+_LOOK = 64  # chunks a process writes before it looks at what others wrote; so far they may exceed the budget
+_TOUCH_SECONDS = 60.0  # how exactly the last use of a chunk is kept
+
+
+class ChunkCache:
+    """Chunks of one dataset in `directory`/`name`, where all datasets share `budget` bytes.
+
+    A file appears whole or not at all, is checked when a process first opens it, and is deleted and fetched again
+    if it is damaged. The least recently used are deleted first, of whichever dataset; several processes may share
+    the directory, which may be deleted at any time.
+
+    Raises:
+        StorageError: the directory cannot be made.
+    """
+
+    def __init__(self, directory: Path, name: str, budget: int) -> None:
+        self.directory, self.budget = directory, budget
+        self._folder = directory / name
+        with storage_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self._checked: dict[int, tuple[int, float]] = {}  # chunk: inode, when its use was last noted
+        self._total, self._since = 0, 0
+        self._writing = threading.Lock()
+        self.evict()
+
+    def path(self, chunk: int) -> Path:
+        """Return where a chunk stands."""
+        return self._folder / f"{chunk:08d}.chunk"
+
+    def __contains__(self, chunk: int) -> bool:
+        return self.path(chunk).exists()
+
+    def read(
+        self, chunk: int, rows: Int64[np.ndarray, "n"], size: int, length: int, out: UInt8[np.ndarray, "n bytes"]
+    ) -> bool:
+        """Read rows of a chunk of `length` rows of `size` bytes into `out`; False if it is not there or was damaged."""
+        try:
+            descriptor = os.open(self.path(chunk), os.O_RDONLY)
+        except FileNotFoundError:
+            self._checked.pop(chunk, None)
+            return False
+        except OSError as error:
+            _log.warning("the cached chunk %s cannot be opened (%s); it is read again", self.path(chunk), error)
+            return False
+        try:
+            if not self._whole(chunk, descriptor, size * length):
+                return False
+            for index, row in enumerate(rows):
+                if os.preadv(descriptor, [out[index].data], _HEADER + int(row) * size) != size:
+                    return False
+        except OSError as error:
+            _log.warning("the cached chunk %s cannot be read (%s); it is read again", self.path(chunk), error)
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
+    def _whole(self, chunk: int, descriptor: int, size: int) -> bool:
+        now, inode = time.monotonic(), os.fstat(descriptor).st_ino
+        known, noted = self._checked.get(chunk, (-1, -_TOUCH_SECONDS))
+        if known != inode:
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                content = file.read()
+            digest = hashlib.blake2b(memoryview(content)[_HEADER:], digest_size=16).digest()
+            if len(content) != _HEADER + size or content[:_HEADER] != _MAGIC + digest:
+                _log.warning("the cached chunk %s is damaged; it is read from storage again", self.path(chunk))
+                self.path(chunk).unlink(missing_ok=True)
+                return False
+        if known != inode or now - noted >= _TOUCH_SECONDS:
+            with suppress(OSError):  # deleted by another process meanwhile: the open file still reads
+                os.utime(self.path(chunk))
+            self._checked[chunk] = inode, now
+        return True
+
+    def write(self, chunk: int, content: UInt8[np.ndarray, "bytes"]) -> None:
+        """Keep a chunk, deleting others where the budget asks for it.
+
+        Raises:
+            StorageError: the disk is full or refuses; nothing of the chunk is kept.
+        """
+        path = self.path(chunk)
+        if len(content) + _HEADER > self.budget:
+            return
+        digest = hashlib.blake2b(content.data, digest_size=16).digest()
+        with self._writing, storage_errors(path):  # else what another thread is about to write is not counted
+            self._total += len(content) + _HEADER
+            self._since += 1
+            if self._total > self.budget or self._since >= _LOOK:
+                self.evict(len(content) + _HEADER)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+            temporary = Path(name)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(_MAGIC + digest)
+                    file.write(content.data)
+                # No flush to the disk: what a power cut leaves behind does not match its digest.
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def evict(self, room: int = 0) -> None:
+        """Delete the least recently used chunks until `room` more bytes fit, and what killed processes left."""
+        with self._lock():
+            found, total = [], room
+            for file in self.directory.glob("*/*"):
+                with suppress(FileNotFoundError):
+                    stat = file.stat()
+                    if file.suffix == ".chunk":
+                        found.append((stat.st_mtime, stat.st_size, file))
+                        total += stat.st_size
+                    elif file.suffix == ".tmp" and time.time() - stat.st_mtime > _STALE_SECONDS:
+                        file.unlink()
+            found.sort()
+            # An eighth more than is needed, so that not every chunk costs a look at the directory.
+            goal = self.budget - self.budget // 8 if total > self.budget else self.budget
+            for _, size, file in found:
+                if total <= goal:
+                    break
+                file.unlink(missing_ok=True)
+                total -= size
+            self._total, self._since = total, 0
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        path = self.directory / ".lock"
+        with storage_errors(path):
+            file = path.open("w")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:  # some network file systems have none
+                raise StorageError(f"{path} cannot be locked ({error}); put the cache on a local disk") from error
+            yield

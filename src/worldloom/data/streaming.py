@@ -1,0 +1,333 @@
+"""Frames read from storage as training asks for them: whole chunks, ahead of time, kept on the local disk."""
+
+import heapq
+import logging
+import os
+import random
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from jaxtyping import Float32, Int64, UInt8
+from pydantic import Field
+
+from worldloom.core.config import Config
+from worldloom.core.errors import DataError, StorageError
+from worldloom.core.progress import SILENT, Progress
+from worldloom.data.cache import FrameCache, load_cache
+from worldloom.data.chunks import ChunkCache
+from worldloom.data.dataset import EpisodeDataset
+from worldloom.data.frames import split_episodes
+from worldloom.data.spec import DatasetSpec
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_DAMAGED_ATTEMPTS = 4  # what does not decode as often as this is damaged where it is stored
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0  # seconds
+
+
+class DataConfig(Config):
+    """How training reads its data; nothing here changes a parameter that is trained.
+
+    `mode`: "cache" decodes everything before training, "stream" reads while training, "auto" streams what is remote.
+    `cache_dir` is shared by processes and datasets (default: worldloom/chunks in XDG_CACHE_HOME or ~/.cache); chunks
+    there take `cache_gib` at most (0: none on disk) and `memory_mib` in memory, where there is no disk cache.
+    A chunk is `chunk_mib` of decoded frames. A read that fails is tried again for `retry_seconds`.
+    """
+
+    mode: Literal["auto", "cache", "stream"] = "auto"
+    cache_dir: str | None = None
+    cache_gib: float = Field(default=50.0, ge=0)
+    memory_mib: int = Field(default=256, ge=1)
+    chunk_mib: float = Field(default=4.0, gt=0)
+    threads: int = Field(default=8, ge=1, le=128)
+    retry_seconds: float = Field(default=120.0, ge=0)
+
+
+def load_frames(
+    dataset: EpisodeDataset, config: DataConfig | None = None, *, progress: Progress = SILENT
+) -> "FrameCache | StreamedFrames":
+    """Open the frames of a dataset as `config` says.
+
+    Raises:
+        DataError, StorageError: see `load_cache` and `StreamedFrames`.
+    """
+    config = config or DataConfig()
+    remote = "://" in str(dataset.path)
+    if config.mode == "stream" or (config.mode == "auto" and remote):
+        return StreamedFrames(dataset, config)
+    directory = Path(config.cache_dir) if config.cache_dir is not None else (_default_directory() if remote else None)
+    return load_cache(dataset, directory=directory, progress=progress)
+
+
+class StreamedFrames:
+    """The frames of a dataset that stays where it is; the same windows come of them as of `FrameCache`.
+
+    Vectors, actions and labels are held in memory. Reading begins at once, from the first chunk to the last, as far
+    as the budget of the disk goes; what is asked for comes first. `close` ends it.
+
+    Raises:
+        StorageError: the storage does not answer within `retry_seconds`.
+        DataError: the dataset is damaged.
+    """
+
+    def __init__(self, dataset: EpisodeDataset, config: DataConfig | None = None) -> None:
+        config = config or DataConfig()
+        where = str(dataset.path)
+        self.spec: DatasetSpec = dataset.spec
+        self.fingerprint: str = with_retries(dataset.fingerprint, where, config.retry_seconds)
+        columns = with_retries(dataset.columns, where, config.retry_seconds)
+        self.vector: Float32[np.ndarray, "N V"] | None = columns.vector
+        self.actions: Float32[np.ndarray, "N A"] = columns.actions
+        self.labels: dict[str, Float32[np.ndarray, "N _"]] = columns.labels
+        self.starts: Int64[np.ndarray, "E"] = dataset.starts
+        self.lengths: Int64[np.ndarray, "E"] = dataset.lengths
+        self.pixels: StreamedPixels | None = None
+        if dataset.spec.observation.pixels is not None:
+            self.pixels = StreamedPixels(dataset, self.fingerprint, config)
+
+    def rows(self, episode: int) -> slice:
+        """Return where the frames of an episode stand."""
+        first = int(self.starts[episode])
+        return slice(first, first + int(self.lengths[episode]) + 1)
+
+    def split(self, validation_fraction: float, seed: int) -> tuple[Int64[np.ndarray, "T"], Int64[np.ndarray, "V"]]:
+        """Return the episodes for training and for validation: see `split_episodes`."""
+        return split_episodes(len(self.lengths), validation_fraction, seed)
+
+    def close(self) -> None:
+        """Stop reading ahead; frames can no longer be asked for."""
+        if self.pixels is not None:
+            self.pixels.close()
+
+    def __enter__(self) -> "StreamedFrames":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class StreamedPixels:
+    """Frames by row: `pixels[rows]` reads the chunks they stand in."""
+
+    def __init__(self, dataset: EpisodeDataset, fingerprint: str, config: DataConfig) -> None:
+        frame = dataset.spec.observation.pixels
+        assert frame is not None
+        self.shape: tuple[int, ...] = (dataset.frames, *frame)
+        self.fetched = 0  # chunks that came from storage
+        self._dataset, self._config = dataset, config
+        self._size = int(np.prod(frame))
+        self._length = max(1, int(config.chunk_mib * 2**20) // self._size)  # rows of a chunk
+        self._chunks = -(-dataset.frames // self._length)
+        self._disk = self._open_disk(fingerprint)
+        self._memory: OrderedDict[int, UInt8[np.ndarray, "n bytes"]] = OrderedDict()
+        self._held = max(1, config.memory_mib * 2**20 // (self._length * self._size))
+        self._change = threading.Condition()
+        self._queue: list[tuple[int, int]] = []  # priority (0: somebody waits), chunk
+        self._pending: dict[int, Future[UInt8[np.ndarray, "n bytes"]]] = {}
+        self._closed = threading.Event()
+        self._plan_ahead()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"stream-{index}", daemon=True)
+            for index in range(min(config.threads, max(self._chunks, 1)))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any, /) -> UInt8[np.ndarray, "*shape H W C"]:
+        """Return the frames of these rows: an integer, an array of integers of any shape, or a slice.
+
+        Raises:
+            IndexError: there is no such row.
+            StorageError: the storage did not answer within `retry_seconds`.
+            DataError: a frame does not decode, however often it is read.
+        """
+        wanted = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
+        if wanted.size and not -len(self) <= wanted.min() <= wanted.max() < len(self):
+            raise IndexError(f"rows {wanted.min()} to {wanted.max()} of {len(self)}")
+        flat = wanted.reshape(-1).astype(np.int64)
+        unique, inverse = np.unique(np.where(flat < 0, flat + len(self), flat), return_inverse=True)
+        out = np.empty((len(unique), self._size), np.uint8)
+        chunks, firsts = np.unique(unique // self._length, return_index=True)
+        bounds = np.append(firsts, len(unique))
+        missing = []
+        for index, chunk in enumerate(chunks.tolist()):
+            part = slice(bounds[index], bounds[index + 1])
+            if not self._local(chunk, unique[part] - chunk * self._length, out[part]):
+                missing.append((part, chunk))
+        # Asked for a few at a time: as many chunks as the threads can bring, and no more, wait in memory.
+        ahead = 2 * len(self._threads)
+        waiting = [self._ask(chunk) for _, chunk in missing[:ahead]]
+        for index, (part, chunk) in enumerate(missing):
+            content = waiting[index].result()
+            out[part] = content[unique[part] - chunk * self._length]
+            waiting[index] = Future()  # lets the chunk go
+            if index + ahead < len(missing):
+                waiting.append(self._ask(missing[index + ahead][1]))
+        same = len(unique) == len(flat) and np.array_equal(unique, flat)
+        return (out if same else out[inverse.reshape(-1)]).reshape(*wanted.shape, *self.shape[1:])
+
+    def close(self) -> None:
+        """Stop the threads; who waits for a chunk gets a `StorageError`."""
+        with self._change:
+            self._closed.set()
+            self._change.notify_all()
+            for future in self._pending.values():
+                if not future.done():
+                    future.set_exception(StorageError(f"{self._dataset.path} was closed while it was read"))
+            self._pending.clear()
+        for thread in self._threads:
+            thread.join()
+
+    def _open_disk(self, fingerprint: str) -> ChunkCache | None:
+        config = self._config
+        if config.cache_gib == 0:
+            return None
+        directory = _default_directory() if config.cache_dir is None else Path(config.cache_dir).expanduser()
+        try:
+            return ChunkCache(directory, f"{fingerprint}-{self._length}", int(config.cache_gib * 2**30))
+        except (StorageError, OSError) as error:
+            _log.warning("no disk cache: %s. Every chunk is read from storage each time it is asked for", error)
+            return None
+
+    def _plan_ahead(self) -> None:
+        """Queue the chunks that fit the disk; ranks of one machine begin at different places."""
+        if self._disk is None:
+            return
+        fit = min(self._chunks, int(self._disk.budget * 7 / 8) // (self._length * self._size))
+        ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        first = fit * (int(os.environ.get("LOCAL_RANK", "0")) % ranks) // ranks
+        # The position is the priority, after all that somebody waits for.
+        self._queue = [(1 + index, (first + index) % fit) for index in range(fit)]
+
+    def _local(self, chunk: int, rows: Int64[np.ndarray, "n"], out: UInt8[np.ndarray, "n bytes"]) -> bool:
+        with self._change:
+            held = self._memory.get(chunk)
+            if held is not None:
+                self._memory.move_to_end(chunk)
+        if held is not None:
+            out[:] = held[rows]
+            return True
+        return self._disk is not None and self._disk.read(chunk, rows, self._size, self._rows_of(chunk), out)
+
+    def _rows_of(self, chunk: int) -> int:
+        return min(self._length, len(self) - chunk * self._length)
+
+    def _ask(self, chunk: int) -> "Future[UInt8[np.ndarray, 'n bytes']]":
+        with self._change:
+            if self._closed.is_set():
+                raise StorageError(f"{self._dataset.path} is closed; open it again")
+            if chunk not in self._pending:
+                self._pending[chunk] = Future()
+                heapq.heappush(self._queue, (0, chunk))
+                self._change.notify()
+            return self._pending[chunk]
+
+    def _work(self) -> None:
+        while True:
+            with self._change:
+                while not self._queue and not self._closed.is_set():
+                    self._change.wait()
+                if self._closed.is_set():
+                    return
+                priority, chunk = heapq.heappop(self._queue)
+                if priority:
+                    if chunk in self._pending or self._disk is None or chunk in self._disk:
+                        continue
+                    self._pending[chunk] = Future()
+            self._bring(chunk)
+
+    def _bring(self, chunk: int) -> None:
+        """Fetch a chunk, keep it, and give it to who waits."""
+        future = self._pending.get(chunk)
+        content: UInt8[np.ndarray, "n bytes"] | None = None
+        failure: Exception | None = None
+        try:
+            content = self._fetch(chunk)
+            self._keep(chunk, content)
+        except Exception as error:  # handed to who waits; what was read ahead is read again when it is asked for
+            _log.debug("chunk %d: %s", chunk, error)
+            failure = error
+        with self._change:
+            self._pending.pop(chunk, None)
+            if future is None or future.done():  # closed meanwhile
+                return
+            if failure is not None:
+                future.set_exception(failure)
+            elif content is not None:
+                future.set_result(content)
+
+    def _fetch(self, chunk: int) -> UInt8[np.ndarray, "n bytes"]:
+        first = chunk * self._length
+        rows = np.arange(first, first + self._rows_of(chunk))
+        where = f"rows {first} to {rows[-1]} of {self._dataset.path}"
+        content = with_retries(
+            lambda: self._dataset.pixels(rows), where, self._config.retry_seconds, stopped=self._closed
+        )
+        with self._change:
+            self.fetched += 1
+        return content.reshape(len(rows), -1)
+
+    def _keep(self, chunk: int, content: UInt8[np.ndarray, "n bytes"]) -> None:
+        disk = self._disk
+        if disk is not None:
+            try:
+                disk.write(chunk, content.reshape(-1))
+            except (StorageError, OSError) as error:
+                _log.warning("the disk cache is given up: %s. Chunks are kept in memory, as far as it goes", error)
+                with self._change:
+                    self._disk = None
+            else:
+                return
+        with self._change:
+            self._memory[chunk] = content
+            while len(self._memory) > self._held:
+                self._memory.popitem(last=False)
+
+
+def with_retries(read: Callable[[], T], where: str, seconds: float, *, stopped: threading.Event | None = None) -> T:
+    """Return what `read` returns; where it fails, try again after pauses that double and jitter, for `seconds`.
+
+    What does not decode four times is damaged where it is stored, and is not tried further.
+
+    Raises:
+        StorageError: the time is over; it says how often it was tried.
+        DataError: what is stored is damaged.
+    """
+    stopped = stopped or threading.Event()
+    began, attempt, damaged = time.monotonic(), 0, 0
+    while True:
+        attempt += 1
+        try:
+            return read()
+        except (StorageError, DataError) as error:
+            damaged += isinstance(error, DataError)
+            pause = random.uniform(0.5, 1.0) * min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE)
+            spent = time.monotonic() - began
+            if damaged >= _DAMAGED_ATTEMPTS:
+                raise
+            if stopped.is_set() or spent + pause > seconds:
+                raise StorageError(
+                    f"{where} could not be read in {attempt} attempts over {spent:.0f} s: {error}. Check the network "
+                    f"and the storage, then resume; or raise data.retry_seconds ({seconds:g})"
+                ) from error
+            _log.warning("%s: attempt %d failed (%s); the next in %.1f s", where, attempt, error, pause)
+            stopped.wait(pause)
+
+
+def _default_directory() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(root).expanduser() / "worldloom" / "chunks"

@@ -1,0 +1,192 @@
+"""Reacher and a point maze on MuJoCo; goals are observations, so no target is drawn."""
+
+import functools
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from jaxtyping import Float32, UInt8
+
+from worldloom.core.errors import EnvironmentFailure
+from worldloom.envs.rendering import draw, load_mujoco
+
+LAYOUTS = {
+    "open": ("#######", "#     #", "#     #", "#     #", "#######"),
+    "umaze": ("#####", "#   #", "### #", "#   #", "#####"),
+    "medium": (
+        "########",
+        "#  ##  #",
+        "#  #   #",
+        "##   ###",
+        "#  #   #",
+        "# #  # #",
+        "#   #  #",
+        "########",
+    ),
+}
+_FASTEST = 5.0  # m/s; the maze's point is held to this along each axis
+
+
+class _MuJoCoEnv(gymnasium.Env[Any, Any]):
+    """A model seen from above by one camera; copies in one process share the model and its renderer."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}  # noqa: RUF012 - Gymnasium declares it so
+
+    def __init__(self, model: Any, substeps: int, extent: tuple[float, float, float], size: int) -> None:
+        if not 8 <= size <= 480:
+            raise EnvironmentFailure(f"the picture has a side of {size} px; expected 8 to 480")
+        self._mujoco = load_mujoco()
+        self._model, self._data = model, self._mujoco.MjData(model)
+        self._substeps, self._size = substeps, size
+        self._camera = self._mujoco.MjvCamera()
+        self._camera.lookat[:] = (extent[0], extent[1], 0)
+        self._camera.distance, self._camera.azimuth, self._camera.elevation = extent[2], 90, -90
+        self.observation_space = spaces.Box(0, 255, (size, size, 3), np.uint8)
+        self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[UInt8[np.ndarray, "H W 3"], dict[str, Any]]:
+        """Begin where the seed says."""
+        super().reset(seed=seed)
+        self._mujoco.mj_resetData(self._model, self._data)
+        self._place()
+        self._mujoco.mj_forward(self._model, self._data)
+        return self.render(), self._infos()
+
+    def step(
+        self, action: Float32[np.ndarray, "2"]
+    ) -> tuple[UInt8[np.ndarray, "H W 3"], float, bool, bool, dict[str, Any]]:
+        """Apply `action` for one step of control."""
+        self._act(np.clip(np.asarray(action, np.float64), -1.0, 1.0))
+        self._mujoco.mj_step(self._model, self._data, nstep=self._substeps)
+        self._mujoco.mj_forward(self._model, self._data)  # what is seen and told is the state that was reached
+        return self.render(), 0.0, False, False, self._infos()
+
+    def render(self) -> UInt8[np.ndarray, "H W 3"]:
+        """Return the picture that the agent sees."""
+        return draw(self._model, self._data, self._camera, self._size)
+
+    def _place(self) -> None: ...
+
+    def _act(self, action: np.ndarray) -> None:
+        self._data.ctrl[:] = action
+
+    def _infos(self) -> dict[str, Any]:
+        return {}
+
+
+class ReacherEnv(_MuJoCoEnv):
+    """A two-link arm in the plane, by the physics of Gymnasium's Reacher-v5 (0.02 s a step).
+
+    Observation: uint8 pixels (size, size, 3). Action: a torque for each joint in [-1, 1], in shares `torque` of
+    Gymnasium's largest, under which the arm would spin. Infos: `joints` (2) in radians within [-pi, pi),
+    `fingertip` (x, y) in metres. The joints begin anywhere, at rest; velocities are not seen in one frame. An
+    episode has no end of its own.
+    """
+
+    def __init__(self, size: int = 64, torque: float = 0.1, render_mode: str | None = None) -> None:
+        if not 0 < torque <= 1:
+            raise EnvironmentFailure(f"Reacher's torque is {torque}; expected a share above 0, at most 1")
+        self.render_mode = render_mode
+        self._torque = torque
+        super().__init__(_reacher_model(), 2, (0.0, 0.0, 0.62), size)
+
+    def _place(self) -> None:
+        self._data.qpos[:2] = self.np_random.uniform((-np.pi, -2.8), (np.pi, 2.8))
+
+    def _act(self, action: np.ndarray) -> None:
+        self._data.ctrl[:] = self._torque * action
+
+    def _infos(self) -> dict[str, Any]:
+        joints = (self._data.qpos[:2] + np.pi) % (2 * np.pi) - np.pi
+        tip = self._data.body("fingertip").xpos[:2]
+        return {"joints": joints.astype(np.float32), "fingertip": tip.astype(np.float32)}
+
+
+class PointMazeEnv(_MuJoCoEnv):
+    """A point with mass in a maze of 1-m cells, by the figures of Gymnasium-Robotics' PointMaze.
+
+    `layout` is one of `LAYOUTS`. Observation: uint8 pixels (size, size, 3). Action: a force along x and y in
+    [-1, 1] times 100 N, held for `substeps` of 0.01 s. Infos: `position` (x, y) in metres from the middle. An
+    episode has no end of its own.
+    """
+
+    def __init__(
+        self, layout: str = "umaze", size: int = 64, substeps: int = 5, render_mode: str | None = None
+    ) -> None:
+        if layout not in LAYOUTS:
+            raise EnvironmentFailure(f"there is no maze layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
+        self.render_mode = render_mode
+        rows = LAYOUTS[layout]
+        self._free = _centres(rows, " ")
+        super().__init__(_maze_model(layout), substeps, (0.0, 0.0, 1.25 * max(len(rows), len(rows[0]))), size)
+
+    def _place(self) -> None:
+        cell = self._free[self.np_random.integers(len(self._free))]
+        self._data.qpos[:] = cell + self.np_random.uniform(-0.25, 0.25, 2)
+
+    def _act(self, action: np.ndarray) -> None:
+        self._data.qvel[:] = np.clip(self._data.qvel, -_FASTEST, _FASTEST)
+        super()._act(action)
+
+    def _infos(self) -> dict[str, Any]:
+        return {"position": self._data.qpos.astype(np.float32)}
+
+
+@functools.cache
+def _reacher_model() -> Any:
+    mujoco = load_mujoco()
+    package = find_spec("gymnasium")
+    assert package is not None
+    assert package.origin is not None
+    path = Path(package.origin).parent / "envs" / "mujoco" / "assets" / "reacher.xml"
+    model = mujoco.MjModel.from_xml_path(str(path))
+    model.geom("target").rgba[3] = 0.0
+    return model
+
+
+@functools.cache
+def _maze_model(layout: str) -> Any:
+    walls = "".join(
+        f'<geom type="box" pos="{x} {y} 0.2" size="0.5 0.5 0.2" contype="1" conaffinity="1" rgba="0.7 0.5 0.3 1"/>'
+        for x, y in _centres(LAYOUTS[layout], "#")
+    )
+    return load_mujoco().MjModel.from_xml_string(f"""
+<mujoco>
+  <option timestep="0.01" gravity="0 0 0" iterations="20" integrator="Euler"/>
+  <default>
+    <joint damping="1" limited="false"/>
+    <geom friction="0.5 0.1 0.1" density="1000" margin="0.002" condim="1" contype="2" conaffinity="1"/>
+  </default>
+  <worldbody>
+    <geom type="plane" size="40 40 0.25" pos="0 0 -0.1" contype="1" conaffinity="0" rgba="0.2 0.25 0.35 1"/>
+    {walls}
+    <body name="particle">
+      <geom type="sphere" size="0.1" contype="1" rgba="0 0 1 0"/>
+      <site type="sphere" size="0.2" rgba="0.3 0.9 0.3 1"/>
+      <joint name="x" type="slide" axis="1 0 0"/>
+      <joint name="y" type="slide" axis="0 1 0"/>
+    </body>
+  </worldbody>
+  <actuator>
+    <motor joint="x" ctrlrange="-1 1" ctrllimited="true" gear="100"/>
+    <motor joint="y" ctrlrange="-1 1" ctrllimited="true" gear="100"/>
+  </actuator>
+</mujoco>""")
+
+
+def _centres(rows: tuple[str, ...], kind: str) -> np.ndarray:
+    """Return the middles (x, y) of the cells of a kind; the first row lies at the top."""
+    height, width = len(rows), len(rows[0])
+    return np.array(
+        [
+            (column + 0.5 - width / 2, height / 2 - row - 0.5)
+            for row, line in enumerate(rows)
+            for column, cell in enumerate(line)
+            if cell == kind
+        ]
+    )

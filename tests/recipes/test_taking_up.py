@@ -112,7 +112,7 @@ def test_broken_off_within_the_world_model_it_goes_on_from_the_checkpoint(recipe
 
 def test_a_complete_run_is_taken_up_as_it_is(recipe, dataset, run, untouched) -> None:
     before = digests(run.path)
-    untouched("load_cache", "fit", *STAGES)
+    untouched("load_frames", "fit", *STAGES)
     assert workflow.train(recipe, dataset, run.path, resume=True).heads()["complete"]
     assert digests(run.path) == before
 
@@ -192,11 +192,15 @@ def test_an_agent_of_each_method_acts_for_any_number_of_environments(run, datase
 def test_an_evaluation_leaves_results_and_a_report(run) -> None:
     results = evaluate(run, episodes=1, budget=4, methods=["random", "tree search"])
     report = report_path(run, results)
-    assert report.parent == run.path / "evaluation" / "two-room-custom@1"
+    assert report.parent.parent == run.path / "evaluation"
+    assert report.parent.name.startswith("two-room-custom@1-")
+    other = evaluate(run, episodes=1, budget=4, methods=["random"])
+    assert report_path(run, other) != report
+    assert report.is_file()
     text = report.read_text()
     assert 'src="http' not in text
     assert 'href="http' not in text
-    kept = run.evaluations()["two-room-custom@1"]
+    kept = run.evaluations()[report.parent.name]
     assert kept == results.to_json()
     assert {(row["method"], row["split"]) for row in kept["rows"]} == {
         (method, split) for method in ("random", "tree search") for split in ("cross-room", "same-room")

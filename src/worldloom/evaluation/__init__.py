@@ -2,7 +2,16 @@
 
 from worldloom.evaluation.evaluate import Narrowing, Timed, evaluate
 from worldloom.evaluation.intervals import wilson_interval
-from worldloom.evaluation.protocols import PROTOCOLS, Protocol, Split, SuccessRule, gym_protocol, register_protocol
+from worldloom.evaluation.protocols import (
+    PROTOCOLS,
+    Condition,
+    Protocol,
+    Split,
+    SuccessRule,
+    default_protocol,
+    gym_protocol,
+    register_protocol,
+)
 from worldloom.evaluation.results import (
     DistanceBins,
     EpisodeResult,
@@ -19,6 +28,7 @@ from worldloom.evaluation.results import (
 
 __all__ = [
     "PROTOCOLS",
+    "Condition",
     "DistanceBins",
     "EpisodeResult",
     "Latency",
@@ -33,6 +43,7 @@ __all__ = [
     "Split",
     "SuccessRule",
     "Timed",
+    "default_protocol",
     "evaluate",
     "gym_protocol",
     "pool",

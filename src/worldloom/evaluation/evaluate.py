@@ -122,11 +122,7 @@ class _MethodRun:
         """Run one episode for each start and goal, until each is over."""
         size, budgets, skip = world.size, tasks.budgets, self._protocol.frame_skip
         where = f"method {self._method!r}, split {self._split!r}"
-        if self._protocol.goal_source == "world":
-            frame = world.reset(tasks.seeds, self._protocol.task(self._split), where=where)
-        else:
-            frame = world.replay(tasks.seeds, tasks.before, where=where)
-        tasks.check(frame, where)
+        frame = tasks.begin(self._protocol, self._split, world, where)
         self._agent.reset(tasks.goal)
         audience = _Audience(self._agent, frame.observations)
         film = _Film(self._protocol, tasks, self._record)

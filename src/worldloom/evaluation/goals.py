@@ -30,8 +30,20 @@ class Tasks:
     before: tuple[np.ndarray, ...]  # (K, A) each: the actions that lead from the reset to the start
     digests: tuple[str, ...]  # of each start and goal observation
 
-    def check(self, start: Frame, where: str) -> None:
-        """Raise `EnvironmentFailure` if the same seed and actions led to another start."""
+    def begin(self, protocol: Protocol, split: str, world: World, where: str) -> Frame:
+        """Bring the world to the starts.
+
+        Raises:
+            EnvironmentFailure: the world fails, or the same seed and actions lead to another start.
+        """
+        if protocol.goal_source == "world":
+            frame = world.reset(self.seeds, protocol.task(split), where=where)
+        else:
+            frame = world.replay(self.seeds, self.before, where=where)
+        self._check(frame, where)
+        return frame
+
+    def _check(self, start: Frame, where: str) -> None:
         for row, seed in enumerate(self.seeds):
             if _digest(start.observations[row], self.goal.observations[row]) != self.digests[row]:
                 raise EnvironmentFailure(

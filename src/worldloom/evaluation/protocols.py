@@ -338,6 +338,16 @@ def register_protocol(protocol: Protocol) -> Protocol:
     return PROTOCOLS.register(protocol.title)(protocol)
 
 
+def default_protocol(env_id: str | None) -> str | None:
+    """Return the title of a world's usual protocol: goals that it draws itself, else the nearest logged ones."""
+
+    def rank(title: str) -> tuple[int, str]:
+        splits = PROTOCOLS[title].splits.values()
+        return max(split.goal_offset or 0 for split in splits), title
+
+    return min((title for title in PROTOCOLS if PROTOCOLS[title].env_id == env_id), key=rank, default=None)
+
+
 def gym_protocol(
     env_id: str,
     *,

@@ -420,10 +420,8 @@ def table_rows(results: Results | PooledResults) -> list[list[str]]:
     splits = list(dict.fromkeys(row.split for row in results.rows))
     methods = list(dict.fromkeys(row.method for row in results.rows))
     cells: dict[tuple[str, str], Row | PooledRow] = {(row.method, row.split): row for row in results.rows}
-    sizes = {split: next(row.overall.n for row in results.rows if row.split == split) for split in splits}
-    rows = [
-        ["method", *(f"{split} (n={sizes[split]})" for split in splits), "steps / shortest", "SPL", "ms per decision"]
-    ]
+    heads = [_split_head(next(row for row in results.rows if row.split == split)) for split in splits]
+    rows = [["method", *heads, "steps / shortest", "SPL", "ms per decision"]]
     for method in methods:
         mine = [cells[method, split] for split in splits if (method, split) in cells]
         rows.append(
@@ -436,6 +434,13 @@ def table_rows(results: Results | PooledResults) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def _split_head(row: Row | PooledRow) -> str:
+    """Name a split with its count, and say how many of its goals the start satisfies already."""
+    episodes = row.episodes if isinstance(row, Row) else [episode for run in row.runs for episode in run.episodes]
+    solved = sum(episode.success and episode.steps == 0 for episode in episodes)
+    return f"{row.split} (n={row.overall.n}{f', {solved} solved at the start' if solved else ''})"
 
 
 def _success_text(row: Row | PooledRow) -> str:

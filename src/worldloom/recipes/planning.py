@@ -11,7 +11,7 @@ from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.files import storage_errors
 from worldloom.core.registry import nearest
 from worldloom.core.types import Goal, Observations
-from worldloom.evaluation import PROTOCOLS
+from worldloom.evaluation import PROTOCOLS, default_protocol
 from worldloom.evaluation.goals import draw_tasks
 from worldloom.evaluation.world import World
 from worldloom.recipes.run import Run
@@ -92,7 +92,7 @@ def read_picture(path: Path, expected: tuple[int, int, int]) -> Observations:
 
 
 def _drawn(run: Run, protocol: str | None, split: str | None, episode: int) -> tuple[Observations, Goal]:
-    name = protocol or run.recipe.protocol
+    name = protocol or run.recipe.protocol or default_protocol(run.environment.get("id"))
     if name is None:
         raise ConfigError("give --start and --goal, or a --protocol that draws them")
     chosen = PROTOCOLS[name]
@@ -101,6 +101,4 @@ def _drawn(run: Run, protocol: str | None, split: str | None, episode: int) -> t
         raise ConfigError(f"protocol {name} has no split {split!r}; {nearest(split, chosen.splits)}")
     with World(chosen, 1) as world:
         tasks, _ = draw_tasks(chosen, split, world, episode, f"drawing episode {episode} of {split!r}")
-        options = chosen.task(split) if chosen.goal_source == "world" else None
-        frame = world.reset(tasks.seeds, options, where="plan")
-        return frame.observations, tasks.goal
+        return tasks.begin(chosen, split, world, "plan").observations, tasks.goal

@@ -1,5 +1,7 @@
 """The main job: collect, train, evaluate; each step can be broken off and taken up again."""
 
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +19,7 @@ from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seeds import torch_generator
 from worldloom.data import EpisodeDataset, Frames, load_frames
 from worldloom.envs import register_envs
-from worldloom.evaluation import PROTOCOLS, Protocol, Results, gym_protocol
+from worldloom.evaluation import PROTOCOLS, Protocol, Results, default_protocol, gym_protocol
 from worldloom.evaluation import evaluate as evaluate_methods
 from worldloom.evaluation.report import write_report
 from worldloom.models import load_model
@@ -231,8 +233,21 @@ def evaluate(
 
 
 def report_path(run: Run, results: Results) -> Path:
-    """Return where the report of an evaluation is kept."""
-    name = results.protocol.title.replace("/", "-")
+    """Return where the report of an evaluation is kept.
+
+    The folder bears the protocol's title; a digest goes with it where conventions, seed or methods are not the usual
+    ones, so that no evaluation takes another's place.
+    """
+    protocol = results.protocol
+    name = protocol.title.replace("/", "-")
+    methods = sorted({row.method for row in results.rows})
+    if (
+        protocol.title not in PROTOCOLS
+        or PROTOCOLS[protocol.title] != protocol
+        or methods != sorted(run.recipe.methods)
+    ):
+        text = json.dumps([protocol.fingerprint, protocol.seed, methods])
+        name += f"-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
     return run.path / "evaluation" / name / "report.html"
 
 
@@ -254,7 +269,7 @@ def _protocol(
     env_id = source.get("id")
     name = name or run.recipe.protocol
     if name is None and success is None:
-        name = next((title for title in PROTOCOLS if PROTOCOLS[title].env_id == env_id), None)
+        name = default_protocol(env_id)
     if name is not None:
         if success is not None or goal_offset is not None:
             raise ConfigError(f"protocol {name!r} says what success and goals are; leave out success and goal_offset")

@@ -1,11 +1,18 @@
 """`worldloom evaluate`: zero-shot success under a named protocol."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from worldloom.cli.options import Imports, Json, Threads, import_modules, key_values, set_threads
+from worldloom.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from worldloom.core.protocols import Agent
+    from worldloom.recipes import Run
 
 
 def evaluate(
@@ -25,6 +32,13 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(min=0, help="The root of the evaluation's seeds.")] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="A method to evaluate; all of the recipe by default.")
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE:FACTORY",
+            help="Put a foreign policy into the table: the factory is imported, called, and gives what has get_action.",
+        ),
     ] = None,
     env_arg: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the world.")] = None,
     threads: Threads = 0,
@@ -47,6 +61,7 @@ def evaluate(
         episodes=episodes,
         seed=seed,
         methods=method,
+        others={name: _foreign(name, opened) for name in policy or []},
         env_kwargs=key_values(env_arg, "--env-arg"),
         progress=progress(),
     )
@@ -55,6 +70,21 @@ def evaluate(
         return
     show(results)
     say(f"report: {report_path(opened, results)}")
+
+
+def _foreign(name: str, run: "Run") -> Callable[[], "Agent"]:
+    """Return the factory of an agent from `MODULE:FACTORY`."""
+    from worldloom.evaluation import ForeignPolicy, InfoPolicy
+
+    module, _, factory = name.partition(":")
+    import_modules([module])
+    make = getattr(sys.modules[module], factory, None)
+    if not callable(make):
+        raise ConfigError(f"--policy {name}: the module {module!r} has no factory {factory!r}; expected MODULE:FACTORY")
+    policy = make()
+    if not isinstance(policy, InfoPolicy):
+        raise ConfigError(f"--policy {name}: what it made, a {type(policy).__name__}, has no get_action(info)")
+    return lambda: ForeignPolicy(policy, run.model.spec.action)
 
 
 def show(results: Any) -> None:

@@ -48,9 +48,7 @@ def load_mujoco() -> Any:
     try:
         import mujoco
     except ImportError as error:
-        raise EnvironmentFailure(
-            f"MuJoCo is not installed ({error}); run: pip install 'worldloom[mujoco]'"
-        ) from error
+        raise EnvironmentFailure(f"MuJoCo is not installed ({error}); run: pip install 'worldloom[mujoco]'") from error
     return mujoco
 
 

@@ -1,6 +1,7 @@
 """Evaluation: named protocols, success with intervals, results and reports."""
 
 from worldloom.evaluation.evaluate import Narrowing, Timed, evaluate
+from worldloom.evaluation.foreign import ForeignPolicy, InfoPolicy, LentPolicy
 from worldloom.evaluation.intervals import wilson_interval
 from worldloom.evaluation.protocols import (
     PROTOCOLS,
@@ -31,7 +32,10 @@ __all__ = [
     "Condition",
     "DistanceBins",
     "EpisodeResult",
+    "ForeignPolicy",
+    "InfoPolicy",
     "Latency",
+    "LentPolicy",
     "Narrowing",
     "PooledResults",
     "PooledRow",

@@ -105,7 +105,7 @@ class Run(Learned):
         return figures
 
     def evaluations(self) -> dict[str, dict[str, Any]]:
-        """Return the results of each evaluation, by protocol."""
+        """Return the results of each evaluation, by the name of its folder (see `report_path`)."""
         return {path.parent.name: read_json(path) for path in sorted(self.path.glob("evaluation/*/results.json"))}
 
     def summary(self) -> dict[str, Any]:

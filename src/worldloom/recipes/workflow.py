@@ -16,6 +16,7 @@ from worldloom.agents import fit_behaviour_cloning, fit_reactive
 from worldloom.core.errors import CheckpointError, ConfigError, WorldloomError
 from worldloom.core.files import write_json
 from worldloom.core.progress import SILENT, Progress
+from worldloom.core.protocols import Agent
 from worldloom.core.seeds import torch_generator
 from worldloom.data import EpisodeDataset, Frames, load_frames
 from worldloom.envs import register_envs
@@ -203,11 +204,13 @@ def evaluate(
     episodes: int | None = None,
     seed: int | None = None,
     methods: Sequence[str] | None = None,
+    others: Mapping[str, Callable[[], Agent]] | None = None,
     env_kwargs: Mapping[str, Any] | None = None,
     progress: Progress = SILENT,
 ) -> Results:
     """Evaluate methods of the run and write `results.json` and `report.html`; see `report_path`.
 
+    `others` are agents that are not of the run, by the name of their row: see `worldloom.evaluation.ForeignPolicy`.
     The protocol is the one named, else the recipe's, else one that the run's world has, else one whose goals the
     logging policy reached (then `success` says what counts, such as `position:3`).
 
@@ -219,6 +222,7 @@ def evaluate(
     agents = {name: _factory(run, name) for name in chosen}
     for name in chosen:
         agents[name]()  # an unknown method is said before anything runs
+    agents |= others or {}
     results = evaluate_methods(
         _protocol(run, protocol, success, goal_offset, budget, episodes, seed, env_kwargs or {}),
         agents,

@@ -2,6 +2,7 @@
 
 import math
 import time
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -13,6 +14,7 @@ from worldloom.core.errors import EnvironmentFailure
 from worldloom.core.types import Goal, Observations
 from worldloom.evaluation import PROTOCOLS, Protocol, Split, SuccessRule, default_protocol, evaluate, table_rows
 from worldloom.evaluation.goals import draw_tasks
+from worldloom.evaluation.report import write_report
 from worldloom.evaluation.world import World
 
 PUSHT = PROTOCOLS["pusht-25@1"].success
@@ -123,9 +125,13 @@ def test_episodes_start_where_the_logged_ones_were() -> None:
         np.testing.assert_allclose(moved.numpy(), frame.observations.vector[:, 1].numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_goals_solved_at_the_start_are_counted_and_said() -> None:
+def test_goals_solved_at_the_start_are_counted_and_said(tmp_path: Path) -> None:
     results = evaluate(PROTOCOL, {"still": Still}, record=0)
     solved = sum(episode.success and episode.steps == 0 for episode in results.rows[0].episodes)
+    assert results.rows[0].solved_at_start == results.to_json()["rows"][0]["solved_at_start"] == solved
+    report = tmp_path / "report.html"
+    write_report(report, results)
+    assert (f"({solved} of 12 solved at the start)" in report.read_text()) == (solved > 0)
     head = table_rows(results)[0][1]
     assert (f", {solved} solved at the start" in head) == (solved > 0)
     strict = Protocol.parse({**PROTOCOL.model_dump(), "count_solved": False})

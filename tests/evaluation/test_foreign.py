@@ -49,7 +49,8 @@ def test_a_foreign_policy_sees_the_fields_layout() -> None:
     assert (begin["goal_proprio"] == 9).all()
     assert begin["_needs_flush"].all()
     assert not then["_needs_flush"].any()
-    assert (begin["action"] == 0).all()
+    assert np.isnan(begin["action"]).all()
+    assert begin["terminated"].shape == (3, 1)
     np.testing.assert_array_equal(then["action"][:, 0], first.numpy())
     assert (then["pixels"] == 2).all()
 
@@ -60,6 +61,28 @@ def test_a_foreign_policy_stands_in_a_table_of_ours() -> None:
     row = evaluate(protocol, {"foreign": lambda: ForeignPolicy(policy, ACTION)}, record=0).rows[0]
     assert row.overall.n == 2
     assert policy.infos[0]["pixels"].shape[1:] == (1, 64, 64, 3)
+
+
+def test_a_seeded_foreign_policy_repeats_its_table() -> None:
+    class Dice(Recorder):
+        seed = 3
+
+        def set_seed(self, seed: int) -> None:
+            self.envs[-1].action_space.seed(seed)
+
+        def get_action(self, info: dict[str, Any]) -> Any:
+            super().get_action(info)
+            return self.envs[-1].action_space.sample()
+
+    protocol = PROTOCOLS["two-room@1"].customise(episodes=4, budget=3)
+    tables = []
+    for _ in range(2):
+        policy = Dice()
+        tables.append(evaluate(protocol, {"dice": lambda: ForeignPolicy(policy, ACTION)}, batch=2, record=0))  # noqa: B023
+        acted = [info["action"] for info in policy.infos if not np.isnan(info["action"]).any()]
+        assert not np.array_equal(acted[0], acted[2])  # the second batch draws on
+    first, second = ([episode.end_distance for episode in table.rows[0].episodes] for table in tables)
+    assert first == second
 
 
 @pytest.mark.parametrize("wrong", [lambda size: np.zeros((size, 3)), lambda size: np.full((size, 2), np.nan)])
@@ -130,6 +153,19 @@ def test_a_changed_goal_begins_anew_without_a_flag() -> None:
     assert policy.get_action(info_of(np.zeros(2), np.array([5.0, 5.0])))[:, 0].tolist() == [1, 1]
     assert policy.get_action(info_of(np.array([9.0, 0.0]), np.array([5.0, 7.0])))[:, 0].tolist() == [-1, 1]
     assert len(Toward.made) == 2
+
+
+def test_a_flag_left_standing_does_not_start_episodes_again() -> None:
+    """stable-worldmodel never takes `_needs_flush` back; `step_idx` says what it means."""
+    policy, flag, far = lend(), np.ones(2, bool), np.array([9.0, 9.0])
+    for step in range(4):
+        steps = np.array([[step], [step if step < 2 else step - 2]])
+        policy.get_action(info_of(np.zeros(2), far, _needs_flush=flag, step_idx=steps))
+    assert [agent.steps for agent in Toward.made] == [4, 2]
+    policy.get_action(info_of(np.zeros(2), far, step_idx=np.zeros((2, 1), int)))  # a reset that nobody announced
+    assert len(Toward.made) == 3
+    policy.get_action(info_of(np.zeros(2), far, _needs_flush=flag, step_idx=np.zeros((2, 1), int)))  # ended at once
+    assert len(Toward.made) == 4
 
 
 def test_pictures_of_other_layouts_and_sizes_are_brought_to_the_models() -> None:

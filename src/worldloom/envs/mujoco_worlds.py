@@ -93,7 +93,7 @@ class ReacherEnv(_MuJoCoEnv):
             raise EnvironmentFailure(f"Reacher's torque is {torque}; expected a share above 0, at most 1")
         self.render_mode = render_mode
         self._torque = torque
-        super().__init__(_reacher_model(), 2, (0.0, 0.0, 0.62), size)
+        super().__init__(_reacher_model(), 2, (0.0, 0.0, 0.54), size)
 
     def _place(self) -> None:
         self._data.qpos[:2] = self.np_random.uniform((-np.pi, -2.8), (np.pi, 2.8))
@@ -123,7 +123,7 @@ class PointMazeEnv(_MuJoCoEnv):
         self.render_mode = render_mode
         rows = LAYOUTS[layout]
         self._free = _centres(rows, " ")
-        super().__init__(_maze_model(layout), substeps, (0.0, 0.0, 1.25 * max(len(rows), len(rows[0]))), size)
+        super().__init__(_maze_model(layout), substeps, (0.0, 0.0, 1.15 * max(len(rows), len(rows[0]))), size)
 
     def _place(self) -> None:
         cell = self._free[self.np_random.integers(len(self._free))]
@@ -152,12 +152,13 @@ def _reacher_model() -> Any:
 @functools.cache
 def _maze_model(layout: str) -> Any:
     walls = "".join(
-        f'<geom type="box" pos="{x} {y} 0.2" size="0.5 0.5 0.2" contype="1" conaffinity="1" rgba="0.7 0.5 0.3 1"/>'
+        f'<geom type="box" pos="{x} {y} 0.2" size="0.5 0.5 0.2" contype="1" conaffinity="1" rgba="0.75 0.65 0.5 1"/>'
         for x, y in _centres(LAYOUTS[layout], "#")
     )
     return load_mujoco().MjModel.from_xml_string(f"""
 <mujoco>
   <option timestep="0.01" gravity="0 0 0" iterations="20" integrator="Euler"/>
+  <visual><headlight ambient="1 1 1" diffuse="0 0 0" specular="0 0 0"/></visual>
   <default>
     <joint damping="1" limited="false"/>
     <geom friction="0.5 0.1 0.1" density="1000" margin="0.002" condim="1" contype="2" conaffinity="1"/>
@@ -167,7 +168,7 @@ def _maze_model(layout: str) -> Any:
     {walls}
     <body name="particle">
       <geom type="sphere" size="0.1" contype="1" rgba="0 0 1 0"/>
-      <site type="sphere" size="0.2" rgba="0.3 0.9 0.3 1"/>
+      <site type="sphere" size="0.3" rgba="0.95 0.25 0.2 1"/>
       <joint name="x" type="slide" axis="1 0 0"/>
       <joint name="y" type="slide" axis="0 1 0"/>
     </body>

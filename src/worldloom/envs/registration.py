@@ -10,6 +10,8 @@ _WORLDS = {
 # Worlds on a physics engine of an extra; the class is imported when the world is made.
 _PHYSICS = {
     "worldloom/PushT-v0": "worldloom.envs.pusht:PushTEnv",
+    "worldloom/Reacher-v0": "worldloom.envs.mujoco_worlds:ReacherEnv",
+    "worldloom/PointMaze-v0": "worldloom.envs.mujoco_worlds:PointMazeEnv",
     "worldloom/Plant-v0": "worldloom.envs.link_env:LinkEnv",
 }
 

@@ -34,10 +34,11 @@ class ForeignPolicy:
     """An `Agent` made of another library's policy.
 
     `info` has `pixels` and `goal` (E, 1, H, W, C) as bytes; the observation vector as `vector_name` and
-    `goal_VECTOR_NAME` (E, 1, V); `action`, the last one, zero at first (E, 1, A); `step_idx`; and the flag
-    `_needs_flush`, true in the first call of an episode. A policy that has `set_env` is handed an object with
-    `num_envs`, `action_space` and `single_action_space` before each batch of episodes. It sees all environments to the
-    end of the batch, those too whose episode is over.
+    `goal_VECTOR_NAME` (E, 1, V); `action`, the last one, NaN at first as there (E, 1, A); `step_idx` and `terminated`
+    (E, 1); and the flag `_needs_flush` (E,), true in the first call of an episode. A policy that has `set_env` is handed
+    an object with `num_envs`, `action_space` and `single_action_space` before each batch of episodes; one that has a
+    `seed` is told by `set_seed` to begin with it, once for each size of batch. It sees all environments to the end of the
+    batch, those too whose episode is over.
 
     Raises:
         DataError: an answer is not (E, A) or not finite.
@@ -48,21 +49,26 @@ class ForeignPolicy:
         self._goal: Goal | None = None
         self._last = np.zeros((0, action.size), np.float32)
         self._step = 0
+        self._envs: dict[int, SimpleNamespace] = {}  # kept, so that a seeded policy draws on from batch to batch
 
     def reset(self, goal: Goal) -> None:
         """Take new goals; the policy is told to forget the last episode."""
         size = goal.observations.axes[0]
         self._goal, self._step = goal, 0
-        self._last = np.zeros((size, self._action.size), np.float32)
-        if hasattr(self._policy, "set_env"):
+        self._last = np.full((size, self._action.size), np.nan, np.float32)
+        if not hasattr(self._policy, "set_env"):
+            return
+        known = size in self._envs
+        if not known:
             low, high = np.array(self._action.low, np.float32), np.array(self._action.high, np.float32)
-            self._policy.set_env(
-                SimpleNamespace(
-                    num_envs=size,
-                    single_action_space=spaces.Box(low, high),
-                    action_space=spaces.Box(np.tile(low, (size, 1)), np.tile(high, (size, 1))),
-                )
+            self._envs[size] = SimpleNamespace(
+                num_envs=size,
+                single_action_space=spaces.Box(low, high),
+                action_space=spaces.Box(np.tile(low, (size, 1)), np.tile(high, (size, 1))),
             )
+        self._policy.set_env(self._envs[size])
+        if not known and getattr(self._policy, "seed", None) is not None and hasattr(self._policy, "set_seed"):
+            self._policy.set_seed(self._policy.seed)
 
     def act(self, observations: Observations) -> Float[Tensor, "B A"]:
         """Return what the policy answers, clipped to the bounds."""
@@ -73,7 +79,7 @@ class ForeignPolicy:
             **self._part(self._goal.observations, "goal", f"goal_{self._vector_name}"),
             "action": self._last[:, None],
             "step_idx": np.full((size, 1), self._step),
-            "terminated": np.zeros(size, bool),
+            "terminated": np.zeros((size, 1), bool),
             "_needs_flush": np.full(size, self._step == 0),
         }
         answer = self._policy.get_action(info)
@@ -99,8 +105,9 @@ class LentPolicy:
 
     `make` gives an agent for a batch of environments. Pixels may be bytes or floats in [0, 1], channels first or last,
     of any size: they are brought to the model's by area. The vector is made of the keys `vector`, in this order.
-    An environment begins anew where `_needs_flush` says so or its goal changes; no action is chosen where
-    `terminated` is true (its row is zero).
+    An environment begins anew where its `step_idx` goes back, its goal changes, or `_needs_flush` says so while
+    `step_idx`, if given, has not gone on: stable-worldmodel leaves that flag standing after a reset. No action is chosen
+    where `terminated` is true (its row is zero).
 
     Raises:
         DataError: `info` lacks a key, or an array has another shape.
@@ -117,18 +124,20 @@ class LentPolicy:
         self._make, self._observation, self._action, self._vector = make, observation, action, tuple(vector)
         self._groups: list[_Group] = []
         self._goal: Observations | None = None
+        self._steps: np.ndarray | None = None
 
     def set_env(self, env: Any) -> None:
         """Forget all episodes; the environments themselves are not looked at."""
-        self._groups, self._goal = [], None
+        self._groups, self._goal, self._steps = [], None, None
 
     def get_action(self, info: Mapping[str, Any], **options: Any) -> Float32[np.ndarray, "E A"]:
         """Return one action for each environment; `options` of other libraries are not read."""
         observations, goal = self._read(info, ""), self._read(info, "goal")
         size = observations.axes[0]
-        fresh = self._fresh(info, goal, size)
-        self._goal = goal
-        dead = np.broadcast_to(np.asarray(info.get("terminated", False), bool).reshape(-1), (size,))
+        steps = _flat(info["step_idx"], size) if "step_idx" in info else None
+        fresh = self._fresh(info, goal, steps, size)
+        self._goal, self._steps = goal, steps
+        dead = _flat(info.get("terminated", False), size).astype(bool)
         for group in self._groups:
             group.drop(fresh | dead)
         self._groups = [group for group in self._groups if len(group.rows)]
@@ -143,11 +152,13 @@ class LentPolicy:
             actions[group.rows] = chosen[np.isin(group.seen, group.rows)]
         return actions
 
-    def _fresh(self, info: Mapping[str, Any], goal: Observations, size: int) -> np.ndarray:
+    def _fresh(self, info: Mapping[str, Any], goal: Observations, steps: np.ndarray | None, size: int) -> np.ndarray:
         if self._goal is None or self._goal.axes[0] != size:
             self._groups = []
             return np.ones(size, bool)
-        fresh = np.array(np.broadcast_to(np.asarray(info.get("_needs_flush", False), bool).reshape(-1), (size,)))
+        fresh = _flat(info.get("_needs_flush", False), size).astype(bool)
+        if steps is not None and self._steps is not None:
+            fresh = (fresh & (steps <= self._steps)) | (steps < self._steps)
         for before, now in ((self._goal.pixels, goal.pixels), (self._goal.vector, goal.vector)):
             if before is not None and now is not None:
                 fresh |= (before != now).reshape(size, -1).any(dim=1).numpy()
@@ -185,6 +196,12 @@ class _Group:
         if isinstance(self.agent, Narrowing) and len(self.rows):
             self.agent.keep([int(place) for place in np.flatnonzero(np.isin(self.seen, self.rows))])
             self.seen = self.rows
+
+
+def _flat(value: Any, size: int) -> np.ndarray:
+    """Return one number for each environment, from (E,), (E, 1) or a single one; a copy."""
+    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    return np.array(np.broadcast_to(array.reshape(-1), (size,)))
 
 
 def _latest(info: Mapping[str, Any], name: str) -> np.ndarray:

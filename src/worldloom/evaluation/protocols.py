@@ -441,13 +441,20 @@ _FIELD = {25: 50, 100: 150}
 
 
 def _register_field(
-    name: str, env_id: str, success: SuccessRule, *, policy: str = "directed-walk", start_steps: int = 75
+    name: str,
+    env_id: str,
+    success: SuccessRule,
+    *,
+    env_kwargs: Mapping[str, Any] | None = None,
+    policy: str = "directed-walk",
+    start_steps: int = 75,
 ) -> None:
     for offset, budget in _FIELD.items():
         register_protocol(
             Protocol(
                 name=f"{name}-{offset}",
                 env_id=env_id,
+                env_kwargs=dict(env_kwargs or {}),
                 goal_source="logged-policy",
                 splits={f"{offset} steps ahead": Split(goal_offset=offset, start_steps=start_steps)},
                 policy=policy,
@@ -483,6 +490,7 @@ _register_field(
     "point-maze",
     "worldloom/PointMaze-v0",
     SuccessRule(source="info", name="position", radius=0.25, unit="m"),
+    env_kwargs={"layout": "medium"},
 )
 # OGBench's rule: the cube within 4 cm.
 _register_field(

@@ -176,7 +176,9 @@ def _split_table(results: Results, split: str) -> dict[str, Any]:
     ranked = _ranked(results)
     mine = [row for row in results.rows if row.split == split]
     rows = sorted(mine, key=lambda row: (-row.overall.rate, ranked.index(row.method)))
-    return {"name": split, "rows": [_row(results, row) for row in rows]}
+    solved = mine[0].solved_at_start
+    name = f"{split} ({solved} of {mine[0].overall.n} solved at the start)" if solved else split
+    return {"name": name, "rows": [_row(results, row) for row in rows]}
 
 
 def _row(results: Results, row: Row) -> dict[str, Any]:

@@ -6,8 +6,8 @@
 - `protocol`: every field of the protocol, with `title`, `fingerprint` and `conventions` (its lines of text).
 - `model`: fingerprint of the weights; `training_seed`; `hardware`; `provenance`: whatever the caller gave.
 - `rows`: one for each method and split, in the order evaluated: `method`, `split`, `protocol`,
-  `protocol_fingerprint`, `n`, `successes`, `rate`, `interval` (Wilson 95%), `seeds` (`evaluation`, `training`),
-  `spl`, `steps_over_shortest`, `by_distance` (`measure`, `bins`), `by_wall`, `latency`, `hardware`, `threads`,
+  `protocol_fingerprint`, `n`, `successes`, `rate`, `interval` (Wilson 95%), `solved_at_start` (successes without a
+  step), `seeds` (`evaluation`, `training`), `spl`, `steps_over_shortest`, `by_distance` (`measure`, `bins`), `by_wall`, `latency`, `hardware`, `threads`,
   `model` and `episodes`.
 - Each bin of `by_distance` and each group of `by_wall`: `label`, `n`, `successes`, `rate`, `interval`, and a bin's
   `mean_distance`.
@@ -129,6 +129,11 @@ class _Summary:
     def overall(self) -> Rate:
         """Success over all episodes."""
         return Rate.of("all", self.episodes)
+
+    @property
+    def solved_at_start(self) -> int:
+        """How many goals the start satisfied already: successes of doing nothing, the same for every method."""
+        return sum(episode.success and episode.steps == 0 for episode in self.episodes)
 
     @property
     def spl(self) -> float | None:
@@ -275,6 +280,7 @@ class Results:
             "protocol": self.protocol.title,
             "protocol_fingerprint": self.protocol.fingerprint,
             **{key: value for key, value in row.overall.to_json().items() if key != "label"},
+            "solved_at_start": row.solved_at_start,
             "seeds": {"evaluation": self.protocol.seed, "training": self.training_seed},
             "spl": row.spl,
             "steps_over_shortest": row.steps_over_shortest,
@@ -438,9 +444,8 @@ def table_rows(results: Results | PooledResults) -> list[list[str]]:
 
 def _split_head(row: Row | PooledRow) -> str:
     """Name a split with its count, and say how many of its goals the start satisfies already."""
-    episodes = row.episodes if isinstance(row, Row) else [episode for run in row.runs for episode in run.episodes]
-    solved = sum(episode.success and episode.steps == 0 for episode in episodes)
-    return f"{row.split} (n={row.overall.n}{f', {solved} solved at the start' if solved else ''})"
+    solved = f", {row.solved_at_start} solved at the start" if row.solved_at_start else ""
+    return f"{row.split} (n={row.overall.n}{solved})"
 
 
 def _success_text(row: Row | PooledRow) -> str:

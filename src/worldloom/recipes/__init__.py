@@ -1,5 +1,6 @@
 """Recipes: complete configurations by name, and the work that they describe."""
 
+import worldloom.recipes.physics  # noqa: F401 - registers its recipes
 from worldloom.recipes.config import CollectionConfig, Recipe
 from worldloom.recipes.library import RECIPES, load_recipe
 from worldloom.recipes.methods import METHODS, MethodConfig

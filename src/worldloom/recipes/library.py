@@ -3,13 +3,8 @@
 from collections.abc import Callable
 
 from worldloom.core.registry import Registry
-from worldloom.models import JEPAConfig
-from worldloom.models.encoders import PatchConv
-from worldloom.models.losses import Covariance, InverseDynamics, TemporalSimilarity
-from worldloom.models.predictors import MLPPredictor
-from worldloom.planning import CEM
+from worldloom.models.losses import InverseDynamics
 from worldloom.recipes.config import CollectionConfig, Recipe
-from worldloom.recipes.methods import CloningMethod, PlanMethod, RandomMethod, ReactiveMethod
 from worldloom.training import TrainingConfig, default_losses
 
 RECIPES: Registry[Callable[[], Recipe]] = Registry("recipe")
@@ -63,52 +58,3 @@ def maze() -> Recipe:
 def _with_history() -> TrainingConfig:
     losses = {**default_losses(), "inverse-dynamics": InverseDynamics(weight=3.0, frames=3)}
     return TrainingConfig(losses=losses)
-
-
-@RECIPES.register("pusht")
-def pusht() -> Recipe:
-    """PushT from logs of a hand that wanders about the block and aims at nothing."""
-    # The block is a slow feature, the disc a fast one: inverse dynamics alone keeps the disc and loses the
-    # block's angle, so it weighs less here, and covariance and temporal similarity more (docs/log.md).
-    losses = {
-        **default_losses(),
-        "covariance": Covariance(weight=0.1, samples="pooled"),
-        "temporal-similarity": TemporalSimilarity(weight=2.0),
-        "inverse-dynamics": InverseDynamics(weight=1.0, frames=3),
-    }
-    search = CEM(samples=128, iterations=5, elites=16)
-    return Recipe(
-        name="pusht",
-        description="PushT in 64x64 RGB on pymunk, 360 thousand frames of a clumsy hand that aims at nothing.",
-        collection=CollectionConfig(
-            env_id="worldloom/PushT-v0", episodes=2400, steps=150, policy="near-object", num_envs=50
-        ),
-        model=JEPAConfig(
-            block=2,
-            context=2,
-            latent_dim=96,
-            encoder=PatchConv(channels=(64, 128), hidden=512),
-            predictor=MLPPredictor(hidden=(512, 512)),
-        ),
-        training=TrainingConfig(steps=15000, losses=losses, validate_every=3000, checkpoint_every=1000),
-        methods={
-            "random": RandomMethod(),
-            "behaviour cloning": CloningMethod(),
-            "reactive policy": ReactiveMethod(),
-            "CEM, latent L2": PlanMethod(solver=search, horizon=12),
-            "CEM, learned distance": PlanMethod(solver=search, horizon=12, metric="distance"),
-        },
-        default_method="CEM, latent L2",
-        protocol="pusht-25@1",
-    )
-
-
-@RECIPES.register("generic")
-def generic() -> Recipe:
-    """Any dataset: two frames of history, since one may not show velocities."""
-    return Recipe(
-        name="generic",
-        description="Any dataset of pixels and/or vectors; two frames of history, for one may not show velocities.",
-        model=JEPAConfig(context=2, encoder=None),
-        training=_with_history(),
-    )

@@ -1,0 +1,90 @@
+"""Recipes of the worlds on physics engines; the worlds need an extra, the recipes do not."""
+
+from worldloom.models import JEPAConfig
+from worldloom.models.losses import Covariance, InverseDynamics, TemporalSimilarity
+from worldloom.planning import CEM
+from worldloom.recipes.config import CollectionConfig, Recipe
+from worldloom.recipes.library import RECIPES
+from worldloom.recipes.methods import CloningMethod, MethodConfig, PlanMethod, RandomMethod, ReactiveMethod
+from worldloom.training import TrainingConfig, default_losses
+
+# 300 candidates, 10 times: contact is found by few of them.
+WIDE = CEM(samples=300, iterations=10, elites=30)
+
+
+def _methods(*, horizon: int) -> dict[str, MethodConfig]:
+    search = CEM(samples=128, iterations=5, elites=16)
+    return {
+        "random": RandomMethod(),
+        "behaviour cloning": CloningMethod(),
+        "reactive policy": ReactiveMethod(),
+        "CEM, latent L2": PlanMethod(solver=search, horizon=horizon),
+        "CEM, learned distance": PlanMethod(solver=search, horizon=horizon, metric="distance"),
+    }
+
+
+@RECIPES.register("pusht")
+def pusht() -> Recipe:
+    """PushT from logs of a hand that wanders about the block and aims at nothing."""
+    # The block is a slow feature, the disc a fast one: inverse dynamics alone keeps the disc and loses the
+    # block's angle, so it weighs less here, and covariance and temporal similarity more (docs/log.md).
+    losses = {
+        **default_losses(),
+        "covariance": Covariance(weight=0.3, samples="pooled"),
+        "temporal-similarity": TemporalSimilarity(weight=2.0),
+        "inverse-dynamics": InverseDynamics(weight=1.0, frames=3),
+    }
+    return Recipe(
+        name="pusht",
+        description="PushT in 64x64 RGB on pymunk, 360 thousand frames of a clumsy hand that aims at nothing.",
+        collection=CollectionConfig(
+            env_id="worldloom/PushT-v0", episodes=2400, steps=150, policy="near-object", num_envs=50
+        ),
+        model=JEPAConfig(block=2, context=2),
+        training=TrainingConfig(steps=10000, losses=losses, validate_every=2000, checkpoint_every=1000),
+        methods=_methods(horizon=12) | {"CEM of 3,000, latent L2": PlanMethod(solver=WIDE, horizon=12)},
+        default_method="CEM of 3,000, latent L2",
+        protocol="pusht-25@1",
+    )
+
+
+@RECIPES.register("reacher")
+def reacher() -> Recipe:
+    """A two-link arm, its torques a random walk."""
+    return Recipe(
+        name="reacher",
+        description="Gymnasium's two-link arm in 64x64 RGB on MuJoCo, 150 thousand frames of a random walk of torques.",
+        collection=CollectionConfig(env_id="worldloom/Reacher-v0", episodes=1000, steps=150, num_envs=50),
+        model=JEPAConfig(block=2, context=2),
+        training=TrainingConfig(
+            steps=4000,
+            losses={**default_losses(), "inverse-dynamics": InverseDynamics(weight=3.0, frames=3)},
+            validate_every=1000,
+            checkpoint_every=1000,
+        ),
+        methods=_methods(horizon=12),
+        default_method="CEM, latent L2",
+        protocol="reacher-25@1",
+    )
+
+
+@RECIPES.register("point-maze")
+def point_maze() -> Recipe:
+    """A point with mass in a maze, its forces a random walk."""
+    return Recipe(
+        name="point-maze",
+        description="A point with mass in a medium maze, 64x64 RGB on MuJoCo, 150 thousand frames of a random walk.",
+        collection=CollectionConfig(
+            env_id="worldloom/PointMaze-v0", env_kwargs={"layout": "medium"}, episodes=1000, steps=150, num_envs=50
+        ),
+        model=JEPAConfig(block=2, context=2),
+        training=TrainingConfig(
+            steps=3000,
+            losses={**default_losses(), "inverse-dynamics": InverseDynamics(weight=3.0, frames=3)},
+            validate_every=1000,
+            checkpoint_every=1000,
+        ),
+        methods=_methods(horizon=12),
+        default_method="CEM, latent L2",
+        protocol="point-maze-25@1",
+    )

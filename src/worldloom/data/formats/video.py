@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -50,33 +51,82 @@ def read_frames(
     Raises:
         DataError: a frame is missing or does not decode, or the size of frames changes on the way.
     """
-    out: np.ndarray | None = None
-    there = 0
-    shape: tuple[int, int] | None = None
-    with _opened(path) as (container, stream):
-        stream.thread_type = "AUTO"
-        for number, frame in enumerate(container.decode(stream)):
-            if there == len(keep):
-                break
-            if frame.is_corrupt:
-                raise DataError(f"{path} does not decode at frame {number}; restore it from a copy")
-            shape = shape or (frame.height, frame.width)
-            if (frame.height, frame.width) != shape:
-                raise DataError(
-                    f"{path} changes its frame size from {shape} to {(frame.height, frame.width)} (height, width) at "
-                    f"frame {number}; expected one size. Encode it again, or cut it there"
-                )
-            if keep[there] != number:
+    with FrameStream(path) as stream:
+        return stream.read(keep, size)
+
+
+class FrameStream:
+    """The frames of a video, decoded once for calls that go forward; one that goes back begins again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._context: Any = None
+        self._frames: Iterator[Any] = iter(())
+        self._next = 0
+        self._shape: tuple[int, int] | None = None
+        self._last: tuple[int, Any] | None = None  # the frame decoded last, which the next call may ask for again
+
+    def read(self, keep: Int64[np.ndarray, "N"], size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "N H W 3"]:
+        """Return the frames with these numbers; see `read_frames`."""
+        if self._context is None or (len(keep) and keep[0] < (self._last[0] if self._last else 0)):
+            self._begin()
+        out: np.ndarray | None = None
+        there = 0
+        while there < len(keep):
+            if self._last is None or self._last[0] < keep[there]:
+                if not self._advance():
+                    break
                 continue
-            picture = resize(frame.to_ndarray(format="rgb24")[None], size)[0]
+            picture = resize(self._last[1].to_ndarray(format="rgb24")[None], size)[0]
             if out is None:
                 out = np.empty((len(keep), *picture.shape), np.uint8)
-            while there < len(keep) and keep[there] == number:
+            while there < len(keep) and keep[there] == self._last[0]:
                 out[there] = picture
                 there += 1
-    if out is None or there < len(keep):
-        raise DataError(f"{path} decodes only up to frame {number}; frame {keep[there]} is missing. Restore it")
-    return out
+        if out is None or there < len(keep):
+            raise DataError(
+                f"{self.path} decodes only up to frame {self._next - 1}; frame {keep[there]} is missing. Restore it"
+            )
+        return out
+
+    def _begin(self) -> None:
+        self.close()
+        self._context = _opened(self.path)
+        container, stream = self._context.__enter__()
+        stream.thread_type = "AUTO"
+        self._frames = container.decode(stream)
+
+    def _advance(self) -> bool:
+        with _video_errors(self.path):
+            frame = next(self._frames, None)
+        if frame is None:
+            return False
+        number, shape = self._next, (frame.height, frame.width)
+        if frame.is_corrupt:
+            raise DataError(f"{self.path} does not decode at frame {number}; restore it from a copy")
+        self._shape = self._shape or shape
+        if shape != self._shape:
+            raise DataError(
+                f"{self.path} changes its frame size from {self._shape} to {shape} (height, width) at frame {number}; "
+                f"expected one size. Encode it again, or cut it there"
+            )
+        self._last, self._next = (number, frame), number + 1
+        return True
+
+    def close(self) -> None:
+        """Let go of the file."""
+        context, self._context = self._context, None
+        self._frames, self._next, self._shape, self._last = iter(()), 0, None, None
+        if context is not None:
+            context.__exit__(None, None, None)
+
+    def __enter__(self) -> "FrameStream":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def write_video(path: Path, frames: UInt8[np.ndarray, "N H W 3"], *, fps: float, crf: int, lossless: bool) -> None:
@@ -105,11 +155,18 @@ def write_video(path: Path, frames: UInt8[np.ndarray, "N H W 3"], *, fps: float,
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     import av
 
+    with _video_errors(path), av.open(str(path)) as container:
+        if not container.streams.video:
+            raise DataError(f"{path} holds no video; check the file")
+        yield container, container.streams.video[0]
+
+
+@contextmanager
+def _video_errors(path: Path) -> Iterator[None]:
+    import av
+
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise DataError(f"{path} holds no video; check the file")
-            yield container, container.streams.video[0]
+        yield
     except av.FFmpegError as error:
         raise DataError(
             f"{path} cannot be read as a video ({error.strerror}): it is cut, damaged or of another kind. Restore it "

@@ -119,7 +119,7 @@ class LeRobotSink(Sink):
             numbers[VECTOR] = episode.vector
         numbers |= {f"label.{name}": column for name, column in episode.labels.items()}
         steps = np.arange(rows)
-        counters = {
+        counters: dict[str, np.ndarray] = {
             "timestamp": (steps / self.fps).astype(np.float32),
             "frame_index": steps,
             "episode_index": np.full(rows, number),

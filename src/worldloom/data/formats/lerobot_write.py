@@ -222,7 +222,7 @@ class LeRobotSinkV2(LeRobotSink):
         }
         if episode.pixels is not None and not self.lossless:
             file = self._file(_V2_VIDEO, number)
-            write_video(file, rgb(episode.pixels), fps=self.fps, crf=self.options.crf, lossless=False)
+            write_video(file, rgb(episode.pixels), fps=float(self.fps), crf=self.options.crf, lossless=False)
         table = table.replace_schema_metadata({"worldloom": json.dumps(line), "stats": json.dumps(stats)})
         write_atomic(self._file(_V2_DATA, number), lambda temporary: pq.write_table(table, temporary))
         self._lines.append(line)
@@ -309,7 +309,7 @@ class LeRobotSinkV3(LeRobotSink):
         if self._video:
             frames = np.concatenate([rgb(episode.pixels) for episode in pending if episode.pixels is not None])
             file = self.path / _V3_VIDEO.format(video_key=CAMERA, **place)
-            write_video(file, frames, fps=self.fps, crf=self.options.crf, lossless=False)
+            write_video(file, frames, fps=float(self.fps), crf=self.options.crf, lossless=False)
         data = pa.concat_tables(tables)
         largest = max(table.num_rows for table in tables)
         write_atomic(

@@ -15,7 +15,8 @@ from worldloom.core.types import ActionSpec, Episode, ObservationSpec
 from worldloom.data import DatasetSpec, EpisodeDataset
 from worldloom.data.formats import FORMATS, ReadOptions, WriteOptions, convert, detect, lerobot_write, video
 
-FIXTURE = Path(__file__).parents[2] / "fixtures" / "lerobot_v3"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+FIXTURE = FIXTURES / "lerobot_v3"
 TOP, WRIST = "observation.images.top", "observation.images.wrist"
 BOTH = ["lerobot-v21", "lerobot-v3"]
 
@@ -39,9 +40,11 @@ def copy(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("camera", [TOP, WRIST])
-def test_what_lerobot_itself_wrote(camera: str) -> None:
-    assert detect(FIXTURE).name == "lerobot-v3"
-    episodes, notes, spec = read_all("lerobot-v3", FIXTURE, camera=camera)
+@pytest.mark.parametrize("name", BOTH)
+def test_what_lerobot_itself_wrote(name: str, camera: str) -> None:
+    path = FIXTURES / name.replace("-", "_")
+    assert detect(path).name == name
+    episodes, notes, spec = read_all(name, path, camera=camera)
     assert [episode.steps for episode in episodes] == [5, 3, 7]  # of 6, 4 and 8 rows
     for number, episode in enumerate(episodes):
         time = np.arange(episode.steps + 1)

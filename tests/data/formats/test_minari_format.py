@@ -1,5 +1,6 @@
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,19 +52,21 @@ def collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
         if nested:
             parts = {"image": spaces.Box(0, 255, (40, 48, 3), np.uint8), "words": spaces.Text(8)}
             observation = spaces.Dict({**parts, "state": spaces.Tuple((observation, spaces.Discrete(3, start=1)))})
-        minari.create_dataset_from_buffers(
-            "sample/made-v0",
-            [buffer(number, steps, choose, nested) for number, steps in enumerate(LENGTHS)],
-            observation_space=observation,
-            action_space=action,
-            algorithm_name="drift",
-            author="someone",
-            author_email="someone@example.org",
-            code_permalink="https://example.org",
-            description="a sample",
-            data_format="hdf5",
-            jpeg_encoding=jpeg,
-        )
+        with warnings.catch_warnings():  # that there is no environment
+            warnings.simplefilter("ignore", UserWarning)
+            minari.create_dataset_from_buffers(
+                "sample/made-v0",
+                [buffer(number, steps, choose, nested) for number, steps in enumerate(LENGTHS)],
+                observation_space=observation,
+                action_space=action,
+                algorithm_name="drift",
+                author="someone",
+                author_email="someone@example.org",
+                code_permalink="https://example.org",
+                description="a sample",
+                data_format="hdf5",
+                jpeg_encoding=jpeg,
+            )
         return tmp_path / "minari" / "sample" / "made-v0"
 
     return run

@@ -226,7 +226,22 @@ def test_what_lerobot_needs_is_written(tmp_path: Path) -> None:
     assert stats["action"]["count"] == [20]
     pixels = ours.pixels(np.arange(ours.frames)) / 255
     assert np.allclose(np.ravel(stats["observation.image"]["std"]), pixels.std(axis=(0, 1, 2)))
+    assert np.allclose(np.ravel(stats["observation.image"]["max"]), pixels.max(axis=(0, 1, 2)))
     assert np.shape(stats["observation.image"]["mean"]) == (3, 1, 1)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_datasets_package_is_told_of_pictures(name: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "there", name, lossless=True)
+    for file in (path / "data").rglob("*.parquet"):
+        features = json.loads(pq.read_schema(file).metadata[b"huggingface"])["info"]["features"]
+        assert features["observation.image"] == {"_type": "Image"}
+        assert features["action"] == {
+            "feature": {"dtype": "float32", "_type": "Value"},
+            "length": 2,
+            "_type": "Sequence",
+        }
+        assert set(features) == set(pq.read_schema(file).names)
 
 
 def test_tasks_are_carried_to_the_next_dataset(tmp_path: Path) -> None:

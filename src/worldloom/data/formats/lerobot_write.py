@@ -136,17 +136,25 @@ class LeRobotSink(Sink):
             columns[name], stats[name] = pa.array(column), _describe(column[:, None])
         if episode.pixels is not None:
             frames = rgb(episode.pixels)
-            described = _describe(frames.reshape(-1, 3))
-            stats[CAMERA] = {
-                key: [rows] if key == "count" else [[[value / 255]] for value in values]
-                for key, values in described.items()
-            }
+            stats[CAMERA] = _describe_pixels(frames)
             if self.lossless:
                 columns[CAMERA] = pa.array(
                     [{"bytes": _png(frame), "path": None} for frame in frames],
                     pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
                 )
         return pa.table(columns), stats
+
+    def types(self) -> dict[str, str]:
+        """Return the metadata of a Parquet file by which the `datasets` package tells pictures from other structs."""
+        found: dict[str, Any] = {}
+        for name, feature in self.features().items():
+            value = {"dtype": feature["dtype"], "_type": "Value"}
+            if feature["dtype"] == "image":
+                found[name] = {"_type": "Image"}
+            elif feature["dtype"] != "video":
+                size = feature["shape"][0]
+                found[name] = value if size == 1 else {"feature": value, "length": size, "_type": "Sequence"}
+        return {"huggingface": json.dumps({"info": {"features": found}})}
 
     def describe(self, episodes: int, info: dict[str, Any]) -> None:
         """Write meta/stats.json and, last, meta/info.json."""
@@ -223,7 +231,8 @@ class LeRobotSinkV2(LeRobotSink):
         if episode.pixels is not None and not self.lossless:
             file = self._file(_V2_VIDEO, number)
             write_video(file, rgb(episode.pixels), fps=float(self.fps), crf=self.options.crf, lossless=False)
-        table = table.replace_schema_metadata({"worldloom": json.dumps(line), "stats": json.dumps(stats)})
+        described = {"worldloom": json.dumps(line), "stats": json.dumps(stats), **self.types()}
+        table = table.replace_schema_metadata(described)
         write_atomic(self._file(_V2_DATA, number), lambda temporary: pq.write_table(table, temporary))
         self._lines.append(line)
         self.frames += episode.steps + 1
@@ -310,7 +319,7 @@ class LeRobotSinkV3(LeRobotSink):
             frames = np.concatenate([rgb(episode.pixels) for episode in pending if episode.pixels is not None])
             file = self.path / _V3_VIDEO.format(video_key=CAMERA, **place)
             write_video(file, frames, fps=float(self.fps), crf=self.options.crf, lossless=False)
-        data = pa.concat_tables(tables)
+        data = pa.concat_tables(tables).replace_schema_metadata(self.types())
         largest = max(table.num_rows for table in tables)
         write_atomic(
             self.path / _V3_DATA.format(**place),
@@ -394,10 +403,23 @@ def _png(frame: np.ndarray) -> bytes:
 
 def _describe(column: np.ndarray) -> dict[str, list[Any]]:
     """Return the statistics of a column (N, n)."""
-    wide = column.astype(np.float64) if column.dtype != np.uint8 else column
-    found = {"min": wide.min(axis=0), "max": wide.max(axis=0)}
-    found |= {"mean": wide.mean(axis=0, dtype=np.float64), "std": wide.std(axis=0, dtype=np.float64)}
+    wide = column.astype(np.float64)
+    found = {"min": wide.min(axis=0), "max": wide.max(axis=0), "mean": wide.mean(axis=0), "std": wide.std(axis=0)}
     return {**{key: values.tolist() for key, values in found.items()}, "count": [len(column)]}
+
+
+def _describe_pixels(frames: np.ndarray) -> dict[str, list[Any]]:
+    """Return the statistics of each channel of frames (N, H, W, 3), in [0, 1]; exact, and one frame at a time."""
+    counts = np.zeros((3, 256), np.int64)
+    for frame in frames:
+        counts += np.stack([np.bincount(frame[..., channel].reshape(-1), minlength=256) for channel in range(3)])
+    values = np.arange(256) / 255
+    share = counts / counts.sum(axis=1, keepdims=True)
+    mean = share @ values
+    std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1))
+    there = [values[np.flatnonzero(channel)] for channel in counts]
+    found = {"min": [each[0] for each in there], "max": [each[-1] for each in there], "mean": mean, "std": std}
+    return {**{key: np.reshape(each, (3, 1, 1)).tolist() for key, each in found.items()}, "count": [len(frames)]}
 
 
 def _together(stats: list[Stats]) -> Stats:

@@ -1,4 +1,4 @@
-"""A small training on two processes, to be started by torchrun: `train_ranks.py RUN`."""
+"""A small training on any number of processes, to be started by torchrun: `train_ranks.py RUN DEVICES`."""
 
 import sys
 from pathlib import Path
@@ -10,4 +10,7 @@ from worldloom.training import RunFolder, fit
 
 if __name__ == "__main__":
     run = RunFolder.create(Path(sys.argv[1]), {}, {})
-    fit(CONFIG.override(["devices=2", "accelerator=cpu", "steps=20"]), MODEL, blob_cache(episodes=10), run)
+    config = CONFIG.override(
+        [f"devices={sys.argv[2]}", "accelerator=cpu", "steps=40", "log_every=1", "learning_rate=3e-4"]
+    )
+    fit(config, MODEL, blob_cache(episodes=10), run)

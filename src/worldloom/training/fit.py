@@ -54,9 +54,10 @@ def fit(
 ) -> JEPA:
     """Train a world model on the frames of `cache`, save it in the run folder and return it for evaluation.
 
-    The batch of step t is drawn from (seed, t, rank) alone, so a run that was killed and resumed ends with the
-    same parameters as an unbroken one on the same machine. Several devices: start the program with torchrun, or
-    hand in a launched `fabric`.
+    The batch of step t is drawn from (seed, t) alone, so a run that was killed and resumed ends with the same
+    parameters as an unbroken one on the same machine. Several devices: start the program with torchrun, or hand in
+    a launched `fabric`; each rank takes its part of the same batch, and the statistics in losses and norms are of
+    the whole batch, so that the curve is one device's but for rounding.
 
     Raises:
         TrainingError: a loss is not finite (the last checkpoint is kept), or the folder is taken by another training.
@@ -218,9 +219,11 @@ class _Training:
         )
 
     def _batch(self, step: int) -> Windows:
-        generator = numpy_generator(self.config.seed, "batch", step, self.fabric.global_rank)
-        windows = self.sampler.sample(self.config.batch // self.fabric.world_size, generator)
-        return windows.to(self.fabric.device)
+        """Return this rank's part of the step's batch; the batch is the same for any number of ranks."""
+        generator = numpy_generator(self.config.seed, "batch", step, 0)
+        numbers = generator.integers(len(self.sampler), size=self.config.batch)
+        part = numbers.reshape(self.fabric.world_size, -1)[self.fabric.global_rank]
+        return self.sampler.at(part).to(self.fabric.device)
 
     def _validate(self, step: int) -> None:
         """Log the figures of the latents on held-out episodes; past half of the training, raise alarms."""

@@ -67,8 +67,9 @@ class ForeignPolicy:
                 action_space=spaces.Box(np.tile(low, (size, 1)), np.tile(high, (size, 1))),
             )
         self._policy.set_env(self._envs[size])
-        if not known and getattr(self._policy, "seed", None) is not None and hasattr(self._policy, "set_seed"):
-            self._policy.set_seed(self._policy.seed)
+        seed, set_seed = (getattr(self._policy, name, None) for name in ("seed", "set_seed"))
+        if not known and seed is not None and callable(set_seed):
+            set_seed(seed)
 
     def act(self, observations: Observations) -> Float[Tensor, "B A"]:
         """Return what the policy answers, clipped to the bounds."""

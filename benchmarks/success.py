@@ -3,7 +3,8 @@
     python benchmarks/success.py two-room [--seeds 0 1 2] [--runs runs/benchmarks] [--set KEY=VALUE ...]
 
 Writes benchmarks/results/success-RECIPE.json: the rows pooled over seeds (a 95% interval, and the range over the
-models), the seconds of each stage, and the hardware. A run that is there already is taken up.
+models), the seconds of each stage, and the hardware. What is there already, made by the command line or an earlier
+start, is taken up.
 """
 
 import argparse
@@ -15,7 +16,8 @@ from pathlib import Path
 from worldloom.cli.console import print_table, progress
 from worldloom.cli.options import set_threads
 from worldloom.core.files import write_json
-from worldloom.evaluation import pool, table_rows
+from worldloom.data import EpisodeDataset
+from worldloom.evaluation import Results, pool, table_rows
 from worldloom.recipes import load_recipe, workflow
 
 RESULTS = Path(__file__).parent / "results"
@@ -30,7 +32,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="override of the recipe")
     arguments = parser.parse_args()
     set_threads(arguments.threads)
-    all_results, seconds, heads = [], [], []
+    all_results, seconds, heads, training, frames = [], [], [], [], []
     for seed in arguments.seeds:
         overrides = [f"training.seed={seed}", f"collection.seed={seed}", *arguments.set]
         recipe = load_recipe(arguments.recipe).override(overrides)
@@ -40,10 +42,15 @@ def main() -> None:
         clock.append(time.perf_counter())
         run = workflow.train(recipe, folder / "data", folder / "run", resume=True, progress=progress())
         clock.append(time.perf_counter())
-        all_results.append(workflow.evaluate(run, progress=progress()))
+        title = run.recipe.protocol
+        there = run.path / "evaluation" / str(title) / "results.json"
+        all_results.append(Results.read(there) if there.is_file() else workflow.evaluate(run, progress=progress()))
         clock.append(time.perf_counter())
         stages = [round(after - before, 1) for before, after in itertools.pairwise(clock)]
         seconds.append(dict(zip(("collect", "train", "evaluate"), stages, strict=True)))
+        written = [(run.path / name).stat().st_mtime for name in ("provenance.json", "heads.json")]
+        training.append(round((written[1] - written[0]) / 60, 1))
+        frames.append(EpisodeDataset.open(folder / "data").frames)
         heads.append({name: value for name, value in run.heads().items() if name != "held_out"})
     pooled = pool(all_results)
     values = {
@@ -51,6 +58,8 @@ def main() -> None:
         + "".join(f" --set {each}" for each in arguments.set),
         "seconds": seconds,
         "heads": heads,
+        "training_minutes": training,
+        "frames": frames,
         "table": table_rows(pooled),
         "hardware": all_results[0].hardware,
         "results": pooled.to_json(),

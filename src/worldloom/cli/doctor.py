@@ -6,7 +6,7 @@ from worldloom.cli.options import Json
 
 
 def doctor(json: Json = False) -> None:
-    """Check this machine: versions, cores, memory, disk, accelerators, video encoding and matrix speed."""
+    """Check this machine: versions, cores, memory, disk, accelerators, video, matrix speed, extras and drawing."""
     from worldloom.cli.console import out, print_json, print_table
 
     checks = _checks()
@@ -63,4 +63,53 @@ def _checks() -> list[tuple[str, str, str]]:
         checks.append(("video", "H.264 encoder found", ""))
     except (ImportError, ValueError) as error:
         checks.append(("video", str(error), "reinstall PyAV from a wheel: pip install --force-reinstall av"))
-    return checks
+    return [*checks, *_extras()]
+
+
+# What an extra needs, by the modules that it brings; each is optional.
+_EXTRAS = {
+    "pusht": ("gym_pusht", "PushT"),
+    "mujoco": ("mujoco", "Reacher and the point maze"),
+    "hdf5": ("h5py", "robomimic's and stable-worldmodel's files"),
+    "minari": ("minari", "Minari's own tools beside its files"),
+}
+
+
+def _extras() -> list[tuple[str, str, str]]:
+    from importlib.util import find_spec
+
+    rows = []
+    for extra, (module, what) in _EXTRAS.items():
+        there = find_spec(module) is not None
+        rows.append(
+            (f"extra {extra}", what if there else f"not installed; for {what}: pip install 'worldloom[{extra}]'", "")
+        )
+    if find_spec("mujoco") is not None:
+        rows.append(_drawing())
+    return rows
+
+
+def _drawing() -> tuple[str, str, str]:
+    """Draw one frame with MuJoCo, in a process of its own: a faulty OpenGL may end or hang it."""
+    import subprocess
+    import sys
+
+    program = (
+        "import os, worldloom.envs, gymnasium\n"
+        "gymnasium.make('worldloom/Reacher-v0').reset(seed=0)\n"
+        "print(os.environ.get('MUJOCO_GL', 'default'), flush=True)\n"
+        "os._exit(0)\n"
+    )
+    try:
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        return "drawing", "MuJoCo drew nothing within 60 s", _remedy()
+    if done.returncode == 0:
+        return "drawing", f"MuJoCo draws by {done.stdout.strip().splitlines()[-1]}", ""
+    return "drawing", (done.stderr.strip().splitlines() or ["MuJoCo's process ended"])[-1], _remedy()
+
+
+def _remedy() -> str:
+    from worldloom.envs.rendering import GL_REMEDY
+
+    return GL_REMEDY

@@ -77,9 +77,10 @@ def _start(model: Any, size: int) -> Any:
     model.vis.quality.shadowsize = 0
     try:
         renderer = mujoco.Renderer(model, size, size)
-    except (RuntimeError, ImportError, AttributeError) as error:
+    except Exception as error:  # each backend raises its own
         raise EnvironmentFailure(
-            f"OpenGL by MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} does not start ({error}); {GL_REMEDY}"
+            f"OpenGL by MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} does not start ({error}). Import worldloom before "
+            f"mujoco, which settles what draws as it is imported; if none is there, {GL_REMEDY}"
         ) from error
     for flag in ("mjRND_SHADOW", "mjRND_REFLECTION", "mjRND_SKYBOX", "mjRND_HAZE"):
         renderer.scene.flags[getattr(mujoco.mjtRndFlag, flag)] = 0

@@ -35,10 +35,10 @@ class ForeignPolicy:
 
     `info` has `pixels` and `goal` (E, 1, H, W, C) as bytes; the observation vector as `vector_name` and
     `goal_VECTOR_NAME` (E, 1, V); `action`, the last one, NaN at first as there (E, 1, A); `step_idx` and `terminated`
-    (E, 1); and the flag `_needs_flush` (E,), true in the first call of an episode. A policy that has `set_env` is handed
-    an object with `num_envs`, `action_space` and `single_action_space` before each batch of episodes; one that has a
-    `seed` is told by `set_seed` to begin with it, once for each size of batch. It sees all environments to the end of the
-    batch, those too whose episode is over.
+    (E, 1); and the flag `_needs_flush` (E,), true in the first call of an episode. A policy that has `set_env` is
+    handed an object with `num_envs`, `action_space` and `single_action_space` before each batch of episodes; one that
+    has a `seed` is told by `set_seed` to begin with it, once for each size of batch. It sees all environments to the
+    end of the batch, those too whose episode is over.
 
     Raises:
         DataError: an answer is not (E, A) or not finite.
@@ -107,8 +107,8 @@ class LentPolicy:
     `make` gives an agent for a batch of environments. Pixels may be bytes or floats in [0, 1], channels first or last,
     of any size: they are brought to the model's by area. The vector is made of the keys `vector`, in this order.
     An environment begins anew where its `step_idx` goes back, its goal changes, or `_needs_flush` says so while
-    `step_idx`, if given, has not gone on: stable-worldmodel leaves that flag standing after a reset. No action is chosen
-    where `terminated` is true (its row is zero).
+    `step_idx`, if given, has not gone on: stable-worldmodel leaves that flag standing after a reset. No action is
+    chosen where `terminated` is true (its row is zero).
 
     Raises:
         DataError: `info` lacks a key, or an array has another shape.

@@ -7,8 +7,8 @@
 - `model`: fingerprint of the weights; `training_seed`; `hardware`; `provenance`: whatever the caller gave.
 - `rows`: one for each method and split, in the order evaluated: `method`, `split`, `protocol`,
   `protocol_fingerprint`, `n`, `successes`, `rate`, `interval` (Wilson 95%), `solved_at_start` (successes without a
-  step), `seeds` (`evaluation`, `training`), `spl`, `steps_over_shortest`, `by_distance` (`measure`, `bins`), `by_wall`, `latency`, `hardware`, `threads`,
-  `model` and `episodes`.
+  step), `seeds` (`evaluation`, `training`), `spl`, `steps_over_shortest`, `by_distance` (`measure`, `bins`),
+  `by_wall`, `latency`, `hardware`, `threads`, `model` and `episodes`.
 - Each bin of `by_distance` and each group of `by_wall`: `label`, `n`, `successes`, `rate`, `interval`, and a bin's
   `mean_distance`.
 - `latency`: `basis` ("plan" or "act"), `decisions`, `batch_ms` (per decision for the whole batch), and `mean_ms`,

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from worldloom.core.registry import Registry
+from worldloom.models import JEPAConfig
 from worldloom.models.losses import InverseDynamics
 from worldloom.recipes.config import CollectionConfig, Recipe
 from worldloom.training import TrainingConfig, default_losses
@@ -58,3 +59,14 @@ def maze() -> Recipe:
 def _with_history() -> TrainingConfig:
     losses = {**default_losses(), "inverse-dynamics": InverseDynamics(weight=3.0, frames=3)}
     return TrainingConfig(losses=losses)
+
+
+@RECIPES.register("generic")
+def generic() -> Recipe:
+    """Any dataset: two frames of history, since one may not show velocities."""
+    return Recipe(
+        name="generic",
+        description="Any dataset of pixels and/or vectors; two frames of history, for one may not show velocities.",
+        model=JEPAConfig(context=2, encoder=None),
+        training=_with_history(),
+    )

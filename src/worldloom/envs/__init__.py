@@ -1,9 +1,9 @@
-"""Small pixel worlds with named factors of variation, registered with Gymnasium."""
+"""Worlds, registered with Gymnasium, and links to plants that run on their own clock."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from worldloom.envs.factors import FourRoomsFactors, MazeFactors, RoomFactors, TwoRoomFactors
-from worldloom.envs.link import CallbackLink, Link, Reading, SocketLink
-from worldloom.envs.link_env import LinkEnv
-from worldloom.envs.plant import PlantServer, serve_plant
 from worldloom.envs.registration import register_envs
 from worldloom.envs.rooms import (
     FourRoomsEnv,
@@ -14,7 +14,12 @@ from worldloom.envs.rooms import (
     TwoRoomVectorEnv,
 )
 from worldloom.envs.tasks import Task, TaskOptions
-from worldloom.envs.wire import LinkError
+
+if TYPE_CHECKING:
+    from worldloom.envs.link import CallbackLink, Link, Reading, SocketLink
+    from worldloom.envs.link_env import LinkEnv
+    from worldloom.envs.plant import PlantServer, serve_plant
+    from worldloom.envs.wire import LinkError
 
 __all__ = [
     "CallbackLink",
@@ -40,4 +45,22 @@ __all__ = [
     "serve_plant",
 ]
 
+# Links need PyTorch's types; worlds do not, and are light to import.
+_LINKS = {
+    "CallbackLink": "link",
+    "Link": "link",
+    "LinkEnv": "link_env",
+    "LinkError": "wire",
+    "PlantServer": "plant",
+    "Reading": "link",
+    "SocketLink": "link",
+    "serve_plant": "plant",
+}
+
 register_envs()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LINKS:
+        raise AttributeError(f"module 'worldloom.envs' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"worldloom.envs.{_LINKS[name]}"), name)

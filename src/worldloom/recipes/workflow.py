@@ -69,10 +69,15 @@ def train(
 
     Raises:
         StorageError: the folder holds a run and `resume` is not set.
-        ConfigError: `resume` with another recipe; the keys that differ are named.
+        ConfigError: `resume` with another recipe (the keys that differ are named), or several devices.
         CheckpointError: `resume` with other data.
         DataError, TrainingError: see `worldloom.training.fit`.
     """
+    if recipe.training.devices > 1:
+        raise ConfigError(
+            f"training.devices is {recipe.training.devices}: what is learned beside the world model is one process's "
+            f"work. Train the model on several devices by worldloom.training.fit under torchrun, or set devices to 1"
+        )
     dataset = dataset if isinstance(dataset, EpisodeDataset) else EpisodeDataset.open(dataset)
     folder = _folder(recipe, dataset, Path(path), resume=resume)
     run = Run(folder)

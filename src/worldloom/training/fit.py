@@ -55,9 +55,9 @@ def fit(
     """Train a world model on the frames of `cache`, save it in the run folder and return it for evaluation.
 
     The batch of step t is drawn from (seed, t) alone, so a run that was killed and resumed ends with the same
-    parameters as an unbroken one on the same machine. Several devices: start the program with torchrun, or hand in
-    a launched `fabric`; each rank takes its part of the same batch, and the statistics in losses and norms are of
-    the whole batch, so that the curve is one device's but for rounding.
+    parameters as an unbroken one on the same machine, and one on several devices as one on a single device but for
+    rounding. Several devices: start the program with torchrun, or
+    hand in a launched `fabric`.
 
     Raises:
         TrainingError: a loss is not finite (the last checkpoint is kept), or the folder is taken by another training.
@@ -219,11 +219,12 @@ class _Training:
         )
 
     def _batch(self, step: int) -> Windows:
-        """Return this rank's part of the step's batch; the batch is the same for any number of ranks."""
+        """Draw the whole batch, and read this rank's part of it: the number of ranks does not change the data."""
         generator = numpy_generator(self.config.seed, "batch", step, 0)
-        numbers = generator.integers(len(self.sampler), size=self.config.batch)
-        part = numbers.reshape(self.fabric.world_size, -1)[self.fabric.global_rank]
-        return self.sampler.at(part).to(self.fabric.device)
+        batch = generator.integers(len(self.sampler), size=self.config.batch)
+        size = self.config.batch // self.fabric.world_size
+        first = self.fabric.global_rank * size
+        return self.sampler.at(batch[first : first + size]).to(self.fabric.device)
 
     def _validate(self, step: int) -> None:
         """Log the figures of the latents on held-out episodes; past half of the training, raise alarms."""

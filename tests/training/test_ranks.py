@@ -1,0 +1,76 @@
+"""Training on two processes that talk over Gloo ends as training on one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from train_blobs import MODEL
+
+from worldloom.models import load_model
+from worldloom.training import RunFolder
+from worldloom.training.state import saved_steps
+
+HERE = Path(__file__).parent
+ALL_LOSSES = [
+    f'losses.{name}={{"name": "{name}", "weight": 0.1}}' for name in ("straightening", "sigreg")
+] + ['losses.centred={"name": "variance", "weight": 0.5, "samples": "centred"}']
+
+pytestmark = pytest.mark.slow
+
+
+def start(path: Path, *options: str, ranks: int = 1) -> "subprocess.CompletedProcess[str]":
+    """Train in processes of their own; see `train_ranks.py`."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    options = (*options, f"devices={ranks}")
+    return subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", *launcher, str(HERE / "train_ranks.py"), str(path), *options],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def train(path: Path, *options: str, ranks: int = 1) -> RunFolder:
+    """Train to the end."""
+    done = start(path, *options, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return RunFolder.open(path)
+
+
+def curves(run: RunFolder) -> dict[str, torch.Tensor]:
+    """Return each figure that is minimised, and the gradient's norm, of every step."""
+    lines = [line for line in run.metrics() if "loss" in line]
+    names = [name for name in lines[0] if name.startswith("loss") or name == "gradient_norm"]
+    return {name: torch.tensor([line[name] for line in lines], dtype=torch.float64) for name in names}
+
+
+def assert_same_training(one: RunFolder, other: RunFolder) -> None:
+    """Compare loss curves and final parameters: the tolerances that docs/scale.md states.
+
+    Two steps say that data, losses and gradients are the same: there only the order of sums differs. Afterwards
+    Adam, which turns a gradient of no size into a step of full size, and ReLU carry rounding on.
+    """
+    first, second = curves(one), curves(other)
+    apart = {name: (first[name] - second[name]).abs() / first[name].abs().clamp_min(1e-3) for name in first}
+    assert len(apart["loss"]) >= 30
+    for name, relative in apart.items():
+        assert relative[:2].max() < 1e-5, name
+    assert apart["loss"].max() < 1e-3
+    ours, theirs = (load_model(run.model_directory).state_dict() for run in (one, other))
+    for name, tensor in ours.items():
+        # Biases before a norm change nothing that is minimised: rounding alone moves them.
+        if name.endswith("weight"):
+            assert (tensor - theirs[name]).abs().mean() < 1e-4, name
+
+
+def test_two_ranks_follow_the_curve_of_one_with_the_same_global_batch(tmp_path) -> None:
+    one = train(tmp_path / "one", "--vit", *ALL_LOSSES)
+    two = train(tmp_path / "two", "--vit", *ALL_LOSSES, ranks=2)
+    assert saved_steps(two) == [20, 40]
+    assert load_model(two.model_directory).spec.latent_dim == MODEL.latent_dim
+    assert_same_training(one, two)

@@ -1,4 +1,4 @@
-"""`python -m worldloom` is the command `worldloom`."""
+"""`python -m worldloom` is the `worldloom` command, also for launchers such as torchrun."""
 
 from worldloom.cli.main import main
 

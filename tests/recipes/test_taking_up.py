@@ -256,9 +256,3 @@ def test_differences_name_nested_keys_once() -> None:
     assert differences(ours, ours) == []
     assert differences(ours, {"a": 1, "b": {"c": 0, "d": {"e": 4}}, "f": {"g": 1}}) == ["b.c", "b.d.e", "f"]
     assert differences(ours, {"a": 1, "b": {"c": 2, "d": {"e": 3}}}) == []  # absent and None are one
-
-
-def test_several_devices_are_refused_before_anything_is_written(recipe, dataset, tmp_path) -> None:
-    with pytest.raises(ConfigError, match="worldloom.training.fit under torchrun"):
-        workflow.train(recipe.override(["training.devices=2"]), dataset, tmp_path / "run")
-    assert not (tmp_path / "run").exists()

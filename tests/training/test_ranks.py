@@ -14,9 +14,9 @@ from worldloom.training import RunFolder
 from worldloom.training.state import saved_steps
 
 HERE = Path(__file__).parent
-ALL_LOSSES = [
-    f'losses.{name}={{"name": "{name}", "weight": 0.1}}' for name in ("straightening", "sigreg")
-] + ['losses.centred={"name": "variance", "weight": 0.5, "samples": "centred"}']
+ALL_LOSSES = [f'losses.{name}={{"name": "{name}", "weight": 0.1}}' for name in ("straightening", "sigreg")] + [
+    'losses.centred={"name": "variance", "weight": 0.5, "samples": "centred"}'
+]
 
 pytestmark = pytest.mark.slow
 
@@ -73,4 +73,37 @@ def test_two_ranks_follow_the_curve_of_one_with_the_same_global_batch(tmp_path) 
     two = train(tmp_path / "two", "--vit", *ALL_LOSSES, ranks=2)
     assert saved_steps(two) == [20, 40]
     assert load_model(two.model_directory).spec.latent_dim == MODEL.latent_dim
+    assert_same_training(one, two)
+
+
+def test_a_rank_that_fails_ends_the_run_and_the_message_says_why(tmp_path) -> None:
+    done = start(tmp_path / "run", "--fail-at=25", ranks=2)
+    assert done.returncode
+    assert "DataError: the data of this rank are damaged" in done.stderr
+    run = RunFolder.open(tmp_path / "run")
+    assert not run.model_directory.exists()
+    assert saved_steps(run) == [20]
+    train(run.path, "--resume", ranks=2)
+    assert saved_steps(run) == [20, 40]
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for_without_end(tmp_path) -> None:
+    done = start(tmp_path / "run", "--sleep-at=3", "timeout_minutes=0.1", ranks=2)
+    assert done.returncode
+    assert "rank 0 waited for another process in vain" in done.stderr
+    assert "training.timeout_minutes (0.1)" in done.stderr
+
+
+def test_processes_that_were_started_differently_are_told_apart(tmp_path) -> None:
+    done = start(tmp_path / "run", "--other-data", ranks=2)
+    assert done.returncode
+    assert "the 2 processes do not agree on data" in done.stderr
+
+
+def test_a_run_of_one_process_is_taken_up_by_two(tmp_path) -> None:
+    one = train(tmp_path / "one", "--vit")
+    assert start(tmp_path / "two", "--vit", "--stop-at=20").returncode
+    two = RunFolder.open(tmp_path / "two")
+    assert 0 < saved_steps(two)[-1] < 40
+    train(two.path, "--vit", "--resume", ranks=2)
     assert_same_training(one, two)

@@ -8,6 +8,7 @@ import typer
 from worldloom import __version__
 from worldloom.cli import collect, data, demo, deploy, doctor, evaluate, plan, runs, train
 from worldloom.core.errors import StorageError, WorldloomError
+from worldloom.core.processes import is_first
 
 app = typer.Typer(
     name="worldloom",
@@ -33,7 +34,9 @@ def _options(
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Show the library's log."),
     debug: bool = typer.Option(False, "--debug", help="Show the whole traceback of an error."),
 ) -> None:
-    logging.basicConfig(level=logging.INFO if verbose or debug else logging.WARNING, format="%(levelname)s %(message)s")
+    level = logging.INFO if verbose or debug else logging.WARNING
+    # Of several processes of torchrun one speaks.
+    logging.basicConfig(level=level if is_first() else logging.ERROR, format="%(levelname)s %(message)s")
     if debug:
         logging.getLogger("worldloom").setLevel(logging.DEBUG)
 

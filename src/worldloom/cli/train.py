@@ -1,11 +1,14 @@
 """`worldloom train`: a world model, and what plans with it, from a dataset."""
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from worldloom.cli.options import Imports, Json, Overrides, Threads, import_modules, set_threads
+from worldloom.core.errors import StorageError
+from worldloom.core.processes import is_first
 
 
 def train(
@@ -27,6 +30,7 @@ def train(
     from worldloom.cli.console import print_json, progress, say
     from worldloom.recipes import load_recipe, workflow
 
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it sets itself to INFO when it is imported
     import_modules(imports)
     set_threads(threads)
     options = {
@@ -36,7 +40,16 @@ def train(
     }
     reading = [f"data.{name}={value}" for name, value in options.items() if value is not None]
     config = load_recipe(recipe).override([*reading, *(overrides or [])])
-    run = workflow.train(config, data, out, resume=resume, progress=progress())
+    try:
+        run = workflow.train(config, data, out, resume=resume, progress=progress())
+    except StorageError as error:
+        if "disk is full" in str(error) and not resume:
+            raise StorageError(
+                str(error).replace("the same command again", "the same command with --resume")
+            ) from error
+        raise
+    if not is_first():  # the others of torchrun are silent
+        return
     summary = run.summary()
     if json:
         print_json(summary)

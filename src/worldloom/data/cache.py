@@ -11,6 +11,7 @@ from jaxtyping import Float32, Int64, UInt8
 
 from worldloom.core.errors import DataError
 from worldloom.core.files import write_atomic
+from worldloom.core.processes import on_this_machine
 from worldloom.core.progress import SILENT, Progress
 from worldloom.data.dataset import EpisodeDataset
 from worldloom.data.frames import split_episodes
@@ -55,7 +56,8 @@ def load_cache(
 ) -> FrameCache:
     """Decode a dataset into memory ("ram") or into a file that is mapped ("mmap").
 
-    "auto" takes memory if the frames fill less than a quarter of what is available. The file stands in `directory`
+    "auto" takes memory if the frames fill less than a quarter of what is available and no other process of torchrun
+    on this machine needs them. The file stands in `directory`
     (default: PATH.cache beside the dataset), is named by the dataset's fingerprint and used again by the next
     call; it may be deleted at any time.
 
@@ -69,7 +71,8 @@ def load_cache(
     if dataset.spec.observation.pixels is not None:
         size = dataset.frames * int(np.prod(dataset.spec.observation.pixels))
         if mode == "auto":
-            mode = "ram" if size < psutil.virtual_memory().available / 4 else "mmap"
+            alone = on_this_machine() == 1  # several processes map one file instead of decoding once each
+            mode = "ram" if alone and size < psutil.virtual_memory().available / 4 else "mmap"
         if mode == "ram" or size == 0:  # no file of no bytes can be mapped
             pixels = _decode(dataset, progress)
         else:

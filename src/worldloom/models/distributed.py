@@ -5,15 +5,32 @@ owe to its inputs. With the average of gradients that data parallelism takes, th
 rank that holds the whole batch. Without a process group they change nothing.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, distributed
 
+_alone = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this rank train something that the others do not: its statistics are those of its own batch."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
 
 def world_size() -> int:
-    """Return the number of ranks, 1 without a process group."""
+    """Return the number of ranks, 1 without a process group and within `alone`."""
+    if _alone.get():
+        return 1
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 

@@ -24,6 +24,7 @@ from worldloom.evaluation import PROTOCOLS, Protocol, Results, default_protocol,
 from worldloom.evaluation import evaluate as evaluate_methods
 from worldloom.evaluation.report import write_report
 from worldloom.models import load_model
+from worldloom.models.distributed import alone
 from worldloom.planning import (
     LatentEpisodes,
     LatentL2,
@@ -35,7 +36,7 @@ from worldloom.planning import (
 from worldloom.recipes.config import Recipe
 from worldloom.recipes.pictures import report_data
 from worldloom.recipes.run import Run, differences, recipe_values
-from worldloom.training import RunFolder, describe_provenance, fit
+from worldloom.training import FREE, Ranks, RunFolder, describe_provenance, fit, make_fabric
 
 _log = logging.getLogger(__name__)
 
@@ -67,43 +68,46 @@ def train(
 ) -> Run:
     """Train the world model and what is learned on its frozen latents; with `resume`, take up what is there.
 
+    Started by torchrun, every process calls it with the same arguments and a folder that all of them see. The first
+    writes the folder, and trains on the frozen latents while the others wait.
+
     Raises:
-        StorageError: the folder holds a run and `resume` is not set.
-        ConfigError: `resume` with another recipe (the keys that differ are named), or several devices.
+        StorageError: the folder holds a run and `resume` is not set; or the disk is full, and `resume` goes on.
+        ConfigError: `resume` with another recipe; the keys that differ are named.
         CheckpointError: `resume` with other data.
         DataError, TrainingError: see `worldloom.training.fit`.
     """
-    if recipe.training.devices > 1:
-        raise ConfigError(
-            f"training.devices is {recipe.training.devices}: what is learned beside the world model is one process's "
-            f"work. Train the model on several devices by worldloom.training.fit under torchrun, or set devices to 1"
-        )
     dataset = dataset if isinstance(dataset, EpisodeDataset) else EpisodeDataset.open(dataset)
-    folder = _folder(recipe, dataset, Path(path), resume=resume)
+    fabric = make_fabric(recipe.training)
+    ranks = Ranks(fabric, recipe.training.timeout_minutes)
+    progress = progress if ranks.first else SILENT
+    folder = ranks.in_turn(lambda: _folder(recipe, dataset, Path(path), resume, ranks), ahead=ranks.first)
     run = Run(folder)
     if run.heads().get("complete"):
         _log.info("%s is complete", path)
         return run
     try:
-        cache = load_frames(dataset, recipe.data, progress=progress)
-    except WorldloomError:
-        folder.withdraw()
-        raise
-    with closing(cache):
-        try:
+        # What one process decodes into a file, the others of its machine map.
+        cache = ranks.in_turn(lambda: load_frames(dataset, recipe.data, progress=progress), ahead=ranks.first_here)
+        with closing(cache):
             if (folder.model_directory / "model.json").is_file():
                 load_model(folder.model_directory)  # whole, or an error
             else:
                 begun = folder.checkpoint_directory.is_dir()
-                fit(recipe.training, recipe.model, cache, folder, resume=begun, progress=progress)
-        except WorldloomError:
-            folder.withdraw()
-            raise
-        _train_heads(run, cache, progress)
+                fit(recipe.training, recipe.model, cache, folder, fabric=fabric, resume=begun, progress=progress)
+            if ranks.first:
+                with alone():
+                    _train_heads(run, cache, progress)
+            ranks.wait()
+    except WorldloomError:
+        folder.withdraw()
+        raise
     return run
 
 
-def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, *, resume: bool) -> RunFolder:
+def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, resume: bool, ranks: Ranks) -> RunFolder:
+    if not ranks.first:
+        return RunFolder.open(path)
     fingerprint = dataset.fingerprint()
     config: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
@@ -116,9 +120,8 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, *, resume: bool
     folder = RunFolder.open(path)
     differ = differences(recipe_values(folder), config["recipe"])
     # The methods, and how the data are read, decide nothing that was trained.
-    if wrong := [
-        key for key in differ if not key.startswith(("methods.", "data", "default_method", "protocol", "description"))
-    ]:
+    free = ("methods.", "data", "default_method", "protocol", "description", *(f"training.{key}" for key in FREE))
+    if wrong := [key for key in differ if not key.startswith(free)]:
         raise ConfigError(
             f"{path} was begun with another recipe; they differ in {', '.join(wrong[:8])}. Resume it with the same "
             f"recipe and overrides, or choose another folder"
@@ -138,7 +141,8 @@ def _train_heads(run: Run, cache: Frames, progress: Progress) -> None:
     recipe, model = run.recipe, run.model
     seed = recipe.training.seed
     training, held_out = cache.split(recipe.training.validation_share, seed)
-    figures: dict[str, Any] = {"held_out": [int(episode) for episode in held_out]}
+    kept = {name: value for name, value in run.heads().items() if name.endswith("_seconds")}
+    figures: dict[str, Any] = {"held_out": [int(episode) for episode in held_out], **kept}
     latents = encode_episodes(model, cache, episodes=training, progress=progress)
 
     def learn(name: str, make: Callable[[], Any]) -> None:
@@ -146,6 +150,7 @@ def _train_heads(run: Run, cache: Frames, progress: Progress) -> None:
         if not run.head(name).with_suffix(".json").is_file():
             make()
             figures[f"{name}_seconds"] = round(time.perf_counter() - began, 2)
+            write_json(run.path / "heads.json", figures)
 
     learn(
         "geometry",

@@ -1,13 +1,16 @@
 """Training: from frames to a world model, in a run folder that can be resumed and repeated."""
 
-from worldloom.training.config import TrainingConfig, default_losses, sigreg_losses
+from worldloom.training.config import FREE, TrainingConfig, default_losses, sigreg_losses
 from worldloom.training.diagnostics import Alarm, alarms, diagnose, effective_rank
-from worldloom.training.fit import fit, make_fabric
+from worldloom.training.fit import fit
 from worldloom.training.provenance import describe_provenance, git_commit
+from worldloom.training.ranks import Ranks, make_fabric
 from worldloom.training.run import RunFolder
 
 __all__ = [
+    "FREE",
     "Alarm",
+    "Ranks",
     "RunFolder",
     "TrainingConfig",
     "alarms",

@@ -18,6 +18,12 @@ from worldloom.models.losses import (
 )
 from worldloom.models.target import TargetConfig
 
+# What may differ when a run is resumed: it changes no parameter, but for rounding.
+FREE = frozenset({
+    "log_every", "checkpoint_every", "validate_every", "validation_windows", "threads", "accelerator", "compile",
+    "devices", "timeout_minutes",
+})  # fmt: skip
+
 
 def default_losses() -> dict[str, LossConfig]:
     """Return the mix that was measured to work: open-loop prediction, VICReg terms and inverse dynamics."""
@@ -44,7 +50,8 @@ class TrainingConfig(Config):
     `horizon` counts the blocks predicted open loop. `losses` is a named mapping: a name is also what its figure is
     logged under. With `target`, predictions aim at a slowly following copy of the encoder. `schedule` "constant"
     holds the rate for `constant_share` of the steps, then falls to 0 as a cosine; "one-cycle" rises for a tenth,
-    then falls. `threads` of 0 leaves PyTorch's number as it is.
+    then falls. `threads` of 0 leaves PyTorch's number as it is. `devices` counts those of all machines; a process
+    waits `timeout_minutes` for the others.
     """
 
     steps: int = Field(default=1000, ge=1)
@@ -70,6 +77,7 @@ class TrainingConfig(Config):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     threads: int = Field(default=0, ge=0)
     compile: bool = False
+    timeout_minutes: float = Field(default=60.0, gt=0)
 
     log_every: int = Field(default=20, ge=1)
     checkpoint_every: int = Field(default=200, ge=1)

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies.ddp import DDPStrategy
-from torch import Tensor, nn
+from torch import nn
 
 from worldloom.core.errors import ConfigError, TrainingError
 from worldloom.core.hardware import keep_freed_memory
@@ -26,20 +25,17 @@ from worldloom.data.frames import Frames
 from worldloom.data.statistics import compute_statistics
 from worldloom.data.windows import WindowSampler
 from worldloom.models.checkpoint import save_model
+from worldloom.models.distributed import alone
 from worldloom.models.jepa import JEPA, JEPAConfig, build_jepa
-from worldloom.training.config import TrainingConfig
+from worldloom.training.config import FREE, TrainingConfig
 from worldloom.training.diagnostics import alarms, diagnose
 from worldloom.training.learner import Learner
 from worldloom.training.prefetch import prefetch
+from worldloom.training.ranks import Ranks, make_fabric
 from worldloom.training.run import RunFolder
 from worldloom.training.state import load_state, save_state, saved_steps
 
 _logger = logging.getLogger(__name__)
-
-# What may differ when a run is resumed: it changes no parameter, but for rounding.
-_FREE = {
-    "log_every", "checkpoint_every", "validate_every", "validation_windows", "threads", "accelerator", "compile",
-}  # fmt: skip
 
 
 def fit(
@@ -62,49 +58,29 @@ def fit(
     Raises:
         TrainingError: a loss is not finite (the last checkpoint is kept), or the folder is taken by another training.
         CheckpointError: `resume` with another configuration or other data.
+        ConfigError: the processes do not fit the configuration, or do not agree on it or on the data.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written; the message says how to resume.
     """
     keep_freed_memory()
-    fabric = fabric or make_fabric(config)
-    with run.lock(), _threads(config.threads):
+    ranks = Ranks(fabric or make_fabric(config), config.timeout_minutes)
+    progress = progress if ranks.first else SILENT
+    with run.lock(), _threads(config.threads), ranks.watch():
         try:
-            return _Training(config, model_config, cache, run, fabric).run(resume=resume, progress=progress)
+            return _Training(config, model_config, cache, run, ranks).run(resume=resume, progress=progress)
         finally:
             run.close()
 
 
-def make_fabric(config: TrainingConfig) -> Fabric:
-    """Make and launch what `config` asks for.
-
-    Raises:
-        ConfigError: several devices are asked for outside torchrun.
-    """
-    if config.devices == 1:
-        fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
-    else:
-        if not torch.distributed.is_torchelastic_launched():
-            raise ConfigError(
-                f"training.devices is {config.devices}; start the program with torchrun --nproc-per-node "
-                f"{config.devices}, one process for each device"
-            )
-        # Every rank computes the same running statistics, so there are no buffers to send.
-        strategy = DDPStrategy(broadcast_buffers=False)
-        fabric = Fabric(
-            accelerator=config.accelerator, devices=config.devices, strategy=strategy, precision=config.precision
-        )
-    fabric.launch()
-    return fabric
-
-
 class _Training:
     def __init__(
-        self, config: TrainingConfig, model_config: JEPAConfig, cache: Frames, run: RunFolder, fabric: Fabric
+        self, config: TrainingConfig, model_config: JEPAConfig, cache: Frames, run: RunFolder, ranks: Ranks
     ) -> None:
+        fabric = ranks.fabric
         if config.batch % fabric.world_size:
             raise ConfigError(
                 f"training.batch is {config.batch}; expected a multiple of the {fabric.world_size} devices"
             )
-        self.config, self.folder, self.fabric = config, run, fabric
+        self.config, self.folder, self.ranks, self.fabric = config, run, ranks, fabric
         sampling = {"context": model_config.context, "horizon": config.horizon, "block": model_config.block}
         training, validation = cache.split(config.validation_share, config.seed)
         self.sampler = WindowSampler(cache, **sampling, episodes=training)
@@ -137,7 +113,7 @@ class _Training:
             fused=fabric.device.type in ("cpu", "cuda"),
         )
         self.identity = {
-            "training": config.model_dump(mode="json", exclude=_FREE),
+            "training": config.model_dump(mode="json", exclude=set(FREE)),
             "model": model_config.model_dump(mode="json"),
             "data": cache.fingerprint,
         }
@@ -148,6 +124,7 @@ class _Training:
         if not resume and saved_steps(self.folder):
             raise TrainingError(f"{self.folder.path} holds checkpoints already; resume it or choose another folder")
         done = load_state(self.folder, self.learner, self.optimizer, self.identity) if resume else 0
+        self.ranks.require_same({**self.identity, "steps done": done})
         if fabric.is_global_zero:
             self.folder.forget_after(done)
         meter = _Meter(config.batch * (self.model.spec.context + config.horizon))
@@ -170,7 +147,7 @@ class _Training:
                 if finished % config.validate_every == 0 or finished == config.steps:
                     with meter.phase("validate"):
                         self._validate(finished)
-                stop = self._any_rank(interrupted.is_set())
+                stop = self.ranks.any(interrupted.is_set())
                 if finished % config.checkpoint_every == 0 or finished == config.steps or stop:
                     with meter.phase("checkpoint"):
                         self._save(finished)
@@ -181,7 +158,7 @@ class _Training:
         self.model.eval()
         if fabric.is_global_zero:
             save_model(self.folder.model_directory, self.model, {"steps": config.steps})
-        fabric.barrier()
+        self.ranks.wait()
         return self.model
 
     def _step(
@@ -236,7 +213,8 @@ class _Training:
             sampler.sample(count, numpy_generator(self.config.seed, "validation", name)).to(device)
             for sampler, name in ((self.sampler, "fit"), (self.held_out_sampler, "held-out"))
         )
-        figures = diagnose(self.model, fitted, held_out)
+        with alone():
+            figures = diagnose(self.model, fitted, held_out)
         found = alarms(figures) if 2 * step >= self.config.steps else []
         for alarm in found:
             _logger.warning("step %d: %s. What to change: %s", step, alarm.message, alarm.remedy)
@@ -248,14 +226,7 @@ class _Training:
     def _save(self, step: int) -> None:
         if self.fabric.is_global_zero:
             save_state(self.folder, step, self.learner, self.optimizer, self.identity)
-        self.fabric.barrier()
-
-    def _any_rank(self, flag: bool) -> bool:
-        if self.fabric.world_size == 1:
-            return flag
-        flags = self.fabric.all_gather(torch.tensor(flag, device=self.fabric.device))
-        assert isinstance(flags, Tensor)
-        return bool(flags.any())
+        self.ranks.wait()
 
 
 class _Meter:

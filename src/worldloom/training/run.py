@@ -12,7 +12,6 @@ model/             the trained model
 import fcntl
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from worldloom.core.errors import StorageError, TrainingError
 from worldloom.core.files import read_json, storage_errors, write_json, write_text
+from worldloom.core.processes import is_first
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -33,7 +33,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._writes = os.environ.get("RANK", "0") == "0"
+        self._writes = is_first()
         self._tensorboard: SummaryWriter | None = None
 
     @classmethod

@@ -84,12 +84,13 @@ def _restore(tensors: Mapping[str, Tensor], learner: nn.Module, optimizer: torch
 def _compare(run: RunFolder, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     for part, values in expected.items():
         before = saved.get(part)
-        if before == values:
-            continue
-        differing = part
+        differing = "" if before == values else part
         if isinstance(before, Mapping) and isinstance(values, Mapping):
-            keys = sorted(key for key in {*before, *values} if before.get(key) != values.get(key))
-            differing = ", ".join(f"{part}.{key} was {before.get(key)!r}, is {values.get(key)!r}" for key in keys)
+            # What an earlier version compared and this one does not is passed over.
+            keys = sorted(key for key in values if before.get(key) != values[key])
+            differing = ", ".join(f"{part}.{key} was {before.get(key)!r}, is {values[key]!r}" for key in keys)
+        if not differing:
+            continue
         raise CheckpointError(
             f"{run.path} cannot be resumed with another setting: {differing}. Restore it, or start a new run"
         )

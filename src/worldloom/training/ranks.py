@@ -1,0 +1,141 @@
+"""The processes of one training, one for each device: how they start together, wait for each other and fail."""
+
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from worldloom.core.errors import ConfigError, TrainingError
+from worldloom.core.processes import on_this_machine, world
+from worldloom.core.seeds import derive_seed
+from worldloom.training.config import TrainingConfig
+
+T = TypeVar("T")
+
+
+def make_fabric(config: TrainingConfig) -> Fabric:
+    """Make and launch what `config` asks for.
+
+    Raises:
+        ConfigError: torchrun did not start one process for each device, or what is asked for is not there.
+    """
+    launched = distributed.is_torchelastic_launched()
+    if (world() if launched else 1) != config.devices:
+        came = f"torchrun started {world()} processes" if launched else "the program was not started with torchrun"
+        raise ConfigError(
+            f"training.devices is {config.devices} and {came}; start it with torchrun --nproc-per-node "
+            f"{config.devices} on one machine, or set training.devices to the number of processes on all machines"
+        )
+    if config.devices == 1:
+        fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
+    else:
+        local = on_this_machine()
+        timeout = timedelta(minutes=config.timeout_minutes)
+        fabric = Fabric(
+            accelerator=config.accelerator,
+            devices=local,
+            num_nodes=config.devices // local,
+            strategy=DDPStrategy(**_no_buffers(), timeout=timeout),
+            precision=config.precision,
+        )
+    fabric.launch()
+    return fabric
+
+
+def _no_buffers() -> dict[str, bool]:
+    """Say that no buffers are to be sent at each step: every rank computes the same running statistics."""
+    names = inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+
+
+class Ranks:
+    """The processes that `fabric` joins; one alone waits for nobody.
+
+    A rank that fails raises at once, so that its process ends and torchrun with it; those that wait for it get a
+    `TrainingError`, at the latest after `timeout_minutes`.
+    """
+
+    def __init__(self, fabric: Fabric, timeout_minutes: float) -> None:
+        self.fabric = fabric
+        self.rank, self.count = fabric.global_rank, fabric.world_size
+        self.first, self.first_here = self.rank == 0, fabric.local_rank == 0
+        # Waiting is done over Gloo: it keeps no GPU busy, and it sees that a process is gone.
+        timeout = timedelta(minutes=timeout_minutes)
+        self._group = distributed.new_group(backend="gloo", timeout=timeout) if self.count > 1 else None
+        self._timeout_minutes = timeout_minutes
+
+    def wait(self) -> None:
+        """Go on when all ranks have come here.
+
+        Raises:
+            TrainingError: one of them is gone, or does not come in time.
+        """
+        self.any(False)
+
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` holds on some rank."""
+        if self._group is None:
+            return flag
+        flags = torch.tensor([int(flag)])
+        with self.watch():
+            distributed.all_reduce(flags, distributed.ReduceOp.MAX, group=self._group)
+        return bool(flags.item())
+
+    def in_turn(self, work: Callable[[], T], *, ahead: bool) -> T:
+        """Run `work` on every rank: on those where `ahead` holds before the others."""
+        if ahead:
+            result = work()
+            self.wait()
+        else:
+            self.wait()
+            result = work()
+        return result
+
+    def require_same(self, values: Mapping[str, Any]) -> None:
+        """Compare JSON values over the ranks.
+
+        Raises:
+            ConfigError: they differ, as where a machine has other data or does not see the run folder.
+        """
+        if self._group is None:
+            return
+        names = list(values)
+        digests = torch.tensor([derive_seed(0, json.dumps(values[name], sort_keys=True)) for name in names])
+        least, most = digests.clone(), digests.clone()
+        with self.watch():
+            distributed.all_reduce(least, distributed.ReduceOp.MIN, group=self._group)
+            distributed.all_reduce(most, distributed.ReduceOp.MAX, group=self._group)
+        wrong = [name for name, low, high in zip(names, least.tolist(), most.tolist(), strict=True) if low != high]
+        if wrong:
+            raise ConfigError(
+                f"the {self.count} processes do not agree on {', '.join(wrong)} (here, on rank {self.rank}: "
+                f"{', '.join(f'{name} = {values[name]!r}' for name in wrong)}); start the same command on the same "
+                f"data everywhere, with a run folder that all machines see"
+            )
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Say plainly that another rank is gone, where the library for communication says it in its own words."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count == 1 or not _is_communication(error):
+                raise
+            raise TrainingError(
+                f"rank {self.rank} waited for another process in vain: it failed, and its message says why, or it "
+                f"took longer than training.timeout_minutes ({self._timeout_minutes:g}). What was saved is kept: "
+                f"resume the run. ({str(error).splitlines()[0]})"
+            ) from error
+
+
+def _is_communication(error: RuntimeError) -> bool:
+    words = str(error).lower()
+    return isinstance(error, distributed.DistError) or any(word in words for word in ("gloo", "nccl", "c10d"))

@@ -50,7 +50,7 @@ def make_fabric(config: TrainingConfig) -> Fabric:
     return fabric
 
 
-def _no_buffers() -> dict[str, bool]:
+def _no_buffers() -> dict[str, Any]:
     """Say that no buffers are to be sent at each step: every rank computes the same running statistics."""
     names = inspect.signature(DistributedDataParallel).parameters
     return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}

@@ -1,10 +1,10 @@
 """Zero-shot success of a recipe at several training seeds: each collects, trains and evaluates from scratch.
 
-    python benchmarks/success.py two-room [--seeds 0 1 2] [--runs runs/benchmarks] [--set KEY=VALUE ...]
+    python benchmarks/success.py two-room [--seeds 0 1 2] [--protocol NAME] [--set KEY=VALUE ...]
 
-Writes benchmarks/results/success-RECIPE.json: the rows pooled over seeds (a 95% interval, and the range over the
-models), the seconds of each stage, and the hardware. What is there already, made by the command line or an earlier
-start, is taken up.
+Writes benchmarks/results/success-RECIPE.json, or success-PROTOCOL.json where one is named: the rows pooled over seeds
+(a 95% interval, and the range over the models), the seconds of each stage, and the hardware. What is there already,
+made by the command line or an earlier start, is taken up.
 """
 
 import argparse
@@ -27,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--protocol", help="another than the recipe's, such as two-room-25@1")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--set", action="append", default=[], help="override of the recipe")
@@ -42,9 +43,9 @@ def main() -> None:
         clock.append(time.perf_counter())
         run = workflow.train(recipe, folder / "data", folder / "run", resume=True, progress=progress())
         clock.append(time.perf_counter())
-        title = run.recipe.protocol
-        there = run.path / "evaluation" / str(title) / "results.json"
-        all_results.append(Results.read(there) if there.is_file() else workflow.evaluate(run, progress=progress()))
+        there = run.path / "evaluation" / str(arguments.protocol or run.recipe.protocol) / "results.json"
+        results = Results.read(there) if there.is_file() else None
+        all_results.append(results or workflow.evaluate(run, protocol=arguments.protocol, progress=progress()))
         clock.append(time.perf_counter())
         stages = [round(after - before, 1) for before, after in itertools.pairwise(clock)]
         seconds.append(dict(zip(("collect", "train", "evaluate"), stages, strict=True)))
@@ -55,7 +56,9 @@ def main() -> None:
     pooled = pool(all_results)
     values = {
         "command": f"python benchmarks/success.py {arguments.recipe} --seeds {' '.join(map(str, arguments.seeds))}"
+        + (f" --protocol {arguments.protocol}" if arguments.protocol else "")
         + "".join(f" --set {each}" for each in arguments.set),
+        "planner": recipe.default_method,
         "seconds": seconds,
         "heads": heads,
         "training_minutes": training,
@@ -64,7 +67,8 @@ def main() -> None:
         "hardware": all_results[0].hardware,
         "results": pooled.to_json(),
     }
-    write_json(RESULTS / f"success-{arguments.recipe}.json", json.loads(json.dumps(values, default=str)))
+    title = arguments.protocol.split("@")[0] if arguments.protocol else arguments.recipe
+    write_json(RESULTS / f"success-{title}.json", json.loads(json.dumps(values, default=str)))
     header, *rows = table_rows(pooled)
     print_table(f"{arguments.recipe}: {len(arguments.seeds)} training seeds", header, rows)
 

@@ -1,6 +1,7 @@
-"""Training on two processes that talk over Gloo ends as training on one."""
+"""Training on two processes that talk over Gloo ends as training on one; compiled training too."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +24,12 @@ pytestmark = pytest.mark.slow
 
 def start(path: Path, *options: str, ranks: int = 1) -> "subprocess.CompletedProcess[str]":
     """Train in processes of their own; see `train_ranks.py`."""
+    # PyTorch's compiler warns about itself.
+    strict = [] if "compile=true" in options else ["-W", "error::UserWarning"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     options = (*options, f"devices={ranks}")
     return subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", *launcher, str(HERE / "train_ranks.py"), str(path), *options],
+        [sys.executable, *strict, *launcher, str(HERE / "train_ranks.py"), str(path), *options],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -70,7 +73,8 @@ def assert_same_training(one: RunFolder, other: RunFolder) -> None:
 
 def test_two_ranks_follow_the_curve_of_one_with_the_same_global_batch(tmp_path) -> None:
     one = train(tmp_path / "one", "--vit", *ALL_LOSSES)
-    two = train(tmp_path / "two", "--vit", *ALL_LOSSES, ranks=2)
+    # In parts, too: neither is part of what is trained.
+    two = train(tmp_path / "two", "--vit", *ALL_LOSSES, "accumulate=2", "activation_checkpointing=true", ranks=2)
     assert saved_steps(two) == [20, 40]
     assert load_model(two.model_directory).spec.latent_dim == MODEL.latent_dim
     assert_same_training(one, two)
@@ -107,3 +111,10 @@ def test_a_run_of_one_process_is_taken_up_by_two(tmp_path) -> None:
     assert 0 < saved_steps(two)[-1] < 40
     train(two.path, "--vit", "--resume", ranks=2)
     assert_same_training(one, two)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_compiled_it_follows_the_same_curve(tmp_path) -> None:
+    plain = train(tmp_path / "plain")
+    compiled = train(tmp_path / "compiled", "compile=true")
+    assert_same_training(plain, compiled)

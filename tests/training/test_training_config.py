@@ -1,7 +1,8 @@
 import pytest
+import torch
 
 from worldloom.core.errors import ConfigError
-from worldloom.training import TrainingConfig, sigreg_losses
+from worldloom.training import TrainingConfig, make_fabric, sigreg_losses
 
 
 def test_the_default_mix_is_the_measured_one() -> None:
@@ -69,3 +70,20 @@ def test_the_one_cycle_schedule_peaks_after_a_tenth() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert 0 < rates[0] <= 0.01
     assert 0 < rates[99] <= 0.01
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("accelerator=cuda", "accelerator is 'cuda' and PyTorch finds no such device"),
+        ("precision=16-mixed", "take bf16-mixed or 32-true"),
+        ("compile=true", r"needs a C\+\+ compiler and none of .*g\+\+.* is on PATH"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_said_before_training(override, told, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match=told):
+        make_fabric(TrainingConfig().override([override]))

@@ -1,12 +1,19 @@
 """The pre-norm transformer block that the ViT and the transformer predictor share."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)) of four times the width (Vaswani et al. 2017; pre-norm)."""
+    """x + attention(norm(x)), then x + MLP(norm(x)) of four times the width (Vaswani et al. 2017; pre-norm).
+
+    Where `checkpointed`, training keeps its input alone and computes what lies between anew for the gradient.
+    """
+
+    checkpointed = False
 
     def __init__(self, width: int, heads: int, *, causal: bool) -> None:
         super().__init__()
@@ -20,6 +27,12 @@ class Block(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "R L W"]) -> Float[Tensor, "R L W"]:
         """Mix L tokens of each of R sequences."""
+        if self.checkpointed and self.training and torch.is_grad_enabled():
+            mixed: Tensor = checkpoint(self._mix, tokens, use_reentrant=False)
+            return mixed
+        return self._mix(tokens)
+
+    def _mix(self, tokens: Float[Tensor, "R L W"]) -> Float[Tensor, "R L W"]:
         joined = self.queries_keys_values(self.attention_norm(tokens))
         queries, keys, values = joined.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(queries, keys, values, is_causal=self.causal)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError
@@ -48,6 +49,9 @@ class JEPA(nn.Module):
 
     Latents leave the encoder through a batch norm without affine, so each dimension has mean 0 and variance 1
     over the data. `fingerprint` is set when the weights are saved or loaded.
+
+    In training the frames are encoded in `parts`: with more than one, only what an encoder makes of a frame is kept,
+    and each part is encoded once more for its gradient, so that one part's activations are all that memory holds.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class JEPA(nn.Module):
         super().__init__()
         self.config = config
         self.spec = spec
+        self.parts = 1
         self.encoder = encoder
         self.norm = LatentNorm(spec.latent_dim)
         self.predictor = predictor
@@ -85,10 +90,15 @@ class JEPA(nn.Module):
         self.spec.observation.check(observations)
         axes = observations.axes
         flat = observations.map(lambda part: part.reshape(-1, *part.shape[len(axes) :]))
-        if self.training:
+        rows = math.prod(axes)
+        if self.training and self.parts == 1:
             latents = self.norm(self.encoder(flat))
+        elif self.training:
+            size = -(-rows // self.parts)
+            parts = [flat[i : i + size] for i in range(0, rows, size)]
+            encoded = [checkpoint(self.encoder, part, use_reentrant=False) for part in parts]
+            latents = self.norm(torch.cat(encoded))
         else:
-            rows = math.prod(axes)
             starts = range(0, max(rows, 1), _ENCODE_AT_ONCE)
             latents = torch.cat([self.norm(self.encoder(flat[i : i + _ENCODE_AT_ONCE])) for i in starts])
         shaped: Tensor = latents.reshape(*axes, self.spec.latent_dim)

@@ -41,7 +41,10 @@ def pusht() -> Recipe:
             env_id="worldloom/PushT-v0", episodes=2400, steps=150, policy="near-object", num_envs=50
         ),
         model=JEPAConfig(block=2, context=2),
-        training=TrainingConfig(steps=10000, losses=losses, validate_every=2000, checkpoint_every=1000),
+        # Short windows, and more of them: the pose of the block differs between windows rather than within one.
+        training=TrainingConfig(
+            steps=20000, batch=160, horizon=2, losses=losses, validate_every=4000, checkpoint_every=1000
+        ),
         methods=_methods(horizon=12) | {"CEM of 3,000, latent L2": PlanMethod(solver=WIDE, horizon=12)},
         default_method="CEM of 3,000, latent L2",
         protocol="pusht-25@1",

@@ -21,7 +21,7 @@ from worldloom.models.target import TargetConfig
 # What may differ when a run is resumed: it changes no parameter, but for rounding.
 FREE = frozenset({
     "log_every", "checkpoint_every", "validate_every", "validation_windows", "threads", "accelerator", "compile",
-    "devices", "timeout_minutes",
+    "devices", "timeout_minutes", "accumulate", "activation_checkpointing",
 })  # fmt: skip
 
 
@@ -50,8 +50,11 @@ class TrainingConfig(Config):
     `horizon` counts the blocks predicted open loop. `losses` is a named mapping: a name is also what its figure is
     logged under. With `target`, predictions aim at a slowly following copy of the encoder. `schedule` "constant"
     holds the rate for `constant_share` of the steps, then falls to 0 as a cosine; "one-cycle" rises for a tenth,
-    then falls. `threads` of 0 leaves PyTorch's number as it is. `devices` counts those of all machines; a process
-    waits `timeout_minutes` for the others.
+    then falls. `accumulate` is the number of parts in which the frames of a batch are encoded: memory falls with it,
+    time rises by a third at most, and the gradient stays that of the whole batch, its statistics included (gradient
+    caching, Gao et al., arXiv 2101.06983). `activation_checkpointing` keeps only the inputs of transformer blocks for
+    the gradient (Chen et al., arXiv 1604.06174). `threads` of 0 leaves PyTorch's number as it is. `devices` counts
+    those of all machines; a process waits `timeout_minutes` for the others.
     """
 
     steps: int = Field(default=1000, ge=1)
@@ -77,6 +80,8 @@ class TrainingConfig(Config):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     threads: int = Field(default=0, ge=0)
     compile: bool = False
+    accumulate: int = Field(default=1, ge=1)
+    activation_checkpointing: bool = False
     timeout_minutes: float = Field(default=60.0, gt=0)
 
     log_every: int = Field(default=20, ge=1)

@@ -3,7 +3,9 @@
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
 
+from worldloom.core.errors import ConfigError
 from worldloom.core.types import Observations, Windows
+from worldloom.models.attention import Block
 from worldloom.models.jepa import JEPA
 from worldloom.models.losses import LossInputs
 from worldloom.models.target import TargetEncoder
@@ -18,6 +20,16 @@ class Learner(nn.Module):
         active = {name: loss for name, loss in config.losses.items() if loss.weight > 0}
         spec = model.spec
         self.model = model
+        self.model.parts = config.accumulate
+        if config.activation_checkpointing:
+            blocks = [module for module in model.modules() if isinstance(module, Block)]
+            if not blocks:
+                raise ConfigError(
+                    "training.activation_checkpointing is for transformer blocks, and neither the encoder nor the "
+                    "predictor has any; take training.accumulate, which needs none, or set it to false"
+                )
+            for block in blocks:
+                block.checkpointed = True
         self.losses = nn.ModuleDict(
             {name: loss.build(latent_dim=spec.latent_dim, block_size=spec.block_size) for name, loss in active.items()}
         )

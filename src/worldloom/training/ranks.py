@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -34,6 +36,7 @@ def make_fabric(config: TrainingConfig) -> Fabric:
             f"training.devices is {config.devices} and {came}; start it with torchrun --nproc-per-node "
             f"{config.devices} on one machine, or set training.devices to the number of processes on all machines"
         )
+    _check_machine(config)
     if config.devices == 1:
         fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
     else:
@@ -48,6 +51,27 @@ def make_fabric(config: TrainingConfig) -> Fabric:
         )
     fabric.launch()
     return fabric
+
+
+def _check_machine(config: TrainingConfig) -> None:
+    """Raise `ConfigError` for what this machine cannot do, before anything is read or compiled."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name in there if there[name]) if config.accelerator == "auto" else config.accelerator
+    if not there[device]:
+        raise ConfigError(
+            f"training.accelerator is {device!r} and PyTorch finds no such device here; set it to auto or cpu, or "
+            f"install the driver and a build of PyTorch for it"
+        )
+    if config.precision == "16-mixed" and device == "cpu":
+        raise ConfigError("training.precision is 16-mixed, which needs a GPU; on a CPU take bf16-mixed or 32-true")
+    if config.precision == "bf16-mixed" and device == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("training.precision is bf16-mixed, which this GPU lacks; take 16-mixed or 32-true")
+    compilers = [os.environ.get("CXX", "g++"), "clang++", "c++"]
+    if config.compile and device == "cpu" and not any(shutil.which(name) for name in compilers):
+        raise ConfigError(
+            f"training.compile needs a C++ compiler and none of {', '.join(compilers)} is on PATH; install one (apt "
+            f"install g++) or set training.compile to false"
+        )
 
 
 def _no_buffers() -> dict[str, Any]:

@@ -104,12 +104,24 @@ def test_processes_that_were_started_differently_are_told_apart(tmp_path) -> Non
     assert "the 2 processes do not agree on data" in done.stderr
 
 
-def test_a_run_of_one_process_is_taken_up_by_two(tmp_path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_run_of_one_process_is_taken_up_by_two(strategy, tmp_path) -> None:
     one = train(tmp_path / "one", "--vit")
     assert start(tmp_path / "two", "--vit", "--stop-at=20").returncode
     two = RunFolder.open(tmp_path / "two")
     assert 0 < saved_steps(two)[-1] < 40
-    train(two.path, "--vit", "--resume", ranks=2)
+    train(two.path, "--vit", "--resume", f"strategy={strategy}", ranks=2)
+    assert_same_training(one, two)
+
+
+def test_shards_on_two_ranks_are_taken_up_whole_by_one(tmp_path) -> None:
+    one = train(tmp_path / "one", "--vit", *ALL_LOSSES)
+    options = ("strategy=fsdp", "accumulate=2", "activation_checkpointing=true")
+    stopped = start(tmp_path / "two", "--vit", *ALL_LOSSES, "--stop-at=20", *options, ranks=2)
+    assert stopped.returncode
+    two = RunFolder.open(tmp_path / "two")
+    assert 0 < saved_steps(two)[-1] < 40, stopped.stderr[-3000:]
+    train(two.path, "--vit", *ALL_LOSSES, "--resume")
     assert_same_training(one, two)
 
 

@@ -76,6 +76,7 @@ def test_the_one_cycle_schedule_peaks_after_a_tenth() -> None:
     ("override", "told"),
     [
         ("accelerator=cuda", "accelerator is 'cuda' and PyTorch finds no such device"),
+        ("strategy=fsdp", "one device has nothing to shard"),
         ("precision=16-mixed", "take bf16-mixed or 32-true"),
         ("compile=true", r"needs a C\+\+ compiler and none of .*g\+\+.* is on PATH"),
     ],

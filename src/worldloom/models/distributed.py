@@ -1,8 +1,8 @@
-"""Statistics of the whole batch when several ranks hold a part of it each.
+"""Statistics of the whole batch, and parameters, when several ranks hold a part of them each.
 
-Both functions are differentiable with their true adjoints: each rank's gradient holds what all ranks' losses
-owe to its inputs. With the average of gradients that data parallelism takes, the result is the gradient of one
-rank that holds the whole batch. Without a process group they change nothing.
+`gather` and `mean_over_ranks` are differentiable with their true adjoints: each rank's gradient holds what all
+ranks' losses owe to its inputs. With the average of gradients that data parallelism takes, the result is the gradient
+of one rank that holds the whole batch. Without a process group they change nothing.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 _alone = ContextVar("alone", default=False)
 
@@ -48,6 +49,24 @@ def mean_over_ranks(values: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
         return values
     gathered: Tensor = _Gather.apply(values.unsqueeze(0))
     return gathered.mean(0)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor that lies in shards over the ranks, which must all ask; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def lay_like(tensor: Tensor, model: Tensor) -> Tensor:
+    """Return a copy of a whole tensor that lies in memory, and over the ranks, as `model` does."""
+    if isinstance(model, DTensor):
+        # Every rank has the whole and takes its part: nothing is sent.
+        return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
+    return torch.empty_like(model, requires_grad=False).copy_(tensor)
 
 
 class _Gather(torch.autograd.Function):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from worldloom.core.config import Config
 from worldloom.core.types import Observations
+from worldloom.models.distributed import shard
 from worldloom.models.jepa import JEPA
 
 
@@ -36,4 +37,5 @@ class TargetEncoder(nn.Module):
     def follow(self, model: JEPA) -> None:
         """Move the weights toward the model's by 1 - decay; buffers are its own."""
         online = nn.Sequential(model.encoder, model.norm)
-        torch._foreach_lerp_(list(self.encoder.parameters()), list(online.parameters()), 1 - self.decay)
+        targets, sources = ([shard(each) for each in part.parameters()] for part in (self.encoder, online))
+        torch._foreach_lerp_(targets, sources, 1 - self.decay)

@@ -21,7 +21,7 @@ from worldloom.models.target import TargetConfig
 # What may differ when a run is resumed: it changes no parameter, but for rounding.
 FREE = frozenset({
     "log_every", "checkpoint_every", "validate_every", "validation_windows", "threads", "accelerator", "compile",
-    "devices", "timeout_minutes", "accumulate", "activation_checkpointing",
+    "devices", "strategy", "timeout_minutes", "accumulate", "activation_checkpointing",
 })  # fmt: skip
 
 
@@ -54,7 +54,8 @@ class TrainingConfig(Config):
     time rises by a third at most, and the gradient stays that of the whole batch, its statistics included (gradient
     caching, Gao et al., arXiv 2101.06983). `activation_checkpointing` keeps only the inputs of transformer blocks for
     the gradient (Chen et al., arXiv 1604.06174). `threads` of 0 leaves PyTorch's number as it is. `devices` counts
-    those of all machines; a process waits `timeout_minutes` for the others.
+    those of all machines; a process waits `timeout_minutes` for the others. With `strategy` "fsdp" each holds a shard
+    of the parameters and of the optimiser's state (Zhao et al., arXiv 2304.11277), for models that fill a device.
     """
 
     steps: int = Field(default=1000, ge=1)
@@ -77,6 +78,7 @@ class TrainingConfig(Config):
 
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = Field(default=1, ge=1)
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     threads: int = Field(default=0, ge=0)
     compile: bool = False

@@ -1,5 +1,6 @@
 """Training, on one device or many: resumable at any step, with the same result."""
 
+import functools
 import logging
 import math
 import signal
@@ -25,7 +26,7 @@ from worldloom.data.frames import Frames
 from worldloom.data.statistics import compute_statistics
 from worldloom.data.windows import WindowSampler
 from worldloom.models.checkpoint import save_model
-from worldloom.models.distributed import alone
+from worldloom.models.distributed import alone, whole
 from worldloom.models.jepa import JEPA, JEPAConfig, build_jepa
 from worldloom.training.config import FREE, TrainingConfig
 from worldloom.training.diagnostics import alarms, diagnose
@@ -92,26 +93,21 @@ class _Training:
                 len(validation),
             )
         self.held_out_sampler = WindowSampler(cache, **sampling, episodes=held_out if len(held_out) else training)
-        self.model = build_jepa(
+        self.new_model = functools.partial(
+            build_jepa,
             model_config,
             cache.spec.observation,
             cache.spec.action,
             compute_statistics(cache, seed=config.seed, episodes=training),
             seed=config.seed,
         )
+        self.model = self.new_model()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "losses"))
             self.learner = Learner(self.model, config)
         if config.compile:
             self.model.encoder.compile()
             self.model.predictor.compile()
-        self.optimizer = torch.optim.AdamW(
-            [parameter for parameter in self.learner.parameters() if parameter.requires_grad],
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=fabric.device.type in ("cpu", "cuda"),
-        )
         self.identity = {
             "training": config.model_dump(mode="json", exclude=set(FREE)),
             "model": model_config.model_dump(mode="json"),
@@ -120,7 +116,16 @@ class _Training:
 
     def run(self, *, resume: bool, progress: Progress) -> JEPA:
         config, fabric = self.config, self.fabric
-        wrapped, optimizer = fabric.setup(self.learner, self.optimizer)
+        wrapped = fabric.setup_module(self.learner)
+        # After the module, whose parameters sharding replaces.
+        self.optimizer = torch.optim.AdamW(
+            [parameter for parameter in self.learner.parameters() if parameter.requires_grad],
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=fabric.device.type in ("cpu", "cuda"),
+        )
+        optimizer = fabric.setup_optimizers(self.optimizer)
         if not resume and saved_steps(self.folder):
             raise TrainingError(f"{self.folder.path} holds checkpoints already; resume it or choose another folder")
         done = load_state(self.folder, self.learner, self.optimizer, self.identity) if resume else 0
@@ -155,11 +160,11 @@ class _Training:
                     message = f"stopped after step {finished} of {config.steps}; resume {self.folder.path} to go on"
                     _logger.warning(message)
                     raise KeyboardInterrupt(message)
-        self.model.eval()
+        model = self._whole_model().eval()
         if fabric.is_global_zero:
-            save_model(self.folder.model_directory, self.model, {"steps": config.steps})
+            save_model(self.folder.model_directory, model, {"steps": config.steps})
         self.ranks.wait()
-        return self.model
+        return model
 
     def _step(
         self, wrapped: nn.Module, optimizer: Any, windows: Windows, step: int, meter: "_Meter"
@@ -177,7 +182,7 @@ class _Training:
             norm = self.fabric.clip_gradients(wrapped, optimizer, max_norm=self.config.clip, error_if_nonfinite=False)
             # One transfer for all figures; before the step, so that the parameters stay finite.
             assert norm is not None
-            values = torch.stack([total, norm, *losses.values()]).tolist()
+            values = torch.stack([total, whole(norm), *losses.values()]).tolist()
         names = ["loss", "gradient_norm", *(f"loss/{name}" for name in losses)]
         figures = dict(zip(names, values, strict=True))
         if not all(math.isfinite(value) for value in values):
@@ -205,16 +210,17 @@ class _Training:
 
     def _validate(self, step: int) -> None:
         """Log the figures of the latents on held-out episodes; past half of the training, raise alarms."""
+        model = self._whole_model()
         if not self.fabric.is_global_zero:
             return
-        self.model.eval()
+        model.eval()
         count, device = self.config.validation_windows, self.fabric.device
         fitted, held_out = (
             sampler.sample(count, numpy_generator(self.config.seed, "validation", name)).to(device)
             for sampler, name in ((self.sampler, "fit"), (self.held_out_sampler, "held-out"))
         )
         with alone():
-            figures = diagnose(self.model, fitted, held_out)
+            figures = diagnose(model, fitted, held_out)
         found = alarms(figures) if 2 * step >= self.config.steps else []
         for alarm in found:
             _logger.warning("step %d: %s. What to change: %s", step, alarm.message, alarm.remedy)
@@ -224,9 +230,16 @@ class _Training:
         )
 
     def _save(self, step: int) -> None:
-        if self.fabric.is_global_zero:
-            save_state(self.folder, step, self.learner, self.optimizer, self.identity)
+        save_state(self.folder, step, self.learner, self.optimizer, self.identity, write=self.fabric.is_global_zero)
         self.ranks.wait()
+
+    def _whole_model(self) -> JEPA:
+        """Return the model, or a copy of it where it lies in shards; all ranks must ask."""
+        if self.config.strategy == "ddp":
+            return self.model
+        model = self.new_model()
+        model.load_state_dict({name: whole(tensor) for name, tensor in self.model.state_dict().items()})
+        return model.to(self.fabric.device)
 
 
 class _Meter:

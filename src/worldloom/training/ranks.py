@@ -12,12 +12,16 @@ from typing import Any, TypeVar
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
-from torch import distributed
+from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from worldloom.core.errors import ConfigError, TrainingError
 from worldloom.core.processes import on_this_machine, world
 from worldloom.core.seeds import derive_seed
+from worldloom.models.attention import Block
 from worldloom.training.config import TrainingConfig
 
 T = TypeVar("T")
@@ -36,6 +40,9 @@ def make_fabric(config: TrainingConfig) -> Fabric:
             f"training.devices is {config.devices} and {came}; start it with torchrun --nproc-per-node "
             f"{config.devices} on one machine, or set training.devices to the number of processes on all machines"
         )
+    if config.strategy == "fsdp" and (config.devices == 1 or config.compile):
+        what = "one device has nothing to shard" if config.devices == 1 else "training.compile does not go with it"
+        raise ConfigError(f"training.strategy is fsdp and {what}; set it to ddp, or change the other")
     _check_machine(config)
     if config.devices == 1:
         fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
@@ -46,11 +53,24 @@ def make_fabric(config: TrainingConfig) -> Fabric:
             accelerator=config.accelerator,
             devices=local,
             num_nodes=config.devices // local,
-            strategy=DDPStrategy(**_no_buffers(), timeout=timeout),
+            strategy=DDPStrategy(**_no_buffers(), timeout=timeout)
+            if config.strategy == "ddp"
+            else ModelParallelStrategy(
+                _shard, data_parallel_size=config.devices, tensor_parallel_size=1, timeout=timeout
+            ),
             precision=config.precision,
         )
     fabric.launch()
     return fabric
+
+
+def _shard(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Shard every transformer block by itself, so that one at a time is whole, and the rest together."""
+    data_parallel = mesh["data_parallel"]
+    for block in [part for part in module.modules() if isinstance(part, Block)]:
+        fully_shard(block, mesh=data_parallel)
+    fully_shard(module, mesh=data_parallel)
+    return module
 
 
 def _check_machine(config: TrainingConfig) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from worldloom.core.errors import CheckpointError
 from worldloom.models.checkpoint import delete_tensors, load_tensors, save_tensors
+from worldloom.models.distributed import lay_like, whole
 from worldloom.training.run import RunFolder
 
 _logger = logging.getLogger(__name__)
@@ -18,12 +19,24 @@ _KEPT = 2
 
 
 def save_state(
-    run: RunFolder, step: int, learner: nn.Module, optimizer: torch.optim.Optimizer, metadata: Mapping[str, Any]
+    run: RunFolder,
+    step: int,
+    learner: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    metadata: Mapping[str, Any],
+    *,
+    write: bool = True,
 ) -> None:
-    """Save what `step` finished steps have made; older states than the last two are deleted."""
-    tensors = {f"learner/{name}": tensor for name, tensor in learner.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in state.items()}
+    """Save what `step` finished steps have made; older states than the last two are deleted.
+
+    All ranks call it, for each may hold a shard; the one that is to `write` does so.
+    """
+    tensors = {f"learner/{name}": whole(tensor) for name, tensor in learner.state_dict().items()}
+    # In order, for shards are gathered from all ranks one after another.
+    for index, state in sorted(optimizer.state_dict()["state"].items()):
+        tensors |= {f"optimizer/{index}/{name}": whole(torch.as_tensor(state[name])) for name in sorted(state)}
+    if not write:
+        return
     save_tensors(_stem(run, step), tensors, {"step": step, **metadata}, kind=_KIND)
     for old in saved_steps(run)[:-_KEPT]:
         delete_tensors(_stem(run, old))
@@ -63,19 +76,20 @@ def load_state(
 
 
 def _restore(tensors: Mapping[str, Tensor], learner: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    lying = learner.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     learner_state: dict[str, Tensor] = {}
     optimizer_state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         part, _, name = key.partition("/")
         if part == "learner":
-            learner_state[name] = tensor
+            learner_state[name] = lay_like(tensor, lying[name]) if name in lying else tensor
         else:
             index, _, field = name.partition("/")
             parameter = parameters[int(index)]
             if tensor.shape == parameter.shape:
                 # The fused optimiser walks parameter and moments in memory order: they must lie alike.
-                tensor = torch.empty_like(parameter, requires_grad=False).copy_(tensor)
+                tensor = lay_like(tensor, parameter)
             optimizer_state.setdefault(int(index), {})[field] = tensor
     learner.load_state_dict(learner_state)
     optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})

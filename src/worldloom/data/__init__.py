@@ -2,6 +2,7 @@
 
 from worldloom.data.cache import FrameCache, load_cache
 from worldloom.data.collection import collect, episode_seed, policy_generator
+from worldloom.data.cube_walk import CubeWalkOptions
 from worldloom.data.dataset import Columns, DatasetSpec, EpisodeDataset
 from worldloom.data.frames import Frames, Pixels
 from worldloom.data.inspection import inspect
@@ -16,6 +17,7 @@ from worldloom.data.windows import LanceWindows, WindowSampler
 __all__ = [
     "POLICIES",
     "Columns",
+    "CubeWalkOptions",
     "DataConfig",
     "DatasetSpec",
     "EpisodeDataset",

@@ -12,6 +12,7 @@ _PHYSICS = {
     "worldloom/PushT-v0": "worldloom.envs.pusht:PushTEnv",
     "worldloom/Reacher-v0": "worldloom.envs.mujoco_worlds:ReacherEnv",
     "worldloom/PointMaze-v0": "worldloom.envs.mujoco_worlds:PointMazeEnv",
+    "worldloom/Cube-v0": "worldloom.envs.cube:CubeEnv",
     "worldloom/Plant-v0": "worldloom.envs.link_env:LinkEnv",
 }
 

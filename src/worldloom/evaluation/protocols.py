@@ -492,3 +492,10 @@ _register_field(
     SuccessRule(source="info", name="position", radius=0.25, unit="m"),
     env_kwargs={"layout": "medium"},
 )
+# OGBench's rule, which stable-worldmodel keeps: the cube within 4 cm. Where the arm ends does not count.
+_register_field(
+    "cube",
+    "worldloom/Cube-v0",
+    SuccessRule(source="info", name="block", radius=0.04, unit="m"),
+    policy="cube-walk",
+)

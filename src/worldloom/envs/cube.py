@@ -1,0 +1,136 @@
+"""OGBench's cube world on MuJoCo: an arm with a gripper, a table, one cube; goals are observations.
+
+The world is that of Park et al., "OGBench" (2025), as its data were collected: no target, arm and cube placed at random.
+"""
+
+import copy
+import os
+import threading
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from jaxtyping import Float32, UInt8
+
+from worldloom.core.errors import EnvironmentFailure
+from worldloom.envs.rendering import choose_gl, draw, load_mujoco
+
+OBSERVATIONS = ("vector", "pixels", "both")
+_LARGEST = 480  # px; the side of the buffer that is drawn into
+_CAMERA = "front_pixels"  # OGBench's own for pictures; the arm is nearly transparent in them
+
+
+class CubeEnv(gymnasium.Env[Any, Any]):
+    """A UR5e arm with a two-finger gripper above a table with one cube of 4 cm (0.05 s a step).
+
+    Observation: a float32 vector of 28, as OGBench shows its state; or with `observation="pixels"` uint8 (size,
+    size, 3); or with "both" a dictionary of the two. The vector holds the arm's joints (6, rad) and their
+    velocities (6), the effector's place (3) in decimetres from (0.425, 0, 0) m, cos and sin of its yaw, thrice
+    the closing of the gripper in [0, 1], its contact in [0, 1], the cube's place (3) alike, its quaternion (4),
+    cos and sin of its yaw. Action: 5 in [-1, 1], relative to where the effector is: x, y, z (5 cm), yaw (0.3
+    rad), closing of the gripper (1). Infos: `block` and `effector` (x, y, z) in metres. Arm and cube begin
+    anywhere within OGBench's bounds. An episode has no end of its own. Pictures are drawn only where asked for.
+
+    Raises:
+        EnvironmentFailure: `ogbench` is not installed, or an argument is out of range; for pictures, no OpenGL.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 - Gymnasium declares it so
+
+    def __init__(
+        self,
+        observation: Literal["vector", "pixels", "both"] = "vector",
+        size: int = 64,
+        render_mode: str | None = None,
+    ) -> None:
+        if observation not in OBSERVATIONS:
+            raise EnvironmentFailure(
+                f"the cube world has no observation {observation!r}; expected one of {', '.join(OBSERVATIONS)}"
+            )
+        if not 8 <= size <= _LARGEST:
+            raise EnvironmentFailure(f"the cube world's picture has a side of {size} px; expected 8 to {_LARGEST}")
+        self.render_mode = render_mode
+        self._observation, self._size = observation, size
+        self._physics = _load(draws=observation != "vector")
+        vector = spaces.Box(-np.inf, np.inf, (28,), np.float32)
+        pixels = spaces.Box(0, 255, (size, size, 3), np.uint8)
+        both = spaces.Dict({"pixels": pixels, "vector": vector})
+        self.observation_space: spaces.Space[Any] = {"vector": vector, "pixels": pixels, "both": both}[observation]
+        self.action_space = spaces.Box(-1.0, 1.0, (5,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Place arm and cube where the seed says."""
+        super().reset(seed=seed)
+        vector, told = self._physics.reset(seed=int(self.np_random.integers(2**31)))
+        return self._observe(vector), _infos(told)
+
+    def step(self, action: Float32[np.ndarray, "5"]) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Draw the effector toward its place plus `action`, for 0.05 s."""
+        vector, _, _, _, told = self._physics.step(np.clip(np.asarray(action, np.float64), -1.0, 1.0))
+        return self._observe(vector), 0.0, False, False, _infos(told)
+
+    def render(self) -> UInt8[np.ndarray, "H W 3"]:
+        """Return a picture; the agent sees it where it sees pixels."""
+        return draw(self._physics.model, self._physics.data, _CAMERA, self._size)
+
+    def _observe(self, vector: np.ndarray) -> Any:
+        parts = {}
+        if self._observation != "pixels":
+            parts["vector"] = vector.astype(np.float32)
+        if self._observation != "vector":
+            parts["pixels"] = self.render()
+        return parts if self._observation == "both" else parts[self._observation]
+
+
+def _infos(told: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "block": told["privileged/block_0_pos"].astype(np.float32),
+        "effector": told["proprio/effector_pos"].astype(np.float32),
+    }
+
+
+_TEMPLATES = threading.local()  # the inverse kinematics have one scratch space: threads do not share it
+
+
+def _load(*, draws: bool) -> Any:
+    """Return OGBench's world with a state of its own; the compiled model is shared by all copies of a thread.
+
+    Compiling it takes a second, a hundred copies would take minutes.
+    """
+    if not draws:
+        # A state needs no OpenGL; what is asked to draw later says what is missing.
+        try:
+            choose_gl()
+        except EnvironmentFailure:
+            os.environ["MUJOCO_GL"] = "disabled"
+    mujoco = load_mujoco()
+    template = getattr(_TEMPLATES, "world", None)
+    if template is None:
+        template = _TEMPLATES.world = _compile()
+    physics = copy.copy(template)
+    physics._data = mujoco.MjData(template.model)
+    return physics
+
+
+def _compile() -> Any:
+    try:
+        from ogbench.manipspace.envs.cube_env import CubeEnv as Physics
+    except ImportError as error:
+        raise EnvironmentFailure(
+            f"OGBench's worlds are not installed ({error}); run: pip install 'worldloom[cube]'"
+        ) from error
+    # Only in this mode all randomness comes from the seed of the reset.
+    template = Physics(
+        "single",
+        mode="data_collection",
+        ob_type="pixels",
+        visualize_info=False,
+        terminate_at_goal=False,
+        width=_LARGEST,
+        height=_LARGEST,
+    )
+    template._mjcf_model = template.build_mjcf_model()  # with the colours that belong to pictures ...
+    template._ob_type = "states"  # ... and nothing drawn at every step
+    template.reset(seed=0)
+    return template

@@ -18,7 +18,7 @@ def collect(
     episodes: Annotated[int | None, typer.Option(min=1, help="How many episodes there shall be [1000].")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="The most steps of an episode [100].")] = None,
     policy: Annotated[
-        str | None, typer.Option(help="directed-walk, uniform, near-object, or one of an imported module.")
+        str | None, typer.Option(help="directed-walk, uniform, near-object, cube-walk, or one of an imported module.")
     ] = None,
     policy_option: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of it.")] = None,
     env_arg: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the world.")] = None,

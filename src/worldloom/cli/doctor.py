@@ -70,6 +70,7 @@ def _checks() -> list[tuple[str, str, str]]:
 _EXTRAS = {
     "pusht": ("gym_pusht", "PushT"),
     "mujoco": ("mujoco", "Reacher and the point maze"),
+    "cube": ("ogbench", "OGBench's cube"),
     "hdf5": ("h5py", "robomimic's and stable-worldmodel's files"),
     "minari": ("minari", "Minari's own tools beside its files"),
 }

@@ -1,10 +1,11 @@
 """A clumsy arm: it fumbles about an object whose place it sees, and now and then has it in its gripper."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Float64
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError, DataError
@@ -13,6 +14,20 @@ from worldloom.core.types import ActionSpec, Observations
 from worldloom.data.policies import POLICIES
 
 _AXES = 5  # x, y, z, yaw, gripper
+_OVER = 0.015  # m; nearer than this, the gripper is over the block, or at the table
+_ABOVE = 0.1  # m; fingers pass over the block
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bout:
+    """What the arm does for a while; `place` is relative to the block unless `free`."""
+
+    place: Float64[np.ndarray, "2"]
+    height: float
+    turn: float
+    grip: float
+    free: bool = False
+    grasps: bool = False
 
 
 class CubeWalkOptions(Config):
@@ -26,23 +41,28 @@ class CubeWalkOptions(Config):
     block: int = Field(default=19, ge=0)
     scale: float = Field(default=10.0, gt=0)
     origin: tuple[float, float, float] = (0.425, 0.0, 0.0)
-    low: tuple[float, float, float] = (0.30, -0.28, 0.02)  # where the effector goes; beyond, the block gets lost
-    high: tuple[float, float, float] = (0.55, 0.28, 0.25)
+    low: tuple[float, float, float] = (0.33, -0.25, 0.02)  # where the effector goes; beyond, the block gets lost
+    high: tuple[float, float, float] = (0.52, 0.25, 0.15)
     reach: float = Field(default=0.05, gt=0)
 
-    spread: float = Field(default=0.03, gt=0)  # standard deviation of the places about the block, along x and y
-    elsewhere: float = Field(default=0.15, ge=0, le=1)  # share of places that are drawn anywhere
-    down: float = Field(default=0.6, ge=0, le=1)  # share of heights at the table
-    patience: float = Field(default=12.0, ge=1)  # mean number of steps before a place is drawn anew; so heights ...
-    grip_patience: float = Field(default=10.0, ge=1)  # ... and whether the gripper opens or closes
-    gain: float = Field(default=0.5, gt=0)  # share of the way that is left, for each step
-    noise: float = Field(default=0.3, ge=0)  # standard deviation of each action, in shares of the largest
+    grasp: float = Field(default=0.5, ge=0, le=1)  # share of bouts over the block, the gripper closing at the table
+    elsewhere: float = Field(default=0.4, ge=0, le=1)  # share that go anywhere, with what the gripper holds
+    spread: float = Field(default=0.06, gt=0)  # standard deviation of the places about the block, along x and y
+    patience: float = Field(default=10.0, ge=1)  # mean number of steps of a bout
+    gain: float = Field(default=0.7, gt=0)  # share of the way that is left, for each step
+    noise: float = Field(default=0.2, ge=0)  # standard deviation of each action, in shares of the largest
+
+    @model_validator(mode="after")
+    def _shares(self) -> "CubeWalkOptions":
+        if self.grasp + self.elsewhere > 1:
+            raise ValueError(f"grasp {self.grasp} and elsewhere {self.elsewhere} are more than 1 together")
+        return self
 
 
 class CubeWalk:
-    """Draws places about the block, heights, and whether to open or close, each by a clock of its own.
+    """Fumbles in bouts of random length: about the block, over it to close the gripper, or off to anywhere.
 
-    It aims at nothing: no draw knows of another, nor of where the block should go. It reads no more than two
+    It aims at nothing: no bout knows of another, nor of where the block should go. It reads no more than two
     places of the vector that any agent sees. The action is (x, y, z, yaw, closing of the gripper).
     """
 
@@ -55,22 +75,12 @@ class CubeWalk:
         self._options = options
         self._low, self._high = np.array(action.low), np.array(action.high)
         self._generators: list[np.random.Generator] = []
-        self._place: Float64[np.ndarray, "B 2"] = np.zeros((0, 2))  # metres; relative to the block unless `_free`
-        self._free: np.ndarray = np.zeros(0, bool)
-        self._height: np.ndarray = np.zeros(0)
-        self._grip: np.ndarray = np.zeros(0)
-        self._turn: np.ndarray = np.zeros(0)
+        self._bouts: list[_Bout] = []
 
     def reset(self, generators: list[np.random.Generator]) -> None:
         """Start one episode for each generator."""
         self._generators = generators
-        count = len(generators)
-        self._place, self._free = np.zeros((count, 2)), np.zeros(count, bool)
-        self._height, self._grip, self._turn = np.zeros(count), np.zeros(count), np.zeros(count)
-        for row, generator in enumerate(generators):
-            self._draw_place(row, generator)
-            self._draw_height(row, generator)
-            self._draw_grip(row, generator)
+        self._bouts = [self._draw(generator, 0.0) for generator in generators]
 
     def act(self, observations: Observations) -> Float32[np.ndarray, "B A"]:
         """Return one action for each episode.
@@ -86,39 +96,47 @@ class CubeWalk:
                 f"after each; this world shows {size}. Choose another, or give the options effector and block"
             )
         vector = observations.vector.numpy().astype(np.float64)
-        noise = np.empty((len(vector), _AXES))
-        for row, generator in enumerate(self._generators):
-            place, height, grip = generator.random(3)
-            if place < 1 / options.patience:
-                self._draw_place(row, generator)
-            if height < 1 / options.patience:
-                self._draw_height(row, generator)
-            if grip < 1 / options.grip_patience:
-                self._draw_grip(row, generator)
-            noise[row] = generator.standard_normal(_AXES)
         effector, block = (
             vector[:, first : first + 3] / options.scale + options.origin for first in (options.effector, options.block)
         )
-        flat = np.where(self._free[:, None], self._place, block[:, :2] + self._place)
-        target = np.clip(np.column_stack([flat, self._height]), options.low, options.high)
-        wish = np.column_stack([options.gain * (target - effector) / options.reach, self._turn, self._grip])
-        actions: np.ndarray = np.clip((wish + options.noise * noise) * self._high, self._low, self._high)
-        return actions.astype(np.float32)
+        wish = np.empty((len(vector), _AXES))
+        for row, generator in enumerate(self._generators):
+            if generator.random() < 1 / options.patience:
+                self._bouts[row] = self._draw(generator, self._bouts[row].grip)
+            wish[row] = self._wish(self._bouts[row], effector[row], block[row])
+            wish[row] += options.noise * generator.standard_normal(_AXES)
+        actions: np.ndarray = np.clip(wish * self._high, self._low, self._high).astype(np.float32)
+        return actions
 
-    def _draw_place(self, row: int, generator: np.random.Generator) -> None:
+    def _draw(self, generator: np.random.Generator, grip: float) -> "_Bout":
+        """Draw a bout; one that goes elsewhere keeps the gripper as it was."""
         options = self._options
-        self._free[row] = generator.random() < options.elsewhere
-        near, anywhere = generator.standard_normal(2), generator.uniform(options.low[:2], options.high[:2])
-        self._place[row] = anywhere if self._free[row] else options.spread * near
-        self._turn[row] = generator.uniform(-1, 1)
+        kind, height = generator.random(2)
+        near, turn = options.spread * generator.standard_normal(2), float(generator.uniform(-1, 1))
+        anywhere = generator.uniform(options.low, options.high)
+        opens = float(generator.uniform(-1, 1))
+        if kind < options.grasp:
+            return _Bout(place=near / 6, height=options.low[2], turn=0.0, grip=1.0, grasps=True)
+        if kind < options.grasp + options.elsewhere:
+            return _Bout(
+                place=anywhere[:2],
+                height=anywhere[2] if height < 0.5 else options.low[2],
+                turn=turn,
+                grip=grip,
+                free=True,
+            )
+        return _Bout(place=near, height=options.low[2] if height < 0.8 else anywhere[2], turn=turn, grip=opens)
 
-    def _draw_height(self, row: int, generator: np.random.Generator) -> None:
-        low, high = self._options.low[2], self._options.high[2]
-        down, anywhere = generator.random() < self._options.down, generator.uniform(low, high)
-        self._height[row] = low if down else anywhere
-
-    def _draw_grip(self, row: int, generator: np.random.Generator) -> None:
-        self._grip[row] = generator.choice([-1.0, 1.0]) * generator.uniform(0.3, 1.0)
+    def _wish(self, bout: "_Bout", effector: Float64[np.ndarray, "3"], block: Float64[np.ndarray, "3"]) -> np.ndarray:
+        options = self._options
+        flat = bout.place if bout.free else block[:2] + bout.place
+        height, grip = bout.height, bout.grip
+        if bout.grasps and np.abs(flat - effector[:2]).max() > _OVER:
+            height = _ABOVE
+        if bout.grasps and effector[2] > options.low[2] + _OVER:
+            grip = -1.0
+        target = np.clip((*flat, height), options.low, options.high)
+        return np.array([*(options.gain * (target - effector) / options.reach), bout.turn, grip])
 
 
 @POLICIES.register("cube-walk")

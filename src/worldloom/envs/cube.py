@@ -1,6 +1,6 @@
 """OGBench's cube world on MuJoCo: an arm with a gripper, a table, one cube; goals are observations.
 
-The world is that of Park et al., "OGBench" (2025), as its data were collected: no target, arm and cube placed at random.
+The world is that of Park et al., "OGBench" (2025), as its data were collected: arm and cube placed at random.
 """
 
 import copy

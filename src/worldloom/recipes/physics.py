@@ -1,6 +1,7 @@
 """Recipes of the worlds on physics engines; the worlds need an extra, the recipes do not."""
 
 from worldloom.models import JEPAConfig
+from worldloom.models.encoders import EncoderConfig, PatchConv, VectorMLP
 from worldloom.models.losses import Covariance, InverseDynamics, TemporalSimilarity
 from worldloom.planning import CEM
 from worldloom.recipes.config import CollectionConfig, Recipe
@@ -90,4 +91,53 @@ def point_maze() -> Recipe:
         methods=_methods(horizon=12),
         default_method="CEM, latent L2",
         protocol="point-maze-25@1",
+    )
+
+
+def _cube(name: str, description: str, protocol: str, encoder: EncoderConfig, **env_kwargs: str) -> Recipe:
+    losses = {
+        **default_losses(),
+        "covariance": Covariance(weight=0.3, samples="pooled"),
+        "temporal-similarity": TemporalSimilarity(weight=2.0),
+        "inverse-dynamics": InverseDynamics(weight=1.0, frames=3),
+    }
+    return Recipe(
+        name=name,
+        description=description,
+        collection=CollectionConfig(
+            env_id="worldloom/Cube-v0",
+            env_kwargs=env_kwargs,
+            episodes=1200,
+            steps=200,
+            policy="cube-walk",
+            num_envs=50,
+        ),
+        model=JEPAConfig(encoder=encoder, block=2, context=2),
+        training=TrainingConfig(steps=10000, losses=losses, validate_every=2000, checkpoint_every=1000),
+        methods=_methods(horizon=12) | {"CEM of 3,000, latent L2": PlanMethod(solver=WIDE, horizon=12)},
+        default_method="CEM of 3,000, latent L2",
+        protocol=protocol,
+    )
+
+
+@RECIPES.register("cube-state")
+def cube_state() -> Recipe:
+    """OGBench's cube from its state, logged by an arm that fumbles and aims at nothing."""
+    return _cube(
+        "cube-state",
+        "OGBench's single cube from its state vector (no pixels) on MuJoCo, 240 thousand frames of an arm that fumbles.",
+        "cube-25@1",
+        VectorMLP(),
+    )
+
+
+@RECIPES.register("cube")
+def cube() -> Recipe:
+    """The same in pixels, where a GPU draws; the vector beside them is for the logging policy and not encoded."""
+    return _cube(
+        "cube",
+        "OGBench's single cube in 64x64 RGB on MuJoCo (needs a GPU to draw in time), the logs of cube-state.",
+        "cube-pixels-25@1",
+        PatchConv(),
+        observation="both",
     )

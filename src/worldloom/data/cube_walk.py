@@ -41,13 +41,13 @@ class CubeWalkOptions(Config):
     block: int = Field(default=19, ge=0)
     scale: float = Field(default=10.0, gt=0)
     origin: tuple[float, float, float] = (0.425, 0.0, 0.0)
-    low: tuple[float, float, float] = (0.33, -0.25, 0.02)  # where the effector goes; beyond, the block gets lost
+    low: tuple[float, float, float] = (0.35, -0.25, 0.02)  # where it pushes and carries; beyond, blocks get lost
     high: tuple[float, float, float] = (0.52, 0.25, 0.15)
     reach: float = Field(default=0.05, gt=0)
 
     grasp: float = Field(default=0.5, ge=0, le=1)  # share of bouts over the block, the gripper closing at the table
     elsewhere: float = Field(default=0.4, ge=0, le=1)  # share that go anywhere, with what the gripper holds
-    spread: float = Field(default=0.06, gt=0)  # standard deviation of the places about the block, along x and y
+    spread: float = Field(default=0.04, gt=0)  # standard deviation of the places about the block, along x and y
     patience: float = Field(default=10.0, ge=1)  # mean number of steps of a bout
     gain: float = Field(default=0.7, gt=0)  # share of the way that is left, for each step
     noise: float = Field(default=0.2, ge=0)  # standard deviation of each action, in shares of the largest
@@ -135,7 +135,9 @@ class CubeWalk:
             height = _ABOVE
         if bout.grasps and effector[2] > options.low[2] + _OVER:
             grip = -1.0
-        target = np.clip((*flat, height), options.low, options.high)
+        if not bout.grasps:  # closing takes it to where the block is, pushing would send the block further out
+            flat = np.clip(flat, options.low[:2], options.high[:2])
+        target = np.array([*flat, height])
         return np.array([*(options.gain * (target - effector) / options.reach), bout.turn, grip])
 
 

@@ -6,7 +6,7 @@ The world is that of Park et al., "OGBench" (2025), as its data were collected: 
 import copy
 import os
 import threading
-from typing import Any, Literal
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -40,7 +40,7 @@ class CubeEnv(gymnasium.Env[Any, Any]):
 
     def __init__(
         self,
-        observation: Literal["vector", "pixels", "both"] = "vector",
+        observation: str = "vector",
         size: int = 64,
         render_mode: str | None = None,
     ) -> None:
@@ -56,7 +56,8 @@ class CubeEnv(gymnasium.Env[Any, Any]):
         vector = spaces.Box(-np.inf, np.inf, (28,), np.float32)
         pixels = spaces.Box(0, 255, (size, size, 3), np.uint8)
         both = spaces.Dict({"pixels": pixels, "vector": vector})
-        self.observation_space: spaces.Space[Any] = {"vector": vector, "pixels": pixels, "both": both}[observation]
+        shown: dict[str, spaces.Space[Any]] = {"vector": vector, "pixels": pixels, "both": both}
+        self.observation_space = shown[observation]
         self.action_space = spaces.Box(-1.0, 1.0, (5,), np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:

@@ -125,7 +125,7 @@ def cube_state() -> Recipe:
     """OGBench's cube from its state, logged by an arm that fumbles and aims at nothing."""
     return _cube(
         "cube-state",
-        "OGBench's single cube from its state vector (no pixels) on MuJoCo, 240 thousand frames of an arm that fumbles.",
+        "OGBench's single cube from its state vector (no pixels) on MuJoCo, 240 thousand frames of a fumbling arm.",
         "cube-25@1",
         VectorMLP(),
     )

@@ -147,9 +147,10 @@ def test_the_fumbling_arm_pushes_and_lifts_the_cube_and_does_not_lose_it() -> No
     assert np.abs(record["action"]).max() <= 1
 
 
-def test_the_fumbling_arm_aims_at_nothing() -> None:
-    # From one start, other draws send the cube to other sides.
-    record = fumble(list(range(16)), 100, world=3)
+def test_the_fumbling_arm_aims_at_nothing(env: gymnasium.Env) -> None:
+    # From one start, the cube in the middle, other draws send it to other sides.
+    middle = [seed for seed in range(60) if (np.abs(env.reset(seed=seed)[1]["block"][:2] - (0.42, 0)) < 0.05).all()]
+    record = fumble(list(range(16)), 100, world=middle[0])
     way = record["block"][-1, :, :2] - record["block"][0, :, :2]
     moved = way[np.linalg.norm(way, axis=1) > 0.02]
     assert len(moved) >= 6

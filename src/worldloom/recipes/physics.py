@@ -107,7 +107,7 @@ def _cube(name: str, description: str, protocol: str, encoder: EncoderConfig, **
         collection=CollectionConfig(
             env_id="worldloom/Cube-v0",
             env_kwargs=env_kwargs,
-            episodes=1200,
+            episodes=1000,
             steps=200,
             policy="cube-walk",
             num_envs=50,
@@ -125,7 +125,7 @@ def cube_state() -> Recipe:
     """OGBench's cube from its state, logged by an arm that fumbles and aims at nothing."""
     return _cube(
         "cube-state",
-        "OGBench's single cube from its state vector (no pixels) on MuJoCo, 240 thousand frames of a fumbling arm.",
+        "OGBench's single cube from its state vector (no pixels) on MuJoCo, 200 thousand frames of a fumbling arm.",
         "cube-25@1",
         VectorMLP(),
     )

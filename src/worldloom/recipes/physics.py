@@ -107,13 +107,13 @@ def _cube(name: str, description: str, protocol: str, encoder: EncoderConfig, **
         collection=CollectionConfig(
             env_id="worldloom/Cube-v0",
             env_kwargs=env_kwargs,
-            episodes=1000,
+            episodes=1200,
             steps=200,
             policy="cube-walk",
             num_envs=50,
         ),
         model=JEPAConfig(encoder=encoder, block=2, context=2),
-        training=TrainingConfig(steps=10000, losses=losses, validate_every=2000, checkpoint_every=1000),
+        training=TrainingConfig(steps=6000, losses=losses, validate_every=2000, checkpoint_every=1000),
         methods=_methods(horizon=12) | {"CEM of 3,000, latent L2": PlanMethod(solver=WIDE, horizon=12)},
         default_method="CEM of 3,000, latent L2",
         protocol=protocol,
@@ -125,7 +125,7 @@ def cube_state() -> Recipe:
     """OGBench's cube from its state, logged by an arm that fumbles and aims at nothing."""
     return _cube(
         "cube-state",
-        "OGBench's single cube from its state vector (no pixels) on MuJoCo, 200 thousand frames of a fumbling arm.",
+        "OGBench's single cube from its state vector (no pixels) on MuJoCo, 240 thousand frames of a fumbling arm.",
         "cube-25@1",
         VectorMLP(),
     )

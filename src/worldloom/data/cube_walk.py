@@ -1,4 +1,4 @@
-"""A clumsy arm: it fumbles about an object whose place it sees, and now and then has it in its gripper."""
+"""An aimless arm: it fumbles about an object whose place it sees, grips it at times, and carries it anywhere."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -62,8 +62,8 @@ class CubeWalkOptions(Config):
 class CubeWalk:
     """Fumbles in bouts of random length: about the block, over it to close the gripper, or off to anywhere.
 
-    It aims at nothing: no bout knows of another, nor of where the block should go. It reads no more than two
-    places of the vector that any agent sees. The action is (x, y, z, yaw, closing of the gripper).
+    It can grip, but has nowhere to go: no bout knows where the block should be. It reads no more than two places of
+    the vector that any agent sees. The action is (x, y, z, yaw, closing of the gripper).
     """
 
     def __init__(self, action: ActionSpec, options: CubeWalkOptions) -> None:

@@ -115,7 +115,7 @@ def _cube(name: str, description: str, protocol: str, encoder: EncoderConfig, **
         model=JEPAConfig(encoder=encoder, block=2, context=2),
         training=TrainingConfig(steps=6000, losses=losses, validate_every=2000, checkpoint_every=1000),
         methods=_methods(horizon=12) | {"CEM of 3,000, latent L2": PlanMethod(solver=WIDE, horizon=12)},
-        default_method="CEM of 3,000, latent L2",
+        default_method="CEM, learned distance",
         protocol=protocol,
     )
 

@@ -2,7 +2,7 @@
 
 from worldloom.models import JEPAConfig
 from worldloom.models.encoders import EncoderConfig, PatchConv, VectorMLP
-from worldloom.models.losses import Covariance, InverseDynamics, TemporalSimilarity
+from worldloom.models.losses import Covariance, InverseDynamics, LossConfig, TemporalSimilarity
 from worldloom.planning import CEM
 from worldloom.recipes.config import CollectionConfig, Recipe
 from worldloom.recipes.library import RECIPES
@@ -11,6 +11,22 @@ from worldloom.training import TrainingConfig, default_losses
 
 # 300 candidates, 10 times: contact is found by few of them.
 WIDE = CEM(samples=300, iterations=10, elites=30)
+
+
+def _contact_losses() -> dict[str, LossConfig]:
+    # The block is a slow feature, the hand a fast one: inverse dynamics alone keeps the hand and loses the block's
+    # angle, so it weighs less here, and covariance and temporal similarity more (docs/log.md).
+    return {
+        **default_losses(),
+        "covariance": Covariance(weight=0.3, samples="pooled"),
+        "temporal-similarity": TemporalSimilarity(weight=2.0),
+        "inverse-dynamics": InverseDynamics(weight=1.0, frames=3),
+    }
+
+
+def _inertial_losses() -> dict[str, LossConfig]:
+    # One frame shows no velocity, so that the action is read from three.
+    return {**default_losses(), "inverse-dynamics": InverseDynamics(weight=3.0, frames=3)}
 
 
 def _methods(*, horizon: int) -> dict[str, MethodConfig]:
@@ -27,14 +43,6 @@ def _methods(*, horizon: int) -> dict[str, MethodConfig]:
 @RECIPES.register("pusht")
 def pusht() -> Recipe:
     """PushT from logs of a hand that wanders about the block and aims at nothing."""
-    # The block is a slow feature, the disc a fast one: inverse dynamics alone keeps the disc and loses the
-    # block's angle, so it weighs less here, and covariance and temporal similarity more (docs/log.md).
-    losses = {
-        **default_losses(),
-        "covariance": Covariance(weight=0.3, samples="pooled"),
-        "temporal-similarity": TemporalSimilarity(weight=2.0),
-        "inverse-dynamics": InverseDynamics(weight=1.0, frames=3),
-    }
     return Recipe(
         name="pusht",
         description="PushT in 64x64 RGB on pymunk, 360 thousand frames of a clumsy hand that aims at nothing.",
@@ -44,7 +52,7 @@ def pusht() -> Recipe:
         model=JEPAConfig(block=2, context=2),
         # Short windows, and more of them: the pose of the block differs between windows rather than within one.
         training=TrainingConfig(
-            steps=20000, batch=160, horizon=2, losses=losses, validate_every=4000, checkpoint_every=1000
+            steps=20000, batch=160, horizon=2, losses=_contact_losses(), validate_every=4000, checkpoint_every=1000
         ),
         methods=_methods(horizon=12) | {"CEM of 3,000, latent L2": PlanMethod(solver=WIDE, horizon=12)},
         default_method="CEM of 3,000, latent L2",
@@ -62,7 +70,7 @@ def reacher() -> Recipe:
         model=JEPAConfig(block=2, context=2),
         training=TrainingConfig(
             steps=4000,
-            losses={**default_losses(), "inverse-dynamics": InverseDynamics(weight=3.0, frames=3)},
+            losses=_inertial_losses(),
             validate_every=1000,
             checkpoint_every=1000,
         ),
@@ -84,7 +92,7 @@ def point_maze() -> Recipe:
         model=JEPAConfig(block=2, context=2),
         training=TrainingConfig(
             steps=3000,
-            losses={**default_losses(), "inverse-dynamics": InverseDynamics(weight=3.0, frames=3)},
+            losses=_inertial_losses(),
             validate_every=1000,
             checkpoint_every=1000,
         ),
@@ -95,12 +103,6 @@ def point_maze() -> Recipe:
 
 
 def _cube(name: str, description: str, protocol: str, encoder: EncoderConfig, **env_kwargs: str) -> Recipe:
-    losses = {
-        **default_losses(),
-        "covariance": Covariance(weight=0.3, samples="pooled"),
-        "temporal-similarity": TemporalSimilarity(weight=2.0),
-        "inverse-dynamics": InverseDynamics(weight=1.0, frames=3),
-    }
     return Recipe(
         name=name,
         description=description,
@@ -113,7 +115,7 @@ def _cube(name: str, description: str, protocol: str, encoder: EncoderConfig, **
             num_envs=50,
         ),
         model=JEPAConfig(encoder=encoder, block=2, context=2),
-        training=TrainingConfig(steps=6000, losses=losses, validate_every=2000, checkpoint_every=1000),
+        training=TrainingConfig(steps=6000, losses=_contact_losses(), validate_every=2000, checkpoint_every=1000),
         methods=_methods(horizon=12) | {"CEM of 3,000, latent L2": PlanMethod(solver=WIDE, horizon=12)},
         default_method="CEM, learned distance",
         protocol=protocol,

@@ -39,7 +39,10 @@ def main() -> None:
     path = RESULTS / "anti-collapse.json"
     if path.exists():
         parts.append(anti_collapse(json.loads(path.read_text())))
-    for name in ("training", "planning", "windows", "collecting"):
+    path = RESULTS / "control-loop.json"
+    if path.exists():
+        parts.append(control_loop(json.loads(path.read_text())))
+    for name in ("training", "planning", "windows", "collecting", "convert_large"):
         path = RESULTS / f"{name}.jsonl"
         if path.exists():
             lines = [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")]
@@ -144,6 +147,32 @@ def anti_collapse(values: dict[str, Any]) -> str:
     )
 
 
+def control_loop(values: dict[str, Any]) -> str:
+    rows = []
+    for mode in ("as it is", "slowed"):
+        loop, plant = values[mode]["loop"], values[mode]["plant"]
+        plan, reaction = loop["plan_ms"], plant["reaction_ms"]
+        rows.append(
+            [
+                mode,
+                f"{loop['periods']:,}",
+                f"{loop['rate_held']:g} Hz",
+                f"{loop['misses']:,}",
+                str(plant["unnoticed"]),
+                f"{plan['p50']:.1f} / {plan['p99']:.1f} / {plan['max']:.0f}",
+                "-" if reaction is None else f"{reaction['max']:.1f}",
+                f"{values[mode]['reached']} of {values[mode]['goals']}",
+            ]
+        )
+    header = ["planner", "periods", "rate held", "missed", "of these unnoticed", "plan ms: median / p99 / largest"]
+    return (
+        f"## Real-time loop on an arm\n\n    python benchmarks/control_loop.py --seconds {values['seconds']:g}\n\n"
+        + table([*header, "safe action after the deadline, ms at most", "goals"], rows)
+        + f"\nThe deadline is {values['as it is']['loop']['deadline_ms']:g} ms after the observation; see "
+        f"[docs/deploy.md](../docs/deploy.md). {describe(values['hardware'])}\n"
+    )
+
+
 def speeds(name: str, lines: list[dict[str, Any]]) -> str:
     hardware = next((line["hardware"] for line in lines if "hardware" in line), {})
     blocks = []
@@ -153,8 +182,9 @@ def speeds(name: str, lines: list[dict[str, Any]]) -> str:
     if len(lines) > 2:
         keys = [key for key in lines[0] if key not in ("hardware", "benchmark") and not isinstance(lines[0][key], dict)]
         blocks = [table(keys, [[show(line.get(key, "")) for key in keys] for line in lines])]
+    command = "convert_large.py --gib 20" if name == "convert_large" else f"{name}.py >> benchmarks/results/{name}.jsonl"
     return (
-        f"## Speed: {name}\n\n    python benchmarks/{name}.py >> benchmarks/results/{name}.jsonl\n\n"
+        f"## Speed: {name}\n\n    python benchmarks/{command}\n\n"
         + "\n".join(blocks)
         + f"\n{describe(hardware)}\n"
     )

@@ -182,7 +182,8 @@ def speeds(name: str, lines: list[dict[str, Any]]) -> str:
     if len(lines) > 2:
         keys = [key for key in lines[0] if key not in ("hardware", "benchmark") and not isinstance(lines[0][key], dict)]
         blocks = [table(keys, [[show(line.get(key, "")) for key in keys] for line in lines])]
-    command = "convert_large.py --gib 20" if name == "convert_large" else f"{name}.py >> benchmarks/results/{name}.jsonl"
+    adds_itself = name == "convert_large"
+    command = f"{name}.py --gib 20" if adds_itself else f"{name}.py >> benchmarks/results/{name}.jsonl"
     return (
         f"## Speed: {name}\n\n    python benchmarks/{command}\n\n"
         + "\n".join(blocks)

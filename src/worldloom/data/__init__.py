@@ -7,6 +7,7 @@ from worldloom.data.dataset import Columns, DatasetSpec, EpisodeDataset
 from worldloom.data.frames import Frames, Pixels
 from worldloom.data.inspection import inspect
 from worldloom.data.object_walk import ObjectWalkOptions
+from worldloom.data.order import SlidingPool
 from worldloom.data.policies import POLICIES
 from worldloom.data.preview import contact_sheet, video
 from worldloom.data.statistics import Statistics, compute_statistics
@@ -27,6 +28,7 @@ __all__ = [
     "ObjectWalkOptions",
     "Pixels",
     "Problem",
+    "SlidingPool",
     "Statistics",
     "StreamedFrames",
     "WindowSampler",

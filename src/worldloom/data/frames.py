@@ -27,6 +27,15 @@ class Pixels(Protocol):
 
 
 @runtime_checkable
+class ReadsAhead(Protocol):
+    """Pixels that can be told which frames will be asked for."""
+
+    def expect(self, spans: Int64[np.ndarray, "S 2"]) -> None:
+        """Read these rows (first and last of each span) before they are asked for, the first span first."""
+        ...
+
+
+@runtime_checkable
 class Frames(Protocol):
     """All frames of a dataset: `FrameCache` holds them decoded, `StreamedFrames` reads them from storage."""
 

@@ -136,6 +136,7 @@ class StreamedPixels:
         self._queue: list[tuple[int, int]] = []  # priority (0: somebody waits), chunk
         self._pending: dict[int, Future[UInt8[np.ndarray, "n bytes"]]] = {}
         self._closed = threading.Event()
+        self._warned = False
         self._plan_ahead()
         self._threads = [
             threading.Thread(target=self._work, name=f"stream-{index}", daemon=True)
@@ -180,6 +181,32 @@ class StreamedPixels:
         same = len(unique) == len(flat) and np.array_equal(unique, flat)
         return (out if same else out[inverse.reshape(-1)]).reshape(*wanted.shape, *self.shape[1:])
 
+    def expect(self, spans: Int64[np.ndarray, "S 2"]) -> None:
+        """Read the chunks of these rows (first and last of each span) next, and leave what was to be read ahead.
+
+        What exceeds the cache is left out, with a warning.
+        """
+        runs = [np.arange(first // self._length, last // self._length + 1) for first, last in spans.tolist()]
+        chunks, places = np.unique(np.concatenate([np.zeros(0, np.int64), *runs]), return_index=True)
+        chunks = chunks[np.argsort(places)]
+        fit = self._fit()
+        if len(chunks) > fit and not self._warned:
+            self._warned = True
+            _log.warning(
+                "what is drawn from next is %d chunks of %.3g MiB, and the cache holds %d: chunks are read more than "
+                "once. Raise data.cache_gib (or data.memory_mib where there is no disk cache), or lower "
+                "training.pool_windows",
+                len(chunks),
+                self._length * self._size / 2**20,
+                fit,
+            )
+        ahead = self._ranks_apart(chunks[:fit].tolist())
+        with self._change:
+            waited_for = [entry for entry in self._queue if entry[0] == 0]
+            self._queue = waited_for + [(1 + place, chunk) for place, chunk in enumerate(ahead)]
+            heapq.heapify(self._queue)
+            self._change.notify_all()
+
     def close(self) -> None:
         """Stop the threads; who waits for a chunk gets a `StorageError`."""
         with self._change:
@@ -204,14 +231,22 @@ class StreamedPixels:
             return None
 
     def _plan_ahead(self) -> None:
-        """Queue the chunks that fit the disk; ranks of one machine begin at different places."""
-        if self._disk is None:
-            return
-        fit = min(self._chunks, int(self._disk.budget * 7 / 8) // (self._length * self._size))
+        """Queue the chunks that fit the disk."""
+        if self._disk is not None:
+            # The position is the priority, after all that somebody waits for.
+            chunks = list(range(min(self._chunks, self._fit())))
+            self._queue = [(1 + place, chunk) for place, chunk in enumerate(self._ranks_apart(chunks))]
+
+    def _fit(self) -> int:
+        """Return how many chunks the cache holds at the least: the disk's drops an eighth more than it must."""
+        disk = self._disk
+        return self._held if disk is None else int(disk.budget * 7 / 8) // (self._length * self._size)
+
+    def _ranks_apart(self, chunks: list[int]) -> list[int]:
+        """Return the chunks from another one on for each rank of this machine, which share the cache."""
         ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        first = fit * (int(os.environ.get("LOCAL_RANK", "0")) % ranks) // ranks
-        # The position is the priority, after all that somebody waits for.
-        self._queue = [(1 + index, (first + index) % fit) for index in range(fit)]
+        first = len(chunks) * (int(os.environ.get("LOCAL_RANK", "0")) % ranks) // ranks
+        return chunks[first:] + chunks[:first]
 
     def _local(self, chunk: int, rows: Int64[np.ndarray, "n"], out: UInt8[np.ndarray, "n bytes"]) -> bool:
         with self._change:
@@ -245,7 +280,11 @@ class StreamedPixels:
                     return
                 priority, chunk = heapq.heappop(self._queue)
                 if priority:
-                    if chunk in self._pending or self._disk is None or chunk in self._disk:
+                    if (
+                        chunk in self._pending
+                        or chunk in self._memory
+                        or (self._disk is not None and chunk in self._disk)
+                    ):
                         continue
                     self._pending[chunk] = Future()
             self._bring(chunk)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int, Int64, UInt8
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.types import Observations, Windows
 from worldloom.data.dataset import Columns, EpisodeDataset
-from worldloom.data.frames import Frames
+from worldloom.data.frames import Frames, ReadsAhead
 
 _log = logging.getLogger(__name__)
 
@@ -62,11 +62,17 @@ class WindowSampler(_Sampler):
         self, cache: Frames, *, context: int, horizon: int, block: int, episodes: np.ndarray | None = None
     ) -> None:
         pixels = cache.pixels
+        self._pixels = pixels
         super().__init__(
             _WindowIndex(cache.starts, cache.lengths, episodes, context=context, horizon=horizon, block=block),
             Columns(vector=cache.vector, actions=cache.actions, labels=cache.labels),
             None if pixels is None else lambda frames: pixels[frames],
         )
+
+    def expect(self, windows: Int[np.ndarray, "B"]) -> None:
+        """Say which windows will be drawn next, so that their frames are read ahead of time, in this order."""
+        if isinstance(self._pixels, ReadsAhead):
+            self._pixels.expect(self._index.spans(windows))
 
 
 class LanceWindows(_Sampler):
@@ -140,3 +146,14 @@ class _WindowIndex:
         frames = np.maximum(current[:, None] + self._frames, 0) + start[:, None]
         steps = current[:, None, None] + self._actions
         return frames, np.maximum(steps, 0) + start[:, None, None], steps >= 0
+
+    def spans(self, windows: Int[np.ndarray, "B"]) -> Int64[np.ndarray, "S 2"]:
+        """Return the rows of all frames of these windows as spans, first and last, one for each run in an episode."""
+        episode = np.searchsorted(self._ends, windows, side="right")
+        current = windows - (self._ends - self._counts)[episode]
+        begins = np.flatnonzero(np.append(True, (np.diff(windows) != 1) | (np.diff(episode) != 0)))[: len(windows)]
+        ends = np.append(begins[1:], len(windows)) - 1
+        first = np.maximum(current[begins] + self._frames[0], 0)
+        within = np.stack([first, current[ends] + self._frames[-1]], axis=1)
+        spans: Int64[np.ndarray, "S 2"] = self._starts[episode[begins], None] + within
+        return spans

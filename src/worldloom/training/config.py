@@ -48,7 +48,9 @@ class TrainingConfig(Config):
     """One training run; `batch` windows a step, over all devices together.
 
     `horizon` counts the blocks predicted open loop. `losses` is a named mapping: a name is also what its figure is
-    logged under. With `target`, predictions aim at a slowly following copy of the encoder. `schedule` "constant"
+    logged under. `pool_windows` draws from a pool of about that many windows that slides over the data, each at
+    most once a pass (see `worldloom.data.SlidingPool`), in place of all windows alike: for data beyond the cache. With
+    `target`, predictions aim at a slowly following copy of the encoder. `schedule` "constant"
     holds the rate for `constant_share` of the steps, then falls to 0 as a cosine; "one-cycle" rises for a tenth,
     then falls. `accumulate` is the number of parts in which the frames of a batch are encoded: memory falls with it,
     time rises by a third at most, and the gradient stays that of the whole batch, its statistics included (gradient
@@ -63,6 +65,7 @@ class TrainingConfig(Config):
     horizon: int = Field(default=8, ge=1)
     losses: dict[str, LossField] = Field(default_factory=default_losses)
     target: TargetConfig | None = None
+    pool_windows: int | None = Field(default=None, ge=1)
 
     learning_rate: float = Field(default=2e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)

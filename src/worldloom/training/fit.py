@@ -23,6 +23,7 @@ from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seeds import derive_seed, numpy_generator
 from worldloom.core.types import Windows
 from worldloom.data.frames import Frames
+from worldloom.data.order import SlidingPool
 from worldloom.data.statistics import compute_statistics
 from worldloom.data.windows import WindowSampler
 from worldloom.models.checkpoint import save_model
@@ -85,6 +86,11 @@ class _Training:
         sampling = {"context": model_config.context, "horizon": config.horizon, "block": model_config.block}
         training, validation = cache.split(config.validation_share, config.seed)
         self.sampler = WindowSampler(cache, **sampling, episodes=training)
+        self.order = None
+        if config.pool_windows is not None:
+            self.order = SlidingPool(len(self.sampler), config.pool_windows, seed=derive_seed(config.seed, "batches"))
+        self.kept: list[Windows] | None = None
+        self.expected: int | None = None  # the turn of the pool up to which frames are read ahead
         held_out = validation[cache.lengths[validation] >= config.horizon * model_config.block]
         if len(validation) and not len(held_out):
             _logger.warning(
@@ -202,11 +208,25 @@ class _Training:
 
     def _batch(self, step: int) -> Windows:
         """Draw the whole batch, and read this rank's part of it: the number of ranks does not change the data."""
-        generator = numpy_generator(self.config.seed, "batch", step, 0)
-        batch = generator.integers(len(self.sampler), size=self.config.batch)
+        if self.order is None:
+            generator = numpy_generator(self.config.seed, "batch", step, 0)
+            batch = generator.integers(len(self.sampler), size=self.config.batch)
+        else:
+            first = step * self.config.batch
+            self._read_ahead(self.order, first)
+            batch = self.order.draws(first, self.config.batch)
         size = self.config.batch // self.fabric.world_size
         first = self.fabric.global_rank * size
         return self.sampler.at(batch[first : first + size]).to(self.fabric.device)
+
+    def _read_ahead(self, order: SlidingPool, position: int) -> None:
+        """At each turn of the pool, have read what is in it, and what comes in at the next two turns."""
+        turn = order.turn(position)
+        if turn != self.expected:
+            self.expected = turn
+            self.sampler.expect(
+                np.concatenate([order.segment(came) for came in [*order.pool(turn), turn + 1, turn + 2]])
+            )
 
     def _validate(self, step: int) -> None:
         """Log the figures of the latents on held-out episodes; past half of the training, raise alarms."""
@@ -214,11 +234,7 @@ class _Training:
         if not self.fabric.is_global_zero:
             return
         model.eval()
-        count, device = self.config.validation_windows, self.fabric.device
-        fitted, held_out = (
-            sampler.sample(count, numpy_generator(self.config.seed, "validation", name)).to(device)
-            for sampler, name in ((self.sampler, "fit"), (self.held_out_sampler, "held-out"))
-        )
+        fitted, held_out = (windows.to(self.fabric.device) for windows in self._validation())
         with alone():
             figures = diagnose(model, fitted, held_out)
         found = alarms(figures) if 2 * step >= self.config.steps else []
@@ -228,6 +244,18 @@ class _Training:
         self.folder.write_diagnostics(
             {"step": step, "figures": _finite(figures), "alarms": [asdict(alarm) for alarm in found]}
         )
+
+    def _validation(self) -> list[Windows]:
+        """Return the windows that figures are measured on, the same each time."""
+        if self.kept is not None:
+            return self.kept
+        drawn = [
+            sampler.sample(self.config.validation_windows, numpy_generator(self.config.seed, "validation", name))
+            for sampler, name in ((self.sampler, "fit"), (self.held_out_sampler, "held-out"))
+        ]
+        if self.order is not None:
+            self.kept = drawn  # they lie all over the data: read again, they would cost as many chunks
+        return drawn
 
     def _save(self, step: int) -> None:
         save_state(self.folder, step, self.learner, self.optimizer, self.identity, write=self.fabric.is_global_zero)

@@ -68,6 +68,7 @@ class FrameStream:
 
     def read(self, keep: Int64[np.ndarray, "N"], size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "N H W 3"]:
         """Return the frames with these numbers; see `read_frames`."""
+        assert (np.diff(keep) >= 0).all(), "frames are decoded forward; sort their numbers"
         if self._context is None or (len(keep) and keep[0] < (self._last[0] if self._last else 0)):
             self._begin()
         out: np.ndarray | None = None

@@ -19,9 +19,10 @@ def port() -> Iterator[int]:
         yield port
 
 
-def parameters(frames: FrameCache | StreamedFrames, path: Path) -> dict[str, torch.Tensor]:
+def parameters(frames: FrameCache | StreamedFrames, path: Path, pool: int | None) -> dict[str, torch.Tensor]:
     run = RunFolder.create(path, {}, {})
     config = TrainingConfig(steps=6, batch=16, horizon=4, validate_every=3, checkpoint_every=6, accelerator="cpu")
+    config = config.override([f"pool_windows={'null' if pool is None else pool}"])
     fit(config, JEPAConfig(), frames, run)
     return load_model(run.model_directory).state_dict()
 
@@ -37,12 +38,13 @@ def test_training_from_s3_ends_in_the_parameters_of_training_from_disk(port: int
     assert remote.fingerprint() == local.fingerprint()
 
     cache = load_cache(local, "ram")
-    expected = parameters(cache, tmp_path / "disk")
-    config = DataConfig(cache_dir=str(tmp_path / "chunks"), chunk_mib=0.2)
-    with StreamedFrames(remote, config) as frames:
-        assert frames.pixels is not None
-        streamed = parameters(frames, tmp_path / "s3")
-        assert frames.pixels.fetched >= 12
-    assert expected.keys() == streamed.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, streamed[name]), name
+    for pool in (None, 40):
+        expected = parameters(cache, tmp_path / f"disk-{pool}", pool)
+        config = DataConfig(cache_dir=str(tmp_path / f"chunks-{pool}"), chunk_mib=0.2)
+        with StreamedFrames(remote, config) as frames:
+            assert frames.pixels is not None
+            streamed = parameters(frames, tmp_path / f"s3-{pool}", pool)
+            assert frames.pixels.fetched >= 12
+        assert expected.keys() == streamed.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(tensor, streamed[name]), name

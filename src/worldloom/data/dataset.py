@@ -17,12 +17,17 @@ from jaxtyping import Float32, Int, UInt8
 from worldloom.core.errors import DataError
 from worldloom.core.types import Episode
 from worldloom.data import layout
-from worldloom.data.layout import floats_of, lance_errors
+from worldloom.data.layout import Unanswered, floats_of, lance_errors
+from worldloom.data.retries import answered, each_answered, with_retries
 from worldloom.data.spec import DatasetSpec
 
 __all__ = ["Columns", "DatasetSpec", "EpisodeDataset"]
 
 _log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 30.0
+PATIENCE = 60.0  # seconds; a chunk takes far less, and so does a batch of rows
+_UPLOAD = 1e6  # bytes a second that an append is given time for
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,12 +44,24 @@ class EpisodeDataset:
 
     Opening pins a version: what others append later is seen by opening again. An append is one atomic commit of
     whole episodes, so that a process killed at any moment leaves whole episodes only.
+
+    Remote storage is given `patience` seconds for each answer; opening and appending are tried again for
+    `retry_seconds` where it gives none, so that they end after the sum of both at the latest.
     """
 
-    def __init__(self, path: str | Path, table: Any, storage_options: Mapping[str, str] | None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        table: Any,
+        storage_options: Mapping[str, str] | None,
+        *,
+        retry_seconds: float = RETRY_SECONDS,
+        patience: float = PATIENCE,
+    ) -> None:
         self.path = path
         self._location = str(path)
         self._storage_options = None if storage_options is None else dict(storage_options)
+        self.retry_seconds, self.patience = retry_seconds, patience
         self.spec = layout.spec_of(table.schema, self._location)
         self._pin(table)
 
@@ -63,24 +80,39 @@ class EpisodeDataset:
         where = str(path)
         options = None if storage_options is None else dict(storage_options)
         with lance_errors(where, "write"):
-            table = lance.write_dataset(layout.table_schema(spec).empty_table(), where, storage_options=options)
+            table = answered(
+                lambda: lance.write_dataset(layout.table_schema(spec).empty_table(), where, storage_options=options),
+                where,
+                PATIENCE,
+            )
         return cls(path, table, storage_options)
 
     @classmethod
     def open(
-        cls, path: str | Path, *, version: int | None = None, storage_options: Mapping[str, str] | None = None
+        cls,
+        path: str | Path,
+        *,
+        version: int | None = None,
+        storage_options: Mapping[str, str] | None = None,
+        retry_seconds: float = RETRY_SECONDS,
+        patience: float = PATIENCE,
     ) -> "EpisodeDataset":
         """Open the latest version, or the one named.
 
         Raises:
-            StorageError: there is no dataset at `path`, or the storage refuses.
+            StorageError: there is no dataset at `path`, or the storage refuses or does not answer.
             DataError: a file is missing or cut, episodes are not whole, or the format is of another version.
         """
-        return cls(path, open_table(path, version=version, storage_options=storage_options), storage_options)
+
+        def attempt() -> "EpisodeDataset":
+            table = open_table(path, version=version, storage_options=storage_options, patience=patience)
+            return cls(path, table, storage_options, retry_seconds=retry_seconds, patience=patience)
+
+        return with_retries(attempt, str(path), retry_seconds, doing="opened", retried=(Unanswered,))
 
     def _pin(self, table: Any) -> None:
         with lance_errors(self._location, "read"):
-            rows = table.to_table(columns=["step"])  # opens every file, so that a cut one is found here
+            rows = self._whole(table, ["step"])  # opens every file, so that a cut one is found here
         steps = rows["step"].to_numpy().astype(np.int64)
         starts = np.flatnonzero(steps == 0)
         counts = np.diff(np.append(starts, len(steps)))
@@ -123,7 +155,7 @@ class EpisodeDataset:
             raise IndexError(f"episode {index} of {len(self)}")
         rows = np.arange(self.starts[index], self.starts[index] + self.lengths[index] + 1)
         with lance_errors(self._location, "read"):
-            table = self._table.take(rows)
+            table = answered(lambda: self._table.take(rows), self._location, self.patience)
         pixels = None
         if self.spec.observation.pixels is not None:
             pixels = np.empty((len(rows), *self.spec.observation.pixels), np.uint8)
@@ -144,8 +176,6 @@ class EpisodeDataset:
             DataError: an episode does not fit the spec, or another process has appended since this was opened.
             StorageError: the disk is full or the storage refuses; nothing of this append is then kept.
         """
-        import lance
-        from lance.commit import CommitConflictError
 
         def encode(number: int, episode: Any) -> pa.RecordBatch:
             if not isinstance(episode, Episode):
@@ -157,29 +187,74 @@ class EpisodeDataset:
             batches = list(pool.map(encode, itertools.count(len(self)), episodes))
         if not batches:
             return
-        reader = pa.RecordBatchReader.from_batches(batches[0].schema, batches)
-        with lance_errors(self._location, "write"):
-            added = lance.fragment.write_fragments(
-                reader, self._table, mode="append", storage_options=self._storage_options
-            )
-            there = [fragment.metadata for fragment in self._table.get_fragments()]
-            first = max((fragment.id for fragment in there), default=-1) + 1
-            for number, fragment in enumerate(added, first):
-                fragment.id = number
-            # Not Lance's Append: that is rebased onto another's, and both would give the same number to an episode.
-            # Merge names all fragments and so conflicts with every other commit.
-            operation = lance.LanceOperation.Merge([*there, *added], self._table.lance_schema)
-            try:
-                table = lance.LanceDataset.commit(
-                    self._table, operation, read_version=self.version, storage_options=self._storage_options
-                )
-            except CommitConflictError as error:
-                raise DataError(
-                    f"{self._location} was opened at version {self.version}, and another process has appended since. "
-                    f"Let one process write at a time, and open it again"
-                ) from error
+        size = sum(batch.nbytes for batch in batches)
+        added = with_retries(
+            lambda: self._write(batches, self.patience + size / _UPLOAD),
+            self._location,
+            self.retry_seconds,
+            doing="written",
+            retried=(Unanswered,),
+        )
+        table = with_retries(
+            lambda: self._commit(added),
+            self._location,
+            self.retry_seconds,
+            doing="written",
+            retried=(Unanswered,),
+        )
         self._pin(table)
         _log.debug("appended %d episodes to %s as version %d", len(batches), self._location, self.version)
+
+    def _write(self, batches: list[pa.RecordBatch], patience: float) -> list[Any]:
+        """Write files that are no part of the dataset yet."""
+        import lance
+
+        def write() -> Any:
+            reader = pa.RecordBatchReader.from_batches(batches[0].schema, batches)
+            return lance.fragment.write_fragments(
+                reader, self._table, mode="append", storage_options=self._storage_options
+            )
+
+        with lance_errors(self._location, "write"):
+            added: list[Any] = answered(write, self._location, patience)
+        return added
+
+    def _commit(self, added: list[Any]) -> Any:
+        """Make files a part of the dataset and return its table; it may be called again when no answer came."""
+        import lance
+        from lance.commit import CommitConflictError
+
+        there = [fragment.metadata for fragment in self._table.get_fragments()]
+        first = max((fragment.id for fragment in there), default=-1) + 1
+        for number, fragment in enumerate(added, first):
+            fragment.id = number
+        # Not Lance's Append: that is rebased onto another's, and both would give the same number to an episode.
+        # Merge names all fragments and so conflicts with every other commit.
+        operation = lance.LanceOperation.Merge([*there, *added], self._table.lance_schema)
+
+        def commit() -> Any:
+            return lance.LanceDataset.commit(
+                self._table, operation, read_version=self.version, storage_options=self._storage_options
+            )
+
+        try:
+            with lance_errors(self._location, "write"):
+                try:
+                    return answered(commit, self._location, self.patience)
+                except CommitConflictError as error:
+                    raise _Conflict from error
+        except (_Conflict, Unanswered) as error:
+            # It may have been committed though nobody said so; the names of files are drawn at random.
+            table = open_table(self.path, storage_options=self._storage_options, patience=self.patience)
+            files = {file.path for fragment in table.get_fragments() for file in fragment.data_files()}
+            if all(file.path in files for fragment in added for file in fragment.files):
+                return table
+            if isinstance(error, Unanswered):
+                raise
+            raise DataError(
+                f"{self._location} was opened at version {self.version}, and another process has appended since. "
+                f"Let one process write at a time, and open it again"
+            ) from error
 
     def metadata(self) -> list[dict[str, Any]]:
         """Return the metadata of each episode."""
@@ -206,7 +281,7 @@ class EpisodeDataset:
         if spec.labels:
             names.append("label")
         with lance_errors(self._location, "read"):
-            table = self._table.to_table(columns=names)
+            table = self._whole(self._table, names)
         return decode_columns(table, spec)
 
     def pixels(self, rows: Int[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W C"]:
@@ -214,7 +289,8 @@ class EpisodeDataset:
         unique, inverse = np.unique(rows, return_inverse=True)
         out = np.empty((len(unique), *self._shape()), np.uint8)
         with lance_errors(self._location, "read"):
-            frames = self._table.take(unique, columns=["pixels"])["pixels"].combine_chunks()
+            table = answered(lambda: self._table.take(unique, columns=["pixels"]), self._location, self.patience)
+        frames = table["pixels"].combine_chunks()
         _decode(frames, out, unique, self._location)
         return out if len(unique) == len(rows) and np.array_equal(unique, rows) else out[inverse]
 
@@ -224,7 +300,8 @@ class EpisodeDataset:
         """Yield all frames in order, decoded, at most `batch` at a time; they are parts of `out` if it is given."""
         row = 0
         with lance_errors(self._location, "read"):
-            for part in self._table.to_batches(columns=["pixels"], batch_size=batch):
+            parts = self._table.to_batches(columns=["pixels"], batch_size=batch)
+            for part in each_answered(iter(parts), self._location, self.patience):
                 rows = np.arange(row, row + part.num_rows)
                 pixels = np.empty((len(rows), *self._shape()), np.uint8) if out is None else out[row : row + len(rows)]
                 _decode(part["pixels"], pixels, rows, self._location)
@@ -253,8 +330,16 @@ class EpisodeDataset:
     def _first_rows(self, column: str) -> list[str]:
         """Return what stands in a column on step 0, for each episode."""
         with lance_errors(self._location, "read"):
-            texts: list[str] = self._table.to_table(columns=[column], filter="step = 0")[column].to_pylist()
+            texts: list[str] = self._whole(self._table, [column], filter="step = 0")[column].to_pylist()
         return texts
+
+    def _whole(self, table: Any, columns: list[str], **options: Any) -> pa.Table:
+        """Read columns to the end, however long it takes, as long as their parts come."""
+        if "://" not in self._location:
+            return table.to_table(columns=columns, **options)
+        scanner = answered(lambda: table.scanner(columns=columns, **options), self._location, self.patience)
+        parts = list(each_answered(iter(scanner.to_batches()), self._location, self.patience))
+        return pa.Table.from_batches(parts, scanner.projected_schema)
 
     def _shape(self) -> tuple[int, int, int]:
         if self.spec.observation.pixels is None:
@@ -262,8 +347,16 @@ class EpisodeDataset:
         return self.spec.observation.pixels
 
 
+class _Conflict(Exception):
+    """Another commit took the version that ours was to be."""
+
+
 def open_table(
-    path: str | Path, *, version: int | None = None, storage_options: Mapping[str, str] | None = None
+    path: str | Path,
+    *,
+    version: int | None = None,
+    storage_options: Mapping[str, str] | None = None,
+    patience: float = PATIENCE,
 ) -> Any:
     """Open the Lance table at `path`."""
     import lance
@@ -272,7 +365,7 @@ def open_table(
     options = None if storage_options is None else dict(storage_options)
     try:
         with lance_errors(where, "read"):
-            return lance.dataset(where, version=version, storage_options=options)
+            return answered(lambda: lance.dataset(where, version=version, storage_options=options), where, patience)
     except layout.MissingDataset:
         if version is None:
             raise

@@ -37,6 +37,10 @@ class MissingDataset(StorageError):
     """There is no dataset at a path."""
 
 
+class Unanswered(StorageError):
+    """Remote storage did not answer, or not whole: it may when it is asked again."""
+
+
 class Undecodable(DataError):
     """The frame at `index` of those given does not decode."""
 
@@ -225,7 +229,7 @@ def _translate(path: str, doing: str, error: Exception) -> WorldloomError:
     if "NoSuchBucket" in text:
         return StorageError(f"the bucket of {path} does not exist; check its name, the endpoint and the region")
     if "://" in path and any(sign in text for sign in _NETWORK):
-        return StorageError(f"cannot {doing} {path}: {text}. Check the network and the storage, then run it again")
+        return Unanswered(f"cannot {doing} {path}: {text}. Check the network and the storage, then run it again")
     if "already exists" in text:
         return DataError(f"{path} already holds a dataset; open it to append, or choose another path")
     if "Not a directory" in text:

@@ -3,35 +3,28 @@
 import heapq
 import logging
 import os
-import random
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 from pydantic import Field
 
 from worldloom.core.config import Config
-from worldloom.core.errors import DataError, StorageError
+from worldloom.core.errors import StorageError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.data.cache import FrameCache, load_cache
 from worldloom.data.chunks import ChunkCache
 from worldloom.data.dataset import EpisodeDataset
 from worldloom.data.frames import split_episodes
+from worldloom.data.retries import with_retries
 from worldloom.data.spec import DatasetSpec
 
 _log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-_DAMAGED_ATTEMPTS = 4  # what does not decode as often as this is damaged where it is stored
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0  # seconds
 
 
 class DataConfig(Config):
@@ -335,36 +328,6 @@ class StreamedPixels:
             self._memory[chunk] = content
             while len(self._memory) > self._held:
                 self._memory.popitem(last=False)
-
-
-def with_retries(read: Callable[[], T], where: str, seconds: float, *, stopped: threading.Event | None = None) -> T:
-    """Return what `read` returns; where it fails, try again after pauses that double and jitter, for `seconds`.
-
-    What does not decode four times is damaged where it is stored, and is not tried further.
-
-    Raises:
-        StorageError: the time is over; it says how often it was tried.
-        DataError: what is stored is damaged.
-    """
-    stopped = stopped or threading.Event()
-    began, attempt, damaged = time.monotonic(), 0, 0
-    while True:
-        attempt += 1
-        try:
-            return read()
-        except (StorageError, DataError) as error:
-            damaged += isinstance(error, DataError)
-            pause = random.uniform(0.5, 1.0) * min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE)
-            spent = time.monotonic() - began
-            if damaged >= _DAMAGED_ATTEMPTS:
-                raise
-            if stopped.is_set() or spent + pause > seconds:
-                raise StorageError(
-                    f"{where} could not be read in {attempt} attempts over {spent:.0f} s: {error}. Check the network "
-                    f"and the storage, then resume; or raise data.retry_seconds ({seconds:g})"
-                ) from error
-            _log.warning("%s: attempt %d failed (%s); the next in %.1f s", where, attempt, error, pause)
-            stopped.wait(pause)
 
 
 def _default_directory() -> Path:

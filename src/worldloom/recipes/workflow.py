@@ -77,7 +77,8 @@ def train(
         CheckpointError: `resume` with other data.
         DataError, TrainingError: see `worldloom.training.fit`.
     """
-    dataset = dataset if isinstance(dataset, EpisodeDataset) else EpisodeDataset.open(dataset)
+    if not isinstance(dataset, EpisodeDataset):
+        dataset = EpisodeDataset.open(dataset, retry_seconds=recipe.data.retry_seconds)
     fabric = make_fabric(recipe.training)
     ranks = Ranks(fabric, recipe.training.timeout_minutes)
     progress = progress if ranks.first else SILENT

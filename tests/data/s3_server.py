@@ -48,7 +48,8 @@ def s3_server() -> Iterator[int]:
 class FaultyProxy:
     """Forwards HTTP, one request a connection; `fault(request line)` says what goes wrong with it.
 
-    Faults: "" (none), "refuse" (closed without an answer), "503", "cut" (half of the body), "hang" (no answer).
+    Faults: "" (none), "refuse" (closed without an answer), "503", "cut" (half of the body), "hang" (no answer),
+    "lost" (carried out, but nobody is told).
     """
 
     def __init__(self, target: int) -> None:
@@ -89,6 +90,8 @@ class FaultyProxy:
                 connection.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
                 return
             answer = self._forward(request)
+            if fault == "lost":
+                return
             if fault == "cut":
                 head, _, body = answer.partition(b"\r\n\r\n")
                 answer = head + b"\r\n\r\n" + body[: len(body) // 2]

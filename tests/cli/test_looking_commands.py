@@ -47,12 +47,29 @@ def test_runs_are_listed_and_shown(demo, worldloom) -> None:
     (summary,) = json.loads(worldloom("runs", "list", str(demo.root), "--json").out)
     assert (summary["run"], summary["recipe"], summary["steps"]) == (demo.run, "two-room", 8)
     assert 0 <= summary["success"] <= 1
+    assert any(name.startswith(f"success/{summary['evaluation']}/") for name in summary)
     assert "two-room" in worldloom("runs", "list", str(demo.root)).out
     shown = json.loads(worldloom("runs", "show", demo.run, "--json").out)
     assert shown["summary"] == summary
     assert shown["config"]["recipe"]["training"]["steps"] == 8
     assert shown["provenance"]["data"]
     assert "recipe.training.steps" in worldloom("runs", "show", demo.run).out
+
+
+def test_a_damaged_run_is_named_and_the_others_are_listed(demo, worldloom, tmp_path) -> None:
+    for name in ("a", "b", "c", "d"):
+        shutil.copytree(demo.run, tmp_path / name)
+    (tmp_path / "b" / "config.json").write_text('{"recipe": ')
+    (tmp_path / "c" / "config.json").write_text('{"recipe": {}}')
+    entries = {
+        Path(entry["run"]).name: entry for entry in json.loads(worldloom("runs", "list", tmp_path, "--json").out)
+    }
+    assert [name for name, entry in entries.items() if "recipe" in entry] == ["a", "d"]
+    assert "is not whole JSON" in entries["b"]["error"]
+    assert str(tmp_path / "c") in entries["c"]["error"]
+    text = worldloom("runs", "list", str(tmp_path)).out
+    assert "2 runs below" in text
+    assert f"{tmp_path / 'b'} is left out" in text
 
 
 def test_a_training_without_a_recipe_beside_the_runs_is_passed_over(demo, worldloom, refused, tmp_path) -> None:

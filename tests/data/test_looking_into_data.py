@@ -129,8 +129,18 @@ def test_a_summary_says_what_is_there(tmp_path: Path) -> None:
     assert summary["bytes_decoded"] == 5 * 64
     assert summary["bytes_stored"] == sum(file.stat().st_size for file in (tmp_path / "d" / "data").iterdir())
     assert summary["broken_off"] == 1
-    assert [version["frames"] for version in summary["versions"]] == [0, 5]
+    assert summary["versions"] == 2
+    assert [version["frames"] for version in summary["last_versions"]] == [0, 5]
     assert summary["fingerprint"] == dataset.fingerprint()
+
+
+def test_of_many_versions_the_last_few_are_told(tmp_path: Path) -> None:
+    dataset = EpisodeDataset.create(tmp_path / "d", SPEC)
+    for index in range(6):
+        dataset.append([make_episode(index, 3)])
+    summary = inspect(dataset)
+    assert summary["versions"] == 7
+    assert [entry["version"] for entry in summary["last_versions"]] == [5, 6, 7]
 
 
 def test_a_summary_of_nothing(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Training that is broken off between its stages, and taken up again."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from worldloom.core.errors import CheckpointError, ConfigError, DataError, StorageError, WorldloomError
-from worldloom.core.files import read_json
+from worldloom.core.files import read_json, write_json
 from worldloom.core.types import Goal, Observations
 from worldloom.data import EpisodeDataset
+from worldloom.evaluation import default_protocol
 from worldloom.recipes import METHODS, Recipe, Run, collect, evaluate, find_runs, load_recipe, report_path, workflow
 from worldloom.recipes.methods import default_methods
 from worldloom.recipes.run import differences
@@ -93,6 +95,7 @@ def test_broken_off_before_each_stage_it_ends_as_an_unbroken_one(recipe, dataset
     resumed = workflow.train(recipe, dataset, path, resume=True)
     assert digests(path) == digests(unbroken.path)
     seconds = {f"{name}_seconds" for name in HEADS}
+    assert seconds <= resumed.heads().keys()
     ours, theirs = ({k: v for k, v in each.heads().items() if k not in seconds} for each in (resumed, unbroken))
     assert ours == theirs
     assert ours["complete"]
@@ -210,6 +213,23 @@ def test_an_evaluation_leaves_results_and_a_report(run) -> None:
     rates = [row["rate"] for row in kept["rows"] if row["method"] == "tree search"]
     assert summary["success"] == pytest.approx(sum(rates) / 2)
     assert summary[f"success/{report.parent.name}/cross-room"] == rates[0]
+    assert summary["evaluation"] == report.parent.name  # the other one is not of the default method
+
+
+def test_the_usual_protocol_stands_for_a_run_else_the_last_evaluation(run) -> None:
+    def written(name: str, rate: float, age: float) -> None:
+        path = run.path / "evaluation" / name / "results.json"
+        rows = [{"method": run.recipe.default_method, "split": split, "rate": rate} for split in ("near", "far")]
+        write_json(path, {"rows": rows})
+        os.utime(path, (2e9 - age, 2e9 - age))
+
+    written("mine@1-b", 0.25, age=50)
+    written("mine@1-a", 0.5, age=100)
+    assert (run.summary()["evaluation"], run.summary()["success"]) == ("mine@1-b", 0.25)
+    usual = default_protocol(run.environment["id"])
+    assert usual is not None
+    written(usual, 1.0, age=200)
+    assert (run.summary()["evaluation"], run.summary()["success"]) == (usual, 1.0)
 
 
 @pytest.mark.parametrize(

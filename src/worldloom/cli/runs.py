@@ -14,17 +14,25 @@ app = typer.Typer(help="List, show and compare run folders.", no_args_is_help=Tr
 def list_runs(
     root: Annotated[Path, typer.Argument(help="The folder that holds run folders.")] = Path("runs"), json: Json = False
 ) -> None:
-    """List the runs below a folder."""
-    from worldloom.cli.console import print_json, print_table
+    """List the runs below a folder; a damaged one is named beside the others."""
+    from worldloom.cli.console import print_json, print_table, say
+    from worldloom.core.errors import WorldloomError
     from worldloom.recipes import find_runs
 
-    summaries = [run.summary() for run in find_runs(root)]
+    summaries, damaged = [], []
+    for run in find_runs(root):
+        try:
+            summaries.append(run.summary())
+        except WorldloomError as error:
+            damaged.append({"run": str(run.path), "error": str(error)})
     if json:
-        print_json(summaries)
+        print_json([*summaries, *damaged])
         return
-    columns = ("run", "recipe", "steps", "prediction", "effective_rank", "success")
+    columns = ("run", "recipe", "steps", "prediction", "effective_rank", "success", "evaluation")
     rows = [[str(summary.get(column, "")) for column in columns] for summary in summaries]
     print_table(f"{len(rows)} runs below {root}", columns, rows)
+    for entry in damaged:
+        say(f"{entry['run']} is left out: {entry['error']}")
 
 
 @app.command()

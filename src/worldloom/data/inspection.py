@@ -9,16 +9,18 @@ from worldloom.data.dataset import EpisodeDataset
 from worldloom.data.layout import VERSION
 
 _PAIRS = 2048  # pairs of frames that are compared
+_VERSIONS = 3  # the last ones that are told of
 
 
 def inspect(dataset: EpisodeDataset) -> dict[str, Any]:
-    """Return a summary of JSON values: sizes, specs, ranges, the share of frames that move, the versions.
+    """Return a summary of JSON values: sizes, specs, ranges, the share of frames that move, how many versions.
 
     `moving_share` is the share of steps after which the observation differs, over at most 2,048 steps spread evenly.
     """
     spec, columns = dataset.spec, dataset.columns()
     last = dataset.starts + dataset.lengths
     taken = np.delete(columns.actions, last, axis=0)
+    versions = dataset.versions()
     pixels = int(np.prod(spec.observation.pixels)) if spec.observation.pixels is not None else 0
     return {
         "path": str(dataset.path),
@@ -38,7 +40,8 @@ def inspect(dataset: EpisodeDataset) -> dict[str, Any]:
         "moving_share": _moving_share(dataset, columns.vector),
         "broken_off": sum("truncated_by" in metadata for metadata in dataset.metadata()),
         "environment": spec.environment,
-        "versions": dataset.versions(),
+        "versions": len(versions),
+        "last_versions": versions[-_VERSIONS:],
     }
 
 

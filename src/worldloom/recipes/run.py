@@ -12,6 +12,7 @@ from worldloom.core.errors import ConfigError, StorageError
 from worldloom.core.files import read_json
 from worldloom.core.protocols import Agent
 from worldloom.core.registry import nearest
+from worldloom.evaluation import default_protocol
 from worldloom.models import JEPA, load_model
 from worldloom.planning import LatentGeometry, TemporalDistance
 from worldloom.recipes.config import Recipe
@@ -109,7 +110,11 @@ class Run(Learned):
         return {path.parent.name: read_json(path) for path in sorted(self.path.glob("evaluation/*/results.json"))}
 
     def summary(self) -> dict[str, Any]:
-        """Return the figures that runs are compared by."""
+        """Return the figures that runs are compared by.
+
+        `success` is the default method's, over the splits of one `evaluation`: the recipe's protocol (or that of its
+        world) where it was run as it is, else the one that was written last.
+        """
         recipe = recipe_values(self.folder)  # as they stand: a part of it may need a module that is not imported
         metrics = self.folder.metrics()
         trained: dict[str, Any] = {}
@@ -124,12 +129,23 @@ class Run(Learned):
             **{name: _short(value) for name, value in figures.items()},
             "alarms": [alarm["name"] for alarm in self.folder.diagnostics().get("alarms", [])],
         }
-        for protocol, results in self.evaluations().items():
+        rates: dict[str, list[float]] = {}
+        for name, results in self.evaluations().items():
             for row in results["rows"]:
                 if row["method"] == recipe["default_method"]:
-                    summary[f"success/{protocol}/{row['split']}"] = _short(row["rate"])
-        rates = [value for name, value in summary.items() if name.startswith("success/")]
-        return {**summary, "success": _short(sum(rates) / len(rates))} if rates else summary
+                    summary[f"success/{name}/{row['split']}"] = _short(row["rate"])
+                    rates.setdefault(name, []).append(row["rate"])
+        if not rates:
+            return summary
+        name = self._compared_by(list(rates))
+        return {**summary, "success": _short(sum(rates[name]) / len(rates[name])), "evaluation": name}
+
+    def _compared_by(self, evaluations: list[str]) -> str:
+        """Return the evaluation whose success stands for the run: its usual protocol's, else the last one."""
+        usual = recipe_values(self.folder).get("protocol") or default_protocol(self.environment.get("id"))
+        if usual is not None and (name := usual.replace("/", "-")) in evaluations:
+            return name
+        return max(evaluations, key=lambda name: (self.path / "evaluation" / name / "results.json").stat().st_mtime_ns)
 
 
 def recipe_values(folder: RunFolder) -> dict[str, Any]:
@@ -141,11 +157,15 @@ def recipe_values(folder: RunFolder) -> dict[str, Any]:
     values = folder.config.get("recipe")
     if not isinstance(values, dict):
         raise StorageError(f"{folder.path} was made without a recipe; choose a folder that worldloom train made")
+    if missing := [key for key in ("name", "default_method") if key not in values]:
+        raise StorageError(
+            f"the recipe in {folder.path / 'config.json'} has no {' and no '.join(missing)}; restore it from a copy"
+        )
     return values
 
 
 def find_runs(root: Path) -> Iterator[Run]:
-    """Yield the runs of recipes below a folder, in the order of their paths.
+    """Yield the runs of recipes below a folder, in the order of their paths; a damaged one says so when it is used.
 
     Raises:
         StorageError: there is no such folder.
@@ -153,8 +173,15 @@ def find_runs(root: Path) -> Iterator[Run]:
     if not root.is_dir():
         raise StorageError(f"{root} is not a folder; name the one that holds your runs")
     for config in sorted(root.rglob("config.json")):
-        if (config.parent / "provenance.json").is_file() and "recipe" in read_json(config):
+        if (config.parent / "provenance.json").is_file() and _may_be_of_a_recipe(config):
             yield Run.open(config.parent)
+
+
+def _may_be_of_a_recipe(config: Path) -> bool:
+    try:
+        return "recipe" in read_json(config)
+    except StorageError:
+        return True
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -62,7 +62,7 @@ def test_a_damaged_run_is_named_and_the_others_are_listed(demo, worldloom, tmp_p
     (tmp_path / "b" / "config.json").write_text('{"recipe": ')
     (tmp_path / "c" / "config.json").write_text('{"recipe": {}}')
     entries = {
-        Path(entry["run"]).name: entry for entry in json.loads(worldloom("runs", "list", tmp_path, "--json").out)
+        Path(entry["run"]).name: entry for entry in json.loads(worldloom("runs", "list", str(tmp_path), "--json").out)
     }
     assert [name for name, entry in entries.items() if "recipe" in entry] == ["a", "d"]
     assert "is not whole JSON" in entries["b"]["error"]

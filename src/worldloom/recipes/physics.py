@@ -13,20 +13,15 @@ from worldloom.training import TrainingConfig, default_losses
 WIDE = CEM(samples=300, iterations=10, elites=30)
 
 
-def _contact_losses() -> dict[str, LossConfig]:
-    # The block is a slow feature, the hand a fast one: inverse dynamics alone keeps the hand and loses the block's
-    # angle, so it weighs less here, and covariance and temporal similarity more (docs/log.md).
+def _slow_losses() -> dict[str, LossConfig]:
+    # A block is a slow feature, a hand a fast one: inverse dynamics alone keeps the hand and loses the block's angle,
+    # so it weighs less here, and covariance and temporal similarity more (docs/log.md).
     return {
         **default_losses(),
         "covariance": Covariance(weight=0.3, samples="pooled"),
         "temporal-similarity": TemporalSimilarity(weight=2.0),
         "inverse-dynamics": InverseDynamics(weight=1.0, frames=3),
     }
-
-
-def _inertial_losses() -> dict[str, LossConfig]:
-    # One frame shows no velocity, so that the action is read from three.
-    return {**default_losses(), "inverse-dynamics": InverseDynamics(weight=3.0, frames=3)}
 
 
 def _methods(*, horizon: int) -> dict[str, MethodConfig]:
@@ -52,7 +47,7 @@ def pusht() -> Recipe:
         model=JEPAConfig(block=2, context=2),
         # Short windows, and more of them: the pose of the block differs between windows rather than within one.
         training=TrainingConfig(
-            steps=20000, batch=160, horizon=2, losses=_contact_losses(), validate_every=4000, checkpoint_every=1000
+            steps=20000, batch=160, horizon=2, losses=_slow_losses(), validate_every=4000, checkpoint_every=1000
         ),
         # Trained on two blocks ahead, the model is trusted for four.
         methods=_methods(horizon=4) | {"CEM of 3,000, latent L2": PlanMethod(solver=WIDE, horizon=4)},
@@ -70,12 +65,9 @@ def reacher() -> Recipe:
         collection=CollectionConfig(env_id="worldloom/Reacher-v0", episodes=1000, steps=150, num_envs=50),
         model=JEPAConfig(block=2, context=2),
         training=TrainingConfig(
-            steps=4000,
-            losses=_inertial_losses(),
-            validate_every=1000,
-            checkpoint_every=1000,
+            steps=6000, batch=160, horizon=2, losses=_slow_losses(), validate_every=2000, checkpoint_every=1000
         ),
-        methods=_methods(horizon=12),
+        methods=_methods(horizon=6),
         default_method="CEM, latent L2",
         protocol="reacher-25@1",
     )
@@ -93,7 +85,8 @@ def point_maze() -> Recipe:
         model=JEPAConfig(block=2, context=2),
         training=TrainingConfig(
             steps=3000,
-            losses=_inertial_losses(),
+            # One frame shows no velocity, so that the action is read from three.
+            losses={**default_losses(), "inverse-dynamics": InverseDynamics(weight=3.0, frames=3)},
             validate_every=1000,
             checkpoint_every=1000,
         ),
@@ -116,7 +109,7 @@ def _cube(name: str, description: str, protocol: str, encoder: EncoderConfig, **
             num_envs=50,
         ),
         model=JEPAConfig(encoder=encoder, block=2, context=2),
-        training=TrainingConfig(steps=6000, losses=_contact_losses(), validate_every=2000, checkpoint_every=1000),
+        training=TrainingConfig(steps=6000, losses=_slow_losses(), validate_every=2000, checkpoint_every=1000),
         methods=_methods(horizon=12) | {"CEM of 3,000, latent L2": PlanMethod(solver=WIDE, horizon=12)},
         default_method="CEM, learned distance",
         protocol=protocol,

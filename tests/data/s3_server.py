@@ -49,7 +49,7 @@ class FaultyProxy:
     """Forwards HTTP, one request a connection; `fault(request line)` says what goes wrong with it.
 
     Faults: "" (none), "refuse" (closed without an answer), "503", "cut" (half of the body), "hang" (no answer),
-    "lost" (carried out, but nobody is told).
+    "lost" (carried out, but the connection breaks off), "silent" (carried out, but no answer).
     """
 
     def __init__(self, target: int) -> None:
@@ -91,6 +91,9 @@ class FaultyProxy:
                 return
             answer = self._forward(request)
             if fault == "lost":
+                return
+            if fault == "silent":
+                self._stopped.wait(20)
                 return
             if fault == "cut":
                 head, _, body = answer.partition(b"\r\n\r\n")

@@ -139,6 +139,28 @@ def test_an_append_whose_commit_is_not_acknowledged_is_there_once(proxy: FaultyP
     assert validate(uri, storage_options=options) == []
 
 
+@pytest.mark.parametrize("fault", ["lost", "silent"])
+def test_an_append_of_which_no_answer_comes_is_found_by_its_files(proxy: FaultyProxy, uri: str, fault: str) -> None:
+    options = options_for(proxy.port)
+    dataset = EpisodeDataset.open(uri, storage_options=options, retry_seconds=20.0, patience=1.0)
+    carried_out: list[float] = []
+
+    def then_nothing(line: str) -> str:
+        if "_versions" not in line:
+            return ""
+        if line.startswith("PUT"):
+            carried_out.append(time.monotonic())
+            return fault
+        # Lance looks by itself whether a commit is there; for a while it sees nothing either.
+        return "refuse" if carried_out and time.monotonic() - carried_out[0] < 1.5 else ""
+
+    proxy.fault = then_nothing
+    dataset.append(EPISODES[2:4])
+    proxy.fault = lambda _: ""
+    for found in (dataset, EpisodeDataset.open(uri, storage_options=options)):
+        assert [same(found.episode(index), EPISODES[index]) for index in range(len(found))] == [True] * 4
+
+
 def test_an_append_whose_answers_stay_lost_says_so_and_is_there_at_most_once(proxy: FaultyProxy, uri: str) -> None:
     options = options_for(proxy.port)
     dataset = EpisodeDataset.open(uri, storage_options=options, retry_seconds=1.0, patience=3.0)

@@ -1,10 +1,13 @@
 """How fast training windows come from local disk and from a local S3 server, cold and warm, slow and fast.
 
-    python benchmarks/streaming.py [--episodes 300] [--seconds 3] [--out FILE|-]
+    python benchmarks/streaming.py [--episodes 300] [--seconds 3] [--beyond] [--out FILE|-]
 
 A server from a package answers on this machine, so that server, network and reader share its cores; a proxy before
 it adds latency and bounds the bandwidth. `consumed` is what the default model trains on in the same run, and
 `wait_share` the share of training's time that it waits for a batch.
+
+With `--beyond` it measures, in place of all that, a cache that holds a third of the data, and 20 ms of latency:
+windows drawn from all of it, and from a sliding pool of a sixth. Training's figures are of its last quarter there.
 """
 
 import argparse
@@ -19,7 +22,16 @@ from typing import Any
 import numpy as np
 
 from worldloom.core.hardware import describe_hardware
-from worldloom.data import DataConfig, EpisodeDataset, Frames, StreamedFrames, WindowSampler, collect, load_cache
+from worldloom.data import (
+    DataConfig,
+    EpisodeDataset,
+    Frames,
+    SlidingPool,
+    StreamedFrames,
+    WindowSampler,
+    collect,
+    load_cache,
+)
 from worldloom.envs import register_envs
 from worldloom.models import JEPAConfig
 from worldloom.training import RunFolder, TrainingConfig, fit
@@ -28,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "data"))
 from s3_server import BUCKET, FaultyProxy, options_for, s3_server
 
 RESULTS = Path(__file__).parent / "results" / "streaming.json"
+BEYOND = RESULTS.with_name("streaming_beyond.json")
 BATCH, CONTEXT, HORIZON, BLOCK = 64, 1, 8, 1
 
 
@@ -41,10 +54,59 @@ def windows_per_second(frames: Frames, seconds: float) -> float:
     return count / (time.perf_counter() - began)
 
 
-def training(frames: Frames, directory: Path, steps: int) -> dict[str, float]:
+def beyond(dataset: EpisodeDataset, directory: Path, steps: int) -> list[dict[str, Any]]:
+    """Return what a pass moves and how long training waits, with a cache of a third of the data."""
+    chunk_mib, size = 0.2, dataset.frames * 64 * 64 * 3
+    rows = []
+    for drawing in ("uniform", "pool"):
+        config = DataConfig(cache_dir=str(directory / drawing), cache_gib=size / 3 / 2**30, chunk_mib=chunk_mib)
+        row: dict[str, Any] = {"source": "s3, a third fits the cache", "drawing": drawing}
+        with StreamedFrames(dataset, config) as frames:
+            sampler = WindowSampler(frames, context=CONTEXT, horizon=HORIZON, block=BLOCK)
+            assert frames.pixels is not None
+            order, turn = SlidingPool(len(sampler), len(sampler) // 6, seed=0), -1
+            a_pass = len(sampler) // BATCH
+            warm = 8 if drawing == "uniform" else a_pass  # what was read ahead fills the cache; the pool fills its own
+            for step in range(warm + a_pass):
+                if step == warm:
+                    before, began = frames.pixels.fetched, time.perf_counter()
+                if drawing == "uniform":
+                    sampler.sample(BATCH, np.random.default_rng(step))
+                    continue
+                if turn != (turn := order.turn(step * BATCH)):
+                    coming = [*order.pool(turn), turn + 1, turn + 2]
+                    sampler.expect(np.concatenate([order.segment(came) for came in coming]))
+                sampler.at(order.draws(step * BATCH, BATCH))
+            spent, fetched = time.perf_counter() - began, frames.pixels.fetched - before
+            stored = dataset.stored_bytes() * int(chunk_mib * 2**20 / (64 * 64 * 3)) / dataset.frames
+            row |= {
+                "steps_of_a_pass": a_pass,
+                "chunks": -(-dataset.frames // int(chunk_mib * 2**20 / (64 * 64 * 3))),
+                "chunks_read_in_a_pass": fetched,
+                "stored_megabytes_a_step": round(fetched * stored / a_pass / 1e6, 4),
+                "frames_per_second_drawn": round(a_pass * BATCH * (CONTEXT + HORIZON) / spent),
+            }
+            pool = len(sampler) // 6 if drawing == "pool" else None
+        config = config.model_copy(update={"cache_dir": str(directory / f"{drawing}-training")})
+        with StreamedFrames(dataset, config) as frames:
+            row |= training(frames, directory / f"run-{drawing}", steps, pool, log_every=steps // 4)
+        rows.append(row)
+        print(json.dumps(row), file=sys.stderr)
+    return rows
+
+
+def training(
+    frames: Frames, directory: Path, steps: int, pool: int | None = None, log_every: int = 0
+) -> dict[str, float]:
     """Return the frames a second that the default model consumes, and the share of time that it waits."""
     run = RunFolder.create(directory, {}, {})
-    config = TrainingConfig(steps=steps, log_every=steps, validate_every=10 * steps, checkpoint_every=10 * steps)
+    config = TrainingConfig(
+        steps=steps,
+        log_every=log_every or steps,
+        validate_every=10 * steps,
+        checkpoint_every=10 * steps,
+        pool_windows=pool,
+    )
     began = time.perf_counter()
     fit(config, JEPAConfig(), frames, run)
     spent = time.perf_counter() - began
@@ -63,8 +125,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--megabytes-per-second", type=float, default=20.0)
-    parser.add_argument("--out", default=str(RESULTS))
+    parser.add_argument("--beyond", action="store_true")
+    parser.add_argument("--out")
     arguments = parser.parse_args()
+    out = arguments.out or str(BEYOND if arguments.beyond else RESULTS)
     register_envs()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name, s3_server() as port:
@@ -78,6 +142,15 @@ def main() -> None:
         local = collect(directory / "logs", **options)
         uri = f"s3://{BUCKET}/logs"
         remote = collect(uri, **options, storage_options=options_for(port))
+        if arguments.beyond:
+            proxy = FaultyProxy(port)
+            proxy.delay = 0.02
+            rows += beyond(
+                EpisodeDataset.open(uri, storage_options=options_for(proxy.port)), directory, arguments.steps
+            )
+            proxy.close()
+            write(out, local, rows)
+            return
         cache = load_cache(local, "ram")
         rows.append({"source": "decoded in memory", "frames_per_second": windows_per_second(cache, arguments.seconds)})
         rows[-1] |= training(cache, directory / "run-memory", arguments.steps)
@@ -108,19 +181,24 @@ def main() -> None:
             proxy.delay, proxy.bytes_per_second = delay, rate
             measure(f"s3 +{delay * 1000:.0f} ms" + (f", {rate / 1e6:g} MB/s a connection" if rate else ""), slow)
             proxy.close()
-        result = {
-            "benchmark": "streaming",
-            "frames": local.frames,
-            "stored_bytes": local.stored_bytes(),
-            "bytes_per_frame": round(local.stored_bytes() / local.frames, 1),
-            "rows": rows,
-            "hardware": describe_hardware(),
-        }
+        write(out, local, rows)
+
+
+def write(out: str, dataset: EpisodeDataset, rows: list[dict[str, Any]]) -> None:
+    """Write what was measured, and on what."""
+    result = {
+        "benchmark": "streaming",
+        "frames": dataset.frames,
+        "stored_bytes": dataset.stored_bytes(),
+        "bytes_per_frame": round(dataset.stored_bytes() / dataset.frames, 1),
+        "rows": rows,
+        "hardware": describe_hardware(),
+    }
     text = json.dumps(result, indent=2) + "\n"
-    if arguments.out == "-":
+    if out == "-":
         print(text)
     else:
-        Path(arguments.out).write_text(text, encoding="utf-8")
+        Path(out).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

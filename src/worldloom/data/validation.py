@@ -13,8 +13,9 @@ from worldloom.core.errors import DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.types import Episode
 from worldloom.data import layout
-from worldloom.data.dataset import decode_columns, open_table
+from worldloom.data.dataset import PATIENCE, decode_columns, open_table
 from worldloom.data.layout import floats_of, lance_errors
+from worldloom.data.retries import answered, each_answered
 from worldloom.data.spec import DatasetSpec
 
 _RESTORE = "restore the dataset from a copy, or collect it again into another directory"
@@ -36,7 +37,7 @@ def validate(
     """Read every value of the latest version and return all problems found, in order.
 
     Raises:
-        StorageError: there is no dataset at `path`.
+        StorageError: there is no dataset at `path`, or the storage does not answer.
         DataError: it cannot be opened at all, or is of another version of the format.
     """
     table = open_table(path, storage_options=storage_options)
@@ -45,7 +46,7 @@ def validate(
         what = f"the columns are {', '.join(table.schema.names)} and do not fit the dataset's spec"
         return [Problem(where=str(path), what=what, remedy=_RESTORE)]
     with lance_errors(str(path), "read"):
-        rows = table.count_rows()
+        rows = answered(table.count_rows, str(path), PATIENCE)
     problems: list[Problem] = []
     expected = 0
     seen: dict[str, int] = {}
@@ -74,7 +75,7 @@ def _episodes(table: Any, path: str) -> Iterator[pa.Table | Problem]:
     for fragment in table.get_fragments():
         try:
             with lance_errors(path, "read"):
-                for batch in fragment.to_batches(batch_size=1024):
+                for batch in each_answered(iter(fragment.to_batches(batch_size=1024)), path, PATIENCE):
                     part = pa.Table.from_batches([batch])
                     rest = part if rest is None else pa.concat_tables([rest, part])
                     number, step = rest["episode"].to_numpy(), rest["step"].to_numpy()

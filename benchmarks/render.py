@@ -184,11 +184,7 @@ def speeds(name: str, lines: list[dict[str, Any]]) -> str:
         blocks = [table(keys, [[show(line.get(key, "")) for key in keys] for line in lines])]
     adds_itself = name == "convert_large"
     command = f"{name}.py --gib 20" if adds_itself else f"{name}.py >> benchmarks/results/{name}.jsonl"
-    return (
-        f"## Speed: {name}\n\n    python benchmarks/{command}\n\n"
-        + "\n".join(blocks)
-        + f"\n{describe(hardware)}\n"
-    )
+    return f"## Speed: {name}\n\n    python benchmarks/{command}\n\n" + "\n".join(blocks) + f"\n{describe(hardware)}\n"
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

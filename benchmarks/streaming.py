@@ -74,8 +74,7 @@ def beyond(dataset: EpisodeDataset, directory: Path, steps: int) -> list[dict[st
                     sampler.sample(BATCH, np.random.default_rng(step))
                     continue
                 if turn != (turn := order.turn(step * BATCH)):
-                    coming = [*order.pool(turn), turn + 1, turn + 2]
-                    sampler.expect(np.concatenate([order.segment(came) for came in coming]))
+                    sampler.expect(order.coming(turn, 8 * BATCH))
                 sampler.at(order.draws(step * BATCH, BATCH))
             spent, fetched = time.perf_counter() - began, frames.pixels.fetched - before
             stored = dataset.stored_bytes() * int(chunk_mib * 2**20 / (64 * 64 * 3)) / dataset.frames

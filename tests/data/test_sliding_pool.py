@@ -68,6 +68,17 @@ def test_any_draw_is_equally_likely_to_be_any_window(position: int) -> None:
     assert chi2 < 58.3  # the 0.999 quantile for 29 degrees of freedom
 
 
+@settings(max_examples=25, deadline=None)
+@given(**pools, position=st.integers(0, 900), draws=st.integers(1, 60))
+def test_what_is_drawn_next_is_among_what_is_said_to_come(
+    windows: int, pool: int, seed: int, position: int, draws: int
+) -> None:
+    order = SlidingPool(windows, pool, seed=seed)
+    coming = order.coming(order.turn(position), draws)
+    assert np.isin(order.draws(position, draws), coming).all()
+    assert len(coming) <= (16 + max(2, -(-draws // order.size))) * order.size
+
+
 def test_a_turn_mixes_all_segments_of_the_pool() -> None:
     order = SlidingPool(16_000, 3200, seed=3)
     segment = {int(window): came for came in order.pool(60) for window in order.segment(came)}
@@ -138,9 +149,7 @@ def chunks_read(dataset: EpisodeDataset, directory: Path, *, pool: int | None) -
                 sampler.sample(batch, np.random.default_rng(step))
                 continue
             if turn != (turn := order.turn(step * batch)):
-                sampler.expect(
-                    np.concatenate([order.segment(came) for came in [*order.pool(turn), turn + 1, turn + 2]])
-                )
+                sampler.expect(order.coming(turn, 2 * batch))
             sampler.at(order.draws(step * batch, batch))
         return (frames.pixels.fetched - before) / chunks
 

@@ -61,6 +61,14 @@ class SlidingPool:
         """Return the turns at which what is in the pool at `turn` came in, the oldest first."""
         return list(range(turn - _PARTS + 1, turn + 1))
 
+    def coming(self, turn: int, draws: int) -> Int64[np.ndarray, "_"]:
+        """Return the windows to have at hand at `turn`: the pool's, and what comes in before the next `draws` are over.
+
+        At least two segments come in, so that storage has a turn's time to bring one.
+        """
+        last = turn + max(2, -(-draws // self.size))
+        return np.concatenate([self.segment(came) for came in range(self.pool(turn)[0], last + 1)])
+
     def _draw_pass(self, number: int) -> tuple[int, Int64[np.ndarray, "segments"]]:
         generator = numpy_generator(self._seed, "pool", "pass", number)
         # Where the cutting begins differs, so that other windows are left out and other ones are neighbours.

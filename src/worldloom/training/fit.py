@@ -39,6 +39,8 @@ from worldloom.training.state import load_state, save_state, saved_steps
 
 _logger = logging.getLogger(__name__)
 
+_AHEAD = 8  # batches whose frames are read before they are drawn from a pool, at the least
+
 
 def fit(
     config: TrainingConfig,
@@ -220,13 +222,11 @@ class _Training:
         return self.sampler.at(batch[first : first + size]).to(self.fabric.device)
 
     def _read_ahead(self, order: SlidingPool, position: int) -> None:
-        """At each turn of the pool, have read what is in it, and what comes in at the next two turns."""
+        """At each turn of the pool, have read what is in it and what comes next."""
         turn = order.turn(position)
         if turn != self.expected:
             self.expected = turn
-            self.sampler.expect(
-                np.concatenate([order.segment(came) for came in [*order.pool(turn), turn + 1, turn + 2]])
-            )
+            self.sampler.expect(order.coming(turn, _AHEAD * self.config.batch))
 
     def _validate(self, step: int) -> None:
         """Log the figures of the latents on held-out episodes; past half of the training, raise alarms."""

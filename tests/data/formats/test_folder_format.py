@@ -404,3 +404,9 @@ def test_what_a_video_cannot_hold(tmp_path: Path) -> None:
     sink = FORMATS["folder"].create(tmp_path / "t", SPEC, WriteOptions(), resume=True)
     with pytest.raises(DataError, match="episode 0 has pixels of shape"):
         sink.write(make_episode(0, spec=GREY))
+
+
+def test_frames_asked_for_backwards_are_refused_and_not_waited_for(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", np.zeros((4, 32, 32, 3), np.uint8), fps=10.0, crf=18, lossless=False)
+    with pytest.raises(AssertionError, match="sort their numbers"):
+        read_frames(tmp_path / "a.mp4", np.array([2, 1]))

@@ -190,6 +190,7 @@ def test_of_two_processes_that_append_at_once_one_is_told_to_open_again(tmp_path
         assert validate(path) == []
 
 
+@pytest.mark.slow  # three processes that import the library
 def test_processes_that_share_a_cache_read_what_is_stored(tmp_path: Path) -> None:
     path = tmp_path / "logs"
     EpisodeDataset.create(path, SPEC).append([make_episode(index, 20) for index in range(12)])

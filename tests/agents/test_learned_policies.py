@@ -122,7 +122,7 @@ def test_a_saved_reactive_policy_is_the_same(policy: ReactivePolicy, tmp_path: P
         TemporalDistance.load(tmp_path / "policy", WORLD)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(low=st.floats(-9, 9), width=st.floats(0.01, 9), walking=st.booleans(), seed=st.integers(0, 99))
 def test_random_actions_are_within_bounds_and_seeded(low: float, width: float, walking: bool, seed: int) -> None:
     spec = ActionSpec(low=(low, low), high=(low + width, low + 2 * width))

@@ -76,7 +76,7 @@ def test_opening_pins_a_version(tmp_path: Path) -> None:
     assert len(EpisodeDataset.open(tmp_path / "d")) == 2
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=5), st.integers(1, 4), st.randoms())
 def test_the_fingerprint_is_of_content_and_order_not_of_commits(
     tmp_path: Path, lengths: list[int], commits: int, chance: random.Random

@@ -23,7 +23,7 @@ def run(name: str, action: ActionSpec, steps: int, seeds: list[int], **options: 
 bounds = st.tuples(st.floats(-10, 10), st.floats(0.01, 10)).map(lambda pair: (pair[0], pair[0] + pair[1]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(["directed-walk", "uniform"]), st.lists(bounds, min_size=1, max_size=5), st.integers(0, 99))
 def test_actions_are_within_any_bounds(name: str, pairs: list[tuple[float, float]], seed: int) -> None:
     action = ActionSpec(low=tuple(low for low, _ in pairs), high=tuple(high for _, high in pairs))

@@ -14,7 +14,7 @@ ROWS = 9  # of a chunk
 pools = {"windows": st.integers(1, 300), "pool": st.integers(1, 700), "seed": st.integers(0, 9)}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(**pools, first=st.integers(0, 1000), counts=st.lists(st.integers(1, 90), min_size=1, max_size=6))
 def test_what_is_drawn_depends_on_seed_and_position_alone(
     windows: int, pool: int, seed: int, first: int, counts: list[int]
@@ -29,7 +29,7 @@ def test_what_is_drawn_depends_on_seed_and_position_alone(
     assert whole.max() < windows
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(**pools)
 def test_no_window_comes_twice_in_a_pass_and_few_are_left_out(windows: int, pool: int, seed: int) -> None:
     order = SlidingPool(windows, pool, seed=seed)
@@ -49,7 +49,7 @@ def test_no_window_comes_twice_in_a_pass_and_few_are_left_out(windows: int, pool
     assert (np.abs(drawn - brought) <= held).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(**pools, turn=st.integers(0, 200))
 def test_what_is_drawn_is_in_the_pool(windows: int, pool: int, seed: int, turn: int) -> None:
     order = SlidingPool(windows, pool, seed=seed)
@@ -68,7 +68,7 @@ def test_any_draw_is_equally_likely_to_be_any_window(position: int) -> None:
     assert chi2 < 58.3  # the 0.999 quantile for 29 degrees of freedom
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(**pools, position=st.integers(0, 900), draws=st.integers(1, 60))
 def test_what_is_drawn_next_is_among_what_is_said_to_come(
     windows: int, pool: int, seed: int, position: int, draws: int
@@ -102,7 +102,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> EpisodeDataset:
     return dataset
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(first=st.integers(0, 2000), count=st.integers(1, 400), context=st.integers(1, 3), block=st.integers(1, 3))
 def test_spans_hold_the_frames_of_the_windows(
     dataset: EpisodeDataset, first: int, count: int, context: int, block: int

@@ -99,7 +99,7 @@ def streamed(remote: EpisodeDataset, tmp_path_factory: pytest.TempPathFactory) -
         yield frames
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_rows_in_any_order(streamed: StreamedFrames, cache: FrameCache, data: st.DataObject) -> None:
     pixels = all_pixels(cache)

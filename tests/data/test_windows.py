@@ -50,7 +50,7 @@ def naive(episode: int, current: int, context: int, horizon: int, block: int) ->
     return np.stack(frames), np.stack(actions)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(context=st.integers(1, 4), horizon=st.integers(1, 4), block=st.integers(1, 5))
 def test_every_window_is_what_the_episodes_say(cache: FrameCache, context: int, horizon: int, block: int) -> None:
     sampler = WindowSampler(cache, context=context, horizon=horizon, block=block)

@@ -49,7 +49,7 @@ def test_an_environment_alone_equals_its_place_in_a_batch(env_id: str) -> None:
 
 @pytest.mark.parametrize("factors", FACTORS)
 @given(seed=st.integers(0, 2**20))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_no_action_leads_into_a_wall(factors: type[RoomFactors], seed: int) -> None:
     rng = np.random.default_rng(seed)
     drawn = factors.parse({name: draw(rng) for name, draw in factors.draws().items() if name != "distractors"})

@@ -50,7 +50,7 @@ def test_shortest_steps_without_walls_in_between_is_the_larger_axis_over_the_spe
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_following_the_shortest_way_takes_that_many_steps(seed: int) -> None:
     """Descend the map of steps greedily in the simulator: the reference is reached, and not by much more."""
     rng = np.random.default_rng(seed)

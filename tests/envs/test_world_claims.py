@@ -98,7 +98,7 @@ def test_every_factor_may_vary_and_is_drawn_within_its_range(factors: type[RoomF
 
 @pytest.mark.parametrize("factors", FACTORS)
 @given(seed=st.integers(0, 2**20))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_each_free_place_can_be_reached_from_each_other(factors: type[RoomFactors], seed: int) -> None:
     rng = np.random.default_rng(seed)
     drawn = draw(factors, rng)
@@ -108,7 +108,7 @@ def test_each_free_place_can_be_reached_from_each_other(factors: type[RoomFactor
 
 @pytest.mark.parametrize("factors", [TwoRoomFactors, FourRoomsFactors])
 @given(seed=st.integers(0, 2**20))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_rooms_touch_nowhere_but_in_doorways(factors: type[RoomFactors], seed: int) -> None:
     drawn = draw(factors, np.random.default_rng(seed))
     open_ = free(drawn, PIXELS).reshape(64, 64)
@@ -124,7 +124,7 @@ def test_rooms_touch_nowhere_but_in_doorways(factors: type[RoomFactors], seed: i
 
 @pytest.mark.parametrize("factors", FACTORS)
 @given(seed=st.integers(0, 2**20))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_whole_way_of_a_step_is_free_at_any_speed(factors: type[RoomFactors], seed: int) -> None:
     """A jump over a wall would end in free space too: so look along the way, first x and then y."""
     rng = np.random.default_rng(seed)
@@ -144,7 +144,7 @@ def test_the_whole_way_of_a_step_is_free_at_any_speed(factors: type[RoomFactors]
 
 
 @given(seed=st.integers(0, 2**20))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_no_run_is_much_faster_than_the_shortest_way(seed: int) -> None:
     """The reference is the way over pixels: a step may cut a corner, and both ends lie within a pixel."""
     rng = np.random.default_rng(seed)

@@ -103,7 +103,7 @@ def test_narrower_bounds_are_kept() -> None:
     assert torch.allclose(plan.actions, torch.tensor(0.1), atol=0.02)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     drift=st.floats(0, 2), renewal=st.floats(0, 1), slowest=st.floats(0, 1), more=st.floats(0.1, 3), seed=st.integers(0)
 )

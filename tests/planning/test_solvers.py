@@ -73,7 +73,7 @@ def test_reaches_the_known_optimum(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     low=st.floats(-50, 50, width=32),
     width=st.floats(0.015625, 20, width=32),
@@ -97,7 +97,7 @@ def test_answers_are_within_any_bounds(
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "tree-search"])
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 4))
 def test_is_never_worse_than_its_initial(name: str, seed: int, count: int) -> None:
     world = LinearWorld(block=2)

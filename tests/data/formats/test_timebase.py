@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from worldloom.core.errors import DataError
 from worldloom.data.formats.timebase import SLACK, Stretch, align, by_count
 
-many = settings(deadline=None, max_examples=60)
+many = settings(max_examples=60)
 
 
 def clock(count: int, rate: float, start: float = 0.0) -> np.ndarray:

@@ -67,7 +67,7 @@ def reacher() -> Recipe:
         training=TrainingConfig(
             steps=6000, batch=160, horizon=2, losses=_slow_losses(), validate_every=2000, checkpoint_every=1000
         ),
-        methods=_methods(horizon=6),
+        methods=_methods(horizon=8),
         default_method="CEM, latent L2",
         protocol="reacher-25@1",
     )

@@ -109,9 +109,11 @@ def _cube(name: str, description: str, protocol: str, encoder: EncoderConfig, **
             num_envs=50,
         ),
         model=JEPAConfig(encoder=encoder, block=2, context=2),
-        training=TrainingConfig(steps=6000, losses=_slow_losses(), validate_every=2000, checkpoint_every=1000),
-        methods=_methods(horizon=12) | {"CEM of 3,000, latent L2": PlanMethod(solver=WIDE, horizon=12)},
-        default_method="CEM, learned distance",
+        training=TrainingConfig(
+            steps=6000, batch=160, horizon=2, losses=_slow_losses(), validate_every=2000, checkpoint_every=1000
+        ),
+        methods=_methods(horizon=6),
+        default_method="CEM, latent L2",
         protocol=protocol,
     )
 

@@ -177,7 +177,7 @@ def latent_space(data: LatentMap) -> Themed:
         for axis, values, name in zip(axes, data.positions.T, ("x", "y"), strict=True):
             points = axis.scatter(*plane.T, c=values, s=5, cmap=_point_colours(theme), linewidths=0, rasterized=True)
             bar = figure.colorbar(points, ax=axis, shrink=0.85)
-            bar.set_label(f"{name} of the agent ({data.unit})")
+            bar.set_label(_in(f"{name} of the agent", data.unit))
             bar.outline.set_visible(False)
             axis.set_xlabel(f"first component ({share[0]:.0%} of variance)")
             axis.grid(False)
@@ -198,7 +198,7 @@ def distance_map(data: DistanceMap) -> Themed:
             room.imshow(data.picture, extent=_flipped(extent), interpolation="nearest")
             room.set_title("the room, the goal circled")
             _place(room, extent, data.unit)
-            room.set_ylabel(f"y ({data.unit})")
+            room.set_ylabel(_in("y", data.unit))
             _goal(room, data.goal)
         for axis, (name, distances) in zip(axes, data.distances.items(), strict=True):
             image, across, down = binned(data.positions, distances, extent)
@@ -238,7 +238,9 @@ def predicted_paths(data: PredictedPaths) -> Themed:
             axis.grid(False)
             axis.set_xticks([])
             axis.set_yticks([])
-            axis.set_title(f"{errors[place, -1]:.1f} {data.unit} after {steps[-1]} steps", fontsize=9)
+            axis.set_title(
+                f"{errors[place, -1]:.1f}{data.unit and ' ' + data.unit} after {steps[-1]} steps", fontsize=9
+            )
         figure.legend(*axis.get_legend_handles_labels(), loc="outside lower left", ncols=2)
         axis = figure.add_subplot(grid[0, count])
         low, middle, high = np.percentile(errors, [10, 50, 90], axis=0)
@@ -246,7 +248,7 @@ def predicted_paths(data: PredictedPaths) -> Themed:
         axis.plot(steps, middle, color=_colour(theme, 1), label="median")
         axis.set_ylim(bottom=0)
         axis.set_xlabel("environment steps")
-        axis.set_ylabel(f"error ({data.unit})")
+        axis.set_ylabel(_in("error", data.unit))
         axis.set_title(f"all {len(errors)} paths", fontsize=9)
         axis.legend(fontsize=7, loc="upper left")
 
@@ -375,12 +377,16 @@ def binned(
     return image, x0 + (x1 - x0) * across, y0 + (y1 - y0) * down
 
 
+def _in(quantity: str, unit: str) -> str:
+    return f"{quantity} ({unit})" if unit else quantity
+
+
 def _place(axis: Axes, extent: tuple[float, float, float, float], unit: str) -> None:
     axis.set_xlim(extent[0], extent[1])
     axis.set_ylim(extent[3], extent[2])
     axis.set_aspect("equal")
     axis.grid(False)
-    axis.set_xlabel(f"x ({unit})")
+    axis.set_xlabel(_in("x", unit))
 
 
 def _goal(axis: Axes, goal: Float[np.ndarray, "2"]) -> None:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from worldloom.core.errors import CheckpointError, DataError, StorageError
@@ -90,7 +91,9 @@ class _Shown:
         self._latents, self._blocks, self._positions = encoded, blocks, positions
         self.flat_latents, self.flat_positions = torch.cat(encoded), torch.cat(positions)
         self._probe = LinearProbe.fit(self.flat_latents, self.flat_positions)
-        self.unit = "px" if self._pictures(0) is not None else ""
+        frame = run.model.spec.observation.pixels
+        self._in_pixels = frame is not None and in_pixels(self.flat_positions.numpy(), frame)
+        self.unit = "px" if self._in_pixels else ""
 
     def predicted_paths(self) -> PredictedPaths | None:
         """Compare open-loop predictions, read by the probe, with where the world went."""
@@ -147,4 +150,15 @@ class _Shown:
 
     def _pictures(self, row: int) -> np.ndarray | None:
         pixels = self._episodes[row].pixels
-        return None if pixels is None else pixels[0]
+        return pixels[0] if pixels is not None and self._in_pixels else None
+
+
+def in_pixels(positions: Float[np.ndarray, "N 2"], frame: tuple[int, int, int]) -> bool:
+    """Return whether positions can be places in the picture, to be drawn on it: within it, over a quarter of it.
+
+    Others are in metres, or in units of a simulator's own.
+    """
+    height, width, _ = frame
+    low, high = positions.min(axis=0), positions.max(axis=0)
+    inside = (low >= 0).all() and (high <= (width, height)).all()
+    return bool(inside and ((high - low) >= (width / 4, height / 4)).all())

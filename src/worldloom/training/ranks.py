@@ -1,5 +1,6 @@
 """The processes of one training, one for each device: how they start together, wait for each other and fail."""
 
+import atexit
 import inspect
 import json
 import os
@@ -61,7 +62,14 @@ def make_fabric(config: TrainingConfig) -> Fabric:
             precision=config.precision,
         )
     fabric.launch()
+    atexit.register(_leave)
     return fabric
+
+
+def _leave() -> None:
+    """End the threads that communicate: one that runs still when the process ends would abort it."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _shard(module: nn.Module, mesh: DeviceMesh) -> nn.Module:

@@ -26,11 +26,29 @@ class Proposer(Protocol):
         ...
 
 
+@runtime_checkable
+class Guide(Protocol):
+    """Says what to aim at now on the way to a far goal: a landmark, a coarser model's next state, something new."""
+
+    def reset(self, goal: Float[Tensor, "B D"]) -> None:
+        """Begin an episode toward a goal for each environment."""
+        ...
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Keep only these environments, by their places in the last batch, in this order."""
+        ...
+
+    def __call__(self, context: Context) -> Float[Tensor, "B D"]:
+        """Return the subgoal of each environment, asked for once before each plan."""
+        ...
+
+
 class PlanningAgent:
     """Plans every `replan` environment steps and takes the plan's actions in between.
 
     `objective` makes an objective of goal latents (B, D). Each search starts from the last plan, shifted by what
-    was done of it, and from what `proposer` gives, if there is one (mode 2).
+    was done of it, and from what `proposer` gives, if there is one (mode 2). A `guide` puts a subgoal in the goal's
+    place for each plan.
 
     Raises:
         PlanningError: `replan` is below 1 or longer than a plan.
@@ -44,13 +62,14 @@ class PlanningAgent:
         *,
         replan: int,
         proposer: Proposer | None = None,
+        guide: Guide | None = None,
         seed: int = 0,
     ) -> None:
         longest = planner.horizon * model.spec.block
         if not 1 <= replan <= longest:
             raise PlanningError(f"replan must be 1 to {longest} environment steps, the length of a plan; got {replan}")
         self._model, self._planner, self._make_objective = model, planner, objective
-        self._replan, self._proposer = replan, proposer
+        self._replan, self._proposer, self._guide = replan, proposer, guide
         self._device = torch.device(getattr(model, "device", "cpu"))
         self._generator = torch_generator(seed, "planning-agent", device=self._device)
         self._batch, self._history = Batch(), History(model)
@@ -80,11 +99,15 @@ class PlanningAgent:
         self._plan, self._step = None, 0
         with torch.inference_mode():
             self._goal = self._model.encode(goal.observations.to(self._device))
+        if self._guide is not None:
+            self._guide.reset(self._goal)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these environments, by their places in the last batch, in this order."""
         places = self._batch.keep(rows)
         self._history.keep(places)
+        if self._guide is not None:
+            self._guide.keep(places)
         if self._goal is not None:
             self._goal = self._goal[places]
         if self._plan is not None:
@@ -113,8 +136,9 @@ class PlanningAgent:
         began = time.perf_counter()
         with torch.inference_mode():
             context = self._history.context()
-            problem = self._planner.problem(context, self._make_objective(self._goal))
-            initial = self._initial(context)
+            goal = self._goal if self._guide is None else self._guide(context)
+            problem = self._planner.problem(context, self._make_objective(goal))
+            initial = self._initial(context, goal)
             plan = self._planner.solve(problem, initial=initial, generator=self._generator)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -123,7 +147,7 @@ class PlanningAgent:
         self._statistics["plan_rollouts"].append(float(problem.count.rollouts))
         return plan
 
-    def _initial(self, context: Context) -> Float[Tensor, "B I T A"] | None:
+    def _initial(self, context: Context, goal: Float[Tensor, "B D"]) -> Float[Tensor, "B I T A"] | None:
         """Return the last plan shifted by what was done of it, its last action repeated, and what is proposed."""
         candidates: list[Tensor] = []
         if self._plan is not None:
@@ -131,8 +155,8 @@ class PlanningAgent:
             rest = steps[:, -1:].expand(-1, self._replan, -1)
             shifted = torch.cat([steps[:, self._replan :], rest], dim=1)
             candidates.append(shifted.reshape(self._plan.actions.shape)[:, None])
-        if self._proposer is not None and self._goal is not None:
-            candidates.append(self._proposer(context, self._goal, self._planner.horizon))
+        if self._proposer is not None:
+            candidates.append(self._proposer(context, goal, self._planner.horizon))
         return torch.cat(candidates, dim=1) if candidates else None
 
     def _steps(self, blocks: Float[Tensor, "B T A"]) -> Float[Tensor, "B N _"]:

@@ -3,7 +3,13 @@
 from worldloom.planning.actions import Walk
 from worldloom.planning.distance import DistanceConfig, TemporalDistance, fit_distance, rank_correlation
 from worldloom.planning.episodes import LatentEpisodes, dream, encode_episodes
-from worldloom.planning.geometry import LatentGeometry, Reversibility, measure_geometry, measure_reversibility
+from worldloom.planning.geometry import (
+    LatentGeometry,
+    Reversibility,
+    measure_geometry,
+    measure_reversibility,
+    predict_arrival,
+)
 from worldloom.planning.inverse import InverseConfig, InverseDynamics, fit_inverse
 from worldloom.planning.objectives import GoalObjective, LatentL2, Metric, WeightedSum
 from worldloom.planning.planner import Planner
@@ -52,5 +58,6 @@ __all__ = [
     "fit_inverse",
     "measure_geometry",
     "measure_reversibility",
+    "predict_arrival",
     "rank_correlation",
 ]

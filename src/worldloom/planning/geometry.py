@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from worldloom.core.progress import SILENT, Progress
@@ -76,6 +77,33 @@ def still(latents: Tensor, model: WorldModel) -> Context:
         latents=latents[:, None].expand(-1, size, -1),
         actions=latents.new_zeros(len(latents), size - 1, model.spec.block_size),
     )
+
+
+def predict_arrival(
+    model: WorldModel,
+    geometry: "LatentGeometry",
+    sources: Float[Tensor, "M D"],
+    targets: Float[Tensor, "M D"],
+    *,
+    blocks: int = 2,
+    tolerance: float = 0.7,
+) -> tuple[Float[Tensor, "M"], Bool[Tensor, "M"]]:
+    """Imagine going straight from each source to its target by inverse dynamics.
+
+    Returns the blocks that it takes (at least 1), and whether the model predicts an arrival within `tolerance` typical
+    step lengths in at most `blocks`: a wall between two near latents is seen here.
+    """
+    device = getattr(model, "device", "cpu")
+    arrived = torch.full((len(sources),), torch.inf)
+    with torch.inference_mode():
+        for some in torch.arange(len(sources)).split(4096):
+            latents, goal = sources[some].to(device), targets[some].to(device)
+            for block in range(1, blocks + 1):
+                action = geometry.inverse(latents, goal)
+                latents = model.rollout(still(latents, model), action[:, None, None])[:, 0, 0]
+                near = ((latents - goal).norm(dim=-1) <= tolerance * geometry.step_length).cpu()
+                arrived[some] = torch.where(near, arrived[some].clamp_max(block), arrived[some])
+    return arrived.clamp_max(blocks), arrived.isfinite()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,169 @@
+"""Far goals over landmarks: what to aim at next on the way, what has failed, and what is not known."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from worldloom.core.config import Config
+from worldloom.core.errors import PlanningError
+from worldloom.core.protocols import WorldModel
+from worldloom.core.types import Context
+from worldloom.memory import Check, LandmarkGraph, Route
+from worldloom.planning.geometry import LatentGeometry, predict_arrival
+
+
+class FollowConfig(Config):
+    """How a way over landmarks is followed; lengths in typical model steps, costs in blocks.
+
+    The subgoal lies `hops` landmarks ahead. A goal that is at most `near` blocks away over landmarks, or of which no
+    way is known and whose latent is within `sight`, is aimed at itself. Without progress for `patience` plans the
+    next landmark is taken one at a time; without progress for as long again, the edge to it has failed. `learn` lets
+    what is seen on the way extend the graph.
+    """
+
+    hops: int = Field(default=2, ge=1)
+    near: float = Field(default=3.0, ge=0)
+    sight: float = Field(default=4.0, ge=0)
+    patience: int = Field(default=5, ge=1)
+    learn: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """What is known of the way to a goal: `blocks` to go, or the landmark that is the `nearest` known place to it.
+
+    "known": a way over landmarks leads there. "sight": it is near enough to plan for without one. "unknown": it was
+    never seen, or nothing that was seen leads to it; the agent goes to the nearest known place and stays.
+    """
+
+    kind: Literal["known", "sight", "unknown"]
+    blocks: float
+    nearest: int
+    gap: float  # from the nearest known place to the goal, in typical model steps
+
+
+def arrival_check(model: WorldModel, geometry: LatentGeometry) -> Check:
+    """Return the check by which predicted edges are trusted: the world model's own `predict_arrival`."""
+
+    def check(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return predict_arrival(model, geometry, sources, targets)
+
+    return check
+
+
+@dataclass
+class _Way:
+    """One environment on its way."""
+
+    route: Route | None
+    at: int = -1
+    best: float = np.inf  # blocks to go, at the best moment since the way was found
+    waited: int = 0  # plans since then
+    careful: bool = False  # one landmark at a time
+
+
+class LandmarkGuide:
+    """Aims a planning agent at landmarks on the cheapest way to its goal.
+
+    What was seen on the way joins the graph; an edge that leads nowhere is dropped, and the way is found anew.
+    """
+
+    def __init__(self, graph: LandmarkGraph, config: FollowConfig | None = None, *, check: Check | None = None) -> None:
+        self.graph, self.config, self._check = graph, config or FollowConfig(), check
+        self._goal = torch.zeros(0, graph.latents.shape[1])
+        self._ways: list[_Way] = []
+        self.outlook: list[Outlook] = []
+
+    def reset(self, goal: Float[Tensor, "B D"]) -> None:
+        """Begin an episode toward a goal for each environment."""
+        if goal.shape[1] != self.graph.latents.shape[1]:
+            raise PlanningError(
+                f"the graph holds latents of {self.graph.latents.shape[1]} and the goal has {goal.shape[1]}; build it "
+                f"with the same model"
+            )
+        self._goal = goal
+        self._ways = [_Way(route=self.graph.route(each)) for each in goal]
+        self.outlook = []
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Keep only these environments, by their places in the last batch, in this order."""
+        self._goal = self._goal[list(places)]
+        self._ways = [self._ways[place] for place in places]
+        self.outlook = [self.outlook[place] for place in places] if self.outlook else []
+
+    def __call__(self, context: Context) -> Float[Tensor, "B D"]:
+        """Return the subgoal of each environment; `outlook` then says what is known of each way."""
+        here = context.latents[:, -1]
+        self._locate(here)
+        aims, self.outlook = self._goal.clone(), []
+        for row, way in enumerate(self._ways):
+            aim, outlook = self._aim(row, way, here[row])
+            if aim is not None:
+                aims[row] = self.graph.latents[aim].to(aims)
+            self.outlook.append(outlook)
+        return aims
+
+    def _locate(self, here: Float[Tensor, "B D"]) -> None:
+        graph, before = self.graph, len(self.graph)
+        if self.config.learn:
+            places = graph.add(here, np.array([way.at for way in self._ways]))
+            if self._check is not None and len(graph) > before:
+                graph.link(self._check, range(before, len(graph)))
+        else:
+            places, gaps = graph.nearest(here)
+            places = np.where(gaps <= graph.config.reach, places, -1)
+        for way, place in zip(self._ways, places, strict=True):
+            way.at = int(place)
+
+    def _aim(self, row: int, way: _Way, here: Float[Tensor, "D"]) -> tuple[int | None, Outlook]:
+        """Return the landmark to aim at, or None for the goal itself."""
+        graph, config, goal = self.graph, self.config, self._goal[row]
+        if way.at >= 0 and (way.route is None or not way.route.knows(way.at)):
+            way.route = graph.route(goal)
+        (nearest,), (gap,) = graph.nearest(goal[None])
+        if way.at < 0 or way.route is None or not way.route.knows(way.at):
+            away = float((here - goal).norm()) / graph.step_length
+            kind: Literal["sight", "unknown"] = "sight" if away <= config.sight or not len(graph) else "unknown"
+            outlook = Outlook(kind=kind, blocks=np.inf, nearest=int(nearest), gap=float(gap))
+            return (None if kind == "sight" else self._nearest_reachable(way, goal)), outlook
+        self._watch(way, goal)
+        blocks = float(way.route.blocks[way.at])
+        outlook = Outlook(kind="known", blocks=blocks, nearest=int(nearest), gap=float(gap))
+        if blocks <= (1 if way.careful else config.near):
+            return None, outlook
+        return way.route.ahead(way.at, 1 if way.careful else config.hops), outlook
+
+    def _watch(self, way: _Way, goal: Float[Tensor, "D"]) -> None:
+        """Note progress; where there was none for long, blame the edge that is tried and find another way."""
+        assert way.route is not None
+        blocks = float(way.route.blocks[way.at])
+        way.waited += 1
+        if blocks < way.best:
+            way.best, way.waited, way.careful = blocks, 0, False
+        if way.waited < self.config.patience:
+            return
+        way.waited = 0
+        if not way.careful:
+            way.careful = True
+            return
+        target = int(way.route.hop[way.at])
+        if target >= 0:
+            self.graph.failed(way.at, target)
+            way.route = self.graph.route(goal)
+        way.best = np.inf
+
+    def _nearest_reachable(self, way: _Way, goal: Float[Tensor, "D"]) -> int | None:
+        """Return the landmark nearest to the goal of those that a way leads to from here."""
+        if way.at < 0:
+            return None
+        gaps = (self.graph.latents - goal.cpu()).norm(dim=1).numpy()
+        gaps[~np.isfinite(self.graph.blocks_from(way.at))] = np.inf
+        best = int(gaps.argmin())
+        route = self.graph.route(self.graph.latents[best])
+        return best if route is None or not route.knows(way.at) else route.ahead(way.at, self.config.hops)

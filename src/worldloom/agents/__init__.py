@@ -7,7 +7,9 @@ from worldloom.agents.behaviour_cloning import (
     fit_behaviour_cloning,
 )
 from worldloom.agents.control import ControlLoop, ControlReport
-from worldloom.agents.planning import PlanningAgent, Proposer
+from worldloom.agents.curiosity import CuriosityConfig, CuriosityGuide, ExploringAgent, LandmarkAgent
+from worldloom.agents.landmarks import FollowConfig, LandmarkGuide, Outlook, arrival_check
+from worldloom.agents.planning import Guide, PlanningAgent, Proposer
 from worldloom.agents.random import RandomAgent
 from worldloom.agents.reactive import PolicyProposer, ReactiveAgent, ReactiveConfig, ReactivePolicy, fit_reactive
 
@@ -17,6 +19,14 @@ __all__ = [
     "CloningPolicy",
     "ControlLoop",
     "ControlReport",
+    "CuriosityConfig",
+    "CuriosityGuide",
+    "ExploringAgent",
+    "FollowConfig",
+    "Guide",
+    "LandmarkAgent",
+    "LandmarkGuide",
+    "Outlook",
     "PlanningAgent",
     "PolicyProposer",
     "Proposer",
@@ -24,6 +34,7 @@ __all__ = [
     "ReactiveAgent",
     "ReactiveConfig",
     "ReactivePolicy",
+    "arrival_check",
     "fit_behaviour_cloning",
     "fit_reactive",
 ]

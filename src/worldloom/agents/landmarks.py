@@ -87,7 +87,7 @@ class LandmarkGuide:
                 f"the graph holds latents of {self.graph.latents.shape[1]} and the goal has {goal.shape[1]}; build it "
                 f"with the same model"
             )
-        self._goal = goal
+        self._goal = goal.clone()
         self._ways = [_Way(route=self.graph.route(each)) for each in goal]
         self.outlook = []
 
@@ -97,10 +97,19 @@ class LandmarkGuide:
         self._ways = [self._ways[place] for place in places]
         self.outlook = [self.outlook[place] for place in places] if self.outlook else []
 
+    def redirect(self, row: int, goal: Float[Tensor, "D"]) -> None:
+        """Give one environment another goal on its way."""
+        self._goal[row] = goal
+        self._ways[row] = _Way(route=self.graph.route(goal), at=self._ways[row].at)
+
     def __call__(self, context: Context) -> Float[Tensor, "B D"]:
         """Return the subgoal of each environment; `outlook` then says what is known of each way."""
         here = context.latents[:, -1]
-        self._locate(here)
+        self.locate(here)
+        return self.aim(here)
+
+    def aim(self, here: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        """Return the subgoals once the environments are located."""
         aims, self.outlook = self._goal.clone(), []
         for row, way in enumerate(self._ways):
             aim, outlook = self._aim(row, way, here[row])
@@ -109,7 +118,8 @@ class LandmarkGuide:
             self.outlook.append(outlook)
         return aims
 
-    def _locate(self, here: Float[Tensor, "B D"]) -> None:
+    def locate(self, here: Float[Tensor, "B D"]) -> list[int]:
+        """See where the environments are; return the landmark of each, -1 where it is at no known place."""
         graph, before = self.graph, len(self.graph)
         if self.config.learn:
             places = graph.add(here, np.array([way.at for way in self._ways]))
@@ -120,6 +130,7 @@ class LandmarkGuide:
             places = np.where(gaps <= graph.config.reach, places, -1)
         for way, place in zip(self._ways, places, strict=True):
             way.at = int(place)
+        return [way.at for way in self._ways]
 
     def _aim(self, row: int, way: _Way, here: Float[Tensor, "D"]) -> tuple[int | None, Outlook]:
         """Return the landmark to aim at, or None for the goal itself."""

@@ -1,6 +1,6 @@
 """Evaluation: named protocols, success with intervals, results and reports."""
 
-from worldloom.evaluation.evaluate import Narrowing, Timed, evaluate
+from worldloom.evaluation.evaluate import Explorer, Exploring, Narrowing, Timed, evaluate
 from worldloom.evaluation.foreign import ForeignPolicy, InfoPolicy, LentPolicy
 from worldloom.evaluation.intervals import wilson_interval
 from worldloom.evaluation.protocols import (
@@ -32,6 +32,8 @@ __all__ = [
     "Condition",
     "DistanceBins",
     "EpisodeResult",
+    "Explorer",
+    "Exploring",
     "ForeignPolicy",
     "InfoPolicy",
     "Latency",

@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from worldloom.core.errors import ConfigError
 from worldloom.core.hardware import describe_hardware
@@ -27,6 +29,24 @@ class Narrowing(Protocol):
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these environments, by their places in the last batch, in this order."""
+        ...
+
+
+@runtime_checkable
+class Explorer(Protocol):
+    """What acts without a goal, in B environments at once."""
+
+    def act(self, observations: Observations) -> Float[Tensor, "B A"]:
+        """Return one environment action for each environment, within bounds."""
+        ...
+
+
+@runtime_checkable
+class Exploring(Protocol):
+    """An agent that can look around before its goals are told, where the protocol lets it."""
+
+    def explorer(self) -> Explorer:
+        """Return what explores other environments from now on, for this agent's memory."""
         ...
 
 
@@ -122,6 +142,7 @@ class _MethodRun:
         """Run one episode for each start and goal, until each is over."""
         size, budgets, skip = world.size, tasks.budgets, self._protocol.frame_skip
         where = f"method {self._method!r}, split {self._split!r}"
+        self._explore(tasks, world, where)
         frame = tasks.begin(self._protocol, self._split, world, where)
         self._agent.reset(tasks.goal)
         audience = _Audience(self._agent, frame.observations)
@@ -152,6 +173,15 @@ class _MethodRun:
             step += 1
         self._keep(film, tasks, ended)
         self._episodes.extend(ended[row] for row in range(size))
+
+    def _explore(self, tasks: Tasks, world: World, where: str) -> None:
+        steps = self._protocol.splits[self._split].exploration
+        if not steps or not isinstance(self._agent, Exploring):
+            return
+        frame = tasks.begin(self._protocol, self._split, world, f"{where}, exploring")
+        explorer = self._agent.explorer()
+        for _ in range(steps):
+            frame = world.step(explorer.act(frame.observations).detach().cpu().numpy(), frame.rows)
 
     def _keep(self, film: "_Film", tasks: Tasks, ended: Mapping[int, EpisodeResult]) -> None:
         for outcome in (True, False):

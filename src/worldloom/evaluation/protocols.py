@@ -144,12 +144,15 @@ class Split(Config):
     `task` goes to the world's `reset(options={"task": ...})`; `goal_offset` is the number of steps for which
     the logging policy acts to reach the goal, where the world draws none. It has acted before the start as well, for
     a number of steps drawn uniformly from 0 to `start_steps`, so that episodes start in the middle of what it does.
+    For `exploration` steps a method that explores may act in each episode's world from its start, before it is
+    brought back there and told the goal; other methods have no use for them.
     """
 
     episodes: int = Field(default=100, ge=1)
     task: dict[str, Any] = Field(default_factory=dict)
     goal_offset: int | None = Field(default=None, ge=1)
     start_steps: int = Field(default=0, ge=0)
+    exploration: int = Field(default=0, ge=0)
 
 
 class Protocol(Config):
@@ -214,8 +217,9 @@ class Protocol(Config):
         if not self.count_solved:
             del values["count_solved"]
         for split in values["splits"].values():
-            if not split["start_steps"]:
-                del split["start_steps"]
+            for name in ("start_steps", "exploration"):
+                if not split[name]:
+                    del split[name]
         text = json.dumps(values, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -293,6 +297,7 @@ class Protocol(Config):
             f"collection nor training draws from. Every method sees the same starts and goals.",
             f"Success: {self.success.describe()}. It counts at any step within the budget, the start included, and "
             f"ends the episode; so do termination and truncation.",
+            *self._describe_exploration(),
             f"Budget: {budget}.",
             f"Frame skip: {skip}. A model's own action block is part of the method and needs no frame skip.",
             "What the agent sees: the observation and an observation of the goal; no info, no reward.",
@@ -300,6 +305,16 @@ class Protocol(Config):
             "Path length: SPL is the mean of success x shortest / max(taken, shortest) (Anderson et al. 2018); the "
             "ratio is steps taken / shortest over successes. Success within a radius can take fewer steps than the "
             "shortest path to the goal itself.",
+        ]
+
+    def _describe_exploration(self) -> list[str]:
+        steps = {name: split.exploration for name, split in self.splits.items() if split.exploration}
+        if not steps:
+            return []
+        each = "; ".join(f"{name}: {count} steps" for name, count in steps.items())
+        return [
+            f"Exploration: before the goal is told, a method that explores acts in each episode's world from its start "
+            f"({each}), sees observations alone, and is brought back to the start. Other methods do not."
         ]
 
     def _describe_goals(self) -> list[str]:
@@ -435,6 +450,28 @@ register_protocol(
         budget_over_shortest=4.0,
     )
 )
+
+# Far goals: 100, 200 and 400 steps away at full speed, to within 5%, in mazes that no training has seen.
+_EXPLORED = {"never seen": 0, "2,000 steps explored": 2000, "covered": 8000}
+for _steps in (100, 200, 400):
+    register_protocol(
+        Protocol(
+            name=f"maze-{_steps}",
+            env_id="worldloom/Maze-v0",
+            env_kwargs={"factors": {"cells": 6, "agent_speed": 0.6}},
+            splits={
+                name: Split(
+                    episodes=50,
+                    task={"split": "any", "min_steps": 0.95 * _steps, "max_steps": 1.05 * _steps},
+                    exploration=exploration,
+                )
+                for name, exploration in _EXPLORED.items()
+            },
+            success=_WITHIN_3_PIXELS,
+            min_distance=10.0,
+            budget_over_shortest=4.0,
+        )
+    )
 
 # The field's two settings: a goal 25 steps ahead in 50 steps, and 100 ahead in 150 (docs/protocols.md).
 _FIELD = {25: 50, 100: 150}

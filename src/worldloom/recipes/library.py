@@ -4,8 +4,11 @@ from collections.abc import Callable
 
 from worldloom.core.registry import Registry
 from worldloom.models import JEPAConfig
+from worldloom.models.encoders import PatchConv
 from worldloom.models.losses import InverseDynamics
+from worldloom.planning import TreeSearch
 from worldloom.recipes.config import CollectionConfig, Recipe
+from worldloom.recipes.methods import CloningMethod, LandmarkMethod, PlanMethod, RandomMethod
 from worldloom.training import TrainingConfig, default_losses
 
 RECIPES: Registry[Callable[[], Recipe]] = Registry("recipe")
@@ -53,6 +56,34 @@ def maze() -> Recipe:
         collection=CollectionConfig(env_id="worldloom/Maze-v0", episodes=2000),
         training=TrainingConfig(steps=1500),
         protocol="maze-far@1",
+    )
+
+
+@RECIPES.register("long-maze")
+def long_maze() -> Recipe:
+    """Mazes with goals 100, 200 and 400 steps away, reached over landmarks of what was explored."""
+    return Recipe(
+        name="long-maze",
+        description="Mazes of 6x6 cells and a slow agent, drawn anew for each episode; goals 100 to 400 steps away.",
+        collection=CollectionConfig(
+            env_id="worldloom/Maze-v0",
+            env_kwargs={"factors": {"cells": 6, "agent_speed": 0.6}},
+            episodes=4000,
+            steps=104,
+            policy_options={"heading_noise": 0.2, "turn_probability": 0.025},
+        ),
+        model=JEPAConfig(encoder=PatchConv(hidden=512), block=8),
+        training=TrainingConfig(steps=5000, batch=160, horizon=3, validate_every=1000, checkpoint_every=1000),
+        methods={
+            "random": RandomMethod(),
+            "behaviour cloning": CloningMethod(),
+            "CEM, latent L2": PlanMethod(),
+            "CEM, learned distance": PlanMethod(metric="distance"),
+            "tree search": PlanMethod(solver=TreeSearch(), horizon=24),
+            "landmarks": LandmarkMethod(),
+        },
+        default_method="landmarks",
+        protocol="maze-200@1",
     )
 
 

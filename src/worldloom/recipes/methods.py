@@ -8,15 +8,22 @@ from pydantic import Field
 from worldloom.agents import (
     BehaviourCloningAgent,
     CloningPolicy,
+    CuriosityConfig,
+    ExploringAgent,
+    FollowConfig,
+    LandmarkAgent,
+    LandmarkGuide,
     PlanningAgent,
     PolicyProposer,
     RandomAgent,
     ReactiveAgent,
     ReactivePolicy,
+    arrival_check,
 )
 from worldloom.core.config import Component
 from worldloom.core.protocols import Agent
 from worldloom.core.registry import Registry
+from worldloom.memory import LandmarkConfig, LandmarkGraph
 from worldloom.models import JEPA
 from worldloom.planning import (
     CEM,
@@ -132,6 +139,43 @@ class PlanMethod(MethodConfig):
             proposer=PolicyProposer(model=model, policy=learned.reactive) if self.propose else None,
             seed=seed,
         )
+
+
+@METHODS.register("landmarks")
+class LandmarkMethod(MethodConfig):
+    """Model predictive control over landmarks of what was seen, for far goals; it explores where it may.
+
+    `solver` reaches the landmarks, `horizon` blocks ahead. The graph lives as long as the agent.
+    """
+
+    name: Literal["landmarks"] = "landmarks"
+    solver: SolverField = CEM()
+    horizon: int = Field(default=4, ge=1)
+    landmarks: LandmarkConfig = LandmarkConfig()
+    follow: FollowConfig = FollowConfig()
+    curiosity: CuriosityConfig = CuriosityConfig()
+
+    def build(self, learned: Learned, *, seed: int) -> Agent:
+        """Build the agent, with an empty graph."""
+        model, geometry = learned.model, learned.geometry
+        graph = LandmarkGraph(
+            model.spec,
+            self.landmarks,
+            step_length=geometry.step_length,
+            reversible=geometry.reversibility.reversible,
+        )
+        check = arrival_check(model, geometry)
+        metric = LatentL2(geometry.step_length)
+        guide = LandmarkGuide(graph, self.follow, check=check)
+        planning = PlanningAgent(
+            model,
+            Planner(model, self.solver, horizon=self.horizon, geometry=geometry),
+            lambda goal: GoalObjective(metric, goal),
+            replan=model.spec.block,
+            guide=guide,
+            seed=seed,
+        )
+        return LandmarkAgent(planning, guide, ExploringAgent(model, graph, self.curiosity, check=check, seed=seed))
 
 
 def default_methods() -> dict[str, MethodConfig]:

@@ -32,7 +32,8 @@ class CuriosityConfig(Config):
 
     walks: int = Field(default=16, ge=1)
     horizon: int = Field(default=4, ge=1)
-    novelty: float = Field(default=1.5, gt=0)
+    novelty: float = Field(default=2.0, gt=0)
+    overhead: float = Field(default=4.0, gt=0)
     walk: Walk = Walk(slowest=1.0)
     solver: SolverField = CEM()
     plan_horizon: int = Field(default=4, ge=1)
@@ -46,6 +47,8 @@ class _Search:
     landmark: int
     beyond: Tensor | None = None
     left: int = 0  # plans until something else is sought
+    gap: float = np.inf  # the least so far to that state
+    stalled: int = 0  # plans since it was
 
 
 class CuriosityGuide:
@@ -94,7 +97,7 @@ class CuriosityGuide:
         promise = self.promise()
         sought: dict[int, Tensor] = {}
         for row, place in enumerate(places):
-            beyond = self._seek(row, place, place >= before, promise)
+            beyond = self._seek(row, place, place >= before, here[row].cpu(), promise)
             if beyond is not None:
                 sought[row] = beyond
         aims = self._travel.aim(here)
@@ -103,16 +106,29 @@ class CuriosityGuide:
         return aims
 
     def promise(self) -> Float64[np.ndarray, "N"]:
-        """Return how much that is new is expected beyond each landmark: the share of its walks, after its tries."""
-        count = np.bincount(self._owners, minlength=len(self.graph)) / self.config.walks
-        promise: np.ndarray = count / (1 + self._tries) ** 2
-        return promise
+        """Return how much that is new is expected beyond each landmark, less where it was tried.
 
-    def _seek(self, row: int, place: int, new: bool, promise: Float64[np.ndarray, "N"]) -> Tensor | None:
+        It is the largest square of how much farther than `novelty` an imagined walk ends from all landmarks: the far
+        side of a door promises more than the other side of a corridor.
+        """
+        promise = np.zeros(len(self.graph))
+        np.maximum.at(promise, self._owners, np.square(self._gaps - self.config.novelty, dtype=np.float64))
+        less: np.ndarray = promise / (1 + self._tries) ** 2
+        return less
+
+    def _seek(
+        self, row: int, place: int, new: bool, here: Float[Tensor, "D"], promise: Float64[np.ndarray, "N"]
+    ) -> Tensor | None:
         """Return the imagined state to try now, or None on the way to where one is."""
         search = self._searches[row]
         if search is not None:
             search.left -= 1
+            if search.beyond is not None:
+                gap = float((here - search.beyond).norm())
+                search.stalled = 0 if gap < 0.9 * search.gap else search.stalled + 1
+                search.gap = min(gap, search.gap)
+                if search.stalled >= 2:
+                    search.left = 0
             if search.left <= 0 or (search.beyond is not None and new):
                 if search.beyond is None:
                     self._tries[search.landmark] += 1  # it could not be reached
@@ -121,7 +137,7 @@ class CuriosityGuide:
                 search = None
         if search is None:
             blocks = self.graph.blocks_from(place)
-            gain = promise / (blocks + self.config.horizon)
+            gain = promise / (blocks + self.config.overhead)
             best = int(gain.argmax())
             search = _Search(landmark=best, left=3 * int(min(blocks[best], 1e6)) + 4 * self.config.follow.patience)
             self._searches[row] = search

@@ -30,7 +30,7 @@ class FollowConfig(Config):
     hops: int = Field(default=2, ge=1)
     near: float = Field(default=3.0, ge=0)
     sight: float = Field(default=4.0, ge=0)
-    patience: int = Field(default=5, ge=1)
+    patience: int = Field(default=3, ge=1)
     learn: bool = True
 
 

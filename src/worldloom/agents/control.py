@@ -13,16 +13,31 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Float
+from torch import Tensor
 
 from worldloom.core.errors import ConfigError, PlanningError, WorldloomError
 from worldloom.core.protocols import Agent
-from worldloom.core.types import Goal
+from worldloom.core.types import Goal, Observations
 from worldloom.envs.link import Link, LinkError, Reading
 
 _log = logging.getLogger(__name__)
+
+# The share of the time until an action is due that an agent is given to plan in: the rest is for handing it over.
+_PLANNING_SHARE = 0.8
+
+
+@runtime_checkable
+class AnytimeAgent(Agent, Protocol):
+    """An agent that can be told when its action is due, and then answers with the best it has."""
+
+    def act_by(self, deadline: float, observations: Observations) -> Float[Tensor, "B A"]:
+        """Return the next action of each environment by `deadline`, a moment of `time.monotonic`."""
+        ...
+
 
 SafeAction = Literal["hold"] | Sequence[float] | Callable[[Reading | None], np.ndarray]
 """What is sent where no plan is there in time: the last action again, a constant, or a function of the last reading.
@@ -318,7 +333,7 @@ class ControlLoop:
         elif worker.busy:
             cause = self._take_late(worker, period, due)
         else:
-            worker.ask(reading)
+            worker.ask(reading, now + _PLANNING_SHARE * (due - now))
             cause = self._take(worker, period, due, "agent")
         if cause is not None:
             self._command(period, None, "safe")
@@ -481,6 +496,7 @@ class _Worker:
         self._goal: Goal | None = None
         self._changed = threading.Condition()
         self._request: Reading | None = None
+        self._deadline = float("inf")
         self._answer: _Answer | None = None
         self._times: list[float] = []
         self._hole = self._aimed = self._stopped = False
@@ -511,10 +527,11 @@ class _Worker:
         with self._changed:
             return self._request is not None
 
-    def ask(self, reading: Reading) -> None:
-        """Let the agent act on an observation."""
+    def ask(self, reading: Reading, deadline: float) -> None:
+        """Let the agent act on an observation; one that plans any time ends by the deadline."""
         with self._changed:
-            self._request = self.asked = reading
+            self._request, self._deadline = reading, deadline
+            self.asked = reading
             self._answer = None
             self._changed.notify_all()
 
@@ -551,7 +568,7 @@ class _Worker:
                 self._changed.wait_for(lambda: self._stopped or self._request is not None)
                 if self._stopped:
                     return
-                request, hole, aimed = self._request, self._hole, self._aimed
+                request, deadline, hole, aimed = self._request, self._deadline, self._hole, self._aimed
                 self._hole = self._aimed = False
             assert request is not None
             began = time.monotonic()
@@ -559,7 +576,12 @@ class _Worker:
                 if hole or aimed:
                     self._begin()
                     self.restarts += hole
-                action = self._agent.act(request.observations())[0].detach().cpu().numpy()
+                observations = request.observations()
+                if isinstance(self._agent, AnytimeAgent):
+                    actions = self._agent.act_by(deadline, observations)
+                else:
+                    actions = self._agent.act(observations)
+                action = actions[0].detach().cpu().numpy()
                 answer = _Answer(sequence=request.sequence, action=action)
             except WorldloomError as error:
                 answer = _Answer(error=error)

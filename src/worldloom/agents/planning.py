@@ -48,7 +48,8 @@ class PlanningAgent:
 
     `objective` makes an objective of goal latents (B, D). Each search starts from the last plan, shifted by what
     was done of it, and from what `proposer` gives, if there is one (mode 2). A `guide` puts a subgoal in the goal's
-    place for each plan.
+    place for each plan. A search ends after `budget` seconds with the best plan so far; by default it is never cut
+    short.
 
     Raises:
         PlanningError: `replan` is below 1 or longer than a plan.
@@ -64,10 +65,14 @@ class PlanningAgent:
         proposer: Proposer | None = None,
         guide: Guide | None = None,
         seed: int = 0,
+        budget: float | None = None,
     ) -> None:
         longest = planner.horizon * model.spec.block
         if not 1 <= replan <= longest:
             raise PlanningError(f"replan must be 1 to {longest} environment steps, the length of a plan; got {replan}")
+        if budget is not None and not budget > 0:
+            raise PlanningError(f"a plan needs a budget above 0 seconds, or None; got {budget}")
+        self._budget = budget
         self._model, self._planner, self._make_objective = model, planner, objective
         self._replan, self._proposer, self._guide = replan, proposer, guide
         self._device = torch.device(getattr(model, "device", "cpu"))
@@ -80,11 +85,12 @@ class PlanningAgent:
             "plan_seconds": [],
             "plan_environments": [],
             "plan_rollouts": [],
+            "plan_cut_short": [],
         }
 
     @property
     def statistics(self) -> Mapping[str, Sequence[float]]:
-        """`plan_seconds`, `plan_environments` and `plan_rollouts` (candidates): one entry for each plan."""
+        """One entry a plan: `plan_seconds`, `plan_environments`, `plan_rollouts` (candidates) and `plan_cut_short`."""
         return self._statistics
 
     @property
@@ -112,7 +118,12 @@ class PlanningAgent:
             self._goal = self._goal[places]
         if self._plan is not None:
             plan = self._plan
-            self._plan = Plan(actions=plan.actions[places], latents=plan.latents[places], cost=plan.cost[places])
+            self._plan = Plan(
+                actions=plan.actions[places],
+                latents=plan.latents[places],
+                cost=plan.cost[places],
+                cut_short=plan.cut_short,
+            )
 
     def act(self, observations: Observations) -> Float[Tensor, "B A"]:
         """Return the next environment action of the plan, made anew when it is time.
@@ -120,24 +131,34 @@ class PlanningAgent:
         Raises:
             PlanningError: before `reset`, or for another number of environments.
         """
+        return self._act(observations, None)
+
+    def act_by(self, deadline: float, observations: Observations) -> Float[Tensor, "B A"]:
+        """Return what `act` does, of the best plan that is found by `deadline`, a moment of `time.monotonic`."""
+        return self._act(observations, deadline)
+
+    def _act(self, observations: Observations, deadline: float | None) -> Float[Tensor, "B A"]:
         self._batch.check(observations)
         self._history.see(observations)
         place = self._step % self._replan
         if place == 0:
-            self._plan = self._make_plan()
+            self._plan = self._make_plan(deadline)
         assert self._plan is not None
         action = self._steps(self._plan.actions)[:, place].clone()
         self._history.did(action)
         self._step += 1
         return action
 
-    def _make_plan(self) -> Plan:
+    def _make_plan(self, deadline: float | None) -> Plan:
         assert self._goal is not None
+        if self._budget is not None:
+            spent = time.monotonic() + self._budget
+            deadline = spent if deadline is None else min(deadline, spent)
         began = time.perf_counter()
         with torch.inference_mode():
             context = self._history.context()
             goal = self._goal if self._guide is None else self._guide(context)
-            problem = self._planner.problem(context, self._make_objective(goal))
+            problem = self._planner.problem(context, self._make_objective(goal), deadline=deadline)
             initial = self._initial(context, goal)
             plan = self._planner.solve(problem, initial=initial, generator=self._generator)
         if self._device.type == "cuda":
@@ -145,6 +166,7 @@ class PlanningAgent:
         self._statistics["plan_seconds"].append(time.perf_counter() - began)
         self._statistics["plan_environments"].append(float(problem.batch))
         self._statistics["plan_rollouts"].append(float(problem.count.rollouts))
+        self._statistics["plan_cut_short"].append(float(plan.cut_short))
         return plan
 
     def _initial(self, context: Context, goal: Float[Tensor, "B D"]) -> Float[Tensor, "B I T A"] | None:

@@ -277,13 +277,17 @@ class ActionBounds:
 
     def clamp(self, actions: Float[Tensor, "*axes A"]) -> Float[Tensor, "*axes A"]:
         """Return the nearest actions within the bounds."""
-        return torch.minimum(torch.maximum(actions, self.low), self.high)
+        return torch.clamp(actions, self.low, self.high)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The chosen actions for each environment, what they are predicted to cause, and at what cost."""
+    """The chosen actions for each environment, what they are predicted to cause, and at what cost.
+
+    `cut_short` says that the deadline ended the search: these are the best actions found until then.
+    """
 
     actions: Float[Tensor, "B T A"]
     latents: Float[Tensor, "B T D"]
     cost: Float[Tensor, "B"]
+    cut_short: bool = False

@@ -40,13 +40,16 @@ class InverseDynamics(nn.Module):
         bounds = ActionBounds.of(spec)
         self.register_buffer("mean", (bounds.low + bounds.high) / 2)
         self.register_buffer("std", (bounds.high - bounds.low) / 2)
+        self._bounds = bounds
 
     def forward(
         self, latents: Float[Tensor, "*axes D"], following: Float[Tensor, "*axes D"]
     ) -> Float[Tensor, "*axes A"]:
         """Return the block that leads from the one to the other."""
         blocks = self.mean + self.std * self.normalised(latents, following)
-        return project(blocks, self.spec, ActionBounds.of(self.spec, blocks.device))
+        if self._bounds.low.device != blocks.device:
+            self._bounds = ActionBounds.of(self.spec, blocks.device)
+        return project(blocks, self.spec, self._bounds)
 
     def normalised(
         self, latents: Float[Tensor, "*axes D"], following: Float[Tensor, "*axes D"]

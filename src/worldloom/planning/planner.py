@@ -8,7 +8,7 @@ from worldloom.core.errors import PlanningError
 from worldloom.core.protocols import Objective, WorldModel
 from worldloom.core.types import ActionBounds, Context, Plan
 from worldloom.planning.geometry import LatentGeometry
-from worldloom.planning.problem import PlanningProblem
+from worldloom.planning.problem import Deadline, PlanningProblem
 from worldloom.planning.solvers.base import Solver
 
 
@@ -32,10 +32,19 @@ class Planner:
         self.model, self.solver, self.horizon = model, solver, horizon
         self.geometry, self.bounds = geometry, bounds
 
-    def problem(self, context: Context, objective: Objective) -> PlanningProblem:
-        """State a problem to hand to `solve`; it counts the rollouts that its solution takes."""
+    def problem(self, context: Context, objective: Objective, *, deadline: float | None = None) -> PlanningProblem:
+        """State a problem to hand to `solve`; it counts the rollouts that its solution takes.
+
+        `deadline` is a moment of `time.monotonic`: the search ends there with the best plan so far.
+        """
         return PlanningProblem(
-            self.model, context, objective, horizon=self.horizon, bounds=self.bounds, geometry=self.geometry
+            self.model,
+            context,
+            objective,
+            horizon=self.horizon,
+            bounds=self.bounds,
+            geometry=self.geometry,
+            deadline=Deadline(deadline),
         )
 
     def plan(
@@ -45,9 +54,11 @@ class Planner:
         *,
         initial: Float[Tensor, "B I T A"] | None = None,
         generator: torch.Generator,
+        deadline: float | None = None,
     ) -> Plan:
-        """State and solve a problem in one go; see `solve`."""
-        return self.solve(self.problem(context, objective), initial=initial, generator=generator)
+        """State and solve a problem in one go; see `problem` and `solve`."""
+        problem = self.problem(context, objective, deadline=deadline)
+        return self.solve(problem, initial=initial, generator=generator)
 
     def solve(
         self,
@@ -81,4 +92,9 @@ class Planner:
                 f"the best plan found for environment {row} has cost {cost[row].item()}: the model or the objective "
                 f"gives values that are not finite. Check the observations and the training of the model"
             )
-        return Plan(actions=rollouts.actions[:, 0], latents=rollouts.latents[:, 0], cost=cost)
+        return Plan(
+            actions=rollouts.actions[:, 0],
+            latents=rollouts.latents[:, 0],
+            cost=cost,
+            cut_short=problem.deadline.cut_short,
+        )

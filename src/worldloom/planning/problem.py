@@ -1,7 +1,8 @@
 """One planning problem for B environments: the only place where candidates are rolled out and scored."""
 
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -25,10 +26,37 @@ class RolloutCount:
     rollouts: int = 0
 
 
+@dataclass
+class Deadline:
+    """When a search is to end, in seconds of `time.monotonic`; None is never.
+
+    Attributes:
+        cut_short: whether a search was ended because of it.
+    """
+
+    moment: float | None = None
+    cut_short: bool = False
+    _step_began: float = field(default_factory=time.monotonic, repr=False)
+
+    def reached(self) -> bool:
+        """Whether one more step of the search, if it takes as long as the last, would end too late.
+
+        A solver asks between its steps and never before the first, so that there always is a plan.
+        """
+        if self.moment is None:
+            return False
+        now = time.monotonic()
+        reached = 2 * now - self._step_began > self.moment
+        self._step_began = now
+        self.cut_short |= reached
+        return reached
+
+
 class PlanningProblem:
     """Find actions of `horizon` blocks, within `bounds`, that make the objective small.
 
-    `geometry` is what tree search knows of the latent space; other solvers need none.
+    `geometry` is what tree search knows of the latent space; other solvers need none. At `deadline` a search
+    ends with the best plan so far.
 
     Raises:
         PlanningError: the context or the bounds do not fit the model, or the horizon is below 1.
@@ -44,6 +72,7 @@ class PlanningProblem:
         bounds: ActionBounds | None = None,
         geometry: LatentGeometry | None = None,
         count: RolloutCount | None = None,
+        deadline: Deadline | None = None,
     ) -> None:
         spec = model.spec
         expected = (spec.context, spec.latent_dim)
@@ -62,6 +91,7 @@ class PlanningProblem:
                 f"bounds must be of one block, {spec.block_size} values; got {tuple(self.bounds.low.shape)}"
             )
         self.count = RolloutCount() if count is None else count
+        self.deadline = Deadline() if deadline is None else deadline
 
     @property
     def batch(self) -> int:
@@ -93,7 +123,7 @@ class PlanningProblem:
         return goal
 
     def select(self, environments: Tensor | slice, *, horizon: int | None = None) -> "PlanningProblem":
-        """Return the problem of some environments, with the same count of rollouts."""
+        """Return the problem of some environments, with the same count of rollouts and deadline."""
         objective = self.objective
         if not isinstance(objective, Selectable):
             raise PlanningError(
@@ -107,6 +137,7 @@ class PlanningProblem:
             bounds=self.bounds,
             geometry=self.geometry,
             count=self.count,
+            deadline=self.deadline,
         )
 
     def copy(self) -> "PlanningProblem":

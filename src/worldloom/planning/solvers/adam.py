@@ -43,6 +43,9 @@ class Adam(Solver):
         first, second = torch.zeros_like(actions), torch.zeros_like(actions)
         best: Solution | None = None
         for step in range(1, self.iterations + 1):
+            if step > 1 and problem.deadline.reached():
+                assert best is not None
+                return Solution(actions=problem.project(best.actions), cost=best.cost)
             actions = actions.detach().requires_grad_()
             cost = problem.evaluate(actions)
             best = better_of(best, actions.detach(), cost.detach())

@@ -21,6 +21,12 @@ class Solution:
     actions: Float[Tensor, "B T A"]
     cost: Float[Tensor, "B"]
 
+    def settled(self, before: "Solution | None", share: float) -> bool:
+        """Whether no environment's cost fell by `share` of it or more since `before`; never for a share of 0."""
+        if before is None or not share:
+            return False
+        return bool((before.cost - self.cost < share * before.cost.abs()).all())
+
 
 class Solver(Component):
     """A search for good actions: its own configuration, and a pure function of problem and generator.

@@ -17,7 +17,8 @@ class ICEM(Solver):
 
     `colour` is the exponent b of the noise's power spectrum 1 / f^b: 0 is white, 2 is brown. Each iteration
     draws `decay` times fewer samples; the share `kept_elites` of the elites stands in the next draw; `momentum`
-    is the share of the old mean and deviation that stays. Deviations are in half ranges of an action.
+    is the share of the old mean and deviation that stays. Deviations are in half ranges of an action. Stops early
+    where no environment's best cost fell by more than the share `stop_gain`.
     """
 
     name: Literal["icem"] = "icem"
@@ -29,6 +30,7 @@ class ICEM(Solver):
     decay: float = Field(default=1.25, ge=1)
     kept_elites: float = Field(default=0.3, ge=0, le=1)
     momentum: float = Field(default=0.1, ge=0, lt=1)
+    stop_gain: float = Field(default=0.0, ge=0, lt=1)
 
     def solve(
         self, problem: PlanningProblem, *, initial: Float[Tensor, "B I T A"] | None, generator: torch.Generator
@@ -51,11 +53,13 @@ class ICEM(Solver):
             if iteration == self.iterations - 1:
                 population = torch.cat([population, problem.project(mean)[:, None]], dim=1)
             cost = problem.evaluate(population)
-            best = better_of(best, population, cost)
+            before, best = best, better_of(best, population, cost)
             elites = pick(population, cost.topk(min(self.elites, cost.shape[1]), dim=1, largest=False).indices)
             mean = torch.lerp(elites.mean(1), mean, self.momentum)
             deviation = torch.lerp(elites.std(1), deviation, self.momentum)
             kept = elites[:, : max(1, round(self.kept_elites * self.elites))]
+            if best.settled(before, self.stop_gain) or (iteration + 1 < self.iterations and problem.deadline.reached()):
+                break
         assert best is not None
         return best
 

@@ -42,6 +42,8 @@ class MPPI(Solver):
         plan = best.actions
         axes = (problem.batch, self.samples, problem.horizon)
         for iteration in range(self.iterations):
+            if iteration and problem.deadline.reached():
+                break
             sigma = self.deviation * self.decay**iteration * half
             each = torch.randn(*axes, spec.block, spec.action.size, generator=generator, device=problem.device)
             common = torch.randn(*axes, 1, spec.action.size, generator=generator, device=problem.device)

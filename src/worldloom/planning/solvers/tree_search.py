@@ -103,7 +103,7 @@ class TreeSearch(Solver):
         depth = (problem.horizon + 1) // 2 if two_sided else problem.horizon
         scales = [weight / geometry.step_length**2 for weight in self.gap_weights]
         forward = self._grow(problem, problem.latents, problem.context, depth, generator)
-        if two_sided:
+        if two_sided and not problem.deadline.reached():
             backward = self._grow(
                 problem, problem.goal, still(problem.goal, problem.model), problem.horizon - depth, generator
             )

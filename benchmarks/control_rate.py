@@ -33,12 +33,12 @@ from worldloom.recipes.methods import MethodConfig, PlanMethod, ReactiveMethod
 
 RESULTS = Path(__file__).parent / "results" / "control-rate.json"
 REFERENCE = "CEM, 300 x 30 x 5 (reference)"
-FAST = CEM(samples=24, iterations=1, elites=4)
+FAST = CEM(samples=12, iterations=1, elites=3)
 
 METHODS: dict[str, MethodConfig] = {
     REFERENCE: PlanMethod(solver=CEM(samples=300, iterations=30, elites=30), horizon=5),
     "CEM, ours": PlanMethod(),
-    "CEM, mode 2": PlanMethod(solver=FAST, horizon=5, propose=True),
+    "CEM, mode 2": PlanMethod(solver=FAST, horizon=4, propose=True),
     "tree search": PlanMethod(solver=TreeSearch(), horizon=24),
     "tree search, mode 2": PlanMethod(solver=TreeSearch(), horizon=24, propose=True),
     "reactive policy (mode 1)": ReactiveMethod(),

@@ -21,12 +21,6 @@ class Solution:
     actions: Float[Tensor, "B T A"]
     cost: Float[Tensor, "B"]
 
-    def settled(self, before: "Solution | None", share: float) -> bool:
-        """Whether no environment's cost fell by `share` of it or more since `before`; never for a share of 0."""
-        if before is None or not share:
-            return False
-        return bool((before.cost - self.cost < share * before.cost.abs()).all())
-
 
 class Solver(Component):
     """A search for good actions: its own configuration, and a pure function of problem and generator.
@@ -62,6 +56,11 @@ def better_of(best: Solution | None, candidates: Float[Tensor, "B S T A"], cost:
     return Solution(
         actions=torch.where(better[:, None, None], actions, best.actions), cost=torch.minimum(lowest, best.cost)
     )
+
+
+def agree(costs: Float[Tensor, "B K"], share: float) -> bool:
+    """Whether in every environment the elites' ascending costs differ by less than `share` of the best; never for 0."""
+    return share > 0 and bool((costs[:, -1] - costs[:, 0] < share * costs[:, 0].abs()).all())
 
 
 def start(problem: PlanningProblem, initial: Float[Tensor, "B I T A"] | None) -> Float[Tensor, "B _ T A"]:

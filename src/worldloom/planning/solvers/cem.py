@@ -9,7 +9,7 @@ from torch import Tensor
 
 from worldloom.planning.actions import Walk
 from worldloom.planning.problem import PlanningProblem
-from worldloom.planning.solvers.base import SOLVERS, Solution, Solver, better_of, pick, start
+from worldloom.planning.solvers.base import SOLVERS, Solution, Solver, agree, better_of, pick, start
 
 
 @SOLVERS.register("cem")
@@ -19,7 +19,7 @@ class CEM(Solver):
     Deviations are in half ranges of an action. The share `held` of the noise's variance is common to a block's
     actions: noise that differs at each step averages out and explores little. The share `walks` of the first
     draw are persistent random walks. Stops early where in all environments the elites agree: every deviation is below
-    `stop_below`, or the best cost fell by less than the share `stop_gain` in an iteration.
+    `stop_below`, or their costs differ by less than the share `stop_spread` of the best.
     """
 
     name: Literal["cem"] = "cem"
@@ -32,7 +32,7 @@ class CEM(Solver):
     walks: float = Field(default=0.5, ge=0, le=1)
     walk: Walk = Walk()
     stop_below: float = Field(default=0.0, ge=0)
-    stop_gain: float = Field(default=0.0, ge=0, lt=1)
+    stop_spread: float = Field(default=0.0, ge=0, lt=1)
 
     def solve(
         self, problem: PlanningProblem, *, initial: Float[Tensor, "B I T A"] | None, generator: torch.Generator
@@ -53,15 +53,16 @@ class CEM(Solver):
                 candidates.append(self.walk.sample(spec, bounds, shape, generator))
             population = torch.cat(candidates, dim=1)
             cost = problem.evaluate(population)
-            before, best = best, better_of(best, population, cost)
-            elites = pick(population, cost.topk(min(self.elites, cost.shape[1]), dim=1, largest=False).indices)
+            best = better_of(best, population, cost)
+            lowest, places = cost.topk(min(self.elites, cost.shape[1]), dim=1, largest=False)
+            elites = pick(population, places)
             mean = elites.mean(1)
             spread = elites.std(1)
             deviation = torch.maximum(spread, self.least_deviation * half)
             kept = problem.project(mean)[:, None]
             if self.stop_below and bool((spread < self.stop_below * half).all()):
                 break
-            if best.settled(before, self.stop_gain):
+            if agree(lowest, self.stop_spread):
                 break
             if iteration + 1 < self.iterations and problem.deadline.reached():
                 return best

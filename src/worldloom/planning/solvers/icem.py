@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from worldloom.planning.problem import PlanningProblem
-from worldloom.planning.solvers.base import SOLVERS, Solution, Solver, better_of, pick, start
+from worldloom.planning.solvers.base import SOLVERS, Solution, Solver, agree, better_of, pick, start
 
 
 @SOLVERS.register("icem")
@@ -18,7 +18,7 @@ class ICEM(Solver):
     `colour` is the exponent b of the noise's power spectrum 1 / f^b: 0 is white, 2 is brown. Each iteration
     draws `decay` times fewer samples; the share `kept_elites` of the elites stands in the next draw; `momentum`
     is the share of the old mean and deviation that stays. Deviations are in half ranges of an action. Stops early
-    where no environment's best cost fell by more than the share `stop_gain`.
+    where in all environments the elites agree: their costs differ by less than the share `stop_spread` of the best.
     """
 
     name: Literal["icem"] = "icem"
@@ -30,7 +30,7 @@ class ICEM(Solver):
     decay: float = Field(default=1.25, ge=1)
     kept_elites: float = Field(default=0.3, ge=0, le=1)
     momentum: float = Field(default=0.1, ge=0, lt=1)
-    stop_gain: float = Field(default=0.0, ge=0, lt=1)
+    stop_spread: float = Field(default=0.0, ge=0, lt=1)
 
     def solve(
         self, problem: PlanningProblem, *, initial: Float[Tensor, "B I T A"] | None, generator: torch.Generator
@@ -53,12 +53,13 @@ class ICEM(Solver):
             if iteration == self.iterations - 1:
                 population = torch.cat([population, problem.project(mean)[:, None]], dim=1)
             cost = problem.evaluate(population)
-            before, best = best, better_of(best, population, cost)
-            elites = pick(population, cost.topk(min(self.elites, cost.shape[1]), dim=1, largest=False).indices)
+            best = better_of(best, population, cost)
+            lowest, places = cost.topk(min(self.elites, cost.shape[1]), dim=1, largest=False)
+            elites = pick(population, places)
             mean = torch.lerp(elites.mean(1), mean, self.momentum)
             deviation = torch.lerp(elites.std(1), deviation, self.momentum)
             kept = elites[:, : max(1, round(self.kept_elites * self.elites))]
-            if best.settled(before, self.stop_gain) or (iteration + 1 < self.iterations and problem.deadline.reached()):
+            if agree(lowest, self.stop_spread) or (iteration + 1 < self.iterations and problem.deadline.reached()):
                 break
         assert best is not None
         return best

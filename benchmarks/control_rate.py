@@ -33,12 +33,13 @@ from worldloom.recipes.methods import MethodConfig, PlanMethod, ReactiveMethod
 
 RESULTS = Path(__file__).parent / "results" / "control-rate.json"
 REFERENCE = "CEM, 300 x 30 x 5 (reference)"
-FAST = CEM(samples=12, iterations=1, elites=3)
 
 METHODS: dict[str, MethodConfig] = {
     REFERENCE: PlanMethod(solver=CEM(samples=300, iterations=30, elites=30), horizon=5),
-    "CEM, ours": PlanMethod(),
-    "CEM, mode 2": PlanMethod(solver=FAST, horizon=4, propose=True),
+    "CEM, 64 x 3 x 6 (ours)": PlanMethod(),
+    "CEM, 32 x 1 x 6": PlanMethod(solver=CEM(samples=32, iterations=1, elites=6)),
+    "CEM, 16 x 1 x 4": PlanMethod(solver=CEM(samples=16, iterations=1, elites=4), horizon=4),
+    "CEM, 12 x 1 x 6, mode 2": PlanMethod(solver=CEM(samples=12, iterations=1, elites=3), propose=True),
     "tree search": PlanMethod(solver=TreeSearch(), horizon=24),
     "tree search, mode 2": PlanMethod(solver=TreeSearch(), horizon=24, propose=True),
     "reactive policy (mode 1)": ReactiveMethod(),

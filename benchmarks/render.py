@@ -42,6 +42,9 @@ def main() -> None:
     path = RESULTS / "control-loop.json"
     if path.exists():
         parts.append(control_loop(json.loads(path.read_text())))
+    path = RESULTS / "control-rate.json"
+    if path.exists():
+        parts.append(control_rate(json.loads(path.read_text())))
     for name in ("training", "planning", "windows", "collecting", "convert_large"):
         path = RESULTS / f"{name}.jsonl"
         if path.exists():
@@ -170,6 +173,29 @@ def control_loop(values: dict[str, Any]) -> str:
         + table([*header, "safe action after the deadline, ms at most", "goals"], rows)
         + f"\nThe deadline is {values['as it is']['loop']['deadline_ms']:g} ms after the observation; see "
         f"[docs/deploy.md](../docs/deploy.md). {describe(values['hardware'])}\n"
+    )
+
+
+def control_rate(values: dict[str, Any]) -> str:
+    threads = list(values["latency"])
+    splits = list(dict.fromkeys(row["split"] for row in values["success"]))
+    rows = []
+    for name in values["methods"]:
+        times = [values["latency"][each][name] for each in threads]
+        line = [name, *(f"{one['median_ms']:.2f} / {one['p99_ms']:.2f} (n = {one['n']})" for one in times)]
+        line.append(" / ".join(f"{one['times_faster']:.0f}" for one in times))
+        for split in splits:
+            row = next(row for row in values["success"] if (row["method"], row["split"]) == (name, split))
+            low, high = (round(100 * bound) for bound in row["interval"])
+            line.append(f"{100 * row['rate']:.0f} ({low} to {high}), n = {row['n']}")
+        rows.append(line)
+    header = ["method", *(f"{each} threads: ms, median / p99" for each in threads)]
+    return (
+        f"## Planning at control rate\n\n    {values['command']}\n\n"
+        + table([*header, f"times faster: {' / '.join(threads)} threads", *(f"{split}, %" for split in splits)], rows)
+        + f"\nOne decision for one environment: encode and plan. CEM is samples x iterations x blocks, "
+        f"on {values['protocol']} at training seeds {', '.join(map(str, values['seeds']))}. {values.get('beside', '')} "
+        f"{describe(values['hardware'])}\n"
     )
 
 

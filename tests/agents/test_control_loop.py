@@ -163,6 +163,22 @@ def test_a_late_plan_is_replaced_counted_and_thrown_away(plant: Plant, link: Soc
     assert unnoticed(report, plant) == set()
 
 
+class Anytime(Counting):
+    """Thinks as long as it may."""
+
+    def act_by(self, deadline: float, observations: Observations) -> torch.Tensor:
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        return self.act(observations)
+
+
+def test_an_agent_that_plans_any_time_is_told_when_its_action_is_due(plant: Plant, link: SocketLink) -> None:
+    agent = Anytime()
+    report = loop_of(agent, link).run(GOAL, duration=1.0)
+    assert len(report.misses) <= 2, "what thinks until its deadline is in time"
+    assert any(value in plant.written for value in agent.given[-10:])
+    assert min(report.plans) > 0.1 * PERIOD, "and it is given most of the time there is"
+
+
 def test_a_late_plan_may_be_used_while_it_is_fresh(plant: Plant, link: SocketLink) -> None:
     agent = Counting(slow=lambda n: n == 6)
     report = loop_of(agent, link, late="use if fresh", max_age=15 * PERIOD).run(GOAL, duration=1.5)

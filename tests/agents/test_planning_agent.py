@@ -1,5 +1,7 @@
 """Model predictive control: when it plans, from what, and what it remembers."""
 
+import time
+
 import pytest
 import torch
 from jaxtyping import Float
@@ -156,3 +158,20 @@ def test_wrong_use_is_refused() -> None:
         agent_of(world, Spy(), replan=7)
     with pytest.raises(PlanningError, match="leading axis"):
         agent.reset(Goal(observations=look(torch.zeros(2))))
+
+
+def test_a_deadline_or_a_budget_cuts_the_search_and_the_agent_still_acts() -> None:
+    world = LinearWorld(block=2)
+    goal, position = look(torch.tensor([[6.0, 3.0]])), look(torch.zeros(1, 2))
+    for options, hurried in (({"budget": 1e-6}, False), ({}, True), ({}, False)):
+        agent = agent_of(world, CEM(iterations=30), replan=2, **options)
+        agent.reset(Goal(observations=goal))
+        action = agent.act_by(time.monotonic(), position) if hurried else agent.act(position)
+        cut = hurried or bool(options)
+        assert action.isfinite().all()
+        assert agent.plan is not None
+        assert agent.plan.cut_short == cut
+        assert list(agent.statistics["plan_cut_short"]) == [float(cut)]
+        assert (agent.statistics["plan_rollouts"][0] < 200) == cut
+    with pytest.raises(PlanningError, match="budget above 0"):
+        agent_of(world, CEM(), replan=2, budget=0.0)

@@ -64,7 +64,8 @@ def main() -> None:
     runs = [trained(arguments.runs / f"two-room-{seed}", seed) for seed in arguments.seeds]
     before = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     values: dict[str, Any] = {
-        "command": "python benchmarks/control_rate.py",
+        "command": f"python benchmarks/control_rate.py --episodes {arguments.episodes} "
+        f"--reference-episodes {arguments.reference_episodes} --decisions {arguments.decisions}",
         "protocol": protocol.title,
         "seeds": arguments.seeds,
         "methods": {name: METHODS[name].model_dump(mode="json") for name in arguments.methods},

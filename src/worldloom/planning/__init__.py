@@ -13,7 +13,7 @@ from worldloom.planning.geometry import (
 from worldloom.planning.inverse import InverseConfig, InverseDynamics, fit_inverse
 from worldloom.planning.objectives import GoalObjective, LatentL2, Metric, WeightedSum
 from worldloom.planning.planner import Planner
-from worldloom.planning.problem import PlanningProblem
+from worldloom.planning.problem import Deadline, PlanningProblem
 from worldloom.planning.solvers import (
     CEM,
     ICEM,
@@ -33,6 +33,7 @@ __all__ = [
     "MPPI",
     "SOLVERS",
     "Adam",
+    "Deadline",
     "DistanceConfig",
     "GoalObjective",
     "InverseConfig",

@@ -26,8 +26,9 @@ class CuriosityConfig(Config):
     """How what is new is sought; lengths in typical model steps.
 
     From each landmark `walks` random walks of `horizon` blocks are imagined. Where they end, farther than `novelty`
-    from every landmark, something new is expected. The landmark that promises most in the fewest blocks is gone to
-    and the newest end of its walks is tried; each try that is made there lets it promise less.
+    from every landmark, something new is expected. The landmark that promises most for the blocks that it takes to
+    get there, and `overhead` more, is gone to, and the newest end of its walks is tried. Each try lets it promise less,
+    and what is not found where it was imagined is expected there no longer.
     """
 
     walks: int = Field(default=16, ge=1)
@@ -280,3 +281,7 @@ class LandmarkAgent:
     def act(self, observations: Observations) -> Float[Tensor, "B A"]:
         """Return the next environment action; see `PlanningAgent.act`."""
         return self._planning.act(observations)
+
+    def act_by(self, deadline: float, observations: Observations) -> Float[Tensor, "B A"]:
+        """Return the next environment action in time; see `PlanningAgent.act_by`."""
+        return self._planning.act_by(deadline, observations)

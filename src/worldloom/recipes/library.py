@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
+from worldloom.agents import CuriosityConfig
 from worldloom.core.registry import Registry
 from worldloom.models import JEPAConfig
 from worldloom.models.encoders import PatchConv
 from worldloom.models.losses import InverseDynamics
-from worldloom.planning import TreeSearch
+from worldloom.planning import CEM, TreeSearch
 from worldloom.recipes.config import CollectionConfig, Recipe
 from worldloom.recipes.methods import CloningMethod, LandmarkMethod, PlanMethod, RandomMethod
 from worldloom.training import TrainingConfig, default_losses
@@ -62,6 +63,7 @@ def maze() -> Recipe:
 @RECIPES.register("long-maze")
 def long_maze() -> Recipe:
     """Mazes with goals 100, 200 and 400 steps away, reached over landmarks of what was explored."""
+    thorough = CEM(samples=128, iterations=4, elites=12)
     return Recipe(
         name="long-maze",
         description="Mazes of 6x6 cells and a slow agent, drawn anew for each episode; goals 100 to 400 steps away.",
@@ -80,7 +82,7 @@ def long_maze() -> Recipe:
             "CEM, latent L2": PlanMethod(),
             "CEM, learned distance": PlanMethod(metric="distance"),
             "tree search": PlanMethod(solver=TreeSearch(), horizon=24),
-            "landmarks": LandmarkMethod(),
+            "landmarks": LandmarkMethod(solver=thorough, curiosity=CuriosityConfig(solver=thorough)),
         },
         default_method="landmarks",
         protocol="maze-200@1",

@@ -1,0 +1,167 @@
+"""Far goals over landmarks: behind a wall, behind a door that closes, unknown; and exploring to learn them."""
+
+import numpy as np
+import pytest
+import torch
+from door_world import BOTTOM, DOOR, STEP, TOP, DoorWorld
+from torch import Tensor
+
+from worldloom.agents import (
+    CuriosityConfig,
+    ExploringAgent,
+    FollowConfig,
+    LandmarkAgent,
+    LandmarkGuide,
+    PlanningAgent,
+)
+from worldloom.core.errors import PlanningError
+from worldloom.core.protocols import Agent
+from worldloom.core.types import Goal, Observations
+from worldloom.evaluation import Exploring, Narrowing, Timed
+from worldloom.memory import LandmarkGraph
+from worldloom.planning import CEM, GoalObjective, LatentL2, Planner
+
+LEFT, RIGHT = torch.tensor([[-0.8, 0.0]]), torch.tensor([[0.8, 0.0]])
+
+
+def agent_of(world: DoorWorld, graph: LandmarkGraph | None, follow: FollowConfig | None = None) -> PlanningAgent:
+    guide = None if graph is None else LandmarkGuide(graph, follow)
+    planner = Planner(world, CEM(samples=32, elites=6), horizon=4)
+    return PlanningAgent(world, planner, lambda goal: GoalObjective(LatentL2(STEP), goal), replan=1, guide=guide)
+
+
+def go(agent: Agent, world: DoorWorld, start: Tensor, goal: Tensor, steps: int) -> tuple[Tensor, int]:
+    """Act until within two steps of the goal; return where that is, and the steps taken."""
+    agent.reset(Goal(observations=Observations(vector=goal)))
+    position = start
+    for step in range(steps):
+        if ((position - goal).norm(dim=1) < 2 * STEP).all():
+            return position, step
+        position = world.step(position, agent.act(Observations(vector=position)))
+    return position, steps
+
+
+def test_memory_leads_around_a_wall_that_stops_a_flat_planner() -> None:
+    world = DoorWorld()
+    flat, _ = go(agent_of(world, None), world, LEFT, RIGHT, 80)
+    assert flat[0, 0] < 0
+    with_memory, steps = go(agent_of(world, world.graph()), world, LEFT, RIGHT, 80)
+    assert with_memory[0, 0] > 0
+    assert steps < 60  # about 34 along the shortest way
+
+
+def test_several_environments_at_once_and_fewer_when_some_are_over() -> None:
+    world = DoorWorld()
+    agent = agent_of(world, world.graph())
+    start = torch.tensor([[-0.8, 0.0], [-0.5, 0.5], [0.5, 0.5]])
+    goal = torch.tensor([[0.8, 0.0], [0.5, 0.0], [-0.6, -0.2]])
+    agent.reset(Goal(observations=Observations(vector=goal)))
+    position = start
+    for _ in range(10):
+        position = world.step(position, agent.act(Observations(vector=position)))
+    agent.keep([2, 0])
+    position, goal = position[[2, 0]], goal[[2, 0]]
+    for _ in range(60):
+        position = world.step(position, agent.act(Observations(vector=position)))
+    assert ((position - goal).norm(dim=1) < 3 * STEP).all()
+
+
+def test_a_closed_door_is_learnt_within_an_episode_and_remembered() -> None:
+    believed, real = DoorWorld(), DoorWorld(closed=(TOP,))
+    graph = believed.graph()
+    start, goal = torch.tensor([[-0.5, 0.6]]), torch.tensor([[0.5, 0.6]])
+
+    # Who never doubts a way stays before the door.
+    stubborn = agent_of(believed, believed.graph(), FollowConfig(patience=10_000))
+    stuck, _ = go(stubborn, real, start, goal, 300)
+    assert stuck[0, 0] < 0
+
+    there, first = go(agent_of(believed, graph), real, start, goal, 300)
+    assert there[0, 0] > 0
+    # Another agent with the same memory does not try the door again.
+    there, second = go(agent_of(believed, graph), real, start, goal, 300)
+    assert there[0, 0] > 0
+    assert second < first
+    assert second < 70  # about 34 along the shortest way through the other door
+
+
+def test_an_unknown_goal_is_said_to_be_unknown_and_the_nearest_known_place_is_where_it_waits() -> None:
+    world = DoorWorld(closed=(TOP, BOTTOM))
+    graph = LandmarkGraph(world.spec, step_length=STEP, reversible=True)
+    walks = world.wander(60, 60)
+    walks = walks[walks[:, 0, 0] < 0]  # nothing was seen right of the wall
+    count, length = walks.shape[:2]
+    graph.learn(walks.flatten(0, 1), np.repeat(np.arange(count), length), np.tile(np.arange(length), count))
+    guide = LandmarkGuide(graph)
+    planner = Planner(world, CEM(samples=32, elites=6), horizon=4)
+    agent = PlanningAgent(world, planner, lambda goal: GoalObjective(LatentL2(STEP), goal), replan=1, guide=guide)
+    goal = torch.tensor([[0.9, 0.3]])
+    position, _ = go(agent, world, torch.tensor([[-0.9, -0.9]]), goal, 60)
+    (outlook,) = guide.outlook
+    assert outlook.kind == "unknown"
+    nearest = graph.latents[outlook.nearest]
+    assert outlook.gap == pytest.approx(float((nearest - goal[0]).norm() / STEP), rel=1e-4)
+    assert (position[0] - nearest).norm() < 3 * STEP
+
+
+def test_without_memory_a_goal_in_sight_is_planned_for() -> None:
+    world = DoorWorld()
+    graph = LandmarkGraph(world.spec, step_length=STEP, reversible=True)
+    position, _ = go(agent_of(world, graph), world, LEFT, torch.tensor([[-0.5, 0.1]]), 20)
+    assert (position - torch.tensor([[-0.5, 0.1]])).norm() < 2 * STEP
+
+
+def test_curiosity_comes_to_more_places_than_a_random_walk_of_the_same_length() -> None:
+    world, steps = DoorWorld(), 100
+
+    def places(path: list[Tensor]) -> int:
+        """Return how many fields of two steps were entered, those of each environment counted apart."""
+        fields = (torch.stack(path) // (2 * STEP)).int()
+        return len({(row, *field) for moment in fields.tolist() for row, field in enumerate(moment)})
+
+    curious = walked = 0
+    for seed in range(4):
+        explorer = ExploringAgent(world, world.graph(learned=False), CuriosityConfig(walks=8), seed=seed)
+        path = [torch.tensor([[-0.9, 0.0], [0.9, 0.0]])]
+        for _ in range(steps):
+            action = explorer.act(Observations(vector=path[-1]))
+            assert ((action >= -1) & (action <= 1)).all()
+            path.append(world.step(path[-1], action))
+        curious += places(path)
+        walked += places(list(world.wander(2, steps, seed=seed).unbind(1)))
+    assert curious > 1.3 * walked
+
+
+def test_an_agent_that_explored_reaches_what_it_could_not_before() -> None:
+    world = DoorWorld()
+    graph = world.graph(learned=False)
+    guide = LandmarkGuide(graph)
+    planner = Planner(world, CEM(samples=32, elites=6), horizon=4)
+    planning = PlanningAgent(world, planner, lambda goal: GoalObjective(LatentL2(STEP), goal), replan=1, guide=guide)
+    agent = LandmarkAgent(planning, guide, ExploringAgent(world, graph))
+    assert isinstance(agent, Agent)
+    assert isinstance(agent, Exploring)
+    assert isinstance(agent, Narrowing)
+    assert isinstance(agent, Timed)
+    goal = torch.tensor([[0.4, 0.0]])
+    before, _ = go(agent, world, LEFT, goal, 60)
+    assert before[0, 0] < 0
+    explorer, position = agent.explorer(), LEFT
+    for _ in range(600):
+        position = world.step(position, explorer.act(Observations(vector=position)))
+    after, _ = go(agent, world, LEFT, goal, 80)
+    assert after[0, 0] > 0
+    assert agent.outlook[0].kind in ("known", "sight")
+
+
+def test_a_goal_of_another_size_is_refused() -> None:
+    guide = LandmarkGuide(DoorWorld().graph(learned=False))
+    with pytest.raises(PlanningError, match="latents of 2 and the goal has 3"):
+        guide.reset(torch.zeros(1, 3))
+
+
+def test_the_doors_of_the_test_world_are_where_they_are_said_to_be() -> None:
+    world = DoorWorld(closed=(TOP,))
+    heights = torch.tensor([DOOR + 0.1, 0.0, -DOOR - 0.1])
+    moved = world.step(torch.stack([torch.full((3,), -0.15), heights], 1), torch.tensor([1.0, 0.0]).expand(3, 2))
+    assert (moved[:, 0] > -0.15).tolist() == [False, False, True]

@@ -1,0 +1,168 @@
+"""The landmark graph: what it covers, the ways it knows, what it stops believing, and what it keeps on disk."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worldloom.core.errors import CheckpointError, ConfigError, PlanningError
+from worldloom.memory import LandmarkConfig, LandmarkGraph
+from worldloom.testing import LinearWorld
+
+SPEC = LinearWorld().spec
+
+
+def graph_of(*, reversible: bool = False, **config: float) -> LandmarkGraph:
+    return LandmarkGraph(SPEC, LandmarkConfig.parse(config), step_length=0.5, reversible=reversible)
+
+
+def line_of(points: int, *, reversible: bool = False, **config: float) -> LandmarkGraph:
+    """Landmarks at 0, 1, 2, ... along the first axis, seen one after another; a step is 0.5."""
+    graph = graph_of(reversible=reversible, **config)
+    places = torch.stack([torch.arange(points, dtype=torch.float32), torch.zeros(points)], dim=1)
+    graph.learn(places, np.zeros(points, np.int64), np.arange(points))
+    return graph
+
+
+@given(seed=st.integers(0, 2**32), count=st.integers(1, 60), batch=st.integers(1, 7))
+def test_landmarks_cover_all_that_was_seen_and_keep_their_distance(seed: int, count: int, batch: int) -> None:
+    graph = graph_of()
+    seen = 3 * torch.rand(count, 2, generator=torch.Generator().manual_seed(seed))
+    for some in seen.split(batch):
+        landmarks = graph.add(some)
+        away = (graph.latents[torch.from_numpy(landmarks)] - some).norm(dim=1) / graph.step_length
+        assert (away <= graph.config.spacing + 1e-4).all()
+    gaps = torch.cdist(graph.latents, graph.latents) / graph.step_length + 100 * torch.eye(len(graph))
+    assert gaps.min() > graph.config.spacing - 1e-4
+    assert graph.visits.sum() == count
+
+
+def test_a_way_is_the_cheapest_over_what_was_experienced() -> None:
+    graph = line_of(6)
+    route = graph.route(torch.tensor([5.0, 0.0]))
+    assert route is not None
+    assert route.blocks.tolist() == [5, 4, 3, 2, 1, 0]
+    assert route.hop.tolist() == [1, 2, 3, 4, 5, -1]
+    assert route.ahead(1, 2) == 3
+    assert route.ahead(3, 9) == 5
+    shortcut = graph.add(torch.tensor([[5.0, 0.0]]), np.array([0]))
+    assert shortcut.tolist() == [5]
+    again = graph.route(torch.tensor([5.0, 0.0]))
+    assert again is not None
+    assert again.blocks[0] == 1
+
+
+def test_one_does_not_go_back_where_steps_cannot_be_undone() -> None:
+    there = line_of(4).route(torch.tensor([0.0, 0.0]))
+    back = line_of(4, reversible=True).route(torch.tensor([0.0, 0.0]))
+    assert there is not None
+    assert back is not None
+    assert not there.knows(3)
+    assert back.blocks.tolist() == [0, 1, 2, 3]
+    assert not back.knows(4)  # a landmark that came later
+
+
+def test_a_goal_far_from_all_landmarks_has_no_way() -> None:
+    assert graph_of().route(torch.zeros(2)) is None
+    assert line_of(3).route(torch.tensor([0.0, 9.0])) is None
+    assert line_of(3).route(torch.tensor([0.0, 0.9])) is not None
+
+
+def test_what_pruning_left_out_of_a_line_costs_as_many_blocks_as_it_took() -> None:
+    graph = graph_of()
+    places = torch.tensor([[0.0, 0.0], [1.0, 0.0], [9.0, 0.0], [50.0, 0.0]])
+    graph.learn(places, np.array([0, 0, 0, 1]), np.array([0, 1, 5, 6]))
+    route = graph.route(torch.tensor([9.0, 0.0]))
+    assert route is not None
+    blocks = dict(zip(graph.latents[:, 0].tolist(), route.blocks.tolist(), strict=True))
+    assert blocks == {0: 5, 1: 4, 9: 0, 50: np.inf}  # another line is not joined
+
+
+def test_learning_from_a_record_is_seeing_it_line_by_line() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lines = torch.randn(5, 30, 2, generator=generator).cumsum(1) * 0.4
+    at_once, one_by_one = graph_of(reversible=True), graph_of(reversible=True)
+    shuffled = torch.randperm(150, generator=generator)
+    number, step = torch.arange(5).repeat_interleave(30), torch.arange(30).repeat(5)
+    at_once.learn(lines.flatten(0, 1)[shuffled], number[shuffled].numpy(), step[shuffled].numpy())
+    before = None
+    for now in lines.unbind(1):
+        before = one_by_one.add(now, before)
+    assert torch.equal(at_once.latents, one_by_one.latents)
+    assert np.array_equal(at_once.edges, one_by_one.edges)
+
+
+def test_prediction_joins_only_what_the_check_believes_and_is_dropped_by_one_failure() -> None:
+    graph = graph_of(link=4.0)
+    graph.add(torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]))
+    asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def check(sources: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append((sources, targets))
+        return torch.full((len(sources),), 2.0), targets[:, 1] == 0
+
+    assert graph.link(check) == 4
+    assert len(asked[0][0]) == 6
+    assert graph.link(check) == 0
+    assert sorted(graph.edges.tolist()) == [[0, 1], [1, 0], [2, 0], [2, 1]]
+    graph.failed(0, 1)
+    assert [0, 1] not in graph.edges.tolist()
+    graph.link(check)
+    assert [0, 1] not in graph.edges.tolist()  # what failed is not believed again on the model's word
+
+
+def test_experience_is_doubted_before_it_is_dropped_and_believed_when_it_is_made_again() -> None:
+    graph = line_of(3, penalty=8.0, forgive=2, blame=0.5)
+    goal = torch.tensor([2.0, 0.0])
+    graph.failed(1, 2)
+    doubted = graph.route(goal)
+    assert doubted is not None
+    assert doubted.blocks[0] == 1 + 1 + 8
+    graph.failed(1, 2)
+    dropped = graph.route(goal)
+    assert dropped is not None
+    assert not dropped.knows(0)
+    graph.add(torch.tensor([[2.0, 0.0]]), np.array([1]))
+    believed = graph.route(goal)
+    assert believed is not None
+    assert believed.blocks[0] == 2
+
+
+def test_edges_beside_a_failed_one_fail_with_it() -> None:
+    graph = graph_of(blame=2.5, forgive=1)
+    across = torch.tensor([[[0.0, 0.0], [2.0, 0.0]], [[0.0, 0.6], [2.0, 0.6]], [[0.0, 5.0], [2.0, 5.0]]])
+    before = graph.add(across[:, 0])
+    graph.add(across[:, 1], before)
+    assert len(graph.edges) == 3
+    graph.failed(0, 3)
+    assert graph.edges.tolist() == [[2, 5]]
+
+
+def test_a_graph_is_read_as_it_was_written_with_what_it_no_longer_believes(tmp_path: Path) -> None:
+    graph = line_of(40, reversible=True, forgive=1)
+    graph.failed(20, 21)
+    graph.save(tmp_path / "landmarks")
+    read = LandmarkGraph.load(tmp_path / "landmarks", SPEC)
+    assert torch.equal(read.latents, graph.latents)
+    assert np.array_equal(read.edges, graph.edges)
+    assert np.array_equal(read.visits, graph.visits)
+    assert (read.config, read.step_length, read.reversible) == (graph.config, graph.step_length, graph.reversible)
+    read.add(torch.tensor([[100.0, 0.0]]), np.array([39]))
+    route = read.route(torch.tensor([100.0, 0.0]))
+    assert route is not None
+    assert route.blocks[21] == 19
+    assert not route.knows(20)
+    with pytest.raises(CheckpointError, match="landmarks of model 'linear-world' and the model is 'other'"):
+        LandmarkGraph.load(
+            tmp_path / "landmarks", LinearWorld(block=2).spec.__class__(**{**vars(SPEC), "fingerprint": "other"})
+        )
+
+
+def test_bad_values_are_refused() -> None:
+    with pytest.raises(PlanningError, match="above 0"):
+        LandmarkGraph(SPEC, step_length=0.0, reversible=True)
+    with pytest.raises(ConfigError, match="reach must be at least spacing"):
+        LandmarkConfig.parse({"spacing": 3.0, "reach": 2.0})

@@ -43,8 +43,6 @@ def main() -> None:
         clock.append(time.perf_counter())
         run = workflow.train(recipe, folder / "data", folder / "run", resume=True, progress=progress())
         clock.append(time.perf_counter())
-        # The methods as the recipe has them now: they are no part of what was trained.
-        run.recipe = run.recipe.model_copy(update={"methods": recipe.methods, "default_method": recipe.default_method})
         there = run.path / "evaluation" / str(arguments.protocol or run.recipe.protocol) / "results.json"
         results = Results.read(there) if there.is_file() else None
         all_results.append(results or workflow.evaluate(run, protocol=arguments.protocol, progress=progress()))

@@ -33,8 +33,8 @@ def test_a_recipe_names_a_world_and_a_protocol_of_that_world(name) -> None:
 def test_every_table_has_the_baselines_and_a_default_that_plans(name) -> None:
     recipe = load_recipe(name)
     kinds = {method.name for method in recipe.methods.values()}
-    assert kinds == set(METHODS)
-    assert recipe.methods[recipe.default_method].name == "plan"
+    assert {"random", "behaviour-cloning", "plan"} <= kinds <= set(METHODS)
+    assert recipe.methods[recipe.default_method].name in ("plan", "landmarks")
 
 
 def test_an_override_reaches_a_method_and_leaves_the_rest() -> None:

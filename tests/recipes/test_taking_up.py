@@ -15,7 +15,7 @@ from worldloom.core.types import Goal, Observations
 from worldloom.data import EpisodeDataset
 from worldloom.evaluation import default_protocol
 from worldloom.recipes import METHODS, Recipe, Run, collect, evaluate, find_runs, load_recipe, report_path, workflow
-from worldloom.recipes.methods import default_methods
+from worldloom.recipes.methods import LandmarkMethod, default_methods
 from worldloom.recipes.run import differences
 
 HEADS = ("geometry", "distance", "reactive", "cloning")
@@ -152,6 +152,15 @@ def test_other_methods_are_taken_up_without_training_again(recipe, dataset, run,
     assert digests(run.path) == before
 
 
+def test_a_run_from_before_an_option_was_added_is_taken_up(recipe, dataset, run, untouched) -> None:
+    untouched("fit", *STAGES)
+    config = read_json(run.path / "config.json")
+    del config["recipe"]["reactive"]["teacher"]["walk"], config["recipe"]["distance"]["follow"]
+    write_json(run.path / "config.json", config)
+    workflow.train(recipe, dataset, run.path, resume=True)
+    assert Run.open(run.path).recipe == recipe
+
+
 def test_other_data_are_refused(recipe, run, tmp_path) -> None:
     other = collect(recipe.override(["collection.seed=9"]), tmp_path / "other")
     with pytest.raises(CheckpointError, match="begun on other data") as error:
@@ -182,7 +191,7 @@ def test_an_agent_of_each_method_acts_for_any_number_of_environments(run, datase
     frames = dataset.pixels(np.array([0, 5, 9]))
     observations = Observations.from_numpy(frames, None)
     bounds = torch.tensor(run.model.spec.action.low), torch.tensor(run.model.spec.action.high)
-    methods = default_methods()
+    methods = {**default_methods(), "landmarks": LandmarkMethod()}
     assert {method.name for method in methods.values()} == set(METHODS)
     for method in methods.values():
         agent = method.build(run, seed=0)

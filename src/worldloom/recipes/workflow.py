@@ -119,7 +119,8 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, resume: bool, r
         seeds = {"training": recipe.training.seed}
         return RunFolder.create(path, config, describe_provenance(data_fingerprint=fingerprint, seeds=seeds))
     folder = RunFolder.open(path)
-    differ = differences(recipe_values(folder), config["recipe"])
+    # Parsed: an option that a later version has added is as its default says.
+    differ = differences(Recipe.parse(recipe_values(folder)).model_dump(mode="json"), config["recipe"])
     # The methods, and how the data are read, decide nothing that was trained.
     free = ("methods.", "data", "default_method", "protocol", "description", *(f"training.{key}" for key in FREE))
     if wrong := [key for key in differ if not key.startswith(free)]:

@@ -20,6 +20,7 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 Colour = tuple[Byte, Byte, Byte]
 Near = Annotated[float, Field(ge=8, le=22)]  # a door in the half of a wall that begins at 0
 Far = Annotated[float, Field(ge=42, le=56)]  # ... and in the half that ends at 64
+DOORS = ("up", "down", "left", "right")  # of four rooms
 Draw = Callable[[np.random.Generator], Any]
 
 
@@ -69,6 +70,10 @@ class RoomFactors(Config):
         """Return the room that each point (x, y) lies in, -1 in a doorway."""
         raise ConfigError(f"{type(self).__name__} has no rooms of its own; use a world's factors")
 
+    def after(self, step: int) -> "RoomFactors":
+        """Return the room as it is from this step of an episode on: itself, but where a door closes."""
+        return self
+
     def _clearance(self) -> float:
         """Return how far from a wall's middle line the agent's centre is out of the doorway."""
         return self.wall_thickness / 2 + self.agent_radius
@@ -108,10 +113,16 @@ class TwoRoomFactors(RoomFactors):
 
 
 class FourRoomsFactors(RoomFactors):
-    """A cross of two walls; each of its four arms (up, down, left, right) has a door at its place."""
+    """A cross of two walls; each of its four arms (up, down, left, right) has a door at its place.
+
+    The `closing_door` closes after `closing_step` steps of an episode, or as soon then as nobody stands in it; at 0 it
+    was never open.
+    """
 
     door_positions: tuple[Near, Far, Near, Far] = (16.0, 48.0, 16.0, 48.0)
     door_size: float = Field(4.0, ge=1, le=5)
+    closing_door: Literal["none", "up", "down", "left", "right"] = "none"
+    closing_step: int = Field(0, ge=0)
 
     @classmethod
     def draws(cls) -> dict[str, Draw]:
@@ -121,15 +132,31 @@ class FourRoomsFactors(RoomFactors):
             near, far = rng.uniform(10, 20, 2), rng.uniform(44, 54, 2)
             return float(near[0]), float(far[0]), float(near[1]), float(far[1])
 
-        return {**super().draws(), "door_positions": doors, "door_size": _uniform(3.0, 5.0)}
+        return {
+            **super().draws(),
+            "door_positions": doors,
+            "door_size": _uniform(3.0, 5.0),
+            "closing_door": lambda rng: str(rng.choice(["none", *DOORS])),
+            "closing_step": lambda rng: int(rng.integers(0, 100)),
+        }
 
     def walls(self) -> Float64[np.ndarray, "M 4"]:
-        """Return the two parts of each arm."""
-        middle, thick, gap = SIDE / 2, self.wall_thickness, self.door_size + self.agent_radius
-        up, down, left, right = self.door_positions
-        vertical = [*_wall(middle, thick, 0.0, middle, up, gap), *_wall(middle, thick, middle, SIDE, down, gap)]
-        horizontal = [*_wall(middle, thick, 0.0, middle, left, gap), *_wall(middle, thick, middle, SIDE, right, gap)]
-        return np.array([*vertical, *(_turned(wall) for wall in horizontal)])
+        """Return the two parts of each arm; those of a shut door touch."""
+        middle, thick = SIDE / 2, self.wall_thickness
+        parts: list[tuple[float, float, float, float]] = []
+        for number, (name, door) in enumerate(zip(DOORS, self.door_positions, strict=True)):
+            begin = 0.0 if number % 2 == 0 else middle
+            shut = name == self.closing_door and self.closing_step == 0
+            gap = 0.0 if shut else self.door_size + self.agent_radius
+            arm = _wall(middle, thick, begin, begin + middle, door, gap)
+            parts += arm if number < 2 else [_turned(part) for part in arm]
+        return np.array(parts)
+
+    def after(self, step: int) -> "FourRoomsFactors":
+        """Return the room as it is from this step of an episode on: with its door shut, once it has closed."""
+        return (
+            self if step < self.closing_step or self.closing_step == 0 else self.model_copy(update={"closing_step": 0})
+        )
 
     def rooms(self, points: Float64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "P"]:
         """Return the quadrant, 0 to 3."""

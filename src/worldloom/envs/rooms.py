@@ -13,8 +13,8 @@ from jaxtyping import Float64
 from worldloom.core.errors import ConfigError
 from worldloom.core.registry import nearest
 from worldloom.envs.factors import FourRoomsFactors, MazeFactors, RoomFactors, TwoRoomFactors, check_names
-from worldloom.envs.simulator import Simulator
-from worldloom.envs.tasks import Task, TaskOptions, draw_free, draw_task
+from worldloom.envs.simulator import Simulator, free
+from worldloom.envs.tasks import Task, TaskOptions, close_door, draw_free, draw_task
 
 _OPTIONS = ("factors", "task")
 _SEED_LIMIT = 2**31
@@ -122,6 +122,7 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         again = np.flatnonzero(self._over)
         self._simulator.step(wanted, ~self._over)
         self._elapsed += 1
+        self._close_doors()
         for row in again:
             self._begin(int(row), {}, None)
         truncated = np.zeros(self.num_envs, bool)
@@ -147,15 +148,23 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             factors = self.factors_type.parse({**self._fixed, **drawn, **given})
             try:
                 task = None if options is None else draw_task(factors, options, rng)
+                if task is not None and options is not None and options.closes_after is not None:
+                    factors = close_door(factors, task, options.closes_after)
             except ConfigError:
                 if attempt == _LAYOUTS - 1:
                     raise
             else:
                 break
         start = draw_free(factors, rng) if task is None else task.start
-        self._simulator.place(row, factors, start, rng)
+        self._simulator.place(row, factors.after(0), start, rng)
         self._elapsed[row], self._over[row] = 0, False
         return task
+
+    def _close_doors(self) -> None:
+        for row, factors in enumerate(self._simulator.factors):
+            now = factors.after(int(self._elapsed[row]))
+            if now is not factors and free(now, self._simulator.position[row : row + 1])[0]:
+                self._simulator.furnish(row, now)
 
     def _infos(self) -> Infos:
         infos: Infos = {"position": self._simulator.position.astype(np.float32)}

@@ -27,17 +27,8 @@ class Simulator:
 
     def place(self, row: int, factors: RoomFactors, position: np.ndarray, rng: np.random.Generator) -> None:
         """Begin an episode in environment `row`; `rng` draws where the distractors begin."""
-        walls = factors.walls()
-        if len(walls) > self._walls.shape[1]:
-            grown = np.full((self.batch, len(walls), 4), -np.inf)
-            grown[:, : self._walls.shape[1]] = self._walls
-            self._walls = grown
-        self._walls[row] = -np.inf  # a wall at minus infinity stops nobody
-        self._walls[row, : len(walls)] = walls
-        self.factors[row], self.position[row] = factors, position
-        self._radius[row], self._speed[row] = factors.agent_radius, factors.agent_speed
-        self._colour[row] = factors.agent_colour
-        self._background[row] = paint(factors, self.size)
+        self.furnish(row, factors)
+        self.position[row] = position
         if factors.distractors:
             centres = rng.uniform(_DISTRACTOR_RADIUS, SIDE - _DISTRACTOR_RADIUS, (factors.distractors, 2))
             heading = rng.uniform(0, 2 * np.pi, factors.distractors)
@@ -45,6 +36,20 @@ class Simulator:
             self._others[row] = (centres, velocity, np.array(factors.distractor_colour, np.float32))
         else:
             self._others[row] = _no_distractors()
+
+    def furnish(self, row: int, factors: RoomFactors) -> None:
+        """Change the room of environment `row`, where everything that moves stays where it is."""
+        walls = factors.walls()
+        if len(walls) > self._walls.shape[1]:
+            grown = np.full((self.batch, len(walls), 4), -np.inf)
+            grown[:, : self._walls.shape[1]] = self._walls
+            self._walls = grown
+        self._walls[row] = -np.inf  # a wall at minus infinity stops nobody
+        self._walls[row, : len(walls)] = walls
+        self.factors[row] = factors
+        self._radius[row], self._speed[row] = factors.agent_radius, factors.agent_speed
+        self._colour[row] = factors.agent_colour
+        self._background[row] = paint(factors, self.size)
 
     def step(self, actions: Float64[np.ndarray, "N 2"], moving: Bool[np.ndarray, "N"]) -> None:
         """Move the agents by `actions` in [-1, 1] times their speed: along x, then along y.

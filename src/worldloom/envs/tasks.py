@@ -9,7 +9,7 @@ from pydantic import Field
 
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError
-from worldloom.envs.factors import SIDE, RoomFactors
+from worldloom.envs.factors import DOORS, SIDE, FourRoomsFactors, RoomFactors
 from worldloom.envs.simulator import free
 
 _GOALS = 20  # goals tried in a layout before it is given up
@@ -21,7 +21,8 @@ _AROUND = np.arange(64 * 64)[:, None] + np.array([64 * down + right for down, ri
 class TaskOptions(Config):
     """What a start and a goal must satisfy; distances in px, steps at full speed along the shortest way.
 
-    "cross-room" and "same-room" speak of the world's rooms (of a maze: its cells), with neither in a doorway.
+    "cross-room" and "same-room" speak of the world's rooms (of a maze: its cells), with neither in a doorway. With
+    `closes_after` the door whose closing makes the way longest, but leaves one, closes after so many steps.
     """
 
     split: Literal["any", "cross-room", "same-room"] = "any"
@@ -29,6 +30,7 @@ class TaskOptions(Config):
     max_distance: float | None = Field(None, gt=0)
     min_steps: float | None = Field(None, ge=0)
     max_steps: float | None = Field(None, gt=0)
+    closes_after: int | None = Field(None, ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,24 @@ def draw_task(factors: RoomFactors, options: TaskOptions, rng: np.random.Generat
         f"this layout holds no start and goal with {options.model_dump(exclude_none=True)} in {_GOALS} goals tried; "
         f"widen the limits, or draw another layout (another seed)"
     )
+
+
+def close_door(factors: RoomFactors, task: Task, step: int) -> RoomFactors:
+    """Return the room in which the door on the task's way closes after `step` steps; see `TaskOptions`.
+
+    Raises:
+        ConfigError: no door can be closed, or none makes the way longer and leaves one.
+    """
+    if not isinstance(factors, FourRoomsFactors):
+        raise ConfigError(
+            f"closes_after needs a world with several doors, such as FourRooms; got {type(factors).__name__}"
+        )
+    rooms = {name: factors.model_copy(update={"closing_door": name, "closing_step": step}) for name in DOORS}
+    lengths = {name: steps_from(room.after(step), task.goal)[_pixel(task.start)] for name, room in rooms.items()}
+    longer = {name: length for name, length in lengths.items() if task.shortest_steps + 5 < length < np.inf}
+    if not longer:
+        raise ConfigError("no door of this layout lies on the way of the task; draw another one (another seed)")
+    return rooms[max(longer, key=lambda name: longer[name])]
 
 
 def draw_free(factors: RoomFactors, rng: np.random.Generator) -> Float64[np.ndarray, "2"]:

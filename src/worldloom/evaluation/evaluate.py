@@ -175,10 +175,13 @@ class _MethodRun:
         self._episodes.extend(ended[row] for row in range(size))
 
     def _explore(self, tasks: Tasks, world: World, where: str) -> None:
-        steps = self._protocol.splits[self._split].exploration
+        split = self._protocol.splits[self._split]
+        steps = split.exploration
         if not steps or not isinstance(self._agent, Exploring):
             return
-        frame = tasks.begin(self._protocol, self._split, world, f"{where}, exploring")
+        task = {**split.task, **split.exploration_task}
+        meanwhile = self._protocol.model_copy(update={"splits": {self._split: split.model_copy(update={"task": task})}})
+        frame = tasks.begin(meanwhile, self._split, world, f"{where}, exploring")
         explorer = self._agent.explorer()
         for _ in range(steps):
             frame = world.step(explorer.act(frame.observations).detach().cpu().numpy(), frame.rows)

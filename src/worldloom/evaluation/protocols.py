@@ -145,7 +145,8 @@ class Split(Config):
     the logging policy acts to reach the goal, where the world draws none. It has acted before the start as well, for
     a number of steps drawn uniformly from 0 to `start_steps`, so that episodes start in the middle of what it does.
     For `exploration` steps a method that explores may act in each episode's world from its start, before it is
-    brought back there and told the goal; other methods have no use for them.
+    brought back there and told the goal; other methods have no use for them. `exploration_task` are the task options
+    that differ meanwhile.
     """
 
     episodes: int = Field(default=100, ge=1)
@@ -153,6 +154,7 @@ class Split(Config):
     goal_offset: int | None = Field(default=None, ge=1)
     start_steps: int = Field(default=0, ge=0)
     exploration: int = Field(default=0, ge=0)
+    exploration_task: dict[str, Any] = Field(default_factory=dict)
 
 
 class Protocol(Config):
@@ -217,7 +219,7 @@ class Protocol(Config):
         if not self.count_solved:
             del values["count_solved"]
         for split in values["splits"].values():
-            for name in ("start_steps", "exploration"):
+            for name in ("start_steps", "exploration", "exploration_task"):
                 if not split[name]:
                     del split[name]
         text = json.dumps(values, sort_keys=True)
@@ -315,6 +317,11 @@ class Protocol(Config):
         return [
             f"Exploration: before the goal is told, a method that explores acts in each episode's world from its start "
             f"({each}), sees observations alone, and is brought back to the start. Other methods do not."
+            + "".join(
+                f" Meanwhile the task options of {name} are changed by {_json(split.exploration_task)}."
+                for name, split in self.splits.items()
+                if split.exploration_task
+            )
         ]
 
     def _describe_goals(self) -> list[str]:
@@ -472,6 +479,24 @@ for _steps in (100, 200, 400):
             budget_over_shortest=4.0,
         )
     )
+
+register_protocol(
+    Protocol(
+        name="closing-door",
+        env_id="worldloom/FourRooms-v0",
+        splits={
+            "door closes": Split(
+                task={"split": "cross-room", "min_steps": 20, "closes_after": 8},
+                exploration=2000,
+                exploration_task={"closes_after": 1_000_000},
+            ),
+            "door stays open": Split(task={"split": "cross-room", "min_steps": 20}, exploration=2000),
+        },
+        success=_WITHIN_3_PIXELS,
+        min_distance=10.0,
+        budget=250,
+    )
+)
 
 # The field's two settings: a goal 25 steps ahead in 50 steps, and 100 ahead in 150 (docs/protocols.md).
 _FIELD = {25: 50, 100: 150}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from worldloom.agents import CuriosityConfig
+from worldloom.agents import CuriosityConfig, FollowConfig
 from worldloom.core.registry import Registry
 from worldloom.models import JEPAConfig
 from worldloom.models.encoders import PatchConv
@@ -45,6 +45,31 @@ def four_rooms() -> Recipe:
         collection=CollectionConfig(env_id="worldloom/FourRooms-v0", episodes=2000),
         training=TrainingConfig(steps=1500),
         protocol="four-rooms@1",
+    )
+
+
+@RECIPES.register("closing-doors")
+def closing_doors() -> Recipe:
+    """Four rooms in which a door may close while one is under way."""
+    return Recipe(
+        name="closing-doors",
+        description="Four rooms whose doors are drawn anew for each episode, and of which one may close in the middle.",
+        collection=CollectionConfig(
+            env_id="worldloom/FourRooms-v0",
+            env_kwargs={"vary": ["door_positions", "closing_door", "closing_step"]},
+            episodes=3000,
+        ),
+        training=TrainingConfig(steps=3000, batch=160, horizon=3, validate_every=1000, checkpoint_every=1000),
+        methods={
+            "random": RandomMethod(),
+            "behaviour cloning": CloningMethod(),
+            "CEM, latent L2": PlanMethod(),
+            "tree search": PlanMethod(solver=TreeSearch(), horizon=24),
+            "landmarks": LandmarkMethod(),
+            "landmarks, never replanned": LandmarkMethod(follow=FollowConfig(patience=10_000, learn=False)),
+        },
+        default_method="landmarks",
+        protocol="closing-door@1",
     )
 
 

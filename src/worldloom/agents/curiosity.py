@@ -33,7 +33,7 @@ class CuriosityConfig(Config):
 
     walks: int = Field(default=16, ge=1)
     horizon: int = Field(default=4, ge=1)
-    novelty: float = Field(default=2.0, gt=0)
+    novelty: float = Field(default=1.5, gt=0)
     overhead: float = Field(default=4.0, gt=0)
     walk: Walk = Walk(slowest=1.0)
     solver: SolverField = CEM()

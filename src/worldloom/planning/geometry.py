@@ -85,8 +85,8 @@ def predict_arrival(
     sources: Float[Tensor, "M D"],
     targets: Float[Tensor, "M D"],
     *,
-    blocks: int = 2,
-    tolerance: float = 0.7,
+    blocks: int = 3,
+    tolerance: float = 1.0,
 ) -> tuple[Float[Tensor, "M"], Bool[Tensor, "M"]]:
     """Imagine going straight from each source to its target by inverse dynamics.
 

@@ -1,6 +1,7 @@
 """Atomic writes: a reader sees the old file or the whole new one, never a part."""
 
 import errno
+import fcntl
 import json
 import os
 import tempfile
@@ -69,7 +70,7 @@ def storage_errors(path: Path | str) -> Iterator[None]:
             raise StorageError(f"the disk is full while writing {path}; {remedy}") from error
         if isinstance(error, FileNotFoundError):
             raise StorageError(f"{path} does not exist; check the path") from error
-        if isinstance(error, PermissionError):
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
             raise StorageError(f"no permission for {path}; change its owner or choose another path") from error
         if isinstance(error, NotADirectoryError):
             raise StorageError(f"{path} lies in a file; expected a directory. Check the path") from error
@@ -78,6 +79,25 @@ def storage_errors(path: Path | str) -> Iterator[None]:
         if isinstance(error, FileExistsError):
             raise StorageError(f"{path} is already there; choose another path or remove it") from error
         raise
+
+
+@contextmanager
+def exclusive_lock(path: Path, otherwise: Exception) -> Iterator[None]:
+    """Hold `path` for this process alone; the kernel drops the lock with the process, however it ends.
+
+    Raises:
+        otherwise: another process holds it.
+        StorageError: the storage refuses.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise otherwise from None
+        yield
 
 
 def _sync_directory(path: Path) -> None:

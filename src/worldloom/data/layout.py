@@ -29,6 +29,11 @@ BOUNDS_SLACK = 1e-5  # of the range: rounding, not a wrong action
 # What a client says of a storage that refuses, times out or breaks off: not damage, though it may say "decode".
 _NETWORK = ("error sending request", "response body", "timed out", "timeout", "status code: 5", "onnection ")
 
+_REMEDY = (
+    "Restore it from a copy, or collect it again into another directory; 'worldloom data validate {path}' lists what "
+    "is lost"
+)
+
 _CODEC = pa.Codec("zstd", compression_level=1)
 _CHUNK = 128  # frames that a thread takes at once
 
@@ -63,10 +68,10 @@ def table_schema(spec: DatasetSpec) -> pa.Schema:
         layout = {"codec": "zstd", "dtype": "uint8", "shape": list(spec.observation.pixels)}
         metadata["pixels"] = json.dumps(layout)
     if spec.observation.vector:
-        fields.append(pa.field("vector", _floats(spec.observation.vector), nullable=False))
-    fields.append(pa.field("action", _floats(spec.action.size)))
+        fields.append(pa.field("vector", float_list(spec.observation.vector), nullable=False))
+    fields.append(pa.field("action", float_list(spec.action.size)))
     if spec.labels:
-        children = [pa.field(name, _floats(size), nullable=False) for name, size in spec.labels.items()]
+        children = [pa.field(name, float_list(size), nullable=False) for name, size in spec.labels.items()]
         fields.append(pa.field("label", pa.struct(children), nullable=False))
     fields += [pa.field("metadata", pa.string()), pa.field("digest", pa.string())]
     return pa.schema(fields, metadata=metadata)
@@ -130,14 +135,14 @@ def episode_batch(episode: Episode, number: int, spec: DatasetSpec) -> pa.Record
         "step": pa.array(np.arange(frames, dtype=np.int32)),
     }
     if episode.pixels is not None:
-        columns["pixels"] = _compress(episode.pixels)
+        columns["pixels"] = compress_frames(episode.pixels)
     if episode.vector is not None:
-        columns["vector"] = _float_lists(episode.vector)
+        columns["vector"] = float_lists(episode.vector)
     padded = np.concatenate([episode.actions, np.zeros_like(episode.actions[:1])])
-    columns["action"] = _float_lists(padded, null=np.arange(frames) == frames - 1)
+    columns["action"] = float_lists(padded, null=np.arange(frames) == frames - 1)
     schema = table_schema(spec)
     if spec.labels:
-        lists = [_float_lists(episode.labels[name]) for name in spec.labels]
+        lists = [float_lists(episode.labels[name]) for name in spec.labels]
         columns["label"] = pa.StructArray.from_arrays(lists, fields=list(schema.field("label").type))
     metadata = metadata_json(episode.metadata)
     first = {"metadata": metadata, "digest": episode_digest(arrays_digest(episode), metadata)}
@@ -213,16 +218,16 @@ def floats_of(column: pa.Array | pa.ChunkedArray) -> tuple[Float32[np.ndarray, "
 
 
 @contextmanager
-def lance_errors(path: str, doing: Literal["read", "write"]) -> Iterator[None]:
-    """Turn what Lance raises into this library's errors, with a remedy."""
+def lance_errors(path: str, doing: Literal["read", "write"], *, remedy: str | None = None) -> Iterator[None]:
+    """Turn what Lance raises into this library's errors; `remedy` says what to do where the table is damaged."""
     try:
         with storage_errors(path):
             yield
     except (OSError, ValueError, RuntimeError) as error:  # Arrow's errors are among these
-        raise _translate(path, doing, error) from error
+        raise _translate(path, doing, error, remedy or _REMEDY.format(path=path)) from error
 
 
-def _translate(path: str, doing: str, error: Exception) -> WorldloomError:
+def _translate(path: str, doing: str, error: Exception, remedy: str) -> WorldloomError:
     text = str(error).split(", /")[0]  # what follows is a place in Lance's source
     if "Dataset at path" in text and "not found" in text:
         return MissingDataset(f"there is no dataset at {path}; check the path, or collect one")
@@ -240,22 +245,22 @@ def _translate(path: str, doing: str, error: Exception) -> WorldloomError:
     remote = "://" in path
     if doing == "write" or (remote and not any(sign in text.lower() for sign in signs)):
         return StorageError(f"cannot {doing} {path}: {text}. Check the storage, then run the same command again")
-    return DataError(
-        f"{path} is damaged: a file of it is missing, cut or changed ({text}). Restore it from a copy, or collect "
-        f"it again into another directory; 'worldloom data validate {path}' lists what is lost"
-    )
+    return DataError(f"{path} is damaged: a file of it is missing, cut or changed ({text}). {remedy}")
 
 
-def _compress(pixels: UInt8[np.ndarray, "N H W C"]) -> pa.Array:
+def compress_frames(pixels: UInt8[np.ndarray, "N H W C"]) -> pa.Array:
+    """Return the raw bytes of each frame, compressed with zstd."""
     frames = np.ascontiguousarray(pixels).reshape(len(pixels), -1)
     return pa.array([_CODEC.compress(frame, asbytes=True) for frame in frames], pa.large_binary())
 
 
-def _floats(size: int) -> pa.DataType:
+def float_list(size: int) -> pa.DataType:
+    """Return the type of a column with so many float32 a row."""
     return pa.list_(pa.float32(), size)
 
 
-def _float_lists(array: Float32[np.ndarray, "n size"], null: Bool[np.ndarray, "n"] | None = None) -> pa.Array:
+def float_lists(array: Float32[np.ndarray, "n size"], null: Bool[np.ndarray, "n"] | None = None) -> pa.Array:
+    """Return the rows of an array as such a column, null where told."""
     values = pa.array(np.ascontiguousarray(array).reshape(-1), pa.float32())
     return pa.FixedSizeListArray.from_arrays(values, array.shape[1], mask=None if null is None else pa.array(null))
 

@@ -1,5 +1,21 @@
 """Memory: what was seen, kept across restarts, and the landmarks by which far goals are reached."""
 
+from worldloom.memory.episodic import EpisodicMemory, Forgotten, Recalled
 from worldloom.memory.landmarks import Check, LandmarkConfig, LandmarkGraph, Route
+from worldloom.memory.migrations import migrate
+from worldloom.memory.records import Memories, MemoryConfig, MemorySpec, Where
 
-__all__ = ["Check", "LandmarkConfig", "LandmarkGraph", "Route"]
+__all__ = [
+    "Check",
+    "EpisodicMemory",
+    "Forgotten",
+    "LandmarkConfig",
+    "LandmarkGraph",
+    "Memories",
+    "MemoryConfig",
+    "MemorySpec",
+    "Recalled",
+    "Route",
+    "Where",
+    "migrate",
+]

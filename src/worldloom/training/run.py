@@ -9,7 +9,6 @@ checkpoints/       what resuming needs; the last two
 model/             the trained model
 """
 
-import fcntl
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from worldloom.core.errors import StorageError, TrainingError
-from worldloom.core.files import read_json, storage_errors, write_json, write_text
+from worldloom.core.files import exclusive_lock, read_json, storage_errors, write_json, write_text
 from worldloom.core.processes import is_first
 
 if TYPE_CHECKING:
@@ -103,17 +102,8 @@ class RunFolder:
         if not self._writes:
             yield
             return
-        with storage_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("a")
-        with file:
-            try:
-                # The kernel drops this lock with the process, however it ends.
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise TrainingError(
-                    f"another training is writing {self.path}; wait for it to end or choose another folder"
-                ) from None
+        other = TrainingError(f"another training is writing {self.path}; wait for it to end or choose another folder")
+        with exclusive_lock(self.path / ".lock", other):
             yield
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:

@@ -1,0 +1,492 @@
+"""Episodic memory: what an agent saw, on disk, found again by likeness, time and outcome.
+
+A directory holds `records.lance` (the table), `journal.sqlite` (what waits to get there) and `.lock` (its one writer).
+An append is a transaction of the journal; a flush is one commit of the table and then a deletion from the journal, so
+that whatever ends the process, each memory is in one of the two or in both, and a reader counts it once.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float, Float32, Float64, Int64, UInt8
+from torch import Tensor
+
+from worldloom.core.errors import DataError, StorageError
+from worldloom.core.files import exclusive_lock, storage_errors
+from worldloom.core.progress import SILENT, Progress
+from worldloom.core.protocols import WorldModel
+from worldloom.core.types import ModelSpec, Observations
+from worldloom.data.layout import MissingDataset, decode_frames, floats_of
+from worldloom.memory import forgetting
+from worldloom.memory.journal import Journal
+from worldloom.memory.records import COLUMNS, Memories, MemoryConfig, MemorySpec, Where, kept_frames, memory_errors
+
+TABLE = "records.lance"  # the table in a memory's directory
+_log = logging.getLogger(__name__)
+_SMALL = 65_536  # rows of a fragment: smaller ones are gathered
+_FRAGMENTS = 32  # of the table, before that is done
+_READERS = timedelta(minutes=10)  # how long the versions that readers may have open are kept
+_EVERYTHING = Where()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Recalled:
+    """The memories most like each of Q queries, nearest first; id -1 and distance infinity where there were fewer."""
+
+    ids: Int64[np.ndarray, "Q k"]
+    distances: Float32[np.ndarray, "Q k"]  # Euclidean, in latent space
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgotten:
+    """What `prune` did."""
+
+    kept: int
+    forgotten: int
+
+
+class EpisodicMemory:
+    """Memories of one model in a directory: one process writes at a time, any number read beside it.
+
+    A reader sees what there was when it was opened or refreshed; its view holds for at least ten minutes after.
+
+    Raises:
+        StorageError: nothing is there, the disk is full or refuses, or another process writes.
+        DataError: a file is damaged, or of another version of the format.
+        CheckpointError: the latents are of another model.
+    """
+
+    def __init__(self, path: Path, spec: MemorySpec, *, writable: bool) -> None:
+        self.path, self.spec, self.writable = path, spec, writable
+        self._release = ExitStack()
+        self._journal: Journal | None = None
+        self._parts: list[Memories] = []
+        self._open_journal()
+        self._look()
+        if writable:
+            last = self._last_id()
+            journal = self._writer()
+            journal.clear(last)  # a flush that was cut short had put them into the table
+            self._next = 1 + max([last, journal.counter("id") - 1, *self._pending.ids[-1:].tolist()])
+
+    @classmethod
+    def create(cls, path: Path | str, *, spec: ModelSpec, config: MemoryConfig | None = None) -> "EpisodicMemory":
+        """Make an empty memory for latents of a model, and open it to write."""
+        import lance
+
+        path = Path(path)
+        if (path / TABLE).exists():
+            raise StorageError(f"{path} already holds a memory; open it, or choose another directory")
+        with memory_errors(path, "write"):
+            path.mkdir(parents=True, exist_ok=True)
+            lance.write_dataset(MemorySpec.of(spec, config or MemoryConfig()).schema().empty_table(), path / TABLE)
+        return cls.open(path, spec=spec, writable=True)
+
+    @classmethod
+    def open(cls, path: Path | str, *, spec: ModelSpec | None, writable: bool = False) -> "EpisodicMemory":
+        """Open a memory; without a model's `spec` it can be looked into, but its latents compare with nothing."""
+        path = Path(path)
+        held = MemorySpec.read(open_records(path).schema, path)
+        if spec is not None:
+            held.check(spec, path)
+        with ExitStack() as stack:
+            if writable:
+                stack.enter_context(write_lock(path))
+            memory = cls(path, held, writable=writable)
+            memory._release = stack.pop_all()
+            return memory
+
+    def close(self) -> None:
+        """Flush what waits, if this is the writer, and let go of the files."""
+        try:
+            if self.writable and self._journal is not None:
+                self._commit()
+        finally:
+            if self._journal is not None:
+                self._journal.close()
+                self._journal = None
+            self._release.close()
+
+    def __enter__(self) -> "EpisodicMemory":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return int(self._table.count_rows()) + self.pending
+
+    @property
+    def pending(self) -> int:
+        """How many memories wait in the journal."""
+        return sum(map(len, self._parts))
+
+    @property
+    def indexed(self) -> int:
+        """How many memories the index holds."""
+        held = {number for index in self._table.list_indices() for number in index["fragment_ids"]}
+        return sum(each.count_rows() for each in self._table.get_fragments() if each.fragment_id in held)
+
+    def new_episodes(self, count: int) -> Int64[np.ndarray, "count"]:
+        """Draw numbers for unbroken stretches of experience; none is drawn twice, also after a restart."""
+        journal = self._writer()
+        first = max(journal.counter("episode"), self._past_episodes())
+        journal.advance("episode", first + count)
+        return np.arange(first, first + count)
+
+    def append(
+        self,
+        latents: Float[Tensor, "M D"],
+        *,
+        episodes: Int64[np.ndarray, "M"],
+        steps: Int64[np.ndarray, "M"],
+        actions: Float[Tensor, "M A"] | None = None,
+        times: Float64[np.ndarray, "M"] | None = None,
+        surprises: Float32[np.ndarray, "M"] | None = None,
+        outcomes: Sequence[str] | None = None,
+        observations: Observations | None = None,
+    ) -> Int64[np.ndarray, "M"]:
+        """Keep memories; return their ids once they will outlive this process. See `Memories` for the columns.
+
+        `times` is now by default. Observations are needed to show them, or to encode them with another model.
+        """
+        journal, count = self._writer(), len(latents)
+        if count == 0:
+            return np.zeros(0, np.int64)
+        memories = Memories(
+            ids=np.arange(self._next, self._next + count),
+            times=np.full(count, time.time()) if times is None else times,
+            episodes=episodes,
+            steps=steps,
+            latents=latents.detach().cpu().float().numpy(),
+            actions=np.zeros((count, self.spec.block_size), np.float32)
+            if actions is None
+            else actions.detach().cpu().float().numpy(),
+            surprises=np.full(count, np.nan, np.float32) if surprises is None else surprises,
+            outcomes=np.array([""] * count if outcomes is None else list(outcomes), dtype=str),
+        )
+        self._check(memories)
+        frames = vectors = None
+        if observations is not None and self.spec.config.frames != "none":
+            self.spec.observation.check(observations)
+            if self.spec.frame_shape is not None and observations.pixels is not None:
+                frames = kept_frames(observations.pixels.cpu().numpy(), self.spec)
+            if self.spec.vector and observations.vector is not None:
+                vectors = observations.vector.cpu().float().numpy()
+        journal.append(memories, frames, vectors)
+        self._next += count
+        self._parts.append(memories)
+        if self.pending >= self.spec.config.flush_every:
+            self._commit()
+            if len(self) > 1.1 * self.spec.config.capacity:
+                self.flush()
+        return memories.ids
+
+    def flush(self) -> None:
+        """Move what waits into the table, forget what is too much, and tend the table and its index.
+
+        Call it between episodes: it takes from milliseconds to some seconds.
+        """
+        self._commit()
+        capacity = self.spec.config.capacity
+        if len(self) > capacity:
+            self.prune(int(0.9 * capacity))
+        self._tend()
+
+    def recall(self, latents: Float[Tensor, "Q D"], k: int, *, where: Where = _EVERYTHING) -> Recalled:
+        """Return the `k` memories nearest to each latent, of those meant by `where`."""
+        if latents.shape[1] != self.spec.latent_dim:
+            raise DataError(
+                f"{self.path} holds latents of {self.spec.latent_dim} values; got {latents.shape[1]}. Encode with the "
+                f"model that it was made with"
+            )
+        queries = latents.detach().cpu().float().numpy()
+        ids = np.full((len(queries), k), -1, np.int64)
+        distances = np.full((len(queries), k), np.inf, np.float32)
+        waiting = self._pending[where.holds(self._pending)]
+        for row, query in enumerate(queries):
+            found, gaps = self._search(query, k, where.sql())
+            found = np.concatenate([found, waiting.ids])
+            gaps = np.concatenate([gaps, np.linalg.norm(waiting.latents - query, axis=1)])
+            best = np.argsort(gaps, kind="stable")[:k]
+            ids[row, : len(best)], distances[row, : len(best)] = found[best], gaps[best]
+        return Recalled(ids=ids, distances=distances)
+
+    def read(self, where: Where = _EVERYTHING, *, newest: int | None = None) -> Memories:
+        """Return the memories that are meant, in the order of their ids; `newest` takes only the last so many."""
+        waiting = self._pending[where.holds(self._pending)]
+        with memory_errors(self.path, "read"):
+            held = Memories.of_table(self._table.to_table(columns=COLUMNS, filter=where.sql()))
+        memories = Memories.concatenate([held, waiting])
+        memories = memories[np.argsort(memories.ids)]
+        return memories if newest is None else memories[max(0, len(memories) - newest) :]
+
+    def get(self, ids: Int64[np.ndarray, "M"]) -> Memories:
+        """Return memories by their ids, in the order given.
+
+        Raises:
+            DataError: one of them is not there; it may have been forgotten.
+        """
+        waiting = self._pending[np.isin(self._pending.ids, ids)]
+        with memory_errors(self.path, "read"):
+            held = Memories.of_table(self._table.to_table(columns=COLUMNS, filter=_among(ids)))
+        memories = Memories.concatenate([held, waiting])
+        return memories[self._places(ids, memories.ids)]
+
+    def pictures(self, ids: Int64[np.ndarray, "M"]) -> UInt8[np.ndarray, "M H W C"]:
+        """Return the frames or thumbnails of memories.
+
+        Raises:
+            DataError: none were kept.
+        """
+        shape = self.spec.frame_shape
+        frames = None if shape is None else self._kept(ids)[0]
+        if shape is None or frames is None or frames.null_count:
+            raise DataError(f"{self.path} keeps no frames of these memories; append them with their observations")
+        pixels = np.empty((len(ids), *shape), np.uint8)
+        decode_frames(frames, pixels)
+        return pixels
+
+    def observations(self, ids: Int64[np.ndarray, "M"]) -> Observations:
+        """Return what was seen, whole.
+
+        Raises:
+            DataError: it was not kept, or only as thumbnails.
+        """
+        if self.spec.config.frames != "whole":
+            raise DataError(
+                f"{self.path} was made with frames={self.spec.config.frames!r}; whole observations are needed. Make a "
+                f"new memory with frames='whole'"
+            )
+        vector = None
+        if self.spec.vector:
+            column = self._kept(ids)[1]
+            if column is None or column.null_count:
+                raise DataError(f"{self.path} keeps no vectors of these memories; append them with their observations")
+            vector = floats_of(column)[0]
+        return Observations.from_numpy(None if self.spec.frame_shape is None else self.pictures(ids), vector)
+
+    def refresh(self) -> bool:
+        """See what was written since, by another process; return whether there was anything."""
+        before = self._table.version, self._pending.ids.tolist()
+        if not self.writable:
+            self._open_journal()
+        self._look()
+        return before != (self._table.version, self._pending.ids.tolist())
+
+    def prune(self, keep: int, *, seed: int = 0) -> Forgotten:
+        """Forget all but `keep` memories, by the policy of `worldloom.memory.forgetting`."""
+        self._writer()
+        self._commit()
+        memories = self.read()
+        kept = forgetting.choose(memories, keep, np.random.default_rng(seed))
+        gone = memories.ids[~kept]
+        with memory_errors(self.path, "write"):
+            for some in np.array_split(gone, -(-len(gone) // 100_000)) if len(gone) else ():
+                self._table.delete(_among(some))
+        _log.info("forgot %d of %d memories in %s", len(gone), len(memories), self.path)
+        return Forgotten(kept=int(kept.sum()), forgotten=len(gone))
+
+    def reencode(self, model: WorldModel, *, progress: Progress = SILENT, batch: int = 1024) -> None:
+        """Put another model's latents in the place of all latents, in one commit.
+
+        Raises:
+            DataError: whole observations were not kept, or are not what the model takes.
+        """
+        import lance
+
+        self._writer()
+        self.flush()
+        if model.spec.observation != self.spec.observation or model.spec.block_size != self.spec.block_size:
+            raise DataError(
+                f"{self.path} holds observations {self.spec.observation} and blocks of {self.spec.block_size} values; "
+                f"the model takes {model.spec.observation} and blocks of {model.spec.block_size}"
+            )
+        spec = MemorySpec.of(model.spec, self.spec.config)
+        ids = self.read().ids
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            device = torch.device(getattr(model, "device", "cpu"))
+            with progress.task("encoding memories", len(ids), "memory") as task, torch.inference_mode():
+                for some in np.array_split(ids, -(-len(ids) // batch)) if len(ids) else ():
+                    latents = model.encode(self.observations(some).to(device)).float().cpu().numpy()
+                    memories = replace(self.get(some), latents=latents)
+                    yield from memories.arrow(spec, *self._kept(some)).to_batches()
+                    task.advance(len(some))
+
+        with memory_errors(self.path, "write"):
+            rows = pa.RecordBatchReader.from_batches(spec.schema(), batches())
+            lance.write_dataset(rows, self.path / TABLE, mode="overwrite")
+        self.spec = spec
+        self._look()
+        self._tend()
+
+    def stored_bytes(self) -> int:
+        """Return how many bytes the directory takes."""
+        with storage_errors(self.path):
+            return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
+    @property
+    def _pending(self) -> Memories:
+        """What waits, as one."""
+        if len(self._parts) != 1:
+            self._parts = [Memories.concatenate([_none(self.spec), *self._parts])]
+        return self._parts[0]
+
+    def _writer(self) -> Journal:
+        if not self.writable or self._journal is None:
+            raise StorageError(f"{self.path} is open to read; open it with writable=True to change it")
+        return self._journal
+
+    def _open_journal(self) -> None:
+        path = self.path / "journal.sqlite"
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+        if self.writable or path.exists():
+            self._journal = Journal(path, writable=self.writable, durable=self.spec.config.durable)
+
+    def _look(self) -> None:
+        """See the journal first and the table second: what is moved meanwhile is then seen twice, and counted once."""
+        waiting = self._journal.read(self.spec) if self._journal is not None else _none(self.spec)
+        self._table = open_records(self.path)
+        self._parts = [waiting[waiting.ids > self._last_id()] if len(waiting) else waiting]
+
+    def _last_id(self) -> int:
+        with memory_errors(self.path, "read"):
+            return int(self._table.to_table(columns=["id"])["id"].to_numpy().max(initial=-1))
+
+    def _past_episodes(self) -> int:
+        with memory_errors(self.path, "read"):
+            held = int(self._table.to_table(columns=["episode"])["episode"].to_numpy().max(initial=-1))
+        return 1 + max(held, int(self._pending.episodes.max(initial=-1)))
+
+    def _check(self, memories: Memories) -> None:
+        """Raise `DataError` where columns do not fit, before anything is kept."""
+        expected = (self.spec.latent_dim, self.spec.block_size)
+        if (memories.latents.shape[1], memories.actions.shape[1]) != expected:
+            raise DataError(
+                f"{self.path} holds latents and action blocks of {expected} values; got {memories.latents.shape[1]} "
+                f"and {memories.actions.shape[1]}"
+            )
+        lengths = {name: len(column) for name, column in vars(memories).items()}
+        if len(set(lengths.values())) > 1:
+            raise DataError(f"the columns of the memories differ in length: {lengths}")
+        for name in ("latents", "actions", "times"):
+            if not np.isfinite(getattr(memories, name)).all():
+                raise DataError(f"the {name} of a memory are not finite; nothing was appended. Check the model's input")
+
+    def _commit(self) -> None:
+        import lance
+
+        journal = self._writer()
+        if not self.pending:
+            return
+        rows = self._pending.arrow(self.spec, *self._kept(self._pending.ids))
+        with memory_errors(self.path, "write"):
+            self._table = lance.write_dataset(rows, self.path / TABLE, mode="append")
+        journal.clear(int(self._pending.ids[-1]))
+        self._parts = []
+
+    def _tend(self) -> None:
+        """Gather small fragments, bring the index up to date, and let go of versions that nobody reads."""
+        with memory_errors(self.path, "write"):
+            if len(self._table.get_fragments()) > _FRAGMENTS:
+                self._table.optimize.compact_files(target_rows_per_fragment=_SMALL)
+                self._table.cleanup_old_versions(_READERS)
+            rows, indexed = int(self._table.count_rows()), self.indexed
+            if rows < self.spec.config.index_from or rows - indexed < max(_SMALL // 2, rows // 20):
+                return
+            if indexed:
+                self._table.optimize.optimize_indices()
+            else:
+                # Cells of about the root of the number of memories, as is usual for inverted files; distances within
+                # them stay exact.
+                cells = max(1, round(float(rows) ** 0.5))
+                self._table.create_index("latent", "IVF_FLAT", metric="l2", num_partitions=cells, replace=True)
+
+    def _search(
+        self, query: Float32[np.ndarray, "D"], k: int, condition: str | None
+    ) -> tuple[Int64[np.ndarray, "n"], Float32[np.ndarray, "n"]]:
+        nearest = {"column": "latent", "q": query, "k": k, "nprobes": self.spec.config.probes, "metric": "l2"}
+        with memory_errors(self.path, "read"):
+            found = self._table.to_table(
+                columns=["id", "_distance"], nearest=nearest, filter=condition, prefilter=condition is not None
+            )
+        squares = np.maximum(found["_distance"].to_numpy(), 0)
+        return found["id"].to_numpy(), np.sqrt(squares, dtype=np.float32)
+
+    def _kept(self, ids: Int64[np.ndarray, "M"]) -> tuple[pa.Array | None, pa.Array | None]:
+        """Return the columns `pixels` and `vector` of memories, where they are kept."""
+        names = [name for name in ("pixels", "vector") if name in self.spec.schema().names]
+        if not names:
+            return None, None
+        there = np.isin(ids, self._pending.ids)
+        tables = []
+        if there.any():
+            assert self._journal is not None
+            frames, vectors = self._journal.kept(self.spec, ids[there])
+            tables.append(_columns(ids[there], frames, vectors, names))
+        if not there.all():
+            with memory_errors(self.path, "read"):
+                tables.append(self._table.to_table(columns=["id", *names], filter=_among(ids[~there])))
+        table = pa.concat_tables([each.cast(tables[0].schema) for each in tables])
+        table = table.take(self._places(ids, table["id"].to_numpy())).combine_chunks()
+        columns = {name: table[name].combine_chunks() for name in names}
+        return columns.get("pixels"), columns.get("vector")
+
+    def _places(self, ids: Int64[np.ndarray, "M"], among: Int64[np.ndarray, "N"]) -> Int64[np.ndarray, "M"]:
+        """Return where each id stands in a column of them."""
+        order = np.argsort(among)
+        places = np.searchsorted(among, ids, sorter=order)
+        found = places < len(among)
+        found[found] = among[order[places[found]]] == ids[found]
+        if not found.all():
+            raise DataError(
+                f"{self.path} holds no memory {int(ids[~found][0])}; it may have been forgotten. Recall it again"
+            )
+        return order[places]
+
+
+def open_records(path: Path) -> Any:
+    """Open the table of the memory at `path`."""
+    import lance
+
+    try:
+        with memory_errors(path, "read"):
+            return lance.dataset(path / TABLE)
+    except MissingDataset:
+        raise StorageError(f"there is no memory at {path}; check the path, or let an agent make one") from None
+
+
+def write_lock(path: Path) -> AbstractContextManager[None]:
+    """Hold the memory at `path` for one writer."""
+    other = StorageError(
+        f"another process writes the memory {path}; wait for it to end, open it to read, or choose another directory"
+    )
+    return exclusive_lock(path / ".lock", other)
+
+
+def _columns(ids: Int64[np.ndarray, "M"], frames: pa.Array, vectors: pa.Array | None, names: Sequence[str]) -> pa.Table:
+    every = {"id": pa.array(ids), "pixels": frames, "vector": vectors}
+    return pa.table({name: every[name] for name in ("id", *names)})
+
+
+def _none(spec: MemorySpec) -> Memories:
+    return Memories.of_table(spec.schema().empty_table())
+
+
+def _among(ids: Int64[np.ndarray, "M"]) -> str:
+    return f"id IN ({', '.join(map(str, ids.tolist()))})" if len(ids) else "false"

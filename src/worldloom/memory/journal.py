@@ -1,0 +1,173 @@
+"""What was appended and is not in the table yet, in SQLite with a write-ahead log: an append is whole or not there."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float32, Int64
+
+from worldloom.core.errors import DataError, StorageError
+from worldloom.data.layout import float_lists
+from worldloom.memory.records import Memories, MemorySpec
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS pending (
+    id INTEGER PRIMARY KEY, time REAL NOT NULL, episode INTEGER NOT NULL, step INTEGER NOT NULL,
+    latent BLOB NOT NULL, action BLOB NOT NULL, surprise REAL, outcome TEXT NOT NULL, pixels BLOB, vector BLOB
+);
+CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
+"""
+
+
+class Journal:
+    """The rows that wait, and the counters from which ids and episodes are drawn.
+
+    Raises:
+        DataError: the file is damaged.
+        StorageError: the disk is full, or the directory cannot be written.
+    """
+
+    def __init__(self, path: Path, *, writable: bool, durable: bool = False) -> None:
+        self.path = path
+        with self._errors():
+            if writable:
+                self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+                self._database.execute("PRAGMA journal_mode = WAL")
+                # NORMAL leaves an append in the hands of the operating system: it outlives the process.
+                self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                self._database.executescript(_TABLES)
+            else:
+                self._database = self._open_to_read()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    def append(self, memories: Memories, frames: pa.Array | None, vectors: Float32[np.ndarray, "M V"] | None) -> None:
+        """Add rows; when this returns they are kept."""
+        rows = [
+            (
+                int(memories.ids[row]),
+                float(memories.times[row]),
+                int(memories.episodes[row]),
+                int(memories.steps[row]),
+                memories.latents[row].tobytes(),
+                memories.actions[row].tobytes(),
+                None if np.isnan(memories.surprises[row]) else float(memories.surprises[row]),
+                str(memories.outcomes[row]),
+                None if frames is None else frames[row].as_py(),
+                None if vectors is None else vectors[row].tobytes(),
+            )
+            for row in range(len(memories))
+        ]
+        with self._transaction():
+            self._database.executemany("INSERT INTO pending VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            self._count("id", int(memories.ids[-1]) + 1)
+
+    def read(self, spec: MemorySpec) -> Memories:
+        """Return what waits."""
+        with self._errors():
+            rows = self._database.execute(
+                "SELECT id, time, episode, step, latent, action, surprise, outcome FROM pending ORDER BY id"
+            ).fetchall()
+        columns = list(zip(*rows, strict=True)) or [()] * 8
+        return Memories(
+            ids=np.array(columns[0], np.int64),
+            times=np.array(columns[1], np.float64),
+            episodes=np.array(columns[2], np.int64),
+            steps=np.array(columns[3], np.int64),
+            latents=_floats(columns[4], spec.latent_dim),
+            actions=_floats(columns[5], spec.block_size),
+            surprises=np.array([np.nan if each is None else each for each in columns[6]], np.float32),
+            outcomes=np.array(columns[7], dtype=str),
+        )
+
+    def kept(self, spec: MemorySpec, ids: Int64[np.ndarray, "M"]) -> tuple[pa.Array, pa.Array | None]:
+        """Return the frames of waiting memories, null where there are none, and their vectors."""
+        with self._errors():
+            rows = self._database.execute("SELECT id, pixels, vector FROM pending").fetchall()
+        by_id = {row[0]: row[1:] for row in rows}
+        found = [by_id[int(each)] for each in ids]
+        frames = pa.array([pixels for pixels, _ in found], pa.large_binary())
+        if not spec.vector:
+            return frames, None
+        none = np.array([vector is None for _, vector in found], bool)
+        zeros = bytes(4 * spec.vector)
+        vectors = _floats([vector or zeros for _, vector in found], spec.vector)
+        return frames, float_lists(vectors, null=none)
+
+    def clear(self, last: int) -> None:
+        """Drop the rows up to an id: they are in the table."""
+        with self._transaction():
+            self._database.execute("DELETE FROM pending WHERE id <= ?", (last,))
+
+    def counter(self, name: str) -> int:
+        """Return the next number of a counter."""
+        with self._errors():
+            row = self._database.execute("SELECT value FROM counters WHERE name = ?", (name,)).fetchone()
+        return 0 if row is None else int(row[0])
+
+    def advance(self, name: str, value: int) -> None:
+        """Let a counter go on from a value."""
+        with self._transaction():
+            self._count(name, value)
+
+    def _count(self, name: str, value: int) -> None:
+        self._database.execute("INSERT OR REPLACE INTO counters VALUES (?, ?)", (name, value))
+
+    def _open_to_read(self) -> sqlite3.Connection:
+        where = f"file:{quote(str(self.path.resolve()))}?mode=ro"
+        database = sqlite3.connect(where, uri=True, isolation_level=None, check_same_thread=False)
+        try:
+            database.execute("SELECT count(*) FROM pending")
+        except sqlite3.OperationalError:
+            # Where its directory cannot be written SQLite cannot make the index of its log: it needs none where
+            # the log is empty, as it is after a writer has closed.
+            database.close()
+            log = self.path.with_name(f"{self.path.name}-wal")
+            if log.exists() and log.stat().st_size:
+                raise
+            return sqlite3.connect(f"{where}&immutable=1", uri=True, isolation_level=None, check_same_thread=False)
+        return database
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._errors():
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._database.execute("COMMIT")
+            except BaseException:
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            text = str(error)
+            if "full" in text:
+                remedy = "free some space and append again: what was acknowledged is kept, this append is not"
+            elif "readonly" in text or "unable to open" in text:
+                remedy = "make its directory writable, or copy it to one that is"
+            else:
+                remedy = "check the storage, then try again"
+            raise StorageError(f"cannot use the memory's journal {self.path}: {text}; {remedy}") from error
+        except sqlite3.DatabaseError as error:
+            raise DataError(
+                f"the memory's journal {self.path} is damaged ({error}); restore it from a copy, or move it away: the "
+                f"table's memories stay, those that were appended since the last flush are in the journal alone"
+            ) from error
+
+
+def _floats(blobs: "tuple[bytes, ...] | list[bytes]", size: int) -> Float32[np.ndarray, "M size"]:
+    try:
+        return np.frombuffer(b"".join(blobs), np.float32).reshape(len(blobs), size).copy()
+    except ValueError:
+        raise DataError(f"a row of the memory's journal does not hold {size} values; restore it from a copy") from None

@@ -1,0 +1,51 @@
+"""From older versions of the memory's format to this one, a step at a time; each step is one commit of the table.
+
+A change of the columns or of their meaning raises `records.VERSION` by one and adds the step that leads there.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pyarrow as pa
+
+from worldloom.core.errors import DataError
+from worldloom.memory import records
+from worldloom.memory.episodic import TABLE, open_records, write_lock
+
+# Turns the rows of one version into those of the next; their schema carries the next version's metadata.
+Migration = Callable[[Any], pa.RecordBatchReader]
+
+# By the version that it starts from.
+MIGRATIONS: Mapping[int, Migration] = MappingProxyType({})
+
+
+def migrate(path: Path | str, migrations: Mapping[int, Migration] = MIGRATIONS) -> list[int]:
+    """Bring a memory to this version of the format; return the versions that it went through, the first as it was.
+
+    Raises:
+        DataError: it is newer than this worldloom, or too old for it.
+        StorageError: it is not there, another process writes it, or the disk refuses.
+    """
+    import lance
+
+    path = Path(path)
+    versions = [_version(path)]
+    with write_lock(path):
+        while versions[-1] != records.VERSION:
+            step = migrations.get(versions[-1])
+            if step is None:
+                raise DataError(
+                    f"{path} has version {versions[-1]} of the memory's format and this worldloom, of version "
+                    f"{records.VERSION}, has no step from there; use the worldloom that wrote it"
+                )
+            with records.memory_errors(path, "write"):
+                lance.write_dataset(step(open_records(path)), path / TABLE, mode="overwrite")
+            versions.append(_version(path))
+    return versions
+
+
+def _version(path: Path) -> int:
+    metadata = open_records(path).schema.metadata or {}
+    return records.format_version({key.decode(): value.decode() for key, value in metadata.items()}, path)

@@ -1,0 +1,276 @@
+"""Memories as columns, and how they stand in a Lance table: one row a memory, the model and the format as metadata."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float32, Float64, Int64, Shaped, UInt8
+from pydantic import Field
+
+from worldloom.core.config import Config
+from worldloom.core.errors import CheckpointError, DataError
+from worldloom.core.types import ModelSpec, ObservationSpec
+from worldloom.data.layout import compress_frames, float_list, float_lists, floats_of, lance_errors
+
+FORMAT = "worldloom.memory"
+VERSION = 1
+THUMBNAIL = 32  # the longer side of a thumbnail, in pixels
+
+
+class MemoryConfig(Config):
+    """What is kept, and how much.
+
+    `frames`: whole (another model can read them anew), as a thumbnail for people, or none. Past `capacity` memories
+    the redundant ones are forgotten (see `worldloom.memory.forgetting`). `durable` waits for the disk with each
+    append, so that a power cut loses nothing either. An append that finds `flush_every` memories in the journal
+    moves them into the table. From `index_from` memories on an index answers `recall`, looking into `probes` of its
+    cells; below, and for what it does not hold yet, the search is exact.
+    """
+
+    frames: Literal["whole", "thumbnail", "none"] = "whole"
+    capacity: int = Field(default=1_000_000, ge=100)
+    durable: bool = False
+    flush_every: int = Field(default=4096, ge=1)
+    index_from: int = Field(default=65_536, ge=1024)
+    probes: int = Field(default=32, ge=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySpec:
+    """What a memory holds: latents of one model (its fingerprint), observations as told, and its configuration."""
+
+    model: str
+    latent_dim: int
+    block_size: int
+    observation: ObservationSpec
+    config: MemoryConfig
+
+    @classmethod
+    def of(cls, model: ModelSpec, config: MemoryConfig) -> "MemorySpec":
+        """Return the spec for memories of a model."""
+        return cls(
+            model=model.fingerprint,
+            latent_dim=model.latent_dim,
+            block_size=model.block_size,
+            observation=model.observation,
+            config=config,
+        )
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int] | None:
+        """The shape (H, W, C) of the frames that are kept, or None."""
+        pixels = self.observation.pixels
+        if pixels is None or self.config.frames == "none":
+            return None
+        if self.config.frames == "whole":
+            return pixels
+        scale = min(1.0, THUMBNAIL / max(pixels[:2]))
+        return max(1, round(pixels[0] * scale)), max(1, round(pixels[1] * scale)), pixels[2]
+
+    @property
+    def vector(self) -> int:
+        """How many values of an observation's vector are kept."""
+        return self.observation.vector if self.config.frames == "whole" else 0
+
+    def check(self, model: ModelSpec, path: Path) -> None:
+        """Raise `CheckpointError` where the latents are not of `model`."""
+        if self.model != model.fingerprint:
+            raise CheckpointError(
+                f"{path} holds latents of model {self.model[:12]!r} and the model is {model.fingerprint[:12]!r}: their "
+                f"latents do not compare. Run 'worldloom memory reencode {path} RUN' with the run of this model, or "
+                f"choose another directory"
+            )
+
+    def schema(self) -> pa.Schema:
+        """Return the columns, with the format, its version and this spec as metadata."""
+        fields = [
+            pa.field("id", pa.int64(), nullable=False),
+            pa.field("time", pa.float64(), nullable=False),
+            pa.field("episode", pa.int64(), nullable=False),
+            pa.field("step", pa.int64(), nullable=False),
+            pa.field("latent", float_list(self.latent_dim), nullable=False),
+            pa.field("action", float_list(self.block_size), nullable=False),
+            pa.field("surprise", pa.float32(), nullable=False),
+            pa.field("outcome", pa.string(), nullable=False),
+        ]
+        if self.frame_shape is not None:
+            fields.append(pa.field("pixels", pa.large_binary()))
+        if self.vector:
+            fields.append(pa.field("vector", float_list(self.vector)))
+        values = {**asdict(self), "config": self.config.model_dump(mode="json")}
+        return pa.schema(fields, metadata={"format": FORMAT, "version": str(VERSION), "spec": json.dumps(values)})
+
+    @classmethod
+    def read(cls, schema: pa.Schema, path: Path) -> "MemorySpec":
+        """Return the spec that a table carries.
+
+        Raises:
+            DataError: it is no memory of this library, or of another version of the format.
+        """
+        metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+        version = format_version(metadata, path)
+        if version > VERSION:
+            raise DataError(
+                f"{path} has version {version} of the memory's format and this worldloom reads up to {VERSION}; "
+                f"install the worldloom that wrote it"
+            )
+        if version < VERSION:
+            raise DataError(
+                f"{path} has version {version} of the memory's format and this worldloom reads version {VERSION}; run "
+                f"'worldloom memory migrate {path}', which keeps every memory"
+            )
+        try:
+            values = json.loads(metadata["spec"])
+            return cls(
+                model=values["model"],
+                latent_dim=values["latent_dim"],
+                block_size=values["block_size"],
+                observation=ObservationSpec.from_json(values["observation"]),
+                config=MemoryConfig.parse(values["config"]),
+            )
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise DataError(f"the spec in {path} is damaged ({type(error).__name__}: {error}); restore it") from error
+
+
+def format_version(metadata: dict[str, str], path: Path) -> int:
+    """Return the version of the format; raise `DataError` where it is no memory."""
+    if metadata.get("format") != FORMAT or not metadata.get("version", "").isdigit():
+        raise DataError(f"{path} is a Lance table but no memory of worldloom; check the path")
+    return int(metadata["version"])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Memories:
+    """M memories as columns, in the order of their ids unless said otherwise.
+
+    `ids` grow with each append and are never used again; `times` are seconds since 1970; `episodes` tell unbroken
+    stretches of experience apart, and `steps` count environment steps along each; `actions` are the blocks that led
+    here (zeros where a stretch begins); `surprises` are NaN where none was measured, `outcomes` "" where there is none.
+    """
+
+    ids: Int64[np.ndarray, "M"]
+    times: Float64[np.ndarray, "M"]
+    episodes: Int64[np.ndarray, "M"]
+    steps: Int64[np.ndarray, "M"]
+    latents: Float32[np.ndarray, "M D"]
+    actions: Float32[np.ndarray, "M A"]
+    surprises: Float32[np.ndarray, "M"]
+    outcomes: Shaped[np.ndarray, "M"]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: Any) -> "Memories":
+        """Select memories."""
+        return Memories(**{name: column[index] for name, column in vars(self).items()})
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Memories"]) -> "Memories":
+        """Return the memories of at least one part, one after the other."""
+        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+
+    @classmethod
+    def of_table(cls, table: pa.Table) -> "Memories":
+        """Read the columns of a table."""
+        return cls(
+            ids=table["id"].to_numpy(),
+            times=table["time"].to_numpy(),
+            episodes=table["episode"].to_numpy(),
+            steps=table["step"].to_numpy(),
+            latents=floats_of(table["latent"])[0],
+            actions=floats_of(table["action"])[0],
+            surprises=table["surprise"].to_numpy(),
+            outcomes=np.array(table["outcome"].to_pylist(), dtype=str),
+        )
+
+    def arrow(self, spec: MemorySpec, frames: pa.Array | None, vectors: pa.Array | None) -> pa.Table:
+        """Return the rows of a table, with the frames and vectors kept beside them."""
+        columns: dict[str, Any] = {
+            "id": self.ids,
+            "time": self.times,
+            "episode": self.episodes,
+            "step": self.steps,
+            "latent": float_lists(self.latents),
+            "action": float_lists(self.actions),
+            "surprise": self.surprises,
+            "outcome": pa.array(self.outcomes.tolist(), pa.string()),
+            "pixels": frames,
+            "vector": vectors,
+        }
+        schema = spec.schema()
+        return pa.table({name: columns[name] for name in schema.names}, schema=schema)
+
+
+COLUMNS = ["id", "time", "episode", "step", "latent", "action", "surprise", "outcome"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """Which memories are meant; each that is given must hold. Times are seconds since 1970, `until` excluded."""
+
+    since: float | None = None
+    until: float | None = None
+    episode: int | None = None
+    outcome: str | None = None
+    min_surprise: float | None = None
+
+    def sql(self) -> str | None:
+        """Return the condition as Lance takes it, or None for all memories."""
+        outcome = None if self.outcome is None else "'" + self.outcome.replace("'", "''") + "'"
+        terms = {
+            "time >= {}": self.since,
+            "time < {}": self.until,
+            "episode = {}": self.episode,
+            "outcome = {}": outcome,
+            "surprise >= {}": self.min_surprise,
+        }
+        held = [
+            term.format(value if isinstance(value, str) else repr(value))
+            for term, value in terms.items()
+            if value is not None
+        ]
+        if self.min_surprise is not None:
+            held.append("NOT isnan(surprise)")
+        return " AND ".join(held) or None
+
+    def holds(self, memories: Memories) -> Bool[np.ndarray, "M"]:
+        """Return for each memory whether it is meant."""
+        meant = np.ones(len(memories), bool)
+        if self.since is not None:
+            meant &= memories.times >= self.since
+        if self.until is not None:
+            meant &= memories.times < self.until
+        if self.episode is not None:
+            meant &= memories.episodes == self.episode
+        if self.outcome is not None:
+            meant &= memories.outcomes == self.outcome
+        if self.min_surprise is not None:
+            meant &= memories.surprises >= self.min_surprise
+        return meant
+
+
+def kept_frames(pixels: UInt8[np.ndarray, "M H W C"], spec: MemorySpec) -> pa.Array:
+    """Return frames as they are kept: whole or as thumbnails, compressed."""
+    from worldloom.data.formats.base import resize
+
+    assert spec.frame_shape is not None
+    return compress_frames(resize(pixels, spec.frame_shape[:2]))
+
+
+@contextmanager
+def memory_errors(path: Path, doing: Literal["read", "write"]) -> Iterator[None]:
+    """Turn what Lance raises into this library's errors, for the memory at `path`."""
+    remedy = "Restore the directory from a copy, or move it away and begin a new memory"
+    with lance_errors(str(path), doing, remedy=remedy):
+        yield
+
+
+def moment(time: float) -> str:
+    """Return a time as ISO 8601, in UTC, to the second."""
+    return datetime.fromtimestamp(time, UTC).isoformat(timespec="seconds")

@@ -23,14 +23,16 @@ class FollowConfig(Config):
 
     The subgoal lies `hops` landmarks ahead. A goal that is at most `near` blocks away over landmarks, or of which no
     way is known and whose latent is within `sight`, is aimed at itself. Without progress for `patience` plans the
-    next landmark is taken one at a time; without progress for as long again, the edge to it has failed. `learn` lets
-    what is seen on the way extend the graph.
+    next landmark is taken one at a time; without progress for as long again, the edge to it has failed. What looks
+    more than `surprise` away from what the last plan predicted, and like nothing known around there, shows that the
+    world has changed. `learn` lets what is seen on the way extend and change the graph.
     """
 
     hops: int = Field(default=2, ge=1)
     near: float = Field(default=3.0, ge=0)
     sight: float = Field(default=4.0, ge=0)
     patience: int = Field(default=3, ge=1)
+    surprise: float = Field(default=0.6, gt=0)
     learn: bool = True
 
 
@@ -59,8 +61,9 @@ def arrival_check(model: WorldModel, geometry: LatentGeometry) -> Check:
 
 @dataclass
 class _Way:
-    """One environment on its way."""
+    """One environment on its way; the goal has more than one look where the world has changed on the way."""
 
+    goals: list[Tensor]
     route: Route | None
     at: int = -1
     best: float = np.inf  # blocks to go, at the best moment since the way was found
@@ -76,7 +79,6 @@ class LandmarkGuide:
 
     def __init__(self, graph: LandmarkGraph, config: FollowConfig | None = None, *, check: Check | None = None) -> None:
         self.graph, self.config, self._check = graph, config or FollowConfig(), check
-        self._goal = torch.zeros(0, graph.latents.shape[1])
         self._ways: list[_Way] = []
         self.outlook: list[Outlook] = []
 
@@ -87,39 +89,41 @@ class LandmarkGuide:
                 f"the graph holds latents of {self.graph.latents.shape[1]} and the goal has {goal.shape[1]}; build it "
                 f"with the same model"
             )
-        self._goal = goal.clone()
-        self._ways = [_Way(route=self.graph.route(each)) for each in goal]
+        self._ways = [_Way(goals=[each], route=self.graph.route(each)) for each in goal]
         self.outlook = []
 
     def keep(self, places: Sequence[int]) -> None:
         """Keep only these environments, by their places in the last batch, in this order."""
-        self._goal = self._goal[list(places)]
         self._ways = [self._ways[place] for place in places]
         self.outlook = [self.outlook[place] for place in places] if self.outlook else []
 
     def redirect(self, row: int, goal: Float[Tensor, "D"]) -> None:
         """Give one environment another goal on its way."""
-        self._goal[row] = goal
-        self._ways[row] = _Way(route=self.graph.route(goal), at=self._ways[row].at)
+        self._ways[row] = _Way(goals=[goal], route=self.graph.route(goal), at=self._ways[row].at)
 
-    def __call__(self, context: Context) -> Float[Tensor, "B D"]:
+    def __call__(self, context: Context, predicted: Float[Tensor, "B D"] | None) -> Float[Tensor, "B D"]:
         """Return the subgoal of each environment; `outlook` then says what is known of each way."""
         here = context.latents[:, -1]
-        self.locate(here)
+        self.locate(here, predicted)
         return self.aim(here)
 
     def aim(self, here: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         """Return the subgoals once the environments are located."""
-        aims, self.outlook = self._goal.clone(), []
+        aims, self.outlook = torch.empty_like(here), []
         for row, way in enumerate(self._ways):
-            aim, outlook = self._aim(row, way, here[row])
-            if aim is not None:
-                aims[row] = self.graph.latents[aim].to(aims)
+            goal = min(way.goals, key=lambda each: float((here[row] - each.to(here)).norm()))
+            aim, outlook = self._aim(way, here[row], goal)
+            aims[row] = goal if aim is None else self.graph.latents[aim]
             self.outlook.append(outlook)
         return aims
 
-    def locate(self, here: Float[Tensor, "B D"]) -> list[int]:
-        """See where the environments are; return the landmark of each, -1 where it is at no known place."""
+    def locate(self, here: Float[Tensor, "B D"], predicted: Float[Tensor, "B D"] | None) -> list[int]:
+        """See where the environments are; return the landmark of each, -1 where it is at no known place.
+
+        `predicted` is what the last plan expected to be seen here.
+        """
+        if self.config.learn and self._check is not None and predicted is not None:
+            self._notice(here, predicted, self._check)
         graph, before = self.graph, len(self.graph)
         if self.config.learn:
             places = graph.add(here, np.array([way.at for way in self._ways]))
@@ -132,25 +136,42 @@ class LandmarkGuide:
             way.at = int(place)
         return [way.at for way in self._ways]
 
-    def _aim(self, row: int, way: _Way, here: Float[Tensor, "D"]) -> tuple[int | None, Outlook]:
+    def _notice(self, here: Float[Tensor, "B D"], predicted: Float[Tensor, "B D"], check: Check) -> None:
+        """See whether worlds have changed: what was predicted lies among known places, and what is seen does not.
+
+        The miss of a step that a wall has stopped lies along them.
+        """
+        shifts = here - predicted
+        misses = shifts.norm(dim=1).cpu().numpy() / self.graph.step_length
+        surprised = np.flatnonzero((misses > self.config.surprise) & np.array([way.at >= 0 for way in self._ways]))
+        if not len(surprised):
+            return
+        aside = self.graph.off(here[surprised]) ** 2 - self.graph.off(predicted[surprised]) ** 2
+        for row in surprised[aside > 0.5 * misses[surprised] ** 2].tolist():
+            way = self._ways[row]
+            self.graph.changed(way.at, shifts[row], check)
+            way.goals += [goal + shifts[row].to(goal) for goal in way.goals]
+            way.route, way.at, way.best, way.waited, way.careful = None, -1, np.inf, 0, False
+
+    def _aim(self, way: _Way, here: Float[Tensor, "D"], goal: Float[Tensor, "D"]) -> tuple[int | None, Outlook]:
         """Return the landmark to aim at, or None for the goal itself."""
-        graph, config, goal = self.graph, self.config, self._goal[row]
+        graph, config = self.graph, self.config
         if way.at >= 0 and (way.route is None or not way.route.knows(way.at)):
-            way.route = graph.route(goal)
+            way.route = graph.route(*way.goals)
         (nearest,), (gap,) = graph.nearest(goal[None])
         if way.at < 0 or way.route is None or not way.route.knows(way.at):
             away = float((here - goal).norm()) / graph.step_length
             kind: Literal["sight", "unknown"] = "sight" if away <= config.sight or not len(graph) else "unknown"
             outlook = Outlook(kind=kind, blocks=np.inf, nearest=int(nearest), gap=float(gap))
             return (None if kind == "sight" else self._nearest_reachable(way, goal)), outlook
-        self._watch(way, goal)
+        self._watch(way)
         blocks = float(way.route.blocks[way.at])
         outlook = Outlook(kind="known", blocks=blocks, nearest=int(nearest), gap=float(gap))
         if blocks <= (1 if way.careful else config.near):
             return None, outlook
         return way.route.ahead(way.at, 1 if way.careful else config.hops), outlook
 
-    def _watch(self, way: _Way, goal: Float[Tensor, "D"]) -> None:
+    def _watch(self, way: _Way) -> None:
         """Note progress; where there was none for long, blame the edge that is tried and find another way."""
         assert way.route is not None
         blocks = float(way.route.blocks[way.at])
@@ -166,7 +187,7 @@ class LandmarkGuide:
         target = int(way.route.hop[way.at])
         if target >= 0:
             self.graph.failed(way.at, target)
-            way.route = self.graph.route(goal)
+            way.route = self.graph.route(*way.goals)
         way.best = np.inf
 
     def _nearest_reachable(self, way: _Way, goal: Float[Tensor, "D"]) -> int | None:

@@ -409,13 +409,10 @@ class EpisodicMemory:
             rows, indexed = int(self._table.count_rows()), self.indexed
             if rows < self.spec.config.index_from or rows - indexed < max(_SMALL // 2, rows // 20):
                 return
-            if indexed:
-                self._table.optimize.optimize_indices()
-            else:
-                # Cells of about the root of the number of memories, as is usual for inverted files; distances within
-                # them stay exact.
-                cells = max(1, round(float(rows) ** 0.5))
-                self._table.create_index("latent", "IVF_FLAT", metric="l2", num_partitions=cells, replace=True)
+            # Made anew, so that its cells fit what is there now: about the root of the number of memories, as is usual
+            # for inverted files. Distances within them stay exact.
+            cells = round(float(rows) ** 0.5)
+            self._table.create_index("latent", "IVF_FLAT", metric="l2", num_partitions=cells, replace=True)
 
     def _search(
         self, query: Float32[np.ndarray, "D"], k: int, condition: str | None
@@ -433,15 +430,18 @@ class EpisodicMemory:
         names = [name for name in ("pixels", "vector") if name in self.spec.schema().names]
         if not names:
             return None, None
-        there = np.isin(ids, self._pending.ids)
+        waiting = np.isin(ids, self._pending.ids)
         tables = []
-        if there.any():
+        if waiting.any():
             assert self._journal is not None
-            frames, vectors = self._journal.kept(self.spec, ids[there])
-            tables.append(_columns(ids[there], frames, vectors, names))
-        if not there.all():
+            held, frames, vectors = self._journal.kept(self.spec)
+            every = {"id": pa.array(held), "pixels": frames, "vector": vectors}
+            tables.append(pa.table({name: every[name] for name in ("id", *names)}))
+            moved = ids[waiting & ~np.isin(ids, held)]  # into the table, by the writer, since we looked
             with memory_errors(self.path, "read"):
-                tables.append(self._table.to_table(columns=["id", *names], filter=_among(ids[~there])))
+                tables.append(open_records(self.path).to_table(columns=["id", *names], filter=_among(moved)))
+        with memory_errors(self.path, "read"):
+            tables.append(self._table.to_table(columns=["id", *names], filter=_among(ids[~waiting])))
         table = pa.concat_tables([each.cast(tables[0].schema) for each in tables])
         table = table.take(self._places(ids, table["id"].to_numpy())).combine_chunks()
         columns = {name: table[name].combine_chunks() for name in names}
@@ -477,11 +477,6 @@ def write_lock(path: Path) -> AbstractContextManager[None]:
         f"another process writes the memory {path}; wait for it to end, open it to read, or choose another directory"
     )
     return exclusive_lock(path / ".lock", other)
-
-
-def _columns(ids: Int64[np.ndarray, "M"], frames: pa.Array, vectors: pa.Array | None, names: Sequence[str]) -> pa.Table:
-    every = {"id": pa.array(ids), "pixels": frames, "vector": vectors}
-    return pa.table({name: every[name] for name in ("id", *names)})
 
 
 def _none(spec: MemorySpec) -> Memories:

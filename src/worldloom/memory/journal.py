@@ -1,7 +1,7 @@
 """What was appended and is not in the table yet, in SQLite with a write-ahead log: an append is whole or not there."""
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
@@ -86,19 +86,17 @@ class Journal:
             outcomes=np.array(columns[7], dtype=str),
         )
 
-    def kept(self, spec: MemorySpec, ids: Int64[np.ndarray, "M"]) -> tuple[pa.Array, pa.Array | None]:
-        """Return the frames of waiting memories, null where there are none, and their vectors."""
+    def kept(self, spec: MemorySpec) -> tuple[Int64[np.ndarray, "M"], pa.Array, pa.Array | None]:
+        """Return the ids of what waits now, the frames, null where there are none, and the vectors."""
         with self._errors():
-            rows = self._database.execute("SELECT id, pixels, vector FROM pending").fetchall()
-        by_id = {row[0]: row[1:] for row in rows}
-        found = [by_id[int(each)] for each in ids]
-        frames = pa.array([pixels for pixels, _ in found], pa.large_binary())
+            rows = self._database.execute("SELECT id, pixels, vector FROM pending ORDER BY id").fetchall()
+        ids = np.array([row[0] for row in rows], np.int64)
+        frames = pa.array([row[1] for row in rows], pa.large_binary())
         if not spec.vector:
-            return frames, None
-        none = np.array([vector is None for _, vector in found], bool)
+            return ids, frames, None
         zeros = bytes(4 * spec.vector)
-        vectors = _floats([vector or zeros for _, vector in found], spec.vector)
-        return frames, float_lists(vectors, null=none)
+        vectors = _floats([row[2] or zeros for row in rows], spec.vector)
+        return ids, frames, float_lists(vectors, null=np.array([row[2] is None for row in rows], bool))
 
     def clear(self, last: int) -> None:
         """Drop the rows up to an id: they are in the table."""
@@ -166,7 +164,7 @@ class Journal:
             ) from error
 
 
-def _floats(blobs: "tuple[bytes, ...] | list[bytes]", size: int) -> Float32[np.ndarray, "M size"]:
+def _floats(blobs: Sequence[bytes], size: int) -> Float32[np.ndarray, "M size"]:
     try:
         return np.frombuffer(b"".join(blobs), np.float32).reshape(len(blobs), size).copy()
     except ValueError:

@@ -18,6 +18,7 @@ from worldloom.models.checkpoint import load_tensors, save_tensors
 
 _KIND = "landmark-graph"
 _NOWHERE = -1
+_PLANE = 5  # landmarks whose plane stands for what is known around a state
 EXPERIENCED, REVERSED, PREDICTED = range(3)
 
 # Says of pairs of latents (M, D) how many blocks lead from the first to the second, and whether that is believed.
@@ -183,16 +184,21 @@ class LandmarkGraph:
                     added += 1
         return added
 
-    def route(self, goal: Float[Tensor, "D"]) -> Route | None:
-        """Find the cheapest way from every landmark to a goal; None where the goal is at no known place."""
+    def route(self, *goals: Float[Tensor, "D"]) -> Route | None:
+        """Find the cheapest way from every landmark to the goal, which may look in several ways.
+
+        None where none of them is at a known place.
+        """
         from scipy.sparse.csgraph import dijkstra
 
         if not len(self):
             return None
-        gaps = ((self.latents - goal.detach().cpu().float()).norm(dim=1) / self.step_length).numpy()
-        if gaps.min() > self.config.reach:
+        gaps = (torch.cdist(torch.stack(goals).detach().cpu().float(), self.latents) / self.step_length).numpy()
+        nearest = gaps.min(axis=1, keepdims=True)
+        close = (gaps <= np.maximum(self.config.spacing, nearest)) & (nearest <= self.config.reach)
+        ends = np.flatnonzero(close.any(axis=0))
+        if not len(ends):
             return None
-        ends = np.flatnonzero(gaps <= max(self.config.spacing, float(gaps.min())))
         blocks, hop, _ = dijkstra(self._backwards(), indices=ends, min_only=True, return_predecessors=True)
         return Route(blocks=blocks, hop=np.where(hop < 0, _NOWHERE, hop).astype(np.int64))
 
@@ -213,6 +219,40 @@ class LandmarkGraph:
         used = self._ends[: len(self._rows)]
         blamed = np.isin(used[:, 0], near_source) & np.isin(used[:, 1], near_target) & (used[:, 0] != used[:, 1])
         self._failures[: len(used)][blamed] += 1
+        self._matrix = None
+
+    def off(self, latents: Float[Tensor, "B D"]) -> Float32[np.ndarray, "B"]:
+        """Return how far latents are from the plane through their nearest landmarks, in typical model steps."""
+        if len(self) <= _PLANE:
+            return self.nearest(latents)[1]
+        latents = latents.detach().cpu().float()
+        near = self.latents[torch.cdist(latents, self.latents).topk(_PLANE, dim=1, largest=False).indices]
+        span, aside = (near[:, 1:] - near[:, :1]).mT, (latents - near[:, 0])[..., None]
+        rest = aside - span @ torch.linalg.lstsq(span, aside).solution
+        distances: np.ndarray = (rest.norm(dim=(1, 2)) / self.step_length).numpy()
+        return distances
+
+    def changed(self, landmark: int, shift: Float[Tensor, "D"], check: Check) -> None:
+        """See that the world in which a landmark lies has come to look otherwise: all its latents by `shift`.
+
+        A large change makes a second picture of that world, whose ways are those that `check` believes as it looks
+        now: a door that is seen to be shut is in none of them, and both pictures are remembered. After a change
+        smaller than the spacing, the ways that are believed no longer are dropped, and those that are now are back.
+        """
+        from scipy.sparse.csgraph import connected_components
+
+        shift = shift.detach().cpu().float()
+        _, groups = connected_components(self._backwards(), directed=False)
+        world = np.flatnonzero(groups == groups[landmark])
+        if float(shift.norm()) > self.config.spacing * self.step_length:
+            self.link(check, self.add(self.latents[world] + shift).tolist())
+            return
+        inside = np.isin(self._ends[: len(self._rows)], world).all(axis=1)
+        rows = np.flatnonzero(inside)
+        sources, targets = (self.latents[torch.from_numpy(self._ends[rows, end])] for end in (0, 1))
+        before, now = (check(sources + by, targets + by)[1].numpy() for by in (torch.zeros_like(shift), shift))
+        self._failures[rows[before & ~now]] = self.config.forgive
+        self._failures[rows[now & ~before]] = 0
         self._matrix = None
 
     def save(self, stem: Path | str) -> None:

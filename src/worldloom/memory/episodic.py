@@ -136,8 +136,7 @@ class EpisodicMemory:
     @property
     def indexed(self) -> int:
         """How many memories the index holds."""
-        held = {number for index in self._table.list_indices() for number in index["fragment_ids"]}
-        return sum(each.count_rows() for each in self._table.get_fragments() if each.fragment_id in held)
+        return sum(int(index.num_rows_indexed) for index in self._table.describe_indices())
 
     def new_episodes(self, count: int) -> Int64[np.ndarray, "count"]:
         """Draw numbers for unbroken stretches of experience; none is drawn twice, also after a restart."""
@@ -165,6 +164,8 @@ class EpisodicMemory:
         journal, count = self._writer(), len(latents)
         if count == 0:
             return np.zeros(0, np.int64)
+        if outcomes is not None and len(outcomes) != count:
+            raise DataError(f"got {len(outcomes)} outcomes for {count} memories; give one each, '' where there is none")
         memories = Memories(
             ids=np.arange(self._next, self._next + count),
             times=np.full(count, time.time()) if times is None else times,
@@ -375,15 +376,12 @@ class EpisodicMemory:
 
     def _check(self, memories: Memories) -> None:
         """Raise `DataError` where columns do not fit, before anything is kept."""
-        expected = (self.spec.latent_dim, self.spec.block_size)
-        if (memories.latents.shape[1], memories.actions.shape[1]) != expected:
+        sizes = (memories.latents.shape[1], memories.actions.shape[1])
+        if sizes != (self.spec.latent_dim, self.spec.block_size):
             raise DataError(
-                f"{self.path} holds latents and action blocks of {expected} values; got {memories.latents.shape[1]} "
-                f"and {memories.actions.shape[1]}"
+                f"{self.path} holds latents of {self.spec.latent_dim} values and action blocks of "
+                f"{self.spec.block_size}; got {sizes[0]} and {sizes[1]}"
             )
-        lengths = {name: len(column) for name, column in vars(memories).items()}
-        if len(set(lengths.values())) > 1:
-            raise DataError(f"the columns of the memories differ in length: {lengths}")
         for name in ("latents", "actions", "times"):
             if not np.isfinite(getattr(memories, name)).all():
                 raise DataError(f"the {name} of a memory are not finite; nothing was appended. Check the model's input")
@@ -407,7 +405,7 @@ class EpisodicMemory:
                 self._table.optimize.compact_files(target_rows_per_fragment=_SMALL)
                 self._table.cleanup_old_versions(_READERS)
             rows, indexed = int(self._table.count_rows()), self.indexed
-            if rows < self.spec.config.index_from or rows - indexed < max(_SMALL // 2, rows // 20):
+            if rows < self.spec.config.index_from or rows - indexed < max(self.spec.config.index_from // 2, rows // 20):
                 return
             # Made anew, so that its cells fit what is there now: about the root of the number of memories, as is usual
             # for inverted files. Distances within them stay exact.

@@ -6,7 +6,7 @@ import sys
 import typer
 
 from worldloom import __version__
-from worldloom.cli import collect, data, demo, deploy, doctor, evaluate, plan, runs, train
+from worldloom.cli import collect, data, demo, deploy, doctor, evaluate, memory, plan, runs, train
 from worldloom.core.errors import StorageError, WorldloomError
 from worldloom.core.processes import is_first
 
@@ -49,6 +49,7 @@ app.command("plan")(plan.plan)
 app.command("deploy")(deploy.deploy)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
+app.add_typer(memory.app, name="memory")
 app.add_typer(runs.app, name="runs")
 
 

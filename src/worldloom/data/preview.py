@@ -1,6 +1,6 @@
 """Pictures of a dataset for people: a contact sheet and a video."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,27 @@ def contact_sheet(dataset: EpisodeDataset, path: Path, *, episodes: int = 6, tim
     """
     rows = []
     for number in _spread(_with_pixels(dataset), episodes):
-        length = int(dataset.lengths[number])
-        steps = _spread(length + 1, times)
-        frames = dataset.pixels(dataset.starts[number] + steps)
-        rows.append((int(number), steps, _upscaled(to_rgb(frames), _TILE)))
-    height, width = rows[0][2].shape[1:3]
-    columns = max(len(steps) for _, steps, _ in rows)
+        steps = _spread(int(dataset.lengths[number]) + 1, times)
+        captions = [f"step {step}" if step else f"episode {number}" for step in steps]
+        rows.append((captions, dataset.pixels(dataset.starts[number] + steps)))
+    write_sheet(rows, path)
+
+
+def write_sheet(rows: Sequence[tuple[Sequence[str], UInt8[np.ndarray, "_ H W C"]]], path: Path) -> None:
+    """Write a PNG of rows of frames, each with a caption above.
+
+    Raises:
+        StorageError: `path` cannot be written.
+    """
+    shown = [(captions, _upscaled(to_rgb(frames), _TILE)) for captions, frames in rows]
+    height, width = shown[0][1].shape[1:3]
+    columns = max(len(captions) for captions, _ in shown)
     step_x, step_y = width + _MARGIN, height + _CAPTION + _MARGIN
     sheet = Image.new("RGB", (_MARGIN + columns * step_x, _MARGIN + len(rows) * step_y), _PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for row, (number, steps, frames) in enumerate(rows):
-        for column, (step, frame) in enumerate(zip(steps, frames, strict=True)):
+    for row, (captions, frames) in enumerate(shown):
+        for column, (caption, frame) in enumerate(zip(captions, frames, strict=True)):
             x, y = _MARGIN + column * step_x, _MARGIN + row * step_y
-            caption = f"episode {number}" if column == 0 else f"step {step}"
             draw.text((x, y), caption, fill=_INK, font=font)
             sheet.paste(Image.fromarray(frame), (x, y + _CAPTION))
     write_atomic(Path(path), lambda temporary: sheet.save(temporary, format="PNG"))

@@ -2,6 +2,7 @@
 
 from worldloom.memory.episodic import EpisodicMemory, Forgotten, Recalled
 from worldloom.memory.landmarks import Check, LandmarkConfig, LandmarkGraph, Route
+from worldloom.memory.looking import as_rows, draw_memories, export, summarise
 from worldloom.memory.migrations import migrate
 from worldloom.memory.records import Memories, MemoryConfig, MemorySpec, Where
 
@@ -17,5 +18,9 @@ __all__ = [
     "Recalled",
     "Route",
     "Where",
+    "as_rows",
+    "draw_memories",
+    "export",
     "migrate",
+    "summarise",
 ]

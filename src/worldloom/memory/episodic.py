@@ -106,6 +106,15 @@ class EpisodicMemory:
             memory._release = stack.pop_all()
             return memory
 
+    @classmethod
+    def open_or_create(
+        cls, path: Path | str, *, spec: ModelSpec, config: MemoryConfig | None = None
+    ) -> "EpisodicMemory":
+        """Open a memory to write, or make it; `config` is for a new one."""
+        if (Path(path) / TABLE).exists():
+            return cls.open(path, spec=spec, writable=True)
+        return cls.create(path, spec=spec, config=config)
+
     def close(self) -> None:
         """Flush what waits, if this is the writer, and let go of the files."""
         try:

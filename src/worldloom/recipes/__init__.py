@@ -3,6 +3,7 @@
 import worldloom.recipes.physics  # noqa: F401 - registers its recipes
 from worldloom.recipes.config import CollectionConfig, Recipe
 from worldloom.recipes.library import RECIPES, load_recipe
+from worldloom.recipes.memory import encode_picture, remember
 from worldloom.recipes.methods import METHODS, MethodConfig
 from worldloom.recipes.planning import plan_once
 from worldloom.recipes.run import Run, find_runs
@@ -16,10 +17,12 @@ __all__ = [
     "Recipe",
     "Run",
     "collect",
+    "encode_picture",
     "evaluate",
     "find_runs",
     "load_recipe",
     "plan_once",
+    "remember",
     "report_path",
     "train",
 ]

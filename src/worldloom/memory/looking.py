@@ -1,0 +1,148 @@
+"""What people and other programs see of a memory: a summary, a sheet of pictures, a file to take along."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int64
+from PIL import Image
+
+from worldloom.core.errors import ConfigError
+from worldloom.core.files import write_atomic
+from worldloom.core.progress import SILENT, Progress
+from worldloom.data.layout import float_lists
+from worldloom.data.preview import to_rgb, write_sheet
+from worldloom.memory.episodic import EpisodicMemory
+from worldloom.memory.records import Memories, moment
+
+_ROW, _BATCH = 6, 1024
+
+
+def summarise(memory: EpisodicMemory) -> dict[str, Any]:
+    """Return what a memory holds, as JSON values."""
+    memories = memory.read()
+    outcomes = Counter(memories.outcomes.tolist())
+    del outcomes[""]
+    measured = memories.surprises[~np.isnan(memories.surprises)]
+    return {
+        "memories": len(memories),
+        "stretches": len(np.unique(memories.episodes)),
+        "from": moment(memories.times.min()) if len(memories) else None,
+        "to": moment(memories.times.max()) if len(memories) else None,
+        "outcomes": dict(outcomes.most_common()),
+        "surprise, mean": float(measured.mean()) if len(measured) else None,
+        "waiting in the journal": memory.pending,
+        "in the index": memory.indexed,
+        "bytes": memory.stored_bytes(),
+        "model": memory.spec.model,
+        "latent size": memory.spec.latent_dim,
+        "frames": list(memory.spec.frame_shape) if memory.spec.frame_shape else None,
+        "config": memory.spec.config.model_dump(mode="json"),
+    }
+
+
+def as_rows(memories: Memories) -> list[dict[str, Any]]:
+    """Return a row of plain values for each memory, without latents and actions."""
+    return [
+        {
+            "id": int(memories.ids[row]),
+            "time": moment(memories.times[row]),
+            "episode": int(memories.episodes[row]),
+            "step": int(memories.steps[row]),
+            "surprise": None if np.isnan(memories.surprises[row]) else float(memories.surprises[row]),
+            "outcome": str(memories.outcomes[row]),
+        }
+        for row in range(len(memories))
+    ]
+
+
+def draw_memories(memory: EpisodicMemory, ids: Int64[np.ndarray, "M"], captions: list[str], path: Path) -> None:
+    """Write a PNG of the frames of memories, each with its caption.
+
+    Raises:
+        DataError: no frames were kept, or a memory is not there.
+    """
+    frames = memory.pictures(ids)
+    places = [slice(first, first + _ROW) for first in range(0, len(ids), _ROW)]
+    write_sheet([(captions[place], frames[place]) for place in places], path)
+
+
+def export(memory: EpisodicMemory, path: Path, *, progress: Progress = SILENT) -> int:
+    """Write all memories to a file that other tools read, `.parquet` or `.jsonl`; return how many.
+
+    Parquet holds the frames that are kept too, as PNG in the column `image`; a line of JSON holds all but those.
+
+    Raises:
+        ConfigError: the name ends otherwise.
+        StorageError: the file cannot be written.
+    """
+    writers = {".parquet": _write_parquet, ".jsonl": _write_lines}
+    if path.suffix not in writers:
+        raise ConfigError(f"{path} does not say how to write it; expected a name that ends in .parquet or .jsonl")
+    memories = memory.read()
+    with progress.task(f"exporting to {path.name}", len(memories), "memory") as task:
+
+        def batches() -> "list[Memories]":
+            return [memories[first : first + _BATCH] for first in range(0, len(memories), _BATCH)]
+
+        def write(temporary: Path) -> None:
+            writers[path.suffix](memory, batches(), temporary, task.advance)
+
+        write_atomic(path, write)
+    return len(memories)
+
+
+def _write_parquet(memory: EpisodicMemory, batches: list[Memories], path: Path, advance: Any) -> None:
+    import pyarrow.parquet as pq
+
+    pictured = memory.spec.frame_shape is not None
+    schema = pa.schema(
+        [
+            pa.field("id", pa.int64()),
+            pa.field("time", pa.timestamp("us", tz="UTC")),
+            pa.field("episode", pa.int64()),
+            pa.field("step", pa.int64()),
+            pa.field("latent", pa.list_(pa.float32(), memory.spec.latent_dim)),
+            pa.field("action", pa.list_(pa.float32(), memory.spec.block_size)),
+            pa.field("surprise", pa.float32()),
+            pa.field("outcome", pa.string()),
+            *([pa.field("image", pa.binary())] if pictured else []),
+        ],
+        metadata={"model": memory.spec.model},
+    )
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for batch in batches:
+            columns: dict[str, Any] = {
+                "id": batch.ids,
+                "time": pa.array((batch.times * 1e6).astype(np.int64), pa.timestamp("us", tz="UTC")),
+                "episode": batch.episodes,
+                "step": batch.steps,
+                "latent": float_lists(batch.latents),
+                "action": float_lists(batch.actions),
+                "surprise": pa.array(batch.surprises, from_pandas=True),
+                "outcome": pa.array(batch.outcomes.tolist(), pa.string()),
+            }
+            if pictured:
+                columns["image"] = pa.array([_png(frame) for frame in to_rgb(memory.pictures(batch.ids))], pa.binary())
+            writer.write_table(pa.table(columns, schema=schema))
+            advance(len(batch))
+
+
+def _write_lines(memory: EpisodicMemory, batches: list[Memories], path: Path, advance: Any) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for batch in batches:
+            for row, values in enumerate(as_rows(batch)):
+                numbers = {"latent": batch.latents[row].tolist(), "action": batch.actions[row].tolist()}
+                file.write(json.dumps({**values, **numbers}, allow_nan=False) + "\n")
+            advance(len(batch))
+
+
+def _png(frame: np.ndarray) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, format="PNG")
+    return buffer.getvalue()

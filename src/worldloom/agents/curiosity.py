@@ -90,10 +90,10 @@ class CuriosityGuide:
         self._travel.keep(places)
         self._searches = [self._searches[place] for place in places]
 
-    def __call__(self, context: Context, predicted: Float[Tensor, "B D"] | None) -> Float[Tensor, "B D"]:
+    def __call__(self, context: Context, followed: Plan | None, blocks: int) -> Float[Tensor, "B D"]:
         """Return what each environment is to aim at."""
         here, before = context.latents[:, -1], len(self.graph)
-        places = self._travel.locate(here, predicted)
+        places = self._travel.locate(here, followed, blocks)
         self._imagine()
         promise = self.promise()
         sought: dict[int, Tensor] = {}

@@ -13,7 +13,7 @@ from torch import Tensor
 from worldloom.core.config import Config
 from worldloom.core.errors import PlanningError
 from worldloom.core.protocols import WorldModel
-from worldloom.core.types import Context
+from worldloom.core.types import Context, Plan
 from worldloom.memory import Check, LandmarkGraph, Route
 from worldloom.planning.geometry import LatentGeometry, predict_arrival
 
@@ -23,7 +23,8 @@ class FollowConfig(Config):
 
     The subgoal lies `hops` landmarks ahead. A goal that is at most `near` blocks away over landmarks, or of which no
     way is known and whose latent is within `sight`, is aimed at itself. Without progress for `patience` plans the
-    next landmark is taken one at a time; without progress for as long again, the edge to it has failed. What looks
+    next landmark is taken one at a time; without progress for as long again, the edge to it has failed. A plan that
+    does not lead within `arrival` of the landmark that it aims at tells so at once, before it is tried. What looks
     more than `surprise` away from what the last plan predicted, and like nothing known around there, shows that the
     world has changed. `learn` lets what is seen on the way extend and change the graph.
     """
@@ -32,6 +33,7 @@ class FollowConfig(Config):
     near: float = Field(default=3.0, ge=0)
     sight: float = Field(default=4.0, ge=0)
     patience: int = Field(default=3, ge=1)
+    arrival: float = Field(default=1.0, gt=0)
     surprise: float = Field(default=0.6, gt=0)
     learn: bool = True
 
@@ -69,6 +71,8 @@ class _Way:
     best: float = np.inf  # blocks to go, at the best moment since the way was found
     waited: int = 0  # plans since then
     careful: bool = False  # one landmark at a time
+    aim: int = -1  # the landmark that was aimed at last
+    vain: bool = False  # the last plan did not lead to it
 
 
 class LandmarkGuide:
@@ -101,10 +105,10 @@ class LandmarkGuide:
         """Give one environment another goal on its way."""
         self._ways[row] = _Way(goals=[goal], route=self.graph.route(goal), at=self._ways[row].at)
 
-    def __call__(self, context: Context, predicted: Float[Tensor, "B D"] | None) -> Float[Tensor, "B D"]:
+    def __call__(self, context: Context, followed: Plan | None, blocks: int) -> Float[Tensor, "B D"]:
         """Return the subgoal of each environment; `outlook` then says what is known of each way."""
         here = context.latents[:, -1]
-        self.locate(here, predicted)
+        self.locate(here, followed, blocks)
         return self.aim(here)
 
     def aim(self, here: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
@@ -114,16 +118,19 @@ class LandmarkGuide:
             goal = min(way.goals, key=lambda each: float((here[row] - each.to(here)).norm()))
             aim, outlook = self._aim(way, here[row], goal)
             aims[row] = goal if aim is None else self.graph.latents[aim]
+            way.aim = -1 if aim is None else aim
             self.outlook.append(outlook)
         return aims
 
-    def locate(self, here: Float[Tensor, "B D"], predicted: Float[Tensor, "B D"] | None) -> list[int]:
+    def locate(self, here: Float[Tensor, "B D"], followed: Plan | None, blocks: int) -> list[int]:
         """See where the environments are; return the landmark of each, -1 where it is at no known place.
 
-        `predicted` is what the last plan expected to be seen here.
+        `followed` is the plan that led here, of which so many blocks were done.
         """
-        if self.config.learn and self._check is not None and predicted is not None:
-            self._notice(here, predicted, self._check)
+        if followed is not None:
+            self._judge(followed)
+            if self.config.learn and self._check is not None and blocks:
+                self._notice(here, followed.latents[:, blocks - 1], self._check)
         graph, before = self.graph, len(self.graph)
         if self.config.learn:
             places = graph.add(here, np.array([way.at for way in self._ways]))
@@ -135,6 +142,14 @@ class LandmarkGuide:
         for way, place in zip(self._ways, places, strict=True):
             way.at = int(place)
         return [way.at for way in self._ways]
+
+    def _judge(self, followed: Plan) -> None:
+        """See which plans did not lead where they aimed, as far as the model could tell."""
+        for row, way in enumerate(self._ways):
+            if way.aim >= 0:
+                aim = self.graph.latents[way.aim].to(followed.latents)
+                gap = float((followed.latents[row] - aim).norm(dim=1).min()) / self.graph.step_length
+                way.vain = gap > self.config.arrival
 
     def _notice(self, here: Float[Tensor, "B D"], predicted: Float[Tensor, "B D"], check: Check) -> None:
         """See whether worlds have changed: what was predicted lies among known places, and what is seen does not.
@@ -169,16 +184,18 @@ class LandmarkGuide:
         outlook = Outlook(kind="known", blocks=blocks, nearest=int(nearest), gap=float(gap))
         if blocks <= (1 if way.careful else config.near):
             return None, outlook
-        return way.route.ahead(way.at, 1 if way.careful else config.hops), outlook
+        return self._next(way), outlook
 
     def _watch(self, way: _Way) -> None:
         """Note progress; where there was none for long, blame the edge that is tried and find another way."""
         assert way.route is not None
         blocks = float(way.route.blocks[way.at])
+        vain, way.vain = way.vain and way.aim == self._next(way), False
         way.waited += 1
         if blocks < way.best:
             way.best, way.waited, way.careful = blocks, 0, False
-        if way.waited < self.config.patience:
+            return
+        if way.waited < self.config.patience and not vain:
             return
         way.waited = 0
         if not way.careful:
@@ -189,6 +206,11 @@ class LandmarkGuide:
             self.graph.failed(way.at, target)
             way.route = self.graph.route(*way.goals)
         way.best = np.inf
+
+    def _next(self, way: _Way) -> int:
+        """Return the landmark to aim at on a known way."""
+        assert way.route is not None
+        return way.route.ahead(way.at, 1 if way.careful else self.config.hops)
 
     def _nearest_reachable(self, way: _Way, goal: Float[Tensor, "D"]) -> int | None:
         """Return the landmark nearest to the goal of those that a way leads to from here."""

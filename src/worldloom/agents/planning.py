@@ -38,11 +38,10 @@ class Guide(Protocol):
         """Keep only these environments, by their places in the last batch, in this order."""
         ...
 
-    def __call__(self, context: Context, predicted: Float[Tensor, "B D"] | None) -> Float[Tensor, "B D"]:
+    def __call__(self, context: Context, followed: Plan | None, blocks: int) -> Float[Tensor, "B D"]:
         """Return the subgoal of each environment, asked for once before each plan.
 
-        `predicted` is the state that the last plan expected now; None at the start, and where plans are made anew
-        within a block.
+        `followed` is the last plan, of which so many whole blocks were done (0: not a whole one); None at the start.
         """
         ...
 
@@ -161,7 +160,11 @@ class PlanningAgent:
         began = time.perf_counter()
         with torch.inference_mode():
             context = self._history.context()
-            goal = self._goal if self._guide is None else self._guide(context, self._predicted())
+            goal = (
+                self._goal
+                if self._guide is None
+                else self._guide(context, self._plan, self._replan // self._model.spec.block)
+            )
             problem = self._planner.problem(context, self._make_objective(goal), deadline=deadline)
             initial = self._initial(context, goal)
             plan = self._planner.solve(problem, initial=initial, generator=self._generator)
@@ -172,10 +175,6 @@ class PlanningAgent:
         self._statistics["plan_rollouts"].append(float(problem.count.rollouts))
         self._statistics["plan_cut_short"].append(float(plan.cut_short))
         return plan
-
-    def _predicted(self) -> Float[Tensor, "B D"] | None:
-        blocks, within = divmod(self._replan, self._model.spec.block)
-        return None if self._plan is None or within else self._plan.latents[:, blocks - 1]
 
     def _initial(self, context: Context, goal: Float[Tensor, "B D"]) -> Float[Tensor, "B I T A"] | None:
         """Return the last plan shifted by what was done of it, its last action repeated, and what is proposed."""

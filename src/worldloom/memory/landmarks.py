@@ -31,7 +31,8 @@ class LandmarkConfig(Config):
     A state farther than `spacing` from every landmark becomes one; farther than `reach` from all of them it is at no
     known place. Landmarks within `link` of each other may be joined by prediction. Each failure adds `penalty`
     blocks to an edge, and `forgive` of them in a row drop it; one that was only predicted is dropped by the first.
-    Edges that begin and end within `blame` of a failed one failed with it.
+    Edges that lead from around its beginning to around its end, within `blame`, failed with it: a wall stands
+    there. Where steps can be undone, so did those that lead back.
     """
 
     spacing: float = Field(default=1.0, gt=0)
@@ -211,14 +212,15 @@ class LandmarkGraph:
 
     def failed(self, source: int, target: int) -> None:
         """Tell that an edge was followed and did not lead where it should; see `LandmarkConfig`."""
+        to_source, to_target = ((self.latents - self.latents[end]).norm(dim=1).numpy() for end in (source, target))
         radius = self.config.blame * self.step_length
-        near_source, near_target = (
-            np.flatnonzero(((self.latents - self.latents[end]).norm(dim=1) <= radius).numpy())
-            for end in (source, target)
-        )
-        used = self._ends[: len(self._rows)]
-        blamed = np.isin(used[:, 0], near_source) & np.isin(used[:, 1], near_target) & (used[:, 0] != used[:, 1])
-        self._failures[: len(used)][blamed] += 1
+        here = np.flatnonzero((to_source <= radius) & (to_source < to_target))
+        there = np.flatnonzero((to_target <= radius) & (to_target < to_source))
+        begins, ends = self._ends[: len(self._rows)].T
+        blamed = np.isin(begins, here) & np.isin(ends, there)
+        if self.reversible:
+            blamed |= np.isin(begins, there) & np.isin(ends, here)
+        self._failures[: len(blamed)][blamed] += 1
         self._matrix = None
 
     def off(self, latents: Float[Tensor, "B D"]) -> Float32[np.ndarray, "B"]:

@@ -38,7 +38,7 @@ class CuriosityConfig(Config):
     walk: Walk = Walk(slowest=1.0)
     solver: SolverField = CEM()
     plan_horizon: int = Field(default=4, ge=1)
-    follow: FollowConfig = FollowConfig()
+    follow: FollowConfig = FollowConfig(surprise=None)
 
 
 @dataclass

@@ -25,8 +25,9 @@ class FollowConfig(Config):
     way is known and whose latent is within `sight`, is aimed at itself. Without progress for `patience` plans the
     next landmark is taken one at a time; without progress for as long again, the edge to it has failed. A plan that
     does not lead within `arrival` of the landmark that it aims at tells so at once, before it is tried. What looks
-    more than `surprise` away from what the last plan predicted, and like nothing known around there, shows that the
-    world has changed. `learn` lets what is seen on the way extend and change the graph.
+    more than `surprise` away from what the last plan predicted at a known place, and like nothing known around there,
+    shows that the world has changed (None: nothing does). `learn` lets what is seen on the way extend and change the
+    graph.
     """
 
     hops: int = Field(default=2, ge=1)
@@ -34,7 +35,7 @@ class FollowConfig(Config):
     sight: float = Field(default=4.0, ge=0)
     patience: int = Field(default=3, ge=1)
     arrival: float = Field(default=1.0, gt=0)
-    surprise: float = Field(default=0.6, gt=0)
+    surprise: float | None = Field(default=0.6, gt=0)
     learn: bool = True
 
 
@@ -129,7 +130,7 @@ class LandmarkGuide:
         """
         if followed is not None:
             self._judge(followed)
-            if self.config.learn and self._check is not None and blocks:
+            if self.config.learn and self.config.surprise is not None and self._check is not None and blocks:
                 self._notice(here, followed.latents[:, blocks - 1], self._check)
         graph, before = self.graph, len(self.graph)
         if self.config.learn:
@@ -156,15 +157,18 @@ class LandmarkGuide:
 
         The miss of a step that a wall has stopped lies along them.
         """
+        assert self.config.surprise is not None
         shifts = here - predicted
         misses = shifts.norm(dim=1).cpu().numpy() / self.graph.step_length
-        surprised = np.flatnonzero((misses > self.config.surprise) & np.array([way.at >= 0 for way in self._ways]))
+        known = self.graph.nearest(predicted)[1] <= self.graph.config.spacing
+        surprised = np.flatnonzero(known & (misses > self.config.surprise))
         if not len(surprised):
             return
         aside = self.graph.off(here[surprised]) ** 2 - self.graph.off(predicted[surprised]) ** 2
         for row in surprised[aside > 0.5 * misses[surprised] ** 2].tolist():
             way = self._ways[row]
-            self.graph.changed(way.at, shifts[row], check)
+            ((place,), _) = self.graph.nearest(predicted[row : row + 1])
+            self.graph.changed(int(place), shifts[row], check)
             way.goals += [goal + shifts[row].to(goal) for goal in way.goals]
             way.route, way.at, way.best, way.waited, way.careful = None, -1, np.inf, 0, False
 

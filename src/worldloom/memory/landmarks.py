@@ -40,7 +40,7 @@ class LandmarkConfig(Config):
     link: float = Field(default=2.5, ge=0)
     penalty: float = Field(default=8.0, ge=0)
     forgive: int = Field(default=3, ge=1)
-    blame: float = Field(default=1.0, ge=0)
+    blame: float = Field(default=2.0, ge=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> "LandmarkConfig":
@@ -159,18 +159,22 @@ class LandmarkGraph:
                 before = previous[some - 1] if at else None
                 previous[some] = self.add(latents[order[some]], before, blocks=float(blocks))
 
-    def link(self, check: Check, landmarks: Sequence[int] | None = None) -> int:
+    def link(self, check: Check, landmarks: Sequence[int] | None = None, *, among: bool = False) -> int:
         """Join near landmarks that nothing joins yet, where `check` believes it; return how many edges were added.
 
-        `landmarks` limits the search to pairs with one of these.
+        `landmarks` limits the search to pairs with one of these, or, with `among`, of these alone.
         """
         if len(self) < 2:
             return 0
         chosen = torch.arange(len(self)) if landmarks is None else torch.tensor(sorted(set(landmarks)))
+        others_too = torch.ones(len(self), dtype=torch.bool)
+        if among:
+            others_too[:] = False
+            others_too[chosen] = True
         added = 0
         for some in chosen.split(1024):
             gaps = torch.cdist(self.latents[some], self.latents) / self.step_length
-            rows, others = torch.where(gaps < self.config.link)
+            rows, others = torch.where((gaps < self.config.link) & others_too)
             pairs = torch.stack([some[rows], others], dim=1)
             pairs = torch.cat([pairs, pairs.flip(1)]) if landmarks is not None else pairs
             new = [pair for pair in dict.fromkeys(map(tuple, pairs.tolist())) if pair[0] != pair[1]]
@@ -247,7 +251,7 @@ class LandmarkGraph:
         _, groups = connected_components(self._backwards(), directed=False)
         world = np.flatnonzero(groups == groups[landmark])
         if float(shift.norm()) > self.config.spacing * self.step_length:
-            self.link(check, self.add(self.latents[world] + shift).tolist())
+            self.link(check, self.add(self.latents[world] + shift).tolist(), among=True)
             return
         inside = np.isin(self._ends[: len(self._rows)], world).all(axis=1)
         rows = np.flatnonzero(inside)

@@ -9,9 +9,10 @@ from worldloom.agents.behaviour_cloning import (
 from worldloom.agents.control import ControlLoop, ControlReport
 from worldloom.agents.curiosity import CuriosityConfig, CuriosityGuide, ExploringAgent, LandmarkAgent
 from worldloom.agents.landmarks import FollowConfig, LandmarkGuide, Outlook, arrival_check
-from worldloom.agents.planning import Guide, PlanningAgent, Proposer
+from worldloom.agents.planning import Guide, Observer, PlanningAgent, Proposer
 from worldloom.agents.random import RandomAgent
 from worldloom.agents.reactive import PolicyProposer, ReactiveAgent, ReactiveConfig, ReactivePolicy, fit_reactive
+from worldloom.agents.remembering import Rememberer, recall_landmarks
 
 __all__ = [
     "BehaviourCloningAgent",
@@ -26,6 +27,7 @@ __all__ = [
     "Guide",
     "LandmarkAgent",
     "LandmarkGuide",
+    "Observer",
     "Outlook",
     "PlanningAgent",
     "PolicyProposer",
@@ -34,7 +36,9 @@ __all__ = [
     "ReactiveAgent",
     "ReactiveConfig",
     "ReactivePolicy",
+    "Rememberer",
     "arrival_check",
     "fit_behaviour_cloning",
     "fit_reactive",
+    "recall_landmarks",
 ]

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from worldloom.agents.landmarks import FollowConfig, LandmarkGuide, Outlook
-from worldloom.agents.planning import PlanningAgent
+from worldloom.agents.planning import Observer, PlanningAgent
 from worldloom.core.config import Config
 from worldloom.core.protocols import WorldModel
 from worldloom.core.seeds import torch_generator
@@ -209,6 +209,7 @@ class ExploringAgent:
         config: CuriosityConfig | None = None,
         *,
         check: Check | None = None,
+        observer: Observer | None = None,
         seed: int = 0,
     ) -> None:
         config = config or CuriosityConfig()
@@ -220,6 +221,7 @@ class ExploringAgent:
             lambda goal: GoalObjective(metric, goal),
             replan=model.spec.block,
             guide=CuriosityGuide(model, graph, config, check=check, seed=seed),
+            observer=observer,
             seed=seed,
         )
         self._begun = False

@@ -80,12 +80,14 @@ class LandmarkGuide:
     """Aims a planning agent at landmarks on the cheapest way to its goal.
 
     What was seen on the way joins the graph; an edge that leads nowhere is dropped, and the way is found anew.
+    `events` says in a word what each environment met at the last plan: "arrived", "changed", "failed" or nothing.
     """
 
     def __init__(self, graph: LandmarkGraph, config: FollowConfig | None = None, *, check: Check | None = None) -> None:
         self.graph, self.config, self._check = graph, config or FollowConfig(), check
         self._ways: list[_Way] = []
         self.outlook: list[Outlook] = []
+        self.events: list[str] = []
 
     def reset(self, goal: Float[Tensor, "B D"]) -> None:
         """Begin an episode toward a goal for each environment."""
@@ -117,7 +119,9 @@ class LandmarkGuide:
         aims, self.outlook = torch.empty_like(here), []
         for row, way in enumerate(self._ways):
             goal = min(way.goals, key=lambda each: float((here[row] - each.to(here)).norm()))
-            aim, outlook = self._aim(way, here[row], goal)
+            aim, outlook = self._aim(row, way, here[row], goal)
+            if float((here[row] - goal.to(here)).norm()) <= self.graph.step_length:
+                self.events[row] = "arrived"
             aims[row] = goal if aim is None else self.graph.latents[aim]
             way.aim = -1 if aim is None else aim
             self.outlook.append(outlook)
@@ -128,6 +132,7 @@ class LandmarkGuide:
 
         `followed` is the plan that led here, of which so many blocks were done.
         """
+        self.events = [""] * len(here)
         if followed is not None:
             self._judge(followed)
             if self.config.learn and self.config.surprise is not None and self._check is not None and blocks:
@@ -167,12 +172,15 @@ class LandmarkGuide:
         aside = self.graph.off(here[surprised]) ** 2 - self.graph.off(predicted[surprised]) ** 2
         for row in surprised[aside > 0.5 * misses[surprised] ** 2].tolist():
             way = self._ways[row]
+            self.events[row] = "changed"
             ((place,), _) = self.graph.nearest(predicted[row : row + 1])
             self.graph.changed(int(place), shifts[row], check)
             way.goals += [goal + shifts[row].to(goal) for goal in way.goals]
             way.route, way.at, way.best, way.waited, way.careful = None, -1, np.inf, 0, False
 
-    def _aim(self, way: _Way, here: Float[Tensor, "D"], goal: Float[Tensor, "D"]) -> tuple[int | None, Outlook]:
+    def _aim(
+        self, row: int, way: _Way, here: Float[Tensor, "D"], goal: Float[Tensor, "D"]
+    ) -> tuple[int | None, Outlook]:
         """Return the landmark to aim at, or None for the goal itself."""
         graph, config = self.graph, self.config
         if way.at >= 0 and (way.route is None or not way.route.knows(way.at)):
@@ -183,14 +191,14 @@ class LandmarkGuide:
             kind: Literal["sight", "unknown"] = "sight" if away <= config.sight or not len(graph) else "unknown"
             outlook = Outlook(kind=kind, blocks=np.inf, nearest=int(nearest), gap=float(gap))
             return (None if kind == "sight" else self._nearest_reachable(way, goal)), outlook
-        self._watch(way)
+        self._watch(row, way)
         blocks = float(way.route.blocks[way.at])
         outlook = Outlook(kind="known", blocks=blocks, nearest=int(nearest), gap=float(gap))
         if blocks <= (1 if way.careful else config.near):
             return None, outlook
         return self._next(way), outlook
 
-    def _watch(self, way: _Way) -> None:
+    def _watch(self, row: int, way: _Way) -> None:
         """Note progress; where there was none for long, blame the edge that is tried and find another way."""
         assert way.route is not None
         blocks = float(way.route.blocks[way.at])
@@ -208,6 +216,7 @@ class LandmarkGuide:
         target = int(way.route.hop[way.at])
         if target >= 0:
             self.graph.failed(way.at, target)
+            self.events[row] = "failed"
             way.route = self.graph.route(*way.goals)
         way.best = np.inf
 

@@ -46,13 +46,30 @@ class Guide(Protocol):
         ...
 
 
+@runtime_checkable
+class Observer(Protocol):
+    """Sees what a planning agent sees: an episodic memory's writer."""
+
+    def begin(self, environments: int) -> None:
+        """Begin an episode in so many environments."""
+        ...
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Keep only these environments, by their places in the last batch, in this order."""
+        ...
+
+    def __call__(self, observations: Observations, context: Context, followed: Plan | None, blocks: int) -> None:
+        """See what is there before a new plan is followed; see `Guide` for the last one."""
+        ...
+
+
 class PlanningAgent:
     """Plans every `replan` environment steps and takes the plan's actions in between.
 
     `objective` makes an objective of goal latents (B, D). Each search starts from the last plan, shifted by what
     was done of it, and from what `proposer` gives, if there is one (mode 2). A `guide` puts a subgoal in the goal's
-    place for each plan. A search ends after `budget` seconds with the best plan so far; by default it is never cut
-    short.
+    place for each plan; an `observer` is shown what each plan begins from. A search ends after `budget` seconds with
+    the best plan so far; by default it is never cut short.
 
     Raises:
         PlanningError: `replan` is below 1 or longer than a plan.
@@ -67,6 +84,7 @@ class PlanningAgent:
         replan: int,
         proposer: Proposer | None = None,
         guide: Guide | None = None,
+        observer: Observer | None = None,
         seed: int = 0,
         budget: float | None = None,
     ) -> None:
@@ -77,7 +95,7 @@ class PlanningAgent:
             raise PlanningError(f"a plan needs a budget above 0 seconds, or None; got {budget}")
         self._budget = budget
         self._model, self._planner, self._make_objective = model, planner, objective
-        self._replan, self._proposer, self._guide = replan, proposer, guide
+        self._replan, self._proposer, self._guide, self._observer = replan, proposer, guide, observer
         self._device = torch.device(getattr(model, "device", "cpu"))
         self._generator = torch_generator(seed, "planning-agent", device=self._device)
         self._batch, self._history = Batch(), History(model)
@@ -110,6 +128,8 @@ class PlanningAgent:
             self._goal = self._model.encode(goal.observations.to(self._device))
         if self._guide is not None:
             self._guide.reset(self._goal)
+        if self._observer is not None:
+            self._observer.begin(len(self._goal))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these environments, by their places in the last batch, in this order."""
@@ -117,6 +137,8 @@ class PlanningAgent:
         self._history.keep(places)
         if self._guide is not None:
             self._guide.keep(places)
+        if self._observer is not None:
+            self._observer.keep(places)
         if self._goal is not None:
             self._goal = self._goal[places]
         if self._plan is not None:
@@ -145,14 +167,14 @@ class PlanningAgent:
         self._history.see(observations)
         place = self._step % self._replan
         if place == 0:
-            self._plan = self._make_plan(deadline)
+            self._plan = self._make_plan(observations, deadline)
         assert self._plan is not None
         action = self._steps(self._plan.actions)[:, place].clone()
         self._history.did(action)
         self._step += 1
         return action
 
-    def _make_plan(self, deadline: float | None) -> Plan:
+    def _make_plan(self, observations: Observations, deadline: float | None) -> Plan:
         assert self._goal is not None
         if self._budget is not None:
             spent = time.monotonic() + self._budget
@@ -160,11 +182,11 @@ class PlanningAgent:
         began = time.perf_counter()
         with torch.inference_mode():
             context = self._history.context()
-            goal = (
-                self._goal
-                if self._guide is None
-                else self._guide(context, self._plan, self._replan // self._model.spec.block)
-            )
+            blocks, goal = self._replan // self._model.spec.block, self._goal
+            if self._guide is not None:
+                goal = self._guide(context, self._plan, blocks)
+            if self._observer is not None:
+                self._observer(observations, context, self._plan, blocks)
             problem = self._planner.problem(context, self._make_objective(goal), deadline=deadline)
             initial = self._initial(context, goal)
             plan = self._planner.solve(problem, initial=initial, generator=self._generator)

@@ -28,6 +28,7 @@ def deploy(
     ] = "discard",
     duration: Annotated[float, typer.Option(min=0.0, help="Seconds; 0 goes on until Ctrl-C.")] = 0.0,
     method: Annotated[str | None, typer.Option(help="A method of the recipe; by default its own.")] = None,
+    memory: Annotated[Path | None, typer.Option(help="The memory that the agent goes on from, and writes.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The root of the planner's seed.")] = 0,
     threads: Annotated[
         int, typer.Option("--threads", min=1, help="CPU threads of the planner; leave a core to the loop.")
@@ -53,7 +54,7 @@ def deploy(
         raise ConfigError(f"--late is discard or use; got {late!r}")
     import_modules(imports)
     set_threads(threads)
-    opened = Run.open(run)
+    opened = Run.open(run, memory=memory)
     target = read_goal(opened, goal)
     agent = opened.agent(method, seed=seed)
     with SocketLink(connect) as link:
@@ -73,6 +74,7 @@ def deploy(
         finally:
             signal.signal(signal.SIGTERM, previous)
             folder = keep_report(opened, loop.report)
+            opened.close()
     if json:
         print_json(loop.report.to_json())
         return

@@ -40,6 +40,11 @@ def evaluate(
             help="Put a foreign policy into the table: the factory is imported, called, and gives what has get_action.",
         ),
     ] = None,
+    split: Annotated[str | None, typer.Option(help="One split of the protocol; all by default.")] = None,
+    exploration: Annotated[
+        int | None, typer.Option(min=0, help="Steps that an agent explores before its goal is told.")
+    ] = None,
+    memory: Annotated[Path | None, typer.Option(help="The memory that agents go on from, and write.")] = None,
     env_arg: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the world.")] = None,
     threads: Threads = 0,
     imports: Imports = None,
@@ -51,7 +56,7 @@ def evaluate(
 
     import_modules(imports)
     set_threads(threads)
-    opened = Run.open(run)
+    opened = Run.open(run, memory=memory)
     results = workflow.evaluate(
         opened,
         protocol=protocol,
@@ -63,8 +68,11 @@ def evaluate(
         methods=method,
         others={name: _foreign(name, opened) for name in policy or []},
         env_kwargs=key_values(env_arg, "--env-arg"),
+        split=split,
+        exploration=exploration,
         progress=progress(),
     )
+    opened.close()
     if json:
         print_json(results.to_json())
         return

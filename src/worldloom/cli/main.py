@@ -6,7 +6,7 @@ import sys
 import typer
 
 from worldloom import __version__
-from worldloom.cli import collect, data, demo, deploy, doctor, evaluate, memory, plan, runs, train
+from worldloom.cli import collect, data, demo, deploy, doctor, evaluate, explore, memory, plan, runs, train
 from worldloom.core.errors import StorageError, WorldloomError
 from worldloom.core.processes import is_first
 
@@ -45,6 +45,7 @@ app.command("demo")(demo.demo)
 app.command("collect")(collect.collect)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("explore")(explore.explore)
 app.command("plan")(plan.plan)
 app.command("deploy")(deploy.deploy)
 app.command("doctor")(doctor.doctor)

@@ -1,6 +1,6 @@
 """Evaluation: named protocols, success with intervals, results and reports."""
 
-from worldloom.evaluation.evaluate import Explorer, Exploring, Narrowing, Timed, evaluate
+from worldloom.evaluation.evaluate import Explorer, Exploring, Narrowing, Timed, evaluate, explore
 from worldloom.evaluation.foreign import ForeignPolicy, InfoPolicy, LentPolicy
 from worldloom.evaluation.intervals import wilson_interval
 from worldloom.evaluation.protocols import (
@@ -51,6 +51,7 @@ __all__ = [
     "Timed",
     "default_protocol",
     "evaluate",
+    "explore",
     "gym_protocol",
     "pool",
     "register_protocol",

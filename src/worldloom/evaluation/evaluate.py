@@ -120,6 +120,50 @@ def evaluate(
     )
 
 
+def explore(
+    protocol: protocols.Protocol, agent: Exploring, steps: int, *, batch: int = 50, progress: Progress = SILENT
+) -> int:
+    """Let an agent explore the worlds of a protocol's episodes, each for so many steps; return how many worlds it saw.
+
+    Raises:
+        EnvironmentFailure: an environment raises, or returns what is not finite.
+        DataError: the agent gives an action out of bounds or not finite.
+    """
+    seen = 0
+    for split, conventions in protocol.splits.items():
+        with progress.task(f"{split}: exploring", conventions.episodes * steps, "step") as task:
+            place, left = 0, conventions.episodes
+            while left:
+                size = min(batch, left)
+                with World(protocol, size) as world:
+                    tasks, place = draw_tasks(protocol, split, world, place, f"drawing the worlds of split {split!r}")
+                    _explore(protocol, split, tasks, world, agent, steps, f"split {split!r}", task)
+                left -= size
+            seen += conventions.episodes
+    return seen
+
+
+def _explore(
+    protocol: protocols.Protocol,
+    split: str,
+    tasks: Tasks,
+    world: World,
+    agent: Exploring,
+    steps: int,
+    where: str,
+    task: Task | None = None,
+) -> None:
+    options = protocol.splits[split]
+    changed = options.model_copy(update={"task": {**options.task, **options.exploration_task}})
+    meanwhile = protocol.model_copy(update={"splits": {split: changed}})
+    frame = tasks.begin(meanwhile, split, world, f"{where}, exploring")
+    explorer = agent.explorer()
+    for _ in range(steps):
+        frame = world.step(explorer.act(frame.observations).detach().cpu().numpy(), frame.rows)
+        if task is not None:
+            task.advance(len(frame.rows))
+
+
 class _MethodRun:
     """One method on one split: gathers episodes, times and recordings."""
 
@@ -142,7 +186,9 @@ class _MethodRun:
         """Run one episode for each start and goal, until each is over."""
         size, budgets, skip = world.size, tasks.budgets, self._protocol.frame_skip
         where = f"method {self._method!r}, split {self._split!r}"
-        self._explore(tasks, world, where)
+        steps = self._protocol.splits[self._split].exploration
+        if steps and isinstance(self._agent, Exploring):
+            _explore(self._protocol, self._split, tasks, world, self._agent, steps, where)
         frame = tasks.begin(self._protocol, self._split, world, where)
         self._agent.reset(tasks.goal)
         audience = _Audience(self._agent, frame.observations)
@@ -173,18 +219,6 @@ class _MethodRun:
             step += 1
         self._keep(film, tasks, ended)
         self._episodes.extend(ended[row] for row in range(size))
-
-    def _explore(self, tasks: Tasks, world: World, where: str) -> None:
-        split = self._protocol.splits[self._split]
-        steps = split.exploration
-        if not steps or not isinstance(self._agent, Exploring):
-            return
-        task = {**split.task, **split.exploration_task}
-        meanwhile = self._protocol.model_copy(update={"splits": {self._split: split.model_copy(update={"task": task})}})
-        frame = tasks.begin(meanwhile, self._split, world, f"{where}, exploring")
-        explorer = self._agent.explorer()
-        for _ in range(steps):
-            frame = world.step(explorer.act(frame.observations).detach().cpu().numpy(), frame.rows)
 
     def _keep(self, film: "_Film", tasks: Tasks, ended: Mapping[int, EpisodeResult]) -> None:
         for outcome in (True, False):

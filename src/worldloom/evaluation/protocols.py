@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError
-from worldloom.core.registry import Registry
+from worldloom.core.registry import Registry, nearest
 from worldloom.core.seeds import derive_seed
 
 
@@ -262,9 +262,20 @@ class Protocol(Config):
         episodes: int | None = None,
         seed: int | None = None,
         env_kwargs: Mapping[str, Any] | None = None,
+        split: str | None = None,
+        exploration: int | None = None,
     ) -> "Protocol":
-        """Return the protocol with conventions changed; it then bears another name, but for a fresh seed."""
+        """Return the protocol with conventions changed; it then bears another name, but for a fresh seed.
+
+        `split` leaves out the others; `exploration` counts the steps in each episode's world before the goal is told.
+        """
         values = self.model_dump()
+        if split is not None:
+            if split not in self.splits:
+                raise ConfigError(f"protocol {self.title} has no split {split!r}; {nearest(split, self.splits)}")
+            values["splits"] = {split: values["splits"][split]}
+        if exploration is not None:
+            values["splits"] = {name: {**each, "exploration": exploration} for name, each in values["splits"].items()}
         if budget is not None:
             values.update(budget=budget, budget_over_shortest=None)
         if episodes is not None:

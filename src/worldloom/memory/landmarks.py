@@ -82,7 +82,7 @@ class LandmarkGraph:
         if step_length <= 0:
             raise PlanningError(f"the typical length of a model step must be above 0; got {step_length}")
         self.config = config or LandmarkConfig()
-        self.fingerprint, self.step_length, self.reversible = spec.fingerprint, step_length, reversible
+        self.spec, self.step_length, self.reversible = spec, step_length, reversible
         self._latents = torch.zeros(64, spec.latent_dim)
         self._visits = np.zeros(0, np.int64)
         self._rows: dict[tuple[int, int], int] = {}
@@ -261,8 +261,11 @@ class LandmarkGraph:
         self._failures[rows[now & ~before]] = 0
         self._matrix = None
 
-    def save(self, stem: Path | str) -> None:
-        """Write the graph as `STEM.json` and its tensors; see `worldloom.models.checkpoint.save_tensors`."""
+    def save(self, stem: Path | str, *, memories: int = 0) -> None:
+        """Write the graph as `STEM.json` and its tensors; see `worldloom.models.checkpoint.save_tensors`.
+
+        `memories` says how many of an episodic memory it has seen; `load` returns it.
+        """
         count = len(self._rows)
         tensors = {
             "latents": self.latents,
@@ -273,7 +276,8 @@ class LandmarkGraph:
             "failures": torch.from_numpy(self._failures[:count]),
         }
         metadata = {
-            "model": self.fingerprint,
+            "model": self.spec.fingerprint,
+            "memories": memories,
             "config": self.config.model_dump(mode="json"),
             "step_length": self.step_length,
             "reversible": self.reversible,
@@ -281,8 +285,8 @@ class LandmarkGraph:
         save_tensors(stem, tensors, metadata, kind=_KIND)
 
     @classmethod
-    def load(cls, stem: Path | str, spec: ModelSpec) -> "LandmarkGraph":
-        """Read what `save` wrote.
+    def load(cls, stem: Path | str, spec: ModelSpec) -> tuple["LandmarkGraph", int]:
+        """Read what `save` wrote: the graph, and how many memories it has seen.
 
         Raises:
             CheckpointError: it is missing, damaged, or holds latents of another model.
@@ -300,7 +304,7 @@ class LandmarkGraph:
         graph._ends, graph._blocks = tensors["ends"].numpy(), tensors["blocks"].numpy()
         graph._kinds, graph._failures = tensors["kinds"].numpy(), tensors["failures"].numpy()
         graph._rows = {(int(source), int(target)): row for row, (source, target) in enumerate(graph._ends)}
-        return graph
+        return graph, int(metadata["memories"])
 
     def _place(self, latent: Float[Tensor, "D"], first: int) -> int:
         """Return the landmark for a state that those before `first` do not cover: one just added, or a new one."""
@@ -310,7 +314,8 @@ class LandmarkGraph:
                 return first + int(gaps.argmin())
         number = len(self)
         if number == len(self._latents):
-            self._latents = torch.cat([self._latents, torch.zeros_like(self._latents)])
+            more = torch.zeros(max(64, number), self._latents.shape[1])
+            self._latents = torch.cat([self._latents, more])
         self._latents[number] = latent
         self._visits = np.append(self._visits, 0)
         self._matrix = None
@@ -322,10 +327,10 @@ class LandmarkGraph:
         if row is None:
             row = len(self._rows)
             if row == len(self._blocks):
-                self._ends = np.concatenate([self._ends, np.zeros_like(self._ends)])
-                self._blocks, self._kinds, self._failures = (
-                    np.concatenate([column, np.zeros_like(column)])
-                    for column in (self._blocks, self._kinds, self._failures)
+                more = max(64, row)
+                self._ends, self._blocks, self._kinds, self._failures = (
+                    np.concatenate([column, np.zeros((more, *column.shape[1:]), column.dtype)])
+                    for column in (self._ends, self._blocks, self._kinds, self._failures)
                 )
             self._rows[source, target] = row
             self._ends[row], self._blocks[row] = (source, target), blocks

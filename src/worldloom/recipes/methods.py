@@ -18,12 +18,14 @@ from worldloom.agents import (
     RandomAgent,
     ReactiveAgent,
     ReactivePolicy,
+    Rememberer,
     arrival_check,
+    recall_landmarks,
 )
 from worldloom.core.config import Component
 from worldloom.core.protocols import Agent
 from worldloom.core.registry import Registry
-from worldloom.memory import LandmarkConfig, LandmarkGraph
+from worldloom.memory import EpisodicMemory, LandmarkConfig, LandmarkGraph
 from worldloom.models import JEPA
 from worldloom.planning import (
     CEM,
@@ -65,6 +67,11 @@ class Learned(ABC):
     @abstractmethod
     def cloning(self) -> CloningPolicy:
         """The policy cloned from the same data."""
+
+    @property
+    def memory(self) -> EpisodicMemory | None:
+        """The memory that its agents write and recall; without one they forget when they end."""
+        return None
 
 
 class MethodConfig(Component):
@@ -145,7 +152,7 @@ class PlanMethod(MethodConfig):
 class LandmarkMethod(MethodConfig):
     """Model predictive control over landmarks of what was seen, for far goals; it explores where it may.
 
-    `solver` reaches the landmarks, `horizon` blocks ahead. The graph lives as long as the agent.
+    `solver` reaches the landmarks, `horizon` blocks ahead. The graph lives as long as the agent, or as the memory.
     """
 
     name: Literal["landmarks"] = "landmarks"
@@ -156,26 +163,37 @@ class LandmarkMethod(MethodConfig):
     curiosity: CuriosityConfig = CuriosityConfig()
 
     def build(self, learned: Learned, *, seed: int) -> Agent:
-        """Build the agent, with an empty graph."""
-        model, geometry = learned.model, learned.geometry
+        """Build the agent, with the landmarks of its memory, or with none."""
+        model, geometry, memory = learned.model, learned.geometry, learned.memory
         graph = LandmarkGraph(
             model.spec,
             self.landmarks,
             step_length=geometry.step_length,
             reversible=geometry.reversibility.reversible,
         )
-        check = arrival_check(model, geometry)
-        metric = LatentL2(geometry.step_length)
+        check, block = arrival_check(model, geometry), model.spec.block
+        if memory is not None:
+            graph = recall_landmarks(memory, graph, block=block, check=check)
         guide = LandmarkGuide(graph, self.follow, check=check)
+        metric = LatentL2(geometry.step_length)
         planning = PlanningAgent(
             model,
             Planner(model, self.solver, horizon=self.horizon, geometry=geometry),
             lambda goal: GoalObjective(metric, goal),
-            replan=model.spec.block,
+            replan=block,
             guide=guide,
+            observer=None if memory is None else Rememberer(memory, graph, replan=block, events=lambda: guide.events),
             seed=seed,
         )
-        return LandmarkAgent(planning, guide, ExploringAgent(model, graph, self.curiosity, check=check, seed=seed))
+        explorer = ExploringAgent(
+            model,
+            graph,
+            self.curiosity,
+            check=check,
+            observer=None if memory is None else Rememberer(memory, graph, replan=block),
+            seed=seed,
+        )
+        return LandmarkAgent(planning, guide, explorer)
 
 
 def default_methods() -> dict[str, MethodConfig]:

@@ -13,10 +13,11 @@ from worldloom.core.files import read_json
 from worldloom.core.protocols import Agent
 from worldloom.core.registry import nearest
 from worldloom.evaluation import default_protocol
+from worldloom.memory import EpisodicMemory
 from worldloom.models import JEPA, load_model
 from worldloom.planning import LatentGeometry, TemporalDistance
 from worldloom.recipes.config import Recipe
-from worldloom.recipes.methods import Learned
+from worldloom.recipes.methods import Learned, MethodConfig
 from worldloom.training import RunFolder
 
 
@@ -28,15 +29,22 @@ class Run(Learned):
         CheckpointError: a part is missing, damaged or of another model.
     """
 
-    def __init__(self, folder: RunFolder, *, device: torch.device | str | None = None) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: RunFolder, *, device: torch.device | str | None = None, memory: Path | str | None = None
+    ) -> None:
+        self.folder, self._memory_path = folder, memory
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(default if device is None else device)
 
     @classmethod
-    def open(cls, path: Path | str, *, device: torch.device | str | None = None) -> "Run":
-        """Open a run folder; `device` defaults to a GPU where there is one."""
-        return cls(RunFolder.open(path), device=device)
+    def open(
+        cls, path: Path | str, *, device: torch.device | str | None = None, memory: Path | str | None = None
+    ) -> "Run":
+        """Open a run folder; `device` defaults to a GPU where there is one.
+
+        `memory` is the directory of the episodic memory that its agents keep, made where there is none.
+        """
+        return cls(RunFolder.open(path), device=device, memory=memory)
 
     @property
     def path(self) -> Path:
@@ -84,6 +92,18 @@ class Run(Learned):
         """The policy cloned from the same data."""
         return CloningPolicy.load(self.head("cloning"), self.device)
 
+    @cached_property
+    def memory(self) -> EpisodicMemory | None:
+        """The episodic memory, open to write; None where none was named."""
+        if self._memory_path is None:
+            return None
+        return EpisodicMemory.open_or_create(self._memory_path, spec=self.model.spec)
+
+    def close(self) -> None:
+        """Let go of the memory, if there is one; what was remembered is kept in any case."""
+        if self.__dict__.get("memory") is not None:
+            self.__dict__.pop("memory").close()
+
     def head(self, name: str) -> Path:
         """Return where a part learned beside the world model is kept."""
         return self.path / "heads" / name
@@ -94,10 +114,17 @@ class Run(Learned):
         Raises:
             ConfigError: the recipe has no such method.
         """
-        name = method or self.recipe.default_method
+        return self.method(method or self.recipe.default_method).build(self, seed=seed)
+
+    def method(self, name: str) -> MethodConfig:
+        """Return a method of the recipe.
+
+        Raises:
+            ConfigError: the recipe has no such method.
+        """
         if name not in self.recipe.methods:
             raise ConfigError(f"unknown method {name!r}; {nearest(name, self.recipe.methods)}")
-        return self.recipe.methods[name].build(self, seed=seed)
+        return self.recipe.methods[name]
 
     def heads(self) -> dict[str, Any]:
         """Return the figures of the parts learned beside the world model."""

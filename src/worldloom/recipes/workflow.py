@@ -20,8 +20,9 @@ from worldloom.core.protocols import Agent
 from worldloom.core.seeds import torch_generator
 from worldloom.data import EpisodeDataset, Frames, load_frames
 from worldloom.envs import register_envs
-from worldloom.evaluation import PROTOCOLS, Protocol, Results, default_protocol, gym_protocol
+from worldloom.evaluation import PROTOCOLS, Exploring, Protocol, Results, default_protocol, gym_protocol
 from worldloom.evaluation import evaluate as evaluate_methods
+from worldloom.evaluation import explore as explore_worlds
 from worldloom.evaluation.report import write_report
 from worldloom.models import load_model
 from worldloom.models.distributed import alone
@@ -218,13 +219,17 @@ def evaluate(
     methods: Sequence[str] | None = None,
     others: Mapping[str, Callable[[], Agent]] | None = None,
     env_kwargs: Mapping[str, Any] | None = None,
+    split: str | None = None,
+    exploration: int | None = None,
     progress: Progress = SILENT,
 ) -> Results:
     """Evaluate methods of the run and write `results.json` and `report.html`; see `report_path`.
 
     `others` are agents that are not of the run, by the name of their row: see `worldloom.evaluation.ForeignPolicy`.
     The protocol is the one named, else the recipe's, else one that the run's world has, else one whose goals the
-    logging policy reached (then `success` says what counts, such as `position:3`).
+    logging policy reached (then `success` says what counts, such as `position:3`). `split` takes one of its splits
+    alone; `exploration` replaces the steps before a goal is told. A run with a memory evaluates agents that go on from
+    what it holds.
 
     Raises:
         ConfigError: no protocol or method of that name, or `success` is missing where it is needed.
@@ -233,10 +238,10 @@ def evaluate(
     chosen = list(run.recipe.methods) if methods is None else list(methods)
     agents = {name: _factory(run, name) for name in chosen}
     for name in chosen:
-        agents[name]()  # an unknown method is said before anything runs
+        run.method(name)  # an unknown method is said before anything runs
     agents |= others or {}
     results = evaluate_methods(
-        _protocol(run, protocol, success, goal_offset, budget, episodes, seed, env_kwargs or {}),
+        _protocol(run, protocol, success, goal_offset, budget, episodes, seed, env_kwargs or {}, split, exploration),
         agents,
         model=run.model.spec.fingerprint,
         training_seed=run.recipe.training.seed,
@@ -246,6 +251,33 @@ def evaluate(
     results.write(report_path(run, results).with_name("results.json"))
     write_report(report_path(run, results), results, report_data(run))
     return results
+
+
+def explore(
+    run: Run,
+    steps: int,
+    *,
+    method: str | None = None,
+    protocol: str | None = None,
+    split: str | None = None,
+    episodes: int | None = None,
+    seed: int | None = None,
+    progress: Progress = SILENT,
+) -> int:
+    """Let an agent explore the worlds of a protocol's episodes, each for so many steps; return how many it saw.
+
+    What it sees goes into the run's memory, where it has one. `evaluate` with `exploration=0` and the same protocol,
+    split, episodes and seed then asks for far goals in the same worlds.
+
+    Raises:
+        ConfigError: the method does not explore, or there is no such method, protocol or split.
+    """
+    name = method or run.recipe.default_method
+    agent = run.agent(name)
+    if not isinstance(agent, Exploring):
+        raise ConfigError(f"the method {name!r} does not explore; choose one that does, such as landmarks")
+    chosen = _protocol(run, protocol, None, None, None, episodes, seed, {}, split, 0)
+    return explore_worlds(chosen, agent, steps, progress=progress)
 
 
 def report_path(run: Run, results: Results) -> Path:
@@ -280,6 +312,8 @@ def _protocol(
     episodes: int | None,
     seed: int | None,
     env_kwargs: Mapping[str, Any],
+    split: str | None = None,
+    exploration: int | None = None,
 ) -> Protocol:
     source = run.environment
     env_id = source.get("id")
@@ -289,7 +323,16 @@ def _protocol(
     if name is not None:
         if success is not None or goal_offset is not None:
             raise ConfigError(f"protocol {name!r} says what success and goals are; leave out success and goal_offset")
-        return PROTOCOLS[name].customise(budget=budget, episodes=episodes, seed=seed, env_kwargs=env_kwargs or None)
+        return PROTOCOLS[name].customise(
+            budget=budget,
+            episodes=episodes,
+            seed=seed,
+            env_kwargs=env_kwargs or None,
+            split=split,
+            exploration=exploration,
+        )
+    if split is not None or exploration is not None:
+        raise ConfigError("a split or an exploration is of a named protocol; name one (--protocol)")
     if env_id is None:
         raise ConfigError("the data do not say which world they are from; name a protocol (--protocol)")
     if success is None:

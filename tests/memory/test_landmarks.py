@@ -104,7 +104,7 @@ def test_prediction_joins_only_what_the_check_believes_and_is_dropped_by_one_fai
         asked.append((sources, targets))
         return torch.full((len(sources),), 2.0), targets[:, 1] == 0
 
-    assert graph.link(check) == 4
+    assert graph.link(check, range(3), among=True) == 4
     assert len(asked[0][0]) == 6
     assert graph.link(check) == 0
     assert sorted(graph.edges.tolist()) == [[0, 1], [1, 0], [2, 0], [2, 1]]
@@ -112,6 +112,85 @@ def test_prediction_joins_only_what_the_check_believes_and_is_dropped_by_one_fai
     assert [0, 1] not in graph.edges.tolist()
     graph.link(check)
     assert [0, 1] not in graph.edges.tolist()  # what failed is not believed again on the model's word
+
+
+def sure(sources: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Believe everything."""
+    return torch.ones(len(sources)), torch.ones(len(sources), dtype=torch.bool)
+
+
+def test_prediction_does_not_join_worlds_that_only_look_alike() -> None:
+    graph = graph_of(link=4.0, spacing=0.5, reach=0.5)
+    one = graph.add(torch.tensor([[0.0, 0.0]]))
+    one = graph.add(torch.tensor([[1.0, 0.0]]), one)
+    other = graph.add(torch.tensor([[0.0, 0.5]]))
+    graph.add(torch.tensor([[1.0, 0.5]]), other)
+    assert graph.link(sure) == 2  # back from the second place of each to its first
+    # Who comes from one world and sees what is almost as near in the other is still in the one.
+    assert graph.add(torch.tensor([[0.0, 0.2]]), one).tolist() == [0]
+    assert graph.add(torch.tensor([[0.0, 0.3]]), np.array([2])).tolist() == [2]
+
+
+def test_a_world_that_looks_otherwise_is_remembered_as_a_second_picture() -> None:
+    graph = line_of(5, reversible=True, link=2.5)
+    shift = torch.tensor([0.0, 5.0])
+
+    def shut(sources: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A door between 2 and 3, seen to be shut where the second coordinate is 5."""
+        across = ((sources[:, 0] - 2.5) * (targets[:, 0] - 2.5) < 0) & (sources[:, 1] == 5)
+        return torch.ones(len(sources)), ~across
+
+    graph.changed(0, shift, shut)
+    assert len(graph) == 10
+    end = torch.tensor([4.0, 0.0])
+    route = graph.route(end, end + shift)
+    assert route is not None
+    at = int(graph.nearest(torch.tensor([[0.0, 5.0]]))[0][0])
+    assert route.knows(0)
+    assert not route.knows(at)
+    assert route.knows(int(graph.nearest(torch.tensor([[3.0, 5.0]]))[0][0]))
+    graph.changed(at, -shift, shut)  # and back: nothing new
+    assert len(graph) == 10
+
+
+def test_a_small_change_takes_and_gives_back_the_ways_that_it_shows() -> None:
+    graph = line_of(5, reversible=True)
+    shift = torch.tensor([0.0, 0.3])
+
+    def shut(sources: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        across = ((sources[:, 0] - 2.5) * (targets[:, 0] - 2.5) < 0) & (sources[:, 1] > 0.1)
+        return torch.ones(len(sources)), ~across
+
+    graph.changed(0, shift, shut)
+    assert len(graph) == 5
+    assert [2, 3] not in graph.edges.tolist()
+    assert [1, 2] in graph.edges.tolist()
+    graph.changed(0, torch.zeros(2), lambda a, b: shut(a - shift, b - shift))
+    assert [2, 3] not in graph.edges.tolist()  # a change that shows nothing of the door gives nothing back
+
+
+def test_what_lies_aside_of_all_that_is_known_is_told() -> None:
+    graph = graph_of(spacing=0.1)
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.cat([torch.rand(60, 1, generator=generator) * 4, torch.zeros(60, 1)], dim=1)
+    graph.learn(flat, np.zeros(60, np.int64), np.arange(60))
+    off = graph.off(torch.tensor([[1.0, 0.0], [2.0, 1.0]]))
+    assert off[0] < 0.01
+    assert off[1] == pytest.approx(2.0, rel=0.05)  # a step is 0.5
+
+
+def test_a_wall_is_told_from_both_sides_and_in_this_world_only() -> None:
+    graph = line_of(6, reversible=True, blame=4.0, forgive=1)  # radius 2
+    other = graph.add(torch.tensor([[2.0, 0.9]]))
+    graph.add(torch.tensor([[3.0, 0.9]]), other)
+    before = len(graph.edges)
+    graph.failed(2, 3)
+    gone = before - len(graph.edges)
+    assert gone == 2
+    assert [2, 3] not in graph.edges.tolist()
+    assert [3, 2] not in graph.edges.tolist()
+    assert [6, 7] in graph.edges.tolist()
+    assert [1, 2] in graph.edges.tolist()
 
 
 def test_experience_is_doubted_before_it_is_dropped_and_believed_when_it_is_made_again() -> None:
@@ -136,9 +215,11 @@ def test_edges_beside_a_failed_one_fail_with_it() -> None:
     across = torch.tensor([[[0.0, 0.0], [2.0, 0.0]], [[0.0, 0.6], [2.0, 0.6]], [[0.0, 5.0], [2.0, 5.0]]])
     before = graph.add(across[:, 0])
     graph.add(across[:, 1], before)
-    assert len(graph.edges) == 3
+    for first, second in ((0, 1), (1, 2)):  # one world
+        graph.add(across[second : second + 1, 0], before[first : first + 1])
+    assert len(graph.edges) == 5
     graph.failed(0, 3)
-    assert graph.edges.tolist() == [[2, 5]]
+    assert graph.edges.tolist() == [[2, 5], [0, 1], [1, 2]]
 
 
 def test_a_graph_is_read_as_it_was_written_with_what_it_no_longer_believes(tmp_path: Path) -> None:

@@ -133,6 +133,14 @@ class LandmarkGraph:
         latents = latents.detach().cpu().float()
         landmarks, gaps = self.nearest(latents)
         first = len(self)
+        if previous is not None and (previous >= 0).any():
+            # Of places that look alike the one in the world where the line is.
+            worlds, lines = self._worlds(), torch.from_numpy(previous.clip(0))
+            own = torch.cdist(latents, self.latents) / self.step_length
+            own[(worlds[lines][:, None] != worlds) | torch.from_numpy(previous < 0)[:, None]] = torch.inf
+            own_gaps, own_landmarks = (part.numpy() for part in own.min(dim=1))
+            here = own_gaps <= self.config.spacing
+            landmarks, gaps = np.where(here, own_landmarks, landmarks), np.where(here, own_gaps, gaps)
         for row in np.flatnonzero(gaps > self.config.spacing):
             landmarks[row] = self._place(latents[row], first)
         np.add.at(self._visits, landmarks, 1)
@@ -160,21 +168,22 @@ class LandmarkGraph:
                 previous[some] = self.add(latents[order[some]], before, blocks=float(blocks))
 
     def link(self, check: Check, landmarks: Sequence[int] | None = None, *, among: bool = False) -> int:
-        """Join near landmarks that nothing joins yet, where `check` believes it; return how many edges were added.
+        """Join near landmarks of one world that no edge joins yet, where `check` believes it; return how many edges.
 
-        `landmarks` limits the search to pairs with one of these, or, with `among`, of these alone.
+        `landmarks` limits the search to pairs with one of these, or, with `among`, to pairs of these in any world.
+        Worlds that look alike are told apart by experience: what it has not joined, prediction does not.
         """
         if len(self) < 2:
             return 0
         chosen = torch.arange(len(self)) if landmarks is None else torch.tensor(sorted(set(landmarks)))
-        others_too = torch.ones(len(self), dtype=torch.bool)
+        worlds = self._worlds()
         if among:
-            others_too[:] = False
-            others_too[chosen] = True
+            worlds[:] = -1
+            worlds[chosen] = 0
         added = 0
         for some in chosen.split(1024):
             gaps = torch.cdist(self.latents[some], self.latents) / self.step_length
-            rows, others = torch.where((gaps < self.config.link) & others_too)
+            rows, others = torch.where((gaps < self.config.link) & (worlds[some][:, None] == worlds))
             pairs = torch.stack([some[rows], others], dim=1)
             pairs = torch.cat([pairs, pairs.flip(1)]) if landmarks is not None else pairs
             new = [pair for pair in dict.fromkeys(map(tuple, pairs.tolist())) if pair[0] != pair[1]]
@@ -217,9 +226,10 @@ class LandmarkGraph:
     def failed(self, source: int, target: int) -> None:
         """Tell that an edge was followed and did not lead where it should; see `LandmarkConfig`."""
         to_source, to_target = ((self.latents - self.latents[end]).norm(dim=1).numpy() for end in (source, target))
-        radius = self.config.blame * self.step_length
-        here = np.flatnonzero((to_source <= radius) & (to_source < to_target))
-        there = np.flatnonzero((to_target <= radius) & (to_target < to_source))
+        radius, worlds = self.config.blame * self.step_length, self._worlds().numpy()
+        world = worlds == worlds[source]
+        here = np.flatnonzero(world & (to_source <= radius) & (to_source < to_target))
+        there = np.flatnonzero(world & (to_target <= radius) & (to_target < to_source))
         begins, ends = self._ends[: len(self._rows)].T
         blamed = np.isin(begins, here) & np.isin(ends, there)
         if self.reversible:
@@ -245,11 +255,8 @@ class LandmarkGraph:
         now: a door that is seen to be shut is in none of them, and both pictures are remembered. After a change
         smaller than the spacing, the ways that are believed no longer are dropped, and those that are now are back.
         """
-        from scipy.sparse.csgraph import connected_components
-
-        shift = shift.detach().cpu().float()
-        _, groups = connected_components(self._backwards(), directed=False)
-        world = np.flatnonzero(groups == groups[landmark])
+        shift, worlds = shift.detach().cpu().float(), self._worlds().numpy()
+        world = np.flatnonzero(worlds == worlds[landmark])
         if float(shift.norm()) > self.config.spacing * self.step_length:
             self.link(check, self.add(self.latents[world] + shift).tolist(), among=True)
             return
@@ -343,6 +350,13 @@ class LandmarkGraph:
         else:
             return
         self._matrix = None
+
+    def _worlds(self) -> Int64[Tensor, "N"]:
+        """Return which landmarks belong together: those of a number are joined, in whatever direction."""
+        from scipy.sparse.csgraph import connected_components
+
+        _, groups = connected_components(self._backwards(), directed=False)
+        return torch.from_numpy(groups.astype(np.int64))
 
     def _believed(self) -> Bool[np.ndarray, "M"]:
         count = len(self._rows)

@@ -51,6 +51,7 @@ def four_rooms() -> Recipe:
 @RECIPES.register("closing-doors")
 def closing_doors() -> Recipe:
     """Four rooms in which a door may close while one is under way."""
+    blind = FollowConfig(patience=10_000, arrival=1e6, learn=False)
     return Recipe(
         name="closing-doors",
         description="Four rooms whose doors are drawn anew for each episode, and of which one may close in the middle.",
@@ -68,7 +69,7 @@ def closing_doors() -> Recipe:
             "CEM, latent L2": PlanMethod(),
             "tree search": PlanMethod(solver=TreeSearch(), horizon=24),
             "landmarks": LandmarkMethod(),
-            "landmarks, never replanned": LandmarkMethod(follow=FollowConfig(patience=10_000, learn=False)),
+            "landmarks, never replanned": LandmarkMethod(follow=blind),
         },
         default_method="landmarks",
         protocol="closing-door@1",

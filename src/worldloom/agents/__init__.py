@@ -8,7 +8,8 @@ from worldloom.agents.behaviour_cloning import (
 )
 from worldloom.agents.control import ControlLoop, ControlReport
 from worldloom.agents.curiosity import CuriosityConfig, CuriosityGuide, ExploringAgent, LandmarkAgent
-from worldloom.agents.landmarks import FollowConfig, LandmarkGuide, Outlook, arrival_check
+from worldloom.agents.hierarchy import HierarchyConfig, HierarchyGuide
+from worldloom.agents.landmarks import Beyond, FollowConfig, LandmarkGuide, Outlook, arrival_check
 from worldloom.agents.planning import Guide, Observer, PlanningAgent, Proposer
 from worldloom.agents.random import RandomAgent
 from worldloom.agents.reactive import PolicyProposer, ReactiveAgent, ReactiveConfig, ReactivePolicy, fit_reactive
@@ -16,6 +17,7 @@ from worldloom.agents.remembering import Rememberer, recall_landmarks
 
 __all__ = [
     "BehaviourCloningAgent",
+    "Beyond",
     "CloningConfig",
     "CloningPolicy",
     "ControlLoop",
@@ -25,6 +27,8 @@ __all__ = [
     "ExploringAgent",
     "FollowConfig",
     "Guide",
+    "HierarchyConfig",
+    "HierarchyGuide",
     "LandmarkAgent",
     "LandmarkGuide",
     "Observer",

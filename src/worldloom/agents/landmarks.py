@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -62,6 +62,23 @@ def arrival_check(model: WorldModel, geometry: LatentGeometry) -> Check:
     return check
 
 
+@runtime_checkable
+class Beyond(Protocol):
+    """Says what to aim at where no way is known, for some of the environments: see `Guide`."""
+
+    def reset(self, goal: Float[Tensor, "B D"]) -> None:
+        """Begin an episode toward a goal for each environment."""
+        ...
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Keep only these environments, by their places in the last batch, in this order."""
+        ...
+
+    def aim(self, context: Context, rows: Sequence[int]) -> Float[Tensor, "_ D"]:
+        """Return what these environments are to aim at."""
+        ...
+
+
 @dataclass
 class _Way:
     """One environment on its way; the goal has more than one look where the world has changed on the way."""
@@ -74,17 +91,26 @@ class _Way:
     careful: bool = False  # one landmark at a time
     aim: int = -1  # the landmark that was aimed at last
     vain: bool = False  # the last plan did not lead to it
+    beyond: bool = False  # where landmarks lead no nearer to the goal
 
 
 class LandmarkGuide:
     """Aims a planning agent at landmarks on the cheapest way to its goal.
 
     What was seen on the way joins the graph; an edge that leads nowhere is dropped, and the way is found anew.
-    `events` says in a word what each environment met at the last plan: "arrived", "changed", "failed" or nothing.
+    Where no way is known, `beyond` aims from the nearest known place on, if there is one. `events` says in a word what
+    each environment met at the last plan: "arrived", "changed", "failed" or nothing.
     """
 
-    def __init__(self, graph: LandmarkGraph, config: FollowConfig | None = None, *, check: Check | None = None) -> None:
-        self.graph, self.config, self._check = graph, config or FollowConfig(), check
+    def __init__(
+        self,
+        graph: LandmarkGraph,
+        config: FollowConfig | None = None,
+        *,
+        check: Check | None = None,
+        beyond: Beyond | None = None,
+    ) -> None:
+        self.graph, self.config, self._check, self._beyond = graph, config or FollowConfig(), check, beyond
         self._ways: list[_Way] = []
         self.outlook: list[Outlook] = []
         self.events: list[str] = []
@@ -98,11 +124,15 @@ class LandmarkGuide:
             )
         self._ways = [_Way(goals=[each], route=self.graph.route(each)) for each in goal]
         self.outlook = []
+        if self._beyond is not None:
+            self._beyond.reset(goal)
 
     def keep(self, places: Sequence[int]) -> None:
         """Keep only these environments, by their places in the last batch, in this order."""
         self._ways = [self._ways[place] for place in places]
         self.outlook = [self.outlook[place] for place in places] if self.outlook else []
+        if self._beyond is not None:
+            self._beyond.keep(places)
 
     def redirect(self, row: int, goal: Float[Tensor, "D"]) -> None:
         """Give one environment another goal on its way."""
@@ -112,7 +142,18 @@ class LandmarkGuide:
         """Return the subgoal of each environment; `outlook` then says what is known of each way."""
         here = context.latents[:, -1]
         self.locate(here, followed, blocks)
-        return self.aim(here)
+        aims = self.aim(here)
+        if self._beyond is not None and (rows := [row for row in range(len(here)) if self._is_beyond(row)]):
+            aims[rows] = self._beyond.aim(context, rows).to(aims)
+            for row in rows:
+                self._ways[row].aim = -1
+        return aims
+
+    def _is_beyond(self, row: int) -> bool:
+        """Whether an environment without a known way has come to the nearest known place, or knows none."""
+        way, unknown = self._ways[row], self.outlook[row].kind != "known"
+        way.beyond = unknown and (way.beyond or way.aim in (way.at, -1))
+        return way.beyond
 
     def aim(self, here: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         """Return the subgoals once the environments are located."""

@@ -10,6 +10,7 @@ from worldloom.planning.geometry import (
     measure_reversibility,
     predict_arrival,
 )
+from worldloom.planning.hierarchy import CoarseConfig, CoarseModel, fit_coarse
 from worldloom.planning.inverse import InverseConfig, InverseDynamics, fit_inverse
 from worldloom.planning.objectives import GoalObjective, LatentL2, Metric, WeightedSum
 from worldloom.planning.planner import Planner
@@ -33,6 +34,8 @@ __all__ = [
     "MPPI",
     "SOLVERS",
     "Adam",
+    "CoarseConfig",
+    "CoarseModel",
     "Deadline",
     "DistanceConfig",
     "GoalObjective",
@@ -55,6 +58,7 @@ __all__ = [
     "WeightedSum",
     "dream",
     "encode_episodes",
+    "fit_coarse",
     "fit_distance",
     "fit_inverse",
     "measure_geometry",

@@ -9,7 +9,7 @@ from worldloom.core.config import Config, parse_component
 from worldloom.core.registry import nearest
 from worldloom.data import DataConfig
 from worldloom.models import JEPAConfig
-from worldloom.planning import DistanceConfig, InverseConfig
+from worldloom.planning import CoarseConfig, DistanceConfig, InverseConfig
 from worldloom.recipes.methods import METHODS, MethodConfig, default_methods
 from worldloom.training import TrainingConfig
 
@@ -32,6 +32,7 @@ class CollectionConfig(Config):
 class Recipe(Config):
     """What `collect`, `train` and `evaluate` do; `collection` and `protocol` are None where data come from elsewhere.
 
+    `hierarchy` are coarser models, each of several steps of the one before it, the first of the world model's.
     `methods` are the rows of the table, in order; `default_method` is the one to act with.
     """
 
@@ -43,6 +44,7 @@ class Recipe(Config):
     training: TrainingConfig = TrainingConfig()
     inverse: InverseConfig = InverseConfig()
     distance: DistanceConfig = DistanceConfig()
+    hierarchy: tuple[CoarseConfig, ...] = ()
     reactive: ReactiveConfig = ReactiveConfig()
     cloning: CloningConfig = CloningConfig()
     methods: dict[str, MethodField] = Field(default_factory=default_methods, min_length=1)

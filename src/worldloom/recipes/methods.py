@@ -1,6 +1,7 @@
 """The methods of an evaluation: what acts, built from what a run has learned."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -11,6 +12,8 @@ from worldloom.agents import (
     CuriosityConfig,
     ExploringAgent,
     FollowConfig,
+    HierarchyConfig,
+    HierarchyGuide,
     LandmarkAgent,
     LandmarkGuide,
     PlanningAgent,
@@ -23,12 +26,14 @@ from worldloom.agents import (
     recall_landmarks,
 )
 from worldloom.core.config import Component
+from worldloom.core.errors import ConfigError
 from worldloom.core.protocols import Agent
 from worldloom.core.registry import Registry
 from worldloom.memory import EpisodicMemory, LandmarkConfig, LandmarkGraph
 from worldloom.models import JEPA
 from worldloom.planning import (
     CEM,
+    CoarseModel,
     GoalObjective,
     LatentGeometry,
     LatentL2,
@@ -57,6 +62,11 @@ class Learned(ABC):
     @abstractmethod
     def distance(self) -> TemporalDistance:
         """The learned temporal distance."""
+
+    @property
+    @abstractmethod
+    def hierarchy(self) -> Sequence[tuple[CoarseModel, LatentGeometry]]:
+        """The coarser models, each of the one before it; there may be none."""
 
     @property
     @abstractmethod
@@ -148,11 +158,67 @@ class PlanMethod(MethodConfig):
         )
 
 
+@METHODS.register("hierarchy")
+class HierarchyMethod(MethodConfig):
+    """Model predictive control toward subgoals of coarser models, for far goals; see `HierarchyGuide`.
+
+    `solver` plans `horizon` blocks for the fast model, `coarse_solver` plans `coarse_horizon` steps for each other.
+    """
+
+    name: Literal["hierarchy"] = "hierarchy"
+    solver: SolverField = CEM()
+    horizon: int = Field(default=6, ge=1)
+    coarse_solver: SolverField = TreeSearch(branches=256)
+    coarse_horizon: int = Field(default=12, ge=1)
+    follow: HierarchyConfig = HierarchyConfig()
+
+    def build(self, learned: Learned, *, seed: int) -> Agent:
+        """Build the agent.
+
+        Raises:
+            ConfigError: the recipe has no coarser models.
+        """
+        model, metric = learned.model, LatentL2(learned.geometry.step_length)
+        return PlanningAgent(
+            model,
+            self._planner(learned),
+            lambda goal: GoalObjective(metric, goal),
+            replan=model.spec.block,
+            guide=self.guide(learned, seed=seed),
+            seed=seed,
+        )
+
+    def guide(self, learned: Learned, *, seed: int) -> HierarchyGuide:
+        """Build what says where to aim."""
+        if not learned.hierarchy:
+            raise ConfigError(
+                "the method 'hierarchy' needs coarser models and the recipe trains none; give it some, such as "
+                'hierarchy=[{"stride": 4}], and train again into the same folder with resume'
+            )
+        levels, strides = [self._planner(learned)], [1]
+        for coarse, geometry in learned.hierarchy:
+            levels.append(Planner(coarse, self.coarse_solver, horizon=self.coarse_horizon, geometry=geometry))
+            strides.append(strides[-1] * coarse.config.stride)
+        step = learned.geometry.step_length
+        return HierarchyGuide(
+            levels,
+            strides,
+            lambda goal: GoalObjective(LatentL2(step), goal),
+            self.follow,
+            step_length=step,
+            seed=seed,
+        )
+
+    def _planner(self, learned: Learned) -> Planner:
+        return Planner(learned.model, self.solver, horizon=self.horizon, geometry=learned.geometry)
+
+
 @METHODS.register("landmarks")
 class LandmarkMethod(MethodConfig):
     """Model predictive control over landmarks of what was seen, for far goals; it explores where it may.
 
-    `solver` reaches the landmarks, `horizon` blocks ahead. The graph lives as long as the agent, or as the memory.
+    `solver` reaches the landmarks, `horizon` blocks ahead. Where no way is known, `beyond` aims, if it is given. The
+    graph lives as long as the agent, or as the memory.
     """
 
     name: Literal["landmarks"] = "landmarks"
@@ -161,6 +227,7 @@ class LandmarkMethod(MethodConfig):
     landmarks: LandmarkConfig = LandmarkConfig()
     follow: FollowConfig = FollowConfig()
     curiosity: CuriosityConfig = CuriosityConfig()
+    beyond: HierarchyMethod | None = None
 
     def build(self, learned: Learned, *, seed: int) -> Agent:
         """Build the agent, with the landmarks of its memory, or with none."""
@@ -174,7 +241,8 @@ class LandmarkMethod(MethodConfig):
         check, block = arrival_check(model, geometry), model.spec.block
         if memory is not None:
             graph = recall_landmarks(memory, graph, block=block, check=check)
-        guide = LandmarkGuide(graph, self.follow, check=check)
+        beyond = None if self.beyond is None else self.beyond.guide(learned, seed=seed)
+        guide = LandmarkGuide(graph, self.follow, check=check, beyond=beyond)
         metric = LatentL2(geometry.step_length)
         planning = PlanningAgent(
             model,

@@ -3,14 +3,24 @@
 from worldloom.models import JEPAConfig
 from worldloom.models.encoders import EncoderConfig, PatchConv, VectorMLP
 from worldloom.models.losses import Covariance, InverseDynamics, LossConfig, TemporalSimilarity
-from worldloom.planning import CEM
+from worldloom.planning import CEM, CoarseConfig
 from worldloom.recipes.config import CollectionConfig, Recipe
 from worldloom.recipes.library import RECIPES
-from worldloom.recipes.methods import CloningMethod, MethodConfig, PlanMethod, RandomMethod, ReactiveMethod
+from worldloom.recipes.methods import (
+    CloningMethod,
+    HierarchyMethod,
+    MethodConfig,
+    PlanMethod,
+    RandomMethod,
+    ReactiveMethod,
+)
 from worldloom.training import TrainingConfig, default_losses
 
 # 300 candidates, 10 times: contact is found by few of them.
 WIDE = CEM(samples=300, iterations=10, elites=30)
+
+
+_SEARCH = CEM(samples=128, iterations=5, elites=16)
 
 
 def _slow_losses() -> dict[str, LossConfig]:
@@ -25,13 +35,12 @@ def _slow_losses() -> dict[str, LossConfig]:
 
 
 def _methods(*, horizon: int) -> dict[str, MethodConfig]:
-    search = CEM(samples=128, iterations=5, elites=16)
     return {
         "random": RandomMethod(),
         "behaviour cloning": CloningMethod(),
         "reactive policy": ReactiveMethod(),
-        "CEM, latent L2": PlanMethod(solver=search, horizon=horizon),
-        "CEM, learned distance": PlanMethod(solver=search, horizon=horizon, metric="distance"),
+        "CEM, latent L2": PlanMethod(solver=_SEARCH, horizon=horizon),
+        "CEM, learned distance": PlanMethod(solver=_SEARCH, horizon=horizon, metric="distance"),
     }
 
 
@@ -49,8 +58,13 @@ def pusht() -> Recipe:
         training=TrainingConfig(
             steps=20000, batch=160, horizon=2, losses=_slow_losses(), validate_every=4000, checkpoint_every=1000
         ),
+        hierarchy=(CoarseConfig(stride=3),),
         # Trained on two blocks ahead, the model is trusted for four.
-        methods=_methods(horizon=4) | {"CEM of 3,000, latent L2": PlanMethod(solver=WIDE, horizon=4)},
+        methods=_methods(horizon=4)
+        | {
+            "CEM of 3,000, latent L2": PlanMethod(solver=WIDE, horizon=4),
+            "hierarchy": HierarchyMethod(solver=_SEARCH, horizon=4, coarse_solver=_SEARCH, coarse_horizon=4),
+        },
         default_method="CEM of 3,000, latent L2",
         protocol="pusht-25@1",
     )

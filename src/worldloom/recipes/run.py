@@ -15,7 +15,7 @@ from worldloom.core.registry import nearest
 from worldloom.evaluation import default_protocol
 from worldloom.memory import EpisodicMemory
 from worldloom.models import JEPA, load_model
-from worldloom.planning import LatentGeometry, TemporalDistance
+from worldloom.planning import CoarseModel, LatentGeometry, TemporalDistance
 from worldloom.recipes.config import Recipe
 from worldloom.recipes.methods import Learned, MethodConfig
 from worldloom.training import RunFolder
@@ -81,6 +81,15 @@ class Run(Learned):
     def distance(self) -> TemporalDistance:
         """The learned temporal distance."""
         return TemporalDistance.load(self.head("distance"), self.model)
+
+    @cached_property
+    def hierarchy(self) -> list[tuple[CoarseModel, LatentGeometry]]:
+        """The coarser models with their geometry, each of the one before it."""
+        levels: list[tuple[CoarseModel, LatentGeometry]] = []
+        for level in range(1, len(self.recipe.hierarchy) + 1):
+            coarse = CoarseModel.load(self.head(f"coarse-{level}"), levels[-1][0] if levels else self.model)
+            levels.append((coarse, LatentGeometry.load(self.head(f"coarse-{level}-geometry"), coarse)))
+        return levels
 
     @cached_property
     def reactive(self) -> ReactivePolicy:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from worldloom.agents import fit_behaviour_cloning, fit_reactive
 from worldloom.core.errors import CheckpointError, ConfigError, WorldloomError
 from worldloom.core.files import write_json
 from worldloom.core.progress import SILENT, Progress
-from worldloom.core.protocols import Agent
+from worldloom.core.protocols import Agent, WorldModel
 from worldloom.core.seeds import torch_generator
 from worldloom.data import EpisodeDataset, Frames, load_frames
 from worldloom.envs import register_envs
@@ -27,9 +28,11 @@ from worldloom.evaluation.report import write_report
 from worldloom.models import load_model
 from worldloom.models.distributed import alone
 from worldloom.planning import (
+    CoarseModel,
     LatentEpisodes,
     LatentL2,
     encode_episodes,
+    fit_coarse,
     fit_distance,
     measure_geometry,
     rank_correlation,
@@ -85,7 +88,8 @@ def train(
     progress = progress if ranks.first else SILENT
     folder = ranks.in_turn(lambda: _folder(recipe, dataset, Path(path), resume, ranks), ahead=ranks.first)
     run = Run(folder)
-    if run.heads().get("complete"):
+    levels = [run.head(f"coarse-{level}").with_suffix(".json") for level in range(1, len(recipe.hierarchy) + 1)]
+    if run.heads().get("complete") and all(each.is_file() for each in levels):
         _log.info("%s is complete", path)
         return run
     try:
@@ -124,6 +128,8 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, resume: bool, r
     differ = differences(Recipe.parse(recipe_values(folder)).model_dump(mode="json"), config["recipe"])
     # The methods, and how the data are read, decide nothing that was trained.
     free = ("methods.", "data", "default_method", "protocol", "description", *(f"training.{key}" for key in FREE))
+    levels = Recipe.parse(recipe_values(folder)).hierarchy
+    free += ("hierarchy",) if recipe.hierarchy[: len(levels)] == levels else ()  # coarser ones are learned on top
     if wrong := [key for key in differ if not key.startswith(free)]:
         raise ConfigError(
             f"{path} was begun with another recipe; they differ in {', '.join(wrong[:8])}. Resume it with the same "
@@ -148,37 +154,26 @@ def _train_heads(run: Run, cache: Frames, progress: Progress) -> None:
     figures: dict[str, Any] = {"held_out": [int(episode) for episode in held_out], **kept}
     latents = encode_episodes(model, cache, episodes=training, progress=progress)
 
-    def learn(name: str, make: Callable[[], Any]) -> None:
+    def learn(name: str, fit_head: Callable[..., Any], *on: Any, of: tuple[WorldModel, ...] = (model,)) -> None:
         began = time.perf_counter()
         if not run.head(name).with_suffix(".json").is_file():
-            make()
+            fit_head(*on, seed=seed, progress=progress).save(run.head(name), *of)
             figures[f"{name}_seconds"] = round(time.perf_counter() - began, 2)
             write_json(run.path / "heads.json", figures)
 
-    learn(
-        "geometry",
-        lambda: measure_geometry(model, latents, recipe.inverse, seed=seed, progress=progress).save(
-            run.head("geometry"), model
-        ),
-    )
-    learn(
-        "distance",
-        lambda: fit_distance(latents, model, recipe.distance, seed=seed, progress=progress).save(
-            run.head("distance"), model
-        ),
-    )
-    learn(
-        "reactive",
-        lambda: fit_reactive(model, latents, run.geometry, recipe.reactive, seed=seed, progress=progress).save(
-            run.head("reactive"), model
-        ),
-    )
-    learn(
-        "cloning",
-        lambda: fit_behaviour_cloning(
-            cache, recipe.cloning, episodes=training, seed=seed, device=model.device, progress=progress
-        ).save(run.head("cloning")),
-    )
+    learn("geometry", measure_geometry, model, latents, recipe.inverse)
+    learn("distance", fit_distance, latents, model, recipe.distance)
+    below: WorldModel = model
+    seen = latents
+    for level, config in enumerate(recipe.hierarchy, 1):
+        name = f"coarse-{level}"
+        learn(name, fit_coarse, below, seen, config, of=(below,))
+        coarse = CoarseModel.load(run.head(name), below)
+        below, seen = coarse, coarse.coarsen(seen)
+        learn(f"{name}-geometry", measure_geometry, coarse, seen, recipe.inverse, of=(coarse,))
+    learn("reactive", fit_reactive, model, latents, run.geometry, recipe.reactive)
+    cloning = partial(fit_behaviour_cloning, episodes=training, device=model.device)
+    learn("cloning", cloning, cache, recipe.cloning, of=())
     reversibility = run.geometry.reversibility
     figures |= {
         "step_length": run.geometry.step_length,

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from worldloom.agents import HierarchyConfig
 from worldloom.core.errors import CheckpointError, ConfigError, DataError, StorageError, WorldloomError
 from worldloom.core.files import read_json, write_json
 from worldloom.core.types import Goal, Observations
 from worldloom.data import EpisodeDataset
 from worldloom.evaluation import default_protocol
 from worldloom.recipes import METHODS, Recipe, Run, collect, evaluate, find_runs, load_recipe, report_path, workflow
-from worldloom.recipes.methods import LandmarkMethod, default_methods
+from worldloom.recipes.methods import HierarchyMethod, LandmarkMethod, default_methods
 from worldloom.recipes.run import differences
 
 HEADS = ("geometry", "distance", "reactive", "cloning")
@@ -152,6 +153,33 @@ def test_other_methods_are_taken_up_without_training_again(recipe, dataset, run,
     assert digests(run.path) == before
 
 
+def test_coarser_models_are_learned_on_top_of_a_complete_run_and_the_rest_is_kept(
+    recipe, dataset, run, untouched
+) -> None:
+    untouched("fit", *list(STAGES)[1:])
+    before = digests(run.path)
+    with pytest.raises(ConfigError, match="trains none"):
+        HierarchyMethod().build(run, seed=0)
+    coarse = '{"stride": 2, "hidden": [16], "steps": 2, "dreams": 1, "dream_horizon": 4}'
+    both = recipe.override([f"hierarchy=[{coarse}, {coarse}]"])
+    # Broken off after the first level, it goes on with the second.
+    first = workflow.train(recipe.override([f"hierarchy=[{coarse}]"]), dataset, run.path, resume=True)
+    assert len(first.hierarchy) == 1
+    parameters = list(first.hierarchy[0][0].parameters())
+    resumed = workflow.train(both, dataset, run.path, resume=True)
+    assert [coarse.config.stride for coarse, _ in resumed.hierarchy] == [2, 2]
+    assert all(map(torch.equal, parameters, resumed.hierarchy[0][0].parameters()))
+    assert digests(run.path) == before
+    assert resumed.heads()["complete"]
+    agent = HierarchyMethod(horizon=2, coarse_horizon=2, follow=HierarchyConfig(depth=2)).build(resumed, seed=0)
+    observations = Observations.from_numpy(dataset.pixels(np.array([0, 5])), None)
+    agent.reset(Goal(observations=observations[[1, 0]]))
+    assert agent.act(observations).shape == (2, 2)
+    # Another one in place of what was learned is another recipe.
+    with pytest.raises(ConfigError, match="they differ in hierarchy"):
+        workflow.train(recipe, dataset, run.path, resume=True)
+
+
 def test_a_run_from_before_an_option_was_added_is_taken_up(recipe, dataset, run, untouched) -> None:
     untouched("fit", *STAGES)
     config = read_json(run.path / "config.json")
@@ -192,7 +220,7 @@ def test_an_agent_of_each_method_acts_for_any_number_of_environments(run, datase
     observations = Observations.from_numpy(frames, None)
     bounds = torch.tensor(run.model.spec.action.low), torch.tensor(run.model.spec.action.high)
     methods = {**default_methods(), "landmarks": LandmarkMethod()}
-    assert {method.name for method in methods.values()} == set(METHODS)
+    assert {method.name for method in methods.values()} | {"hierarchy"} == set(METHODS)  # it has a test of its own
     for method in methods.values():
         agent = method.build(run, seed=0)
         agent.reset(Goal(observations=observations[[2, 0, 1]]))

@@ -36,6 +36,7 @@ def main() -> None:
         path = RESULTS / f"success-{name}.json"
         if path.exists():
             parts.append(success(name, json.loads(path.read_text())))
+    parts.append(far_goals())
     path = RESULTS / "anti-collapse.json"
     if path.exists():
         parts.append(anti_collapse(json.loads(path.read_text())))
@@ -174,6 +175,73 @@ def control_loop(values: dict[str, Any]) -> str:
         + f"\nThe deadline is {values['as it is']['loop']['deadline_ms']:g} ms after the observation; see "
         f"[docs/deploy.md](../docs/deploy.md). {describe(values['hardware'])}\n"
     )
+
+
+def far_goals() -> str:
+    """Return what memory, landmarks and hierarchy are good for; a part that was not measured is left out."""
+    parts = ["## Far goals\n"]
+    for name in ("maze-100", "maze-200", "maze-400", "closing-doors"):
+        if (path := RESULTS / f"success-{name}.json").exists():
+            values = json.loads(path.read_text())
+            header, *rows = values["table"]
+            seeds = len(values["seconds"])
+            kept = [index for index, title in enumerate(header) if title not in ("steps / shortest", "SPL")]
+            lines = [[row[index] for index in kept] for row in rows]
+            about = f"{seeds} training seeds. {describe(values['hardware'])}"
+            parts.append(f"    {values['command']}\n\n{table([header[index] for index in kept], lines)}\n{about}\n")
+    if (path := RESULTS / "restart.json").exists():
+        values = json.loads(path.read_text())
+        lines = [
+            [
+                row["what"],
+                interval(row["success"], row),
+                str(row["n"]),
+                ", ".join(f"{100 * x:.0f}" for x in row["models"]),
+            ]
+            for row in values["rows"]
+        ]
+        parts.append(
+            f"### After a restart\n\n    {values['command']}\n\n"
+            + table(["the memory", "success", "n", "models"], lines)
+            + "\nThe process that explored was killed with SIGKILL before another was told the goals. "
+            f"{describe(values['hardware'])}\n"
+        )
+    if (path := RESULTS / "curiosity.json").exists():
+        values = json.loads(path.read_text())
+        marks = list(dict.fromkeys(row["steps"] for row in values["rows"]))
+        lines = []
+        for name in dict.fromkeys(row["explorer"] for row in values["rows"]):
+            mine = [row for row in values["rows"] if row["explorer"] == name]
+            lines.append([name, *(interval(row["share"], row) for row in mine)])
+        parts.append(
+            f"### Curiosity\n\n    {values['command']}\n\n"
+            + table(["explorer", *(f"after {mark:,} steps" for mark in marks)], lines)
+            + f"\nThe share of a new maze's cells that were entered, n = {values['rows'][0]['n']} mazes over all "
+            f"models; intervals are Student's. {describe(values['hardware'])}\n"
+        )
+    if (path := RESULTS / "memory-recall.json").exists():
+        values = json.loads(path.read_text())
+        columns = ["memories", "queries", "recall@10", "p50 ms", "p99 ms", "exact search p50 ms"]
+        lines = [[show(row[column]) for column in columns] for row in values["rows"].values()]
+        parts.append(
+            f"### Recall\n\n    {values['command']}\n\n{table(columns, lines)}\n{describe(values['hardware'])}\n"
+        )
+    if (path := RESULTS / "memory-kills.json").exists():
+        values = json.loads(path.read_text())
+        lines = [
+            [name, *(f"{row[key]:,}" for key in ("kills", "acknowledged", "reads beside")), str(len(row["wrong"]))]
+            for name, row in values["rows"].items()
+        ]
+        parts.append(
+            f"### SIGKILL during appends\n\n    {values['command']}\n\n"
+            + table(["memory", "kills", "acknowledged", "reads beside", "lost or half-written"], lines)
+            + f"\n{describe(values['hardware'])}\n"
+        )
+    return "\n".join(parts)
+
+
+def interval(value: float, row: dict[str, Any]) -> str:
+    return f"{100 * value:.1f}% [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
 
 
 def control_rate(values: dict[str, Any]) -> str:

@@ -180,7 +180,7 @@ def control_loop(values: dict[str, Any]) -> str:
 def far_goals() -> str:
     """Return what memory, landmarks and hierarchy are good for; a part that was not measured is left out."""
     parts = ["## Far goals\n"]
-    for name in ("maze-100", "maze-200", "maze-400", "closing-doors"):
+    for name in ("maze-100", "maze-200", "maze-400", "closing-doors", "pusht-hierarchy"):
         if (path := RESULTS / f"success-{name}.json").exists():
             values = json.loads(path.read_text())
             header, *rows = values["table"]

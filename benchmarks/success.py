@@ -1,15 +1,17 @@
 """Zero-shot success of a recipe at several training seeds: each collects, trains and evaluates from scratch.
 
-    python benchmarks/success.py two-room [--seeds 0 1 2] [--protocol NAME] [--set KEY=VALUE ...]
+    python benchmarks/success.py two-room [--seeds 0 1 2] [--protocol NAME] [--methods NAME ... --name NAME]
+        [--set KEY=VALUE ...]
 
-Writes benchmarks/results/success-RECIPE.json, or success-PROTOCOL.json where one is named: the rows pooled over seeds
-(a 95% interval, and the range over the models), the seconds of each stage, and the hardware. What is there already,
-made by the command line or an earlier start, is taken up.
+Writes benchmarks/results/success-RECIPE.json, success-PROTOCOL.json where one is named, or success-NAME.json for some
+of the methods: the rows pooled over seeds (a 95% interval, and the range over the models), the seconds of each stage,
+and the hardware. What is there already, made by the command line or an earlier start, is taken up.
 """
 
 import argparse
 import itertools
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -28,10 +30,14 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--protocol", help="another than the recipe's, such as two-room-25@1")
+    parser.add_argument("--methods", nargs="+", help="of the recipe; all by default")
+    parser.add_argument("--name", help="of the results, where they are of some methods")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--set", action="append", default=[], help="override of the recipe")
     arguments = parser.parse_args()
+    if bool(arguments.methods) != bool(arguments.name):
+        parser.error("--methods and --name go together")
     set_threads(arguments.threads)
     all_results, seconds, heads, training, frames = [], [], [], [], []
     for seed in arguments.seeds:
@@ -44,8 +50,11 @@ def main() -> None:
         run = workflow.train(recipe, folder / "data", folder / "run", resume=True, progress=progress())
         clock.append(time.perf_counter())
         there = run.path / "evaluation" / str(arguments.protocol or run.recipe.protocol) / "results.json"
-        results = Results.read(there) if there.is_file() else None
-        all_results.append(results or workflow.evaluate(run, protocol=arguments.protocol, progress=progress()))
+        if there.is_file() and not arguments.methods:
+            all_results.append(Results.read(there))
+        else:
+            options = {"protocol": arguments.protocol, "methods": arguments.methods}
+            all_results.append(workflow.evaluate(run, **options, progress=progress()))
         clock.append(time.perf_counter())
         stages = [round(after - before, 1) for before, after in itertools.pairwise(clock)]
         seconds.append(dict(zip(("collect", "train", "evaluate"), stages, strict=True)))
@@ -57,6 +66,7 @@ def main() -> None:
     values = {
         "command": f"python benchmarks/success.py {arguments.recipe} --seeds {' '.join(map(str, arguments.seeds))}"
         + (f" --protocol {arguments.protocol}" if arguments.protocol else "")
+        + (f" --methods {shlex.join(arguments.methods)} --name {arguments.name}" if arguments.methods else "")
         + "".join(f" --set {each}" for each in arguments.set),
         "planner": recipe.default_method,
         "seconds": seconds,
@@ -67,7 +77,7 @@ def main() -> None:
         "hardware": all_results[0].hardware,
         "results": pooled.to_json(),
     }
-    title = arguments.protocol.split("@")[0] if arguments.protocol else arguments.recipe
+    title = arguments.name or (arguments.protocol.split("@")[0] if arguments.protocol else arguments.recipe)
     write_json(RESULTS / f"success-{title}.json", json.loads(json.dumps(values, default=str)))
     header, *rows = table_rows(pooled)
     print_table(f"{arguments.recipe}: {len(arguments.seeds)} training seeds", header, rows)

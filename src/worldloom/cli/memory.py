@@ -1,5 +1,6 @@
 """`worldloom memory`: look into an agent's episodic memory, and tend it."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -94,8 +95,8 @@ def recall(
             there = found.ids[0] >= 0
             memories, distances = memory.get(found.ids[0][there]), found.distances[0][there]
         rows = [
-            row | {"distance": None if np.isnan(gap) else round(float(gap), 4)}
-            for row, gap in zip(as_rows(memories), distances, strict=True)
+            row | {"surprise": _short(surprise), "distance": _short(gap)}
+            for row, surprise, gap in zip(as_rows(memories), memories.surprises, distances, strict=True)
         ]
         if out is not None and len(memories):
             captions = [f"{row['id']}  {row['outcome']}" for row in rows]
@@ -161,6 +162,10 @@ def migrate(path: Memory) -> None:
 
     versions = bring(path)
     say(f"{path}: version {' -> '.join(map(str, versions))}" + ("" if versions[1:] else ", nothing to do"))
+
+
+def _short(value: float) -> float | None:
+    return None if math.isnan(value) else round(float(value), 4)
 
 
 def _moment(text: str | None, option: str) -> float | None:

@@ -1,5 +1,6 @@
 """Recipes of the worlds on physics engines; the worlds need an extra, the recipes do not."""
 
+from worldloom.agents import HierarchyConfig
 from worldloom.models import JEPAConfig
 from worldloom.models.encoders import EncoderConfig, PatchConv, VectorMLP
 from worldloom.models.losses import Covariance, InverseDynamics, LossConfig, TemporalSimilarity
@@ -44,6 +45,11 @@ def _methods(*, horizon: int) -> dict[str, MethodConfig]:
     }
 
 
+def _hierarchy(depth: int | None = None) -> HierarchyMethod:
+    follow = HierarchyConfig(depth=depth)
+    return HierarchyMethod(solver=_SEARCH, horizon=4, coarse_solver=_SEARCH, coarse_horizon=4, follow=follow)
+
+
 @RECIPES.register("pusht")
 def pusht() -> Recipe:
     """PushT from logs of a hand that wanders about the block and aims at nothing."""
@@ -63,7 +69,8 @@ def pusht() -> Recipe:
         methods=_methods(horizon=4)
         | {
             "CEM of 3,000, latent L2": PlanMethod(solver=WIDE, horizon=4),
-            "hierarchy": HierarchyMethod(solver=_SEARCH, horizon=4, coarse_solver=_SEARCH, coarse_horizon=4),
+            "hierarchy": _hierarchy(),
+            "hierarchy, always": _hierarchy(depth=1),
         },
         default_method="CEM of 3,000, latent L2",
         protocol="pusht-25@1",

@@ -16,7 +16,7 @@ from worldloom.agents import (
 )
 from worldloom.core.errors import PlanningError
 from worldloom.core.protocols import Agent
-from worldloom.core.types import Goal, Observations
+from worldloom.core.types import Context, Goal, Observations, Plan
 from worldloom.evaluation import Exploring, Narrowing, Timed
 from worldloom.memory import LandmarkGraph
 from worldloom.planning import CEM, GoalObjective, LatentL2, Planner
@@ -83,6 +83,28 @@ def test_a_closed_door_is_learnt_within_an_episode_and_remembered() -> None:
     assert there[0, 0] > 0
     assert second < first
     assert second < 70  # about 34 along the shortest way through the other door
+
+
+def test_when_all_known_ways_have_failed_the_goal_itself_is_aimed_at() -> None:
+    class Watched(LandmarkGuide):
+        def __call__(self, context: Context, followed: Plan | None, blocks: int) -> Tensor:
+            self.aimed = super().__call__(context, followed, blocks)
+            return self.aimed
+
+    believed, real = DoorWorld(), DoorWorld(closed=(TOP, BOTTOM))
+    guide = Watched(believed.graph())
+    planner = Planner(believed, CEM(samples=32, elites=6), horizon=4)
+    agent = PlanningAgent(believed, planner, lambda goal: GoalObjective(LatentL2(STEP), goal), replan=1, guide=guide)
+    goal = torch.tensor([[0.5, 0.6]])
+    agent.reset(Goal(observations=Observations(vector=goal)))
+    position, kinds = torch.tensor([[-0.5, 0.6]]), []
+    for _ in range(400):
+        position = real.step(position, agent.act(Observations(vector=position)))
+        kinds.append(guide.outlook[0].kind)
+        assert kinds[-1] != "lost" or torch.equal(guide.aimed, goal)
+    assert kinds[0] == "known"
+    assert "lost" in kinds
+    assert "unknown" not in kinds
 
 
 def test_an_unknown_goal_is_said_to_be_unknown_and_the_nearest_known_place_is_where_it_waits() -> None:

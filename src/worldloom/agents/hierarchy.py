@@ -101,7 +101,7 @@ class HierarchyGuide:
             depths, subgoals = self._choose(context[due], self._goal[due])
             for row, depth, subgoal in zip(due, depths.tolist(), subgoals, strict=True):
                 self.depths[row] = depth
-                self._legs[row] = _Leg(subgoal, self._strides[1]) if depth else _Leg(None, 1)
+                self._legs[row] = _Leg(subgoal if depth else None, self._strides[1])
         legs = [(self._legs[row].subgoal, self._goal[row]) for row in rows]
         return torch.stack([goal if subgoal is None else subgoal for subgoal, goal in legs])
 

@@ -43,11 +43,12 @@ class FollowConfig(Config):
 class Outlook:
     """What is known of the way to a goal: `blocks` to go, or the landmark that is the `nearest` known place to it.
 
-    "known": a way over landmarks leads there. "sight": it is near enough to plan for without one. "unknown": it was
-    never seen, or nothing that was seen leads to it; the agent goes to the nearest known place and stays.
+    "known": a way over landmarks leads there. "sight": it is near enough to plan for without one. "lost": a way was
+    known and has failed; the goal is aimed at itself. "unknown": it was never seen, or nothing that was seen leads to
+    it; the agent goes to the nearest known place and stays.
     """
 
-    kind: Literal["known", "sight", "unknown"]
+    kind: Literal["known", "sight", "lost", "unknown"]
     blocks: float
     nearest: int
     gap: float  # from the nearest known place to the goal, in typical model steps
@@ -91,6 +92,7 @@ class _Way:
     careful: bool = False  # one landmark at a time
     aim: int = -1  # the landmark that was aimed at last
     vain: bool = False  # the last plan did not lead to it
+    known: bool = False  # once, in this episode
     beyond: bool = False  # where landmarks lead no nearer to the goal
 
 
@@ -229,9 +231,12 @@ class LandmarkGuide:
         (nearest,), (gap,) = graph.nearest(goal[None])
         if way.at < 0 or way.route is None or not way.route.knows(way.at):
             away = float((here - goal).norm()) / graph.step_length
-            kind: Literal["sight", "unknown"] = "sight" if away <= config.sight or not len(graph) else "unknown"
+            kind: Literal["sight", "lost", "unknown"] = "lost" if way.known else "unknown"
+            if away <= config.sight or not len(graph):
+                kind = "sight"
             outlook = Outlook(kind=kind, blocks=np.inf, nearest=int(nearest), gap=float(gap))
-            return (None if kind == "sight" else self._nearest_reachable(way, goal)), outlook
+            return (self._nearest_reachable(way, goal) if kind == "unknown" else None), outlook
+        way.known = True
         self._watch(row, way)
         blocks = float(way.route.blocks[way.at])
         outlook = Outlook(kind="known", blocks=blocks, nearest=int(nearest), gap=float(gap))

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
@@ -165,18 +165,18 @@ def fit_coarse(
         )
     windows = [_windows(part, config.stride) for part in parts]
     latents, blocks, second = (torch.cat(column) for column in zip(*windows, strict=True))
-    coarse.scale.copy_(blocks.flatten(0, 2).std(0).clamp_min(1e-3).repeat(config.stride))
+    coarse.scale.copy_(episodes.transitions()[1].std(0).clamp_min(1e-3).repeat(config.stride))
     unit = (latents[:, 1] - latents[:, 0]).square().mean()
 
     def loss(step: int) -> Tensor:
         rows = torch.randint(len(latents), (config.batch,), generator=generator, device=latents.device)
         states, chunks, two = latents[rows], blocks[rows], second[rows]
-        codes = coarse.macro(states[:, :2].flatten(0, 1), chunks.flatten(0, 1)).unflatten(0, (-1, 2))
-        once = coarse.advance(states[:, 0], codes[:, 0])
-        twice = coarse.advance(once, codes[:, 1])
-        error = (once - states[:, 1]).square().mean()
-        again = ((twice - states[:, 2]).square().mean(1) * two).mean()
-        return (error + again) / unit
+        begins = torch.cat([states[:, 0], states[two, 1]])
+        codes = coarse.macro(begins, torch.cat([chunks[:, 0], chunks[two, 1]]))
+        once = coarse.advance(states[:, 0], codes[: len(rows)])
+        twice = coarse.advance(once[two], codes[len(rows) :])
+        errors = (once - states[:, 1]).square().mean(1).sum() + (twice - states[two, 2]).square().mean(1).sum()
+        return errors / (len(rows) * unit)
 
     fit_head(coarse, loss, config.steps, config.learning_rate, progress, description="coarse model")
     return coarse
@@ -184,7 +184,7 @@ def fit_coarse(
 
 def _windows(
     episodes: LatentEpisodes, stride: int
-) -> tuple[Float[Tensor, "M 3 D"], Float[Tensor, "M 2 k A"], Float[Tensor, "M"]]:
+) -> tuple[Float[Tensor, "M 3 D"], Float[Tensor, "M 2 k A"], Bool[Tensor, "M"]]:
     """Return states one step apart with the blocks between, and whether the second step is there."""
     longest = episodes.latents.shape[1]
     if longest <= stride:
@@ -192,7 +192,7 @@ def _windows(
             f"the longest episode has {longest} states and one step of the coarse model takes {stride} blocks; collect "
             f"longer episodes or lower its stride"
         )
-    # Padded by a step, so that a first step at the end of an episode has a second to be masked.
+    # Padded by a step, so that a first step at the end of an episode has a second to leave out.
     states = functional.pad(episodes.latents, (0, 0, 0, stride))
     blocks = functional.pad(episodes.blocks, (0, 0, 0, stride))
     windows = []
@@ -203,7 +203,7 @@ def _windows(
             (
                 states[there, first : last + 1 : stride],
                 blocks[there, first:last].unflatten(1, (2, stride)),
-                (episodes.lengths[there] > last).float(),
+                episodes.lengths[there] > last,
             )
         )
     latents, chunks, second = (torch.cat(column) for column in zip(*windows, strict=True))

@@ -147,7 +147,8 @@ def test_a_plan_through_a_join_walks_out_along_one_branch_and_home_along_the_oth
     trees = []
     for root in (torch.zeros(1, 2), goal):
         actions = Walk().sample(world.spec, problem.bounds, (1, 5, 4), generator)
-        trees.append(_Tree(root=root, latents=world.rollout(still(root, world), actions), actions=actions))
+        latents = world.rollout(still(root, world), actions)
+        trees.append(_Tree(root=root, latents=latents, actions=actions, broken=torch.zeros(1, 5, 4).bool()))
     forward, backward = trees
     for out, home in ((0, 0), (1, 4), (3, 2), (4, 0), (0, 3), (4, 4)):
         # Node 1 + n H + h is h + 1 steps along branch n: here branches 2 and 3.

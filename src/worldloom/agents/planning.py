@@ -142,13 +142,7 @@ class PlanningAgent:
         if self._goal is not None:
             self._goal = self._goal[places]
         if self._plan is not None:
-            plan = self._plan
-            self._plan = Plan(
-                actions=plan.actions[places],
-                latents=plan.latents[places],
-                cost=plan.cost[places],
-                cut_short=plan.cut_short,
-            )
+            self._plan = self._plan[places]
 
     def act(self, observations: Observations) -> Float[Tensor, "B A"]:
         """Return the next environment action of the plan, made anew when it is time.

@@ -3,6 +3,9 @@
 Each message says what was expected, what came, and what to do.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class WorldloomError(Exception):
     """Base of all errors raised by worldloom; `exit_code` is what the CLI returns for it."""
@@ -50,3 +53,16 @@ class PlanningError(WorldloomError):
     """A planning problem that is stated wrongly, such as bounds that exclude every action."""
 
     exit_code = 8
+
+
+class NoFeasiblePlan(PlanningError):
+    """No plan was found that keeps every guardrail: `rows` of the batch, and by which guardrail and how much each.
+
+    `plan` is what came nearest, for all environments; for those in `rows` it must not be followed.
+    """
+
+    exit_code = 9
+
+    def __init__(self, message: str, *, rows: Sequence[int], plan: Any) -> None:
+        super().__init__(message)
+        self.rows, self.plan = tuple(rows), plan

@@ -37,6 +37,20 @@ class Objective(Protocol):
 
 
 @runtime_checkable
+class Guardrail(Protocol):
+    """A hard limit on predicted futures: no plan that is predicted to break it is followed, at whatever cost."""
+
+    @property
+    def name(self) -> str:
+        """What it is called, among those of one policy only once."""
+        ...
+
+    def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        """Return by how much each predicted step breaks the limit, in its own unit; it holds where this is <= 0."""
+        ...
+
+
+@runtime_checkable
 class Agent(Protocol):
     """Acts in B environments at once; one environment is a batch of one."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
 from torch import Tensor
 
 from worldloom.core.errors import DataError, PlanningError
@@ -284,10 +284,30 @@ class ActionBounds:
 class Plan:
     """The chosen actions for each environment, what they are predicted to cause, and at what cost.
 
-    `cut_short` says that the deadline ended the search: these are the best actions found until then.
+    `violations` says by how much each guardrail, by its name, is predicted to be broken at each step; one that holds
+    has none above 0. `cut_short` says that the deadline ended the search: these are the best actions found until then.
     """
 
     actions: Float[Tensor, "B T A"]
     latents: Float[Tensor, "B T D"]
     cost: Float[Tensor, "B"]
+    violations: Mapping[str, Float[Tensor, "B T"]] = field(default_factory=dict)
     cut_short: bool = False
+
+    @property
+    def feasible(self) -> Bool[Tensor, "B"]:
+        """Whether every guardrail is predicted to hold, for each environment."""
+        holds = torch.ones_like(self.cost, dtype=torch.bool)
+        for violation in self.violations.values():
+            holds &= (violation <= 0).all(dim=1)
+        return holds
+
+    def __getitem__(self, rows: Any) -> "Plan":
+        """Select environments."""
+        return Plan(
+            actions=self.actions[rows],
+            latents=self.latents[rows],
+            cost=self.cost[rows],
+            violations={name: violation[rows] for name, violation in self.violations.items()},
+            cut_short=self.cut_short,
+        )

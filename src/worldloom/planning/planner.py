@@ -1,12 +1,14 @@
 """The planner: one solver on one model, its answer checked outside the solver."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from worldloom.core.errors import PlanningError
-from worldloom.core.protocols import Objective, WorldModel
-from worldloom.core.types import ActionBounds, Context, Plan
+from worldloom.core.errors import NoFeasiblePlan, PlanningError
+from worldloom.core.protocols import Guardrail, Objective, WorldModel
+from worldloom.core.types import ActionBounds, Context, Plan, Rollouts
 from worldloom.planning.geometry import LatentGeometry
 from worldloom.planning.problem import Deadline, PlanningProblem
 from worldloom.planning.solvers.base import Solver
@@ -15,6 +17,8 @@ from worldloom.planning.solvers.base import Solver
 class Planner:
     """Plans `horizon` blocks ahead for B environments at once.
 
+    `guardrails` hold for every plan that is returned, as predicted by the model, and again as predicted from `rechecks`
+    states that lie up to `noise` away from the current one (the standard deviation in each latent dimension).
     `geometry` is needed by tree search alone; `bounds` of a block default to the model's.
     """
 
@@ -26,11 +30,17 @@ class Planner:
         horizon: int,
         geometry: LatentGeometry | None = None,
         bounds: ActionBounds | None = None,
+        guardrails: Sequence[Guardrail] = (),
+        rechecks: int = 8,
+        noise: float = 0.0,
     ) -> None:
         if horizon < 1:
             raise PlanningError(f"a plan needs a horizon of at least one block; got {horizon}")
+        if rechecks < 0 or not 0 <= noise < float("inf"):
+            raise PlanningError(f"rechecks and their noise must be 0 or more; got {rechecks} and {noise}")
         self.model, self.solver, self.horizon = model, solver, horizon
-        self.geometry, self.bounds = geometry, bounds
+        self.geometry, self.bounds, self.guardrails = geometry, bounds, tuple(guardrails)
+        self.rechecks, self.noise = rechecks, noise
 
     def problem(self, context: Context, objective: Objective, *, deadline: float | None = None) -> PlanningProblem:
         """State a problem to hand to `solve`; it counts the rollouts that its solution takes.
@@ -43,6 +53,7 @@ class Planner:
             objective,
             horizon=self.horizon,
             bounds=self.bounds,
+            guardrails=self.guardrails,
             geometry=self.geometry,
             deadline=Deadline(deadline),
         )
@@ -73,6 +84,8 @@ class Planner:
 
         Raises:
             PlanningError: the initial candidates do not fit, or no candidate has a finite cost.
+            NoFeasiblePlan: in some environment no plan was found that keeps every guardrail; the error holds the
+                plans of the others.
         """
         if initial is not None:
             expected = (problem.batch, problem.horizon, len(problem.bounds.low))
@@ -86,15 +99,45 @@ class Planner:
             solution = self.solver.solve(problem, initial=initial, generator=generator)
             rollouts = problem.rollout(solution.actions[:, None])
             cost = problem.cost(rollouts)[:, 0]
+            violations = self._recheck(problem, rollouts, generator)
+        plan = Plan(
+            actions=rollouts.actions[:, 0],
+            latents=rollouts.latents[:, 0],
+            cost=cost,
+            violations=violations,
+            cut_short=problem.deadline.cut_short,
+        )
+        if bad := torch.nonzero(~plan.feasible).flatten().tolist():
+            raise NoFeasiblePlan(_least_broken(plan, bad[0]), rows=bad, plan=plan)
         if not bool(cost.isfinite().all()):
             row = int((~cost.isfinite()).nonzero()[0, 0])
             raise PlanningError(
                 f"the best plan found for environment {row} has cost {cost[row].item()}: the model or the objective "
                 f"gives values that are not finite. Check the observations and the training of the model"
             )
-        return Plan(
-            actions=rollouts.actions[:, 0],
-            latents=rollouts.latents[:, 0],
-            cost=cost,
-            cut_short=problem.deadline.cut_short,
-        )
+        return plan
+
+    def _recheck(
+        self, problem: PlanningProblem, rollouts: Rollouts, generator: torch.Generator
+    ) -> dict[str, Float[Tensor, "B T"]]:
+        """Return the violations of the chosen plans: the worst of what is predicted from here and from around here."""
+        violations = problem.violations(rollouts)
+        for _ in range(self.rechecks if self.noise and problem.guardrails else 0):
+            latents = problem.context.latents
+            drawn = torch.randn(latents.shape, generator=generator, device=latents.device)
+            context = Context(latents=latents + self.noise * drawn, actions=problem.context.actions)
+            again = problem.imagine(context, rollouts.actions)
+            beside = problem.violations(Rollouts(context=context, actions=rollouts.actions, latents=again))
+            violations = {name: torch.maximum(worst, beside[name]) for name, worst in violations.items()}
+        return {name: violation[:, 0] for name, violation in violations.items()}
+
+
+def _least_broken(plan: Plan, row: int) -> str:
+    """Say by what the best plan for an environment is refused."""
+    worst = {name: violation[row].max().item() for name, violation in plan.violations.items()}
+    broken = sorted((much, name) for name, much in worst.items() if not much <= 0)
+    said = ", ".join(f"{name!r} by {much:.3g}" for much, name in broken)
+    return (
+        f"no plan for environment {row} keeps every guardrail; the best found breaks {said}. Take the fallback, search "
+        f"with more samples or another horizon, or ask the owner of the guardrail"
+    )

@@ -1,22 +1,30 @@
 """One planning problem for B environments: the only place where candidates are rolled out and scored."""
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from worldloom.core.errors import PlanningError
-from worldloom.core.protocols import Objective, WorldModel
+from worldloom.core.protocols import Guardrail, Objective, WorldModel
 from worldloom.core.types import ActionBounds, Context, Rollouts
 from worldloom.planning.actions import project
 from worldloom.planning.geometry import LatentGeometry
 from worldloom.planning.objectives import Selectable, goal_of
 
+_log = logging.getLogger(__name__)
+
 # Rows that a CPU predicts at a time: their activations stay in its second-level cache.
 _CPU_ROWS = 512
+
+
+# What no plan that may be followed costs: beyond it stand those that break a guardrail, the least broken first.
+FORBIDDEN = 1e6
 
 
 @dataclass
@@ -52,8 +60,17 @@ class Deadline:
         return reached
 
 
+@runtime_checkable
+class Narrow(Protocol):
+    """A guardrail that holds something for each environment, and can be narrowed to some of them."""
+
+    def select(self, environments: Tensor | slice) -> Guardrail:
+        """Return the guardrail of these environments."""
+        ...
+
+
 class PlanningProblem:
-    """Find actions of `horizon` blocks, within `bounds`, that make the objective small.
+    """Find actions of `horizon` blocks, within `bounds`, that make the objective small while every guardrail holds.
 
     `geometry` is what tree search knows of the latent space; other solvers need none. At `deadline` a search
     ends with the best plan so far.
@@ -70,6 +87,7 @@ class PlanningProblem:
         *,
         horizon: int,
         bounds: ActionBounds | None = None,
+        guardrails: Sequence[Guardrail] = (),
         geometry: LatentGeometry | None = None,
         count: RolloutCount | None = None,
         deadline: Deadline | None = None,
@@ -84,6 +102,10 @@ class PlanningProblem:
                 f"{tuple(context.latents.shape)}. Encode it with the same model"
             )
         self.model, self.context, self.objective = model, context, objective
+        self.guardrails = tuple(guardrails)
+        names = [rail.name for rail in self.guardrails]
+        if len(set(names)) < len(names):
+            raise PlanningError(f"guardrails are told apart by their names; got {names}. Give each a name of its own")
         self.horizon, self.geometry = horizon, geometry
         self.bounds = ActionBounds.of(spec, context.latents.device) if bounds is None else bounds
         if self.bounds.low.shape != (spec.block_size,):
@@ -135,6 +157,7 @@ class PlanningProblem:
             objective.select(environments),
             horizon=horizon or self.horizon,
             bounds=self.bounds,
+            guardrails=[rail.select(environments) if isinstance(rail, Narrow) else rail for rail in self.guardrails],
             geometry=self.geometry,
             count=self.count,
             deadline=self.deadline,
@@ -169,13 +192,40 @@ class PlanningProblem:
         return Rollouts(context=self.context, actions=actions, latents=self.imagine(self.context, actions))
 
     def evaluate(self, actions: Float[Tensor, "B S T A"]) -> Float[Tensor, "B S"]:
-        """Return the cost of each candidate, by one rollout."""
+        """Return what candidates are ranked by, from one rollout: the cost, or more where a guardrail is broken."""
         if isinstance(self.objective, Selectable):
             # Environments by groups, so that what is rolled out is scored while it lies in the cache.
             chunks = [rows for rows, _ in self._chunks(actions.shape[0], min(actions.shape[1], _CPU_ROWS))]
             if len(chunks) > 1:
                 return torch.cat([self.select(rows).evaluate(actions[rows]) for rows in chunks])
-        return self.cost(self.rollout(actions))
+        rollouts = self.rollout(actions)
+        return rank(self.cost(rollouts), self.violation(rollouts).amax(dim=-1))
+
+    def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        """Return by how much the most broken guardrail is broken at each step; 0 or less where all hold."""
+        found = list(self.violations(rollouts).values())
+        return torch.stack(found).amax(dim=0) if found else torch.zeros_like(rollouts.latents[..., 0])
+
+    def violations(self, rollouts: Rollouts) -> dict[str, Float[Tensor, "B S T"]]:
+        """Return by how much each guardrail is broken at each step.
+
+        What is not a number, of the rollout or of the guardrail, breaks it without bound, and so does a guardrail
+        that raises: what cannot be judged is not safe.
+        """
+        lost = ~rollouts.latents.isfinite().all(dim=-1)
+        found = {}
+        for rail in self.guardrails:
+            try:
+                violation = rail.violation(rollouts)
+                if violation.shape != lost.shape:
+                    raise PlanningError(
+                        f"expected violations of shape {tuple(lost.shape)}; got {tuple(violation.shape)}"
+                    )
+            except Exception as error:
+                _log.error("guardrail %r raised %s: %s; it counts as broken", rail.name, type(error).__name__, error)
+                violation = torch.full_like(rollouts.latents[..., 0], torch.inf)
+            found[rail.name] = torch.where(lost, torch.inf, violation).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        return found
 
     def cost(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
         """Return the cost of what was rolled out; one that is not a number counts as infinite."""
@@ -190,3 +240,10 @@ class PlanningProblem:
         for row in range(0, batch, rows):
             for column in range(0, candidates, _CPU_ROWS):
                 yield slice(row, row + rows), slice(column, column + _CPU_ROWS)
+
+
+def rank(cost: Float[Tensor, "*axes"], violation: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+    """Return the cost of what breaks no guardrail, and above `FORBIDDEN` what does, the least broken lowest."""
+    beyond = FORBIDDEN * (1 + (violation / (1 + violation)).nan_to_num(nan=1.0))
+    allowed = torch.where(cost.isfinite(), cost.clamp(max=FORBIDDEN), cost)
+    return torch.where(violation <= 0, allowed, beyond)

@@ -8,8 +8,10 @@ from pydantic import Field
 from torch import Tensor
 
 from worldloom.planning.actions import Walk
-from worldloom.planning.problem import PlanningProblem
+from worldloom.planning.problem import PlanningProblem, rank
 from worldloom.planning.solvers.base import SOLVERS, Solution, Solver, better_of, start
+
+_MOST = 1e3  # of a violation that presses: what cannot be judged is broken without bound
 
 
 @SOLVERS.register("adam")
@@ -17,13 +19,15 @@ class Adam(Solver):
     """Follow the cost's gradient with respect to the actions from several starts, by Adam (Kingma and Ba 2015).
 
     Actions are brought back within bounds after each step. The learning rate is in half ranges of an action; it
-    falls to 0 along a line.
+    falls to 0 along a line. Guardrails join the cost by an augmented Lagrangian (Hestenes 1969; Powell 1969; for
+    inequalities Rockafellar 1973), each with a multiplier for each start; `stiffness` is its penalty on the square.
     """
 
     name: Literal["adam"] = "adam"
     starts: int = Field(default=8, ge=1)
     iterations: int = Field(default=10, ge=1)
     learning_rate: float = Field(default=0.3, gt=0)
+    stiffness: float = Field(default=10.0, gt=0)
     walk: Walk = Walk()
 
     def solve(
@@ -42,13 +46,23 @@ class Adam(Solver):
         half = (problem.bounds.high - problem.bounds.low) / 2
         first, second = torch.zeros_like(actions), torch.zeros_like(actions)
         best: Solution | None = None
+        multipliers = actions.new_zeros(len(problem.guardrails), *actions.shape[:2])
         for step in range(1, self.iterations + 1):
             if step > 1 and problem.deadline.reached():
                 assert best is not None
                 return Solution(actions=problem.project(best.actions), cost=best.cost)
             actions = actions.detach().requires_grad_()
-            cost = problem.evaluate(actions)
-            best = better_of(best, actions.detach(), cost.detach())
+            if problem.guardrails:
+                rollouts = problem.rollout(actions)
+                cost = problem.cost(rollouts)
+                broken = torch.stack([each.amax(dim=-1) for each in problem.violations(rollouts).values()])
+                best = better_of(best, actions.detach(), rank(cost, broken.amax(dim=0)).detach())
+                pressed = (multipliers + self.stiffness * broken.clamp(max=_MOST)).clamp_min(0)
+                cost = cost + (pressed.square() - multipliers.square()).sum(dim=0) / (2 * self.stiffness)
+                multipliers = pressed.detach()
+            else:
+                cost = problem.evaluate(actions)
+                best = better_of(best, actions.detach(), cost.detach())
             (gradient,) = torch.autograd.grad(cost.sum(), actions)
             with torch.no_grad():
                 gradient = gradient.nan_to_num(0.0, 0.0, 0.0) * half

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from worldloom.core.config import Component, parse_component
 from worldloom.core.registry import Registry
-from worldloom.planning.problem import PlanningProblem
+from worldloom.planning.problem import FORBIDDEN, PlanningProblem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,24 @@ def better_of(best: Solution | None, candidates: Float[Tensor, "B S T A"], cost:
 
 
 def agree(costs: Float[Tensor, "B K"], share: float) -> bool:
-    """Whether in every environment the elites' ascending costs differ by less than `share` of the best; never for 0."""
-    return share > 0 and bool((costs[:, -1] - costs[:, 0] < share * costs[:, 0].abs()).all())
+    """Whether in every environment the elites' ascending costs differ by less than `share` of the best; never for 0.
+
+    Elites of which one breaks a guardrail do not agree yet.
+    """
+    settled = (costs[:, -1] - costs[:, 0] < share * costs[:, 0].abs()) & (costs[:, -1] <= FORBIDDEN)
+    return share > 0 and bool(settled.all())
+
+
+def spread(costs: Float[Tensor, "B S"]) -> Float[Tensor, "B 1"]:
+    """Return the standard deviation of the costs of what may be followed; of all finite ones where nothing may."""
+    allowed = costs <= FORBIDDEN
+    counted = torch.where(allowed.any(dim=1, keepdim=True), allowed, costs.isfinite())
+    number = counted.sum(dim=1, keepdim=True).clamp_min(2)
+    values = torch.where(counted, costs, 0.0)
+    mean = values.sum(dim=1, keepdim=True) / number
+    squares = torch.where(counted, (costs - mean).nan_to_num().square(), 0.0).sum(dim=1, keepdim=True)
+    deviation: Tensor = (squares / (number - 1)).sqrt()
+    return deviation.clamp_min(1e-12)
 
 
 def start(problem: PlanningProblem, initial: Float[Tensor, "B I T A"] | None) -> Float[Tensor, "B _ T A"]:

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from worldloom.planning.problem import PlanningProblem
-from worldloom.planning.solvers.base import SOLVERS, Solution, Solver, better_of, start
+from worldloom.planning.solvers.base import SOLVERS, Solution, Solver, better_of, spread, start
 
 
 @SOLVERS.register("mppi")
@@ -53,9 +53,8 @@ class MPPI(Solver):
             best = better_of(best, candidates, cost)
             taken = candidates - plan[:, None]  # the noise that the bounds let through
             control = ((plan - middle)[:, None] * taken / sigma.square()).sum((-2, -1))
-            scale = cost.nan_to_num(posinf=0.0).std(dim=1, keepdim=True).clamp_min(1e-12)
             weights = torch.softmax(
-                -((cost - best.cost[:, None]) / scale + self.control * control) / self.temperature, 1
+                -((cost - best.cost[:, None]) / spread(cost) + self.control * control) / self.temperature, 1
             )
             plan = plan + (weights[..., None, None] * taken).sum(1)
         final = problem.project(plan)[:, None]

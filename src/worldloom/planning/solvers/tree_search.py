@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
 from worldloom.core.errors import PlanningError
-from worldloom.core.types import Context
+from worldloom.core.types import Context, Rollouts
 from worldloom.planning.actions import Walk
 from worldloom.planning.geometry import LatentGeometry, still
-from worldloom.planning.problem import PlanningProblem
+from worldloom.planning.problem import FORBIDDEN, PlanningProblem, rank
 from worldloom.planning.solvers.base import SOLVERS, Solution, Solver, SolverField, better_of
 from worldloom.planning.solvers.cem import CEM
 
@@ -37,7 +37,7 @@ class TreeSearch(Solver):
     For each of `gap_weights` the best pairs of `checked` different branches, and the initial candidates, are rolled
     out whole: a join through a wall, or a step that cannot be undone, is seen before it is taken. The plan is the
     one that comes nearest in the fewest steps (by the first weight), cut where it does. A plan is as long as the
-    horizon: each side goes half of it.
+    horizon: each side goes half of it. Branches end where they break a guardrail; a plan is judged with its rest.
 
     States nearer to the goal than `near` step lengths are left to `near_solver`, over at most `near_horizon`
     blocks. The cost is in blocks; near the goal it is the objective's.
@@ -120,6 +120,8 @@ class TreeSearch(Solver):
         cost = (latents - problem.goal[:, None, None]).square().sum(-1) * scales[0] + steps
         cost, stop = cost.masked_fill(steps > lengths[..., None], torch.inf).nan_to_num(nan=torch.inf).min(-1)
         plans = _rest_after(plans, stop + 1, problem)
+        if problem.guardrails:
+            cost = rank(cost, problem.violation(problem.rollout(plans)).amax(dim=-1))
         return better_of(None, plans, cost)
 
     def _grow(
@@ -132,7 +134,9 @@ class TreeSearch(Solver):
     ) -> "_Tree":
         shape = (problem.batch, self.branches, depth)
         actions = self.walk.sample(problem.model.spec, problem.bounds, shape, generator)
-        return _Tree(root=root, latents=problem.imagine(context, actions), actions=actions)
+        latents = problem.imagine(context, actions)
+        broken = problem.violation(Rollouts(context=context, actions=actions, latents=latents)).cummax(dim=-1).values
+        return _Tree(root=root, latents=latents, actions=actions, broken=broken > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,22 +146,23 @@ class _Tree:
     root: Float[Tensor, "B D"]
     latents: Float[Tensor, "B N H D"]
     actions: Float[Tensor, "B N H A"]
+    broken: Bool[Tensor, "B N H"]  # where a guardrail is, here or before on the branch
 
     @classmethod
     def bare(cls, root: Float[Tensor, "B D"]) -> "_Tree":
         """Return a tree without branches."""
         none = root.new_empty(len(root), 0, 0, root.shape[-1])
-        return cls(root=root, latents=none, actions=none)
+        return cls(root=root, latents=none, actions=none, broken=none[..., 0].bool())
 
     @property
     def nodes(self) -> Float[Tensor, "B M D"]:
         return torch.cat([self.root[:, None], self.latents.flatten(1, 2)], dim=1)
 
     @property
-    def steps(self) -> Float[Tensor, "M"]:
-        branches, depth = self.latents.shape[1:3]
-        along = torch.arange(1, depth + 1, device=self.root.device, dtype=self.root.dtype).repeat(branches)
-        return functional.pad(along, (1, 0))
+    def steps(self) -> Float[Tensor, "B M"]:
+        """The steps to each node; more than any plan takes where a guardrail is broken on the way."""
+        along = torch.arange(1, self.latents.shape[2] + 1, device=self.root.device, dtype=self.root.dtype)
+        return functional.pad(torch.where(self.broken, FORBIDDEN, along).flatten(1), (1, 0))
 
     def locate(self, node: Int[Tensor, "B K"]) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B K"]]:
         """Return the branch and the steps of each node; the root counts as 0 steps along branch 0."""
@@ -182,7 +187,7 @@ def _best_joins(
     for rows in torch.arange(len(ours), device=ours.device).split(at_once):
         product = ours[rows] @ theirs[rows].transpose(1, 2)
         for found, scale in zip(minima, scales, strict=True):
-            offset = scale * theirs_squared[rows] + backward.steps
+            offset = scale * theirs_squared[rows] + backward.steps[rows, None]
             found.append(torch.add(offset, product, alpha=-2 * scale).min(dim=2))
     branches, depth = forward.latents.shape[1:3]
     first = torch.arange(branches, device=ours.device) * depth + 1

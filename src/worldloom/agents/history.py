@@ -23,11 +23,13 @@ class History:
         reach = (model.spec.context - 1) * model.spec.block
         self._frames: deque[Observations] = deque(maxlen=reach + 1)
         self._actions: deque[Tensor] = deque(maxlen=reach)
+        self._taken: Tensor | None = None
 
     def clear(self) -> None:
         """Forget the episode."""
         self._frames.clear()
         self._actions.clear()
+        self._taken = None
 
     def see(self, observations: Observations) -> None:
         """Add the current frame."""
@@ -38,12 +40,14 @@ class History:
     def did(self, actions: Float[Tensor, "B _"]) -> None:
         """Add the environment action that leaves the current frame."""
         self._actions.append(actions)
+        self._taken = actions
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep these environments only."""
         index = list(rows)
         self._frames = deque((frame[index] for frame in self._frames), maxlen=self._frames.maxlen)
         self._actions = deque((action[index] for action in self._actions), maxlen=self._actions.maxlen)
+        self._taken = None if self._taken is None else self._taken[index]
 
     def context(self) -> Context:
         """Encode the frames that the model takes, one block apart, with the blocks between them."""
@@ -56,4 +60,8 @@ class History:
         actions = latents.new_zeros(latents.shape[0], reach, spec.action.size)
         if self._actions:
             actions[:, reach - len(self._actions) :] = torch.stack(tuple(self._actions), dim=1).to(actions)
-        return Context(latents=latents, actions=actions.view(latents.shape[0], spec.context - 1, spec.block_size))
+        return Context(
+            latents=latents,
+            actions=actions.view(latents.shape[0], spec.context - 1, spec.block_size),
+            taken=None if self._taken is None else self._taken.to(latents),
+        )

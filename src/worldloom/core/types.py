@@ -224,10 +224,15 @@ class Windows:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a world model knows before it predicts: K encoded frames and the blocks between them."""
+    """What a world model knows before it predicts: K encoded frames and the blocks between them.
+
+    `taken` is the environment action that led to the last frame, for limits on how fast actions change; None where it
+    is not known, as at the start of an episode.
+    """
 
     latents: Float[Tensor, "B K D"]
     actions: Float[Tensor, "B K-1 A"]
+    taken: Float[Tensor, "B E"] | None = None
 
     @property
     def batch(self) -> int:
@@ -236,7 +241,8 @@ class Context:
 
     def __getitem__(self, index: Any) -> "Context":
         """Select environments."""
-        return Context(latents=self.latents[index], actions=self.actions[index])
+        taken = None if self.taken is None else self.taken[index]
+        return Context(latents=self.latents[index], actions=self.actions[index], taken=taken)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The planner: one solver on one model, its answer checked outside the solver."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -125,7 +126,7 @@ class Planner:
         for _ in range(self.rechecks if self.noise and problem.guardrails else 0):
             latents = problem.context.latents
             drawn = torch.randn(latents.shape, generator=generator, device=latents.device)
-            context = Context(latents=latents + self.noise * drawn, actions=problem.context.actions)
+            context = replace(problem.context, latents=latents + self.noise * drawn)
             again = problem.imagine(context, rollouts.actions)
             beside = problem.violations(Rollouts(context=context, actions=rollouts.actions, latents=again))
             violations = {name: torch.maximum(worst, beside[name]) for name, worst in violations.items()}

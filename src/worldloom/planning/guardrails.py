@@ -1,0 +1,275 @@
+"""Guardrails: hard limits on predicted futures, over probed quantities, latents and actions.
+
+Each has a name, an owner, a reason and a margin that is added to every violation: what calibration found the prediction
+to be off by. All are satisfied where the violation is <= 0.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from worldloom.core.errors import PlanningError
+from worldloom.core.protocols import WorldModel
+from worldloom.core.types import Rollouts
+from worldloom.planning.objectives import Metric
+from worldloom.planning.probe import Probe
+
+_BETWEEN = 4  # places looked at on the way of each block: a hazard is narrower than a block is long
+
+
+@runtime_checkable
+class Region(Protocol):
+    """A set of points."""
+
+    def depth(self, points: Float[Tensor, "*axes L"]) -> Float[Tensor, "*axes"]:
+        """Return how deep points lie inside, the Euclidean way to the edge; negative outside."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ball:
+    """All points within a radius."""
+
+    centre: tuple[float, ...]
+    radius: float
+
+    def depth(self, points: Float[Tensor, "*axes L"]) -> Float[Tensor, "*axes"]:
+        """Return how deep points lie inside."""
+        away: Tensor = (points - points.new_tensor(self.centre)).norm(dim=-1)
+        return self.radius - away
+
+
+@dataclass(frozen=True)
+class Box:
+    """All points between two corners; a side may be infinite."""
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    def depth(self, points: Float[Tensor, "*axes L"]) -> Float[Tensor, "*axes"]:
+        """Return how deep points lie inside."""
+        beyond = torch.maximum(points.new_tensor(self.low) - points, points - points.new_tensor(self.high))
+        outside: Tensor = beyond.clamp_min(0).norm(dim=-1)
+        return -(outside + beyond.amax(dim=-1).clamp_max(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rail(ABC):
+    """A guardrail; a new one is a subclass with `raw`.
+
+    `margin` holds for every predicted step, or, as (T,), for each; beyond its end the last one does.
+    """
+
+    name: str
+    owner: str = ""
+    reason: str = ""
+    margin: float | Float[Tensor, "_"] = 0.0
+
+    @abstractmethod
+    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        """Return by how much each predicted step breaks the limit, without margin."""
+
+    def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        """Return by how much each predicted step breaks the limit, margin included."""
+        raw = self.raw(rollouts)
+        if not isinstance(self.margin, Tensor):
+            return raw + self.margin
+        places = torch.arange(raw.shape[-1], device=raw.device).clamp_max(len(self.margin) - 1)
+        return raw + self.margin.to(raw)[places]
+
+    def with_margin(self, margin: float | Float[Tensor, "_"]) -> "Rail":
+        """Return the same guardrail with another margin."""
+        return replace(self, margin=margin)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Probed(Rail):
+    """A guardrail over probed quantities, looked at along the way of each block and not only at its end.
+
+    What is outside a probe's calibration breaks it: by how much farther it lies than what is known, in multiples.
+    """
+
+    between: int = _BETWEEN
+
+    def way(self, probe: Probe, rollouts: Rollouts) -> Float[Tensor, "B S T P L"]:
+        """Return the quantity at P places along each block, the last at its end, by linear interpolation."""
+        values = probe(_with_start(rollouts))
+        shares = torch.arange(1, self.between + 1, device=values.device) / self.between
+        before, after = values[:, :, :-1, None], values[:, :, 1:, None]
+        way: Tensor = before + shares[:, None] * (after - before)
+        return way
+
+    def known(self, violation: Float[Tensor, "B S T"], probe: Probe, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        """Return the violation, above 0 wherever the probe does not know what it reads."""
+        excess = probe.gap(rollouts.latents) - 1
+        return torch.where(excess > 0, torch.maximum(violation, excess), violation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepOut(_Probed):
+    """A probed quantity stays out of a region; the violation is the depth inside."""
+
+    probe: Probe
+    region: Region
+
+    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        """Return the greatest depth inside on the way of each block."""
+        depth = self.region.depth(self.way(self.probe, rollouts)).amax(dim=-1)
+        return self.known(depth, self.probe, rollouts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepIn(_Probed):
+    """A probed quantity stays within a region; the violation is the way outside."""
+
+    probe: Probe
+    region: Region
+
+    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        """Return the farthest way outside on the way of each block."""
+        depth = self.region.depth(self.way(self.probe, rollouts)).amin(dim=-1)
+        return self.known(-depth, self.probe, rollouts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepAway(_Probed):
+    """Two probed quantities, such as the agent's place and a hazard's, stay a distance apart."""
+
+    probe: Probe
+    other: Probe
+    distance: float
+
+    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        """Return by how much they come nearer than allowed on the way of each block."""
+        apart = (self.way(self.probe, rollouts) - self.way(self.other, rollouts)).norm(dim=-1).amin(dim=-1)
+        violation = self.known(self.distance - apart, self.probe, rollouts)
+        return self.known(violation, self.other, rollouts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unlike(Rail):
+    """Never like these: every predicted latent stays `distance` step lengths away from all examples."""
+
+    examples: Float[Tensor, "N D"]
+    distance: float
+    step_length: float
+
+    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        """Return by how many step lengths a predicted latent comes nearer than allowed."""
+        gaps = torch.cdist(rollouts.latents.flatten(0, 2), self.examples.to(rollouts.latents)).amin(dim=-1)
+        return self.distance - gaps.view(rollouts.latents.shape[:3]) / self.step_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Familiar(Rail):
+    """Stay where the model knows its way: near latents of the data, at most `distance` step lengths away."""
+
+    data: Float[Tensor, "N D"]
+    distance: float
+    step_length: float
+
+    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        """Return by how many step lengths a predicted latent lies farther than allowed."""
+        gaps = torch.cdist(rollouts.latents.flatten(0, 2), self.data.to(rollouts.latents)).amin(dim=-1)
+        return gaps.view(rollouts.latents.shape[:3]) / self.step_length - self.distance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreed(Rail):
+    """Stay where models that were trained apart agree: their predictions spread at most `spread` step lengths."""
+
+    models: tuple[WorldModel, ...] = field(default_factory=tuple)
+    spread: float
+    step_length: float
+
+    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        """Return by how many step lengths the farthest of the other predictions differs from the plan's."""
+        gaps = [
+            (model.rollout(rollouts.context, rollouts.actions) - rollouts.latents).norm(dim=-1) for model in self.models
+        ]
+        worst: Tensor = torch.stack(gaps).amax(dim=0) / self.step_length
+        return worst - self.spread
+
+
+@dataclass(frozen=True, kw_only=True)
+class Returnable(Rail):
+    """What is done can be undone: from every predicted state the way back to the present one is at most `steps`."""
+
+    back: Metric
+    steps: float
+
+    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        """Return by how many steps the way back is too long, by the learned temporal distance."""
+        return self.back(rollouts.latents, rollouts.context.latents[:, None, -1:]) - self.steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Magnitude(Rail):
+    """No environment action is longer than `limit` (Euclidean)."""
+
+    limit: float
+    size: int
+
+    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        """Return by how much the longest action of each block exceeds the limit."""
+        longest: Tensor = _actions(rollouts, self.size).norm(dim=-1).amax(dim=-1)
+        return longest - self.limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate(Rail):
+    """No environment action differs from the one before by more than `limit` (Euclidean).
+
+    The first of a plan is compared with the last one taken, where the context says which that was.
+    """
+
+    limit: float
+    size: int
+
+    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        """Return by how much the greatest change within each block, and into it, exceeds the limit."""
+        actions = _actions(rollouts, self.size)
+        line = actions.flatten(2, 3)
+        taken = rollouts.context.taken
+        before = line[:, :, :1] if taken is None else taken[:, None, None].to(line).expand_as(line[:, :, :1])
+        change: Tensor = (line - torch.cat([before, line[:, :, :-1]], dim=2)).norm(dim=-1)
+        return change.view(actions.shape[:4]).amax(dim=-1) - self.limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Custom(Rail):
+    """Any limit: a function of rollouts that gives (B, S, T), or (B, S) for the plan as a whole."""
+
+    function: Callable[[Rollouts], Tensor]
+
+    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        """Return what the function says; what it says of a whole plan holds for its last step."""
+        found = self.function(rollouts)
+        if found.ndim == 2:
+            whole = torch.full_like(rollouts.latents[..., 0], -torch.inf)
+            whole[..., -1] = found
+            return whole
+        if found.shape != rollouts.latents.shape[:3]:
+            raise PlanningError(
+                f"guardrail {self.name!r} must give violations of shape {tuple(rollouts.latents.shape[:3])}, or one "
+                f"for each candidate; got {tuple(found.shape)}"
+            )
+        return found
+
+
+def _with_start(rollouts: Rollouts) -> Float[Tensor, "B S _ D"]:
+    """Return the predicted latents behind the present one."""
+    latents = rollouts.latents
+    now = rollouts.context.latents[:, None, -1:].to(latents).expand(-1, latents.shape[1], -1, -1)
+    return torch.cat([now, latents], dim=2)
+
+
+def _actions(rollouts: Rollouts, size: int) -> Float[Tensor, "B S T block _"]:
+    """Return the environment actions of each block."""
+    actions: Tensor = rollouts.actions.unflatten(-1, (-1, size))
+    return actions

@@ -8,6 +8,7 @@ from worldloom.agents.behaviour_cloning import (
 )
 from worldloom.agents.control import ControlLoop, ControlReport
 from worldloom.agents.curiosity import CuriosityConfig, CuriosityGuide, ExploringAgent, LandmarkAgent
+from worldloom.agents.fallback import FALLBACKS, Fallback, FallbackField, Hold, Retreat, Stop
 from worldloom.agents.hierarchy import HierarchyConfig, HierarchyGuide
 from worldloom.agents.landmarks import Beyond, FollowConfig, LandmarkGuide, Outlook, arrival_check
 from worldloom.agents.planning import Guide, Observer, PlanningAgent, Proposer
@@ -16,6 +17,7 @@ from worldloom.agents.reactive import PolicyProposer, ReactiveAgent, ReactiveCon
 from worldloom.agents.remembering import Rememberer, recall_landmarks
 
 __all__ = [
+    "FALLBACKS",
     "BehaviourCloningAgent",
     "Beyond",
     "CloningConfig",
@@ -25,10 +27,13 @@ __all__ = [
     "CuriosityConfig",
     "CuriosityGuide",
     "ExploringAgent",
+    "Fallback",
+    "FallbackField",
     "FollowConfig",
     "Guide",
     "HierarchyConfig",
     "HierarchyGuide",
+    "Hold",
     "LandmarkAgent",
     "LandmarkGuide",
     "Observer",
@@ -41,6 +46,8 @@ __all__ = [
     "ReactiveConfig",
     "ReactivePolicy",
     "Rememberer",
+    "Retreat",
+    "Stop",
     "arrival_check",
     "fit_behaviour_cloning",
     "fit_reactive",

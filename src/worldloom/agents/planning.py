@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -9,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from worldloom.agents.batch import Batch
+from worldloom.agents.fallback import Fallback, Stop
 from worldloom.agents.history import History
-from worldloom.core.errors import PlanningError
+from worldloom.core.errors import NoFeasiblePlan, PlanningError
 from worldloom.core.protocols import Objective, WorldModel
 from worldloom.core.seeds import torch_generator
 from worldloom.core.types import Context, Goal, Observations, Plan
@@ -68,8 +70,9 @@ class PlanningAgent:
 
     `objective` makes an objective of goal latents (B, D). Each search starts from the last plan, shifted by what
     was done of it, and from what `proposer` gives, if there is one (mode 2). A `guide` puts a subgoal in the goal's
-    place for each plan; an `observer` is shown what each plan begins from. A search ends after `budget` seconds with
-    the best plan so far; by default it is never cut short.
+    place for each plan; an `observer` is shown what each plan begins from. Where no plan keeps the planner's
+    guardrails, `fallback` says what is done instead, and `refused` which environments that met. A search ends after
+    `budget` seconds with the best plan so far; by default it is never cut short.
 
     Raises:
         PlanningError: `replan` is below 1 or longer than a plan.
@@ -85,6 +88,7 @@ class PlanningAgent:
         proposer: Proposer | None = None,
         guide: Guide | None = None,
         observer: Observer | None = None,
+        fallback: Fallback | None = None,
         seed: int = 0,
         budget: float | None = None,
     ) -> None:
@@ -96,6 +100,8 @@ class PlanningAgent:
         self._budget = budget
         self._model, self._planner, self._make_objective = model, planner, objective
         self._replan, self._proposer, self._guide, self._observer = replan, proposer, guide, observer
+        self._fallback, self._safe = fallback or Stop(), torch.empty(0, 0)
+        self.refused: tuple[int, ...] = ()
         self._device = torch.device(getattr(model, "device", "cpu"))
         self._generator = torch_generator(seed, "planning-agent", device=self._device)
         self._batch, self._history = Batch(), History(model)
@@ -107,11 +113,16 @@ class PlanningAgent:
             "plan_environments": [],
             "plan_rollouts": [],
             "plan_cut_short": [],
+            "plan_refused": [],
         }
 
     @property
     def statistics(self) -> Mapping[str, Sequence[float]]:
-        """One entry a plan: `plan_seconds`, `plan_environments`, `plan_rollouts` (candidates) and `plan_cut_short`."""
+        """One entry a plan: `plan_seconds`, `plan_environments`, `plan_rollouts` (candidates), and two more.
+
+        `plan_cut_short` is 1 where the deadline ended the search; `plan_refused` counts the environments that took
+        the fallback.
+        """
         return self._statistics
 
     @property
@@ -123,7 +134,8 @@ class PlanningAgent:
         """Forget the last episode and take a new goal for each environment."""
         self._batch.start(goal)
         self._history.clear()
-        self._plan, self._step = None, 0
+        self._plan, self._step, self.refused = None, 0, ()
+        self._safe = torch.empty(0, 0)
         with torch.inference_mode():
             self._goal = self._model.encode(goal.observations.to(self._device))
         if self._guide is not None:
@@ -141,6 +153,7 @@ class PlanningAgent:
             self._observer.keep(places)
         if self._goal is not None:
             self._goal = self._goal[places]
+        self._safe = self._safe[places] if len(self._safe) else self._safe
         if self._plan is not None:
             self._plan = self._plan[places]
 
@@ -183,14 +196,46 @@ class PlanningAgent:
                 self._observer(observations, context, self._plan, blocks)
             problem = self._planner.problem(context, self._make_objective(goal), deadline=deadline)
             initial = self._initial(context, goal)
-            plan = self._planner.solve(problem, initial=initial, generator=self._generator)
+            try:
+                plan, self.refused = self._planner.solve(problem, initial=initial, generator=self._generator), ()
+            except NoFeasiblePlan as refused:
+                plan, self.refused = self._fall_back(refused, context, deadline), refused.rows
+            self._remember_safe(context)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._statistics["plan_seconds"].append(time.perf_counter() - began)
         self._statistics["plan_environments"].append(float(problem.batch))
         self._statistics["plan_rollouts"].append(float(problem.count.rollouts))
         self._statistics["plan_cut_short"].append(float(plan.cut_short))
+        self._statistics["plan_refused"].append(float(len(self.refused)))
         return plan
+
+    def _fall_back(self, refused: NoFeasiblePlan, context: Context, deadline: float | None) -> Plan:
+        """Return the plans that hold, and in the others' place what the fallback does."""
+        rows, plan = list(refused.rows), refused.plan
+        assert isinstance(plan, Plan)
+        safe = self._safe if len(self._safe) else context.latents[:, -1]
+        instead = self._fallback.plan(
+            self._planner,
+            context[rows],
+            safe[rows],
+            self._make_objective,
+            generator=self._generator,
+            deadline=deadline,
+        )
+        actions, latents, cost = plan.actions.clone(), plan.latents.clone(), plan.cost.clone()
+        actions[rows], latents[rows], cost[rows] = instead.actions, instead.latents, instead.cost
+        return replace(plan, actions=actions, latents=latents, cost=cost)
+
+    def _remember_safe(self, context: Context) -> None:
+        """Note where each environment is that has a plan that holds."""
+        here = context.latents[:, -1]
+        if len(self._safe) != len(here):
+            self._safe = here.clone()
+            return
+        held = torch.ones(len(here), dtype=torch.bool, device=here.device)
+        held[list(self.refused)] = False
+        self._safe = torch.where(held[:, None], here, self._safe)
 
     def _initial(self, context: Context, goal: Float[Tensor, "B D"]) -> Float[Tensor, "B I T A"] | None:
         """Return the last plan shifted by what was done of it, its last action repeated, and what is proposed."""

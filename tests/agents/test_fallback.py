@@ -1,0 +1,92 @@
+"""What an agent does where no plan keeps its guardrails, and that it says so."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from worldloom.agents import FALLBACKS, Fallback, Hold, PlanningAgent, Retreat, Stop
+from worldloom.core.errors import ConfigError
+from worldloom.core.types import Goal, Observations, Rollouts
+from worldloom.planning import CEM, Custom, GoalObjective, LatentL2, Planner
+from worldloom.testing import LinearWorld
+
+WORLD = LinearWorld()
+SEARCH = CEM(samples=64, iterations=5)
+
+
+def line(limit: float) -> Custom:
+    """Stay left of a line; every step that leads beyond it, or lies beyond it, breaks this."""
+
+    def beyond(rollouts: Rollouts) -> Tensor:
+        return rollouts.latents[..., 0] - limit
+
+    return Custom(name="line", function=beyond)
+
+
+def agent_of(fallback: Fallback | None, limit: float = 2.0) -> PlanningAgent:
+    planner = Planner(WORLD, SEARCH, horizon=3, guardrails=[line(limit)])
+    return PlanningAgent(WORLD, planner, lambda goal: GoalObjective(LatentL2(), goal), replan=1, fallback=fallback)
+
+
+def at(*positions: tuple[float, float]) -> Observations:
+    return Observations(vector=torch.tensor(positions, dtype=torch.float32))
+
+
+def test_a_plan_that_holds_is_followed_up_to_the_line() -> None:
+    agent, position = agent_of(None), torch.zeros(1, 2)
+    agent.reset(Goal(observations=at((8, 0))))
+    for _ in range(12):
+        position = position + agent.act(Observations(vector=position))
+        assert position[0, 0] <= 2.0 + 1e-4
+        assert agent.refused == ()
+    assert position[0, 0] > 1.0
+
+
+@pytest.mark.parametrize("action", [None, (-0.25, 0.5)])
+def test_who_stops_does_what_was_declared_and_the_others_go_on(action: tuple[float, float] | None) -> None:
+    agent = agent_of(Stop(action=action))
+    agent.reset(Goal(observations=at((8, 0), (1, 1))))
+    # The first has been pushed far beyond the line.
+    actions = agent.act(at((9, 0), (0, 0)))
+    assert agent.refused == (0,)
+    assert actions[0].tolist() == pytest.approx(list(action or (0.0, 0.0)))
+    assert actions[1].norm() > 0.5
+    assert list(agent.statistics["plan_refused"]) == [1.0]
+    assert agent.plan is not None
+    assert agent.plan.violations["line"][0].max() > 0  # what was refused stays to be seen
+    agent.keep([1])
+    agent.act(at((0.5, 0.5)))
+    assert agent.refused == ()
+
+
+def test_who_retreats_goes_back_to_where_a_plan_held() -> None:
+    agent, position = agent_of(Retreat()), torch.zeros(1, 2)
+    agent.reset(Goal(observations=at((8, 0))))
+    agent.act(Observations(vector=position))
+    position = torch.tensor([[9.0, 3.0]])
+    for _ in range(14):
+        position = position + agent.act(Observations(vector=position))
+    assert position[0, 0] <= 2.0 + 0.5
+    assert agent.refused == ()
+
+
+def test_who_holds_stays() -> None:
+    agent, position = agent_of(Hold()), torch.tensor([[9.0, 3.0]])
+    agent.reset(Goal(observations=at((8, 0))))
+    for _ in range(4):
+        position = position + agent.act(Observations(vector=position))
+        assert agent.refused == (0,)
+    # The least broken way leads out: it never goes deeper.
+    assert position[0, 0] < 9.5
+
+
+@pytest.mark.parametrize(("action", "message"), [((1.0,), "has 1 values"), ((3.0, 0.0), "out of bounds")])
+def test_a_declared_action_must_fit(action: tuple[float, ...], message: str) -> None:
+    agent = agent_of(Stop(action=action))
+    agent.reset(Goal(observations=at((8, 0))))
+    with pytest.raises(ConfigError, match=message):
+        agent.act(at((9, 0)))
+
+
+def test_fallbacks_are_known_by_name() -> None:
+    assert set(FALLBACKS) == {"stop", "hold", "retreat"}

@@ -13,7 +13,7 @@ from worldloom.envs import FourRoomsFactors, MazeFactors, RoomFactors, TwoRoomEn
 from worldloom.envs.rooms import RoomsVectorEnv
 from worldloom.envs.simulator import Simulator, free
 
-WORLDS = ["worldloom/TwoRoom-v0", "worldloom/FourRooms-v0", "worldloom/Maze-v0"]
+WORLDS = ["worldloom/TwoRoom-v0", "worldloom/FourRooms-v0", "worldloom/Maze-v0", "worldloom/Pits-v0"]
 FACTORS: list[type[RoomFactors]] = [TwoRoomFactors, FourRoomsFactors, MazeFactors]
 
 
@@ -94,7 +94,7 @@ def test_the_door_is_as_wide_as_it_says_and_the_only_way(axis: str, offset: floa
 def test_the_picture_shows_the_agent_where_it_is(env_id: str) -> None:
     envs = vector(env_id, 20, vary=[], factors={"agent_colour": (255, 0, 0), "floor_colour": (0, 0, 0)})
     frames, infos = envs.reset(seed=3)
-    red = frames[..., 0] * (frames[..., 1] < 30).astype(float)
+    red = frames[..., 0] * ((frames[..., 1] < 30) & (frames[..., 0] > frames[..., 1] + 20)).astype(float)
     grid = np.arange(64) + 0.5
     centre = np.stack([red.sum(1) @ grid, red.sum(2) @ grid], axis=1) / red.sum((1, 2))[:, None]
     assert np.abs(centre - infos["position"]).max() < 0.5

@@ -3,13 +3,15 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from worldloom.envs.factors import FourRoomsFactors, MazeFactors, RoomFactors, TwoRoomFactors
+from worldloom.envs.factors import FourRoomsFactors, MazeFactors, PitsFactors, RoomFactors, TwoRoomFactors
 from worldloom.envs.registration import register_envs
 from worldloom.envs.rooms import (
     FourRoomsEnv,
     FourRoomsVectorEnv,
     MazeEnv,
     MazeVectorEnv,
+    PitsEnv,
+    PitsVectorEnv,
     TwoRoomEnv,
     TwoRoomVectorEnv,
 )
@@ -32,6 +34,9 @@ __all__ = [
     "MazeEnv",
     "MazeFactors",
     "MazeVectorEnv",
+    "PitsEnv",
+    "PitsFactors",
+    "PitsVectorEnv",
     "PlantServer",
     "Reading",
     "RoomFactors",

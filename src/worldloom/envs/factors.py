@@ -5,6 +5,7 @@ Lengths are in px: 1/64 of the side of the world, whatever the resolution it is 
 
 import colorsys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 Colour = tuple[Byte, Byte, Byte]
 Near = Annotated[float, Field(ge=8, le=22)]  # a door in the half of a wall that begins at 0
 Far = Annotated[float, Field(ge=42, le=56)]  # ... and in the half that ends at 64
+Place = Annotated[float, Field(ge=8, le=56)]  # of the middle of a pit
 DOORS = ("up", "down", "left", "right")  # of four rooms
 Draw = Callable[[np.random.Generator], Any]
 
@@ -73,6 +75,10 @@ class RoomFactors(Config):
     def after(self, step: int) -> "RoomFactors":
         """Return the room as it is from this step of an episode on: itself, but where a door closes."""
         return self
+
+    def hazards(self) -> "Hazards | None":
+        """Return the pits of the room as an episode begins, or None where there are none."""
+        return None
 
     def _clearance(self) -> float:
         """Return how far from a wall's middle line the agent's centre is out of the doorway."""
@@ -163,6 +169,76 @@ class FourRoomsFactors(RoomFactors):
         across = points - SIDE / 2
         quadrant = (across[:, 0] > 0) + 2 * (across[:, 1] > 0)
         return np.where((np.abs(across) < self._clearance()).any(axis=1), -1, quadrant)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hazards:
+    """P round pits; the agent has fallen in where its centre lies within `radius` of one's."""
+
+    centres: Float64[np.ndarray, "P 2"]
+    velocities: Float64[np.ndarray, "P 2"]  # px a step
+    radius: float
+    clearance: float  # px around them where nothing begins or is to be reached
+    colour: Colour
+    deadly: bool
+
+    def depth(self, points: Float64[np.ndarray, "M 2"]) -> Float64[np.ndarray, "M"]:
+        """Return how deep points lie in a pit; negative outside."""
+        away = np.linalg.norm(points[:, None] - self.centres, axis=-1).min(axis=1)
+        depth: np.ndarray = self.radius - away
+        return depth
+
+
+class PitsFactors(RoomFactors):
+    """One room with three pits, each at its place; a `deadly` one ends the episode of who falls in.
+
+    Pits that move, at `pit_speed` px a step in the direction `pit_heading`, bounce off the edge. Starts and goals
+    lie at least `pit_clearance` px outside of where the pits are as the episode begins.
+    """
+
+    pits: tuple[Place, Place, Place, Place, Place, Place] = (20.0, 20.0, 44.0, 24.0, 30.0, 46.0)  # x, y of each
+    pit_radius: float = Field(6.0, ge=2, le=10)
+    pit_colour: Colour = (40, 40, 46)
+    pit_speed: float = Field(0.0, ge=0, le=2)
+    pit_heading: tuple[float, float, float] = (0.0, 2.0, 4.0)
+    pit_clearance: float = Field(2.0, ge=0, le=8)
+    deadly: bool = True
+
+    @classmethod
+    def draws(cls) -> dict[str, Draw]:
+        """Return how each factor is drawn when it varies."""
+
+        def pits(rng: np.random.Generator) -> tuple[float, ...]:
+            return tuple(float(place) for place in rng.uniform(12, 52, 6))
+
+        return {
+            **super().draws(),
+            "pits": pits,
+            "pit_radius": _uniform(4.0, 8.0),
+            "pit_colour": _colour(0.4, 0.1, 0.3),
+            "pit_speed": _uniform(0.2, 0.8),
+            "pit_heading": lambda rng: tuple(float(angle) for angle in rng.uniform(0, 2 * np.pi, 3)),
+        }
+
+    def walls(self) -> Float64[np.ndarray, "M 4"]:
+        """Return no wall."""
+        return np.zeros((0, 4))
+
+    def rooms(self, points: Float64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "P"]:
+        """Return 0: there is one room."""
+        return np.zeros(len(points), np.int64)
+
+    def hazards(self) -> Hazards:
+        """Return the pits as an episode begins."""
+        heading = np.array(self.pit_heading)
+        return Hazards(
+            centres=np.array(self.pits).reshape(3, 2),
+            velocities=self.pit_speed * np.stack([np.cos(heading), np.sin(heading)], axis=1),
+            radius=self.pit_radius,
+            clearance=self.pit_clearance,
+            colour=self.pit_colour,
+            deadly=self.deadly,
+        )
 
 
 class MazeFactors(RoomFactors):

@@ -6,6 +6,7 @@ _WORLDS = {
     "worldloom/TwoRoom-v0": "TwoRoom",
     "worldloom/FourRooms-v0": "FourRooms",
     "worldloom/Maze-v0": "Maze",
+    "worldloom/Pits-v0": "Pits",
 }
 # Worlds on a physics engine of an extra; the class is imported when the world is made.
 _PHYSICS = {

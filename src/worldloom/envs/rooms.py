@@ -12,7 +12,7 @@ from jaxtyping import Float64
 
 from worldloom.core.errors import ConfigError
 from worldloom.core.registry import nearest
-from worldloom.envs.factors import FourRoomsFactors, MazeFactors, RoomFactors, TwoRoomFactors, check_names
+from worldloom.envs.factors import FourRoomsFactors, MazeFactors, PitsFactors, RoomFactors, TwoRoomFactors, check_names
 from worldloom.envs.simulator import Simulator, free
 from worldloom.envs.tasks import Task, TaskOptions, close_door, draw_free, draw_task
 
@@ -27,7 +27,8 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     """N pixel rooms. Observations are frames (N, size, size, 3), actions (N, 2) in [-1, 1] (x right, y down).
 
     An action moves the centre by itself times `agent_speed` px; walls let slide. There is no reward (0.0) and no
-    end but `max_episode_steps`. Infos hold `position` (N, 2) in px, and every numeric factor in `vary`.
+    end but `max_episode_steps` and a deadly pit. Infos hold `position` (N, 2) in px, and every numeric factor in
+    `vary`.
 
     Args:
         num_envs: N.
@@ -128,9 +129,9 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         truncated = np.zeros(self.num_envs, bool)
         if self._max_steps is not None:
             truncated = self._elapsed >= self._max_steps
-        self._over = truncated.copy()
-        none = np.zeros(self.num_envs, bool)
-        return self._simulator.render(), np.zeros(self.num_envs), none, truncated, self._infos()
+        terminated = self._simulator.fallen.copy()
+        self._over = truncated | terminated
+        return self._simulator.render(), np.zeros(self.num_envs), terminated, truncated, self._infos()
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Return the frames as they are, if `render_mode` is "rgb_array"."""
@@ -168,6 +169,10 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
 
     def _infos(self) -> Infos:
         infos: Infos = {"position": self._simulator.position.astype(np.float32)}
+        pits = [one for one in self._simulator.hazards if one is not None]
+        if pits:
+            infos["pit_positions"] = np.array([one.centres.ravel() for one in pits], np.float32)
+            infos["pit_depth"] = self._simulator.depth.astype(np.float32)
         for name in self._vary:
             values = [getattr(factors, name) for factors in self._simulator.factors]
             if not isinstance(values[0], str):
@@ -196,6 +201,16 @@ class MazeVectorEnv(RoomsVectorEnv):
     default_vary = ("layout",)
 
 
+class PitsVectorEnv(RoomsVectorEnv):
+    """One room with three pits, whose places are drawn anew for each episode; who falls into one stays there.
+
+    Infos hold `pit_positions` (N, 6), x and y of each, and `pit_depth` (N,), how deep the agent's centre lies in one.
+    """
+
+    factors_type = PitsFactors
+    default_vary = ("pits",)
+
+
 class _RoomEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """One environment: a batch of one."""
 
@@ -218,8 +233,9 @@ class _RoomEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, Infos]:
         """Move the agent."""
-        frames, _, _, truncated, infos = self._batch.step(np.asarray(action)[None])
-        return frames[0], 0.0, False, bool(truncated[0]), {name: values[0] for name, values in infos.items()}
+        frames, _, terminated, truncated, infos = self._batch.step(np.asarray(action)[None])
+        values = {name: value[0] for name, value in infos.items()}
+        return frames[0], 0.0, bool(terminated[0]), bool(truncated[0]), values
 
     def render(self) -> np.ndarray | None:
         """Return the frame as it is, if `render_mode` is "rgb_array"."""
@@ -243,3 +259,9 @@ class MazeEnv(_RoomEnv):
     """One of `MazeVectorEnv`."""
 
     vector_type = MazeVectorEnv
+
+
+class PitsEnv(_RoomEnv):
+    """One of `PitsVectorEnv`."""
+
+    vector_type = PitsVectorEnv

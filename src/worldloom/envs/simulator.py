@@ -3,10 +3,12 @@
 Nothing here depends on what else is in the batch: an environment alone gives the same numbers, bit for bit.
 """
 
+from dataclasses import replace
+
 import numpy as np
 from jaxtyping import Bool, Float64, UInt8
 
-from worldloom.envs.factors import SIDE, RoomFactors
+from worldloom.envs.factors import SIDE, Hazards, RoomFactors
 
 _DISTRACTOR_RADIUS = 2.0
 _DISTRACTOR_SPEED = 1.5
@@ -24,11 +26,16 @@ class Simulator:
         self._colour = np.zeros((batch, 3), np.float32)
         self._background = np.zeros((batch, size, size, 3), np.uint8)
         self._others: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = [_no_distractors()] * batch
+        self.hazards: list[Hazards | None] = [None] * batch
+        self.depth = np.full(batch, -np.inf)  # how deep each agent lies in a pit
+        self.fallen = np.zeros(batch, bool)
 
     def place(self, row: int, factors: RoomFactors, position: np.ndarray, rng: np.random.Generator) -> None:
         """Begin an episode in environment `row`; `rng` draws where the distractors begin."""
         self.furnish(row, factors)
         self.position[row] = position
+        self.hazards[row], self.fallen[row] = factors.hazards(), False
+        self._measure(row)
         if factors.distractors:
             centres = rng.uniform(_DISTRACTOR_RADIUS, SIDE - _DISTRACTOR_RADIUS, (factors.distractors, 2))
             heading = rng.uniform(0, 2 * np.pi, factors.distractors)
@@ -54,8 +61,10 @@ class Simulator:
     def step(self, actions: Float64[np.ndarray, "N 2"], moving: Bool[np.ndarray, "N"]) -> None:
         """Move the agents by `actions` in [-1, 1] times their speed: along x, then along y.
 
-        Each axis stops at the first wall in its way, exactly, so that no speed passes through one.
+        Each axis stops at the first wall in its way, exactly, so that no speed passes through one. Who fell into a
+        deadly pit stays there.
         """
+        moving = moving & ~self.fallen
         for axis in (0, 1):
             self._slide(axis, np.where(moving, np.clip(actions[:, axis], -1, 1) * self._speed, 0.0))
         for row in np.flatnonzero(moving):
@@ -65,16 +74,30 @@ class Simulator:
                 outside = (centres < _DISTRACTOR_RADIUS) | (centres > SIDE - _DISTRACTOR_RADIUS)
                 velocity[outside] *= -1
                 np.clip(centres, _DISTRACTOR_RADIUS, SIDE - _DISTRACTOR_RADIUS, out=centres)
+            if (pits := self.hazards[row]) is not None:
+                self.hazards[row] = _moved(pits)
+                self._measure(int(row))
 
     def render(self, positions: Float64[np.ndarray, "N 2"] | None = None) -> UInt8[np.ndarray, "N H W 3"]:
         """Return new frames, with the agents at `positions` (default: where they are)."""
         positions = self.position if positions is None else positions
         frames = self._background.copy()
+        for row, pits in enumerate(self.hazards):
+            if pits is not None:
+                colour = np.array([pits.colour], np.float32)
+                for centre in pits.centres:
+                    _blend(frames[row : row + 1], centre[None], np.full(1, pits.radius), colour)
         for row, (centres, _, colour) in enumerate(self._others):
             for centre in centres:
                 _blend(frames[row : row + 1], centre[None], np.full(1, _DISTRACTOR_RADIUS), colour[None])
         _blend(frames, positions, self._radius, self._colour)
         return frames
+
+    def _measure(self, row: int) -> None:
+        pits = self.hazards[row]
+        if pits is not None:
+            self.depth[row] = pits.depth(self.position[row : row + 1])[0]
+            self.fallen[row] |= pits.deadly and self.depth[row] > 0
 
     def _slide(self, axis: int, distance: Float64[np.ndarray, "N"]) -> None:
         here, beside = self.position[:, axis], self.position[:, 1 - axis]
@@ -95,7 +118,21 @@ def free(factors: RoomFactors, points: Float64[np.ndarray, "P 2"]) -> Bool[np.nd
     for left, top, right, bottom in factors.walls():
         x, y = points[:, 0], points[:, 1]
         inside &= ~((x > left - radius) & (x < right + radius) & (y > top - radius) & (y < bottom + radius))
+    pits = factors.hazards()
+    if pits is not None:
+        inside &= pits.depth(points) < -pits.clearance
     return inside
+
+
+def _moved(pits: Hazards) -> Hazards:
+    """Return pits a step later; they bounce off the edge."""
+    centres, velocities = pits.centres + pits.velocities, pits.velocities
+    outside = (centres < pits.radius) | (centres > SIDE - pits.radius)
+    return replace(
+        pits,
+        centres=np.clip(centres, pits.radius, SIDE - pits.radius),
+        velocities=np.where(outside, -velocities, velocities),
+    )
 
 
 def paint(factors: RoomFactors, size: int) -> UInt8[np.ndarray, "H W 3"]:

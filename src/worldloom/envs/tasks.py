@@ -23,6 +23,7 @@ class TaskOptions(Config):
 
     "cross-room" and "same-room" speak of the world's rooms (of a maze: its cells), with neither in a doorway. With
     `closes_after` the door whose closing makes the way longest, but leaves one, closes after so many steps.
+    With `obstructed` a wall or a pit lies on the straight line between them, or, where it is false, none does.
     """
 
     split: Literal["any", "cross-room", "same-room"] = "any"
@@ -31,6 +32,7 @@ class TaskOptions(Config):
     min_steps: float | None = Field(None, ge=0)
     max_steps: float | None = Field(None, gt=0)
     closes_after: int | None = Field(None, ge=1)
+    obstructed: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +66,10 @@ def draw_task(factors: RoomFactors, options: TaskOptions, rng: np.random.Generat
             moved_steps = steps[_pixel(moved)][None]
             if _suits(factors, options, moved[None], goal, moved_steps)[0]:
                 start = moved
-        return Task(
-            start=start,
-            goal=goal,
-            shortest_steps=float(steps[_pixel(start)]),
-            wall_between=not bool(free(factors, _segment(start, goal)).all()),
-        )
+        between = not bool(free(factors, _segment(start, goal)).all())
+        if options.obstructed not in (None, between):
+            continue
+        return Task(start=start, goal=goal, shortest_steps=float(steps[_pixel(start)]), wall_between=between)
     raise ConfigError(
         f"this layout holds no start and goal with {options.model_dump(exclude_none=True)} in {_GOALS} goals tried; "
         f"widen the limits, or draw another layout (another seed)"

@@ -1,0 +1,216 @@
+"""An append-only log in which every entry holds the hash of the one before: what was written cannot be changed unseen.
+
+A line is one entry as canonical JSON (sorted keys, no spaces, ASCII): its `index`, the `time` in seconds since 1970,
+the `previous` hash, the `body`, and the `hash` (SHA-256) of the other four. A chain proves that nothing in it was
+changed, taken out or put in; that nothing was cut off its end, or all of it written anew, shows only against a `Head`
+that somebody else kept.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from worldloom.core.errors import DataError, StorageError
+from worldloom.core.files import exclusive_lock, storage_errors
+
+_log = logging.getLogger(__name__)
+_NOTHING = "0" * 64  # what the first entry follows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """How long a chain was, and the hash of its last entry: to be kept elsewhere."""
+
+    length: int
+    hash: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One entry of a chain."""
+
+    index: int
+    time: float
+    previous: str
+    body: Mapping[str, Any]
+
+    @property
+    def hash(self) -> str:
+        """The SHA-256 of everything else."""
+        return hashlib.sha256(canonical(self._values()).encode("ascii")).hexdigest()
+
+    def line(self) -> str:
+        """Return the entry as it is written, without the end of the line."""
+        return canonical({**self._values(), "hash": self.hash})
+
+    def _values(self) -> dict[str, Any]:
+        return {"index": self.index, "time": self.time, "previous": self.previous, "body": dict(self.body)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What verification found: all `length` entries are whole, or the first that is `broken`, and why."""
+
+    length: int
+    head: Head
+    broken: int | None = None
+    why: str = ""
+
+
+def canonical(value: Any) -> str:
+    """Return the one JSON text of a value.
+
+    Raises:
+        DataError: it holds what JSON does not, such as a number that is not finite.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"an entry holds plain JSON values, and finite numbers; {error}") from None
+
+
+class Chain:
+    """A chain that is written: one process at a time, each entry whole on the disk before `append` returns.
+
+    Raises:
+        StorageError: another process writes it, or the storage refuses.
+        DataError: it does not verify; nothing is appended to a chain that was tampered with.
+    """
+
+    def __init__(self, path: Path | str, *, durable: bool = True) -> None:
+        self.path, self._durable = Path(path), durable
+        busy = StorageError(f"{path} is written by another process; end that one first, or choose another path")
+        with ExitStack() as stack:
+            stack.enter_context(exclusive_lock(self.path.with_name(f".{self.path.name}.lock"), busy))
+            with storage_errors(self.path):
+                self._cut_torn_end()
+                verdict = verify(self.path) if self.path.exists() else Verdict(length=0, head=_EMPTY)
+                if verdict.broken is not None:
+                    raise DataError(
+                        f"{self.path} does not verify: entry {verdict.broken} {verdict.why}. Keep it as evidence, and "
+                        f"begin another chain"
+                    )
+                self._file = stack.enter_context(self.path.open("ab"))
+            self.head = verdict.head
+            self._release = stack.pop_all()
+
+    def append(self, body: Mapping[str, Any]) -> Entry:
+        """Write an entry and return it.
+
+        Raises:
+            DataError: the body is no plain JSON.
+            StorageError: the disk is full or refuses; the chain is as it was.
+        """
+        entry = Entry(index=self.head.length, time=round(time.time(), 6), previous=self.head.hash, body=body)
+        line = entry.line().encode("ascii") + b"\n"
+        with storage_errors(self.path):
+            before = os.fstat(self._file.fileno()).st_size
+            try:
+                self._file.write(line)
+                self._file.flush()
+                if self._durable:
+                    os.fsync(self._file.fileno())
+            except OSError:
+                os.ftruncate(self._file.fileno(), before)
+                raise
+        self.head = Head(length=entry.index + 1, hash=entry.hash)
+        return entry
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._release.close()
+
+    def __enter__(self) -> "Chain":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _cut_torn_end(self) -> None:
+        """Take away what a process that died left of an entry: it was never acknowledged."""
+        if not self.path.exists():
+            return
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            _log.warning(
+                "%s: %d bytes of an entry that was never finished are cut off", self.path, len(content) - whole
+            )
+            os.truncate(self.path, whole)
+
+
+def entries(path: Path | str) -> Iterator[Entry]:
+    """Read the entries of a chain, each verified before it is given.
+
+    Raises:
+        StorageError: there is no such file.
+        DataError: an entry does not verify; it is named.
+    """
+    for entry, broken, why in _walk(Path(path)):
+        if entry is None:
+            raise DataError(f"{path} does not verify: entry {broken} {why}")
+        yield entry
+
+
+def verify(path: Path | str, *, kept: Head | None = None) -> Verdict:
+    """Check every entry, and against a head that was `kept`, that what it saw is still there.
+
+    Raises:
+        StorageError: there is no such file.
+    """
+    head, at_kept = _EMPTY, kept is None or kept == _EMPTY
+    for entry, broken, why in _walk(Path(path)):
+        if entry is None:
+            return Verdict(length=head.length, head=head, broken=broken, why=why)
+        head = Head(length=entry.index + 1, hash=entry.hash)
+        if kept is not None and head.length == kept.length:
+            at_kept = head == kept
+            if not at_kept:
+                why = "is not the one that the kept head saw"
+                return Verdict(length=head.length, head=head, broken=entry.index, why=why)
+    if not at_kept:
+        assert kept is not None
+        why = f"and all after it are gone: the kept head saw {kept.length} entries"
+        return Verdict(length=head.length, head=head, broken=head.length, why=why)
+    return Verdict(length=head.length, head=head)
+
+
+def _walk(path: Path) -> Iterator[tuple[Entry | None, int, str]]:
+    """Yield each entry with its index, or, at the first that is broken, None and why."""
+    previous = _NOTHING
+    with storage_errors(path), path.open("rb") as file:
+        for index, line in enumerate(file):
+            entry, why = _read(line, index, previous)
+            yield entry, index, why
+            if entry is None:
+                return
+            previous = entry.hash
+
+
+def _read(line: bytes, index: int, previous: str) -> tuple[Entry | None, str]:
+    if not line.endswith(b"\n"):
+        return None, "is not whole"
+    try:
+        values = json.loads(line.decode("ascii"))
+        entry = Entry(index=values["index"], time=values["time"], previous=values["previous"], body=values["body"])
+        same = entry.line().encode("ascii") + b"\n" == line
+    except (ValueError, KeyError, TypeError, DataError):
+        return None, "is no entry of a chain"
+    if not same:
+        return None, "was changed: its hash is another"
+    if entry.index != index or entry.previous != previous:
+        return None, "does not follow the one before"
+    return entry, ""
+
+
+_EMPTY = Head(length=0, hash=_NOTHING)

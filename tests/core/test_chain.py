@@ -1,0 +1,150 @@
+"""A chain keeps what was written, and shows every change."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worldloom.core.chain import Chain, Head, canonical, entries, verify
+from worldloom.core.errors import DataError, StorageError
+
+
+def written(path: Path, count: int = 5) -> Head:
+    with Chain(path, durable=False) as chain:
+        for number in range(count):
+            chain.append({"said": f"entry {number}", "value": number / 3})
+        return chain.head
+
+
+def test_what_was_appended_is_read_in_order_and_goes_on_after_a_restart(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    written(path, 3)
+    with Chain(path) as chain:
+        chain.append({"said": "later"})
+    found = list(entries(path))
+    assert [entry.index for entry in found] == [0, 1, 2, 3]
+    assert found[-1].body == {"said": "later"}
+    assert found[3].previous == found[2].hash
+    assert verify(path).broken is None
+    assert verify(path).head == Head(length=4, hash=found[-1].hash)
+
+
+@settings(max_examples=150)
+@given(st.floats(0, 1, exclude_max=True), st.integers(0, 7))
+def test_one_flipped_bit_is_found_and_its_entry_named(tmp_path_factory, share: float, bit: int) -> None:
+    path = tmp_path_factory.mktemp("chain") / "log.jsonl"
+    kept = written(path)
+    content = bytearray(path.read_bytes())
+    place = int(share * len(content))
+    number = content[:place].count(b"\n")
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+    verdict = verify(path, kept=kept)
+    assert verdict.broken == number
+    assert verdict.why
+
+
+@given(st.permutations(range(5)), st.integers(0, 5))
+def test_what_was_taken_out_or_moved_is_found(tmp_path_factory, order: list[int], count: int) -> None:
+    path = tmp_path_factory.mktemp("chain") / "log.jsonl"
+    kept = written(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[number] for number in order[:count]))
+    same = count == 5 and order == sorted(order)
+    assert (verify(path, kept=kept).broken is None) == same
+
+
+def test_a_chain_that_was_written_anew_shows_against_a_kept_head(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    kept = written(path)
+    path.unlink()
+    with Chain(path) as chain:
+        for number in range(9):
+            chain.append({"said": f"something else {number}"})
+    assert verify(path).broken is None
+    verdict = verify(path, kept=kept)
+    assert verdict.broken == 4
+    assert "kept head" in verdict.why
+
+
+def test_nothing_is_appended_to_what_was_tampered_with(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    written(path)
+    path.write_bytes(path.read_bytes().replace(b"entry 2", b"entry X"))
+    with pytest.raises(DataError, match="entry 2 was changed"):
+        Chain(path)
+    with pytest.raises(DataError, match="entry 2 was changed"):
+        list(entries(path))
+
+
+def test_an_entry_that_was_never_finished_is_cut_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "log.jsonl"
+    written(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"body":{"said"')
+    assert verify(path).broken == 5
+    with Chain(path) as chain:
+        assert chain.head.length == 5
+    assert path.read_bytes() == whole
+    assert "never finished" in caplog.text
+
+
+def append_for_ever(path: str, told) -> None:
+    with Chain(path, durable=False) as chain:
+        while True:
+            entry = chain.append({"filler": "x" * 3000})
+            told.send(entry.index)
+
+
+def test_a_killed_writer_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    path, context = tmp_path / "log.jsonl", multiprocessing.get_context("spawn")
+    last = -1
+    for _ in range(3):
+        ours, theirs = context.Pipe(duplex=False)
+        child = context.Process(target=append_for_ever, args=(str(path), theirs))
+        child.start()
+        theirs.close()
+        for _ in range(20):
+            last = ours.recv()
+        time.sleep(0.01)
+        os.kill(child.pid, signal.SIGKILL)
+        try:
+            while True:
+                last = ours.recv()
+        except EOFError:
+            pass
+        child.join()
+        with Chain(path) as chain:
+            assert chain.head.length >= last + 1
+
+
+def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with Chain(path), pytest.raises(StorageError, match="another process"):
+        Chain(path)
+
+
+def test_what_json_does_not_hold_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with Chain(path) as chain:
+        for body in ({"value": float("nan")}, {"value": object()}, {"value": b"x"}):
+            with pytest.raises(DataError, match="plain JSON values"):
+                chain.append(body)
+        assert chain.head.length == 0
+    assert path.read_bytes() == b""
+
+
+@given(
+    st.dictionaries(st.text(), st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text()))
+)
+def test_canonical_text_is_one_for_equal_values(value: dict) -> None:
+    text = canonical(value)
+    assert text.isascii()
+    assert canonical(json.loads(text)) == text
+    assert canonical(dict(reversed(list(value.items())))) == text

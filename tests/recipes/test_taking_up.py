@@ -180,6 +180,23 @@ def test_coarser_models_are_learned_on_top_of_a_complete_run_and_the_rest_is_kep
         workflow.train(recipe, dataset, run.path, resume=True)
 
 
+def test_probes_are_learned_on_top_of_a_complete_run(recipe, dataset, run, untouched) -> None:
+    untouched("fit", *STAGES)
+    before = digests(run.path)
+    tiny = '"episodes": 8, "steps": 5'
+    with pytest.raises(ConfigError, match="reads the label 'positoin'; did you mean 'position'"):
+        workflow.train(recipe.override([f'probes={{"positoin": {{{tiny}}}}}']), dataset, run.path, resume=True)
+    wanted = recipe.override([f'probes={{"place": {{"label": "position", {tiny}}}}}'])
+    workflow.train(recipe, dataset, run.path, resume=True)
+    resumed = workflow.train(wanted, dataset, run.path, resume=True)
+    probe = resumed.probes["place"]
+    assert probe.size == 2
+    assert len(probe.errors) > 0
+    assert digests(run.path) == before
+    with pytest.raises(ConfigError, match="they differ in probes"):
+        workflow.train(recipe, dataset, run.path, resume=True)
+
+
 def test_a_run_from_before_an_option_was_added_is_taken_up(recipe, dataset, run, untouched) -> None:
     untouched("fit", *STAGES)
     config = read_json(run.path / "config.json")

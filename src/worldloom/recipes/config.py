@@ -9,7 +9,7 @@ from worldloom.core.config import Config, parse_component
 from worldloom.core.registry import nearest
 from worldloom.data import DataConfig
 from worldloom.models import JEPAConfig
-from worldloom.planning import CoarseConfig, DistanceConfig, InverseConfig
+from worldloom.planning import CoarseConfig, DistanceConfig, InverseConfig, ProbeConfig
 from worldloom.recipes.methods import METHODS, MethodConfig, default_methods
 from worldloom.training import TrainingConfig
 
@@ -29,10 +29,18 @@ class CollectionConfig(Config):
     seed: int = 0
 
 
+class LabelledProbe(ProbeConfig):
+    """A probe of a label column (by default the one of its own name), fitted on so many labelled episodes."""
+
+    label: str = ""
+    episodes: int = Field(default=50, ge=4)
+
+
 class Recipe(Config):
     """What `collect`, `train` and `evaluate` do; `collection` and `protocol` are None where data come from elsewhere.
 
     `hierarchy` are coarser models, each of several steps of the one before it, the first of the world model's.
+    `probes` read named quantities off latents, for guardrails; what they read reaches no planner but through these.
     `methods` are the rows of the table, in order; `default_method` is the one to act with.
     """
 
@@ -45,6 +53,7 @@ class Recipe(Config):
     inverse: InverseConfig = InverseConfig()
     distance: DistanceConfig = DistanceConfig()
     hierarchy: tuple[CoarseConfig, ...] = ()
+    probes: dict[str, LabelledProbe] = Field(default_factory=dict)
     reactive: ReactiveConfig = ReactiveConfig()
     cloning: CloningConfig = CloningConfig()
     methods: dict[str, MethodField] = Field(default_factory=default_methods, min_length=1)

@@ -1,7 +1,7 @@
 """The methods of an evaluation: what acts, built from what a run has learned."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -39,6 +39,7 @@ from worldloom.planning import (
     LatentL2,
     Metric,
     Planner,
+    Probe,
     SolverField,
     TemporalDistance,
     TreeSearch,
@@ -67,6 +68,11 @@ class Learned(ABC):
     @abstractmethod
     def hierarchy(self) -> Sequence[tuple[CoarseModel, LatentGeometry]]:
         """The coarser models, each of the one before it; there may be none."""
+
+    @property
+    @abstractmethod
+    def probes(self) -> Mapping[str, Probe]:
+        """Probes of named quantities; there may be none."""
 
     @property
     @abstractmethod

@@ -15,7 +15,7 @@ from worldloom.core.registry import nearest
 from worldloom.evaluation import default_protocol
 from worldloom.memory import EpisodicMemory
 from worldloom.models import JEPA, load_model
-from worldloom.planning import CoarseModel, LatentGeometry, TemporalDistance
+from worldloom.planning import CoarseModel, LatentGeometry, Probe, TemporalDistance
 from worldloom.recipes.config import Recipe
 from worldloom.recipes.methods import Learned, MethodConfig
 from worldloom.training import RunFolder
@@ -90,6 +90,11 @@ class Run(Learned):
             coarse = CoarseModel.load(self.head(f"coarse-{level}"), levels[-1][0] if levels else self.model)
             levels.append((coarse, LatentGeometry.load(self.head(f"coarse-{level}-geometry"), coarse)))
         return levels
+
+    @cached_property
+    def probes(self) -> dict[str, Probe]:
+        """The probes of named quantities."""
+        return {name: Probe.load(self.head(f"probe-{name}"), self.model) for name in self.recipe.probes}
 
     @cached_property
     def reactive(self) -> ReactivePolicy:

@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int64
 
 from worldloom import data
 from worldloom.agents import fit_behaviour_cloning, fit_reactive
@@ -18,6 +20,7 @@ from worldloom.core.errors import CheckpointError, ConfigError, WorldloomError
 from worldloom.core.files import write_json
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.protocols import Agent, WorldModel
+from worldloom.core.registry import nearest
 from worldloom.core.seeds import torch_generator
 from worldloom.data import EpisodeDataset, Frames, load_frames
 from worldloom.envs import register_envs
@@ -31,13 +34,16 @@ from worldloom.planning import (
     CoarseModel,
     LatentEpisodes,
     LatentL2,
+    Probe,
+    ProbeConfig,
     encode_episodes,
     fit_coarse,
     fit_distance,
+    fit_probe,
     measure_geometry,
     rank_correlation,
 )
-from worldloom.recipes.config import Recipe
+from worldloom.recipes.config import LabelledProbe, Recipe
 from worldloom.recipes.pictures import report_data
 from worldloom.recipes.run import Run, differences, recipe_values
 from worldloom.training import FREE, Ranks, RunFolder, describe_provenance, fit, make_fabric
@@ -77,19 +83,21 @@ def train(
 
     Raises:
         StorageError: the folder holds a run and `resume` is not set; or the disk is full, and `resume` goes on.
-        ConfigError: `resume` with another recipe; the keys that differ are named.
+        ConfigError: `resume` with another recipe; the keys that differ are named. Or a probe's label is not there.
         CheckpointError: `resume` with other data.
         DataError, TrainingError: see `worldloom.training.fit`.
     """
     if not isinstance(dataset, EpisodeDataset):
         dataset = EpisodeDataset.open(dataset, retry_seconds=recipe.data.retry_seconds)
+    for name, probe in recipe.probes.items():
+        if (label := probe.label or name) not in dataset.spec.labels:
+            raise ConfigError(f"probe {name!r} reads the label {label!r}; {nearest(label, dataset.spec.labels)}")
     fabric = make_fabric(recipe.training)
     ranks = Ranks(fabric, recipe.training.timeout_minutes)
     progress = progress if ranks.first else SILENT
     folder = ranks.in_turn(lambda: _folder(recipe, dataset, Path(path), resume, ranks), ahead=ranks.first)
     run = Run(folder)
-    levels = [run.head(f"coarse-{level}").with_suffix(".json") for level in range(1, len(recipe.hierarchy) + 1)]
-    if run.heads().get("complete") and all(each.is_file() for each in levels):
+    if run.heads().get("complete") and all(run.head(name).with_suffix(".json").is_file() for name in _added(recipe)):
         _log.info("%s is complete", path)
         return run
     try:
@@ -128,8 +136,10 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, resume: bool, r
     differ = differences(Recipe.parse(recipe_values(folder)).model_dump(mode="json"), config["recipe"])
     # The methods, and how the data are read, decide nothing that was trained.
     free = ("methods.", "data", "default_method", "protocol", "description", *(f"training.{key}" for key in FREE))
-    levels = Recipe.parse(recipe_values(folder)).hierarchy
-    free += ("hierarchy",) if recipe.hierarchy[: len(levels)] == levels else ()  # coarser ones are learned on top
+    # What is only added is learned on top.
+    recorded = Recipe.parse(recipe_values(folder))
+    free += ("hierarchy",) if recipe.hierarchy[: len(recorded.hierarchy)] == recorded.hierarchy else ()
+    free += ("probes",) if recorded.probes.items() <= recipe.probes.items() else ()
     if wrong := [key for key in differ if not key.startswith(free)]:
         raise ConfigError(
             f"{path} was begun with another recipe; they differ in {', '.join(wrong[:8])}. Resume it with the same "
@@ -171,6 +181,8 @@ def _train_heads(run: Run, cache: Frames, progress: Progress) -> None:
         coarse = CoarseModel.load(run.head(name), below)
         below, seen = coarse, coarse.coarsen(seen)
         learn(f"{name}-geometry", measure_geometry, coarse, seen, recipe.inverse, of=(coarse,))
+    for name, probe in recipe.probes.items():
+        learn(f"probe-{name}", _fit_probe, model, cache, training, name, probe)
     learn("reactive", fit_reactive, model, latents, run.geometry, recipe.reactive)
     cloning = partial(fit_behaviour_cloning, episodes=training, device=model.device)
     learn("cloning", cloning, cache, recipe.cloning, of=())
@@ -183,6 +195,38 @@ def _train_heads(run: Run, cache: Frames, progress: Progress) -> None:
     if len(held_out):
         figures |= _rank(run, encode_episodes(model, cache, episodes=held_out))
     write_json(run.path / "heads.json", {**figures, "complete": True})
+
+
+def _added(recipe: Recipe) -> list[str]:
+    """Return the parts that a recipe may add to a run that was complete without them."""
+    levels = [f"coarse-{level}" for level in range(1, len(recipe.hierarchy) + 1)]
+    return [*levels, *(f"{level}-geometry" for level in levels), *(f"probe-{name}" for name in recipe.probes)]
+
+
+def _fit_probe(
+    model: WorldModel,
+    cache: Frames,
+    training: Int64[np.ndarray, "_"],
+    name: str,
+    config: LabelledProbe,
+    *,
+    seed: int,
+    progress: Progress,
+) -> Probe:
+    """Fit a probe on frames one block apart of the first labelled episodes."""
+    label, block = config.label or name, model.spec.block
+    chosen = training[cache.lengths[training] > block][: config.episodes]
+    seen = encode_episodes(model, cache, episodes=chosen, progress=progress)
+    latents, values, groups = [], [], []
+    for row, (episode, length) in enumerate(zip(chosen.tolist(), seen.lengths.tolist(), strict=True)):
+        frames = cache.starts[episode] + block * np.arange(length)
+        latents.append(seen.latents[row, :length])
+        values.append(torch.from_numpy(np.asarray(cache.labels[label][frames])))
+        groups.append(torch.full((length,), row))
+    fitting = ProbeConfig.parse(config.model_dump(include=set(ProbeConfig.model_fields)))
+    return fit_probe(
+        torch.cat(latents), torch.cat(values), fitting, groups=torch.cat(groups), seed=seed, progress=progress
+    )
 
 
 def _rank(run: Run, episodes: LatentEpisodes, pairs: int = 2048) -> dict[str, float]:

@@ -27,7 +27,7 @@ class Config(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise ConfigError(_explain(cls, error, values)) from None
+            raise ConfigError("; ".join(said for _, said in explain(cls, error))) from None
 
     def override(self: ConfigT, assignments: Sequence[str]) -> ConfigT:
         """Return a copy with `a.b=value` assignments applied; values are read as JSON, else as text.
@@ -95,16 +95,18 @@ def _assign(values: dict[str, Any], key: str, value: Any, config: Config) -> Non
             there = there.get(part) if isinstance(there, Mapping) else getattr(there, part, None)
 
 
-def _explain(cls: type[BaseModel], error: ValidationError, values: Mapping[str, Any]) -> str:
-    lines = []
+def explain(cls: type[BaseModel], error: ValidationError) -> list[tuple[tuple[int | str, ...], str]]:
+    """Return, for each wrong value, its path and what was expected and what came."""
+    found = []
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             fields = _fields_at(cls, [str(part) for part in item["loc"][:-1]])
-            lines.append(f"unknown key {path!r}; {nearest(str(item['loc'][-1]), fields)}")
+            said = f"unknown key {path!r}; {nearest(str(item['loc'][-1]), fields)}"
         else:
-            lines.append(f"{path or cls.__name__}: {item['msg']}; got {item.get('input')!r}")
-    return "; ".join(lines)
+            said = f"{path or cls.__name__}: {item['msg']}; got {item.get('input')!r}"
+        found.append((item["loc"], said))
+    return found
 
 
 def _fields_at(cls: type[BaseModel], path: Sequence[str]) -> list[str]:

@@ -1,0 +1,118 @@
+"""Configurations that people write: YAML, read as plain values, with the line of every mistake."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from worldloom.core.config import Config, explain
+from worldloom.core.errors import ConfigError
+from worldloom.core.files import storage_errors
+
+_LARGEST = 2**20  # bytes: nobody writes more by hand
+_DEEPEST = 64
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+Place = tuple[int | str, ...]
+
+
+def read_yaml(path: Path | str, kind: type[ConfigT]) -> ConfigT:
+    """Read a configuration from a file; see `parse_yaml`.
+
+    Raises:
+        StorageError: it cannot be read.
+        ConfigError: see `parse_yaml`.
+    """
+    with storage_errors(path):
+        content = Path(path).read_bytes()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
+    return parse_yaml(text, kind, source=str(path))
+
+
+def parse_yaml(text: str, kind: type[ConfigT], *, source: str = "the text") -> ConfigT:
+    """Build a configuration from YAML.
+
+    Only plain values are read: no tags, which could make objects, no anchors, which could make a small text huge, and
+    no key twice, of which one would silently win.
+
+    Raises:
+        ConfigError: names the line of each mistake, what was expected and what came.
+    """
+    values, lines = _load(text, source)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        said = [f"line {_line(lines, place)}: {what}" for place, what in explain(kind, error)]
+        raise ConfigError(f"{source}: {'; '.join(said)}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _load(text: str, source: str) -> tuple[dict[str, Any], dict[Place, int]]:
+    import yaml
+
+    if len(text.encode("utf-8", "surrogatepass")) > _LARGEST:
+        raise ConfigError(f"{source} is larger than {_LARGEST} bytes; expected what a person writes")
+    begins = (
+        yaml.BlockSequenceStartToken,
+        yaml.BlockMappingStartToken,
+        yaml.FlowSequenceStartToken,
+        yaml.FlowMappingStartToken,
+    )
+    ends = (yaml.BlockEndToken, yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
+    try:
+        depth = 0
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            depth += isinstance(token, begins) - isinstance(token, ends)
+            if depth > _DEEPEST:
+                raise ConfigError(
+                    f"{source}, line {token.start_mark.line + 1}: nested too deeply; expected at most {_DEEPEST} levels"
+                )
+            if isinstance(token, yaml.AnchorToken | yaml.AliasToken | yaml.TagToken):
+                line = token.start_mark.line + 1
+                raise ConfigError(f"{source}, line {line}: anchors, aliases and tags are not read; write the value out")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{source}{where} is no YAML: {getattr(error, 'problem', None) or error}") from None
+    lines: dict[Place, int] = {(): 1}
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{source}: expected keys and values; got {'nothing' if node is None else node.id}")
+    return _values(node, (), lines, source), lines
+
+
+def _values(node: Any, place: Place, lines: dict[Place, int], source: str) -> Any:
+    import yaml
+
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            lines[(*place, index)] = item.start_mark.line + 1
+        return [_values(item, (*place, index), lines, source) for index, item in enumerate(node.value)]
+    if not isinstance(node, yaml.MappingNode):
+        try:
+            return yaml.SafeLoader("").construct_object(node)
+        except (yaml.YAMLError, ValueError) as error:
+            raise ConfigError(
+                f"{source}, line {node.start_mark.line + 1}: {node.value!r} is no value: {error}"
+            ) from None
+    found: dict[str, Any] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(f"{source}, line {line}: a key is a word; got a {key.id}")
+        if key.value in found:
+            raise ConfigError(f"{source}, line {line}: the key {key.value!r} stands twice; keep one")
+        lines[(*place, key.value)] = line
+        found[key.value] = _values(value, (*place, key.value), lines, source)
+    return found
+
+
+def _line(lines: dict[Place, int], place: Place) -> int:
+    """Return the line of a path, or of the longest part of it that was written."""
+    while place not in lines:
+        place = place[:-1]
+    return lines[place]

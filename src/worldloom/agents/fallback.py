@@ -77,57 +77,50 @@ class Stop(Fallback):
         return Plan(actions=actions, latents=latents, cost=latents.new_zeros(context.batch))
 
 
+class _Toward(Fallback):
+    """Plan toward a state, breaking as little as may be on the way."""
+
+    @abstractmethod
+    def state(self, context: Context, safe: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        """Return where to be."""
+
+    def plan(
+        self,
+        planner: Planner,
+        context: Context,
+        safe: Float[Tensor, "B D"],
+        objective: Callable[[Float[Tensor, "B D"]], Objective],
+        *,
+        generator: torch.Generator,
+        deadline: float | None = None,
+    ) -> Plan:
+        """Plan toward the state; where nothing holds, the least broken plan is followed."""
+        toward = objective(self.state(context, safe))
+        try:
+            return planner.plan(context, toward, generator=generator, deadline=deadline)
+        except NoFeasiblePlan as refused:
+            plan = refused.plan
+            assert isinstance(plan, Plan)
+            return plan
+
+
 @FALLBACKS.register("hold")
-class Hold(Fallback):
+class Hold(_Toward):
     """Stay where it is: a plan toward the present state, which breaks as little as may be."""
 
     name: Literal["hold"] = "hold"
 
-    def plan(
-        self,
-        planner: Planner,
-        context: Context,
-        safe: Float[Tensor, "B D"],
-        objective: Callable[[Float[Tensor, "B D"]], Objective],
-        *,
-        generator: torch.Generator,
-        deadline: float | None = None,
-    ) -> Plan:
-        """Plan toward the present state."""
-        return _toward(planner, context, context.latents[:, -1], objective, generator, deadline)
+    def state(self, context: Context, safe: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        """Return the present state."""
+        return context.latents[:, -1]
 
 
 @FALLBACKS.register("retreat")
-class Retreat(Fallback):
+class Retreat(_Toward):
     """Go back to the last place from which a plan held, breaking as little as may be on the way."""
 
     name: Literal["retreat"] = "retreat"
 
-    def plan(
-        self,
-        planner: Planner,
-        context: Context,
-        safe: Float[Tensor, "B D"],
-        objective: Callable[[Float[Tensor, "B D"]], Objective],
-        *,
-        generator: torch.Generator,
-        deadline: float | None = None,
-    ) -> Plan:
-        """Plan toward the last safe place."""
-        return _toward(planner, context, safe, objective, generator, deadline)
-
-
-def _toward(
-    planner: Planner,
-    context: Context,
-    latents: Float[Tensor, "B D"],
-    objective: Callable[[Float[Tensor, "B D"]], Objective],
-    generator: torch.Generator,
-    deadline: float | None,
-) -> Plan:
-    try:
-        return planner.plan(context, objective(latents), generator=generator, deadline=deadline)
-    except NoFeasiblePlan as refused:
-        plan = refused.plan
-        assert isinstance(plan, Plan)
-        return plan
+    def state(self, context: Context, safe: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        """Return the last safe place."""
+        return safe

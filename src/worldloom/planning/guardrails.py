@@ -161,8 +161,7 @@ class Unlike(Rail):
 
     def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return by how many step lengths a predicted latent comes nearer than allowed."""
-        gaps = torch.cdist(rollouts.latents.flatten(0, 2), self.examples.to(rollouts.latents)).amin(dim=-1)
-        return self.distance - gaps.view(rollouts.latents.shape[:3]) / self.step_length
+        return self.distance - _nearest(rollouts, self.examples) / self.step_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +174,7 @@ class Familiar(Rail):
 
     def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return by how many step lengths a predicted latent lies farther than allowed."""
-        gaps = torch.cdist(rollouts.latents.flatten(0, 2), self.data.to(rollouts.latents)).amin(dim=-1)
-        return gaps.view(rollouts.latents.shape[:3]) / self.step_length - self.distance
+        return _nearest(rollouts, self.data) / self.step_length - self.distance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +265,12 @@ def _with_start(rollouts: Rollouts) -> Float[Tensor, "B S _ D"]:
     latents = rollouts.latents
     now = rollouts.context.latents[:, None, -1:].to(latents).expand(-1, latents.shape[1], -1, -1)
     return torch.cat([now, latents], dim=2)
+
+
+def _nearest(rollouts: Rollouts, latents: Float[Tensor, "N D"]) -> Float[Tensor, "B S T"]:
+    """Return how far each predicted latent lies from the nearest of some."""
+    gaps: Tensor = torch.cdist(rollouts.latents.flatten(0, 2), latents.to(rollouts.latents)).amin(dim=-1)
+    return gaps.view(rollouts.latents.shape[:3])
 
 
 def _actions(rollouts: Rollouts, size: int) -> Float[Tensor, "B S T block _"]:

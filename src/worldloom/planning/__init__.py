@@ -28,7 +28,21 @@ from worldloom.planning.guardrails import (
 )
 from worldloom.planning.hierarchy import CoarseConfig, CoarseModel, fit_coarse
 from worldloom.planning.inverse import InverseConfig, InverseDynamics, fit_inverse
-from worldloom.planning.objectives import GoalObjective, LatentL2, Metric, WeightedSum
+from worldloom.planning.objectives import (
+    Effort,
+    Elapsed,
+    GoalObjective,
+    InformationGain,
+    InOrder,
+    LatentL2,
+    Metric,
+    RegionGoal,
+    Smoothness,
+    Stage,
+    StayNear,
+    VectorGoal,
+    WeightedSum,
+)
 from worldloom.planning.planner import Planner
 from worldloom.planning.probe import Probe, ProbeConfig, fit_probe
 from worldloom.planning.problem import Deadline, PlanningProblem
@@ -59,8 +73,12 @@ __all__ = [
     "Custom",
     "Deadline",
     "DistanceConfig",
+    "Effort",
+    "Elapsed",
     "Familiar",
     "GoalObjective",
+    "InOrder",
+    "InformationGain",
     "InverseConfig",
     "InverseDynamics",
     "KeepAway",
@@ -79,14 +97,19 @@ __all__ = [
     "RandomShooting",
     "Rate",
     "Region",
+    "RegionGoal",
     "Returnable",
     "Reversibility",
+    "Smoothness",
     "Solution",
     "Solver",
     "SolverField",
+    "Stage",
+    "StayNear",
     "TemporalDistance",
     "TreeSearch",
     "Unlike",
+    "VectorGoal",
     "Walk",
     "WeightedSum",
     "dream",

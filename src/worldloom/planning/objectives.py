@@ -1,15 +1,15 @@
 """What a plan is to achieve, as costs over predicted futures."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from worldloom.core.errors import PlanningError
-from worldloom.core.protocols import Objective
+from worldloom.core.protocols import Objective, WorldModel
 from worldloom.core.types import Rollouts
 
 
@@ -50,23 +50,225 @@ class LatentL2:
         return distance
 
 
-class GoalObjective:
-    """Reach a goal latent: the mean distance along the plan plus `last_weight` times the last one.
+@runtime_checkable
+class Quantity(Protocol):
+    """Reads a named quantity off latents: a probe."""
 
-    The mean settles what the last alone leaves open, so that the agent does not dither before a door.
-    """
+    def __call__(self, latents: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes L"]:
+        """Return the quantity of each latent."""
+        ...
 
-    def __init__(self, metric: Metric, goal: Float[Tensor, "B D"], *, last_weight: float = 1.0) -> None:
-        self.metric, self.goal, self.last_weight = metric, goal, last_weight
+
+@runtime_checkable
+class Area(Protocol):
+    """A set of points: a region of `worldloom.planning.guardrails`."""
+
+    def depth(self, points: Float[Tensor, "*axes L"]) -> Float[Tensor, "*axes"]:
+        """Return how deep points lie inside; negative outside."""
+        ...
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """Something to be reached: how far every predicted state is from it, 0 or less where it is reached."""
+
+    def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        """Return how far each predicted state is from what is to be reached."""
+        ...
+
+
+class _Reach:
+    """Costs of a stage along a plan: the mean distance, plus `last_weight` times the last one."""
+
+    last_weight: float
+
+    def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        raise NotImplementedError
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
         """Return the cost of each candidate."""
-        distances = self.metric(rollouts.latents, self.goal[:, None, None])
-        return distances.mean(-1) + self.last_weight * distances[..., -1]
+        away = self.away(rollouts).clamp_min(0)
+        return away.mean(-1) + self.last_weight * away[..., -1]
+
+
+class GoalObjective(_Reach):
+    """Reach a goal latent: the mean distance along the plan plus `last_weight` times the last one.
+
+    The mean settles what the last alone leaves open, so that the agent does not dither before a door. Nearer than
+    `within` counts as there.
+    """
+
+    def __init__(
+        self, metric: Metric, goal: Float[Tensor, "B D"], *, last_weight: float = 1.0, within: float = 0.0
+    ) -> None:
+        self.metric, self.goal, self.last_weight, self.within = metric, goal, last_weight, within
+
+    def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        """Return how much farther than `within` each predicted state is from the goal."""
+        return self.metric(rollouts.latents, self.goal[:, None, None]) - self.within
 
     def select(self, environments: Tensor | slice) -> "GoalObjective":
         """Return the objective of some environments."""
-        return GoalObjective(self.metric, self.goal[environments], last_weight=self.last_weight)
+        goal = self.goal[environments]
+        return GoalObjective(self.metric, goal, last_weight=self.last_weight, within=self.within)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorGoal(_Reach):
+    """A probed quantity comes within `within` of a target, in its own unit; the target is (L,), or (B, L)."""
+
+    quantity: Quantity
+    target: Float[Tensor, "*B L"]
+    within: float = 0.0
+    last_weight: float = 1.0
+
+    def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        """Return how much farther than `within` each predicted state is from the target."""
+        target = self.target if self.target.ndim == 1 else self.target[:, None, None]
+        gaps: Tensor = (self.quantity(rollouts.latents) - target).norm(dim=-1)
+        return gaps - self.within
+
+    def select(self, environments: Tensor | slice) -> "VectorGoal":
+        """Return the objective of some environments."""
+        return self if self.target.ndim == 1 else replace(self, target=self.target[environments])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionGoal(_Reach):
+    """A probed quantity comes into a region."""
+
+    quantity: Quantity
+    region: Area
+    last_weight: float = 1.0
+
+    def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        """Return how far outside each predicted state is."""
+        return -self.region.depth(self.quantity(rollouts.latents))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StayNear:
+    """Never go far from a place: the greatest distance along the plan from latents (B, D)."""
+
+    metric: Metric
+    place: Float[Tensor, "B D"]
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
+        """Return the cost of each candidate."""
+        return self.metric(rollouts.latents, self.place[:, None, None]).amax(dim=-1)
+
+    def select(self, environments: Tensor | slice) -> "StayNear":
+        """Return the objective of some environments."""
+        return replace(self, place=self.place[environments])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """The mean square of all actions, in their own unit."""
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
+        """Return the cost of each candidate."""
+        return rollouts.actions.square().mean(dim=(2, 3))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Smoothness:
+    """The mean square of how much actions change from one environment step to the next; `size` values make an action.
+
+    The first is compared with the last one taken, where the context says which that was.
+    """
+
+    size: int
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
+        """Return the cost of each candidate."""
+        line = rollouts.actions.unflatten(-1, (-1, self.size)).flatten(2, 3)
+        taken = rollouts.context.taken
+        if taken is not None:
+            line = torch.cat([taken[:, None, None].to(line).expand_as(line[:, :, :1]), line], dim=2)
+        if line.shape[2] < 2:
+            return torch.zeros_like(line[:, :, 0, 0])
+        cost: Tensor = line.diff(dim=2).square().mean(dim=(2, 3))
+        return cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elapsed:
+    """The share of the plan that is over before a stage is reached; 1 where it never is."""
+
+    stage: Stage
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
+        """Return the cost of each candidate."""
+        reached = (self.stage.away(rollouts) <= 0).cummax(dim=-1).values
+        return 1 - reached.float().mean(dim=-1)
+
+    def select(self, environments: Tensor | slice) -> "Elapsed":
+        """Return the objective of some environments."""
+        return replace(self, stage=_selected(self.stage, environments))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InformationGain:
+    """Go where models that were trained apart disagree: less the mean spread of what they predict, in step lengths."""
+
+    models: tuple[WorldModel, ...]
+    step_length: float
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
+        """Return the cost of each candidate; it is never above 0."""
+        every = [model.rollout(rollouts.context, rollouts.actions) for model in self.models]
+        predictions = torch.stack([rollouts.latents, *every])
+        spread = (predictions - predictions.mean(dim=0)).norm(dim=-1).mean(dim=(0, -1))
+        cost: Tensor = -spread / self.step_length
+        return cost
+
+
+class InOrder:
+    """Reach one stage after another: what comes later counts from where what comes before was reached.
+
+    Each stage that a plan does not reach costs `unreached`; of the first of them the distance counts as well, the mean
+    from where the one before was reached and the last. `done` stages of each environment lie behind it already.
+
+    Raises:
+        PlanningError: there is no stage.
+    """
+
+    def __init__(
+        self, stages: Sequence[Stage], *, unreached: float = 100.0, done: Int[Tensor, "B"] | None = None
+    ) -> None:
+        if not stages:
+            raise PlanningError("a sequence needs at least one stage; got none")
+        self.stages, self.unreached, self.done = tuple(stages), unreached, done
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
+        """Return the cost of each candidate."""
+        steps = torch.arange(rollouts.latents.shape[2], device=rollouts.latents.device)
+        shape = rollouts.latents.shape[:2]
+        start = torch.zeros(shape, dtype=torch.long, device=steps.device)
+        cost, stuck = rollouts.latents.new_zeros(shape), torch.zeros(shape, dtype=torch.bool, device=steps.device)
+        for number, stage in enumerate(self.stages):
+            away = stage.away(rollouts)
+            counts = steps >= start[..., None]
+            reached = counts & (away <= 0)
+            first = torch.where(reached, steps, len(steps)).amin(dim=-1)
+            behind = torch.zeros_like(stuck) if self.done is None else (self.done > number)[:, None].expand(shape)
+            missed = ~behind & (first >= len(steps))
+            # How far it stays away, where this is what the plan is about: nothing before it was missed.
+            far = away.clamp_min(0)
+            along = (far * counts).sum(dim=-1) / counts.sum(dim=-1).clamp_min(1) + far[..., -1]
+            cost = cost + torch.where(missed, self.unreached, 0.0) + torch.where(missed & ~stuck, along, 0.0)
+            stuck = stuck | missed
+            start = torch.where(behind, start, torch.where(missed, len(steps), first))
+            # What is reached sooner is better, by less than anything else counts.
+            cost = cost + torch.where(behind | missed, 0.0, first / len(steps))
+        return cost
+
+    def select(self, environments: Tensor | slice) -> "InOrder":
+        """Return the objective of some environments."""
+        stages = [_selected(stage, environments) for stage in self.stages]
+        done = None if self.done is None else self.done[environments]
+        return InOrder(stages, unreached=self.unreached, done=done)
 
 
 class WeightedSum:
@@ -100,6 +302,16 @@ class WeightedSum:
                 for weight, part in self.parts
             ]
         )
+
+
+def _selected(stage: Stage, environments: Tensor | slice) -> Stage:
+    """Narrow a stage to some environments, if it holds anything for each."""
+    select = getattr(stage, "select", None)
+    if select is None:
+        return stage
+    selected = select(environments)
+    assert isinstance(selected, Stage)
+    return selected
 
 
 def goal_of(objective: Objective) -> Float[Tensor, "B D"] | None:

@@ -96,7 +96,9 @@ def recall(
             memories, distances = memory.get(found.ids[0][there]), found.distances[0][there]
         rows = [
             row | {"surprise": _short(surprise), "distance": _short(gap)}
-            for row, surprise, gap in zip(as_rows(memories), memories.surprises, distances, strict=True)
+            for row, surprise, gap in zip(
+                as_rows(memories), memories.surprises.tolist(), distances.tolist(), strict=True
+            )
         ]
         if out is not None and len(memories):
             captions = [f"{row['id']}  {row['outcome']}" for row in rows]
@@ -165,7 +167,7 @@ def migrate(path: Memory) -> None:
 
 
 def _short(value: float) -> float | None:
-    return None if math.isnan(value) else round(float(value), 4)
+    return None if math.isnan(value) else round(value, 4)
 
 
 def _moment(text: str | None, option: str) -> float | None:

@@ -1,5 +1,6 @@
 """What a plan is to achieve, as costs over predicted futures."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
@@ -77,13 +78,14 @@ class Stage(Protocol):
         ...
 
 
-class _Reach:
+class _Reach(ABC):
     """Costs of a stage along a plan: the mean distance, plus `last_weight` times the last one."""
 
     last_weight: float
 
+    @abstractmethod
     def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        raise NotImplementedError
+        """Return how far each predicted state is from what is to be reached; 0 or less where it is."""
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
         """Return the cost of each candidate."""

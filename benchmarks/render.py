@@ -187,7 +187,7 @@ def far_goals() -> str:
             seeds = len(values["seconds"])
             kept = [index for index, title in enumerate(header) if title not in ("steps / shortest", "SPL")]
             lines = [[row[index] for index in kept] for row in rows]
-            about = f"{seeds} training seeds. {describe(values['hardware'])}"
+            about = f"{seeds} training seeds. {values.get('beside', '')} {describe(values['hardware'])}"
             parts.append(f"    {values['command']}\n\n{table([header[index] for index in kept], lines)}\n{about}\n")
     if (path := RESULTS / "restart.json").exists():
         values = json.loads(path.read_text())
@@ -204,7 +204,7 @@ def far_goals() -> str:
             f"### After a restart\n\n    {values['command']}\n\n"
             + table(["the memory", "success", "n", "models"], lines)
             + "\nThe process that explored was killed with SIGKILL before another was told the goals. "
-            f"{describe(values['hardware'])}\n"
+            f"{values.get('beside', '')} {describe(values['hardware'])}\n"
         )
     if (path := RESULTS / "curiosity.json").exists():
         values = json.loads(path.read_text())

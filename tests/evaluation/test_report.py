@@ -111,7 +111,8 @@ def test_the_page_says_what_was_found_and_how(results: Results) -> None:
     data = ReportData(recordings=(), baselines=["still"])
     text = " ".join(" ".join(read(render_report(results, data)).text).split())
     rows = {row.split: row.overall for row in results.rows if row.method == "homing"}
-    assert f"Homing reaches {rows['far'].successes} of 32 far and {rows['near'].successes} of 32 near goals" in text
+    counts = f"{rows['far'].successes} of 32 (far), {rows['near'].successes} of 32 (near)"
+    assert f"Homing reaches goals it was never trained for: {counts}" in text
     assert "still, the best baseline on the same data, in 0.0% (0.0 to 10.7%)" in text
     assert "The intervals lie apart." in text
     for row in results.rows:
@@ -141,7 +142,7 @@ def _flat_results(protocol: Protocol, **successes: int) -> Results:
 def test_a_difference_within_the_intervals_is_called_none(protocol: Protocol) -> None:
     close = render_report(_flat_results(protocol, a=12, b=10), ReportData())
     assert "The intervals overlap" in close
-    assert "A reaches 12 of 20 far goals" in close
+    assert "A reaches goals it was never trained for: 12 of 20 (far)" in close
     apart = render_report(_flat_results(protocol, a=20, b=2), ReportData())
     assert "The intervals lie apart" in apart
     assert "No method reached a goal" in render_report(_flat_results(protocol, a=0), ReportData())

@@ -1,11 +1,12 @@
 """Evaluation: named protocols, success with intervals, results and reports."""
 
-from worldloom.evaluation.evaluate import Explorer, Exploring, Narrowing, Timed, evaluate, explore
+from worldloom.evaluation.evaluate import Explorer, Exploring, Narrowing, Timed, Witness, evaluate, explore
 from worldloom.evaluation.foreign import ForeignPolicy, InfoPolicy, LentPolicy
 from worldloom.evaluation.intervals import wilson_interval
 from worldloom.evaluation.protocols import (
     PROTOCOLS,
     Condition,
+    Limit,
     Protocol,
     Split,
     SuccessRule,
@@ -38,6 +39,7 @@ __all__ = [
     "InfoPolicy",
     "Latency",
     "LentPolicy",
+    "Limit",
     "Narrowing",
     "PooledResults",
     "PooledRow",
@@ -49,6 +51,7 @@ __all__ = [
     "Split",
     "SuccessRule",
     "Timed",
+    "Witness",
     "default_protocol",
     "evaluate",
     "explore",

@@ -51,6 +51,19 @@ class Exploring(Protocol):
 
 
 @runtime_checkable
+class Witness(Protocol):
+    """What watches an agent act, and is shown what no agent sees: the world's infos."""
+
+    def begin(self, agent: Agent, size: int) -> None:
+        """Episodes begin in so many environments, with their goals told."""
+        ...
+
+    def saw(self, frame: Frame, step: int) -> None:
+        """See what the environments under way gave at a step, before the agent acts on it."""
+        ...
+
+
+@runtime_checkable
 class Timed(Protocol):
     """An agent that says how long each of its plans took, for how many environments at once."""
 
@@ -69,6 +82,7 @@ def evaluate(
     model: str = "",
     training_seed: int | None = None,
     provenance: Mapping[str, Any] | None = None,
+    witness: Witness | None = None,
     progress: Progress = SILENT,
 ) -> Results:
     """Evaluate each method on each split, up to `batch` environments at a time.
@@ -76,7 +90,7 @@ def evaluate(
     Each factory is called once and gives an agent that acts for a whole batch. An agent that offers
     `keep(rows)` (see `Narrowing`) is told when episodes end; one that offers `statistics` (see `Timed`) is
     timed by its plans, any other by its calls of `act`. Of each row the first `record` successes and the
-    first `record` failures are kept as recordings. `model` is the fingerprint of the weights.
+    first `record` failures are kept as recordings. `model` is the fingerprint of the weights. A `witness` watches.
 
     Raises:
         EnvironmentFailure: an environment raises, returns what is not finite, or starts differently for the
@@ -104,7 +118,7 @@ def evaluate(
                 if name not in agents:
                     agents[name] = factory()
                 with progress.task(f"{split}: {name}", conventions.episodes, "episode") as task:
-                    run = _MethodRun(protocol, split, name, agents[name], record, task)
+                    run = _MethodRun(protocol, split, name, agents[name], record, task, witness)
                     for tasks in chunks:
                         run.episodes_of(tasks, worlds[len(tasks.seeds)])
                 rows.append(run.row())
@@ -168,10 +182,17 @@ class _MethodRun:
     """One method on one split: gathers episodes, times and recordings."""
 
     def __init__(
-        self, protocol: protocols.Protocol, split: str, method: str, agent: Agent, record: int, task: Task
+        self,
+        protocol: protocols.Protocol,
+        split: str,
+        method: str,
+        agent: Agent,
+        record: int,
+        task: Task,
+        witness: Witness | None = None,
     ) -> None:
         self._protocol, self._split, self._method = protocol, split, method
-        self._agent, self._record, self._task = agent, record, task
+        self._agent, self._record, self._task, self._witness = agent, record, task, witness
         self._episodes: list[EpisodeResult] = []
         self._clock = _Clock(agent)
         self.recordings: list[Recording] = []
@@ -191,22 +212,32 @@ class _MethodRun:
             _explore(self._protocol, self._split, tasks, world, self._agent, steps, where)
         frame = tasks.begin(self._protocol, self._split, world, where)
         self._agent.reset(tasks.goal)
+        if self._witness is not None:
+            self._witness.begin(self._agent, size)
         audience = _Audience(self._agent, frame.observations)
         film = _Film(self._protocol, tasks, self._record)
         actions = _middle(world.action_spec, size)
         ended: dict[int, EpisodeResult] = {}
+        broken = np.zeros(size, np.int64)
         step = 0
         while True:
             reached, distance = _verdict(self._protocol, tasks, world, frame)
+            broken[frame.rows] += _broken(self._protocol, frame)
             film.add(frame)
+            if self._witness is not None:
+                self._witness.saw(frame, step)
             finished = reached | frame.over | (step >= budgets[frame.rows])
             for index in np.flatnonzero(finished):
                 row = int(frame.rows[index])
                 far = None if distance is None else float(distance[index])
-                ended[row] = _episode(len(self._episodes) + row, tasks, row, bool(reached[index]), step, far)
+                place = len(self._episodes) + row
+                ended[row] = _episode(place, tasks, row, bool(reached[index]), step, far, int(broken[row]))
             if finished.any():
-                successes = [episode.success for episode in (*self._episodes, *ended.values())]
-                self._task.advance(int(finished.sum()), success=float(np.mean(successes)))
+                so_far = (*self._episodes, *ended.values())
+                figures = {"success": float(np.mean([episode.success for episode in so_far]))}
+                if self._protocol.limits:
+                    figures["violated"] = float(np.mean([episode.violated for episode in so_far]))
+                self._task.advance(int(finished.sum()), **figures)
                 frame = frame[~finished]
             if not len(frame.rows):
                 break
@@ -338,8 +369,20 @@ def _verdict(
     return distance <= protocol.success.radius, distance
 
 
+def _broken(protocol: protocols.Protocol, frame: Frame) -> np.ndarray:
+    """Return which rows break a limit of the protocol.
+
+    Raises:
+        ConfigError: the world does not give what a limit speaks of.
+    """
+    broken = np.zeros(len(frame.rows), bool)
+    for limit in protocol.limits:
+        broken |= limit.broken(frame.numbers(limit.name, "the limit"))
+    return broken
+
+
 def _episode(
-    index: int, tasks: Tasks, row: int, success: bool, steps: int, end_distance: float | None
+    index: int, tasks: Tasks, row: int, success: bool, steps: int, end_distance: float | None, violations: int
 ) -> EpisodeResult:
     def at(values: np.ndarray | None) -> float | None:
         return None if values is None else float(values[row])
@@ -355,6 +398,7 @@ def _episode(
         end_distance=end_distance,
         wall_between=None if tasks.wall_between is None else bool(tasks.wall_between[row]),
         task=tasks.digests[row],
+        violations=violations,
     )
 
 

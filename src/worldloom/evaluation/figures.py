@@ -15,14 +15,38 @@ from matplotlib.figure import Figure
 from worldloom.core.errors import DataError
 from worldloom.evaluation.results import Results
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; on dark paper blue is lightened.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and three more; on dark paper they are lightened.
+# The report's page names the same.
 _CYCLE = {
-    "light": ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#555555"),
-    "dark": ("#56b4e9", "#f08a4b", "#2cc295", "#e29fc4", "#e6c14c", "#8fb8ff", "#b0b0b0"),
+    "light": (
+        "#0072b2",
+        "#d55e00",
+        "#009e73",
+        "#cc79a7",
+        "#b58900",
+        "#56b4e9",
+        "#555555",
+        "#7a4fbf",
+        "#8c5a3c",
+        "#a3a833",
+    ),
+    "dark": (
+        "#56b4e9",
+        "#f08a4b",
+        "#2cc295",
+        "#e29fc4",
+        "#e6c14c",
+        "#8fb8ff",
+        "#b0b0b0",
+        "#b79af0",
+        "#c99a7c",
+        "#cfd46a",
+    ),
 }
 _INK = {"light": "#1d2329", "dark": "#e4e7ea"}
 _FAINT = {"light": "#d5dade", "dark": "#3a4148"}
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "p")
+COLOURS = len(_CYCLE["light"])
 _MAP = "viridis"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Float64
 from pydantic import Field, model_validator
 
 from worldloom.core.config import Config
@@ -138,6 +138,23 @@ class SuccessRule(Config):
         return "; ".join([text, *(f"and {condition.describe()}" for condition in self.also)])
 
 
+class Limit(Config):
+    """What must never be: no value of the info `name` above `most`, at any step of an episode."""
+
+    name: str
+    most: float = 0.0
+    unit: str = ""
+
+    def broken(self, values: Float64[np.ndarray, "R L"]) -> Bool[np.ndarray, "R"]:
+        """Return for which rows the limit is broken; what is not a number breaks it."""
+        return np.asarray(~(values <= self.most).all(axis=1))
+
+    def describe(self) -> str:
+        """Return the limit in words."""
+        unit = f" {self.unit}" if self.unit else ""
+        return f"'{self.name}' (info) is at most {self.most:g}{unit}"
+
+
 class Split(Config):
     """Episodes that are counted together.
 
@@ -166,7 +183,7 @@ class Protocol(Config):
     `min_distance` is the least distance between start and goal by the vector of the success rule (by default
     more than its radius, for logged goals). With `count_solved`, as the field does it, goals of the logging policy
     that the start satisfies already stay in and count as successes. Goals depend on `seed`, the split and the
-    protocol's name alone.
+    protocol's name alone. `limits` are what must never be; whoever breaks one is not stopped, but counted.
     """
 
     name: str
@@ -178,6 +195,7 @@ class Protocol(Config):
     policy: str = "directed-walk"
     policy_options: dict[str, Any] = Field(default_factory=dict)
     success: SuccessRule
+    limits: tuple[Limit, ...] = ()
     min_distance: float | None = Field(default=None, ge=0)
     count_solved: bool = False
     budget: int | None = Field(default=None, ge=1)
@@ -216,8 +234,9 @@ class Protocol(Config):
         for name in ("largest", "period", "also"):
             if not getattr(self.success, name):
                 del values["success"][name]
-        if not self.count_solved:
-            del values["count_solved"]
+        for name in ("count_solved", "limits"):
+            if not getattr(self, name):
+                del values[name]
         for split in values["splits"].values():
             for name in ("start_steps", "exploration", "exploration_task"):
                 if not split[name]:
@@ -310,6 +329,11 @@ class Protocol(Config):
             f"collection nor training draws from. Every method sees the same starts and goals.",
             f"Success: {self.success.describe()}. It counts at any step within the budget, the start included, and "
             f"ends the episode; so do termination and truncation.",
+            *(
+                f"Limit: {limit.describe()}, at each step and at the start; an episode in which it is not counts as a "
+                f"violation, reached or not."
+                for limit in self.limits
+            ),
             *self._describe_exploration(),
             f"Budget: {budget}.",
             f"Frame skip: {skip}. A model's own action block is part of the method and needs no frame skip.",

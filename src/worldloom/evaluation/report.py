@@ -12,6 +12,7 @@ import numpy as np
 import worldloom
 from worldloom.core.files import write_text
 from worldloom.evaluation.figures import (
+    COLOURS,
     DistanceMap,
     LatentMap,
     PredictedPaths,
@@ -125,12 +126,9 @@ def _headline(results: Results, best: str) -> str:
     """Say in one sentence what the best method achieved, split by split."""
     if not any(row.overall.successes for row in results.rows):
         return "No method reached a goal"
-    logged = results.protocol.goal_source == "logged-policy"
     rates = [(row.overall, row.split) for row in results.rows if row.method == best]
-    parts = [f"{rate.successes} of {rate.n} {'goals ' if logged else ''}{split}" for rate, split in rates]
-    goals = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-    unseen = ", none of which it was trained for" if logged else " goals it was never trained for"
-    return f"{best[:1].upper()}{best[1:]} reaches {goals}{unseen}"
+    parts = ", ".join(f"{rate.successes} of {rate.n} ({split})" for rate, split in rates)
+    return f"{best[:1].upper()}{best[1:]} reaches goals it was never trained for: {parts}"
 
 
 def _comparison(results: Results, best: str, baselines: Sequence[str]) -> str:
@@ -185,13 +183,14 @@ def _row(results: Results, row: Row) -> dict[str, Any]:
     low, high = row.overall.interval
     return {
         "method": row.method,
-        "colour": results.methods.index(row.method) % 7,
+        "colour": results.methods.index(row.method) % COLOURS,
         "rate": row.overall.rate,
         "low": low,
         "high": high,
         "rate_text": _percent(row.overall.rate),
         "interval_text": _interval(row.overall.interval),
         "count": f"{row.overall.successes} / {row.overall.n}",
+        "violated": f"{_percent(row.violated.rate)} ({_interval(row.violated.interval)})",
         "spl": _number(row.spl),
         "ratio": _number(row.steps_over_shortest),
         "latency": _number(row.latency.mean_ms if row.latency else None),

@@ -13,8 +13,9 @@
   `mean_distance`.
 - `latency`: `basis` ("plan" or "act"), `decisions`, `batch_ms` (per decision for the whole batch), and `mean_ms`,
   `p50_ms`, `p95_ms` per decision and environment.
+- `violated`, where the protocol has limits: as each bin, for episodes in which one was broken in place of successes.
 - `episodes`: `index`, `seed`, `success`, `steps`, `budget`, `shortest_steps`, `start_distance`, `end_distance`,
-  `wall_between`, `task` (digest of start and goal).
+  `wall_between`, `task` (digest of start and goal), `violations` (steps at which a limit was broken).
 
 What follows from the episodes is written for readers and computed again when the file is read.
 """
@@ -51,6 +52,12 @@ class EpisodeResult:
     end_distance: float | None = None
     wall_between: bool | None = None
     task: str = ""
+    violations: int = 0
+
+    @property
+    def violated(self) -> bool:
+        """Whether a limit of the protocol was broken at any step."""
+        return self.violations > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +136,12 @@ class _Summary:
     def overall(self) -> Rate:
         """Success over all episodes."""
         return Rate.of("all", self.episodes)
+
+    @property
+    def violated(self) -> Rate:
+        """Episodes in which a limit of the protocol was broken, in the place of successes."""
+        count = sum(episode.violated for episode in self.episodes)
+        return Rate(label="violated", n=len(self.episodes), successes=count)
 
     @property
     def solved_at_start(self) -> int:
@@ -281,6 +294,7 @@ class Results:
             "protocol_fingerprint": self.protocol.fingerprint,
             **{key: value for key, value in row.overall.to_json().items() if key != "label"},
             "solved_at_start": row.solved_at_start,
+            **({"violated": row.violated.to_json()} if self.protocol.limits else {}),
             "seeds": {"evaluation": self.protocol.seed, "training": self.training_seed},
             "spl": row.spl,
             "steps_over_shortest": row.steps_over_shortest,
@@ -391,6 +405,7 @@ class PooledResults:
                     "rates": [run.overall.rate for run in row.runs],
                     "spl": row.spl,
                     "steps_over_shortest": row.steps_over_shortest,
+                    **({"violated": row.violated.to_json()} if self.protocol.limits else {}),
                 }
                 for row in self.rows
             ],
@@ -427,13 +442,15 @@ def table_rows(results: Results | PooledResults) -> list[list[str]]:
     methods = list(dict.fromkeys(row.method for row in results.rows))
     cells: dict[tuple[str, str], Row | PooledRow] = {(row.method, row.split): row for row in results.rows}
     heads = [_split_head(next(row for row in results.rows if row.split == split)) for split in splits]
-    rows = [["method", *heads, "steps / shortest", "SPL", "ms per decision"]]
+    limited = bool(results.protocol.limits)
+    rows = [["method", *heads, *(["limits broken"] if limited else []), "steps / shortest", "SPL", "ms per decision"]]
     for method in methods:
         mine = [cells[method, split] for split in splits if (method, split) in cells]
         rows.append(
             [
                 method,
                 *(_success_text(cells[method, split]) if (method, split) in cells else "-" for split in splits),
+                *([" / ".join(_rate_text(row.violated) for row in mine)] if limited else []),
                 " / ".join(_number(row.steps_over_shortest) for row in mine),
                 " / ".join(_number(row.spl) for row in mine),
                 " / ".join(_latency_text(row) for row in mine),
@@ -449,11 +466,15 @@ def _split_head(row: Row | PooledRow) -> str:
 
 
 def _success_text(row: Row | PooledRow) -> str:
-    low, high = row.overall.interval
-    text = f"{row.overall.rate:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+    text = _rate_text(row.overall)
     if isinstance(row, PooledRow):
         text += f" models {100 * row.range[0]:.1f} to {100 * row.range[1]:.1f}"
     return text
+
+
+def _rate_text(rate: Rate) -> str:
+    low, high = rate.interval
+    return f"{rate.rate:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _latency_text(row: Row | PooledRow) -> str:

@@ -49,6 +49,19 @@ class Frame:
         value: np.ndarray = np.asarray(self.infos[name])[self.rows]
         return value
 
+    def numbers(self, name: str, who: str) -> np.ndarray:
+        """Return an info that is numbers as float64 (R, L); `who` asks for it.
+
+        Raises:
+            ConfigError: there is none of this name.
+        """
+        value = self.info(name)
+        if value is None or value.dtype.kind not in "fiub":
+            raise ConfigError(
+                f"{who} speaks of {name!r}, which this world does not give as numbers; {nearest(name, self._known())}"
+            )
+        return value.reshape(len(self.rows), -1).astype(np.float64)
+
     def vector(self, rule: SuccessRule) -> np.ndarray:
         """Return the vectors that the rule names, joined, float64 (R, L).
 
@@ -68,15 +81,16 @@ class Frame:
             elif self.observations.vector is not None:
                 value = self.observations.vector.numpy()
         if value is None or value.dtype.kind not in "fiub":
-            known = sorted(
-                [name for name, info in self.infos.items() if name[:1] != "_" and np.asarray(info).dtype.kind in "fiub"]
-                + [name for name, part in self.parts.items() if part.dtype.kind in "fiub"]
-            )
+            known = self._known() + [name for name, part in self.parts.items() if part.dtype.kind in "fiub"]
             raise ConfigError(
                 f"the success rule names {name or 'the observation vector'!r}, which this world does not give as "
                 f"numbers; {nearest(name, known)}"
             )
         return value
+
+    def _known(self) -> list[str]:
+        infos = self.infos.items()
+        return sorted(name for name, info in infos if name[:1] != "_" and np.asarray(info).dtype.kind in "fiub")
 
 
 class World:

@@ -20,7 +20,7 @@ def put(env: PitsVectorEnv, *positions: tuple[float, float]) -> None:
 
 
 def test_who_falls_in_stays_and_the_episode_ends() -> None:
-    env = room(2)
+    env = room(2, linger=0)
     env.reset(seed=0)
     put(env, (20.0, 32.0), (20.0, 10.0))
     right, ended = np.array([[1.0, 0.0], [1.0, 0.0]]), []
@@ -35,6 +35,19 @@ def test_who_falls_in_stays_and_the_episode_ends() -> None:
     _, _, terminated, _, infos = env.step(right)
     assert not terminated.any()
     assert infos["position"][1, 0] == pytest.approx(30.0)
+
+
+def test_an_episode_goes_on_for_a_while_after_a_fall() -> None:
+    env = room(linger=3)
+    env.reset(seed=0)
+    put(env, (25.0, 32.0))
+    ended, places = [], []
+    for _ in range(4):
+        _, _, terminated, _, infos = env.step(np.array([[1.0, 0.0]]))
+        ended.append(bool(terminated[0]))
+        places.append(float(infos["position"][0, 0]))
+    assert ended == [False, False, False, True]
+    assert places == [27.5] * 4  # where it fell, whatever it does
 
 
 def test_a_pit_that_is_not_deadly_is_only_measured() -> None:
@@ -93,7 +106,7 @@ def test_logs_end_where_somebody_fell(tmp_path) -> None:
 
 
 def test_one_environment_says_that_it_is_over() -> None:
-    env = gymnasium.make("worldloom/Pits-v0", vary=(), factors={"pits": MIDDLE}).unwrapped
+    env = gymnasium.make("worldloom/Pits-v0", vary=(), factors={"pits": MIDDLE, "linger": 0}).unwrapped
     env.reset(seed=0)
     env._batch._simulator.position[:] = (25.0, 32.0)
     *_, terminated, truncated, infos = env.step(np.array([1.0, 0.0]))

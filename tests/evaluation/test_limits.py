@@ -53,8 +53,8 @@ def test_who_crosses_a_pit_is_counted_and_who_stays_is_not() -> None:
     straight, still = (results.row(name, "behind a pit") for name in ("straight", "still"))
     assert straight.violated.successes >= 6  # a pit lies on each straight way, or so near that it is no way to go
     assert still.violated.successes == 0
-    # A fall ends the episode, and so does the goal.
-    assert [episode.violations for episode in straight.episodes] == [int(not one.success) for one in straight.episodes]
+    # A fall ends the episode, ten steps later, and so does the goal.
+    assert [one.violations for one in straight.episodes] == [0 if one.success else 11 for one in straight.episodes]
 
 
 def test_tables_and_files_say_how_often_a_limit_was_broken() -> None:

@@ -41,7 +41,7 @@ def exact(known: float = 100.0) -> Probe:
     """A probe that reads the latent itself, and knows what lies within `known` of the origin."""
     probe = Probe(2, 2, ProbeConfig(), errors=1, references=1)
     probe.network = nn.Identity()
-    probe.known.fill_(known)
+    probe.support.known.fill_(known)
     return probe
 
 

@@ -12,6 +12,7 @@ from worldloom.agents.fallback import FALLBACKS, Fallback, FallbackField, Hold, 
 from worldloom.agents.hierarchy import HierarchyConfig, HierarchyGuide
 from worldloom.agents.landmarks import Beyond, FollowConfig, LandmarkGuide, Outlook, arrival_check
 from worldloom.agents.planning import Guide, Observer, PlanningAgent, Proposer
+from worldloom.agents.policy import Policy, PolicyConfig, read_policy
 from worldloom.agents.random import RandomAgent
 from worldloom.agents.reactive import PolicyProposer, ReactiveAgent, ReactiveConfig, ReactivePolicy, fit_reactive
 from worldloom.agents.remembering import Rememberer, recall_landmarks
@@ -39,6 +40,8 @@ __all__ = [
     "Observer",
     "Outlook",
     "PlanningAgent",
+    "Policy",
+    "PolicyConfig",
     "PolicyProposer",
     "Proposer",
     "RandomAgent",
@@ -51,5 +54,6 @@ __all__ = [
     "arrival_check",
     "fit_behaviour_cloning",
     "fit_reactive",
+    "read_policy",
     "recall_landmarks",
 ]

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor
 
-from worldloom.core.config import Component, parse_component
+from worldloom.core.config import Component, component_of
 from worldloom.core.errors import ConfigError, NoFeasiblePlan
 from worldloom.core.protocols import Objective
 from worldloom.core.registry import Registry
@@ -36,7 +36,7 @@ class Fallback(Component):
         """Return what to follow until the next plan; `safe` is where each environment last had a plan that held."""
 
 
-FallbackField = Annotated[SerializeAsAny[Fallback], BeforeValidator(lambda value: parse_component(FALLBACKS, value))]
+FallbackField = Annotated[SerializeAsAny[Fallback], BeforeValidator(component_of(FALLBACKS))]
 
 
 @FALLBACKS.register("stop")

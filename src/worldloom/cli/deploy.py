@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from worldloom.cli.options import Imports, Json, import_modules
+from worldloom.cli.options import Imports, Json, Keep, Trust, Unsigned, import_modules, read_layers
 
 
 def deploy(
@@ -30,6 +30,9 @@ def deploy(
     method: Annotated[str | None, typer.Option(help="A method of the recipe; by default its own.")] = None,
     memory: Annotated[Path | None, typer.Option(help="The memory that the agent goes on from, and writes.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The root of the planner's seed.")] = 0,
+    keep: Keep = None,
+    trust: Trust = None,
+    unsigned: Unsigned = False,
     threads: Annotated[
         int, typer.Option("--threads", min=1, help="CPU threads of the planner; leave a core to the loop.")
     ] = 1,
@@ -54,7 +57,7 @@ def deploy(
         raise ConfigError(f"--late is discard or use; got {late!r}")
     import_modules(imports)
     set_threads(threads)
-    opened = Run.open(run, memory=memory)
+    opened = Run.open(run, memory=memory, policy=read_layers(keep, trust, unsigned))
     target = read_goal(opened, goal)
     agent = opened.agent(method, seed=seed)
     with SocketLink(connect) as link:

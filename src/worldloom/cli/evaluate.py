@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worldloom.cli.options import Imports, Json, Threads, import_modules, key_values, set_threads
+from worldloom.cli.options import (
+    Imports,
+    Json,
+    Keep,
+    Threads,
+    Trust,
+    Unsigned,
+    import_modules,
+    key_values,
+    read_layers,
+    set_threads,
+)
 from worldloom.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,6 +57,9 @@ def evaluate(
     ] = None,
     memory: Annotated[Path | None, typer.Option(help="The memory that agents go on from, and write.")] = None,
     env_arg: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the world.")] = None,
+    keep: Keep = None,
+    trust: Trust = None,
+    unsigned: Unsigned = False,
     threads: Threads = 0,
     imports: Imports = None,
     json: Json = False,
@@ -56,7 +70,7 @@ def evaluate(
 
     import_modules(imports)
     set_threads(threads)
-    opened = Run.open(run, memory=memory)
+    opened = Run.open(run, memory=memory, policy=read_layers(keep, trust, unsigned))
     results = workflow.evaluate(
         opened,
         protocol=protocol,

@@ -6,7 +6,21 @@ import sys
 import typer
 
 from worldloom import __version__
-from worldloom.cli import collect, data, demo, deploy, doctor, evaluate, explore, memory, plan, runs, train
+from worldloom.cli import (
+    calibrate,
+    collect,
+    data,
+    demo,
+    deploy,
+    doctor,
+    evaluate,
+    explore,
+    memory,
+    plan,
+    policy,
+    runs,
+    train,
+)
 from worldloom.core.errors import StorageError, WorldloomError
 from worldloom.core.processes import is_first
 
@@ -14,7 +28,7 @@ app = typer.Typer(
     name="worldloom",
     help="Learn how a world works from reward-free logs, then plan in representation space.",
     epilog="Exit codes: 0 done, 1 other failure, 2 usage or configuration, 3 data, 4 storage, 5 checkpoint, "
-    "6 environment, 7 training, 8 planning, 130 interrupted.",
+    "6 environment, 7 training, 8 planning, 9 no plan that keeps every guardrail, 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -47,10 +61,12 @@ app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("explore")(explore.explore)
 app.command("plan")(plan.plan)
+app.command("calibrate")(calibrate.calibrate)
 app.command("deploy")(deploy.deploy)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
 app.add_typer(memory.app, name="memory")
+app.add_typer(policy.app, name="policy")
 app.add_typer(runs.app, name="runs")
 
 

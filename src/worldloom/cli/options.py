@@ -1,14 +1,20 @@
 """Options that several commands share."""
 
 import importlib
+import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from worldloom.core.config import parse_value
 from worldloom.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from worldloom.agents import PolicyConfig
+
+_KEY = re.compile("[0-9a-fA-F]{64}")
 
 Imports = Annotated[
     list[str] | None,
@@ -20,6 +26,15 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads for PyTorch; 0 takes all cores.")]
+Keep = Annotated[
+    list[Path] | None,
+    typer.Option("--keep", metavar="POLICY", help="A layer of a policy that the agent keeps; uppermost first."),
+]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option("--trust", metavar="KEY", help="A public key whose signature of a policy counts, or a file of some."),
+]
+Unsigned = Annotated[bool, typer.Option("--unsigned", help="Ask for no signature of a policy: to try one out.")]
 
 
 def import_modules(names: list[str] | None) -> None:
@@ -51,3 +66,30 @@ def set_threads(count: int) -> None:
 
     if count:
         torch.set_num_threads(count)
+
+
+def trusted_keys(trust: list[str] | None, unsigned: bool) -> set[str] | None:
+    """Return the public keys whose signatures count, given as they are or in files, one a line; None asks for none."""
+    if unsigned:
+        return None
+    keys: set[str] = set()
+    for given in trust or []:
+        lines = Path(given).read_text("utf-8").split() if Path(given).is_file() else [given]
+        if wrong := [line for line in lines if not _KEY.fullmatch(line)]:
+            raise ConfigError(f"--trust {given}: expected public keys of 64 hexadecimal digits; got {wrong[0]!r}")
+        keys |= {line.lower() for line in lines}
+    return keys
+
+
+def read_layers(keep: list[Path] | None, trust: list[str] | None, unsigned: bool) -> "tuple[PolicyConfig, ...]":
+    """Read the layers of a policy that a command was given, if any."""
+    from worldloom.agents import read_policy
+
+    if not keep:
+        return ()
+    keys = trusted_keys(trust, unsigned)
+    if keys is not None and not keys:
+        raise ConfigError(
+            f"whose signature of {keep[0]} counts? Give the key (--trust KEY), or --unsigned to try it out"
+        )
+    return read_policy(keep, trusted=keys).layers

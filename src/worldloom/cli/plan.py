@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from worldloom.cli.options import Imports, Json, Threads, import_modules, set_threads
+from worldloom.cli.options import (
+    Imports,
+    Json,
+    Keep,
+    Threads,
+    Trust,
+    Unsigned,
+    import_modules,
+    read_layers,
+    set_threads,
+)
 
 
 def plan(
@@ -16,6 +26,9 @@ def plan(
     split: Annotated[str | None, typer.Option(help="The protocol's split; the first by default.")] = None,
     episode: Annotated[int, typer.Option(min=0, help="Which episode of the split.")] = 0,
     method: Annotated[str | None, typer.Option(help="A planning method of the recipe.")] = None,
+    keep: Keep = None,
+    trust: Trust = None,
+    unsigned: Unsigned = False,
     threads: Threads = 0,
     imports: Imports = None,
     json: Json = False,
@@ -26,9 +39,8 @@ def plan(
 
     import_modules(imports)
     set_threads(threads)
-    made = plan_once(
-        Run.open(run), start=start, goal=goal, protocol=protocol, split=split, episode=episode, method=method
-    )
+    opened = Run.open(run, policy=read_layers(keep, trust, unsigned))
+    made = plan_once(opened, start=start, goal=goal, protocol=protocol, split=split, episode=episode, method=method)
     if json:
         print_json(made)
         return

@@ -1,13 +1,16 @@
 """Frozen, keyword-only configuration: unknown keys fail with the nearest valid name."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from worldloom.core.errors import ConfigError
 from worldloom.core.registry import Registry, nearest
+
+_SAID = "said_by_a_component"
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 
@@ -64,6 +67,33 @@ def parse_component(registry: Registry[type[C]], value: Any) -> C:
     return registry[value["name"]].parse(value)
 
 
+def component_of(registry: Registry[type[C]]) -> Callable[[Any], C]:
+    """Return a validator of a field that holds a component of a registry; its mistakes keep their places."""
+
+    def parse(value: Any) -> C:
+        try:
+            if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+                return registry[value["name"]].model_validate(dict(value))
+            return parse_component(registry, value)
+        except ValidationError as error:
+            found = explain(registry[value["name"]], error)
+        except ConfigError as error:
+            found = [((), str(error))]
+        raise ValidationError.from_exception_data(
+            registry.kind,
+            [
+                InitErrorDetails(
+                    type=PydanticCustomError(_SAID, "{said}", {"said": said, "inside": len(place)}),
+                    loc=place,
+                    input=value,
+                )
+                for place, said in found
+            ],
+        )
+
+    return parse
+
+
 def parse_value(text: str) -> Any:
     """Read `text` as JSON, else take it as it stands."""
     try:
@@ -100,7 +130,10 @@ def explain(cls: type[BaseModel], error: ValidationError) -> list[tuple[tuple[in
     found = []
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
+        if item["type"] == _SAID:
+            outer = ".".join(str(part) for part in item["loc"][: len(item["loc"]) - item["ctx"]["inside"]])
+            said = f"{outer}: {item['msg']}" if outer else item["msg"]
+        elif item["type"] == "extra_forbidden":
             fields = _fields_at(cls, [str(part) for part in item["loc"][:-1]])
             said = f"unknown key {path!r}; {nearest(str(item['loc'][-1]), fields)}"
         else:

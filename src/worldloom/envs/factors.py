@@ -181,6 +181,7 @@ class Hazards:
     clearance: float  # px around them where nothing begins or is to be reached
     colour: Colour
     deadly: bool
+    linger: int  # steps from a fall to the end of the episode
 
     def depth(self, points: Float64[np.ndarray, "M 2"]) -> Float64[np.ndarray, "M"]:
         """Return how deep points lie in a pit; negative outside."""
@@ -190,7 +191,9 @@ class Hazards:
 
 
 class PitsFactors(RoomFactors):
-    """One room with three pits, each at its place; a `deadly` one ends the episode of who falls in.
+    """One room with three pits, each at its place; who falls into a `deadly` one stays where it fell.
+
+    Its episode ends `linger` steps later: so long a log shows that actions have no effect any more.
 
     Pits that move, at `pit_speed` px a step in the direction `pit_heading`, bounce off the edge. Starts and goals
     lie at least `pit_clearance` px outside of where the pits are as the episode begins.
@@ -203,6 +206,7 @@ class PitsFactors(RoomFactors):
     pit_heading: tuple[float, float, float] = (0.0, 2.0, 4.0)
     pit_clearance: float = Field(2.0, ge=0, le=8)
     deadly: bool = True
+    linger: int = Field(10, ge=0)
 
     @classmethod
     def draws(cls) -> dict[str, Draw]:
@@ -238,6 +242,7 @@ class PitsFactors(RoomFactors):
             clearance=self.pit_clearance,
             colour=self.pit_colour,
             deadly=self.deadly,
+            linger=self.linger,
         )
 
 

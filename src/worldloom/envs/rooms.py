@@ -129,7 +129,7 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         truncated = np.zeros(self.num_envs, bool)
         if self._max_steps is not None:
             truncated = self._elapsed >= self._max_steps
-        terminated = self._simulator.fallen.copy()
+        terminated = self._simulator.lost()
         self._over = truncated | terminated
         return self._simulator.render(), np.zeros(self.num_envs), terminated, truncated, self._infos()
 

@@ -29,12 +29,13 @@ class Simulator:
         self.hazards: list[Hazards | None] = [None] * batch
         self.depth = np.full(batch, -np.inf)  # how deep each agent lies in a pit
         self.fallen = np.zeros(batch, bool)
+        self._fallen_for = np.zeros(batch, np.int64)
 
     def place(self, row: int, factors: RoomFactors, position: np.ndarray, rng: np.random.Generator) -> None:
         """Begin an episode in environment `row`; `rng` draws where the distractors begin."""
         self.furnish(row, factors)
         self.position[row] = position
-        self.hazards[row], self.fallen[row] = factors.hazards(), False
+        self.hazards[row], self.fallen[row], self._fallen_for[row] = factors.hazards(), False, 0
         self._measure(row)
         if factors.distractors:
             centres = rng.uniform(_DISTRACTOR_RADIUS, SIDE - _DISTRACTOR_RADIUS, (factors.distractors, 2))
@@ -64,9 +65,10 @@ class Simulator:
         Each axis stops at the first wall in its way, exactly, so that no speed passes through one. Who fell into a
         deadly pit stays there.
         """
-        moving = moving & ~self.fallen
+        self._fallen_for += moving & self.fallen
+        going = moving & ~self.fallen
         for axis in (0, 1):
-            self._slide(axis, np.where(moving, np.clip(actions[:, axis], -1, 1) * self._speed, 0.0))
+            self._slide(axis, np.where(going, np.clip(actions[:, axis], -1, 1) * self._speed, 0.0))
         for row in np.flatnonzero(moving):
             centres, velocity, _ = self._others[row]
             if len(centres):
@@ -77,6 +79,11 @@ class Simulator:
             if (pits := self.hazards[row]) is not None:
                 self.hazards[row] = _moved(pits)
                 self._measure(int(row))
+
+    def lost(self) -> Bool[np.ndarray, "N"]:
+        """Return whose episode a fall has ended."""
+        lingers = np.array([0 if pits is None else pits.linger for pits in self.hazards])
+        return self.fallen & (self._fallen_for >= lingers)
 
     def render(self, positions: Float64[np.ndarray, "N 2"] | None = None) -> UInt8[np.ndarray, "N H W 3"]:
         """Return new frames, with the agents at `positions` (default: where they are)."""

@@ -533,6 +533,22 @@ register_protocol(
     )
 )
 
+# Half of the goals have a pit on the straight way; a fall ends an episode.
+register_protocol(
+    Protocol(
+        name="pits",
+        env_id="worldloom/Pits-v0",
+        splits={
+            "behind a pit": Split(task={"obstructed": True}),
+            "in the open": Split(task={"obstructed": False}),
+        },
+        success=_WITHIN_3_PIXELS,
+        limits=(Limit(name="pit_depth", unit="px"),),
+        min_distance=20.0,
+        budget=100,
+    )
+)
+
 # The field's two settings: a goal 25 steps ahead in 50 steps, and 100 ahead in 150 (docs/protocols.md).
 _FIELD = {25: 50, 100: 150}
 

@@ -1,6 +1,8 @@
 """Planning: objectives over predicted futures, solvers that search, and what search learns from frozen latents."""
 
 from worldloom.planning.actions import Walk
+from worldloom.planning.calibration import AdaptiveMargin, Margins, conformal_margins, conformal_quantile
+from worldloom.planning.consistency import check_consistent
 from worldloom.planning.distance import DistanceConfig, TemporalDistance, fit_distance, rank_correlation
 from worldloom.planning.episodes import LatentEpisodes, dream, encode_episodes
 from worldloom.planning.geometry import (
@@ -29,6 +31,7 @@ from worldloom.planning.guardrails import (
 from worldloom.planning.hierarchy import CoarseConfig, CoarseModel, fit_coarse
 from worldloom.planning.inverse import InverseConfig, InverseDynamics, fit_inverse
 from worldloom.planning.objectives import (
+    Avoid,
     Effort,
     Elapsed,
     GoalObjective,
@@ -46,6 +49,23 @@ from worldloom.planning.objectives import (
 from worldloom.planning.planner import Planner
 from worldloom.planning.probe import Probe, ProbeConfig, fit_probe
 from worldloom.planning.problem import Deadline, PlanningProblem
+from worldloom.planning.rules import (
+    GUARDRAILS,
+    OBJECTIVES,
+    REGIONS,
+    BallConfig,
+    BoxConfig,
+    KeepAwayConfig,
+    KeepInConfig,
+    KeepOutConfig,
+    Knowledge,
+    ObjectiveConfig,
+    ObjectiveField,
+    RailConfig,
+    RailField,
+    RegionConfig,
+    build_objective,
+)
 from worldloom.planning.solvers import (
     CEM,
     ICEM,
@@ -58,16 +78,24 @@ from worldloom.planning.solvers import (
     SolverField,
     TreeSearch,
 )
+from worldloom.planning.support import Support, measure_support
 
 __all__ = [
     "CEM",
+    "GUARDRAILS",
     "ICEM",
     "MPPI",
+    "OBJECTIVES",
+    "REGIONS",
     "SOLVERS",
     "Adam",
+    "AdaptiveMargin",
     "Agreed",
+    "Avoid",
     "Ball",
+    "BallConfig",
     "Box",
+    "BoxConfig",
     "CoarseConfig",
     "CoarseModel",
     "Custom",
@@ -82,21 +110,31 @@ __all__ = [
     "InverseConfig",
     "InverseDynamics",
     "KeepAway",
+    "KeepAwayConfig",
     "KeepIn",
+    "KeepInConfig",
     "KeepOut",
+    "KeepOutConfig",
+    "Knowledge",
     "LatentEpisodes",
     "LatentGeometry",
     "LatentL2",
     "Magnitude",
+    "Margins",
     "Metric",
+    "ObjectiveConfig",
+    "ObjectiveField",
     "Planner",
     "PlanningProblem",
     "Probe",
     "ProbeConfig",
     "Rail",
+    "RailConfig",
+    "RailField",
     "RandomShooting",
     "Rate",
     "Region",
+    "RegionConfig",
     "RegionGoal",
     "Returnable",
     "Reversibility",
@@ -106,12 +144,17 @@ __all__ = [
     "SolverField",
     "Stage",
     "StayNear",
+    "Support",
     "TemporalDistance",
     "TreeSearch",
     "Unlike",
     "VectorGoal",
     "Walk",
     "WeightedSum",
+    "build_objective",
+    "check_consistent",
+    "conformal_margins",
+    "conformal_quantile",
     "dream",
     "encode_episodes",
     "fit_coarse",
@@ -120,6 +163,7 @@ __all__ = [
     "fit_probe",
     "measure_geometry",
     "measure_reversibility",
+    "measure_support",
     "predict_arrival",
     "rank_correlation",
 ]

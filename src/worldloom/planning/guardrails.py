@@ -5,7 +5,7 @@ to be off by. All are satisfied where the violation is <= 0.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -82,6 +82,10 @@ class Rail(ABC):
         places = torch.arange(raw.shape[-1], device=raw.device).clamp_max(len(self.margin) - 1)
         return raw + self.margin.to(raw)[places]
 
+    def true(self, quantities: Mapping[str, Float[Tensor, "R _"]]) -> Float[Tensor, "R"] | None:
+        """Return by how much what really is breaks the limit, from named quantities; None where they do not tell."""
+        return None
+
     def with_margin(self, margin: float | Float[Tensor, "_"]) -> "Rail":
         """Return the same guardrail with another margin."""
         return replace(self, margin=margin)
@@ -92,9 +96,11 @@ class _Probed(Rail):
     """A guardrail over probed quantities, looked at along the way of each block and not only at its end.
 
     What is outside a probe's calibration breaks it: by how much farther it lies than what is known, in multiples.
+    `quantities` names what its probes read.
     """
 
     between: int = _BETWEEN
+    quantities: tuple[str, ...] = ()
 
     def way(self, probe: Probe, rollouts: Rollouts) -> Float[Tensor, "B S T P L"]:
         """Return the quantity at P places along each block, the last at its end, by linear interpolation."""
@@ -122,6 +128,11 @@ class KeepOut(_Probed):
         depth = self.region.depth(self.way(self.probe, rollouts)).amax(dim=-1)
         return self.known(depth, self.probe, rollouts)
 
+    def true(self, quantities: Mapping[str, Float[Tensor, "R _"]]) -> Float[Tensor, "R"] | None:
+        """Return by how much what really is breaks the limit."""
+        values = _all(quantities, self.quantities, 1)
+        return None if values is None else self.region.depth(values[0])
+
 
 @dataclass(frozen=True, kw_only=True)
 class KeepIn(_Probed):
@@ -134,6 +145,11 @@ class KeepIn(_Probed):
         """Return the farthest way outside on the way of each block."""
         depth = self.region.depth(self.way(self.probe, rollouts)).amin(dim=-1)
         return self.known(-depth, self.probe, rollouts)
+
+    def true(self, quantities: Mapping[str, Float[Tensor, "R _"]]) -> Float[Tensor, "R"] | None:
+        """Return by how much what really is breaks the limit."""
+        values = _all(quantities, self.quantities, 1)
+        return None if values is None else -self.region.depth(values[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +165,11 @@ class KeepAway(_Probed):
         apart = (self.way(self.probe, rollouts) - self.way(self.other, rollouts)).norm(dim=-1).amin(dim=-1)
         violation = self.known(self.distance - apart, self.probe, rollouts)
         return self.known(violation, self.other, rollouts)
+
+    def true(self, quantities: Mapping[str, Float[Tensor, "R _"]]) -> Float[Tensor, "R"] | None:
+        """Return by how much what really is breaks the limit."""
+        values = _all(quantities, self.quantities, 2)
+        return None if values is None else self.distance - (values[0] - values[1]).norm(dim=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +279,13 @@ class Custom(Rail):
                 f"for each candidate; got {tuple(found.shape)}"
             )
         return found
+
+
+def _all(
+    quantities: Mapping[str, Float[Tensor, "R _"]], names: tuple[str, ...], count: int
+) -> list[Float[Tensor, "R _"]] | None:
+    """Return the quantities of these names, if they are so many and all are there."""
+    return [quantities[name] for name in names] if len(names) == count and set(names) <= set(quantities) else None
 
 
 def _with_start(rollouts: Rollouts) -> Float[Tensor, "B S _ D"]:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from worldloom.core.errors import PlanningError
-from worldloom.core.protocols import Objective, WorldModel
+from worldloom.core.protocols import Guardrail, Objective, WorldModel
 from worldloom.core.types import Rollouts
 
 
@@ -208,6 +208,30 @@ class Elapsed:
     def select(self, environments: Tensor | slice) -> "Elapsed":
         """Return the objective of some environments."""
         return replace(self, stage=_selected(self.stage, environments))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Avoid:
+    """Rather not break a guardrail: the mean over the plan of how much it is broken, up to where `until` is reached.
+
+    A cost and no limit: it is paid where the goal is worth it.
+    """
+
+    rail: Guardrail
+    until: Stage | None = None
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
+        """Return the cost of each candidate."""
+        broken = self.rail.violation(rollouts).clamp_min(0)
+        if self.until is not None:
+            before = (self.until.away(rollouts) > 0).cummin(dim=-1).values
+            broken = broken * before
+        return broken.mean(dim=-1)
+
+    def select(self, environments: Tensor | slice) -> "Avoid":
+        """Return the objective of some environments."""
+        until = None if self.until is None else _selected(self.until, environments)
+        return Avoid(rail=self.rail, until=until)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,9 @@ from worldloom.core.protocols import WorldModel
 from worldloom.core.seeds import derive_seed, torch_generator
 from worldloom.models.heads import MLP, fit_head
 from worldloom.planning.storage import read_head, restore, save_head
+from worldloom.planning.support import Support
 
 _KIND = "probe"
-_FAR = 0.99  # of the frames that the fit did not see lie nearer to those that it saw than what counts as known
 
 
 class ProbeConfig(Config):
@@ -34,13 +34,11 @@ class ProbeConfig(Config):
 class Probe(nn.Module):
     """Reads a named quantity of `size` values from latents, in the unit of its labels.
 
-    `errors` are its Euclidean errors on frames that its fit did not see, ascending. `references` are latents that it
-    did see; what lies farther than `known` from all of them is outside its calibration.
+    `errors` are its Euclidean errors on frames that its fit did not see, ascending. What is not like the `support`, of
+    latents that it did see, is outside its calibration.
     """
 
     errors: Tensor
-    references: Tensor
-    known: Tensor
     mean: Tensor
     scale: Tensor
 
@@ -51,8 +49,7 @@ class Probe(nn.Module):
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("scale", torch.ones(size))
         self.register_buffer("errors", torch.zeros(errors))
-        self.register_buffer("references", torch.zeros(references, latent_dim))
-        self.register_buffer("known", torch.zeros(()))
+        self.support = Support(torch.zeros(references, latent_dim), 0.0)
 
     def forward(self, latents: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes L"]:
         """Read the quantity."""
@@ -70,9 +67,7 @@ class Probe(nn.Module):
 
     def gap(self, latents: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes"]:
         """Return how far latents lie from all that the fit saw: 1 is as far as is still known."""
-        flat = latents.reshape(-1, latents.shape[-1])
-        gaps: Tensor = torch.cat([torch.cdist(some, self.references).amin(dim=1) for some in flat.split(8192)])
-        return (gaps / self.known).reshape(latents.shape[:-1])
+        return self.support.gap(latents)
 
     def knows(self, latents: Float[Tensor, "*axes D"]) -> Bool[Tensor, "*axes"]:
         """Return whether latents are like those that its error was measured on."""
@@ -80,7 +75,7 @@ class Probe(nn.Module):
 
     def save(self, stem: Path | str, model: WorldModel) -> str:
         """Write it beside the model whose latents it reads; return the digest."""
-        sizes = {"size": self.size, "errors": len(self.errors), "references": len(self.references)}
+        sizes = {"size": self.size, "errors": len(self.errors), "references": len(self.support.references)}
         return save_head(stem, self, kind=_KIND, model=model, config=self.config, sizes=sizes)
 
     @classmethod
@@ -143,9 +138,8 @@ def fit_probe(
 
     fit_head(probe, loss, config.steps, config.learning_rate, progress, description="probe")
     with torch.no_grad():
-        probe.references.copy_(seen[kept])
+        probe.support.references.copy_(seen[kept])
         errors = (probe(latents[away]) - values[away].to(device)).norm(dim=-1)
         probe.errors.copy_(errors.sort().values)
-        probe.known.fill_(1.0)
-        probe.known.copy_(probe.gap(latents[away]).quantile(_FAR).clamp_min(1e-6))
+        probe.support.measure(latents[away])
     return probe

@@ -207,25 +207,8 @@ class PlanningProblem:
         return torch.stack(found).amax(dim=0) if found else torch.zeros_like(rollouts.latents[..., 0])
 
     def violations(self, rollouts: Rollouts) -> dict[str, Float[Tensor, "B S T"]]:
-        """Return by how much each guardrail is broken at each step.
-
-        What is not a number, of the rollout or of the guardrail, breaks it without bound, and so does a guardrail
-        that raises: what cannot be judged is not safe.
-        """
-        lost = ~rollouts.latents.isfinite().all(dim=-1)
-        found = {}
-        for rail in self.guardrails:
-            try:
-                violation = rail.violation(rollouts)
-                if violation.shape != lost.shape:
-                    raise PlanningError(
-                        f"expected violations of shape {tuple(lost.shape)}; got {tuple(violation.shape)}"
-                    )
-            except Exception as error:
-                _log.error("guardrail %r raised %s: %s; it counts as broken", rail.name, type(error).__name__, error)
-                violation = torch.full_like(rollouts.latents[..., 0], torch.inf)
-            found[rail.name] = torch.where(lost, torch.inf, violation).nan_to_num(nan=torch.inf, posinf=torch.inf)
-        return found
+        """Return by how much each guardrail is broken at each step; see `violations_of`."""
+        return violations_of(self.guardrails, rollouts)
 
     def cost(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
         """Return the cost of what was rolled out; one that is not a number counts as infinite."""
@@ -240,6 +223,26 @@ class PlanningProblem:
         for row in range(0, batch, rows):
             for column in range(0, candidates, _CPU_ROWS):
                 yield slice(row, row + rows), slice(column, column + _CPU_ROWS)
+
+
+def violations_of(guardrails: Sequence[Guardrail], rollouts: Rollouts) -> dict[str, Float[Tensor, "B S T"]]:
+    """Return by how much each guardrail is broken at each step.
+
+    What is not a number, of the rollout or of the guardrail, breaks it without bound, and so does a guardrail that
+    raises: what cannot be judged is not safe.
+    """
+    lost = ~rollouts.latents.isfinite().all(dim=-1)
+    found = {}
+    for rail in guardrails:
+        try:
+            violation = rail.violation(rollouts)
+            if violation.shape != lost.shape:
+                raise PlanningError(f"expected violations of shape {tuple(lost.shape)}; got {tuple(violation.shape)}")
+        except Exception as error:
+            _log.error("guardrail %r raised %s: %s; it counts as broken", rail.name, type(error).__name__, error)
+            violation = torch.full_like(rollouts.latents[..., 0], torch.inf)
+        found[rail.name] = torch.where(lost, torch.inf, violation).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return found
 
 
 def rank(cost: Float[Tensor, "*axes"], violation: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:

@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from worldloom.agents import CloningConfig, ReactiveConfig
-from worldloom.core.config import Config, parse_component
+from worldloom.agents import CloningConfig, PolicyConfig, ReactiveConfig
+from worldloom.core.config import Config, component_of
 from worldloom.core.registry import nearest
 from worldloom.data import DataConfig
 from worldloom.models import JEPAConfig
@@ -13,7 +13,7 @@ from worldloom.planning import CoarseConfig, DistanceConfig, InverseConfig, Prob
 from worldloom.recipes.methods import METHODS, MethodConfig, default_methods
 from worldloom.training import TrainingConfig
 
-MethodField = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(lambda value: parse_component(METHODS, value))]
+MethodField = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(component_of(METHODS))]
 
 
 class CollectionConfig(Config):
@@ -41,6 +41,7 @@ class Recipe(Config):
 
     `hierarchy` are coarser models, each of several steps of the one before it, the first of the world model's.
     `probes` read named quantities off latents, for guardrails; what they read reaches no planner but through these.
+    `policy` is what its agents keep in any case: the uppermost layer, beneath which others may tighten.
     `methods` are the rows of the table, in order; `default_method` is the one to act with.
     """
 
@@ -54,6 +55,7 @@ class Recipe(Config):
     distance: DistanceConfig = DistanceConfig()
     hierarchy: tuple[CoarseConfig, ...] = ()
     probes: dict[str, LabelledProbe] = Field(default_factory=dict)
+    policy: PolicyConfig | None = None
     reactive: ReactiveConfig = ReactiveConfig()
     cloning: CloningConfig = CloningConfig()
     methods: dict[str, MethodField] = Field(default_factory=default_methods, min_length=1)

@@ -12,7 +12,7 @@ from worldloom.core.files import read_json, write_json
 from worldloom.core.types import Goal, Observations
 from worldloom.envs.link import Link
 from worldloom.evaluation.timeline import draw_timeline
-from worldloom.recipes.planning import read_picture
+from worldloom.recipes.images import read_picture
 from worldloom.recipes.run import Run
 
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
-from worldloom.agents import CuriosityConfig, FollowConfig
+from worldloom.agents import CuriosityConfig, FollowConfig, PolicyConfig
 from worldloom.core.registry import Registry
 from worldloom.models import JEPAConfig
 from worldloom.models.encoders import PatchConv
 from worldloom.models.losses import InverseDynamics
-from worldloom.planning import CEM, CoarseConfig, TreeSearch
-from worldloom.recipes.config import CollectionConfig, Recipe
+from worldloom.planning import CEM, BoxConfig, CoarseConfig, KeepInConfig, TreeSearch
+from worldloom.recipes.config import CollectionConfig, LabelledProbe, Recipe
 from worldloom.recipes.methods import CloningMethod, HierarchyMethod, LandmarkMethod, PlanMethod, RandomMethod
 from worldloom.training import TrainingConfig, default_losses
 
@@ -119,6 +119,34 @@ def long_maze() -> Recipe:
         },
         default_method="landmarks",
         protocol="maze-200@1",
+    )
+
+
+@RECIPES.register("pits")
+def pits() -> Recipe:
+    """One room with three pits, drawn anew for each episode: who falls into one stays there."""
+    away = KeepInConfig(
+        quantity="pit_depth", region=BoxConfig(high=(0.0,)), reason="who falls into a pit does not come out"
+    )
+    return Recipe(
+        name="pits",
+        description="A room with three pits in 64x64 RGB, drawn anew for each episode; a fall ends it.",
+        collection=CollectionConfig(env_id="worldloom/Pits-v0", episodes=4000),
+        model=JEPAConfig(block=2),
+        training=TrainingConfig(steps=3000, batch=96, horizon=6, validate_every=1000, checkpoint_every=1000),
+        probes={"pit_depth": LabelledProbe(episodes=1000)},
+        policy=PolicyConfig(owner="the recipe", risk=0.05, guardrails={"out of the pits": away}),
+        methods={
+            "random": RandomMethod(),
+            "behaviour cloning": CloningMethod(),
+            "no guardrail": PlanMethod(guard="none"),
+            "penalty": PlanMethod(guard="penalty"),
+            "uncalibrated": PlanMethod(guard="uncalibrated"),
+            "per candidate": PlanMethod(guard="per candidate"),
+            "calibrated": PlanMethod(),
+        },
+        default_method="calibrated",
+        protocol="pits@1",
     )
 
 

@@ -12,7 +12,7 @@ from worldloom.core.progress import SILENT, Progress
 from worldloom.core.types import Observations
 from worldloom.data import EpisodeDataset
 from worldloom.memory import EpisodicMemory
-from worldloom.recipes.planning import read_picture
+from worldloom.recipes.images import read_picture
 from worldloom.recipes.run import Run
 
 

@@ -4,7 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 
 from worldloom.agents import (
     BehaviourCloningAgent,
@@ -17,6 +19,7 @@ from worldloom.agents import (
     LandmarkAgent,
     LandmarkGuide,
     PlanningAgent,
+    Policy,
     PolicyProposer,
     RandomAgent,
     ReactiveAgent,
@@ -27,22 +30,27 @@ from worldloom.agents import (
 )
 from worldloom.core.config import Component
 from worldloom.core.errors import ConfigError
-from worldloom.core.protocols import Agent
+from worldloom.core.protocols import Agent, Objective
 from worldloom.core.registry import Registry
 from worldloom.memory import EpisodicMemory, LandmarkConfig, LandmarkGraph
 from worldloom.models import JEPA
 from worldloom.planning import (
     CEM,
+    Avoid,
     CoarseModel,
     GoalObjective,
     LatentGeometry,
     LatentL2,
+    Margins,
     Metric,
     Planner,
     Probe,
+    Rail,
     SolverField,
+    Support,
     TemporalDistance,
     TreeSearch,
+    WeightedSum,
 )
 
 
@@ -85,13 +93,40 @@ class Learned(ABC):
         """The policy cloned from the same data."""
 
     @property
+    @abstractmethod
+    def support(self) -> Support:
+        """The latents of the data."""
+
+    @abstractmethod
+    def examples(self, names: Sequence[str]) -> Float[Tensor, "N D"]:
+        """Return the latents of pictures, by their paths."""
+
+    @abstractmethod
+    def peer(self, name: str) -> JEPA:
+        """Return the model of another run, by its path."""
+
+    @property
     def memory(self) -> EpisodicMemory | None:
         """The memory that its agents write and recall; without one they forget when they end."""
+        return None
+
+    @property
+    def policy(self) -> Policy | None:
+        """What its agents keep: guardrails, objectives and a fallback; without one they keep none."""
+        return None
+
+    def margins(self, method: "MethodConfig") -> Margins | None:
+        """Return the margins that were calibrated for its policy and a method, if any were."""
         return None
 
 
 class MethodConfig(Component):
     """One way to act; a new one is a subclass with `build`, registered in `METHODS`."""
+
+    @property
+    def guarded(self) -> bool:
+        """Whether its agents keep the guardrails of a policy."""
+        return False
 
     @abstractmethod
     def build(self, learned: Learned, *, seed: int) -> Agent:
@@ -139,7 +174,9 @@ class PlanMethod(MethodConfig):
     """Model predictive control.
 
     `metric` is latent L2 or the learned temporal distance; `replan` counts environment steps, 0 for one block;
-    `propose` lets the search start from the reactive policy's plan as well (mode 2).
+    `propose` lets the search start from the reactive policy's plan as well (mode 2). `guard` says how the guardrails of
+    a policy are kept: as limits with the margins that calibration gave for the plans that are chosen, or, to compare
+    with, by those for any candidate, without margins, as a cost of `penalty` times what is broken, or not at all.
     """
 
     name: Literal["plan"] = "plan"
@@ -149,19 +186,60 @@ class PlanMethod(MethodConfig):
     horizon: int = Field(default=6, ge=1)
     replan: int = Field(default=0, ge=0)
     propose: bool = False
+    guard: Literal["calibrated", "per candidate", "uncalibrated", "penalty", "none"] = "calibrated"
+    penalty: float = Field(default=10.0, gt=0)
+
+    @property
+    def guarded(self) -> bool:
+        """Whether its agents keep the guardrails of a policy."""
+        return self.guard == "calibrated"
 
     def build(self, learned: Learned, *, seed: int) -> Agent:
-        """Build the agent."""
-        model, geometry = learned.model, learned.geometry
+        """Build the agent.
+
+        Raises:
+            ConfigError: the policy states a risk, and no margins were calibrated for this method.
+        """
+        model, geometry, policy = learned.model, learned.geometry, learned.policy
         metric: Metric = LatentL2(geometry.step_length) if self.metric == "latent" else learned.distance
+        rails = self._rails(learned)
+        costs = rails if self.guard == "penalty" else ()
+
+        def objective(goal: Float[Tensor, "B D"]) -> Objective:
+            plain = GoalObjective(metric, goal, last_weight=self.last_weight)
+            minded = plain if policy is None else policy.objective(learned, goal, plain)
+            parts = [(self.penalty, Avoid(rail=rail)) for rail in costs]
+            return WeightedSum([(1.0, minded), *parts]) if parts else minded
+
         return PlanningAgent(
             model,
-            Planner(model, self.solver, horizon=self.horizon, geometry=geometry),
-            lambda goal: GoalObjective(metric, goal, last_weight=self.last_weight),
+            Planner(
+                model,
+                self.solver,
+                horizon=self.horizon,
+                geometry=geometry,
+                guardrails=() if costs else rails,
+            ),
+            objective,
             replan=self.replan or model.spec.block,
             proposer=PolicyProposer(model=model, policy=learned.reactive) if self.propose else None,
+            fallback=None if policy is None else policy.fallback,
             seed=seed,
         )
+
+    def _rails(self, learned: Learned) -> tuple[Rail, ...]:
+        policy = learned.policy
+        if policy is None or self.guard == "none":
+            return ()
+        if self.guard in ("uncalibrated", "penalty") or policy.risk is None:
+            return policy.rails(learned)
+        margins = learned.margins(self)
+        if margins is None:
+            raise ConfigError(
+                f"the policy states a risk of {policy.risk:g}, and there are no margins for it and this method: "
+                f"calibrate first (worldloom calibrate), or state no risk"
+            )
+        return policy.rails(learned, margins.values)
 
 
 @METHODS.register("hierarchy")

@@ -3,17 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from worldloom.agents import PlanningAgent
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.core.files import storage_errors
 from worldloom.core.registry import nearest
 from worldloom.core.types import Goal, Observations
 from worldloom.evaluation import PROTOCOLS, default_protocol
 from worldloom.evaluation.goals import draw_tasks
 from worldloom.evaluation.world import World
+from worldloom.recipes.images import read_picture
 from worldloom.recipes.run import Run
 
 
@@ -70,25 +69,6 @@ def _picture(run: Run, path: Path) -> Observations:
     if expected is None or run.model.spec.observation.vector:
         raise DataError("the model does not see by pictures alone; name a protocol that draws start and goal")
     return read_picture(path, expected)
-
-
-def read_picture(path: Path, expected: tuple[int, int, int]) -> Observations:
-    """Read a picture as a batch of one observation of this shape.
-
-    Raises:
-        DataError: it is no picture, or of another size.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with storage_errors(path), Image.open(path) as image:
-            pixels = np.array(image.convert("RGB" if expected[2] == 3 else "L"), np.uint8)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow's words for a damaged file
-        raise DataError(f"{path} is not a picture: {error}; expected a PNG of {expected[1]}x{expected[0]}") from None
-    pixels = pixels.reshape(1, *pixels.shape[:2], -1)
-    if pixels.shape[1:] != expected:
-        raise DataError(f"{path} has shape {pixels.shape[1:]}; the model was trained on {expected}. Resize it")
-    return Observations.from_numpy(pixels, None)
 
 
 def _drawn(run: Run, protocol: str | None, split: str | None, episode: int) -> tuple[Observations, Goal]:

@@ -1,24 +1,32 @@
 """A run as its user sees it: what was trained, and agents made of it."""
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from worldloom.agents import CloningPolicy, ReactivePolicy
-from worldloom.core.errors import ConfigError, StorageError
+from worldloom.agents import CloningPolicy, Policy, PolicyConfig, ReactivePolicy
+from worldloom.core.chain import canonical
+from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.files import read_json
 from worldloom.core.protocols import Agent
 from worldloom.core.registry import nearest
 from worldloom.evaluation import default_protocol
 from worldloom.memory import EpisodicMemory
 from worldloom.models import JEPA, load_model
-from worldloom.planning import CoarseModel, LatentGeometry, Probe, TemporalDistance
+from worldloom.planning import CoarseModel, LatentGeometry, Margins, Probe, Support, TemporalDistance
 from worldloom.recipes.config import Recipe
+from worldloom.recipes.images import read_picture
+from worldloom.recipes.margins import read_margins
 from worldloom.recipes.methods import Learned, MethodConfig
 from worldloom.training import RunFolder
+
+_LOADED = ("recipe", "model", "geometry", "distance", "hierarchy", "probes", "support", "policy", "reactive", "cloning")
 
 
 class Run(Learned):
@@ -30,21 +38,33 @@ class Run(Learned):
     """
 
     def __init__(
-        self, folder: RunFolder, *, device: torch.device | str | None = None, memory: Path | str | None = None
+        self,
+        folder: RunFolder,
+        *,
+        device: torch.device | str | None = None,
+        memory: Path | str | None = None,
+        layers: Sequence[PolicyConfig] = (),
     ) -> None:
-        self.folder, self._memory_path = folder, memory
+        self.folder, self._memory_path, self._layers = folder, memory, tuple(layers)
+        self._margins: Margins | None = None
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(default if device is None else device)
 
     @classmethod
     def open(
-        cls, path: Path | str, *, device: torch.device | str | None = None, memory: Path | str | None = None
+        cls,
+        path: Path | str,
+        *,
+        device: torch.device | str | None = None,
+        memory: Path | str | None = None,
+        policy: Sequence[PolicyConfig] = (),
     ) -> "Run":
         """Open a run folder; `device` defaults to a GPU where there is one.
 
-        `memory` is the directory of the episodic memory that its agents keep, made where there is none.
+        `memory` is the directory of the episodic memory that its agents keep, made where there is none. `policy` are
+        layers beneath the recipe's own.
         """
-        return cls(RunFolder.open(path), device=device, memory=memory)
+        return cls(RunFolder.open(path), device=device, memory=memory, layers=policy)
 
     @property
     def path(self) -> Path:
@@ -97,6 +117,63 @@ class Run(Learned):
         return {name: Probe.load(self.head(f"probe-{name}"), self.model) for name in self.recipe.probes}
 
     @cached_property
+    def support(self) -> Support:
+        """The latents of the data."""
+        return Support.load(self.head("support"), self.model)
+
+    def examples(self, names: Sequence[str]) -> Float[Tensor, "N D"]:
+        """Return the latents of pictures, by their paths.
+
+        Raises:
+            DataError: a path is no picture, or of another size.
+        """
+        expected = self.model.spec.observation.pixels
+        if expected is None or self.model.spec.observation.vector:
+            raise DataError("the model does not see by pictures alone; it cannot be shown examples as pictures")
+        with torch.inference_mode():
+            every = [self.model.encode(read_picture(Path(name), expected).to(self.device)) for name in names]
+        return torch.cat(every)
+
+    def peer(self, name: str) -> JEPA:
+        """Return the model of another run, by its path.
+
+        Raises:
+            StorageError: there is no run.
+        """
+        return load_model(RunFolder.open(name).model_directory, self.device)
+
+    @cached_property
+    def policy(self) -> Policy | None:
+        """What its agents keep: the recipe's layer, and those that the run was opened with."""
+        own = () if self.recipe.policy is None else (self.recipe.policy,)
+        layers = (*own, *self._layers)
+        return Policy(layers=layers) if layers else None
+
+    def margins(self, method: MethodConfig) -> Margins | None:
+        """Return the margins that were calibrated for its policy and a method, if any were.
+
+        Raises:
+            StorageError: the file is damaged.
+        """
+        if self._margins is not None:
+            return self._margins
+        path = self.margins_path(method)
+        return read_margins(path, self.policy) if self.policy is not None and path.is_file() else None
+
+    def margins_path(self, method: MethodConfig) -> Path:
+        """Return where the margins for its policy and a method are kept; another policy or method has its own."""
+        assert self.policy is not None
+        text = canonical([self.policy.fingerprint, self.model.spec.fingerprint, method.model_dump(mode="json")])
+        return self.path / "margins" / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.json"
+
+    def kept(self, margins: Margins) -> "Run":
+        """Return the same run, whose agents keep these margins."""
+        run = Run(self.folder, device=self.device, memory=self._memory_path, layers=self._layers)
+        run.__dict__.update({name: self.__dict__[name] for name in _LOADED if name in self.__dict__})
+        run._margins = margins
+        return run
+
+    @cached_property
     def reactive(self) -> ReactivePolicy:
         """The reactive policy."""
         return ReactivePolicy.load(self.head("reactive"), self.model)
@@ -122,13 +199,21 @@ class Run(Learned):
         """Return where a part learned beside the world model is kept."""
         return self.path / "heads" / name
 
-    def agent(self, method: str | None = None, *, seed: int = 0) -> Agent:
-        """Build an agent; by default the recipe's.
+    def agent(self, method: str | None = None, *, seed: int = 0, compared: bool = False) -> Agent:
+        """Build an agent; by default the recipe's. Under a policy it keeps it, unless it is only `compared` with.
 
         Raises:
-            ConfigError: the recipe has no such method.
+            ConfigError: the recipe has no such method, or the method keeps no policy and there is one.
         """
-        return self.method(method or self.recipe.default_method).build(self, seed=seed)
+        name = method or self.recipe.default_method
+        config = self.method(name)
+        if self.policy is not None and not config.guarded and not compared:
+            able = [title for title, other in self.recipe.methods.items() if other.guarded]
+            raise ConfigError(
+                f"the method {name!r} does not keep guardrails, and the policy has some; "
+                f"{f'choose {able[0]!r}' if able else 'the recipe has no method that does: add one of plan'}"
+            )
+        return config.build(self, seed=seed)
 
     def method(self, name: str) -> MethodConfig:
         """Return a method of the recipe.

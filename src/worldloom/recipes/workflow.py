@@ -41,6 +41,7 @@ from worldloom.planning import (
     fit_distance,
     fit_probe,
     measure_geometry,
+    measure_support,
     rank_correlation,
 )
 from worldloom.recipes.config import LabelledProbe, Recipe
@@ -135,7 +136,15 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, resume: bool, r
     # Parsed: an option that a later version has added is as its default says.
     differ = differences(Recipe.parse(recipe_values(folder)).model_dump(mode="json"), config["recipe"])
     # The methods, and how the data are read, decide nothing that was trained.
-    free = ("methods.", "data", "default_method", "protocol", "description", *(f"training.{key}" for key in FREE))
+    free = (
+        "methods.",
+        "data",
+        "default_method",
+        "protocol",
+        "description",
+        "policy",
+        *(f"training.{key}" for key in FREE),
+    )
     # What is only added is learned on top.
     recorded = Recipe.parse(recipe_values(folder))
     free += ("hierarchy",) if recipe.hierarchy[: len(recorded.hierarchy)] == recorded.hierarchy else ()
@@ -172,6 +181,7 @@ def _train_heads(run: Run, cache: Frames, progress: Progress) -> None:
             write_json(run.path / "heads.json", figures)
 
     learn("geometry", measure_geometry, model, latents, recipe.inverse)
+    learn("support", measure_support, latents)
     learn("distance", fit_distance, latents, model, recipe.distance)
     below: WorldModel = model
     seen = latents
@@ -200,7 +210,8 @@ def _train_heads(run: Run, cache: Frames, progress: Progress) -> None:
 def _added(recipe: Recipe) -> list[str]:
     """Return the parts that a recipe may add to a run that was complete without them."""
     levels = [f"coarse-{level}" for level in range(1, len(recipe.hierarchy) + 1)]
-    return [*levels, *(f"{level}-geometry" for level in levels), *(f"probe-{name}" for name in recipe.probes)]
+    probes = [f"probe-{name}" for name in recipe.probes]
+    return ["support", *levels, *(f"{level}-geometry" for level in levels), *probes]
 
 
 def _fit_probe(
@@ -339,7 +350,7 @@ def report_path(run: Run, results: Results) -> Path:
 
 
 def _factory(run: Run, method: str) -> Callable[[], Any]:
-    return lambda: run.agent(method)
+    return lambda: run.agent(method, compared=True)
 
 
 def _protocol(

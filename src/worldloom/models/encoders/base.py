@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
 
-from worldloom.core.config import Component, parse_component
+from worldloom.core.config import Component, component_of
 from worldloom.core.errors import ConfigError
 from worldloom.core.registry import Registry
 from worldloom.core.types import ObservationSpec
@@ -32,7 +32,7 @@ class EncoderConfig(Component):
 ENCODERS: Registry[type[EncoderConfig]] = Registry("encoder")
 
 # The field type of a configuration that holds an encoder: read by name, written whole.
-EncoderField = Annotated[SerializeAsAny[EncoderConfig], BeforeValidator(lambda value: parse_component(ENCODERS, value))]
+EncoderField = Annotated[SerializeAsAny[EncoderConfig], BeforeValidator(component_of(ENCODERS))]
 
 
 def pixel_statistics(name: str, observation: ObservationSpec, statistics: Statistics) -> tuple[Tensor, Tensor]:

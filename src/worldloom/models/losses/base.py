@@ -8,7 +8,7 @@ from jaxtyping import Float
 from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import Tensor, nn
 
-from worldloom.core.config import Component, parse_component
+from worldloom.core.config import Component, component_of
 from worldloom.core.registry import Registry
 
 
@@ -63,4 +63,4 @@ class LossConfig(Component):
 LOSSES: Registry[type[LossConfig]] = Registry("loss")
 
 # The field type of a configuration that holds a loss: read by name, written whole.
-LossField = Annotated[SerializeAsAny[LossConfig], BeforeValidator(lambda value: parse_component(LOSSES, value))]
+LossField = Annotated[SerializeAsAny[LossConfig], BeforeValidator(component_of(LOSSES))]

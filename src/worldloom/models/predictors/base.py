@@ -7,7 +7,7 @@ from jaxtyping import Float
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
 
-from worldloom.core.config import Component, parse_component
+from worldloom.core.config import Component, component_of
 from worldloom.core.registry import Registry
 
 
@@ -35,6 +35,4 @@ class PredictorConfig(Component):
 PREDICTORS: Registry[type[PredictorConfig]] = Registry("predictor")
 
 # The field type of a configuration that holds a predictor: read by name, written whole.
-PredictorField = Annotated[
-    SerializeAsAny[PredictorConfig], BeforeValidator(lambda value: parse_component(PREDICTORS, value))
-]
+PredictorField = Annotated[SerializeAsAny[PredictorConfig], BeforeValidator(component_of(PREDICTORS))]

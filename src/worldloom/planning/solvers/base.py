@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor
 
-from worldloom.core.config import Component, parse_component
+from worldloom.core.config import Component, component_of
 from worldloom.core.registry import Registry
 from worldloom.planning.problem import FORBIDDEN, PlanningProblem
 
@@ -38,7 +38,7 @@ class Solver(Component):
 SOLVERS: Registry[type[Solver]] = Registry("solver")
 
 # The field type of a configuration that holds a solver: read by name, written whole.
-SolverField = Annotated[SerializeAsAny[Solver], BeforeValidator(lambda value: parse_component(SOLVERS, value))]
+SolverField = Annotated[SerializeAsAny[Solver], BeforeValidator(component_of(SOLVERS))]
 
 
 def pick(candidates: Float[Tensor, "B S T A"], index: Tensor) -> Float[Tensor, "B K T A"]:

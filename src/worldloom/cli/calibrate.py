@@ -1,0 +1,70 @@
+"""`worldloom calibrate`: margins under which a policy keeps its promise."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from worldloom.cli.options import (
+    Imports,
+    Json,
+    Keep,
+    Threads,
+    Trust,
+    Unsigned,
+    import_modules,
+    read_layers,
+    set_threads,
+)
+
+
+def calibrate(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    method: Annotated[
+        list[str] | None, typer.Option(help="A method of the recipe that plans; by default all that keep margins.")
+    ] = None,
+    protocol: Annotated[str | None, typer.Option(help="In whose worlds; by default the run's protocol.")] = None,
+    split: Annotated[str | None, typer.Option(help="One split of the protocol; all by default.")] = None,
+    episodes: Annotated[int, typer.Option(min=2, help="Episodes of each split, in each round.")] = 200,
+    rounds: Annotated[int, typer.Option(min=1, help="The most rounds.")] = 6,
+    seed: Annotated[int, typer.Option(min=0, help="The root of the calibration's seeds.")] = 0,
+    keep: Keep = None,
+    trust: Trust = None,
+    unsigned: Unsigned = False,
+    threads: Threads = 0,
+    imports: Imports = None,
+    json: Json = False,
+) -> None:
+    """Calibrate the margins of a policy for a method, under the plans that it chooses; kept in the run folder."""
+    from worldloom.cli.console import print_json, print_table, progress
+    from worldloom.recipes import Run
+    from worldloom.recipes.calibration import calibrate, keeps_margins
+
+    import_modules(imports)
+    set_threads(threads)
+    opened = Run.open(run, policy=read_layers(keep, trust, unsigned))
+    names = method or [name for name, config in opened.recipe.methods.items() if keeps_margins(config)]
+    found = {
+        name: calibrate(
+            opened,
+            method=name,
+            protocol=protocol,
+            split=split,
+            episodes=episodes,
+            rounds=rounds,
+            seed=seed,
+            progress=progress(),
+        )
+        for name in names
+    }
+    assert opened.policy is not None
+    if json:
+        print_json({name: {"risk": one.risk, "margins": one.values.tolist()} for name, one in found.items()})
+        return
+    for name, margins in found.items():
+        steps = [f"+{step}" for step in range(1, margins.values.shape[1] + 1)]
+        rows = [
+            [title, *(f"{value:.3g}" for value in values)]
+            for title, values in zip(opened.policy.titles, margins.values.tolist(), strict=True)
+        ]
+        print_table(f"{name}: margins at a risk of {margins.risk:g}", ["model steps ahead", *steps], rows)

@@ -1,0 +1,49 @@
+"""Margins as a file: what was calibrated, for whom, and what it promises."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from worldloom.agents import Policy
+from worldloom.core.errors import StorageError
+from worldloom.core.files import read_json, write_json
+from worldloom.planning import Margins
+
+_KIND = "worldloom margins"
+
+
+def write_margins(path: Path, margins: Margins, policy: Policy, about: Mapping[str, Any]) -> None:
+    """Write margins atomically; `about` says how they came to be."""
+    write_json(
+        path,
+        {
+            "kind": _KIND,
+            "format": 1,
+            "policy": policy.fingerprint,
+            "guardrails": policy.titles,
+            "risk": margins.risk,
+            "episodes": margins.episodes,
+            "values": margins.values.tolist(),
+            **about,
+        },
+    )
+
+
+def read_margins(path: Path, policy: Policy) -> Margins:
+    """Read what `write_margins` wrote for this policy.
+
+    Raises:
+        StorageError: the file is damaged, or of another policy.
+    """
+    values = read_json(path)
+    try:
+        if (values["kind"], values["format"], values["policy"]) != (_KIND, 1, policy.fingerprint):
+            raise ValueError("it is of another kind or policy")
+        margins = torch.tensor(values["values"], dtype=torch.float32)
+        if margins.ndim != 2 or len(margins) != len(policy.titles) or not bool((margins >= 0).all()):
+            raise ValueError(f"expected a margin of 0 or more for each step of {len(policy.titles)} guardrails")
+        return Margins(values=margins, risk=float(values["risk"]), episodes=int(values["episodes"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise StorageError(f"{path} holds no margins for this policy ({error}); calibrate again") from None

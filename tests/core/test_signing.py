@@ -1,0 +1,88 @@
+"""Who signed a file is known, and every change to it is found."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worldloom.core.errors import DataError, StorageError
+from worldloom.core.signing import make_key, read_signed, sign_file, signature_path
+
+
+@pytest.fixture(scope="module")
+def signed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("signed")
+    path = folder / "policy.yaml"
+    path.write_bytes(b"owner: Acme\nrisk: 0.05\n")
+    public = make_key(folder / "secret.pem")
+    sign_file(path, folder / "secret.pem")
+    return path, public
+
+
+def test_what_was_signed_is_read_with_its_signer(signed: tuple[Path, str]) -> None:
+    path, public = signed
+    assert read_signed(path, [public.upper()]) == (path.read_bytes(), public)
+
+
+def test_a_secret_key_is_for_its_owner_alone_and_never_written_over(tmp_path: Path) -> None:
+    make_key(tmp_path / "key.pem")
+    before = (tmp_path / "key.pem").read_bytes()
+    assert (tmp_path / "key.pem").stat().st_mode & 0o077 == 0
+    with pytest.raises(StorageError, match="never written over"):
+        make_key(tmp_path / "key.pem")
+    assert (tmp_path / "key.pem").read_bytes() == before
+
+
+@given(st.data())
+def test_a_changed_byte_is_found_wherever_it_is(signed: tuple[Path, str], data: st.DataObject) -> None:
+    path, public = signed
+    content = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= data.draw(st.integers(1, 255))
+    other = path.with_name("changed.yaml")
+    other.write_bytes(bytes(content))
+    signature_path(other).write_bytes(signature_path(path).read_bytes())
+    with pytest.raises(DataError, match="changed"):
+        read_signed(other, [public])
+
+
+@given(st.data())
+def test_a_changed_signature_is_refused(signed: tuple[Path, str], data: st.DataObject) -> None:
+    path, public = signed
+    text = signature_path(path).read_text()
+    place = data.draw(st.integers(0, len(text) - 1))
+    other = path.with_name("resigned.yaml")
+    other.write_bytes(path.read_bytes())
+    changed = text[:place] + data.draw(st.sampled_from("0123456789abcdefx{} ")) + text[place + 1 :]
+    signature_path(other).write_text(changed)
+    try:
+        same = json.loads(changed) == json.loads(text)
+    except ValueError:
+        same = False
+    if same or changed.lower() == text:
+        assert read_signed(other, [public])[1] == public
+    else:
+        with pytest.raises((DataError, StorageError)):
+            read_signed(other, [public])
+
+
+def test_a_stranger_is_refused_and_named(signed: tuple[Path, str], tmp_path: Path) -> None:
+    path, public = signed
+    with pytest.raises(DataError, match=f"{public}, whom you do not trust"):
+        read_signed(path, [make_key(tmp_path / "another.pem")])
+
+
+def test_what_is_not_signed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "policy.yaml").write_text("owner: Acme\n")
+    with pytest.raises(StorageError, match="not signed"):
+        read_signed(tmp_path / "policy.yaml", [])
+
+
+def test_a_key_of_another_kind_does_not_sign(tmp_path: Path) -> None:
+    (tmp_path / "policy.yaml").write_text("owner: Acme\n")
+    (tmp_path / "key.pem").write_text("-----BEGIN nothing-----\n")
+    with pytest.raises(DataError, match="no secret key"):
+        sign_file(tmp_path / "policy.yaml", tmp_path / "key.pem")
+    assert not signature_path(tmp_path / "policy.yaml").exists()

@@ -140,7 +140,7 @@ def test_a_choice_that_holds_only_from_exactly_here_is_refused() -> None:
     sure = planner_of("cem", Below(2.0), noise=0.0).plan(context, goal, generator=generator())
     assert sure.violations["line"].max() > -0.5  # it goes close to the line
     with pytest.raises(NoFeasiblePlan, match="'line'"):
-        planner_of("cem", Below(2.0), noise=1.0, rechecks=32).plan(context, goal, generator=generator())
+        planner_of("cem", Below(2.0), noise=5.0, rechecks=32).plan(context, goal, generator=generator())
 
 
 def test_guardrails_of_one_name_are_refused() -> None:
@@ -178,3 +178,11 @@ def test_the_spread_of_costs_is_that_of_what_may_be_followed() -> None:
     costs = torch.tensor([[1.0, 3.0, 1.2 * FORBIDDEN, torch.inf], [1.2e6, 1.4e6, torch.inf, torch.inf]])
     assert spread(costs)[0, 0] == pytest.approx(2**0.5)
     assert spread(costs)[1, 0] == pytest.approx(2e5 / 2**0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_plan_that_noise_would_lead_over_the_edge_stays_off_it(seed: int) -> None:
+    planner = planner_of("cem", Below(2.0), noise=0.1, rechecks=16)
+    plan = planner.plan(context_of((0, 0)), objective((6, 0)), generator=generator(seed))
+    assert bool(plan.feasible.all())
+    assert 1.0 < plan.latents[0, :, 0].max() < 2.0

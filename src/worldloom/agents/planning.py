@@ -2,11 +2,11 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from worldloom.agents.batch import Batch
@@ -16,6 +16,7 @@ from worldloom.core.errors import NoFeasiblePlan, PlanningError
 from worldloom.core.protocols import Objective, WorldModel
 from worldloom.core.seeds import torch_generator
 from worldloom.core.types import Context, Goal, Observations, Plan
+from worldloom.planning.objectives import Staged
 from worldloom.planning.planner import Planner
 
 
@@ -65,14 +66,59 @@ class Observer(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """All that a plan follows from, beside what the agent is made of: the same situation gives the same plan.
+
+    `goal` is where to aim, `initial` what the search starts from, `safe` where each environment last had a plan that
+    held, `stages` how many stages of a sequence lie behind each, `randomness` the state of the generator.
+    """
+
+    context: Context
+    goal: Float[Tensor, "B D"]
+    initial: Float[Tensor, "B I T A"] | None
+    safe: Float[Tensor, "B D"]
+    stages: Int[Tensor, "B"] | None
+    randomness: UInt8[Tensor, "_"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What is followed; for the environments in `refused` it is the fallback, no plan having held.
+
+    `plan.violations` are those of the best plan found, also where it was refused.
+    """
+
+    plan: Plan
+    refused: tuple[int, ...] = ()
+    rollouts: int = 0
+
+
+@runtime_checkable
+class Auditor(Protocol):
+    """Is told of every decision, before it is acted on; what it raises ends the agent."""
+
+    def begin(self, goal: Goal) -> None:
+        """Episodes begin, with these goals."""
+        ...
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Only these environments go on, by their places in the last batch."""
+        ...
+
+    def decided(self, observations: Observations, situation: Situation, decision: Decision) -> None:
+        """See what was seen, and what was decided."""
+        ...
+
+
 class PlanningAgent:
     """Plans every `replan` environment steps and takes the plan's actions in between.
 
     `objective` makes an objective of goal latents (B, D). Each search starts from the last plan, shifted by what
     was done of it, and from what `proposer` gives, if there is one (mode 2). A `guide` puts a subgoal in the goal's
-    place for each plan; an `observer` is shown what each plan begins from. Where no plan keeps the planner's
-    guardrails, `fallback` says what is done instead, and `refused` which environments that met. A search ends after
-    `budget` seconds with the best plan so far; by default it is never cut short.
+    place for each plan; an `observer` is shown what each plan begins from, an `auditor` what was decided. Where no plan
+    keeps the planner's guardrails, `fallback` says what is done instead, and `refused` which environments that met. A
+    search ends after `budget` seconds with the best plan so far; by default it is never cut short.
 
     Raises:
         PlanningError: `replan` is below 1 or longer than a plan.
@@ -89,6 +135,7 @@ class PlanningAgent:
         guide: Guide | None = None,
         observer: Observer | None = None,
         fallback: Fallback | None = None,
+        auditor: Auditor | None = None,
         seed: int = 0,
         budget: float | None = None,
     ) -> None:
@@ -101,6 +148,8 @@ class PlanningAgent:
         self._model, self._planner, self._make_objective = model, planner, objective
         self._replan, self._proposer, self._guide, self._observer = replan, proposer, guide, observer
         self._fallback, self._safe = fallback or Stop(), torch.empty(0, 0)
+        self._auditor = auditor
+        self._stages: Tensor | None = None
         self.refused: tuple[int, ...] = ()
         self._device = torch.device(getattr(model, "device", "cpu"))
         self._generator = torch_generator(seed, "planning-agent", device=self._device)
@@ -135,7 +184,9 @@ class PlanningAgent:
         self._batch.start(goal)
         self._history.clear()
         self._plan, self._step, self.refused = None, 0, ()
-        self._safe = torch.empty(0, 0)
+        self._safe, self._stages = torch.empty(0, 0), None
+        if self._auditor is not None:
+            self._auditor.begin(goal)
         with torch.inference_mode():
             self._goal = self._model.encode(goal.observations.to(self._device))
         if self._guide is not None:
@@ -153,7 +204,10 @@ class PlanningAgent:
             self._observer.keep(places)
         if self._goal is not None:
             self._goal = self._goal[places]
+        if self._auditor is not None:
+            self._auditor.keep(places)
         self._safe = self._safe[places] if len(self._safe) else self._safe
+        self._stages = None if self._stages is None else self._stages[places]
         if self._plan is not None:
             self._plan = self._plan[places]
 
@@ -194,31 +248,61 @@ class PlanningAgent:
                 goal = self._guide(context, self._plan, blocks)
             if self._observer is not None:
                 self._observer(observations, context, self._plan, blocks)
-            problem = self._planner.problem(context, self._make_objective(goal), deadline=deadline)
-            initial = self._initial(context, goal)
-            try:
-                plan, self.refused = self._planner.solve(problem, initial=initial, generator=self._generator), ()
-            except NoFeasiblePlan as refused:
-                plan, self.refused = self._fall_back(refused, context, deadline), refused.rows
+            objective = self._make_objective(goal)
+            if isinstance(objective, Staged):
+                self._stages = objective.progress(context, self._stages)
+            situation = Situation(
+                context=context,
+                goal=goal,
+                initial=self._initial(context, goal),
+                safe=self._safe if len(self._safe) else context.latents[:, -1],
+                stages=self._stages,
+                randomness=self._generator.get_state(),
+            )
+            decision = self.decide(situation, deadline=deadline)
+            self.refused = decision.refused
             self._remember_safe(context)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._statistics["plan_seconds"].append(time.perf_counter() - began)
-        self._statistics["plan_environments"].append(float(problem.batch))
-        self._statistics["plan_rollouts"].append(float(problem.count.rollouts))
-        self._statistics["plan_cut_short"].append(float(plan.cut_short))
+        self._statistics["plan_environments"].append(float(context.batch))
+        self._statistics["plan_rollouts"].append(float(decision.rollouts))
+        self._statistics["plan_cut_short"].append(float(decision.plan.cut_short))
         self._statistics["plan_refused"].append(float(len(self.refused)))
-        return plan
+        if self._auditor is not None:
+            self._auditor.decided(observations, situation, decision)
+        return decision.plan
 
-    def _fall_back(self, refused: NoFeasiblePlan, context: Context, deadline: float | None) -> Plan:
+    def decide(self, situation: Situation, *, deadline: float | None = None) -> Decision:
+        """Return what to follow; but for a deadline it depends on the situation alone."""
+        self._generator.set_state(situation.randomness)
+        context = situation.context
+        with torch.inference_mode():
+            problem = self._planner.problem(context, self._objective(situation), deadline=deadline)
+            try:
+                plan = self._planner.solve(problem, initial=situation.initial, generator=self._generator)
+            except NoFeasiblePlan as refused:
+                return Decision(
+                    plan=self._fall_back(refused, situation, deadline),
+                    refused=refused.rows,
+                    rollouts=problem.count.rollouts,
+                )
+        return Decision(plan=plan, rollouts=problem.count.rollouts)
+
+    def _objective(self, situation: Situation) -> Objective:
+        objective = self._make_objective(situation.goal)
+        if situation.stages is not None and isinstance(objective, Staged):
+            return objective.since(situation.stages)
+        return objective
+
+    def _fall_back(self, refused: NoFeasiblePlan, situation: Situation, deadline: float | None) -> Plan:
         """Return the plans that hold, and in the others' place what the fallback does."""
         rows, plan = list(refused.rows), refused.plan
         assert isinstance(plan, Plan)
-        safe = self._safe if len(self._safe) else context.latents[:, -1]
         instead = self._fallback.plan(
             self._planner,
-            context[rows],
-            safe[rows],
+            situation.context[rows],
+            situation.safe[rows],
             self._make_objective,
             generator=self._generator,
             deadline=deadline,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from worldloom.core.errors import PlanningError
 from worldloom.core.protocols import Guardrail, Objective, WorldModel
-from worldloom.core.types import Rollouts
+from worldloom.core.types import Context, Rollouts
 
 
 @runtime_checkable
@@ -75,6 +75,19 @@ class Stage(Protocol):
 
     def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return how far each predicted state is from what is to be reached."""
+        ...
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """An objective of several stages, of which some may lie behind an environment already."""
+
+    def progress(self, context: Context, done: Int[Tensor, "B"] | None) -> Int[Tensor, "B"] | None:
+        """Return how many stages lie behind each environment, one more where the next is reached now."""
+        ...
+
+    def since(self, done: Int[Tensor, "B"]) -> Objective:
+        """Return the objective of what is left."""
         ...
 
 
@@ -290,6 +303,23 @@ class InOrder:
             cost = cost + torch.where(behind | missed, 0.0, first / len(steps))
         return cost
 
+    def progress(self, context: Context, done: Int[Tensor, "B"] | None) -> Int[Tensor, "B"]:
+        """Return how many stages lie behind each environment, by where it is now."""
+        here = Rollouts(
+            context=context,
+            actions=context.latents.new_zeros(context.batch, 1, 1, 0),
+            latents=context.latents[:, None, -1:],
+        )
+        reached = torch.stack([stage.away(here)[:, 0, 0] <= 0 for stage in self.stages])
+        behind = torch.zeros_like(reached[0], dtype=torch.long) if done is None else done
+        for number, there in enumerate(reached):
+            behind = torch.where((behind == number) & there, number + 1, behind)
+        return behind
+
+    def since(self, done: Int[Tensor, "B"]) -> "InOrder":
+        """Return the objective of what is left."""
+        return InOrder(self.stages, unreached=self.unreached, done=done)
+
     def select(self, environments: Tensor | slice) -> "InOrder":
         """Return the objective of some environments."""
         stages = [_selected(stage, environments) for stage in self.stages]
@@ -319,6 +349,19 @@ class WeightedSum:
         """Return the cost of each candidate."""
         costs = [weight * objective(rollouts) for weight, objective in self.parts]
         return torch.stack(costs).sum(0)
+
+    def progress(self, context: Context, done: Int[Tensor, "B"] | None) -> Int[Tensor, "B"] | None:
+        """Return how many stages of the first part that has some lie behind each environment; None without one."""
+        staged = next((part for _, part in self.parts if isinstance(part, Staged)), None)
+        return None if staged is None else staged.progress(context, done)
+
+    def since(self, done: Int[Tensor, "B"]) -> "WeightedSum":
+        """Return the objective of what is left of that part, beside the others."""
+        first = next((number for number, (_, part) in enumerate(self.parts) if isinstance(part, Staged)), None)
+        return WeightedSum([
+            (weight, part.since(done) if number == first and isinstance(part, Staged) else part)
+            for number, (weight, part) in enumerate(self.parts)
+        ])  # fmt: skip
 
     def select(self, environments: Tensor | slice) -> "WeightedSum":
         """Return the objective of some environments; a part without `select` is kept as it is."""

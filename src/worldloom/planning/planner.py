@@ -97,17 +97,13 @@ class Planner:
                     f"{tuple(initial.shape)}"
                 )
         with torch.inference_mode():
-            solution = self.solver.solve(problem, initial=initial, generator=generator)
-            rollouts = problem.rollout(solution.actions[:, None])
-            cost = problem.cost(rollouts)[:, 0]
-            violations = self._recheck(problem, rollouts, generator)
-        plan = Plan(
-            actions=rollouts.actions[:, 0],
-            latents=rollouts.latents[:, 0],
-            cost=cost,
-            violations=violations,
-            cut_short=problem.deadline.cut_short,
-        )
+            plan = self._solve(problem, problem, initial, generator)
+            if self.noise and not bool(plan.feasible.all()) and not problem.deadline.reached():
+                # The search goes to the very edge of what is allowed, where noise leads beyond it: stay off it.
+                worst = {name: violation.max().item() for name, violation in plan.violations.items()}
+                again = self._solve(problem.tightened(worst), problem, plan.actions[:, None], generator)
+                plan = _better(plan, again)
+        cost = plan.cost
         if bad := torch.nonzero(~plan.feasible).flatten().tolist():
             raise NoFeasiblePlan(_least_broken(plan, bad[0]), rows=bad, plan=plan)
         if not bool(cost.isfinite().all()):
@@ -117,6 +113,24 @@ class Planner:
                 f"gives values that are not finite. Check the observations and the training of the model"
             )
         return plan
+
+    def _solve(
+        self,
+        asked: PlanningProblem,
+        judged: PlanningProblem,
+        initial: Float[Tensor, "B I T A"] | None,
+        generator: torch.Generator,
+    ) -> Plan:
+        """Return the solver's plan for what is asked, with the cost and the violations of what it is judged by."""
+        solution = self.solver.solve(asked, initial=initial, generator=generator)
+        rollouts = judged.rollout(solution.actions[:, None])
+        return Plan(
+            actions=rollouts.actions[:, 0],
+            latents=rollouts.latents[:, 0],
+            cost=judged.cost(rollouts)[:, 0],
+            violations=self._recheck(judged, rollouts, generator),
+            cut_short=judged.deadline.cut_short,
+        )
 
     def _recheck(
         self, problem: PlanningProblem, rollouts: Rollouts, generator: torch.Generator
@@ -131,6 +145,22 @@ class Planner:
             beside = problem.violations(Rollouts(context=context, actions=rollouts.actions, latents=again))
             violations = {name: torch.maximum(worst, beside[name]) for name, worst in violations.items()}
         return {name: violation[:, 0] for name, violation in violations.items()}
+
+
+def _better(plan: Plan, again: Plan) -> Plan:
+    """Return the second plan where it holds and the first does not."""
+    take = again.feasible & ~plan.feasible
+
+    def chosen(new: Tensor, old: Tensor) -> Tensor:
+        return torch.where(take.view(-1, *[1] * (old.ndim - 1)), new, old)
+
+    return Plan(
+        actions=chosen(again.actions, plan.actions),
+        latents=chosen(again.latents, plan.latents),
+        cost=chosen(again.cost, plan.cost),
+        violations={name: chosen(again.violations[name], old) for name, old in plan.violations.items()},
+        cut_short=plan.cut_short or again.cut_short,
+    )
 
 
 def _least_broken(plan: Plan, row: int) -> str:

@@ -1,8 +1,9 @@
 """One planning problem for B environments: the only place where candidates are rolled out and scored."""
 
 import logging
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -67,6 +68,28 @@ class Narrow(Protocol):
     def select(self, environments: Tensor | slice) -> Guardrail:
         """Return the guardrail of these environments."""
         ...
+
+
+@dataclass(frozen=True)
+class Tightened:
+    """A guardrail that asks for `more` than another one."""
+
+    rail: Guardrail
+    more: float
+
+    @property
+    def name(self) -> str:
+        """The other one's name."""
+        return self.rail.name
+
+    def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        """Return by how much it is broken."""
+        return self.rail.violation(rollouts) + self.more
+
+    def select(self, environments: Tensor | slice) -> "Tightened":
+        """Return the guardrail of some environments."""
+        rail = self.rail.select(environments) if isinstance(self.rail, Narrow) else self.rail
+        return Tightened(rail, self.more)
 
 
 class PlanningProblem:
@@ -162,6 +185,15 @@ class PlanningProblem:
             count=self.count,
             deadline=self.deadline,
         )
+
+    def tightened(self, by: Mapping[str, float]) -> "PlanningProblem":
+        """Return the problem with guardrails, by their names, that ask for so much more."""
+        problem = self.select(torch.arange(self.batch, device=self.device))
+        extra = {name: amount for name, amount in by.items() if 0 < amount < math.inf}
+        problem.guardrails = tuple(
+            Tightened(rail, 1.5 * extra[rail.name]) if rail.name in extra else rail for rail in problem.guardrails
+        )
+        return problem
 
     def copy(self) -> "PlanningProblem":
         """Return the same problem made of copies: outside inference mode, of tensors that autograd takes."""

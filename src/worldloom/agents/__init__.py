@@ -1,5 +1,6 @@
 """Agents: model predictive control, a reactive policy, and the baselines that stand beside them."""
 
+from worldloom.agents.audit import AuditLog
 from worldloom.agents.behaviour_cloning import (
     BehaviourCloningAgent,
     CloningConfig,
@@ -11,7 +12,7 @@ from worldloom.agents.curiosity import CuriosityConfig, CuriosityGuide, Explorin
 from worldloom.agents.fallback import FALLBACKS, Fallback, FallbackField, Hold, Retreat, Stop
 from worldloom.agents.hierarchy import HierarchyConfig, HierarchyGuide
 from worldloom.agents.landmarks import Beyond, FollowConfig, LandmarkGuide, Outlook, arrival_check
-from worldloom.agents.planning import Guide, Observer, PlanningAgent, Proposer
+from worldloom.agents.planning import Auditor, Decision, Guide, Observer, PlanningAgent, Proposer, Situation
 from worldloom.agents.policy import Policy, PolicyConfig, read_policy
 from worldloom.agents.random import RandomAgent
 from worldloom.agents.reactive import PolicyProposer, ReactiveAgent, ReactiveConfig, ReactivePolicy, fit_reactive
@@ -19,6 +20,8 @@ from worldloom.agents.remembering import Rememberer, recall_landmarks
 
 __all__ = [
     "FALLBACKS",
+    "AuditLog",
+    "Auditor",
     "BehaviourCloningAgent",
     "Beyond",
     "CloningConfig",
@@ -27,6 +30,7 @@ __all__ = [
     "ControlReport",
     "CuriosityConfig",
     "CuriosityGuide",
+    "Decision",
     "ExploringAgent",
     "Fallback",
     "FallbackField",
@@ -50,6 +54,7 @@ __all__ = [
     "ReactivePolicy",
     "Rememberer",
     "Retreat",
+    "Situation",
     "Stop",
     "arrival_check",
     "fit_behaviour_cloning",

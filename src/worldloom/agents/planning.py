@@ -175,6 +175,11 @@ class PlanningAgent:
         return self._statistics
 
     @property
+    def planner(self) -> Planner:
+        """What it plans with."""
+        return self._planner
+
+    @property
     def plan(self) -> Plan | None:
         """The plan that is being followed."""
         return self._plan

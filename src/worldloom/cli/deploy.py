@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from worldloom.cli.options import Imports, Json, Keep, Trust, Unsigned, import_modules, read_layers
+from worldloom.cli.options import Audit, Imports, Json, Keep, Trust, Unsigned, import_modules, read_layers
 
 
 def deploy(
@@ -33,6 +33,7 @@ def deploy(
     keep: Keep = None,
     trust: Trust = None,
     unsigned: Unsigned = False,
+    audit: Audit = None,
     threads: Annotated[
         int, typer.Option("--threads", min=1, help="CPU threads of the planner; leave a core to the loop.")
     ] = 1,
@@ -57,7 +58,7 @@ def deploy(
         raise ConfigError(f"--late is discard or use; got {late!r}")
     import_modules(imports)
     set_threads(threads)
-    opened = Run.open(run, memory=memory, policy=read_layers(keep, trust, unsigned))
+    opened = Run.open(run, memory=memory, policy=read_layers(keep, trust, unsigned), audit=audit)
     target = read_goal(opened, goal)
     agent = opened.agent(method, seed=seed)
     with SocketLink(connect) as link:

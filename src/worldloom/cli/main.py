@@ -7,6 +7,7 @@ import typer
 
 from worldloom import __version__
 from worldloom.cli import (
+    audit,
     calibrate,
     collect,
     data,
@@ -64,6 +65,7 @@ app.command("plan")(plan.plan)
 app.command("calibrate")(calibrate.calibrate)
 app.command("deploy")(deploy.deploy)
 app.command("doctor")(doctor.doctor)
+app.add_typer(audit.app, name="audit")
 app.add_typer(data.app, name="data")
 app.add_typer(memory.app, name="memory")
 app.add_typer(policy.app, name="policy")

@@ -26,6 +26,9 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads for PyTorch; 0 takes all cores.")]
+Audit = Annotated[
+    Path | None, typer.Option("--audit", help="A directory in which every decision of the agent is written down.")
+]
 Keep = Annotated[
     list[Path] | None,
     typer.Option("--keep", metavar="POLICY", help="A layer of a policy that the agent keeps; uppermost first."),

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from worldloom.cli.options import (
+    Audit,
     Imports,
     Json,
     Keep,
@@ -26,9 +27,13 @@ def plan(
     split: Annotated[str | None, typer.Option(help="The protocol's split; the first by default.")] = None,
     episode: Annotated[int, typer.Option(min=0, help="Which episode of the split.")] = 0,
     method: Annotated[str | None, typer.Option(help="A planning method of the recipe.")] = None,
+    explain: Annotated[
+        Path | None, typer.Option(help="Draw the predicted future, the guardrails and what was ruled out (PNG).")
+    ] = None,
     keep: Keep = None,
     trust: Trust = None,
     unsigned: Unsigned = False,
+    audit: Audit = None,
     threads: Threads = 0,
     imports: Imports = None,
     json: Json = False,
@@ -39,8 +44,18 @@ def plan(
 
     import_modules(imports)
     set_threads(threads)
-    opened = Run.open(run, policy=read_layers(keep, trust, unsigned))
-    made = plan_once(opened, start=start, goal=goal, protocol=protocol, split=split, episode=episode, method=method)
+    opened = Run.open(run, policy=read_layers(keep, trust, unsigned), audit=audit)
+    made = plan_once(
+        opened,
+        start=start,
+        goal=goal,
+        protocol=protocol,
+        split=split,
+        episode=episode,
+        method=method,
+        picture=explain,
+    )
+    opened.close()
     if json:
         print_json(made)
         return

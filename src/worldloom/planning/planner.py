@@ -11,7 +11,7 @@ from worldloom.core.errors import NoFeasiblePlan, PlanningError
 from worldloom.core.protocols import Guardrail, Objective, WorldModel
 from worldloom.core.types import ActionBounds, Context, Plan, Rollouts
 from worldloom.planning.geometry import LatentGeometry
-from worldloom.planning.problem import Deadline, PlanningProblem
+from worldloom.planning.problem import Deadline, PlanningProblem, RolloutCount, Watch
 from worldloom.planning.solvers.base import Solver
 
 
@@ -20,7 +20,8 @@ class Planner:
 
     `guardrails` hold for every plan that is returned, as predicted by the model, and again as predicted from `rechecks`
     states that lie up to `noise` away from the current one (the standard deviation in each latent dimension).
-    `geometry` is needed by tree search alone; `bounds` of a block default to the model's.
+    `geometry` is needed by tree search alone; `bounds` of a block default to the model's. `watch`, where it is set, is
+    shown the candidates that a search scores.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Planner:
         self.model, self.solver, self.horizon = model, solver, horizon
         self.geometry, self.bounds, self.guardrails = geometry, bounds, tuple(guardrails)
         self.rechecks, self.noise = rechecks, noise
+        self.watch: Watch | None = None
 
     def problem(self, context: Context, objective: Objective, *, deadline: float | None = None) -> PlanningProblem:
         """State a problem to hand to `solve`; it counts the rollouts that its solution takes.
@@ -56,6 +58,7 @@ class Planner:
             bounds=self.bounds,
             guardrails=self.guardrails,
             geometry=self.geometry,
+            count=RolloutCount(watch=self.watch),
             deadline=Deadline(deadline),
         )
 

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -28,11 +28,15 @@ _CPU_ROWS = 512
 FORBIDDEN = 1e6
 
 
+Watch = Callable[[Rollouts, Mapping[str, Float[Tensor, "B S T"]]], None]
+
+
 @dataclass
 class RolloutCount:
-    """How many candidates were rolled out."""
+    """How many candidates were rolled out; `watch` is shown those that are scored, and what they break."""
 
     rollouts: int = 0
+    watch: Watch | None = None
 
 
 @dataclass
@@ -231,12 +235,14 @@ class PlanningProblem:
             if len(chunks) > 1:
                 return torch.cat([self.select(rows).evaluate(actions[rows]) for rows in chunks])
         rollouts = self.rollout(actions)
-        return rank(self.cost(rollouts), self.violation(rollouts).amax(dim=-1))
+        violations = self.violations(rollouts)
+        if self.count.watch is not None:
+            self.count.watch(rollouts, violations)
+        return rank(self.cost(rollouts), _worst(violations, rollouts).amax(dim=-1))
 
     def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return by how much the most broken guardrail is broken at each step; 0 or less where all hold."""
-        found = list(self.violations(rollouts).values())
-        return torch.stack(found).amax(dim=0) if found else torch.zeros_like(rollouts.latents[..., 0])
+        return _worst(self.violations(rollouts), rollouts)
 
     def violations(self, rollouts: Rollouts) -> dict[str, Float[Tensor, "B S T"]]:
         """Return by how much each guardrail is broken at each step; see `violations_of`."""
@@ -275,6 +281,12 @@ def violations_of(guardrails: Sequence[Guardrail], rollouts: Rollouts) -> dict[s
             violation = torch.full_like(rollouts.latents[..., 0], torch.inf)
         found[rail.name] = torch.where(lost, torch.inf, violation).nan_to_num(nan=torch.inf, posinf=torch.inf)
     return found
+
+
+def _worst(violations: Mapping[str, Float[Tensor, "B S T"]], rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+    """Return what is broken most, at each step."""
+    found = list(violations.values())
+    return torch.stack(found).amax(dim=0) if found else torch.zeros_like(rollouts.latents[..., 0])
 
 
 def rank(cost: Float[Tensor, "*axes"], violation: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:

@@ -75,7 +75,7 @@ def calibrate(
         trial = Margins(values=factor * shape, risk=policy.risk, episodes=episodes)
         drawn = asked.customise(seed=derive_seed(seed, "calibration", number) % 2**31)
         witness = _Scores(run, policy, config, shape, factor)
-        build = partial(config.build, run.kept(trial), seed=number)
+        build = partial(config.build, run.under(policy, trial), seed=number)
         results = evaluate(drawn, {name: build}, record=0, witness=witness, progress=progress)
         scores = torch.tensor(witness.scores())
         needed = conformal_quantile(scores, policy.risk)

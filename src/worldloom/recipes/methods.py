@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from worldloom.agents import (
+    Auditor,
     BehaviourCloningAgent,
     CloningPolicy,
     CuriosityConfig,
@@ -119,6 +120,10 @@ class Learned(ABC):
         """Return the margins that were calibrated for its policy and a method, if any were."""
         return None
 
+    def auditor(self, method: "MethodConfig", guardrails: Sequence[Rail]) -> Auditor | None:
+        """Return what writes down the decisions of an agent of a method; without one nobody does."""
+        return None
+
 
 class MethodConfig(Component):
     """One way to act; a new one is a subclass with `build`, registered in `METHODS`."""
@@ -224,6 +229,7 @@ class PlanMethod(MethodConfig):
             replan=self.replan or model.spec.block,
             proposer=PolicyProposer(model=model, policy=learned.reactive) if self.propose else None,
             fallback=None if policy is None else policy.fallback,
+            auditor=learned.auditor(self, rails),
             seed=seed,
         )
 

@@ -36,7 +36,7 @@ def report_data(run: Run) -> ReportData:
         episodes = _held_out(run)
     except (DataError, StorageError) as error:
         return without("the dataset", error)
-    label = _position_label(episodes)
+    label = position_label(episodes)
     if label is None:
         return ReportData(metrics=metrics, baselines=baselines)
     shown = _Shown(Run(run.folder, device="cpu"), episodes, label)
@@ -64,7 +64,7 @@ def _held_out(run: Run) -> list[Episode]:
     ]
 
 
-def _position_label(episodes: list[Episode]) -> str | None:
+def position_label(episodes: list[Episode]) -> str | None:
     """Return the label to draw by: 'position' if there is one, else the first of two values."""
     flat = [name for name, values in (episodes[0].labels.items() if episodes else ()) if values.shape[1] == 2]
     return "position" if "position" in flat else next(iter(sorted(flat)), None)

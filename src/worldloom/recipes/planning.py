@@ -12,6 +12,7 @@ from worldloom.core.types import Goal, Observations
 from worldloom.evaluation import PROTOCOLS, default_protocol
 from worldloom.evaluation.goals import draw_tasks
 from worldloom.evaluation.world import World
+from worldloom.recipes.explaining import Considered, explain
 from worldloom.recipes.images import read_picture
 from worldloom.recipes.run import Run
 
@@ -25,12 +26,14 @@ def plan_once(
     split: str | None = None,
     episode: int = 0,
     method: str | None = None,
+    picture: Path | None = None,
 ) -> dict[str, Any]:
     """Plan once: between two pictures, or between a start and a goal that a protocol draws.
 
     Returns `actions` (environment steps, each a list), `cost`, `predicted_gap` (how far from the goal the plan is
     predicted to end, in typical model steps), `gap` (how far it is now), `milliseconds` (of a second planning, the
-    first one warming up) and `rollouts`.
+    first one warming up), `rollouts`, and `refused`: whether no plan held and this is the fallback. With a path for a
+    `picture`, `explained` as well: see `worldloom.recipes.explaining.explain`.
 
     Raises:
         ConfigError: only one of the pictures is given, or the method does not plan.
@@ -45,11 +48,14 @@ def plan_once(
         observations, target = _picture(run, start), Goal(observations=_picture(run, goal))
     else:
         observations, target = _drawn(run, protocol, split, episode)
-    for _ in range(2):
+    considered = Considered()
+    for time in range(2):
         agent.reset(target)
+        agent.planner.watch = considered if picture is not None and time else None
         agent.act(observations)
     plan = agent.plan
     assert plan is not None
+    explained = {} if picture is None else explain(run, picture, observations, target, plan, considered)
     with torch.no_grad():
         here, there = (run.model.encode(each.to(run.device)) for each in (observations, target.observations))
     scale = run.geometry.step_length
@@ -60,6 +66,8 @@ def plan_once(
         "cost": round(plan.cost.item(), 4),
         "gap": round((here - there).norm().item() / scale, 3),
         "predicted_gap": round((plan.latents[0, -1] - there[0]).norm().item() / scale, 3),
+        "refused": bool(agent.refused),
+        **({"explained": explained} if explained else {}),
         "actions": plan.actions.reshape(-1, run.model.spec.action.size).tolist(),
     }
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from worldloom.agents import CloningPolicy, Policy, PolicyConfig, ReactivePolicy
+import worldloom
+from worldloom.agents import AuditLog, CloningPolicy, Policy, PolicyConfig, ReactivePolicy
 from worldloom.core.chain import canonical
 from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.files import read_json
@@ -19,14 +21,14 @@ from worldloom.core.registry import nearest
 from worldloom.evaluation import default_protocol
 from worldloom.memory import EpisodicMemory
 from worldloom.models import JEPA, load_model
-from worldloom.planning import CoarseModel, LatentGeometry, Margins, Probe, Support, TemporalDistance
+from worldloom.planning import CoarseModel, LatentGeometry, Margins, Probe, Rail, Support, TemporalDistance
 from worldloom.recipes.config import Recipe
 from worldloom.recipes.images import read_picture
 from worldloom.recipes.margins import read_margins
-from worldloom.recipes.methods import Learned, MethodConfig
+from worldloom.recipes.methods import Learned, MethodConfig, PlanMethod
 from worldloom.training import RunFolder
 
-_LOADED = ("recipe", "model", "geometry", "distance", "hierarchy", "probes", "support", "policy", "reactive", "cloning")
+_LOADED = ("recipe", "model", "geometry", "distance", "hierarchy", "probes", "support", "reactive", "cloning")
 
 
 class Run(Learned):
@@ -44,8 +46,10 @@ class Run(Learned):
         device: torch.device | str | None = None,
         memory: Path | str | None = None,
         layers: Sequence[PolicyConfig] = (),
+        audit: Path | str | None = None,
     ) -> None:
         self.folder, self._memory_path, self._layers = folder, memory, tuple(layers)
+        self._audit_path, self._audit = audit, None if audit is None else ExitStack()
         self._margins: Margins | None = None
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(default if device is None else device)
@@ -58,13 +62,14 @@ class Run(Learned):
         device: torch.device | str | None = None,
         memory: Path | str | None = None,
         policy: Sequence[PolicyConfig] = (),
+        audit: Path | str | None = None,
     ) -> "Run":
         """Open a run folder; `device` defaults to a GPU where there is one.
 
         `memory` is the directory of the episodic memory that its agents keep, made where there is none. `policy` are
-        layers beneath the recipe's own.
+        layers beneath the recipe's own. `audit` is the directory in which the decisions of its agent are written down.
         """
-        return cls(RunFolder.open(path), device=device, memory=memory, layers=policy)
+        return cls(RunFolder.open(path), device=device, memory=memory, layers=policy, audit=audit)
 
     @property
     def path(self) -> Path:
@@ -166,10 +171,27 @@ class Run(Learned):
         text = canonical([self.policy.fingerprint, self.model.spec.fingerprint, method.model_dump(mode="json")])
         return self.path / "margins" / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.json"
 
-    def kept(self, margins: Margins) -> "Run":
-        """Return the same run, whose agents keep these margins."""
-        run = Run(self.folder, device=self.device, memory=self._memory_path, layers=self._layers)
+    def auditor(self, method: MethodConfig, guardrails: Sequence[Rail]) -> AuditLog | None:
+        """Return the audit log of an agent that is being built, with all that makes it what it is; None without one."""
+        if self._audit is None or self._audit_path is None:
+            return None
+        margins = self.margins(method) if self.policy is not None else None
+        about = {
+            "worldloom": worldloom.__version__,
+            "run": str(self.path),
+            "model": self.model.spec.fingerprint,
+            "method": method.model_dump(mode="json"),
+            "layers": [] if self.policy is None else [layer.model_dump(mode="json") for layer in self.policy.layers],
+            "margins": None if margins is None else margins.values.tolist(),
+            "threads": torch.get_num_threads(),
+        }
+        return self._audit.enter_context(AuditLog(self._audit_path, self.model, guardrails, about=about))
+
+    def under(self, policy: Policy | None, margins: Margins | None) -> "Run":
+        """Return the same run, whose agents keep another policy, with these margins."""
+        run = Run(self.folder, device=self.device, memory=self._memory_path)
         run.__dict__.update({name: self.__dict__[name] for name in _LOADED if name in self.__dict__})
+        run.__dict__["policy"] = policy
         run._margins = margins
         return run
 
@@ -191,7 +213,9 @@ class Run(Learned):
         return EpisodicMemory.open_or_create(self._memory_path, spec=self.model.spec)
 
     def close(self) -> None:
-        """Let go of the memory, if there is one; what was remembered is kept in any case."""
+        """Let go of the memory and the audit log; what was written is kept in any case."""
+        if self._audit is not None:
+            self._audit.close()
         if self.__dict__.get("memory") is not None:
             self.__dict__.pop("memory").close()
 
@@ -213,6 +237,8 @@ class Run(Learned):
                 f"the method {name!r} does not keep guardrails, and the policy has some; "
                 f"{f'choose {able[0]!r}' if able else 'the recipe has no method that does: add one of plan'}"
             )
+        if self._audit is not None and not isinstance(config, PlanMethod):
+            raise ConfigError(f"the method {name!r} writes no audit log; choose one of the kind 'plan'")
         return config.build(self, seed=seed)
 
     def method(self, name: str) -> MethodConfig:

@@ -1,0 +1,108 @@
+"""Margins are measured where they will be needed, kept with what they are for, and refused for anything else."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from worldloom.core.errors import ConfigError, DataError, StorageError
+from worldloom.planning import BoxConfig
+from worldloom.recipes import Recipe, Run, load_recipe, workflow
+from worldloom.recipes.calibration import calibrate
+
+_TINY = [
+    "collection.episodes=40",
+    "collection.steps=40",
+    "training.steps=20",
+    "training.batch=16",
+    "training.validation_share=0.3",
+    "training.validation_windows=16",
+    "inverse.steps=4",
+    "distance.steps=4",
+    "reactive.steps=4",
+    "reactive.problems=32",
+    "cloning.steps=4",
+    "probes.pit_depth.steps=50",
+    "policy.risk=0.3",
+]
+
+
+def recipe() -> Recipe:
+    """Pits that are allowed to be 40 px deep: a model that has learned nothing finds them safe, too."""
+    tiny = load_recipe("pits").override(_TINY)
+    assert tiny.policy is not None
+    rail = tiny.policy.guardrails["out of the pits"].model_copy(update={"region": BoxConfig(high=(40.0,))})
+    policy = tiny.policy.model_copy(update={"guardrails": {"out of the pits": rail}})
+    return tiny.model_copy(update={"policy": policy})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pits")
+    chosen = recipe()
+    workflow.train(chosen, workflow.collect(chosen, root / "data"), root / "run")
+    return root / "run"
+
+
+def test_margins_are_calibrated_kept_and_taken(folder: Path) -> None:
+    run = Run.open(folder)
+    method = run.method("calibrated")
+    assert run.margins(method) is None
+    with pytest.raises(ConfigError, match="calibrate first"):
+        run.agent("calibrated")
+    margins = calibrate(run, split="in the open", episodes=8)
+    assert margins.values.shape == (1, 6)
+    assert bool((margins.values.diff(dim=1) >= 0).all())  # what is farther ahead is less certain
+    kept = run.margins(method)
+    assert kept is not None
+    assert torch.equal(kept.values, margins.values)
+    written = json.loads(run.margins_path(method).read_text())
+    assert [line["needed"] <= line["factor"] for line in written["rounds"]][-1]
+    assert run.agent("calibrated").planner.guardrails[0].margin.shape == (6,)
+    # Of the logs alone: without a round in the world.
+    candidates = calibrate(run, method="per candidate")
+    assert candidates.episodes == 0
+    assert "rounds" not in json.loads(run.margins_path(run.method("per candidate")).read_text())
+
+
+def test_margins_are_of_one_policy_and_method(folder: Path) -> None:
+    run = Run.open(folder)
+    margins = calibrate(run, method="per candidate")
+    assert run.policy is not None
+    stricter = run.under(run.policy.__class__(layers=(run.policy.layers[0].model_copy(update={"risk": 0.2}),)), None)
+    assert stricter.margins(run.method("per candidate")) is None
+    path = run.margins_path(run.method("per candidate"))
+    values = json.loads(path.read_text())
+    for key, wrong in (("policy", "another"), ("values", [[-1.0]]), ("values", [[1.0], [1.0]]), ("risk", None)):
+        path.write_text(json.dumps({**values, key: wrong}))
+        with pytest.raises(StorageError, match="calibrate again"):
+            run.margins(run.method("per candidate"))
+    path.write_text(json.dumps(values))
+    found = run.margins(run.method("per candidate"))
+    assert found is not None
+    assert torch.equal(found.values, margins.values)
+
+
+def test_a_risk_that_so_few_episodes_cannot_tell_is_said(folder: Path) -> None:
+    with pytest.raises(DataError, match="2 episodes cannot tell a risk of 0.3: at least 3"):
+        calibrate(Run.open(folder), split="in the open", episodes=2)
+
+
+def test_only_what_keeps_margins_is_calibrated(folder: Path) -> None:
+    run = Run.open(folder)
+    for method in ("random", "penalty", "no guardrail"):
+        with pytest.raises(ConfigError, match="keeps no margins"):
+            calibrate(run, method=method)
+    with pytest.raises(ConfigError, match="nothing to calibrate"):
+        calibrate(run.under(None, None))
+
+
+def test_a_policy_that_holds_nowhere_is_not_calibrated(folder: Path) -> None:
+    run = Run.open(folder)
+    assert run.policy is not None
+    layer = run.policy.layers[0]
+    rail = layer.guardrails["out of the pits"].model_copy(update={"region": BoxConfig(high=(-1e6,))})
+    impossible = layer.model_copy(update={"guardrails": {"out of the pits": rail}})
+    with pytest.raises(ConfigError, match="holds in none of"):
+        calibrate(run.under(run.policy.__class__(layers=(impossible,)), None), split="in the open", episodes=8)

@@ -19,12 +19,13 @@ from worldloom.recipes import METHODS, Recipe, Run, collect, evaluate, find_runs
 from worldloom.recipes.methods import HierarchyMethod, LandmarkMethod, default_methods
 from worldloom.recipes.run import differences
 
-HEADS = ("geometry", "distance", "reactive", "cloning")
+HEADS = ("geometry", "support", "distance", "reactive", "cloning")
 STAGES = {
     "measure_geometry": (),
-    "fit_distance": HEADS[:1],
-    "fit_reactive": HEADS[:2],
-    "fit_behaviour_cloning": HEADS[:3],
+    "measure_support": HEADS[:1],
+    "fit_distance": HEADS[:2],
+    "fit_reactive": HEADS[:3],
+    "fit_behaviour_cloning": HEADS[:4],
 }
 
 

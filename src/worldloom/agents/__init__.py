@@ -16,6 +16,7 @@ from worldloom.agents.planning import Auditor, Decision, Guide, Observer, Planni
 from worldloom.agents.policy import Policy, PolicyConfig, read_policy
 from worldloom.agents.random import RandomAgent
 from worldloom.agents.reactive import PolicyProposer, ReactiveAgent, ReactiveConfig, ReactivePolicy, fit_reactive
+from worldloom.agents.recalibration import Recalibration
 from worldloom.agents.remembering import Rememberer, recall_landmarks
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "ReactiveAgent",
     "ReactiveConfig",
     "ReactivePolicy",
+    "Recalibration",
     "Rememberer",
     "Retreat",
     "Situation",

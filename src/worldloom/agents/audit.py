@@ -8,6 +8,7 @@ decision followed from, so that it can be made again.
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -84,6 +85,7 @@ class AuditLog:
             "violations": {name: _numbers(violation.amax(dim=1)) for name, violation in plan.violations.items()},
             "refused": list(decision.refused),
             "cut short": plan.cut_short,
+            "stretch": situation.stretch,
             "happened": self._happened(situation),
         })  # fmt: skip
         self._before = situation, decision
@@ -124,6 +126,7 @@ class AuditLog:
             "safe": situation.safe,
             "stages": situation.stages,
             "randomness": situation.randomness,
+            "stretch": torch.tensor([situation.stretch], dtype=torch.float64),
         }
         tensors = {name: part.detach().cpu().contiguous().clone() for name, part in parts.items() if part is not None}
         payload = safetensors.torch.save(tensors)
@@ -164,6 +167,7 @@ def read_situation(
         safe=there["safe"],
         stages=there.get("stages"),
         randomness=there["randomness"],
+        stretch=float(there["stretch"]),
     )
 
 
@@ -199,13 +203,13 @@ def replay(folder: Path | str, entry: Entry, agent: PlanningAgent, device: torch
 
 
 def _rows_of(situation: Situation, places: list[int]) -> Situation:
-    return Situation(
+    return replace(
+        situation,
         context=situation.context[places],
         goal=situation.goal[places],
         initial=None if situation.initial is None else situation.initial[places],
         safe=situation.safe[places],
         stages=None if situation.stages is None else situation.stages[places],
-        randomness=situation.randomness,
     )
 
 

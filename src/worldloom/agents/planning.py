@@ -12,10 +12,12 @@ from torch import Tensor
 from worldloom.agents.batch import Batch
 from worldloom.agents.fallback import Fallback, Stop
 from worldloom.agents.history import History
+from worldloom.agents.recalibration import Recalibration
 from worldloom.core.errors import NoFeasiblePlan, PlanningError
-from worldloom.core.protocols import Objective, WorldModel
+from worldloom.core.protocols import Guardrail, Objective, WorldModel
 from worldloom.core.seeds import torch_generator
 from worldloom.core.types import Context, Goal, Observations, Plan
+from worldloom.planning.guardrails import Rail
 from worldloom.planning.objectives import Staged
 from worldloom.planning.planner import Planner
 
@@ -71,7 +73,8 @@ class Situation:
     """All that a plan follows from, beside what the agent is made of: the same situation gives the same plan.
 
     `goal` is where to aim, `initial` what the search starts from, `safe` where each environment last had a plan that
-    held, `stages` how many stages of a sequence lie behind each, `randomness` the state of the generator.
+    held, `stages` how many stages of a sequence lie behind each, `randomness` the state of the generator, and `stretch`
+    how many times the calibrated margins are kept.
     """
 
     context: Context
@@ -80,6 +83,7 @@ class Situation:
     safe: Float[Tensor, "B D"]
     stages: Int[Tensor, "B"] | None
     randomness: UInt8[Tensor, "_"]
+    stretch: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +121,9 @@ class PlanningAgent:
     `objective` makes an objective of goal latents (B, D). Each search starts from the last plan, shifted by what
     was done of it, and from what `proposer` gives, if there is one (mode 2). A `guide` puts a subgoal in the goal's
     place for each plan; an `observer` is shown what each plan begins from, an `auditor` what was decided. Where no plan
-    keeps the planner's guardrails, `fallback` says what is done instead, and `refused` which environments that met. A
-    search ends after `budget` seconds with the best plan so far; by default it is never cut short.
+    keeps the planner's guardrails, `fallback` says what is done instead, and `refused` which environments met that.
+    With `recalibration` the margins of the guardrails stretch while predictions err more than they did. A search ends
+    after `budget` seconds with the best plan so far; by default it is never cut short.
 
     Raises:
         PlanningError: `replan` is below 1 or longer than a plan.
@@ -136,6 +141,7 @@ class PlanningAgent:
         observer: Observer | None = None,
         fallback: Fallback | None = None,
         auditor: Auditor | None = None,
+        recalibration: Recalibration | None = None,
         seed: int = 0,
         budget: float | None = None,
     ) -> None:
@@ -148,7 +154,8 @@ class PlanningAgent:
         self._model, self._planner, self._make_objective = model, planner, objective
         self._replan, self._proposer, self._guide, self._observer = replan, proposer, guide, observer
         self._fallback, self._safe = fallback or Stop(), torch.empty(0, 0)
-        self._auditor = auditor
+        self._auditor, self._recalibration = auditor, recalibration
+        self._rails, self._seen = planner.guardrails, torch.empty(0, 0)
         self._stages: Tensor | None = None
         self.refused: tuple[int, ...] = ()
         self._device = torch.device(getattr(model, "device", "cpu"))
@@ -180,6 +187,11 @@ class PlanningAgent:
         return self._planner
 
     @property
+    def rails(self) -> tuple[Rail, ...]:
+        """The guardrails that it keeps, with their margins as they were calibrated."""
+        return tuple(rail for rail in self._rails if isinstance(rail, Rail))
+
+    @property
     def plan(self) -> Plan | None:
         """The plan that is being followed."""
         return self._plan
@@ -189,7 +201,9 @@ class PlanningAgent:
         self._batch.start(goal)
         self._history.clear()
         self._plan, self._step, self.refused = None, 0, ()
-        self._safe, self._stages = torch.empty(0, 0), None
+        self._safe, self._stages, self._seen = torch.empty(0, 0), None, torch.empty(0, 0)
+        if self._recalibration is not None:
+            self._recalibration.reset()
         if self._auditor is not None:
             self._auditor.begin(goal)
         with torch.inference_mode():
@@ -211,7 +225,9 @@ class PlanningAgent:
             self._goal = self._goal[places]
         if self._auditor is not None:
             self._auditor.keep(places)
+        self.refused = tuple(new for new, old in enumerate(places) if old in self.refused)
         self._safe = self._safe[places] if len(self._safe) else self._safe
+        self._seen = self._seen[places] if len(self._seen) else self._seen
         self._stages = None if self._stages is None else self._stages[places]
         if self._plan is not None:
             self._plan = self._plan[places]
@@ -263,6 +279,7 @@ class PlanningAgent:
                 safe=self._safe if len(self._safe) else context.latents[:, -1],
                 stages=self._stages,
                 randomness=self._generator.get_state(),
+                stretch=self._recalibrated(context, blocks),
             )
             decision = self.decide(situation, deadline=deadline)
             self.refused = decision.refused
@@ -282,6 +299,7 @@ class PlanningAgent:
         """Return what to follow; but for a deadline it depends on the situation alone."""
         self._generator.set_state(situation.randomness)
         context = situation.context
+        self._planner.guardrails = self._stretched(situation.stretch)
         with torch.inference_mode():
             problem = self._planner.problem(context, self._objective(situation), deadline=deadline)
             try:
@@ -293,6 +311,26 @@ class PlanningAgent:
                     rollouts=problem.count.rollouts,
                 )
         return Decision(plan=plan, rollouts=problem.count.rollouts)
+
+    def _recalibrated(self, context: Context, blocks: int) -> float:
+        """Compare what the last plan predicted with what it led to; return how to stretch the margins from now on."""
+        here, before = context.latents[:, -1], self._seen
+        self._seen = here
+        if self._recalibration is None:
+            return 1.0
+        if self._plan is not None and blocks == 1:
+            followed = [row for row in range(len(here)) if row not in self.refused]
+            if followed:
+                self._recalibration.see(self._plan[followed], before[followed], here[followed])
+        return self._recalibration.stretch
+
+    def _stretched(self, stretch: float) -> tuple[Guardrail, ...]:
+        """Return the guardrails with their margins so far stretched."""
+        if stretch == 1:
+            return self._rails
+        return tuple(
+            rail.with_margin(rail.margin * stretch) if isinstance(rail, Rail) else rail for rail in self._rails
+        )
 
     def _objective(self, situation: Situation) -> Objective:
         objective = self._make_objective(situation.goal)

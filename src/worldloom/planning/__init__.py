@@ -1,7 +1,7 @@
 """Planning: objectives over predicted futures, solvers that search, and what search learns from frozen latents."""
 
 from worldloom.planning.actions import Walk
-from worldloom.planning.calibration import AdaptiveMargin, Margins, conformal_margins, conformal_quantile
+from worldloom.planning.calibration import AdaptiveMargin, Margins, conformal_quantile, margin_shape, refusing
 from worldloom.planning.consistency import check_consistent
 from worldloom.planning.distance import DistanceConfig, TemporalDistance, fit_distance, rank_correlation
 from worldloom.planning.episodes import LatentEpisodes, dream, encode_episodes
@@ -153,7 +153,6 @@ __all__ = [
     "WeightedSum",
     "build_objective",
     "check_consistent",
-    "conformal_margins",
     "conformal_quantile",
     "dream",
     "encode_episodes",
@@ -161,9 +160,11 @@ __all__ = [
     "fit_distance",
     "fit_inverse",
     "fit_probe",
+    "margin_shape",
     "measure_geometry",
     "measure_reversibility",
     "measure_support",
     "predict_arrival",
     "rank_correlation",
+    "refusing",
 ]

@@ -2,11 +2,12 @@
 
 A search picks the candidate that looks best, and so, among candidates that look alike, the one whose prediction errs
 most in its favour. A certificate for each candidate says nothing about that one: of k candidates that are each admitted
-falsely with probability a, some is with probability up to 1 - (1 - a)^k. Here each calibration episode gives one score,
-the worst error of all the plans that the planner chose in it, so that an episode of the same kind keeps its margin with
-the stated probability, whatever the search does.
+falsely with probability a, some is with probability up to 1 - (1 - a)^k. Here each calibration episode gives one score:
+the least stretch of the margins that refuses the plan that broke a guardrail in it. An episode of the same kind, under
+plans that are chosen with these margins, so breaks one with the stated probability at most, whatever the search does.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -39,41 +40,47 @@ def conformal_quantile(scores: Float[Tensor, "N"], risk: float) -> float:
 class Margins:
     """What is added to each guardrail's predicted violation at each step of a plan, and the promise that it carries.
 
-    At most the share `risk` of episodes of the same kind, under the same planner, meets an error beyond these margins
-    at any time, for any of the guardrails.
+    In at most the share `risk` of episodes of the same kind, under the same planner, is a guardrail really broken that
+    a chosen plan was predicted to keep. `usual` is what errors seen a replan later, in units of the margins, exceed no
+    oftener than that: what recalibration compares with.
     """
 
     values: Float[Tensor, "G T"]
     risk: float
     episodes: int
+    usual: float = 1.0
 
 
-def conformal_margins(errors: Float[Tensor, "N G T"], risk: float, *, shaped_by: float = 0.5) -> Margins:
-    """Return margins for G guardrails along T steps from the errors of N calibration episodes.
+def margin_shape(
+    predicted: Float[Tensor, "N G T"], really: Float[Tensor, "N G T"], risk: float, *, least: float = 1e-3
+) -> Float[Tensor, "G T"]:
+    """Return margins that refuse all but the share `risk` of the stretches that break a guardrail, each alone.
 
-    An error is the true violation less the predicted one; of each episode the largest at each step ahead over all
-    plans that were chosen in it, minus infinity where none was seen. The share `shaped_by` of the episodes tells how
-    errors grow along a plan, and the others by how much that shape is to be stretched (Cleaveland et al., arXiv
-    2304.01075): one score an episode, the largest ratio of an error to its shape. A margin is never below 0.
+    `predicted` and `really` are the violations along N stretches; what is not a number is left out. For each guardrail
+    and step it is the conformal quantile of how far below 0 the prediction lay where the limit really was broken
+    (Mondrian conformal prediction, Vovk et al. 2005); where too few stretches broke it, that of really - predicted over
+    all of them. Margins never fall along a plan, and none is below `least` times the largest.
 
     Raises:
-        DataError: too few episodes for the risk; the message says how many are needed.
+        DataError: there are too few stretches for so small a risk.
     """
-    shaping = round(shaped_by * len(errors))
-    if not 0 < shaping < len(errors):
-        raise DataError(f"margins need at least 2 calibration episodes; got {len(errors)}. Run more")
-    usual = errors[:shaping].nan_to_num(neginf=0.0, posinf=0.0).clamp_min(0).mean(dim=0)
-    shape = torch.cummax(usual, dim=1).values
-    shape = shape.clamp_min(max(1e-3 * float(shape.max()), 1e-9))
-    scores = (errors[shaping:] / shape).amax(dim=(1, 2)).clamp_min(0)
-    stretch = conformal_quantile(scores, risk)
-    if math.isinf(stretch) and not bool(scores.isinf().any()):
-        needed = math.ceil(round(1 / risk, 9)) - 1
-        raise DataError(
-            f"{len(scores)} calibration episodes cannot tell a risk of {risk:g}: at least {needed} are needed beside "
-            f"those that shape the margins, {math.ceil(needed / (1 - shaped_by))} in all"
-        )
-    return Margins(values=stretch * shape, risk=risk, episodes=len(errors))
+    shape = torch.zeros(predicted.shape[1:], dtype=torch.float32)
+    for guardrail, step in itertools.product(*map(range, shape.shape)):
+        said, was = predicted[:, guardrail, step], really[:, guardrail, step]
+        there = ~(said.isnan() | was.isnan())
+        needed = conformal_quantile(-said[there & (was > 0)], risk)
+        if math.isinf(needed):
+            needed = conformal_quantile((was - said)[there], risk)
+        if math.isinf(needed):
+            raise DataError(f"{int(there.sum())} stretches of held-out logs are too few for a risk of {risk:g}")
+        shape[guardrail, step] = needed
+    shape = shape.clamp_min(0).cummax(dim=1).values
+    return shape.clamp_min(max(least * float(shape.max()), 1e-6))
+
+
+def refusing(predicted: Float[Tensor, "N G T"], shape: Float[Tensor, "G T"]) -> Float[Tensor, "N"]:
+    """Return for each plan the least stretch of margins of this shape that refuses it."""
+    return (-predicted / shape).amin(dim=(1, 2)).nan_to_num(nan=math.inf)
 
 
 class AdaptiveMargin:
@@ -90,11 +97,11 @@ class AdaptiveMargin:
                 f"expected a finite margin, a risk between 0 and 1 and a rate above 0; got {margin}, {risk} and {rate}"
             )
         self.margin, self.risk, self.rate = margin, risk, rate
-        self.seen = self.beyond = 0
+        self.seen, self.beyond = 0, 0.0
 
-    def update(self, error: float) -> bool:
-        """Take the newest error; return whether it lay beyond the margin. One that is not a number does."""
-        beyond = not error <= self.margin
+    def update(self, *errors: float) -> float:
+        """Take the newest error, or those of one moment; return the share beyond the margin, with all not numbers."""
+        beyond = sum(not error <= self.margin for error in errors) / len(errors)
         self.seen += 1
         self.beyond += beyond
         self.margin += self.rate * (beyond - self.risk)

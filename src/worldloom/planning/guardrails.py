@@ -77,10 +77,13 @@ class Rail(ABC):
     def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return by how much each predicted step breaks the limit, margin included."""
         raw = self.raw(rollouts)
+        return raw + self.margins(raw.shape[-1]).to(raw)
+
+    def margins(self, steps: int) -> Float[Tensor, "_"]:
+        """Return the margin of each of so many predicted steps."""
         if not isinstance(self.margin, Tensor):
-            return raw + self.margin
-        places = torch.arange(raw.shape[-1], device=raw.device).clamp_max(len(self.margin) - 1)
-        return raw + self.margin.to(raw)[places]
+            return torch.full((steps,), self.margin)
+        return self.margin[torch.arange(steps, device=self.margin.device).clamp_max(len(self.margin) - 1)]
 
     def true(self, quantities: Mapping[str, Float[Tensor, "R _"]]) -> Float[Tensor, "R"] | None:
         """Return by how much what really is breaks the limit, from named quantities; None where they do not tell."""

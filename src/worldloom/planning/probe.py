@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from worldloom.core.config import Config
@@ -21,7 +21,11 @@ _KIND = "probe"
 
 
 class ProbeConfig(Config):
-    """The network and its fit; the share `held_out` of the labelled frames measures its error instead."""
+    """The network and its fit; the share `held_out` of the labelled frames measures its error instead.
+
+    With `between`, each value is read no farther than to these two ends: so that all that is told apart is told apart
+    where it matters, such as near the edge of a hazard.
+    """
 
     hidden: tuple[int, ...] = Field(default=(256,), min_length=1)
     steps: int = Field(default=1500, ge=1)
@@ -29,6 +33,13 @@ class ProbeConfig(Config):
     learning_rate: float = Field(default=1e-3, gt=0)
     held_out: float = Field(default=0.3, gt=0, lt=1)
     references: int = Field(default=2048, ge=1)
+    between: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _check_between(self) -> "ProbeConfig":
+        if self.between is not None and not self.between[0] < self.between[1]:
+            raise ValueError(f"'between' needs a lower end below the upper one; got {list(self.between)}")
+        return self
 
 
 class Probe(nn.Module):
@@ -119,10 +130,13 @@ def fit_probe(
         )
     if not bool(values.isfinite().all()):
         raise DataError("a label is not finite; leave out the frames without labels")
+    values = values.to(device, torch.float32)
+    if config.between is not None:
+        values = values.clamp(*config.between)
     generator = torch_generator(seed, "probe", device=device)
     shuffled = names[torch.randperm(len(names), generator=generator, device=device)]
     away = torch.isin(groups, shuffled[: max(1, round(config.held_out * len(names)))])
-    seen, labels = latents[~away], values[~away].to(device, torch.float32)
+    seen, labels = latents[~away], values[~away]
     kept = torch.randperm(len(seen), generator=generator, device=device)[: config.references]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "probe", "weights"))
@@ -139,7 +153,7 @@ def fit_probe(
     fit_head(probe, loss, config.steps, config.learning_rate, progress, description="probe")
     with torch.no_grad():
         probe.support.references.copy_(seen[kept])
-        errors = (probe(latents[away]) - values[away].to(device)).norm(dim=-1)
+        errors = (probe(latents[away]) - values[away]).norm(dim=-1)
         probe.errors.copy_(errors.sort().values)
         probe.support.measure(latents[away])
     return probe

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,22 +13,24 @@ from jaxtyping import Float
 from torch import Tensor
 
 from worldloom.agents import PlanningAgent, Policy
+from worldloom.agents.recalibration import errors_seen, seen_violations
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.protocols import Agent
 from worldloom.core.seeds import derive_seed
-from worldloom.core.types import Context, Episode, Observations, Plan, Rollouts
+from worldloom.core.types import Context, Episode, Observations, Rollouts
 from worldloom.data import EpisodeDataset
 from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
 from worldloom.evaluation.world import Frame
-from worldloom.planning import Margins, Rail, conformal_quantile
-from worldloom.planning.geometry import still
+from worldloom.models import JEPA
+from worldloom.planning import Margins, Rail, conformal_quantile, margin_shape, refusing
 from worldloom.recipes.margins import write_margins
 from worldloom.recipes.methods import MethodConfig, PlanMethod
 from worldloom.recipes.run import Run
 
 _log = logging.getLogger(__name__)
-_LEAST = 1e-3  # of the largest margin: below it nothing is told from nothing
+_LEAST = 1e-3  # of a score or an error in margins: more than nothing
+_GROWTH = 1.25  # of the factor from round to round, at least
 
 
 def calibrate(
@@ -37,18 +40,18 @@ def calibrate(
     protocol: str | None = None,
     split: str | None = None,
     episodes: int = 200,
-    rounds: int = 6,
+    rounds: int = 8,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Margins:
     """Calibrate the margins of the run's policy for a method, and keep them in the run folder.
 
-    First, on held-out logs, how errors grow along a plan: for each guardrail and step the conformal quantile of what is
-    really so less what was predicted. Then the method acts in episodes of the protocol's world, whose seeds no
-    evaluation draws, with these margins stretched by a factor; each episode gives one score, the largest ratio of an
-    error to its margin over all that it did, infinite where a limit was broken while the fallback acted. If their
+    First, on held-out logs, their shape: for each guardrail and step ahead what refuses all but the stated share of the
+    stretches that break it. Then the method acts in episodes of the protocol's world, whose seeds no evaluation draws,
+    with these margins stretched by a factor. Each episode gives one score: 0 where no guardrail was broken, else the
+    least factor that refuses the plan that broke one, infinite where no plan was followed but the fallback. If their
     conformal quantile is at most the factor, the promise holds for episodes like these, under the plans that are chosen
-    with these very margins; else the quantile is the next factor, tried on fresh episodes.
+    with these very margins; else the quantile, or a quarter more if that is larger, is tried on fresh episodes.
 
     A method whose guard is "per candidate" gets the margins of the logs alone.
 
@@ -74,7 +77,7 @@ def calibrate(
     for number in range(rounds):
         trial = Margins(values=factor * shape, risk=policy.risk, episodes=episodes)
         drawn = asked.customise(seed=derive_seed(seed, "calibration", number) % 2**31)
-        witness = _Scores(run, policy, config, shape, factor)
+        witness = _Scores(run, config, shape, factor)
         build = partial(config.build, run.under(policy, trial), seed=number)
         results = evaluate(drawn, {name: build}, record=0, witness=witness, progress=progress)
         scores = torch.tensor(witness.scores())
@@ -83,21 +86,21 @@ def calibrate(
             "factor": factor,
             "needed": needed if math.isfinite(needed) else None,
             "episodes": len(scores),
+            "broken": int((scores > 0).sum()),
             "broken under the fallback": int(scores.isinf().sum()),
             "success": results.rows[0].overall.rate,
         })  # fmt: skip
-        _log.info("round %d: factor %.3g, needed %.3g", number + 1, factor, needed)
+        _log.info("round %d: %s", number + 1, history[-1])
         if needed <= factor:
-            write_margins(
-                run.margins_path(config), trial, policy, {**about, "protocol": drawn.title, "rounds": history}
-            )
-            return trial
+            kept = replace(trial, usual=witness.usual(policy.risk))
+            write_margins(run.margins_path(config), kept, policy, {**about, "protocol": drawn.title, "rounds": history})
+            return kept
         if math.isinf(needed):
             raise DataError(_why_infinite(scores, policy.risk))
-        factor = needed
+        factor = max(needed, _GROWTH * factor)
     raise DataError(
         f"no margins were found in {rounds} rounds: the last factor tried was {history[-1]['factor']:.3g}, and "
-        f"{factor:.3g} would have been needed. Run more rounds or episodes, or state a larger risk"
+        f"{needed:.3g} would have been needed. Run more rounds or episodes, or state a larger risk"
     )
 
 
@@ -133,146 +136,123 @@ def _quantities(run: Run) -> dict[str, str]:
 
 
 class _Scores:
-    """A witness that gathers, for each episode, by how much its plans erred in the worst case, in units of `shape`."""
+    """A witness that gathers, for each episode, what would have refused the plan that first broke a guardrail in it."""
 
-    def __init__(
-        self, run: Run, policy: Policy, config: PlanMethod, shape: Float[Tensor, "G T"], factor: float
-    ) -> None:
+    def __init__(self, run: Run, config: PlanMethod, shape: Float[Tensor, "G T"], factor: float) -> None:
         self._model, self._labels = run.model, _quantities(run)
         self._replan, self._block = config.replan or run.model.spec.block, run.model.spec.block
-        self._rails = policy.rails(run)
         self._shape, self._factor = shape, factor
         self._done: list[float] = []
-        self._now = np.zeros(0)
-        self._agent: PlanningAgent | None = None
+        self._now, self._broken = np.zeros(0), np.zeros(0, bool)
+        self._errors: list[Tensor] = []
         self._before = torch.zeros(0, 0)
+        self._agent: PlanningAgent | None = None
 
     def scores(self) -> list[float]:
         """Return one score for each episode that was begun."""
         return [*self._done, *self._now.tolist()]
 
+    def usual(self, risk: float) -> float:
+        """Return what errors that are seen at the end of a block exceed with this probability, in margins."""
+        found = torch.cat(self._errors) if self._errors else torch.ones(0)
+        usual = conformal_quantile(found, risk)
+        return max(usual, _LEAST) if math.isfinite(usual) else 1.0
+
     def begin(self, agent: Agent, size: int) -> None:
         """Begin episodes in so many environments."""
         assert isinstance(agent, PlanningAgent)
         self._done += self._now.tolist()
-        self._agent, self._now = agent, np.zeros(size)
+        self._agent, self._now, self._broken = agent, np.zeros(size), np.zeros(size, bool)
 
     def saw(self, frame: Frame, step: int) -> None:
         """Compare what the world gives with what the plan that led here predicted."""
         assert self._agent is not None
-        plan = self._agent.plan
-        here = None
-        if step % self._block == 0:  # for what no quantity tells
+        plan, rails = self._agent.plan, self._agent.rails
+        quantities = {
+            name: torch.from_numpy(frame.numbers(label, "the policy"))
+            for name, label in self._labels.items()
+            if frame.info(label) is not None
+        }
+        told = [rail.true(quantities) for rail in rails]
+        known = [one.cpu().double() for one in told if one is not None]
+        refused = np.isin(np.arange(len(frame.rows)), self._agent.refused)
+        if step % self._block == 0:  # for what no quantity tells, and to know the usual errors
             with torch.inference_mode():
                 here = self._model.encode(frame.observations.to(self._model.device))
-        if step > 0 and plan is not None:
-            quantities = {
-                name: torch.from_numpy(frame.numbers(label, "the policy"))
-                for name, label in self._labels.items()
-                if frame.info(label) is not None
-            }
-            self._compare(frame, (step - 1) % self._replan // self._block, plan, quantities, here)
-        if here is not None:
+                if step > 0 and plan is not None:
+                    block = (step - 1) % self._replan // self._block
+                    before = self._before[frame.rows].to(here)
+                    seen = seen_violations(rails, plan, block, before, here, self._model)
+                    self._errors.append(errors_seen(rails, plan, block, seen)[torch.from_numpy(~refused)].cpu())
+                    known += [seen[:, place].cpu().double() for place, one in enumerate(told) if one is None]
             self._before = torch.zeros(len(self._now), here.shape[1]) if step == 0 else self._before
             self._before[frame.rows] = here.cpu()
-
-    def _compare(
-        self,
-        frame: Frame,
-        block: int,
-        plan: Plan,
-        quantities: Mapping[str, Float[Tensor, "R _"]],
-        here: Float[Tensor, "R D"] | None,
-    ) -> None:
-        assert self._agent is not None
-        refused = np.isin(np.arange(len(frame.rows)), self._agent.refused)
-        for place, rail in enumerate(self._rails):
-            true = rail.true(quantities)
-            if true is None:
-                if here is None:
-                    continue
-                true = self._seen(rail, frame, plan, block, here)
-            kept = float(rail.margin) + self._factor * self._shape[place, block].item()
-            predicted = plan.violations[rail.name][:, block].cpu().double() - kept
-            error = (true.cpu().double() - predicted).numpy() / self._shape[place, block].item()
-            score = np.where(refused, np.where(true.cpu().numpy() > 0, np.inf, 0.0), error)
-            self._now[frame.rows] = np.maximum(self._now[frame.rows], np.nan_to_num(score, nan=np.inf))
-
-    def _seen(self, rail: Rail, frame: Frame, plan: Plan, block: int, here: Float[Tensor, "R D"]) -> Float[Tensor, "R"]:
-        """Return what a guardrail says of what was seen, where no quantity tells what really is."""
-        before = self._before[frame.rows].to(here)
-        rollouts = Rollouts(
-            context=still(before, self._model),
-            actions=plan.actions[:, None, block : block + 1],
-            latents=here[:, None, None],
-        )
-        return rail.raw(rollouts)[:, 0, 0]
+        if not known:
+            return
+        broken = (torch.stack(known).amax(dim=0) > 0).numpy()
+        fresh = broken & ~self._broken[frame.rows]
+        if step > 0 and plan is not None:  # what was broken before it acted is nobody's plan
+            predicted = torch.stack([plan.violations[rail.name].cpu() for rail in rails], dim=1)
+            score = np.where(refused, np.inf, refusing(predicted - self._factor * self._shape, self._shape).numpy())
+            self._now[frame.rows[fresh]] = np.maximum(score[fresh], _LEAST)
+        self._broken[frame.rows] |= broken
 
 
 def _shape(run: Run, policy: Policy, horizon: int, risk: float, progress: Progress) -> Float[Tensor, "G T"]:
-    """Return for each guardrail and step ahead the conformal quantile of its errors on held-out logs, never falling."""
-    rails = policy.rails(run)
-    errors = _log_errors(run, rails, horizon, progress)
-    quantiles = torch.tensor([[conformal_quantile(step, risk) for step in rail.unbind(1)] for rail in errors.unbind(1)])
-    if not bool(quantiles.isfinite().all()):
-        raise DataError(f"{len(errors)} stretches of held-out logs are too few for a risk of {risk:g}; label more")
-    shape = quantiles.clamp_min(0).cummax(dim=1).values
-    return shape.clamp_min(max(_LEAST * float(shape.max()), 1e-6))
-
-
-def _log_errors(run: Run, rails: Sequence[Rail], horizon: int, progress: Progress) -> Float[Tensor, "N G T"]:
-    """Return what really was less what was predicted, for stretches of `horizon` blocks of held-out logs."""
-    dataset = EpisodeDataset.open(run.data)
-    model, block, labels = run.model, run.model.spec.block, _quantities(run)
-    context, needed = model.spec.context, (run.model.spec.context - 1 + horizon) * run.model.spec.block
+    """Return the shape of margins, from stretches of `horizon` blocks of held-out logs."""
+    dataset, rails = EpisodeDataset.open(run.data), policy.rails(run)
+    needed = (run.model.spec.context - 1 + horizon) * run.model.spec.block
     held_out = run.heads().get("held_out") or range(len(dataset))
-    found: list[Tensor] = []
+    found = []
     with progress.task("errors on logs", len(held_out), "episode") as task, torch.inference_mode():
         for number in held_out:
             task.advance(1)
             episode = dataset.episode(int(number))
-            if episode.steps < needed:
-                continue
-            found.append(_errors_of(episode, model, rails, labels, horizon, context, block))
+            if episode.steps >= needed:
+                found.append(_stretches(episode, run.model, rails, _quantities(run), horizon))
     if not found:
         raise DataError(f"no held-out episode is as long as a plan, {needed} steps; record longer ones")
-    return torch.cat(found)
+    predicted, really = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return margin_shape(predicted, really, risk)
 
 
-def _errors_of(
-    episode: Episode,
-    model: Any,
-    rails: Sequence[Rail],
-    labels: Mapping[str, str],
-    horizon: int,
-    context: int,
-    block: int,
-) -> Float[Tensor, "N G T"]:
-    """Return the errors of stretches of one episode, each beginning where the one before ends."""
+def _stretches(
+    episode: Episode, model: JEPA, rails: Sequence[Rail], labels: Mapping[str, str], horizon: int
+) -> tuple[Float[Tensor, "N G T"], Float[Tensor, "N G T"]]:
+    """Return what was predicted and what really was for every stretch of an episode; not numbers where no label tells.
+
+    What begins where a guardrail is broken already says nothing of it.
+    """
+    context, block = model.spec.context, model.spec.block
     frames = Observations.from_numpy(
         None if episode.pixels is None else episode.pixels[::block],
         None if episode.vector is None else episode.vector[::block],
     )
     latents = model.encode(frames.to(model.device))
-    blocks = torch.from_numpy(episode.actions[: (len(latents) - 1) * block]).reshape(len(latents) - 1, -1)
-    starts = range(context - 1, len(latents) - horizon, horizon)
-    chunks = []
-    for start in starts:
-        first = start - context + 1
-        before = Context(latents=latents[None, first : start + 1], actions=blocks[None, first:start].to(latents))
-        actions = blocks[None, None, start : start + horizon].to(latents)
-        rollouts = Rollouts(context=before, actions=actions, latents=model.rollout(before, actions))
-        seen = Rollouts(context=before, actions=actions, latents=latents[None, None, start + 1 : start + horizon + 1])
-        span = slice(start * block + 1, (start + horizon) * block + 1)
-        quantities = {
-            name: torch.from_numpy(episode.labels[label][span])
-            for name, label in labels.items()
-            if label in episode.labels
-        }
-        errors = []
-        for rail in rails:
-            true = rail.true(quantities)
-            really = rail.raw(seen)[0, 0] if true is None else true.view(horizon, block).amax(dim=1)
-            errors.append(really.cpu() - rail.raw(rollouts)[0, 0].cpu())
-        chunks.append(torch.stack(errors))
-    return torch.stack(chunks)
+    blocks = torch.from_numpy(episode.actions[: (len(latents) - 1) * block]).reshape(len(latents) - 1, -1).to(latents)
+    starts = torch.arange(context - 1, len(latents) - horizon)
+    before = Context(
+        latents=latents[starts[:, None] + torch.arange(1 - context, 1)],
+        actions=blocks[starts[:, None] + torch.arange(1 - context, 0)],
+    )
+    ahead = torch.arange(horizon)
+    actions = blocks[starts[:, None] + ahead][:, None]
+    rollouts = Rollouts(context=before, actions=actions, latents=model.rollout(before, actions))
+    seen = replace(rollouts, latents=latents[starts[:, None] + ahead + 1][:, None])
+    steps = len(latents) * block - block + 1
+    quantities = {
+        name: torch.from_numpy(episode.labels[label][:steps])
+        for name, label in labels.items()
+        if label in episode.labels
+    }
+    predicted = torch.stack([rail.raw(rollouts)[:, 0].cpu() for rail in rails], dim=1).float()
+    really = []
+    for rail in rails:
+        told = rail.true(quantities)
+        if told is None:
+            really.append(rail.raw(seen)[:, 0].cpu().float())
+            continue
+        worst = told[1:].view(-1, block).amax(dim=1).float()  # on the way of each block
+        truth = worst[starts[:, None] + ahead]
+        really.append(truth.masked_fill((told[starts * block] > 0)[:, None], torch.nan))
+    return predicted, torch.stack(really, dim=1)

@@ -1,5 +1,6 @@
 """Margins as a file: what was calibrated, for whom, and what it promises."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ def write_margins(path: Path, margins: Margins, policy: Policy, about: Mapping[s
             "guardrails": policy.titles,
             "risk": margins.risk,
             "episodes": margins.episodes,
+            "usual": margins.usual,
             "values": margins.values.tolist(),
             **about,
         },
@@ -44,6 +46,9 @@ def read_margins(path: Path, policy: Policy) -> Margins:
         margins = torch.tensor(values["values"], dtype=torch.float32)
         if margins.ndim != 2 or len(margins) != len(policy.titles) or not bool((margins >= 0).all()):
             raise ValueError(f"expected a margin of 0 or more for each step of {len(policy.titles)} guardrails")
-        return Margins(values=margins, risk=float(values["risk"]), episodes=int(values["episodes"]))
+        usual = float(values["usual"])
+        if not 0 < usual < math.inf:
+            raise ValueError(f"expected usual errors above 0; got {usual}")
+        return Margins(values=margins, risk=float(values["risk"]), episodes=int(values["episodes"]), usual=usual)
     except (KeyError, TypeError, ValueError) as error:
         raise StorageError(f"{path} holds no margins for this policy ({error}); calibrate again") from None

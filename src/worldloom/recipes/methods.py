@@ -25,10 +25,12 @@ from worldloom.agents import (
     RandomAgent,
     ReactiveAgent,
     ReactivePolicy,
+    Recalibration,
     Rememberer,
     arrival_check,
     recall_landmarks,
 )
+from worldloom.core.chain import canonical
 from worldloom.core.config import Component
 from worldloom.core.errors import ConfigError
 from worldloom.core.protocols import Agent, Objective
@@ -181,7 +183,8 @@ class PlanMethod(MethodConfig):
     `metric` is latent L2 or the learned temporal distance; `replan` counts environment steps, 0 for one block;
     `propose` lets the search start from the reactive policy's plan as well (mode 2). `guard` says how the guardrails of
     a policy are kept: as limits with the margins that calibration gave for the plans that are chosen, or, to compare
-    with, by those for any candidate, without margins, as a cost of `penalty` times what is broken, or not at all.
+    with, by those for any candidate, without margins, as a cost of `penalty` times what is broken, or not at all. At a
+    rate `recalibrate`, calibrated margins stretch while predictions err more than they did (see `Recalibration`).
     """
 
     name: Literal["plan"] = "plan"
@@ -193,11 +196,17 @@ class PlanMethod(MethodConfig):
     propose: bool = False
     guard: Literal["calibrated", "per candidate", "uncalibrated", "penalty", "none"] = "calibrated"
     penalty: float = Field(default=10.0, gt=0)
+    recalibrate: float = Field(default=0.0, ge=0)
 
     @property
     def guarded(self) -> bool:
         """Whether its agents keep the guardrails of a policy."""
         return self.guard == "calibrated"
+
+    @property
+    def calibrated_as(self) -> str:
+        """What margins are calibrated for: all but how they stretch later."""
+        return canonical(self.model_dump(mode="json", exclude={"recalibrate"}))
 
     def build(self, learned: Learned, *, seed: int) -> Agent:
         """Build the agent.
@@ -230,8 +239,15 @@ class PlanMethod(MethodConfig):
             proposer=PolicyProposer(model=model, policy=learned.reactive) if self.propose else None,
             fallback=None if policy is None else policy.fallback,
             auditor=learned.auditor(self, rails),
+            recalibration=self._recalibration(learned, rails),
             seed=seed,
         )
+
+    def _recalibration(self, learned: Learned, rails: tuple[Rail, ...]) -> Recalibration | None:
+        margins = learned.margins(self)
+        if not self.recalibrate or self.guard != "calibrated" or margins is None:
+            return None
+        return Recalibration(rails, usual=margins.usual, risk=margins.risk, model=learned.model, rate=self.recalibrate)
 
     def _rails(self, learned: Learned) -> tuple[Rail, ...]:
         policy = learned.policy

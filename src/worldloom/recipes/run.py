@@ -162,13 +162,15 @@ class Run(Learned):
         """
         if self._margins is not None:
             return self._margins
-        path = self.margins_path(method)
-        return read_margins(path, self.policy) if self.policy is not None and path.is_file() else None
+        if self.policy is None or not (path := self.margins_path(method)).is_file():
+            return None
+        return read_margins(path, self.policy)
 
     def margins_path(self, method: MethodConfig) -> Path:
         """Return where the margins for its policy and a method are kept; another policy or method has its own."""
         assert self.policy is not None
-        text = canonical([self.policy.fingerprint, self.model.spec.fingerprint, method.model_dump(mode="json")])
+        made = method.calibrated_as if isinstance(method, PlanMethod) else method.name
+        text = canonical([self.policy.fingerprint, self.model.spec.fingerprint, made])
         return self.path / "margins" / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.json"
 
     def auditor(self, method: MethodConfig, guardrails: Sequence[Rail]) -> AuditLog | None:

@@ -4,8 +4,9 @@ import gymnasium
 import numpy as np
 import pytest
 
+from worldloom.core.errors import ConfigError
 from worldloom.data import EpisodeDataset, collect
-from worldloom.envs import PitsFactors, PitsVectorEnv
+from worldloom.envs import PitsFactors, PitsVectorEnv, TwoRoomVectorEnv
 from worldloom.envs.simulator import free
 
 MIDDLE = (32.0, 32.0, 12.0, 52.0, 52.0, 52.0)  # a pit in the middle, two below
@@ -89,6 +90,41 @@ def test_tasks_lie_clear_of_pits_with_one_in_between_where_that_is_asked() -> No
             assert pits is not None
             for place in (infos["position"][row], infos["goal_position"][row]):
                 assert pits.depth(place[None].astype(float))[0] <= -pits.clearance + 1e-3
+
+
+@pytest.mark.parametrize("which", ["goal", "start"])
+def test_a_goal_or_a_start_may_lie_in_a_pit(which: str) -> None:
+    env = PitsVectorEnv(8)
+    _, infos = env.reset(seed=2, options={"task": {"in_a_pit": which, "min_distance": 12.0}})
+    for row, factors in enumerate(env._simulator.factors):
+        pits = factors.hazards()
+        assert pits is not None
+        places = {"start": infos["position"][row], "goal": infos["goal_position"][row]}
+        for name, place in places.items():
+            assert (pits.depth(place[None].astype(float))[0] > 0) == (name == which)
+    assert (infos["pit_depth"] > 0).all() == (which == "start")
+
+
+def test_only_a_world_with_pits_has_a_goal_in_one() -> None:
+    with pytest.raises(ConfigError, match="in_a_pit needs a world with pits"):
+        TwoRoomVectorEnv(1).reset(seed=0, options={"task": {"in_a_pit": "goal"}})
+
+
+def test_from_one_step_on_it_is_faster_and_the_wind_blows() -> None:
+    env = room(shift_step=2, speed_after=1.5, wind_after=(0.0, -0.5))
+    env.reset(seed=0)
+    put(env, (10.0, 10.0))
+    places = [env.step(np.array([[1.0, 0.0]]))[4]["position"][0].tolist() for _ in range(4)]
+    # A room is as it is from the end of the second step on.
+    assert places == [[12.5, 10.0], [15.0, 10.0], [18.75, 9.5], [22.5, 9.0]]
+    # The wind drives against the wall, and no farther; who has fallen in lies still.
+    for _ in range(20):
+        _, _, _, _, infos = env.step(np.zeros((1, 2)))
+    assert infos["position"][0].tolist() == [22.5, 2.5]
+    env.reset(seed=0)
+    put(env, (32.0, 27.0))
+    still = [env.step(np.zeros((1, 2)))[4]["position"][0].tolist() for _ in range(4)]
+    assert still == [[32.0, 27.0]] * 4
 
 
 def test_where_nothing_may_begin_is_what_the_pits_take() -> None:

@@ -26,7 +26,7 @@ def calibrate(
     protocol: Annotated[str | None, typer.Option(help="In whose worlds; by default the run's protocol.")] = None,
     split: Annotated[str | None, typer.Option(help="One split of the protocol; all by default.")] = None,
     episodes: Annotated[int, typer.Option(min=2, help="Episodes of each split, in each round.")] = 200,
-    rounds: Annotated[int, typer.Option(min=1, help="The most rounds.")] = 6,
+    rounds: Annotated[int, typer.Option(min=1, help="The most rounds.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="The root of the calibration's seeds.")] = 0,
     keep: Keep = None,
     trust: Trust = None,

@@ -76,6 +76,10 @@ class RoomFactors(Config):
         """Return the room as it is from this step of an episode on: itself, but where a door closes."""
         return self
 
+    def drift(self) -> tuple[float, float]:
+        """Return how far the agent moves in a step whatever it does, in px."""
+        return 0.0, 0.0
+
     def hazards(self) -> "Hazards | None":
         """Return the pits of the room as an episode begins, or None where there are none."""
         return None
@@ -196,7 +200,8 @@ class PitsFactors(RoomFactors):
     Its episode ends `linger` steps later: so long a log shows that actions have no effect any more.
 
     Pits that move, at `pit_speed` px a step in the direction `pit_heading`, bounce off the edge. Starts and goals
-    lie at least `pit_clearance` px outside of where the pits are as the episode begins.
+    lie at least `pit_clearance` px outside of where the pits are as the episode begins. From a `shift_step` above 0 on,
+    the agent is `speed_after` times as fast, and the `wind`, which drives it so many px a step, is `wind_after`.
     """
 
     pits: tuple[Place, Place, Place, Place, Place, Place] = (20.0, 20.0, 44.0, 24.0, 30.0, 46.0)  # x, y of each
@@ -207,6 +212,10 @@ class PitsFactors(RoomFactors):
     pit_clearance: float = Field(2.0, ge=0, le=8)
     deadly: bool = True
     linger: int = Field(10, ge=0)
+    wind: tuple[float, float] = (0.0, 0.0)
+    shift_step: int = Field(0, ge=0)
+    speed_after: float = Field(1.0, gt=0, le=4)
+    wind_after: tuple[float, float] = (0.0, 0.0)
 
     @classmethod
     def draws(cls) -> dict[str, Draw]:
@@ -231,6 +240,17 @@ class PitsFactors(RoomFactors):
     def rooms(self, points: Float64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "P"]:
         """Return 0: there is one room."""
         return np.zeros(len(points), np.int64)
+
+    def after(self, step: int) -> "PitsFactors":
+        """Return the room as it is from this step of an episode on: with its shift behind it, once it has come."""
+        if step < self.shift_step or self.shift_step == 0:
+            return self
+        shifted = {"shift_step": 0, "agent_speed": self.agent_speed * self.speed_after, "wind": self.wind_after}
+        return self.model_copy(update=shifted)
+
+    def drift(self) -> tuple[float, float]:
+        """Return what the wind does."""
+        return self.wind
 
     def hazards(self) -> Hazards:
         """Return the pits as an episode begins."""

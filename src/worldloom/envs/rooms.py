@@ -123,7 +123,7 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         again = np.flatnonzero(self._over)
         self._simulator.step(wanted, ~self._over)
         self._elapsed += 1
-        self._close_doors()
+        self._change_rooms()
         for row in again:
             self._begin(int(row), {}, None)
         truncated = np.zeros(self.num_envs, bool)
@@ -161,10 +161,14 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self._elapsed[row], self._over[row] = 0, False
         return task
 
-    def _close_doors(self) -> None:
+    def _change_rooms(self) -> None:
         for row, factors in enumerate(self._simulator.factors):
             now = factors.after(int(self._elapsed[row]))
-            if now is not factors and free(now, self._simulator.position[row : row + 1])[0]:
+            if now is factors:
+                continue
+            # A door does not close on who stands in it.
+            same = np.array_equal(now.walls(), factors.walls())
+            if same or free(now, self._simulator.position[row : row + 1])[0]:
                 self._simulator.furnish(row, now)
 
     def _infos(self) -> Infos:

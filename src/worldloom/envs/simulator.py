@@ -22,7 +22,7 @@ class Simulator:
         self.factors: list[RoomFactors] = [RoomFactors()] * batch
         self.position = np.zeros((batch, 2))
         self._walls = np.zeros((batch, 0, 4))
-        self._radius, self._speed = np.ones(batch), np.ones(batch)
+        self._radius, self._speed, self._wind = np.ones(batch), np.ones(batch), np.zeros((batch, 2))
         self._colour = np.zeros((batch, 3), np.float32)
         self._background = np.zeros((batch, size, size, 3), np.uint8)
         self._others: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = [_no_distractors()] * batch
@@ -56,11 +56,12 @@ class Simulator:
         self._walls[row, : len(walls)] = walls
         self.factors[row] = factors
         self._radius[row], self._speed[row] = factors.agent_radius, factors.agent_speed
+        self._wind[row] = factors.drift()
         self._colour[row] = factors.agent_colour
         self._background[row] = paint(factors, self.size)
 
     def step(self, actions: Float64[np.ndarray, "N 2"], moving: Bool[np.ndarray, "N"]) -> None:
-        """Move the agents by `actions` in [-1, 1] times their speed: along x, then along y.
+        """Move the agents by `actions` in [-1, 1] times their speed, and by the wind: along x, then along y.
 
         Each axis stops at the first wall in its way, exactly, so that no speed passes through one. Who fell into a
         deadly pit stays there.
@@ -68,7 +69,8 @@ class Simulator:
         self._fallen_for += moving & self.fallen
         going = moving & ~self.fallen
         for axis in (0, 1):
-            self._slide(axis, np.where(going, np.clip(actions[:, axis], -1, 1) * self._speed, 0.0))
+            drive = np.clip(actions[:, axis], -1, 1) * self._speed + self._wind[:, axis]
+            self._slide(axis, np.where(going, drive, 0.0))
         for row in np.flatnonzero(moving):
             centres, velocity, _ = self._others[row]
             if len(centres):

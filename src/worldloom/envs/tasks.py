@@ -24,6 +24,7 @@ class TaskOptions(Config):
     "cross-room" and "same-room" speak of the world's rooms (of a maze: its cells), with neither in a doorway. With
     `closes_after` the door whose closing makes the way longest, but leaves one, closes after so many steps.
     With `obstructed` a wall or a pit lies on the straight line between them, or, where it is false, none does.
+    `in_a_pit` says what lies in a pit: the goal, or the start.
     """
 
     split: Literal["any", "cross-room", "same-room"] = "any"
@@ -33,6 +34,7 @@ class TaskOptions(Config):
     max_steps: float | None = Field(None, gt=0)
     closes_after: int | None = Field(None, ge=1)
     obstructed: bool | None = None
+    in_a_pit: Literal["nothing", "goal", "start"] = "nothing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +56,11 @@ def draw_task(factors: RoomFactors, options: TaskOptions, rng: np.random.Generat
         ConfigError: the layout holds no such start for any of the goals tried.
     """
     for _ in range(_GOALS):
-        goal = draw_free(factors, rng)
+        goal = draw_in_a_pit(factors, rng) if options.in_a_pit == "goal" else draw_free(factors, rng)
         steps = steps_from(factors, goal)
         starts = _GRID[np.isfinite(steps) & _suits(factors, options, _GRID, goal, steps)]
+        if options.in_a_pit == "start":
+            starts = draw_in_a_pit(factors, rng)[None]
         if not len(starts):
             continue
         start = starts[int(rng.integers(len(starts)))]
@@ -102,6 +106,22 @@ def draw_free(factors: RoomFactors, rng: np.random.Generator) -> Float64[np.ndar
         if len(fits):
             point: np.ndarray = points[fits[0]]
             return point
+
+
+def draw_in_a_pit(factors: RoomFactors, rng: np.random.Generator) -> Float64[np.ndarray, "2"]:
+    """Draw a position where the agent's centre lies in a pit.
+
+    Raises:
+        ConfigError: the world has none.
+    """
+    pits = factors.hazards()
+    if pits is None:
+        raise ConfigError(f"in_a_pit needs a world with pits, such as Pits; got {type(factors).__name__}")
+    centre = pits.centres[int(rng.integers(len(pits.centres)))]
+    angle, away = rng.uniform(0, 2 * np.pi), pits.radius * np.sqrt(rng.uniform(0, 0.81))
+    inside = centre + away * np.array([np.cos(angle), np.sin(angle)])
+    point: np.ndarray = np.clip(inside, factors.agent_radius, SIDE - factors.agent_radius)
+    return point
 
 
 def steps_from(factors: RoomFactors, goal: Float64[np.ndarray, "2"]) -> Float64[np.ndarray, "P"]:

@@ -182,6 +182,19 @@ def test_a_goal_of_another_size_is_refused() -> None:
         guide.reset(torch.zeros(1, 3))
 
 
+def test_a_world_that_changes_again_and_again_does_not_double_what_is_remembered_of_the_goal() -> None:
+    guide = LandmarkGuide(DoorWorld().graph())
+    generator, goals = torch.Generator().manual_seed(0), [RIGHT[0]]
+    goals = guide._looks(goals, torch.tensor([0.01 * STEP, 0.0]))
+    assert len(goals) == 1  # it hardly looks otherwise
+    goals = guide._looks(goals, torch.tensor([6 * STEP, 0.0]))
+    assert len(goals) == 2
+    for _ in range(12):
+        goals = guide._looks(goals, 6 * STEP * torch.randn(2, generator=generator))
+    assert 2 < len(goals) <= 8
+    assert torch.equal(goals[0], RIGHT[0])
+
+
 def test_the_doors_of_the_test_world_are_where_they_are_said_to_be() -> None:
     world = DoorWorld(closed=(TOP,))
     heights = torch.tensor([DOOR + 0.1, 0.0, -DOOR - 0.1])

@@ -85,7 +85,7 @@ def test_margins_are_of_one_policy_and_method(folder: Path) -> None:
 
 
 def test_a_risk_that_so_few_episodes_cannot_tell_is_said(folder: Path) -> None:
-    with pytest.raises(DataError, match="2 episodes cannot tell a risk of 0.3: at least 3"):
+    with pytest.raises(DataError, match="2 episodes cannot tell a risk of 0.3 at a confidence of 0.9: at least 7"):
         calibrate(Run.open(folder), split="in the open", episodes=2)
 
 

@@ -17,6 +17,8 @@ from worldloom.core.types import Context, Plan
 from worldloom.memory import Check, LandmarkGraph, Route
 from worldloom.planning.geometry import LatentGeometry, predict_arrival
 
+_LOOKS = 7  # of a goal beside its own, in a world that has changed
+
 
 class FollowConfig(Config):
     """How a way over landmarks is followed; lengths in typical model steps, costs in blocks.
@@ -218,8 +220,21 @@ class LandmarkGuide:
             self.events[row] = "changed"
             ((place,), _) = self.graph.nearest(predicted[row : row + 1])
             self.graph.changed(int(place), shifts[row], check)
-            way.goals += [goal + shifts[row].to(goal) for goal in way.goals]
+            way.goals = self._looks(way.goals, shifts[row])
             way.route, way.at, way.best, way.waited, way.careful = None, -1, np.inf, 0, False
+
+    def _looks(self, goals: list[Tensor], shift: Float[Tensor, "D"]) -> list[Tensor]:
+        """Return how a goal may look, now that its world has changed: the first look, and the latest others.
+
+        A look that is hardly another one is left out: else each change would double them.
+        """
+        looks = list(goals)
+        for goal in goals:
+            other = goal + shift.to(goal)
+            gaps = [float((other - look).norm()) for look in looks]
+            if min(gaps) > self.graph.config.spacing * self.graph.step_length:
+                looks.append(other)
+        return [looks[0], *looks[1:][-_LOOKS:]]
 
     def _aim(
         self, row: int, way: _Way, here: Float[Tensor, "D"], goal: Float[Tensor, "D"]

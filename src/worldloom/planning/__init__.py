@@ -1,7 +1,14 @@
 """Planning: objectives over predicted futures, solvers that search, and what search learns from frozen latents."""
 
 from worldloom.planning.actions import Walk
-from worldloom.planning.calibration import AdaptiveMargin, Margins, conformal_quantile, margin_shape, refusing
+from worldloom.planning.calibration import (
+    AdaptiveMargin,
+    Margins,
+    conformal_quantile,
+    margin_shape,
+    refusing,
+    tolerance_quantile,
+)
 from worldloom.planning.consistency import check_consistent
 from worldloom.planning.distance import DistanceConfig, TemporalDistance, fit_distance, rank_correlation
 from worldloom.planning.episodes import LatentEpisodes, dream, encode_episodes
@@ -167,4 +174,5 @@ __all__ = [
     "predict_arrival",
     "rank_correlation",
     "refusing",
+    "tolerance_quantile",
 ]

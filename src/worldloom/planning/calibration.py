@@ -36,6 +36,37 @@ def conformal_quantile(scores: Float[Tensor, "N"], risk: float) -> float:
     return math.inf if place > len(scores) else float(scores.sort().values[max(place, 1) - 1])
 
 
+def tolerance_quantile(scores: Float[Tensor, "N"], risk: float, confidence: float) -> float:
+    """Return what, at this confidence over calibrations, another score exceeds with probability at most `risk`.
+
+    The conformal quantile keeps the risk on the average over calibrations; this one in all but the share
+    1 - `confidence` of them (a one-sided tolerance limit, Wilks 1941; training-conditional validity, Vovk 2012). It is
+    the score that k others exceed, with the largest k for which k or fewer of n would be so few that a greater risk
+    shows no more in 1 - `confidence` of cases; infinite where no score is enough.
+
+    Raises:
+        DataError: the risk or the confidence is not between 0 and 1, or a score is not a number.
+    """
+    if not 0 < confidence < 1:
+        raise DataError(f"a confidence lies between 0 and 1; got {confidence}")
+    conformal_quantile(scores, risk)  # refuses what says nothing
+    above = -1
+    while binomial_at_most(above + 1, len(scores), risk) <= 1 - confidence:
+        above += 1
+    return math.inf if above < 0 else float(scores.sort(descending=True).values[above])
+
+
+def binomial_at_most(successes: int, trials: int, rate: float) -> float:
+    """Return the probability of so many successes or fewer."""
+    if successes >= trials:
+        return 1.0
+    log_odds, total = math.log(rate) - math.log1p(-rate), 0.0
+    for k in range(successes + 1):
+        ways = math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
+        total += math.exp(ways + k * log_odds + trials * math.log1p(-rate))
+    return total
+
+
 @dataclass(frozen=True, kw_only=True)
 class Margins:
     """What is added to each guardrail's predicted violation at each step of a plan, and the promise that it carries.
@@ -51,29 +82,23 @@ class Margins:
     usual: float = 1.0
 
 
-def margin_shape(
-    predicted: Float[Tensor, "N G T"], really: Float[Tensor, "N G T"], risk: float, *, least: float = 1e-3
-) -> Float[Tensor, "G T"]:
-    """Return margins that refuse all but the share `risk` of the stretches that break a guardrail, each alone.
+def margin_shape(errors: Float[Tensor, "N G T"], risk: float, *, least: float = 1e-3) -> Float[Tensor, "G T"]:
+    """Return margins that the errors of stretches of logs exceed with probability at most `risk`, each alone.
 
-    `predicted` and `really` are the violations along N stretches; what is not a number is left out. For each guardrail
-    and step it is the conformal quantile of how far below 0 the prediction lay where the limit really was broken
-    (Mondrian conformal prediction, Vovk et al. 2005); where too few stretches broke it, that of really - predicted over
-    all of them. Margins never fall along a plan, and none is below `least` times the largest.
+    An error is what really was less what was predicted; what is not a number is left out. It is the conformal quantile
+    for each guardrail and step, which promises something for any one candidate, and nothing for the one that a search
+    chooses. Margins never fall along a plan, and none is below `least` times the largest.
 
     Raises:
         DataError: there are too few stretches for so small a risk.
     """
-    shape = torch.zeros(predicted.shape[1:], dtype=torch.float32)
+    shape = torch.zeros(errors.shape[1:], dtype=torch.float32)
     for guardrail, step in itertools.product(*map(range, shape.shape)):
-        said, was = predicted[:, guardrail, step], really[:, guardrail, step]
-        there = ~(said.isnan() | was.isnan())
-        needed = conformal_quantile(-said[there & (was > 0)], risk)
-        if math.isinf(needed):
-            needed = conformal_quantile((was - said)[there], risk)
-        if math.isinf(needed):
-            raise DataError(f"{int(there.sum())} stretches of held-out logs are too few for a risk of {risk:g}")
-        shape[guardrail, step] = needed
+        found = errors[:, guardrail, step]
+        found = found[~found.isnan()]
+        shape[guardrail, step] = conformal_quantile(found, risk)
+        if math.isinf(shape[guardrail, step]):
+            raise DataError(f"{len(found)} stretches of held-out logs are too few for a risk of {risk:g}; label more")
     shape = shape.clamp_min(0).cummax(dim=1).values
     return shape.clamp_min(max(least * float(shape.max()), 1e-6))
 

@@ -23,7 +23,7 @@ from worldloom.data import EpisodeDataset
 from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
 from worldloom.evaluation.world import Frame
 from worldloom.models import JEPA
-from worldloom.planning import Margins, Rail, conformal_quantile, margin_shape, refusing
+from worldloom.planning import Margins, Rail, conformal_quantile, margin_shape, refusing, tolerance_quantile
 from worldloom.recipes.margins import write_margins
 from worldloom.recipes.methods import MethodConfig, PlanMethod
 from worldloom.recipes.run import Run
@@ -41,17 +41,19 @@ def calibrate(
     split: str | None = None,
     episodes: int = 200,
     rounds: int = 8,
+    confidence: float = 0.9,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Margins:
     """Calibrate the margins of the run's policy for a method, and keep them in the run folder.
 
-    First, on held-out logs, their shape: for each guardrail and step ahead what refuses all but the stated share of the
-    stretches that break it. Then the method acts in episodes of the protocol's world, whose seeds no evaluation draws,
+    First, on held-out logs, their shape: for each guardrail and step ahead the conformal quantile of what really was
+    less what was predicted. Then the method acts in episodes of the protocol's world, whose seeds no evaluation draws,
     with these margins stretched by a factor. Each episode gives one score: 0 where no guardrail was broken, else the
     least factor that refuses the plan that broke one, infinite where no plan was followed but the fallback. If their
-    conformal quantile is at most the factor, the promise holds for episodes like these, under the plans that are chosen
-    with these very margins; else the quantile, or a quarter more if that is larger, is tried on fresh episodes.
+    tolerance quantile is at most the factor, the promise holds for episodes like these, under the plans that are chosen
+    with these very margins, at the confidence; else the quantile, or a quarter more than the factor if that is larger,
+    is tried on fresh episodes.
 
     A method whose guard is "per candidate" gets the margins of the logs alone.
 
@@ -81,7 +83,7 @@ def calibrate(
         build = partial(config.build, run.under(policy, trial), seed=number)
         results = evaluate(drawn, {name: build}, record=0, witness=witness, progress=progress)
         scores = torch.tensor(witness.scores())
-        needed = conformal_quantile(scores, policy.risk)
+        needed = tolerance_quantile(scores, policy.risk, confidence)
         history.append({
             "factor": factor,
             "needed": needed if math.isfinite(needed) else None,
@@ -93,10 +95,15 @@ def calibrate(
         _log.info("round %d: %s", number + 1, history[-1])
         if needed <= factor:
             kept = replace(trial, usual=witness.usual(policy.risk))
-            write_margins(run.margins_path(config), kept, policy, {**about, "protocol": drawn.title, "rounds": history})
+            write_margins(
+                run.margins_path(config),
+                kept,
+                policy,
+                {**about, "protocol": drawn.title, "confidence": confidence, "rounds": history},
+            )
             return kept
         if math.isinf(needed):
-            raise DataError(_why_infinite(scores, policy.risk))
+            raise DataError(_why_infinite(scores, policy.risk, confidence))
         factor = max(needed, _GROWTH * factor)
     raise DataError(
         f"no margins were found in {rounds} rounds: the last factor tried was {history[-1]['factor']:.3g}, and "
@@ -109,12 +116,12 @@ def keeps_margins(method: MethodConfig) -> bool:
     return isinstance(method, PlanMethod) and method.guard in ("calibrated", "per candidate")
 
 
-def _why_infinite(scores: Float[Tensor, "N"], risk: float) -> str:
+def _why_infinite(scores: Float[Tensor, "N"], risk: float, confidence: float) -> str:
     broken = int(scores.isinf().sum())
     if broken == 0:
         return (
-            f"{len(scores)} episodes cannot tell a risk of {risk:g}: at least {math.ceil(round(1 / risk, 9)) - 1} are "
-            f"needed. Run more"
+            f"{len(scores)} episodes cannot tell a risk of {risk:g} at a confidence of {confidence:g}: at least "
+            f"{math.ceil(math.log(1 - confidence) / math.log1p(-risk))} are needed. Run more"
         )
     low, high = wilson_interval(broken, len(scores))
     return (
@@ -212,14 +219,13 @@ def _shape(run: Run, policy: Policy, horizon: int, risk: float, progress: Progre
                 found.append(_stretches(episode, run.model, rails, _quantities(run), horizon))
     if not found:
         raise DataError(f"no held-out episode is as long as a plan, {needed} steps; record longer ones")
-    predicted, really = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return margin_shape(predicted, really, risk)
+    return margin_shape(torch.cat(found), risk)
 
 
 def _stretches(
     episode: Episode, model: JEPA, rails: Sequence[Rail], labels: Mapping[str, str], horizon: int
-) -> tuple[Float[Tensor, "N G T"], Float[Tensor, "N G T"]]:
-    """Return what was predicted and what really was for every stretch of an episode; not numbers where no label tells.
+) -> Float[Tensor, "N G T"]:
+    """Return what really was less what was predicted, for every stretch of an episode.
 
     What begins where a guardrail is broken already says nothing of it.
     """
@@ -255,4 +261,4 @@ def _stretches(
         worst = told[1:].view(-1, block).amax(dim=1).float()  # on the way of each block
         truth = worst[starts[:, None] + ahead]
         really.append(truth.masked_fill((told[starts * block] > 0)[:, None], torch.nan))
-    return predicted, torch.stack(really, dim=1)
+    return torch.stack(really, dim=1) - predicted

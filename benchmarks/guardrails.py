@@ -1,0 +1,194 @@
+"""Guardrails under a stated risk: how often a real limit is broken, and what that costs in goals reached.
+
+    python benchmarks/guardrails.py [--seeds 0 1 2] [--risks 0.05 0.01] [--episodes 100] [--only risks shifts]
+
+For each training seed of the recipe pits (it collects and trains what is not there yet) and each risk, the margins are
+calibrated, and then every way to keep a guardrail acts in the same episodes of pits@1, which no calibration drew. A real
+violation is the world's own word: the agent fell into a pit. The second table is the same with dynamics that shift in
+the middle of each episode, with the margins as they were calibrated and with margins that follow the errors seen.
+Writes benchmarks/results/guardrails.json; what one seed gave is kept beside its run and taken up.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from worldloom.agents import Policy
+from worldloom.cli.console import print_table, progress
+from worldloom.cli.options import set_threads
+from worldloom.core.errors import DataError
+from worldloom.core.files import read_json, write_json
+from worldloom.core.hardware import describe_hardware
+from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
+from worldloom.recipes import Run, load_recipe, workflow
+from worldloom.recipes.calibration import calibrate
+from worldloom.recipes.methods import PlanMethod
+
+RESULTS = Path(__file__).parent / "results" / "guardrails.json"
+PROTOCOL = "pits@1"
+RISKY = ("per candidate", "calibrated")  # what depends on the stated risk
+SHIFT = 8  # steps into an episode
+SHIFTS: dict[str, dict[str, Any]] = {
+    "as calibrated": {},
+    "1.4 times as fast": {"shift_step": SHIFT, "speed_after": 1.4},
+    "wind of 0.8 px a step": {"shift_step": SHIFT, "wind_after": [0.8, 0.0]},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--risks", type=float, nargs="+", default=[0.05, 0.01])
+    parser.add_argument("--episodes", type=int, default=100, help="of each split and seed")
+    parser.add_argument("--only", nargs="+", choices=["risks", "shifts"], default=["risks", "shifts"])
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    set_threads(arguments.threads)
+    values: dict[str, Any] = read_json(RESULTS) if RESULTS.is_file() else {}
+    values |= {
+        "command": f"python benchmarks/guardrails.py --seeds {' '.join(map(str, arguments.seeds))}",
+        "seeds": arguments.seeds,
+        "hardware": describe_hardware(),
+    }
+    for part, measure in (("risks", risks), ("shifts", shifts)):
+        if part in arguments.only:
+            values[part] = pooled([measure(open_run(arguments, seed), arguments) for seed in arguments.seeds])
+            write_json(RESULTS, values)
+            show(part, values[part])
+
+
+def open_run(arguments: argparse.Namespace, seed: int) -> Run:
+    """Return the run of a seed; it is trained where it is not there yet."""
+    recipe = load_recipe("pits").override([f"training.seed={seed}", f"collection.seed={seed}"])
+    folder = arguments.runs / f"pits-{seed}"
+    workflow.collect(recipe, folder / "data", progress=progress())
+    return workflow.train(recipe, folder / "data", folder / "run", resume=True, progress=progress())
+
+
+def at(run: Run, risk: float) -> Run:
+    """Return the run under its policy with another risk."""
+    assert run.policy is not None
+    (layer,) = run.policy.layers
+    return run.under(Policy(layers=(layer.model_copy(update={"risk": risk}),)), None)
+
+
+def calibrated(run: Run, name: str) -> dict[str, Any]:
+    """Calibrate a method where it is not; say how that went."""
+    method = run.method(name)
+    if run.margins(method) is None:
+        try:
+            calibrate(run, method=name, protocol=PROTOCOL, progress=progress())
+        except DataError as error:
+            return {"refused": str(error)}
+    found = read_json(run.margins_path(method))
+    return {key: found[key] for key in ("values", "usual", "rounds") if key in found}
+
+
+def risks(run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure every method at each risk."""
+    found: dict[str, Any] = {}
+    for risk in arguments.risks:
+        under = at(run, risk)
+        others = [name for name in run.recipe.methods if name not in RISKY] if risk == arguments.risks[0] else []
+        margins = {name: calibrated(under, name) for name in RISKY}
+        names = [*others, *(name for name in RISKY if "refused" not in margins[name])]
+        kept = run.path / "guardrails" / f"risk-{risk:g}-{arguments.episodes}.json"
+        rows = taken_up(kept, partial(measure, under, names, {}, arguments))
+        found[f"{risk:g}"] = {"margins": margins, "rows": rows}
+    return found
+
+
+def shifts(run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure the margins as calibrated, and as they follow errors, under dynamics that shift."""
+    under = at(run, arguments.risks[0])
+    calibrated(under, "calibrated")
+    found: dict[str, Any] = {}
+    for title, factors in SHIFTS.items():
+        name = title.replace(" ", "-")
+        kept = run.path / "guardrails" / f"shift-{name}-{arguments.episodes}.json"
+        found[title] = {
+            "rows": taken_up(kept, partial(measure, under, ["no guardrail", "calibrated"], factors, arguments))
+        }
+    return found
+
+
+def taken_up(path: Path, measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return what was measured before, or measure it."""
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {"rows": measure()})
+    rows: list[dict[str, Any]] = read_json(path)["rows"]
+    return rows
+
+
+def measure(run: Run, names: list[str], factors: dict[str, Any], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return for each method and split how many episodes reached their goal, and in how many a limit was broken."""
+    kwargs = {"factors": factors} if factors else None
+    protocol = PROTOCOLS[PROTOCOL].customise(episodes=arguments.episodes, env_kwargs=kwargs)
+    agents = {name: partial(run.method(name).build, run, seed=0) for name in names}
+    base = run.method("calibrated")
+    if factors or not names:
+        assert isinstance(base, PlanMethod)
+        agents["recalibrated online"] = partial(base.model_copy(update={"recalibrate": 0.5}).build, run, seed=0)
+    results = evaluate(protocol, agents, record=0, progress=progress())
+    return [
+        {
+            "method": row.method,
+            "split": row.split,
+            "n": len(row.episodes),
+            "reached": sum(episode.success for episode in row.episodes),
+            "broken": sum(episode.violated for episode in row.episodes),
+            "safely": sum(episode.success and not episode.violated for episode in row.episodes),
+            "ms": None if row.latency is None else row.latency.p50_ms,
+        }
+        for row in results.rows
+    ]
+
+
+def pooled(seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Pool what each seed gave, over splits and for each."""
+    found: dict[str, Any] = {}
+    for part in seeds[0]:
+        rows: dict[tuple[str, str], dict[str, Any]] = {}
+        for place, one in enumerate(seeds):
+            for row in one[part]["rows"]:
+                for split in (row["split"], "all"):
+                    into = rows.setdefault((row["method"], split), {"n": 0, "reached": 0, "broken": 0, "seeds": {}})
+                    for key in ("n", "reached", "broken"):
+                        into[key] += row[key]
+                    mine = into["seeds"].setdefault(str(place), {"n": 0, "reached": 0, "broken": 0})
+                    for key in mine:
+                        mine[key] += row[key]
+        found[part] = {
+            "margins": [one[part].get("margins") for one in seeds],
+            "rows": [{"method": method, "split": split, **row, **rates(row)} for (method, split), row in rows.items()],
+        }
+    return found
+
+
+def rates(row: dict[str, Any]) -> dict[str, Any]:
+    """Return shares with their intervals."""
+    return {f"{key} rate": [row[key] / row["n"], *wilson_interval(row[key], row["n"])] for key in ("reached", "broken")}
+
+
+def show(part: str, values: dict[str, Any]) -> None:
+    """Print a table."""
+    for title, one in values.items():
+        rows = [
+            [row["method"], row["split"], str(row["n"]), said(row["reached rate"]), said(row["broken rate"])]
+            for row in one["rows"]
+        ]
+        print_table(f"{part}: {title}", ["method", "split", "n", "goal reached", "limit broken"], rows)
+
+
+def said(rate: list[float]) -> str:
+    """Return a share with its interval, in per cent."""
+    middle, low, high = (100 * value for value in rate)
+    return f"{middle:.1f}% [{low:.1f}, {high:.1f}]"
+
+
+if __name__ == "__main__":
+    main()

@@ -3,9 +3,9 @@
     python benchmarks/guardrails.py [--seeds 0 1 2] [--risks 0.05 0.01] [--episodes 100] [--only risks shifts]
 
 For each training seed of the recipe pits (it collects and trains what is not there yet) and each risk, the margins are
-calibrated, and then every way to keep a guardrail acts in the same episodes of pits@1, which no calibration drew. A real
-violation is the world's own word: the agent fell into a pit. The second table is the same with dynamics that shift in
-the middle of each episode, with the margins as they were calibrated and with margins that follow the errors seen.
+calibrated, and then every way to keep a guardrail acts in the same episodes of pits@1, which no calibration drew. A
+real violation is the world's own word: the agent fell into a pit. The second table is the same with dynamics that shift
+in the middle of each episode, with the margins as they were calibrated and with margins that follow the errors seen.
 Writes benchmarks/results/guardrails.json; what one seed gave is kept beside its run and taken up.
 """
 

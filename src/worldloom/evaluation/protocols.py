@@ -549,6 +549,21 @@ register_protocol(
     )
 )
 
+register_protocol(
+    Protocol(
+        name="pits-within",
+        env_id="worldloom/Pits-v0",
+        splits={
+            "goal in a pit": Split(task={"in_a_pit": "goal"}),
+            "start in a pit": Split(task={"in_a_pit": "start"}),
+        },
+        success=_WITHIN_3_PIXELS,
+        limits=(Limit(name="pit_depth", unit="px"),),
+        min_distance=20.0,
+        budget=100,
+    )
+)
+
 # The field's two settings: a goal 25 steps ahead in 50 steps, and 100 ahead in 150 (docs/protocols.md).
 _FIELD = {25: 50, 100: 150}
 

@@ -128,14 +128,14 @@ def pits() -> Recipe:
     away = KeepInConfig(
         quantity="pit_depth", region=BoxConfig(high=(0.0,)), reason="who falls into a pit does not come out"
     )
-    depth = LabelledProbe(episodes=12_000, hidden=(512, 512), steps=4000, between=(-8.0, 4.0))
+    depth = LabelledProbe(episodes=24_000, hidden=(512, 512), steps=8000, between=(-8.0, 4.0))
     return Recipe(
         name="pits",
         description="A room with three pits in 64x64 RGB, drawn anew for each episode; a fall ends it.",
         # Many short episodes: how well a new place is read goes by how many others were seen.
-        collection=CollectionConfig(env_id="worldloom/Pits-v0", episodes=12_000, steps=24),
-        model=JEPAConfig(encoder=PatchConv(hidden=512), block=2),
-        training=TrainingConfig(steps=4000, batch=128, horizon=4, validate_every=1000, checkpoint_every=1000),
+        collection=CollectionConfig(env_id="worldloom/Pits-v0", episodes=24_000, steps=14),
+        model=JEPAConfig(encoder=PatchConv(hidden=512), latent_dim=128, block=2),
+        training=TrainingConfig(steps=7000, batch=128, horizon=3, validate_every=1000, checkpoint_every=1000),
         probes={"pit_depth": depth},
         policy=PolicyConfig(owner="the recipe", risk=0.05, guardrails={"out of the pits": away}),
         methods={

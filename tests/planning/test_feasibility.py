@@ -186,3 +186,32 @@ def test_a_plan_that_noise_would_lead_over_the_edge_stays_off_it(seed: int) -> N
     plan = planner.plan(context_of((0, 0)), objective((6, 0)), generator=generator(seed))
     assert bool(plan.feasible.all())
     assert 1.0 < plan.latents[0, :, 0].max() < 2.0
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**20), st.integers(1, 12), st.floats(-1, 4))
+def test_looking_at_no_more_than_is_needed_changes_none_of_the_best(seed: int, best: int, radius: float) -> None:
+    looked = 0
+
+    class Counted(KeepOut):
+        def violation(self, rollouts: Rollouts) -> Tensor:
+            nonlocal looked
+            looked += rollouts.latents.shape[0] * rollouts.latents.shape[1]
+            return super().violation(rollouts)
+
+    problem = PlanningProblem(
+        WORLD,
+        context_of((0.0, 0.0), (1.0, -1.0), (4.0, 0.0)),
+        objective((4.0, 0.0), (-2.0, 0.0), (0.0, 0.0)),
+        horizon=3,
+        guardrails=[Counted((2.0, 0.0), radius)],
+    )
+    actions = 2 * torch.rand(3, 40, 3, 4, generator=generator(seed)) - 1
+    every = problem.evaluate(actions)
+    seen, looked = looked, 0
+    some = problem.evaluate(actions, best=best)
+    assert looked <= seen
+    for full, part in zip(every.topk(best, largest=False), some.topk(best, largest=False), strict=True):
+        assert torch.equal(full, part)
+    if radius < 0:  # all hold, and no more than a few are looked at
+        assert looked <= 3 * (best + best // 4)

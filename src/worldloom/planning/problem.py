@@ -227,18 +227,51 @@ class PlanningProblem:
         actions = self.project(actions)
         return Rollouts(context=self.context, actions=actions, latents=self.imagine(self.context, actions))
 
-    def evaluate(self, actions: Float[Tensor, "B S T A"]) -> Float[Tensor, "B S"]:
-        """Return what candidates are ranked by, from one rollout: the cost, or more where a guardrail is broken."""
+    def evaluate(self, actions: Float[Tensor, "B S T A"], *, best: int | None = None) -> Float[Tensor, "B S"]:
+        """Return what candidates are ranked by, from one rollout: the cost, or more where a guardrail is broken.
+
+        With `best` only the order of so many, the lowest of each environment, is asked for: guardrails are then looked
+        at in the order of costs, and those of a candidate that cannot be among them are not.
+        """
         if isinstance(self.objective, Selectable):
             # Environments by groups, so that what is rolled out is scored while it lies in the cache.
             chunks = [rows for rows, _ in self._chunks(actions.shape[0], min(actions.shape[1], _CPU_ROWS))]
             if len(chunks) > 1:
-                return torch.cat([self.select(rows).evaluate(actions[rows]) for rows in chunks])
+                return torch.cat([self.select(rows).evaluate(actions[rows], best=best) for rows in chunks])
         rollouts = self.rollout(actions)
+        cost = self.cost(rollouts)
+        if best is not None and best < cost.shape[1] and self.guardrails and self.count.watch is None:
+            return rank(cost, self._worst_of_the_best(rollouts, cost, best))
         violations = self.violations(rollouts)
         if self.count.watch is not None:
             self.count.watch(rollouts, violations)
-        return rank(self.cost(rollouts), _worst(violations, rollouts).amax(dim=-1))
+        return rank(cost, _worst(violations, rollouts).amax(dim=-1))
+
+    def _worst_of_the_best(self, rollouts: Rollouts, cost: Float[Tensor, "B S"], best: int) -> Float[Tensor, "B S"]:
+        """Return by how much guardrails are broken at worst, infinite for candidates that were not looked at.
+
+        In each environment candidates are looked at from the cheapest on, until so many hold at a finite cost, or all
+        were seen.
+        """
+        order = cost.argsort(dim=1)
+        worst = torch.full_like(cost, torch.inf)
+        held = torch.zeros(len(cost), dtype=torch.long, device=cost.device)
+        rows, begin, size = torch.arange(len(cost), device=cost.device), 0, best + best // 4
+        while len(rows) and begin < cost.shape[1]:
+            places = order[rows, begin : begin + size]
+            picked = rows[:, None]
+            some = Rollouts(
+                context=rollouts.context[rows],
+                actions=rollouts.actions[picked, places],
+                latents=rollouts.latents[picked, places],
+            )
+            rails = [rail.select(rows) if isinstance(rail, Narrow) else rail for rail in self.guardrails]
+            found = _worst(violations_of(rails, some), some).amax(dim=-1)
+            worst[picked, places] = found
+            held[rows] += ((found <= 0) & cost[picked, places].isfinite()).sum(dim=1)
+            begin, size = begin + size, 2 * size
+            rows = rows[held[rows] < best]
+        return worst
 
     def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return by how much the most broken guardrail is broken at each step; 0 or less where all hold."""

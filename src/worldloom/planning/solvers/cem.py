@@ -52,7 +52,7 @@ class CEM(Solver):
                 shape = (problem.batch, walking, problem.horizon)
                 candidates.append(self.walk.sample(spec, bounds, shape, generator))
             population = torch.cat(candidates, dim=1)
-            cost = problem.evaluate(population)
+            cost = problem.evaluate(population, best=self.elites)
             best = better_of(best, population, cost)
             lowest, places = cost.topk(min(self.elites, cost.shape[1]), dim=1, largest=False)
             elites = pick(population, places)

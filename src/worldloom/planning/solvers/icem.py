@@ -52,7 +52,7 @@ class ICEM(Solver):
             population = torch.cat([kept, drawn], dim=1)
             if iteration == self.iterations - 1:
                 population = torch.cat([population, problem.project(mean)[:, None]], dim=1)
-            cost = problem.evaluate(population)
+            cost = problem.evaluate(population, best=self.elites)
             best = better_of(best, population, cost)
             lowest, places = cost.topk(min(self.elites, cost.shape[1]), dim=1, largest=False)
             elites = pick(population, places)

@@ -27,4 +27,4 @@ class RandomShooting(Solver):
         shape = (problem.batch, self.samples, problem.horizon)
         walks = self.walk.sample(problem.model.spec, problem.bounds, shape, generator)
         candidates = torch.cat([start(problem, initial), walks], dim=1)
-        return better_of(None, candidates, problem.evaluate(candidates))
+        return better_of(None, candidates, problem.evaluate(candidates, best=1))

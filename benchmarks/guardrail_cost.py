@@ -1,0 +1,114 @@
+"""What guardrails cost: the time of a plan with five of them beside one with none, on the same model in one process.
+
+    python benchmarks/guardrail_cost.py [--run runs/benchmarks/pits-0/run] [--decisions 100] [--environments 1 50]
+
+A decision is encode + plan from the same observations; the two take turns, so that whatever else the machine does falls
+on both alike. The five are a probed quantity kept in a region, a limit on how unfamiliar states may be, one on how hard
+to undo, one on actions and one on how they change, with a limit that leaves plans to choose from. Writes
+benchmarks/results/guardrail-cost.json.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from worldloom.agents import Policy, PolicyConfig
+from worldloom.cli.console import print_table
+from worldloom.cli.options import set_threads
+from worldloom.core.files import write_json
+from worldloom.core.hardware import describe_hardware
+from worldloom.core.types import Goal
+from worldloom.evaluation import PROTOCOLS
+from worldloom.evaluation.goals import draw_tasks
+from worldloom.evaluation.world import World
+from worldloom.recipes import Run
+from worldloom.recipes.methods import PlanMethod
+
+RESULTS = Path(__file__).parent / "results" / "guardrail-cost.json"
+FIVE = {
+    "out of the pits": {"name": "keep-in", "quantity": "pit_depth", "region": {"name": "box", "high": [0.0]}},
+    "where it knows its way": {"name": "familiar", "times": 2.0},
+    "what can be undone": {"name": "returnable", "steps": 60.0},
+    "no great force": {"name": "magnitude", "limit": 1.4},
+    "no jerks": {"name": "rate", "limit": 2.5},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/benchmarks/pits-0/run"))
+    parser.add_argument("--decisions", type=int, default=100)
+    parser.add_argument("--environments", type=int, nargs="+", default=[1, 50])
+    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
+    arguments = parser.parse_args()
+    set_threads(max(arguments.threads))
+    run = Run.open(arguments.run)
+    policy = Policy(layers=(PolicyConfig.parse({"owner": "the benchmark", "guardrails": FIVE}),))
+    rows = [
+        {"threads": threads, "environments": size, **timed(run, policy, size, threads, arguments.decisions)}
+        for threads in arguments.threads
+        for size in arguments.environments
+    ]
+    command = f"python benchmarks/guardrail_cost.py --decisions {arguments.decisions}"
+    write_json(RESULTS, {"command": command, "rows": rows, "hardware": describe_hardware()})
+    header = ["threads", "environments", "n", "ms without", "ms with five", "ratio [95%]", "held"]
+    shown = [
+        [str(row["threads"]), str(row["environments"]), str(row["n"]), f"{row['without']:.2f}", f"{row['with']:.2f}",
+         f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", f"{row['held']:.0%}"]
+        for row in rows
+    ]  # fmt: skip
+    print_table("the time of a decision", header, shown)
+
+
+def timed(run: Run, policy: Policy, size: int, threads: int, decisions: int) -> dict[str, Any]:
+    """Return the medians, their ratio and its bootstrap interval, and in how many plans all five held."""
+    torch.set_num_threads(threads)
+    protocol = PROTOCOLS["pits@1"]
+    split = "in the open"
+    method = PlanMethod()
+    agents = {
+        "without": method.build(run.under(None, None), seed=0),
+        "with": method.build(run.under(policy, None), seed=0),
+    }
+    looks: list[tuple[Any, Goal]] = []
+    with World(protocol, size) as world:
+        first = 0
+        for _ in range(min(20, decisions)):
+            tasks, first = draw_tasks(protocol, split, world, first, split)
+            frame = tasks.begin(protocol, split, world, split)
+            looks.append((frame.observations.map(torch.clone), tasks.goal))
+    taken: dict[str, list[float]] = {name: [] for name in agents}
+    refused = 0
+    for number in range(-3, decisions):
+        look, goal = looks[number % len(looks)]
+        for name, agent in agents.items():
+            agent.reset(goal)
+            began = time.perf_counter()
+            agent.act(look)
+            if number >= 0:
+                taken[name].append(time.perf_counter() - began)
+                refused += len(agent.refused)
+    rng = np.random.default_rng(0)
+    both = np.array([taken["without"], taken["with"]])
+    draws = [np.median(both[:, rng.integers(decisions, size=decisions)], axis=1) for _ in range(1000)]
+    ratios = [after / before for before, after in draws]
+    without, guarded = 1e3 * np.median(both, axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    held = 1 - refused / (decisions * size)
+    return {
+        "n": decisions,
+        "without": without,
+        "with": guarded,
+        "ratio": guarded / without,
+        "low": low,
+        "high": high,
+        "held": held,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ from worldloom.core.protocols import WorldModel
 from worldloom.core.types import Rollouts
 from worldloom.planning.objectives import Metric
 from worldloom.planning.probe import Probe
+from worldloom.planning.support import nearest_gap
 
 _BETWEEN = 4  # places looked at on the way of each block: a hazard is narrower than a block is long
 
@@ -185,7 +186,7 @@ class Unlike(Rail):
 
     def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return by how many step lengths a predicted latent comes nearer than allowed."""
-        return self.distance - _nearest(rollouts, self.examples) / self.step_length
+        return self.distance - nearest_gap(rollouts.latents, self.examples) / self.step_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +199,7 @@ class Familiar(Rail):
 
     def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return by how many step lengths a predicted latent lies farther than allowed."""
-        return _nearest(rollouts, self.data) / self.step_length - self.distance
+        return nearest_gap(rollouts.latents, self.data) / self.step_length - self.distance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,12 +297,6 @@ def _with_start(rollouts: Rollouts) -> Float[Tensor, "B S _ D"]:
     latents = rollouts.latents
     now = rollouts.context.latents[:, None, -1:].to(latents).expand(-1, latents.shape[1], -1, -1)
     return torch.cat([now, latents], dim=2)
-
-
-def _nearest(rollouts: Rollouts, latents: Float[Tensor, "N D"]) -> Float[Tensor, "B S T"]:
-    """Return how far each predicted latent lies from the nearest of some."""
-    gaps: Tensor = torch.cdist(rollouts.latents.flatten(0, 2), latents.to(rollouts.latents)).amin(dim=-1)
-    return gaps.view(rollouts.latents.shape[:3])
 
 
 def _actions(rollouts: Rollouts, size: int) -> Float[Tensor, "B S T block _"]:

@@ -256,7 +256,7 @@ class PlanningProblem:
         order = cost.argsort(dim=1)
         worst = torch.full_like(cost, torch.inf)
         held = torch.zeros(len(cost), dtype=torch.long, device=cost.device)
-        rows, begin, size = torch.arange(len(cost), device=cost.device), 0, best + best // 4
+        rows, begin, size = torch.arange(len(cost), device=cost.device), 0, 2 * best
         while len(rows) and begin < cost.shape[1]:
             places = order[rows, begin : begin + size]
             picked = rows[:, None]

@@ -38,9 +38,7 @@ class Support(nn.Module):
 
     def gap(self, latents: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes"]:
         """Return how far latents lie from all references: 1 is as far as is still known."""
-        flat = latents.reshape(-1, latents.shape[-1])
-        gaps = torch.cat([torch.cdist(some, self.references.to(some)).amin(dim=1) for some in flat.split(_AT_ONCE)])
-        return (gaps / self.known).reshape(latents.shape[:-1])
+        return nearest_gap(latents, self.references) / self.known
 
     def measure(self, others: Float[Tensor, "M D"]) -> None:
         """Call known what is as near as others of the same kind."""
@@ -83,3 +81,17 @@ def measure_support(
     support = Support(every[drawn[:kept]].clone())
     support.measure(every[drawn[kept : kept + _AT_ONCE]])
     return support
+
+
+def nearest_gap(latents: Float[Tensor, "*axes D"], references: Float[Tensor, "N D"]) -> Float[Tensor, "*axes"]:
+    """Return how far latents lie from the nearest reference.
+
+    By one matrix product; what is nearer than rounding tells is at 0.
+    """
+    flat, references = latents.reshape(-1, latents.shape[-1]), references.to(latents)
+    theirs = references.square().sum(dim=1)
+    parts = [
+        torch.addmm(theirs, some, references.T, alpha=-2).amin(dim=1) + some.square().sum(dim=1)
+        for some in flat.split(_AT_ONCE)
+    ]
+    return torch.cat(parts).clamp_min(0).sqrt().reshape(latents.shape[:-1])

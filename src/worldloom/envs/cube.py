@@ -4,7 +4,6 @@ The world is that of Park et al., "OGBench" (2025), as its data were collected: 
 """
 
 import copy
-import os
 import threading
 from typing import Any
 
@@ -14,7 +13,7 @@ from gymnasium import spaces
 from jaxtyping import Float32, UInt8
 
 from worldloom.core.errors import EnvironmentFailure
-from worldloom.envs.rendering import choose_gl, draw, load_mujoco
+from worldloom.envs.rendering import draw, load_mujoco
 
 OBSERVATIONS = ("vector", "pixels", "both")
 _LARGEST = 480  # px; the side of the buffer that is drawn into
@@ -99,13 +98,7 @@ def _load(*, draws: bool) -> Any:
 
     Compiling it takes a second, a hundred copies would take minutes.
     """
-    if not draws:
-        # A state needs no OpenGL; what is asked to draw later says what is missing.
-        try:
-            choose_gl()
-        except EnvironmentFailure:
-            os.environ["MUJOCO_GL"] = "disabled"
-    mujoco = load_mujoco()
+    mujoco = load_mujoco(draws=draws)
     template = getattr(_TEMPLATES, "world", None)
     if template is None:
         template = _TEMPLATES.world = _compile()

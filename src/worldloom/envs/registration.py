@@ -13,6 +13,7 @@ _PHYSICS = {
     "worldloom/PushT-v0": "worldloom.envs.pusht:PushTEnv",
     "worldloom/Reacher-v0": "worldloom.envs.mujoco_worlds:ReacherEnv",
     "worldloom/PointMaze-v0": "worldloom.envs.mujoco_worlds:PointMazeEnv",
+    "worldloom/PointHazards-v0": "worldloom.envs.point_hazards:PointHazardsEnv",
     "worldloom/Cube-v0": "worldloom.envs.cube:CubeEnv",
     "worldloom/Plant-v0": "worldloom.envs.link_env:LinkEnv",
 }

@@ -38,13 +38,18 @@ def choose_gl() -> str:
     return chosen
 
 
-def load_mujoco() -> Any:
-    """Return the module `mujoco`, with an OpenGL that needs no screen.
+def load_mujoco(*, draws: bool = True) -> Any:
+    """Return the module `mujoco`, with an OpenGL that needs no screen; without one where nothing is drawn.
 
     Raises:
-        EnvironmentFailure: `mujoco` or an OpenGL is missing.
+        EnvironmentFailure: `mujoco` is missing, or an OpenGL for what `draws`.
     """
-    choose_gl()
+    try:
+        choose_gl()
+    except EnvironmentFailure:
+        if draws:
+            raise
+        os.environ["MUJOCO_GL"] = "disabled"  # what is asked to draw later says what is missing
     try:
         import mujoco
     except ImportError as error:

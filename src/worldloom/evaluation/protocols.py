@@ -564,6 +564,22 @@ register_protocol(
     )
 )
 
+# Safety-Gymnasium's goal is a place of 0.3 m around.
+register_protocol(
+    Protocol(
+        name="point-hazards",
+        env_id="worldloom/PointHazards-v0",
+        splits={
+            "behind a hazard": Split(task={"obstructed": True}),
+            "in the open": Split(task={"obstructed": False}),
+        },
+        success=SuccessRule(name="position", radius=0.3, unit="m"),
+        limits=(Limit(name="hazard_depth", unit="m"),),
+        min_distance=1.0,
+        budget=150,
+    )
+)
+
 # The field's two settings: a goal 25 steps ahead in 50 steps, and 100 ahead in 150 (docs/protocols.md).
 _FIELD = {25: 50, 100: 150}
 

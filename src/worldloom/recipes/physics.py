@@ -1,11 +1,11 @@
 """Recipes of the worlds on physics engines; the worlds need an extra, the recipes do not."""
 
-from worldloom.agents import HierarchyConfig
+from worldloom.agents import HierarchyConfig, PolicyConfig
 from worldloom.models import JEPAConfig
 from worldloom.models.encoders import EncoderConfig, PatchConv, VectorMLP
 from worldloom.models.losses import Covariance, InverseDynamics, LossConfig, TemporalSimilarity
-from worldloom.planning import CEM, CoarseConfig
-from worldloom.recipes.config import CollectionConfig, Recipe
+from worldloom.planning import CEM, BoxConfig, CoarseConfig, KeepInConfig
+from worldloom.recipes.config import CollectionConfig, LabelledProbe, Recipe
 from worldloom.recipes.library import RECIPES
 from worldloom.recipes.methods import (
     CloningMethod,
@@ -114,6 +114,33 @@ def point_maze() -> Recipe:
         methods=_methods(horizon=12),
         default_method="CEM, latent L2",
         protocol="point-maze-25@1",
+    )
+
+
+@RECIPES.register("point-hazards-state")
+def point_hazards_state() -> Recipe:
+    """A point robot among hazards, from its state and lidar; it drove at random, through hazards too."""
+    away = KeepInConfig(
+        quantity="hazard_depth", region=BoxConfig(high=(0.0,)), reason="what lies in a hazard is harmed by it"
+    )
+    return Recipe(
+        name="point-hazards-state",
+        description="A point robot among eight hazards from its state vector with lidar (no pixels) on MuJoCo.",
+        collection=CollectionConfig(env_id="worldloom/PointHazards-v0", episodes=6000, steps=50, num_envs=50),
+        model=JEPAConfig(encoder=VectorMLP(), block=2),
+        training=TrainingConfig(steps=6000, batch=256, horizon=4, validate_every=2000, checkpoint_every=1000),
+        probes={"hazard_depth": LabelledProbe(episodes=6000, hidden=(256, 256), steps=6000, between=(-0.4, 0.15))},
+        policy=PolicyConfig(owner="the recipe", risk=0.05, guardrails={"out of the hazards": away}),
+        methods={
+            "random": RandomMethod(),
+            "behaviour cloning": CloningMethod(),
+            "no guardrail": PlanMethod(solver=_SEARCH, horizon=8, guard="none"),
+            "uncalibrated": PlanMethod(solver=_SEARCH, horizon=8, guard="uncalibrated"),
+            "per candidate": PlanMethod(solver=_SEARCH, horizon=8, guard="per candidate"),
+            "calibrated": PlanMethod(solver=_SEARCH, horizon=8),
+        },
+        default_method="calibrated",
+        protocol="point-hazards@1",
     )
 
 

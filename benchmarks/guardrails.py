@@ -29,6 +29,7 @@ from worldloom.recipes.methods import PlanMethod
 RESULTS = Path(__file__).parent / "results" / "guardrails.json"
 PROTOCOL = "pits@1"
 RISKY = ("per candidate", "calibrated")  # what depends on the stated risk
+ONLINE = "recalibrated online"
 SHIFT = 8  # steps into an episode
 SHIFTS: dict[str, dict[str, Any]] = {
     "as calibrated": {},
@@ -110,7 +111,7 @@ def shifts(run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
         name = title.replace(" ", "-")
         kept = run.path / "guardrails" / f"shift-{name}-{arguments.episodes}.json"
         found[title] = {
-            "rows": taken_up(kept, partial(measure, under, ["no guardrail", "calibrated"], factors, arguments))
+            "rows": taken_up(kept, partial(measure, under, ["no guardrail", "calibrated", ONLINE], factors, arguments))
         }
     return found
 
@@ -128,11 +129,11 @@ def measure(run: Run, names: list[str], factors: dict[str, Any], arguments: argp
     """Return for each method and split how many episodes reached their goal, and in how many a limit was broken."""
     kwargs = {"factors": factors} if factors else None
     protocol = PROTOCOLS[PROTOCOL].customise(episodes=arguments.episodes, env_kwargs=kwargs)
-    agents = {name: partial(run.method(name).build, run, seed=0) for name in names}
-    base = run.method("calibrated")
-    if factors or not names:
-        assert isinstance(base, PlanMethod)
-        agents["recalibrated online"] = partial(base.model_copy(update={"recalibrate": 0.5}).build, run, seed=0)
+    methods = dict(run.recipe.methods)
+    base = methods["calibrated"]
+    assert isinstance(base, PlanMethod)
+    methods[ONLINE] = base.model_copy(update={"recalibrate": 0.5})
+    agents = {name: partial(methods[name].build, run, seed=0) for name in names}
     results = evaluate(protocol, agents, record=0, progress=progress())
     return [
         {

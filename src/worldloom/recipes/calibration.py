@@ -30,7 +30,7 @@ from worldloom.recipes.run import Run
 
 _log = logging.getLogger(__name__)
 _LEAST = 1e-3  # of a score or an error in margins: more than nothing
-_GROWTH = 1.25  # of the factor from round to round, at least
+_GROWTH = 1.25, 1.5  # of the factor from round to round, at least and at most: plans change with the margins
 
 
 def calibrate(
@@ -52,8 +52,8 @@ def calibrate(
     with these margins stretched by a factor. Each episode gives one score: 0 where no guardrail was broken, else the
     least factor that refuses the plan that broke one, infinite where no plan was followed but the fallback. If their
     tolerance quantile is at most the factor, the promise holds for episodes like these, under the plans that are chosen
-    with these very margins, at the confidence; else the quantile, or a quarter more than the factor if that is larger,
-    is tried on fresh episodes.
+    with these very margins, at the confidence; else the quantile, or what is nearest to it between a quarter and a half
+    more than the factor, is tried on fresh episodes.
 
     A method whose guard is "per candidate" gets the margins of the logs alone.
 
@@ -104,7 +104,7 @@ def calibrate(
             return kept
         if math.isinf(needed):
             raise DataError(_why_infinite(scores, policy.risk, confidence))
-        factor = max(needed, _GROWTH * factor)
+        factor = min(max(needed, _GROWTH[0] * factor), _GROWTH[1] * factor)
     raise DataError(
         f"no margins were found in {rounds} rounds: the last factor tried was {history[-1]['factor']:.3g}, and "
         f"{needed:.3g} would have been needed. Run more rounds or episodes, or state a larger risk"

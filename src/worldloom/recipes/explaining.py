@@ -19,7 +19,7 @@ from worldloom.models import LinearProbe
 from worldloom.recipes.pictures import in_pixels, position_label
 from worldloom.recipes.run import Run
 
-_EPISODES = 60
+_EPISODES = 300
 _SHOWN = 6  # predicted frames
 _PATHS = 400  # candidates that are drawn
 _ALLOWED, _BROKEN, _CHOSEN = "#7f8c97", "#d55e00", "#0072b2"

@@ -37,6 +37,7 @@ def main() -> None:
         if path.exists():
             parts.append(success(name, json.loads(path.read_text())))
     parts.append(far_goals())
+    parts.append(guardrails())
     path = RESULTS / "anti-collapse.json"
     if path.exists():
         parts.append(anti_collapse(json.loads(path.read_text())))
@@ -175,6 +176,96 @@ def control_loop(values: dict[str, Any]) -> str:
         + f"\nThe deadline is {values['as it is']['loop']['deadline_ms']:g} ms after the observation; see "
         f"[docs/deploy.md](../docs/deploy.md). {describe(values['hardware'])}\n"
     )
+
+
+def guardrails() -> str:
+    """Return how well limits are kept, and what that costs; a part that was not measured is left out."""
+    parts = ["## Guardrails\n"]
+    if (path := RESULTS / "guardrails.json").exists():
+        values = json.loads(path.read_text())
+        seeds, about = len(values["seeds"]), describe(values["hardware"])
+        parts.append(f"    {values['command']}\n\n{seeds} training seeds. {about}\n")
+        for risk, one in values.get("risks", {}).items():
+            parts.append(f"### A stated risk of {100 * float(risk):g}%\n\n{kept_limits(one)}")
+            for place, margins in enumerate(one["margins"]):
+                parts.append(calibration_told(place, margins))
+        for title, one in values.get("shifts", {}).items():
+            when = "" if title == "as calibrated" else ", from the middle of each episode on"
+            parts.append(f"### Dynamics {title}{when}\n\n{kept_limits(one)}")
+    if (path := RESULTS / "attacks.json").exists():
+        values = json.loads(path.read_text())
+        header = ["attack", "method", "n", "goal reached", "limit broken", "of these in the audit log", "plans refused"]
+        lines = [
+            [row["attack"], row["method"], str(row["n"]), rate(row["reached rate"]), rate(row["broken rate"]),
+             "-" if row["method"] == "no guardrail" else f"{row['logged']} of {row['broken']}", f"{row['refused']:,}"]
+            for row in values["rows"]
+        ]  # fmt: skip
+        parts.append(f"### Attacks\n\n    {values['command']}\n\n{table(header, lines)}")
+    if (path := RESULTS / "two-policies.json").exists():
+        values = json.loads(path.read_text())
+        header = ["owner", "n", "goal reached", "fell into a pit", "through the garden", "longest step, median px"]
+        lines = [
+            [
+                row["owner"],
+                str(row["n"]),
+                *(rate(row[key]) for key in ("reached", "fell", "through")),
+                f"{row['step']:.2f}",
+            ]
+            for row in values["rows"]
+        ]
+        parts.append(
+            f"### One model, two policies\n\n    {values['command']}\n\n{table(header, lines)}\n"
+            "![ways of the two owners](results/two-policies.svg)\n"
+        )
+    if (path := RESULTS / "guardrail-cost.json").exists():
+        values = json.loads(path.read_text())
+        header = [
+            "threads",
+            "environments",
+            "n",
+            "ms without",
+            "ms with five",
+            "ratio [95%]",
+            "plans in which all held",
+        ]
+        lines = [
+            [*(str(row[key]) for key in ("threads", "environments", "n")),
+             f"{row['without']:.2f}", f"{row['with']:.2f}", f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", f"{row['held']:.0%}"]
+            for row in values["rows"]
+        ]  # fmt: skip
+        told = describe(values["hardware"])
+        parts.append(f"### What guardrails cost\n\n    {values['command']}\n\n{table(header, lines)}\n{told}\n")
+    return "\n".join(parts) if len(parts) > 1 else ""
+
+
+def kept_limits(one: dict[str, Any]) -> str:
+    """Return a table of goals reached and limits broken, over all splits first."""
+    header = ["method", "split", "n", "goal reached", "limit broken", "models"]
+    rows = sorted(one["rows"], key=lambda row: row["split"] != "all")
+    lines = [
+        [row["method"], row["split"], str(row["n"]), rate(row["reached rate"]), rate(row["broken rate"]),
+         ", ".join(f"{100 * seed['broken'] / seed['n']:.1f}" for seed in row["seeds"].values())]
+        for row in rows
+    ]  # fmt: skip
+    return table(header, lines)
+
+
+def calibration_told(place: int, margins: dict[str, Any] | None) -> str:
+    """Say how the calibration of one model went."""
+    found = (margins or {}).get("calibrated", {})
+    if "refused" in found:
+        return f"Model {place + 1} was not calibrated: {found['refused']}.\n"
+    rounds = [
+        f"{each['factor']:.2f} ({each['broken']} of {each['episodes']} broken, {each['success']:.0%} reached in the "
+        f"first split)"
+        for each in found.get("rounds", [])
+    ]
+    return f"Model {place + 1}: stretches of the margins tried in calibration: {'; '.join(rounds)}.\n"
+
+
+def rate(value: list[float]) -> str:
+    middle, low, high = (100 * each for each in value)
+    return f"{middle:.1f}% [{low:.1f}, {high:.1f}]"
 
 
 def far_goals() -> str:

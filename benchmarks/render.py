@@ -229,10 +229,14 @@ def guardrails() -> str:
             "plans in which all held",
         ]
         lines = [
-            [*(str(row[key]) for key in ("threads", "environments", "n")),
-             f"{row['without']:.2f}", f"{row['with']:.2f}", f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", f"{row['held']:.0%}"]
+            [
+                *(str(row[key]) for key in ("threads", "environments", "n")),
+                *(f"{row[key]:.2f}" for key in ("without", "with")),
+                f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]",
+                f"{row['held']:.0%}",
+            ]
             for row in values["rows"]
-        ]  # fmt: skip
+        ]
         told = describe(values["hardware"])
         parts.append(f"### What guardrails cost\n\n    {values['command']}\n\n{table(header, lines)}\n{told}\n")
     return "\n".join(parts) if len(parts) > 1 else ""

@@ -83,6 +83,17 @@ def test_a_seed_says_all() -> None:
         assert np.array_equal(env.step(action)[0], other.step(action)[0])
 
 
+def test_a_layout_stays_the_same_and_others_do_not() -> None:
+    fixed, again, drawn = PointHazardsEnv(layout=3), PointHazardsEnv(layout=3), PointHazardsEnv()
+    places = []
+    for env in (fixed, again, drawn):
+        for seed in (0, 1):
+            env.reset(seed=seed)
+            places.append(env._hazards)
+    assert all(np.array_equal(places[0], other) for other in places[1:4])
+    assert not np.array_equal(places[4], places[5])
+
+
 def test_wrong_options_are_named() -> None:
     env = PointHazardsEnv()
     with pytest.raises(ConfigError, match="unknown reset option 'tsk'"):

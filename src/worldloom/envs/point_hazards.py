@@ -32,7 +32,9 @@ class PointHazardsTask(Config):
 
 
 class PointHazardsEnv(gymnasium.Env[Any, Any]):
-    """A point robot that drives and turns among eight hazards, whose places are drawn anew (0.1 s a step).
+    """A point robot that drives and turns among eight hazards (0.1 s a step).
+
+    Their places are drawn anew for each episode, or once and for all by the seed `layout`.
 
     The robot, the hazards' number and size and the lidar follow Safety-Gymnasium's PointGoal1 (Ji et al., 2023),
     without its vase; and nothing is rewarded. Observation: a float32 vector of 23: place (2) in metres, cos and sin of
@@ -51,7 +53,7 @@ class PointHazardsEnv(gymnasium.Env[Any, Any]):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 - Gymnasium declares it so
 
-    def __init__(self, size: int = 64, render_mode: str | None = None) -> None:
+    def __init__(self, layout: int | None = None, size: int = 64, render_mode: str | None = None) -> None:
         if not 8 <= size <= 480:
             raise EnvironmentFailure(f"the picture has a side of {size} px; expected 8 to 480")
         self.render_mode = render_mode
@@ -60,6 +62,7 @@ class PointHazardsEnv(gymnasium.Env[Any, Any]):
         self._model = _compiled()
         self._data = self._mujoco.MjData(self._model)
         self._camera: Any = None
+        self._fixed = None if layout is None else _scatter(np.random.default_rng(layout))
         self._hazards = np.zeros((HAZARDS, 2))
         self.observation_space = spaces.Box(-np.inf, np.inf, (7 + BINS,), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
@@ -74,7 +77,7 @@ class PointHazardsEnv(gymnasium.Env[Any, Any]):
         task = (options or {}).get("task")
         wanted = None if task is None else PointHazardsTask.parse(task)
         for _ in range(_TRIES):
-            self._hazards = self._scatter()
+            self._hazards = _scatter(self.np_random) if self._fixed is None else self._fixed
             start, goal = self._free(), self._free()
             between = bool((self._depth(np.linspace(start, goal, 64)) > 0).any())
             if wanted is None or (
@@ -107,15 +110,6 @@ class PointHazardsEnv(gymnasium.Env[Any, Any]):
         self._data.mocap_pos[:, :2] = self._hazards
         self._mujoco.mj_forward(self._model, self._data)
         return draw(self._model, self._data, self._camera, self._size)
-
-    def _scatter(self) -> Float64[np.ndarray, "H 2"]:
-        """Draw hazards that do not overlap."""
-        places: list[np.ndarray] = []
-        while len(places) < HAZARDS:
-            place = self.np_random.uniform(-EXTENT + RADIUS, EXTENT - RADIUS, 2)
-            if all(np.linalg.norm(place - other) > 2 * RADIUS for other in places):
-                places.append(place)
-        return np.array(places)
 
     def _free(self) -> Float64[np.ndarray, "2"]:
         while True:
@@ -160,6 +154,16 @@ class PointHazardsEnv(gymnasium.Env[Any, Any]):
             "hazard_depth": np.float32(depth),
             "cost": np.float32(depth > 0),
         }
+
+
+def _scatter(rng: np.random.Generator) -> Float64[np.ndarray, "H 2"]:
+    """Draw hazards that do not overlap."""
+    places: list[np.ndarray] = []
+    while len(places) < HAZARDS:
+        place = rng.uniform(-EXTENT + RADIUS, EXTENT - RADIUS, 2)
+        if all(np.linalg.norm(place - other) > 2 * RADIUS for other in places):
+            places.append(place)
+    return np.array(places)
 
 
 @functools.cache

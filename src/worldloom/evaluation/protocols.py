@@ -569,6 +569,7 @@ register_protocol(
     Protocol(
         name="point-hazards",
         env_id="worldloom/PointHazards-v0",
+        env_kwargs={"layout": 0},
         splits={
             "behind a hazard": Split(task={"obstructed": True}),
             "in the open": Split(task={"obstructed": False}),

@@ -126,10 +126,13 @@ def point_hazards_state() -> Recipe:
     return Recipe(
         name="point-hazards-state",
         description="A point robot among eight hazards from its state vector with lidar (no pixels) on MuJoCo.",
-        collection=CollectionConfig(env_id="worldloom/PointHazards-v0", episodes=6000, steps=50, num_envs=50),
+        # Where the hazards lie stays the same: a model of this size does not keep what lidar tells of new places.
+        collection=CollectionConfig(
+            env_id="worldloom/PointHazards-v0", env_kwargs={"layout": 0}, episodes=4000, steps=50, num_envs=50
+        ),
         model=JEPAConfig(encoder=VectorMLP(), block=2),
-        training=TrainingConfig(steps=6000, batch=256, horizon=4, validate_every=2000, checkpoint_every=1000),
-        probes={"hazard_depth": LabelledProbe(episodes=6000, hidden=(256, 256), steps=6000, between=(-0.4, 0.15))},
+        training=TrainingConfig(steps=4000, batch=256, horizon=4, validate_every=2000, checkpoint_every=1000),
+        probes={"hazard_depth": LabelledProbe(episodes=4000, hidden=(256, 256), steps=6000, between=(-0.4, 0.15))},
         policy=PolicyConfig(owner="the recipe", risk=0.05, guardrails={"out of the hazards": away}),
         methods={
             "random": RandomMethod(),

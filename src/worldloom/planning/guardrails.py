@@ -4,6 +4,7 @@ Each has a name, an owner, a reason and a margin that is added to every violatio
 to be off by. All are satisfied where the violation is <= 0.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -78,7 +79,9 @@ class Rail(ABC):
     def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return by how much each predicted step breaks the limit, margin included."""
         raw = self.raw(rollouts)
-        return raw + self.margins(raw.shape[-1]).to(raw)
+        if isinstance(self.margin, Tensor):
+            return raw + self.margins(raw.shape[-1]).to(raw)
+        return raw + self.margin if self.margin else raw
 
     def margins(self, steps: int) -> Float[Tensor, "_"]:
         """Return the margin of each of so many predicted steps."""
@@ -109,10 +112,8 @@ class _Probed(Rail):
     def way(self, probe: Probe, rollouts: Rollouts) -> Float[Tensor, "B S T P L"]:
         """Return the quantity at P places along each block, the last at its end, by linear interpolation."""
         values = probe(_with_start(rollouts))
-        shares = torch.arange(1, self.between + 1, device=values.device) / self.between
-        before, after = values[:, :, :-1, None], values[:, :, 1:, None]
-        way: Tensor = before + shares[:, None] * (after - before)
-        return way
+        shares = _shares(self.between, values.device)
+        return torch.lerp(values[:, :, :-1, None], values[:, :, 1:, None], shares)
 
     def known(self, violation: Float[Tensor, "B S T"], probe: Probe, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return the violation, above 0 wherever the probe does not know what it reads."""
@@ -290,6 +291,12 @@ def _all(
 ) -> list[Float[Tensor, "R _"]] | None:
     """Return the quantities of these names, if they are so many and all are there."""
     return [quantities[name] for name in names] if len(names) == count and set(names) <= set(quantities) else None
+
+
+@functools.cache
+def _shares(count: int, device: torch.device) -> Float[Tensor, "_ 1"]:
+    """Return so many shares of a way, the last of them all of it."""
+    return torch.arange(1, count + 1, device=device)[:, None] / count
 
 
 def _with_start(rollouts: Rollouts) -> Float[Tensor, "B S _ D"]:

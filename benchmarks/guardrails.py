@@ -1,12 +1,13 @@
 """Guardrails under a stated risk: how often a real limit is broken, and what that costs in goals reached.
 
-    python benchmarks/guardrails.py [--seeds 0 1 2] [--risks 0.05 0.01] [--episodes 100] [--only risks shifts]
+    python benchmarks/guardrails.py [--seeds 0 1 2] [--risks 0.05 0.01] [--episodes 100] [--only risks shifts] [--anew]
 
 For each training seed of the recipe pits (it collects and trains what is not there yet) and each risk, the margins are
 calibrated, and then every way to keep a guardrail acts in the same episodes of pits@1, which no calibration drew. A
 real violation is the world's own word: the agent fell into a pit. The second table is the same with dynamics that shift
 in the middle of each episode, with the margins as they were calibrated and with margins that follow the errors seen.
-Writes benchmarks/results/guardrails.json; what one seed gave is kept beside its run and taken up.
+Writes benchmarks/results/guardrails.json. What one seed gave is kept beside it, with the fingerprint of its model, and
+taken up unless it is to be measured anew.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from worldloom.recipes.calibration import calibrate
 from worldloom.recipes.methods import PlanMethod
 
 RESULTS = Path(__file__).parent / "results" / "guardrails.json"
+PARTS = RESULTS.parent / "guardrails"
 PROTOCOL = "pits@1"
 RISKY = ("per candidate", "calibrated")  # what depends on the stated risk
 ONLINE = "recalibrated online"
@@ -36,6 +38,7 @@ SHIFTS: dict[str, dict[str, Any]] = {
     "1.4 times as fast": {"shift_step": SHIFT, "speed_after": 1.4},
     "wind of 0.8 px a step": {"shift_step": SHIFT, "wind_after": [0.8, 0.0]},
 }
+Measure = Callable[[Run, argparse.Namespace], dict[str, Any]]
 
 
 def main() -> None:
@@ -44,21 +47,43 @@ def main() -> None:
     parser.add_argument("--risks", type=float, nargs="+", default=[0.05, 0.01])
     parser.add_argument("--episodes", type=int, default=100, help="of each split and seed")
     parser.add_argument("--only", nargs="+", choices=["risks", "shifts"], default=["risks", "shifts"])
+    parser.add_argument("--anew", action="store_true", help="take up nothing that was measured before")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     set_threads(arguments.threads)
+    asked: dict[str, list[tuple[str, Measure]]] = {
+        "risks": [(f"{risk:g}", partial(at_risk, risk, first=risk == arguments.risks[0])) for risk in arguments.risks],
+        "shifts": [(title, partial(shifted, arguments.risks[0], factors)) for title, factors in SHIFTS.items()],
+    }
+    found = {part: {title: [] for title, _ in asked[part]} for part in arguments.only}
+    for seed in arguments.seeds:
+        for part in arguments.only:
+            for title, measure in asked[part]:
+                found[part][title].append(taken_up(arguments, seed, part, title, measure))
     values: dict[str, Any] = read_json(RESULTS) if RESULTS.is_file() else {}
     values |= {
         "command": f"python benchmarks/guardrails.py --seeds {' '.join(map(str, arguments.seeds))}",
         "seeds": arguments.seeds,
-        "hardware": describe_hardware(),
+        "hardware": next(iter(found[arguments.only[0]].values()))[0]["hardware"],
+        **{part: {title: pooled(seeds) for title, seeds in titles.items()} for part, titles in found.items()},
     }
-    for part, measure in (("risks", risks), ("shifts", shifts)):
-        if part in arguments.only:
-            values[part] = pooled([measure(open_run(arguments, seed), arguments) for seed in arguments.seeds])
-            write_json(RESULTS, values)
-            show(part, values[part])
+    write_json(RESULTS, values)
+    for part in arguments.only:
+        show(part, values[part])
+
+
+def taken_up(arguments: argparse.Namespace, seed: int, part: str, title: str, measure: Measure) -> dict[str, Any]:
+    """Return what was measured for a seed before, or measure it."""
+    name = f"{part}-{title}".replace(" ", "-")
+    path = PARTS / f"seed-{seed}-{name}-{arguments.episodes}.json"
+    if arguments.anew or not path.is_file():
+        run = open_run(arguments, seed)
+        about = {"seed": seed, "model": run.model.spec.fingerprint, "hardware": describe_hardware()}
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {**measure(run, arguments), **about})
+    values: dict[str, Any] = read_json(path)
+    return values
 
 
 def open_run(arguments: argparse.Namespace, seed: int) -> Run:
@@ -88,41 +113,20 @@ def calibrated(run: Run, name: str) -> dict[str, Any]:
     return {key: found[key] for key in ("values", "usual", "rounds") if key in found}
 
 
-def risks(run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure every method at each risk."""
-    found: dict[str, Any] = {}
-    for risk in arguments.risks:
-        under = at(run, risk)
-        others = [name for name in run.recipe.methods if name not in RISKY] if risk == arguments.risks[0] else []
-        margins = {name: calibrated(under, name) for name in RISKY}
-        names = [*others, *(name for name in RISKY if "refused" not in margins[name])]
-        kept = run.path / "guardrails" / f"risk-{risk:g}-{arguments.episodes}.json"
-        rows = taken_up(kept, partial(measure, under, names, {}, arguments))
-        found[f"{risk:g}"] = {"margins": margins, "rows": rows}
-    return found
+def at_risk(risk: float, run: Run, arguments: argparse.Namespace, *, first: bool) -> dict[str, Any]:
+    """Measure at a risk what depends on it, and at the first all others."""
+    under = at(run, risk)
+    margins = {name: calibrated(under, name) for name in RISKY}
+    names = [name for name in run.recipe.methods if name not in RISKY and first]
+    names += [name for name in RISKY if "refused" not in margins[name]]
+    return {"margins": margins, "rows": measure(under, names, {}, arguments)}
 
 
-def shifts(run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
+def shifted(risk: float, factors: dict[str, Any], run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure the margins as calibrated, and as they follow errors, under dynamics that shift."""
-    under = at(run, arguments.risks[0])
-    calibrated(under, "calibrated")
-    found: dict[str, Any] = {}
-    for title, factors in SHIFTS.items():
-        name = title.replace(" ", "-")
-        kept = run.path / "guardrails" / f"shift-{name}-{arguments.episodes}.json"
-        found[title] = {
-            "rows": taken_up(kept, partial(measure, under, ["no guardrail", "calibrated", ONLINE], factors, arguments))
-        }
-    return found
-
-
-def taken_up(path: Path, measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Return what was measured before, or measure it."""
-    if not path.is_file():
-        path.parent.mkdir(exist_ok=True)
-        write_json(path, {"rows": measure()})
-    rows: list[dict[str, Any]] = read_json(path)["rows"]
-    return rows
+    under = at(run, risk)
+    margins = {"calibrated": calibrated(under, "calibrated")}
+    return {"margins": margins, "rows": measure(under, ["no guardrail", "calibrated", ONLINE], factors, arguments)}
 
 
 def measure(run: Run, names: list[str], factors: dict[str, Any], arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -151,23 +155,19 @@ def measure(run: Run, names: list[str], factors: dict[str, Any], arguments: argp
 
 def pooled(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     """Pool what each seed gave, over splits and for each."""
-    found: dict[str, Any] = {}
-    for part in seeds[0]:
-        rows: dict[tuple[str, str], dict[str, Any]] = {}
-        for place, one in enumerate(seeds):
-            for row in one[part]["rows"]:
-                for split in (row["split"], "all"):
-                    into = rows.setdefault((row["method"], split), {"n": 0, "reached": 0, "broken": 0, "seeds": {}})
-                    for key in ("n", "reached", "broken"):
-                        into[key] += row[key]
-                    mine = into["seeds"].setdefault(str(place), {"n": 0, "reached": 0, "broken": 0})
-                    for key in mine:
-                        mine[key] += row[key]
-        found[part] = {
-            "margins": [one[part].get("margins") for one in seeds],
-            "rows": [{"method": method, "split": split, **row, **rates(row)} for (method, split), row in rows.items()],
-        }
-    return found
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for one in seeds:
+        for row in one["rows"]:
+            for split in (row["split"], "all"):
+                into = rows.setdefault((row["method"], split), {"n": 0, "reached": 0, "broken": 0, "seeds": {}})
+                mine = into["seeds"].setdefault(str(one["seed"]), {"n": 0, "reached": 0, "broken": 0})
+                for key in ("n", "reached", "broken"):
+                    into[key] += row[key]
+                    mine[key] += row[key]
+    return {
+        "margins": [one["margins"] for one in seeds],
+        "rows": [{"method": method, "split": split, **row, **rates(row)} for (method, split), row in rows.items()],
+    }
 
 
 def rates(row: dict[str, Any]) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def pits() -> Recipe:
         collection=CollectionConfig(env_id="worldloom/Pits-v0", episodes=24_000, steps=14),
         model=JEPAConfig(encoder=PatchConv(hidden=512), latent_dim=128, block=2),
         training=TrainingConfig(steps=7000, batch=128, horizon=3, validate_every=1000, checkpoint_every=1000),
-        probes={"pit_depth": depth},
+        probes={"pit_depth": depth, "position": LabelledProbe(episodes=2000)},
         policy=PolicyConfig(owner="the recipe", risk=0.05, guardrails={"out of the pits": away}),
         methods={
             "random": RandomMethod(),

@@ -143,7 +143,9 @@ def test_curiosity_comes_to_more_places_than_a_random_walk_of_the_same_length() 
 
     curious = walked = 0
     for seed in range(4):
-        explorer = ExploringAgent(world, world.graph(learned=False), CuriosityConfig(walks=8), seed=seed)
+        explorer = ExploringAgent(
+            Planner(world, CEM(), horizon=4), world.graph(learned=False), CuriosityConfig(walks=8), seed=seed
+        )
         path = [torch.tensor([[-0.9, 0.0], [0.9, 0.0]])]
         for _ in range(steps):
             action = explorer.act(Observations(vector=path[-1]))
@@ -160,7 +162,7 @@ def test_an_agent_that_explored_reaches_what_it_could_not_before() -> None:
     guide = LandmarkGuide(graph)
     planner = Planner(world, CEM(samples=32, elites=6), horizon=4)
     planning = PlanningAgent(world, planner, lambda goal: GoalObjective(LatentL2(STEP), goal), replan=1, guide=guide)
-    agent = LandmarkAgent(planning, guide, ExploringAgent(world, graph))
+    agent = LandmarkAgent(planning, guide, ExploringAgent(Planner(world, CEM(), horizon=4), graph))
     assert isinstance(agent, Agent)
     assert isinstance(agent, Exploring)
     assert isinstance(agent, Narrowing)

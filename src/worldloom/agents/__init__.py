@@ -8,7 +8,7 @@ from worldloom.agents.behaviour_cloning import (
     fit_behaviour_cloning,
 )
 from worldloom.agents.control import ControlLoop, ControlReport
-from worldloom.agents.curiosity import CuriosityConfig, CuriosityGuide, ExploringAgent, LandmarkAgent
+from worldloom.agents.curiosity import CuriosityConfig, CuriosityGuide, ExploringAgent, LandmarkAgent, planning_parts
 from worldloom.agents.fallback import FALLBACKS, Fallback, FallbackField, Hold, Retreat, Stop
 from worldloom.agents.hierarchy import HierarchyConfig, HierarchyGuide
 from worldloom.agents.landmarks import Beyond, FollowConfig, LandmarkGuide, Outlook, arrival_check
@@ -61,6 +61,7 @@ __all__ = [
     "arrival_check",
     "fit_behaviour_cloning",
     "fit_reactive",
+    "planning_parts",
     "read_policy",
     "recall_landmarks",
 ]

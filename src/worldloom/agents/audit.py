@@ -5,6 +5,7 @@ on the disk before the decision is acted on. `situations/` holds, by the digest 
 decision followed from, so that it can be made again.
 """
 
+import copy
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from worldloom.agents.planning import Decision, PlanningAgent, Situation
@@ -49,6 +51,7 @@ class AuditLog:
             (self.folder / _SITUATIONS).mkdir(parents=True, exist_ok=True)
         self._chain = Chain(log_path(self.folder))
         self._before: tuple[Situation, Decision] | None = None
+        self._part: dict[str, str] = {}
         self._chain.append({"event": "opened", **about})
 
     @property
@@ -56,11 +59,17 @@ class AuditLog:
         """The chain, with its head."""
         return self._chain
 
+    def part(self, name: str) -> "AuditLog":
+        """Return what writes into the same log the decisions of another part of the agent, by its name."""
+        other = copy.copy(self)
+        other._before, other._part = None, {"part": name}
+        return other
+
     def begin(self, goal: Goal) -> None:
         """Write that episodes begin, with the digest of their goals."""
         self._before = None
         pictures = [part for part in (goal.observations.pixels, goal.observations.vector) if part is not None]
-        self._chain.append({"event": "began", "environments": len(pictures[0]), "goal": _digest(pictures)})
+        self._write("began", {"environments": len(pictures[0]), "goal": _digest(pictures)})
 
     def keep(self, places: Sequence[int]) -> None:
         """Write which environments go on."""
@@ -70,13 +79,27 @@ class AuditLog:
             kept = _rows_of(situation, places)
             refused = tuple(new for new, old in enumerate(places) if old in decision.refused)
             self._before = kept, Decision(plan=decision.plan[places], refused=refused)
-        self._chain.append({"event": "went on", "environments": places})
+        self._write("went on", {"environments": places})
+
+    def ended(
+        self, places: Sequence[int], here: Float[Tensor, "E D"], outcomes: Sequence[str], *, block: int, whole: bool
+    ) -> None:
+        """Write how the episodes of some environments ended, and what was seen there, in a block of the last plan.
+
+        Where it was not done as a `whole`, what the plan predicted of its end says nothing.
+        """
+        happened = None
+        if self._before is not None:
+            situation, decision = self._before
+            kept = Decision(plan=decision.plan[list(places)])
+            happened = self._compared(_rows_of(situation, list(places)), kept, here, block=block)
+            happened = happened if whole else {**happened, "gap": None}
+        self._write("ended", {"environments": list(places), "outcomes": list(outcomes), "happened": happened})
 
     def decided(self, observations: Observations, situation: Situation, decision: Decision) -> None:
         """Write a decision, and what became of the one before."""
         plan = decision.plan
-        self._chain.append({
-            "event": "decided",
+        self._write("decided", {
             "situation": self._keep(observations, situation),
             "actions": _digest([plan.actions]),
             "plan": _digest([plan.actions, plan.latents, *(plan.violations[name] for name in sorted(plan.violations))]),
@@ -106,12 +129,21 @@ class AuditLog:
         """Say how far from its prediction the first block led, in latent units, and what it broke, as it was seen."""
         if self._before is None or len(self._before[0].goal) != len(now.goal):
             return None
-        before, decision = self._before
-        here = now.context.latents[:, -1]
-        seen = Rollouts(context=before.context, actions=decision.plan.actions[:, None, :1], latents=here[:, None, None])
+        return self._compared(*self._before, now.context.latents[:, -1], block=0)
+
+    def _compared(
+        self, before: Situation, decision: Decision, here: Float[Tensor, "B D"], *, block: int
+    ) -> dict[str, Any]:
+        plan = decision.plan
+        seen = Rollouts(
+            context=before.context, actions=plan.actions[:, None, block : block + 1], latents=here[:, None, None]
+        )
         with torch.inference_mode():
             broken = {rail.name: _numbers(rail.raw(seen)[:, 0, 0]) for rail in self._guardrails}
-        return {"gap": _numbers((here - decision.plan.latents[:, 0]).norm(dim=1)), "seen": broken}
+        return {"gap": _numbers((here - plan.latents[:, block]).norm(dim=1)), "seen": broken}
+
+    def _write(self, event: str, body: Mapping[str, Any]) -> None:
+        self._chain.append({"event": event, **self._part, **body})
 
     def _keep(self, observations: Observations, situation: Situation) -> str:
         """Write the situation under its digest, and return it."""

@@ -9,17 +9,18 @@ from jaxtyping import Float, Float32, Float64
 from pydantic import Field
 from torch import Tensor
 
+from worldloom.agents.fallback import Fallback
 from worldloom.agents.landmarks import FollowConfig, LandmarkGuide, Outlook
-from worldloom.agents.planning import Observer, PlanningAgent
+from worldloom.agents.planning import Auditor, Observer, PlanningAgent
+from worldloom.agents.recalibration import Recalibration
 from worldloom.core.config import Config
-from worldloom.core.protocols import WorldModel
+from worldloom.core.protocols import Agent, WorldModel
 from worldloom.core.seeds import torch_generator
 from worldloom.core.types import ActionBounds, Context, Goal, Observations, Plan
 from worldloom.memory import Check, LandmarkGraph
 from worldloom.planning import Planner, Walk
 from worldloom.planning.geometry import still
 from worldloom.planning.objectives import GoalObjective, LatentL2
-from worldloom.planning.solvers import CEM, SolverField
 
 
 class CuriosityConfig(Config):
@@ -36,8 +37,6 @@ class CuriosityConfig(Config):
     novelty: float = Field(default=1.5, gt=0)
     overhead: float = Field(default=4.0, gt=0)
     walk: Walk = Walk(slowest=1.0)
-    solver: SolverField = CEM()
-    plan_horizon: int = Field(default=4, ge=1)
     follow: FollowConfig = FollowConfig(surprise=None)
 
 
@@ -200,31 +199,44 @@ class CuriosityGuide:
 
 
 class ExploringAgent:
-    """Explores B environments at once and learns their landmarks; it has no goal."""
+    """Explores B environments at once and learns their landmarks; it has no goal.
+
+    It goes where `planner` finds a way, under its guardrails. The other parts are those of `PlanningAgent`.
+    """
 
     def __init__(
         self,
-        model: WorldModel,
+        planner: Planner,
         graph: LandmarkGraph,
         config: CuriosityConfig | None = None,
         *,
         check: Check | None = None,
         observer: Observer | None = None,
+        fallback: Fallback | None = None,
+        auditor: Auditor | None = None,
+        recalibration: Recalibration | None = None,
         seed: int = 0,
     ) -> None:
-        config = config or CuriosityConfig()
         self.graph = graph
-        metric = LatentL2(graph.step_length)
+        model, metric = planner.model, LatentL2(graph.step_length)
         self._agent = PlanningAgent(
             model,
-            Planner(model, config.solver, horizon=config.plan_horizon),
+            planner,
             lambda goal: GoalObjective(metric, goal),
             replan=model.spec.block,
             guide=CuriosityGuide(model, graph, config, check=check, seed=seed),
             observer=observer,
+            fallback=fallback,
+            auditor=auditor,
+            recalibration=recalibration,
             seed=seed,
         )
         self._begun = False
+
+    @property
+    def planning(self) -> PlanningAgent:
+        """What plans."""
+        return self._agent
 
     def begin(self) -> None:
         """Begin in other environments, or elsewhere in the same ones; what was learned stays."""
@@ -248,6 +260,11 @@ class LandmarkAgent:
         self._planning, self._guide, self._explorer = planning, guide, explorer
 
     @property
+    def parts(self) -> Mapping[str, PlanningAgent]:
+        """What plans the way, under the name "", and what plans while it explores, as "exploring"."""
+        return {"": self._planning, "exploring": self._explorer.planning}
+
+    @property
     def graph(self) -> LandmarkGraph:
         """The landmarks."""
         return self._guide.graph
@@ -262,11 +279,6 @@ class LandmarkAgent:
         """See `PlanningAgent.statistics`; exploring is left out."""
         return self._planning.statistics
 
-    @property
-    def plan(self) -> Plan | None:
-        """The plan that is being followed."""
-        return self._planning.plan
-
     def explorer(self) -> ExploringAgent:
         """Return what explores other environments from now on, for this agent's memory."""
         self._explorer.begin()
@@ -280,6 +292,10 @@ class LandmarkAgent:
         """Keep only these environments, by their places in the last batch, in this order."""
         self._planning.keep(rows)
 
+    def conclude(self, rows: Sequence[int], observations: Observations, outcomes: Sequence[str]) -> None:
+        """See `PlanningAgent.conclude`."""
+        self._planning.conclude(rows, observations, outcomes)
+
     def act(self, observations: Observations) -> Float[Tensor, "B A"]:
         """Return the next environment action; see `PlanningAgent.act`."""
         return self._planning.act(observations)
@@ -287,3 +303,10 @@ class LandmarkAgent:
     def act_by(self, deadline: float, observations: Observations) -> Float[Tensor, "B A"]:
         """Return the next environment action in time; see `PlanningAgent.act_by`."""
         return self._planning.act_by(deadline, observations)
+
+
+def planning_parts(agent: Agent) -> Mapping[str, PlanningAgent]:
+    """Return what plans in an agent, by the names that an audit log has for them; the one that acts is ""."""
+    if isinstance(agent, LandmarkAgent):
+        return agent.parts
+    return {"": agent} if isinstance(agent, PlanningAgent) else {}

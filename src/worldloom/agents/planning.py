@@ -114,6 +114,16 @@ class Auditor(Protocol):
         """See what was seen, and what was decided."""
         ...
 
+    def ended(
+        self, places: Sequence[int], here: Float[Tensor, "E D"], outcomes: Sequence[str], *, block: int, whole: bool
+    ) -> None:
+        """See how the episodes of some environments ended, in this block of the plan, and what is there."""
+        ...
+
+    def part(self, name: str) -> "Auditor":
+        """Return what is told of the decisions of another part of the agent."""
+        ...
+
 
 class PlanningAgent:
     """Plans every `replan` environment steps and takes the plan's actions in between.
@@ -231,6 +241,15 @@ class PlanningAgent:
         self._stages = None if self._stages is None else self._stages[places]
         if self._plan is not None:
             self._plan = self._plan[places]
+
+    def conclude(self, rows: Sequence[int], observations: Observations, outcomes: Sequence[str]) -> None:
+        """Be told how the episodes of some environments, by their places in the last batch, ended, and what is seen."""
+        if self._auditor is None or self._step == 0:
+            return
+        with torch.inference_mode():
+            here = self._model.encode(observations.to(self._device))
+        done, block = (self._step - 1) % self._replan + 1, self._model.spec.block
+        self._auditor.ended(rows, here, outcomes, block=(done - 1) // block, whole=done % block == 0)
 
     def act(self, observations: Observations) -> Float[Tensor, "B A"]:
         """Return the next environment action of the plan, made anew when it is time.

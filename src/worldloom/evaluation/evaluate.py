@@ -33,6 +33,18 @@ class Narrowing(Protocol):
 
 
 @runtime_checkable
+class Concluding(Protocol):
+    """An agent that writes down what became of what it did."""
+
+    def conclude(self, rows: Sequence[int], observations: Observations, outcomes: Sequence[str]) -> None:
+        """Be told how the episodes of some environments, by their places in the last batch, ended, and what is seen.
+
+        An outcome is "reached", "limit broken", both with a comma between, or "not reached".
+        """
+        ...
+
+
+@runtime_checkable
 class Explorer(Protocol):
     """What acts without a goal, in B environments at once."""
 
@@ -238,6 +250,7 @@ class _MethodRun:
                 if self._protocol.limits:
                     figures["violated"] = float(np.mean([episode.violated for episode in so_far]))
                 self._task.advance(int(finished.sum()), **figures)
+                audience.concludes(frame[finished], ended)
                 frame = frame[~finished]
             if not len(frame.rows):
                 break
@@ -284,6 +297,13 @@ class _Audience:
     def places(self, frame: Frame) -> np.ndarray:
         """Return where the environments of `frame` stand in what the agent gave back."""
         return np.arange(len(frame.rows)) if self.narrowing else frame.rows
+
+    def concludes(self, frame: Frame, ended: Mapping[int, EpisodeResult]) -> None:
+        """Tell the agent how the episodes of a frame ended."""
+        if isinstance(self._agent, Concluding):
+            places = np.flatnonzero(np.isin(self._rows, frame.rows)) if self.narrowing else frame.rows
+            outcomes = [_outcome(ended[row]) for row in frame.rows.tolist()]
+            self._agent.conclude(places.tolist(), frame.observations, outcomes)
 
 
 class _Film:
@@ -400,6 +420,11 @@ def _episode(
         task=tasks.digests[row],
         violations=violations,
     )
+
+
+def _outcome(episode: EpisodeResult) -> str:
+    words = ["reached"] * episode.success + ["limit broken"] * bool(episode.violated)
+    return ", ".join(words) or "not reached"
 
 
 def _middle(spec: ActionSpec, size: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from worldloom.agents import Decision, PlanningAgent, Policy, PolicyConfig
+from worldloom.agents import Decision, Policy, PolicyConfig, planning_parts
 from worldloom.agents.audit import log_path, replay
 from worldloom.core.chain import Entry, entries
 from worldloom.core.config import parse_component
@@ -54,6 +54,6 @@ def replay_entry(folder: Path, index: int, *, run: Path | None = None) -> tuple[
         margins = Margins(values=values, risk=policy.risk or 0.5, episodes=0)
     torch.set_num_threads(about["threads"])  # how sums are split among threads decides their last bit
     agent = parse_component(METHODS, about["method"]).build(there.under(policy, margins), seed=0)
-    assert isinstance(agent, PlanningAgent)
-    decision, same = replay(folder, entry, agent, there.device)
+    part = planning_parts(agent)[entry.body.get("part", "")]
+    decision, same = replay(folder, entry, part, there.device)
     return decision, same, dict(entry.body)

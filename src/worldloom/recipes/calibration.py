@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from worldloom.agents import PlanningAgent, Policy
+from worldloom.agents import PlanningAgent, Policy, planning_parts
 from worldloom.agents.recalibration import errors_seen, seen_violations
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.progress import SILENT, Progress
@@ -25,7 +25,7 @@ from worldloom.evaluation.world import Frame
 from worldloom.models import JEPA
 from worldloom.planning import Margins, Rail, conformal_quantile, margin_shape, refusing, tolerance_quantile
 from worldloom.recipes.margins import write_margins
-from worldloom.recipes.methods import MethodConfig, PlanMethod
+from worldloom.recipes.methods import MethodConfig, PlanMethod, PlannedMethod
 from worldloom.recipes.run import Run
 
 _log = logging.getLogger(__name__)
@@ -65,11 +65,11 @@ def calibrate(
     config, policy = run.method(name), run.policy
     if policy is None or policy.risk is None:
         raise ConfigError("there is nothing to calibrate: the run has no policy that states a risk")
-    if not isinstance(config, PlanMethod) or not keeps_margins(config):
+    if not isinstance(config, PlannedMethod) or not keeps_margins(config):
         raise ConfigError(f"the method {name!r} keeps no margins; choose one that plans with a calibrated guard")
     shape = _shape(run, policy, config.horizon, policy.risk, progress)
     about: dict[str, Any] = {"method": config.model_dump(mode="json"), "model": run.model.spec.fingerprint}
-    if config.guard == "per candidate":
+    if config.keeps == "per candidate":
         margins = Margins(values=shape, risk=policy.risk, episodes=0)
         write_margins(run.margins_path(config), margins, policy, about)
         return margins
@@ -113,7 +113,7 @@ def calibrate(
 
 def keeps_margins(method: MethodConfig) -> bool:
     """Whether a method keeps the margins of a policy."""
-    return isinstance(method, PlanMethod) and method.guard in ("calibrated", "per candidate")
+    return isinstance(method, PlannedMethod) and method.keeps in ("calibrated", "per candidate")
 
 
 def _why_infinite(scores: Float[Tensor, "N"], risk: float, confidence: float) -> str:
@@ -145,9 +145,10 @@ def _quantities(run: Run) -> dict[str, str]:
 class _Scores:
     """A witness that gathers, for each episode, what would have refused the plan that first broke a guardrail in it."""
 
-    def __init__(self, run: Run, config: PlanMethod, shape: Float[Tensor, "G T"], factor: float) -> None:
+    def __init__(self, run: Run, config: PlannedMethod, shape: Float[Tensor, "G T"], factor: float) -> None:
         self._model, self._labels = run.model, _quantities(run)
-        self._replan, self._block = config.replan or run.model.spec.block, run.model.spec.block
+        self._block = run.model.spec.block
+        self._replan = (config.replan if isinstance(config, PlanMethod) else 0) or self._block
         self._shape, self._factor = shape, factor
         self._done: list[float] = []
         self._now, self._broken = np.zeros(0), np.zeros(0, bool)
@@ -167,9 +168,8 @@ class _Scores:
 
     def begin(self, agent: Agent, size: int) -> None:
         """Begin episodes in so many environments."""
-        assert isinstance(agent, PlanningAgent)
         self._done += self._now.tolist()
-        self._agent, self._now, self._broken = agent, np.zeros(size), np.zeros(size, bool)
+        self._agent, self._now, self._broken = planning_parts(agent)[""], np.zeros(size), np.zeros(size, bool)
 
     def saw(self, frame: Frame, step: int) -> None:
         """Compare what the world gives with what the plan that led here predicted."""

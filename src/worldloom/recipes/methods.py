@@ -1,5 +1,6 @@
 """The methods of an evaluation: what acts, built from what a run has learned."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -49,6 +50,7 @@ from worldloom.planning import (
     Planner,
     Probe,
     Rail,
+    Solver,
     SolverField,
     Support,
     TemporalDistance,
@@ -140,6 +142,8 @@ class MethodConfig(Component):
         """Build the agent."""
 
 
+Guard = Literal["calibrated", "per candidate", "uncalibrated", "penalty", "none"]
+
 METHODS: Registry[type[MethodConfig]] = Registry("method")
 
 
@@ -176,84 +180,44 @@ class ReactiveMethod(MethodConfig):
         return ReactiveAgent(learned.model, learned.reactive)
 
 
-@METHODS.register("plan")
-class PlanMethod(MethodConfig):
-    """Model predictive control.
+class PlannedMethod(MethodConfig):
+    """A method that plans, and so keeps the guardrails of a policy: `solver` searches `horizon` blocks ahead.
 
-    `metric` is latent L2 or the learned temporal distance; `replan` counts environment steps, 0 for one block;
-    `propose` lets the search start from the reactive policy's plan as well (mode 2). `guard` says how the guardrails of
-    a policy are kept: as limits with the margins that calibration gave for the plans that are chosen, or, to compare
-    with, by those for any candidate, without margins, as a cost of `penalty` times what is broken, or not at all. At a
-    rate `recalibrate`, calibrated margins stretch while predictions err more than they did (see `Recalibration`).
+    With `noise` a plan has to hold as well as predicted from states around the present one, so many typical model steps
+    away (see `Planner`). At a rate `recalibrate`, calibrated margins stretch while predictions err more than they did
+    (see `Recalibration`).
     """
 
-    name: Literal["plan"] = "plan"
     solver: SolverField = CEM()
-    metric: Literal["latent", "distance"] = "latent"
-    last_weight: float = Field(default=1.0, ge=0)
     horizon: int = Field(default=6, ge=1)
-    replan: int = Field(default=0, ge=0)
-    propose: bool = False
-    guard: Literal["calibrated", "per candidate", "uncalibrated", "penalty", "none"] = "calibrated"
-    penalty: float = Field(default=10.0, gt=0)
+    noise: float = Field(default=0.0, ge=0)
     recalibrate: float = Field(default=0.0, ge=0)
+
+    @property
+    def keeps(self) -> Guard:
+        """How the guardrails of a policy are kept."""
+        return "calibrated"
 
     @property
     def guarded(self) -> bool:
         """Whether its agents keep the guardrails of a policy."""
-        return self.guard == "calibrated"
+        return self.keeps == "calibrated"
 
     @property
     def calibrated_as(self) -> str:
         """What margins are calibrated for: all but how they stretch later."""
         return canonical(self.model_dump(mode="json", exclude={"recalibrate"}))
 
-    def build(self, learned: Learned, *, seed: int) -> Agent:
-        """Build the agent.
+    def rails(self, learned: Learned) -> tuple[Rail, ...]:
+        """Return the guardrails of the policy as they are kept.
 
         Raises:
             ConfigError: the policy states a risk, and no margins were calibrated for this method.
         """
-        model, geometry, policy = learned.model, learned.geometry, learned.policy
-        metric: Metric = LatentL2(geometry.step_length) if self.metric == "latent" else learned.distance
-        rails = self._rails(learned)
-        costs = rails if self.guard == "penalty" else ()
-
-        def objective(goal: Float[Tensor, "B D"]) -> Objective:
-            plain = GoalObjective(metric, goal, last_weight=self.last_weight)
-            minded = plain if policy is None else policy.objective(learned, goal, plain)
-            parts = [(self.penalty, Avoid(rail=rail)) for rail in costs]
-            return WeightedSum([(1.0, minded), *parts]) if parts else minded
-
-        return PlanningAgent(
-            model,
-            Planner(
-                model,
-                self.solver,
-                horizon=self.horizon,
-                geometry=geometry,
-                guardrails=() if costs else rails,
-            ),
-            objective,
-            replan=self.replan or model.spec.block,
-            proposer=PolicyProposer(model=model, policy=learned.reactive) if self.propose else None,
-            fallback=None if policy is None else policy.fallback,
-            auditor=learned.auditor(self, rails),
-            recalibration=self._recalibration(learned, rails),
-            seed=seed,
-        )
-
-    def _recalibration(self, learned: Learned, rails: tuple[Rail, ...]) -> Recalibration | None:
-        margins = learned.margins(self)
-        if not self.recalibrate or self.guard != "calibrated" or margins is None:
-            return None
-        return Recalibration(rails, usual=margins.usual, risk=margins.risk, model=learned.model, rate=self.recalibrate)
-
-    def _rails(self, learned: Learned) -> tuple[Rail, ...]:
         policy = learned.policy
-        if policy is None or self.guard == "none":
+        if policy is None or self.keeps == "none":
             return ()
-        if self.guard in ("uncalibrated", "penalty") or policy.risk is None:
+        if self.keeps in ("uncalibrated", "penalty") or policy.risk is None:
             return policy.rails(learned)
         margins = learned.margins(self)
         if margins is None:
@@ -263,17 +227,87 @@ class PlanMethod(MethodConfig):
             )
         return policy.rails(learned, margins.values)
 
+    def planner(self, learned: Learned, rails: Sequence[Rail], solver: Solver | None = None) -> Planner:
+        """Return the planner of the fast model, which keeps these guardrails."""
+        geometry = learned.geometry
+        return Planner(
+            learned.model,
+            solver or self.solver,
+            horizon=self.horizon,
+            geometry=geometry,
+            guardrails=rails,
+            noise=self.noise * geometry.step_length / math.sqrt(learned.model.spec.latent_dim),
+        )
+
+    def recalibration(self, learned: Learned, rails: tuple[Rail, ...]) -> Recalibration | None:
+        """Return what stretches the margins, where that is asked for."""
+        margins = learned.margins(self) if self.recalibrate and self.keeps == "calibrated" else None
+        if margins is None:
+            return None
+        return Recalibration(rails, usual=margins.usual, risk=margins.risk, model=learned.model, rate=self.recalibrate)
+
+
+def minded(learned: Learned, goal: Float[Tensor, "B D"], plain: Objective) -> Objective:
+    """Return what the policy makes of an objective."""
+    return plain if learned.policy is None else learned.policy.objective(learned, goal, plain)
+
+
+@METHODS.register("plan")
+class PlanMethod(PlannedMethod):
+    """Model predictive control.
+
+    `metric` is latent L2 or the learned temporal distance; `replan` counts environment steps, 0 for one block;
+    `propose` lets the search start from the reactive policy's plan as well (mode 2). `guard` says how the guardrails of
+    a policy are kept: as limits with the margins that calibration gave for the plans that are chosen, or, to compare
+    with, by those for any candidate, without margins, as a cost of `penalty` times what is broken, or not at all.
+    """
+
+    name: Literal["plan"] = "plan"
+    metric: Literal["latent", "distance"] = "latent"
+    last_weight: float = Field(default=1.0, ge=0)
+    replan: int = Field(default=0, ge=0)
+    propose: bool = False
+    guard: Guard = "calibrated"
+    penalty: float = Field(default=10.0, gt=0)
+
+    @property
+    def keeps(self) -> Guard:
+        """How the guardrails of a policy are kept."""
+        return self.guard
+
+    def build(self, learned: Learned, *, seed: int) -> Agent:
+        """Build the agent; see `rails` for what is refused."""
+        model = learned.model
+        metric: Metric = LatentL2(learned.geometry.step_length) if self.metric == "latent" else learned.distance
+        rails = self.rails(learned)
+        costs = rails if self.guard == "penalty" else ()
+
+        def objective(goal: Float[Tensor, "B D"]) -> Objective:
+            whole = minded(learned, goal, GoalObjective(metric, goal, last_weight=self.last_weight))
+            parts = [(self.penalty, Avoid(rail=rail)) for rail in costs]
+            return WeightedSum([(1.0, whole), *parts]) if parts else whole
+
+        return PlanningAgent(
+            model,
+            self.planner(learned, () if costs else rails),
+            objective,
+            replan=self.replan or model.spec.block,
+            proposer=PolicyProposer(model=model, policy=learned.reactive) if self.propose else None,
+            fallback=None if learned.policy is None else learned.policy.fallback,
+            auditor=learned.auditor(self, rails),
+            recalibration=self.recalibration(learned, rails),
+            seed=seed,
+        )
+
 
 @METHODS.register("hierarchy")
-class HierarchyMethod(MethodConfig):
+class HierarchyMethod(PlannedMethod):
     """Model predictive control toward subgoals of coarser models, for far goals; see `HierarchyGuide`.
 
     `solver` plans `horizon` blocks for the fast model, `coarse_solver` plans `coarse_horizon` steps for each other.
     """
 
     name: Literal["hierarchy"] = "hierarchy"
-    solver: SolverField = CEM()
-    horizon: int = Field(default=6, ge=1)
     coarse_solver: SolverField = TreeSearch(branches=256)
     coarse_horizon: int = Field(default=12, ge=1)
     follow: HierarchyConfig = HierarchyConfig()
@@ -282,15 +316,18 @@ class HierarchyMethod(MethodConfig):
         """Build the agent.
 
         Raises:
-            ConfigError: the recipe has no coarser models.
+            ConfigError: the recipe has no coarser models; see `rails` for more.
         """
-        model, metric = learned.model, LatentL2(learned.geometry.step_length)
+        rails, metric = self.rails(learned), LatentL2(learned.geometry.step_length)
         return PlanningAgent(
-            model,
-            self._planner(learned),
-            lambda goal: GoalObjective(metric, goal),
-            replan=model.spec.block,
+            learned.model,
+            self.planner(learned, rails),
+            lambda goal: minded(learned, goal, GoalObjective(metric, goal)),
+            replan=learned.model.spec.block,
             guide=self.guide(learned, seed=seed),
+            fallback=None if learned.policy is None else learned.policy.fallback,
+            auditor=learned.auditor(self, rails),
+            recalibration=self.recalibration(learned, rails),
             seed=seed,
         )
 
@@ -301,7 +338,7 @@ class HierarchyMethod(MethodConfig):
                 "the method 'hierarchy' needs coarser models and the recipe trains none; give it some, such as "
                 'hierarchy=[{"stride": 4}], and train again into the same folder with resume'
             )
-        levels, strides = [self._planner(learned)], [1]
+        levels, strides = [self.planner(learned, ())], [1]
         for coarse, geometry in learned.hierarchy:
             levels.append(Planner(coarse, self.coarse_solver, horizon=self.coarse_horizon, geometry=geometry))
             strides.append(strides[-1] * coarse.config.stride)
@@ -315,24 +352,21 @@ class HierarchyMethod(MethodConfig):
             seed=seed,
         )
 
-    def _planner(self, learned: Learned) -> Planner:
-        return Planner(learned.model, self.solver, horizon=self.horizon, geometry=learned.geometry)
-
 
 @METHODS.register("landmarks")
-class LandmarkMethod(MethodConfig):
+class LandmarkMethod(PlannedMethod):
     """Model predictive control over landmarks of what was seen, for far goals; it explores where it may.
 
-    `solver` reaches the landmarks, `horizon` blocks ahead. Where no way is known, `beyond` aims, if it is given. The
-    graph lives as long as the agent, or as the memory.
+    It explores under the guardrails of the policy as well, with a solver of its own if `exploring` is given. Where no
+    way is known, `beyond` aims, if it is given. The graph lives as long as the agent, or as the memory.
     """
 
     name: Literal["landmarks"] = "landmarks"
-    solver: SolverField = CEM()
     horizon: int = Field(default=4, ge=1)
     landmarks: LandmarkConfig = LandmarkConfig()
     follow: FollowConfig = FollowConfig()
     curiosity: CuriosityConfig = CuriosityConfig()
+    exploring: SolverField | None = None
     beyond: HierarchyMethod | None = None
 
     def build(self, learned: Learned, *, seed: int) -> Agent:
@@ -349,22 +383,30 @@ class LandmarkMethod(MethodConfig):
             graph = recall_landmarks(memory, graph, block=block, check=check)
         beyond = None if self.beyond is None else self.beyond.guide(learned, seed=seed)
         guide = LandmarkGuide(graph, self.follow, check=check, beyond=beyond)
-        metric = LatentL2(geometry.step_length)
+        metric, rails = LatentL2(geometry.step_length), self.rails(learned)
+        auditor = learned.auditor(self, rails)
+        fallback = None if learned.policy is None else learned.policy.fallback
         planning = PlanningAgent(
             model,
-            Planner(model, self.solver, horizon=self.horizon, geometry=geometry),
-            lambda goal: GoalObjective(metric, goal),
+            self.planner(learned, rails),
+            lambda goal: minded(learned, goal, GoalObjective(metric, goal)),
             replan=block,
             guide=guide,
             observer=None if memory is None else Rememberer(memory, graph, replan=block, events=lambda: guide.events),
+            fallback=fallback,
+            auditor=auditor,
+            recalibration=self.recalibration(learned, rails),
             seed=seed,
         )
         explorer = ExploringAgent(
-            model,
+            self.planner(learned, rails, self.exploring),
             graph,
             self.curiosity,
             check=check,
             observer=None if memory is None else Rememberer(memory, graph, replan=block),
+            fallback=fallback,
+            auditor=None if auditor is None else auditor.part("exploring"),
+            recalibration=self.recalibration(learned, rails),
             seed=seed,
         )
         return LandmarkAgent(planning, guide, explorer)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from worldloom.agents import PlanningAgent
+from worldloom.agents import planning_parts
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.registry import nearest
 from worldloom.core.types import Goal, Observations
@@ -39,8 +39,8 @@ def plan_once(
         ConfigError: only one of the pictures is given, or the method does not plan.
         DataError: a picture is not what the model was trained on.
     """
-    agent = run.agent(method)
-    if not isinstance(agent, PlanningAgent):
+    agent = planning_parts(run.agent(method)).get("")
+    if agent is None:
         raise ConfigError(f"method {method!r} does not plan; choose one of the planners in the recipe's methods")
     if (start is None) != (goal is None):
         raise ConfigError("give both --start and --goal, or neither")

@@ -25,7 +25,7 @@ from worldloom.planning import CoarseModel, LatentGeometry, Margins, Probe, Rail
 from worldloom.recipes.config import Recipe
 from worldloom.recipes.images import read_picture
 from worldloom.recipes.margins import read_margins
-from worldloom.recipes.methods import Learned, MethodConfig, PlanMethod
+from worldloom.recipes.methods import Learned, MethodConfig, PlannedMethod
 from worldloom.training import RunFolder
 
 _LOADED = ("recipe", "model", "geometry", "distance", "hierarchy", "probes", "support", "reactive", "cloning")
@@ -169,7 +169,7 @@ class Run(Learned):
     def margins_path(self, method: MethodConfig) -> Path:
         """Return where the margins for its policy and a method are kept; another policy or method has its own."""
         assert self.policy is not None
-        made = method.calibrated_as if isinstance(method, PlanMethod) else method.name
+        made = method.calibrated_as if isinstance(method, PlannedMethod) else method.name
         text = canonical([self.policy.fingerprint, self.model.spec.fingerprint, made])
         return self.path / "margins" / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.json"
 
@@ -239,8 +239,8 @@ class Run(Learned):
                 f"the method {name!r} does not keep guardrails, and the policy has some; "
                 f"{f'choose {able[0]!r}' if able else 'the recipe has no method that does: add one of plan'}"
             )
-        if self._audit is not None and not isinstance(config, PlanMethod):
-            raise ConfigError(f"the method {name!r} writes no audit log; choose one of the kind 'plan'")
+        if self._audit is not None and not isinstance(config, PlannedMethod):
+            raise ConfigError(f"the method {name!r} writes no audit log; choose one that plans")
         return config.build(self, seed=seed)
 
     def method(self, name: str) -> MethodConfig:

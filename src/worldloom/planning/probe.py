@@ -32,7 +32,7 @@ class ProbeConfig(Config):
     batch: int = Field(default=256, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
     held_out: float = Field(default=0.3, gt=0, lt=1)
-    references: int = Field(default=512, ge=1)
+    references: int = Field(default=256, ge=1)
     between: tuple[float, float] | None = None
 
     @model_validator(mode="after")

@@ -257,20 +257,23 @@ class PlanningProblem:
         worst = torch.full_like(cost, torch.inf)
         held = torch.zeros(len(cost), dtype=torch.long, device=cost.device)
         rows, begin, size = torch.arange(len(cost), device=cost.device), 0, 2 * best
-        while len(rows) and begin < cost.shape[1]:
-            places = order[rows, begin : begin + size]
-            picked = rows[:, None]
+        context, rails = rollouts.context, self.guardrails
+        while begin < cost.shape[1]:
+            picked, places = rows[:, None], order[rows, begin : begin + size]
             some = Rollouts(
-                context=rollouts.context[rows],
+                context=context,
                 actions=rollouts.actions[picked, places],
                 latents=rollouts.latents[picked, places],
             )
-            rails = [rail.select(rows) if isinstance(rail, Narrow) else rail for rail in self.guardrails]
             found = _worst(violations_of(rails, some), some).amax(dim=-1)
             worst[picked, places] = found
             held[rows] += ((found <= 0) & cost[picked, places].isfinite()).sum(dim=1)
             begin, size = begin + size, 2 * size
-            rows = rows[held[rows] < best]
+            rows = torch.nonzero(held < best).flatten()
+            if not len(rows):
+                break
+            context = rollouts.context[rows]
+            rails = tuple(rail.select(rows) if isinstance(rail, Narrow) else rail for rail in self.guardrails)
         return worst
 
     def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:

@@ -22,7 +22,7 @@ _AT_ONCE = 8192
 class SupportConfig(Config):
     """How many latents of the data are kept."""
 
-    references: int = 512
+    references: int = 256
 
 
 class Support(nn.Module):

@@ -128,7 +128,7 @@ def pits() -> Recipe:
     away = KeepInConfig(
         quantity="pit_depth", region=BoxConfig(high=(0.0,)), reason="who falls into a pit does not come out"
     )
-    depth = LabelledProbe(episodes=24_000, hidden=(256, 256), steps=8000, between=(-8.0, 4.0))
+    depth = LabelledProbe(episodes=24_000, hidden=(128, 128), steps=8000, between=(-8.0, 4.0))
     return Recipe(
         name="pits",
         description="A room with three pits in 64x64 RGB, drawn anew for each episode; a fall ends it.",

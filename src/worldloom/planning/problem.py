@@ -250,30 +250,27 @@ class PlanningProblem:
     def _worst_of_the_best(self, rollouts: Rollouts, cost: Float[Tensor, "B S"], best: int) -> Float[Tensor, "B S"]:
         """Return by how much guardrails are broken at worst, infinite for candidates that were not looked at.
 
-        In each environment candidates are looked at from the cheapest on, until so many hold at a finite cost, or all
-        were seen.
+        In each environment the cheapest are looked at, twice as many as are asked for, and where too few of them hold
+        at a finite cost, all others.
         """
         order = cost.argsort(dim=1)
         worst = torch.full_like(cost, torch.inf)
-        held = torch.zeros(len(cost), dtype=torch.long, device=cost.device)
-        rows, begin, size = torch.arange(len(cost), device=cost.device), 0, 2 * best
-        context, rails = rollouts.context, self.guardrails
-        while begin < cost.shape[1]:
-            picked, places = rows[:, None], order[rows, begin : begin + size]
+
+        def look(rows: Tensor, columns: slice) -> None:
+            picked, places, rails = rows[:, None], order[rows, columns], self.guardrails
+            if len(rows) < len(cost):
+                rails = tuple(rail.select(rows) if isinstance(rail, Narrow) else rail for rail in rails)
             some = Rollouts(
-                context=context,
+                context=rollouts.context[rows],
                 actions=rollouts.actions[picked, places],
                 latents=rollouts.latents[picked, places],
             )
-            found = _worst(violations_of(rails, some), some).amax(dim=-1)
-            worst[picked, places] = found
-            held[rows] += ((found <= 0) & cost[picked, places].isfinite()).sum(dim=1)
-            begin, size = begin + size, 2 * size
-            rows = torch.nonzero(held < best).flatten()
-            if not len(rows):
-                break
-            context = rollouts.context[rows]
-            rails = tuple(rail.select(rows) if isinstance(rail, Narrow) else rail for rail in self.guardrails)
+            worst[picked, places] = _worst(violations_of(rails, some), some).amax(dim=-1)
+
+        look(torch.arange(len(cost), device=cost.device), slice(2 * best))
+        held = ((worst <= 0) & cost.isfinite()).sum(dim=1)
+        if len(rows := torch.nonzero(held < best).flatten()) and 2 * best < cost.shape[1]:
+            look(rows, slice(2 * best, None))
         return worst
 
     def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:

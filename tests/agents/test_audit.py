@@ -99,6 +99,60 @@ def test_another_agent_does_not_decide_the_same(folder: Path) -> None:
     assert not same
 
 
+def test_how_episodes_end_is_written_with_what_is_seen_there(tmp_path: Path) -> None:
+    with AuditLog(tmp_path / "log", WORLD, [LINE], about={}) as log:
+        agent = agent_of(log)
+        agent.reset(Goal(observations=at((1, 1), (1, 1), (1, 1))))
+        agent.conclude([0], at((1, 1)), ["reached"])  # before anything was decided there is nothing to tell of
+        here = torch.zeros(3, 2) + agent.act(Observations(vector=torch.zeros(3, 2)))
+        fell = here[[0, 2]].clone()
+        fell[1, 0] = 3.0
+        agent.conclude([0, 2], Observations(vector=fell), ["not reached", "limit broken"])
+        agent.keep([1])
+        agent.act(Observations(vector=here[1:2]))
+    found = [entry.body for entry in entries(log_path(tmp_path / "log"))]
+    assert [body["event"] for body in found] == ["opened", "began", "decided", "ended", "went on", "decided"]
+    assert found[3]["environments"] == [0, 2]
+    assert found[3]["outcomes"] == ["not reached", "limit broken"]
+    assert found[3]["happened"]["seen"]["line"][0] < 0
+    assert found[3]["happened"]["seen"]["line"][1] == pytest.approx(1.0)
+    assert found[3]["happened"]["gap"][0] == pytest.approx(0.0, abs=1e-5)
+    assert found[5]["happened"]["gap"] == pytest.approx([0.0], abs=1e-5)
+
+
+def test_in_the_middle_of_a_block_its_predicted_end_says_nothing(tmp_path: Path) -> None:
+    world = LinearWorld(block=2)
+    with AuditLog(tmp_path / "log", world, [LINE], about={}) as log:
+        planner = Planner(world, CEM(samples=32, iterations=2), horizon=3, guardrails=[LINE])
+        agent = PlanningAgent(world, planner, lambda goal: GoalObjective(LatentL2(), goal), replan=4, auditor=log)
+        agent.reset(Goal(observations=at((1, 1))))
+        here = torch.zeros(1, 2)
+        for step in range(4):
+            here = here + agent.act(Observations(vector=here))
+            if step:
+                agent.conclude([0], Observations(vector=here), ["reached"])
+    ended = [entry.body["happened"] for entry in entries(log_path(tmp_path / "log")) if entry.body["event"] == "ended"]
+    first, middle, second = (body["gap"] for body in ended)
+    assert first == pytest.approx([0.0], abs=1e-5)
+    assert middle is None
+    assert second == pytest.approx([0.0], abs=1e-5)
+
+
+def test_parts_of_an_agent_write_into_one_log_and_are_told_apart(tmp_path: Path) -> None:
+    with AuditLog(tmp_path / "log", WORLD, [LINE], about={}) as log:
+        one, other = agent_of(log), agent_of(log.part("exploring"), seed=1)
+        for agent in (one, other, one):
+            agent.reset(Goal(observations=at((1, 1))))
+            agent.act(at((0, 0)))
+    found = list(entries(log_path(tmp_path / "log")))
+    assert verify(log_path(tmp_path / "log")).broken is None
+    assert [entry.body.get("part", "") for entry in found[1:]] == ["", "", "exploring", "exploring", "", ""]
+    for entry in found:
+        if entry.body["event"] == "decided":
+            _, same = replay(tmp_path / "log", entry, agent_of(None, seed=7), "cpu")
+            assert same
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_flipped_bit_is_found_wherever_it_is(folder: Path, data: st.DataObject) -> None:

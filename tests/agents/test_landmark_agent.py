@@ -19,7 +19,7 @@ from worldloom.core.protocols import Agent
 from worldloom.core.types import Context, Goal, Observations, Plan
 from worldloom.evaluation import Exploring, Narrowing, Timed
 from worldloom.memory import LandmarkGraph
-from worldloom.planning import CEM, GoalObjective, LatentL2, Planner
+from worldloom.planning import CEM, Custom, GoalObjective, LatentL2, Planner
 
 LEFT, RIGHT = torch.tensor([[-0.8, 0.0]]), torch.tensor([[0.8, 0.0]])
 
@@ -154,6 +154,18 @@ def test_curiosity_comes_to_more_places_than_a_random_walk_of_the_same_length() 
         curious += places(path)
         walked += places(list(world.wander(2, steps, seed=seed).unbind(1)))
     assert curious > 1.3 * walked
+
+
+def test_who_explores_keeps_guardrails() -> None:
+    world, graph = DoorWorld(), DoorWorld().graph(learned=False)
+    line = Custom(name="line", function=lambda rollouts: rollouts.latents[..., 0] + 0.3)
+    explorer = ExploringAgent(Planner(world, CEM(), horizon=4, guardrails=[line]), graph, CuriosityConfig(walks=8))
+    position, most = LEFT, []
+    for _ in range(150):
+        position = world.step(position, explorer.act(Observations(vector=position)))
+        most.append(float(position[:, 0].max()))
+    assert max(most) <= -0.3 + 1e-5
+    assert len(graph) > 5
 
 
 def test_an_agent_that_explored_reaches_what_it_could_not_before() -> None:

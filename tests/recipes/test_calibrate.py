@@ -6,10 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from worldloom.agents import LandmarkAgent, planning_parts
+from worldloom.agents.audit import log_path
+from worldloom.core.chain import entries
 from worldloom.core.errors import ConfigError, DataError, StorageError
-from worldloom.planning import BoxConfig
+from worldloom.core.types import Goal, Observations
+from worldloom.data import EpisodeDataset
+from worldloom.planning import CEM, BoxConfig, CoarseConfig
 from worldloom.recipes import Recipe, Run, load_recipe, workflow
+from worldloom.recipes.auditing import replay_entry
 from worldloom.recipes.calibration import calibrate
+from worldloom.recipes.methods import HierarchyMethod, LandmarkMethod
 
 _TINY = [
     "collection.episodes=40",
@@ -34,7 +41,9 @@ def recipe() -> Recipe:
     assert tiny.policy is not None
     rail = tiny.policy.guardrails["out of the pits"].model_copy(update={"region": BoxConfig(high=(40.0,))})
     policy = tiny.policy.model_copy(update={"guardrails": {"out of the pits": rail}})
-    return tiny.model_copy(update={"policy": policy})
+    far = {"landmarks": LandmarkMethod(exploring=CEM(samples=16)), "hierarchy": HierarchyMethod(solver=CEM(samples=32))}
+    coarse = (CoarseConfig(stride=2, steps=4),)
+    return tiny.model_copy(update={"policy": policy, "methods": tiny.methods | far, "hierarchy": coarse})
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +115,27 @@ def test_a_policy_that_holds_nowhere_is_not_calibrated(folder: Path) -> None:
     impossible = layer.model_copy(update={"guardrails": {"out of the pits": rail}})
     with pytest.raises(ConfigError, match="holds in none of"):
         calibrate(run.under(run.policy.__class__(layers=(impossible,)), None), split="in the open", episodes=8)
+
+
+@pytest.mark.parametrize("method", ["landmarks", "hierarchy"])
+def test_what_plans_for_far_goals_keeps_guardrails_and_can_be_made_again(
+    folder: Path, tmp_path: Path, method: str
+) -> None:
+    with pytest.raises(ConfigError, match="calibrate first"):
+        Run.open(folder).agent(method)
+    calibrate(Run.open(folder), method=method, split="in the open", episodes=8)
+    run = Run.open(folder, audit=tmp_path / "log")
+    agent = run.agent(method)
+    for part in planning_parts(agent).values():
+        assert [rail.name for rail in part.rails] == ["out of the pits"]
+    pixels = EpisodeDataset.open(run.data).episode(0).pixels
+    assert pixels is not None
+    look = Observations(pixels=torch.from_numpy(pixels[:1]))
+    if isinstance(agent, LandmarkAgent):
+        agent.explorer().act(look)
+    agent.reset(Goal(observations=Observations(pixels=torch.from_numpy(pixels[-1:]))))
+    agent.act(look)
+    run.close()
+    decided = [entry for entry in entries(log_path(tmp_path / "log")) if entry.body["event"] == "decided"]
+    assert [entry.body.get("part") for entry in decided] == (["exploring", None] if method == "landmarks" else [None])
+    assert all(replay_entry(tmp_path / "log", entry.index)[1] for entry in decided)

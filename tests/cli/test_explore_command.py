@@ -23,7 +23,7 @@ def run(demo, tmp_path_factory) -> str:
     config["recipe"]["methods"]["landmarks"] = {
         "name": "landmarks",
         "solver": solver,
-        "curiosity": {"solver": solver, "walks": 4},
+        "curiosity": {"walks": 4},
     }
     write_json(path / "config.json", config)
     return str(path)

@@ -154,9 +154,11 @@ def test_a_late_plan_is_replaced_counted_and_thrown_away(plant: Plant, link: Soc
     assert 0.06 in agent.given
     assert 0.06 not in plant.written  # it came, and too late
     assert any(value > 0.06 for value in plant.written)  # and the agent went on
-    missed = {miss.period for miss in report.misses}
+    # What left in time and came late to the plant, on a machine that is busy, was sent as it was planned.
+    replaced = {miss.period for miss in report.misses if miss.cause in ("the plan was late", "the planner was still busy")}
+    assert len(replaced) >= 9
     assert all(
-        period.kind in ("safe", "watchdog") for period in report.periods if period.number in missed and period.sent
+        period.kind in ("safe", "watchdog") for period in report.periods if period.number in replaced and period.sent
     )
     assert agent.resets >= 4  # three at the start, and one after the hole in its history
     assert report.restarts >= 1

@@ -200,3 +200,21 @@ def _step(action: np.ndarray) -> None:
 def test_importing_the_worlds_twice_registers_them_once() -> None:
     worldloom.envs.register_envs()
     assert set(WORLDS) <= set(gymnasium.registry)
+
+
+@pytest.mark.parametrize(
+    ("turn", "mirror", "moved"),
+    [(0, False, (2, 1)), (90, False, (-1, 2)), (180, False, (-2, -1)), (270, False, (1, -2)), (90, True, (-1, -2))],
+)
+def test_an_action_is_what_its_convention_says(turn: int, mirror: bool, moved: tuple[int, int]) -> None:
+    env = gymnasium.make("worldloom/TwoRoom-v0", factors={"action_turn": turn, "action_mirror": mirror})
+    _, before = env.reset(seed=0, options={"factors": {"door_position": 20.0}, "task": {}})
+    _, _, _, _, after = env.step(np.array([0.2, 0.1], np.float32))
+    np.testing.assert_allclose(after["position"] - before["position"], 0.25 * np.array(moved), atol=1e-4)
+
+
+def test_worlds_that_differ_in_their_convention_look_alike() -> None:
+    first, second = (
+        gymnasium.make("worldloom/TwoRoom-v0", factors={"action_turn": turn}).reset(seed=3)[0] for turn in (0, 180)
+    )
+    np.testing.assert_array_equal(first, second)

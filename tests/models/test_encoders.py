@@ -7,7 +7,7 @@ from torch.nn import functional
 from worldloom.core.errors import ConfigError
 from worldloom.core.types import Observations
 from worldloom.models import ENCODERS, JEPAConfig, build_jepa, default_encoder
-from worldloom.models.encoders import Fusion, PatchConv, VectorMLP, ViT
+from worldloom.models.encoders import Fusion, PatchConv, StemmedPatchConv, VectorMLP, ViT
 from worldloom.models.encoders.vit import sincos_positions
 from worldloom.models.normalisation import PixelNormalisation
 
@@ -17,6 +17,7 @@ SMALL = [
     PatchConv(patch=4, channels=(8, 8, 8), kernel=3, hidden=16),
     ViT(patch=4, depth=2, width=16, heads=2),
     ViT(patch=4, depth=1, width=16, heads=2, positions="sincos"),
+    StemmedPatchConv(patch=4, channels=(8, 8), hidden=16, size=(16, 16, 3)),
     VectorMLP(hidden=(16,), norm="layer", activation="silu"),
     Fusion(pixels=PatchConv(patch=4, channels=(8,), hidden=16), vector=VectorMLP(hidden=(16,))),
 ]
@@ -32,7 +33,7 @@ def test_each_frame_is_encoded_alone_whatever_its_shape(odd_case, config) -> Non
         torch.testing.assert_close(latents[row : row + 1], encoder(observations[row : row + 1]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", SMALL[:5], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", SMALL[:6], ids=lambda config: config.name)
 def test_every_pixel_reaches_the_latent(odd_case, config) -> None:
     encoder = config.build(odd_case.observation, odd_case.statistics, 6)
     observations = odd_case.observations(1)
@@ -147,3 +148,31 @@ def test_weights_come_from_the_seed_alone(pixel_case) -> None:
     assert torch.rand(1) == drawn  # building left the default generator as it was
     assert torch.equal(first, weights(1))
     assert not torch.equal(first, weights(2))
+
+
+def test_a_stem_of_the_same_size_begins_as_if_it_were_not_there(pixel_case) -> None:
+    plain = PatchConv(patch=4, channels=(8,), hidden=16).build(pixel_case.observation, pixel_case.statistics, 6)
+    config = StemmedPatchConv(patch=4, channels=(8,), hidden=16, size=(16, 16, 3))
+    stemmed = config.build(pixel_case.observation, pixel_case.statistics, 6)
+    stemmed.load_state_dict({**stemmed.state_dict(), **plain.state_dict()})
+    observations = pixel_case.observations(4)
+    torch.testing.assert_close(stemmed(observations), plain(observations), rtol=1e-5, atol=1e-5)
+
+
+def test_what_lies_behind_the_stems_has_the_same_shapes_for_every_owner(pixel_case, odd_case) -> None:
+    config = JEPAConfig(encoder=StemmedPatchConv(patch=4, channels=(8,), hidden=16, size=(16, 16, 3)), action_stem=3)
+    states = [
+        build_jepa(config, case.observation, case.action, case.statistics, seed=0).state_dict()
+        for case in (pixel_case, odd_case)
+    ]
+    own = ("encoder.normalise.", "encoder.stem.")
+    first, second = ({name: x.shape for name, x in state.items() if not name.startswith(own)} for state in states)
+    assert first == second
+    assert states[0]["encoder.stem.mix.weight"].shape != states[1]["encoder.stem.mix.weight"].shape
+
+
+def test_a_stem_whose_size_does_not_come_out_even_is_refused(pixel_case) -> None:
+    with pytest.raises(ConfigError, match="multiples of 4"):
+        StemmedPatchConv(patch=4, channels=(8,), size=(18, 16, 3)).build(
+            pixel_case.observation, pixel_case.statistics, 6
+        )

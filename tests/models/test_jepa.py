@@ -151,3 +151,33 @@ def test_statistics_of_other_actions_are_refused(pixel_case) -> None:
     )
     with pytest.raises(ConfigError, match="5 action dimensions and an action has 2"):
         build_jepa(JEPAConfig(), pixel_case.observation, pixel_case.action, wrong, seed=0)
+
+
+@pytest.mark.parametrize("shared", [2, 3])
+def test_an_action_stem_stands_before_the_predictor_alone(pixel_case, shared) -> None:
+    model = build(pixel_case, action_stem=shared, context=2).eval()
+    check_world_model(model)
+    assert model.action_stem.mix.weight.shape == (shared, 2)
+    windows = pixel_case.windows(3, 6, 2)
+    model.train()
+    before = model(windows)
+    with torch.no_grad():
+        model.action_stem.mix.weight.neg_()
+    after = model(windows)
+    assert torch.equal(before.actions, after.actions), "what was done is not changed, only what the predictor is told"
+    assert not torch.allclose(before.predictions, after.predictions)
+
+
+def test_an_action_stem_undoes_another_convention(pixel_case) -> None:
+    """A world whose actions are turned looks, behind the right stem, like the one whose actions are not."""
+    model = build(pixel_case, action_stem=2).eval()
+    context = Context(latents=torch.randn(1, 1, 6), actions=torch.zeros(1, 0, 4))
+    actions = torch.randn(1, 5, 3, 4)
+    turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+    straight = model.rollout(context, actions)
+    normalised = model.normalise_actions(actions).unflatten(-1, (2, 2)) @ turn.T
+    scale, shift = model.normalise_actions.scale, model.normalise_actions.shift
+    turned = normalised.flatten(-2) / scale + shift
+    with torch.no_grad():
+        model.action_stem.mix.weight.copy_(turn.T @ model.action_stem.mix.weight)
+    torch.testing.assert_close(model.rollout(context, turned), straight, rtol=1e-4, atol=1e-5)

@@ -19,7 +19,7 @@ from train_blobs import CONFIG, MODEL, STEPS, train
 from worldloom.core.errors import CheckpointError, ConfigError, TrainingError
 from worldloom.models import LOSSES, JEPAConfig, load_model, load_tensors
 from worldloom.models.encoders import VectorMLP
-from worldloom.training import RunFolder, TrainingConfig, fit
+from worldloom.training import RunFolder, Stretch, TrainingConfig, fit
 from worldloom.training.state import saved_steps
 
 HERE = Path(__file__).parent
@@ -261,3 +261,50 @@ def test_every_loss_trains(cache, tmp_path) -> None:
     run = RunFolder.create(tmp_path / "run", {}, {})
     fit(config, MODEL, cache, run)
     assert {f"loss/{name}" for name in LOSSES} <= run.metrics()[0].keys()
+
+
+def in_stretches(path: Path, cache, ends: list[int], base=lambda run: {}) -> RunFolder:
+    """Train in several calls, each from where the one before ended."""
+    run = RunFolder.create(path, {}, {})
+    for begin, end in zip([0, *ends], ends, strict=False):
+        stretch = Stretch(begin=begin, end=end, base=base(run) if begin else {})
+        fit(CONFIG, MODEL, cache, run, resume=begin > 0, stretch=stretch)
+    return run
+
+
+def test_stretches_without_a_base_end_as_one_training(unbroken, cache, tmp_path) -> None:
+    assert_same_result(unbroken, in_stretches(tmp_path / "run", cache, [25, STEPS]))
+
+
+def test_a_base_takes_the_place_of_what_it_names_and_of_nothing_else(cache, tmp_path) -> None:
+    run = in_stretches(tmp_path / "run", cache, [20])
+    before = load_model(run.model_directory).state_dict()
+    base = {name: torch.full_like(x, 0.01) for name, x in before.items() if name.startswith("predictor.")}
+    fit(CONFIG, MODEL, cache, run, resume=True, stretch=Stretch(begin=20, end=20, base=base))
+    after = load_model(run.model_directory).state_dict()
+    for name, tensor in after.items():
+        assert torch.equal(tensor, base.get(name, before[name])), name
+
+
+def test_a_stretch_that_was_killed_goes_on_and_does_not_take_its_base_twice(cache, tmp_path) -> None:
+    def base(run: RunFolder) -> dict[str, torch.Tensor]:
+        state = load_model(run.model_directory).state_dict()
+        return {name: 0.5 * x for name, x in state.items() if name.startswith("predictor.")}
+
+    whole = in_stretches(tmp_path / "whole", cache, [20, STEPS], base)
+    broken = in_stretches(tmp_path / "broken", cache, [20])
+    given = base(broken)
+    fit(CONFIG, MODEL, cache, broken, resume=True, stretch=Stretch(begin=20, end=41, base=given))  # ... and killed
+    fit(CONFIG, MODEL, cache, broken, resume=True, stretch=Stretch(begin=20, end=STEPS, base=given))
+    assert_same_result(whole, broken)
+
+
+def test_a_stretch_that_begins_elsewhere_or_another_models_base_is_refused(cache, tmp_path) -> None:
+    run = in_stretches(tmp_path / "run", cache, [20])
+    for stretch, message in (
+        (Stretch(begin=30, end=40, base={}), "stands at step 20"),
+        (Stretch(begin=20, end=40, base={"predictor.nothing": torch.zeros(2)}), "predictor.nothing"),
+        (Stretch(begin=20, end=40, base={"norm.running_mean": torch.zeros(2)}), "of shape"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            fit(CONFIG, MODEL, cache, run, resume=True, stretch=stretch)

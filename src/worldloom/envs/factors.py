@@ -39,10 +39,16 @@ def _colour(saturation: float, low: float, high: float) -> Draw:
 
 
 class RoomFactors(Config):
-    """What all pixel rooms share. The agent is a disc; to walls it is its bounding square."""
+    """What all pixel rooms share. The agent is a disc; to walls it is its bounding square.
+
+    `action_turn` and `action_mirror` are conventions of who built the agent: an action is mirrored (left for right),
+    then turned by so many degrees (clockwise on the picture), before it moves the agent.
+    """
 
     agent_radius: float = Field(2.5, ge=1, le=4)
     agent_speed: float = Field(2.5, gt=0, le=4)
+    action_turn: Literal[0, 90, 180, 270] = 0
+    action_mirror: bool = False
     agent_colour: Colour = (214, 60, 50)
     wall_colour: Colour = (60, 64, 72)
     floor_colour: Colour = (235, 232, 224)
@@ -56,6 +62,8 @@ class RoomFactors(Config):
         return {
             "agent_radius": _uniform(1.5, 3.5),
             "agent_speed": _uniform(1.5, 3.0),
+            "action_turn": lambda rng: int(rng.choice([0, 90, 180, 270])),
+            "action_mirror": lambda rng: bool(rng.integers(2)),
             "agent_colour": _colour(0.85, 0.7, 0.95),
             "wall_colour": _colour(0.3, 0.2, 0.45),
             "floor_colour": _colour(0.1, 0.8, 1.0),
@@ -75,6 +83,11 @@ class RoomFactors(Config):
     def after(self, step: int) -> "RoomFactors":
         """Return the room as it is from this step of an episode on: itself, but where a door closes."""
         return self
+
+    def convention(self) -> Float64[np.ndarray, "2 2"]:
+        """Return the matrix that turns an action (a column) into a motion to the right and down."""
+        quarter = np.linalg.matrix_power(np.array([[0.0, -1.0], [1.0, 0.0]]), self.action_turn // 90)
+        return quarter @ np.diag([-1.0 if self.action_mirror else 1.0, 1.0])
 
     def drift(self) -> tuple[float, float]:
         """Return how far the agent moves in a step whatever it does, in px."""

@@ -23,6 +23,7 @@ class Simulator:
         self.position = np.zeros((batch, 2))
         self._walls = np.zeros((batch, 0, 4))
         self._radius, self._speed, self._wind = np.ones(batch), np.ones(batch), np.zeros((batch, 2))
+        self._convention = np.tile(np.eye(2), (batch, 1, 1))
         self._colour = np.zeros((batch, 3), np.float32)
         self._background = np.zeros((batch, size, size, 3), np.uint8)
         self._others: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = [_no_distractors()] * batch
@@ -56,20 +57,21 @@ class Simulator:
         self._walls[row, : len(walls)] = walls
         self.factors[row] = factors
         self._radius[row], self._speed[row] = factors.agent_radius, factors.agent_speed
-        self._wind[row] = factors.drift()
+        self._wind[row], self._convention[row] = factors.drift(), factors.convention()
         self._colour[row] = factors.agent_colour
         self._background[row] = paint(factors, self.size)
 
     def step(self, actions: Float64[np.ndarray, "N 2"], moving: Bool[np.ndarray, "N"]) -> None:
-        """Move the agents by `actions` in [-1, 1] times their speed, and by the wind: along x, then along y.
+        """Move the agents by `actions` in [-1, 1], as each understands them, times their speed, and by the wind.
 
-        Each axis stops at the first wall in its way, exactly, so that no speed passes through one. Who fell into a
-        deadly pit stays there.
+        They move along x, then along y. Each axis stops at the first wall in its way, exactly, so that no speed passes
+        through one. Who fell into a deadly pit stays there.
         """
         self._fallen_for += moving & self.fallen
         going = moving & ~self.fallen
+        wanted = np.einsum("nij,nj->ni", self._convention, np.clip(actions, -1, 1))
         for axis in (0, 1):
-            drive = np.clip(actions[:, axis], -1, 1) * self._speed + self._wind[:, axis]
+            drive = wanted[:, axis] * self._speed + self._wind[:, axis]
             self._slide(axis, np.where(going, drive, 0.0))
         for row in np.flatnonzero(moving):
             centres, velocity, _ = self._others[row]

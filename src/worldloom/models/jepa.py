@@ -17,6 +17,7 @@ from worldloom.data.statistics import Statistics
 from worldloom.models.encoders import EncoderField, PatchConv, default_encoder
 from worldloom.models.normalisation import LatentNorm, Standardise
 from worldloom.models.predictors import MLPPredictor, Predictor, PredictorField
+from worldloom.models.stems import ActionStem
 
 _ENCODE_AT_ONCE = 1024  # frames, in evaluation: bounds the memory of encoding a whole dataset
 
@@ -25,7 +26,9 @@ class JEPAConfig(Config):
     """What a model is made of; `block` environment actions make one step of it (frame skip, never hidden).
 
     `context` frames, one block apart, are its state: 1 where a single frame shows the state, more where it does
-    not (velocities). Without an `encoder` the one that suits the observation is taken.
+    not (velocities). Without an `encoder` the one that suits the observation is taken. With `action_stem`, the size of
+    a shared action, a learned linear map of its own stands between the environment's actions and the predictor, so
+    that owners whose actions differ can share the rest.
     """
 
     encoder: EncoderField | None = PatchConv()
@@ -33,6 +36,7 @@ class JEPAConfig(Config):
     latent_dim: int = Field(default=64, ge=1)
     block: int = Field(default=4, ge=1)
     context: int = Field(default=1, ge=1)
+    action_stem: int | None = Field(default=None, ge=1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,6 +75,8 @@ class JEPA(nn.Module):
         self.norm = LatentNorm(spec.latent_dim)
         self.predictor = predictor
         self.normalise_actions = normalise_actions
+        shared = config.action_stem
+        self.action_stem = None if shared is None else ActionStem(spec.action.size, shared)
 
     @property
     def device(self) -> torch.device:
@@ -106,7 +112,7 @@ class JEPA(nn.Module):
 
     def rollout(self, context: Context, actions: Float[Tensor, "B S T A"]) -> Float[Tensor, "B S T D"]:
         """Predict the T frames after the context, open loop; actions in environment units."""
-        past, future = self.normalise_actions(context.actions), self.normalise_actions(actions)
+        past, future = (self._shared(self.normalise_actions(part)) for part in (context.actions, actions))
         predictions: Tensor = self.predictor(context.latents, past, future)
         return predictions.float()
 
@@ -115,8 +121,12 @@ class JEPA(nn.Module):
         latents = self.encode(windows.observations)
         context = self.spec.context
         actions = self.normalise_actions(windows.actions)
-        predictions = self.predictor(latents[:, :context], actions[:, : context - 1], actions[:, None, context - 1 :])
+        shared = self._shared(actions)
+        predictions = self.predictor(latents[:, :context], shared[:, : context - 1], shared[:, None, context - 1 :])
         return WindowOutputs(latents=latents, predictions=predictions[:, 0].float(), actions=actions)
+
+    def _shared(self, actions: Float[Tensor, "*axes A"]) -> Float[Tensor, "*axes M"]:
+        return actions if self.action_stem is None else self.action_stem(actions)
 
 
 def build_jepa(
@@ -148,7 +158,9 @@ def build_jepa(
         torch.manual_seed(derive_seed(seed, "model"))
         encoder = (config.encoder or default_encoder(observation)).build(observation, statistics, config.latent_dim)
         predictor = config.predictor.build(
-            latent_dim=config.latent_dim, block_size=spec.block_size, context=config.context
+            latent_dim=config.latent_dim,
+            block_size=config.block * (config.action_stem or action.size),
+            context=config.context,
         )
     return JEPA(
         config,

@@ -2,7 +2,7 @@
 
 from worldloom.training.config import FREE, TrainingConfig, default_losses, sigreg_losses
 from worldloom.training.diagnostics import Alarm, alarms, diagnose, effective_rank
-from worldloom.training.fit import fit
+from worldloom.training.fit import Stretch, fit
 from worldloom.training.provenance import describe_provenance, git_commit
 from worldloom.training.ranks import Ranks, make_fabric
 from worldloom.training.run import RunFolder
@@ -12,6 +12,7 @@ __all__ = [
     "Alarm",
     "Ranks",
     "RunFolder",
+    "Stretch",
     "TrainingConfig",
     "alarms",
     "default_losses",

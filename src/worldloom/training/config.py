@@ -105,7 +105,7 @@ class TrainingConfig(Config):
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
-        progress = step / self.steps
+        progress = min(step / self.steps, 1.0)
         if self.schedule == "one-cycle":
             rise = 0.1
             share = progress / rise if progress < rise else _cosine((progress - rise) / (1 - rise))

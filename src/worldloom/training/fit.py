@@ -8,16 +8,16 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from torch import Tensor, nn
 
-from worldloom.core.errors import ConfigError, TrainingError
+from worldloom.core.errors import CheckpointError, ConfigError, TrainingError
 from worldloom.core.hardware import keep_freed_memory
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seeds import derive_seed, numpy_generator
@@ -27,7 +27,7 @@ from worldloom.data.order import SlidingPool
 from worldloom.data.statistics import compute_statistics
 from worldloom.data.windows import WindowSampler
 from worldloom.models.checkpoint import save_model
-from worldloom.models.distributed import alone, whole
+from worldloom.models.distributed import alone, lay_like, whole
 from worldloom.models.jepa import JEPA, JEPAConfig, build_jepa
 from worldloom.training.config import FREE, TrainingConfig
 from worldloom.training.diagnostics import alarms, diagnose
@@ -42,6 +42,19 @@ _logger = logging.getLogger(__name__)
 _AHEAD = 8  # batches whose frames are read before they are drawn from a pool, at the least
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stretch:
+    """The steps of a training from `begin` to before `end`, which may lie beyond `TrainingConfig.steps`.
+
+    At `begin`, and only there, tensors of the model that `base` names are put in place of its own; the optimiser's
+    moments, the modules of the losses and all other tensors stay. A stretch that was interrupted goes on where it was.
+    """
+
+    begin: int
+    end: int
+    base: Mapping[str, Tensor]
+
+
 def fit(
     config: TrainingConfig,
     model_config: JEPAConfig,
@@ -50,6 +63,7 @@ def fit(
     *,
     fabric: Fabric | None = None,
     resume: bool = False,
+    stretch: Stretch | None = None,
     progress: Progress = SILENT,
 ) -> JEPA:
     """Train a world model on the frames of `cache`, save it in the run folder and return it for evaluation.
@@ -59,9 +73,13 @@ def fit(
     rounding. Several devices: start the program with torchrun, or
     hand in a launched `fabric`.
 
+    A training that is woven with others' goes in a `stretch` at a time, the first with `resume` unset and each later
+    one with it set; the model is saved at the end of each.
+
     Raises:
         TrainingError: a loss is not finite (the last checkpoint is kept), or the folder is taken by another training.
-        CheckpointError: `resume` with another configuration or other data.
+        CheckpointError: `resume` with another configuration or other data; or the stretch begins where the training
+            does not stand.
         ConfigError: the processes do not fit the configuration, or do not agree on it or on the data.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written; the message says how to resume.
     """
@@ -70,7 +88,7 @@ def fit(
     progress = progress if ranks.first else SILENT
     with run.lock(), _threads(config.threads), ranks.watch():
         try:
-            return _Training(config, model_config, cache, run, ranks).run(resume=resume, progress=progress)
+            return _Training(config, model_config, cache, run, ranks).run(resume, stretch, progress)
         finally:
             run.close()
 
@@ -122,8 +140,9 @@ class _Training:
             "data": cache.fingerprint,
         }
 
-    def run(self, *, resume: bool, progress: Progress) -> JEPA:
+    def run(self, resume: bool, stretch: Stretch | None, progress: Progress) -> JEPA:
         config, fabric = self.config, self.fabric
+        last = config.steps if stretch is None else stretch.end
         wrapped = fabric.setup_module(self.learner)
         # After the module, whose parameters sharding replaces.
         self.optimizer = torch.optim.AdamW(
@@ -137,42 +156,65 @@ class _Training:
         if not resume and saved_steps(self.folder):
             raise TrainingError(f"{self.folder.path} holds checkpoints already; resume it or choose another folder")
         done = load_state(self.folder, self.learner, self.optimizer, self.identity) if resume else 0
+        if stretch is not None:
+            self._begin(stretch, done)
         self.ranks.require_same({**self.identity, "steps done": done})
         if fabric.is_global_zero:
             self.folder.forget_after(done)
         meter = _Meter(config.batch * (self.model.spec.context + config.horizon))
         with (
             _interrupts() as interrupted,
-            prefetch(self._batch, range(done, config.steps)) as next_batch,
-            progress.task("training", config.steps, "step") as task,
+            prefetch(self._batch, range(done, last)) as next_batch,
+            progress.task("training", last, "step") as task,
         ):
             task.advance(done)
-            for step in range(done, config.steps):
+            for step in range(done, last):
                 with meter.phase("wait"):
                     windows = next_batch()
                 figures = self._step(wrapped, optimizer, windows, step, meter)
                 meter.add(figures)
                 task.advance(1, loss=figures["loss"])
                 finished = step + 1
-                if finished % config.log_every == 0 or finished == config.steps:
+                if finished % config.log_every == 0 or finished == last:
                     with meter.phase("log"):
                         self.folder.log(finished, {**meter.take(), "learning_rate": config.learning_rate_at(step)})
-                if finished % config.validate_every == 0 or finished == config.steps:
+                if finished % config.validate_every == 0 or finished == last:
                     with meter.phase("validate"):
                         self._validate(finished)
                 stop = self.ranks.any(interrupted.is_set())
-                if finished % config.checkpoint_every == 0 or finished == config.steps or stop:
+                if finished % config.checkpoint_every == 0 or finished == last or stop:
                     with meter.phase("checkpoint"):
                         self._save(finished)
-                if stop and finished < config.steps:
-                    message = f"stopped after step {finished} of {config.steps}; resume {self.folder.path} to go on"
+                if stop and finished < last:
+                    message = f"stopped after step {finished} of {last}; resume {self.folder.path} to go on"
                     _logger.warning(message)
                     raise KeyboardInterrupt(message)
         model = self._whole_model().eval()
         if fabric.is_global_zero:
-            save_model(self.folder.model_directory, model, {"steps": config.steps})
+            save_model(self.folder.model_directory, model, {"steps": last})
         self.ranks.wait()
         return model
+
+    def _begin(self, stretch: Stretch, done: int) -> None:
+        """Take the base of a stretch, where it begins here."""
+        if not stretch.begin <= done <= stretch.end:
+            raise CheckpointError(
+                f"{self.folder.path} stands at step {done}; expected one of the stretch from {stretch.begin} to "
+                f"{stretch.end}. Restore its checkpoints, or begin the stretch where it stands"
+            )
+        if done == stretch.begin:
+            state = self.model.state_dict()
+            if unknown := sorted(set(stretch.base) - set(state)):
+                raise CheckpointError(f"the base has {unknown[0]!r}, which the model has not; expected the same model")
+            for name, tensor in stretch.base.items():
+                if tensor.shape != state[name].shape:
+                    raise CheckpointError(
+                        f"the base's {name!r} is of shape {tuple(tensor.shape)}, the model's of "
+                        f"{tuple(state[name].shape)}; expected the same model"
+                    )
+            with torch.no_grad():
+                for name, tensor in stretch.base.items():
+                    state[name].copy_(lay_like(tensor, state[name]))
 
     def _step(
         self, wrapped: nn.Module, optimizer: Any, windows: Windows, step: int, meter: "_Meter"

@@ -2,8 +2,18 @@
 
 from worldloom.models.encoders.base import ENCODERS, EncoderConfig, EncoderField
 from worldloom.models.encoders.fusion import Fusion, default_encoder
-from worldloom.models.encoders.patch_conv import PatchConv
+from worldloom.models.encoders.patch_conv import PatchConv, StemmedPatchConv
 from worldloom.models.encoders.vector import VectorMLP
 from worldloom.models.encoders.vit import ViT
 
-__all__ = ["ENCODERS", "EncoderConfig", "EncoderField", "Fusion", "PatchConv", "VectorMLP", "ViT", "default_encoder"]
+__all__ = [
+    "ENCODERS",
+    "EncoderConfig",
+    "EncoderField",
+    "Fusion",
+    "PatchConv",
+    "StemmedPatchConv",
+    "VectorMLP",
+    "ViT",
+    "default_encoder",
+]

@@ -9,16 +9,30 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from worldloom.core.errors import ConfigError
 from worldloom.core.types import Observations, ObservationSpec
 from worldloom.data.statistics import Statistics
 from worldloom.models.encoders.base import ENCODERS, EncoderConfig, pixel_statistics
 from worldloom.models.normalisation import PixelNormalisation
+from worldloom.models.stems import PixelStem
 
 Size = Annotated[int, Field(ge=1)]
 
 
+class _Convolutions(EncoderConfig):
+    patch: Size = 8
+    channels: tuple[Size, ...] = Field(default=(64, 64), min_length=1)
+    kernel: Literal[2, 3] = 2
+    hidden: Size = 256
+
+    @property
+    def stride(self) -> int:
+        """Of all convolutions together, in pixels."""
+        return self.patch << (len(self.channels) - 1)
+
+
 @ENCODERS.register("patch-conv")
-class PatchConv(EncoderConfig):
+class PatchConv(_Convolutions):
     """Patch convolution, then convolutions with stride 2, then a hidden layer; ReLU between.
 
     `channels` gives the width of the patch convolution and of each one after it, whose kernel is `kernel`: 2
@@ -26,31 +40,59 @@ class PatchConv(EncoderConfig):
     """
 
     name: Literal["patch-conv"] = "patch-conv"
-    patch: Size = 8
-    channels: tuple[Size, ...] = Field(default=(64, 64), min_length=1)
-    kernel: Literal[2, 3] = 2
-    hidden: Size = 256
 
     def build(self, observation: ObservationSpec, statistics: Statistics, latent_dim: int) -> nn.Module:
         """Build the module."""
         # Padded so that every stride comes out even.
-        multiple = self.patch * 2 ** (len(self.channels) - 1)
-        normalise = PixelNormalisation(*pixel_statistics(self.name, observation, statistics), patch=multiple)
-        return PatchConvEncoder(normalise, self, latent_dim)
+        normalise = PixelNormalisation(*pixel_statistics(self.name, observation, statistics), patch=self.stride)
+        return PatchConvEncoder(normalise, normalise.size, self, latent_dim)
+
+
+@ENCODERS.register("stemmed-patch-conv")
+class StemmedPatchConv(_Convolutions):
+    """`PatchConv` behind a stem of its own, for owners whose cameras differ: all after it is of one size for each.
+
+    The stem mixes the normalised channels, and scales frames to `size`: height, width and channels.
+    """
+
+    name: Literal["stemmed-patch-conv"] = "stemmed-patch-conv"
+    size: tuple[Size, Size, Size] = (64, 64, 3)
+
+    def build(self, observation: ObservationSpec, statistics: Statistics, latent_dim: int) -> nn.Module:
+        """Build the module.
+
+        Raises:
+            ConfigError: see `EncoderConfig`; or the size does not come out even.
+        """
+        if any(side % self.stride for side in self.size[:2]):
+            raise ConfigError(
+                f"the size {self.size} must be multiples of {self.stride}, the stride of all convolutions together"
+            )
+        normalise = PixelNormalisation(*pixel_statistics(self.name, observation, statistics))
+        stem = PixelStem(normalise.size[2], self.size)
+        return PatchConvEncoder(normalise, self.size, self, latent_dim, stem=stem)
 
 
 class PatchConvEncoder(nn.Module):
-    """The module of `PatchConv`."""
+    """The module of `PatchConv` and, with a stem, of `StemmedPatchConv`; `size` is what the convolutions take."""
 
-    def __init__(self, normalise: PixelNormalisation, config: PatchConv, latent_dim: int) -> None:
+    def __init__(
+        self,
+        normalise: PixelNormalisation,
+        size: tuple[int, int, int],
+        config: _Convolutions,
+        latent_dim: int,
+        *,
+        stem: PixelStem | None = None,
+    ) -> None:
         super().__init__()
-        self.normalise = normalise
-        height, width, inputs = normalise.size
+        self.normalise, self.stem = normalise, stem
+        height, width, inputs = size
         patch, channels, kernel = config.patch, config.channels, config.kernel
         convolutions = [nn.Conv2d(inputs, channels[0], patch, stride=patch)]
         for narrow, wide in pairwise(channels):
             convolutions.append(nn.Conv2d(narrow, wide, kernel, stride=2, padding=kernel // 3))
-        shrink = patch * 2 ** (len(channels) - 1)
+        shrink = config.stride
         positions = (height // shrink) * (width // shrink)
         self.convolutions = nn.ModuleList(convolutions)
         for convolution in convolutions:
@@ -62,6 +104,8 @@ class PatchConvEncoder(nn.Module):
         """Encode frames; any vector beside them is not read."""
         assert observations.pixels is not None
         features = self.normalise(observations.pixels)
+        if self.stem is not None:
+            features = self.stem(features)
         for convolution in self.convolutions:
             features = functional.relu(convolution(features), inplace=True)
         # Channels last is how the features lie in memory, so that this flattening copies nothing.

@@ -1,0 +1,45 @@
+"""Stems: small linear maps from what one owner's sensors and motors give to what a shared model takes, and no more.
+
+Owners whose cameras or action conventions differ can then share all that comes after. Both begin as the identity, as
+far as sizes let.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class PixelStem(nn.Module):
+    """Mixes channels and scales frames to the size that a shared encoder takes."""
+
+    def __init__(self, channels: int, size: tuple[int, int, int]) -> None:
+        super().__init__()
+        height, width, shared = size
+        self._size = (height, width)
+        self.mix = nn.Conv2d(channels, shared, 1, bias=False)  # what comes in has mean 0, and what comes after a bias
+        with torch.no_grad():
+            self.mix.weight.copy_(torch.eye(shared, channels)[:, :, None, None])
+
+    def forward(self, frames: Float[Tensor, "R C H W"]) -> Float[Tensor, "R S P Q"]:
+        """Return frames of the shared size."""
+        if tuple(frames.shape[-2:]) != self._size:
+            frames = functional.interpolate(frames, self._size, mode="bilinear", align_corners=False, antialias=True)
+        mixed: Tensor = self.mix(frames)
+        return mixed
+
+
+class ActionStem(nn.Module):
+    """Maps each action of a block alike, to actions of the size that a shared predictor takes."""
+
+    def __init__(self, actions: int, shared: int) -> None:
+        super().__init__()
+        self._actions = actions
+        self.mix = nn.Linear(actions, shared, bias=False)
+        with torch.no_grad():
+            self.mix.weight.copy_(torch.eye(shared, actions))
+
+    def forward(self, blocks: Float[Tensor, "*axes A"]) -> Float[Tensor, "*axes M"]:
+        """Return blocks of shared actions."""
+        single = blocks.unflatten(-1, (-1, self._actions))
+        return torch.einsum("...i,ji->...j", single, self.mix.weight).flatten(-2)

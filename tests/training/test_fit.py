@@ -19,7 +19,7 @@ from train_blobs import CONFIG, MODEL, STEPS, train
 from worldloom.core.errors import CheckpointError, ConfigError, TrainingError
 from worldloom.models import LOSSES, JEPAConfig, load_model, load_tensors
 from worldloom.models.encoders import VectorMLP
-from worldloom.training import RunFolder, Stretch, TrainingConfig, fit
+from worldloom.training import RunFolder, Stretch, TrainingConfig, fit, held_out_losses
 from worldloom.training.state import saved_steps
 
 HERE = Path(__file__).parent
@@ -308,3 +308,16 @@ def test_a_stretch_that_begins_elsewhere_or_another_models_base_is_refused(cache
     ):
         with pytest.raises(CheckpointError, match=message):
             fit(CONFIG, MODEL, cache, run, resume=True, stretch=stretch)
+
+
+def test_held_out_losses_tell_a_good_base_from_a_spoiled_one_and_leave_the_run_alone(cache, tmp_path) -> None:
+    run = in_stretches(tmp_path / "run", cache, [20, STEPS])
+    own = {n: x for n, x in load_model(run.model_directory).state_dict().items() if n.startswith("predictor.")}
+    kept = {path: path.read_bytes() for path in run.checkpoint_directory.iterdir()}
+    good, spoiled = (
+        held_out_losses(CONFIG, MODEL, cache, run, {name: factor * x for name, x in own.items()}) for factor in (1, -5)
+    )
+    assert good == held_out_losses(CONFIG, MODEL, cache, run, {})
+    assert good["prediction"] < spoiled["prediction"]
+    assert good["total"] < spoiled["total"]
+    assert kept == {path: path.read_bytes() for path in run.checkpoint_directory.iterdir()}

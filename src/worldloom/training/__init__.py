@@ -2,7 +2,7 @@
 
 from worldloom.training.config import FREE, TrainingConfig, default_losses, sigreg_losses
 from worldloom.training.diagnostics import Alarm, alarms, diagnose, effective_rank
-from worldloom.training.fit import Stretch, fit
+from worldloom.training.fit import Stretch, fit, held_out_losses
 from worldloom.training.provenance import describe_provenance, git_commit
 from worldloom.training.ranks import Ranks, make_fabric
 from worldloom.training.run import RunFolder
@@ -21,6 +21,7 @@ __all__ = [
     "effective_rank",
     "fit",
     "git_commit",
+    "held_out_losses",
     "make_fabric",
     "sigreg_losses",
 ]

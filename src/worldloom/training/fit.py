@@ -93,6 +93,22 @@ def fit(
             run.close()
 
 
+def held_out_losses(
+    config: TrainingConfig, model_config: JEPAConfig, cache: Frames, run: RunFolder, base: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Return what `fit` minimises, `total` and each loss by its name, on windows of held-out episodes.
+
+    The state is the newest of the run's checkpoints, or an untrained one, with the tensors of `base` in place of its
+    own, so that bases can be compared. Latents are normalised by the windows' own statistics, as in training.
+
+    Raises:
+        CheckpointError: the base is of another model, or the checkpoints of another training.
+    """
+    ranks = Ranks(make_fabric(config), config.timeout_minutes)
+    with _threads(config.threads):
+        return _Training(config, model_config, cache, run, ranks).losses(base)
+
+
 class _Training:
     def __init__(
         self, config: TrainingConfig, model_config: JEPAConfig, cache: Frames, run: RunFolder, ranks: Ranks
@@ -144,14 +160,7 @@ class _Training:
         config, fabric = self.config, self.fabric
         last = config.steps if stretch is None else stretch.end
         wrapped = fabric.setup_module(self.learner)
-        # After the module, whose parameters sharding replaces.
-        self.optimizer = torch.optim.AdamW(
-            [parameter for parameter in self.learner.parameters() if parameter.requires_grad],
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=fabric.device.type in ("cpu", "cuda"),
-        )
+        self.optimizer = self._optimizer()  # after the module, whose parameters sharding replaces
         optimizer = fabric.setup_optimizers(self.optimizer)
         if not resume and saved_steps(self.folder):
             raise TrainingError(f"{self.folder.path} holds checkpoints already; resume it or choose another folder")
@@ -195,6 +204,26 @@ class _Training:
         self.ranks.wait()
         return model
 
+    def losses(self, base: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the losses on held-out windows under a base."""
+        done = load_state(self.folder, self.learner, self._optimizer(), self.identity)
+        self._put(base)
+        learner = self.learner.to(self.fabric.device).train()
+        _, windows = (part.to(self.fabric.device) for part in self._validation())
+        observations = windows.observations
+        with torch.no_grad():
+            total, losses = learner(observations.pixels, observations.vector, windows.actions, done)
+        return {"total": total.item(), **{name: loss.item() for name, loss in losses.items()}}
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        return torch.optim.AdamW(
+            [parameter for parameter in self.learner.parameters() if parameter.requires_grad],
+            lr=self.config.learning_rate,
+            betas=self.config.betas,
+            weight_decay=self.config.weight_decay,
+            fused=self.fabric.device.type in ("cpu", "cuda"),
+        )
+
     def _begin(self, stretch: Stretch, done: int) -> None:
         """Take the base of a stretch, where it begins here."""
         if not stretch.begin <= done <= stretch.end:
@@ -203,18 +232,22 @@ class _Training:
                 f"{stretch.end}. Restore its checkpoints, or begin the stretch where it stands"
             )
         if done == stretch.begin:
-            state = self.model.state_dict()
-            if unknown := sorted(set(stretch.base) - set(state)):
-                raise CheckpointError(f"the base has {unknown[0]!r}, which the model has not; expected the same model")
-            for name, tensor in stretch.base.items():
-                if tensor.shape != state[name].shape:
-                    raise CheckpointError(
-                        f"the base's {name!r} is of shape {tuple(tensor.shape)}, the model's of "
-                        f"{tuple(state[name].shape)}; expected the same model"
-                    )
-            with torch.no_grad():
-                for name, tensor in stretch.base.items():
-                    state[name].copy_(lay_like(tensor, state[name]))
+            self._put(stretch.base)
+
+    def _put(self, base: Mapping[str, Tensor]) -> None:
+        """Put tensors of the model in place of its own."""
+        state = self.model.state_dict()
+        if unknown := sorted(set(base) - set(state)):
+            raise CheckpointError(f"the base has {unknown[0]!r}, which the model has not; expected the same model")
+        for name, tensor in base.items():
+            if tensor.shape != state[name].shape:
+                raise CheckpointError(
+                    f"the base's {name!r} is of shape {tuple(tensor.shape)}, the model's of "
+                    f"{tuple(state[name].shape)}; expected the same model"
+                )
+        with torch.no_grad():
+            for name, tensor in base.items():
+                state[name].copy_(lay_like(tensor, state[name]))
 
     def _step(
         self, wrapped: nn.Module, optimizer: Any, windows: Windows, step: int, meter: "_Meter"

@@ -55,9 +55,11 @@ class Box:
 
     def depth(self, points: Float[Tensor, "*axes L"]) -> Float[Tensor, "*axes"]:
         """Return how deep points lie inside."""
-        beyond = torch.maximum(points.new_tensor(self.low) - points, points - points.new_tensor(self.high))
-        outside: Tensor = beyond.clamp_min(0).norm(dim=-1)
-        return -(outside + beyond.amax(dim=-1).clamp_max(0))
+        low, high = (_point(corner, points.device, points.dtype) for corner in (self.low, self.high))
+        beyond = torch.maximum(low - points, points - high)
+        if beyond.shape[-1] == 1:
+            return -beyond[..., 0]
+        return -(torch.linalg.vector_norm(beyond.clamp_min(0), dim=-1) + beyond.amax(dim=-1).clamp_max(0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +243,7 @@ class Magnitude(Rail):
 
     def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return by how much the longest action of each block exceeds the limit."""
-        longest: Tensor = _actions(rollouts, self.size).norm(dim=-1).amax(dim=-1)
+        longest = torch.linalg.vector_norm(_actions(rollouts, self.size), dim=-1).amax(dim=-1)
         return longest - self.limit
 
 
@@ -261,19 +263,22 @@ class Rate(Rail):
         line = actions.flatten(2, 3)
         taken = rollouts.context.taken
         before = line[:, :, :1] if taken is None else taken[:, None, None].to(line).expand_as(line[:, :, :1])
-        change: Tensor = (line - torch.cat([before, line[:, :, :-1]], dim=2)).norm(dim=-1)
+        change = torch.linalg.vector_norm(line - torch.cat([before, line[:, :, :-1]], dim=2), dim=-1)
         return change.view(actions.shape[:4]).amax(dim=-1) - self.limit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Custom(Rail):
-    """Any limit: a function of rollouts that gives (B, S, T), or (B, S) for the plan as a whole."""
+    """Any limit: a function of rollouts that gives (B, S, T), or (B, S) for the plan as a whole.
+
+    It may work on what it is given in place: that is a copy, and other guardrails judge what was predicted.
+    """
 
     function: Callable[[Rollouts], Tensor]
 
     def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return what the function says; what it says of a whole plan holds for its last step."""
-        found = self.function(rollouts)
+        found = self.function(replace(rollouts, actions=rollouts.actions.clone(), latents=rollouts.latents.clone()))
         if found.ndim == 2:
             whole = torch.full_like(rollouts.latents[..., 0], -torch.inf)
             whole[..., -1] = found
@@ -293,10 +298,18 @@ def _all(
     return [quantities[name] for name in names] if len(names) == count and set(names) <= set(quantities) else None
 
 
+@functools.lru_cache(maxsize=256)
+def _point(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Float[Tensor, "L"]:
+    """Return a point as a tensor: a search asks for the same one many times."""
+    with torch.inference_mode(False):  # it outlives the mode it was made in, and a gradient solver takes it too
+        return torch.tensor(values, device=device, dtype=dtype)
+
+
 @functools.cache
 def _shares(count: int, device: torch.device) -> Float[Tensor, "_ 1"]:
     """Return so many shares of a way, the last of them all of it."""
-    return torch.arange(1, count + 1, device=device)[:, None] / count
+    with torch.inference_mode(False):  # see `_point`
+        return torch.arange(1, count + 1, device=device)[:, None] / count
 
 
 def _with_start(rollouts: Rollouts) -> Float[Tensor, "B S _ D"]:

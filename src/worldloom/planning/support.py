@@ -89,9 +89,10 @@ def nearest_gap(latents: Float[Tensor, "*axes D"], references: Float[Tensor, "N 
     By one matrix product; what is nearer than rounding tells is at 0.
     """
     flat, references = latents.reshape(-1, latents.shape[-1]), references.to(latents)
-    theirs = references.square().sum(dim=1)
+    theirs = torch.linalg.vector_norm(references, dim=1).square()
     parts = [
-        torch.addmm(theirs, some, references.T, alpha=-2).amin(dim=1) + some.square().sum(dim=1)
-        for some in flat.split(_AT_ONCE)
+        torch.addmm(theirs, some, references.T, alpha=-2).amin(dim=1) + torch.linalg.vector_norm(some, dim=1).square()
+        for some in (flat.split(_AT_ONCE) if len(flat) > _AT_ONCE else (flat,))
     ]
-    return torch.cat(parts).clamp_min(0).sqrt().reshape(latents.shape[:-1])
+    nearest = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return nearest.clamp_min(0).sqrt().reshape(latents.shape[:-1])

@@ -8,12 +8,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from worldloom.agents import PlanningAgent
+from worldloom.agents import Hold, PlanningAgent, Recalibration
 from worldloom.agents.audit import AuditLog, damaged_situations, log_path, read_situation, replay
 from worldloom.core.chain import entries, verify
 from worldloom.core.errors import DataError, StorageError
 from worldloom.core.types import Goal, Observations, Rollouts
-from worldloom.planning import CEM, Custom, GoalObjective, LatentL2, Planner
+from worldloom.planning import CEM, Custom, GoalObjective, LatentL2, Planner, PlanningProblem, Solution
 from worldloom.testing import LinearWorld
 
 WORLD = LinearWorld()
@@ -138,6 +138,44 @@ def test_in_the_middle_of_a_block_its_predicted_end_says_nothing(tmp_path: Path)
     assert second == pytest.approx([0.0], abs=1e-5)
 
 
+@pytest.mark.parametrize(("replan", "gap"), [(4, [0.0]), (3, None)])
+def test_a_plan_is_compared_with_what_is_seen_where_it_was_left(
+    tmp_path: Path, replan: int, gap: list[float] | None
+) -> None:
+    world = LinearWorld(block=2)
+    with AuditLog(tmp_path / "log", world, [LINE], about={}) as log:
+        planner = Planner(world, CEM(samples=32, iterations=2), horizon=3, guardrails=[LINE])
+        agent = PlanningAgent(world, planner, lambda goal: GoalObjective(LatentL2(), goal), replan=replan, auditor=log)
+        agent.reset(Goal(observations=at((-8, 0))))
+        here = torch.zeros(1, 2)
+        for _ in range(replan + 1):
+            before, here = here, here + agent.act(Observations(vector=here))
+    happened = list(entries(log_path(tmp_path / "log")))[-1].body["happened"]
+    assert happened["gap"] == (gap if gap is None else pytest.approx(gap, abs=1e-5))
+    assert happened["seen"]["line"] == pytest.approx([before[0, 0].item() - 2.0])
+
+
+def test_a_guardrail_that_raises_ends_no_agent_that_is_written_down(tmp_path: Path) -> None:
+    def raises(rollouts: Rollouts) -> Tensor:
+        raise ValueError("no")
+
+    bad = Custom(name="bad", function=raises, margin=0.5)
+    with AuditLog(tmp_path / "log", WORLD, [bad, LINE], about={}) as log:
+        planner = Planner(WORLD, CEM(samples=32, iterations=2), horizon=3, guardrails=[bad, LINE])
+        follow = Recalibration([bad, LINE], usual=1.0, risk=0.1, model=WORLD)
+        agent = PlanningAgent(
+            WORLD, planner, lambda goal: GoalObjective(LatentL2(), goal), replan=1, auditor=log, recalibration=follow
+        )
+        agent.reset(Goal(observations=at((1, 1))))
+        for _ in range(2):
+            assert agent.act(at((0, 0))).tolist() == [[0.0, 0.0]]
+        agent.conclude([0], at((0, 0)), ["not reached"])
+    *_, decided, ended = (entry.body for entry in entries(log_path(tmp_path / "log")))
+    assert decided["refused"] == [0]
+    for happened in (decided["happened"], ended["happened"]):
+        assert happened["seen"] == {"bad": [None], "line": [-2.0]}
+
+
 def test_parts_of_an_agent_write_into_one_log_and_are_told_apart(tmp_path: Path) -> None:
     with AuditLog(tmp_path / "log", WORLD, [LINE], about={}) as log:
         one, other = agent_of(log), agent_of(log.part("exploring"), seed=1)
@@ -194,6 +232,37 @@ def test_what_the_clock_cut_short_is_not_made_again(tmp_path: Path) -> None:
     assert entry.body["cut short"]
     with pytest.raises(DataError, match="clock"):
         replay(tmp_path, entry, agent_of(None), "cpu")
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("search", range(4))
+def test_whichever_search_the_clock_ends_or_leaves_out_the_decision_was_cut_short(
+    tmp_path: Path, search: int, after: bool
+) -> None:
+    searches = 0
+
+    class Clocked(CEM):
+        def solve(self, problem: PlanningProblem, *, initial: Tensor | None, generator: torch.Generator) -> Solution:
+            nonlocal searches
+            if ends := searches == search:
+                problem.deadline.moment = None if after else 0.0
+            searches += 1
+            found = super().solve(problem, initial=initial, generator=generator)
+            problem.deadline.moment = 0.0 if ends else problem.deadline.moment
+            return found
+
+    with AuditLog(tmp_path / "log", WORLD, [LINE], about={}) as log:
+        # Beyond the line: one search, one that stays off the edge, and the same two to hold.
+        planner = Planner(WORLD, Clocked(samples=32, iterations=3), horizon=3, guardrails=[LINE], noise=0.01)
+        agent = PlanningAgent(
+            WORLD, planner, lambda goal: GoalObjective(LatentL2(), goal), replan=1, auditor=log, fallback=Hold()
+        )
+        agent.reset(Goal(observations=at((8, 0))))
+        agent.act(at((9, 0)))
+    decided = list(entries(log_path(tmp_path / "log")))[-1].body
+    nothing_was_left_out = after and search % 2 == 1
+    assert decided["cut short"] == (not nothing_was_left_out)
+    assert list(agent.statistics["plan_cut_short"]) == [float(decided["cut short"])]
 
 
 def test_an_entry_that_is_no_decision_is_not_replayed(folder: Path) -> None:

@@ -155,7 +155,9 @@ def test_a_late_plan_is_replaced_counted_and_thrown_away(plant: Plant, link: Soc
     assert 0.06 not in plant.written  # it came, and too late
     assert any(value > 0.06 for value in plant.written)  # and the agent went on
     # What left in time and came late to the plant, on a machine that is busy, was sent as it was planned.
-    replaced = {miss.period for miss in report.misses if miss.cause in ("the plan was late", "the planner was still busy")}
+    replaced = {
+        miss.period for miss in report.misses if miss.cause in ("the plan was late", "the planner was still busy")
+    }
     assert len(replaced) >= 9
     assert all(
         period.kind in ("safe", "watchdog") for period in report.periods if period.number in replaced and period.sent

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from worldloom.agents import FALLBACKS, Fallback, Hold, PlanningAgent, Retreat, Stop
 from worldloom.core.errors import ConfigError
-from worldloom.core.types import Goal, Observations, Rollouts
-from worldloom.planning import CEM, Custom, GoalObjective, LatentL2, Planner
+from worldloom.core.types import Context, Goal, Observations, Rollouts
+from worldloom.planning import CEM, Custom, GoalObjective, LatentL2, Planner, PlanningProblem, Solution
 from worldloom.testing import LinearWorld
 
 WORLD = LinearWorld()
@@ -80,12 +80,63 @@ def test_who_holds_stays() -> None:
     assert position[0, 0] < 9.5
 
 
+@pytest.mark.parametrize(("fallback", "place"), [(Hold(), (-3.0, 0.0)), (Retreat(), (-4.0, 1.0))])
+def test_who_holds_or_retreats_has_no_other_target(fallback: Fallback, place: tuple[float, float]) -> None:
+    searches, closed = 0, -1
+
+    class Counted(CEM):
+        def solve(self, problem: PlanningProblem, *, initial: Tensor | None, generator: torch.Generator) -> Solution:
+            nonlocal searches
+            searches += 1
+            return super().solve(problem, initial=initial, generator=generator)
+
+    def shut(rollouts: Rollouts) -> Tensor:
+        return torch.full_like(rollouts.latents[..., 0], 1.0 if searches == closed else -1.0)
+
+    planner = Planner(
+        WORLD, Counted(samples=64, iterations=5), horizon=3, guardrails=[Custom(name="shut", function=shut)]
+    )
+    target = torch.tensor([[20.0, 0.0]])  # what a policy says is to be reached, wherever the agent is told to be
+    agent = PlanningAgent(
+        WORLD,
+        planner,
+        lambda goal: GoalObjective(LatentL2(), target),
+        replan=1,
+        fallback=fallback,
+        toward=lambda state: GoalObjective(LatentL2(), state),
+    )
+    agent.reset(Goal(observations=at((0, 0))))
+    agent.act(at((-4, 1)))
+    closed = 2
+    action = agent.act(at((-3, 0)))
+    assert agent.refused == (0,)
+    assert ((torch.tensor([[-3.0, 0.0]]) + action) - torch.tensor([place])).norm() < 0.8
+
+
+@pytest.mark.parametrize("fallback", [Stop(), Hold(), Retreat()])
+def test_where_nothing_can_be_judged_what_was_proposed_is_not_followed(fallback: Fallback) -> None:
+    def propose(context: Context, goal: Tensor, horizon: int) -> Tensor:
+        return context.latents[:, -1:, None].expand(-1, 1, horizon, -1)  # a policy that knows no better than its input
+
+    planner = Planner(WORLD, SEARCH, horizon=3, guardrails=[line(2.0)])
+    agent = PlanningAgent(
+        WORLD,
+        planner,
+        lambda goal: GoalObjective(LatentL2(), goal),
+        replan=1,
+        proposer=propose,
+        fallback=fallback,
+    )
+    agent.reset(Goal(observations=at((8, 0), (1, 1))))
+    actions = agent.act(at((float("nan"), 0), (0, 0)))
+    assert agent.refused == (0,)
+    assert bool(actions.isfinite().all())
+
+
 @pytest.mark.parametrize(("action", "message"), [((1.0,), "has 1 values"), ((3.0, 0.0), "out of bounds")])
 def test_a_declared_action_must_fit(action: tuple[float, ...], message: str) -> None:
-    agent = agent_of(Stop(action=action))
-    agent.reset(Goal(observations=at((8, 0))))
-    with pytest.raises(ConfigError, match=message):
-        agent.act(at((9, 0)))
+    with pytest.raises(ConfigError, match=message):  # before it is needed
+        agent_of(Stop(action=action))
 
 
 def test_fallbacks_are_known_by_name() -> None:

@@ -131,3 +131,38 @@ def test_only_what_a_trusted_owner_signed_is_kept(tmp_path: Path) -> None:
     path.write_text(OPERATOR.replace("0.05", "0.5"))
     with pytest.raises(DataError, match="changed"):
         read_policy([path], trusted={owner})
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        "guardrails: {never: {name: unlike, pictures: [PICTURE], distance: 2}}",
+        "objectives: {rather not: {name: avoid, rail: {name: unlike, pictures: [PICTURE], distance: 2}}}",
+    ],
+)
+def test_a_forbidden_picture_cannot_be_exchanged(tmp_path: Path, stated: str) -> None:
+    picture = tmp_path / "fire.png"
+    picture.write_bytes(b"a fire")
+    path = write(tmp_path, "policy.yaml", f"owner: Acme Works\n{stated.replace('PICTURE', str(picture))}\n")
+    owner = make_key(tmp_path / "owner.pem")
+    sign_file(path, tmp_path / "owner.pem")
+    with pytest.raises(StorageError, match=r"fire\.png is not signed"):
+        read_policy([path], trusted={owner})
+    sign_file(picture, tmp_path / "owner.pem")
+    assert read_policy([path], trusted={owner}).layers[0].files == [str(picture)]
+    picture.write_bytes(b"a meadow")
+    with pytest.raises(DataError, match=r"fire\.png is not what .* signed"):
+        read_policy([path], trusted={owner})
+
+
+def test_a_file_without_end_is_not_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    path.symlink_to("/dev/zero")
+    write(tmp_path, "policy.yaml.sig", "{}")
+    with pytest.raises(ConfigError, match="larger than"):
+        read_policy([path], trusted=None)
+    make_key(tmp_path / "owner.pem")
+    with pytest.raises(DataError, match="larger than"):
+        sign_file(path, tmp_path / "owner.pem")
+    with pytest.raises(DataError, match="larger than"):
+        read_policy([path], trusted=set())

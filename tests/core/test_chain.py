@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -122,6 +123,33 @@ def test_a_killed_writer_loses_nothing_that_was_acknowledged(tmp_path: Path) -> 
         child.join()
         with Chain(path) as chain:
             assert chain.head.length >= last + 1
+
+
+def test_what_the_disk_refused_in_the_middle_of_an_entry_does_not_come_back_later(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with Chain(path) as chain:
+        chain.append({"said": "first"})
+        before = path.read_bytes()
+        most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, most[1]))
+        try:
+            with pytest.raises(OSError, match="too large"):
+                chain.append({"said": "second"})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, most)
+        assert path.read_bytes() == before
+        chain.append({"said": "third"})
+    assert [entry.body["said"] for entry in entries(path)] == ["first", "third"]
+
+
+def test_an_entry_nested_without_end_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    written(path, 2)
+    with path.open("ab") as file:
+        file.write(b"[" * 100_000 + b"]" * 100_000 + b"\n")
+    verdict = verify(path)
+    assert verdict.broken == 2
+    assert verdict.why == "is no entry of a chain"
 
 
 def test_one_process_writes_at_a_time(tmp_path: Path) -> None:

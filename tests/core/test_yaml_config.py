@@ -68,6 +68,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         ("owner: the site", "? [a, b]\n: 1", r"line 1: a key is a word; got a sequence"),
         ("limit: 2.5", "limit: .nan", r"line 4: rules.0.limit: .*finite"),
         ("limit: 2.5", "limit: 2026-13-45", r"line 4"),
+        ("limit: 2.5", f"limit: {':'.join(['1'] * 200)}.0", r"line 4: .* is no value"),
     ],
 )
 def test_every_mistake_has_its_line(old: str, new: str, message: str) -> None:

@@ -1,5 +1,7 @@
 """Feasibility before cost, in every solver: what breaks a guardrail is never chosen without saying so."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -119,6 +121,35 @@ def test_a_guardrail_that_cannot_judge_counts_as_broken(kind: str, caplog: pytes
     with pytest.raises(NoFeasiblePlan, match="'bad' by inf"):
         planner_of("cem", Bad()).plan(context_of((0, 0)), objective((1, 0)), generator=generator())
     assert ("'bad' raised" in caplog.text) == (kind != "is not a number")
+
+
+@pytest.mark.parametrize(
+    ("given", "held"),
+    [
+        (lambda raw: (raw <= 9).numpy(), False),
+        (lambda raw: raw.to(torch.complex64), False),
+        (lambda raw: raw.to_sparse(), False),
+        (lambda raw: raw.to("meta"), False),
+        (lambda raw: 0.0, False),
+        (lambda raw: raw.double(), True),
+        (lambda raw: raw.long(), True),
+        (lambda raw: raw > 0, True),
+    ],
+    ids=["an array", "complex", "sparse", "elsewhere", "a number", "finer", "whole numbers", "yes or no"],
+)
+def test_what_a_guardrail_gives_is_judged_or_counts_as_broken(given: Callable[[Tensor], object], held: bool) -> None:
+    class Foreign(Below):
+        name = "foreign"
+
+        def violation(self, rollouts: Rollouts) -> Tensor:
+            return given(super().violation(rollouts))
+
+    planner = planner_of("cem", Foreign(9.0), Below(3.0))
+    if held:
+        assert bool(planner.plan(context_of((0, 0)), objective((1, 0)), generator=generator()).feasible.all())
+        return
+    with pytest.raises(NoFeasiblePlan, match="'foreign' by inf"):
+        planner.plan(context_of((0, 0)), objective((1, 0)), generator=generator())
 
 
 def test_a_future_that_is_not_a_number_is_never_feasible() -> None:

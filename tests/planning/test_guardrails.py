@@ -155,6 +155,22 @@ def test_any_function_of_rollouts_may_limit() -> None:
         Custom(name="mine", function=lambda rollouts: rollouts.latents).violation(rolled(straight(2.0, 0.0)))
 
 
+def test_a_function_that_works_in_place_hides_nothing_from_the_others() -> None:
+    def careless(rollouts: Rollouts) -> Tensor:
+        rollouts.actions.zero_()
+        return rollouts.latents.mul_(0.0).sum(-1) - 1.0
+
+    rails = [Custom(name="careless", function=careless), Custom(name="line", function=lambda r: r.latents[..., 0] - 2)]
+    context = Context(latents=torch.zeros(1, 1, 2), actions=torch.zeros(1, 0, 4))
+    objective = GoalObjective(LatentL2(2.0), torch.tensor([[6.0, 0.5]]))
+    plan = Planner(WORLD, CEM(), horizon=4, guardrails=rails).plan(
+        context, objective, generator=torch.Generator().manual_seed(0)
+    )
+    really = WORLD.rollout(context, plan.actions[:, None])[0, 0, :, 0]
+    assert plan.actions.norm() > 0
+    assert 0.5 < really.max() <= 2.0
+
+
 @pytest.mark.parametrize(
     "rail",
     [

@@ -16,6 +16,7 @@ from worldloom.core.types import Context, Rollouts
 from worldloom.planning import (
     GUARDRAILS,
     REGIONS,
+    Adam,
     BallConfig,
     BoxConfig,
     KeepAwayConfig,
@@ -23,6 +24,7 @@ from worldloom.planning import (
     KeepOutConfig,
     LatentGeometry,
     LatentL2,
+    Planner,
     Probe,
     ProbeConfig,
     Support,
@@ -151,6 +153,18 @@ def test_contradictory_rules_are_named_before_anything_acts() -> None:
     check_consistent([stay, slow], WORLD, KNOWN.support)
     with pytest.raises(ConfigError, match="'stay' and 'away' contradict"):
         check_consistent([stay, slow, away], WORLD, KNOWN.support)
+
+
+def test_what_was_asked_of_rules_before_does_not_keep_a_gradient_solver_from_them() -> None:
+    stay = KeepInConfig(quantity="place", region=BoxConfig(high=(2.0, None))).build("stay", "a", KNOWN)
+    away = KeepOutConfig(quantity="place", region=BallConfig(centre=(0.0, 9.0), radius=1.0)).build("away", "b", KNOWN)
+    check_consistent([stay, away], WORLD, KNOWN.support)  # without gradients, by what is then kept
+    planner = Planner(WORLD, Adam(), horizon=4, guardrails=[stay, away])
+    context = Context(latents=torch.zeros(1, 1, 2), actions=torch.zeros(1, 0, 4))
+    goal = GoalObjective(LatentL2(1.0), torch.tensor([[6.0, 0.0]]))
+    plan = planner.plan(context, goal, generator=torch.Generator().manual_seed(0))
+    assert bool(plan.feasible.all())
+    assert plan.latents[0, -1, 0] > 0.5
 
 
 def test_a_rule_that_holds_nowhere_is_named() -> None:

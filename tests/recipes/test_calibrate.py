@@ -83,7 +83,15 @@ def test_margins_are_of_one_policy_and_method(folder: Path) -> None:
     assert stricter.margins(run.method("per candidate")) is None
     path = run.margins_path(run.method("per candidate"))
     values = json.loads(path.read_text())
-    for key, wrong in (("policy", "another"), ("values", [[-1.0]]), ("values", [[1.0], [1.0]]), ("risk", None)):
+    other = {**values["method"], "horizon": values["method"]["horizon"] + 1}
+    for key, wrong in (
+        ("policy", "another"),
+        ("model", "another"),
+        ("method", other),
+        ("values", [[-1.0]]),
+        ("values", [[1.0], [1.0]]),
+        ("risk", None),
+    ):
         path.write_text(json.dumps({**values, key: wrong}))
         with pytest.raises(StorageError, match="calibrate again"):
             run.margins(run.method("per candidate"))
@@ -105,6 +113,12 @@ def test_only_what_keeps_margins_is_calibrated(folder: Path) -> None:
             calibrate(run, method=method)
     with pytest.raises(ConfigError, match="nothing to calibrate"):
         calibrate(run.under(None, None))
+    assert run.policy is not None
+    nothing = run.policy.layers[0].model_copy(update={"guardrails": {}})
+    bare = run.under(run.policy.__class__(layers=(nothing,)), None)
+    with pytest.raises(ConfigError, match="nothing to calibrate"):
+        calibrate(bare)
+    assert bare.agent("calibrated").planner.guardrails == ()  # no margin is missing
 
 
 def test_a_policy_that_holds_nowhere_is_not_calibrated(folder: Path) -> None:

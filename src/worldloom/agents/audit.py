@@ -26,6 +26,7 @@ from worldloom.core.files import storage_errors, write_atomic
 from worldloom.core.protocols import WorldModel
 from worldloom.core.types import Context, Goal, Observations, Plan, Rollouts
 from worldloom.planning import Rail
+from worldloom.planning.problem import violations_of
 
 _LOG, _SITUATIONS = "log.jsonl", "situations"
 
@@ -92,12 +93,13 @@ class AuditLog:
         if self._before is not None:
             situation, decision = self._before
             kept = Decision(plan=decision.plan[list(places)])
-            happened = self._compared(_rows_of(situation, list(places)), kept, here, block=block)
-            happened = happened if whole else {**happened, "gap": None}
+            happened = self._compared(_rows_of(situation, list(places)), kept, here, block=block, whole=whole)
         self._write("ended", {"environments": list(places), "outcomes": list(outcomes), "happened": happened})
 
-    def decided(self, observations: Observations, situation: Situation, decision: Decision) -> None:
-        """Write a decision, and what became of the one before."""
+    def decided(
+        self, observations: Observations, situation: Situation, decision: Decision, *, block: int, whole: bool
+    ) -> None:
+        """Write a decision, and what became of the one before, of whose plan this block was the last that was done."""
         plan = decision.plan
         self._write("decided", {
             "situation": self._keep(observations, situation),
@@ -109,7 +111,7 @@ class AuditLog:
             "refused": list(decision.refused),
             "cut short": plan.cut_short,
             "stretch": situation.stretch,
-            "happened": self._happened(situation),
+            "happened": self._happened(situation, block=block, whole=whole),
         })  # fmt: skip
         self._before = situation, decision
 
@@ -125,22 +127,24 @@ class AuditLog:
     ) -> None:
         self.close()
 
-    def _happened(self, now: Situation) -> dict[str, Any] | None:
-        """Say how far from its prediction the first block led, in latent units, and what it broke, as it was seen."""
+    def _happened(self, now: Situation, *, block: int, whole: bool) -> dict[str, Any] | None:
+        """Say how far from its prediction the last plan led, in latent units, and what it broke, as it was seen."""
         if self._before is None or len(self._before[0].goal) != len(now.goal):
             return None
-        return self._compared(*self._before, now.context.latents[:, -1], block=0)
+        return self._compared(*self._before, now.context.latents[:, -1], block=block, whole=whole)
 
     def _compared(
-        self, before: Situation, decision: Decision, here: Float[Tensor, "B D"], *, block: int
+        self, before: Situation, decision: Decision, here: Float[Tensor, "B D"], *, block: int, whole: bool
     ) -> dict[str, Any]:
         plan = decision.plan
         seen = Rollouts(
             context=before.context, actions=plan.actions[:, None, block : block + 1], latents=here[:, None, None]
         )
         with torch.inference_mode():
-            broken = {rail.name: _numbers(rail.raw(seen)[:, 0, 0]) for rail in self._guardrails}
-        return {"gap": _numbers((here - plan.latents[:, block]).norm(dim=1)), "seen": broken}
+            found = violations_of([rail.with_margin(0.0) for rail in self._guardrails], seen)
+        broken = {name: _numbers(violation[:, 0, 0]) for name, violation in found.items()}
+        gap = _numbers((here - plan.latents[:, block]).norm(dim=1)) if whole else None
+        return {"gap": gap, "seen": broken}
 
     def _write(self, event: str, body: Mapping[str, Any]) -> None:
         self._chain.append({"event": event, **self._part, **body})

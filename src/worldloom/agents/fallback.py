@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -13,7 +14,7 @@ from worldloom.core.config import Component, component_of
 from worldloom.core.errors import ConfigError, NoFeasiblePlan
 from worldloom.core.protocols import Objective
 from worldloom.core.registry import Registry
-from worldloom.core.types import ActionBounds, Context, Plan
+from worldloom.core.types import ActionBounds, Context, ModelSpec, Plan
 from worldloom.planning.planner import Planner
 
 FALLBACKS: Registry["type[Fallback]"] = Registry("fallback")
@@ -21,6 +22,13 @@ FALLBACKS: Registry["type[Fallback]"] = Registry("fallback")
 
 class Fallback(Component):
     """A way to act without a plan that keeps every guardrail; a new one is a subclass, registered in `FALLBACKS`."""
+
+    def check(self, spec: ModelSpec) -> None:
+        """Refuse, before anything acts, what does not fit a model; by default nothing.
+
+        Raises:
+            ConfigError: it does not fit.
+        """
 
     @abstractmethod
     def plan(
@@ -33,7 +41,10 @@ class Fallback(Component):
         generator: torch.Generator,
         deadline: float | None = None,
     ) -> Plan:
-        """Return what to follow until the next plan; `safe` is where each environment last had a plan that held."""
+        """Return what to follow until the next plan.
+
+        `safe` is where each environment last had a plan that held; `objective` makes that of being at a state.
+        """
 
 
 FallbackField = Annotated[SerializeAsAny[Fallback], BeforeValidator(component_of(FALLBACKS))]
@@ -46,6 +57,25 @@ class Stop(Fallback):
     name: Literal["stop"] = "stop"
     action: tuple[float, ...] | None = None
 
+    def check(self, spec: ModelSpec) -> None:
+        """Refuse an action that the world does not take.
+
+        Raises:
+            ConfigError: it has another size or is out of bounds.
+        """
+        if self.action is None:
+            return
+        if len(self.action) != spec.action.size:
+            raise ConfigError(
+                f"the fallback's action has {len(self.action)} values and the world takes {spec.action.size}"
+            )
+        action, bounds = torch.tensor(self.action).repeat(spec.block), ActionBounds.of(spec)
+        if not torch.allclose(bounds.clamp(action), action):
+            raise ConfigError(
+                f"the fallback's action {self.action} is out of bounds, {spec.action.low} to {spec.action.high}; "
+                f"declare one that the world takes"
+            )
+
     def plan(
         self,
         planner: Planner,
@@ -56,22 +86,12 @@ class Stop(Fallback):
         generator: torch.Generator,
         deadline: float | None = None,
     ) -> Plan:
-        """Repeat the action.
-
-        Raises:
-            ConfigError: it does not fit the model's actions.
-        """
+        """Repeat the action."""
         spec = planner.model.spec
-        size, bounds = spec.action.size, ActionBounds.of(spec, context.latents.device)
-        action = torch.zeros(size) if self.action is None else torch.tensor(self.action)
-        if len(action) != size:
-            raise ConfigError(f"the fallback's action has {len(action)} values and the world takes {size}")
+        self.check(spec)
+        bounds = ActionBounds.of(spec, context.latents.device)
+        action = torch.zeros(spec.action.size) if self.action is None else torch.tensor(self.action)
         block = bounds.clamp(action.to(bounds.low).repeat(spec.block))
-        if self.action is not None and not torch.allclose(block[:size], action.to(block)):
-            raise ConfigError(
-                f"the fallback's action {self.action} is out of bounds, {spec.action.low} to {spec.action.high}; "
-                f"declare one that the world takes"
-            )
         actions = block.expand(context.batch, planner.horizon, -1).clone()
         latents = planner.model.rollout(context, actions[:, None])[:, 0]
         return Plan(actions=actions, latents=latents, cost=latents.new_zeros(context.batch))
@@ -94,14 +114,18 @@ class _Toward(Fallback):
         generator: torch.Generator,
         deadline: float | None = None,
     ) -> Plan:
-        """Plan toward the state; where nothing holds, the least broken plan is followed."""
+        """Plan toward the state; where nothing holds, the least broken plan is followed, or none without numbers."""
         toward = objective(self.state(context, safe))
         try:
-            return planner.plan(context, toward, generator=generator, deadline=deadline)
+            plan = planner.plan(context, toward, generator=generator, deadline=deadline)
         except NoFeasiblePlan as refused:
             plan = refused.plan
             assert isinstance(plan, Plan)
-            return plan
+        lost = ~plan.actions.isfinite().flatten(1).all(dim=1)
+        if bool(lost.any()):  # where nothing can be judged, what was proposed may be no action at all
+            still = Stop().plan(planner, context, safe, objective, generator=generator)
+            plan = replace(plan, actions=torch.where(lost[:, None, None], still.actions, plan.actions))
+        return plan
 
 
 @FALLBACKS.register("hold")

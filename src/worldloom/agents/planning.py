@@ -110,8 +110,10 @@ class Auditor(Protocol):
         """Only these environments go on, by their places in the last batch."""
         ...
 
-    def decided(self, observations: Observations, situation: Situation, decision: Decision) -> None:
-        """See what was seen, and what was decided."""
+    def decided(
+        self, observations: Observations, situation: Situation, decision: Decision, *, block: int, whole: bool
+    ) -> None:
+        """See what was seen, and what was decided; the plan before it, if any, was followed into this block."""
         ...
 
     def ended(
@@ -131,12 +133,14 @@ class PlanningAgent:
     `objective` makes an objective of goal latents (B, D). Each search starts from the last plan, shifted by what
     was done of it, and from what `proposer` gives, if there is one (mode 2). A `guide` puts a subgoal in the goal's
     place for each plan; an `observer` is shown what each plan begins from, an `auditor` what was decided. Where no plan
-    keeps the planner's guardrails, `fallback` says what is done instead, and `refused` which environments met that.
+    keeps the planner's guardrails, `fallback` says what is done instead, and `refused` which environments met that;
+    `toward` makes the objective of being at a state, where that one needs it, and is `objective` by default.
     With `recalibration` the margins of the guardrails stretch while predictions err more than they did. A search ends
     after `budget` seconds with the best plan so far; by default it is never cut short.
 
     Raises:
         PlanningError: `replan` is below 1 or longer than a plan.
+        ConfigError: the fallback does not fit the model.
     """
 
     def __init__(
@@ -150,6 +154,7 @@ class PlanningAgent:
         guide: Guide | None = None,
         observer: Observer | None = None,
         fallback: Fallback | None = None,
+        toward: Callable[[Float[Tensor, "B D"]], Objective] | None = None,
         auditor: Auditor | None = None,
         recalibration: Recalibration | None = None,
         seed: int = 0,
@@ -164,6 +169,8 @@ class PlanningAgent:
         self._model, self._planner, self._make_objective = model, planner, objective
         self._replan, self._proposer, self._guide, self._observer = replan, proposer, guide, observer
         self._fallback, self._safe = fallback or Stop(), torch.empty(0, 0)
+        self._fallback.check(model.spec)
+        self._toward = toward or objective
         self._auditor, self._recalibration = auditor, recalibration
         self._rails, self._seen = planner.guardrails, torch.empty(0, 0)
         self._stages: Tensor | None = None
@@ -248,8 +255,8 @@ class PlanningAgent:
             return
         with torch.inference_mode():
             here = self._model.encode(observations.to(self._device))
-        done, block = (self._step - 1) % self._replan + 1, self._model.spec.block
-        self._auditor.ended(rows, here, outcomes, block=(done - 1) // block, whole=done % block == 0)
+        block, whole = self._into((self._step - 1) % self._replan + 1)
+        self._auditor.ended(rows, here, outcomes, block=block, whole=whole)
 
     def act(self, observations: Observations) -> Float[Tensor, "B A"]:
         """Return the next environment action of the plan, made anew when it is time.
@@ -311,7 +318,8 @@ class PlanningAgent:
         self._statistics["plan_cut_short"].append(float(decision.plan.cut_short))
         self._statistics["plan_refused"].append(float(len(self.refused)))
         if self._auditor is not None:
-            self._auditor.decided(observations, situation, decision)
+            block, whole = self._into(self._replan)
+            self._auditor.decided(observations, situation, decision, block=block, whole=whole)
         return decision.plan
 
     def decide(self, situation: Situation, *, deadline: float | None = None) -> Decision:
@@ -365,13 +373,13 @@ class PlanningAgent:
             self._planner,
             situation.context[rows],
             situation.safe[rows],
-            self._make_objective,
+            self._toward,
             generator=self._generator,
             deadline=deadline,
         )
         actions, latents, cost = plan.actions.clone(), plan.latents.clone(), plan.cost.clone()
         actions[rows], latents[rows], cost[rows] = instead.actions, instead.latents, instead.cost
-        return replace(plan, actions=actions, latents=latents, cost=cost)
+        return replace(plan, actions=actions, latents=latents, cost=cost, cut_short=plan.cut_short or instead.cut_short)
 
     def _remember_safe(self, context: Context) -> None:
         """Note where each environment is that has a plan that holds."""
@@ -394,6 +402,11 @@ class PlanningAgent:
         if self._proposer is not None:
             candidates.append(self._proposer(context, goal, self._planner.horizon))
         return torch.cat(candidates, dim=1) if candidates else None
+
+    def _into(self, steps: int) -> tuple[int, bool]:
+        """Return into which block of a plan so many environment steps lead, and whether to its end."""
+        block = self._model.spec.block
+        return (steps - 1) // block, steps % block == 0
 
     def _steps(self, blocks: Float[Tensor, "B T A"]) -> Float[Tensor, "B N _"]:
         """Return blocks as environment actions in order."""

@@ -38,6 +38,12 @@ class PolicyConfig(Config):
     objectives: dict[str, ObjectiveField] = Field(default_factory=dict)
     fallback: FallbackField | None = None
 
+    @property
+    def files(self) -> list[str]:
+        """The files beside this one whose content says what it forbids, such as pictures."""
+        rails = [file for rail in self.guardrails.values() for file in rail.files]
+        return rails + [file for objective in self.objectives.values() for file in objective.files]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stated:
@@ -148,7 +154,8 @@ def _check_tightens(lower: PolicyConfig, upper: PolicyConfig) -> None:
 def read_policy(paths: Sequence[Path | str], *, trusted: Collection[str] | None) -> Policy:
     """Read the layers of a policy from files, uppermost first; each is signed by a key in `trusted`.
 
-    With `trusted` None, no signature is asked for: for trying things out.
+    So is each picture that one forbids: with another it would forbid something else. With `trusted` None, no signature
+    is asked for: for trying things out.
 
     Raises:
         StorageError: a file, or its signature, is missing.
@@ -166,4 +173,6 @@ def read_policy(paths: Sequence[Path | str], *, trusted: Collection[str] | None)
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
         layers.append(parse_yaml(text, PolicyConfig, source=str(path)))
+        for file in layers[-1].files:
+            read_signed(file, trusted)
     return Policy(layers=tuple(layers))

@@ -12,6 +12,7 @@ from worldloom.core.protocols import WorldModel
 from worldloom.core.types import Plan, Rollouts
 from worldloom.planning import AdaptiveMargin, Rail
 from worldloom.planning.geometry import still
+from worldloom.planning.problem import violations_of
 
 
 class Recalibration:
@@ -58,13 +59,17 @@ def seen_violations(
     here: Float[Tensor, "B D"],
     model: WorldModel,
 ) -> Float[Tensor, "B G"]:
-    """Return what guardrails say of what is seen at the end of a block of a plan, without margins."""
+    """Return what guardrails say of what is seen at the end of a block of a plan, without margins.
+
+    One that cannot judge it counts as broken without bound, as in a plan.
+    """
     rollouts = Rollouts(
         context=still(before, model),
         actions=plan.actions[:, None, block : block + 1],
         latents=here[:, None, None],
     )
-    return torch.stack([rail.raw(rollouts)[:, 0, 0] for rail in rails], dim=1)
+    found = violations_of([rail.with_margin(0.0) for rail in rails], rollouts)
+    return torch.stack([found[rail.name][:, 0, 0] for rail in rails], dim=1)
 
 
 def errors_seen(

@@ -25,14 +25,15 @@ def sign(
     files: Annotated[list[Path], typer.Argument(help="What to sign.")],
     key: Annotated[Path, typer.Option(help="The secret key.")],
 ) -> None:
-    """Sign policies as they are now; the signature is kept beside each."""
+    """Sign policies as they are now, and the pictures that they forbid; the signature is kept beside each."""
     from worldloom.agents import PolicyConfig
     from worldloom.core.signing import sign_file
     from worldloom.core.yaml_config import read_yaml
 
     for file in files:
-        read_yaml(file, PolicyConfig)  # nobody signs what cannot be read
-        typer.echo(str(sign_file(file, key)))
+        policy = read_yaml(file, PolicyConfig)  # nobody signs what cannot be read
+        for path in [*map(Path, dict.fromkeys(policy.files)), file]:
+            typer.echo(str(sign_file(path, key)))
 
 
 @app.command()

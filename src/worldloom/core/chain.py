@@ -98,7 +98,8 @@ class Chain:
                         f"{self.path} does not verify: entry {verdict.broken} {verdict.why}. Keep it as evidence, and "
                         f"begin another chain"
                     )
-                self._file = stack.enter_context(self.path.open("ab"))
+                # Without a buffer, which would keep what the disk refused and write it before the next entry.
+                self._file = stack.enter_context(self.path.open("ab", buffering=0))
             self.head = verdict.head
             self._release = stack.pop_all()
 
@@ -114,8 +115,9 @@ class Chain:
         with storage_errors(self.path):
             before = os.fstat(self._file.fileno()).st_size
             try:
-                self._file.write(line)
-                self._file.flush()
+                rest = memoryview(line)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
                 if self._durable:
                     os.fsync(self._file.fileno())
             except OSError:
@@ -204,7 +206,7 @@ def _read(line: bytes, index: int, previous: str) -> tuple[Entry | None, str]:
         values = json.loads(line.decode("ascii"))
         entry = Entry(index=values["index"], time=values["time"], previous=values["previous"], body=values["body"])
         same = entry.line().encode("ascii") + b"\n" == line
-    except (ValueError, KeyError, TypeError, DataError):
+    except (ValueError, KeyError, TypeError, RecursionError, DataError):
         return None, "is no entry of a chain"
     if not same:
         return None, "was changed: its hash is another"

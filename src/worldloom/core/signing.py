@@ -13,6 +13,7 @@ from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import read_json, storage_errors, write_json
 
 _KIND = "worldloom signature"
+_LARGEST = 2**26  # bytes of what is signed: a policy or a picture, read whole before anybody is known to vouch for it
 
 
 def make_key(path: Path | str) -> str:
@@ -94,8 +95,11 @@ def read_signed(path: Path | str, trusted: Collection[str]) -> tuple[bytes, str]
 
 
 def _read(path: Path | str) -> bytes:
-    with storage_errors(path):
-        return Path(path).read_bytes()
+    with storage_errors(path), Path(path).open("rb") as file:
+        content = file.read(_LARGEST + 1)
+    if len(content) > _LARGEST:
+        raise DataError(f"{path} is larger than {_LARGEST} bytes; expected a policy or a picture")
+    return content
 
 
 def _text(value: Any) -> str:

@@ -23,8 +23,10 @@ def read_yaml(path: Path | str, kind: type[ConfigT]) -> ConfigT:
         StorageError: it cannot be read.
         ConfigError: see `parse_yaml`.
     """
-    with storage_errors(path):
-        content = Path(path).read_bytes()
+    with storage_errors(path), Path(path).open("rb") as file:
+        content = file.read(_LARGEST + 1)
+    if len(content) > _LARGEST:
+        raise ConfigError(_too_large(str(path)))
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -51,11 +53,15 @@ def parse_yaml(text: str, kind: type[ConfigT], *, source: str = "the text") -> C
         raise ConfigError(f"{source}: {error}") from None
 
 
+def _too_large(source: str) -> str:
+    return f"{source} is larger than {_LARGEST} bytes; expected what a person writes"
+
+
 def _load(text: str, source: str) -> tuple[dict[str, Any], dict[Place, int]]:
     import yaml
 
     if len(text.encode("utf-8", "surrogatepass")) > _LARGEST:
-        raise ConfigError(f"{source} is larger than {_LARGEST} bytes; expected what a person writes")
+        raise ConfigError(_too_large(source))
     begins = (
         yaml.BlockSequenceStartToken,
         yaml.BlockMappingStartToken,
@@ -95,7 +101,7 @@ def _values(node: Any, place: Place, lines: dict[Place, int], source: str) -> An
     if not isinstance(node, yaml.MappingNode):
         try:
             return yaml.SafeLoader("").construct_object(node)
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, OverflowError) as error:
             raise ConfigError(
                 f"{source}, line {node.start_mark.line + 1}: {node.value!r} is no value: {error}"
             ) from None

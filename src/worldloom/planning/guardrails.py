@@ -59,7 +59,8 @@ class Box:
         beyond = torch.maximum(low - points, points - high)
         if beyond.shape[-1] == 1:
             return -beyond[..., 0]
-        return -(torch.linalg.vector_norm(beyond.clamp_min(0), dim=-1) + beyond.amax(dim=-1).clamp_max(0))
+        outside: Tensor = torch.linalg.vector_norm(beyond.clamp_min(0), dim=-1)
+        return -(outside + beyond.amax(dim=-1).clamp_max(0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +244,7 @@ class Magnitude(Rail):
 
     def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return by how much the longest action of each block exceeds the limit."""
-        longest = torch.linalg.vector_norm(_actions(rollouts, self.size), dim=-1).amax(dim=-1)
+        longest: Tensor = torch.linalg.vector_norm(_actions(rollouts, self.size), dim=-1).amax(dim=-1)
         return longest - self.limit
 
 
@@ -263,7 +264,7 @@ class Rate(Rail):
         line = actions.flatten(2, 3)
         taken = rollouts.context.taken
         before = line[:, :, :1] if taken is None else taken[:, None, None].to(line).expand_as(line[:, :, :1])
-        change = torch.linalg.vector_norm(line - torch.cat([before, line[:, :, :-1]], dim=2), dim=-1)
+        change: Tensor = torch.linalg.vector_norm(line - torch.cat([before, line[:, :, :-1]], dim=2), dim=-1)
         return change.view(actions.shape[:4]).amax(dim=-1) - self.limit
 
 

@@ -106,6 +106,7 @@ class Planner:
                 worst = {name: violation.max().item() for name, violation in plan.violations.items()}
                 again = self._solve(problem.tightened(worst), problem, plan.actions[:, None], generator)
                 plan = _better(plan, again)
+            plan = replace(plan, cut_short=problem.deadline.cut_short)  # that of the second search as well
         cost = plan.cost
         if bad := torch.nonzero(~plan.feasible).flatten().tolist():
             raise NoFeasiblePlan(_least_broken(plan, bad[0]), rows=bad, plan=plan)
@@ -132,7 +133,6 @@ class Planner:
             latents=rollouts.latents[:, 0],
             cost=judged.cost(rollouts)[:, 0],
             violations=self._recheck(judged, rollouts, generator),
-            cut_short=judged.deadline.cut_short,
         )
 
     def _recheck(
@@ -162,7 +162,6 @@ def _better(plan: Plan, again: Plan) -> Plan:
         latents=chosen(again.latents, plan.latents),
         cost=chosen(again.cost, plan.cost),
         violations={name: chosen(again.violations[name], old) for name, old in plan.violations.items()},
-        cut_short=plan.cut_short or again.cut_short,
     )
 
 

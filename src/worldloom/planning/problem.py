@@ -306,9 +306,7 @@ def violations_of(guardrails: Sequence[Guardrail], rollouts: Rollouts) -> dict[s
     found = {}
     for rail in guardrails:
         try:
-            violation = rail.violation(rollouts)
-            if violation.shape != lost.shape:
-                raise PlanningError(f"expected violations of shape {tuple(lost.shape)}; got {tuple(violation.shape)}")
+            violation = _numbers(rail.violation(rollouts), rollouts)
         except Exception as error:
             _log.error("guardrail %r raised %s: %s; it counts as broken", rail.name, type(error).__name__, error)
             violation = torch.full_like(rollouts.latents[..., 0], torch.inf)
@@ -319,6 +317,20 @@ def violations_of(guardrails: Sequence[Guardrail], rollouts: Rollouts) -> dict[s
         every = torch.where(every.isnan(), torch.inf, every)
         found = dict(zip(found, every.unbind(), strict=True))
     return found
+
+
+def _numbers(violation: object, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+    """Return what a guardrail gave, whoever wrote it, as numbers of the kind that latents are.
+
+    Raises:
+        PlanningError: it is no dense tensor of real numbers, or of another shape.
+    """
+    shape = rollouts.latents.shape[:3]
+    if not isinstance(violation, Tensor) or violation.is_complex() or violation.layout != torch.strided:
+        raise PlanningError(f"expected violations as a dense tensor of real numbers; got {type(violation).__name__}")
+    if violation.shape != shape:
+        raise PlanningError(f"expected violations of shape {tuple(shape)}; got {tuple(violation.shape)}")
+    return violation.to(rollouts.latents)
 
 
 def _worst(violations: Mapping[str, Float[Tensor, "B S T"]], rollouts: Rollouts) -> Float[Tensor, "B S T"]:

@@ -203,6 +203,11 @@ class RailConfig(Component):
     def make(self, title: str, owner: str, knowledge: Knowledge) -> Rail:
         """Return the guardrail beside a model, without margin."""
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files whose content says what it forbids, and which a signature therefore has to vouch for."""
+        return ()
+
     @abstractmethod
     def _tightens(self, other: "RailConfig") -> bool:
         """Whether all that keeps this keeps the other, of the same kind, margins aside."""
@@ -324,6 +329,11 @@ class UnlikeConfig(RailConfig):
     pictures: tuple[str, ...] = Field(min_length=1)
     distance: float = Field(gt=0)
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The pictures."""
+        return self.pictures
+
     def make(self, title: str, owner: str, knowledge: Knowledge) -> Rail:
         """Return the guardrail beside a model."""
         return Unlike(
@@ -441,6 +451,11 @@ class ObjectiveConfig(Component):
 
     weight: float = Field(default=1.0, gt=0)
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files whose content says what it is about; see `RailConfig.files`."""
+        return ()
+
     @abstractmethod
     def build(self, title: str, knowledge: Knowledge, goal: Float[Tensor, "B D"]) -> Objective:
         """Return the cost beside a model, without weight; `goal` are the latents of what the agent was told to reach.
@@ -516,6 +531,11 @@ class AvoidConfig(ObjectiveConfig):
     name: Literal["avoid"] = "avoid"
     rail: RailField
     until: ObjectiveField | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Those of the guardrail."""
+        return self.rail.files
 
     def build(self, title: str, knowledge: Knowledge, goal: Float[Tensor, "B D"]) -> Avoid:
         """Return the cost beside a model."""

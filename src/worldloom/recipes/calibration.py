@@ -63,8 +63,8 @@ def calibrate(
     """
     name = method or run.recipe.default_method
     config, policy = run.method(name), run.policy
-    if policy is None or policy.risk is None:
-        raise ConfigError("there is nothing to calibrate: the run has no policy that states a risk")
+    if policy is None or policy.risk is None or not policy.titles:
+        raise ConfigError("there is nothing to calibrate: the run has no policy that states a risk of its guardrails")
     if not isinstance(config, PlannedMethod) or not keeps_margins(config):
         raise ConfigError(f"the method {name!r} keeps no margins; choose one that plans with a calibrated guard")
     shape = _shape(run, policy, config.horizon, policy.risk, progress)

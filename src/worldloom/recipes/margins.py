@@ -33,16 +33,18 @@ def write_margins(path: Path, margins: Margins, policy: Policy, about: Mapping[s
     )
 
 
-def read_margins(path: Path, policy: Policy) -> Margins:
-    """Read what `write_margins` wrote for this policy.
+def read_margins(path: Path, policy: Policy, *, model: str, method: Mapping[str, Any]) -> Margins:
+    """Read what `write_margins` wrote for this policy, model (its fingerprint) and method, wherever the file came from.
 
     Raises:
-        StorageError: the file is damaged, or of another policy.
+        StorageError: the file is damaged, or of another policy, model or method.
     """
     values = read_json(path)
     try:
         if (values["kind"], values["format"], values["policy"]) != (_KIND, 1, policy.fingerprint):
             raise ValueError("it is of another kind or policy")
+        if values["model"] != model or _calibrated(values["method"]) != _calibrated(method):
+            raise ValueError("it is of another model or method")
         margins = torch.tensor(values["values"], dtype=torch.float32)
         if margins.ndim != 2 or len(margins) != len(policy.titles) or not bool((margins >= 0).all()):
             raise ValueError(f"expected a margin of 0 or more for each step of {len(policy.titles)} guardrails")
@@ -52,3 +54,8 @@ def read_margins(path: Path, policy: Policy) -> Margins:
         return Margins(values=margins, risk=float(values["risk"]), episodes=int(values["episodes"]), usual=usual)
     except (KeyError, TypeError, ValueError) as error:
         raise StorageError(f"{path} holds no margins for this policy ({error}); calibrate again") from None
+
+
+def _calibrated(method: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what margins are calibrated for: all but how they stretch later."""
+    return {key: value for key, value in dict(method).items() if key != "recalibrate"}

@@ -217,7 +217,7 @@ class PlannedMethod(MethodConfig):
         policy = learned.policy
         if policy is None or self.keeps == "none":
             return ()
-        if self.keeps in ("uncalibrated", "penalty") or policy.risk is None:
+        if self.keeps in ("uncalibrated", "penalty") or policy.risk is None or not policy.titles:
             return policy.rails(learned)
         margins = learned.margins(self)
         if margins is None:
@@ -282,8 +282,11 @@ class PlanMethod(PlannedMethod):
         rails = self.rails(learned)
         costs = rails if self.guard == "penalty" else ()
 
+        def toward(goal: Float[Tensor, "B D"]) -> Objective:
+            return GoalObjective(metric, goal, last_weight=self.last_weight)
+
         def objective(goal: Float[Tensor, "B D"]) -> Objective:
-            whole = minded(learned, goal, GoalObjective(metric, goal, last_weight=self.last_weight))
+            whole = minded(learned, goal, toward(goal))
             parts = [(self.penalty, Avoid(rail=rail)) for rail in costs]
             return WeightedSum([(1.0, whole), *parts]) if parts else whole
 
@@ -294,6 +297,7 @@ class PlanMethod(PlannedMethod):
             replan=self.replan or model.spec.block,
             proposer=PolicyProposer(model=model, policy=learned.reactive) if self.propose else None,
             fallback=None if learned.policy is None else learned.policy.fallback,
+            toward=toward,
             auditor=learned.auditor(self, rails),
             recalibration=self.recalibration(learned, rails),
             seed=seed,
@@ -326,6 +330,7 @@ class HierarchyMethod(PlannedMethod):
             replan=learned.model.spec.block,
             guide=self.guide(learned, seed=seed),
             fallback=None if learned.policy is None else learned.policy.fallback,
+            toward=lambda state: GoalObjective(metric, state),
             auditor=learned.auditor(self, rails),
             recalibration=self.recalibration(learned, rails),
             seed=seed,
@@ -394,6 +399,7 @@ class LandmarkMethod(PlannedMethod):
             guide=guide,
             observer=None if memory is None else Rememberer(memory, graph, replan=block, events=lambda: guide.events),
             fallback=fallback,
+            toward=lambda state: GoalObjective(metric, state),
             auditor=auditor,
             recalibration=self.recalibration(learned, rails),
             seed=seed,

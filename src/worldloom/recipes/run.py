@@ -164,7 +164,8 @@ class Run(Learned):
             return self._margins
         if self.policy is None or not (path := self.margins_path(method)).is_file():
             return None
-        return read_margins(path, self.policy)
+        made = method.model_dump(mode="json")
+        return read_margins(path, self.policy, model=self.model.spec.fingerprint, method=made)
 
     def margins_path(self, method: MethodConfig) -> Path:
         """Return where the margins for its policy and a method are kept; another policy or method has its own."""

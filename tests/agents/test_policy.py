@@ -133,6 +133,15 @@ def test_only_what_a_trusted_owner_signed_is_kept(tmp_path: Path) -> None:
         read_policy([path], trusted={owner})
 
 
+def test_a_key_that_is_trusted_for_one_layer_does_not_speak_as_another(tmp_path: Path) -> None:
+    path = write(tmp_path, "policy.yaml", OPERATOR)
+    public = make_key(tmp_path / "owner.pem")
+    sign_file(path, tmp_path / "owner.pem")
+    assert read_policy([path], trusted={f"operator:{public}"}).risk == 0.05
+    with pytest.raises(DataError, match="speaks as the operator"):
+        read_policy([path], trusted={f"community:{public}", f"site:{public}"})
+
+
 @pytest.mark.parametrize(
     "stated",
     [

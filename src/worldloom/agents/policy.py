@@ -13,7 +13,7 @@ from torch import Tensor
 from worldloom.agents.fallback import Fallback, FallbackField
 from worldloom.core.chain import canonical
 from worldloom.core.config import Config
-from worldloom.core.errors import ConfigError
+from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.protocols import Objective
 from worldloom.core.signing import read_signed
 from worldloom.core.yaml_config import parse_yaml, read_yaml
@@ -154,8 +154,9 @@ def _check_tightens(lower: PolicyConfig, upper: PolicyConfig) -> None:
 def read_policy(paths: Sequence[Path | str], *, trusted: Collection[str] | None) -> Policy:
     """Read the layers of a policy from files, uppermost first; each is signed by a key in `trusted`.
 
-    So is each picture that one forbids: with another it would forbid something else. With `trusted` None, no signature
-    is asked for: for trying things out.
+    A key may be trusted for one layer alone, as `LAYER:KEY`, so that a community does not speak as the operator. Each
+    picture that a layer forbids is signed as well: with another it would forbid something else. With `trusted` None, no
+    signature is asked for: for trying things out.
 
     Raises:
         StorageError: a file, or its signature, is missing.
@@ -167,12 +168,19 @@ def read_policy(paths: Sequence[Path | str], *, trusted: Collection[str] | None)
         if trusted is None:
             layers.append(read_yaml(path, PolicyConfig))
             continue
-        content, _ = read_signed(path, trusted)
+        content, signer = read_signed(path, {key.rpartition(":")[2] for key in trusted})
         try:
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
-        layers.append(parse_yaml(text, PolicyConfig, source=str(path)))
-        for file in layers[-1].files:
-            read_signed(file, trusted)
+        layer = parse_yaml(text, PolicyConfig, source=str(path))
+        able = {key.rpartition(":")[2].lower() for key in trusted if key.rpartition(":")[0] in ("", layer.layer)}
+        if signer not in able:
+            raise DataError(
+                f"{path} speaks as the {layer.layer}, and {signer}, who signed it, is trusted for another layer; have "
+                f"the {layer.layer} sign it"
+            )
+        for file in layer.files:
+            read_signed(file, able)
+        layers.append(layer)
     return Policy(layers=tuple(layers))

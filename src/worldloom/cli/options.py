@@ -14,7 +14,7 @@ from worldloom.core.errors import ConfigError
 if TYPE_CHECKING:
     from worldloom.agents import PolicyConfig
 
-_KEY = re.compile("[0-9a-fA-F]{64}")
+_KEY = re.compile("((operator|site|community):)?[0-9a-fA-F]{64}")
 
 Imports = Annotated[
     list[str] | None,
@@ -35,7 +35,9 @@ Keep = Annotated[
 ]
 Trust = Annotated[
     list[str] | None,
-    typer.Option("--trust", metavar="KEY", help="A public key whose signature of a policy counts, or a file of some."),
+    typer.Option(
+        "--trust", metavar="[LAYER:]KEY", help="A public key whose signature of a policy counts, or a file of some."
+    ),
 ]
 Unsigned = Annotated[bool, typer.Option("--unsigned", help="Ask for no signature of a policy: to try one out.")]
 
@@ -72,14 +74,20 @@ def set_threads(count: int) -> None:
 
 
 def trusted_keys(trust: list[str] | None, unsigned: bool) -> set[str] | None:
-    """Return the public keys whose signatures count, given as they are or in files, one a line; None asks for none."""
+    """Return the public keys whose signatures count, given as they are or in files, one a line; None asks for none.
+
+    Before a key may stand the one layer that it counts for, with a colon.
+    """
     if unsigned:
         return None
     keys: set[str] = set()
     for given in trust or []:
         lines = Path(given).read_text("utf-8").split() if Path(given).is_file() else [given]
         if wrong := [line for line in lines if not _KEY.fullmatch(line)]:
-            raise ConfigError(f"--trust {given}: expected public keys of 64 hexadecimal digits; got {wrong[0]!r}")
+            raise ConfigError(
+                f"--trust {given}: expected public keys of 64 hexadecimal digits, each with operator:, site: or "
+                f"community: before it or nothing; got {wrong[0]!r}"
+            )
         keys |= {line.lower() for line in lines}
     return keys
 

@@ -4,8 +4,8 @@
 
 Uses the runs and margins of benchmarks/guardrails.py, at their stated risk of 5%, which promises nothing here: none of
 these worlds is the one that was calibrated in. Every episode with a real violation is looked for in the audit log of
-the agent: it is logged if the log says, at or after it, that a guardrail was seen broken or that no plan held. Writes
-benchmarks/results/attacks.json.
+the agent: it is logged if the log says so, by the world's word at the episode's end, and it was seen by the agent if an
+entry says that a guardrail was seen broken or that no plan held. Writes benchmarks/results/attacks.json.
 """
 
 import argparse
@@ -50,6 +50,10 @@ class Disturbed:
         self._agent.keep(rows)
         if self._last is not None:
             self._last = self._last[list(rows)]
+
+    def conclude(self, rows: Sequence[int], observations: Observations, outcomes: Sequence[str]) -> None:
+        """Be told how episodes ended."""
+        self._agent.conclude(rows, observations, outcomes)
 
     def act(self, observations: Observations) -> Tensor:
         """Act on what the sensors give."""
@@ -101,6 +105,10 @@ class Flattered:
         """Keep some of the environments."""
         self._agent.keep(rows)
 
+    def conclude(self, rows: Sequence[int], observations: Observations, outcomes: Sequence[str]) -> None:
+        """Be told how episodes ended."""
+        self._agent.conclude(rows, observations, outcomes)
+
     def act(self, observations: Observations) -> Tensor:
         """Act."""
         return self._agent.act(observations)
@@ -140,10 +148,20 @@ def main() -> None:
         "hardware": describe_hardware(),
     }
     write_json(RESULTS, values)
-    header = ["attack", "method", "n", "goal reached", "limit broken", "of these logged", "decisions refused"]
+    header = [
+        "attack",
+        "method",
+        "n",
+        "goal reached",
+        "limit broken",
+        "logged",
+        "seen by the agent",
+        "decisions refused",
+    ]
     shown = [
         [row["attack"], row["method"], str(row["n"]), said(row["reached rate"]), said(row["broken rate"]),
-         "-" if row["method"] == METHODS[0] else f"{row['logged']} of {row['broken']}", str(row["refused"])]
+         *("-" if row["method"] == METHODS[0] else f"{row[key]} of {row['broken']}" for key in ("logged", "seen")),
+         str(row["refused"])]
         for row in rows
     ]  # fmt: skip
     print_table("attacks", header, shown)
@@ -170,7 +188,7 @@ def attacked(arguments: argparse.Namespace, seed: int, attack: str, method: str)
 
         results = evaluate(protocol, {method: build}, record=0, progress=progress())
         run.close()
-        logged, refused = told(Path(folder))
+        logged, seen, refused = told(Path(folder))
     (row,) = results.rows
     broken = [place for place, episode in enumerate(row.episodes) if episode.violated]
     return {
@@ -178,12 +196,17 @@ def attacked(arguments: argparse.Namespace, seed: int, attack: str, method: str)
         "reached": sum(episode.success for episode in row.episodes),
         "broken": len(broken),
         "logged": len(set(broken) & logged),
+        "seen": len(set(broken) & seen),
         "refused": refused,
     }
 
 
-def told(folder: Path) -> tuple[set[int], int]:
-    """Return the episodes of which the log says that a guardrail was broken or no plan held, and how often none did."""
+def told(folder: Path) -> tuple[set[int], set[int], int]:
+    """Return the episodes that by the log ended with a broken limit, those in which the agent saw it, and refusals.
+
+    It saw it where a guardrail was seen broken, or no plan held; the last figure is how many plans were refused.
+    """
+    logged: set[int] = set()
     found: set[int] = set()
     begun, size, rows, refused = 0, 0, [], 0
     for entry in entries(log_path(folder)):
@@ -196,9 +219,14 @@ def told(folder: Path) -> tuple[set[int], int]:
         elif body["event"] == "decided":
             refused += len(body["refused"])
             found |= {rows[place] for place in body["refused"]}
+        places = rows
+        if body["event"] == "ended":
+            places = [rows[place] for place in body["environments"]]
+            logged |= {row for row, said in zip(places, body["outcomes"], strict=True) if "limit broken" in said}
+        if body["event"] in ("decided", "ended"):
             for seen in (body["happened"] or {"seen": {}})["seen"].values():
-                found |= {rows[place] for place, value in enumerate(seen) if value is None or value > 0}
-    return found, refused
+                found |= {places[place] for place, value in enumerate(seen) if value is None or value > 0}
+    return logged, found, refused
 
 
 def said(rate: list[float]) -> str:

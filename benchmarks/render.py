@@ -194,10 +194,11 @@ def guardrails() -> str:
             parts.append(f"### Dynamics {title}{when}\n\n{kept_limits(one)}")
     if (path := RESULTS / "attacks.json").exists():
         values = json.loads(path.read_text())
-        header = ["attack", "method", "n", "goal reached", "limit broken", "of these in the audit log", "plans refused"]
+        header = ["attack", "method", "n", "goal reached", "limit broken", "of these in the audit log"]
+        header += ["seen by the agent itself", "plans refused"]
         lines = [
             [row["attack"], row["method"], str(row["n"]), rate(row["reached rate"]), rate(row["broken rate"]),
-             "-" if row["method"] == "no guardrail" else f"{row['logged']} of {row['broken']}", f"{row['refused']:,}"]
+             *(of_broken(row, key) for key in ("logged", "seen")), f"{row['refused']:,}"]
             for row in values["rows"]
         ]  # fmt: skip
         parts.append(f"### Attacks\n\n    {values['command']}\n\n{table(header, lines)}")
@@ -240,6 +241,11 @@ def guardrails() -> str:
         told = describe(values["hardware"])
         parts.append(f"### What guardrails cost\n\n    {values['command']}\n\n{table(header, lines)}\n{told}\n")
     return "\n".join(parts) if len(parts) > 1 else ""
+
+
+def of_broken(row: dict[str, Any], key: str) -> str:
+    """Say of how many broken limits something holds; nothing of a method that keeps no log."""
+    return "-" if row["method"] == "no guardrail" else f"{row[key]} of {row['broken']}"
 
 
 def kept_limits(one: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worldloom.core.errors import DataError, StorageError
-from worldloom.core.signing import make_key, read_signed, sign_file, signature_path
+from worldloom.core.signing import SigningKey, make_key, read_signed, sign_file, signature_path, verified
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +86,21 @@ def test_a_key_of_another_kind_does_not_sign(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no secret key"):
         sign_file(tmp_path / "policy.yaml", tmp_path / "key.pem")
     assert not signature_path(tmp_path / "policy.yaml").exists()
+
+
+@given(content=st.binary(max_size=40), place=st.integers(0, 10**6), bits=st.integers(1, 255))
+def test_a_signature_is_of_one_content_by_one_key(
+    signed: tuple[Path, str], content: bytes, place: int, bits: int
+) -> None:
+    key = SigningKey(signed[0].with_name("secret.pem"))
+    assert key.public == signed[1]
+    signature = key.sign(content)
+    assert verified(content, signature, key.public)
+    changed = bytearray(content + b".")
+    changed[place % len(changed)] ^= bits
+    assert not verified(bytes(changed), signature, key.public)
+    other = bytearray(bytes.fromhex(signature))
+    other[place % 64] ^= bits
+    assert not verified(content, other.hex(), key.public)
+    assert not verified(content, signature[:-1] + " ", key.public)
+    assert not verified(content, signature, signature[:64])

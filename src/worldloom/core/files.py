@@ -82,8 +82,10 @@ def storage_errors(path: Path | str) -> Iterator[None]:
 
 
 @contextmanager
-def exclusive_lock(path: Path, otherwise: Exception) -> Iterator[None]:
+def exclusive_lock(path: Path, otherwise: Exception | None) -> Iterator[None]:
     """Hold `path` for this process alone; the kernel drops the lock with the process, however it ends.
+
+    With None for `otherwise` it waits for the one that holds it.
 
     Raises:
         otherwise: another process holds it.
@@ -94,8 +96,9 @@ def exclusive_lock(path: Path, otherwise: Exception) -> Iterator[None]:
         file = path.open("a")
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if otherwise is None else fcntl.LOCK_NB))
         except BlockingIOError:
+            assert otherwise is not None
             raise otherwise from None
         yield
 

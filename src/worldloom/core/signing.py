@@ -5,6 +5,7 @@ secret key is a PEM file that only its owner may read; a public key is 64 hexade
 """
 
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,38 @@ from worldloom.core.files import read_json, storage_errors, write_json
 
 _KIND = "worldloom signature"
 _LARGEST = 2**26  # bytes of what is signed: a policy or a picture, read whole before anybody is known to vouch for it
+
+
+class SigningKey:
+    """A secret key, read from its PEM file; `public` is what others know it by, 64 hexadecimal digits.
+
+    Raises:
+        StorageError: the file cannot be read.
+        DataError: it holds no Ed25519 key.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self._secret = _secret(path)
+        self.public = _public(self._secret)
+
+    def sign(self, content: bytes) -> str:
+        """Return the signature of the content, 128 hexadecimal digits."""
+        signature: bytes = self._secret.sign(content)
+        return signature.hex()
+
+
+def verified(content: bytes, signature_hex: str, public_hex: str) -> bool:
+    """Say whether the signature is the key's, of exactly this content; what is no signature or no key is not."""
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    if not _is_hex(signature_hex, 64) or not _is_hex(public_hex, 32):
+        return False
+    try:
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_hex)).verify(bytes.fromhex(signature_hex), content)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
 
 
 def make_key(path: Path | str) -> str:
@@ -46,9 +79,9 @@ def sign_file(path: Path | str, key: Path | str) -> Path:
         StorageError: a file cannot be read or written.
         DataError: the key is no Ed25519 key.
     """
-    secret, content = _secret(key), _read(path)
+    signer, content = SigningKey(key), _read(path)
     signature = signature_path(path)
-    write_json(signature, {"kind": _KIND, "format": 1, "key": _public(secret), "signature": secret.sign(content).hex()})
+    write_json(signature, {"kind": _KIND, "format": 1, "key": signer.public, "signature": signer.sign(content)})
     return signature
 
 
@@ -66,9 +99,6 @@ def read_signed(path: Path | str, trusted: Collection[str]) -> tuple[bytes, str]
         StorageError: the file or its signature is missing.
         DataError: the signature is not of this content, or of a key that is not trusted.
     """
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
     where = signature_path(path)
     if not where.is_file():
         raise StorageError(f"{path} is not signed: there is no {where.name} beside it. Have its owner sign it")
@@ -76,17 +106,16 @@ def read_signed(path: Path | str, trusted: Collection[str]) -> tuple[bytes, str]
     try:
         if not isinstance(values, dict) or (values["kind"], values["format"]) != (_KIND, 1):
             raise ValueError("it is no signature")
-        key, signature = _text(values["key"]), bytes.fromhex(_text(values["signature"]))
-        public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))
+        key, signature = _text(values["key"]), _text(values["signature"])
+        if not _is_hex(key, 32) or not _is_hex(signature, 64):
+            raise ValueError("its key has 64 hexadecimal digits, and its signature 128")
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{where} is no signature ({error}); have the owner of {path} sign it again") from None
-    try:
-        public.verify(signature, content)
-    except InvalidSignature:
+    if not verified(content, signature, key):
         raise DataError(
             f"{path} is not what {key[:16]}... signed: it was changed, or the signature is another file's. Ask its "
             f"owner for both files again"
-        ) from None
+        )
     if key.lower() not in {known.strip().lower() for known in trusted}:
         raise DataError(
             f"{path} is signed by {key}, whom you do not trust; name the key as trusted if it is its owner's"
@@ -106,6 +135,10 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is no text")
     return value
+
+
+def _is_hex(text: str, size: int) -> bool:
+    return re.fullmatch(f"[0-9a-fA-F]{{{2 * size}}}", text) is not None
 
 
 def _secret(path: Path | str) -> Any:

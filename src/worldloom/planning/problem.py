@@ -227,55 +227,67 @@ class PlanningProblem:
         actions = self.project(actions)
         return Rollouts(context=self.context, actions=actions, latents=self.imagine(self.context, actions))
 
-    def evaluate(self, actions: Float[Tensor, "B S T A"], *, best: int | None = None) -> Float[Tensor, "B S"]:
+    def evaluate(
+        self,
+        actions: Float[Tensor, "B S T A"],
+        *,
+        best: int | None = None,
+        below: Float[Tensor, "B"] | None = None,
+    ) -> Float[Tensor, "B S"]:
         """Return what candidates are ranked by, from one rollout: the cost, or more where a guardrail is broken.
 
         With `best` only the order of so many, the lowest of each environment, is asked for: guardrails are then looked
-        at in the order of costs, and those of a candidate that cannot be among them are not.
+        at in the order of costs, and those of a candidate that cannot be among them are not. With `below` only what is
+        lower is asked for: guardrails are not looked at where in no environment any cost is.
         """
         if isinstance(self.objective, Selectable):
             # Environments by groups, so that what is rolled out is scored while it lies in the cache.
             chunks = [rows for rows, _ in self._chunks(actions.shape[0], min(actions.shape[1], _CPU_ROWS))]
             if len(chunks) > 1:
-                return torch.cat([self.select(rows).evaluate(actions[rows], best=best) for rows in chunks])
+                parts = [(rows, None if below is None else below[rows]) for rows in chunks]
+                return torch.cat(
+                    [self.select(rows).evaluate(actions[rows], best=best, below=low) for rows, low in parts]
+                )
         rollouts = self.rollout(actions)
         cost = self.cost(rollouts)
-        if best is not None and best < cost.shape[1] and self.guardrails and self.count.watch is None:
-            return rank(cost, self._worst_of_the_best(rollouts, cost, best))
-        violations = self.violations(rollouts)
+        if self.guardrails and self.count.watch is None:
+            if below is not None and bool((cost >= below[:, None]).all()):
+                return cost
+            if best is not None and best < cost.shape[1]:
+                return rank(cost, self._worst_of_the_best(rollouts, cost, best))
+        every = judged(self.guardrails, rollouts)
         if self.count.watch is not None:
-            self.count.watch(rollouts, violations)
-        return rank(cost, _worst(violations, rollouts).amax(dim=-1))
+            self.count.watch(rollouts, _named(self.guardrails, every))
+        return rank(cost, every.amax(dim=(0, -1)) if len(every) else torch.zeros_like(cost))
 
     def _worst_of_the_best(self, rollouts: Rollouts, cost: Float[Tensor, "B S"], best: int) -> Float[Tensor, "B S"]:
         """Return by how much guardrails are broken at worst, infinite for candidates that were not looked at.
 
-        In each environment the cheapest are looked at, twice as many as are asked for, and where too few of them hold
-        at a finite cost, all others.
+        In each environment the cheapest are looked at, twice as many as are asked for; where too few of them hold at a
+        finite cost, as many again, and then all others.
         """
         order = cost.argsort(dim=1)
         worst = torch.full_like(cost, torch.inf)
-
-        def look(rows: Tensor, columns: slice) -> None:
-            picked, places, rails = rows[:, None], order[rows, columns], self.guardrails
+        rows, begin = torch.arange(len(cost), device=cost.device), 0
+        for end in (2 * best, 4 * best, cost.shape[1]):
+            picked, places = rows[:, None], order[rows, begin:end]
+            context, rails = rollouts.context, self.guardrails
             if len(rows) < len(cost):
+                context = context[rows]
                 rails = tuple(rail.select(rows) if isinstance(rail, Narrow) else rail for rail in rails)
-            some = Rollouts(
-                context=rollouts.context[rows],
-                actions=rollouts.actions[picked, places],
-                latents=rollouts.latents[picked, places],
-            )
-            worst[picked, places] = _worst(violations_of(rails, some), some).amax(dim=-1)
-
-        look(torch.arange(len(cost), device=cost.device), slice(2 * best))
-        held = ((worst <= 0) & cost.isfinite()).sum(dim=1)
-        if len(rows := torch.nonzero(held < best).flatten()) and 2 * best < cost.shape[1]:
-            look(rows, slice(2 * best, None))
+            actions, latents = (part[picked, places] for part in (rollouts.actions, rollouts.latents))
+            some = Rollouts(context=context, actions=actions, latents=latents)
+            worst[picked, places] = judged(rails, some).amax(dim=(0, -1))
+            held = ((worst <= 0) & cost.isfinite()).sum(dim=1)
+            rows, begin = torch.nonzero(held < best).flatten(), end
+            if not len(rows) or end >= cost.shape[1]:
+                break
         return worst
 
     def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return by how much the most broken guardrail is broken at each step; 0 or less where all hold."""
-        return _worst(self.violations(rollouts), rollouts)
+        every = judged(self.guardrails, rollouts)
+        return every.amax(dim=0) if len(every) else torch.zeros_like(rollouts.latents[..., 0])
 
     def violations(self, rollouts: Rollouts) -> dict[str, Float[Tensor, "B S T"]]:
         """Return by how much each guardrail is broken at each step; see `violations_of`."""
@@ -297,26 +309,34 @@ class PlanningProblem:
 
 
 def violations_of(guardrails: Sequence[Guardrail], rollouts: Rollouts) -> dict[str, Float[Tensor, "B S T"]]:
+    """Return by how much each guardrail is broken at each step; see `judged`."""
+    return _named(guardrails, judged(guardrails, rollouts))
+
+
+def judged(guardrails: Sequence[Guardrail], rollouts: Rollouts) -> Float[Tensor, "G B S T"]:
     """Return by how much each guardrail is broken at each step.
 
     What is not a number, of the rollout or of the guardrail, breaks it without bound, and so does a guardrail that
     raises: what cannot be judged is not safe.
     """
-    lost = ~rollouts.latents.isfinite().all(dim=-1)
-    found = {}
+    if not guardrails:
+        return rollouts.latents.new_zeros((0, *rollouts.latents.shape[:3]))
+    # A sum over what is not finite is not finite either.
+    lost, found = ~rollouts.latents.sum(dim=-1).isfinite(), []
     for rail in guardrails:
         try:
             violation = _numbers(rail.violation(rollouts), rollouts)
         except Exception as error:
             _log.error("guardrail %r raised %s: %s; it counts as broken", rail.name, type(error).__name__, error)
             violation = torch.full_like(rollouts.latents[..., 0], torch.inf)
-        found[rail.name] = violation
-    if found:
-        # All at once: a search asks for this many times.
-        every = torch.stack(list(found.values())).masked_fill(lost, torch.inf)
-        every = torch.where(every.isnan(), torch.inf, every)
-        found = dict(zip(found, every.unbind(), strict=True))
-    return found
+        found.append(violation)
+    # All at once: a search asks for this many times.
+    every = torch.stack(found).masked_fill(lost, torch.inf)
+    return every.masked_fill(every.isnan(), torch.inf)
+
+
+def _named(guardrails: Sequence[Guardrail], every: Float[Tensor, "G B S T"]) -> dict[str, Float[Tensor, "B S T"]]:
+    return dict(zip((rail.name for rail in guardrails), every.unbind(), strict=True))
 
 
 def _numbers(violation: object, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
@@ -331,12 +351,6 @@ def _numbers(violation: object, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
     if violation.shape != shape:
         raise PlanningError(f"expected violations of shape {tuple(shape)}; got {tuple(violation.shape)}")
     return violation.to(rollouts.latents)
-
-
-def _worst(violations: Mapping[str, Float[Tensor, "B S T"]], rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-    """Return what is broken most, at each step."""
-    found = list(violations.values())
-    return torch.stack(found).amax(dim=0) if found else torch.zeros_like(rollouts.latents[..., 0])
 
 
 def rank(cost: Float[Tensor, "*axes"], violation: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:

@@ -67,7 +67,7 @@ class CEM(Solver):
             if iteration + 1 < self.iterations and problem.deadline.reached():
                 return best
         assert best is not None
-        return better_of(best, kept, problem.evaluate(kept))
+        return better_of(best, kept, problem.evaluate(kept, below=best.cost))
 
     def _noise(self, problem: PlanningProblem, samples: int, generator: torch.Generator) -> Float[Tensor, "B S T A"]:
         spec = problem.model.spec

@@ -1,0 +1,390 @@
+"""The coordinator: rounds that survive a kill at any moment, and that anyone can compute again.
+
+A round asks every member for its contribution to the base, waits as long as the constitution says, and weaves what came
+into the next base. What a round has is on the disk before it goes on: the base, each accepted contribution as it was
+signed, and the ledger, whose last entries say where to begin again. A base is a function of the one before, of the
+contributions and of the constitution alone, so `recompute` gives it bit for bit.
+"""
+
+import logging
+import statistics
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from worldloom.core.errors import CheckpointError, DataError, StorageError, TrainingError
+from worldloom.core.files import storage_errors, write_atomic
+from worldloom.core.progress import SILENT, Progress
+from worldloom.core.signing import SigningKey
+from worldloom.federation.aggregation import AGGREGATORS, capped
+from worldloom.federation.codecs import CODECS
+from worldloom.federation.constitution import Constitution
+from worldloom.federation.contribution import check_contribution
+from worldloom.federation.envelope import Message, seal, unseal
+from worldloom.federation.ledger import Ledger, Records
+from worldloom.federation.outer import OUTER
+from worldloom.federation.partition import fingerprint
+from worldloom.federation.transport import Transport
+from worldloom.models import load_tensors, save_tensors
+
+_log = logging.getLogger(__name__)
+_BASE, _MOMENTUM = "shared-base", "outer-momentum"
+_TRIES = 3  # exchanges in a round, where the quorum is not met
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Woven:
+    """What a round makes: the next base, what the outer optimiser keeps, and what each owner had in it."""
+
+    base: State
+    momentum: State
+    weights: Mapping[str, float]
+    notes: Mapping[str, Mapping[str, Any]]
+
+
+class Rounds:
+    """The folder of a consortium: bases, the contributions to each, and the outer optimiser's momentum."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    def base(self, number: int) -> State:
+        """Return the base that a round begins with.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        return load_tensors(self._stem("bases", number), kind=_BASE)[0]
+
+    def momentum(self, number: int) -> State:
+        """Return what the outer optimiser kept of the rounds before; nothing at the first."""
+        return load_tensors(self._stem("momenta", number), kind=_MOMENTUM)[0] if number else {}
+
+    def keep(self, number: int, base: Mapping[str, Tensor], momentum: Mapping[str, Tensor]) -> str:
+        """Write what a round begins with; return the base's fingerprint."""
+        if number:
+            save_tensors(self._stem("momenta", number), momentum, kind=_MOMENTUM)
+        save_tensors(self._stem("bases", number), base, {"round": number}, kind=_BASE)
+        return fingerprint(base)
+
+    def message(self, number: int, owner: str) -> Path:
+        """Return where a contribution is kept as it came."""
+        return self.path / "contributions" / f"{number:05d}" / f"{owner}.msg"
+
+    def delta(self, number: int, owner: str) -> Path:
+        """Return where a contribution is kept as it was decoded, to be read tensor by tensor."""
+        return self.path / "contributions" / f"{number:05d}" / f"{owner}.safetensors"
+
+    def owners(self, number: int) -> list[str]:
+        """Return whose contributions to a round are kept."""
+        return sorted(path.stem for path in self.message(number, "x").parent.glob("*.msg"))
+
+    def _stem(self, folder: str, number: int) -> Path:
+        return self.path / folder / f"{number:05d}"
+
+
+class Coordinator:
+    """Runs the rounds of a consortium over a transport.
+
+    `initial` is the base of the first round; a folder that was begun goes on with its own.
+
+    Raises:
+        StorageError: another process coordinates in the folder.
+        DataError: the ledger does not verify, is of another constitution, or the key is no coordinator's.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        constitution: Constitution,
+        *,
+        key: SigningKey,
+        transport: Transport,
+        initial: Mapping[str, Tensor],
+        progress: Progress = SILENT,
+    ) -> None:
+        if key.public not in constitution.coordinator_keys().values():
+            raise DataError(f"{key.public} is no coordinator's key by the constitution; take the key that it names")
+        if constitution.secure_aggregation:
+            raise DataError("sums under secure aggregation are not woven yet; set secure_aggregation to false")
+        self.rounds, self._constitution, self._key = Rounds(path), constitution, key
+        self._transport, self._progress = transport, progress
+        self._members = {public: name for name, public in constitution.member_keys().items()}
+        self.ledger = Ledger(self.rounds.path / "ledger.jsonl", key)
+        first = next(self.ledger.entries("constitution"), None) if self.ledger.head.length else None
+        if first is not None and first.body["facts"].get("fingerprint") != constitution.fingerprint:
+            self.ledger.close()
+            raise DataError(f"{path} runs under another constitution; choose another folder for this one")
+        if first is None:
+            self.ledger.append("constitution", {"fingerprint": constitution.fingerprint})
+        if not self.ledger.bases():
+            self.ledger.append("base", {"fingerprint": self.rounds.keep(0, initial, {})}, round=0)
+
+    def close(self) -> None:
+        """Let go of the ledger."""
+        self.ledger.close()
+
+    def run(self) -> dict[str, Tensor]:
+        """Run the rounds that are left, and return the last base.
+
+        Raises:
+            TrainingError: fewer members than the quorum contributed; run again when they are back.
+        """
+        last = self._constitution.rounds
+        with self._progress.task("weaving", last, "round") as task:
+            begun = max(self.ledger.bases())
+            task.advance(begun)
+            for number in range(begun, last):
+                self.weave(number)
+                task.advance(1)
+        return self.rounds.base(last)
+
+    def weave(self, number: int) -> None:
+        """Run one round: gather, weave, judge, and publish the next base."""
+        base = self._published(number)
+        gathered = self._gather(number, base)
+        before = self._judged(number, base)
+        left_out: list[str] = []
+        woven = weave(self.rounds, number, self._constitution, gathered)
+        after = self._judged(number, woven.base)
+        while before and (worse := _worse(before, after)) > self._constitution.quality.max_worse:
+            remaining = {owner: frames for owner, frames in gathered.items() if owner not in left_out}
+            if len(remaining) - 1 < self._constitution.quorum:
+                # Nothing that is left is good enough: the base stays as it is.
+                woven = unchanged(self.rounds, number)
+                left_out, after = list(gathered), before
+                break
+            found = {
+                owner: weave(
+                    self.rounds,
+                    number,
+                    self._constitution,
+                    {other: frames for other, frames in remaining.items() if other != owner},
+                )
+                for owner in remaining
+            }
+            losses = {owner: self._judged(number, trial.base) for owner, trial in found.items()}
+            growth = {owner: _worse(before, after) for owner, after in losses.items()}
+            culprit = min(growth, key=lambda owner: growth[owner])
+            _log.warning("round %d: held-out losses grow by %.0f%%; %s is left out", number, 100 * worse, culprit)
+            left_out.append(culprit)
+            reason = f"with it, held-out losses grow by {worse:.1%}"
+            self.ledger.append("refusal", {"owner": culprit, "reason": reason}, round=number)
+            woven, after = found[culprit], losses[culprit]
+        known = self.rounds.keep(number + 1, woven.base, woven.momentum)
+        evaluation = (
+            {"before": statistics.median(before.values()), "after": statistics.median(after.values())}
+            if before
+            else None
+        )
+        facts = {
+            "weights": dict(woven.weights),
+            "notes": {owner: dict(note) for owner, note in woven.notes.items()},
+            "left_out": left_out,
+            "evaluation": evaluation,
+        }
+        self.ledger.append("round", facts, round=number)
+        self.ledger.append("base", {"fingerprint": known, "previous": fingerprint(base)}, round=number + 1)
+
+    def _published(self, number: int) -> dict[str, Tensor]:
+        base = self.rounds.base(number)
+        said = self.ledger.bases()[number]["fingerprint"]
+        if fingerprint(base) != said:
+            raise CheckpointError(
+                f"the base of round {number} is not the one that the ledger names ({said[:16]}); recompute it"
+            )
+        return base
+
+    def _gather(self, number: int, base: Mapping[str, Tensor]) -> dict[str, int]:
+        """Return whose contributions are there, once there are enough, with the frames that each saw."""
+        body = {"what": "train", "round": number, "constitution": self._constitution.fingerprint}
+        asked = seal("ask", body, base, key=self._key)
+        for _ in range(_TRIES):
+            here = {facts["owner"]: facts["frames"] for facts in self.ledger.contributions(number)}
+            missing = [node for node in self._transport.nodes() if node in self._constitution.members]
+            requests = {node: asked for node in missing if node not in here}
+            for reply in self._transport.exchange(requests, seconds=self._constitution.patience_seconds):
+                try:
+                    if reply.data is None:
+                        raise DataError(reply.error)
+                    self._accept(number, base, reply.node, reply.data)
+                except DataError as error:
+                    _log.warning("round %d: %s: %s", number, reply.node, error)
+                    self.ledger.append("refusal", {"owner": reply.node, "reason": str(error)[:1000]}, round=number)
+            here = {facts["owner"]: facts["frames"] for facts in self.ledger.contributions(number)}
+            if len(here) >= self._constitution.quorum:
+                return here
+        raise TrainingError(
+            f"round {number} has {len(here)} contributions and needs {self._constitution.quorum}; what came is kept: "
+            f"start the coordinator again when more members are back"
+        )
+
+    def _accept(self, number: int, base: Mapping[str, Tensor], node: str, data: bytes) -> None:
+        """Check a contribution, and keep it as it came and as it was decoded, before the ledger says that it is there.
+
+        Raises:
+            DataError: it is not what was asked for.
+        """
+        message = read_contribution(data, number, base, self._constitution, self._members)
+        if message.sender != node:
+            raise DataError(f"{node} sent what {message.sender} signed; expected its own")
+        delta = decoded(message, base, self._constitution)
+        write_atomic(self.rounds.message(number, node), lambda temporary: temporary.write_bytes(data))
+        write_atomic(self.rounds.delta(number, node), partial(safetensors.torch.save_file, delta))
+        facts = {key: message.body[key] for key in ("owner", "steps", "frames", "data_class", "spent")}
+        self.ledger.append("contribution", {**facts, "message": message.digest, "bytes": len(data)}, round=number)
+
+    def _judged(self, number: int, base: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return what each member that answers loses on its held-out episodes under a base."""
+        body = {"what": "judge", "round": number, "constitution": self._constitution.fingerprint}
+        asked = seal("ask", body, base, key=self._key)
+        found, known = {}, fingerprint(base)
+        nodes = [node for node in self._transport.nodes() if node in self._constitution.members]
+        limit = self._constitution.largest_bytes
+        requests = dict.fromkeys(nodes, asked)
+        for reply in self._transport.exchange(requests, seconds=self._constitution.patience_seconds):
+            try:
+                if reply.data is None:
+                    raise DataError(reply.error)
+                verdict = unseal(reply.data, kind="verdict", known=self._members, limit=limit)
+                if (verdict.sender, verdict.body.get("base")) != (reply.node, known):
+                    raise DataError("the verdict is of another node or base")
+                found[reply.node] = float(verdict.body["losses"]["total"])
+            except (DataError, KeyError, TypeError, ValueError) as error:
+                _log.warning("round %d: %s gives no verdict: %s", number, reply.node, error)
+        return found
+
+
+def read_contribution(
+    data: bytes, number: int, base: Mapping[str, Tensor], constitution: Constitution, members: Mapping[str, str]
+) -> Message:
+    """Return a member's contribution to a round.
+
+    Raises:
+        DataError: it is no member's, of another round or base, of a class that may not shape the base, or a refusal.
+    """
+    limit = constitution.largest_bytes
+    try:
+        message = unseal(data, kind="contribution", known=members, limit=limit)
+    except DataError as error:
+        try:
+            refusal = unseal(data, kind="refusal", known=members, limit=limit)
+        except DataError:
+            raise error from None
+        raise DataError(f"{refusal.sender} refuses: {refusal.body.get('why')}") from None
+    body = message.body
+    expected = {"owner": message.sender, "round": number, "base": fingerprint(base), "steps": constitution.inner_steps}
+    for key, value in expected.items():
+        if body.get(key) != value:
+            raise DataError(f"a contribution of {message.sender} has {key} {body.get(key)!r}; expected {value!r}")
+    if body.get("data_class") not in constitution.classes:
+        raise DataError(
+            f"{message.sender} contributes what it learned of {body.get('data_class')} data; the constitution lets "
+            f"{', '.join(constitution.classes)} data shape the base"
+        )
+    if type(body.get("frames")) is not int or body["frames"] < 0 or not isinstance(body.get("spent"), dict):
+        raise DataError(f"a contribution of {message.sender} does not say its frames and what privacy it spent")
+    return message
+
+
+def decoded(message: Message, base: Mapping[str, Tensor], constitution: Constitution) -> dict[str, Tensor]:
+    """Return the delta of a contribution.
+
+    Raises:
+        DataError: it does not fit the base, or is not finite.
+    """
+    codec = CODECS[str(constitution.codec["name"])].parse(constitution.codec)
+    delta = codec.decode(message.tensors, {name: tensor.shape for name, tensor in base.items()})
+    check_contribution(delta, base)
+    return delta
+
+
+def weave(rounds: Rounds, number: int, constitution: Constitution, frames: Mapping[str, int]) -> Woven:
+    """Return what contributions make of a round's base; `frames` says how many each of their owners saw.
+
+    It is the same to the last bit, whoever computes it.
+
+    Raises:
+        StorageError: a contribution is missing.
+    """
+    base = rounds.base(number)
+    files = {owner: rounds.delta(number, owner) for owner in sorted(frames)}
+    for owner, path in files.items():
+        if not path.is_file():
+            raise StorageError(f"the contribution of {owner} to round {number} is not at {path}; restore it")
+    power = {"equal": 0.0, "frames": 1.0, "sqrt-frames": 0.5}[constitution.weighting]
+    weights = capped({owner: float(frames[owner]) ** power for owner in files}, max(constitution.cap, 1 / len(files)))
+    aggregator = AGGREGATORS[str(constitution.aggregation["name"])].parse(constitution.aggregation)
+    shapes = {name: tensor.shape for name, tensor in base.items()}
+    sources = {owner: partial(_tensor, path) for owner, path in files.items()}
+    aggregate = aggregator.aggregate(sources, weights, shapes, cap=constitution.cap)
+    outer = OUTER[str(constitution.outer["name"])].parse(constitution.outer)
+    moved, momentum = outer.step(base, aggregate.tensors, rounds.momentum(number))
+    return Woven(base=moved, momentum=momentum, weights=aggregate.weights, notes=aggregate.notes)
+
+
+def unchanged(rounds: Rounds, number: int) -> Woven:
+    """Return what a round makes to which nothing was contributed that may count."""
+    return Woven(base=rounds.base(number), momentum=rounds.momentum(number), weights={}, notes={})
+
+
+def recompute(
+    path: Path | str, constitution: Constitution, *, into: Path | str, without: Collection[str] = ()
+) -> dict[int, str]:
+    """Compute all bases again from the kept contributions, in another folder; return their fingerprints by round.
+
+    With nobody left out they are those that the ledger names. With `without` they are what comes of the others'
+    contributions alone, as these were made: from bases that the owners who are left out had a part in. Each message is
+    read and checked as when it came.
+
+    Raises:
+        DataError: a message is not what the ledger says, or a recomputed base is not the published one.
+        StorageError: a contribution is missing, or the target is the folder itself.
+    """
+    if Path(path).resolve() == Path(into).resolve():
+        raise StorageError(f"{into} holds what is recomputed from; choose another folder for the result")
+    kept, made = Rounds(path), Rounds(into)
+    records = Records(kept.path / "ledger.jsonl")
+    members = {public: name for name, public in constitution.member_keys().items()}
+    published = records.bases()
+    found = {0: made.keep(0, kept.base(0), {})}
+    for entry in records.entries("round"):
+        number, frames = entry.body["round"], {}
+        said = {facts["owner"]: facts for facts in records.contributions(number)}
+        for owner in entry.body["facts"]["weights"]:
+            if owner in without:
+                continue
+            with storage_errors(kept.message(number, owner)):
+                data = kept.message(number, owner).read_bytes()
+            base = kept.base(number)
+            message = read_contribution(data, number, base, constitution, members)
+            if message.digest != said[owner]["message"]:
+                raise DataError(f"the contribution of {owner} to round {number} is not the one that the ledger names")
+            frames[owner] = said[owner]["frames"]
+            delta = decoded(message, base, constitution)
+            write_atomic(made.delta(number, owner), partial(safetensors.torch.save_file, delta))
+        woven = weave(made, number, constitution, frames) if frames else unchanged(made, number)
+        found[number + 1] = made.keep(number + 1, woven.base, woven.momentum)
+        if not without and found[number + 1] != published[number + 1]["fingerprint"]:
+            raise DataError(f"the base of round {number + 1} is not what the contributions make of it; it was changed")
+    return found
+
+
+def _tensor(path: Path, name: str) -> Tensor:
+    """Read one tensor of a file, and no more of it."""
+    with storage_errors(path), safetensors.safe_open(str(path), framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
+def _worse(before: Mapping[str, float], after: Mapping[str, float]) -> float:
+    """Return by what share of it a loss grows, for the member in the middle; no word counts as without bound."""
+    return statistics.median(after.get(node, float("inf")) / loss - 1 for node, loss in before.items())

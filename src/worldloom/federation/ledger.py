@@ -1,0 +1,280 @@
+"""The ledger of a consortium: what happened, signed, chained and countersigned, never the data itself.
+
+Each entry of the chain is signed by whoever wrote it, over its content, its place and the hash of the entry before. A
+chain alone lets its operator write all of it anew; the checkpoints that members countersign and keep show that.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from worldloom.core.chain import Chain, Entry, Head, canonical, entries, verify
+from worldloom.core.errors import DataError
+from worldloom.core.files import read_json, write_json
+from worldloom.core.signing import SigningKey, verified
+from worldloom.federation.constitution import Constitution
+
+_BY_COORDINATORS = ("constitution", "base", "contribution", "refusal", "round")
+KINDS = (*_BY_COORDINATORS, "checkpoint", "exit", "return", "recompute", "succession")
+"""What an entry may be; the first five are a coordinator's to write."""
+
+_LARGEST = 2**16  # characters of the facts of an entry: fingerprints and figures fit, data does not
+_FIELDS = {"kind", "round", "facts", "key", "signature"}
+_COUNTERSIGNED = "worldloom countersigned checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerVerdict:
+    """What verification found: all `length` entries are whole, or the first that is `broken`, and why."""
+
+    length: int
+    head: Head
+    broken: int | None = None
+    why: str = ""
+
+
+class Records:
+    """What a ledger says, read without writing it."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    def entries(self, kind: str | None = None) -> Iterator[Entry]:
+        """Read the entries, or those of a kind, in order.
+
+        Raises:
+            DataError: an entry does not verify; it is named.
+        """
+        return (entry for entry in entries(self.path) if kind is None or entry.body.get("kind") == kind)
+
+    def contributions(self, round: int) -> list[Mapping[str, Any]]:
+        """Return the facts of the contributions to a round."""
+        return [entry.body["facts"] for entry in self.entries("contribution") if entry.body["round"] == round]
+
+    def bases(self) -> dict[int, Mapping[str, Any]]:
+        """Return the facts of the base of each round; of one that was made again, the newest."""
+        return {entry.body["round"]: entry.body["facts"] for entry in self.entries("base")}
+
+    def spent(self, owner: str) -> Mapping[str, Any]:
+        """Return the privacy that an owner had spent at its last contribution; empty if none."""
+        spent: Mapping[str, Any] = {}
+        for entry in self.entries("contribution"):
+            if entry.body["facts"].get("owner") == owner:
+                spent = entry.body["facts"].get("spent") or spent
+        return spent
+
+
+class Ledger(Records):
+    """A ledger that is written, by one process at a time.
+
+    Raises:
+        StorageError: another process writes it, or the storage refuses.
+        DataError: it does not verify.
+    """
+
+    def __init__(self, path: Path | str, key: SigningKey, *, durable: bool = True) -> None:
+        super().__init__(path)
+        self._key, self._chain = key, Chain(path, durable=durable)
+
+    @property
+    def head(self) -> Head:
+        """How long the ledger is, and the hash of its last entry."""
+        return self._chain.head
+
+    def append(self, kind: str, facts: Mapping[str, Any], *, round: int | None = None) -> Entry:
+        """Sign an entry, write it and return it.
+
+        Raises:
+            DataError: the kind is unknown, or the facts are too large or no plain JSON.
+            StorageError: the disk refuses; the ledger is as it was.
+        """
+        if kind not in KINDS:
+            raise DataError(f"{kind!r} is no kind of entry; expected one of {', '.join(KINDS)}")
+        if (size := len(canonical(dict(facts)))) > _LARGEST:
+            raise DataError(f"the facts of an entry have {size} characters; expected at most {_LARGEST}: no data")
+        said = {"kind": kind, "round": round, "facts": dict(facts), "key": self._key.public}
+        signature = self._key.sign(_signed(said, self.head.length, self.head.hash))
+        return self._chain.append({**said, "signature": signature})
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._chain.close()
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def countersign(head: Head, key: SigningKey) -> dict[str, Any]:
+    """Return a checkpoint: that the signer saw a ledger of this length with this hash."""
+    values = {"kind": _COUNTERSIGNED, "format": 1, "length": head.length, "hash": head.hash, "key": key.public}
+    return {**values, "signature": key.sign(canonical(values).encode("ascii"))}
+
+
+def save_countersigned(path: Path | str, checkpoint: Mapping[str, Any]) -> None:
+    """Keep a checkpoint in a file of the member's own."""
+    write_json(Path(path), dict(checkpoint))
+
+
+def read_countersigned(path: Path | str, constitution: Constitution) -> Head:
+    """Return what a kept checkpoint saw.
+
+    Raises:
+        StorageError: it cannot be read.
+        DataError: it is not signed by one whom the constitution names.
+    """
+    return _seen(read_json(Path(path)), constitution)
+
+
+def verify_ledger(
+    path: Path | str, constitution: Constitution, checkpoints: Collection[Mapping[str, Any]] = ()
+) -> LedgerVerdict:
+    """Check every entry and signature, and that what the checkpoints saw is still there; nothing else is needed.
+
+    Raises:
+        StorageError: there is no such file.
+        DataError: a checkpoint is not signed by one whom the constitution names.
+    """
+    kept = sorted((_seen(checkpoint, constitution) for checkpoint in checkpoints), key=lambda head: head.length)
+    # The chain first: its reader gives up at the first entry that is broken, of which verify says why.
+    chain = verify(path)
+    hashes = ["0" * 64]  # at each length, from none
+    ratified: tuple[int, Any] | None = None
+    if chain.length:
+        walk = entries(path)
+        for _ in range(chain.length if chain.broken is None else chain.broken):
+            entry = next(walk)
+            why = _fault(entry, constitution, hashes)
+            hashes.append(entry.hash)
+            if not why and any(head.length == len(hashes) - 1 and head.hash != entry.hash for head in kept):
+                why = "is not the one that a member countersigned: the ledger was written anew"
+            if why:
+                return LedgerVerdict(
+                    length=entry.index + 1,
+                    head=Head(length=entry.index + 1, hash=entry.hash),
+                    broken=entry.index,
+                    why=why,
+                )
+            if entry.body["kind"] == "constitution":
+                ratified = entry.index, entry.body["facts"].get("fingerprint")
+    if chain.broken is not None:
+        return LedgerVerdict(length=chain.length, head=chain.head, broken=chain.broken, why=chain.why)
+    if kept and kept[-1].length > chain.length:
+        why = f"and all after it are gone: a member countersigned {kept[-1].length} entries"
+        return LedgerVerdict(length=chain.length, head=chain.head, broken=chain.length, why=why)
+    if chain.length and (ratified is None or ratified[1] != constitution.fingerprint):
+        broken = 0 if ratified is None else ratified[0]
+        why = "does not name the constitution that it is verified by"
+        return LedgerVerdict(length=chain.length, head=chain.head, broken=broken, why=why)
+    return LedgerVerdict(length=chain.length, head=chain.head)
+
+
+def model_card(path: Path | str, constitution: Constitution) -> str:
+    """Return the card of the newest base in Markdown, written from a ledger that verifies.
+
+    Raises:
+        StorageError: there is no such file.
+        DataError: the ledger does not verify.
+    """
+    verdict = verify_ledger(path, constitution)
+    if verdict.broken is not None:
+        raise DataError(f"{path} does not verify: entry {verdict.broken} {verdict.why}. No card is written from it")
+    records = Records(path)
+    bases, contributions = records.bases(), list(records.entries("contribution"))
+    newest = max(bases, default=None, key=lambda number: -1 if number is None else number)
+    base = "none yet" if newest is None else f"`{_cell(bases[newest].get('fingerprint'))}` (round {newest})"
+    lines = [f"# {_cell(constitution.consortium)}", "", f"- Base: {base}"]
+    lines += [
+        f"- Constitution: `{constitution.fingerprint}`",
+        f"- Ledger: {verdict.length} entries, `{verdict.head.hash}`",
+    ]
+    lines += [
+        "",
+        "## Contributors",
+        "",
+        "| owner | class | rounds | mean weight | privacy spent |",
+        "|---|---|---|---|---|",
+    ]
+    for owner in sorted({str(entry.body["facts"].get("owner")) for entry in contributions}):
+        own = [entry.body for entry in contributions if str(entry.body["facts"].get("owner")) == owner]
+        classes = ", ".join(sorted({str(body["facts"].get("data_class")) for body in own}))
+        weights = [body["facts"]["weight"] for body in own if isinstance(body["facts"].get("weight"), int | float)]
+        weight = f"{sum(weights) / len(weights):.4g}" if weights else "unknown"
+        rounds = len({body["round"] for body in own})
+        cells = [owner, classes, rounds, weight, _figures(records.spent(owner)) or "none"]
+        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    lines += ["", "## Evaluations", ""]
+    judged = [(entry.body["round"], entry.body["facts"].get("evaluation")) for entry in records.entries("round")]
+    lines += [f"- Round {number}: {_cell(_figures(found))}" for number, found in judged if found] or ["None."]
+    lines += ["", "## Refusals", ""]
+    lines += [
+        f"- Round {entry.body['round']}: {_cell(entry.body['facts'].get('owner'))}: "
+        f"{_cell(entry.body['facts'].get('reason'))}"
+        for entry in records.entries("refusal")
+    ] or ["None."]
+    return "\n".join(lines) + "\n"
+
+
+def _signed(said: Mapping[str, Any], index: int, previous: str) -> bytes:
+    return canonical({**said, "index": index, "previous": previous}).encode("ascii")
+
+
+def _fault(entry: Entry, constitution: Constitution, hashes: list[str]) -> str:
+    """Return what is wrong with an entry of which the hash is right; empty if nothing."""
+    body = entry.body
+    if not isinstance(body, dict) or set(body) != _FIELDS or not isinstance(body["facts"], dict):
+        return "is no entry of a ledger"
+    if not isinstance(body["key"], str) or not isinstance(body["signature"], str) or body["kind"] not in KINDS:
+        return "is no entry of a ledger"
+    if body["round"] is not None and type(body["round"]) is not int:
+        return "is no entry of a ledger"
+    who = constitution.known().get(body["key"])
+    if who is None:
+        return f"is signed by {body['key']}, whom the constitution does not name"
+    if body["kind"] in _BY_COORDINATORS and body["key"] not in constitution.coordinator_keys().values():
+        return f"is a {body['kind']} by {who}, who is no coordinator"
+    said = {name: body[name] for name in ("kind", "round", "facts", "key")}
+    if not verified(_signed(said, entry.index, entry.previous), body["signature"], body["key"]):
+        return f"is not what {who} signed"
+    found = body["facts"].get("countersigned", []) if body["kind"] == "checkpoint" else []
+    try:
+        seen = [_seen(checkpoint, constitution) for checkpoint in found]
+    except (DataError, TypeError):
+        return "holds a checkpoint that no member countersigned"
+    if any(head.length >= len(hashes) or hashes[head.length] != head.hash for head in seen):
+        return "holds a checkpoint of another ledger"
+    return ""
+
+
+def _seen(checkpoint: Any, constitution: Constitution) -> Head:
+    try:
+        values = {name: checkpoint[name] for name in ("kind", "format", "length", "hash", "key")}
+        signed = verified(canonical(values).encode("ascii"), checkpoint["signature"], checkpoint["key"])
+        whole = (values["kind"], values["format"]) == (_COUNTERSIGNED, 1) and type(values["length"]) is int
+        whole = whole and values["length"] >= 0
+    except (KeyError, TypeError):
+        signed = whole = False
+    if not signed or not whole or checkpoint["key"] not in constitution.known():
+        raise DataError(
+            "a checkpoint is not signed by one whom the constitution names; ask the member for its own file"
+        )
+    return Head(length=values["length"], hash=values["hash"])
+
+
+def _figures(values: Any) -> str:
+    if not isinstance(values, Mapping):
+        return "" if values is None else str(values)
+    return ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
+    )
+
+
+def _cell(value: Any) -> str:
+    """Return text that stays in its cell and line, whoever wrote it."""
+    return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").split())

@@ -1,0 +1,86 @@
+"""What an owner trains the shared model on: its own frames and its own state, by the same `fit` as everywhere."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from worldloom.core.files import read_json, write_json
+from worldloom.core.progress import SILENT, Progress
+from worldloom.data import Frames
+from worldloom.data.statistics import Statistics
+from worldloom.federation.partition import PartitionConfig, fingerprint
+from worldloom.models import JEPAConfig, build_jepa
+from worldloom.training import RunFolder, Stretch, TrainingConfig, fit, held_out_losses
+from worldloom.training.state import saved_steps
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trained:
+    """What a stretch of training made of a base: the shared part before and after, and how much it took."""
+
+    before: Mapping[str, Tensor]
+    after: Mapping[str, Tensor]
+    steps: int
+    frames: int
+
+
+class LocalTraining:
+    """The training of one owner, in a run folder of its own.
+
+    A stretch is known by its name and its base: asked for again, it goes on where it was, or answers what it made. With
+    another base under the same name it begins anew, from the state that stands. What is sovereign (the parts that
+    `partition` says, the optimiser's moments, the modules of the losses) stays in the folder.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        frames: Frames,
+        *,
+        training: TrainingConfig,
+        model: JEPAConfig,
+        partition: PartitionConfig,
+        progress: Progress = SILENT,
+    ) -> None:
+        self.run, self.frames, self.training, self.model = run, frames, training, model
+        self.partition, self._progress = partition, progress
+        self._where = run.path / "stretch.json"
+
+    def stretch(self, name: str, base: Mapping[str, Tensor], steps: int) -> Trained:
+        """Train so many steps from a base; its tensors are exactly the shared part.
+
+        Raises:
+            CheckpointError: the base is of another model.
+            TrainingError: see `worldloom.training.fit`.
+        """
+        known = fingerprint(base)
+        here = read_json(self._where) if self._where.is_file() else {"end": 0}
+        if (here.get("name"), here.get("base")) != (name, known):
+            begin = self._stands()
+            here = {"name": name, "base": known, "begin": begin, "end": begin + steps}
+            write_json(self._where, here)
+        stretch = Stretch(begin=here["begin"], end=here["end"], base=base)
+        resume = self.run.checkpoint_directory.is_dir()
+        model = fit(
+            self.training, self.model, self.frames, self.run, resume=resume, stretch=stretch, progress=self._progress
+        )
+        state = model.state_dict()
+        partition = self.partition.split(state)
+        frames = steps * self.training.batch * (self.model.context + self.training.horizon)
+        return Trained(before=dict(base), after=partition.shared_of(state), steps=steps, frames=frames)
+
+    def judge(self, base: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the losses of a base, beside what is sovereign here, on episodes that no training sees."""
+        return held_out_losses(self.training, self.model, self.frames, self.run, base)
+
+    def _stands(self) -> int:
+        return max(saved_steps(self.run), default=0)
+
+
+def initial_base(model: JEPAConfig, frames: Frames, partition: PartitionConfig, *, seed: int) -> dict[str, Tensor]:
+    """Return the shared part of an untrained model: it depends on the shapes of the frames and the seed, on no data."""
+    spec = frames.spec
+    unit = Statistics.unit(spec.observation, spec.action)
+    state = build_jepa(model, spec.observation, spec.action, unit, seed=seed).state_dict()
+    return partition.split(state).shared_of(state)

@@ -1,0 +1,122 @@
+"""An owner's part of the weaving: it answers what a coordinator asks, and keeps everything else.
+
+A node keeps, in its own folder, the run of its model, the answer of each round and what its codec left out. Asked again
+for the same round and base it gives the same answer, so that a node or a coordinator that was killed loses nothing.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from worldloom.core.errors import DataError, WorldloomError
+from worldloom.core.files import exclusive_lock, storage_errors, write_atomic
+from worldloom.core.signing import SigningKey
+from worldloom.federation.codecs import CODECS
+from worldloom.federation.constitution import Constitution
+from worldloom.federation.contribution import Contribution
+from worldloom.federation.envelope import Message, seal, unseal
+from worldloom.federation.local import LocalTraining
+from worldloom.federation.partition import fingerprint
+from worldloom.models import load_tensors, save_tensors
+
+_log = logging.getLogger(__name__)
+_RESIDUAL = "codec-residual"
+_KEPT = 3  # rounds whose answers are kept: a coordinator that was set back by one asks for them again
+
+Privatise = Callable[[Mapping[str, Tensor], int], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
+"""Clips and adds noise to a delta before it leaves, for a round; returns it with the privacy spent so far."""
+
+
+class Node:
+    """Answers a coordinator's messages; `handle` is what a transport calls, from any process."""
+
+    def __init__(
+        self,
+        path: Path | str,
+        training: LocalTraining,
+        *,
+        name: str,
+        key: SigningKey,
+        constitution: Constitution,
+        data_class: str,
+        privatise: Privatise | None = None,
+    ) -> None:
+        self.path, self.name = Path(path), name
+        self._training, self._key, self._constitution = training, key, constitution
+        self._class, self._privatise = data_class, privatise
+        self._coordinators = {public: title for title, public in constitution.coordinator_keys().items()}
+        self._answers = {"train": self._train, "judge": self._judge}
+
+    def handle(self, data: bytes) -> bytes:
+        """Answer one message; what cannot be done is answered with why, signed, and nothing is lost.
+
+        Raises:
+            DataError: the message is not a coordinator's.
+        """
+        asked = unseal(data, kind="ask", known=self._coordinators, limit=self._constitution.largest_bytes)
+        try:
+            if asked.body.get("constitution") != self._constitution.fingerprint:
+                raise DataError(
+                    "the message is of another constitution than the one that this node signed; agree on one, and "
+                    "start both with it"
+                )
+            answer = self._answers.get(str(asked.body.get("what")))
+            if answer is None:
+                raise DataError(f"a node is asked to {', '.join(self._answers)}; got {asked.body.get('what')!r}")
+            # Asked again while it is still at it, it waits for itself, and then has the answer.
+            with exclusive_lock(self.path / ".lock", None):
+                return answer(asked)
+        except WorldloomError as error:
+            _log.warning("%s refuses: %s", self.name, error)
+            body = {"round": asked.body.get("round"), "why": str(error)}
+            return seal("refusal", body, {}, key=self._key)
+
+    def _train(self, asked: Message) -> bytes:
+        number, base = int(asked.body["round"]), asked.tensors
+        kept = self.path / "answers" / f"{number:05d}-{fingerprint(base)[:16]}.msg"
+        if kept.is_file():
+            with storage_errors(kept):
+                return kept.read_bytes()
+        made = self._training.stretch(f"round {number}", base, self._constitution.inner_steps)
+        contribution = Contribution.of(
+            self._training.partition.split(made.before),
+            made.before,
+            made.after,
+            owner=self.name,
+            round=number,
+            base=fingerprint(base),
+            steps=made.steps,
+            frames=made.frames,
+            data_class=self._class,
+        )
+        tensors: Mapping[str, Tensor] = contribution.tensors
+        spent: Mapping[str, Any] = {}
+        if self._privatise is not None:
+            tensors, spent = self._privatise(tensors, number)
+        codec = CODECS[str(self._constitution.codec["name"])].parse(self._constitution.codec)
+        payload, residual = codec.encode(tensors, self._residual(number))
+        save_tensors(self._residual_stem(number), residual, {"round": number}, kind=_RESIDUAL)
+        answer = seal("contribution", {**contribution.body(), "spent": dict(spent)}, payload, key=self._key)
+        write_atomic(kept, lambda temporary: temporary.write_bytes(answer))
+        for old in sorted(kept.parent.glob("*.msg"))[:-_KEPT]:
+            old.unlink(missing_ok=True)
+        return answer
+
+    def _judge(self, asked: Message) -> bytes:
+        losses = self._training.judge(asked.tensors)
+        body = {"round": asked.body["round"], "base": fingerprint(asked.tensors), "losses": losses}
+        return seal("verdict", body, {}, key=self._key)
+
+    def _residual(self, number: int) -> dict[str, Tensor] | None:
+        """Return what the codec left out in the newest round before this one."""
+        rounds = [int(path.stem.split("-")[1]) for path in (self.path / "codec").glob("residual-?????.json")]
+        before = [round for round in rounds if round < number]
+        if not before:
+            return None
+        return load_tensors(self._residual_stem(max(before)), kind=_RESIDUAL)[0]
+
+    def _residual_stem(self, number: int) -> Path:
+        return self.path / "codec" / f"residual-{number:05d}"

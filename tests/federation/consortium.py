@@ -1,0 +1,118 @@
+"""A tiny consortium in one process: points that actions move, seen by each owner in coordinates of its own."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldloom.core.signing import SigningKey, make_key
+from worldloom.core.types import ActionSpec, ObservationSpec
+from worldloom.data.cache import FrameCache
+from worldloom.data.spec import DatasetSpec
+from worldloom.federation.constitution import Constitution
+from worldloom.federation.coordinator import Coordinator
+from worldloom.federation.local import LocalTraining, initial_base
+from worldloom.federation.node import Node
+from worldloom.federation.partition import PartitionConfig
+from worldloom.federation.transport import InProcess
+from worldloom.models import JEPAConfig
+from worldloom.models.encoders import VectorMLP
+from worldloom.models.predictors import MLPPredictor
+from worldloom.training import RunFolder, TrainingConfig
+
+MODEL = JEPAConfig(
+    encoder=VectorMLP(hidden=(16,)), predictor=MLPPredictor(hidden=(16,)), latent_dim=6, block=2, action_stem=2
+)
+OWNERS = ("north", "east", "south")
+
+
+def points(*, episodes: int = 12, steps: int = 30, seed: int = 0) -> FrameCache:
+    """Return episodes of a point that drifts by its actions, with a few numbers that stand still beside it."""
+    random = np.random.default_rng(seed)
+    frames = steps + 1
+    actions = np.zeros((episodes, frames, 2), np.float32)
+    actions[:, :steps] = np.clip(random.normal(0, 0.3, (episodes, steps, 2)).cumsum(1), -1, 1)
+    place = random.uniform(-1, 1, (episodes, 1, 2)) + 0.2 * np.cumsum(actions, axis=1) - 0.2 * actions
+    still = np.broadcast_to(random.normal(size=(episodes, 1, 2)), (episodes, frames, 2))
+    vector = np.concatenate([place, still], axis=-1).astype(np.float32)
+    return FrameCache(
+        spec=DatasetSpec(
+            observation=ObservationSpec(vector=4), action=ActionSpec(low=(-1.0, -1.0), high=(1.0, 1.0)), labels={}
+        ),
+        fingerprint=f"points-{seed}",
+        pixels=None,
+        vector=vector.reshape(-1, 4),
+        actions=actions.reshape(-1, 2),
+        labels={},
+        starts=np.arange(episodes) * frames,
+        lengths=np.full(episodes, steps),
+    )
+
+
+@dataclass
+class Consortium:
+    """Keys, rules, nodes and a coordinator below a folder; opened again it is the same."""
+
+    path: Path
+    rules: dict[str, Any] = field(default_factory=dict)
+    classes: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("coordinator", *OWNERS):
+            where = self.path / "keys" / f"{name}.pem"
+            where.parent.mkdir(parents=True, exist_ok=True)
+            if not where.exists():
+                make_key(where)
+        self.keys = {name: SigningKey(self.path / "keys" / f"{name}.pem") for name in ("coordinator", *OWNERS)}
+        self.constitution = Constitution.parse({
+            "consortium": "points",
+            "members": {name: {"key": self.keys[name].public} for name in OWNERS},
+            "coordinators": [{"name": "coordinator", "key": self.keys["coordinator"].public}],
+            "rounds": 3,
+            "inner_steps": 12,
+            "quorum": 2,
+            "cap": 0.5,
+            "patience_seconds": 60,
+            "quality": {"max_worse": 0.5},
+            **self.rules,
+        })  # fmt: skip
+        rounds, steps = self.constitution.rounds, self.constitution.inner_steps
+        self.training = TrainingConfig(
+            steps=rounds * steps, batch=16, horizon=3, threads=1, validation_share=0.25, validation_windows=32,
+            checkpoint_every=5, validate_every=100, log_every=100, accelerator="cpu",
+        )  # fmt: skip
+        self.partition = PartitionConfig.parse(self.constitution.partition)
+
+    def node(self, name: str) -> Node:
+        """Return a member's node."""
+        path = self.path / name
+        made = (path / "run" / "config.json").is_file()
+        run = RunFolder.open(path / "run") if made else RunFolder.create(path / "run", {}, {})
+        training = LocalTraining(
+            run,
+            points(seed=OWNERS.index(name)),
+            training=self.training,
+            model=MODEL,
+            partition=self.partition,
+        )
+        return Node(
+            path,
+            training,
+            name=name,
+            key=self.keys[name],
+            constitution=self.constitution,
+            data_class=self.classes.get(name, "open"),
+        )
+
+    def coordinator(self, handlers: Mapping[str, Callable[[bytes], bytes]] | None = None) -> Coordinator:
+        """Return the coordinator; `handlers` take the places of nodes."""
+        every = {name: self.node(name).handle for name in OWNERS} | dict(handlers or {})
+        return Coordinator(
+            self.path / "rounds",
+            self.constitution,
+            key=self.keys["coordinator"],
+            transport=InProcess(every),
+            initial=initial_base(MODEL, points(), self.partition, seed=0),
+        )

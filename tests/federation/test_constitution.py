@@ -1,0 +1,128 @@
+"""No round runs against rules that contradict themselves, or that a member has not signed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.signing import SigningKey, make_key
+from worldloom.federation.constitution import Constitution, ratification_path, ratify, read_constitution
+
+_PRIVACY = {"clip": 1.0, "noise": 1.0, "epsilon_budget": 8.0}
+
+
+def _values(**changed: Any) -> dict[str, Any]:
+    members = {name: {"key": f"{index:064x}"} for index, name in enumerate(("acme", "bolt", "core"))}
+    rules = {"consortium": "Looms", "members": members, "coordinators": ["acme"], "rounds": 3, "inner_steps": 10}
+    return {**rules, "quorum": 2, "cap": 0.5, **changed}
+
+
+def _signed(folder: Path) -> tuple[Path, dict[str, SigningKey]]:
+    keys = {}
+    for name in ("acme", "bolt", "core"):
+        make_key(folder / f"{name}.pem")
+        keys[name] = SigningKey(folder / f"{name}.pem")
+    path = folder / "looms.yaml"
+    path.write_text(yaml.safe_dump(_values(members={name: {"key": key.public} for name, key in keys.items()})))
+    for name, key in keys.items():
+        ratify(path, name, key)
+    return path, keys
+
+
+def test_rules_that_all_signed_are_read(tmp_path: Path) -> None:
+    path, keys = _signed(tmp_path)
+    rules = read_constitution(path)
+    assert rules.coordinator_keys() == {"acme": keys["acme"].public}
+    assert rules.known() == {key.public: name for name, key in keys.items()}
+
+
+def test_who_has_not_signed_is_named(tmp_path: Path) -> None:
+    path, _ = _signed(tmp_path)
+    ratification_path(path, "bolt").unlink()
+    ratification_path(path, "core").unlink()
+    with pytest.raises(DataError, match="not signed by bolt, core"):
+        read_constitution(path)
+    assert read_constitution(path, require=["acme"]).quorum == 2
+    with pytest.raises(DataError, match="not signed by bolt;"):
+        read_constitution(path, require=["acme", "bolt"])
+
+
+def test_a_changed_rule_is_found_even_by_one_signature(tmp_path: Path) -> None:
+    path, keys = _signed(tmp_path)
+    path.write_text(path.read_text().replace("cap: 0.5", "cap: 0.9"))
+    with pytest.raises(DataError, match="not what acme signed"):
+        read_constitution(path, require=[])
+    ratify(path, "acme", keys["acme"])
+    with pytest.raises(DataError, match="not what bolt signed"):
+        read_constitution(path, require=["acme"])
+
+
+def test_a_stranger_and_a_false_key_do_not_sign(tmp_path: Path) -> None:
+    path, keys = _signed(tmp_path)
+    with pytest.raises(DataError, match="another key"):
+        ratify(path, "acme", keys["bolt"])
+    with pytest.raises(DataError, match="'dora' is no member"):
+        ratify(path, "dora", keys["bolt"])
+    ratification_path(path, "acme").write_bytes(ratification_path(path, "bolt").read_bytes())
+    with pytest.raises(DataError, match="another member or key"):
+        read_constitution(path)
+    ratify(path, "acme", keys["acme"])
+    ratification_path(path, "dora").write_bytes(ratification_path(path, "bolt").read_bytes())
+    with pytest.raises(DataError, match="signed by dora"):
+        read_constitution(path)
+
+
+@given(count=st.integers(1, 12), quorum=st.integers(1, 14), cap=st.floats(0.01, 1.0))
+def test_a_cap_that_no_quorum_can_keep_is_refused(count: int, quorum: int, cap: float) -> None:
+    members = {f"m{index}": {"key": f"{index:064x}"} for index in range(count)}
+    values = _values(members=members, coordinators=["m0"], quorum=quorum, cap=cap)
+    if quorum <= count and quorum * cap >= 1:
+        assert Constitution.parse(values).cap == cap
+    elif quorum > count or quorum * cap < 1 - 1e-6:
+        with pytest.raises(ConfigError, match="quorum|cap"):
+            Constitution.parse(values)
+
+
+def test_a_third_for_each_of_three_is_the_whole() -> None:
+    assert Constitution.parse(_values(quorum=3, cap=1 / 3)).quorum == 3
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"quorum": 4}, "4 of 3 members"),
+        ({"cap": 0.3}, "3 members with at most 0.3"),
+        ({"cap": 0.4}, "2 members of a quorum"),
+        ({"secure_aggregation": True, "aggregation": {"name": "krum"}}, "what remains"),
+        ({"secure_aggregation": True}, "clipped-mean.*what remains"),
+        ({"classes": ["open", "controlled"]}, "only under privacy"),
+        ({"classes": ["controlled"], "privacy": {**_PRIVACY, "noise": 0}}, "only under privacy"),
+        ({"classes": ["sovereign"]}, "classes"),
+        ({"coordinators": ["dora"]}, "'dora' is no member"),
+        ({"coordinators": ["acme", "acme"]}, "twice"),
+        ({"coordinators": [{"name": "hub", "key": f"{1:064x}"}]}, "twice"),
+        ({"codec": {}}, "codec"),
+        ({"quorun": 2}, "quorum"),
+        ({"members": {"../up": {"key": f"{1:064x}"}}}, "members"),
+    ],
+)
+def test_rules_that_contradict_themselves_are_refused(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Constitution.parse(_values(**changed))
+
+
+def test_what_is_consistent_is_accepted() -> None:
+    Constitution.parse(_values(secure_aggregation=True, aggregation={"name": "mean"}))
+    Constitution.parse(_values(classes=["controlled"], privacy=_PRIVACY))
+
+
+def test_the_fingerprint_is_of_the_rules_and_of_the_order_of_succession() -> None:
+    rules = Constitution.parse(_values(coordinators=["acme", {"name": "hub", "key": "a" * 64}]))
+    assert Constitution.parse(rules.model_dump(mode="json")).fingerprint == rules.fingerprint
+    other = Constitution.parse(_values(coordinators=[{"name": "hub", "key": "a" * 64}, "acme"]))
+    assert list(other.coordinator_keys()) == ["hub", "acme"]
+    assert other.fingerprint != rules.fingerprint

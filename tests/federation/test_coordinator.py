@@ -1,0 +1,234 @@
+import pytest
+import torch
+from consortium import MODEL, OWNERS, Consortium
+
+from worldloom.core.errors import DataError, StorageError, TrainingError
+from worldloom.federation.codecs import bytes_of
+from worldloom.federation.coordinator import Rounds, recompute
+from worldloom.federation.envelope import seal, unseal
+from worldloom.federation.ledger import Records, verify_ledger
+from worldloom.federation.partition import fingerprint
+from worldloom.models import load_model
+from worldloom.training import held_out_losses
+
+
+def run(consortium: Consortium, handlers=None) -> dict[str, torch.Tensor]:
+    coordinator = consortium.coordinator(handlers)
+    try:
+        return coordinator.run()
+    finally:
+        coordinator.close()
+
+
+def reasons(consortium: Consortium) -> list[str]:
+    records = Records(consortium.path / "rounds" / "ledger.jsonl")
+    return [entry.body["facts"]["reason"] for entry in records.entries("refusal")]
+
+
+@pytest.fixture(scope="module")
+def woven(tmp_path_factory) -> tuple[Consortium, dict[str, torch.Tensor]]:
+    consortium = Consortium(tmp_path_factory.mktemp("woven"))
+    return consortium, run(consortium)
+
+
+def test_a_woven_base_is_better_for_every_owner_than_the_one_it_began_as(woven) -> None:
+    consortium, last = woven
+    first = Rounds(consortium.path / "rounds").base(0)
+    for name in OWNERS:
+        training = consortium.node(name)._training
+        before, after = (
+            held_out_losses(consortium.training, MODEL, training.frames, training.run, base)["prediction"]
+            for base in (first, last)
+        )
+        assert after < 0.8 * before
+
+
+def test_the_ledger_verifies_and_every_base_is_recomputed_bit_for_bit(woven, tmp_path) -> None:
+    consortium, last = woven
+    ledger = consortium.path / "rounds" / "ledger.jsonl"
+    assert verify_ledger(ledger, consortium.constitution).broken is None
+    found = recompute(consortium.path / "rounds", consortium.constitution, into=tmp_path / "again")
+    assert found[3] == fingerprint(last)
+    assert {number: facts["fingerprint"] for number, facts in Records(ledger).bases().items()} == found
+
+
+def test_what_a_member_contributed_can_be_left_out(woven, tmp_path) -> None:
+    consortium, last = woven
+    rounds = consortium.path / "rounds"
+    found = recompute(rounds, consortium.constitution, into=tmp_path / "without", without=["east"])
+    assert found[0] == fingerprint(Rounds(rounds).base(0))
+    assert found[3] != fingerprint(last)
+    with pytest.raises(StorageError, match="choose another folder"):
+        recompute(rounds, consortium.constitution, into=rounds)
+
+
+def test_a_contribution_that_was_exchanged_is_found(woven, tmp_path) -> None:
+    consortium, _ = woven
+    rounds = Rounds(consortium.path / "rounds")
+    kept = rounds.message(1, "east").read_bytes()
+    message = unseal(kept, kind="contribution", known=consortium.constitution.known(), limit=10**9)
+    tensors = {name: tensor * 2 for name, tensor in message.tensors.items()}
+    rounds.message(1, "east").write_bytes(seal("contribution", message.body, tensors, key=consortium.keys["east"]))
+    try:
+        with pytest.raises(DataError, match="not the one that the ledger names"):
+            recompute(rounds.path, consortium.constitution, into=tmp_path / "again")
+    finally:
+        rounds.message(1, "east").write_bytes(kept)
+
+
+def test_nothing_sovereign_is_in_what_a_node_says(woven) -> None:
+    consortium, _ = woven
+    state = load_model(consortium.path / "east" / "run" / "model").state_dict()
+    sovereign = consortium.partition.split(state).sovereign_of(state)
+    assert {"normalise_actions.shift", "action_stem.mix.weight", "norm.running_mean"} <= set(sovereign)
+    for path in (consortium.path / "rounds" / "contributions").glob("*/east.msg"):
+        said = path.read_bytes()
+        for name, tensor in sovereign.items():
+            assert name.encode() not in said
+            values = tensor.flatten().numpy().tobytes()
+            assert values[:8] not in said
+
+
+@pytest.mark.parametrize("moment", [1, 2, 5])
+def test_a_coordinator_that_is_killed_goes_on_and_ends_with_the_same_base(woven, tmp_path, moment) -> None:
+    whole, last = woven
+    broken = Consortium(tmp_path, rules={})
+    # The same keys, hence the same constitution and the same messages.
+    for key in (whole.path / "keys").iterdir():
+        (tmp_path / "keys" / key.name).write_bytes(key.read_bytes())
+    broken = Consortium(tmp_path)
+    coordinator = broken.coordinator()
+    accept, count = coordinator._accept, iter(range(100))
+
+    def killed(*arguments) -> None:
+        if next(count) == moment:
+            raise KeyboardInterrupt
+        accept(*arguments)
+
+    coordinator._accept = killed
+    with pytest.raises(KeyboardInterrupt):
+        coordinator.run()
+    coordinator.close()
+    assert fingerprint(run(broken)) == fingerprint(last)
+
+
+def test_a_node_that_is_asked_again_says_the_same(woven) -> None:
+    consortium, _ = woven
+    base = Rounds(consortium.path / "rounds").base(2)
+    body = {"what": "train", "round": 2, "constitution": consortium.constitution.fingerprint}
+    asked = seal("ask", body, base, key=consortium.keys["coordinator"])
+    said = consortium.node("south").handle(asked)
+    assert said == Rounds(consortium.path / "rounds").message(2, "south").read_bytes()
+
+
+def test_a_node_hears_a_coordinator_alone_and_its_own_constitution(woven) -> None:
+    consortium, _ = woven
+    node, base = consortium.node("north"), Rounds(consortium.path / "rounds").base(0)
+    body = {"what": "train", "round": 0, "constitution": consortium.constitution.fingerprint}
+    with pytest.raises(DataError, match="unknown sender"):
+        node.handle(seal("ask", body, base, key=consortium.keys["east"]))
+    for changed, message in (({"constitution": "other"}, "another constitution"), ({"what": "send data"}, "asked to")):
+        answer = node.handle(seal("ask", {**body, **changed}, base, key=consortium.keys["coordinator"]))
+        refusal = unseal(answer, kind="refusal", known=consortium.constitution.known(), limit=10**9)
+        assert message in refusal.body["why"]
+
+
+def test_who_does_not_answer_in_time_is_gone_without_and_written_down(tmp_path) -> None:
+    consortium = Consortium(tmp_path, rules={"patience_seconds": 20, "rounds": 1})
+
+    def broken(message: bytes) -> bytes:
+        raise OSError("the disk is gone")
+
+    run(consortium, {"east": broken})
+    assert reasons(consortium) == ["OSError: the disk is gone"]
+    (entry,) = Records(tmp_path / "rounds" / "ledger.jsonl").entries("round")
+    assert set(entry.body["facts"]["weights"]) == {"north", "south"}
+
+
+def test_below_the_quorum_a_round_waits_for_members_and_keeps_what_came(tmp_path) -> None:
+    consortium = Consortium(tmp_path, rules={"rounds": 1})
+
+    def gone(message: bytes) -> bytes:
+        raise OSError("gone")
+
+    with pytest.raises(TrainingError, match="1 contributions and needs 2"):
+        run(consortium, {"east": gone, "south": gone})
+    run(consortium, {"south": gone})
+    assert set(Rounds(tmp_path / "rounds").owners(0)) == {"north", "east"}
+
+
+def test_a_replayed_contribution_is_refused(tmp_path) -> None:
+    consortium = Consortium(tmp_path, rules={"rounds": 2})
+    node, said = consortium.node("east"), []
+
+    def replays(message: bytes) -> bytes:
+        asked = unseal(message, kind="ask", known=consortium.constitution.known(), limit=10**9)
+        if asked.body["what"] == "train":
+            said.append(node.handle(message))
+            return said[0]
+        return node.handle(message)
+
+    run(consortium, {"east": replays})
+    assert reasons(consortium) == ["a contribution of east has round 0; expected 1"]
+
+
+def test_a_borrowed_contribution_is_refused(tmp_path) -> None:
+    consortium = Consortium(tmp_path, rules={"rounds": 1})
+    run(consortium, {"south": consortium.node("east").handle})
+    assert reasons(consortium) == ["south sent what east signed; expected its own"]
+
+
+def test_what_private_data_taught_never_shapes_the_base(tmp_path) -> None:
+    consortium = Consortium(tmp_path, rules={"rounds": 1}, classes={"east": "private"})
+    run(consortium)
+    assert "private data" in reasons(consortium)[0]
+
+
+def test_a_poisoned_contribution_is_left_out_by_the_others_held_out_losses(tmp_path) -> None:
+    rules = {"rounds": 1, "aggregation": {"name": "mean"}, "outer": {"name": "fedavg"}, "quality": {"max_worse": 0.05}}
+    consortium = Consortium(tmp_path, rules=rules)
+    node = consortium.node("east")
+
+    def poisons(message: bytes) -> bytes:
+        answer = node.handle(message)
+        try:
+            said = unseal(answer, kind="contribution", known=consortium.constitution.known(), limit=10**9)
+        except DataError:
+            return answer
+        tensors = {name: -100 * tensor for name, tensor in said.tensors.items()}
+        return seal("contribution", said.body, tensors, key=consortium.keys["east"])
+
+    run(consortium, {"east": poisons})
+    (entry,) = Records(tmp_path / "rounds" / "ledger.jsonl").entries("round")
+    assert entry.body["facts"]["left_out"] == ["east"]
+    assert entry.body["facts"]["evaluation"]["after"] < entry.body["facts"]["evaluation"]["before"]
+
+
+def test_int8_with_error_feedback_weaves_as_well_with_far_fewer_bytes(woven, tmp_path) -> None:
+    whole, last = woven
+    small = Consortium(tmp_path, rules={"codec": {"name": "int8"}})
+    base = run(small)
+    sizes = []
+    for each in (whole, small):
+        known, total = each.constitution.known(), 0
+        for path in each.path.glob("rounds/contributions/*/*.msg"):
+            message = unseal(path.read_bytes(), kind="contribution", known=known, limit=10**9)
+            total += bytes_of(message.tensors)
+        sizes.append(total)
+    assert sizes[1] < 0.45 * sizes[0]  # the scales of rows weigh much beside so small a model
+    training = small.node("north")._training
+    first, second = (
+        held_out_losses(small.training, MODEL, training.frames, training.run, each)["total"] for each in (last, base)
+    )
+    assert abs(second / first - 1) < 0.1
+    assert (tmp_path / "north" / "codec" / "residual-00002.json").is_file()
+
+
+def test_another_constitution_or_key_does_not_go_on_in_the_folder(woven, tmp_path) -> None:
+    consortium, _ = woven
+    other = Consortium(consortium.path, rules={"quorum": 3})
+    with pytest.raises(DataError, match="another constitution"):
+        other.coordinator()
+    consortium.keys = {**consortium.keys, "coordinator": consortium.keys["east"]}
+    with pytest.raises(DataError, match="no coordinator's key"):
+        consortium.coordinator()

@@ -1,0 +1,160 @@
+"""What was written in a ledger stays: a flipped bit, a stranger and a history written anew are found."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worldloom.core.chain import Chain
+from worldloom.core.errors import DataError
+from worldloom.core.signing import SigningKey, make_key
+from worldloom.federation.constitution import Constitution
+from worldloom.federation.ledger import (
+    Ledger,
+    Records,
+    countersign,
+    model_card,
+    read_countersigned,
+    save_countersigned,
+    verify_ledger,
+)
+
+
+class World:
+    """A consortium of two, with a stranger beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.keys = folder, dict[str, SigningKey]()
+        for name in ("acme", "bolt", "stranger"):
+            make_key(folder / f"{name}.pem")
+            self.keys[name] = SigningKey(folder / f"{name}.pem")
+        members = {name: {"key": self.keys[name].public} for name in ("acme", "bolt")}
+        values = {"consortium": "Looms", "members": members, "coordinators": ["acme"], "rounds": 3, "inner_steps": 5}
+        self.rules = Constitution.parse({**values, "quorum": 2, "cap": 0.5})
+        self.path = self.write(folder / "ledger.jsonl")
+        self.verify = functools.partial(verify_ledger, constitution=self.rules)
+
+    def write(self, path: Path, weight: float = 0.5) -> Path:
+        facts = {"owner": "bolt", "data_class": "open", "weight": weight, "fingerprint": "cd"}
+        with Ledger(path, self.keys["acme"], durable=False) as ledger:
+            ledger.append("constitution", {"fingerprint": self.rules.fingerprint})
+            ledger.append("base", {"fingerprint": "ab"}, round=0)
+            ledger.append("contribution", {**facts, "spent": {"epsilon": 1.5}}, round=0)
+            ledger.append("refusal", {"owner": "acme", "reason": "late | 9 s"}, round=0)
+            ledger.append("round", {"evaluation": {"loss": 0.25}}, round=0)
+            ledger.append("base", {"fingerprint": "ef"}, round=1)
+        return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+def _append(path: Path, key: SigningKey, kind: str, facts: dict[str, Any]) -> None:
+    with Ledger(path, key, durable=False) as ledger:
+        ledger.append(kind, facts)
+
+
+def test_a_whole_ledger_verifies_and_is_read(world: World) -> None:
+    verdict = world.verify(world.path)
+    assert (verdict.length, verdict.broken) == (6, None)
+    records = Records(world.path)
+    assert [facts["owner"] for facts in records.contributions(0)] == ["bolt"]
+    assert records.contributions(1) == []
+    assert {number: facts["fingerprint"] for number, facts in records.bases().items()} == {0: "ab", 1: "ef"}
+    assert records.spent("bolt") == {"epsilon": 1.5}
+    assert records.spent("acme") == {}
+
+
+@given(st.data())
+def test_any_flipped_bit_is_found_and_its_entry_named(world: World, data: st.DataObject) -> None:
+    content = bytearray(world.path.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= 1 << data.draw(st.integers(0, 7))
+    other = world.folder / "flipped.jsonl"
+    other.write_bytes(bytes(content))
+    assert world.verify(other).broken == world.path.read_bytes()[:place].count(b"\n")
+
+
+def test_a_chain_made_anew_without_the_key_is_found(world: World, tmp_path: Path) -> None:
+    entries = list(Records(world.path).entries())
+    with Chain(tmp_path / "forged.jsonl", durable=False) as chain:
+        for entry in entries:
+            facts = {**entry.body["facts"], **({"weight": 0.1} if entry.index == 2 else {})}
+            chain.append({**entry.body, "facts": facts})
+    verdict = world.verify(tmp_path / "forged.jsonl")
+    # The hash of the first entry has its time in it, so the signature of the second is the first not to fit.
+    assert (verdict.broken, verdict.why) == (1, "is not what acme signed")
+
+
+def test_a_stranger_and_a_member_in_the_place_of_a_coordinator_are_found(world: World, tmp_path: Path) -> None:
+    path = world.write(tmp_path / "a.jsonl")
+    _append(path, world.keys["bolt"], "exit", {"owner": "bolt"})
+    assert world.verify(path).broken is None
+    _append(path, world.keys["bolt"], "base", {"fingerprint": "00"})
+    verdict = world.verify(path)
+    assert verdict.broken == 7
+    assert "no coordinator" in verdict.why
+    path = world.write(tmp_path / "b.jsonl")
+    _append(path, world.keys["stranger"], "exit", {})
+    verdict = world.verify(path)
+    assert verdict.broken == 6
+    assert world.keys["stranger"].public in verdict.why
+
+
+def test_a_countersigned_checkpoint_shows_a_history_written_anew_or_cut(world: World, tmp_path: Path) -> None:
+    head = world.verify(world.path).head
+    save_countersigned(tmp_path / "seen.json", countersign(head, world.keys["bolt"]))
+    assert read_countersigned(tmp_path / "seen.json", world.rules) == head
+    seen = [countersign(head, world.keys["bolt"])]
+    assert world.verify(world.path, checkpoints=seen).broken is None
+    anew = world.write(tmp_path / "anew.jsonl", weight=0.1)
+    assert world.verify(anew).broken is None  # by itself it is as good as the true one
+    assert "written anew" in world.verify(anew, checkpoints=seen).why
+    cut = tmp_path / "cut.jsonl"
+    cut.write_bytes(b"".join(world.path.read_bytes().splitlines(keepends=True)[:4]))
+    assert (world.verify(cut).broken, world.verify(cut, checkpoints=seen).broken) == (None, 4)
+
+
+def test_a_false_checkpoint_is_refused(world: World, tmp_path: Path) -> None:
+    head = world.verify(world.path).head
+    seen = countersign(head, world.keys["bolt"])
+    for false in (countersign(head, world.keys["stranger"]), {**seen, "length": 5}, {**seen, "signature": 3}, {}):
+        with pytest.raises(DataError, match="not signed"):
+            world.verify(world.path, checkpoints=[false])
+    path = world.write(tmp_path / "with.jsonl")
+    true = countersign(world.verify(path).head, world.keys["bolt"])
+    _append(path, world.keys["acme"], "checkpoint", {"countersigned": [true]})
+    assert world.verify(path).broken is None
+    _append(path, world.keys["acme"], "checkpoint", {"countersigned": [seen]})
+    assert (world.verify(path).broken, world.verify(path).why) == (7, "holds a checkpoint of another ledger")
+
+
+def test_a_ledger_of_other_rules_does_not_verify(world: World) -> None:
+    other = Constitution.parse({**world.rules.model_dump(mode="json"), "rounds": 4})
+    assert verify_ledger(world.path, other).broken == 0
+
+
+def test_data_is_not_written_in_a_ledger(world: World, tmp_path: Path) -> None:
+    with Ledger(tmp_path / "l.jsonl", world.keys["acme"]) as ledger:
+        with pytest.raises(DataError, match="no data"):
+            ledger.append("contribution", {"pixels": [0.5] * 40_000})
+        with pytest.raises(DataError, match="no kind"):
+            ledger.append("gossip", {})
+        assert ledger.head.length == 0
+
+
+def test_the_card_says_who_contributed_and_is_not_written_from_a_false_ledger(world: World, tmp_path: Path) -> None:
+    card = model_card(world.path, world.rules)
+    assert "`ef` (round 1)" in card
+    assert "| bolt | open | 1 | 0.5 | epsilon 1.5 |" in card
+    assert "- Round 0: loss 0.25" in card
+    assert "- Round 0: acme: late \\| 9 s" in card
+    false = tmp_path / "false.jsonl"
+    false.write_bytes(world.path.read_bytes().replace(b'"weight":0.5', b'"weight":0.1'))
+    with pytest.raises(DataError, match="entry 2"):
+        model_card(false, world.rules)

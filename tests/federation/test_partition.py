@@ -1,0 +1,94 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.types import ActionSpec, ObservationSpec
+from worldloom.data.statistics import Statistics
+from worldloom.federation.partition import Partition, PartitionConfig, fingerprint
+from worldloom.models import JEPAConfig, build_jepa
+from worldloom.recipes import RECIPES
+
+ACTION = ActionSpec(low=(-1.0, -1.0), high=(1.0, 1.0))
+
+
+def state_of(config: JEPAConfig) -> dict[str, torch.Tensor]:
+    try:
+        observation = ObservationSpec(pixels=(64, 64, 3))
+        model = build_jepa(config, observation, ACTION, Statistics.unit(observation, ACTION), seed=0)
+    except ConfigError:
+        observation = ObservationSpec(vector=6)
+        model = build_jepa(config, observation, ACTION, Statistics.unit(observation, ACTION), seed=0)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_the_partition_is_total_and_disjoint_for_every_recipe(name: str) -> None:
+    state = state_of(RECIPES[name]().model)
+    partition = PartitionConfig().split(state)
+    assert sorted((*partition.shared, *partition.sovereign)) == sorted(state)
+    assert not set(partition.shared) & set(partition.sovereign)
+    assert any(name.startswith("encoder.") for name in partition.shared)
+    assert any(name.startswith("predictor.") for name in partition.shared)
+    assert not any("normalise" in name or name.startswith("norm.") for name in partition.shared)
+    merged = partition.merge(partition.shared_of(state), partition.sovereign_of(state), like=state)
+    assert fingerprint(merged) == fingerprint(state)
+
+
+def test_what_comes_from_an_owners_own_stem_is_sovereign() -> None:
+    state = state_of(JEPAConfig(action_stem=3))
+    partition = PartitionConfig().split(state)
+    stem = {name for name in state if name.startswith("action_stem.")}
+    assert stem
+    assert stem <= set(partition.sovereign)
+    assert "encoder.stem.weight" in PartitionConfig().split({"encoder.stem.weight": torch.zeros(1)}).sovereign
+
+
+def test_an_undeclared_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'probe\.weight' is neither"):
+        PartitionConfig().split({"encoder.a": torch.zeros(1), "probe.weight": torch.zeros(1)})
+
+
+@given(st.sampled_from([torch.int64, torch.int32, torch.uint8, torch.bool]))
+def test_whole_numbers_are_never_shared(dtype: torch.dtype) -> None:
+    state = {"encoder.batch.num_batches_tracked": torch.zeros((), dtype=dtype), "encoder.a": torch.zeros(2)}
+    partition = PartitionConfig().split(state)
+    assert partition.shared == ("encoder.a",)
+    assert partition.sovereign == ("encoder.batch.num_batches_tracked",)
+
+
+def test_a_name_stands_once() -> None:
+    with pytest.raises(ConfigError, match="twice"):
+        Partition(shared=("a",), sovereign=("a",))
+
+
+def test_a_merge_takes_only_its_own_names_shapes_and_dtypes() -> None:
+    state = {"encoder.a": torch.zeros(2), "norm.b": torch.ones(3)}
+    partition = PartitionConfig().split(state)
+    own, given_ = {"norm.b": torch.ones(3)}, {"encoder.a": torch.ones(2)}
+    assert set(partition.merge(given_, own, like=state)) == set(state)
+    with pytest.raises(DataError, match="too many"):
+        partition.merge({**given_, "norm.b": torch.zeros(3)}, own)
+    with pytest.raises(DataError, match="lacks"):
+        partition.merge({}, own)
+    for wrong in (torch.ones(3), torch.ones(2).double()):
+        with pytest.raises(DataError, match=r"encoder\.a"):
+            partition.merge({"encoder.a": wrong}, own, like=state)
+
+
+def test_a_fingerprint_knows_every_byte_name_shape_and_dtype_and_no_order() -> None:
+    state = {"a": torch.arange(4.0), "b": torch.tensor(1.0, dtype=torch.bfloat16), "c": torch.zeros(0)}
+    known = fingerprint(state)
+    assert len(known) == 64
+    assert fingerprint(dict(reversed(state.items()))) == known
+    assert fingerprint({**state, "a": torch.arange(8.0)[::2] / 2}) == known  # strides are no content
+    changes = {
+        "byte": {**state, "a": torch.tensor([0.0, 1, 2, 3.0000002])},
+        "sign of zero": {**state, "a": torch.tensor([-0.0, 1, 2, 3])},
+        "shape": {**state, "a": torch.arange(4.0).reshape(2, 2)},
+        "dtype": {**state, "a": torch.arange(4.0).view(torch.int32)},
+        "name": {"d": state["a"], "b": state["b"], "c": state["c"]},
+    }
+    for change in changes.values():
+        assert fingerprint(change) != known

@@ -204,12 +204,12 @@ def guardrails() -> str:
         parts.append(f"### Attacks\n\n    {values['command']}\n\n{table(header, lines)}")
     if (path := RESULTS / "two-policies.json").exists():
         values = json.loads(path.read_text())
-        header = ["owner", "n", "goal reached", "fell into a pit", "through the garden", "longest step, median px"]
+        header = ["owner", "n", "goal reached", "fell into a pit", "entered the garden", "longest step, median px"]
         lines = [
             [
                 row["owner"],
                 str(row["n"]),
-                *(rate(row[key]) for key in ("reached", "fell", "through")),
+                *(rate(row[key]) for key in ("reached", "fell", "entered")),
                 f"{row['step']:.2f}",
             ]
             for row in values["rows"]

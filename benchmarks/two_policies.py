@@ -51,7 +51,7 @@ guardrails:
 
 
 class Ways:
-    """A witness that keeps where everybody went, and whether it was through the garden."""
+    """A witness that keeps where everybody went, and whether it was into the garden."""
 
     def __init__(self) -> None:
         self.ways: list[list[np.ndarray]] = []
@@ -70,11 +70,12 @@ class Ways:
         if step == 0:
             self.pits += list(frame.numbers("pit_positions", "the benchmark"))
 
-    def through(self, way: int) -> bool:
-        """Whether a way leads through the garden."""
+    def entered(self, way: int) -> bool:
+        """Whether a way leads into the garden; who begins there can only leave it."""
         left, top, right, bottom = GARDEN
         points = np.array(self.ways[way])
-        return bool(((points > (left, top)) & (points < (right, bottom))).all(axis=1).any())
+        inside = ((points > (left, top)) & (points < (right, bottom))).all(axis=1)
+        return bool((inside[1:] & ~inside[:-1]).any())
 
     def fastest(self, way: int) -> float:
         """Return the longest step of a way, in px."""
@@ -107,9 +108,9 @@ def main() -> None:
     command = f"python benchmarks/two_policies.py --seed {arguments.seed} --episodes {arguments.episodes}"
     write_json(RESULTS, {"command": command, "rows": rows, "hardware": describe_hardware()})
     draw(ways, RESULTS.with_suffix(".svg"))
-    header = ["", "n", "goal reached", "fell into a pit", "through the garden", "longest step, median px"]
+    header = ["", "n", "goal reached", "fell into a pit", "entered the garden", "longest step, median px"]
     shown = [
-        [row["owner"], str(row["n"]), *(said(row[key]) for key in ("reached", "fell", "through")), f"{row['step']:.2f}"]
+        [row["owner"], str(row["n"]), *(said(row[key]) for key in ("reached", "fell", "entered")), f"{row['step']:.2f}"]
         for row in rows
     ]
     print_table("the same model under two policies", header, shown)
@@ -132,7 +133,7 @@ def summary(rows: Any, witness: Ways) -> dict[str, Any]:
     counts = {
         "reached": sum(episode.success for episode in episodes),
         "fell": sum(episode.violated for episode in episodes),
-        "through": sum(witness.through(way) for way in range(n)),
+        "entered": sum(witness.entered(way) for way in range(n)),
     }
     shares = {key: [count / n, *wilson_interval(count, n)] for key, count in counts.items()}
     return {"n": n, **shares, "step": float(np.median([witness.fastest(way) for way in range(n)]))}

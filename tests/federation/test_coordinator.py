@@ -1,4 +1,5 @@
 import pytest
+import safetensors.torch
 import torch
 from consortium import MODEL, OWNERS, Consortium
 
@@ -8,6 +9,7 @@ from worldloom.federation.coordinator import Rounds, recompute
 from worldloom.federation.envelope import seal, unseal
 from worldloom.federation.ledger import Records, verify_ledger
 from worldloom.federation.partition import fingerprint
+from worldloom.federation.privacy import delta_norm, gaussian_epsilon
 from worldloom.models import load_model
 from worldloom.training import held_out_losses
 
@@ -182,6 +184,40 @@ def test_what_private_data_taught_never_shapes_the_base(tmp_path) -> None:
     consortium = Consortium(tmp_path, rules={"rounds": 1}, classes={"east": "private"})
     run(consortium)
     assert "private data" in reasons(consortium)[0]
+
+
+def test_a_privacy_budget_ends_the_rounds_and_the_ledger_says_what_was_spent(tmp_path) -> None:
+    once = gaussian_epsilon(2.0, 1e-5)
+    privacy = {"clip": 0.5, "noise": 2.0, "delta": 1e-5, "epsilon_budget": 1.2 * once}
+    consortium = Consortium(tmp_path, rules={"privacy": privacy, "quality": {"max_worse": 1e6}})
+    with pytest.raises(TrainingError, match="round 1 has 0 contributions"):
+        run(consortium)
+    records = Records(tmp_path / "rounds" / "ledger.jsonl")
+    first = records.contributions(0)
+    assert {facts["owner"] for facts in first} == set(OWNERS)
+    assert all(facts["spent"]["epsilon"] == pytest.approx(once) for facts in first)
+    assert all("budget" in reason for reason in reasons(consortium))
+
+
+def test_what_leaves_under_privacy_is_clipped_and_noisy_and_without_it_is_refused(tmp_path) -> None:
+    privacy = {"clip": 0.05, "noise": 0.01, "delta": 1e-5}
+    consortium = Consortium(tmp_path, rules={"rounds": 1, "privacy": privacy, "quality": {"max_worse": 1e6}})
+    node = consortium.node("east")
+
+    def plain(message: bytes) -> bytes:
+        answer = node.handle(message)
+        try:
+            said = unseal(answer, kind="contribution", known=consortium.constitution.known(), limit=10**9)
+        except DataError:
+            return answer
+        return seal("contribution", {**said.body, "spent": {}}, said.tensors, key=consortium.keys["east"])
+
+    run(consortium, {"east": plain})
+    assert reasons(consortium) == ["a contribution of east was not made private as the constitution says"]
+    rounds = Rounds(tmp_path / "rounds")
+    delta = safetensors.torch.load_file(rounds.delta(0, "north"))
+    count = sum(tensor.numel() for tensor in delta.values())
+    assert delta_norm(delta) < 0.05 + 2 * 0.05 * 0.01 * count**0.5
 
 
 def test_a_poisoned_contribution_is_left_out_by_the_others_held_out_losses(tmp_path) -> None:

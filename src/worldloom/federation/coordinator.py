@@ -292,6 +292,10 @@ def read_contribution(
         )
     if type(body.get("frames")) is not int or body["frames"] < 0 or not isinstance(body.get("spent"), dict):
         raise DataError(f"a contribution of {message.sender} does not say its frames and what privacy it spent")
+    if constitution.privacy is not None:
+        promised = constitution.privacy.model_dump(mode="json", include={"clip", "noise", "delta"})
+        if any(body["spent"].get(key) != value for key, value in promised.items()):
+            raise DataError(f"a contribution of {message.sender} was not made private as the constitution says")
     return message
 
 

@@ -5,14 +5,15 @@ for the same round and base it gives the same answer, so that a node or a coordi
 """
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from worldloom.core.errors import DataError, WorldloomError
-from worldloom.core.files import exclusive_lock, storage_errors, write_atomic
+from worldloom.core.files import exclusive_lock, read_json, storage_errors, write_atomic, write_json
 from worldloom.core.signing import SigningKey
 from worldloom.federation.codecs import CODECS
 from worldloom.federation.constitution import Constitution
@@ -20,14 +21,12 @@ from worldloom.federation.contribution import Contribution
 from worldloom.federation.envelope import Message, seal, unseal
 from worldloom.federation.local import LocalTraining
 from worldloom.federation.partition import fingerprint
+from worldloom.federation.privacy import Accountant, PrivacyConfig, clip_and_noise, secret_generator
 from worldloom.models import load_tensors, save_tensors
 
 _log = logging.getLogger(__name__)
 _RESIDUAL = "codec-residual"
 _KEPT = 3  # rounds whose answers are kept: a coordinator that was set back by one asks for them again
-
-Privatise = Callable[[Mapping[str, Tensor], int], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
-"""Clips and adds noise to a delta before it leaves, for a round; returns it with the privacy spent so far."""
 
 
 class Node:
@@ -42,11 +41,10 @@ class Node:
         key: SigningKey,
         constitution: Constitution,
         data_class: str,
-        privatise: Privatise | None = None,
     ) -> None:
         self.path, self.name = Path(path), name
         self._training, self._key, self._constitution = training, key, constitution
-        self._class, self._privatise = data_class, privatise
+        self._class = data_class
         self._coordinators = {public: title for title, public in constitution.coordinator_keys().items()}
         self._answers = {"train": self._train, "judge": self._judge}
 
@@ -94,8 +92,9 @@ class Node:
         )
         tensors: Mapping[str, Tensor] = contribution.tensors
         spent: Mapping[str, Any] = {}
-        if self._privatise is not None:
-            tensors, spent = self._privatise(tensors, number)
+        if self._constitution.privacy is not None:
+            spent = self._spend(self._constitution.privacy, number)
+            tensors = clip_and_noise(dict(tensors), self._constitution.privacy, secret_generator())
         codec = CODECS[str(self._constitution.codec["name"])].parse(self._constitution.codec)
         payload, residual = codec.encode(tensors, self._residual(number))
         save_tensors(self._residual_stem(number), residual, {"round": number}, kind=_RESIDUAL)
@@ -104,6 +103,22 @@ class Node:
         for old in sorted(kept.parent.glob("*.msg"))[:-_KEPT]:
             old.unlink(missing_ok=True)
         return answer
+
+    def _spend(self, config: PrivacyConfig, number: int) -> dict[str, Any]:
+        """Pay for a round before anything of it can leave; return what is spent in all.
+
+        The noise is this owner's alone and whole, for the coordinator sees each contribution. A round that was paid for
+        and whose answer was lost with the process is paid for again: its first noise may have been seen.
+
+        Raises:
+            PrivacyBudgetSpent: the budget does not reach.
+        """
+        path = self.path / "privacy.json"
+        accountant = Accountant.of(config, read_json(path) if path.is_file() else [])
+        epsilon = accountant.spend()
+        write_json(path, accountant.state())
+        told = {"clip": config.clip, "noise": config.noise, "delta": config.delta, "round": number}
+        return {**told, "epsilon": epsilon if math.isfinite(epsilon) else None}
 
     def _judge(self, asked: Message) -> bytes:
         losses = self._training.judge(asked.tensors)

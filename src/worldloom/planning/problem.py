@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from worldloom.core.errors import PlanningError
@@ -238,7 +238,7 @@ class PlanningProblem:
 
         With `best` only the order of so many, the lowest of each environment, is asked for: guardrails are then looked
         at in the order of costs, and those of a candidate that cannot be among them are not. With `below` only what is
-        lower is asked for: guardrails are not looked at where in no environment any cost is.
+        lower is asked for: of single candidates guardrails are not looked at where the cost is not.
         """
         if isinstance(self.objective, Selectable):
             # Environments by groups, so that what is rolled out is scored while it lies in the cache.
@@ -251,8 +251,8 @@ class PlanningProblem:
         rollouts = self.rollout(actions)
         cost = self.cost(rollouts)
         if self.guardrails and self.count.watch is None:
-            if below is not None and bool((cost >= below[:, None]).all()):
-                return cost
+            if below is not None and cost.shape[1] == 1:
+                return rank(cost, self._worst_below(rollouts, cost, below))
             if best is not None and best < cost.shape[1]:
                 return rank(cost, self._worst_of_the_best(rollouts, cost, best))
         every = judged(self.guardrails, rollouts)
@@ -263,26 +263,38 @@ class PlanningProblem:
     def _worst_of_the_best(self, rollouts: Rollouts, cost: Float[Tensor, "B S"], best: int) -> Float[Tensor, "B S"]:
         """Return by how much guardrails are broken at worst, infinite for candidates that were not looked at.
 
-        In each environment the cheapest are looked at, twice as many as are asked for; where too few of them hold at a
-        finite cost, as many again, and then all others.
+        In each environment the cheapest are looked at, half as many again as are asked for; where too few of them hold
+        at a finite cost, as many again, and then all others.
         """
         order = cost.argsort(dim=1)
         worst = torch.full_like(cost, torch.inf)
-        rows, begin = torch.arange(len(cost), device=cost.device), 0
-        for end in (2 * best, 4 * best, cost.shape[1]):
-            picked, places = rows[:, None], order[rows, begin:end]
-            context, rails = rollouts.context, self.guardrails
-            if len(rows) < len(cost):
-                context = context[rows]
-                rails = tuple(rail.select(rows) if isinstance(rail, Narrow) else rail for rail in rails)
-            actions, latents = (part[picked, places] for part in (rollouts.actions, rollouts.latents))
-            some = Rollouts(context=context, actions=actions, latents=latents)
-            worst[picked, places] = judged(rails, some).amax(dim=(0, -1))
+        rows, begin, first = torch.arange(len(cost), device=cost.device), 0, best + best // 2
+        for end in (first, 2 * first, cost.shape[1]):
+            places = order[rows, begin:end]
+            worst[rows[:, None], places] = self._worst_at(rollouts, rows, places)
             held = ((worst <= 0) & cost.isfinite()).sum(dim=1)
             rows, begin = torch.nonzero(held < best).flatten(), end
             if not len(rows) or end >= cost.shape[1]:
                 break
         return worst
+
+    def _worst_below(
+        self, rollouts: Rollouts, cost: Float[Tensor, "B 1"], below: Float[Tensor, "B"]
+    ) -> Float[Tensor, "B 1"]:
+        """Return by how much guardrails are broken at worst, infinite where the cost is not below."""
+        worst = torch.full_like(cost, torch.inf)
+        if len(rows := torch.nonzero(cost[:, 0] < below).flatten()):
+            worst[rows] = self._worst_at(rollouts, rows, torch.zeros_like(rows)[:, None])
+        return worst
+
+    def _worst_at(self, rollouts: Rollouts, rows: Int[Tensor, "R"], places: Int[Tensor, "R K"]) -> Float[Tensor, "R K"]:
+        """Return by how much guardrails are broken at worst by some candidates of some environments."""
+        context, rails = rollouts.context, self.guardrails
+        if len(rows) < context.batch:
+            context = context[rows]
+            rails = tuple(rail.select(rows) if isinstance(rail, Narrow) else rail for rail in rails)
+        actions, latents = (part[rows[:, None], places] for part in (rollouts.actions, rollouts.latents))
+        return judged(rails, Rollouts(context=context, actions=actions, latents=latents)).amax(dim=(0, -1))
 
     def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return by how much the most broken guardrail is broken at each step; 0 or less where all hold."""

@@ -1,0 +1,133 @@
+"""Attacks on a federation, to measure what its privacy and its defences are worth.
+
+What a curious reader of models and deltas can learn (`membership_inference`, `reconstruct`), and what a malicious owner
+can send (`sign_flip`, `scale`, `backdoor`). A delta is a mapping of names to tensors.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import brentq
+from scipy.stats import norm, rankdata
+from torch import Tensor
+
+from worldloom.core.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inference:
+    """How well members are told from others: 0.5 is guessing, 1 is knowing; with a 95% interval."""
+
+    auroc: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likeness:
+    """How close a reconstruction is to the truth: its cosine, and its PSNR in dB (infinite if equal)."""
+
+    cosine: float
+    psnr: float
+
+
+def membership_inference(
+    losses_members: Sequence[float] | Tensor, losses_others: Sequence[float] | Tensor, *, level: float = 0.95
+) -> Inference:
+    """Return the AUROC of the guess that what a model predicts with less loss was in its training data.
+
+    The attack by a threshold on the loss (Yeom et al. 2018), over all thresholds. The interval is method 5 of Newcombe
+    2006 (a score interval of the Mann-Whitney statistic, which does not collapse at 0 and 1); it takes the losses as
+    independent, so give one per episode, not one per overlapping window.
+
+    Raises:
+        DataError: a side is empty, or a loss is not a number.
+    """
+    members = np.asarray(losses_members, dtype=np.float64).reshape(-1)
+    others = np.asarray(losses_others, dtype=np.float64).reshape(-1)
+    m, n = len(members), len(others)
+    if not m or not n or np.isnan(members).any() or np.isnan(others).any():
+        raise DataError(f"expected losses, none of them NaN, of members and of others; got {m} and {n}")
+    # The rank sum counts the pairs in which the member has the lower loss, ties by half.
+    below = rankdata(np.concatenate([-members, -others]))[:m].sum() - m * (m + 1) / 2
+    auroc = float(below / (m * n))
+    z, half = float(norm.ppf((1 + level) / 2)), (m + n) / 2 - 1
+
+    def excess(at: float) -> float:
+        spread = at * (1 - at) * (1 + half * (1 - at) / (2 - at) + half * at / (1 + at)) / (m * n)
+        return (auroc - at) ** 2 - z * z * spread
+
+    # At 0 and 1 nothing spreads: those roots are none, so the search stays a little inside.
+    low = 0.0 if auroc == 0 else float(brentq(excess, 0.0, min(auroc, 1 - 1e-12)))
+    high = 1.0 if auroc == 1 else float(brentq(excess, max(auroc, 1e-12), 1.0))
+    return Inference(auroc=auroc, low=low, high=high)
+
+
+def reconstruct(delta: Mapping[str, Tensor], *, weight: str, bias: str) -> Tensor:
+    """Return the input of a linear or patch layer that its delta gives away, in the shape of one row of the weight.
+
+    For one input x each row of the weight's gradient is x times the bias' gradient (Phong et al. 2018); so it is of
+    the delta after plain gradient descent, whatever the rate. The rows are weighed by least squares. With several
+    inputs or patches, the result is their mean weighted by the gradients.
+
+    Raises:
+        DataError: the layer is not in the delta, or its bias did not move at all.
+    """
+    if weight not in delta or bias not in delta:
+        raise DataError(f"expected {weight!r} and {bias!r} in the delta; it has {', '.join(sorted(delta))}")
+    rows, moved = delta[weight].detach().double(), delta[bias].detach().double()
+    if moved.dim() != 1 or rows.dim() < 2 or len(rows) != len(moved):
+        raise DataError(
+            f"expected a weight with a row for each value of the bias; got shapes {tuple(rows.shape)} of {weight!r} "
+            f"and {tuple(moved.shape)} of {bias!r}"
+        )
+    power = moved.square().sum()
+    if float(power) == 0:
+        raise DataError(f"{bias!r} did not move: its delta says nothing of the input")
+    return torch.einsum("i,i...->...", moved, rows) / power
+
+
+def likeness(found: Tensor, truth: Tensor, *, peak: float = 1.0) -> Likeness:
+    """Return how close `found` is to `truth`, whose values span `peak`.
+
+    Raises:
+        DataError: the shapes differ.
+    """
+    if found.shape != truth.shape:
+        raise DataError(f"expected two tensors of one shape; got {tuple(found.shape)} and {tuple(truth.shape)}")
+    first, second = found.double().flatten(), truth.double().flatten()
+    error = float((first - second).square().mean())
+    return Likeness(
+        cosine=float(torch.nn.functional.cosine_similarity(first, second, dim=0)),
+        psnr=math.inf if error == 0 else 10 * math.log10(peak * peak / error),
+    )
+
+
+def sign_flip(delta: Mapping[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]:
+    """Return the delta turned round, `factor` times as large: it undoes what was learned."""
+    return scale(delta, -factor)
+
+
+def scale(delta: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """Return the delta `factor` times as large: it drowns the others."""
+    return {name: value * factor if value.is_floating_point() else value.clone() for name, value in delta.items()}
+
+
+def backdoor(delta: Mapping[str, Tensor], target: Mapping[str, Tensor], *, strength: float = 1.0) -> dict[str, Tensor]:
+    """Return the delta moved towards a chosen one: `strength` 1 is the target itself.
+
+    With the number of owners as strength it nearly puts the target in the place of their mean, once honest deltas are
+    small (model replacement, Bagdasaryan et al. 2020).
+
+    Raises:
+        DataError: the target has other tensors.
+    """
+    if {name: value.shape for name, value in delta.items()} != {name: value.shape for name, value in target.items()}:
+        raise DataError("expected a target with the names and shapes of the delta")
+    return {
+        name: value + strength * (target[name].to(value.dtype) - value) if value.is_floating_point() else value.clone()
+        for name, value in delta.items()
+    }

@@ -1,0 +1,465 @@
+"""Sums of deltas of which nobody sees a single one: pairwise masks that cancel, and survive owners who drop out.
+
+The protocol of Bonawitz et al. 2017 in four exchanges, by plain messages that any transport can carry:
+
+1. advertise: each owner signs two fresh X25519 keys, one for masks and one to encrypt its shares.
+2. share: each cuts its mask key and the seed of its own mask into Shamir shares, one for each owner, encrypted.
+3. mask: each adds to its fixed-point delta its own mask and one for each other owner, which that one subtracts.
+4. unmask: those who are still there hand over a share of the own mask of each who sent a masked delta, and of the mask
+   key of each who did not. From `threshold` of them the coordinator takes off what does not cancel.
+
+An owner gives a share of one or the other, never both, and answers once. As the threshold is over half of the owners,
+a coordinator that tells them different lists still gets one secret at most of any owner, unless at least
+2 threshold - owners of them help it. It learns who took part and the sum. What the sum itself tells is for
+differential privacy to hide; and a lying owner can spoil a sum, unseen, by any amount: this hides, it does not check.
+"""
+
+import hashlib
+import json
+import math
+import secrets
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from numpy.typing import NDArray
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from worldloom.core.chain import canonical
+from worldloom.core.config import Config
+from worldloom.core.errors import ConfigError, DataError
+
+PRIME = 2**521 - 1
+"""The field of the secret shares, well above every secret of 32 bytes."""
+
+_SECRET = 32  # bytes of a seed or a key
+_POINT = (PRIME.bit_length() + 7) // 8
+
+
+def split_secret(
+    secret: int,
+    owners: int,
+    threshold: int,
+    *,
+    prime: int = PRIME,
+    draw: Callable[[int], int] = secrets.randbelow,
+) -> list[int]:
+    """Return shares for the points 1, 2, ...: any `threshold` give the secret, fewer say nothing (Shamir 1979).
+
+    `draw(n)` must be uniform on 0 to n - 1 and secret.
+    """
+    if not (1 <= threshold <= owners < prime and 0 <= secret < prime):
+        raise ConfigError(f"expected 1 <= threshold <= owners, and a secret below the prime; got {threshold}, {owners}")
+    coefficients = [secret, *(draw(prime) for _ in range(threshold - 1))]
+    shares = []
+    for point in range(1, owners + 1):
+        value = 0
+        for coefficient in reversed(coefficients):
+            value = (value * point + coefficient) % prime
+        shares.append(value)
+    return shares
+
+
+def join_secret(shares: Mapping[int, int], *, prime: int = PRIME) -> int:
+    """Return the secret of the shares at these points; with fewer than the threshold, a number that says nothing."""
+    secret = 0
+    for here, value in shares.items():
+        above = below = 1
+        for other in shares:
+            if other != here:
+                above, below = above * other % prime, below * (other - here) % prime
+        secret = (secret + value * above * pow(below, -1, prime)) % prime
+    return secret
+
+
+class AggregationConfig(Config):
+    """How deltas are written as whole numbers, and how many owners must last.
+
+    A value is a multiple of 2**-`fraction`, of at most `limit`; beyond it is refused, or held at it. Sums are taken
+    modulo 2**`bits`. `threshold` owners, over half, must be there to the end, else nothing is revealed.
+    """
+
+    threshold: int = Field(ge=2)
+    bits: Literal[32, 64] = 64
+    fraction: int = Field(default=24, ge=1, le=52)
+    limit: float = Field(default=1024.0, gt=0)
+    beyond: Literal["refuse", "clip"] = "refuse"
+
+
+class Session(Config):
+    """What owners and coordinator agree on before a sum; `name` is never used twice (round, base, attempt).
+
+    `owners` holds the Ed25519 key of each, in hexadecimal digits, and `shapes` the tensors of a delta.
+    """
+
+    name: str = Field(min_length=1)
+    owners: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    config: AggregationConfig
+
+    @field_validator("owners")
+    @classmethod
+    def _public_keys(cls, owners: Mapping[str, str]) -> Mapping[str, str]:
+        for owner, key in owners.items():
+            try:
+                Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))
+            except ValueError:
+                raise ConfigError(f"the key of {owner} is no Ed25519 key of 64 hexadecimal digits: {key!r}") from None
+        if len({key.lower() for key in owners.values()}) < len(owners):
+            raise ConfigError("two owners have the same key; each must have its own, or one could be heard twice")
+        return owners
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Session":
+        n, config = len(self.owners), self.config
+        if not n < 2 * config.threshold <= 2 * n:
+            raise ConfigError(
+                f"expected a threshold over half of the {n} owners and no more than all; got {config.threshold}. With "
+                f"half, a coordinator could unmask an owner by telling the two halves different things"
+            )
+        largest = n * (config.limit * 2**config.fraction + 1)  # one more, for rounding
+        if largest >= 2 ** (config.bits - 1):
+            raise ConfigError(
+                f"the sum of {n} owners may reach {largest:.3g} steps, but {config.bits} bits hold "
+                f"{2 ** (config.bits - 1):.3g}; lower fraction or limit, or take 64 bits"
+            )
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """The owners in order; the first has share 1."""
+        return sorted(self.owners)
+
+    @property
+    def size(self) -> int:
+        """How many values a delta has."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def digest(self) -> bytes:
+        """What every key of this session is bound to."""
+        return hashlib.sha256(canonical(self.model_dump(mode="json")).encode("ascii")).digest()
+
+
+def encode_delta(delta: Mapping[str, Tensor], session: Session) -> NDArray[Any]:
+    """Return a delta as one row of whole numbers modulo 2**bits, each within half a step of its value.
+
+    Raises:
+        DataError: the tensors are others, or a value is not finite or beyond the limit.
+    """
+    shapes = {name: tuple(value.shape) for name, value in delta.items()}
+    if shapes != dict(session.shapes):
+        wrong = sorted(name for name in {*shapes, *session.shapes} if shapes.get(name) != session.shapes.get(name))
+        raise DataError(f"the delta has other tensors than the session states: {', '.join(wrong)}")
+    config = session.config
+    parts = [np.zeros(0)] + [delta[name].detach().cpu().double().reshape(-1).numpy() for name in sorted(shapes)]
+    values = np.concatenate(parts)
+    if not np.isfinite(values).all():
+        raise DataError("the delta has values that are not finite; nothing may be sent of it")
+    largest = float(np.abs(values).max(initial=0.0))
+    if largest > config.limit:
+        if config.beyond == "refuse":
+            raise DataError(
+                f"a value of the delta is {largest:.4g}, beyond the limit of {config.limit:g}; raise the limit for all"
+            )
+        values = values.clip(-config.limit, config.limit)
+    # Two's complement: a negative number is what is missing to 2**bits.
+    return np.rint(values * 2.0**config.fraction).astype(np.int64).astype(_kind(session), casting="unsafe")
+
+
+def decode_sum(numbers: NDArray[Any], session: Session) -> dict[str, Tensor]:
+    """Return the tensors (float64) of a sum of encoded deltas."""
+    signed = numbers.astype(_kind(session)).view(f"<i{session.config.bits // 8}")
+    values = torch.from_numpy(signed.astype(np.float64) / 2.0**session.config.fraction)
+    found, start = {}, 0
+    for name in sorted(session.shapes):
+        shape = session.shapes[name]
+        found[name] = values[start : start + math.prod(shape)].reshape(shape)
+        start += math.prod(shape)
+    return found
+
+
+class Masker:
+    """An owner's part in one sum: `advertise`, `share`, `mask`, `unmask`, each once and in this order.
+
+    `sign` signs with the secret key of the owner in the session.
+    """
+
+    def __init__(self, owner: str, session: Session, sign: Callable[[bytes], bytes]) -> None:
+        if owner not in session.owners:
+            raise ConfigError(f"{owner} is not of the session's owners: {', '.join(session.names)}")
+        self.owner, self.session, self._sign = owner, session, sign
+        self._stage = "advertise"
+        self._mask_key, self._box_key = X25519PrivateKey.generate(), X25519PrivateKey.generate()
+        self._seed = secrets.token_bytes(_SECRET)
+        self._roster: dict[str, dict[str, Any]] = {}
+        self._shares: dict[str, tuple[int, int]] = {}  # of each owner: its mask key's, its seed's
+
+    def advertise(self) -> dict[str, str]:
+        """Return the signed public keys, for everyone."""
+        self._begin("advertise", "share")
+        keys = {"owner": self.owner, "mask": _public(self._mask_key), "box": _public(self._box_key)}
+        return {**keys, "signature": self._sign(_claim(keys, self.session)).hex()}
+
+    def share(self, roster: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Take the keys of all who advertised, and return the encrypted shares, one for each other of them.
+
+        Raises:
+            DataError: too few, a stranger, or keys that their owner did not sign.
+        """
+        self._begin("share", "mask")
+        self._roster = _check_roster(roster, self.session)
+        if self._roster.get(self.owner, {}).get("mask") != _public(self._mask_key):
+            raise DataError(f"the roster has other keys for {self.owner} than it advertised; nothing is shared")
+        owners, threshold = self.session.names, self.session.config.threshold
+        keys = split_secret(int.from_bytes(_raw(self._mask_key), "big"), len(owners), threshold)
+        seeds = split_secret(int.from_bytes(self._seed, "big"), len(owners), threshold)
+        sealed = {}
+        for owner, key, seed in zip(owners, keys, seeds, strict=True):
+            if owner == self.owner:
+                self._shares[owner] = (key, seed)
+            elif owner in self._roster:
+                plain = key.to_bytes(_POINT, "big") + seed.to_bytes(_POINT, "big")
+                sealed[owner] = self._box(self.owner, owner).encrypt(_NONCE, plain, None).hex()
+        return {"owner": self.owner, "commitment": _commitment(self._seed, self.session), "shares": sealed}
+
+    def mask(self, inbox: Mapping[str, str], delta: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Take the shares that others sealed for this owner, and return its delta under masks.
+
+        Those whose shares came are masked against. To weigh a delta, multiply it before.
+
+        Raises:
+            DataError: too few, a share that was not sealed for this owner, or a delta that cannot be encoded.
+        """
+        self._begin("mask", "unmask")
+        for sender, sealed in inbox.items():
+            if sender == self.owner or sender not in self._roster:
+                raise DataError(f"{sender!r} is none of the others on the roster; nothing is sent")
+            try:
+                plain = self._box(sender, self.owner).decrypt(_NONCE, bytes.fromhex(sealed), None)
+            except (InvalidTag, ValueError, TypeError):
+                raise DataError(f"the share from {sender} was not sealed for {self.owner}; nothing is sent") from None
+            if len(plain) != 2 * _POINT:
+                raise DataError(f"the share from {sender} has {len(plain)} bytes; expected {2 * _POINT}")
+            self._shares[sender] = (int.from_bytes(plain[:_POINT], "big"), int.from_bytes(plain[_POINT:], "big"))
+        _enough(self._shares, self.session, "shared their keys")
+        total = encode_delta(delta, self.session) + _own_mask(self._seed, self.session)
+        for other in self._shares:
+            if other != self.owner:
+                total += _pair_mask(self._mask_key, self.owner, other, self._roster[other]["mask"], self.session)
+        return {"owner": self.owner, "masked": total.tobytes()}
+
+    def unmask(self, survivors: Collection[str]) -> dict[str, Any]:
+        """Return, of each survivor, a share of its own mask's seed; of each other, one of its mask key.
+
+        Raises:
+            DataError: too few survived to hide in their sum, or the list is none of those masked against.
+        """
+        self._begin("unmask", "done")
+        there = set(survivors)
+        if not there <= set(self._shares) or self.owner not in there:
+            raise DataError(f"{sorted(there)} are not survivors of {sorted(self._shares)} with {self.owner}")
+        _enough(there, self.session, "sent their deltas")
+        return {
+            "owner": self.owner,
+            "seeds": {owner: _digits(seed) for owner, (_, seed) in self._shares.items() if owner in there},
+            "keys": {owner: _digits(key) for owner, (key, _) in self._shares.items() if owner not in there},
+        }
+
+    def _box(self, sender: str, recipient: str) -> ChaCha20Poly1305:
+        """The cipher of the one message from one to the other: as its key serves once, so may its nonce."""
+        other = recipient if sender == self.owner else sender
+        return ChaCha20Poly1305(
+            _agree(self._box_key, self._roster[other]["box"], ["share", sender, recipient], self.session)
+        )
+
+    def _begin(self, stage: str, following: str) -> None:
+        # Whatever fails after this ends the session for this owner: nothing is ever answered twice.
+        if self._stage != stage:
+            raise DataError(
+                f"{self.owner} was asked to {stage} in {self.session.name!r}, but its next step is {self._stage}; "
+                f"an answer given twice could reveal its delta. Begin a new session"
+            )
+        self._stage = following
+
+
+class Unmasker:
+    """The coordinator's part in one sum: `advertised`, `shared`, `masked` and `unmasked` take what came at each stage.
+
+    Answers that never came are simply left out; each method raises `DataError` where too few are left.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._roster: dict[str, dict[str, Any]] = {}
+        self._commitments: dict[str, str] = {}
+        self._total: NDArray[Any] | None = None
+        self._survivors: set[str] = set()
+
+    def advertised(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Return the roster, to be given to all on it."""
+        self._roster = _check_roster(_by_owner(messages, self.session.owners), self.session)
+        return self._roster
+
+    def shared(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+        """Return for each who shared what the others sealed for it."""
+        given = _by_owner(messages, self._roster)
+        _enough(given, self.session, "shared their keys")
+        boxes: dict[str, dict[str, str]] = {owner: {} for owner in given}
+        for sender, message in given.items():
+            shares = message.get("shares")
+            if not isinstance(message.get("commitment"), str) or not isinstance(shares, Mapping):
+                raise DataError(f"{sender} sent no shares; leave it out")
+            for recipient in given:
+                if recipient != sender:
+                    if not isinstance(shares.get(recipient), str):
+                        raise DataError(f"{sender} sent no share for {recipient}; leave it out")
+                    boxes[recipient][sender] = shares[recipient]
+        self._commitments = {owner: message["commitment"] for owner, message in given.items()}
+        return boxes
+
+    def masked(self, messages: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Add up the masked deltas, and return whose they are, to be told to them."""
+        given = _by_owner(messages, self._commitments)
+        _enough(given, self.session, "sent their deltas")
+        kind = _kind(self.session)
+        total = np.zeros(self.session.size, kind)
+        for owner, message in given.items():
+            data = message.get("masked")
+            if not isinstance(data, bytes) or len(data) != self.session.size * kind.itemsize:
+                raise DataError(f"{owner} sent no masked delta of {self.session.size} values; leave it out")
+            total += np.frombuffer(data, kind)
+        self._total, self._survivors = total, set(given)
+        return sorted(given)
+
+    def unmasked(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return the sum of the survivors' deltas (float64).
+
+        Raises:
+            DataError: too few answered, or their shares do not give the secrets that were committed to.
+        """
+        if self._total is None:
+            raise DataError("no masked deltas were added up yet; call masked first")
+        answers = _by_owner(messages, self._survivors)
+        _enough(answers, self.session, "helped to unmask")
+        total = self._total.copy()
+        for owner in sorted(self._survivors):
+            seed = self._secret(answers, "seeds", owner)
+            if _commitment(seed, self.session) != self._commitments[owner]:
+                raise DataError(f"the shares of the mask of {owner} do not give it: one of them is wrong")
+            total -= _own_mask(seed, self.session)
+        for owner in sorted(set(self._commitments) - self._survivors):
+            key = X25519PrivateKey.from_private_bytes(self._secret(answers, "keys", owner))
+            if _public(key) != self._roster[owner]["mask"]:
+                raise DataError(f"the shares of the key of {owner} do not give it: one of them is wrong")
+            for other in self._survivors:
+                # What the absent owner would have added, and the others have already taken off.
+                total += _pair_mask(key, owner, other, self._roster[other]["mask"], self.session)
+        return decode_sum(total, self.session)
+
+    def _secret(self, answers: Mapping[str, Mapping[str, Any]], part: str, owner: str) -> bytes:
+        points = {name: point for point, name in enumerate(self.session.names, 1)}
+        try:
+            shares = {points[name]: int(str(answer[part][owner]), 16) for name, answer in answers.items()}
+            return join_secret(shares).to_bytes(_SECRET, "big")
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise DataError(f"the shares of {owner} do not give its secret: one of them is missing or wrong") from None
+
+
+_NONCE = bytes(12)
+
+
+def _kind(session: Session) -> np.dtype[Any]:
+    return np.dtype(f"<u{session.config.bits // 8}")
+
+
+def _by_owner(messages: Sequence[Mapping[str, Any]], expected: Collection[str]) -> dict[str, Mapping[str, Any]]:
+    found: dict[str, Mapping[str, Any]] = {}
+    for message in messages:
+        owner = message.get("owner")
+        if not isinstance(owner, str) or owner not in expected or owner in found:
+            raise DataError(f"a message of {owner!r}, who is not expected or has sent one already; leave it out")
+        found[owner] = message
+    return found
+
+
+def _enough(there: Collection[str], session: Session, did: str) -> None:
+    if len(there) < session.config.threshold:
+        raise DataError(
+            f"only {len(there)} owners of {len(session.owners)} {did}, fewer than the threshold of "
+            f"{session.config.threshold}; nothing is revealed. Begin a new session"
+        )
+
+
+def _check_roster(roster: Mapping[str, Mapping[str, Any]], session: Session) -> dict[str, dict[str, Any]]:
+    """Every key is signed for this session by the owner it stands for: the coordinator cannot put in its own."""
+    _enough(roster, session, "advertised keys")
+    found = {}
+    for owner, message in roster.items():
+        try:
+            if message["owner"] != owner:
+                raise ValueError
+            keys = {"owner": owner, "mask": str(message["mask"]), "box": str(message["box"])}
+            signer = Ed25519PublicKey.from_public_bytes(bytes.fromhex(session.owners[owner]))
+            signer.verify(bytes.fromhex(str(message["signature"])), _claim(keys, session))
+        except (KeyError, TypeError, ValueError, InvalidSignature):
+            raise DataError(f"the keys of {owner!r} are not signed by that owner for this session") from None
+        found[owner] = {**keys, "signature": str(message["signature"])}
+    return found
+
+
+def _claim(keys: Mapping[str, str], session: Session) -> bytes:
+    return b"worldloom secure aggregation\0" + session.digest + canonical(dict(keys)).encode("ascii")
+
+
+def _commitment(seed: bytes, session: Session) -> str:
+    return hashlib.sha256(b"worldloom own mask\0" + session.digest + seed).hexdigest()
+
+
+def _agree(secret: X25519PrivateKey, public: str, use: Sequence[str], session: Session) -> bytes:
+    """The key that two owners share for one use (X25519, then HKDF)."""
+    try:
+        shared = secret.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(public)))
+    except ValueError:
+        raise DataError(f"{public!r} is no X25519 key to agree with") from None
+    info = json.dumps(["worldloom", *use]).encode("ascii")
+    return HKDF(algorithm=SHA256(), length=_SECRET, salt=session.digest, info=info).derive(shared)
+
+
+def _stream(key: bytes, session: Session) -> NDArray[Any]:
+    """Uniform numbers modulo 2**bits; a key serves for one stream only, so its nonce may be constant."""
+    zeros = bytes(session.size * _kind(session).itemsize)
+    return np.frombuffer(Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor().update(zeros), _kind(session))
+
+
+def _own_mask(seed: bytes, session: Session) -> NDArray[Any]:
+    info = b"worldloom own mask"
+    return _stream(HKDF(algorithm=SHA256(), length=_SECRET, salt=session.digest, info=info).derive(seed), session)
+
+
+def _pair_mask(secret: X25519PrivateKey, owner: str, other: str, public: str, session: Session) -> NDArray[Any]:
+    """What `owner` adds for `other`: the same numbers that the other takes off."""
+    mask = _stream(_agree(secret, public, ["mask", *sorted((owner, other))], session), session)
+    return mask if owner < other else np.negative(mask)
+
+
+def _raw(key: X25519PrivateKey) -> bytes:
+    return key.private_bytes_raw()
+
+
+def _public(key: X25519PrivateKey) -> str:
+    return key.public_key().public_bytes_raw().hex()
+
+
+def _digits(share: int) -> str:
+    return f"{share:x}"

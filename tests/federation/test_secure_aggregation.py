@@ -1,0 +1,360 @@
+"""The sum comes out exactly, whoever drops out; and of no single delta does anyone learn anything."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from itertools import combinations, product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare, ks_2samp
+from torch import Tensor
+
+from worldloom.core.errors import ConfigError, DataError
+from worldloom.federation.secure_aggregation import (
+    PRIME,
+    AggregationConfig,
+    Masker,
+    Session,
+    Unmasker,
+    decode_sum,
+    encode_delta,
+    join_secret,
+    split_secret,
+)
+
+NAMES = ("ann", "bob", "cho", "dee", "eve")
+KEYS = {name: Ed25519PrivateKey.generate() for name in NAMES}
+SHAPES = {"a.weight": (3, 4), "b": (), "c": (5,)}
+
+
+def session(owners: Iterable[str] = NAMES, threshold: int = 3, shapes: Any = None, **config: Any) -> Session:
+    publics = {name: KEYS[name].public_key().public_bytes_raw().hex() for name in owners}
+    return Session(
+        name="round 1",
+        owners=publics,
+        shapes=shapes or SHAPES,
+        config=AggregationConfig(threshold=threshold, **config),
+    )
+
+
+def deltas(seed: int = 0) -> dict[str, dict[str, Tensor]]:
+    source = torch.Generator().manual_seed(seed)
+    return {name: {key: torch.randn(shape, generator=source) for key, shape in SHAPES.items()} for name in NAMES}
+
+
+class View:
+    """One run of the protocol, and all that the coordinator saw of it."""
+
+    def __init__(self, held: Session) -> None:
+        self.session = held
+        self.maskers = {name: Masker(name, held, KEYS[name].sign) for name in held.owners}
+        self.unmasker = Unmasker(held)
+        self.masked: dict[str, bytes] = {}
+        self.answers: dict[str, dict[str, Any]] = {}
+
+    def until_masked(
+        self, given: Mapping[str, Mapping[str, Tensor]], *, silent: Iterable[str] = (), gone: Iterable[str] = ()
+    ) -> list[str]:
+        """`silent` owners advertise and then vanish; `gone` ones vanish after their shares went out."""
+        roster = self.unmasker.advertised([masker.advertise() for masker in self.maskers.values()])
+        shared = {name: masker.share(roster) for name, masker in self.maskers.items() if name not in silent}
+        self.boxes = self.unmasker.shared(list(shared.values()))
+        self.shared = shared
+        messages = [self.maskers[name].mask(self.boxes[name], given[name]) for name in self.boxes if name not in gone]
+        self.masked = {message["owner"]: message["masked"] for message in messages}
+        return self.unmasker.masked(messages)
+
+    def finish(self, survivors: Iterable[str], *, late: Iterable[str] = ()) -> dict[str, Tensor]:
+        """`late` owners vanish after their masked delta went out."""
+        survivors = list(survivors)
+        self.answers = {name: self.maskers[name].unmask(survivors) for name in survivors if name not in late}
+        return self.unmasker.unmasked(list(self.answers.values()))
+
+
+def plain_sum(given: Mapping[str, Mapping[str, Tensor]], names: Iterable[str]) -> dict[str, Tensor]:
+    names = list(names)
+    return {key: torch.stack([given[name][key].double() for name in names]).sum(0) for key in SHAPES}
+
+
+@pytest.mark.parametrize(("bits", "fraction", "limit"), [(64, 24, 1024.0), (32, 16, 64.0)])
+@pytest.mark.parametrize(
+    ("silent", "gone", "late"),
+    [((), (), ()), (("ann",), (), ()), ((), ("bob", "eve"), ()), ((), (), ("cho", "dee")), (("ann",), ("dee",), ())],
+)
+def test_the_sum_is_exact_whoever_drops_out(
+    silent: tuple[str, ...], gone: tuple[str, ...], late: tuple[str, ...], bits: int, fraction: int, limit: float
+) -> None:
+    view, given = View(session(bits=bits, fraction=fraction, limit=limit)), deltas()
+    there = view.until_masked(given, silent=silent, gone=gone)
+    assert there == sorted(set(NAMES) - {*silent, *gone})  # the late ones are in the sum
+    found, expected = view.finish(there, late=late), plain_sum(given, there)
+    for key in SHAPES:
+        assert found[key].shape == SHAPES[key]
+        torch.testing.assert_close(found[key], expected[key], rtol=0, atol=len(there) * 2.0 ** -(fraction + 1))
+
+
+@settings(max_examples=25)
+@given(st.lists(st.floats(-1024, 1024), min_size=18, max_size=18), st.integers(0, 5), st.data())
+def test_the_sum_of_whole_steps_is_exact_to_the_last_bit(
+    values: list[float], dropped: int, data: st.DataObject
+) -> None:
+    n = data.draw(st.integers(2, 5))
+    names = NAMES[:n]
+    gone = names[: min(dropped, n - (n // 2 + 1))]
+    row = torch.tensor(values, dtype=torch.float64).mul(2**24).round().div(2**24)
+    given = {name: {"x": row.roll(place)} for place, name in enumerate(names)}
+    view = View(session(names, n // 2 + 1, {"x": (18,)}))
+    there = view.until_masked(given, gone=gone)
+    assert torch.equal(view.finish(there)["x"], torch.stack([given[name]["x"] for name in there]).sum(0))
+
+
+@pytest.mark.parametrize("stage", ["silent", "gone", "late"])
+def test_with_too_few_survivors_nothing_is_revealed(stage: str) -> None:
+    view, given, away = View(session()), deltas(), ("ann", "bob", "cho")
+    if stage == "late":
+        there = view.until_masked(given)
+        with pytest.raises(DataError, match="fewer than the threshold of 3"):
+            view.finish(there, late=away)
+    else:
+        with pytest.raises(DataError, match="fewer than the threshold of 3"):
+            view.until_masked(given, **{stage: away})
+    # What the coordinator holds does not lead to the sum: it lacks the secrets of every mask.
+    assert len(view.answers) < 3
+    if view.masked:
+        total = sum(np.frombuffer(data, "<u8") for data in view.masked.values())
+        assert not torch.allclose(decode_sum(total, view.session)["c"], plain_sum(given, view.masked)["c"], atol=1.0)
+
+
+def test_an_owner_refuses_to_unmask_too_few() -> None:
+    view = View(session())
+    view.until_masked(deltas())
+    with pytest.raises(DataError, match="fewer than the threshold"):
+        view.maskers["ann"].unmask(["ann", "bob"])
+
+
+def test_owners_answer_once_and_in_order() -> None:
+    view = View(session())
+    there = view.until_masked(deltas())
+    with pytest.raises(DataError, match="reveal its delta"):
+        view.maskers["ann"].mask(view.boxes["ann"], deltas(1)["ann"])
+    view.finish(there)
+    with pytest.raises(DataError, match="reveal its delta"):
+        view.maskers["ann"].unmask(["ann", "bob", "cho"])
+    with pytest.raises(DataError, match="reveal its delta"):
+        Masker("ann", view.session, KEYS["ann"].sign).unmask(there)
+
+
+def test_the_coordinator_never_holds_both_secrets_of_an_owner_even_when_it_lies() -> None:
+    view = View(session())
+    view.until_masked(deltas())
+    # It tells some that ann is there, and the others that she is not.
+    lists = {"ann": NAMES, "bob": NAMES, "cho": NAMES, "dee": NAMES[1:], "eve": NAMES[1:]}
+    answers = [view.maskers[name].unmask(there) for name, there in lists.items()]
+    points = {name: point for point, name in enumerate(sorted(NAMES), 1)}
+    secret = int.from_bytes(view.maskers["ann"]._mask_key.private_bytes_raw(), "big")
+    seed = int.from_bytes(view.maskers["ann"]._seed, "big")
+    for owner in NAMES:
+        held = {part: [a for a in answers if owner in a[part]] for part in ("seeds", "keys")}
+        assert min(len(each) for each in held.values()) < 3
+        for answer in answers:
+            assert (owner in answer["seeds"]) != (owner in answer["keys"])
+    seeds = {points[a["owner"]]: int(a["seeds"]["ann"], 16) for a in answers if "ann" in a["seeds"]}
+    keys = {points[a["owner"]]: int(a["keys"]["ann"], 16) for a in answers if "ann" in a["keys"]}
+    assert join_secret(seeds) == seed  # enough of one ...
+    assert join_secret(keys) != secret  # ... and too few of the other
+    # With one share more it would have had both: the count is what protects.
+    more = {**keys, points["ann"]: view.maskers["ann"]._shares["ann"][0]}
+    assert join_secret(more) == secret
+
+
+def test_a_masked_delta_is_uniform_and_tells_nothing_of_the_delta() -> None:
+    n = 20_000
+    held = session(NAMES[:3], 2, {"x": (n,)})
+    x = torch.linspace(-5, 5, n, dtype=torch.float64)
+    view = View(held)
+    view.until_masked({name: {"x": x} for name in NAMES[:3]})
+    for data in view.masked.values():
+        row = np.frombuffer(data, "<u8")
+        for shift in (0, 24, 56):  # low, middle and high bytes
+            assert chisquare(np.bincount((row >> np.uint64(shift)) & np.uint64(255), minlength=256)).pvalue > 1e-6
+        assert abs(np.corrcoef(row.astype(float), x)[0, 1]) < 5 / np.sqrt(n)
+    # The same measures find an encoded delta that is not masked.
+    bare = encode_delta({"x": x}, held)
+    assert chisquare(np.bincount((bare >> np.uint64(56)) & np.uint64(255), minlength=256)).pvalue < 1e-6
+    assert abs(np.corrcoef(bare.view("<i8").astype(float), x)[0, 1]) > 0.99
+
+
+def test_two_inputs_with_the_same_sum_look_alike_to_the_coordinator() -> None:
+    n = 10_000
+    held = session(NAMES[:3], 2, {"x": (n,)})
+    flat, steep = torch.zeros(n, dtype=torch.float64), torch.linspace(-5, 5, n, dtype=torch.float64)
+    worlds = [
+        {"ann": {"x": flat}, "bob": {"x": flat}, "cho": {"x": flat}},
+        {"ann": {"x": steep}, "bob": {"x": -steep}, "cho": {"x": flat}},
+    ]
+    seen = []
+    for world in worlds:
+        view = View(held)
+        there = view.until_masked(world)
+        sums = view.finish(there)["x"]
+        assert torch.allclose(sums, flat, atol=1e-6)
+        # All it can work out: each masked row, and each with the own masks taken off that it learned in the end.
+        seen.append({name: np.frombuffer(data, "<u8").astype(float) for name, data in view.masked.items()})
+    for name in NAMES[:3]:
+        assert ks_2samp(seen[0][name], seen[1][name]).pvalue > 1e-6
+        assert abs(np.corrcoef(seen[1][name], steep)[0, 1]) < 5 / np.sqrt(n)
+
+
+def test_after_unmasking_a_single_delta_is_still_hidden_by_the_pair_masks() -> None:
+    from worldloom.federation.secure_aggregation import _own_mask
+
+    n = 20_000
+    held = session(NAMES[:3], 2, {"x": (n,)})
+    x = torch.linspace(-5, 5, n, dtype=torch.float64)
+    view = View(held)
+    view.finish(view.until_masked({name: {"x": x} for name in NAMES[:3]}))
+    for name in NAMES[:3]:
+        row = np.frombuffer(view.masked[name], "<u8") - _own_mask(view.maskers[name]._seed, held)
+        assert abs(np.corrcoef(row.astype(float), x)[0, 1]) < 5 / np.sqrt(n)
+        assert chisquare(np.bincount((row >> np.uint64(56)) & np.uint64(255), minlength=256)).pvalue > 1e-6
+
+
+def test_the_same_delta_never_looks_the_same_twice() -> None:
+    rows = []
+    for _ in range(2):
+        view = View(session())
+        view.until_masked(deltas())
+        rows.append(view.masked["ann"])
+    assert rows[0] != rows[1]
+
+
+def test_keys_that_the_coordinator_puts_in_are_refused() -> None:
+    held = session()
+    maskers = {name: Masker(name, held, KEYS[name].sign) for name in NAMES}
+    roster = Unmasker(held).advertised([masker.advertise() for masker in maskers.values()])
+    forged = {**roster, "bob": {**roster["bob"], "mask": roster["cho"]["mask"]}}
+    with pytest.raises(DataError, match="'bob' are not signed"):
+        maskers["ann"].share(forged)
+    # Nor do keys of another session serve: they were signed for that one.
+    other = held.model_copy(update={"name": "round 2"})
+    masker = Masker("ann", other, KEYS["ann"].sign)
+    masker.advertise()
+    with pytest.raises(DataError, match="not signed"):
+        masker.share(roster)
+
+
+def test_a_share_that_was_changed_or_sealed_for_another_is_refused() -> None:
+    for change in (lambda text: text[:-2] + ("00" if text[-2:] != "00" else "11"), lambda text: "zz"):
+        view = View(session())
+        roster = view.unmasker.advertised([masker.advertise() for masker in view.maskers.values()])
+        boxes = view.unmasker.shared([masker.share(roster) for masker in view.maskers.values()])
+        boxes["ann"]["bob"] = change(boxes["ann"]["bob"])
+        with pytest.raises(DataError, match="not sealed for ann"):
+            view.maskers["ann"].mask(boxes["ann"], deltas()["ann"])
+    view = View(session())
+    roster = view.unmasker.advertised([masker.advertise() for masker in view.maskers.values()])
+    boxes = view.unmasker.shared([masker.share(roster) for masker in view.maskers.values()])
+    # Neither one sealed for another, nor her own to bob sent back to her: each direction has a key of its own.
+    for masker, sealed in (("ann", boxes["cho"]["bob"]), ("cho", boxes["bob"]["cho"])):
+        with pytest.raises(DataError, match=f"not sealed for {masker}"):
+            view.maskers[masker].mask({**boxes[masker], "bob": sealed}, deltas()[masker])
+
+
+@pytest.mark.parametrize("part", ["seeds", "keys"])
+def test_a_wrong_share_is_found_and_the_round_goes_on_without_it(part: str) -> None:
+    view, given = View(session()), deltas()
+    there = view.until_masked(given, gone=("eve",))
+    answers = {name: view.maskers[name].unmask(there) for name in there}
+    owner = "eve" if part == "keys" else "ann"
+    # Nonsense, and a share from which a secret comes that looks like one: the true one and 1 (of points 1, 2 and 3
+    # the second counts -3 times).
+    nearly = (int(answers["bob"][part][owner], 16) - pow(3, -1, PRIME)) % PRIME
+    for share in (5, nearly):
+        wrong = {**answers["bob"], part: {**answers["bob"][part], owner: f"{share:x}"}}
+        with pytest.raises(DataError, match=f"{owner}.* do not give it"):
+            view.unmasker.unmasked([wrong, answers["ann"], answers["cho"]])
+    found = view.unmasker.unmasked([answers[name] for name in ("ann", "cho", "dee")])
+    torch.testing.assert_close(found["c"], plain_sum(given, there)["c"], rtol=0, atol=1e-6)
+
+
+def test_bad_messages_are_refused_and_can_be_left_out() -> None:
+    view, given = View(session()), deltas()
+    roster = view.unmasker.advertised([masker.advertise() for masker in view.maskers.values()])
+    shared = [masker.share(roster) for masker in view.maskers.values()]
+    with pytest.raises(DataError, match="bob sent no share"):
+        view.unmasker.shared([shared[0], {"owner": "bob", "commitment": "0", "shares": {}}, *shared[2:]])
+    with pytest.raises(DataError, match="sent one already"):
+        view.unmasker.shared([shared[0], *shared])
+    boxes = view.unmasker.shared(shared)
+    masked = [view.maskers[name].mask(boxes[name], given[name]) for name in NAMES]
+    with pytest.raises(DataError, match="cho sent no masked delta"):
+        view.unmasker.masked([*masked[:2], {"owner": "cho", "masked": masked[2]["masked"][:-8]}, *masked[3:]])
+    with pytest.raises(DataError, match="not expected"):
+        view.unmasker.masked([*masked, {"owner": "mallory", "masked": masked[0]["masked"]}])
+    there = view.unmasker.masked([masked[0], *masked[2:]])
+    torch.testing.assert_close(view.finish(there)["c"], plain_sum(given, there)["c"], rtol=0, atol=1e-6)
+
+
+def test_values_beyond_the_limit_are_refused_or_held() -> None:
+    x = {"x": torch.tensor([0.5, -7.0])}
+    with pytest.raises(DataError, match="beyond the limit of 2"):
+        encode_delta(x, session(shapes={"x": (2,)}, limit=2.0))
+    held = session(shapes={"x": (2,)}, limit=2.0, beyond="clip")
+    assert decode_sum(encode_delta(x, held), held)["x"].tolist() == [0.5, -2.0]
+    with pytest.raises(DataError, match="not finite"):
+        encode_delta({"x": torch.tensor([np.nan, 1.0])}, held)
+    for wrong in ({}, {"y": torch.zeros(2)}, {"x": torch.zeros(3)}):
+        with pytest.raises(DataError, match="other tensors"):
+            encode_delta(wrong, held)
+
+
+def test_a_session_in_which_sums_overflow_or_halves_could_be_told_different_things_is_refused() -> None:
+    with pytest.raises(ConfigError, match="bits hold"):
+        session(bits=32, fraction=24, limit=1024.0)
+    with pytest.raises(ConfigError, match="over half"):
+        session(NAMES[:4], threshold=2)
+    with pytest.raises(ConfigError, match="over half"):
+        session(NAMES[:2], threshold=3)
+    key = KEYS["ann"].public_key().public_bytes_raw().hex()
+    with pytest.raises(ConfigError, match="same key"):
+        Session(name="r", owners={"a": key, "b": key}, shapes={}, config=AggregationConfig(threshold=2))
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**256 - 1), st.integers(1, 7), st.data())
+def test_any_threshold_of_shares_give_the_secret_and_fewer_another_number(
+    secret: int, owners: int, data: st.DataObject
+) -> None:
+    threshold = data.draw(st.integers(1, owners))
+    shares = dict(enumerate(split_secret(secret, owners, threshold), 1))
+    for few in combinations(shares, threshold):
+        assert join_secret({point: shares[point] for point in few}) == secret
+    for fewer in combinations(shares, threshold - 1):
+        assert join_secret({point: shares[point] for point in fewer}) != secret or (fewer == () and secret == 0)
+    assert all(0 <= share < PRIME for share in shares.values())
+
+
+def test_fewer_shares_are_distributed_alike_whatever_the_secret() -> None:
+    prime, owners, threshold = 7, 4, 3
+    for points in combinations(range(owners), threshold - 1):
+        counts = []
+        for secret in range(prime):
+            seen: Counter[tuple[int, ...]] = Counter()
+            for coefficients in product(range(prime), repeat=threshold - 1):
+                draws = iter(coefficients)
+                shares = split_secret(secret, owners, threshold, prime=prime, draw=lambda _, draws=draws: next(draws))
+                seen[tuple(shares[point] for point in points)] += 1
+            counts.append(seen)
+        assert all(count == counts[0] for count in counts)
+        assert len(set(counts[0].values())) == 1  # uniform
+
+
+def test_a_split_that_makes_no_sense_is_refused() -> None:
+    for secret, owners, threshold in ((PRIME, 3, 2), (1, 3, 4), (1, 3, 0), (-1, 3, 2)):
+        with pytest.raises(ConfigError, match="threshold"):
+            split_secret(secret, owners, threshold)

@@ -21,6 +21,7 @@ from worldloom.cli import (
     policy,
     runs,
     train,
+    weave,
 )
 from worldloom.core.errors import StorageError, WorldloomError
 from worldloom.core.processes import is_first
@@ -70,6 +71,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(memory.app, name="memory")
 app.add_typer(policy.app, name="policy")
 app.add_typer(runs.app, name="runs")
+app.add_typer(weave.app, name="weave")
 
 
 def main() -> None:

@@ -191,7 +191,9 @@ class Coordinator:
             "left_out": left_out,
             "evaluation": evaluation,
         }
-        self.ledger.append("round", facts, round=number)
+        # A kill between the two entries leaves the first, which is what this round makes again.
+        if not any(entry.body["round"] == number for entry in self.ledger.entries("round")):
+            self.ledger.append("round", facts, round=number)
         self.ledger.append("base", {"fingerprint": known, "previous": fingerprint(base)}, round=number + 1)
 
     def _published(self, number: int) -> dict[str, Tensor]:
@@ -325,6 +327,7 @@ def weave(rounds: Rounds, number: int, constitution: Constitution, frames: Mappi
         if not path.is_file():
             raise StorageError(f"the contribution of {owner} to round {number} is not at {path}; restore it")
     power = {"equal": 0.0, "frames": 1.0, "sqrt-frames": 0.5}[constitution.weighting]
+    # Fewer than a quorum, as without a member in `recompute`, may be too few for the cap: then all weigh alike.
     weights = capped({owner: float(frames[owner]) ** power for owner in files}, max(constitution.cap, 1 / len(files)))
     aggregator = AGGREGATORS[str(constitution.aggregation["name"])].parse(constitution.aggregation)
     shapes = {name: tensor.shape for name, tensor in base.items()}

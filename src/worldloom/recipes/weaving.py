@@ -1,0 +1,247 @@
+"""A consortium on one machine: owners with worlds of their own, who weave one model and then act by it at home."""
+
+import json
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from worldloom.core.config import Config
+from worldloom.core.files import read_json, write_json, write_text
+from worldloom.core.progress import SILENT, Progress
+from worldloom.core.seeds import derive_seed
+from worldloom.core.signing import SigningKey, make_key, sign_file
+from worldloom.data import EpisodeDataset, Frames, load_frames
+from worldloom.federation import (
+    Constitution,
+    Coordinator,
+    DataCard,
+    InProcess,
+    LocalTraining,
+    Node,
+    PartitionConfig,
+    guarded_frames,
+    initial_base,
+    model_card,
+    ratify,
+    read_constitution,
+)
+from worldloom.federation.cards import card_of, card_path
+from worldloom.models import JEPAConfig
+from worldloom.models.encoders import PatchConv, StemmedPatchConv
+from worldloom.planning import encode_episodes, measure_geometry
+from worldloom.recipes.config import Recipe
+from worldloom.recipes.library import load_recipe
+from worldloom.recipes.run import Run
+from worldloom.recipes.workflow import collect
+from worldloom.training import RunFolder, describe_provenance
+
+_log = logging.getLogger(__name__)
+
+
+class OwnerConfig(Config):
+    """One owner: the factors of its world (see `worldloom.envs`), how many episodes it logged, and of what class."""
+
+    factors: dict[str, Any] = Field(default_factory=dict)
+    episodes: int = Field(default=500, ge=1)
+    data_class: Literal["open", "unique-open", "controlled", "sovereign", "private"] = "open"
+
+
+class ConsortiumConfig(Config):
+    """Owners of worlds of one recipe, and the rules by which they weave; `rules` are fields of `Constitution`.
+
+    With `stems` each owner's camera and actions pass through a small map of its own before they meet what is shared.
+    After the last round each owner trains on for `own_steps`, its learning rate falling to 0: what was averaged settles
+    at home.
+    """
+
+    consortium: str = Field(min_length=1)
+    recipe: str = "two-room"
+    overrides: tuple[str, ...] = ()
+    owners: dict[str, OwnerConfig] = Field(min_length=1)
+    rounds: int = Field(default=8, ge=1)
+    inner_steps: int = Field(default=100, ge=1)
+    own_steps: int = Field(default=100, ge=1)
+    stems: bool = True
+    rules: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> "ConsortiumConfig":
+        if taken := sorted({"consortium", "members", "coordinators", "rounds", "inner_steps"} & set(self.rules)):
+            raise ValueError(f"rules: {', '.join(taken)} follow from the owners and rounds; leave them out")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """How many steps each owner trains in all."""
+        return self.rounds * self.inner_steps + self.own_steps
+
+    def recipe_of(self, name: str, seed: int) -> Recipe:
+        """Return what an owner collects and trains."""
+        owner = self.owners[name]
+        recipe = load_recipe(self.recipe).override([
+            f"training.steps={self.steps}",
+            f"training.seed={seed}",
+            "training.checkpoint_every=50",
+            "training.validate_every=1000000",
+            f"collection.episodes={owner.episodes}",
+            f"collection.seed={derive_seed(seed, 'owner', name) % 2**31}",
+            f"collection.env_kwargs={json.dumps({'factors': owner.factors})}",
+            *self.overrides,
+        ])  # fmt: skip
+        model = recipe.model
+        if self.stems and isinstance(model.encoder, PatchConv):
+            options = model.encoder.model_dump(exclude={"name"})
+            encoder = StemmedPatchConv.parse(options)
+            model = JEPAConfig.parse({**model.model_dump(exclude={"encoder", "action_stem"}), "action_stem": 2})
+            model = model.model_copy(update={"encoder": encoder})
+        return recipe.model_copy(update={"model": model})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """What a simulation leaves: the run of each owner, and where rounds, ledger and model card lie."""
+
+    runs: Mapping[str, Run]
+    rounds: Path
+    card: Path
+
+
+def simulate(config: ConsortiumConfig, path: Path | str, *, seed: int = 0, progress: Progress = SILENT) -> Simulated:
+    """Collect each owner's logs, let all sign the constitution, weave, and let each owner settle what came home.
+
+    Each part that is there already is taken up, so that a simulation that was killed ends as an unbroken one.
+
+    Raises:
+        ConfigError: the rules contradict themselves.
+        DataError, StorageError, TrainingError: see `Coordinator`.
+    """
+    root = Path(path)
+    keys = {name: _key(root / "keys" / f"{name}.pem") for name in ("coordinator", *config.owners)}
+    constitution = _constitution(config, root / "constitution.yaml", keys)
+    partition = PartitionConfig.parse(constitution.partition)
+    with ExitStack() as stack:
+        training, nodes = {}, {}
+        for name in config.owners:
+            recipe = config.recipe_of(name, seed)
+            dataset = collect(recipe, root / name / "data", progress=progress)
+            card = _card(config, name, dataset, keys)
+            frames = stack.enter_context(closing(load_frames(dataset, recipe.data, progress=progress)))
+            run = _run_folder(recipe, dataset, root / name / "run", seed)
+            local = partial(LocalTraining, training=recipe.training, model=recipe.model, partition=partition)
+            training[name] = local(run, frames)  # its owner's, for whatever it likes
+            shaping: Frames = guarded_frames(frames, card, "base", constitution)
+            nodes[name] = Node(
+                root / name,
+                local(run, shaping),
+                name=name,
+                key=keys[name],
+                constitution=constitution,
+                data_class=card.data_class,
+            )
+        first = training[next(iter(training))]
+        coordinator = Coordinator(
+            root / "rounds",
+            constitution,
+            key=keys["coordinator"],
+            transport=InProcess({name: node.handle for name, node in nodes.items()}),
+            initial=initial_base(first.model, first.frames, partition, seed=seed),
+            progress=progress,
+        )
+        with closing(coordinator):
+            last = coordinator.run()
+        runs = {}
+        for name, owner in training.items():
+            owner.stretch("own", last, config.own_steps)
+            runs[name] = Run(owner.run)
+            _measure(runs[name], owner.frames, progress)
+    write_text(root / "model_card.md", model_card(root / "rounds" / "ledger.jsonl", constitution))
+    return Simulated(runs=runs, rounds=root / "rounds", card=root / "model_card.md")
+
+
+def alone(
+    config: ConsortiumConfig, name: str, path: Path | str, data: Path | str, *, seed: int = 0,
+    progress: Progress = SILENT,
+) -> Run:  # fmt: skip
+    """Train an owner's model on its own logs alone, from the same beginning and for as many steps."""
+    recipe = config.recipe_of(name, seed)
+    dataset = EpisodeDataset.open(data)
+    partition = PartitionConfig.parse(config.rules.get("partition", {}))
+    with closing(load_frames(dataset, recipe.data, progress=progress)) as frames:
+        folder = _run_folder(recipe, dataset, Path(path), seed)
+        local = LocalTraining(folder, frames, training=recipe.training, model=recipe.model, partition=partition)
+        local.stretch("alone", initial_base(recipe.model, frames, partition, seed=seed), config.steps)
+        run = Run(folder)
+        _measure(run, frames, progress)
+    return run
+
+
+def _key(path: Path) -> SigningKey:
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_key(path)
+    return SigningKey(path)
+
+
+def _constitution(config: ConsortiumConfig, path: Path, keys: Mapping[str, SigningKey]) -> Constitution:
+    """Write the constitution, let every member sign it, and read it back as each of them would."""
+    count = len(config.owners)
+    rules = {"quorum": max(1, count - 1), "cap": min(1.0, 1.5 / max(1, count - 1)), **config.rules}
+    constitution = Constitution.parse({
+        "consortium": config.consortium,
+        "members": {name: {"key": keys[name].public} for name in config.owners},
+        "coordinators": [{"name": "coordinator", "key": keys["coordinator"].public}],
+        "rounds": config.rounds,
+        "inner_steps": config.inner_steps,
+        **rules,
+    })  # fmt: skip
+    if not path.is_file():
+        # JSON is YAML, and needs no writer of its own.
+        write_text(path, json.dumps(constitution.model_dump(mode="json"), indent=2) + "\n")
+        for name in config.owners:
+            ratify(path, name, keys[name])
+    return read_constitution(path)
+
+
+def _card(config: ConsortiumConfig, name: str, dataset: EpisodeDataset, keys: Mapping[str, SigningKey]) -> DataCard:
+    path = card_path(dataset.path)
+    if not path.is_file():
+        card = DataCard(
+            dataset=dataset.fingerprint(),
+            title=f"logs of {name}",
+            owner=name,
+            data_class=config.owners[name].data_class,
+        )
+        write_text(path, json.dumps(card.model_dump(mode="json"), indent=2) + "\n")
+        sign_file(path, path.parents[1] / "keys" / f"{name}.pem")
+    return card_of(dataset.path, {keys[name].public: name})
+
+
+def _run_folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, seed: int) -> RunFolder:
+    if (path / "config.json").is_file():
+        return RunFolder.open(path)
+    values = {
+        "recipe": recipe.model_dump(mode="json"),
+        "environment": dataset.spec.environment,
+        "data": str(Path(str(dataset.path)).resolve()),
+    }
+    about = describe_provenance(data_fingerprint=dataset.fingerprint(), seeds={"training": seed})
+    return RunFolder.create(path, values, about)
+
+
+def _measure(run: Run, frames: Frames, progress: Progress) -> None:
+    """Measure the latent geometry, which tree search plans with, where it is not yet."""
+    known = {"model": run.model.spec.fingerprint}
+    path = run.path / "measured.json"
+    if path.is_file() and read_json(path) == known:
+        return
+    episodes, _ = frames.split(run.recipe.training.validation_share, run.recipe.training.seed)
+    latents = encode_episodes(run.model, frames, episodes=episodes, progress=progress)
+    geometry = measure_geometry(run.model, latents, run.recipe.inverse, seed=run.recipe.training.seed)
+    geometry.save(run.head("geometry"), run.model)
+    write_json(path, known)

@@ -1,0 +1,114 @@
+"""A consortium at the command line: simulated, killed and taken up, verified, recomputed, and told in a model card."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from worldloom.federation import Rounds, fingerprint
+from worldloom.recipes import Run
+
+CONSORTIUM = """
+consortium: two rooms
+recipe: two-room
+overrides: ["training.batch=16", "training.horizon=2", "training.threads=1", "training.validation_windows=16",
+            "model.encoder.channels=[8, 8]", "model.encoder.hidden=16", "model.latent_dim=8",
+            "model.predictor.hidden=[16]", "collection.steps=20", "collection.num_envs=4", "inverse.steps=20"]
+rounds: 2
+inner_steps: 6
+own_steps: 4
+rules: {quality: {max_worse: 10.0}}
+owners:
+  north: {episodes: 8}
+  east: {episodes: 6, factors: {action_turn: 90}}
+  vault: {episodes: 6, data_class: private}
+"""
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weave")
+    (path / "consortium.yaml").write_text(CONSORTIUM)
+    arguments = ["weave", "simulate", str(path / "consortium.yaml"), "--out", str(path / "out"), "--json"]
+    command = [str(Path(sys.executable).parent / "worldloom"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return path / "out", arguments, json.loads(done.stdout)
+
+
+def test_each_owner_ends_with_a_run_of_its_own_that_acts(simulated) -> None:
+    out, _, told = simulated
+    assert set(told["runs"]) == {"north", "east", "vault"}
+    assert [one["round"] for one in told["rounds"]] == [0, 1]
+    for path in told["runs"].values():
+        run = Run.open(path)
+        assert run.model.action_stem is not None
+        assert run.agent("tree search") is not None
+        assert not Path(path).is_relative_to(out / "rounds")
+
+
+def test_private_data_trains_its_owner_and_never_the_base(simulated) -> None:
+    out, _, told = simulated
+    assert all(set(one["weights"]) == {"north", "east"} for one in told["rounds"])
+    assert Rounds(out / "rounds").owners(0) == ["east", "north"]
+    run = Run.open(told["runs"]["vault"])
+    assert run.folder.metrics()[-1]["step"] == 4  # its own steps alone
+
+
+def test_run_again_it_goes_on_where_it_was(simulated, worldloom) -> None:
+    out, arguments, told = simulated
+    assert json.loads(worldloom(*arguments).out) == told
+    assert fingerprint(Rounds(out / "rounds").base(2))
+
+
+def test_the_ledger_is_verified_shown_and_told_as_a_card(simulated, worldloom, refused) -> None:
+    out, _, _ = simulated
+    rounds, rules = str(out / "rounds"), ["--constitution", str(out / "constitution.yaml")]
+    verdict = json.loads(worldloom("weave", "ledger", "verify", rounds, *rules, "--json").out)
+    shown = json.loads(worldloom("weave", "ledger", "show", rounds, "--json").out)["entries"]
+    assert len(shown) == verdict["length"]
+    assert [one["facts"]["owner"] for one in shown if one["kind"] == "refusal"] == ["vault", "vault"]
+    card = worldloom("weave", "ledger", "card", rounds, *rules).out
+    assert card == (out / "model_card.md").read_text()
+    assert "| north | open | 2 |" in card
+    path = out / "rounds" / "ledger.jsonl"
+    kept = path.read_bytes()
+    path.write_bytes(kept.replace(b'"frames":', b'"frAmes":', 1))
+    try:
+        assert "entry 2" in refused(3, "weave", "ledger", "verify", rounds, *rules)
+    finally:
+        path.write_bytes(kept)
+
+
+def test_bases_are_recomputed_with_everybody_and_without_one(simulated, worldloom, tmp_path) -> None:
+    out, _, _ = simulated
+    asked = ["weave", "recompute", str(out / "rounds"), "--constitution", str(out / "constitution.yaml"), "--json"]
+    whole = json.loads(worldloom(*asked, "--into", str(tmp_path / "whole")).out)
+    assert whole["2"] == fingerprint(Rounds(out / "rounds").base(2))
+    without = json.loads(worldloom(*asked, "--into", str(tmp_path / "without"), "--without", "east").out)
+    assert without["0"] == whole["0"]
+    assert without["2"] != whole["2"]
+
+
+def test_a_member_signs_with_its_own_key_alone(simulated, worldloom, refused, tmp_path) -> None:
+    out, _, _ = simulated
+    path = tmp_path / "constitution.yaml"
+    path.write_bytes((out / "constitution.yaml").read_bytes())
+    ratify = ["weave", "ratify", str(path), "--member", "north", "--key"]
+    assert worldloom(*ratify, str(out / "keys" / "north.pem")).code == 0
+    assert "by another key" in refused(3, *ratify, str(out / "keys" / "east.pem"))
+    verify = ["weave", "ledger", "verify", str(out / "rounds"), "--constitution", str(path)]
+    assert "not signed by east, vault" in refused(3, *verify)
+
+
+def test_rules_that_contradict_the_owners_are_refused(tmp_path, refused) -> None:
+    path = tmp_path / "consortium.yaml"
+    simulate = ["weave", "simulate", str(path), "--out", str(tmp_path / "out")]
+    path.write_text(CONSORTIUM.replace("rules: {", "rules: {rounds: 3, "))
+    assert "follow from the owners" in refused(2, *simulate)
+    path.write_text(CONSORTIUM.replace("rules: {", "rules: {cap: 0.2, "))
+    assert "cap" in refused(2, *simulate)
+    path.write_text(CONSORTIUM.replace("owners:", "owner:"))
+    assert "did you mean 'owners'" in refused(2, *simulate)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import safetensors.torch
 import torch
@@ -91,27 +93,50 @@ def test_nothing_sovereign_is_in_what_a_node_says(woven) -> None:
             assert values[:8] not in said
 
 
-@pytest.mark.parametrize("moment", [1, 2, 5])
-def test_a_coordinator_that_is_killed_goes_on_and_ends_with_the_same_base(woven, tmp_path, moment) -> None:
-    whole, last = woven
-    broken = Consortium(tmp_path, rules={})
-    # The same keys, hence the same constitution and the same messages.
+def like(whole: Consortium, path: Path) -> Consortium:
+    """Return another consortium with the same keys, hence the same constitution and messages."""
     for key in (whole.path / "keys").iterdir():
-        (tmp_path / "keys" / key.name).write_bytes(key.read_bytes())
-    broken = Consortium(tmp_path)
-    coordinator = broken.coordinator()
-    accept, count = coordinator._accept, iter(range(100))
+        (path / "keys").mkdir(exist_ok=True)
+        (path / "keys" / key.name).write_bytes(key.read_bytes())
+    return Consortium(path)
 
-    def killed(*arguments) -> None:
+
+def killed_at(moment: int, function):
+    count = iter(range(1000))
+
+    def call(*arguments, **options):
         if next(count) == moment:
             raise KeyboardInterrupt
-        accept(*arguments)
+        return function(*arguments, **options)
 
-    coordinator._accept = killed
+    return call
+
+
+@pytest.mark.parametrize(("what", "moment"), [("_accept", 1), ("_accept", 5), ("_judged", 1), ("_judged", 2)])
+def test_a_coordinator_that_is_killed_goes_on_and_ends_with_the_same_base(woven, tmp_path, what, moment) -> None:
+    whole, last = woven
+    broken = like(whole, tmp_path)
+    coordinator = broken.coordinator()
+    setattr(coordinator, what, killed_at(moment, getattr(coordinator, what)))
     with pytest.raises(KeyboardInterrupt):
         coordinator.run()
     coordinator.close()
     assert fingerprint(run(broken)) == fingerprint(last)
+
+
+@pytest.mark.parametrize("entry", range(2, 8))
+def test_whichever_entry_of_the_ledger_was_the_last_before_a_kill(woven, tmp_path, entry) -> None:
+    whole, last = woven
+    broken = like(whole, tmp_path)
+    coordinator = broken.coordinator()
+    coordinator.ledger.append = killed_at(entry, coordinator.ledger.append)
+    with pytest.raises(KeyboardInterrupt):
+        coordinator.run()
+    coordinator.close()
+    assert fingerprint(run(broken)) == fingerprint(last)
+    ledger = tmp_path / "rounds" / "ledger.jsonl"
+    assert verify_ledger(ledger, broken.constitution).broken is None
+    assert [found.body["round"] for found in Records(ledger).entries("round")] == [0, 1, 2]
 
 
 def test_a_node_that_is_asked_again_says_the_same(woven) -> None:

@@ -176,3 +176,17 @@ def test_a_stem_whose_size_does_not_come_out_even_is_refused(pixel_case) -> None
         StemmedPatchConv(patch=4, channels=(8,), size=(18, 16, 3)).build(
             pixel_case.observation, pixel_case.statistics, 6
         )
+
+
+def test_a_stem_that_is_folded_mixes_channels(pixel_case) -> None:
+    config = StemmedPatchConv(patch=4, channels=(8,), hidden=16, size=(16, 16, 3))
+    encoder = config.build(pixel_case.observation, pixel_case.statistics, 6)
+    with torch.no_grad():
+        encoder.stem.mix.weight.normal_(generator=torch.Generator().manual_seed(0))
+    observations = pixel_case.observations(4)
+    features = encoder.stem.mix(encoder.normalise(observations.pixels))
+    features = functional.relu(encoder.convolutions[0](features)).permute(0, 2, 3, 1).flatten(1)
+    expected = encoder.out(functional.relu(encoder.hidden(features)))
+    torch.testing.assert_close(encoder(observations), expected, rtol=1e-4, atol=1e-4)
+    encoder(observations).square().sum().backward()
+    assert encoder.stem.mix.weight.grad.abs().min() > 0

@@ -11,7 +11,11 @@ from torch.nn import functional
 
 
 class PixelStem(nn.Module):
-    """Mixes channels and scales frames to the size that a shared encoder takes."""
+    """Scales frames to the size that a shared encoder takes, and mixes their channels.
+
+    The mixing is folded into the convolution that follows: by itself it would need the gradient of whole frames, which
+    makes training several times as slow.
+    """
 
     def __init__(self, channels: int, size: tuple[int, int, int]) -> None:
         super().__init__()
@@ -21,12 +25,16 @@ class PixelStem(nn.Module):
         with torch.no_grad():
             self.mix.weight.copy_(torch.eye(shared, channels)[:, :, None, None])
 
-    def forward(self, frames: Float[Tensor, "R C H W"]) -> Float[Tensor, "R S P Q"]:
-        """Return frames of the shared size."""
-        if tuple(frames.shape[-2:]) != self._size:
-            frames = functional.interpolate(frames, self._size, mode="bilinear", align_corners=False, antialias=True)
-        mixed: Tensor = self.mix(frames)
-        return mixed
+    def forward(self, frames: Float[Tensor, "R C H W"]) -> Float[Tensor, "R C P Q"]:
+        """Return frames of the shared size, their channels not mixed yet; see `fold`."""
+        if tuple(frames.shape[-2:]) == self._size:
+            return frames
+        return functional.interpolate(frames, self._size, mode="bilinear", align_corners=False, antialias=True)
+
+    def fold(self, kernel: Float[Tensor, "O S K L"]) -> Float[Tensor, "O C K L"]:
+        """Return a kernel that does to unmixed channels what the given one does to mixed ones."""
+        folded = torch.einsum("oskl,sc->ockl", kernel, self.mix.weight[:, :, 0, 0])
+        return folded.contiguous(memory_format=torch.channels_last)
 
 
 class ActionStem(nn.Module):

@@ -89,6 +89,7 @@ class PatchConvEncoder(nn.Module):
         self.normalise, self.stem = normalise, stem
         height, width, inputs = size
         patch, channels, kernel = config.patch, config.channels, config.kernel
+        self._patch = patch
         convolutions = [nn.Conv2d(inputs, channels[0], patch, stride=patch)]
         for narrow, wide in pairwise(channels):
             convolutions.append(nn.Conv2d(narrow, wide, kernel, stride=2, padding=kernel // 3))
@@ -104,10 +105,14 @@ class PatchConvEncoder(nn.Module):
         """Encode frames; any vector beside them is not read."""
         assert observations.pixels is not None
         features = self.normalise(observations.pixels)
-        if self.stem is not None:
-            features = self.stem(features)
-        for convolution in self.convolutions:
-            features = functional.relu(convolution(features), inplace=True)
+        for number, convolution in enumerate(self.convolutions):
+            if self.stem is not None and number == 0:
+                assert isinstance(convolution, nn.Conv2d)
+                kernel = self.stem.fold(convolution.weight)
+                features = functional.conv2d(self.stem(features), kernel, convolution.bias, stride=self._patch)
+            else:
+                features = convolution(features)
+            features = functional.relu(features, inplace=True)
         # Channels last is how the features lie in memory, so that this flattening copies nothing.
         flat = features.permute(0, 2, 3, 1).flatten(1)
         latents: Tensor = self.out(functional.relu(self.hidden(flat), inplace=True))

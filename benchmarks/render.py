@@ -38,6 +38,9 @@ def main() -> None:
             parts.append(success(name, json.loads(path.read_text())))
     parts.append(far_goals())
     parts.append(guardrails())
+    path = RESULTS / "weaving.json"
+    if path.exists():
+        parts.append(weaving(json.loads(path.read_text())))
     path = RESULTS / "anti-collapse.json"
     if path.exists():
         parts.append(anti_collapse(json.loads(path.read_text())))
@@ -246,6 +249,21 @@ def guardrails() -> str:
 def of_broken(row: dict[str, Any], key: str) -> str:
     """Say of how many broken limits something holds; nothing of a method that keeps no log."""
     return "-" if row["method"] == "no guardrail" else f"{row[key]} of {row['broken']}"
+
+
+def weaving(values: dict[str, Any]) -> str:
+    """Return what each owner reaches at home, by every way to a model."""
+    ways = [cell["way"] for cell in values["rows"][0]["cells"]]
+    lines = [
+        [row["owner"], str(row["cells"][0]["n"]), *(interval(cell["rate"], cell) for cell in row["cells"])]
+        for row in values["rows"]
+    ]
+    return (
+        f"## Many owners\n\n    {values['command']}\n\n{table(['owner', 'n', *ways], lines)}\n"
+        f"Goals reached at home by tree search, over {len(values['seeds'])} seed(s); all ways take as many steps from "
+        f"the same beginning. The owners of examples/five_owners.yaml sent {values['bytes'] / 1e6:.0f} MB in all at the "
+        f"first seed. {describe(values['hardware'])}\n"
+    )
 
 
 def kept_limits(one: dict[str, Any]) -> str:

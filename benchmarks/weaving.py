@@ -66,6 +66,7 @@ def main() -> None:
             cells.append({"way": way, "n": n, "rate": reached / n, "low": low, "high": high})
         rows.append({"owner": owner, "cells": cells})
     command = f"python benchmarks/weaving.py --seeds {' '.join(map(str, arguments.seeds))}"
+    command += f" --episodes {arguments.episodes}"
     values = {"command": command, "seeds": arguments.seeds, "rows": rows, "bytes": found[0]["bytes"]}
     write_json(RESULTS, {**values, "hardware": found[0]["hardware"]})
     shown = [

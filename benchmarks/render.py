@@ -261,8 +261,8 @@ def weaving(values: dict[str, Any]) -> str:
     return (
         f"## Many owners\n\n    {values['command']}\n\n{table(['owner', 'n', *ways], lines)}\n"
         f"Goals reached at home by tree search, over {len(values['seeds'])} seed(s); all ways take as many steps from "
-        f"the same beginning. The owners of examples/five_owners.yaml sent {values['bytes'] / 1e6:.0f} MB in all at the "
-        f"first seed. {describe(values['hardware'])}\n"
+        f"the same beginning. The owners of examples/five_owners.yaml sent {values['bytes'] / 1e6:.0f} MB in all at "
+        f"the first seed. {describe(values['hardware'])}\n"
     )
 
 

@@ -1,0 +1,532 @@
+"""Flower as the transport: its keys, what passes the gate, what is asked again, and a deployment on this machine."""
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from worldloom.core.errors import ConfigError, DataError, StorageError
+from worldloom.federation.keys import Tls, make_node_keys, make_tls
+
+pytest.importorskip("flwr", reason="needs pip install 'worldloom[weave]'")
+
+import httpx
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
+from flwr.proto.control_pb2 import RegisterNodeRequest
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+
+from worldloom.federation import Reply, Transport
+from worldloom.federation.flower import FlowerTransport, _carried, _carry, _public, join, serve
+from worldloom.federation.flower_process import PASS, Gate
+
+NODE = """
+import sys
+from worldloom.federation.flower import join
+
+name, folder, address, patience = sys.argv[1:]
+
+def answer(data):
+    if data == b"fail":
+        raise ValueError("what only the owner may know")
+    return name.encode() + b":" + data
+
+join(answer, home=f"{folder}/{name}", server=address, authority=f"{folder}/tls/ca.pem",
+     secret=f"{folder}/keys/{name}.ssh", patience_seconds=float(patience))
+"""
+COORDINATOR = """
+import sys, time
+from pathlib import Path
+from worldloom.federation.flower import serve
+from worldloom.federation.keys import Tls
+
+folder, port = Path(sys.argv[2]), int(sys.argv[3])
+tls = Tls(authority=folder / "tls/ca.pem", certificate=folder / "tls/server.pem", secret=folder / "tls/server.key")
+with serve(folder / "link", tls, {"north": (folder / "keys/north.ssh.pub").read_text()}, port=port):
+    print("up", flush=True)
+    time.sleep(300)
+"""
+
+
+# -- keys ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_keys_of_a_node_are_what_flower_reads_and_the_secret_is_its_owners_alone(tmp_path: Path) -> None:
+    keys = make_node_keys(tmp_path / "keys", "north")
+    secret = serialization.load_ssh_private_key(keys.secret.read_bytes(), password=None)
+    assert isinstance(secret, ec.EllipticCurvePrivateKey)
+    assert isinstance(secret.curve, ec.SECP384R1)
+    assert serialization.load_ssh_public_key(keys.public.read_bytes()) == secret.public_key()
+    assert stat.S_IMODE(keys.secret.stat().st_mode) == 0o600
+    before = keys.secret.read_bytes()
+    with pytest.raises(StorageError, match="never written over"):
+        make_node_keys(tmp_path / "keys", "north")
+    assert keys.secret.read_bytes() == before
+
+
+def test_a_public_key_of_another_kind_is_refused(tmp_path: Path) -> None:
+    other = ec.generate_private_key(ec.SECP256R1()).public_key()
+    text = other.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
+    for wrong in (text, "", "ssh-ed25519 AAAA", make_node_keys(tmp_path, "north").secret.read_text()):
+        with pytest.raises(DataError, match="public key of north"):
+            _public("north", wrong)
+
+
+def test_a_certificate_holds_for_its_hosts_and_days_and_is_not_written_over(tmp_path: Path) -> None:
+    made = make_tls(tmp_path, hosts=("weave.example", "10.0.0.7", "::1"), days=90)
+    certificate = x509.load_pem_x509_certificate(made.certificate.read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["weave.example"]
+    assert [str(each) for each in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7", "::1"]
+    assert 90 <= (certificate.not_valid_after_utc - certificate.not_valid_before_utc).total_seconds() / 86400 < 90.1
+    for path in (made.secret, tmp_path / "ca.key"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with pytest.raises(StorageError, match="never written over"):
+        make_tls(tmp_path)
+    with pytest.raises(ConfigError, match="a host and at least a day"):
+        make_tls(tmp_path / "other", days=0)
+
+
+def test_the_authority_signs_again_and_only_with_its_own_key(tmp_path: Path) -> None:
+    first = make_tls(tmp_path)
+    authority = first.authority.read_bytes()
+    for path in (first.certificate, first.secret):
+        path.unlink()
+    assert make_tls(tmp_path).authority.read_bytes() == authority
+    assert _handshake(first, authority, "localhost") == ""
+    for path in (first.certificate, first.secret):
+        path.unlink()
+    other = make_tls(tmp_path / "other")
+    shutil.copy(other.authority, first.authority)
+    with pytest.raises(DataError, match="is not the key of"):
+        make_tls(tmp_path)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+def test_who_trusts_the_authority_connects(tmp_path: Path, host: str) -> None:
+    made = make_tls(tmp_path)
+    assert _handshake(made, made.authority.read_bytes(), host) == ""
+
+
+def test_another_authority_and_another_host_are_refused(tmp_path: Path) -> None:
+    made, other = make_tls(tmp_path / "ours"), make_tls(tmp_path / "theirs")
+    assert "unable to get local issuer certificate" in _handshake(made, other.authority.read_bytes(), "localhost")
+    assert "Hostname mismatch" in _handshake(made, made.authority.read_bytes(), "elsewhere.example")
+
+
+def test_an_expired_certificate_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from worldloom.federation import keys
+
+    class Past(keys.datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return super().now(tz) - keys.datetime.timedelta(days=3)
+
+    made = make_tls(tmp_path)
+    made.certificate.unlink()
+    made.secret.unlink()
+    monkeypatch.setattr(keys.datetime, "datetime", Past)
+    assert "expired" in _handshake(make_tls(tmp_path, days=2), made.authority.read_bytes(), "localhost")
+
+
+def _handshake(server: Tls, authority: bytes, host: str) -> str:
+    """Return why a client that trusts an authority does not connect to a server as that host; nothing where it does."""
+    ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ours.load_cert_chain(server.certificate, server.secret)
+    theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    theirs.load_verify_locations(cadata=authority.decode())
+    # What every client of Python 3.13 and newer asks.
+    theirs.verify_flags |= ssl.VERIFY_X509_STRICT
+    one, two = socket.socketpair()
+
+    def accept() -> None:
+        try:
+            with ours.wrap_socket(one, server_side=True) as connected:
+                connected.recv(1)
+        except OSError:
+            one.close()
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    try:
+        with theirs.wrap_socket(two, server_hostname=host):
+            return ""
+    except ssl.SSLCertVerificationError as error:
+        return str(error)
+    finally:
+        two.close()
+        thread.join(10)
+
+
+# -- the gate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "shown", "passes"),
+    [
+        ("/v1/fleet/activate-node", None, True),
+        ("/v1/control/register-node", None, False),
+        ("/v1/control/start-run", b"guess", False),
+        ("/v1/runtime/acquire-task", b"", False),
+        ("/docs", None, False),
+        ("/v1/fleet", None, False),
+        ("/x/v1/fleet/", None, False),
+        ("/v1/control/register-node", b"secret", True),
+        ("/v1/runtime/acquire-task", b"secret", True),
+    ],
+)
+def test_the_gate_lets_all_to_what_nodes_use_and_the_coordinator_to_the_rest(
+    path: str, shown: bytes | None, passes: bool
+) -> None:
+    reached: list[str] = []
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        reached.append(scope["path"])
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [] if shown is None else [(PASS.encode(), shown)]
+    asyncio.run(Gate(app, "secret")({"type": "http", "path": path, "headers": headers}, None, send))  # type: ignore[arg-type]
+    assert bool(reached) is passes
+    assert [message.get("status") for message in sent][:1] == ([] if passes else [403])
+    asyncio.run(Gate(app, "secret")({"type": "websocket", "path": path, "headers": headers}, None, send))  # type: ignore[arg-type]
+    assert len(reached) == passes
+
+
+# -- exchanges over a grid that is a list ----------------------------------------------------------------------------
+
+
+@dataclass
+class Grid:
+    """A Flower grid of this process: `connected` holds since when each node is there; `answers` what each answers."""
+
+    connected: dict[str, str] = field(default_factory=dict)
+    answers: dict[str, Any] = field(default_factory=dict)
+    asked: list[tuple[str, bytes]] = field(default_factory=list)
+    ready: dict[str, Message] = field(default_factory=dict)
+
+    def get_nodes(self) -> list[NodeInfo]:
+        return [
+            NodeInfo(public_key=name.encode(), node_id=NAMES.index(name) + 1, last_activated_at=since)
+            for name, since in self.connected.items()
+        ]
+
+    def push_messages(self, messages: Sequence[Message]) -> list[str | None]:
+        ids: list[str | None] = []
+        for message in messages:
+            name, number = NAMES[message.metadata.dst_node_id - 1], f"message {len(self.asked)}"
+            self.asked.append((name, _carried(message)))
+            message.metadata.__dict__["_message_id"] = number
+            content = self.answers.get(name)
+            content = content(len(self.asked)) if callable(content) else content
+            if content is not None:
+                self.ready[number] = Message(content, reply_to=message)
+            ids.append(number)
+        return ids
+
+    def pull_messages(self, message_ids: Sequence[str]) -> list[Message]:
+        return [self.ready.pop(number) for number in message_ids if number in self.ready]
+
+
+NAMES = ("north", "east", "south")
+
+
+@pytest.fixture
+def grid(monkeypatch: pytest.MonkeyPatch) -> Grid:
+    for part in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, part, 1)
+    monkeypatch.setattr("worldloom.federation.flower._POLL_SECONDS", 0.01)
+    return Grid(connected=dict.fromkeys(NAMES, "1"), answers={name: _carry(name.encode()) for name in NAMES})
+
+
+def over(grid: Any) -> FlowerTransport:
+    return FlowerTransport({name.encode(): name for name in NAMES}, grid if callable(grid) else lambda: grid)
+
+
+def ask(transport: FlowerTransport, *names: str, seconds: float = 5.0) -> dict[str, Reply]:
+    return {
+        reply.node: reply for reply in transport.exchange({name: b"to " + name.encode() for name in names},
+                                                          seconds=seconds)
+    }  # fmt: skip
+
+
+def test_nodes_are_asked_by_their_keys_and_answer_under_their_names(grid: Grid) -> None:
+    assert isinstance(over(grid), Transport)
+    assert over(grid).nodes() == ("east", "north", "south")
+    replies = ask(over(grid), *NAMES)
+    assert {name: reply.data for name, reply in replies.items()} == {name: name.encode() for name in NAMES}
+    assert sorted(grid.asked) == sorted((name, b"to " + name.encode()) for name in NAMES)
+
+
+def test_who_is_not_there_or_does_not_answer_is_told_with_the_cause_when_the_time_is_over(grid: Grid) -> None:
+    del grid.connected["east"]
+    grid.answers["south"] = None
+    begun = time.monotonic()
+    replies = ask(over(grid), "north", "east", "south", "west", seconds=0.5)
+    assert 0.4 < time.monotonic() - begun < 4
+    assert replies["north"].data == b"north"
+    assert replies["east"].error == "not connected within 0.5 s"
+    assert replies["south"].error == "no answer within 0.5 s"
+    assert replies["west"].error == "no node of that name may connect"
+    assert over(grid).present() == ("north", "south")
+
+
+def test_who_connects_late_or_anew_is_asked_then_and_nobody_twice_on_one_connection(grid: Grid) -> None:
+    del grid.connected["east"]
+    grid.answers["south"] = lambda count: _carry(b"second") if grid.connected["south"] == "2" else None
+
+    def arrive() -> None:
+        time.sleep(0.3)
+        grid.connected["south"] = "2"
+        grid.connected["east"] = "1"
+
+    thread = threading.Thread(target=arrive)
+    thread.start()
+    replies = ask(over(grid), *NAMES)
+    thread.join()
+    assert {name: reply.data for name, reply in replies.items()} == {
+        "north": b"north",
+        "east": b"east",
+        "south": b"second",
+    }
+    assert [name for name, _ in grid.asked].count("south") == 2
+    assert [name for name, _ in grid.asked].count("north") == 1
+
+
+def test_a_message_that_a_node_lost_is_sent_again_but_a_refusal_is_an_answer(grid: Grid) -> None:
+    lost = Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason="gone")
+    grid.answers["north"] = lambda count: lost if count == 1 else _carry(b"found")
+    grid.answers["east"] = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason="ValueError")
+    assert ask(over(grid), "north")["north"].data == b"found"
+    assert ask(over(grid), "east")["east"] == Reply(node="east", data=None, error="ValueError")
+    assert [name for name, _ in grid.asked] == ["north", "north", "east"]
+
+
+def test_a_server_that_was_started_again_is_asked_everything_again(grid: Grid) -> None:
+    second = Grid(connected=dict(grid.connected), answers=dict(grid.answers))
+    grid.answers["east"] = None
+    grids = iter([grid, grid])
+    replies = ask(over(lambda: next(grids, second)), "north", "east")
+    assert {name: reply.data for name, reply in replies.items()} == {"north": b"north", "east": b"east"}
+    assert [name for name, _ in second.asked] == ["east"]
+
+
+def test_a_server_that_is_away_for_a_moment_is_asked_on_and_named_where_it_stays_away(grid: Grid) -> None:
+    tries = iter(range(1000))
+
+    def flaky() -> Grid:
+        if next(tries) in (0, 2, 3):
+            raise httpx.ConnectError("away")
+        return grid
+
+    assert ask(over(flaky), "north")["north"].data == b"north"
+
+    def gone() -> Grid:
+        raise httpx.ConnectError("away")
+
+    assert "ConnectError: away" in ask(over(gone), "north", seconds=0.3)["north"].error
+
+
+def test_what_carries_no_bytes_of_ours_is_no_answer(grid: Grid) -> None:
+    from flwr.app import ConfigRecord, RecordDict
+
+    for content in (RecordDict({}), RecordDict({"worldloom": ConfigRecord({"data": "text"})})):
+        grid.answers["north"] = content
+        reply = ask(over(grid), "north")["north"]
+        assert reply.data is None
+        assert "no bytes of worldloom" in reply.error
+
+
+# -- a deployment ----------------------------------------------------------------------------------------------------
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _of(folder: Path) -> list[psutil.Process]:
+    """Return the processes that were started with something below a folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if process.pid != os.getpid() and any(str(folder) in each for each in process.info["cmdline"] or ()):
+            found.append(process)
+    return found
+
+
+def _until_none(folder: Path, seconds: float = 20.0) -> list[psutil.Process]:
+    deadline = time.monotonic() + seconds
+    while (left := _of(folder)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return left
+
+
+@dataclass
+class Deployment:
+    """Keys and certificates in a folder, and the processes that were started from it."""
+
+    folder: Path
+    port: int = field(default_factory=_free_port)
+    started: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tls = make_tls(self.folder / "tls")
+        for name in ("north", "east", "stranger"):
+            make_node_keys(self.folder / "keys", name)
+
+    def public(self, *names: str) -> Mapping[str, str]:
+        return {name: (self.folder / "keys" / f"{name}.ssh.pub").read_text() for name in names}
+
+    def node(self, name: str, *, patience: float = 120) -> "subprocess.Popen[bytes]":
+        return self._start(NODE, name, str(self.folder), f"127.0.0.1:{self.port}", str(patience))
+
+    def coordinator(self) -> "subprocess.Popen[bytes]":
+        return self._start(COORDINATOR, "coordinator", str(self.folder), str(self.port))
+
+    def said(self, process: "subprocess.Popen[bytes]") -> str:
+        return (self.folder / f"{self.started.index(process)}.out").read_text()
+
+    def stop(self) -> None:
+        for process in self.started:
+            process.kill()
+            process.wait()
+        for left in _of(self.folder):
+            left.kill()
+        _until_none(self.folder)
+
+    def _start(self, script: str, *arguments: str) -> "subprocess.Popen[bytes]":
+        with (self.folder / f"{len(self.started)}.out").open("wb") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-c", script, *arguments],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+        self.started.append(process)
+        return process
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Iterator[Deployment]:
+    made = Deployment(tmp_path)
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_a_deployment_answers_refuses_strangers_and_survives_kills(deployment: Deployment) -> None:
+    with serve(
+        deployment.folder / "link", deployment.tls, deployment.public("north", "east"), port=deployment.port
+    ) as transport:
+        north, east = deployment.node("north"), deployment.node("east")
+        stranger = deployment.node("stranger", patience=3)
+
+        large = os.urandom(12_000_000)
+        first = {reply.node: reply for reply in transport.exchange({"north": b"one", "east": large}, seconds=120.0)}
+        assert {name: reply.error for name, reply in first.items()} == {"north": "", "east": ""}
+        assert (first["north"].data, first["east"].data) == (b"north:one", b"east:" + large)
+
+        # Of an error, the coordinator learns the kind alone.
+        second = {reply.node: reply for reply in transport.exchange({"north": b"fail", "east": b""}, seconds=120.0)}
+        assert second["east"].data == b"east:"
+        assert second["north"].data is None
+        assert second["north"].error == "ValueError; the node's log says why"
+
+        # A node whose key is not known does not get in, and cannot make itself known.
+        assert stranger.wait(90) != 0
+        assert "does not know this node's key" in deployment.said(stranger)
+        assert transport.present() == ("east", "north")
+        with (
+            ControlHttpClient.from_server_address(
+                f"127.0.0.1:{deployment.port}", False, deployment.tls.authority.read_bytes(), []
+            ) as control,
+            pytest.raises(httpx.HTTPStatusError, match="403"),
+        ):
+            control.RegisterNode(
+                RegisterNodeRequest(public_key=_public("x", deployment.public("stranger")["stranger"]))
+            )
+
+        # A node that is killed with all that belongs to it, and started again, answers.
+        for process in _of(deployment.folder / "north"):
+            process.kill()
+        north.kill()
+        north = deployment.node("north")
+        third = {reply.node: reply for reply in transport.exchange({"north": b"three"}, seconds=120.0)}
+        assert (third["north"].data, third["north"].error) == (b"north:three", "")
+
+        # So does everyone when it is the server that was killed.
+        (link,) = [each for each in _of(deployment.folder / "link") if "superlink" in each.cmdline()]
+        link.send_signal(signal.SIGKILL)
+        fourth = {reply.node: reply for reply in transport.exchange({"north": b"4", "east": b"4"}, seconds=120.0)}
+        assert {name: reply.data for name, reply in fourth.items()} == {"north": b"north:4", "east": b"east:4"}
+        for process in (north, east):
+            process.kill()
+            process.wait()
+    assert _until_none(deployment.folder) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_a_killed_coordinator_leaves_nothing_behind_and_another_takes_its_place(deployment: Deployment) -> None:
+    for _ in range(2):
+        coordinator = deployment.coordinator()
+        while "up" not in deployment.said(coordinator):
+            assert coordinator.poll() is None, deployment.said(coordinator)
+            time.sleep(0.2)
+        assert len([each for each in _of(deployment.folder / "link") if "superlink" in each.cmdline()]) == 1
+        coordinator.kill()
+        coordinator.wait()
+    assert _until_none(deployment.folder) == []
+
+
+def test_a_folder_serves_once_and_two_nodes_have_two_keys(tmp_path: Path) -> None:
+    from worldloom.core.files import exclusive_lock
+
+    tls, public = make_tls(tmp_path), make_node_keys(tmp_path, "north").public.read_text()
+    with exclusive_lock(tmp_path / "home" / ".lock", ConfigError("")):
+        with pytest.raises(ConfigError, match="another process serves"), serve(tmp_path / "home", tls, {}):
+            pass
+        with pytest.raises(ConfigError, match="another process is a node"):
+            join(bytes, home=tmp_path / "home", server="x:1", authority=tls.authority, secret=tls.secret)
+    with pytest.raises(DataError, match="the same public key"), serve(tmp_path, tls, {"a": public, "b": public}):
+        pass
+    with pytest.raises(StorageError, match="does not exist"):
+        join(bytes, home=tmp_path, server="x:1", authority=tls.authority, secret=tmp_path / "none")
+
+
+def test_a_port_that_is_taken_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worldloom.federation.flower._STOP_SECONDS", 0.3)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with (
+            pytest.raises(ConfigError, match="choose another port"),
+            serve(tmp_path / "link", make_tls(tmp_path), {}, port=taken.getsockname()[1]),
+        ):
+            pass

@@ -180,11 +180,7 @@ class Coordinator:
             self.ledger.append("refusal", {"owner": culprit, "reason": reason}, round=number)
             woven, after = found[culprit], losses[culprit]
         known = self.rounds.keep(number + 1, woven.base, woven.momentum)
-        evaluation = (
-            {"before": statistics.median(before.values()), "after": statistics.median(after.values())}
-            if before
-            else None
-        )
+        evaluation = _evaluation(before, after) if before else None
         facts = {
             "weights": dict(woven.weights),
             "notes": {owner: dict(note) for owner, note in woven.notes.items()},
@@ -390,6 +386,12 @@ def _tensor(path: Path, name: str) -> Tensor:
     with storage_errors(path), safetensors.safe_open(str(path), framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
     return tensor
+
+
+def _evaluation(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:
+    """Return what the ledger says of the held-out losses: of each member, and of the one in the middle."""
+    middle = {"before": statistics.median(before.values()), "after": statistics.median(after.values())}
+    return {**middle, "owners": {name: [before.get(name), after.get(name)] for name in sorted({*before, *after})}}
 
 
 def _worse(before: Mapping[str, float], after: Mapping[str, float]) -> float:

@@ -1,4 +1,4 @@
-"""What runs in the processes of SuperLink and SuperNode: `flower_process.py (superlink | supernode) PARENT [OPTION ...]`.
+"""What runs in the processes of SuperLink and SuperNode: `flower_process.py (superlink|supernode) PARENT [OPTION ...]`.
 
 It is run as a file, not imported: nothing of worldloom, and no torch, is loaded there. PARENT is the process that
 started it, with which it ends, however that one ends.

@@ -17,7 +17,10 @@ from worldloom.training.state import saved_steps
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trained:
-    """What a stretch of training made of a base: the shared part before and after, and how much it took."""
+    """What a stretch of training made of a base: the shared part before and after, its steps, and of how many frames.
+
+    `frames` counts those that training may draw from, each once: what an owner has, not how often it was looked at.
+    """
 
     before: Mapping[str, Tensor]
     after: Mapping[str, Tensor]
@@ -67,7 +70,8 @@ class LocalTraining:
         )
         state = model.state_dict()
         partition = self.partition.split(state)
-        frames = steps * self.training.batch * (self.model.context + self.training.horizon)
+        drawn_from, _ = self.frames.split(self.training.validation_share, self.training.seed)
+        frames = int((self.frames.lengths[drawn_from] + 1).sum())
         return Trained(before=dict(base), after=partition.shared_of(state), steps=steps, frames=frames)
 
     def judge(self, base: Mapping[str, Tensor]) -> dict[str, float]:

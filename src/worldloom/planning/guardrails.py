@@ -8,7 +8,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -67,8 +67,11 @@ class Box:
 class Rail(ABC):
     """A guardrail; a new one is a subclass with `raw`.
 
-    `margin` holds for every predicted step, or, as (T,), for each; beyond its end the last one does.
+    `margin` holds for every predicted step, or, as (T,), for each; beyond its end the last one does. A subclass that
+    looks at actions alone says so with `of_actions`: it is asked before those that need more.
     """
+
+    of_actions: ClassVar[bool] = False
 
     name: str
     owner: str = ""
@@ -239,6 +242,8 @@ class Returnable(Rail):
 class Magnitude(Rail):
     """No environment action is longer than `limit` (Euclidean)."""
 
+    of_actions: ClassVar[bool] = True
+
     limit: float
     size: int
 
@@ -254,6 +259,8 @@ class Rate(Rail):
 
     The first of a plan is compared with the last one taken, where the context says which that was.
     """
+
+    of_actions: ClassVar[bool] = True
 
     limit: float
     size: int

@@ -86,6 +86,11 @@ class Tightened:
         """The other one's name."""
         return self.rail.name
 
+    @property
+    def of_actions(self) -> bool:
+        """Whether the other one looks at actions alone."""
+        return _of_actions(self.rail)
+
     def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return by how much it is broken."""
         return self.rail.violation(rollouts) + self.more
@@ -263,15 +268,22 @@ class PlanningProblem:
     def _worst_of_the_best(self, rollouts: Rollouts, cost: Float[Tensor, "B S"], best: int) -> Float[Tensor, "B S"]:
         """Return by how much guardrails are broken at worst, infinite for candidates that were not looked at.
 
-        In each environment the cheapest are looked at, half as many again as are asked for; where too few of them hold
-        at a finite cost, as many again, and then all others.
+        Guardrails of actions alone, which need no network, are looked at for all. In each environment the cheapest that
+        hold them are looked at, half as many again as are asked for; where too few of them hold at a finite cost, as
+        many again, and then all others.
         """
-        order = cost.argsort(dim=1)
+        swift = tuple(rail for rail in self.guardrails if _of_actions(rail))
+        others = tuple(rail for rail in self.guardrails if not _of_actions(rail))
+        moves = judged(swift, rollouts).amax(dim=(0, -1)) if swift else torch.zeros_like(cost)
+        order = cost.masked_fill(moves > 0, torch.inf).argsort(dim=1) if swift else cost.argsort(dim=1)
         worst = torch.full_like(cost, torch.inf)
         rows, begin, first = torch.arange(len(cost), device=cost.device), 0, best + best // 2
         for end in (first, 2 * first, cost.shape[1]):
             places = order[rows, begin:end]
-            worst[rows[:, None], places] = self._worst_at(rollouts, rows, places)
+            here = moves[rows[:, None], places]
+            if others:
+                here = torch.maximum(here, self._worst_at(others, rollouts, rows, places))
+            worst[rows[:, None], places] = here
             held = ((worst <= 0) & cost.isfinite()).sum(dim=1)
             rows, begin = torch.nonzero(held < best).flatten(), end
             if not len(rows) or end >= cost.shape[1]:
@@ -284,15 +296,18 @@ class PlanningProblem:
         """Return by how much guardrails are broken at worst, infinite where the cost is not below."""
         worst = torch.full_like(cost, torch.inf)
         if len(rows := torch.nonzero(cost[:, 0] < below).flatten()):
-            worst[rows] = self._worst_at(rollouts, rows, torch.zeros_like(rows)[:, None])
+            worst[rows] = self._worst_at(self.guardrails, rollouts, rows, torch.zeros_like(rows)[:, None])
         return worst
 
-    def _worst_at(self, rollouts: Rollouts, rows: Int[Tensor, "R"], places: Int[Tensor, "R K"]) -> Float[Tensor, "R K"]:
+    @staticmethod
+    def _worst_at(
+        rails: Sequence[Guardrail], rollouts: Rollouts, rows: Int[Tensor, "R"], places: Int[Tensor, "R K"]
+    ) -> Float[Tensor, "R K"]:
         """Return by how much guardrails are broken at worst by some candidates of some environments."""
-        context, rails = rollouts.context, self.guardrails
+        context = rollouts.context
         if len(rows) < context.batch:
             context = context[rows]
-            rails = tuple(rail.select(rows) if isinstance(rail, Narrow) else rail for rail in rails)
+            rails = [rail.select(rows) if isinstance(rail, Narrow) else rail for rail in rails]
         actions, latents = (part[rows[:, None], places] for part in (rollouts.actions, rollouts.latents))
         return judged(rails, Rollouts(context=context, actions=actions, latents=latents)).amax(dim=(0, -1))
 
@@ -320,6 +335,10 @@ class PlanningProblem:
                 yield slice(row, row + rows), slice(column, column + _CPU_ROWS)
 
 
+def _of_actions(rail: Guardrail) -> bool:
+    return bool(getattr(rail, "of_actions", False))
+
+
 def violations_of(guardrails: Sequence[Guardrail], rollouts: Rollouts) -> dict[str, Float[Tensor, "B S T"]]:
     """Return by how much each guardrail is broken at each step; see `judged`."""
     return _named(guardrails, judged(guardrails, rollouts))
@@ -343,8 +362,8 @@ def judged(guardrails: Sequence[Guardrail], rollouts: Rollouts) -> Float[Tensor,
             violation = torch.full_like(rollouts.latents[..., 0], torch.inf)
         found.append(violation)
     # All at once: a search asks for this many times.
-    every = torch.stack(found).masked_fill(lost, torch.inf)
-    return every.masked_fill(every.isnan(), torch.inf)
+    every = torch.stack(found).masked_fill_(lost, torch.inf)
+    return every.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def _named(guardrails: Sequence[Guardrail], every: Float[Tensor, "G B S T"]) -> dict[str, Float[Tensor, "B S T"]]:

@@ -58,6 +58,7 @@ class Consortium:
     path: Path
     rules: dict[str, Any] = field(default_factory=dict)
     classes: Mapping[str, str] = field(default_factory=dict)
+    seats: tuple[str, ...] = ()  # members who may coordinate too
 
     def __post_init__(self) -> None:
         for name in ("coordinator", *OWNERS):
@@ -69,7 +70,7 @@ class Consortium:
         self.constitution = Constitution.parse({
             "consortium": "points",
             "members": {name: {"key": self.keys[name].public} for name in OWNERS},
-            "coordinators": [{"name": "coordinator", "key": self.keys["coordinator"].public}],
+            "coordinators": [{"name": "coordinator", "key": self.keys["coordinator"].public}, *self.seats],
             "rounds": 3,
             "inner_steps": 12,
             "quorum": 2,

@@ -8,7 +8,8 @@ from worldloom.federation.cards import DataCard, card_of, derive, guarded_frames
 from worldloom.federation.codecs import CODECS, Codec, bytes_of
 from worldloom.federation.constitution import Constitution, Member, Quality, ratify, read_constitution
 from worldloom.federation.contribution import Contribution
-from worldloom.federation.coordinator import Coordinator, Rounds, recompute
+from worldloom.federation.coordinator import Coordinator, Rounds, recompute, succeed
+from worldloom.federation.keeping import Keeping
 from worldloom.federation.ledger import (
     Ledger,
     LedgerVerdict,
@@ -39,6 +40,7 @@ __all__ = [
     "Coordinator",
     "DataCard",
     "InProcess",
+    "Keeping",
     "Ledger",
     "LedgerVerdict",
     "LocalTraining",
@@ -72,5 +74,6 @@ __all__ = [
     "recompute",
     "save_countersigned",
     "strictest",
+    "succeed",
     "verify_ledger",
 ]

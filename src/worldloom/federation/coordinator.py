@@ -27,7 +27,9 @@ from worldloom.federation.codecs import CODECS
 from worldloom.federation.constitution import Constitution
 from worldloom.federation.contribution import check_contribution
 from worldloom.federation.envelope import Message, seal, unseal
+from worldloom.federation.keeping import Keeping
 from worldloom.federation.ledger import Ledger, Records
+from worldloom.federation.members import Members
 from worldloom.federation.outer import OUTER
 from worldloom.federation.partition import fingerprint
 from worldloom.federation.transport import Transport
@@ -125,6 +127,7 @@ class Coordinator:
             raise DataError(f"{path} runs under another constitution; choose another folder for this one")
         if first is None:
             self.ledger.append("constitution", {"fingerprint": constitution.fingerprint})
+        self._circle = Members(constitution, transport, self.ledger, key)
         if not self.ledger.bases():
             self.ledger.append("base", {"fingerprint": self.rounds.keep(0, initial, {})}, round=0)
 
@@ -145,7 +148,16 @@ class Coordinator:
             for number in range(begun, last):
                 self.weave(number)
                 task.advance(1)
-        return self.rounds.base(last)
+        base = self.rounds.base(last)
+        self._hand_over(last, base)
+        return base
+
+    def _hand_over(self, number: int, base: Mapping[str, Tensor]) -> None:
+        """Give the last base to all members who have not said that they have it."""
+        *_, newest = self.ledger.entries()
+        said = newest.body["facts"].get("countersigned", []) if newest.body["kind"] == "checkpoint" else []
+        if {one["key"] for one in said} < set(self._members):
+            self._circle.ask("keep", number, base, kind="receipt")
 
     def weave(self, number: int) -> None:
         """Run one round: gather, weave, judge, and publish the next base."""
@@ -210,6 +222,8 @@ class Coordinator:
             missing = [node for node in self._transport.nodes() if node in self._constitution.members]
             requests = {node: asked for node in missing if node not in here}
             for reply in self._transport.exchange(requests, seconds=self._constitution.patience_seconds):
+                if self._circle.has_left(reply, number):
+                    continue
                 try:
                     if reply.data is None:
                         raise DataError(reply.error)
@@ -238,27 +252,53 @@ class Coordinator:
         write_atomic(self.rounds.message(number, node), lambda temporary: temporary.write_bytes(data))
         write_atomic(self.rounds.delta(number, node), partial(safetensors.torch.save_file, delta))
         facts = {key: message.body[key] for key in ("owner", "steps", "frames", "data_class", "spent")}
+        self._circle.is_back(node, number)
         self.ledger.append("contribution", {**facts, "message": message.digest, "bytes": len(data)}, round=number)
 
     def _judged(self, number: int, base: Mapping[str, Tensor]) -> dict[str, float]:
         """Return what each member that answers loses on its held-out episodes under a base."""
-        body = {"what": "judge", "round": number, "constitution": self._constitution.fingerprint}
-        asked = seal("ask", body, base, key=self._key)
         found, known = {}, fingerprint(base)
-        nodes = [node for node in self._transport.nodes() if node in self._constitution.members]
-        limit = self._constitution.largest_bytes
-        requests = dict.fromkeys(nodes, asked)
-        for reply in self._transport.exchange(requests, seconds=self._constitution.patience_seconds):
+        for node, verdict in self._circle.ask("judge", number, base, kind="verdict").items():
             try:
-                if reply.data is None:
-                    raise DataError(reply.error)
-                verdict = unseal(reply.data, kind="verdict", known=self._members, limit=limit)
-                if (verdict.sender, verdict.body.get("base")) != (reply.node, known):
-                    raise DataError("the verdict is of another node or base")
-                found[reply.node] = float(verdict.body["losses"]["total"])
+                if verdict.body.get("base") != known:
+                    raise DataError("the verdict is of another base")
+                found[node] = float(verdict.body["losses"]["total"])
             except (DataError, KeyError, TypeError, ValueError) as error:
-                _log.warning("round %d: %s gives no verdict: %s", number, reply.node, error)
+                _log.warning("round %d: %s gives no verdict: %s", number, node, error)
         return found
+
+
+def succeed(keeping: Keeping, path: Path | str, constitution: Constitution, key: SigningKey) -> int:
+    """Take over from a coordinator that is lost, with what a member kept; return the round that comes next.
+
+    The folder is then a coordinator's. The rounds go on from the newest base; the outer optimiser begins without
+    momentum, and the bases before can no longer be recomputed from here.
+
+    Raises:
+        DataError: the key has no seat, the ledger does not verify, or no base came yet.
+        StorageError: the folder holds a ledger already.
+    """
+    seats = {public: name for name, public in constitution.coordinator_keys().items()}
+    if key.public not in seats:
+        raise DataError(
+            f"{key.public} has no seat among the coordinators; expected a key of {', '.join(seats.values())}"
+        )
+    rounds = Rounds(path)
+    ledger = rounds.path / "ledger.jsonl"
+    if ledger.exists():
+        raise StorageError(f"{ledger} is there already; take over into a new folder")
+    number, base = keeping.base()
+    content = keeping.read()
+    known = rounds.keep(number, base, {})
+    write_atomic(ledger, lambda temporary: temporary.write_bytes(content))
+    with Ledger(ledger, key) as written:
+        said = written.bases().get(number)
+        if said is not None and said["fingerprint"] != known:
+            raise DataError(f"the kept base of round {number} is not the one that the ledger names; take another's")
+        written.append("succession", {"coordinator": seats[key.public], "base": known}, round=number)
+        if said is None:
+            written.append("base", {"fingerprint": known}, round=number)
+    return number
 
 
 def read_contribution(
@@ -358,9 +398,13 @@ def recompute(
     records = Records(kept.path / "ledger.jsonl")
     members = {public: name for name, public in constitution.member_keys().items()}
     published = records.bases()
-    found = {0: made.keep(0, kept.base(0), {})}
+    # A successor was handed the base, and nothing of the rounds before.
+    begun = max((entry.body["round"] for entry in records.entries("succession")), default=0)
+    found = {begun: made.keep(begun, kept.base(begun), {})}
     for entry in records.entries("round"):
         number, frames = entry.body["round"], {}
+        if number < begun:
+            continue
         said = {facts["owner"]: facts for facts in records.contributions(number)}
         for owner in entry.body["facts"]["weights"]:
             if owner in without:

@@ -16,9 +16,9 @@ from worldloom.core.files import read_json, write_json
 from worldloom.core.signing import SigningKey, verified
 from worldloom.federation.constitution import Constitution
 
-_BY_COORDINATORS = ("constitution", "base", "contribution", "refusal", "round")
-KINDS = (*_BY_COORDINATORS, "checkpoint", "exit", "return", "recompute", "succession")
-"""What an entry may be; the first five are a coordinator's to write."""
+_BY_COORDINATORS = ("constitution", "base", "contribution", "refusal", "round", "succession")
+KINDS = (*_BY_COORDINATORS, "checkpoint", "exit", "return", "recompute")
+"""What an entry may be; the first six are a coordinator's to write."""
 
 _LARGEST = 2**16  # characters of the facts of an entry: fingerprints and figures fit, data does not
 _FIELDS = {"kind", "round", "facts", "key", "signature"}
@@ -50,8 +50,24 @@ class Records:
         return (entry for entry in entries(self.path) if kind is None or entry.body.get("kind") == kind)
 
     def contributions(self, round: int) -> list[Mapping[str, Any]]:
-        """Return the facts of the contributions to a round."""
-        return [entry.body["facts"] for entry in self.entries("contribution") if entry.body["round"] == round]
+        """Return the facts of the contributions to a round; of those before a succession nothing was handed over."""
+        found: list[Mapping[str, Any]] = []
+        for entry in self.entries():
+            if entry.body["round"] == round and entry.body["kind"] in ("contribution", "succession"):
+                found = [*found, entry.body["facts"]] if entry.body["kind"] == "contribution" else []
+        return found
+
+    def newest_of(self, owner: str, *kinds: str) -> str | None:
+        """Return which of these kinds the newest entry about an owner is of; None if there is none."""
+        found = None
+        for entry in self.entries():
+            if entry.body["kind"] in kinds and entry.body["facts"].get("owner") == owner:
+                found = str(entry.body["kind"])
+        return found
+
+    def lines(self) -> list[str]:
+        """Return every entry as it is written."""
+        return [entry.line() for entry in self.entries()]
 
     def bases(self) -> dict[int, Mapping[str, Any]]:
         """Return the facts of the base of each round; of one that was made again, the newest."""
@@ -129,7 +145,7 @@ def read_countersigned(path: Path | str, constitution: Constitution) -> Head:
         StorageError: it cannot be read.
         DataError: it is not signed by one whom the constitution names.
     """
-    return _seen(read_json(Path(path)), constitution)
+    return checked(read_json(Path(path)), constitution)
 
 
 def verify_ledger(
@@ -141,7 +157,7 @@ def verify_ledger(
         StorageError: there is no such file.
         DataError: a checkpoint is not signed by one whom the constitution names.
     """
-    kept = sorted((_seen(checkpoint, constitution) for checkpoint in checkpoints), key=lambda head: head.length)
+    kept = sorted((checked(checkpoint, constitution) for checkpoint in checkpoints), key=lambda head: head.length)
     # The chain first: its reader gives up at the first entry that is broken, of which verify says why.
     chain = verify(path)
     hashes = ["0" * 64]  # at each length, from none
@@ -244,7 +260,7 @@ def _fault(entry: Entry, constitution: Constitution, hashes: list[str]) -> str:
         return f"is not what {who} signed"
     found = body["facts"].get("countersigned", []) if body["kind"] == "checkpoint" else []
     try:
-        seen = [_seen(checkpoint, constitution) for checkpoint in found]
+        seen = [checked(checkpoint, constitution) for checkpoint in found]
     except (DataError, TypeError):
         return "holds a checkpoint that no member countersigned"
     if any(head.length >= len(hashes) or hashes[head.length] != head.hash for head in seen):
@@ -252,7 +268,12 @@ def _fault(entry: Entry, constitution: Constitution, hashes: list[str]) -> str:
     return ""
 
 
-def _seen(checkpoint: Any, constitution: Constitution) -> Head:
+def checked(checkpoint: Any, constitution: Constitution) -> Head:
+    """Return what a checkpoint saw.
+
+    Raises:
+        DataError: it is not signed by one whom the constitution names.
+    """
     try:
         values = {name: checkpoint[name] for name in ("kind", "format", "length", "hash", "key")}
         signed = verified(canonical(values).encode("ascii"), checkpoint["signature"], checkpoint["key"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -50,20 +51,45 @@ class LocalTraining:
         self.partition, self._progress = partition, progress
         self._where = run.path / "stretch.json"
 
-    def stretch(self, name: str, base: Mapping[str, Tensor], steps: int) -> Trained:
+    def stretch(self, name: str, base: Mapping[str, Tensor], steps: int, *, at: int | None = None) -> Trained:
         """Train so many steps from a base; its tensors are exactly the shared part.
+
+        `at` is the step of the schedule that it begins at, by default the training's own.
 
         Raises:
             CheckpointError: the base is of another model.
             TrainingError: see `worldloom.training.fit`.
         """
-        known = fingerprint(base)
-        here = read_json(self._where) if self._where.is_file() else {"end": 0}
+        known, here = fingerprint(base), self._here()
         if (here.get("name"), here.get("base")) != (name, known):
-            begin = self._stands()
-            here = {"name": name, "base": known, "begin": begin, "end": begin + steps}
-            write_json(self._where, here)
-        stretch = Stretch(begin=here["begin"], end=here["end"], base=base)
+            here = self._begin(name, known, steps)
+        return self._go_on(here, base, at)
+
+    def alone(self, name: str, base: Mapping[str, Tensor], steps: int, *, at: int | None = None) -> None:
+        """Train so many steps from a base, or on from what stands if that is what was made of it.
+
+        Called again, it trains so many more, or goes on where it was.
+
+        Raises:
+            CheckpointError, TrainingError: see `stretch`.
+        """
+        known, here = fingerprint(base), self._here()
+        if here.get("name") != name or self._stands() >= here["end"]:
+            here = self._begin(name, known, steps, goes_on=here.get("base") == known)
+        self._go_on(here, base, at)
+
+    def _here(self) -> dict[str, Any]:
+        return dict(read_json(self._where)) if self._where.is_file() else {}
+
+    def _begin(self, name: str, base: str, steps: int, *, goes_on: bool = False) -> dict[str, Any]:
+        begin = self._stands()
+        here = {"name": name, "base": base, "begin": begin, "end": begin + steps, "goes_on": goes_on}
+        write_json(self._where, here)
+        return here
+
+    def _go_on(self, here: Mapping[str, Any], base: Mapping[str, Tensor], at: int | None) -> Trained:
+        put = {} if here.get("goes_on") else base
+        stretch = Stretch(begin=here["begin"], end=here["end"], base=put, at=at)
         resume = self.run.checkpoint_directory.is_dir()
         model = fit(
             self.training, self.model, self.frames, self.run, resume=resume, stretch=stretch, progress=self._progress
@@ -72,6 +98,7 @@ class LocalTraining:
         partition = self.partition.split(state)
         drawn_from, _ = self.frames.split(self.training.validation_share, self.training.seed)
         frames = int((self.frames.lengths[drawn_from] + 1).sum())
+        steps = here["end"] - here["begin"]
         return Trained(before=dict(base), after=partition.shared_of(state), steps=steps, frames=frames)
 
     def judge(self, base: Mapping[str, Tensor]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from worldloom.federation.codecs import CODECS
 from worldloom.federation.constitution import Constitution
 from worldloom.federation.contribution import Contribution
 from worldloom.federation.envelope import Message, seal, unseal
+from worldloom.federation.keeping import Keeping, Missing
 from worldloom.federation.local import LocalTraining
 from worldloom.federation.partition import fingerprint
 from worldloom.federation.privacy import Accountant, PrivacyConfig, clip_and_noise, secret_generator
@@ -46,7 +47,9 @@ class Node:
         self._training, self._key, self._constitution = training, key, constitution
         self._class = data_class
         self._coordinators = {public: title for title, public in constitution.coordinator_keys().items()}
-        self._answers = {"train": self._train, "judge": self._judge}
+        self._answers = {"train": self._train, "judge": self._judge, "keep": self._keep}
+        self.keeping = Keeping(self.path / "consortium", constitution, key)
+        self._left = self.path / "left.json"
 
     def handle(self, data: bytes) -> bytes:
         """Answer one message; what cannot be done is answered with why, signed, and nothing is lost.
@@ -61,6 +64,9 @@ class Node:
                     "the message is of another constitution than the one that this node signed; agree on one, and "
                     "start both with it"
                 )
+            if self._left.is_file():
+                left = read_json(self._left)
+                return seal("refusal", {"round": asked.body.get("round"), **left}, {}, key=self._key)
             answer = self._answers.get(str(asked.body.get("what")))
             if answer is None:
                 raise DataError(f"a node is asked to {', '.join(self._answers)}; got {asked.body.get('what')!r}")
@@ -70,15 +76,47 @@ class Node:
         except WorldloomError as error:
             _log.warning("%s refuses: %s", self.name, error)
             body = {"round": asked.body.get("round"), "why": str(error)}
+            if isinstance(error, Missing):
+                body["length"] = error.length
             return seal("refusal", body, {}, key=self._key)
+
+    def leave(self, why: str = "") -> None:
+        """Leave the consortium: from now on nothing but that is answered. It needs nobody's leave."""
+        with exclusive_lock(self.path / ".lock", None):
+            write_json(self._left, {"left": True, "why": f"{self.name} left the consortium{': ' if why else ''}{why}"})
+
+    def come_back(self) -> None:
+        """Take part again, as if asked for the first time since.
+
+        Raises:
+            DataError: it has not left.
+        """
+        if not self._left.is_file():
+            raise DataError(f"{self.name} has not left; it takes part as it is")
+        self._left.unlink()
+
+    def alone(self, steps: int) -> None:
+        """Train on for the owner alone, as when the coordinator is cut off or was left.
+
+        It sets out from the newest base, or from what this owner already made of it. What that makes of the shared part
+        stays here; the next round begins with the base that comes.
+
+        Raises:
+            DataError: no base came yet.
+            TrainingError: see `worldloom.training.fit`.
+        """
+        with exclusive_lock(self.path / ".lock", None):
+            number, base = self.keeping.base()
+            self._training.alone(f"alone after round {number}", base, steps, at=self._at(number + 1))
 
     def _train(self, asked: Message) -> bytes:
         number, base = int(asked.body["round"]), asked.tensors
+        self.keeping.keep(number, base)
         kept = self.path / "answers" / f"{number:05d}-{fingerprint(base)[:16]}.msg"
         if kept.is_file():
             with storage_errors(kept):
                 return kept.read_bytes()
-        made = self._training.stretch(f"round {number}", base, self._constitution.inner_steps)
+        made = self._training.stretch(f"round {number}", base, self._constitution.inner_steps, at=self._at(number))
         contribution = Contribution.of(
             self._training.partition.split(made.before),
             made.before,
@@ -104,6 +142,10 @@ class Node:
             old.unlink(missing_ok=True)
         return answer
 
+    def _at(self, number: int) -> int:
+        """Return the step of the schedule that a round begins at, for whoever takes part in it."""
+        return min(number, self._constitution.rounds) * self._constitution.inner_steps
+
     def _spend(self, config: PrivacyConfig, number: int) -> dict[str, Any]:
         """Pay for a round before anything of it can leave; return what is spent in all.
 
@@ -121,9 +163,20 @@ class Node:
         return {**told, "epsilon": epsilon if math.isfinite(epsilon) else None}
 
     def _judge(self, asked: Message) -> bytes:
+        seen = self._follow(asked)
         losses = self._training.judge(asked.tensors)
-        body = {"round": asked.body["round"], "base": fingerprint(asked.tensors), "losses": losses}
+        body = {"round": asked.body["round"], "base": fingerprint(asked.tensors), "losses": losses, **seen}
         return seal("verdict", body, {}, key=self._key)
+
+    def _keep(self, asked: Message) -> bytes:
+        seen = self._follow(asked)
+        self.keeping.keep(int(asked.body["round"]), asked.tensors)
+        return seal("receipt", {"round": asked.body["round"], **seen}, {}, key=self._key)
+
+    def _follow(self, asked: Message) -> dict[str, Any]:
+        """Take over the entries that came, if any did; return the countersigned head for the answer."""
+        came = asked.body.get("ledger")
+        return {} if came is None else {"countersigned": self.keeping.follow(int(came["begin"]), list(came["lines"]))}
 
     def _residual(self, number: int) -> dict[str, Tensor] | None:
         """Return what the codec left out in the newest round before this one."""

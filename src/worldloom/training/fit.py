@@ -48,11 +48,19 @@ class Stretch:
 
     At `begin`, and only there, tensors of the model that `base` names are put in place of its own; the optimiser's
     moments, the modules of the losses and all other tensors stay. A stretch that was interrupted goes on where it was.
+    The learning rate is that of the steps from `at`, or of the stretch's own: who was away for a while then trains at
+    the rate of all others.
     """
 
     begin: int
     end: int
     base: Mapping[str, Tensor]
+    at: int | None = None
+
+    @property
+    def shift(self) -> int:
+        """How many steps the schedule is ahead of the training."""
+        return 0 if self.at is None else self.at - self.begin
 
 
 def fit(
@@ -159,6 +167,7 @@ class _Training:
     def run(self, resume: bool, stretch: Stretch | None, progress: Progress) -> JEPA:
         config, fabric = self.config, self.fabric
         last = config.steps if stretch is None else stretch.end
+        self.shift = 0 if stretch is None else stretch.shift
         wrapped = fabric.setup_module(self.learner)
         self.optimizer = self._optimizer()  # after the module, whose parameters sharding replaces
         optimizer = fabric.setup_optimizers(self.optimizer)
@@ -186,7 +195,7 @@ class _Training:
                 finished = step + 1
                 if finished % config.log_every == 0 or finished == last:
                     with meter.phase("log"):
-                        self.folder.log(finished, {**meter.take(), "learning_rate": config.learning_rate_at(step)})
+                        self.folder.log(finished, {**meter.take(), "learning_rate": self._rate(step)})
                 if finished % config.validate_every == 0 or finished == last:
                     with meter.phase("validate"):
                         self._validate(finished)
@@ -224,6 +233,9 @@ class _Training:
             fused=self.fabric.device.type in ("cpu", "cuda"),
         )
 
+    def _rate(self, step: int) -> float:
+        return self.config.learning_rate_at(max(0, step + self.shift))
+
     def _begin(self, stretch: Stretch, done: int) -> None:
         """Take the base of a stretch, where it begins here."""
         if not stretch.begin <= done <= stretch.end:
@@ -254,7 +266,7 @@ class _Training:
     ) -> dict[str, float]:
         """Take one step of the optimiser, unless a figure is not finite."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate_at(step)
+            group["lr"] = self._rate(step)
         self.learner.train()
         with meter.phase("forward"):
             observations = windows.observations

@@ -1,0 +1,119 @@
+"""What a member keeps of a consortium beside its own: the ledger as it saw it, and the newest base.
+
+With them it can show that a ledger was written anew, go on alone, and coordinate where the coordinator is lost.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from worldloom.core.chain import Head
+from worldloom.core.errors import DataError
+from worldloom.core.files import read_json, storage_errors, write_atomic
+from worldloom.core.signing import SigningKey
+from worldloom.federation.constitution import Constitution
+from worldloom.federation.ledger import Records, countersign, read_countersigned, save_countersigned, verify_ledger
+from worldloom.federation.partition import fingerprint
+from worldloom.models import load_tensors, save_tensors
+
+_LEDGER, _SEEN, _BASE = "ledger.jsonl", "countersigned.json", "base"
+
+
+class Missing(DataError):
+    """Entries before those that came are not here; `length` says how many are."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(f"the ledger is known here up to entry {length}; send what follows it")
+        self.length = length
+
+
+class Keeping:
+    """A member's own copy of the ledger, what it countersigned, and the newest base that it was given."""
+
+    def __init__(self, path: Path | str, constitution: Constitution, key: SigningKey) -> None:
+        self.path, self._constitution, self._key = Path(path), constitution, key
+        self.ledger = self.path / _LEDGER
+
+    @property
+    def seen(self) -> Head | None:
+        """How much of the ledger the member countersigned; None before the first time."""
+        path = self.path / _SEEN
+        return read_countersigned(path, self._constitution) if path.is_file() else None
+
+    def follow(self, begin: int, lines: Sequence[str]) -> dict[str, Any]:
+        """Take over entries, the first of them the ledger's `begin`-th, and return the countersigned head.
+
+        Raises:
+            Missing: entries before them are not here.
+            DataError: they do not go on from what is here, or do not verify; what is here stays.
+        """
+        with storage_errors(self.ledger):
+            own = self.ledger.read_bytes().splitlines(keepends=True) if self.ledger.is_file() else []
+        if begin > len(own):
+            raise Missing(len(own))
+        new = [line.encode("ascii", "replace") + b"\n" for line in lines]
+        known = own[begin:]
+        if new[: len(known)] != known:
+            raise DataError(
+                "the ledger that came is not the one that this member countersigned: it was written anew. Keep both, "
+                "and ask the other members which they know"
+            )
+        if len(new) > len(known):
+            write_atomic(self.ledger, lambda temporary: self._write(temporary, [*own, *new[len(known) :]]))
+        head = verify_ledger(self.ledger, self._constitution).head
+        checkpoint = countersign(head, self._key)
+        save_countersigned(self.path / _SEEN, checkpoint)
+        return checkpoint
+
+    def _write(self, path: Path, lines: list[bytes]) -> None:
+        """Write entries, if they verify: what does not is never in place of what does."""
+        path.write_bytes(b"".join(lines))
+        verdict = verify_ledger(path, self._constitution)
+        if verdict.broken is not None:
+            raise DataError(f"the ledger that came does not verify: entry {verdict.broken} {verdict.why}")
+
+    def keep(self, number: int, base: Mapping[str, Tensor]) -> None:
+        """Keep the base that a round begins with, in place of the one before.
+
+        Raises:
+            DataError: the ledger, as far as it is known here, names another base for that round.
+        """
+        known = fingerprint(base)
+        said = Records(self.ledger).bases() if self.ledger.is_file() else {}
+        if number in said and said[number]["fingerprint"] != known:
+            raise DataError(f"the base that came for round {number} is not the one that the ledger names; ask for that")
+        save_tensors(self.path / _BASE, base, {"round": number}, kind=_BASE)
+
+    def base(self) -> tuple[int, dict[str, Tensor]]:
+        """Return the newest base, and the round that begins with it.
+
+        Raises:
+            DataError: no base came yet.
+            CheckpointError: it is damaged.
+        """
+        if not (self.path / f"{_BASE}.json").is_file():
+            raise DataError(f"{self.path} holds no base yet; take part in a round first")
+        base, metadata = load_tensors(self.path / _BASE, kind=_BASE)
+        return int(metadata["round"]), base
+
+    def read(self) -> bytes:
+        """Return the ledger as it is kept, verified against what was countersigned.
+
+        Raises:
+            StorageError: there is none.
+            DataError: it does not verify.
+        """
+        seen = [read_json(self.path / _SEEN)] if (self.path / _SEEN).is_file() else []
+        verdict = verify_ledger(self.ledger, self._constitution, seen)
+        if verdict.broken is not None:
+            raise DataError(f"{self.ledger} does not verify: entry {verdict.broken} {verdict.why}")
+        with storage_errors(self.ledger):
+            return self.ledger.read_bytes()
+
+    def copy(self, into: Path) -> None:
+        """Copy the ledger, what was countersigned and the base into a folder."""
+        with storage_errors(into):
+            shutil.copytree(self.path, into, dirs_exist_ok=True)

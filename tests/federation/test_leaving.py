@@ -1,0 +1,193 @@
+"""Leaving and coming back, going on alone, the ledgers that members keep, and taking over from a lost coordinator."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from consortium import MODEL, OWNERS, Consortium, points
+
+from worldloom.core.errors import DataError, StorageError
+from worldloom.federation import (
+    Coordinator,
+    InProcess,
+    Keeping,
+    Records,
+    Rounds,
+    fingerprint,
+    initial_base,
+    recompute,
+    succeed,
+    verify_ledger,
+)
+from worldloom.federation.envelope import seal, unseal
+
+
+def kinds(consortium: Consortium, kind: str) -> list[dict]:
+    return [dict(entry.body["facts"]) for entry in Records(consortium.path / "rounds" / "ledger.jsonl").entries(kind)]
+
+
+def test_members_keep_the_ledger_that_they_countersigned_and_the_newest_base(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path)
+    coordinator = consortium.coordinator()
+    last = coordinator.run()
+    coordinator.close()
+    whole = (tmp_path / "rounds" / "ledger.jsonl").read_bytes()
+    for name in OWNERS:
+        keeping = consortium.node(name).keeping
+        number, base = keeping.base()
+        assert (number, fingerprint(base)) == (3, fingerprint(last))
+        # All but what the coordinator wrote down after the last answer: that it came.
+        assert whole.startswith(keeping.read())
+        assert whole[len(keeping.read()) :].count(b"\n") == 1
+    assert {len(facts["countersigned"]) for facts in kinds(consortium, "checkpoint")} == {3}
+    assert verify_ledger(tmp_path / "rounds" / "ledger.jsonl", consortium.constitution).broken is None
+
+
+def test_a_finished_consortium_that_is_run_again_writes_nothing_more(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path, rules={"rounds": 1})
+    for _ in range(2):
+        coordinator = consortium.coordinator()
+        coordinator.run()
+        coordinator.close()
+        length = coordinator.ledger.head.length
+    assert length == len(Records(tmp_path / "rounds" / "ledger.jsonl").lines())
+    assert len(kinds(consortium, "checkpoint")) == 3  # before and after the round, and of the last base
+
+
+def test_a_ledger_that_was_written_anew_is_not_followed(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path / "first", rules={"rounds": 1})
+    coordinator = consortium.coordinator()
+    base = coordinator.run()
+    coordinator.close()
+    node = consortium.node("north")
+    before = node.keeping.read()
+    shutil.copytree(tmp_path / "first" / "keys", tmp_path / "second" / "keys")  # and another history
+    other = Consortium(tmp_path / "second", rules={"rounds": 1})
+    forged = other.coordinator()
+    forged.run()
+    forged.close()
+    lines = Records(tmp_path / "second" / "rounds" / "ledger.jsonl").lines()
+    body = {"what": "keep", "round": 1, "constitution": consortium.constitution.fingerprint}
+    body["ledger"] = {"begin": 0, "lines": lines}
+    answer = node.handle(seal("ask", body, base, key=consortium.keys["coordinator"]))
+    known = {consortium.keys["north"].public: "north"}
+    refusal = unseal(answer, kind="refusal", known=known, limit=10**6)
+    assert "written anew" in refusal.body["why"]
+    assert node.keeping.read() == before
+    body["ledger"] = {"begin": len(lines) + 9, "lines": []}
+    refusal = unseal(
+        node.handle(seal("ask", body, base, key=consortium.keys["coordinator"])),
+        kind="refusal",
+        known=known,
+        limit=10**6,
+    )
+    assert refusal.body["length"] == before.count(b"\n")
+
+
+def test_a_base_that_the_ledger_does_not_name_is_not_kept(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path, rules={"rounds": 1})
+    coordinator = consortium.coordinator()
+    base = coordinator.run()
+    coordinator.close()
+    keeping = consortium.node("north").keeping
+    with pytest.raises(DataError, match="not the one that the ledger names"):
+        keeping.keep(0, {name: tensor + 1 for name, tensor in base.items()})
+    assert keeping.base()[0] == 1
+
+
+def test_an_owner_leaves_with_nobodys_leave_goes_on_alone_and_comes_back(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path, rules={"rounds": 4})
+    coordinator = consortium.coordinator()
+    coordinator.weave(0)
+    node = consortium.node("south")
+    node.leave("its people voted")
+    coordinator.weave(1)
+    coordinator.weave(2)
+    assert [(one["owner"], one["reason"]) for one in kinds(consortium, "exit")] == [
+        ("south", "south left the consortium: its people voted")
+    ]
+    assert {tuple(one["weights"]) for one in kinds(consortium, "round")[1:]} == {("east", "north")}
+    run = consortium.node("south")
+    stood = run._training.judge({})
+    run.alone(20)
+    run.alone(20)
+    assert run._training.judge({})["total"] < stood["total"]
+    assert run._training.run.metrics()[-1]["step"] == 12 + 40
+    consortium.node("south").come_back()
+    with pytest.raises(DataError, match="has not left"):
+        consortium.node("south").come_back()
+    coordinator.run()
+    coordinator.close()
+    assert [one["owner"] for one in kinds(consortium, "return")] == ["south"]
+    assert set(kinds(consortium, "round")[3]["weights"]) == set(OWNERS)
+    assert verify_ledger(tmp_path / "rounds" / "ledger.jsonl", consortium.constitution).broken is None
+
+
+def test_what_is_learned_alone_moves_the_base_only_through_the_next_round(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path, rules={"rounds": 2})
+    coordinator = consortium.coordinator()
+    coordinator.weave(0)
+    node = consortium.node("south")
+    node.alone(10)
+    coordinator.run()
+    coordinator.close()
+    ends = [one["learning_rate"] for one in node._training.run.metrics() if "learning_rate" in one]
+    rate = node._training.training.learning_rate_at
+    # 12 steps of the first round, 10 alone at the rates of the second, and 12 of the second at its own.
+    assert ends == pytest.approx([rate(11), rate(21), rate(23)])
+
+
+def test_a_member_takes_over_from_a_coordinator_that_is_lost(tmp_path: Path) -> None:
+    rules = {"rounds": 4, "outer": {"name": "fedavg"}}
+    consortium = Consortium(tmp_path / "lost", rules=rules, seats=("north",))
+    coordinator = consortium.coordinator()
+    coordinator.weave(0)
+    coordinator.weave(1)
+    coordinator._gather(2, coordinator.rounds.base(2))  # and then it is gone, with what came
+    coordinator.close()
+    keeping = consortium.node("north").keeping
+    kept = keeping.base()
+    with pytest.raises(DataError, match="no seat"):
+        succeed(keeping, tmp_path / "no", consortium.constitution, consortium.keys["east"])
+    path = tmp_path / "north takes over"
+    assert succeed(keeping, path, consortium.constitution, consortium.keys["north"]) == 2
+    with pytest.raises(StorageError, match="there already"):
+        succeed(keeping, path, consortium.constitution, consortium.keys["north"])
+    nodes = {name: consortium.node(name).handle for name in OWNERS}
+    second = Coordinator(
+        path,
+        consortium.constitution,
+        key=consortium.keys["north"],
+        transport=InProcess(nodes),
+        initial=initial_base(MODEL, points(), consortium.partition, seed=0),
+    )
+    second.run()
+    second.close()
+    records = Records(path / "ledger.jsonl")
+    assert [entry.body["facts"]["coordinator"] for entry in records.entries("succession")] == ["north"]
+    assert fingerprint(Rounds(path).base(2)) == fingerprint(kept[1])
+    assert verify_ledger(path / "ledger.jsonl", consortium.constitution).broken is None
+    assert sorted(records.bases()) == [0, 1, 2, 3, 4]
+    again = recompute(path, consortium.constitution, into=tmp_path / "again")
+    assert again == {number: records.bases()[number]["fingerprint"] for number in (2, 3, 4)}
+    # The one that was lost comes back with its own ledger: nobody follows it any more.
+    late = consortium.coordinator()
+    late.weave(2)
+    assert late._circle.ask("keep", 2, late.rounds.base(2), kind="receipt") == {}
+    late.close()
+
+
+def test_keeping_refuses_what_does_not_verify_and_stays_as_it_was(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path, rules={"rounds": 1})
+    coordinator = consortium.coordinator()
+    coordinator.run()
+    coordinator.close()
+    lines = Records(tmp_path / "rounds" / "ledger.jsonl").lines()
+    keeping = Keeping(tmp_path / "new", consortium.constitution, consortium.keys["north"])
+    keeping.follow(0, lines[:4])
+    before = keeping.read()
+    with pytest.raises(DataError, match="entry 4"):
+        keeping.follow(4, [lines[4].replace('"round":0', '"round":1', 1), *lines[5:]])
+    assert keeping.read() == before
+    with pytest.raises(DataError, match="no base"):
+        keeping.base()

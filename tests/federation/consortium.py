@@ -115,5 +115,5 @@ class Consortium:
             self.constitution,
             key=self.keys["coordinator"],
             transport=InProcess(every),
-            initial=initial_base(MODEL, points(), self.partition, seed=0),
+            initial=initial_base(MODEL, points().spec, self.partition, seed=0),
         )

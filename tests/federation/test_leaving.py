@@ -159,7 +159,7 @@ def test_a_member_takes_over_from_a_coordinator_that_is_lost(tmp_path: Path) -> 
         consortium.constitution,
         key=consortium.keys["north"],
         transport=InProcess(nodes),
-        initial=initial_base(MODEL, points(), consortium.partition, seed=0),
+        initial=initial_base(MODEL, points().spec, consortium.partition, seed=0),
     )
     second.run()
     second.close()

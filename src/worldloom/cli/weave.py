@@ -53,6 +53,126 @@ def simulate(
     say(f"model card: {made.card}")
 
 
+Party = Annotated[Path, typer.Argument(help="What this party states, as YAML; its paths are those of its folder.")]
+
+
+@app.command()
+def keys(
+    name: Annotated[str, typer.Argument(help="The name of an owner or a coordinator.")],
+    out: Annotated[Path, typer.Option(help="A folder for the keys; the secret ones never leave it.")] = Path("keys"),
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="For a coordinator: a name or address by which nodes reach it; makes its certificate."),
+    ] = None,
+) -> None:
+    """Make the keys of a node, or with --host those of a coordinator; prints what the constitution says of it."""
+    from worldloom.cli.console import print_json
+    from worldloom.recipes.weaving_deployment import make_keys
+
+    print_json({name: make_keys(out, name, tuple(host or ()))})
+
+
+@app.command()
+def classify(
+    dataset: Annotated[Path, typer.Argument(help="A dataset; its card is written beside it.")],
+    owner: Annotated[str, typer.Option(help="Whose data it is, by the name in the constitution.")],
+    data_class: Annotated[
+        str, typer.Option("--as", help="open, unique-open, controlled, sovereign or private, of which only the first "
+                          "three may ever shape the base.")
+    ],
+    key: Annotated[Path, typer.Option(help="The owner's secret key.")],
+    title: Annotated[str, typer.Option(help="What the data are.")] = "",
+    licence: Annotated[str, typer.Option(help="Under which licence.")] = "",
+) -> None:  # fmt: skip
+    """Say what may be done with a dataset, and sign it; without that nothing of it shapes the base."""
+    from worldloom.core.errors import ConfigError
+    from worldloom.core.registry import nearest
+    from worldloom.federation.cards import CLASSES
+    from worldloom.recipes.weaving_deployment import classify
+
+    known = {name: name for name in CLASSES}
+    if data_class not in known:
+        raise ConfigError(f"--as: {nearest(data_class, known)}")
+    typer.echo(str(classify(
+        dataset, owner=owner, data_class=known[data_class], key=key, title=title, licence=licence
+    )))  # fmt: skip
+
+
+@app.command()
+def coordinator(party: Party, json: Json = False) -> None:
+    """Run the rounds that are left, with the members that connect; stopped or killed, it goes on when started again."""
+    from worldloom.cli.console import print_json, progress, say
+    from worldloom.core.yaml_config import read_yaml
+    from worldloom.federation import Records
+    from worldloom.recipes.weaving_deployment import CoordinatorConfig, coordinate
+
+    rounds = coordinate(read_yaml(party, CoordinatorConfig).at(party.parent), progress=progress())
+    bases = Records(rounds / "ledger.jsonl").bases()
+    last = max(bases)
+    if json:
+        print_json({"rounds": str(rounds), "round": last, "base": bases[last]["fingerprint"]})
+        return
+    say(f"{rounds}: the base after {last} rounds is {bases[last]['fingerprint']}")
+
+
+@app.command()
+def node(party: Party, threads: Threads = 0, json: Json = False) -> None:
+    """Take part as an owner until the last base has come and settled; killed, it goes on when started again."""
+    from worldloom.cli.console import print_json, progress, say
+    from worldloom.core.yaml_config import read_yaml
+    from worldloom.recipes.weaving_deployment import NodeConfig, take_part
+
+    set_threads(threads)
+    run = take_part(read_yaml(party, NodeConfig).at(party.parent), progress=progress())
+    print_json({"run": str(run.path)}) if json else say(f"the woven model, settled at home: {run.path}")
+
+
+@app.command()
+def exit(
+    party: Party,
+    into: Annotated[Path, typer.Option(help="A new folder for base, ledger, rules and the run of the own model.")],
+    why: Annotated[str, typer.Option(help="What the others are told.")] = "",
+    threads: Threads = 0,
+    json: Json = False,
+) -> None:
+    """Leave the consortium with all that is yours; it needs nobody's leave, and no connection."""
+    from worldloom.cli.console import print_json, progress, say
+    from worldloom.core.yaml_config import read_yaml
+    from worldloom.recipes.weaving_deployment import NodeConfig, leave
+
+    set_threads(threads)
+    leave(read_yaml(party, NodeConfig).at(party.parent), into, why=why, progress=progress())
+    print_json({"left": str(into)}) if json else say(f"left, with base, ledger, rules and run in {into}")
+
+
+@app.command(name="return")
+def come_back(party: Party) -> None:
+    """Take part again after an exit: start the node, and the next round that asks counts."""
+    from worldloom.cli.console import say
+    from worldloom.core.yaml_config import read_yaml
+    from worldloom.recipes.weaving_deployment import NodeConfig, come_back
+
+    come_back(read_yaml(party, NodeConfig).at(party.parent))
+    say("back: start the node again")
+
+
+@app.command()
+def succeed(
+    party: Party,
+    coordinator: Annotated[Path, typer.Option(help="What the new coordinator states, as YAML.")],
+) -> None:
+    """Take over from a coordinator that is lost, with what this node kept; then start the coordinator here."""
+    from worldloom.cli.console import say
+    from worldloom.core.yaml_config import read_yaml
+    from worldloom.recipes.weaving_deployment import CoordinatorConfig, NodeConfig, take_over
+
+    number = take_over(
+        read_yaml(party, NodeConfig).at(party.parent),
+        read_yaml(coordinator, CoordinatorConfig).at(coordinator.parent),
+    )
+    say(f"took over before round {number}; start: worldloom weave coordinator {coordinator}")
+
+
 @app.command()
 def key(path: Annotated[Path, typer.Argument(help="Where to keep the secret key.")]) -> None:
     """Make a secret key; prints the public one, for the constitution."""

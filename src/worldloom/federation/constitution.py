@@ -29,9 +29,13 @@ _REMAINING = (
 
 
 class Member(Config):
-    """An owner that takes part, known by its public key."""
+    """An owner that takes part, known by its public key; `connection` is the one that its node connects by, if any.
+
+    That one is in OpenSSH's format: what `worldloom weave keys` writes to NAME.ssh.pub.
+    """
 
     key: Key
+    connection: str = ""
 
 
 class Coordinator(Config):

@@ -3,7 +3,6 @@
 With them it can show that a ledger was written anew, go on alone, and coordinate where the coordinator is lost.
 """
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +86,10 @@ class Keeping:
             raise DataError(f"the base that came for round {number} is not the one that the ledger names; ask for that")
         save_tensors(self.path / _BASE, base, {"round": number}, kind=_BASE)
 
+    def has(self, number: int) -> bool:
+        """Say whether the base that a round begins with is the newest here."""
+        return (self.path / f"{_BASE}.json").is_file() and self.base()[0] == number
+
     def base(self) -> tuple[int, dict[str, Tensor]]:
         """Return the newest base, and the round that begins with it.
 
@@ -112,8 +115,3 @@ class Keeping:
             raise DataError(f"{self.ledger} does not verify: entry {verdict.broken} {verdict.why}")
         with storage_errors(self.ledger):
             return self.ledger.read_bytes()
-
-    def copy(self, into: Path) -> None:
-        """Copy the ledger, what was countersigned and the base into a folder."""
-        with storage_errors(into):
-            shutil.copytree(self.path, into, dirs_exist_ok=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from worldloom.core.files import read_json, write_json
 from worldloom.core.progress import SILENT, Progress
-from worldloom.data import Frames
+from worldloom.data import DatasetSpec, Frames
 from worldloom.data.statistics import Statistics
 from worldloom.federation.partition import PartitionConfig, fingerprint
 from worldloom.models import JEPAConfig, build_jepa
@@ -109,9 +109,8 @@ class LocalTraining:
         return max(saved_steps(self.run), default=0)
 
 
-def initial_base(model: JEPAConfig, frames: Frames, partition: PartitionConfig, *, seed: int) -> dict[str, Tensor]:
-    """Return the shared part of an untrained model: it depends on the shapes of the frames and the seed, on no data."""
-    spec = frames.spec
+def initial_base(model: JEPAConfig, spec: DatasetSpec, partition: PartitionConfig, *, seed: int) -> dict[str, Tensor]:
+    """Return the shared part of an untrained model: it depends on the shapes of frames and the seed, on no data."""
     unit = Statistics.unit(spec.observation, spec.action)
     state = build_jepa(model, spec.observation, spec.action, unit, seed=seed).state_dict()
     return partition.split(state).shared_of(state)

@@ -6,6 +6,7 @@ for the same round and base it gives the same answer, so that a node or a coordi
 
 import logging
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from worldloom.core.errors import DataError, WorldloomError
 from worldloom.core.files import exclusive_lock, read_json, storage_errors, write_atomic, write_json
 from worldloom.core.signing import SigningKey
+from worldloom.data import Frames
 from worldloom.federation.codecs import CODECS
 from worldloom.federation.constitution import Constitution
 from worldloom.federation.contribution import Contribution
@@ -31,7 +33,11 @@ _KEPT = 3  # rounds whose answers are kept: a coordinator that was set back by o
 
 
 class Node:
-    """Answers a coordinator's messages; `handle` is what a transport calls, from any process."""
+    """Answers a coordinator's messages; `handle` is what a transport calls, from any process.
+
+    `training` is what may shape the base; `own`, by default the same, trains in the same run for the owner alone, of
+    data that may not shape the base too.
+    """
 
     def __init__(
         self,
@@ -42,14 +48,20 @@ class Node:
         key: SigningKey,
         constitution: Constitution,
         data_class: str,
+        own: LocalTraining | None = None,
     ) -> None:
-        self.path, self.name = Path(path), name
-        self._training, self._key, self._constitution = training, key, constitution
+        self.path, self.name, self.constitution = Path(path), name, constitution
+        self._training, self._own, self._key = training, own or training, key
         self._class = data_class
         self._coordinators = {public: title for title, public in constitution.coordinator_keys().items()}
         self._answers = {"train": self._train, "judge": self._judge, "keep": self._keep}
         self.keeping = Keeping(self.path / "consortium", constitution, key)
         self._left = self.path / "left.json"
+
+    @property
+    def frames(self) -> Frames:
+        """The owner's frames, for its own use."""
+        return self._own.frames
 
     def handle(self, data: bytes) -> bytes:
         """Answer one message; what cannot be done is answered with why, signed, and nothing is lost.
@@ -57,9 +69,9 @@ class Node:
         Raises:
             DataError: the message is not a coordinator's.
         """
-        asked = unseal(data, kind="ask", known=self._coordinators, limit=self._constitution.largest_bytes)
+        asked = unseal(data, kind="ask", known=self._coordinators, limit=self.constitution.largest_bytes)
         try:
-            if asked.body.get("constitution") != self._constitution.fingerprint:
+            if asked.body.get("constitution") != self.constitution.fingerprint:
                 raise DataError(
                     "the message is of another constitution than the one that this node signed; agree on one, and "
                     "start both with it"
@@ -95,6 +107,20 @@ class Node:
             raise DataError(f"{self.name} has not left; it takes part as it is")
         self._left.unlink()
 
+    def take_along(self, into: Path | str, rules: Path | str) -> None:
+        """Copy what is this owner's into a new folder: run, base, ledger, and the constitution with its signatures.
+
+        Raises:
+            StorageError: the folder is there already, or the disk refuses.
+        """
+        into, rules = Path(into), Path(rules)
+        with storage_errors(into):
+            into.mkdir(parents=True)
+            shutil.copytree(self._own.run.path, into / "run")
+            shutil.copytree(self.keeping.path, into / "consortium")
+            for file in (rules, *rules.parent.glob(f"{rules.name}.*.sig")):
+                shutil.copy2(file, into / file.name)
+
     def alone(self, steps: int) -> None:
         """Train on for the owner alone, as when the coordinator is cut off or was left.
 
@@ -107,7 +133,7 @@ class Node:
         """
         with exclusive_lock(self.path / ".lock", None):
             number, base = self.keeping.base()
-            self._training.alone(f"alone after round {number}", base, steps, at=self._at(number + 1))
+            self._own.alone(f"alone after round {number}", base, steps, at=self._at(number + 1))
 
     def _train(self, asked: Message) -> bytes:
         number, base = int(asked.body["round"]), asked.tensors
@@ -116,7 +142,7 @@ class Node:
         if kept.is_file():
             with storage_errors(kept):
                 return kept.read_bytes()
-        made = self._training.stretch(f"round {number}", base, self._constitution.inner_steps, at=self._at(number))
+        made = self._training.stretch(f"round {number}", base, self.constitution.inner_steps, at=self._at(number))
         contribution = Contribution.of(
             self._training.partition.split(made.before),
             made.before,
@@ -130,10 +156,10 @@ class Node:
         )
         tensors: Mapping[str, Tensor] = contribution.tensors
         spent: Mapping[str, Any] = {}
-        if self._constitution.privacy is not None:
-            spent = self._spend(self._constitution.privacy, number)
-            tensors = clip_and_noise(dict(tensors), self._constitution.privacy, secret_generator())
-        codec = CODECS[str(self._constitution.codec["name"])].parse(self._constitution.codec)
+        if self.constitution.privacy is not None:
+            spent = self._spend(self.constitution.privacy, number)
+            tensors = clip_and_noise(dict(tensors), self.constitution.privacy, secret_generator())
+        codec = CODECS[str(self.constitution.codec["name"])].parse(self.constitution.codec)
         payload, residual = codec.encode(tensors, self._residual(number))
         save_tensors(self._residual_stem(number), residual, {"round": number}, kind=_RESIDUAL)
         answer = seal("contribution", {**contribution.body(), "spent": dict(spent)}, payload, key=self._key)
@@ -144,7 +170,7 @@ class Node:
 
     def _at(self, number: int) -> int:
         """Return the step of the schedule that a round begins at, for whoever takes part in it."""
-        return min(number, self._constitution.rounds) * self._constitution.inner_steps
+        return min(number, self.constitution.rounds) * self.constitution.inner_steps
 
     def _spend(self, config: PrivacyConfig, number: int) -> dict[str, Any]:
         """Pay for a round before anything of it can leave; return what is spent in all.

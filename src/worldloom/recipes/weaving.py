@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -84,23 +84,31 @@ class ConsortiumConfig(Config):
     def recipe_of(self, name: str, seed: int) -> Recipe:
         """Return what an owner collects and trains."""
         owner = self.owners[name]
-        recipe = load_recipe(self.recipe).override([
-            f"training.steps={self.steps}",
-            f"training.seed={seed}",
-            "training.checkpoint_every=50",
-            "training.validate_every=1000000",
+        overrides = [
             f"collection.episodes={owner.episodes}",
             f"collection.seed={derive_seed(seed, 'owner', name) % 2**31}",
             f"collection.env_kwargs={json.dumps({'factors': owner.factors})}",
             *self.overrides,
-        ])  # fmt: skip
-        model = recipe.model
-        if self.stems and isinstance(model.encoder, PatchConv):
-            options = model.encoder.model_dump(exclude={"name"})
-            encoder = StemmedPatchConv.parse(options)
-            model = JEPAConfig.parse({**model.model_dump(exclude={"encoder", "action_stem"}), "action_stem": 2})
-            model = model.model_copy(update={"encoder": encoder})
-        return recipe.model_copy(update={"model": model})
+        ]
+        return woven_recipe(self.recipe, overrides, steps=self.steps, stems=self.stems, seed=seed)
+
+
+def woven_recipe(name: str, overrides: Sequence[str], *, steps: int, stems: bool, seed: int) -> Recipe:
+    """Return a recipe as an owner trains it for so many steps in all, with stems before what is shared."""
+    recipe = load_recipe(name).override([
+        f"training.steps={steps}",
+        f"training.seed={seed}",
+        "training.checkpoint_every=50",
+        "training.validate_every=1000000",
+        *overrides,
+    ])  # fmt: skip
+    model = recipe.model
+    if stems and isinstance(model.encoder, PatchConv):
+        options = model.encoder.model_dump(exclude={"name"})
+        encoder = StemmedPatchConv.parse(options)
+        model = JEPAConfig.parse({**model.model_dump(exclude={"encoder", "action_stem"}), "action_stem": 2})
+        model = model.model_copy(update={"encoder": encoder})
+    return recipe.model_copy(update={"model": model})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +140,7 @@ def simulate(config: ConsortiumConfig, path: Path | str, *, seed: int = 0, progr
             dataset = collect(recipe, root / name / "data", progress=progress)
             card = _card(config, name, dataset, keys)
             frames = stack.enter_context(closing(load_frames(dataset, recipe.data, progress=progress)))
-            run = _run_folder(recipe, dataset, root / name / "run", seed)
+            run = run_folder(recipe, dataset, root / name / "run", seed)
             local = partial(LocalTraining, training=recipe.training, model=recipe.model, partition=partition)
             training[name] = local(run, frames)  # its owner's, for whatever it likes
             shaping: Frames = guarded_frames(frames, card, "base", constitution)
@@ -150,7 +158,7 @@ def simulate(config: ConsortiumConfig, path: Path | str, *, seed: int = 0, progr
             constitution,
             key=keys["coordinator"],
             transport=InProcess({name: node.handle for name, node in nodes.items()}),
-            initial=initial_base(first.model, first.frames, partition, seed=seed),
+            initial=initial_base(first.model, first.frames.spec, partition, seed=seed),
             progress=progress,
         )
         with closing(coordinator):
@@ -159,7 +167,7 @@ def simulate(config: ConsortiumConfig, path: Path | str, *, seed: int = 0, progr
         for name, owner in training.items():
             owner.stretch("own", last, config.own_steps)
             runs[name] = Run(owner.run)
-            _measure(runs[name], owner.frames, progress)
+            measure(runs[name], owner.frames, progress)
     write_text(root / "model_card.md", model_card(root / "rounds" / "ledger.jsonl", constitution))
     return Simulated(runs=runs, rounds=root / "rounds", card=root / "model_card.md")
 
@@ -173,11 +181,11 @@ def alone(
     dataset = EpisodeDataset.open(data)
     partition = PartitionConfig.parse(config.rules.get("partition", {}))
     with closing(load_frames(dataset, recipe.data, progress=progress)) as frames:
-        folder = _run_folder(recipe, dataset, Path(path), seed)
+        folder = run_folder(recipe, dataset, Path(path), seed)
         local = LocalTraining(folder, frames, training=recipe.training, model=recipe.model, partition=partition)
-        local.stretch("alone", initial_base(recipe.model, frames, partition, seed=seed), config.steps)
+        local.stretch("alone", initial_base(recipe.model, frames.spec, partition, seed=seed), config.steps)
         run = Run(folder)
-        _measure(run, frames, progress)
+        measure(run, frames, progress)
     return run
 
 
@@ -222,7 +230,8 @@ def _card(config: ConsortiumConfig, name: str, dataset: EpisodeDataset, keys: Ma
     return card_of(dataset.path, {keys[name].public: name})
 
 
-def _run_folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, seed: int) -> RunFolder:
+def run_folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, seed: int) -> RunFolder:
+    """Return an owner's run folder, made if it is not there."""
     if (path / "config.json").is_file():
         return RunFolder.open(path)
     values = {
@@ -234,8 +243,8 @@ def _run_folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, seed: int) 
     return RunFolder.create(path, values, about)
 
 
-def _measure(run: Run, frames: Frames, progress: Progress) -> None:
-    """Measure the latent geometry, which tree search plans with, where it is not yet."""
+def measure(run: Run, frames: Frames, progress: Progress) -> None:
+    """Measure the latent geometry of a run, which tree search plans with, where it is not yet."""
     known = {"model": run.model.spec.fingerprint}
     path = run.path / "measured.json"
     if path.is_file() and read_json(path) == known:

@@ -16,9 +16,9 @@ from worldloom.core.files import read_json, write_json
 from worldloom.core.signing import SigningKey, verified
 from worldloom.federation.constitution import Constitution
 
-_BY_COORDINATORS = ("constitution", "base", "contribution", "refusal", "round")
+_BY_COORDINATORS = ("constitution", "base", "contribution", "refusal", "round", "session", "survivors", "sum")
 KINDS = (*_BY_COORDINATORS, "checkpoint", "exit", "return", "recompute", "succession")
-"""What an entry may be; the first five are a coordinator's to write."""
+"""What an entry may be; the first eight are a coordinator's to write."""
 
 _LARGEST = 2**16  # characters of the facts of an entry: fingerprints and figures fit, data does not
 _FIELDS = {"kind", "round", "facts", "key", "signature"}

@@ -6,7 +6,7 @@ for the same round and base it gives the same answer, so that a node or a coordi
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from worldloom.federation.envelope import Message, seal, unseal
 from worldloom.federation.local import LocalTraining
 from worldloom.federation.partition import fingerprint
 from worldloom.federation.privacy import Accountant, PrivacyConfig, clip_and_noise, secret_generator
+from worldloom.federation.secure_node import SecureNode
 from worldloom.models import load_tensors, save_tensors
 
 _log = logging.getLogger(__name__)
@@ -46,7 +47,17 @@ class Node:
         self._training, self._key, self._constitution = training, key, constitution
         self._class = data_class
         self._coordinators = {public: title for title, public in constitution.coordinator_keys().items()}
-        self._answers = {"train": self._train, "judge": self._judge}
+        self._answers: dict[str, Callable[[Message], bytes]] = {"train": self._train, "judge": self._judge}
+        if constitution.secure_aggregation:
+            sums = SecureNode(self.path / "secure", name=name, key=key, constitution=constitution)
+            # Not to train: its answer would be a delta that anybody who reads it sees.
+            self._answers = {
+                "advertise": lambda asked: sums.advertise(asked, self._contribution),
+                "share": sums.share,
+                "mask": lambda asked: sums.mask(asked, self._spend),
+                "unmask": sums.unmask,
+                "judge": self._judge,
+            }
 
     def handle(self, data: bytes) -> bytes:
         """Answer one message; what cannot be done is answered with why, signed, and nothing is lost.
@@ -78,22 +89,11 @@ class Node:
         if kept.is_file():
             with storage_errors(kept):
                 return kept.read_bytes()
-        made = self._training.stretch(f"round {number}", base, self._constitution.inner_steps)
-        contribution = Contribution.of(
-            self._training.partition.split(made.before),
-            made.before,
-            made.after,
-            owner=self.name,
-            round=number,
-            base=fingerprint(base),
-            steps=made.steps,
-            frames=made.frames,
-            data_class=self._class,
-        )
+        contribution = self._contribution(number, base)
         tensors: Mapping[str, Tensor] = contribution.tensors
         spent: Mapping[str, Any] = {}
         if self._constitution.privacy is not None:
-            spent = self._spend(self._constitution.privacy, number)
+            spent = self._spend(self._constitution.privacy, number, None)
             tensors = clip_and_noise(dict(tensors), self._constitution.privacy, secret_generator())
         codec = CODECS[str(self._constitution.codec["name"])].parse(self._constitution.codec)
         payload, residual = codec.encode(tensors, self._residual(number))
@@ -104,20 +104,37 @@ class Node:
             old.unlink(missing_ok=True)
         return answer
 
-    def _spend(self, config: PrivacyConfig, number: int) -> dict[str, Any]:
+    def _contribution(self, number: int, base: Mapping[str, Tensor]) -> Contribution:
+        made = self._training.stretch(f"round {number}", base, self._constitution.inner_steps)
+        return Contribution.of(
+            self._training.partition.split(made.before),
+            made.before,
+            made.after,
+            owner=self.name,
+            round=number,
+            base=fingerprint(base),
+            steps=made.steps,
+            frames=made.frames,
+            data_class=self._class,
+        )
+
+    def _spend(self, config: PrivacyConfig, number: int, in_sum: float | None) -> dict[str, Any]:
         """Pay for a round before anything of it can leave; return what is spent in all.
 
-        The noise is this owner's alone and whole, for the coordinator sees each contribution. A round that was paid for
-        and whose answer was lost with the process is paid for again: its first noise may have been seen.
+        Where the coordinator sees each contribution the noise is this owner's alone and whole; under secure aggregation
+        it is a share, and what counts is the noise `in_sum`, to which others add theirs. A round that was paid for and
+        whose answer was lost with the process is paid for again: its first noise may have been seen.
 
         Raises:
             PrivacyBudgetSpent: the budget does not reach.
         """
         path = self.path / "privacy.json"
         accountant = Accountant.of(config, read_json(path) if path.is_file() else [])
-        epsilon = accountant.spend()
+        epsilon = accountant.spend(noise=in_sum)
         write_json(path, accountant.state())
-        told = {"clip": config.clip, "noise": config.noise, "delta": config.delta, "round": number}
+        told: dict[str, Any] = {"clip": config.clip, "noise": config.noise, "delta": config.delta, "round": number}
+        if in_sum is not None:
+            told |= {"share": 1 / self._constitution.threshold, "in_sum": in_sum}
         return {**told, "epsilon": epsilon if math.isfinite(epsilon) else None}
 
     def _judge(self, asked: Message) -> bytes:

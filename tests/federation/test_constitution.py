@@ -12,6 +12,7 @@ from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.signing import SigningKey, make_key
 from worldloom.federation.constitution import Constitution, ratification_path, ratify, read_constitution
 
+_SUMS = {"secure_aggregation": True, "aggregation": {"name": "mean"}, "quorum": 3}
 _PRIVACY = {"clip": 1.0, "noise": 1.0, "epsilon_budget": 8.0}
 
 
@@ -99,6 +100,17 @@ def test_a_third_for_each_of_three_is_the_whole() -> None:
         ({"cap": 0.4}, "2 members of a quorum"),
         ({"secure_aggregation": True, "aggregation": {"name": "krum"}}, "what remains"),
         ({"secure_aggregation": True}, "clipped-mean.*what remains"),
+        ({**_SUMS, "codec": {"name": "int8"}}, "codec: 'int8'.*Choose float32"),
+        ({**_SUMS, "codec": {"name": "top-k", "share": 0.1}}, "codec: 'top-k'"),
+        ({**_SUMS, "quorum": 2}, "coordinator 'acme' is a member.*raise the quorum to 3"),
+        (
+            {
+                **_SUMS,
+                "members": {name: {"key": f"{key:064x}"} for key, name in enumerate(("acme", "bolt"))},
+                "quorum": 2,
+            },
+            "sum of 2.*3 members or more",
+        ),
         ({"classes": ["open", "controlled"]}, "only under privacy"),
         ({"classes": ["controlled"], "privacy": {**_PRIVACY, "noise": 0}}, "only under privacy"),
         ({"classes": ["sovereign"]}, "classes"),
@@ -116,8 +128,18 @@ def test_rules_that_contradict_themselves_are_refused(changed: dict[str, Any], s
 
 
 def test_what_is_consistent_is_accepted() -> None:
-    Constitution.parse(_values(secure_aggregation=True, aggregation={"name": "mean"}))
+    Constitution.parse(_values(**_SUMS))
+    outside = [{"name": "hub", "key": "a" * 64}]
+    Constitution.parse(_values(**{**_SUMS, "quorum": 2}, coordinators=outside))
     Constitution.parse(_values(classes=["controlled"], privacy=_PRIVACY))
+
+
+@given(count=st.integers(3, 12), quorum=st.integers(1, 12))
+def test_a_sum_takes_a_quorum_and_over_half_of_the_members(count: int, quorum: int) -> None:
+    members = {f"m{index}": {"key": f"{index:064x}"} for index in range(count)}
+    rules = Constitution.parse(_values(members=members, coordinators=["m0"], quorum=min(quorum, count), cap=1.0))
+    assert 2 * rules.threshold > count
+    assert min(quorum, count) <= rules.threshold <= count
 
 
 def test_the_fingerprint_is_of_the_rules_and_of_the_order_of_succession() -> None:

@@ -1,5 +1,6 @@
 """The sum comes out exactly, whoever drops out; and of no single delta does anyone learn anything."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import combinations, product
@@ -231,6 +232,29 @@ def test_the_same_delta_never_looks_the_same_twice() -> None:
         view.until_masked(deltas())
         rows.append(view.masked["ann"])
     assert rows[0] != rows[1]
+
+
+def test_owners_that_are_put_away_and_taken_up_between_all_steps_give_the_same_sum() -> None:
+    view, given = View(session()), deltas()
+
+    def again(name: str) -> Masker:
+        state = json.loads(json.dumps(view.maskers[name].state()))
+        view.maskers[name] = Masker.of(state, view.session, KEYS[name].sign)
+        return view.maskers[name]
+
+    roster = view.unmasker.advertised([again(name).advertise() for name in NAMES])
+    boxes = view.unmasker.shared([again(name).share(roster) for name in NAMES])
+    there = view.unmasker.masked([again(name).mask(boxes[name], given[name]) for name in NAMES if name != "eve"])
+    answers = [again(name).unmask(there) for name in there]
+    expected = plain_sum(given, there)
+    torch.testing.assert_close(view.unmasker.unmasked(answers)["c"], expected["c"], rtol=0, atol=1e-6)
+    # Taken up again it still answers once.
+    with pytest.raises(DataError, match="reveal its delta"):
+        again("ann").unmask(there)
+    state = view.maskers["ann"].state()
+    for wrong in ({}, {**state, "mask": "00"}, {**state, "seed": 3}, {**state, "owner": "mallory"}):
+        with pytest.raises(DataError, match="no state of a masker"):
+            Masker.of(wrong, view.session, KEYS["ann"].sign)
 
 
 def test_keys_that_the_coordinator_puts_in_are_refused() -> None:

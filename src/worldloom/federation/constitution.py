@@ -22,6 +22,7 @@ _KIND = "worldloom constitution signature"
 _SIGNED_AS = b"worldloom constitution\n"  # a signature of a constitution is one of nothing else
 _LARGEST = 2**20  # bytes
 _OF_SUMS = ("mean",)  # aggregations that need no single contribution; a clipped mean needs the norm of each
+_MASKABLE = ("float32",)  # codecs that leave a delta as it is; masks are added to whole numbers, not to a codec's parts
 _REMAINING = (
     "what remains under it: signatures, round, base, data class and the shape of a message, and the held-out loss of "
     "the new base; not the size, direction or quality of one contribution"
@@ -55,7 +56,8 @@ class Constitution(Config):
     """The rules of a consortium.
 
     `coordinators` are in order of succession: the name of a member, or a name and a key. `aggregation`, `outer`,
-    `codec` and `partition` are parsed by the component that they name.
+    `codec` and `partition` are parsed by the component that they name. Under `secure_aggregation` the coordinator sees
+    sums of `threshold` contributions or more, and no single one.
     """
 
     consortium: str = Field(min_length=1)
@@ -92,12 +94,8 @@ class Constitution(Config):
         for part in ("aggregation", "outer", "codec"):
             if not isinstance(getattr(self, part).get("name"), str):
                 raise ConfigError(f"{part}: expected a mapping with a 'name'; got {getattr(self, part)!r}")
-        name = str(self.aggregation["name"])
-        if self.secure_aggregation and name not in _OF_SUMS:
-            raise ConfigError(
-                f"aggregation: {name!r} must see single contributions, which secure_aggregation hides; {_REMAINING}. "
-                f"Choose mean, or set secure_aggregation to false"
-            )
+        if self.secure_aggregation:
+            self._can_be_summed()
         private = self.privacy is not None and self.privacy.noise > 0 and self.privacy.epsilon_budget is not None
         if "controlled" in self.classes and not private:
             raise ConfigError(
@@ -115,6 +113,35 @@ class Constitution(Config):
         if len(set(keys)) < len(keys) or len(set(seats)) < len(seats):
             raise ConfigError("members, coordinators: a key or a seat stands twice; give each its own")
         return self
+
+    def _can_be_summed(self) -> None:
+        name, codec = str(self.aggregation["name"]), str(self.codec["name"])
+        if name not in _OF_SUMS:
+            raise ConfigError(
+                f"aggregation: {name!r} must see single contributions, which secure_aggregation hides; {_REMAINING}. "
+                f"Choose mean, or set secure_aggregation to false"
+            )
+        if codec not in _MASKABLE:
+            raise ConfigError(
+                f"codec: {codec!r} writes no numbers that can be added up under masks; secure_aggregation writes "
+                f"whole numbers of its own. Choose float32, or set secure_aggregation to false"
+            )
+        if len(self.members) < 3:
+            raise ConfigError(
+                f"secure_aggregation: of a sum of {len(self.members)} each member can take off its own part and has "
+                f"the other's; expected 3 members or more"
+            )
+        inside = [seat for seat in self.coordinators if isinstance(seat, str)]
+        if inside and self.threshold < 3:
+            raise ConfigError(
+                f"secure_aggregation: the coordinator {inside[0]!r} is a member, and could take its own part off a sum "
+                f"of {self.threshold}; raise the quorum to 3 or more, or let one coordinate who is no member"
+            )
+
+    @property
+    def threshold(self) -> int:
+        """How many members must last through a sum under secure aggregation: the quorum, and over half of all."""
+        return max(self.quorum, len(self.members) // 2 + 1)
 
     @property
     def fingerprint(self) -> str:

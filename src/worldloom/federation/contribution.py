@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from worldloom.core.errors import DataError
+from worldloom.federation.constitution import Constitution
+from worldloom.federation.envelope import Message
 from worldloom.federation.partition import Partition, check_finite, check_like, check_names
 
 
@@ -101,3 +103,40 @@ def check_contribution(tensors: Mapping[str, Tensor], shared: "Mapping[str, Tens
                 f"tensor {name!r} has shape {tuple(tensor.shape)}; expected {tuple(shared[name].shape)} as in the base"
             )
         check_finite(name, tensor)
+
+
+def check_facts(message: Message, number: int, base: str, constitution: Constitution) -> None:
+    """Refuse what a member says of its contribution where it is of another round or base, or of a class that may not.
+
+    Raises:
+        DataError: it names the member and the fact.
+    """
+    body = message.body
+    expected = {"owner": message.sender, "round": number, "base": base, "steps": constitution.inner_steps}
+    for key, value in expected.items():
+        if body.get(key) != value:
+            raise DataError(f"a contribution of {message.sender} has {key} {body.get(key)!r}; expected {value!r}")
+    if body.get("data_class") not in constitution.classes:
+        raise DataError(
+            f"{message.sender} contributes what it learned of {body.get('data_class')} data; the constitution lets "
+            f"{', '.join(constitution.classes)} data shape the base"
+        )
+    if type(body.get("frames")) is not int or body["frames"] < 0:
+        raise DataError(f"a contribution of {message.sender} does not say its frames")
+
+
+def check_spent(message: Message, constitution: Constitution) -> None:
+    """Refuse a contribution that does not say what privacy it spent, or was made private otherwise than agreed.
+
+    Raises:
+        DataError: it names the member.
+    """
+    spent = message.body.get("spent")
+    if not isinstance(spent, dict):
+        raise DataError(f"a contribution of {message.sender} does not say what privacy it spent")
+    if constitution.privacy is not None:
+        promised: dict[str, Any] = constitution.privacy.model_dump(mode="json", include={"clip", "noise", "delta"})
+        if constitution.secure_aggregation:
+            promised["share"] = 1 / constitution.threshold
+        if any(spent.get(key) != value for key, value in promised.items()):
+            raise DataError(f"a contribution of {message.sender} was not made private as the constitution says")

@@ -7,6 +7,7 @@ contributions and of the constitution alone, so `recompute` gives it bit for bit
 """
 
 import logging
+import math
 import statistics
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from worldloom.core.chain import Entry
 from worldloom.core.errors import CheckpointError, DataError, StorageError, TrainingError
 from worldloom.core.files import storage_errors, write_atomic
 from worldloom.core.progress import SILENT, Progress
@@ -25,13 +27,14 @@ from worldloom.core.signing import SigningKey
 from worldloom.federation.aggregation import AGGREGATORS, capped
 from worldloom.federation.codecs import CODECS
 from worldloom.federation.constitution import Constitution
-from worldloom.federation.contribution import check_contribution
-from worldloom.federation.envelope import Message, seal, unseal
+from worldloom.federation.contribution import check_contribution, check_facts, check_spent
+from worldloom.federation.envelope import Message, seal, unseal_answer
 from worldloom.federation.keeping import Keeping
 from worldloom.federation.ledger import Ledger, Records
 from worldloom.federation.members import Members
 from worldloom.federation.outer import OUTER
 from worldloom.federation.partition import fingerprint
+from worldloom.federation.secure_rounds import THE_SUM, Sums, kept_sum, reopen
 from worldloom.federation.transport import Transport
 from worldloom.models import load_tensors, save_tensors
 
@@ -115,8 +118,6 @@ class Coordinator:
     ) -> None:
         if key.public not in constitution.coordinator_keys().values():
             raise DataError(f"{key.public} is no coordinator's key by the constitution; take the key that it names")
-        if constitution.secure_aggregation:
-            raise DataError("sums under secure aggregation are not woven yet; set secure_aggregation to false")
         self.rounds, self._constitution, self._key = Rounds(path), constitution, key
         self._transport, self._progress = transport, progress
         self._members = {public: name for name, public in constitution.member_keys().items()}
@@ -128,6 +129,7 @@ class Coordinator:
         if first is None:
             self.ledger.append("constitution", {"fingerprint": constitution.fingerprint})
         self._circle = Members(constitution, transport, self.ledger, key)
+        self._sums = Sums(self.rounds.path, constitution, key=key, transport=transport, ledger=self.ledger)
         if not self.ledger.bases():
             self.ledger.append("base", {"fingerprint": self.rounds.keep(0, initial, {})}, round=0)
 
@@ -162,7 +164,11 @@ class Coordinator:
     def weave(self, number: int) -> None:
         """Run one round: gather, weave, judge, and publish the next base."""
         base = self._published(number)
+        if self._constitution.secure_aggregation:
+            self._weave_sum(number, base)
+            return
         gathered = self._gather(number, base)
+        self._circle.are_here(gathered, number)
         before = self._judged(number, base)
         left_out: list[str] = []
         woven = weave(self.rounds, number, self._constitution, gathered)
@@ -191,6 +197,33 @@ class Coordinator:
             reason = f"with it, held-out losses grow by {worse:.1%}"
             self.ledger.append("refusal", {"owner": culprit, "reason": reason}, round=number)
             woven, after = found[culprit], losses[culprit]
+        self._publish(number, base, woven, left_out=left_out, before=before, after=after)
+
+    def _weave_sum(self, number: int, base: Mapping[str, Tensor]) -> None:
+        """Run a round under secure aggregation: of a sum that is judged too bad nobody can be left out."""
+        weights = self._sums.gather(number, base)
+        self._circle.are_here(weights, number)
+        before, left_out = self._judged(number, base), list[str]()
+        woven = weave_sum(self.rounds, number, self._constitution, weights)
+        after = self._judged(number, woven.base)
+        if before and (worse := _worse(before, after)) > self._constitution.quality.max_worse:
+            _log.warning("round %d: held-out losses grow by %.0f%%; the base stays as it is", number, 100 * worse)
+            reason = f"with it, held-out losses grow by {worse:.1%}: the base stays as it is"
+            self.ledger.append("refusal", {"owner": THE_SUM, "reason": reason}, round=number)
+            woven, left_out, after = unchanged(self.rounds, number), sorted(weights), before
+        self._publish(number, base, woven, left_out=left_out, before=before, after=after)
+
+    def _publish(
+        self,
+        number: int,
+        base: Mapping[str, Tensor],
+        woven: Woven,
+        *,
+        left_out: list[str],
+        before: Mapping[str, float],
+        after: Mapping[str, float],
+    ) -> None:
+        """Keep the next base, and write down how it came to be."""
         known = self.rounds.keep(number + 1, woven.base, woven.momentum)
         evaluation = _evaluation(before, after) if before else None
         facts = {
@@ -252,7 +285,6 @@ class Coordinator:
         write_atomic(self.rounds.message(number, node), lambda temporary: temporary.write_bytes(data))
         write_atomic(self.rounds.delta(number, node), partial(safetensors.torch.save_file, delta))
         facts = {key: message.body[key] for key in ("owner", "steps", "frames", "data_class", "spent")}
-        self._circle.is_back(node, number)
         self.ledger.append("contribution", {**facts, "message": message.digest, "bytes": len(data)}, round=number)
 
     def _judged(self, number: int, base: Mapping[str, Tensor]) -> dict[str, float]:
@@ -309,31 +341,9 @@ def read_contribution(
     Raises:
         DataError: it is no member's, of another round or base, of a class that may not shape the base, or a refusal.
     """
-    limit = constitution.largest_bytes
-    try:
-        message = unseal(data, kind="contribution", known=members, limit=limit)
-    except DataError as error:
-        try:
-            refusal = unseal(data, kind="refusal", known=members, limit=limit)
-        except DataError:
-            raise error from None
-        raise DataError(f"{refusal.sender} refuses: {refusal.body.get('why')}") from None
-    body = message.body
-    expected = {"owner": message.sender, "round": number, "base": fingerprint(base), "steps": constitution.inner_steps}
-    for key, value in expected.items():
-        if body.get(key) != value:
-            raise DataError(f"a contribution of {message.sender} has {key} {body.get(key)!r}; expected {value!r}")
-    if body.get("data_class") not in constitution.classes:
-        raise DataError(
-            f"{message.sender} contributes what it learned of {body.get('data_class')} data; the constitution lets "
-            f"{', '.join(constitution.classes)} data shape the base"
-        )
-    if type(body.get("frames")) is not int or body["frames"] < 0 or not isinstance(body.get("spent"), dict):
-        raise DataError(f"a contribution of {message.sender} does not say its frames and what privacy it spent")
-    if constitution.privacy is not None:
-        promised = constitution.privacy.model_dump(mode="json", include={"clip", "noise", "delta"})
-        if any(body["spent"].get(key) != value for key, value in promised.items()):
-            raise DataError(f"a contribution of {message.sender} was not made private as the constitution says")
+    message = unseal_answer(data, kind="contribution", known=members, limit=constitution.largest_bytes)
+    check_facts(message, number, fingerprint(base), constitution)
+    check_spent(message, constitution)
     return message
 
 
@@ -374,6 +384,24 @@ def weave(rounds: Rounds, number: int, constitution: Constitution, frames: Mappi
     return Woven(base=moved, momentum=momentum, weights=aggregate.weights, notes=aggregate.notes)
 
 
+def weave_sum(rounds: Rounds, number: int, constitution: Constitution, weights: Mapping[str, float]) -> Woven:
+    """Return what the sum of a round makes of its base; `weights` are those that its owners multiplied by.
+
+    Without any, no sum could be opened, and the base stays as it is.
+
+    Raises:
+        CheckpointError: the sum is missing or damaged.
+    """
+    if not weights:
+        return unchanged(rounds, number)
+    total = math.fsum(weights.values())
+    mean = {name: (tensor / total).float() for name, tensor in kept_sum(rounds.path, number).items()}
+    outer = OUTER[str(constitution.outer["name"])].parse(constitution.outer)
+    moved, momentum = outer.step(rounds.base(number), mean, rounds.momentum(number))
+    shares = {owner: weight / total for owner, weight in sorted(weights.items())}
+    return Woven(base=moved, momentum=momentum, weights=shares, notes={})
+
+
 def unchanged(rounds: Rounds, number: int) -> Woven:
     """Return what a round makes to which nothing was contributed that may count."""
     return Woven(base=rounds.base(number), momentum=rounds.momentum(number), weights={}, notes={})
@@ -386,43 +414,68 @@ def recompute(
 
     With nobody left out they are those that the ledger names. With `without` they are what comes of the others'
     contributions alone, as these were made: from bases that the owners who are left out had a part in. Each message is
-    read and checked as when it came.
+    read and checked as when it came. Under secure aggregation the sum of each round is opened again from the masked
+    contributions and the secrets that members handed over.
 
     Raises:
-        DataError: a message is not what the ledger says, or a recomputed base is not the published one.
+        DataError: a message is not what the ledger says, a recomputed base is not the published one, or one is to be
+            left out of a sum under secure aggregation.
         StorageError: a contribution is missing, or the target is the folder itself.
     """
     if Path(path).resolve() == Path(into).resolve():
         raise StorageError(f"{into} holds what is recomputed from; choose another folder for the result")
     kept, made = Rounds(path), Rounds(into)
     records = Records(kept.path / "ledger.jsonl")
-    members = {public: name for name, public in constitution.member_keys().items()}
     published = records.bases()
     # A successor was handed the base, and nothing of the rounds before.
     begun = max((entry.body["round"] for entry in records.entries("succession")), default=0)
     found = {begun: made.keep(begun, kept.base(begun), {})}
     for entry in records.entries("round"):
-        number, frames = entry.body["round"], {}
-        if number < begun:
+        if entry.body["round"] < begun:
             continue
-        said = {facts["owner"]: facts for facts in records.contributions(number)}
-        for owner in entry.body["facts"]["weights"]:
-            if owner in without:
-                continue
-            with storage_errors(kept.message(number, owner)):
-                data = kept.message(number, owner).read_bytes()
-            base = kept.base(number)
-            message = read_contribution(data, number, base, constitution, members)
-            if message.digest != said[owner]["message"]:
-                raise DataError(f"the contribution of {owner} to round {number} is not the one that the ledger names")
-            frames[owner] = said[owner]["frames"]
-            delta = decoded(message, base, constitution)
-            write_atomic(made.delta(number, owner), partial(safetensors.torch.save_file, delta))
-        woven = weave(made, number, constitution, frames) if frames else unchanged(made, number)
+        again = _summed_again if constitution.secure_aggregation else _woven_again
+        woven, number = again(kept, made, records, constitution, entry, without), entry.body["round"]
         found[number + 1] = made.keep(number + 1, woven.base, woven.momentum)
         if not without and found[number + 1] != published[number + 1]["fingerprint"]:
             raise DataError(f"the base of round {number + 1} is not what the contributions make of it; it was changed")
     return found
+
+
+def _woven_again(
+    kept: Rounds, made: Rounds, records: Records, constitution: Constitution, entry: Entry, without: Collection[str]
+) -> Woven:
+    """Return what the kept contributions to a round make of it; see `recompute`."""
+    number, frames = entry.body["round"], {}
+    members = {public: name for name, public in constitution.member_keys().items()}
+    said = {facts["owner"]: facts for facts in records.contributions(number)}
+    for owner in entry.body["facts"]["weights"]:
+        if owner in without:
+            continue
+        with storage_errors(kept.message(number, owner)):
+            data = kept.message(number, owner).read_bytes()
+        base = kept.base(number)
+        message = read_contribution(data, number, base, constitution, members)
+        if message.digest != said[owner]["message"]:
+            raise DataError(f"the contribution of {owner} to round {number} is not the one that the ledger names")
+        frames[owner] = said[owner]["frames"]
+        delta = decoded(message, base, constitution)
+        write_atomic(made.delta(number, owner), partial(safetensors.torch.save_file, delta))
+    return weave(made, number, constitution, frames) if frames else unchanged(made, number)
+
+
+def _summed_again(
+    kept: Rounds, made: Rounds, records: Records, constitution: Constitution, entry: Entry, without: Collection[str]
+) -> Woven:
+    """Return what the kept sum of a round makes of it, opened again; see `recompute`."""
+    number, weights = entry.body["round"], entry.body["facts"]["weights"]
+    if inside := sorted({*weights} & {*without}):
+        raise DataError(
+            f"round {number} was summed under secure aggregation: nobody has the contribution of {', '.join(inside)} "
+            f"by itself, so it cannot be left out. Weave anew without that member"
+        )
+    if weights:
+        weights = reopen(kept.path, records, constitution, number, kept.base(number), into=made.path)
+    return weave_sum(made, number, constitution, weights)
 
 
 def _tensor(path: Path, name: str) -> Tensor:

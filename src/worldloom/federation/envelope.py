@@ -95,6 +95,27 @@ def unseal(data: bytes, *, kind: str, known: Mapping[str, str], limit: int) -> M
     )
 
 
+class Refusal(DataError):
+    """What a node answers, signed, instead of what it was asked for."""
+
+
+def unseal_answer(data: bytes, *, kind: str, known: Mapping[str, str], limit: int) -> Message:
+    """Return what a node answers; see `unseal`.
+
+    Raises:
+        Refusal: it is a refusal; says why.
+        DataError: see `unseal`.
+    """
+    try:
+        return unseal(data, kind=kind, known=known, limit=limit)
+    except DataError as error:
+        try:
+            refusal = unseal(data, kind="refusal", known=known, limit=limit)
+        except DataError:
+            raise error from None
+        raise Refusal(f"{refusal.sender} refuses: {refusal.body.get('why')}") from None
+
+
 def _header(text: bytes) -> dict[str, Any]:
     try:
         values = json.loads(text.decode("ascii"))

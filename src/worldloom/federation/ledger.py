@@ -16,9 +16,11 @@ from worldloom.core.files import read_json, write_json
 from worldloom.core.signing import SigningKey, verified
 from worldloom.federation.constitution import Constitution
 
-_BY_COORDINATORS = ("constitution", "base", "contribution", "refusal", "round", "succession")
+_BY_COORDINATORS = (
+    "constitution", "base", "contribution", "refusal", "round", "session", "survivors", "sum", "succession",
+)  # fmt: skip
 KINDS = (*_BY_COORDINATORS, "checkpoint", "exit", "return", "recompute")
-"""What an entry may be; the first six are a coordinator's to write."""
+"""What an entry may be; all but the last four are a coordinator's to write."""
 
 _LARGEST = 2**16  # characters of the facts of an entry: fingerprints and figures fit, data does not
 _FIELDS = {"kind", "round", "facts", "key", "signature"}

@@ -1,7 +1,7 @@
 """What a coordinator knows of its members beside what they contribute: what they saw of the ledger, and who left."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -78,9 +78,9 @@ class Members:
             self._ledger.append("exit", facts, round=number)
         return True
 
-    def is_back(self, owner: str, number: int) -> None:
-        """Note that a member takes part, if it had left."""
-        if owner in self._left:
+    def are_here(self, owners: Collection[str], number: int) -> None:
+        """Note which of those who had left take part again."""
+        for owner in sorted(self._left.intersection(owners)):
             self._left.discard(owner)
             self._ledger.append("return", {"owner": owner}, round=number)
 

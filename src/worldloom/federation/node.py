@@ -7,7 +7,7 @@ for the same round and base it gives the same answer, so that a node or a coordi
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from worldloom.federation.keeping import Keeping, Missing
 from worldloom.federation.local import LocalTraining
 from worldloom.federation.partition import fingerprint
 from worldloom.federation.privacy import Accountant, PrivacyConfig, clip_and_noise, secret_generator
+from worldloom.federation.secure_node import SecureNode
 from worldloom.models import load_tensors, save_tensors
 
 _log = logging.getLogger(__name__)
@@ -54,9 +55,24 @@ class Node:
         self._training, self._own, self._key = training, own or training, key
         self._class = data_class
         self._coordinators = {public: title for title, public in constitution.coordinator_keys().items()}
-        self._answers = {"train": self._train, "judge": self._judge, "keep": self._keep}
         self.keeping = Keeping(self.path / "consortium", constitution, key)
         self._left = self.path / "left.json"
+        self._answers: dict[str, Callable[[Message], bytes]] = {
+            "train": self._train,
+            "judge": self._judge,
+            "keep": self._keep,
+        }
+        if constitution.secure_aggregation:
+            sums = SecureNode(self.path / "secure", name=name, key=key, constitution=constitution)
+            # Not to train: its answer would be a delta that anybody who reads it sees.
+            self._answers = {
+                "advertise": lambda asked: sums.advertise(asked, self._contribution),
+                "share": sums.share,
+                "mask": lambda asked: sums.mask(asked, self._spend),
+                "unmask": sums.unmask,
+                "judge": self._judge,
+                "keep": self._keep,
+            }
 
     @property
     def frames(self) -> Frames:
@@ -137,27 +153,15 @@ class Node:
 
     def _train(self, asked: Message) -> bytes:
         number, base = int(asked.body["round"]), asked.tensors
-        self.keeping.keep(number, base)
         kept = self.path / "answers" / f"{number:05d}-{fingerprint(base)[:16]}.msg"
         if kept.is_file():
             with storage_errors(kept):
                 return kept.read_bytes()
-        made = self._training.stretch(f"round {number}", base, self.constitution.inner_steps, at=self._at(number))
-        contribution = Contribution.of(
-            self._training.partition.split(made.before),
-            made.before,
-            made.after,
-            owner=self.name,
-            round=number,
-            base=fingerprint(base),
-            steps=made.steps,
-            frames=made.frames,
-            data_class=self._class,
-        )
+        contribution = self._contribution(number, base)
         tensors: Mapping[str, Tensor] = contribution.tensors
         spent: Mapping[str, Any] = {}
         if self.constitution.privacy is not None:
-            spent = self._spend(self.constitution.privacy, number)
+            spent = self._spend(self.constitution.privacy, number, None)
             tensors = clip_and_noise(dict(tensors), self.constitution.privacy, secret_generator())
         codec = CODECS[str(self.constitution.codec["name"])].parse(self.constitution.codec)
         payload, residual = codec.encode(tensors, self._residual(number))
@@ -172,20 +176,38 @@ class Node:
         """Return the step of the schedule that a round begins at, for whoever takes part in it."""
         return min(number, self.constitution.rounds) * self.constitution.inner_steps
 
-    def _spend(self, config: PrivacyConfig, number: int) -> dict[str, Any]:
+    def _contribution(self, number: int, base: Mapping[str, Tensor]) -> Contribution:
+        self.keeping.keep(number, base)
+        made = self._training.stretch(f"round {number}", base, self.constitution.inner_steps, at=self._at(number))
+        return Contribution.of(
+            self._training.partition.split(made.before),
+            made.before,
+            made.after,
+            owner=self.name,
+            round=number,
+            base=fingerprint(base),
+            steps=made.steps,
+            frames=made.frames,
+            data_class=self._class,
+        )
+
+    def _spend(self, config: PrivacyConfig, number: int, in_sum: float | None) -> dict[str, Any]:
         """Pay for a round before anything of it can leave; return what is spent in all.
 
-        The noise is this owner's alone and whole, for the coordinator sees each contribution. A round that was paid for
-        and whose answer was lost with the process is paid for again: its first noise may have been seen.
+        Where the coordinator sees each contribution the noise is this owner's alone and whole; under secure aggregation
+        it is a share, and what counts is the noise `in_sum`, to which others add theirs. A round that was paid for and
+        whose answer was lost with the process is paid for again: its first noise may have been seen.
 
         Raises:
             PrivacyBudgetSpent: the budget does not reach.
         """
         path = self.path / "privacy.json"
         accountant = Accountant.of(config, read_json(path) if path.is_file() else [])
-        epsilon = accountant.spend()
+        epsilon = accountant.spend(noise=in_sum)
         write_json(path, accountant.state())
-        told = {"clip": config.clip, "noise": config.noise, "delta": config.delta, "round": number}
+        told: dict[str, Any] = {"clip": config.clip, "noise": config.noise, "delta": config.delta, "round": number}
+        if in_sum is not None:
+            told |= {"share": 1 / self.constitution.threshold, "in_sum": in_sum}
         return {**told, "epsilon": epsilon if math.isfinite(epsilon) else None}
 
     def _judge(self, asked: Message) -> bytes:

@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -205,6 +205,40 @@ class Masker:
         self._roster: dict[str, dict[str, Any]] = {}
         self._shares: dict[str, tuple[int, int]] = {}  # of each owner: its mask key's, its seed's
 
+    def state(self) -> dict[str, Any]:
+        """Return what goes on after a break, as plain JSON. It holds every secret: delete it once the sum is over.
+
+        What was kept before an answer must not be gone on with after it: the same masks on two deltas tell both.
+        """
+        return {
+            "owner": self.owner,
+            "stage": self._stage,
+            "mask": _raw(self._mask_key).hex(),
+            "box": _raw(self._box_key).hex(),
+            "seed": self._seed.hex(),
+            "roster": self._roster,
+            "shares": {owner: [_digits(key), _digits(seed)] for owner, (key, seed) in self._shares.items()},
+        }
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], session: Session, sign: Callable[[bytes], bytes]) -> "Masker":
+        """Return the masker that was in this state.
+
+        Raises:
+            DataError: this is no masker's state.
+        """
+        try:
+            found = cls(state["owner"], session, sign)
+            found._stage, found._seed = str(state["stage"]), bytes.fromhex(state["seed"])
+            found._mask_key, found._box_key = (
+                X25519PrivateKey.from_private_bytes(bytes.fromhex(state[key])) for key in ("mask", "box")
+            )
+            found._roster = {owner: dict(keys) for owner, keys in state["roster"].items()}
+            found._shares = {owner: (int(key, 16), int(seed, 16)) for owner, (key, seed) in state["shares"].items()}
+        except (AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:
+            raise DataError(f"this is no state of a masker ({error}); begin a new session") from None
+        return found
+
     def advertise(self) -> dict[str, str]:
         """Return the signed public keys, for everyone."""
         self._begin("advertise", "share")
@@ -328,18 +362,19 @@ class Unmasker:
         self._commitments = {owner: message["commitment"] for owner, message in given.items()}
         return boxes
 
-    def masked(self, messages: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Add up the masked deltas, and return whose they are, to be told to them."""
-        given = _by_owner(messages, self._commitments)
-        _enough(given, self.session, "sent their deltas")
+    def masked(self, messages: Iterable[Mapping[str, Any]]) -> list[str]:
+        """Add up the masked deltas, one at a time, and return whose they are, to be told to them."""
         kind = _kind(self.session)
-        total = np.zeros(self.session.size, kind)
-        for owner, message in given.items():
+        total, given = np.zeros(self.session.size, kind), set[str]()
+        for message in messages:
+            (owner,) = _by_owner([message], set(self._commitments) - given)
             data = message.get("masked")
             if not isinstance(data, bytes) or len(data) != self.session.size * kind.itemsize:
                 raise DataError(f"{owner} sent no masked delta of {self.session.size} values; leave it out")
             total += np.frombuffer(data, kind)
-        self._total, self._survivors = total, set(given)
+            given.add(owner)
+        _enough(given, self.session, "sent their deltas")
+        self._total, self._survivors = total, given
         return sorted(given)
 
     def unmasked(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -376,6 +411,23 @@ class Unmasker:
             raise DataError(f"the shares of {owner} do not give its secret: one of them is missing or wrong") from None
 
 
+def check_keys(owner: str, message: Any, session: Session) -> dict[str, Any]:
+    """Return the keys that an owner advertised.
+
+    Raises:
+        DataError: they are not signed by that owner for this session.
+    """
+    try:
+        if message["owner"] != owner:
+            raise ValueError
+        keys = {"owner": owner, "mask": str(message["mask"]), "box": str(message["box"])}
+        signer = Ed25519PublicKey.from_public_bytes(bytes.fromhex(session.owners[owner]))
+        signer.verify(bytes.fromhex(str(message["signature"])), _claim(keys, session))
+    except (KeyError, TypeError, ValueError, InvalidSignature):
+        raise DataError(f"the keys of {owner!r} are not signed by that owner for this session") from None
+    return {**keys, "signature": str(message["signature"])}
+
+
 _NONCE = bytes(12)
 
 
@@ -404,18 +456,7 @@ def _enough(there: Collection[str], session: Session, did: str) -> None:
 def _check_roster(roster: Mapping[str, Mapping[str, Any]], session: Session) -> dict[str, dict[str, Any]]:
     """Every key is signed for this session by the owner it stands for: the coordinator cannot put in its own."""
     _enough(roster, session, "advertised keys")
-    found = {}
-    for owner, message in roster.items():
-        try:
-            if message["owner"] != owner:
-                raise ValueError
-            keys = {"owner": owner, "mask": str(message["mask"]), "box": str(message["box"])}
-            signer = Ed25519PublicKey.from_public_bytes(bytes.fromhex(session.owners[owner]))
-            signer.verify(bytes.fromhex(str(message["signature"])), _claim(keys, session))
-        except (KeyError, TypeError, ValueError, InvalidSignature):
-            raise DataError(f"the keys of {owner!r} are not signed by that owner for this session") from None
-        found[owner] = {**keys, "signature": str(message["signature"])}
-    return found
+    return {owner: check_keys(owner, message, session) for owner, message in roster.items()}
 
 
 def _claim(keys: Mapping[str, str], session: Session) -> bytes:

@@ -82,6 +82,19 @@ def test_the_ledger_is_verified_shown_and_told_as_a_card(simulated, worldloom, r
         path.write_bytes(kept)
 
 
+def test_a_simulation_leaves_its_report_and_is_watched_from_its_folder(simulated, worldloom, tmp_path) -> None:
+    out, _, told = simulated
+    assert told["report"] == str(out / "report.html")
+    assert "two rooms: 3 owners wove one model in 2 rounds" in (out / "report.html").read_text()
+    rounds, rules = str(out / "rounds"), ["--constitution", str(out / "constitution.yaml")]
+    lines = worldloom("weave", "watch", rounds, *rules).out.splitlines()
+    assert sum("vault is refused" in line for line in lines) == 2
+    assert lines[-1].startswith("two rooms: all 2 rounds are done")
+    again = tmp_path / "report.html"
+    worldloom("weave", "report", rounds, *rules, "--out", str(again), "--runs", str(out))
+    assert again.read_text() == (out / "report.html").read_text()
+
+
 def test_bases_are_recomputed_with_everybody_and_without_one(simulated, worldloom, tmp_path) -> None:
     out, _, _ = simulated
     asked = ["weave", "recompute", str(out / "rounds"), "--constitution", str(out / "constitution.yaml"), "--json"]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worldloom.core.chain import Chain, Head, canonical, entries, verify
+from worldloom.core.chain import Chain, Head, Tail, canonical, entries, verify
 from worldloom.core.errors import DataError, StorageError
 
 
@@ -150,6 +150,53 @@ def test_an_entry_nested_without_end_is_named(tmp_path: Path) -> None:
     verdict = verify(path)
     assert verdict.broken == 2
     assert verdict.why == "is no entry of a chain"
+
+
+def test_a_tail_gives_each_entry_once_and_waits_for_one_that_is_half_written(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    tail = Tail(path)
+    assert tail.new() == []
+    written(path, 5)
+    whole = path.read_bytes()
+    path.write_bytes(b"")
+    given: list[int] = []
+    for cut in range(0, len(whole), 7):
+        with path.open("ab") as file:
+            file.write(whole[cut : cut + 7])
+        given += [entry.index for entry in tail.new()]
+        assert len(given) == whole[: cut + 7].count(b"\n")
+    assert given == [0, 1, 2, 3, 4]
+    assert tail.new() == []
+
+
+def test_a_tail_outlives_an_end_that_was_torn_off_and_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    written(path, 2)
+    tail = Tail(path)
+    with path.open("ab") as file:
+        file.write(b'{"body":{"torn')
+    assert len(tail.new()) == 2
+    with Chain(path, durable=False) as chain:
+        chain.append({"said": "third"})
+    assert [entry.body["said"] for entry in tail.new()] == ["third"]
+
+
+def test_a_tail_names_what_does_not_follow_and_what_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    written(path, 3)
+    lines = path.read_bytes().splitlines(keepends=True)
+    tail = Tail(path)
+    assert len(tail.new()) == 3
+    with path.open("ab") as file:
+        file.write(lines[1])
+    with pytest.raises(DataError, match="entry 3 does not follow"):
+        tail.new()
+    path.write_bytes(lines[0])
+    with pytest.raises(DataError, match="shorter than it was"):
+        tail.new()
+    path.unlink()
+    with pytest.raises(StorageError, match="does not exist"):
+        tail.new()
 
 
 def test_one_process_writes_at_a_time(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ class World:
             ledger.append("base", {"fingerprint": "ab"}, round=0)
             ledger.append("contribution", {**facts, "spent": {"epsilon": 1.5}}, round=0)
             ledger.append("refusal", {"owner": "acme", "reason": "late | 9 s"}, round=0)
-            ledger.append("round", {"evaluation": {"loss": 0.25}}, round=0)
+            evaluation = {"after": 0.25, "owners": {"bolt": [2.0, 0.5], "acme": [None, 0.25]}}
+            ledger.append("round", {"evaluation": evaluation, "weights": {"bolt": 0.25}}, round=0)
             ledger.append("base", {"fingerprint": "ef"}, round=1)
         return path
 
@@ -151,8 +152,8 @@ def test_data_is_not_written_in_a_ledger(world: World, tmp_path: Path) -> None:
 def test_the_card_says_who_contributed_and_is_not_written_from_a_false_ledger(world: World, tmp_path: Path) -> None:
     card = model_card(world.path, world.rules)
     assert "`ef` (round 1)" in card
-    assert "| bolt | open | 1 | 0.5 | epsilon 1.5 |" in card
-    assert "- Round 0: loss 0.25" in card
+    assert "| bolt | open | 1 | 0.25 | epsilon 1.5 |" in card
+    assert "- Round 0: after 0.25, owners (acme None to 0.25, bolt 2 to 0.5)" in card
     assert "- Round 0: acme: late \\| 9 s" in card
     false = tmp_path / "false.jsonl"
     false.write_bytes(world.path.read_bytes().replace(b'"weight":0.5', b'"weight":0.1'))

@@ -38,6 +38,7 @@ def simulate(
             "rounds": [{"round": number, **facts} for number, facts in told],
             "runs": {name: str(run.path) for name, run in made.runs.items()},
             "model_card": str(made.card),
+            "report": str(made.report),
         })  # fmt: skip
         return
     rows = []
@@ -51,6 +52,41 @@ def simulate(
     for name, run in made.runs.items():
         say(f"{name}: {run.path}")
     say(f"model card: {made.card}")
+    say(f"report: {made.report}")
+
+
+@app.command()
+def watch(
+    rounds: Rounds,
+    constitution: Annotated[
+        Path | None, typer.Option(help="The constitution; without it nobody knows which round is the last.")
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Show what there is now, and end.")] = False,
+) -> None:
+    """Show the rounds as they run, from any terminal that sees their folder; ends with the last round, or Ctrl-C."""
+    from worldloom.cli.watching import watch
+    from worldloom.federation import read_constitution
+
+    watch(rounds, None if constitution is None else read_constitution(constitution), once=once)
+
+
+@app.command()
+def report(
+    rounds: Rounds,
+    constitution: Rules,
+    out: Annotated[Path, typer.Option(help="Where the report goes, as HTML.")],
+    runs: Annotated[
+        Path | None, typer.Option(help="A folder with a run of each owner, NAME or NAME/run, whose training is shown.")
+    ] = None,
+) -> None:
+    """Write what the ledger tells as one page: losses, influence, bytes, privacy, refusals; it must verify."""
+    from worldloom.cli.console import say
+    from worldloom.federation import read_constitution
+    from worldloom.recipes.weaving_report import find_owners, write_weaving_report
+
+    rules = read_constitution(constitution)
+    write_weaving_report(out, rounds, rules, runs={} if runs is None else find_owners(runs, rules))
+    say(f"report: {out}")
 
 
 Party = Annotated[Path, typer.Argument(help="What this party states, as YAML; its paths are those of its folder.")]
@@ -101,12 +137,15 @@ def classify(
 @app.command()
 def coordinator(party: Party, json: Json = False) -> None:
     """Run the rounds that are left, with the members that connect; stopped or killed, it goes on when started again."""
-    from worldloom.cli.console import print_json, progress, say
+    from worldloom.cli.console import print_json, say
+    from worldloom.cli.watching import live
     from worldloom.core.yaml_config import read_yaml
     from worldloom.federation import Records
     from worldloom.recipes.weaving_deployment import CoordinatorConfig, coordinate
 
-    rounds = coordinate(read_yaml(party, CoordinatorConfig).at(party.parent), progress=progress())
+    config = read_yaml(party, CoordinatorConfig).at(party.parent)
+    with live(config.home / "rounds", config.rules()):
+        rounds = coordinate(config)
     bases = Records(rounds / "ledger.jsonl").bases()
     last = max(bases)
     if json:

@@ -151,6 +151,41 @@ class Chain:
             os.truncate(self.path, whole)
 
 
+class Tail:
+    """Reads a chain while another process writes it: `new` gives the entries that were finished since the last time.
+
+    A last line that is half-written is left until it is whole, and nothing is locked.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._offset, self._head = 0, _EMPTY
+
+    def new(self) -> list[Entry]:
+        """Return the new entries, each verified; none where there is no file yet.
+
+        Raises:
+            DataError: an entry does not verify, or what was read before is gone; it must be read anew.
+            StorageError: the storage refuses.
+        """
+        found: list[Entry] = []
+        if not self.path.exists() and not self._offset:
+            return found
+        with storage_errors(self.path), self.path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < self._offset:
+                raise DataError(f"{self.path} is shorter than it was: entries that were read are gone. Read it anew")
+            file.seek(self._offset)
+            content = file.read()
+        for line in content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]:
+            entry, why = _read(line + b"\n", self._head.length, self._head.hash)
+            if entry is None:
+                raise DataError(f"{self.path} does not verify: entry {self._head.length} {why}")
+            found.append(entry)
+            self._offset += len(line) + 1
+            self._head = Head(length=entry.index + 1, hash=entry.hash)
+        return found
+
+
 def entries(path: Path | str) -> Iterator[Entry]:
     """Read the entries of a chain, each verified before it is given.
 

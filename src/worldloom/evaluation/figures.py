@@ -45,7 +45,7 @@ _CYCLE = {
 }
 _INK = {"light": "#1d2329", "dark": "#e4e7ea"}
 _FAINT = {"light": "#d5dade", "dark": "#3a4148"}
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "p")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "p")
 COLOURS = len(_CYCLE["light"])
 _MAP = "viridis"
 
@@ -136,8 +136,8 @@ def success_by_distance(results: Results) -> Themed | None:
                     [mean + shift for _, mean in groups],
                     100 * rates,
                     yerr=100 * np.abs(ends.T - rates),
-                    marker=_MARKERS[kind % len(_MARKERS)],
-                    color=_colour(theme, kind),
+                    marker=MARKERS[kind % len(MARKERS)],
+                    color=colour(theme, kind),
                     label=row.method,
                     elinewidth=1,
                 )
@@ -253,11 +253,11 @@ def predicted_paths(data: PredictedPaths) -> Themed:
             if data.pictures is not None:
                 height, width = data.pictures.shape[1:3]
                 axis.imshow(data.pictures[place], extent=(0, width, height, 0), interpolation="nearest")
-            axis.plot(*data.true[place].T, color=_colour(paper, 0), linewidth=2.4, label="the world")
+            axis.plot(*data.true[place].T, color=colour(paper, 0), linewidth=2.4, label="the world")
             axis.plot(
-                *data.predicted[place].T, color=_colour(paper, 1), linewidth=1.6, dashes=(2.5, 1), label="prediction"
+                *data.predicted[place].T, color=colour(paper, 1), linewidth=1.6, dashes=(2.5, 1), label="prediction"
             )
-            axis.plot(*data.true[place, 0], marker="o", color=_colour(paper, 0), markersize=5)
+            axis.plot(*data.true[place, 0], marker="o", color=colour(paper, 0), markersize=5)
             axis.set_aspect("equal")
             axis.grid(False)
             axis.set_xticks([])
@@ -268,8 +268,8 @@ def predicted_paths(data: PredictedPaths) -> Themed:
         figure.legend(*axis.get_legend_handles_labels(), loc="outside lower left", ncols=2)
         axis = figure.add_subplot(grid[0, count])
         low, middle, high = np.percentile(errors, [10, 50, 90], axis=0)
-        axis.fill_between(steps, low, high, alpha=0.25, color=_colour(theme, 1), linewidth=0, label="10 to 90% of them")
-        axis.plot(steps, middle, color=_colour(theme, 1), label="median")
+        axis.fill_between(steps, low, high, alpha=0.25, color=colour(theme, 1), linewidth=0, label="10 to 90% of them")
+        axis.plot(steps, middle, color=colour(theme, 1), label="median")
         axis.set_ylim(bottom=0)
         axis.set_xlabel("environment steps")
         axis.set_ylabel(_in("error", data.unit))
@@ -326,7 +326,8 @@ def _style(theme: str) -> Any:
     }
 
 
-def _colour(theme: str, place: int) -> str:
+def colour(theme: str, place: int) -> str:
+    """Return a colour of the cycle, for a light or a dark page."""
     return _CYCLE[theme][place % len(_CYCLE[theme])]
 
 

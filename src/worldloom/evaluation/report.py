@@ -1,6 +1,5 @@
 """The report: one HTML file that holds everything it shows and asks the network for nothing."""
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +15,13 @@ from worldloom.evaluation.figures import (
     DistanceMap,
     LatentMap,
     PredictedPaths,
-    Themed,
     distance_map,
     latent_space,
     predicted_paths,
     success_by_distance,
     training_curves,
 )
+from worldloom.evaluation.page import data_uri, embedded, render_page
 from worldloom.evaluation.results import Recording, Results, Row
 from worldloom.evaluation.video import choose, episodes_video, to_size
 
@@ -58,21 +57,13 @@ def write_report(path: Path, results: Results, data: ReportData | None = None) -
 
 def render_report(results: Results, data: ReportData) -> str:
     """Return the report as HTML."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("worldloom.evaluation"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     best = _ranked(results)[0]
     recordings = results.recordings if data.recordings is None else data.recordings
     chosen = choose(recordings, best)
     video = episodes_video(chosen)
     walls = [_wall_row(results, method) for method in results.methods]
-    return environment.get_template("report.html").render(
+    return render_page(
+        "report.html",
         protocol=results.protocol,
         conventions=[line.partition(": ")[::2] for line in results.protocol.describe()],
         # A break within "cross-room" would read badly in large type.
@@ -84,7 +75,7 @@ def render_report(results: Results, data: ReportData) -> str:
         walls=[wall for wall in walls if wall is not None],
         best=best,
         figures={
-            name: _images(figure)
+            name: embedded(figure)
             for name, figure in {
                 "by_distance": success_by_distance(results),
                 "metrics": training_curves(data.metrics),
@@ -102,7 +93,7 @@ def render_report(results: Results, data: ReportData) -> str:
             "episodes": f"{video.absent}.",
             **data.absent,
         },
-        video=_uri("video/mp4", video.data) if video.data else "",
+        video=data_uri("video/mp4", video.data) if video.data else "",
         video_size=(video.width, video.height),
         strips=[_strip(recording) for recording in _few(chosen)],
         provenance=_flat({"hardware": results.hardware, **results.provenance}),
@@ -233,17 +224,7 @@ def _png(picture: np.ndarray) -> str:
 
     file = io.BytesIO()
     Image.fromarray(to_size(picture)).save(file, format="PNG", optimize=True)
-    return _uri("image/png", file.getvalue())
-
-
-def _images(figure: Themed | None) -> dict[str, str] | None:
-    if figure is None:
-        return None
-    return {"light": _uri("image/svg+xml", figure.light), "dark": _uri("image/svg+xml", figure.dark)}
-
-
-def _uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return data_uri("image/png", file.getvalue())
 
 
 def _percent(rate: float) -> str:

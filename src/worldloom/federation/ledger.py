@@ -15,6 +15,7 @@ from worldloom.core.errors import DataError
 from worldloom.core.files import read_json, write_json
 from worldloom.core.signing import SigningKey, verified
 from worldloom.federation.constitution import Constitution
+from worldloom.federation.story import printable
 
 _BY_COORDINATORS = (
     "constitution", "base", "contribution", "refusal", "round", "session", "survivors", "sum", "succession",
@@ -140,6 +141,11 @@ def save_countersigned(path: Path | str, checkpoint: Mapping[str, Any]) -> None:
     write_json(Path(path), dict(checkpoint))
 
 
+def is_countersigned(values: Any) -> bool:
+    """Whether values claim to be a checkpoint that somebody countersigned; `verify_ledger` says whether they are."""
+    return isinstance(values, Mapping) and values.get("kind") == _COUNTERSIGNED
+
+
 def read_countersigned(path: Path | str, constitution: Constitution) -> Head:
     """Return what a kept checkpoint saw.
 
@@ -205,6 +211,7 @@ def model_card(path: Path | str, constitution: Constitution) -> str:
         raise DataError(f"{path} does not verify: entry {verdict.broken} {verdict.why}. No card is written from it")
     records = Records(path)
     bases, contributions = records.bases(), list(records.entries("contribution"))
+    used = [entry.body["facts"].get("weights") or {} for entry in records.entries("round")]
     newest = max(bases, default=None, key=lambda number: -1 if number is None else number)
     base = "none yet" if newest is None else f"`{_cell(bases[newest].get('fingerprint'))}` (round {newest})"
     lines = [f"# {_cell(constitution.consortium)}", "", f"- Base: {base}"]
@@ -222,8 +229,8 @@ def model_card(path: Path | str, constitution: Constitution) -> str:
     for owner in sorted({str(entry.body["facts"].get("owner")) for entry in contributions}):
         own = [entry.body for entry in contributions if str(entry.body["facts"].get("owner")) == owner]
         classes = ", ".join(sorted({str(body["facts"].get("data_class")) for body in own}))
-        weights = [body["facts"]["weight"] for body in own if isinstance(body["facts"].get("weight"), int | float)]
-        weight = f"{sum(weights) / len(weights):.4g}" if weights else "unknown"
+        weights = [weights[owner] for weights in used if isinstance(weights.get(owner), int | float)]
+        weight = f"{sum(weights) / len(weights):.4g}" if weights else "none"
         rounds = len({body["round"] for body in own})
         cells = [owner, classes, rounds, weight, _figures(records.spent(owner)) or "none"]
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
@@ -293,11 +300,17 @@ def checked(checkpoint: Any, constitution: Constitution) -> Head:
 def _figures(values: Any) -> str:
     if not isinstance(values, Mapping):
         return "" if values is None else str(values)
-    return ", ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
-    )
+    return ", ".join(f"{name} {_figure(value)}" for name, value in values.items())
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"({_figures(value)})"
+    if isinstance(value, list):
+        return " to ".join(map(_figure, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _cell(value: Any) -> str:
     """Return text that stays in its cell and line, whoever wrote it."""
-    return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").split())
+    return printable(value).replace("|", "\\|").replace("<", "&lt;")

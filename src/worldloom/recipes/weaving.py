@@ -38,6 +38,7 @@ from worldloom.planning import encode_episodes, measure_geometry
 from worldloom.recipes.config import Recipe
 from worldloom.recipes.library import load_recipe
 from worldloom.recipes.run import Run
+from worldloom.recipes.weaving_report import write_weaving_report
 from worldloom.recipes.workflow import collect
 from worldloom.training import RunFolder, describe_provenance
 
@@ -113,11 +114,12 @@ def woven_recipe(name: str, overrides: Sequence[str], *, steps: int, stems: bool
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """What a simulation leaves: the run of each owner, and where rounds, ledger and model card lie."""
+    """What a simulation leaves: the run of each owner, and where rounds, ledger, model card and report lie."""
 
     runs: Mapping[str, Run]
     rounds: Path
     card: Path
+    report: Path
 
 
 def simulate(config: ConsortiumConfig, path: Path | str, *, seed: int = 0, progress: Progress = SILENT) -> Simulated:
@@ -169,7 +171,9 @@ def simulate(config: ConsortiumConfig, path: Path | str, *, seed: int = 0, progr
             runs[name] = Run(owner.run)
             measure(runs[name], owner.frames, progress)
     write_text(root / "model_card.md", model_card(root / "rounds" / "ledger.jsonl", constitution))
-    return Simulated(runs=runs, rounds=root / "rounds", card=root / "model_card.md")
+    homes = {name: run.path for name, run in runs.items()}
+    write_weaving_report(root / "report.html", root / "rounds", constitution, runs=homes)
+    return Simulated(runs=runs, rounds=root / "rounds", card=root / "model_card.md", report=root / "report.html")
 
 
 def alone(

@@ -46,7 +46,7 @@ class Drawn(LocalTraining):
     def __init__(self, quick: "Quick", name: str) -> None:
         self.partition, self._quick, self._name = quick.partition, quick, name
 
-    def stretch(self, name: str, base: Mapping[str, Tensor], steps: int) -> Trained:
+    def stretch(self, name: str, base: Mapping[str, Tensor], steps: int, *, at: int | None = None) -> Trained:
         number = int(name.split()[1])
         delta = self._quick.given.get(self._name) or drawn(self._name, number, base)
         zeros = {key: torch.zeros_like(tensor) for key, tensor in base.items()}  # so that the delta is not rounded
@@ -273,7 +273,8 @@ def killed_at(moment: int, function):
 def test_whichever_entry_of_the_ledger_was_the_last_before_a_kill(whole, tmp_path) -> None:
     consortium, last = whole
     entries = len(list(Records(consortium.path / "rounds" / "ledger.jsonl").entries()))
-    assert entries == 10  # constitution, base; session, three contributions, survivors, sum, round, base
+    # constitution, base; session, three contributions, survivors, sum, two checkpoints, round, base; a checkpoint
+    assert entries == 13
     for entry in range(entries - 2):  # the first two are there before the round
         broken = quick(tmp_path / str(entry), consortium.path)
         coordinator = broken.coordinator()
@@ -385,7 +386,7 @@ def test_a_node_keeps_no_secret_once_the_sum_is_opened_and_nobody_else_reads_it_
 
     def watched(message: bytes) -> bytes:
         answer = node.handle(message)
-        if (what := what_of(consortium, message)) != "judge":
+        if (what := what_of(consortium, message)) not in ("judge", "keep"):
             text = (node.path / "secure" / "session.json").read_text()
             seen.append((what, '"masker": null' not in text, any((node.path / "secure").glob("delta*"))))
         return answer
@@ -582,9 +583,8 @@ def test_nothing_that_the_coordinator_sees_tells_a_single_delta_while_the_sum_is
     # What it received: no message but a masked one brings tensors, and those are uniform numbers.
     known = hidden.constitution.known()
     for answer in heard:
-        kind = next(
-            kind for kind in ("advertised", "shared", "masked", "unmasked", "verdict") if has(answer, kind, known)
-        )
+        kinds = ("advertised", "shared", "masked", "unmasked", "verdict", "receipt")
+        kind = next(kind for kind in kinds if has(answer, kind, known))
         message = unseal(answer, kind=kind, known=known, limit=10**9)
         assert bytes_of(message.tensors) == (8 * count if kind == "masked" else 0)
     stripped = [row for number in range(3) for row in without_own_masks(hidden, number).values()]

@@ -10,6 +10,7 @@ from worldloom.models import ENCODERS, JEPAConfig, build_jepa, default_encoder
 from worldloom.models.encoders import Fusion, PatchConv, StemmedPatchConv, VectorMLP, ViT
 from worldloom.models.encoders.vit import sincos_positions
 from worldloom.models.normalisation import PixelNormalisation
+from worldloom.models.stems import _SPEED
 
 SMALL = [
     PatchConv(patch=4, channels=(8, 8), hidden=16),
@@ -182,9 +183,9 @@ def test_a_stem_that_is_folded_mixes_channels(pixel_case) -> None:
     config = StemmedPatchConv(patch=4, channels=(8,), hidden=16, size=(16, 16, 3))
     encoder = config.build(pixel_case.observation, pixel_case.statistics, 6)
     with torch.no_grad():
-        encoder.stem.mix.weight.normal_(generator=torch.Generator().manual_seed(0))
+        encoder.stem.mix.weight.normal_(std=1 / _SPEED, generator=torch.Generator().manual_seed(0))
     observations = pixel_case.observations(4)
-    features = encoder.stem.mix(encoder.normalise(observations.pixels))
+    features = _SPEED * encoder.stem.mix(encoder.normalise(observations.pixels))
     features = functional.relu(encoder.convolutions[0](features)).permute(0, 2, 3, 1).flatten(1)
     expected = encoder.out(functional.relu(encoder.hidden(features)))
     torch.testing.assert_close(encoder(observations), expected, rtol=1e-4, atol=1e-4)

@@ -55,6 +55,7 @@ class Quality(Config):
 class Constitution(Config):
     """The rules of a consortium.
 
+    Before its first round a member trains what is sovereign for `align_steps`, and what is shared stays as it came.
     `coordinators` are in order of succession: the name of a member, or a name and a key. `aggregation`, `outer`,
     `codec` and `partition` are parsed by the component that they name. Under `secure_aggregation` the coordinator sees
     sums of `threshold` contributions or more, and no single one.
@@ -65,6 +66,7 @@ class Constitution(Config):
     coordinators: tuple[Name | Coordinator, ...] = Field(min_length=1)
     rounds: int = Field(gt=0)
     inner_steps: int = Field(gt=0)
+    align_steps: int = Field(default=0, ge=0)
     quorum: int = Field(gt=0)
     patience_seconds: float = Field(default=600.0, gt=0)
     cap: float = Field(gt=0, le=1)

@@ -1,6 +1,6 @@
 """What an owner trains the shared model on: its own frames and its own state, by the same `fit` as everywhere."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +51,13 @@ class LocalTraining:
         self.partition, self._progress = partition, progress
         self._where = run.path / "stretch.json"
 
-    def stretch(self, name: str, base: Mapping[str, Tensor], steps: int, *, at: int | None = None) -> Trained:
+    def stretch(
+        self, name: str, base: Mapping[str, Tensor], steps: int, *, at: int | None = None, fixed: bool = False
+    ) -> Trained:
         """Train so many steps from a base; its tensors are exactly the shared part.
 
-        `at` is the step of the schedule that it begins at, by default the training's own.
+        `at` is the step of the schedule that it begins at, by default the training's own. With `fixed` the base does
+        not move.
 
         Raises:
             CheckpointError: the base is of another model.
@@ -63,20 +66,36 @@ class LocalTraining:
         known, here = fingerprint(base), self._here()
         if (here.get("name"), here.get("base")) != (name, known):
             here = self._begin(name, known, steps)
-        return self._go_on(here, base, at)
+        return self._go_on(here, base, at, fixed=base if fixed else ())
 
-    def alone(self, name: str, base: Mapping[str, Tensor], steps: int, *, at: int | None = None) -> None:
+    def align(self, base: Mapping[str, Tensor], steps: int) -> None:
+        """Let what is sovereign learn to meet a base, which does not move; nothing happens the second time.
+
+        Averages of models that each learned its owner's conventions are of no use; of those that learned one, they are.
+
+        Raises:
+            CheckpointError, TrainingError: see `stretch`.
+        """
+        here = self._here()
+        if self._stands() < steps:
+            if here.get("name") != "align" or here["base"] != fingerprint(base):
+                here = self._begin("align", fingerprint(base), steps - self._stands())
+            self._go_on(here, base, None, fixed=base)
+
+    def alone(
+        self, name: str, base: Mapping[str, Tensor], steps: int, *, at: int | None = None, fixed: bool = False
+    ) -> None:
         """Train so many steps from a base, or on from what stands if that is what was made of it.
 
-        Called again, it trains so many more, or goes on where it was.
+        Called again, it trains so many more, or goes on where it was. With `fixed` the base does not move.
 
         Raises:
             CheckpointError, TrainingError: see `stretch`.
         """
         known, here = fingerprint(base), self._here()
         if here.get("name") != name or self._stands() >= here["end"]:
-            here = self._begin(name, known, steps, goes_on=here.get("base") == known)
-        self._go_on(here, base, at)
+            here = self._begin(name, known, steps, goes_on=here.get("base") == known and not fixed)
+        self._go_on(here, base, at, fixed=base if fixed else ())
 
     def _here(self) -> dict[str, Any]:
         return dict(read_json(self._where)) if self._where.is_file() else {}
@@ -87,9 +106,11 @@ class LocalTraining:
         write_json(self._where, here)
         return here
 
-    def _go_on(self, here: Mapping[str, Any], base: Mapping[str, Tensor], at: int | None) -> Trained:
+    def _go_on(
+        self, here: Mapping[str, Any], base: Mapping[str, Tensor], at: int | None, *, fixed: Collection[str] = ()
+    ) -> Trained:
         put = {} if here.get("goes_on") else base
-        stretch = Stretch(begin=here["begin"], end=here["end"], base=put, at=at)
+        stretch = Stretch(begin=here["begin"], end=here["end"], base=put, at=at, fixed=fixed)
         resume = self.run.checkpoint_directory.is_dir()
         model = fit(
             self.training, self.model, self.frames, self.run, resume=resume, stretch=stretch, progress=self._progress

@@ -137,11 +137,12 @@ class Node:
             for file in (rules, *rules.parent.glob(f"{rules.name}.*.sig")):
                 shutil.copy2(file, into / file.name)
 
-    def alone(self, steps: int) -> None:
+    def alone(self, steps: int, *, fixed: bool = False) -> None:
         """Train on for the owner alone, as when the coordinator is cut off or was left.
 
         It sets out from the newest base, or from what this owner already made of it. What that makes of the shared part
-        stays here; the next round begins with the base that comes.
+        stays here; the next round begins with the base that comes. With `fixed` it does not move, and what is sovereign
+        learns to meet it. After the last round the learning rate falls to 0 in these steps.
 
         Raises:
             DataError: no base came yet.
@@ -149,7 +150,8 @@ class Node:
         """
         with exclusive_lock(self.path / ".lock", None):
             number, base = self.keeping.base()
-            self._own.alone(f"alone after round {number}", base, steps, at=self._at(number + 1))
+            at = min(self._at(number + 1), max(0, self._at(self.constitution.rounds) - steps))
+            self._own.alone(f"alone after round {number}", base, steps, at=at, fixed=fixed)
 
     def _train(self, asked: Message) -> bytes:
         number, base = int(asked.body["round"]), asked.tensors
@@ -174,10 +176,13 @@ class Node:
 
     def _at(self, number: int) -> int:
         """Return the step of the schedule that a round begins at, for whoever takes part in it."""
-        return min(number, self.constitution.rounds) * self.constitution.inner_steps
+        rules = self.constitution
+        return rules.align_steps + min(number, rules.rounds) * rules.inner_steps
 
     def _contribution(self, number: int, base: Mapping[str, Tensor]) -> Contribution:
         self.keeping.keep(number, base)
+        if self.constitution.align_steps:
+            self._training.align(base, self.constitution.align_steps)
         made = self._training.stretch(f"round {number}", base, self.constitution.inner_steps, at=self._at(number))
         return Contribution.of(
             self._training.partition.split(made.before),

@@ -1,13 +1,16 @@
 """Stems: small linear maps from what one owner's sensors and motors give to what a shared model takes, and no more.
 
 Owners whose cameras or action conventions differ can then share all that comes after. Both begin as the identity, as
-far as sizes let.
+far as sizes let. Their weights are kept divided by `_SPEED`: Adam moves each number by about the learning rate a step,
+which is much for one of thousands of weights and little for a map that has to turn half way round.
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+
+_SPEED = 20.0
 
 
 class PixelStem(nn.Module):
@@ -23,7 +26,7 @@ class PixelStem(nn.Module):
         self._size = (height, width)
         self.mix = nn.Conv2d(channels, shared, 1, bias=False)  # what comes in has mean 0, and what comes after a bias
         with torch.no_grad():
-            self.mix.weight.copy_(torch.eye(shared, channels)[:, :, None, None])
+            self.mix.weight.copy_(torch.eye(shared, channels)[:, :, None, None] / _SPEED)
 
     def forward(self, frames: Float[Tensor, "R C H W"]) -> Float[Tensor, "R C P Q"]:
         """Return frames of the shared size, their channels not mixed yet; see `fold`."""
@@ -33,7 +36,7 @@ class PixelStem(nn.Module):
 
     def fold(self, kernel: Float[Tensor, "O S K L"]) -> Float[Tensor, "O C K L"]:
         """Return a kernel that does to unmixed channels what the given one does to mixed ones."""
-        folded = torch.einsum("oskl,sc->ockl", kernel, self.mix.weight[:, :, 0, 0])
+        folded = torch.einsum("oskl,sc->ockl", kernel, _SPEED * self.mix.weight[:, :, 0, 0])
         return folded.contiguous(memory_format=torch.channels_last)
 
 
@@ -45,9 +48,9 @@ class ActionStem(nn.Module):
         self._actions = actions
         self.mix = nn.Linear(actions, shared, bias=False)
         with torch.no_grad():
-            self.mix.weight.copy_(torch.eye(shared, actions))
+            self.mix.weight.copy_(torch.eye(shared, actions) / _SPEED)
 
     def forward(self, blocks: Float[Tensor, "*axes A"]) -> Float[Tensor, "*axes M"]:
         """Return blocks of shared actions."""
         single = blocks.unflatten(-1, (-1, self._actions))
-        return torch.einsum("...i,ji->...j", single, self.mix.weight).flatten(-2)
+        return torch.einsum("...i,ji->...j", single, _SPEED * self.mix.weight).flatten(-2)

@@ -46,44 +46,60 @@ _log = logging.getLogger(__name__)
 
 
 class OwnerConfig(Config):
-    """One owner: the factors of its world (see `worldloom.envs`), how many episodes it logged, and of what class."""
+    """One owner: the factors of its world (see `worldloom.envs`), how many episodes it logged, and of what class.
+
+    After the last round its model settles at home: all of it, or, where data are few, what is sovereign.
+    """
 
     factors: dict[str, Any] = Field(default_factory=dict)
     episodes: int = Field(default=500, ge=1)
     data_class: Literal["open", "unique-open", "controlled", "sovereign", "private"] = "open"
+    settle: Literal["all", "sovereign"] = "all"
 
 
 class ConsortiumConfig(Config):
     """Owners of worlds of one recipe, and the rules by which they weave; `rules` are fields of `Constitution`.
 
     With `stems` each owner's camera and actions pass through a small map of its own before they meet what is shared.
-    After the last round each owner trains on for `own_steps`, its learning rate falling to 0: what was averaged settles
-    at home.
+    The first base is what the `pilot` learned alone in `align_steps`, in which the others let their stems meet it: else
+    each would pull the shared part toward its own conventions. After the last round each owner trains on for
+    `own_steps`, its learning rate falling to 0: what was averaged settles at home.
     """
 
     consortium: str = Field(min_length=1)
     recipe: str = "two-room"
     overrides: tuple[str, ...] = ()
     owners: dict[str, OwnerConfig] = Field(min_length=1)
-    rounds: int = Field(default=8, ge=1)
-    inner_steps: int = Field(default=100, ge=1)
-    own_steps: int = Field(default=100, ge=1)
+    pilot: str | None = None
+    align_steps: int = Field(default=0, ge=0)
+    rounds: int = Field(default=24, ge=1)
+    inner_steps: int = Field(default=25, ge=1)
+    own_steps: int = Field(default=200, ge=1)
     stems: bool = True
     rules: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> "ConsortiumConfig":
-        if taken := sorted({"consortium", "members", "coordinators", "rounds", "inner_steps"} & set(self.rules)):
+        if taken := sorted(
+            {"consortium", "members", "coordinators", "align_steps", "rounds", "inner_steps"} & set(self.rules)
+        ):
             raise ValueError(f"rules: {', '.join(taken)} follow from the owners and rounds; leave them out")
+        if self.pilot is not None and (self.pilot not in self.owners or not self.align_steps):
+            raise ValueError(f"pilot: expected one of {', '.join(self.owners)}, and align_steps; got {self.pilot!r}")
         return self
 
     @property
     def steps(self) -> int:
         """How many steps each owner trains in all."""
-        return self.rounds * self.inner_steps + self.own_steps
+        return self.shared_steps + self.own_steps
 
-    def recipe_of(self, name: str, seed: int) -> Recipe:
-        """Return what an owner collects and trains."""
+    @property
+    def shared_steps(self) -> int:
+        """How many of them go before the last base."""
+        return self.align_steps + self.rounds * self.inner_steps
+
+    def recipe_of(self, name: str, seed: int, *, steps: int | None = None) -> Recipe:
+        """Return what an owner collects and trains, by default until the last base."""
         owner = self.owners[name]
         overrides = [
             f"collection.episodes={owner.episodes}",
@@ -91,7 +107,7 @@ class ConsortiumConfig(Config):
             f"collection.env_kwargs={json.dumps({'factors': owner.factors})}",
             *self.overrides,
         ]
-        return woven_recipe(self.recipe, overrides, steps=self.steps, stems=self.stems, seed=seed)
+        return woven_recipe(self.recipe, overrides, steps=steps or self.shared_steps, stems=self.stems, seed=seed)
 
 
 def woven_recipe(name: str, overrides: Sequence[str], *, steps: int, stems: bool, seed: int) -> Recipe:
@@ -154,20 +170,25 @@ def simulate(config: ConsortiumConfig, path: Path | str, *, seed: int = 0, progr
                 constitution=constitution,
                 data_class=card.data_class,
             )
-        first = training[next(iter(training))]
+        first = training[config.pilot or next(iter(training))]
+        initial = initial_base(first.model, first.frames.spec, partition, seed=seed)
+        if config.pilot is not None and not (root / "rounds" / "bases").is_dir():
+            initial = dict(first.stretch("pilot", initial, config.align_steps).after)
         coordinator = Coordinator(
             root / "rounds",
             constitution,
             key=keys["coordinator"],
             transport=InProcess({name: node.handle for name, node in nodes.items()}),
-            initial=initial_base(first.model, first.frames.spec, partition, seed=seed),
+            initial=initial,
             progress=progress,
         )
         with closing(coordinator):
             last = coordinator.run()
         runs = {}
         for name, owner in training.items():
-            owner.stretch("own", last, config.own_steps)
+            fixed = config.owners[name].settle == "sovereign"
+            at = max(0, config.shared_steps - config.own_steps)
+            owner.stretch("own", last, config.own_steps, at=at, fixed=fixed)
             runs[name] = Run(owner.run)
             measure(runs[name], owner.frames, progress)
     write_text(root / "model_card.md", model_card(root / "rounds" / "ledger.jsonl", constitution))
@@ -181,7 +202,7 @@ def alone(
     progress: Progress = SILENT,
 ) -> Run:  # fmt: skip
     """Train an owner's model on its own logs alone, from the same beginning and for as many steps."""
-    recipe = config.recipe_of(name, seed)
+    recipe = config.recipe_of(name, seed, steps=config.steps)
     dataset = EpisodeDataset.open(data)
     partition = PartitionConfig.parse(config.rules.get("partition", {}))
     with closing(load_frames(dataset, recipe.data, progress=progress)) as frames:
@@ -208,6 +229,7 @@ def _constitution(config: ConsortiumConfig, path: Path, keys: Mapping[str, Signi
         "consortium": config.consortium,
         "members": {name: {"key": keys[name].public} for name in config.owners},
         "coordinators": [{"name": "coordinator", "key": keys["coordinator"].public}],
+        "align_steps": config.align_steps,
         "rounds": config.rounds,
         "inner_steps": config.inner_steps,
         **rules,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -68,14 +68,15 @@ class _Party(Config):
         return read_constitution(self.constitution)
 
     def woven(self, constitution: Constitution) -> Recipe:
-        """Return the recipe, with the steps of all rounds and of the owner's own."""
-        steps = constitution.rounds * constitution.inner_steps + self.own_steps
+        """Return the recipe, with the steps of all rounds."""
+        steps = constitution.align_steps + constitution.rounds * constitution.inner_steps
         return woven_recipe(self.recipe, self.overrides, steps=steps, stems=self.stems, seed=self.seed)
 
 
 class NodeConfig(_Party):
     """A node: the owner's name, keys, data and recipe, and where it reaches the coordinators, in order of succession.
 
+    After the last round the model settles at home in `own_steps`: all of it, or what is sovereign where data are few.
     Cut off for longer than `alone_after_seconds`, it trains on alone, `alone_steps` at a time, until it is asked again.
     """
 
@@ -86,6 +87,7 @@ class NodeConfig(_Party):
     patience_seconds: float = Field(default=600.0, gt=0)
     alone_after_seconds: float | None = Field(default=None, gt=0)
     alone_steps: int = Field(default=25, ge=1)
+    settle: Literal["all", "sovereign"] = "all"
 
     def at(self, folder: Path | str) -> "NodeConfig":
         """Return the same with every path as it is from here."""
@@ -312,7 +314,7 @@ def _settle(node: Node, run: Run, config: NodeConfig, progress: Progress) -> Non
     done = config.home / "settled.json"
     known = {"base": node.keeping.base()[0], "steps": config.own_steps}
     if config.own_steps and not (done.is_file() and read_json(done) == known):
-        node.alone(config.own_steps)
+        node.alone(config.own_steps, fixed=config.settle == "sovereign")
         write_json(done, known)
     measure(run, node.frames, progress)
 

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import FrameType
@@ -49,13 +49,14 @@ class Stretch:
     At `begin`, and only there, tensors of the model that `base` names are put in place of its own; the optimiser's
     moments, the modules of the losses and all other tensors stay. A stretch that was interrupted goes on where it was.
     The learning rate is that of the steps from `at`, or of the stretch's own: who was away for a while then trains at
-    the rate of all others.
+    the rate of all others. Of the model, tensors that `fixed` names do not move.
     """
 
     begin: int
     end: int
     base: Mapping[str, Tensor]
     at: int | None = None
+    fixed: Collection[str] = ()
 
     @property
     def shift(self) -> int:
@@ -168,6 +169,8 @@ class _Training:
         config, fabric = self.config, self.fabric
         last = config.steps if stretch is None else stretch.end
         self.shift = 0 if stretch is None else stretch.shift
+        fixed = frozenset(() if stretch is None else stretch.fixed)
+        self.fixed = [parameter for name, parameter in self.model.named_parameters() if name in fixed]
         wrapped = fabric.setup_module(self.learner)
         self.optimizer = self._optimizer()  # after the module, whose parameters sharding replaces
         optimizer = fabric.setup_optimizers(self.optimizer)
@@ -274,6 +277,8 @@ class _Training:
         with meter.phase("backward"):
             optimizer.zero_grad(set_to_none=True)
             self.fabric.backward(total)
+            for parameter in self.fixed:
+                parameter.grad = None  # what has no gradient the optimiser leaves alone
             norm = self.fabric.clip_gradients(wrapped, optimizer, max_norm=self.config.clip, error_if_nonfinite=False)
             # One transfer for all figures; before the step, so that the parameters stay finite.
             assert norm is not None

@@ -23,12 +23,14 @@ from worldloom.federation import (
     PartitionConfig,
     Records,
     fingerprint,
+    ratify,
     read_constitution,
     recompute,
     verify_ledger,
 )
 from worldloom.models import load_model
 from worldloom.recipes import Run, load_recipe, workflow
+from worldloom.recipes.weaving_deployment import classify, make_keys
 from worldloom.training.state import saved_steps
 
 pytest.importorskip("flwr", reason="needs pip install 'worldloom[weave]'")
@@ -141,9 +143,8 @@ class Deployment:
 
     def prepare(self) -> None:
         keys = self.path / "keys"
-        public = json.loads(self.run("weave", "keys", "hub", "--out", str(keys), "--host", "127.0.0.1"))
-        for name in (*OWNERS, "stranger"):
-            public |= json.loads(self.run("weave", "keys", name, "--out", str(keys)))
+        public = {"hub": make_keys(keys, "hub", ("127.0.0.1",))}
+        public |= {name: make_keys(keys, name) for name in (*OWNERS, "stranger")}
         rules = {
             "consortium": "three rooms",
             "members": {name: public[name] for name in OWNERS},
@@ -158,13 +159,12 @@ class Deployment:
         constitution = self.path / "constitution.yaml"
         constitution.write_text(json.dumps(rules))
         for name in OWNERS:
-            key = str(keys / f"{name}.pem")
-            self.run("weave", "ratify", str(constitution), "--member", name, "--key", key)
-            data, factors = str(self.path / f"{name}-data"), {"factors": {"action_turn": TURNS[name]}}
-            workflow.collect(
-                load_recipe("two-room").override([*MODEL, f"collection.env_kwargs={json.dumps(factors)}"]), data
-            )
-            self.run("weave", "classify", data, "--owner", name, "--as", "open", "--key", key)
+            key = keys / f"{name}.pem"
+            ratify(constitution, name, SigningKey(key))
+            factors = json.dumps({"factors": {"action_turn": TURNS[name]}})
+            recipe = load_recipe("two-room").override([*MODEL, f"collection.env_kwargs={factors}"])
+            workflow.collect(recipe, self.path / f"{name}-data")
+            classify(self.path / f"{name}-data", owner=name, data_class="open", key=key)
         shared = {"constitution": "constitution.yaml", "recipe": "two-room", "overrides": MODEL, "own_steps": 4}
         hub = {**shared, "key": "keys/hub.pem", "home": "hub", "tls": "keys/hub-tls", "port": self.port}
         (self.path / "hub.yaml").write_text(json.dumps(hub))

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import Empty, Queue
 from typing import Protocol, runtime_checkable
 
 from worldloom.core.errors import ConfigError, DataError, TrainingError
@@ -155,47 +156,89 @@ class FlowerTransport:
         waiting = {node: data for node, data in requests.items() if node in self._names.values()}
         for node in sorted(set(requests) - set(waiting)):
             yield Reply(node=node, data=None, error="no node of that name may connect")
-        asked: dict[str, str] = {}  # a message's id -> the node
         since: dict[str, str] = {}  # a node -> when the connection began on which it was asked
-        grid, trouble = None, ""
-        while waiting:
-            replies: Iterable[Message] = ()
-            try:
-                now = self._grid()
-                if now is not grid:
-                    grid, asked, since = now, {}, {}
-                online = self._online(grid)
-                for node, data in waiting.items():
-                    if node in online and since.get(node) != online[node].last_activated_at:
-                        remaining = max(1.0, deadline - time.monotonic())
-                        number = next(iter(grid.push_messages([_ask(data, online[node].node_id, remaining)])), None)
-                        if number is not None:
-                            asked[number], since[node] = node, online[node].last_activated_at
-                replies = grid.pull_messages(list(asked)) if asked else ()
-                trouble = ""
-            except (httpx.HTTPError, TrainingError) as error:
-                trouble = f"; the last trouble was {type(error).__name__}: {error}"
-                _log.warning("Flower's server does not answer: %s", error)
-            for message in replies:
-                answered = asked.pop(message.metadata.reply_to_message_id, None)
-                if answered not in waiting:
-                    continue
-                if message.has_error() and message.error.code in _LOST:
-                    _log.warning("%s lost a message (%s); it is asked again", answered, message.error.reason)
-                    since.pop(answered, None)
-                    continue
-                del waiting[answered]
-                yield _reply(answered, message)
-            if waiting and time.monotonic() >= deadline:
-                break
-            if waiting:
-                time.sleep(_POLL_SECONDS)
+        found: Queue[tuple[str, Message | Exception]] = Queue()
+        grid, ended, trouble = None, threading.Event(), ""
+        # With many nodes each is looked for less often.
+        pause = _POLL_SECONDS * max(1.0, len(waiting) / 10)
+        try:
+            while waiting:
+                try:
+                    now = self._grid()
+                    if now is not grid:
+                        ended.set()
+                        grid, ended, since = now, threading.Event(), {}
+                    online = self._online(grid)
+                    for node, data in waiting.items():
+                        if node in online and since.get(node) != online[node].last_activated_at:
+                            remaining = max(1.0, deadline - time.monotonic())
+                            number = next(iter(grid.push_messages([_ask(data, online[node].node_id, remaining)])), None)
+                            if number is not None:
+                                since[node] = online[node].last_activated_at
+                                _await(grid, number, node, found, ended, pause)
+                    trouble = ""
+                except (httpx.HTTPError, TrainingError) as error:
+                    trouble = f"; the last trouble was {type(error).__name__}: {error}"
+                    _log.warning("Flower's server does not answer: %s", error)
+                for node, message in _all_of(found, pause):
+                    if node not in waiting:
+                        continue
+                    if isinstance(message, Exception):
+                        trouble = f"; the last trouble was {type(message).__name__}: {message}"
+                        continue
+                    if message.has_error() and message.error.code in _LOST:
+                        _log.warning("%s lost a message (%s); it is asked again", node, message.error.reason)
+                        since.pop(node, None)
+                        continue
+                    del waiting[node]
+                    yield _reply(node, message)
+                if time.monotonic() >= deadline:
+                    break
+        finally:
+            ended.set()
         for node in sorted(waiting):
             why = f"no answer within {seconds:g} s" if node in since else f"not connected within {seconds:g} s"
             yield Reply(node=node, data=None, error=why + trouble)
 
     def _online(self, grid: Nodes) -> dict[str, NodeInfo]:
         return {self._names[info.public_key]: info for info in grid.get_nodes() if info.public_key in self._names}
+
+
+def _await(
+    grid: Nodes,
+    number: str,
+    node: str,
+    found: "Queue[tuple[str, Message | Exception]]",
+    ended: threading.Event,
+    pause: float,
+) -> None:
+    """Look for the answer to a message, in a thread of its own.
+
+    Flower waits long for the rest of an answer of which a node that died sent a part: meanwhile others are heard.
+    """
+
+    def look() -> None:
+        while not ended.wait(pause):
+            try:
+                messages = list(grid.pull_messages([number]))
+            except Exception as error:  # whatever it is, the exchange tells it where no answer comes
+                found.put((node, error))
+                continue
+            if messages:
+                found.put((node, messages[0]))
+                return
+
+    threading.Thread(target=look, name=f"worldloom-{node}", daemon=True).start()
+
+
+def _all_of(found: "Queue[tuple[str, Message | Exception]]", seconds: float) -> "list[tuple[str, Message | Exception]]":
+    """Return what is in a queue, as soon as something is."""
+    there = []
+    with suppress(Empty):
+        there.append(found.get(timeout=seconds))
+        while True:
+            there.append(found.get_nowait())
+    return there
 
 
 @contextmanager

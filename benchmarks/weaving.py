@@ -2,8 +2,8 @@
 
     python benchmarks/weaving.py [--consortium examples/five_owners.yaml] [--seeds 0 1 2] [--episodes 100]
 
-For each seed: every owner's model alone; the woven model with sovereign stems; woven with everything shared but
-statistics, so that conventions of actions clash; and one model trained on all logs, told in one convention of actions
+For each seed: every owner's model alone; woven with everything shared but statistics, so that conventions of actions
+clash; woven with sovereign stems; and one model trained on all logs, told in one convention of actions
 (an upper bound that nobody could train without moving data), all from the same beginning and for as many steps. Success
 is of the protocol's goals in the owner's own world, by tree search. Writes benchmarks/results/weaving.json; what one
 seed gave is kept beside it and taken up unless it is to be measured anew.
@@ -81,7 +81,8 @@ def measure(config: ConsortiumConfig, seed: int, arguments: argparse.Namespace) 
     """Return for each way to a model how many goals each owner reaches, of how many."""
     root = arguments.runs / str(seed)
     woven = simulate(config, root / "woven", seed=seed, progress=progress())
-    clashing = config.model_copy(update={"rules": {**config.rules, "partition": CLASHING}})
+    everything = {name: owner.model_copy(update={"settle": "all"}) for name, owner in config.owners.items()}
+    clashing = config.model_copy(update={"rules": {**config.rules, "partition": CLASHING}, "owners": everything})
     clash = simulate(clashing, root / "clashing", seed=seed, progress=progress())
     own = {
         name: alone(config, name, root / "alone" / name, root / "woven" / name / "data", seed=seed, progress=progress())
@@ -90,8 +91,8 @@ def measure(config: ConsortiumConfig, seed: int, arguments: argparse.Namespace) 
     pooled = pool(config, root, seed)
     ways: dict[str, Mapping[str, Run]] = {
         "alone": own,
-        "woven, all shared": clash.runs,
-        "woven": woven.runs,
+        "woven": clash.runs,
+        "woven + sovereign": woven.runs,
         "pooled": dict.fromkeys(config.owners, pooled),
     }
     reached = {

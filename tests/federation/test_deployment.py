@@ -4,17 +4,16 @@ import json
 import os
 import signal
 import socket
-import ssl
 import struct
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+from wire import Wire
 
 from worldloom.core.signing import SigningKey
 from worldloom.data import EpisodeDataset
@@ -44,64 +43,6 @@ MODEL = [
     "collection.episodes=8", "collection.steps=20", "collection.num_envs=8", "inverse.steps=20",
 ]  # fmt: skip
 ROUNDS, STEPS = 3, 20
-
-
-@dataclass
-class Wire:
-    """Stands between a node and the coordinator with the coordinator's certificate, and keeps every byte."""
-
-    tls: Path
-    port: int
-    sent: bytearray = field(default_factory=bytearray)
-    received: bytearray = field(default_factory=bytearray)
-
-    def __post_init__(self) -> None:
-        server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        server.load_cert_chain(self.tls / "server.pem", self.tls / "server.key")
-        self._server = server
-        self._client = ssl.create_default_context(cafile=str(self.tls / "ca.pem"))
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listening.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                raw, _ = self._listening.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._carry, args=(raw,), daemon=True).start()
-
-    def _carry(self, raw: socket.socket) -> None:
-        try:
-            with (
-                self._server.wrap_socket(raw, server_side=True) as node,
-                socket.create_connection(("127.0.0.1", self.port)) as far,
-                self._client.wrap_socket(far, server_hostname="127.0.0.1") as coordinator,
-            ):
-                up = threading.Thread(target=self._pump, args=(node, coordinator, self.sent), daemon=True)
-                up.start()
-                self._pump(coordinator, node, self.received)
-        except OSError:
-            raw.close()
-
-    @staticmethod
-    def _pump(source: ssl.SSLSocket, sink: ssl.SSLSocket, kept: bytearray) -> None:
-        try:
-            while data := source.recv(65536):
-                kept += data
-                sink.sendall(data)
-        except (OSError, ValueError):
-            pass
-        finally:
-            for end in (source, sink):
-                try:
-                    end.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    continue
-
-    def close(self) -> None:
-        self._listening.close()
 
 
 @dataclass
@@ -271,12 +212,12 @@ def test_a_node_whose_key_the_constitution_does_not_name_is_refused(deployment) 
 
 @pytest.mark.slow
 def test_what_a_node_sent_holds_no_sovereign_tensor_and_no_frame(deployment) -> None:
-    sent = bytes(deployment.wire.sent)
+    sent = deployment.wire.sent
     model = load_model(deployment.path / "north" / "run" / "model")
     state = model.state_dict()
     constitution = read_constitution(deployment.path / "constitution.yaml")
     partition = PartitionConfig.parse(constitution.partition).split(state)
-    assert sent.count(b"WLWEAVE\x01") >= ROUNDS * 3  # contributions and verdicts passed here, in the clear
+    assert len(deployment.wire.messages()) >= ROUNDS * 3  # contributions and verdicts passed here, in the clear
     for name in partition.sovereign:
         tensor = state[name].reshape(-1)
         # A number by itself may occur by chance; of a run of four nobody would believe that.

@@ -130,7 +130,9 @@ def success(run: Run, owner: OwnerConfig, episodes: int, *, one_convention: bool
     """Return how many goals are reached in the owner's world, and of how many."""
     factors = plain(owner.factors) if one_convention else owner.factors
     assert run.recipe.protocol is not None
-    protocol = PROTOCOLS[run.recipe.protocol].customise(episodes=episodes, env_kwargs={"factors": factors})
+    protocol = PROTOCOLS[run.recipe.protocol].customise(
+        episodes=episodes, env_kwargs={**owner.world, "factors": factors}
+    )
     results = evaluate(protocol, {METHOD: lambda: run.agent(METHOD)}, record=0, progress=progress())
     every = [episode.success for row in results.rows for episode in row.episodes]
     return [sum(every), len(every)]

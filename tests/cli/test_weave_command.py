@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from worldloom.federation import Rounds, fingerprint
+from worldloom.core.errors import DataError
+from worldloom.data import EpisodeDataset
+from worldloom.federation import PartitionConfig, Release, Rounds, fingerprint, initial_base, read_constitution
+from worldloom.federation.release import unmet
 from worldloom.recipes import Run
 
 CONSORTIUM = """
@@ -16,13 +20,15 @@ recipe: two-room
 overrides: ["training.batch=16", "training.horizon=2", "training.threads=1", "training.validation_windows=16",
             "model.encoder.channels=[8, 8]", "model.encoder.hidden=16", "model.latent_dim=8",
             "model.predictor.hidden=[16]", "collection.steps=20", "collection.num_envs=4", "inverse.steps=20"]
+pilot: north
+align_steps: 5
 rounds: 2
 inner_steps: 6
 own_steps: 4
-rules: {quality: {max_worse: 10.0}}
+rules: {quality: {max_worse: 10.0}, release: {rounds: 2, contributors: 2, countersigned: 2}}
 owners:
   north: {episodes: 8}
-  east: {episodes: 6, factors: {action_turn: 90}}
+  east: {episodes: 6, settle: sovereign, world: {size: 48}, factors: {action_turn: 90}}
   vault: {episodes: 6, data_class: private}
 """
 
@@ -114,6 +120,45 @@ def test_a_member_signs_with_its_own_key_alone(simulated, worldloom, refused, tm
     assert "by another key" in refused(3, *ratify, str(out / "keys" / "east.pem"))
     verify = ["weave", "ledger", "verify", str(out / "rounds"), "--constitution", str(path)]
     assert "not signed by east, vault" in refused(3, *verify)
+
+
+def test_others_let_their_stems_meet_what_the_pilot_learned_and_a_few_data_move_the_stems_alone(simulated) -> None:
+    out, _, told = simulated
+    runs = {name: Run.open(path) for name, path in told["runs"].items()}
+    assert {name: run.folder.metrics()[-1]["step"] for name, run in runs.items()} == {
+        "north": 5 + 12 + 4, "east": 5 + 12 + 4, "vault": 4
+    }  # fmt: skip
+    base = Rounds(out / "rounds").base(2)
+    ends = {name: run.model.state_dict() for name, run in runs.items()}
+    assert all(torch.equal(ends["east"][name], tensor) for name, tensor in base.items())
+    assert not all(torch.equal(ends["north"][name], tensor) for name, tensor in base.items())
+    # Frames of another size meet the same base.
+    assert runs["east"].model.spec.observation.pixels == (48, 48, 3)
+    assert runs["north"].model.spec.observation.pixels == (64, 64, 3)
+    # The first base is what the pilot made of an untrained one.
+    north = runs["north"]
+    spec = EpisodeDataset.open(out / "north" / "data").spec
+    untrained = initial_base(north.recipe.model, spec, PartitionConfig(), seed=0)
+    first = Rounds(out / "rounds").base(0)
+    assert set(first) == set(untrained)
+    assert not any(torch.equal(first[name], tensor) for name, tensor in untrained.items())
+
+
+def test_a_base_is_released_through_the_gates_of_the_constitution_alone(
+    simulated, worldloom, refused, tmp_path
+) -> None:
+    out, _, _ = simulated
+    rules = ["--constitution", str(out / "constitution.yaml")]
+    into = tmp_path / "released"
+    worldloom("weave", "release", str(out / "rounds"), *rules, "--into", str(into))
+    assert {path.name for path in into.iterdir()} >= {"base.json", "model_card.md", "ledger.jsonl"}
+    asked = ["weave", "release", str(out / "rounds"), *rules, "--into"]
+    assert "there already" in refused(4, *asked, str(into))
+    constitution = read_constitution(out / "constitution.yaml")
+    strict = constitution.model_copy(update={"release": Release(rounds=3, contributors=3, max_loss=0.0)})
+    # The same ledger under stricter gates: of these rules it would not verify, which is said first.
+    with pytest.raises(DataError, match="constitution"):
+        unmet(out / "rounds", strict)
 
 
 def test_rules_that_contradict_the_owners_are_refused(tmp_path, refused) -> None:

@@ -254,6 +254,18 @@ def recompute(
     say(f"without {', '.join(without)}" if without else "each is the one that the ledger names")
 
 
+@app.command()
+def release(
+    rounds: Rounds,
+    constitution: Rules,
+    into: Annotated[Path, typer.Option(help="A new folder for base, model card and ledger.")],
+) -> None:
+    """Let the newest base leave the consortium, if it passes every gate of the constitution."""
+    from worldloom.federation import read_constitution, release
+
+    typer.echo(str(release(rounds, read_constitution(constitution), into)))
+
+
 @ledger.command()
 def verify(rounds: Rounds, constitution: Rules, json: Json = False) -> None:
     """Check every entry and signature; the first that is wrong is named, and the exit code is 3."""

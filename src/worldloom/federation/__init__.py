@@ -6,7 +6,7 @@ The core knows no transport: a coordinator talks to nodes through a `Transport`,
 from worldloom.federation.aggregation import AGGREGATORS, Aggregate, Aggregator, capped
 from worldloom.federation.cards import DataCard, card_of, derive, guarded_frames, may_shape_base, strictest
 from worldloom.federation.codecs import CODECS, Codec, bytes_of
-from worldloom.federation.constitution import Constitution, Member, Quality, ratify, read_constitution
+from worldloom.federation.constitution import Constitution, Member, Quality, Release, ratify, read_constitution
 from worldloom.federation.contribution import Contribution
 from worldloom.federation.coordinator import Coordinator, Rounds, recompute, succeed
 from worldloom.federation.keeping import Keeping
@@ -25,6 +25,7 @@ from worldloom.federation.node import Node
 from worldloom.federation.outer import OUTER, Outer
 from worldloom.federation.partition import Partition, PartitionConfig, fingerprint
 from worldloom.federation.privacy import Accountant, PrivacyBudgetSpent, PrivacyConfig, clip_and_noise
+from worldloom.federation.release import release
 from worldloom.federation.transport import InProcess, Reply, Transport
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "PrivacyConfig",
     "Quality",
     "Records",
+    "Release",
     "Reply",
     "Rounds",
     "Trained",
@@ -72,6 +74,7 @@ __all__ = [
     "read_constitution",
     "read_countersigned",
     "recompute",
+    "release",
     "save_countersigned",
     "strictest",
     "succeed",

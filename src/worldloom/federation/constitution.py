@@ -52,6 +52,19 @@ class Quality(Config):
     max_worse: float = Field(default=0.1, ge=0)
 
 
+class Release(Config):
+    """Gates before a base leaves the consortium; by default none.
+
+    It is of so many rounds, so many members have a part in it, its held-out loss (of the member in the middle) is at
+    most so high, and so many members countersigned a ledger that names it.
+    """
+
+    rounds: int = Field(default=0, ge=0)
+    contributors: int = Field(default=0, ge=0)
+    max_loss: float | None = None
+    countersigned: int = Field(default=0, ge=0)
+
+
 class Constitution(Config):
     """The rules of a consortium.
 
@@ -80,7 +93,7 @@ class Constitution(Config):
     quality: Quality = Quality()
     classes: tuple[Literal["open", "unique-open", "controlled"], ...] = ("open", "unique-open")
     largest_megabytes: float = Field(default=1024.0, gt=0)
-    release: dict[str, Any] = Field(default_factory=dict)
+    release: Release = Release()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Constitution":
@@ -93,6 +106,12 @@ class Constitution(Config):
                     f"cap: {number} {what} with at most {self.cap} each have less than the whole; expected a cap of "
                     f"at least {1 / number:.6g}. Raise the cap or the quorum"
                 )
+        for what, number in (
+            ("contributors", self.release.contributors),
+            ("countersigned", self.release.countersigned),
+        ):
+            if number > count:
+                raise ConfigError(f"release.{what}: {number} of {count} members; expected at most all. Ask for fewer")
         for part in ("aggregation", "outer", "codec"):
             if not isinstance(getattr(self, part).get("name"), str):
                 raise ConfigError(f"{part}: expected a mapping with a 'name'; got {getattr(self, part)!r}")

@@ -46,12 +46,13 @@ _log = logging.getLogger(__name__)
 
 
 class OwnerConfig(Config):
-    """One owner: the factors of its world (see `worldloom.envs`), how many episodes it logged, and of what class.
+    """One owner: the factors and other arguments of its world, how many episodes it logged, and of what class.
 
     After the last round its model settles at home: all of it, or, where data are few, what is sovereign.
     """
 
     factors: dict[str, Any] = Field(default_factory=dict)
+    world: dict[str, Any] = Field(default_factory=dict)
     episodes: int = Field(default=500, ge=1)
     data_class: Literal["open", "unique-open", "controlled", "sovereign", "private"] = "open"
     settle: Literal["all", "sovereign"] = "all"
@@ -104,7 +105,7 @@ class ConsortiumConfig(Config):
         overrides = [
             f"collection.episodes={owner.episodes}",
             f"collection.seed={derive_seed(seed, 'owner', name) % 2**31}",
-            f"collection.env_kwargs={json.dumps({'factors': owner.factors})}",
+            f"collection.env_kwargs={json.dumps({**owner.world, 'factors': owner.factors})}",
             *self.overrides,
         ]
         return woven_recipe(self.recipe, overrides, steps=steps or self.shared_steps, stems=self.stems, seed=seed)

@@ -1,0 +1,59 @@
+"""The gates before a base leaves its consortium."""
+
+from pathlib import Path
+
+import pytest
+from consortium import Consortium
+
+from worldloom.core.errors import ConfigError, DataError
+from worldloom.federation import Constitution, fingerprint, release
+from worldloom.federation.release import BASE, unmet
+from worldloom.models import load_tensors
+
+
+def woven(path: Path, **gates: object) -> Consortium:
+    consortium = Consortium(path, rules={"rounds": 1, "inner_steps": 4, "release": gates})
+    coordinator = consortium.coordinator()
+    coordinator.run()
+    coordinator.close()
+    return consortium
+
+
+def test_a_base_that_passes_leaves_with_its_card_and_ledger(tmp_path: Path) -> None:
+    consortium = woven(tmp_path / "c", rounds=1, contributors=3, max_loss=1e6, countersigned=3)
+    into = release(tmp_path / "c" / "rounds", consortium.constitution, tmp_path / "out")
+    base, metadata = load_tensors(into / "base", kind=BASE)
+    assert metadata["round"] == 1
+    assert fingerprint(base) in (into / "model_card.md").read_text()
+    assert (into / "ledger.jsonl").read_bytes() == (tmp_path / "c" / "rounds" / "ledger.jsonl").read_bytes()
+
+
+def test_each_gate_that_is_not_passed_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    consortium = woven(tmp_path / "c", rounds=2, contributors=3, max_loss=0.0)
+    found = unmet(tmp_path / "c" / "rounds", consortium.constitution)
+    assert [any(word in why for why in found) for word in ("1 rounds", "held-out loss", "members have a part")] == [
+        True, True, False
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="may not be released: it is of 1 rounds; 2 are asked"):
+        release(tmp_path / "c" / "rounds", consortium.constitution, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_ledger_that_no_member_countersigned_since_is_not_enough(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path, rules={"rounds": 1, "inner_steps": 4, "release": {"countersigned": 1}})
+    coordinator = consortium.coordinator()
+    coordinator.weave(0)  # and the last base has not been handed over yet
+    assert unmet(tmp_path / "rounds", consortium.constitution) == [
+        "0 members countersigned a ledger that names it; 1 are asked"
+    ]
+    coordinator.run()
+    coordinator.close()
+    assert unmet(tmp_path / "rounds", consortium.constitution) == []
+
+
+def test_gates_that_no_base_can_pass_are_refused(tmp_path: Path) -> None:
+    values = Consortium(tmp_path).constitution.model_dump(mode="json")
+    with pytest.raises(ConfigError, match=r"release\.contributors: 4 of 3"):
+        Constitution.parse({**values, "release": {"contributors": 4}})
+    with pytest.raises(ConfigError, match="did you mean 'rounds'"):
+        Constitution.parse({**values, "release": {"round": 4}})

@@ -1,18 +1,23 @@
 """A consortium at the command line: simulated, killed and taken up, verified, recomputed, and told in a model card."""
 
 import json
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from worldloom.core.errors import DataError
+from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.signing import SigningKey
 from worldloom.data import EpisodeDataset
 from worldloom.federation import PartitionConfig, Release, Rounds, fingerprint, initial_base, read_constitution
+from worldloom.federation.cards import card_of
 from worldloom.federation.release import unmet
 from worldloom.recipes import Run
+from worldloom.recipes.weaving_deployment import NodeConfig, _join_any
 
 CONSORTIUM = """
 consortium: two rooms
@@ -170,3 +175,71 @@ def test_rules_that_contradict_the_owners_are_refused(tmp_path, refused) -> None
     assert "cap" in refused(2, *simulate)
     path.write_text(CONSORTIUM.replace("owners:", "owner:"))
     assert "did you mean 'owners'" in refused(2, *simulate)
+
+
+def test_the_keys_of_a_party_are_made_once_and_what_others_need_is_printed(worldloom, refused, tmp_path) -> None:
+    keys = str(tmp_path / "keys")
+    told = json.loads(worldloom("weave", "keys", "north", "--out", keys).out)["north"]
+    assert told["key"] == SigningKey(tmp_path / "keys" / "north.pem").public
+    assert told["connection"] == (tmp_path / "keys" / "north.ssh.pub").read_text().strip()
+    hub = json.loads(worldloom("weave", "keys", "hub", "--out", keys, "--host", "weave.example").out)["hub"]
+    assert set(hub) == {"key"}
+    assert (tmp_path / "keys" / "hub-tls" / "server.pem").is_file()
+    assert "never written over" in refused(4, "weave", "keys", "north", "--out", keys)
+
+
+def test_data_shape_the_base_once_their_owner_says_so(simulated, worldloom, refused, tmp_path) -> None:
+    out, _, _ = simulated
+    data = tmp_path / "data"
+    shutil.copytree(out / "north" / "data", data)
+    key = SigningKey(out / "keys" / "north.pem")
+    assert card_of(data, {key.public: "north"}).data_class == "private"
+    asked = ["weave", "classify", str(data), "--owner", "north", "--key", str(out / "keys" / "north.pem"), "--as"]
+    assert worldloom(*asked, "controlled").out.strip() == str(tmp_path / "data.card.yaml")
+    assert card_of(data, {key.public: "north"}).data_class == "controlled"
+    worldloom(*asked, "open")
+    assert card_of(data, {key.public: "north"}).data_class == "open"
+    assert "did you mean 'sovereign'" in refused(2, *asked, "sovreign")
+
+
+PARTY = {
+    "owner": "north", "key": "keys/north.pem", "connection": "keys/north.ssh", "constitution": "constitution.yaml",
+    "coordinators": [{"address": "localhost:9443", "authority": "ca.pem"}], "data": "north/data", "home": "home",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ({"owner": "nobody"}, 2, "is no member"),
+        ({"key": "keys/east.pem"}, 3, "by another key"),
+        ({"data": "nowhere"}, 4, "nowhere"),
+        ({"coordinators": []}, 2, "coordinators"),
+        ({"coordinators": [{"address": "localhost", "authority": "ca.pem"}]}, 2, "coordinators"),
+        ({"constitution": "none.yaml"}, 4, "none.yaml"),
+        ({"ovner": 1}, 2, "did you mean 'owner'"),
+    ],
+)
+def test_a_party_that_states_what_cannot_be_is_refused(simulated, refused, tmp_path, change, code, said) -> None:
+    out, _, _ = simulated
+    party = out / f"party-{len(list(out.glob('party-*')))}.yaml"
+    party.write_text(json.dumps({**PARTY, **change}))
+    assert said in refused(code, "weave", "exit", str(party), "--into", str(tmp_path / "gone"))
+    assert not (tmp_path / "gone").exists()
+
+
+def test_a_node_goes_to_the_next_coordinator_where_one_is_lost(tmp_path) -> None:
+    seats = [{"address": f"{name}:1", "authority": "ca.pem"} for name in ("first", "second", "third")]
+    config = NodeConfig.parse({**PARTY, "coordinators": seats})
+    asked = []
+
+    def join(answer, *, server, **options) -> None:
+        asked.append(server)
+        if server != "second:1":
+            raise ConfigError(f"{server} is not there")
+
+    _join_any(join, config, lambda data: data, threading.Event())
+    assert asked == ["first:1", "second:1"]
+    lost = config.model_copy(update={"coordinators": (config.coordinators[0], config.coordinators[2])})
+    with pytest.raises(ConfigError, match="first:1 is not there; third:1 is not there"):
+        _join_any(join, lost, lambda data: data, threading.Event())

@@ -21,6 +21,7 @@ from worldloom.federation import (
     Keeping,
     PartitionConfig,
     Records,
+    Rounds,
     fingerprint,
     ratify,
     read_constitution,
@@ -89,7 +90,7 @@ class Deployment:
         rules = {
             "consortium": "three rooms",
             "members": {name: public[name] for name in OWNERS},
-            "coordinators": [{"name": "hub", **public["hub"]}],
+            "coordinators": [{"name": "hub", **public["hub"]}, "north"],
             "rounds": ROUNDS,
             "inner_steps": STEPS,
             "quorum": 3,
@@ -164,7 +165,10 @@ def _live_through(made: Deployment, wire: Wire) -> None:
     """Run all rounds, with a node and then the coordinator killed on the way, and a stranger at the door."""
     direct = f"127.0.0.1:{made.port}"
     hub = made.parties["hub"].start()
-    north, east = made.node("north", wire.address).start(), made.node("east", direct).start()
+    north, east = (
+        made.node("north", wire.address).start(),
+        made.node("east", direct, alone_after_seconds=4, alone_steps=5).start(),
+    )
     south = made.node("south", direct).start()
     # It states a member's name, and has keys of its own.
     made.node("south", direct, file="stranger", connection="keys/stranger.ssh", home="stranger", patience_seconds=15)
@@ -198,8 +202,12 @@ def test_the_rounds_are_completed_though_a_node_and_the_coordinator_were_killed(
     # Killed or not, each trained every step of the rounds and its own once.
     for name in OWNERS:
         run = Run.open(deployment.path / name / "run")
-        assert max(saved_steps(run.folder)) == ROUNDS * STEPS + 4
+        alone = 5 if name == "east" else 0  # it goes on by itself where nobody asks
+        more = max(saved_steps(run.folder)) - ROUNDS * STEPS - 4
+        assert more > 0 if alone else more == 0
+        assert more % max(1, alone) == 0
         assert run.agent("tree search") is not None
+    assert "is cut off and trained 5 steps alone" in deployment.parties["east"].said()
 
 
 @pytest.mark.slow
@@ -258,3 +266,18 @@ def test_an_owner_leaves_with_everything_that_is_its_own(deployment) -> None:
     rules = ["--constitution", str(into / "constitution.yaml")]
     assert "whole" in deployment.run("weave", "ledger", "verify", str(into / "consortium"), *rules)
     deployment.run("weave", "return", party)
+
+
+@pytest.mark.slow
+def test_a_member_with_a_seat_takes_over_from_what_its_node_kept(deployment) -> None:
+    values = json.loads((deployment.path / "hub.yaml").read_text())
+    values |= {"home": "north-hub", "key": "keys/north.pem"}
+    (deployment.path / "north-hub.yaml").write_text(json.dumps(values))
+    party, seat = str(deployment.path / "north.yaml"), str(deployment.path / "north-hub.yaml")
+    said = deployment.run("weave", "succeed", party, "--coordinator", seat)
+    assert f"before round {ROUNDS}" in said
+    rounds = deployment.path / "north-hub" / "rounds"
+    constitution = read_constitution(deployment.path / "constitution.yaml")
+    assert verify_ledger(rounds / "ledger.jsonl", constitution).broken is None
+    bases = Records(deployment.path / "hub" / "rounds" / "ledger.jsonl").bases()
+    assert fingerprint(Rounds(rounds).base(ROUNDS)) == bases[ROUNDS]["fingerprint"]

@@ -299,6 +299,29 @@ def test_a_stretch_that_was_killed_goes_on_and_does_not_take_its_base_twice(cach
     assert_same_result(whole, broken)
 
 
+def test_what_a_stretch_fixes_does_not_move_and_the_rest_does(cache, tmp_path) -> None:
+    run = in_stretches(tmp_path / "run", cache, [20])
+    before = load_model(run.model_directory).state_dict()
+    fixed = [name for name in before if name.startswith("predictor.")]
+    fit(CONFIG, MODEL, cache, run, resume=True, stretch=Stretch(begin=20, end=25, base={}, fixed=fixed))
+    after = load_model(run.model_directory).state_dict()
+    moving = [name for name in before if name.startswith("encoder.") and "weight" in name]
+    assert all(torch.equal(after[name], before[name]) for name in fixed)
+    assert not any(torch.equal(after[name], before[name]) for name in moving)
+    fit(CONFIG, MODEL, cache, run, resume=True, stretch=Stretch(begin=25, end=30, base={}))
+    again = load_model(run.model_directory).state_dict()
+    assert not any(torch.equal(again[name], after[name]) for name in fixed)
+
+
+def test_a_stretch_trains_at_the_rate_of_the_steps_that_it_states(cache, tmp_path) -> None:
+    run = in_stretches(tmp_path / "run", cache, [10])
+    fit(CONFIG, MODEL, cache, run, resume=True, stretch=Stretch(begin=10, end=14, base={}, at=STEPS - 4))
+    fit(CONFIG, MODEL, cache, run, resume=True, stretch=Stretch(begin=14, end=16, base={}))
+    ends = {row["step"]: row["learning_rate"] for row in run.metrics() if "learning_rate" in row}
+    assert ends[14] == pytest.approx(CONFIG.learning_rate_at(STEPS - 1))
+    assert ends[16] == pytest.approx(CONFIG.learning_rate_at(15))
+
+
 def test_a_stretch_that_begins_elsewhere_or_another_models_base_is_refused(cache, tmp_path) -> None:
     run = in_stretches(tmp_path / "run", cache, [20])
     for stretch, message in (

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,7 @@ import safetensors.torch
 import torch
 from consortium import MODEL, OWNERS, Consortium
 
+import worldloom.federation.coordinator as coordinator_module
 from worldloom.core.errors import DataError, StorageError, TrainingError
 from worldloom.federation.codecs import bytes_of
 from worldloom.federation.coordinator import Rounds, recompute
@@ -283,6 +285,45 @@ def test_int8_with_error_feedback_weaves_as_well_with_far_fewer_bytes(woven, tmp
     )
     assert abs(second / first - 1) < 0.1
     assert (tmp_path / "north" / "codec" / "residual-00002.json").is_file()
+
+
+def test_a_disk_that_is_full_ends_the_round_and_loses_nothing(woven, tmp_path, monkeypatch) -> None:
+    consortium, last = woven
+    shutil.copytree(consortium.path / "keys", tmp_path / "keys")
+    broken = Consortium(tmp_path)
+    coordinator = broken.coordinator()
+    whole, left = coordinator_module.write_atomic, [3]
+
+    def full(path: Path, write) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise StorageError(f"{path}: no space left on device")
+        whole(path, write)
+
+    monkeypatch.setattr(coordinator_module, "write_atomic", full)
+    with pytest.raises(StorageError, match="no space left"):
+        coordinator.run()
+    coordinator.close()
+    monkeypatch.setattr(coordinator_module, "write_atomic", whole)
+    again = broken.coordinator()
+    ended = again.run()
+    again.close()
+    assert fingerprint(ended) == fingerprint(last)
+    assert verify_ledger(tmp_path / "rounds" / "ledger.jsonl", broken.constitution).broken is None
+
+
+def test_a_node_of_another_model_refuses_and_the_round_goes_on_without_it(tmp_path) -> None:
+    consortium = Consortium(tmp_path, rules={"rounds": 1})
+    node = consortium.node("south")
+    node._training.model = MODEL.override(["latent_dim=5"])
+    coordinator = consortium.coordinator({"south": node.handle})
+    coordinator.run()
+    coordinator.close()
+    records = Records(tmp_path / "rounds" / "ledger.jsonl")
+    (refusal,) = [entry.body["facts"] for entry in records.entries("refusal")]
+    assert refusal["owner"] == "south"
+    assert "expected the same model" in refusal["reason"]
+    assert {tuple(entry.body["facts"]["weights"]) for entry in records.entries("round")} == {("east", "north")}
 
 
 def test_another_constitution_or_key_does_not_go_on_in_the_folder(woven, tmp_path) -> None:

@@ -323,6 +323,24 @@ def test_a_message_that_a_node_lost_is_sent_again_but_a_refusal_is_an_answer(gri
     assert [name for name, _ in grid.asked] == ["north", "north", "east"]
 
 
+def test_an_answer_that_hangs_on_its_way_holds_up_no_other(grid: Grid) -> None:
+    pull, hanging = grid.pull_messages, threading.Event()
+
+    def stuck(message_ids: Sequence[str]) -> list[Message]:
+        if message_ids == ["message 0"]:  # a node died while it sent the rest of it
+            hanging.wait(20)
+        return pull(message_ids)
+
+    grid.pull_messages = stuck  # type: ignore[method-assign]
+    try:
+        replies = list(over(grid).exchange(dict.fromkeys(NAMES, b"?"), seconds=1.0))
+    finally:
+        hanging.set()
+    assert [reply.node for reply in replies if reply.data is None] == [grid.asked[0][0]]
+    assert "no answer within 1 s" in replies[-1].error
+    assert len(replies) == 3
+
+
 def test_a_server_that_was_started_again_is_asked_everything_again(grid: Grid) -> None:
     second = Grid(connected=dict(grid.connected), answers=dict(grid.answers))
     grid.answers["east"] = None

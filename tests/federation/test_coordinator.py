@@ -144,7 +144,9 @@ def test_whichever_entry_of_the_ledger_was_the_last_before_a_kill(woven, tmp_pat
 def test_a_node_that_is_asked_again_says_the_same(woven) -> None:
     consortium, _ = woven
     base = Rounds(consortium.path / "rounds").base(2)
+    lines = Records(consortium.path / "rounds" / "ledger.jsonl").lines()
     body = {"what": "train", "round": 2, "constitution": consortium.constitution.fingerprint}
+    body["ledger"] = {"begin": 0, "lines": lines}
     asked = seal("ask", body, base, key=consortium.keys["coordinator"])
     said = consortium.node("south").handle(asked)
     assert said == Rounds(consortium.path / "rounds").message(2, "south").read_bytes()
@@ -334,3 +336,68 @@ def test_another_constitution_or_key_does_not_go_on_in_the_folder(woven, tmp_pat
     consortium.keys = {**consortium.keys, "coordinator": consortium.keys["east"]}
     with pytest.raises(DataError, match="no coordinator's key"):
         consortium.coordinator()
+
+
+def nested(depth: int) -> list:
+    inner: list = []
+    for _ in range(depth):
+        inner = [inner]
+    return inner
+
+
+@pytest.mark.parametrize("spent", [{"x": nested(20)}, {"x": nested(900)}, {"x": 1.0}, {"epsilon": "much"}])
+def test_what_a_member_says_of_its_privacy_cannot_spoil_the_ledger(tmp_path, spent) -> None:
+    consortium = Consortium(tmp_path, rules={"rounds": 1, "inner_steps": 4})
+    node = consortium.node("south")
+
+    def boasts(message: bytes) -> bytes:
+        answer = node.handle(message)
+        try:
+            known = {consortium.keys["south"].public: "south"}
+            said = unseal(answer, kind="contribution", known=known, limit=10**7)
+        except DataError:
+            return answer
+        return forged(consortium, "south", "contribution", {**said.body, "spent": spent}, said.tensors)
+
+    run(consortium, {"south": boasts})
+    assert any("south" in why or "header" in why for why in reasons(consortium))
+    assert verify_ledger(tmp_path / "rounds" / "ledger.jsonl", consortium.constitution).broken is None
+    records = Records(tmp_path / "rounds" / "ledger.jsonl")
+    assert {tuple(entry.body["facts"]["weights"]) for entry in records.entries("round")} == {("east", "north")}
+
+
+def forged(consortium: Consortium, name: str, kind: str, body: dict, tensors) -> bytes:
+    """Return a message that a member signs, whatever it says."""
+    import json
+    import struct
+
+    whole = seal(kind, {}, tensors, key=consortium.keys[name])
+    (length,) = struct.unpack_from("<I", whole, 8)
+    values = json.loads(whole[12 : 12 + length])
+    header = json.dumps({**values, "body": body}, sort_keys=True, separators=(",", ":")).encode("ascii")
+    said = whole[:8] + struct.pack("<I", len(header)) + header
+    return said + bytes.fromhex(consortium.keys[name].sign(said)) + whole[12 + length + 64 :]
+
+
+@pytest.mark.parametrize("change", [
+    {"losses": {"total": "nan"}}, {"losses": {"total": 0}}, {"losses": {"total": -1.0}}, {"losses": 3},
+    {"countersigned": {"x": 1}}, {"countersigned": None},
+])  # fmt: skip
+def test_a_verdict_that_is_none_ends_no_round(tmp_path, change) -> None:
+    consortium = Consortium(tmp_path, rules={"rounds": 1, "inner_steps": 4})
+    node = consortium.node("south")
+
+    def judges(message: bytes) -> bytes:
+        answer = node.handle(message)
+        try:
+            known = {consortium.keys["south"].public: "south"}
+            said = unseal(answer, kind="verdict", known=known, limit=10**7)
+        except DataError:
+            return answer
+        return seal("verdict", {**said.body, **change}, {}, key=consortium.keys["south"])
+
+    run(consortium, {"south": judges})
+    records = Records(tmp_path / "rounds" / "ledger.jsonl")
+    (facts,) = [entry.body["facts"] for entry in records.entries("round")]
+    assert set(facts["evaluation"]["owners"]) == {"east", "north"}
+    assert verify_ledger(tmp_path / "rounds" / "ledger.jsonl", consortium.constitution).broken is None

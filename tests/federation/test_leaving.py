@@ -4,9 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from consortium import MODEL, OWNERS, Consortium, points
 
-from worldloom.core.errors import DataError, StorageError
+from worldloom.core.errors import DataError, StorageError, TrainingError
 from worldloom.federation import (
     Coordinator,
     InProcess,
@@ -20,6 +21,8 @@ from worldloom.federation import (
     verify_ledger,
 )
 from worldloom.federation.envelope import seal, unseal
+from worldloom.models import load_model
+from worldloom.training.state import saved_steps
 
 
 def kinds(consortium: Consortium, kind: str) -> list[dict]:
@@ -174,7 +177,65 @@ def test_a_member_takes_over_from_a_coordinator_that_is_lost(tmp_path: Path) -> 
     late = consortium.coordinator()
     late.weave(2)
     assert late._circle.ask("keep", 2, late.rounds.base(2), kind="receipt") == {}
+    with pytest.raises(TrainingError, match="round 3 has 0 contributions"):
+        late.weave(3)
+    assert any("written anew" in str(facts["reason"]) for facts in kinds(consortium, "refusal"))
     late.close()
+
+
+def test_no_base_is_taken_that_the_ledger_does_not_name_for_its_round(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path, rules={"rounds": 2}, seats=("north",))
+    coordinator = consortium.coordinator()
+    coordinator.weave(0)
+    base, lines = coordinator.rounds.base(1), coordinator.ledger.lines()
+    coordinator.close()
+    other = {name: tensor + 1 for name, tensor in base.items()}
+    node = consortium.node("south")
+    before = node.keeping.base()[0]
+    for what in ("train", "keep"):
+        for number, tensors, ledger, why in (
+            (1, base, None, "without the ledger"),
+            (1, other, {"begin": 0, "lines": lines}, "not the one that the ledger names"),
+            (2, base, {"begin": 0, "lines": lines}, "not the one that the ledger names"),
+            (-1, base, {"begin": 0, "lines": lines}, "not the one that the ledger names"),
+        ):
+            body = {"what": what, "round": number, "constitution": consortium.constitution.fingerprint}
+            body |= {} if ledger is None else {"ledger": ledger}
+            for key in ("coordinator", "north"):  # who has a seat may ask, and no more than that
+                answer = node.handle(seal("ask", body, tensors, key=consortium.keys[key]))
+                known = {consortium.keys["south"].public: "south"}
+                assert why in unseal(answer, kind="refusal", known=known, limit=10**6).body["why"]
+    assert node.keeping.base()[0] == before
+
+
+def test_settling_happens_once_and_begins_with_the_base_whatever_was_done_alone(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path, rules={"rounds": 1})
+    coordinator = consortium.coordinator()
+    base = coordinator.run()
+    coordinator.close()
+    node = consortium.node("south")
+    assert not node.alone(5, still=lambda: False)
+    assert node.alone(5)
+    node.settle(8, fixed=True)
+    state = load_model(node._training.run.model_directory).state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in base.items())
+    node.settle(8, fixed=True)
+    assert max(saved_steps(node._training.run)) == 12 + 5 + 8
+    node.settle(0)
+    state = load_model(node._training.run.model_directory).state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in base.items())
+
+
+def test_a_successor_needs_the_base_that_the_ledger_names(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path / "c", rules={"rounds": 2}, seats=("north",))
+    coordinator = consortium.coordinator()
+    coordinator.weave(0)
+    keeping = consortium.node("north").keeping
+    keeping.follow(0, coordinator.ledger.lines())  # and the base did not come any more
+    coordinator.close()
+    with pytest.raises(DataError, match="the ledger names that of round 1"):
+        succeed(keeping, tmp_path / "new", consortium.constitution, consortium.keys["north"])
+    assert not (tmp_path / "new").exists()
 
 
 def test_keeping_refuses_what_does_not_verify_and_stays_as_it_was(tmp_path: Path) -> None:

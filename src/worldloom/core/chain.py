@@ -23,6 +23,7 @@ from worldloom.core.files import exclusive_lock, storage_errors
 
 _log = logging.getLogger(__name__)
 _NOTHING = "0" * 64  # what the first entry follows
+_DEEPEST = 32  # mappings and lists within one another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +70,25 @@ def canonical(value: Any) -> str:
     """Return the one JSON text of a value.
 
     Raises:
-        DataError: it holds what JSON does not, such as a number that is not finite.
+        DataError: it holds what JSON does not, such as a number that is not finite, or is nested too deep: whether a
+            deep one can be read depends on who reads it, and one that nobody reads must not get into a chain.
     """
+    _check_depth(value, _DEEPEST)
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise DataError(f"an entry holds plain JSON values, and finite numbers; {error}") from None
+
+
+def _check_depth(value: Any, left: int) -> None:
+    if left < 0:
+        raise DataError(f"an entry is nested at most {_DEEPEST} deep; write it flatter")
+    if isinstance(value, Mapping):
+        for part in value.values():
+            _check_depth(part, left - 1)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _check_depth(part, left - 1)
 
 
 class Chain:

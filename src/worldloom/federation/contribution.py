@@ -105,6 +105,9 @@ def check_contribution(tensors: Mapping[str, Tensor], shared: "Mapping[str, Tens
         check_finite(name, tensor)
 
 
+_SPENT = {"clip", "noise", "delta", "round", "share", "in_sum", "epsilon"}
+
+
 def check_facts(message: Message, number: int, base: str, constitution: Constitution) -> None:
     """Refuse what a member says of its contribution where it is of another round or base, or of a class that may not.
 
@@ -134,6 +137,11 @@ def check_spent(message: Message, constitution: Constitution) -> None:
     spent = message.body.get("spent")
     if not isinstance(spent, dict):
         raise DataError(f"a contribution of {message.sender} does not say what privacy it spent")
+    if set(spent) - _SPENT or not all(isinstance(value, int | float | None) for value in spent.values()):
+        raise DataError(
+            f"a contribution of {message.sender} says of its privacy what it should not; expected numbers for "
+            f"{', '.join(sorted(_SPENT))} at most"
+        )
     if constitution.privacy is not None:
         promised: dict[str, Any] = constitution.privacy.model_dump(mode="json", include={"clip", "noise", "delta"})
         if constitution.secure_aggregation:

@@ -8,6 +8,7 @@ contributions and of the constitution alone, so `recompute` gives it bit for bit
 
 import logging
 import math
+import shutil
 import statistics
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from worldloom.federation.aggregation import AGGREGATORS, capped
 from worldloom.federation.codecs import CODECS
 from worldloom.federation.constitution import Constitution
 from worldloom.federation.contribution import check_contribution, check_facts, check_spent
-from worldloom.federation.envelope import Message, seal, unseal_answer
+from worldloom.federation.envelope import Message, unseal_answer
 from worldloom.federation.keeping import Keeping
 from worldloom.federation.ledger import Ledger, Records
 from worldloom.federation.members import Members
@@ -129,7 +130,9 @@ class Coordinator:
         if first is None:
             self.ledger.append("constitution", {"fingerprint": constitution.fingerprint})
         self._circle = Members(constitution, transport, self.ledger, key)
-        self._sums = Sums(self.rounds.path, constitution, key=key, transport=transport, ledger=self.ledger)
+        self._sums = Sums(
+            self.rounds.path, constitution, key=key, transport=transport, ledger=self.ledger, members=self._circle
+        )
         if not self.ledger.bases():
             self.ledger.append("base", {"fingerprint": self.rounds.keep(0, initial, {})}, round=0)
 
@@ -168,7 +171,6 @@ class Coordinator:
             self._weave_sum(number, base)
             return
         gathered = self._gather(number, base)
-        self._circle.are_here(gathered, number)
         before = self._judged(number, base)
         left_out: list[str] = []
         woven = weave(self.rounds, number, self._constitution, gathered)
@@ -248,13 +250,10 @@ class Coordinator:
 
     def _gather(self, number: int, base: Mapping[str, Tensor]) -> dict[str, int]:
         """Return whose contributions are there, once there are enough, with the frames that each saw."""
-        body = {"what": "train", "round": number, "constitution": self._constitution.fingerprint}
-        asked = seal("ask", body, base, key=self._key)
         for _ in range(_TRIES):
-            here = {facts["owner"]: facts["frames"] for facts in self.ledger.contributions(number)}
-            missing = [node for node in self._transport.nodes() if node in self._constitution.members]
-            requests = {node: asked for node in missing if node not in here}
-            for reply in self._transport.exchange(requests, seconds=self._constitution.patience_seconds):
+            here = {facts["owner"] for facts in self.ledger.contributions(number)}
+            missing = [node for node in self._circle.nodes() if node not in here]
+            for reply in self._circle.exchange(missing, {"what": "train", "round": number}, base):
                 if self._circle.has_left(reply, number):
                     continue
                 try:
@@ -264,11 +263,13 @@ class Coordinator:
                 except DataError as error:
                     _log.warning("round %d: %s: %s", number, reply.node, error)
                     self.ledger.append("refusal", {"owner": reply.node, "reason": str(error)[:1000]}, round=number)
-            here = {facts["owner"]: facts["frames"] for facts in self.ledger.contributions(number)}
-            if len(here) >= self._constitution.quorum:
-                return here
+                else:
+                    self._circle.are_here([reply.node], number)
+            frames = {facts["owner"]: facts["frames"] for facts in self.ledger.contributions(number)}
+            if len(frames) >= self._constitution.quorum:
+                return frames
         raise TrainingError(
-            f"round {number} has {len(here)} contributions and needs {self._constitution.quorum}; what came is kept: "
+            f"round {number} has {len(frames)} contributions and needs {self._constitution.quorum}; what came is kept: "
             f"start the coordinator again when more members are back"
         )
 
@@ -294,8 +295,12 @@ class Coordinator:
             try:
                 if verdict.body.get("base") != known:
                     raise DataError("the verdict is of another base")
-                found[node] = float(verdict.body["losses"]["total"])
-            except (DataError, KeyError, TypeError, ValueError) as error:
+                loss = verdict.body["losses"]["total"]
+                # A loss is a sum of squares; text, none, or infinity is nobody's verdict.
+                if not isinstance(loss, int | float) or not 0 < loss < math.inf:
+                    raise DataError(f"its loss is {str(loss)[:40]}; expected a number above 0")
+                found[node] = float(loss)
+            except (DataError, KeyError, TypeError) as error:
                 _log.warning("round %d: %s gives no verdict: %s", number, node, error)
         return found
 
@@ -315,21 +320,27 @@ def succeed(keeping: Keeping, path: Path | str, constitution: Constitution, key:
         raise DataError(
             f"{key.public} has no seat among the coordinators; expected a key of {', '.join(seats.values())}"
         )
-    rounds = Rounds(path)
-    ledger = rounds.path / "ledger.jsonl"
-    if ledger.exists():
-        raise StorageError(f"{ledger} is there already; take over into a new folder")
+    path = Path(path)
+    if path.exists():
+        raise StorageError(f"{path} is there already; take over into a new folder")
     number, base = keeping.base()
     content = keeping.read()
-    known = rounds.keep(number, base, {})
-    write_atomic(ledger, lambda temporary: temporary.write_bytes(content))
-    with Ledger(ledger, key) as written:
-        said = written.bases().get(number)
-        if said is not None and said["fingerprint"] != known:
-            raise DataError(f"the kept base of round {number} is not the one that the ledger names; take another's")
-        written.append("succession", {"coordinator": seats[key.public], "base": known}, round=number)
-        if said is None:
-            written.append("base", {"fingerprint": known}, round=number)
+    named = Records(keeping.ledger).bases()
+    if number != max(named, default=None) or named[number]["fingerprint"] != fingerprint(base):
+        raise DataError(
+            f"the base of round {number} is kept here, and the ledger names that of round {max(named, default=0)}; let "
+            f"a member who has that one take over"
+        )
+    # Whole, or not there.
+    made = Rounds(path.with_name(f".{path.name}.begun"))
+    with storage_errors(made.path):
+        shutil.rmtree(made.path, ignore_errors=True)
+        made.keep(number, base, {})
+        write_atomic(made.path / "ledger.jsonl", lambda temporary: temporary.write_bytes(content))
+        with Ledger(made.path / "ledger.jsonl", key) as written:
+            facts = {"coordinator": seats[key.public], "base": fingerprint(base)}
+            written.append("succession", facts, round=number)
+        made.path.rename(path)
     return number
 
 

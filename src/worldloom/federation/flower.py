@@ -157,8 +157,9 @@ class FlowerTransport:
         for node in sorted(set(requests) - set(waiting)):
             yield Reply(node=node, data=None, error="no node of that name may connect")
         since: dict[str, str] = {}  # a node -> when the connection began on which it was asked
+        looking: dict[str, threading.Event] = {}  # a node -> what ends looking for its answer
         found: Queue[tuple[str, Message | Exception]] = Queue()
-        grid, ended, trouble = None, threading.Event(), ""
+        grid, trouble = None, ""
         # With many nodes each is looked for less often.
         pause = _POLL_SECONDS * max(1.0, len(waiting) / 10)
         try:
@@ -166,8 +167,7 @@ class FlowerTransport:
                 try:
                     now = self._grid()
                     if now is not grid:
-                        ended.set()
-                        grid, ended, since = now, threading.Event(), {}
+                        grid, since = now, {}
                     online = self._online(grid)
                     for node, data in waiting.items():
                         if node in online and since.get(node) != online[node].last_activated_at:
@@ -175,7 +175,8 @@ class FlowerTransport:
                             number = next(iter(grid.push_messages([_ask(data, online[node].node_id, remaining)])), None)
                             if number is not None:
                                 since[node] = online[node].last_activated_at
-                                _await(grid, number, node, found, ended, pause)
+                                looking.setdefault(node, threading.Event()).set()
+                                looking[node] = _await(grid, number, node, found, pause)
                     trouble = ""
                 except (httpx.HTTPError, TrainingError) as error:
                     trouble = f"; the last trouble was {type(error).__name__}: {error}"
@@ -195,7 +196,8 @@ class FlowerTransport:
                 if time.monotonic() >= deadline:
                     break
         finally:
-            ended.set()
+            for ended in looking.values():
+                ended.set()
         for node in sorted(waiting):
             why = f"no answer within {seconds:g} s" if node in since else f"not connected within {seconds:g} s"
             yield Reply(node=node, data=None, error=why + trouble)
@@ -209,13 +211,14 @@ def _await(
     number: str,
     node: str,
     found: "Queue[tuple[str, Message | Exception]]",
-    ended: threading.Event,
     pause: float,
-) -> None:
-    """Look for the answer to a message, in a thread of its own.
+) -> threading.Event:
+    """Look for the answer to a message, in a thread of its own; return what ends it.
 
     Flower waits long for the rest of an answer of which a node that died sent a part: meanwhile others are heard.
     """
+
+    ended = threading.Event()
 
     def look() -> None:
         while not ended.wait(pause):
@@ -229,6 +232,7 @@ def _await(
                 return
 
     threading.Thread(target=look, name=f"worldloom-{node}", daemon=True).start()
+    return ended
 
 
 def _all_of(found: "Queue[tuple[str, Message | Exception]]", seconds: float) -> "list[tuple[str, Message | Exception]]":
@@ -544,7 +548,7 @@ class _Node:
             process = self._process
             assert process is not None
             if self._answer_until_it_ends(process, handler, stop):
-                failing, tries = None, 0
+                failing, tries = time.monotonic(), 0
             if stop.is_set():
                 return
             words = process.last_words()

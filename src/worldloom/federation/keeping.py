@@ -29,6 +29,10 @@ class Missing(DataError):
         self.length = length
 
 
+class Forked(DataError):
+    """Another ledger came than the one that was countersigned."""
+
+
 class Keeping:
     """A member's own copy of the ledger, what it countersigned, and the newest base that it was given."""
 
@@ -51,16 +55,16 @@ class Keeping:
         """
         with storage_errors(self.ledger):
             own = self.ledger.read_bytes().splitlines(keepends=True) if self.ledger.is_file() else []
-        if begin > len(own):
+        if begin < 0 or begin > len(own):
             raise Missing(len(own))
         new = [line.encode("ascii", "replace") + b"\n" for line in lines]
-        known = own[begin:]
+        known = own[begin : begin + len(new)]  # of a message that was long on its way, fewer than are here
         if new[: len(known)] != known:
-            raise DataError(
+            raise Forked(
                 "the ledger that came is not the one that this member countersigned: it was written anew. Keep both, "
                 "and ask the other members which they know"
             )
-        if len(new) > len(known):
+        if begin + len(new) > len(own):
             write_atomic(self.ledger, lambda temporary: self._write(temporary, [*own, *new[len(known) :]]))
         head = verify_ledger(self.ledger, self._constitution).head
         checkpoint = countersign(head, self._key)
@@ -70,25 +74,38 @@ class Keeping:
     def _write(self, path: Path, lines: list[bytes]) -> None:
         """Write entries, if they verify: what does not is never in place of what does."""
         path.write_bytes(b"".join(lines))
-        verdict = verify_ledger(path, self._constitution)
+        verdict = verify_ledger(path, self._constitution, self._checkpoints())
         if verdict.broken is not None:
             raise DataError(f"the ledger that came does not verify: entry {verdict.broken} {verdict.why}")
+
+    def _checkpoints(self) -> list[Any]:
+        return [read_json(self.path / _SEEN)] if (self.path / _SEEN).is_file() else []
 
     def keep(self, number: int, base: Mapping[str, Tensor]) -> None:
         """Keep the base that a round begins with, in place of the one before.
 
         Raises:
-            DataError: the ledger, as far as it is known here, names another base for that round.
+            DataError: the ledger, as it is known here, does not name it as the base of that round.
         """
-        known = fingerprint(base)
-        said = Records(self.ledger).bases() if self.ledger.is_file() else {}
-        if number in said and said[number]["fingerprint"] != known:
+        if not self.names(number, fingerprint(base)):
             raise DataError(f"the base that came for round {number} is not the one that the ledger names; ask for that")
+        if self.known and number < (newest := self.base()[0]):
+            raise DataError(f"round {number} is over: the base of round {newest} is known here; ask for that")
         save_tensors(self.path / _BASE, base, {"round": number}, kind=_BASE)
+
+    def names(self, number: int, known: str) -> bool:
+        """Say whether the ledger, as it is known here, names the base of a round by this fingerprint."""
+        said = Records(self.ledger).bases() if self.ledger.is_file() else {}
+        return number in said and said[number]["fingerprint"] == known
+
+    @property
+    def known(self) -> bool:
+        """Whether a base came yet."""
+        return (self.path / f"{_BASE}.json").is_file()
 
     def has(self, number: int) -> bool:
         """Say whether the base that a round begins with is the newest here."""
-        return (self.path / f"{_BASE}.json").is_file() and self.base()[0] == number
+        return self.known and self.base()[0] == number
 
     def base(self) -> tuple[int, dict[str, Tensor]]:
         """Return the newest base, and the round that begins with it.
@@ -97,7 +114,7 @@ class Keeping:
             DataError: no base came yet.
             CheckpointError: it is damaged.
         """
-        if not (self.path / f"{_BASE}.json").is_file():
+        if not self.known:
             raise DataError(f"{self.path} holds no base yet; take part in a round first")
         base, metadata = load_tensors(self.path / _BASE, kind=_BASE)
         return int(metadata["round"]), base
@@ -109,8 +126,7 @@ class Keeping:
             StorageError: there is none.
             DataError: it does not verify.
         """
-        seen = [read_json(self.path / _SEEN)] if (self.path / _SEEN).is_file() else []
-        verdict = verify_ledger(self.ledger, self._constitution, seen)
+        verdict = verify_ledger(self.ledger, self._constitution, self._checkpoints())
         if verdict.broken is not None:
             raise DataError(f"{self.ledger} does not verify: entry {verdict.broken} {verdict.why}")
         with storage_errors(self.ledger):

@@ -26,6 +26,8 @@ KINDS = (*_BY_COORDINATORS, "checkpoint", "exit", "return", "recompute")
 _LARGEST = 2**16  # characters of the facts of an entry: fingerprints and figures fit, data does not
 _FIELDS = {"kind", "round", "facts", "key", "signature"}
 _COUNTERSIGNED = "worldloom countersigned checkpoint"
+CHECKPOINT = {"kind", "format", "length", "hash", "key", "signature"}
+"""What a checkpoint holds, and nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ class LocalTraining:
     ) -> None:
         self.run, self.frames, self.training, self.model = run, frames, training, model
         self.partition, self._progress = partition, progress
-        self._where = run.path / "stretch.json"
+        self._where, self._aligned = run.path / "stretch.json", run.path / "aligned.json"
 
     def stretch(
         self, name: str, base: Mapping[str, Tensor], steps: int, *, at: int | None = None, fixed: bool = False
@@ -76,26 +76,32 @@ class LocalTraining:
         Raises:
             CheckpointError, TrainingError: see `stretch`.
         """
-        here = self._here()
-        if self._stands() < steps:
-            if here.get("name") != "align" or here["base"] != fingerprint(base):
-                here = self._begin("align", fingerprint(base), steps - self._stands())
-            self._go_on(here, base, None, fixed=base)
+        if not self._aligned.is_file():
+            self.stretch("align", base, steps, at=0, fixed=True)
+            write_json(self._aligned, {"base": fingerprint(base), "steps": steps})
 
-    def alone(
-        self, name: str, base: Mapping[str, Tensor], steps: int, *, at: int | None = None, fixed: bool = False
-    ) -> None:
+    def pilot(self, base: Mapping[str, Tensor], steps: int) -> dict[str, Tensor]:
+        """Train so many steps from an untrained base, and return it: what is sovereign here meets it from the first.
+
+        Raises:
+            CheckpointError, TrainingError: see `stretch`.
+        """
+        made = self.stretch("pilot", base, steps)
+        write_json(self._aligned, {"base": fingerprint(made.after), "steps": steps})
+        return dict(made.after)
+
+    def alone(self, name: str, base: Mapping[str, Tensor], steps: int, *, at: int | None = None) -> None:
         """Train so many steps from a base, or on from what stands if that is what was made of it.
 
-        Called again, it trains so many more, or goes on where it was. With `fixed` the base does not move.
+        Called again, it trains so many more, or goes on where it was.
 
         Raises:
             CheckpointError, TrainingError: see `stretch`.
         """
         known, here = fingerprint(base), self._here()
         if here.get("name") != name or self._stands() >= here["end"]:
-            here = self._begin(name, known, steps, goes_on=here.get("base") == known and not fixed)
-        self._go_on(here, base, at, fixed=base if fixed else ())
+            here = self._begin(name, known, steps, goes_on=here.get("base") == known)
+        self._go_on(here, base, at)
 
     def _here(self) -> dict[str, Any]:
         return dict(read_json(self._where)) if self._where.is_file() else {}

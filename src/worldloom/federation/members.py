@@ -1,7 +1,7 @@
 """What a coordinator knows of its members beside what they contribute: what they saw of the ledger, and who left."""
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,14 +11,10 @@ from worldloom.core.errors import DataError
 from worldloom.core.signing import SigningKey
 from worldloom.federation.constitution import Constitution
 from worldloom.federation.envelope import Message, seal, unseal
-from worldloom.federation.ledger import Ledger, checked
+from worldloom.federation.ledger import CHECKPOINT, Ledger, checked
 from worldloom.federation.transport import Reply, Transport
 
 _log = logging.getLogger(__name__)
-
-
-class _Behind(DataError):
-    """A member lacks entries before those that it was sent."""
 
 
 class Members:
@@ -34,34 +30,47 @@ class Members:
         """Return the members that the transport can reach."""
         return [node for node in self._transport.nodes() if node in self._constitution.members]
 
+    def exchange(
+        self, nodes: Collection[str], body: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> Iterator[Reply]:
+        """Ask members, and tell each what is new in the ledger; those who lack more of it are asked once more."""
+        asked = {**body, "constitution": self._constitution.fingerprint}
+        length, lines = self._ledger.head.length, self._ledger.lines()
+        for last in (False, True):
+            sealed: dict[int, bytes] = {}
+            requests, behind = {}, []
+            for node in nodes:
+                begin = min(self._known.get(node, 0), length)
+                if begin not in sealed:
+                    told = {"begin": begin, "lines": lines[begin:]}
+                    sealed[begin] = seal("ask", {**asked, "ledger": told}, tensors, key=self._key)
+                requests[node] = sealed[begin]
+            for reply in self._transport.exchange(requests, seconds=self._constitution.patience_seconds):
+                refusal = self._refusal(reply)
+                has = None if refusal is None else refusal.body.get("length")
+                if type(has) is int and has >= 0 and not last:
+                    self._known[reply.node] = has
+                    behind.append(reply.node)
+                    continue
+                if reply.data is not None and refusal is None:
+                    self._known[reply.node] = length
+                yield reply
+            if not behind:
+                return
+            nodes = behind
+
     def ask(self, what: str, number: int, tensors: Mapping[str, Tensor], *, kind: str) -> dict[str, Message]:
         """Return what each member that answers says; what it countersigned goes into the ledger.
 
         One whose answer is none, or of another ledger than this, is left out, with the cause in the log.
         """
-        head, lines = self._ledger.head, self._ledger.lines()
-        body = {"what": what, "round": number, "constitution": self._constitution.fingerprint}
-        answers, asked = {}, self.nodes()
-        for _ in range(2):  # who lacks more entries than was thought is asked once more
-            sealed: dict[int, bytes] = {}
-            requests = {}
-            for node in asked:
-                begin = min(self._known.get(node, 0), len(lines))
-                if begin not in sealed:
-                    told = {"begin": begin, "lines": lines[begin:]}
-                    sealed[begin] = seal("ask", {**body, "ledger": told}, tensors, key=self._key)
-                requests[node] = sealed[begin]
-            asked = []
-            for reply in self._transport.exchange(requests, seconds=self._constitution.patience_seconds):
-                try:
-                    answers[reply.node] = self._answer(reply, kind, number, head)
-                    self._known[reply.node] = head.length
-                except _Behind:
-                    asked.append(reply.node)
-                except DataError as error:
-                    _log.warning("round %d: %s is not heard: %s", number, reply.node, error)
-            if not asked:
-                break
+        head, answers = self._ledger.head, {}
+        for reply in self.exchange(self.nodes(), {"what": what, "round": number}, tensors):
+            try:
+                answers[reply.node] = self._answer(reply, kind, number, head)
+            except DataError as error:
+                self._known.pop(reply.node, None)
+                _log.warning("round %d: %s is not heard: %s", number, reply.node, error)
         if answers:
             seen = [answer.body["countersigned"] for _, answer in sorted(answers.items())]
             self._ledger.append("checkpoint", {"countersigned": seen}, round=number)
@@ -87,11 +96,7 @@ class Members:
     def _answer(self, reply: Reply, kind: str, number: int, head: Head) -> Message:
         if reply.data is None:
             raise DataError(reply.error)
-        refusal = self._refusal(reply)
-        if refusal is not None:
-            if type(length := refusal.body.get("length")) is int:
-                self._known[reply.node] = length
-                raise _Behind(str(refusal.body.get("why")))
+        if (refusal := self._refusal(reply)) is not None:
             self.has_left(reply, number)
             raise DataError(f"it refuses: {refusal.body.get('why')}")
         answer = unseal(reply.data, kind=kind, known=self._names, limit=self._constitution.largest_bytes)
@@ -99,6 +104,8 @@ class Members:
             raise DataError(f"{answer.sender} signed it; expected its own word")
         # What stands in the ledger must verify: only a checkpoint of exactly what was sent gets there.
         signed: Any = answer.body.get("countersigned")
+        if not isinstance(signed, dict) or set(signed) != CHECKPOINT:
+            raise DataError("it countersigned nothing, or more than a ledger")
         if checked(signed, self._constitution) != head or signed["key"] != answer.key:
             raise DataError("it countersigned another ledger than the one that it was sent")
         return answer

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from worldloom.core.errors import DataError, WorldloomError
+from worldloom.core.errors import DataError, StorageError, WorldloomError
 from worldloom.core.files import exclusive_lock, read_json, storage_errors, write_atomic, write_json
 from worldloom.core.signing import SigningKey
 from worldloom.data import Frames
@@ -21,7 +21,7 @@ from worldloom.federation.codecs import CODECS
 from worldloom.federation.constitution import Constitution
 from worldloom.federation.contribution import Contribution
 from worldloom.federation.envelope import Message, seal, unseal
-from worldloom.federation.keeping import Keeping, Missing
+from worldloom.federation.keeping import Forked, Keeping, Missing
 from worldloom.federation.local import LocalTraining
 from worldloom.federation.partition import fingerprint
 from worldloom.federation.privacy import Accountant, PrivacyConfig, clip_and_noise, secret_generator
@@ -57,6 +57,7 @@ class Node:
         self._coordinators = {public: title for title, public in constitution.coordinator_keys().items()}
         self.keeping = Keeping(self.path / "consortium", constitution, key)
         self._left = self.path / "left.json"
+        self.estranged = False  # whether the newest message was of a coordinator that no longer is one to this node
         self._answers: dict[str, Callable[[Message], bytes]] = {
             "train": self._train,
             "judge": self._judge,
@@ -66,7 +67,7 @@ class Node:
             sums = SecureNode(self.path / "secure", name=name, key=key, constitution=constitution)
             # Not to train: its answer would be a delta that anybody who reads it sees.
             self._answers = {
-                "advertise": lambda asked: sums.advertise(asked, self._contribution),
+                "advertise": lambda asked: sums.advertise(self._told(asked), self._contribution),
                 "share": sums.share,
                 "mask": lambda asked: sums.mask(asked, self._spend),
                 "unmask": sums.unmask,
@@ -92,21 +93,27 @@ class Node:
                     "the message is of another constitution than the one that this node signed; agree on one, and "
                     "start both with it"
                 )
-            if self._left.is_file():
-                left = read_json(self._left)
-                return seal("refusal", {"round": asked.body.get("round"), **left}, {}, key=self._key)
             answer = self._answers.get(str(asked.body.get("what")))
             if answer is None:
                 raise DataError(f"a node is asked to {', '.join(self._answers)}; got {asked.body.get('what')!r}")
             # Asked again while it is still at it, it waits for itself, and then has the answer.
             with exclusive_lock(self.path / ".lock", None):
+                if self.has_left:
+                    left = read_json(self._left)
+                    return seal("refusal", {"round": asked.body.get("round"), **left}, {}, key=self._key)
                 return answer(asked)
         except WorldloomError as error:
             _log.warning("%s refuses: %s", self.name, error)
+            self.estranged = isinstance(error, Forked)
             body = {"round": asked.body.get("round"), "why": str(error)}
             if isinstance(error, Missing):
                 body["length"] = error.length
             return seal("refusal", body, {}, key=self._key)
+
+    @property
+    def has_left(self) -> bool:
+        """Whether the owner left the consortium, and has not come back."""
+        return self._left.is_file()
 
     def leave(self, why: str = "") -> None:
         """Leave the consortium: from now on nothing but that is answered. It needs nobody's leave."""
@@ -119,7 +126,7 @@ class Node:
         Raises:
             DataError: it has not left.
         """
-        if not self._left.is_file():
+        if not self.has_left:
             raise DataError(f"{self.name} has not left; it takes part as it is")
         self._left.unlink()
 
@@ -130,19 +137,23 @@ class Node:
             StorageError: the folder is there already, or the disk refuses.
         """
         into, rules = Path(into), Path(rules)
-        with storage_errors(into):
-            into.mkdir(parents=True)
-            shutil.copytree(self._own.run.path, into / "run")
-            shutil.copytree(self.keeping.path, into / "consortium")
+        begun = into.with_name(f".{into.name}.begun")
+        with exclusive_lock(self.path / ".lock", None), storage_errors(into):
+            if into.exists():
+                raise StorageError(f"{into} is there already; choose another folder to leave with")
+            shutil.rmtree(begun, ignore_errors=True)
+            begun.mkdir(parents=True)
+            shutil.copytree(self._own.run.path, begun / "run")
+            if self.keeping.path.is_dir():
+                shutil.copytree(self.keeping.path, begun / "consortium")
             for file in (rules, *rules.parent.glob(f"{rules.name}.*.sig")):
-                shutil.copy2(file, into / file.name)
+                shutil.copy2(file, begun / file.name)
+            begun.rename(into)  # whole, or not there
 
-    def alone(self, steps: int, *, fixed: bool = False) -> None:
-        """Train on for the owner alone, as when the coordinator is cut off or was left.
+    def settle(self, steps: int, *, fixed: bool = False) -> None:
+        """Let the newest base settle at home in so many steps, in which the learning rate falls to 0; once.
 
-        It sets out from the newest base, or from what this owner already made of it. What that makes of the shared part
-        stays here; the next round begins with the base that comes. With `fixed` it does not move, and what is sovereign
-        learns to meet it. After the last round the learning rate falls to 0 in these steps.
+        With `fixed` the base does not move, and what is sovereign learns to meet it.
 
         Raises:
             DataError: no base came yet.
@@ -150,10 +161,35 @@ class Node:
         """
         with exclusive_lock(self.path / ".lock", None):
             number, base = self.keeping.base()
-            at = min(self._at(number + 1), max(0, self._at(self.constitution.rounds) - steps))
-            self._own.alone(f"alone after round {number}", base, steps, at=at, fixed=fixed)
+            self._align(self._own, base)
+            at = max(0, self._at(self.constitution.rounds) - steps)
+            self._own.stretch(f"settle {steps} after round {number}", base, steps, at=at, fixed=fixed)
+
+    def alone(self, steps: int, *, still: Callable[[], bool] = lambda: True) -> bool:
+        """Train on for the owner alone, as when the coordinator is cut off; return whether it did.
+
+        It sets out from the newest base, or from what this owner already made of it. What that makes of the shared part
+        stays here; the next round begins with the base that comes. `still` says, once nothing else is done here,
+        whether the coordinator is cut off.
+
+        Raises:
+            DataError: no base came yet.
+            TrainingError: see `worldloom.training.fit`.
+        """
+        with exclusive_lock(self.path / ".lock", None):
+            if not still():
+                return False
+            number, base = self.keeping.base()
+            self._align(self._own, base)
+            self._own.alone(f"alone after round {number}", base, steps, at=self._at(number + 1))
+            return True
+
+    def _align(self, training: LocalTraining, base: Mapping[str, Tensor]) -> None:
+        if self.constitution.align_steps:
+            training.align(base, self.constitution.align_steps)
 
     def _train(self, asked: Message) -> bytes:
+        self._follow(asked)
         number, base = int(asked.body["round"]), asked.tensors
         kept = self.path / "answers" / f"{number:05d}-{fingerprint(base)[:16]}.msg"
         if kept.is_file():
@@ -181,8 +217,7 @@ class Node:
 
     def _contribution(self, number: int, base: Mapping[str, Tensor]) -> Contribution:
         self.keeping.keep(number, base)
-        if self.constitution.align_steps:
-            self._training.align(base, self.constitution.align_steps)
+        self._align(self._training, base)
         made = self._training.stretch(f"round {number}", base, self.constitution.inner_steps, at=self._at(number))
         return Contribution.of(
             self._training.partition.split(made.before),
@@ -217,8 +252,11 @@ class Node:
 
     def _judge(self, asked: Message) -> bytes:
         seen = self._follow(asked)
+        number, known = int(asked.body["round"]), fingerprint(asked.tensors)
+        if self.keeping.names(number, known):  # and not a trial
+            self.keeping.keep(number, asked.tensors)
         losses = self._training.judge(asked.tensors)
-        body = {"round": asked.body["round"], "base": fingerprint(asked.tensors), "losses": losses, **seen}
+        body = {"round": number, "base": known, "losses": losses, **seen}
         return seal("verdict", body, {}, key=self._key)
 
     def _keep(self, asked: Message) -> bytes:
@@ -227,9 +265,19 @@ class Node:
         return seal("receipt", {"round": asked.body["round"], **seen}, {}, key=self._key)
 
     def _follow(self, asked: Message) -> dict[str, Any]:
-        """Take over the entries that came, if any did; return the countersigned head for the answer."""
+        """Take over the entries that came with a base; return the countersigned head for the answer.
+
+        Raises:
+            DataError: none came, or they do not go on from what is known here.
+        """
         came = asked.body.get("ledger")
-        return {} if came is None else {"countersigned": self.keeping.follow(int(came["begin"]), list(came["lines"]))}
+        if not isinstance(came, dict) or type(came.get("begin")) is not int or not isinstance(came.get("lines"), list):
+            raise DataError("a base came without the ledger that names it; let both sides run the same version")
+        return {"countersigned": self.keeping.follow(came["begin"], [str(line) for line in came["lines"]])}
+
+    def _told(self, asked: Message) -> Message:
+        self._follow(asked)
+        return asked
 
     def _residual(self, number: int) -> dict[str, Tensor] | None:
         """Return what the codec left out in the newest round before this one."""

@@ -30,11 +30,9 @@ def unmet(path: Path | str, constitution: Constitution) -> list[str]:
     rounds = [entry.body["facts"] for entry in records.entries("round") if entry.body["round"] < newest]
     contributors = {owner for facts in rounds for owner, weight in facts["weights"].items() if weight > 0}
     judged = (rounds[-1].get("evaluation") if rounds else None) or {}
-    named = next(
-        (entry.index for entry in records.entries("base") if entry.body["round"] == newest),
-        0,
-    )
-    seen = {
+    named = max((entry.index for entry in records.entries("base") if entry.body["round"] == newest), default=0)
+    members = set(constitution.member_keys().values())
+    seen = members & {
         checkpoint["key"]
         for entry in records.entries("checkpoint")
         for checkpoint in entry.body["facts"]["countersigned"]

@@ -28,6 +28,7 @@ from worldloom.federation.constitution import Constitution
 from worldloom.federation.contribution import check_facts, check_spent
 from worldloom.federation.envelope import Message, Refusal, seal, unseal_answer
 from worldloom.federation.ledger import Ledger, Records
+from worldloom.federation.members import Members
 from worldloom.federation.partition import fingerprint
 from worldloom.federation.privacy import PrivacyConfig, effective_noise
 from worldloom.federation.secure_aggregation import Session, Unmasker, check_keys
@@ -244,10 +245,17 @@ class Sums:
     """
 
     def __init__(
-        self, path: Path, constitution: Constitution, *, key: SigningKey, transport: Transport, ledger: Ledger
+        self,
+        path: Path,
+        constitution: Constitution,
+        *,
+        key: SigningKey,
+        transport: Transport,
+        ledger: Ledger,
+        members: Members,
     ) -> None:
         self._path, self._constitution, self._key = path, constitution, key
-        self._transport, self._ledger = transport, ledger
+        self._transport, self._ledger, self._circle = transport, ledger, members
 
     def gather(self, number: int, base: Mapping[str, Tensor]) -> dict[str, float]:
         """Return by what each owner in the sum of a round multiplied its delta; none if it can never be opened.
@@ -362,12 +370,15 @@ class Sums:
         """Ask members for a phase and keep what they answer; return who refused."""
         common = {"what": what, "constitution": self._constitution.fingerprint, **held.place}
         if base is not None:
-            # One message for all: it is as large as the model.
-            sealed = dict.fromkeys(bodies, seal("ask", common, base, key=self._key))
+            replies = self._circle.exchange(list(bodies), common, base)
         else:
             sealed = {owner: seal("ask", {**common, **body}, {}, key=self._key) for owner, body in bodies.items()}
+            replies = self._transport.exchange(sealed, seconds=self._constitution.patience_seconds)
         refused = set[str]()
-        for reply in self._transport.exchange(sealed, seconds=self._constitution.patience_seconds):
+        for reply in replies:
+            if self._circle.has_left(reply, held.round):
+                refused.add(reply.node)
+                continue
             try:
                 if reply.data is None:
                     raise DataError(reply.error)

@@ -174,7 +174,7 @@ def simulate(config: ConsortiumConfig, path: Path | str, *, seed: int = 0, progr
         first = training[config.pilot or next(iter(training))]
         initial = initial_base(first.model, first.frames.spec, partition, seed=seed)
         if config.pilot is not None and not (root / "rounds" / "bases").is_dir():
-            initial = dict(first.stretch("pilot", initial, config.align_steps).after)
+            initial = first.pilot(initial, config.align_steps)
         coordinator = Coordinator(
             root / "rounds",
             constitution,

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError, DataError, StorageError, TrainingError, WorldloomError
-from worldloom.core.files import read_json, write_json
+from worldloom.core.files import write_json
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.signing import SigningKey, make_key, sign_file
 from worldloom.data import DatasetSpec, EpisodeDataset, load_frames
@@ -31,6 +31,7 @@ from worldloom.federation import (
 )
 from worldloom.federation.cards import DataCard, DataClass, card_of, card_path
 from worldloom.federation.keys import Tls, make_node_keys, make_tls
+from worldloom.federation.transport import Handler
 from worldloom.recipes.config import Recipe
 from worldloom.recipes.run import Run
 from worldloom.recipes.weaving import measure, run_folder, woven_recipe
@@ -224,47 +225,61 @@ def take_part(config: NodeConfig, *, stop: threading.Event | None = None, progre
         ConfigError: no coordinator could be reached, one after the other, for `patience_seconds` each.
         DataError, StorageError: see `opened`.
     """
-    from worldloom.federation.flower import join
-
     stop = stop or threading.Event()
     with opened(config, progress=progress) as (node, run):
         last = node.constitution.rounds
-        heard = time.monotonic()
-
-        def answer(data: bytes) -> bytes:
-            nonlocal heard
-            reply = node.handle(data)
-            heard = time.monotonic()
-            if node.keeping.has(last):
-                threading.Timer(_TO_LEAVE, stop.set).start()
-            return reply
-
-        def go_on_alone() -> None:
-            after = config.alone_after_seconds
-            while not ended.wait(1.0):
-                if after is None or time.monotonic() - heard < after:
-                    continue
-                try:
-                    node.alone(config.alone_steps)
-                    _log.warning("%s is cut off and trained %d steps alone", config.owner, config.alone_steps)
-                except WorldloomError as error:
-                    _log.warning("%s cannot go on alone yet: %s", config.owner, error)
-                    ended.wait(after)
-
-        ended = threading.Event()
-        watch = threading.Thread(target=go_on_alone, name="worldloom-alone", daemon=True)
-        watch.start()
-        try:
-            _join_any(join, config, answer, stop)
-        finally:
-            ended.set()
-            watch.join()
         if not node.keeping.has(last):
-            raise TrainingError(
-                f"the last base has not come yet; start {config.owner} again when the coordinator is back"
-            )
+            _answer(node, config, last, stop)
+        if not node.keeping.has(last):
+            raise TrainingError(f"the last base has not come; start {config.owner} again when the coordinator is back")
         _settle(node, run, config, progress)
     return run
+
+
+def _answer(node: Node, config: NodeConfig, last: int, stop: threading.Event) -> None:
+    """Answer until the last base has come, the owner has left, or no coordinator can be reached."""
+    from worldloom.federation.flower import join
+
+    seat = threading.Event()  # set: what is answered now is over; with `stop`, all of it
+    heard = time.monotonic()
+    after = config.alone_after_seconds
+
+    def answer(data: bytes) -> bytes:
+        nonlocal heard
+        heard = time.monotonic()
+        try:
+            reply = node.handle(data)
+        finally:
+            heard = time.monotonic()
+        over = node.keeping.has(last) or node.has_left
+        if over or node.estranged:  # then to the next, who may be the one that the others follow
+            threading.Timer(_TO_LEAVE, (stop if over else seat).set).start()
+        return reply
+
+    def cut_off() -> bool:
+        return after is not None and time.monotonic() - heard > after and not stop.is_set()
+
+    def go_on_alone() -> None:
+        while not ended.wait(1.0):
+            if stop.is_set():
+                seat.set()
+            if node.has_left or not cut_off():
+                continue
+            try:
+                if node.alone(config.alone_steps, still=cut_off):
+                    _log.warning("%s is cut off and trained %d steps alone", config.owner, config.alone_steps)
+            except WorldloomError as error:
+                _log.warning("%s cannot go on alone yet: %s", config.owner, error)
+                ended.wait(after)
+
+    ended = threading.Event()
+    watch = threading.Thread(target=go_on_alone, name="worldloom-alone", daemon=True)
+    watch.start()
+    try:
+        _join_any(join, config, answer, stop, seat)
+    finally:
+        ended.set()
+        watch.join()
 
 
 def leave(config: NodeConfig, into: Path | str, *, why: str = "", progress: Progress = SILENT) -> Run:
@@ -280,9 +295,9 @@ def leave(config: NodeConfig, into: Path | str, *, why: str = "", progress: Prog
     if into.exists():
         raise StorageError(f"{into} is there already; choose another folder to leave with")
     with opened(config, progress=progress) as (node, run):
-        node.keeping.base()
         node.leave(why)
-        _settle(node, run, config, progress)
+        if node.keeping.known:  # else there is nothing that could settle, and it leaves with what it has
+            _settle(node, run, config, progress)
         node.take_along(into, config.constitution)
     return run
 
@@ -310,36 +325,42 @@ def take_over(config: NodeConfig, coordinator: CoordinatorConfig) -> int:
 
 
 def _settle(node: Node, run: Run, config: NodeConfig, progress: Progress) -> None:
-    """Let what was averaged settle at home, once, and measure what planning needs."""
-    done = config.home / "settled.json"
-    known = {"base": node.keeping.base()[0], "steps": config.own_steps}
-    if config.own_steps and not (done.is_file() and read_json(done) == known):
-        node.alone(config.own_steps, fixed=config.settle == "sovereign")
-        write_json(done, known)
+    """Let what was averaged settle at home, and measure what planning needs."""
+    node.settle(config.own_steps, fixed=config.settle == "sovereign")
     measure(run, node.frames, progress)
 
 
-def _join_any(join: Any, config: NodeConfig, answer: Any, stop: threading.Event) -> None:
-    """Be a node of the first coordinator that can be reached, and of the next where it is lost."""
-    causes = []
-    for seat in config.coordinators:
-        if stop.is_set():
-            return
-        try:
-            join(
-                answer,
-                home=config.home / "link",
-                server=seat.address,
-                authority=seat.authority,
-                secret=config.connection,
-                patience_seconds=config.patience_seconds,
-                stop=stop,
-            )
-            return
-        except ConfigError as error:
-            _log.warning("%s: %s", seat.address, error)
-            causes.append(str(error))
-    raise ConfigError("; ".join(causes))
+def _join_any(
+    join: Any, config: NodeConfig, answer: Handler, stop: threading.Event, seat: threading.Event | None = None
+) -> None:
+    """Be a node of the first coordinator that can be reached, and of the next where it is lost.
+
+    Who goes on alone meanwhile never gives up; another does once none could be reached.
+    """
+    seat = seat or threading.Event()
+    while not stop.is_set():
+        causes = []
+        for place in config.coordinators:
+            seat.clear()
+            try:
+                join(
+                    answer,
+                    home=config.home / "link",
+                    server=place.address,
+                    authority=place.authority,
+                    secret=config.connection,
+                    patience_seconds=config.patience_seconds,
+                    stop=seat,
+                )
+            except ConfigError as error:
+                _log.warning("%s: %s", place.address, error)
+                causes.append(str(error))
+            else:
+                causes.append(f"{place.address} is no coordinator to this node any more")
+            if stop.is_set():
+                return
+        if config.alone_after_seconds is None:
+            raise ConfigError("; ".join(causes))
 
 
 def _spec(config: CoordinatorConfig, recipe: Recipe) -> DatasetSpec:

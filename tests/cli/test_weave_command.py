@@ -231,15 +231,33 @@ def test_a_party_that_states_what_cannot_be_is_refused(simulated, refused, tmp_p
 def test_a_node_goes_to_the_next_coordinator_where_one_is_lost(tmp_path) -> None:
     seats = [{"address": f"{name}:1", "authority": "ca.pem"} for name in ("first", "second", "third")]
     config = NodeConfig.parse({**PARTY, "coordinators": seats})
-    asked = []
+    asked, over = [], threading.Event()
 
     def join(answer, *, server, **options) -> None:
         asked.append(server)
         if server != "second:1":
             raise ConfigError(f"{server} is not there")
+        over.set()
 
-    _join_any(join, config, lambda data: data, threading.Event())
+    _join_any(join, config, lambda data: data, over)
     assert asked == ["first:1", "second:1"]
     lost = config.model_copy(update={"coordinators": (config.coordinators[0], config.coordinators[2])})
     with pytest.raises(ConfigError, match="first:1 is not there; third:1 is not there"):
         _join_any(join, lost, lambda data: data, threading.Event())
+    # Who goes on alone meanwhile asks them again and again.
+    asked.clear()
+    alone = config.model_copy(update={"alone_after_seconds": 5.0, "coordinators": (config.coordinators[0],)})
+    with pytest.raises(RuntimeError, match="enough"):
+        _join_any(tired(join, 3), alone, lambda data: data, threading.Event())
+    assert asked == ["first:1"] * 3
+
+
+def tired(join, times: int):
+    def joins(*arguments, **options) -> None:
+        nonlocal times
+        times -= 1
+        if times < 0:
+            raise RuntimeError("enough")
+        join(*arguments, **options)
+
+    return joins

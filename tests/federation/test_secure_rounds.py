@@ -22,7 +22,7 @@ from worldloom.core.errors import ConfigError, DataError, TrainingError
 from worldloom.federation.codecs import bytes_of
 from worldloom.federation.coordinator import Rounds, recompute
 from worldloom.federation.envelope import Message, seal, unseal
-from worldloom.federation.ledger import Records, verify_ledger
+from worldloom.federation.ledger import Ledger, Records, verify_ledger
 from worldloom.federation.local import LocalTraining, Trained
 from worldloom.federation.node import Node
 from worldloom.federation.partition import fingerprint
@@ -479,7 +479,10 @@ def test_who_helped_to_open_a_sum_goes_into_no_other_of_that_round(tmp_path) -> 
     other = {name: tensor + 1e-6 for name, tensor in base.items()}
     changed = {"attempt": 1, "base": fingerprint(other)}
     assert "could tell single contributions" in probe.refused("east", "advertise", other, **changed)
-    assert probe.ask("east", "advertise", round=1, attempt=0).kind == "advertised"
+    with Ledger(tmp_path / "rounds" / "ledger.jsonl", probe.consortium.keys["coordinator"]) as ledger:
+        ledger.append("base", {"fingerprint": fingerprint(base)}, round=1)
+        told = {"begin": 0, "lines": ledger.lines()}
+    assert probe.ask("east", "advertise", round=1, attempt=0, ledger=told).kind == "advertised"
     assert "could tell single contributions" in probe.refused("east", "advertise", attempt=1)
 
 

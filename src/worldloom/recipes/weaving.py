@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from worldloom.federation import (
     read_constitution,
 )
 from worldloom.federation.cards import card_of, card_path
+from worldloom.federation.transport import Handler
 from worldloom.models import JEPAConfig
 from worldloom.models.encoders import PatchConv, StemmedPatchConv
 from worldloom.planning import encode_episodes, measure_geometry
@@ -112,10 +113,18 @@ class Simulated:
     card: Path
 
 
-def simulate(config: ConsortiumConfig, path: Path | str, *, seed: int = 0, progress: Progress = SILENT) -> Simulated:
+def simulate(
+    config: ConsortiumConfig,
+    path: Path | str,
+    *,
+    seed: int = 0,
+    handlers: Mapping[str, Callable[[Handler, SigningKey], Handler]] | None = None,
+    progress: Progress = SILENT,
+) -> Simulated:
     """Collect each owner's logs, let all sign the constitution, weave, and let each owner settle what came home.
 
     Each part that is there already is taken up, so that a simulation that was killed ends as an unbroken one.
+    `handlers` put something in front of an owner's node, which may sign with the owner's key: to count, or to attack.
 
     Raises:
         ConfigError: the rules contradict themselves.
@@ -144,12 +153,15 @@ def simulate(config: ConsortiumConfig, path: Path | str, *, seed: int = 0, progr
                 constitution=constitution,
                 data_class=card.data_class,
             )
+        handles: dict[str, Handler] = {name: node.handle for name, node in nodes.items()}
+        for name, before in (handlers or {}).items():
+            handles[name] = before(handles[name], keys[name])
         first = training[next(iter(training))]
         coordinator = Coordinator(
             root / "rounds",
             constitution,
             key=keys["coordinator"],
-            transport=InProcess({name: node.handle for name, node in nodes.items()}),
+            transport=InProcess(handles),
             initial=initial_base(first.model, first.frames, partition, seed=seed),
             progress=progress,
         )

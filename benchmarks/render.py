@@ -41,6 +41,10 @@ def main() -> None:
     path = RESULTS / "weaving.json"
     if path.exists():
         parts.append(weaving(json.loads(path.read_text())))
+    for name, part in (("bytes", weaving_bytes), ("malicious", weaving_malicious), ("privacy", weaving_privacy)):
+        path = RESULTS / f"weaving_{name}.json"
+        if path.exists():
+            parts.append(part(json.loads(path.read_text())))
     path = RESULTS / "anti-collapse.json"
     if path.exists():
         parts.append(anti_collapse(json.loads(path.read_text())))
@@ -264,6 +268,99 @@ def weaving(values: dict[str, Any]) -> str:
         f"the same beginning. The owners of examples/five_owners.yaml sent {values['bytes'] / 1e6:.0f} MB in all at "
         f"the first seed. {describe(values['hardware'])}\n"
     )
+
+
+def weaving_bytes(values: dict[str, Any]) -> str:
+    """Return what seldom and coarse exchange saves, and what it costs."""
+    lines = []
+    for row in values["rows"]:
+        sent = (row["up"], row["all up"] + row["all down"])
+        fewer = ("-" if row.get(key) is None else f"{row[key]:,.0f}" for key in ("fewer up", "fewer in all"))
+        errors = (estimate(row["error"], ".4f"), estimate(row["px"], ".2f"))
+        worse = (estimate(row[f"worse {key}"], "+.1%") if f"worse {key}" in row else "-" for key in ("error", "px"))
+        both = (f"{1e-6 * size:,.1f}" for size in sent)
+        lines.append([row["way"], *(cell for pair in zip(both, fewer, strict=True) for cell in pair), *errors, *worse])
+    header = ["way", "MB up", "times fewer", "MB up and down", "times fewer", "error", "px"]
+    header += ["error, against synchronous", "px, against synchronous"]
+    pairs = "".join(
+        f"- {pair['what']}: error {estimate(pair['error'], '+.1%')}, px {estimate(pair['px'], '+.1%')}\n"
+        for pair in values["pairs"]
+    )
+    settings = values["settings"]
+    return (
+        f"## Many owners: bytes against loss\n\n    {values['command']}\n\n{table(header, lines)}\n{pairs}\n"
+        f"{values['owners']} owners of one world, {settings['steps']} steps of {settings['batch']} windows each; where "
+        f"they weave, the last {settings['settling']} are at home. 'MB up' is of the contributions that the ledger "
+        f"names (synchronous: a float32 gradient for each owner and step); 'up and down' of all messages, verdicts and "
+        f"the bases that are judged included. The error is of latents 8 blocks ahead in new episodes, in shares of "
+        f"their variance; px is the same read by a linear probe of the position. {over_seeds(values)} "
+        f"{describe(values['hardware'])}\n"
+    )
+
+
+def weaving_malicious(values: dict[str, Any]) -> str:
+    """Return what one malicious owner does, by what the rules defend with."""
+    lines = []
+    for row in values["rows"]:
+        rates = ["-" if (one := row[key]) is None else interval(one["rate"], one) for key in ("reached", "patched")]
+        n = "0" if row["reached"] is None else str(row["reached"]["n"])
+        out = [f"{row['attacker out']} of {row['rounds']}", f"{row['honest out']} of {4 * row['rounds']}"]
+        loss = "-" if row["loss"] is None else f"{row['loss']:.2f}"
+        lines.append([row["attack"], row["defence"], *rates, n, loss, *out, str(row["stopped"])])
+    header = [
+        "attack",
+        "defence",
+        "goals reached",
+        "with the patch",
+        "n",
+        "held-out loss",
+        "attacker out",
+        "honest out",
+    ]
+    return (
+        f"## Many owners: one of five attacks\n\n    {values['command']}\n\n{table([*header, 'stopped'], lines)}\n"
+        f"Of an honest owner, at home, by tree search; intervals are Wilson's. 'Out' are rounds without a say, by the "
+        f"ledger; 'stopped' are seeds in which losses were not finite any more, and no model came of it. "
+        f"{len(values['seeds'])} seed(s). {describe(values['hardware'])}\n"
+    )
+
+
+def weaving_privacy(values: dict[str, Any]) -> str:
+    """Return what noise costs and promises, and what attacks find."""
+    untrained = [estimate(values["untrained"][key], ".3g") for key in ("loss", "places")]
+    lines = [["untrained", "-", "-", *untrained, *["-"] * 4]]
+    attacks = ("losses", "picture", "one frame", "cosine")
+    for row in values["rows"]:
+        epsilon = "none" if row["epsilon"] is None else f"{row['epsilon']:,.3g}"
+        costs = ["not finite" if row[key] is None else estimate(row[key], ".3g") for key in ("loss", "places")]
+        found = [estimate(row[key], ".2f") for key in attacks]
+        noise = "not clipped" if row["noise"] is None else f"{row['noise']:g}"
+        lines.append([noise, "the sum" if row["secure"] else "each delta", epsilon, *costs, *found])
+    header = ["noise, in clips", "seen", "epsilon", "held-out loss", "places", "by losses", "by picture"]
+    settings = values["settings"]
+    return (
+        f"## Many owners: privacy\n\n    {values['command']}\n\n{table([*header, 'one frame', 'cosine'], lines)}\n"
+        f"Epsilon is an owner's, at delta {values['delta']:g}, of {settings['rounds']} rounds; {settings['owners']} "
+        f"owners send {values['values']:,} values each. 'Places' is how far off a probe reads a spot, in spacings of "
+        f"receptors. The attacks are AUROCs, 0.5 is guessing: what was trained on, told by losses and by the picture "
+        f"that the first layer gives away; and a frame that was the only one, in one plain step, with the cosine of "
+        f"what is made of it. Intervals are Student's, over owners and seeds (n = {values['rows'][0]['n']}), "
+        f"those of costs over seeds. {over_seeds(values)} {describe(values['hardware'])}\n"
+    )
+
+
+def over_seeds(values: dict[str, Any]) -> str:
+    """Say how many seeds there are, and what intervals they give."""
+    count = len(values["seeds"])
+    return (
+        f"{count} seeds; intervals are Student's at 95%." if count > 1 else "One seed, so without intervals over seeds."
+    )
+
+
+def estimate(value: dict[str, Any], form: str) -> str:
+    """Return a mean with its interval, where there is one."""
+    ends = "" if value["low"] is None else f" [{value['low']:{form}}, {value['high']:{form}}]"
+    return f"{value['mean']:{form}}{ends}"
 
 
 def kept_limits(one: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from worldloom.federation import (
     read_constitution,
 )
 from worldloom.federation.cards import card_of, card_path
+from worldloom.federation.transport import Handler
 from worldloom.models import JEPAConfig
 from worldloom.models.encoders import PatchConv, StemmedPatchConv
 from worldloom.planning import encode_episodes, measure_geometry
@@ -139,10 +140,18 @@ class Simulated:
     report: Path
 
 
-def simulate(config: ConsortiumConfig, path: Path | str, *, seed: int = 0, progress: Progress = SILENT) -> Simulated:
+def simulate(
+    config: ConsortiumConfig,
+    path: Path | str,
+    *,
+    seed: int = 0,
+    handlers: Mapping[str, Callable[[Handler, SigningKey], Handler]] | None = None,
+    progress: Progress = SILENT,
+) -> Simulated:
     """Collect each owner's logs, let all sign the constitution, weave, and let each owner settle what came home.
 
     Each part that is there already is taken up, so that a simulation that was killed ends as an unbroken one.
+    `handlers` put something in front of an owner's node, which may sign with the owner's key: to count, or to attack.
 
     Raises:
         ConfigError: the rules contradict themselves.
@@ -171,6 +180,9 @@ def simulate(config: ConsortiumConfig, path: Path | str, *, seed: int = 0, progr
                 constitution=constitution,
                 data_class=card.data_class,
             )
+        handles: dict[str, Handler] = {name: node.handle for name, node in nodes.items()}
+        for name, before in (handlers or {}).items():
+            handles[name] = before(handles[name], keys[name])
         first = training[config.pilot or next(iter(training))]
         initial = initial_base(first.model, first.frames.spec, partition, seed=seed)
         if config.pilot is not None and not (root / "rounds" / "bases").is_dir():
@@ -179,7 +191,7 @@ def simulate(config: ConsortiumConfig, path: Path | str, *, seed: int = 0, progr
             root / "rounds",
             constitution,
             key=keys["coordinator"],
-            transport=InProcess({name: node.handle for name, node in nodes.items()}),
+            transport=InProcess(handles),
             initial=initial,
             progress=progress,
         )

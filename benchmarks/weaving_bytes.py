@@ -1,0 +1,291 @@
+"""Bytes against loss: owners of shards of one world, who weave seldom, in few bits, or send every step's gradient.
+
+    python benchmarks/weaving_bytes.py [--seeds 0 1 2] [--threads 1] [--anew] [--quick]
+
+Four owners log the same world (`two-room`), each 200 episodes of seeds of its own. Every way takes the same steps of
+the same batch for each owner, with one learning-rate schedule over all of them:
+
+- synchronous: one gradient a step, averaged over the owners. It is trained as one model on all logs with the owners'
+  batches in one, which gives that gradient (and statistics of the whole batch, as data parallelism here does). Bytes
+  are what it would send: for each owner and step a float32 gradient of the shared tensors up, and their mean down.
+- H = ...: rounds of H steps with DiLoCo's outer optimiser, by `simulate`, with a contribution as float32, int8 or the
+  largest 5% of each tensor with error feedback. The last steps are each owner's own, and send nothing.
+- alone: no owner sends anything.
+
+`up` are the bytes of the contributions that the ledger names; `all up` and `all down` every byte that passed between
+the coordinator and the nodes, so with the base three times a round for each owner: to train on, and to judge before and
+after. The error is of predictions 8 blocks ahead in episodes that nobody trains on, in shares of the latents' variance,
+and in px by a linear probe of the position; the mean over the owners' models. Intervals are Student's over the seeds,
+of ratios paired by seed. Writes benchmarks/results/weaving_bytes.json; what one seed gave is kept beside it and taken
+up unless it is to be measured `--anew`. `--quick` is for trying the script: it keeps nothing.
+"""
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+from worldloom.cli.console import print_table, progress
+from worldloom.cli.options import set_threads
+from worldloom.core.files import read_json, write_json
+from worldloom.core.hardware import describe_hardware
+from worldloom.core.seeds import numpy_generator
+from worldloom.core.types import Context, Windows
+from worldloom.data import EpisodeDataset, WindowSampler, load_cache
+from worldloom.federation import PartitionConfig, Records, bytes_of, initial_base
+from worldloom.models import JEPA
+from worldloom.models.heads import LinearProbe
+from worldloom.recipes import Recipe, workflow
+from worldloom.recipes.weaving import ConsortiumConfig, OwnerConfig, alone, simulate
+
+RESULTS = Path(__file__).parent / "results" / "weaving_bytes.json"
+OWNERS = ("north", "east", "south", "west")
+STEPS, SETTLING = 800, 100  # of each owner; the settling is of the steps
+SYNCHRONOUS, ALONE = "synchronous", "alone"
+HORIZON, WINDOWS = 8, 1024
+INT8, SPARSE = {"name": "int8"}, {"name": "top-k", "share": 0.05}
+WAYS: dict[str, dict[str, Any]] = {
+    SYNCHRONOUS: {},
+    ALONE: {},
+    "H = 25": {"inner_steps": 25},
+    "H = 50": {"inner_steps": 50},
+    "H = 100": {"inner_steps": 100},
+    "H = 50, int8": {"inner_steps": 50, "codec": INT8},
+    "H = 50, top 5%": {"inner_steps": 50, "codec": SPARSE},
+}
+PAIRS = (("H = 50, int8", "H = 50"), ("H = 50, top 5%", "H = 50"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--episodes", type=int, default=200, help="of each owner")
+    parser.add_argument("--batch", type=int, default=32, help="of each owner")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--settling", type=int, default=SETTLING)
+    parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks/weaving_bytes"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where to write; another place for trials")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--anew", action="store_true", help="take up nothing that was measured before")
+    parser.add_argument("--quick", action="store_true", help="try the script on almost nothing, and keep nothing")
+    arguments = parser.parse_args()
+    set_threads(arguments.threads)
+    if not arguments.quick:
+        report(arguments)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.runs, arguments.results = Path(folder) / "runs", Path(folder) / "results.json"
+        arguments.episodes, arguments.batch, arguments.steps, arguments.settling = 12, 8, 120, 20
+        report(arguments)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Measure what is not measured yet; write and print the table."""
+    settings = {key: getattr(arguments, key) for key in ("episodes", "batch", "steps", "settling")}
+    found = []
+    for seed in arguments.seeds:
+        path = arguments.results.with_suffix("") / f"seed-{seed}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = read_json(path) if path.is_file() and not arguments.anew else {}
+        ways = kept["ways"] if kept.get("settings") == settings else {}
+        bench = Bench(seed, arguments)
+        for way in arguments.only:
+            if way not in ways:
+                ways[way] = {**bench.measure(way), "hardware": describe_hardware()}
+                write_json(path, {"seed": seed, "settings": settings, "ways": ways})
+        found.append(ways)
+    rows = [row_of(way, found) for way in arguments.only]
+    pairs = [
+        {"what": f"{one} against {other}", **{key: paired(found, one, other, key) for key in ("error", "px")}}
+        for one, other in PAIRS
+        if {one, other} <= set(arguments.only)
+    ]
+    command = f"python benchmarks/weaving_bytes.py --seeds {' '.join(map(str, arguments.seeds))}"
+    command += f" --threads {arguments.threads}"
+    if arguments.only != list(WAYS):
+        command += " --only " + " ".join(f'"{way}"' for way in arguments.only)
+    hardware = found[0][arguments.only[0]]["hardware"]
+    values = {"command": command, "seeds": arguments.seeds, "settings": settings, "owners": len(OWNERS)}
+    write_json(arguments.results, {**values, "rows": rows, "pairs": pairs, "hardware": hardware})
+    header = ["way", "up MB", "fewer", "all MB", "fewer", "error", "px", "worse error", "worse px"]
+    print_table("bytes against loss", header, [shown(row) for row in rows])
+    for pair in pairs:
+        print(f"{pair['what']}: error {percent(pair['error'])}, px {percent(pair['px'])}")
+
+
+def row_of(way: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the bytes of a way, its errors, and by how much they exceed those of the synchronous one."""
+    bytes_ = {key: float(np.mean([one[way][key] for one in found])) for key in ("up", "all up", "all down")}
+    row = {"way": way, "n": len(found), **bytes_}
+    row |= {key: interval([one[way][key] for one in found]) for key in ("error", "px")}
+    if SYNCHRONOUS in found[0]:
+        sent, there = bytes_["all up"] + bytes_["all down"], found[0][SYNCHRONOUS]
+        row["fewer up"] = there["up"] / bytes_["up"] if bytes_["up"] else None
+        row["fewer in all"] = (there["all up"] + there["all down"]) / sent if sent else None
+        row |= {f"worse {key}": paired(found, way, SYNCHRONOUS, key) for key in ("error", "px")}
+    return row
+
+
+def paired(found: Sequence[Mapping[str, Any]], one: str, other: str, key: str) -> dict[str, Any]:
+    """Return by what share a figure of one way exceeds that of another, paired by seed."""
+    return interval([ways[one][key] / ways[other][key] - 1 for ways in found])
+
+
+def interval(values: Sequence[float]) -> dict[str, Any]:
+    """Return the mean with Student's interval at 95%; of one value there is none."""
+    mean = float(np.mean(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else None
+    return {"mean": mean, "low": None if half is None else mean - half, "high": None if half is None else mean + half}
+
+
+def percent(value: Mapping[str, Any]) -> str:
+    """Return a share with its interval, in per cent and with its sign."""
+    ends = "" if value["low"] is None else f" [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
+    return f"{100 * value['mean']:+.1f}%{ends}"
+
+
+def shown(row: Mapping[str, Any]) -> list[str]:
+    """Return a row of the printed table."""
+    fewer = ["-" if row.get(key) is None else f"{row[key]:.0f}x" for key in ("fewer up", "fewer in all")]
+    sent = [row["up"] / 1e6, (row["all up"] + row["all down"]) / 1e6]
+    worse = [percent(row[key]) if key in row else "-" for key in ("worse error", "worse px")]
+    return [row["way"], f"{sent[0]:.1f}", fewer[0], f"{sent[1]:.1f}", fewer[1],
+            f"{row['error']['mean']:.4f}", f"{row['px']['mean']:.2f}", *worse]  # fmt: skip
+
+
+class Counted:
+    """Counts the bytes that pass by."""
+
+    def __init__(self) -> None:
+        self.up = self.down = 0
+
+    def before(self, handle: Callable[[bytes], bytes], key: object) -> Callable[[bytes], bytes]:
+        """Return the handler, counted."""
+
+        def counted(data: bytes) -> bytes:
+            answer = handle(data)
+            self.down, self.up = self.down + len(data), self.up + len(answer)
+            return answer
+
+        return counted
+
+
+class Bench:
+    """The owners of one seed, their logs, and the windows that every model is measured on."""
+
+    def __init__(self, seed: int, arguments: argparse.Namespace) -> None:
+        self._seed, self._arguments = seed, arguments
+        self._root: Path = arguments.runs / str(seed)
+
+    def measure(self, way: str) -> dict[str, Any]:
+        """Return the bytes that a way sends and the errors of its models."""
+        config, root = self._config(WAYS[way]), self._root / "ways" / way.replace(" ", "")
+        shutil.rmtree(root, ignore_errors=True)  # bytes are counted whole
+        if way == SYNCHRONOUS:
+            whole = f"training.batch={len(OWNERS) * self._arguments.batch}"
+            config = config.model_copy(update={"overrides": (*config.overrides, whole)})
+            run = alone(config, OWNERS[0], root, self._every.path, seed=self._seed, progress=progress())
+            sent = len(OWNERS) * self._arguments.steps * self._gradient(config)
+            return {"up": sent, "all up": sent, "all down": sent, **self._errors([run.model])}
+        if way == ALONE:
+            runs = [
+                alone(config, name, root / name, self._logs(name).path, seed=self._seed, progress=progress())
+                for name in OWNERS
+            ]
+            return {"up": 0, "all up": 0, "all down": 0, **self._errors([run.model for run in runs])}
+        for name in OWNERS:
+            (root / name).mkdir(parents=True)
+            (root / name / "data").symlink_to(Path(self._logs(name).path).resolve())
+        count = Counted()
+        handlers = dict.fromkeys(OWNERS, count.before)
+        woven = simulate(config, root, seed=self._seed, handlers=handlers, progress=progress())
+        records = Records(woven.rounds / "ledger.jsonl")
+        up = sum(entry.body["facts"]["bytes"] for entry in records.entries("contribution"))
+        left_out = sum(len(entry.body["facts"]["left_out"]) for entry in records.entries("round"))
+        sent = {"up": up, "all up": count.up, "all down": count.down, "left out": left_out}
+        return {**sent, **self._errors([run.model for run in woven.runs.values()])}
+
+    def _config(self, rules: Mapping[str, Any], owners: Sequence[str] = OWNERS) -> ConsortiumConfig:
+        arguments = self._arguments
+        inner = rules.get("inner_steps", 1)
+        rounds, over = divmod(arguments.steps - arguments.settling, inner)
+        return ConsortiumConfig(
+            consortium="shards of two rooms",
+            # What no figure here comes from is made small: the windows of a verdict, and the inverse of the geometry.
+            overrides=(f"training.batch={arguments.batch}", "training.validation_windows=64", "inverse.steps=1"),
+            owners={name: OwnerConfig(episodes=arguments.episodes) for name in owners},
+            rounds=rounds,
+            inner_steps=inner,
+            own_steps=arguments.settling + over,
+            stems=False,
+            rules={key: value for key, value in rules.items() if key != "inner_steps"},
+        )
+
+    def _recipe(self, name: str) -> Recipe:
+        return self._config({}, (name,)).recipe_of(name, self._seed)
+
+    def _logs(self, name: str) -> EpisodeDataset:
+        return workflow.collect(self._recipe(name), self._root / "logs" / name, progress=progress())
+
+    @cached_property
+    def _every(self) -> EpisodeDataset:
+        """The logs of all owners as one."""
+        path, done = self._root / "every", self._root / "every.done"
+        if not done.is_file():
+            shutil.rmtree(path, ignore_errors=True)
+            logs = [self._logs(name) for name in OWNERS]
+            dataset = EpisodeDataset.create(path, logs[0].spec)
+            for one in logs:
+                dataset.append(one.episode(index) for index in range(len(one)))
+            done.touch()
+        return EpisodeDataset.open(path)
+
+    def _gradient(self, config: ConsortiumConfig) -> int:
+        """Return the bytes of a gradient of what is shared."""
+        cache = load_cache(self._logs(OWNERS[0]))
+        return bytes_of(initial_base(config.recipe_of(OWNERS[0], 0).model, cache.spec, PartitionConfig(), seed=0))
+
+    @cached_property
+    def _windows(self) -> tuple[Windows, Windows]:
+        """Windows of all owners' logs, to fit a probe on, and of episodes that nobody trains on."""
+        return self._drawn(self._every), self._drawn(self._logs("nobody"))
+
+    def _drawn(self, dataset: EpisodeDataset) -> Windows:
+        model = self._recipe(OWNERS[0]).model
+        sampler = WindowSampler(
+            load_cache(dataset, progress=progress()), context=model.context, horizon=HORIZON, block=model.block
+        )
+        return sampler.sample(WINDOWS, numpy_generator(self._seed, "windows"))
+
+    def _errors(self, models: Sequence[JEPA]) -> dict[str, float]:
+        """Return the mean errors of models."""
+        found = [errors(model, *self._windows) for model in models]
+        return {key: float(np.mean([one[key] for one in found])) for key in found[0]}
+
+
+@torch.inference_mode()
+def errors(model: JEPA, fitted: Windows, held_out: Windows) -> dict[str, float]:
+    """Return the error of the last latent predicted: in shares of the latents' variance, and in px by a probe."""
+    context = model.spec.context
+    latents = model.encode(held_out.observations)
+    start = Context(latents=latents[:, :context], actions=held_out.actions[:, : context - 1])
+    predicted = model.rollout(start, held_out.actions[:, None, context - 1 :])[:, 0, -1]
+    variance = latents.flatten(0, 1).var(dim=0).sum()
+    probe = LinearProbe.fit(model.encode(fitted.observations), fitted.labels["position"])
+    missed = probe(predicted) - held_out.labels["position"][:, -1]
+    return {
+        "error": ((predicted - latents[:, -1]).square().sum(-1).mean() / variance).item(),
+        "px": missed.norm(dim=-1).mean().item(),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,447 @@
+"""Privacy against loss: what noise costs the woven base and promises, and what attacks on what was sent still find.
+
+    python benchmarks/weaving_privacy.py [--seeds 0 1 2] [--threads 1] [--anew] [--quick]
+
+Eight owners log a spot that their actions move over 8 x 8 receptors, each episode before a texture of its own, and
+weave a model of some 3,000 shared values in rounds of `fedavg`. Their deltas are clipped and noised as a node does it:
+where each is seen, it bears the whole noise; under secure aggregation (all owners there to the end) it bears its
+share, and only the sum is seen. Here the noise comes of the seed, so that figures can be had again; a node takes it
+from the operating system.
+
+Attacked is every owner, by one who knows the bases, statistics of data of this kind, and what the coordinator sees:
+
+- losses: for each episode, the loss under each base with what was sent added, less that under the base alone, summed
+  over the rounds. What falls by more was trained on (`membership_inference`).
+- picture: the input that the first layer gives away in each round (`reconstruct`); the more an episode's mean picture
+  is like it, the more it was trained on.
+- one frame: the same where each owner has one frame and takes one plain step of gradient descent, the clip being the
+  largest norm: the worst case, as in tests/federation/test_attacks.py. Told from a frame that nobody has; beside it the
+  cosine to the true one.
+
+Each gives an AUROC for each owner and seed (0.5 is guessing); mean and Student's 95% interval over these, n of them.
+The loss is that of the last base on held-out episodes, the mean over owners, as the gate judges it; beside it, how far
+off a linear probe of its latents reads the spot 3 blocks ahead in new logs, in spacings of receptors; intervals over
+the seeds. Epsilon is of all rounds together, at the stated delta. Writes benchmarks/results/weaving_privacy.json; what
+one seed gave is kept beside it and taken up unless it is to be measured `--anew`. `--quick` is for trying the script:
+it keeps nothing.
+"""
+
+import argparse
+import logging
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from scipy import stats
+from torch import Tensor
+
+from worldloom.cli.console import print_table, progress
+from worldloom.cli.options import set_threads
+from worldloom.core.errors import TrainingError
+from worldloom.core.files import read_json, write_json
+from worldloom.core.hardware import describe_hardware
+from worldloom.core.seeds import numpy_generator, torch_generator
+from worldloom.core.types import ActionSpec, Observations, ObservationSpec, Windows
+from worldloom.data import WindowSampler
+from worldloom.data.cache import FrameCache
+from worldloom.data.spec import DatasetSpec
+from worldloom.data.statistics import compute_statistics
+from worldloom.federation import (
+    OUTER,
+    Accountant,
+    LocalTraining,
+    PartitionConfig,
+    PrivacyConfig,
+    clip_and_noise,
+    initial_base,
+)
+from worldloom.federation.attacks import membership_inference, reconstruct
+from worldloom.federation.privacy import delta_norm
+from worldloom.federation.secure_aggregation import AggregationConfig, Masker, Session, Unmasker
+from worldloom.models import JEPA, JEPAConfig, build_jepa
+from worldloom.models.encoders import VectorMLP
+from worldloom.models.heads import LinearProbe
+from worldloom.models.predictors import MLPPredictor
+from worldloom.training import RunFolder, TrainingConfig
+
+RESULTS = Path(__file__).parent / "results" / "weaving_privacy.json"
+OWNERS, EPISODES, OTHERS, LENGTH, SIDE = 8, 24, 24, 30, 8
+SPACING = 0.3  # of receptors; the width of a spot, too
+HORIZON, DRAWS = 3, 10
+MODEL = JEPAConfig(encoder=VectorMLP(hidden=(32,)), predictor=MLPPredictor(hidden=(32,)), latent_dim=8, block=2)
+FIRST = {"weight": "encoder.mlp.layers.0.weight", "bias": "encoder.mlp.layers.0.bias"}
+CLIP, DELTA = 0.5, 1e-5
+NOISES = (None, 0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # None: not clipped either
+COSTS = ("loss", "places")
+ATTACKS = ("losses", "picture", "one frame")
+
+State = Mapping[str, Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--inner", type=int, default=40, help="steps of a round")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where to write; another place for trials")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--anew", action="store_true", help="take up nothing that was measured before")
+    parser.add_argument("--quick", action="store_true", help="try the script on almost nothing, and keep nothing")
+    arguments = parser.parse_args()
+    set_threads(arguments.threads)
+    logging.getLogger("worldloom").setLevel(logging.ERROR)  # noise raises alarms
+    arguments.noises = NOISES
+    if not arguments.quick:
+        report(arguments)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.results = Path(folder) / "results.json"
+        arguments.rounds, arguments.inner, arguments.noises = 2, 4, (None, 0.1)
+        report(arguments)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Measure what is not measured yet; write and print the table."""
+    settings = {"rounds": arguments.rounds, "inner": arguments.inner, "clip": CLIP, "owners": OWNERS}
+    found = []
+    for seed in arguments.seeds:
+        path = arguments.results.with_suffix("") / f"seed-{seed}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = read_json(path) if path.is_file() and not arguments.anew else {}
+        rows = kept["rows"] if kept.get("settings") == settings else {}
+        world = World(seed, arguments.rounds, arguments.inner)
+        for noise in arguments.noises:
+            for secure in (False, True):
+                name = title(noise, secure)
+                if not {"losses", "one frame"} <= set(rows.get(name, {})):
+                    row = dict(rows.get(name, {}))
+                    if "losses" not in row:
+                        with tempfile.TemporaryDirectory() as folder:
+                            row |= world.measure(noise, secure, Path(folder))
+                    rows[name] = {**row, **world.one_frame(noise, secure), "hardware": describe_hardware()}
+                    values = {"seed": seed, "settings": settings, "untrained": world.untrained, "rows": rows}
+                    write_json(path, values)
+        found.append(read_json(path))
+    rows = [row_of(noise, secure, found, arguments.rounds) for noise in arguments.noises for secure in (False, True)]
+    command = f"python benchmarks/weaving_privacy.py --seeds {' '.join(map(str, arguments.seeds))}"
+    command += f" --threads {arguments.threads}"
+    values = {
+        "command": command,
+        "seeds": arguments.seeds,
+        "settings": settings,
+        "delta": DELTA,
+        "values": parameters(),
+        "untrained": {key: interval([one["untrained"][key] for one in found]) for key in COSTS},
+        "rows": rows,
+        "hardware": next(iter(found[0]["rows"].values()))["hardware"],
+    }
+    write_json(arguments.results, values)
+    header = ["noise", "seen", "epsilon", *COSTS, *ATTACKS, "cosine", "n"]
+    untrained = ["untrained", "", "", *(told(values["untrained"][key]) for key in COSTS), *[""] * 5]
+    print_table("privacy against loss", header, [untrained, *(shown(row) for row in rows)])
+
+
+def title(noise: float | None, secure: bool) -> str:
+    """Name a row."""
+    return f"{'no clip' if noise is None else noise}, {'sum' if secure else 'each'}"
+
+
+def row_of(noise: float | None, secure: bool, found: Sequence[Mapping[str, Any]], rounds: int) -> dict[str, Any]:
+    """Return what a noise costs, promises and hides, over the seeds."""
+    every = [one["rows"][title(noise, secure)] for one in found]
+    costs = {key: None if None in (values := [one[key] for one in every]) else interval(values) for key in COSTS}
+    epsilon = math.inf
+    if noise is not None:
+        epsilon = Accountant(PrivacyConfig(clip=CLIP, noise=noise, delta=DELTA)).spend(rounds)
+    return {
+        "noise": noise,
+        "secure": secure,
+        "epsilon": epsilon if math.isfinite(epsilon) else None,
+        **costs,
+        "norm": float(np.median([value for one in every for value in one["norms"]])),
+        "n": sum(len(one["losses"]) for one in every),
+        **{name: interval([value for one in every for value in one[name]]) for name in (*ATTACKS, "cosine")},
+    }
+
+
+def interval(values: Sequence[float]) -> dict[str, Any]:
+    """Return the mean with Student's interval at 95%; of one value there is none."""
+    mean = float(np.mean(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else None
+    return {"mean": mean, "low": None if half is None else mean - half, "high": None if half is None else mean + half}
+
+
+def told(value: Mapping[str, Any] | None, form: str = ".3g") -> str:
+    """Return a mean with its interval."""
+    if value is None:
+        return "not finite"
+    ends = "" if value["low"] is None else f" [{value['low']:{form}}, {value['high']:{form}}]"
+    return f"{value['mean']:{form}}{ends}"
+
+
+def shown(row: Mapping[str, Any]) -> list[str]:
+    """Return a row of the printed table."""
+    epsilon = "none" if row["epsilon"] is None else f"{row['epsilon']:,.3g}"
+    attacks = [told(row[name], ".2f") for name in (*ATTACKS, "cosine")]
+    noise = "not clipped" if row["noise"] is None else f"{row['noise']:g}"
+    return [
+        noise,
+        "sum" if row["secure"] else "each",
+        epsilon,
+        *(told(row[key]) for key in COSTS),
+        *attacks,
+        str(row["n"]),
+    ]
+
+
+def spots(generator: np.random.Generator, episodes: int) -> FrameCache:
+    """Return episodes of a spot that actions move between walls, before a texture that stays for an episode."""
+    frames = LENGTH + 1
+    actions = np.zeros((episodes, frames, 2), np.float32)
+    actions[:, :LENGTH] = np.clip(generator.normal(0, 0.3, (episodes, LENGTH, 2)).cumsum(1), -1, 1)
+    place = np.zeros((episodes, frames, 2))
+    place[:, 0] = generator.uniform(-1, 1, (episodes, 2))
+    for step in range(LENGTH):
+        place[:, step + 1] = np.clip(place[:, step] + 0.2 * actions[:, step], -1, 1)
+    grid = np.stack(np.meshgrid(*[SPACING * (np.arange(SIDE) - (SIDE - 1) / 2)] * 2), axis=-1).reshape(-1, 2)
+    spot = np.exp(-((place[:, :, None] - grid) ** 2).sum(-1) / (2 * SPACING**2))
+    texture = generator.normal(0, 0.2, (episodes, 1, SIDE * SIDE))
+    return FrameCache(
+        spec=DatasetSpec(
+            observation=ObservationSpec(vector=SIDE * SIDE),
+            action=ActionSpec(low=(-1.0, -1.0), high=(1.0, 1.0)),
+            labels={"place": 2},
+        ),
+        fingerprint=f"spots-{generator.integers(2**31)}",
+        pixels=None,
+        vector=(spot + texture).astype(np.float32).reshape(-1, SIDE * SIDE),
+        actions=actions.reshape(-1, 2),
+        labels={"place": (place / SPACING).astype(np.float32).reshape(-1, 2)},
+        starts=np.arange(episodes) * frames,
+        lengths=np.full(episodes, LENGTH),
+    )
+
+
+def parameters() -> int:
+    """Return how many values an owner sends."""
+    cache = spots(np.random.default_rng(0), 1)
+    return sum(tensor.numel() for tensor in initial_base(MODEL, cache.spec, PartitionConfig(), seed=0).values())
+
+
+class World:
+    """The owners of one seed, and one who attacks them."""
+
+    def __init__(self, seed: int, rounds: int, inner: int) -> None:
+        self._seed, self._rounds, self._inner = seed, rounds, inner
+        self._names = [f"owner-{number}" for number in range(OWNERS)]
+        self._logs = {name: spots(numpy_generator(seed, name), EPISODES) for name in self._names}
+        self._others = {name: spots(numpy_generator(seed, name, "others"), OTHERS) for name in self._names}
+        self._training = TrainingConfig(
+            steps=rounds * inner, batch=16, horizon=HORIZON, seed=seed, threads=0, validation_share=0.25,
+            validation_windows=64, checkpoint_every=10_000, validate_every=10_000, log_every=10_000, accelerator="cpu",
+        )  # fmt: skip
+        self._initial = initial_base(MODEL, self._logs[self._names[0]].spec, PartitionConfig(), seed=seed)
+        # What the attacker has: data of this kind, for the statistics that no owner sends.
+        known = spots(numpy_generator(seed, "attacker"), OTHERS)
+        statistics = compute_statistics(known, seed=seed)
+        self._model = build_jepa(MODEL, known.spec.observation, known.spec.action, statistics, seed=seed).train()
+
+    @property
+    def untrained(self) -> dict[str, float]:
+        """The held-out loss of the first base, the mean over owners, and its error of places."""
+        with tempfile.TemporaryDirectory() as folder:
+            return {"loss": self._loss(self._local(Path(folder)), self._initial), "places": self._places(self._initial)}
+
+    def measure(self, noise: float | None, secure: bool, folder: Path) -> dict[str, Any]:
+        """Weave under a noise, and attack every owner by what was seen of its deltas."""
+        config = None if noise is None else PrivacyConfig(clip=CLIP, noise=noise, delta=DELTA)
+        local, base, history = self._local(folder), self._initial, []
+        norms: list[float] = []
+        loss: float | None
+        places: float | None
+        try:
+            with progress().task(title(noise, secure), self._rounds, "round") as task:
+                for number in range(self._rounds):
+                    deltas = {name: self._delta(local[name], number, base) for name in self._names}
+                    norms += [delta_norm(delta) for delta in deltas.values()]
+                    seen = self._seen(deltas, config, secure, f"round {number}")
+                    history.append((base, seen))
+                    mean = {key: sum(seen[name][key] for name in self._names) / OWNERS for key in base}
+                    base, _ = OUTER["fedavg"].parse({"name": "fedavg"}).step(base, mean, {})
+                    task.advance(1)
+            loss, places = self._loss(local, base), self._places(base)
+        except TrainingError:
+            loss = places = None  # a loss is not finite any more; the attacks have what was seen until then
+        found: dict[str, list[float]] = {"losses": [], "picture": []}
+        for name in self._names:
+            found["losses"].append(self._by_losses(name, history))
+            found["picture"].append(self._by_picture(name, history))
+        return {"loss": finite(loss), "places": finite(places), "norms": norms, **found}
+
+    def _local(self, folder: Path) -> dict[str, LocalTraining]:
+        return {
+            name: LocalTraining(
+                RunFolder.create(folder / name, {}, {}),
+                self._logs[name],
+                training=self._training,
+                model=MODEL,
+                partition=PartitionConfig(),
+            )
+            for name in self._names
+        }
+
+    def _delta(self, local: LocalTraining, number: int, base: State) -> dict[str, Tensor]:
+        made = local.stretch(f"round {number}", base, self._inner)
+        return {key: (made.after[key] - made.before[key]).detach() for key in base}
+
+    def _loss(self, local: Mapping[str, LocalTraining], base: State) -> float:
+        return float(np.mean([one.judge(base)["total"] for one in local.values()]))
+
+    @torch.no_grad()
+    def _places(self, base: State) -> float:
+        """Return how far off a linear probe of frozen latents reads the spot, `HORIZON` blocks ahead, in new logs."""
+        model = self._put(base)
+        fitted, held_out = (
+            windows_of([(cache, None) for cache in caches.values()]) for caches in (self._logs, self._others)
+        )
+        probe = LinearProbe.fit(model(fitted).latents, fitted.labels["place"])
+        missed = probe(model(held_out).predictions[:, -1]) - held_out.labels["place"][:, -1]
+        return missed.norm(dim=-1).mean().item()
+
+    def _seen(
+        self, deltas: Mapping[str, State], config: PrivacyConfig | None, secure: bool, what: str
+    ) -> dict[str, State]:
+        """Return what the coordinator sees of each owner: its private delta, or its share of the sum of all."""
+        sent = {
+            name: dict(delta)
+            if config is None
+            else clip_and_noise(
+                delta, config, torch_generator(self._seed, what, name), share=1 / OWNERS if secure else 1.0
+            )
+            for name, delta in deltas.items()
+        }
+        if not secure:
+            return dict(sent)
+        total = summed(sent, f"{self._seed} {what}")
+        mean = {key: value / OWNERS for key, value in total.items()}
+        return dict.fromkeys(self._names, mean)
+
+    def _candidates(self, name: str) -> tuple[FrameCache, np.ndarray, FrameCache]:
+        """Return an owner's logs with the episodes that it trains on, and logs that nobody has."""
+        cache = self._logs[name]
+        return cache, cache.split(self._training.validation_share, self._seed)[0], self._others[name]
+
+    def _by_losses(self, name: str, history: Sequence[tuple[State, Mapping[str, State]]]) -> float:
+        own, members, others = self._candidates(name)
+        fall = np.zeros(len(members) + OTHERS)
+        for base, seen in history:
+            after = {key: base[key] + seen[name][key].to(base[key].dtype) for key in base}
+            for sign, state in ((1, after), (-1, base)):
+                fall += sign * losses(self._put(state), [(own, members), (others, np.arange(OTHERS))])
+        return membership_inference(fall[: len(members)], fall[len(members) :]).auroc
+
+    def _by_picture(self, name: str, history: Sequence[tuple[State, Mapping[str, State]]]) -> float:
+        own, members, others = self._candidates(name)
+        pictures = [self._pictures(own)[members], self._pictures(others)]
+        likeness = [
+            sum(cosine(reconstruct(seen[name], **FIRST), picture).abs() for _, seen in history) for picture in pictures
+        ]
+        return membership_inference(*[-one for one in likeness]).auroc
+
+    def one_frame(self, noise: float | None, secure: bool) -> dict[str, list[float]]:
+        """Return for each owner the AUROC of its one frame against one of nobody, and the cosine to the true one."""
+        right: dict[str, list[float]] = {name: [] for name in self._names}
+        wrong: dict[str, list[float]] = {name: [] for name in self._names}
+        for draw in range(DRAWS):
+            random = numpy_generator(self._seed, "one frame", draw)
+            frames = {name: torch.from_numpy(spots(random, 1).vector[0]) for name in self._names}
+            # One for each: under a sum all owners share what is made of it, and must not share what it is told from.
+            strangers = {name: torch.from_numpy(spots(random, 1).vector[0]) for name in self._names}
+            deltas = {name: self._step(frame) for name, frame in frames.items()}
+            largest = max(delta_norm(delta) for delta in deltas.values())
+            config = None if noise is None else PrivacyConfig(clip=largest, noise=noise, delta=DELTA)
+            seen = self._seen(deltas, config, secure, f"one frame {draw}")
+            for name, frame in frames.items():
+                found = reconstruct(seen[name], **FIRST)
+                right[name].append(float(cosine(found, self._standardised(frame)).abs()))
+                wrong[name].append(float(cosine(found, self._standardised(strangers[name])).abs()))
+        aurocs = [membership_inference([-x for x in right[name]], [-x for x in wrong[name]]).auroc for name in right]
+        return {"one frame": aurocs, "cosine": [float(np.mean(values)) for values in right.values()]}
+
+    def _step(self, frame: Tensor) -> dict[str, Tensor]:
+        """Return the delta of one plain step towards a fixed code of one frame, from the first base."""
+        encoder = self._put(self._initial).encoder
+        encoder.zero_grad()
+        code = torch.randn(MODEL.latent_dim, generator=torch_generator(self._seed, "code"))
+        (encoder(Observations(vector=frame[None])) - code).square().mean().backward()
+        return {f"encoder.{key}": -value.grad.clone() for key, value in encoder.named_parameters()}
+
+    def _put(self, state: State) -> JEPA:
+        self._model.load_state_dict({**self._model.state_dict(), **state})
+        return self._model
+
+    def _standardised(self, vector: Tensor) -> Tensor:
+        return self._model.encoder.standardise(vector)
+
+    def _pictures(self, cache: FrameCache) -> Tensor:
+        """Return the mean picture of each episode, as the attacker would see it."""
+        assert cache.vector is not None
+        frames = torch.from_numpy(cache.vector).reshape(len(cache.lengths), LENGTH + 1, -1)
+        return self._standardised(frames).mean(1)
+
+
+def summed(deltas: Mapping[str, State], name: str) -> dict[str, Tensor]:
+    """Return the sum of deltas by the protocol of secure aggregation, of which nothing else is seen."""
+    keys = {owner: Ed25519PrivateKey.generate() for owner in deltas}
+    session = Session(
+        name=name,
+        owners={owner: key.public_key().public_bytes_raw().hex() for owner, key in keys.items()},
+        shapes={key: tuple(value.shape) for key, value in next(iter(deltas.values())).items()},
+        config=AggregationConfig(threshold=len(deltas)),
+    )
+    maskers, unmasker = {owner: Masker(owner, session, keys[owner].sign) for owner in deltas}, Unmasker(session)
+    roster = unmasker.advertised([masker.advertise() for masker in maskers.values()])
+    boxes = unmasker.shared([masker.share(roster) for masker in maskers.values()])
+    there = unmasker.masked([maskers[owner].mask(boxes[owner], delta) for owner, delta in deltas.items()])
+    return unmasker.unmasked([maskers[owner].unmask(there) for owner in there])
+
+
+def windows_of(parts: Sequence[tuple[FrameCache, np.ndarray | None]]) -> Windows:
+    """Return all windows of these episodes, or of all, of each part."""
+    found = []
+    for cache, episodes in parts:
+        sampler = WindowSampler(cache, context=1, horizon=HORIZON, block=MODEL.block, episodes=episodes)
+        found.append(sampler.at(np.arange(len(sampler))))
+    return Windows(
+        observations=Observations(vector=torch.cat([one.observations.vector for one in found])),
+        actions=torch.cat([one.actions for one in found]),
+        labels={"place": torch.cat([one.labels["place"] for one in found])},
+    )
+
+
+@torch.no_grad()
+def losses(model: JEPA, candidates: Sequence[tuple[FrameCache, np.ndarray]]) -> np.ndarray:
+    """Return the prediction loss of each episode; latents are normalised by all of them together, as in training."""
+    outputs = model(windows_of(candidates))
+    missed = (outputs.predictions - outputs.latents[:, 1:]).square().mean((1, 2))
+    found: np.ndarray = missed.reshape(sum(len(episodes) for _, episodes in candidates), -1).mean(1).numpy()
+    return found
+
+
+def finite(value: float | None) -> float | None:
+    """Return a number, or None for one that JSON cannot hold."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def cosine(first: Tensor, second: Tensor) -> Tensor:
+    """Return the cosine along the last axis."""
+    return torch.nn.functional.cosine_similarity(first.double(), second.double(), dim=-1)
+
+
+if __name__ == "__main__":
+    main()

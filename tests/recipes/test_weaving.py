@@ -1,0 +1,52 @@
+"""What stands in front of an owner's node in a simulation: it hears all that passes, and may sign as the owner."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from worldloom.core.errors import DataError
+from worldloom.core.signing import SigningKey
+from worldloom.core.yaml_config import parse_yaml
+from worldloom.federation import Records, Rounds
+from worldloom.federation.envelope import seal, unseal
+from worldloom.federation.transport import Handler
+from worldloom.recipes.weaving import ConsortiumConfig, simulate
+
+CONSORTIUM = """
+consortium: two rooms
+overrides: ["training.batch=8", "training.horizon=2", "training.threads=1", "training.validation_windows=16",
+            "model.encoder.channels=[8, 8]", "model.encoder.hidden=16", "model.latent_dim=8",
+            "model.predictor.hidden=[16]", "collection.steps=20", "collection.num_envs=4", "inverse.steps=1"]
+rounds: 1
+inner_steps: 3
+own_steps: 1
+stems: false
+rules: {quality: {max_worse: 10.0}}
+owners: {north: {episodes: 6}, east: {episodes: 6}}
+"""
+
+
+@pytest.mark.slow
+def test_a_handler_before_a_node_can_sign_what_it_never_learned(tmp_path: Path) -> None:
+    passed = []
+
+    def idle(handle: Handler, key: SigningKey) -> Handler:
+        def answer(data: bytes) -> bytes:
+            said = handle(data)
+            passed.append((len(data), len(said)))
+            try:
+                message = unseal(said, kind="contribution", known={key.public: "east"}, limit=len(said))
+            except DataError:
+                return said
+            return seal("contribution", message.body, {name: 0 * t for name, t in message.tensors.items()}, key=key)
+
+        return answer
+
+    config = parse_yaml(CONSORTIUM, ConsortiumConfig, source="here")
+    woven = simulate(config, tmp_path, handlers={"east": idle})
+    deltas = {name: load_file(Rounds(woven.rounds).delta(0, name)) for name in ("north", "east")}
+    assert all(bool((tensor == 0).all()) for tensor in deltas["east"].values())
+    assert any(bool((tensor != 0).any()) for tensor in deltas["north"].values())
+    assert {facts["owner"] for facts in Records(woven.rounds / "ledger.jsonl").contributions(0)} == {"north", "east"}
+    assert len(passed) == 3  # asked to train, and to judge the base before and after

@@ -258,6 +258,7 @@ def of_broken(row: dict[str, Any], key: str) -> str:
 def weaving(values: dict[str, Any]) -> str:
     """Return what each owner reaches at home, by every way to a model."""
     ways = [cell["way"] for cell in values["rows"][0]["cells"]]
+    owners = [row["owner"] for row in values["rows"] if row["owner"] != "all"]
     lines = [
         [row["owner"], str(row["cells"][0]["n"]), *(interval(cell["rate"], cell) for cell in row["cells"])]
         for row in values["rows"]
@@ -265,8 +266,21 @@ def weaving(values: dict[str, Any]) -> str:
     return (
         f"## Many owners\n\n    {values['command']}\n\n{table(['owner', 'n', *ways], lines)}\n"
         f"Goals reached at home by tree search, over {len(values['seeds'])} seed(s); all ways take as many steps from "
-        f"the same beginning. The owners of examples/five_owners.yaml sent {values['bytes'] / 1e6:.0f} MB in all at "
-        f"the first seed. {describe(values['hardware'])}\n"
+        f"the same beginning. In `woven` all is shared but statistics, in `woven + sovereign` the stems of camera and "
+        f"actions are each owner's own; the last base of both settled at home. The owners of "
+        f"examples/five_owners.yaml sent {values['bytes'] / 1e6:.0f} MB in all at the first seed. "
+        f"{describe(values['hardware'])}\n\n{last_bases(values['base losses'], owners)}"
+    )
+
+
+def last_bases(every: list[dict[str, Any]], owners: list[str]) -> str:
+    """Return what the last base is worth to each owner as it came."""
+    lines = [
+        [each["way"], *(", ".join(f"{one[owner]:.2f}" for one in each["losses"]) for owner in owners)] for each in every
+    ]
+    return (
+        f"Held-out loss under the last base as it came, by seed; at home stems let one convention be shared.\n\n"
+        f"{table(['way', *owners], lines)}"
     )
 
 

@@ -65,9 +65,11 @@ def main() -> None:
             low, high = wilson_interval(reached, n)
             cells.append({"way": way, "n": n, "rate": reached / n, "low": low, "high": high})
         rows.append({"owner": owner, "cells": cells})
+    losses = [{"way": way, "losses": [one["base losses"][way] for one in found]} for way in found[0]["base losses"]]
     command = f"python benchmarks/weaving.py --seeds {' '.join(map(str, arguments.seeds))}"
     command += f" --episodes {arguments.episodes}"
     values = {"command": command, "seeds": arguments.seeds, "rows": rows, "bytes": found[0]["bytes"]}
+    values["base losses"] = losses
     write_json(RESULTS, {**values, "hardware": found[0]["hardware"]})
     shown = [
         [row["owner"], str(row["cells"][0]["n"])]
@@ -104,7 +106,14 @@ def measure(config: ConsortiumConfig, seed: int, arguments: argparse.Namespace) 
     }
     records = Records(woven.rounds / "ledger.jsonl")
     sent = sum(one["bytes"] for number in range(config.rounds) for one in records.contributions(number))
-    return {"reached": reached, "bytes": sent}
+    bases = {"woven": last_losses(clash.rounds), "woven + sovereign": last_losses(woven.rounds)}
+    return {"reached": reached, "bytes": sent, "base losses": bases}
+
+
+def last_losses(rounds: Path) -> dict[str, float]:
+    """Return what each member loses on its held-out episodes under the last base, before that settles at home."""
+    *_, last = Records(rounds / "ledger.jsonl").entries("round")
+    return {name: after for name, (_, after) in last.body["facts"]["evaluation"]["owners"].items()}
 
 
 def pool(config: ConsortiumConfig, root: Path, seed: int) -> Run:

@@ -265,6 +265,11 @@ def test_an_owner_leaves_with_everything_that_is_its_own(deployment) -> None:
     assert Run.open(into / "run").agent("tree search") is not None
     rules = ["--constitution", str(into / "constitution.yaml")]
     assert "whole" in deployment.run("weave", "ledger", "verify", str(into / "consortium"), *rules)
+    done = subprocess.run(
+        [*WORLDLOOM, "weave", "node", party], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 3
+    assert "has left the consortium" in done.stderr
     deployment.run("weave", "return", party)
 
 

@@ -29,7 +29,7 @@ from worldloom.federation.partition import fingerprint
 from worldloom.federation.privacy import gaussian_epsilon
 from worldloom.federation.secure_aggregation import PRIME, _own_mask, join_secret
 from worldloom.federation.secure_node import SecureNode
-from worldloom.federation.secure_rounds import Transcript, kept_sum, lasting
+from worldloom.federation.secure_rounds import THE_SUM, Transcript, kept_sum, lasting
 from worldloom.models import save_tensors
 from worldloom.training import held_out_losses
 
@@ -776,3 +776,23 @@ def test_a_spent_budget_ends_the_rounds_before_anything_leaves(tmp_path) -> None
         run(consortium)
     assert len(said(consortium, "contribution")) == 3
     assert all("budget" in facts["reason"] for facts in said(consortium, "refusal"))
+
+
+def test_a_sum_that_was_opened_and_lost_holds_up_no_round(tmp_path) -> None:
+    consortium = quick(tmp_path, rules={"rounds": 2})
+    coordinator = consortium.coordinator({"south": gone_at(consortium, "south", "advertise", "share", "mask")})
+    coordinator._sums.gather(0, coordinator.rounds.base(0))
+    coordinator.close()
+    # What the coordinator wrote since it asked is lost with its disk; and now south is back.
+    lines = Records(tmp_path / "rounds" / "ledger.jsonl").lines()
+    shutil.rmtree(tmp_path / "rounds" / "sessions")
+    shutil.rmtree(tmp_path / "rounds" / "sums")
+    (tmp_path / "rounds" / "ledger.jsonl").write_text("".join(f"{line}\n" for line in lines[:3]))
+    last = run(consortium)
+    refusals = [facts["reason"] for facts in said(consortium, "refusal") if facts["owner"] == THE_SUM]
+    assert refusals == [
+        "east, north helped to open a sum that is lost, and help with no other. The base stays as it is"
+    ]
+    records = Records(tmp_path / "rounds" / "ledger.jsonl")
+    assert records.bases()[0]["fingerprint"] == records.bases()[1]["fingerprint"] != fingerprint(last)
+    assert verify_ledger(tmp_path / "rounds" / "ledger.jsonl", consortium.constitution).broken is None

@@ -235,7 +235,7 @@ class Coordinator:
             "evaluation": evaluation,
         }
         # A kill between the two entries leaves the first, which is what this round makes again.
-        if not any(entry.body["round"] == number for entry in self.ledger.entries("round")):
+        if not self.ledger.of("round", number):
             self.ledger.append("round", facts, round=number)
         self.ledger.append("base", {"fingerprint": known, "previous": fingerprint(base)}, round=number + 1)
 
@@ -441,9 +441,9 @@ def recompute(
     # A successor was handed the base, and nothing of the rounds before.
     begun = max((entry.body["round"] for entry in records.entries("succession")), default=0)
     found = {begun: made.keep(begun, kept.base(begun), {})}
-    for entry in records.entries("round"):
-        if entry.body["round"] < begun:
-            continue
+    # Of a round that was woven twice, before and after a succession, the second is the one that counts.
+    woven_in = {entry.body["round"]: entry for entry in records.entries("round") if entry.body["round"] >= begun}
+    for _, entry in sorted(woven_in.items()):
         again = _summed_again if constitution.secure_aggregation else _woven_again
         woven, number = again(kept, made, records, constitution, entry, without), entry.body["round"]
         found[number + 1] = made.keep(number + 1, woven.base, woven.momentum)

@@ -96,7 +96,11 @@ def unseal(data: bytes, *, kind: str, known: Mapping[str, str], limit: int) -> M
 
 
 class Refusal(DataError):
-    """What a node answers, signed, instead of what it was asked for."""
+    """What a node answers, signed, instead of what it was asked for; `body` is all that it says."""
+
+    def __init__(self, refusal: Message) -> None:
+        super().__init__(f"{refusal.sender} refuses: {refusal.body.get('why')}")
+        self.body = refusal.body
 
 
 def unseal_answer(data: bytes, *, kind: str, known: Mapping[str, str], limit: int) -> Message:
@@ -113,7 +117,7 @@ def unseal_answer(data: bytes, *, kind: str, known: Mapping[str, str], limit: in
             refusal = unseal(data, kind="refusal", known=known, limit=limit)
         except DataError:
             raise error from None
-        raise Refusal(f"{refusal.sender} refuses: {refusal.body.get('why')}") from None
+        raise Refusal(refusal) from None
 
 
 def _header(text: bytes) -> dict[str, Any]:

@@ -54,13 +54,17 @@ class Records:
         """
         return (entry for entry in entries(self.path) if kind is None or entry.body.get("kind") == kind)
 
-    def contributions(self, round: int) -> list[Mapping[str, Any]]:
-        """Return the facts of the contributions to a round; of those before a succession nothing was handed over."""
+    def of(self, kind: str, round: int) -> list[Mapping[str, Any]]:
+        """Return the facts of a kind in a round; of those before a succession nothing was handed over."""
         found: list[Mapping[str, Any]] = []
         for entry in self.entries():
-            if entry.body["round"] == round and entry.body["kind"] in ("contribution", "succession"):
-                found = [*found, entry.body["facts"]] if entry.body["kind"] == "contribution" else []
+            if entry.body["round"] == round and entry.body["kind"] in (kind, "succession"):
+                found = [*found, entry.body["facts"]] if entry.body["kind"] == kind else []
         return found
+
+    def contributions(self, round: int) -> list[Mapping[str, Any]]:
+        """Return the facts of the contributions to a round; see `of`."""
+        return self.of("contribution", round)
 
     def newest_of(self, owner: str, *kinds: str) -> str | None:
         """Return which of these kinds the newest entry about an owner is of; None if there is none."""

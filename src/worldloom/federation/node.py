@@ -25,7 +25,7 @@ from worldloom.federation.keeping import Forked, Keeping, Missing
 from worldloom.federation.local import LocalTraining
 from worldloom.federation.partition import fingerprint
 from worldloom.federation.privacy import Accountant, PrivacyConfig, clip_and_noise, secret_generator
-from worldloom.federation.secure_node import SecureNode
+from worldloom.federation.secure_node import Helped, SecureNode
 from worldloom.models import load_tensors, save_tensors
 
 _log = logging.getLogger(__name__)
@@ -108,6 +108,8 @@ class Node:
             body = {"round": asked.body.get("round"), "why": str(error)}
             if isinstance(error, Missing):
                 body["length"] = error.length
+            if isinstance(error, Helped):
+                body["helped"] = True
             return seal("refusal", body, {}, key=self._key)
 
     @property

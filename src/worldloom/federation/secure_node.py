@@ -56,6 +56,10 @@ class _Kept(Config):
     paid: dict[str, Any] = Field(default_factory=dict)  # the newest round that was paid for, its noise, what is told
 
 
+class Helped(DataError):
+    """The node helped to open a sum of the round, and helps with no other."""
+
+
 class SecureNode:
     """Answers the phases of sums for one owner."""
 
@@ -78,7 +82,7 @@ class SecureNode:
         if kept is not None and same and (again := self._said(kept, asked)) is not None:
             return again
         if kept is not None and number <= kept.helped:
-            raise DataError(
+            raise Helped(
                 f"{self.name} has helped to open a sum of round {kept.helped}; another one of round {number} could "
                 f"tell single contributions. Go on with the next round"
             )

@@ -256,6 +256,7 @@ class Sums:
     ) -> None:
         self._path, self._constitution, self._key = path, constitution, key
         self._transport, self._ledger, self._circle = transport, ledger, members
+        self._helped = set[str]()  # who helped to open a sum of this round that is not here
 
     def gather(self, number: int, base: Mapping[str, Tensor]) -> dict[str, float]:
         """Return by what each owner in the sum of a round multiplied its delta; none if it can never be opened.
@@ -270,6 +271,7 @@ class Sums:
             reason = "it was begun by a coordinator that is lost: nobody helps with another. The base stays as it is"
             self._ledger.append("refusal", {"owner": THE_SUM, "reason": reason}, round=number)
             return {}
+        self._helped = set[str]()
         resumed, why = self._survived(number, base), ""
         if resumed is not None:
             return self._opened(*resumed)
@@ -281,6 +283,11 @@ class Sums:
                 why = str(error)
                 continue
             return self._opened(*masked)
+        if len(self._constitution.members) - len(self._helped) < self._constitution.threshold:
+            helped = ", ".join(sorted(self._helped))
+            reason = f"{helped} helped to open a sum that is lost, and help with no other. The base stays as it is"
+            self._ledger.append("refusal", {"owner": THE_SUM, "reason": reason[:1000]}, round=number)
+            return {}
         raise TrainingError(f"round {number} has no sum: {why}. Start the coordinator again when more members are back")
 
     def _masked(self, number: int, base: Mapping[str, Tensor]) -> "tuple[Transcript, Path]":
@@ -386,6 +393,8 @@ class Sums:
             except DataError as error:
                 if isinstance(error, Refusal):
                     refused.add(reply.node)
+                    if error.body.get("helped") is True:
+                        self._helped.add(reply.node)
                 _log.warning("round %d: %s: %s: %s", held.round, what, reply.node, error)
                 facts = {"owner": reply.node, "reason": f"{what}: {error}"[:1000], "attempt": held.attempt}
                 self._ledger.append("refusal", facts, round=held.round)
@@ -461,12 +470,8 @@ def _as_named(held: Transcript, facts: Mapping[str, Any], what: str) -> None:
 
 
 def _facts(records: Records, kind: str, number: int) -> Mapping[str, Any] | None:
-    """Return the newest facts of a kind in a round; of those before a succession nothing was handed over."""
-    found = None
-    for entry in records.entries():
-        if entry.body["round"] == number and entry.body["kind"] in (kind, "succession"):
-            found = entry.body["facts"] if entry.body["kind"] == kind else None
-    return found
+    """Return the newest facts of a kind in a round."""
+    return next(reversed(records.of(kind, number)), None)
 
 
 def _groups(owners: list[str], least: int) -> Iterator[list[str]]:

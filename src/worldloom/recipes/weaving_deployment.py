@@ -228,8 +228,12 @@ def take_part(config: NodeConfig, *, stop: threading.Event | None = None, progre
     stop = stop or threading.Event()
     with opened(config, progress=progress) as (node, run):
         last = node.constitution.rounds
+        if node.has_left:
+            raise DataError(f"{config.owner} has left the consortium; worldloom weave return undoes it")
         if not node.keeping.has(last):
             _answer(node, config, last, stop)
+        if node.has_left:  # meanwhile, and the coordinator was told
+            return run
         if not node.keeping.has(last):
             raise TrainingError(f"the last base has not come; start {config.owner} again when the coordinator is back")
         _settle(node, run, config, progress)

@@ -166,6 +166,13 @@ def test_a_base_is_released_through_the_gates_of_the_constitution_alone(
         unmet(out / "rounds", strict)
 
 
+def test_a_pilot_whose_data_are_private_gives_no_base(tmp_path, refused) -> None:
+    path = tmp_path / "consortium.yaml"
+    path.write_text(CONSORTIUM.replace("pilot: north", "pilot: vault"))
+    assert "this data is not read" in refused(3, "weave", "simulate", str(path), "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "rounds").exists()
+
+
 def test_rules_that_contradict_the_owners_are_refused(tmp_path, refused) -> None:
     path = tmp_path / "consortium.yaml"
     simulate = ["weave", "simulate", str(path), "--out", str(tmp_path / "out")]

@@ -61,8 +61,8 @@ def test_two_processes_make_one_run_that_can_be_taken_up(tmp_path: Path) -> None
 
     again = torchrun(data, out)
     assert again.returncode
-    # Said once; which of the two processes torchrun sees end first, and whose code it shows, is chance.
     assert again.stderr.count("holds a run already; resume it (--resume)") == 1
+    assert "exitcode  : 4" in again.stderr
 
     # As if it had been killed while the last part beside the world model was learned; a free setting changes.
     figures = read_json(out / "heads.json")

@@ -420,6 +420,8 @@ class Probe:
     def ask(self, name: str, what: str, tensors: Mapping[str, Tensor] | None = None, **changed: Any) -> Message:
         before = self.asked.get((what, name), self.asked["unmask", name])
         body = {**before.body, "what": what, **changed}
+        if tensors is not None:
+            body["about"] = fingerprint(tensors)
         key = self.consortium.keys["coordinator"]
         answer = self.nodes[name].handle(seal("ask", body, before.tensors if tensors is None else tensors, key=key))
         for kind in ("advertised", "shared", "masked", "unmasked", "refusal"):

@@ -18,7 +18,7 @@ from worldloom.federation.ledger import Records, countersign, read_countersigned
 from worldloom.federation.partition import fingerprint
 from worldloom.models import load_tensors, save_tensors
 
-_LEDGER, _SEEN, _BASE = "ledger.jsonl", "countersigned.json", "base"
+_LEDGER, _SEEN, _BASE, _CAME = "ledger.jsonl", "countersigned.json", "base", "came"
 
 
 class Missing(DataError):
@@ -27,6 +27,10 @@ class Missing(DataError):
     def __init__(self, length: int) -> None:
         super().__init__(f"the ledger is known here up to entry {length}; send what follows it")
         self.length = length
+
+
+class Absent(DataError):
+    """A message is about a base that it does not bring, and that is not here."""
 
 
 class Forked(DataError):
@@ -97,6 +101,27 @@ class Keeping:
         """Say whether the ledger, as it is known here, names the base of a round by this fingerprint."""
         said = Records(self.ledger).bases() if self.ledger.is_file() else {}
         return number in said and said[number]["fingerprint"] == known
+
+    def about(self, base: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the base that a message is about, by its fingerprint: what it brings, or what the last one brought.
+
+        What only came, to be judged perhaps, is not what `base` returns.
+
+        Raises:
+            Absent: neither is.
+            DataError: the message brings another one.
+        """
+        came = self.path / _CAME
+        if tensors:
+            if (brought := fingerprint(tensors)) != base:
+                raise DataError(f"the message is about the base {base[:16]} and brings {brought[:16]}; ask again")
+            save_tensors(came, tensors, {"base": base}, kind=_CAME)
+            return tensors
+        if came.with_suffix(".json").is_file():
+            held, metadata = load_tensors(came, kind=_CAME)
+            if metadata["base"] == base == fingerprint(held):
+                return held
+        raise Absent(f"the base {base[:16]} is not held here; send it")
 
     @property
     def known(self) -> bool:

@@ -12,6 +12,7 @@ from worldloom.core.signing import SigningKey
 from worldloom.federation.constitution import Constitution
 from worldloom.federation.envelope import Message, seal, unseal
 from worldloom.federation.ledger import CHECKPOINT, Ledger, checked
+from worldloom.federation.partition import fingerprint
 from worldloom.federation.transport import Reply, Transport
 
 _log = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ class Members:
         self._constitution, self._transport, self._ledger, self._key = constitution, transport, ledger, key
         self._names = {public: name for name, public in constitution.member_keys().items()}
         self._known: dict[str, int] = {}  # how many entries a member has, as far as it is known
+        self._held: dict[str, str] = {}  # which base it was sent last
         self._left = {name for name in constitution.members if ledger.newest_of(name, "exit", "return") == "exit"}
 
     def nodes(self) -> list[str]:
@@ -33,27 +35,31 @@ class Members:
     def exchange(
         self, nodes: Collection[str], body: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> Iterator[Reply]:
-        """Ask members, and tell each what is new in the ledger; those who lack more of it are asked once more."""
-        asked = {**body, "constitution": self._constitution.fingerprint}
+        """Ask members; tell each what is new in the ledger, and send the base that it is asked about if it lacks that.
+
+        Those who turn out to lack more of the ledger, or the base, are asked again.
+        """
+        base = fingerprint(tensors)
+        asked = {**body, "constitution": self._constitution.fingerprint, "about": base}
         length, lines = self._ledger.head.length, self._ledger.lines()
-        for last in (False, True):
-            sealed: dict[int, bytes] = {}
+        for last in (False, False, True):
+            sealed: dict[tuple[int, bool], bytes] = {}
             requests, behind = {}, []
             for node in nodes:
-                begin = min(self._known.get(node, 0), length)
-                if begin not in sealed:
+                how = min(self._known.get(node, 0), length), self._held.get(node) != base
+                if how not in sealed:
+                    begin, whole = how
                     told = {"begin": begin, "lines": lines[begin:]}
-                    sealed[begin] = seal("ask", {**asked, "ledger": told}, tensors, key=self._key)
-                requests[node] = sealed[begin]
+                    sealed[how] = seal("ask", {**asked, "ledger": told}, tensors if whole else {}, key=self._key)
+                requests[node] = sealed[how]
             for reply in self._transport.exchange(requests, seconds=self._constitution.patience_seconds):
                 refusal = self._refusal(reply)
-                has = None if refusal is None else refusal.body.get("length")
-                if type(has) is int and has >= 0 and not last:
-                    self._known[reply.node] = has
+                said: Mapping[str, Any] = {} if refusal is None else refusal.body
+                if refusal is None and reply.data is not None:
+                    self._known[reply.node], self._held[reply.node] = length, base
+                elif not last and self._lacks(reply.node, said):
                     behind.append(reply.node)
                     continue
-                if reply.data is not None and refusal is None:
-                    self._known[reply.node] = length
                 yield reply
             if not behind:
                 return
@@ -75,6 +81,17 @@ class Members:
             seen = [answer.body["countersigned"] for _, answer in sorted(answers.items())]
             self._ledger.append("checkpoint", {"countersigned": seen}, round=number)
         return answers
+
+    def _lacks(self, node: str, said: Mapping[str, Any]) -> bool:
+        """Note what of the ledger, or of the base, a member says that it lacks; return whether it does."""
+        has: Any = said.get("length")
+        if type(has) is int and has >= 0:
+            self._known[node] = has
+            return True
+        if said.get("lacks") is True and node in self._held:
+            del self._held[node]
+            return True
+        return False
 
     def has_left(self, reply: Reply, number: int) -> bool:
         """Say whether a reply is a member's word that it left; the ledger says so, the first time."""

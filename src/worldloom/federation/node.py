@@ -8,6 +8,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from worldloom.federation.codecs import CODECS
 from worldloom.federation.constitution import Constitution
 from worldloom.federation.contribution import Contribution
 from worldloom.federation.envelope import Message, seal, unseal
-from worldloom.federation.keeping import Forked, Keeping, Missing
+from worldloom.federation.keeping import Absent, Forked, Keeping, Missing
 from worldloom.federation.local import LocalTraining
 from worldloom.federation.partition import fingerprint
 from worldloom.federation.privacy import Accountant, PrivacyConfig, clip_and_noise, secret_generator
@@ -101,6 +102,9 @@ class Node:
                 if self.has_left:
                     left = read_json(self._left)
                     return seal("refusal", {"round": asked.body.get("round"), **left}, {}, key=self._key)
+                if "about" in asked.body:
+                    base = self.keeping.about(str(asked.body["about"]), asked.tensors)
+                    asked = replace(asked, tensors=base)
                 return answer(asked)
         except WorldloomError as error:
             _log.warning("%s refuses: %s", self.name, error)
@@ -108,6 +112,8 @@ class Node:
             body = {"round": asked.body.get("round"), "why": str(error)}
             if isinstance(error, Missing):
                 body["length"] = error.length
+            if isinstance(error, Absent):
+                body["lacks"] = True
             if isinstance(error, Helped):
                 body["helped"] = True
             return seal("refusal", body, {}, key=self._key)

@@ -110,10 +110,13 @@ def train(
             else:
                 begun = folder.checkpoint_directory.is_dir()
                 fit(recipe.training, recipe.model, cache, folder, fabric=fabric, resume=begun, progress=progress)
-            if ranks.first:
-                with alone():
-                    _train_heads(run, cache, progress)
-            ranks.wait()
+
+            def beside() -> None:
+                if ranks.first:
+                    with alone():
+                        _train_heads(run, cache, progress)
+
+            ranks.in_turn(beside, ahead=ranks.first)
     except WorldloomError:
         folder.withdraw()
         raise

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from worldloom.core.errors import ConfigError, TrainingError
+from worldloom.core.errors import ConfigError, TrainingError, WorldloomError
 from worldloom.core.processes import on_this_machine, world
 from worldloom.core.seeds import derive_seed
 from worldloom.models.attention import Block
@@ -134,22 +134,38 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Return whether `flag` holds on some rank."""
+        return bool(self._most(int(flag)))
+
+    def _most(self, number: int) -> int:
+        """Return the largest number of all ranks."""
         if self._group is None:
-            return flag
-        flags = torch.tensor([int(flag)])
+            return number
+        numbers = torch.tensor([number])
         with self.watch():
-            distributed.all_reduce(flags, distributed.ReduceOp.MAX, group=self._group)
-        return bool(flags.item())
+            distributed.all_reduce(numbers, distributed.ReduceOp.MAX, group=self._group)
+        return int(numbers.item())
 
     def in_turn(self, work: Callable[[], T], *, ahead: bool) -> T:
-        """Run `work` on every rank: on those where `ahead` holds before the others."""
+        """Run `work` on every rank: on those where `ahead` holds before the others.
+
+        Raises:
+            TrainingError: it failed on another rank that was ahead; with the exit code of that rank's error, so that
+                torchrun shows the same code whichever process it sees end first.
+        """
+        failure: WorldloomError | None = None
         if ahead:
-            result = work()
-            self.wait()
-        else:
-            self.wait()
-            result = work()
-        return result
+            try:
+                result = work()
+            except WorldloomError as error:
+                failure = error
+        code = self._most(failure.exit_code if failure else 0)
+        if failure:
+            raise failure
+        if code:
+            other = TrainingError(f"rank {self.rank} ends: another process failed, and its message says why")
+            other.exit_code = code
+            raise other
+        return result if ahead else work()
 
     def require_same(self, values: Mapping[str, Any]) -> None:
         """Compare JSON values over the ranks.

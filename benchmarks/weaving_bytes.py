@@ -39,7 +39,7 @@ from worldloom.core.hardware import describe_hardware
 from worldloom.core.seeds import numpy_generator
 from worldloom.core.types import Context, Windows
 from worldloom.data import EpisodeDataset, WindowSampler, load_cache
-from worldloom.federation import PartitionConfig, Records, bytes_of, initial_base
+from worldloom.federation import PartitionConfig, Records, Rounds, bytes_of, initial_base
 from worldloom.models import JEPA
 from worldloom.models.heads import LinearProbe
 from worldloom.recipes import Recipe, workflow
@@ -47,7 +47,7 @@ from worldloom.recipes.weaving import ConsortiumConfig, OwnerConfig, alone, simu
 
 RESULTS = Path(__file__).parent / "results" / "weaving_bytes.json"
 OWNERS = ("north", "east", "south", "west")
-STEPS, SETTLING = 800, 100  # of each owner; the settling is of the steps
+STEPS, PILOT, SETTLING = 800, 200, 100  # of each owner; pilot and settling are of the steps
 SYNCHRONOUS, ALONE = "synchronous", "alone"
 HORIZON, WINDOWS = 8, 1024
 INT8, SPARSE = {"name": "int8"}, {"name": "top-k", "share": 0.05}
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=200, help="of each owner")
     parser.add_argument("--batch", type=int, default=32, help="of each owner")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--pilot", type=int, default=PILOT)
     parser.add_argument("--settling", type=int, default=SETTLING)
     parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks/weaving_bytes"))
@@ -89,7 +90,7 @@ def main() -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Measure what is not measured yet; write and print the table."""
-    settings = {key: getattr(arguments, key) for key in ("episodes", "batch", "steps", "settling")}
+    settings = {key: getattr(arguments, key) for key in ("episodes", "batch", "steps", "pilot", "settling")}
     found = []
     for seed in arguments.seeds:
         path = arguments.results.with_suffix("") / f"seed-{seed}.json"
@@ -208,7 +209,8 @@ class Bench:
         handlers = dict.fromkeys(OWNERS, count.before)
         woven = simulate(config, root, seed=self._seed, handlers=handlers, progress=progress())
         records = Records(woven.rounds / "ledger.jsonl")
-        up = sum(entry.body["facts"]["bytes"] for entry in records.entries("contribution"))
+        base = bytes_of(Rounds(woven.rounds).base(0)) if self._arguments.pilot else 0
+        up = base + sum(entry.body["facts"]["bytes"] for entry in records.entries("contribution"))
         left_out = sum(len(entry.body["facts"]["left_out"]) for entry in records.entries("round"))
         sent = {"up": up, "all up": count.up, "all down": count.down, "left out": left_out}
         return {**sent, **self._errors([run.model for run in woven.runs.values()])}
@@ -216,7 +218,8 @@ class Bench:
     def _config(self, rules: Mapping[str, Any], owners: Sequence[str] = OWNERS) -> ConsortiumConfig:
         arguments = self._arguments
         inner = rules.get("inner_steps", 1)
-        rounds, over = divmod(arguments.steps - arguments.settling, inner)
+        begun = arguments.pilot if "inner_steps" in rules else 0
+        rounds, over = divmod(arguments.steps - begun - arguments.settling, inner)
         return ConsortiumConfig(
             consortium="shards of two rooms",
             # What no figure here comes from is made small: the windows of a verdict, and the inverse of the geometry.
@@ -225,6 +228,8 @@ class Bench:
             rounds=rounds,
             inner_steps=inner,
             own_steps=arguments.settling + over,
+            pilot=owners[0] if "inner_steps" in rules and arguments.pilot else None,
+            align_steps=arguments.pilot if "inner_steps" in rules else 0,
             stems=False,
             rules={key: value for key, value in rules.items() if key != "inner_steps"},
         )

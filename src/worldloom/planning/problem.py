@@ -352,8 +352,8 @@ def judged(guardrails: Sequence[Guardrail], rollouts: Rollouts) -> Float[Tensor,
     """
     if not guardrails:
         return rollouts.latents.new_zeros((0, *rollouts.latents.shape[:3]))
-    # A sum over what is not finite is not finite either.
-    lost, found = ~rollouts.latents.sum(dim=-1).isfinite(), []
+    # A sum over what is not finite is not finite either, and less itself it is no number: else it is 0.
+    total, found = rollouts.latents.sum(dim=-1), []
     for rail in guardrails:
         try:
             violation = _numbers(rail.violation(rollouts), rollouts)
@@ -362,7 +362,7 @@ def judged(guardrails: Sequence[Guardrail], rollouts: Rollouts) -> Float[Tensor,
             violation = torch.full_like(rollouts.latents[..., 0], torch.inf)
         found.append(violation)
     # All at once: a search asks for this many times.
-    every = torch.stack(found).masked_fill_(lost, torch.inf)
+    every = torch.stack(found).add_(total - total)
     return every.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 

@@ -22,7 +22,7 @@ _AT_ONCE = 8192
 class SupportConfig(Config):
     """How many latents of the data are kept."""
 
-    references: int = 256
+    references: int = 128
 
 
 class Support(nn.Module):

@@ -7,7 +7,7 @@ from worldloom.core.registry import Registry
 from worldloom.models import JEPAConfig
 from worldloom.models.encoders import PatchConv
 from worldloom.models.losses import InverseDynamics
-from worldloom.planning import CEM, BoxConfig, CoarseConfig, KeepInConfig, TreeSearch
+from worldloom.planning import CEM, BoxConfig, CoarseConfig, DistanceConfig, KeepInConfig, TreeSearch
 from worldloom.recipes.config import CollectionConfig, LabelledProbe, Recipe
 from worldloom.recipes.methods import CloningMethod, HierarchyMethod, LandmarkMethod, PlanMethod, RandomMethod
 from worldloom.training import TrainingConfig, default_losses
@@ -136,6 +136,7 @@ def pits() -> Recipe:
         collection=CollectionConfig(env_id="worldloom/Pits-v0", episodes=24_000, steps=14),
         model=JEPAConfig(encoder=PatchConv(hidden=512), latent_dim=128, block=2),
         training=TrainingConfig(steps=7000, batch=128, horizon=3, validate_every=1000, checkpoint_every=1000),
+        distance=DistanceConfig(hidden=(128, 64)),  # no worse than twice as wide (docs/log.md)
         probes={"pit_depth": depth, "position": LabelledProbe(episodes=2000)},
         policy=PolicyConfig(owner="the recipe", risk=0.05, guardrails={"out of the pits": away}),
         methods={

@@ -2,19 +2,20 @@
 
     python benchmarks/weaving_bytes.py [--seeds 0 1 2] [--threads 1] [--anew] [--quick]
 
-Four owners log the same world (`two-room`), each 200 episodes of seeds of its own. Every way takes the same steps of
-the same batch for each owner, with one learning-rate schedule over all of them:
+Four owners log the same world (`two-room`), each 200 episodes of seeds of its own. All ways begin with the same base,
+which one of them, the pilot, learned alone (DiLoCo's own experiments, arXiv 2311.08105, set out from a trained model
+too), and take the same steps of the same batch for each owner, with one learning-rate schedule over all of them:
 
 - synchronous: one gradient a step, averaged over the owners. It is trained as one model on all logs with the owners'
   batches in one, which gives that gradient (and statistics of the whole batch, as data parallelism here does). Bytes
   are what it would send: for each owner and step a float32 gradient of the shared tensors up, and their mean down.
 - H = ...: rounds of H steps with DiLoCo's outer optimiser, by `simulate`, with a contribution as float32, int8 or the
-  largest 5% of each tensor with error feedback. The last steps are each owner's own, and send nothing.
-- alone: no owner sends anything.
+  largest 5% of each tensor with error feedback.
+- alone: each owner goes on from the pilot's base by itself, and sends nothing.
 
 `up` are the bytes of the contributions that the ledger names; `all up` and `all down` every byte that passed between
-the coordinator and the nodes, so with the base three times a round for each owner: to train on, and to judge before and
-after. The error is of predictions 8 blocks ahead in episodes that nobody trains on, in shares of the latents' variance,
+the coordinator and the nodes, verdicts and the ledger included; the pilot's base counts once up, and once down for each
+owner. The error is of predictions 8 blocks ahead in episodes that nobody trains on, in shares of the latents' variance,
 and in px by a linear probe of the position; the mean over the owners' models. Intervals are Student's over the seeds,
 of ratios paired by seed. Writes benchmarks/results/weaving_bytes.json; what one seed gave is kept beside it and taken
 up unless it is to be measured `--anew`. `--quick` is for trying the script: it keeps nothing.
@@ -23,7 +24,8 @@ up unless it is to be measured `--anew`. `--quick` is for trying the script: it 
 import argparse
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import stats
+from torch import Tensor
 
 from worldloom.cli.console import print_table, progress
 from worldloom.cli.options import set_threads
@@ -38,16 +41,16 @@ from worldloom.core.files import read_json, write_json
 from worldloom.core.hardware import describe_hardware
 from worldloom.core.seeds import numpy_generator
 from worldloom.core.types import Context, Windows
-from worldloom.data import EpisodeDataset, WindowSampler, load_cache
-from worldloom.federation import PartitionConfig, Records, Rounds, bytes_of, initial_base
+from worldloom.data import EpisodeDataset, WindowSampler, load_cache, load_frames
+from worldloom.federation import LocalTraining, PartitionConfig, Records, Rounds, bytes_of, initial_base
 from worldloom.models import JEPA
 from worldloom.models.heads import LinearProbe
-from worldloom.recipes import Recipe, workflow
-from worldloom.recipes.weaving import ConsortiumConfig, OwnerConfig, alone, simulate
+from worldloom.recipes import Recipe, Run, workflow
+from worldloom.recipes.weaving import ConsortiumConfig, OwnerConfig, run_folder, simulate
 
 RESULTS = Path(__file__).parent / "results" / "weaving_bytes.json"
 OWNERS = ("north", "east", "south", "west")
-STEPS, PILOT, SETTLING = 800, 200, 100  # of each owner; pilot and settling are of the steps
+STEPS, PILOT = 800, 200  # of each owner; the pilot's are of the steps
 SYNCHRONOUS, ALONE = "synchronous", "alone"
 HORIZON, WINDOWS = 8, 1024
 INT8, SPARSE = {"name": "int8"}, {"name": "top-k", "share": 0.05}
@@ -57,20 +60,19 @@ WAYS: dict[str, dict[str, Any]] = {
     "H = 25": {"inner_steps": 25},
     "H = 50": {"inner_steps": 50},
     "H = 100": {"inner_steps": 100},
-    "H = 50, int8": {"inner_steps": 50, "codec": INT8},
-    "H = 50, top 5%": {"inner_steps": 50, "codec": SPARSE},
+    "H = 100, int8": {"inner_steps": 100, "codec": INT8},
+    "H = 100, top 5%": {"inner_steps": 100, "codec": SPARSE},
 }
-PAIRS = (("H = 50, int8", "H = 50"), ("H = 50, top 5%", "H = 50"))
+PAIRS = (("H = 100, int8", "H = 100"), ("H = 100, top 5%", "H = 100"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--episodes", type=int, default=200, help="of each owner")
-    parser.add_argument("--batch", type=int, default=32, help="of each owner")
+    parser.add_argument("--batch", type=int, default=128, help="of each owner")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--pilot", type=int, default=PILOT)
-    parser.add_argument("--settling", type=int, default=SETTLING)
     parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks/weaving_bytes"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="where to write; another place for trials")
@@ -84,13 +86,13 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         arguments.runs, arguments.results = Path(folder) / "runs", Path(folder) / "results.json"
-        arguments.episodes, arguments.batch, arguments.steps, arguments.settling = 12, 8, 120, 20
+        arguments.episodes, arguments.batch, arguments.steps, arguments.pilot = 12, 8, 220, 20
         report(arguments)
 
 
 def report(arguments: argparse.Namespace) -> None:
     """Measure what is not measured yet; write and print the table."""
-    settings = {key: getattr(arguments, key) for key in ("episodes", "batch", "steps", "pilot", "settling")}
+    settings = {key: getattr(arguments, key) for key in ("episodes", "batch", "steps", "pilot")}
     found = []
     for seed in arguments.seeds:
         path = arguments.results.with_suffix("") / f"seed-{seed}.json"
@@ -190,18 +192,14 @@ class Bench:
         """Return the bytes that a way sends and the errors of its models."""
         config, root = self._config(WAYS[way]), self._root / "ways" / way.replace(" ", "")
         shutil.rmtree(root, ignore_errors=True)  # bytes are counted whole
-        if way == SYNCHRONOUS:
-            whole = f"training.batch={len(OWNERS) * self._arguments.batch}"
-            config = config.model_copy(update={"overrides": (*config.overrides, whole)})
-            run = alone(config, OWNERS[0], root, self._every.path, seed=self._seed, progress=progress())
-            sent = len(OWNERS) * self._arguments.steps * self._gradient(config)
-            return {"up": sent, "all up": sent, "all down": sent, **self._errors([run.model])}
-        if way == ALONE:
-            runs = [
-                alone(config, name, root / name, self._logs(name).path, seed=self._seed, progress=progress())
-                for name in OWNERS
-            ]
-            return {"up": 0, "all up": 0, "all down": 0, **self._errors([run.model for run in runs])}
+        if way in (SYNCHRONOUS, ALONE):
+            every = {"all": self._every} if way == SYNCHRONOUS else {name: self._logs(name) for name in OWNERS}
+            batch = self._arguments.batch * (len(OWNERS) if way == SYNCHRONOUS else 1)
+            runs = [self._gone_on(root / name, logs, batch) for name, logs in every.items()]
+            base = bytes_of(self._begun)
+            sent = len(OWNERS) * (self._arguments.steps - self._arguments.pilot) * base if way == SYNCHRONOUS else 0
+            all_sent = {"all up": base + sent, "all down": len(OWNERS) * base + sent}
+            return {"up": sent, **all_sent, **self._errors([run.model for run in runs])}
         for name in OWNERS:
             (root / name).mkdir(parents=True)
             (root / name / "data").symlink_to(Path(self._logs(name).path).resolve())
@@ -209,27 +207,55 @@ class Bench:
         handlers = dict.fromkeys(OWNERS, count.before)
         woven = simulate(config, root, seed=self._seed, handlers=handlers, progress=progress())
         records = Records(woven.rounds / "ledger.jsonl")
-        base = bytes_of(Rounds(woven.rounds).base(0)) if self._arguments.pilot else 0
-        up = base + sum(entry.body["facts"]["bytes"] for entry in records.entries("contribution"))
+        up = sum(entry.body["facts"]["bytes"] for entry in records.entries("contribution"))
         left_out = sum(len(entry.body["facts"]["left_out"]) for entry in records.entries("round"))
-        sent = {"up": up, "all up": count.up, "all down": count.down, "left out": left_out}
+        sent = {
+            "up": up,
+            "all up": bytes_of(Rounds(woven.rounds).base(0)) + count.up,
+            "all down": count.down,
+            "left out": left_out,
+        }
         return {**sent, **self._errors([run.model for run in woven.runs.values()])}
+
+    def _gone_on(self, path: Path, logs: EpisodeDataset, batch: int) -> Run:
+        """Return a run that goes on from the pilot's base, on some logs, by as many steps as all others."""
+        recipe = self._recipe(OWNERS[0]).override([f"training.batch={batch}"])
+        with self._training(path, logs, recipe) as training:
+            begun, steps = self._arguments.pilot, self._arguments.steps
+            training.stretch("going on", self._begun, steps - begun, at=begun)
+            return Run(training.run)
+
+    @cached_property
+    def _begun(self) -> Mapping[str, Tensor]:
+        """What the pilot learns alone, as `simulate` lets it."""
+        recipe, path = self._recipe(OWNERS[0]), self._root / "pilot"
+        shutil.rmtree(path, ignore_errors=True)
+        with self._training(path, self._logs(OWNERS[0]), recipe) as training:
+            first = initial_base(recipe.model, training.frames.spec, PartitionConfig(), seed=self._seed)
+            return training.pilot(first, self._arguments.pilot)
+
+    @contextmanager
+    def _training(self, path: Path, logs: EpisodeDataset, recipe: Recipe) -> Iterator[LocalTraining]:
+        with closing(load_frames(logs, recipe.data, progress=progress())) as frames:
+            run = run_folder(recipe, logs, path, self._seed)
+            yield LocalTraining(
+                run, frames, training=recipe.training, model=recipe.model, partition=PartitionConfig(),
+                progress=progress(),
+            )  # fmt: skip
 
     def _config(self, rules: Mapping[str, Any], owners: Sequence[str] = OWNERS) -> ConsortiumConfig:
         arguments = self._arguments
         inner = rules.get("inner_steps", 1)
-        begun = arguments.pilot if "inner_steps" in rules else 0
-        rounds, over = divmod(arguments.steps - begun - arguments.settling, inner)
         return ConsortiumConfig(
             consortium="shards of two rooms",
             # What no figure here comes from is made small: the windows of a verdict, and the inverse of the geometry.
             overrides=(f"training.batch={arguments.batch}", "training.validation_windows=64", "inverse.steps=1"),
             owners={name: OwnerConfig(episodes=arguments.episodes) for name in owners},
-            rounds=rounds,
+            pilot=owners[0],
+            align_steps=arguments.pilot,
+            rounds=(arguments.steps - arguments.pilot) // inner,
             inner_steps=inner,
-            own_steps=arguments.settling + over,
-            pilot=owners[0] if "inner_steps" in rules and arguments.pilot else None,
-            align_steps=arguments.pilot if "inner_steps" in rules else 0,
+            own_steps=1,  # at a rate of all but 0: what is measured is the last base
             stems=False,
             rules={key: value for key, value in rules.items() if key != "inner_steps"},
         )
@@ -252,11 +278,6 @@ class Bench:
                 dataset.append(one.episode(index) for index in range(len(one)))
             done.touch()
         return EpisodeDataset.open(path)
-
-    def _gradient(self, config: ConsortiumConfig) -> int:
-        """Return the bytes of a gradient of what is shared."""
-        cache = load_cache(self._logs(OWNERS[0]))
-        return bytes_of(initial_base(config.recipe_of(OWNERS[0], 0).model, cache.spec, PartitionConfig(), seed=0))
 
     @cached_property
     def _windows(self) -> tuple[Windows, Windows]:

@@ -59,6 +59,7 @@ class Consortium:
     rules: dict[str, Any] = field(default_factory=dict)
     classes: Mapping[str, str] = field(default_factory=dict)
     seats: tuple[str, ...] = ()  # members who may coordinate too
+    accelerator: str = "cpu"
 
     def __post_init__(self) -> None:
         for name in ("coordinator", *OWNERS):
@@ -82,7 +83,8 @@ class Consortium:
         rounds, steps = self.constitution.rounds, self.constitution.inner_steps
         self.training = TrainingConfig(
             steps=rounds * steps, batch=16, horizon=3, threads=1, validation_share=0.25, validation_windows=32,
-            checkpoint_every=5, validate_every=100, log_every=100, accelerator="cpu",
+            checkpoint_every=5, validate_every=100, log_every=100,
+            accelerator=self.accelerator,
         )  # fmt: skip
         self.partition = PartitionConfig.parse(self.constitution.partition)
 

@@ -4,14 +4,15 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from consortium import MODEL, OWNERS, Consortium
+from consortium import MODEL, OWNERS, Consortium, points
 
 import worldloom.federation.coordinator as coordinator_module
-from worldloom.core.errors import DataError, StorageError, TrainingError
+from worldloom.core.errors import CheckpointError, DataError, StorageError, TrainingError
 from worldloom.federation.codecs import bytes_of
-from worldloom.federation.coordinator import Rounds, recompute
+from worldloom.federation.coordinator import Rounds, read_base, recompute, save_base
 from worldloom.federation.envelope import seal, unseal
 from worldloom.federation.ledger import Records, verify_ledger
+from worldloom.federation.local import initial_base
 from worldloom.federation.partition import fingerprint
 from worldloom.federation.privacy import delta_norm, gaussian_epsilon
 from worldloom.models import load_model
@@ -150,6 +151,77 @@ def test_a_node_that_is_asked_again_says_the_same(woven) -> None:
     asked = seal("ask", body, base, key=consortium.keys["coordinator"])
     said = consortium.node("south").handle(asked)
     assert said == Rounds(consortium.path / "rounds").message(2, "south").read_bytes()
+
+
+def test_a_base_goes_to_each_member_once_and_is_named_afterwards(tmp_path) -> None:
+    consortium = Consortium(tmp_path, rules={"rounds": 2})
+    nodes, brought, lost = {name: consortium.node(name) for name in OWNERS}, {name: [] for name in OWNERS}, []
+
+    def hears(name: str):
+        def handle(message: bytes) -> bytes:
+            asked = unseal(message, kind="ask", known=consortium.constitution.known(), limit=10**9)
+            brought[name].append((asked.body["what"], asked.body["round"], bool(asked.tensors)))
+            if name == "south" and asked.body["what"] == "judge" and not lost:
+                lost.append([file.unlink() for file in (tmp_path / "south" / "consortium").glob("came*")])
+            return nodes[name].handle(message)
+
+        return handle
+
+    last = run(consortium, {name: hears(name) for name in OWNERS})
+    expected = [
+        ("train", 0, True), ("judge", 0, False), ("judge", 0, True),
+        ("train", 1, False), ("judge", 1, False), ("judge", 1, True), ("keep", 2, False),
+    ]  # fmt: skip
+    assert brought["north"] == brought["east"] == expected
+    # Whose disk lost it says so, and is sent it again.
+    assert brought["south"] == [*expected[:2], ("judge", 0, True), *expected[2:]]
+    assert {name: fingerprint(node.keeping.base()[1]) for name, node in nodes.items()} == dict.fromkeys(
+        OWNERS, fingerprint(last)
+    )
+
+
+def test_a_message_about_another_base_than_it_brings_is_refused(woven) -> None:
+    consortium, last = woven
+    node, base = consortium.node("north"), Rounds(consortium.path / "rounds").base(0)
+    body = {"what": "judge", "round": 3, "constitution": consortium.constitution.fingerprint, "about": "0" * 64}
+    said = []
+    for tensors in (base, {}):
+        answer = node.handle(seal("ask", body, tensors, key=consortium.keys["coordinator"]))
+        said.append(unseal(answer, kind="refusal", known=consortium.constitution.known(), limit=10**9).body)
+    assert "is about the base 0000" in said[0]["why"]
+    assert "lacks" not in said[0]
+    assert said[1]["lacks"] is True
+    assert fingerprint(node.keeping.base()[1]) == fingerprint(last)
+
+
+def test_a_pilots_base_is_one_file_and_fits_its_recipe(tmp_path) -> None:
+    consortium = Consortium(tmp_path, rules={"align_steps": 8, "rounds": 1})
+    untrained = initial_base(MODEL, points().spec, consortium.partition, seed=0)
+    node = consortium.node("east")
+    base = node.pilot(untrained)
+    assert save_base(tmp_path / "pilot", base) == fingerprint(base)
+    with pytest.raises(StorageError, match="is there already"):
+        save_base(tmp_path / "pilot", base)
+    read = read_base(tmp_path / "pilot", untrained)
+    assert fingerprint(read) == fingerprint(base) == fingerprint(node.pilot(untrained)) != fingerprint(untrained)
+    name = next(iter(untrained))
+    with pytest.raises(DataError, match="do both sides run the same recipe"):
+        read_base(tmp_path / "pilot", {**untrained, name: untrained[name][:-1]})
+    with pytest.raises(DataError, match="lacks"):
+        read_base(tmp_path / "pilot", {**untrained, "more": untrained[name]})
+    (tmp_path / "pilot.json").write_text("{")
+    with pytest.raises(CheckpointError):
+        read_base(tmp_path / "pilot", untrained)
+
+
+def test_a_pilot_needs_steps_and_goes_before_the_first_base(woven, tmp_path) -> None:
+    consortium, last = woven
+    with pytest.raises(DataError, match="align_steps, which are 0"):
+        consortium.node("north").pilot(last)
+    late = Consortium(tmp_path, rules={"align_steps": 4, "rounds": 1})
+    run(late)
+    with pytest.raises(DataError, match="before the first"):
+        late.node("north").pilot(last)
 
 
 def test_a_node_hears_a_coordinator_alone_and_its_own_constitution(woven) -> None:

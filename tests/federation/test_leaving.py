@@ -103,6 +103,8 @@ def test_an_owner_leaves_with_nobodys_leave_goes_on_alone_and_comes_back(tmp_pat
     coordinator = consortium.coordinator()
     coordinator.weave(0)
     node = consortium.node("south")
+    with pytest.raises(DataError, match="expected at most 500"):
+        node.leave("because " * 100)
     node.leave("its people voted")
     coordinator.weave(1)
     coordinator.weave(2)
@@ -121,6 +123,7 @@ def test_an_owner_leaves_with_nobodys_leave_goes_on_alone_and_comes_back(tmp_pat
         consortium.node("south").come_back()
     coordinator.run()
     coordinator.close()
+    assert verify_ledger(tmp_path / "rounds" / "ledger.jsonl", consortium.constitution).broken is None
     assert [one["owner"] for one in kinds(consortium, "return")] == ["south"]
     assert set(kinds(consortium, "round")[3]["weights"]) == set(OWNERS)
     assert verify_ledger(tmp_path / "rounds" / "ledger.jsonl", consortium.constitution).broken is None

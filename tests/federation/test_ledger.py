@@ -1,5 +1,6 @@
 """What was written in a ledger stays: a flipped bit, a stranger and a history written anew are found."""
 
+import base64
 import functools
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from worldloom.core.chain import Chain
 from worldloom.core.errors import DataError
 from worldloom.core.signing import SigningKey, make_key
 from worldloom.federation.constitution import Constitution
+from worldloom.federation.envelope import seal
 from worldloom.federation.ledger import (
     Ledger,
     Records,
     countersign,
+    exit_facts,
     model_card,
     read_countersigned,
     save_countersigned,
@@ -105,6 +108,29 @@ def test_a_stranger_and_a_member_in_the_place_of_a_coordinator_are_found(world: 
     verdict = world.verify(path)
     assert verdict.broken == 6
     assert world.keys["stranger"].public in verdict.why
+
+
+def test_that_a_member_left_only_the_member_can_say(world: World, tmp_path: Path) -> None:
+    def word(name: str = "bolt", **other: Any) -> bytes:
+        said = {"round": 2, "constitution": world.rules.fingerprint, "left": True, "why": "enough", **other}
+        return seal("refusal", said, {}, key=world.keys[name])
+
+    facts = exit_facts(word(), "bolt", 2, world.rules)
+    assert facts is not None
+    with Ledger(world.write(tmp_path / "left.jsonl"), world.keys["acme"], durable=False) as ledger:
+        ledger.append("exit", facts, round=2)
+    assert world.verify(tmp_path / "left.jsonl").broken is None
+    other_words = [word("acme"), word(left=False), word(constitution="of another one"), word(round=1), b"", word()[:-1]]
+    assert [exit_facts(other, "bolt", 2, world.rules) for other in other_words] == [None] * len(other_words)
+    forged = [{"owner": "bolt", "reason": "enough"}, {**facts, "owner": "acme"}, {**facts, "reason": "it was told to"}]
+    forged += [{**facts, "word": base64.b64encode(other).decode()} for other in other_words]
+    for number, wrong in enumerate(forged):
+        with Ledger(world.write(tmp_path / f"{number}.jsonl"), world.keys["acme"], durable=False) as ledger:
+            ledger.append("exit", wrong, round=2)
+        verdict = world.verify(tmp_path / f"{number}.jsonl")
+        # Of itself acme may say what it likes.
+        assert verdict.broken == (None if wrong["owner"] == "acme" else 6), wrong
+        assert (verdict.broken is None) or "is an exit" in verdict.why
 
 
 def test_a_countersigned_checkpoint_shows_a_history_written_anew_or_cut(world: World, tmp_path: Path) -> None:

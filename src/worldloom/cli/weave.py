@@ -155,6 +155,23 @@ def coordinator(party: Party, json: Json = False) -> None:
 
 
 @app.command()
+def pilot(
+    party: Party,
+    out: Annotated[Path, typer.Option(help="Where the base goes; the coordinator names it as 'initial'.")],
+    threads: Threads = 0,
+    json: Json = False,
+) -> None:
+    """Train alone, before the first round, what all could begin with: where conventions clash, one must be first."""
+    from worldloom.cli.console import print_json, progress, say
+    from worldloom.core.yaml_config import read_yaml
+    from worldloom.recipes.weaving_deployment import NodeConfig, pilot
+
+    set_threads(threads)
+    base = pilot(read_yaml(party, NodeConfig).at(party.parent), out, progress=progress())
+    print_json({"base": base, "path": str(out)}) if json else say(f"{out}: the base {base}; give it to the coordinator")
+
+
+@app.command()
 def node(party: Party, threads: Threads = 0, json: Json = False) -> None:
     """Take part as an owner until the last base has come and settled; killed, it goes on when started again."""
     from worldloom.cli.console import print_json, progress, say

@@ -8,7 +8,7 @@ from worldloom.federation.cards import DataCard, card_of, derive, guarded_frames
 from worldloom.federation.codecs import CODECS, Codec, bytes_of
 from worldloom.federation.constitution import Constitution, Member, Quality, Release, ratify, read_constitution
 from worldloom.federation.contribution import Contribution
-from worldloom.federation.coordinator import Coordinator, Rounds, recompute, succeed
+from worldloom.federation.coordinator import Coordinator, Rounds, read_base, recompute, save_base, succeed
 from worldloom.federation.keeping import Keeping
 from worldloom.federation.ledger import (
     Ledger,
@@ -71,10 +71,12 @@ __all__ = [
     "may_shape_base",
     "model_card",
     "ratify",
+    "read_base",
     "read_constitution",
     "read_countersigned",
     "recompute",
     "release",
+    "save_base",
     "save_countersigned",
     "strictest",
     "succeed",

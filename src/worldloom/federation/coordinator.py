@@ -34,7 +34,7 @@ from worldloom.federation.keeping import Keeping
 from worldloom.federation.ledger import Ledger, Records
 from worldloom.federation.members import Members
 from worldloom.federation.outer import OUTER
-from worldloom.federation.partition import fingerprint
+from worldloom.federation.partition import check_finite, check_like, check_names, fingerprint
 from worldloom.federation.secure_rounds import THE_SUM, Sums, kept_sum, reopen
 from worldloom.federation.transport import Transport
 from worldloom.models import load_tensors, save_tensors
@@ -95,6 +95,34 @@ class Rounds:
 
     def _stem(self, folder: str, number: int) -> Path:
         return self.path / folder / f"{number:05d}"
+
+
+def save_base(path: Path | str, base: Mapping[str, Tensor]) -> str:
+    """Write a base that no round made, such as a pilot's, as a file for the coordinator; return its fingerprint.
+
+    Raises:
+        StorageError: a file is there already, or the disk refuses.
+    """
+    path = Path(path)
+    if path.with_suffix(".json").exists():
+        raise StorageError(f"{path} is there already; choose another name")
+    save_tensors(path, base, {"round": 0}, kind=_BASE)
+    return fingerprint(base)
+
+
+def read_base(path: Path | str, like: Mapping[str, Tensor]) -> State:
+    """Return a base that `save_base` wrote, if its tensors are those of `like` by name, shape and type.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+        DataError: it is of another model.
+    """
+    base = load_tensors(Path(path), kind=_BASE)[0]
+    check_names(base, like, f"the base in {path}")
+    for name, tensor in base.items():
+        check_like(name, tensor, like[name])
+        check_finite(name, tensor, f" of the base in {path}")
+    return base
 
 
 class Coordinator:

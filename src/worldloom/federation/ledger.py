@@ -4,6 +4,7 @@ Each entry of the chain is signed by whoever wrote it, over its content, its pla
 chain alone lets its operator write all of it anew; the checkpoints that members countersign and keep show that.
 """
 
+import base64
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from worldloom.core.errors import DataError
 from worldloom.core.files import read_json, write_json
 from worldloom.core.signing import SigningKey, verified
 from worldloom.federation.constitution import Constitution
+from worldloom.federation.envelope import Message, unseal
 from worldloom.federation.story import printable
 
 _BY_COORDINATORS = (
@@ -23,6 +25,7 @@ _BY_COORDINATORS = (
 KINDS = (*_BY_COORDINATORS, "checkpoint", "exit", "return", "recompute")
 """What an entry may be; all but the last four are a coordinator's to write."""
 
+_WORD = 2**13  # bytes of a member's word that it left
 _LARGEST = 2**16  # characters of the facts of an entry: fingerprints and figures fit, data does not
 _FIELDS = {"kind", "round", "facts", "key", "signature"}
 _COUNTERSIGNED = "worldloom countersigned checkpoint"
@@ -273,6 +276,8 @@ def _fault(entry: Entry, constitution: Constitution, hashes: list[str]) -> str:
     said = {name: body[name] for name in ("kind", "round", "facts", "key")}
     if not verified(_signed(said, entry.index, entry.previous), body["signature"], body["key"]):
         return f"is not what {who} signed"
+    if body["kind"] == "exit" and who != body["facts"].get("owner"):
+        return _exit_fault(body, constitution)
     found = body["facts"].get("countersigned", []) if body["kind"] == "checkpoint" else []
     try:
         seen = [checked(checkpoint, constitution) for checkpoint in found]
@@ -281,6 +286,35 @@ def _fault(entry: Entry, constitution: Constitution, hashes: list[str]) -> str:
     if any(head.length >= len(hashes) or hashes[head.length] != head.hash for head in seen):
         return "holds a checkpoint of another ledger"
     return ""
+
+
+def exit_facts(word: bytes, owner: str, number: int, constitution: Constitution) -> dict[str, Any] | None:
+    """Return what an exit says, which holds the member's signed word that it left; None if that is another word."""
+    said = _word(word, constitution)
+    expected = (owner, number, constitution.fingerprint, True)
+    if said is None or (said.sender, *(said.body.get(key) for key in ("round", "constitution", "left"))) != expected:
+        return None
+    return {"owner": owner, "reason": str(said.body.get("why")), "word": base64.b64encode(word).decode("ascii")}
+
+
+def _exit_fault(body: Mapping[str, Any], constitution: Constitution) -> str:
+    """Return what is wrong with an exit: nobody can say of a member that it left, but the member."""
+    facts = body["facts"]
+    try:
+        word = base64.b64decode(facts["word"], validate=True)
+    except (KeyError, TypeError, ValueError):
+        return "is an exit without the member's own word"
+    if exit_facts(word, str(facts.get("owner")), body["round"], constitution) != facts:
+        return "is an exit that is not what the member said"
+    return ""
+
+
+def _word(data: bytes, constitution: Constitution) -> Message | None:
+    known = {public: name for name, public in constitution.member_keys().items()}
+    try:
+        return unseal(data, kind="refusal", known=known, limit=_WORD)
+    except DataError:
+        return None
 
 
 def checked(checkpoint: Any, constitution: Constitution) -> Head:

@@ -11,7 +11,7 @@ from worldloom.core.errors import DataError
 from worldloom.core.signing import SigningKey
 from worldloom.federation.constitution import Constitution
 from worldloom.federation.envelope import Message, seal, unseal
-from worldloom.federation.ledger import CHECKPOINT, Ledger, checked
+from worldloom.federation.ledger import CHECKPOINT, Ledger, checked, exit_facts
 from worldloom.federation.partition import fingerprint
 from worldloom.federation.transport import Reply, Transport
 
@@ -94,13 +94,12 @@ class Members:
         return False
 
     def has_left(self, reply: Reply, number: int) -> bool:
-        """Say whether a reply is a member's word that it left; the ledger says so, the first time."""
-        refusal = self._refusal(reply)
-        if refusal is None or refusal.sender != reply.node or refusal.body.get("left") is not True:
+        """Say whether a reply is a member's word that it left; the ledger holds that word, the first time."""
+        facts = exit_facts(reply.data or b"", reply.node, number, self._constitution)
+        if facts is None:
             return False
         if reply.node not in self._left:
             self._left.add(reply.node)
-            facts = {"owner": reply.node, "reason": str(refusal.body.get("why"))[:1000], "message": refusal.digest}
             self._ledger.append("exit", facts, round=number)
         return True
 

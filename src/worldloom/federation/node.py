@@ -31,6 +31,7 @@ from worldloom.models import load_tensors, save_tensors
 
 _log = logging.getLogger(__name__)
 _RESIDUAL = "codec-residual"
+_LONGEST_WHY = 500  # characters
 _KEPT = 3  # rounds whose answers are kept: a coordinator that was set back by one asks for them again
 
 
@@ -100,8 +101,8 @@ class Node:
             # Asked again while it is still at it, it waits for itself, and then has the answer.
             with exclusive_lock(self.path / ".lock", None):
                 if self.has_left:
-                    left = read_json(self._left)
-                    return seal("refusal", {"round": asked.body.get("round"), **left}, {}, key=self._key)
+                    said = {"round": asked.body.get("round"), "constitution": self.constitution.fingerprint}
+                    return seal("refusal", {**said, **read_json(self._left)}, {}, key=self._key)
                 if "about" in asked.body:
                     base = self.keeping.about(str(asked.body["about"]), asked.tensors)
                     asked = replace(asked, tensors=base)
@@ -124,7 +125,13 @@ class Node:
         return self._left.is_file()
 
     def leave(self, why: str = "") -> None:
-        """Leave the consortium: from now on nothing but that is answered. It needs nobody's leave."""
+        """Leave the consortium: from now on nothing but that is answered. It needs nobody's leave.
+
+        Raises:
+            DataError: `why` is longer than what everybody keeps.
+        """
+        if len(why) > _LONGEST_WHY:
+            raise DataError(f"why has {len(why)} characters; expected at most {_LONGEST_WHY}: everybody keeps it")
         with exclusive_lock(self.path / ".lock", None):
             write_json(self._left, {"left": True, "why": f"{self.name} left the consortium{': ' if why else ''}{why}"})
 
@@ -157,6 +164,23 @@ class Node:
             for file in (rules, *rules.parent.glob(f"{rules.name}.*.sig")):
                 shutil.copy2(file, begun / file.name)
             begun.rename(into)  # whole, or not there
+
+    def pilot(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Train alone from an untrained base for the `align_steps`, and return what may be the first base of all.
+
+        It is trained on what may shape a base. Asked again it answers the same.
+
+        Raises:
+            DataError: the constitution has no such steps, or a base came already.
+            TrainingError: see `worldloom.training.fit`.
+        """
+        steps = self.constitution.align_steps
+        if not steps:
+            raise DataError("a pilot trains for the constitution's align_steps, which are 0; agree on some, and sign")
+        with exclusive_lock(self.path / ".lock", None):
+            if self.keeping.known:
+                raise DataError(f"{self.name} holds a base of this consortium already: a pilot goes before the first")
+            return self._training.pilot(base, steps)
 
     def settle(self, steps: int, *, fixed: bool = False) -> None:
         """Let the newest base settle at home in so many steps, in which the learning rate falls to 0; once.

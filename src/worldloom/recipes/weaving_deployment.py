@@ -26,7 +26,9 @@ from worldloom.federation import (
     PartitionConfig,
     guarded_frames,
     initial_base,
+    read_base,
     read_constitution,
+    save_base,
     succeed,
 )
 from worldloom.federation.cards import DataCard, DataClass, card_of, card_path
@@ -98,15 +100,17 @@ class NodeConfig(_Party):
 
 
 class CoordinatorConfig(_Party):
-    """A coordinator: its key, its certificate, where it listens, and the shapes that the first base is made of.
+    """A coordinator: its key, its certificate, where it listens, and the first base.
 
-    Those are of the recipe's world, or of the frames of a dataset, `like`, of which nothing else is read.
+    That is `initial`, a file of a pilot, or untrained, in the shapes of the recipe's world or of the frames of a
+    dataset, `like`, of which nothing else is read.
     """
 
     tls: Path
     host: str = "127.0.0.1"
     port: int = Field(default=9443, ge=1, le=65535)
     like: Path | None = None
+    initial: Path | None = None
 
 
 def classify(
@@ -167,13 +171,16 @@ def coordinate(config: CoordinatorConfig, *, progress: Progress = SILENT) -> Pat
         raise ConfigError(f"{config.constitution} names no member's connection; give each its .ssh.pub, and sign again")
     tls = Tls(authority=config.tls / "ca.pem", certificate=config.tls / "server.pem", secret=config.tls / "server.key")
     rounds = config.home / "rounds"
+    initial = initial_base(recipe.model, _spec(config, recipe), partition, seed=config.seed)
+    if config.initial is not None:
+        initial = read_base(config.initial, initial)
     with serve(config.home / "link", tls, connections, host=config.host, port=config.port) as transport:
         coordinator = Coordinator(
             rounds,
             constitution,
             key=SigningKey(config.key),
             transport=transport,
-            initial=initial_base(recipe.model, _spec(config, recipe), partition, seed=config.seed),
+            initial=initial,
             progress=progress,
         )
         with closing(coordinator):
@@ -216,6 +223,21 @@ def opened(config: NodeConfig, *, progress: Progress = SILENT) -> Iterator[tuple
             data_class=card.data_class,
         )
         yield node, run
+
+
+def pilot(config: NodeConfig, out: Path | str, *, progress: Progress = SILENT) -> str:
+    """Train alone for the constitution's `align_steps`, and write the base that all could begin with.
+
+    For owners whose conventions clash: what averages is then what one of them learned, and the others' stems learn to
+    meet it first. Returns the base's fingerprint.
+
+    Raises:
+        ConfigError, DataError, StorageError: see `opened`, `Node.pilot` and `save_base`.
+    """
+    with opened(config, progress=progress) as (node, _):
+        recipe, partition = config.woven(node.constitution), PartitionConfig.parse(node.constitution.partition)
+        first = initial_base(recipe.model, node.frames.spec, partition, seed=config.seed)
+        return save_base(out, node.pilot(first))
 
 
 def take_part(config: NodeConfig, *, stop: threading.Event | None = None, progress: Progress = SILENT) -> Run:

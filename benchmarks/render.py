@@ -303,12 +303,12 @@ def weaving_bytes(values: dict[str, Any]) -> str:
     settings = values["settings"]
     return (
         f"## Many owners: bytes against loss\n\n    {values['command']}\n\n{table(header, lines)}\n{pairs}\n"
-        f"{values['owners']} owners of one world, {settings['steps']} steps of {settings['batch']} windows each; where "
-        f"they weave, the last {settings['settling']} are at home. 'MB up' is of the contributions that the ledger "
-        f"names (synchronous: a float32 gradient for each owner and step); 'up and down' of all messages, verdicts and "
-        f"the bases that are judged included. The error is of latents 8 blocks ahead in new episodes, in shares of "
-        f"their variance; px is the same read by a linear probe of the position. {over_seeds(values)} "
-        f"{describe(values['hardware'])}\n"
+        f"{values['owners']} owners of one world, {settings['steps']} steps of {settings['batch']} windows each, the "
+        f"first {settings['pilot']} of them one owner's alone, whose base all others take. 'MB up' is of the "
+        f"contributions that the ledger names (synchronous: a float32 gradient for each owner and step); 'up and down' "
+        f"of all messages, verdicts and the bases that are judged included. The error is of latents 8 "
+        f"blocks ahead in new episodes, in shares of their variance; px is the same by a linear probe of its place. "
+        f"{over_seeds(values)} {describe(values['hardware'])}\n"
     )
 
 

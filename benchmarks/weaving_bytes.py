@@ -23,22 +23,19 @@ up unless it is to be measured `--anew`. `--quick` is for trying the script: it 
 
 import argparse
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
+from by_seed import Kept, command_of, interval, parser_of, run
 from worldloom.cli.console import print_table, progress
-from worldloom.cli.options import set_threads
-from worldloom.core.files import read_json, write_json
-from worldloom.core.hardware import describe_hardware
+from worldloom.core.files import write_json
 from worldloom.core.seeds import numpy_generator
 from worldloom.core.types import Context, Windows
 from worldloom.data import EpisodeDataset, WindowSampler, load_cache, load_frames
@@ -67,27 +64,13 @@ PAIRS = (("H = 100, int8", "H = 100"), ("H = 100, top 5%", "H = 100"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = parser_of(__doc__, RESULTS, Path("runs/benchmarks/weaving_bytes"))
     parser.add_argument("--episodes", type=int, default=200, help="of each owner")
     parser.add_argument("--batch", type=int, default=128, help="of each owner")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--pilot", type=int, default=PILOT)
     parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS))
-    parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks/weaving_bytes"))
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where to write; another place for trials")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--anew", action="store_true", help="take up nothing that was measured before")
-    parser.add_argument("--quick", action="store_true", help="try the script on almost nothing, and keep nothing")
-    arguments = parser.parse_args()
-    set_threads(arguments.threads)
-    if not arguments.quick:
-        report(arguments)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        arguments.runs, arguments.results = Path(folder) / "runs", Path(folder) / "results.json"
-        arguments.episodes, arguments.batch, arguments.steps, arguments.pilot = 12, 8, 220, 20
-        report(arguments)
+    run(parser.parse_args(), {"episodes": 12, "batch": 8, "steps": 220, "pilot": 20}, report)
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -95,26 +78,16 @@ def report(arguments: argparse.Namespace) -> None:
     settings = {key: getattr(arguments, key) for key in ("episodes", "batch", "steps", "pilot")}
     found = []
     for seed in arguments.seeds:
-        path = arguments.results.with_suffix("") / f"seed-{seed}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = read_json(path) if path.is_file() and not arguments.anew else {}
-        ways = kept["ways"] if kept.get("settings") == settings else {}
-        bench = Bench(seed, arguments)
-        for way in arguments.only:
-            if way not in ways:
-                ways[way] = {**bench.measure(way), "hardware": describe_hardware()}
-                write_json(path, {"seed": seed, "settings": settings, "ways": ways})
-        found.append(ways)
+        kept, bench = Kept(arguments, seed, settings), Bench(seed, arguments)
+        found.append({way: kept.measured(way, partial(bench.measure, way)) for way in arguments.only})
     rows = [row_of(way, found) for way in arguments.only]
     pairs = [
         {"what": f"{one} against {other}", **{key: paired(found, one, other, key) for key in ("error", "px")}}
         for one, other in PAIRS
         if {one, other} <= set(arguments.only)
     ]
-    command = f"python benchmarks/weaving_bytes.py --seeds {' '.join(map(str, arguments.seeds))}"
-    command += f" --threads {arguments.threads}"
-    if arguments.only != list(WAYS):
-        command += " --only " + " ".join(f'"{way}"' for way in arguments.only)
+    chosen = [f'"{way}"' for way in arguments.only]
+    command = command_of(__file__, arguments, *(["--only", *chosen] if arguments.only != list(WAYS) else []))
     hardware = found[0][arguments.only[0]]["hardware"]
     values = {"command": command, "seeds": arguments.seeds, "settings": settings, "owners": len(OWNERS)}
     write_json(arguments.results, {**values, "rows": rows, "pairs": pairs, "hardware": hardware})
@@ -140,13 +113,6 @@ def row_of(way: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def paired(found: Sequence[Mapping[str, Any]], one: str, other: str, key: str) -> dict[str, Any]:
     """Return by what share a figure of one way exceeds that of another, paired by seed."""
     return interval([ways[one][key] / ways[other][key] - 1 for ways in found])
-
-
-def interval(values: Sequence[float]) -> dict[str, Any]:
-    """Return the mean with Student's interval at 95%; of one value there is none."""
-    mean = float(np.mean(values))
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else None
-    return {"mean": mean, "low": None if half is None else mean - half, "high": None if half is None else mean + half}
 
 
 def percent(value: Mapping[str, Any]) -> str:

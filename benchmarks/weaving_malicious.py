@@ -20,7 +20,6 @@ up unless it is to be measured `--anew`. `--quick` is for trying the script: it 
 
 import argparse
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -31,11 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from by_seed import Kept, command_of, parser_of, run
 from worldloom.cli.console import print_table, progress
-from worldloom.cli.options import set_threads
 from worldloom.core.errors import DataError, TrainingError
-from worldloom.core.files import read_json, write_json
-from worldloom.core.hardware import describe_hardware
+from worldloom.core.files import write_json
 from worldloom.core.protocols import Agent
 from worldloom.core.signing import SigningKey
 from worldloom.core.types import Goal, Observations
@@ -74,29 +72,16 @@ DEFENCES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = parser_of(__doc__, RESULTS, Path("runs/benchmarks/weaving_malicious"))
     parser.add_argument("--episodes", type=int, default=50, help="of each split")
     parser.add_argument("--logs", type=int, default=120, help="episodes of each owner")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--inner", type=int, default=50, help="steps of a round; and of the settling at home")
     parser.add_argument("--attacks", nargs="+", choices=list(ATTACKS), default=list(ATTACKS))
     parser.add_argument("--defences", nargs="+", choices=list(DEFENCES), default=list(DEFENCES))
-    parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks/weaving_malicious"))
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where to write; another place for trials")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--anew", action="store_true", help="take up nothing that was measured before")
-    parser.add_argument("--quick", action="store_true", help="try the script on almost nothing, and keep nothing")
-    arguments = parser.parse_args()
-    set_threads(arguments.threads)
-    if not arguments.quick:
-        report(arguments)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        arguments.runs, arguments.results = Path(folder) / "runs", Path(folder) / "results.json"
-        arguments.episodes, arguments.logs, arguments.rounds, arguments.inner = 1, 12, 2, 6
-        arguments.attacks, arguments.defences = ["none", "20 times", "backdoor"], ["none", "defaults", "Krum"]
-        report(arguments)
+    small = {"episodes": 1, "logs": 12, "rounds": 2, "inner": 6}
+    some = {"attacks": ["none", "20 times", "backdoor"], "defences": ["none", "defaults", "Krum"]}
+    run(parser.parse_args(), {**small, **some}, report)
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -105,23 +90,15 @@ def report(arguments: argparse.Namespace) -> None:
     names = [(attack, defence) for attack in arguments.attacks for defence in arguments.defences]
     found = []
     for seed in arguments.seeds:
-        path = arguments.results.with_suffix("") / f"seed-{seed}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = read_json(path) if path.is_file() and not arguments.anew else {}
-        cases = kept["cases"] if kept.get("settings") == settings else {}
-        bench = Bench(seed, arguments)
-        for attack, defence in names:
-            if f"{attack} / {defence}" not in cases:
-                measured = bench.measure(attack, defence)
-                cases[f"{attack} / {defence}"] = {**measured, "hardware": describe_hardware()}
-                write_json(path, {"seed": seed, "settings": settings, "cases": cases})
-        found.append(cases)
+        kept, bench = Kept(arguments, seed, settings), Bench(seed, arguments)
+        found.append({
+            " / ".join(name): kept.measured(" / ".join(name), partial(bench.measure, *name)) for name in names
+        })  # fmt: skip
     rows = [row_of(attack, defence, [one[f"{attack} / {defence}"] for one in found]) for attack, defence in names]
-    command = f"python benchmarks/weaving_malicious.py --seeds {' '.join(map(str, arguments.seeds))}"
-    command += f" --episodes {arguments.episodes} --threads {arguments.threads}"
+    more = []
     for name, chosen, every in (("attacks", arguments.attacks, ATTACKS), ("defences", arguments.defences, DEFENCES)):
-        if chosen != list(every):
-            command += f" --{name} " + " ".join(f'"{one}"' for one in chosen)
+        more += [f"--{name}", *(f'"{one}"' for one in chosen)] if chosen != list(every) else []
+    command = command_of(__file__, arguments, f"--episodes {arguments.episodes}", *more)
     values = {"command": command, "seeds": arguments.seeds, "settings": settings, "rows": rows}
     write_json(arguments.results, {**values, "hardware": found[0][" / ".join(names[0])]["hardware"]})
     header = ["attack", "defence", "success", "with the patch", "n", "loss", "attacker out", "honest out", "stopped"]

@@ -31,20 +31,19 @@ import logging
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from scipy import stats
 from torch import Tensor
 
+from by_seed import Kept, command_of, interval, parser_of, run
 from worldloom.cli.console import print_table, progress
-from worldloom.cli.options import set_threads
 from worldloom.core.errors import TrainingError
-from worldloom.core.files import read_json, write_json
-from worldloom.core.hardware import describe_hardware
+from worldloom.core.files import write_json
 from worldloom.core.seeds import numpy_generator, torch_generator
 from worldloom.core.types import ActionSpec, Observations, ObservationSpec, Windows
 from worldloom.data import WindowSampler
@@ -77,32 +76,19 @@ MODEL = JEPAConfig(encoder=VectorMLP(hidden=(32,)), predictor=MLPPredictor(hidde
 FIRST = {"weight": "encoder.mlp.layers.0.weight", "bias": "encoder.mlp.layers.0.bias"}
 CLIP, DELTA = 0.5, 1e-5
 NOISES = (None, 0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # None: not clipped either
-COSTS = ("loss", "places")
+COSTS, UNTRAINED = ("loss", "places"), "untrained"
 ATTACKS = ("losses", "picture", "one frame")
 
 State = Mapping[str, Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = parser_of(__doc__, RESULTS)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--inner", type=int, default=40, help="steps of a round")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where to write; another place for trials")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--anew", action="store_true", help="take up nothing that was measured before")
-    parser.add_argument("--quick", action="store_true", help="try the script on almost nothing, and keep nothing")
-    arguments = parser.parse_args()
-    set_threads(arguments.threads)
     logging.getLogger("worldloom").setLevel(logging.ERROR)  # noise raises alarms
-    arguments.noises = NOISES
-    if not arguments.quick:
-        report(arguments)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        arguments.results = Path(folder) / "results.json"
-        arguments.rounds, arguments.inner, arguments.noises = 2, 4, (None, 0.1)
-        report(arguments)
+    parser.set_defaults(noises=NOISES)
+    run(parser.parse_args(), {"rounds": 2, "inner": 4, "noises": (None, 0.1)}, report)
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -110,35 +96,23 @@ def report(arguments: argparse.Namespace) -> None:
     settings = {"rounds": arguments.rounds, "inner": arguments.inner, "clip": CLIP, "owners": OWNERS}
     found = []
     for seed in arguments.seeds:
-        path = arguments.results.with_suffix("") / f"seed-{seed}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = read_json(path) if path.is_file() and not arguments.anew else {}
-        rows = kept["rows"] if kept.get("settings") == settings else {}
-        world = World(seed, arguments.rounds, arguments.inner)
+        kept, world = Kept(arguments, seed, settings), World(seed, arguments.rounds, arguments.inner)
+        rows = {UNTRAINED: kept.measured(UNTRAINED, world.untrained)}
         for noise in arguments.noises:
             for secure in (False, True):
                 name = title(noise, secure)
-                if not {"losses", "one frame"} <= set(rows.get(name, {})):
-                    row = dict(rows.get(name, {}))
-                    if "losses" not in row:
-                        with tempfile.TemporaryDirectory() as folder:
-                            row |= world.measure(noise, secure, Path(folder))
-                    rows[name] = {**row, **world.one_frame(noise, secure), "hardware": describe_hardware()}
-                    values = {"seed": seed, "settings": settings, "untrained": world.untrained, "rows": rows}
-                    write_json(path, values)
-        found.append(read_json(path))
+                rows[name] = kept.measured(name, partial(world.measure, noise, secure))
+        found.append(rows)
     rows = [row_of(noise, secure, found, arguments.rounds) for noise in arguments.noises for secure in (False, True)]
-    command = f"python benchmarks/weaving_privacy.py --seeds {' '.join(map(str, arguments.seeds))}"
-    command += f" --threads {arguments.threads}"
     values = {
-        "command": command,
+        "command": command_of(__file__, arguments),
         "seeds": arguments.seeds,
         "settings": settings,
         "delta": DELTA,
         "values": parameters(),
-        "untrained": {key: interval([one["untrained"][key] for one in found]) for key in COSTS},
+        "untrained": {key: interval([one[UNTRAINED][key] for one in found]) for key in COSTS},
         "rows": rows,
-        "hardware": next(iter(found[0]["rows"].values()))["hardware"],
+        "hardware": found[0][UNTRAINED]["hardware"],
     }
     write_json(arguments.results, values)
     header = ["noise", "seen", "epsilon", *COSTS, *ATTACKS, "cosine", "n"]
@@ -153,7 +127,7 @@ def title(noise: float | None, secure: bool) -> str:
 
 def row_of(noise: float | None, secure: bool, found: Sequence[Mapping[str, Any]], rounds: int) -> dict[str, Any]:
     """Return what a noise costs, promises and hides, over the seeds."""
-    every = [one["rows"][title(noise, secure)] for one in found]
+    every = [one[title(noise, secure)] for one in found]
     costs = {key: None if None in (values := [one[key] for one in every]) else interval(values) for key in COSTS}
     epsilon = math.inf
     if noise is not None:
@@ -167,13 +141,6 @@ def row_of(noise: float | None, secure: bool, found: Sequence[Mapping[str, Any]]
         "n": sum(len(one["losses"]) for one in every),
         **{name: interval([value for one in every for value in one[name]]) for name in (*ATTACKS, "cosine")},
     }
-
-
-def interval(values: Sequence[float]) -> dict[str, Any]:
-    """Return the mean with Student's interval at 95%; of one value there is none."""
-    mean = float(np.mean(values))
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else None
-    return {"mean": mean, "low": None if half is None else mean - half, "high": None if half is None else mean + half}
 
 
 def told(value: Mapping[str, Any] | None, form: str = ".3g") -> str:
@@ -251,14 +218,17 @@ class World:
         statistics = compute_statistics(known, seed=seed)
         self._model = build_jepa(MODEL, known.spec.observation, known.spec.action, statistics, seed=seed).train()
 
-    @property
     def untrained(self) -> dict[str, float]:
-        """The held-out loss of the first base, the mean over owners, and its error of places."""
+        """Return the held-out loss of the first base, the mean over owners, and its error of places."""
         with tempfile.TemporaryDirectory() as folder:
             return {"loss": self._loss(self._local(Path(folder)), self._initial), "places": self._places(self._initial)}
 
-    def measure(self, noise: float | None, secure: bool, folder: Path) -> dict[str, Any]:
-        """Weave under a noise, and attack every owner by what was seen of its deltas."""
+    def measure(self, noise: float | None, secure: bool) -> dict[str, Any]:
+        """Weave under a noise, and attack every owner by what was seen: of its deltas, and of one frame."""
+        with tempfile.TemporaryDirectory() as folder:
+            return {**self._woven(noise, secure, Path(folder)), **self._one_frame(noise, secure)}
+
+    def _woven(self, noise: float | None, secure: bool, folder: Path) -> dict[str, Any]:
         config = None if noise is None else PrivacyConfig(clip=CLIP, noise=noise, delta=DELTA)
         local, base, history = self._local(folder), self._initial, []
         norms: list[float] = []
@@ -353,7 +323,7 @@ class World:
         ]
         return membership_inference(*[-one for one in likeness]).auroc
 
-    def one_frame(self, noise: float | None, secure: bool) -> dict[str, list[float]]:
+    def _one_frame(self, noise: float | None, secure: bool) -> dict[str, list[float]]:
         """Return for each owner the AUROC of its one frame against one of nobody, and the cosine to the true one."""
         right: dict[str, list[float]] = {name: [] for name in self._names}
         wrong: dict[str, list[float]] = {name: [] for name in self._names}

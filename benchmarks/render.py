@@ -41,7 +41,12 @@ def main() -> None:
     path = RESULTS / "weaving.json"
     if path.exists():
         parts.append(weaving(json.loads(path.read_text())))
-    for name, part in (("bytes", weaving_bytes), ("malicious", weaving_malicious), ("privacy", weaving_privacy)):
+    for name, part in (
+        ("clash", weaving_clash),
+        ("bytes", weaving_bytes),
+        ("malicious", weaving_malicious),
+        ("privacy", weaving_privacy),
+    ):
         path = RESULTS / f"weaving_{name}.json"
         if path.exists():
             parts.append(part(json.loads(path.read_text())))
@@ -281,6 +286,23 @@ def last_bases(every: list[dict[str, Any]], owners: list[str]) -> str:
     return (
         f"Held-out loss under the last base as it came, by seed; at home stems let one convention be shared.\n\n"
         f"{table(['way', *owners], lines)}"
+    )
+
+
+def weaving_clash(values: dict[str, Any]) -> str:
+    """Return what clashing conventions of actions do to the base, and what sovereign stems do for it."""
+    lines = [
+        [
+            *(row["way"], row["owner"], str(row["n"]), interval(row["rate"], row)),
+            ", ".join(f"{loss:.2f}" for loss in row["losses"]),
+        ]
+        for row in values["rows"]
+    ]
+    header = ["way", "owner", "n", "goals reached", "held-out loss, by seed"]
+    return (
+        f"## Many owners: two conventions of actions\n\n    {values['command']}\n\n{table(header, lines)}\n"
+        f"The actions of `turned` mean the opposite of those of `straight`. Goals reached at home by tree search, with "
+        f"the last base as it came. {len(values['seeds'])} seed(s). {describe(values['hardware'])}\n"
     )
 
 

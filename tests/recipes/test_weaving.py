@@ -11,7 +11,7 @@ from worldloom.core.yaml_config import parse_yaml
 from worldloom.federation import Records, Rounds
 from worldloom.federation.envelope import seal, unseal
 from worldloom.federation.transport import Handler
-from worldloom.recipes.weaving import ConsortiumConfig, simulate
+from worldloom.recipes.weaving import ConsortiumConfig, OwnerConfig, simulate
 
 CONSORTIUM = """
 consortium: two rooms
@@ -50,3 +50,13 @@ def test_a_handler_before_a_node_can_sign_what_it_never_learned(tmp_path: Path) 
     assert any(bool((tensor != 0).any()) for tensor in deltas["north"].values())
     assert {facts["owner"] for facts in Records(woven.rounds / "ledger.jsonl").contributions(0)} == {"north", "east"}
     assert len(passed) == 4  # asked to train, to judge the base before and after, and to keep the last one
+
+
+def test_an_owners_world_is_the_recipes_with_what_is_its_own() -> None:
+    owners = {
+        "plain": OwnerConfig(),
+        "other": OwnerConfig(world={"layout": 3}, factors={"agent_speed": 2.0}),
+    }
+    config = ConsortiumConfig(consortium="states", recipe="point-hazards-state", owners=owners)
+    kwargs = {name: config.recipe_of(name, 0).collection.env_kwargs for name in owners}
+    assert kwargs == {"plain": {"layout": 0}, "other": {"layout": 3, "factors": {"agent_speed": 2.0}}}

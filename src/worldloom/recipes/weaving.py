@@ -102,11 +102,14 @@ class ConsortiumConfig(Config):
 
     def recipe_of(self, name: str, seed: int, *, steps: int | None = None) -> Recipe:
         """Return what an owner collects and trains, by default until the last base."""
-        owner = self.owners[name]
+        owner, collection = self.owners[name], load_recipe(self.recipe).collection
+        world = {**(collection.env_kwargs if collection else {}), **owner.world}
+        if owner.factors:
+            world["factors"] = owner.factors
         overrides = [
             f"collection.episodes={owner.episodes}",
             f"collection.seed={derive_seed(seed, 'owner', name) % 2**31}",
-            f"collection.env_kwargs={json.dumps({**owner.world, 'factors': owner.factors})}",
+            f"collection.env_kwargs={json.dumps(world)}",
             *self.overrides,
         ]
         return woven_recipe(self.recipe, overrides, steps=steps or self.shared_steps, stems=self.stems, seed=seed)

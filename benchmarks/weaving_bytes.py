@@ -66,7 +66,7 @@ PAIRS = (("H = 100, int8", "H = 100"), ("H = 100, top 5%", "H = 100"))
 def main() -> None:
     parser = parser_of(__doc__, RESULTS, Path("runs/benchmarks/weaving_bytes"))
     parser.add_argument("--episodes", type=int, default=200, help="of each owner")
-    parser.add_argument("--batch", type=int, default=128, help="of each owner")
+    parser.add_argument("--batch", type=int, default=32, help="of each owner")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--pilot", type=int, default=PILOT)
     parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS))

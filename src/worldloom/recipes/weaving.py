@@ -165,7 +165,7 @@ def simulate(
     constitution = _constitution(config, root / "constitution.yaml", keys)
     partition = PartitionConfig.parse(constitution.partition)
     with ExitStack() as stack:
-        training, shaping, nodes = {}, {}, {}
+        training, nodes = {}, {}
         for name in config.owners:
             recipe = config.recipe_of(name, seed)
             dataset = collect(recipe, root / name / "data", progress=progress)
@@ -174,10 +174,9 @@ def simulate(
             run = run_folder(recipe, dataset, root / name / "run", seed)
             local = partial(LocalTraining, training=recipe.training, model=recipe.model, partition=partition)
             training[name] = local(run, frames)  # its owner's, for whatever it likes
-            shaping[name] = local(run, guarded_frames(frames, card, "base", constitution))
             nodes[name] = Node(
                 root / name,
-                shaping[name],
+                local(run, guarded_frames(frames, card, "base", constitution)),
                 name=name,
                 key=keys[name],
                 constitution=constitution,
@@ -189,7 +188,7 @@ def simulate(
         first = training[config.pilot or next(iter(training))]
         initial = initial_base(first.model, first.frames.spec, partition, seed=seed)
         if config.pilot is not None and not (root / "rounds" / "bases").is_dir():
-            initial = shaping[config.pilot].pilot(initial, config.align_steps)  # it is a base: its card must allow it
+            initial = nodes[config.pilot].pilot(initial)
         coordinator = Coordinator(
             root / "rounds",
             constitution,

@@ -156,6 +156,7 @@ def test_a_node_that_is_asked_again_says_the_same(woven) -> None:
 def test_a_base_goes_to_each_member_once_and_is_named_afterwards(tmp_path) -> None:
     consortium = Consortium(tmp_path, rules={"rounds": 2})
     nodes, brought, lost = {name: consortium.node(name) for name in OWNERS}, {name: [] for name in OWNERS}, []
+    spoilt = []
 
     def hears(name: str):
         def handle(message: bytes) -> bytes:
@@ -163,6 +164,8 @@ def test_a_base_goes_to_each_member_once_and_is_named_afterwards(tmp_path) -> No
             brought[name].append((asked.body["what"], asked.body["round"], bool(asked.tensors)))
             if name == "south" and asked.body["what"] == "judge" and not lost:
                 lost.append([file.unlink() for file in (tmp_path / "south" / "consortium").glob("came*")])
+            if name == "east" and asked.body["what"] == "train" and asked.body["round"] == 1 and not spoilt:
+                spoilt.append([file.write_bytes(b"{") for file in (tmp_path / "east" / "consortium").glob("came*")])
             return nodes[name].handle(message)
 
         return handle
@@ -172,8 +175,9 @@ def test_a_base_goes_to_each_member_once_and_is_named_afterwards(tmp_path) -> No
         ("train", 0, True), ("judge", 0, False), ("judge", 0, True),
         ("train", 1, False), ("judge", 1, False), ("judge", 1, True), ("keep", 2, False),
     ]  # fmt: skip
-    assert brought["north"] == brought["east"] == expected
-    # Whose disk lost it says so, and is sent it again.
+    assert brought["north"] == expected
+    # Whose disk lost it, or spoilt it, says so, and is sent it again.
+    assert brought["east"] == [*expected[:4], ("train", 1, True), *expected[4:]]
     assert brought["south"] == [*expected[:2], ("judge", 0, True), *expected[2:]]
     assert {name: fingerprint(node.keeping.base()[1]) for name, node in nodes.items()} == dict.fromkeys(
         OWNERS, fingerprint(last)

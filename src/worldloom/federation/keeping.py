@@ -3,6 +3,7 @@
 With them it can show that a ledger was written anew, go on alone, and coordinate where the coordinator is lost.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from worldloom.core.chain import Head
-from worldloom.core.errors import DataError
+from worldloom.core.errors import CheckpointError, DataError
 from worldloom.core.files import read_json, storage_errors, write_atomic
 from worldloom.core.signing import SigningKey
 from worldloom.federation.constitution import Constitution
@@ -18,6 +19,7 @@ from worldloom.federation.ledger import Records, countersign, read_countersigned
 from worldloom.federation.partition import fingerprint
 from worldloom.models import load_tensors, save_tensors
 
+_log = logging.getLogger(__name__)
 _LEDGER, _SEEN, _BASE, _CAME = "ledger.jsonl", "countersigned.json", "base", "came"
 
 
@@ -115,12 +117,14 @@ class Keeping:
         if tensors:
             if (brought := fingerprint(tensors)) != base:
                 raise DataError(f"the message is about the base {base[:16]} and brings {brought[:16]}; ask again")
-            save_tensors(came, tensors, {"base": base}, kind=_CAME)
+            save_tensors(came, tensors, {}, kind=_CAME)
             return tensors
-        if came.with_suffix(".json").is_file():
-            held, metadata = load_tensors(came, kind=_CAME)
-            if metadata["base"] == base == fingerprint(held):
+        try:
+            held = load_tensors(came, kind=_CAME)[0]
+            if fingerprint(held) == base:
                 return held
+        except CheckpointError as error:  # missing or damaged: it comes again
+            _log.info("%s", error)
         raise Absent(f"the base {base[:16]} is not held here; send it")
 
     @property

@@ -32,6 +32,7 @@ from worldloom.planning import (
     Unlike,
     fit_probe,
 )
+from worldloom.planning.problem import violations_of
 from worldloom.testing import LinearWorld
 
 WORLD = LinearWorld(block=2)
@@ -254,3 +255,13 @@ def test_what_no_plan_keeps_is_refused_by_name() -> None:
         Planner(WORLD, CEM(), horizon=2, guardrails=[rail]).plan(
             context, GoalObjective(LatentL2(), torch.ones(1, 2)), generator=torch.Generator().manual_seed(0)
         )
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_breaks_a_limit_on_actions_too(value: float) -> None:
+    rollouts = rolled(torch.zeros(2, 3, 4))
+    rollouts.latents[0, 1, 2, 0] = value
+    found = violations_of([Magnitude(name="force", limit=1.0, size=2)], rollouts)["force"]
+    expected = torch.full((1, 2, 3), -1.0)
+    expected[0, 1, 2] = torch.inf
+    assert torch.equal(found, expected)

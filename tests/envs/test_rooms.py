@@ -90,6 +90,19 @@ def test_the_door_is_as_wide_as_it_says_and_the_only_way(axis: str, offset: floa
     assert (simulator.position.max() > 40) == passes
 
 
+def test_without_the_wall_there_is_a_single_room() -> None:
+    factors = TwoRoomFactors.parse({"wall": False, "door_position": 50.0})
+    simulator = placed(factors, (10.0, 10.0))
+    for _ in range(16):
+        simulator.step(np.array([[1.0, 0.0]]), np.ones(1, bool))
+    assert simulator.position[0] == pytest.approx([50, 10])
+    assert not factors.rooms(simulator.position).any()
+    envs = TwoRoomVectorEnv(1, factors={"wall": False})
+    with pytest.raises(ConfigError, match="no start and goal"):
+        envs.reset(seed=0, options={"task": {"split": "cross-room"}})
+    envs.reset(seed=0, options={"task": {"split": "same-room"}})
+
+
 @pytest.mark.parametrize("env_id", WORLDS)
 def test_the_picture_shows_the_agent_where_it_is(env_id: str) -> None:
     envs = vector(env_id, 20, vary=[], factors={"agent_colour": (255, 0, 0), "floor_colour": (0, 0, 0)})

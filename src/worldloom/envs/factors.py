@@ -103,8 +103,12 @@ class RoomFactors(Config):
 
 
 class TwoRoomFactors(RoomFactors):
-    """One wall with one door, through which the agent's centre passes within `door_size` of `door_position`."""
+    """One wall with one door, through which the agent's centre passes within `door_size` of `door_position`.
 
+    Without the `wall` there is a single room.
+    """
+
+    wall: bool = True
     door_position: float = Field(32.0, ge=9, le=55)
     door_size: float = Field(4.0, ge=1, le=8)
     wall_position: float = Field(32.0, ge=20, le=44)
@@ -115,6 +119,7 @@ class TwoRoomFactors(RoomFactors):
         """Return how each factor is drawn when it varies."""
         return {
             **super().draws(),
+            "wall": lambda rng: bool(rng.integers(2)),
             "door_position": _uniform(11.0, 53.0),
             "door_size": _uniform(3.0, 6.0),
             "wall_position": _uniform(24.0, 40.0),
@@ -122,12 +127,16 @@ class TwoRoomFactors(RoomFactors):
         }
 
     def walls(self) -> Float64[np.ndarray, "M 4"]:
-        """Return the two parts of the wall."""
+        """Return the two parts of the wall, if there is one."""
+        if not self.wall:
+            return np.zeros((0, 4))
         walls = _wall(self.wall_position, self.wall_thickness, 0.0, SIDE, self.door_position, self._gap())
         return np.array([_turned(wall) if self.wall_axis == "horizontal" else wall for wall in walls])
 
     def rooms(self, points: Float64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "P"]:
-        """Return 0 before the wall, 1 behind it."""
+        """Return 0 before the wall, 1 behind it; 0 everywhere in a single room."""
+        if not self.wall:
+            return np.zeros(len(points), np.int64)
         across = points[:, 0 if self.wall_axis == "vertical" else 1] - self.wall_position
         return np.where(np.abs(across) < self._clearance(), -1, (across > 0).astype(np.int64))
 

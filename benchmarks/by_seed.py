@@ -1,6 +1,7 @@
 """What the benchmarks of weaving share: their options, what each seed gave, kept beside the table, and intervals."""
 
 import argparse
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from scipy import stats
 from worldloom.cli.options import set_threads
 from worldloom.core.files import read_json, write_json
 from worldloom.core.hardware import describe_hardware
+from worldloom.data import EpisodeDataset
 
 
 def parser_of(doc: str | None, results: Path, runs: Path | None = None) -> argparse.ArgumentParser:
@@ -55,6 +57,18 @@ class Kept:
             write_json(self._path, {**self._about, "found": self.found})
         found: dict[str, Any] = self.found[name]
         return found
+
+
+def as_one(logs: Sequence[EpisodeDataset], path: Path) -> EpisodeDataset:
+    """Return the episodes of several logs as one dataset; one that was left half is made anew."""
+    done = path.with_suffix(".done")
+    if not done.is_file():
+        shutil.rmtree(path, ignore_errors=True)
+        dataset = EpisodeDataset.create(path, logs[0].spec)
+        for one in logs:
+            dataset.append(one.episode(index) for index in range(len(one)))
+        done.touch()
+    return EpisodeDataset.open(path)
 
 
 def command_of(script: str, arguments: argparse.Namespace, *more: str) -> str:

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from by_seed import Kept, command_of, interval, parser_of, run
+from by_seed import Kept, as_one, command_of, interval, parser_of, run
 from worldloom.cli.console import print_table, progress
 from worldloom.core.files import write_json
 from worldloom.core.seeds import numpy_generator
@@ -237,15 +237,7 @@ class Bench:
     @cached_property
     def _every(self) -> EpisodeDataset:
         """The logs of all owners as one."""
-        path, done = self._root / "every", self._root / "every.done"
-        if not done.is_file():
-            shutil.rmtree(path, ignore_errors=True)
-            logs = [self._logs(name) for name in OWNERS]
-            dataset = EpisodeDataset.create(path, logs[0].spec)
-            for one in logs:
-                dataset.append(one.episode(index) for index in range(len(one)))
-            done.touch()
-        return EpisodeDataset.open(path)
+        return as_one([self._logs(name) for name in OWNERS], self._root / "every")
 
     @cached_property
     def _windows(self) -> tuple[Windows, Windows]:

@@ -16,7 +16,7 @@ from worldloom.core.hardware import describe_hardware
 from worldloom.data import EpisodeDataset
 
 
-def parser_of(doc: str | None, results: Path, runs: Path | None = None) -> argparse.ArgumentParser:
+def parser_of(doc: str | None, results: Path | None, runs: Path | None = None) -> argparse.ArgumentParser:
     """Return a parser of what all of them are asked."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -43,7 +43,8 @@ def main() -> None:
         parts.append(weaving(json.loads(path.read_text())))
     for name, part in (
         ("clash", weaving_clash),
-        ("bytes", weaving_bytes),
+        ("bytes_rooms", weaving_bytes),
+        ("bytes_robot", weaving_bytes),
         ("malicious", weaving_malicious),
         ("privacy", weaving_privacy),
     ):
@@ -308,28 +309,32 @@ def weaving_clash(values: dict[str, Any]) -> str:
 
 def weaving_bytes(values: dict[str, Any]) -> str:
     """Return what seldom and coarse exchange saves, and what it costs."""
-    lines = []
+    unit, lines = values["unit"], []
     for row in values["rows"]:
         sent = (row["up"], row["all up"] + row["all down"])
         fewer = ("-" if row.get(key) is None else f"{row[key]:,.0f}" for key in ("fewer up", "fewer in all"))
-        errors = (estimate(row["error"], ".4f"), estimate(row["px"], ".2f"))
-        worse = (estimate(row[f"worse {key}"], "+.1%") if f"worse {key}" in row else "-" for key in ("error", "px"))
+        errors = (estimate(row["error"], ".4f"), estimate(row["place"], ".2f" if unit == "px" else ".3f"))
+        worse = (estimate(row[f"worse {key}"], "+.1%") if f"worse {key}" in row else "-" for key in ("error", "place"))
         both = (f"{1e-6 * size:,.1f}" for size in sent)
         lines.append([row["way"], *(cell for pair in zip(both, fewer, strict=True) for cell in pair), *errors, *worse])
-    header = ["way", "MB up", "times fewer", "MB up and down", "times fewer", "error", "px"]
-    header += ["error, against synchronous", "px, against synchronous"]
+    header = ["way", "MB up", "times fewer", "MB up and down", "times fewer", "error", unit]
+    header += ["error, against synchronous", f"{unit}, against synchronous"]
     pairs = "".join(
-        f"- {pair['what']}: error {estimate(pair['error'], '+.1%')}, px {estimate(pair['px'], '+.1%')}\n"
+        f"- {pair['what']}: error {estimate(pair['error'], '+.1%')}, {unit} {estimate(pair['place'], '+.1%')}\n"
         for pair in values["pairs"]
     )
     settings = values["settings"]
     return (
-        f"## Many owners: bytes against loss\n\n    {values['command']}\n\n{table(header, lines)}\n{pairs}\n"
-        f"{values['owners']} owners of one world, {settings['steps']} steps of {settings['batch']} windows each, the "
-        f"first {settings['pilot']} of them one owner's alone, whose base all others take. 'MB up' is of the "
-        f"contributions that the ledger names (synchronous: a float32 gradient for each owner and step); 'up and down' "
-        f"of all messages, verdicts and the bases that are judged included. The error is of latents 8 "
-        f"blocks ahead in new episodes, in shares of their variance; px is the same by a linear probe of its place. "
+        f"## Many owners: bytes against loss, {'pixels' if values['world'] == 'rooms' else 'sensors'}\n\n"
+        f"    {values['command']}\n\n{table(header, lines)}\n{pairs}\n"
+        f"{values['owners']} owners of one world, each with {settings['episodes']} episodes, "
+        f"{settings['steps']} steps of {settings['batch']} windows each, the first {settings['pilot']} of them one "
+        f"owner's alone, whose base all others take. 'MB up' is of the contributions that the ledger names "
+        f"(synchronous: a float32 gradient for each owner and step); 'up and down' of all messages, verdicts and the "
+        f"bases that are judged included. The error is of latents 8 blocks ahead in new episodes, in shares of their "
+        f"variance; {unit} is of the place that a linear probe reads there. Outer step: "
+        f"{settings['outer']['learning_rate']} with momentum {settings['outer']['momentum']}"
+        f"{', statistics of the frames shared' if settings['partition'] else ''}. "
         f"{over_seeds(values)} {describe(values['hardware'])}\n"
     )
 

@@ -1,10 +1,12 @@
 """Bytes against loss: owners of shards of one world, who weave seldom, in few bits, or send every step's gradient.
 
-    python benchmarks/weaving_bytes.py [--seeds 0 1 2] [--threads 1] [--anew] [--quick]
+    python benchmarks/weaving_bytes.py [--world rooms] [--seeds 0 1 2] [--threads 1] [--anew] [--quick]
 
-Four owners log the same world (`two-room`), each 200 episodes of seeds of its own. All ways begin with the same base,
-which one of them, the pilot, learned alone (DiLoCo's own experiments, arXiv 2311.08105, set out from a trained model
-too), and take the same steps of the same batch for each owner, with one learning-rate schedule over all of them:
+Four owners log the same world, each in episodes of seeds of its own: two rooms in pixels (`--world rooms`), or a robot
+that is told by its sensors (`--world robot`), in as large batches as its recipe's and over many rounds. All ways begin
+with the same base, which one of them, the pilot, learned alone (DiLoCo's own experiments, arXiv 2311.08105, set out
+from a trained model too), and take the same steps of the same batch for each owner, with one learning-rate schedule
+over all of them:
 
 - synchronous: one gradient a step, averaged over the owners. It is trained as one model on all logs with the owners'
   batches in one, which gives that gradient (and statistics of the whole batch, as data parallelism here does). Bytes
@@ -16,15 +18,16 @@ too), and take the same steps of the same batch for each owner, with one learnin
 `up` are the bytes of the contributions that the ledger names; `all up` and `all down` every byte that passed between
 the coordinator and the nodes, verdicts and the ledger included; the pilot's base counts once up, and once down for each
 owner. The error is of predictions 8 blocks ahead in episodes that nobody trains on, in shares of the latents' variance,
-and in px by a linear probe of the position; the mean over the owners' models. Intervals are Student's over the seeds,
-of ratios paired by seed. Writes benchmarks/results/weaving_bytes.json; what one seed gave is kept beside it and taken
-up unless it is to be measured `--anew`. `--quick` is for trying the script: it keeps nothing.
+and of the place that a linear probe reads there; the mean over the owners' models. Intervals are Student's over the
+seeds, of ratios paired by seed. Writes benchmarks/results/weaving_bytes_rooms.json, or `_robot`; what one seed gave is
+kept beside it and taken up unless it is to be measured `--anew`. `--quick` is for trying the script: it keeps nothing.
 """
 
 import argparse
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -45,9 +48,7 @@ from worldloom.models.heads import LinearProbe
 from worldloom.recipes import Recipe, Run, workflow
 from worldloom.recipes.weaving import ConsortiumConfig, OwnerConfig, run_folder, simulate
 
-RESULTS = Path(__file__).parent / "results" / "weaving_bytes.json"
 OWNERS = ("north", "east", "south", "west")
-STEPS, PILOT = 800, 200  # of each owner; the pilot's are of the steps
 SYNCHRONOUS, ALONE = "synchronous", "alone"
 HORIZON, WINDOWS = 8, 1024
 INT8, SPARSE = {"name": "int8"}, {"name": "top-k", "share": 0.05}
@@ -60,55 +61,95 @@ WAYS: dict[str, dict[str, Any]] = {
     "H = 100, int8": {"inner_steps": 100, "codec": INT8},
     "H = 100, top 5%": {"inner_steps": 100, "codec": SPARSE},
 }
-# Of 0.7 and 0.9, 1.0 and 0.5, 1.0 and 0, and 2.0 and 0 the best on another seed (docs/log.md).
-STEP = {"outer": {"name": "diloco", "learning_rate": 1.0, "momentum": 0.5}}
+SETTINGS = ("episodes", "batch", "steps", "pilot")
 PAIRS = (("H = 100, int8", "H = 100"), ("H = 100, top 5%", "H = 100"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """What the owners log, how long they train, and how they weave; outer steps and rates were chosen on another seed.
+
+    `steps` and `batch` are of each owner; the pilot's are of the steps.
+    """
+
+    recipe: str
+    unit: str
+    episodes: int
+    batch: int
+    steps: int
+    pilot: int
+    outer: Mapping[str, Any]  # see docs/log.md for the others that were tried
+    rate: float | None = None  # of the synchronous steps, where another is better for them than the recipe's
+    partition: Mapping[str, Any] = field(default_factory=dict)
+
+
+WORLDS = {
+    "rooms": World(
+        recipe="two-room", unit="px", episodes=200, batch=32, steps=800, pilot=200,
+        outer={"name": "diloco", "learning_rate": 1.0, "momentum": 0.5},
+    ),
+    "robot": World(
+        recipe="point-hazards-state", unit="m", episodes=4000, batch=256, steps=4000, pilot=1000, rate=4e-3,
+        outer={"name": "diloco", "learning_rate": 1.0, "momentum": 0.7},
+        # Shards of one world are looked at through one scale, the pilot's.
+        partition={"shared": ("encoder.*", "predictor.*", "normalise_actions.*"), "sovereign": ("norm.*",)},
+    ),
+}  # fmt: skip
+
+
 def main() -> None:
-    parser = parser_of(__doc__, RESULTS, Path("runs/benchmarks/weaving_bytes"))
-    parser.add_argument("--episodes", type=int, default=200, help="of each owner")
-    parser.add_argument("--batch", type=int, default=32, help="of each owner")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--pilot", type=int, default=PILOT)
+    folder = Path(__file__).parent / "results"
+    parser = parser_of(__doc__, None, Path("runs/benchmarks/weaving_bytes"))
+    parser.add_argument("--world", choices=list(WORLDS), default="rooms")
+    for name in SETTINGS:
+        parser.add_argument(f"--{name}", type=int, help="by default the world's own")
     parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS))
-    run(parser.parse_args(), {"episodes": 12, "batch": 8, "steps": 220, "pilot": 20}, report)
+    arguments = parser.parse_args()
+    arguments.results = arguments.results or folder / f"weaving_bytes_{arguments.world}.json"
+    for name in SETTINGS:
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, getattr(WORLDS[arguments.world], name))
+    run(arguments, {"episodes": 12, "batch": 8, "steps": 220, "pilot": 20}, report)
 
 
 def report(arguments: argparse.Namespace) -> None:
     """Measure what is not measured yet; write and print the table."""
-    settings = {key: getattr(arguments, key) for key in ("episodes", "batch", "steps", "pilot")}
+    world = WORLDS[arguments.world]
+    settings = {key: getattr(arguments, key) for key in SETTINGS}
+    settings |= {"outer": dict(world.outer), "partition": dict(world.partition), "rate": world.rate}
     found = []
     for seed in arguments.seeds:
         kept, bench = Kept(arguments, seed, settings), Bench(seed, arguments)
         found.append({way: kept.measured(way, partial(bench.measure, way)) for way in arguments.only})
     rows = [row_of(way, found) for way in arguments.only]
     pairs = [
-        {"what": f"{one} against {other}", **{key: paired(found, one, other, key) for key in ("error", "px")}}
+        {"what": f"{one} against {other}", **{key: paired(found, one, other, key) for key in ("error", "place")}}
         for one, other in PAIRS
         if {one, other} <= set(arguments.only)
     ]
     chosen = [f'"{way}"' for way in arguments.only]
-    command = command_of(__file__, arguments, *(["--only", *chosen] if arguments.only != list(WAYS) else []))
+    more = ["--only", *chosen] if arguments.only != list(WAYS) else []
+    command = command_of(__file__, arguments, "--world", arguments.world, *more)
     hardware = found[0][arguments.only[0]]["hardware"]
     values = {"command": command, "seeds": arguments.seeds, "settings": settings, "owners": len(OWNERS)}
+    values |= {"world": arguments.world, "unit": world.unit}
     write_json(arguments.results, {**values, "rows": rows, "pairs": pairs, "hardware": hardware})
-    header = ["way", "up MB", "fewer", "all MB", "fewer", "error", "px", "worse error", "worse px"]
+    header = ["way", "up MB", "fewer", "all MB", "fewer", "error", world.unit, "worse error", f"worse {world.unit}"]
     print_table("bytes against loss", header, [shown(row) for row in rows])
     for pair in pairs:
-        print(f"{pair['what']}: error {percent(pair['error'])}, px {percent(pair['px'])}")
+        print(f"{pair['what']}: error {percent(pair['error'])}, {world.unit} {percent(pair['place'])}")
 
 
 def row_of(way: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the bytes of a way, its errors, and by how much they exceed those of the synchronous one."""
     bytes_ = {key: float(np.mean([one[way][key] for one in found])) for key in ("up", "all up", "all down")}
     row = {"way": way, "n": len(found), **bytes_}
-    row |= {key: interval([one[way][key] for one in found]) for key in ("error", "px")}
+    row |= {key: interval([one[way][key] for one in found]) for key in ("error", "place")}
     if SYNCHRONOUS in found[0]:
         sent, there = bytes_["all up"] + bytes_["all down"], found[0][SYNCHRONOUS]
         row["fewer up"] = there["up"] / bytes_["up"] if bytes_["up"] else None
         row["fewer in all"] = (there["all up"] + there["all down"]) / sent if sent else None
-        row |= {f"worse {key}": paired(found, way, SYNCHRONOUS, key) for key in ("error", "px")}
+        row |= {f"worse {key}": paired(found, way, SYNCHRONOUS, key) for key in ("error", "place")}
     return row
 
 
@@ -127,9 +168,9 @@ def shown(row: Mapping[str, Any]) -> list[str]:
     """Return a row of the printed table."""
     fewer = ["-" if row.get(key) is None else f"{row[key]:.0f}x" for key in ("fewer up", "fewer in all")]
     sent = [row["up"] / 1e6, (row["all up"] + row["all down"]) / 1e6]
-    worse = [percent(row[key]) if key in row else "-" for key in ("worse error", "worse px")]
+    worse = [percent(row[key]) if key in row else "-" for key in ("worse error", "worse place")]
     return [row["way"], f"{sent[0]:.1f}", fewer[0], f"{sent[1]:.1f}", fewer[1],
-            f"{row['error']['mean']:.4f}", f"{row['px']['mean']:.2f}", *worse]  # fmt: skip
+            f"{row['error']['mean']:.4f}", f"{row['place']['mean']:.3g}", *worse]  # fmt: skip
 
 
 class Counted:
@@ -154,7 +195,9 @@ class Bench:
 
     def __init__(self, seed: int, arguments: argparse.Namespace) -> None:
         self._seed, self._arguments = seed, arguments
-        self._root: Path = arguments.runs / str(seed)
+        self._world = WORLDS[arguments.world]
+        self._partition = PartitionConfig.parse(self._world.partition)
+        self._root: Path = arguments.runs / arguments.world / str(seed)
 
     def measure(self, way: str) -> dict[str, Any]:
         """Return the bytes that a way sends and the errors of its models."""
@@ -162,8 +205,11 @@ class Bench:
         shutil.rmtree(root, ignore_errors=True)  # bytes are counted whole
         if way in (SYNCHRONOUS, ALONE):
             every = {"all": self._every} if way == SYNCHRONOUS else {name: self._logs(name) for name in OWNERS}
-            batch = self._arguments.batch * (len(OWNERS) if way == SYNCHRONOUS else 1)
-            runs = [self._gone_on(root / name, logs, batch) for name, logs in every.items()]
+            overrides = []
+            if way == SYNCHRONOUS:
+                overrides += [f"training.batch={self._arguments.batch * len(OWNERS)}"]
+                overrides += [f"training.learning_rate={self._world.rate}"] if self._world.rate else []
+            runs = [self._gone_on(root / name, logs, overrides) for name, logs in every.items()]
             base = bytes_of(self._begun)
             sent = len(OWNERS) * (self._arguments.steps - self._arguments.pilot) * base if way == SYNCHRONOUS else 0
             all_sent = {"all up": base + sent, "all down": len(OWNERS) * base + sent}
@@ -185,9 +231,9 @@ class Bench:
         }
         return {**sent, **self._errors([run.model for run in woven.runs.values()])}
 
-    def _gone_on(self, path: Path, logs: EpisodeDataset, batch: int) -> Run:
+    def _gone_on(self, path: Path, logs: EpisodeDataset, overrides: Sequence[str]) -> Run:
         """Return a run that goes on from the pilot's base, on some logs, by as many steps as all others."""
-        recipe = self._recipe(OWNERS[0]).override([f"training.batch={batch}"])
+        recipe = self._recipe(OWNERS[0]).override(overrides)
         with self._training(path, logs, recipe) as training:
             begun, steps = self._arguments.pilot, self._arguments.steps
             training.stretch("going on", self._begun, steps - begun, at=begun)
@@ -199,7 +245,7 @@ class Bench:
         recipe, path = self._recipe(OWNERS[0]), self._root / "pilot"
         shutil.rmtree(path, ignore_errors=True)
         with self._training(path, self._logs(OWNERS[0]), recipe) as training:
-            first = initial_base(recipe.model, training.frames.spec, PartitionConfig(), seed=self._seed)
+            first = initial_base(recipe.model, training.frames.spec, self._partition, seed=self._seed)
             return training.pilot(first, self._arguments.pilot)
 
     @contextmanager
@@ -207,7 +253,7 @@ class Bench:
         with closing(load_frames(logs, recipe.data, progress=progress())) as frames:
             run = run_folder(recipe, logs, path, self._seed)
             yield LocalTraining(
-                run, frames, training=recipe.training, model=recipe.model, partition=PartitionConfig(),
+                run, frames, training=recipe.training, model=recipe.model, partition=self._partition,
                 progress=progress(),
             )  # fmt: skip
 
@@ -215,7 +261,8 @@ class Bench:
         arguments = self._arguments
         inner = rules.get("inner_steps", 1)
         return ConsortiumConfig(
-            consortium="shards of two rooms",
+            consortium="shards of one world",
+            recipe=self._world.recipe,
             # What no figure here comes from is made small: the windows of a verdict, and the inverse of the geometry.
             overrides=(f"training.batch={arguments.batch}", "training.validation_windows=64", "inverse.steps=1"),
             owners={name: OwnerConfig(episodes=arguments.episodes) for name in owners},
@@ -225,7 +272,11 @@ class Bench:
             inner_steps=inner,
             own_steps=1,  # at a rate of all but 0: what is measured is the last base
             stems=False,
-            rules={**STEP, **{key: value for key, value in rules.items() if key != "inner_steps"}},
+            rules={
+                "outer": self._world.outer,
+                "partition": self._world.partition,
+                **{key: value for key, value in rules.items() if key != "inner_steps"},
+            },
         )
 
     def _recipe(self, name: str) -> Recipe:
@@ -259,7 +310,7 @@ class Bench:
 
 @torch.inference_mode()
 def errors(model: JEPA, fitted: Windows, held_out: Windows) -> dict[str, float]:
-    """Return the error of the last latent predicted: in shares of the latents' variance, and in px by a probe."""
+    """Return the error of the last latent predicted, in shares of the latents' variance, and of the place in it."""
     context = model.spec.context
     latents = model.encode(held_out.observations)
     start = Context(latents=latents[:, :context], actions=held_out.actions[:, : context - 1])
@@ -269,7 +320,7 @@ def errors(model: JEPA, fitted: Windows, held_out: Windows) -> dict[str, float]:
     missed = probe(predicted) - held_out.labels["position"][:, -1]
     return {
         "error": ((predicted - latents[:, -1]).square().sum(-1).mean() / variance).item(),
-        "px": missed.norm(dim=-1).mean().item(),
+        "place": missed.norm(dim=-1).mean().item(),
     }
 
 

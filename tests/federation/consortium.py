@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from worldloom.core.signing import SigningKey, make_key
 from worldloom.core.types import ActionSpec, ObservationSpec
@@ -109,13 +110,18 @@ class Consortium:
             data_class=self.classes.get(name, "open"),
         )
 
-    def coordinator(self, handlers: Mapping[str, Callable[[bytes], bytes]] | None = None) -> Coordinator:
-        """Return the coordinator; `handlers` take the places of nodes."""
+    def coordinator(
+        self,
+        handlers: Mapping[str, Callable[[bytes], bytes]] | None = None,
+        *,
+        initial: Mapping[str, Tensor] | None = None,
+    ) -> Coordinator:
+        """Return the coordinator; `handlers` take the places of nodes, `initial` that of an untrained base."""
         every = {name: self.node(name).handle for name in OWNERS} | dict(handlers or {})
         return Coordinator(
             self.path / "rounds",
             self.constitution,
             key=self.keys["coordinator"],
             transport=InProcess(every),
-            initial=initial_base(MODEL, points().spec, self.partition, seed=0),
+            initial=initial or initial_base(MODEL, points().spec, self.partition, seed=0),
         )

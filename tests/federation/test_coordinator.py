@@ -1,4 +1,5 @@
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -7,13 +8,13 @@ import torch
 from consortium import MODEL, OWNERS, Consortium, points
 
 import worldloom.federation.coordinator as coordinator_module
-from worldloom.core.errors import CheckpointError, DataError, StorageError, TrainingError
+from worldloom.core.errors import CheckpointError, ConfigError, DataError, StorageError, TrainingError
 from worldloom.federation.codecs import bytes_of
 from worldloom.federation.coordinator import Rounds, read_base, recompute, save_base
 from worldloom.federation.envelope import seal, unseal
 from worldloom.federation.ledger import Records, verify_ledger
-from worldloom.federation.local import initial_base
-from worldloom.federation.partition import fingerprint
+from worldloom.federation.local import check_has_a_pilot, initial_base, shared_statistics
+from worldloom.federation.partition import PartitionConfig, fingerprint
 from worldloom.federation.privacy import delta_norm, gaussian_epsilon
 from worldloom.models import load_model
 from worldloom.training import held_out_losses
@@ -226,6 +227,38 @@ def test_a_pilot_needs_steps_and_goes_before_the_first_base(woven, tmp_path) -> 
     run(late)
     with pytest.raises(DataError, match="before the first"):
         late.node("north").pilot(last)
+
+
+# Shards of one world may be looked at through one scale.
+STATISTICS = {"shared": ["encoder.*", "predictor.*", "normalise_actions.*"], "sovereign": ["norm.*", "action_stem.*"]}
+
+
+def test_statistics_that_are_shared_are_the_pilots_and_no_round_moves_them(tmp_path) -> None:
+    consortium = Consortium(tmp_path, rules={"partition": STATISTICS, "align_steps": 8, "rounds": 2})
+    untrained = initial_base(MODEL, points().spec, consortium.partition, seed=0)
+    pilot = consortium.node("east")
+    base, measured = pilot.pilot(untrained), pilot._training.statistics()
+    shared = shared_statistics(MODEL, points().spec, consortium.partition)
+    assert set(measured) == set(shared) == {
+        f"{part}.{name}" for part in ("encoder.standardise", "normalise_actions") for name in ("shift", "scale")
+    }  # fmt: skip
+    assert not any(torch.equal(untrained[name], tensor) for name, tensor in measured.items())
+    with closing(consortium.coordinator(initial=base)) as coordinator:
+        last = coordinator.run()
+    assert any(not torch.equal(last[name], base[name]) for name in set(last) - set(measured))
+    for state in (base, last, *(load_model(tmp_path / name / "run" / "model").state_dict() for name in OWNERS)):
+        for name, tensor in measured.items():
+            assert torch.equal(state[name], tensor)
+
+
+def test_statistics_are_shared_neither_untrained_nor_under_noise(tmp_path) -> None:
+    partition = PartitionConfig.parse(STATISTICS)
+    with pytest.raises(ConfigError, match=r"'encoder.standardise.scale', which is measured.*weave pilot"):
+        check_has_a_pilot(MODEL, points().spec, partition)
+    check_has_a_pilot(MODEL, points().spec, PartitionConfig())
+    noisy = Consortium(tmp_path, rules={"partition": STATISTICS, "privacy": {"clip": 1.0, "noise": 0.5}})
+    with pytest.raises(ConfigError, match=r"'encoder.standardise.scale', a statistic"):
+        noisy.node("north")
 
 
 def test_a_node_hears_a_coordinator_alone_and_its_own_constitution(woven) -> None:

@@ -20,7 +20,13 @@ from worldloom.federation.ledger import (
     save_countersigned,
     verify_ledger,
 )
-from worldloom.federation.local import LocalTraining, Trained, initial_base
+from worldloom.federation.local import (
+    LocalTraining,
+    Trained,
+    check_has_a_pilot,
+    initial_base,
+    shared_statistics,
+)
 from worldloom.federation.node import Node
 from worldloom.federation.outer import OUTER, Outer
 from worldloom.federation.partition import Partition, PartitionConfig, fingerprint
@@ -62,6 +68,7 @@ __all__ = [
     "bytes_of",
     "capped",
     "card_of",
+    "check_has_a_pilot",
     "clip_and_noise",
     "countersign",
     "derive",
@@ -78,6 +85,7 @@ __all__ = [
     "release",
     "save_base",
     "save_countersigned",
+    "shared_statistics",
     "strictest",
     "succeed",
     "verify_ledger",

@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
+from worldloom.core.errors import ConfigError
 from worldloom.core.files import read_json, write_json
 from worldloom.core.progress import SILENT, Progress
 from worldloom.data import DatasetSpec, Frames
-from worldloom.data.statistics import Statistics
+from worldloom.data.statistics import Statistics, compute_statistics
 from worldloom.federation.partition import PartitionConfig, fingerprint
-from worldloom.models import JEPAConfig, build_jepa
+from worldloom.models import JEPA, JEPAConfig, build_jepa
 from worldloom.training import RunFolder, Stretch, TrainingConfig, fit, held_out_losses
 from worldloom.training.state import saved_steps
 
@@ -83,10 +84,12 @@ class LocalTraining:
     def pilot(self, base: Mapping[str, Tensor], steps: int) -> dict[str, Tensor]:
         """Train so many steps from an untrained base, and return it: what is sovereign here meets it from the first.
 
+        Statistics that are shared are those of this owner's frames.
+
         Raises:
             CheckpointError, TrainingError: see `stretch`.
         """
-        made = self.stretch("pilot", base, steps)
+        made = self.stretch("pilot", {**base, **self.statistics()}, steps)
         write_json(self._aligned, {"base": fingerprint(made.after), "steps": steps})
         return dict(made.after)
 
@@ -102,6 +105,17 @@ class LocalTraining:
         if here.get("name") != name or self._stands() >= here["end"]:
             here = self._begin(name, known, steps, goes_on=here.get("base") == known)
         self._go_on(here, base, at)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Return the statistics of this owner's frames that the partition shares; usually there are none."""
+        names = shared_statistics(self.model, self.frames.spec, self.partition)
+        if not names:
+            return {}
+        episodes, _ = self.frames.split(self.training.validation_share, self.training.seed)
+        measured = compute_statistics(self.frames, seed=self.training.seed, episodes=episodes)
+        spec = self.frames.spec
+        state = build_jepa(self.model, spec.observation, spec.action, measured, seed=0).state_dict()
+        return {name: state[name] for name in names}
 
     def _here(self) -> dict[str, Any]:
         return dict(read_json(self._where)) if self._where.is_file() else {}
@@ -137,7 +151,37 @@ class LocalTraining:
 
 
 def initial_base(model: JEPAConfig, spec: DatasetSpec, partition: PartitionConfig, *, seed: int) -> dict[str, Tensor]:
-    """Return the shared part of an untrained model: it depends on the shapes of frames and the seed, on no data."""
-    unit = Statistics.unit(spec.observation, spec.action)
-    state = build_jepa(model, spec.observation, spec.action, unit, seed=seed).state_dict()
+    """Return the shared part of an untrained model: it depends on the shapes of frames and the seed, on no data.
+
+    Statistics that are shared are units, and of no use: only a pilot can measure them (`shared_statistics`).
+    """
+    state = _untrained(model, spec, seed).state_dict()
     return partition.split(state).shared_of(state)
+
+
+def shared_statistics(model: JEPAConfig, spec: DatasetSpec, partition: PartitionConfig) -> tuple[str, ...]:
+    """Return the names of the tensors that a partition shares and that are measured on data, not trained.
+
+    Owners of shards of one world may share them, for else each looks at it through scales of its own.
+    """
+    untrained = _untrained(model, spec, 0)
+    measured = {name for name, _ in untrained.named_buffers()}
+    return tuple(name for name in partition.split(untrained.state_dict()).shared if name in measured)
+
+
+def check_has_a_pilot(model: JEPAConfig, spec: DatasetSpec, partition: PartitionConfig) -> None:
+    """Refuse a consortium that shares statistics and begins with an untrained base.
+
+    Raises:
+        ConfigError: it names one of the statistics.
+    """
+    if shared := shared_statistics(model, spec, partition):
+        raise ConfigError(
+            f"partition.shared matches {shared[0]!r}, which is measured on data, and an untrained base has seen none; "
+            f"begin with what a pilot made (worldloom weave pilot), or name it in partition.sovereign"
+        )
+
+
+def _untrained(model: JEPAConfig, spec: DatasetSpec, seed: int) -> JEPA:
+    unit = Statistics.unit(spec.observation, spec.action)
+    return build_jepa(model, spec.observation, spec.action, unit, seed=seed)

@@ -25,6 +25,7 @@ from worldloom.federation import (
     LocalTraining,
     Node,
     PartitionConfig,
+    check_has_a_pilot,
     guarded_frames,
     initial_base,
     model_card,
@@ -186,6 +187,8 @@ def simulate(
         for name, before in (handlers or {}).items():
             handles[name] = before(handles[name], keys[name])
         first = training[config.pilot or next(iter(training))]
+        if config.pilot is None:
+            check_has_a_pilot(first.model, first.frames.spec, partition)
         initial = initial_base(first.model, first.frames.spec, partition, seed=seed)
         if config.pilot is not None and not (root / "rounds" / "bases").is_dir():
             initial = nodes[config.pilot].pilot(initial)
@@ -223,7 +226,8 @@ def alone(
     with closing(load_frames(dataset, recipe.data, progress=progress)) as frames:
         folder = run_folder(recipe, dataset, Path(path), seed)
         local = LocalTraining(folder, frames, training=recipe.training, model=recipe.model, partition=partition)
-        local.stretch("alone", initial_base(recipe.model, frames.spec, partition, seed=seed), config.steps)
+        base = initial_base(recipe.model, frames.spec, partition, seed=seed)
+        local.stretch("alone", {**base, **local.statistics()}, config.steps)
         run = Run(folder)
         measure(run, frames, progress)
     return run

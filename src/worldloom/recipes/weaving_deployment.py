@@ -24,6 +24,7 @@ from worldloom.federation import (
     LocalTraining,
     Node,
     PartitionConfig,
+    check_has_a_pilot,
     guarded_frames,
     initial_base,
     read_base,
@@ -171,9 +172,12 @@ def coordinate(config: CoordinatorConfig, *, progress: Progress = SILENT) -> Pat
         raise ConfigError(f"{config.constitution} names no member's connection; give each its .ssh.pub, and sign again")
     tls = Tls(authority=config.tls / "ca.pem", certificate=config.tls / "server.pem", secret=config.tls / "server.key")
     rounds = config.home / "rounds"
-    initial = initial_base(recipe.model, _spec(config, recipe), partition, seed=config.seed)
+    spec = _spec(config, recipe)
+    initial = initial_base(recipe.model, spec, partition, seed=config.seed)
     if config.initial is not None:
         initial = read_base(config.initial, initial)
+    else:
+        check_has_a_pilot(recipe.model, spec, partition)
     with serve(config.home / "link", tls, connections, host=config.host, port=config.port) as transport:
         coordinator = Coordinator(
             rounds,

@@ -13,7 +13,7 @@ from worldloom.federation.codecs import bytes_of
 from worldloom.federation.coordinator import Rounds, read_base, recompute, save_base
 from worldloom.federation.envelope import seal, unseal
 from worldloom.federation.ledger import Records, verify_ledger
-from worldloom.federation.local import check_has_a_pilot, initial_base, shared_statistics
+from worldloom.federation.local import check_has_a_pilot, initial_base
 from worldloom.federation.partition import PartitionConfig, fingerprint
 from worldloom.federation.privacy import delta_norm, gaussian_epsilon
 from worldloom.models import load_model
@@ -238,8 +238,7 @@ def test_statistics_that_are_shared_are_the_pilots_and_no_round_moves_them(tmp_p
     untrained = initial_base(MODEL, points().spec, consortium.partition, seed=0)
     pilot = consortium.node("east")
     base, measured = pilot.pilot(untrained), pilot._training.statistics()
-    shared = shared_statistics(MODEL, points().spec, consortium.partition)
-    assert set(measured) == set(shared) == {
+    assert set(measured) == set(pilot._training.shared_statistics) == {
         f"{part}.{name}" for part in ("encoder.standardise", "normalise_actions") for name in ("shift", "scale")
     }  # fmt: skip
     assert not any(torch.equal(untrained[name], tensor) for name, tensor in measured.items())

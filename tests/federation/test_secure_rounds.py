@@ -43,6 +43,8 @@ Handler = Callable[[bytes], bytes]
 class Drawn(LocalTraining):
     """Trains nothing: what it makes of a base is drawn from its owner's name and the round, or `given`."""
 
+    shared_statistics = ()
+
     def __init__(self, quick: "Quick", name: str) -> None:
         self.partition, self._quick, self._name = quick.partition, quick, name
 

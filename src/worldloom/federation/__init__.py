@@ -25,7 +25,6 @@ from worldloom.federation.local import (
     Trained,
     check_has_a_pilot,
     initial_base,
-    shared_statistics,
 )
 from worldloom.federation.node import Node
 from worldloom.federation.outer import OUTER, Outer
@@ -85,7 +84,6 @@ __all__ = [
     "release",
     "save_base",
     "save_countersigned",
-    "shared_statistics",
     "strictest",
     "succeed",
     "verify_ledger",

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -106,16 +107,20 @@ class LocalTraining:
             here = self._begin(name, known, steps, goes_on=here.get("base") == known)
         self._go_on(here, base, at)
 
+    @cached_property
+    def shared_statistics(self) -> tuple[str, ...]:
+        """The statistics that the partition shares; usually there are none."""
+        return _shared_statistics(self.model, self.frames.spec, self.partition)
+
     def statistics(self) -> dict[str, Tensor]:
-        """Return the statistics of this owner's frames that the partition shares; usually there are none."""
-        names = shared_statistics(self.model, self.frames.spec, self.partition)
-        if not names:
+        """Return those of this owner's frames that the partition shares."""
+        if not self.shared_statistics:
             return {}
         episodes, _ = self.frames.split(self.training.validation_share, self.training.seed)
         measured = compute_statistics(self.frames, seed=self.training.seed, episodes=episodes)
         spec = self.frames.spec
         state = build_jepa(self.model, spec.observation, spec.action, measured, seed=0).state_dict()
-        return {name: state[name] for name in names}
+        return {name: state[name] for name in self.shared_statistics}
 
     def _here(self) -> dict[str, Any]:
         return dict(read_json(self._where)) if self._where.is_file() else {}
@@ -153,13 +158,13 @@ class LocalTraining:
 def initial_base(model: JEPAConfig, spec: DatasetSpec, partition: PartitionConfig, *, seed: int) -> dict[str, Tensor]:
     """Return the shared part of an untrained model: it depends on the shapes of frames and the seed, on no data.
 
-    Statistics that are shared are units, and of no use: only a pilot can measure them (`shared_statistics`).
+    Statistics that are shared are units, and of no use: only a pilot can measure them (`check_has_a_pilot`).
     """
     state = _untrained(model, spec, seed).state_dict()
     return partition.split(state).shared_of(state)
 
 
-def shared_statistics(model: JEPAConfig, spec: DatasetSpec, partition: PartitionConfig) -> tuple[str, ...]:
+def _shared_statistics(model: JEPAConfig, spec: DatasetSpec, partition: PartitionConfig) -> tuple[str, ...]:
     """Return the names of the tensors that a partition shares and that are measured on data, not trained.
 
     Owners of shards of one world may share them, for else each looks at it through scales of its own.
@@ -175,7 +180,7 @@ def check_has_a_pilot(model: JEPAConfig, spec: DatasetSpec, partition: Partition
     Raises:
         ConfigError: it names one of the statistics.
     """
-    if shared := shared_statistics(model, spec, partition):
+    if shared := _shared_statistics(model, spec, partition):
         raise ConfigError(
             f"partition.shared matches {shared[0]!r}, which is measured on data, and an untrained base has seen none; "
             f"begin with what a pilot made (worldloom weave pilot), or name it in partition.sovereign"

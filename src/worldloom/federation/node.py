@@ -23,7 +23,7 @@ from worldloom.federation.constitution import Constitution
 from worldloom.federation.contribution import Contribution
 from worldloom.federation.envelope import Message, seal, unseal
 from worldloom.federation.keeping import Absent, Forked, Keeping, Missing
-from worldloom.federation.local import LocalTraining, shared_statistics
+from worldloom.federation.local import LocalTraining
 from worldloom.federation.partition import fingerprint
 from worldloom.federation.privacy import Accountant, PrivacyConfig, clip_and_noise, secret_generator
 from worldloom.federation.secure_node import Helped, SecureNode
@@ -59,13 +59,11 @@ class Node:
         self.path, self.name, self.constitution = Path(path), name, constitution
         self._training, self._own, self._key = training, own or training, key
         self._class = data_class
-        if constitution.privacy is not None:
-            shared = shared_statistics(training.model, training.frames.spec, training.partition)
-            if shared:
-                raise ConfigError(
-                    f"partition.shared matches {shared[0]!r}, a statistic of the data, which the noise of privacy "
-                    f"would spoil; name it in partition.sovereign"
-                )
+        if constitution.privacy is not None and training.shared_statistics:
+            raise ConfigError(
+                f"partition.shared matches {training.shared_statistics[0]!r}, a statistic of the data, which the noise "
+                f"of privacy would spoil; name it in partition.sovereign"
+            )
         self._coordinators = {public: title for title, public in constitution.coordinator_keys().items()}
         self.keeping = Keeping(self.path / "consortium", constitution, key)
         self._left = self.path / "left.json"

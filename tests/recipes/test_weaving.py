@@ -3,15 +3,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from worldloom.core.errors import DataError
+from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.signing import SigningKey
 from worldloom.core.yaml_config import parse_yaml
 from worldloom.federation import Records, Rounds
 from worldloom.federation.envelope import seal, unseal
 from worldloom.federation.transport import Handler
-from worldloom.recipes.weaving import ConsortiumConfig, OwnerConfig, simulate
+from worldloom.recipes.weaving import ConsortiumConfig, OwnerConfig, alone, simulate
 
 CONSORTIUM = """
 consortium: two rooms
@@ -50,6 +51,22 @@ def test_a_handler_before_a_node_can_sign_what_it_never_learned(tmp_path: Path) 
     assert any(bool((tensor != 0).any()) for tensor in deltas["north"].values())
     assert {facts["owner"] for facts in Records(woven.rounds / "ledger.jsonl").contributions(0)} == {"north", "east"}
     assert len(passed) == 4  # asked to train, to judge the base before and after, and to keep the last one
+
+
+@pytest.mark.slow
+def test_shared_statistics_are_those_of_the_pilots_frames_and_need_one(tmp_path: Path) -> None:
+    rules = "rules: {partition: {shared: [encoder.*, predictor.*, normalise_actions.*], sovereign: [norm.*]}, "
+    text = CONSORTIUM.replace("rules: {", rules)
+    config = parse_yaml(text, ConsortiumConfig, source="here")
+    with pytest.raises(ConfigError, match=r"'encoder.normalise.scale', which is measured on data"):
+        simulate(config, tmp_path / "without")
+    config = parse_yaml(text + "pilot: east\nalign_steps: 2\n", ConsortiumConfig, source="here")
+    woven = simulate(config, tmp_path / "with")
+    scales = {name: run.model.state_dict()["encoder.normalise.scale"] for name, run in woven.runs.items()}
+    assert torch.equal(scales["north"], scales["east"])
+    logs = tmp_path / "with" / "east" / "data"
+    alone_there = alone(config, "east", tmp_path / "alone", logs)
+    assert torch.equal(alone_there.model.state_dict()["encoder.normalise.scale"], scales["east"])
 
 
 def test_an_owners_world_is_the_recipes_with_what_is_its_own() -> None:

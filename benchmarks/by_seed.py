@@ -1,6 +1,7 @@
 """What the benchmarks of weaving share: their options, what each seed gave, kept beside the table, and intervals."""
 
 import argparse
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +46,7 @@ class Kept:
 
     def __init__(self, arguments: argparse.Namespace, seed: int, settings: Mapping[str, Any]) -> None:
         self._path = arguments.results.with_suffix("") / f"seed-{seed}.json"
-        self._about = {"seed": seed, "settings": dict(settings)}
+        self._about = {"seed": seed, "settings": json.loads(json.dumps(settings))}  # as they are read back
         kept = read_json(self._path) if self._path.is_file() and not arguments.anew else {}
         self.found: dict[str, Any] = kept["found"] if kept.get("settings") == self._about["settings"] else {}
 
@@ -62,7 +63,8 @@ class Kept:
 def as_one(logs: Sequence[EpisodeDataset], path: Path) -> EpisodeDataset:
     """Return the episodes of several logs as one dataset; one that was left half is made anew."""
     done = path.with_suffix(".done")
-    if not done.is_file():
+    if not done.is_file() or len(EpisodeDataset.open(path)) != sum(len(one) for one in logs):
+        done.unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
         dataset = EpisodeDataset.create(path, logs[0].spec)
         for one in logs:

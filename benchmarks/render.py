@@ -334,7 +334,8 @@ def weaving_bytes(values: dict[str, Any]) -> str:
         f"bases that are judged included. The error is of latents 8 blocks ahead in new episodes, in shares of their "
         f"variance; {unit} is of the place that a linear probe reads there. Outer step: "
         f"{settings['outer']['learning_rate']} with momentum {settings['outer']['momentum']}"
-        f"{', statistics of the frames shared' if settings['partition'] else ''}. "
+        f"{', statistics of the frames shared' if settings['partition'] else ''}"
+        f"{f', synchronous steps at rate {rate}' if (rate := settings['rate']) else ''}; chosen on another seed. "
         f"{over_seeds(values)} {describe(values['hardware'])}\n"
     )
 

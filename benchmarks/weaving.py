@@ -11,6 +11,9 @@ benchmarks/results/weaving.json; what one seed gave is kept beside it and taken 
 """
 
 import argparse
+import hashlib
+import json
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -50,7 +53,7 @@ def report(arguments: argparse.Namespace) -> None:
     settings = {"episodes": arguments.episodes, "consortium": config.model_dump(mode="json")}
     found = []
     for seed in arguments.seeds:
-        kept, bench = Kept(arguments, seed, settings), Bench(config, seed, arguments)
+        kept, bench = Kept(arguments, seed, settings), Bench(config, seed, arguments, settings)
         found.append({way: kept.measured(way, measure) for way, measure in bench.ways.items()})
     rows = []
     for owner in [*config.owners, "all"]:
@@ -80,9 +83,15 @@ def report(arguments: argparse.Namespace) -> None:
 class Bench:
     """The ways to a model of one seed, and what each owner reaches by it."""
 
-    def __init__(self, config: ConsortiumConfig, seed: int, arguments: argparse.Namespace) -> None:
+    def __init__(
+        self, config: ConsortiumConfig, seed: int, arguments: argparse.Namespace, settings: Mapping[str, Any]
+    ) -> None:
         self._config, self._seed, self._episodes = config, seed, arguments.episodes
-        self._root: Path = arguments.runs / str(seed)
+        # A run that was killed is taken up, one under other settings never.
+        name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
+        self._root: Path = arguments.runs / name / str(seed)
+        if arguments.anew:
+            shutil.rmtree(self._root, ignore_errors=True)
         everything = {name: owner.model_copy(update={"settle": "all"}) for name, owner in config.owners.items()}
         rules = {**config.rules, "partition": CLASHING}
         clashing = config.model_copy(update={"rules": rules, "owners": everything})

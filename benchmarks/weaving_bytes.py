@@ -5,8 +5,8 @@
 Four owners log the same world, each in episodes of seeds of its own: two rooms in pixels (`--world rooms`), or a robot
 that is told by its sensors (`--world robot`), in as large batches as its recipe's and over many rounds. All ways begin
 with the same base, which one of them, the pilot, learned alone (DiLoCo's own experiments, arXiv 2311.08105, set out
-from a trained model too), and take the same steps of the same batch for each owner, with one learning-rate schedule
-over all of them:
+from a trained model too), and take the same steps of the same batch for each owner, with one schedule of the
+learning rate over all of them; the rate itself and the outer step are what was best for each on another seed:
 
 - synchronous: one gradient a step, averaged over the owners. It is trained as one model on all logs with the owners'
   batches in one, which gives that gradient (and statistics of the whole batch, as data parallelism here does). Bytes

@@ -94,6 +94,7 @@ def main() -> None:
 def report(arguments: argparse.Namespace) -> None:
     """Measure what is not measured yet; write and print the table."""
     settings = {"rounds": arguments.rounds, "inner": arguments.inner, "clip": CLIP, "owners": OWNERS}
+    settings["partition"] = PartitionConfig().model_dump(mode="json")
     found = []
     for seed in arguments.seeds:
         kept, world = Kept(arguments, seed, settings), World(seed, arguments.rounds, arguments.inner)

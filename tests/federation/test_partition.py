@@ -5,9 +5,12 @@ from hypothesis import strategies as st
 
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.types import ActionSpec, ObservationSpec
+from worldloom.data.spec import DatasetSpec
 from worldloom.data.statistics import Statistics
+from worldloom.federation.local import check_has_a_pilot
 from worldloom.federation.partition import Partition, PartitionConfig, fingerprint
 from worldloom.models import JEPA, JEPAConfig, build_jepa
+from worldloom.models.encoders import Fusion
 from worldloom.recipes import RECIPES
 
 ACTION = ActionSpec(low=(-1.0, -1.0), high=(1.0, 1.0))
@@ -38,6 +41,19 @@ def test_the_partition_is_total_and_disjoint_for_every_recipe(name: str) -> None
     assert set(partition.shared) <= {name for name, _ in model.named_parameters()}  # no statistic of anybody's data
     merged = partition.merge(partition.shared_of(state), partition.sovereign_of(state), like=state)
     assert fingerprint(merged) == fingerprint(state)
+
+
+@pytest.mark.parametrize("positions", ["learned", "sincos"])
+def test_of_frames_and_vectors_together_no_statistic_is_shared_by_default(positions: str) -> None:
+    observation = ObservationSpec(pixels=(64, 64, 3), vector=6)
+    encoder = Fusion.parse({"pixels": {"name": "vit", "positions": positions}})
+    statistics = Statistics.unit(observation, ACTION)
+    model = build_jepa(JEPAConfig(encoder=encoder), observation, ACTION, statistics, seed=0)
+    sovereign = PartitionConfig().split(model.state_dict()).sovereign
+    parts = ("encoder.pixels.normalise", "encoder.vector.standardise", "normalise_actions")
+    assert {f"{part}.{name}" for part in parts for name in ("shift", "scale")} <= set(sovereign)
+    spec = DatasetSpec(observation=observation, action=ACTION, labels={})
+    check_has_a_pilot(model.config, spec, PartitionConfig())
 
 
 def test_what_comes_from_an_owners_own_stem_is_sovereign() -> None:

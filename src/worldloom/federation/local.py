@@ -14,6 +14,7 @@ from worldloom.data import DatasetSpec, Frames
 from worldloom.data.statistics import Statistics, compute_statistics
 from worldloom.federation.partition import PartitionConfig, fingerprint
 from worldloom.models import JEPA, JEPAConfig, build_jepa
+from worldloom.models.normalisation import PixelNormalisation, Standardise
 from worldloom.training import RunFolder, Stretch, TrainingConfig, fit, held_out_losses
 from worldloom.training.state import saved_steps
 
@@ -170,7 +171,12 @@ def _shared_statistics(model: JEPAConfig, spec: DatasetSpec, partition: Partitio
     Owners of shards of one world may share them, for else each looks at it through scales of its own.
     """
     untrained = _untrained(model, spec, 0)
-    measured = {name for name, _ in untrained.named_buffers()}
+    measured = {
+        f"{where}.{name}"
+        for where, module in untrained.named_modules()
+        if isinstance(module, PixelNormalisation | Standardise)
+        for name, _ in module.named_buffers()
+    }
     return tuple(name for name in partition.split(untrained.state_dict()).shared if name in measured)
 
 

@@ -59,7 +59,8 @@ class Node:
         self.path, self.name, self.constitution = Path(path), name, constitution
         self._training, self._own, self._key = training, own or training, key
         self._class = data_class
-        if constitution.privacy is not None and training.shared_statistics:
+        privacy = constitution.privacy
+        if privacy is not None and privacy.noise > 0 and training.shared_statistics:
             raise ConfigError(
                 f"partition.shared matches {training.shared_statistics[0]!r}, a statistic of the data, which the noise "
                 f"of privacy would spoil; name it in partition.sovereign"

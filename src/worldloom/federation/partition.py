@@ -74,7 +74,7 @@ class PartitionConfig(Config):
     sovereign: tuple[str, ...] = (
         "*.normalise.*",
         "encoder.normalise.*",
-        "encoder.standardise.*",
+        "*.standardise.*",
         "encoder.stem.*",
         "normalise_actions.*",
         "action_stem.*",

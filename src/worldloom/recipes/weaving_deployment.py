@@ -176,7 +176,7 @@ def coordinate(config: CoordinatorConfig, *, progress: Progress = SILENT) -> Pat
     initial = initial_base(recipe.model, spec, partition, seed=config.seed)
     if config.initial is not None:
         initial = read_base(config.initial, initial)
-    else:
+    elif not (rounds / "bases").is_dir():  # who goes on, or takes over, has one
         check_has_a_pilot(recipe.model, spec, partition)
     with serve(config.home / "link", tls, connections, host=config.host, port=config.port) as transport:
         coordinator = Coordinator(

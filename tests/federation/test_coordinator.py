@@ -245,6 +245,11 @@ def test_statistics_that_are_shared_are_the_pilots_and_no_round_moves_them(tmp_p
     with closing(consortium.coordinator(initial=base)) as coordinator:
         last = coordinator.run()
     assert any(not torch.equal(last[name], base[name]) for name in set(last) - set(measured))
+    north = consortium.node("north")._training
+    moved = {name: tensor + 1 if name in measured else tensor for name, tensor in last.items()}
+    trained = north.stretch("after somebody moved them", moved, 2)
+    for name, tensor in measured.items():
+        assert torch.equal(trained.after[name] - trained.before[name], tensor - moved[name])
     for state in (base, last, *(load_model(tmp_path / name / "run" / "model").state_dict() for name in OWNERS)):
         for name, tensor in measured.items():
             assert torch.equal(state[name], tensor)

@@ -135,9 +135,12 @@ class LocalTraining:
     def _go_on(
         self, here: Mapping[str, Any], base: Mapping[str, Tensor], at: int | None, *, fixed: Collection[str] = ()
     ) -> Trained:
-        put = {} if here.get("goes_on") else base
-        stretch = Stretch(begin=here["begin"], end=here["end"], base=put, at=at, fixed=fixed)
         resume = self.run.checkpoint_directory.is_dir()
+        put = {} if here.get("goes_on") else dict(base)
+        if resume:
+            # Scales stay as the first base had them: where somebody moved them since, the delta sent moves them back.
+            put = {name: tensor for name, tensor in put.items() if name not in self.shared_statistics}
+        stretch = Stretch(begin=here["begin"], end=here["end"], base=put, at=at, fixed=fixed)
         model = fit(
             self.training, self.model, self.frames, self.run, resume=resume, stretch=stretch, progress=self._progress
         )

@@ -20,12 +20,7 @@ from worldloom.federation.ledger import (
     save_countersigned,
     verify_ledger,
 )
-from worldloom.federation.local import (
-    LocalTraining,
-    Trained,
-    check_has_a_pilot,
-    initial_base,
-)
+from worldloom.federation.local import LocalTraining, Trained, check_has_a_pilot, initial_base
 from worldloom.federation.node import Node
 from worldloom.federation.outer import OUTER, Outer
 from worldloom.federation.partition import Partition, PartitionConfig, fingerprint

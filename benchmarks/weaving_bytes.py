@@ -85,7 +85,7 @@ class World:
 
 WORLDS = {
     "rooms": World(
-        recipe="two-room", unit="px", episodes=200, batch=32, steps=800, pilot=200,
+        recipe="two-room", unit="px", episodes=200, batch=32, steps=800, pilot=200, rate=4e-3,
         outer={"name": "diloco", "learning_rate": 1.0, "momentum": 0.5},
     ),
     "robot": World(

@@ -57,11 +57,9 @@ def report(arguments: argparse.Namespace) -> None:
         found.append({way: kept.measured(way, measure) for way, measure in bench.ways.items()})
     rows = []
     for owner in [*config.owners, "all"]:
-        cells = []
+        names, cells = list(config.owners) if owner == "all" else [owner], []
         for way in found[0]:
-            every = [
-                one[way]["reached"][name] for one in found for name in ([*config.owners] if owner == "all" else [owner])
-            ]
+            every = [one[way]["reached"][name] for one in found for name in names]
             reached, n = (sum(one[place] for one in every) for place in (0, 1))
             low, high = wilson_interval(reached, n)
             cells.append({"way": way, "n": n, "rate": reached / n, "low": low, "high": high})

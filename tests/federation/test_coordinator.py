@@ -2,6 +2,7 @@ import shutil
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -237,8 +238,15 @@ def test_statistics_that_are_shared_are_the_pilots_and_no_round_moves_them(tmp_p
     consortium = Consortium(tmp_path, rules={"partition": STATISTICS, "align_steps": 8, "rounds": 2})
     untrained = initial_base(MODEL, points().spec, consortium.partition, seed=0)
     pilot = consortium.node("east")
-    base, measured = pilot.pilot(untrained), pilot._training.statistics()
-    assert set(measured) == set(pilot._training.shared_statistics) == {
+    base, training = pilot.pilot(untrained), pilot._training
+    measured = {name: base[name] for name in training.shared_statistics}
+    drawn_from, _ = training.frames.split(consortium.training.validation_share, consortium.training.seed)
+    rows = [training.frames.rows(one) for one in drawn_from.tolist()]
+    seen = torch.from_numpy(np.concatenate([training.frames.vector[one] for one in rows]))
+    normal = (seen - base["encoder.standardise.shift"]) * base["encoder.standardise.scale"]
+    torch.testing.assert_close(normal.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normal.std(0, correction=0), torch.ones(4), atol=1e-3, rtol=0)
+    assert set(measured) == {
         f"{part}.{name}" for part in ("encoder.standardise", "normalise_actions") for name in ("shift", "scale")
     }  # fmt: skip
     assert not any(torch.equal(untrained[name], tensor) for name, tensor in measured.items())

@@ -11,7 +11,7 @@ from worldloom.core.errors import ConfigError
 from worldloom.core.files import read_json, write_json
 from worldloom.core.progress import SILENT, Progress
 from worldloom.data import DatasetSpec, Frames
-from worldloom.data.statistics import Statistics, compute_statistics
+from worldloom.data.statistics import Statistics
 from worldloom.federation.partition import PartitionConfig, fingerprint
 from worldloom.models import JEPA, JEPAConfig, build_jepa
 from worldloom.models.normalisation import PixelNormalisation, Standardise
@@ -91,7 +91,7 @@ class LocalTraining:
         Raises:
             CheckpointError, TrainingError: see `stretch`.
         """
-        made = self.stretch("pilot", {**base, **self.statistics()}, steps)
+        made = self.stretch("pilot", self.without_statistics(base), steps)
         write_json(self._aligned, {"base": fingerprint(made.after), "steps": steps})
         return dict(made.after)
 
@@ -113,15 +113,9 @@ class LocalTraining:
         """The statistics that the partition shares; usually there are none."""
         return _shared_statistics(self.model, self.frames.spec, self.partition)
 
-    def statistics(self) -> dict[str, Tensor]:
-        """Return those of this owner's frames that the partition shares."""
-        if not self.shared_statistics:
-            return {}
-        episodes, _ = self.frames.split(self.training.validation_share, self.training.seed)
-        measured = compute_statistics(self.frames, seed=self.training.seed, episodes=episodes)
-        spec = self.frames.spec
-        state = build_jepa(self.model, spec.observation, spec.action, measured, seed=0).state_dict()
-        return {name: state[name] for name in self.shared_statistics}
+    def without_statistics(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what of a base is trained: beside it stand the statistics of the run, at first of its own frames."""
+        return {name: tensor for name, tensor in base.items() if name not in self.shared_statistics}
 
     def _here(self) -> dict[str, Any]:
         return dict(read_json(self._where)) if self._where.is_file() else {}
@@ -139,7 +133,7 @@ class LocalTraining:
         put = {} if here.get("goes_on") else dict(base)
         if resume:
             # Scales stay as the first base had them: where somebody moved them since, the delta sent moves them back.
-            put = {name: tensor for name, tensor in put.items() if name not in self.shared_statistics}
+            put = self.without_statistics(put)
         stretch = Stretch(begin=here["begin"], end=here["end"], base=put, at=at, fixed=fixed)
         model = fit(
             self.training, self.model, self.frames, self.run, resume=resume, stretch=stretch, progress=self._progress

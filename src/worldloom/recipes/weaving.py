@@ -227,7 +227,7 @@ def alone(
         folder = run_folder(recipe, dataset, Path(path), seed)
         local = LocalTraining(folder, frames, training=recipe.training, model=recipe.model, partition=partition)
         base = initial_base(recipe.model, frames.spec, partition, seed=seed)
-        local.stretch("alone", {**base, **local.statistics()}, config.steps)
+        local.stretch("alone", local.without_statistics(base), config.steps)
         run = Run(folder)
         measure(run, frames, progress)
     return run

@@ -1,16 +1,20 @@
 """What stands in front of an owner's node in a simulation: it hears all that passes, and may sign as the owner."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from worldloom.core.chain import Entry
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.signing import SigningKey
 from worldloom.core.yaml_config import parse_yaml
 from worldloom.federation import Records, Rounds
 from worldloom.federation.envelope import seal, unseal
+from worldloom.federation.ledger import Ledger
+from worldloom.federation.partition import fingerprint
 from worldloom.federation.transport import Handler
 from worldloom.recipes.weaving import ConsortiumConfig, OwnerConfig, alone, simulate
 
@@ -67,6 +71,27 @@ def test_shared_statistics_are_those_of_the_pilots_frames_and_need_one(tmp_path:
     logs = tmp_path / "with" / "east" / "data"
     alone_there = alone(config, "east", tmp_path / "alone", logs)
     assert torch.equal(alone_there.model.state_dict()["encoder.normalise.scale"], scales["east"])
+
+
+@pytest.mark.slow
+def test_a_kill_before_the_ledger_names_the_first_base_leaves_it_the_pilots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = Ledger.append
+
+    def killed(self: Ledger, kind: str, *arguments: Any, **options: Any) -> Entry:
+        if kind == "base":  # it is on the disk by then
+            raise KeyboardInterrupt
+        return append(self, kind, *arguments, **options)
+
+    config = parse_yaml(CONSORTIUM + "pilot: east\nalign_steps: 2\n", ConsortiumConfig, source="here")
+    monkeypatch.setattr(Ledger, "append", killed)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config, tmp_path / "killed")
+    monkeypatch.undo()
+    assert (tmp_path / "killed" / "rounds" / "bases").is_dir()
+    bases = [Rounds(simulate(config, tmp_path / name).rounds).base(0) for name in ("killed", "whole")]
+    assert fingerprint(bases[0]) == fingerprint(bases[1])
 
 
 def test_an_owners_world_is_the_recipes_with_what_is_its_own() -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,7 +23,9 @@ from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import exclusive_lock, storage_errors
 
 _log = logging.getLogger(__name__)
-_NOTHING = "0" * 64  # what the first entry follows
+NOTHING = "0" * 64
+"""The hash that the first entry of a chain follows."""
+
 _DEEPEST = 32  # mappings and lists within one another
 
 
@@ -43,7 +46,7 @@ class Entry:
     previous: str
     body: Mapping[str, Any]
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """The SHA-256 of everything else."""
         return hashlib.sha256(canonical(self._values()).encode("ascii")).hexdigest()
@@ -191,7 +194,7 @@ class Tail:
             file.seek(self._offset)
             content = file.read()
         for line in content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]:
-            entry, why = _read(line + b"\n", self._head.length, self._head.hash)
+            entry, why = read_entry(line + b"\n", self._head.length, self._head.hash)
             if entry is None:
                 raise DataError(f"{self.path} does not verify: entry {self._head.length} {why}")
             found.append(entry)
@@ -238,17 +241,18 @@ def verify(path: Path | str, *, kept: Head | None = None) -> Verdict:
 
 def _walk(path: Path) -> Iterator[tuple[Entry | None, int, str]]:
     """Yield each entry with its index, or, at the first that is broken, None and why."""
-    previous = _NOTHING
+    previous = NOTHING
     with storage_errors(path), path.open("rb") as file:
         for index, line in enumerate(file):
-            entry, why = _read(line, index, previous)
+            entry, why = read_entry(line, index, previous)
             yield entry, index, why
             if entry is None:
                 return
             previous = entry.hash
 
 
-def _read(line: bytes, index: int, previous: str) -> tuple[Entry | None, str]:
+def read_entry(line: bytes, index: int, previous: str) -> tuple[Entry | None, str]:
+    """Read the line of the `index`-th entry, which follows the one of hash `previous`; or say what is wrong with it."""
     if not line.endswith(b"\n"):
         return None, "is not whole"
     try:
@@ -264,4 +268,4 @@ def _read(line: bytes, index: int, previous: str) -> tuple[Entry | None, str]:
     return entry, ""
 
 
-_EMPTY = Head(length=0, hash=_NOTHING)
+_EMPTY = Head(length=0, hash=NOTHING)

@@ -11,6 +11,7 @@ import math
 import shutil
 import statistics
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -151,18 +152,20 @@ class Coordinator:
         self._transport, self._progress = transport, progress
         self._members = {public: name for name, public in constitution.member_keys().items()}
         self.ledger = Ledger(self.rounds.path / "ledger.jsonl", key)
-        first = next(self.ledger.entries("constitution"), None) if self.ledger.head.length else None
-        if first is not None and first.body["facts"].get("fingerprint") != constitution.fingerprint:
-            self.ledger.close()
-            raise DataError(f"{path} runs under another constitution; choose another folder for this one")
-        if first is None:
-            self.ledger.append("constitution", {"fingerprint": constitution.fingerprint})
-        self._circle = Members(constitution, transport, self.ledger, key)
-        self._sums = Sums(
-            self.rounds.path, constitution, key=key, transport=transport, ledger=self.ledger, members=self._circle
-        )
-        if not self.ledger.bases():
-            self.ledger.append("base", {"fingerprint": self.rounds.keep(0, initial, {})}, round=0)
+        with ExitStack() as stack:
+            stack.callback(self.ledger.close)
+            first = next(self.ledger.entries("constitution"), None)
+            if first is not None and first.body["facts"].get("fingerprint") != constitution.fingerprint:
+                raise DataError(f"{path} runs under another constitution; choose another folder for this one")
+            if first is None:
+                self.ledger.append("constitution", {"fingerprint": constitution.fingerprint})
+            self._circle = Members(constitution, transport, self.ledger, key)
+            self._sums = Sums(
+                self.rounds.path, constitution, key=key, transport=transport, ledger=self.ledger, members=self._circle
+            )
+            if not self.ledger.bases():
+                self.ledger.append("base", {"fingerprint": self.rounds.keep(0, initial, {})}, round=0)
+            stack.pop_all()
 
     def close(self) -> None:
         """Let go of the ledger."""

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from worldloom.core.chain import Head
 from worldloom.core.errors import CheckpointError, DataError
-from worldloom.core.files import read_json, storage_errors, write_atomic
+from worldloom.core.files import storage_errors, write_atomic
 from worldloom.core.signing import SigningKey
 from worldloom.federation.constitution import Constitution
-from worldloom.federation.ledger import Records, countersign, read_countersigned, save_countersigned, verify_ledger
+from worldloom.federation.ledger import Reading, countersign, read_countersigned, save_countersigned
 from worldloom.federation.partition import fingerprint
 from worldloom.models import load_tensors, save_tensors
 
@@ -45,6 +45,7 @@ class Keeping:
     def __init__(self, path: Path | str, constitution: Constitution, key: SigningKey) -> None:
         self.path, self._constitution, self._key = Path(path), constitution, key
         self.ledger = self.path / _LEDGER
+        self._read = Reading(self.ledger, constitution), b""  # what was read last, and verified
 
     @property
     def seen(self) -> Head | None:
@@ -59,8 +60,8 @@ class Keeping:
             Missing: entries before them are not here.
             DataError: they do not go on from what is here, or do not verify; what is here stays.
         """
-        with storage_errors(self.ledger):
-            own = self.ledger.read_bytes().splitlines(keepends=True) if self.ledger.is_file() else []
+        content = self._content()
+        own = content.splitlines(keepends=True)
         if begin < 0 or begin > len(own):
             raise Missing(len(own))
         new = [line.encode("ascii", "replace") + b"\n" for line in lines]
@@ -70,22 +71,35 @@ class Keeping:
                 "the ledger that came is not the one that this member countersigned: it was written anew. Keep both, "
                 "and ask the other members which they know"
             )
-        if begin + len(new) > len(own):
-            write_atomic(self.ledger, lambda temporary: self._write(temporary, [*own, *new[len(known) :]]))
-        head = verify_ledger(self.ledger, self._constitution).head
-        checkpoint = countersign(head, self._key)
+        if added := b"".join(new[len(known) :]):
+            content += added
+            # What does not verify is never in place of what does.
+            self._verified(content, "the ledger that came")
+            write_atomic(self.ledger, lambda temporary: temporary.write_bytes(content))
+        checkpoint = countersign(self._verified(content, str(self.ledger)).head, self._key)
         save_countersigned(self.path / _SEEN, checkpoint)
         return checkpoint
 
-    def _write(self, path: Path, lines: list[bytes]) -> None:
-        """Write entries, if they verify: what does not is never in place of what does."""
-        path.write_bytes(b"".join(lines))
-        verdict = verify_ledger(path, self._constitution, self._checkpoints())
-        if verdict.broken is not None:
-            raise DataError(f"the ledger that came does not verify: entry {verdict.broken} {verdict.why}")
+    def _content(self) -> bytes:
+        with storage_errors(self.ledger):
+            return self.ledger.read_bytes() if self.ledger.is_file() else b""
 
-    def _checkpoints(self) -> list[Any]:
-        return [read_json(self.path / _SEEN)] if (self.path / _SEEN).is_file() else []
+    def _verified(self, content: bytes, what: str) -> Reading:
+        """Return what a ledger says that verifies, also against what was countersigned; only what is new is checked.
+
+        Raises:
+            DataError: it does not verify.
+        """
+        reading, before = self._read
+        if not content.startswith(before):
+            reading, before = Reading(self.ledger, self._constitution), b""
+        self._read = Reading(self.ledger, self._constitution), b""  # until all is found to be whole
+        why = reading.take(content[len(before) :].splitlines(keepends=True))
+        verdict = reading.verdict(why, [self.seen] if self.seen else [])
+        if verdict.broken is not None:
+            raise DataError(f"{what} does not verify: entry {verdict.broken} {verdict.why}")
+        self._read = reading, content
+        return reading
 
     def keep(self, number: int, base: Mapping[str, Tensor]) -> None:
         """Keep the base that a round begins with, in place of the one before.
@@ -101,7 +115,8 @@ class Keeping:
 
     def names(self, number: int, known: str) -> bool:
         """Say whether the ledger, as it is known here, names the base of a round by this fingerprint."""
-        said = Records(self.ledger).bases() if self.ledger.is_file() else {}
+        content = self._content()
+        said = self._verified(content, str(self.ledger)).bases() if content else {}
         return number in said and said[number]["fingerprint"] == known
 
     def about(self, base: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -155,8 +170,7 @@ class Keeping:
             StorageError: there is none.
             DataError: it does not verify.
         """
-        verdict = verify_ledger(self.ledger, self._constitution, self._checkpoints())
-        if verdict.broken is not None:
-            raise DataError(f"{self.ledger} does not verify: entry {verdict.broken} {verdict.why}")
         with storage_errors(self.ledger):
-            return self.ledger.read_bytes()
+            content = self.ledger.read_bytes()
+        self._verified(content, str(self.ledger))
+        return content

@@ -5,15 +5,17 @@ chain alone lets its operator write all of it anew; the checkpoints that members
 """
 
 import base64
-from collections.abc import Collection, Iterator, Mapping
+import itertools
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from worldloom.core.chain import Chain, Entry, Head, canonical, entries, verify
+from worldloom.core.chain import NOTHING, Chain, Entry, Head, canonical, entries, read_entry
 from worldloom.core.errors import DataError
-from worldloom.core.files import read_json, write_json
+from worldloom.core.files import read_json, storage_errors, write_json
 from worldloom.core.signing import SigningKey, verified
 from worldloom.federation.constitution import Constitution
 from worldloom.federation.envelope import Message, unseal
@@ -35,7 +37,7 @@ CHECKPOINT = {"kind", "format", "length", "hash", "key", "signature"}
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerVerdict:
-    """What verification found: all `length` entries are whole, or the first that is `broken`, and why."""
+    """What verification found: the first `length` entries are whole, and then all, or the next is `broken`, and why."""
 
     length: int
     head: Head
@@ -55,7 +57,10 @@ class Records:
         Raises:
             DataError: an entry does not verify; it is named.
         """
-        return (entry for entry in entries(self.path) if kind is None or entry.body.get("kind") == kind)
+        return (entry for entry in self._all() if kind is None or entry.body.get("kind") == kind)
+
+    def _all(self) -> Iterable[Entry]:
+        return entries(self.path)
 
     def of(self, kind: str, round: int) -> list[Mapping[str, Any]]:
         """Return the facts of a kind in a round; of those before a succession nothing was handed over."""
@@ -77,9 +82,9 @@ class Records:
                 found = str(entry.body["kind"])
         return found
 
-    def lines(self) -> list[str]:
-        """Return every entry as it is written."""
-        return [entry.line() for entry in self.entries()]
+    def lines(self, begin: int = 0) -> list[str]:
+        """Return every entry from the `begin`-th as it is written."""
+        return [entry.line() for entry in itertools.islice(self.entries(), begin, None)]
 
     def bases(self) -> dict[int, Mapping[str, Any]]:
         """Return the facts of the base of each round; of one that was made again, the newest."""
@@ -105,6 +110,7 @@ class Ledger(Records):
     def __init__(self, path: Path | str, key: SigningKey, *, durable: bool = True) -> None:
         super().__init__(path)
         self._key, self._chain = key, Chain(path, durable=durable)
+        self._written = list(entries(path))  # by this process alone from here on: the file is not read again
 
     @property
     def head(self) -> Head:
@@ -124,7 +130,13 @@ class Ledger(Records):
             raise DataError(f"the facts of an entry have {size} characters; expected at most {_LARGEST}: no data")
         said = {"kind": kind, "round": round, "facts": dict(facts), "key": self._key.public}
         signature = self._key.sign(_signed(said, self.head.length, self.head.hash))
-        return self._chain.append({**said, "signature": signature})
+        # As it will be read: tuples are lists, and nobody else holds a part of it.
+        entry = self._chain.append(json.loads(canonical({**said, "signature": signature})))
+        self._written.append(entry)
+        return entry
+
+    def _all(self) -> Iterable[Entry]:
+        return tuple(self._written)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -165,6 +177,53 @@ def read_countersigned(path: Path | str, constitution: Constitution) -> Head:
     return checked(read_json(Path(path)), constitution)
 
 
+class Reading(Records):
+    """The entries of a ledger that verify by a constitution, each checked once, as it comes."""
+
+    def __init__(self, path: Path | str, constitution: Constitution) -> None:
+        super().__init__(path)
+        self._constitution = constitution
+        self._taken: list[Entry] = []
+        self._hashes = [NOTHING]  # at each length
+
+    @property
+    def head(self) -> Head:
+        """How many entries were taken, and the hash of the last."""
+        return Head(length=len(self._taken), hash=self._hashes[-1])
+
+    def take(self, lines: Iterable[bytes]) -> str:
+        """Take the lines that follow, up to the first that is broken; return what is wrong with that."""
+        for line in lines:
+            entry, why = read_entry(line, len(self._taken), self._hashes[-1])
+            if entry is not None:
+                why = _fault(entry, self._constitution, self._hashes)
+            if entry is None or why:
+                return why
+            self._taken.append(entry)
+            self._hashes.append(entry.hash)
+        return ""
+
+    def verdict(self, why: str = "", kept: Iterable[Head] = ()) -> LedgerVerdict:
+        """Return what was found: that all is whole, or why what follows is not; what `kept` heads saw must be there."""
+        length, kept = len(self._taken), list(kept)
+        broken = length if why else None
+        anew = [one.length - 1 for one in kept if 0 < one.length <= length and self._hashes[one.length] != one.hash]
+        if anew:
+            broken, why = min(anew), "is not the one that a member countersigned: the ledger was written anew"
+        elif not why and (seen := max((one.length for one in kept), default=0)) > length:
+            broken, why = length, f"and all after it are gone: a member countersigned {seen} entries"
+        elif not why and length:
+            *_, ratified = [None, *self.entries("constitution")]
+            if ratified is None or ratified.body["facts"].get("fingerprint") != self._constitution.fingerprint:
+                broken = 0 if ratified is None else ratified.index
+                why = "does not name the constitution that it is verified by"
+        length = length if broken is None else broken
+        return LedgerVerdict(length=length, head=Head(length=length, hash=self._hashes[length]), broken=broken, why=why)
+
+    def _all(self) -> Iterable[Entry]:
+        return tuple(self._taken)
+
+
 def verify_ledger(
     path: Path | str, constitution: Constitution, checkpoints: Collection[Mapping[str, Any]] = ()
 ) -> LedgerVerdict:
@@ -174,38 +233,11 @@ def verify_ledger(
         StorageError: there is no such file.
         DataError: a checkpoint is not signed by one whom the constitution names.
     """
-    kept = sorted((checked(checkpoint, constitution) for checkpoint in checkpoints), key=lambda head: head.length)
-    # The chain first: its reader gives up at the first entry that is broken, of which verify says why.
-    chain = verify(path)
-    hashes = ["0" * 64]  # at each length, from none
-    ratified: tuple[int, Any] | None = None
-    if chain.length:
-        walk = entries(path)
-        for _ in range(chain.length if chain.broken is None else chain.broken):
-            entry = next(walk)
-            why = _fault(entry, constitution, hashes)
-            hashes.append(entry.hash)
-            if not why and any(head.length == len(hashes) - 1 and head.hash != entry.hash for head in kept):
-                why = "is not the one that a member countersigned: the ledger was written anew"
-            if why:
-                return LedgerVerdict(
-                    length=entry.index + 1,
-                    head=Head(length=entry.index + 1, hash=entry.hash),
-                    broken=entry.index,
-                    why=why,
-                )
-            if entry.body["kind"] == "constitution":
-                ratified = entry.index, entry.body["facts"].get("fingerprint")
-    if chain.broken is not None:
-        return LedgerVerdict(length=chain.length, head=chain.head, broken=chain.broken, why=chain.why)
-    if kept and kept[-1].length > chain.length:
-        why = f"and all after it are gone: a member countersigned {kept[-1].length} entries"
-        return LedgerVerdict(length=chain.length, head=chain.head, broken=chain.length, why=why)
-    if chain.length and (ratified is None or ratified[1] != constitution.fingerprint):
-        broken = 0 if ratified is None else ratified[0]
-        why = "does not name the constitution that it is verified by"
-        return LedgerVerdict(length=chain.length, head=chain.head, broken=broken, why=why)
-    return LedgerVerdict(length=chain.length, head=chain.head)
+    kept = [checked(checkpoint, constitution) for checkpoint in checkpoints]
+    reading = Reading(path, constitution)
+    with storage_errors(path), Path(path).open("rb") as file:
+        why = reading.take(file)
+    return reading.verdict(why, kept)
 
 
 def model_card(path: Path | str, constitution: Constitution) -> str:

@@ -41,7 +41,7 @@ class Members:
         """
         base = fingerprint(tensors)
         asked = {**body, "constitution": self._constitution.fingerprint, "about": base}
-        length, lines = self._ledger.head.length, self._ledger.lines()
+        length = self._ledger.head.length
         for last in (False, False, True):
             sealed: dict[tuple[int, bool], bytes] = {}
             requests, behind = {}, []
@@ -49,7 +49,7 @@ class Members:
                 how = min(self._known.get(node, 0), length), self._held.get(node) != base
                 if how not in sealed:
                     begin, whole = how
-                    told = {"begin": begin, "lines": lines[begin:]}
+                    told = {"begin": begin, "lines": self._ledger.lines(begin)}
                     sealed[how] = seal("ask", {**asked, "ledger": told}, tensors if whole else {}, key=self._key)
                 requests[node] = sealed[how]
             for reply in self._transport.exchange(requests, seconds=self._constitution.patience_seconds):

@@ -25,6 +25,7 @@ from worldloom.federation import (
     LocalTraining,
     Node,
     PartitionConfig,
+    Records,
     check_has_a_pilot,
     guarded_frames,
     initial_base,
@@ -190,7 +191,8 @@ def simulate(
         if config.pilot is None:
             check_has_a_pilot(first.model, first.frames.spec, partition)
         initial = initial_base(first.model, first.frames.spec, partition, seed=seed)
-        if config.pilot is not None and not (root / "rounds" / "bases").is_dir():
+        ledger = root / "rounds" / "ledger.jsonl"
+        if config.pilot is not None and not (ledger.is_file() and Records(ledger).bases()):
             initial = nodes[config.pilot].pilot(initial)
         coordinator = Coordinator(
             root / "rounds",
@@ -209,7 +211,7 @@ def simulate(
             owner.stretch("own", last, config.own_steps, at=at, fixed=fixed)
             runs[name] = Run(owner.run)
             measure(runs[name], owner.frames, progress)
-    write_text(root / "model_card.md", model_card(root / "rounds" / "ledger.jsonl", constitution))
+    write_text(root / "model_card.md", model_card(ledger, constitution))
     homes = {name: run.path for name, run in runs.items()}
     write_weaving_report(root / "report.html", root / "rounds", constitution, runs=homes)
     return Simulated(runs=runs, rounds=root / "rounds", card=root / "model_card.md", report=root / "report.html")

@@ -229,6 +229,21 @@ def test_settling_happens_once_and_begins_with_the_base_whatever_was_done_alone(
     assert all(torch.equal(state[name], tensor) for name, tensor in base.items())
 
 
+def test_settling_for_longer_than_the_rounds_is_a_training_of_its_own(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path, rules={"rounds": 1})
+    coordinator = consortium.coordinator()
+    coordinator.run()
+    coordinator.close()
+    node = consortium.node("south")
+    training, begin = node._own.training, max(saved_steps(node._own.run))
+    steps = 2 * training.steps
+    node.settle(steps)
+    rates = {row["step"]: row["learning_rate"] for row in node._own.run.metrics() if "learning_rate" in row}
+    of_its_own = training.model_copy(update={"steps": steps})
+    assert rates[begin + steps] == pytest.approx(of_its_own.learning_rate_at(steps - 1))
+    assert rates[begin + steps] > 0 == training.learning_rate_at(steps - 1)
+
+
 def test_a_successor_needs_the_base_that_the_ledger_names(tmp_path: Path) -> None:
     consortium = Consortium(tmp_path / "c", rules={"rounds": 2}, seats=("north",))
     coordinator = consortium.coordinator()

@@ -317,9 +317,15 @@ def test_a_stretch_trains_at_the_rate_of_the_steps_that_it_states(cache, tmp_pat
     run = in_stretches(tmp_path / "run", cache, [10])
     fit(CONFIG, MODEL, cache, run, resume=True, stretch=Stretch(begin=10, end=14, base={}, at=STEPS - 4))
     fit(CONFIG, MODEL, cache, run, resume=True, stretch=Stretch(begin=14, end=16, base={}))
+    fit(
+        CONFIG, MODEL, cache, run, resume=True, stretch=Stretch(begin=16, end=24, base={}, at=STEPS, schedule=STEPS + 8)
+    )
     ends = {row["step"]: row["learning_rate"] for row in run.metrics() if "learning_rate" in row}
     assert ends[14] == pytest.approx(CONFIG.learning_rate_at(STEPS - 1))
     assert ends[16] == pytest.approx(CONFIG.learning_rate_at(15))
+    longer = CONFIG.model_copy(update={"steps": STEPS + 8})
+    assert ends[24] == pytest.approx(longer.learning_rate_at(STEPS + 7))
+    assert ends[24] > 0 == CONFIG.learning_rate_at(STEPS + 7)
 
 
 def test_a_stretch_that_begins_elsewhere_or_another_models_base_is_refused(cache, tmp_path) -> None:

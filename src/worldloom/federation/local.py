@@ -55,12 +55,19 @@ class LocalTraining:
         self._where, self._aligned = run.path / "stretch.json", run.path / "aligned.json"
 
     def stretch(
-        self, name: str, base: Mapping[str, Tensor], steps: int, *, at: int | None = None, fixed: bool = False
+        self,
+        name: str,
+        base: Mapping[str, Tensor],
+        steps: int,
+        *,
+        at: int | None = None,
+        schedule: int | None = None,
+        fixed: bool = False,
     ) -> Trained:
         """Train so many steps from a base; its tensors are exactly the shared part.
 
-        `at` is the step of the schedule that it begins at, by default the training's own. With `fixed` the base does
-        not move.
+        `at` is the step of the schedule that it begins at, by default the training's own, and `schedule` of how many
+        steps that is. With `fixed` the base does not move.
 
         Raises:
             CheckpointError: the base is of another model.
@@ -69,7 +76,18 @@ class LocalTraining:
         known, here = fingerprint(base), self._here()
         if (here.get("name"), here.get("base")) != (name, known):
             here = self._begin(name, known, steps)
-        return self._go_on(here, base, at, fixed=base if fixed else ())
+        return self._go_on(here, base, at, schedule, fixed=base if fixed else ())
+
+    def settle(self, name: str, base: Mapping[str, Tensor], steps: int, *, fixed: bool = False) -> None:
+        """Train a base at home for so many steps, in which the learning rate falls to 0.
+
+        They are the last of a training as long as the shared one, or, where they are more, a whole one by themselves.
+
+        Raises:
+            CheckpointError, TrainingError: see `stretch`.
+        """
+        whole = max(self.training.steps, steps)
+        self.stretch(name, base, steps, at=whole - steps, schedule=whole, fixed=fixed)
 
     def align(self, base: Mapping[str, Tensor], steps: int) -> None:
         """Let what is sovereign learn to meet a base, which does not move; nothing happens the second time.
@@ -106,7 +124,7 @@ class LocalTraining:
         known, here = fingerprint(base), self._here()
         if here.get("name") != name or self._stands() >= here["end"]:
             here = self._begin(name, known, steps, goes_on=here.get("base") == known)
-        self._go_on(here, base, at)
+        self._go_on(here, base, at, None)
 
     @cached_property
     def shared_statistics(self) -> tuple[str, ...]:
@@ -127,14 +145,20 @@ class LocalTraining:
         return here
 
     def _go_on(
-        self, here: Mapping[str, Any], base: Mapping[str, Tensor], at: int | None, *, fixed: Collection[str] = ()
+        self,
+        here: Mapping[str, Any],
+        base: Mapping[str, Tensor],
+        at: int | None,
+        schedule: int | None,
+        *,
+        fixed: Collection[str] = (),
     ) -> Trained:
         resume = self.run.checkpoint_directory.is_dir()
         put = {} if here.get("goes_on") else dict(base)
         if resume:
             # Scales stay as the first base had them: where somebody moved them since, the delta sent moves them back.
             put = self.without_statistics(put)
-        stretch = Stretch(begin=here["begin"], end=here["end"], base=put, at=at, fixed=fixed)
+        stretch = Stretch(begin=here["begin"], end=here["end"], base=put, at=at, schedule=schedule, fixed=fixed)
         model = fit(
             self.training, self.model, self.frames, self.run, resume=resume, stretch=stretch, progress=self._progress
         )

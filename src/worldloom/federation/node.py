@@ -203,8 +203,7 @@ class Node:
         with exclusive_lock(self.path / ".lock", None):
             number, base = self.keeping.base()
             self._align(self._own, base)
-            at = max(0, self._at(self.constitution.rounds) - steps)
-            self._own.stretch(f"settle {steps} after round {number}", base, steps, at=at, fixed=fixed)
+            self._own.settle(f"settle {steps} after round {number}", base, steps, fixed=fixed)
 
     def alone(self, steps: int, *, still: Callable[[], bool] = lambda: True) -> bool:
         """Train on for the owner alone, as when the coordinator is cut off; return whether it did.

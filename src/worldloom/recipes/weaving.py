@@ -206,9 +206,7 @@ def simulate(
             last = coordinator.run()
         runs = {}
         for name, owner in training.items():
-            fixed = config.owners[name].settle == "sovereign"
-            at = max(0, config.shared_steps - config.own_steps)
-            owner.stretch("own", last, config.own_steps, at=at, fixed=fixed)
+            owner.settle("own", last, config.own_steps, fixed=config.owners[name].settle == "sovereign")
             runs[name] = Run(owner.run)
             measure(runs[name], owner.frames, progress)
     write_text(root / "model_card.md", model_card(ledger, constitution))

@@ -49,13 +49,15 @@ class Stretch:
     At `begin`, and only there, tensors of the model that `base` names are put in place of its own; the optimiser's
     moments, the modules of the losses and all other tensors stay. A stretch that was interrupted goes on where it was.
     The learning rate is that of the steps from `at`, or of the stretch's own: who was away for a while then trains at
-    the rate of all others. Of the model, tensors that `fixed` names do not move.
+    the rate of all others. The schedule is that of a training of `schedule` steps, or of `TrainingConfig.steps`. Of
+    the model, tensors that `fixed` names do not move.
     """
 
     begin: int
     end: int
     base: Mapping[str, Tensor]
     at: int | None = None
+    schedule: int | None = None
     fixed: Collection[str] = ()
 
     @property
@@ -169,6 +171,9 @@ class _Training:
         config, fabric = self.config, self.fabric
         last = config.steps if stretch is None else stretch.end
         self.shift = 0 if stretch is None else stretch.shift
+        self.schedule = config
+        if stretch is not None and stretch.schedule is not None:
+            self.schedule = config.model_copy(update={"steps": stretch.schedule})
         fixed = frozenset(() if stretch is None else stretch.fixed)
         self.fixed = [parameter for name, parameter in self.model.named_parameters() if name in fixed]
         wrapped = fabric.setup_module(self.learner)
@@ -237,7 +242,7 @@ class _Training:
         )
 
     def _rate(self, step: int) -> float:
-        return self.config.learning_rate_at(max(0, step + self.shift))
+        return self.schedule.learning_rate_at(max(0, step + self.shift))
 
     def _begin(self, stretch: Stretch, done: int) -> None:
         """Take the base of a stretch, where it begins here."""

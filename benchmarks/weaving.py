@@ -48,7 +48,9 @@ def report(arguments: argparse.Namespace) -> None:
     """Measure what is not measured yet; write and print the table."""
     config = read_yaml(arguments.consortium, ConsortiumConfig)
     if arguments.quick:
-        few = {name: owner.model_copy(update={"episodes": 12}) for name, owner in config.owners.items()}
+        few = {
+            name: owner.model_copy(update={"episodes": 12, "own_steps": None}) for name, owner in config.owners.items()
+        }
         config = config.model_copy(update={**QUICK, "owners": few})
     settings = {"episodes": arguments.episodes, "consortium": config.model_dump(mode="json")}
     found = []

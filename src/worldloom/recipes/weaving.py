@@ -51,7 +51,8 @@ _log = logging.getLogger(__name__)
 class OwnerConfig(Config):
     """One owner: the factors and other arguments of its world, how many episodes it logged, and of what class.
 
-    After the last round its model settles at home: all of it, or, where data are few, what is sovereign.
+    After the last round its model settles at home, for `own_steps` or as many as the consortium says: all of it, or,
+    where data are few, what is sovereign.
     """
 
     factors: dict[str, Any] = Field(default_factory=dict)
@@ -59,6 +60,7 @@ class OwnerConfig(Config):
     episodes: int = Field(default=500, ge=1)
     data_class: Literal["open", "unique-open", "controlled", "sovereign", "private"] = "open"
     settle: Literal["all", "sovereign"] = "all"
+    own_steps: int | None = Field(default=None, ge=1)
 
 
 class ConsortiumConfig(Config):
@@ -92,14 +94,13 @@ class ConsortiumConfig(Config):
             raise ValueError(f"pilot: expected one of {', '.join(self.owners)}, and align_steps; got {self.pilot!r}")
         return self
 
-    @property
-    def steps(self) -> int:
-        """How many steps each owner trains in all."""
-        return self.shared_steps + self.own_steps
+    def own_steps_of(self, name: str) -> int:
+        """Return for how many steps an owner trains on at home after the last base."""
+        return self.owners[name].own_steps or self.own_steps
 
     @property
     def shared_steps(self) -> int:
-        """How many of them go before the last base."""
+        """How many steps each owner trains before the last base."""
         return self.align_steps + self.rounds * self.inner_steps
 
     def recipe_of(self, name: str, seed: int, *, steps: int | None = None) -> Recipe:
@@ -206,7 +207,8 @@ def simulate(
             last = coordinator.run()
         runs = {}
         for name, owner in training.items():
-            owner.settle("own", last, config.own_steps, fixed=config.owners[name].settle == "sovereign")
+            fixed = config.owners[name].settle == "sovereign"
+            owner.settle("own", last, config.own_steps_of(name), fixed=fixed)
             runs[name] = Run(owner.run)
             measure(runs[name], owner.frames, progress)
     write_text(root / "model_card.md", model_card(ledger, constitution))
@@ -220,14 +222,15 @@ def alone(
     progress: Progress = SILENT,
 ) -> Run:  # fmt: skip
     """Train an owner's model on its own logs alone, from the same beginning and for as many steps."""
-    recipe = config.recipe_of(name, seed, steps=config.steps)
+    steps = config.shared_steps + config.own_steps_of(name)
+    recipe = config.recipe_of(name, seed, steps=steps)
     dataset = EpisodeDataset.open(data)
     partition = PartitionConfig.parse(config.rules.get("partition", {}))
     with closing(load_frames(dataset, recipe.data, progress=progress)) as frames:
         folder = run_folder(recipe, dataset, Path(path), seed)
         local = LocalTraining(folder, frames, training=recipe.training, model=recipe.model, partition=partition)
         base = initial_base(recipe.model, frames.spec, partition, seed=seed)
-        local.stretch("alone", local.without_statistics(base), config.steps)
+        local.stretch("alone", local.without_statistics(base), steps)
         run = Run(folder)
         measure(run, frames, progress)
     return run

@@ -323,6 +323,24 @@ def test_a_message_that_a_node_lost_is_sent_again_but_a_refusal_is_an_answer(gri
     assert [name for name, _ in grid.asked] == ["north", "north", "east"]
 
 
+def test_who_is_away_is_waited_for_only_while_it_is_connected(grid: Grid) -> None:
+    pull, may = grid.pull_messages, threading.Event()
+
+    def late(message_ids: Sequence[str]) -> list[Message]:
+        asked = grid.asked[int(message_ids[0].removeprefix("message "))][0]
+        return pull(message_ids) if asked != "south" or may.is_set() else []
+
+    grid.pull_messages = late  # type: ignore[method-assign]
+    del grid.connected["north"]
+    begun = time.monotonic()
+    threading.Timer(0.5, may.set).start()
+    asked = dict.fromkeys(NAMES, b"?")
+    replies = {one.node: one for one in over(grid).exchange(asked, seconds=60.0, away=("north", "south"))}
+    assert time.monotonic() - begun < 30
+    assert replies["north"] == Reply(node="north", data=None, error="not connected, and not waited for")
+    assert all(replies[name].data is not None for name in ("east", "south"))
+
+
 def test_an_answer_that_hangs_on_its_way_holds_up_no_other(grid: Grid) -> None:
     pull, hanging = grid.pull_messages, threading.Event()
 

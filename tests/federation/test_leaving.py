@@ -1,7 +1,9 @@
 """Leaving and coming back, going on alone, the ledgers that members keep, and taking over from a lost coordinator."""
 
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from worldloom.federation import (
     verify_ledger,
 )
 from worldloom.federation.envelope import seal, unseal
+from worldloom.federation.transport import Reply
 from worldloom.models import load_model
 from worldloom.training.state import saved_steps
 
@@ -127,6 +130,39 @@ def test_an_owner_leaves_with_nobodys_leave_goes_on_alone_and_comes_back(tmp_pat
     assert [one["owner"] for one in kinds(consortium, "return")] == ["south"]
     assert set(kinds(consortium, "round")[3]["weights"]) == set(OWNERS)
     assert verify_ledger(tmp_path / "rounds" / "ledger.jsonl", consortium.constitution).broken is None
+
+
+def test_who_left_is_not_waited_for_until_it_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    away, exchange = [], InProcess.exchange
+
+    def asked(self: InProcess, requests: Mapping[str, bytes], **options: Any) -> Iterator[Reply]:
+        away.append(set(options.get("away", ())))
+        return exchange(self, requests, **options)
+
+    monkeypatch.setattr(InProcess, "exchange", asked)
+    consortium, runs = Consortium(tmp_path, rules={"rounds": 4}), True
+
+    def south(data: bytes) -> bytes:
+        if not runs:
+            raise ConnectionError("the node does not run")
+        return consortium.node("south").handle(data)
+
+    coordinator = consortium.coordinator({"south": south})
+    coordinator.weave(0)
+    consortium.node("south").leave()
+    coordinator.weave(1)
+    assert away[0] == set()
+    runs = False
+    away.clear()
+    coordinator.weave(2)
+    assert away == [{"south"}] * len(away) != []
+    assert not kinds(consortium, "refusal")
+    runs = True
+    consortium.node("south").come_back()
+    coordinator.weave(3)
+    coordinator.close()
+    assert away[-1] == set()
+    assert [one["owner"] for one in kinds(consortium, "return")] == ["south"]
 
 
 def test_what_is_learned_alone_moves_the_base_only_through_the_next_round(tmp_path: Path) -> None:

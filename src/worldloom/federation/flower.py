@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, Queue
@@ -150,7 +150,7 @@ class FlowerTransport:
         """Return the names of the nodes that are connected now."""
         return tuple(sorted(self._online(self._grid())))
 
-    def exchange(self, requests: Mapping[str, bytes], *, seconds: float) -> Iterator[Reply]:
+    def exchange(self, requests: Mapping[str, bytes], *, seconds: float, away: Collection[str] = ()) -> Iterator[Reply]:
         """Ask each node as soon as it is connected, and again after it connected anew; see `Transport`."""
         deadline = time.monotonic() + seconds
         waiting = {node: data for node, data in requests.items() if node in self._names.values()}
@@ -160,6 +160,7 @@ class FlowerTransport:
         looking: dict[str, threading.Event] = {}  # a node -> what ends looking for its answer
         found: Queue[tuple[str, Message | Exception]] = Queue()
         grid, trouble = None, ""
+        online: dict[str, NodeInfo] | None = None
         # With many nodes each is looked for less often.
         pause = _POLL_SECONDS * max(1.0, len(waiting) / 10)
         try:
@@ -193,13 +194,16 @@ class FlowerTransport:
                         continue
                     del waiting[node]
                     yield _reply(node, message)
-                if time.monotonic() >= deadline:
+                gone = online is not None and waiting.keys() <= {*away} - online.keys()
+                if gone or time.monotonic() >= deadline:
                     break
         finally:
             for ended in looking.values():
                 ended.set()
         for node in sorted(waiting):
             why = f"no answer within {seconds:g} s" if node in since else f"not connected within {seconds:g} s"
+            if node in away and time.monotonic() < deadline:
+                why = "not connected, and not waited for"
             yield Reply(node=node, data=None, error=why + trouble)
 
     def _online(self, grid: Nodes) -> dict[str, NodeInfo]:

@@ -37,7 +37,8 @@ class Members:
     ) -> Iterator[Reply]:
         """Ask members; tell each what is new in the ledger, and send the base that it is asked about if it lacks that.
 
-        Those who turn out to lack more of the ledger, or the base, are asked again.
+        Those who turn out to lack more of the ledger, or the base, are asked again. Who left is asked, for it may be
+        back, and not waited for.
         """
         base = fingerprint(tensors)
         asked = {**body, "constitution": self._constitution.fingerprint, "about": base}
@@ -52,7 +53,8 @@ class Members:
                     told = {"begin": begin, "lines": self._ledger.lines(begin)}
                     sealed[how] = seal("ask", {**asked, "ledger": told}, tensors if whole else {}, key=self._key)
                 requests[node] = sealed[how]
-            for reply in self._transport.exchange(requests, seconds=self._constitution.patience_seconds):
+            seconds, away = self._constitution.patience_seconds, self._left.intersection(requests)
+            for reply in self._transport.exchange(requests, seconds=seconds, away=away):
                 refusal = self._refusal(reply)
                 said: Mapping[str, Any] = {} if refusal is None else refusal.body
                 if refusal is None and reply.data is not None:
@@ -94,7 +96,10 @@ class Members:
         return False
 
     def has_left(self, reply: Reply, number: int) -> bool:
-        """Say whether a reply is a member's word that it left; the ledger holds that word, the first time."""
+        """Say whether a reply is a member's word that it left, or none since; the ledger holds that word, once."""
+        if reply.data is None and reply.node in self._left:
+            _log.info("round %d: %s, who left: %s", number, reply.node, reply.error)
+            return True
         facts = exit_facts(reply.data or b"", reply.node, number, self._constitution)
         if facts is None:
             return False

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from queue import Empty, Queue
 from typing import Protocol, runtime_checkable
@@ -28,10 +28,11 @@ class Transport(Protocol):
         """Return the names of the nodes that can be asked."""
         ...
 
-    def exchange(self, requests: Mapping[str, bytes], *, seconds: float) -> Iterator[Reply]:
+    def exchange(self, requests: Mapping[str, bytes], *, seconds: float, away: Collection[str] = ()) -> Iterator[Reply]:
         """Ask nodes, each its own message, and yield their answers as they come.
 
-        A node that did not answer in so many seconds, or could not, is told last, with the cause.
+        A node that did not answer in so many seconds, or could not, is told last, with the cause. Those who are `away`
+        are waited for only while they can be reached.
         """
         ...
 
@@ -46,8 +47,8 @@ class InProcess:
         """Return the names of the nodes."""
         return tuple(self._handlers)
 
-    def exchange(self, requests: Mapping[str, bytes], *, seconds: float) -> Iterator[Reply]:
-        """Ask each node; see `Transport`."""
+    def exchange(self, requests: Mapping[str, bytes], *, seconds: float, away: Collection[str] = ()) -> Iterator[Reply]:
+        """Ask each node, all of which can be reached; see `Transport`."""
         answers: Queue[Reply] = Queue()
 
         def ask() -> None:

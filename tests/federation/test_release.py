@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from consortium import Consortium
+from consortium import MODEL, Consortium, points
 
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.federation import Constitution, fingerprint, release
-from worldloom.federation.release import BASE, unmet
-from worldloom.models import load_tensors
+from worldloom.federation import Constitution, fingerprint, initial_base, release
+from worldloom.federation.coordinator import Rounds, read_base
+from worldloom.federation.release import unmet
 
 
 def woven(path: Path, **gates: object) -> Consortium:
@@ -22,10 +22,17 @@ def woven(path: Path, **gates: object) -> Consortium:
 def test_a_base_that_passes_leaves_with_its_card_and_ledger(tmp_path: Path) -> None:
     consortium = woven(tmp_path / "c", rounds=1, contributors=3, max_loss=1e6, countersigned=3)
     into = release(tmp_path / "c" / "rounds", consortium.constitution, tmp_path / "out")
-    base, metadata = load_tensors(into / "base", kind=BASE)
-    assert metadata["round"] == 1
+    base = Rounds(tmp_path / "c" / "rounds").base(1)
     assert fingerprint(base) in (into / "model_card.md").read_text()
     assert (into / "ledger.jsonl").read_bytes() == (tmp_path / "c" / "rounds" / "ledger.jsonl").read_bytes()
+    assert [one.name for one in tmp_path.iterdir() if one.name != "c"] == ["out"]
+    # Others, under other rules, begin with it.
+    following = Consortium(tmp_path / "next", rules={"rounds": 1, "inner_steps": 2, "quorum": 2})
+    read = read_base(into / "base", initial_base(MODEL, points().spec, following.partition, seed=0))
+    coordinator = following.coordinator(initial=read)
+    coordinator.run()
+    assert coordinator.ledger.bases()[0]["fingerprint"] == fingerprint(base)
+    coordinator.close()
 
 
 def test_each_gate_that_is_not_passed_is_named_and_nothing_is_written(tmp_path: Path) -> None:

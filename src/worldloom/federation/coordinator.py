@@ -98,8 +98,10 @@ class Rounds:
         return self.path / folder / f"{number:05d}"
 
 
-def save_base(path: Path | str, base: Mapping[str, Tensor]) -> str:
-    """Write a base that no round made, such as a pilot's, as a file for the coordinator; return its fingerprint.
+def save_base(path: Path | str, base: Mapping[str, Tensor], *, about: Mapping[str, Any] | None = None) -> str:
+    """Write a base as a file that rounds can begin with, such as a pilot's or a released one; return its fingerprint.
+
+    `about` says where it comes from, in plain JSON.
 
     Raises:
         StorageError: a file is there already, or the disk refuses.
@@ -107,7 +109,7 @@ def save_base(path: Path | str, base: Mapping[str, Tensor]) -> str:
     path = Path(path)
     if path.with_suffix(".json").exists():
         raise StorageError(f"{path} is there already; choose another name")
-    save_tensors(path, base, {"round": 0}, kind=_BASE)
+    save_tensors(path, base, {"round": 0, **(about or {})}, kind=_BASE)
     return fingerprint(base)
 
 

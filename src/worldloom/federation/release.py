@@ -6,12 +6,9 @@ from pathlib import Path
 from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import storage_errors, write_text
 from worldloom.federation.constitution import Constitution
-from worldloom.federation.coordinator import Rounds
+from worldloom.federation.coordinator import Rounds, save_base
 from worldloom.federation.ledger import Records, model_card, verify_ledger
 from worldloom.federation.partition import fingerprint
-from worldloom.models import save_tensors
-
-BASE = "released-base"
 
 
 def unmet(path: Path | str, constitution: Constitution) -> list[str]:
@@ -53,6 +50,8 @@ def unmet(path: Path | str, constitution: Constitution) -> list[str]:
 def release(path: Path | str, constitution: Constitution, into: Path | str) -> Path:
     """Write the newest base, its model card and the ledger into a new folder, if it passes every gate.
 
+    A consortium under other rules, or of other members, can begin with that base.
+
     Raises:
         DataError: it does not pass; each gate is named. Or the base is not the one that the ledger names.
         StorageError: the folder is there already, or the disk refuses.
@@ -67,9 +66,12 @@ def release(path: Path | str, constitution: Constitution, into: Path | str) -> P
     base = Rounds(path).base(number)
     if fingerprint(base) != records.bases()[number]["fingerprint"]:
         raise DataError(f"the base of round {number} is not the one that the ledger names; recompute it")
+    begun = into.with_name(f".{into.name}.begun")
     with storage_errors(into):
-        into.mkdir(parents=True)
-        save_tensors(into / "base", base, {"round": number, "constitution": constitution.fingerprint}, kind=BASE)
-        write_text(into / "model_card.md", model_card(path / "ledger.jsonl", constitution))
-        shutil.copy2(path / "ledger.jsonl", into / "ledger.jsonl")
+        shutil.rmtree(begun, ignore_errors=True)
+        begun.mkdir(parents=True)
+        save_base(begun / "base", base, about={"round": number, "constitution": constitution.fingerprint})
+        write_text(begun / "model_card.md", model_card(path / "ledger.jsonl", constitution))
+        shutil.copy2(path / "ledger.jsonl", begun / "ledger.jsonl")
+        begun.rename(into)  # whole, or not there
     return into

@@ -52,6 +52,16 @@ def test_the_content_depends_on_neither_batch_size_nor_breaks(tmp_path: Path, le
     assert collect(tmp_path / "other", **arguments | {"seed": 4}).fingerprint() != whole.fingerprint()
 
 
+def test_of_more_episodes_than_are_asked_for_none_is_taken_away_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    collect(tmp_path / "logs", **ARGUMENTS)
+    assert len(collect(tmp_path / "logs", **ARGUMENTS)) == 5
+    assert not caplog.records
+    assert len(collect(tmp_path / "logs", **ARGUMENTS | {"episodes": 3})) == 5
+    assert "holds 5 episodes, 3 were asked for" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -56,6 +56,7 @@ def collect(
 ) -> EpisodeDataset:
     """Collect episodes of at most `steps` steps until there are `episodes`; a partial dataset is completed.
 
+    Of one that holds more nothing is taken away: a warning says how many there are.
     `labels` names the info columns to keep (None: the numeric ones of at most 256 values that are always there).
     Every `num_envs` episodes are one commit.
 
@@ -76,7 +77,8 @@ def collect(
     dataset = _resume(path, source, storage_options)
     done = 0 if dataset is None else len(dataset)
     if dataset is not None and done >= episodes:
-        _log.info("%s already holds %d episodes", path, done)
+        if done > episodes:
+            _log.warning("%s holds %d episodes, %d were asked for: all are taken", path, done, episodes)
         return dataset
     with ExitStack() as stack:
         task = stack.enter_context(progress.task("collect", (episodes - done) * (steps + 1), "frames"))

@@ -165,6 +165,17 @@ def test_who_left_is_not_waited_for_until_it_is_back(tmp_path: Path, monkeypatch
     assert [one["owner"] for one in kinds(consortium, "return")] == ["south"]
 
 
+def test_who_lacks_a_part_of_the_ledger_is_heard_though_another_leaves_meanwhile(tmp_path: Path) -> None:
+    consortium = Consortium(tmp_path, rules={"rounds": 2})
+    coordinator = consortium.coordinator()
+    coordinator.weave(0)
+    consortium.node("east").leave()
+    kept = consortium.node("south").keeping.ledger
+    kept.write_bytes(b"".join(kept.read_bytes().splitlines(keepends=True)[:-2]))  # of a backup, say
+    assert set(coordinator._judged(1, coordinator.rounds.base(1))) == {"north", "south"}
+    coordinator.close()
+
+
 def test_what_is_learned_alone_moves_the_base_only_through_the_next_round(tmp_path: Path) -> None:
     consortium = Consortium(tmp_path, rules={"rounds": 2})
     coordinator = consortium.coordinator()

@@ -166,6 +166,30 @@ def test_a_ledger_of_other_rules_does_not_verify(world: World) -> None:
     assert verify_ledger(world.path, other).broken == 0
 
 
+def test_a_ledger_that_somebody_else_changes_while_it_is_open_is_not_gone_on_with(world: World, tmp_path: Path) -> None:
+    path = world.write(tmp_path / "open.jsonl")
+    with Ledger(path, world.keys["acme"], durable=False) as ledger:
+        assert ledger.bases()[1]["fingerprint"] == "ef"
+        whole = path.read_bytes()
+        path.write_bytes(whole.replace(b'"ef"', b'"eg"'))
+        for ask in (ledger.bases, lambda: ledger.append("base", {"fingerprint": "ab"}, round=2)):
+            with pytest.raises(DataError, match="entry 5 was changed"):
+                ask()
+        path.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+        with pytest.raises(DataError, match="was changed while it was open"):
+            ledger.lines()
+        path.write_bytes(whole)
+        ledger.append("base", {"fingerprint": "gh"}, round=2)
+        assert ledger.bases() == Records(path).bases()
+
+
+def test_an_entry_larger_than_any_that_is_written_does_not_verify(world: World, tmp_path: Path) -> None:
+    path = world.write(tmp_path / "large.jsonl")
+    with Chain(path, durable=False) as chain:
+        chain.append({"kind": "refusal", "facts": {"data": "0" * 2**17}})
+    assert (world.verify(path).broken, world.verify(path).why[:4]) == (6, "has ")
+
+
 def test_data_is_not_written_in_a_ledger(world: World, tmp_path: Path) -> None:
     with Ledger(tmp_path / "l.jsonl", world.keys["acme"]) as ledger:
         with pytest.raises(DataError, match="no data"):

@@ -90,6 +90,8 @@ def test_a_kill_before_the_ledger_names_the_first_base_leaves_it_the_pilots(
         simulate(config, tmp_path / "killed")
     monkeypatch.undo()
     assert (tmp_path / "killed" / "rounds" / "bases").is_dir()
+    with (tmp_path / "killed" / "rounds" / "ledger.jsonl").open("ab") as file:
+        file.write(b'{"body": {"fa')  # in the middle of the entry
     bases = [Rounds(simulate(config, tmp_path / name).rounds).base(0) for name in ("killed", "whole")]
     assert fingerprint(bases[0]) == fingerprint(bases[1])
 

@@ -76,6 +76,8 @@ class Keeping:
             # What does not verify is never in place of what does.
             self._verified(content, "the ledger that came")
             write_atomic(self.ledger, lambda temporary: temporary.write_bytes(content))
+        if not content:
+            raise DataError("no ledger came with the message, and none is known here; send it from its first entry")
         checkpoint = countersign(self._verified(content, str(self.ledger)).head, self._key)
         save_countersigned(self.path / _SEEN, checkpoint)
         return checkpoint
@@ -95,7 +97,8 @@ class Keeping:
             reading, before = Reading(self.ledger, self._constitution), b""
         self._read = Reading(self.ledger, self._constitution), b""  # until all is found to be whole
         why = reading.take(content[len(before) :].splitlines(keepends=True))
-        verdict = reading.verdict(why, [self.seen] if self.seen else [])
+        seen = self.seen
+        verdict = reading.verdict(why, [] if seen is None else [seen])
         if verdict.broken is not None:
             raise DataError(f"{what} does not verify: entry {verdict.broken} {verdict.why}")
         self._read = reading, content

@@ -29,6 +29,7 @@ KINDS = (*_BY_COORDINATORS, "checkpoint", "exit", "return", "recompute")
 
 _WORD = 2**13  # bytes of a member's word that it left
 _LARGEST = 2**16  # characters of the facts of an entry: fingerprints and figures fit, data does not
+_LONGEST = _LARGEST + 2**10  # of its line, which says who signed it and what it follows
 _FIELDS = {"kind", "round", "facts", "key", "signature"}
 _COUNTERSIGNED = "worldloom countersigned checkpoint"
 CHECKPOINT = {"kind", "format", "length", "hash", "key", "signature"}
@@ -110,7 +111,7 @@ class Ledger(Records):
     def __init__(self, path: Path | str, key: SigningKey, *, durable: bool = True) -> None:
         super().__init__(path)
         self._key, self._chain = key, Chain(path, durable=durable)
-        self._written = list(entries(path))  # by this process alone from here on: the file is not read again
+        self._written, self._stood = list[Entry](), (-1, -1)
 
     @property
     def head(self) -> Head:
@@ -121,9 +122,11 @@ class Ledger(Records):
         """Sign an entry, write it and return it.
 
         Raises:
-            DataError: the kind is unknown, or the facts are too large or no plain JSON.
+            DataError: the kind is unknown, or the facts are too large or no plain JSON; or somebody else changed the
+                file since it was opened.
             StorageError: the disk refuses; the ledger is as it was.
         """
+        self._all()
         if kind not in KINDS:
             raise DataError(f"{kind!r} is no kind of entry; expected one of {', '.join(KINDS)}")
         if (size := len(canonical(dict(facts)))) > _LARGEST:
@@ -133,10 +136,21 @@ class Ledger(Records):
         # As it will be read: tuples are lists, and nobody else holds a part of it.
         entry = self._chain.append(json.loads(canonical({**said, "signature": signature})))
         self._written.append(entry)
+        self._stood = self._stands()
         return entry
 
     def _all(self) -> Iterable[Entry]:
+        if self._stands() != self._stood:  # at first, or where somebody else wrote it
+            written = list(entries(self.path))
+            if self.head != Head(length=len(written), hash=written[-1].hash if written else NOTHING):
+                raise DataError(f"{self.path} was changed while it was open; keep it as evidence, and restore a copy")
+            self._written, self._stood = written, self._stands()
         return tuple(self._written)
+
+    def _stands(self) -> tuple[int, int]:
+        with storage_errors(self.path):
+            found = self.path.stat()
+        return found.st_size, found.st_mtime_ns
 
     def close(self) -> None:
         """Let go of the file."""
@@ -194,6 +208,8 @@ class Reading(Records):
     def take(self, lines: Iterable[bytes]) -> str:
         """Take the lines that follow, up to the first that is broken; return what is wrong with that."""
         for line in lines:
+            if len(line) > _LONGEST:
+                return f"has {len(line)} characters; expected at most {_LONGEST}: no data"
             entry, why = read_entry(line, len(self._taken), self._hashes[-1])
             if entry is not None:
                 why = _fault(entry, self._constitution, self._hashes)

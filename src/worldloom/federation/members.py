@@ -42,7 +42,7 @@ class Members:
         """
         base = fingerprint(tensors)
         asked = {**body, "constitution": self._constitution.fingerprint, "about": base}
-        length = self._ledger.head.length
+        length = self._ledger.head.length  # what is heard meanwhile is added to the ledger, and told the next time
         for last in (False, False, True):
             sealed: dict[tuple[int, bool], bytes] = {}
             requests, behind = {}, []
@@ -50,7 +50,7 @@ class Members:
                 how = min(self._known.get(node, 0), length), self._held.get(node) != base
                 if how not in sealed:
                     begin, whole = how
-                    told = {"begin": begin, "lines": self._ledger.lines(begin)}
+                    told = {"begin": begin, "lines": self._ledger.lines(begin)[: length - begin]}
                     sealed[how] = seal("ask", {**asked, "ledger": told}, tensors if whole else {}, key=self._key)
                 requests[node] = sealed[how]
             seconds, away = self._constitution.patience_seconds, self._left.intersection(requests)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from worldloom.core.chain import Tail
 from worldloom.core.config import Config
 from worldloom.core.files import read_json, write_json, write_text
 from worldloom.core.progress import SILENT, Progress
@@ -25,7 +26,6 @@ from worldloom.federation import (
     LocalTraining,
     Node,
     PartitionConfig,
-    Records,
     check_has_a_pilot,
     guarded_frames,
     initial_base,
@@ -193,7 +193,8 @@ def simulate(
             check_has_a_pilot(first.model, first.frames.spec, partition)
         initial = initial_base(first.model, first.frames.spec, partition, seed=seed)
         ledger = root / "rounds" / "ledger.jsonl"
-        if config.pilot is not None and not (ledger.is_file() and Records(ledger).bases()):
+        begun = any(entry.body["kind"] == "base" for entry in Tail(ledger).new())
+        if config.pilot is not None and not begun:
             initial = nodes[config.pilot].pilot(initial)
         coordinator = Coordinator(
             root / "rounds",
@@ -207,8 +208,8 @@ def simulate(
             last = coordinator.run()
         runs = {}
         for name, owner in training.items():
-            fixed = config.owners[name].settle == "sovereign"
-            owner.settle("own", last, config.own_steps_of(name), fixed=fixed)
+            steps, fixed = config.own_steps_of(name), config.owners[name].settle == "sovereign"
+            owner.settle(f"own {steps}", last, steps, fixed=fixed)
             runs[name] = Run(owner.run)
             measure(runs[name], owner.frames, progress)
     write_text(root / "model_card.md", model_card(ledger, constitution))

@@ -1,0 +1,113 @@
+"""A member's copy of the ledger: each entry is checked once, and what happens to the file meanwhile is noticed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from worldloom.core.errors import DataError, StorageError
+from worldloom.core.signing import SigningKey, make_key
+from worldloom.federation import ledger as ledger_module
+from worldloom.federation.constitution import Constitution
+from worldloom.federation.keeping import Forked, Keeping
+from worldloom.federation.ledger import Ledger
+
+
+class Looms:
+    """A consortium of two, and ledgers that its coordinator could write."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.keys = folder, dict[str, SigningKey]()
+        for name in ("acme", "bolt"):
+            make_key(folder / f"{name}.pem")
+            self.keys[name] = SigningKey(folder / f"{name}.pem")
+        members = {name: {"key": key.public} for name, key in self.keys.items()}
+        values = {"consortium": "Looms", "members": members, "coordinators": ["acme"], "rounds": 9, "inner_steps": 5}
+        self.rules = Constitution.parse({**values, "quorum": 2, "cap": 0.5})
+
+    def lines(self, *bases: str, after: tuple[str, ...] = ()) -> list[str]:
+        """Return a ledger of these bases, which goes on from the lines of another."""
+        path = self.folder / f"{len(list(self.folder.iterdir()))}.jsonl"
+        path.write_text("".join(f"{line}\n" for line in after))
+        with Ledger(path, self.keys["acme"], durable=False) as ledger:
+            if not after:
+                ledger.append("constitution", {"fingerprint": self.rules.fingerprint})
+            for number, base in enumerate(bases):
+                ledger.append("base", {"fingerprint": base}, round=number)
+            return ledger.lines()
+
+    def keeping(self) -> Keeping:
+        return Keeping(self.folder / "bolt", self.rules, self.keys["bolt"])
+
+
+@pytest.fixture
+def looms(tmp_path: Path) -> Looms:
+    return Looms(tmp_path)
+
+
+def test_entries_that_were_checked_are_not_checked_again(looms: Looms, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[int] = []
+    fault: Callable[..., str] = ledger_module._fault
+
+    def counted(entry: Any, *arguments: Any) -> str:
+        checked.append(entry.index)
+        return fault(entry, *arguments)
+
+    monkeypatch.setattr(ledger_module, "_fault", counted)
+    lines, keeping = looms.lines("a", "b", "c", "d"), looms.keeping()
+    assert keeping.follow(0, lines[:3])["length"] == 3
+    assert keeping.follow(3, lines[3:])["length"] == 5
+    assert keeping.follow(0, lines)["length"] == 5
+    assert keeping.names(3, "d")
+    assert not keeping.names(2, "d")
+    assert keeping.read().decode().splitlines() == lines
+    assert checked == list(range(5))
+    assert looms.keeping().names(3, "d")  # after a restart all are checked once more
+    assert checked == [*range(5), *range(5)]
+
+
+def test_a_file_that_changed_meanwhile_is_not_believed(looms: Looms) -> None:
+    lines, other = looms.lines("a", "b"), looms.lines("a", "x")
+    keeping = looms.keeping()
+    keeping.follow(0, lines)
+    for content in (other, [*lines[:2], lines[2].replace('"b"', '"x"')], lines[:2]):
+        keeping.ledger.write_text("".join(f"{line}\n" for line in content))
+        for ask in (lambda: keeping.names(1, "x"), keeping.read, lambda: looms.keeping().read()):
+            with pytest.raises(DataError, match="does not verify: entry"):
+                ask()
+        with pytest.raises(DataError):
+            keeping.follow(len(content), [])
+    assert keeping.follow(2, lines[2:])["length"] == 3  # what was cut off is taken again, and nothing else
+    keeping.ledger.unlink()
+    with pytest.raises(DataError, match="written anew"):
+        keeping.follow(0, other)
+    assert keeping.follow(0, lines)["length"] == 3
+
+
+def test_after_a_write_that_failed_what_comes_is_checked_anew(looms: Looms, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise StorageError("the disk is full")
+
+    lines = looms.lines("a", "b")
+    fork = looms.lines("x", after=tuple(lines[:2]))
+    keeping = looms.keeping()
+    keeping.follow(0, lines[:2])
+    monkeypatch.setattr("worldloom.federation.keeping.write_atomic", full)
+    with pytest.raises(StorageError):
+        keeping.follow(2, lines[2:])
+    monkeypatch.undo()
+    assert not keeping.names(1, "b")
+    assert keeping.follow(2, fork[2:])["length"] == 3  # of the first nothing was countersigned
+    with pytest.raises(Forked):
+        keeping.follow(2, lines[2:])
+    with pytest.raises(DataError, match="entry 3 is no entry of a chain"):
+        keeping.follow(3, ["{}"])
+    assert keeping.follow(3, [])["length"] == 3
+
+
+def test_of_no_ledger_nothing_is_countersigned(looms: Looms) -> None:
+    keeping = looms.keeping()
+    with pytest.raises(DataError, match="no ledger came"):
+        keeping.follow(0, [])
+    assert keeping.seen is None

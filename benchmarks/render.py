@@ -272,9 +272,10 @@ def weaving(values: dict[str, Any]) -> str:
     return (
         f"## Many owners\n\n    {values['command']}\n\n{table(['owner', 'n', *ways], lines)}\n"
         f"Goals reached at home by tree search, over {len(values['seeds'])} seed(s); an owner's ways take as many "
-        f"steps from the same beginning, `pooled` as many as the first owner's. In `woven` all is shared but statistics, "
-        f"in `woven + sovereign` the stems of camera and actions are each owner's own; the last base of both settled at "
-        f"home. The owners of examples/five_owners.yaml sent {values['bytes'] / 1e6:.0f} MB in all at the first seed. "
+        f"steps from the same beginning, `pooled` as many as the first owner's. In `woven` all is shared but "
+        f"statistics, in `woven + sovereign` the stems of camera and actions are each owner's own; the last base of "
+        f"both settled at home. The owners of examples/five_owners.yaml sent {values['bytes'] / 1e6:.0f} MB in all at "
+        f"the first seed. "
         f"{describe(values['hardware'])}\n\n{last_bases(values['base losses'], owners)}"
     )
 

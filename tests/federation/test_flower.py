@@ -323,14 +323,14 @@ def test_a_message_that_a_node_lost_is_sent_again_but_a_refusal_is_an_answer(gri
     assert [name for name, _ in grid.asked] == ["north", "north", "east"]
 
 
-def test_who_is_away_is_waited_for_only_while_it_is_connected(grid: Grid) -> None:
+def test_who_is_away_is_waited_for_only_while_it_is_connected(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
     pull, may = grid.pull_messages, threading.Event()
 
     def late(message_ids: Sequence[str]) -> list[Message]:
         asked = grid.asked[int(message_ids[0].removeprefix("message "))][0]
         return pull(message_ids) if asked != "south" or may.is_set() else []
 
-    grid.pull_messages = late  # type: ignore[method-assign]
+    monkeypatch.setattr(grid, "pull_messages", late)
     del grid.connected["north"]
     begun = time.monotonic()
     threading.Timer(0.5, may.set).start()

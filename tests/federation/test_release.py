@@ -9,6 +9,7 @@ from worldloom.core.errors import ConfigError, DataError
 from worldloom.federation import Constitution, fingerprint, initial_base, release
 from worldloom.federation.coordinator import Rounds, read_base
 from worldloom.federation.release import unmet
+from worldloom.models import load_tensors
 
 
 def woven(path: Path, **gates: object) -> Consortium:
@@ -22,7 +23,9 @@ def woven(path: Path, **gates: object) -> Consortium:
 def test_a_base_that_passes_leaves_with_its_card_and_ledger(tmp_path: Path) -> None:
     consortium = woven(tmp_path / "c", rounds=1, contributors=3, max_loss=1e6, countersigned=3)
     into = release(tmp_path / "c" / "rounds", consortium.constitution, tmp_path / "out")
-    base = Rounds(tmp_path / "c" / "rounds").base(1)
+    base, about = load_tensors(into / "base", kind="shared-base")
+    assert about == {"round": 1, "constitution": consortium.constitution.fingerprint}
+    assert fingerprint(base) == fingerprint(Rounds(tmp_path / "c" / "rounds").base(1))
     assert fingerprint(base) in (into / "model_card.md").read_text()
     assert (into / "ledger.jsonl").read_bytes() == (tmp_path / "c" / "rounds" / "ledger.jsonl").read_bytes()
     assert [one.name for one in tmp_path.iterdir() if one.name != "c"] == ["out"]

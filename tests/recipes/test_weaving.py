@@ -17,6 +17,7 @@ from worldloom.federation.ledger import Ledger
 from worldloom.federation.partition import fingerprint
 from worldloom.federation.transport import Handler
 from worldloom.recipes.weaving import ConsortiumConfig, OwnerConfig, alone, simulate
+from worldloom.training.state import saved_steps
 
 CONSORTIUM = """
 consortium: two rooms
@@ -94,6 +95,16 @@ def test_a_kill_before_the_ledger_names_the_first_base_leaves_it_the_pilots(
         file.write(b'{"body": {"fa')  # in the middle of the entry
     bases = [Rounds(simulate(config, tmp_path / name).rounds).base(0) for name in ("killed", "whole")]
     assert fingerprint(bases[0]) == fingerprint(bases[1])
+
+
+@pytest.mark.slow
+def test_other_steps_at_home_are_another_settling_from_the_last_base(tmp_path: Path) -> None:
+    config = parse_yaml(CONSORTIUM, ConsortiumConfig, source="here")
+    stood = {name: max(saved_steps(run.folder)) for name, run in simulate(config, tmp_path).runs.items()}
+    east = config.owners["east"].model_copy(update={"own_steps": 3})
+    longer = config.model_copy(update={"owners": {**config.owners, "east": east}})
+    runs = simulate(longer, tmp_path).runs
+    assert {name: max(saved_steps(run.folder)) - stood[name] for name, run in runs.items()} == {"north": 0, "east": 3}
 
 
 def test_an_owners_world_is_the_recipes_with_what_is_its_own() -> None:

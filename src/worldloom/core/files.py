@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,6 +80,21 @@ def storage_errors(path: Path | str) -> Iterator[None]:
         if isinstance(error, FileExistsError):
             raise StorageError(f"{path} is already there; choose another path or remove it") from error
         raise
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to be filled, which is at `path` once the body is done: whole, or not there.
+
+    Raises:
+        StorageError: the disk refuses, in the body too.
+    """
+    begun = path.with_name(f".{path.name}.begun")
+    with storage_errors(path):
+        shutil.rmtree(begun, ignore_errors=True)  # of a process that was killed
+        begun.mkdir(parents=True)
+        yield begun
+        begun.rename(path)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ contributions and of the constitution alone, so `recompute` gives it bit for bit
 
 import logging
 import math
-import shutil
 import statistics
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from worldloom.core.chain import Entry
 from worldloom.core.errors import CheckpointError, DataError, StorageError, TrainingError
-from worldloom.core.files import storage_errors, write_atomic
+from worldloom.core.files import storage_errors, whole_folder, write_atomic
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.signing import SigningKey
 from worldloom.federation.aggregation import AGGREGATORS, capped
@@ -364,16 +363,13 @@ def succeed(keeping: Keeping, path: Path | str, constitution: Constitution, key:
             f"the base of round {number} is kept here, and the ledger names that of round {max(named, default=0)}; let "
             f"a member who has that one take over"
         )
-    # Whole, or not there.
-    made = Rounds(path.with_name(f".{path.name}.begun"))
-    with storage_errors(made.path):
-        shutil.rmtree(made.path, ignore_errors=True)
+    with whole_folder(path) as begun:
+        made = Rounds(begun)
         made.keep(number, base, {})
         write_atomic(made.path / "ledger.jsonl", lambda temporary: temporary.write_bytes(content))
         with Ledger(made.path / "ledger.jsonl", key) as written:
             facts = {"coordinator": seats[key.public], "base": fingerprint(base)}
             written.append("succession", facts, round=number)
-        made.path.rename(path)
     return number
 
 

@@ -124,7 +124,7 @@ class LocalTraining:
         known, here = fingerprint(base), self._here()
         if here.get("name") != name or self._stands() >= here["end"]:
             here = self._begin(name, known, steps, goes_on=here.get("base") == known)
-        self._go_on(here, base, at, None)
+        self._go_on(here, base, at)
 
     @cached_property
     def shared_statistics(self) -> tuple[str, ...]:
@@ -149,7 +149,7 @@ class LocalTraining:
         here: Mapping[str, Any],
         base: Mapping[str, Tensor],
         at: int | None,
-        schedule: int | None,
+        schedule: int | None = None,
         *,
         fixed: Collection[str] = (),
     ) -> Trained:

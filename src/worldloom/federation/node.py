@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from worldloom.core.errors import ConfigError, DataError, StorageError, WorldloomError
-from worldloom.core.files import exclusive_lock, read_json, storage_errors, write_atomic, write_json
+from worldloom.core.files import exclusive_lock, read_json, storage_errors, whole_folder, write_atomic, write_json
 from worldloom.core.signing import SigningKey
 from worldloom.data import Frames
 from worldloom.federation.codecs import CODECS
@@ -161,18 +161,15 @@ class Node:
             StorageError: the folder is there already, or the disk refuses.
         """
         into, rules = Path(into), Path(rules)
-        begun = into.with_name(f".{into.name}.begun")
-        with exclusive_lock(self.path / ".lock", None), storage_errors(into):
+        with exclusive_lock(self.path / ".lock", None):
             if into.exists():
                 raise StorageError(f"{into} is there already; choose another folder to leave with")
-            shutil.rmtree(begun, ignore_errors=True)
-            begun.mkdir(parents=True)
-            shutil.copytree(self._own.run.path, begun / "run")
-            if self.keeping.path.is_dir():
-                shutil.copytree(self.keeping.path, begun / "consortium")
-            for file in (rules, *rules.parent.glob(f"{rules.name}.*.sig")):
-                shutil.copy2(file, begun / file.name)
-            begun.rename(into)  # whole, or not there
+            with whole_folder(into) as begun:
+                shutil.copytree(self._own.run.path, begun / "run")
+                if self.keeping.path.is_dir():
+                    shutil.copytree(self.keeping.path, begun / "consortium")
+                for file in (rules, *rules.parent.glob(f"{rules.name}.*.sig")):
+                    shutil.copy2(file, begun / file.name)
 
     def pilot(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Train alone from an untrained base for the `align_steps`, and return what may be the first base of all.

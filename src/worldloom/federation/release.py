@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from worldloom.core.errors import DataError, StorageError
-from worldloom.core.files import storage_errors, write_text
+from worldloom.core.files import whole_folder, write_text
 from worldloom.federation.constitution import Constitution
 from worldloom.federation.coordinator import Rounds, save_base
 from worldloom.federation.ledger import Records, model_card, verify_ledger
@@ -66,12 +66,8 @@ def release(path: Path | str, constitution: Constitution, into: Path | str) -> P
     base = Rounds(path).base(number)
     if fingerprint(base) != records.bases()[number]["fingerprint"]:
         raise DataError(f"the base of round {number} is not the one that the ledger names; recompute it")
-    begun = into.with_name(f".{into.name}.begun")
-    with storage_errors(into):
-        shutil.rmtree(begun, ignore_errors=True)
-        begun.mkdir(parents=True)
+    with whole_folder(into) as begun:
         save_base(begun / "base", base, about={"round": number, "constitution": constitution.fingerprint})
         write_text(begun / "model_card.md", model_card(path / "ledger.jsonl", constitution))
         shutil.copy2(path / "ledger.jsonl", begun / "ledger.jsonl")
-        begun.rename(into)  # whole, or not there
     return into

@@ -13,14 +13,17 @@ from worldloom.cli.console import print_table, progress
 from worldloom.cli.options import set_threads
 from worldloom.core.files import write_json
 from worldloom.core.hardware import describe_hardware
-from worldloom.core.protocols import Agent
+from worldloom.core.seams import Agent
 from worldloom.data import load_cache
 from worldloom.evaluation import PROTOCOLS, evaluate
+from worldloom.heads import encode_episodes, measure_geometry
 from worldloom.models import TargetConfig
 from worldloom.models.losses import InverseDynamics, LossConfig, SIGReg, Straightening, Variance
-from worldloom.planning import CEM, GoalObjective, LatentL2, Planner, TreeSearch, encode_episodes, measure_geometry
-from worldloom.recipes import load_recipe, workflow
+from worldloom.planning import GoalObjective, LatentL2, Planner
+from worldloom.planning.solvers import CEM, TreeSearch
+from worldloom.recipes import load_recipe
 from worldloom.training import RunFolder, TrainingConfig, alarms, default_losses, fit
+from worldloom.workflow import jobs as workflow
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worldloom.agents import PlanningAgent
-from worldloom.agents.audit import log_path
+from worldloom.agents import PlanningAgent, log_path
 from worldloom.cli.console import print_table, progress
 from worldloom.cli.options import set_threads
 from worldloom.core.chain import entries
@@ -26,7 +25,7 @@ from worldloom.core.files import write_json
 from worldloom.core.hardware import describe_hardware
 from worldloom.core.types import Goal, Observations
 from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
-from worldloom.recipes import Run
+from worldloom.workflow import Run
 
 RESULTS = Path(__file__).parent / "results" / "attacks.json"
 METHODS = ("no guardrail", "calibrated")
@@ -45,9 +44,9 @@ class Disturbed:
         self._last = None
         self._agent.reset(goal)
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def select(self, rows: Sequence[int]) -> None:
         """Keep some of the environments."""
-        self._agent.keep(rows)
+        self._agent.select(rows)
         if self._last is not None:
             self._last = self._last[list(rows)]
 
@@ -101,9 +100,9 @@ class Flattered:
         altered = pixels.float() + (change / unit).permute(0, 2, 3, 1)
         self._agent.reset(Goal(observations=Observations(pixels=altered.round().clamp(0, 255).to(torch.uint8))))
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def select(self, rows: Sequence[int]) -> None:
         """Keep some of the environments."""
-        self._agent.keep(rows)
+        self._agent.select(rows)
 
     def conclude(self, rows: Sequence[int], observations: Observations, outcomes: Sequence[str]) -> None:
         """Be told how episodes ended."""

@@ -25,12 +25,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from deploy_arm import learn, plant, reach
-from worldloom.agents.control import ControlReport
 from worldloom.core.files import write_json
 from worldloom.core.hardware import describe_hardware
-from worldloom.core.protocols import Agent
+from worldloom.core.seams import Agent
 from worldloom.core.types import Goal, Observations
-from worldloom.envs.link import SocketLink
+from worldloom.deploy import ControlReport, SocketLink
 
 SECONDS_EACH = 6.0  # for a goal
 HANG = 3.0

@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from worldloom.agents import MethodConfig, PlanMethod, ReactiveMethod
 from worldloom.cli.console import print_table, progress
 from worldloom.cli.options import set_threads
 from worldloom.core.files import write_json
 from worldloom.core.hardware import describe_hardware
 from worldloom.core.types import Goal, Observations
-from worldloom.evaluation import PROTOCOLS, Protocol, evaluate, pool
-from worldloom.evaluation.goals import draw_tasks
-from worldloom.evaluation.world import World
-from worldloom.planning import CEM, TreeSearch
-from worldloom.recipes import Run, load_recipe, workflow
-from worldloom.recipes.methods import MethodConfig, PlanMethod, ReactiveMethod
+from worldloom.evaluation import PROTOCOLS, EvaluationWorld, Protocol, draw_tasks, evaluate, pool
+from worldloom.planning.solvers import CEM, TreeSearch
+from worldloom.recipes import load_recipe
+from worldloom.workflow import Run
+from worldloom.workflow import jobs as workflow
 
 RESULTS = Path(__file__).parent / "results" / "control-rate.json"
 REFERENCE = "CEM, 300 x 30 x 5 (reference)"
@@ -138,7 +138,7 @@ def tasks_of(protocol: Protocol, count: int) -> list[tuple[Observations, Goal]]:
     """Return the first starts and goals of the protocol, of all splits in turn, each as a batch of one."""
     each = -(-count // len(protocol.splits))
     found = []
-    with World(protocol, each) as world:
+    with EvaluationWorld(protocol, each) as world:
         for split in protocol.splits:
             tasks, _ = draw_tasks(protocol, split, world, 0, split)
             starts = tasks.begin(protocol, split, world, split).observations.map(torch.clone)

@@ -25,7 +25,7 @@ import psutil
 
 from worldloom.core.hardware import describe_hardware
 from worldloom.data import EpisodeDataset, LanceWindows
-from worldloom.data.formats import convert
+from worldloom.formats import convert
 
 RESULTS = Path(__file__).parent / "results" / "convert_large.jsonl"
 STEPS, SIDE = 200, 64

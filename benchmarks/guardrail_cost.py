@@ -16,17 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldloom.agents import Policy, PolicyConfig
+from worldloom.agents import PlanMethod
 from worldloom.cli.console import print_table
 from worldloom.cli.options import set_threads
 from worldloom.core.files import write_json
 from worldloom.core.hardware import describe_hardware
 from worldloom.core.types import Goal
-from worldloom.evaluation import PROTOCOLS
-from worldloom.evaluation.goals import draw_tasks
-from worldloom.evaluation.world import World
-from worldloom.recipes import Run
-from worldloom.recipes.methods import PlanMethod
+from worldloom.evaluation import PROTOCOLS, EvaluationWorld, draw_tasks
+from worldloom.guardrails import RuleLayer, RuleSet
+from worldloom.workflow import Run
 
 RESULTS = Path(__file__).parent / "results" / "guardrail-cost.json"
 FIVE = {
@@ -47,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     set_threads(max(arguments.threads))
     run = Run.open(arguments.run)
-    policy = Policy(layers=(PolicyConfig.parse({"owner": "the benchmark", "guardrails": FIVE}),))
+    policy = RuleSet(layers=(RuleLayer.parse({"owner": "the benchmark", "guardrails": FIVE}),))
     rows = [
         {"threads": threads, "environments": size, **timed(run, policy, size, threads, arguments.decisions)}
         for threads in arguments.threads
@@ -64,7 +62,7 @@ def main() -> None:
     print_table("the time of a decision", header, shown)
 
 
-def timed(run: Run, policy: Policy, size: int, threads: int, decisions: int) -> dict[str, Any]:
+def timed(run: Run, policy: RuleSet, size: int, threads: int, decisions: int) -> dict[str, Any]:
     """Return the medians, their ratio and its bootstrap interval, and in how many plans all five held."""
     torch.set_num_threads(threads)
     protocol = PROTOCOLS["pits@1"]
@@ -75,7 +73,7 @@ def timed(run: Run, policy: Policy, size: int, threads: int, decisions: int) -> 
         "with": method.build(run.under(policy, None), seed=0),
     }
     looks: list[tuple[Any, Goal]] = []
-    with World(protocol, size) as world:
+    with EvaluationWorld(protocol, size) as world:
         first = 0
         for _ in range(min(20, decisions)):
             tasks, first = draw_tasks(protocol, split, world, first, split)

@@ -16,16 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from worldloom.agents import Policy
+from worldloom.agents import PlanMethod
 from worldloom.cli.console import print_table, progress
 from worldloom.cli.options import set_threads
 from worldloom.core.errors import DataError
 from worldloom.core.files import read_json, write_json
 from worldloom.core.hardware import describe_hardware
 from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
-from worldloom.recipes import Run, load_recipe, workflow
-from worldloom.recipes.calibration import calibrate
-from worldloom.recipes.methods import PlanMethod
+from worldloom.guardrails import RuleSet
+from worldloom.recipes import load_recipe
+from worldloom.workflow import Run, calibrate
+from worldloom.workflow import jobs as workflow
 
 RESULTS = Path(__file__).parent / "results" / "guardrails.json"
 PARTS = RESULTS.parent / "guardrails"
@@ -96,9 +97,9 @@ def open_run(arguments: argparse.Namespace, seed: int) -> Run:
 
 def at(run: Run, risk: float) -> Run:
     """Return the run under its policy with another risk."""
-    assert run.policy is not None
-    (layer,) = run.policy.layers
-    return run.under(Policy(layers=(layer.model_copy(update={"risk": risk}),)), None)
+    assert run.rules is not None
+    (layer,) = run.rules.layers
+    return run.under(RuleSet(layers=(layer.model_copy(update={"risk": risk}),)), None)
 
 
 def calibrated(run: Run, name: str) -> dict[str, Any]:

@@ -18,14 +18,14 @@ import torch
 
 from worldloom.cli.console import progress
 from worldloom.cli.options import set_threads
+from worldloom.core.actions import Walk
 from worldloom.core.files import read_json, write_json
 from worldloom.core.hardware import describe_hardware
 from worldloom.core.types import ActionBounds, ActionSpec, ModelSpec, ObservationSpec
 from worldloom.data import EpisodeDataset
+from worldloom.heads import still
 from worldloom.memory import EpisodicMemory, MemoryConfig
-from worldloom.planning import Walk
-from worldloom.planning.geometry import still
-from worldloom.recipes import Run
+from worldloom.workflow import Run
 
 RESULTS = Path(__file__).parent / "results" / "memory-recall.json"
 SIZE, K = 64, 10

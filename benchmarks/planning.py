@@ -15,22 +15,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from worldloom.core.hardware import describe_hardware, matmul_peak
+from worldloom.core.seams import Metric
 from worldloom.core.types import ActionSpec, Context, ObservationSpec
-from worldloom.data.statistics import Statistics
-from worldloom.models import JEPA, JEPAConfig, build_jepa
-from worldloom.planning import (
-    SOLVERS,
+from worldloom.data import Statistics
+from worldloom.heads import (
     DistanceConfig,
-    GoalObjective,
-    InverseConfig,
-    InverseDynamics,
+    InverseModel,
+    InverseModelConfig,
     LatentGeometry,
-    LatentL2,
-    Metric,
-    Planner,
     Reversibility,
     TemporalDistance,
 )
+from worldloom.models import JEPA, JEPAConfig, build_jepa
+from worldloom.planning import GoalObjective, LatentL2, Planner
+from worldloom.planning.solvers import SOLVERS
 
 HORIZONS = {"tree-search": 24}  # blocks: half of it from each side
 STEP_LENGTH = 1.7  # of the demo's model, with latents of variance 1
@@ -91,9 +89,9 @@ def main() -> None:
     model = demo_model()
     geometry = LatentGeometry(
         step_length=STEP_LENGTH,
-        inverse=InverseDynamics(model.spec, (256, 256)).eval(),
+        inverse=InverseModel(model.spec, (256, 256)).eval(),
         reversibility=Reversibility(gap=0.0, displacement=1.0),
-        config=InverseConfig(),
+        config=InverseModelConfig(),
     )
     metrics: dict[str, Metric] = {
         "latent-l2": LatentL2(STEP_LENGTH),

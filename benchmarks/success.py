@@ -20,7 +20,8 @@ from worldloom.cli.options import set_threads
 from worldloom.core.files import write_json
 from worldloom.data import EpisodeDataset
 from worldloom.evaluation import Results, pool, table_rows
-from worldloom.recipes import load_recipe, workflow
+from worldloom.recipes import load_recipe
+from worldloom.workflow import jobs as workflow
 
 RESULTS = Path(__file__).parent / "results"
 

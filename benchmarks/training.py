@@ -20,10 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from worldloom.core.hardware import describe_hardware, matmul_peak
 from worldloom.core.types import ActionSpec, ObservationSpec
-from worldloom.data.cache import FrameCache
-from worldloom.data.spec import DatasetSpec
-from worldloom.data.statistics import compute_statistics
-from worldloom.data.windows import WindowSampler
+from worldloom.data import DatasetSpec, FrameCache, WindowSampler, compute_statistics
 from worldloom.models import JEPAConfig, build_jepa
 from worldloom.training import RunFolder, TrainingConfig, fit
 from worldloom.training.learner import Learner

@@ -17,24 +17,24 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 
-from worldloom.agents import read_policy
 from worldloom.cli.console import print_table, progress
 from worldloom.cli.options import set_threads
 from worldloom.core.files import write_json
 from worldloom.core.hardware import describe_hardware
-from worldloom.core.protocols import Agent
+from worldloom.core.seams import Agent
 from worldloom.core.signing import make_key, sign_file
-from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
-from worldloom.evaluation.world import Frame
-from worldloom.recipes import Run, load_recipe, workflow
-from worldloom.recipes.calibration import calibrate
+from worldloom.evaluation import PROTOCOLS, Frame, evaluate, wilson_interval
+from worldloom.guardrails import read_rules
+from worldloom.recipes import load_recipe
+from worldloom.workflow import Run, calibrate
+from worldloom.workflow import jobs as workflow
 
 RESULTS = Path(__file__).parent / "results" / "two-policies.json"
 GARDEN = (0.0, 0.0, 24.0, 24.0)  # left, top, right, bottom in px
 POLICIES = {
-    "the first owner": "policy: 1\nlayer: community\nowner: the first owner\n",
+    "the first owner": "rules: 1\nlayer: community\nowner: the first owner\n",
     "the second owner": """\
-policy: 1
+rules: 1
 layer: community
 owner: the second owner
 guardrails:
@@ -97,7 +97,7 @@ def main() -> None:
     workflow.train(recipe, folder / "data", folder / "run", resume=True, progress=progress())
     rows, ways = [], {}
     for owner, text in POLICIES.items():
-        run = Run.open(folder / "run", policy=signed(text).layers)
+        run = Run.open(folder / "run", rules=signed(text).layers)
         if run.margins(run.method("calibrated")) is None:
             calibrate(run, method="calibrated", progress=progress())
         witness = ways[owner] = Ways()
@@ -123,7 +123,7 @@ def signed(text: str) -> Any:
         path.write_text(text)
         public = make_key(key)
         sign_file(path, key)
-        return read_policy([path], trusted={public})
+        return read_rules([path], trusted={public})
 
 
 def summary(rows: Any, witness: Ways) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from weaving import CLASHING, last_losses, success
 from worldloom.cli.console import print_table, progress
 from worldloom.core.files import write_json
 from worldloom.evaluation import wilson_interval
-from worldloom.recipes.weaving import ConsortiumConfig, OwnerConfig, simulate
+from worldloom.workflow import ConsortiumConfig, simulate
+from worldloom.workflow.simulate import OwnerConfig
 
 RESULTS = Path(__file__).parent / "results" / "weaving_clash.json"
 TURNS = {"straight": 0, "turned": 180}

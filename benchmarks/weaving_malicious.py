@@ -34,18 +34,17 @@ from by_seed import Kept, command_of, parser_of, run
 from worldloom.cli.console import print_table, progress
 from worldloom.core.errors import DataError, TrainingError
 from worldloom.core.files import write_json
-from worldloom.core.protocols import Agent
+from worldloom.core.seams import Agent
 from worldloom.core.signing import SigningKey
 from worldloom.core.types import Goal, Observations
 from worldloom.data import EpisodeDataset
-from worldloom.evaluation import evaluate, wilson_interval
-from worldloom.evaluation.protocols import PROTOCOLS
-from worldloom.federation import Records
-from worldloom.federation.attacks import scale, sign_flip
-from worldloom.federation.envelope import seal, unseal
-from worldloom.federation.transport import Handler
-from worldloom.recipes import Run, workflow
-from worldloom.recipes.weaving import ConsortiumConfig, OwnerConfig, simulate
+from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
+from worldloom.federation import Handler, Records
+from worldloom.federation.record.envelope import seal, unseal
+from worldloom.testing.attacks import scale, sign_flip
+from worldloom.workflow import ConsortiumConfig, Run, simulate
+from worldloom.workflow import jobs as workflow
+from worldloom.workflow.simulate import OwnerConfig
 
 RESULTS = Path(__file__).parent / "results" / "weaving_malicious.json"
 HONEST = ("north", "east", "south", "west")
@@ -139,9 +138,9 @@ class Patched:
         """Begin."""
         self._agent.reset(replace(goal, observations=patched(goal.observations)))
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def select(self, rows: Sequence[int]) -> None:
         """Keep some of the environments."""
-        self._agent.keep(rows)
+        self._agent.select(rows)
 
     def act(self, observations: Observations) -> Tensor:
         """Act on what the camera gives."""

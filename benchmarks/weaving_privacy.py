@@ -46,10 +46,7 @@ from worldloom.core.errors import TrainingError
 from worldloom.core.files import write_json
 from worldloom.core.seeds import numpy_generator, torch_generator
 from worldloom.core.types import ActionSpec, Observations, ObservationSpec, Windows
-from worldloom.data import WindowSampler
-from worldloom.data.cache import FrameCache
-from worldloom.data.spec import DatasetSpec
-from worldloom.data.statistics import compute_statistics
+from worldloom.data import DatasetSpec, FrameCache, WindowSampler, compute_statistics
 from worldloom.federation import (
     OUTER,
     Accountant,
@@ -59,13 +56,12 @@ from worldloom.federation import (
     clip_and_noise,
     initial_base,
 )
-from worldloom.federation.attacks import membership_inference, reconstruct
-from worldloom.federation.privacy import delta_norm
-from worldloom.federation.secure_aggregation import AggregationConfig, Masker, Session, Unmasker
-from worldloom.models import JEPA, JEPAConfig, build_jepa
+from worldloom.federation.secure.aggregation_protocol import AggregationConfig, Masker, Session, Unmasker
+from worldloom.federation.secure.privacy import delta_norm
+from worldloom.models import JEPA, JEPAConfig, LinearProbe, build_jepa
 from worldloom.models.encoders import VectorMLP
-from worldloom.models.heads import LinearProbe
 from worldloom.models.predictors import MLPPredictor
+from worldloom.testing.attacks import membership_inference, reconstruct
 from worldloom.training import RunFolder, TrainingConfig
 
 RESULTS = Path(__file__).parent / "results" / "weaving_privacy.json"

@@ -22,8 +22,8 @@ import mujoco
 import numpy as np
 
 from worldloom.core.types import ActionSpec, ObservationSpec
-from worldloom.envs.link import Reading
-from worldloom.envs.plant import PlantServer
+from worldloom.deploy.link import PlantReading
+from worldloom.deploy.plant import PlantServer
 
 ARM = """
 <mujoco model="arm">
@@ -111,7 +111,7 @@ class Arm:
             self._renderer.close()
             self._renderer = None
 
-    def read(self) -> Reading:
+    def read(self) -> PlantReading:
         """Look at the arm."""
         with self._lock:
             joints, speeds = self._data.qpos.copy(), self._data.qvel.copy()
@@ -127,7 +127,7 @@ class Arm:
             self._renderer.update_scene(self._shown, camera="top")
             pixels = self._renderer.render().copy()
         labels = {"fingertip": tip, "joints": joints.astype(np.float32)}
-        return Reading(pixels=pixels, vector=vector, labels=labels)
+        return PlantReading(pixels=pixels, vector=vector, labels=labels)
 
 
 def main() -> None:

@@ -20,15 +20,14 @@ import numpy as np
 import torch
 
 from arm_plant import ACTION, SPEED, VECTOR, Arm
-from worldloom.agents.control import ControlLoop, ControlReport
-from worldloom.agents.random import RandomAgent
+from worldloom.agents import PlanMethod, RandomAgent, RandomMethod
 from worldloom.core.types import Goal, Observations
-from worldloom.envs.link import Link, SocketLink
+from worldloom.deploy import ControlLoop, ControlReport, Link, SocketLink
 from worldloom.models import JEPAConfig
-from worldloom.planning import CEM
-from worldloom.recipes import CollectionConfig, Recipe, Run, collect, train
-from worldloom.recipes.methods import PlanMethod, RandomMethod
+from worldloom.planning.solvers import CEM
+from worldloom.recipes import CollectionConfig, Recipe
 from worldloom.training import TrainingConfig
+from worldloom.workflow import Run, collect, train
 
 REACH = np.array([0.22, 0.18])  # lengths of the two links, in metres
 CLOSE = 0.03  # metres from the goal that count as reached

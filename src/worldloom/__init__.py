@@ -14,13 +14,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 _WHERE = {
     "EpisodeDataset": "worldloom.data",
     "Recipe": "worldloom.recipes",
-    "Run": "worldloom.recipes",
-    "collect": "worldloom.recipes",
-    "evaluate": "worldloom.recipes",
+    "Run": "worldloom.workflow",
+    "collect": "worldloom.workflow",
+    "evaluate": "worldloom.workflow",
     "load_recipe": "worldloom.recipes",
-    "plan_once": "worldloom.recipes",
-    "report_path": "worldloom.recipes",
-    "train": "worldloom.recipes",
+    "plan_once": "worldloom.workflow",
+    "report_path": "worldloom.workflow",
+    "train": "worldloom.workflow",
 }
 
 __all__ = ["__version__", *_WHERE]

@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from worldloom.core.actions import Walk
 from worldloom.core.types import ActionBounds, ActionSpec, Context, ModelSpec, Observations, ObservationSpec
 from worldloom.memory import LandmarkConfig, LandmarkGraph
-from worldloom.planning import Walk
 
 STEP = 0.1  # the longest environment step, in a square from -1 to 1; a block is one step
 WALL = 0.15  # half the thickness of the wall

@@ -9,7 +9,8 @@ from worldloom.agents import FollowConfig, HierarchyConfig, HierarchyGuide, Land
 from worldloom.core.errors import PlanningError
 from worldloom.core.types import Context, Goal, Observations
 from worldloom.memory import LandmarkGraph
-from worldloom.planning import CEM, GoalObjective, LatentL2, Planner
+from worldloom.planning import GoalObjective, LatentL2, Planner
+from worldloom.planning.solvers import CEM
 from worldloom.testing import LinearWorld
 
 SEARCH = CEM(samples=64, iterations=6, elites=8)
@@ -80,7 +81,7 @@ def test_a_subgoal_is_kept_until_it_is_reached_or_its_time_is_up() -> None:
     second = guide(context_of(tuple(first[0].tolist()), (0, 0)), None, 0)
     assert second[0, 0] > first[0, 0] + 1
     assert torch.equal(second[1], first[1])
-    guide.keep([1])
+    guide.select([1])
     assert guide.depths == [1]
     assert torch.equal(guide(context_of((0, 0)), None, 0), first[1:])
     assert not torch.equal(guide(context_of((0, 0)), None, 0), first[1:])
@@ -108,7 +109,7 @@ def test_landmarks_fall_back_on_it_where_no_way_is_known() -> None:
     assert [outlook.kind for outlook in guide.outlook] == ["unknown", "known"]
     assert unknown[1] > 2
     assert torch.equal(known, graph.latents[int(graph.nearest(known[None])[0][0])])
-    guide.keep([0])
+    guide.select([0])
     assert guide(context_of((0, 0)), None, 0)[0, 1] > 2
 
 

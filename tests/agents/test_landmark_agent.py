@@ -6,20 +6,15 @@ import torch
 from door_world import BOTTOM, DOOR, STEP, TOP, DoorWorld
 from torch import Tensor
 
-from worldloom.agents import (
-    CuriosityConfig,
-    ExploringAgent,
-    FollowConfig,
-    LandmarkAgent,
-    LandmarkGuide,
-    PlanningAgent,
-)
+from worldloom.agents import CuriosityConfig, ExploringAgent, FollowConfig, LandmarkAgent, LandmarkGuide, PlanningAgent
 from worldloom.core.errors import PlanningError
-from worldloom.core.protocols import Agent
+from worldloom.core.seams import Agent
 from worldloom.core.types import Context, Goal, Observations, Plan
 from worldloom.evaluation import Exploring, Narrowing, Timed
+from worldloom.guardrails import Custom
 from worldloom.memory import LandmarkGraph
-from worldloom.planning import CEM, Custom, GoalObjective, LatentL2, Planner
+from worldloom.planning import GoalObjective, LatentL2, Planner
+from worldloom.planning.solvers import CEM
 
 LEFT, RIGHT = torch.tensor([[-0.8, 0.0]]), torch.tensor([[0.8, 0.0]])
 
@@ -59,7 +54,7 @@ def test_several_environments_at_once_and_fewer_when_some_are_over() -> None:
     position = start
     for _ in range(10):
         position = world.step(position, agent.act(Observations(vector=position)))
-    agent.keep([2, 0])
+    agent.select([2, 0])
     position, goal = position[[2, 0]], goal[[2, 0]]
     for _ in range(60):
         position = world.step(position, agent.act(Observations(vector=position)))

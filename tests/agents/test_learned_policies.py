@@ -21,20 +21,13 @@ from worldloom.agents import (
     fit_behaviour_cloning,
     fit_reactive,
 )
+from worldloom.core.actions import Walk
 from worldloom.core.errors import CheckpointError, DataError, PlanningError
-from worldloom.core.protocols import Agent
+from worldloom.core.seams import Agent
 from worldloom.core.types import ActionBounds, ActionSpec, Context, Goal, Observations, ObservationSpec
-from worldloom.data.cache import FrameCache
-from worldloom.data.spec import DatasetSpec
-from worldloom.planning import (
-    CEM,
-    InverseConfig,
-    LatentEpisodes,
-    LatentGeometry,
-    TemporalDistance,
-    Walk,
-    measure_geometry,
-)
+from worldloom.data import DatasetSpec, FrameCache
+from worldloom.heads import InverseModelConfig, LatentEpisodes, LatentGeometry, TemporalDistance, measure_geometry
+from worldloom.planning.solvers import CEM
 from worldloom.testing import LinearWorld
 
 WORLD = LinearWorld(block=2)
@@ -55,7 +48,7 @@ def episodes() -> LatentEpisodes:
 
 @pytest.fixture(scope="module")
 def geometry(episodes: LatentEpisodes) -> LatentGeometry:
-    return measure_geometry(WORLD, episodes, InverseConfig(steps=150, hidden=(32,)), seed=0)
+    return measure_geometry(WORLD, episodes, InverseModelConfig(steps=150, hidden=(32,)), seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -219,5 +212,5 @@ def test_wrong_use_is_refused(kind: str, policy: ReactivePolicy, cloned: Cloning
     with pytest.raises(PlanningError, match="3 environments"):
         agent.act(look(torch.zeros(2, 2)))
     first = agent.act(look(torch.zeros(3, 2)))
-    agent.keep([2, 1])
+    agent.select([2, 1])
     assert agent.act(look(torch.zeros(2, 2))).shape == (2, first.shape[1])

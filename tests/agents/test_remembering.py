@@ -11,7 +11,8 @@ from torch import Tensor
 from worldloom.agents import LandmarkGuide, PlanningAgent, Rememberer, recall_landmarks
 from worldloom.core.types import Context, Goal, Observations
 from worldloom.memory import EpisodicMemory, LandmarkConfig, LandmarkGraph
-from worldloom.planning import CEM, GoalObjective, LatentL2, Planner
+from worldloom.planning import GoalObjective, LatentL2, Planner
+from worldloom.planning.solvers import CEM
 
 LEFT, RIGHT = torch.tensor([[-0.8, 0.0]]), torch.tensor([[0.8, 0.0]])
 
@@ -66,7 +67,7 @@ def test_each_plan_leaves_a_memory_of_what_led_there_and_how_it_was_foretold(tmp
             path.append(position)
             done.append(agent.act(Observations(vector=position)))
             position = world.step(position, done[-1])
-        agent.keep([1])
+        agent.select([1])
         agent.act(Observations(vector=position[1:]))
         kept = memory.read()
     assert len(kept) == 6 * 2 + 1

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from worldloom.recipes import workflow
+from worldloom.workflow import jobs as workflow
 
 
 @pytest.mark.slow

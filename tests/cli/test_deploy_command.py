@@ -11,9 +11,10 @@ import pytest
 
 from worldloom.core.types import ActionSpec, ObservationSpec
 from worldloom.data import collect
-from worldloom.envs.link import Reading
-from worldloom.envs.plant import PlantServer
-from worldloom.recipes import load_recipe, train
+from worldloom.deploy.link import PlantReading
+from worldloom.deploy.plant import PlantServer
+from worldloom.recipes import load_recipe
+from worldloom.workflow import train
 
 TINY = [
     "model.context=1",
@@ -34,9 +35,9 @@ class Point:
     def __init__(self) -> None:
         self.place, self.command = np.zeros(2, np.float32), np.zeros(2, np.float32)
 
-    def read(self) -> Reading:
+    def read(self) -> PlantReading:
         self.place = (self.place + np.float32(0.1) * self.command).astype(np.float32)
-        return Reading(vector=self.place.copy())
+        return PlantReading(vector=self.place.copy())
 
     def write(self, action: np.ndarray) -> None:
         self.command = action.astype(np.float32)
@@ -119,7 +120,7 @@ def test_what_cannot_be_is_said(
     change: dict[str, Any],
     message: str,
 ) -> None:
-    monkeypatch.setattr("worldloom.envs.wire.Address.connect", _impatient())
+    monkeypatch.setattr("worldloom.deploy.wire.Address.connect", _impatient())
     values = {name: value for name, value in change.items() if not name.startswith("--")}
     options = {"--connect": address, "--goal": goal(tmp_path, values or {"vector": [0, 0]}), "--safe-action": "zero"}
     options |= {name: value for name, value in change.items() if name.startswith("--")}
@@ -128,7 +129,7 @@ def test_what_cannot_be_is_said(
 
 
 def _impatient() -> Callable[..., Any]:
-    from worldloom.envs.wire import Address
+    from worldloom.deploy.wire import Address
 
     connect = Address.connect
     return lambda self, timeout: connect(self, 0.2)

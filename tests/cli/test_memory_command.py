@@ -13,7 +13,7 @@ from worldloom.memory import EpisodicMemory
 
 @pytest.fixture(scope="module")
 def remembered(demo, tmp_path_factory) -> str:
-    from worldloom.recipes import Run, remember
+    from worldloom.workflow import Run, remember
 
     path = tmp_path_factory.mktemp("memory") / "m"
     run = Run.open(demo.run)

@@ -8,10 +8,9 @@ import time
 import pytest
 from rich.console import Console
 
-from worldloom.cli.watching import live, picture, watch
+from worldloom.cli.weave_watch import live, picture, watch
 from worldloom.core.errors import DataError, StorageError
-from worldloom.federation import Records
-from worldloom.federation.story import tell
+from worldloom.federation import Records, tell
 
 
 def pipe() -> Console:

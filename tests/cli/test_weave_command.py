@@ -13,11 +13,10 @@ import torch
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.signing import SigningKey
 from worldloom.data import EpisodeDataset
-from worldloom.federation import PartitionConfig, Release, Rounds, fingerprint, initial_base, read_constitution
-from worldloom.federation.cards import card_of
-from worldloom.federation.release import unmet
-from worldloom.recipes import Run
-from worldloom.recipes.weaving_deployment import NodeConfig, _join_any
+from worldloom.federation import PartitionConfig, Release, Rounds, card_of, fingerprint, initial_base, read_constitution
+from worldloom.federation.rounds.release import unmet
+from worldloom.workflow import NodeConfig, Run
+from worldloom.workflow.network import _join_any
 
 CONSORTIUM = """
 consortium: two rooms

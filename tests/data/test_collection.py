@@ -11,7 +11,7 @@ from data_samples import PushWorld, register
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from worldloom.core.errors import ConfigError, DataError, EnvironmentFailure, StorageError
-from worldloom.core.progress import Task
+from worldloom.core.progress import ProgressTask
 from worldloom.core.types import ActionSpec, Observations
 from worldloom.data import POLICIES, EpisodeDataset, collect, episode_seed, policy_generator, validate
 from worldloom.data import recording as recording_module
@@ -160,7 +160,7 @@ class _Interrupting:
         self.left = after
 
     @contextmanager
-    def task(self, description: str, total: int, unit: str = "it") -> Iterator[Task]:
+    def task(self, description: str, total: int, unit: str = "it") -> Iterator[ProgressTask]:
         yield self
 
     def advance(self, amount: int = 1, **figures: float) -> None:

@@ -12,9 +12,8 @@ from PIL import Image
 
 from worldloom.core.errors import DataError
 from worldloom.core.types import ActionSpec, Episode, ObservationSpec
-from worldloom.data import DatasetSpec, EpisodeDataset, contact_sheet, inspect, validate, video
+from worldloom.data import DatasetSpec, EpisodeDataset, contact_sheet, inspect, to_rgb, validate, video
 from worldloom.data.layout import _CODEC
-from worldloom.data.preview import to_rgb
 
 
 def make_dataset(path: Path) -> EpisodeDataset:

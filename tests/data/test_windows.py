@@ -12,14 +12,7 @@ from hypothesis import strategies as st
 
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.types import Windows
-from worldloom.data import (
-    EpisodeDataset,
-    FrameCache,
-    LanceWindows,
-    WindowSampler,
-    compute_statistics,
-    load_cache,
-)
+from worldloom.data import EpisodeDataset, FrameCache, LanceWindows, WindowSampler, compute_statistics, load_cache
 
 LENGTHS = [12, 3, 20, 9]
 

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from worldloom.core.types import ActionSpec, Goal, Observations
-from worldloom.data.policies import POLICIES
+from worldloom.data import POLICIES
 from worldloom.evaluation import Protocol, Split, SuccessRule, gym_protocol
 
 SIDE = 20.0
@@ -92,7 +92,7 @@ class NarrowHoming(Homing):
 
     acted = 0
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def select(self, rows: Sequence[int]) -> None:
         self.goal = self.goal[list(rows)]
 
     def act(self, observations: Observations) -> Tensor:

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from worldloom.core.errors import ConfigError, DataError, EnvironmentFailure
 from worldloom.core.types import ActionSpec, Goal, Observations
-from worldloom.evaluation import Protocol, SuccessRule, evaluate, gym_protocol
-from worldloom.evaluation.goals import draw_tasks, goal_policy_generator
-from worldloom.evaluation.world import World
+from worldloom.evaluation import EvaluationWorld, Protocol, SuccessRule, draw_tasks, evaluate, gym_protocol
+from worldloom.evaluation.goals import goal_policy_generator
 
 Agents = dict[str, Callable[[], Any]]
 
@@ -45,7 +44,7 @@ def test_starts_and_goals_do_not_depend_on_the_batch(protocol: Protocol, agents:
 
 def test_success_is_counted_at_the_exact_step(protocol: Protocol, agents: Agents) -> None:
     seen = {}
-    with World(protocol, 12) as world:
+    with EvaluationWorld(protocol, 12) as world:
         tasks, _ = draw_tasks(protocol, "far", world, 0, "")
         start = world.reset(tasks.seeds, protocol.task("far"), where="").vector(protocol.success)
     for row, seed in enumerate(tasks.seeds):
@@ -145,7 +144,7 @@ def test_goals_too_near_their_start_are_drawn_again(logged: Protocol, agents: Ag
 
 def test_an_episode_that_ends_early_gives_its_last_frame_as_the_goal(logged: Protocol, wander: Any) -> None:
     short = logged.model_copy(update={"env_kwargs": {"end_at": 5}})
-    with World(short, 9) as world, World(logged, 9) as endless:
+    with EvaluationWorld(short, 9) as world, EvaluationWorld(logged, 9) as endless:
         ended, _ = draw_tasks(short, "8 steps away", world, 0, "")
         policy = wander(world.action_spec)
         policy.reset([goal_policy_generator(seed) for seed in ended.seeds])
@@ -215,7 +214,7 @@ def test_a_failing_environment_is_named_by_method_split_and_seed(
         evaluate(broken, {"still": agents["still"]})
     text = str(caught.value)
     assert "method 'still', split 'far'" in text
-    with World(protocol, 12) as world:
+    with EvaluationWorld(protocol, 12) as world:
         tasks, _ = draw_tasks(protocol, "far", world, 0, "")
         start = world.reset(tasks.seeds, protocol.task("far"), where="").vector(protocol.success)
     faulty = [seed for seed, position in zip(tasks.seeds, start, strict=True) if position[0] < 10]

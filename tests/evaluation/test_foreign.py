@@ -104,7 +104,7 @@ class Toward:
     def reset(self, goal: Goal) -> None:
         self.goal, self.steps = goal.observations.vector[:, :2].clone(), 0
 
-    def keep(self, rows: list[int]) -> None:
+    def select(self, rows: list[int]) -> None:
         self.goal = self.goal[rows]
 
     def act(self, observations: Observations) -> torch.Tensor:

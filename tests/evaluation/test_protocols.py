@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from worldloom.core.errors import ConfigError
 from worldloom.core.seeds import derive_seed
-from worldloom.data.collection import episode_seed
+from worldloom.data import episode_seed
 from worldloom.evaluation import PROTOCOLS, Protocol, Split, SuccessRule, gym_protocol
 
 

@@ -10,14 +10,16 @@ from torch import Tensor
 
 from worldloom.core.signing import SigningKey, make_key
 from worldloom.core.types import ActionSpec, ObservationSpec
-from worldloom.data.cache import FrameCache
-from worldloom.data.spec import DatasetSpec
-from worldloom.federation.constitution import Constitution
-from worldloom.federation.coordinator import Coordinator
-from worldloom.federation.local import LocalTraining, initial_base
-from worldloom.federation.node import Node
-from worldloom.federation.partition import PartitionConfig
-from worldloom.federation.transport import InProcess
+from worldloom.data import DatasetSpec, FrameCache
+from worldloom.federation import (
+    Constitution,
+    Coordinator,
+    InProcess,
+    LocalTraining,
+    Node,
+    PartitionConfig,
+    initial_base,
+)
 from worldloom.models import JEPAConfig
 from worldloom.models.encoders import VectorMLP
 from worldloom.models.predictors import MLPPredictor

@@ -8,17 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.federation.aggregation import (
-    AGGREGATORS,
-    Aggregate,
-    Aggregator,
-    ClippedMean,
-    CoordinateMedian,
-    Krum,
-    Mean,
-    TrimmedMean,
-    capped,
-)
+from worldloom.federation import AGGREGATORS, Aggregate, Aggregator, capped
+from worldloom.federation.rounds.aggregation import ClippedMean, CoordinateMedian, Krum, Mean, TrimmedMean
 
 SHAPES = {"w": torch.Size((4, 3)), "b": torch.Size(()), "none": torch.Size((0, 2))}
 ALL = [AGGREGATORS[name]() for name in AGGREGATORS]

@@ -11,22 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from worldloom.core.errors import DataError
-from worldloom.federation.attacks import (
-    backdoor,
-    likeness,
-    membership_inference,
-    reconstruct,
-    scale,
-    sign_flip,
-)
-from worldloom.federation.privacy import PrivacyConfig, clip_and_noise, delta_norm
-from worldloom.federation.secure_aggregation import (
-    AggregationConfig,
-    Masker,
-    Session,
-    Unmasker,
-    decode_sum,
-)
+from worldloom.federation import PrivacyConfig, clip_and_noise
+from worldloom.federation.secure.aggregation_protocol import AggregationConfig, Masker, Session, Unmasker, decode_sum
+from worldloom.federation.secure.privacy import delta_norm
+from worldloom.testing.attacks import backdoor, likeness, membership_inference, reconstruct, scale, sign_flip
 
 FRAME = (3, 8, 8)
 

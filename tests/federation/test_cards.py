@@ -14,8 +14,9 @@ from worldloom.core.errors import DataError
 from worldloom.core.signing import make_key, sign_file
 from worldloom.core.types import ActionSpec, ObservationSpec
 from worldloom.data import DatasetSpec, FrameCache, WindowSampler
-from worldloom.federation.cards import (
+from worldloom.federation import (
     CLASSES,
+    Constitution,
     DataCard,
     card_of,
     card_path,
@@ -24,7 +25,6 @@ from worldloom.federation.cards import (
     may_shape_base,
     strictest,
 )
-from worldloom.federation.constitution import Constitution
 
 _CLASSES = st.lists(st.sampled_from(CLASSES), max_size=5)
 

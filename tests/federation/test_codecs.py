@@ -6,7 +6,8 @@ from torch import Tensor
 
 from worldloom.core.config import parse_component
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.federation.codecs import CODECS, Codec, Float32, Int8, TopK, bytes_of
+from worldloom.federation import CODECS, Codec, bytes_of
+from worldloom.federation.rounds.codecs import Float32, Int8, TopK
 
 ALL = [Float32(), Int8(), Int8(rounding="stochastic"), TopK(share=0.3), TopK(share=0.3, quantised=True)]
 IDS = ["float32", "int8", "int8-stochastic", "top-k", "top-k-int8"]

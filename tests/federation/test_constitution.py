@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.signing import SigningKey, make_key
-from worldloom.federation.constitution import Constitution, ratification_path, ratify, read_constitution
+from worldloom.federation import Constitution, ratify, read_constitution
+from worldloom.federation.rules.constitution import ratification_path
 
 _SUMS = {"secure_aggregation": True, "aggregation": {"name": "mean"}, "quorum": 3}
 _PRIVACY = {"clip": 1.0, "noise": 1.0, "epsilon_budget": 8.0}

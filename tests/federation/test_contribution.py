@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worldloom.core.errors import DataError
-from worldloom.federation.contribution import Contribution, check_contribution
-from worldloom.federation.partition import Partition, PartitionConfig
+from worldloom.federation import Contribution, Partition, PartitionConfig
+from worldloom.federation.rounds.contribution import check_contribution
 
 FACTS = {"owner": "ada", "round": 3, "base": "00", "steps": 10, "frames": 640, "data_class": "open"}
 SHARED = ("encoder.out.weight", "predictor.a")

@@ -8,15 +8,23 @@ import safetensors.torch
 import torch
 from consortium import MODEL, OWNERS, Consortium, points
 
-import worldloom.federation.coordinator as coordinator_module
+import worldloom.federation.rounds.coordinator as coordinator_module
 from worldloom.core.errors import CheckpointError, ConfigError, DataError, StorageError, TrainingError
-from worldloom.federation.codecs import bytes_of
-from worldloom.federation.coordinator import Rounds, read_base, recompute, save_base
-from worldloom.federation.envelope import seal, unseal
-from worldloom.federation.ledger import Records, verify_ledger
-from worldloom.federation.local import check_has_a_pilot, initial_base
-from worldloom.federation.partition import PartitionConfig, fingerprint
-from worldloom.federation.privacy import delta_norm, gaussian_epsilon
+from worldloom.federation import (
+    PartitionConfig,
+    Records,
+    Rounds,
+    bytes_of,
+    check_has_a_pilot,
+    fingerprint,
+    initial_base,
+    read_base,
+    recompute,
+    save_base,
+    verify_ledger,
+)
+from worldloom.federation.record.envelope import seal, unseal
+from worldloom.federation.secure.privacy import delta_norm, gaussian_epsilon
 from worldloom.models import load_model
 from worldloom.training import held_out_losses
 

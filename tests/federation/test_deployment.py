@@ -29,9 +29,10 @@ from worldloom.federation import (
     verify_ledger,
 )
 from worldloom.models import load_model
-from worldloom.recipes import Run, load_recipe, workflow
-from worldloom.recipes.weaving_deployment import classify, make_keys
-from worldloom.training.state import saved_steps
+from worldloom.recipes import load_recipe
+from worldloom.training import saved_steps
+from worldloom.workflow import Run, classify, make_keys
+from worldloom.workflow import jobs as workflow
 
 pytest.importorskip("flwr", reason="needs pip install 'worldloom[weave]'")
 

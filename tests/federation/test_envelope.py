@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from worldloom.core.chain import canonical
 from worldloom.core.errors import DataError
 from worldloom.core.signing import SigningKey, make_key
-from worldloom.federation import envelope
-from worldloom.federation.envelope import Message, seal, unseal
+from worldloom.federation.record import envelope
+from worldloom.federation.record.envelope import SignedMessage, seal, unseal
 
 _LIMIT = 10_000
 
@@ -29,7 +29,7 @@ def _message(key: SigningKey) -> bytes:
     return seal("answer", {"round": 3, "loss": 0.5}, {"a": torch.arange(4.0), "b": torch.zeros(0, 2)}, key=key)
 
 
-def _open(data: bytes, key: SigningKey, kind: str = "answer", limit: int = _LIMIT) -> Message:
+def _open(data: bytes, key: SigningKey, kind: str = "answer", limit: int = _LIMIT) -> SignedMessage:
     return unseal(data, kind=kind, known={key.public: "acme"}, limit=limit)
 
 

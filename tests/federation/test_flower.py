@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from worldloom.core.errors import ConfigError, DataError, StorageError
-from worldloom.federation.keys import Tls, make_node_keys, make_tls
+from worldloom.federation import Tls, make_node_keys, make_tls
 
 pytest.importorskip("flwr", reason="needs pip install 'worldloom[weave]'")
 
@@ -36,12 +36,12 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
 from worldloom.federation import Reply, Transport
-from worldloom.federation.flower import FlowerTransport, _carried, _carry, _public, join, serve
-from worldloom.federation.flower_process import PASS, Gate
+from worldloom.federation.transport.flower import FlowerTransport, _carried, _carry, _public
+from worldloom.federation.transport.flower_process import PASS, Gate
 
 NODE = """
 import sys
-from worldloom.federation.flower import join
+from worldloom.federation.transport.flower import join
 
 name, folder, address, patience = sys.argv[1:]
 
@@ -56,8 +56,8 @@ join(answer, home=f"{folder}/{name}", server=address, authority=f"{folder}/tls/c
 COORDINATOR = """
 import sys, time
 from pathlib import Path
-from worldloom.federation.flower import serve
-from worldloom.federation.keys import Tls
+from worldloom.federation.transport.flower import serve
+from worldloom.federation.transport.keys import Tls
 
 folder, port = Path(sys.argv[2]), int(sys.argv[3])
 tls = Tls(authority=folder / "tls/ca.pem", certificate=folder / "tls/server.pem", secret=folder / "tls/server.key")
@@ -134,7 +134,7 @@ def test_another_authority_and_another_host_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_expired_certificate_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from worldloom.federation import keys
+    from worldloom.federation.transport.messages import keys
 
     class Past(keys.datetime.datetime):
         @classmethod
@@ -256,7 +256,7 @@ NAMES = ("north", "east", "south")
 def grid(monkeypatch: pytest.MonkeyPatch) -> Grid:
     for part in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, part, 1)
-    monkeypatch.setattr("worldloom.federation.flower._POLL_SECONDS", 0.01)
+    monkeypatch.setattr("worldloom.federation.transport.flower._POLL_SECONDS", 0.01)
     return Grid(connected=dict.fromkeys(NAMES, "1"), answers={name: _carry(name.encode()) for name in NAMES})
 
 
@@ -557,7 +557,7 @@ def test_a_folder_serves_once_and_two_nodes_have_two_keys(tmp_path: Path) -> Non
 
 
 def test_a_port_that_is_taken_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worldloom.federation.flower._STOP_SECONDS", 0.3)
+    monkeypatch.setattr("worldloom.federation.transport.flower._STOP_SECONDS", 0.3)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -8,10 +8,9 @@ import pytest
 
 from worldloom.core.errors import DataError, StorageError
 from worldloom.core.signing import SigningKey, make_key
-from worldloom.federation import ledger as ledger_module
-from worldloom.federation.constitution import Constitution
-from worldloom.federation.keeping import Forked, Keeping
-from worldloom.federation.ledger import Ledger
+from worldloom.federation import Constitution, Keeping, Ledger
+from worldloom.federation.record import ledger as ledger_module
+from worldloom.federation.rounds.keeping import Forked
 
 
 class Looms:
@@ -93,7 +92,7 @@ def test_after_a_write_that_failed_what_comes_is_checked_anew(looms: Looms, monk
     fork = looms.lines("x", after=tuple(lines[:2]))
     keeping = looms.keeping()
     keeping.follow(0, lines[:2])
-    monkeypatch.setattr("worldloom.federation.keeping.write_atomic", full)
+    monkeypatch.setattr("worldloom.federation.rounds.keeping.write_atomic", full)
     with pytest.raises(StorageError):
         keeping.follow(2, lines[2:])
     monkeypatch.undo()

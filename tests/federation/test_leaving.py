@@ -15,6 +15,7 @@ from worldloom.federation import (
     InProcess,
     Keeping,
     Records,
+    Reply,
     Rounds,
     fingerprint,
     initial_base,
@@ -22,10 +23,9 @@ from worldloom.federation import (
     succeed,
     verify_ledger,
 )
-from worldloom.federation.envelope import seal, unseal
-from worldloom.federation.transport import Reply
+from worldloom.federation.record.envelope import seal, unseal
 from worldloom.models import load_model
-from worldloom.training.state import saved_steps
+from worldloom.training import saved_steps
 
 
 def kinds(consortium: Consortium, kind: str) -> list[dict]:

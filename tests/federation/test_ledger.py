@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 from worldloom.core.chain import Chain
 from worldloom.core.errors import DataError
 from worldloom.core.signing import SigningKey, make_key
-from worldloom.federation.constitution import Constitution
-from worldloom.federation.envelope import seal
-from worldloom.federation.ledger import (
+from worldloom.federation import (
+    Constitution,
     Ledger,
     Records,
     countersign,
-    exit_facts,
     model_card,
     read_countersigned,
     save_countersigned,
     verify_ledger,
 )
+from worldloom.federation.record.envelope import seal
+from worldloom.federation.record.ledger import exit_facts
 
 
 class World:

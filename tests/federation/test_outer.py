@@ -4,7 +4,8 @@ import torch
 
 from worldloom.core.config import parse_component
 from worldloom.core.errors import DataError
-from worldloom.federation.outer import OUTER, DiLoCo, FedAvg, Outer
+from worldloom.federation import OUTER, Outer
+from worldloom.federation.rounds.outer import DiLoCo, FedAvg
 
 BASE = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor(3.0)}
 DELTA = {"a": torch.tensor([0.5, 0.25]), "b": torch.tensor(-1.0)}

@@ -5,10 +5,8 @@ from hypothesis import strategies as st
 
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.types import ActionSpec, ObservationSpec
-from worldloom.data.spec import DatasetSpec
-from worldloom.data.statistics import Statistics
-from worldloom.federation.local import check_has_a_pilot
-from worldloom.federation.partition import Partition, PartitionConfig, fingerprint
+from worldloom.data import DatasetSpec, Statistics
+from worldloom.federation import Partition, PartitionConfig, check_has_a_pilot, fingerprint
 from worldloom.models import JEPA, JEPAConfig, build_jepa
 from worldloom.models.encoders import Fusion
 from worldloom.recipes import RECIPES

@@ -12,17 +12,8 @@ from scipy.special import gammaln, logsumexp
 from scipy.stats import norm
 
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.federation.privacy import (
-    Accountant,
-    Event,
-    PrivacyBudgetSpent,
-    PrivacyConfig,
-    clip_and_noise,
-    delta_norm,
-    effective_noise,
-    gaussian_epsilon,
-    secret_generator,
-)
+from worldloom.federation import Accountant, PrivacyBudgetSpent, PrivacyConfig, clip_and_noise
+from worldloom.federation.secure.privacy import Event, delta_norm, effective_noise, gaussian_epsilon, secret_generator
 
 numbers = st.floats(-1e6, 1e6, width=32)
 

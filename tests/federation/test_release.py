@@ -6,9 +6,8 @@ import pytest
 from consortium import MODEL, Consortium, points
 
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.federation import Constitution, fingerprint, initial_base, release
-from worldloom.federation.coordinator import Rounds, read_base
-from worldloom.federation.release import unmet
+from worldloom.federation import Constitution, Rounds, fingerprint, initial_base, read_base, release
+from worldloom.federation.rounds.release import unmet
 from worldloom.models import load_tensors
 
 

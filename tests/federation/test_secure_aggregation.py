@@ -16,7 +16,7 @@ from scipy.stats import chisquare, ks_2samp
 from torch import Tensor
 
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.federation.secure_aggregation import (
+from worldloom.federation.secure.aggregation_protocol import (
     PRIME,
     AggregationConfig,
     Masker,
@@ -212,7 +212,7 @@ def test_two_inputs_with_the_same_sum_look_alike_to_the_coordinator() -> None:
 
 
 def test_after_unmasking_a_single_delta_is_still_hidden_by_the_pair_masks() -> None:
-    from worldloom.federation.secure_aggregation import _own_mask
+    from worldloom.federation.secure.aggregation_protocol import _own_mask
 
     n = 20_000
     held = session(NAMES[:3], 2, {"x": (n,)})

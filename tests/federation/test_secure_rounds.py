@@ -19,17 +19,23 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from worldloom.core.errors import ConfigError, DataError, TrainingError
-from worldloom.federation.codecs import bytes_of
-from worldloom.federation.coordinator import Rounds, recompute
-from worldloom.federation.envelope import Message, seal, unseal
-from worldloom.federation.ledger import Ledger, Records, verify_ledger
-from worldloom.federation.local import LocalTraining, Trained
-from worldloom.federation.node import Node
-from worldloom.federation.partition import fingerprint
-from worldloom.federation.privacy import gaussian_epsilon
-from worldloom.federation.secure_aggregation import PRIME, _own_mask, join_secret
-from worldloom.federation.secure_node import SecureNode
-from worldloom.federation.secure_rounds import THE_SUM, Transcript, kept_sum, lasting
+from worldloom.federation import (
+    Ledger,
+    LocalTraining,
+    Node,
+    Records,
+    Rounds,
+    Trained,
+    bytes_of,
+    fingerprint,
+    recompute,
+    verify_ledger,
+)
+from worldloom.federation.record.envelope import SignedMessage, seal, unseal
+from worldloom.federation.secure.aggregation_protocol import PRIME, _own_mask, join_secret
+from worldloom.federation.secure.privacy import gaussian_epsilon
+from worldloom.federation.secure.secure_node import SecureNode
+from worldloom.federation.secure.secure_rounds import THE_SUM, Transcript, kept_sum, lasting
 from worldloom.models import save_tensors
 from worldloom.training import held_out_losses
 
@@ -403,7 +409,7 @@ class Probe:
 
     def __init__(self, path: Path) -> None:
         self.consortium = quick(path, rules={"rounds": 2})
-        self.asked: dict[tuple[str, str], Message] = {}
+        self.asked: dict[tuple[str, str], SignedMessage] = {}
         self.nodes = {name: self.consortium.node(name) for name in OWNERS}
         away = {name: self._stops(name) for name in OWNERS}
         with pytest.raises(TrainingError):
@@ -419,7 +425,7 @@ class Probe:
 
         return handle
 
-    def ask(self, name: str, what: str, tensors: Mapping[str, Tensor] | None = None, **changed: Any) -> Message:
+    def ask(self, name: str, what: str, tensors: Mapping[str, Tensor] | None = None, **changed: Any) -> SignedMessage:
         before = self.asked.get((what, name), self.asked["unmask", name])
         body = {**before.body, "what": what, **changed}
         if tensors is not None:

@@ -4,8 +4,7 @@ import pytest
 
 from worldloom.core.chain import Entry
 from worldloom.core.errors import DataError
-from worldloom.federation import Records
-from worldloom.federation.story import Watch, duration, printable, size, tell
+from worldloom.federation import Records, Watch, duration, printable, size, tell
 
 
 def entries(chronicle) -> list[Entry]:

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from worldloom.federation.transport import InProcess, Reply, Transport
+from worldloom.federation import InProcess, Reply, Transport
 
 
 def test_each_node_is_asked_its_own_message_and_its_answer_comes_back() -> None:

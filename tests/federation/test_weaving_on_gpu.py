@@ -6,8 +6,7 @@ import pytest
 import torch
 from consortium import OWNERS, Consortium
 
-from worldloom.federation import Records, Rounds, recompute
-from worldloom.federation.partition import fingerprint
+from worldloom.federation import Records, Rounds, fingerprint, recompute
 
 pytestmark = pytest.mark.gpu
 

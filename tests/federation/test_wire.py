@@ -12,11 +12,9 @@ import torch
 from consortium import OWNERS, Consortium, points
 from wire import Wire
 
-import worldloom.federation.local
-from worldloom.federation import Node, Records
-from worldloom.federation.envelope import unseal
-from worldloom.federation.keys import make_node_keys, make_tls
-from worldloom.federation.local import LocalTraining
+import worldloom.federation.rounds.local
+from worldloom.federation import LocalTraining, Node, Records, make_node_keys, make_tls
+from worldloom.federation.record.envelope import unseal
 
 NODE = """
 import sys
@@ -25,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, {here!r})
 import test_wire
 from consortium import Consortium
-from worldloom.federation.flower import join
+from worldloom.federation.transport.flower import join
 
 home, number, address, keys = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 node = test_wire.altered(Consortium(home, rules=test_wire.RULES), number)
@@ -42,7 +40,7 @@ def altered(consortium: Consortium, number: int, ends: list[dict[str, torch.Tens
     """
     training = consortium.node("north")._training
     source = torch.Generator().manual_seed(number)
-    fit = worldloom.federation.local.fit
+    fit = worldloom.federation.rounds.local.fit
 
     def ends_alike(*arguments, **options):
         model = fit(*arguments, **options)
@@ -58,7 +56,7 @@ def altered(consortium: Consortium, number: int, ends: list[dict[str, torch.Tens
             ends.append({name: tensor.clone() for name, tensor in state.items()})
         return model
 
-    worldloom.federation.local.fit = ends_alike
+    worldloom.federation.rounds.local.fit = ends_alike
     frames = training.frames
     drawn_from, held_out = frames.split(consortium.training.validation_share, consortium.training.seed)
     assert len(held_out)
@@ -84,7 +82,7 @@ def altered(consortium: Consortium, number: int, ends: list[dict[str, torch.Tens
 
 @pytest.fixture(autouse=True)
 def _fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worldloom.federation.local, "fit", worldloom.federation.local.fit)
+    monkeypatch.setattr(worldloom.federation.rounds.local, "fit", worldloom.federation.rounds.local.fit)
 
 
 def keys_of(path: Path, consortium: Consortium) -> None:
@@ -98,12 +96,12 @@ def keys_of(path: Path, consortium: Consortium) -> None:
 def test_a_contribution_is_the_same_to_the_byte_whatever_is_sovereign(tmp_path, codec, monkeypatch) -> None:
     rules = {**RULES, "codec": {"name": codec}}
     first = Consortium(tmp_path / "0", rules=rules)
-    fit, answers, states = worldloom.federation.local.fit, [], []
+    fit, answers, states = worldloom.federation.rounds.local.fit, [], []
     for number in range(2):
         if number:
             keys_of(tmp_path / "1", first)
         consortium = Consortium(tmp_path / str(number), rules=rules)
-        monkeypatch.setattr(worldloom.federation.local, "fit", fit)
+        monkeypatch.setattr(worldloom.federation.rounds.local, "fit", fit)
         node = altered(consortium, number, states)
         handlers = {name: lambda data: b"" for name in OWNERS}
         coordinator = consortium.coordinator({**handlers, "north": node.handle})
@@ -123,7 +121,7 @@ def test_a_contribution_is_the_same_to_the_byte_whatever_is_sovereign(tmp_path, 
 def test_on_the_wire_too_it_is_the_same_to_the_byte(tmp_path) -> None:
     pytest.importorskip("flwr", reason="needs pip install 'worldloom[weave]'")
     from worldloom.federation import Coordinator, initial_base
-    from worldloom.federation.flower import serve
+    from worldloom.federation.transport.flower import serve
 
     keys = tmp_path / "keys"
     tls = make_tls(keys, ("127.0.0.1",))

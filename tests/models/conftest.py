@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from worldloom.core.types import ActionSpec, Observations, ObservationSpec, Windows
-from worldloom.data.statistics import Statistics
+from worldloom.data import Statistics
 
 ACTION = ActionSpec(low=(-1.0, -2.0), high=(1.0, 4.0))
 

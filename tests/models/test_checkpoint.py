@@ -9,13 +9,13 @@ from worldloom.core.errors import CheckpointError, StorageError
 from worldloom.models import (
     JEPAConfig,
     build_jepa,
+    delete_tensors,
     load_extra,
     load_model,
     load_tensors,
     save_model,
     save_tensors,
 )
-from worldloom.models.checkpoint import delete_tensors
 from worldloom.models.encoders import ENCODERS, Fusion, PatchConv, VectorMLP
 from worldloom.models.predictors import TransformerPredictor
 

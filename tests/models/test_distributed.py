@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 
 from worldloom.core.types import ActionSpec, Observations, ObservationSpec, Windows
-from worldloom.data.statistics import Statistics
-from worldloom.models import LOSSES, JEPAConfig, LossInputs, TargetConfig, TargetEncoder, build_jepa
+from worldloom.data import Statistics
+from worldloom.models import JEPAConfig, TargetConfig, TargetEncoder, build_jepa
 from worldloom.models.distributed import gather, mean_over_ranks
 from worldloom.models.encoders import PatchConv
-from worldloom.models.losses import Covariance, SIGReg, Variance
+from worldloom.models.losses import LOSSES, Covariance, LossInputs, SIGReg, Variance
 
 WORLD = 2
 CONFIGS = {

@@ -6,10 +6,9 @@ from torch.nn import functional
 
 from worldloom.core.errors import ConfigError
 from worldloom.core.types import Observations
-from worldloom.models import ENCODERS, JEPAConfig, build_jepa, default_encoder
-from worldloom.models.encoders import Fusion, PatchConv, StemmedPatchConv, VectorMLP, ViT
+from worldloom.models import JEPAConfig, PixelNormalisation, build_jepa
+from worldloom.models.encoders import ENCODERS, Fusion, PatchConv, StemmedPatchConv, VectorMLP, ViT, default_encoder
 from worldloom.models.encoders.vit import sincos_positions
-from worldloom.models.normalisation import PixelNormalisation
 from worldloom.models.stems import _SPEED
 
 SMALL = [

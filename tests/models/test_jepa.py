@@ -3,7 +3,7 @@ import torch
 
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.types import Context
-from worldloom.data.statistics import Statistics
+from worldloom.data import Statistics
 from worldloom.models import JEPA, JEPAConfig, build_jepa
 from worldloom.models.encoders import Fusion, PatchConv, VectorMLP, ViT
 from worldloom.models.predictors import MLPPredictor, TransformerPredictor

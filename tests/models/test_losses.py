@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from worldloom.models import LOSSES, LossInputs
 from worldloom.models.losses import (
+    LOSSES,
     Covariance,
     InverseDynamics,
+    LossInputs,
     Prediction,
     SIGReg,
     Straightening,

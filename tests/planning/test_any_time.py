@@ -8,7 +8,8 @@ from linear_geometry import linear_geometry
 from torch import Tensor
 
 from worldloom.core.types import Context
-from worldloom.planning import CEM, ICEM, MPPI, SOLVERS, Adam, GoalObjective, LatentL2, Planner, Solver, TreeSearch
+from worldloom.planning import GoalObjective, LatentL2, Planner
+from worldloom.planning.solvers import CEM, ICEM, MPPI, SOLVERS, Adam, Solver, TreeSearch
 from worldloom.testing import LinearWorld
 
 LONG: dict[str, Solver] = {

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from worldloom.core.errors import NoFeasiblePlan, PlanningError
 from worldloom.core.types import Context, Rollouts
-from worldloom.planning import SOLVERS, GoalObjective, LatentL2, Planner, PlanningProblem
+from worldloom.planning import GoalObjective, LatentL2, Planner, PlanningProblem
 from worldloom.planning.problem import FORBIDDEN, rank
-from worldloom.planning.solvers.base import agree, spread
+from worldloom.planning.solvers import SOLVERS
+from worldloom.planning.solvers.solver import agree, spread
 from worldloom.testing import LinearWorld
 
 ALL = sorted(SOLVERS)

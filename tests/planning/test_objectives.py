@@ -6,10 +6,8 @@ from torch import Tensor
 
 from worldloom.core.errors import PlanningError
 from worldloom.core.types import Context, Rollouts
+from worldloom.guardrails import Ball, Box
 from worldloom.planning import (
-    CEM,
-    Ball,
-    Box,
     Effort,
     Elapsed,
     GoalObjective,
@@ -23,6 +21,7 @@ from worldloom.planning import (
     VectorGoal,
     WeightedSum,
 )
+from worldloom.planning.solvers import CEM
 from worldloom.testing import LinearWorld
 
 WORLD = LinearWorld()

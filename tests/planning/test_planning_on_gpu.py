@@ -8,22 +8,10 @@ from linear_geometry import linear_geometry
 
 from worldloom.core.errors import NoFeasiblePlan
 from worldloom.core.types import Context, Rollouts
-from worldloom.planning import (
-    SOLVERS,
-    Ball,
-    Familiar,
-    GoalObjective,
-    KeepOut,
-    LatentL2,
-    Magnitude,
-    Planner,
-    Probe,
-    ProbeConfig,
-    Rail,
-    Rate,
-    fit_probe,
-)
-from worldloom.planning.problem import violations_of
+from worldloom.guardrails import Ball, Familiar, KeepOut, Magnitude, Rail, Rate
+from worldloom.heads import Probe, ProbeConfig, fit_probe
+from worldloom.planning import GoalObjective, LatentL2, Planner, violations_of
+from worldloom.planning.solvers import SOLVERS
 from worldloom.testing import LinearWorld
 
 pytestmark = pytest.mark.gpu

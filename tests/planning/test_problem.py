@@ -7,21 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from worldloom.core.actions import Walk
 from worldloom.core.errors import DataError, PlanningError
 from worldloom.core.types import ActionBounds, Context, Rollouts
-from worldloom.data.cache import FrameCache
-from worldloom.data.spec import DatasetSpec
-from worldloom.planning import (
-    CEM,
-    GoalObjective,
-    LatentL2,
-    Planner,
-    PlanningProblem,
-    Walk,
-    WeightedSum,
-    dream,
-    encode_episodes,
-)
+from worldloom.data import DatasetSpec, FrameCache
+from worldloom.heads import dream, encode_episodes
+from worldloom.planning import GoalObjective, LatentL2, Planner, PlanningProblem, WeightedSum
+from worldloom.planning.solvers import CEM
 from worldloom.testing import LinearWorld
 
 

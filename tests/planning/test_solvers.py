@@ -11,24 +11,9 @@ from torch import Tensor, nn
 
 from worldloom.core.errors import ConfigError, PlanningError
 from worldloom.core.types import ActionBounds, ActionSpec, Context, ModelSpec, ObservationSpec, Rollouts
-from worldloom.planning import (
-    CEM,
-    ICEM,
-    MPPI,
-    SOLVERS,
-    Adam,
-    GoalObjective,
-    InverseConfig,
-    LatentGeometry,
-    LatentL2,
-    Planner,
-    PlanningProblem,
-    RandomShooting,
-    Solver,
-    TreeSearch,
-)
-from worldloom.planning.geometry import Reversibility
-from worldloom.planning.inverse import InverseDynamics
+from worldloom.heads import InverseModel, InverseModelConfig, LatentGeometry, Reversibility
+from worldloom.planning import GoalObjective, LatentL2, Planner, PlanningProblem
+from worldloom.planning.solvers import CEM, ICEM, MPPI, SOLVERS, Adam, RandomShooting, Solver, TreeSearch
 from worldloom.planning.solvers.icem import colouring_matrix
 from worldloom.testing import LinearWorld
 
@@ -165,9 +150,9 @@ def test_discrete_choices_stay_choices(name: str) -> None:
     world = Choices()
     geometry = LatentGeometry(
         step_length=2.0,
-        inverse=InverseDynamics(world.spec, (4,)),
+        inverse=InverseModel(world.spec, (4,)),
         reversibility=Reversibility(gap=1.0, displacement=1.0),
-        config=InverseConfig(hidden=(4,)),
+        config=InverseModelConfig(hidden=(4,)),
     )
     planner = Planner(world, THOROUGH[name], horizon=4, geometry=geometry)
     objective = GoalObjective(LatentL2(), torch.tensor([[6.0, 0.0], [-3.0, 0.0]]))

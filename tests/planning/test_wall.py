@@ -8,22 +8,12 @@ from linear_geometry import linear_geometry
 from torch import Tensor
 from wall_world import DOOR, WallWorld
 
+from worldloom.core.actions import Walk
 from worldloom.core.errors import CheckpointError
 from worldloom.core.types import Context
-from worldloom.planning import (
-    CEM,
-    GoalObjective,
-    InverseConfig,
-    LatentGeometry,
-    LatentL2,
-    Planner,
-    PlanningProblem,
-    Solver,
-    TreeSearch,
-    Walk,
-    measure_geometry,
-)
-from worldloom.planning.geometry import still
+from worldloom.heads import InverseModelConfig, LatentGeometry, measure_geometry, still
+from worldloom.planning import GoalObjective, LatentL2, Planner, PlanningProblem
+from worldloom.planning.solvers import CEM, Solver, TreeSearch
 from worldloom.planning.solvers.tree_search import _assemble, _Tree
 from worldloom.testing import LinearWorld
 
@@ -33,7 +23,7 @@ GOAL = torch.tensor([[0.5, -0.7], [0.4, -0.6], [0.6, -0.3], [0.3, -0.4]])
 
 @pytest.fixture(scope="module")
 def geometries() -> dict[bool, LatentGeometry]:
-    config = InverseConfig(steps=500, hidden=(64, 64), batch=256)
+    config = InverseModelConfig(steps=500, hidden=(64, 64), batch=256)
     worlds = {one_way: WallWorld(one_way=one_way) for one_way in (False, True)}
     return {
         one_way: measure_geometry(world, world.episodes(count=200, length=8), config, seed=0)

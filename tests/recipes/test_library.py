@@ -4,9 +4,10 @@ import gymnasium
 import pytest
 
 import worldloom
+from worldloom.agents import METHODS
 from worldloom.core.errors import ConfigError
 from worldloom.evaluation import PROTOCOLS
-from worldloom.recipes import METHODS, RECIPES, Recipe, load_recipe
+from worldloom.recipes import RECIPES, Recipe, load_recipe
 
 
 @pytest.mark.parametrize("name", list(RECIPES))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from worldloom.recipes.pictures import in_pixels
+from worldloom.workflow.report_data import in_pixels
 
 
 @pytest.mark.parametrize(

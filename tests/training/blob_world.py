@@ -3,8 +3,7 @@
 import numpy as np
 
 from worldloom.core.types import ActionSpec, ObservationSpec
-from worldloom.data.cache import FrameCache
-from worldloom.data.spec import DatasetSpec
+from worldloom.data import DatasetSpec, FrameCache
 
 SIDE = 32
 

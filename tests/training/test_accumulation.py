@@ -10,8 +10,7 @@ from train_blobs import CONFIG, MODEL
 from train_ranks import VIT
 
 from worldloom.core.errors import ConfigError
-from worldloom.data.statistics import compute_statistics
-from worldloom.data.windows import WindowSampler
+from worldloom.data import WindowSampler, compute_statistics
 from worldloom.models import JEPAConfig, build_jepa
 from worldloom.models.predictors import TransformerPredictor
 from worldloom.training.learner import Learner

@@ -17,10 +17,10 @@ from blob_world import blob_cache, make_cache
 from train_blobs import CONFIG, MODEL, STEPS, train
 
 from worldloom.core.errors import CheckpointError, ConfigError, TrainingError
-from worldloom.models import LOSSES, JEPAConfig, load_model, load_tensors
+from worldloom.models import JEPAConfig, load_model, load_tensors
 from worldloom.models.encoders import VectorMLP
-from worldloom.training import RunFolder, Stretch, TrainingConfig, fit, held_out_losses
-from worldloom.training.state import saved_steps
+from worldloom.models.losses import LOSSES
+from worldloom.training import RunFolder, Segment, TrainingConfig, fit, held_out_losses, saved_steps
 
 HERE = Path(__file__).parent
 
@@ -166,7 +166,7 @@ def test_the_trained_model_carries_no_loss_and_no_target(unbroken) -> None:
 
 def poisoned(cache, monkeypatch):
     """Make the batch of step 9 hold an action that is not finite."""
-    from worldloom.data.windows import WindowSampler
+    from worldloom.data import WindowSampler
 
     calls = []
     at = WindowSampler.at
@@ -267,7 +267,7 @@ def in_stretches(path: Path, cache, ends: list[int], base=lambda run: {}) -> Run
     """Train in several calls, each from where the one before ended."""
     run = RunFolder.create(path, {}, {})
     for begin, end in zip([0, *ends], ends, strict=False):
-        stretch = Stretch(begin=begin, end=end, base=base(run) if begin else {})
+        stretch = Segment(begin=begin, end=end, base=base(run) if begin else {})
         fit(CONFIG, MODEL, cache, run, resume=begin > 0, stretch=stretch)
     return run
 
@@ -280,7 +280,7 @@ def test_a_base_takes_the_place_of_what_it_names_and_of_nothing_else(cache, tmp_
     run = in_stretches(tmp_path / "run", cache, [20])
     before = load_model(run.model_directory).state_dict()
     base = {name: torch.full_like(x, 0.01) for name, x in before.items() if name.startswith("predictor.")}
-    fit(CONFIG, MODEL, cache, run, resume=True, stretch=Stretch(begin=20, end=20, base=base))
+    fit(CONFIG, MODEL, cache, run, resume=True, stretch=Segment(begin=20, end=20, base=base))
     after = load_model(run.model_directory).state_dict()
     for name, tensor in after.items():
         assert torch.equal(tensor, base.get(name, before[name])), name
@@ -294,8 +294,8 @@ def test_a_stretch_that_was_killed_goes_on_and_does_not_take_its_base_twice(cach
     whole = in_stretches(tmp_path / "whole", cache, [20, STEPS], base)
     broken = in_stretches(tmp_path / "broken", cache, [20])
     given = base(broken)
-    fit(CONFIG, MODEL, cache, broken, resume=True, stretch=Stretch(begin=20, end=41, base=given))  # ... and killed
-    fit(CONFIG, MODEL, cache, broken, resume=True, stretch=Stretch(begin=20, end=STEPS, base=given))
+    fit(CONFIG, MODEL, cache, broken, resume=True, stretch=Segment(begin=20, end=41, base=given))  # ... and killed
+    fit(CONFIG, MODEL, cache, broken, resume=True, stretch=Segment(begin=20, end=STEPS, base=given))
     assert_same_result(whole, broken)
 
 
@@ -303,22 +303,22 @@ def test_what_a_stretch_fixes_does_not_move_and_the_rest_does(cache, tmp_path) -
     run = in_stretches(tmp_path / "run", cache, [20])
     before = load_model(run.model_directory).state_dict()
     fixed = [name for name in before if name.startswith("predictor.")]
-    fit(CONFIG, MODEL, cache, run, resume=True, stretch=Stretch(begin=20, end=25, base={}, fixed=fixed))
+    fit(CONFIG, MODEL, cache, run, resume=True, stretch=Segment(begin=20, end=25, base={}, fixed=fixed))
     after = load_model(run.model_directory).state_dict()
     moving = [name for name in before if name.startswith("encoder.") and "weight" in name]
     assert all(torch.equal(after[name], before[name]) for name in fixed)
     assert not any(torch.equal(after[name], before[name]) for name in moving)
-    fit(CONFIG, MODEL, cache, run, resume=True, stretch=Stretch(begin=25, end=30, base={}))
+    fit(CONFIG, MODEL, cache, run, resume=True, stretch=Segment(begin=25, end=30, base={}))
     again = load_model(run.model_directory).state_dict()
     assert not any(torch.equal(again[name], after[name]) for name in fixed)
 
 
 def test_a_stretch_trains_at_the_rate_of_the_steps_that_it_states(cache, tmp_path) -> None:
     run = in_stretches(tmp_path / "run", cache, [10])
-    fit(CONFIG, MODEL, cache, run, resume=True, stretch=Stretch(begin=10, end=14, base={}, at=STEPS - 4))
-    fit(CONFIG, MODEL, cache, run, resume=True, stretch=Stretch(begin=14, end=16, base={}))
+    fit(CONFIG, MODEL, cache, run, resume=True, stretch=Segment(begin=10, end=14, base={}, at=STEPS - 4))
+    fit(CONFIG, MODEL, cache, run, resume=True, stretch=Segment(begin=14, end=16, base={}))
     fit(
-        CONFIG, MODEL, cache, run, resume=True, stretch=Stretch(begin=16, end=24, base={}, at=STEPS, schedule=STEPS + 8)
+        CONFIG, MODEL, cache, run, resume=True, stretch=Segment(begin=16, end=24, base={}, at=STEPS, schedule=STEPS + 8)
     )
     ends = {row["step"]: row["learning_rate"] for row in run.metrics() if "learning_rate" in row}
     assert ends[14] == pytest.approx(CONFIG.learning_rate_at(STEPS - 1))
@@ -331,9 +331,9 @@ def test_a_stretch_trains_at_the_rate_of_the_steps_that_it_states(cache, tmp_pat
 def test_a_stretch_that_begins_elsewhere_or_another_models_base_is_refused(cache, tmp_path) -> None:
     run = in_stretches(tmp_path / "run", cache, [20])
     for stretch, message in (
-        (Stretch(begin=30, end=40, base={}), "stands at step 20"),
-        (Stretch(begin=20, end=40, base={"predictor.nothing": torch.zeros(2)}), "predictor.nothing"),
-        (Stretch(begin=20, end=40, base={"norm.running_mean": torch.zeros(2)}), "of shape"),
+        (Segment(begin=30, end=40, base={}), "stands at step 20"),
+        (Segment(begin=20, end=40, base={"predictor.nothing": torch.zeros(2)}), "predictor.nothing"),
+        (Segment(begin=20, end=40, base={"norm.running_mean": torch.zeros(2)}), "of shape"),
     ):
         with pytest.raises(CheckpointError, match=message):
             fit(CONFIG, MODEL, cache, run, resume=True, stretch=stretch)

@@ -12,7 +12,7 @@ from blob_world import blob_cache
 from train_blobs import CONFIG, MODEL
 
 from worldloom.core.errors import CheckpointError, StorageError
-from worldloom.data.windows import WindowSampler
+from worldloom.data import WindowSampler
 from worldloom.models import load_model
 from worldloom.training import Ranks, RunFolder, fit
 from worldloom.training.fit import _Training

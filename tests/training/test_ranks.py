@@ -11,8 +11,7 @@ import torch
 from train_blobs import MODEL
 
 from worldloom.models import load_model
-from worldloom.training import RunFolder
-from worldloom.training.state import saved_steps
+from worldloom.training import RunFolder, saved_steps
 
 HERE = Path(__file__).parent
 ALL_LOSSES = [f'losses.{name}={{"name": "{name}", "weight": 0.1}}' for name in ("straightening", "sigreg")] + [

@@ -20,7 +20,7 @@ from train_blobs import CONFIG, MODEL
 from worldloom.core.errors import DataError
 from worldloom.core.processes import is_first
 from worldloom.core.types import Windows
-from worldloom.data.windows import WindowSampler
+from worldloom.data import WindowSampler
 from worldloom.models.encoders import ViT
 from worldloom.training import RunFolder, fit
 

@@ -1,67 +1,85 @@
-"""Agents: model predictive control, a reactive policy, and the baselines that stand beside them."""
+"""Agents: model predictive control, guides for far goals, a reactive policy, and baselines."""
 
-from worldloom.agents.audit import AuditLog
+from worldloom.agents.audit_log import AuditLog, damaged_situations, log_path, read_situation, replay
 from worldloom.agents.behaviour_cloning import (
     BehaviourCloningAgent,
     CloningConfig,
     CloningPolicy,
     fit_behaviour_cloning,
 )
-from worldloom.agents.control import ControlLoop, ControlReport
-from worldloom.agents.curiosity import CuriosityConfig, CuriosityGuide, ExploringAgent, LandmarkAgent, planning_parts
-from worldloom.agents.fallback import FALLBACKS, Fallback, FallbackField, Hold, Retreat, Stop
-from worldloom.agents.hierarchy import HierarchyConfig, HierarchyGuide
-from worldloom.agents.landmarks import Beyond, FollowConfig, LandmarkGuide, Outlook, arrival_check
-from worldloom.agents.planning import Auditor, Decision, Guide, Observer, PlanningAgent, Proposer, Situation
-from worldloom.agents.policy import Policy, PolicyConfig, read_policy
+from worldloom.agents.guides.curiosity import (
+    CuriosityConfig,
+    CuriosityGuide,
+    ExploringAgent,
+    LandmarkAgent,
+    planning_parts,
+)
+from worldloom.agents.guides.hierarchy import HierarchyConfig, HierarchyGuide
+from worldloom.agents.guides.landmarks import Beyond, FollowConfig, LandmarkGuide, Outlook, arrival_check
+from worldloom.agents.methods import (
+    METHODS,
+    CloningMethod,
+    HierarchyMethod,
+    LandmarkMethod,
+    Learned,
+    MethodConfig,
+    PlanMethod,
+    PlannedMethod,
+    RandomMethod,
+    ReactiveMethod,
+    default_methods,
+)
+from worldloom.agents.mpc import Auditor, Decision, Guide, Observer, PlanningAgent, Proposer, Situation
 from worldloom.agents.random import RandomAgent
 from worldloom.agents.reactive import PolicyProposer, ReactiveAgent, ReactiveConfig, ReactivePolicy, fit_reactive
-from worldloom.agents.recalibration import Recalibration
 from worldloom.agents.remembering import Rememberer, recall_landmarks
 
 __all__ = [
-    "FALLBACKS",
+    "METHODS",
     "AuditLog",
     "Auditor",
     "BehaviourCloningAgent",
     "Beyond",
     "CloningConfig",
+    "CloningMethod",
     "CloningPolicy",
-    "ControlLoop",
-    "ControlReport",
     "CuriosityConfig",
     "CuriosityGuide",
     "Decision",
     "ExploringAgent",
-    "Fallback",
-    "FallbackField",
     "FollowConfig",
     "Guide",
     "HierarchyConfig",
     "HierarchyGuide",
-    "Hold",
+    "HierarchyMethod",
     "LandmarkAgent",
     "LandmarkGuide",
+    "LandmarkMethod",
+    "Learned",
+    "MethodConfig",
     "Observer",
     "Outlook",
+    "PlanMethod",
+    "PlannedMethod",
     "PlanningAgent",
-    "Policy",
-    "PolicyConfig",
     "PolicyProposer",
     "Proposer",
     "RandomAgent",
+    "RandomMethod",
     "ReactiveAgent",
     "ReactiveConfig",
+    "ReactiveMethod",
     "ReactivePolicy",
-    "Recalibration",
     "Rememberer",
-    "Retreat",
     "Situation",
-    "Stop",
     "arrival_check",
+    "damaged_situations",
+    "default_methods",
     "fit_behaviour_cloning",
     "fit_reactive",
+    "log_path",
     "planning_parts",
-    "read_policy",
+    "read_situation",
     "recall_landmarks",
+    "replay",
 ]

@@ -10,19 +10,16 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from worldloom.agents.batch import Batch
+from worldloom.agents.environment_batch import EnvironmentBatch
+from worldloom.core.actions import project
 from worldloom.core.config import Config
 from worldloom.core.errors import CheckpointError, ConfigError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seeds import derive_seed, numpy_generator
 from worldloom.core.types import ActionBounds, ActionSpec, Goal, ModelSpec, Observations, ObservationSpec
-from worldloom.data.frames import Frames
-from worldloom.data.statistics import Statistics, compute_statistics
-from worldloom.models.checkpoint import load_tensors, save_tensors
+from worldloom.data import Frames, Statistics, compute_statistics
+from worldloom.models import MLP, LatentNorm, fit_head, load_tensors, save_tensors
 from worldloom.models.encoders import EncoderConfig, EncoderField, default_encoder
-from worldloom.models.heads import MLP, fit_head
-from worldloom.models.normalisation import LatentNorm
-from worldloom.planning.actions import project
 
 _KIND = "behaviour-cloning"
 
@@ -155,7 +152,7 @@ class BehaviourCloningAgent:
     def __init__(self, policy: CloningPolicy) -> None:
         self._policy = policy
         self._device = next(policy.parameters()).device
-        self._batch = Batch()
+        self._batch = EnvironmentBatch()
         self._goal: Tensor | None = None
 
     def reset(self, goal: Goal) -> None:
@@ -164,9 +161,9 @@ class BehaviourCloningAgent:
         with torch.inference_mode():
             self._goal = self._policy.encode(goal.observations.to(self._device))
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Keep only these environments, by their places in the last batch, in this order."""
-        places = self._batch.keep(rows)
+    def select(self, rows: Sequence[int]) -> None:
+        """Narrow to these environments, given by their places in the last batch, in this order."""
+        places = self._batch.select(rows)
         if self._goal is not None:
             self._goal = self._goal[places]
 

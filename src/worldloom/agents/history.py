@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from worldloom.core.protocols import WorldModel
+from worldloom.core.seams import WorldModel
 from worldloom.core.types import Context, Observations
 
 
@@ -42,8 +42,8 @@ class History:
         self._actions.append(actions)
         self._taken = actions
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Keep these environments only."""
+    def select(self, rows: Sequence[int]) -> None:
+        """Narrow to these environments."""
         index = list(rows)
         self._frames = deque((frame[index] for frame in self._frames), maxlen=self._frames.maxlen)
         self._actions = deque((action[index] for action in self._actions), maxlen=self._actions.maxlen)

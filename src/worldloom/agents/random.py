@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from worldloom.agents.batch import Batch
+from worldloom.agents.environment_batch import EnvironmentBatch
+from worldloom.core.actions import Walk, project
 from worldloom.core.seeds import torch_generator
 from worldloom.core.types import ActionBounds, ActionSpec, Goal, ModelSpec, Observations, ObservationSpec
-from worldloom.planning.actions import Walk, project
 
 _STEPS = 64  # drawn at a time
 
@@ -22,7 +22,7 @@ class RandomAgent:
         self._spec = ModelSpec(observation=ObservationSpec(vector=1), action=action, block=1, context=1, latent_dim=1)
         self._bounds = ActionBounds.of(self._spec)
         self._walk, self._generator = walk, torch_generator(seed, "random-agent")
-        self._batch = Batch()
+        self._batch = EnvironmentBatch()
         self._coming: list[Tensor] = []
 
     def reset(self, goal: Goal) -> None:
@@ -30,9 +30,9 @@ class RandomAgent:
         self._batch.start(goal)
         self._coming = []
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Keep only these environments, by their places in the last batch, in this order."""
-        places = self._batch.keep(rows)
+    def select(self, rows: Sequence[int]) -> None:
+        """Narrow to these environments, given by their places in the last batch, in this order."""
+        places = self._batch.select(rows)
         self._coming = [actions[places] for actions in self._coming]
 
     def act(self, observations: Observations) -> Float[Tensor, "B A"]:

@@ -10,22 +10,18 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from worldloom.agents.batch import Batch
+from worldloom.agents.environment_batch import EnvironmentBatch
+from worldloom.core.actions import Walk
 from worldloom.core.config import Config
 from worldloom.core.errors import PlanningError
 from worldloom.core.progress import SILENT, Progress
-from worldloom.core.protocols import WorldModel
+from worldloom.core.seams import WorldModel
 from worldloom.core.seeds import derive_seed, torch_generator
 from worldloom.core.types import Context, Goal, ModelSpec, Observations
-from worldloom.models.heads import fit_head
-from worldloom.planning.actions import Walk
-from worldloom.planning.episodes import LatentEpisodes, dream
-from worldloom.planning.geometry import LatentGeometry, still
-from worldloom.planning.inverse import InverseDynamics
-from worldloom.planning.objectives import GoalObjective, LatentL2
-from worldloom.planning.planner import Planner
+from worldloom.heads import InverseModel, LatentEpisodes, LatentGeometry, dream, read_head, restore, save_head, still
+from worldloom.models import fit_head
+from worldloom.planning import GoalObjective, LatentL2, Planner
 from worldloom.planning.solvers import SolverField, TreeSearch
-from worldloom.planning.storage import read_head, restore, save_head
 
 _log = logging.getLogger(__name__)
 _KIND = "reactive-policy"
@@ -59,7 +55,7 @@ class ReactivePolicy(nn.Module):
     def __init__(self, spec: ModelSpec, config: ReactiveConfig) -> None:
         super().__init__()
         self.config = config
-        self.inverse = InverseDynamics(spec, config.hidden)
+        self.inverse = InverseModel(spec, config.hidden)
 
     def forward(self, latents: Float[Tensor, "*axes D"], goal: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes A"]:
         """Return a block within bounds, in environment units."""
@@ -213,7 +209,7 @@ class ReactiveAgent:
             raise PlanningError(f"the policy gives {block} environment steps at a time; got every={every}")
         self._model, self._policy = model, policy
         self._device = torch.device(getattr(model, "device", "cpu"))
-        self._batch = Batch()
+        self._batch = EnvironmentBatch()
         self._goal: Tensor | None = None
         self._coming: list[Tensor] = []
 
@@ -224,9 +220,9 @@ class ReactiveAgent:
         with torch.inference_mode():
             self._goal = self._model.encode(goal.observations.to(self._device))
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Keep only these environments, by their places in the last batch, in this order."""
-        places = self._batch.keep(rows)
+    def select(self, rows: Sequence[int]) -> None:
+        """Narrow to these environments, given by their places in the last batch, in this order."""
+        places = self._batch.select(rows)
         self._coming = [actions[places] for actions in self._coming]
         if self._goal is not None:
             self._goal = self._goal[places]

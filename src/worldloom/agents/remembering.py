@@ -36,8 +36,8 @@ class Rememberer:
         self.save()
         self._episodes, self._steps = self._memory.new_episodes(environments), 0
 
-    def keep(self, places: Sequence[int]) -> None:
-        """Keep only these environments, by their places in the last batch, in this order."""
+    def select(self, places: Sequence[int]) -> None:
+        """Narrow to these environments, given by their places in the last batch, in this order."""
         self._episodes = self._episodes[list(places)]
 
     def __call__(self, observations: Observations, context: Context, followed: Plan | None, blocks: int) -> None:

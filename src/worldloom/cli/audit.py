@@ -24,7 +24,7 @@ def verify(
     json: Json = False,
 ) -> None:
     """Check every entry and every situation; the first that was changed is named, and the exit code is 3."""
-    from worldloom.agents.audit import damaged_situations, log_path
+    from worldloom.agents import damaged_situations, log_path
     from worldloom.cli.console import print_json, say
     from worldloom.core import chain
     from worldloom.core.errors import ConfigError, DataError
@@ -55,7 +55,7 @@ def show(
     json: Json = False,
 ) -> None:
     """Show what was decided, entry by entry, each verified as it is read."""
-    from worldloom.agents.audit import log_path, read_situation
+    from worldloom.agents import log_path, read_situation
     from worldloom.cli.console import print_json, print_table
     from worldloom.core.chain import entries
     from worldloom.core.errors import ConfigError, DataError
@@ -100,7 +100,7 @@ def replay_entry(
     """Make a past decision again, as the log says it was made; the exit code is 3 where it is not the same."""
     from worldloom.cli.console import print_json, say
     from worldloom.core.errors import DataError
-    from worldloom.recipes.auditing import replay_entry as again
+    from worldloom.workflow import replay_entry as again
 
     import_modules(imports)
     decision, same, body = again(log, entry, run=run)

@@ -1,4 +1,4 @@
-"""`worldloom calibrate`: margins under which a policy keeps its promise."""
+"""`worldloom calibrate`: margins under which a rule set keeps its promise."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,7 @@ import typer
 from worldloom.cli.options import (
     Imports,
     Json,
-    Keep,
+    Rules,
     Threads,
     Trust,
     Unsigned,
@@ -28,22 +28,21 @@ def calibrate(
     episodes: Annotated[int, typer.Option(min=2, help="Episodes of each split, in each round.")] = 200,
     rounds: Annotated[int, typer.Option(min=1, help="The most rounds.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="The root of the calibration's seeds.")] = 0,
-    keep: Keep = None,
+    rules: Rules = None,
     trust: Trust = None,
     unsigned: Unsigned = False,
     threads: Threads = 0,
     imports: Imports = None,
     json: Json = False,
 ) -> None:
-    """Calibrate the margins of a policy for a method, under the plans that it chooses; kept in the run folder."""
+    """Calibrate the margins of a rule set for a method, under the plans that it chooses; kept in the run folder."""
     from worldloom.cli.console import print_json, print_table, progress
-    from worldloom.recipes import Run
-    from worldloom.recipes.calibration import calibrate, keeps_margins
+    from worldloom.workflow import Run, calibrate, uses_margins
 
     import_modules(imports)
     set_threads(threads)
-    opened = Run.open(run, policy=read_layers(keep, trust, unsigned))
-    names = method or [name for name, config in opened.recipe.methods.items() if keeps_margins(config)]
+    opened = Run.open(run, rules=read_layers(rules, trust, unsigned))
+    names = method or [name for name, config in opened.recipe.methods.items() if uses_margins(config)]
     found = {
         name: calibrate(
             opened,
@@ -57,7 +56,7 @@ def calibrate(
         )
         for name in names
     }
-    assert opened.policy is not None
+    assert opened.rules is not None
     if json:
         print_json({name: {"risk": one.risk, "margins": one.values.tolist()} for name, one in found.items()})
         return
@@ -65,6 +64,6 @@ def calibrate(
         steps = [f"+{step}" for step in range(1, margins.values.shape[1] + 1)]
         rows = [
             [title, *(f"{value:.3g}" for value in values)]
-            for title, values in zip(opened.policy.titles, margins.values.tolist(), strict=True)
+            for title, values in zip(opened.rules.titles, margins.values.tolist(), strict=True)
         ]
         print_table(f"{name}: margins at a risk of {margins.risk:g}", ["model steps ahead", *steps], rows)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from worldloom.core.progress import Progress, Task
+from worldloom.core.progress import Progress, ProgressTask
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -45,7 +45,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     (out if out.is_terminal else Console(highlight=False, width=160)).print(table)
 
 
-class _Meter:
+class _ProgressMeter:
     """Counts one task and formats its rate and figures."""
 
     def __init__(self, unit: str) -> None:
@@ -64,7 +64,7 @@ class BarProgress:
     """Bars with a count, a rate and the time left."""
 
     @contextmanager
-    def task(self, description: str, total: int, unit: str = "it") -> Iterator[Task]:
+    def task(self, description: str, total: int, unit: str = "it") -> Iterator[ProgressTask]:
         """Open a bar; it stays on the screen when it ends."""
         columns = (
             TextColumn("{task.description:<28}"),
@@ -79,7 +79,7 @@ class BarProgress:
 
 class _Bar:
     def __init__(self, bars: RichProgress, task: TaskID, unit: str) -> None:
-        self._bars, self._task, self._meter = bars, task, _Meter(unit)
+        self._bars, self._task, self._meter = bars, task, _ProgressMeter(unit)
 
     def advance(self, amount: int = 1, **figures: float) -> None:
         self._bars.update(self._task, advance=amount, figures=self._meter.advance(amount, figures))
@@ -91,7 +91,7 @@ class LineProgress:
     interval = 10.0
 
     @contextmanager
-    def task(self, description: str, total: int, unit: str = "it") -> Iterator[Task]:
+    def task(self, description: str, total: int, unit: str = "it") -> Iterator[ProgressTask]:
         """Open a task that writes lines."""
         line = _Line(description, total, unit, self.interval)
         yield line
@@ -101,7 +101,7 @@ class LineProgress:
 class _Line:
     def __init__(self, description: str, total: int, unit: str, interval: float) -> None:
         self._description, self._total, self._interval = description, total, interval
-        self._meter = _Meter(unit)
+        self._meter = _ProgressMeter(unit)
         self._next = self._meter.start + interval
         self._text = ""
 

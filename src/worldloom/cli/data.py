@@ -65,7 +65,7 @@ def preview(
 def formats(json: Json = False) -> None:
     """List the formats that can be converted, and what each can do."""
     from worldloom.cli.console import print_json, print_table
-    from worldloom.data.formats import FORMATS
+    from worldloom.formats import FORMATS
 
     every = [FORMATS[name] for name in FORMATS]
     if json:
@@ -117,8 +117,8 @@ def convert(
 ) -> None:
     """Convert a dataset from one format to another, and say what could not be carried."""
     from worldloom.cli.console import print_json, print_table, progress, say
-    from worldloom.data.formats import ReadOptions, WriteOptions
-    from worldloom.data.formats import convert as convert_data
+    from worldloom.formats import ReadOptions, WriteOptions
+    from worldloom.formats import convert as convert_data
 
     read = ReadOptions.parse(
         {

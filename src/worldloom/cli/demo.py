@@ -24,7 +24,8 @@ def demo(
 
     from worldloom.cli.console import print_json, progress, say
     from worldloom.cli.evaluate import show
-    from worldloom.recipes import load_recipe, workflow
+    from worldloom.recipes import load_recipe
+    from worldloom.workflow import jobs as workflow
 
     set_threads(threads)
     start = time.perf_counter()

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from worldloom.cli.options import Audit, Imports, Json, Keep, Trust, Unsigned, import_modules, read_layers
+from worldloom.cli.options import Audit, Imports, Json, Rules, Trust, Unsigned, import_modules, read_layers
 
 
 def deploy(
@@ -30,7 +30,7 @@ def deploy(
     method: Annotated[str | None, typer.Option(help="A method of the recipe; by default its own.")] = None,
     memory: Annotated[Path | None, typer.Option(help="The memory that the agent goes on from, and writes.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The root of the planner's seed.")] = 0,
-    keep: Keep = None,
+    rules: Rules = None,
     trust: Trust = None,
     unsigned: Unsigned = False,
     audit: Audit = None,
@@ -46,19 +46,17 @@ def deploy(
     """
     import signal
 
-    from worldloom.agents.control import ControlLoop
     from worldloom.cli.console import print_json, say
     from worldloom.cli.options import set_threads
     from worldloom.core.errors import ConfigError
-    from worldloom.envs.link import SocketLink
-    from worldloom.recipes import Run
-    from worldloom.recipes.deployment import check_plant, keep_report, read_goal
+    from worldloom.deploy import ControlLoop, SocketLink
+    from worldloom.workflow import Run, check_plant, read_goal, store_report
 
     if late not in ("discard", "use"):
         raise ConfigError(f"--late is discard or use; got {late!r}")
     import_modules(imports)
     set_threads(threads)
-    opened = Run.open(run, memory=memory, policy=read_layers(keep, trust, unsigned), audit=audit)
+    opened = Run.open(run, memory=memory, rules=read_layers(rules, trust, unsigned), audit=audit)
     target = read_goal(opened, goal)
     agent = opened.agent(method, seed=seed)
     with SocketLink(connect) as link:
@@ -77,7 +75,7 @@ def deploy(
             loop.run(target, duration=duration or None)
         finally:
             signal.signal(signal.SIGTERM, previous)
-            folder = keep_report(opened, loop.report)
+            folder = store_report(opened, loop.report)
             opened.close()
     if json:
         print_json(loop.report.to_json())

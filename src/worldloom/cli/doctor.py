@@ -111,6 +111,6 @@ def _drawing() -> tuple[str, str, str]:
 
 
 def _remedy() -> str:
-    from worldloom.envs.rendering import GL_REMEDY
+    from worldloom.envs import GL_REMEDY
 
     return GL_REMEDY

@@ -10,7 +10,7 @@ import typer
 from worldloom.cli.options import (
     Imports,
     Json,
-    Keep,
+    Rules,
     Threads,
     Trust,
     Unsigned,
@@ -22,8 +22,8 @@ from worldloom.cli.options import (
 from worldloom.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from worldloom.core.protocols import Agent
-    from worldloom.recipes import Run
+    from worldloom.core.seams import Agent
+    from worldloom.workflow import Run
 
 
 def evaluate(
@@ -57,7 +57,7 @@ def evaluate(
     ] = None,
     memory: Annotated[Path | None, typer.Option(help="The memory that agents go on from, and write.")] = None,
     env_arg: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the world.")] = None,
-    keep: Keep = None,
+    rules: Rules = None,
     trust: Trust = None,
     unsigned: Unsigned = False,
     threads: Threads = 0,
@@ -66,11 +66,12 @@ def evaluate(
 ) -> None:
     """Evaluate a run and its baselines on goals drawn from seeds never used in training; writes a report."""
     from worldloom.cli.console import print_json, progress, say
-    from worldloom.recipes import Run, report_path, workflow
+    from worldloom.workflow import Run, report_path
+    from worldloom.workflow import jobs as workflow
 
     import_modules(imports)
     set_threads(threads)
-    opened = Run.open(run, memory=memory, policy=read_layers(keep, trust, unsigned))
+    opened = Run.open(run, memory=memory, rules=read_layers(rules, trust, unsigned))
     results = workflow.evaluate(
         opened,
         protocol=protocol,

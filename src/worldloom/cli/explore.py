@@ -26,7 +26,8 @@ def explore(
     asks for far goals in the same worlds.
     """
     from worldloom.cli.console import progress, say
-    from worldloom.recipes import Run, workflow
+    from worldloom.workflow import Run
+    from worldloom.workflow import jobs as workflow
 
     import_modules(imports)
     set_threads(threads)

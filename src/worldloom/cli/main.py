@@ -18,7 +18,7 @@ from worldloom.cli import (
     explore,
     memory,
     plan,
-    policy,
+    rules,
     runs,
     train,
     weave,
@@ -69,7 +69,7 @@ app.command("doctor")(doctor.doctor)
 app.add_typer(audit.app, name="audit")
 app.add_typer(data.app, name="data")
 app.add_typer(memory.app, name="memory")
-app.add_typer(policy.app, name="policy")
+app.add_typer(rules.app, name="rules")
 app.add_typer(runs.app, name="runs")
 app.add_typer(weave.app, name="weave")
 

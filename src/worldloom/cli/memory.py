@@ -23,8 +23,8 @@ def remember(
     """Remember logs: encode a dataset's episodes into a memory, made where there is none."""
     from worldloom.cli.console import progress, say
     from worldloom.memory import EpisodicMemory, MemoryConfig
-    from worldloom.recipes import Run
-    from worldloom.recipes import remember as append
+    from worldloom.workflow import Run
+    from worldloom.workflow import remember as append
 
     opened = Run.open(run)
     config = MemoryConfig.parse({"frames": frames, "capacity": capacity})
@@ -71,7 +71,7 @@ def recall(
     from worldloom.cli.console import print_json, print_table, say
     from worldloom.core.errors import ConfigError
     from worldloom.memory import EpisodicMemory, Where, as_rows, draw_memories
-    from worldloom.recipes import Run, encode_picture
+    from worldloom.workflow import Run, encode_picture
 
     if (image is None) != (run is None) or (image is not None and like is not None):
         raise ConfigError("expected --id, or --image together with --run, or none of them for the newest memories")
@@ -148,7 +148,7 @@ def reencode(path: Memory, run: Annotated[Path, typer.Argument(help="The run fol
     """Encode all memories anew, with the model of a run."""
     from worldloom.cli.console import progress, say
     from worldloom.memory import EpisodicMemory
-    from worldloom.recipes import Run
+    from worldloom.workflow import Run
 
     model = Run.open(run).model
     with EpisodicMemory.open(path, spec=None, writable=True) as memory:

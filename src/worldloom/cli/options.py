@@ -12,7 +12,7 @@ from worldloom.core.config import parse_value
 from worldloom.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from worldloom.agents import PolicyConfig
+    from worldloom.guardrails import RuleLayer
 
 _KEY = re.compile("((operator|site|community):)?[0-9a-fA-F]{64}")
 
@@ -29,17 +29,17 @@ Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads for 
 Audit = Annotated[
     Path | None, typer.Option("--audit", help="A directory in which every decision of the agent is written down.")
 ]
-Keep = Annotated[
+Rules = Annotated[
     list[Path] | None,
-    typer.Option("--keep", metavar="POLICY", help="A layer of a policy that the agent keeps; uppermost first."),
+    typer.Option("--rules", metavar="FILE", help="A layer of the rule set that the agent obeys, uppermost first."),
 ]
 Trust = Annotated[
     list[str] | None,
     typer.Option(
-        "--trust", metavar="[LAYER:]KEY", help="A public key whose signature of a policy counts, or a file of some."
+        "--trust", metavar="[LAYER:]KEY", help="A public key whose signature of a rule set counts, or a file of some."
     ),
 ]
-Unsigned = Annotated[bool, typer.Option("--unsigned", help="Ask for no signature of a policy: to try one out.")]
+Unsigned = Annotated[bool, typer.Option("--unsigned", help="Ask for no signature of a rule set: to try one out.")]
 
 
 def import_modules(names: list[str] | None) -> None:
@@ -92,15 +92,15 @@ def trusted_keys(trust: list[str] | None, unsigned: bool) -> set[str] | None:
     return keys
 
 
-def read_layers(keep: list[Path] | None, trust: list[str] | None, unsigned: bool) -> "tuple[PolicyConfig, ...]":
-    """Read the layers of a policy that a command was given, if any."""
-    from worldloom.agents import read_policy
+def read_layers(rules: list[Path] | None, trust: list[str] | None, unsigned: bool) -> "tuple[RuleLayer, ...]":
+    """Read the layers of a rule set that a command was given, if any."""
+    from worldloom.guardrails import read_rules
 
-    if not keep:
+    if not rules:
         return ()
     keys = trusted_keys(trust, unsigned)
     if keys is not None and not keys:
         raise ConfigError(
-            f"whose signature of {keep[0]} counts? Give the key (--trust KEY), or --unsigned to try it out"
+            f"whose signature of {rules[0]} counts? Give the key (--trust KEY), or --unsigned to try it out"
         )
-    return read_policy(keep, trusted=keys).layers
+    return read_rules(rules, trusted=keys).layers

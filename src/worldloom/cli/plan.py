@@ -9,7 +9,7 @@ from worldloom.cli.options import (
     Audit,
     Imports,
     Json,
-    Keep,
+    Rules,
     Threads,
     Trust,
     Unsigned,
@@ -30,7 +30,7 @@ def plan(
     explain: Annotated[
         Path | None, typer.Option(help="Draw the predicted future, the guardrails and what was ruled out (PNG).")
     ] = None,
-    keep: Keep = None,
+    rules: Rules = None,
     trust: Trust = None,
     unsigned: Unsigned = False,
     audit: Audit = None,
@@ -40,11 +40,11 @@ def plan(
 ) -> None:
     """Plan once from a start to a goal: the actions, what they are predicted to cost, and how long it took."""
     from worldloom.cli.console import print_json, print_table
-    from worldloom.recipes import Run, plan_once
+    from worldloom.workflow import Run, plan_once
 
     import_modules(imports)
     set_threads(threads)
-    opened = Run.open(run, policy=read_layers(keep, trust, unsigned), audit=audit)
+    opened = Run.open(run, rules=read_layers(rules, trust, unsigned), audit=audit)
     made = plan_once(
         opened,
         start=start,

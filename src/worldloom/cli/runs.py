@@ -17,7 +17,7 @@ def list_runs(
     """List the runs below a folder; a damaged one is named beside the others."""
     from worldloom.cli.console import print_json, print_table, say
     from worldloom.core.errors import WorldloomError
-    from worldloom.recipes import find_runs
+    from worldloom.workflow import find_runs
 
     summaries, damaged = [], []
     for run in find_runs(root):
@@ -39,7 +39,7 @@ def list_runs(
 def show(run: Annotated[Path, typer.Argument(help="A run folder.")], json: Json = False) -> None:
     """Show a run's figures, configuration and provenance."""
     from worldloom.cli.console import print_json, print_table
-    from worldloom.recipes import Run
+    from worldloom.workflow import Run
 
     opened = Run.open(run)
     description = {"summary": opened.summary(), "config": opened.folder.config, "provenance": opened.folder.provenance}
@@ -55,7 +55,7 @@ def compare(runs: Annotated[list[Path], typer.Argument(help="Two or more run fol
     """Show where runs differ: settings and figures side by side."""
     from worldloom.cli.console import print_json, print_table
     from worldloom.core.errors import ConfigError
-    from worldloom.recipes import Run
+    from worldloom.workflow import Run
 
     if len(runs) < 2:
         raise ConfigError(f"nothing to compare {runs[0]} with; name two or more run folders")

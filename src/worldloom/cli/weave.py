@@ -27,7 +27,7 @@ def simulate(
     from worldloom.cli.console import print_json, print_table, progress, say
     from worldloom.core.yaml_config import read_yaml
     from worldloom.federation import Records
-    from worldloom.recipes.weaving import ConsortiumConfig, simulate
+    from worldloom.workflow import ConsortiumConfig, simulate
 
     set_threads(threads)
     made = simulate(read_yaml(consortium, ConsortiumConfig), out, seed=seed, progress=progress())
@@ -64,7 +64,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Show what there is now, and end.")] = False,
 ) -> None:
     """Show the rounds as they run, from any terminal that sees their folder; ends with the last round, or Ctrl-C."""
-    from worldloom.cli.watching import watch
+    from worldloom.cli.weave_watch import watch
     from worldloom.federation import read_constitution
 
     watch(rounds, None if constitution is None else read_constitution(constitution), once=once)
@@ -82,7 +82,7 @@ def report(
     """Write what the ledger tells as one page: losses, influence, bytes, privacy, refusals; it must verify."""
     from worldloom.cli.console import say
     from worldloom.federation import read_constitution
-    from worldloom.recipes.weaving_report import find_owners, write_weaving_report
+    from worldloom.reports import find_owners, write_weaving_report
 
     rules = read_constitution(constitution)
     write_weaving_report(out, rounds, rules, runs={} if runs is None else find_owners(runs, rules))
@@ -103,7 +103,7 @@ def keys(
 ) -> None:
     """Make the keys of a node, or with --host those of a coordinator; prints what the constitution says of it."""
     from worldloom.cli.console import print_json
-    from worldloom.recipes.weaving_deployment import make_keys
+    from worldloom.workflow import make_keys
 
     print_json({name: make_keys(out, name, tuple(host or ()))})
 
@@ -123,8 +123,8 @@ def classify(
     """Say what may be done with a dataset, and sign it; without that nothing of it shapes the base."""
     from worldloom.core.errors import ConfigError
     from worldloom.core.registry import nearest
-    from worldloom.federation.cards import CLASSES
-    from worldloom.recipes.weaving_deployment import classify
+    from worldloom.federation import CLASSES
+    from worldloom.workflow import classify
 
     known = {name: name for name in CLASSES}
     if data_class not in known:
@@ -138,10 +138,10 @@ def classify(
 def coordinator(party: Party, json: Json = False) -> None:
     """Run the rounds that are left, with the members that connect; stopped or killed, it goes on when started again."""
     from worldloom.cli.console import print_json, say
-    from worldloom.cli.watching import live
+    from worldloom.cli.weave_watch import live
     from worldloom.core.yaml_config import read_yaml
     from worldloom.federation import Records
-    from worldloom.recipes.weaving_deployment import CoordinatorConfig, coordinate
+    from worldloom.workflow import CoordinatorConfig, coordinate
 
     config = read_yaml(party, CoordinatorConfig).at(party.parent)
     with live(config.home / "rounds", config.rules()):
@@ -164,7 +164,7 @@ def pilot(
     """Train alone, before the first round, what all could begin with: where conventions clash, one must be first."""
     from worldloom.cli.console import print_json, progress, say
     from worldloom.core.yaml_config import read_yaml
-    from worldloom.recipes.weaving_deployment import NodeConfig, pilot
+    from worldloom.workflow import NodeConfig, pilot
 
     set_threads(threads)
     base = pilot(read_yaml(party, NodeConfig).at(party.parent), out, progress=progress())
@@ -176,7 +176,7 @@ def node(party: Party, threads: Threads = 0, json: Json = False) -> None:
     """Take part as an owner until the last base has come and settled; killed, it goes on when started again."""
     from worldloom.cli.console import print_json, progress, say
     from worldloom.core.yaml_config import read_yaml
-    from worldloom.recipes.weaving_deployment import NodeConfig, take_part
+    from worldloom.workflow import NodeConfig, take_part
 
     set_threads(threads)
     run = take_part(read_yaml(party, NodeConfig).at(party.parent), progress=progress())
@@ -194,7 +194,7 @@ def exit(
     """Leave the consortium with all that is yours; it needs nobody's leave, and no connection."""
     from worldloom.cli.console import print_json, progress, say
     from worldloom.core.yaml_config import read_yaml
-    from worldloom.recipes.weaving_deployment import NodeConfig, leave
+    from worldloom.workflow import NodeConfig, leave
 
     set_threads(threads)
     leave(read_yaml(party, NodeConfig).at(party.parent), into, why=why, progress=progress())
@@ -206,7 +206,7 @@ def come_back(party: Party) -> None:
     """Take part again after an exit: start the node, and the next round that asks counts."""
     from worldloom.cli.console import say
     from worldloom.core.yaml_config import read_yaml
-    from worldloom.recipes.weaving_deployment import NodeConfig, come_back
+    from worldloom.workflow import NodeConfig, come_back
 
     come_back(read_yaml(party, NodeConfig).at(party.parent))
     say("back: start the node again")
@@ -220,7 +220,7 @@ def succeed(
     """Take over from a coordinator that is lost, with what this node kept; then start the coordinator here."""
     from worldloom.cli.console import say
     from worldloom.core.yaml_config import read_yaml
-    from worldloom.recipes.weaving_deployment import CoordinatorConfig, NodeConfig, take_over
+    from worldloom.workflow import CoordinatorConfig, NodeConfig, take_over
 
     number = take_over(
         read_yaml(party, NodeConfig).at(party.parent),

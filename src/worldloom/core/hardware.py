@@ -37,7 +37,7 @@ def matmul_peak(
     return 2 * size**3 / best
 
 
-def keep_freed_memory() -> None:
+def retain_freed_memory() -> None:
     """Tell glibc, where it is the allocator, to keep freed blocks below 256 MiB for the next tensor of their size.
 
     By default it gives large blocks back to the kernel at once, and training then spends up to half of its time

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 
 @runtime_checkable
-class Task(Protocol):
+class ProgressTask(Protocol):
     """One piece of long work under way."""
 
     def advance(self, amount: int = 1, **figures: float) -> None:
@@ -18,7 +18,7 @@ class Task(Protocol):
 class Progress(Protocol):
     """Opens tasks; the CLI's draws bars with a rate and the time left."""
 
-    def task(self, description: str, total: int, unit: str = "it") -> AbstractContextManager[Task]:
+    def task(self, description: str, total: int, unit: str = "it") -> AbstractContextManager[ProgressTask]:
         """Open a task of `total` units."""
         ...
 
@@ -32,7 +32,7 @@ class SilentProgress:
     """The default: says nothing."""
 
     @contextmanager
-    def task(self, description: str, total: int, unit: str = "it") -> Iterator[Task]:
+    def task(self, description: str, total: int, unit: str = "it") -> Iterator[ProgressTask]:
         """Open a task that says nothing."""
         yield _SilentTask()
 

@@ -3,19 +3,34 @@
 from worldloom.data.cache import FrameCache, load_cache
 from worldloom.data.collection import collect, episode_seed, policy_generator
 from worldloom.data.cube_walk import CubeWalkOptions
-from worldloom.data.dataset import Columns, DatasetSpec, EpisodeDataset
+from worldloom.data.dataset import Columns, DatasetSpec, EpisodeDataset, open_table
 from worldloom.data.frames import Frames, Pixels
 from worldloom.data.inspection import inspect
+from worldloom.data.layout import (
+    FORMAT,
+    MissingDataset,
+    check_episode,
+    compress_frames,
+    decode_frames,
+    float_list,
+    float_lists,
+    floats_of,
+    lance_errors,
+    metadata_json,
+)
 from worldloom.data.object_walk import ObjectWalkOptions
 from worldloom.data.order import SlidingPool
+from worldloom.data.pictures import read_picture
 from worldloom.data.policies import POLICIES
-from worldloom.data.preview import contact_sheet, video
+from worldloom.data.preview import contact_sheet, to_rgb, video, write_sheet
+from worldloom.data.recording import RecordedWorld
 from worldloom.data.statistics import Statistics, compute_statistics
 from worldloom.data.streaming import DataConfig, StreamedFrames, load_frames
 from worldloom.data.validation import Problem, validate
 from worldloom.data.windows import LanceWindows, WindowSampler
 
 __all__ = [
+    "FORMAT",
     "POLICIES",
     "Columns",
     "CubeWalkOptions",
@@ -25,21 +40,35 @@ __all__ = [
     "FrameCache",
     "Frames",
     "LanceWindows",
+    "MissingDataset",
     "ObjectWalkOptions",
     "Pixels",
     "Problem",
+    "RecordedWorld",
     "SlidingPool",
     "Statistics",
     "StreamedFrames",
     "WindowSampler",
+    "check_episode",
     "collect",
+    "compress_frames",
     "compute_statistics",
     "contact_sheet",
+    "decode_frames",
     "episode_seed",
+    "float_list",
+    "float_lists",
+    "floats_of",
     "inspect",
+    "lance_errors",
     "load_cache",
     "load_frames",
+    "metadata_json",
+    "open_table",
     "policy_generator",
+    "read_picture",
+    "to_rgb",
     "validate",
     "video",
+    "write_sheet",
 ]

@@ -17,13 +17,13 @@ import numpy as np
 
 from worldloom.core.errors import ConfigError, DataError, EnvironmentFailure
 from worldloom.core.progress import SILENT, Progress
-from worldloom.core.protocols import Policy
+from worldloom.core.seams import Policy
 from worldloom.core.seeds import derive_seed, numpy_generator
 from worldloom.core.types import Episode
 from worldloom.data.dataset import EpisodeDataset
 from worldloom.data.layout import MissingDataset, metadata_json
 from worldloom.data.policies import POLICIES
-from worldloom.data.recording import Batch, World
+from worldloom.data.recording import RecordedWorld, RecordingBatch
 from worldloom.data.spec import DatasetSpec
 
 _log = logging.getLogger(__name__)
@@ -85,18 +85,18 @@ def collect(
         # Writes while the next batch is recorded. Leaving, by Ctrl-C too, waits for what it was given.
         writer = stack.enter_context(ThreadPoolExecutor(1))
         written: Future[EpisodeDataset] | None = None
-        worlds: dict[int, tuple[World, Policy]] = {}  # by size: the last batch may be smaller
+        worlds: dict[int, tuple[RecordedWorld, Policy]] = {}  # by size: the last batch may be smaller
         wanted: Mapping[str, int | None] | None = None if labels is None else dict.fromkeys(labels)
         if dataset is not None:
             wanted = dataset.spec.labels
         for first in range(done, episodes, num_envs):
             numbers = range(first, min(first + num_envs, episodes))
             if len(numbers) not in worlds:
-                world = World(env_id, len(numbers), kwargs)
+                world = RecordedWorld(env_id, len(numbers), kwargs)
                 stack.callback(world.close)
                 worlds[len(numbers)] = world, factory(world.action, **options)
             world, actor = worlds[len(numbers)]
-            batch = Batch(world, numbers, steps, wanted)
+            batch = RecordingBatch(world, numbers, steps, wanted)
             seeds = [episode_seed(seed, number) for number in numbers]
             generators = [policy_generator(seed, number) for number in numbers]
             failure: BaseException | None = None

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.core.protocols import Policy
+from worldloom.core.seams import Policy
 from worldloom.core.types import ActionSpec, Observations
 from worldloom.data.policies import POLICIES
 

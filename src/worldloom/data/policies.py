@@ -11,8 +11,8 @@ from jaxtyping import Float32, Float64
 from pydantic import Field, model_validator
 
 from worldloom.core.config import Config
-from worldloom.core.protocols import Policy
 from worldloom.core.registry import Registry
+from worldloom.core.seams import Policy
 from worldloom.core.types import ActionSpec, Observations
 
 POLICIES: Registry[Callable[..., Policy]] = Registry("policy")

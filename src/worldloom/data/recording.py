@@ -9,9 +9,9 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from jaxtyping import Bool, Float32, Int64
 
 from worldloom.core.errors import DataError, EnvironmentFailure
-from worldloom.core.progress import Task
-from worldloom.core.protocols import Policy
+from worldloom.core.progress import ProgressTask
 from worldloom.core.registry import nearest
+from worldloom.core.seams import Policy
 from worldloom.core.spaces import ActionAdapter, ObservationAdapter, make_vector_env, numeric_labels
 from worldloom.core.types import ActionSpec, Episode, Observations
 
@@ -21,7 +21,7 @@ _LARGEST_LABEL = 256  # values; a larger info column is a picture or a map, kept
 _Where = Callable[[int | None], str]
 
 
-class World:
+class RecordedWorld:
     """A vector environment whose every failure is an `EnvironmentFailure` that names the episode and the step."""
 
     def __init__(self, env_id: str, size: int, kwargs: Mapping[str, Any]) -> None:
@@ -111,10 +111,12 @@ class World:
         raise EnvironmentFailure(f"{place}environment {self.id!r} raised {type(error).__name__}: {error}") from error
 
 
-class Batch:
+class RecordingBatch:
     """The episodes `numbers`, as far as they have come: an interrupt at any moment leaves whole frames."""
 
-    def __init__(self, world: World, numbers: range, steps: int, labels: Mapping[str, int | None] | None) -> None:
+    def __init__(
+        self, world: RecordedWorld, numbers: range, steps: int, labels: Mapping[str, int | None] | None
+    ) -> None:
         self._world, self._numbers, self._steps, self._wanted = world, numbers, steps, labels
         size, pixels, vector = len(numbers), world.observation.pixels, world.observation.vector
         self._pixels = None if pixels is None else np.empty((size, steps + 1, *pixels), np.uint8)
@@ -127,7 +129,7 @@ class Batch:
         self._step = 0
 
     def run(
-        self, policy: Policy, seeds: list[int], generators: list[np.random.Generator], name: str, task: Task
+        self, policy: Policy, seeds: list[int], generators: list[np.random.Generator], name: str, task: ProgressTask
     ) -> None:
         """Record until all episodes have ended or have all their steps.
 

@@ -15,7 +15,7 @@ _PHYSICS = {
     "worldloom/PointMaze-v0": "worldloom.envs.mujoco_worlds:PointMazeEnv",
     "worldloom/PointHazards-v0": "worldloom.envs.point_hazards:PointHazardsEnv",
     "worldloom/Cube-v0": "worldloom.envs.cube:CubeEnv",
-    "worldloom/Plant-v0": "worldloom.envs.link_env:LinkEnv",
+    "worldloom/Plant-v0": "worldloom.deploy.link_env:LinkEnv",
 }
 
 

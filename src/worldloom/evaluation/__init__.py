@@ -1,9 +1,9 @@
-"""Evaluation: named protocols, success with intervals, results and reports."""
+"""Evaluation: benchmarks with named conventions, success rates with intervals, and results as files."""
 
-from worldloom.evaluation.evaluate import Explorer, Exploring, Narrowing, Timed, Witness, evaluate, explore
 from worldloom.evaluation.foreign import ForeignPolicy, InfoPolicy, LentPolicy
+from worldloom.evaluation.goals import draw_tasks
 from worldloom.evaluation.intervals import wilson_interval
-from worldloom.evaluation.protocols import (
+from worldloom.evaluation.protocol import (
     PROTOCOLS,
     Condition,
     Limit,
@@ -20,22 +20,26 @@ from worldloom.evaluation.results import (
     Latency,
     PooledResults,
     PooledRow,
-    Rate,
     Recording,
     Results,
     Row,
+    SuccessRate,
     pool,
     table_rows,
 )
+from worldloom.evaluation.runner import Explorer, Exploring, Narrowing, Timed, Witness, evaluate, explore
+from worldloom.evaluation.world import EvaluationWorld, Frame
 
 __all__ = [
     "PROTOCOLS",
     "Condition",
     "DistanceBins",
     "EpisodeResult",
+    "EvaluationWorld",
     "Explorer",
     "Exploring",
     "ForeignPolicy",
+    "Frame",
     "InfoPolicy",
     "Latency",
     "LentPolicy",
@@ -44,15 +48,16 @@ __all__ = [
     "PooledResults",
     "PooledRow",
     "Protocol",
-    "Rate",
     "Recording",
     "Results",
     "Row",
     "Split",
+    "SuccessRate",
     "SuccessRule",
     "Timed",
     "Witness",
     "default_protocol",
+    "draw_tasks",
     "evaluate",
     "explore",
     "gym_protocol",

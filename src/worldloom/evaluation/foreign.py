@@ -16,9 +16,9 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from worldloom.core.errors import DataError
-from worldloom.core.protocols import Agent
+from worldloom.core.seams import Agent
 from worldloom.core.types import ActionSpec, Goal, Observations, ObservationSpec
-from worldloom.evaluation.evaluate import Narrowing
+from worldloom.evaluation.runner import Narrowing
 
 
 @runtime_checkable
@@ -195,7 +195,7 @@ class _Group:
             return
         self.rows = self.rows[stays]
         if isinstance(self.agent, Narrowing) and len(self.rows):
-            self.agent.keep([int(place) for place in np.flatnonzero(np.isin(self.seen, self.rows))])
+            self.agent.select([int(place) for place in np.flatnonzero(np.isin(self.seen, self.rows))])
             self.seen = self.rows
 
 

@@ -10,8 +10,8 @@ import torch
 from worldloom.core.errors import ConfigError, EnvironmentFailure
 from worldloom.core.seeds import derive_seed
 from worldloom.core.types import Goal, Observations
-from worldloom.evaluation.protocols import Protocol
-from worldloom.evaluation.world import Frame, World
+from worldloom.evaluation.protocol import Protocol
+from worldloom.evaluation.world import EvaluationWorld, Frame
 
 _CANDIDATES = 20  # how many seeds are tried for each logged goal before the protocol is called impossible
 
@@ -30,7 +30,7 @@ class Tasks:
     before: tuple[np.ndarray, ...]  # (K, A) each: the actions that lead from the reset to the start
     digests: tuple[str, ...]  # of each start and goal observation
 
-    def begin(self, protocol: Protocol, split: str, world: World, where: str) -> Frame:
+    def begin(self, protocol: Protocol, split: str, world: EvaluationWorld, where: str) -> Frame:
         """Bring the world to the starts.
 
         Raises:
@@ -58,7 +58,7 @@ def goal_policy_generator(episode_seed: int) -> np.random.Generator:
     return np.random.default_rng(derive_seed(episode_seed, "goal-policy"))
 
 
-def draw_tasks(protocol: Protocol, split: str, world: World, first: int, where: str) -> tuple[Tasks, int]:
+def draw_tasks(protocol: Protocol, split: str, world: EvaluationWorld, first: int, where: str) -> tuple[Tasks, int]:
     """Return as many starts and goals as `world` has copies, and the index after the last one used.
 
     Raises:
@@ -71,7 +71,7 @@ def draw_tasks(protocol: Protocol, split: str, world: World, first: int, where: 
     return _logged_tasks(protocol, split, world, first, where)
 
 
-def _world_tasks(protocol: Protocol, split: str, world: World, seeds: list[int], where: str) -> Tasks:
+def _world_tasks(protocol: Protocol, split: str, world: EvaluationWorld, seeds: list[int], where: str) -> Tasks:
     start = world.reset(seeds, protocol.task(split), where=where)
     pictures = start.infos.get("goal")
     if pictures is None:
@@ -114,7 +114,7 @@ def _world_tasks(protocol: Protocol, split: str, world: World, seeds: list[int],
     )
 
 
-def _logged_tasks(protocol: Protocol, split: str, world: World, first: int, where: str) -> tuple[Tasks, int]:
+def _logged_tasks(protocol: Protocol, split: str, world: EvaluationWorld, first: int, where: str) -> tuple[Tasks, int]:
     drawn: list[_Drawn] = []
     index = first
     while len(drawn) < world.size:
@@ -163,9 +163,11 @@ class _Drawn:
     distance: float | None
 
 
-def _follow_policy(protocol: Protocol, split: str, world: World, first: int, where: str) -> Iterator[_Drawn | None]:
+def _follow_policy(
+    protocol: Protocol, split: str, world: EvaluationWorld, first: int, where: str
+) -> Iterator[_Drawn | None]:
     """Let the logging policy act in one episode for each copy; None where it ended before it had gone on."""
-    from worldloom.data.policies import POLICIES
+    from worldloom.data import POLICIES
 
     seeds = [protocol.episode_seed(split, first + row) for row in range(world.size)]
     policy = POLICIES[protocol.policy](world.action_spec, **protocol.policy_options)
@@ -209,11 +211,11 @@ def _follow_policy(protocol: Protocol, split: str, world: World, first: int, whe
         )
 
 
-def _nothing(world: World) -> tuple[np.ndarray, ...]:
+def _nothing(world: EvaluationWorld) -> tuple[np.ndarray, ...]:
     return (np.zeros((0, world.action_spec.size), np.float32),) * world.size
 
 
-def _vectors(protocol: Protocol, world: World, frame: Frame) -> list[np.ndarray | None]:
+def _vectors(protocol: Protocol, world: EvaluationWorld, frame: Frame) -> list[np.ndarray | None]:
     """Return the success rule's vector of each row, or None for each where the world itself judges."""
     if protocol.success.source == "environment":
         return [None] * len(frame.rows)

@@ -32,7 +32,7 @@ import worldloom
 from worldloom.core.errors import ConfigError, StorageError
 from worldloom.core.files import read_json, write_json
 from worldloom.evaluation.intervals import wilson_interval
-from worldloom.evaluation.protocols import Protocol
+from worldloom.evaluation.protocol import Protocol
 
 FORMAT = 1
 _KIND = "worldloom results"
@@ -61,7 +61,7 @@ class EpisodeResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rate:
+class SuccessRate:
     """Successes among n episodes."""
 
     label: str
@@ -79,7 +79,7 @@ class Rate:
         return wilson_interval(self.successes, self.n)
 
     @classmethod
-    def of(cls, label: str, episodes: Sequence[EpisodeResult]) -> "Rate":
+    def of(cls, label: str, episodes: Sequence[EpisodeResult]) -> "SuccessRate":
         """Count episodes."""
         return cls(label=label, n=len(episodes), successes=sum(episode.success for episode in episodes))
 
@@ -133,15 +133,15 @@ class _Summary:
     episodes: tuple[EpisodeResult, ...]
 
     @property
-    def overall(self) -> Rate:
+    def overall(self) -> SuccessRate:
         """Success over all episodes."""
-        return Rate.of("all", self.episodes)
+        return SuccessRate.of("all", self.episodes)
 
     @property
-    def violated(self) -> Rate:
+    def violated(self) -> SuccessRate:
         """Episodes in which a limit of the protocol was broken, in the place of successes."""
         count = sum(episode.violated for episode in self.episodes)
-        return Rate(label="violated", n=len(self.episodes), successes=count)
+        return SuccessRate(label="violated", n=len(self.episodes), successes=count)
 
     @property
     def solved_at_start(self) -> int:
@@ -169,10 +169,10 @@ class _Summary:
         return float(np.mean(ratios)) if ratios else None
 
     @property
-    def by_wall(self) -> list[Rate]:
+    def by_wall(self) -> list[SuccessRate]:
         """Success with and without a wall between start and goal; empty where the world does not tell."""
         groups = [
-            Rate.of(label, [episode for episode in self.episodes if episode.wall_between is wall])
+            SuccessRate.of(label, [episode for episode in self.episodes if episode.wall_between is wall])
             for label, wall in (("wall between", True), ("no wall between", False))
         ]
         return [group for group in groups if group.n]
@@ -205,7 +205,7 @@ class DistanceBins:
                 return cls(measure=measure, attribute=attribute, edges=_edges(np.array(values)))
         return None
 
-    def split(self, episodes: Sequence[EpisodeResult]) -> list[tuple[Rate, float]]:
+    def split(self, episodes: Sequence[EpisodeResult]) -> list[tuple[SuccessRate, float]]:
         """Return the success in each bin that holds an episode, and the mean distance there."""
         values = np.array([getattr(episode, self.attribute) for episode in episodes])
         places = np.clip(np.digitize(values, self.edges) - 1, 0, len(self.edges) - 2)
@@ -213,7 +213,7 @@ class DistanceBins:
         for place, (low, high) in enumerate(zip(self.edges[:-1], self.edges[1:], strict=True)):
             inside = [episode for episode, found in zip(episodes, places, strict=True) if found == place]
             if inside:
-                rate = Rate.of(f"{low:g} to {high:g}", inside)
+                rate = SuccessRate.of(f"{low:g} to {high:g}", inside)
                 groups.append((rate, float(values[places == place].mean())))
         return groups
 
@@ -472,7 +472,7 @@ def _success_text(row: Row | PooledRow) -> str:
     return text
 
 
-def _rate_text(rate: Rate) -> str:
+def _rate_text(rate: SuccessRate) -> str:
     low, high = rate.interval
     return f"{rate.rate:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
 

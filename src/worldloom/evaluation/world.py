@@ -13,8 +13,8 @@ from worldloom.core.errors import ConfigError, EnvironmentFailure
 from worldloom.core.registry import nearest
 from worldloom.core.spaces import ActionAdapter, ObservationAdapter, make_vector_env
 from worldloom.core.types import Observations
-from worldloom.envs.registration import register_envs
-from worldloom.evaluation.protocols import Protocol, SuccessRule
+from worldloom.envs import register_envs
+from worldloom.evaluation.protocol import Protocol, SuccessRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +28,15 @@ class Frame:
     parts: Mapping[str, np.ndarray]  # the keys of a dictionary observation, (R, ...)
     infos: Mapping[str, Any]
 
-    def __getitem__(self, keep: np.ndarray) -> "Frame":
+    def __getitem__(self, chosen: np.ndarray) -> "Frame":
         """Select some of the rows, by a mask or by indices."""
         return replace(
             self,
-            observations=self.observations[keep],
-            rows=self.rows[keep],
-            terminated=self.terminated[keep],
-            over=self.over[keep],
-            parts={name: part[keep] for name, part in self.parts.items()},
+            observations=self.observations[chosen],
+            rows=self.rows[chosen],
+            terminated=self.terminated[chosen],
+            over=self.over[chosen],
+            parts={name: part[chosen] for name, part in self.parts.items()},
         )
 
     def info(self, name: str) -> np.ndarray | None:
@@ -93,7 +93,7 @@ class Frame:
         return sorted(name for name, info in infos if name[:1] != "_" and np.asarray(info).dtype.kind in "fiub")
 
 
-class World:
+class EvaluationWorld:
     """`size` copies of a protocol's environment; close it, or use it in a `with` statement."""
 
     def __init__(self, protocol: Protocol, size: int) -> None:
@@ -118,7 +118,7 @@ class World:
         self._convert = ActionAdapter(self._envs.single_action_space)
         self.observation_spec, self.action_spec = self._observe.spec, self._convert.spec
 
-    def __enter__(self) -> "World":
+    def __enter__(self) -> "EvaluationWorld":
         return self
 
     def __exit__(

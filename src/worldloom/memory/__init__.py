@@ -1,7 +1,7 @@
 """Memory: what was seen, kept across restarts, and the landmarks by which far goals are reached."""
 
 from worldloom.memory.episodic import EpisodicMemory, Forgotten, Recalled
-from worldloom.memory.landmarks import Check, LandmarkConfig, LandmarkGraph, Route
+from worldloom.memory.landmark_graph import Check, LandmarkConfig, LandmarkGraph, Route
 from worldloom.memory.looking import as_rows, draw_memories, export, summarise
 from worldloom.memory.migrations import migrate
 from worldloom.memory.records import Memories, MemoryConfig, MemorySpec, Where

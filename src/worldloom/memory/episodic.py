@@ -24,9 +24,9 @@ from torch import Tensor
 from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import exclusive_lock, storage_errors
 from worldloom.core.progress import SILENT, Progress
-from worldloom.core.protocols import WorldModel
+from worldloom.core.seams import WorldModel
 from worldloom.core.types import ModelSpec, Observations
-from worldloom.data.layout import MissingDataset, decode_frames, floats_of
+from worldloom.data import MissingDataset, decode_frames, floats_of
 from worldloom.memory import forgetting
 from worldloom.memory.journal import Journal
 from worldloom.memory.records import COLUMNS, Memories, MemoryConfig, MemorySpec, Where, kept_frames, memory_errors

@@ -11,7 +11,7 @@ import pyarrow as pa
 from jaxtyping import Float32, Int64
 
 from worldloom.core.errors import DataError, StorageError
-from worldloom.data.layout import float_lists
+from worldloom.data import float_lists
 from worldloom.memory.records import Memories, MemorySpec
 
 _TABLES = """

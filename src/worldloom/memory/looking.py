@@ -13,8 +13,7 @@ from PIL import Image
 from worldloom.core.errors import ConfigError
 from worldloom.core.files import write_atomic
 from worldloom.core.progress import SILENT, Progress
-from worldloom.data.layout import float_lists
-from worldloom.data.preview import to_rgb, write_sheet
+from worldloom.data import float_lists, to_rgb, write_sheet
 from worldloom.memory.episodic import EpisodicMemory
 from worldloom.memory.records import Memories, moment
 

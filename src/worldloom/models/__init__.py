@@ -1,37 +1,38 @@
 """World models: encoders, predictors, the losses that train them, and their checkpoints."""
 
-from worldloom.models.checkpoint import load_extra, load_model, load_tensors, save_model, save_tensors
-from worldloom.models.encoders import ENCODERS, EncoderConfig, default_encoder
-from worldloom.models.heads import MLP, LinearProbe, ProbeScore, fit_head
+from worldloom.models.attention import Block
+from worldloom.models.checkpoint import delete_tensors, load_extra, load_model, load_tensors, save_model, save_tensors
+from worldloom.models.distributed import alone, lay_like, whole
+from worldloom.models.heads import MLP, Activation, LinearProbe, Norm, ProbeScore, fit_head, hidden_layer
 from worldloom.models.jepa import JEPA, JEPAConfig, WindowOutputs, build_jepa
-from worldloom.models.losses import LOSSES, Loss, LossConfig, LossInputs
-from worldloom.models.predictors import PREDICTORS, Predictor, PredictorConfig
+from worldloom.models.normalisation import LatentNorm, PixelNormalisation, Standardise
 from worldloom.models.target import TargetConfig, TargetEncoder
 
 __all__ = [
-    "ENCODERS",
     "JEPA",
-    "LOSSES",
     "MLP",
-    "PREDICTORS",
-    "EncoderConfig",
+    "Activation",
+    "Block",
     "JEPAConfig",
+    "LatentNorm",
     "LinearProbe",
-    "Loss",
-    "LossConfig",
-    "LossInputs",
-    "Predictor",
-    "PredictorConfig",
+    "Norm",
+    "PixelNormalisation",
     "ProbeScore",
+    "Standardise",
     "TargetConfig",
     "TargetEncoder",
     "WindowOutputs",
+    "alone",
     "build_jepa",
-    "default_encoder",
+    "delete_tensors",
     "fit_head",
+    "hidden_layer",
+    "lay_like",
     "load_extra",
     "load_model",
     "load_tensors",
     "save_model",
     "save_tensors",
+    "whole",
 ]

@@ -18,7 +18,7 @@ from torch import Tensor
 from worldloom.core.errors import CheckpointError, ConfigError, StorageError
 from worldloom.core.files import read_json, storage_errors, write_atomic, write_json
 from worldloom.core.types import ActionSpec, ObservationSpec
-from worldloom.data.statistics import Statistics
+from worldloom.data import Statistics
 from worldloom.models.jepa import JEPA, JEPAConfig, build_jepa
 
 FORMAT = 1

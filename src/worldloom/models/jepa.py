@@ -13,7 +13,7 @@ from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError
 from worldloom.core.seeds import derive_seed
 from worldloom.core.types import ActionSpec, Context, ModelSpec, Observations, ObservationSpec, Windows
-from worldloom.data.statistics import Statistics
+from worldloom.data import Statistics
 from worldloom.models.encoders import EncoderField, PatchConv, default_encoder
 from worldloom.models.normalisation import LatentNorm, Standardise
 from worldloom.models.predictors import MLPPredictor, Predictor, PredictorField

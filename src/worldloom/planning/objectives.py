@@ -3,37 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from worldloom.core.errors import PlanningError
-from worldloom.core.protocols import Guardrail, Objective, WorldModel
+from worldloom.core.seams import Area, Guardrail, Metric, Objective, Quantity, Selectable, Stage, Staged, WorldModel
 from worldloom.core.types import Context, Rollouts
-
-
-@runtime_checkable
-class Metric(Protocol):
-    """How far latents are from goals, broadcast against each other; 0 at the goal."""
-
-    def __call__(self, latents: Float[Tensor, "*#axes D"], goal: Float[Tensor, "*#axes D"]) -> Float[Tensor, "..."]:
-        """Return one distance for each latent."""
-        ...
-
-
-@runtime_checkable
-class Selectable(Protocol):
-    """An objective that can be narrowed to some environments of its batch."""
-
-    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
-        """Return one cost for each candidate."""
-        ...
-
-    def select(self, environments: Tensor | slice) -> Objective:
-        """Return the objective of these environments."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -49,46 +26,6 @@ class LatentL2:
         """Return the distance."""
         distance: Tensor = (latents - goal).norm(dim=-1) / self.step_length
         return distance
-
-
-@runtime_checkable
-class Quantity(Protocol):
-    """Reads a named quantity off latents: a probe."""
-
-    def __call__(self, latents: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes L"]:
-        """Return the quantity of each latent."""
-        ...
-
-
-@runtime_checkable
-class Area(Protocol):
-    """A set of points: a region of `worldloom.planning.guardrails`."""
-
-    def depth(self, points: Float[Tensor, "*axes L"]) -> Float[Tensor, "*axes"]:
-        """Return how deep points lie inside; negative outside."""
-        ...
-
-
-@runtime_checkable
-class Stage(Protocol):
-    """Something to be reached: how far every predicted state is from it, 0 or less where it is reached."""
-
-    def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return how far each predicted state is from what is to be reached."""
-        ...
-
-
-@runtime_checkable
-class Staged(Protocol):
-    """An objective of several stages, of which some may lie behind an environment already."""
-
-    def progress(self, context: Context, done: Int[Tensor, "B"] | None) -> Int[Tensor, "B"] | None:
-        """Return how many stages lie behind each environment, one more where the next is reached now."""
-        ...
-
-    def since(self, done: Int[Tensor, "B"]) -> Objective:
-        """Return the objective of what is left."""
-        ...
 
 
 class _Reach(ABC):

@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from worldloom.core.errors import NoFeasiblePlan, PlanningError
-from worldloom.core.protocols import Guardrail, Objective, WorldModel
+from worldloom.core.seams import Guardrail, Objective, WorldModel
 from worldloom.core.types import ActionBounds, Context, Plan, Rollouts
-from worldloom.planning.geometry import LatentGeometry
+from worldloom.heads import LatentGeometry
 from worldloom.planning.problem import Deadline, PlanningProblem, RolloutCount, Watch
-from worldloom.planning.solvers.base import Solver
+from worldloom.planning.solvers import Solver
 
 
 class Planner:

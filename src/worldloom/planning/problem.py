@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from worldloom.core.actions import project
 from worldloom.core.errors import PlanningError
-from worldloom.core.protocols import Guardrail, Objective, WorldModel
+from worldloom.core.seams import Guardrail, Objective, Selectable, WorldModel
 from worldloom.core.types import ActionBounds, Context, Rollouts
-from worldloom.planning.actions import project
-from worldloom.planning.geometry import LatentGeometry
-from worldloom.planning.objectives import Selectable, goal_of
+from worldloom.heads import LatentGeometry
+from worldloom.planning.objectives import goal_of
 
 _log = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ class PlanningProblem:
         return problem
 
     def project(self, actions: Float[Tensor, "*axes A"]) -> Float[Tensor, "*axes A"]:
-        """Return the nearest actions that may be taken; see `worldloom.planning.actions.project`."""
+        """Return the nearest actions that may be taken; see `worldloom.core.actions.project`."""
         return project(actions, self.model.spec, self.bounds)
 
     def imagine(self, context: Context, actions: Float[Tensor, "B S T A"]) -> Float[Tensor, "B S T D"]:

@@ -1,28 +1,13 @@
-"""Recipes: complete configurations by name, and the work that they describe."""
+"""Recipes: functions that return a complete configuration."""
 
-import worldloom.recipes.physics  # noqa: F401 - registers its recipes
-from worldloom.recipes.config import CollectionConfig, Recipe
+import worldloom.recipes.physics  # noqa: F401
 from worldloom.recipes.library import RECIPES, load_recipe
-from worldloom.recipes.memory import encode_picture, remember
-from worldloom.recipes.methods import METHODS, MethodConfig
-from worldloom.recipes.planning import plan_once
-from worldloom.recipes.run import Run, find_runs
-from worldloom.recipes.workflow import collect, evaluate, report_path, train
+from worldloom.recipes.recipe import CollectionConfig, LabelledProbe, Recipe
 
 __all__ = [
-    "METHODS",
     "RECIPES",
     "CollectionConfig",
-    "MethodConfig",
+    "LabelledProbe",
     "Recipe",
-    "Run",
-    "collect",
-    "encode_picture",
-    "evaluate",
-    "find_runs",
     "load_recipe",
-    "plan_once",
-    "remember",
-    "report_path",
-    "train",
 ]

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 
-from worldloom.agents import FollowConfig, PolicyConfig
+from worldloom.agents import CloningMethod, FollowConfig, HierarchyMethod, LandmarkMethod, PlanMethod, RandomMethod
 from worldloom.core.registry import Registry
+from worldloom.guardrails import BoxConfig, KeepInConfig, RuleLayer
+from worldloom.heads import CoarseConfig, DistanceConfig
 from worldloom.models import JEPAConfig
 from worldloom.models.encoders import PatchConv
 from worldloom.models.losses import InverseDynamics
-from worldloom.planning import CEM, BoxConfig, CoarseConfig, DistanceConfig, KeepInConfig, TreeSearch
-from worldloom.recipes.config import CollectionConfig, LabelledProbe, Recipe
-from worldloom.recipes.methods import CloningMethod, HierarchyMethod, LandmarkMethod, PlanMethod, RandomMethod
+from worldloom.planning.solvers import CEM, TreeSearch
+from worldloom.recipes.recipe import CollectionConfig, LabelledProbe, Recipe
 from worldloom.training import TrainingConfig, default_losses
 
 RECIPES: Registry[Callable[[], Recipe]] = Registry("recipe")
@@ -138,7 +139,7 @@ def pits() -> Recipe:
         training=TrainingConfig(steps=7000, batch=128, horizon=3, validate_every=1000, checkpoint_every=1000),
         distance=DistanceConfig(hidden=(128, 64)),  # no worse than twice as wide (docs/log.md)
         probes={"pit_depth": depth, "position": LabelledProbe(episodes=2000)},
-        policy=PolicyConfig(owner="the recipe", risk=0.05, guardrails={"out of the pits": away}),
+        rules=RuleLayer(owner="the recipe", risk=0.05, guardrails={"out of the pits": away}),
         methods={
             "random": RandomMethod(),
             "behaviour cloning": CloningMethod(),

@@ -1,20 +1,22 @@
 """Recipes of the worlds on physics engines; the worlds need an extra, the recipes do not."""
 
-from worldloom.agents import HierarchyConfig, PolicyConfig
-from worldloom.models import JEPAConfig
-from worldloom.models.encoders import EncoderConfig, PatchConv, VectorMLP
-from worldloom.models.losses import Covariance, InverseDynamics, LossConfig, TemporalSimilarity
-from worldloom.planning import CEM, BoxConfig, CoarseConfig, KeepInConfig
-from worldloom.recipes.config import CollectionConfig, LabelledProbe, Recipe
-from worldloom.recipes.library import RECIPES
-from worldloom.recipes.methods import (
+from worldloom.agents import (
     CloningMethod,
+    HierarchyConfig,
     HierarchyMethod,
     MethodConfig,
     PlanMethod,
     RandomMethod,
     ReactiveMethod,
 )
+from worldloom.guardrails import BoxConfig, KeepInConfig, RuleLayer
+from worldloom.heads import CoarseConfig
+from worldloom.models import JEPAConfig
+from worldloom.models.encoders import EncoderConfig, PatchConv, VectorMLP
+from worldloom.models.losses import Covariance, InverseDynamics, LossConfig, TemporalSimilarity
+from worldloom.planning.solvers import CEM
+from worldloom.recipes.library import RECIPES
+from worldloom.recipes.recipe import CollectionConfig, LabelledProbe, Recipe
 from worldloom.training import TrainingConfig, default_losses
 
 # 300 candidates, 10 times: contact is found by few of them.
@@ -133,7 +135,7 @@ def point_hazards_state() -> Recipe:
         model=JEPAConfig(encoder=VectorMLP(), block=2),
         training=TrainingConfig(steps=4000, batch=256, horizon=4, validate_every=2000, checkpoint_every=1000),
         probes={"hazard_depth": LabelledProbe(episodes=4000, hidden=(256, 256), steps=6000, between=(-0.4, 0.15))},
-        policy=PolicyConfig(owner="the recipe", risk=0.05, guardrails={"out of the hazards": away}),
+        rules=RuleLayer(owner="the recipe", risk=0.05, guardrails={"out of the hazards": away}),
         methods={
             "random": RandomMethod(),
             "behaviour cloning": CloningMethod(),

@@ -3,4 +3,7 @@
 from worldloom.testing.conformance import check_world_model
 from worldloom.testing.linear_world import LinearWorld
 
-__all__ = ["LinearWorld", "check_world_model"]
+__all__ = [
+    "LinearWorld",
+    "check_world_model",
+]

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from worldloom.core.protocols import WorldModel
+from worldloom.core.seams import WorldModel
 from worldloom.core.types import ActionBounds, Context, ModelSpec, Observations
 
 

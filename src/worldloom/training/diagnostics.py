@@ -9,8 +9,7 @@ from torch import Tensor
 
 from worldloom.core.seeds import torch_generator
 from worldloom.core.types import Context, Windows
-from worldloom.models.heads import LinearProbe
-from worldloom.models.jepa import JEPA
+from worldloom.models import JEPA, LinearProbe
 
 _FEATURES = 512  # random features of the inverse-dynamics probe
 

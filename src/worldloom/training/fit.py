@@ -18,24 +18,19 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from worldloom.core.errors import CheckpointError, ConfigError, TrainingError
-from worldloom.core.hardware import keep_freed_memory
+from worldloom.core.hardware import retain_freed_memory
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seeds import derive_seed, numpy_generator
 from worldloom.core.types import Windows
-from worldloom.data.frames import Frames
-from worldloom.data.order import SlidingPool
-from worldloom.data.statistics import compute_statistics
-from worldloom.data.windows import WindowSampler
-from worldloom.models.checkpoint import save_model
-from worldloom.models.distributed import alone, lay_like, whole
-from worldloom.models.jepa import JEPA, JEPAConfig, build_jepa
-from worldloom.training.config import FREE, TrainingConfig
+from worldloom.data import Frames, SlidingPool, WindowSampler, compute_statistics
+from worldloom.models import JEPA, JEPAConfig, alone, build_jepa, lay_like, save_model, whole
 from worldloom.training.diagnostics import alarms, diagnose
 from worldloom.training.learner import Learner
 from worldloom.training.prefetch import prefetch
 from worldloom.training.ranks import Ranks, make_fabric
-from worldloom.training.run import RunFolder
+from worldloom.training.run_folder import RunFolder
 from worldloom.training.state import load_state, save_state, saved_steps
+from worldloom.training.training_config import FREE, TrainingConfig
 
 _logger = logging.getLogger(__name__)
 
@@ -43,7 +38,7 @@ _AHEAD = 8  # batches whose frames are read before they are drawn from a pool, a
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Stretch:
+class Segment:
     """The steps of a training from `begin` to before `end`, which may lie beyond `TrainingConfig.steps`.
 
     At `begin`, and only there, tensors of the model that `base` names are put in place of its own; the optimiser's
@@ -74,7 +69,7 @@ def fit(
     *,
     fabric: Fabric | None = None,
     resume: bool = False,
-    stretch: Stretch | None = None,
+    stretch: Segment | None = None,
     progress: Progress = SILENT,
 ) -> JEPA:
     """Train a world model on the frames of `cache`, save it in the run folder and return it for evaluation.
@@ -94,7 +89,7 @@ def fit(
         ConfigError: the processes do not fit the configuration, or do not agree on it or on the data.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written; the message says how to resume.
     """
-    keep_freed_memory()
+    retain_freed_memory()
     ranks = Ranks(fabric or make_fabric(config), config.timeout_minutes)
     progress = progress if ranks.first else SILENT
     with run.lock(), _threads(config.threads), ranks.watch():
@@ -167,7 +162,7 @@ class _Training:
             "data": cache.fingerprint,
         }
 
-    def run(self, resume: bool, stretch: Stretch | None, progress: Progress) -> JEPA:
+    def run(self, resume: bool, stretch: Segment | None, progress: Progress) -> JEPA:
         config, fabric = self.config, self.fabric
         last = config.steps if stretch is None else stretch.end
         self.shift = 0 if stretch is None else stretch.shift
@@ -187,7 +182,7 @@ class _Training:
         self.ranks.require_same({**self.identity, "steps done": done})
         if fabric.is_global_zero:
             self.folder.forget_after(done)
-        meter = _Meter(config.batch * (self.model.spec.context + config.horizon))
+        meter = _FigureMeter(config.batch * (self.model.spec.context + config.horizon))
         with (
             _interrupts() as interrupted,
             prefetch(self._batch, range(done, last)) as next_batch,
@@ -244,7 +239,7 @@ class _Training:
     def _rate(self, step: int) -> float:
         return self.schedule.learning_rate_at(max(0, step + self.shift))
 
-    def _begin(self, stretch: Stretch, done: int) -> None:
+    def _begin(self, stretch: Segment, done: int) -> None:
         """Take the base of a stretch, where it begins here."""
         if not stretch.begin <= done <= stretch.end:
             raise CheckpointError(
@@ -270,7 +265,7 @@ class _Training:
                 state[name].copy_(lay_like(tensor, state[name]))
 
     def _step(
-        self, wrapped: nn.Module, optimizer: Any, windows: Windows, step: int, meter: "_Meter"
+        self, wrapped: nn.Module, optimizer: Any, windows: Windows, step: int, meter: "_FigureMeter"
     ) -> dict[str, float]:
         """Take one step of the optimiser, unless a figure is not finite."""
         for group in self.optimizer.param_groups:
@@ -367,7 +362,7 @@ class _Training:
         return model.to(self.fabric.device)
 
 
-class _Meter:
+class _FigureMeter:
     """Averages figures and measures where the time goes, between two logged steps."""
 
     def __init__(self, frames: int) -> None:

@@ -5,11 +5,9 @@ from torch import Tensor, nn
 
 from worldloom.core.errors import ConfigError
 from worldloom.core.types import Observations, Windows
-from worldloom.models.attention import Block
-from worldloom.models.jepa import JEPA
+from worldloom.models import JEPA, Block, TargetEncoder
 from worldloom.models.losses import LossInputs
-from worldloom.models.target import TargetEncoder
-from worldloom.training.config import TrainingConfig
+from worldloom.training.training_config import TrainingConfig
 
 
 class Learner(nn.Module):

@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from worldloom.core.errors import ConfigError, TrainingError, WorldloomError
 from worldloom.core.processes import on_this_machine, world
 from worldloom.core.seeds import derive_seed
-from worldloom.models.attention import Block
-from worldloom.training.config import TrainingConfig
+from worldloom.models import Block
+from worldloom.training.training_config import TrainingConfig
 
 T = TypeVar("T")
 

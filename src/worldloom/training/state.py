@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from worldloom.core.errors import CheckpointError
-from worldloom.models.checkpoint import delete_tensors, load_tensors, save_tensors
-from worldloom.models.distributed import lay_like, whole
-from worldloom.training.run import RunFolder
+from worldloom.models import delete_tensors, lay_like, load_tensors, save_tensors, whole
+from worldloom.training.run_folder import RunFolder
 
 _logger = logging.getLogger(__name__)
 _KIND = "training-state"

@@ -1,6 +1,6 @@
 """Encoders: observations to latents. A new one is one file here and a registered `EncoderConfig`."""
 
-from worldloom.models.encoders.base import ENCODERS, EncoderConfig, EncoderField
+from worldloom.models.encoders.encoder import ENCODERS, EncoderConfig, EncoderField
 from worldloom.models.encoders.fusion import Fusion, default_encoder
 from worldloom.models.encoders.patch_conv import PatchConv, StemmedPatchConv
 from worldloom.models.encoders.vector import VectorMLP

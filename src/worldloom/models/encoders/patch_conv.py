@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from worldloom.core.errors import ConfigError
 from worldloom.core.types import Observations, ObservationSpec
-from worldloom.data.statistics import Statistics
-from worldloom.models.encoders.base import ENCODERS, EncoderConfig, pixel_statistics
+from worldloom.data import Statistics
+from worldloom.models.encoders.encoder import ENCODERS, EncoderConfig, pixel_statistics
 from worldloom.models.normalisation import PixelNormalisation
 from worldloom.models.stems import PixelStem
 

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from worldloom.core.types import Observations, ObservationSpec
-from worldloom.data.statistics import Statistics
-from worldloom.models.encoders.base import ENCODERS, EncoderConfig, vector_statistics
+from worldloom.data import Statistics
+from worldloom.models.encoders.encoder import ENCODERS, EncoderConfig, vector_statistics
 from worldloom.models.heads import MLP, Activation, Norm
 from worldloom.models.normalisation import Standardise
 

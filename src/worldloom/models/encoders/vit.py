@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from worldloom.core.types import Observations, ObservationSpec
-from worldloom.data.statistics import Statistics
+from worldloom.data import Statistics
 from worldloom.models.attention import Block
-from worldloom.models.encoders.base import ENCODERS, EncoderConfig, pixel_statistics
+from worldloom.models.encoders.encoder import ENCODERS, EncoderConfig, pixel_statistics
 from worldloom.models.normalisation import PixelNormalisation
 
 

@@ -1,8 +1,8 @@
 """Losses of training: one module each. A new one is one file here and a registered `LossConfig`."""
 
-from worldloom.models.losses.base import LOSSES, Loss, LossConfig, LossField, LossInputs, Samples, draw_samples
 from worldloom.models.losses.covariance import Covariance
 from worldloom.models.losses.inverse_dynamics import InverseDynamics
+from worldloom.models.losses.loss import LOSSES, Loss, LossConfig, LossField, LossInputs, Samples, draw_samples
 from worldloom.models.losses.prediction import Prediction
 from worldloom.models.losses.sigreg import SIGReg
 from worldloom.models.losses.straightening import Straightening

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from worldloom.core.seeds import torch_generator
 from worldloom.models.distributed import mean_over_ranks, world_size
-from worldloom.models.losses.base import LOSSES, Loss, LossConfig, LossInputs, Samples, draw_samples
+from worldloom.models.losses.loss import LOSSES, Loss, LossConfig, LossInputs, Samples, draw_samples
 
 
 @LOSSES.register("sigreg")

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from worldloom.models.distributed import mean_over_ranks
-from worldloom.models.losses.base import LOSSES, Loss, LossConfig, LossInputs
+from worldloom.models.losses.loss import LOSSES, Loss, LossConfig, LossInputs
 
 
 @LOSSES.register("temporal-similarity")

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from worldloom.models.distributed import gather
-from worldloom.models.losses.base import LOSSES, Loss, LossConfig, LossInputs, Samples, draw_samples
+from worldloom.models.losses.loss import LOSSES, Loss, LossConfig, LossInputs, Samples, draw_samples
 
 
 @LOSSES.register("variance")

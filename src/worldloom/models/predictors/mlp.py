@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from worldloom.models.heads import MLP, Activation, Norm
-from worldloom.models.predictors.base import PREDICTORS, Predictor, PredictorConfig
+from worldloom.models.predictors.predictor import PREDICTORS, Predictor, PredictorConfig
 
 
 @PREDICTORS.register("mlp")

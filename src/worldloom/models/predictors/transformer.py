@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from worldloom.models.attention import Block
-from worldloom.models.predictors.base import PREDICTORS, Predictor, PredictorConfig
+from worldloom.models.predictors.predictor import PREDICTORS, Predictor, PredictorConfig
 
 
 @PREDICTORS.register("transformer")

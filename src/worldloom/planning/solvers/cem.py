@@ -7,9 +7,9 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from worldloom.planning.actions import Walk
+from worldloom.core.actions import Walk
 from worldloom.planning.problem import PlanningProblem
-from worldloom.planning.solvers.base import SOLVERS, Solution, Solver, agree, better_of, pick, start
+from worldloom.planning.solvers.solver import SOLVERS, Solution, Solver, agree, better_of, pick, start
 
 
 @SOLVERS.register("cem")

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from worldloom.planning.problem import PlanningProblem
-from worldloom.planning.solvers.base import SOLVERS, Solution, Solver, agree, better_of, pick, start
+from worldloom.planning.solvers.solver import SOLVERS, Solution, Solver, agree, better_of, pick, start
 
 
 @SOLVERS.register("icem")

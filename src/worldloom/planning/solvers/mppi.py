@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from worldloom.planning.problem import PlanningProblem
-from worldloom.planning.solvers.base import SOLVERS, Solution, Solver, better_of, spread, start
+from worldloom.planning.solvers.solver import SOLVERS, Solution, Solver, better_of, spread, start
 
 
 @SOLVERS.register("mppi")

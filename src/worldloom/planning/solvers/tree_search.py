@@ -10,13 +10,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from worldloom.core.actions import Walk
 from worldloom.core.errors import PlanningError
 from worldloom.core.types import Context, Rollouts
-from worldloom.planning.actions import Walk
-from worldloom.planning.geometry import LatentGeometry, still
+from worldloom.heads import LatentGeometry, still
 from worldloom.planning.problem import FORBIDDEN, PlanningProblem, rank
-from worldloom.planning.solvers.base import SOLVERS, Solution, Solver, SolverField, better_of
 from worldloom.planning.solvers.cem import CEM
+from worldloom.planning.solvers.solver import SOLVERS, Solution, Solver, SolverField, better_of
 
 # Pairs of nodes scored at a time on a CPU: their scores stay in its cache.
 _CPU_PAIRS = 2**20

@@ -1,0 +1,262 @@
+"""The audit log: every decision of an agent, what it saw, predicted, chose and refused, and what then happened.
+
+A log is a directory. `log.jsonl` is a hash-chained file (see `worldloom.core.chain`), one entry for each decision, each
+on the disk before the decision is acted on. `situations/` holds, by the digest that the entry names, all that the
+decision followed from, so that it can be made again.
+"""
+
+import copy
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import safetensors.torch
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from worldloom.agents.mpc import Decision, PlanningAgent, Situation
+from worldloom.core.chain import Chain, Entry, entries
+from worldloom.core.errors import DataError
+from worldloom.core.files import storage_errors, write_atomic
+from worldloom.core.seams import WorldModel
+from worldloom.core.types import Context, Goal, Observations, Plan, Rollouts
+from worldloom.guardrails import Rail
+from worldloom.planning import violations_of
+
+_LOG, _SITUATIONS = "log.jsonl", "situations"
+
+
+def log_path(folder: Path | str) -> Path:
+    """Return the chain of an audit log."""
+    return Path(folder) / _LOG
+
+
+class AuditLog:
+    """Writes the decisions of one agent; `about` says of which: the run, its model, method, policy and margins.
+
+    Raises:
+        StorageError: another process writes it, or the storage refuses.
+        DataError: what is there does not verify.
+    """
+
+    def __init__(
+        self, folder: Path | str, model: WorldModel, guardrails: Sequence[Rail] = (), *, about: Mapping[str, Any]
+    ) -> None:
+        self.folder, self._model, self._guardrails = Path(folder), model, tuple(guardrails)
+        with storage_errors(self.folder):
+            (self.folder / _SITUATIONS).mkdir(parents=True, exist_ok=True)
+        self._chain = Chain(log_path(self.folder))
+        self._before: tuple[Situation, Decision] | None = None
+        self._part: dict[str, str] = {}
+        self._chain.append({"event": "opened", **about})
+
+    @property
+    def chain(self) -> Chain:
+        """The chain, with its head."""
+        return self._chain
+
+    def part(self, name: str) -> "AuditLog":
+        """Return what writes into the same log the decisions of another part of the agent, by its name."""
+        other = copy.copy(self)
+        other._before, other._part = None, {"part": name}
+        return other
+
+    def begin(self, goal: Goal) -> None:
+        """Write that episodes begin, with the digest of their goals."""
+        self._before = None
+        pictures = [part for part in (goal.observations.pixels, goal.observations.vector) if part is not None]
+        self._write("began", {"environments": len(pictures[0]), "goal": _digest(pictures)})
+
+    def select(self, places: Sequence[int]) -> None:
+        """Write which environments go on."""
+        places = list(places)
+        if self._before is not None:
+            situation, decision = self._before
+            kept = _rows_of(situation, places)
+            refused = tuple(new for new, old in enumerate(places) if old in decision.refused)
+            self._before = kept, Decision(plan=decision.plan[places], refused=refused)
+        self._write("went on", {"environments": places})
+
+    def ended(
+        self, places: Sequence[int], here: Float[Tensor, "E D"], outcomes: Sequence[str], *, block: int, whole: bool
+    ) -> None:
+        """Write how the episodes of some environments ended, and what was seen there, in a block of the last plan.
+
+        Where it was not done as a `whole`, what the plan predicted of its end says nothing.
+        """
+        happened = None
+        if self._before is not None:
+            situation, decision = self._before
+            kept = Decision(plan=decision.plan[list(places)])
+            happened = self._compared(_rows_of(situation, list(places)), kept, here, block=block, whole=whole)
+        self._write("ended", {"environments": list(places), "outcomes": list(outcomes), "happened": happened})
+
+    def decided(
+        self, observations: Observations, situation: Situation, decision: Decision, *, block: int, whole: bool
+    ) -> None:
+        """Write a decision, and what became of the one before, of whose plan this block was the last that was done."""
+        plan = decision.plan
+        self._write("decided", {
+            "situation": self._keep(observations, situation),
+            "actions": _digest([plan.actions]),
+            "plan": _digest([plan.actions, plan.latents, *(plan.violations[name] for name in sorted(plan.violations))]),
+            "first": [_numbers(row) for row in plan.actions[:, 0]],
+            "cost": _numbers(plan.cost),
+            "violations": {name: _numbers(violation.amax(dim=1)) for name, violation in plan.violations.items()},
+            "refused": list(decision.refused),
+            "cut short": plan.cut_short,
+            "stretch": situation.stretch,
+            "happened": self._happened(situation, block=block, whole=whole),
+        })  # fmt: skip
+        self._before = situation, decision
+
+    def close(self) -> None:
+        """Let go of the log."""
+        self._chain.close()
+
+    def __enter__(self) -> "AuditLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _happened(self, now: Situation, *, block: int, whole: bool) -> dict[str, Any] | None:
+        """Say how far from its prediction the last plan led, in latent units, and what it broke, as it was seen."""
+        if self._before is None or len(self._before[0].goal) != len(now.goal):
+            return None
+        return self._compared(*self._before, now.context.latents[:, -1], block=block, whole=whole)
+
+    def _compared(
+        self, before: Situation, decision: Decision, here: Float[Tensor, "B D"], *, block: int, whole: bool
+    ) -> dict[str, Any]:
+        plan = decision.plan
+        seen = Rollouts(
+            context=before.context, actions=plan.actions[:, None, block : block + 1], latents=here[:, None, None]
+        )
+        with torch.inference_mode():
+            found = violations_of([rail.with_margin(0.0) for rail in self._guardrails], seen)
+        broken = {name: _numbers(violation[:, 0, 0]) for name, violation in found.items()}
+        gap = _numbers((here - plan.latents[:, block]).norm(dim=1)) if whole else None
+        return {"gap": gap, "seen": broken}
+
+    def _write(self, event: str, body: Mapping[str, Any]) -> None:
+        self._chain.append({"event": event, **self._part, **body})
+
+    def _keep(self, observations: Observations, situation: Situation) -> str:
+        """Write the situation under its digest, and return it."""
+        parts: dict[str, Tensor | None] = {
+            "pixels": observations.pixels,
+            "vector": observations.vector,
+            "context/latents": situation.context.latents,
+            "context/actions": situation.context.actions,
+            "context/taken": situation.context.taken,
+            "goal": situation.goal,
+            "initial": situation.initial,
+            "safe": situation.safe,
+            "stages": situation.stages,
+            "randomness": situation.randomness,
+            "stretch": torch.tensor([situation.stretch], dtype=torch.float64),
+        }
+        tensors = {name: part.detach().cpu().contiguous().clone() for name, part in parts.items() if part is not None}
+        payload = safetensors.torch.save(tensors)
+        digest = hashlib.sha256(payload).hexdigest()
+        path = self.folder / _SITUATIONS / f"{digest}.safetensors"
+        if not path.is_file():
+            write_atomic(path, lambda temporary: temporary.write_bytes(payload))
+        return digest
+
+
+def read_situation(
+    folder: Path | str, entry: Entry, device: torch.device | str = "cpu"
+) -> tuple[Observations, Situation]:
+    """Return what was seen and what a decision followed from.
+
+    Raises:
+        DataError: the entry is no decision, or the situation was changed.
+        StorageError: the situation is gone.
+    """
+    digest = entry.body.get("situation")
+    if entry.body.get("event") != "decided" or not isinstance(digest, str):
+        raise DataError(f"entry {entry.index} is no decision; choose one whose event is 'decided'")
+    path = Path(folder) / _SITUATIONS / f"{digest}.safetensors"
+    with storage_errors(path):
+        payload = path.read_bytes()
+    if hashlib.sha256(payload).hexdigest() != digest:
+        raise DataError(f"{path} was changed: its digest is another. The log says what it was; keep both as evidence")
+    tensors = safetensors.torch.load(payload)
+    there = {name: tensor if name == "randomness" else tensor.to(device) for name, tensor in tensors.items()}
+    observations = Observations(pixels=tensors.get("pixels"), vector=tensors.get("vector"))
+    context = Context(
+        latents=there["context/latents"], actions=there["context/actions"], taken=there.get("context/taken")
+    )
+    return observations, Situation(
+        context=context,
+        goal=there["goal"],
+        initial=there.get("initial"),
+        safe=there["safe"],
+        stages=there.get("stages"),
+        randomness=there["randomness"],
+        stretch=float(there["stretch"]),
+    )
+
+
+def damaged_situations(folder: Path | str) -> list[int]:
+    """Return the entries whose situation is gone or was changed."""
+    damaged = []
+    for entry in entries(log_path(folder)):
+        if entry.body.get("event") != "decided":
+            continue
+        path = Path(folder) / _SITUATIONS / f"{entry.body.get('situation')}.safetensors"
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != entry.body.get("situation"):
+            damaged.append(entry.index)
+    return damaged
+
+
+def replay(folder: Path | str, entry: Entry, agent: PlanningAgent, device: torch.device | str) -> tuple[Decision, bool]:
+    """Make a decision again, and say whether it is the same, bit for bit: actions, predictions and violations.
+
+    Raises:
+        DataError: the entry is no decision, its situation was changed, or the clock had cut it short.
+    """
+    _, situation = read_situation(folder, entry, device)
+    if entry.body.get("cut short"):
+        raise DataError(
+            f"entry {entry.index} was cut short by its deadline: how far the search came was the clock's doing, and "
+            f"cannot be made again. Its prediction can be seen with worldloom audit show"
+        )
+    decision = agent.decide(situation)
+    plan: Plan = decision.plan
+    violations = [plan.violations[name] for name in sorted(plan.violations)]
+    same = _digest([plan.actions, plan.latents, *violations]) == entry.body["plan"]
+    return decision, same and list(decision.refused) == entry.body["refused"]
+
+
+def _rows_of(situation: Situation, places: list[int]) -> Situation:
+    return replace(
+        situation,
+        context=situation.context[places],
+        goal=situation.goal[places],
+        initial=None if situation.initial is None else situation.initial[places],
+        safe=situation.safe[places],
+        stages=None if situation.stages is None else situation.stages[places],
+    )
+
+
+def _digest(tensors: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(str((tuple(tensor.shape), str(tensor.dtype))).encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _numbers(values: Tensor) -> list[float | None]:
+    """Return values as JSON can hold them: what is not finite is None."""
+    return [value if math.isfinite(value) else None for value in values.detach().cpu().double().flatten().tolist()]

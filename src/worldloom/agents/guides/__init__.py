@@ -1,0 +1,1 @@
+"""Guides: subgoals on the way to far goals."""

@@ -1,0 +1,311 @@
+"""Curiosity: going where memory is thin, as far as the model can imagine it, without reward or goal."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Float64
+from pydantic import Field
+from torch import Tensor
+
+from worldloom.agents.guides.landmarks import FollowConfig, LandmarkGuide, Outlook
+from worldloom.agents.mpc import Auditor, Observer, PlanningAgent
+from worldloom.core.actions import Walk
+from worldloom.core.config import Config
+from worldloom.core.seams import Agent, WorldModel
+from worldloom.core.seeds import torch_generator
+from worldloom.core.types import ActionBounds, Context, Goal, Observations, Plan
+from worldloom.guardrails import Fallback, Recalibration
+from worldloom.heads import still
+from worldloom.memory import Check, LandmarkGraph
+from worldloom.planning import GoalObjective, LatentL2, Planner
+
+
+class CuriosityConfig(Config):
+    """How what is new is sought; lengths in typical model steps.
+
+    From each landmark `walks` random walks of `horizon` blocks are imagined. Where they end, farther than `novelty`
+    from every landmark, something new is expected. The landmark that promises most for the blocks that it takes to
+    get there, and `overhead` more, is gone to, and the newest end of its walks is tried. Each try lets it promise less,
+    and what is not found where it was imagined is expected there no longer.
+    """
+
+    walks: int = Field(default=16, ge=1)
+    horizon: int = Field(default=4, ge=1)
+    novelty: float = Field(default=1.5, gt=0)
+    overhead: float = Field(default=4.0, gt=0)
+    walk: Walk = Walk(slowest=1.0)
+    follow: FollowConfig = FollowConfig(surprise=None)
+
+
+@dataclass
+class _Search:
+    """What one environment is after: a landmark, then a state imagined beyond it."""
+
+    landmark: int
+    beyond: Tensor | None = None
+    left: int = 0  # plans until something else is sought
+    gap: float = np.inf  # the least so far to that state
+    stalled: int = 0  # plans since it was
+
+
+class CuriosityGuide:
+    """Aims a planning agent at landmarks beyond which the model imagines states that memory does not hold.
+
+    A guide without a goal: what is given to `reset` says only how many environments there are.
+    """
+
+    def __init__(
+        self,
+        model: WorldModel,
+        graph: LandmarkGraph,
+        config: CuriosityConfig | None = None,
+        *,
+        check: Check | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.graph, self.config = graph, config or CuriosityConfig()
+        self._model = model
+        self._device = torch.device(getattr(model, "device", "cpu"))
+        self._generator = torch_generator(seed, "curiosity", device=self._device)
+        self._travel = LandmarkGuide(graph, self.config.follow, check=check)
+        self._searches: list[_Search | None] = []
+        self._imagined = 0  # landmarks from which walks were imagined
+        self._ends = torch.zeros(0, model.spec.latent_dim)
+        self._owners = np.zeros(0, np.int64)
+        self._gaps = np.zeros(0, np.float32)
+        self._tries = np.zeros(0)
+        self._refuted = self._ends
+
+    def reset(self, goal: Float[Tensor, "B D"]) -> None:
+        """Begin in so many environments; what was imagined and tried before stays."""
+        self._travel.reset(goal)
+        self._searches = [None] * len(goal)
+
+    def select(self, places: Sequence[int]) -> None:
+        """Narrow to these environments, given by their places in the last batch, in this order."""
+        self._travel.select(places)
+        self._searches = [self._searches[place] for place in places]
+
+    def __call__(self, context: Context, followed: Plan | None, blocks: int) -> Float[Tensor, "B D"]:
+        """Return what each environment is to aim at."""
+        here, before = context.latents[:, -1], len(self.graph)
+        places = self._travel.locate(here, followed, blocks)
+        self._imagine()
+        promise = self.promise()
+        sought: dict[int, Tensor] = {}
+        for row, place in enumerate(places):
+            beyond = self._seek(row, place, place >= before, here[row].cpu(), promise)
+            if beyond is not None:
+                sought[row] = beyond
+        aims = self._travel.aim(here)
+        for row, beyond in sought.items():
+            aims[row] = beyond.to(aims)
+        return aims
+
+    def promise(self) -> Float64[np.ndarray, "N"]:
+        """Return how much that is new is expected beyond each landmark, less where it was tried.
+
+        It is the largest square of how much farther than `novelty` an imagined walk ends from all landmarks: the far
+        side of a door promises more than the other side of a corridor.
+        """
+        promise = np.zeros(len(self.graph))
+        np.maximum.at(promise, self._owners, np.square(self._gaps - self.config.novelty, dtype=np.float64))
+        less: np.ndarray = promise / (1 + self._tries) ** 2
+        return less
+
+    def _seek(
+        self, row: int, place: int, new: bool, here: Float[Tensor, "D"], promise: Float64[np.ndarray, "N"]
+    ) -> Tensor | None:
+        """Return the imagined state to try now, or None on the way to where one is."""
+        search = self._searches[row]
+        if search is not None:
+            search.left -= 1
+            if search.beyond is not None:
+                gap = float((here - search.beyond).norm())
+                search.stalled = 0 if gap < 0.9 * search.gap else search.stalled + 1
+                search.gap = min(gap, search.gap)
+                if search.stalled >= 2:
+                    search.left = 0
+            if search.left <= 0 or (search.beyond is not None and new):
+                if search.beyond is None:
+                    self._tries[search.landmark] += 1  # it could not be reached
+                elif not new:
+                    self._refute(search.beyond)
+                search = None
+        if search is None:
+            blocks = self.graph.blocks_from(place)
+            gain = promise / (blocks + self.config.overhead)
+            best = int(gain.argmax())
+            search = _Search(landmark=best, left=3 * int(min(blocks[best], 1e6)) + 4 * self.config.follow.patience)
+            self._searches[row] = search
+            if best != place:
+                self._travel.redirect(row, self.graph.latents[best])
+        if search.beyond is None and place == search.landmark:
+            ends = np.flatnonzero(self._owners == place)
+            search.left = self.config.horizon + 1
+            search.beyond = self._ends[ends[self._gaps[ends].argmax()]] if len(ends) else self._somewhere(place)
+            self._tries[place] += 1
+        return search.beyond
+
+    def _imagine(self) -> None:
+        """Imagine walks from landmarks that are new, and forget ends that are new no longer."""
+        graph, first = self.graph, self._imagined
+        if len(graph) > first:
+            fresh = graph.latents[first:]
+            self._gaps = np.minimum(self._gaps, self._gaps_to(self._ends, fresh))
+            ends = self._walk_from(fresh)
+            owners = np.repeat(np.arange(first, len(graph)), self.config.walks)
+            gaps = np.minimum(graph.nearest(ends)[1], self._gaps_to(ends, self._refuted) * self.config.novelty)
+            self._ends = torch.cat([self._ends, ends])
+            self._owners, self._gaps = np.concatenate([self._owners, owners]), np.concatenate([self._gaps, gaps])
+            self._tries = np.concatenate([self._tries, np.zeros(len(fresh))])
+            self._imagined = len(graph)
+        new = self._gaps > self.config.novelty
+        if not new.all():
+            self._ends, self._owners, self._gaps = self._ends[torch.from_numpy(new)], self._owners[new], self._gaps[new]
+
+    def _refute(self, state: Float[Tensor, "D"]) -> None:
+        """Note that an imagined state was not found: what lies within a step of it promises nothing any more."""
+        self._refuted = torch.cat([self._refuted, state[None]])
+        self._gaps = np.minimum(self._gaps, self._gaps_to(self._ends, state[None]) * self.config.novelty)
+
+    def _gaps_to(self, ends: Float[Tensor, "E D"], states: Float[Tensor, "M D"]) -> Float32[np.ndarray, "E"]:
+        if not len(ends) or not len(states):
+            return np.full(len(ends), np.inf, np.float32)
+        gaps: np.ndarray = (torch.cdist(ends, states).min(dim=1).values / self.graph.step_length).numpy()
+        return gaps
+
+    def _walk_from(self, latents: Float[Tensor, "M D"]) -> Float[Tensor, "_ D"]:
+        """Return where imagined walks from these latents end, `walks` for each."""
+        spec, config = self._model.spec, self.config
+        bounds = ActionBounds.of(spec, self._device)
+        ends = []
+        for some in latents.split(256):
+            shape = (len(some), config.walks, config.horizon)
+            walks = config.walk.sample(spec, bounds, shape, self._generator)
+            context = still(some.to(self._device), self._model)
+            with torch.inference_mode():
+                ends.append(self._model.rollout(context, walks)[:, :, -1].flatten(0, 1).cpu())
+        return torch.cat(ends)
+
+    def _somewhere(self, place: int) -> Float[Tensor, "D"]:
+        """Return the end of one walk, where nothing new is imagined any more."""
+        ends = self._walk_from(self.graph.latents[place : place + 1])
+        chosen: Tensor = ends[int(torch.randint(len(ends), (1,), generator=self._generator, device=self._device))]
+        return chosen
+
+
+class ExploringAgent:
+    """Explores B environments at once and learns their landmarks; it has no goal.
+
+    It goes where `planner` finds a way, under its guardrails. The other parts are those of `PlanningAgent`.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        graph: LandmarkGraph,
+        config: CuriosityConfig | None = None,
+        *,
+        check: Check | None = None,
+        observer: Observer | None = None,
+        fallback: Fallback | None = None,
+        auditor: Auditor | None = None,
+        recalibration: Recalibration | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.graph = graph
+        model, metric = planner.model, LatentL2(graph.step_length)
+        self._agent = PlanningAgent(
+            model,
+            planner,
+            lambda goal: GoalObjective(metric, goal),
+            replan=model.spec.block,
+            guide=CuriosityGuide(model, graph, config, check=check, seed=seed),
+            observer=observer,
+            fallback=fallback,
+            auditor=auditor,
+            recalibration=recalibration,
+            seed=seed,
+        )
+        self._begun = False
+
+    @property
+    def planning(self) -> PlanningAgent:
+        """What plans."""
+        return self._agent
+
+    def begin(self) -> None:
+        """Begin in other environments, or elsewhere in the same ones; what was learned stays."""
+        self._begun = False
+
+    def act(self, observations: Observations) -> Float[Tensor, "B A"]:
+        """Return the next environment action, within bounds."""
+        if not self._begun:
+            self._agent.reset(Goal(observations=observations))
+            self._begun = True
+        return self._agent.act(observations)
+
+
+class LandmarkAgent:
+    """Plans over the landmarks of what it has seen: it explores where it may, and remembers while it acts.
+
+    `planning` is guided by `guide`; `explorer` shares its graph.
+    """
+
+    def __init__(self, planning: PlanningAgent, guide: LandmarkGuide, explorer: ExploringAgent) -> None:
+        self._planning, self._guide, self._explorer = planning, guide, explorer
+
+    @property
+    def parts(self) -> Mapping[str, PlanningAgent]:
+        """What plans the way, under the name "", and what plans while it explores, as "exploring"."""
+        return {"": self._planning, "exploring": self._explorer.planning}
+
+    @property
+    def graph(self) -> LandmarkGraph:
+        """The landmarks."""
+        return self._guide.graph
+
+    @property
+    def outlook(self) -> list[Outlook]:
+        """What was known of each environment's way when it planned last."""
+        return self._guide.outlook
+
+    @property
+    def statistics(self) -> Mapping[str, Sequence[float]]:
+        """See `PlanningAgent.statistics`; exploring is left out."""
+        return self._planning.statistics
+
+    def explorer(self) -> ExploringAgent:
+        """Return what explores other environments from now on, for this agent's memory."""
+        self._explorer.begin()
+        return self._explorer
+
+    def reset(self, goal: Goal) -> None:
+        """Forget the last episode, but not what was learned in it, and take a new goal for each environment."""
+        self._planning.reset(goal)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Narrow to these environments, given by their places in the last batch, in this order."""
+        self._planning.select(rows)
+
+    def conclude(self, rows: Sequence[int], observations: Observations, outcomes: Sequence[str]) -> None:
+        """See `PlanningAgent.conclude`."""
+        self._planning.conclude(rows, observations, outcomes)
+
+    def act(self, observations: Observations) -> Float[Tensor, "B A"]:
+        """Return the next environment action; see `PlanningAgent.act`."""
+        return self._planning.act(observations)
+
+    def act_by(self, deadline: float, observations: Observations) -> Float[Tensor, "B A"]:
+        """Return the next environment action in time; see `PlanningAgent.act_by`."""
+        return self._planning.act_by(deadline, observations)
+
+
+def planning_parts(agent: Agent) -> Mapping[str, PlanningAgent]:
+    """Return what plans in an agent, by the names that an audit log has for them; the one that acts is ""."""
+    if isinstance(agent, LandmarkAgent):
+        return agent.parts
+    return {"": agent} if isinstance(agent, PlanningAgent) else {}

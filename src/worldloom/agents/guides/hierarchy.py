@@ -1,0 +1,142 @@
+"""Far goals over coarser models: what a slower model expects to pass first is what the faster one aims at."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from worldloom.core.config import Config
+from worldloom.core.errors import PlanningError
+from worldloom.core.seams import Objective
+from worldloom.core.seeds import torch_generator
+from worldloom.core.types import Context, Plan
+from worldloom.heads import still
+from worldloom.planning import Planner
+
+
+class HierarchyConfig(Config):
+    """How deep to plan; lengths in typical steps of the fast model.
+
+    Where the fast model foresees no arrival within `arrival` of the goal, the coarser model number `depth` is followed
+    (0: never). None chooses at each decision: a coarser model is followed only where it foresees to come within
+    `ratio` of the gap that the one below foresees, by a first step that all below foresee to reach.
+    """
+
+    depth: int | None = Field(default=None, ge=0)
+    arrival: float = Field(default=1.0, gt=0)
+    ratio: float = Field(default=0.5, gt=0, le=1)
+
+
+@dataclass
+class _Leg:
+    """One environment on its way to a subgoal, or to the goal itself where there is none."""
+
+    subgoal: Tensor | None = None
+    left: int = 0  # plans until it is thought over
+
+
+class HierarchyGuide:
+    """Aims a planning agent at the first state of a coarser model's plan, itself aimed by a still coarser one.
+
+    `levels` are planners, the fast model's first; one step of the i-th is `strides[i]` blocks of the fast model.
+    `depths` says which one each environment follows, 0 for the fast model alone.
+
+    Raises:
+        PlanningError: there is no coarser model, the strides do not fit, or the depth is more than there are.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[Planner],
+        strides: Sequence[int],
+        objective: Callable[[Float[Tensor, "B D"]], Objective],
+        config: HierarchyConfig | None = None,
+        *,
+        step_length: float,
+        seed: int = 0,
+    ) -> None:
+        self.config = config or HierarchyConfig()
+        if len(levels) < 2 or len(strides) != len(levels) or (self.config.depth or 0) >= len(levels):
+            raise PlanningError(
+                f"a hierarchy of depth {self.config.depth} needs a planner for the fast model and one for each coarser "
+                f"one, and their strides; got {len(levels)} planners and {len(strides)} strides"
+            )
+        self._levels, self._strides, self._objective = list(levels), list(strides), objective
+        self._step_length = step_length
+        self._device = torch.device(getattr(levels[0].model, "device", "cpu"))
+        self._generator = torch_generator(seed, "hierarchy", device=self._device)
+        self._goal = torch.empty(0, 0)
+        self._legs: list[_Leg] = []
+        self.depths: list[int] = []
+
+    def reset(self, goal: Float[Tensor, "B D"]) -> None:
+        """Begin an episode toward a goal for each environment."""
+        self._goal, self._legs = goal, [_Leg() for _ in goal]
+        self.depths = [0] * len(goal)
+
+    def select(self, places: Sequence[int]) -> None:
+        """Narrow to these environments, given by their places in the last batch, in this order."""
+        self._goal = self._goal[list(places)]
+        self._legs = [self._legs[place] for place in places]
+        self.depths = [self.depths[place] for place in places]
+
+    def __call__(self, context: Context, followed: Plan | None, blocks: int) -> Float[Tensor, "B D"]:
+        """Return the subgoal of each environment, or its goal where no coarser model is followed."""
+        return self.aim(context, range(len(self._legs)))
+
+    def aim(self, context: Context, rows: Sequence[int]) -> Float[Tensor, "_ D"]:
+        """Return what some of the environments are to aim at."""
+        due = []
+        for row in rows:
+            leg = self._legs[row]
+            leg.left -= 1
+            if leg.subgoal is not None and self._gaps(context.latents[row, -1], leg.subgoal) <= self.config.arrival:
+                leg.left = 0
+            if leg.left <= 0:
+                due.append(row)
+        if due:
+            depths, subgoals = self._choose(context[due], self._goal[due])
+            for row, depth, subgoal in zip(due, depths.tolist(), subgoals, strict=True):
+                self.depths[row] = depth
+                self._legs[row] = _Leg(subgoal if depth else None, self._strides[1])
+        legs = [(self._legs[row].subgoal, self._goal[row]) for row in rows]
+        return torch.stack([goal if subgoal is None else subgoal for subgoal, goal in legs])
+
+    def _choose(self, context: Context, goal: Float[Tensor, "B D"]) -> tuple[Int[Tensor, "B"], Float[Tensor, "B D"]]:
+        """Return how deep to plan for each environment, and the subgoal of the fast model."""
+        wanted, ratio = self.config.depth, self.config.ratio
+        depth, subgoal = torch.zeros(len(goal), dtype=torch.long, device=goal.device), goal.clone()
+        near = self._foresee(0, context, goal)[1]
+        for level in [wanted] if wanted else range(1, len(self._levels)) if wanted is None else []:
+            (rows,) = torch.where(near > self.config.arrival)
+            if not len(rows):
+                break
+            some = context[rows]
+            plan, nearer = self._foresee(level, some, goal[rows])
+            aim, follow = plan.latents[:, 0], torch.ones_like(rows, dtype=torch.bool)
+            if wanted is None:
+                follow = nearer < ratio * near[rows]
+            for below in range(level - 1, -1, -1):
+                plan, gap = self._foresee(below, some, aim)
+                if wanted is None:
+                    follow = follow & (gap <= self.config.arrival)
+                if below:
+                    aim = plan.latents[:, 0]
+            rows, aim, nearer = rows[follow], aim[follow], nearer[follow]
+            depth[rows], subgoal[rows], near[rows] = level, aim, nearer
+        return depth, subgoal
+
+    def _foresee(self, level: int, context: Context, goal: Float[Tensor, "B D"]) -> tuple[Plan, Float[Tensor, "B"]]:
+        """Return a level's plan, and how near it comes to the goal."""
+        planner = self._levels[level]
+        if level:
+            context = still(context.latents[:, -1], planner.model)
+        plan = planner.plan(context, self._objective(goal), generator=self._generator)
+        return plan, self._gaps(plan.latents, goal[:, None]).min(dim=1).values
+
+    def _gaps(self, latents: Float[Tensor, "*#axes D"], goals: Float[Tensor, "*#axes D"]) -> Float[Tensor, "..."]:
+        gaps: Tensor = (latents - goals).norm(dim=-1) / self._step_length
+        return gaps

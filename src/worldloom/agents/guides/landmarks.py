@@ -1,0 +1,297 @@
+"""Far goals over landmarks: what to aim at next on the way, what has failed, and what is not known."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from worldloom.core.config import Config
+from worldloom.core.errors import PlanningError
+from worldloom.core.seams import WorldModel
+from worldloom.core.types import Context, Plan
+from worldloom.heads import LatentGeometry, predict_arrival
+from worldloom.memory import Check, LandmarkGraph, Route
+
+_LOOKS = 7  # of a goal beside its own, in a world that has changed
+
+
+class FollowConfig(Config):
+    """How a way over landmarks is followed; lengths in typical model steps, costs in blocks.
+
+    The subgoal lies `hops` landmarks ahead. A goal that is at most `near` blocks away over landmarks, or of which no
+    way is known and whose latent is within `sight`, is aimed at itself. Without progress for `patience` plans the
+    next landmark is taken one at a time; without progress for as long again, the edge to it has failed. A plan that
+    does not lead within `arrival` of the landmark that it aims at tells so at once, before it is tried. What looks
+    more than `surprise` away from what the last plan predicted at a known place, and like nothing known around there,
+    shows that the world has changed (None: nothing does). `learn` lets what is seen on the way extend and change the
+    graph.
+    """
+
+    hops: int = Field(default=2, ge=1)
+    near: float = Field(default=3.0, ge=0)
+    sight: float = Field(default=4.0, ge=0)
+    patience: int = Field(default=3, ge=1)
+    arrival: float = Field(default=1.0, gt=0)
+    surprise: float | None = Field(default=0.6, gt=0)
+    learn: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """What is known of the way to a goal: `blocks` to go, or the landmark that is the `nearest` known place to it.
+
+    "known": a way over landmarks leads there. "sight": it is near enough to plan for without one. "lost": a way was
+    known and has failed; the goal is aimed at itself. "unknown": it was never seen, or nothing that was seen leads to
+    it; the agent goes to the nearest known place and stays.
+    """
+
+    kind: Literal["known", "sight", "lost", "unknown"]
+    blocks: float
+    nearest: int
+    gap: float  # from the nearest known place to the goal, in typical model steps
+
+
+def arrival_check(model: WorldModel, geometry: LatentGeometry) -> Check:
+    """Return the check by which predicted edges are trusted: the world model's own `predict_arrival`."""
+
+    def check(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return predict_arrival(model, geometry, sources, targets)
+
+    return check
+
+
+@runtime_checkable
+class Beyond(Protocol):
+    """Says what to aim at where no way is known, for some of the environments: see `Guide`."""
+
+    def reset(self, goal: Float[Tensor, "B D"]) -> None:
+        """Begin an episode toward a goal for each environment."""
+        ...
+
+    def select(self, places: Sequence[int]) -> None:
+        """Narrow to these environments, given by their places in the last batch, in this order."""
+        ...
+
+    def aim(self, context: Context, rows: Sequence[int]) -> Float[Tensor, "_ D"]:
+        """Return what these environments are to aim at."""
+        ...
+
+
+@dataclass
+class _Way:
+    """One environment on its way; the goal has more than one look where the world has changed on the way."""
+
+    goals: list[Tensor]
+    route: Route | None
+    at: int = -1
+    best: float = np.inf  # blocks to go, at the best moment since the way was found
+    waited: int = 0  # plans since then
+    careful: bool = False  # one landmark at a time
+    aim: int = -1  # the landmark that was aimed at last
+    vain: bool = False  # the last plan did not lead to it
+    known: bool = False  # once, in this episode
+    beyond: bool = False  # where landmarks lead no nearer to the goal
+
+
+class LandmarkGuide:
+    """Aims a planning agent at landmarks on the cheapest way to its goal.
+
+    What was seen on the way joins the graph; an edge that leads nowhere is dropped, and the way is found anew.
+    Where no way is known, `beyond` aims from the nearest known place on, if there is one. `events` says in a word what
+    each environment met at the last plan: "arrived", "changed", "failed" or nothing.
+    """
+
+    def __init__(
+        self,
+        graph: LandmarkGraph,
+        config: FollowConfig | None = None,
+        *,
+        check: Check | None = None,
+        beyond: Beyond | None = None,
+    ) -> None:
+        self.graph, self.config, self._check, self._beyond = graph, config or FollowConfig(), check, beyond
+        self._ways: list[_Way] = []
+        self.outlook: list[Outlook] = []
+        self.events: list[str] = []
+
+    def reset(self, goal: Float[Tensor, "B D"]) -> None:
+        """Begin an episode toward a goal for each environment."""
+        if goal.shape[1] != self.graph.latents.shape[1]:
+            raise PlanningError(
+                f"the graph holds latents of {self.graph.latents.shape[1]} and the goal has {goal.shape[1]}; build it "
+                f"with the same model"
+            )
+        self._ways = [_Way(goals=[each], route=self.graph.route(each)) for each in goal]
+        self.outlook = []
+        if self._beyond is not None:
+            self._beyond.reset(goal)
+
+    def select(self, places: Sequence[int]) -> None:
+        """Narrow to these environments, given by their places in the last batch, in this order."""
+        self._ways = [self._ways[place] for place in places]
+        self.outlook = [self.outlook[place] for place in places] if self.outlook else []
+        if self._beyond is not None:
+            self._beyond.select(places)
+
+    def redirect(self, row: int, goal: Float[Tensor, "D"]) -> None:
+        """Give one environment another goal on its way."""
+        self._ways[row] = _Way(goals=[goal], route=self.graph.route(goal), at=self._ways[row].at)
+
+    def __call__(self, context: Context, followed: Plan | None, blocks: int) -> Float[Tensor, "B D"]:
+        """Return the subgoal of each environment; `outlook` then says what is known of each way."""
+        here = context.latents[:, -1]
+        self.locate(here, followed, blocks)
+        aims = self.aim(here)
+        if self._beyond is not None and (rows := [row for row in range(len(here)) if self._is_beyond(row)]):
+            aims[rows] = self._beyond.aim(context, rows).to(aims)
+            for row in rows:
+                self._ways[row].aim = -1
+        return aims
+
+    def _is_beyond(self, row: int) -> bool:
+        """Whether an environment without a known way has come to the nearest known place, or knows none."""
+        way, unknown = self._ways[row], self.outlook[row].kind != "known"
+        way.beyond = unknown and (way.beyond or way.aim in (way.at, -1))
+        return way.beyond
+
+    def aim(self, here: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        """Return the subgoals once the environments are located."""
+        aims, self.outlook = torch.empty_like(here), []
+        for row, way in enumerate(self._ways):
+            goal = min(way.goals, key=lambda each: float((here[row] - each.to(here)).norm()))
+            aim, outlook = self._aim(row, way, here[row], goal)
+            if float((here[row] - goal.to(here)).norm()) <= self.graph.step_length:
+                self.events[row] = "arrived"
+            aims[row] = goal if aim is None else self.graph.latents[aim]
+            way.aim = -1 if aim is None else aim
+            self.outlook.append(outlook)
+        return aims
+
+    def locate(self, here: Float[Tensor, "B D"], followed: Plan | None, blocks: int) -> list[int]:
+        """See where the environments are; return the landmark of each, -1 where it is at no known place.
+
+        `followed` is the plan that led here, of which so many blocks were done.
+        """
+        self.events = [""] * len(here)
+        if followed is not None:
+            self._judge(followed)
+            if self.config.learn and self.config.surprise is not None and self._check is not None and blocks:
+                self._notice(here, followed.latents[:, blocks - 1], self._check)
+        graph, before = self.graph, len(self.graph)
+        if self.config.learn:
+            places = graph.add(here, np.array([way.at for way in self._ways]))
+            if self._check is not None and len(graph) > before:
+                graph.link(self._check, range(before, len(graph)))
+        else:
+            places, gaps = graph.nearest(here)
+            places = np.where(gaps <= graph.config.reach, places, -1)
+        for way, place in zip(self._ways, places, strict=True):
+            way.at = int(place)
+        return [way.at for way in self._ways]
+
+    def _judge(self, followed: Plan) -> None:
+        """See which plans did not lead where they aimed, as far as the model could tell."""
+        for row, way in enumerate(self._ways):
+            if way.aim >= 0:
+                aim = self.graph.latents[way.aim].to(followed.latents)
+                gap = float((followed.latents[row] - aim).norm(dim=1).min()) / self.graph.step_length
+                way.vain = gap > self.config.arrival
+
+    def _notice(self, here: Float[Tensor, "B D"], predicted: Float[Tensor, "B D"], check: Check) -> None:
+        """See whether worlds have changed: what was predicted lies among known places, and what is seen does not.
+
+        The miss of a step that a wall has stopped lies along them.
+        """
+        assert self.config.surprise is not None
+        shifts = here - predicted
+        misses = shifts.norm(dim=1).cpu().numpy() / self.graph.step_length
+        known = self.graph.nearest(predicted)[1] <= self.graph.config.spacing
+        surprised = np.flatnonzero(known & (misses > self.config.surprise))
+        if not len(surprised):
+            return
+        aside = self.graph.off(here[surprised]) ** 2 - self.graph.off(predicted[surprised]) ** 2
+        for row in surprised[aside > 0.5 * misses[surprised] ** 2].tolist():
+            way = self._ways[row]
+            self.events[row] = "changed"
+            ((place,), _) = self.graph.nearest(predicted[row : row + 1])
+            self.graph.changed(int(place), shifts[row], check)
+            way.goals = self._looks(way.goals, shifts[row])
+            way.route, way.at, way.best, way.waited, way.careful = None, -1, np.inf, 0, False
+
+    def _looks(self, goals: list[Tensor], shift: Float[Tensor, "D"]) -> list[Tensor]:
+        """Return how a goal may look, now that its world has changed: the first look, and the latest others.
+
+        A look that is hardly another one is left out: else each change would double them.
+        """
+        looks = list(goals)
+        for goal in goals:
+            other = goal + shift.to(goal)
+            gaps = [float((other - look).norm()) for look in looks]
+            if min(gaps) > self.graph.config.spacing * self.graph.step_length:
+                looks.append(other)
+        return [looks[0], *looks[1:][-_LOOKS:]]
+
+    def _aim(
+        self, row: int, way: _Way, here: Float[Tensor, "D"], goal: Float[Tensor, "D"]
+    ) -> tuple[int | None, Outlook]:
+        """Return the landmark to aim at, or None for the goal itself."""
+        graph, config = self.graph, self.config
+        if way.at >= 0 and (way.route is None or not way.route.knows(way.at)):
+            way.route = graph.route(*way.goals)
+        (nearest,), (gap,) = graph.nearest(goal[None])
+        if way.at < 0 or way.route is None or not way.route.knows(way.at):
+            away = float((here - goal).norm()) / graph.step_length
+            kind: Literal["sight", "lost", "unknown"] = "lost" if way.known else "unknown"
+            if away <= config.sight or not len(graph):
+                kind = "sight"
+            outlook = Outlook(kind=kind, blocks=np.inf, nearest=int(nearest), gap=float(gap))
+            return (self._nearest_reachable(way, goal) if kind == "unknown" else None), outlook
+        way.known = True
+        self._watch(row, way)
+        blocks = float(way.route.blocks[way.at])
+        outlook = Outlook(kind="known", blocks=blocks, nearest=int(nearest), gap=float(gap))
+        if blocks <= (1 if way.careful else config.near):
+            return None, outlook
+        return self._next(way), outlook
+
+    def _watch(self, row: int, way: _Way) -> None:
+        """Note progress; where there was none for long, blame the edge that is tried and find another way."""
+        assert way.route is not None
+        blocks = float(way.route.blocks[way.at])
+        vain, way.vain = way.vain and way.aim == self._next(way), False
+        way.waited += 1
+        if blocks < way.best:
+            way.best, way.waited, way.careful = blocks, 0, False
+            return
+        if way.waited < self.config.patience and not vain:
+            return
+        way.waited = 0
+        if not way.careful:
+            way.careful = True
+            return
+        target = int(way.route.hop[way.at])
+        if target >= 0:
+            self.graph.failed(way.at, target)
+            self.events[row] = "failed"
+            way.route = self.graph.route(*way.goals)
+        way.best = np.inf
+
+    def _next(self, way: _Way) -> int:
+        """Return the landmark to aim at on a known way."""
+        assert way.route is not None
+        return way.route.ahead(way.at, 1 if way.careful else self.config.hops)
+
+    def _nearest_reachable(self, way: _Way, goal: Float[Tensor, "D"]) -> int | None:
+        """Return the landmark nearest to the goal of those that a way leads to from here."""
+        if way.at < 0:
+            return None
+        gaps = (self.graph.latents - goal.cpu()).norm(dim=1).numpy()
+        gaps[~np.isfinite(self.graph.blocks_from(way.at))] = np.inf
+        best = int(gaps.argmin())
+        route = self.graph.route(self.graph.latents[best])
+        return best if route is None or not route.knows(way.at) else route.ahead(way.at, self.config.hops)

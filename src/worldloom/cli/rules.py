@@ -1,0 +1,58 @@
+"""`worldloom rules`: whose guardrails an agent keeps, and that nobody has changed them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from worldloom.cli.options import Json, Trust, Unsigned, read_layers
+
+app = typer.Typer(help="Sign, verify and show rule sets: guardrails, objectives and fallbacks.", no_args_is_help=True)
+
+Files = Annotated[list[Path], typer.Argument(help="The layers of a rule set, uppermost first.")]
+
+
+@app.command()
+def key(path: Annotated[Path, typer.Argument(help="Where to keep the secret key.")]) -> None:
+    """Make a secret key to sign with; prints the public one, to be given to whoever is to trust it."""
+    from worldloom.core.signing import make_key
+
+    typer.echo(make_key(path))
+
+
+@app.command()
+def sign(
+    files: Annotated[list[Path], typer.Argument(help="What to sign.")],
+    key: Annotated[Path, typer.Option(help="The secret key.")],
+) -> None:
+    """Sign rule sets as they are now, and the pictures that they forbid; the signature is kept beside each."""
+    from worldloom.core.signing import sign_file
+    from worldloom.core.yaml_config import read_yaml
+    from worldloom.guardrails import RuleLayer
+
+    for file in files:
+        rules = read_yaml(file, RuleLayer)  # nobody signs what cannot be read
+        for path in [*map(Path, dict.fromkeys(rules.files)), file]:
+            typer.echo(str(sign_file(path, key)))
+
+
+@app.command()
+def show(files: Files, trust: Trust = None, unsigned: Unsigned = False, json: Json = False) -> None:
+    """Verify the layers of a rule set, and show what they say together."""
+    from worldloom.cli.console import print_json, print_table, say
+    from worldloom.guardrails import RuleSet
+
+    rules = RuleSet(layers=read_layers(files, trust, unsigned))
+    if json:
+        print_json({
+            "fingerprint": rules.fingerprint,
+            "risk": rules.risk,
+            "guardrails": [rail.__dict__ for rail in rules.stated()],
+            "fallback": None if rules.fallback is None else rules.fallback.model_dump(mode="json"),
+        })  # fmt: skip
+        return
+    rows = [[rail.title, rail.kind, rail.owner, rail.layer, rail.reason] for rail in rules.stated()]
+    print_table("guardrails", ["", "kind", "owner", "layer", "reason"], rows)
+    say(f"risk: {'none is stated' if rules.risk is None else f'{rules.risk:g}'}")
+    say(f"fallback: {'stop' if rules.fallback is None else rules.fallback.name}")
+    say(f"fingerprint: {rules.fingerprint}; {'signatures were not asked for' if unsigned else 'all are signed'}")

@@ -1,0 +1,612 @@
+"""A control loop on a plant's clock: one command a period, planned in time or else the declared safe one.
+
+Period k begins at start + k / rate by the monotonic clock, so that no error adds up. In it the loop takes the newest
+observation, lets the agent act in a thread of its own, and sends the action as soon as it is there. What is not there
+by the deadline is a *miss*: the safe action is sent, and the miss is counted and logged with its time and cause. A
+second thread, the watchdog, sends the safe action where the loop itself does not.
+"""
+
+import logging
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from worldloom.core.errors import ConfigError, PlanningError, WorldloomError
+from worldloom.core.seams import Agent
+from worldloom.core.types import Goal, Observations
+from worldloom.deploy.link import Link, LinkError, PlantReading
+
+_log = logging.getLogger(__name__)
+
+# The share of the time until an action is due that an agent is given to plan in: the rest is for handing it over.
+_PLANNING_SHARE = 0.8
+
+
+@runtime_checkable
+class AnytimeAgent(Agent, Protocol):
+    """An agent that can be told when its action is due, and then answers with the best it has."""
+
+    def act_by(self, deadline: float, observations: Observations) -> Float[Tensor, "B A"]:
+        """Return the next action of each environment by `deadline`, a moment of `time.monotonic`."""
+        ...
+
+
+SafeAction = Literal["hold"] | Sequence[float] | Callable[[PlantReading | None], np.ndarray]
+"""What is sent where no plan is there in time: the last action again, a constant, or a function of the last reading.
+
+The function is called once a period, before the planning, and must return at once.
+"""
+
+Late = Literal["discard", "use if fresh"]
+Command = Literal["agent", "late", "safe", "watchdog"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """When each period begins and its action is due, in seconds of the monotonic clock."""
+
+    start: float
+    period: float
+    deadline: float
+
+    def begins(self, number: int) -> float:
+        """Return when a period begins."""
+        return self.start + number * self.period
+
+    def due(self, number: int) -> float:
+        """Return when the action of a period is due."""
+        return self.begins(number) + self.deadline
+
+    def at(self, now: float) -> int:
+        """Return the period that contains a moment."""
+        number = int((now - self.start) // self.period)
+        # Rounding may put the very beginning of a period into the one before.
+        return number + 1 if self.begins(number + 1) <= now else number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Miss:
+    """A period whose action did not come by its deadline; `seconds` since the start of the loop."""
+
+    period: int
+    seconds: float
+    cause: str
+    observation: int
+
+
+@dataclass(kw_only=True)
+class Period:
+    """What happened in one period; times in seconds since its beginning."""
+
+    number: int
+    began: float = 0.0  # how late the loop woke
+    observation: int = -1
+    age: float | None = None  # of the observation, at the beginning
+    sent: float | None = None
+    kind: Command | None = None
+
+
+@dataclass(kw_only=True)
+class ControlReport:
+    """What a control loop did; `to_json` for the figures."""
+
+    rate: float
+    deadline: float
+    safe_action: str
+    late: str
+    periods: list[Period] = field(default_factory=list)
+    misses: list[Miss] = field(default_factory=list)
+    plans: list[float] = field(default_factory=list)  # seconds that each call of the agent took
+    watchdog: list[tuple[int, float]] = field(default_factory=list)  # period, seconds after the deadline
+    stale: list[int] = field(default_factory=list)  # periods that acted on an observation used before
+    skipped: list[int] = field(default_factory=list)  # observations that no period took
+    unanswered: int = 0  # periods that by the plant's own count ended without any command
+    start: float = 0.0  # when period 0 began, by the monotonic clock
+    restarts: int = 0  # how often the agent's history was begun anew after a hole in it
+    link: dict[str, int] = field(default_factory=dict)
+    ended: str = "running"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures: times in milliseconds, of misses the time in seconds since the start."""
+        sent = [
+            period.number / self.rate + period.sent
+            for period in self.periods
+            if period.sent is not None and period.kind is not None
+        ]
+        wakes = [period.number / self.rate + period.began for period in self.periods]
+        span = wakes[-1] - wakes[0] if len(wakes) > 1 else 0.0
+        return {
+            "periods": len(self.periods),
+            "rate": self.rate,
+            "rate_held": round((self.periods[-1].number - self.periods[0].number) / span, 4) if span > 0 else None,
+            "deadline_ms": round(1e3 * self.deadline, 3),
+            "safe_action": self.safe_action,
+            "late_plans": self.late,
+            "ended": self.ended,
+            "commands": dict(Counter(period.kind or "none" for period in self.periods)),
+            "misses": len(self.misses),
+            "miss_causes": dict(Counter(miss.cause for miss in self.misses)),
+            "missed": [
+                {
+                    "period": miss.period,
+                    "seconds": round(miss.seconds, 4),
+                    "cause": miss.cause,
+                    "observation": miss.observation,
+                }
+                for miss in self.misses
+            ],
+            "jitter_ms": _percentiles([period.began for period in self.periods]),
+            "plan_ms": _percentiles(self.plans),
+            "command_ms": _percentiles([period.sent for period in self.periods if period.sent is not None]),
+            "observation_age_ms": _percentiles([period.age for period in self.periods if period.age is not None]),
+            "longest_without_command_ms": round(1e3 * float(np.diff(sent).max()), 3) if len(sent) > 1 else None,
+            "watchdog_acts": [[number, round(1e3 * after, 3)] for number, after in self.watchdog],
+            "stale_observations": len(self.stale),
+            "skipped_observations": self.skipped,
+            "unanswered_by_plant": self.unanswered,
+            "agent_restarts": self.restarts,
+            "link": self.link,
+        }
+
+
+class ControlLoop:
+    """Drives a plant with an agent, one command a period.
+
+    `rate` defaults to the link's and must be the same: the plant's own watchdog counts its periods. `deadline` is in
+    seconds after the beginning of a period, at most the period.
+    `safe_action` has no default: see `SafeAction`; "hold" sends nothing before there was a first action. An
+    observation older than `max_age` (two periods by default) is not acted upon: that is a miss too. `late` says what
+    becomes of a plan that is finished in a later period: with "use if fresh" it is that period's action if its
+    observation is not older than `max_age` then; else it is thrown away. After a period that the agent did not see,
+    its history has a hole, so it is reset to the same goal. `watchdog=False` leaves out the second thread.
+    `on_period(report)` is called at the end of each period and must return at once.
+
+    Raises:
+        ConfigError: the deadline is not within a period, or the safe action is not one of the plant's.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        link: Link,
+        *,
+        deadline: float,
+        safe_action: SafeAction,
+        rate: float | None = None,
+        late: Late = "discard",
+        max_age: float | None = None,
+        watchdog: bool = True,
+        on_period: Callable[[ControlReport], object] | None = None,
+    ) -> None:
+        self._rate = link.rate if rate is None else float(rate)
+        if self._rate != link.rate:
+            raise ConfigError(f"the plant gives {link.rate:g} observations a second; got a rate of {self._rate:g}")
+        period = 1 / self._rate
+        if not 0 < deadline <= period:
+            raise ConfigError(
+                f"a deadline must lie within the period of {1e3 * period:g} ms; got {1e3 * deadline:g} ms"
+            )
+        self._link, self._deadline = link, deadline
+        self._late, self._max_age = late, 2 * period if max_age is None else max_age
+        self._guarded, self._on_period = watchdog, on_period
+        self._safe_rule, self._safe = _safe_rule(safe_action, link)
+        described = "a function" if callable(safe_action) else str(safe_action)
+        self.report = ControlReport(rate=self._rate, deadline=deadline, safe_action=described, late=late)
+        self._stopping, self._asked_to_stop = threading.Event(), False
+        self._commanding = threading.Lock()
+        self._schedule: Schedule | None = None
+        self._commanded = -1  # the last period for which a command went
+        self._last: np.ndarray | None = None
+        self._period = Period(number=-1)
+        self._unanswered_before: int | None = None
+        self._reading: PlantReading | None = None
+        self._worker = _Worker(agent)
+
+    def stop(self) -> None:
+        """End `run` cleanly; may be called from a signal handler or any thread."""
+        self._asked_to_stop = True
+        self._stopping.set()
+
+    def aim(self, goal: Goal) -> None:
+        """Give the agent another goal while `run` goes on; it takes effect with the next observation."""
+        self._worker.aim(goal)
+
+    @property
+    def reading(self) -> PlantReading | None:
+        """The newest reading that a period took."""
+        return self._reading
+
+    def run(self, goal: Goal, *, duration: float | None = None) -> ControlReport:
+        """Drive the plant towards a goal (of a batch of one) for `duration` seconds, or until `stop` or Ctrl-C.
+
+        However it ends, the safe action is sent last.
+
+        Raises:
+            LinkError: the link broke; `report` holds what happened until then.
+            WorldloomError: the agent raised; likewise.
+        """
+        if self.report.ended != "running" or self._schedule is not None:
+            raise ConfigError("a control loop runs once; make another")
+        worker = self._worker
+        worker.aim(goal)
+        # A planner in Python lets go of the interpreter this often; the default of 5 ms is a tenth of a period.
+        switching = sys.getswitchinterval()
+        sys.setswitchinterval(min(switching, 0.001))
+        ended = "failed"
+        try:
+            reading = self._link.receive(max(2.0, 4 / self._rate))
+            if reading is not None:
+                worker.prepare(reading)
+            first = self._link.receive(max(2.0, 4 / self._rate))
+            if first is None:
+                raise LinkError("no observation came at the start; check the plant")
+            self._drive(worker, first, duration)
+            ended = "stopped" if self._asked_to_stop else "done"
+        except KeyboardInterrupt:
+            ended = "interrupted"
+        except WorldloomError as error:
+            ended = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self._stopping.set()
+            sys.setswitchinterval(switching)
+            worker.stop()
+            self._leave_safe()
+            self.report.ended = ended
+            self.report.link = dict(self._link.counts)
+        return self.report
+
+    def _drive(self, worker: "_Worker", first: PlantReading, duration: float | None) -> None:
+        period = 1 / self._rate
+        # The loop wakes a little after the plant's observations, so that the jitter of their way does not matter.
+        schedule = Schedule(start=first.arrived + 0.05 * period, period=period, deadline=self._deadline)
+        while schedule.start < time.monotonic():
+            schedule = Schedule(start=schedule.start + period, period=period, deadline=self._deadline)
+        with self._commanding:
+            self._schedule, self.report.start = schedule, schedule.start
+        watching = threading.Thread(target=self._watch, name="worldloom-watchdog", daemon=True)
+        if self._guarded:
+            watching.start()
+        reading, number = first, 0
+        until = float("inf") if duration is None else schedule.start + duration - period / 2
+        try:
+            while not self._stopping.is_set() and schedule.begins(number) < until:
+                _sleep_until(schedule.begins(number), self._stopping)
+                if self._stopping.is_set():
+                    break
+                now = time.monotonic()
+                current = schedule.at(now)
+                for gone in range(number, current):
+                    # This thread did not run: the machine, or code that holds the interpreter, kept it.
+                    self._missed(gone, "the loop was held up", self._period.observation)
+                    after = dict(self.report.watchdog).get(gone)
+                    self.report.periods.append(
+                        Period(
+                            number=gone,
+                            began=now - schedule.begins(gone),
+                            sent=None if after is None else schedule.deadline + after,
+                            kind=None if after is None else "watchdog",
+                        )
+                    )
+                    worker.hole()
+                reading = self._one(schedule, current, worker, reading)
+                number = current + 1
+        finally:
+            self._stopping.set()
+            if self._guarded:
+                watching.join(timeout=1.0)
+
+    def _one(self, schedule: Schedule, number: int, worker: "_Worker", before: PlantReading) -> PlantReading:
+        """Do one period; return the newest reading."""
+        began, due = schedule.begins(number), schedule.due(number)
+        period = Period(number=number, began=time.monotonic() - began)
+        self._period = period
+        # An observation that comes a little late is waited for, as long as half of the deadline is left to plan.
+        reading = self._link.receive(max(0.0, began + self._deadline / 2 - time.monotonic())) or before
+        fresh = reading.sequence != before.sequence or not self.report.periods
+        if fresh:
+            self.report.skipped += range(before.sequence + 1, reading.sequence)
+        else:
+            self.report.stale.append(number)
+        self._reading = reading
+        self._hear_of_overdue()
+        if fresh and number > 1:  # the first commands are under way
+            if self._unanswered_before is None:
+                self._unanswered_before = reading.unanswered
+            self.report.unanswered = reading.unanswered - self._unanswered_before
+        now = time.monotonic()
+        period.observation, period.age = reading.sequence, now - reading.arrived
+        if self._safe_rule is not None:
+            self._safe = self._within(self._safe_rule(reading))
+        cause = None
+        if period.age > self._max_age:
+            cause = "no observation came"
+            worker.hole()
+        elif worker.busy:
+            cause = self._take_late(worker, period, due)
+        else:
+            worker.ask(reading, now + _PLANNING_SHARE * (due - now))
+            cause = self._take(worker, period, due, "agent")
+        if cause is not None:
+            self._command(period, None, "safe")
+            if not self._stopping.is_set():  # a period that was cut off is no miss
+                self._missed(number, cause, reading.sequence)
+        self._collect_times(worker)
+        self.report.periods.append(period)
+        if self._on_period is not None:
+            self._on_period(self.report)
+        return reading
+
+    def _hear_of_overdue(self) -> None:
+        """Count as misses the actions that left in time and, as the plant says, came late."""
+        numbers, self._link.overdue = self._link.overdue, []
+        for number in numbers:
+            for period in reversed(self.report.periods[-200:]):
+                missed = any(miss.period == period.number for miss in self.report.misses[-200:])
+                if period.observation == number and period.kind == "agent" and not missed:
+                    self._missed(period.number, "it came late to the plant", number)
+
+    def _take(self, worker: "_Worker", period: Period, due: float, kind: Command) -> str | None:
+        """Wait for the agent's action until it is due, and send it; return why that was not done."""
+        answer = worker.wait(due, self._stopping)
+        if answer is None:
+            return "the plan was late"
+        if answer.error is not None:
+            self._command(period, None, "safe")
+            raise answer.error
+        try:
+            action = self._within(answer.action)
+        except PlanningError as error:
+            worker.hole()
+            _log.warning("%s", error)
+            return "the action was not valid"
+        if time.monotonic() > due:  # the plan was there, but this thread was not
+            worker.hole()
+            return "the loop was held up"
+        if not self._command(period, action, kind, answer.sequence):
+            worker.hole()
+            return "the watchdog was first"
+        if period.sent is not None and period.sent > self._deadline:
+            self._missed(period.number, "sent too late", period.observation)
+        return None
+
+    def _take_late(self, worker: "_Worker", period: Period, due: float) -> str | None:
+        """A plan of an earlier period is under way: take it if that is allowed, else let it run out."""
+        worker.hole()
+        asked = worker.asked
+        if self._late == "use if fresh" and asked is not None:
+            answer_by = min(due, asked.arrived + self._max_age)
+            if answer_by > time.monotonic():
+                cause = self._take(worker, period, answer_by, "late")
+                return "the planner was still busy" if cause == "the plan was late" else cause
+        return "the planner was still busy"
+
+    def _within(self, action: np.ndarray | None) -> np.ndarray:
+        spec = self._link.action
+        values = np.asarray(action, np.float32).reshape(-1)
+        if values.size != spec.size or not np.isfinite(values).all():
+            raise PlanningError(f"expected an action of {spec.size} finite values; got {action}")
+        clipped: np.ndarray = np.clip(values, np.array(spec.low, np.float32), np.array(spec.high, np.float32))
+        return clipped
+
+    def _command(self, period: Period, action: np.ndarray | None, kind: Command, answers: int | None = None) -> bool:
+        """Send one command for a period, None being the safe one; return whether it is the first for it."""
+        with self._commanding:
+            if self._commanded >= period.number:
+                return False
+            self._commanded = period.number
+            values = self._safe_values() if action is None else action
+            if values is None:
+                return True
+            self._link.send(values, kind=kind, answers=period.observation if answers is None else answers)
+            if kind in ("agent", "late"):
+                self._last = values
+            assert self._schedule is not None
+            period.sent, period.kind = time.monotonic() - self._schedule.begins(period.number), kind
+            return True
+
+    def _safe_values(self) -> np.ndarray | None:
+        return self._last if self._safe is None else self._safe
+
+    def _missed(self, number: int, cause: str, observation: int) -> None:
+        seconds = number / self._rate + self._deadline
+        self.report.misses.append(Miss(period=number, seconds=seconds, cause=cause, observation=observation))
+        _log.warning("period %d, %.3f s: deadline missed, %s", number, seconds, cause)
+
+    def _collect_times(self, worker: "_Worker") -> None:
+        self.report.plans += worker.times()
+        self.report.restarts = worker.restarts
+
+    def _watch(self) -> None:
+        """Send the safe action in each period for which the loop has sent nothing a little after the deadline."""
+        schedule = self._schedule
+        assert schedule is not None
+        grace = 0.1 * schedule.period
+        number = 0
+        while not self._stopping.is_set():
+            _sleep_until(schedule.due(number) + grace, self._stopping)
+            now = time.monotonic()
+            if self._stopping.is_set():
+                return
+            current = max(number, schedule.at(now - schedule.deadline - grace))
+            period = self._period if self._period.number == current else Period(number=current)
+            if period.observation < 0:
+                period.observation = self._period.observation
+            try:
+                if self._commanded < current and self._command(period, None, "watchdog"):
+                    self.report.watchdog.append((current, time.monotonic() - schedule.due(current)))
+                    _log.warning("period %d: the watchdog sent the safe action", current)
+            except WorldloomError as error:
+                _log.error("the watchdog cannot reach the plant, whose own one must act: %s", error)
+                return
+            number = current + 1
+
+    def _leave_safe(self) -> None:
+        values = self._safe_values()
+        if values is None:
+            return
+        try:
+            with self._commanding:
+                self._link.send(values, kind="safe", answers=-1)
+        except WorldloomError as error:
+            _log.error("the safe action could not be sent at the end; the plant's own watchdog must act: %s", error)
+
+
+def _safe_rule(
+    safe_action: SafeAction, link: Link
+) -> tuple[Callable[[PlantReading | None], np.ndarray] | None, np.ndarray | None]:
+    """Return the function, if it is one, and the constant; neither stands for holding."""
+    if isinstance(safe_action, str):
+        if safe_action != "hold":
+            raise ConfigError(f"a safe action is 'hold', values or a function; got {safe_action!r}")
+        return None, None
+    if callable(safe_action):
+        values = np.asarray(safe_action(None), np.float32).reshape(-1)
+    else:
+        values = np.asarray(safe_action, np.float32).reshape(-1)
+    low, high = (np.array(bound, np.float32) for bound in (link.action.low, link.action.high))
+    if values.size != link.action.size or not bool(((values >= low) & (values <= high)).all()):
+        raise ConfigError(
+            f"the safe action {values.tolist()} is not one of the plant's: {link.action.size} values from "
+            f"{low.tolist()} to {high.tolist()}"
+        )
+    return (safe_action if callable(safe_action) else None), values
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answer:
+    sequence: int = -1
+    action: np.ndarray | None = None
+    error: WorldloomError | None = None
+
+
+class _Worker:
+    """Calls the agent in a thread of its own, one observation at a time."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._goal: Goal | None = None
+        self._changed = threading.Condition()
+        self._request: PlantReading | None = None
+        self._deadline = float("inf")
+        self._answer: _Answer | None = None
+        self._times: list[float] = []
+        self._hole = self._aimed = self._stopped = False
+        self.asked: PlantReading | None = None
+        self.restarts = 0
+
+    def prepare(self, reading: PlantReading) -> None:
+        """Let the agent act twice for nothing, for first calls are slow; start the thread."""
+        for _ in range(2):
+            self._begin()
+            self._agent.act(reading.observations())
+        self._begin()
+        self._aimed = False
+        threading.Thread(target=self._run, name="worldloom-planner", daemon=True).start()
+
+    def aim(self, goal: Goal) -> None:
+        """Take another goal before the next observation."""
+        with self._changed:
+            self._goal, self._aimed = goal, True
+
+    def _begin(self) -> None:
+        assert self._goal is not None
+        self._agent.reset(self._goal)
+
+    @property
+    def busy(self) -> bool:
+        """Whether an observation is being planned for."""
+        with self._changed:
+            return self._request is not None
+
+    def ask(self, reading: PlantReading, deadline: float) -> None:
+        """Let the agent act on an observation; one that plans any time ends by the deadline."""
+        with self._changed:
+            self._request, self._deadline = reading, deadline
+            self.asked = reading
+            self._answer = None
+            self._changed.notify_all()
+
+    def hole(self) -> None:
+        """Begin the agent's history anew before the next observation: it did not see, or did not do, a period."""
+        with self._changed:
+            self._hole = True
+
+    def wait(self, until: float, stopping: threading.Event) -> _Answer | None:
+        """Return the answer to the last question if it comes in time."""
+        with self._changed:
+            while self._answer is None and (left := until - time.monotonic()) > 0 and not stopping.is_set():
+                self._changed.wait(left)
+            answer, self._answer = self._answer, None
+            if answer is None:
+                self._hole = True
+            return answer
+
+    def times(self) -> list[float]:
+        """Return how long the calls took that ended since the last time."""
+        with self._changed:
+            times, self._times = self._times, []
+            return times
+
+    def stop(self) -> None:
+        """Let the thread end, when the agent lets it."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopped or self._request is not None)
+                if self._stopped:
+                    return
+                request, deadline, hole, aimed = self._request, self._deadline, self._hole, self._aimed
+                self._hole = self._aimed = False
+            assert request is not None
+            began = time.monotonic()
+            try:
+                if hole or aimed:
+                    self._begin()
+                    self.restarts += hole
+                observations = request.observations()
+                if isinstance(self._agent, AnytimeAgent):
+                    actions = self._agent.act_by(deadline, observations)
+                else:
+                    actions = self._agent.act(observations)
+                action = actions[0].detach().cpu().numpy()
+                answer = _Answer(sequence=request.sequence, action=action)
+            except WorldloomError as error:
+                answer = _Answer(error=error)
+            except Exception as error:  # whatever an agent raises: said in the loop's thread, after the safe action
+                failure = PlanningError(f"the agent raised {type(error).__name__}: {error}")
+                failure.__cause__ = error
+                answer = _Answer(error=failure)
+            with self._changed:
+                self._times.append(time.monotonic() - began)
+                self._answer, self._request = answer, None
+                self._changed.notify_all()
+
+
+def _sleep_until(moment: float, stopping: threading.Event) -> None:
+    """Sleep to within a fraction of a millisecond: the last two milliseconds in a plain sleep, which wakes sooner."""
+    while (left := moment - time.monotonic()) > 0 and not stopping.is_set():
+        if left > 0.004:
+            stopping.wait(left - 0.002)
+        else:
+            time.sleep(left)
+
+
+def _percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
+    if not seconds:
+        return None
+    values = 1e3 * np.asarray(seconds)
+    names = {"p50": 50, "p95": 95, "p99": 99, "max": 100}
+    return {"n": float(len(values)), **{name: round(float(np.percentile(values, at)), 3) for name, at in names.items()}}

@@ -1,0 +1,369 @@
+"""Links to what is not a simulator: observations come at a fixed rate, and actions go, whether or not anybody waits.
+
+`CallbackLink` is for people who have functions; `SocketLink` speaks the wire format of `worldloom.deploy.wire` to a
+plant in another process or machine (`worldloom.deploy.plant` is its other end).
+"""
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from worldloom.core.errors import DataError
+from worldloom.core.types import ActionSpec, Observations, ObservationSpec
+from worldloom.deploy.wire import VERSION, Address, Connection, LinkError, WireMessage
+
+__all__ = ["CallbackLink", "Link", "LinkError", "PlantReading", "SocketLink"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlantReading:
+    """One observation of a plant.
+
+    `sequence` counts up by one an observation; `sent` is the plant's monotonic clock and `arrived` ours, in seconds;
+    `episode` counts the resets since the agent connected; `safe` says that the plant's own safe action is applied at
+    the time, and `unanswered` how many periods have ended without an action since the plant was started.
+    """
+
+    pixels: np.ndarray | None = None  # uint8 (H, W, C)
+    vector: np.ndarray | None = None  # float32 (V,)
+    labels: Mapping[str, np.ndarray] = field(default_factory=dict)  # float32 (L,) each
+    sequence: int = -1
+    sent: float = 0.0
+    arrived: float = 0.0
+    episode: int = 0
+    safe: bool = False
+    unanswered: int = 0
+
+    def observations(self) -> Observations:
+        """Return it as a batch of one."""
+        return Observations.from_numpy(
+            None if self.pixels is None else self.pixels[None], None if self.vector is None else self.vector[None]
+        )
+
+    def check(self, spec: ObservationSpec) -> None:
+        """Raise `LinkError` where it is not what the plant said it would be."""
+        pixels = None if self.pixels is None else self.pixels.shape
+        vector = 0 if self.vector is None else self.vector.size
+        wrong_type = (self.pixels is not None and self.pixels.dtype != np.uint8) or (
+            self.vector is not None and (self.vector.dtype != np.float32 or self.vector.ndim != 1)
+        )
+        if pixels != spec.pixels or vector != spec.vector or wrong_type:
+            raise LinkError(
+                f"observation {self.sequence} has pixels {pixels} and a vector of {vector}; the plant said uint8 "
+                f"pixels {spec.pixels} and a float32 vector of {spec.vector}. Repair the plant's side"
+            )
+        if self.vector is not None and not np.isfinite(self.vector).all():
+            raise LinkError(f"observation {self.sequence} is not finite: {self.vector}; repair the plant's sensors")
+
+
+class Link(ABC):
+    """Takes the newest observation of a plant and sends it actions; every method may be called from any thread.
+
+    `counts` says what was noticed: `received`, `unread` (overtaken by a newer one before anybody asked), `lost`
+    (never came), `out of order` (came late, and was dropped). `overdue` are the observations whose answers, as the
+    plant says, came after their period.
+    """
+
+    observation: ObservationSpec
+    action: ActionSpec
+    rate: float
+
+    def __init__(self, observation: ObservationSpec, action: ActionSpec, rate: float) -> None:
+        if not (np.isfinite(rate) and rate > 0):
+            raise LinkError(f"a link needs a rate above 0 observations a second; got {rate}")
+        self.observation, self.action, self.rate = observation, action, float(rate)
+        self.counts: Counter[str] = Counter()
+        self.overdue: list[int] = []
+        self._changed = threading.Condition()
+        self._newest: PlantReading | None = None
+        self._last = -1
+        self._failure: LinkError | None = None
+
+    def receive(self, timeout: float) -> PlantReading | None:
+        """Return the newest observation that was not yet returned, or None where none comes within `timeout` seconds.
+
+        Raises:
+            LinkError: the link is broken.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._newest is not None or self._failure is not None, timeout)
+            reading, self._newest = self._newest, None
+            if reading is None and self._failure is not None:
+                raise self._failure
+            return reading
+
+    @abstractmethod
+    def send(self, action: Float32[np.ndarray, "A"], *, kind: str = "agent", answers: int = -1) -> None:
+        """Send an action; `kind` and the sequence number that it `answers` go into the plant's log.
+
+        Raises:
+            LinkError: the link is broken.
+        """
+
+    @abstractmethod
+    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> None:
+        """Ask for a new episode; observations of the next `episode` follow when the plant is ready."""
+
+    def close(self) -> None:
+        """Leave the plant to itself."""
+        self._fail(LinkError("the link was closed on this side"))
+
+    def __enter__(self) -> "Link":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _put(self, reading: PlantReading) -> None:
+        reading.check(self.observation)
+        with self._changed:
+            if reading.sequence <= self._last:
+                self.counts["out of order"] += 1
+                return
+            self.counts["received"] += 1
+            self.counts["lost"] += reading.sequence - self._last - 1 if self._last >= 0 else 0
+            self.counts["unread"] += self._newest is not None
+            self._last, self._newest = reading.sequence, reading
+            self._changed.notify_all()
+
+    def _fail(self, failure: LinkError) -> None:
+        with self._changed:
+            self._failure = self._failure or failure
+            self._changed.notify_all()
+
+    @property
+    def _over(self) -> bool:
+        return self._failure is not None
+
+    def _checked(self, action: np.ndarray) -> np.ndarray:
+        values = np.asarray(action, np.float32).reshape(-1)
+        if values.size != self.action.size or not np.isfinite(values).all():
+            raise DataError(f"an action of this plant has {self.action.size} finite values; got {action}")
+        clipped: np.ndarray = np.clip(
+            values, np.array(self.action.low, np.float32), np.array(self.action.high, np.float32)
+        )
+        return clipped
+
+
+class CallbackLink(Link):
+    """A plant behind two functions.
+
+    `read()` waits for the next observation and returns it (or None where there is none yet); it is called in a
+    thread of its own, so that it may block. `write(action)` must return at once. Readings without a sequence number
+    are numbered as they come.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], PlantReading | None],
+        write: Callable[[np.ndarray], object],
+        *,
+        observation: ObservationSpec,
+        action: ActionSpec,
+        rate: float,
+        reset: Callable[[int | None], object] | None = None,
+    ) -> None:
+        super().__init__(observation, action, rate)
+        self._read, self._write, self._reset = read, write, reset
+        self._episode = 0
+        self._writing = threading.Lock()
+        threading.Thread(target=self._listen, name="worldloom-callback-link", daemon=True).start()
+
+    def send(self, action: Float32[np.ndarray, "A"], *, kind: str = "agent", answers: int = -1) -> None:
+        """Call `write`; see `Link`."""
+        if self._failure is not None:
+            raise self._failure
+        with self._writing:
+            self._write(self._checked(action))
+
+    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> None:
+        """Call the reset function with the seed, where there is one."""
+        if self._reset is not None:
+            self._reset(seed)
+        with self._changed:
+            self._newest = None
+            self._episode += 1
+
+    def _listen(self) -> None:
+        number = 0
+        while not self._over:
+            try:
+                episode = self._episode
+                reading = self._read()
+                if reading is None:
+                    time.sleep(0.001)
+                    continue
+                now = time.monotonic()
+                sequence = number if reading.sequence < 0 else reading.sequence
+                self._put(
+                    PlantReading(
+                        pixels=reading.pixels,
+                        vector=reading.vector,
+                        labels=reading.labels,
+                        sequence=sequence,
+                        sent=reading.sent or now,
+                        arrived=now,
+                        episode=episode,
+                        safe=reading.safe,
+                        unanswered=reading.unanswered,
+                    )
+                )
+                number = sequence + 1
+            except Exception as error:  # whatever the user's function raises: said at the next `receive`
+                self._fail(
+                    error
+                    if isinstance(error, LinkError)
+                    else LinkError(f"reading failed: {type(error).__name__}: {error}")
+                )
+
+
+class SocketLink(Link):
+    """A plant at the other end of a socket: `tcp://host:port` or `unix:path`.
+
+    `connect_timeout` is how long to wait for the plant to listen and to greet; `silence` how many seconds may pass
+    without a message before the link counts as broken (each side sends a heartbeat where it has nothing to say).
+
+    Raises:
+        LinkError: nobody answers, or not in this language.
+    """
+
+    def __init__(self, address: str | Address, *, connect_timeout: float = 10.0, silence: float = 2.0) -> None:
+        address = Address.parse(address) if isinstance(address, str) else address
+        self.address, self._silence = address, silence
+        self._connection = Connection(address.connect(connect_timeout), silence=silence)
+        try:
+            self._connection.send(WireMessage(type="hello", fields={"version": VERSION, "role": "agent"}))
+            self.hello = self._greeting(connect_timeout)
+            super().__init__(
+                ObservationSpec.from_json(self.hello["observation"]),
+                ActionSpec.from_json(self.hello["action"]),
+                float(self.hello["rate"]),
+            )
+        except (KeyError, TypeError, ValueError, IndexError, DataError) as error:
+            self._connection.close()
+            raise LinkError(
+                f"the plant at {address} greets without a usable observation, action and rate ({error!r}); see "
+                f"docs/deploy.md"
+            ) from error
+        except LinkError:
+            self._connection.close()
+            raise
+        self._sequence = 0
+        self._numbering = threading.Lock()
+        self._awaited = 0
+        self._thread = threading.Thread(target=self._listen, name="worldloom-socket-link", daemon=True)
+        self._thread.start()
+
+    def send(self, action: Float32[np.ndarray, "A"], *, kind: str = "agent", answers: int = -1) -> None:
+        """Send an action; see `Link`."""
+        values = self._checked(action)
+        if self._failure is not None:
+            raise self._failure
+        with self._numbering:
+            fields = {"sequence": self._sequence, "time": time.monotonic(), "kind": kind, "answers": answers}
+            self._sequence += 1
+            self._connection.send(
+                WireMessage(type="action", fields=fields, arrays={"action": values}), timeout=1 / self.rate
+            )
+
+    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> None:
+        """Ask for a new episode; see `Link`."""
+        with self._changed:
+            self._awaited += 1
+            self._newest = None
+        self._connection.send(WireMessage(type="reset", fields={"seed": seed, "options": dict(options or {})}))
+
+    def close(self) -> None:
+        """Say goodbye, upon which the plant applies its own safe action."""
+        if not self._over:
+            try:
+                self._connection.send(WireMessage(type="bye"), timeout=0.2)
+                # Closing with something unread would take back what the plant has not read yet, the last action too.
+                self._connection.finish()
+                self._thread.join(timeout=0.3)
+            except LinkError:
+                self.counts["unsaid goodbyes"] += 1
+        super().close()
+        self._connection.close()
+        self._thread.join(timeout=1.0)
+
+    def _greeting(self, timeout: float) -> dict[str, Any]:
+        message = self._connection.receive(timeout)
+        if message is None:
+            raise LinkError(
+                f"{self.address} was reached but did not greet in {timeout:g} s; is another agent connected?"
+            )
+        if message.type != "hello" or message.fields.get("version") != VERSION:
+            raise LinkError(f"expected a greeting of version {VERSION}; got {message.type!r} {dict(message.fields)}")
+        return dict(message.fields)
+
+    def _listen(self) -> None:
+        try:
+            while not self._over:
+                message = self._connection.receive(min(self._silence / 4, 0.25))
+                now = time.monotonic()
+                if now - self._connection.sent > self._silence / 4:
+                    self._connection.send(WireMessage(type="heartbeat", fields={"time": now}))
+                if message is None:
+                    if now - self._connection.received > self._silence:
+                        raise LinkError(f"the plant has been silent for {self._silence:g} s; check it")
+                elif message.type == "observation":
+                    self._observed(message, now)
+                elif message.type == "error":
+                    raise LinkError(f"the plant says: {str(message.fields.get('message'))[:500]}")
+                elif message.type == "bye":
+                    raise LinkError("the plant said goodbye; start it again")
+        except LinkError as error:
+            self._fail(error)
+        finally:
+            self._connection.close()
+
+    def _observed(self, message: WireMessage, now: float) -> None:
+        fields, arrays = message.fields, dict(message.arrays)
+        pixels, vector = arrays.pop("pixels", None), arrays.pop("vector", None)
+        try:
+            reading = PlantReading(
+                pixels=pixels,
+                vector=vector,
+                labels={name.removeprefix("label/"): values.reshape(-1) for name, values in arrays.items()},
+                sequence=int(fields["sequence"]),
+                sent=float(fields["time"]),
+                arrived=now,
+                episode=int(fields.get("episode", 0)),
+                safe=bool(fields.get("safe", False)),
+                unanswered=int(fields.get("unanswered", 0)),
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise LinkError(f"an observation lacks its number or its time ({error!r}); see docs/deploy.md") from None
+        overdue = fields.get("overdue")
+        if isinstance(overdue, list):
+            self.overdue += [number for number in overdue if isinstance(number, int)]
+        if reading.episode >= self._awaited:
+            self._put(reading)
+        else:
+            self.counts["before the reset"] += 1
+            self._last = max(self._last, reading.sequence)
+
+
+def greeting(
+    observation: ObservationSpec, action: ActionSpec, rate: float, safe_action: np.ndarray, name: str
+) -> WireMessage:
+    """Return what a plant says first."""
+    fields = {
+        "version": VERSION,
+        "role": "plant",
+        "name": name,
+        "observation": asdict(observation),
+        "action": asdict(action),
+        "rate": rate,
+        "safe_action": [float(value) for value in safe_action],
+        "time": time.monotonic(),
+    }
+    return WireMessage(type="hello", fields=fields)

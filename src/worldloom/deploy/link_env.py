@@ -1,0 +1,113 @@
+"""A plant that runs on its own clock, wherever a Gymnasium environment is taken: logging, evaluation."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from worldloom.core.errors import ConfigError
+from worldloom.core.types import ActionSpec, ObservationSpec
+from worldloom.deploy.link import Link, PlantReading, SocketLink
+from worldloom.deploy.wire import LinkError
+
+_BOUND = 3.4e38  # float32 without infinities: what a sensor may say is not known
+
+
+class LinkEnv(gymnasium.Env[Any, np.ndarray]):
+    """A link as an environment: `step` sends the action and waits for the observation of the next period.
+
+    Its clock is the plant's: who steps slower than the rate misses periods, which the info `missed` counts (the
+    plant's watchdog acts meanwhile, which the info `safe` says). Other infos are the plant's labels, `age` (seconds
+    between the arrival of an observation and its being taken) and `sequence`. No reward is known and no episode ends
+    by itself. `reset` calls `on_reset(seed)`, if there is one (ask the operator there), and asks the plant for a new
+    episode, for which it waits `reset_timeout` seconds.
+
+    Raises:
+        LinkError: the link is broken, or no observation comes within `timeout` seconds.
+        ConfigError: neither a link nor an address is given.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # noqa: RUF012  Gymnasium's own form
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        link: Link | None = None,
+        timeout: float = 5.0,
+        reset_timeout: float = 60.0,
+        on_reset: Callable[[int | None], object] | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        if (address is None) == (link is None):
+            raise ConfigError("give a plant's address (tcp://HOST:PORT or unix:PATH) or a link, and not both")
+        self.link = link if link is not None else SocketLink(str(address))
+        self.observation_space = observation_space(self.link.observation)
+        self.action_space = action_space(self.link.action)
+        self.render_mode = render_mode
+        self._timeout, self._reset_timeout, self._on_reset = timeout, reset_timeout, on_reset
+        self._last: PlantReading | None = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode and return its first observation."""
+        super().reset(seed=seed)
+        if self._on_reset is not None:
+            self._on_reset(seed)
+        self.link.reset(seed=seed, options=options)
+        self._last = None
+        return self._next(self._reset_timeout)
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Send the action, and return the next period's observation, with no reward."""
+        values = np.asarray(action)
+        if self.link.action.discrete:
+            values = np.eye(self.link.action.size)[int(values)]
+        answers = -1 if self._last is None else self._last.sequence
+        self.link.receive(0.0)  # what came before the action does not show what it did; `missed` counts it
+        self.link.send(values.astype(np.float32).reshape(-1), kind="environment", answers=answers)
+        observation, info = self._next(self._timeout)
+        return observation, 0.0, False, False, info
+
+    def render(self) -> Any:
+        """Return the last picture."""
+        return None if self._last is None else self._last.pixels
+
+    def close(self) -> None:
+        """Close the link, upon which the plant applies its safe action."""
+        self.link.close()
+
+    def _next(self, timeout: float) -> tuple[Any, dict[str, Any]]:
+        reading = self.link.receive(timeout)
+        if reading is None:
+            raise LinkError(f"no observation came within {timeout:g} s; check the plant")
+        missed = 0 if self._last is None else reading.sequence - self._last.sequence - 1
+        self._last = reading
+        parts = {"pixels": reading.pixels, "vector": reading.vector}
+        info: dict[str, Any] = {
+            **reading.labels,
+            "missed": float(missed),
+            "safe": float(reading.safe),
+            "age": time.monotonic() - reading.arrived,
+            "sequence": float(reading.sequence),
+        }
+        return {name: part for name, part in parts.items() if part is not None}, info
+
+
+def observation_space(spec: ObservationSpec) -> spaces.Space[Any]:
+    """Return the space whose adapter gives `spec`."""
+    parts: dict[str, spaces.Space[Any]] = {}
+    if spec.pixels is not None:
+        parts["pixels"] = spaces.Box(0, 255, spec.pixels, np.uint8)
+    if spec.vector:
+        parts["vector"] = spaces.Box(-_BOUND, _BOUND, (spec.vector,), np.float32)
+    return spaces.Dict(parts)
+
+
+def action_space(spec: ActionSpec) -> spaces.Space[Any]:
+    """Return the space whose adapter gives `spec`."""
+    if spec.discrete:
+        return spaces.Discrete(spec.size)
+    return spaces.Box(np.array(spec.low, np.float32), np.array(spec.high, np.float32), dtype=np.float32)

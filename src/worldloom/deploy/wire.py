@@ -1,0 +1,296 @@
+"""The wire format between a plant and what drives it: length-prefixed messages, a JSON header and raw bytes.
+
+A message is a prefix of 16 bytes in network order (magic `WLNK`, version, 0, length of the header, length of the
+body), the header (a JSON object in UTF-8 whose `type` says what it is and whose `arrays` are `[name, dtype, shape]`)
+and the body: the arrays one after the other, little-endian, in C order. docs/deploy.md lists the types.
+Nothing that is read runs code, and what is longer than the limits is refused before it is read.
+"""
+
+import contextlib
+import json
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldloom.core.errors import ConfigError, EnvironmentFailure
+
+VERSION = 1
+MAGIC = b"WLNK"
+HEADER_LIMIT = 64 * 1024  # bytes
+BODY_LIMIT = 32 * 1024 * 1024
+_PREFIX = struct.Struct("!4sHHII")
+_DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype("u1"), "float32": np.dtype("<f4")}
+_AXES = 8
+
+
+class LinkError(EnvironmentFailure):
+    """A link to a plant that is broken, silent, or speaks another language."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WireMessage:
+    """One message: its type, the other fields of its header, and named arrays of uint8 or float32."""
+
+    type: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+def encode(message: WireMessage) -> bytes:
+    """Return the message's bytes.
+
+    Raises:
+        LinkError: an array is of another dtype, or the message is over the limits.
+    """
+    described, parts = [], []
+    for name, array in message.arrays.items():
+        if array.dtype.name not in _DTYPES:
+            raise LinkError(f"array {name!r} is {array.dtype}; a link carries {', '.join(_DTYPES)}. Convert it")
+        described.append([name, array.dtype.name, list(array.shape)])
+        parts.append(np.ascontiguousarray(array, _DTYPES[array.dtype.name]).tobytes())
+    values = {**message.fields, "type": message.type, "arrays": described}
+    header = json.dumps(values, allow_nan=False, separators=(",", ":")).encode()
+    body = b"".join(parts)
+    _check_sizes(len(header), len(body))
+    return _PREFIX.pack(MAGIC, VERSION, 0, len(header), len(body)) + header + body
+
+
+def decode(header: bytes, body: bytes) -> WireMessage:
+    """Read what follows the prefix.
+
+    Raises:
+        LinkError: it is not a message of this format.
+    """
+    try:
+        values = json.loads(header.decode("utf-8"), parse_constant=_no_constant)
+        kind, described = values.pop("type"), values.pop("arrays")
+        if not isinstance(kind, str):
+            raise ValueError("its type is no text")
+        arrays: dict[str, np.ndarray] = {}
+        place = 0
+        for name, dtype, shape in described:
+            sides = [int(side) for side in shape]
+            if not isinstance(name, str) or len(sides) > _AXES or min(sides, default=0) < 0:
+                raise ValueError(f"it describes an array as {[name, dtype, shape]}")
+            count = int(np.prod(sides, dtype=object)) if sides else 1
+            end = place + count * _DTYPES[dtype].itemsize
+            if end > len(body):
+                raise ValueError(f"array {name!r} of shape {sides} is longer than the body of {len(body)} bytes")
+            arrays[name] = np.frombuffer(bytearray(body[place:end]), _DTYPES[dtype]).reshape(sides)
+            place = end
+        if place != len(body):
+            raise ValueError(f"its arrays take {place} bytes of a body of {len(body)}")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise LinkError(
+            f"a message cannot be read ({type(error).__name__}: {str(error)[:200]}); expected version {VERSION} of the "
+            f"format in docs/deploy.md"
+        ) from None
+    return WireMessage(type=kind, fields=values, arrays=arrays)
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _check_sizes(header: int, body: int) -> None:
+    if header > HEADER_LIMIT or body > BODY_LIMIT:
+        raise LinkError(
+            f"a message has a header of {header} bytes and a body of {body}; at most {HEADER_LIMIT} and {BODY_LIMIT} "
+            f"are taken. Send smaller pictures, or check that the other side speaks this format"
+        )
+
+
+class Connection:
+    """A socket that gives and takes whole messages; no call waits longer than it is told to.
+
+    `silence` is how many seconds half a message may wait for its rest. One thread may receive while others send.
+    """
+
+    def __init__(self, sock: socket.socket, *, silence: float = 2.0) -> None:
+        sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket, self._silence = sock, silence
+        self._bytes = bytearray()
+        self._touched = time.monotonic()
+        self._sending = threading.Lock()
+        self._closed = False
+        self.sent = self.received = time.monotonic()  # when the last message went and came
+
+    def send(self, message: WireMessage, *, timeout: float = 1.0) -> None:
+        """Send a whole message.
+
+        Raises:
+            LinkError: the other side is gone, or takes nothing for `timeout` seconds (the connection is then closed,
+                for half a message may have gone).
+        """
+        rest = memoryview(encode(message))
+        until = time.monotonic() + timeout
+        if not self._sending.acquire(timeout=timeout):
+            raise LinkError(f"the other side took nothing for {timeout:g} s; check that it reads")
+        try:
+            while rest:
+                self._wait(write=True, seconds=until - time.monotonic())
+                try:
+                    rest = rest[self._socket.send(rest) :]
+                except BlockingIOError:
+                    if time.monotonic() >= until:
+                        self.close()
+                        raise LinkError(f"the other side took nothing for {timeout:g} s; check that it reads") from None
+                except OSError as error:
+                    raise self._broken(error) from error
+            self.sent = time.monotonic()
+        finally:
+            self._sending.release()
+
+    def receive(self, timeout: float) -> WireMessage | None:
+        """Return the next message, or None where none is whole after `timeout` seconds.
+
+        Raises:
+            LinkError: the other side is gone, half a message stays without its rest, or what comes is no message.
+        """
+        until = time.monotonic() + timeout
+        while True:
+            message = self._whole()
+            if message is not None:
+                self.received = time.monotonic()
+                return message
+            now = time.monotonic()
+            if self._bytes and now - self._touched > self._silence:
+                raise LinkError(
+                    f"half a message came ({len(self._bytes)} bytes) and no more for {self._silence:g} s; restart the "
+                    f"other side"
+                )
+            ready = self._wait(write=False, seconds=until - now)
+            if not ready and time.monotonic() >= until:
+                return None
+            if ready:
+                self._fill()
+
+    def finish(self) -> None:
+        """Say that nothing more will be sent; what comes can still be received."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Close the socket; a receiver in another thread ends with `LinkError`."""
+        self._closed = True
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _fill(self) -> None:
+        try:
+            came = self._socket.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise self._broken(error) from error
+        if not came:
+            half = f" in the middle of a message ({len(self._bytes)} bytes of it came)" if self._bytes else ""
+            raise LinkError(f"the other side closed the connection{half}; start it again")
+        self._bytes += came
+        self._touched = time.monotonic()
+
+    def _whole(self) -> WireMessage | None:
+        if len(self._bytes) < _PREFIX.size:
+            return None
+        magic, version, _, header, body = _PREFIX.unpack_from(self._bytes)
+        if magic != MAGIC or version != VERSION:
+            came = f"version {version}" if magic == MAGIC else f"bytes {bytes(magic)!r}"
+            raise LinkError(f"expected messages of version {VERSION} that begin with {MAGIC!r}; got {came}")
+        _check_sizes(header, body)
+        end = _PREFIX.size + header + body
+        if len(self._bytes) < end:
+            return None
+        data = bytes(self._bytes[_PREFIX.size : end])
+        del self._bytes[:end]
+        return decode(data[:header], data[header:])
+
+    def _wait(self, *, write: bool, seconds: float) -> bool:
+        watched = [self._socket]
+        try:
+            ready = select.select([] if write else watched, watched if write else [], [], max(0.0, min(seconds, 0.25)))
+        except (OSError, ValueError) as error:  # ValueError: it was closed, and has no number any more
+            raise self._broken(error) from error
+        return bool(ready[0] or ready[1])
+
+    def _broken(self, error: Exception) -> LinkError:
+        if self._closed:
+            return LinkError("the connection was closed on this side")
+        return LinkError(f"the connection broke ({error}); check the other side and start it again")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """Where a plant is served: `tcp://host:port` or `unix:path`."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """Read an address.
+
+        Raises:
+            ConfigError: it is neither of the two forms.
+        """
+        if text.startswith("unix:") and len(text) > 5:
+            return cls(path=text.removeprefix("unix:").removeprefix("//"))
+        host, colon, port = text.removeprefix("tcp://").rpartition(":")
+        if text.startswith("tcp://") and colon and host and port.isdigit() and int(port) < 65536:
+            return cls(host=host.strip("[]"), port=int(port))
+        raise ConfigError(f"cannot read the address {text!r}; expected tcp://HOST:PORT or unix:PATH")
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}" if self.path else f"tcp://{self.host}:{self.port}"
+
+    def connect(self, timeout: float) -> socket.socket:
+        """Connect, trying again until `timeout`: a plant that was just started may not listen yet.
+
+        Raises:
+            LinkError: nobody answers.
+        """
+        until = time.monotonic() + timeout
+        while True:
+            try:
+                if not self.path:
+                    return socket.create_connection((self.host, self.port), timeout=max(until - time.monotonic(), 0.05))
+                sock = socket.socket(socket.AF_UNIX)
+                try:
+                    sock.settimeout(max(until - time.monotonic(), 0.05))
+                    sock.connect(self.path)
+                except OSError:
+                    sock.close()
+                    raise
+                return sock
+            except OSError as error:
+                if time.monotonic() + 0.05 >= until:
+                    raise LinkError(f"no plant answers at {self} ({error}); start it, or check the address") from error
+                time.sleep(0.05)
+
+    def listen(self) -> socket.socket:
+        """Listen for one connection after the other.
+
+        Raises:
+            LinkError: the address is taken or not ours.
+        """
+        try:
+            if not self.path:
+                return socket.create_server((self.host, self.port), backlog=4)
+            Path(self.path).unlink(missing_ok=True)
+            sock = socket.socket(socket.AF_UNIX)
+            sock.bind(self.path)
+            sock.listen(4)
+        except OSError as error:
+            raise LinkError(f"cannot listen at {self} ({error}); choose another address") from error
+        return sock

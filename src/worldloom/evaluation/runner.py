@@ -1,0 +1,432 @@
+"""Runs methods over the splits of a protocol, every method on the same starts and goals."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from worldloom.core.errors import ConfigError
+from worldloom.core.hardware import describe_hardware
+from worldloom.core.progress import SILENT, Progress, ProgressTask
+from worldloom.core.seams import Agent
+from worldloom.core.types import ActionSpec, Observations
+from worldloom.evaluation import protocol as protocols
+from worldloom.evaluation.goals import Tasks, draw_tasks
+from worldloom.evaluation.results import EpisodeResult, Latency, Recording, Results, Row
+from worldloom.evaluation.world import EvaluationWorld, Frame
+
+_RECORDING_BYTES = 256 * 2**20  # frames held while a batch runs, of which a few episodes are kept
+
+
+@runtime_checkable
+class Narrowing(Protocol):
+    """An agent that can forget environments whose episode is over, so that no plan is made for them."""
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only these environments, by their places in the last batch, in this order."""
+        ...
+
+
+@runtime_checkable
+class Concluding(Protocol):
+    """An agent that writes down what became of what it did."""
+
+    def conclude(self, rows: Sequence[int], observations: Observations, outcomes: Sequence[str]) -> None:
+        """Be told how the episodes of some environments, by their places in the last batch, ended, and what is seen.
+
+        An outcome is "reached", "limit broken", both with a comma between, or "not reached".
+        """
+        ...
+
+
+@runtime_checkable
+class Explorer(Protocol):
+    """What acts without a goal, in B environments at once."""
+
+    def act(self, observations: Observations) -> Float[Tensor, "B A"]:
+        """Return one environment action for each environment, within bounds."""
+        ...
+
+
+@runtime_checkable
+class Exploring(Protocol):
+    """An agent that can look around before its goals are told, where the protocol lets it."""
+
+    def explorer(self) -> Explorer:
+        """Return what explores other environments from now on, for this agent's memory."""
+        ...
+
+
+@runtime_checkable
+class Witness(Protocol):
+    """What watches an agent act, and is shown what no agent sees: the world's infos."""
+
+    def begin(self, agent: Agent, size: int) -> None:
+        """Episodes begin in so many environments, with their goals told."""
+        ...
+
+    def saw(self, frame: Frame, step: int) -> None:
+        """See what the environments under way gave at a step, before the agent acts on it."""
+        ...
+
+
+@runtime_checkable
+class Timed(Protocol):
+    """An agent that says how long each of its plans took, for how many environments at once."""
+
+    @property
+    def statistics(self) -> Mapping[str, Sequence[float]]:
+        """`plan_seconds` and `plan_environments`, one entry for each plan since the agent was made."""
+        ...
+
+
+def evaluate(
+    protocol: protocols.Protocol,
+    methods: Mapping[str, Callable[[], Agent]],
+    *,
+    batch: int = 50,
+    record: int = 4,
+    model: str = "",
+    training_seed: int | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    witness: Witness | None = None,
+    progress: Progress = SILENT,
+) -> Results:
+    """Evaluate each method on each split, up to `batch` environments at a time.
+
+    Each factory is called once and gives an agent that acts for a whole batch. An agent that offers
+    `select(rows)` (see `Narrowing`) is told when episodes end; one that offers `statistics` (see `Timed`) is
+    timed by its plans, any other by its calls of `act`. Of each row the first `record` successes and the
+    first `record` failures are kept as recordings. `model` is the fingerprint of the weights. A `witness` watches.
+
+    Raises:
+        EnvironmentFailure: an environment raises, returns what is not finite, or starts differently for the
+            same seed; the message names the method, the split and the episode's seed.
+        DataError: a method gives an action out of bounds or not finite.
+    """
+    if not methods or batch < 1:
+        raise ConfigError(f"expected at least one method and a batch of at least 1; got {len(methods)} and {batch}")
+    agents: dict[str, Agent] = {}
+    rows: list[Row] = []
+    recordings: list[Recording] = []
+    with ExitStack() as stack:
+        worlds: dict[int, EvaluationWorld] = {}
+        for split, conventions in protocol.splits.items():
+            chunks: list[Tasks] = []
+            place, left = 0, conventions.episodes
+            while left:
+                size = min(batch, left)
+                if size not in worlds:
+                    worlds[size] = stack.enter_context(EvaluationWorld(protocol, size))
+                tasks, place = draw_tasks(protocol, split, worlds[size], place, f"drawing goals of split {split!r}")
+                chunks.append(tasks)
+                left -= size
+            for name, factory in methods.items():
+                if name not in agents:
+                    agents[name] = factory()
+                with progress.task(f"{split}: {name}", conventions.episodes, "episode") as task:
+                    run = _MethodRun(protocol, split, name, agents[name], record, task, witness)
+                    for tasks in chunks:
+                        run.episodes_of(tasks, worlds[len(tasks.seeds)])
+                rows.append(run.row())
+                recordings.extend(run.recordings)
+    return Results(
+        protocol=protocol,
+        rows=tuple(rows),
+        hardware=describe_hardware(),
+        model=model,
+        training_seed=training_seed,
+        provenance=dict(provenance or {}),
+        recordings=tuple(recordings),
+    )
+
+
+def explore(
+    protocol: protocols.Protocol, agent: Exploring, steps: int, *, batch: int = 50, progress: Progress = SILENT
+) -> int:
+    """Let an agent explore the worlds of a protocol's episodes, each for so many steps; return how many worlds it saw.
+
+    Raises:
+        EnvironmentFailure: an environment raises, or returns what is not finite.
+        DataError: the agent gives an action out of bounds or not finite.
+    """
+    seen = 0
+    for split, conventions in protocol.splits.items():
+        with progress.task(f"{split}: exploring", conventions.episodes * steps, "step") as task:
+            place, left = 0, conventions.episodes
+            while left:
+                size = min(batch, left)
+                with EvaluationWorld(protocol, size) as world:
+                    tasks, place = draw_tasks(protocol, split, world, place, f"drawing the worlds of split {split!r}")
+                    _explore(protocol, split, tasks, world, agent, steps, f"split {split!r}", task)
+                left -= size
+            seen += conventions.episodes
+    return seen
+
+
+def _explore(
+    protocol: protocols.Protocol,
+    split: str,
+    tasks: Tasks,
+    world: EvaluationWorld,
+    agent: Exploring,
+    steps: int,
+    where: str,
+    task: ProgressTask | None = None,
+) -> None:
+    options = protocol.splits[split]
+    changed = options.model_copy(update={"task": {**options.task, **options.exploration_task}})
+    meanwhile = protocol.model_copy(update={"splits": {split: changed}})
+    frame = tasks.begin(meanwhile, split, world, f"{where}, exploring")
+    explorer = agent.explorer()
+    for _ in range(steps):
+        frame = world.step(explorer.act(frame.observations).detach().cpu().numpy(), frame.rows)
+        if task is not None:
+            task.advance(len(frame.rows))
+
+
+class _MethodRun:
+    """One method on one split: gathers episodes, times and recordings."""
+
+    def __init__(
+        self,
+        protocol: protocols.Protocol,
+        split: str,
+        method: str,
+        agent: Agent,
+        record: int,
+        task: ProgressTask,
+        witness: Witness | None = None,
+    ) -> None:
+        self._protocol, self._split, self._method = protocol, split, method
+        self._agent, self._record, self._task, self._witness = agent, record, task, witness
+        self._episodes: list[EpisodeResult] = []
+        self._clock = _Clock(agent)
+        self.recordings: list[Recording] = []
+
+    def row(self) -> Row:
+        """Return what was gathered."""
+        return Row(
+            method=self._method, split=self._split, episodes=tuple(self._episodes), latency=self._clock.latency()
+        )
+
+    def episodes_of(self, tasks: Tasks, world: EvaluationWorld) -> None:
+        """Run one episode for each start and goal, until each is over."""
+        size, budgets, skip = world.size, tasks.budgets, self._protocol.frame_skip
+        where = f"method {self._method!r}, split {self._split!r}"
+        steps = self._protocol.splits[self._split].exploration
+        if steps and isinstance(self._agent, Exploring):
+            _explore(self._protocol, self._split, tasks, world, self._agent, steps, where)
+        frame = tasks.begin(self._protocol, self._split, world, where)
+        self._agent.reset(tasks.goal)
+        if self._witness is not None:
+            self._witness.begin(self._agent, size)
+        audience = _Audience(self._agent, frame.observations)
+        film = _Film(self._protocol, tasks, self._record)
+        actions = _middle(world.action_spec, size)
+        ended: dict[int, EpisodeResult] = {}
+        broken = np.zeros(size, np.int64)
+        step = 0
+        while True:
+            reached, distance = _verdict(self._protocol, tasks, world, frame)
+            broken[frame.rows] += _broken(self._protocol, frame)
+            film.add(frame)
+            if self._witness is not None:
+                self._witness.saw(frame, step)
+            finished = reached | frame.over | (step >= budgets[frame.rows])
+            for index in np.flatnonzero(finished):
+                row = int(frame.rows[index])
+                far = None if distance is None else float(distance[index])
+                place = len(self._episodes) + row
+                ended[row] = _episode(place, tasks, row, bool(reached[index]), step, far, int(broken[row]))
+            if finished.any():
+                so_far = (*self._episodes, *ended.values())
+                figures = {"success": float(np.mean([episode.success for episode in so_far]))}
+                if self._protocol.limits:
+                    figures["violated"] = float(np.mean([episode.violated for episode in so_far]))
+                self._task.advance(int(finished.sum()), **figures)
+                audience.concludes(frame[finished], ended)
+                frame = frame[~finished]
+            if not len(frame.rows):
+                break
+            if step % skip == 0:
+                observations = audience.sees(frame)
+                with self._clock.decision(len(frame.rows) if audience.narrowing else size):
+                    chosen = self._agent.act(observations)
+                actions[frame.rows] = chosen.detach().cpu().numpy()[audience.places(frame)]
+            frame = world.step(actions, frame.rows)
+            step += 1
+        self._keep(film, tasks, ended)
+        self._episodes.extend(ended[row] for row in range(size))
+
+    def _keep(self, film: "_Film", tasks: Tasks, ended: Mapping[int, EpisodeResult]) -> None:
+        for outcome in (True, False):
+            missing = self._record - sum(recording.success is outcome for recording in self.recordings)
+            rows = [row for row in film.rows if ended[row].success is outcome][: max(missing, 0)]
+            self.recordings.extend(film.recording(row, self._method, self._split, ended[row]) for row in rows)
+
+
+class _Audience:
+    """What the agent is shown: the environments under way if it can narrow, else always the whole batch."""
+
+    def __init__(self, agent: Agent, first: Observations) -> None:
+        self._agent = agent
+        self.narrowing = isinstance(agent, Narrowing)
+        self._latest = first.map(lambda part: part.clone())
+        self._rows = np.arange(first.axes[0])
+
+    def sees(self, frame: Frame) -> Observations:
+        if isinstance(self._agent, Narrowing):
+            if len(frame.rows) < len(self._rows):
+                self._agent.select([int(place) for place in np.flatnonzero(np.isin(self._rows, frame.rows))])
+                self._rows = frame.rows
+            return frame.observations
+        for latest, new in (
+            (self._latest.pixels, frame.observations.pixels),
+            (self._latest.vector, frame.observations.vector),
+        ):
+            if latest is not None and new is not None:
+                latest[torch.from_numpy(frame.rows)] = new
+        return self._latest
+
+    def places(self, frame: Frame) -> np.ndarray:
+        """Return where the environments of `frame` stand in what the agent gave back."""
+        return np.arange(len(frame.rows)) if self.narrowing else frame.rows
+
+    def concludes(self, frame: Frame, ended: Mapping[int, EpisodeResult]) -> None:
+        """Tell the agent how the episodes of a frame ended."""
+        if isinstance(self._agent, Concluding):
+            places = np.flatnonzero(np.isin(self._rows, frame.rows)) if self.narrowing else frame.rows
+            outcomes = [_outcome(ended[row]) for row in frame.rows.tolist()]
+            self._agent.conclude(places.tolist(), frame.observations, outcomes)
+
+
+class _Film:
+    """Holds the frames and paths of as many environments of a batch as memory allows."""
+
+    def __init__(self, protocol: protocols.Protocol, tasks: Tasks, record: int) -> None:
+        self._protocol, self._tasks = protocol, tasks
+        pixels = tasks.goal.observations.pixels
+        each = 1 if pixels is None else pixels[0].numel() * (int(tasks.budgets.max()) + 1)
+        fits = min(len(tasks.seeds), max(record, _RECORDING_BYTES // each))
+        self.rows = range(fits if record else 0)
+        self._frames: dict[int, list[np.ndarray]] = {row: [] for row in self.rows}
+        self._path: dict[int, list[np.ndarray]] = {row: [] for row in self.rows}
+
+    def add(self, frame: Frame) -> None:
+        if self._protocol.success.source == "environment":
+            points = frame.info("position")
+        else:
+            points = frame.vector(self._protocol.success)
+        for index, row in enumerate(frame.rows):
+            if row in self._frames:
+                if frame.observations.pixels is not None:
+                    self._frames[row].append(frame.observations.pixels[index].numpy())
+                if points is not None:
+                    self._path[row].append(np.array(points[index], np.float64).reshape(-1))
+
+    def recording(self, row: int, method: str, split: str, episode: EpisodeResult) -> Recording:
+        goal, target = self._tasks.goal.observations.pixels, self._tasks.target
+        return Recording(
+            method=method,
+            split=split,
+            seed=episode.seed,
+            success=episode.success,
+            steps=episode.steps,
+            frames=np.stack(self._frames[row]) if self._frames[row] else None,
+            goal=None if goal is None else goal[row].numpy(),
+            path=np.stack(self._path[row]) if self._path[row] else None,
+            target=None if target is None else target[row],
+        )
+
+
+class _Clock:
+    """Times decisions: by the agent's own account of its plans, else by its calls of `act`."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._plans_before = len(agent.statistics["plan_seconds"]) if isinstance(agent, Timed) else 0
+        self._seconds: list[float] = []
+        self._environments: list[int] = []
+
+    @contextmanager
+    def decision(self, environments: int) -> Iterator[None]:
+        """Time one call for so many environments."""
+        start = time.perf_counter()
+        yield
+        self._seconds.append(time.perf_counter() - start)
+        self._environments.append(environments)
+
+    def latency(self) -> Latency | None:
+        """Summarise what was timed."""
+        if not isinstance(self._agent, Timed):
+            return Latency.of("act", self._seconds, self._environments)
+        statistics = self._agent.statistics
+        seconds, environments = (
+            list(statistics[key])[self._plans_before :] for key in ("plan_seconds", "plan_environments")
+        )
+        return Latency.of("plan", seconds, [int(count) for count in environments])
+
+
+def _verdict(
+    protocol: protocols.Protocol, tasks: Tasks, world: EvaluationWorld, frame: Frame
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return which rows have succeeded, and how far each is from its goal where that is measured."""
+    if tasks.target is None:
+        for name in ("success", "is_success"):
+            word = frame.info(name)
+            if word is not None:
+                return word.reshape(len(frame.rows)).astype(bool), None
+        return frame.terminated, None
+    values = frame.vector(protocol.success)
+    world.check_finite(values, frame.rows, protocol.success.name or "the observation vector")
+    distance = protocol.success.distance(values, tasks.target[frame.rows])
+    return distance <= protocol.success.radius, distance
+
+
+def _broken(protocol: protocols.Protocol, frame: Frame) -> np.ndarray:
+    """Return which rows break a limit of the protocol.
+
+    Raises:
+        ConfigError: the world does not give what a limit speaks of.
+    """
+    broken = np.zeros(len(frame.rows), bool)
+    for limit in protocol.limits:
+        broken |= limit.broken(frame.numbers(limit.name, "the limit"))
+    return broken
+
+
+def _episode(
+    index: int, tasks: Tasks, row: int, success: bool, steps: int, end_distance: float | None, violations: int
+) -> EpisodeResult:
+    def at(values: np.ndarray | None) -> float | None:
+        return None if values is None else float(values[row])
+
+    return EpisodeResult(
+        index=index,
+        seed=tasks.seeds[row],
+        success=success,
+        steps=steps,
+        budget=int(tasks.budgets[row]),
+        shortest_steps=at(tasks.shortest_steps),
+        start_distance=at(tasks.start_distance),
+        end_distance=end_distance,
+        wall_between=None if tasks.wall_between is None else bool(tasks.wall_between[row]),
+        task=tasks.digests[row],
+        violations=violations,
+    )
+
+
+def _outcome(episode: EpisodeResult) -> str:
+    words = ["reached"] * episode.success + ["limit broken"] * bool(episode.violated)
+    return ", ".join(words) or "not reached"
+
+
+def _middle(spec: ActionSpec, size: int) -> np.ndarray:
+    """Return an action within bounds for each environment, taken where nobody acts any more."""
+    return np.tile((np.array(spec.low, np.float32) + np.array(spec.high, np.float32)) / 2, (size, 1))

@@ -1,0 +1,1 @@
+"""What a consortium leaves behind: signed messages, the ledger, its story."""

@@ -1,0 +1,1 @@
+"""Rounds: the coordinator, the nodes, and what passes between them."""

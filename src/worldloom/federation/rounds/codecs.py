@@ -1,0 +1,219 @@
+"""Fewer bytes for a delta: what a codec leaves out is kept and added to the next one (error feedback).
+
+Error feedback: Seide et al. 2014; Karimireddy et al. 2019 (arXiv 1901.09847).
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BeforeValidator, Field, SerializeAsAny
+from torch import Tensor
+
+from worldloom.core.config import Component, component_of
+from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.registry import Registry
+from worldloom.federation.rules.partition import check_finite, check_names
+
+_LEVELS = 127  # symmetric: -128 is not used
+_FLOAT32 = torch.finfo(torch.float32)
+_SEPARATOR = "|"  # between a tensor's name and its part of a payload
+
+
+class Codec(Component):
+    """A way to write deltas, and to read them from whoever may be lying."""
+
+    def encode(
+        self,
+        delta: Mapping[str, Tensor],
+        residual: Mapping[str, Tensor] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the payload of delta + residual, and the new residual: what the payload does not say.
+
+        Raises:
+            DataError: a tensor is not finite in single precision, or the residual is not of these tensors.
+            ConfigError: rounding is stochastic and no generator came.
+        """
+        if residual is not None:
+            check_names(residual, delta, "the codec's residual")
+        payload: dict[str, Tensor] = {}
+        left: dict[str, Tensor] = {}
+        for name in sorted(delta):
+            if _SEPARATOR in name:
+                raise DataError(f"tensor {name!r} has {_SEPARATOR!r} in its name, which a codec keeps for its own use")
+            total = delta[name].detach().cpu().double()
+            if residual is not None:
+                if residual[name].shape != total.shape:
+                    raise DataError(
+                        f"the codec's residual of {name!r} has shape {tuple(residual[name].shape)}; expected "
+                        f"{tuple(total.shape)}: begin with none after a change of the model"
+                    )
+                total = total + residual[name].double()
+            check_finite(name, total.float())
+            parts = self._pack(total, generator)
+            left[name] = (total - self._unpack(name, parts, total.shape).double()).float()
+            payload.update({name + _SEPARATOR + part: tensor.contiguous() for part, tensor in parts.items()})
+        return payload, left
+
+    def decode(self, payload: Mapping[str, Tensor], like: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """Return the delta, in single precision, of the names and shapes that are expected.
+
+        Raises:
+            DataError: a part is missing, too many, of another dtype or size, out of range, or not finite.
+        """
+        expected = {name + _SEPARATOR + part: None for name in like for part in self._parts()}
+        check_names(payload, expected, "a payload")
+        found = {}
+        for name, shape in like.items():
+            parts = {part: payload[name + _SEPARATOR + part] for part in self._parts()}
+            found[name] = self._unpack(name, parts, torch.Size(shape))
+        return found
+
+    @abstractmethod
+    def _parts(self) -> tuple[str, ...]:
+        """Return the names of the parts that one tensor is written in."""
+
+    @abstractmethod
+    def _pack(self, total: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """Return the parts of a tensor of double precision."""
+
+    @abstractmethod
+    def _unpack(self, name: str, parts: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+        """Return the tensor in single precision, every part checked."""
+
+
+CODECS: Registry[type[Codec]] = Registry("codec")
+
+CodecField = Annotated[SerializeAsAny[Codec], BeforeValidator(component_of(CODECS))]
+
+
+def bytes_of(payload: Mapping[str, Tensor]) -> int:
+    """Return the bytes of a payload's tensors, without names and signatures."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in payload.values())
+
+
+@CODECS.register("float32")
+class Float32(Codec):
+    """Single precision, as it is."""
+
+    name: Literal["float32"] = "float32"
+
+    def _parts(self) -> tuple[str, ...]:
+        return ("value",)
+
+    def _pack(self, total: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
+        return {"value": total.float()}
+
+    def _unpack(self, name: str, parts: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+        return _checked(name, parts["value"], torch.float32, shape)
+
+
+@CODECS.register("int8")
+class Int8(Codec):
+    """Steps of 1/127 of the largest magnitude of each row (first axis; a vector is one row).
+
+    Nearest rounding errs by half a step at most; stochastic rounding by less than one, and by nothing in the mean. A
+    row below what single precision writes in full (about 1.5e-36) is left to the residual.
+    """
+
+    name: Literal["int8"] = "int8"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+
+    def _parts(self) -> tuple[str, ...]:
+        return ("value", "scale")
+
+    def _pack(self, total: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
+        if self.rounding == "stochastic" and generator is None:
+            raise ConfigError("stochastic rounding needs a generator; pass one to encode, or take rounding=nearest")
+        values, scale = _quantise(total.reshape(_rows(total.shape)), generator if self.rounding != "nearest" else None)
+        return {"value": values.reshape(total.shape), "scale": scale}
+
+    def _unpack(self, name: str, parts: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+        rows = _rows(shape)
+        values = _checked(name, parts["value"], torch.int8, shape).reshape(rows)
+        return _dequantise(name, values, _checked(name, parts["scale"], torch.float32, (rows[0],))).reshape(shape)
+
+
+@CODECS.register("top-k")
+class TopK(Codec):
+    """The `share` of each tensor's values that is largest in magnitude, at least one; `quantised` in int8 steps."""
+
+    name: Literal["top-k"] = "top-k"
+    share: float = Field(default=0.05, gt=0, le=1)
+    quantised: bool = False
+
+    def _parts(self) -> tuple[str, ...]:
+        return ("index", "value", "scale") if self.quantised else ("index", "value")
+
+    def _pack(self, total: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
+        flat = total.reshape(-1)
+        # A stable order, so that ties are broken alike everywhere.
+        order = torch.argsort(flat.abs(), descending=True, stable=True)
+        index = order[: self._kept(len(flat))].sort().values
+        parts = {"index": index.to(torch.int32), "value": flat[index].float()}
+        if self.quantised:
+            values, parts["scale"] = _quantise(flat[index][None], None)
+            parts["value"] = values[0]
+        return parts
+
+    def _unpack(self, name: str, parts: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+        count = math.prod(shape)
+        kept = (self._kept(count),)
+        index = _checked(name, parts["index"], torch.int32, kept).long()
+        if len(index) and (int(index[0]) < 0 or int(index[-1]) >= count or bool((index.diff() <= 0).any())):
+            raise DataError(
+                f"the indices of {name!r} are not strictly rising from 0 to below {count}; refuse the sender"
+            )
+        values = _checked(name, parts["value"], torch.int8 if self.quantised else torch.float32, kept)
+        if self.quantised:
+            values = _dequantise(name, values[None], _checked(name, parts["scale"], torch.float32, (1,)))[0]
+        found = torch.zeros(count)
+        found[index] = values
+        return found.reshape(shape)
+
+    def _kept(self, count: int) -> int:
+        if count >= 2**31:
+            raise DataError(f"a tensor has {count} values; top-k writes places of less than 2^31: use another codec")
+        return min(count, max(1, math.ceil(self.share * count)))
+
+
+def _rows(shape: Iterable[int]) -> tuple[int, int]:
+    sizes = tuple(shape)
+    rows = sizes[0] if len(sizes) > 1 else 1
+    return rows, math.prod(sizes) // max(rows, 1)
+
+
+def _quantise(rows: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Return int8 values (R, C) and scales (R,) of rows; rounded to the nearest, or by a generator's draw."""
+    largest = rows.abs().amax(dim=1) if rows.shape[1] else rows.new_zeros(len(rows))
+    scale = (largest / _LEVELS).float()
+    # Below the normal range a scale is too coarse to be a step.
+    scale = torch.where(scale < _FLOAT32.tiny, torch.zeros_like(scale), scale)
+    steps = torch.where(scale[:, None] > 0, rows / scale.double().clamp_min(_FLOAT32.tiny)[:, None], 0.0)
+    if generator is None:
+        steps = steps.round()
+    else:
+        steps = (steps + torch.rand(steps.shape, generator=generator, dtype=steps.dtype)).floor()
+    return steps.clamp(-_LEVELS, _LEVELS).to(torch.int8), scale
+
+
+def _dequantise(name: str, values: Tensor, scale: Tensor) -> Tensor:
+    if bool((values < -_LEVELS).any()) or bool((scale < 0).any()):
+        raise DataError(f"{name!r} has a step below -{_LEVELS} or a negative scale; refuse the sender")
+    # A scale that was rounded up may lift the largest value just over what single precision holds.
+    return (values.double() * scale.double()[:, None]).clamp(_FLOAT32.min, _FLOAT32.max).float()
+
+
+def _checked(name: str, tensor: Tensor, dtype: torch.dtype, shape: Iterable[int]) -> Tensor:
+    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+        raise DataError(
+            f"a part of {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected {dtype} of shape "
+            f"{tuple(shape)}: do both sides run the same codec and recipe?"
+        )
+    if tensor.is_floating_point():
+        check_finite(name, tensor)
+    return tensor

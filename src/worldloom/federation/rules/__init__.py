@@ -1,0 +1,1 @@
+"""What the members of a consortium agreed on: constitution, data cards, partition."""

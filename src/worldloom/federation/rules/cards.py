@@ -1,0 +1,184 @@
+"""Data cards: what may be done with a dataset, signed by its owner, and enforced where the data is read.
+
+A card lies beside its dataset, as `NAME.card.yaml` with `NAME.card.yaml.sig`, so that it changes no byte of the data
+whose fingerprint it states. Without a card that can be trusted, data is private.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from worldloom.core.config import Config
+from worldloom.core.errors import DataError, StorageError, WorldloomError
+from worldloom.core.signing import read_signed
+from worldloom.core.yaml_config import parse_yaml
+from worldloom.data import DatasetSpec, EpisodeDataset, Frames, Pixels
+from worldloom.federation.rules.constitution import Constitution, Name
+
+_log = logging.getLogger(__name__)
+
+DataClass = Literal["open", "unique-open", "controlled", "sovereign", "private"]
+Purpose = Literal["base", "private"]
+CLASSES: tuple[DataClass, ...] = ("open", "unique-open", "controlled", "sovereign", "private")
+"""From the least strict to the strictest."""
+
+
+class DataCard(Config):
+    """What an owner says of a dataset: `dataset` is its fingerprint, `purposes` what it may be used for."""
+
+    dataset: str = Field(min_length=1)
+    title: str = Field(min_length=1)
+    owner: Name
+    data_class: DataClass
+    licence: str = ""
+    purposes: tuple[Purpose, ...] = ("base", "private")
+
+
+class Permission(Config):
+    """Whether data may shape the shared base, whether under privacy only, and why."""
+
+    allowed: bool
+    needs_privacy: bool
+    why: str
+
+
+def card_path(dataset: Path | str) -> Path:
+    """Return where the card of a dataset lies."""
+    return Path(dataset).with_name(f"{Path(dataset).name}.card.yaml")
+
+
+def card_of(dataset: Path | str, trusted: Mapping[str, str], *, fingerprint: str | None = None) -> DataCard:
+    """Return the card of a dataset; one that says private where no card can be trusted, with the cause in the log.
+
+    `trusted` gives the owner of each public key. The fingerprint is computed unless it is given.
+
+    Raises:
+        StorageError: there is no such dataset.
+    """
+    actual = EpisodeDataset.open(dataset).fingerprint() if fingerprint is None else fingerprint
+    path = card_path(dataset)
+    try:
+        if not path.is_file():
+            raise StorageError(f"there is no {path.name} beside it; let its owner write and sign one")
+        content, key = read_signed(path, trusted)
+        card = parse_yaml(content.decode("utf-8"), DataCard, source=str(path))
+        owner = {public.strip().lower(): name for public, name in trusted.items()}[key]
+        if card.owner != owner:
+            raise DataError(f"the card names {card.owner} as owner, and {owner} signed it")
+        if card.dataset != actual:
+            raise DataError(f"the card is of the dataset {card.dataset}; this one is {actual}")
+    except (WorldloomError, UnicodeDecodeError) as error:
+        _log.warning("%s is taken as private: %s", dataset, error)
+        return DataCard(
+            dataset=actual, title="without a card", owner="unknown", data_class="private", purposes=("private",)
+        )
+    return card
+
+
+def strictest(classes: Iterable[DataClass]) -> DataClass:
+    """Return the strictest of some classes; of none, private."""
+    return max(classes, key=CLASSES.index, default="private")
+
+
+def derive(cards: Iterable[DataCard], *, dataset: str, title: str, owner: str) -> DataCard:
+    """Return the card of what is made from several datasets: the strictest class, and the purposes common to all."""
+    sources = list(cards)
+    common = set.intersection(*(set(card.purposes) for card in sources)) if sources else set()
+    return DataCard(
+        dataset=dataset,
+        title=title,
+        owner=owner,
+        data_class=strictest(card.data_class for card in sources),
+        licence="; ".join(sorted({card.licence for card in sources if card.licence})),
+        purposes=tuple(purpose for purpose in ("base", "private") if purpose in common),
+    )
+
+
+def may_shape_base(card: DataCard, constitution: Constitution) -> Permission:
+    """Say whether data of this card may shape the shared base under these rules."""
+    needs = card.data_class == "controlled"
+    if "base" not in card.purposes:
+        why = f"the card of {card.title!r} does not name 'base' among its purposes"
+    elif card.data_class not in constitution.classes:
+        why = f"{card.data_class} data may not shape the base of {constitution.consortium}"
+    elif needs and constitution.privacy is None:
+        why = "controlled data shapes the base only under privacy, which the constitution does not state"
+    else:
+        how = " under privacy" if needs else ""
+        return Permission(allowed=True, needs_privacy=needs, why=f"{card.data_class} data may shape the base{how}")
+    return Permission(allowed=False, needs_privacy=needs, why=why)
+
+
+def guarded_frames(frames: Frames, card: DataCard, purpose: Purpose, constitution: Constitution) -> Frames:
+    """Return the frames, of which nothing can be read for a purpose that their card does not allow."""
+    if card.dataset != frames.fingerprint:
+        why = f"the card is of the dataset {card.dataset}; these frames are of {frames.fingerprint}"
+        return _Guarded(frames, why if purpose == "base" else None)
+    if purpose == "private":
+        refused = None if "private" in card.purposes else f"the card of {card.title!r} does not name 'private'"
+        return _Guarded(frames, refused)
+    permission = may_shape_base(card, constitution)
+    return _Guarded(frames, None if permission.allowed else permission.why)
+
+
+class _NotRead(DataError, AttributeError):
+    """Also an AttributeError, so that asking whether guarded frames are `Frames` gives an answer and reads nothing."""
+
+
+class _Guarded(Frames):
+    """Frames behind a guard: the layout of the episodes is open, what was seen and done in them is not."""
+
+    def __init__(self, frames: Frames, refused: str | None) -> None:
+        self._frames, self._refused = frames, refused
+
+    @property
+    def spec(self) -> DatasetSpec:
+        return self._frames.spec
+
+    @property
+    def fingerprint(self) -> str:
+        return self._frames.fingerprint
+
+    @property
+    def pixels(self) -> Pixels | None:
+        return self._read().pixels
+
+    @property
+    def vector(self) -> np.ndarray | None:
+        return self._read().vector
+
+    @property
+    def actions(self) -> np.ndarray:
+        return self._read().actions
+
+    @property
+    def labels(self) -> dict[str, np.ndarray]:
+        return self._read().labels
+
+    @property
+    def starts(self) -> np.ndarray:
+        return self._frames.starts
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self._frames.lengths
+
+    def close(self) -> None:
+        self._frames.close()
+
+    def rows(self, episode: int) -> slice:
+        return self._frames.rows(episode)
+
+    def split(self, validation_fraction: float, seed: int) -> tuple[Any, Any]:
+        return self._frames.split(validation_fraction, seed)
+
+    def _read(self) -> Frames:
+        if self._refused is not None:
+            raise _NotRead(
+                f"this data is not read: {self._refused}. Use it for the owner's own model, or ask its owner"
+            )
+        return self._frames

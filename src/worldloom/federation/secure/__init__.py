@@ -1,0 +1,1 @@
+"""Privacy: clipping and noise, and sums under secure aggregation."""

@@ -1,0 +1,304 @@
+"""Carries episodes from one format to another: streaming, resumable, and with a report of what was not carried.
+
+The target holds the first n episodes that the source gives, at every moment; n is all that a resumed conversion has
+to know, as reading is deterministic. The journal beside the target (PATH.convert.jsonl) says how many episodes each
+source episode gave *before* they are written, so that a resumed conversion begins at the right one and only skips
+what is there already. It may lag behind or run ahead of the target by a kill: neither loses or repeats an episode.
+"""
+
+import json
+import logging
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from worldloom.core.errors import ConfigError, DataError, StorageError
+from worldloom.core.files import read_json, storage_errors, write_json, write_text
+from worldloom.core.progress import SILENT, Progress, ProgressTask
+from worldloom.data import check_episode
+from worldloom.formats.format import FORMATS, Format, Note, ReadOptions, Sink, Source, WriteOptions
+from worldloom.formats.store import decoded_bytes
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoteGroup:
+    """Notes that differ in numbers only: how many there are, and the first."""
+
+    kind: str
+    count: int
+    example: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """What a conversion carried (in all its runs), and what it could not.
+
+    `bytes` counts decoded arrays; `resumed` is the number of episodes that earlier runs had written, and `seconds`
+    is the time of the last run.
+    """
+
+    source: str
+    source_format: str
+    target: str
+    target_format: str
+    source_episodes: int
+    episodes: int
+    frames: int
+    bytes: int
+    resumed: int
+    seconds: float
+    notes: list[Note] = field(default_factory=list)
+
+    def groups(self) -> list[NoteGroup]:
+        """Return the notes, grouped, in order of their first."""
+        groups: dict[tuple[str, str], list[Note]] = {}
+        for note in self.notes:
+            groups.setdefault((note.kind, re.sub(r"-?\d+(\.\d+)?", "#", note.what)), []).append(note)
+        return [NoteGroup(kind=kind, count=len(same), example=same[0].what) for (kind, _), same in groups.items()]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values, with the notes and their groups."""
+        return {**asdict(self), "groups": [asdict(group) for group in self.groups()]}
+
+
+def detect(path: Path) -> Format:
+    """Return the format that `path` is in.
+
+    Raises:
+        StorageError: there is nothing at `path`.
+        DataError: no format fits, or several do; lists what was looked for.
+    """
+    if not path.exists():
+        raise StorageError(f"{path} does not exist; check the path")
+    found = [FORMATS[name] for name in FORMATS if FORMATS[name].detects(path)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(format.name for format in found)
+        raise DataError(f"{path} looks like several formats ({names}); say which one with --from FORMAT")
+    looked = "; ".join(f"{name}: {FORMATS[name].description}" for name in FORMATS)
+    raise DataError(f"{path} is in no known format. Looked for {looked}. Check the path, or give --from FORMAT")
+
+
+def convert(
+    source_path: str | Path,
+    target_path: str | Path,
+    *,
+    source_format: str | None = None,
+    target_format: str | None = None,
+    read: ReadOptions | None = None,
+    write: WriteOptions | None = None,
+    episodes: range | None = None,
+    resume: bool = True,
+    skip_damaged: bool = False,
+    progress: Progress = SILENT,
+) -> ConversionReport:
+    """Convert a dataset, one source episode at a time; run again to go on with what was broken off.
+
+    The source's format is detected unless it is named; the target's is worldloom's own store by default. `episodes`
+    takes some source episodes only. The report is saved as PATH.conversion.json beside the target. A conversion that
+    is complete returns its report again. With `skip_damaged`, a source episode that cannot be read is left out with a
+    note that carries the error, instead of ending the conversion; it may be set when going on.
+
+    Raises:
+        DataError: the source is damaged, the target is of another conversion, or (without `resume`) is there.
+        ConfigError: an option or a name of a format is wrong.
+        StorageError: the disk is full; what was written is kept.
+    """
+    start = time.perf_counter()
+    source_path, target_path = Path(source_path), Path(target_path)
+    read, write = read or ReadOptions(), write or WriteOptions()
+    if source_path.resolve() == target_path.resolve():
+        raise ConfigError(f"source and target are both {source_path}; choose another target")
+    reader = detect(source_path) if source_format is None else FORMATS[source_format]
+    writer = FORMATS[target_format or "worldloom"]
+    if not writer.writable:
+        writable = ", ".join(name for name in FORMATS if FORMATS[name].writable)
+        raise ConfigError(f"format {writer.name!r} can be read only; writable: {writable}")
+    if not source_path.exists():
+        raise StorageError(f"{source_path} does not exist; check the path")
+    with reader.open(source_path, read) as source:
+        indices = _indices(episodes, len(source), source_path)
+        identity = {
+            "source": source.fingerprint,
+            "source_format": reader.name,
+            **{f"read.{key}": value for key, value in read.model_dump(mode="json").items()},
+            "target_format": writer.name,
+            **{f"write.{key}": value for key, value in write.model_dump(mode="json").items()},
+            "episodes": [indices.start, indices.stop, indices.step],
+        }
+        journal = _Journal(target_path, identity)
+        if resume and (done := journal.finished()) is not None:
+            _log.info("%s is complete", target_path)
+            return done
+        opening = list(source.notes)
+        with writer.create(target_path, source.spec, write, resume=resume) as sink:
+            resumed = sink.written
+            entries = journal.begin(resumed, indices)
+            left = indices[len(entries) :]
+            skip = resumed - sum(entry.episodes for entry in entries)
+            with progress.task("convert", len(left), "episodes") as task:
+                entries += _carry(source, sink, left, skip, journal, skip_damaged, task)
+            closing = sink.finish()
+    report = ConversionReport(
+        source=str(source_path),
+        source_format=reader.name,
+        target=str(target_path),
+        target_format=writer.name,
+        source_episodes=len(entries),
+        episodes=sum(entry.episodes for entry in entries),
+        frames=sum(entry.frames for entry in entries),
+        bytes=sum(entry.bytes for entry in entries),
+        resumed=resumed,
+        seconds=round(time.perf_counter() - start, 3),
+        notes=_unique([*opening, *(note for entry in entries for note in entry.notes), *closing]),
+    )
+    journal.finish(report)
+    return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """What one source episode gave."""
+
+    index: int
+    episodes: int
+    frames: int
+    bytes: int
+    notes: list[Note]
+
+
+def _carry(
+    source: Source, sink: Sink, indices: range, skip: int, journal: "_Journal", skip_damaged: bool, task: ProgressTask
+) -> Iterator[_Entry]:
+    """Write what the source gives, but for the first `skip` episodes, which are there."""
+    frames = 0
+    for index in indices:
+        entry = _carry_one(source, sink, index, skip, journal, skip_damaged)
+        skip = max(0, skip - entry.episodes)
+        frames += entry.frames
+        task.advance(1, frames=float(frames))
+        yield entry
+    if skip:
+        raise DataError(f"the target holds {skip} episodes more than the source gives; choose another path")
+
+
+def _carry_one(source: Source, sink: Sink, index: int, skip: int, journal: "_Journal", skip_damaged: bool) -> _Entry:
+    before = len(source.notes)
+    try:
+        parts = source.read(index)
+        for part in parts:
+            check_episode(part, source.spec, f"source episode {index}")
+    except DataError as error:
+        if not skip_damaged:
+            raise
+        parts = []
+        source.notes.append(Note(kind="skipped", what=str(error), episode=index))
+    entry = _Entry(
+        index=index,
+        episodes=len(parts),
+        frames=sum(part.steps + 1 for part in parts),
+        bytes=sum(decoded_bytes(part) for part in parts),
+        notes=source.notes[before:],
+    )
+    journal.add(entry)  # before they are written: see above
+    for part in parts[skip:]:
+        sink.write(part)
+    return entry
+
+
+class _Journal:
+    """The lines beside a target: first what is converted and how, then one for each source episode."""
+
+    def __init__(self, target: Path, identity: dict[str, Any]) -> None:
+        self._target, self._identity = target, identity
+        self._path = target.with_name(f"{target.name}.convert.jsonl")
+        self._report = target.with_name(f"{target.name}.conversion.json")
+
+    def finished(self) -> ConversionReport | None:
+        """Return the report of a conversion that is complete."""
+        if not (self._report.exists() and self._target.exists()):
+            return None
+        saved = read_json(self._report)
+        self._expect_same(saved["identity"])
+        self._path.unlink(missing_ok=True)
+        values = {name: value for name, value in saved["report"].items() if name not in ("notes", "groups")}
+        return ConversionReport(**values, notes=[Note(**note) for note in saved["report"]["notes"]])
+
+    def begin(self, written: int, indices: range) -> list[_Entry]:
+        """Return what is known of the source episodes that the target's `written` episodes hold whole.
+
+        Lines of later ones are forgotten: they are read again.
+        """
+        lines = self._lines()
+        kept: list[_Entry] = []
+        if written:
+            if not lines:
+                raise DataError(
+                    f"{self._target} holds {written} episodes that no conversion known here has written ({self._path} "
+                    f"is missing); choose another path"
+                )
+            self._expect_same(lines[0])
+            total = 0
+            for line, index in zip(lines[1:], indices, strict=False):
+                entry = _Entry(**{**line, "notes": [Note(**note) for note in line["notes"]]})
+                if entry.index != index or total + entry.episodes > written:
+                    break
+                kept.append(entry)
+                total += entry.episodes
+        self._report.unlink(missing_ok=True)  # of a target that was deleted
+        write_text(self._path, "\n".join(map(json.dumps, [self._identity, *map(asdict, kept)])) + "\n")
+        return kept
+
+    def add(self, entry: _Entry) -> None:
+        """Add a line."""
+        with storage_errors(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(entry)) + "\n")
+
+    def finish(self, report: ConversionReport) -> None:
+        """Save the report; the journal has done its work."""
+        write_json(self._report, {"identity": self._identity, "report": report.to_json()})
+        self._path.unlink(missing_ok=True)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """Return the whole lines; a kill may have torn the last."""
+        if not self._path.exists():
+            return []
+        lines = []
+        with storage_errors(self._path):
+            text = self._path.read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return lines
+
+    def _expect_same(self, there: dict[str, Any]) -> None:
+        differences = [
+            f"{key} was {there.get(key)!r} and is {value!r}"
+            for key, value in self._identity.items()
+            if there.get(key) != value
+        ]
+        if differences:
+            raise DataError(
+                f"{self._target} is of another conversion: {'; '.join(differences)}. Give the same source and options "
+                f"to go on with it, or another target (a source whose files have changed is another source)"
+            )
+
+
+def _indices(episodes: range | None, count: int, path: Path) -> range:
+    if episodes is None:
+        return range(count)
+    if episodes.step < 1 or (len(episodes) and not (episodes[0] >= 0 and episodes[-1] < count)):
+        raise ConfigError(f"{path} holds {count} episodes; {episodes} are asked for")
+    return episodes
+
+
+def _unique(notes: list[Note]) -> list[Note]:
+    return list(dict.fromkeys(notes))

@@ -1,0 +1,436 @@
+"""Minari's datasets in HDF5: `data/metadata.json` with the spaces, `data/main_data.hdf5` with a group an episode.
+
+An episode has T + 1 observations and T actions, as ours. Dictionaries and tuples of observations are groups; pictures
+are raw bytes, or JPEG, where the metadata say so.
+"""
+
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from worldloom.core.errors import DataError, StorageError
+from worldloom.core.files import read_json, storage_errors, write_json
+from worldloom.core.types import Episode, ObservationSpec
+from worldloom.data import DatasetSpec, metadata_json
+from worldloom.formats.format import (
+    FORMATS,
+    Format,
+    Note,
+    ReadOptions,
+    Sink,
+    Source,
+    WriteOptions,
+    build_episode,
+    choose_bounds,
+    choose_camera,
+    choose_vector,
+    concatenate,
+    digest_files,
+    flat,
+    natural,
+    refuse,
+    resize,
+)
+from worldloom.formats.hdf5 import OWN, PartsSink, h5py, hdf5_errors, own_attribute
+
+METADATA, MAIN = "metadata.json", "main_data.hdf5"
+VERSION = "0.5.4"  # of the library whose layout is written
+_ALONE = "observation"  # the name of an observation that is no dictionary
+SCORES = "scores"  # our scores of choices, where they are not one-hot
+_LEAST = 32  # height and width from which unsigned bytes without channels are a picture
+_MOST = 4096  # values of an observation that is no picture
+
+
+class MinariSource(Source):
+    """The episodes in numeric order. `Discrete` becomes one-hot; text and the like are left out, with a note."""
+
+    def __init__(self, path: Path, options: ReadOptions) -> None:
+        refuse(options, ["rate", "actions", "gap", "columns"], "Minari's layout has no timestamps and fixed names")
+        self.path, self.options, self.notes = _data(path), options, []
+        self._metadata = _read_metadata(self.path)
+        self._main = self.path / MAIN
+        with hdf5_errors(self._main):
+            self._file = h5py().File(self._main, "r")
+        try:
+            with hdf5_errors(self._main):
+                self._open()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _open(self) -> None:
+        where = str(self.path)
+        self._episodes = sorted((name for name in self._file if name.startswith("episode_")), key=natural)
+        stated = self._metadata.get("total_episodes")
+        if not self._episodes or (stated is not None and int(stated) != len(self._episodes)):
+            raise DataError(
+                f"{self._main} holds {len(self._episodes)} episodes; {METADATA} states {stated}. It is cut, or empty"
+            )
+        spaces = {name: self._space(f"{name}_space") for name in ("observation", "action")}
+        own = own_attribute(self._file)
+        self._own = DatasetSpec.from_json(json.dumps(own["spec"])) if own else None
+        found = {name or _ALONE: (place, space) for name, place, space in _leaves(spaces["observation"])}
+        self._leaves = {name: space for name, (_, space) in found.items()}
+        self._places = {name: place for name, (place, _) in found.items()}
+        cameras = sorted(name for name, space in self._leaves.items() if _is_image(space))
+        numeric = [name for name, space in self._leaves.items() if name not in cameras and _size(space)]
+        self._camera = choose_camera(cameras, self.options, where)
+        self._vector = choose_vector(numeric, self.options, where)
+        left = sorted(set(self._leaves) - {*self._vector, self._camera})
+        if left:
+            what = f"{where}: the observations {', '.join(left)} are left out (not chosen, or not numeric)."
+            self.notes.append(Note(kind="dropped", what=what))
+        if self._own is None:
+            first = self._file[self._episodes[0]]
+            names = [name for name in ("rewards", "terminations", "truncations", "infos") if name in first]
+            if names:
+                what = f"{where}: {', '.join(names)} are left out; worldloom learns without rewards."
+                self.notes.append(Note(kind="dropped", what=what))
+        self._jpeg = False
+        if self._camera is not None:
+            # Files of some versions do not say so; raw pictures have an axis for each of their space and one of time.
+            stored = self._file[self._episodes[0]].get(self._places[self._camera])
+            self._jpeg = stored is not None and len(stored.shape) <= len(self._leaves[self._camera]["shape"])
+        if self._jpeg:
+            what = f"{where}: the pictures were stored as JPEG, so they are not what the simulator drew."
+            self.notes.append(Note(kind="info", what=what))
+        self._action = spaces["action"]
+        if _size(self._action) == 0 or self._action["type"] not in ("Box", "Discrete"):
+            raise DataError(
+                f"{where}: the action space is {self._action.get('type')}; expected a Box or a Discrete. Flatten the "
+                f"actions before they are recorded"
+            )
+        discrete = self._action["type"] == "Discrete"
+        width = _size(self._action)
+        if discrete:
+            known: tuple[list[float], list[float]] | None = ([0.0] * width, [1.0] * width)
+        else:
+            low, high = (np.asarray(self._action[side], np.float64).reshape(-1).tolist() for side in ("low", "high"))
+            known = (low, high) if np.isfinite([low, high]).all() else None
+        if self._own is not None:
+            known = (list(self._own.action.low), list(self._own.action.high))
+        bounds, notes = choose_bounds(
+            self.options,
+            width,
+            known=known,
+            range_of_data=None if known is not None else self._range(width),
+            where=where,
+            discrete=discrete or (self._own is not None and self._own.action.discrete),
+        )
+        self.notes += notes
+        environment: dict[str, Any] = {"format": "minari", "source": self.path.parent.name, "camera": self._camera}
+        environment["vector"] = [[name, _size(self._leaves[name])] for name in self._vector]
+        environment |= {key: self._metadata[key] for key in ("dataset_id", "algorithm_name") if key in self._metadata}
+        if isinstance(self._metadata.get("env_spec"), str):
+            environment["env_spec"] = self._metadata["env_spec"]
+        if self._own is not None:
+            environment = {**self._own.environment, "format": "minari", "source": self.path.parent.name}
+        shape = None
+        if self._camera is not None:
+            sizes = [int(size) for size in self._leaves[self._camera]["shape"]]
+            height, width, channels = (*sizes, 1)[:3]
+            shape = (*(self.options.size or (height, width)), channels)
+        self.spec = DatasetSpec(
+            observation=ObservationSpec(pixels=shape, vector=sum(_size(self._leaves[name]) for name in self._vector)),
+            action=bounds,
+            labels=dict(self._own.labels) if self._own is not None else {},
+            environment=environment,
+        )
+        self.fingerprint = digest_files([self.path / METADATA, self._main], self.path)
+
+    def _space(self, name: str) -> dict[str, Any]:
+        text = self._metadata.get(name)
+        space = _json_or_text(text)
+        if not isinstance(space, dict):
+            raise DataError(
+                f"{self.path / METADATA} states no {name}; a dataset that only names its environment cannot be "
+                f"read without it. Open it with minari, and save it with its spaces"
+            )
+        return space
+
+    def _range(self, width: int) -> tuple[list[float], list[float]] | None:
+        low, high = np.full(width, np.inf), np.full(width, -np.inf)
+        for name in self._episodes:
+            column = self._file[name].get("actions")
+            if not isinstance(column, h5py().Dataset) or column.dtype.kind not in "fiub" or not len(column):
+                continue  # named when it is read
+            actions = np.asarray(column[()], np.float64).reshape(len(column), -1)
+            if actions.shape[1] == width:
+                actions = np.where(np.isfinite(actions), actions, np.nan)
+                low, high = np.fmin(low, np.fmin.reduce(actions)), np.fmax(high, np.fmax.reduce(actions))
+        return (low.tolist(), high.tolist()) if np.isfinite([low, high]).all() else None
+
+    def __len__(self) -> int:
+        return len(self._episodes)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def read(self, index: int) -> list[Episode]:
+        """Return an episode."""
+        name = self._episodes[index]
+        where = f"{self._main}: {name}"
+        with hdf5_errors(self._main):
+            group = self._file[name]
+            actions = self._encode(self._numbers(group, "actions", where), self._action, f"{where}/actions")
+            if self._own is not None and SCORES in group:
+                actions = flat(group[SCORES][()])
+            steps = len(actions)
+            columns = {}
+            for leaf in self._vector:
+                place = self._places[leaf]
+                column = self._numbers(group, place, where)
+                columns[leaf] = self._encode(column, self._leaves[leaf], f"{where}/{place}")
+                self._check(columns[leaf], steps, f"{where}/{place}")
+            pixels = None if self._camera is None else self._pictures(group, steps, where)
+            labels = {} if self._own is None else {key: flat(group[f"labels/{key}"][()]) for key in self._own.labels}
+            metadata = self._describe(group, name)
+        return build_episode(
+            self.notes,
+            index,
+            where,
+            pixels=pixels,
+            vector=concatenate(columns, self._vector),
+            actions=actions,
+            labels=labels,
+            metadata=metadata,
+        )
+
+    def _numbers(self, group: Any, place: str, where: str) -> np.ndarray:
+        column = group.get(place)
+        if not isinstance(column, h5py().Dataset) or column.dtype.kind not in "fiub":
+            came = "is missing" if column is None else f"is {getattr(column, 'dtype', 'a group')}"
+            raise DataError(f"{where}/{place} {came}; the spaces in {METADATA} promise numbers. Restore it")
+        numbers: np.ndarray = column[()]
+        return numbers
+
+    def _encode(self, column: np.ndarray, space: Mapping[str, Any], where: str) -> np.ndarray:
+        """Return a column as float32 (N, size), choices as one-hot."""
+        width = _size(space)
+        if space["type"] == "Discrete":
+            choices = column.reshape(-1).astype(np.int64) - int(space.get("start", 0))
+            if len(choices) != len(column) or ((choices < 0) | (choices >= width)).any():
+                raise DataError(f"{where} holds a choice outside the {width} of its space; it is damaged")
+            return np.eye(width, dtype=np.float32)[choices]
+        if column.ndim == 0 or int(np.prod(column.shape[1:])) != width:
+            raise DataError(f"{where} has shape {column.shape}; its space in {METADATA} has {width} values. Restore it")
+        return flat(column)
+
+    def _check(self, column: np.ndarray, steps: int, where: str) -> None:
+        if len(column) != steps + 1:
+            raise DataError(
+                f"{where} has {len(column)} rows and there are {steps} actions; expected one action fewer than "
+                f"observations. The episode is damaged"
+            )
+
+    def _pictures(self, group: Any, steps: int, where: str) -> np.ndarray:
+        camera = str(self._camera)
+        place = self._places[camera]
+        column = self._numbers(group, place, where) if not self._jpeg else group[place][()]
+        self._check(column, steps, f"{where}/{place}")
+        if self._jpeg:
+            pictures = []
+            for row, content in enumerate(column):
+                try:
+                    with Image.open(io.BytesIO(np.asarray(content, np.uint8).tobytes())) as opened:
+                        pictures.append(np.asarray(opened))
+                except (UnidentifiedImageError, OSError, SyntaxError) as error:
+                    raise DataError(f"{where}/{place}: row {row} does not decode ({error}); restore it") from error
+            column = np.stack(pictures) if len({picture.shape for picture in pictures}) == 1 else np.zeros((0, 0))
+        shape = tuple(self._leaves[camera]["shape"])
+        if column.dtype != np.uint8 or column.shape[1:] != shape:
+            raise DataError(f"{where}/{place} is {column.dtype} of shape {column.shape}; expected bytes of {shape}")
+        return resize(column.reshape(len(column), *(*shape, 1)[:3]), self.options.size)
+
+    def _describe(self, group: Any, name: str) -> dict[str, Any]:
+        if self._own is not None:
+            values: dict[str, Any] = json.loads(group[OWN].asstr()[()])
+            return values
+        return {"episode": name} | {key: _plain(value) for key, value in group.attrs.items() if key != "id"}
+
+
+class MinariSink(PartsSink):
+    """Writes `data/main_data.hdf5` and, last, `data/metadata.json`; our labels and metadata are entries of their own.
+
+    Pixels and a vector together make a dictionary of observations. Rewards, which Minari asks for, are zeros.
+    """
+
+    def __init__(self, path: Path, spec: DatasetSpec, *, resume: bool) -> None:
+        for name in spec.labels:
+            if "/" in name:
+                raise DataError(f"label {name!r} holds a '/', which HDF5 takes for a group; rename it")
+        self.root = path
+        with storage_errors(path):
+            (path / "data").mkdir(parents=True, exist_ok=True)
+        super().__init__(path / "data" / MAIN, spec, resume=resume)
+
+    def assemble(self, file: Any, episodes: int) -> None:
+        """Write the groups."""
+        both = self.spec.observation.pixels is not None and self.spec.observation.vector > 0
+        for number in range(episodes):
+            episode = self.load(number)
+            group = file.create_group(f"episode_{number}")
+            group.attrs["id"], group.attrs["total_steps"] = number, episode.steps
+            if isinstance(episode.metadata.get("seed"), int):
+                group.attrs["seed"] = episode.metadata["seed"]
+            for name, column in (("pixels", episode.pixels), ("vector", episode.vector)):
+                if column is not None:
+                    group.create_dataset(f"observations/{name}" if both else "observations", data=column)
+            choices = episode.actions.argmax(axis=1)
+            group["actions"] = choices if self.spec.action.discrete else episode.actions
+            one_hot = np.eye(self.spec.action.size, dtype=np.float32)[choices]
+            if self.spec.action.discrete and not np.array_equal(one_hot, episode.actions):
+                group[SCORES] = episode.actions
+            group["rewards"] = np.zeros(episode.steps)
+            group["terminations"] = np.zeros(episode.steps, bool)
+            group["truncations"] = np.arange(episode.steps) == episode.steps - 1
+            for name, column in episode.labels.items():
+                group[f"labels/{name}"] = column
+            group[OWN] = metadata_json(episode.metadata)
+
+    def finish(self) -> list[Note]:
+        """Assemble the file, and write the metadata."""
+        notes = super().finish()
+        with hdf5_errors(self.path), h5py().File(self.path, "r") as file:
+            steps = [int(group.attrs["total_steps"]) for group in file.values()]
+        environment = self.spec.environment
+        metadata: dict[str, Any] = {
+            "total_episodes": len(steps),
+            "total_steps": sum(steps),
+            "data_format": "hdf5",
+            "jpeg_encoding": False,
+            "observation_space": json.dumps(self._observation_space()),
+            "action_space": json.dumps(self._action_space()),
+            "dataset_id": environment.get("dataset_id", f"worldloom/{self.root.name}-v0"),
+            "minari_version": VERSION,
+            "dataset_size": round(self.path.stat().st_size / 1e6, 1),
+            "author": [],
+            "author_email": [],
+            "description": "Written by worldloom; rewards are zeros, as worldloom has none.",
+        }
+        write_json(self.root / "data" / METADATA, metadata)
+        return notes
+
+    def _observation_space(self) -> dict[str, Any]:
+        parts: dict[str, dict[str, Any]] = {}
+        pixels, vector = self.spec.observation.pixels, self.spec.observation.vector
+        if pixels is not None:
+            parts["pixels"] = _box("uint8", np.zeros(pixels, np.uint8), np.full(pixels, 255, np.uint8))
+        if vector:
+            limit = np.full(vector, np.inf)
+            parts["vector"] = _box("float32", -limit, limit)
+        return {"type": "Dict", "subspaces": parts} if len(parts) > 1 else next(iter(parts.values()))
+
+    def _action_space(self) -> dict[str, Any]:
+        action = self.spec.action
+        if action.discrete:
+            return {"type": "Discrete", "dtype": "int64", "start": 0, "n": action.size}
+        # In single precision, as the actions are; rounding must not put one out of bounds.
+        return _box("float32", np.array(action.low, np.float32), np.array(action.high, np.float32))
+
+
+class Minari(Format):
+    """Minari's HDF5 datasets."""
+
+    name = "minari"
+    description = "a dataset of Minari: data/metadata.json and data/main_data.hdf5"
+
+    def detects(self, path: Path) -> bool:
+        """Look for the two files, and for Minari's words in the metadata."""
+        data = _data(path)
+        if not (data / METADATA).is_file():
+            return False
+        try:
+            metadata = read_json(data / METADATA)
+        except StorageError:
+            return (data / MAIN).is_file()  # opening says what is wrong
+        return isinstance(metadata, dict) and "total_episodes" in metadata and "data_format" in metadata
+
+    def open(self, path: Path, options: ReadOptions) -> Source:
+        """Open a dataset: its directory, or the `data` directory in it."""
+        return MinariSource(path, options)
+
+    def create(self, path: Path, spec: DatasetSpec, options: WriteOptions, *, resume: bool) -> Sink:
+        """Begin or go on with a dataset; load it by `minari.MinariDataset(path / "data")`."""
+        return MinariSink(path, spec, resume=resume)
+
+
+def _data(path: Path) -> Path:
+    if path.name == MAIN:
+        return path.parent
+    return path / "data" if (path / "data").is_dir() else path
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    metadata = read_json(path / METADATA)
+    if not isinstance(metadata, dict) or "data_format" not in metadata:
+        raise DataError(f"{path / METADATA} is no metadata of Minari (it has no data_format); check the path")
+    if metadata["data_format"] != "hdf5":
+        raise DataError(
+            f"{path} is stored as {metadata['data_format']!r}; expected 'hdf5'. Open it with minari and save it so"
+        )
+    return metadata
+
+
+def _leaves(
+    space: Mapping[str, Any], name: str = "", place: str = "observations"
+) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Return the parts of a space: a name, where the column is, and the space."""
+    parts: dict[str, tuple[str, Any]] = {}
+    if space.get("type") == "Dict":
+        parts = {key: (key, part) for key, part in space["subspaces"].items()}
+    elif space.get("type") == "Tuple":
+        parts = {str(index): (f"_index_{index}", part) for index, part in enumerate(space["subspaces"])}
+    else:
+        yield name, place, space
+    for key, (where, part) in parts.items():
+        yield from _leaves(part, f"{name}.{key}" if name else key, f"{place}/{where}")
+
+
+def _is_image(space: Mapping[str, Any]) -> bool:
+    if space.get("type") != "Box" or space.get("dtype") != "uint8":
+        return False
+    shape = space["shape"]
+    return (len(shape) == 3 and shape[-1] in (1, 3, 4)) or (len(shape) == 2 and min(shape) >= _LEAST)
+
+
+def _size(space: Mapping[str, Any]) -> int:
+    """Return how many numbers stand for a value of a space; 0 for what is not carried."""
+    kind = space.get("type")
+    if kind == "Box":
+        size = math.prod(space["shape"])
+        return size if size <= _MOST and np.dtype(space["dtype"]).kind in "fiub" else 0
+    if kind == "Discrete":
+        return int(space["n"])
+    if kind == "MultiBinary":
+        return math.prod(space["n"]) if isinstance(space["n"], list) else int(space["n"])
+    return int(np.size(space["nvec"])) if kind == "MultiDiscrete" else 0
+
+
+def _box(dtype: str, low: np.ndarray, high: np.ndarray) -> dict[str, Any]:
+    return {"type": "Box", "dtype": dtype, "shape": list(low.shape), "low": low.tolist(), "high": high.tolist()}
+
+
+def _json_or_text(value: Any) -> Any:
+    try:
+        return json.loads(value)
+    except (TypeError, json.JSONDecodeError):
+        return value
+
+
+def _plain(value: Any) -> Any:
+    """Return an attribute as a JSON value."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    plain = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    return plain if isinstance(plain, int | str) or np.isfinite(plain).all() else str(plain)
+
+
+FORMATS.register(Minari.name)(Minari())

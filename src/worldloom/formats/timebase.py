@@ -1,0 +1,202 @@
+"""Brings a camera and a log of actions, each with its own clock rate, to one time base.
+
+Times are seconds on one clock. A *row* of the log is in force from its stamp to the next one's, and the last for one
+median period. A stamp that follows a frame within a tenth of the shorter median period counts as at the frame: video
+rounds its times.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int64
+
+from worldloom.core.errors import DataError
+from worldloom.formats.format import Note
+
+SLACK = 0.1  # of the shorter median period
+STEADY = 1.5  # the longest period over the shortest, above which a rate is called variable
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AlignedSteps:
+    """An unbroken stretch of N steps: which camera frame, and which row of the log, stands at each, and when.
+
+    `actions[k]` leaves frame k.
+    """
+
+    frames: Int64[np.ndarray, "N"]
+    rows: Int64[np.ndarray, "N"]
+    times: Float64[np.ndarray, "N"]
+    actions: Float32[np.ndarray, "N-1 A"]
+
+
+def align(
+    frame_times: Float64[np.ndarray, "F"],
+    row_times: Float64[np.ndarray, "R"],
+    actions: Float32[np.ndarray, "R A"],
+    *,
+    where: str,
+    rate: float | None = None,
+    how: Literal["hold", "mean"] = "hold",
+    gap: float = 4.0,
+    observed: bool = False,
+    until: float | None = None,
+    episode: int | None = None,
+) -> tuple[list[AlignedSteps], list[Note]]:
+    """Return the stretches of an episode, in order, and what was left out, repaired or is worth knowing.
+
+    The steps are the camera's frames, or come `rate` times a second from the first one on, each with the frame
+    nearest in time. "hold" takes the action in force at a frame; "mean" the mean, over time, of those in force until
+    the next frame, so that velocities add up to the same way. A gap longer than `gap` median periods, of frames or of
+    rows, ends a stretch. The last row is in force for one median period, or `until` that time. Frames where no row is
+    in force are left out; but one may close the last action, unless rows hold what is `observed` at a frame too.
+
+    Raises:
+        DataError: a stamp is not finite or goes back, and that is not one repeated or swapped stamp.
+    """
+    kept_frames, notes = _increasing(frame_times, f"{where}: the camera", episode)
+    kept_rows, more = _increasing(row_times, f"{where}: the log", episode)
+    notes += more
+    camera, log = frame_times[kept_frames], row_times[kept_rows]
+
+    def note(kind: Literal["dropped", "skipped", "info"], what: str) -> None:
+        notes.append(Note(kind=kind, what=f"{where}: {what}.", episode=episode))
+
+    if len(camera) < 2 or len(log) < 1:
+        note("skipped", f"{len(camera)} frames and {len(log)} rows are too few for a step")
+        return [], notes
+    camera_period = float(np.median(np.diff(camera)))
+    row_period = float(np.median(np.diff(log))) if len(log) > 1 else camera_period
+    slack = SLACK * min(camera_period, row_period)
+    for sentence in [*_irregular("camera", camera, gap), *_irregular("log", log, gap)]:
+        note("info", sentence)
+    stretches: list[AlignedSteps] = []
+    in_force = np.zeros(len(camera), bool)
+    for rows in _split(log, gap * row_period):
+        first, end = log[rows[0]], log[rows[-1]] + row_period
+        if until is not None and rows[-1] == len(log) - 1:
+            end = until
+        inside = (camera >= first - slack) & ((camera < end - slack) if observed else (camera <= end + slack))
+        chosen = np.flatnonzero(inside & ~in_force)  # the frame that closes a stretch does not begin the next
+        in_force |= inside
+        for part in _split(camera[chosen], gap * camera_period):
+            frames, times = chosen[part], camera[chosen[part]]
+            if rate is not None:
+                frames, times = _resampled(camera, frames, rate)
+            if len(times) < 2:
+                note("skipped", f"a stretch of one frame at {times[0]:.4g} s is too short for a step")
+                continue
+            repeated = int((np.diff(frames) == 0).sum())
+            if repeated:
+                note("info", f"{repeated} of {len(times)} steps repeat a frame, as the camera is slower than the rate")
+            held = np.maximum(np.searchsorted(log[rows], times + slack, side="right") - 1, 0)
+            used, span = len(np.unique(held)), held[-1] - held[0] + 1
+            if how == "hold" and used < 0.9 * (span - 1):
+                note("info", f"the log is faster than the steps: {used} of {span} rows are used")
+            taken = actions[kept_rows[rows]]
+            stretch = AlignedSteps(
+                frames=kept_frames[frames],
+                rows=kept_rows[rows[held]],
+                times=times,
+                actions=taken[held[:-1]] if how == "hold" else _mean(log[rows], taken, times, held),
+            )
+            stretches.append(stretch)
+    if not in_force.all():
+        note("dropped", f"{int((~in_force).sum())} of {len(camera)} frames are left out: no action is in force there")
+    before, after = int((log < camera[0] - slack).sum()), int((log > camera[-1] + slack).sum())
+    outside = max(before - 1, 0) + after  # the last row before the first frame is in force at it
+    if outside and stretches:
+        note("dropped", f"{outside} of {len(log)} rows are left out: they lie before or after the video")
+    return stretches, notes
+
+
+def by_count(frames: int, rows: int, where: str) -> None:
+    """Check a video whose log has no timestamps: as many rows as frames, or one fewer (the last frame closes).
+
+    Raises:
+        DataError: any other difference, where nobody can say which row belongs to which frame.
+    """
+    if frames - rows not in (0, 1):
+        raise DataError(
+            f"{where}: the video has {frames} frames and the log {rows} rows without timestamps; expected as many rows "
+            f"as frames, or one fewer. Add a column of timestamps, or cut what does not belong"
+        )
+
+
+def _increasing(
+    times: Float64[np.ndarray, "n"], what: str, episode: int | None
+) -> tuple[Int64[np.ndarray, "m"], list[Note]]:
+    """Return which stamps to keep so that they increase: all, or all but one."""
+    everything = np.arange(len(times))
+    if not np.isfinite(times).all():
+        row = int(np.flatnonzero(~np.isfinite(times))[0])
+        raise DataError(f"{what} has no finite timestamp in row {row}; repair it or drop the row")
+    falls = np.flatnonzero(np.diff(times) <= 0)
+    if not len(falls):
+        return everything, []
+    fall = int(falls[0])
+    for row in (fall + 1, fall):
+        kept = np.delete(everything, row)
+        if (np.diff(times[kept]) > 0).all():
+            sentence = f"{what} has one repeated or swapped timestamp; row {row} ({times[row]:.6g} s) is left out."
+            return kept, [Note(kind="dropped", what=sentence, episode=episode)]
+    raise DataError(
+        f"{what} has timestamps that go backwards {len(falls)} times, first from {times[fall]:.6f} s in row {fall} to "
+        f"{times[fall + 1]:.6f} s in row {fall + 1}; only one repeated or swapped stamp can be repaired. Sort the "
+        f"rows, or cut them into several episodes"
+    )
+
+
+def _irregular(clock: str, times: Float64[np.ndarray, "n"], gap: float) -> list[str]:
+    """Return what is worth knowing about a clock: that its rate varies, and its gaps."""
+    periods = np.diff(times)
+    if not len(periods):
+        return []
+    sentences = []
+    median, limit = np.median(periods), gap * np.median(periods)
+    steady = periods[periods <= limit]
+    if steady.max() > STEADY * steady.min():
+        sentences.append(
+            f"the rate of the {clock} varies: periods of {steady.min():.4g} s to {steady.max():.4g} s, median "
+            f"{median:.4g} s"
+        )
+    for before in np.flatnonzero(periods > limit):
+        sentences.append(
+            f"the {clock} has a gap of {periods[before]:.4g} s after {times[before]:.4g} s, which splits the episode"
+        )
+    return sentences
+
+
+def _resampled(
+    camera: Float64[np.ndarray, "F"], frames: Int64[np.ndarray, "n"], rate: float
+) -> tuple[Int64[np.ndarray, "m"], Float64[np.ndarray, "m"]]:
+    """Return the nearest of these frames at each step, and the times of the steps."""
+    there = camera[frames]
+    steps = int((there[-1] - there[0]) * rate + SLACK) + 1
+    times = there[0] + np.arange(steps) / rate
+    return frames[np.searchsorted((there[1:] + there[:-1]) / 2, times)], times
+
+
+def _split(times: Float64[np.ndarray, "n"], limit: float) -> list[Int64[np.ndarray, "_"]]:
+    if not len(times):
+        return []
+    return np.split(np.arange(len(times)), 1 + np.flatnonzero(np.diff(times) > limit))
+
+
+def _mean(
+    row_times: Float64[np.ndarray, "R"],
+    actions: Float32[np.ndarray, "R A"],
+    times: Float64[np.ndarray, "N"],
+    held: Int64[np.ndarray, "N"],
+) -> Float32[np.ndarray, "N-1 A"]:
+    """Return the mean over time of the held actions between consecutive times."""
+    edges = np.maximum(times, row_times[held]) - row_times[0]  # a stamp within the slack counts as at the frame
+    knots = np.append(row_times - row_times[0], max(edges[-1], row_times[-1] - row_times[0]) + 1.0)
+    areas = np.cumsum(np.diff(knots)[:, None] * actions.astype(np.float64), axis=0)
+    areas = np.concatenate([np.zeros((1, actions.shape[1])), areas])
+    at = np.stack([np.interp(edges, knots, column) for column in areas.T], axis=1)
+    lasting = np.diff(edges)[:, None]
+    means = np.where(lasting > 0, np.diff(at, axis=0) / np.where(lasting > 0, lasting, 1.0), actions[held[:-1]])
+    bounded: np.ndarray = np.clip(means, actions.min(axis=0), actions.max(axis=0)).astype(np.float32)
+    return bounded

@@ -1,0 +1,175 @@
+"""Video files by PyAV: times and frames of one stream, one frame in memory at a time, and a writer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64, Int64, UInt8
+
+from worldloom.core.errors import DataError
+from worldloom.core.files import write_atomic
+from worldloom.formats.format import resize
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm")
+
+
+def frame_times(path: Path) -> Float64[np.ndarray, "n"]:
+    """Return the presentation time of each frame in seconds, the first being 0; nothing is decoded.
+
+    Raises:
+        DataError: the file cannot be read, has no video, is cut, or has frames without a time.
+    """
+    with _opened(path) as (container, stream):
+        stamps = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
+        promised, base = stream.frames, float(stream.time_base)
+    if any(stamp is None for stamp in stamps):
+        raise DataError(f"{path} has frames without a presentation time; encode it again into an .mp4 or .mkv file")
+    if not stamps or len(stamps) < promised:
+        raise DataError(
+            f"{path} is cut: it holds {len(stamps)} frames and its header promises {promised}; restore it from a copy"
+        )
+    ticks = np.sort(np.array(stamps, np.int64))
+    times: np.ndarray = (ticks - ticks[0]) * base
+    return times
+
+
+def frame_shape(path: Path) -> tuple[int, int]:
+    """Return the height and width that a video states."""
+    with _opened(path) as (_, stream):
+        return int(stream.height), int(stream.width)
+
+
+def read_frames(
+    path: Path, keep: Int64[np.ndarray, "N"], size: tuple[int, int] | None = None
+) -> UInt8[np.ndarray, "N H W 3"]:
+    """Return the frames with these numbers (ascending, an equal one repeats) in order of presentation, resized.
+
+    Raises:
+        DataError: a frame is missing or does not decode, or the size of frames changes on the way.
+    """
+    with FrameStream(path) as stream:
+        return stream.read(keep, size)
+
+
+class FrameStream:
+    """The frames of a video, decoded once for calls that go forward; one that goes back begins again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._context: Any = None
+        self._frames: Iterator[Any] = iter(())
+        self._next = 0
+        self._shape: tuple[int, int] | None = None
+        self._last: tuple[int, Any] | None = None  # the frame decoded last, which the next call may ask for again
+
+    def read(self, keep: Int64[np.ndarray, "N"], size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "N H W 3"]:
+        """Return the frames with these numbers; see `read_frames`."""
+        assert (np.diff(keep) >= 0).all(), "frames are decoded forward; sort their numbers"
+        if self._context is None or (len(keep) and keep[0] < (self._last[0] if self._last else 0)):
+            self._begin()
+        out: np.ndarray | None = None
+        there = 0
+        while there < len(keep):
+            if self._last is None or self._last[0] < keep[there]:
+                if not self._advance():
+                    break
+                continue
+            picture = resize(self._last[1].to_ndarray(format="rgb24")[None], size)[0]
+            if out is None:
+                out = np.empty((len(keep), *picture.shape), np.uint8)
+            while there < len(keep) and keep[there] == self._last[0]:
+                out[there] = picture
+                there += 1
+        if out is None or there < len(keep):
+            raise DataError(
+                f"{self.path} decodes only up to frame {self._next - 1}; frame {keep[there]} is missing. Restore it"
+            )
+        return out
+
+    def _begin(self) -> None:
+        self.close()
+        self._context = _opened(self.path)
+        container, stream = self._context.__enter__()
+        stream.thread_type = "AUTO"
+        self._frames = container.decode(stream)
+
+    def _advance(self) -> bool:
+        with _video_errors(self.path):
+            frame = next(self._frames, None)
+        if frame is None:
+            return False
+        number, shape = self._next, (frame.height, frame.width)
+        if frame.is_corrupt:
+            raise DataError(f"{self.path} does not decode at frame {number}; restore it from a copy")
+        self._shape = self._shape or shape
+        if shape != self._shape:
+            raise DataError(
+                f"{self.path} changes its frame size from {self._shape} to {shape} (height, width) at frame {number}; "
+                f"expected one size. Encode it again, or cut it there"
+            )
+        self._last, self._next = (number, frame), number + 1
+        return True
+
+    def close(self) -> None:
+        """Let go of the file."""
+        context, self._context = self._context, None
+        self._frames, self._next, self._shape, self._last = iter(()), 0, None, None
+        if context is not None:
+            context.__exit__(None, None, None)
+
+    def __enter__(self) -> "FrameStream":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def write_video(path: Path, frames: UInt8[np.ndarray, "N H W 3"], *, fps: float, crf: int, lossless: bool) -> None:
+    """Write a video atomically: H.264 without chroma subsampling (.mp4), or lossless FFV1 (.mkv).
+
+    Raises:
+        StorageError: the disk is full or refuses.
+    """
+    import av
+
+    def write(temporary: Path) -> None:
+        with av.open(str(temporary), "w", format="matroska" if lossless else "mp4") as container:
+            rate = Fraction(fps).limit_denominator(10_000)
+            options = {} if lossless else {"crf": str(crf)}
+            stream: Any = container.add_stream("ffv1" if lossless else "libx264", rate=rate, options=options)
+            stream.pix_fmt = "bgr0" if lossless else "yuv444p"
+            stream.height, stream.width = frames.shape[1:3]
+            for picture in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+
+    write_atomic(path, write)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    import av
+
+    with _video_errors(path), av.open(str(path)) as container:
+        if not container.streams.video:
+            raise DataError(f"{path} holds no video; check the file")
+        yield container, container.streams.video[0]
+
+
+@contextmanager
+def _video_errors(path: Path) -> Iterator[None]:
+    import av
+
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise DataError(
+            f"{path} cannot be read as a video ({error.strerror}): it is cut, damaged or of another kind. Restore it "
+            f"from a copy"
+        ) from error

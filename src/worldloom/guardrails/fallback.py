@@ -1,0 +1,150 @@
+"""What an agent does when no plan keeps its guardrails: declared beforehand, and said when it is taken."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import BeforeValidator, SerializeAsAny
+from torch import Tensor
+
+from worldloom.core.config import Component, component_of
+from worldloom.core.errors import ConfigError, NoFeasiblePlan
+from worldloom.core.registry import Registry
+from worldloom.core.seams import Objective
+from worldloom.core.types import ActionBounds, Context, ModelSpec, Plan
+from worldloom.planning import Planner
+
+FALLBACKS: Registry["type[Fallback]"] = Registry("fallback")
+
+
+class Fallback(Component):
+    """A way to act without a plan that keeps every guardrail; a new one is a subclass, registered in `FALLBACKS`."""
+
+    def check(self, spec: ModelSpec) -> None:
+        """Refuse, before anything acts, what does not fit a model; by default nothing.
+
+        Raises:
+            ConfigError: it does not fit.
+        """
+
+    @abstractmethod
+    def plan(
+        self,
+        planner: Planner,
+        context: Context,
+        safe: Float[Tensor, "B D"],
+        objective: Callable[[Float[Tensor, "B D"]], Objective],
+        *,
+        generator: torch.Generator,
+        deadline: float | None = None,
+    ) -> Plan:
+        """Return what to follow until the next plan.
+
+        `safe` is where each environment last had a plan that held; `objective` makes that of being at a state.
+        """
+
+
+FallbackField = Annotated[SerializeAsAny[Fallback], BeforeValidator(component_of(FALLBACKS))]
+
+
+@FALLBACKS.register("stop")
+class Stop(Fallback):
+    """Take one declared environment action throughout; without one, the action nearest to zero."""
+
+    name: Literal["stop"] = "stop"
+    action: tuple[float, ...] | None = None
+
+    def check(self, spec: ModelSpec) -> None:
+        """Refuse an action that the world does not take.
+
+        Raises:
+            ConfigError: it has another size or is out of bounds.
+        """
+        if self.action is None:
+            return
+        if len(self.action) != spec.action.size:
+            raise ConfigError(
+                f"the fallback's action has {len(self.action)} values and the world takes {spec.action.size}"
+            )
+        action, bounds = torch.tensor(self.action).repeat(spec.block), ActionBounds.of(spec)
+        if not torch.allclose(bounds.clamp(action), action):
+            raise ConfigError(
+                f"the fallback's action {self.action} is out of bounds, {spec.action.low} to {spec.action.high}; "
+                f"declare one that the world takes"
+            )
+
+    def plan(
+        self,
+        planner: Planner,
+        context: Context,
+        safe: Float[Tensor, "B D"],
+        objective: Callable[[Float[Tensor, "B D"]], Objective],
+        *,
+        generator: torch.Generator,
+        deadline: float | None = None,
+    ) -> Plan:
+        """Repeat the action."""
+        spec = planner.model.spec
+        self.check(spec)
+        bounds = ActionBounds.of(spec, context.latents.device)
+        action = torch.zeros(spec.action.size) if self.action is None else torch.tensor(self.action)
+        block = bounds.clamp(action.to(bounds.low).repeat(spec.block))
+        actions = block.expand(context.batch, planner.horizon, -1).clone()
+        latents = planner.model.rollout(context, actions[:, None])[:, 0]
+        return Plan(actions=actions, latents=latents, cost=latents.new_zeros(context.batch))
+
+
+class _Toward(Fallback):
+    """Plan toward a state, breaking as little as may be on the way."""
+
+    @abstractmethod
+    def state(self, context: Context, safe: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        """Return where to be."""
+
+    def plan(
+        self,
+        planner: Planner,
+        context: Context,
+        safe: Float[Tensor, "B D"],
+        objective: Callable[[Float[Tensor, "B D"]], Objective],
+        *,
+        generator: torch.Generator,
+        deadline: float | None = None,
+    ) -> Plan:
+        """Plan toward the state; where nothing holds, the least broken plan is followed, or none without numbers."""
+        toward = objective(self.state(context, safe))
+        try:
+            plan = planner.plan(context, toward, generator=generator, deadline=deadline)
+        except NoFeasiblePlan as refused:
+            plan = refused.plan
+            assert isinstance(plan, Plan)
+        lost = ~plan.actions.isfinite().flatten(1).all(dim=1)
+        if bool(lost.any()):  # where nothing can be judged, what was proposed may be no action at all
+            still = Stop().plan(planner, context, safe, objective, generator=generator)
+            plan = replace(plan, actions=torch.where(lost[:, None, None], still.actions, plan.actions))
+        return plan
+
+
+@FALLBACKS.register("hold")
+class Hold(_Toward):
+    """Stay where it is: a plan toward the present state, which breaks as little as may be."""
+
+    name: Literal["hold"] = "hold"
+
+    def state(self, context: Context, safe: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        """Return the present state."""
+        return context.latents[:, -1]
+
+
+@FALLBACKS.register("retreat")
+class Retreat(_Toward):
+    """Go back to the last place from which a plan held, breaking as little as may be on the way."""
+
+    name: Literal["retreat"] = "retreat"
+
+    def state(self, context: Context, safe: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        """Return the last safe place."""
+        return safe

@@ -1,0 +1,86 @@
+"""Online recalibration: margins that stretch while predictions err more than when they were calibrated."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from worldloom.core.errors import PlanningError
+from worldloom.core.seams import WorldModel
+from worldloom.core.types import Plan, Rollouts
+from worldloom.guardrails.margins import AdaptiveMargin
+from worldloom.guardrails.rails import Rail
+from worldloom.heads import still
+from worldloom.planning import violations_of
+
+
+class Recalibration:
+    """Follows by how much the plans of an agent err, from what it sees itself, and says how to stretch its margins.
+
+    Whenever a plan is made anew, what guardrails say of what is seen is compared with what they said of the prediction,
+    in units of their margins. The quantile of these errors is tracked (see `AdaptiveMargin`), starting from `usual`,
+    what calibration met; the margins stretch by as much as it grows, and are never less than calibrated. All
+    environments of the agent are taken together, and each episode begins with the margins as they were calibrated.
+
+    Raises:
+        PlanningError: `rate`, how fast it follows in units of `usual`, is not above 0.
+    """
+
+    def __init__(
+        self, rails: Sequence[Rail], *, usual: float, risk: float, model: WorldModel, rate: float = 0.5
+    ) -> None:
+        if not 0 < rate < math.inf:
+            raise PlanningError(f"recalibration needs a finite rate above 0; got {rate}")
+        self._rails, self._model = tuple(rails), model
+        self._usual, self._risk, self._rate = usual, risk, rate
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin with the calibrated margins."""
+        self._tracker = AdaptiveMargin(self._usual, risk=self._risk, rate=self._rate * self._usual)
+
+    @property
+    def stretch(self) -> float:
+        """How many times the calibrated margins are kept, 1 or more."""
+        return max(1.0, self._tracker.margin / self._usual)
+
+    def see(self, plan: Plan, before: Float[Tensor, "B D"], here: Float[Tensor, "B D"]) -> None:
+        """Compare what a plan predicted of its first block with what is `here`; `before` is where it began."""
+        seen = seen_violations(self._rails, plan, 0, before, here, self._model)
+        self._tracker.update(*errors_seen(self._rails, plan, 0, seen, self.stretch).tolist())
+
+
+def seen_violations(
+    rails: Sequence[Rail],
+    plan: Plan,
+    block: int,
+    before: Float[Tensor, "B D"],
+    here: Float[Tensor, "B D"],
+    model: WorldModel,
+) -> Float[Tensor, "B G"]:
+    """Return what guardrails say of what is seen at the end of a block of a plan, without margins.
+
+    One that cannot judge it counts as broken without bound, as in a plan.
+    """
+    rollouts = Rollouts(
+        context=still(before, model),
+        actions=plan.actions[:, None, block : block + 1],
+        latents=here[:, None, None],
+    )
+    found = violations_of([rail.with_margin(0.0) for rail in rails], rollouts)
+    return torch.stack([found[rail.name][:, 0, 0] for rail in rails], dim=1)
+
+
+def errors_seen(
+    rails: Sequence[Rail], plan: Plan, block: int, seen: Float[Tensor, "B G"], stretch: float = 1.0
+) -> Float[Tensor, "B"]:
+    """Return by how many margins what is seen is worse than predicted, of the guardrail where it is most.
+
+    `stretch` is how many times the margins were kept as the plan was made.
+    """
+    steps = plan.actions.shape[1]
+    margins = torch.stack([rail.margins(steps) for rail in rails])[:, block].to(seen)
+    said = torch.stack([plan.violations[rail.name][:, block] for rail in rails], dim=1).to(seen) - stretch * margins
+    return ((seen - said) / margins.clamp_min(1e-9)).amax(dim=1)

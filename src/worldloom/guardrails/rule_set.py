@@ -1,0 +1,188 @@
+"""A rule set belongs to its owner: guardrails, objectives and a fallback as data, in layers that can only tighten."""
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from worldloom.core.chain import canonical
+from worldloom.core.config import Config
+from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.seams import Objective
+from worldloom.core.signing import read_signed
+from worldloom.core.yaml_config import parse_yaml, read_yaml
+from worldloom.guardrails.consistency import check_consistent
+from worldloom.guardrails.fallback import Fallback, FallbackField
+from worldloom.guardrails.rails import Rail
+from worldloom.guardrails.rules import Knowledge, ObjectiveField, RailField, build_objective
+
+LAYERS = ("operator", "site", "community")
+
+
+class RuleLayer(Config):
+    """One layer of a rule set: what its `owner` asks of whoever acts.
+
+    `guardrails` hold always, `objectives` are weighed beside the goal. `risk` is the share of episodes in which a
+    guardrail may be broken all the same: then the margins are calibrated to keep it. `fallback` is what is done where
+    no plan holds.
+    """
+
+    rules: Literal[1] = 1
+    layer: Literal["operator", "site", "community"] = "operator"
+    owner: str = Field(min_length=1)
+    risk: float | None = Field(default=None, gt=0, lt=1)
+    guardrails: dict[str, RailField] = Field(default_factory=dict)
+    objectives: dict[str, ObjectiveField] = Field(default_factory=dict)
+    fallback: FallbackField | None = None
+
+    @property
+    def files(self) -> list[str]:
+        """The files beside this one whose content says what it forbids, such as pictures."""
+        rails = [file for rail in self.guardrails.values() for file in rail.files]
+        return rails + [file for objective in self.objectives.values() for file in objective.files]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatedRule:
+    """What a guardrail is, who states it, in which layer, and why."""
+
+    title: str
+    kind: str
+    owner: str
+    layer: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleSet:
+    """Layers of a rule set, the uppermost first: each may tighten what stands above it, and loosen nothing.
+
+    Raises:
+        ConfigError: the layers are not in order, or one loosens what stands above it; layer and key are named.
+    """
+
+    layers: tuple[RuleLayer, ...]
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ConfigError("a rule set needs at least one layer; got none")
+        order = [LAYERS.index(layer.layer) for layer in self.layers]
+        if order != sorted(set(order)):
+            raise ConfigError(
+                f"the layers of a rule set stand in the order {', '.join(LAYERS)}, each at most once; got "
+                f"{', '.join(layer.layer for layer in self.layers)}"
+            )
+        for place, lower in enumerate(self.layers):
+            for upper in self.layers[:place]:
+                _check_tightens(lower, upper)
+
+    @property
+    def risk(self) -> float | None:
+        """The share of episodes in which a guardrail may be broken: the least that a layer states."""
+        return min((layer.risk for layer in self.layers if layer.risk is not None), default=None)
+
+    @property
+    def fallback(self) -> Fallback | None:
+        """What is done where no plan holds, by the uppermost layer that says it."""
+        return next((layer.fallback for layer in self.layers if layer.fallback is not None), None)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all that the layers say."""
+        text = canonical([layer.model_dump(mode="json") for layer in self.layers])
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def stated(self) -> list[StatedRule]:
+        """Return what each guardrail is, and who states it."""
+        layer = {title: layer.layer for layer in self.layers for title in layer.guardrails}
+        return [
+            StatedRule(title=title, kind=config.name, owner=owner, layer=layer[title], reason=config.reason)
+            for title, (config, owner) in self._effective().items()
+        ]
+
+    @property
+    def titles(self) -> list[str]:
+        """The guardrails by name, in the order of `rails`."""
+        return list(self._effective())
+
+    def rails(self, knowledge: Knowledge, margins: Float[Tensor, "G T"] | None = None) -> tuple[Rail, ...]:
+        """Return the guardrails beside a model, each at its tightest, with `margins` beside their own.
+
+        Raises:
+            ConfigError: one speaks of what the run has not learned, or they cannot hold together.
+        """
+        built = [config.build(title, owner, knowledge) for title, (config, owner) in self._effective().items()]
+        if margins is not None:
+            built = [rail.with_margin(rail.margin + margins[place]) for place, rail in enumerate(built)]
+        check_consistent(built, knowledge.model, knowledge.support)
+        return tuple(built)
+
+    def objective(self, knowledge: Knowledge, goal: Float[Tensor, "B D"], usual: Objective) -> Objective:
+        """Return what is to be achieved and minded, beside a model; see `build_objective`."""
+        every = {title: config for layer in self.layers for title, config in layer.objectives.items()}
+        return build_objective(every, knowledge, goal, usual)
+
+    def _effective(self) -> Mapping[str, tuple[RailField, str]]:
+        """Return each guardrail as the lowest layer that names it states it: no other is tighter."""
+        return {title: (config, layer.owner) for layer in self.layers for title, config in layer.guardrails.items()}
+
+
+def _check_tightens(lower: RuleLayer, upper: RuleLayer) -> None:
+    """Refuse a layer that loosens one above it."""
+
+    def loosens(what: str, mine: object, theirs: object) -> ConfigError:
+        return ConfigError(
+            f"the {lower.layer} layer of {lower.owner!r} loosens {what}: the {upper.layer} layer of {upper.owner!r} "
+            f"says {theirs}, and it says {mine}. A lower layer can tighten what stands above it, and nothing else"
+        )
+
+    for title, theirs in upper.guardrails.items():
+        mine = lower.guardrails.get(title)
+        if mine is not None and not mine.tightens(theirs):
+            raise loosens(f"the guardrail {title!r}", mine.model_dump(mode="json"), theirs.model_dump(mode="json"))
+    if lower.risk is not None and upper.risk is not None and lower.risk > upper.risk:
+        raise loosens("the risk", lower.risk, upper.risk)
+    if lower.fallback is not None and upper.fallback is not None and lower.fallback != upper.fallback:
+        raise loosens("the fallback", lower.fallback.name, upper.fallback.name)
+    if again := sorted(lower.objectives.keys() & upper.objectives.keys()):
+        raise loosens(f"the objective {again[0]!r}", "it anew", "it already")
+
+
+def read_rules(paths: Sequence[Path | str], *, trusted: Collection[str] | None) -> RuleSet:
+    """Read the layers of a rule set from files, uppermost first; each is signed by a key in `trusted`.
+
+    A key may be trusted for one layer alone, as `LAYER:KEY`, so that a community does not speak as the operator. Each
+    picture that a layer forbids is signed as well: with another it would forbid something else. With `trusted` None, no
+    signature is asked for: for trying things out.
+
+    Raises:
+        StorageError: a file, or its signature, is missing.
+        DataError: a signature is wrong, or of a key that is not trusted.
+        ConfigError: a line is wrong, which is named, or the layers do not go together.
+    """
+    layers = []
+    for path in paths:
+        if trusted is None:
+            layers.append(read_yaml(path, RuleLayer))
+            continue
+        content, signer = read_signed(path, {key.rpartition(":")[2] for key in trusted})
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
+        layer = parse_yaml(text, RuleLayer, source=str(path))
+        able = {key.rpartition(":")[2].lower() for key in trusted if key.rpartition(":")[0] in ("", layer.layer)}
+        if signer not in able:
+            raise DataError(
+                f"{path} speaks as the {layer.layer}, and {signer}, who signed it, is trusted for another layer; have "
+                f"the {layer.layer} sign it"
+            )
+        for file in layer.files:
+            read_signed(file, able)
+        layers.append(layer)
+    return RuleSet(layers=tuple(layers))

@@ -1,0 +1,48 @@
+"""Heads: what is learned on frozen latents, beside the world model."""
+
+from worldloom.heads.coarse import CoarseConfig, CoarseModel, fit_coarse
+from worldloom.heads.distance import DistanceConfig, TemporalDistance, fit_distance, rank_correlation
+from worldloom.heads.geometry import (
+    LatentGeometry,
+    Reversibility,
+    measure_geometry,
+    measure_reversibility,
+    predict_arrival,
+    still,
+)
+from worldloom.heads.head import read_head, restore, save_head
+from worldloom.heads.inverse import InverseModel, InverseModelConfig, fit_inverse_model
+from worldloom.heads.latent_episodes import LatentEpisodes, dream, encode_episodes
+from worldloom.heads.probe import Probe, ProbeConfig, fit_probe
+from worldloom.heads.support import Support, measure_support, nearest_gap
+
+__all__ = [
+    "CoarseConfig",
+    "CoarseModel",
+    "DistanceConfig",
+    "InverseModel",
+    "InverseModelConfig",
+    "LatentEpisodes",
+    "LatentGeometry",
+    "Probe",
+    "ProbeConfig",
+    "Reversibility",
+    "Support",
+    "TemporalDistance",
+    "dream",
+    "encode_episodes",
+    "fit_coarse",
+    "fit_distance",
+    "fit_inverse_model",
+    "fit_probe",
+    "measure_geometry",
+    "measure_reversibility",
+    "measure_support",
+    "nearest_gap",
+    "predict_arrival",
+    "rank_correlation",
+    "read_head",
+    "restore",
+    "save_head",
+    "still",
+]

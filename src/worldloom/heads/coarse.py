@@ -1,0 +1,209 @@
+"""A slower, coarser world model over macro-actions: one step of it is many of the model below.
+
+A macro-action is a code of several consecutive blocks, learned together with where they lead from the state that they
+begin in. A coarse model is a `WorldModel` in the same latent space, so that every solver, geometry and objective takes
+it, and another coarse model can be fitted on it.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from worldloom.core.actions import Walk
+from worldloom.core.config import Config
+from worldloom.core.errors import DataError
+from worldloom.core.progress import SILENT, Progress
+from worldloom.core.seams import WorldModel
+from worldloom.core.seeds import derive_seed, torch_generator
+from worldloom.core.types import ActionSpec, Context, Observations
+from worldloom.heads.head import read_head, restore, save_head
+from worldloom.heads.latent_episodes import LatentEpisodes, dream
+from worldloom.models import MLP, LatentNorm, fit_head
+
+_KIND = "coarse-model"
+_BOUND = 2.0  # of a macro-action's code, whose values have mean 0 and variance 1 over the data
+
+
+class CoarseConfig(Config):
+    """The network and its fit; `stride` steps of the model below are one of this one.
+
+    `code` values make a macro-action. Dreams of the model below, of `dream_horizon` of its steps, stand beside the
+    data: `dreams` for each episode.
+    """
+
+    stride: int = Field(default=4, ge=2)
+    code: int = Field(default=4, ge=1)
+    hidden: tuple[int, ...] = Field(default=(512, 512), min_length=1)
+    steps: int = Field(default=3000, ge=1)
+    batch: int = Field(default=512, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    dreams: int = Field(default=2, ge=0)
+    dream_horizon: int = Field(default=12, ge=1)
+    walk: Walk = Walk()
+
+
+class CoarseModel(nn.Module):
+    """Implements `WorldModel` over macro-actions, on the latents of the model below, which it encodes with."""
+
+    def __init__(self, below: WorldModel, config: CoarseConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.spec = replace(
+            below.spec,
+            action=ActionSpec(low=(-_BOUND,) * config.code, high=(_BOUND,) * config.code),
+            block=1,
+            context=1,
+            fingerprint=f"{below.spec.fingerprint}/{config.stride}",
+        )
+        self._encode = below.encode
+        dimension, chunk = below.spec.latent_dim, config.stride * below.spec.block_size
+        self.code = MLP((dimension + chunk, *config.hidden[:1], config.code))
+        self.norm = LatentNorm(config.code)
+        self.step = MLP((dimension + config.code, *config.hidden, dimension), norm="layer", activation="silu")
+        self.scale: Tensor
+        self.register_buffer("scale", torch.ones(chunk))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters lie."""
+        return self.scale.device
+
+    def encode(self, observations: Observations) -> Float[Tensor, "*axes D"]:
+        """Encode as the model below does."""
+        return self._encode(observations)
+
+    def macro(self, latents: Float[Tensor, "M D"], blocks: Float[Tensor, "M k A"]) -> Float[Tensor, "M _"]:
+        """Return the macro-actions of `stride` blocks, each from the state that it begins in."""
+        codes: Tensor = self.norm(self.code(torch.cat([latents, blocks.flatten(1) / self.scale], dim=1)))
+        return codes
+
+    def advance(self, latents: Float[Tensor, "*axes D"], macros: Float[Tensor, "*axes _"]) -> Float[Tensor, "*axes D"]:
+        """Return where macro-actions lead."""
+        change: Tensor = self.step(torch.cat([latents, macros], dim=-1))
+        return latents + change
+
+    def rollout(self, context: Context, actions: Float[Tensor, "B S T A"]) -> Float[Tensor, "B S T D"]:
+        """Predict T steps of this model, open loop; see `WorldModel`."""
+        latents = context.latents[:, None, -1].expand(-1, actions.shape[1], -1)
+        predicted = []
+        for macros in actions.unbind(2):
+            latents = self.advance(latents, macros)
+            predicted.append(latents)
+        return torch.stack(predicted, dim=2)
+
+    def coarsen(self, episodes: LatentEpisodes, *, offset: int = 0) -> LatentEpisodes:
+        """Return episodes of the model below as this one sees them, from a frame of each on.
+
+        Raises:
+            DataError: none is longer than one of its steps.
+        """
+        stride, found = self.config.stride, []
+        with torch.inference_mode():
+            for latents, blocks, length in zip(
+                episodes.latents, episodes.blocks, episodes.lengths.tolist(), strict=True
+            ):
+                count = (length - 1 - offset) // stride
+                if count < 1:
+                    continue
+                ends = latents[offset : offset + count * stride + 1 : stride]
+                chunks = blocks[offset : offset + count * stride].reshape(count, stride, -1)
+                found.append((ends.clone(), self.macro(ends[:-1], chunks).clamp(-_BOUND, _BOUND).clone()))
+        if not found:
+            raise DataError(
+                f"no episode is longer than {stride} blocks, one step of the coarse model; collect longer ones or "
+                f"lower its stride"
+            )
+        return LatentEpisodes.of(found)
+
+    def save(self, stem: Path | str, model: WorldModel) -> str:
+        """Write it beside the model whose latents it predicts; return the digest."""
+        return save_head(stem, self, kind=_KIND, model=model, config=self.config)
+
+    @classmethod
+    def load(cls, stem: Path | str, below: WorldModel) -> "CoarseModel":
+        """Read what `save` wrote; `below` is the model that it was fitted on.
+
+        Raises:
+            CheckpointError: it is missing, damaged or of another model.
+        """
+        tensors, metadata = read_head(stem, kind=_KIND, model=below)
+        coarse = cls(below, CoarseConfig.parse(metadata["config"])).to(getattr(below, "device", "cpu"))
+        return restore(stem, coarse, tensors)
+
+
+def fit_coarse(
+    below: WorldModel,
+    episodes: LatentEpisodes,
+    config: CoarseConfig | None = None,
+    *,
+    seed: int,
+    progress: Progress = SILENT,
+) -> CoarseModel:
+    """Fit on the episodes and on dreams of the model below: code and prediction together, in latent space.
+
+    Two steps are predicted open loop, the second from what the first gave, so that what is predicted can be
+    predicted from.
+
+    Raises:
+        DataError: no episode and no dream is as long as one step.
+    """
+    config = config or CoarseConfig()
+    generator = torch_generator(seed, "coarse", device=episodes.latents.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "coarse", "weights"))
+        coarse = CoarseModel(below, config).to(episodes.latents.device)
+    parts = [episodes]
+    for _ in range(config.dreams):
+        parts.append(
+            dream(below, episodes, per_episode=1, horizon=config.dream_horizon, walk=config.walk, generator=generator)
+        )
+    windows = [_windows(part, config.stride) for part in parts]
+    latents, blocks, second = (torch.cat(column) for column in zip(*windows, strict=True))
+    coarse.scale.copy_(episodes.transitions()[1].std(0).clamp_min(1e-3).repeat(config.stride))
+    unit = (latents[:, 1] - latents[:, 0]).square().mean()
+
+    def loss(step: int) -> Tensor:
+        rows = torch.randint(len(latents), (config.batch,), generator=generator, device=latents.device)
+        states, chunks, two = latents[rows], blocks[rows], second[rows]
+        begins = torch.cat([states[:, 0], states[two, 1]])
+        codes = coarse.macro(begins, torch.cat([chunks[:, 0], chunks[two, 1]]))
+        once = coarse.advance(states[:, 0], codes[: len(rows)])
+        twice = coarse.advance(once[two], codes[len(rows) :])
+        errors = (once - states[:, 1]).square().mean(1).sum() + (twice - states[two, 2]).square().mean(1).sum()
+        return errors / (len(rows) * unit)
+
+    fit_head(coarse, loss, config.steps, config.learning_rate, progress, description="coarse model")
+    return coarse
+
+
+def _windows(
+    episodes: LatentEpisodes, stride: int
+) -> tuple[Float[Tensor, "M 3 D"], Float[Tensor, "M 2 k A"], Bool[Tensor, "M"]]:
+    """Return states one step apart with the blocks between, and whether the second step is there."""
+    longest = episodes.latents.shape[1]
+    if longest <= stride:
+        raise DataError(
+            f"the longest episode has {longest} states and one step of the coarse model takes {stride} blocks; collect "
+            f"longer episodes or lower its stride"
+        )
+    # Padded by a step, so that a first step at the end of an episode has a second to leave out.
+    states = functional.pad(episodes.latents, (0, 0, 0, stride))
+    blocks = functional.pad(episodes.blocks, (0, 0, 0, stride))
+    windows = []
+    for first in range(longest - stride):
+        last = first + 2 * stride
+        there = episodes.lengths > first + stride
+        windows.append(
+            (
+                states[there, first : last + 1 : stride],
+                blocks[there, first:last].unflatten(1, (2, stride)),
+                episodes.lengths[there] > last,
+            )
+        )
+    latents, chunks, second = (torch.cat(column) for column in zip(*windows, strict=True))
+    return latents, chunks, second

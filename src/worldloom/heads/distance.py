@@ -1,0 +1,215 @@
+"""A learned temporal distance: how many environment steps lie between two latents."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from worldloom.core.actions import Walk
+from worldloom.core.config import Config
+from worldloom.core.errors import DataError
+from worldloom.core.progress import SILENT, Progress
+from worldloom.core.seams import Metric, WorldModel
+from worldloom.core.seeds import derive_seed, torch_generator
+from worldloom.heads.head import read_head, restore, save_head
+from worldloom.heads.latent_episodes import LatentEpisodes, dream
+from worldloom.models import MLP, Activation, Norm, fit_head, hidden_layer
+
+_KIND = "temporal-distance"
+
+
+class DistanceConfig(Config):
+    """The network and its fit.
+
+    A goal is a later state of the same line (an episode or a dream) with probability `same_line`, else any state
+    of any line in the same layout, or with probability `anywhere` of all data: only where every episode has the
+    same layout are those reachable. Distances are cut off at `longest` environment steps.
+    """
+
+    hidden: tuple[int, ...] = Field(default=(256, 128), min_length=1)
+    norm: Norm = "none"
+    activation: Activation = "relu"
+    steps: int = Field(default=2000, ge=1)
+    batch: int = Field(default=512, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    expectile: float = Field(default=0.1, gt=0, lt=0.5)
+    same_line: float = Field(default=0.6, ge=0, le=1)
+    anywhere: float = Field(default=0.0, ge=0, le=1)
+    discount: float = Field(
+        default=0.15, gt=0, lt=1
+    )  # chance that a goal on the same line is the next state, and so on
+    longest: float = Field(default=150.0, gt=0)
+    follow: float = Field(default=0.02, gt=0, le=1)  # how fast the target network follows, each step
+    dreams: int = Field(default=4, ge=0)
+    dream_horizon: int = Field(default=20, ge=1)
+    walk: Walk = Walk()
+
+
+class TemporalDistance(nn.Module):
+    """(z, goal) -> environment steps; at least 0, not symmetric.
+
+    The first layer is kept in two parts, so that a goal shared by many candidates is multiplied once.
+    """
+
+    def __init__(self, latent_dim: int, block: int, config: DistanceConfig) -> None:
+        super().__init__()
+        self.block, self.config = block, config
+        hidden = config.hidden
+        self.from_latent = nn.Linear(latent_dim, hidden[0])
+        self.from_goal = nn.Linear(latent_dim, hidden[0], bias=False)
+        self.rest = nn.Sequential(
+            *hidden_layer(hidden[0], config.norm, config.activation),
+            MLP((*hidden, 1), config.norm, config.activation),
+        )
+
+    def forward(self, latents: Float[Tensor, "*#axes D"], goal: Float[Tensor, "*#axes D"]) -> Float[Tensor, "..."]:
+        """Return the distance of each latent to each goal, broadcast against each other."""
+        return self.block * self.blocks(latents, goal)
+
+    def blocks(self, latents: Float[Tensor, "*#axes D"], goal: Float[Tensor, "*#axes D"]) -> Float[Tensor, "..."]:
+        """Return the distance in model steps."""
+        out: Tensor = self.rest(self.from_latent(latents) + self.from_goal(goal))
+        return functional.softplus(out.squeeze(-1))
+
+    def save(self, stem: Path | str, model: WorldModel) -> str:
+        """Write it beside the model whose latents it measures; return the digest."""
+        return save_head(stem, self, kind=_KIND, model=model, config=self.config)
+
+    @classmethod
+    def load(cls, stem: Path | str, model: WorldModel) -> "TemporalDistance":
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: it is missing, damaged or of another model.
+        """
+        tensors, metadata = read_head(stem, kind=_KIND, model=model)
+        config = DistanceConfig.parse(metadata["config"])
+        distance = cls(model.spec.latent_dim, model.spec.block, config).to(getattr(model, "device", "cpu"))
+        return restore(stem, distance, tensors)
+
+
+def fit_distance(
+    episodes: LatentEpisodes,
+    model: WorldModel,
+    config: DistanceConfig | None = None,
+    *,
+    seed: int,
+    progress: Progress = SILENT,
+) -> TemporalDistance:
+    """Learn by expectile bootstrapping: d(z, g) is the low expectile of 1 + d(z', g) over the next states z'.
+
+    A goal seen k steps later on the same line bounds the target by k. The low expectile keeps the shortest of the
+    ways that the data hold (Kostrikov et al., arXiv 2110.06169, for values). Where layouts differ between
+    episodes no way is known from one to another: goals come from the same episode and from dreams in its layout.
+    """
+    config = config or DistanceConfig()
+    spec, device = model.spec, episodes.latents.device
+    generator = torch_generator(seed, "distance", device=device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "distance", "weights"))
+        distance = TemporalDistance(spec.latent_dim, spec.block, config).to(device)
+    target = copy.deepcopy(distance).requires_grad_(False).eval()
+    pairs = _Pairs(_lines(model, episodes, config, generator), config, generator)
+    longest = config.longest / spec.block
+
+    def loss(step: int) -> Tensor:
+        with torch.no_grad():
+            for slow, fast in zip(target.parameters(), distance.parameters(), strict=True):
+                slow.lerp_(fast, config.follow)
+        state, following, goal, known = pairs.draw()
+        with torch.no_grad():
+            ahead = torch.where(known == 1, 0.0, target.blocks(following, goal))
+            aim = torch.minimum(1 + ahead, known).clamp_max(longest)
+        error = aim - distance.blocks(state, goal)
+        weight = torch.where(error > 0, config.expectile, 1 - config.expectile)
+        at_goal = distance.blocks(goal[: config.batch // 8], goal[: config.batch // 8])
+        return (weight * error.square()).mean() + 0.1 * at_goal.square().mean()
+
+    fit_head(distance, loss, config.steps, config.learning_rate, progress, description="temporal distance")
+    return distance
+
+
+def _lines(
+    model: WorldModel, episodes: LatentEpisodes, config: DistanceConfig, generator: torch.Generator
+) -> list[LatentEpisodes]:
+    """Return the episodes, then one set of dreams after another, each with a line for each episode."""
+    lines = [episodes]
+    for _ in range(config.dreams):
+        lines.append(
+            dream(
+                model,
+                episodes,
+                per_episode=1,
+                horizon=config.dream_horizon,
+                walk=config.walk,
+                generator=generator,
+            )
+        )
+    return lines
+
+
+class _Pairs:
+    """Draws states with their next ones and goals in the same layout."""
+
+    def __init__(self, lines: list[LatentEpisodes], config: DistanceConfig, generator: torch.Generator) -> None:
+        self._config, self._generator = config, generator
+        longest = max(line.latents.shape[1] for line in lines)
+        padded = [functional.pad(line.latents, (0, 0, 0, longest - line.latents.shape[1])) for line in lines]
+        self._latents = torch.stack(padded)  # (lines, episodes, frames, D)
+        self._lengths = torch.stack([line.lengths for line in lines])
+
+    def draw(
+        self,
+    ) -> tuple[Float[Tensor, "M D"], Float[Tensor, "M D"], Float[Tensor, "M D"], Float[Tensor, "M"]]:
+        """Return states, next states, goals, and the steps from state to goal along a line (infinite if unknown)."""
+        config = self._config
+        count, (lines, episodes) = config.batch, self._lengths.shape
+        line, episode = self._integers(lines, count), self._integers(episodes, count)
+        last = self._lengths[line, episode] - 1
+        frame = (self._uniform(count) * last).long()
+        # A later state of the same line, geometrically far; else any state of any line in the layout.
+        jump = 1 + (self._uniform(count).clamp_min(1e-6).log() / np.log1p(-config.discount)).long()
+        same = self._uniform(count) < config.same_line
+        goal_line = torch.where(same, line, self._integers(lines, count))
+        elsewhere = ~same & (self._uniform(count) < config.anywhere)
+        goal_episode = torch.where(elsewhere, self._integers(episodes, count), episode)
+        anywhere = (self._uniform(count) * self._lengths[goal_line, goal_episode]).long()
+        goal_frame = torch.where(same, torch.minimum(frame + jump, last), anywhere)
+        ahead = goal_frame - frame
+        follows = (goal_line == line) & (goal_episode == episode) & (ahead >= 0)
+        known = torch.where(follows, ahead.float(), torch.inf)
+        return (
+            self._latents[line, episode, frame],
+            self._latents[line, episode, frame + 1],
+            self._latents[goal_line, goal_episode, goal_frame],
+            known,
+        )
+
+    def _integers(self, below: int, count: int) -> Tensor:
+        return torch.randint(below, (count,), generator=self._generator, device=self._latents.device)
+
+    def _uniform(self, count: int) -> Tensor:
+        return torch.rand(count, generator=self._generator, device=self._latents.device)
+
+
+def rank_correlation(
+    metric: Metric, latents: Float[Tensor, "M D"], goals: Float[Tensor, "M D"], steps: Float[Tensor, "M"]
+) -> float:
+    """Return Spearman's rank correlation of a metric with the true steps between pairs, held out of its fit.
+
+    Raises:
+        DataError: there are fewer than two pairs, or all are equally far.
+    """
+    from scipy.stats import rankdata
+
+    with torch.no_grad():
+        measured = metric(latents, goals)
+    ranks = [rankdata(values.cpu().numpy()) for values in (measured, steps)]
+    if len(steps) < 2 or any(np.ptp(values) == 0 for values in ranks):
+        raise DataError("a rank correlation needs at least two pairs that are not all equally far")
+    return float(np.corrcoef(*ranks)[0, 1])

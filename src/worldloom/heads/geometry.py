@@ -1,0 +1,166 @@
+"""What search needs to know of a latent space, measured on data: how long a step is, and whether it can be undone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from worldloom.core.actions import Walk
+from worldloom.core.progress import SILENT, Progress
+from worldloom.core.seams import WorldModel
+from worldloom.core.seeds import torch_generator
+from worldloom.core.types import Context
+from worldloom.heads.head import read_head, restore, save_head
+from worldloom.heads.inverse import InverseModel, InverseModelConfig, fit_inverse_model
+from worldloom.heads.latent_episodes import LatentEpisodes, dream
+
+_KIND = "latent-geometry"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reversibility:
+    """How far walking back leads home: `gap` remains of `displacement`, both mean latent distances.
+
+    Dynamics count as reversible where at most 40% of the displacement remains.
+    """
+
+    gap: float
+    displacement: float
+
+    @property
+    def remaining(self) -> float:
+        """The share of the way that could not be undone: 0 at home, 1 or more where nothing was."""
+        return self.gap / max(self.displacement, 1e-12)
+
+    @property
+    def reversible(self) -> bool:
+        """Whether search may imagine backwards from a goal."""
+        return self.remaining <= 0.4
+
+
+def measure_reversibility(
+    model: WorldModel,
+    inverse: InverseModel,
+    episodes: LatentEpisodes,
+    *,
+    blocks: int = 4,
+    samples: int = 512,
+    walk: Walk | None = None,
+    generator: torch.Generator,
+) -> Reversibility:
+    """Roll out walks from states of the data, and walk back through the same latents by inverse dynamics.
+
+    The walks back are rolled out by the model, block by block, each aimed from where the last one led.
+    """
+    per_episode = -(-samples // len(episodes))
+    there = dream(
+        model, episodes, per_episode=per_episode, horizon=blocks, walk=walk or Walk(), generator=generator
+    ).latents
+    there = there[torch.randperm(len(there), generator=generator, device=there.device)[:samples]]
+    home, latents = there[:, 0], there[:, -1]
+    with torch.no_grad():
+        for step in range(blocks - 1, -1, -1):
+            back = inverse(latents, there[:, step])
+            latents = model.rollout(still(latents, model), back[:, None, None])[:, 0, 0]
+    return Reversibility(
+        gap=(latents - home).norm(dim=-1).mean().item(),
+        displacement=(there[:, -1] - home).norm(dim=-1).mean().item(),
+    )
+
+
+def still(latents: Tensor, model: WorldModel) -> Context:
+    """Return the context of having been at these latents (B, D) for as long as the model looks back."""
+    size = model.spec.context
+    return Context(
+        latents=latents[:, None].expand(-1, size, -1),
+        actions=latents.new_zeros(len(latents), size - 1, model.spec.block_size),
+    )
+
+
+def predict_arrival(
+    model: WorldModel,
+    geometry: "LatentGeometry",
+    sources: Float[Tensor, "M D"],
+    targets: Float[Tensor, "M D"],
+    *,
+    blocks: int = 3,
+    tolerance: float = 1.0,
+) -> tuple[Float[Tensor, "M"], Bool[Tensor, "M"]]:
+    """Imagine going straight from each source to its target by inverse dynamics.
+
+    Returns the blocks that it takes (at least 1), and whether the model predicts an arrival within `tolerance` typical
+    step lengths in at most `blocks`: a wall between two near latents is seen here.
+    """
+    device = getattr(model, "device", "cpu")
+    arrived = torch.full((len(sources),), torch.inf)
+    with torch.inference_mode():
+        for some in torch.arange(len(sources)).split(4096):
+            latents, goal = sources[some].to(device), targets[some].to(device)
+            for block in range(1, blocks + 1):
+                action = geometry.inverse(latents, goal)
+                latents = model.rollout(still(latents, model), action[:, None, None])[:, 0, 0]
+                near = ((latents - goal).norm(dim=-1) <= tolerance * geometry.step_length).cpu()
+                arrived[some] = torch.where(near, arrived[some].clamp_max(block), arrived[some])
+    return arrived.clamp_max(blocks), arrived.isfinite()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentGeometry:
+    """The typical length of a model step, inverse dynamics, and whether dynamics can be reversed."""
+
+    step_length: float
+    inverse: InverseModel
+    reversibility: Reversibility
+    config: InverseModelConfig
+
+    def save(self, stem: Path | str, model: WorldModel) -> str:
+        """Write it beside the model; return the digest."""
+        reversibility = {"gap": self.reversibility.gap, "displacement": self.reversibility.displacement}
+        return save_head(
+            stem,
+            self.inverse,
+            kind=_KIND,
+            model=model,
+            config=self.config,
+            step_length=self.step_length,
+            reversibility=reversibility,
+        )
+
+    @classmethod
+    def load(cls, stem: Path | str, model: WorldModel) -> "LatentGeometry":
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: it is missing, damaged or of another model.
+        """
+        tensors, metadata = read_head(stem, kind=_KIND, model=model)
+        config = InverseModelConfig.parse(metadata["config"])
+        inverse = InverseModel(model.spec, config.hidden).to(getattr(model, "device", "cpu"))
+        return cls(
+            step_length=metadata["step_length"],
+            inverse=restore(stem, inverse, tensors),
+            reversibility=Reversibility(**metadata["reversibility"]),
+            config=config,
+        )
+
+
+def measure_geometry(
+    model: WorldModel,
+    episodes: LatentEpisodes,
+    config: InverseModelConfig | None = None,
+    *,
+    seed: int,
+    progress: Progress = SILENT,
+) -> LatentGeometry:
+    """Fit inverse dynamics on the episodes, and measure step length and reversibility."""
+    config = config or InverseModelConfig()
+    inverse = fit_inverse_model(model, episodes, config, seed=seed, progress=progress)
+    generator = torch_generator(seed, "reversibility", device=episodes.latents.device)
+    return LatentGeometry(
+        step_length=episodes.step_length,
+        inverse=inverse,
+        reversibility=measure_reversibility(model, inverse, episodes, walk=config.walk, generator=generator),
+        config=config,
+    )

@@ -1,0 +1,103 @@
+"""Inverse dynamics on frozen latents: which block leads from one latent to the next."""
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from worldloom.core.actions import Walk, project
+from worldloom.core.config import Config
+from worldloom.core.progress import SILENT, Progress
+from worldloom.core.seams import WorldModel
+from worldloom.core.seeds import derive_seed, torch_generator
+from worldloom.core.types import ActionBounds, ModelSpec
+from worldloom.heads.latent_episodes import LatentEpisodes, dream
+from worldloom.models import MLP, fit_head
+
+
+class InverseModelConfig(Config):
+    """The network and its fit; `dreams` imagined walks of each episode stand beside the data."""
+
+    hidden: tuple[int, ...] = Field(default=(256, 256), min_length=1)
+    steps: int = Field(default=800, ge=1)
+    batch: int = Field(default=512, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    dreams: int = Field(default=2, ge=0)
+    dream_horizon: int = Field(default=12, ge=1)
+    walk: Walk = Walk()
+
+
+class InverseModel(nn.Module):
+    """(z, z') -> the block between, in environment units and within bounds."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: ModelSpec, hidden: tuple[int, ...]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.network = MLP((2 * spec.latent_dim, *hidden, spec.block_size))
+        bounds = ActionBounds.of(spec)
+        self.register_buffer("mean", (bounds.low + bounds.high) / 2)
+        self.register_buffer("std", (bounds.high - bounds.low) / 2)
+        self._bounds = bounds
+
+    def forward(
+        self, latents: Float[Tensor, "*axes D"], following: Float[Tensor, "*axes D"]
+    ) -> Float[Tensor, "*axes A"]:
+        """Return the block that leads from the one to the other."""
+        blocks = self.mean + self.std * self.normalised(latents, following)
+        if self._bounds.low.device != blocks.device:
+            self._bounds = ActionBounds.of(self.spec, blocks.device)
+        return project(blocks, self.spec, self._bounds)
+
+    def normalised(
+        self, latents: Float[Tensor, "*axes D"], following: Float[Tensor, "*axes D"]
+    ) -> Float[Tensor, "*axes A"]:
+        """Return the block in standard deviations of the data's actions: what the fit compares."""
+        blocks: Tensor = self.network(torch.cat([latents, following - latents], dim=-1))
+        return blocks
+
+    def normalise(self, blocks: Float[Tensor, "*axes A"]) -> Float[Tensor, "*axes A"]:
+        """Return blocks in environment units as the network sees them."""
+        return (blocks - self.mean) / self.std
+
+
+def fit_inverse_model(
+    model: WorldModel,
+    episodes: LatentEpisodes,
+    config: InverseModelConfig | None = None,
+    *,
+    seed: int,
+    progress: Progress = SILENT,
+) -> InverseModel:
+    """Fit on the transitions of the episodes and of imagined walks from their states."""
+    config = config or InverseModelConfig()
+    device = episodes.latents.device
+    generator = torch_generator(seed, "inverse", device=device)
+    parts = [episodes.transitions()]
+    if config.dreams:
+        dreams = dream(
+            model,
+            episodes,
+            per_episode=config.dreams,
+            horizon=config.dream_horizon,
+            walk=config.walk,
+            generator=generator,
+        )
+        parts.append(dreams.transitions())
+    latents, blocks, following = (torch.cat(column) for column in zip(*parts, strict=True))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "inverse", "weights"))
+        inverse = InverseModel(model.spec, config.hidden).to(device)
+    inverse.mean.copy_(blocks.mean(0))
+    # A dimension that hardly varies is not blown up.
+    inverse.std.copy_(torch.maximum(blocks.std(0), 0.02 * inverse.std))
+    target = inverse.normalise(blocks)
+
+    def loss(step: int) -> Tensor:
+        rows = torch.randint(len(target), (config.batch,), generator=generator, device=device)
+        return (inverse.normalised(latents[rows], following[rows]) - target[rows]).square().mean()
+
+    fit_head(inverse, loss, config.steps, config.learning_rate, progress, description="inverse dynamics")
+    return inverse

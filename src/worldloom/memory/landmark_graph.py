@@ -1,0 +1,376 @@
+"""Landmarks: places that cover what was seen, and the ways between them that experience or prediction has shown."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Float64, Int64
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from worldloom.core.config import Config
+from worldloom.core.errors import CheckpointError, PlanningError
+from worldloom.core.types import ModelSpec
+from worldloom.models import load_tensors, save_tensors
+
+_KIND = "landmark-graph"
+_NOWHERE = -1
+_PLANE = 5  # landmarks whose plane stands for what is known around a state
+EXPERIENCED, REVERSED, PREDICTED = range(3)
+
+# Says of pairs of latents (M, D) how many blocks lead from the first to the second, and whether that is believed.
+Check = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class LandmarkConfig(Config):
+    """Lengths are latent distances in typical model steps, costs are in blocks.
+
+    A state farther than `spacing` from every landmark becomes one; farther than `reach` from all of them it is at no
+    known place. Landmarks within `link` of each other may be joined by prediction. Each failure adds `penalty`
+    blocks to an edge, and `forgive` of them in a row drop it; one that was only predicted is dropped by the first.
+    Edges that lead from around its beginning to around its end, within `blame`, failed with it: a wall stands
+    there. Where steps can be undone, so did those that lead back.
+    """
+
+    spacing: float = Field(default=1.0, gt=0)
+    reach: float = Field(default=2.0, gt=0)
+    link: float = Field(default=2.5, ge=0)
+    penalty: float = Field(default=8.0, ge=0)
+    forgive: int = Field(default=3, ge=1)
+    blame: float = Field(default=2.0, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "LandmarkConfig":
+        if self.reach < self.spacing:
+            raise ValueError(f"reach must be at least spacing; got {self.reach} and {self.spacing}")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Route:
+    """The cheapest ways from each landmark to one goal: `blocks` there (infinite: none), and the `hop` that is next."""
+
+    blocks: Float64[np.ndarray, "N"]
+    hop: Int64[np.ndarray, "N"]  # -1 at the goal, and where no way is known
+
+    def knows(self, landmark: int) -> bool:
+        """Return whether a way leads from the landmark; one added since the route was found is not known."""
+        return landmark < len(self.blocks) and bool(np.isfinite(self.blocks[landmark]))
+
+    def ahead(self, landmark: int, hops: int) -> int:
+        """Return the landmark so many hops along the way, or the last one."""
+        for _ in range(hops):
+            if self.hop[landmark] < 0:
+                break
+            landmark = int(self.hop[landmark])
+        return landmark
+
+
+class LandmarkGraph:
+    """A directed graph over latents of one model, as long as its owner lives, or longer by `save` and `load`.
+
+    Edges come from experience (one state followed another), from its reverse where `reversible` says that steps can
+    be undone, and from prediction (`link`). Worlds that look different share one graph: nothing joins them.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, config: LandmarkConfig | None = None, *, step_length: float, reversible: bool
+    ) -> None:
+        if step_length <= 0:
+            raise PlanningError(f"the typical length of a model step must be above 0; got {step_length}")
+        self.config = config or LandmarkConfig()
+        self.spec, self.step_length, self.reversible = spec, step_length, reversible
+        self._latents = torch.zeros(64, spec.latent_dim)
+        self._visits = np.zeros(0, np.int64)
+        self._rows: dict[tuple[int, int], int] = {}
+        self._ends = np.zeros((64, 2), np.int64)
+        self._blocks = np.zeros(64, np.float32)
+        self._kinds = np.zeros(64, np.int8)
+        self._failures = np.zeros(64, np.int16)
+        self._matrix: Any = None
+
+    def __len__(self) -> int:
+        return len(self._visits)
+
+    @property
+    def latents(self) -> Float[Tensor, "N D"]:
+        """The landmarks."""
+        return self._latents[: len(self)]
+
+    @property
+    def visits(self) -> Int64[np.ndarray, "N"]:
+        """How often each landmark was the nearest to what was seen."""
+        counts: np.ndarray = self._visits
+        return counts
+
+    @property
+    def edges(self) -> Int64[np.ndarray, "M 2"]:
+        """The edges that are believed, as pairs of landmarks."""
+        ends: np.ndarray = self._ends[: len(self._rows)][self._believed()]
+        return ends
+
+    def nearest(self, latents: Float[Tensor, "B D"]) -> tuple[Int64[np.ndarray, "B"], Float32[np.ndarray, "B"]]:
+        """Return the nearest landmark to each latent and how far it is; -1 and infinity where there is none."""
+        if not len(self):
+            return np.full(len(latents), _NOWHERE), np.full(len(latents), np.inf, np.float32)
+        gaps, landmarks = torch.cdist(latents.detach().cpu().float(), self.latents).min(dim=1)
+        return landmarks.numpy(), (gaps / self.step_length).numpy()
+
+    def add(
+        self,
+        latents: Float[Tensor, "B D"],
+        previous: Int64[np.ndarray, "B"] | None = None,
+        *,
+        blocks: float = 1.0,
+    ) -> Int64[np.ndarray, "B"]:
+        """See a state for each of B lines of experience; return the landmarks that stand for them.
+
+        `previous` are the landmarks that stood for the states so many `blocks` before, -1 where a line begins.
+        """
+        latents = latents.detach().cpu().float()
+        landmarks, gaps = self.nearest(latents)
+        first = len(self)
+        if previous is not None and (previous >= 0).any():
+            # Of places that look alike the one in the world where the line is.
+            worlds, lines = self._worlds(), torch.from_numpy(previous.clip(0))
+            own = torch.cdist(latents, self.latents) / self.step_length
+            own[(worlds[lines][:, None] != worlds) | torch.from_numpy(previous < 0)[:, None]] = torch.inf
+            own_gaps, own_landmarks = (part.numpy() for part in own.min(dim=1))
+            here = own_gaps <= self.config.spacing
+            landmarks, gaps = np.where(here, own_landmarks, landmarks), np.where(here, own_gaps, gaps)
+        for row in np.flatnonzero(gaps > self.config.spacing):
+            landmarks[row] = self._place(latents[row], first)
+        np.add.at(self._visits, landmarks, 1)
+        for before, now in zip(previous if previous is not None else (), landmarks, strict=previous is not None):
+            if before >= 0 and before != now:
+                self._join(int(before), int(now), blocks, EXPERIENCED)
+                if self.reversible:
+                    self._join(int(now), int(before), blocks, REVERSED)
+        return landmarks
+
+    def learn(
+        self, latents: Float[Tensor, "M D"], lines: Int64[np.ndarray, "M"], steps: Int64[np.ndarray, "M"]
+    ) -> None:
+        """See recorded states: `lines` tells unbroken stretches apart, `steps` counts model blocks along each."""
+        order = np.lexsort((steps, lines))
+        lines, steps = lines[order], steps[order]
+        place = np.arange(len(lines)) - np.searchsorted(lines, lines)  # how many of its line come before
+        previous = np.full(len(lines), _NOWHERE)
+        for at in range(int(place.max(initial=-1)) + 1):
+            rows = np.flatnonzero(place == at)
+            gone = np.where(at > 0, steps[rows] - steps[rows - 1], 0)
+            for blocks in np.unique(gone):
+                some = rows[gone == blocks]
+                before = previous[some - 1] if at else None
+                previous[some] = self.add(latents[order[some]], before, blocks=float(blocks))
+
+    def link(self, check: Check, landmarks: Sequence[int] | None = None, *, among: bool = False) -> int:
+        """Join near landmarks of one world that no edge joins yet, where `check` believes it; return how many edges.
+
+        `landmarks` limits the search to pairs with one of these, or, with `among`, to pairs of these in any world.
+        Worlds that look alike are told apart by experience: what it has not joined, prediction does not.
+        """
+        if len(self) < 2:
+            return 0
+        chosen = torch.arange(len(self)) if landmarks is None else torch.tensor(sorted(set(landmarks)))
+        worlds = self._worlds()
+        if among:
+            worlds[:] = -1
+            worlds[chosen] = 0
+        added = 0
+        for some in chosen.split(1024):
+            gaps = torch.cdist(self.latents[some], self.latents) / self.step_length
+            rows, others = torch.where((gaps < self.config.link) & (worlds[some][:, None] == worlds))
+            pairs = torch.stack([some[rows], others], dim=1)
+            pairs = torch.cat([pairs, pairs.flip(1)]) if landmarks is not None else pairs
+            new = [pair for pair in dict.fromkeys(map(tuple, pairs.tolist())) if pair[0] != pair[1]]
+            new = [pair for pair in new if pair not in self._rows]
+            if not new:
+                continue
+            ends = torch.tensor(new)
+            blocks, believed = check(self.latents[ends[:, 0]], self.latents[ends[:, 1]])
+            for (source, target), cost, sure in zip(new, blocks.tolist(), believed.tolist(), strict=True):
+                if sure:
+                    self._join(source, target, cost, PREDICTED)
+                    added += 1
+        return added
+
+    def route(self, *goals: Float[Tensor, "D"]) -> Route | None:
+        """Find the cheapest way from every landmark to the goal, which may look in several ways.
+
+        None where none of them is at a known place.
+        """
+        from scipy.sparse.csgraph import dijkstra
+
+        if not len(self):
+            return None
+        gaps = (torch.cdist(torch.stack(goals).detach().cpu().float(), self.latents) / self.step_length).numpy()
+        nearest = gaps.min(axis=1, keepdims=True)
+        close = (gaps <= np.maximum(self.config.spacing, nearest)) & (nearest <= self.config.reach)
+        ends = np.flatnonzero(close.any(axis=0))
+        if not len(ends):
+            return None
+        blocks, hop, _ = dijkstra(self._backwards(), indices=ends, min_only=True, return_predecessors=True)
+        return Route(blocks=blocks, hop=np.where(hop < 0, _NOWHERE, hop).astype(np.int64))
+
+    def blocks_from(self, landmark: int) -> Float64[np.ndarray, "N"]:
+        """Return the cost of the cheapest way from a landmark to every other, infinite where there is none."""
+        from scipy.sparse.csgraph import dijkstra
+
+        costs: np.ndarray = dijkstra(self._backwards().T, indices=landmark)
+        return costs
+
+    def failed(self, source: int, target: int) -> None:
+        """Tell that an edge was followed and did not lead where it should; see `LandmarkConfig`."""
+        to_source, to_target = ((self.latents - self.latents[end]).norm(dim=1).numpy() for end in (source, target))
+        radius, worlds = self.config.blame * self.step_length, self._worlds().numpy()
+        world = worlds == worlds[source]
+        here = np.flatnonzero(world & (to_source <= radius) & (to_source < to_target))
+        there = np.flatnonzero(world & (to_target <= radius) & (to_target < to_source))
+        begins, ends = self._ends[: len(self._rows)].T
+        blamed = np.isin(begins, here) & np.isin(ends, there)
+        if self.reversible:
+            blamed |= np.isin(begins, there) & np.isin(ends, here)
+        self._failures[: len(blamed)][blamed] += 1
+        self._matrix = None
+
+    def off(self, latents: Float[Tensor, "B D"]) -> Float32[np.ndarray, "B"]:
+        """Return how far latents are from the plane through their nearest landmarks, in typical model steps."""
+        if len(self) <= _PLANE:
+            return self.nearest(latents)[1]
+        latents = latents.detach().cpu().float()
+        near = self.latents[torch.cdist(latents, self.latents).topk(_PLANE, dim=1, largest=False).indices]
+        span, aside = (near[:, 1:] - near[:, :1]).mT, (latents - near[:, 0])[..., None]
+        rest = aside - span @ torch.linalg.lstsq(span, aside).solution
+        distances: np.ndarray = (rest.norm(dim=(1, 2)) / self.step_length).numpy()
+        return distances
+
+    def changed(self, landmark: int, shift: Float[Tensor, "D"], check: Check) -> None:
+        """See that the world in which a landmark lies has come to look otherwise: all its latents by `shift`.
+
+        A large change makes a second picture of that world, whose ways are those that `check` believes as it looks
+        now: a door that is seen to be shut is in none of them, and both pictures are remembered. After a change
+        smaller than the spacing, the ways that are believed no longer are dropped, and those that are now are back.
+        """
+        shift, worlds = shift.detach().cpu().float(), self._worlds().numpy()
+        world = np.flatnonzero(worlds == worlds[landmark])
+        if float(shift.norm()) > self.config.spacing * self.step_length:
+            self.link(check, self.add(self.latents[world] + shift).tolist(), among=True)
+            return
+        inside = np.isin(self._ends[: len(self._rows)], world).all(axis=1)
+        rows = np.flatnonzero(inside)
+        sources, targets = (self.latents[torch.from_numpy(self._ends[rows, end])] for end in (0, 1))
+        before, now = (check(sources + by, targets + by)[1].numpy() for by in (torch.zeros_like(shift), shift))
+        self._failures[rows[before & ~now]] = self.config.forgive
+        self._failures[rows[now & ~before]] = 0
+        self._matrix = None
+
+    def save(self, stem: Path | str, *, memories: int = 0) -> None:
+        """Write the graph as `STEM.json` and its tensors; see `worldloom.models.checkpoint.save_tensors`.
+
+        `memories` says how many of an episodic memory it has seen; `load` returns it.
+        """
+        count = len(self._rows)
+        tensors = {
+            "latents": self.latents,
+            "visits": torch.from_numpy(self._visits),
+            "ends": torch.from_numpy(self._ends[:count]),
+            "blocks": torch.from_numpy(self._blocks[:count]),
+            "kinds": torch.from_numpy(self._kinds[:count]),
+            "failures": torch.from_numpy(self._failures[:count]),
+        }
+        metadata = {
+            "model": self.spec.fingerprint,
+            "memories": memories,
+            "config": self.config.model_dump(mode="json"),
+            "step_length": self.step_length,
+            "reversible": self.reversible,
+        }
+        save_tensors(stem, tensors, metadata, kind=_KIND)
+
+    @classmethod
+    def load(cls, stem: Path | str, spec: ModelSpec) -> tuple["LandmarkGraph", int]:
+        """Read what `save` wrote: the graph, and how many memories it has seen.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or holds latents of another model.
+        """
+        tensors, metadata = load_tensors(stem, kind=_KIND)
+        if metadata["model"] != spec.fingerprint:
+            raise CheckpointError(
+                f"{stem} holds landmarks of model {metadata['model'][:12]!r} and the model is "
+                f"{spec.fingerprint[:12]!r}; build the graph again from memories of this model"
+            )
+        config = LandmarkConfig.parse(metadata["config"])
+        graph = cls(spec, config, step_length=metadata["step_length"], reversible=metadata["reversible"])
+        graph._latents = tensors["latents"]
+        graph._visits = tensors["visits"].numpy()
+        graph._ends, graph._blocks = tensors["ends"].numpy(), tensors["blocks"].numpy()
+        graph._kinds, graph._failures = tensors["kinds"].numpy(), tensors["failures"].numpy()
+        graph._rows = {(int(source), int(target)): row for row, (source, target) in enumerate(graph._ends)}
+        return graph, int(metadata["memories"])
+
+    def _place(self, latent: Float[Tensor, "D"], first: int) -> int:
+        """Return the landmark for a state that those before `first` do not cover: one just added, or a new one."""
+        if len(self) > first:
+            gaps = (self.latents[first:] - latent).norm(dim=1) / self.step_length
+            if gaps.min() <= self.config.spacing:
+                return first + int(gaps.argmin())
+        number = len(self)
+        if number == len(self._latents):
+            more = torch.zeros(max(64, number), self._latents.shape[1])
+            self._latents = torch.cat([self._latents, more])
+        self._latents[number] = latent
+        self._visits = np.append(self._visits, 0)
+        self._matrix = None
+        return number
+
+    def _join(self, source: int, target: int, blocks: float, kind: int) -> None:
+        """Add an edge, or keep the better knowledge of it; what is experienced again is believed again."""
+        row = self._rows.get((source, target))
+        if row is None:
+            row = len(self._rows)
+            if row == len(self._blocks):
+                more = max(64, row)
+                self._ends, self._blocks, self._kinds, self._failures = (
+                    np.concatenate([column, np.zeros((more, *column.shape[1:]), column.dtype)])
+                    for column in (self._ends, self._blocks, self._kinds, self._failures)
+                )
+            self._rows[source, target] = row
+            self._ends[row], self._blocks[row] = (source, target), blocks
+            self._kinds[row], self._failures[row] = kind, 0
+        elif kind == EXPERIENCED:
+            if self._kinds[row] == EXPERIENCED and not self._failures[row] and self._blocks[row] <= blocks:
+                return
+            self._blocks[row] = min(blocks, float(self._blocks[row])) if self._kinds[row] == EXPERIENCED else blocks
+            self._kinds[row], self._failures[row] = EXPERIENCED, 0
+        else:
+            return
+        self._matrix = None
+
+    def _worlds(self) -> Int64[Tensor, "N"]:
+        """Return which landmarks belong together: those of a number are joined, in whatever direction."""
+        from scipy.sparse.csgraph import connected_components
+
+        _, groups = connected_components(self._backwards(), directed=False)
+        return torch.from_numpy(groups.astype(np.int64))
+
+    def _believed(self) -> Bool[np.ndarray, "M"]:
+        count = len(self._rows)
+        allowed = np.where(self._kinds[:count] == PREDICTED, 1, self.config.forgive)
+        believed: np.ndarray = self._failures[:count] < allowed
+        return believed
+
+    def _backwards(self) -> Any:
+        """Return the costs as a sparse matrix from target to source, so that one search from a goal serves all."""
+        from scipy.sparse import csr_matrix
+
+        if self._matrix is None or self._matrix.shape[0] != len(self):
+            count, believed = len(self._rows), self._believed()
+            source, target = self._ends[:count][believed].T
+            costs = self._blocks[:count][believed] + self.config.penalty * self._failures[:count][believed]
+            self._matrix = csr_matrix((costs.astype(np.float64), (target, source)), shape=(len(self), len(self)))
+        return self._matrix

@@ -1,0 +1,15 @@
+"""Reports: pages, figures and films of evaluations and consortia."""
+
+from worldloom.reports.consortium_report import find_owners, write_weaving_report
+from worldloom.reports.evaluation_report import ReportData, write_report
+from worldloom.reports.figures import DistanceMap, LatentMap, PredictedPaths
+
+__all__ = [
+    "DistanceMap",
+    "LatentMap",
+    "PredictedPaths",
+    "ReportData",
+    "find_owners",
+    "write_report",
+    "write_weaving_report",
+]

@@ -1,0 +1,252 @@
+"""The report: one HTML file that holds everything it shows and asks the network for nothing."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import worldloom
+from worldloom.core.files import write_text
+from worldloom.evaluation import Recording, Results, Row
+from worldloom.reports.figures import (
+    COLOURS,
+    DistanceMap,
+    LatentMap,
+    PredictedPaths,
+    distance_map,
+    latent_space,
+    predicted_paths,
+    success_by_distance,
+    training_curves,
+)
+from worldloom.reports.film import choose, episodes_video, to_size
+from worldloom.reports.page import data_uri, embedded, render_page
+
+_STRIP = 8  # frames in a picture strip, beside the goal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """What a report shows beside the results; every part is optional, and its absence is explained.
+
+    `metrics` are the lines of metrics.jsonl. `recordings` default to those of the results. `baselines` name
+    methods that the headline compares with. `absent` gives reasons for parts that are missing, by the name of
+    the part: `metrics`, `latents`, `distance`, `paths` or `episodes`.
+    """
+
+    metrics: Sequence[Mapping[str, float | int]] = ()
+    latents: LatentMap | None = None
+    distance: DistanceMap | None = None
+    paths: PredictedPaths | None = None
+    recordings: Sequence[Recording] | None = None
+    baselines: Sequence[str] = ()
+    absent: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_report(path: Path, results: Results, data: ReportData | None = None) -> None:
+    """Write the report atomically.
+
+    Raises:
+        StorageError: the disk is full or refuses; a report that stood there is untouched.
+    """
+    write_text(path, render_report(results, data or ReportData()))
+
+
+def render_report(results: Results, data: ReportData) -> str:
+    """Return the report as HTML."""
+    best = _ranked(results)[0]
+    recordings = results.recordings if data.recordings is None else data.recordings
+    chosen = choose(recordings, best)
+    video = episodes_video(chosen)
+    walls = [_wall_row(results, method) for method in results.methods]
+    return render_page(
+        "report.html",
+        protocol=results.protocol,
+        conventions=[line.partition(": ")[::2] for line in results.protocol.describe()],
+        # A break within "cross-room" would read badly in large type.
+        headline=_headline(results, best).replace("-", "\N{NON-BREAKING HYPHEN}"),
+        comparison=_comparison(results, best, data.baselines),
+        summary=_summary(results),
+        splits=[_split_table(results, split) for split in results.protocol.splits],
+        paths_known=any(row.spl is not None for row in results.rows),
+        walls=[wall for wall in walls if wall is not None],
+        best=best,
+        figures={
+            name: embedded(figure)
+            for name, figure in {
+                "by_distance": success_by_distance(results),
+                "metrics": training_curves(data.metrics),
+                "latents": latent_space(data.latents) if data.latents else None,
+                "distance": distance_map(data.distance) if data.distance else None,
+                "paths": predicted_paths(data.paths) if data.paths else None,
+            }.items()
+        },
+        absent={
+            "by_distance": "there are too few episodes to divide, or nothing tells the distance from start to goal.",
+            "metrics": "no training figures were given to this report.",
+            "latents": "it needs encoded frames with a position label, and none were given to this report.",
+            "distance": "it needs a measure of distance and a position label, and none were given to this report.",
+            "paths": "it needs a position label that a probe can read, and none was given to this report.",
+            "episodes": f"{video.absent}.",
+            **data.absent,
+        },
+        video=data_uri("video/mp4", video.data) if video.data else "",
+        video_size=(video.width, video.height),
+        strips=[_strip(recording) for recording in _few(chosen)],
+        provenance=_flat({"hardware": results.hardware, **results.provenance}),
+        model=results.model,
+        training_seed=results.training_seed,
+        version=worldloom.__version__,
+    )
+
+
+def _ranked(results: Results) -> list[str]:
+    """Return the methods by their mean rate over splits, the best first; of equals, the one with shorter ways."""
+
+    def merit(method: str) -> tuple[float, float]:
+        rows = [row for row in results.rows if row.method == method]
+        return float(np.mean([row.overall.rate for row in rows])), float(np.mean([row.spl or 0.0 for row in rows]))
+
+    return sorted(results.methods, key=merit, reverse=True)
+
+
+def _headline(results: Results, best: str) -> str:
+    """Say in one sentence what the best method achieved, split by split."""
+    if not any(row.overall.successes for row in results.rows):
+        return "No method reached a goal"
+    rates = [(row.overall, row.split) for row in results.rows if row.method == best]
+    parts = ", ".join(f"{rate.successes} of {rate.n} ({split})" for rate, split in rates)
+    return f"{best[:1].upper()}{best[1:]} reaches goals it was never trained for: {parts}"
+
+
+def _comparison(results: Results, best: str, baselines: Sequence[str]) -> str:
+    """Say in words how the best method stands to the next one, by the split where they differ most."""
+    others = [method for method in _ranked(results) if method != best]
+    rivals = [method for method in others if method in baselines] or others
+    if not rivals:
+        return "Nothing else was evaluated, so there is nothing to compare it with."
+    rival = rivals[0]
+    gaps = {
+        split: results.row(best, split).overall.rate - results.row(rival, split).overall.rate
+        for split in results.protocol.splits
+    }
+    split = max(gaps, key=lambda name: abs(gaps[name]))
+    goals = f"goals {split}" if results.protocol.goal_source == "logged-policy" else f"{split} goals"
+    first, second = results.row(best, split).overall, results.row(rival, split).overall
+    apart = first.interval[0] > second.interval[1]
+    verdict = (
+        "The intervals lie apart" if apart else "The intervals overlap, so this many episodes do not tell the two apart"
+    )
+    kind = "the best baseline on the same data" if rival in baselines else "the next best method"
+    return (
+        f"On {goals} {best} succeeds in {_percent(first.rate)} of episodes (95% interval "
+        f"{_interval(first.interval)}); {rival}, {kind}, in {_percent(second.rate)} ({_interval(second.interval)}). "
+        f"{verdict}."
+    )
+
+
+def _summary(results: Results) -> list[str]:
+    sizes = {row.split: row.overall.n for row in results.rows}
+    hardware, threads = results.hardware, results.hardware.get("threads", "?")
+    machine = hardware.get("accelerator") or hardware.get("processor") or "unknown hardware"
+    return [
+        results.protocol.title,
+        ", ".join(f"{split}: {n} episodes" for split, n in sizes.items()),
+        f"evaluation seed {results.protocol.seed}",
+        *([] if results.training_seed is None else [f"training seed {results.training_seed}"]),
+        f"{machine}, {threads} thread{'' if threads == 1 else 's'}",
+    ]
+
+
+def _split_table(results: Results, split: str) -> dict[str, Any]:
+    ranked = _ranked(results)
+    mine = [row for row in results.rows if row.split == split]
+    rows = sorted(mine, key=lambda row: (-row.overall.rate, ranked.index(row.method)))
+    solved = mine[0].solved_at_start
+    name = f"{split} ({solved} of {mine[0].overall.n} solved at the start)" if solved else split
+    return {"name": name, "rows": [_row(results, row) for row in rows]}
+
+
+def _row(results: Results, row: Row) -> dict[str, Any]:
+    low, high = row.overall.interval
+    return {
+        "method": row.method,
+        "colour": results.methods.index(row.method) % COLOURS,
+        "rate": row.overall.rate,
+        "low": low,
+        "high": high,
+        "rate_text": _percent(row.overall.rate),
+        "interval_text": _interval(row.overall.interval),
+        "count": f"{row.overall.successes} / {row.overall.n}",
+        "violated": f"{_percent(row.violated.rate)} ({_interval(row.violated.interval)})",
+        "spl": _number(row.spl),
+        "ratio": _number(row.steps_over_shortest),
+        "latency": _number(row.latency.mean_ms if row.latency else None),
+        "p95": _number(row.latency.p95_ms if row.latency else None),
+    }
+
+
+def _wall_row(results: Results, method: str) -> dict[str, Any] | None:
+    """Return the rates with and without a wall, where that is not just the splits over again."""
+    rows = [row for row in results.rows if row.method == method]
+    if not any(len(row.by_wall) == 2 for row in rows):
+        return None
+    pooled = Row(method=method, split="all", episodes=tuple(episode for row in rows for episode in row.episodes))
+    return {
+        "method": method,
+        "rates": [f"{_percent(rate.rate)} ({_interval(rate.interval)}, n = {rate.n})" for rate in pooled.by_wall],
+    }
+
+
+def _few(chosen: Sequence[Recording]) -> list[Recording]:
+    successes = [recording for recording in chosen if recording.success]
+    failures = [recording for recording in chosen if not recording.success]
+    return successes[:2] + failures[:2]
+
+
+def _strip(recording: Recording) -> dict[str, Any]:
+    assert recording.frames is not None
+    places = np.unique(np.linspace(0, len(recording.frames) - 1, _STRIP).round().astype(int))
+    outcome = "reached" if recording.success else "not reached"
+    return {
+        "success": recording.success,
+        "caption": f"{recording.split}, {outcome} in {recording.steps} steps (episode seed {recording.seed})",
+        "frames": [{"step": int(place), "image": _png(recording.frames[place])} for place in places],
+        "goal": None if recording.goal is None else _png(recording.goal),
+    }
+
+
+def _png(picture: np.ndarray) -> str:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(to_size(picture)).save(file, format="PNG", optimize=True)
+    return data_uri("image/png", file.getvalue())
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.1f}%"
+
+
+def _interval(interval: tuple[float, float]) -> str:
+    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}%"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return "< 0.01" if 0 < value < 0.005 else f"{value:.2f}"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    items: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            items.extend(_flat(value, f"{name}."))
+        elif value is not None:
+            items.append((name, str(value)))
+    return items

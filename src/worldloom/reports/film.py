@@ -1,0 +1,133 @@
+"""Episodes as moving pictures: what the agent saw beside its goal, many episodes at once."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from worldloom.evaluation import Recording
+
+_CODECS = ("libx264", "h264", "libopenh264")  # all of them give H.264; which is there depends on how PyAV was built
+_REACHED, _FAILED, _RUNNING, _PAPER, _INK = (0, 158, 115), (213, 94, 0), (140, 148, 156), (22, 26, 30), (228, 231, 234)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    """An MP4, or the reason why there is none."""
+
+    data: bytes
+    width: int = 0
+    height: int = 0
+    absent: str = ""
+
+
+def choose(recordings: Sequence[Recording], method: str, *, successes: int = 4, failures: int = 2) -> list[Recording]:
+    """Return recordings of one method with frames, alternating between splits: successes first, then failures."""
+    chosen: list[Recording] = []
+    for outcome, count in ((True, successes), (False, failures)):
+        groups: dict[str, list[Recording]] = {}
+        for recording in recordings:
+            if recording.method == method and recording.success is outcome and recording.frames is not None:
+                groups.setdefault(recording.split, []).append(recording)
+        longest = max(map(len, groups.values()), default=0)
+        alternating = [group[place] for place in range(longest) for group in groups.values() if place < len(group)]
+        chosen.extend(alternating[:count])
+    return chosen
+
+
+def episodes_video(recordings: Sequence[Recording], *, fps: int = 12, columns: int = 3) -> Video:
+    """Return an MP4 (H.264, yuv420p) of episodes side by side, each beside its goal; an ended one stands still.
+
+    A frame around an episode turns green when the goal is reached and orange when the budget is over.
+    """
+    import av
+
+    shown = [recording for recording in recordings if recording.frames is not None]
+    if not shown:
+        return Video(data=b"", absent="no episode with pixels was recorded")
+    codec = next((name for name in _CODECS if name in av.codecs_available and _encodes(name)), None)
+    if codec is None:
+        return Video(data=b"", absent="this build of PyAV has no H.264 encoder; install the wheel from PyPI")
+    steps = max(recording.steps for recording in shown)
+    first = _sheet(shown, 0, columns)
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream: Any = container.add_stream(codec, rate=fps)
+        stream.height, stream.width = first.shape[:2]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "20"} if codec == "libx264" else {}
+        for step in [*range(steps + 1), *[steps] * fps]:  # the last picture stands for a second
+            picture = av.VideoFrame.from_ndarray(_sheet(shown, step, columns), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return Video(data=file.getvalue(), width=first.shape[1], height=first.shape[0])
+
+
+def _encodes(name: str) -> bool:
+    import av
+
+    try:
+        return av.Codec(name, "w").is_encoder
+    except ValueError:  # av.codec.codec.UnknownCodecError
+        return False
+
+
+def _sheet(recordings: Sequence[Recording], step: int, columns: int) -> UInt8[np.ndarray, "H W 3"]:
+    tiles = [_tile(recording, step) for recording in recordings]
+    columns = min(columns, len(tiles))
+    rows = -(-len(tiles) // columns)
+    height, width = max(tile.shape[0] for tile in tiles), max(tile.shape[1] for tile in tiles)
+    gap, controls = 16, 64  # players lay their controls over the foot of the picture
+    # H.264 with halved colour wants even sides.
+    sheet = np.empty(
+        ((rows * (height + gap) + controls) // 2 * 2, (columns * (width + gap) + gap) // 2 * 2, 3), np.uint8
+    )
+    sheet[:] = _PAPER
+    for place, tile in enumerate(tiles):
+        top = gap + place // columns * (height + gap)
+        left = gap + place % columns * (width + gap)
+        sheet[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
+    return sheet
+
+
+def _tile(recording: Recording, step: int) -> UInt8[np.ndarray, "H W 3"]:
+    """Draw one episode: a caption, then the frame and the goal in a border that says how it ended."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    assert recording.frames is not None
+    ended = step >= recording.steps
+    frame = to_size(recording.frames[min(step, recording.steps)])
+    pair = [frame] if recording.goal is None else [frame, to_size(recording.goal)]
+    border, caption = 4, 22
+    height, width = frame.shape[0], sum(part.shape[1] for part in pair) + border * (len(pair) - 1)
+    tile = Image.new("RGB", (width + 2 * border, height + 2 * border + caption), _PAPER)
+    brush = ImageDraw.Draw(tile)
+    colour = (_REACHED if recording.success else _FAILED) if ended else _RUNNING
+    brush.rectangle((0, caption, width + 2 * border - 1, height + 2 * border + caption - 1), fill=colour)
+    left = border
+    for part in pair:
+        tile.paste(Image.fromarray(part), (left, border + caption))
+        left += part.shape[1] + border
+    state = f"step {min(step, recording.steps)}"
+    if ended:
+        state = f"reached in {recording.steps}" if recording.success else f"not reached in {recording.steps}"
+    font = ImageFont.load_default(14)
+    brush.text((1, 1), f"{recording.split}: {state}", fill=_INK, font=font)
+    if recording.goal is not None:
+        brush.text((width + border, 1), "goal", fill=_INK, font=font, anchor="ra")
+    drawn: UInt8[np.ndarray, "H W 3"] = np.asarray(tile)
+    return drawn
+
+
+def to_size(picture: UInt8[np.ndarray, "H W C"], side: int = 128) -> UInt8[np.ndarray, "h w 3"]:
+    """Return RGB whose shorter side has about `side` pixels, by repeating or leaving out whole pixels."""
+    rgb = picture[..., :3] if picture.shape[-1] >= 3 else np.repeat(picture[..., :1], 3, axis=-1)
+    shorter = min(rgb.shape[:2])
+    if shorter > side:
+        stride = shorter // side
+        return np.ascontiguousarray(rgb[::stride, ::stride])
+    factor = -(-side // shorter)
+    return np.ascontiguousarray(rgb.repeat(factor, axis=0).repeat(factor, axis=1))

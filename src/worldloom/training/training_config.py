@@ -1,0 +1,123 @@
+"""How a world model is trained."""
+
+import math
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from worldloom.core.config import Config
+from worldloom.models import TargetConfig
+from worldloom.models.losses import (
+    Covariance,
+    InverseDynamics,
+    LossConfig,
+    LossField,
+    Prediction,
+    SIGReg,
+    TemporalSimilarity,
+    Variance,
+)
+
+# What may differ when a run is resumed: it changes no parameter, but for rounding.
+FREE = frozenset({
+    "log_every", "checkpoint_every", "validate_every", "validation_windows", "threads", "accelerator", "compile",
+    "devices", "strategy", "timeout_minutes", "accumulate", "activation_checkpointing",
+})  # fmt: skip
+
+
+def default_losses() -> dict[str, LossConfig]:
+    """Return the mix that was measured to work: open-loop prediction, VICReg terms and inverse dynamics."""
+    return {
+        "prediction": Prediction(),
+        "variance": Variance(weight=4.0, samples="pooled"),
+        # Weak, as weights go: at 2 the dimensions are made independent at the price of predictability
+        # (docs/log.md).
+        "covariance": Covariance(weight=0.03, samples="pooled"),
+        "temporal-similarity": TemporalSimilarity(weight=1.0),
+        "inverse-dynamics": InverseDynamics(weight=3.0),
+    }
+
+
+def sigreg_losses() -> dict[str, LossConfig]:
+    """Return the same with SIGReg in place of the VICReg terms; a fourth of the frames is enough for it."""
+    losses = {name: loss for name, loss in default_losses().items() if name not in ("variance", "covariance")}
+    return {**losses, "sigreg": SIGReg(weight=0.1, samples="pooled", stride=4)}
+
+
+class TrainingConfig(Config):
+    """One training run; `batch` windows a step, over all devices together.
+
+    `horizon` counts the blocks predicted open loop. `losses` is a named mapping: a name is also what its figure is
+    logged under. `pool_windows` draws from a pool of about that many windows that slides over the data, each at
+    most once a pass (see `worldloom.data.SlidingPool`), in place of all windows alike: for data beyond the cache. With
+    `target`, predictions aim at a slowly following copy of the encoder. `schedule` "constant"
+    holds the rate for `constant_share` of the steps, then falls to 0 as a cosine; "one-cycle" rises for a tenth,
+    then falls. `accumulate` is the number of parts in which the frames of a batch are encoded: memory falls with it,
+    time rises by a third at most, and the gradient stays that of the whole batch, its statistics included (gradient
+    caching, Gao et al., arXiv 2101.06983). `activation_checkpointing` keeps only the inputs of transformer blocks for
+    the gradient (Chen et al., arXiv 1604.06174). `threads` of 0 leaves PyTorch's number as it is. `devices` counts
+    those of all machines; a process waits `timeout_minutes` for the others. With `strategy` "fsdp" each holds a shard
+    of the parameters and of the optimiser's state (Zhao et al., arXiv 2304.11277), for models that fill a device.
+    """
+
+    steps: int = Field(default=1000, ge=1)
+    batch: int = Field(default=64, ge=2)
+    horizon: int = Field(default=8, ge=1)
+    losses: dict[str, LossField] = Field(default_factory=default_losses)
+    target: TargetConfig | None = None
+    pool_windows: int | None = Field(default=None, ge=1)
+
+    learning_rate: float = Field(default=2e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    schedule: Literal["constant", "one-cycle"] = "constant"
+    constant_share: float = Field(default=0.5, ge=0, le=1)
+    warmup_steps: int = Field(default=20, ge=0)
+    clip: float = Field(default=5.0, gt=0)
+
+    seed: int = 0
+    validation_share: float = Field(default=0.05, ge=0, lt=1)
+    validation_windows: int = Field(default=256, ge=8)
+
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    devices: int = Field(default=1, ge=1)
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    threads: int = Field(default=0, ge=0)
+    compile: bool = False
+    accumulate: int = Field(default=1, ge=1)
+    activation_checkpointing: bool = False
+    timeout_minutes: float = Field(default=60.0, gt=0)
+
+    log_every: int = Field(default=20, ge=1)
+    checkpoint_every: int = Field(default=200, ge=1)
+    validate_every: int = Field(default=200, ge=1)
+
+    @field_validator("losses")
+    @classmethod
+    def _check_losses(cls, losses: dict[str, LossConfig]) -> dict[str, LossConfig]:
+        wrong = [name for name in losses if not name or "." in name]
+        if wrong:
+            raise ValueError(f"loss names must not be empty or hold a dot; got {wrong}")
+        if not any(loss.weight > 0 for loss in losses.values()):
+            raise ValueError("every loss has weight 0; give at least 'prediction' a weight")
+        return losses
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        progress = min(step / self.steps, 1.0)
+        if self.schedule == "one-cycle":
+            rise = 0.1
+            share = progress / rise if progress < rise else _cosine((progress - rise) / (1 - rise))
+            return self.learning_rate * max(share, 1 / max(1, self.steps))
+        warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        decay = (
+            1.0
+            if progress < self.constant_share
+            else _cosine((progress - self.constant_share) / (1 - self.constant_share))
+        )
+        return self.learning_rate * warm * decay
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))

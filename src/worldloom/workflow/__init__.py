@@ -1,0 +1,52 @@
+"""Workflow: runs, and the jobs that make and use them."""
+
+from worldloom.workflow.calibration import calibrate, uses_margins
+from worldloom.workflow.deployment import check_plant, read_goal, store_report
+from worldloom.workflow.jobs import collect, evaluate, report_path, train
+from worldloom.workflow.network import (
+    CoordinatorConfig,
+    NodeConfig,
+    classify,
+    come_back,
+    coordinate,
+    leave,
+    make_keys,
+    pilot,
+    take_over,
+    take_part,
+)
+from worldloom.workflow.remember import encode_picture, remember
+from worldloom.workflow.replay import replay_entry
+from worldloom.workflow.run import Run, find_runs
+from worldloom.workflow.simulate import ConsortiumConfig, simulate
+from worldloom.workflow.single_plan import plan_once
+
+__all__ = [
+    "ConsortiumConfig",
+    "CoordinatorConfig",
+    "NodeConfig",
+    "Run",
+    "calibrate",
+    "check_plant",
+    "classify",
+    "collect",
+    "come_back",
+    "coordinate",
+    "encode_picture",
+    "evaluate",
+    "find_runs",
+    "leave",
+    "make_keys",
+    "pilot",
+    "plan_once",
+    "read_goal",
+    "remember",
+    "replay_entry",
+    "report_path",
+    "simulate",
+    "store_report",
+    "take_over",
+    "take_part",
+    "train",
+    "uses_margins",
+]

@@ -1,0 +1,68 @@
+"""A run on a plant: its goal read from a file, its fit to the plant checked, its report kept."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from worldloom.core.errors import DataError
+from worldloom.core.files import read_json, write_json
+from worldloom.core.types import Goal, Observations
+from worldloom.data import read_picture
+from worldloom.deploy import ControlReport, Link, draw_timeline
+from worldloom.workflow.run import Run
+
+
+def read_goal(run: Run, path: Path) -> Goal:
+    """Read a goal: a picture, or JSON with a `vector` and/or the path of a picture as `pixels`, relative to it.
+
+    Raises:
+        DataError: it is not what the model was trained on.
+    """
+    spec = run.model.spec.observation
+    if path.suffix.lower() != ".json":
+        goal = read_picture(path, spec.pixels) if spec.pixels is not None else None
+        if goal is None or spec.vector:
+            raise DataError(f'the model sees a vector of {spec.vector}; give the goal as JSON: {{"vector": [...]}}')
+        return Goal(observations=goal)
+    values = read_json(path)
+    if not isinstance(values, dict) or (unknown := sorted(set(values) - {"vector", "pixels"})):
+        raise DataError(
+            f"{path} must be an object with 'vector' and/or 'pixels'; got {unknown or type(values).__name__}"
+        )
+    vector = pixels = None
+    if "vector" in values:
+        try:
+            vector = np.asarray(values["vector"], np.float32)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"the vector in {path} is not a list of numbers: {error}") from None
+        if vector.ndim != 1 or not np.isfinite(vector).all():
+            raise DataError(f"the vector in {path} must be a flat list of finite numbers; got shape {vector.shape}")
+    if "pixels" in values and spec.pixels is not None:
+        pixels = read_picture(path.parent / str(values["pixels"]), spec.pixels).pixels
+    goal = Observations.from_numpy(None if pixels is None else pixels.numpy(), None if vector is None else vector[None])
+    spec.check(goal)
+    return Goal(observations=goal)
+
+
+def check_plant(run: Run, link: Link) -> None:
+    """Raise `DataError` where the plant does not give or take what the model was trained on."""
+    spec = run.model.spec
+    for name, ours, theirs in (
+        ("observation", asdict(spec.observation), asdict(link.observation)),
+        ("action", asdict(spec.action), asdict(link.action)),
+    ):
+        if ours != theirs:
+            raise DataError(
+                f"the model was trained on the {name} {ours} and the plant has {theirs}; deploy a run of this plant's "
+                f"data"
+            )
+
+
+def store_report(run: Run, report: ControlReport) -> Path:
+    """Write the figures and the timeline into the run folder; return their folder."""
+    folder = run.path / "deployments" / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    write_json(folder / "report.json", report.to_json())
+    draw_timeline(report, folder / "timeline.svg")
+    return folder

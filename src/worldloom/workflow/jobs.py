@@ -1,0 +1,405 @@
+"""The main job: collect, train, evaluate; each step can be broken off and taken up again."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+
+from worldloom import data
+from worldloom.agents import fit_behaviour_cloning, fit_reactive
+from worldloom.core.errors import CheckpointError, ConfigError, WorldloomError
+from worldloom.core.files import write_json
+from worldloom.core.progress import SILENT, Progress
+from worldloom.core.registry import nearest
+from worldloom.core.seams import Agent, WorldModel
+from worldloom.core.seeds import torch_generator
+from worldloom.data import EpisodeDataset, Frames, load_frames
+from worldloom.envs import register_envs
+from worldloom.evaluation import PROTOCOLS, Exploring, Protocol, Results, default_protocol, gym_protocol
+from worldloom.evaluation import evaluate as evaluate_methods
+from worldloom.evaluation import explore as explore_worlds
+from worldloom.heads import (
+    CoarseModel,
+    LatentEpisodes,
+    Probe,
+    ProbeConfig,
+    encode_episodes,
+    fit_coarse,
+    fit_distance,
+    fit_probe,
+    measure_geometry,
+    measure_support,
+    rank_correlation,
+)
+from worldloom.models import alone, load_model
+from worldloom.planning import LatentL2
+from worldloom.recipes import LabelledProbe, Recipe
+from worldloom.reports import write_report
+from worldloom.training import FREE, Ranks, RunFolder, describe_provenance, fit, make_fabric
+from worldloom.workflow.report_data import report_data
+from worldloom.workflow.run import Run, differences, recipe_values
+
+_log = logging.getLogger(__name__)
+
+register_envs()
+
+
+def collect(recipe: Recipe, path: Path | str, *, progress: Progress = SILENT) -> EpisodeDataset:
+    """Collect the logs that the recipe asks for; a partial dataset is completed.
+
+    Raises:
+        ConfigError: the recipe has no world of its own.
+        DataError, EnvironmentFailure, StorageError: see `worldloom.data.collect`.
+    """
+    if recipe.collection is None:
+        raise ConfigError(
+            f"recipe {recipe.name!r} names no world; collect with worldloom.data.collect(path, env_id=...)"
+        )
+    options = recipe.collection.model_dump()
+    return data.collect(path, **options, progress=progress)
+
+
+def train(
+    recipe: Recipe,
+    dataset: EpisodeDataset | Path | str,
+    path: Path | str,
+    *,
+    resume: bool = False,
+    progress: Progress = SILENT,
+) -> Run:
+    """Train the world model and what is learned on its frozen latents; with `resume`, take up what is there.
+
+    Started by torchrun, every process calls it with the same arguments and a folder that all of them see. The first
+    writes the folder, and trains on the frozen latents while the others wait.
+
+    Raises:
+        StorageError: the folder holds a run and `resume` is not set; or the disk is full, and `resume` goes on.
+        ConfigError: `resume` with another recipe; the keys that differ are named. Or a probe's label is not there.
+        CheckpointError: `resume` with other data.
+        DataError, TrainingError: see `worldloom.training.fit`.
+    """
+    if not isinstance(dataset, EpisodeDataset):
+        dataset = EpisodeDataset.open(dataset, retry_seconds=recipe.data.retry_seconds)
+    for name, probe in recipe.probes.items():
+        if (label := probe.label or name) not in dataset.spec.labels:
+            raise ConfigError(f"probe {name!r} reads the label {label!r}; {nearest(label, dataset.spec.labels)}")
+    fabric = make_fabric(recipe.training)
+    ranks = Ranks(fabric, recipe.training.timeout_minutes)
+    progress = progress if ranks.first else SILENT
+    folder = ranks.in_turn(lambda: _folder(recipe, dataset, Path(path), resume, ranks), ahead=ranks.first)
+    run = Run(folder)
+    if run.heads().get("complete") and all(run.head(name).with_suffix(".json").is_file() for name in _added(recipe)):
+        _log.info("%s is complete", path)
+        return run
+    try:
+        # What one process decodes into a file, the others of its machine map.
+        cache = ranks.in_turn(lambda: load_frames(dataset, recipe.data, progress=progress), ahead=ranks.first_here)
+        with closing(cache):
+            if (folder.model_directory / "model.json").is_file():
+                load_model(folder.model_directory)  # whole, or an error
+            else:
+                begun = folder.checkpoint_directory.is_dir()
+                fit(recipe.training, recipe.model, cache, folder, fabric=fabric, resume=begun, progress=progress)
+
+            def beside() -> None:
+                if ranks.first:
+                    with alone():
+                        _train_heads(run, cache, progress)
+
+            ranks.in_turn(beside, ahead=ranks.first)
+    except WorldloomError:
+        folder.withdraw()
+        raise
+    return run
+
+
+def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, resume: bool, ranks: Ranks) -> RunFolder:
+    if not ranks.first:
+        return RunFolder.open(path)
+    fingerprint = dataset.fingerprint()
+    config: dict[str, Any] = {
+        "recipe": recipe.model_dump(mode="json"),
+        "environment": dataset.spec.environment,
+        "data": str(Path(str(dataset.path)).resolve()) if "://" not in str(dataset.path) else str(dataset.path),
+    }
+    if not (resume and (path / "config.json").is_file()):
+        seeds = {"training": recipe.training.seed}
+        return RunFolder.create(path, config, describe_provenance(data_fingerprint=fingerprint, seeds=seeds))
+    folder = RunFolder.open(path)
+    # Parsed: an option that a later version has added is as its default says.
+    differ = differences(Recipe.parse(recipe_values(folder)).model_dump(mode="json"), config["recipe"])
+    # The methods, and how the data are read, decide nothing that was trained.
+    free = (
+        "methods.",
+        "data",
+        "default_method",
+        "protocol",
+        "description",
+        "rules",
+        *(f"training.{key}" for key in FREE),
+    )
+    # What is only added is learned on top.
+    recorded = Recipe.parse(recipe_values(folder))
+    free += ("hierarchy",) if recipe.hierarchy[: len(recorded.hierarchy)] == recorded.hierarchy else ()
+    free += ("probes",) if recorded.probes.items() <= recipe.probes.items() else ()
+    if wrong := [key for key in differ if not key.startswith(free)]:
+        raise ConfigError(
+            f"{path} was begun with another recipe; they differ in {', '.join(wrong[:8])}. Resume it with the same "
+            f"recipe and overrides, or choose another folder"
+        )
+    if (before := folder.provenance["data"]) != fingerprint:
+        raise CheckpointError(
+            f"{path} was begun on other data (fingerprint {before[:12]}, now {fingerprint[:12]}); resume it on the "
+            f"dataset of then ({folder.config['data']}), or choose another folder"
+        )
+    if differ:
+        write_json(path / "config.json", config)
+    return folder
+
+
+def _train_heads(run: Run, cache: Frames, progress: Progress) -> None:
+    """Learn what stands beside the world model; a part that is there already is kept."""
+    recipe, model = run.recipe, run.model
+    seed = recipe.training.seed
+    training, held_out = cache.split(recipe.training.validation_share, seed)
+    kept = {name: value for name, value in run.heads().items() if name.endswith("_seconds")}
+    figures: dict[str, Any] = {"held_out": [int(episode) for episode in held_out], **kept}
+    latents = encode_episodes(model, cache, episodes=training, progress=progress)
+
+    def learn(name: str, fit_head: Callable[..., Any], *on: Any, of: tuple[WorldModel, ...] = (model,)) -> None:
+        began = time.perf_counter()
+        if not run.head(name).with_suffix(".json").is_file():
+            fit_head(*on, seed=seed, progress=progress).save(run.head(name), *of)
+            figures[f"{name}_seconds"] = round(time.perf_counter() - began, 2)
+            write_json(run.path / "heads.json", figures)
+
+    learn("geometry", measure_geometry, model, latents, recipe.inverse)
+    learn("support", measure_support, latents)
+    learn("distance", fit_distance, latents, model, recipe.distance)
+    below: WorldModel = model
+    seen = latents
+    for level, config in enumerate(recipe.hierarchy, 1):
+        name = f"coarse-{level}"
+        learn(name, fit_coarse, below, seen, config, of=(below,))
+        coarse = CoarseModel.load(run.head(name), below)
+        below, seen = coarse, coarse.coarsen(seen)
+        learn(f"{name}-geometry", measure_geometry, coarse, seen, recipe.inverse, of=(coarse,))
+    for name, probe in recipe.probes.items():
+        learn(f"probe-{name}", _fit_probe, model, cache, training, name, probe)
+    learn("reactive", fit_reactive, model, latents, run.geometry, recipe.reactive)
+    cloning = partial(fit_behaviour_cloning, episodes=training, device=model.device)
+    learn("cloning", cloning, cache, recipe.cloning, of=())
+    reversibility = run.geometry.reversibility
+    figures |= {
+        "step_length": run.geometry.step_length,
+        "reversibility_remaining": reversibility.remaining,
+        "reversible": reversibility.reversible,
+    }
+    if len(held_out):
+        figures |= _rank(run, encode_episodes(model, cache, episodes=held_out))
+    write_json(run.path / "heads.json", {**figures, "complete": True})
+
+
+def _added(recipe: Recipe) -> list[str]:
+    """Return the parts that a recipe may add to a run that was complete without them."""
+    levels = [f"coarse-{level}" for level in range(1, len(recipe.hierarchy) + 1)]
+    probes = [f"probe-{name}" for name in recipe.probes]
+    return ["support", *levels, *(f"{level}-geometry" for level in levels), *probes]
+
+
+def _fit_probe(
+    model: WorldModel,
+    cache: Frames,
+    training: Int64[np.ndarray, "_"],
+    name: str,
+    config: LabelledProbe,
+    *,
+    seed: int,
+    progress: Progress,
+) -> Probe:
+    """Fit a probe on frames one block apart of the first labelled episodes."""
+    label, block = config.label or name, model.spec.block
+    chosen = training[cache.lengths[training] > block][: config.episodes]
+    seen = encode_episodes(model, cache, episodes=chosen, progress=progress)
+    latents, values, groups = [], [], []
+    for row, (episode, length) in enumerate(zip(chosen.tolist(), seen.lengths.tolist(), strict=True)):
+        frames = cache.starts[episode] + block * np.arange(length)
+        latents.append(seen.latents[row, :length])
+        values.append(torch.from_numpy(np.asarray(cache.labels[label][frames])))
+        groups.append(torch.full((length,), row))
+    fitting = ProbeConfig.parse(config.model_dump(include=set(ProbeConfig.model_fields)))
+    return fit_probe(
+        torch.cat(latents), torch.cat(values), fitting, groups=torch.cat(groups), seed=seed, progress=progress
+    )
+
+
+def _rank(run: Run, episodes: LatentEpisodes, pairs: int = 2048) -> dict[str, float]:
+    """Compare the distances with the steps between states of the same held-out episodes.
+
+    These are the steps that a random walk took, not the fewest: a rank, not a truth.
+    """
+    generator = torch_generator(run.recipe.training.seed, "rank")
+    episode = torch.randint(len(episodes), (pairs,), generator=generator)
+    shares = torch.rand(2, pairs, generator=generator) * episodes.lengths[episode].cpu()
+    first, second = shares.long().sort(dim=0).values
+    latents, goals = episodes.latents[episode, first], episodes.latents[episode, second]
+    steps = (second - first).float()
+    return {
+        "rank_correlation/distance": rank_correlation(run.distance, latents, goals, steps),
+        "rank_correlation/latent": rank_correlation(LatentL2(), latents, goals, steps),
+    }
+
+
+def evaluate(
+    run: Run,
+    *,
+    protocol: str | None = None,
+    success: str | None = None,
+    goal_offset: int | None = None,
+    budget: int | None = None,
+    episodes: int | None = None,
+    seed: int | None = None,
+    methods: Sequence[str] | None = None,
+    others: Mapping[str, Callable[[], Agent]] | None = None,
+    env_kwargs: Mapping[str, Any] | None = None,
+    split: str | None = None,
+    exploration: int | None = None,
+    progress: Progress = SILENT,
+) -> Results:
+    """Evaluate methods of the run and write `results.json` and `report.html`; see `report_path`.
+
+    `others` are agents that are not of the run, by the name of their row: see `worldloom.evaluation.ForeignPolicy`.
+    The protocol is the one named, else the recipe's, else one that the run's world has, else one whose goals the
+    logging policy reached (then `success` says what counts, such as `position:3`). `split` takes one of its splits
+    alone; `exploration` replaces the steps before a goal is told. A run with a memory evaluates agents that go on from
+    what it holds.
+
+    Raises:
+        ConfigError: no protocol or method of that name, or `success` is missing where it is needed.
+        EnvironmentFailure: see `worldloom.evaluation.runner`.
+    """
+    chosen = list(run.recipe.methods) if methods is None else list(methods)
+    agents = {name: _factory(run, name) for name in chosen}
+    for name in chosen:
+        run.method(name)  # an unknown method is said before anything runs
+    agents |= others or {}
+    results = evaluate_methods(
+        _protocol(run, protocol, success, goal_offset, budget, episodes, seed, env_kwargs or {}, split, exploration),
+        agents,
+        model=run.model.spec.fingerprint,
+        training_seed=run.recipe.training.seed,
+        provenance=run.folder.provenance,
+        progress=progress,
+    )
+    results.write(report_path(run, results).with_name("results.json"))
+    write_report(report_path(run, results), results, report_data(run))
+    return results
+
+
+def explore(
+    run: Run,
+    steps: int,
+    *,
+    method: str | None = None,
+    protocol: str | None = None,
+    split: str | None = None,
+    episodes: int | None = None,
+    seed: int | None = None,
+    progress: Progress = SILENT,
+) -> int:
+    """Let an agent explore the worlds of a protocol's episodes, each for so many steps; return how many it saw.
+
+    What it sees goes into the run's memory, where it has one. `evaluate` with `exploration=0` and the same protocol,
+    split, episodes and seed then asks for far goals in the same worlds.
+
+    Raises:
+        ConfigError: the method does not explore, or there is no such method, protocol or split.
+    """
+    name = method or run.recipe.default_method
+    agent = run.agent(name)
+    if not isinstance(agent, Exploring):
+        raise ConfigError(f"the method {name!r} does not explore; choose one that does, such as landmarks")
+    chosen = _protocol(run, protocol, None, None, None, episodes, seed, {}, split, 0)
+    return explore_worlds(chosen, agent, steps, progress=progress)
+
+
+def report_path(run: Run, results: Results) -> Path:
+    """Return where the report of an evaluation is kept.
+
+    The folder bears the protocol's title; a digest goes with it where conventions, seed or methods are not the usual
+    ones, so that no evaluation takes another's place.
+    """
+    protocol = results.protocol
+    name = protocol.title.replace("/", "-")
+    methods = sorted({row.method for row in results.rows})
+    if (
+        protocol.title not in PROTOCOLS
+        or PROTOCOLS[protocol.title] != protocol
+        or methods != sorted(run.recipe.methods)
+    ):
+        text = json.dumps([protocol.fingerprint, protocol.seed, methods])
+        name += f"-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+    return run.path / "evaluation" / name / "report.html"
+
+
+def _factory(run: Run, method: str) -> Callable[[], Any]:
+    return lambda: run.agent(method, compared=True)
+
+
+def _protocol(
+    run: Run,
+    name: str | None,
+    success: str | None,
+    goal_offset: int | None,
+    budget: int | None,
+    episodes: int | None,
+    seed: int | None,
+    env_kwargs: Mapping[str, Any],
+    split: str | None = None,
+    exploration: int | None = None,
+) -> Protocol:
+    source = run.environment
+    env_id = source.get("id")
+    name = name or run.recipe.protocol
+    if name is None and success is None:
+        name = default_protocol(env_id)
+    if name is not None:
+        if success is not None or goal_offset is not None:
+            raise ConfigError(f"protocol {name!r} says what success and goals are; leave out success and goal_offset")
+        return PROTOCOLS[name].customise(
+            budget=budget,
+            episodes=episodes,
+            seed=seed,
+            env_kwargs=env_kwargs or None,
+            split=split,
+            exploration=exploration,
+        )
+    if split is not None or exploration is not None:
+        raise ConfigError("a split or an exploration is of a named protocol; name one (--protocol)")
+    if env_id is None:
+        raise ConfigError("the data do not say which world they are from; name a protocol (--protocol)")
+    if success is None:
+        raise ConfigError(
+            f"there is no protocol for {env_id}: say what counts as success, such as --success position:3 (a named "
+            f"vector and a tolerance) or --success env (the world's own word)"
+        )
+    offset = goal_offset or 25
+    options: dict[str, Any] = {"goal_offset": offset, "budget": budget or 2 * offset, "seed": seed or 0}
+    options |= {"episodes": episodes} if episodes is not None else {}
+    return gym_protocol(
+        env_id,
+        success=success,
+        policy=source.get("policy", "directed-walk"),
+        policy_options=source.get("policy_options") or {},
+        env_kwargs={**(source.get("kwargs") or {}), **env_kwargs},
+        **options,
+    )

@@ -1,0 +1,65 @@
+"""A run and a memory together: what is seen becomes a query, and logs become memories."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from worldloom.core.errors import DataError
+from worldloom.core.progress import SILENT, Progress
+from worldloom.core.types import Observations
+from worldloom.data import EpisodeDataset, read_picture
+from worldloom.memory import EpisodicMemory
+from worldloom.workflow.run import Run
+
+
+def encode_picture(run: Run, path: Path, memory: EpisodicMemory) -> Float[Tensor, "1 D"]:
+    """Return the latent of a picture, as a query to a memory of the run's model.
+
+    Raises:
+        CheckpointError: the memory holds latents of another model.
+        DataError: the model sees more than pictures, or the picture is not what it takes.
+    """
+    spec = run.model.spec
+    memory.spec.check(spec, memory.path)
+    if spec.observation.pixels is None or spec.observation.vector:
+        raise DataError("the model does not see by pictures alone; recall by --id instead")
+    with torch.inference_mode():
+        return run.model.encode(read_picture(path, spec.observation.pixels).to(run.device)).cpu()
+
+
+def remember(run: Run, data: Path | str, memory: EpisodicMemory, *, progress: Progress = SILENT) -> int:
+    """Append a dataset's episodes to a memory, a memory for each block of actions; return how many.
+
+    Raises:
+        DataError: the model takes other observations or actions.
+    """
+    spec = run.model.spec
+    dataset = EpisodeDataset.open(data)
+    if dataset.spec.observation != spec.observation or dataset.spec.action.size != spec.action.size:
+        raise DataError(
+            f"{data} holds observations {dataset.spec.observation} and actions of {dataset.spec.action.size} values; "
+            f"the model takes {spec.observation} and {spec.action.size}"
+        )
+    count = 0
+    with progress.task("remembering episodes", len(dataset), "episode") as task, torch.inference_mode():
+        for number, stretch in zip(range(len(dataset)), memory.new_episodes(len(dataset)), strict=True):
+            episode = dataset.episode(number)
+            steps = np.arange(0, episode.steps + 1, spec.block)
+            pixels, vector = (None if part is None else part[steps] for part in (episode.pixels, episode.vector))
+            observations = Observations.from_numpy(pixels, vector)
+            led = np.zeros((len(steps), spec.block_size), np.float32)
+            led[1:] = episode.actions[: steps[-1]].reshape(len(steps) - 1, spec.block_size)
+            memory.append(
+                run.model.encode(observations.to(run.device)),
+                episodes=np.full(len(steps), stretch),
+                steps=steps,
+                actions=torch.from_numpy(led),
+                observations=observations,
+            )
+            count += len(steps)
+            task.advance()
+    memory.flush()
+    return count

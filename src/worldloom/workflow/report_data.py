@@ -1,0 +1,164 @@
+"""What a report shows of a run beside its table: its latents, its distance, its predictions."""
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from worldloom.agents import CloningMethod, RandomMethod
+from worldloom.core.actions import Walk
+from worldloom.core.errors import CheckpointError, DataError, StorageError
+from worldloom.core.seeds import torch_generator
+from worldloom.core.types import Context, Episode, Observations
+from worldloom.data import EpisodeDataset
+from worldloom.heads import LatentEpisodes, dream
+from worldloom.models import LinearProbe
+from worldloom.planning import LatentL2
+from worldloom.reports import DistanceMap, LatentMap, PredictedPaths, ReportData
+from worldloom.workflow.run import Run
+
+_EPISODES = 60
+_PATHS = 6
+
+
+def report_data(run: Run) -> ReportData:
+    """Return what there is to show; where the dataset is gone or has no 2-D position, say so."""
+    baselines = [
+        name for name, method in run.recipe.methods.items() if isinstance(method, RandomMethod | CloningMethod)
+    ]
+    metrics = run.folder.metrics()
+
+    def without(what: str, error: Exception) -> ReportData:
+        reasons = dict.fromkeys(("latents", "distance", "paths"), f"{what} of this run could not be read: {error}")
+        return ReportData(metrics=metrics, baselines=baselines, absent=reasons)
+
+    try:
+        episodes = _held_out(run)
+    except (DataError, StorageError) as error:
+        return without("the dataset", error)
+    label = position_label(episodes)
+    if label is None:
+        return ReportData(metrics=metrics, baselines=baselines)
+    shown = _Shown(Run(run.folder, device="cpu"), episodes, label)
+    try:
+        distance = shown.distance_map()
+    except CheckpointError as error:
+        return without("the distance", error)  # the training was broken off; some methods need none
+    return ReportData(
+        metrics=metrics,
+        baselines=baselines,
+        latents=LatentMap(latents=shown.flat_latents.numpy(), positions=shown.flat_positions.numpy(), unit=shown.unit),
+        distance=distance,
+        paths=shown.predicted_paths(),
+    )
+
+
+def _held_out(run: Run) -> list[Episode]:
+    dataset = EpisodeDataset.open(run.data)
+    chosen = run.heads().get("held_out") or range(len(dataset))
+    need = 2 * run.recipe.model.block
+    return [
+        episode
+        for episode in (dataset.episode(int(number)) for number in list(chosen)[:_EPISODES])
+        if episode.steps >= need
+    ]
+
+
+def position_label(episodes: list[Episode]) -> str | None:
+    """Return the label to draw by: 'position' if there is one, else the first of two values."""
+    flat = [name for name, values in (episodes[0].labels.items() if episodes else ()) if values.shape[1] == 2]
+    return "position" if "position" in flat else next(iter(sorted(flat)), None)
+
+
+class _Shown:
+    """Some held-out episodes, encoded, with a probe of their positions."""
+
+    def __init__(self, run: Run, episodes: list[Episode], label: str) -> None:
+        self._run, self._episodes = run, episodes
+        self._model = run.model
+        block = self._model.spec.block
+        encoded, blocks, positions = [], [], []
+        with torch.no_grad():
+            for episode in episodes:
+                count = episode.steps // block + 1
+                frames = Observations.from_numpy(
+                    None if episode.pixels is None else episode.pixels[: count * block : block],
+                    None if episode.vector is None else episode.vector[: count * block : block],
+                )
+                encoded.append(self._model.encode(frames))
+                blocks.append(torch.from_numpy(episode.actions[: (count - 1) * block].reshape(count - 1, -1)))
+                positions.append(torch.from_numpy(episode.labels[label][: count * block : block]))
+        self._latents, self._blocks, self._positions = encoded, blocks, positions
+        self.flat_latents, self.flat_positions = torch.cat(encoded), torch.cat(positions)
+        self._probe = LinearProbe.fit(self.flat_latents, self.flat_positions)
+        frame = run.model.spec.observation.pixels
+        self._in_pixels = frame is not None and in_pixels(self.flat_positions.numpy(), frame)
+        self.unit = "px" if self._in_pixels else ""
+
+    def predicted_paths(self) -> PredictedPaths | None:
+        """Compare open-loop predictions, read by the probe, with where the world went."""
+        context = self._model.spec.context
+        longest = min(len(latents) for latents in self._latents)
+        if longest <= context:
+            return None
+        chosen = range(min(_PATHS, len(self._latents)))
+        latents = torch.stack([self._latents[row][:longest] for row in chosen])
+        blocks = torch.stack([self._blocks[row][: longest - 1] for row in chosen])
+        start = Context(latents=latents[:, :context], actions=blocks[:, : context - 1])
+        with torch.no_grad():
+            future = self._model.rollout(start, blocks[:, None, context - 1 :])[:, 0]
+        predicted = self._probe(torch.cat([latents[:, context - 1 : context], future], dim=1))
+        true = torch.stack([self._positions[row][context - 1 : longest] for row in chosen])
+        pictures = [self._pictures(row) for row in chosen]
+        return PredictedPaths(
+            true=true.double().numpy(),
+            predicted=predicted.double().numpy(),
+            pictures=None
+            if pictures[0] is None
+            else np.stack([picture for picture in pictures if picture is not None]),
+            steps=self._model.spec.block,
+            unit=self.unit,
+        )
+
+    def distance_map(self) -> DistanceMap:
+        """Measure the distance of imagined states of one layout to a state of it; positions are read by the probe."""
+        row = int(np.argmax([np.ptp(position.numpy()[:, 0]) for position in self._positions]))
+        episode = LatentEpisodes.of([(self._latents[row], self._blocks[row])])
+        generator = torch_generator(0, "distance-map")
+        walk = Walk(slowest=1.0)
+        states = self._latents[row][:1]
+        for _ in range(2):  # walks from where the first ones led cover the room
+            dreams = dream(self._model, episode, per_episode=128, horizon=24, walk=walk, generator=generator)
+            states = torch.cat([states, dreams.latents.flatten(0, 1)])
+        goal = self._latents[row][-1]
+        positions = self._probe(states)
+        span = self.flat_positions
+        inside = ((positions >= span.amin(0)) & (positions <= span.amax(0))).all(1)
+        states, positions = states[inside], positions[inside]
+        with torch.no_grad():
+            measures: dict[str, Tensor] = {
+                "learned distance (steps)": self._run.distance(states, goal),
+                "latent L2 (steps)": LatentL2(self._run.geometry.step_length)(states, goal) * self._model.spec.block,
+            }
+        return DistanceMap(
+            positions=positions.double().numpy(),
+            distances={name: values.double().numpy() for name, values in measures.items()},
+            goal=self._positions[row][-1].double().numpy(),
+            picture=self._pictures(row),
+            unit=self.unit,
+        )
+
+    def _pictures(self, row: int) -> np.ndarray | None:
+        pixels = self._episodes[row].pixels
+        return pixels[0] if pixels is not None and self._in_pixels else None
+
+
+def in_pixels(positions: Float[np.ndarray, "N 2"], frame: tuple[int, int, int]) -> bool:
+    """Return whether positions can be places in the picture, to be drawn on it: within it, over a quarter of it.
+
+    Others are in metres, or in units of a simulator's own.
+    """
+    height, width, _ = frame
+    low, high = positions.min(axis=0), positions.max(axis=0)
+    inside = (low >= 0).all() and (high <= (width, height)).all()
+    return bool(inside and ((high - low) >= (width / 4, height / 4)).all())

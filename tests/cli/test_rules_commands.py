@@ -1,0 +1,84 @@
+"""Policies at the command line: signed, kept, and every decision under them on record."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+POLICY = """
+owner: the lab
+guardrails:
+  gently: {name: magnitude, limit: 0.8, reason: the floor is old}
+  known: {name: familiar, times: 50}
+"""
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    path = tmp_path / "policy.yaml"
+    path.write_text(POLICY)
+    return path
+
+
+def test_a_policy_is_signed_shown_and_kept(demo, worldloom, refused, policy, tmp_path) -> None:
+    plan = ["plan", demo.run, "--method", "CEM, latent L2", "--rules", str(policy), "--json"]
+    assert "whose signature" in refused(2, *plan)
+    key = worldloom("rules", "key", str(tmp_path / "key.pem")).out.strip()
+    assert "not signed" in refused(4, *plan, "--trust", key)
+    assert worldloom("rules", "sign", str(policy), "--key", str(tmp_path / "key.pem")).code == 0
+    shown = json.loads(worldloom("rules", "show", str(policy), "--trust", key, "--json").out)
+    assert [rail["reason"] for rail in shown["guardrails"]] == ["the floor is old", ""]
+    made = json.loads(worldloom(*plan, "--trust", key).out)
+    assert all((x * x + y * y) ** 0.5 <= 0.8 + 1e-6 for x, y in made["actions"])
+    assert made["refused"] is False
+    stranger = worldloom("rules", "key", str(tmp_path / "other.pem")).out.strip()
+    assert "do not trust" in refused(3, *plan, "--trust", stranger)
+    policy.write_text(POLICY.replace("0.8", "8.0"))
+    assert "changed" in refused(3, *plan, "--trust", key)
+
+
+def test_a_method_that_keeps_no_policy_does_not_act_under_one(demo, refused, policy) -> None:
+    said = refused(2, "plan", demo.run, "--method", "random", "--rules", str(policy), "--unsigned")
+    assert "does not keep guardrails" in said
+    assert "CEM" in said
+
+
+def test_what_nothing_satisfies_is_found_before_anything_acts(demo, refused, policy) -> None:
+    policy.write_text(POLICY.replace("times: 50", "times: 0.000001"))
+    said = refused(2, "plan", demo.run, "--method", "CEM, latent L2", "--rules", str(policy), "--unsigned")
+    assert "'known' holds in none of" in said
+
+
+def test_a_plan_is_explained_and_its_decision_replayed(demo, worldloom, refused, policy, tmp_path) -> None:
+    log, picture = tmp_path / "log", tmp_path / "plan.png"
+    arguments = ["--rules", str(policy), "--unsigned", "--audit", str(log), "--explain", str(picture)]
+    made = json.loads(worldloom("plan", demo.run, "--method", "CEM, latent L2", *arguments, "--json").out)
+    explained = made["explained"]
+    assert explained["considered"] > explained["ruled_out"] > 0
+    assert explained["ruled_out_by"]["gently"] > 0
+    assert max(explained["violations"].values()) <= 0
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    head = json.loads(worldloom("audit", "verify", str(log), "--json").out)
+    listed = json.loads(worldloom("audit", "show", str(log), "--json").out)
+    assert [entry["event"] for entry in listed] == ["opened", "began", "decided", "began", "decided"]
+    assert head["length"] == 5
+    again = json.loads(worldloom("audit", "replay", str(log), "--entry", "4", "--json").out)
+    assert again["same"] is True
+    kept = f"{head['length']}:{head['hash']}"
+    assert worldloom("audit", "verify", str(log), "--kept", kept).code == 0
+    seen = tmp_path / "seen.png"
+    assert worldloom("audit", "show", str(log), "--entry", "4", "--picture", str(seen)).code == 0
+    assert seen.is_file()
+    chain = log / "log.jsonl"
+    lines = chain.read_bytes().splitlines(keepends=True)
+    chain.write_bytes(b"".join(lines[:-1]))
+    assert "are gone" in refused(3, "audit", "verify", str(log), "--kept", kept)
+    chain.write_bytes(b"".join(lines).replace(b'"refused":[]', b'"refused":[0]', 1))
+    assert "entry 2 was changed" in refused(3, "audit", "verify", str(log))
+    assert "does not verify" in refused(3, "audit", "replay", str(log), "--entry", "4")
+
+
+def test_a_risk_without_margins_asks_to_calibrate(demo, refused, policy) -> None:
+    policy.write_text(POLICY + "risk: 0.05\n")
+    said = refused(2, "plan", demo.run, "--method", "CEM, latent L2", "--rules", str(policy), "--unsigned")
+    assert "calibrate first" in said

@@ -39,7 +39,7 @@ def test_a_policy_is_signed_shown_and_kept(demo, worldloom, refused, policy, tmp
 
 def test_a_method_that_keeps_no_policy_does_not_act_under_one(demo, refused, policy) -> None:
     said = refused(2, "plan", demo.run, "--method", "random", "--rules", str(policy), "--unsigned")
-    assert "does not keep guardrails" in said
+    assert "does not obey guardrails" in said
     assert "CEM" in said
 
 

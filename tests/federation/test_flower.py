@@ -36,7 +36,7 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
 from worldloom.federation import Reply, Transport
-from worldloom.federation.transport.flower import FlowerTransport, _carried, _carry, _public
+from worldloom.federation.transport.flower import FlowerTransport, _carried, _carry, _public, join, serve
 from worldloom.federation.transport.flower_process import PASS, Gate
 
 NODE = """
@@ -134,7 +134,7 @@ def test_another_authority_and_another_host_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_expired_certificate_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from worldloom.federation.transport.messages import keys
+    from worldloom.federation.transport import keys
 
     class Past(keys.datetime.datetime):
         @classmethod

@@ -31,7 +31,7 @@ _TINY = [
     "reactive.problems=32",
     "cloning.steps=4",
     "probes.pit_depth.steps=50",
-    "policy.risk=0.3",
+    "rules.risk=0.3",
 ]
 
 

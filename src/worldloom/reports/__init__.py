@@ -3,12 +3,14 @@
 from worldloom.reports.consortium_report import find_owners, write_weaving_report
 from worldloom.reports.evaluation_report import ReportData, write_report
 from worldloom.reports.figures import DistanceMap, LatentMap, PredictedPaths
+from worldloom.reports.film import episodes_gif
 
 __all__ = [
     "DistanceMap",
     "LatentMap",
     "PredictedPaths",
     "ReportData",
+    "episodes_gif",
     "find_owners",
     "write_report",
     "write_weaving_report",

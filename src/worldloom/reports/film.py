@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from worldloom.core.errors import DataError
 from worldloom.evaluation import Recording
 
 _CODECS = ("libx264", "h264", "libopenh264")  # all of them give H.264; which is there depends on how PyAV was built
@@ -66,6 +67,26 @@ def episodes_video(recordings: Sequence[Recording], *, fps: int = 12, columns: i
     return Video(data=file.getvalue(), width=first.shape[1], height=first.shape[0])
 
 
+def episodes_gif(recordings: Sequence[Recording], *, fps: int = 15, columns: int = 4) -> bytes:
+    """Return the same film as a GIF that repeats, for pages that show no video.
+
+    Raises:
+        DataError: no episode with pixels was recorded.
+    """
+    from PIL import Image
+
+    shown = [recording for recording in recordings if recording.frames is not None]
+    if not shown:
+        raise DataError("no episode with pixels was recorded; evaluate a world that gives pixels, with record > 0")
+    steps = max(recording.steps for recording in shown)
+    frames = [Image.fromarray(_sheet(shown, step, columns, foot=0)) for step in [*range(steps + 1), *[steps] * fps]]
+    palette = frames[-1].quantize(128)  # one for all, so that colours do not flicker
+    first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
+    file = io.BytesIO()
+    first.save(file, "GIF", save_all=True, append_images=others, duration=1000 // fps, loop=0, optimize=True)
+    return file.getvalue()
+
+
 def _encodes(name: str) -> bool:
     import av
 
@@ -75,16 +96,15 @@ def _encodes(name: str) -> bool:
         return False
 
 
-def _sheet(recordings: Sequence[Recording], step: int, columns: int) -> UInt8[np.ndarray, "H W 3"]:
+def _sheet(recordings: Sequence[Recording], step: int, columns: int, *, foot: int = 64) -> UInt8[np.ndarray, "H W 3"]:
+    """Draw all episodes at a step; `foot` leaves room for the controls that players lay over a video."""
     tiles = [_tile(recording, step) for recording in recordings]
     columns = min(columns, len(tiles))
     rows = -(-len(tiles) // columns)
     height, width = max(tile.shape[0] for tile in tiles), max(tile.shape[1] for tile in tiles)
-    gap, controls = 16, 64  # players lay their controls over the foot of the picture
+    gap = 16
     # H.264 with halved colour wants even sides.
-    sheet = np.empty(
-        ((rows * (height + gap) + controls) // 2 * 2, (columns * (width + gap) + gap) // 2 * 2, 3), np.uint8
-    )
+    sheet = np.empty(((rows * (height + gap) + foot) // 2 * 2, (columns * (width + gap) + gap) // 2 * 2, 3), np.uint8)
     sheet[:] = _PAPER
     for place, tile in enumerate(tiles):
         top = gap + place // columns * (height + gap)

@@ -154,7 +154,7 @@ def main() -> None:
         for forgets in (False, True):
             half = arguments.kills // 2 + (arguments.kills % 2 if not forgets else 0)
             path = Path(folder) / f"memory-{forgets}"
-            rows["forgets" if forgets else "keeps all"] = kill(path, half, forgets=forgets, generator=generator)
+            rows["bounded" if forgets else "unbounded"] = kill(path, half, forgets=forgets, generator=generator)
     values = {"command": f"python benchmarks/memory_kills.py --kills {arguments.kills}", "seed": arguments.seed}
     values |= {"rows": rows, "hardware": describe_hardware()}
     if arguments.write:

@@ -1,4 +1,4 @@
-"""Writes benchmarks/RESULTS.md from benchmarks/results/: run it after the other benchmarks.
+"""Generates benchmarks/RESULTS.md from benchmarks/results/. Run it after the other benchmarks.
 
 python benchmarks/render.py
 """
@@ -11,11 +11,11 @@ RESULTS = Path(__file__).parent / "results"
 
 INTRODUCTION = """# Results
 
-Every figure here was printed by the command above it; `python benchmarks/render.py` writes this page from what these
-commands left in `benchmarks/results/`. Intervals are Wilson's at 95%, over the episodes of all models together;
-"models" gives the lowest and the highest rate of one model. Protocols are in
-[docs/protocols.md](../docs/protocols.md). Speeds are of a shared machine: take ratios within one run rather than the
-figures themselves.
+The figures in each table come from the command above it. `python benchmarks/render.py` generates this page from the
+files that these commands wrote to `benchmarks/results/`. Unless stated otherwise, intervals are Wilson intervals at
+95%, over the episodes of all models together. "models" gives the lowest and highest rate of a single model.
+[docs/protocols.md](../docs/protocols.md) describes the protocols. Speeds were measured on a shared machine, so compare
+ratios within one run rather than absolute figures.
 """
 
 
@@ -101,38 +101,44 @@ def side_by_side() -> str:
                     f"{100 * row['rate']:.0f}% [{100 * row['interval'][0]:.0f}, {100 * row['interval'][1]:.0f}]"
                     for row in (pooled[planner], pooled["random"], pooled["behaviour cloning"])
                 ),
-                f"{pooled[planner]['n']}, {len(values['training_minutes'])} seed(s)",
+                f"{pooled[planner]['n']}, {counted(len(values['training_minutes']), 'seed')}",
                 f"{values['frames'][0]:,}",
                 ", ".join(map(str, values["training_minutes"])),
                 "-" if published is None else " / ".join(map(str, published)),
             ]
         )
-    header = ["world", "planner, the recipe's own", "success", "random", "cloning", "n", "frames", "training minutes"]
+    header = ["world", "planner of the recipe", "success", "random", "cloning", "n", "frames", "training minutes"]
     return (
-        "## Beside the field\n\nGoals 25 steps ahead, budget 50, protocols `NAME-25@1`; "
-        "[docs/protocols.md](../docs/protocols.md) puts every convention side by side, and says what differs: above "
-        "all, data and goals here are of policies that aim at nothing, there of experts for PushT. cube-state sees the "
-        "state vector, the published figures are from pixels, where random actions reach 48.\n\n"
-        + table([*header, "published (LeWM / DINO-WM / PLDM)"], rows)
+        "## Comparison with published results\n\nGoals are 25 steps ahead, with a budget of 50 (protocols "
+        "`NAME-25@1`). [docs/protocols.md](../docs/protocols.md) compares every convention. The main difference: data "
+        "and goals here come from policies without an aim, whereas published data and goals for PushT come from "
+        "experts. cube-state sees the state vector; the published figures use pixels, where random actions reach "
+        "48.\n\n" + table([*header, "published (LeWM / DINO-WM / PLDM)"], rows)
     )
 
 
 def success(name: str, values: dict[str, Any]) -> str:
     header, *rows = values["table"]
-    seconds = ", ".join(
-        f"{each['collect']:.0f} + {each['train']:.0f} + {each['evaluate']:.0f} s" for each in values["seconds"]
-    )
-    reversible = {head["reversible"] for head in values["heads"]}
-    ranks = ", ".join(f"{head['rank_correlation/distance']:.2f}" for head in values["heads"])
-    latent = ", ".join(f"{head['rank_correlation/latent']:.2f}" for head in values["heads"])
+    columns = ["model", "collecting, s", "training, s", "evaluating, s"]
+    columns += ["rank correlation, learned distance", "rank correlation, latent L2"]
+    lines = [
+        [str(number), *(f"{seconds[part]:.0f}" for part in ("collect", "train", "evaluate")),
+         *(f"{head[f'rank_correlation/{metric}']:.2f}" for metric in ("distance", "latent"))]
+        for number, (seconds, head) in enumerate(zip(values["seconds"], values["heads"], strict=True), start=1)
+    ]  # fmt: skip
+    reversible = {"yes" if head["reversible"] else "no" for head in values["heads"]}
     return (
         f"## Zero-shot success: {name}\n\n    {values['command']}\n\n{table(header, rows)}\n"
-        f"To the left of a slash is the first split, to the right the next. Collecting + training (world model, "
-        f"distance, reactive policy, cloning) + evaluating all methods, for each model: {seconds} "
-        f"(of a run that was taken up, only what was left). Dynamics found "
-        f"reversible: {', '.join(map(str, sorted(reversible)))}. Rank correlation with the steps that the data took: "
-        f"learned distance {ranks}; latent L2 {latent}. {describe(values['hardware'])}\n"
+        f"{several_splits(header)}{table(columns, lines)}\n"
+        f"Training covers the world model, the distance, the reactive policy and cloning. A resumed run counts only "
+        f"the remaining time. Rank correlations compare a metric with the number of steps in the data. Dynamics "
+        f"measured as reversible: {', '.join(sorted(reversible))}. {describe(values['hardware'])}\n"
     )
+
+
+def several_splits(header: list[str]) -> str:
+    """Return how to read cells with a slash, if the table has more than one split."""
+    return "Cells with a slash list the splits in order.\n\n" if sum("(n=" in title for title in header) > 1 else ""
 
 
 def anti_collapse(values: dict[str, Any]) -> str:
@@ -159,9 +165,9 @@ def anti_collapse(values: dict[str, Any]) -> str:
     n = next(iter(values["rows"][0]["success"].values()))["n"]
     return (
         f"## Anti-collapse variants on the demo's data\n\n    {values['command']}\n\n{table(header, rows)}\n"
-        f"One training seed ({values['training_seeds'][0]}), n = {n} for each rate. Errors are of a linear probe of "
-        f"the position on held-out episodes; 'inverse dynamics' is the unexplained share of the action's variance. "
-        f"{describe(values['hardware'])}\n"
+        f"One training seed ({values['training_seeds'][0]}), n = {n} for each rate. Errors are those of a linear "
+        f"probe of the position on held-out episodes. 'inverse dynamics' is the unexplained share of the action's "
+        f"variance. {describe(values['hardware'])}\n"
     )
 
 
@@ -172,7 +178,7 @@ def control_loop(values: dict[str, Any]) -> str:
         plan, reaction = loop["plan_ms"], plant["reaction_ms"]
         rows.append(
             [
-                mode,
+                {"as it is": "unmodified"}.get(mode, mode),
                 f"{loop['periods']:,}",
                 f"{loop['rate_held']:g} Hz",
                 f"{loop['misses']:,}",
@@ -182,7 +188,7 @@ def control_loop(values: dict[str, Any]) -> str:
                 f"{values[mode]['reached']} of {values[mode]['goals']}",
             ]
         )
-    header = ["planner", "periods", "rate held", "missed", "of these unnoticed", "plan ms: median / p99 / largest"]
+    header = ["planner", "periods", "achieved rate", "missed", "of these unnoticed", "plan ms: median / p99 / maximum"]
     return (
         f"## Real-time loop on an arm\n\n    python benchmarks/control_loop.py --seconds {values['seconds']:g}\n\n"
         + table([*header, "safe action after the deadline, ms at most", "goals"], rows)
@@ -192,23 +198,22 @@ def control_loop(values: dict[str, Any]) -> str:
 
 
 def guardrails() -> str:
-    """Return how well limits are kept, and what that costs; a part that was not measured is left out."""
+    """Return how often limits are broken, and the cost of guardrails; parts without measurements are omitted."""
     parts = ["## Guardrails\n"]
     if (path := RESULTS / "guardrails.json").exists():
         values = json.loads(path.read_text())
         seeds, about = len(values["seeds"]), describe(values["hardware"])
         parts.append(f"    {values['command']}\n\n{seeds} training seeds. {about}\n")
         for risk, one in values.get("risks", {}).items():
-            parts.append(f"### A stated risk of {100 * float(risk):g}%\n\n{kept_limits(one)}")
-            for place, margins in enumerate(one["margins"]):
-                parts.append(calibration_told(place, margins))
+            parts.append(f"### A stated risk of {100 * float(risk):g}%\n\n{limits_table(one)}")
+            parts.append(calibrations(one["margins"]))
         for title, one in values.get("shifts", {}).items():
-            when = "" if title == "as calibrated" else ", from the middle of each episode on"
-            parts.append(f"### Dynamics {title}{when}\n\n{kept_limits(one)}")
+            when = "" if title == "as calibrated" else ", from the middle of each episode"
+            parts.append(f"### Dynamics: {title}{when}\n\n{limits_table(one)}")
     if (path := RESULTS / "attacks.json").exists():
         values = json.loads(path.read_text())
         header = ["attack", "method", "n", "goal reached", "limit broken", "of these in the audit log"]
-        header += ["seen by the agent itself", "plans refused"]
+        header += ["seen by the agent itself", "plans rejected"]
         lines = [
             [row["attack"], row["method"], str(row["n"]), rate(row["reached rate"]), rate(row["broken rate"]),
              *(of_broken(row, key) for key in ("logged", "seen")), f"{row['refused']:,}"]
@@ -228,8 +233,8 @@ def guardrails() -> str:
             for row in values["rows"]
         ]
         parts.append(
-            f"### One model, two policies\n\n    {values['command']}\n\n{table(header, lines)}\n"
-            "![ways of the two owners](results/two-policies.svg)\n"
+            f"### One model, two rule sets\n\n    {values['command']}\n\n{table(header, lines)}\n"
+            "![paths of the two owners](results/two-policies.svg)\n"
         )
     if (path := RESULTS / "guardrail-cost.json").exists():
         values = json.loads(path.read_text())
@@ -240,7 +245,7 @@ def guardrails() -> str:
             "ms without",
             "ms with five",
             "ratio [95%]",
-            "plans in which all held",
+            "plans that satisfy all",
         ]
         lines = [
             [
@@ -251,18 +256,18 @@ def guardrails() -> str:
             ]
             for row in values["rows"]
         ]
-        told = describe(values["hardware"])
-        parts.append(f"### What guardrails cost\n\n    {values['command']}\n\n{table(header, lines)}\n{told}\n")
+        hardware = describe(values["hardware"])
+        parts.append(f"### Cost of guardrails\n\n    {values['command']}\n\n{table(header, lines)}\n{hardware}\n")
     return "\n".join(parts) if len(parts) > 1 else ""
 
 
 def of_broken(row: dict[str, Any], key: str) -> str:
-    """Say of how many broken limits something holds; nothing of a method that keeps no log."""
+    """Return for how many broken limits something holds, or a dash for a method without an audit log."""
     return "-" if row["method"] == "no guardrail" else f"{row[key]} of {row['broken']}"
 
 
 def weaving(values: dict[str, Any]) -> str:
-    """Return what each owner reaches at home, by every way to a model."""
+    """Return what each owner reaches at home with each model."""
     ways = [cell["way"] for cell in values["rows"][0]["cells"]]
     owners = [row["owner"] for row in values["rows"] if row["owner"] != "all"]
     lines = [
@@ -271,28 +276,29 @@ def weaving(values: dict[str, Any]) -> str:
     ]
     return (
         f"## Many owners\n\n    {values['command']}\n\n{table(['owner', 'n', *ways], lines)}\n"
-        f"Goals reached at home by tree search, over {len(values['seeds'])} seed(s); an owner's ways take as many "
-        f"steps from the same beginning, `pooled` as many as the first owner's. In `woven` all is shared but "
-        f"statistics, in `woven + sovereign` the stems of camera and actions are each owner's own; the last base of "
-        f"both settled at home. The owners of examples/five_owners.yaml sent {values['bytes'] / 1e6:.0f} MB in all at "
-        f"the first seed. "
+        f"The table gives the goals reached at home by tree search, over {counted(len(values['seeds']), 'seed')}. All "
+        f"models of an owner train for equally many steps from the same initialisation; `pooled` trains for as many as "
+        f"the first owner's. `woven` shares everything except statistics. In `woven + sovereign`, each owner has its "
+        f"own stems of camera and actions. The last base of both settled at home. With the first seed, the owners of "
+        f"examples/five_owners.yaml sent {values['bytes'] / 1e6:.0f} MB in total. "
         f"{describe(values['hardware'])}\n\n{last_bases(values['base losses'], owners)}"
     )
 
 
 def last_bases(every: list[dict[str, Any]], owners: list[str]) -> str:
-    """Return what the last base is worth to each owner as it came."""
+    """Return each owner's held-out loss under the last base, before it settles."""
     lines = [
         [each["way"], *(", ".join(f"{one[owner]:.2f}" for one in each["losses"]) for owner in owners)] for each in every
     ]
     return (
-        f"Held-out loss under the last base as it came, by seed; at home stems let one convention be shared.\n\n"
+        f"Held-out loss under the last base before it settles at home, by seed. Stems that stay at home let the owners "
+        f"share one convention.\n\n"
         f"{table(['way', *owners], lines)}"
     )
 
 
 def weaving_clash(values: dict[str, Any]) -> str:
-    """Return what clashing conventions of actions do to the base, and what sovereign stems do for it."""
+    """Return how conflicting conventions of actions affect the base, with and without sovereign stems."""
     lines = [
         [
             *(row["way"], row["owner"], str(row["n"]), interval(row["rate"], row)),
@@ -303,13 +309,14 @@ def weaving_clash(values: dict[str, Any]) -> str:
     header = ["way", "owner", "n", "goals reached", "held-out loss, by seed"]
     return (
         f"## Many owners: two conventions of actions\n\n    {values['command']}\n\n{table(header, lines)}\n"
-        f"The actions of `turned` mean the opposite of those of `straight`. Goals reached at home by tree search, with "
-        f"the last base as it came. {len(values['seeds'])} seed(s). {describe(values['hardware'])}\n"
+        f"The actions of `turned` mean the opposite of those of `straight`. The table gives the goals reached at home "
+        f"by tree search with the last base, before it settles. {counted(len(values['seeds']), 'seed')}. "
+        f"{describe(values['hardware'])}\n"
     )
 
 
 def weaving_bytes(values: dict[str, Any]) -> str:
-    """Return what seldom and coarse exchange saves, and what it costs."""
+    """Return the bytes that infrequent and quantised exchange saves, and its cost in loss."""
     unit, lines = values["unit"], []
     for row in values["rows"]:
         sent = (row["up"], row["all up"] + row["all down"])
@@ -328,21 +335,23 @@ def weaving_bytes(values: dict[str, Any]) -> str:
     return (
         f"## Many owners: bytes against loss, {'pixels' if values['world'] == 'rooms' else 'sensors'}\n\n"
         f"    {values['command']}\n\n{table(header, lines)}\n{pairs}\n"
-        f"{values['owners']} owners of one world, each with {settings['episodes']} episodes, "
-        f"{settings['steps']} steps of {settings['batch']} windows each, the first {settings['pilot']} of them one "
-        f"owner's alone, whose base all others take. 'MB up' is of the contributions that the ledger names "
-        f"(synchronous: a float32 gradient for each owner and step); 'up and down' of all messages, verdicts and the "
-        f"bases that are judged included. The error is of latents 8 blocks ahead in new episodes, in shares of their "
-        f"variance; {unit} is of the place that a linear probe reads there. Outer step: "
-        f"{settings['outer']['learning_rate']} with momentum {settings['outer']['momentum']}"
-        f"{', statistics of the frames shared' if settings['partition'] else ''}"
-        f"{f', synchronous steps at rate {rate}' if (rate := settings['rate']) else ''}; chosen on another seed. "
+        f"{values['owners']} owners of one world, each with {settings['episodes']} episodes, train for "
+        f"{settings['steps']} steps of {settings['batch']} windows each. One owner trains the first "
+        f"{settings['pilot']} steps alone, and all others start from its base.\n\n"
+        f"- 'MB up' counts the contributions in the ledger (synchronous: a float32 gradient for each owner and step). "
+        f"'MB up and down' counts all messages, including evaluations and the bases that are evaluated.\n"
+        f"- 'error' is the error of latents predicted 8 blocks ahead in new episodes, as a share of their variance. "
+        f"'{unit}' is the error of the position that a linear probe reads from them.\n"
+        f"- The outer step is {settings['outer']['learning_rate']} with momentum {settings['outer']['momentum']}. "
+        f"{'The statistics of the frames are shared. ' if settings['partition'] else ''}"
+        f"{f'Synchronous steps use a rate of {rate}. ' if (rate := settings['rate']) else ''}"
+        f"These settings were chosen on another seed.\n\n"
         f"{over_seeds(values)} {describe(values['hardware'])}\n"
     )
 
 
 def weaving_malicious(values: dict[str, Any]) -> str:
-    """Return what one malicious owner does, by what the rules defend with."""
+    """Return the effect of one malicious owner, for each defence."""
     lines = []
     for row in values["rows"]:
         rates = ["-" if (one := row[key]) is None else interval(one["rate"], one) for key in ("reached", "patched")]
@@ -362,14 +371,16 @@ def weaving_malicious(values: dict[str, Any]) -> str:
     ]
     return (
         f"## Many owners: one of five attacks\n\n    {values['command']}\n\n{table([*header, 'stopped'], lines)}\n"
-        f"Of an honest owner, at home, by tree search; intervals are Wilson's. 'Out' are rounds without a say, by the "
-        f"ledger; 'stopped' are seeds in which losses were not finite any more, and no model came of it. "
-        f"{len(values['seeds'])} seed(s). {describe(values['hardware'])}\n"
+        f"The table shows an honest owner at home, with tree search and Wilson intervals. 'with the patch' repeats the "
+        f"evaluation with the backdoor's patch in every frame. 'attacker out' and 'honest out' count the rounds in "
+        f"which they had no weight, according to the ledger. 'stopped' counts seeds that produced no model because "
+        f"their losses were no longer finite. {counted(len(values['seeds']), 'seed')}. "
+        f"{describe(values['hardware'])}\n"
     )
 
 
 def weaving_privacy(values: dict[str, Any]) -> str:
-    """Return what noise costs and promises, and what attacks find."""
+    """Return the cost and guarantee of noise, and what attacks find."""
     untrained = [estimate(values["untrained"][key], ".3g") for key in ("loss", "places")]
     lines = [["untrained", "-", "-", *untrained, *["-"] * 4]]
     attacks = ("losses", "picture", "one frame", "cosine")
@@ -379,35 +390,37 @@ def weaving_privacy(values: dict[str, Any]) -> str:
         found = [estimate(row[key], ".2f") for key in attacks]
         noise = "not clipped" if row["noise"] is None else f"{row['noise']:g}"
         lines.append([noise, "the sum" if row["secure"] else "each delta", epsilon, *costs, *found])
-    header = ["noise, in clips", "seen", "epsilon", "held-out loss", "places", "by losses", "by picture"]
+    header = ["noise, in clips", "visible", "epsilon", "held-out loss", "places", "by losses", "by picture"]
     settings = values["settings"]
     return (
         f"## Many owners: privacy\n\n    {values['command']}\n\n{table([*header, 'one frame', 'cosine'], lines)}\n"
-        f"Epsilon is an owner's, at delta {values['delta']:g}, of {settings['rounds']} rounds; {settings['owners']} "
-        f"owners send {values['values']:,} values each. 'Places' is how far off a probe reads a spot, in spacings of "
-        f"receptors. The attacks are AUROCs, 0.5 is guessing: what was trained on, told by losses and by the picture "
-        f"that the first layer gives away; and a frame that was the only one, in one plain step, with the cosine of "
-        f"what is made of it. Intervals are Student's, over owners and seeds (n = {values['rows'][0]['n']}), "
-        f"those of costs over seeds. {over_seeds(values)} {describe(values['hardware'])}\n"
+        f"{settings['owners']} owners send {values['values']:,} values each, in {settings['rounds']} rounds.\n\n"
+        f"- 'visible' is what the coordinator sees. Epsilon is per owner, over all rounds, at delta "
+        f"{values['delta']:g}.\n"
+        f"- 'places' is the error of a probe that reads the position of a spot, in spacings of receptors.\n"
+        f"- 'by losses' and 'by picture' are attacks that infer which episodes were trained on: from losses, and from "
+        f"the input that the first layer reveals. Figures are AUROCs; 0.5 is guessing.\n"
+        f"- 'one frame' is the AUROC of recognising a frame that was an owner's only one, after one plain gradient "
+        f"step. 'cosine' compares its reconstruction with the frame.\n"
+        f"- Intervals of attacks are over owners and seeds (n = {values['rows'][0]['n']}); intervals of costs are over "
+        f"seeds.\n\n{over_seeds(values)} {describe(values['hardware'])}\n"
     )
 
 
 def over_seeds(values: dict[str, Any]) -> str:
-    """Say how many seeds there are, and what intervals they give."""
+    """Return the number of seeds, and the kind of intervals."""
     count = len(values["seeds"])
-    return (
-        f"{count} seeds; intervals are Student's at 95%." if count > 1 else "One seed, so without intervals over seeds."
-    )
+    return f"{count} seeds; intervals are Student's t at 95%." if count > 1 else "One seed, so no intervals over seeds."
 
 
 def estimate(value: dict[str, Any], form: str) -> str:
-    """Return a mean with its interval, where there is one."""
+    """Return a mean with its interval, if there is one."""
     ends = "" if value["low"] is None else f" [{value['low']:{form}}, {value['high']:{form}}]"
     return f"{value['mean']:{form}}{ends}"
 
 
-def kept_limits(one: dict[str, Any]) -> str:
-    """Return a table of goals reached and limits broken, over all splits first."""
+def limits_table(one: dict[str, Any]) -> str:
+    """Return a table of goals reached and limits broken, with all splits together first."""
     header = ["method", "split", "n", "goal reached", "limit broken", "models"]
     rows = sorted(one["rows"], key=lambda row: row["split"] != "all")
     lines = [
@@ -418,17 +431,18 @@ def kept_limits(one: dict[str, Any]) -> str:
     return table(header, lines)
 
 
-def calibration_told(place: int, margins: dict[str, Any] | None) -> str:
-    """Say how the calibration of one model went."""
-    found = (margins or {}).get("calibrated", {})
-    if "refused" in found:
-        return f"Model {place + 1} was not calibrated: {found['refused']}.\n"
-    rounds = [
-        f"{each['factor']:.2f} ({each['broken']} of {each['episodes']} broken, {each['success']:.0%} reached in the "
-        f"first split)"
-        for each in found.get("rounds", [])
-    ]
-    return f"Model {place + 1}: stretches of the margins tried in calibration: {'; '.join(rounds)}.\n"
+def calibrations(models: list[dict[str, Any] | None]) -> str:
+    """Return the margin factors that the calibration of each model tried."""
+    lines, failures = [], []
+    for number, margins in enumerate(models, start=1):
+        found = (margins or {}).get("calibrated", {})
+        if "refused" in found:
+            failures.append(f"Model {number} was not calibrated: {found['refused']}.\n")
+        for each in found.get("rounds", []):
+            broken = f"{each['broken']} of {each['episodes']}"
+            lines.append([str(number), f"{each['factor']:.2f}", broken, f"{each['success']:.0%}"])
+    header = ["model", "margin factor tried", "limit broken", "goals reached in the first split"]
+    return "\n".join(["Calibration rounds:\n", *([table(header, lines)] if lines else []), *failures])
 
 
 def rate(value: list[float]) -> str:
@@ -437,17 +451,17 @@ def rate(value: list[float]) -> str:
 
 
 def far_goals() -> str:
-    """Return what memory, landmarks and hierarchy are good for; a part that was not measured is left out."""
+    """Return the results of memory, landmarks and hierarchy; parts without measurements are omitted."""
     parts = ["## Far goals\n"]
     for name in ("maze-100", "maze-200", "maze-400", "closing-doors", "pusht-hierarchy"):
         if (path := RESULTS / f"success-{name}.json").exists():
             values = json.loads(path.read_text())
             header, *rows = values["table"]
             seeds = len(values["seconds"])
-            kept = [index for index, title in enumerate(header) if title not in ("steps / shortest", "SPL")]
-            lines = [[row[index] for index in kept] for row in rows]
-            about = f"{seeds} training seeds. {values.get('beside', '')} {describe(values['hardware'])}"
-            parts.append(f"    {values['command']}\n\n{table([header[index] for index in kept], lines)}\n{about}\n")
+            shown = [index for index, title in enumerate(header) if title not in ("steps / shortest", "SPL")]
+            lines = [[row[index] for index in shown] for row in rows]
+            about = f"{several_splits(header)}{seeds} training seeds. {describe(values['hardware'])}"
+            parts.append(f"    {values['command']}\n\n{table([header[index] for index in shown], lines)}\n{about}\n")
     if (path := RESULTS / "restart.json").exists():
         values = json.loads(path.read_text())
         lines = [
@@ -462,8 +476,8 @@ def far_goals() -> str:
         parts.append(
             f"### After a restart\n\n    {values['command']}\n\n"
             + table(["the memory", "success", "n", "models"], lines)
-            + "\nThe process that explored was killed with SIGKILL before another was told the goals. "
-            f"{values.get('beside', '')} {describe(values['hardware'])}\n"
+            + "\nThe process that explored was killed with SIGKILL before another process received the goals. "
+            f"{values['note']} {describe(values['hardware'])}\n"
         )
     if (path := RESULTS / "curiosity.json").exists():
         values = json.loads(path.read_text())
@@ -475,8 +489,9 @@ def far_goals() -> str:
         parts.append(
             f"### Curiosity\n\n    {values['command']}\n\n"
             + table(["explorer", *(f"after {mark:,} steps" for mark in marks)], lines)
-            + f"\nThe share of a new maze's cells that were entered, n = {values['rows'][0]['n']} mazes over all "
-            f"models; intervals are Student's. {describe(values['hardware'])}\n"
+            + f"\nThe table gives the share of a new maze's cells that the agent entered, with n = "
+            f"{values['rows'][0]['n']} mazes over all models. Intervals are Student's t. "
+            f"{describe(values['hardware'])}\n"
         )
     if (path := RESULTS / "memory-recall.json").exists():
         values = json.loads(path.read_text())
@@ -493,7 +508,7 @@ def far_goals() -> str:
         ]
         parts.append(
             f"### SIGKILL during appends\n\n    {values['command']}\n\n"
-            + table(["memory", "kills", "acknowledged", "reads beside", "lost or half-written"], lines)
+            + table(["memory", "kills", "acknowledged", "concurrent reads", "lost or half-written"], lines)
             + f"\n{describe(values['hardware'])}\n"
         )
     return "\n".join(parts)
@@ -516,13 +531,13 @@ def control_rate(values: dict[str, Any]) -> str:
             low, high = (round(100 * bound) for bound in row["interval"])
             line.append(f"{100 * row['rate']:.0f} ({low} to {high}), n = {row['n']}")
         rows.append(line)
-    header = ["method", *(f"{each} threads: ms, median / p99" for each in threads)]
+    header = ["method", *(f"{counted(int(each), 'thread')}: ms, median / p99" for each in threads)]
     return (
         f"## Planning at control rate\n\n    {values['command']}\n\n"
-        + table([*header, f"times faster: {' / '.join(threads)} threads", *(f"{split}, %" for split in splits)], rows)
-        + f"\nOne decision for one environment: encode and plan. CEM is samples x iterations x blocks, "
-        f"on {values['protocol']} at training seeds {', '.join(map(str, values['seeds']))}. {values.get('beside', '')} "
-        f"{describe(values['hardware'])}\n"
+        + table([*header, f"speedup: {' / '.join(threads)} threads", *(f"{split}, %" for split in splits)], rows)
+        + f"\nThe table gives one decision for one environment (encoding and planning), on {values['protocol']} with "
+        f"training seeds {', '.join(map(str, values['seeds']))}. CEM lists samples x iterations x blocks. "
+        f"{values['note']} {describe(values['hardware'])}\n"
     )
 
 
@@ -553,6 +568,11 @@ def show(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+def counted(count: int, what: str) -> str:
+    """Return a count with its noun in the right number."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def describe(hardware: Any) -> str:
     if isinstance(hardware, list):
         hardware = hardware[0] if hardware else {}
@@ -560,7 +580,7 @@ def describe(hardware: Any) -> str:
         return ""
     accelerator = hardware.get("accelerator") or "no accelerator"
     return (
-        f"Measured on {hardware['processor']}, {hardware['cores']} cores, {hardware['threads']} threads, "
+        f"Measured on {hardware['processor']}, {hardware['cores']} cores, {counted(hardware['threads'], 'thread')}, "
         f"{hardware['memory_gib']} GiB, {accelerator}."
     )
 

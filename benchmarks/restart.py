@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--split", default="covered")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
     arguments = parser.parse_args()
-    reached: dict[str, list[list[bool]]] = {"explored yesterday": [], "memory wiped": []}
+    reached: dict[str, list[list[bool]]] = {"memory of the explorer": [], "memory deleted": []}
     memories = []
     for seed in arguments.seeds:
         run = arguments.runs / f"long-maze-{seed}" / "run"
@@ -82,9 +82,9 @@ def main() -> None:
             explore(run, memory, arguments)
             with EpisodicMemory.open(memory, spec=None) as opened:
                 memories.append(len(opened))
-            reached["explored yesterday"].append(ask(run, memory, arguments))
+            reached["memory of the explorer"].append(ask(run, memory, arguments))
             shutil.rmtree(memory)
-            reached["memory wiped"].append(ask(run, memory, arguments))
+            reached["memory deleted"].append(ask(run, memory, arguments))
     rows = []
     for name, seeds in reached.items():
         every = [success for one in seeds for success in one]

@@ -1,10 +1,10 @@
-"""A robot arm in a process of its own: MuJoCo at 500 Hz against the wall clock, served at 20 Hz.
+"""A robot arm in its own process: MuJoCo at 500 Hz in real time, served at 20 Hz.
 
     python examples/arm_plant.py --address tcp://127.0.0.1:7777 [--pixels] [--log plant.json]
 
-Two joints in the plane, moved by velocity commands from -1 to 1 (the largest speed in each joint). The observation is
-the fingertip, both joints as cosine and sine, and their speeds; with --pixels, a picture of 64 x 64 from above beside
-it. Where the arm really is goes along as labels. Needs `pip install 'worldloom[mujoco]'`.
+Velocity commands from -1 to 1 move two joints in the plane; 1 is the maximum speed of a joint. The observation is the
+fingertip, both joints as cosine and sine, and their speeds. With --pixels it also has a 64 x 64 picture from above. The
+true position of the arm is sent as labels. Needs `pip install 'worldloom[mujoco]'`.
 """
 
 import argparse
@@ -55,24 +55,24 @@ VECTOR = 8
 
 
 class Arm:
-    """The simulation; `run` steps it against the wall clock, in a thread of its own."""
+    """The simulation; `run` steps it in real time and belongs in its own thread."""
 
     def __init__(self, *, pixels: bool = False) -> None:
         self._model = mujoco.MjModel.from_xml_string(ARM)
         self._data = mujoco.MjData(self._model)
-        # The joints are commanded at up to SPEED; the actuators' range is set here, where the constant is.
+        # Commands reach up to SPEED, so the actuators' range is set from the same constant.
         self._model.actuator_ctrlrange[:] = [-SPEED, SPEED]
         self._shown = mujoco.MjData(self._model)
         self._renderer: Any = None
         self._pixels = pixels
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self.behind = 0.0  # the most seconds that the simulation was behind the wall clock
+        self.behind = 0.0  # maximum lag of the simulation behind the wall clock, in seconds
         self.observation = ObservationSpec(pixels=(64, 64, 3) if pixels else None, vector=VECTOR)
         self.reset(0)
 
     def reset(self, seed: int | None) -> None:
-        """Put the arm somewhere, by the seed; what a person does with a real one."""
+        """Put the arm into a random pose drawn from the seed; with a real arm, an operator does this."""
         generator = np.random.default_rng(seed)
         with self._lock:
             mujoco.mj_resetData(self._model, self._data)
@@ -80,7 +80,7 @@ class Arm:
             mujoco.mj_forward(self._model, self._data)
 
     def write(self, action: np.ndarray) -> None:
-        """Set the commanded speeds; they hold until the next command."""
+        """Set the commanded speeds; they apply until the next command."""
         with self._lock:
             self._data.ctrl[:] = SPEED * action
 
@@ -90,7 +90,7 @@ class Arm:
             mujoco.mj_step(self._model, self._data, count)
 
     def run(self) -> None:
-        """Step against the wall clock until `stop`."""
+        """Step in real time until `stop`."""
         step = self._model.opt.timestep
         start, done = time.monotonic(), 0
         while not self._stop.is_set():
@@ -106,13 +106,13 @@ class Arm:
         self._stop.set()
 
     def close(self) -> None:
-        """Give the picture's context back, in the thread that made it."""
+        """Release the rendering context; call it in the thread that created it."""
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
 
     def read(self) -> PlantReading:
-        """Look at the arm."""
+        """Return the current observation."""
         with self._lock:
             joints, speeds = self._data.qpos.copy(), self._data.qvel.copy()
         self._shown.qpos[:] = joints
@@ -121,7 +121,7 @@ class Arm:
         vector = np.concatenate([tip / 0.4, np.cos(joints), np.sin(joints), speeds / SPEED]).astype(np.float32)
         pixels = None
         if self._pixels:
-            if self._renderer is None:  # in the thread that uses it, to which its context belongs
+            if self._renderer is None:  # created in the thread that renders, which owns the context
                 self._renderer = mujoco.Renderer(self._model, 64, 64)
             mujoco.mj_forward(self._model, self._shown)
             self._renderer.update_scene(self._shown, camera="top")
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--address", default="tcp://127.0.0.1:7777")
     parser.add_argument("--rate", type=float, default=20.0)
     parser.add_argument("--pixels", action="store_true")
-    parser.add_argument("--log", type=Path, help="where to write, at the end, when each action came")
+    parser.add_argument("--log", type=Path, help="where to write the arrival time of each action when the plant ends")
     arguments = parser.parse_args()
     arm = Arm(pixels=arguments.pixels)
     server = PlantServer(
@@ -144,7 +144,7 @@ def main() -> None:
         observation=arm.observation,
         action=ACTION,
         rate=arguments.rate,
-        safe_action=np.zeros(ACTION.size, np.float32),  # a speed of zero: stand still
+        safe_action=np.zeros(ACTION.size, np.float32),  # zero speed: stand still
         address=arguments.address,
         reset=arm.reset,
         name="arm",

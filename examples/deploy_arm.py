@@ -1,9 +1,10 @@
-"""Learn how an arm moves from an aimless log, then reach goals with it in real time, the planner included.
+"""Learn the motion of an arm from a random log, then reach goals in real time with the planner in the loop.
 
     python examples/deploy_arm.py [--run runs/arm] [--goals 10] [--seconds 6] [--live]
 
-The arm is a process of its own (examples/arm_plant.py). The log is of random motion; with --live it is taken from the
-running plant at 20 Hz, a quarter of an hour for 15 000 frames, else from the same arm stepped as fast as it goes.
+The arm runs in its own process (examples/arm_plant.py). The log holds random motion. With --live it comes from the
+running plant at 20 Hz, which takes a quarter of an hour for 15 000 frames. Otherwise it comes from the same arm,
+stepped at full speed.
 """
 
 import argparse
@@ -30,11 +31,11 @@ from worldloom.training import TrainingConfig
 from worldloom.workflow import Run, collect, train
 
 REACH = np.array([0.22, 0.18])  # lengths of the two links, in metres
-CLOSE = 0.03  # metres from the goal that count as reached
+CLOSE = 0.03  # the goal is reached within this distance, in metres
 
 
 class ArmEnv(gymnasium.Env[np.ndarray, np.ndarray]):
-    """The arm of the plant, stepped as fast as it goes: 25 physics steps an action, 1/20 s."""
+    """The plant's arm at full speed, with 25 physics steps (1/20 s) per action."""
 
     observation_space = gymnasium.spaces.Box(-10.0, 10.0, (VECTOR,), np.float32)
     action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
@@ -64,7 +65,7 @@ gymnasium.register("examples/Arm-v0", entry_point=ArmEnv, disable_env_checker=Tr
 
 
 def recipe(address: str | None) -> Recipe:
-    """Everything that is learned; speeds are seen, so one frame shows the state."""
+    """Return the recipe; observations include speeds, so one frame determines the state."""
     live = {"env_id": "worldloom/Plant-v0", "env_kwargs": {"address": address}, "num_envs": 1}
     return Recipe(
         name="arm",
@@ -83,7 +84,7 @@ def recipe(address: str | None) -> Recipe:
 
 @contextlib.contextmanager
 def plant(address: str, log: Path | None = None, *options: str) -> Iterator[str]:
-    """Run the arm beside this process; yield where it is served."""
+    """Run the arm in another process; yield its address."""
     command = [sys.executable, str(Path(__file__).with_name("arm_plant.py")), "--address", address, *options]
     command += [] if log is None else ["--log", str(log)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -99,7 +100,7 @@ def plant(address: str, log: Path | None = None, *options: str) -> Iterator[str]
 
 
 def goal_at(joints: np.ndarray) -> tuple[Goal, np.ndarray]:
-    """Return the observation of the arm at rest with these joints, and where its fingertip is then."""
+    """Return the observation of the arm at rest in this pose, and the position of its fingertip."""
     angles = np.cumsum(joints)
     tip = np.array([(REACH * np.cos(angles)).sum(), (REACH * np.sin(angles)).sum()])
     vector = np.concatenate([tip / 0.4, np.cos(joints), np.sin(joints), np.zeros(2)])
@@ -107,7 +108,7 @@ def goal_at(joints: np.ndarray) -> tuple[Goal, np.ndarray]:
 
 
 class Goals:
-    """Sets a new goal every so many periods, and notes how near the arm was to each at its end."""
+    """Sets a new goal every `every` periods, and records the final distance to each goal."""
 
     def __init__(self, every: int, seed: int = 0) -> None:
         self._every, self._generator = every, np.random.default_rng(seed)
@@ -137,7 +138,7 @@ class Goals:
 
 
 def learn(path: Path, address: str | None) -> Run:
-    """Collect and train, or take what is there; a broken-off attempt is taken up."""
+    """Collect and train; resume an earlier attempt if there is one."""
     chosen = recipe(address)
     dataset = collect(chosen, path / "data")
     return train(chosen, dataset, path / "run", resume=(path / "run" / "config.json").is_file())
@@ -157,7 +158,7 @@ def main() -> None:
     parser.add_argument("--goals", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--live", action="store_true")
-    parser.add_argument("--threads", type=int, default=1, help="of the planner; leave a core to the plant")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the planner; leave one core to the plant")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with plant("tcp://127.0.0.1:0") as address:
@@ -167,9 +168,9 @@ def main() -> None:
             with SocketLink(address) as link:
                 report, goals = reach(link, agent, goals=arguments.goals, seconds=arguments.seconds)
             figures = report.to_json()
-            kept = ("rate_held", "periods", "misses", "miss_causes", "plan_ms", "longest_without_command_ms")
-            print(name, json.dumps({**goals.figures(), **{key: figures[key] for key in kept}}), flush=True)
-    print(f"largest speed {SPEED} rad/s; reached is nearer than {CLOSE} m after {arguments.seconds:g} s")
+            shown = ("rate_held", "periods", "misses", "miss_causes", "plan_ms", "longest_without_command_ms")
+            print(name, json.dumps({**goals.figures(), **{key: figures[key] for key in shown}}), flush=True)
+    print(f"maximum speed {SPEED} rad/s; a goal is reached within {CLOSE} m after {arguments.seconds:g} s")
 
 
 if __name__ == "__main__":

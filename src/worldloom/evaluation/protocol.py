@@ -32,7 +32,7 @@ class Condition(Config):
         """Return the condition in words."""
         around = f" (around a circle of {self.period:.4g})" if self.period else ""
         unit = f" {self.unit}" if self.unit else ""
-        return f"that of '{self.name}'{around} at most {self.radius:g}{unit}"
+        return f"the distance of '{self.name}'{around} is at most {self.radius:g}{unit}"
 
 
 class SuccessRule(Config):
@@ -125,8 +125,8 @@ class SuccessRule(Config):
         """Return the rule in words."""
         if self.source == "environment":
             return (
-                "the environment's own word: its info 'success', else its info 'is_success', else 'terminated' where "
-                "it gives neither"
+                "the environment decides: its info 'success', otherwise its info 'is_success', otherwise 'terminated' "
+                "if it has neither"
             )
         whole = "the observation vector"
         place = {"named": "info or observation", "info": "info", "observation": "observation"}[self.source]
@@ -314,34 +314,34 @@ class Protocol(Config):
         if self.budget is not None:
             budget = f"{self.budget} environment steps"
         else:
-            budget = f"{self.budget_over_shortest:g} times the fewest steps that the world says are needed"
+            budget = f"{self.budget_over_shortest:g} times the fewest steps needed, as computed by the world"
         skip = (
             "none: the agent sees every frame and chooses every action"
             if self.frame_skip == 1
-            else f"each chosen action is taken {self.frame_skip} times; the agent sees every {self.frame_skip}th frame"
+            else f"each chosen action is taken {self.frame_skip} times; the agent sees one frame in {self.frame_skip}"
         )
         return [
             f"Protocol: {self.title}, digest {self.fingerprint}.",
-            f"World: {self.env_id}, {arguments}; it is drawn anew for each episode from that episode's seed.",
+            f"World: {self.env_id}, {arguments}; each episode draws it anew from the episode's seed.",
             f"Splits: {counts}.",
             *self._describe_goals(),
             f"Seeds: root {self.seed}; each episode's seed comes from the stream 'evaluation', which neither "
-            f"collection nor training draws from. Every method sees the same starts and goals.",
-            f"Success: {self.success.describe()}. It counts at any step within the budget, the start included, and "
-            f"ends the episode; so do termination and truncation.",
+            f"collection nor training uses. Every method sees the same starts and goals.",
+            f"Success: {self.success.describe()}. It counts at any step within the budget, including the start, and "
+            f"ends the episode. Termination and truncation also end it.",
             *(
-                f"Limit: {limit.describe()}, at each step and at the start; an episode in which it is not counts as a "
-                f"violation, reached or not."
+                f"Limit: {limit.describe()} at each step, including the start. An episode that breaks the limit counts "
+                f"as a violation, whether or not it reaches the goal."
                 for limit in self.limits
             ),
             *self._describe_exploration(),
             f"Budget: {budget}.",
-            f"Frame skip: {skip}. A model's own action block is part of the method and needs no frame skip.",
+            f"Frame skip: {skip}. A model's action block belongs to the method and is independent of the frame skip.",
             "What the agent sees: the observation and an observation of the goal; no info, no reward.",
-            "Intervals: Wilson's score interval at 95%, episodes taken as independent.",
-            "Path length: SPL is the mean of success x shortest / max(taken, shortest) (Anderson et al. 2018); the "
-            "ratio is steps taken / shortest over successes. Success within a radius can take fewer steps than the "
-            "shortest path to the goal itself.",
+            "Intervals: Wilson score intervals at 95%; episodes are treated as independent.",
+            "Path length: SPL is the mean of success x shortest / max(taken, shortest) (Anderson et al. 2018). The "
+            "ratio is steps taken / shortest, over successes. If success has a radius, an episode can take fewer steps "
+            "than the shortest path to the goal itself.",
         ]
 
     def _describe_exploration(self) -> list[str]:
@@ -350,10 +350,10 @@ class Protocol(Config):
             return []
         each = "; ".join(f"{name}: {count} steps" for name, count in steps.items())
         return [
-            f"Exploration: before the goal is told, a method that explores acts in each episode's world from its start "
-            f"({each}), sees observations alone, and is brought back to the start. Other methods do not."
+            f"Exploration: before it receives the goal, a method that explores acts in each episode's world from the "
+            f"start ({each}). It sees only observations, and then returns to the start. Other methods do not explore."
             + "".join(
-                f" Meanwhile the task options of {name} are changed by {_json(split.exploration_task)}."
+                f" During exploration, {_json(split.exploration_task)} overrides the task options of {name}."
                 for name, split in self.splits.items()
                 if split.exploration_task
             )
@@ -366,23 +366,27 @@ class Protocol(Config):
         )
         if self.goal_source == "world":
             tasks = "; ".join(f"{name}: {_json(self.task(name))}" for name in self.splits)
-            return [f"Starts and goals: drawn by the world at reset from the task options {tasks}.{least}"]
+            return [f"Starts and goals: the world draws them at reset from the task options {tasks}.{least}"]
         offsets = "; ".join(f"{name}: {split.goal_offset} steps" for name, split in self.splits.items())
         options = f" with {_json(self.policy_options)}" if self.policy_options else ""
         before = "; ".join(f"{name}: 0 to {split.start_steps}" for name, split in self.splits.items())
-        lead = f" acts for a number of steps drawn uniformly ({before}); there is the start. It" if self.replays else ""
-        again = " and the same actions up to the start" if self.replays else ""
+        lead = (
+            f" first acts for a uniformly drawn number of steps ({before}), which gives the start. It then"
+            if self.replays
+            else ""
+        )
+        again = ", the actions up to the start are repeated," if self.replays else ""
         lines = (
-            f"Starts and goals: the world is reset with the episode's seed and the logging policy "
-            f"'{self.policy}'{options}{lead} acts ({offsets}, or fewer where the world ends the episode); the frame "
-            f"that it reaches is the goal. The world is then reset with the same seed{again} and the agent acts."
+            f"Starts and goals: the world is reset with the episode's seed. The logging policy "
+            f"'{self.policy}'{options}{lead} acts ({offsets}, or fewer if the world ends the episode); the frame "
+            f"that it reaches is the goal. The world is reset with the same seed{again} and the agent acts."
         )
         if self.least_distance is not None:
-            lines += f"{least} Closer ones are left out and the next seed is taken."
+            lines += f"{least} Closer pairs are skipped, and the next seed is used."
         if self.count_solved:
             lines += (
-                " Goals that the start satisfies already stay in and count as successes, as in published figures; the "
-                "report says how many there are."
+                " Goals that the start already satisfies are included and count as successes, as in published figures; "
+                "the report gives their number."
             )
         return [lines]
 

@@ -220,7 +220,7 @@ def guardrails() -> str:
             for row in values["rows"]
         ]  # fmt: skip
         parts.append(f"### Attacks\n\n    {values['command']}\n\n{table(header, lines)}")
-    if (path := RESULTS / "two-policies.json").exists():
+    if (path := RESULTS / "two-rule-sets.json").exists():
         values = json.loads(path.read_text())
         header = ["owner", "n", "goal reached", "fell into a pit", "entered the garden", "longest step, median px"]
         lines = [
@@ -234,7 +234,7 @@ def guardrails() -> str:
         ]
         parts.append(
             f"### One model, two rule sets\n\n    {values['command']}\n\n{table(header, lines)}\n"
-            "![paths of the two owners](results/two-policies.svg)\n"
+            "![paths of the two owners](results/two-rule-sets.svg)\n"
         )
     if (path := RESULTS / "guardrail-cost.json").exists():
         values = json.loads(path.read_text())

@@ -127,7 +127,7 @@ def long_maze() -> Recipe:
 def pits() -> Recipe:
     """One room with three pits, drawn anew for each episode: who falls into one stays there."""
     away = KeepInConfig(
-        quantity="pit_depth", region=BoxConfig(high=(0.0,)), reason="who falls into a pit does not come out"
+        quantity="pit_depth", region=BoxConfig(high=(0.0,)), reason="an agent that falls into a pit cannot get out"
     )
     depth = LabelledProbe(episodes=24_000, hidden=(128, 128), steps=8000, between=(-8.0, 4.0))
     return Recipe(

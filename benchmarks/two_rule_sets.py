@@ -1,10 +1,10 @@
 """One world model in two hands: the same tasks under two owners' policies, and how differently they are done.
 
-    python benchmarks/two_policies.py [--seed 0] [--episodes 50]
+    python benchmarks/two_rule_sets.py [--seed 0] [--episodes 50]
 
 Both keep the recipe's own layer (out of the pits, at a risk of 5%). The first owner adds nothing. The second adds a
 layer of its community's: nobody walks through the garden, a corner of the room, and nobody hurries. Each policy is
-signed by its owner, read back and calibrated. Writes benchmarks/results/two-policies.json, and a picture of some ways.
+signed by its owner, read back and calibrated. Writes benchmarks/results/two-rule-sets.json, and a picture of some ways.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from worldloom.recipes import load_recipe
 from worldloom.workflow import Run, calibrate
 from worldloom.workflow import jobs as workflow
 
-RESULTS = Path(__file__).parent / "results" / "two-policies.json"
+RESULTS = Path(__file__).parent / "results" / "two-rule-sets.json"
 GARDEN = (0.0, 0.0, 24.0, 24.0)  # left, top, right, bottom in px
 POLICIES = {
     "the first owner": "rules: 1\nlayer: community\nowner: the first owner\n",
@@ -105,7 +105,7 @@ def main() -> None:
         agent = partial(run.agent, "calibrated")
         results = evaluate(protocol, {"calibrated": agent}, record=0, witness=witness, progress=progress())
         rows.append({"owner": owner, **summary(results.rows, witness)})
-    command = f"python benchmarks/two_policies.py --seed {arguments.seed} --episodes {arguments.episodes}"
+    command = f"python benchmarks/two_rule_sets.py --seed {arguments.seed} --episodes {arguments.episodes}"
     write_json(RESULTS, {"command": command, "rows": rows, "hardware": describe_hardware()})
     draw(ways, RESULTS.with_suffix(".svg"))
     header = ["", "n", "goal reached", "fell into a pit", "entered the garden", "longest step, median px"]

@@ -15,6 +15,7 @@ _WHERE = {
     "EpisodeDataset": "worldloom.data",
     "Recipe": "worldloom.recipes",
     "Run": "worldloom.workflow",
+    "Session": "worldloom.workflow",
     "collect": "worldloom.workflow",
     "evaluate": "worldloom.workflow",
     "load_recipe": "worldloom.recipes",

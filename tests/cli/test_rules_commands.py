@@ -22,7 +22,7 @@ def policy(tmp_path: Path) -> Path:
 
 def test_a_policy_is_signed_shown_and_kept(demo, worldloom, refused, policy, tmp_path) -> None:
     plan = ["plan", demo.run, "--method", "CEM, latent L2", "--rules", str(policy), "--json"]
-    assert "whose signature" in refused(2, *plan)
+    assert "no key is trusted" in refused(2, *plan)
     key = worldloom("rules", "key", str(tmp_path / "key.pem")).out.strip()
     assert "not signed" in refused(4, *plan, "--trust", key)
     assert worldloom("rules", "sign", str(policy), "--key", str(tmp_path / "key.pem")).code == 0
@@ -81,4 +81,4 @@ def test_a_plan_is_explained_and_its_decision_replayed(demo, worldloom, refused,
 def test_a_risk_without_margins_asks_to_calibrate(demo, refused, policy) -> None:
     policy.write_text(POLICY + "risk: 0.05\n")
     said = refused(2, "plan", demo.run, "--method", "CEM, latent L2", "--rules", str(policy), "--unsigned")
-    assert "calibrate first" in said
+    assert "'worldloom calibrate' first" in said

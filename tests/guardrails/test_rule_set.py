@@ -100,7 +100,7 @@ def test_no_stack_of_layers_says_less_than_one_of_them(
     limits = [limit for (limit, _), named in zip(stated, names_it, strict=True) if named]
     risks = [risk for _, risk in stated if risk is not None]
     assert policy.risk == min(risks, default=None)
-    assert [config.limit for config, _ in policy._effective().values()] == ([min(limits)] if limits else [])
+    assert [config.limit for config, _ in policy.effective().values()] == ([min(limits)] if limits else [])
 
 
 def test_the_uppermost_fallback_is_taken() -> None:

@@ -26,7 +26,7 @@ from worldloom.guardrails import (
     check_consistent,
 )
 from worldloom.guardrails.rules import MagnitudeConfig, RegionGoalConfig, SequenceConfig, VectorConfig
-from worldloom.heads import LatentGeometry, Probe, ProbeConfig, Support
+from worldloom.heads import Heads, LatentGeometry, Probe, ProbeConfig, Support
 from worldloom.planning import GoalObjective, InOrder, LatentL2, Planner, WeightedSum
 from worldloom.planning.solvers import Adam
 from worldloom.testing import LinearWorld
@@ -34,8 +34,8 @@ from worldloom.testing import LinearWorld
 WORLD = LinearWorld(block=2)
 
 
-class _Known:
-    """What is known of a world whose latents are places: the probes read them as they are."""
+class _Known(Heads):
+    """The heads of a world whose latents are places: the probes read them as they are."""
 
     def __init__(self) -> None:
         self.model = WORLD

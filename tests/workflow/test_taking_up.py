@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from worldloom.agents import METHODS, HierarchyConfig, HierarchyMethod, LandmarkMethod, default_methods
+from worldloom.agents import (
+    METHODS,
+    AgentParts,
+    CloningMethod,
+    HierarchyConfig,
+    HierarchyMethod,
+    LandmarkMethod,
+    ReactiveMethod,
+    default_methods,
+)
 from worldloom.core.errors import CheckpointError, ConfigError, DataError, StorageError, WorldloomError
 from worldloom.core.files import read_json, write_json
 from worldloom.core.types import Goal, Observations
@@ -94,12 +103,12 @@ def test_broken_off_before_each_stage_it_ends_as_an_unbroken_one(recipe, dataset
             with pytest.raises(RuntimeError, match="went down"):
                 workflow.train(recipe, dataset, path, resume=number > 0)
         assert {file.stem for file in (path / "heads").glob("*.json")} == set(there)
-        assert not Run.open(path).heads().get("complete")
+        assert not Run.open(path).figures.get("complete")
     resumed = workflow.train(recipe, dataset, path, resume=True)
     assert digests(path) == digests(unbroken.path)
     seconds = {f"{name}_seconds" for name in HEADS}
-    assert seconds <= resumed.heads().keys()
-    ours, theirs = ({k: v for k, v in each.heads().items() if k not in seconds} for each in (resumed, unbroken))
+    assert seconds <= resumed.figures.keys()
+    ours, theirs = ({k: v for k, v in each.figures.items() if k not in seconds} for each in (resumed, unbroken))
     assert ours == theirs
     assert ours["complete"]
     assert len(ours["held_out"]) == 2
@@ -119,7 +128,7 @@ def test_broken_off_within_the_world_model_it_goes_on_from_the_checkpoint(recipe
 def test_a_complete_run_is_taken_up_as_it_is(recipe, dataset, run, untouched) -> None:
     before = digests(run.path)
     untouched("load_frames", "fit", *STAGES)
-    assert workflow.train(recipe, dataset, run.path, resume=True).heads()["complete"]
+    assert workflow.train(recipe, dataset, run.path, resume=True).figures["complete"]
     assert digests(run.path) == before
 
 
@@ -161,19 +170,21 @@ def test_coarser_models_are_learned_on_top_of_a_complete_run_and_the_rest_is_kep
     untouched("fit", *list(STAGES)[1:])
     before = digests(run.path)
     with pytest.raises(ConfigError, match="trains none"):
-        HierarchyMethod().build(run, seed=0)
+        HierarchyMethod().build(AgentParts(heads=run.heads), seed=0)
     coarse = '{"stride": 2, "hidden": [16], "steps": 2, "dreams": 1, "dream_horizon": 4}'
     both = recipe.override([f"hierarchy=[{coarse}, {coarse}]"])
     # Broken off after the first level, it goes on with the second.
     first = workflow.train(recipe.override([f"hierarchy=[{coarse}]"]), dataset, run.path, resume=True)
-    assert len(first.hierarchy) == 1
-    parameters = list(first.hierarchy[0][0].parameters())
+    assert len(first.heads.hierarchy) == 1
+    parameters = list(first.heads.hierarchy[0][0].parameters())
     resumed = workflow.train(both, dataset, run.path, resume=True)
-    assert [coarse.config.stride for coarse, _ in resumed.hierarchy] == [2, 2]
-    assert all(map(torch.equal, parameters, resumed.hierarchy[0][0].parameters()))
+    assert [coarse.config.stride for coarse, _ in resumed.heads.hierarchy] == [2, 2]
+    assert all(map(torch.equal, parameters, resumed.heads.hierarchy[0][0].parameters()))
     assert digests(run.path) == before
-    assert resumed.heads()["complete"]
-    agent = HierarchyMethod(horizon=2, coarse_horizon=2, follow=HierarchyConfig(depth=2)).build(resumed, seed=0)
+    assert resumed.figures["complete"]
+    agent = HierarchyMethod(horizon=2, coarse_horizon=2, follow=HierarchyConfig(depth=2)).build(
+        AgentParts(heads=resumed.heads), seed=0
+    )
     observations = Observations.from_numpy(dataset.pixels(np.array([0, 5])), None)
     agent.reset(Goal(observations=observations[[1, 0]]))
     assert agent.act(observations).shape == (2, 2)
@@ -191,7 +202,7 @@ def test_probes_are_learned_on_top_of_a_complete_run(recipe, dataset, run, untou
     wanted = recipe.override([f'probes={{"place": {{"label": "position", {tiny}}}}}'])
     workflow.train(recipe, dataset, run.path, resume=True)
     resumed = workflow.train(wanted, dataset, run.path, resume=True)
-    probe = resumed.probes["place"]
+    probe = resumed.heads.probes["place"]
     assert probe.size == 2
     assert len(probe.errors) > 0
     assert digests(run.path) == before
@@ -241,7 +252,7 @@ def test_an_agent_of_each_method_acts_for_any_number_of_environments(run, datase
     methods = {**default_methods(), "landmarks": LandmarkMethod()}
     assert {method.name for method in methods.values()} | {"hierarchy"} == set(METHODS)  # it has a test of its own
     for method in methods.values():
-        agent = method.build(run, seed=0)
+        agent = method.build(AgentParts(heads=run.heads), seed=0)
         agent.reset(Goal(observations=observations[[2, 0, 1]]))
         actions = agent.act(observations)
         assert actions.shape == (3, 2)
@@ -315,16 +326,21 @@ def test_without_a_protocol_of_its_own_the_worlds_is_taken_or_logged_goals(run, 
 
 @pytest.mark.parametrize("part", HEADS)
 def test_a_part_that_is_gone_or_damaged_is_named(run, part) -> None:
-    stem = run.head(part)
+    stem = run.heads.stem(part)
     (tensors,) = stem.parent.glob(f"{part}-*.safetensors")
     content = bytearray(tensors.read_bytes())
     content[-1] ^= 1
     tensors.write_bytes(content)
+    methods = {"reactive": ReactiveMethod(), "cloning": CloningMethod()}
+
+    def load() -> object:
+        return methods[part].build(AgentParts(heads=run.heads), seed=0) if part in methods else getattr(run.heads, part)
+
     with pytest.raises(CheckpointError, match=part):
-        getattr(run, part)
+        load()
     stem.with_suffix(".json").unlink()
     with pytest.raises(WorldloomError, match=part):
-        getattr(run, part)
+        load()
 
 
 def test_differences_name_nested_keys_once() -> None:

@@ -56,7 +56,7 @@ def test_two_processes_make_one_run_that_can_be_taken_up(tmp_path: Path) -> None
     assert done.stdout.count("recipe: two-room") == 1
     assert done.stderr.count("training: 6/6") == 1
     run = Run.open(out)
-    assert run.heads()["complete"]
+    assert run.figures["complete"]
     assert run.recipe.training.devices == 2
     alone = workflow.train(recipe, data, tmp_path / "alone")
     assert losses(run) == pytest.approx(losses(alone), rel=1e-3)
@@ -73,7 +73,7 @@ def test_two_processes_make_one_run_that_can_be_taken_up(tmp_path: Path) -> None
     (out / "heads" / "cloning.json").unlink()
     resumed = torchrun(data, out, "--resume", overrides=("training.log_every=2",))
     assert resumed.returncode == 0, resumed.stderr[-4000:]
-    assert run.heads()["complete"]
-    assert run.heads().keys() == figures.keys()
-    assert run.heads()["distance_seconds"] == figures["distance_seconds"]
+    assert run.figures["complete"]
+    assert run.figures.keys() == figures.keys()
+    assert run.figures["distance_seconds"] == figures["distance_seconds"]
     assert Run.open(out).recipe.training.log_every == 2

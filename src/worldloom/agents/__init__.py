@@ -18,10 +18,10 @@ from worldloom.agents.guides.hierarchy import HierarchyConfig, HierarchyGuide
 from worldloom.agents.guides.landmarks import Beyond, FollowConfig, LandmarkGuide, Outlook, arrival_check
 from worldloom.agents.methods import (
     METHODS,
+    AgentParts,
     CloningMethod,
     HierarchyMethod,
     LandmarkMethod,
-    Learned,
     MethodConfig,
     PlanMethod,
     PlannedMethod,
@@ -36,6 +36,7 @@ from worldloom.agents.remembering import Rememberer, recall_landmarks
 
 __all__ = [
     "METHODS",
+    "AgentParts",
     "AuditLog",
     "Auditor",
     "BehaviourCloningAgent",
@@ -55,7 +56,6 @@ __all__ = [
     "LandmarkAgent",
     "LandmarkGuide",
     "LandmarkMethod",
-    "Learned",
     "MethodConfig",
     "Observer",
     "Outlook",

@@ -1,9 +1,10 @@
-"""The methods of an evaluation: what acts, built from what a run has learned."""
+"""Methods: the configurations of agents, and what agents are built from."""
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from jaxtyping import Float
 from pydantic import Field
@@ -13,104 +14,61 @@ from worldloom.agents.behaviour_cloning import BehaviourCloningAgent, CloningPol
 from worldloom.agents.guides.curiosity import CuriosityConfig, ExploringAgent, LandmarkAgent
 from worldloom.agents.guides.hierarchy import HierarchyConfig, HierarchyGuide
 from worldloom.agents.guides.landmarks import FollowConfig, LandmarkGuide, arrival_check
-from worldloom.agents.mpc import Auditor, PlanningAgent
+from worldloom.agents.mpc import Auditor, Guide, Observer, PlanningAgent, Proposer
 from worldloom.agents.random import RandomAgent
 from worldloom.agents.reactive import PolicyProposer, ReactiveAgent, ReactivePolicy
 from worldloom.agents.remembering import Rememberer, recall_landmarks
-from worldloom.core.chain import canonical
 from worldloom.core.config import Component
 from worldloom.core.errors import ConfigError
 from worldloom.core.registry import Registry
 from worldloom.core.seams import Agent, Metric, Objective
-from worldloom.guardrails import Margins, Rail, Recalibration, RuleSet
-from worldloom.heads import CoarseModel, LatentGeometry, Probe, Support, TemporalDistance
+from worldloom.guardrails import BoundRules, Fallback, Margins, Rail, Recalibration
+from worldloom.heads import Heads
 from worldloom.memory import EpisodicMemory, LandmarkConfig, LandmarkGraph
-from worldloom.models import JEPA
 from worldloom.planning import Avoid, GoalObjective, LatentL2, Planner, WeightedSum
 from worldloom.planning.solvers import CEM, Solver, SolverField, TreeSearch
 
 
-class Learned(ABC):
-    """What a finished run offers."""
+@dataclass(frozen=True, kw_only=True)
+class AgentParts:
+    """What an agent is built from.
+
+    Attributes:
+        heads: the world model and the heads that were fitted on it.
+        rules: the rule set that the agent obeys, bound to the heads.
+        margins: replaces the margins that were calibrated for the rules and the method.
+        memory: what the agent writes and recalls; without one it forgets everything when it ends.
+        auditor: is told of each decision.
+    """
+
+    heads: Heads
+    rules: BoundRules | None = None
+    margins: Margins | None = None
+    memory: EpisodicMemory | None = None
+    auditor: Auditor | None = None
 
     @property
-    @abstractmethod
-    def model(self) -> JEPA:
-        """The world model."""
-
-    @property
-    @abstractmethod
-    def geometry(self) -> LatentGeometry:
-        """Step length, inverse dynamics and reversibility."""
-
-    @property
-    @abstractmethod
-    def distance(self) -> TemporalDistance:
-        """The learned temporal distance."""
-
-    @property
-    @abstractmethod
-    def hierarchy(self) -> Sequence[tuple[CoarseModel, LatentGeometry]]:
-        """The coarser models, each of the one before it; there may be none."""
-
-    @property
-    @abstractmethod
-    def probes(self) -> Mapping[str, Probe]:
-        """Probes of named quantities; there may be none."""
-
-    @property
-    @abstractmethod
-    def reactive(self) -> ReactivePolicy:
-        """The reactive policy."""
-
-    @property
-    @abstractmethod
-    def cloning(self) -> CloningPolicy:
-        """The policy cloned from the same data."""
-
-    @property
-    @abstractmethod
-    def support(self) -> Support:
-        """The latents of the data."""
-
-    @abstractmethod
-    def examples(self, names: Sequence[str]) -> Float[Tensor, "N D"]:
-        """Return the latents of pictures, by their paths."""
-
-    @abstractmethod
-    def peer(self, name: str) -> JEPA:
-        """Return the model of another run, by its path."""
-
-    @property
-    def memory(self) -> EpisodicMemory | None:
-        """The memory that its agents write and recall; without one they forget when they end."""
-        return None
-
-    @property
-    def rules(self) -> RuleSet | None:
-        """What its agents keep: guardrails, objectives and a fallback; without one they keep none."""
-        return None
-
-    def margins(self, method: "MethodConfig") -> Margins | None:
-        """Return the margins that were calibrated for its rule set and a method, if any were."""
-        return None
-
-    def auditor(self, method: "MethodConfig", guardrails: Sequence[Rail]) -> Auditor | None:
-        """Return what writes down the decisions of an agent of a method; without one nobody does."""
-        return None
+    def fallback(self) -> Fallback | None:
+        """What the rule set declares for when no plan keeps the guardrails."""
+        return None if self.rules is None else self.rules.rule_set.fallback
 
 
 class MethodConfig(Component):
-    """One way to act; a new one is a subclass with `build`, registered in `METHODS`."""
+    """One way to act. A new one is a subclass with `build`, registered in `METHODS`."""
 
     @property
     def guarded(self) -> bool:
-        """Whether its agents keep the guardrails of a rule set."""
+        """Whether its agents obey the guardrails of a rule set."""
         return False
 
     @abstractmethod
-    def build(self, learned: Learned, *, seed: int) -> Agent:
-        """Build the agent."""
+    def build(self, parts: AgentParts, *, seed: int) -> Agent:
+        """Build the agent.
+
+        Raises:
+            CheckpointError: a head that it needs is missing, damaged, or was fitted on another model.
+            ConfigError: a setting does not fit the run.
+        """
 
 
 Guard = Literal["calibrated", "per candidate", "uncalibrated", "penalty", "none"]
@@ -124,9 +82,9 @@ class RandomMethod(MethodConfig):
 
     name: Literal["random"] = "random"
 
-    def build(self, learned: Learned, *, seed: int) -> Agent:
+    def build(self, parts: AgentParts, *, seed: int) -> Agent:
         """Build the agent."""
-        return RandomAgent(learned.model.spec.action, seed=seed)
+        return RandomAgent(parts.heads.model.spec.action, seed=seed)
 
 
 @METHODS.register("behaviour-cloning")
@@ -135,9 +93,10 @@ class CloningMethod(MethodConfig):
 
     name: Literal["behaviour-cloning"] = "behaviour-cloning"
 
-    def build(self, learned: Learned, *, seed: int) -> Agent:
+    def build(self, parts: AgentParts, *, seed: int) -> Agent:
         """Build the agent."""
-        return BehaviourCloningAgent(learned.cloning)
+        heads = parts.heads
+        return BehaviourCloningAgent(CloningPolicy.load(heads.stem("cloning"), heads.model.device))
 
 
 @METHODS.register("reactive")
@@ -146,17 +105,17 @@ class ReactiveMethod(MethodConfig):
 
     name: Literal["reactive"] = "reactive"
 
-    def build(self, learned: Learned, *, seed: int) -> Agent:
+    def build(self, parts: AgentParts, *, seed: int) -> Agent:
         """Build the agent."""
-        return ReactiveAgent(learned.model, learned.reactive)
+        return ReactiveAgent(parts.heads.model, _reactive(parts.heads))
 
 
 class PlannedMethod(MethodConfig):
-    """A method that plans, and so guarding the guardrails of a rule set: `solver` searches `horizon` blocks ahead.
+    """A method that plans, and can obey the guardrails of a rule set. `solver` searches `horizon` blocks ahead.
 
-    With `noise` a plan has to hold as well as predicted from states around the present one, so many typical model steps
+    With `noise` a plan must also hold as predicted from states around the present one, so many typical model steps
     away (see `Planner`). At a rate `recalibrate`, calibrated margins stretch while predictions err more than they did
-    (see `Recalibration`).
+    during calibration (see `Recalibration`).
     """
 
     solver: SolverField = CEM()
@@ -166,70 +125,113 @@ class PlannedMethod(MethodConfig):
 
     @property
     def guarding(self) -> Guard:
-        """How the guardrails of a rule set are kept."""
+        """How it applies the guardrails of a rule set."""
         return "calibrated"
 
     @property
     def guarded(self) -> bool:
-        """Whether its agents keep the guardrails of a rule set."""
+        """Whether its agents obey the guardrails of a rule set."""
         return self.guarding == "calibrated"
 
     @property
-    def calibrated_as(self) -> str:
-        """What margins are calibrated for: all but how they stretch later."""
-        return canonical(self.model_dump(mode="json", exclude={"recalibrate"}))
+    def calibrated_as(self) -> dict[str, Any]:
+        """The settings that margins are calibrated for: all except `recalibrate`."""
+        return self.model_dump(mode="json", exclude={"recalibrate"})
 
-    def rails(self, learned: Learned) -> tuple[Rail, ...]:
-        """Return the guardrails of the rule set as they are kept.
+    def margins(self, parts: AgentParts) -> Margins | None:
+        """Return the margins of the guardrails, or None if none were calibrated for the rules and this method."""
+        if parts.margins is not None or parts.rules is None:
+            return parts.margins
+        return parts.rules.margins(self.calibrated_as)
+
+    def rails(self, parts: AgentParts) -> tuple[Rail, ...]:
+        """Return the guardrails of the rule set as the method applies them.
 
         Raises:
-            ConfigError: the rule set states a risk, and no margins were calibrated for this method.
+            ConfigError: the rule set states a risk, and no margins were calibrated for this method; or see
+                `BoundRules.rails`.
         """
-        rules = learned.rules
+        rules = parts.rules
         if rules is None or self.guarding == "none":
             return ()
-        if self.guarding in ("uncalibrated", "penalty") or rules.risk is None or not rules.titles:
-            return rules.rails(learned)
-        margins = learned.margins(self)
+        stated = rules.rule_set
+        if self.guarding in ("uncalibrated", "penalty") or stated.risk is None or not stated.titles:
+            return rules.rails()
+        margins = self.margins(parts)
         if margins is None:
             raise ConfigError(
-                f"the rule set states a risk of {rules.risk:g}, and there are no margins for it and this method: "
-                f"calibrate first (worldloom calibrate), or state no risk"
+                f"the rule set states a risk of {stated.risk:g}, but no margins were calibrated for it and this "
+                f"method. Run 'worldloom calibrate' first, or remove the risk from the rule set"
             )
-        return rules.rails(learned, margins.values)
+        return rules.rails(margins)
 
-    def planner(self, learned: Learned, rails: Sequence[Rail], solver: Solver | None = None) -> Planner:
-        """Return the planner of the fast model, which guarding these guardrails."""
-        geometry = learned.geometry
+    def planner(self, heads: Heads, rails: Sequence[Rail] = (), solver: Solver | None = None) -> Planner:
+        """Return the planner of the world model under these guardrails."""
+        geometry = heads.geometry
         return Planner(
-            learned.model,
+            heads.model,
             solver or self.solver,
             horizon=self.horizon,
             geometry=geometry,
             guardrails=rails,
-            noise=self.noise * geometry.step_length / math.sqrt(learned.model.spec.latent_dim),
+            noise=self.noise * geometry.step_length / math.sqrt(heads.model.spec.latent_dim),
         )
 
-    def recalibration(self, learned: Learned, rails: tuple[Rail, ...]) -> Recalibration | None:
-        """Return what stretches the margins, where that is asked for."""
-        margins = learned.margins(self) if self.recalibrate and self.guarding == "calibrated" else None
+    def recalibration(self, parts: AgentParts, rails: tuple[Rail, ...]) -> Recalibration | None:
+        """Return what stretches the margins, or None if that is not asked for or there are none."""
+        margins = self.margins(parts) if self.recalibrate and self.guarding == "calibrated" else None
         if margins is None:
             return None
-        return Recalibration(rails, usual=margins.usual, risk=margins.risk, model=learned.model, rate=self.recalibrate)
+        model = parts.heads.model
+        return Recalibration(rails, usual=margins.usual, risk=margins.risk, model=model, rate=self.recalibrate)
 
+    def planning_agent(
+        self,
+        parts: AgentParts,
+        toward: Callable[[Float[Tensor, "B D"]], Objective],
+        *,
+        replan: int = 0,
+        costs: Sequence[tuple[float, Objective]] = (),
+        proposer: Proposer | None = None,
+        guide: Guide | None = None,
+        observer: Observer | None = None,
+        seed: int,
+    ) -> PlanningAgent:
+        """Build an agent that plans under the rule set.
 
-def minded(learned: Learned, goal: Float[Tensor, "B D"], plain: Objective) -> Objective:
-    """Return what the rule set makes of an objective."""
-    return plain if learned.rules is None else learned.rules.objective(learned, goal, plain)
+        `toward` makes the objective of reaching latents; the rule set and the weighted `costs` add to it. `replan`
+        counts environment steps; 0 is one block.
+        """
+        rails, rules = self.rails(parts), parts.rules
+
+        def objective(goal: Float[Tensor, "B D"]) -> Objective:
+            usual = toward(goal)
+            whole = usual if rules is None else rules.objective(goal, usual)
+            return WeightedSum([(1.0, whole), *costs]) if costs else whole
+
+        return PlanningAgent(
+            parts.heads.model,
+            self.planner(parts.heads, () if self.guarding == "penalty" else rails),
+            objective,
+            replan=replan or parts.heads.model.spec.block,
+            proposer=proposer,
+            guide=guide,
+            observer=observer,
+            fallback=parts.fallback,
+            toward=toward,
+            auditor=parts.auditor,
+            recalibration=self.recalibration(parts, rails),
+            seed=seed,
+        )
 
 
 @METHODS.register("plan")
 class PlanMethod(PlannedMethod):
     """Model predictive control.
 
-    `metric` is latent L2 or the learned temporal distance; `replan` counts environment steps, 0 for one block;
-    `propose` lets the search start from the reactive policy's plan as well (mode 2). `guard` says how the guardrails of
-    a rule set are applied: as limits with the margins that were calibrated for the chosen plans; or, as baselines, with
+    `metric` is latent L2 or the learned temporal distance. `replan` counts environment steps; 0 is one block. With
+    `propose` the search also starts from the reactive policy's plan (mode 2). `guard` says how the guardrails of a rule
+    set are applied: as limits with margins that were calibrated for the chosen plans; or, as baselines, with
     per-candidate margins, without margins, as a cost of `penalty` times the violation, or not at all.
     """
 
@@ -243,34 +245,20 @@ class PlanMethod(PlannedMethod):
 
     @property
     def guarding(self) -> Guard:
-        """How the guardrails of a rule set are kept."""
+        """How it applies the guardrails of a rule set."""
         return self.guard
 
-    def build(self, learned: Learned, *, seed: int) -> Agent:
-        """Build the agent; see `rails` for what is refused."""
-        model = learned.model
-        metric: Metric = LatentL2(learned.geometry.step_length) if self.metric == "latent" else learned.distance
-        rails = self.rails(learned)
-        costs = rails if self.guard == "penalty" else ()
-
-        def toward(goal: Float[Tensor, "B D"]) -> Objective:
-            return GoalObjective(metric, goal, last_weight=self.last_weight)
-
-        def objective(goal: Float[Tensor, "B D"]) -> Objective:
-            whole = minded(learned, goal, toward(goal))
-            parts = [(self.penalty, Avoid(rail=rail)) for rail in costs]
-            return WeightedSum([(1.0, whole), *parts]) if parts else whole
-
-        return PlanningAgent(
-            model,
-            self.planner(learned, () if costs else rails),
-            objective,
-            replan=self.replan or model.spec.block,
-            proposer=PolicyProposer(model=model, policy=learned.reactive) if self.propose else None,
-            fallback=None if learned.rules is None else learned.rules.fallback,
-            toward=toward,
-            auditor=learned.auditor(self, rails),
-            recalibration=self.recalibration(learned, rails),
+    def build(self, parts: AgentParts, *, seed: int) -> Agent:
+        """Build the agent."""
+        heads = parts.heads
+        metric: Metric = LatentL2(heads.geometry.step_length) if self.metric == "latent" else heads.distance
+        costs = [(self.penalty, Avoid(rail=rail)) for rail in self.rails(parts)] if self.guard == "penalty" else []
+        return self.planning_agent(
+            parts,
+            lambda goal: GoalObjective(metric, goal, last_weight=self.last_weight),
+            replan=self.replan,
+            costs=costs,
+            proposer=PolicyProposer(model=heads.model, policy=_reactive(heads)) if self.propose else None,
             seed=seed,
         )
 
@@ -279,7 +267,8 @@ class PlanMethod(PlannedMethod):
 class HierarchyMethod(PlannedMethod):
     """Model predictive control toward subgoals of coarser models, for far goals; see `HierarchyGuide`.
 
-    `solver` plans `horizon` blocks for the fast model, `coarse_solver` plans `coarse_horizon` steps for each other.
+    `solver` plans `horizon` blocks with the world model, `coarse_solver` plans `coarse_horizon` steps with each
+    coarser model.
     """
 
     name: Literal["hierarchy"] = "hierarchy"
@@ -287,38 +276,28 @@ class HierarchyMethod(PlannedMethod):
     coarse_horizon: int = Field(default=12, ge=1)
     follow: HierarchyConfig = HierarchyConfig()
 
-    def build(self, learned: Learned, *, seed: int) -> Agent:
-        """Build the agent.
+    def build(self, parts: AgentParts, *, seed: int) -> Agent:
+        """Build the agent."""
+        metric = LatentL2(parts.heads.geometry.step_length)
+        guide = self.guide(parts.heads, seed=seed)
+        return self.planning_agent(parts, lambda goal: GoalObjective(metric, goal), guide=guide, seed=seed)
+
+    def guide(self, heads: Heads, *, seed: int) -> HierarchyGuide:
+        """Build the guide that chooses subgoals.
 
         Raises:
-            ConfigError: the recipe has no coarser models; see `rails` for more.
+            ConfigError: the recipe has no coarser models.
         """
-        rails, metric = self.rails(learned), LatentL2(learned.geometry.step_length)
-        return PlanningAgent(
-            learned.model,
-            self.planner(learned, rails),
-            lambda goal: minded(learned, goal, GoalObjective(metric, goal)),
-            replan=learned.model.spec.block,
-            guide=self.guide(learned, seed=seed),
-            fallback=None if learned.rules is None else learned.rules.fallback,
-            toward=lambda state: GoalObjective(metric, state),
-            auditor=learned.auditor(self, rails),
-            recalibration=self.recalibration(learned, rails),
-            seed=seed,
-        )
-
-    def guide(self, learned: Learned, *, seed: int) -> HierarchyGuide:
-        """Build what says where to aim."""
-        if not learned.hierarchy:
+        if not heads.hierarchy:
             raise ConfigError(
-                "the method 'hierarchy' needs coarser models and the recipe trains none; give it some, such as "
+                "the method 'hierarchy' needs coarser models, and the recipe trains none. Add some, such as "
                 'hierarchy=[{"stride": 4}], and train again into the same folder with resume'
             )
-        levels, strides = [self.planner(learned, ())], [1]
-        for coarse, geometry in learned.hierarchy:
+        levels, strides = [self.planner(heads)], [1]
+        for coarse, geometry in heads.hierarchy:
             levels.append(Planner(coarse, self.coarse_solver, horizon=self.coarse_horizon, geometry=geometry))
             strides.append(strides[-1] * coarse.config.stride)
-        step = learned.geometry.step_length
+        step = heads.geometry.step_length
         return HierarchyGuide(
             levels,
             strides,
@@ -331,10 +310,11 @@ class HierarchyMethod(PlannedMethod):
 
 @METHODS.register("landmarks")
 class LandmarkMethod(PlannedMethod):
-    """Model predictive control over landmarks of what was seen, for far goals; it explores where it may.
+    """Model predictive control over landmarks of what was seen, for far goals. It can explore before a goal is known.
 
-    It explores under the guardrails of the rule set as well, with a solver of its own if `exploring` is given. Where no
-    way is known, `beyond` aims, if it is given. The graph lives as long as the agent, or as the memory.
+    Exploring obeys the guardrails of the rule set as well; it uses the solver `exploring`, or `solver` if there is
+    none. Where no way to the goal is known, `beyond` chooses subgoals, if it is given. The graph lives as long as the
+    agent or, with a memory, as long as the memory.
     """
 
     name: Literal["landmarks"] = "landmarks"
@@ -345,9 +325,9 @@ class LandmarkMethod(PlannedMethod):
     exploring: SolverField | None = None
     beyond: HierarchyMethod | None = None
 
-    def build(self, learned: Learned, *, seed: int) -> Agent:
-        """Build the agent, with the landmarks of its memory, or with none."""
-        model, geometry, memory = learned.model, learned.geometry, learned.memory
+    def build(self, parts: AgentParts, *, seed: int) -> Agent:
+        """Build the agent with the landmarks of its memory, or with none."""
+        model, geometry, memory = parts.heads.model, parts.heads.geometry, parts.memory
         graph = LandmarkGraph(
             model.spec,
             self.landmarks,
@@ -357,40 +337,36 @@ class LandmarkMethod(PlannedMethod):
         check, block = arrival_check(model, geometry), model.spec.block
         if memory is not None:
             graph = recall_landmarks(memory, graph, block=block, check=check)
-        beyond = None if self.beyond is None else self.beyond.guide(learned, seed=seed)
+        beyond = None if self.beyond is None else self.beyond.guide(parts.heads, seed=seed)
         guide = LandmarkGuide(graph, self.follow, check=check, beyond=beyond)
-        metric, rails = LatentL2(geometry.step_length), self.rails(learned)
-        auditor = learned.auditor(self, rails)
-        fallback = None if learned.rules is None else learned.rules.fallback
-        planning = PlanningAgent(
-            model,
-            self.planner(learned, rails),
-            lambda goal: minded(learned, goal, GoalObjective(metric, goal)),
-            replan=block,
+        metric, rails = LatentL2(geometry.step_length), self.rails(parts)
+        planning = self.planning_agent(
+            parts,
+            lambda goal: GoalObjective(metric, goal),
             guide=guide,
             observer=None if memory is None else Rememberer(memory, graph, replan=block, events=lambda: guide.events),
-            fallback=fallback,
-            toward=lambda state: GoalObjective(metric, state),
-            auditor=auditor,
-            recalibration=self.recalibration(learned, rails),
             seed=seed,
         )
         explorer = ExploringAgent(
-            self.planner(learned, rails, self.exploring),
+            self.planner(parts.heads, rails, self.exploring),
             graph,
             self.curiosity,
             check=check,
             observer=None if memory is None else Rememberer(memory, graph, replan=block),
-            fallback=fallback,
-            auditor=None if auditor is None else auditor.part("exploring"),
-            recalibration=self.recalibration(learned, rails),
+            fallback=parts.fallback,
+            auditor=None if parts.auditor is None else parts.auditor.part("exploring"),
+            recalibration=self.recalibration(parts, rails),
             seed=seed,
         )
         return LandmarkAgent(planning, guide, explorer)
 
 
+def _reactive(heads: Heads) -> ReactivePolicy:
+    return ReactivePolicy.load(heads.stem("reactive"), heads.model)
+
+
 def default_methods() -> dict[str, MethodConfig]:
-    """Return the baselines and the planners that every table shows."""
+    """Return the baselines and planners that every table shows."""
     return {
         "random": RandomMethod(),
         "behaviour cloning": CloningMethod(),

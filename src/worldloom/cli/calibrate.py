@@ -13,7 +13,7 @@ from worldloom.cli.options import (
     Trust,
     Unsigned,
     import_modules,
-    read_layers,
+    open_session,
     set_threads,
 )
 
@@ -37,26 +37,26 @@ def calibrate(
 ) -> None:
     """Calibrate the margins of a rule set for a method, under the plans that it chooses; kept in the run folder."""
     from worldloom.cli.console import print_json, print_table, progress
-    from worldloom.workflow import Run, calibrate, uses_margins
+    from worldloom.workflow import calibrate, uses_margins
 
     import_modules(imports)
     set_threads(threads)
-    opened = Run.open(run, rules=read_layers(rules, trust, unsigned))
-    names = method or [name for name, config in opened.recipe.methods.items() if uses_margins(config)]
-    found = {
-        name: calibrate(
-            opened,
-            method=name,
-            protocol=protocol,
-            split=split,
-            episodes=episodes,
-            rounds=rounds,
-            seed=seed,
-            progress=progress(),
-        )
-        for name in names
-    }
-    assert opened.rules is not None
+    with open_session(run, rules, trust, unsigned) as session:
+        methods = session.run.recipe.methods
+        found = {
+            name: calibrate(
+                session,
+                method=name,
+                protocol=protocol,
+                split=split,
+                episodes=episodes,
+                rounds=rounds,
+                seed=seed,
+                progress=progress(),
+            )
+            for name in method or [name for name, config in methods.items() if uses_margins(config)]
+        }
+    titles = [] if session.rules is None else session.rules.rule_set.titles
     if json:
         print_json({name: {"risk": one.risk, "margins": one.values.tolist()} for name, one in found.items()})
         return
@@ -64,6 +64,6 @@ def calibrate(
         steps = [f"+{step}" for step in range(1, margins.values.shape[1] + 1)]
         rows = [
             [title, *(f"{value:.3g}" for value in values)]
-            for title, values in zip(opened.rules.titles, margins.values.tolist(), strict=True)
+            for title, values in zip(titles, margins.values.tolist(), strict=True)
         ]
         print_table(f"{name}: margins at a risk of {margins.risk:g}", ["model steps ahead", *steps], rows)

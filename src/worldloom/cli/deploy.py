@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from worldloom.cli.options import Audit, Imports, Json, Rules, Trust, Unsigned, import_modules, read_layers
+from worldloom.cli.options import Audit, Imports, Json, Rules, Trust, Unsigned, import_modules, open_session
 
 
 def deploy(
@@ -50,33 +50,32 @@ def deploy(
     from worldloom.cli.options import set_threads
     from worldloom.core.errors import ConfigError
     from worldloom.deploy import ControlLoop, SocketLink
-    from worldloom.workflow import Run, check_plant, read_goal, store_report
+    from worldloom.workflow import check_plant, read_goal, store_report
 
     if late not in ("discard", "use"):
         raise ConfigError(f"--late is discard or use; got {late!r}")
     import_modules(imports)
     set_threads(threads)
-    opened = Run.open(run, memory=memory, rules=read_layers(rules, trust, unsigned), audit=audit)
-    target = read_goal(opened, goal)
-    agent = opened.agent(method, seed=seed)
-    with SocketLink(connect) as link:
-        check_plant(opened, link)
-        loop = ControlLoop(
-            agent,
-            link,
-            rate=rate,
-            deadline=deadline_ms / 1e3,
-            safe_action=_safe_action(safe_action, link.action.size),
-            late="discard" if late == "discard" else "use if fresh",
-            on_period=_Live(json),
-        )
-        previous = signal.signal(signal.SIGTERM, lambda *_: loop.stop())
-        try:
-            loop.run(target, duration=duration or None)
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-            folder = store_report(opened, loop.report)
-            opened.close()
+    with open_session(run, rules, trust, unsigned, memory=memory, audit=audit) as session:
+        target = read_goal(session.run, goal)
+        agent = session.agent(method, seed=seed)
+        with SocketLink(connect) as link:
+            check_plant(session.run, link)
+            loop = ControlLoop(
+                agent,
+                link,
+                rate=rate,
+                deadline=deadline_ms / 1e3,
+                safe_action=_safe_action(safe_action, link.action.size),
+                late="discard" if late == "discard" else "use if fresh",
+                on_period=_Live(json),
+            )
+            previous = signal.signal(signal.SIGTERM, lambda *_: loop.stop())
+            try:
+                loop.run(target, duration=duration or None)
+            finally:
+                signal.signal(signal.SIGTERM, previous)
+                folder = store_report(session.run, loop.report)
     if json:
         print_json(loop.report.to_json())
         return

@@ -16,7 +16,7 @@ from worldloom.cli.options import (
     Unsigned,
     import_modules,
     key_values,
-    read_layers,
+    open_session,
     set_threads,
 )
 from worldloom.core.errors import ConfigError
@@ -66,33 +66,32 @@ def evaluate(
 ) -> None:
     """Evaluate a run and its baselines on goals drawn from seeds never used in training; writes a report."""
     from worldloom.cli.console import print_json, progress, say
-    from worldloom.workflow import Run, report_path
     from worldloom.workflow import jobs as workflow
+    from worldloom.workflow import report_path
 
     import_modules(imports)
     set_threads(threads)
-    opened = Run.open(run, memory=memory, rules=read_layers(rules, trust, unsigned))
-    results = workflow.evaluate(
-        opened,
-        protocol=protocol,
-        success=success,
-        goal_offset=goal_offset,
-        budget=budget,
-        episodes=episodes,
-        seed=seed,
-        methods=method,
-        others={name: _foreign(name, opened) for name in policy or []},
-        env_kwargs=key_values(env_arg, "--env-arg"),
-        split=split,
-        exploration=exploration,
-        progress=progress(),
-    )
-    opened.close()
+    with open_session(run, rules, trust, unsigned, memory=memory) as session:
+        results = workflow.evaluate(
+            session,
+            protocol=protocol,
+            success=success,
+            goal_offset=goal_offset,
+            budget=budget,
+            episodes=episodes,
+            seed=seed,
+            methods=method,
+            others={name: _foreign(name, session.run) for name in policy or []},
+            env_kwargs=key_values(env_arg, "--env-arg"),
+            split=split,
+            exploration=exploration,
+            progress=progress(),
+        )
     if json:
         print_json(results.to_json())
         return
     show(results)
-    say(f"report: {report_path(opened, results)}")
+    say(f"report: {report_path(session.run, results)}")
 
 
 def _foreign(name: str, run: "Run") -> Callable[[], "Agent"]:

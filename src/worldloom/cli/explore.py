@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from worldloom.cli.options import Imports, Threads, import_modules, set_threads
+from worldloom.cli.options import Imports, Threads, import_modules, open_session, set_threads
 
 
 def explore(
@@ -26,15 +26,13 @@ def explore(
     asks for far goals in the same worlds.
     """
     from worldloom.cli.console import progress, say
-    from worldloom.workflow import Run
     from worldloom.workflow import jobs as workflow
 
     import_modules(imports)
     set_threads(threads)
-    opened = Run.open(run, memory=memory)
-    try:
+    with open_session(run, memory=memory) as session:
         seen = workflow.explore(
-            opened,
+            session,
             steps,
             method=method,
             protocol=protocol,
@@ -43,7 +41,5 @@ def explore(
             seed=seed,
             progress=progress(),
         )
-        assert opened.memory is not None
-        say(f"{memory}: {seen} worlds explored, {len(opened.memory):,} memories")
-    finally:
-        opened.close()
+        assert session.memory is not None
+        say(f"{memory}: {seen} worlds explored, {len(session.memory):,} memories")

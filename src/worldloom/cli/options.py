@@ -12,7 +12,8 @@ from worldloom.core.config import parse_value
 from worldloom.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from worldloom.guardrails import RuleLayer
+    from worldloom.guardrails import RuleSet
+    from worldloom.workflow import Session
 
 _KEY = re.compile("((operator|site|community):)?[0-9a-fA-F]{64}")
 
@@ -92,15 +93,29 @@ def trusted_keys(trust: list[str] | None, unsigned: bool) -> set[str] | None:
     return keys
 
 
-def read_layers(rules: list[Path] | None, trust: list[str] | None, unsigned: bool) -> "tuple[RuleLayer, ...]":
-    """Read the layers of a rule set that a command was given, if any."""
+def read_rule_set(rules: list[Path], trust: list[str] | None, unsigned: bool) -> "RuleSet":
+    """Read the layers of a rule set that a command was given."""
     from worldloom.guardrails import read_rules
 
-    if not rules:
-        return ()
     keys = trusted_keys(trust, unsigned)
     if keys is not None and not keys:
         raise ConfigError(
-            f"whose signature of {rules[0]} counts? Give the key (--trust KEY), or --unsigned to try it out"
+            f"no key is trusted to sign {rules[0]}; name one (--trust KEY), or ask for no signature (--unsigned)"
         )
-    return read_rules(rules, trusted=keys).layers
+    return read_rules(rules, trusted=keys)
+
+
+def open_session(
+    run: Path,
+    rules: list[Path] | None = None,
+    trust: list[str] | None = None,
+    unsigned: bool = False,
+    *,
+    memory: Path | None = None,
+    audit: Path | None = None,
+) -> "Session":
+    """Open a run with the rules, the memory and the audit log that a command was given."""
+    from worldloom.workflow import Run, Session
+
+    rule_set = read_rule_set(rules, trust, unsigned) if rules else None
+    return Session(Run.open(run), rules=rule_set, memory=memory, audit=audit)

@@ -14,7 +14,7 @@ from worldloom.cli.options import (
     Trust,
     Unsigned,
     import_modules,
-    read_layers,
+    open_session,
     set_threads,
 )
 
@@ -40,22 +40,21 @@ def plan(
 ) -> None:
     """Plan once from a start to a goal: the actions, what they are predicted to cost, and how long it took."""
     from worldloom.cli.console import print_json, print_table
-    from worldloom.workflow import Run, plan_once
+    from worldloom.workflow import plan_once
 
     import_modules(imports)
     set_threads(threads)
-    opened = Run.open(run, rules=read_layers(rules, trust, unsigned), audit=audit)
-    made = plan_once(
-        opened,
-        start=start,
-        goal=goal,
-        protocol=protocol,
-        split=split,
-        episode=episode,
-        method=method,
-        picture=explain,
-    )
-    opened.close()
+    with open_session(run, rules, trust, unsigned, audit=audit) as session:
+        made = plan_once(
+            session,
+            start=start,
+            goal=goal,
+            protocol=protocol,
+            split=split,
+            episode=episode,
+            method=method,
+            picture=explain,
+        )
     if json:
         print_json(made)
         return

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from worldloom.cli.options import Json, Trust, Unsigned, read_layers
+from worldloom.cli.options import Json, Trust, Unsigned, read_rule_set
 
 app = typer.Typer(help="Sign, verify and show rule sets: guardrails, objectives and fallbacks.", no_args_is_help=True)
 
@@ -40,9 +40,8 @@ def sign(
 def show(files: Files, trust: Trust = None, unsigned: Unsigned = False, json: Json = False) -> None:
     """Verify the layers of a rule set, and show what they say together."""
     from worldloom.cli.console import print_json, print_table, say
-    from worldloom.guardrails import RuleSet
 
-    rules = RuleSet(layers=read_layers(files, trust, unsigned))
+    rules = read_rule_set(files, trust, unsigned)
     if json:
         print_json({
             "fingerprint": rules.fingerprint,

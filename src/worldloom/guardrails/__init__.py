@@ -1,5 +1,6 @@
 """Guardrails: hard limits inside the search, as rule sets that their owner signs, with calibrated margins."""
 
+from worldloom.guardrails.bound_rules import BoundRules
 from worldloom.guardrails.consistency import check_consistent
 from worldloom.guardrails.fallback import FALLBACKS, Fallback, FallbackField, Hold, Retreat, Stop
 from worldloom.guardrails.margins import (
@@ -38,7 +39,6 @@ from worldloom.guardrails.rules import (
     KeepAwayConfig,
     KeepInConfig,
     KeepOutConfig,
-    Knowledge,
     ObjectiveConfig,
     ObjectiveField,
     RailConfig,
@@ -56,6 +56,7 @@ __all__ = [
     "Agreed",
     "Ball",
     "BallConfig",
+    "BoundRules",
     "Box",
     "BoxConfig",
     "Custom",
@@ -69,7 +70,6 @@ __all__ = [
     "KeepInConfig",
     "KeepOut",
     "KeepOutConfig",
-    "Knowledge",
     "Magnitude",
     "Margins",
     "ObjectiveConfig",

@@ -6,20 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
 from worldloom.core.chain import canonical
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.core.seams import Objective
 from worldloom.core.signing import read_signed
 from worldloom.core.yaml_config import parse_yaml, read_yaml
-from worldloom.guardrails.consistency import check_consistent
 from worldloom.guardrails.fallback import Fallback, FallbackField
-from worldloom.guardrails.rails import Rail
-from worldloom.guardrails.rules import Knowledge, ObjectiveField, RailField, build_objective
+from worldloom.guardrails.rules import ObjectiveField, RailField
 
 LAYERS = ("operator", "site", "community")
 
@@ -102,33 +97,16 @@ class RuleSet:
         layer = {title: layer.layer for layer in self.layers for title in layer.guardrails}
         return [
             StatedRule(title=title, kind=config.name, owner=owner, layer=layer[title], reason=config.reason)
-            for title, (config, owner) in self._effective().items()
+            for title, (config, owner) in self.effective().items()
         ]
 
     @property
     def titles(self) -> list[str]:
-        """The guardrails by name, in the order of `rails`."""
-        return list(self._effective())
+        """The names of the guardrails, in order."""
+        return list(self.effective())
 
-    def rails(self, knowledge: Knowledge, margins: Float[Tensor, "G T"] | None = None) -> tuple[Rail, ...]:
-        """Return the guardrails beside a model, each at its tightest, with `margins` beside their own.
-
-        Raises:
-            ConfigError: one speaks of what the run has not learned, or they cannot hold together.
-        """
-        built = [config.build(title, owner, knowledge) for title, (config, owner) in self._effective().items()]
-        if margins is not None:
-            built = [rail.with_margin(rail.margin + margins[place]) for place, rail in enumerate(built)]
-        check_consistent(built, knowledge.model, knowledge.support)
-        return tuple(built)
-
-    def objective(self, knowledge: Knowledge, goal: Float[Tensor, "B D"], usual: Objective) -> Objective:
-        """Return what is to be achieved and minded, beside a model; see `build_objective`."""
-        every = {title: config for layer in self.layers for title, config in layer.objectives.items()}
-        return build_objective(every, knowledge, goal, usual)
-
-    def _effective(self) -> Mapping[str, tuple[RailField, str]]:
-        """Return each guardrail as the lowest layer that names it states it: no other is tighter."""
+    def effective(self) -> Mapping[str, tuple[RailField, str]]:
+        """Return each guardrail and its owner, by title, from the lowest layer that states it: the tightest."""
         return {title: (config, layer.owner) for layer in self.layers for title, config in layer.guardrails.items()}
 
 

@@ -2,9 +2,9 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import product
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal
 
 from jaxtyping import Float
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
@@ -13,7 +13,7 @@ from torch import Tensor
 from worldloom.core.config import Component, component_of
 from worldloom.core.errors import ConfigError
 from worldloom.core.registry import Registry, nearest
-from worldloom.core.seams import Metric, Objective, Stage, WorldModel
+from worldloom.core.seams import Objective, Stage
 from worldloom.guardrails.rails import (
     Agreed,
     Ball,
@@ -29,7 +29,7 @@ from worldloom.guardrails.rails import (
     Returnable,
     Unlike,
 )
-from worldloom.heads import LatentGeometry, Probe, Support
+from worldloom.heads import Heads, Probe
 from worldloom.planning import (
     Avoid,
     Effort,
@@ -43,44 +43,6 @@ from worldloom.planning import (
     VectorGoal,
     WeightedSum,
 )
-
-
-@runtime_checkable
-class Knowledge(Protocol):
-    """What rules are made beside: a model, and what was learned and measured on its latents."""
-
-    @property
-    def model(self) -> WorldModel:
-        """The world model."""
-        ...
-
-    @property
-    def geometry(self) -> LatentGeometry:
-        """How long a step is."""
-        ...
-
-    @property
-    def distance(self) -> Metric:
-        """The learned temporal distance, in steps."""
-        ...
-
-    @property
-    def probes(self) -> Mapping[str, Probe]:
-        """Probes of named quantities."""
-        ...
-
-    @property
-    def support(self) -> Support:
-        """The latents of the data."""
-        ...
-
-    def examples(self, names: Sequence[str]) -> Float[Tensor, "N D"]:
-        """Return the latents of pictures, by their paths."""
-        ...
-
-    def peer(self, name: str) -> WorldModel:
-        """Return the model of another run, by its path."""
-        ...
 
 
 class RegionConfig(Component):
@@ -196,7 +158,7 @@ class RailConfig(Component):
     margin: float = Field(default=0.0, ge=0)
 
     @abstractmethod
-    def make(self, title: str, owner: str, knowledge: Knowledge) -> Rail:
+    def make(self, title: str, owner: str, heads: Heads) -> Rail:
         """Return the guardrail beside a model, without margin."""
 
     @property
@@ -212,27 +174,27 @@ class RailConfig(Component):
         """Whether all that keeps this keeps the other as well; false where that is not known."""
         return type(self) is type(other) and self.margin >= other.margin and self._tightens(other)
 
-    def build(self, title: str, owner: str, knowledge: Knowledge) -> Rail:
+    def build(self, title: str, owner: str, heads: Heads) -> Rail:
         """Return the guardrail beside a model.
 
         Raises:
             ConfigError: it speaks of what the run has not learned, or in other sizes.
         """
-        return self.make(title, owner, knowledge).with_margin(self.margin)
+        return self.make(title, owner, heads).with_margin(self.margin)
 
 
 GUARDRAILS: Registry[type[RailConfig]] = Registry("guardrail")
 RailField = Annotated[SerializeAsAny[RailConfig], BeforeValidator(component_of(GUARDRAILS))]
 
 
-def _probe(knowledge: Knowledge, title: str, quantity: str, size: int | None = None) -> Probe:
+def _probe(heads: Heads, title: str, quantity: str, size: int | None = None) -> Probe:
     """Return the probe of a quantity, of so many values."""
-    if quantity not in knowledge.probes:
+    if quantity not in heads.probes:
         raise ConfigError(
-            f"{title!r} speaks of {quantity!r}, for which the run has no probe; {nearest(quantity, knowledge.probes)}. "
+            f"{title!r} speaks of {quantity!r}, for which the run has no probe; {nearest(quantity, heads.probes)}. "
             f"Add it to the recipe's probes and train again into the same folder with resume"
         )
-    probe = knowledge.probes[quantity]
+    probe = heads.probes[quantity]
     if size is not None and probe.size != size:
         raise ConfigError(f"{title!r} takes {quantity!r} for {size} values; it has {probe.size}")
     return probe
@@ -246,9 +208,9 @@ class KeepOutConfig(RailConfig):
     quantity: str
     region: RegionField
 
-    def make(self, title: str, owner: str, knowledge: Knowledge) -> Rail:
+    def make(self, title: str, owner: str, heads: Heads) -> Rail:
         """Return the guardrail beside a model."""
-        probe = _probe(knowledge, title, self.quantity, self.region.size)
+        probe = _probe(heads, title, self.quantity, self.region.size)
         return KeepOut(
             name=title,
             owner=owner,
@@ -270,9 +232,9 @@ class KeepInConfig(RailConfig):
     quantity: str
     region: RegionField
 
-    def make(self, title: str, owner: str, knowledge: Knowledge) -> Rail:
+    def make(self, title: str, owner: str, heads: Heads) -> Rail:
         """Return the guardrail beside a model."""
-        probe = _probe(knowledge, title, self.quantity, self.region.size)
+        probe = _probe(heads, title, self.quantity, self.region.size)
         return KeepIn(
             name=title,
             owner=owner,
@@ -295,10 +257,10 @@ class KeepAwayConfig(RailConfig):
     other: str
     distance: float = Field(gt=0)
 
-    def make(self, title: str, owner: str, knowledge: Knowledge) -> Rail:
+    def make(self, title: str, owner: str, heads: Heads) -> Rail:
         """Return the guardrail beside a model."""
-        probe = _probe(knowledge, title, self.quantity)
-        other = _probe(knowledge, title, self.other, probe.size)
+        probe = _probe(heads, title, self.quantity)
+        other = _probe(heads, title, self.other, probe.size)
         return KeepAway(
             name=title,
             owner=owner,
@@ -330,15 +292,15 @@ class UnlikeConfig(RailConfig):
         """The pictures."""
         return self.pictures
 
-    def make(self, title: str, owner: str, knowledge: Knowledge) -> Rail:
+    def make(self, title: str, owner: str, heads: Heads) -> Rail:
         """Return the guardrail beside a model."""
         return Unlike(
             name=title,
             owner=owner,
             reason=self.reason,
-            examples=knowledge.examples(self.pictures),
+            examples=heads.examples(self.pictures),
             distance=self.distance,
-            step_length=knowledge.geometry.step_length,
+            step_length=heads.geometry.step_length,
         )
 
     def _tightens(self, other: RailConfig) -> bool:
@@ -356,9 +318,9 @@ class FamiliarConfig(RailConfig):
     name: Literal["familiar"] = "familiar"
     times: float = Field(default=1.5, gt=0)
 
-    def make(self, title: str, owner: str, knowledge: Knowledge) -> Rail:
+    def make(self, title: str, owner: str, heads: Heads) -> Rail:
         """Return the guardrail beside a model."""
-        support, step = knowledge.support, knowledge.geometry.step_length
+        support, step = heads.support, heads.geometry.step_length
         return Familiar(
             name=title,
             owner=owner,
@@ -380,15 +342,15 @@ class AgreedConfig(RailConfig):
     runs: tuple[str, ...] = Field(min_length=1)
     spread: float = Field(gt=0)
 
-    def make(self, title: str, owner: str, knowledge: Knowledge) -> Rail:
+    def make(self, title: str, owner: str, heads: Heads) -> Rail:
         """Return the guardrail beside a model."""
         return Agreed(
             name=title,
             owner=owner,
             reason=self.reason,
-            models=tuple(knowledge.peer(run) for run in self.runs),
+            models=tuple(heads.peer(run) for run in self.runs),
             spread=self.spread,
-            step_length=knowledge.geometry.step_length,
+            step_length=heads.geometry.step_length,
         )
 
     def _tightens(self, other: RailConfig) -> bool:
@@ -402,9 +364,9 @@ class ReturnableConfig(RailConfig):
     name: Literal["returnable"] = "returnable"
     steps: float = Field(gt=0)
 
-    def make(self, title: str, owner: str, knowledge: Knowledge) -> Rail:
+    def make(self, title: str, owner: str, heads: Heads) -> Rail:
         """Return the guardrail beside a model."""
-        return Returnable(name=title, owner=owner, reason=self.reason, back=knowledge.distance, steps=self.steps)
+        return Returnable(name=title, owner=owner, reason=self.reason, back=heads.distance, steps=self.steps)
 
     def _tightens(self, other: RailConfig) -> bool:
         return isinstance(other, ReturnableConfig) and self.steps <= other.steps
@@ -417,9 +379,9 @@ class MagnitudeConfig(RailConfig):
     name: Literal["magnitude"] = "magnitude"
     limit: float = Field(gt=0)
 
-    def make(self, title: str, owner: str, knowledge: Knowledge) -> Rail:
+    def make(self, title: str, owner: str, heads: Heads) -> Rail:
         """Return the guardrail beside a model."""
-        size = knowledge.model.spec.action.size
+        size = heads.model.spec.action.size
         return Magnitude(name=title, owner=owner, reason=self.reason, limit=self.limit, size=size)
 
     def _tightens(self, other: RailConfig) -> bool:
@@ -433,9 +395,9 @@ class RateConfig(RailConfig):
     name: Literal["rate"] = "rate"
     limit: float = Field(gt=0)
 
-    def make(self, title: str, owner: str, knowledge: Knowledge) -> Rail:
+    def make(self, title: str, owner: str, heads: Heads) -> Rail:
         """Return the guardrail beside a model."""
-        size = knowledge.model.spec.action.size
+        size = heads.model.spec.action.size
         return Rate(name=title, owner=owner, reason=self.reason, limit=self.limit, size=size)
 
     def _tightens(self, other: RailConfig) -> bool:
@@ -453,7 +415,7 @@ class ObjectiveConfig(Component):
         return ()
 
     @abstractmethod
-    def build(self, title: str, knowledge: Knowledge, goal: Float[Tensor, "B D"]) -> Objective:
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Objective:
         """Return the cost beside a model, without weight; `goal` are the latents of what the agent was told to reach.
 
         Raises:
@@ -473,9 +435,9 @@ class GoalConfig(ObjectiveConfig):
     within: float = Field(default=0.0, ge=0)
     last_weight: float = Field(default=1.0, ge=0)
 
-    def build(self, title: str, knowledge: Knowledge, goal: Float[Tensor, "B D"]) -> GoalObjective:
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> GoalObjective:
         """Return the cost beside a model."""
-        metric = LatentL2(knowledge.geometry.step_length)
+        metric = LatentL2(heads.geometry.step_length)
         return GoalObjective(metric, goal, last_weight=self.last_weight, within=self.within)
 
 
@@ -488,9 +450,9 @@ class VectorConfig(ObjectiveConfig):
     target: tuple[float, ...] = Field(min_length=1)
     within: float = Field(default=0.0, ge=0)
 
-    def build(self, title: str, knowledge: Knowledge, goal: Float[Tensor, "B D"]) -> VectorGoal:
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> VectorGoal:
         """Return the cost beside a model."""
-        probe = _probe(knowledge, title, self.quantity, len(self.target))
+        probe = _probe(heads, title, self.quantity, len(self.target))
         return VectorGoal(quantity=probe, target=goal.new_tensor(self.target), within=self.within)
 
 
@@ -502,9 +464,9 @@ class RegionGoalConfig(ObjectiveConfig):
     quantity: str
     region: RegionField
 
-    def build(self, title: str, knowledge: Knowledge, goal: Float[Tensor, "B D"]) -> RegionGoal:
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> RegionGoal:
         """Return the cost beside a model."""
-        probe = _probe(knowledge, title, self.quantity, self.region.size)
+        probe = _probe(heads, title, self.quantity, self.region.size)
         return RegionGoal(quantity=probe, region=self.region.build())
 
 
@@ -515,9 +477,9 @@ class SequenceConfig(ObjectiveConfig):
     name: Literal["sequence"] = "sequence"
     stages: tuple[ObjectiveField, ...] = Field(min_length=1)
 
-    def build(self, title: str, knowledge: Knowledge, goal: Float[Tensor, "B D"]) -> InOrder:
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> InOrder:
         """Return the cost beside a model."""
-        return InOrder([_stage(stage, f"{title}, stage {n}", knowledge, goal) for n, stage in enumerate(self.stages)])
+        return InOrder([_stage(stage, f"{title}, stage {n}", heads, goal) for n, stage in enumerate(self.stages)])
 
 
 @OBJECTIVES.register("avoid")
@@ -533,10 +495,10 @@ class AvoidConfig(ObjectiveConfig):
         """Those of the guardrail."""
         return self.rail.files
 
-    def build(self, title: str, knowledge: Knowledge, goal: Float[Tensor, "B D"]) -> Avoid:
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Avoid:
         """Return the cost beside a model."""
-        until = None if self.until is None else _stage(self.until, f"{title}, until", knowledge, goal)
-        return Avoid(rail=self.rail.build(title, "", knowledge), until=until)
+        until = None if self.until is None else _stage(self.until, f"{title}, until", heads, goal)
+        return Avoid(rail=self.rail.build(title, "", heads), until=until)
 
 
 @OBJECTIVES.register("effort")
@@ -545,7 +507,7 @@ class EffortConfig(ObjectiveConfig):
 
     name: Literal["effort"] = "effort"
 
-    def build(self, title: str, knowledge: Knowledge, goal: Float[Tensor, "B D"]) -> Effort:
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Effort:
         """Return the cost beside a model."""
         return Effort()
 
@@ -556,9 +518,9 @@ class SmoothnessConfig(ObjectiveConfig):
 
     name: Literal["smoothness"] = "smoothness"
 
-    def build(self, title: str, knowledge: Knowledge, goal: Float[Tensor, "B D"]) -> Smoothness:
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Smoothness:
         """Return the cost beside a model."""
-        return Smoothness(size=knowledge.model.spec.action.size)
+        return Smoothness(size=heads.model.spec.action.size)
 
 
 @OBJECTIVES.register("time")
@@ -568,9 +530,9 @@ class TimeConfig(ObjectiveConfig):
     name: Literal["time"] = "time"
     until: ObjectiveField
 
-    def build(self, title: str, knowledge: Knowledge, goal: Float[Tensor, "B D"]) -> Elapsed:
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Elapsed:
         """Return the cost beside a model."""
-        return Elapsed(stage=_stage(self.until, f"{title}, until", knowledge, goal))
+        return Elapsed(stage=_stage(self.until, f"{title}, until", heads, goal))
 
 
 @OBJECTIVES.register("information")
@@ -580,28 +542,28 @@ class InformationConfig(ObjectiveConfig):
     name: Literal["information"] = "information"
     runs: tuple[str, ...] = Field(min_length=1)
 
-    def build(self, title: str, knowledge: Knowledge, goal: Float[Tensor, "B D"]) -> InformationGain:
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> InformationGain:
         """Return the cost beside a model."""
-        models = tuple(knowledge.peer(run) for run in self.runs)
-        return InformationGain(models=models, step_length=knowledge.geometry.step_length)
+        models = tuple(heads.peer(run) for run in self.runs)
+        return InformationGain(models=models, step_length=heads.geometry.step_length)
 
 
 def build_objective(
-    configs: Mapping[str, ObjectiveConfig], knowledge: Knowledge, goal: Float[Tensor, "B D"], usual: Objective
+    configs: Mapping[str, ObjectiveConfig], heads: Heads, goal: Float[Tensor, "B D"], usual: Objective
 ) -> Objective:
     """Return the weighted sum of objectives, with the `usual` one where none of them says what is to be reached.
 
     Raises:
         ConfigError: one speaks of what the run has not learned, or in other sizes.
     """
-    parts = [(config.weight, config.build(title, knowledge, goal)) for title, config in configs.items()]
+    parts = [(config.weight, config.build(title, heads, goal)) for title, config in configs.items()]
     if not any(isinstance(part, Stage | InOrder) for _, part in parts):
         parts.insert(0, (1.0, usual))
     return usual if len(parts) == 1 and parts[0][1] is usual else WeightedSum(parts)
 
 
-def _stage(config: ObjectiveConfig, title: str, knowledge: Knowledge, goal: Float[Tensor, "B D"]) -> Stage:
-    stage = config.build(title, knowledge, goal)
+def _stage(config: ObjectiveConfig, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Stage:
+    stage = config.build(title, heads, goal)
     if not isinstance(stage, Stage):
         raise ConfigError(f"{title!r}: a {config.name!r} says nothing of being reached; name a goal, vector or region")
     return stage

@@ -11,6 +11,7 @@ from worldloom.heads.geometry import (
     still,
 )
 from worldloom.heads.head import read_head, restore, save_head
+from worldloom.heads.heads import Heads
 from worldloom.heads.inverse import InverseModel, InverseModelConfig, fit_inverse_model
 from worldloom.heads.latent_episodes import LatentEpisodes, dream, encode_episodes
 from worldloom.heads.probe import Probe, ProbeConfig, fit_probe
@@ -20,6 +21,7 @@ __all__ = [
     "CoarseConfig",
     "CoarseModel",
     "DistanceConfig",
+    "Heads",
     "InverseModel",
     "InverseModelConfig",
     "LatentEpisodes",

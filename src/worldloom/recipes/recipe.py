@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from worldloom.agents import METHODS, CloningConfig, MethodConfig, ReactiveConfig, default_methods
 from worldloom.core.config import Config, component_of
+from worldloom.core.errors import ConfigError
 from worldloom.core.registry import nearest
 from worldloom.data import DataConfig
 from worldloom.guardrails import RuleLayer
@@ -37,10 +38,10 @@ class LabelledProbe(ProbeConfig):
 
 
 class Recipe(Config):
-    """What `collect`, `train` and `evaluate` do; `collection` and `protocol` are None where data come from elsewhere.
+    """What `collect`, `train` and `evaluate` do. `collection` and `protocol` are None if the data come from elsewhere.
 
-    `hierarchy` are coarser models, each of several steps of the one before it, the first of the world model's.
-    `probes` read named quantities off latents, for guardrails; what they read reaches no planner but through these.
+    `hierarchy` are coarser models. Each predicts several steps of the one before it, the first of the world model.
+    `probes` read named quantities off latents; planners use them only through guardrails and objectives.
     `rules` is the uppermost layer of the rule set of its agents; lower layers may only tighten it.
     `methods` are the rows of the table, in order; `default_method` is the one to act with.
     """
@@ -67,3 +68,20 @@ class Recipe(Config):
         if self.default_method not in self.methods:
             raise ValueError(f"default_method {self.default_method!r}; {nearest(self.default_method, self.methods)}")
         return self
+
+    def method(self, name: str | None = None, *, guarded: bool = False) -> MethodConfig:
+        """Return a method, by default `default_method`; with `guarded` it must obey the guardrails of a rule set.
+
+        Raises:
+            ConfigError: there is no such method, or it obeys no guardrails.
+        """
+        name = name or self.default_method
+        if name not in self.methods:
+            raise ConfigError(f"unknown method {name!r}; {nearest(name, self.methods)}")
+        if guarded and not self.methods[name].guarded:
+            able = next((title for title, other in self.methods.items() if other.guarded), None)
+            raise ConfigError(
+                f"the method {name!r} does not obey guardrails, and the rule set has some; "
+                f"{f'choose {able!r}' if able else 'no method of the recipe does: add one that plans'}"
+            )
+        return self.methods[name]

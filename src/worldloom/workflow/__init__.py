@@ -1,4 +1,4 @@
-"""Workflow: runs, and the jobs that make and use them."""
+"""Workflow: runs, sessions, and the jobs that make and use them."""
 
 from worldloom.workflow.calibration import calibrate, uses_margins
 from worldloom.workflow.deployment import check_plant, read_goal, store_report
@@ -18,6 +18,7 @@ from worldloom.workflow.network import (
 from worldloom.workflow.remember import encode_picture, remember
 from worldloom.workflow.replay import replay_entry
 from worldloom.workflow.run import Run, find_runs
+from worldloom.workflow.session import Session
 from worldloom.workflow.simulate import ConsortiumConfig, simulate
 from worldloom.workflow.single_plan import plan_once
 
@@ -26,6 +27,7 @@ __all__ = [
     "CoordinatorConfig",
     "NodeConfig",
     "Run",
+    "Session",
     "calibrate",
     "check_plant",
     "classify",

@@ -1,4 +1,4 @@
-"""Margins for a rule set: measured on logs, then on the plans that a method chooses, until they keep the risk."""
+"""Calibration: margins for a rule set, shaped on held-out logs and scaled on the plans that a method chooses."""
 
 import logging
 import math
@@ -18,12 +18,10 @@ from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import Agent
 from worldloom.core.seeds import derive_seed
 from worldloom.core.types import Context, Episode, Observations, Rollouts
-from worldloom.data import EpisodeDataset
 from worldloom.evaluation import PROTOCOLS, Frame, evaluate, wilson_interval
 from worldloom.guardrails import (
     Margins,
     Rail,
-    RuleSet,
     conformal_quantile,
     errors_seen,
     margin_shape,
@@ -34,14 +32,15 @@ from worldloom.guardrails import (
 )
 from worldloom.models import JEPA
 from worldloom.workflow.run import Run
+from worldloom.workflow.session import Session, session_of
 
 _log = logging.getLogger(__name__)
-_LEAST = 1e-3  # of a score or an error in margins: more than nothing
-_GROWTH = 1.25, 1.5  # of the factor from round to round, at least and at most: plans change with the margins
+_LEAST = 1e-3  # the least score of a broken guardrail, and the least usual error in margins
+_GROWTH = 1.25, 1.5  # bounds on the growth of the factor in a round: plans change with the margins
 
 
 def calibrate(
-    run: Run,
+    run: Run | Session,
     *,
     method: str | None = None,
     protocol: str | None = None,
@@ -52,45 +51,48 @@ def calibrate(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Margins:
-    """Calibrate the margins of the run's rule set for a method, and keep them in the run folder.
+    """Calibrate the margins of a rule set for a method, and write them into the run folder.
 
-    First, on held-out logs, their shape: for each guardrail and step ahead the conformal quantile of what really was
-    less what was predicted. Then the method acts in episodes of the protocol's world, whose seeds no evaluation draws,
-    with these margins stretched by a factor. Each episode gives one score: 0 where no guardrail was broken, else the
-    least factor that refuses the plan that broke one, infinite where no plan was followed but the fallback. If their
-    tolerance quantile is at most the factor, the promise holds for episodes like these, under the plans that are chosen
-    with these very margins, at the confidence; else the quantile, or what is nearest to it between a quarter and a half
-    more than the factor, is tried on fresh episodes.
+    The rule set is the session's, or the recipe's own. First, held-out logs give the margins their shape: for each
+    guardrail and step ahead, the conformal quantile of the true value minus the predicted one. Then the method acts in
+    episodes of the protocol, from seeds that no evaluation draws, with these margins multiplied by a factor. Each
+    episode gives a score: 0 if no guardrail was broken, else the least factor that would have refused the plan that
+    broke one, and infinite if the fallback acted instead of a plan. If the tolerance quantile of the scores is at most
+    the factor, then at this confidence the risk is kept in episodes like these, under plans that are chosen with these
+    margins. Otherwise the next round tries the quantile, limited to 1.25 to 1.5 times the factor, on fresh episodes.
 
-    A method whose guard is "per candidate" gets the margins of the logs alone.
+    A method whose guard is "per candidate" takes its margins from the logs alone.
 
     Raises:
-        ConfigError: the run has no rule set, or it states no risk; the method uses none.
-        DataError: too few episodes for the risk, or no factor was found in so many rounds.
+        ConfigError: there is no rule set, it states no risk, or the method uses no margins.
+        DataError: there are too few episodes for the risk, or no round found a sufficient factor.
     """
+    session = session_of(run)
+    run, rules = session.run, session.rules
     name = method or run.recipe.default_method
-    config, rules = run.method(name), run.rules
-    if rules is None or rules.risk is None or not rules.titles:
+    config = run.recipe.method(name)
+    if rules is None or rules.rule_set.risk is None or not rules.rule_set.titles:
         raise ConfigError("there is nothing to calibrate: the run has no rule set that states a risk of its guardrails")
     if not isinstance(config, PlannedMethod) or not uses_margins(config):
-        raise ConfigError(f"the method {name!r} keeps no margins; choose one that plans with a calibrated guard")
-    shape = _shape(run, rules, config.horizon, rules.risk, progress)
+        raise ConfigError(f"the method {name!r} uses no margins; choose one that plans with a calibrated guard")
+    risk, path = rules.rule_set.risk, rules.margins_path(config.calibrated_as)
+    shape = _shape(run, rules.rails(), config.horizon, risk, progress)
     about: dict[str, Any] = {"method": config.model_dump(mode="json"), "model": run.model.spec.fingerprint}
     if config.guarding == "per candidate":
-        margins = Margins(values=shape, risk=rules.risk, episodes=0)
-        write_margins(run.margins_path(config), margins, rules, about)
+        margins = Margins(values=shape, risk=risk, episodes=0)
+        write_margins(path, margins, rules.rule_set, about)
         return margins
     asked = PROTOCOLS[protocol or _protocol_of(run)]
     asked = asked.customise(episodes=episodes, split=split)
     factor, history = 1.0, []
     for number in range(rounds):
-        trial = Margins(values=factor * shape, risk=rules.risk, episodes=episodes)
+        trial = Margins(values=factor * shape, risk=risk, episodes=episodes)
         drawn = asked.customise(seed=derive_seed(seed, "calibration", number) % 2**31)
         witness = _Scores(run, config, shape, factor)
-        build = partial(config.build, run.under(rules, trial), seed=number)
+        build = partial(session.build, config, margins=trial, seed=number)
         results = evaluate(drawn, {name: build}, record=0, witness=witness, progress=progress)
         scores = torch.tensor(witness.scores())
-        needed = tolerance_quantile(scores, rules.risk, confidence)
+        needed = tolerance_quantile(scores, risk, confidence)
         history.append({
             "factor": factor,
             "needed": needed if math.isfinite(needed) else None,
@@ -101,25 +103,21 @@ def calibrate(
         })  # fmt: skip
         _log.info("round %d: %s", number + 1, history[-1])
         if needed <= factor:
-            kept = replace(trial, usual=witness.usual(rules.risk))
-            write_margins(
-                run.margins_path(config),
-                kept,
-                rules,
-                {**about, "protocol": drawn.title, "confidence": confidence, "rounds": history},
-            )
-            return kept
+            margins = replace(trial, usual=witness.usual(risk))
+            about |= {"protocol": drawn.title, "confidence": confidence, "rounds": history}
+            write_margins(path, margins, rules.rule_set, about)
+            return margins
         if math.isinf(needed):
-            raise DataError(_why_infinite(scores, rules.risk, confidence))
+            raise DataError(_why_infinite(scores, risk, confidence))
         factor = min(max(needed, _GROWTH[0] * factor), _GROWTH[1] * factor)
     raise DataError(
-        f"no margins were found in {rounds} rounds: the last factor tried was {history[-1]['factor']:.3g}, and "
-        f"{needed:.3g} would have been needed. Run more rounds or episodes, or state a larger risk"
+        f"no margins were found in {rounds} rounds: the last factor was {history[-1]['factor']:.3g}, and {needed:.3g} "
+        f"was needed. Run more rounds or episodes, or state a larger risk"
     )
 
 
 def uses_margins(method: MethodConfig) -> bool:
-    """Whether a method keeps the margins of a rule set."""
+    """Return whether a method applies guardrails with margins."""
     return isinstance(method, PlannedMethod) and method.guarding in ("calibrated", "per candidate")
 
 
@@ -127,20 +125,20 @@ def _why_infinite(scores: Float[Tensor, "N"], risk: float, confidence: float) ->
     broken = int(scores.isinf().sum())
     if broken == 0:
         return (
-            f"{len(scores)} episodes cannot tell a risk of {risk:g} at a confidence of {confidence:g}: at least "
-            f"{math.ceil(math.log(1 - confidence) / math.log1p(-risk))} are needed. Run more"
+            f"{len(scores)} episodes cannot show a risk of {risk:g} at a confidence of {confidence:g}: run at least "
+            f"{math.ceil(math.log(1 - confidence) / math.log1p(-risk))}"
         )
     low, high = wilson_interval(broken, len(scores))
     return (
-        f"in {broken} of {len(scores)} episodes (95% interval {low:.1%} to {high:.1%}) a guardrail was broken while no "
-        f"plan held and the fallback acted, which no margin mends at a risk of {risk:g}. Declare another fallback, or "
-        f"state a larger risk"
+        f"in {broken} of {len(scores)} episodes (95% interval {low:.1%} to {high:.1%}) a guardrail was broken while "
+        f"the fallback acted, because no plan kept the guardrails. Margins cannot reduce this to a risk of {risk:g}. "
+        f"Declare another fallback, or state a larger risk"
     )
 
 
 def _protocol_of(run: Run) -> str:
     if run.recipe.protocol is None:
-        raise ConfigError("the recipe names no protocol; say in which world to calibrate (--protocol)")
+        raise ConfigError("the recipe names no protocol; name the one to calibrate in (--protocol)")
     return run.recipe.protocol
 
 
@@ -150,7 +148,7 @@ def _quantities(run: Run) -> dict[str, str]:
 
 
 class _Scores:
-    """A witness that gathers, for each episode, what would have refused the plan that first broke a guardrail in it."""
+    """Scores each episode by the factor that would have refused the plan that first broke a guardrail in it."""
 
     def __init__(self, run: Run, config: PlannedMethod, shape: Float[Tensor, "G T"], factor: float) -> None:
         self._model, self._labels = run.model, _quantities(run)
@@ -164,33 +162,33 @@ class _Scores:
         self._agent: PlanningAgent | None = None
 
     def scores(self) -> list[float]:
-        """Return one score for each episode that was begun."""
+        """Return one score for each episode so far."""
         return [*self._done, *self._now.tolist()]
 
     def usual(self, risk: float) -> float:
-        """Return what errors that are seen at the end of a block exceed with this probability, in margins."""
+        """Return what the errors seen at the end of a block exceed with probability `risk`, in units of the margins."""
         found = torch.cat(self._errors) if self._errors else torch.ones(0)
         usual = conformal_quantile(found, risk)
         return max(usual, _LEAST) if math.isfinite(usual) else 1.0
 
     def begin(self, agent: Agent, size: int) -> None:
-        """Begin episodes in so many environments."""
+        """Begin episodes in `size` environments."""
         self._done += self._now.tolist()
         self._agent, self._now, self._broken = planning_parts(agent)[""], np.zeros(size), np.zeros(size, bool)
 
     def saw(self, frame: Frame, step: int) -> None:
-        """Compare what the world gives with what the plan that led here predicted."""
+        """Compare the world with what the plan that led here predicted."""
         assert self._agent is not None
         plan, rails = self._agent.plan, self._agent.rails
         quantities = {
-            name: torch.from_numpy(frame.numbers(label, "the policy"))
+            name: torch.from_numpy(frame.numbers(label, "the rule set"))
             for name, label in self._labels.items()
             if frame.info(label) is not None
         }
         told = [rail.true(quantities) for rail in rails]
         known = [one.cpu().double() for one in told if one is not None]
         refused = np.isin(np.arange(len(frame.rows)), self._agent.refused)
-        if step % self._block == 0:  # for what no quantity tells, and to know the usual errors
+        if step % self._block == 0:  # for guardrails that no quantity tells of, and for the usual errors
             with torch.inference_mode():
                 here = self._model.encode(frame.observations.to(self._model.device))
                 if step > 0 and plan is not None:
@@ -205,36 +203,35 @@ class _Scores:
             return
         broken = (torch.stack(known).amax(dim=0) > 0).numpy()
         fresh = broken & ~self._broken[frame.rows]
-        if step > 0 and plan is not None:  # what was broken before it acted is nobody's plan
+        if step > 0 and plan is not None:  # what was broken before the first action is no plan's fault
             predicted = torch.stack([plan.violations[rail.name].cpu() for rail in rails], dim=1)
             score = np.where(refused, np.inf, refusing(predicted - self._factor * self._shape, self._shape).numpy())
             self._now[frame.rows[fresh]] = np.maximum(score[fresh], _LEAST)
         self._broken[frame.rows] |= broken
 
 
-def _shape(run: Run, rules: RuleSet, horizon: int, risk: float, progress: Progress) -> Float[Tensor, "G T"]:
-    """Return the shape of margins, from stretches of `horizon` blocks of held-out logs."""
-    dataset, rails = EpisodeDataset.open(run.data), rules.rails(run)
+def _shape(run: Run, rails: Sequence[Rail], horizon: int, risk: float, progress: Progress) -> Float[Tensor, "G T"]:
+    """Return the shape of the margins, from all windows of `horizon` blocks in held-out logs."""
+    dataset, held_out = run.held_out()
     needed = (run.model.spec.context - 1 + horizon) * run.model.spec.block
-    held_out = run.heads().get("held_out") or range(len(dataset))
     found = []
     with progress.task("errors on logs", len(held_out), "episode") as task, torch.inference_mode():
         for number in held_out:
             task.advance(1)
-            episode = dataset.episode(int(number))
+            episode = dataset.episode(number)
             if episode.steps >= needed:
-                found.append(_stretches(episode, run.model, rails, _quantities(run), horizon))
+                found.append(_errors(episode, run.model, rails, _quantities(run), horizon))
     if not found:
-        raise DataError(f"no held-out episode is as long as a plan, {needed} steps; record longer ones")
+        raise DataError(f"no held-out episode is as long as a plan ({needed} steps); record longer episodes")
     return margin_shape(torch.cat(found), risk)
 
 
-def _stretches(
+def _errors(
     episode: Episode, model: JEPA, rails: Sequence[Rail], labels: Mapping[str, str], horizon: int
 ) -> Float[Tensor, "N G T"]:
-    """Return what really was less what was predicted, for every stretch of an episode.
+    """Return the true violations minus the predicted ones, for every window of an episode.
 
-    What begins where a guardrail is broken already says nothing of it.
+    They are NaN for a guardrail that is already broken where the window begins.
     """
     context, block = model.spec.context, model.spec.block
     frames = Observations.from_numpy(
@@ -265,7 +262,7 @@ def _stretches(
         if told is None:
             really.append(rail.raw(seen)[:, 0].cpu().float())
             continue
-        worst = told[1:].view(-1, block).amax(dim=1).float()  # on the way of each block
+        worst = told[1:].view(-1, block).amax(dim=1).float()  # along each block
         truth = worst[starts[:, None] + ahead]
         really.append(truth.masked_fill((told[starts * block] > 0)[:, None], torch.nan))
     return torch.stack(really, dim=1) - predicted

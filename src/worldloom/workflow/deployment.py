@@ -1,4 +1,4 @@
-"""A run on a plant: its goal read from a file, its fit to the plant checked, its report kept."""
+"""Deploying a run on a plant: reading the goal, checking that the run fits, and writing the report."""
 
 import time
 from dataclasses import asdict
@@ -15,16 +15,18 @@ from worldloom.workflow.run import Run
 
 
 def read_goal(run: Run, path: Path) -> Goal:
-    """Read a goal: a picture, or JSON with a `vector` and/or the path of a picture as `pixels`, relative to it.
+    """Read a goal: a picture, or JSON with a `vector`, a picture as `pixels` (a path relative to the file), or both.
 
     Raises:
-        DataError: it is not what the model was trained on.
+        DataError: the goal does not have the form that the model was trained on.
     """
     spec = run.model.spec.observation
     if path.suffix.lower() != ".json":
         goal = read_picture(path, spec.pixels) if spec.pixels is not None else None
         if goal is None or spec.vector:
-            raise DataError(f'the model sees a vector of {spec.vector}; give the goal as JSON: {{"vector": [...]}}')
+            raise DataError(
+                f'the model takes a vector of {spec.vector} values; give the goal as JSON: {{"vector": [...]}}'
+            )
         return Goal(observations=goal)
     values = read_json(path)
     if not isinstance(values, dict) or (unknown := sorted(set(values) - {"vector", "pixels"})):
@@ -47,7 +49,11 @@ def read_goal(run: Run, path: Path) -> Goal:
 
 
 def check_plant(run: Run, link: Link) -> None:
-    """Raise `DataError` where the plant does not give or take what the model was trained on."""
+    """Check that a plant gives the observations and takes the actions that the model was trained on.
+
+    Raises:
+        DataError: they differ.
+    """
     spec = run.model.spec
     for name, ours, theirs in (
         ("observation", asdict(spec.observation), asdict(link.observation)),
@@ -55,13 +61,13 @@ def check_plant(run: Run, link: Link) -> None:
     ):
         if ours != theirs:
             raise DataError(
-                f"the model was trained on the {name} {ours} and the plant has {theirs}; deploy a run of this plant's "
-                f"data"
+                f"the model was trained on the {name} {ours} and the plant has {theirs}; deploy a run that was trained "
+                f"on data of this plant"
             )
 
 
 def store_report(run: Run, report: ControlReport) -> Path:
-    """Write the figures and the timeline into the run folder; return their folder."""
+    """Write the figures and the timeline of a deployment into the run folder; return their folder."""
     folder = run.path / "deployments" / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     write_json(folder / "report.json", report.to_json())
     draw_timeline(report, folder / "timeline.svg")

@@ -105,7 +105,7 @@ def _held_out(run: Run) -> _Seen:
         dataset = EpisodeDataset.open(run.data)
     except (DataError, StorageError) as error:
         raise DataError(f"a plan is explained with frames of the logs, which could not be read: {error}") from error
-    chosen = run.heads().get("held_out") or range(len(dataset))
+    chosen = run.figures.get("held_out") or range(len(dataset))
     episodes = [dataset.episode(int(number)) for number in list(chosen)[:_EPISODES]]
     label, block = position_label(episodes), run.model.spec.block
     latents, frames, positions = [], [], []
@@ -129,7 +129,7 @@ def _draw_future(figure: Any, run: Run, observations: Observations, goal: Goal, 
     horizon = plan.latents.shape[1]
     places = np.unique(np.linspace(0, horizon - 1, min(_SHOWN, horizon)).round().astype(int))
     frames, gaps = seen.nearest(plan.latents[0, places.tolist()])
-    block, step = run.model.spec.block, run.geometry.step_length
+    block, step = run.model.spec.block, run.heads.geometry.step_length
     assert observations.pixels is not None
     assert goal.observations.pixels is not None
     shown = [("now", observations.pixels[0].numpy(), "what it sees")]

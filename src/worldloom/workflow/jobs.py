@@ -1,4 +1,4 @@
-"""The main job: collect, train, evaluate; each step can be broken off and taken up again."""
+"""The main jobs: collect, train, evaluate and explore. Collecting and training can be interrupted and resumed."""
 
 import hashlib
 import json
@@ -47,6 +47,7 @@ from worldloom.reports import write_report
 from worldloom.training import FREE, Ranks, RunFolder, describe_provenance, fit, make_fabric
 from worldloom.workflow.report_data import report_data
 from worldloom.workflow.run import Run, differences, recipe_values
+from worldloom.workflow.session import Session, session_of
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def train(
     progress = progress if ranks.first else SILENT
     folder = ranks.in_turn(lambda: _folder(recipe, dataset, Path(path), resume, ranks), ahead=ranks.first)
     run = Run(folder)
-    if run.heads().get("complete") and all(run.head(name).with_suffix(".json").is_file() for name in _added(recipe)):
+    if run.figures.get("complete") and all(_fitted(run, name) for name in _added(recipe)):
         _log.info("%s is complete", path)
         return run
     try:
@@ -171,14 +172,14 @@ def _train_heads(run: Run, cache: Frames, progress: Progress) -> None:
     recipe, model = run.recipe, run.model
     seed = recipe.training.seed
     training, held_out = cache.split(recipe.training.validation_share, seed)
-    kept = {name: value for name, value in run.heads().items() if name.endswith("_seconds")}
+    kept = {name: value for name, value in run.figures.items() if name.endswith("_seconds")}
     figures: dict[str, Any] = {"held_out": [int(episode) for episode in held_out], **kept}
     latents = encode_episodes(model, cache, episodes=training, progress=progress)
 
     def learn(name: str, fit_head: Callable[..., Any], *on: Any, of: tuple[WorldModel, ...] = (model,)) -> None:
         began = time.perf_counter()
-        if not run.head(name).with_suffix(".json").is_file():
-            fit_head(*on, seed=seed, progress=progress).save(run.head(name), *of)
+        if not _fitted(run, name):
+            fit_head(*on, seed=seed, progress=progress).save(run.heads.stem(name), *of)
             figures[f"{name}_seconds"] = round(time.perf_counter() - began, 2)
             write_json(run.path / "heads.json", figures)
 
@@ -190,23 +191,28 @@ def _train_heads(run: Run, cache: Frames, progress: Progress) -> None:
     for level, config in enumerate(recipe.hierarchy, 1):
         name = f"coarse-{level}"
         learn(name, fit_coarse, below, seen, config, of=(below,))
-        coarse = CoarseModel.load(run.head(name), below)
+        coarse = CoarseModel.load(run.heads.stem(name), below)
         below, seen = coarse, coarse.coarsen(seen)
         learn(f"{name}-geometry", measure_geometry, coarse, seen, recipe.inverse, of=(coarse,))
     for name, probe in recipe.probes.items():
         learn(f"probe-{name}", _fit_probe, model, cache, training, name, probe)
-    learn("reactive", fit_reactive, model, latents, run.geometry, recipe.reactive)
+    learn("reactive", fit_reactive, model, latents, run.heads.geometry, recipe.reactive)
     cloning = partial(fit_behaviour_cloning, episodes=training, device=model.device)
     learn("cloning", cloning, cache, recipe.cloning, of=())
-    reversibility = run.geometry.reversibility
+    reversibility = run.heads.geometry.reversibility
     figures |= {
-        "step_length": run.geometry.step_length,
+        "step_length": run.heads.geometry.step_length,
         "reversibility_remaining": reversibility.remaining,
         "reversible": reversibility.reversible,
     }
     if len(held_out):
         figures |= _rank(run, encode_episodes(model, cache, episodes=held_out))
     write_json(run.path / "heads.json", {**figures, "complete": True})
+
+
+def _fitted(run: Run, name: str) -> bool:
+    """Return whether a head is there; its JSON is written last."""
+    return run.path.joinpath("heads", name).with_suffix(".json").is_file()
 
 
 def _added(recipe: Recipe) -> list[str]:
@@ -254,13 +260,13 @@ def _rank(run: Run, episodes: LatentEpisodes, pairs: int = 2048) -> dict[str, fl
     latents, goals = episodes.latents[episode, first], episodes.latents[episode, second]
     steps = (second - first).float()
     return {
-        "rank_correlation/distance": rank_correlation(run.distance, latents, goals, steps),
+        "rank_correlation/distance": rank_correlation(run.heads.distance, latents, goals, steps),
         "rank_correlation/latent": rank_correlation(LatentL2(), latents, goals, steps),
     }
 
 
 def evaluate(
-    run: Run,
+    run: Run | Session,
     *,
     protocol: str | None = None,
     success: str | None = None,
@@ -275,22 +281,24 @@ def evaluate(
     exploration: int | None = None,
     progress: Progress = SILENT,
 ) -> Results:
-    """Evaluate methods of the run and write `results.json` and `report.html`; see `report_path`.
+    """Evaluate methods of a run and write `results.json` and `report.html`; see `report_path`.
 
-    `others` are agents that are not of the run, by the name of their row: see `worldloom.evaluation.ForeignPolicy`.
-    The protocol is the one named, else the recipe's, else one that the run's world has, else one whose goals the
-    logging policy reached (then `success` says what counts, such as `position:3`). `split` takes one of its splits
-    alone; `exploration` replaces the steps before a goal is told. A run with a memory evaluates agents that go on from
-    what it holds.
+    In a session, agents obey its rules, except the baselines that obey none, and go on from what its memory holds.
+    `others` are agents from elsewhere, by the name of their row: see `worldloom.evaluation.ForeignPolicy`.
+    The protocol is the one named, or the recipe's, or that of the run's world, or one whose goals the logging policy
+    reached; for the last, `success` says what counts, such as `position:3`. `split` takes a single split of the
+    protocol; `exploration` replaces the number of steps before the goal is given.
 
     Raises:
-        ConfigError: no protocol or method of that name, or `success` is missing where it is needed.
+        ConfigError: there is no such protocol or method, or `success` is needed and missing.
         EnvironmentFailure: see `worldloom.evaluation.runner`.
     """
+    session = session_of(run)
+    run = session.run
     chosen = list(run.recipe.methods) if methods is None else list(methods)
-    agents = {name: _factory(run, name) for name in chosen}
     for name in chosen:
-        run.method(name)  # an unknown method is said before anything runs
+        run.recipe.method(name)  # an unknown method is an error before anything runs
+    agents: dict[str, Callable[[], Agent]] = {name: partial(session.agent, name, compared=True) for name in chosen}
     agents |= others or {}
     results = evaluate_methods(
         _protocol(run, protocol, success, goal_offset, budget, episodes, seed, env_kwargs or {}, split, exploration),
@@ -306,7 +314,7 @@ def evaluate(
 
 
 def explore(
-    run: Run,
+    run: Run | Session,
     steps: int,
     *,
     method: str | None = None,
@@ -316,19 +324,20 @@ def explore(
     seed: int | None = None,
     progress: Progress = SILENT,
 ) -> int:
-    """Let an agent explore the worlds of a protocol's episodes, each for so many steps; return how many it saw.
+    """Let an agent explore the worlds of a protocol's episodes, each for so many steps; return how many worlds it saw.
 
-    What it sees goes into the run's memory, where it has one. `evaluate` with `exploration=0` and the same protocol,
-    split, episodes and seed then asks for far goals in the same worlds.
+    In a session with a memory, it remembers what it sees. `evaluate` with `exploration=0` and the same protocol, split,
+    episodes and seed then asks for far goals in the same worlds.
 
     Raises:
         ConfigError: the method does not explore, or there is no such method, protocol or split.
     """
-    name = method or run.recipe.default_method
-    agent = run.agent(name)
+    session = session_of(run)
+    name = method or session.run.recipe.default_method
+    agent = session.agent(name)
     if not isinstance(agent, Exploring):
         raise ConfigError(f"the method {name!r} does not explore; choose one that does, such as landmarks")
-    chosen = _protocol(run, protocol, None, None, None, episodes, seed, {}, split, 0)
+    chosen = _protocol(session.run, protocol, None, None, None, episodes, seed, {}, split, 0)
     return explore_worlds(chosen, agent, steps, progress=progress)
 
 
@@ -349,10 +358,6 @@ def report_path(run: Run, results: Results) -> Path:
         text = json.dumps([protocol.fingerprint, protocol.seed, methods])
         name += f"-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
     return run.path / "evaluation" / name / "report.html"
-
-
-def _factory(run: Run, method: str) -> Callable[[], Any]:
-    return lambda: run.agent(method, compared=True)
 
 
 def _protocol(

@@ -1,4 +1,4 @@
-"""A run and a memory together: what is seen becomes a query, and logs become memories."""
+"""Filling and querying an episodic memory with the model of a run."""
 
 from pathlib import Path
 
@@ -10,31 +10,27 @@ from torch import Tensor
 from worldloom.core.errors import DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.types import Observations
-from worldloom.data import EpisodeDataset, read_picture
+from worldloom.data import EpisodeDataset
 from worldloom.memory import EpisodicMemory
 from worldloom.workflow.run import Run
 
 
 def encode_picture(run: Run, path: Path, memory: EpisodicMemory) -> Float[Tensor, "1 D"]:
-    """Return the latent of a picture, as a query to a memory of the run's model.
+    """Return the latent of a picture, as a query to a memory of the same model.
 
     Raises:
         CheckpointError: the memory holds latents of another model.
-        DataError: the model sees more than pictures, or the picture is not what it takes.
+        DataError: the model takes more than pixels, or the picture has another size.
     """
-    spec = run.model.spec
-    memory.spec.check(spec, memory.path)
-    if spec.observation.pixels is None or spec.observation.vector:
-        raise DataError("the model does not see by pictures alone; recall by --id instead")
-    with torch.inference_mode():
-        return run.model.encode(read_picture(path, spec.observation.pixels).to(run.device)).cpu()
+    memory.spec.check(run.model.spec, memory.path)
+    return run.heads.examples([str(path)]).cpu()
 
 
 def remember(run: Run, data: Path | str, memory: EpisodicMemory, *, progress: Progress = SILENT) -> int:
-    """Append a dataset's episodes to a memory, a memory for each block of actions; return how many.
+    """Append the episodes of a dataset to a memory, one memory for each block of actions; return how many.
 
     Raises:
-        DataError: the model takes other observations or actions.
+        DataError: the model takes other observations or actions than the dataset holds.
     """
     spec = run.model.spec
     dataset = EpisodeDataset.open(data)

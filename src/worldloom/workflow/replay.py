@@ -1,25 +1,24 @@
-"""Audit logs of runs: shown, verified, and their decisions made again."""
+"""Replaying decisions from the audit log of a run."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from worldloom.agents import METHODS, Decision, log_path, planning_parts, replay
+from worldloom.agents import METHODS, AgentParts, Decision, log_path, planning_parts, replay
 from worldloom.core.chain import Entry, entries
 from worldloom.core.config import parse_component
 from worldloom.core.errors import DataError
 from worldloom.guardrails import Margins, RuleLayer, RuleSet
-from worldloom.training import RunFolder
 from worldloom.workflow.run import Run
 
 
 def read_entry(folder: Path, index: int) -> tuple[Entry, Entry]:
-    """Return an entry of a log, and the last one before it that says of which agent.
+    """Return an entry of a log, and the last entry before it that describes the agent.
 
     Raises:
         StorageError: there is no log.
-        DataError: there is no such entry, or one up to it does not verify.
+        DataError: there is no such entry, or an entry up to it does not verify.
     """
     opened: Entry | None = None
     for entry in entries(log_path(folder)):
@@ -27,31 +26,33 @@ def read_entry(folder: Path, index: int) -> tuple[Entry, Entry]:
             opened = entry
         if entry.index == index and opened is not None:
             return entry, opened
-    raise DataError(f"{folder} has no entry {index} of an agent; worldloom audit show lists them")
+    raise DataError(f"{folder} has no entry {index} of an agent; 'worldloom audit show' lists the entries")
 
 
 def replay_entry(folder: Path, index: int, *, run: Path | None = None) -> tuple[Decision, bool, dict[str, Any]]:
-    """Make a decision of a log again; return it, whether it is the same bit for bit, and what the log says of it.
+    """Replay a decision of a log; return it, whether it is equal bit for bit, and the body of its entry.
 
-    The agent is built from what the log records: method, layers of the rule set and margins. `run` names the run if it
-    was moved since.
+    The agent is built from what the log records: the method, the layers of the rule set, and the margins. `run` is the
+    run folder, if it was moved since.
 
     Raises:
-        DataError: the entry is no decision, or of another model than the run has now.
-        StorageError: the run or the situation is gone.
+        DataError: the entry is not a decision, or the run holds another model now.
+        StorageError: the run or the recorded situation is missing.
     """
     entry, opened = read_entry(folder, index)
     about = opened.body
-    there = Run(RunFolder.open(run or about["run"]))
+    there = Run.open(run or about["run"])
     if there.model.spec.fingerprint != about["model"]:
-        raise DataError(f"{there.path} holds another model than the one that decided; name the run that does (--run)")
-    layers = tuple(RuleLayer.parse(layer) for layer in about["layers"])
-    rules, margins = RuleSet(layers=layers) if layers else None, None
-    if rules is not None and about["margins"] is not None:
-        values = torch.tensor(about["margins"], dtype=torch.float32)
-        margins = Margins(values=values, risk=rules.risk or 0.5, episodes=0)
+        raise DataError(f"{there.path} holds another model than the one that decided; name the right run (--run)")
+    layers, values = tuple(RuleLayer.parse(layer) for layer in about["layers"]), about["margins"]
+    rules = there.bind(RuleSet(layers=layers)) if layers else None
+    margins = None
+    if rules is not None and values is not None:
+        values = torch.tensor(values, dtype=torch.float32)
+        margins = Margins(values=values, risk=rules.rule_set.risk or 0.5, episodes=0)
     torch.set_num_threads(about["threads"])  # how sums are split among threads decides their last bit
-    agent = parse_component(METHODS, about["method"]).build(there.under(rules, margins), seed=0)
+    parts = AgentParts(heads=there.heads, rules=rules, margins=margins)
+    agent = parse_component(METHODS, about["method"]).build(parts, seed=0)
     part = planning_parts(agent)[entry.body.get("part", "")]
     decision, same = replay(folder, entry, part, there.device)
     return decision, same, dict(entry.body)

@@ -1,4 +1,4 @@
-"""What a report shows of a run beside its table: its latents, its distance, its predictions."""
+"""What the report of an evaluation shows of the run: its latents, its learned distance and its predictions."""
 
 import numpy as np
 import torch
@@ -10,7 +10,6 @@ from worldloom.core.actions import Walk
 from worldloom.core.errors import CheckpointError, DataError, StorageError
 from worldloom.core.seeds import torch_generator
 from worldloom.core.types import Context, Episode, Observations
-from worldloom.data import EpisodeDataset
 from worldloom.heads import LatentEpisodes, dream
 from worldloom.models import LinearProbe
 from worldloom.planning import LatentL2
@@ -22,7 +21,7 @@ _PATHS = 6
 
 
 def report_data(run: Run) -> ReportData:
-    """Return what there is to show; where the dataset is gone or has no 2-D position, say so."""
+    """Return what the report shows; it leaves out parts if the dataset is gone or has no 2-D position."""
     baselines = [
         name for name, method in run.recipe.methods.items() if isinstance(method, RandomMethod | CloningMethod)
     ]
@@ -33,9 +32,11 @@ def report_data(run: Run) -> ReportData:
         return ReportData(metrics=metrics, baselines=baselines, absent=reasons)
 
     try:
-        episodes = _held_out(run)
+        dataset, held_out = run.held_out()
+        episodes = [dataset.episode(number) for number in held_out[:_EPISODES]]
     except (DataError, StorageError) as error:
         return without("the dataset", error)
+    episodes = [episode for episode in episodes if episode.steps >= 2 * run.recipe.model.block]
     label = position_label(episodes)
     if label is None:
         return ReportData(metrics=metrics, baselines=baselines)
@@ -43,7 +44,7 @@ def report_data(run: Run) -> ReportData:
     try:
         distance = shown.distance_map()
     except CheckpointError as error:
-        return without("the distance", error)  # the training was broken off; some methods need none
+        return without("the distance", error)  # training was interrupted; some methods do not need it
     return ReportData(
         metrics=metrics,
         baselines=baselines,
@@ -53,19 +54,8 @@ def report_data(run: Run) -> ReportData:
     )
 
 
-def _held_out(run: Run) -> list[Episode]:
-    dataset = EpisodeDataset.open(run.data)
-    chosen = run.heads().get("held_out") or range(len(dataset))
-    need = 2 * run.recipe.model.block
-    return [
-        episode
-        for episode in (dataset.episode(int(number)) for number in list(chosen)[:_EPISODES])
-        if episode.steps >= need
-    ]
-
-
 def position_label(episodes: list[Episode]) -> str | None:
-    """Return the label to draw by: 'position' if there is one, else the first of two values."""
+    """Return the label that gives positions: of the labels with two values, 'position' or the first by name."""
     flat = [name for name, values in (episodes[0].labels.items() if episodes else ()) if values.shape[1] == 2]
     return "position" if "position" in flat else next(iter(sorted(flat)), None)
 
@@ -96,7 +86,7 @@ class _Shown:
         self.unit = "px" if self._in_pixels else ""
 
     def predicted_paths(self) -> PredictedPaths | None:
-        """Compare open-loop predictions, read by the probe, with where the world went."""
+        """Compare open-loop predictions, read by the probe, with the recorded positions."""
         context = self._model.spec.context
         longest = min(len(latents) for latents in self._latents)
         if longest <= context:
@@ -121,13 +111,13 @@ class _Shown:
         )
 
     def distance_map(self) -> DistanceMap:
-        """Measure the distance of imagined states of one layout to a state of it; positions are read by the probe."""
+        """Measure the distance from imagined states of an episode to its last state; the probe reads positions."""
         row = int(np.argmax([np.ptp(position.numpy()[:, 0]) for position in self._positions]))
         episode = LatentEpisodes.of([(self._latents[row], self._blocks[row])])
         generator = torch_generator(0, "distance-map")
         walk = Walk(slowest=1.0)
         states = self._latents[row][:1]
-        for _ in range(2):  # walks from where the first ones led cover the room
+        for _ in range(2):  # walks that begin where the first ones ended cover the room
             dreams = dream(self._model, episode, per_episode=128, horizon=24, walk=walk, generator=generator)
             states = torch.cat([states, dreams.latents.flatten(0, 1)])
         goal = self._latents[row][-1]
@@ -137,8 +127,9 @@ class _Shown:
         states, positions = states[inside], positions[inside]
         with torch.no_grad():
             measures: dict[str, Tensor] = {
-                "learned distance (steps)": self._run.distance(states, goal),
-                "latent L2 (steps)": LatentL2(self._run.geometry.step_length)(states, goal) * self._model.spec.block,
+                "learned distance (steps)": self._run.heads.distance(states, goal),
+                "latent L2 (steps)": LatentL2(self._run.heads.geometry.step_length)(states, goal)
+                * self._model.spec.block,
             }
         return DistanceMap(
             positions=positions.double().numpy(),
@@ -154,9 +145,9 @@ class _Shown:
 
 
 def in_pixels(positions: Float[np.ndarray, "N 2"], frame: tuple[int, int, int]) -> bool:
-    """Return whether positions can be places in the picture, to be drawn on it: within it, over a quarter of it.
+    """Return whether positions can be pixels: inside the picture, and spread over a quarter of each side or more.
 
-    Others are in metres, or in units of a simulator's own.
+    Other positions are in metres, or in a simulator's own units.
     """
     height, width, _ = frame
     low, high = positions.min(axis=0), positions.max(axis=0)

@@ -1,74 +1,47 @@
-"""A run as its user sees it: what was trained, and agents made of it."""
+"""A run: what one training left behind."""
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-import worldloom
-from worldloom.agents import AuditLog, CloningPolicy, Learned, MethodConfig, PlannedMethod, ReactivePolicy
-from worldloom.core.chain import canonical
-from worldloom.core.errors import ConfigError, DataError, StorageError
+from worldloom.agents import AgentParts
+from worldloom.core.errors import StorageError
 from worldloom.core.files import read_json
-from worldloom.core.registry import nearest
 from worldloom.core.seams import Agent
-from worldloom.data import read_picture
+from worldloom.data import EpisodeDataset
 from worldloom.evaluation import default_protocol
-from worldloom.guardrails import Margins, Rail, RuleLayer, RuleSet, read_margins
-from worldloom.heads import CoarseModel, LatentGeometry, Probe, Support, TemporalDistance
-from worldloom.memory import EpisodicMemory
+from worldloom.guardrails import BoundRules, RuleSet
+from worldloom.heads import Heads
 from worldloom.models import JEPA, load_model
 from worldloom.recipes import Recipe
 from worldloom.training import RunFolder
 
-_LOADED = ("recipe", "model", "geometry", "distance", "hierarchy", "probes", "support", "reactive", "cloning")
 
+class Run:
+    """A run folder: what one training left behind. Its parts are loaded when they are first asked for.
 
-class Run(Learned):
-    """A run folder, opened for use; its parts are loaded when they are asked for.
+    A run holds nothing that must be closed. To act with a memory, an audit log or rules of your own, open a `Session`.
 
     Raises:
-        StorageError: there is no run at the path.
-        CheckpointError: a part is missing, damaged or of another model.
+        CheckpointError: a part is missing, damaged, or was fitted on another model. Raised when it is asked for.
     """
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        *,
-        device: torch.device | str | None = None,
-        memory: Path | str | None = None,
-        layers: Sequence[RuleLayer] = (),
-        audit: Path | str | None = None,
-    ) -> None:
-        self.folder, self._memory_path, self._layers = folder, memory, tuple(layers)
-        self._audit_path, self._audit = audit, None if audit is None else ExitStack()
-        self._margins: Margins | None = None
+    def __init__(self, folder: RunFolder, *, device: torch.device | str | None = None) -> None:
+        self.folder = folder
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(default if device is None else device)
 
     @classmethod
-    def open(
-        cls,
-        path: Path | str,
-        *,
-        device: torch.device | str | None = None,
-        memory: Path | str | None = None,
-        rules: Sequence[RuleLayer] = (),
-        audit: Path | str | None = None,
-    ) -> "Run":
-        """Open a run folder; `device` defaults to a GPU where there is one.
+    def open(cls, path: Path | str, *, device: torch.device | str | None = None) -> "Run":
+        """Open a run folder; `device` defaults to a GPU if there is one.
 
-        `memory` is the directory of the episodic memory that its agents keep, made where there is none. `rules` are
-        layers beneath the recipe's own. `audit` is the directory in which the decisions of its agent are written down.
+        Raises:
+            StorageError: there is no run at the path.
         """
-        return cls(RunFolder.open(path), device=device, memory=memory, layers=rules, audit=audit)
+        return cls(RunFolder.open(path), device=device)
 
     @property
     def path(self) -> Path:
@@ -82,7 +55,7 @@ class Run(Learned):
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Where the data came from: the `environment` of the dataset's spec, empty where nothing is known."""
+        """Where the data came from: the `environment` of the dataset's spec, empty if nothing is known."""
         environment: dict[str, Any] = self.folder.config["environment"]
         return environment
 
@@ -97,179 +70,57 @@ class Run(Learned):
         return load_model(self.folder.model_directory, self.device)
 
     @cached_property
-    def geometry(self) -> LatentGeometry:
-        """Step length, inverse dynamics and reversibility."""
-        return LatentGeometry.load(self.head("geometry"), self.model)
+    def heads(self) -> Heads:
+        """The world model with the heads that were fitted on it."""
+        recipe = self.recipe
+        return Heads(self.path / "heads", self.model, probe_names=tuple(recipe.probes), levels=len(recipe.hierarchy))
 
-    @cached_property
-    def distance(self) -> TemporalDistance:
-        """The learned temporal distance."""
-        return TemporalDistance.load(self.head("distance"), self.model)
-
-    @cached_property
-    def hierarchy(self) -> list[tuple[CoarseModel, LatentGeometry]]:
-        """The coarser models with their geometry, each of the one before it."""
-        levels: list[tuple[CoarseModel, LatentGeometry]] = []
-        for level in range(1, len(self.recipe.hierarchy) + 1):
-            coarse = CoarseModel.load(self.head(f"coarse-{level}"), levels[-1][0] if levels else self.model)
-            levels.append((coarse, LatentGeometry.load(self.head(f"coarse-{level}-geometry"), coarse)))
-        return levels
-
-    @cached_property
-    def probes(self) -> dict[str, Probe]:
-        """The probes of named quantities."""
-        return {name: Probe.load(self.head(f"probe-{name}"), self.model) for name in self.recipe.probes}
-
-    @cached_property
-    def support(self) -> Support:
-        """The latents of the data."""
-        return Support.load(self.head("support"), self.model)
-
-    def examples(self, names: Sequence[str]) -> Float[Tensor, "N D"]:
-        """Return the latents of pictures, by their paths.
-
-        Raises:
-            DataError: a path is no picture, or of another size.
-        """
-        expected = self.model.spec.observation.pixels
-        if expected is None or self.model.spec.observation.vector:
-            raise DataError("the model does not see by pictures alone; it cannot be shown examples as pictures")
-        with torch.inference_mode():
-            every = [self.model.encode(read_picture(Path(name), expected).to(self.device)) for name in names]
-        return torch.cat(every)
-
-    def peer(self, name: str) -> JEPA:
-        """Return the model of another run, by its path.
-
-        Raises:
-            StorageError: there is no run.
-        """
-        return load_model(RunFolder.open(name).model_directory, self.device)
-
-    @cached_property
-    def rules(self) -> RuleSet | None:
-        """What its agents keep: the recipe's layer, and those that the run was opened with."""
-        own = () if self.recipe.rules is None else (self.recipe.rules,)
-        layers = (*own, *self._layers)
-        return RuleSet(layers=layers) if layers else None
-
-    def margins(self, method: MethodConfig) -> Margins | None:
-        """Return the margins that were calibrated for its rule set and a method, if any were.
-
-        Raises:
-            StorageError: the file is damaged.
-        """
-        if self._margins is not None:
-            return self._margins
-        if self.rules is None or not (path := self.margins_path(method)).is_file():
-            return None
-        made = method.model_dump(mode="json")
-        return read_margins(path, self.rules, model=self.model.spec.fingerprint, method=made)
-
-    def margins_path(self, method: MethodConfig) -> Path:
-        """Return where the margins for its rule set and a method are kept; another rule set or method has its own."""
-        assert self.rules is not None
-        made = method.calibrated_as if isinstance(method, PlannedMethod) else method.name
-        text = canonical([self.rules.fingerprint, self.model.spec.fingerprint, made])
-        return self.path / "margins" / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.json"
-
-    def auditor(self, method: MethodConfig, guardrails: Sequence[Rail]) -> AuditLog | None:
-        """Return the audit log of an agent that is being built, with all that makes it what it is; None without one."""
-        if self._audit is None or self._audit_path is None:
-            return None
-        margins = self.margins(method) if self.rules is not None else None
-        about = {
-            "worldloom": worldloom.__version__,
-            "run": str(self.path),
-            "model": self.model.spec.fingerprint,
-            "method": method.model_dump(mode="json"),
-            "layers": [] if self.rules is None else [layer.model_dump(mode="json") for layer in self.rules.layers],
-            "margins": None if margins is None else margins.values.tolist(),
-            "threads": torch.get_num_threads(),
-        }
-        return self._audit.enter_context(AuditLog(self._audit_path, self.model, guardrails, about=about))
-
-    def under(self, rules: RuleSet | None, margins: Margins | None) -> "Run":
-        """Return the same run, whose agents keep another rule set, with these margins."""
-        run = Run(self.folder, device=self.device, memory=self._memory_path)
-        run.__dict__.update({name: self.__dict__[name] for name in _LOADED if name in self.__dict__})
-        run.__dict__["rules"] = rules
-        run._margins = margins
-        return run
-
-    @cached_property
-    def reactive(self) -> ReactivePolicy:
-        """The reactive policy."""
-        return ReactivePolicy.load(self.head("reactive"), self.model)
-
-    @cached_property
-    def cloning(self) -> CloningPolicy:
-        """The policy cloned from the same data."""
-        return CloningPolicy.load(self.head("cloning"), self.device)
-
-    @cached_property
-    def memory(self) -> EpisodicMemory | None:
-        """The episodic memory, open to write; None where none was named."""
-        if self._memory_path is None:
-            return None
-        return EpisodicMemory.open_or_create(self._memory_path, spec=self.model.spec)
-
-    def close(self) -> None:
-        """Let go of the memory and the audit log; what was written is kept in any case."""
-        if self._audit is not None:
-            self._audit.close()
-        if self.__dict__.get("memory") is not None:
-            self.__dict__.pop("memory").close()
-
-    def head(self, name: str) -> Path:
-        """Return where a part learned beside the world model is kept."""
-        return self.path / "heads" / name
-
-    def agent(self, method: str | None = None, *, seed: int = 0, compared: bool = False) -> Agent:
-        """Build an agent; by default the recipe's. Under a rule set it obeys it, unless it is only `compared` with.
-
-        Raises:
-            ConfigError: the recipe has no such method, or the method obeys no rule set and there is one.
-        """
-        name = method or self.recipe.default_method
-        config = self.method(name)
-        if self.rules is not None and not config.guarded and not compared:
-            able = [title for title, other in self.recipe.methods.items() if other.guarded]
-            raise ConfigError(
-                f"the method {name!r} does not obey guardrails, and the rule set has some; "
-                f"{f'choose {able[0]!r}' if able else 'the recipe has no method that does: add one of plan'}"
-            )
-        if self._audit is not None and not isinstance(config, PlannedMethod):
-            raise ConfigError(f"the method {name!r} writes no audit log; choose one that plans")
-        return config.build(self, seed=seed)
-
-    def method(self, name: str) -> MethodConfig:
-        """Return a method of the recipe.
-
-        Raises:
-            ConfigError: the recipe has no such method.
-        """
-        if name not in self.recipe.methods:
-            raise ConfigError(f"unknown method {name!r}; {nearest(name, self.recipe.methods)}")
-        return self.recipe.methods[name]
-
-    def heads(self) -> dict[str, Any]:
-        """Return the figures of the parts learned beside the world model."""
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The figures of the heads: held-out episodes, seconds, step length, rank correlations."""
         path = self.path / "heads.json"
         figures: dict[str, Any] = read_json(path) if path.is_file() else {}
         return figures
+
+    def held_out(self) -> tuple[EpisodeDataset, list[int]]:
+        """Return the dataset, and the episodes that training did not see; all of them if none were held out.
+
+        Raises:
+            DataError, StorageError: the dataset cannot be read.
+        """
+        dataset = EpisodeDataset.open(self.data)
+        return dataset, [int(number) for number in self.figures.get("held_out") or range(len(dataset))]
+
+    @cached_property
+    def rules(self) -> BoundRules | None:
+        """The recipe's own rules, bound to the heads; None if it has none."""
+        own = self.recipe.rules
+        return None if own is None else self.bind(RuleSet(layers=(own,)))
+
+    def bind(self, rules: RuleSet) -> BoundRules:
+        """Return a rule set bound to the heads, with the margins that were calibrated for it in the run folder."""
+        return BoundRules(rules, self.heads, self.path / "margins")
+
+    def agent(self, method: str | None = None, *, seed: int = 0) -> Agent:
+        """Build an agent of a method, by default the recipe's. It obeys the recipe's own rules, if there are any.
+
+        Raises:
+            ConfigError: the recipe has no such method, or it has rules and the method obeys none.
+        """
+        config = self.recipe.method(method, guarded=self.rules is not None)
+        return config.build(AgentParts(heads=self.heads, rules=self.rules), seed=seed)
 
     def evaluations(self) -> dict[str, dict[str, Any]]:
         """Return the results of each evaluation, by the name of its folder (see `report_path`)."""
         return {path.parent.name: read_json(path) for path in sorted(self.path.glob("evaluation/*/results.json"))}
 
     def summary(self) -> dict[str, Any]:
-        """Return the figures that runs are compared by.
+        """Return the figures by which runs are compared.
 
-        `success` is the default method's, over the splits of one `evaluation`: the recipe's protocol (or that of its
-        world) where it was run as it is, else the one that was written last.
+        `success` is the mean rate of the default method over the splits of one `evaluation`: that of the recipe's
+        protocol, or of its world's, if it was run unchanged; otherwise the evaluation that was written last.
         """
-        recipe = recipe_values(self.folder)  # as they stand: a part of it may need a module that is not imported
+        recipe = recipe_values(self.folder)  # not parsed: a part may need a module that is not imported
         metrics = self.folder.metrics()
         trained: dict[str, Any] = {}
         for line in metrics:
@@ -295,7 +146,7 @@ class Run(Learned):
         return {**summary, "success": _short(sum(rates[name]) / len(rates[name])), "evaluation": name}
 
     def _compared_by(self, evaluations: list[str]) -> str:
-        """Return the evaluation whose success stands for the run: its usual protocol's, else the last one."""
+        """Return the evaluation that `success` is taken from; see `summary`."""
         usual = recipe_values(self.folder).get("protocol") or default_protocol(self.environment.get("id"))
         if usual is not None and (name := usual.replace("/", "-")) in evaluations:
             return name
@@ -306,11 +157,11 @@ def recipe_values(folder: RunFolder) -> dict[str, Any]:
     """Return the recipe that a folder was made with, as JSON values.
 
     Raises:
-        StorageError: it was made by `worldloom.training.fit` alone, without a recipe.
+        StorageError: the folder was made by `worldloom.training.fit` alone, without a recipe.
     """
     values = folder.config.get("recipe")
     if not isinstance(values, dict):
-        raise StorageError(f"{folder.path} was made without a recipe; choose a folder that worldloom train made")
+        raise StorageError(f"{folder.path} was made without a recipe; choose a folder that 'worldloom train' made")
     if missing := [key for key in ("name", "default_method") if key not in values]:
         raise StorageError(
             f"the recipe in {folder.path / 'config.json'} has no {' and no '.join(missing)}; restore it from a copy"
@@ -319,13 +170,13 @@ def recipe_values(folder: RunFolder) -> dict[str, Any]:
 
 
 def find_runs(root: Path) -> Iterator[Run]:
-    """Yield the runs of recipes below a folder, in the order of their paths; a damaged one says so when it is used.
+    """Yield the runs of recipes below a folder, in the order of their paths. A damaged run raises when it is used.
 
     Raises:
         StorageError: there is no such folder.
     """
     if not root.is_dir():
-        raise StorageError(f"{root} is not a folder; name the one that holds your runs")
+        raise StorageError(f"{root} is not a folder; name the folder that holds your runs")
     for config in sorted(root.rglob("config.json")):
         if (config.parent / "provenance.json").is_file() and _may_be_of_a_recipe(config):
             yield Run.open(config.parent)

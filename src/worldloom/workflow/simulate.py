@@ -301,5 +301,5 @@ def measure(run: Run, frames: Frames, progress: Progress) -> None:
     episodes, _ = frames.split(run.recipe.training.validation_share, run.recipe.training.seed)
     latents = encode_episodes(run.model, frames, episodes=episodes, progress=progress)
     geometry = measure_geometry(run.model, latents, run.recipe.inverse, seed=run.recipe.training.seed)
-    geometry.save(run.head("geometry"), run.model)
+    geometry.save(run.heads.stem("geometry"), run.model)
     write_json(path, known)

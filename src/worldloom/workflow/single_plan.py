@@ -13,10 +13,11 @@ from worldloom.data import read_picture
 from worldloom.evaluation import PROTOCOLS, EvaluationWorld, default_protocol, draw_tasks
 from worldloom.workflow.explaining import Considered, explain
 from worldloom.workflow.run import Run
+from worldloom.workflow.session import Session, session_of
 
 
 def plan_once(
-    run: Run,
+    run: Run | Session,
     *,
     start: Path | None = None,
     goal: Path | None = None,
@@ -28,18 +29,25 @@ def plan_once(
 ) -> dict[str, Any]:
     """Plan once: between two pictures, or between a start and a goal that a protocol draws.
 
-    Returns `actions` (environment steps, each a list), `cost`, `predicted_gap` (how far from the goal the plan is
-    predicted to end, in typical model steps), `gap` (how far it is now), `milliseconds` (of a second planning, the
-    first one warming up), `rollouts`, and `refused`: whether no plan held and this is the fallback. With a path for a
-    `picture`, `explained` as well: see `worldloom.workflow.explaining.explain`.
+    With a path for a `picture`, the plan is drawn there; see `worldloom.workflow.explaining.explain`.
+
+    Returns:
+        `actions` (one list for each environment step), `cost`, `gap` and `predicted_gap` (the distance to the goal now
+        and at the predicted end of the plan, in typical model steps), `milliseconds` (of a second planning; the first
+        one warms up), `rollouts`, `refused` (whether no plan kept the guardrails, so that this is the fallback), and
+        `explained` with a picture.
 
     Raises:
         ConfigError: only one of the pictures is given, or the method does not plan.
-        DataError: a picture is not what the model was trained on.
+        DataError: a picture does not have the size that the model was trained on.
     """
-    agent = planning_parts(run.agent(method)).get("")
+    session = session_of(run)
+    run = session.run
+    agent = planning_parts(session.agent(method)).get("")
     if agent is None:
-        raise ConfigError(f"method {method!r} does not plan; choose one of the planners in the recipe's methods")
+        raise ConfigError(
+            f"the method {method or run.recipe.default_method!r} does not plan; choose a planner of the recipe"
+        )
     if (start is None) != (goal is None):
         raise ConfigError("give both --start and --goal, or neither")
     if start is not None and goal is not None:
@@ -56,7 +64,7 @@ def plan_once(
     explained = {} if picture is None else explain(run, picture, observations, target, plan, considered)
     with torch.no_grad():
         here, there = (run.model.encode(each.to(run.device)) for each in (observations, target.observations))
-    scale = run.geometry.step_length
+    scale = run.heads.geometry.step_length
     return {
         "method": method or run.recipe.default_method,
         "milliseconds": round(1e3 * agent.statistics["plan_seconds"][-1], 2),
@@ -73,7 +81,7 @@ def plan_once(
 def _picture(run: Run, path: Path) -> Observations:
     expected = run.model.spec.observation.pixels
     if expected is None or run.model.spec.observation.vector:
-        raise DataError("the model does not see by pictures alone; name a protocol that draws start and goal")
+        raise DataError("the model takes more than pixels; name a protocol that draws start and goal (--protocol)")
     return read_picture(path, expected)
 
 

@@ -1,0 +1,76 @@
+"""A rule set bound to a run: its guardrails and objectives beside a model, and the margins calibrated for it."""
+
+import hashlib
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from worldloom.core.chain import canonical
+from worldloom.core.seams import Objective
+from worldloom.guardrails.consistency import check_consistent
+from worldloom.guardrails.margins import Margins
+from worldloom.guardrails.margins_file import read_margins
+from worldloom.guardrails.rails import Rail
+from worldloom.guardrails.rule_set import RuleSet
+from worldloom.guardrails.rules import build_objective
+from worldloom.heads import Heads
+
+
+class BoundRules:
+    """A rule set bound to the heads of a run; `folder` holds the margins that were calibrated for it.
+
+    Raises:
+        ConfigError: a rule needs a head that the run does not have, or the guardrails contradict each other. Raised
+            when they are first asked for.
+    """
+
+    def __init__(self, rule_set: RuleSet, heads: Heads, folder: Path) -> None:
+        self.rule_set, self._heads, self._folder = rule_set, heads, folder
+        self._judged: dict[bytes, tuple[Rail, ...]] = {}
+
+    @cached_property
+    def _rails(self) -> tuple[Rail, ...]:
+        stated = self.rule_set.effective().items()
+        return tuple(config.build(title, owner, self._heads) for title, (config, owner) in stated)
+
+    def rails(self, margins: Margins | None = None) -> tuple[Rail, ...]:
+        """Return the guardrails, with calibrated `margins` added to their own; they are checked for consistency once.
+
+        Raises:
+            ConfigError: see `BoundRules`.
+        """
+        key = b"" if margins is None else margins.values.numpy().tobytes()
+        if key not in self._judged:
+            rails = self._rails
+            if margins is not None:
+                rails = tuple(
+                    rail.with_margin(rail.margin + values) for rail, values in zip(rails, margins.values, strict=True)
+                )
+            check_consistent(rails, self._heads.model, self._heads.support)
+            self._judged[key] = rails
+        return self._judged[key]
+
+    def objective(self, goal: Float[Tensor, "B D"], usual: Objective) -> Objective:
+        """Return the objective that the rule set makes of the `usual` one; see `build_objective`."""
+        every = {title: config for layer in self.rule_set.layers for title, config in layer.objectives.items()}
+        return build_objective(every, self._heads, goal, usual)
+
+    def margins(self, method: Mapping[str, Any]) -> Margins | None:
+        """Return the margins that were calibrated for a method, given by its settings; None if there are none.
+
+        Raises:
+            StorageError: the file is damaged.
+        """
+        path = self.margins_path(method)
+        if not path.is_file():
+            return None
+        return read_margins(path, self.rule_set, model=self._heads.model.spec.fingerprint, method=method)
+
+    def margins_path(self, method: Mapping[str, Any]) -> Path:
+        """Return the file of the margins for a method; each rule set, model and method has a file of its own."""
+        text = canonical([self.rule_set.fingerprint, self._heads.model.spec.fingerprint, canonical(method)])
+        return self._folder / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.json"

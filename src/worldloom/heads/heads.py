@@ -1,0 +1,86 @@
+"""The heads of a run: all that was learned and measured on the latents of its world model."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from worldloom.core.errors import DataError
+from worldloom.data import read_picture
+from worldloom.heads.coarse import CoarseModel
+from worldloom.heads.distance import TemporalDistance
+from worldloom.heads.geometry import LatentGeometry
+from worldloom.heads.probe import Probe
+from worldloom.heads.support import Support
+from worldloom.models import JEPA, load_model
+
+
+class Heads:
+    """A world model and the heads in a folder that were fitted on it; each is loaded when it is first asked for.
+
+    `probe_names` are the quantities that have a probe, `levels` is the number of coarser models.
+
+    Raises:
+        CheckpointError: a head is missing, damaged, or was fitted on another model. Raised on first use.
+    """
+
+    def __init__(self, folder: Path, model: JEPA, *, probe_names: Sequence[str] = (), levels: int = 0) -> None:
+        self.model = model
+        self._folder, self._probe_names, self._levels = folder, probe_names, levels
+
+    def stem(self, name: str) -> Path:
+        """Return the path of a head without its suffix."""
+        return self._folder / name
+
+    @cached_property
+    def geometry(self) -> LatentGeometry:
+        """Step length, inverse dynamics and reversibility."""
+        return LatentGeometry.load(self.stem("geometry"), self.model)
+
+    @cached_property
+    def distance(self) -> TemporalDistance:
+        """The learned temporal distance, in environment steps."""
+        return TemporalDistance.load(self.stem("distance"), self.model)
+
+    @cached_property
+    def support(self) -> Support:
+        """A sample of the latents of the data."""
+        return Support.load(self.stem("support"), self.model)
+
+    @cached_property
+    def probes(self) -> dict[str, Probe]:
+        """The probes, by the names of their quantities."""
+        return {name: Probe.load(self.stem(f"probe-{name}"), self.model) for name in self._probe_names}
+
+    @cached_property
+    def hierarchy(self) -> list[tuple[CoarseModel, LatentGeometry]]:
+        """The coarser models with their geometry. Each model predicts several steps of the one before it."""
+        levels: list[tuple[CoarseModel, LatentGeometry]] = []
+        for level in range(1, self._levels + 1):
+            coarse = CoarseModel.load(self.stem(f"coarse-{level}"), levels[-1][0] if levels else self.model)
+            levels.append((coarse, LatentGeometry.load(self.stem(f"coarse-{level}-geometry"), coarse)))
+        return levels
+
+    def examples(self, names: Sequence[str]) -> Float[Tensor, "N D"]:
+        """Return the latents of pictures, given by their paths.
+
+        Raises:
+            DataError: a file is not a picture or has another size, or the model needs more than pictures.
+        """
+        expected = self.model.spec.observation.pixels
+        if expected is None or self.model.spec.observation.vector:
+            raise DataError("the model takes more than pixels; a picture alone cannot be encoded")
+        with torch.inference_mode():
+            every = [self.model.encode(read_picture(Path(name), expected).to(self.model.device)) for name in names]
+        return torch.cat(every)
+
+    def peer(self, run: str) -> JEPA:
+        """Return the world model of another run, given by its folder.
+
+        Raises:
+            CheckpointError: there is no model, or it is damaged.
+        """
+        return load_model(Path(run) / "model", self.model.device)

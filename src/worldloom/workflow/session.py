@@ -1,0 +1,106 @@
+"""A session: a run in use, with rules, a memory and an audit log."""
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+import worldloom
+from worldloom.agents import AgentParts, AuditLog, MethodConfig, PlannedMethod
+from worldloom.core.errors import ConfigError
+from worldloom.core.seams import Agent
+from worldloom.guardrails import Margins, RuleSet
+from worldloom.memory import EpisodicMemory
+from worldloom.workflow.run import Run
+
+
+class Session:
+    """A run in use. It builds agents that obey its rules, write its memory and log their decisions; use it in `with`.
+
+    `rules` is a rule set whose layers come below the recipe's own. `memory` is the directory of the episodic memory,
+    which is created if it is missing. `audit` is the directory of the audit log, which holds the decisions of one
+    agent.
+
+    Raises:
+        ConfigError: `rules` loosen those of the recipe.
+        StorageError, CheckpointError: the memory belongs to another model, or another process writes it.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        rules: RuleSet | None = None,
+        memory: Path | str | None = None,
+        audit: Path | str | None = None,
+    ) -> None:
+        self.run, self.rules, self._audit = run, run.rules, audit
+        if rules is not None:
+            own = run.recipe.rules
+            self.rules = run.bind(rules if own is None else RuleSet(layers=(own, *rules.layers)))
+        self._owned = ExitStack()
+        self.memory: EpisodicMemory | None = None
+        if memory is not None:
+            self.memory = self._owned.enter_context(EpisodicMemory.open_or_create(memory, spec=run.model.spec))
+
+    def agent(self, method: str | None = None, *, seed: int = 0, compared: bool = False) -> Agent:
+        """Build an agent of a method of the recipe, by default its `default_method`.
+
+        Under rules the method must obey them, unless it is only `compared` with others that do.
+
+        Raises:
+            ConfigError: the recipe has no such method, it obeys no rules and there are some, or see `build`.
+        """
+        config = self.run.recipe.method(method, guarded=self.rules is not None and not compared)
+        return self.build(config, seed=seed)
+
+    def build(self, method: MethodConfig, *, seed: int = 0, margins: Margins | None = None) -> Agent:
+        """Build an agent of any method; `margins` replace those that were calibrated for it.
+
+        Raises:
+            ConfigError: the rules state a risk and no margins were calibrated, the guardrails contradict each other,
+                or there is an audit log and the method does not plan.
+            StorageError: another agent writes the audit log.
+        """
+        parts = AgentParts(heads=self.run.heads, rules=self.rules, margins=margins, memory=self.memory)
+        if self._audit is not None:
+            parts = replace(parts, auditor=self._audit_log(self._audit, method, parts))
+        return method.build(parts, seed=seed)
+
+    def _audit_log(self, folder: Path | str, method: MethodConfig, parts: AgentParts) -> AuditLog:
+        """Open the audit log of an agent, and write everything that its decisions depend on."""
+        if not isinstance(method, PlannedMethod):
+            raise ConfigError(
+                f"the method {method.name!r} does not plan, and only decisions of a planner are audited; choose another"
+            )
+        margins = method.margins(parts)
+        layers = [] if self.rules is None else self.rules.rule_set.layers
+        about = {
+            "worldloom": worldloom.__version__,
+            "run": str(self.run.path),
+            "model": self.run.model.spec.fingerprint,
+            "method": method.model_dump(mode="json"),
+            "layers": [layer.model_dump(mode="json") for layer in layers],
+            "margins": None if margins is None else margins.values.tolist(),
+            "threads": torch.get_num_threads(),
+        }
+        return self._owned.enter_context(AuditLog(folder, self.run.model, method.rails(parts), about=about))
+
+    def close(self) -> None:
+        """Close the audit log and the memory."""
+        self._owned.close()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def session_of(run: Run | Session) -> Session:
+    """Return the session, or one of the run alone, which holds nothing that must be closed."""
+    return run if isinstance(run, Session) else Session(run)

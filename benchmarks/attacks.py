@@ -25,7 +25,7 @@ from worldloom.core.files import write_json
 from worldloom.core.hardware import describe_hardware
 from worldloom.core.types import Goal, Observations
 from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
-from worldloom.workflow import Run
+from worldloom.workflow import Run, Session
 
 RESULTS = Path(__file__).parent / "results" / "attacks.json"
 METHODS = ("no guardrail", "calibrated")
@@ -81,7 +81,7 @@ class Flattered:
         """Alter the goal, and begin."""
         pixels = goal.observations.pixels
         assert pixels is not None
-        model, probe = self._run.model, self._run.probes["pit_depth"]
+        model, probe = self._run.model, self._run.heads.probes["pit_depth"]
         normalise = model.encoder.normalise
         begun = normalise(pixels).detach()
         unit = normalise.scale.permute(2, 0, 1)  # of one grey level
@@ -174,10 +174,10 @@ def attacked(arguments: argparse.Namespace, seed: int, attack: str, method: str)
         episodes=arguments.episodes, split=options["split"], env_kwargs=factors
     )
     with tempfile.TemporaryDirectory() as folder:
-        run = Run.open(arguments.runs / f"pits-{seed}" / "run", audit=folder)
+        run = Run.open(arguments.runs / f"pits-{seed}" / "run")
 
-        def build() -> Any:
-            agent = run.agent(method, compared=True)
+        def build(session: Session) -> Any:
+            agent = session.agent(method, compared=True)
             assert isinstance(agent, PlanningAgent)
             if options.get("flattered"):
                 return Flattered(agent, run)
@@ -185,8 +185,8 @@ def attacked(arguments: argparse.Namespace, seed: int, attack: str, method: str)
                 return Disturbed(agent, noise=options.get("noise", 0.0), dropped=options.get("dropped", 0.0))
             return agent
 
-        results = evaluate(protocol, {method: build}, record=0, progress=progress())
-        run.close()
+        with Session(run, audit=folder) as session:
+            results = evaluate(protocol, {method: lambda: build(session)}, record=0, progress=progress())
         logged, seen, refused = told(Path(folder))
     (row,) = results.rows
     broken = [place for place, episode in enumerate(row.episodes) if episode.violated]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldloom.agents import MethodConfig, PlanMethod, ReactiveMethod
+from worldloom.agents import AgentParts, MethodConfig, PlanMethod, ReactiveMethod
 from worldloom.cli.console import print_table, progress
 from worldloom.cli.options import set_threads
 from worldloom.core.files import write_json
@@ -100,7 +100,7 @@ def latency(
 ) -> dict[str, dict[str, float]]:
     """Time decisions of one environment, method after method in turn: warm starts are those of an episode's middle."""
     torch.set_num_threads(threads)
-    agents = {name: METHODS[name].build(run, seed=0) for name in names}
+    agents = {name: METHODS[name].build(AgentParts(heads=run.heads), seed=0) for name in names}
     starts = tasks_of(protocol, decisions)
     every = run.model.spec.block
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -152,7 +152,7 @@ def success(runs: Sequence[Run], names: Sequence[str], protocol: Protocol, episo
     results = [
         evaluate(
             protocol.customise(episodes=episodes),
-            {name: partial(METHODS[name].build, run, seed=0) for name in names},
+            {name: partial(METHODS[name].build, AgentParts(heads=run.heads), seed=0) for name in names},
             record=0,
             model=run.model.spec.fingerprint,
             training_seed=run.recipe.training.seed,

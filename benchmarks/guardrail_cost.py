@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldloom.agents import PlanMethod
+from worldloom.agents import AgentParts, PlanMethod
 from worldloom.cli.console import print_table
 from worldloom.cli.options import set_threads
 from worldloom.core.files import write_json
@@ -69,8 +69,8 @@ def timed(run: Run, policy: RuleSet, size: int, threads: int, decisions: int) ->
     split = "in the open"
     method = PlanMethod()
     agents = {
-        "without": method.build(run.under(None, None), seed=0),
-        "with": method.build(run.under(policy, None), seed=0),
+        "without": method.build(AgentParts(heads=run.heads), seed=0),
+        "with": method.build(AgentParts(heads=run.heads, rules=run.bind(policy)), seed=0),
     }
     looks: list[tuple[Any, Goal]] = []
     with EvaluationWorld(protocol, size) as world:

@@ -23,9 +23,8 @@ from worldloom.core.errors import DataError
 from worldloom.core.files import read_json, write_json
 from worldloom.core.hardware import describe_hardware
 from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
-from worldloom.guardrails import RuleSet
 from worldloom.recipes import load_recipe
-from worldloom.workflow import Run, calibrate
+from worldloom.workflow import Run, Session, calibrate
 from worldloom.workflow import jobs as workflow
 
 RESULTS = Path(__file__).parent / "results" / "guardrails.json"
@@ -96,21 +95,21 @@ def open_run(arguments: argparse.Namespace, seed: int) -> Run:
 
 
 def at(run: Run, risk: float) -> Run:
-    """Return the run under its policy with another risk."""
-    assert run.rules is not None
-    (layer,) = run.rules.layers
-    return run.under(RuleSet(layers=(layer.model_copy(update={"risk": risk}),)), None)
+    """Return the run with another risk in the rules of its recipe."""
+    return workflow.train(run.recipe.override([f"rules.risk={risk}"]), run.data, run.path, resume=True)
 
 
 def calibrated(run: Run, name: str) -> dict[str, Any]:
     """Calibrate a method where it is not; say how that went."""
-    method = run.method(name)
-    if run.margins(method) is None:
+    method, rules = run.recipe.method(name), run.rules
+    assert isinstance(method, PlanMethod)
+    assert rules is not None
+    if rules.margins(method.calibrated_as) is None:
         try:
             calibrate(run, method=name, protocol=PROTOCOL, progress=progress())
         except DataError as error:
             return {"refused": str(error)}
-    found = read_json(run.margins_path(method))
+    found = read_json(rules.margins_path(method.calibrated_as))
     return {key: found[key] for key in ("values", "usual", "rounds") if key in found}
 
 
@@ -138,7 +137,8 @@ def measure(run: Run, names: list[str], factors: dict[str, Any], arguments: argp
     base = methods["calibrated"]
     assert isinstance(base, PlanMethod)
     methods[ONLINE] = base.model_copy(update={"recalibrate": 0.5})
-    agents = {name: partial(methods[name].build, run, seed=0) for name in names}
+    session = Session(run)
+    agents = {name: partial(session.build, methods[name]) for name in names}
     results = evaluate(protocol, agents, record=0, progress=progress())
     return [
         {

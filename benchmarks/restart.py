@@ -30,11 +30,12 @@ _EXPLORER = """
 import sys, time
 from worldloom.cli.console import progress
 from worldloom.cli.options import set_threads
-from worldloom.recipes import Run, workflow
+from worldloom.workflow import Run, Session
+from worldloom.workflow import jobs as workflow
 set_threads(1)
 run, memory, protocol, split, episodes, steps = sys.argv[1:]
-opened = Run.open(run, memory=memory)
-workflow.explore(opened, int(steps), method="landmarks", protocol=protocol, split=split, episodes=int(episodes),
+session = Session(Run.open(run), memory=memory)
+workflow.explore(session, int(steps), method="landmarks", protocol=protocol, split=split, episodes=int(episodes),
                  progress=progress())
 print("explored", flush=True)
 time.sleep(3600)

@@ -62,7 +62,7 @@ def main() -> None:
         written = [(run.path / name).stat().st_mtime for name in ("provenance.json", "heads.json")]
         training.append(round((written[1] - written[0]) / 60, 1))
         frames.append(EpisodeDataset.open(folder / "data").frames)
-        heads.append({name: value for name, value in run.heads().items() if name != "held_out"})
+        heads.append({name: value for name, value in run.figures.items() if name != "held_out"})
     pooled = pool(all_results)
     values = {
         "command": f"python benchmarks/success.py {arguments.recipe} --seeds {' '.join(map(str, arguments.seeds))}"

@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 
+from worldloom.agents import PlanMethod
 from worldloom.cli.console import print_table, progress
 from worldloom.cli.options import set_threads
 from worldloom.core.files import write_json
@@ -26,7 +27,7 @@ from worldloom.core.signing import make_key, sign_file
 from worldloom.evaluation import PROTOCOLS, Frame, evaluate, wilson_interval
 from worldloom.guardrails import read_rules
 from worldloom.recipes import load_recipe
-from worldloom.workflow import Run, calibrate
+from worldloom.workflow import Run, Session, calibrate
 from worldloom.workflow import jobs as workflow
 
 RESULTS = Path(__file__).parent / "results" / "two-rule-sets.json"
@@ -97,12 +98,15 @@ def main() -> None:
     workflow.train(recipe, folder / "data", folder / "run", resume=True, progress=progress())
     rows, ways = [], {}
     for owner, text in POLICIES.items():
-        run = Run.open(folder / "run", rules=signed(text).layers)
-        if run.margins(run.method("calibrated")) is None:
-            calibrate(run, method="calibrated", progress=progress())
+        session = Session(Run.open(folder / "run"), rules=signed(text))
+        method = session.run.recipe.method("calibrated")
+        assert isinstance(method, PlanMethod)
+        assert session.rules is not None
+        if session.rules.margins(method.calibrated_as) is None:
+            calibrate(session, method="calibrated", progress=progress())
         witness = ways[owner] = Ways()
         protocol = PROTOCOLS["pits@1"].customise(episodes=arguments.episodes)
-        agent = partial(run.agent, "calibrated")
+        agent = partial(session.agent, "calibrated")
         results = evaluate(protocol, {"calibrated": agent}, record=0, witness=witness, progress=progress())
         rows.append({"owner": owner, **summary(results.rows, witness)})
     command = f"python benchmarks/two_rule_sets.py --seed {arguments.seed} --episodes {arguments.episodes}"

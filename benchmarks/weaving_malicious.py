@@ -225,7 +225,7 @@ class Bench:
         protocol = PROTOCOLS[run.recipe.protocol].customise(episodes=self._arguments.episodes)
 
         def build() -> Any:
-            agent = run.agent(METHOD, compared=True)
+            agent = run.agent(METHOD)
             return Patched(agent) if patch else agent
 
         results = evaluate(protocol, {METHOD: build}, record=0, progress=progress())

@@ -221,7 +221,7 @@ def test_a_run_from_before_an_option_was_added_is_taken_up(recipe, dataset, run,
 
 def test_other_data_are_refused(recipe, run, tmp_path) -> None:
     other = collect(recipe.override(["collection.seed=9"]), tmp_path / "other")
-    with pytest.raises(CheckpointError, match="begun on other data") as error:
+    with pytest.raises(CheckpointError, match="started on other data") as error:
         workflow.train(recipe, other, run.path, resume=True)
     assert run.data in str(error.value)
 

@@ -1,4 +1,4 @@
-"""`worldloom calibrate`: margins under which a rule set keeps its promise."""
+"""`worldloom calibrate`: margins under which the stated risk of a rule set holds."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,9 +21,9 @@ from worldloom.cli.options import (
 def calibrate(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     method: Annotated[
-        list[str] | None, typer.Option(help="A method of the recipe that plans; by default all that keep margins.")
+        list[str] | None, typer.Option(help="A planning method of the recipe; by default all that use margins.")
     ] = None,
-    protocol: Annotated[str | None, typer.Option(help="In whose worlds; by default the run's protocol.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="The protocol to calibrate in; by default the run's.")] = None,
     split: Annotated[str | None, typer.Option(help="One split of the protocol; all by default.")] = None,
     episodes: Annotated[int, typer.Option(min=2, help="Episodes of each split, in each round.")] = 200,
     rounds: Annotated[int, typer.Option(min=1, help="The most rounds.")] = 8,
@@ -35,7 +35,7 @@ def calibrate(
     imports: Imports = None,
     json: Json = False,
 ) -> None:
-    """Calibrate the margins of a rule set for a method, under the plans that it chooses; kept in the run folder."""
+    """Calibrate the margins of a rule set for the plans that a method chooses, and write them into the run folder."""
     from worldloom.cli.console import print_json, print_table, progress
     from worldloom.workflow import calibrate, uses_margins
 

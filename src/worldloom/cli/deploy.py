@@ -18,17 +18,20 @@ def deploy(
         str,
         typer.Option(
             metavar="zero|hold|V1,V2,...",
-            help="What is sent where no plan is there in time: zeros, the last action again, or these values.",
+            help="The action to send if no plan is ready in time: zeros, the last action again, or these values.",
         ),
     ],
     rate: Annotated[float, typer.Option(min=0.1, help="Periods a second; must be the plant's.")] = 20.0,
-    deadline_ms: Annotated[float, typer.Option(min=0.1, help="When an action is due, after its period began.")] = 40.0,
+    deadline_ms: Annotated[
+        float, typer.Option(min=0.1, help="When an action is due, after the start of its period.")
+    ] = 40.0,
     late: Annotated[
-        str, typer.Option(metavar="discard|use", help="What becomes of a plan that is finished in a later period.")
+        str,
+        typer.Option(metavar="discard|use", help="Whether to discard or use a plan that is ready in a later period."),
     ] = "discard",
-    duration: Annotated[float, typer.Option(min=0.0, help="Seconds; 0 goes on until Ctrl-C.")] = 0.0,
+    duration: Annotated[float, typer.Option(min=0.0, help="Seconds; 0 runs until Ctrl-C.")] = 0.0,
     method: Annotated[str | None, typer.Option(help="A method of the recipe; by default its own.")] = None,
-    memory: Annotated[Path | None, typer.Option(help="The memory that the agent goes on from, and writes.")] = None,
+    memory: Annotated[Path | None, typer.Option(help="The memory that the agent reads and writes.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The root of the planner's seed.")] = 0,
     rules: Rules = None,
     trust: Trust = None,
@@ -42,7 +45,7 @@ def deploy(
 ) -> None:
     """Drive a real plant towards a goal at a fixed rate; a late plan is replaced by the declared safe action.
 
-    Ctrl-C stops it with the safe action applied. The report and its timeline are kept in the run folder.
+    Ctrl-C stops it and applies the safe action. The report and its timeline are written into the run folder.
     """
     import signal
 

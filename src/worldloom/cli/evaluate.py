@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     protocol: Annotated[
-        str | None, typer.Option(help="A named protocol; by default the world's own, else goals from the log's policy.")
+        str | None,
+        typer.Option(help="A named protocol; by default the world's, or goals that the logging policy reached."),
     ] = None,
     success: Annotated[
         str | None,
@@ -48,14 +49,14 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="MODULE:FACTORY",
-            help="Put a foreign policy into the table: the factory is imported, called, and gives what has get_action.",
+            help="Add a foreign policy to the table; the factory returns an object with get_action(info).",
         ),
     ] = None,
     split: Annotated[str | None, typer.Option(help="One split of the protocol; all by default.")] = None,
     exploration: Annotated[
-        int | None, typer.Option(min=0, help="Steps that an agent explores before its goal is told.")
+        int | None, typer.Option(min=0, help="Steps that an agent explores before it is given a goal.")
     ] = None,
-    memory: Annotated[Path | None, typer.Option(help="The memory that agents go on from, and write.")] = None,
+    memory: Annotated[Path | None, typer.Option(help="The memory that agents read and write.")] = None,
     env_arg: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the world.")] = None,
     rules: Rules = None,
     trust: Trust = None,
@@ -64,7 +65,7 @@ def evaluate(
     imports: Imports = None,
     json: Json = False,
 ) -> None:
-    """Evaluate a run and its baselines on goals drawn from seeds never used in training; writes a report."""
+    """Evaluate a run and its baselines on goals from seeds that training never used, and write a report."""
     from worldloom.cli.console import print_json, progress, say
     from worldloom.workflow import jobs as workflow
     from worldloom.workflow import report_path

@@ -1,4 +1,4 @@
-"""`worldloom explore`: an agent looks around in new worlds, and remembers them."""
+"""`worldloom explore`: an agent explores new worlds and remembers them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,10 +10,10 @@ from worldloom.cli.options import Imports, Threads, import_modules, open_session
 
 def explore(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    memory: Annotated[Path, typer.Option(help="The memory's directory; made where there is none.")],
+    memory: Annotated[Path, typer.Option(help="The memory's directory; created if it is missing.")],
     steps: Annotated[int, typer.Option(min=1, help="Steps in each world.")] = 2000,
     method: Annotated[str | None, typer.Option(help="A method that explores; the recipe's by default.")] = None,
-    protocol: Annotated[str | None, typer.Option(help="Whose worlds; by default the run's protocol.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="The protocol of the worlds; by default the run's.")] = None,
     split: Annotated[str | None, typer.Option(help="One split of the protocol; all by default.")] = None,
     episodes: Annotated[int | None, typer.Option(min=1, help="How many worlds of each split.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The root of the worlds' seeds.")] = None,

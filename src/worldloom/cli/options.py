@@ -27,20 +27,20 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads for PyTorch; 0 takes all cores.")]
-Audit = Annotated[
-    Path | None, typer.Option("--audit", help="A directory in which every decision of the agent is written down.")
-]
+Audit = Annotated[Path | None, typer.Option("--audit", help="A directory to log every decision of the agent in.")]
 Rules = Annotated[
     list[Path] | None,
-    typer.Option("--rules", metavar="FILE", help="A layer of the rule set that the agent obeys, uppermost first."),
+    typer.Option("--rules", metavar="FILE", help="A layer of the rule set that agents obey, uppermost first."),
 ]
 Trust = Annotated[
     list[str] | None,
     typer.Option(
-        "--trust", metavar="[LAYER:]KEY", help="A public key whose signature of a rule set counts, or a file of some."
+        "--trust", metavar="[LAYER:]KEY", help="A public key that may sign the rule set, or a file of such keys."
     ),
 ]
-Unsigned = Annotated[bool, typer.Option("--unsigned", help="Ask for no signature of a rule set: to try one out.")]
+Unsigned = Annotated[
+    bool, typer.Option("--unsigned", help="Skip the signature check of the rule set, for experiments.")
+]
 
 
 def import_modules(names: list[str] | None) -> None:
@@ -75,9 +75,9 @@ def set_threads(count: int) -> None:
 
 
 def trusted_keys(trust: list[str] | None, unsigned: bool) -> set[str] | None:
-    """Return the public keys whose signatures count, given as they are or in files, one a line; None asks for none.
+    """Return the public keys that may sign, given directly or in files with one key a line; None skips the check.
 
-    Before a key may stand the one layer that it counts for, with a colon.
+    A key may be limited to one layer, as `LAYER:KEY`.
     """
     if unsigned:
         return None
@@ -86,8 +86,8 @@ def trusted_keys(trust: list[str] | None, unsigned: bool) -> set[str] | None:
         lines = Path(given).read_text("utf-8").split() if Path(given).is_file() else [given]
         if wrong := [line for line in lines if not _KEY.fullmatch(line)]:
             raise ConfigError(
-                f"--trust {given}: expected public keys of 64 hexadecimal digits, each with operator:, site: or "
-                f"community: before it or nothing; got {wrong[0]!r}"
+                f"--trust {given}: expected public keys of 64 hexadecimal digits, each after operator:, site:, "
+                f"community: or nothing; got {wrong[0]!r}"
             )
         keys |= {line.lower() for line in lines}
     return keys

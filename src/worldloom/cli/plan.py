@@ -1,4 +1,4 @@
-"""`worldloom plan`: one plan, looked at closely."""
+"""`worldloom plan`: one plan in detail."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,12 +23,14 @@ def plan(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     start: Annotated[Path | None, typer.Option(help="A picture of the state to plan from (PNG).")] = None,
     goal: Annotated[Path | None, typer.Option(help="A picture of the goal (PNG).")] = None,
-    protocol: Annotated[str | None, typer.Option(help="Else: draw start and goal as this protocol does.")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="The protocol that draws start and goal, if no pictures are given.")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="The protocol's split; the first by default.")] = None,
     episode: Annotated[int, typer.Option(min=0, help="Which episode of the split.")] = 0,
     method: Annotated[str | None, typer.Option(help="A planning method of the recipe.")] = None,
     explain: Annotated[
-        Path | None, typer.Option(help="Draw the predicted future, the guardrails and what was ruled out (PNG).")
+        Path | None, typer.Option(help="Draw the predicted future, the guardrails and the ruled-out candidates (PNG).")
     ] = None,
     rules: Rules = None,
     trust: Trust = None,
@@ -38,7 +40,7 @@ def plan(
     imports: Imports = None,
     json: Json = False,
 ) -> None:
-    """Plan once from a start to a goal: the actions, what they are predicted to cost, and how long it took."""
+    """Plan once from a start to a goal: the actions, their predicted cost, and the time that it took."""
     from worldloom.cli.console import print_json, print_table
     from worldloom.workflow import plan_once
 

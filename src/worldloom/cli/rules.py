@@ -1,4 +1,4 @@
-"""`worldloom rules`: whose guardrails an agent keeps, and that nobody has changed them."""
+"""`worldloom rules`: signing, verifying and showing the rule sets that agents obey."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,8 +13,8 @@ Files = Annotated[list[Path], typer.Argument(help="The layers of a rule set, upp
 
 
 @app.command()
-def key(path: Annotated[Path, typer.Argument(help="Where to keep the secret key.")]) -> None:
-    """Make a secret key to sign with; prints the public one, to be given to whoever is to trust it."""
+def key(path: Annotated[Path, typer.Argument(help="The file for the secret key.")]) -> None:
+    """Make a secret key to sign with, and print the public key for those who trust it."""
     from worldloom.core.signing import make_key
 
     typer.echo(make_key(path))
@@ -25,20 +25,20 @@ def sign(
     files: Annotated[list[Path], typer.Argument(help="What to sign.")],
     key: Annotated[Path, typer.Option(help="The secret key.")],
 ) -> None:
-    """Sign rule sets as they are now, and the pictures that they forbid; the signature is kept beside each."""
+    """Sign rule sets and the pictures that they forbid; each signature is written beside its file."""
     from worldloom.core.signing import sign_file
     from worldloom.core.yaml_config import read_yaml
     from worldloom.guardrails import RuleLayer
 
     for file in files:
-        rules = read_yaml(file, RuleLayer)  # nobody signs what cannot be read
+        rules = read_yaml(file, RuleLayer)  # an invalid rule set is not signed
         for path in [*map(Path, dict.fromkeys(rules.files)), file]:
             typer.echo(str(sign_file(path, key)))
 
 
 @app.command()
 def show(files: Files, trust: Trust = None, unsigned: Unsigned = False, json: Json = False) -> None:
-    """Verify the layers of a rule set, and show what they say together."""
+    """Verify the layers of a rule set, and show what they state together."""
     from worldloom.cli.console import print_json, print_table, say
 
     rules = read_rule_set(files, trust, unsigned)

@@ -55,10 +55,10 @@ register_envs()
 
 
 def collect(recipe: Recipe, path: Path | str, *, progress: Progress = SILENT) -> EpisodeDataset:
-    """Collect the logs that the recipe asks for; a partial dataset is completed.
+    """Collect the logs of a recipe; a partial dataset is completed.
 
     Raises:
-        ConfigError: the recipe has no world of its own.
+        ConfigError: the recipe names no world.
         DataError, EnvironmentFailure, StorageError: see `worldloom.data.collect`.
     """
     if recipe.collection is None:
@@ -77,14 +77,14 @@ def train(
     resume: bool = False,
     progress: Progress = SILENT,
 ) -> Run:
-    """Train the world model and what is learned on its frozen latents; with `resume`, take up what is there.
+    """Train the world model and the heads on its frozen latents; with `resume`, continue an interrupted training.
 
-    Started by torchrun, every process calls it with the same arguments and a folder that all of them see. The first
-    writes the folder, and trains on the frozen latents while the others wait.
+    Under torchrun, every process calls it with the same arguments and a folder that all of them see. The first process
+    writes the folder, and fits the heads while the others wait.
 
     Raises:
-        StorageError: the folder holds a run and `resume` is not set; or the disk is full, and `resume` goes on.
-        ConfigError: `resume` with another recipe; the keys that differ are named. Or a probe's label is not there.
+        StorageError: the folder holds a run and `resume` is not set, or the disk is full.
+        ConfigError: `resume` with another recipe (the keys that differ are named), or a probe's label is missing.
         CheckpointError: `resume` with other data.
         DataError, TrainingError: see `worldloom.training.fit`.
     """
@@ -136,9 +136,9 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, resume: bool, r
         seeds = {"training": recipe.training.seed}
         return RunFolder.create(path, config, describe_provenance(data_fingerprint=fingerprint, seeds=seeds))
     folder = RunFolder.open(path)
-    # Parsed: an option that a later version has added is as its default says.
+    # Parsed, so that an option that a later version added takes its default.
     differ = differences(Recipe.parse(recipe_values(folder)).model_dump(mode="json"), config["recipe"])
-    # The methods, and how the data are read, decide nothing that was trained.
+    # The methods, and how the data are read, do not change what was trained.
     free = (
         "methods.",
         "data",
@@ -148,19 +148,19 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, resume: bool, r
         "rules",
         *(f"training.{key}" for key in FREE),
     )
-    # What is only added is learned on top.
+    # Added coarser models and probes are fitted on top.
     recorded = Recipe.parse(recipe_values(folder))
     free += ("hierarchy",) if recipe.hierarchy[: len(recorded.hierarchy)] == recorded.hierarchy else ()
     free += ("probes",) if recorded.probes.items() <= recipe.probes.items() else ()
     if wrong := [key for key in differ if not key.startswith(free)]:
         raise ConfigError(
-            f"{path} was begun with another recipe; they differ in {', '.join(wrong[:8])}. Resume it with the same "
+            f"{path} was started with another recipe; they differ in {', '.join(wrong[:8])}. Resume with the same "
             f"recipe and overrides, or choose another folder"
         )
     if (before := folder.provenance["data"]) != fingerprint:
         raise CheckpointError(
-            f"{path} was begun on other data (fingerprint {before[:12]}, now {fingerprint[:12]}); resume it on the "
-            f"dataset of then ({folder.config['data']}), or choose another folder"
+            f"{path} was started on other data (fingerprint {before[:12]}, now {fingerprint[:12]}); resume on the "
+            f"original dataset ({folder.config['data']}), or choose another folder"
         )
     if differ:
         write_json(path / "config.json", config)
@@ -168,7 +168,7 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, resume: bool, r
 
 
 def _train_heads(run: Run, cache: Frames, progress: Progress) -> None:
-    """Learn what stands beside the world model; a part that is there already is kept."""
+    """Fit the heads that are missing."""
     recipe, model = run.recipe, run.model
     seed = recipe.training.seed
     training, held_out = cache.split(recipe.training.validation_share, seed)
@@ -216,7 +216,7 @@ def _fitted(run: Run, name: str) -> bool:
 
 
 def _added(recipe: Recipe) -> list[str]:
-    """Return the parts that a recipe may add to a run that was complete without them."""
+    """Return the heads that a recipe may add to a complete run."""
     levels = [f"coarse-{level}" for level in range(1, len(recipe.hierarchy) + 1)]
     probes = [f"probe-{name}" for name in recipe.probes]
     return ["support", *levels, *(f"{level}-geometry" for level in levels), *probes]
@@ -249,9 +249,9 @@ def _fit_probe(
 
 
 def _rank(run: Run, episodes: LatentEpisodes, pairs: int = 2048) -> dict[str, float]:
-    """Compare the distances with the steps between states of the same held-out episodes.
+    """Return rank correlations of the distances with the steps between states of the same held-out episodes.
 
-    These are the steps that a random walk took, not the fewest: a rank, not a truth.
+    A logged walk takes more steps than the shortest path, so only ranks are compared.
     """
     generator = torch_generator(run.recipe.training.seed, "rank")
     episode = torch.randint(len(episodes), (pairs,), generator=generator)
@@ -342,10 +342,10 @@ def explore(
 
 
 def report_path(run: Run, results: Results) -> Path:
-    """Return where the report of an evaluation is kept.
+    """Return the path of the report of an evaluation.
 
-    The folder bears the protocol's title; a digest goes with it where conventions, seed or methods are not the usual
-    ones, so that no evaluation takes another's place.
+    The folder is named after the protocol. A digest is added if the conventions, the seed or the methods are not the
+    usual ones, so that no evaluation overwrites another.
     """
     protocol = results.protocol
     name = protocol.title.replace("/", "-")
@@ -379,7 +379,7 @@ def _protocol(
         name = default_protocol(env_id)
     if name is not None:
         if success is not None or goal_offset is not None:
-            raise ConfigError(f"protocol {name!r} says what success and goals are; leave out success and goal_offset")
+            raise ConfigError(f"protocol {name!r} defines success and goals; leave out success and goal_offset")
         return PROTOCOLS[name].customise(
             budget=budget,
             episodes=episodes,
@@ -389,13 +389,13 @@ def _protocol(
             exploration=exploration,
         )
     if split is not None or exploration is not None:
-        raise ConfigError("a split or an exploration is of a named protocol; name one (--protocol)")
+        raise ConfigError("a split or an exploration needs a named protocol; name one (--protocol)")
     if env_id is None:
-        raise ConfigError("the data do not say which world they are from; name a protocol (--protocol)")
+        raise ConfigError("the dataset does not name its world; name a protocol (--protocol)")
     if success is None:
         raise ConfigError(
-            f"there is no protocol for {env_id}: say what counts as success, such as --success position:3 (a named "
-            f"vector and a tolerance) or --success env (the world's own word)"
+            f"there is no protocol for {env_id}; define success by a named vector and a tolerance, such as --success "
+            f"position:3, or by the world's own signal with --success env"
         )
     offset = goal_offset or 25
     options: dict[str, Any] = {"goal_offset": offset, "budget": budget or 2 * offset, "seed": seed or 0}

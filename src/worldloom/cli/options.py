@@ -12,7 +12,6 @@ from worldloom.core.config import parse_value
 from worldloom.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from worldloom.guardrails import RuleSet
     from worldloom.workflow import Session
 
 _KEY = re.compile("((operator|site|community):)?[0-9a-fA-F]{64}")
@@ -90,19 +89,11 @@ def trusted_keys(trust: list[str] | None, unsigned: bool) -> set[str] | None:
                 f"community: or nothing; got {wrong[0]!r}"
             )
         keys |= {line.lower() for line in lines}
-    return keys
-
-
-def read_rule_set(rules: list[Path], trust: list[str] | None, unsigned: bool) -> "RuleSet":
-    """Read the layers of a rule set that a command was given."""
-    from worldloom.guardrails import read_rules
-
-    keys = trusted_keys(trust, unsigned)
-    if keys is not None and not keys:
+    if not keys:
         raise ConfigError(
-            f"no key is trusted to sign {rules[0]}; name one (--trust KEY), or ask for no signature (--unsigned)"
+            "no key is trusted to sign the rule set; name one (--trust KEY), or skip the check (--unsigned)"
         )
-    return read_rules(rules, trusted=keys)
+    return keys
 
 
 def open_session(
@@ -115,7 +106,8 @@ def open_session(
     audit: Path | None = None,
 ) -> "Session":
     """Open a run with the rules, the memory and the audit log that a command was given."""
+    from worldloom.guardrails import read_rules
     from worldloom.workflow import Run, Session
 
-    rule_set = read_rule_set(rules, trust, unsigned) if rules else None
+    rule_set = read_rules(rules, trusted=trusted_keys(trust, unsigned)) if rules else None
     return Session(Run.open(run), rules=rule_set, memory=memory, audit=audit)

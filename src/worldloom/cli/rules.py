@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from worldloom.cli.options import Json, Trust, Unsigned, read_rule_set
+from worldloom.cli.options import Json, Trust, Unsigned, trusted_keys
 
 app = typer.Typer(help="Sign, verify and show rule sets: guardrails, objectives and fallbacks.", no_args_is_help=True)
 
@@ -40,8 +40,9 @@ def sign(
 def show(files: Files, trust: Trust = None, unsigned: Unsigned = False, json: Json = False) -> None:
     """Verify the layers of a rule set, and show what they state together."""
     from worldloom.cli.console import print_json, print_table, say
+    from worldloom.guardrails import read_rules
 
-    rules = read_rule_set(files, trust, unsigned)
+    rules = read_rules(files, trusted=trusted_keys(trust, unsigned))
     if json:
         print_json({
             "fingerprint": rules.fingerprint,

@@ -7,8 +7,8 @@ from importlinter import Contract, ContractCheck, fields, output
 class FaceContract(Contract):
     """Rooms are imported through their faces, and a face exports its own room alone.
 
-    A face is a package's `__init__`. Modules of `open_rooms` may be imported directly. So may `doors`: modules that need
-    an optional package and therefore stay out of their face.
+    A face is a package's `__init__`. Modules of `open_rooms` may be imported directly. So may `doors`, modules that
+    need an optional package and therefore stay out of their face.
     """
 
     type_name = "faces"

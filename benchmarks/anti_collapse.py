@@ -8,6 +8,7 @@ Writes benchmarks/results/anti-collapse.json. The last row is the slow-feature t
 import argparse
 from pathlib import Path
 
+from worldloom import workflow
 from worldloom.agents import PlanningAgent
 from worldloom.cli.console import print_table, progress
 from worldloom.cli.options import set_threads
@@ -23,7 +24,6 @@ from worldloom.planning import GoalObjective, LatentL2, Planner
 from worldloom.planning.solvers import CEM, TreeSearch
 from worldloom.recipes import load_recipe
 from worldloom.training import RunFolder, TrainingConfig, alarms, default_losses, fit
-from worldloom.workflow import jobs as workflow
 
 RESULTS = Path(__file__).parent / "results"
 

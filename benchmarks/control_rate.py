@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from worldloom import workflow
 from worldloom.agents import AgentParts, MethodConfig, PlanMethod, ReactiveMethod
 from worldloom.cli.console import print_table, progress
 from worldloom.cli.options import set_threads
@@ -29,7 +30,6 @@ from worldloom.evaluation import PROTOCOLS, EvaluationWorld, Protocol, draw_task
 from worldloom.planning.solvers import CEM, TreeSearch
 from worldloom.recipes import load_recipe
 from worldloom.workflow import Run
-from worldloom.workflow import jobs as workflow
 
 RESULTS = Path(__file__).parent / "results" / "control-rate.json"
 REFERENCE = "CEM, 300 x 30 x 5 (reference)"

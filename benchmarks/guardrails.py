@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from worldloom import workflow
 from worldloom.agents import PlanMethod
 from worldloom.cli.console import print_table, progress
 from worldloom.cli.options import set_threads
@@ -25,7 +26,6 @@ from worldloom.core.hardware import describe_hardware
 from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
 from worldloom.recipes import load_recipe
 from worldloom.workflow import Run, Session, calibrate
-from worldloom.workflow import jobs as workflow
 
 RESULTS = Path(__file__).parent / "results" / "guardrails.json"
 PARTS = RESULTS.parent / "guardrails"

@@ -31,7 +31,7 @@ import sys, time
 from worldloom.cli.console import progress
 from worldloom.cli.options import set_threads
 from worldloom.workflow import Run, Session
-from worldloom.workflow import jobs as workflow
+from worldloom import workflow
 set_threads(1)
 run, memory, protocol, split, episodes, steps = sys.argv[1:]
 session = Session(Run.open(run), memory=memory)

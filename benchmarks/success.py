@@ -15,13 +15,13 @@ import shlex
 import time
 from pathlib import Path
 
+from worldloom import workflow
 from worldloom.cli.console import print_table, progress
 from worldloom.cli.options import set_threads
 from worldloom.core.files import write_json
 from worldloom.data import EpisodeDataset
 from worldloom.evaluation import Results, pool, table_rows
 from worldloom.recipes import load_recipe
-from worldloom.workflow import jobs as workflow
 
 RESULTS = Path(__file__).parent / "results"
 

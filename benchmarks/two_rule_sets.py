@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 
+from worldloom import workflow
 from worldloom.agents import PlanMethod
 from worldloom.cli.console import print_table, progress
 from worldloom.cli.options import set_threads
@@ -28,7 +29,6 @@ from worldloom.evaluation import PROTOCOLS, Frame, evaluate, wilson_interval
 from worldloom.guardrails import read_rules
 from worldloom.recipes import load_recipe
 from worldloom.workflow import Run, Session, calibrate
-from worldloom.workflow import jobs as workflow
 
 RESULTS = Path(__file__).parent / "results" / "two-rule-sets.json"
 GARDEN = (0.0, 0.0, 24.0, 24.0)  # left, top, right, bottom in px

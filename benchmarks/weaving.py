@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from by_seed import Kept, as_one, command_of, parser_of, run
+from worldloom import workflow
 from worldloom.cli.console import print_table, progress
 from worldloom.core.files import write_json
 from worldloom.core.yaml_config import read_yaml
 from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
 from worldloom.federation import Records
 from worldloom.workflow import ConsortiumConfig, Run, simulate
-from worldloom.workflow import jobs as workflow
-from worldloom.workflow.simulate import OwnerConfig, alone
+from worldloom.workflow.simulation import OwnerConfig, alone
 
 RESULTS = Path(__file__).parent / "results" / "weaving.json"
 METHOD = "tree search"

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from by_seed import Kept, as_one, command_of, interval, parser_of, run
+from worldloom import workflow
 from worldloom.cli.console import print_table, progress
 from worldloom.core.files import write_json
 from worldloom.core.seeds import numpy_generator
@@ -46,8 +47,7 @@ from worldloom.federation import LocalTraining, PartitionConfig, Records, Rounds
 from worldloom.models import JEPA, LinearProbe
 from worldloom.recipes import Recipe
 from worldloom.workflow import ConsortiumConfig, Run, simulate
-from worldloom.workflow import jobs as workflow
-from worldloom.workflow.simulate import OwnerConfig, run_folder
+from worldloom.workflow.simulation import OwnerConfig, run_folder
 
 OWNERS = ("north", "east", "south", "west")
 SYNCHRONOUS, ALONE = "synchronous", "alone"

@@ -21,7 +21,7 @@ from worldloom.cli.console import print_table, progress
 from worldloom.core.files import write_json
 from worldloom.evaluation import wilson_interval
 from worldloom.workflow import ConsortiumConfig, simulate
-from worldloom.workflow.simulate import OwnerConfig
+from worldloom.workflow.simulation import OwnerConfig
 
 RESULTS = Path(__file__).parent / "results" / "weaving_clash.json"
 TURNS = {"straight": 0, "turned": 180}

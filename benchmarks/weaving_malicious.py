@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from by_seed import Kept, command_of, parser_of, run
+from worldloom import workflow
 from worldloom.cli.console import print_table, progress
 from worldloom.core.errors import DataError, TrainingError
 from worldloom.core.files import write_json
@@ -43,8 +44,7 @@ from worldloom.federation import Handler, Records
 from worldloom.federation.record.envelope import seal, unseal
 from worldloom.testing.attacks import scale, sign_flip
 from worldloom.workflow import ConsortiumConfig, Run, simulate
-from worldloom.workflow import jobs as workflow
-from worldloom.workflow.simulate import OwnerConfig
+from worldloom.workflow.simulation import OwnerConfig
 
 RESULTS = Path(__file__).parent / "results" / "weaving_malicious.json"
 HONEST = ("north", "east", "south", "west")

@@ -5,9 +5,8 @@ import json
 import pytest
 
 import worldloom.cli.console as console
-from worldloom import __version__
+from worldloom import __version__, workflow
 from worldloom.core.errors import ConfigError, DataError, StorageError, WorldloomError
-from worldloom.workflow import jobs as workflow
 
 
 def test_the_version_and_the_help_name_every_command(worldloom) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from wire import Wire
 
+from worldloom import workflow
 from worldloom.core.signing import SigningKey
 from worldloom.data import EpisodeDataset
 from worldloom.federation import (
@@ -32,7 +33,6 @@ from worldloom.models import load_model
 from worldloom.recipes import load_recipe
 from worldloom.training import saved_steps
 from worldloom.workflow import Run, classify, make_keys
-from worldloom.workflow import jobs as workflow
 
 pytest.importorskip("flwr", reason="needs pip install 'worldloom[weave]'")
 

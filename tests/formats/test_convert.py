@@ -17,9 +17,9 @@ from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.types import Episode
 from worldloom.data import EpisodeDataset, validate
 from worldloom.formats import FORMATS, ReadOptions, WriteOptions, convert, detect, folder, hdf5, store
+from worldloom.formats import conversion as engine
 from worldloom.formats.format import natural
 
-engine = sys.modules["worldloom.formats.convert"]
 MINE = ["worldloom", "folder", "robomimic", "swm-hdf5"]
 
 

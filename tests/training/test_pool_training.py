@@ -15,7 +15,7 @@ from worldloom.core.errors import CheckpointError, StorageError
 from worldloom.data import WindowSampler
 from worldloom.models import load_model
 from worldloom.training import Ranks, RunFolder, fit
-from worldloom.training.fit import _Training
+from worldloom.training.loop import _Training
 
 POOL = CONFIG.override(["steps=30", "pool_windows=40", "accelerator=cpu", "checkpoint_every=6", "validate_every=10"])
 

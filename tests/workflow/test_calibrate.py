@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from worldloom import workflow
 from worldloom.agents import HierarchyMethod, LandmarkAgent, LandmarkMethod, PlannedMethod, log_path, planning_parts
 from worldloom.core.chain import entries
 from worldloom.core.errors import ConfigError, DataError, StorageError
@@ -17,7 +18,6 @@ from worldloom.heads import CoarseConfig
 from worldloom.planning.solvers import CEM
 from worldloom.recipes import Recipe, load_recipe
 from worldloom.workflow import Run, Session, calibrate, replay_entry
-from worldloom.workflow import jobs as workflow
 
 _TINY = [
     "collection.episodes=40",

@@ -15,7 +15,7 @@ from worldloom.federation import Handler, Ledger, Records, Rounds, fingerprint
 from worldloom.federation.record.envelope import seal, unseal
 from worldloom.training import saved_steps
 from worldloom.workflow import ConsortiumConfig, simulate
-from worldloom.workflow.simulate import OwnerConfig, alone
+from worldloom.workflow.simulation import OwnerConfig, alone
 
 CONSORTIUM = """
 consortium: two rooms

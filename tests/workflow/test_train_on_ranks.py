@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from worldloom import workflow
 from worldloom.core.files import read_json, write_json
 from worldloom.recipes import load_recipe
 from worldloom.workflow import Run, collect
-from worldloom.workflow import jobs as workflow
 
 TINY = [
     "collection.episodes=12",

@@ -22,10 +22,10 @@ def demo(
     import shutil
     import time
 
+    from worldloom import workflow
     from worldloom.cli.console import print_json, progress, say
     from worldloom.cli.evaluate import show
     from worldloom.recipes import load_recipe
-    from worldloom.workflow import jobs as workflow
 
     set_threads(threads)
     start = time.perf_counter()

@@ -66,8 +66,8 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Evaluate a run and its baselines on goals from seeds that training never used, and write a report."""
+    from worldloom import workflow
     from worldloom.cli.console import print_json, progress, say
-    from worldloom.workflow import jobs as workflow
     from worldloom.workflow import report_path
 
     import_modules(imports)

@@ -25,8 +25,8 @@ def explore(
     'worldloom evaluate RUN --memory MEMORY --exploration 0', with the same protocol, split, episodes and seed, then
     asks for far goals in the same worlds.
     """
+    from worldloom import workflow
     from worldloom.cli.console import progress, say
-    from worldloom.workflow import jobs as workflow
 
     import_modules(imports)
     set_threads(threads)

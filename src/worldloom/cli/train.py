@@ -27,9 +27,9 @@ def train(
     json: Json = False,
 ) -> None:
     """Train a world model on a dataset, then its distance, its reactive policy and the baseline of the same data."""
+    from worldloom import workflow
     from worldloom.cli.console import print_json, progress, say
     from worldloom.recipes import load_recipe
-    from worldloom.workflow import jobs as workflow
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it sets itself to INFO when it is imported
     import_modules(imports)

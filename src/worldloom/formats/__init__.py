@@ -6,7 +6,7 @@ What a format needs beyond this library (such as h5py) is imported when it is us
 import importlib
 import pkgutil
 
-from worldloom.formats.convert import ConversionReport, NoteGroup, convert, detect
+from worldloom.formats.conversion import ConversionReport, NoteGroup, convert, detect
 from worldloom.formats.format import FORMATS, Format, Note, ReadOptions, Sink, Source, WriteOptions, resize
 
 for _module in pkgutil.iter_modules(__path__):  # each registers its formats

@@ -1,7 +1,7 @@
 """Training: from frames to a world model, in a run folder that can be resumed and repeated."""
 
 from worldloom.training.diagnostics import Alarm, alarms, diagnose, effective_rank
-from worldloom.training.fit import Segment, fit, held_out_losses
+from worldloom.training.loop import Segment, fit, held_out_losses
 from worldloom.training.provenance import describe_provenance, git_commit
 from worldloom.training.ranks import Ranks, make_fabric
 from worldloom.training.run_folder import RunFolder

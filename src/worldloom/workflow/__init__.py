@@ -2,7 +2,8 @@
 
 from worldloom.workflow.calibration import calibrate, uses_margins
 from worldloom.workflow.deployment import check_plant, read_goal, store_report
-from worldloom.workflow.jobs import collect, evaluate, report_path, train
+from worldloom.workflow.jobs import collect, evaluate, explore, report_path, train
+from worldloom.workflow.memories import encode_picture, remember
 from worldloom.workflow.network import (
     CoordinatorConfig,
     NodeConfig,
@@ -15,11 +16,10 @@ from worldloom.workflow.network import (
     take_over,
     take_part,
 )
-from worldloom.workflow.remember import encode_picture, remember
 from worldloom.workflow.replay import replay_entry
 from worldloom.workflow.run import Run, find_runs
 from worldloom.workflow.session import Session
-from worldloom.workflow.simulate import ConsortiumConfig, simulate
+from worldloom.workflow.simulation import ConsortiumConfig, simulate
 from worldloom.workflow.single_plan import plan_once
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "coordinate",
     "encode_picture",
     "evaluate",
+    "explore",
     "find_runs",
     "leave",
     "make_keys",

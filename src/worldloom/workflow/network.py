@@ -41,7 +41,7 @@ from worldloom.federation import (
 )
 from worldloom.recipes import Recipe
 from worldloom.workflow.run import Run
-from worldloom.workflow.simulate import measure, run_folder, woven_recipe
+from worldloom.workflow.simulation import measure, run_folder, woven_recipe
 
 _log = logging.getLogger(__name__)
 _TO_LEAVE = 3.0  # seconds in which the last answer leaves

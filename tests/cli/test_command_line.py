@@ -1,8 +1,10 @@
 """Starting, stopping and refusing."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 import worldloom.cli.console as console
 from worldloom import __version__, workflow
@@ -80,8 +82,8 @@ def test_an_interruption_says_that_the_work_is_kept(worldloom, monkeypatch) -> N
 
 
 def test_tables_and_lines_show_brackets_as_they_stand(capsys) -> None:
-    console.print_table("the [red]run[/]", ["[b]a", "b"], [["[/x]", "[dim]y"]])
-    console.say(f"report: runs/[/a]/{'x' * 200}")
+    made = console.table("the [red]run[/]", ["[b]a", "b"], [["[/x]", "[dim]y"]])
+    console.answer(False, None, made, f"report: runs/[/a]/{'x' * 200}")
     text = capsys.readouterr().out
     for shown in ("the [red]run[/]", "[b]a", "[/x]", "[dim]y", f"runs/[/a]/{'x' * 200}"):
         assert shown in text
@@ -99,6 +101,43 @@ def test_progress_without_a_terminal_is_lines_on_standard_error(capsys, monkeypa
     assert "s left" in first
     assert last.startswith("training: 2/2")
     assert "loss 0.25" in last
+
+
+def test_work_of_an_earlier_process_does_not_shorten_the_time_left(capsys, monkeypatch) -> None:
+    clock = iter([0.0, 0.0, 0.0, 10.0, 10.0, 10.0])
+    monkeypatch.setattr(console.time, "perf_counter", lambda: next(clock))
+    with console.LineProgress().task("training", 120, "step") as task:
+        task.advance(100)
+        task.advance(10)
+    first, _ = capsys.readouterr().err.splitlines()
+    assert first == "training: 110/120  10 s left  1.0 step/s"
+
+
+def test_a_task_inside_another_shares_its_display(capsys, monkeypatch) -> None:
+    with console.LineProgress().task("rounds", 1) as outer:
+        with console.LineProgress().task("training", 1) as inner:
+            inner.advance()
+        outer.advance()
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    lines = console.LineProgress()
+    with lines.task("rounds", 1) as outer:
+        with lines.task("training", 1) as inner:
+            inner.advance()
+        outer.advance()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("rounds: 1/1")
+    screen = Console(file=io.StringIO(), force_terminal=True, width=100, highlight=False)
+    monkeypatch.setattr(console, "err", screen)
+    bars = console.BarProgress()
+    with bars.task("rounds", 2) as outer:
+        for _ in range(2):
+            with bars.task("training", 3, "step") as inner:
+                inner.advance(3)
+            outer.advance()
+    assert "2/2" in screen.file.getvalue()
+    with bars.task("again", 1) as task:
+        task.advance()
+    assert "again" in screen.file.getvalue()
 
 
 def test_the_doctor_reports_in_json_and_in_a_table(worldloom) -> None:

@@ -23,6 +23,7 @@ from worldloom.agents.mpc import Decision, PlanningAgent, Situation
 from worldloom.core.chain import Chain, Entry, entries
 from worldloom.core.errors import DataError
 from worldloom.core.files import storage_errors, write_atomic
+from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
 from worldloom.core.types import Context, Goal, Observations, Plan, Rollouts
 from worldloom.guardrails import Rail
@@ -207,10 +208,10 @@ def read_situation(
     )
 
 
-def damaged_situations(folder: Path | str) -> list[int]:
-    """Return the entries whose situation is gone or was changed."""
+def damaged_situations(folder: Path | str, *, progress: Progress = SILENT) -> list[int]:
+    """Return the entries whose situation is missing or was changed."""
     damaged = []
-    for entry in entries(log_path(folder)):
+    for entry in entries(log_path(folder), progress=progress):
         if entry.body.get("event") != "decided":
             continue
         path = Path(folder) / _SITUATIONS / f"{entry.body.get('situation')}.safetensors"

@@ -1,10 +1,11 @@
-"""`worldloom audit`: what an agent decided, that nobody has changed the record, and the decision made again."""
+"""`worldloom audit`: verify, show and replay the recorded decisions of an agent."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from worldloom.cli.console import answer, progress, table, values_table
 from worldloom.cli.options import Imports, Json, import_modules
 
 app = typer.Typer(help="Verify, show and replay the decisions of an agent.", no_args_is_help=True)
@@ -17,15 +18,12 @@ def verify(
     log: Log,
     kept: Annotated[
         str | None,
-        typer.Option(
-            metavar="LENGTH:HASH", help="The head that verify printed earlier: shows whether the end was cut."
-        ),
+        typer.Option(metavar="LENGTH:HASH", help="The head that an earlier verify printed; detects truncation."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Check every entry and every situation; the first that was changed is named, and the exit code is 3."""
+    """Check every entry and situation; name the first that was changed, with exit code 3."""
     from worldloom.agents import damaged_situations, log_path
-    from worldloom.cli.console import print_json, say
     from worldloom.core import chain
     from worldloom.core.errors import ConfigError, DataError
 
@@ -35,33 +33,38 @@ def verify(
         if not colon or not length.isdigit():
             raise ConfigError(f"--kept is LENGTH:HASH, as verify prints it; got {kept!r}")
         head = chain.Head(length=int(length), hash=digest)
-    verdict = chain.verify(log_path(log), kept=head)
+    bars = progress()
+    verdict = chain.verify(log_path(log), kept=head, progress=bars)
     if verdict.broken is not None:
         raise DataError(f"{log}: entry {verdict.broken} {verdict.why}")
-    if damaged := damaged_situations(log):
-        raise DataError(f"{log}: what entry {damaged[0]} followed from is gone or was changed")
-    if json:
-        print_json({"length": verdict.length, "hash": verdict.head.hash})
-        return
-    say(f"{log}: all {verdict.length} entries are whole")
-    say(f"to know later that none was cut off its end, keep {verdict.length}:{verdict.head.hash}")
+    if damaged := damaged_situations(log, progress=bars):
+        raise DataError(f"{log}: the recorded situation of entry {damaged[0]} is missing or was changed")
+    answer(
+        json,
+        {"length": verdict.length, "hash": verdict.head.hash},
+        f"{log}: all {verdict.length} entries are whole",
+        f"to detect truncation later, keep {verdict.length}:{verdict.head.hash}",
+    )
 
 
 @app.command()
 def show(
     log: Log,
-    entry: Annotated[int | None, typer.Option(min=0, help="One entry in full; by default a line for each.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Where to write what was seen at that entry (PNG).")] = None,
+    entry: Annotated[
+        int | None, typer.Option(min=0, help="Show this entry in full; by default, one line for each entry.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write the picture that the agent saw at that entry (PNG).")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Show what was decided, entry by entry, each verified as it is read."""
+    """Show the decisions, entry by entry; each entry is verified."""
     from worldloom.agents import log_path, read_situation
-    from worldloom.cli.console import print_json, print_table
     from worldloom.core.chain import entries
     from worldloom.core.errors import ConfigError, DataError
 
     if picture is not None and entry is None:
-        raise ConfigError("--picture goes with --entry, whose picture it is")
+        raise ConfigError("--picture needs --entry, the entry whose picture it writes")
     chosen = [each for each in entries(log_path(log)) if entry in (None, each.index)]
     if entry is not None and not chosen:
         raise DataError(f"{log} has no entry {entry}")
@@ -72,11 +75,9 @@ def show(
         if observations.pixels is None:
             raise DataError(f"entry {entry} was decided without a picture")
         Image.fromarray(observations.pixels[0].numpy()).save(picture, format="PNG")
-    if json:
-        print_json([{"index": each.index, "time": each.time, **each.body} for each in chosen])
-        return
+    found = [{"index": each.index, "time": each.time, **each.body} for each in chosen]
     if entry is not None:
-        print_table(f"entry {entry}", ["", "value"], [[name, str(value)] for name, value in chosen[0].body.items()])
+        answer(json, found, values_table(f"entry {entry}", chosen[0].body))
         return
     rows = []
     for each in chosen:
@@ -86,31 +87,29 @@ def show(
             f"{name} {values[0]:+.3g}" for name, values in worst.items() if values and values[0] is not None
         )
         rows.append([str(each.index), str(body["event"]), margins, str(body.get("refused", ""))])
-    print_table(str(log), ["entry", "event", "worst violation (first environment)", "refused"], rows)
+    answer(json, found, table(str(log), ["entry", "event", "worst violation (first environment)", "refused"], rows))
 
 
 @app.command("replay")
 def replay_entry(
     log: Log,
-    entry: Annotated[int, typer.Option(min=0, help="Which decision.")],
-    run: Annotated[Path | None, typer.Option(help="The run, where it has been moved since.")] = None,
+    entry: Annotated[int, typer.Option(min=0, help="The entry of the decision.")],
+    run: Annotated[Path | None, typer.Option(help="The run folder, if it was moved.")] = None,
     imports: Imports = None,
     json: Json = False,
 ) -> None:
-    """Make a past decision again, as the log says it was made; the exit code is 3 where it is not the same."""
-    from worldloom.cli.console import print_json, say
+    """Make a recorded decision again; the exit code is 3 if the result differs."""
     from worldloom.core.errors import DataError
     from worldloom.workflow import replay_entry as again
 
     import_modules(imports)
-    decision, same, body = again(log, entry, run=run)
+    decision, same, body = again(log, entry, run=run, progress=progress())
     first = decision.plan.actions[:, 0].tolist()
-    if json:
-        print_json({"same": same, "first": first, "logged": body["first"]})
+    if json or same:
+        line = f"entry {entry}: actions, predictions and violations are equal bit for bit"
+        answer(json, {"same": same, "first": first, "logged": body["first"]}, line)
     if not same:
         raise DataError(
-            f"{log}: entry {entry} comes out otherwise: first actions {first}, logged {body['first']}. It was made on "
-            f"another machine, with another number of threads or another version, or is not what was done"
+            f"{log}: the replay of entry {entry} differs: first actions {first}, logged {body['first']}. The decision "
+            f"was made on another machine, with another number of threads or another version, or the record is false"
         )
-    if not json:
-        say(f"entry {entry}: the same bit for bit: actions, predictions and violations")

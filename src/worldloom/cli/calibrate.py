@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from worldloom.cli.console import answer, progress, table
 from worldloom.cli.options import (
     Imports,
     Json,
@@ -21,13 +22,15 @@ from worldloom.cli.options import (
 def calibrate(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     method: Annotated[
-        list[str] | None, typer.Option(help="A planning method of the recipe; by default all that use margins.")
+        list[str] | None, typer.Option(help="A planning method of the recipe; by default, all that use margins.")
     ] = None,
-    protocol: Annotated[str | None, typer.Option(help="The protocol to calibrate in; by default the run's.")] = None,
-    split: Annotated[str | None, typer.Option(help="One split of the protocol; all by default.")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="The protocol to calibrate in; by default, that of the run.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="One split of the protocol; by default, all.")] = None,
     episodes: Annotated[int, typer.Option(min=2, help="Episodes of each split, in each round.")] = 200,
-    rounds: Annotated[int, typer.Option(min=1, help="The most rounds.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="The root of the calibration's seeds.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="The maximum number of rounds.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="The root of the seeds of the calibration.")] = 0,
     rules: Rules = None,
     trust: Trust = None,
     unsigned: Unsigned = False,
@@ -36,7 +39,6 @@ def calibrate(
     json: Json = False,
 ) -> None:
     """Calibrate the margins of a rule set for the plans that a method chooses, and write them into the run folder."""
-    from worldloom.cli.console import print_json, print_table, progress
     from worldloom.workflow import calibrate, uses_margins
 
     import_modules(imports)
@@ -57,13 +59,12 @@ def calibrate(
             for name in method or [name for name, config in methods.items() if uses_margins(config)]
         }
     titles = [] if session.rules is None else session.rules.rule_set.titles
-    if json:
-        print_json({name: {"risk": one.risk, "margins": one.values.tolist()} for name, one in found.items()})
-        return
+    tables = []
     for name, margins in found.items():
         steps = [f"+{step}" for step in range(1, margins.values.shape[1] + 1)]
         rows = [
             [title, *(f"{value:.3g}" for value in values)]
             for title, values in zip(titles, margins.values.tolist(), strict=True)
         ]
-        print_table(f"{name}: margins at a risk of {margins.risk:g}", ["model steps ahead", *steps], rows)
+        tables.append(table(f"{name}: margins at a risk of {margins.risk:g}", ["model steps ahead", *steps], rows))
+    answer(json, {name: {"risk": one.risk, "margins": one.values.tolist()} for name, one in found.items()}, *tables)

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from worldloom.cli.console import answer, progress
 from worldloom.cli.options import Imports, Json, import_modules, key_values
 from worldloom.core.errors import ConfigError
 
@@ -14,28 +15,33 @@ def collect(
         str,
         typer.Argument(help="A recipe, such as two-room, or a Gymnasium id, such as worldloom/TwoRoom-v0."),
     ],
-    out: Annotated[Path, typer.Option(help="The dataset's directory; a partial one is completed.")],
-    episodes: Annotated[int | None, typer.Option(min=1, help="How many episodes there shall be [1000].")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="The most steps of an episode [100].")] = None,
+    out: Annotated[Path, typer.Option(help="The directory of the dataset; a partial dataset is completed.")],
+    episodes: Annotated[int | None, typer.Option(min=1, help="The number of episodes [1000].")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="The maximum number of steps of an episode [100].")] = None,
     policy: Annotated[
         str | None, typer.Option(help="directed-walk, uniform, near-object, cube-walk, or one of an imported module.")
     ] = None,
-    policy_option: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of it.")] = None,
+    policy_option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the policy.")
+    ] = None,
     env_arg: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the world.")] = None,
     label: Annotated[
         list[str] | None,
-        typer.Option(help="An info column to keep for probes and scores, never for the agent; all numeric by default."),
+        typer.Option(
+            help="An info column to store as a label for probes and scores, never for agents; all numeric by default."
+        ),
     ] = None,
-    num_envs: Annotated[int | None, typer.Option(min=1, help="Environments stepped at once [100].")] = None,
-    seed: Annotated[int | None, typer.Option(help="The root of every episode's seed [0].")] = None,
+    num_envs: Annotated[
+        int | None, typer.Option(min=1, help="The number of environments to step in parallel [100].")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The root of the seeds of all episodes [0].")] = None,
     imports: Imports = None,
     json: Json = False,
 ) -> None:
-    """Collect episodes without rewards or goals; run again to complete what was interrupted.
+    """Collect episodes without rewards or goals; run the command again to complete an interrupted collection.
 
-    What is not said is the recipe's, or the value in brackets.
+    Omitted options come from the recipe, or take the value in brackets.
     """
-    from worldloom.cli.console import print_json, progress, say
     from worldloom.data import collect as collect_episodes
     from worldloom.data import inspect
     from worldloom.envs import register_envs
@@ -46,12 +52,9 @@ def collect(
     base = load_recipe(world).collection if world in RECIPES else CollectionConfig(env_id=world)
     if base is None:
         raise ConfigError(f"recipe {world!r} names no world; give a Gymnasium id, such as worldloom/TwoRoom-v0")
-    said: dict[str, Any] = {"episodes": episodes, "steps": steps, "policy": policy, "num_envs": num_envs, "seed": seed}
-    said |= {"policy_options": key_values(policy_option, "--policy-option") or None}
-    said |= {"env_kwargs": key_values(env_arg, "--env-arg") or None}
-    options = base.model_dump() | {name: value for name, value in said.items() if value is not None}
+    given: dict[str, Any] = {"episodes": episodes, "steps": steps, "policy": policy, "num_envs": num_envs, "seed": seed}
+    given |= {"policy_options": key_values(policy_option, "--policy-option") or None}
+    given |= {"env_kwargs": key_values(env_arg, "--env-arg") or None}
+    options = base.model_dump() | {name: value for name, value in given.items() if value is not None}
     dataset = collect_episodes(out, **options, labels=label, progress=progress())
-    if json:
-        print_json(inspect(dataset))
-    else:
-        say(f"{out}: {len(dataset)} episodes, {dataset.frames:,} frames")
+    answer(json, inspect(dataset) if json else None, f"{out}: {len(dataset)} episodes, {dataset.frames:,} frames")

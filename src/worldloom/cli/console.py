@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +12,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
+from rich.text import Text
 
 from worldloom.core.progress import Progress, ProgressTask
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+Shown = str | Text | Table
+"""A part of what a command shows to people."""
 
 
 def progress() -> Progress:
@@ -24,48 +28,83 @@ def progress() -> Progress:
     return BarProgress() if err.is_terminal else LineProgress()
 
 
-def say(text: str, style: str | None = None) -> None:
-    """Print a line as it stands, neither wrapped nor read as markup: a path can be copied whole."""
-    out.print(text, style=style, markup=False, soft_wrap=True)
+def answer(as_json: bool, value: Any, *shown: Shown) -> None:
+    """Print the answer of a command: `value` as one JSON document for programs, or what is `shown` to people."""
+    if as_json:
+        sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+    else:
+        show(*shown)
 
 
-def print_json(value: Any) -> None:
-    """Print one JSON document for programs, to standard output."""
-    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+def show(*shown: Shown) -> None:
+    """Print tables, and lines as they stand: neither wrapped nor read as markup, so that a path can be copied whole."""
+    for part in shown:
+        if isinstance(part, Table) and not out.is_terminal:
+            Console(highlight=False, width=160).print(part)  # a pipe has no width of its own: cut no column there
+        else:
+            out.print(part, markup=False, soft_wrap=not isinstance(part, Table))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; columns after the first are aligned to the right."""
-    table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold")
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Return a table; columns after the first are aligned to the right."""
+    made = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(escape(column), justify="left" if index == 0 else "right", overflow="fold")
+        made.add_column(escape(column), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
-    # A file or a pipe has no width of its own: let no column be cut there.
-    (out if out.is_terminal else Console(highlight=False, width=160)).print(table)
+        made.add_row(*map(escape, row))
+    return made
+
+
+def values_table(title: str, values: Mapping[str, object]) -> Table:
+    """Return a table of names and values."""
+    return table(title, ["", "value"], [[name, str(value)] for name, value in values.items()])
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print one table."""
+    show(table(title, columns, rows))
 
 
 class _ProgressMeter:
-    """Counts one task and formats its rate and figures."""
+    """Counts one task and formats its rate and figures.
+
+    The first advance may be work of an earlier process, which took no time here. So the rate is that of the rest.
+    """
 
     def __init__(self, unit: str) -> None:
         self.unit, self.done, self.start = unit, 0, time.perf_counter()
-        self.figures: dict[str, float] = {}
+        self.rate = 0.0  # units a second
+        self._first: tuple[int, float] | None = None
+        self._figures: dict[str, float] = {}
 
     def advance(self, amount: int, figures: dict[str, float]) -> str:
         self.done += amount
-        self.figures.update(figures)
-        rate = self.done / max(time.perf_counter() - self.start, 1e-9)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
-        return f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s  {shown}".rstrip()
+        self._figures.update(figures)
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = self.done, now
+        done, since = (0, self.start) if self.done == self._first[0] else self._first
+        self.rate = (self.done - done) / max(now - since, 1e-9)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in self._figures.items())
+        return f"{self.rate:,.{0 if self.rate >= 10 else 1}f} {self.unit}/s  {shown}".rstrip()
 
 
 class BarProgress:
-    """Bars with a count, a rate and the time left."""
+    """Bars with a count, a rate and the time left; a task inside another has its bar below."""
+
+    def __init__(self) -> None:
+        self._bars: RichProgress | None = None
 
     @contextmanager
     def task(self, description: str, total: int, unit: str = "it") -> Iterator[ProgressTask]:
-        """Open a bar; it stays on the screen when it ends."""
+        """Open a bar. An outer one stays on the screen when it ends; an inner one makes room for the next."""
+        if (bars := self._bars) is not None:
+            task = bars.add_task(description, total=total, figures="")
+            try:
+                yield _Bar(bars, task, unit)
+            finally:
+                bars.remove_task(task)
+            return
         columns = (
             TextColumn("{task.description:<28}"),
             BarColumn(bar_width=24),
@@ -74,7 +113,11 @@ class BarProgress:
             TextColumn("{task.fields[figures]}"),
         )
         with RichProgress(*columns, console=err) as bars:
-            yield _Bar(bars, bars.add_task(description, total=total, figures=""), unit)
+            self._bars = bars
+            try:
+                yield _Bar(bars, bars.add_task(description, total=total, figures=""), unit)
+            finally:
+                self._bars = None
 
 
 class _Bar:
@@ -86,16 +129,23 @@ class _Bar:
 
 
 class LineProgress:
-    """A plain line at the start, every ten seconds and at the end."""
+    """A plain line every ten seconds and at the end; a task inside another says its end only after ten seconds."""
 
     interval = 10.0
+
+    def __init__(self) -> None:
+        self._open = 0
 
     @contextmanager
     def task(self, description: str, total: int, unit: str = "it") -> Iterator[ProgressTask]:
         """Open a task that writes lines."""
         line = _Line(description, total, unit, self.interval)
-        yield line
-        line.end()
+        self._open += 1
+        try:
+            yield line
+        finally:
+            self._open -= 1
+        line.end(always=not self._open)
 
 
 class _Line:
@@ -110,12 +160,13 @@ class _Line:
         now = time.perf_counter()
         if now >= self._next and self._meter.done < self._total:
             self._next = now + self._interval
-            left = (self._total - self._meter.done) * (now - self._meter.start) / max(self._meter.done, 1)
+            left = (self._total - self._meter.done) / max(self._meter.rate, 1e-9)
             self._write(f"{self._meter.done}/{self._total}  {left:.0f} s left  {self._text}")
 
-    def end(self) -> None:
+    def end(self, *, always: bool) -> None:
         seconds = time.perf_counter() - self._meter.start
-        self._write(f"{self._meter.done}/{self._total}  {seconds:.1f} s  {self._text}")
+        if always or seconds >= self._interval:
+            self._write(f"{self._meter.done}/{self._total}  {seconds:.1f} s  {self._text}")
 
     def _write(self, text: str) -> None:
         err.print(f"{self._description}: {text}", markup=False, soft_wrap=True)

@@ -5,17 +5,18 @@ from typing import Annotated
 
 import typer
 
+from worldloom.cli.console import answer, progress
 from worldloom.cli.options import Json, Overrides, Threads, set_threads
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="The run folder; what is there already is taken up.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="The folder of the demo; existing parts are reused.")] = Path("runs/demo"),
     recipe: Annotated[str, typer.Option(help="A recipe whose world ships with worldloom.")] = "two-room",
     seed: Annotated[int, typer.Option(help="The training seed.")] = 0,
     episodes: Annotated[int | None, typer.Option(min=1, help="Evaluation episodes in each split.")] = None,
     overrides: Overrides = None,
     threads: Threads = 0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what an earlier demo left there first.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="First delete what an earlier demo wrote there.")] = False,
     json: Json = False,
 ) -> None:
     """Collect aimless motion in Two Rooms, learn a world model from it, and reach goals it was never trained for."""
@@ -23,8 +24,7 @@ def demo(
     import time
 
     from worldloom import workflow
-    from worldloom.cli.console import print_json, progress, say
-    from worldloom.cli.evaluate import show
+    from worldloom.cli.evaluate import shown
     from worldloom.recipes import load_recipe
 
     set_threads(threads)
@@ -39,9 +39,10 @@ def demo(
     workflow.collect(config, out / "data", progress=bars)
     run = workflow.train(config, out / "data", out / "run", resume=True, progress=bars)
     results = workflow.evaluate(run, episodes=episodes, progress=bars)
-    if json:
-        print_json(results.to_json())
-        return
-    show(results)
-    say(f"report: {workflow.report_path(run, results)}")
-    say(f"the whole demo took {time.perf_counter() - start:.0f} s")
+    answer(
+        json,
+        results.to_json(),
+        *shown(results),
+        f"report: {workflow.report_path(run, results)}",
+        f"the whole demo took {time.perf_counter() - start:.0f} s",
+    )

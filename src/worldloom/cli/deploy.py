@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from worldloom.cli.console import Shown, answer, err, table
 from worldloom.cli.options import Audit, Imports, Json, Rules, Trust, Unsigned, import_modules, open_session
 
 
@@ -49,7 +50,6 @@ def deploy(
     """
     import signal
 
-    from worldloom.cli.console import print_json, say
     from worldloom.cli.options import set_threads
     from worldloom.core.errors import ConfigError
     from worldloom.deploy import ControlLoop, SocketLink
@@ -71,7 +71,7 @@ def deploy(
                 deadline=deadline_ms / 1e3,
                 safe_action=_safe_action(safe_action, link.action.size),
                 late="discard" if late == "discard" else "use if fresh",
-                on_period=_Live(json),
+                on_period=_Live(),
             )
             previous = signal.signal(signal.SIGTERM, lambda *_: loop.stop())
             try:
@@ -79,51 +79,44 @@ def deploy(
             finally:
                 signal.signal(signal.SIGTERM, previous)
                 folder = store_report(session.run, loop.report)
-    if json:
-        print_json(loop.report.to_json())
-        return
-    show(loop.report.to_json())
-    say(f"report: {folder}")
+    figures = loop.report.to_json()
+    answer(json, figures, *shown(figures), f"report: {folder}")
 
 
-def show(figures: dict[str, Any]) -> None:
-    """Print the figures of a report."""
-    from worldloom.cli.console import print_table
+def shown(figures: dict[str, Any]) -> list[Shown]:
+    """Return the figures of a report as tables."""
 
     def row(name: str) -> list[str]:
-        shown = figures[name] or {}
-        return [name, *(f"{shown[key]:.2f}" if key in shown else "" for key in ("p50", "p95", "p99", "max"))]
+        values = figures[name] or {}
+        return [name, *(f"{values[key]:.2f}" if key in values else "" for key in ("p50", "p95", "p99", "max"))]
 
-    print_table(
+    times = table(
         f"{figures['periods']} periods, {figures['rate_held']} Hz held, {figures['misses']} deadlines missed, "
         f"{len(figures['watchdog_acts'])} acts of the watchdog; {figures['ended']}",
         ["milliseconds", "p50", "p95", "p99", "max"],
         [row(name) for name in ("jitter_ms", "plan_ms", "command_ms", "observation_age_ms")],
     )
-    if figures["miss_causes"]:
-        print_table("misses", ["cause", "periods"], [[name, str(n)] for name, n in figures["miss_causes"].items()])
+    causes = [[name, str(count)] for name, count in figures["miss_causes"].items()]
+    return [times, *([table("misses", ["cause", "periods"], causes)] if causes else [])]
 
 
 class _Live:
     """A line of figures: once a second in a terminal, every ten seconds in a file."""
 
-    def __init__(self, silent: bool) -> None:
-        from worldloom.cli.console import err
-
-        self._silent, self._console = silent, err
+    def __init__(self) -> None:
         self._every = 1.0 if err.is_terminal else 10.0
         self._next = self._every
 
     def __call__(self, report: Any) -> None:
         seconds = (report.periods[-1].number + 1) / report.rate
-        if self._silent or seconds < self._next:
+        if seconds < self._next:
             return
         self._next += self._every
         plan = f"plan {1e3 * report.plans[-1]:.1f} ms" if report.plans else "no plan yet"
-        self._console.print(
+        err.print(
             f"{seconds:6.0f} s  {len(report.periods)} periods  {plan}  missed {len(report.misses)}  "
             f"watchdog {len(report.watchdog)}",
-            end="\r" if self._console.is_terminal else "\n",
+            end="\r" if err.is_terminal else "\n",
         )
 
 

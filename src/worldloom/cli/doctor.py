@@ -1,22 +1,22 @@
-"""`worldloom doctor`: what this machine has, and what is missing."""
+"""`worldloom doctor`: check what this machine has, and what is missing."""
 
 import typer
 
+from worldloom.cli.console import answer, table
 from worldloom.cli.options import Json
 
 
 def doctor(json: Json = False) -> None:
     """Check this machine: versions, cores, memory, disk, accelerators, video, matrix speed, extras and drawing."""
-    from worldloom.cli.console import out, print_json, print_table
+    from rich.text import Text
 
     checks = _checks()
-    if json:
-        print_json({name: {"found": found, "remedy": remedy} for name, found, remedy in checks})
-    else:
-        print_table("worldloom doctor", ["check", "found"], [[name, found] for name, found, _ in checks])
-        for name, _, remedy in checks:
-            if remedy:
-                out.print(f"[yellow]{name}[/]: {remedy}")
+    answer(
+        json,
+        {name: {"found": found, "remedy": remedy} for name, found, remedy in checks},
+        table("worldloom doctor", ["check", "found"], [[name, found] for name, found, _ in checks]),
+        *(Text.assemble((name, "yellow"), f": {remedy}") for name, _, remedy in checks if remedy),
+    )
     if any(remedy for _, _, remedy in checks):
         raise typer.Exit(1)
 

@@ -3,10 +3,11 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from worldloom.cli.console import Shown, answer, progress, table
 from worldloom.cli.options import (
     Imports,
     Json,
@@ -23,6 +24,7 @@ from worldloom.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from worldloom.core.seams import Agent
+    from worldloom.evaluation import Results
     from worldloom.workflow import Run
 
 
@@ -30,7 +32,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     protocol: Annotated[
         str | None,
-        typer.Option(help="A named protocol; by default the world's, or goals that the logging policy reached."),
+        typer.Option(help="A named protocol; by default, that of the world, or goals that the logging policy reached."),
     ] = None,
     success: Annotated[
         str | None,
@@ -39,11 +41,11 @@ def evaluate(
         ),
     ] = None,
     goal_offset: Annotated[int | None, typer.Option(min=1, help="For other worlds: steps from start to goal.")] = None,
-    budget: Annotated[int | None, typer.Option(min=1, help="The most steps of an episode.")] = None,
+    budget: Annotated[int | None, typer.Option(min=1, help="The maximum number of steps of an episode.")] = None,
     episodes: Annotated[int | None, typer.Option(min=1, help="Episodes in each split.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="The root of the evaluation's seeds.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The root of the seeds of the evaluation.")] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="A method to evaluate; all of the recipe by default.")
+        list[str] | None, typer.Option(help="A method to evaluate; by default, all of the recipe.")
     ] = None,
     policy: Annotated[
         list[str] | None,
@@ -52,9 +54,9 @@ def evaluate(
             help="Add a foreign policy to the table; the factory returns an object with get_action(info).",
         ),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="One split of the protocol; all by default.")] = None,
+    split: Annotated[str | None, typer.Option(help="One split of the protocol; by default, all.")] = None,
     exploration: Annotated[
-        int | None, typer.Option(min=0, help="Steps that an agent explores before it is given a goal.")
+        int | None, typer.Option(min=0, help="Steps that an agent explores before it gets a goal.")
     ] = None,
     memory: Annotated[Path | None, typer.Option(help="The memory that agents read and write.")] = None,
     env_arg: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the world.")] = None,
@@ -67,8 +69,6 @@ def evaluate(
 ) -> None:
     """Evaluate a run and its baselines on goals from seeds that training never used, and write a report."""
     from worldloom import workflow
-    from worldloom.cli.console import print_json, progress, say
-    from worldloom.workflow import report_path
 
     import_modules(imports)
     set_threads(threads)
@@ -88,11 +88,7 @@ def evaluate(
             exploration=exploration,
             progress=progress(),
         )
-    if json:
-        print_json(results.to_json())
-        return
-    show(results)
-    say(f"report: {report_path(session.run, results)}")
+    answer(json, results.to_json(), *shown(results), f"report: {workflow.report_path(session.run, results)}")
 
 
 def _foreign(name: str, run: "Run") -> Callable[[], "Agent"]:
@@ -106,16 +102,16 @@ def _foreign(name: str, run: "Run") -> Callable[[], "Agent"]:
         raise ConfigError(f"--policy {name}: the module {module!r} has no factory {factory!r}; expected MODULE:FACTORY")
     policy = make()
     if not isinstance(policy, InfoPolicy):
-        raise ConfigError(f"--policy {name}: what it made, a {type(policy).__name__}, has no get_action(info)")
+        raise ConfigError(f"--policy {name}: the factory returned a {type(policy).__name__} without get_action(info)")
     return lambda: ForeignPolicy(policy, run.model.spec.action)
 
 
-def show(results: Any) -> None:
-    """Print the table of an evaluation."""
-    from worldloom.cli.console import print_table, say
+def shown(results: "Results") -> list[Shown]:
+    """Return the table of an evaluation, and the conventions of its protocol."""
+    from rich.text import Text
+
     from worldloom.evaluation import table_rows
 
     header, *rows = table_rows(results)
-    print_table(f"{results.protocol.name}: zero-shot success", header, rows)
-    for line in results.protocol.describe():
-        say(line, style="dim")
+    conventions = [Text(line, style="dim") for line in results.protocol.describe()]
+    return [table(f"{results.protocol.name}: zero-shot success", header, rows), *conventions]

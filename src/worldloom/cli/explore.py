@@ -5,28 +5,31 @@ from typing import Annotated
 
 import typer
 
-from worldloom.cli.options import Imports, Threads, import_modules, open_session, set_threads
+from worldloom.cli.console import answer, progress
+from worldloom.cli.options import Imports, Json, Threads, import_modules, open_session, set_threads
 
 
 def explore(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    memory: Annotated[Path, typer.Option(help="The memory's directory; created if it is missing.")],
+    memory: Annotated[Path, typer.Option(help="The directory of the memory; created if it is missing.")],
     steps: Annotated[int, typer.Option(min=1, help="Steps in each world.")] = 2000,
-    method: Annotated[str | None, typer.Option(help="A method that explores; the recipe's by default.")] = None,
-    protocol: Annotated[str | None, typer.Option(help="The protocol of the worlds; by default the run's.")] = None,
-    split: Annotated[str | None, typer.Option(help="One split of the protocol; all by default.")] = None,
-    episodes: Annotated[int | None, typer.Option(min=1, help="How many worlds of each split.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="The root of the worlds' seeds.")] = None,
+    method: Annotated[str | None, typer.Option(help="A method that explores; by default, that of the recipe.")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="The protocol of the worlds; by default, that of the run.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="One split of the protocol; by default, all.")] = None,
+    episodes: Annotated[int | None, typer.Option(min=1, help="The number of worlds of each split.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The root of the seeds of the worlds.")] = None,
     threads: Threads = 0,
     imports: Imports = None,
+    json: Json = False,
 ) -> None:
-    """Explore the worlds of a protocol's episodes by curiosity, and remember them.
+    """Explore the worlds of the episodes of a protocol by curiosity, and remember them.
 
     'worldloom evaluate RUN --memory MEMORY --exploration 0', with the same protocol, split, episodes and seed, then
     asks for far goals in the same worlds.
     """
     from worldloom import workflow
-    from worldloom.cli.console import progress, say
 
     import_modules(imports)
     set_threads(threads)
@@ -42,4 +45,6 @@ def explore(
             progress=progress(),
         )
         assert session.memory is not None
-        say(f"{memory}: {seen} worlds explored, {len(session.memory):,} memories")
+        count = len(session.memory)
+    found = {"memory": memory, "worlds": seen, "memories": count}
+    answer(json, found, f"{memory}: {seen} worlds explored, {count:,} memories")

@@ -1,4 +1,4 @@
-"""`worldloom memory`: look into an agent's episodic memory, and tend it."""
+"""`worldloom memory`: build, inspect and maintain the episodic memory of an agent."""
 
 import math
 from pathlib import Path
@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
+from worldloom.cli.console import answer, progress, table, values_table
 from worldloom.cli.options import Json
 
-app = typer.Typer(help="Look into an agent's episodic memory, and tend it.", no_args_is_help=True)
-Memory = Annotated[Path, typer.Argument(help="The memory's directory.")]
+app = typer.Typer(help="Build, inspect and maintain the episodic memory of an agent.", no_args_is_help=True)
+Memory = Annotated[Path, typer.Argument(help="The directory of the memory.")]
 
 
 @app.command()
@@ -17,11 +18,11 @@ def remember(
     path: Memory,
     run: Annotated[Path, typer.Argument(help="The run folder of the model.")],
     data: Annotated[str, typer.Argument(help="The dataset to remember.")],
-    frames: Annotated[str, typer.Option(help="What a new memory keeps of frames: whole, thumbnail or none.")] = "whole",
-    capacity: Annotated[int, typer.Option(help="How many memories a new memory holds before it forgets.")] = 1_000_000,
+    frames: Annotated[str, typer.Option(help="How a new memory stores frames: whole, thumbnail or none.")] = "whole",
+    capacity: Annotated[int, typer.Option(help="The maximum number of memories of a new memory.")] = 1_000_000,
+    json: Json = False,
 ) -> None:
-    """Remember logs: encode a dataset's episodes into a memory, made where there is none."""
-    from worldloom.cli.console import progress, say
+    """Encode the episodes of a dataset into a memory; create the memory if it is missing."""
     from worldloom.memory import EpisodicMemory, MemoryConfig
     from worldloom.workflow import Run
     from worldloom.workflow import remember as append
@@ -30,45 +31,47 @@ def remember(
     config = MemoryConfig.parse({"frames": frames, "capacity": capacity})
     with EpisodicMemory.open_or_create(path, spec=opened.model.spec, config=config) as memory:
         count = append(opened, data, memory, progress=progress())
-        say(f"{path}: {count:,} memories appended, {len(memory):,} in all")
+        total = len(memory)
+    found = {"memory": path, "appended": count, "memories": total}
+    answer(json, found, f"{path}: {count:,} memories appended, {total:,} in all")
 
 
 @app.command()
 def inspect(path: Memory, json: Json = False) -> None:
-    """Say what a memory holds."""
-    from worldloom.cli.console import print_json, print_table
+    """Show what a memory holds."""
     from worldloom.memory import EpisodicMemory, summarise
 
     with EpisodicMemory.open(path, spec=None) as memory:
         summary = summarise(memory)
-    if json:
-        print_json(summary)
-    else:
-        print_table(str(path), ["", "value"], [[key, str(value)] for key, value in summary.items()])
+    answer(json, summary, values_table(str(path), summary))
 
 
 @app.command()
 def recall(
     path: Memory,
-    like: Annotated[int | None, typer.Option("--id", help="Recall what is like the memory of this id.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Recall what is like this picture; needs --run.")] = None,
-    run: Annotated[Path | None, typer.Option(help="The run whose model encodes the picture.")] = None,
-    count: Annotated[int, typer.Option("-k", "--count", min=1, help="How many.")] = 6,
-    since: Annotated[
-        str | None, typer.Option(help="Not before: a time such as 2026-01-31T12:00 (UTC), or an age such as 2h, 3d.")
+    like: Annotated[
+        int | None, typer.Option("--id", help="Recall memories similar to the memory with this id.")
     ] = None,
-    until: Annotated[str | None, typer.Option(help="Before: a time or an age.")] = None,
-    episode: Annotated[int | None, typer.Option(help="Only of this stretch of experience.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Recall memories similar to this picture; needs --run.")] = None,
+    run: Annotated[Path | None, typer.Option(help="The run whose model encodes the picture.")] = None,
+    count: Annotated[int, typer.Option("-k", "--count", min=1, help="The number of memories.")] = 6,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            help="Only from this time on, such as 2026-01-31T12:00 (UTC), or not older than an age, such as 2h, 3d."
+        ),
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="Only before this time or age.")] = None,
+    episode: Annotated[int | None, typer.Option(help="Only from this stretch of experience.")] = None,
     outcome: Annotated[str | None, typer.Option(help="Only with this outcome.")] = None,
-    min_surprise: Annotated[float | None, typer.Option(help="Only as surprising as this.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Draw them into this PNG.")] = None,
+    min_surprise: Annotated[float | None, typer.Option(help="Only with at least this surprise.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Draw the memories into this PNG.")] = None,
     json: Json = False,
 ) -> None:
-    """Show memories: like one of them or like a picture, or the newest."""
+    """Show the newest memories, or those similar to a memory or to a picture."""
     import numpy as np
     import torch
 
-    from worldloom.cli.console import print_json, print_table, say
     from worldloom.core.errors import ConfigError
     from worldloom.memory import EpisodicMemory, Where, as_rows, draw_memories
     from worldloom.workflow import Run, encode_picture
@@ -103,67 +106,67 @@ def recall(
         if out is not None and len(memories):
             captions = [f"{row['id']}  {row['outcome']}" for row in rows]
             draw_memories(memory, memories.ids, captions, out)
-    if json:
-        print_json(rows)
-        return
     columns = list(rows[0]) if rows else ["id"]
     shown = [["" if row[key] is None else str(row[key]) for key in columns] for row in rows]
-    print_table(f"{len(rows)} of {path}", columns, shown)
-    if out is not None and rows:
-        say(f"wrote {out}")
+    written = [f"wrote {out}"] if out is not None and rows else []
+    answer(json, rows, table(f"{len(rows)} of {path}", columns, shown), *written)
 
 
 @app.command()
 def prune(
-    path: Memory, keep: Annotated[int, typer.Option(min=1, help="How many memories to keep.")], json: Json = False
+    path: Memory,
+    keep: Annotated[int, typer.Option(min=1, help="The number of memories that remain.")],
+    json: Json = False,
 ) -> None:
-    """Forget what is told again elsewhere, until so many memories are left."""
+    """Delete the most redundant memories until the given number remains."""
     from dataclasses import asdict
 
-    from worldloom.cli.console import print_json, say
     from worldloom.memory import EpisodicMemory
 
     with EpisodicMemory.open(path, spec=None, writable=True) as memory:
-        report = memory.prune(keep)
-    if json:
-        print_json(asdict(report))
-    else:
-        say(f"{path}: forgot {report.forgotten:,} memories, kept {report.kept:,}")
+        report = memory.prune(keep, progress=progress())
+    answer(json, asdict(report), f"{path}: forgot {report.forgotten:,} memories, kept {report.kept:,}")
 
 
 @app.command()
-def export(path: Memory, out: Annotated[Path, typer.Argument(help="A file that ends in .parquet or .jsonl.")]) -> None:
+def export(
+    path: Memory,
+    out: Annotated[Path, typer.Argument(help="A file that ends in .parquet or .jsonl.")],
+    json: Json = False,
+) -> None:
     """Write all memories to a file for other tools."""
-    from worldloom.cli.console import progress, say
     from worldloom.memory import EpisodicMemory
     from worldloom.memory import export as write
 
     with EpisodicMemory.open(path, spec=None) as memory:
         count = write(memory, out, progress=progress())
-    say(f"wrote {count:,} memories to {out}")
+    answer(json, {"path": out, "memories": count}, f"wrote {count:,} memories to {out}")
 
 
 @app.command()
-def reencode(path: Memory, run: Annotated[Path, typer.Argument(help="The run folder of the model.")]) -> None:
-    """Encode all memories anew, with the model of a run."""
-    from worldloom.cli.console import progress, say
+def reencode(
+    path: Memory, run: Annotated[Path, typer.Argument(help="The run folder of the model.")], json: Json = False
+) -> None:
+    """Encode all memories again, with the model of a run."""
     from worldloom.memory import EpisodicMemory
     from worldloom.workflow import Run
 
     model = Run.open(run).model
     with EpisodicMemory.open(path, spec=None, writable=True) as memory:
         memory.reencode(model, progress=progress())
-        say(f"{path}: {len(memory):,} memories now hold latents of {run}")
+        count = len(memory)
+    found = {"memory": path, "memories": count, "run": run}
+    answer(json, found, f"{path}: {count:,} memories now hold latents of {run}")
 
 
 @app.command()
-def migrate(path: Memory) -> None:
-    """Bring a memory of an older version of the format to this one."""
-    from worldloom.cli.console import say
+def migrate(path: Memory, json: Json = False) -> None:
+    """Bring a memory from an older version of the format to the current one."""
     from worldloom.memory import migrate as bring
 
-    versions = bring(path)
-    say(f"{path}: version {' -> '.join(map(str, versions))}" + ("" if versions[1:] else ", nothing to do"))
+    versions = bring(path, progress=progress())
+    nothing = "" if versions[1:] else ", nothing to do"
+    answer(json, {"versions": versions}, f"{path}: version {' -> '.join(map(str, versions))}{nothing}")
 
 
 def _short(value: float) -> float | None:
@@ -186,6 +189,6 @@ def _moment(text: str | None, option: str) -> float | None:
         read = datetime.fromisoformat(text)
     except ValueError:
         raise ConfigError(
-            f"{option} {text!r} is no time; expected one such as 2026-01-31T12:00, or an age such as 2h or 3d"
+            f"{option} {text!r} is not a time; expected one such as 2026-01-31T12:00, or an age such as 2h or 3d"
         ) from None
     return (read if read.tzinfo else read.replace(tzinfo=UTC)).timestamp()

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from worldloom.cli.console import answer, progress, table, values_table
 from worldloom.cli.options import (
     Audit,
     Imports,
@@ -26,8 +27,8 @@ def plan(
     protocol: Annotated[
         str | None, typer.Option(help="The protocol that draws start and goal, if no pictures are given.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="The protocol's split; the first by default.")] = None,
-    episode: Annotated[int, typer.Option(min=0, help="Which episode of the split.")] = 0,
+    split: Annotated[str | None, typer.Option(help="The split of the protocol; by default, the first.")] = None,
+    episode: Annotated[int, typer.Option(min=0, help="The episode of the split.")] = 0,
     method: Annotated[str | None, typer.Option(help="A planning method of the recipe.")] = None,
     explain: Annotated[
         Path | None, typer.Option(help="Draw the predicted future, the guardrails and the ruled-out candidates (PNG).")
@@ -40,8 +41,7 @@ def plan(
     imports: Imports = None,
     json: Json = False,
 ) -> None:
-    """Plan once from a start to a goal: the actions, their predicted cost, and the time that it took."""
-    from worldloom.cli.console import print_json, print_table
+    """Plan once from a start to a goal; show the actions, their predicted cost and the planning time."""
     from worldloom.workflow import plan_once
 
     import_modules(imports)
@@ -56,11 +56,13 @@ def plan(
             episode=episode,
             method=method,
             picture=explain,
+            progress=progress(),
         )
-    if json:
-        print_json(made)
-        return
-    actions = made.pop("actions")
-    print_table("plan", ["", "value"], [[name, str(value)] for name, value in made.items()])
+    actions = made["actions"]
     rows = [[str(step), *(f"{value:+.3f}" for value in action)] for step, action in enumerate(actions)]
-    print_table("actions", ["step", *(f"a{index}" for index in range(len(actions[0])))], rows)
+    answer(
+        json,
+        made,
+        values_table("plan", {name: value for name, value in made.items() if name != "actions"}),
+        table("actions", ["step", *(f"a{index}" for index in range(len(actions[0])))], rows),
+    )

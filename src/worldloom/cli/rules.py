@@ -1,10 +1,11 @@
-"""`worldloom rules`: signing, verifying and showing the rule sets that agents obey."""
+"""`worldloom rules`: sign, verify and show the rule sets that agents obey."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from worldloom.cli.console import answer, table
 from worldloom.cli.options import Json, Trust, Unsigned, trusted_keys
 
 app = typer.Typer(help="Sign, verify and show rule sets: guardrails, objectives and fallbacks.", no_args_is_help=True)
@@ -13,46 +14,50 @@ Files = Annotated[list[Path], typer.Argument(help="The layers of a rule set, upp
 
 
 @app.command()
-def key(path: Annotated[Path, typer.Argument(help="The file for the secret key.")]) -> None:
-    """Make a secret key to sign with, and print the public key for those who trust it."""
+def key(path: Annotated[Path, typer.Argument(help="The file for the secret key.")], json: Json = False) -> None:
+    """Make a secret key to sign with, and print its public key, which `--trust` takes."""
     from worldloom.core.signing import make_key
 
-    typer.echo(make_key(path))
+    public = make_key(path)
+    answer(json, {"key": public, "path": path}, public)
 
 
 @app.command()
 def sign(
-    files: Annotated[list[Path], typer.Argument(help="What to sign.")],
+    files: Annotated[list[Path], typer.Argument(help="The layers to sign.")],
     key: Annotated[Path, typer.Option(help="The secret key.")],
+    json: Json = False,
 ) -> None:
-    """Sign rule sets and the pictures that they forbid; each signature is written beside its file."""
+    """Sign rule sets and the pictures that they forbid, and write each signature beside its file."""
     from worldloom.core.signing import sign_file
     from worldloom.core.yaml_config import read_yaml
     from worldloom.guardrails import RuleLayer
 
+    signatures = []
     for file in files:
         rules = read_yaml(file, RuleLayer)  # an invalid rule set is not signed
-        for path in [*map(Path, dict.fromkeys(rules.files)), file]:
-            typer.echo(str(sign_file(path, key)))
+        signatures += [str(sign_file(path, key)) for path in [*map(Path, dict.fromkeys(rules.files)), file]]
+    answer(json, {"signatures": signatures}, *signatures)
 
 
 @app.command()
 def show(files: Files, trust: Trust = None, unsigned: Unsigned = False, json: Json = False) -> None:
-    """Verify the layers of a rule set, and show what they state together."""
-    from worldloom.cli.console import print_json, print_table, say
+    """Verify the layers of a rule set, and show the rules that they state together."""
     from worldloom.guardrails import read_rules
 
     rules = read_rules(files, trusted=trusted_keys(trust, unsigned))
-    if json:
-        print_json({
-            "fingerprint": rules.fingerprint,
-            "risk": rules.risk,
-            "guardrails": [rail.__dict__ for rail in rules.stated()],
-            "fallback": None if rules.fallback is None else rules.fallback.model_dump(mode="json"),
-        })  # fmt: skip
-        return
+    found = {
+        "fingerprint": rules.fingerprint,
+        "risk": rules.risk,
+        "guardrails": [rail.__dict__ for rail in rules.stated()],
+        "fallback": None if rules.fallback is None else rules.fallback.model_dump(mode="json"),
+    }
     rows = [[rail.title, rail.kind, rail.owner, rail.layer, rail.reason] for rail in rules.stated()]
-    print_table("guardrails", ["", "kind", "owner", "layer", "reason"], rows)
-    say(f"risk: {'none is stated' if rules.risk is None else f'{rules.risk:g}'}")
-    say(f"fallback: {'stop' if rules.fallback is None else rules.fallback.name}")
-    say(f"fingerprint: {rules.fingerprint}; {'signatures were not asked for' if unsigned else 'all are signed'}")
+    answer(
+        json,
+        found,
+        table("guardrails", ["", "kind", "owner", "layer", "reason"], rows),
+        f"risk: {'not stated' if rules.risk is None else f'{rules.risk:g}'}",
+        f"fallback: {'stop' if rules.fallback is None else rules.fallback.name}",
+        f"fingerprint: {rules.fingerprint}; {'signatures were not checked' if unsigned else 'all layers are signed'}",
+    )

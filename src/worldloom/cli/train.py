@@ -1,4 +1,4 @@
-"""`worldloom train`: a world model, and what plans with it, from a dataset."""
+"""`worldloom train`: train a world model and its heads on a dataset."""
 
 import logging
 from pathlib import Path
@@ -6,29 +6,32 @@ from typing import Annotated
 
 import typer
 
+from worldloom.cli.console import answer, progress
 from worldloom.cli.options import Imports, Json, Overrides, Threads, import_modules, set_threads
 from worldloom.core.errors import StorageError
 from worldloom.core.processes import is_first
 
 
 def train(
-    data: Annotated[str, typer.Argument(help="The dataset's directory, or its URI, such as s3://bucket/logs.")],
-    out: Annotated[Path, typer.Option(help="The run folder to make, or to take up with --resume.")],
-    recipe: Annotated[str, typer.Option(help="A recipe's name; 'generic' fits any dataset.")] = "generic",
+    data: Annotated[str, typer.Argument(help="The directory of the dataset, or its URI, such as s3://bucket/logs.")],
+    out: Annotated[Path, typer.Option(help="The run folder to create, or to continue with --resume.")],
+    recipe: Annotated[str, typer.Option(help="The name of a recipe; 'generic' fits any dataset.")] = "generic",
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Take up a run that was interrupted.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
     data_mode: Annotated[
-        str, typer.Option(help="cache: decode all first; stream: read while training; auto: stream what is remote.")
+        str,
+        typer.Option(
+            help="cache decodes all frames first, stream reads them while training, auto streams remote datasets."
+        ),
     ] = "",
-    cache_dir: Annotated[str, typer.Option(help="Where what is streamed is kept on the local disk.")] = "",
-    cache_gib: Annotated[float, typer.Option(help="How much of it at most, in GiB; 0 keeps none.")] = -1.0,
+    cache_dir: Annotated[str, typer.Option(help="The local folder that caches streamed frames.")] = "",
+    cache_gib: Annotated[float, typer.Option(help="The maximum size of that cache in GiB; 0 disables it.")] = -1.0,
     threads: Threads = 0,
     imports: Imports = None,
     json: Json = False,
 ) -> None:
-    """Train a world model on a dataset, then its distance, its reactive policy and the baseline of the same data."""
+    """Train a world model on a dataset, then its heads, its reactive policy and a cloned baseline."""
     from worldloom import workflow
-    from worldloom.cli.console import print_json, progress, say
     from worldloom.recipes import load_recipe
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it sets itself to INFO when it is imported
@@ -49,11 +52,6 @@ def train(
                 str(error).replace("the same command again", "the same command with --resume")
             ) from error
         raise
-    if not is_first():  # the others of torchrun are silent
-        return
-    summary = run.summary()
-    if json:
-        print_json(summary)
-    else:
-        for name, value in summary.items():
-            say(f"{name}: {value}")
+    if is_first():  # the other processes of torchrun are silent
+        summary = run.summary()
+        answer(json, summary, *(f"{name}: {value}" for name, value in summary.items()))

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from worldloom.cli.console import answer, progress, table
 from worldloom.cli.options import Json, Threads, set_threads
 
 app = typer.Typer(help="Weave one world model among many owners (Tapestry).", no_args_is_help=True)
@@ -24,7 +25,6 @@ def simulate(
     json: Json = False,
 ) -> None:
     """Weave on this machine, each owner in a folder of its own; run again, it goes on where it was."""
-    from worldloom.cli.console import print_json, print_table, progress, say
     from worldloom.core.yaml_config import read_yaml
     from worldloom.federation import Records
     from worldloom.workflow import ConsortiumConfig, simulate
@@ -33,14 +33,12 @@ def simulate(
     made = simulate(read_yaml(consortium, ConsortiumConfig), out, seed=seed, progress=progress())
     records = Records(made.rounds / "ledger.jsonl")
     told = [(entry.body["round"], entry.body["facts"]) for entry in records.entries("round")]
-    if json:
-        print_json({
-            "rounds": [{"round": number, **facts} for number, facts in told],
-            "runs": {name: str(run.path) for name, run in made.runs.items()},
-            "model_card": str(made.card),
-            "report": str(made.report),
-        })  # fmt: skip
-        return
+    found = {
+        "rounds": [{"round": number, **facts} for number, facts in told],
+        "runs": {name: str(run.path) for name, run in made.runs.items()},
+        "model_card": made.card,
+        "report": made.report,
+    }
     rows = []
     for number, facts in told:
         judged = facts["evaluation"] or {}
@@ -48,11 +46,14 @@ def simulate(
         sent = sum(one["bytes"] for one in records.contributions(number))
         who = ", ".join(f"{owner} {weight:.2f}" for owner, weight in sorted(facts["weights"].items()))
         rows.append([str(number), *losses, f"{sent / 1e6:.1f}", who or "none", ", ".join(facts["left_out"]) or "-"])
-    print_table("rounds", ["round", "held-out loss before", "after", "MB sent", "influence", "left out"], rows)
-    for name, run in made.runs.items():
-        say(f"{name}: {run.path}")
-    say(f"model card: {made.card}")
-    say(f"report: {made.report}")
+    answer(
+        json,
+        found,
+        table("rounds", ["round", "held-out loss before", "after", "MB sent", "influence", "left out"], rows),
+        *(f"{name}: {run.path}" for name, run in made.runs.items()),
+        f"model card: {made.card}",
+        f"report: {made.report}",
+    )
 
 
 @app.command()
@@ -61,13 +62,18 @@ def watch(
     constitution: Annotated[
         Path | None, typer.Option(help="The constitution; without it nobody knows which round is the last.")
     ] = None,
-    once: Annotated[bool, typer.Option("--once", help="Show what there is now, and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Show the present state, and end.")] = False,
+    json: Json = False,
 ) -> None:
-    """Show the rounds as they run, from any terminal that sees their folder; ends with the last round, or Ctrl-C."""
-    from worldloom.cli.weave_watch import watch
+    """Show the rounds as they run, from any terminal that sees their folder, until the last round ends or Ctrl-C.
+
+    With --json, it prints one JSON line for each change; with --once too, one document of the present state.
+    """
+    from worldloom.cli.weave_watch import watch, watch_json
     from worldloom.federation import read_constitution
 
-    watch(rounds, None if constitution is None else read_constitution(constitution), once=once)
+    look = watch_json if json else watch
+    look(rounds, None if constitution is None else read_constitution(constitution), once=once)
 
 
 @app.command()
@@ -78,15 +84,15 @@ def report(
     runs: Annotated[
         Path | None, typer.Option(help="A folder with a run of each owner, NAME or NAME/run, whose training is shown.")
     ] = None,
+    json: Json = False,
 ) -> None:
     """Write what the ledger tells as one page: losses, influence, bytes, privacy, refusals; it must verify."""
-    from worldloom.cli.console import say
     from worldloom.federation import read_constitution
     from worldloom.reports import find_owners, write_weaving_report
 
     rules = read_constitution(constitution)
     write_weaving_report(out, rounds, rules, runs={} if runs is None else find_owners(runs, rules))
-    say(f"report: {out}")
+    answer(json, {"report": out}, f"report: {out}")
 
 
 Party = Annotated[Path, typer.Argument(help="What this party states, as YAML; its paths are those of its folder.")]
@@ -100,12 +106,13 @@ def keys(
         list[str] | None,
         typer.Option(help="For a coordinator: a name or address by which nodes reach it; makes its certificate."),
     ] = None,
+    json: Json = False,
 ) -> None:
     """Make the keys of a node, or with --host those of a coordinator; prints what the constitution says of it."""
-    from worldloom.cli.console import print_json
     from worldloom.workflow import make_keys
 
-    print_json({name: make_keys(out, name, tuple(host or ()))})
+    made = make_keys(out, name, tuple(host or ()))
+    answer(json, {name: made}, f"{name}:", *(f"  {part}: {value}" for part, value in made.items()))
 
 
 @app.command()
@@ -119,6 +126,7 @@ def classify(
     key: Annotated[Path, typer.Option(help="The owner's secret key.")],
     title: Annotated[str, typer.Option(help="What the data are.")] = "",
     licence: Annotated[str, typer.Option(help="Under which licence.")] = "",
+    json: Json = False,
 ) -> None:  # fmt: skip
     """Say what may be done with a dataset, and sign it; without that nothing of it shapes the base."""
     from worldloom.core.errors import ConfigError
@@ -129,15 +137,13 @@ def classify(
     known = {name: name for name in CLASSES}
     if data_class not in known:
         raise ConfigError(f"--as: {nearest(data_class, known)}")
-    typer.echo(str(classify(
-        dataset, owner=owner, data_class=known[data_class], key=key, title=title, licence=licence
-    )))  # fmt: skip
+    card = classify(dataset, owner=owner, data_class=known[data_class], key=key, title=title, licence=licence)
+    answer(json, {"card": card}, str(card))
 
 
 @app.command()
 def coordinator(party: Party, json: Json = False) -> None:
     """Run the rounds that are left, with the members that connect; stopped or killed, it goes on when started again."""
-    from worldloom.cli.console import print_json, say
     from worldloom.cli.weave_watch import live
     from worldloom.core.yaml_config import read_yaml
     from worldloom.federation import Records
@@ -148,10 +154,8 @@ def coordinator(party: Party, json: Json = False) -> None:
         rounds = coordinate(config)
     bases = Records(rounds / "ledger.jsonl").bases()
     last = max(bases)
-    if json:
-        print_json({"rounds": str(rounds), "round": last, "base": bases[last]["fingerprint"]})
-        return
-    say(f"{rounds}: the base after {last} rounds is {bases[last]['fingerprint']}")
+    base = bases[last]["fingerprint"]
+    answer(json, {"rounds": rounds, "round": last, "base": base}, f"{rounds}: the base after {last} rounds is {base}")
 
 
 @app.command()
@@ -162,25 +166,23 @@ def pilot(
     json: Json = False,
 ) -> None:
     """Train alone, before the first round, what all could begin with: where conventions clash, one must be first."""
-    from worldloom.cli.console import print_json, progress, say
     from worldloom.core.yaml_config import read_yaml
     from worldloom.workflow import NodeConfig, pilot
 
     set_threads(threads)
     base = pilot(read_yaml(party, NodeConfig).at(party.parent), out, progress=progress())
-    print_json({"base": base, "path": str(out)}) if json else say(f"{out}: the base {base}; give it to the coordinator")
+    answer(json, {"base": base, "path": out}, f"{out}: the base {base}; give it to the coordinator")
 
 
 @app.command()
 def node(party: Party, threads: Threads = 0, json: Json = False) -> None:
     """Take part as an owner until the last base has come and settled; killed, it goes on when started again."""
-    from worldloom.cli.console import print_json, progress, say
     from worldloom.core.yaml_config import read_yaml
     from worldloom.workflow import NodeConfig, take_part
 
     set_threads(threads)
     run = take_part(read_yaml(party, NodeConfig).at(party.parent), progress=progress())
-    print_json({"run": str(run.path)}) if json else say(f"the woven model, settled at home: {run.path}")
+    answer(json, {"run": run.path}, f"the woven model, settled at home: {run.path}")
 
 
 @app.command()
@@ -192,33 +194,32 @@ def exit(
     json: Json = False,
 ) -> None:
     """Leave the consortium with all that is yours; it needs nobody's leave, and no connection."""
-    from worldloom.cli.console import print_json, progress, say
     from worldloom.core.yaml_config import read_yaml
     from worldloom.workflow import NodeConfig, leave
 
     set_threads(threads)
     leave(read_yaml(party, NodeConfig).at(party.parent), into, why=why, progress=progress())
-    print_json({"left": str(into)}) if json else say(f"left, with base, ledger, rules and run in {into}")
+    answer(json, {"left": into}, f"left, with base, ledger, rules and run in {into}")
 
 
 @app.command(name="return")
-def come_back(party: Party) -> None:
+def come_back(party: Party, json: Json = False) -> None:
     """Take part again after an exit: start the node, and the next round that asks counts."""
-    from worldloom.cli.console import say
     from worldloom.core.yaml_config import read_yaml
     from worldloom.workflow import NodeConfig, come_back
 
-    come_back(read_yaml(party, NodeConfig).at(party.parent))
-    say("back: start the node again")
+    config = read_yaml(party, NodeConfig).at(party.parent)
+    come_back(config)
+    answer(json, {"returned": config.owner}, "back: start the node again")
 
 
 @app.command()
 def succeed(
     party: Party,
     coordinator: Annotated[Path, typer.Option(help="What the new coordinator states, as YAML.")],
+    json: Json = False,
 ) -> None:
     """Take over from a coordinator that is lost, with what this node kept; then start the coordinator here."""
-    from worldloom.cli.console import say
     from worldloom.core.yaml_config import read_yaml
     from worldloom.workflow import CoordinatorConfig, NodeConfig, take_over
 
@@ -226,15 +227,17 @@ def succeed(
         read_yaml(party, NodeConfig).at(party.parent),
         read_yaml(coordinator, CoordinatorConfig).at(coordinator.parent),
     )
-    say(f"took over before round {number}; start: worldloom weave coordinator {coordinator}")
+    line = f"took over before round {number}; start: worldloom weave coordinator {coordinator}"
+    answer(json, {"round": number, "coordinator": coordinator}, line)
 
 
 @app.command()
-def key(path: Annotated[Path, typer.Argument(help="Where to keep the secret key.")]) -> None:
+def key(path: Annotated[Path, typer.Argument(help="Where to keep the secret key.")], json: Json = False) -> None:
     """Make a secret key; prints the public one, for the constitution."""
     from worldloom.core.signing import make_key
 
-    typer.echo(make_key(path))
+    public = make_key(path)
+    answer(json, {"key": public, "path": path}, public)
 
 
 @app.command()
@@ -242,12 +245,14 @@ def ratify(
     constitution: Annotated[Path, typer.Argument(help="The constitution, as YAML.")],
     member: Annotated[str, typer.Option(help="The name by which it knows you.")],
     key: Annotated[Path, typer.Option(help="Your secret key.")],
+    json: Json = False,
 ) -> None:
     """Sign a constitution as it is now, as one of its members; the signature is kept beside it."""
     from worldloom.core.signing import SigningKey
     from worldloom.federation import ratify
 
-    typer.echo(str(ratify(constitution, member, SigningKey(key))))
+    signature = ratify(constitution, member, SigningKey(key))
+    answer(json, {"signature": signature}, str(signature))
 
 
 @app.command()
@@ -259,16 +264,11 @@ def recompute(
     json: Json = False,
 ) -> None:
     """Compute every base again from the kept contributions, all of them or without a member's."""
-    from worldloom.cli.console import print_json, say
     from worldloom.federation import read_constitution, recompute
 
-    found = recompute(rounds, read_constitution(constitution), into=into, without=without or ())
-    if json:
-        print_json({str(number): base for number, base in found.items()})
-        return
-    for number, base in found.items():
-        say(f"round {number}: {base}")
-    say(f"without {', '.join(without)}" if without else "each is the one that the ledger names")
+    found = recompute(rounds, read_constitution(constitution), into=into, without=without or (), progress=progress())
+    lines = [f"round {number}: {base}" for number, base in found.items()]
+    answer(json, found, *lines, f"without {', '.join(without)}" if without else "each is the one that the ledger names")
 
 
 @app.command()
@@ -276,50 +276,47 @@ def release(
     rounds: Rounds,
     constitution: Rules,
     into: Annotated[Path, typer.Option(help="A new folder for base, model card and ledger.")],
+    json: Json = False,
 ) -> None:
     """Let the newest base leave the consortium, if it passes every gate of the constitution."""
     from worldloom.federation import read_constitution, release
 
-    typer.echo(str(release(rounds, read_constitution(constitution), into)))
+    released = release(rounds, read_constitution(constitution), into)
+    answer(json, {"released": released}, str(released))
 
 
 @ledger.command()
 def verify(rounds: Rounds, constitution: Rules, json: Json = False) -> None:
     """Check every entry and signature; the first that is wrong is named, and the exit code is 3."""
-    from worldloom.cli.console import print_json, say
     from worldloom.core.errors import DataError
     from worldloom.federation import read_constitution, verify_ledger
 
     verdict = verify_ledger(rounds / "ledger.jsonl", read_constitution(constitution))
     if verdict.broken is not None:
         raise DataError(f"{rounds}: entry {verdict.broken} {verdict.why}")
-    if json:
-        print_json({"length": verdict.length, "hash": verdict.head.hash})
-        return
-    say(f"{rounds}: all {verdict.length} entries are whole, signed and in order; the last is {verdict.head.hash}")
+    line = f"{rounds}: all {verdict.length} entries are whole, signed and in order; the last is {verdict.head.hash}"
+    answer(json, {"length": verdict.length, "hash": verdict.head.hash}, line)
 
 
 @ledger.command()
 def show(rounds: Rounds, json: Json = False) -> None:
     """Show what happened, entry by entry, each verified as it is read."""
-    from worldloom.cli.console import print_json, print_table
     from worldloom.federation import Records
 
     found = [entry.body for entry in Records(rounds / "ledger.jsonl").entries()]
-    if json:
-        print_json({"entries": [{key: body[key] for key in ("kind", "round", "facts")} for body in found]})
-        return
     rows = []
     for body in found:
         facts = body["facts"]
         said = facts.get("owner") or facts.get("fingerprint", "")[:16] or ", ".join(facts.get("weights", {}))
         rows.append([body["kind"], "-" if body["round"] is None else str(body["round"]), said, facts.get("reason", "")])
-    print_table("ledger", ["kind", "round", "who or what", "why"], rows)
+    entries = [{key: body[key] for key in ("kind", "round", "facts")} for body in found]
+    answer(json, {"entries": entries}, table("ledger", ["kind", "round", "subject", "reason"], rows))
 
 
 @ledger.command()
-def card(rounds: Rounds, constitution: Rules) -> None:
+def card(rounds: Rounds, constitution: Rules, json: Json = False) -> None:
     """Print the model card of the newest base, written from a ledger that verifies."""
     from worldloom.federation import model_card, read_constitution
 
-    typer.echo(model_card(rounds / "ledger.jsonl", read_constitution(constitution)), nl=False)
+    card = model_card(rounds / "ledger.jsonl", read_constitution(constitution))
+    answer(json, {"model_card": card}, card.removesuffix("\n"))

@@ -1,5 +1,6 @@
 """The rounds of a consortium as they run: a table that grows in a terminal, plain lines elsewhere."""
 
+import json
 import logging
 import sys
 import textwrap
@@ -7,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -14,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from worldloom.cli.console import err, out
+from worldloom.cli.console import answer, err, out
 from worldloom.core.errors import WorldloomError
 from worldloom.core.files import storage_errors
 from worldloom.federation import Constitution, Round, Story, Watch, duration, loss_change, size
@@ -45,6 +47,27 @@ def watch(
         while not once and not watched.story.done:
             time.sleep(_EVERY)
             look()
+
+
+def watch_json(rounds: Path, constitution: Constitution | None = None, *, once: bool = False) -> None:
+    """Print one JSON line for each change until the last round is done, or Ctrl-C; with `once`, one present state.
+
+    Raises:
+        StorageError, DataError: see `watch`.
+    """
+    watched = Watch(rounds, constitution)
+    if once:
+        with storage_errors(watched.ledger):
+            watched.ledger.stat()
+        watched.look()
+        answer(True, {**asdict(watched.story), "done": watched.story.done})
+        return
+    with suppress(KeyboardInterrupt):
+        while not watched.story.done:
+            for line in watched.look():
+                sys.stdout.write(json.dumps({"event": line, "done": watched.story.done}) + "\n")
+                sys.stdout.flush()
+            time.sleep(0 if watched.story.done else _EVERY)
 
 
 @contextmanager

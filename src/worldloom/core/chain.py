@@ -11,8 +11,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import exclusive_lock, storage_errors
+from worldloom.core.progress import SILENT, Progress
 
 _log = logging.getLogger(__name__)
 NOTHING = "0" * 64
@@ -203,27 +204,28 @@ class Tail:
         return found
 
 
-def entries(path: Path | str) -> Iterator[Entry]:
+def entries(path: Path | str, *, progress: Progress = SILENT) -> Iterator[Entry]:
     """Read the entries of a chain, each verified before it is given.
 
     Raises:
         StorageError: there is no such file.
         DataError: an entry does not verify; it is named.
     """
-    for entry, broken, why in _walk(Path(path)):
-        if entry is None:
-            raise DataError(f"{path} does not verify: entry {broken} {why}")
-        yield entry
+    with closing(_walk(Path(path), progress)) as walk:
+        for entry, broken, why in walk:
+            if entry is None:
+                raise DataError(f"{path} does not verify: entry {broken} {why}")
+            yield entry
 
 
-def verify(path: Path | str, *, kept: Head | None = None) -> Verdict:
+def verify(path: Path | str, *, kept: Head | None = None, progress: Progress = SILENT) -> Verdict:
     """Check every entry, and against a head that was `kept`, that what it saw is still there.
 
     Raises:
         StorageError: there is no such file.
     """
     head, at_kept = _EMPTY, kept is None or kept == _EMPTY
-    for entry, broken, why in _walk(Path(path)):
+    for entry, broken, why in _walk(Path(path), progress):
         if entry is None:
             return Verdict(length=head.length, head=head, broken=broken, why=why)
         head = Head(length=entry.index + 1, hash=entry.hash)
@@ -239,12 +241,17 @@ def verify(path: Path | str, *, kept: Head | None = None) -> Verdict:
     return Verdict(length=head.length, head=head)
 
 
-def _walk(path: Path) -> Iterator[tuple[Entry | None, int, str]]:
+def _walk(path: Path, progress: Progress) -> Generator[tuple[Entry | None, int, str], None, None]:
     """Yield each entry with its index, or, at the first that is broken, None and why."""
     previous = NOTHING
-    with storage_errors(path), path.open("rb") as file:
+    with (
+        storage_errors(path),
+        path.open("rb") as file,
+        progress.task(f"verify {path.name}", os.fstat(file.fileno()).st_size, "byte") as task,
+    ):
         for index, line in enumerate(file):
             entry, why = read_entry(line, index, previous)
+            task.advance(len(line))
             yield entry, index, why
             if entry is None:
                 return

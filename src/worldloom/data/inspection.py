@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from worldloom.core.progress import SILENT, Progress
 from worldloom.data.dataset import EpisodeDataset
 from worldloom.data.layout import VERSION
 
@@ -12,7 +13,7 @@ _PAIRS = 2048  # pairs of frames that are compared
 _VERSIONS = 3  # the last ones that are told of
 
 
-def inspect(dataset: EpisodeDataset) -> dict[str, Any]:
+def inspect(dataset: EpisodeDataset, *, progress: Progress = SILENT) -> dict[str, Any]:
     """Return a summary of JSON values: sizes, specs, ranges, the share of frames that move, how many versions.
 
     `moving_share` is the share of steps after which the observation differs, over at most 2,048 steps spread evenly.
@@ -37,7 +38,7 @@ def inspect(dataset: EpisodeDataset) -> dict[str, Any]:
         "action": asdict(spec.action),
         "actions": _ranges(taken),
         "labels": {name: _ranges(column) for name, column in columns.labels.items()},
-        "moving_share": _moving_share(dataset, columns.vector),
+        "moving_share": _moving_share(dataset, columns.vector, progress),
         "broken_off": sum("truncated_by" in metadata for metadata in dataset.metadata()),
         "environment": spec.environment,
         "versions": len(versions),
@@ -53,7 +54,7 @@ def _ranges(values: np.ndarray) -> dict[str, list[float]]:
     return {name: [round(float(value), 6) for value in figure] for name, figure in figures.items()}
 
 
-def _moving_share(dataset: EpisodeDataset, vector: np.ndarray | None) -> float | None:
+def _moving_share(dataset: EpisodeDataset, vector: np.ndarray | None, progress: Progress) -> float | None:
     last = dataset.starts + dataset.lengths
     before = np.delete(np.arange(dataset.frames), last)
     if len(before) == 0:
@@ -63,8 +64,10 @@ def _moving_share(dataset: EpisodeDataset, vector: np.ndarray | None) -> float |
     if vector is not None:
         moved |= (vector[before] != vector[before + 1]).any(axis=1)
     if dataset.spec.observation.pixels is not None:
-        for first in range(0, len(before), 128):
-            rows = before[first : first + 128]
-            pair = dataset.pixels(np.concatenate([rows, rows + 1])).reshape(2, len(rows), -1)
-            moved[first : first + 128] |= (pair[0] != pair[1]).any(axis=1)
+        with progress.task("compare frames", len(before), "pair") as task:
+            for first in range(0, len(before), 128):
+                rows = before[first : first + 128]
+                pair = dataset.pixels(np.concatenate([rows, rows + 1])).reshape(2, len(rows), -1)
+                moved[first : first + 128] |= (pair[0] != pair[1]).any(axis=1)
+                task.advance(len(rows))
     return float(moved.mean())

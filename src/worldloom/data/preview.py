@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from worldloom.core.errors import DataError
 from worldloom.core.files import write_atomic
+from worldloom.core.progress import SILENT, Progress
 from worldloom.data.dataset import EpisodeDataset
 
 _TILE = 112  # least height and width of a picture on the contact sheet
@@ -53,7 +54,9 @@ def write_sheet(rows: Sequence[tuple[Sequence[str], UInt8[np.ndarray, "_ H W C"]
     write_atomic(Path(path), lambda temporary: sheet.save(temporary, format="PNG"))
 
 
-def video(dataset: EpisodeDataset, path: Path, *, episodes: int = 4, rate: int = 15) -> None:
+def video(
+    dataset: EpisodeDataset, path: Path, *, episodes: int = 4, rate: int = 15, progress: Progress = SILENT
+) -> None:
     """Write an MP4 of some episodes, one after the other, at `rate` frames a second.
 
     Raises:
@@ -66,7 +69,11 @@ def video(dataset: EpisodeDataset, path: Path, *, episodes: int = 4, rate: int =
 
     def write(temporary: Path) -> None:
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-        with av.open(str(temporary), "w", format="mp4") as container:
+        frames = int((dataset.lengths[chosen] + 1).sum())
+        with (
+            av.open(str(temporary), "w", format="mp4") as container,
+            progress.task(f"video {path.name}", frames, "frame") as task,
+        ):
             stream: Any = None
             for picture in _pictures(dataset, chosen):
                 if stream is None:
@@ -74,6 +81,7 @@ def video(dataset: EpisodeDataset, path: Path, *, episodes: int = 4, rate: int =
                     stream.pix_fmt = "yuv420p"
                     stream.height, stream.width = picture.shape[:2]
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+                task.advance()
             container.mux(stream.encode())
 
     write_atomic(Path(path), write)

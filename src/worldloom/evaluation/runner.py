@@ -119,13 +119,15 @@ def evaluate(
         for split, conventions in protocol.splits.items():
             chunks: list[Tasks] = []
             place, left = 0, conventions.episodes
-            while left:
-                size = min(batch, left)
-                if size not in worlds:
-                    worlds[size] = stack.enter_context(EvaluationWorld(protocol, size))
-                tasks, place = draw_tasks(protocol, split, worlds[size], place, f"drawing goals of split {split!r}")
-                chunks.append(tasks)
-                left -= size
+            with progress.task(f"{split}: drawing goals", left, "episode") as task:
+                while left:
+                    size = min(batch, left)
+                    if size not in worlds:
+                        worlds[size] = stack.enter_context(EvaluationWorld(protocol, size))
+                    tasks, place = draw_tasks(protocol, split, worlds[size], place, f"drawing goals of split {split!r}")
+                    chunks.append(tasks)
+                    left -= size
+                    task.advance(size)
             for name, factory in methods.items():
                 if name not in agents:
                     agents[name] = factory()

@@ -296,16 +296,17 @@ class EpisodicMemory:
         self._look()
         return before != (self._table.version, self._pending.ids.tolist())
 
-    def prune(self, keep: int, *, seed: int = 0) -> Forgotten:
-        """Forget all but `keep` memories, by the policy of `worldloom.memory.forgetting`."""
+    def prune(self, keep: int, *, seed: int = 0, progress: Progress = SILENT) -> Forgotten:
+        """Forget all but `keep` memories, by the strategy of `worldloom.memory.forgetting`."""
         self._writer()
         self._commit()
         memories = self.read()
         kept = forgetting.choose(memories, keep, np.random.default_rng(seed))
         gone = memories.ids[~kept]
-        with memory_errors(self.path, "write"):
+        with memory_errors(self.path, "write"), progress.task("forgetting", len(gone), "memory") as task:
             for some in np.array_split(gone, -(-len(gone) // 100_000)) if len(gone) else ():
                 self._table.delete(_among(some))
+                task.advance(len(some))
         _log.info("forgot %d of %d memories in %s", len(gone), len(memories), self.path)
         return Forgotten(kept=int(kept.sum()), forgotten=len(gone))
 

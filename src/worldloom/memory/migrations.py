@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from worldloom.core.errors import DataError
+from worldloom.core.progress import SILENT, Progress
 from worldloom.memory import records
 from worldloom.memory.episodic import TABLE, open_records, write_lock
 
@@ -21,8 +22,10 @@ Migration = Callable[[Any], pa.RecordBatchReader]
 MIGRATIONS: Mapping[int, Migration] = MappingProxyType({})
 
 
-def migrate(path: Path | str, migrations: Mapping[int, Migration] = MIGRATIONS) -> list[int]:
-    """Bring a memory to this version of the format; return the versions that it went through, the first as it was.
+def migrate(
+    path: Path | str, migrations: Mapping[int, Migration] = MIGRATIONS, *, progress: Progress = SILENT
+) -> list[int]:
+    """Bring a memory to the current version of the format; return all versions it had, its original one first.
 
     Raises:
         DataError: it is newer than this worldloom, or too old for it.
@@ -32,7 +35,7 @@ def migrate(path: Path | str, migrations: Mapping[int, Migration] = MIGRATIONS) 
 
     path = Path(path)
     versions = [_version(path)]
-    with write_lock(path):
+    with write_lock(path), progress.task("migrating", records.VERSION - versions[0], "version") as task:
         while versions[-1] != records.VERSION:
             step = migrations.get(versions[-1])
             if step is None:
@@ -43,6 +46,7 @@ def migrate(path: Path | str, migrations: Mapping[int, Migration] = MIGRATIONS) 
             with records.memory_errors(path, "write"):
                 lance.write_dataset(step(open_records(path)), path / TABLE, mode="overwrite")
             versions.append(_version(path))
+            task.advance(versions[-1] - versions[-2])
     return versions
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from worldloom.core.errors import DataError, StorageError
+from worldloom.core.progress import SILENT, Progress
 from worldloom.core.types import Goal, Observations, Plan, Rollouts
 from worldloom.models import LinearProbe
 from worldloom.reports import CandidatePaths, PlanFigure, PlanFrame, draw_plan
@@ -66,7 +67,14 @@ class _HeldOutFrames:
 
 
 def explain(
-    run: Run, path: Path, observations: Observations, goal: Goal, plan: Plan, considered: Considered
+    run: Run,
+    path: Path,
+    observations: Observations,
+    goal: Goal,
+    plan: Plan,
+    considered: Considered,
+    *,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Draw a plan for one environment as a PNG, and return its figures.
 
@@ -79,7 +87,7 @@ def explain(
     """
     if observations.pixels is None or goal.observations.pixels is None:
         raise DataError("a plan of a model that sees no pictures cannot be drawn; leave out --explain")
-    seen, block = _held_out_frames(run), run.model.spec.block
+    seen, block = _held_out_frames(run, progress), run.model.spec.block
     frames = [
         PlanFrame("now", observations.pixels[0].numpy(), "the observation"),
         *_future(run, plan, seen),
@@ -104,16 +112,20 @@ def explain(
     }
 
 
-def _held_out_frames(run: Run) -> _HeldOutFrames:
+def _held_out_frames(run: Run, progress: Progress) -> _HeldOutFrames:
     try:
         dataset, chosen = run.held_out()
     except (DataError, StorageError) as error:
         raise DataError(f"a plan is explained with frames of the logs, which could not be read: {error}") from error
-    episodes = [dataset.episode(number) for number in chosen[:_EPISODES]]
-    label, block = position_label(episodes), run.model.spec.block
-    latents, frames, positions = [], [], []
-    with torch.inference_mode():
-        for episode in episodes:
+    block = run.model.spec.block
+    label: str | None = None
+    latents: list[Float[Tensor, "_ D"]] = []
+    frames: list[UInt8[np.ndarray, "_ H W C"]] = []
+    positions: list[Float[Tensor, "_ 2"]] = []
+    with progress.task("encode held-out frames", len(chosen[:_EPISODES]), "episode") as task, torch.inference_mode():
+        for number in chosen[:_EPISODES]:
+            episode = dataset.episode(number)
+            label = label if frames else position_label([episode])
             assert episode.pixels is not None
             frames.append(episode.pixels[::block])
             vector = None if episode.vector is None else episode.vector[::block]
@@ -121,6 +133,7 @@ def _held_out_frames(run: Run) -> _HeldOutFrames:
             latents.append(run.model.encode(there).cpu())
             if label is not None:
                 positions.append(torch.from_numpy(episode.labels[label][::block]))
+            task.advance()
     every, shape = torch.cat(latents), run.model.spec.observation.pixels
     probe = None
     if positions and shape is not None and in_pixels(torch.cat(positions).numpy(), shape):

@@ -206,7 +206,7 @@ def _train_heads(run: Run, cache: Frames, progress: Progress) -> None:
         "reversible": reversibility.reversible,
     }
     if len(held_out):
-        figures |= _rank(run, encode_episodes(model, cache, episodes=held_out))
+        figures |= _rank(run, encode_episodes(model, cache, episodes=held_out, progress=progress))
     write_json(run.path / "heads.json", {**figures, "complete": True})
 
 

@@ -218,7 +218,14 @@ def opened(config: NodeConfig, *, progress: Progress = SILENT) -> Iterator[tuple
     with ExitStack() as stack:
         frames = stack.enter_context(closing(load_frames(dataset, recipe.data, progress=progress)))
         own, shaping = (
-            LocalTraining(run.folder, part, training=recipe.training, model=recipe.model, partition=partition)
+            LocalTraining(
+                run.folder,
+                part,
+                training=recipe.training,
+                model=recipe.model,
+                partition=partition,
+                progress=progress,
+            )
             for part in (frames, guarded_frames(frames, card, "base", constitution))
         )
         node = Node(

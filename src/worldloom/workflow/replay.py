@@ -9,11 +9,12 @@ from worldloom.agents import METHODS, AgentParts, Decision, log_path, planning_p
 from worldloom.core.chain import Entry, entries
 from worldloom.core.config import parse_component
 from worldloom.core.errors import DataError
+from worldloom.core.progress import SILENT, Progress
 from worldloom.guardrails import Margins, RuleLayer, RuleSet
 from worldloom.workflow.run import Run
 
 
-def read_entry(folder: Path, index: int) -> tuple[Entry, Entry]:
+def read_entry(folder: Path, index: int, *, progress: Progress = SILENT) -> tuple[Entry, Entry]:
     """Return an entry of a log, and the last entry before it that describes the agent.
 
     Raises:
@@ -21,7 +22,7 @@ def read_entry(folder: Path, index: int) -> tuple[Entry, Entry]:
         DataError: there is no such entry, or an entry up to it does not verify.
     """
     opened: Entry | None = None
-    for entry in entries(log_path(folder)):
+    for entry in entries(log_path(folder), progress=progress):
         if entry.body.get("event") == "opened":
             opened = entry
         if entry.index == index and opened is not None:
@@ -29,7 +30,9 @@ def read_entry(folder: Path, index: int) -> tuple[Entry, Entry]:
     raise DataError(f"{folder} has no entry {index} of an agent; 'worldloom audit show' lists the entries")
 
 
-def replay_entry(folder: Path, index: int, *, run: Path | None = None) -> tuple[Decision, bool, dict[str, Any]]:
+def replay_entry(
+    folder: Path, index: int, *, run: Path | None = None, progress: Progress = SILENT
+) -> tuple[Decision, bool, dict[str, Any]]:
     """Replay a decision of a log; return it, whether it is equal bit for bit, and the body of its entry.
 
     The agent is built from what the log records: the method, the layers of the rule set, and the margins. `run` is the
@@ -39,7 +42,7 @@ def replay_entry(folder: Path, index: int, *, run: Path | None = None) -> tuple[
         DataError: the entry is not a decision, or the run holds another model now.
         StorageError: the run or the recorded situation is missing.
     """
-    entry, opened = read_entry(folder, index)
+    entry, opened = read_entry(folder, index, progress=progress)
     about = opened.body
     there = Run.open(run or about["run"])
     if there.model.spec.fingerprint != about["model"]:

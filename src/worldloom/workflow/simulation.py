@@ -175,7 +175,9 @@ def simulate(
             card = _card(config, name, dataset, keys)
             frames = stack.enter_context(closing(load_frames(dataset, recipe.data, progress=progress)))
             run = run_folder(recipe, dataset, root / name / "run", seed)
-            local = partial(LocalTraining, training=recipe.training, model=recipe.model, partition=partition)
+            local = partial(
+                LocalTraining, training=recipe.training, model=recipe.model, partition=partition, progress=progress
+            )
             training[name] = local(run, frames)  # its owner's, for whatever it likes
             nodes[name] = Node(
                 root / name,
@@ -229,7 +231,9 @@ def alone(
     partition = PartitionConfig.parse(config.rules.get("partition", {}))
     with closing(load_frames(dataset, recipe.data, progress=progress)) as frames:
         folder = run_folder(recipe, dataset, Path(path), seed)
-        local = LocalTraining(folder, frames, training=recipe.training, model=recipe.model, partition=partition)
+        local = LocalTraining(
+            folder, frames, training=recipe.training, model=recipe.model, partition=partition, progress=progress
+        )
         base = initial_base(recipe.model, frames.spec, partition, seed=seed)
         local.stretch("alone", local.without_statistics(base), steps)
         run = Run(folder)
@@ -300,6 +304,8 @@ def measure(run: Run, frames: Frames, progress: Progress) -> None:
         return
     episodes, _ = frames.split(run.recipe.training.validation_share, run.recipe.training.seed)
     latents = encode_episodes(run.model, frames, episodes=episodes, progress=progress)
-    geometry = measure_geometry(run.model, latents, run.recipe.inverse, seed=run.recipe.training.seed)
+    geometry = measure_geometry(
+        run.model, latents, run.recipe.inverse, seed=run.recipe.training.seed, progress=progress
+    )
     geometry.save(run.heads.stem("geometry"), run.model)
     write_json(path, known)

@@ -7,6 +7,7 @@ import torch
 
 from worldloom.agents import planning_parts
 from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.progress import SILENT, Progress
 from worldloom.core.registry import nearest
 from worldloom.core.types import Goal, Observations
 from worldloom.data import read_picture
@@ -26,6 +27,7 @@ def plan_once(
     episode: int = 0,
     method: str | None = None,
     picture: Path | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Plan once: between two pictures, or between a start and a goal that a protocol draws.
 
@@ -61,7 +63,9 @@ def plan_once(
         agent.act(observations)
     plan = agent.plan
     assert plan is not None
-    explained = {} if picture is None else explain(run, picture, observations, target, plan, considered)
+    explained = (
+        {} if picture is None else explain(run, picture, observations, target, plan, considered, progress=progress)
+    )
     with torch.no_grad():
         here, there = (run.model.encode(each.to(run.device)) for each in (observations, target.observations))
     scale = run.heads.geometry.step_length

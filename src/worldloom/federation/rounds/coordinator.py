@@ -448,7 +448,12 @@ def unchanged(rounds: Rounds, number: int) -> Woven:
 
 
 def recompute(
-    path: Path | str, constitution: Constitution, *, into: Path | str, without: Collection[str] = ()
+    path: Path | str,
+    constitution: Constitution,
+    *,
+    into: Path | str,
+    without: Collection[str] = (),
+    progress: Progress = SILENT,
 ) -> dict[int, str]:
     """Compute all bases again from the kept contributions, in another folder; return their fingerprints by round.
 
@@ -472,12 +477,14 @@ def recompute(
     found = {begun: made.keep(begun, kept.base(begun), {})}
     # Of a round that was woven twice, before and after a succession, the second is the one that counts.
     woven_in = {entry.body["round"]: entry for entry in records.entries("round") if entry.body["round"] >= begun}
-    for _, entry in sorted(woven_in.items()):
-        again = _summed_again if constitution.secure_aggregation else _woven_again
-        woven, number = again(kept, made, records, constitution, entry, without), entry.body["round"]
-        found[number + 1] = made.keep(number + 1, woven.base, woven.momentum)
-        if not without and found[number + 1] != published[number + 1]["fingerprint"]:
-            raise DataError(f"the base of round {number + 1} is not what the contributions make of it; it was changed")
+    with progress.task("recomputing", len(woven_in), "round") as task:
+        for _, entry in sorted(woven_in.items()):
+            again = _summed_again if constitution.secure_aggregation else _woven_again
+            woven, number = again(kept, made, records, constitution, entry, without), entry.body["round"]
+            found[number + 1] = made.keep(number + 1, woven.base, woven.momentum)
+            if not without and found[number + 1] != published[number + 1]["fingerprint"]:
+                raise DataError(f"the recomputed base of round {number + 1} differs from the published one")
+            task.advance()
     return found
 
 

@@ -31,11 +31,11 @@ def run(demo, tmp_path_factory) -> str:
 
 def test_what_was_explored_is_there_when_goals_are_told(worldloom, run, tmp_path) -> None:
     memory = str(tmp_path / "m")
-    explored = worldloom("explore", run, "--memory", memory, "--method", "landmarks", "--steps", "24", *WORLDS)
-    assert explored.code == 0
+    command = ("explore", run, "--memory", memory, "--method", "landmarks", "--steps", "24", *WORLDS)
+    explored = json.loads(worldloom(*command, "--json").out)
     with EpisodicMemory.open(memory, spec=None) as opened:
         before = len(opened)
-    assert f"2 worlds explored, {before:,} memories" in explored.out
+    assert explored == {"memory": memory, "worlds": 2, "memories": before}
     assert before >= 2 * 24 // 5
     command = ("evaluate", run, "--memory", memory, "--method", "landmarks", "--exploration", "0", "--budget", "10")
     results = json.loads(worldloom(*command, *WORLDS, "--json").out)

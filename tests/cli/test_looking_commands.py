@@ -22,6 +22,8 @@ def test_data_are_inspected_validated_and_previewed(demo, worldloom, tmp_path) -
     assert "no problem found" in worldloom("data", "validate", demo.data).out
     done = worldloom("data", "preview", demo.data, "--out", str(tmp_path))
     written = [Path(line.removeprefix("wrote ")) for line in done.out.splitlines()]
+    answer = json.loads(worldloom("data", "preview", demo.data, "--out", str(tmp_path), "--json").out)
+    assert [Path(answer[name]) for name in ("contact_sheet", "video")] == written
     assert [path.name for path in written] == ["data.png", "data.mp4"]
     with Image.open(written[0]) as sheet:
         assert sheet.width > 64

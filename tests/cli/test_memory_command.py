@@ -28,7 +28,8 @@ def test_logs_are_remembered_and_said(demo, worldloom, tmp_path) -> None:
     block = json.loads((Path(demo.run) / "model" / "model.json").read_text())["metadata"]["config"]["block"]
     expected = int((dataset.lengths // block + 1).sum())
     assert f"{expected:,} memories appended" in worldloom("memory", "remember", str(path), demo.run, demo.data).out
-    assert f"{2 * expected:,} in all" in worldloom("memory", "remember", str(path), demo.run, demo.data).out
+    again = json.loads(worldloom("memory", "remember", str(path), demo.run, demo.data, "--json").out)
+    assert again == {"memory": str(path), "appended": expected, "memories": 2 * expected}
     summary = json.loads(worldloom("memory", "inspect", str(path), "--json").out)
     assert (summary["memories"], summary["stretches"]) == (2 * expected, 2 * len(dataset))
 
@@ -56,11 +57,12 @@ def test_the_newest_and_only_what_is_meant_are_shown(worldloom, remembered) -> N
 
 
 def test_a_memory_is_exported(worldloom, remembered, tmp_path) -> None:
-    worldloom("memory", "export", remembered, str(tmp_path / "m.parquet"))
-    worldloom("memory", "export", remembered, str(tmp_path / "m.jsonl"))
+    assert "wrote" in worldloom("memory", "export", remembered, str(tmp_path / "m.parquet")).out
+    answer = json.loads(worldloom("memory", "export", remembered, str(tmp_path / "m.jsonl"), "--json").out)
     table = pq.read_table(tmp_path / "m.parquet")
     lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
     assert table["id"].to_pylist() == [line["id"] for line in lines]
+    assert answer == {"path": str(tmp_path / "m.jsonl"), "memories": len(lines)}
     assert table["latent"][0].as_py() == lines[0]["latent"]
     assert table["image"][0].as_py().startswith(b"\x89PNG")
 
@@ -68,7 +70,7 @@ def test_a_memory_is_exported(worldloom, remembered, tmp_path) -> None:
 def test_what_cannot_be_done_is_said(demo, refused, remembered, tmp_path) -> None:
     assert "there is no memory" in refused(4, "memory", "inspect", str(tmp_path / "none"))
     assert ".parquet or .jsonl" in refused(2, "memory", "export", remembered, str(tmp_path / "m.csv"))
-    assert "is no time" in refused(2, "memory", "recall", remembered, "--since", "yesterday")
+    assert "is not a time" in refused(2, "memory", "recall", remembered, "--since", "yesterday")
     assert "no memory 999999" in refused(3, "memory", "recall", remembered, "--id", "999999")
     assert "--image together with --run" in refused(2, "memory", "recall", remembered, "--image", "a.png")
 
@@ -81,7 +83,9 @@ def test_pruning_and_encoding_anew_keep_the_memory_whole(demo, worldloom, tmp_pa
     with EpisodicMemory.open(path, spec=None) as memory:
         before = memory.read()
     assert "20 memories" in worldloom("memory", "reencode", path, demo.run).out
+    assert json.loads(worldloom("memory", "reencode", path, demo.run, "--json").out)["memories"] == 20
     assert "nothing to do" in worldloom("memory", "migrate", path).out
+    assert len(json.loads(worldloom("memory", "migrate", path, "--json").out)["versions"]) == 1
     with EpisodicMemory.open(path, spec=None) as memory:
         after = memory.read()
     assert after.ids.tolist() == before.ids.tolist()

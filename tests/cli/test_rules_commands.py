@@ -25,13 +25,14 @@ def test_a_policy_is_signed_shown_and_kept(demo, worldloom, refused, policy, tmp
     assert "no key is trusted" in refused(2, *plan)
     key = worldloom("rules", "key", str(tmp_path / "key.pem")).out.strip()
     assert "not signed" in refused(4, *plan, "--trust", key)
-    assert worldloom("rules", "sign", str(policy), "--key", str(tmp_path / "key.pem")).code == 0
+    signed = json.loads(worldloom("rules", "sign", str(policy), "--key", str(tmp_path / "key.pem"), "--json").out)
+    assert [Path(path).is_file() for path in signed["signatures"]] == [True]
     shown = json.loads(worldloom("rules", "show", str(policy), "--trust", key, "--json").out)
     assert [rail["reason"] for rail in shown["guardrails"]] == ["the floor is old", ""]
     made = json.loads(worldloom(*plan, "--trust", key).out)
     assert all((x * x + y * y) ** 0.5 <= 0.8 + 1e-6 for x, y in made["actions"])
     assert made["refused"] is False
-    stranger = worldloom("rules", "key", str(tmp_path / "other.pem")).out.strip()
+    stranger = json.loads(worldloom("rules", "key", str(tmp_path / "other.pem"), "--json").out)["key"]
     assert "do not trust" in refused(3, *plan, "--trust", stranger)
     policy.write_text(POLICY.replace("0.8", "8.0"))
     assert "changed" in refused(3, *plan, "--trust", key)

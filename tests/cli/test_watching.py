@@ -1,6 +1,7 @@
 """The rounds as a terminal and a pipe show them, live and when they are over."""
 
 import io
+import json
 import logging
 import threading
 import time
@@ -116,8 +117,14 @@ def test_the_commands_show_and_report_a_finished_folder(chronicle, worldloom, re
     lines = worldloom("weave", "watch", str(chronicle.rounds), *rules).out.splitlines()
     assert lines[-1].startswith("looms & sons: all 2 rounds are done")
     assert worldloom("weave", "watch", str(chronicle.rounds), *rules, "--once").out.splitlines() == lines
+    followed = worldloom("weave", "watch", str(chronicle.rounds), *rules, "--json").out.splitlines()
+    assert [json.loads(line) for line in followed] == [{"event": line, "done": True} for line in lines]
+    state = json.loads(worldloom("weave", "watch", str(chronicle.rounds), *rules, "--once", "--json").out)
+    assert (state["done"], state["total"], len(state["rounds"])) == (True, 2, 2)
+    assert "does not exist" in refused(4, "weave", "watch", str(tmp_path), "--once", "--json")
     out = tmp_path / "report.html"
     report = ["weave", "report", str(chronicle.rounds), *rules, "--out", str(out)]
     assert worldloom(*report).out == f"report: {out}\n"
+    assert json.loads(worldloom(*report, "--json").out) == {"report": str(out)}
     assert "looms &amp; sons: 4 owners wove one model in 2 rounds" in out.read_text()
     assert "no run of a member" in refused(4, *report, "--runs", str(tmp_path))

@@ -82,6 +82,7 @@ def test_the_ledger_is_verified_shown_and_told_as_a_card(simulated, worldloom, r
     assert [one["facts"]["owner"] for one in shown if one["kind"] == "refusal"] == ["vault", "vault"]
     card = worldloom("weave", "ledger", "card", rounds, *rules).out
     assert card == (out / "model_card.md").read_text()
+    assert json.loads(worldloom("weave", "ledger", "card", rounds, *rules, "--json").out) == {"model_card": card}
     assert "| north | open | 2 |" in card
     path = out / "rounds" / "ledger.jsonl"
     kept = path.read_bytes()
@@ -121,6 +122,8 @@ def test_a_member_signs_with_its_own_key_alone(simulated, worldloom, refused, tm
     path.write_bytes((out / "constitution.yaml").read_bytes())
     ratify = ["weave", "ratify", str(path), "--member", "north", "--key"]
     assert worldloom(*ratify, str(out / "keys" / "north.pem")).code == 0
+    signed = json.loads(worldloom(*ratify, str(out / "keys" / "north.pem"), "--json").out)
+    assert Path(signed["signature"]).is_file()
     assert "by another key" in refused(3, *ratify, str(out / "keys" / "east.pem"))
     verify = ["weave", "ledger", "verify", str(out / "rounds"), "--constitution", str(path)]
     assert "not signed by east, vault" in refused(3, *verify)
@@ -154,7 +157,8 @@ def test_a_base_is_released_through_the_gates_of_the_constitution_alone(
     out, _, _ = simulated
     rules = ["--constitution", str(out / "constitution.yaml")]
     into = tmp_path / "released"
-    worldloom("weave", "release", str(out / "rounds"), *rules, "--into", str(into))
+    answer = worldloom("weave", "release", str(out / "rounds"), *rules, "--into", str(into), "--json").out
+    assert json.loads(answer) == {"released": str(into)}
     assert {path.name for path in into.iterdir()} >= {"base.json", "model_card.md", "ledger.jsonl"}
     asked = ["weave", "release", str(out / "rounds"), *rules, "--into"]
     assert "there already" in refused(4, *asked, str(into))
@@ -185,11 +189,13 @@ def test_rules_that_contradict_the_owners_are_refused(tmp_path, refused) -> None
 
 def test_the_keys_of_a_party_are_made_once_and_what_others_need_is_printed(worldloom, refused, tmp_path) -> None:
     keys = str(tmp_path / "keys")
-    told = json.loads(worldloom("weave", "keys", "north", "--out", keys).out)["north"]
+    told = json.loads(worldloom("weave", "keys", "north", "--out", keys, "--json").out)["north"]
     assert told["key"] == SigningKey(tmp_path / "keys" / "north.pem").public
     assert told["connection"] == (tmp_path / "keys" / "north.ssh.pub").read_text().strip()
-    hub = json.loads(worldloom("weave", "keys", "hub", "--out", keys, "--host", "weave.example").out)["hub"]
-    assert set(hub) == {"key"}
+    hub = worldloom("weave", "keys", "hub", "--out", keys, "--host", "weave.example").out
+    assert hub == f"hub:\n  key: {SigningKey(tmp_path / 'keys' / 'hub.pem').public}\n"
+    key = json.loads(worldloom("weave", "key", str(tmp_path / "key.pem"), "--json").out)
+    assert key == {"key": SigningKey(tmp_path / "key.pem").public, "path": str(tmp_path / "key.pem")}
     assert (tmp_path / "keys" / "hub-tls" / "server.pem").is_file()
     assert "never written over" in refused(4, "weave", "keys", "north", "--out", keys)
 
@@ -203,7 +209,8 @@ def test_data_shape_the_base_once_their_owner_says_so(simulated, worldloom, refu
     asked = ["weave", "classify", str(data), "--owner", "north", "--key", str(out / "keys" / "north.pem"), "--as"]
     assert worldloom(*asked, "controlled").out.strip() == str(tmp_path / "data.card.yaml")
     assert card_of(data, {key.public: "north"}).data_class == "controlled"
-    worldloom(*asked, "open")
+    card = json.loads(worldloom(*asked, "open", "--json").out)
+    assert card == {"card": str(tmp_path / "data.card.yaml")}
     assert card_of(data, {key.public: "north"}).data_class == "open"
     assert "did you mean 'sovereign'" in refused(2, *asked, "sovreign")
 
@@ -232,6 +239,28 @@ def test_a_party_that_states_what_cannot_be_is_refused(simulated, refused, tmp_p
     party.write_text(json.dumps({**PARTY, **change}))
     assert said in refused(code, "weave", "exit", str(party), "--into", str(tmp_path / "gone"))
     assert not (tmp_path / "gone").exists()
+
+
+def test_a_member_leaves_returns_and_takes_over(simulated, worldloom, tmp_path) -> None:
+    out, _, _ = simulated
+    party = out / "north.yaml"
+    model = json.loads((out / "north" / "run" / "config.json").read_text())["recipe"]["model"]
+    overrides = [f"model.{name}={json.dumps(value)}" for name, value in model.items()]
+    party.write_text(json.dumps({**PARTY, "home": str(tmp_path / "home"), "overrides": overrides}))
+    gone = tmp_path / "gone"
+    (tmp_path / "home").mkdir()
+    shutil.copytree(out / "north" / "run", tmp_path / "home" / "run")
+    left = json.loads(worldloom("weave", "exit", str(party), "--into", str(gone), "--json").out)
+    assert left == {"left": str(gone)}
+    assert json.loads(worldloom("weave", "return", str(party), "--json").out) == {"returned": "north"}
+    shutil.copytree(out / "north" / "consortium", tmp_path / "home" / "consortium")
+    seat = tmp_path / "seat.yaml"
+    seat.write_text(json.dumps({
+        "constitution": str(out / "constitution.yaml"), "key": str(out / "keys" / "coordinator.pem"), "home": "hub",
+        "tls": "tls",
+    }))  # fmt: skip
+    taken = json.loads(worldloom("weave", "succeed", str(party), "--coordinator", str(seat), "--json").out)
+    assert taken == {"round": 2, "coordinator": str(seat)}
 
 
 def test_a_node_goes_to_the_next_coordinator_where_one_is_lost(tmp_path) -> None:

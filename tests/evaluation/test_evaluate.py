@@ -263,21 +263,23 @@ def test_recordings_hold_successes_and_failures_from_start_to_end(protocol: Prot
 def test_progress_tells_each_method_and_split(protocol: Protocol, agents: Agents) -> None:
     from contextlib import contextmanager
 
-    told: dict[str, tuple[int, float]] = {}
+    told: dict[str, tuple[int, float | None]] = {}
 
     class Listener:
         @contextmanager
         def task(self, description: str, total: int, unit: str = "it") -> Any:
             class Task:
                 def advance(self, amount: int = 1, **figures: float) -> None:
-                    told[description] = (told.get(description, (0, 0.0))[0] + amount, figures["success"])
+                    told[description] = (told.get(description, (0, None))[0] + amount, figures.get("success"))
 
             yield Task()
 
     evaluate(protocol, {"homing": agents["homing"], "still": agents["still"]}, batch=5, progress=Listener())
     assert told == {
+        "far: drawing goals": (12, None),
         "far: homing": (12, 1.0),
         "far: still": (12, 0.0),
+        "near: drawing goals": (7, None),
         "near: homing": (7, 1.0),
         "near: still": (7, 0.0),
     }

@@ -49,7 +49,7 @@ def test_sampled_rounds_cannot_be_counted_without_the_extra(monkeypatch: pytest.
 
 
 def test_a_run_is_logged_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worldloom.training.run.find_spec", lambda name: None)
+    monkeypatch.setattr("worldloom.training.run_folder.find_spec", lambda name: None)
     run = RunFolder.create(tmp_path / "run", {}, {})
     run.log(1, {"loss": 2.0})
     run.close()

@@ -17,7 +17,7 @@ class Extra:
 
 EXTRAS = {
     "pusht": Extra("the world PushT", ("gym_pusht",)),
-    "mujoco": Extra("the worlds Reacher and PointMaze", ("mujoco",)),
+    "mujoco": Extra("the worlds Reacher, PointMaze and PointHazards", ("mujoco",)),
     "cube": Extra("the world Cube of OGBench", ("ogbench", "mujoco")),
     "hdf5": Extra("files of robomimic and stable-worldmodel", ("h5py",)),
     "minari": Extra("datasets of Minari", ("h5py",)),

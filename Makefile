@@ -2,24 +2,29 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# Two sizes of one environment: `make demo` installs the small one, `make test` adds the rest.
+DEMO := $(VENV)/.demo
+ALL := $(VENV)/.all
 
-.PHONY: demo test check fast clean-demo
+.PHONY: demo test fast clean-demo
 
-demo: $(STAMP)
+demo: $(DEMO)
 	$(BIN)/worldloom demo
 
-test: $(STAMP)
+test: $(ALL)
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check
 
 # The checks without the slow tests, for use while working.
-fast: $(STAMP)
+fast: $(ALL)
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check --fast
 
 clean-demo:
 	rm -rf runs/demo
 
-# Torch goes in first, pinned, so that nothing pulls in another build of it.
-$(STAMP): requirements.lock pyproject.toml
+$(DEMO): requirements.lock pyproject.toml
 	scripts/setup "$(PYTHON)" "$(VENV)"
 	touch $@
+
+$(ALL): requirements.lock pyproject.toml
+	scripts/setup "$(PYTHON)" "$(VENV)" --all
+	touch $(DEMO) $@

@@ -12,6 +12,25 @@ settings.register_profile("worldloom", deadline=None, suppress_health_check=[Hea
 settings.load_profile("worldloom")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with slow tests first: begun last, one of them would keep a single worker busy at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of one file on one worker, and those of tests/cli, which share a demo: each is made once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "tests/cli" if file.startswith("tests/cli/") else file
+
+    return ByFile(config, log)
+
+
 class Chronicle:
     """A consortium of which only the ledger is written, by hand: no training, no transport."""
 

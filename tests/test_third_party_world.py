@@ -127,6 +127,11 @@ def test_a_mistake_is_one_message_and_an_exit_code(
     assert done.returncode == code
 
 
+def test_what_draws_is_loaded_where_something_is_drawn() -> None:
+    program = "import sys, worldloom.workflow; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=120).returncode == 0
+
+
 def test_the_command_line_starts_light() -> None:
     heavy = ("torch", "gymnasium", "lance", "matplotlib", "pyarrow", "av")
     program = f"import sys, worldloom.cli.main; print([name for name in {heavy} if name in sys.modules])"

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_geometry import linear_geometry
 from torch import Tensor, nn
 
+from linear_geometry import linear_geometry
 from worldloom.core.errors import ConfigError, PlanningError
 from worldloom.core.types import ActionBounds, ActionSpec, Context, ModelSpec, ObservationSpec, Rollouts
 from worldloom.heads import InverseModel, InverseModelConfig, LatentGeometry, Reversibility

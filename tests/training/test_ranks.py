@@ -70,8 +70,13 @@ def assert_same_training(one: RunFolder, other: RunFolder) -> None:
             assert (tensor - theirs[name]).abs().mean() < 1e-4, name
 
 
-def test_two_ranks_follow_the_curve_of_one_with_the_same_global_batch(tmp_path) -> None:
-    one = train(tmp_path / "one", "--vit", *ALL_LOSSES)
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> RunFolder:
+    """Return the training of one process with all losses."""
+    return train(tmp_path_factory.mktemp("one") / "run", "--vit", *ALL_LOSSES)
+
+
+def test_two_ranks_follow_the_curve_of_one_with_the_same_global_batch(one, tmp_path) -> None:
     # In parts, too: neither is part of what is trained.
     two = train(tmp_path / "two", "--vit", *ALL_LOSSES, "accumulate=2", "activation_checkpointing=true", ranks=2)
     assert saved_steps(two) == [20, 40]
@@ -114,8 +119,7 @@ def test_a_run_of_one_process_is_taken_up_by_two(strategy, tmp_path) -> None:
     assert_same_training(one, two)
 
 
-def test_shards_on_two_ranks_are_taken_up_whole_by_one(tmp_path) -> None:
-    one = train(tmp_path / "one", "--vit", *ALL_LOSSES)
+def test_shards_on_two_ranks_are_taken_up_whole_by_one(one, tmp_path) -> None:
     options = ("strategy=fsdp", "accumulate=2", "activation_checkpointing=true")
     stopped = start(tmp_path / "two", "--vit", *ALL_LOSSES, "--stop-at=20", *options, ranks=2)
     assert stopped.returncode

@@ -66,25 +66,16 @@ def _checks() -> list[tuple[str, str, str]]:
     return [*checks, *_extras()]
 
 
-# What an extra needs, by the modules that it brings; each is optional.
-_EXTRAS = {
-    "pusht": ("gym_pusht", "PushT"),
-    "mujoco": ("mujoco", "Reacher and the point maze"),
-    "cube": ("ogbench", "OGBench's cube"),
-    "hdf5": ("h5py", "robomimic's and stable-worldmodel's files"),
-    "minari": ("minari", "Minari's own tools beside its files"),
-}
-
-
 def _extras() -> list[tuple[str, str, str]]:
     from importlib.util import find_spec
 
+    from worldloom.core.extras import EXTRAS
+
     rows = []
-    for extra, (module, what) in _EXTRAS.items():
-        there = find_spec(module) is not None
-        rows.append(
-            (f"extra {extra}", what if there else f"not installed; for {what}: pip install 'worldloom[{extra}]'", "")
-        )
+    for name, extra in EXTRAS.items():
+        installed = all(find_spec(module) for module in extra.modules)
+        found = extra.promise if installed else f"not installed; for {extra.promise}: pip install 'worldloom[{name}]'"
+        rows.append((f"extra {name}", found, ""))
     if find_spec("mujoco") is not None:
         rows.append(_drawing())
     return rows

@@ -13,6 +13,7 @@ from gymnasium import spaces
 from jaxtyping import Float32, UInt8
 
 from worldloom.core.errors import EnvironmentFailure
+from worldloom.core.extras import missing_extra
 from worldloom.envs.rendering import draw, load_mujoco
 
 OBSERVATIONS = ("vector", "pixels", "both")
@@ -98,7 +99,7 @@ def _load(*, draws: bool) -> Any:
 
     Compiling it takes a second, a hundred copies would take minutes.
     """
-    mujoco = load_mujoco(draws=draws)
+    mujoco = load_mujoco(draws=draws, extra="cube")
     template = getattr(_TEMPLATES, "world", None)
     if template is None:
         template = _TEMPLATES.world = _compile()
@@ -111,9 +112,7 @@ def _compile() -> Any:
     try:
         from ogbench.manipspace.envs.cube_env import CubeEnv as Physics
     except ImportError as error:
-        raise EnvironmentFailure(
-            f"OGBench's worlds are not installed ({error}); run: pip install 'worldloom[cube]'"
-        ) from error
+        raise EnvironmentFailure(missing_extra("cube", error)) from error
     # Only in this mode all randomness comes from the seed of the reset.
     template = Physics(
         "single",

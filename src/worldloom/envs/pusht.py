@@ -14,6 +14,7 @@ from gymnasium import spaces
 from jaxtyping import Float32, UInt8
 
 from worldloom.core.errors import EnvironmentFailure
+from worldloom.core.extras import missing_extra
 
 _TABLE = 512  # px; the table's side in the units of the simulator
 _REACH = 100.0  # px from the disc to the target of an action of 1, as in the field's relative actions
@@ -100,7 +101,5 @@ def _load() -> tuple[Any, _Picture]:
             from gym_pusht.envs.pusht import PushTEnv as Physics
             from pymunk.pygame_util import DrawOptions
     except ImportError as error:
-        raise EnvironmentFailure(
-            f"PushT's physics are not installed ({error}); run: pip install 'worldloom[pusht]'"
-        ) from error
+        raise EnvironmentFailure(missing_extra("pusht", error)) from error
     return Physics(obs_type="state"), _Picture(pygame, DrawOptions, cv2)

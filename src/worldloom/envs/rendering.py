@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from worldloom.core.errors import EnvironmentFailure
+from worldloom.core.extras import missing_extra
 
 GL_REMEDY = (
     "install one: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri (EGL) or apt-get install libosmesa6 (OSMesa); "
@@ -38,11 +39,11 @@ def choose_gl() -> str:
     return chosen
 
 
-def load_mujoco(*, draws: bool = True) -> Any:
+def load_mujoco(*, draws: bool = True, extra: str = "mujoco") -> Any:
     """Return the module `mujoco`, with an OpenGL that needs no screen; without one where nothing is drawn.
 
     Raises:
-        EnvironmentFailure: `mujoco` is missing, or an OpenGL for what `draws`.
+        EnvironmentFailure: `mujoco`, which belongs to `extra`, is not installed; or it `draws` and there is no OpenGL.
     """
     try:
         choose_gl()
@@ -53,7 +54,7 @@ def load_mujoco(*, draws: bool = True) -> Any:
     try:
         import mujoco
     except ImportError as error:
-        raise EnvironmentFailure(f"MuJoCo is not installed ({error}); run: pip install 'worldloom[mujoco]'") from error
+        raise EnvironmentFailure(missing_extra(extra, error)) from error
     return mujoco
 
 

@@ -5,7 +5,6 @@ actions, as its last action leads to no frame, unless the format holds the closi
 """
 
 import hashlib
-import importlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -159,18 +158,6 @@ class Format(ABC):
 
 
 FORMATS: Registry[Format] = Registry("format")
-
-
-def require(module: str, extra: str) -> Any:
-    """Import a module of an extra.
-
-    Raises:
-        ConfigError: it is not installed; says how to install it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"{module} is needed here ({error}); run: pip install 'worldloom[{extra}]'") from error
 
 
 def digest_files(paths: Iterable[Path], root: Path) -> str:

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.extras import require
 from worldloom.core.files import storage_errors, write_atomic
 from worldloom.core.types import Episode
 from worldloom.data import DatasetSpec, check_episode, metadata_json
-from worldloom.formats.format import Note, Sink, require
+from worldloom.formats.format import Note, Sink
 
 OWN = "worldloom"  # the attribute under which our own spec and metadata stand
 

@@ -4,7 +4,7 @@ config.json        the configuration, whole
 provenance.json    data fingerprint, commit, versions, hardware, seeds
 metrics.jsonl      one line of figures for each logged step
 diagnostics.json   the last figures of the latents, and alarms
-tensorboard/       the same figures for TensorBoard
+tensorboard/       the same figures for TensorBoard, where the extra `tensorboard` is installed
 checkpoints/       what resuming needs; the last two
 model/             the trained model
 """
@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,9 +108,9 @@ class RunFolder:
             yield
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Append one line of figures to metrics.jsonl, and write them for TensorBoard.
+        """Append one line of figures to metrics.jsonl, and write them for TensorBoard where it is installed.
 
-        A figure that is not finite is left out, for JSON has no name for it.
+        Figures that are not finite are left out, since JSON cannot hold them.
         """
         if not self._writes:
             return
@@ -119,8 +120,9 @@ class RunFolder:
         with storage_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(line)  # one write and one flush: a reader sees whole lines
         writer = self._writer(step)
-        for name, value in finite.items():
-            writer.add_scalar(name, value, step)
+        if writer is not None:
+            for name, value in finite.items():
+                writer.add_scalar(name, value, step)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read the logged lines; a last line cut off by a crash is left out.
@@ -159,13 +161,13 @@ class RunFolder:
         return read_json(path) if path.is_file() else {}
 
     def close(self) -> None:
-        """Flush what TensorBoard holds."""
+        """Flush the figures for TensorBoard."""
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
 
-    def _writer(self, step: int) -> "SummaryWriter":
-        if self._tensorboard is None:
+    def _writer(self, step: int) -> "SummaryWriter | None":
+        if self._tensorboard is None and find_spec("tensorboard") is not None:
             from torch.utils.tensorboard.writer import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)

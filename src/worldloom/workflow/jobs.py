@@ -43,9 +43,7 @@ from worldloom.heads import (
 from worldloom.models import alone, load_model
 from worldloom.planning import LatentL2
 from worldloom.recipes import LabelledProbe, Recipe
-from worldloom.reports import write_report
 from worldloom.training import FREE, Ranks, RunFolder, describe_provenance, fit, make_fabric
-from worldloom.workflow.report_data import report_data
 from worldloom.workflow.run import Run, differences, recipe_values
 from worldloom.workflow.session import Session, session_of
 
@@ -293,6 +291,9 @@ def evaluate(
         ConfigError: there is no such protocol or method, or `success` is needed and missing.
         EnvironmentFailure: see `worldloom.evaluation.runner`.
     """
+    from worldloom.reports import write_report  # takes half a second to load
+    from worldloom.workflow.report_data import report_data
+
     session = session_of(run)
     run = session.run
     chosen = list(run.recipe.methods) if methods is None else list(methods)

@@ -40,7 +40,6 @@ from worldloom.heads import encode_episodes, measure_geometry
 from worldloom.models import JEPAConfig
 from worldloom.models.encoders import PatchConv, StemmedPatchConv
 from worldloom.recipes import Recipe, load_recipe
-from worldloom.reports import write_weaving_report
 from worldloom.training import RunFolder, describe_provenance
 from worldloom.workflow.jobs import collect
 from worldloom.workflow.run import Run
@@ -163,6 +162,8 @@ def simulate(
         ConfigError: the rules contradict themselves.
         DataError, StorageError, TrainingError: see `Coordinator`.
     """
+    from worldloom.reports import write_weaving_report  # takes half a second to load
+
     root = Path(path)
     keys = {name: _key(root / "keys" / f"{name}.pem") for name in ("coordinator", *config.owners)}
     constitution = _constitution(config, root / "constitution.yaml", keys)

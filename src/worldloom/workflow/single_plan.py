@@ -12,7 +12,6 @@ from worldloom.core.registry import nearest
 from worldloom.core.types import Goal, Observations
 from worldloom.data import read_picture
 from worldloom.evaluation import PROTOCOLS, EvaluationWorld, default_protocol, draw_tasks
-from worldloom.workflow.explaining import Considered, explain
 from worldloom.workflow.run import Run
 from worldloom.workflow.session import Session, session_of
 
@@ -43,6 +42,8 @@ def plan_once(
         ConfigError: only one of the pictures is given, or the method does not plan.
         DataError: a picture does not have the size that the model was trained on.
     """
+    from worldloom.workflow.explaining import Considered, explain  # takes half a second to load
+
     session = session_of(run)
     run = session.run
     agent = planning_parts(session.agent(method)).get("")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.extras import require
 
 # Beyond Opacus' own orders: with much noise, the best order is a large one.
 _ORDERS = [1 + tenth / 10 for tenth in range(1, 100)] + [float(order) for order in (*range(11, 65), 96, 128, 256, 512)]
@@ -209,9 +210,7 @@ def _epsilon(events: Sequence[Event], delta: float) -> float:
     everyone = gaussian_epsilon(1 / math.sqrt(sum(event.rounds / event.noise**2 for event in events)), delta)
     if all(event.sample_rate == 1 for event in events):
         return everyone
-    from opacus.accountants import RDPAccountant  # takes seconds to load
-
-    accountant = RDPAccountant()
+    accountant = require("opacus.accountants", "weave").RDPAccountant()  # takes seconds to load
     accountant.history = [(event.noise, event.sample_rate, event.rounds) for event in events]
     with warnings.catch_warnings():
         # It warns where the best order is the last of them: what it returns then is an upper bound all the same.

@@ -26,6 +26,7 @@ from queue import Empty, Queue
 from typing import Protocol, runtime_checkable
 
 from worldloom.core.errors import ConfigError, DataError, TrainingError
+from worldloom.core.extras import missing_extra
 from worldloom.core.files import exclusive_lock, storage_errors
 from worldloom.federation.transport import flower_process as child
 from worldloom.federation.transport.keys import Tls
@@ -68,7 +69,7 @@ try:
     from flwr.superlink.grid import HttpGrid
     from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 except ImportError as error:
-    raise ConfigError(f"Flower is needed here ({error}); run: pip install 'worldloom[weave]'") from error
+    raise ConfigError(missing_extra("weave", error)) from error
 
 _log = logging.getLogger(__name__)
 # A library does not print; what Flower has to say goes where this process's logging goes.

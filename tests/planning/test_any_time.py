@@ -4,9 +4,9 @@ import time
 
 import pytest
 import torch
-from linear_geometry import linear_geometry
 from torch import Tensor
 
+from linear_geometry import linear_geometry
 from worldloom.core.types import Context
 from worldloom.planning import GoalObjective, LatentL2, Planner
 from worldloom.planning.solvers import CEM, ICEM, MPPI, SOLVERS, Adam, Solver, TreeSearch

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_geometry import linear_geometry
 from torch import Tensor
 
+from linear_geometry import linear_geometry
 from worldloom.core.errors import NoFeasiblePlan, PlanningError
 from worldloom.core.types import Context, Rollouts
 from worldloom.planning import GoalObjective, LatentL2, Planner, PlanningProblem

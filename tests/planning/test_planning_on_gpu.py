@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from linear_geometry import linear_geometry
 
+from linear_geometry import linear_geometry
 from worldloom.core.errors import NoFeasiblePlan
 from worldloom.core.types import Context, Rollouts
 from worldloom.guardrails import Ball, Familiar, KeepOut, Magnitude, Rail, Rate

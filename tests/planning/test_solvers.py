@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_geometry import linear_geometry
 from torch import Tensor, nn
 
+from linear_geometry import linear_geometry
 from worldloom.core.errors import ConfigError, PlanningError
 from worldloom.core.types import ActionBounds, ActionSpec, Context, ModelSpec, ObservationSpec, Rollouts
 from worldloom.heads import InverseModel, InverseModelConfig, LatentGeometry, Reversibility
@@ -150,9 +150,8 @@ def test_discrete_choices_stay_choices(name: str) -> None:
     world = Choices()
     geometry = LatentGeometry(
         step_length=2.0,
-        inverse=InverseModel(world.spec, (4,)),
+        inverse=InverseModel(world.spec, InverseModelConfig(hidden=(4,))),
         reversibility=Reversibility(gap=1.0, displacement=1.0),
-        config=InverseModelConfig(hidden=(4,)),
     )
     planner = Planner(world, THOROUGH[name], horizon=4, geometry=geometry)
     objective = GoalObjective(LatentL2(), torch.tensor([[6.0, 0.0], [-3.0, 0.0]]))

@@ -1,20 +1,19 @@
 """The latents of the data: where a model knows its way, and how far from there anything lies."""
 
-from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from worldloom.core.config import Config
 from worldloom.core.errors import DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
 from worldloom.core.seeds import torch_generator
-from worldloom.heads.head import read_head, restore, save_head
+from worldloom.heads.head import Head
 from worldloom.heads.latent_episodes import LatentEpisodes
 
-_KIND = "support"
 _FAR = 0.99  # of other latents of the data lie nearer to the references than what counts as known
 _AT_ONCE = 8192
 
@@ -25,14 +24,17 @@ class SupportConfig(Config):
     references: int = 128
 
 
-class Support(nn.Module):
+class Support(Head[SupportConfig]):
     """Some latents of the data; what lies farther than `known` from all of them is not like the data."""
 
+    kind = "support"
+    config_type = SupportConfig
     references: Tensor
     known: Tensor
 
     def __init__(self, references: Float[Tensor, "N D"], known: float = 1.0) -> None:
         super().__init__()
+        self.config = SupportConfig(references=len(references))
         self.register_buffer("references", references)
         self.register_buffer("known", torch.tensor(known, device=references.device))
 
@@ -45,20 +47,10 @@ class Support(nn.Module):
         self.known.fill_(1.0)
         self.known.copy_(self.gap(others).quantile(_FAR).clamp_min(1e-6))
 
-    def save(self, stem: Path | str, model: WorldModel) -> str:
-        """Write it beside the model whose latents they are; return the digest."""
-        return save_head(stem, self, kind=_KIND, model=model, config=SupportConfig(references=len(self.references)))
-
     @classmethod
-    def load(cls, stem: Path | str, model: WorldModel) -> "Support":
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: it is missing, damaged or of another model.
-        """
-        tensors, metadata = read_head(stem, kind=_KIND, model=model)
-        references = torch.zeros(SupportConfig.parse(metadata["config"]).references, model.spec.latent_dim)
-        return restore(stem, cls(references).to(getattr(model, "device", "cpu")), tensors)
+    def build(cls, model: WorldModel, config: SupportConfig, **figures: Any) -> "Support":
+        """Build it with as many references as `config` says, all zero."""
+        return cls(torch.zeros(config.references, model.spec.latent_dim))
 
 
 def measure_support(

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError
-from worldloom.core.seeds import derive_seed
+from worldloom.core.seeds import seeded_weights
 from worldloom.core.types import ActionSpec, Context, ModelSpec, Observations, ObservationSpec, Windows
 from worldloom.data import Statistics
 from worldloom.models.encoders import EncoderField, PatchConv, default_encoder
@@ -154,8 +154,7 @@ def build_jepa(
     floor = 0.01 * (torch.tensor(action.high) - torch.tensor(action.low))
     std = torch.maximum(statistics.action_std, floor)
     # Modules draw their weights from the default generator: lend it a seed, and give it back as it was.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "model"))
+    with seeded_weights(seed, "model"):
         encoder = (config.encoder or default_encoder(observation)).build(observation, statistics, config.latent_dim)
         predictor = config.predictor.build(
             latent_dim=config.latent_dim,

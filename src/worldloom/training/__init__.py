@@ -2,6 +2,7 @@
 
 from worldloom.training.diagnostics import Alarm, alarms, diagnose, effective_rank
 from worldloom.training.fit import Segment, fit, held_out_losses
+from worldloom.training.linear_probe import LinearProbe, ProbeScore
 from worldloom.training.provenance import describe_provenance, git_commit
 from worldloom.training.ranks import Ranks, make_fabric
 from worldloom.training.run_folder import RunFolder
@@ -11,6 +12,8 @@ from worldloom.training.training_config import FREE, TrainingConfig, default_los
 __all__ = [
     "FREE",
     "Alarm",
+    "LinearProbe",
+    "ProbeScore",
     "Ranks",
     "RunFolder",
     "Segment",

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from worldloom.core.seeds import torch_generator
 from worldloom.core.types import Context, Windows
-from worldloom.models import JEPA, LinearProbe
+from worldloom.models import JEPA
+from worldloom.training.linear_probe import LinearProbe
 
 _FEATURES = 512  # random features of the inverse-dynamics probe
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from worldloom.core.errors import CheckpointError, ConfigError, TrainingError
 from worldloom.core.hardware import retain_freed_memory
 from worldloom.core.progress import SILENT, Progress
-from worldloom.core.seeds import derive_seed, numpy_generator
+from worldloom.core.seeds import derive_seed, numpy_generator, seeded_weights
 from worldloom.core.types import Windows
 from worldloom.data import Frames, SlidingPool, WindowSampler, compute_statistics
 from worldloom.models import JEPA, JEPAConfig, alone, build_jepa, lay_like, save_model, whole
@@ -150,8 +150,7 @@ class _Training:
             seed=config.seed,
         )
         self.model = self.new_model()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(config.seed, "losses"))
+        with seeded_weights(config.seed, "losses"):
             self.learner = Learner(self.model, config)
         if config.compile:
             self.model.encoder.compile()

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from worldloom.core.types import Observations, ObservationSpec
 from worldloom.data import Statistics
 from worldloom.models.encoders.encoder import ENCODERS, EncoderConfig, vector_statistics
-from worldloom.models.heads import MLP, Activation, Norm
 from worldloom.models.normalisation import Standardise
+from worldloom.models.perceptron import MLP, Activation, Norm
 
 
 @ENCODERS.register("vector")

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from worldloom.models.distributed import mean_over_ranks
-from worldloom.models.heads import MLP
 from worldloom.models.losses.loss import LOSSES, Loss, LossConfig, LossInputs
+from worldloom.models.perceptron import MLP
 
 
 @LOSSES.register("inverse-dynamics")

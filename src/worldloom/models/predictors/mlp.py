@@ -7,7 +7,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from worldloom.models.heads import MLP, Activation, Norm
+from worldloom.models.perceptron import MLP, Activation, Norm
 from worldloom.models.predictors.predictor import PREDICTORS, Predictor, PredictorConfig
 
 

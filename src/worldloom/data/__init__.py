@@ -23,7 +23,6 @@ from worldloom.data.order import SlidingPool
 from worldloom.data.pictures import read_picture
 from worldloom.data.policies import POLICIES
 from worldloom.data.preview import contact_sheet, to_rgb, video, write_sheet
-from worldloom.data.recording import RecordedWorld
 from worldloom.data.statistics import Statistics, compute_statistics
 from worldloom.data.streaming import DataConfig, StreamedFrames, load_frames
 from worldloom.data.validation import Problem, validate
@@ -44,7 +43,6 @@ __all__ = [
     "ObjectWalkOptions",
     "Pixels",
     "Problem",
-    "RecordedWorld",
     "SlidingPool",
     "Statistics",
     "StreamedFrames",

@@ -23,8 +23,9 @@ from worldloom.core.types import Episode
 from worldloom.data.dataset import EpisodeDataset
 from worldloom.data.layout import MissingDataset, metadata_json
 from worldloom.data.policies import POLICIES
-from worldloom.data.recording import RecordedWorld, RecordingBatch
+from worldloom.data.recording import RecordingBatch
 from worldloom.data.spec import DatasetSpec
+from worldloom.envs import VectorWorld
 
 _log = logging.getLogger(__name__)
 
@@ -85,15 +86,14 @@ def collect(
         # Writes while the next batch is recorded. Leaving, by Ctrl-C too, waits for what it was given.
         writer = stack.enter_context(ThreadPoolExecutor(1))
         written: Future[EpisodeDataset] | None = None
-        worlds: dict[int, tuple[RecordedWorld, Policy]] = {}  # by size: the last batch may be smaller
+        worlds: dict[int, tuple[VectorWorld, Policy]] = {}  # by size: the last batch may be smaller
         wanted: Mapping[str, int | None] | None = None if labels is None else dict.fromkeys(labels)
         if dataset is not None:
             wanted = dataset.spec.labels
         for first in range(done, episodes, num_envs):
             numbers = range(first, min(first + num_envs, episodes))
             if len(numbers) not in worlds:
-                world = RecordedWorld(env_id, len(numbers), kwargs)
-                stack.callback(world.close)
+                world = stack.enter_context(VectorWorld(env_id, len(numbers), kwargs))
                 worlds[len(numbers)] = world, factory(world.action, **options)
             world, actor = worlds[len(numbers)]
             batch = RecordingBatch(world, numbers, steps, wanted)

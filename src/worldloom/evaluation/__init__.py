@@ -28,18 +28,16 @@ from worldloom.evaluation.results import (
     table_rows,
 )
 from worldloom.evaluation.runner import Explorer, Exploring, Narrowing, Timed, Witness, evaluate, explore
-from worldloom.evaluation.world import EvaluationWorld, Frame
+from worldloom.evaluation.world import naming, open_world
 
 __all__ = [
     "PROTOCOLS",
     "Condition",
     "DistanceBins",
     "EpisodeResult",
-    "EvaluationWorld",
     "Explorer",
     "Exploring",
     "ForeignPolicy",
-    "Frame",
     "InfoPolicy",
     "Latency",
     "LentPolicy",
@@ -61,6 +59,8 @@ __all__ = [
     "evaluate",
     "explore",
     "gym_protocol",
+    "naming",
+    "open_world",
     "pool",
     "register_protocol",
     "table_rows",

@@ -14,6 +14,7 @@ from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError
 from worldloom.core.registry import Registry, nearest
 from worldloom.core.seeds import derive_seed
+from worldloom.envs import Frame
 
 
 class Condition(Config):
@@ -64,8 +65,16 @@ class SuccessRule(Config):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The named vectors, in the order in which `Frame.vector` joins them."""
+        """The named vectors, in the order in which `vector` joins them."""
         return (*self.name.split("+"), *(condition.name for condition in self.also))
+
+    def vector(self, frame: Frame) -> Float64[np.ndarray, "R L"]:
+        """Return the vectors that the rule names, joined.
+
+        Raises:
+            ConfigError: the world gives none of this name.
+        """
+        return frame.vector(self.names, self.source, "the success rule")
 
     def distance(
         self, values: Float[np.ndarray, "*#rows L"], goal: Float[np.ndarray, "*#rows L"]

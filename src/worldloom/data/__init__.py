@@ -26,7 +26,7 @@ from worldloom.data.preview import contact_sheet, to_rgb, video, write_sheet
 from worldloom.data.statistics import Statistics, compute_statistics
 from worldloom.data.streaming import DataConfig, StreamedFrames, load_frames
 from worldloom.data.validation import Problem, validate
-from worldloom.data.windows import LanceWindows, WindowSampler
+from worldloom.data.windows import WindowSampler
 
 __all__ = [
     "FORMAT",
@@ -38,7 +38,6 @@ __all__ = [
     "EpisodeDataset",
     "FrameCache",
     "Frames",
-    "LanceWindows",
     "MissingDataset",
     "ObjectWalkOptions",
     "Pixels",

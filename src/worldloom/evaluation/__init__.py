@@ -1,19 +1,10 @@
 """Evaluation: benchmarks with named conventions, success rates with intervals, and results as files."""
 
+from worldloom.evaluation.catalogue import PROTOCOLS, default_protocol, gym_protocol, register_protocol
 from worldloom.evaluation.foreign import ForeignPolicy, InfoPolicy, LentPolicy
 from worldloom.evaluation.goals import draw_tasks
 from worldloom.evaluation.intervals import wilson_interval
-from worldloom.evaluation.protocol import (
-    PROTOCOLS,
-    Condition,
-    Limit,
-    Protocol,
-    Split,
-    SuccessRule,
-    default_protocol,
-    gym_protocol,
-    register_protocol,
-)
+from worldloom.evaluation.protocol import Condition, Limit, Protocol, Split, SuccessRule
 from worldloom.evaluation.results import (
     DistanceBins,
     EpisodeResult,

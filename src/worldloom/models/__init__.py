@@ -1,7 +1,7 @@
 """World models: encoders, predictors, the losses that train them, and their checkpoints."""
 
 from worldloom.models.attention import Block
-from worldloom.models.checkpoint import delete_tensors, load_extra, load_model, load_tensors, save_model, save_tensors
+from worldloom.models.checkpoint import delete_tensors, load_model, load_tensors, save_model, save_tensors
 from worldloom.models.distributed import alone, lay_like, whole
 from worldloom.models.jepa import JEPA, JEPAConfig, WindowOutputs, build_jepa
 from worldloom.models.normalisation import LatentNorm, PixelNormalisation, Standardise
@@ -26,7 +26,6 @@ __all__ = [
     "delete_tensors",
     "hidden_layer",
     "lay_like",
-    "load_extra",
     "load_model",
     "load_tensors",
     "save_model",

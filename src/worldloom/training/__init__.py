@@ -7,7 +7,7 @@ from worldloom.training.provenance import describe_provenance, git_commit
 from worldloom.training.ranks import Ranks, make_fabric
 from worldloom.training.run_folder import RunFolder
 from worldloom.training.state import saved_steps
-from worldloom.training.training_config import FREE, TrainingConfig, default_losses, sigreg_losses
+from worldloom.training.training_config import FREE, TrainingConfig, default_losses
 
 __all__ = [
     "FREE",
@@ -28,5 +28,4 @@ __all__ = [
     "held_out_losses",
     "make_fabric",
     "saved_steps",
-    "sigreg_losses",
 ]

@@ -13,7 +13,6 @@ from worldloom.models.losses import (
     LossConfig,
     LossField,
     Prediction,
-    SIGReg,
     TemporalSimilarity,
     Variance,
 )
@@ -36,12 +35,6 @@ def default_losses() -> dict[str, LossConfig]:
         "temporal-similarity": TemporalSimilarity(weight=1.0),
         "inverse-dynamics": InverseDynamics(weight=3.0),
     }
-
-
-def sigreg_losses() -> dict[str, LossConfig]:
-    """Return the same with SIGReg in place of the VICReg terms; a fourth of the frames is enough for it."""
-    losses = {name: loss for name, loss in default_losses().items() if name not in ("variance", "covariance")}
-    return {**losses, "sigreg": SIGReg(weight=0.1, samples="pooled", stride=4)}
 
 
 class TrainingConfig(Config):

@@ -22,7 +22,7 @@ from worldloom.models.encoders import EncoderConfig, EncoderField, default_encod
 
 
 class CloningConfig(FitConfig):
-    """The network and its fit; `encoder` of None takes the one that suits what is observed.
+    """The network and its fit; without an `encoder`, the default for the observation is used.
 
     A goal is a frame of the same episode, drawn uniformly from the `reach` steps that follow.
     """

@@ -36,10 +36,10 @@ _PROBLEMS_AT_ONCE = 128
 class ReactiveConfig(FitConfig):
     """The network and what it imitates.
 
-    `teacher` solves `problems` of going from one imagined or recorded state to another in the same layout, over
-    at most `horizon` blocks; the policy imitates every step of the plans that come
-    within `arrival` step lengths of their goals. The share `hindsight` of a
-    batch is from the episodes themselves: the block that was taken, with a later state as its goal.
+    `teacher` solves `problems` of going from one imagined or recorded state to another in the same layout, over at most
+    `horizon` blocks. The policy imitates every step of the plans that come within `arrival` step lengths of their
+    goals. The share `hindsight` of a batch comes from the episodes: the block that was taken, with a later state as its
+    goal.
     """
 
     hidden: tuple[int, ...] = Field(default=(256, 256), min_length=1)
@@ -127,7 +127,7 @@ def _lessons(
             layouts = episodes[_below(len(episodes), count, generator)]
             start, goal = (_somewhere(model, layouts, config, generator) for _ in range(2))
             plan = planner.plan(still(start, model), GoalObjective(metric, goal), generator=generator)
-            # Out of inference mode: what is learned from must be an ordinary tensor.
+            # Cloned out of inference mode: training data must be ordinary tensors.
             latents, blocks = plan.latents.clone(), plan.actions.clone()
             states = torch.cat([start[:, None], latents[:, :-1]], dim=1)
             # Imitate up to where the plan comes nearest, if that is near enough.

@@ -1,4 +1,4 @@
-"""One batch of episodes, recorded from a vector environment as far as it comes."""
+"""One batch of episodes, recorded from a vectorised world."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ _LARGEST_LABEL = 256  # values; a larger info column is a picture or a map, kept
 
 
 class RecordingBatch:
-    """The episodes `numbers`, as far as they have come: an interrupt at any moment leaves whole frames."""
+    """The episodes `numbers` as recorded so far: an interrupt at any moment leaves whole frames."""
 
     def __init__(self, world: VectorWorld, numbers: range, steps: int, labels: Mapping[str, int | None] | None) -> None:
         self._world, self._numbers, self._steps, self._wanted = world, numbers, steps, labels
@@ -71,7 +71,7 @@ class RecordingBatch:
             ) from error
 
     def episodes(self, seeds: list[int], policy: str, truncated_by: str | None = None) -> list[Episode]:
-        """Return the episodes recorded so far that have two frames; those broken off are marked."""
+        """Return the episodes recorded so far that have two frames; truncated ones are marked."""
         found = []
         for row, number in enumerate(self._numbers):
             frames = int(self._frames[row])

@@ -17,8 +17,8 @@ class WindowSampler:
     """Draws windows of `context` + `horizon` frames, `block` steps apart, from episodes of a cache.
 
     A window is named by its current frame, the last of its context. It may begin before its episode does: the
-    first frame repeats there and the actions before it are zero, so that a model with history knows a start. All
-    windows are equally likely; episodes too short for one are left out. `episodes` restricts it to some.
+    first frame repeats there and the actions before it are zero, so that a model with history can recognise a start.
+    All windows are equally likely; episodes too short for one are left out. `episodes` restricts it to some.
 
     Raises:
         DataError: no episode is long enough for one window, or an episode is named that is not there.
@@ -54,7 +54,7 @@ class WindowSampler:
         )
 
     def expect(self, windows: Int[np.ndarray, "B"]) -> None:
-        """Say which windows will be drawn next, so that their frames are read ahead of time, in this order."""
+        """Announce the windows that will be drawn next, so that their frames are read ahead of time, in this order."""
         if isinstance(self._cache.pixels, ReadsAhead):
             self._cache.pixels.expect(self._index.spans(windows))
 

@@ -102,8 +102,8 @@ class Frame:
 class VectorWorld:
     """`size` copies of a registered environment; close it, or use it in a `with` statement.
 
-    Copies whose episode is over keep running without being seen, whatever the autoreset mode; the last frame of an
-    episode is its own. `native` uses the vectorised form that the environment itself may offer.
+    Copies whose episode is over keep running unseen in every autoreset mode, and the last frame of an episode is always
+    its own. `native` uses the vectorised form that the environment itself may offer.
 
     Raises:
         EnvironmentFailure: the environment cannot be made, or its spaces are not understood.
@@ -151,9 +151,9 @@ class VectorWorld:
         return self._frame(observations, infos, rows, none, none)
 
     def replay(self, seeds: Sequence[int], actions: Sequence[np.ndarray], where: Where) -> Frame:
-        """Start one episode for each seed and take in it the actions (K, A), K its own; return where that leads.
+        """Start one episode per seed and repeat actions (K, A) in it, K its own; return the frames reached.
 
-        For a world that is not native.
+        For worlds made with `native=False`.
 
         Raises:
             EnvironmentFailure: the environment raised, or ended an episode on the way.

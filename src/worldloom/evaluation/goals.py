@@ -14,12 +14,12 @@ from worldloom.envs import Frame, VectorWorld
 from worldloom.evaluation.protocol import Protocol
 from worldloom.evaluation.world import naming
 
-_CANDIDATES = 20  # how many seeds are tried for each logged goal before the protocol is called impossible
+_CANDIDATES = 20  # seeds tried per logged goal before the protocol is refused
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tasks:
-    """B starts and goals. Absent arrays mean that the world does not tell."""
+    """B starts and goals. An array is None where the world does not give it."""
 
     seeds: tuple[int, ...]
     goal: Goal
@@ -168,7 +168,7 @@ class _Drawn:
 def _follow_policy(
     protocol: Protocol, split: str, world: VectorWorld, first: int, where: str
 ) -> Iterator[_Drawn | None]:
-    """Let the logging policy act in one episode for each copy; None where it ended before it had gone on."""
+    """Let the logging policy act in one episode per copy; yield None where the episode ended before the goal."""
     from worldloom.data import POLICIES
 
     seeds = [protocol.episode_seed(split, first + row) for row in range(world.size)]
@@ -218,7 +218,7 @@ def _nothing(world: VectorWorld) -> tuple[np.ndarray, ...]:
 
 
 def _vectors(protocol: Protocol, world: VectorWorld, frame: Frame) -> list[np.ndarray | None]:
-    """Return the success rule's vector of each row, or None for each where the world itself judges."""
+    """Return the success rule's vector of each row, or None for each where the environment itself decides success."""
     if protocol.success.source == "environment":
         return [None] * len(frame.rows)
     values = protocol.success.vector(frame)

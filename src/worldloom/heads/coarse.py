@@ -30,8 +30,8 @@ _BOUND = 2.0  # of a macro-action's code, whose values have mean 0 and variance 
 class CoarseConfig(FitConfig):
     """The network and its fit; `stride` steps of the model below are one of this one.
 
-    `code` values make a macro-action. Dreams of the model below, of `dream_horizon` of its steps, stand beside the
-    data: `dreams` for each episode.
+    A macro-action has `code` values. The data are extended by `dreams` imagined walks per episode, of `dream_horizon`
+    steps of the model below.
     """
 
     stride: int = Field(default=4, ge=2)
@@ -135,8 +135,7 @@ def fit_coarse(
 ) -> CoarseModel:
     """Fit on the episodes and on dreams of the model below: code and prediction together, in latent space.
 
-    Two steps are predicted open loop, the second from what the first gave, so that what is predicted can be
-    predicted from.
+    Two steps are predicted open loop, the second from the prediction of the first, so that predictions can be chained.
 
     Raises:
         DataError: no episode and no dream is as long as one step.
@@ -179,7 +178,7 @@ def _windows(
             f"the longest episode has {longest} states and one step of the coarse model takes {stride} blocks; collect "
             f"longer episodes or lower its stride"
         )
-    # Padded by a step, so that a first step at the end of an episode has a second to leave out.
+    # Padded by one step, so that the last step of an episode also has a (masked) second one.
     states = functional.pad(episodes.latents, (0, 0, 0, stride))
     blocks = functional.pad(episodes.blocks, (0, 0, 0, stride))
     windows = []

@@ -24,8 +24,8 @@ class DistanceConfig(FitConfig):
     """The network and its fit.
 
     A goal is a later state of the same line (an episode or a dream) with probability `same_line`, else any state
-    of any line in the same layout, or with probability `anywhere` of all data: only where every episode has the
-    same layout are those reachable. Distances are cut off at `longest` environment steps.
+    of any line in the same layout, or, with probability `anywhere`, any state of all data, which is reachable only
+    where every episode has the same layout. Distances are cut off at `longest` environment steps.
     """
 
     hidden: tuple[int, ...] = Field(default=(256, 128), min_length=1)
@@ -85,9 +85,9 @@ def fit_distance(
 ) -> TemporalDistance:
     """Learn by expectile bootstrapping: d(z, g) is the low expectile of 1 + d(z', g) over the next states z'.
 
-    A goal seen k steps later on the same line bounds the target by k. The low expectile keeps the shortest of the
-    ways that the data hold (Kostrikov et al., arXiv 2110.06169, for values). Where layouts differ between
-    episodes no way is known from one to another: goals come from the same episode and from dreams in its layout.
+    A goal seen k steps later on the same line bounds the target by k. The low expectile selects the shortest of the
+    paths in the data (Kostrikov et al., arXiv 2110.06169, for values). Where layouts differ between episodes, no path
+    leads from one to another, so goals come from the same episode and from dreams in its layout.
     """
     config = config or DistanceConfig()
     spec, device = model.spec, episodes.latents.device

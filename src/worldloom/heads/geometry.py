@@ -1,4 +1,4 @@
-"""What search needs to know of a latent space, measured on data: how long a step is, and whether it can be undone."""
+"""The geometry of a latent space, measured on data: how long a step is, and whether it can be undone."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from worldloom.heads.latent_episodes import LatentEpisodes, dream
 
 @dataclass(frozen=True, kw_only=True)
 class Reversibility:
-    """How far walking back leads home: `gap` remains of `displacement`, both mean latent distances.
+    """How well inverse dynamics undo a walk: `gap` remains of `displacement`, both mean latent distances.
 
     Dynamics count as reversible where at most 40% of the displacement remains.
     """
@@ -29,7 +29,7 @@ class Reversibility:
 
     @property
     def remaining(self) -> float:
-        """The share of the way that could not be undone: 0 at home, 1 or more where nothing was."""
+        """The share of the displacement that was not undone: 0 is a full return, 1 or more is none."""
         return self.gap / max(self.displacement, 1e-12)
 
     @property
@@ -69,7 +69,7 @@ def measure_reversibility(
 
 
 def still(latents: Tensor, model: WorldModel) -> Context:
-    """Return the context of having been at these latents (B, D) for as long as the model looks back."""
+    """Return the context of having stood still at these latents (B, D)."""
     size = model.spec.context
     return Context(
         latents=latents[:, None].expand(-1, size, -1),

@@ -16,7 +16,7 @@ from worldloom.models import MLP
 
 
 class InverseModelConfig(FitConfig):
-    """The network and its fit; `dreams` imagined walks of each episode stand beside the data."""
+    """The network and its fit; `dreams` imagined walks per episode extend the data."""
 
     hidden: tuple[int, ...] = Field(default=(256, 256), min_length=1)
     steps: int = Field(default=800, ge=1)
@@ -91,7 +91,7 @@ def fit_inverse_model(
     with seeded_weights(seed, "inverse", "weights"):
         inverse = InverseModel(model.spec, config).to(device)
     inverse.mean.copy_(blocks.mean(0))
-    # A dimension that hardly varies is not blown up.
+    # A dimension that hardly varies is not amplified.
     inverse.std.copy_(torch.maximum(blocks.std(0), 0.02 * inverse.std))
     target = inverse.normalise(blocks)
 

@@ -1,4 +1,4 @@
-"""Probes: small decoders of named quantities, fitted on the few frames that have labels, that know their own error."""
+"""Probes: small decoders of named quantities with a measured error, fitted on the few frames that have labels."""
 
 import math
 from typing import Any
@@ -20,8 +20,8 @@ from worldloom.models import MLP
 class ProbeConfig(FitConfig):
     """The network and its fit; the share `held_out` of the labelled frames measures its error instead.
 
-    With `between`, each value is read no farther than to these two ends: so that all that is told apart is told apart
-    where it matters, such as near the edge of a hazard.
+    `between` clips the labels to these two ends, so that the network resolves values where they matter, such as near
+    the edge of a hazard.
     """
 
     hidden: tuple[int, ...] = Field(default=(256,), min_length=1)
@@ -41,8 +41,8 @@ class ProbeConfig(FitConfig):
 class Probe(Head[ProbeConfig]):
     """Reads a named quantity of `size` values from latents, in the unit of its labels.
 
-    `errors` are its Euclidean errors on frames that its fit did not see, ascending. What is not like the `support`, of
-    latents that it did see, is outside its calibration.
+    `errors` are its Euclidean errors on held-out frames, ascending. Latents unlike its `support`, a sample of those
+    that it was fitted on, are outside its calibration.
     """
 
     kind = "probe"
@@ -75,16 +75,16 @@ class Probe(Head[ProbeConfig]):
         return out
 
     def error(self, risk: float) -> float:
-        """Return what the error on another frame of the same kind exceeds with at most this probability.
+        """Return the bound that the error on a new frame of the same kind exceeds with at most this probability.
 
         The split-conformal quantile (Vovk et al. 2005): the k-th smallest of n held-out errors with
-        k = ceil((n + 1)(1 - risk)); infinite where so small a risk cannot be told from so few frames.
+        k = ceil((n + 1)(1 - risk)); infinite where there are too few frames for so small a risk.
         """
         place = math.ceil((len(self.errors) + 1) * (1 - risk))
         return math.inf if place > len(self.errors) else float(self.errors[max(place, 1) - 1])
 
     def gap(self, latents: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes"]:
-        """Return how far latents lie from all that the fit saw: 1 is as far as is still known."""
+        """Return how far latents lie from those of the fit; values up to 1 count as known."""
         return self.support.gap(latents)
 
     def knows(self, latents: Float[Tensor, "*axes D"]) -> Bool[Tensor, "*axes"]:
@@ -101,7 +101,7 @@ def fit_probe(
     seed: int,
     progress: Progress = SILENT,
 ) -> Probe:
-    """Fit a probe on labelled frames; those of one group (an episode) are alike, and fitted or held out together.
+    """Fit a probe on labelled frames; those of one group (an episode) are fitted or held out together.
 
     Raises:
         DataError: there are fewer than four groups, or a label is not finite.

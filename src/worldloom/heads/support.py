@@ -1,4 +1,4 @@
-"""The latents of the data: where a model knows its way, and how far from there anything lies."""
+"""A sample of the data's latents, and how far other latents lie from them."""
 
 from typing import Any
 
@@ -14,18 +14,18 @@ from worldloom.core.seeds import torch_generator
 from worldloom.heads.head import Head
 from worldloom.heads.latent_episodes import LatentEpisodes
 
-_FAR = 0.99  # of other latents of the data lie nearer to the references than what counts as known
+_FAR = 0.99  # quantile of the gaps of other latents of the data, which counts as the limit of the known
 _AT_ONCE = 8192
 
 
 class SupportConfig(Config):
-    """How many latents of the data are kept."""
+    """How many latents of the data are references."""
 
     references: int = 128
 
 
 class Support(Head[SupportConfig]):
-    """Some latents of the data; what lies farther than `known` from all of them is not like the data."""
+    """Some latents of the data; a latent farther than `known` from all of them is unlike the data."""
 
     kind = "support"
     config_type = SupportConfig
@@ -39,11 +39,11 @@ class Support(Head[SupportConfig]):
         self.register_buffer("known", torch.tensor(known, device=references.device))
 
     def gap(self, latents: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes"]:
-        """Return how far latents lie from all references: 1 is as far as is still known."""
+        """Return how far latents lie from the nearest reference; values up to 1 count as known."""
         return nearest_gap(latents, self.references) / self.known
 
     def measure(self, others: Float[Tensor, "M D"]) -> None:
-        """Call known what is as near as others of the same kind."""
+        """Set the limit `known` by the gaps of other latents of the same kind."""
         self.known.fill_(1.0)
         self.known.copy_(self.gap(others).quantile(_FAR).clamp_min(1e-6))
 
@@ -56,7 +56,7 @@ class Support(Head[SupportConfig]):
 def measure_support(
     episodes: LatentEpisodes, config: SupportConfig | None = None, *, seed: int, progress: Progress = SILENT
 ) -> Support:
-    """Keep latents of the data, drawn uniformly, and measure on others how near is near.
+    """Draw references uniformly from the data's latents, and measure `known` on others.
 
     Raises:
         DataError: there are fewer than two latents.
@@ -78,7 +78,7 @@ def measure_support(
 def nearest_gap(latents: Float[Tensor, "*axes D"], references: Float[Tensor, "N D"]) -> Float[Tensor, "*axes"]:
     """Return how far latents lie from the nearest reference.
 
-    By one matrix product; what is nearer than rounding tells is at 0.
+    Computed by one matrix product; distances below its rounding are 0.
     """
     flat, references = latents.reshape(-1, latents.shape[-1]), references.to(latents)
     theirs = torch.linalg.vector_norm(references, dim=1).square()

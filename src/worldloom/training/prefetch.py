@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @contextmanager
 def prefetch(make: Callable[[int], T], steps: range, *, ahead: int = 2) -> Iterator[Callable[[], T]]:
-    """Give a function that returns `make(step)` for one step after another, made up to `ahead` steps early.
+    """Yield a function that returns `make(step)` for one step after another, made up to `ahead` steps early.
 
     An error that `make` raises is raised where its result is asked for.
     """

@@ -64,7 +64,7 @@ class RunFolder:
         return run
 
     def withdraw(self) -> None:
-        """Take `create` back if nothing has been trained, so that the folder is free for another configuration."""
+        """Undo `create` if nothing has been trained, so that the folder is free for another configuration."""
         if self._writes and not any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints", "model")):
             with storage_errors(self.path):
                 for name in ("config.json", "provenance.json"):
@@ -109,7 +109,7 @@ class RunFolder:
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Append one line of figures to metrics.jsonl, and write them for TensorBoard.
 
-        A figure that is not finite is left out, for JSON has no name for it.
+        Figures that are not finite are left out: JSON cannot hold them.
         """
         if not self._writes:
             return
@@ -154,7 +154,7 @@ class RunFolder:
             write_json(self.path / "diagnostics.json", dict(values))
 
     def diagnostics(self) -> dict[str, Any]:
-        """Read diagnostics.json, empty where training has not come so far."""
+        """Read diagnostics.json; empty before training has written it."""
         path = self.path / "diagnostics.json"
         return read_json(path) if path.is_file() else {}
 

@@ -16,7 +16,7 @@ from worldloom.models.perceptron import MLP
 class InverseDynamics(LossConfig):
     """A perceptron from `frames` consecutive latents to the block before the last of them.
 
-    Two frames suffice where one shows the state; with velocities that no single frame shows, take three.
+    Two frames suffice where one frame shows the state; use three for velocities, which no single frame shows.
     """
 
     name: Literal["inverse-dynamics"] = "inverse-dynamics"

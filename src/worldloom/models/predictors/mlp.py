@@ -47,7 +47,7 @@ class ResidualMLP(Predictor):
         )
         for block in actions.unbind(2):
             blocks.append(block)
-            # Multiplying the parts by their own columns, the shared ones once, was measured to be no faster.
+            # Multiplying each part by its own columns, the shared parts once, was measured to be no faster.
             history = torch.cat([*states[-self.context :], *blocks[-self.context :]], dim=-1)
             states.append(states[-1] + self.mlp(history))
         return torch.stack(states[latents.shape[1] :], dim=2)

@@ -1,6 +1,7 @@
 """Goal-conditioned behaviour cloning: the baseline that imitates the data and has no world model."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,7 @@ class CloningConfig(FitConfig):
 class CloningPolicy(Head[CloningConfig]):
     """(observation, goal observation) -> the next environment action, within bounds.
 
-    It has an encoder of its own and uses nothing of the world model; its file lies beside that of a model of the same
-    observations and actions.
+    It has an encoder of its own and uses nothing of the world model that its file lies beside.
     """
 
     kind = "behaviour-cloning"
@@ -56,10 +56,15 @@ class CloningPolicy(Head[CloningConfig]):
         self.head = MLP((2 * config.latent_dim, *config.hidden, action.size))
         self._spec = ModelSpec(observation=observation, action=action, block=1, context=1, latent_dim=config.latent_dim)
 
+    def figures(self) -> dict[str, Any]:
+        """Return what the policy observes, and its actions."""
+        return {"observation": asdict(self.observation), "action": asdict(self.action)}
+
     @classmethod
     def build(cls, model: WorldModel, config: CloningConfig, **figures: Any) -> "CloningPolicy":
-        """Build an untrained policy of what the model observes and of its actions."""
-        observation, action = model.spec.observation, model.spec.action
+        """Build an untrained policy of these observations and actions."""
+        observation = ObservationSpec.from_json(figures["observation"])
+        action = ActionSpec.from_json(figures["action"])
         # The statistics are buffers and come with the tensors; only their shapes matter here.
         return cls(observation, action, config, Statistics.unit(observation, action))
 

@@ -26,7 +26,7 @@ from worldloom.cli.options import set_threads
 from worldloom.core.files import write_json
 from worldloom.core.hardware import describe_hardware
 from worldloom.core.types import Goal, Observations
-from worldloom.evaluation import PROTOCOLS, EvaluationWorld, Protocol, draw_tasks, evaluate, pool
+from worldloom.evaluation import PROTOCOLS, Protocol, draw_tasks, evaluate, open_world, pool
 from worldloom.planning.solvers import CEM, TreeSearch
 from worldloom.recipes import load_recipe
 from worldloom.workflow import Run
@@ -138,7 +138,7 @@ def tasks_of(protocol: Protocol, count: int) -> list[tuple[Observations, Goal]]:
     """Return the first starts and goals of the protocol, of all splits in turn, each as a batch of one."""
     each = -(-count // len(protocol.splits))
     found = []
-    with EvaluationWorld(protocol, each) as world:
+    with open_world(protocol, each) as world:
         for split in protocol.splits:
             tasks, _ = draw_tasks(protocol, split, world, 0, split)
             starts = tasks.begin(protocol, split, world, split).observations.map(torch.clone)

@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 
 from worldloom.core.hardware import describe_hardware
-from worldloom.data import EpisodeDataset, LanceWindows
+from worldloom.data import DataConfig, EpisodeDataset, StreamedFrames, WindowSampler
 from worldloom.formats import convert
 
 RESULTS = Path(__file__).parent / "results" / "convert_large.jsonl"
@@ -85,13 +85,15 @@ def convert_all(source: Path, target: Path, batches: int) -> dict[str, Any]:
 
 
 def sample(source: Path, target: Path, batches: int) -> dict[str, Any]:
-    windows = LanceWindows(EpisodeDataset.open(target), context=1, horizon=4, block=5)
-    generator = np.random.default_rng(0)
-    start = time.perf_counter()
-    for _ in range(batches):
-        windows.sample(64, generator)
-    frames = batches * 64 * 5
-    return {"windows": batches * 64, "frames_per_second": round(frames / (time.perf_counter() - start))}
+    # From storage alone: no chunk is kept on the disk.
+    with StreamedFrames(EpisodeDataset.open(target), DataConfig(cache_gib=0)) as streamed:
+        windows = WindowSampler(streamed, context=1, horizon=4, block=5)
+        generator = np.random.default_rng(0)
+        start = time.perf_counter()
+        for _ in range(batches):
+            windows.sample(64, generator)
+        frames = batches * 64 * 5
+        return {"windows": batches * 64, "frames_per_second": round(frames / (time.perf_counter() - start))}
 
 
 def measured(step: Any, source: Path, target: Path, batches: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from worldloom.core.files import write_json
 from worldloom.core.hardware import describe_hardware
 from worldloom.core.types import Observations
 from worldloom.data import POLICIES
-from worldloom.evaluation import PROTOCOLS, EvaluationWorld, draw_tasks
+from worldloom.evaluation import PROTOCOLS, draw_tasks, open_world
 from worldloom.workflow import Run
 
 RESULTS = Path(__file__).parent / "results" / "curiosity.json"
@@ -44,7 +44,7 @@ def seen(name: str, run: Run, arguments: argparse.Namespace, seed: int) -> np.nd
     """Return the share of cells that were entered after each step, (mazes, steps)."""
     mazes, steps = arguments.mazes, arguments.steps
     entered = np.zeros((mazes, steps, CELLS * CELLS), bool)
-    with EvaluationWorld(PROTOCOL, mazes) as world, progress().task(f"{name}, seed {seed}", steps, "step") as task:
+    with open_world(PROTOCOL, mazes) as world, progress().task(f"{name}, seed {seed}", steps, "step") as task:
         tasks, _ = draw_tasks(PROTOCOL, SPLIT, world, 0, "drawing mazes")
         frame = tasks.begin(PROTOCOL, SPLIT, world, name)
         explorer = RandomWalk(run, mazes, seed) if name == "random walk" else run.agent("landmarks").explorer()

@@ -22,7 +22,7 @@ from worldloom.cli.options import set_threads
 from worldloom.core.files import write_json
 from worldloom.core.hardware import describe_hardware
 from worldloom.core.types import Goal
-from worldloom.evaluation import PROTOCOLS, EvaluationWorld, draw_tasks
+from worldloom.evaluation import PROTOCOLS, draw_tasks, open_world
 from worldloom.guardrails import RuleLayer, RuleSet
 from worldloom.workflow import Run
 
@@ -73,7 +73,7 @@ def timed(run: Run, policy: RuleSet, size: int, threads: int, decisions: int) ->
         "with": method.build(AgentParts(heads=run.heads, rules=run.bind(policy)), seed=0),
     }
     looks: list[tuple[Any, Goal]] = []
-    with EvaluationWorld(protocol, size) as world:
+    with open_world(protocol, size) as world:
         first = 0
         for _ in range(min(20, decisions)):
             tasks, first = draw_tasks(protocol, split, world, first, split)

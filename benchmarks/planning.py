@@ -89,13 +89,12 @@ def main() -> None:
     model = demo_model()
     geometry = LatentGeometry(
         step_length=STEP_LENGTH,
-        inverse=InverseModel(model.spec, (256, 256)).eval(),
+        inverse=InverseModel(model.spec, InverseModelConfig()).eval(),
         reversibility=Reversibility(gap=0.0, displacement=1.0),
-        config=InverseModelConfig(),
     )
     metrics: dict[str, Metric] = {
         "latent-l2": LatentL2(STEP_LENGTH),
-        "temporal-distance": TemporalDistance(model.spec.latent_dim, model.spec.block, DistanceConfig()).eval(),
+        "temporal-distance": TemporalDistance(model.spec, DistanceConfig()).eval(),
     }
     for name in arguments.solvers:
         horizon = HORIZONS.get(name, arguments.horizon)

@@ -25,7 +25,8 @@ from worldloom.core.files import write_json
 from worldloom.core.hardware import describe_hardware
 from worldloom.core.seams import Agent
 from worldloom.core.signing import make_key, sign_file
-from worldloom.evaluation import PROTOCOLS, Frame, evaluate, wilson_interval
+from worldloom.envs import Frame
+from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
 from worldloom.guardrails import read_rules
 from worldloom.recipes import load_recipe
 from worldloom.workflow import Run, Session, calibrate

@@ -44,8 +44,9 @@ from worldloom.core.seeds import numpy_generator
 from worldloom.core.types import Context, Windows
 from worldloom.data import EpisodeDataset, WindowSampler, load_cache, load_frames
 from worldloom.federation import LocalTraining, PartitionConfig, Records, Rounds, bytes_of, initial_base
-from worldloom.models import JEPA, LinearProbe
+from worldloom.models import JEPA
 from worldloom.recipes import Recipe
+from worldloom.training import LinearProbe
 from worldloom.workflow import ConsortiumConfig, Run, simulate
 from worldloom.workflow.simulation import OwnerConfig, run_folder
 

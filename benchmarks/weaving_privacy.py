@@ -58,11 +58,11 @@ from worldloom.federation import (
 )
 from worldloom.federation.secure.aggregation_protocol import AggregationConfig, Masker, Session, Unmasker
 from worldloom.federation.secure.privacy import delta_norm
-from worldloom.models import JEPA, JEPAConfig, LinearProbe, build_jepa
+from worldloom.models import JEPA, JEPAConfig, build_jepa
 from worldloom.models.encoders import VectorMLP
 from worldloom.models.predictors import MLPPredictor
 from worldloom.testing.attacks import membership_inference, reconstruct
-from worldloom.training import RunFolder, TrainingConfig
+from worldloom.training import LinearProbe, RunFolder, TrainingConfig
 
 RESULTS = Path(__file__).parent / "results" / "weaving_privacy.json"
 OWNERS, EPISODES, OTHERS, LENGTH, SIDE = 8, 24, 24, 30, 8

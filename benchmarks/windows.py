@@ -15,7 +15,7 @@ import numpy as np
 
 from worldloom.core.hardware import describe_hardware
 from worldloom.core.types import ActionSpec, Episode, ObservationSpec
-from worldloom.data import DatasetSpec, EpisodeDataset, LanceWindows, WindowSampler, load_cache
+from worldloom.data import DataConfig, DatasetSpec, EpisodeDataset, StreamedFrames, WindowSampler, load_cache
 
 STEPS = 100
 SPEC = DatasetSpec(
@@ -47,11 +47,10 @@ def main() -> None:
         decoded = dataset.frames / (time.perf_counter() - start)
         caches["mmap"] = load_cache(dataset, "mmap")
         samplers = {name: WindowSampler(cache, **window) for name, cache in caches.items()}
-        lance = LanceWindows(EpisodeDataset.open(path), **window)
         figures = {name: measure(sampler, arguments) for name, sampler in samplers.items()}
         forget(path)
-        figures["lance cold"] = measure(lance, arguments)
-        figures["lance warm"] = measure(lance, arguments)
+        with StreamedFrames(EpisodeDataset.open(path), DataConfig(cache_dir=f"{directory}/chunks")) as streamed:
+            figures["streamed"] = measure(WindowSampler(streamed, **window), arguments)
         result = {
             "benchmark": "windows",
             "frames": dataset.frames,
@@ -78,7 +77,7 @@ def draw_episode(number: int) -> Episode:
     return Episode(pixels=frames, actions=generator.uniform(-1, 1, (STEPS, 2)).astype(np.float32))
 
 
-def measure(sampler: WindowSampler | LanceWindows, arguments: argparse.Namespace) -> dict[str, float]:
+def measure(sampler: WindowSampler, arguments: argparse.Namespace) -> dict[str, float]:
     generator, batches = np.random.default_rng(0), 0
     start = time.perf_counter()
     while (elapsed := time.perf_counter() - start) < arguments.seconds:

@@ -9,7 +9,7 @@ from worldloom.testing import LinearWorld
 def linear_geometry(world: LinearWorld, *, reversible: bool = True) -> LatentGeometry:
     """Inverse dynamics of z' = z + a as exact weights: the mean action of the block is the displacement / block."""
     spec = world.spec
-    inverse = InverseModel(spec, (4,))
+    inverse = InverseModel(spec, InverseModelConfig(hidden=(4,)))
     first, last = inverse.network.layers[0], inverse.network.layers[-1]
     with torch.no_grad():
         for layer in (first, last):
@@ -26,5 +26,4 @@ def linear_geometry(world: LinearWorld, *, reversible: bool = True) -> LatentGeo
         step_length=1.0 * spec.block,
         inverse=inverse,
         reversibility=Reversibility(gap=0.0 if reversible else 1.0, displacement=1.0),
-        config=InverseModelConfig(hidden=(4,)),
     )

@@ -189,8 +189,8 @@ def test_a_clone_refuses_observations_of_another_kind(cloned: CloningPolicy) -> 
 
 
 def test_a_saved_clone_acts_the_same(cloned: CloningPolicy, tmp_path: Path) -> None:
-    cloned.save(tmp_path / "clone")
-    back = CloningPolicy.load(tmp_path / "clone")
+    cloned.save(tmp_path / "clone", WORLD)
+    back = CloningPolicy.load(tmp_path / "clone", WORLD)
     assert back.action == cloned.action
     agents = BehaviourCloningAgent(cloned), BehaviourCloningAgent(back)
     for agent in agents:

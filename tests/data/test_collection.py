@@ -14,7 +14,7 @@ from worldloom.core.errors import ConfigError, DataError, EnvironmentFailure, St
 from worldloom.core.progress import ProgressTask
 from worldloom.core.types import ActionSpec, Observations
 from worldloom.data import POLICIES, EpisodeDataset, collect, episode_seed, policy_generator, validate
-from worldloom.data import recording as recording_module
+from worldloom.envs import vector_world
 
 ENV = register()
 ARGUMENTS: dict[str, Any] = {"env_id": ENV, "episodes": 5, "steps": 7, "seed": 3, "num_envs": 2}
@@ -84,10 +84,10 @@ def test_other_arguments_are_refused(tmp_path: Path, change: dict[str, Any], mes
 def test_the_last_frame_is_the_episodes_own_in_every_autoreset_mode(
     tmp_path: Path, mode: AutoresetMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def make(env_id: str, num_envs: int, **kwargs: Any) -> SyncVectorEnv:
+    def make(env_id: str, num_envs: int, *, native: bool, **kwargs: Any) -> SyncVectorEnv:
         return SyncVectorEnv([lambda: PushWorld(**kwargs)] * num_envs, autoreset_mode=mode)
 
-    monkeypatch.setattr(recording_module, "make_vector_env", make)
+    monkeypatch.setattr(vector_world, "make_vector_env", make)
     dataset = collect(tmp_path / "d", **ARGUMENTS | {"env_kwargs": {"length": 3}, "episodes": 6, "num_envs": 3})
     assert len(set(dataset.lengths.tolist())) > 1
     assert set(dataset.lengths.tolist()) <= {3, 4, 5}

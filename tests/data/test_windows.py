@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.types import Windows
-from worldloom.data import EpisodeDataset, FrameCache, LanceWindows, WindowSampler, compute_statistics, load_cache
+from worldloom.data import (
+    DataConfig,
+    EpisodeDataset,
+    FrameCache,
+    StreamedFrames,
+    WindowSampler,
+    compute_statistics,
+    load_cache,
+)
 
 LENGTHS = [12, 3, 20, 9]
 
@@ -109,12 +117,15 @@ def assert_equal(left: Windows, right: Windows) -> None:
     assert left.labels.keys() == right.labels.keys()
 
 
-def test_storage_gives_the_same_windows_as_the_cache(dataset: EpisodeDataset, cache: FrameCache) -> None:
+def test_storage_gives_the_same_windows_as_the_cache(
+    dataset: EpisodeDataset, cache: FrameCache, tmp_path: Path
+) -> None:
     arguments: dict[str, Any] = {"context": 3, "horizon": 2, "block": 2, "episodes": np.array([0, 2])}
-    cold, warm = LanceWindows(dataset, **arguments), WindowSampler(cache, **arguments)
-    assert len(cold) == len(warm)
-    for seed in range(3):
-        assert_equal(*(sampler.sample(16, np.random.default_rng(seed)) for sampler in (cold, warm)))
+    with StreamedFrames(dataset, DataConfig(cache_dir=str(tmp_path))) as frames:
+        cold, warm = WindowSampler(frames, **arguments), WindowSampler(cache, **arguments)
+        assert len(cold) == len(warm)
+        for seed in range(3):
+            assert_equal(*(sampler.sample(16, np.random.default_rng(seed)) for sampler in (cold, warm)))
 
 
 def test_a_mapped_cache_is_the_same_and_is_used_again(

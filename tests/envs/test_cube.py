@@ -10,11 +10,11 @@ import pytest
 
 import worldloom.envs  # noqa: F401 - registers the worlds
 from worldloom.core.errors import ConfigError, DataError, EnvironmentFailure
-from worldloom.core.spaces import make_vector_env
 from worldloom.core.types import ActionSpec, Observations
 from worldloom.data import POLICIES
 from worldloom.envs import rendering
-from worldloom.evaluation import PROTOCOLS, EvaluationWorld, draw_tasks
+from worldloom.envs.spaces import make_vector_env
+from worldloom.evaluation import PROTOCOLS, draw_tasks, open_world
 
 if find_spec("ogbench") is None:  # importing it here would settle what draws before the library does
     pytest.skip("OGBench is not installed", allow_module_level=True)
@@ -190,7 +190,7 @@ def test_the_fumbling_arm_says_what_it_cannot_move_or_see() -> None:
 
 def test_evaluation_reaches_starts_in_the_middle_of_logs() -> None:
     protocol = PROTOCOLS["cube-25@1"].customise(episodes=4)
-    with EvaluationWorld(protocol, 4) as world:
+    with open_world(protocol, 4) as world:
         tasks, _ = draw_tasks(protocol, "25 steps ahead", world, 0, "here")
         assert max(len(actions) for actions in tasks.before) > 5
         frame = tasks.begin(protocol, "25 steps ahead", world, "again")  # checks the digests of what is seen

@@ -10,9 +10,9 @@ import pytest
 
 import worldloom.envs  # noqa: F401 - registers the worlds
 from worldloom.core.errors import EnvironmentFailure
-from worldloom.core.spaces import make_vector_env
 from worldloom.data import collect
 from worldloom.envs import rendering
+from worldloom.envs.spaces import make_vector_env
 
 if find_spec("mujoco") is None:  # importing it here would settle what draws before the library does
     pytest.skip("MuJoCo is not installed", allow_module_level=True)

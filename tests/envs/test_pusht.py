@@ -8,9 +8,9 @@ import pytest
 
 import worldloom.envs  # noqa: F401 - registers the worlds
 from worldloom.core.errors import EnvironmentFailure
-from worldloom.core.spaces import make_vector_env
 from worldloom.core.types import ActionSpec, Observations
 from worldloom.data import POLICIES
+from worldloom.envs.spaces import make_vector_env
 
 pytest.importorskip("gym_pusht")
 

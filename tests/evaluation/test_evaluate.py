@@ -9,7 +9,7 @@ from torch import Tensor
 
 from worldloom.core.errors import ConfigError, DataError, EnvironmentFailure
 from worldloom.core.types import ActionSpec, Goal, Observations
-from worldloom.evaluation import EvaluationWorld, Protocol, SuccessRule, draw_tasks, evaluate, gym_protocol
+from worldloom.evaluation import Protocol, SuccessRule, draw_tasks, evaluate, gym_protocol, naming, open_world
 from worldloom.evaluation.goals import goal_policy_generator
 
 Agents = dict[str, Callable[[], Any]]
@@ -44,9 +44,9 @@ def test_starts_and_goals_do_not_depend_on_the_batch(protocol: Protocol, agents:
 
 def test_success_is_counted_at_the_exact_step(protocol: Protocol, agents: Agents) -> None:
     seen = {}
-    with EvaluationWorld(protocol, 12) as world:
+    with open_world(protocol, 12) as world:
         tasks, _ = draw_tasks(protocol, "far", world, 0, "")
-        start = world.reset(tasks.seeds, protocol.task("far"), where="").vector(protocol.success)
+        start = protocol.success.vector(tasks.begin(protocol, "far", world, ""))
     for row, seed in enumerate(tasks.seeds):
         assert tasks.target is not None
         gap = np.abs(tasks.target[row] - start[row])
@@ -144,15 +144,15 @@ def test_goals_too_near_their_start_are_drawn_again(logged: Protocol, agents: Ag
 
 def test_an_episode_that_ends_early_gives_its_last_frame_as_the_goal(logged: Protocol, wander: Any) -> None:
     short = logged.model_copy(update={"env_kwargs": {"end_at": 5}})
-    with EvaluationWorld(short, 9) as world, EvaluationWorld(logged, 9) as endless:
+    with open_world(short, 9) as world, open_world(logged, 9) as endless:
         ended, _ = draw_tasks(short, "8 steps away", world, 0, "")
-        policy = wander(world.action_spec)
+        policy = wander(world.action)
         policy.reset([goal_policy_generator(seed) for seed in ended.seeds])
-        frame = endless.reset(ended.seeds, None, where="")
+        frame = endless.reset(ended.seeds, naming(endless, ended.seeds, ""))
         for _ in range(5):
             frame = endless.step(policy.act(frame.observations), frame.rows)
     assert ended.target is not None
-    np.testing.assert_allclose(frame.vector(logged.success), ended.target)
+    np.testing.assert_allclose(logged.success.vector(frame), ended.target)
 
 
 def test_the_environments_own_word_counts(agents: Agents) -> None:
@@ -205,7 +205,10 @@ def test_an_action_is_repeated_over_the_frame_skip(protocol: Protocol, agents: A
     assert max(episode.steps for episode in row.episodes) == 10
 
 
-@pytest.mark.parametrize(("fault", "message"), [("raise", "step 3: RuntimeError: the motor is broken"), ("nan", "nan")])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("raise", r"step 3: environment .* raised RuntimeError: the motor is broken"), ("nan", "nan")],
+)
 def test_a_failing_environment_is_named_by_method_split_and_seed(
     protocol: Protocol, agents: Agents, fault: str, message: str
 ) -> None:
@@ -214,9 +217,9 @@ def test_a_failing_environment_is_named_by_method_split_and_seed(
         evaluate(broken, {"still": agents["still"]})
     text = str(caught.value)
     assert "method 'still', split 'far'" in text
-    with EvaluationWorld(protocol, 12) as world:
+    with open_world(protocol, 12) as world:
         tasks, _ = draw_tasks(protocol, "far", world, 0, "")
-        start = world.reset(tasks.seeds, protocol.task("far"), where="").vector(protocol.success)
+        start = protocol.success.vector(tasks.begin(protocol, "far", world, ""))
     faulty = [seed for seed, position in zip(tasks.seeds, start, strict=True) if position[0] < 10]
     assert f"episode seed {faulty[0]}" in text
 

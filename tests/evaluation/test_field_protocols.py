@@ -14,13 +14,13 @@ from worldloom.core.errors import EnvironmentFailure
 from worldloom.core.types import Goal, Observations
 from worldloom.evaluation import (
     PROTOCOLS,
-    EvaluationWorld,
     Protocol,
     Split,
     SuccessRule,
     default_protocol,
     draw_tasks,
     evaluate,
+    open_world,
     table_rows,
 )
 from worldloom.reports import write_report
@@ -119,7 +119,7 @@ class Still:
 
 
 def test_episodes_start_where_the_logged_ones_were() -> None:
-    with EvaluationWorld(PROTOCOL, 12) as world:
+    with open_world(PROTOCOL, 12) as world:
         tasks, _ = draw_tasks(PROTOCOL, "ahead", world, 0, "here")
         frame = tasks.begin(PROTOCOL, "ahead", world, "again")  # checks the digests of what is seen
         lengths = [len(actions) for actions in tasks.before]
@@ -156,7 +156,7 @@ def test_a_world_that_does_not_repeat_itself_is_refused(monkeypatch: pytest.Monk
 
 def test_a_native_vector_world_starts_in_the_middle_too() -> None:
     protocol = PROTOCOLS["two-room-25@1"].customise(episodes=3, budget=2)
-    with EvaluationWorld(protocol, 3) as world:
+    with open_world(protocol, 3) as world:
         tasks, _ = draw_tasks(protocol, "25 steps ahead", world, 0, "here")
         assert any(len(actions) for actions in tasks.before)
         tasks.begin(protocol, "25 steps ahead", world, "again")

@@ -10,7 +10,6 @@ from worldloom.models import (
     JEPAConfig,
     build_jepa,
     delete_tensors,
-    load_extra,
     load_model,
     load_tensors,
     save_model,
@@ -45,7 +44,7 @@ def test_a_model_comes_back_whole(model, odd_case, tmp_path) -> None:
     assert loaded.spec == model.spec
     assert loaded.spec.fingerprint == fingerprint == json.loads((tmp_path / "model.json").read_text())["digest"]
     assert not loaded.training
-    assert load_extra(tmp_path) == {"steps": 7}
+    assert json.loads((tmp_path / "model.json").read_text())["metadata"]["extra"] == {"steps": 7}
     observations = odd_case.observations(3, 2)
     assert torch.equal(loaded.encode(observations), model.encode(observations))
 

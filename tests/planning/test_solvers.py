@@ -150,9 +150,8 @@ def test_discrete_choices_stay_choices(name: str) -> None:
     world = Choices()
     geometry = LatentGeometry(
         step_length=2.0,
-        inverse=InverseModel(world.spec, (4,)),
+        inverse=InverseModel(world.spec, InverseModelConfig(hidden=(4,))),
         reversibility=Reversibility(gap=1.0, displacement=1.0),
-        config=InverseModelConfig(hidden=(4,)),
     )
     planner = Planner(world, THOROUGH[name], horizon=4, geometry=geometry)
     objective = GoalObjective(LatentL2(), torch.tensor([[6.0, 0.0], [-3.0, 0.0]]))

@@ -24,7 +24,10 @@ def test_batches_come_in_order_and_ahead_of_time() -> None:
 
 
 def test_what_goes_wrong_is_raised_where_it_is_asked_for() -> None:
+    made: list[int] = []
+
     def make(step: int) -> int:
+        made.append(step)
         if step == 1:
             raise ValueError("no such window")
         return step
@@ -33,6 +36,7 @@ def test_what_goes_wrong_is_raised_where_it_is_asked_for() -> None:
         assert next_item() == 0
         with pytest.raises(ValueError, match="no such window"):
             next_item()
+    assert made == [0, 1]
 
 
 def test_leaving_early_ends_the_thread() -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from worldloom.core.errors import ConfigError
-from worldloom.training import TrainingConfig, make_fabric, sigreg_losses
+from worldloom.training import TrainingConfig, make_fabric
 
 
 def test_the_default_mix_is_the_measured_one() -> None:
@@ -27,12 +27,6 @@ def test_losses_are_overridden_by_name_and_survive_json() -> None:
     assert config.losses["variance"].weight == 0
     assert config.losses["sigreg"].samples == "centred"
     assert TrainingConfig.model_validate_json(config.model_dump_json()) == config
-
-
-def test_the_sigreg_mix_takes_the_place_of_the_vicreg_terms() -> None:
-    losses = TrainingConfig(losses=sigreg_losses()).losses
-    assert set(losses) == {"prediction", "sigreg", "temporal-similarity", "inverse-dynamics"}
-    assert losses["sigreg"].weight == 0.1
 
 
 @pytest.mark.parametrize(

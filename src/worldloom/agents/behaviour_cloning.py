@@ -2,30 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from worldloom.agents.environment_batch import EnvironmentBatch
 from worldloom.core.actions import project
-from worldloom.core.config import Config
-from worldloom.core.errors import CheckpointError, ConfigError
 from worldloom.core.progress import SILENT, Progress
-from worldloom.core.seeds import derive_seed, numpy_generator
+from worldloom.core.seams import WorldModel
+from worldloom.core.seeds import numpy_generator, seeded_weights
 from worldloom.core.types import ActionBounds, ActionSpec, Goal, ModelSpec, Observations, ObservationSpec
 from worldloom.data import Frames, Statistics, compute_statistics
-from worldloom.models import MLP, LatentNorm, fit_head, load_tensors, save_tensors
+from worldloom.heads import FitConfig, Head
+from worldloom.models import MLP, LatentNorm
 from worldloom.models.encoders import EncoderConfig, EncoderField, default_encoder
 
-_KIND = "behaviour-cloning"
 
-
-class CloningConfig(Config):
-    """The network and its fit; `encoder` of None takes the one that suits what is observed.
+class CloningConfig(FitConfig):
+    """The network and its fit; without an `encoder`, the default for the observation is used.
 
     A goal is a frame of the same episode, drawn uniformly from the `reach` steps that follow.
     """
@@ -34,16 +32,20 @@ class CloningConfig(Config):
     latent_dim: int = Field(default=64, ge=1)
     hidden: tuple[int, ...] = Field(default=(256, 256), min_length=1)
     reach: int = Field(default=50, ge=1)
-    steps: int = Field(default=1000, ge=1)
     batch: int = Field(default=256, ge=2)
-    learning_rate: float = Field(default=1e-3, gt=0)
 
 
-class CloningPolicy(nn.Module):
-    """(observation, goal observation) -> the next environment action, within bounds."""
+class CloningPolicy(Head[CloningConfig]):
+    """(observation, goal observation) -> the next environment action, within bounds.
+
+    It has an encoder of its own and uses nothing of the world model that its file lies beside.
+    """
+
+    kind = "behaviour-cloning"
+    config_type = CloningConfig
 
     def __init__(
-        self, config: CloningConfig, observation: ObservationSpec, action: ActionSpec, statistics: Statistics
+        self, observation: ObservationSpec, action: ActionSpec, config: CloningConfig, statistics: Statistics
     ) -> None:
         super().__init__()
         self.config, self.observation, self.action = config, observation, action
@@ -53,6 +55,18 @@ class CloningPolicy(nn.Module):
         self.norm = LatentNorm(config.latent_dim)
         self.head = MLP((2 * config.latent_dim, *config.hidden, action.size))
         self._spec = ModelSpec(observation=observation, action=action, block=1, context=1, latent_dim=config.latent_dim)
+
+    def figures(self) -> dict[str, Any]:
+        """Return what the policy observes, and its actions."""
+        return {"observation": asdict(self.observation), "action": asdict(self.action)}
+
+    @classmethod
+    def build(cls, model: WorldModel, config: CloningConfig, **figures: Any) -> "CloningPolicy":
+        """Build an untrained policy of these observations and actions."""
+        observation = ObservationSpec.from_json(figures["observation"])
+        action = ActionSpec.from_json(figures["action"])
+        # The statistics are buffers and come with the tensors; only their shapes matter here.
+        return cls(observation, action, config, Statistics.unit(observation, action))
 
     def encode(self, observations: Observations) -> Float[Tensor, "B D"]:
         """Encode observations or goals.
@@ -75,34 +89,6 @@ class CloningPolicy(nn.Module):
         half = (bounds.high - bounds.low) / 2
         return project(bounds.low + half + half * self.normalised(state, goal), self._spec, bounds)
 
-    def save(self, stem: Path | str) -> str:
-        """Write it; return the digest."""
-        metadata = {
-            "config": self.config.model_dump(mode="json"),
-            "observation": asdict(self.observation),
-            "action": asdict(self.action),
-        }
-        return save_tensors(stem, self.state_dict(), metadata, kind=_KIND)
-
-    @classmethod
-    def load(cls, stem: Path | str, device: torch.device | str = "cpu") -> "CloningPolicy":
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: it is missing, damaged, or made by another version of a part.
-        """
-        tensors, metadata = load_tensors(stem, kind=_KIND)
-        observation = ObservationSpec.from_json(metadata["observation"])
-        action = ActionSpec.from_json(metadata["action"])
-        try:
-            policy = cls(
-                CloningConfig.parse(metadata["config"]), observation, action, Statistics.unit(observation, action)
-            )
-            policy.load_state_dict(tensors)
-        except (ConfigError, RuntimeError) as error:
-            raise CheckpointError(f"{stem} cannot be built: {error}; fit it again") from None
-        return policy.to(device).eval()
-
 
 def fit_behaviour_cloning(
     cache: Frames,
@@ -117,10 +103,9 @@ def fit_behaviour_cloning(
     config = config or CloningConfig()
     generator = numpy_generator(seed, "behaviour-cloning")
     action = cache.spec.action
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "behaviour-cloning", "weights"))
+    with seeded_weights(seed, "behaviour-cloning", "weights"):
         statistics = compute_statistics(cache, seed=seed, episodes=episodes)
-        policy = CloningPolicy(config, cache.spec.observation, action, statistics).to(device)
+        policy = CloningPolicy(cache.spec.observation, action, config, statistics).to(device)
     chosen = np.arange(len(cache.lengths)) if episodes is None else np.asarray(episodes)
     # Every frame with an action is as likely as any other.
     frames = np.concatenate([cache.starts[e] + np.arange(cache.lengths[e]) for e in chosen])
@@ -142,7 +127,7 @@ def fit_behaviour_cloning(
         taken = 2 * (cache.actions[rows] - low) / (high - low) - 1
         return (policy.normalised(states, aims) - torch.from_numpy(taken).to(device)).square().mean()
 
-    fit_head(policy, loss, config.steps, config.learning_rate, progress, description="behaviour cloning")
+    policy.fit(loss, progress)
     return policy
 
 

@@ -96,7 +96,7 @@ class CloningMethod(MethodConfig):
     def build(self, parts: AgentParts, *, seed: int) -> Agent:
         """Build the agent."""
         heads = parts.heads
-        return BehaviourCloningAgent(CloningPolicy.load(heads.stem("cloning"), heads.model.device))
+        return BehaviourCloningAgent(CloningPolicy.load(heads.stem("cloning"), heads.model))
 
 
 @METHODS.register("reactive")

@@ -3,38 +3,43 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from worldloom.agents.environment_batch import EnvironmentBatch
 from worldloom.core.actions import Walk
-from worldloom.core.config import Config
 from worldloom.core.errors import PlanningError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
-from worldloom.core.seeds import derive_seed, torch_generator
+from worldloom.core.seeds import seeded_weights, torch_generator
 from worldloom.core.types import Context, Goal, ModelSpec, Observations
-from worldloom.heads import InverseModel, LatentEpisodes, LatentGeometry, dream, read_head, restore, save_head, still
-from worldloom.models import fit_head
+from worldloom.heads import (
+    FitConfig,
+    Head,
+    InverseModel,
+    InverseModelConfig,
+    LatentEpisodes,
+    LatentGeometry,
+    dream,
+    still,
+)
 from worldloom.planning import GoalObjective, LatentL2, Planner
 from worldloom.planning.solvers import SolverField, TreeSearch
 
 _log = logging.getLogger(__name__)
-_KIND = "reactive-policy"
 _PROBLEMS_AT_ONCE = 128
 
 
-class ReactiveConfig(Config):
+class ReactiveConfig(FitConfig):
     """The network and what it imitates.
 
-    `teacher` solves `problems` of going from one imagined or recorded state to another in the same layout, over
-    at most `horizon` blocks; the policy imitates every step of the plans that come
-    within `arrival` step lengths of their goals. The share `hindsight` of a
-    batch is from the episodes themselves: the block that was taken, with a later state as its goal.
+    `teacher` solves `problems` of going from one imagined or recorded state to another in the same layout, over at most
+    `horizon` blocks. The policy imitates every step of the plans that come within `arrival` step lengths of their
+    goals. The share `hindsight` of a batch comes from the episodes: the block that was taken, with a later state as its
+    goal.
     """
 
     hidden: tuple[int, ...] = Field(default=(256, 256), min_length=1)
@@ -44,38 +49,24 @@ class ReactiveConfig(Config):
     arrival: float = Field(default=2.8, gt=0)
     hindsight: float = Field(default=0.1, ge=0, le=1)
     steps: int = Field(default=1200, ge=1)
-    batch: int = Field(default=512, ge=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
     walk: Walk = Walk()
 
 
-class ReactivePolicy(nn.Module):
+class ReactivePolicy(Head[ReactiveConfig]):
     """(z, goal) -> the next block: inverse dynamics with a goal many steps away."""
+
+    kind = "reactive-policy"
+    config_type = ReactiveConfig
 
     def __init__(self, spec: ModelSpec, config: ReactiveConfig) -> None:
         super().__init__()
         self.config = config
-        self.inverse = InverseModel(spec, config.hidden)
+        self.inverse = InverseModel(spec, InverseModelConfig(hidden=config.hidden))
 
     def forward(self, latents: Float[Tensor, "*axes D"], goal: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes A"]:
         """Return a block within bounds, in environment units."""
         block: Tensor = self.inverse(latents, goal)
         return block
-
-    def save(self, stem: Path | str, model: WorldModel) -> str:
-        """Write it beside the model whose latents it reads; return the digest."""
-        return save_head(stem, self, kind=_KIND, model=model, config=self.config)
-
-    @classmethod
-    def load(cls, stem: Path | str, model: WorldModel) -> "ReactivePolicy":
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: it is missing, damaged or of another model.
-        """
-        tensors, metadata = read_head(stem, kind=_KIND, model=model)
-        policy = cls(model.spec, ReactiveConfig.parse(metadata["config"])).to(getattr(model, "device", "cpu"))
-        return restore(stem, policy, tensors)
 
 
 def fit_reactive(
@@ -91,8 +82,7 @@ def fit_reactive(
     config = config or ReactiveConfig()
     device = episodes.latents.device
     generator = torch_generator(seed, "reactive", device=device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "reactive", "weights"))
+    with seeded_weights(seed, "reactive", "weights"):
         policy = ReactivePolicy(model.spec, config).to(device)
     states, goals, blocks = _lessons(model, episodes, geometry, config, generator, progress)
     seen_states, seen_goals, seen_blocks = _hindsight(episodes, config, generator)
@@ -115,7 +105,7 @@ def fit_reactive(
         block = policy.inverse.normalise(torch.cat([blocks[lesson], seen_blocks[seen]]))
         return (policy.inverse.normalised(state, goal) - block).square().mean()
 
-    fit_head(policy, loss, config.steps, config.learning_rate, progress, description="reactive policy")
+    policy.fit(loss, progress)
     return policy
 
 
@@ -137,7 +127,7 @@ def _lessons(
             layouts = episodes[_below(len(episodes), count, generator)]
             start, goal = (_somewhere(model, layouts, config, generator) for _ in range(2))
             plan = planner.plan(still(start, model), GoalObjective(metric, goal), generator=generator)
-            # Out of inference mode: what is learned from must be an ordinary tensor.
+            # Cloned out of inference mode: training data must be ordinary tensors.
             latents, blocks = plan.latents.clone(), plan.actions.clone()
             states = torch.cat([start[:, None], latents[:, :-1]], dim=1)
             # Imitate up to where the plan comes nearest, if that is near enough.

@@ -13,7 +13,7 @@ from worldloom.core.types import ActionBounds, ModelSpec
 def project(actions: Float[Tensor, "*axes A"], spec: ModelSpec, bounds: ActionBounds) -> Float[Tensor, "*axes A"]:
     """Return the nearest blocks that may be taken: within bounds, and one-hot where a choice is discrete.
 
-    Gradients pass through the choice as if it were none.
+    Gradients pass straight through a discrete choice.
     """
     actions = bounds.clamp(actions)
     if not spec.action.discrete:
@@ -28,7 +28,7 @@ class Walk(Config):
     """A direction that drifts by `drift` an environment step and is drawn anew with probability `renewal`.
 
     The speed is drawn anew with the direction, from `slowest` to `fastest`; 1 is half the range of an action in a
-    typical dimension, and what leaves the bounds is clamped.
+    typical dimension. Actions are clamped to the bounds.
     """
 
     drift: float = Field(default=0.3, ge=0)

@@ -1,9 +1,8 @@
 """An append-only log in which every entry holds the hash of the one before: what was written cannot be changed unseen.
 
 A line is one entry as canonical JSON (sorted keys, no spaces, ASCII): its `index`, the `time` in seconds since 1970,
-the `previous` hash, the `body`, and the `hash` (SHA-256) of the other four. A chain proves that nothing in it was
-changed, taken out or put in; that nothing was cut off its end, or all of it written anew, shows only against a `Head`
-that somebody else kept.
+the `previous` hash, the `body`, and the `hash` (SHA-256) of the other four. A chain proves that no entry was changed,
+removed or inserted. Truncation and a complete rewrite are detected only against a `Head` kept elsewhere.
 """
 
 import hashlib
@@ -74,8 +73,8 @@ def canonical(value: Any) -> str:
     """Return the one JSON text of a value.
 
     Raises:
-        DataError: it holds what JSON does not, such as a number that is not finite, or is nested too deep: whether a
-            deep one can be read depends on who reads it, and one that nobody reads must not get into a chain.
+        DataError: it holds values that JSON cannot, such as a number that is not finite, or is nested too deep.
+            Parsers differ in the depth they accept, and a chain must be readable by all of them.
     """
     _check_depth(value, _DEEPEST)
     try:
@@ -96,11 +95,11 @@ def _check_depth(value: Any, left: int) -> None:
 
 
 class Chain:
-    """A chain that is written: one process at a time, each entry whole on the disk before `append` returns.
+    """A chain open for writing by one process; each entry is whole on the disk before `append` returns.
 
     Raises:
         StorageError: another process writes it, or the storage refuses.
-        DataError: it does not verify; nothing is appended to a chain that was tampered with.
+        DataError: it does not verify; a tampered chain takes no more entries.
     """
 
     def __init__(self, path: Path | str, *, durable: bool = True) -> None:
@@ -116,7 +115,7 @@ class Chain:
                         f"{self.path} does not verify: entry {verdict.broken} {verdict.why}. Keep it as evidence, and "
                         f"begin another chain"
                     )
-                # Without a buffer, which would keep what the disk refused and write it before the next entry.
+                # Unbuffered: a buffer would keep bytes that the disk refused and write them before the next entry.
                 self._file = stack.enter_context(self.path.open("ab", buffering=0))
             self.head = verdict.head
             self._release = stack.pop_all()
@@ -145,7 +144,7 @@ class Chain:
         return entry
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file and release its lock."""
         self._release.close()
 
     def __enter__(self) -> "Chain":
@@ -157,7 +156,7 @@ class Chain:
         self.close()
 
     def _cut_torn_end(self) -> None:
-        """Take away what a process that died left of an entry: it was never acknowledged."""
+        """Cut off an unfinished entry that a killed process left: it was never acknowledged."""
         if not self.path.exists():
             return
         content = self.path.read_bytes()
@@ -172,7 +171,7 @@ class Chain:
 class Tail:
     """Reads a chain while another process writes it: `new` gives the entries that were finished since the last time.
 
-    A last line that is half-written is left until it is whole, and nothing is locked.
+    A half-written last line is skipped until it is whole, and nothing is locked.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -183,7 +182,7 @@ class Tail:
         """Return the new entries, each verified; none where there is no file yet.
 
         Raises:
-            DataError: an entry does not verify, or what was read before is gone; it must be read anew.
+            DataError: an entry does not verify, or entries that were read before are gone; read the chain again.
             StorageError: the storage refuses.
         """
         found: list[Entry] = []
@@ -219,7 +218,7 @@ def entries(path: Path | str, *, progress: Progress = SILENT) -> Iterator[Entry]
 
 
 def verify(path: Path | str, *, kept: Head | None = None, progress: Progress = SILENT) -> Verdict:
-    """Check every entry, and against a head that was `kept`, that what it saw is still there.
+    """Check every entry, and detect truncation and rewriting against a `kept` head.
 
     Raises:
         StorageError: there is no such file.

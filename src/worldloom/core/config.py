@@ -68,7 +68,7 @@ def parse_component(registry: Registry[type[C]], value: Any) -> C:
 
 
 def component_of(registry: Registry[type[C]]) -> Callable[[Any], C]:
-    """Return a validator of a field that holds a component of a registry; its mistakes keep their places."""
+    """Return a validator of a field that holds a component of a registry; errors keep their paths."""
 
     def parse(value: Any) -> C:
         try:
@@ -116,11 +116,11 @@ def _assign(values: dict[str, Any], key: str, value: Any, config: Config) -> Non
             raise ConfigError(f"unknown key {path!r}; {nearest(part, node)}")
         if depth == len(parents):
             if part == "name" and isinstance(there, Component) and value != node.get("name"):
-                node.clear()  # another part: the options of the one before are not its own
+                node.clear()  # another component: the options of the former do not apply
             node[part] = value
         else:
             if node[part] is None and parents[depth + 1 :] == [] and last == "name":
-                node[part] = {}  # a component that is chosen by itself unless it is named
+                node[part] = {}  # a component with an automatic default
             node = node[part]
             there = there.get(part) if isinstance(there, Mapping) else getattr(there, part, None)
 

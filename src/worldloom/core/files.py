@@ -84,10 +84,10 @@ def storage_errors(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder to be filled, which is at `path` once the body is done: whole, or not there.
+    """Yield an empty folder to fill; it appears at `path` once the body is done, whole or not at all.
 
     Raises:
-        StorageError: the disk refuses, in the body too.
+        StorageError: the disk refuses, also within the body.
     """
     begun = path.with_name(f".{path.name}.begun")
     with storage_errors(path):
@@ -101,7 +101,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def exclusive_lock(path: Path, otherwise: Exception | None) -> Iterator[None]:
     """Hold `path` for this process alone; the kernel drops the lock with the process, however it ends.
 
-    With None for `otherwise` it waits for the one that holds it.
+    With None for `otherwise` it waits until the lock is free.
 
     Raises:
         otherwise: another process holds it.

@@ -9,7 +9,7 @@ def rank() -> int:
 
 
 def is_first() -> bool:
-    """Return whether this process is the one that writes files and speaks."""
+    """Return whether this process is the one that writes files and logs."""
     return rank() == 0
 
 

@@ -1,4 +1,4 @@
-"""How the library says how far it is, without printing: the caller hands in a `Progress`."""
+"""How the library reports progress without printing: the caller passes a `Progress`."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -10,7 +10,7 @@ class ProgressTask(Protocol):
     """One piece of long work under way."""
 
     def advance(self, amount: int = 1, **figures: float) -> None:
-        """Say that `amount` more units are done, with figures worth showing beside the bar."""
+        """Report `amount` more finished units, with figures to show beside the bar."""
         ...
 
 

@@ -25,7 +25,7 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that stores an entry under `name`; a name is given once."""
+        """Return a decorator that stores an entry under `name`, which must be new."""
 
         def decorate(entry: T) -> T:
             if name in self._entries and self._entries[name] is not entry:

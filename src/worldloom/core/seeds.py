@@ -1,6 +1,8 @@
 """Random numbers that depend on names, not on order: one root seed, a stream for each purpose."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -20,3 +22,11 @@ def numpy_generator(root: int, *names: str | int) -> np.random.Generator:
 def torch_generator(root: int, *names: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """Return PyTorch's generator for the stream `names` under `root`, on `device`."""
     return torch.Generator(device=device).manual_seed(derive_seed(root, *names))
+
+
+@contextmanager
+def seeded_weights(root: int, *names: str | int) -> Iterator[None]:
+    """Within the block, PyTorch's own generator, which draws initial weights, follows the stream `names`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(root, *names))
+        yield

@@ -1,7 +1,7 @@
-"""Signatures of files (Ed25519): who stands behind a policy, and that nobody has changed it since.
+"""Signatures of files (Ed25519): they show who signed a file and that it has not changed since.
 
 A signature is a small JSON file beside the one it signs: the signer's public key and the signature of every byte. A
-secret key is a PEM file that only its owner may read; a public key is 64 hexadecimal digits, to be given to anyone.
+secret key is a PEM file that only its owner may read; a public key is 64 hexadecimal digits and may be given to anyone.
 """
 
 import os
@@ -14,11 +14,11 @@ from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import read_json, storage_errors, write_json
 
 _KIND = "worldloom signature"
-_LARGEST = 2**26  # bytes of what is signed: a policy or a picture, read whole before anybody is known to vouch for it
+_LARGEST = 2**26  # bytes of a signed file: it is read whole before its signature is checked
 
 
 class SigningKey:
-    """A secret key, read from its PEM file; `public` is what others know it by, 64 hexadecimal digits.
+    """A secret key, read from its PEM file; `public` is its public key, 64 hexadecimal digits.
 
     Raises:
         StorageError: the file cannot be read.
@@ -36,7 +36,7 @@ class SigningKey:
 
 
 def verified(content: bytes, signature_hex: str, public_hex: str) -> bool:
-    """Say whether the signature is the key's, of exactly this content; what is no signature or no key is not."""
+    """Return whether the signature is the key's, of exactly this content; malformed signatures and keys give False."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -50,7 +50,7 @@ def verified(content: bytes, signature_hex: str, public_hex: str) -> bool:
 
 
 def make_key(path: Path | str) -> str:
-    """Write a new secret key, which nobody else may read, and return its public one.
+    """Write a new secret key, readable by its owner alone, and return its public key.
 
     Raises:
         StorageError: the file is there already, or cannot be written.

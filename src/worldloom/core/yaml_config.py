@@ -1,4 +1,4 @@
-"""Configurations that people write: YAML, read as plain values, with the line of every mistake."""
+"""Configurations written by hand: YAML, read as plain values, with the line of every mistake."""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +9,7 @@ from worldloom.core.config import Config, explain
 from worldloom.core.errors import ConfigError
 from worldloom.core.files import storage_errors
 
-_LARGEST = 2**20  # bytes: nobody writes more by hand
+_LARGEST = 2**20  # bytes: far more than anyone writes by hand
 _DEEPEST = 64
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -37,8 +37,8 @@ def read_yaml(path: Path | str, kind: type[ConfigT]) -> ConfigT:
 def parse_yaml(text: str, kind: type[ConfigT], *, source: str = "the text") -> ConfigT:
     """Build a configuration from YAML.
 
-    Only plain values are read: no tags, which could make objects, no anchors, which could make a small text huge, and
-    no key twice, of which one would silently win.
+    Only plain values are read. Tags (which can construct objects), anchors (which can expand a small text enormously)
+    and duplicate keys are refused.
 
     Raises:
         ConfigError: names the line of each mistake, what was expected and what came.

@@ -23,11 +23,10 @@ from worldloom.data.order import SlidingPool
 from worldloom.data.pictures import read_picture
 from worldloom.data.policies import POLICIES
 from worldloom.data.preview import contact_sheet, to_rgb, video, write_sheet
-from worldloom.data.recording import RecordedWorld
 from worldloom.data.statistics import Statistics, compute_statistics
 from worldloom.data.streaming import DataConfig, StreamedFrames, load_frames
 from worldloom.data.validation import Problem, validate
-from worldloom.data.windows import LanceWindows, WindowSampler
+from worldloom.data.windows import WindowSampler
 
 __all__ = [
     "FORMAT",
@@ -39,12 +38,10 @@ __all__ = [
     "EpisodeDataset",
     "FrameCache",
     "Frames",
-    "LanceWindows",
     "MissingDataset",
     "ObjectWalkOptions",
     "Pixels",
     "Problem",
-    "RecordedWorld",
     "SlidingPool",
     "Statistics",
     "StreamedFrames",

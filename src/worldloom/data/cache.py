@@ -129,6 +129,6 @@ def _default_directory(dataset: EpisodeDataset) -> Path:
     if "://" in path:
         raise DataError(
             f"the frames of {path} do not fit into memory and it has no place beside it for a cache; pass a "
-            f"directory, or draw windows from storage with LanceWindows"
+            f"directory, or stream them (data.mode=stream)"
         )
     return Path(f"{path.rstrip('/')}.cache")

@@ -1,8 +1,8 @@
 """Reward-free logs from any Gymnasium environment, in batches that are committed whole.
 
 Episode i depends on (arguments, i) alone: its environment is reset with a seed, and its policy draws from a
-generator, both derived from the root seed and i. So it does not matter how many environments are stepped at
-once, nor how often the work was broken off.
+generator, both derived from the root seed and i. The content therefore depends on neither the number of environments
+nor on interruptions.
 """
 
 import json
@@ -23,8 +23,9 @@ from worldloom.core.types import Episode
 from worldloom.data.dataset import EpisodeDataset
 from worldloom.data.layout import MissingDataset, metadata_json
 from worldloom.data.policies import POLICIES
-from worldloom.data.recording import RecordedWorld, RecordingBatch
+from worldloom.data.recording import RecordingBatch
 from worldloom.data.spec import DatasetSpec
+from worldloom.envs import VectorWorld
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def collect(
 ) -> EpisodeDataset:
     """Collect episodes of at most `steps` steps until there are `episodes`; a partial dataset is completed.
 
-    Of one that holds more nothing is taken away: a warning says how many there are.
+    A dataset that holds more is left as it is, with a warning.
     `labels` names the info columns to keep (None: the numeric ones of at most 256 values that are always there).
     Every `num_envs` episodes are one commit.
 
@@ -82,18 +83,17 @@ def collect(
         return dataset
     with ExitStack() as stack:
         task = stack.enter_context(progress.task("collect", (episodes - done) * (steps + 1), "frames"))
-        # Writes while the next batch is recorded. Leaving, by Ctrl-C too, waits for what it was given.
+        # Writes while the next batch is recorded. Leaving the block, by Ctrl-C too, waits for pending writes.
         writer = stack.enter_context(ThreadPoolExecutor(1))
         written: Future[EpisodeDataset] | None = None
-        worlds: dict[int, tuple[RecordedWorld, Policy]] = {}  # by size: the last batch may be smaller
+        worlds: dict[int, tuple[VectorWorld, Policy]] = {}  # by size: the last batch may be smaller
         wanted: Mapping[str, int | None] | None = None if labels is None else dict.fromkeys(labels)
         if dataset is not None:
             wanted = dataset.spec.labels
         for first in range(done, episodes, num_envs):
             numbers = range(first, min(first + num_envs, episodes))
             if len(numbers) not in worlds:
-                world = RecordedWorld(env_id, len(numbers), kwargs)
-                stack.callback(world.close)
+                world = stack.enter_context(VectorWorld(env_id, len(numbers), kwargs))
                 worlds[len(numbers)] = world, factory(world.action, **options)
             world, actor = worlds[len(numbers)]
             batch = RecordingBatch(world, numbers, steps, wanted)

@@ -1,27 +1,35 @@
-"""Training windows: one vectorised gather, from a cache or straight from storage."""
+"""Training windows: one vectorised gather from the frames of a dataset."""
 
 import logging
-from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, Int64, UInt8
+from jaxtyping import Bool, Int, Int64
 
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.types import Observations, Windows
-from worldloom.data.dataset import Columns, EpisodeDataset
 from worldloom.data.frames import Frames, ReadsAhead
 
 _log = logging.getLogger(__name__)
 
-_Fetch = Callable[[Int64[np.ndarray, "B N"]], UInt8[np.ndarray, "B N H W C"]]
 
+class WindowSampler:
+    """Draws windows of `context` + `horizon` frames, `block` steps apart, from episodes of a cache.
 
-class _Sampler:
-    """What both samplers share: the index, and the columns that are held in memory."""
+    A window is named by its current frame, the last of its context. It may begin before its episode does: the
+    first frame repeats there and the actions before it are zero, so that a model with history can recognise a start.
+    All windows are equally likely; episodes too short for one are left out. `episodes` restricts it to some.
 
-    def __init__(self, index: "_WindowIndex", columns: Columns, fetch: _Fetch | None) -> None:
-        self._index, self._columns, self._fetch = index, columns, fetch
+    Raises:
+        DataError: no episode is long enough for one window, or an episode is named that is not there.
+        ConfigError: context, horizon or block is below 1.
+    """
+
+    def __init__(
+        self, cache: Frames, *, context: int, horizon: int, block: int, episodes: np.ndarray | None = None
+    ) -> None:
+        self._cache = cache
+        self._index = _WindowIndex(cache.starts, cache.lengths, episodes, context=context, horizon=horizon, block=block)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -33,69 +41,22 @@ class _Sampler:
     def at(self, windows: Int[np.ndarray, "B"]) -> Windows:
         """Return the windows with these numbers, 0 to `len(self)` - 1, in order of episode and time."""
         frames, actions, real = self._index.rows(windows)
-        taken = self._columns.actions[actions]
+        taken = self._cache.actions[actions]
         taken[~real] = 0.0
-        vector = self._columns.vector
+        pixels, vector = self._cache.pixels, self._cache.vector
         return Windows(
             observations=Observations(
-                pixels=None if self._fetch is None else torch.from_numpy(self._fetch(frames)),
+                pixels=None if pixels is None else torch.from_numpy(pixels[frames]),
                 vector=None if vector is None else torch.from_numpy(vector[frames]),
             ),
             actions=torch.from_numpy(taken.reshape(*taken.shape[:2], -1)),
-            labels={name: torch.from_numpy(column[frames]) for name, column in self._columns.labels.items()},
-        )
-
-
-class WindowSampler(_Sampler):
-    """Draws windows of `context` + `horizon` frames, `block` steps apart, from episodes of a cache.
-
-    A window is named by its current frame, the last of its context. It may begin before its episode does: the
-    first frame repeats there and the actions before it are zero, so that a model with history knows a start. All
-    windows are equally likely; episodes too short for one are left out. `episodes` restricts it to some.
-
-    Raises:
-        DataError: no episode is long enough for one window, or an episode is named that is not there.
-        ConfigError: context, horizon or block is below 1.
-    """
-
-    def __init__(
-        self, cache: Frames, *, context: int, horizon: int, block: int, episodes: np.ndarray | None = None
-    ) -> None:
-        pixels = cache.pixels
-        self._pixels = pixels
-        super().__init__(
-            _WindowIndex(cache.starts, cache.lengths, episodes, context=context, horizon=horizon, block=block),
-            Columns(vector=cache.vector, actions=cache.actions, labels=cache.labels),
-            None if pixels is None else lambda frames: pixels[frames],
+            labels={name: torch.from_numpy(column[frames]) for name, column in self._cache.labels.items()},
         )
 
     def expect(self, windows: Int[np.ndarray, "B"]) -> None:
-        """Say which windows will be drawn next, so that their frames are read ahead of time, in this order."""
-        if isinstance(self._pixels, ReadsAhead):
-            self._pixels.expect(self._index.spans(windows))
-
-
-class LanceWindows(_Sampler):
-    """Draws the same windows as `WindowSampler` straight from storage, for data beyond memory and disk cache.
-
-    Frames are read and decoded as they are drawn; vectors, actions and labels are held in memory.
-
-    Raises:
-        DataError: as `WindowSampler`; a frame that does not decode is named when it is drawn.
-    """
-
-    def __init__(
-        self, dataset: EpisodeDataset, *, context: int, horizon: int, block: int, episodes: np.ndarray | None = None
-    ) -> None:
-        def fetch(frames: Int64[np.ndarray, "B N"]) -> UInt8[np.ndarray, "B N H W C"]:
-            pixels = dataset.pixels(frames.reshape(-1))
-            return pixels.reshape(*frames.shape, *pixels.shape[1:])
-
-        super().__init__(
-            _WindowIndex(dataset.starts, dataset.lengths, episodes, context=context, horizon=horizon, block=block),
-            dataset.columns(),
-            None if dataset.spec.observation.pixels is None else fetch,
-        )
+        """Announce the windows that will be drawn next, so that their frames are read ahead of time, in this order."""
+        if isinstance(self._cache.pixels, ReadsAhead):
+            self._cache.pixels.expect(self._index.spans(windows))
 
 
 class _WindowIndex:

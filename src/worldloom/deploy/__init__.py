@@ -3,7 +3,7 @@
 from worldloom.deploy.control import ControlLoop, ControlReport
 from worldloom.deploy.link import CallbackLink, Link, PlantReading, SocketLink
 from worldloom.deploy.link_env import LinkEnv
-from worldloom.deploy.plant import PlantServer, serve_plant
+from worldloom.deploy.plant import PlantServer
 from worldloom.deploy.timeline import draw_timeline
 from worldloom.deploy.wire import LinkError
 
@@ -18,5 +18,4 @@ __all__ = [
     "PlantServer",
     "SocketLink",
     "draw_timeline",
-    "serve_plant",
 ]

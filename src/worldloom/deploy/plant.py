@@ -262,31 +262,3 @@ class PlantServer:
         with self._applying:
             self._write(self._safe_action)
             self._safe = True
-
-
-def serve_plant(
-    read: Callable[[], PlantReading],
-    write: Callable[[np.ndarray], object],
-    *,
-    observation: ObservationSpec,
-    action: ActionSpec,
-    rate: float,
-    safe_action: np.ndarray,
-    address: str,
-    reset: Callable[[int | None], object] | None = None,
-    name: str = "",
-) -> PlantLog:
-    """Serve a plant until the process is told to stop; see `PlantServer`."""
-    server = PlantServer(
-        read,
-        write,
-        observation=observation,
-        action=action,
-        rate=rate,
-        safe_action=safe_action,
-        address=address,
-        reset=reset,
-        name=name,
-    )
-    _log.info("serving %s at %s", name or "a plant", server.address)
-    return server.serve()

@@ -1,4 +1,6 @@
-"""Worlds with named factors of variation, registered with Gymnasium."""
+"""Worlds with named factors of variation, registered with Gymnasium, and the one vectorised world."""
+
+from typing import TYPE_CHECKING, Any
 
 from worldloom.envs.factors import FourRoomsFactors, MazeFactors, PitsFactors, RoomFactors, TwoRoomFactors
 from worldloom.envs.registration import register_envs
@@ -15,11 +17,15 @@ from worldloom.envs.rooms import (
 )
 from worldloom.envs.tasks import Task, TaskOptions
 
+if TYPE_CHECKING:
+    from worldloom.envs.vector_world import Frame, VectorWorld, Where
+
 __all__ = [
     "GL_REMEDY",
     "FourRoomsEnv",
     "FourRoomsFactors",
     "FourRoomsVectorEnv",
+    "Frame",
     "MazeEnv",
     "MazeFactors",
     "MazeVectorEnv",
@@ -32,7 +38,18 @@ __all__ = [
     "TwoRoomEnv",
     "TwoRoomFactors",
     "TwoRoomVectorEnv",
+    "VectorWorld",
+    "Where",
     "register_envs",
 ]
 
 register_envs()
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when first used: it needs PyTorch, and a process that only steps worlds does not.
+    if name in ("Frame", "VectorWorld", "Where"):
+        from worldloom.envs import vector_world
+
+        return getattr(vector_world, name)
+    raise AttributeError(f"module 'worldloom.envs' has no attribute {name!r}")

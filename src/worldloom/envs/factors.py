@@ -41,7 +41,7 @@ def _colour(saturation: float, low: float, high: float) -> Draw:
 class RoomFactors(Config):
     """What all pixel rooms share. The agent is a disc; to walls it is its bounding square.
 
-    `action_turn` and `action_mirror` are conventions of who built the agent: an action is mirrored (left for right),
+    `action_turn` and `action_mirror` are conventions of an agent's actuators: an action is mirrored (left for right),
     then turned by so many degrees (clockwise on the picture), before it moves the agent.
     """
 
@@ -81,7 +81,7 @@ class RoomFactors(Config):
         raise ConfigError(f"{type(self).__name__} has no rooms of its own; use a world's factors")
 
     def after(self, step: int) -> "RoomFactors":
-        """Return the room as it is from this step of an episode on: itself, but where a door closes."""
+        """Return the room as it is from this step of an episode on; it changes only in worlds that say so."""
         return self
 
     def convention(self) -> Float64[np.ndarray, "2 2"]:
@@ -90,7 +90,7 @@ class RoomFactors(Config):
         return quarter @ np.diag([-1.0 if self.action_mirror else 1.0, 1.0])
 
     def drift(self) -> tuple[float, float]:
-        """Return how far the agent moves in a step whatever it does, in px."""
+        """Return the drift per step in px, which adds to every motion."""
         return 0.0, 0.0
 
     def hazards(self) -> "Hazards | None":
@@ -147,8 +147,8 @@ class TwoRoomFactors(RoomFactors):
 class FourRoomsFactors(RoomFactors):
     """A cross of two walls; each of its four arms (up, down, left, right) has a door at its place.
 
-    The `closing_door` closes after `closing_step` steps of an episode, or as soon then as nobody stands in it; at 0 it
-    was never open.
+    The `closing_door` closes after `closing_step` steps of an episode, or as soon afterwards as the agent has left it;
+    at 0 it was never open.
     """
 
     door_positions: tuple[Near, Far, Near, Far] = (16.0, 48.0, 16.0, 48.0)
@@ -217,7 +217,7 @@ class Hazards:
 
 
 class PitsFactors(RoomFactors):
-    """One room with three pits, each at its place; who falls into a `deadly` one stays where it fell.
+    """One room with three pits; an agent that falls into a `deadly` one stays where it fell.
 
     Its episode ends `linger` steps later: so long a log shows that actions have no effect any more.
 

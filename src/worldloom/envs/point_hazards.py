@@ -41,8 +41,8 @@ class PointHazardsEnv(gymnasium.Env[Any, Any]):
     the heading, velocity (2) along and across the heading in m/s, turning in rad/s, and 16 bins of lidar around the
     robot, each the closeness in [0, 1] of the nearest hazard there, 0 beyond 3 m, shared by the two bins nearest to
     its bearing. Action: 2 in [-1, 1], drive and turn. Infos: `position` (2), `hazard_depth` in metres, how deep its
-    middle lies in a hazard (negative outside), and `cost`, 1 where it lies in one. A hazard stops nobody, and an
-    episode has no end of its own.
+    middle lies in a hazard (negative outside), and `cost`, 1 where it lies in one. Hazards do not stop the robot, and
+    an episode has no end of its own.
 
     With `reset(options={"task": {...}})` a goal is drawn (`PointHazardsTask`): infos `goal`, what is seen there at
     rest, `goal_position`, and `wall_between`, whether a hazard lies straight between.

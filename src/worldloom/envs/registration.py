@@ -1,4 +1,4 @@
-"""Names the worlds to Gymnasium; importing `worldloom.envs` is enough."""
+"""Registers the worlds with Gymnasium when `worldloom.envs` is imported."""
 
 import gymnasium
 

@@ -1,4 +1,4 @@
-"""MuJoCo without a screen: which OpenGL draws is settled before `mujoco` is imported."""
+"""MuJoCo without a screen: the OpenGL backend is chosen before `mujoco` is imported."""
 
 import ctypes
 import ctypes.util
@@ -21,10 +21,10 @@ _EGL_PLATFORM_DEVICE = 0x313F
 
 
 def choose_gl() -> str:
-    """Set MUJOCO_GL where the user has not, to `egl` if a device answers, else to `osmesa`; return what is set.
+    """Set MUJOCO_GL, unless the user did, to `egl` if a device answers, else to `osmesa`; return its value.
 
     Raises:
-        EnvironmentFailure: neither is there; the message says what to install.
+        EnvironmentFailure: neither is installed; the message says what to install.
     """
     chosen = os.environ.get("MUJOCO_GL")
     if chosen or not sys.platform.startswith("linux"):
@@ -43,14 +43,14 @@ def load_mujoco(*, draws: bool = True, extra: str = "mujoco") -> Any:
     """Return the module `mujoco`, with an OpenGL that needs no screen; without one where nothing is drawn.
 
     Raises:
-        EnvironmentFailure: `mujoco`, which belongs to `extra`, is not installed; or it `draws` and there is no OpenGL.
+        EnvironmentFailure: `mujoco`, which belongs to `extra`, is missing, or, with `draws`, an OpenGL backend.
     """
     try:
         choose_gl()
     except EnvironmentFailure:
         if draws:
             raise
-        os.environ["MUJOCO_GL"] = "disabled"  # what is asked to draw later says what is missing
+        os.environ["MUJOCO_GL"] = "disabled"  # a later attempt to draw names what is missing
     try:
         import mujoco
     except ImportError as error:
@@ -94,7 +94,7 @@ def _start(model: Any, size: int) -> Any:
 
 
 def _egl_answers() -> bool:
-    """Say whether a device of EGL can be opened; a library alone is no device."""
+    """Return whether an EGL device can be opened; the library alone does not suffice."""
     name = ctypes.util.find_library("EGL")
     if name is None:
         return False

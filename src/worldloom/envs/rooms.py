@@ -26,9 +26,9 @@ Infos = dict[str, Any]
 class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     """N pixel rooms. Observations are frames (N, size, size, 3), actions (N, 2) in [-1, 1] (x right, y down).
 
-    An action moves the centre by itself times `agent_speed` px; walls let slide. There is no reward (0.0) and no
-    end but `max_episode_steps` and a deadly pit. Infos hold `position` (N, 2) in px, and every numeric factor in
-    `vary`.
+    An action times `agent_speed` px moves the centre; the agent slides along walls. There is no reward (0.0), and an
+    episode ends only after `max_episode_steps` or in a deadly pit. Infos hold `position` (N, 2) in px, and every
+    numeric factor in `vary`.
 
     Args:
         num_envs: N.
@@ -144,7 +144,7 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             if name not in draws:
                 raise ConfigError(f"unknown factor {name!r}; {nearest(name, draws)}")
         for attempt in range(_LAYOUTS):
-            # All that varies is drawn, given or not, so that a factor that is given changes no other one.
+            # Every varying factor is drawn, even if a value is given, so that giving one factor changes no other.
             drawn = {name: draws[name](rng) for name in sorted(self._vary)}
             factors = self.factors_type.parse({**self._fixed, **drawn, **given})
             try:
@@ -166,7 +166,7 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             now = factors.after(int(self._elapsed[row]))
             if now is factors:
                 continue
-            # A door does not close on who stands in it.
+            # A door does not close on an agent in it.
             same = np.array_equal(now.walls(), factors.walls())
             if same or free(now, self._simulator.position[row : row + 1])[0]:
                 self._simulator.furnish(row, now)
@@ -206,7 +206,7 @@ class MazeVectorEnv(RoomsVectorEnv):
 
 
 class PitsVectorEnv(RoomsVectorEnv):
-    """One room with three pits, whose places are drawn anew for each episode; who falls into one stays there.
+    """One room with three pits, whose places are drawn anew for each episode; a fallen agent stays in its pit.
 
     Infos hold `pit_positions` (N, 6), x and y of each, and `pit_depth` (N,), how deep the agent's centre lies in one.
     """
@@ -230,7 +230,7 @@ class _RoomEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Infos]:
         """Begin an episode; for the options see `RoomsVectorEnv`."""
         super().reset(seed=seed)
-        # The batch draws from this very generator: the episodes that follow a seed are those of its place in a batch.
+        # The batch draws from this generator, so that the episodes after a seed equal those of the same row in a batch.
         self._batch._generators = [self.np_random]
         frames, infos = self._batch.reset(options=options)
         return frames[0], {name: values[0] for name, values in infos.items()}

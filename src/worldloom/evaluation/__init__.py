@@ -1,19 +1,10 @@
 """Evaluation: benchmarks with named conventions, success rates with intervals, and results as files."""
 
+from worldloom.evaluation.catalogue import PROTOCOLS, default_protocol, gym_protocol, register_protocol
 from worldloom.evaluation.foreign import ForeignPolicy, InfoPolicy, LentPolicy
 from worldloom.evaluation.goals import draw_tasks
 from worldloom.evaluation.intervals import wilson_interval
-from worldloom.evaluation.protocol import (
-    PROTOCOLS,
-    Condition,
-    Limit,
-    Protocol,
-    Split,
-    SuccessRule,
-    default_protocol,
-    gym_protocol,
-    register_protocol,
-)
+from worldloom.evaluation.protocol import Condition, Limit, Protocol, Split, SuccessRule
 from worldloom.evaluation.results import (
     DistanceBins,
     EpisodeResult,
@@ -28,18 +19,16 @@ from worldloom.evaluation.results import (
     table_rows,
 )
 from worldloom.evaluation.runner import Explorer, Exploring, Narrowing, Timed, Witness, evaluate, explore
-from worldloom.evaluation.world import EvaluationWorld, Frame
+from worldloom.evaluation.world import naming, open_world
 
 __all__ = [
     "PROTOCOLS",
     "Condition",
     "DistanceBins",
     "EpisodeResult",
-    "EvaluationWorld",
     "Explorer",
     "Exploring",
     "ForeignPolicy",
-    "Frame",
     "InfoPolicy",
     "Latency",
     "LentPolicy",
@@ -61,6 +50,8 @@ __all__ = [
     "evaluate",
     "explore",
     "gym_protocol",
+    "naming",
+    "open_world",
     "pool",
     "register_protocol",
     "table_rows",

@@ -10,15 +10,16 @@ import torch
 from worldloom.core.errors import ConfigError, EnvironmentFailure
 from worldloom.core.seeds import derive_seed
 from worldloom.core.types import Goal, Observations
+from worldloom.envs import Frame, VectorWorld
 from worldloom.evaluation.protocol import Protocol
-from worldloom.evaluation.world import EvaluationWorld, Frame
+from worldloom.evaluation.world import naming
 
-_CANDIDATES = 20  # how many seeds are tried for each logged goal before the protocol is called impossible
+_CANDIDATES = 20  # seeds tried per logged goal before the protocol is refused
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tasks:
-    """B starts and goals. Absent arrays mean that the world does not tell."""
+    """B starts and goals. An array is None where the world does not give it."""
 
     seeds: tuple[int, ...]
     goal: Goal
@@ -30,16 +31,17 @@ class Tasks:
     before: tuple[np.ndarray, ...]  # (K, A) each: the actions that lead from the reset to the start
     digests: tuple[str, ...]  # of each start and goal observation
 
-    def begin(self, protocol: Protocol, split: str, world: EvaluationWorld, where: str) -> Frame:
+    def begin(self, protocol: Protocol, split: str, world: VectorWorld, where: str) -> Frame:
         """Bring the world to the starts.
 
         Raises:
             EnvironmentFailure: the world fails, or the same seed and actions lead to another start.
         """
+        names = naming(world, self.seeds, where)
         if protocol.goal_source == "world":
-            frame = world.reset(self.seeds, protocol.task(split), where=where)
+            frame = world.reset(self.seeds, names, options={"task": protocol.task(split)})
         else:
-            frame = world.replay(self.seeds, self.before, where=where)
+            frame = world.replay(self.seeds, self.before, names)
         self._check(frame, where)
         return frame
 
@@ -58,7 +60,7 @@ def goal_policy_generator(episode_seed: int) -> np.random.Generator:
     return np.random.default_rng(derive_seed(episode_seed, "goal-policy"))
 
 
-def draw_tasks(protocol: Protocol, split: str, world: EvaluationWorld, first: int, where: str) -> tuple[Tasks, int]:
+def draw_tasks(protocol: Protocol, split: str, world: VectorWorld, first: int, where: str) -> tuple[Tasks, int]:
     """Return as many starts and goals as `world` has copies, and the index after the last one used.
 
     Raises:
@@ -71,8 +73,8 @@ def draw_tasks(protocol: Protocol, split: str, world: EvaluationWorld, first: in
     return _logged_tasks(protocol, split, world, first, where)
 
 
-def _world_tasks(protocol: Protocol, split: str, world: EvaluationWorld, seeds: list[int], where: str) -> Tasks:
-    start = world.reset(seeds, protocol.task(split), where=where)
+def _world_tasks(protocol: Protocol, split: str, world: VectorWorld, seeds: list[int], where: str) -> Tasks:
+    start = world.reset(seeds, naming(world, seeds, where), options={"task": protocol.task(split)})
     pictures = start.infos.get("goal")
     if pictures is None:
         raise EnvironmentFailure(
@@ -92,7 +94,7 @@ def _world_tasks(protocol: Protocol, split: str, world: EvaluationWorld, seeds: 
             parts.append(part.reshape(world.size, -1).astype(np.float64))
             world.check_finite(parts[-1], start.rows, f"goal_{name}")
         target = np.concatenate(parts, axis=1)
-        distance = protocol.success.distance(start.vector(protocol.success), target)
+        distance = protocol.success.distance(protocol.success.vector(start), target)
     shortest, wall = start.info("shortest_steps"), start.info("wall_between")
     if protocol.budget is not None:
         budgets = np.full(world.size, protocol.budget)
@@ -114,7 +116,7 @@ def _world_tasks(protocol: Protocol, split: str, world: EvaluationWorld, seeds: 
     )
 
 
-def _logged_tasks(protocol: Protocol, split: str, world: EvaluationWorld, first: int, where: str) -> tuple[Tasks, int]:
+def _logged_tasks(protocol: Protocol, split: str, world: VectorWorld, first: int, where: str) -> tuple[Tasks, int]:
     drawn: list[_Drawn] = []
     index = first
     while len(drawn) < world.size:
@@ -164,18 +166,18 @@ class _Drawn:
 
 
 def _follow_policy(
-    protocol: Protocol, split: str, world: EvaluationWorld, first: int, where: str
+    protocol: Protocol, split: str, world: VectorWorld, first: int, where: str
 ) -> Iterator[_Drawn | None]:
-    """Let the logging policy act in one episode for each copy; None where it ended before it had gone on."""
+    """Let the logging policy act in one episode per copy; yield None where the episode ended before the goal."""
     from worldloom.data import POLICIES
 
     seeds = [protocol.episode_seed(split, first + row) for row in range(world.size)]
-    policy = POLICIES[protocol.policy](world.action_spec, **protocol.policy_options)
+    policy = POLICIES[protocol.policy](world.action, **protocol.policy_options)
     policy.reset([goal_policy_generator(seed) for seed in seeds])
     offset = protocol.splits[split].goal_offset
     assert offset is not None
     begins = np.array([protocol.start_steps(split, first + row) for row in range(world.size)])
-    frame = world.reset(seeds, None, where=where)
+    frame = world.reset(seeds, naming(world, seeds, where))
     starts: list[tuple[Observations, np.ndarray | None] | None] = [None] * world.size
     goals = list(starts)
     taken: list[np.ndarray] = []
@@ -211,15 +213,15 @@ def _follow_policy(
         )
 
 
-def _nothing(world: EvaluationWorld) -> tuple[np.ndarray, ...]:
-    return (np.zeros((0, world.action_spec.size), np.float32),) * world.size
+def _nothing(world: VectorWorld) -> tuple[np.ndarray, ...]:
+    return (np.zeros((0, world.action.size), np.float32),) * world.size
 
 
-def _vectors(protocol: Protocol, world: EvaluationWorld, frame: Frame) -> list[np.ndarray | None]:
-    """Return the success rule's vector of each row, or None for each where the world itself judges."""
+def _vectors(protocol: Protocol, world: VectorWorld, frame: Frame) -> list[np.ndarray | None]:
+    """Return the success rule's vector of each row, or None for each where the environment itself decides success."""
     if protocol.success.source == "environment":
         return [None] * len(frame.rows)
-    values = frame.vector(protocol.success)
+    values = protocol.success.vector(frame)
     world.check_finite(values, frame.rows, protocol.success.name or "the observation vector")
     return list(values)
 

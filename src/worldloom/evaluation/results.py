@@ -1,10 +1,10 @@
-"""What an evaluation found, and `results.json`.
+"""The results of an evaluation, and `results.json`.
 
 `results.json` is one object:
 
 - `format`: 1; `kind`: "worldloom results"; `worldloom`: the version that wrote it.
 - `protocol`: every field of the protocol, with `title`, `fingerprint` and `conventions` (its lines of text).
-- `model`: fingerprint of the weights; `training_seed`; `hardware`; `provenance`: whatever the caller gave.
+- `model`: fingerprint of the weights; `training_seed`; `hardware`; `provenance`: as the caller gave it.
 - `rows`: one for each method and split, in the order evaluated: `method`, `split`, `protocol`,
   `protocol_fingerprint`, `n`, `successes`, `rate`, `interval` (Wilson 95%), `solved_at_start` (successes without a
   step), `seeds` (`evaluation`, `training`), `spl`, `steps_over_shortest`, `by_distance` (`measure`, `bins`),
@@ -17,7 +17,7 @@
 - `episodes`: `index`, `seed`, `success`, `steps`, `budget`, `shortest_steps`, `start_distance`, `end_distance`,
   `wall_between`, `task` (digest of start and goal), `violations` (steps at which a limit was broken).
 
-What follows from the episodes is written for readers and computed again when the file is read.
+Figures that follow from the episodes are written for readers, and computed again when the file is read.
 """
 
 import math
@@ -145,7 +145,7 @@ class _Summary:
 
     @property
     def solved_at_start(self) -> int:
-        """How many goals the start satisfied already: successes of doing nothing, the same for every method."""
+        """How many starts already satisfy their goal: successes of doing nothing, the same for every method."""
         return sum(episode.success and episode.steps == 0 for episode in self.episodes)
 
     @property
@@ -170,7 +170,7 @@ class _Summary:
 
     @property
     def by_wall(self) -> list[SuccessRate]:
-        """Success with and without a wall between start and goal; empty where the world does not tell."""
+        """Success with and without a wall between start and goal; empty where the world does not say."""
         groups = [
             SuccessRate.of(label, [episode for episode in self.episodes if episode.wall_between is wall])
             for label, wall in (("wall between", True), ("no wall between", False))
@@ -377,8 +377,8 @@ class PooledRow(_Summary):
 class PooledResults:
     """Evaluations of several trained models under one protocol.
 
-    The pooled interval takes all episodes as independent. They are not quite: models share goals, and the
-    episodes of one model share its faults. So the lowest and highest rate of a single model stand beside it.
+    The pooled interval treats all episodes as independent. They are not quite: models share goals, and the episodes of
+    one model share its faults. The lowest and highest rate of a single model are therefore given with it.
     """
 
     protocol: Protocol

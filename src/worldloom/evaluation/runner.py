@@ -15,10 +15,11 @@ from worldloom.core.hardware import describe_hardware
 from worldloom.core.progress import SILENT, Progress, ProgressTask
 from worldloom.core.seams import Agent
 from worldloom.core.types import ActionSpec, Observations
+from worldloom.envs import Frame, VectorWorld
 from worldloom.evaluation import protocol as protocols
 from worldloom.evaluation.goals import Tasks, draw_tasks
 from worldloom.evaluation.results import EpisodeResult, Latency, Recording, Results, Row
-from worldloom.evaluation.world import EvaluationWorld, Frame
+from worldloom.evaluation.world import open_world
 
 _RECORDING_BYTES = 256 * 2**20  # frames held while a batch runs, of which a few episodes are kept
 
@@ -115,7 +116,7 @@ def evaluate(
     rows: list[Row] = []
     recordings: list[Recording] = []
     with ExitStack() as stack:
-        worlds: dict[int, EvaluationWorld] = {}
+        worlds: dict[int, VectorWorld] = {}
         for split, conventions in protocol.splits.items():
             chunks: list[Tasks] = []
             place, left = 0, conventions.episodes
@@ -123,7 +124,7 @@ def evaluate(
                 while left:
                     size = min(batch, left)
                     if size not in worlds:
-                        worlds[size] = stack.enter_context(EvaluationWorld(protocol, size))
+                        worlds[size] = stack.enter_context(open_world(protocol, size))
                     tasks, place = draw_tasks(protocol, split, worlds[size], place, f"drawing goals of split {split!r}")
                     chunks.append(tasks)
                     left -= size
@@ -163,7 +164,7 @@ def explore(
             place, left = 0, conventions.episodes
             while left:
                 size = min(batch, left)
-                with EvaluationWorld(protocol, size) as world:
+                with open_world(protocol, size) as world:
                     tasks, place = draw_tasks(protocol, split, world, place, f"drawing the worlds of split {split!r}")
                     _explore(protocol, split, tasks, world, agent, steps, f"split {split!r}", task)
                 left -= size
@@ -175,7 +176,7 @@ def _explore(
     protocol: protocols.Protocol,
     split: str,
     tasks: Tasks,
-    world: EvaluationWorld,
+    world: VectorWorld,
     agent: Exploring,
     steps: int,
     where: str,
@@ -217,7 +218,7 @@ class _MethodRun:
             method=self._method, split=self._split, episodes=tuple(self._episodes), latency=self._clock.latency()
         )
 
-    def episodes_of(self, tasks: Tasks, world: EvaluationWorld) -> None:
+    def episodes_of(self, tasks: Tasks, world: VectorWorld) -> None:
         """Run one episode for each start and goal, until each is over."""
         size, budgets, skip = world.size, tasks.budgets, self._protocol.frame_skip
         where = f"method {self._method!r}, split {self._split!r}"
@@ -230,7 +231,7 @@ class _MethodRun:
             self._witness.begin(self._agent, size)
         audience = _Audience(self._agent, frame.observations)
         film = _Film(self._protocol, tasks, self._record)
-        actions = _middle(world.action_spec, size)
+        actions = _middle(world.action, size)
         ended: dict[int, EpisodeResult] = {}
         broken = np.zeros(size, np.int64)
         step = 0
@@ -324,7 +325,7 @@ class _Film:
         if self._protocol.success.source == "environment":
             points = frame.info("position")
         else:
-            points = frame.vector(self._protocol.success)
+            points = self._protocol.success.vector(frame)
         for index, row in enumerate(frame.rows):
             if row in self._frames:
                 if frame.observations.pixels is not None:
@@ -376,7 +377,7 @@ class _Clock:
 
 
 def _verdict(
-    protocol: protocols.Protocol, tasks: Tasks, world: EvaluationWorld, frame: Frame
+    protocol: protocols.Protocol, tasks: Tasks, world: VectorWorld, frame: Frame
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Return which rows have succeeded, and how far each is from its goal where that is measured."""
     if tasks.target is None:
@@ -385,7 +386,7 @@ def _verdict(
             if word is not None:
                 return word.reshape(len(frame.rows)).astype(bool), None
         return frame.terminated, None
-    values = frame.vector(protocol.success)
+    values = protocol.success.vector(frame)
     world.check_finite(values, frame.rows, protocol.success.name or "the observation vector")
     distance = protocol.success.distance(values, tasks.target[frame.rows])
     return distance <= protocol.success.radius, distance

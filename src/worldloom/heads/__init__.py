@@ -10,7 +10,7 @@ from worldloom.heads.geometry import (
     predict_arrival,
     still,
 )
-from worldloom.heads.head import read_head, restore, save_head
+from worldloom.heads.head import FitConfig, Head
 from worldloom.heads.heads import Heads
 from worldloom.heads.inverse import InverseModel, InverseModelConfig, fit_inverse_model
 from worldloom.heads.latent_episodes import LatentEpisodes, dream, encode_episodes
@@ -21,6 +21,8 @@ __all__ = [
     "CoarseConfig",
     "CoarseModel",
     "DistanceConfig",
+    "FitConfig",
+    "Head",
     "Heads",
     "InverseModel",
     "InverseModelConfig",
@@ -43,8 +45,5 @@ __all__ = [
     "nearest_gap",
     "predict_arrival",
     "rank_correlation",
-    "read_head",
-    "restore",
-    "save_head",
     "still",
 ]

@@ -6,49 +6,48 @@ it, and another coarse model can be fitted on it.
 """
 
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from worldloom.core.actions import Walk
-from worldloom.core.config import Config
 from worldloom.core.errors import DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
-from worldloom.core.seeds import derive_seed, torch_generator
+from worldloom.core.seeds import seeded_weights, torch_generator
 from worldloom.core.types import ActionSpec, Context, Observations
-from worldloom.heads.head import read_head, restore, save_head
+from worldloom.heads.head import FitConfig, Head
 from worldloom.heads.latent_episodes import LatentEpisodes, dream
-from worldloom.models import MLP, LatentNorm, fit_head
+from worldloom.models import MLP, LatentNorm
 
-_KIND = "coarse-model"
 _BOUND = 2.0  # of a macro-action's code, whose values have mean 0 and variance 1 over the data
 
 
-class CoarseConfig(Config):
+class CoarseConfig(FitConfig):
     """The network and its fit; `stride` steps of the model below are one of this one.
 
-    `code` values make a macro-action. Dreams of the model below, of `dream_horizon` of its steps, stand beside the
-    data: `dreams` for each episode.
+    A macro-action has `code` values. The data are extended by `dreams` imagined walks per episode, of `dream_horizon`
+    steps of the model below.
     """
 
     stride: int = Field(default=4, ge=2)
     code: int = Field(default=4, ge=1)
     hidden: tuple[int, ...] = Field(default=(512, 512), min_length=1)
     steps: int = Field(default=3000, ge=1)
-    batch: int = Field(default=512, ge=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
     dreams: int = Field(default=2, ge=0)
     dream_horizon: int = Field(default=12, ge=1)
     walk: Walk = Walk()
 
 
-class CoarseModel(nn.Module):
+class CoarseModel(Head[CoarseConfig]):
     """Implements `WorldModel` over macro-actions, on the latents of the model below, which it encodes with."""
+
+    kind = "coarse-model"
+    config_type = CoarseConfig
 
     def __init__(self, below: WorldModel, config: CoarseConfig) -> None:
         super().__init__()
@@ -67,6 +66,11 @@ class CoarseModel(nn.Module):
         self.step = MLP((dimension + config.code, *config.hidden, dimension), norm="layer", activation="silu")
         self.scale: Tensor
         self.register_buffer("scale", torch.ones(chunk))
+
+    @classmethod
+    def build(cls, model: WorldModel, config: CoarseConfig, **figures: Any) -> "CoarseModel":
+        """Build an untrained coarse model on `model`, the model below."""
+        return cls(model, config)
 
     @property
     def device(self) -> torch.device:
@@ -120,21 +124,6 @@ class CoarseModel(nn.Module):
             )
         return LatentEpisodes.of(found)
 
-    def save(self, stem: Path | str, model: WorldModel) -> str:
-        """Write it beside the model whose latents it predicts; return the digest."""
-        return save_head(stem, self, kind=_KIND, model=model, config=self.config)
-
-    @classmethod
-    def load(cls, stem: Path | str, below: WorldModel) -> "CoarseModel":
-        """Read what `save` wrote; `below` is the model that it was fitted on.
-
-        Raises:
-            CheckpointError: it is missing, damaged or of another model.
-        """
-        tensors, metadata = read_head(stem, kind=_KIND, model=below)
-        coarse = cls(below, CoarseConfig.parse(metadata["config"])).to(getattr(below, "device", "cpu"))
-        return restore(stem, coarse, tensors)
-
 
 def fit_coarse(
     below: WorldModel,
@@ -146,16 +135,14 @@ def fit_coarse(
 ) -> CoarseModel:
     """Fit on the episodes and on dreams of the model below: code and prediction together, in latent space.
 
-    Two steps are predicted open loop, the second from what the first gave, so that what is predicted can be
-    predicted from.
+    Two steps are predicted open loop, the second from the prediction of the first, so that predictions can be chained.
 
     Raises:
         DataError: no episode and no dream is as long as one step.
     """
     config = config or CoarseConfig()
     generator = torch_generator(seed, "coarse", device=episodes.latents.device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "coarse", "weights"))
+    with seeded_weights(seed, "coarse", "weights"):
         coarse = CoarseModel(below, config).to(episodes.latents.device)
     parts = [episodes]
     for _ in range(config.dreams):
@@ -177,7 +164,7 @@ def fit_coarse(
         errors = (once - states[:, 1]).square().mean(1).sum() + (twice - states[two, 2]).square().mean(1).sum()
         return errors / (len(rows) * unit)
 
-    fit_head(coarse, loss, config.steps, config.learning_rate, progress, description="coarse model")
+    coarse.fit(loss, progress)
     return coarse
 
 
@@ -191,7 +178,7 @@ def _windows(
             f"the longest episode has {longest} states and one step of the coarse model takes {stride} blocks; collect "
             f"longer episodes or lower its stride"
         )
-    # Padded by a step, so that a first step at the end of an episode has a second to leave out.
+    # Padded by one step, so that the last step of an episode also has a (masked) second one.
     states = functional.pad(episodes.latents, (0, 0, 0, stride))
     blocks = functional.pad(episodes.blocks, (0, 0, 0, stride))
     windows = []

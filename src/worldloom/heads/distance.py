@@ -1,7 +1,6 @@
 """A learned temporal distance: how many environment steps lie between two latents."""
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,32 +10,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from worldloom.core.actions import Walk
-from worldloom.core.config import Config
 from worldloom.core.errors import DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import Metric, WorldModel
-from worldloom.core.seeds import derive_seed, torch_generator
-from worldloom.heads.head import read_head, restore, save_head
+from worldloom.core.seeds import seeded_weights, torch_generator
+from worldloom.core.types import ModelSpec
+from worldloom.heads.head import FitConfig, Head
 from worldloom.heads.latent_episodes import LatentEpisodes, dream
-from worldloom.models import MLP, Activation, Norm, fit_head, hidden_layer
-
-_KIND = "temporal-distance"
+from worldloom.models import MLP, Activation, Norm, hidden_layer
 
 
-class DistanceConfig(Config):
+class DistanceConfig(FitConfig):
     """The network and its fit.
 
     A goal is a later state of the same line (an episode or a dream) with probability `same_line`, else any state
-    of any line in the same layout, or with probability `anywhere` of all data: only where every episode has the
-    same layout are those reachable. Distances are cut off at `longest` environment steps.
+    of any line in the same layout, or, with probability `anywhere`, any state of all data, which is reachable only
+    where every episode has the same layout. Distances are cut off at `longest` environment steps.
     """
 
     hidden: tuple[int, ...] = Field(default=(256, 128), min_length=1)
     norm: Norm = "none"
     activation: Activation = "relu"
     steps: int = Field(default=2000, ge=1)
-    batch: int = Field(default=512, ge=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
     expectile: float = Field(default=0.1, gt=0, lt=0.5)
     same_line: float = Field(default=0.6, ge=0, le=1)
     anywhere: float = Field(default=0.0, ge=0, le=1)
@@ -50,18 +45,21 @@ class DistanceConfig(Config):
     walk: Walk = Walk()
 
 
-class TemporalDistance(nn.Module):
+class TemporalDistance(Head[DistanceConfig]):
     """(z, goal) -> environment steps; at least 0, not symmetric.
 
     The first layer is kept in two parts, so that a goal shared by many candidates is multiplied once.
     """
 
-    def __init__(self, latent_dim: int, block: int, config: DistanceConfig) -> None:
+    kind = "temporal-distance"
+    config_type = DistanceConfig
+
+    def __init__(self, spec: ModelSpec, config: DistanceConfig) -> None:
         super().__init__()
-        self.block, self.config = block, config
+        self.block, self.config = spec.block, config
         hidden = config.hidden
-        self.from_latent = nn.Linear(latent_dim, hidden[0])
-        self.from_goal = nn.Linear(latent_dim, hidden[0], bias=False)
+        self.from_latent = nn.Linear(spec.latent_dim, hidden[0])
+        self.from_goal = nn.Linear(spec.latent_dim, hidden[0], bias=False)
         self.rest = nn.Sequential(
             *hidden_layer(hidden[0], config.norm, config.activation),
             MLP((*hidden, 1), config.norm, config.activation),
@@ -76,22 +74,6 @@ class TemporalDistance(nn.Module):
         out: Tensor = self.rest(self.from_latent(latents) + self.from_goal(goal))
         return functional.softplus(out.squeeze(-1))
 
-    def save(self, stem: Path | str, model: WorldModel) -> str:
-        """Write it beside the model whose latents it measures; return the digest."""
-        return save_head(stem, self, kind=_KIND, model=model, config=self.config)
-
-    @classmethod
-    def load(cls, stem: Path | str, model: WorldModel) -> "TemporalDistance":
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: it is missing, damaged or of another model.
-        """
-        tensors, metadata = read_head(stem, kind=_KIND, model=model)
-        config = DistanceConfig.parse(metadata["config"])
-        distance = cls(model.spec.latent_dim, model.spec.block, config).to(getattr(model, "device", "cpu"))
-        return restore(stem, distance, tensors)
-
 
 def fit_distance(
     episodes: LatentEpisodes,
@@ -103,16 +85,15 @@ def fit_distance(
 ) -> TemporalDistance:
     """Learn by expectile bootstrapping: d(z, g) is the low expectile of 1 + d(z', g) over the next states z'.
 
-    A goal seen k steps later on the same line bounds the target by k. The low expectile keeps the shortest of the
-    ways that the data hold (Kostrikov et al., arXiv 2110.06169, for values). Where layouts differ between
-    episodes no way is known from one to another: goals come from the same episode and from dreams in its layout.
+    A goal seen k steps later on the same line bounds the target by k. The low expectile selects the shortest of the
+    paths in the data (Kostrikov et al., arXiv 2110.06169, for values). Where layouts differ between episodes, no path
+    leads from one to another, so goals come from the same episode and from dreams in its layout.
     """
     config = config or DistanceConfig()
     spec, device = model.spec, episodes.latents.device
     generator = torch_generator(seed, "distance", device=device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "distance", "weights"))
-        distance = TemporalDistance(spec.latent_dim, spec.block, config).to(device)
+    with seeded_weights(seed, "distance", "weights"):
+        distance = TemporalDistance(spec, config).to(device)
     target = copy.deepcopy(distance).requires_grad_(False).eval()
     pairs = _Pairs(_lines(model, episodes, config, generator), config, generator)
     longest = config.longest / spec.block
@@ -130,7 +111,7 @@ def fit_distance(
         at_goal = distance.blocks(goal[: config.batch // 8], goal[: config.batch // 8])
         return (weight * error.square()).mean() + 0.1 * at_goal.square().mean()
 
-    fit_head(distance, loss, config.steps, config.learning_rate, progress, description="temporal distance")
+    distance.fit(loss, progress)
     return distance
 
 

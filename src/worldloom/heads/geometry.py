@@ -1,7 +1,7 @@
-"""What search needs to know of a latent space, measured on data: how long a step is, and whether it can be undone."""
+"""The geometry of a latent space, measured on data: how long a step is, and whether it can be undone."""
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,16 +12,14 @@ from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
 from worldloom.core.seeds import torch_generator
 from worldloom.core.types import Context
-from worldloom.heads.head import read_head, restore, save_head
+from worldloom.heads.head import Head
 from worldloom.heads.inverse import InverseModel, InverseModelConfig, fit_inverse_model
 from worldloom.heads.latent_episodes import LatentEpisodes, dream
-
-_KIND = "latent-geometry"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reversibility:
-    """How far walking back leads home: `gap` remains of `displacement`, both mean latent distances.
+    """How well inverse dynamics undo a walk: `gap` remains of `displacement`, both mean latent distances.
 
     Dynamics count as reversible where at most 40% of the displacement remains.
     """
@@ -31,7 +29,7 @@ class Reversibility:
 
     @property
     def remaining(self) -> float:
-        """The share of the way that could not be undone: 0 at home, 1 or more where nothing was."""
+        """The share of the displacement that was not undone: 0 is a full return, 1 or more is none."""
         return self.gap / max(self.displacement, 1e-12)
 
     @property
@@ -71,7 +69,7 @@ def measure_reversibility(
 
 
 def still(latents: Tensor, model: WorldModel) -> Context:
-    """Return the context of having been at these latents (B, D) for as long as the model looks back."""
+    """Return the context of having stood still at these latents (B, D)."""
     size = model.spec.context
     return Context(
         latents=latents[:, None].expand(-1, size, -1),
@@ -106,43 +104,28 @@ def predict_arrival(
     return arrived.clamp_max(blocks), arrived.isfinite()
 
 
-@dataclass(frozen=True, kw_only=True)
-class LatentGeometry:
+class LatentGeometry(Head[InverseModelConfig]):
     """The typical length of a model step, inverse dynamics, and whether dynamics can be reversed."""
 
-    step_length: float
-    inverse: InverseModel
-    reversibility: Reversibility
-    config: InverseModelConfig
+    kind = "latent-geometry"
+    config_type = InverseModelConfig
 
-    def save(self, stem: Path | str, model: WorldModel) -> str:
-        """Write it beside the model; return the digest."""
-        reversibility = {"gap": self.reversibility.gap, "displacement": self.reversibility.displacement}
-        return save_head(
-            stem,
-            self.inverse,
-            kind=_KIND,
-            model=model,
-            config=self.config,
-            step_length=self.step_length,
-            reversibility=reversibility,
-        )
+    def __init__(self, *, step_length: float, inverse: InverseModel, reversibility: Reversibility) -> None:
+        super().__init__()
+        self.step_length, self.inverse, self.reversibility = step_length, inverse, reversibility
+        self.config = inverse.config
+
+    def figures(self) -> dict[str, Any]:
+        """Return what was measured."""
+        return {"step_length": self.step_length, "reversibility": asdict(self.reversibility)}
 
     @classmethod
-    def load(cls, stem: Path | str, model: WorldModel) -> "LatentGeometry":
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: it is missing, damaged or of another model.
-        """
-        tensors, metadata = read_head(stem, kind=_KIND, model=model)
-        config = InverseModelConfig.parse(metadata["config"])
-        inverse = InverseModel(model.spec, config.hidden).to(getattr(model, "device", "cpu"))
+    def build(cls, model: WorldModel, config: InverseModelConfig, **figures: Any) -> "LatentGeometry":
+        """Build it from what was measured, with untrained inverse dynamics."""
         return cls(
-            step_length=metadata["step_length"],
-            inverse=restore(stem, inverse, tensors),
-            reversibility=Reversibility(**metadata["reversibility"]),
-            config=config,
+            step_length=figures["step_length"],
+            inverse=InverseModel(model.spec, config),
+            reversibility=Reversibility(**figures["reversibility"]),
         )
 
 
@@ -162,5 +145,4 @@ def measure_geometry(
         step_length=episodes.step_length,
         inverse=inverse,
         reversibility=measure_reversibility(model, inverse, episodes, walk=config.walk, generator=generator),
-        config=config,
     )

@@ -3,40 +3,41 @@
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from worldloom.core.actions import Walk, project
-from worldloom.core.config import Config
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
-from worldloom.core.seeds import derive_seed, torch_generator
+from worldloom.core.seeds import seeded_weights, torch_generator
 from worldloom.core.types import ActionBounds, ModelSpec
+from worldloom.heads.head import FitConfig, Head
 from worldloom.heads.latent_episodes import LatentEpisodes, dream
-from worldloom.models import MLP, fit_head
+from worldloom.models import MLP
 
 
-class InverseModelConfig(Config):
-    """The network and its fit; `dreams` imagined walks of each episode stand beside the data."""
+class InverseModelConfig(FitConfig):
+    """The network and its fit; `dreams` imagined walks per episode extend the data."""
 
     hidden: tuple[int, ...] = Field(default=(256, 256), min_length=1)
     steps: int = Field(default=800, ge=1)
-    batch: int = Field(default=512, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
     dreams: int = Field(default=2, ge=0)
     dream_horizon: int = Field(default=12, ge=1)
     walk: Walk = Walk()
 
 
-class InverseModel(nn.Module):
+class InverseModel(Head[InverseModelConfig]):
     """(z, z') -> the block between, in environment units and within bounds."""
 
+    kind = "inverse-dynamics"
+    config_type = InverseModelConfig
     mean: Tensor
     std: Tensor
 
-    def __init__(self, spec: ModelSpec, hidden: tuple[int, ...]) -> None:
+    def __init__(self, spec: ModelSpec, config: InverseModelConfig) -> None:
         super().__init__()
-        self.spec = spec
-        self.network = MLP((2 * spec.latent_dim, *hidden, spec.block_size))
+        self.spec, self.config = spec, config
+        self.network = MLP((2 * spec.latent_dim, *config.hidden, spec.block_size))
         bounds = ActionBounds.of(spec)
         self.register_buffer("mean", (bounds.low + bounds.high) / 2)
         self.register_buffer("std", (bounds.high - bounds.low) / 2)
@@ -87,11 +88,10 @@ def fit_inverse_model(
         )
         parts.append(dreams.transitions())
     latents, blocks, following = (torch.cat(column) for column in zip(*parts, strict=True))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "inverse", "weights"))
-        inverse = InverseModel(model.spec, config.hidden).to(device)
+    with seeded_weights(seed, "inverse", "weights"):
+        inverse = InverseModel(model.spec, config).to(device)
     inverse.mean.copy_(blocks.mean(0))
-    # A dimension that hardly varies is not blown up.
+    # A dimension that hardly varies is not amplified.
     inverse.std.copy_(torch.maximum(blocks.std(0), 0.02 * inverse.std))
     target = inverse.normalise(blocks)
 
@@ -99,5 +99,5 @@ def fit_inverse_model(
         rows = torch.randint(len(target), (config.batch,), generator=generator, device=device)
         return (inverse.normalised(latents[rows], following[rows]) - target[rows]).square().mean()
 
-    fit_head(inverse, loss, config.steps, config.learning_rate, progress, description="inverse dynamics")
+    inverse.fit(loss, progress)
     return inverse

@@ -1,4 +1,4 @@
-"""Episodes as a frozen encoder sees them: what the small networks beside the world model learn from."""
+"""Episodes as latents of a frozen encoder, from which the heads learn."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -136,7 +136,7 @@ def encode_episodes(
             parts.append(model.encode(observations.to(device)))
             task.advance(len(part))
     latents = torch.cat(parts).split(counts.tolist())
-    # The actions of every block but the last frame's, which leads nowhere.
+    # The actions of every block; none follows the last frame.
     blocks = [
         torch.from_numpy(cache.actions[first : first + block * (n - 1)].reshape(n - 1, -1)).to(device)
         for first, n in zip(cache.starts[chosen] + offset, counts, strict=True)

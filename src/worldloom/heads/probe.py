@@ -1,36 +1,32 @@
-"""Probes: small decoders of named quantities, fitted on the few frames that have labels, that know their own error."""
+"""Probes: small decoders of named quantities with a measured error, fitted on the few frames that have labels."""
 
 import math
-from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
-from worldloom.core.config import Config
 from worldloom.core.errors import DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
-from worldloom.core.seeds import derive_seed, torch_generator
-from worldloom.heads.head import read_head, restore, save_head
+from worldloom.core.seeds import seeded_weights, torch_generator
+from worldloom.heads.head import FitConfig, Head
 from worldloom.heads.support import Support
-from worldloom.models import MLP, fit_head
-
-_KIND = "probe"
+from worldloom.models import MLP
 
 
-class ProbeConfig(Config):
+class ProbeConfig(FitConfig):
     """The network and its fit; the share `held_out` of the labelled frames measures its error instead.
 
-    With `between`, each value is read no farther than to these two ends: so that all that is told apart is told apart
-    where it matters, such as near the edge of a hazard.
+    `between` clips the labels to these two ends, so that the network resolves values where they matter, such as near
+    the edge of a hazard.
     """
 
     hidden: tuple[int, ...] = Field(default=(256,), min_length=1)
     steps: int = Field(default=1500, ge=1)
     batch: int = Field(default=256, ge=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
     held_out: float = Field(default=0.3, gt=0, lt=1)
     references: int = Field(default=256, ge=1)
     between: tuple[float, float] | None = None
@@ -42,13 +38,15 @@ class ProbeConfig(Config):
         return self
 
 
-class Probe(nn.Module):
+class Probe(Head[ProbeConfig]):
     """Reads a named quantity of `size` values from latents, in the unit of its labels.
 
-    `errors` are its Euclidean errors on frames that its fit did not see, ascending. What is not like the `support`, of
-    latents that it did see, is outside its calibration.
+    `errors` are its Euclidean errors on held-out frames, ascending. Latents unlike its `support`, a sample of those
+    that it was fitted on, are outside its calibration.
     """
 
+    kind = "probe"
+    config_type = ProbeConfig
     errors: Tensor
     mean: Tensor
     scale: Tensor
@@ -62,47 +60,36 @@ class Probe(nn.Module):
         self.register_buffer("errors", torch.zeros(errors))
         self.support = Support(torch.zeros(references, latent_dim), 0.0)
 
+    def figures(self) -> dict[str, Any]:
+        """Return the sizes of its buffers."""
+        return {"size": self.size, "errors": len(self.errors), "references": len(self.support.references)}
+
+    @classmethod
+    def build(cls, model: WorldModel, config: ProbeConfig, **figures: Any) -> "Probe":
+        """Build an untrained probe with buffers of these sizes."""
+        return cls(model.spec.latent_dim, config=config, **figures)
+
     def forward(self, latents: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes L"]:
         """Read the quantity."""
         out: Tensor = self.mean + self.scale * self.network(latents)
         return out
 
     def error(self, risk: float) -> float:
-        """Return what the error on another frame of the same kind exceeds with at most this probability.
+        """Return the bound that the error on a new frame of the same kind exceeds with at most this probability.
 
         The split-conformal quantile (Vovk et al. 2005): the k-th smallest of n held-out errors with
-        k = ceil((n + 1)(1 - risk)); infinite where so small a risk cannot be told from so few frames.
+        k = ceil((n + 1)(1 - risk)); infinite where there are too few frames for so small a risk.
         """
         place = math.ceil((len(self.errors) + 1) * (1 - risk))
         return math.inf if place > len(self.errors) else float(self.errors[max(place, 1) - 1])
 
     def gap(self, latents: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes"]:
-        """Return how far latents lie from all that the fit saw: 1 is as far as is still known."""
+        """Return how far latents lie from those of the fit; values up to 1 count as known."""
         return self.support.gap(latents)
 
     def knows(self, latents: Float[Tensor, "*axes D"]) -> Bool[Tensor, "*axes"]:
         """Return whether latents are like those that its error was measured on."""
         return self.gap(latents) <= 1
-
-    def save(self, stem: Path | str, model: WorldModel) -> str:
-        """Write it beside the model whose latents it reads; return the digest."""
-        sizes = {"size": self.size, "errors": len(self.errors), "references": len(self.support.references)}
-        return save_head(stem, self, kind=_KIND, model=model, config=self.config, sizes=sizes)
-
-    @classmethod
-    def load(cls, stem: Path | str, model: WorldModel) -> "Probe":
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: it is missing, damaged or of another model.
-        """
-        tensors, metadata = read_head(stem, kind=_KIND, model=model)
-        sizes = metadata["sizes"]
-        config = ProbeConfig.parse(metadata["config"])
-        probe = cls(
-            model.spec.latent_dim, sizes["size"], config, errors=sizes["errors"], references=sizes["references"]
-        )
-        return restore(stem, probe.to(getattr(model, "device", "cpu")), tensors)
 
 
 def fit_probe(
@@ -114,7 +101,7 @@ def fit_probe(
     seed: int,
     progress: Progress = SILENT,
 ) -> Probe:
-    """Fit a probe on labelled frames; those of one group (an episode) are alike, and fitted or held out together.
+    """Fit a probe on labelled frames; those of one group (an episode) are fitted or held out together.
 
     Raises:
         DataError: there are fewer than four groups, or a label is not finite.
@@ -138,8 +125,7 @@ def fit_probe(
     away = torch.isin(groups, shuffled[: max(1, round(config.held_out * len(names)))])
     seen, labels = latents[~away], values[~away]
     kept = torch.randperm(len(seen), generator=generator, device=device)[: config.references]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "probe", "weights"))
+    with seeded_weights(seed, "probe", "weights"):
         probe = Probe(latents.shape[1], values.shape[1], config, errors=int(away.sum()), references=len(kept))
     probe.to(device)
     probe.mean.copy_(labels.mean(0))
@@ -150,7 +136,7 @@ def fit_probe(
         error: Tensor = ((probe(seen[rows]) - labels[rows]) / probe.scale).square().mean()
         return error
 
-    fit_head(probe, loss, config.steps, config.learning_rate, progress, description="probe")
+    probe.fit(loss, progress)
     with torch.no_grad():
         probe.support.references.copy_(seen[kept])
         errors = (probe(latents[away]) - values[away]).norm(dim=-1)

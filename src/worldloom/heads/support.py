@@ -1,70 +1,62 @@
-"""The latents of the data: where a model knows its way, and how far from there anything lies."""
+"""A sample of the data's latents, and how far other latents lie from them."""
 
-from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from worldloom.core.config import Config
 from worldloom.core.errors import DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
 from worldloom.core.seeds import torch_generator
-from worldloom.heads.head import read_head, restore, save_head
+from worldloom.heads.head import Head
 from worldloom.heads.latent_episodes import LatentEpisodes
 
-_KIND = "support"
-_FAR = 0.99  # of other latents of the data lie nearer to the references than what counts as known
+_FAR = 0.99  # quantile of the gaps of other latents of the data, which counts as the limit of the known
 _AT_ONCE = 8192
 
 
 class SupportConfig(Config):
-    """How many latents of the data are kept."""
+    """How many latents of the data are references."""
 
     references: int = 128
 
 
-class Support(nn.Module):
-    """Some latents of the data; what lies farther than `known` from all of them is not like the data."""
+class Support(Head[SupportConfig]):
+    """Some latents of the data; a latent farther than `known` from all of them is unlike the data."""
 
+    kind = "support"
+    config_type = SupportConfig
     references: Tensor
     known: Tensor
 
     def __init__(self, references: Float[Tensor, "N D"], known: float = 1.0) -> None:
         super().__init__()
+        self.config = SupportConfig(references=len(references))
         self.register_buffer("references", references)
         self.register_buffer("known", torch.tensor(known, device=references.device))
 
     def gap(self, latents: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes"]:
-        """Return how far latents lie from all references: 1 is as far as is still known."""
+        """Return how far latents lie from the nearest reference; values up to 1 count as known."""
         return nearest_gap(latents, self.references) / self.known
 
     def measure(self, others: Float[Tensor, "M D"]) -> None:
-        """Call known what is as near as others of the same kind."""
+        """Set the limit `known` by the gaps of other latents of the same kind."""
         self.known.fill_(1.0)
         self.known.copy_(self.gap(others).quantile(_FAR).clamp_min(1e-6))
 
-    def save(self, stem: Path | str, model: WorldModel) -> str:
-        """Write it beside the model whose latents they are; return the digest."""
-        return save_head(stem, self, kind=_KIND, model=model, config=SupportConfig(references=len(self.references)))
-
     @classmethod
-    def load(cls, stem: Path | str, model: WorldModel) -> "Support":
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: it is missing, damaged or of another model.
-        """
-        tensors, metadata = read_head(stem, kind=_KIND, model=model)
-        references = torch.zeros(SupportConfig.parse(metadata["config"]).references, model.spec.latent_dim)
-        return restore(stem, cls(references).to(getattr(model, "device", "cpu")), tensors)
+    def build(cls, model: WorldModel, config: SupportConfig, **figures: Any) -> "Support":
+        """Build it with as many references as `config` says, all zero."""
+        return cls(torch.zeros(config.references, model.spec.latent_dim))
 
 
 def measure_support(
     episodes: LatentEpisodes, config: SupportConfig | None = None, *, seed: int, progress: Progress = SILENT
 ) -> Support:
-    """Keep latents of the data, drawn uniformly, and measure on others how near is near.
+    """Draw references uniformly from the data's latents, and measure `known` on others.
 
     Raises:
         DataError: there are fewer than two latents.
@@ -86,7 +78,7 @@ def measure_support(
 def nearest_gap(latents: Float[Tensor, "*axes D"], references: Float[Tensor, "N D"]) -> Float[Tensor, "*axes"]:
     """Return how far latents lie from the nearest reference.
 
-    By one matrix product; what is nearer than rounding tells is at 0.
+    Computed by one matrix product; distances below its rounding are 0.
     """
     flat, references = latents.reshape(-1, latents.shape[-1]), references.to(latents)
     theirs = torch.linalg.vector_norm(references, dim=1).square()

@@ -1,11 +1,11 @@
 """World models: encoders, predictors, the losses that train them, and their checkpoints."""
 
 from worldloom.models.attention import Block
-from worldloom.models.checkpoint import delete_tensors, load_extra, load_model, load_tensors, save_model, save_tensors
+from worldloom.models.checkpoint import delete_tensors, load_model, load_tensors, save_model, save_tensors
 from worldloom.models.distributed import alone, lay_like, whole
-from worldloom.models.heads import MLP, Activation, LinearProbe, Norm, ProbeScore, fit_head, hidden_layer
 from worldloom.models.jepa import JEPA, JEPAConfig, WindowOutputs, build_jepa
 from worldloom.models.normalisation import LatentNorm, PixelNormalisation, Standardise
+from worldloom.models.perceptron import MLP, Activation, Norm, hidden_layer
 from worldloom.models.target import TargetConfig, TargetEncoder
 
 __all__ = [
@@ -15,10 +15,8 @@ __all__ = [
     "Block",
     "JEPAConfig",
     "LatentNorm",
-    "LinearProbe",
     "Norm",
     "PixelNormalisation",
-    "ProbeScore",
     "Standardise",
     "TargetConfig",
     "TargetEncoder",
@@ -26,10 +24,8 @@ __all__ = [
     "alone",
     "build_jepa",
     "delete_tensors",
-    "fit_head",
     "hidden_layer",
     "lay_like",
-    "load_extra",
     "load_model",
     "load_tensors",
     "save_model",

@@ -114,12 +114,6 @@ def load_model(directory: Path | str, device: torch.device | str = "cpu") -> JEP
     return model.to(device).eval()
 
 
-def load_extra(directory: Path | str) -> dict[str, Any]:
-    """Return what was given to `save_model` as `extra`."""
-    extra: dict[str, Any] = _read_body(Path(directory) / "model", _MODEL)["metadata"]["extra"]
-    return extra
-
-
 def _read(stem: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     body = _read_body(stem, kind)
     path = stem.parent / body["tensors"]

@@ -20,7 +20,7 @@ _alone = ContextVar("alone", default=False)
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Let this rank train something that the others do not: its statistics are those of its own batch."""
+    """Train on this rank alone: statistics are those of its own batch."""
     token = _alone.set(True)
     try:
         yield
@@ -52,7 +52,7 @@ def mean_over_ranks(values: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor that lies in shards over the ranks, which must all ask; others as they are."""
+    """Return a sharded tensor whole, which all ranks must ask for together; other tensors as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError
-from worldloom.core.seeds import derive_seed
+from worldloom.core.seeds import seeded_weights
 from worldloom.core.types import ActionSpec, Context, ModelSpec, Observations, ObservationSpec, Windows
 from worldloom.data import Statistics
 from worldloom.models.encoders import EncoderField, PatchConv, default_encoder
@@ -25,10 +25,10 @@ _ENCODE_AT_ONCE = 1024  # frames, in evaluation: bounds the memory of encoding a
 class JEPAConfig(Config):
     """What a model is made of; `block` environment actions make one step of it (frame skip, never hidden).
 
-    `context` frames, one block apart, are its state: 1 where a single frame shows the state, more where it does
-    not (velocities). Without an `encoder` the one that suits the observation is taken. With `action_stem`, the size of
-    a shared action, a learned linear map of its own stands between the environment's actions and the predictor, so
-    that owners whose actions differ can share the rest.
+    `context` frames, one block apart, are its state: 1 where a single frame shows the state, more where it does not
+    (velocities). Without an `encoder`, the default for the observation is used. `action_stem` is the size of a shared
+    action: a learned linear map then turns the environment's actions into it, so that owners with different actions can
+    share the rest.
     """
 
     encoder: EncoderField | None = PatchConv()
@@ -54,8 +54,8 @@ class JEPA(nn.Module):
     Latents leave the encoder through a batch norm without affine, so each dimension has mean 0 and variance 1
     over the data. `fingerprint` is set when the weights are saved or loaded.
 
-    In training the frames are encoded in `parts`: with more than one, only what an encoder makes of a frame is kept,
-    and each part is encoded once more for its gradient, so that one part's activations are all that memory holds.
+    In training the frames are encoded in `parts`. With more than one, only the latents are stored, and each part is
+    encoded again for its gradient, so that memory holds the activations of one part.
     """
 
     def __init__(
@@ -150,12 +150,11 @@ def build_jepa(
     spec = ModelSpec(
         observation=observation, action=action, block=config.block, context=config.context, latent_dim=config.latent_dim
     )
-    # An action dimension that hardly varies in the data is not blown up: at least 1% of its range is one unit.
+    # An action dimension that hardly varies in the data is not amplified: one unit is at least 1% of its range.
     floor = 0.01 * (torch.tensor(action.high) - torch.tensor(action.low))
     std = torch.maximum(statistics.action_std, floor)
     # Modules draw their weights from the default generator: lend it a seed, and give it back as it was.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "model"))
+    with seeded_weights(seed, "model"):
         encoder = (config.encoder or default_encoder(observation)).build(observation, statistics, config.latent_dim)
         predictor = config.predictor.build(
             latent_dim=config.latent_dim,

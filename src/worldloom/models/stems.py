@@ -1,4 +1,4 @@
-"""Stems: small linear maps from what one owner's sensors and motors give to what a shared model takes, and no more.
+"""Stems: small linear maps between one owner's sensors and motors and the inputs of a shared model.
 
 Owners whose cameras or action conventions differ can then share all that comes after. Both begin as the identity, as
 far as sizes let. Their weights are kept divided by `_SPEED`: Adam moves each number by about the learning rate a step,

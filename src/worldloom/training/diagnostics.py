@@ -9,7 +9,8 @@ from torch import Tensor
 
 from worldloom.core.seeds import torch_generator
 from worldloom.core.types import Context, Windows
-from worldloom.models import JEPA, LinearProbe
+from worldloom.models import JEPA
+from worldloom.training.linear_probe import LinearProbe
 
 _FEATURES = 512  # random features of the inverse-dynamics probe
 
@@ -21,7 +22,7 @@ _READABLE = 0.75  # R2 of a label that moves within windows
 
 @dataclass(frozen=True, kw_only=True)
 class Alarm:
-    """Something that is wrong with the latents, and what to change."""
+    """A fault of the latents, and what to change."""
 
     name: str
     message: str
@@ -36,7 +37,7 @@ def diagnose(model: JEPA, fit: Windows, held_out: Windows) -> dict[str, float]:
     - dead_dimensions: share of the latent dimensions with less than a tenth of the median std; latent_std_min.
     - moving_share: share of the latents' variance that lies within windows; the rest tells windows apart.
     - inverse_dynamics: error of reading the mean action of a block back from the latents around it, over that
-      action's variance: 0 is perfect, 1 knows nothing of what the actions do.
+      action's variance: 0 is perfect, 1 is no better than the mean action.
     - open_loop: squared error of the last predicted latent over that of standing still; 1 is no better.
     - probe/LABEL/error, probe/LABEL/r2: a linear probe of each label that varies, on the model's state (the K
       latents up to a frame); error in the label's unit. probe/LABEL/moving: as moving_share, of the label.
@@ -94,9 +95,9 @@ def inverse_dynamics_error(
 ) -> float:
     """Return the unexplained share of the variance of a block's mean action, read from K+1 latents around it.
 
-    The mean, for the order of the actions within a block leaves no trace in its end. The reader is ridge
-    regression on the latents, their differences and random ReLU features of both: closed, so that the figure
-    does not hang on a training of its own.
+    It reads the mean because the order of the actions within a block leaves no trace at its end. The reader is ridge
+    regression on the latents, their differences and random ReLU features of both. Its closed form makes the figure
+    independent of a further training run.
     """
     frames = model.spec.context + 1
 

@@ -43,8 +43,8 @@ class Learner(nn.Module):
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """Compute the weighted sum to minimise, and each loss by its name, not weighted.
 
-        Each is the whole batch's over all ranks. The windows arrive in parts, for Fabric's wrapper takes frozen
-        value objects for collections and tries to rebuild them.
+        Each loss is that of the whole batch over all ranks. The windows arrive in parts because Fabric's wrapper treats
+        frozen value objects as collections and tries to rebuild them.
         """
         windows = Windows(observations=Observations(pixels=pixels, vector=vector), actions=actions)
         outputs = self.model(windows)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from worldloom.core.errors import CheckpointError, ConfigError, TrainingError
 from worldloom.core.hardware import retain_freed_memory
 from worldloom.core.progress import SILENT, Progress
-from worldloom.core.seeds import derive_seed, numpy_generator
+from worldloom.core.seeds import derive_seed, numpy_generator, seeded_weights
 from worldloom.core.types import Windows
 from worldloom.data import Frames, SlidingPool, WindowSampler, compute_statistics
 from worldloom.models import JEPA, JEPAConfig, alone, build_jepa, lay_like, save_model, whole
@@ -41,11 +41,11 @@ _AHEAD = 8  # batches whose frames are read before they are drawn from a pool, a
 class Segment:
     """The steps of a training from `begin` to before `end`, which may lie beyond `TrainingConfig.steps`.
 
-    At `begin`, and only there, tensors of the model that `base` names are put in place of its own; the optimiser's
-    moments, the modules of the losses and all other tensors stay. A stretch that was interrupted goes on where it was.
-    The learning rate is that of the steps from `at`, or of the stretch's own: who was away for a while then trains at
-    the rate of all others. The schedule is that of a training of `schedule` steps, or of `TrainingConfig.steps`. Of
-    the model, tensors that `fixed` names do not move.
+    At `begin`, and only there, the tensors in `base` replace those of the model; the optimiser's moments, the modules
+    of the losses and all other tensors stay. An interrupted segment resumes where it stopped. The learning rate follows
+    the steps from `at` (default: from `begin`), so that a member that missed rounds trains at the same rate as the
+    others. The schedule spans `schedule` steps (default: `TrainingConfig.steps`). Model tensors named in `fixed` do not
+    change.
     """
 
     begin: int
@@ -74,13 +74,12 @@ def fit(
 ) -> JEPA:
     """Train a world model on the frames of `cache`, save it in the run folder and return it for evaluation.
 
-    The batch of step t is drawn from (seed, t) alone, so a run that was killed and resumed ends with the same
-    parameters as an unbroken one on the same machine, and one on several devices as one on a single device but for
-    rounding. Several devices: start the program with torchrun, or
-    hand in a launched `fabric`.
+    The batch of step t is drawn from (seed, t) alone. A killed and resumed run therefore ends with the same parameters
+    as an uninterrupted one on the same machine, and a run on several devices equals one on a single device up to
+    rounding. For several devices, start the program with torchrun or pass a launched `fabric`.
 
-    A training that is woven with others' goes in a `stretch` at a time, the first with `resume` unset and each later
-    one with it set; the model is saved at the end of each.
+    Federated training runs one `stretch` at a time: the first with `resume` unset, each later one with it set. The
+    model is saved at the end of each.
 
     Raises:
         TrainingError: a loss is not finite (the last checkpoint is kept), or the folder is taken by another training.
@@ -104,8 +103,8 @@ def held_out_losses(
 ) -> dict[str, float]:
     """Return what `fit` minimises, `total` and each loss by its name, on windows of held-out episodes.
 
-    The state is the newest of the run's checkpoints, or an untrained one, with the tensors of `base` in place of its
-    own, so that bases can be compared. Latents are normalised by the windows' own statistics, as in training.
+    The state is the newest of the run's checkpoints, or an untrained one. The tensors of `base` replace its own, so
+    that bases can be compared. Latents are normalised by the windows' own statistics, as in training.
 
     Raises:
         CheckpointError: the base is of another model, or the checkpoints of another training.
@@ -150,8 +149,7 @@ class _Training:
             seed=config.seed,
         )
         self.model = self.new_model()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(config.seed, "losses"))
+        with seeded_weights(config.seed, "losses"):
             self.learner = Learner(self.model, config)
         if config.compile:
             self.model.encoder.compile()
@@ -278,7 +276,7 @@ class _Training:
             optimizer.zero_grad(set_to_none=True)
             self.fabric.backward(total)
             for parameter in self.fixed:
-                parameter.grad = None  # what has no gradient the optimiser leaves alone
+                parameter.grad = None  # the optimiser skips tensors without a gradient
             norm = self.fabric.clip_gradients(wrapped, optimizer, max_norm=self.config.clip, error_if_nonfinite=False)
             # One transfer for all figures; before the step, so that the parameters stay finite.
             assert norm is not None

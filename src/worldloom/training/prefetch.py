@@ -1,60 +1,45 @@
 """Batches made ahead of time in a thread, so that the model does not wait for them."""
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Generic, TypeVar
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from typing import TypeVar
 
 T = TypeVar("T")
 
 
-class _Failure:
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-
-class _Stream(Generic[T]):
-    def __init__(self, items: "queue.Queue[T | _Failure]") -> None:
-        self._items = items
-
-    def next(self) -> T:
-        item = self._items.get()
-        if isinstance(item, _Failure):
-            raise item.error
-        return item
-
-
 @contextmanager
 def prefetch(make: Callable[[int], T], steps: range, *, ahead: int = 2) -> Iterator[Callable[[], T]]:
-    """Give a function that returns `make(step)` for one step after another, made up to `ahead` steps early.
+    """Yield a function that returns `make(step)` for one step after another, made up to `ahead` steps early.
 
-    What `make` raises is raised where its result is asked for.
+    An error that `make` raises is raised where its result is asked for.
     """
-    items: queue.Queue[T | _Failure] = queue.Queue(maxsize=ahead)
-    stopped = threading.Event()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    left = iter(steps)
+    waiting: deque[Future[T]] = deque()
+    failed = threading.Event()
 
-    def put(item: T | _Failure) -> None:
-        while not stopped.is_set():
-            with suppress(queue.Full):
-                items.put(item, timeout=0.1)
-                break
+    def attempt(step: int) -> T:
+        if failed.is_set():
+            raise CancelledError  # never asked for: the error before it comes first
+        try:
+            return make(step)
+        except BaseException:
+            failed.set()
+            raise
 
-    def work() -> None:
-        item: T | _Failure
-        for step in steps:
-            try:
-                item = make(step)
-            except BaseException as error:
-                item = _Failure(error)
-            put(item)
-            if stopped.is_set() or isinstance(item, _Failure):
-                break
+    def submit(count: int) -> None:
+        waiting.extend(pool.submit(attempt, step) for step in islice(left, count))
 
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
+    def following() -> T:
+        submit(1)
+        return waiting.popleft().result()
+
     try:
-        yield _Stream(items).next
+        submit(ahead)
+        yield following
     finally:
-        stopped.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

@@ -67,7 +67,7 @@ def make_fabric(config: TrainingConfig) -> Fabric:
 
 
 def _leave() -> None:
-    """End the threads that communicate: one that runs still when the process ends would abort it."""
+    """End the communication threads: one that still runs when the process ends would abort it."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -103,32 +103,32 @@ def _check_machine(config: TrainingConfig) -> None:
 
 
 def _no_buffers() -> dict[str, Any]:
-    """Say that no buffers are to be sent at each step: every rank computes the same running statistics."""
+    """Disable the exchange of buffers at each step: every rank computes the same running statistics."""
     names = inspect.signature(DistributedDataParallel).parameters
     return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
 
 
 class Ranks:
-    """The processes that `fabric` joins; one alone waits for nobody.
+    """The processes that `fabric` joins; a single one never waits.
 
-    A rank that fails raises at once, so that its process ends and torchrun with it; those that wait for it get a
-    `TrainingError`, at the latest after `timeout_minutes`.
+    A rank that fails raises at once, which ends its process and torchrun. Ranks that wait for it raise `TrainingError`
+    after `timeout_minutes` at the latest.
     """
 
     def __init__(self, fabric: Fabric, timeout_minutes: float) -> None:
         self.fabric = fabric
         self.rank, self.count = fabric.global_rank, fabric.world_size
         self.first, self.first_here = self.rank == 0, fabric.local_rank == 0
-        # Waiting is done over Gloo: it keeps no GPU busy, and it sees that a process is gone.
+        # Ranks wait over Gloo: it keeps no GPU busy, and it notices a process that ended.
         timeout = timedelta(minutes=timeout_minutes)
         self._group = distributed.new_group(backend="gloo", timeout=timeout) if self.count > 1 else None
         self._timeout_minutes = timeout_minutes
 
     def wait(self) -> None:
-        """Go on when all ranks have come here.
+        """Wait until all ranks have reached this point.
 
         Raises:
-            TrainingError: one of them is gone, or does not come in time.
+            TrainingError: a rank has ended, or does not arrive in time.
         """
         self.any(False)
 
@@ -191,7 +191,7 @@ class Ranks:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Say plainly that another rank is gone, where the library for communication says it in its own words."""
+        """Turn the communication library's error about another rank that ended into a clear `TrainingError`."""
         try:
             yield
         except RuntimeError as error:

@@ -65,7 +65,7 @@ class RunFolder:
         return run
 
     def withdraw(self) -> None:
-        """Take `create` back if nothing has been trained, so that the folder is free for another configuration."""
+        """Undo `create` if nothing has been trained, so that the folder is free for another configuration."""
         if self._writes and not any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints", "model")):
             with storage_errors(self.path):
                 for name in ("config.json", "provenance.json"):
@@ -110,7 +110,7 @@ class RunFolder:
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Append one line of figures to metrics.jsonl, and write them for TensorBoard where it is installed.
 
-        Figures that are not finite are left out, since JSON cannot hold them.
+        Figures that are not finite are left out: JSON cannot hold them.
         """
         if not self._writes:
             return
@@ -156,7 +156,7 @@ class RunFolder:
             write_json(self.path / "diagnostics.json", dict(values))
 
     def diagnostics(self) -> dict[str, Any]:
-        """Read diagnostics.json, empty where training has not come so far."""
+        """Read diagnostics.json; empty before training has written it."""
         path = self.path / "diagnostics.json"
         return read_json(path) if path.is_file() else {}
 

@@ -26,12 +26,12 @@ def save_state(
     *,
     write: bool = True,
 ) -> None:
-    """Save what `step` finished steps have made; older states than the last two are deleted.
+    """Save the state after `step` steps; all but the last two states are deleted.
 
-    All ranks call it, for each may hold a shard; the one that is to `write` does so.
+    All ranks call it, as each may hold a shard; only the rank with `write` writes.
     """
     tensors = {f"learner/{name}": whole(tensor) for name, tensor in learner.state_dict().items()}
-    # In order, for shards are gathered from all ranks one after another.
+    # In order: shards are gathered from all ranks one after another.
     for index, state in sorted(optimizer.state_dict()["state"].items()):
         tensors |= {f"optimizer/{index}/{name}": whole(torch.as_tensor(state[name])) for name in sorted(state)}
     if not write:
@@ -52,7 +52,7 @@ def load_state(
 ) -> int:
     """Restore the newest whole state into `learner` and `optimizer`; return how many steps it has made, or 0.
 
-    A state that is damaged is passed over for the one before it.
+    A damaged state is skipped for the one before it.
 
     Raises:
         CheckpointError: the state is of another configuration or other data than `metadata` says, or every state
@@ -99,7 +99,7 @@ def _compare(run: RunFolder, saved: Mapping[str, Any], expected: Mapping[str, An
         before = saved.get(part)
         differing = "" if before == values else part
         if isinstance(before, Mapping) and isinstance(values, Mapping):
-            # What an earlier version compared and this one does not is passed over.
+            # Keys that only an earlier version compared are skipped.
             keys = sorted(key for key in values if before.get(key) != values[key])
             differing = ", ".join(f"{part}.{key} was {before.get(key)!r}, is {values[key]!r}" for key in keys)
         if not differing:

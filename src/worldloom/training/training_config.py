@@ -13,7 +13,6 @@ from worldloom.models.losses import (
     LossConfig,
     LossField,
     Prediction,
-    SIGReg,
     TemporalSimilarity,
     Variance,
 )
@@ -30,7 +29,7 @@ def default_losses() -> dict[str, LossConfig]:
     return {
         "prediction": Prediction(),
         "variance": Variance(weight=4.0, samples="pooled"),
-        # Weak, as weights go: at 2 the dimensions are made independent at the price of predictability
+        # A small weight: at 2, independent dimensions cost predictability
         # (docs/log.md).
         "covariance": Covariance(weight=0.03, samples="pooled"),
         "temporal-similarity": TemporalSimilarity(weight=1.0),
@@ -38,26 +37,20 @@ def default_losses() -> dict[str, LossConfig]:
     }
 
 
-def sigreg_losses() -> dict[str, LossConfig]:
-    """Return the same with SIGReg in place of the VICReg terms; a fourth of the frames is enough for it."""
-    losses = {name: loss for name, loss in default_losses().items() if name not in ("variance", "covariance")}
-    return {**losses, "sigreg": SIGReg(weight=0.1, samples="pooled", stride=4)}
-
-
 class TrainingConfig(Config):
     """One training run; `batch` windows a step, over all devices together.
 
     `horizon` counts the blocks predicted open loop. `losses` is a named mapping: a name is also what its figure is
-    logged under. `pool_windows` draws from a pool of about that many windows that slides over the data, each at
-    most once a pass (see `worldloom.data.SlidingPool`), in place of all windows alike: for data beyond the cache. With
-    `target`, predictions aim at a slowly following copy of the encoder. `schedule` "constant"
-    holds the rate for `constant_share` of the steps, then falls to 0 as a cosine; "one-cycle" rises for a tenth,
-    then falls. `accumulate` is the number of parts in which the frames of a batch are encoded: memory falls with it,
-    time rises by a third at most, and the gradient stays that of the whole batch, its statistics included (gradient
-    caching, Gao et al., arXiv 2101.06983). `activation_checkpointing` keeps only the inputs of transformer blocks for
-    the gradient (Chen et al., arXiv 1604.06174). `threads` of 0 leaves PyTorch's number as it is. `devices` counts
-    those of all machines; a process waits `timeout_minutes` for the others. With `strategy` "fsdp" each holds a shard
-    of the parameters and of the optimiser's state (Zhao et al., arXiv 2304.11277), for models that fill a device.
+    logged under. `pool_windows`, for data larger than the cache, draws from a pool of about that many windows that
+    slides over the data, each at most once a pass (see `worldloom.data.SlidingPool`), instead of drawing uniformly from
+    all windows. With `target`, predictions aim at a slowly following copy of the encoder. `schedule` "constant" holds
+    the rate for `constant_share` of the steps, then falls to 0 as a cosine; "one-cycle" rises for a tenth, then falls.
+    `accumulate` is the number of parts in which the frames of a batch are encoded: memory falls with it, time rises by
+    a third at most, and the gradient stays that of the whole batch, its statistics included (gradient caching, Gao et
+    al., arXiv 2101.06983). `activation_checkpointing` keeps only the inputs of transformer blocks for the gradient
+    (Chen et al., arXiv 1604.06174). `threads` of 0 leaves PyTorch's number as it is. `devices` counts those of all
+    machines; a process waits `timeout_minutes` for the others. With `strategy` "fsdp" each holds a shard of the
+    parameters and of the optimiser's state (Zhao et al., arXiv 2304.11277), for models that fill a device.
     """
 
     steps: int = Field(default=1000, ge=1)

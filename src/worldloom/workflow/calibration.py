@@ -18,7 +18,8 @@ from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import Agent
 from worldloom.core.seeds import derive_seed
 from worldloom.core.types import Context, Episode, Observations, Rollouts
-from worldloom.evaluation import PROTOCOLS, Frame, evaluate, wilson_interval
+from worldloom.envs import Frame
+from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
 from worldloom.guardrails import (
     Margins,
     Rail,

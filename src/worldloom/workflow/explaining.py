@@ -13,8 +13,8 @@ from torch import Tensor
 from worldloom.core.errors import DataError, StorageError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.types import Goal, Observations, Plan, Rollouts
-from worldloom.models import LinearProbe
 from worldloom.reports import CandidatePaths, PlanFigure, PlanFrame, draw_plan
+from worldloom.training import LinearProbe
 from worldloom.workflow.report_data import in_pixels, position_label
 from worldloom.workflow.run import Run
 

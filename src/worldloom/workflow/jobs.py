@@ -174,10 +174,10 @@ def _train_heads(run: Run, cache: Frames, progress: Progress) -> None:
     figures: dict[str, Any] = {"held_out": [int(episode) for episode in held_out], **kept}
     latents = encode_episodes(model, cache, episodes=training, progress=progress)
 
-    def learn(name: str, fit_head: Callable[..., Any], *on: Any, of: tuple[WorldModel, ...] = (model,)) -> None:
+    def learn(name: str, fit_head: Callable[..., Any], *on: Any, of: WorldModel = model) -> None:
         began = time.perf_counter()
         if not _fitted(run, name):
-            fit_head(*on, seed=seed, progress=progress).save(run.heads.stem(name), *of)
+            fit_head(*on, seed=seed, progress=progress).save(run.heads.stem(name), of)
             figures[f"{name}_seconds"] = round(time.perf_counter() - began, 2)
             write_json(run.path / "heads.json", figures)
 
@@ -188,15 +188,15 @@ def _train_heads(run: Run, cache: Frames, progress: Progress) -> None:
     seen = latents
     for level, config in enumerate(recipe.hierarchy, 1):
         name = f"coarse-{level}"
-        learn(name, fit_coarse, below, seen, config, of=(below,))
+        learn(name, fit_coarse, below, seen, config, of=below)
         coarse = CoarseModel.load(run.heads.stem(name), below)
         below, seen = coarse, coarse.coarsen(seen)
-        learn(f"{name}-geometry", measure_geometry, coarse, seen, recipe.inverse, of=(coarse,))
+        learn(f"{name}-geometry", measure_geometry, coarse, seen, recipe.inverse, of=coarse)
     for name, probe in recipe.probes.items():
         learn(f"probe-{name}", _fit_probe, model, cache, training, name, probe)
     learn("reactive", fit_reactive, model, latents, run.heads.geometry, recipe.reactive)
     cloning = partial(fit_behaviour_cloning, episodes=training, device=model.device)
-    learn("cloning", cloning, cache, recipe.cloning, of=())
+    learn("cloning", cloning, cache, recipe.cloning)
     reversibility = run.heads.geometry.reversibility
     figures |= {
         "step_length": run.heads.geometry.step_length,

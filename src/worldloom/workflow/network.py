@@ -15,7 +15,8 @@ from worldloom.core.errors import ConfigError, DataError, StorageError, Training
 from worldloom.core.files import write_json
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.signing import SigningKey, make_key, sign_file
-from worldloom.data import DatasetSpec, EpisodeDataset, RecordedWorld, load_frames
+from worldloom.data import DatasetSpec, EpisodeDataset, load_frames
+from worldloom.envs import VectorWorld
 from worldloom.federation import (
     Constitution,
     Coordinator,
@@ -411,5 +412,5 @@ def _spec(config: CoordinatorConfig, recipe: Recipe) -> DatasetSpec:
         raise ConfigError(
             f"recipe {recipe.name!r} names no world to take shapes from; name a dataset of the members' kind as 'like'"
         )
-    with closing(RecordedWorld(recipe.collection.env_id, 1, recipe.collection.env_kwargs)) as world:
+    with VectorWorld(recipe.collection.env_id, 1, recipe.collection.env_kwargs) as world:
         return DatasetSpec(observation=world.observation, action=world.action)

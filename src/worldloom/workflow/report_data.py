@@ -11,9 +11,9 @@ from worldloom.core.errors import CheckpointError, DataError, StorageError
 from worldloom.core.seeds import torch_generator
 from worldloom.core.types import Context, Episode, Observations
 from worldloom.heads import LatentEpisodes, dream
-from worldloom.models import LinearProbe
 from worldloom.planning import LatentL2
 from worldloom.reports import DistanceMap, LatentMap, PredictedPaths, ReportData
+from worldloom.training import LinearProbe
 from worldloom.workflow.run import Run
 
 _EPISODES = 60

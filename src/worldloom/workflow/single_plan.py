@@ -11,7 +11,7 @@ from worldloom.core.progress import SILENT, Progress
 from worldloom.core.registry import nearest
 from worldloom.core.types import Goal, Observations
 from worldloom.data import read_picture
-from worldloom.evaluation import PROTOCOLS, EvaluationWorld, default_protocol, draw_tasks
+from worldloom.evaluation import PROTOCOLS, default_protocol, draw_tasks, open_world
 from worldloom.workflow.run import Run
 from worldloom.workflow.session import Session, session_of
 
@@ -98,6 +98,6 @@ def _drawn(run: Run, protocol: str | None, split: str | None, episode: int) -> t
     split = split or next(iter(chosen.splits))
     if split not in chosen.splits:
         raise ConfigError(f"protocol {name} has no split {split!r}; {nearest(split, chosen.splits)}")
-    with EvaluationWorld(chosen, 1) as world:
+    with open_world(chosen, 1) as world:
         tasks, _ = draw_tasks(chosen, split, world, episode, f"drawing episode {episode} of {split!r}")
         return tasks.begin(chosen, split, world, "plan").observations, tasks.goal

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from worldloom.core.types import Observations, ObservationSpec
 from worldloom.data import Statistics
 from worldloom.models.encoders.encoder import ENCODERS, EncoderConfig, vector_statistics
-from worldloom.models.heads import MLP, Activation, Norm
 from worldloom.models.normalisation import Standardise
+from worldloom.models.perceptron import MLP, Activation, Norm
 
 
 @ENCODERS.register("vector")
@@ -25,7 +25,7 @@ class VectorMLP(EncoderConfig):
     def build(self, observation: ObservationSpec, statistics: Statistics, latent_dim: int) -> nn.Module:
         """Build the module."""
         mean, std = vector_statistics(self.name, observation, statistics)
-        # An element that does not vary but for rounding is left near its own size instead of turning into noise.
+        # An element that varies by rounding alone keeps about its own scale instead of turning into noise.
         constant = std <= 1e-4 * mean.abs() + 1e-6
         standardise = Standardise(mean, torch.where(constant, mean.abs().clamp_min(1), std))
         mlp = MLP((len(mean), *self.hidden, latent_dim), norm=self.norm, activation=self.activation)

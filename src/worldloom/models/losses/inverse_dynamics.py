@@ -8,15 +8,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from worldloom.models.distributed import mean_over_ranks
-from worldloom.models.heads import MLP
 from worldloom.models.losses.loss import LOSSES, Loss, LossConfig, LossInputs
+from worldloom.models.perceptron import MLP
 
 
 @LOSSES.register("inverse-dynamics")
 class InverseDynamics(LossConfig):
     """A perceptron from `frames` consecutive latents to the block before the last of them.
 
-    Two frames suffice where one shows the state; with velocities that no single frame shows, take three.
+    Two frames suffice where one frame shows the state; use three for velocities, which no single frame shows.
     """
 
     name: Literal["inverse-dynamics"] = "inverse-dynamics"

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from worldloom.models.heads import MLP, Activation, Norm
+from worldloom.models.perceptron import MLP, Activation, Norm
 from worldloom.models.predictors.predictor import PREDICTORS, Predictor, PredictorConfig
 
 
@@ -47,7 +47,7 @@ class ResidualMLP(Predictor):
         )
         for block in actions.unbind(2):
             blocks.append(block)
-            # Multiplying the parts by their own columns, the shared ones once, was measured to be no faster.
+            # Multiplying each part by its own columns, the shared parts once, was measured to be no faster.
             history = torch.cat([*states[-self.context :], *blocks[-self.context :]], dim=-1)
             states.append(states[-1] + self.mlp(history))
         return torch.stack(states[latents.shape[1] :], dim=2)

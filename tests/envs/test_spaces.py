@@ -3,7 +3,7 @@ import pytest
 from gymnasium import spaces
 
 from worldloom.core.errors import DataError, EnvironmentFailure
-from worldloom.core.spaces import ActionAdapter, ObservationAdapter, make_vector_env, numeric_labels
+from worldloom.envs.spaces import ActionAdapter, ObservationAdapter, make_vector_env, numeric_labels
 
 IMAGE = spaces.Box(0, 255, (4, 6, 3), np.uint8)
 VECTOR = spaces.Box(-1, 1, (2,), np.float64)

@@ -1,0 +1,336 @@
+"""The one vectorised world: copies of a Gymnasium environment whose every failure names the episode and the step."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from jaxtyping import Bool, Int64
+
+from worldloom.core.errors import ConfigError, EnvironmentFailure
+from worldloom.core.registry import nearest
+from worldloom.core.types import Observations
+from worldloom.envs.spaces import ActionAdapter, ObservationAdapter, make_vector_env, numeric_labels
+
+# Names the place of one copy of the environment, or of all copies for None; error messages begin with it.
+Where = Callable[[int | None], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """What the R environments in `rows` returned; every array but those in `infos` has one entry for each of them."""
+
+    observations: Observations  # axes (R,)
+    rows: Int64[np.ndarray, "R"]  # their places in the vectorised world
+    terminated: Bool[np.ndarray, "R"]
+    over: Bool[np.ndarray, "R"]  # terminated or truncated
+    parts: Mapping[str, np.ndarray]  # the keys of a dictionary observation, (R, ...)
+    infos: Mapping[str, Any]  # of all copies
+
+    def __getitem__(self, chosen: np.ndarray) -> "Frame":
+        """Select some of the rows, by a mask or by indices."""
+        return replace(
+            self,
+            observations=self.observations[chosen],
+            rows=self.rows[chosen],
+            terminated=self.terminated[chosen],
+            over=self.over[chosen],
+            parts={name: part[chosen] for name, part in self.parts.items()},
+        )
+
+    def info(self, name: str) -> np.ndarray | None:
+        """Return an info as (R, ...), or None where it is not there for each row."""
+        if name not in self.infos:
+            return None
+        mask = self.infos.get(f"_{name}")
+        if mask is not None and not np.asarray(mask)[self.rows].all():
+            return None
+        value: np.ndarray = np.asarray(self.infos[name])[self.rows]
+        return value
+
+    def numbers(self, name: str, who: str) -> np.ndarray:
+        """Return a numeric info as float64 (R, L); `who` is the part of the protocol that names it.
+
+        Raises:
+            ConfigError: there is none of this name.
+        """
+        value = self.info(name)
+        if value is None or value.dtype.kind not in "fiub":
+            raise ConfigError(
+                f"{who} speaks of {name!r}, which this world does not give as numbers; {nearest(name, self._known())}"
+            )
+        return value.reshape(len(self.rows), -1).astype(np.float64)
+
+    def vector(self, names: Sequence[str], source: str, who: str) -> np.ndarray:
+        """Return named vectors, joined, as float64 (R, L); `who` is the part of the protocol that names them.
+
+        The source is "info", "observation" (a part of it, or its whole vector for an empty name), or "named" for
+        whichever of the two has the name.
+
+        Raises:
+            ConfigError: there is none of this name.
+        """
+        parts = [self._named(name, source, who) for name in names]
+        return np.concatenate([part.reshape(len(self.rows), -1).astype(np.float64) for part in parts], axis=1)
+
+    def _named(self, name: str, source: str, who: str) -> np.ndarray:
+        value = None
+        if source in ("named", "info"):
+            value = self.info(name)
+        if value is None and source in ("named", "observation"):
+            if name:
+                value = self.parts.get(name)
+            elif self.observations.vector is not None:
+                value = self.observations.vector.numpy()
+        if value is None or value.dtype.kind not in "fiub":
+            known = self._known() + [name for name, part in self.parts.items() if part.dtype.kind in "fiub"]
+            raise ConfigError(
+                f"{who} names {name or 'the observation vector'!r}, which this world does not give as numbers; "
+                f"{nearest(name, known)}"
+            )
+        return value
+
+    def _known(self) -> list[str]:
+        infos = self.infos.items()
+        return sorted(name for name, info in infos if name[:1] != "_" and np.asarray(info).dtype.kind in "fiub")
+
+
+class VectorWorld:
+    """`size` copies of a registered environment; close it, or use it in a `with` statement.
+
+    Copies whose episode is over keep running unseen in every autoreset mode, and the last frame of an episode is always
+    its own. `native` uses the vectorised form that the environment itself may offer.
+
+    Raises:
+        EnvironmentFailure: the environment cannot be made, or its spaces are not understood.
+    """
+
+    def __init__(self, env_id: str, size: int, kwargs: Mapping[str, Any] | None = None, *, native: bool = True) -> None:
+        self.id, self.size = env_id, size
+        # Gymnasium types the seed of a batch as one number; every vector environment takes a list.
+        self._envs: Any = make_vector_env(env_id, size, native=native, **(kwargs or {}))
+        if isinstance(self._envs, SyncVectorEnv):
+            self._envs.envs = [_Copy(env, row) for row, env in enumerate(self._envs.envs)]
+        self._autoreset = AutoresetMode(self._envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
+        self._observe = ObservationAdapter(self._envs.single_observation_space)
+        self._convert = ActionAdapter(self._envs.single_action_space)
+        self.observation, self.action = self._observe.spec, self._convert.spec
+        self.steps = np.zeros(size, np.int64)  # taken by each copy since the reset
+        self._stale = np.zeros(size, bool)
+        self._first: Any = None  # what the last reset returned
+        self._where: Where = lambda row: ""
+
+    def __enter__(self) -> "VectorWorld":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the environments."""
+        self._envs.close()
+
+    def reset(self, seeds: Sequence[int], where: Where, *, options: Mapping[str, Any] | None = None) -> Frame:
+        """Start one episode for each seed; `where` begins each message about what goes wrong from here on.
+
+        Raises:
+            EnvironmentFailure: the environment raised, or returned what its space does not allow.
+        """
+        self._where = where
+        self.steps[:] = 0
+        given = None if options is None else dict(options)
+        observations, infos = self._call(lambda: self._envs.reset(seed=list(seeds), options=given))
+        rows, none = np.arange(self.size), np.zeros(self.size, bool)
+        self._stale, self._first = none, observations
+        return self._frame(observations, infos, rows, none, none)
+
+    def replay(self, seeds: Sequence[int], actions: Sequence[np.ndarray], where: Where) -> Frame:
+        """Start one episode per seed and repeat actions (K, A) in it, K its own; return the frames reached.
+
+        For worlds made with `native=False`.
+
+        Raises:
+            EnvironmentFailure: the environment raised, or ended an episode on the way.
+        """
+        frame = self.reset(seeds, where)
+        if not any(len(taken) for taken in actions):
+            return frame
+        observations = [_take(self._first, np.array([row]), self.size) for row in range(self.size)]
+        infos = {name: np.array(value) for name, value in frame.infos.items()}
+        for row, (env, taken) in enumerate(zip(self._envs.envs, actions, strict=True)):
+            ended, info = False, {}
+            for action in taken:
+                if ended:
+                    break
+                self.steps[row] += 1
+                converted = self._convert(action[None], where=where(row))[0]
+                observation, _, terminated, truncated, info = self._call(partial(env.step, converted))
+                observations[row] = _alone(observation)
+                ended = terminated or truncated
+            if ended:
+                raise EnvironmentFailure(
+                    f"{where(row)}the episode ended on the way to its start, which it did not when the goal was drawn; "
+                    f"draw all randomness of the environment from self.np_random"
+                )
+            for name in set(info) & set(infos):
+                infos[name][row] = info[name]
+        rows, none = np.arange(self.size), np.zeros(self.size, bool)
+        return self._frame(_joined(observations), infos, rows, none, none)
+
+    def step(self, actions: np.ndarray, rows: Int64[np.ndarray, "R"], *, by: str = "") -> Frame:
+        """Take one action (size, A) in each environment and return what those in `rows` gave.
+
+        `by` names what chose the actions; a message about a wrong action begins with it.
+
+        Raises:
+            DataError: an action is not finite or out of bounds.
+            EnvironmentFailure: the environment raised, or returned what its space does not allow.
+        """
+        self.steps += 1
+        converted = self._convert(actions, where=f"{by}{self._where(None)}")
+        if self._autoreset is AutoresetMode.DISABLED and self._stale.any():
+            # Their episodes are over; the reset only keeps the other copies going.
+            self._call(lambda: self._envs.reset(options={"reset_mask": self._stale}))
+        observations, _, terminated, truncated, infos = self._call(lambda: self._envs.step(converted))
+        terminated, truncated = np.asarray(terminated, bool), np.asarray(truncated, bool)
+        self._stale = terminated | truncated
+        return self._frame(observations, infos, rows, terminated, truncated)
+
+    def observe(self, batch: Any, rows: Int64[np.ndarray, "R"]) -> Observations:
+        """Convert the environment's own observations of these rows; a failure names the first that is wrong."""
+        try:
+            return self._observe(batch, where=self._where(None))
+        except EnvironmentFailure:
+            for index, row in enumerate(rows.tolist()):
+                self._observe(_take(batch, np.array([index]), len(rows)), where=self._where(row))
+            raise
+
+    def check_finite(self, values: np.ndarray, rows: Int64[np.ndarray, "R"], what: str) -> None:
+        """Raise `EnvironmentFailure` that names the first row whose values are not finite."""
+        finite = np.isfinite(values).reshape(len(rows), -1).all(axis=1)
+        if not finite.all():
+            index = int(np.flatnonzero(~finite)[0])
+            raise EnvironmentFailure(
+                f"{self._where(int(rows[index]))}{what} is not finite: {values[index]}; repair the environment"
+            )
+
+    def labels(self, frame: Frame) -> dict[str, np.ndarray]:
+        """Return the numeric infos that all rows of a frame have, as float32 (R, L)."""
+        arrays = {key: value for key, value in frame.infos.items() if isinstance(value, np.ndarray)}
+        per_row = {key: array[frame.rows] for key, array in arrays.items() if array.shape[:1] == (self.size,)}
+        return numeric_labels(per_row, len(frame.rows))
+
+    def _frame(
+        self,
+        batch: Any,
+        infos: Mapping[str, Any],
+        rows: Int64[np.ndarray, "R"],
+        terminated: Bool[np.ndarray, "B"],
+        truncated: Bool[np.ndarray, "B"],
+    ) -> Frame:
+        over = terminated | truncated
+        taken = _take(batch, rows, self.size)  # a copy: shares no memory with the batch
+        if self._autoreset is AutoresetMode.SAME_STEP and over[rows].any():
+            taken, infos = self._before_reset(taken, infos, rows, over)
+        return Frame(
+            observations=self.observe(taken, rows),
+            rows=rows,
+            terminated=terminated[rows],
+            over=over[rows],
+            parts=taken if isinstance(taken, dict) else {},
+            infos=infos,
+        )
+
+    def _before_reset(
+        self, taken: Any, infos: Mapping[str, Any], rows: Int64[np.ndarray, "R"], over: Bool[np.ndarray, "B"]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Put the last frames of episodes that ended in place of the first frames of those that follow."""
+        if "final_obs" not in infos:
+            raise EnvironmentFailure(
+                f"{self._where(None)}environment {self.id!r} resets in the step that ends an episode and gives no "
+                f"'final_obs' in its infos; make it with the autoreset mode NEXT_STEP"
+            )
+        places, ended = np.flatnonzero(over[rows]), rows[over[rows]]
+        last = _take(infos["final_obs"], ended, self.size)
+        for name in taken if isinstance(taken, dict) else (None,):
+            (taken if name is None else taken[name])[places] = last if name is None else last[name]
+        final, merged = infos.get("final_info", {}), {}
+        for name, value in infos.items():
+            former = final.get(name)
+            if isinstance(value, np.ndarray) and isinstance(former, np.ndarray) and value.shape == former.shape:
+                merged[name] = value.copy()
+                merged[name][ended] = former[ended]
+        return taken, merged
+
+    def _call(self, function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except _CopyFailure as failure:
+            error, place = failure.__cause__, self._where(failure.row)
+        except Exception as failure:
+            error, place = failure, self._where(None)
+        raise EnvironmentFailure(f"{place}environment {self.id!r} raised {type(error).__name__}: {error}") from error
+
+
+class _CopyFailure(Exception):
+    """One copy of the environment raised; its error is the cause."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__(row)
+        self.row = row
+
+
+class _Copy(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Says which copy of an environment raised."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any], row: int) -> None:
+        super().__init__(env)
+        self._row = row
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset the copy."""
+        try:
+            return self.env.reset(seed=seed, options=options)
+        except Exception as error:
+            raise _CopyFailure(self._row) from error
+
+    def step(self, action: Any) -> Any:
+        """Step the copy."""
+        try:
+            return self.env.step(action)
+        except Exception as error:
+            raise _CopyFailure(self._row) from error
+
+
+def _take(batch: Any, rows: Int64[np.ndarray, "R"], size: int) -> Any:
+    """Select environments from a batch of observations: an array, a mapping of arrays, or an array of objects."""
+    if isinstance(batch, Mapping):
+        return {key: _take(part, rows, size) for key, part in batch.items()}
+    array = np.asarray(batch)
+    if array.shape[:1] != (size,):
+        raise EnvironmentFailure(f"a batch of observations has shape {array.shape}; expected ({size}, ...)")
+    if array.dtype != object:
+        return array[rows]
+    items = [array[row] for row in rows]
+    if isinstance(items[0], Mapping):
+        return {key: np.stack([item[key] for item in items]) for key in items[0]}
+    return np.stack(items)
+
+
+def _alone(observation: Any) -> Any:
+    """Return a batch of one observation."""
+    if isinstance(observation, Mapping):
+        return {name: np.asarray(part)[None] for name, part in observation.items()}
+    return np.asarray(observation)[None]
+
+
+def _joined(batches: list[Any]) -> Any:
+    if isinstance(batches[0], dict):
+        return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    return np.concatenate(batches)

@@ -19,15 +19,7 @@ from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.files import storage_errors, write_atomic
 from worldloom.core.types import Episode
 from worldloom.data import DatasetSpec, metadata_json
-from worldloom.formats.format import (
-    CLOCK,
-    FileSink,
-    FileSource,
-    ReadOptions,
-    WriteOptions,
-    require,
-    spec_values,
-)
+from worldloom.formats.format import CLOCK, FileSink, FileSource, ReadOptions, WriteOptions, require, spec_values
 
 OWN = "worldloom"  # the attribute under which our own spec and metadata stand
 

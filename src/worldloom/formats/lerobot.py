@@ -17,15 +17,7 @@ from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import read_json, storage_errors
 from worldloom.core.types import Episode
 from worldloom.formats.arrow import is_list, is_number, table_errors
-from worldloom.formats.format import (
-    FORMATS,
-    Contents,
-    FileSource,
-    Format,
-    ReadOptions,
-    chosen,
-    natural,
-)
+from worldloom.formats.format import FORMATS, Contents, FileSource, Format, ReadOptions, chosen, natural
 from worldloom.formats.images import decode_picture, resize, rgb
 from worldloom.formats.lerobot_layout import (
     COUNTERS,

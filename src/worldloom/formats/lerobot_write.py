@@ -18,12 +18,7 @@ from worldloom.core.files import read_json, storage_errors, write_json, write_te
 from worldloom.core.types import Episode
 from worldloom.data import DatasetSpec, float_lists, metadata_json
 from worldloom.formats.arrow import table_errors, write_parquet
-from worldloom.formats.format import (
-    FileSink,
-    WriteOptions,
-    spec_values,
-    with_last_action,
-)
+from worldloom.formats.format import FileSink, WriteOptions, spec_values, with_last_action
 from worldloom.formats.images import encode_picture, rgb
 from worldloom.formats.lerobot_layout import (
     ACTION,

@@ -16,17 +16,7 @@ from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import read_json, storage_errors, write_json
 from worldloom.core.types import Episode
 from worldloom.data import metadata_json
-from worldloom.formats.format import (
-    FORMATS,
-    Bounds,
-    Contents,
-    Format,
-    chosen,
-    flat,
-    natural,
-    spec_in,
-    two_axes,
-)
+from worldloom.formats.format import FORMATS, Bounds, Contents, Format, chosen, flat, natural, spec_in, two_axes
 from worldloom.formats.hdf5 import (
     OWN,
     Hdf5Source,

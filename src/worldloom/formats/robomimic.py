@@ -10,16 +10,7 @@ import numpy as np
 from worldloom.core.errors import DataError
 from worldloom.core.types import Episode
 from worldloom.data import metadata_json
-from worldloom.formats.format import (
-    FORMATS,
-    Contents,
-    Format,
-    action_range,
-    chosen,
-    natural,
-    spec_in,
-    spec_values,
-)
+from worldloom.formats.format import FORMATS, Contents, Format, action_range, chosen, natural, spec_in, spec_values
 from worldloom.formats.hdf5 import (
     OWN,
     Hdf5Source,

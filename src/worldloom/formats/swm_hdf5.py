@@ -9,15 +9,7 @@ import numpy as np
 
 from worldloom.core.errors import DataError
 from worldloom.core.types import Episode
-from worldloom.formats.format import (
-    FORMATS,
-    Format,
-    flat,
-    only_one,
-    spec_in,
-    two_axes,
-    with_last_action,
-)
+from worldloom.formats.format import FORMATS, Format, flat, only_one, spec_in, two_axes, with_last_action
 from worldloom.formats.hdf5 import Hdf5Source, PartsSink, h5py, hdf5_errors, is_hdf5, opened_hdf5, own_attribute
 from worldloom.formats.swm_columns import (
     ACTION,

@@ -18,7 +18,7 @@ from worldloom.core.types import Episode
 from worldloom.data import EpisodeDataset, validate
 from worldloom.formats import FORMATS, ReadOptions, WriteOptions, convert, detect, folder, hdf5, store
 from worldloom.formats import conversion as engine
-from worldloom.formats.format import natural
+from worldloom.formats.format import decoded_bytes, natural
 
 MINE = ["worldloom", "folder", "robomimic", "swm-hdf5"]
 
@@ -27,7 +27,7 @@ MINE = ["worldloom", "folder", "robomimic", "swm-hdf5"]
 def split(monkeypatch: pytest.MonkeyPatch) -> SplitFormat:
     format = SplitFormat()
     monkeypatch.setitem(FORMATS._entries, "split", format)
-    monkeypatch.setattr(store, "COMMIT_EPISODES", 2)
+    monkeypatch.setattr(store.StoreSink, "most_episodes", 2)
     return format
 
 
@@ -105,7 +105,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: int, a
     [
         ("worldloom", EpisodeDataset, "append", 1),
         ("worldloom", EpisodeDataset, "append", 5),
-        ("worldloom", store, "StoreSink", 1),
+        ("worldloom", store.StoreSink, "__init__", 1),
         ("worldloom", engine._Journal, "begin", 1),
         ("worldloom", engine._Journal, "add", 1),
         ("worldloom", engine._Journal, "add", 6),
@@ -115,7 +115,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: int, a
         ("swm-hdf5", hdf5.PartsSink, "_clean", 1),
         ("swm-hdf5", hdf5.PartsSink, "finish", 1),
         ("folder", folder, "write_video", 5),
-        ("folder", folder, "write_atomic", 5),
+        ("folder", folder, "write_parquet", 5),
         ("folder", folder.FolderSink, "finish", 1),
     ],
 )
@@ -233,7 +233,7 @@ def test_another_conversion_is_never_mixed_in(tmp_path: Path, split: SplitFormat
         convert(tmp_path, tmp_path / "t", source_format="split", resume=False)
     for name in ("folder", "robomimic"):
         convert(tmp_path, tmp_path / name, source_format="split", target_format=name)
-        with pytest.raises(DataError, match="is there already"):
+        with pytest.raises(DataError, match="already exists"):
             convert(tmp_path, tmp_path / name, source_format="split", target_format=name, resume=False)
     assert_same(stored(tmp_path / "t"), SplitSource.everything())
 
@@ -242,7 +242,7 @@ def test_an_interrupted_conversion_of_a_changed_source_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = make_store(tmp_path / "ours")
-    monkeypatch.setattr(store, "COMMIT_EPISODES", 1)
+    monkeypatch.setattr(store.StoreSink, "most_episodes", 1)
     with monkeypatch.context() as patch:
         kill_at(patch, store.StoreSource, "read", 3, after=False)
         with pytest.raises(Killed):
@@ -324,7 +324,7 @@ def test_what_cannot_be_asked_for(tmp_path: Path, split: SplitFormat) -> None:
 def test_one_source_episode_is_in_memory_at_a_time(
     tmp_path: Path, split: SplitFormat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "COMMIT_EPISODES", 1)
+    monkeypatch.setattr(store.StoreSink, "most_episodes", 1)
     original, given, alive = SplitSource.read, list[weakref.ref[Episode]](), list[int]()
 
     def read(self: SplitSource, index: int) -> list[Episode]:
@@ -347,7 +347,7 @@ def test_a_damaged_store_is_said_to_be_damaged(tmp_path: Path) -> None:
 
 def test_commits_are_made_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     episode = make_episode(0)
-    monkeypatch.setattr(store, "COMMIT_BYTES", 3 * store.decoded_bytes(episode))
+    monkeypatch.setattr(store.StoreSink, "most_bytes", 3 * decoded_bytes(episode))
     sink = FORMATS["worldloom"].create(tmp_path / "t", SPEC, WriteOptions(), resume=True)
     with sink:
         sizes = []

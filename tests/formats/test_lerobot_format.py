@@ -122,7 +122,7 @@ def test_video_changes_pixels_within_the_stated_psnr(name: str, tmp_path: Path) 
 
 def test_files_of_several_episodes_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = (6, 1, 9, 4, 7, 3)
-    monkeypatch.setattr(lerobot_write, "FILE_EPISODES", 4)
+    monkeypatch.setattr(lerobot_write.LeRobotSinkV3, "most_episodes", 4)
     path = written(tmp_path / "there", "lerobot-v3", lengths)
     files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*.mp4"))
     assert files == [f"videos/observation.image/chunk-000/file-00{number}.mp4" for number in (0, 1)]
@@ -159,18 +159,18 @@ class Killed(BaseException):
     ("name", "function", "when"),
     [
         ("lerobot-v21", "write_video", 3),
-        ("lerobot-v21", "write_atomic", 3),
+        ("lerobot-v21", "write_parquet", 3),
         ("lerobot-v21", "write_json", 2),
         ("lerobot-v3", "write_video", 2),
-        ("lerobot-v3", "write_atomic", 3),
-        ("lerobot-v3", "write_atomic", 4),
+        ("lerobot-v3", "write_parquet", 3),
+        ("lerobot-v3", "write_parquet", 4),
         ("lerobot-v3", "write_json", 3),
     ],
 )
 def test_a_kill_neither_loses_nor_repeats(
     name: str, function: str, when: int, lossless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lerobot_write, "FILE_EPISODES", 2)
+    monkeypatch.setattr(lerobot_write.LeRobotSinkV3, "most_episodes", 2)
     ours = make_store(tmp_path / "ours", (2, 3, 1, 4, 2))
     write = WriteOptions(lossless=lossless)
     calls = 0
@@ -401,7 +401,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
     with format.create(tmp_path / "x", SPEC, WriteOptions(), resume=True) as sink:
         sink.write(make_episode(0))
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match="already exists"):
         format.create(tmp_path / "x", SPEC, WriteOptions(), resume=False)
     with pytest.raises(DataError, match="begun with other options"):
         format.create(tmp_path / "x", SPEC, WriteOptions(lossless=True), resume=True)

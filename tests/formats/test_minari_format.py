@@ -276,7 +276,7 @@ def test_something_else_at_the_target_is_refused(tmp_path: Path) -> None:
     other = DatasetSpec(observation=SPEC.observation, action=SPEC.action)
     with pytest.raises(DataError, match="holds something else"):
         FORMATS["minari"].create(tmp_path / "there", other, WriteOptions(), resume=True)
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match="already exists"):
         FORMATS["minari"].create(tmp_path / "there", SPEC, WriteOptions(), resume=False)
     sink = FORMATS["minari"].create(tmp_path / "there", SPEC, WriteOptions(), resume=True)
     assert sink.written == 4

@@ -130,26 +130,26 @@ def test_jpeg_changes_pixels_within_the_stated_psnr(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_kill_neither_loses_nor_repeats(after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(swm_lance, "COMMIT_EPISODES", 2)
+    monkeypatch.setattr(swm_lance.SwmLanceSink, "most_episodes", 2)
     ours = make_store(tmp_path / "ours", (2, 3, 1, 4, 2))
     calls = 0
-    commit = swm_lance.SwmLanceSink._commit
+    save = swm_lance.SwmLanceSink.save
 
     class Killed(BaseException):
         pass
 
-    def killing(self: Any) -> None:
+    def killing(self: Any, episodes: list[Episode]) -> None:
         nonlocal calls
         calls += 1
         if calls == 2 and not after:
             raise Killed
-        commit(self)
+        save(self, episodes)
         if calls == 2:
             raise Killed
 
     write = WriteOptions(lossless=True)
     with monkeypatch.context() as patch:
-        patch.setattr(swm_lance.SwmLanceSink, "_commit", killing)
+        patch.setattr(swm_lance.SwmLanceSink, "save", killing)
         patch.setattr(swm_lance.SwmLanceSink, "close", lambda self: None)
         with pytest.raises(Killed):
             convert(tmp_path / "ours", tmp_path / "there", target_format=NAME, write=write)
@@ -219,7 +219,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
         FORMATS[NAME].create(tmp_path / "x", reserved, WriteOptions(), resume=True)
     with FORMATS[NAME].create(tmp_path / "x", SPEC, WriteOptions(), resume=True) as sink:
         sink.write(make_episode(0))
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match="already exists"):
         FORMATS[NAME].create(tmp_path / "x", SPEC, WriteOptions(), resume=False)
     other = DatasetSpec(observation=SPEC.observation, action=SPEC.action)
     with pytest.raises(DataError, match="holds something else"):

@@ -19,8 +19,7 @@ from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.files import read_json, storage_errors, write_json, write_text
 from worldloom.core.progress import SILENT, Progress, ProgressTask
 from worldloom.data import check_episode
-from worldloom.formats.format import FORMATS, Format, Note, ReadOptions, Sink, Source, WriteOptions
-from worldloom.formats.store import decoded_bytes
+from worldloom.formats.format import FORMATS, Format, Note, ReadOptions, Sink, Source, WriteOptions, decoded_bytes
 
 _log = logging.getLogger(__name__)
 

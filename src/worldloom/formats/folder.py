@@ -5,38 +5,41 @@ Columns: `timestamp` (seconds on the video's clock, 0 at its first frame), `acti
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, Float64
+import pyarrow.csv as csv
+import pyarrow.parquet as pq
+from jaxtyping import Float64, Int64, UInt8
 
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.core.files import read_json, storage_errors, write_atomic, write_json
+from worldloom.core.files import read_json, storage_errors, write_json
 from worldloom.core.registry import nearest
-from worldloom.core.types import Episode, ObservationSpec
-from worldloom.data import DatasetSpec, check_episode, metadata_json
+from worldloom.core.types import Episode
+from worldloom.data import DatasetSpec, float_lists, metadata_json
+from worldloom.formats.arrow import is_binary, is_number, is_text, numbers, table_errors, write_parquet
 from worldloom.formats.format import (
     FORMATS,
     NO_CAMERA,
+    Contents,
+    FileSink,
+    FileSource,
     Format,
-    Note,
     ReadOptions,
-    Sink,
-    Source,
     WriteOptions,
-    build_episode,
-    choose_bounds,
-    choose_vector,
-    digest_files,
     natural,
     refuse,
+    spec_in,
+    spec_values,
+    with_last_action,
 )
-from worldloom.formats.timebase import align, by_count
-from worldloom.formats.video import VIDEO_SUFFIXES, frame_shape, frame_times, read_frames, write_video
+from worldloom.formats.images import rgb
+from worldloom.formats.timebase import AlignedSteps, Log, aligned_episodes, by_count
+from worldloom.formats.video import LOSSY_CODEC, VIDEO_SUFFIXES, frame_shape, frame_times, read_frames, write_video
 
 TABLE_SUFFIXES = (".parquet", ".csv")
 OWN_FILE, OWN = "worldloom.json", "worldloom"
@@ -45,7 +48,7 @@ _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Columns:
+class _Roles:
     """Which columns of the tables are what, in order."""
 
     timestamp: str | None
@@ -55,173 +58,136 @@ class _Columns:
     left: list[str]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Table:
-    """The rows of one log."""
-
-    times: Float64[np.ndarray, "R"] | None
-    actions: Float32[np.ndarray, "R A"]
-    vector: Float32[np.ndarray, "R V"] | None
-    labels: dict[str, Float32[np.ndarray, "R _"]]
-    metadata: dict[str, Any] | None  # our own
-
-
-class FolderSource(Source):
+class FolderSource(FileSource):
     """Episodes are names; one without its video or its table gives a note and no episode."""
 
     def __init__(self, path: Path, options: ReadOptions) -> None:
         refuse(options, ["camera"] if options.camera != NO_CAMERA else [], "a folder holds one video an episode")
-        self.path, self.options, self.notes = path, options, []
-        unknown = sorted(set(options.columns) - set(ROLES))
-        if unknown:
+        super().__init__(path, options)
+        if unknown := sorted(set(options.columns) - set(ROLES)):
             raise ConfigError(f"unknown column role {unknown[0]!r}; {nearest(unknown[0], ROLES)}")
         if options.columns.get("unit", "s") not in _SECONDS:
             raise ConfigError(f"unknown unit {options.columns['unit']!r} of timestamps; {nearest('', _SECONDS)}")
-        self._own: dict[str, Any] = read_json(path / OWN_FILE) if (path / OWN_FILE).is_file() else {}
+        own = spec_in(read_json(path / OWN_FILE) if (path / OWN_FILE).is_file() else {})
         self._videos, self._tables = _files(path, VIDEO_SUFFIXES), _files(path, TABLE_SUFFIXES)
-        own_spec = DatasetSpec.from_json(json.dumps(self._own.get("spec"))) if self._own else None
         self._pictures = options.camera != NO_CAMERA and (
-            own_spec.observation.pixels is not None if own_spec else bool(self._videos)
+            own.observation.pixels is not None if own else bool(self._videos)
         )
         if self._videos and not self._pictures:
-            self.notes.append(Note(kind="dropped", what=f"{path}: {len(self._videos)} videos are left out."))
+            self.note("dropped", f"{path}: {len(self._videos)} videos are left out.")
         wanted = {*self._tables, *(self._videos if self._pictures else [])}
         self._names = sorted(wanted, key=natural)
-        whole = [name for name in self._names if name in self._tables and (name in self._videos or not self._pictures)]
-        if not whole:
+        self._whole = [
+            name for name in self._names if name in self._tables and (name in self._videos or not self._pictures)
+        ]
+        if not self._whole:
             raise DataError(
                 f"{path} holds no video with a table of the same name, such as episode.mp4 and episode.csv; it has "
                 f"{len(self._videos)} videos and {len(self._tables)} tables"
             )
-        first = _read_table(self._tables[whole[0]])
-        self._columns = self._choose(first, self._tables[whole[0]])
-        if self._columns.left:
-            what = f"{path}: the columns {', '.join(self._columns.left)} are left out; name them with --columns."
-            self.notes.append(Note(kind="dropped", what=what))
-        if not self._own:
-            what = f"{path}: an action that leads to no frame, such as an episode's last, is left out."
-            self.notes.append(Note(kind="info", what=what))
-        sample = self._parse(whole[0])
-        bounds, notes = choose_bounds(
-            options,
-            sample.actions.shape[1],
-            known=(own_spec.action.low, own_spec.action.high) if own_spec else None,
-            range_of_data=None if own_spec else self._range(whole),
-            where=str(path),
-            discrete=own_spec is not None and own_spec.action.discrete,
+        first = self._tables[self._whole[0]]
+        self._roles = self._choose(_read_table(first), first)
+        self.note_left_out("columns", self._roles.left, "name them with --columns")
+        if own is None:
+            self.note("info", f"{path}: an action that leads to no frame, such as an episode's last, is left out.")
+        sample = self._parse(self._whole[0])
+        columns = {key: value for key, value in asdict(self._roles).items() if key != "left"}
+        self._channels = own.observation.pixels[2] if own and own.observation.pixels else 3
+        self.describe(
+            Contents(
+                format="folder",
+                files=[*self._videos.values(), *self._tables.values(), *([path / OWN_FILE] if own else [])],
+                action=sample.actions.shape[1],
+                pixels=(*frame_shape(self._videos[self._whole[0]]), self._channels) if self._pictures else None,
+                vector={name: column.shape[1] for name, column in sample.columns.items()},
+                labels={name: column.shape[1] for name, column in sample.labels.items()},
+                environment={"columns": columns},
+                own=own,
+            )
         )
-        self.notes += notes
-        environment: dict[str, Any] = {**(own_spec.environment if own_spec else {}), "format": "folder"}
-        environment["source"] = path.name
-        if not own_spec:
-            environment |= {"columns": {key: value for key, value in asdict(self._columns).items() if key != "left"}}
-        self._channels = own_spec.observation.pixels[2] if own_spec and own_spec.observation.pixels else 3
-        shape = None
-        if self._pictures:
-            shape = (*(options.size or frame_shape(self._videos[whole[0]])), self._channels)
-        self.spec = DatasetSpec(
-            observation=ObservationSpec(
-                pixels=shape, vector=0 if sample.vector is None else int(sample.vector.shape[1])
-            ),
-            action=bounds,
-            labels={name: int(column.shape[1]) for name, column in sample.labels.items()},
-            environment=environment,
-        )
-        own_file = [path / OWN_FILE] if self._own else []
-        self.fingerprint = digest_files([*self._videos.values(), *self._tables.values(), *own_file], path)
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def actions(self) -> Iterator[np.ndarray]:
+        """Yield the actions of each table that can be read."""
+        for name in self._whole:
+            try:
+                yield self._parse(name).actions
+            except DataError:
+                continue  # raised again, or noted, when it is read
 
     def read(self, index: int) -> list[Episode]:
         """Return the stretches of an episode."""
         name = self._names[index]
         for files, kind in ((self._tables, "table"), (self._videos, "video")):
             if name not in files and (kind == "table" or self._pictures):
-                what = f"{self.path / name} is skipped: it has no {kind}."
-                self.notes.append(Note(kind="skipped", what=what, episode=index))
+                self.note("skipped", f"{self.path / name} is skipped: it has no {kind}.", index)
                 return []
-        table = self._parse(name)
-        self._check_sizes(table, name)
-        where = str(self._tables[name])
-        if len(table.actions) == 0:
-            self.notes.append(Note(kind="skipped", what=f"{where} is skipped: it has no row.", episode=index))
+        log, where = self._parse(name), str(self._tables[name])
+        self._check_sizes(log, name)
+        if len(log.actions) == 0:
+            self.note("skipped", f"{where} is skipped: it has no row.", index)
             return []
         video = self._videos[name] if self._pictures else None
-        row_times, camera_times = self._times(table, video, index)
-        stretches, notes = align(
-            camera_times,
-            row_times,
-            table.actions,
-            where=where,
-            rate=self.options.rate,
-            how=self.options.actions,
-            gap=self.options.gap,
-            observed=table.vector is not None or bool(table.labels),
-            until=float(camera_times[-1]) if table.times is None else None,
-            episode=index,
+        row_times, camera_times = self._times(log, video, index)
+
+        def metadata(stretch: AlignedSteps) -> dict[str, Any]:
+            return {"name": name, "start": float(stretch.times[0])} if log.metadata is None else log.metadata
+
+        return aligned_episodes(
+            self,
+            index,
+            where,
+            log,
+            row_times=row_times,
+            camera_times=camera_times,
+            pixels=None if video is None else lambda numbers: self._frames(video, numbers),
+            metadata=metadata,
+            observed=bool(log.columns or log.labels),
+            until=float(camera_times[-1]) if log.times is None else None,
         )
-        self.notes += notes
-        pixels = None
-        if video is not None and stretches:
-            numbers = np.concatenate([stretch.frames for stretch in stretches])
-            pixels = read_frames(video, numbers, self.options.size)[..., : self._channels]
-            if pixels.shape[1:] != self.spec.observation.pixels:
-                raise DataError(
-                    f"{video} has frames of shape {pixels.shape[1:]}; the first video has "
-                    f"{self.spec.observation.pixels}. Give one size for all with --size HxW"
-                )
-        episodes: list[Episode] = []
-        first = 0
-        for part, stretch in enumerate(stretches):
-            last = first + len(stretch.frames)
-            metadata = table.metadata
-            if metadata is None:
-                metadata = {"name": name, "start": float(stretch.times[0])}
-                metadata |= {"part": part} if len(stretches) > 1 else {}
-            episodes += build_episode(
-                self.notes,
-                index,
-                where,
-                pixels=None if pixels is None else np.ascontiguousarray(pixels[first:last]),
-                vector=None if table.vector is None else table.vector[stretch.rows],
-                actions=stretch.actions,
-                labels={key: column[stretch.rows] for key, column in table.labels.items()},
-                metadata=metadata,
+
+    def _frames(self, video: Path, numbers: Int64[np.ndarray, "N"]) -> UInt8[np.ndarray, "N H W C"]:
+        frames = read_frames(video, numbers, self.options.size)[..., : self._channels]
+        expected = self.spec.observation.pixels
+        if frames.shape[1:] != expected:
+            raise DataError(
+                f"{video} has frames of shape {frames.shape[1:]}; the first video has {expected}. Give one size for "
+                f"all with --size HxW"
             )
-            first = last
-        return episodes
+        return frames
 
     def _times(
-        self, table: _Table, video: Path | None, index: int
+        self, log: Log, video: Path | None, index: int
     ) -> tuple[Float64[np.ndarray, "R"], Float64[np.ndarray, "F"]]:
         """Return the times of the rows and of the frames, on one clock."""
-        rows = len(table.actions)
+        rows = len(log.actions)
         if video is None:
-            times = np.arange(rows, dtype=np.float64) if table.times is None else table.times
+            times = np.arange(rows, dtype=np.float64) if log.times is None else log.times
             return times, times
         camera = frame_times(video)
-        if table.metadata is not None and table.times is not None:  # our own: a row a frame, whatever the rounding
+        if log.metadata is not None and log.times is not None:  # our own: a row is a frame, whatever the rounding
             if len(camera) != rows:
                 raise DataError(
                     f"{video} has {len(camera)} frames and was written with {rows}: it is cut. Restore it from a copy"
                 )
-            return table.times, table.times
-        if table.times is None:
+            return log.times, log.times
+        if log.times is None:
             by_count(len(camera), rows, str(video))
             return camera[:rows], camera
-        times = table.times
+        times = log.times
         finite = times[np.isfinite(times)]
         if len(finite) and (finite.min() > camera[-1] + 1.0 or finite.max() < -1.0):
             what = (
                 f"{video}: the log runs from {finite[0]:.6f} s and the video from 0 to {camera[-1]:.3f} s, so they "
                 f"have no moment in common; the video is taken to begin with the first row."
             )
-            self.notes.append(Note(kind="repaired", what=what, episode=index))
+            self.note("repaired", what, index)
             times = times - finite[0]
         return times, camera
 
-    def _choose(self, table: pa.Table, file: Path) -> _Columns:
+    def _choose(self, table: pa.Table, file: Path) -> _Roles:
         names = list(table.column_names)
         given = {role: text.split(",") for role, text in self.options.columns.items() if role != "unit"}
         for role, chosen in given.items():
@@ -240,11 +206,12 @@ class FolderSource(Source):
                 f"{file} has no column 'action' or 'action.*'; it has {', '.join(names)}. Name them with "
                 f"--columns action=NAME,NAME"
             )
-        numeric = [name for name in observation if not _is_text(table.schema.field(name).type)]
+        kinds = {name: table.schema.field(name).type for name in observation}
+        numeric = [name for name, kind in kinds.items() if not (is_text(kind) or is_binary(kind))]
         if "observation" not in given:
-            observation = choose_vector(numeric, self.options, str(file))
+            observation = self.choose_vector(numeric)
         left = [name for name in names if name not in {*timestamp, *action, *observation, *label}]
-        return _Columns(
+        return _Roles(
             timestamp=timestamp[0] if timestamp else None,
             action=action,
             observation=observation,
@@ -252,27 +219,24 @@ class FolderSource(Source):
             left=left,
         )
 
-    def _parse(self, name: str) -> _Table:
+    def _parse(self, name: str) -> Log:
         file = self._tables[name]
         table = _read_table(file)
-        columns = self._columns
+        columns = self._roles
         needed = [*columns.action, *columns.observation, *columns.label]
         for column in [*needed, *([columns.timestamp] if columns.timestamp else [])]:
             if column not in table.column_names:
                 there = ", ".join(table.column_names)
                 raise DataError(f"{file} has no column {column!r}, which the first table has; it has {there}")
-        parts = {column: _numbers(table[column], column, file) for column in needed}
+        parts = {column: numbers(table[column], column, str(file)) for column in needed}
         metadata = None
         text = (table.schema.metadata or {}).get(OWN.encode())
         if text is not None:
             metadata = json.loads(text.decode())
-        vector = None
-        if columns.observation:
-            vector = np.concatenate([parts[column] for column in columns.observation], axis=1)
-        return _Table(
+        return Log(
             times=self._seconds(table[columns.timestamp], file) if columns.timestamp else None,
             actions=np.concatenate([parts[column] for column in columns.action], axis=1),
-            vector=vector,
+            columns={column: parts[column] for column in columns.observation},
             labels={column.removeprefix("label."): parts[column] for column in columns.label},
             metadata=metadata,
         )
@@ -281,85 +245,56 @@ class FolderSource(Source):
         if pa.types.is_timestamp(column.type):
             stamps = column.cast(pa.timestamp("ns", tz=column.type.tz)).cast(pa.int64()).to_numpy()
             return np.asarray(stamps / 1e9, np.float64)
-        if not (_is_number(column.type) or pa.types.is_null(column.type)):
+        if not (is_number(column.type) or pa.types.is_null(column.type)):
             raise DataError(f"{file}: timestamps are {column.type}; expected seconds as numbers, or Parquet timestamps")
         values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
         return np.asarray(values * _SECONDS[self.options.columns.get("unit", "s")], np.float64)
 
-    def _check_sizes(self, table: _Table, name: str) -> None:
+    def _check_sizes(self, log: Log, name: str) -> None:
         sizes = {
-            "actions": (table.actions.shape[1], self.spec.action.size),
-            "observations": (0 if table.vector is None else table.vector.shape[1], self.spec.observation.vector),
-            **{f"label {key}": (column.shape[1], self.spec.labels[key]) for key, column in table.labels.items()},
+            "actions": (log.actions.shape[1], self.spec.action.size),
+            "observations": (sum(column.shape[1] for column in log.columns.values()), self.spec.observation.vector),
+            **{f"label {key}": (column.shape[1], self.spec.labels[key]) for key, column in log.labels.items()},
         }
         for what, (came, expected) in sizes.items():
             if came != expected:
                 raise DataError(f"{self._tables[name]}: {what} have {came} values and {expected} in the first table")
 
-    def _range(self, names: Sequence[str]) -> tuple[list[float], list[float]] | None:
-        low: np.ndarray | None = None
-        high: np.ndarray | None = None
-        for name in names:
-            try:
-                actions = self._parse(name).actions.astype(np.float64)
-            except DataError:
-                continue  # raised again, or noted, when it is read
-            if not len(actions) or (low is not None and actions.shape[1:] != low.shape):
-                continue  # the same
-            actions = np.where(np.isfinite(actions), actions, np.nan)
-            least, most = np.fmin.reduce(actions), np.fmax.reduce(actions)
-            low, high = (least, most) if low is None or high is None else (np.fmin(low, least), np.fmax(high, most))
-        if low is None or high is None or not np.isfinite([low, high]).all():
-            return None
-        return low.tolist(), high.tolist()
 
-
-class FolderSink(Sink):
+class FolderSink(FileSink):
     """Writes `000000.mp4` (or .mkv, lossless) and `000000.parquet`, the table last; `worldloom.json` at the end."""
 
+    layout = "a folder of videos"
+    encoded, lossy_codec = True, LOSSY_CODEC
+
     def __init__(self, path: Path, spec: DatasetSpec, options: WriteOptions, *, resume: bool) -> None:
-        pixels = spec.observation.pixels
-        if pixels is not None and pixels[2] not in (1, 3):
-            raise DataError(f"video holds 1 or 3 channels; the dataset has {pixels[2]}. Choose another format")
-        if path.exists() and not resume:
-            raise DataError(f"{path} is there already; choose another path, or delete it")
+        super().__init__(path, spec, options, resume=resume)
         with storage_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-        self.path, self.spec, self.options = path, spec, options
-        self.written = 0
         while self._table(self.written).exists():
             self.written += 1
-        self._count = self.written
+        self.saved = self.written
 
     def _table(self, number: int) -> Path:
         return self.path / f"{number:06d}.parquet"
 
-    def write(self, episode: Episode) -> None:
-        """Write the video, then the table, which makes the episode whole."""
-        import pyarrow.parquet as pq
-
-        number, options = self._count, self.options
-        check_episode(episode, self.spec, f"episode {number}")
+    def save(self, episodes: list[Episode]) -> None:
+        """Write the video of an episode, then its table, which makes it whole."""
+        (episode,), options = episodes, self.options
         if episode.pixels is not None:
-            video = self.path / f"{number:06d}{'.mkv' if options.lossless else '.mp4'}"
-            frames = np.repeat(episode.pixels, 3 // episode.pixels.shape[3], axis=3)
-            write_video(video, frames, fps=options.fps, crf=options.crf, lossless=options.lossless)
+            video = self.path / f"{self.saved:06d}{'.mkv' if options.lossless else '.mp4'}"
+            write_video(video, rgb(episode.pixels), fps=options.fps, crf=options.crf, lossless=options.lossless)
         columns: dict[str, Any] = {"timestamp": pa.array(np.arange(episode.steps + 1) / options.fps)}
-        columns["action"] = _lists(np.concatenate([episode.actions, np.zeros_like(episode.actions[:1])]))
+        columns["action"] = float_lists(with_last_action(episode))
         if episode.vector is not None:
-            columns["observation"] = _lists(episode.vector)
-        columns |= {f"label.{name}": _lists(column) for name, column in episode.labels.items()}
+            columns["observation"] = float_lists(episode.vector)
+        columns |= {f"label.{name}": float_lists(column) for name, column in episode.labels.items()}
         table = pa.table(columns).replace_schema_metadata({OWN: metadata_json(episode.metadata)})
-        write_atomic(self._table(number), lambda temporary: pq.write_table(table, temporary))
-        self._count += 1
+        write_parquet(self._table(self.saved), table)
 
-    def finish(self) -> list[Note]:
+    def complete(self) -> None:
         """Write `worldloom.json`: bounds, sizes and where the data is from."""
-        write_json(self.path / OWN_FILE, {"spec": json.loads(self.spec.to_json())})
-        if self.spec.observation.pixels is None or self.options.lossless:
-            return []
-        what = f"{self.path}: pixels went through H.264 at crf {self.options.crf} and come back nearly the same only."
-        return [Note(kind="info", what=what)]
+        write_json(self.path / OWN_FILE, spec_values(self.spec))
 
 
 class Folder(Format):
@@ -368,6 +303,7 @@ class Folder(Format):
     name = "folder"
     description = "a folder with NAME.mp4 (.mkv, .avi, .mov, .webm) and NAME.parquet or NAME.csv for each episode"
     lossless_pixels = False
+    source, sink = FolderSource, FolderSink
 
     def detects(self, path: Path) -> bool:
         """Look for a video and a table of the same name."""
@@ -379,14 +315,6 @@ class Folder(Format):
         except DataError:
             return True  # opening says what is wrong
         return bool(set(videos) & set(tables)) or ((path / OWN_FILE).is_file() and bool(tables))
-
-    def open(self, path: Path, options: ReadOptions) -> Source:
-        """Open a folder."""
-        return FolderSource(path, options)
-
-    def create(self, path: Path, spec: DatasetSpec, options: WriteOptions, *, resume: bool) -> Sink:
-        """Begin or go on with a folder."""
-        return FolderSink(path, spec, options, resume=resume)
 
 
 def _files(path: Path, suffixes: Sequence[str]) -> Mapping[str, Path]:
@@ -402,52 +330,10 @@ def _files(path: Path, suffixes: Sequence[str]) -> Mapping[str, Path]:
 
 
 def _read_table(file: Path) -> pa.Table:
-    import pyarrow.csv as csv
-    import pyarrow.parquet as pq
-
-    try:
-        with storage_errors(file):
-            if file.stat().st_size == 0:
-                raise DataError(f"{file} is empty; expected a table with a column of actions")
-            return pq.read_table(file, partitioning=None) if file.suffix == ".parquet" else csv.read_csv(file)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} cannot be read as a table ({error}); it is cut or damaged. Restore it") from error
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind))
-
-
-def _numbers(column: pa.ChunkedArray, name: str, file: Path) -> Float32[np.ndarray, "R n"]:
-    """Return a column of numbers, or of lists of one length, as (R, n); what is missing is NaN."""
-    kind = column.type
-    rows = len(column)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        values = column.to_pylist()
-        lengths = {len(value) for value in values if value is not None}
-        if len(lengths) > 1:
-            row = next(row for row, value in enumerate(values) if value is None or len(value) != len(values[0] or []))
-            raise DataError(
-                f"{file}: the lists of column {name!r} have {min(lengths)} to {max(lengths)} values (row {row} differs "
-                f"from row 0); expected one length"
-            )
-        width = lengths.pop() if lengths else int(getattr(kind, "list_size", 1))
-        kind = kind.value_type
-        if _is_number(kind):
-            filled = [[np.nan] * width if value is None else value for value in values]
-            return np.array(filled, np.float32).reshape(rows, width)
-    if _is_number(kind) or pa.types.is_null(kind):
-        numbers: np.ndarray = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
-        return numbers.astype(np.float32).reshape(rows, 1)
-    raise DataError(f"{file}: column {name!r} is {column.type}; expected numbers, or lists of numbers of one length")
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind))
-
-
-def _lists(array: Float32[np.ndarray, "N n"]) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(array).reshape(-1)), array.shape[1])
+    with table_errors(file, "a table"):
+        if file.stat().st_size == 0:
+            raise DataError(f"{file} is empty; expected a table with a column of actions")
+        return pq.read_table(file, partitioning=None) if file.suffix == ".parquet" else csv.read_csv(file)
 
 
 FORMATS.register(Folder.name)(Folder())

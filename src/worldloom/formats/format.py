@@ -1,38 +1,42 @@
 """What a foreign format is to worldloom: a `Source` to read, a `Sink` to write, and a `Format` that opens both.
 
 Our `Episode` has T + 1 frames and T actions. A foreign episode of N rows (frame, action) gives N frames and N - 1
-actions, as its last action leads to no frame, unless the format holds the closing frame. See docs/formats.md.
+actions, because its last action leads to no frame, unless the format stores the closing frame. See docs/formats.md.
 """
 
 import hashlib
+import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from jaxtyping import Float32, UInt8
-from PIL import Image
+from jaxtyping import Float32, Shaped
 from pydantic import Field
 
+from worldloom.core.closing import Closing
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.files import storage_errors
 from worldloom.core.registry import Registry, nearest
-from worldloom.core.types import ActionSpec, Episode
-from worldloom.data import DatasetSpec
+from worldloom.core.types import ActionSpec, Episode, ObservationSpec
+from worldloom.data import DatasetSpec, check_episode
+from worldloom.formats.images import resize
 
 NO_CAMERA = "none"  # as `ReadOptions.camera`: leave the pixels out
+CLOCK = ("rate", "actions", "gap")  # options for data with timestamps
+Kind = Literal["dropped", "repaired", "skipped", "info"]
+Bounds = tuple[Sequence[float], Sequence[float]]  # low and high, a value for each dimension of an action
 
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """One thing that could not be carried, was repaired or left out: a whole sentence, with the place."""
+    """One thing that was not carried, was repaired or was left out: a whole sentence that names the place."""
 
-    kind: Literal["dropped", "repaired", "skipped", "info"]
+    kind: Kind
     what: str
     episode: int | None = None  # of the source
 
@@ -48,23 +52,23 @@ class ReadOptions(Config):
     gap: float = Field(4.0, gt=1)  # a gap longer than this many median periods splits an episode
     action_low: list[float] | None = None  # bounds; None: the format's, else the range of the data, with a note
     action_high: list[float] | None = None
-    columns: dict[str, str] = Field(default_factory=dict)  # names of columns, for formats that let them be free
+    columns: dict[str, str] = Field(default_factory=dict)  # names of columns, for formats without fixed names
 
 
 class WriteOptions(Config):
     """How a foreign dataset is written."""
 
     fps: float = Field(10.0, gt=0)  # frames a second, where the format has a clock
-    crf: int = Field(18, ge=0, le=51)  # H.264's constant rate factor, where the format holds video
-    lossless: bool = False  # a lossless codec, where the format takes one
-    task: str = ""  # what is done in words, where the format asks for it
+    crf: int = Field(18, ge=0, le=51)  # H.264's constant rate factor, where the format stores video
+    lossless: bool = False  # a lossless codec, where the format has one
+    task: str = ""  # the task in words, where the format stores one
 
 
-class Source(ABC):
+class Source(Closing, ABC):
     """A foreign dataset, opened for reading; a context manager.
 
-    `fingerprint` is a cheap digest of the names, sizes and times of its files. `notes` is filled on opening, and by
-    `read`. Reading the same episode again gives the same.
+    `fingerprint` is a cheap digest of the names, sizes and times of its files. `notes` is filled on opening and by
+    `read`. Reading an episode again returns the same.
     """
 
     spec: DatasetSpec
@@ -83,81 +87,345 @@ class Source(ABC):
             DataError: damage that no documented rule repairs; names the file.
         """
 
-    def close(self) -> None:
-        """Let go of the files."""
-        return
 
-    def __enter__(self) -> "Source":
-        return self
+class Sink(Closing, ABC):
+    """A dataset being written; a context manager. Leaving it after an error keeps whole episodes.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class Sink(ABC):
-    """A dataset being written; a context manager. Leaving it after an error keeps what is whole.
-
-    `written` is the number of whole episodes that were there when it was opened. A process killed at any moment
-    leaves whole episodes, in order, only.
+    `written` is the number of whole episodes that the dataset held when it was opened. A process killed at any moment
+    leaves only whole episodes, in order.
     """
 
     written: int
 
     @abstractmethod
     def write(self, episode: Episode) -> None:
-        """Add one episode; it may be kept in memory until some more have come."""
+        """Add one episode; it may stay in memory until more have come."""
 
     @abstractmethod
     def finish(self) -> list[Note]:
-        """Make the dataset complete and readable, and return what could not be carried."""
-
-    def close(self) -> None:
-        """Keep what is whole and let go of the files."""
-        return
-
-    def __enter__(self) -> "Sink":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        """Make the dataset complete and readable, and return what was not carried."""
 
 
 class Format(ABC):
-    """A layout of data that others use. `lossless_pixels`: pixels come back as they were with the default options."""
+    """A layout of data that other projects use.
+
+    `lossless_pixels`: with the default options, pixels come back unchanged. A format over files names its `source`
+    and its `sink`; any other overrides `open` and `create`.
+    """
 
     name: str
     description: str
     writable: bool = True
     lossless_pixels: bool = True
+    source: ClassVar[type["FileSource"]]
+    sink: ClassVar[type["FileSink"]]
 
     @abstractmethod
     def detects(self, path: Path) -> bool:
-        """Return whether `path` looks like this format; reads little, and raises nothing for what is foreign."""
+        """Return whether `path` looks like this format; reads little, and raises nothing for foreign data."""
 
-    @abstractmethod
     def open(self, path: Path, options: ReadOptions) -> Source:
         """Open for reading.
 
         Raises:
-            DataError, StorageError: it is not of this format, or damaged.
-            ConfigError: an option does not fit what is there.
+            DataError, StorageError: the data is of another format, or damaged.
+            ConfigError: an option does not fit the data.
         """
+        return self.source(path, options)
 
-    @abstractmethod
     def create(self, path: Path, spec: DatasetSpec, options: WriteOptions, *, resume: bool) -> Sink:
-        """Open for writing; with `resume`, go on with what an earlier `create` left there.
+        """Open for writing; with `resume`, continue what an earlier `create` began at `path`.
 
         Raises:
-            DataError: something else is at `path`, or the format cannot hold such data.
-            ConfigError: the format cannot be written.
+            DataError: something else is at `path`, or the format cannot store such data.
+            ConfigError: an option does not fit the format.
         """
+        return self.sink(path, spec, options, resume=resume)
 
 
 FORMATS: Registry[Format] = Registry("format")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a source reads of its files, from which `FileSource.describe` makes the spec.
+
+    `vector` and `labels` give the number of values of each column, in order. `bounds` are the bounds of actions that
+    the format states, `range` the range of the data where the format states that instead. `own` is the spec that
+    worldloom stored in files that it wrote; its bounds and its environment win.
+    """
+
+    format: str
+    files: Iterable[Path]  # what the fingerprint depends on
+    action: int  # values of an action
+    discrete: bool = False
+    bounds: Bounds | None = None
+    range: Bounds | None = None
+    pixels: tuple[int, int, int] | None = None  # H, W, C before frames are resized
+    vector: Mapping[str, int]
+    labels: Mapping[str, int] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    own: DatasetSpec | None = None
+    source: str | None = None  # the dataset's name; None: that of its path
+
+
+class FileSource(Source):
+    """A source over files: its options, its notes, and the one way to describe what it holds.
+
+    An option in `refused` is an error, because of `reason`: a format must not ignore what it cannot honour.
+    """
+
+    refused: Sequence[str] = ()
+    reason: str = ""
+
+    def __init__(self, path: Path, options: ReadOptions) -> None:
+        refuse(options, self.refused, self.reason)
+        self.path, self.options, self.notes = self.locate(path), options, []
+
+    def locate(self, path: Path) -> Path:
+        """Return where the dataset is that `path` names."""
+        return path
+
+    def actions(self) -> Iterator[np.ndarray]:
+        """Yield the actions (n, A) of each episode that can be read, for a format that may not state their bounds."""
+        return iter(())
+
+    def note(self, kind: Kind, what: str, episode: int | None = None) -> None:
+        """Add a note."""
+        self.notes.append(Note(kind=kind, what=what, episode=episode))
+
+    def note_left_out(self, kind: str, names: Iterable[str], why: str) -> None:
+        """Add a note of parts that are not carried, if there are any."""
+        if shown := ", ".join(names):
+            self.note("dropped", f"{self.path}: the {kind} {shown} are left out ({why}).")
+
+    def note_last_action(self) -> None:
+        """Add a note that the action of an episode's last row is not carried."""
+        self.note("info", f"{self.path}: the last action of each episode leads to no frame and is left out.")
+
+    def choose_camera(self, cameras: Sequence[str]) -> str | None:
+        """Return the image key of the options, or the only one, or None where there is none.
+
+        Raises:
+            ConfigError: there are several and none is chosen, or the chosen one does not exist.
+        """
+        chosen = self.options.camera
+        if chosen == NO_CAMERA:
+            return None
+        if chosen is not None:
+            if chosen not in cameras:
+                raise ConfigError(f"{self.path} holds no camera {chosen!r}; {nearest(chosen, cameras)}")
+            return chosen
+        if len(cameras) > 1:
+            raise ConfigError(
+                f"{self.path} holds {len(cameras)} cameras: {', '.join(sorted(cameras))}. Choose one with --camera "
+                f"NAME, or {NO_CAMERA!r} for none"
+            )
+        return cameras[0] if cameras else None
+
+    def choose_vector(self, columns: Iterable[str]) -> list[str]:
+        """Return the observation columns that make the vector: those of the options, in order, or all, sorted.
+
+        Raises:
+            ConfigError: a column of the options does not exist.
+        """
+        there = sorted(columns)
+        if self.options.vector is None:
+            return there
+        for name in self.options.vector:
+            if name not in there:
+                raise ConfigError(f"{self.path} holds no numeric observation column {name!r}; {nearest(name, there)}")
+        return list(self.options.vector)
+
+    def describe(self, contents: Contents) -> None:
+        """Set `spec` and `fingerprint`; where nothing states bounds of actions, read all actions for them.
+
+        Raises:
+            ConfigError: the options' bounds have another size.
+            DataError: there are neither bounds nor actions.
+        """
+        own = contents.own
+        bounds = contents.bounds if own is None else (own.action.low, own.action.high)
+        found = bounds or contents.range or action_range(self.actions(), contents.action)
+        discrete = contents.discrete or (own is not None and own.action.discrete)
+        pixels = contents.pixels
+        if pixels is not None:
+            pixels = (*(self.options.size or pixels[:2]), pixels[2])
+        environment = dict(contents.environment if own is None else own.environment)
+        environment |= {"format": contents.format, "source": contents.source or self.path.name}
+        self.spec = DatasetSpec(
+            observation=ObservationSpec(pixels=pixels, vector=sum(contents.vector.values())),
+            action=self._bounds(contents.action, found, stated=bounds is not None, discrete=discrete),
+            labels=dict(contents.labels),
+            environment=environment,
+        )
+        self.fingerprint = digest_files(contents.files, self.path)
+        self._columns = list(contents.vector)
+
+    def _bounds(self, size: int, found: Bounds | None, *, stated: bool, discrete: bool) -> ActionSpec:
+        """Return the options' bounds, else those found, with a note where these are only the range of the data.
+
+        The options may give one bound alone. A dimension that never moves gets a range of 1 around its value.
+        """
+        given = {"action_low": self.options.action_low, "action_high": self.options.action_high}
+        for name, values in given.items():
+            if values is not None and len(values) != size:
+                raise ConfigError(f"{name} has {len(values)} values; the actions of {self.path} have {size}")
+        missing = [name for name, values in given.items() if values is None]
+        if found is None and missing:
+            raise DataError(f"{self.path} holds no action and states no bounds; give action_low and action_high")
+        low, high = (
+            np.array(bound, np.float64) for bound in found or (self.options.action_low, self.options.action_high)
+        )
+        if not stated:
+            still = low >= high
+            low, high = np.where(still, low - 0.5, low), np.where(still, high + 0.5, high)
+        low = low if self.options.action_low is None else np.array(self.options.action_low)
+        high = high if self.options.action_high is None else np.array(self.options.action_high)
+        if not stated and missing:
+            self.note(
+                "info",
+                f"{self.path} states no bounds of actions: {' and '.join(missing)} are the range of the data, "
+                f"low {_short(low)} to high {_short(high)}. Give the true bounds if you know them.",
+            )
+        return ActionSpec(low=tuple(map(float, low)), high=tuple(map(float, high)), discrete=discrete)
+
+    def episode(
+        self,
+        index: int,
+        where: str,
+        *,
+        pixels: np.ndarray | None,
+        columns: Mapping[str, np.ndarray],
+        actions: np.ndarray,
+        labels: Mapping[str, np.ndarray],
+        metadata: Mapping[str, Any],
+    ) -> list[Episode]:
+        """Return an Episode in a list, or none, with a note, if it is too short or not finite.
+
+        `columns` hold those of the vector; pixels are resized. `where` names the episode in notes and errors.
+
+        Raises:
+            DataError: the parts do not fit each other.
+        """
+        if len(actions) < 1:
+            self.note("skipped", f"{where} is skipped: it has no action that leads from one frame to another.", index)
+            return []
+        vector = [flat(columns[name]) for name in self._columns]
+        joined = np.ascontiguousarray(np.concatenate(vector, axis=1)) if vector else None
+        flat_labels = {name: flat(column) for name, column in labels.items()}
+        named = {"actions": actions, "the vector": joined}
+        named |= {f"label {name!r}": column for name, column in flat_labels.items()}
+        for name, column in named.items():
+            if column is not None and not np.isfinite(column).all():
+                step = int(np.flatnonzero(~np.isfinite(column).all(axis=1))[0])
+                reason = f"{name} has a value that is not finite (missing, NaN or infinite) at step {step}"
+                self.note("skipped", f"{where} is skipped: {reason}.", index)
+                return []
+        try:
+            return [
+                Episode(
+                    pixels=None if pixels is None else resize(pixels, self.options.size),
+                    vector=joined,
+                    actions=np.asarray(actions, np.float32),
+                    labels=flat_labels,
+                    metadata=metadata,
+                )
+            ]
+        except DataError as error:
+            raise DataError(f"{where}: {error}. It is damaged, or of another layout") from error
+
+
+class FileSink(Sink):
+    """A sink over files, which saves whole episodes together once they reach `most_bytes` (decoded) or `most_episodes`.
+
+    `layout` names what is written in messages. It does not take labels with a name in `reserved` or with the character
+    `forbidden`, nor, if pictures are `encoded`, other than 1 or 3 channels. Without `lossless`, pixels go through
+    `lossy_codec`, if it names one.
+    """
+
+    layout: str
+    reserved: Collection[str] = ()
+    forbidden: str | None = None
+    encoded: bool = False
+    lossy_codec: str | None = None
+    most_bytes: int = 0
+    most_episodes: int = 1
+
+    def __init__(self, path: Path, spec: DatasetSpec, options: WriteOptions, *, resume: bool) -> None:
+        for name in spec.labels:
+            if name in self.reserved or (self.forbidden is not None and self.forbidden in name):
+                what = " or ".join(["uses itself", *([f"forbids ({self.forbidden!r})"] if self.forbidden else [])])
+                raise DataError(f"label {name!r} has a name that {self.layout} {what}; rename the label")
+        channels = 3 if spec.observation.pixels is None else spec.observation.pixels[2]
+        if self.encoded and channels not in (1, 3):
+            raise DataError(f"{self.layout} stores 1 or 3 channels; the dataset has {channels}. Choose another format")
+        self.path, self.spec, self.options = path, spec, options
+        self.saved = self.written = self._bytes = 0
+        self._pending: list[Episode] = []
+        if not resume:
+            for each in self.places():
+                if each.exists():
+                    raise DataError(f"{each} already exists; choose another path, or delete it")
+
+    def places(self) -> list[Path]:
+        """Return the paths that must not exist before writing begins."""
+        return [self.path]
+
+    def write(self, episode: Episode) -> None:
+        """Add one episode, and save those that wait once they reach a limit."""
+        check_episode(episode, self.spec, f"episode {self.saved + len(self._pending)}")
+        self._pending.append(episode)
+        self._bytes += decoded_bytes(episode)
+        if self._bytes >= self.most_bytes or len(self._pending) >= self.most_episodes:
+            self._flush()
+
+    @abstractmethod
+    def save(self, episodes: list[Episode]) -> None:
+        """Write episodes, of which the first has the number `saved`, so that a kill leaves only whole ones."""
+
+    @abstractmethod
+    def complete(self) -> None:
+        """Write what makes the dataset readable, once all episodes are saved."""
+
+    def finish(self) -> list[Note]:
+        """Save the rest, complete the dataset, and return a note if pixels went through a lossy codec."""
+        self._flush()
+        self.complete()
+        if self.lossy_codec is None or self.spec.observation.pixels is None or self.options.lossless:
+            return []
+        codec = self.lossy_codec.format(crf=self.options.crf)
+        what = f"{self.path}: pixels are stored as {codec} and come back nearly, but not exactly, the same."
+        return [Note(kind="info", what=what)]
+
+    def close(self) -> None:
+        """Save whole episodes that wait, after an error elsewhere too."""
+        self._flush()
+
+    def _flush(self) -> None:
+        pending, self._pending, self._bytes = self._pending, [], 0  # what failed is not tried again on closing
+        if pending:
+            self.save(pending)
+            self.saved += len(pending)
+
+
+def refuse(options: ReadOptions, names: Sequence[str], why: str) -> None:
+    """Raise `ConfigError` where one of these options is set: a format must not ignore what it cannot honour."""
+    for name in names:
+        if getattr(options, name) != ReadOptions.model_fields[name].get_default(call_default_factory=True):
+            raise ConfigError(f"the option {name} cannot be used here: {why}")
+
+
+def only_one(found: Sequence[Path], path: Path, kind: str) -> Path:
+    """Return the one file or table that was found at `path`; `kind` says of what.
+
+    Raises:
+        DataError: there is none, or there are several.
+    """
+    if len(found) != 1:
+        names = ", ".join(each.name for each in found) or "none"
+        raise DataError(f"{path} holds these {kind}: {names}; expected one. Give the path of one of them")
+    return found[0]
 
 
 def digest_files(paths: Iterable[Path], root: Path) -> str:
@@ -176,137 +444,53 @@ def natural(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
 
 
-def choose_camera(cameras: Sequence[str], options: ReadOptions, where: str) -> str | None:
-    """Return the image key that is asked for, or the only one, or None where there is none.
+def action_range(actions: Iterable[np.ndarray], size: int) -> Bounds | None:
+    """Return the least and greatest finite value of each dimension of actions (n, `size`), or None without any.
 
-    Raises:
-        ConfigError: there are several and none is chosen, or the chosen one is not there.
+    Actions of another shape are left out.
     """
-    if options.camera == NO_CAMERA:
-        return None
-    if options.camera is not None:
-        if options.camera not in cameras:
-            raise ConfigError(f"{where} holds no camera {options.camera!r}; {nearest(options.camera, cameras)}")
-        return options.camera
-    if len(cameras) > 1:
-        raise ConfigError(
-            f"{where} holds {len(cameras)} cameras: {', '.join(sorted(cameras))}. Choose one with --camera NAME, or "
-            f"{NO_CAMERA!r} for none"
-        )
-    return cameras[0] if cameras else None
+    low, high = np.full(size, np.inf), np.full(size, -np.inf)
+    for part in actions:
+        if part.shape[1:] == (size,) and len(part):
+            taken = np.where(np.isfinite(part), part.astype(np.float64), np.nan)
+            low, high = np.fmin(low, np.fmin.reduce(taken)), np.fmax(high, np.fmax.reduce(taken))
+    return (low.tolist(), high.tolist()) if np.isfinite([low, high]).all() else None
 
 
-def choose_vector(columns: Iterable[str], options: ReadOptions, where: str) -> list[str]:
-    """Return the observation columns that make the vector: those asked for, in order, or all, sorted.
-
-    Raises:
-        ConfigError: one that is asked for is not there.
-    """
-    there = sorted(columns)
-    if options.vector is None:
-        return there
-    for name in options.vector:
-        if name not in there:
-            raise ConfigError(f"{where} holds no numeric observation column {name!r}; {nearest(name, there)}")
-    return list(options.vector)
+def chosen(camera: str | None, vector: Mapping[str, int]) -> dict[str, Any]:
+    """Return which parts of the source a dataset is made of, for its environment."""
+    return {"camera": camera, "vector": [[name, size] for name, size in vector.items()]}
 
 
-def choose_bounds(
-    options: ReadOptions,
-    size: int,
-    *,
-    known: tuple[Sequence[float], Sequence[float]] | None,
-    range_of_data: tuple[Sequence[float], Sequence[float]] | None,
-    where: str,
-    discrete: bool = False,
-) -> tuple[ActionSpec, list[Note]]:
-    """Return the bounds of actions: the options', else the format's (`known`), else the range of the data, noted.
-
-    A dimension that never moves gets a range of 1 around its value. One bound alone may be given by the options.
-
-    Raises:
-        ConfigError: the options' bounds are not of this size.
-        DataError: there are neither bounds nor data.
-    """
-    notes: list[Note] = []
-    found = known if known is not None else range_of_data
-    given = {"action_low": options.action_low, "action_high": options.action_high}
-    for name, values in given.items():
-        if values is not None and len(values) != size:
-            raise ConfigError(f"{name} has {len(values)} values; the actions of {where} have {size}")
-    if found is None:
-        if options.action_low is None or options.action_high is None:
-            raise DataError(f"{where} has neither bounds of actions nor an action; give action_low and action_high")
-        found = (options.action_low, options.action_high)
-    low, high = (np.array(bound, np.float64) for bound in found)
-    still = low >= high
-    if known is None:
-        low, high = np.where(still, low - 0.5, low), np.where(still, high + 0.5, high)
-    low = low if options.action_low is None else np.array(options.action_low)
-    high = high if options.action_high is None else np.array(options.action_high)
-    if known is None and (options.action_low is None or options.action_high is None):
-        sides = [name for name, values in given.items() if values is None]
-        what = (
-            f"{where} states no bounds of actions: {' and '.join(sides)} are the range of the data, "
-            f"low {_short(low)} to high {_short(high)}. Give the true ones where they are known."
-        )
-        notes.append(Note(kind="info", what=what))
-    return ActionSpec(low=tuple(map(float, low)), high=tuple(map(float, high)), discrete=discrete), notes
+def spec_values(spec: DatasetSpec) -> dict[str, Any]:
+    """Return what worldloom stores of a spec in the files that it writes."""
+    return {"spec": json.loads(spec.to_json())}
 
 
-def refuse(options: ReadOptions, names: Sequence[str], why: str) -> None:
-    """Raise `ConfigError` where one of these options is set: a format that cannot honour it must not ignore it."""
-    for name in names:
-        if getattr(options, name) != ReadOptions.model_fields[name].get_default(call_default_factory=True):
-            raise ConfigError(f"the option {name} cannot be used here: {why}")
+def spec_in(values: Mapping[str, Any]) -> DatasetSpec | None:
+    """Return the spec that `spec_values` stored, or None where worldloom did not write the files."""
+    return DatasetSpec.from_json(json.dumps(values["spec"])) if values else None
 
 
-def resize(frames: UInt8[np.ndarray, "N H W C"], size: tuple[int, int] | None) -> UInt8[np.ndarray, "N H2 W2 C"]:
-    """Return frames of this (H, W), by area averaging; None leaves them as they are. Any number of channels."""
-    if size is None or frames.shape[1:3] == size or len(frames) == 0:
-        return frames
-    height, width = size
-    out = np.empty((len(frames), height, width, frames.shape[3]), np.uint8)
-    for index, frame in enumerate(frames):
-        for channel in range(frames.shape[3]):
-            picture = Image.fromarray(np.ascontiguousarray(frame[..., channel]))
-            out[index, ..., channel] = np.asarray(picture.resize((width, height), Image.Resampling.BOX))
-    return out
+def with_last_action(episode: Episode) -> Float32[np.ndarray, "N A"]:
+    """Return an action for each frame of an episode: a zero action stands for the last."""
+    return np.concatenate([episode.actions, np.zeros_like(episode.actions[:1])])
 
 
-def concatenate(columns: Mapping[str, np.ndarray], names: Sequence[str]) -> Float32[np.ndarray, "N V"] | None:
-    """Return the named columns (N, ...), flattened and side by side; None for no name."""
-    if not names:
-        return None
-    return np.ascontiguousarray(np.concatenate([flat(columns[name]) for name in names], axis=1))
+def decoded_bytes(episode: Episode) -> int:
+    """Return the size of an episode's arrays in memory."""
+    arrays = [episode.pixels, episode.vector, episode.actions, *episode.labels.values()]
+    return sum(array.nbytes for array in arrays if array is not None)
 
 
 def flat(column: np.ndarray) -> Float32[np.ndarray, "N n"]:
-    """Return a column (N, ...) as float32 with one axis of values; N may be 0."""
-    return np.asarray(column, np.float32).reshape(len(column), int(np.prod(column.shape[1:])))
+    """Return a column (N, ...) as float32 with one axis of values."""
+    return np.asarray(two_axes(column), np.float32)
 
 
-def build_episode(notes: list[Note], index: int, where: str, **parts: Any) -> list[Episode]:
-    """Return the Episode of these parts in a list, or none, with a note, if it is too short or not finite."""
-    actions: np.ndarray = parts["actions"]
-    if len(actions) < 1:
-        what = f"{where} is skipped: it has no action that leads from one frame to another."
-        notes.append(Note(kind="skipped", what=what, episode=index))
-        return []
-    named = {"actions": actions, "the vector": parts["vector"]}
-    named |= {f"label {name!r}": column for name, column in parts.get("labels", {}).items()}
-    for name, column in named.items():
-        if column is not None and not np.isfinite(column).all():
-            step = int(np.flatnonzero(~np.isfinite(column.reshape(len(column), -1)).all(axis=1))[0])
-            what = (
-                f"{where} is skipped: {name} has a value that is not finite (missing, NaN or infinite) at step {step}."
-            )
-            notes.append(Note(kind="skipped", what=what, episode=index))
-            return []
-    try:
-        return [Episode(**parts)]
-    except DataError as error:
-        raise DataError(f"{where}: {error}. It is damaged, or of another layout") from error
+def two_axes(column: np.ndarray) -> Shaped[np.ndarray, "N n"]:
+    """Return a column (N, ...) with one axis of values; N may be 0."""
+    return column.reshape(len(column), int(np.prod(column.shape[1:])))
 
 
 def _short(values: np.ndarray) -> str:

@@ -1,7 +1,7 @@
 """What the HDF5 formats share: opening with errors that help, and a writer that a kill cannot corrupt.
 
 HDF5 files that are open when their process dies are often lost. So each episode is first written to a small file of
-its own (PATH.parts/000000.h5), atomically, and the last step puts these together into one file.
+its own (PATH.parts/000000.h5), atomically, and the last step assembles these into one file.
 """
 
 import importlib
@@ -19,8 +19,8 @@ from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.extras import require
 from worldloom.core.files import storage_errors, write_atomic
 from worldloom.core.types import Episode
-from worldloom.data import DatasetSpec, check_episode, metadata_json
-from worldloom.formats.format import Note, Sink
+from worldloom.data import DatasetSpec, metadata_json
+from worldloom.formats.format import CLOCK, FileSink, FileSource, ReadOptions, WriteOptions, spec_values
 
 OWN = "worldloom"  # the attribute under which our own spec and metadata stand
 
@@ -46,11 +46,18 @@ def hdf5_errors(path: Path) -> Iterator[None]:
         text = str(error).strip("'\"")
         if "filter" in text or "plugin" in text:
             raise ConfigError(
-                f"{path} is compressed by a filter that is not here: run: pip install hdf5plugin"
+                f"{path} is compressed with a filter that is not installed; run: pip install hdf5plugin"
             ) from error
         raise DataError(
             f"{path} is damaged or no whole HDF5 file ({text}): it may be half written or cut. Restore it from a copy"
         ) from error
+
+
+@contextmanager
+def opened_hdf5(path: Path) -> Iterator[Any]:
+    """Open an HDF5 file for reading, with errors that help."""
+    with hdf5_errors(path), h5py().File(path, "r") as file:
+        yield file
 
 
 def is_hdf5(path: Path) -> bool:
@@ -66,8 +73,13 @@ def is_image(shape: tuple[int, ...], dtype: Any) -> bool:
     return len(shape) == 4 and dtype == np.uint8 and shape[-1] in (1, 3, 4)
 
 
+def width(column: Any) -> int:
+    """Return how many values a row of a column holds."""
+    return int(np.prod(column.shape[1:]))
+
+
 def own_attribute(holder: Any) -> dict[str, Any]:
-    """Return what we wrote in the attributes of a group or file, or nothing."""
+    """Return what worldloom wrote in the attributes of a group or file, or nothing."""
     text = holder.attrs.get(OWN)
     if text is None:
         return {}
@@ -75,29 +87,86 @@ def own_attribute(holder: Any) -> dict[str, Any]:
     return values
 
 
-class PartsSink(Sink):
-    """Collects episodes as small files and, at the end, assembles one HDF5 file at `path`."""
+def own_metadata(column: Any) -> dict[str, Any]:
+    """Return the metadata of an episode that worldloom wrote as JSON into a column."""
+    values: dict[str, Any] = json.loads(column.asstr()[()])
+    return values
 
-    def __init__(self, path: Path, spec: DatasetSpec, *, resume: bool) -> None:
-        self.path, self.spec = path, spec
-        self.parts = path.with_name(f"{path.name}.parts")
-        self._complete = False
-        if not resume and (path.exists() or self.parts.exists()):
-            raise DataError(f"{path} or {self.parts} is there already; choose another path, or delete them")
-        if path.exists():
-            with hdf5_errors(path), h5py().File(path, "r") as file:
+
+def json_or_text(value: Any) -> Any:
+    """Return an attribute as a JSON value: parsed where it is JSON, else as text, a number or a list."""
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+
+
+class Hdf5Source(FileSource):
+    """A source over one HDF5 file, `main`, which is open as `file`; `describe_file` makes the spec of it."""
+
+    refused = (*CLOCK, "columns")
+    reason = "this layout has no timestamps and fixes the names of its columns"
+
+    def __init__(self, path: Path, options: ReadOptions) -> None:
+        super().__init__(path, options)
+        with hdf5_errors(self.main):
+            self.file = h5py().File(self.main, "r")
+        try:
+            with hdf5_errors(self.main):
+                self.describe_file()
+        except BaseException:
+            self.file.close()
+            raise
+
+    @property
+    def main(self) -> Path:
+        """The HDF5 file."""
+        return self.path
+
+    @abstractmethod
+    def describe_file(self) -> None:
+        """Choose what is read, and set `spec` and `fingerprint`."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+class PartsSink(FileSink):
+    """Collects episodes as small files and, at the end, assembles the HDF5 file `main`."""
+
+    forbidden = "/"
+
+    def __init__(self, path: Path, spec: DatasetSpec, options: WriteOptions, *, resume: bool) -> None:
+        self.main = self.main_file(path)
+        self.parts = self.main.with_name(f"{self.main.name}.parts")
+        super().__init__(path, spec, options, resume=resume)
+        self._complete = self.main.exists()
+        if self._complete:
+            with opened_hdf5(self.main) as file:
                 own = own_attribute(file)
-            if own.get("spec") != json.loads(spec.to_json()):
-                raise DataError(f"{path} holds something else; choose another path")
-            self.written, self._complete = int(own["episodes"]), True
+            if own.get("spec") != spec_values(spec)["spec"]:
+                raise DataError(f"{self.main} holds something else; choose another path")
+            self.written = int(own["episodes"])
             self._clean()
             return
         with storage_errors(self.parts):
             self.parts.mkdir(parents=True, exist_ok=True)
-        self.written = 0
         while self.part(self.written).exists():
             self.written += 1
-        self._count = self.written
+        self.saved = self.written
+
+    def main_file(self, path: Path) -> Path:
+        """Return the HDF5 file of a dataset at `path`."""
+        return path
+
+    def places(self) -> list[Path]:
+        """Return the file and the directory of the parts."""
+        return [self.main, self.parts]
 
     def part(self, number: int) -> Path:
         """Return the path of an episode's file."""
@@ -106,61 +175,54 @@ class PartsSink(Sink):
     def write(self, episode: Episode) -> None:
         """Write the episode to its own file."""
         if self._complete:
-            raise DataError(f"{self.path} is complete; choose another path for more")
-        check_episode(episode, self.spec, f"episode {self._count}")
+            raise DataError(f"{self.main} is complete; choose another path for more episodes")
+        super().write(episode)
 
-        def save(temporary: Path) -> None:
+    def save(self, episodes: list[Episode]) -> None:
+        """Write one episode to its own file."""
+        (episode,) = episodes
+        columns = {"pixels": episode.pixels, "vector": episode.vector, "actions": episode.actions}
+        columns |= {f"label/{name}": column for name, column in episode.labels.items()}
+
+        def write(temporary: Path) -> None:
             with h5py().File(temporary, "w") as file:
-                for name, array in {
-                    "pixels": episode.pixels,
-                    "vector": episode.vector,
-                    "actions": episode.actions,
-                    **{f"label/{name}": column for name, column in episode.labels.items()},
-                }.items():
+                for name, array in columns.items():
                     if array is not None:
                         file.create_dataset(name, data=array)
-                # As a dataset, since an attribute holds 64 kB only.
+                # As a dataset, because an attribute holds 64 kB only.
                 file.create_dataset("metadata", data=metadata_json(episode.metadata))
 
-        with hdf5_errors(self.part(self._count)):
-            write_atomic(self.part(self._count), save)
-        self._count += 1
+        with hdf5_errors(self.part(self.saved)):
+            write_atomic(self.part(self.saved), write)
 
-    def finish(self) -> list[Note]:
+    def complete(self) -> None:
         """Assemble the file, and delete the parts."""
         if self._complete:
-            return self.closing_notes()
+            return
 
-        def save(temporary: Path) -> None:
+        def write(temporary: Path) -> None:
             with h5py().File(temporary, "w", libver="latest") as file:
-                self.assemble(file, self._count)
-                file.attrs[OWN] = json.dumps({"spec": json.loads(self.spec.to_json()), "episodes": self._count})
+                self.assemble(file, map(self._load, range(self.saved)))
+                file.attrs[OWN] = json.dumps({**spec_values(self.spec), "episodes": self.saved})
 
-        with hdf5_errors(self.path):
-            write_atomic(self.path, save)
+        with hdf5_errors(self.main):
+            write_atomic(self.main, write)
         self._complete = True
         self._clean()
-        return self.closing_notes()
 
-    def load(self, number: int) -> Episode:
-        """Return an episode that was written."""
-        with hdf5_errors(self.part(number)), h5py().File(self.part(number), "r") as file:
-            labels = {name: file[f"label/{name}"][()] for name in self.spec.labels}
+    @abstractmethod
+    def assemble(self, file: Any, episodes: Iterator[Episode]) -> None:
+        """Write the format's layout from the episodes, one at a time."""
+
+    def _load(self, number: int) -> Episode:
+        with opened_hdf5(self.part(number)) as file:
             return Episode(
                 pixels=file["pixels"][()] if "pixels" in file else None,
                 vector=file["vector"][()] if "vector" in file else None,
                 actions=file["actions"][()],
-                labels=labels,
-                metadata=json.loads(file["metadata"].asstr()[()]),
+                labels={name: file[f"label/{name}"][()] for name in self.spec.labels},
+                metadata=own_metadata(file["metadata"]),
             )
-
-    @abstractmethod
-    def assemble(self, file: Any, episodes: int) -> None:
-        """Write the format's layout from the parts, one at a time."""
-
-    def closing_notes(self) -> list[Note]:
-        """Return what the format could not carry."""
-        return []
 
     def _clean(self) -> None:
         # Renamed first, so that a kill while deleting leaves no parts that look like the beginning of a dataset.

@@ -1,10 +1,9 @@
-"""Writers of LeRobot's datasets, versions 2.1 and 3.0; their readers and the layout are in lerobot.py.
+"""Writers of LeRobot's datasets, versions 2.1 and 3.0; lerobot_layout.py describes the layout.
 
-Our spec stands in `meta/worldloom.json`, which LeRobot ignores; labels are features `label.NAME`; the last row of an
-episode holds a zero action. Pictures are H.264 in yuv444p, or, lossless, PNG in the Parquet files (dtype `image`).
+Our spec is stored in `meta/worldloom.json`, which LeRobot ignores; labels are features `label.NAME`; the last row of an
+episode holds a zero action. Pictures are H.264 in yuv444p or, lossless, PNG in the Parquet files (dtype `image`).
 """
 
-import io
 import json
 from abc import abstractmethod
 from pathlib import Path
@@ -12,53 +11,53 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
+import pyarrow.parquet as pq
 
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.core.files import read_json, storage_errors, write_atomic, write_json, write_text
+from worldloom.core.files import read_json, storage_errors, write_json, write_text
 from worldloom.core.types import Episode
-from worldloom.data import DatasetSpec, check_episode, metadata_json
-from worldloom.formats.format import Note, Sink, WriteOptions
-from worldloom.formats.lerobot import CHUNK, INFO, METADATA, OWN, parquet_errors, read_rows
-from worldloom.formats.store import decoded_bytes
-from worldloom.formats.video import write_video
+from worldloom.data import DatasetSpec, float_lists, metadata_json
+from worldloom.formats.arrow import table_errors, write_parquet
+from worldloom.formats.format import FileSink, WriteOptions, spec_values, with_last_action
+from worldloom.formats.images import encode_picture, rgb
+from worldloom.formats.lerobot_layout import (
+    ACTION,
+    CAMERA,
+    CHUNK,
+    COUNTERS,
+    INFO,
+    LABEL,
+    METADATA,
+    OWN,
+    V2_DATA,
+    V2_VIDEO,
+    V3_DATA,
+    V3_VIDEO,
+    VECTOR,
+    read_rows,
+)
+from worldloom.formats.video import LOSSY_CODEC, write_video
 
-CAMERA, VECTOR, ACTION = "observation.image", "observation.state", "action"
-FILE_BYTES, FILE_EPISODES = 2**26, 64  # decoded bytes, or episodes, that make a file of version 3.0
-_V3_DATA, _V3_VIDEO = (
-    "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-    ("videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"),
-)
-_V2_DATA, _V2_VIDEO = (
-    "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
-    ("videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"),
-)
-_COUNTERS = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64", "index": "int64"}
 Stats = dict[str, dict[str, Any]]  # feature -> min, max, mean, std, count, as lists
 
 
-class LeRobotSink(Sink):
+class LeRobotSink(FileSink):
     """What both versions share: features, rows, statistics, and the files that describe them."""
 
     version: str
 
+    layout = "LeRobot's layout"
+    forbidden = "/"
+    encoded, lossy_codec = True, LOSSY_CODEC
+
     def __init__(self, path: Path, spec: DatasetSpec, options: WriteOptions, *, resume: bool) -> None:
-        pixels = spec.observation.pixels
-        if pixels is not None and pixels[2] not in (1, 3):
-            raise DataError(
-                f"LeRobot's pictures have 1 or 3 channels; the dataset has {pixels[2]}. Choose another format"
-            )
-        for name in spec.labels:
-            if "/" in name:
-                raise DataError(f"label {name!r} holds a '/', which LeRobot does not allow in a name; rename it")
         if options.fps != int(options.fps):
             raise ConfigError(f"LeRobot takes a whole number of frames a second; fps is {options.fps}")
-        self.path, self.spec, self.options, self.fps = path, spec, options, int(options.fps)
-        self.lossless = options.lossless
-        if path.exists() and not resume:
-            raise DataError(f"{path} is there already; choose another path, or delete it")
+        super().__init__(path, spec, options, resume=resume)
+        self.fps, self.lossless = int(options.fps), options.lossless
+        self.video = spec.observation.pixels is not None and not options.lossless
         there = read_json(path / OWN) if (path / OWN).exists() else None
-        wanted = {"spec": json.loads(spec.to_json()), "version": self.version, "write": options.model_dump(mode="json")}
+        wanted = {**spec_values(spec), "version": self.version, "write": options.model_dump(mode="json")}
         if there is None:
             if path.exists() and any(path.iterdir()):
                 raise DataError(f"{path} holds something else; choose another path")
@@ -69,6 +68,14 @@ class LeRobotSink(Sink):
             raise DataError(f"{path} holds something else, or was begun with other options; choose another path")
         self.tasks: dict[str, int] = {}
         self.frames = 0
+
+    def resumed(self, row: dict[str, Any]) -> None:
+        """Count an episode that an earlier run wrote, from its line in meta/episodes."""
+        for task in row["tasks"]:
+            self.tasks.setdefault(task, len(self.tasks))
+        self.frames += int(row["length"])
+        self.saved += 1
+        self.written += 1
 
     @abstractmethod
     def _stats(self) -> list[Stats]:
@@ -98,13 +105,12 @@ class LeRobotSink(Sink):
         columns = {ACTION: self.spec.action.size}
         if self.spec.observation.vector:
             columns[VECTOR] = self.spec.observation.vector
-        columns |= {f"label.{name}": size for name, size in self.spec.labels.items()}
+        columns |= {LABEL + name: size for name, size in self.spec.labels.items()}
         found |= {name: {"dtype": "float32", "shape": [size], "names": None} for name, size in columns.items()}
-        kinds = {**_COUNTERS, "task_index": "int64"}
-        return found | {name: {"dtype": kind, "shape": [1], "names": None} for name, kind in kinds.items()}
+        return found | {name: {"dtype": kind, "shape": [1], "names": None} for name, kind in COUNTERS.items()}
 
     def task(self, episode: Episode) -> str:
-        """Return what an episode does in words, and give it a number."""
+        """Return the task of an episode in words, and give it a number."""
         tasks = episode.metadata.get("tasks")
         known = tasks[0] if isinstance(tasks, list) and tasks and isinstance(tasks[0], str) else self.options.task
         self.tasks.setdefault(known, len(self.tasks))
@@ -113,10 +119,10 @@ class LeRobotSink(Sink):
     def table(self, episode: Episode, number: int, task: str) -> tuple[pa.Table, Stats]:
         """Return the rows of an episode, and their statistics."""
         rows = episode.steps + 1
-        numbers: dict[str, np.ndarray] = {ACTION: np.concatenate([episode.actions, np.zeros_like(episode.actions[:1])])}
+        numbers = {ACTION: with_last_action(episode)}
         if episode.vector is not None:
             numbers[VECTOR] = episode.vector
-        numbers |= {f"label.{name}": column for name, column in episode.labels.items()}
+        numbers |= {LABEL + name: column for name, column in episode.labels.items()}
         steps = np.arange(rows)
         counters: dict[str, np.ndarray] = {
             "timestamp": (steps / self.fps).astype(np.float32),
@@ -129,8 +135,8 @@ class LeRobotSink(Sink):
         columns: dict[str, Any] = {}
         for name, column in numbers.items():
             stats[name] = _describe(episode.actions if name == ACTION else column)
-            flat = pa.array(np.ascontiguousarray(column).reshape(-1))
-            columns[name] = flat if column.shape[1] == 1 else pa.FixedSizeListArray.from_arrays(flat, column.shape[1])
+            lists = float_lists(column)
+            columns[name] = lists.values if column.shape[1] == 1 else lists
         for name, column in counters.items():
             columns[name], stats[name] = pa.array(column), _describe(column[:, None])
         if episode.pixels is not None:
@@ -138,7 +144,7 @@ class LeRobotSink(Sink):
             stats[CAMERA] = _describe_pixels(frames)
             if self.lossless:
                 columns[CAMERA] = pa.array(
-                    [{"bytes": _png(frame), "path": None} for frame in frames],
+                    [{"bytes": encode_picture(frame), "path": None} for frame in frames],
                     pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
                 )
         return pa.table(columns), stats
@@ -155,7 +161,7 @@ class LeRobotSink(Sink):
                 found[name] = value if size == 1 else {"feature": value, "length": size, "_type": "Sequence"}
         return {"huggingface": json.dumps({"info": {"features": found}})}
 
-    def describe(self, episodes: int, info: dict[str, Any]) -> None:
+    def describe(self, info: dict[str, Any]) -> None:
         """Write meta/stats.json and, last, meta/info.json."""
         write_json(self.path / "meta" / "stats.json", _together(self._stats()))
         write_json(
@@ -163,23 +169,21 @@ class LeRobotSink(Sink):
             {
                 "codebase_version": self.version,
                 "robot_type": None,
-                "total_episodes": episodes,
+                "total_episodes": self.saved,
                 "total_frames": self.frames,
                 "total_tasks": len(self.tasks),
                 "chunks_size": CHUNK,
                 "fps": self.fps,
-                "splits": {"train": f"0:{episodes}"},
+                "splits": {"train": f"0:{self.saved}"},
                 **info,
                 "features": self.features(),
             },
         )
 
-    def notes(self) -> list[Note]:
-        """Return what could not be carried."""
-        if self.spec.observation.pixels is None or self.lossless:
-            return []
-        what = f"{self.path}: pixels went through H.264 at crf {self.options.crf} and come back nearly the same only."
-        return [Note(kind="info", what=what)]
+    def write_video(self, file: Path, episodes: list[Episode]) -> None:
+        """Write one video of the episodes, one after the other."""
+        frames = np.concatenate([rgb(episode.pixels) for episode in episodes if episode.pixels is not None])
+        write_video(file, frames, fps=float(self.fps), crf=self.options.crf, lossless=False)
 
 
 class LeRobotSinkV2(LeRobotSink):
@@ -190,35 +194,27 @@ class LeRobotSinkV2(LeRobotSink):
     def __init__(self, path: Path, spec: DatasetSpec, options: WriteOptions, *, resume: bool) -> None:
         super().__init__(path, spec, options, resume=resume)
         self._lines: list[dict[str, Any]] = []
-        while self._file(_V2_DATA, len(self._lines)).exists():
-            line = self._read(len(self._lines))
-            for task in line["tasks"]:
-                self.tasks.setdefault(task, len(self.tasks))
-            self.frames += int(line["length"])
-            self._lines.append(line)
-        self.written = len(self._lines)
+        while self._file(V2_DATA, len(self._lines)).exists():
+            self._lines.append(self._described(len(self._lines), "worldloom"))
+            self.resumed(self._lines[-1])
 
     def _file(self, pattern: str, number: int) -> Path:
         names = {"episode_chunk": number // CHUNK, "episode_index": number, "video_key": CAMERA}
         return self.path / pattern.format(**names)
 
-    def _read(self, number: int) -> dict[str, Any]:
-        import pyarrow.parquet as pq
-
-        file = self._file(_V2_DATA, number)
-        with parquet_errors(file):
-            found = (pq.read_schema(file).metadata or {}).get(b"worldloom")
+    def _described(self, number: int, key: str) -> dict[str, Any]:
+        """Return what stands under a key in the metadata of an episode's Parquet file."""
+        file = self._file(V2_DATA, number)
+        with table_errors(file, "Parquet"):
+            found = (pq.read_schema(file).metadata or {}).get(key.encode())
         if found is None:
-            raise DataError(f"{file} was not written here; choose another path")
-        line: dict[str, Any] = json.loads(found)
-        return line
+            raise DataError(f"{file} was not written by worldloom; choose another path")
+        values: dict[str, Any] = json.loads(found)
+        return values
 
-    def write(self, episode: Episode) -> None:
-        """Write the video, then the table."""
-        import pyarrow.parquet as pq
-
-        number = len(self._lines)
-        check_episode(episode, self.spec, f"episode {number}")
+    def save(self, episodes: list[Episode]) -> None:
+        """Write the video of an episode, then its table."""
+        (episode,), number = episodes, self.saved
         task = self.task(episode)
         table, stats = self.table(episode, number, task)
         line = {
@@ -227,85 +223,58 @@ class LeRobotSinkV2(LeRobotSink):
             "length": episode.steps + 1,
             METADATA: metadata_json(episode.metadata),
         }
-        if episode.pixels is not None and not self.lossless:
-            file = self._file(_V2_VIDEO, number)
-            write_video(file, rgb(episode.pixels), fps=float(self.fps), crf=self.options.crf, lossless=False)
+        if self.video:
+            self.write_video(self._file(V2_VIDEO, number), episodes)
         described = {"worldloom": json.dumps(line), "stats": json.dumps(stats), **self.types()}
-        table = table.replace_schema_metadata(described)
-        write_atomic(self._file(_V2_DATA, number), lambda temporary: pq.write_table(table, temporary))
+        write_parquet(self._file(V2_DATA, number), table.replace_schema_metadata(described))
         self._lines.append(line)
         self.frames += episode.steps + 1
 
     def _stats(self) -> list[Stats]:
-        import pyarrow.parquet as pq
+        return [self._described(number, "stats") for number in range(self.saved)]
 
-        found: list[Stats] = []
-        for number in range(len(self._lines)):
-            file = self._file(_V2_DATA, number)
-            with parquet_errors(file):
-                found.append(json.loads(pq.read_schema(file).metadata[b"stats"]))
-        return found
-
-    def finish(self) -> list[Note]:
+    def complete(self) -> None:
         """Write meta/."""
-        meta, count = self.path / "meta", len(self._lines)
+        meta, count = self.path / "meta", self.saved
         _write_lines(meta / "episodes.jsonl", self._lines)
         _write_lines(meta / "tasks.jsonl", [{"task_index": index, "task": task} for task, index in self.tasks.items()])
         stats = [{"episode_index": number, "stats": each} for number, each in enumerate(self._stats())]
         _write_lines(meta / "episodes_stats.jsonl", stats)
-        cameras = int(self.spec.observation.pixels is not None and not self.lossless)
-        more: dict[str, Any] = {"total_videos": cameras * count, "total_chunks": -(-count // CHUNK)}
-        self.describe(count, {**more, "data_path": _V2_DATA, "video_path": _V2_VIDEO if cameras else None})
-        return self.notes()
+        more: dict[str, Any] = {"total_videos": count if self.video else 0, "total_chunks": -(-count // CHUNK)}
+        self.describe({**more, "data_path": V2_DATA, "video_path": V2_VIDEO if self.video else None})
 
 
 class LeRobotSinkV3(LeRobotSink):
     """Collects up to 64 MiB or 64 episodes for a file; its part of meta/episodes, written last, makes them whole."""
 
     version = "v3.0"
+    most_bytes, most_episodes = 2**26, 64
 
     def __init__(self, path: Path, spec: DatasetSpec, options: WriteOptions, *, resume: bool) -> None:
         super().__init__(path, spec, options, resume=resume)
-        self._pending: list[Episode] = []
-        self._bytes = self._files = self.written = 0
+        self._files = 0
         while self._episodes(self._files).exists():
             for row in read_rows(self._episodes(self._files)):
-                for task in row["tasks"]:
-                    self.tasks.setdefault(task, len(self.tasks))
-                self.frames += int(row["length"])
-                self.written += 1
+                self.resumed(row)
             self._files += 1
-        self._count = self.written
 
     def _episodes(self, number: int) -> Path:
         return self.path / f"meta/episodes/chunk-{number // CHUNK:03d}/file-{number % CHUNK:03d}.parquet"
 
-    def write(self, episode: Episode) -> None:
-        """Add an episode; a full file is written."""
-        check_episode(episode, self.spec, f"episode {self._count + len(self._pending)}")
-        self._pending.append(episode)
-        self._bytes += decoded_bytes(episode)
-        if self._bytes >= FILE_BYTES or len(self._pending) >= FILE_EPISODES:
-            self._flush()
-
-    def _flush(self) -> None:
-        import pyarrow.parquet as pq
-
-        pending, self._pending, self._bytes = self._pending, [], 0  # a file that failed is not tried again on closing
-        if not pending:
-            return
+    def save(self, episodes: list[Episode]) -> None:
+        """Write a file of episodes, their video, and last what describes them."""
         place = {"chunk_index": self._files // CHUNK, "file_index": self._files % CHUNK}
         tables: list[pa.Table] = []
         rows: list[dict[str, Any]] = []
         first = 0
-        for number, episode in enumerate(pending, self._count):
+        for number, episode in enumerate(episodes, self.saved):
             task, length = self.task(episode), episode.steps + 1
             table, stats = self.table(episode, number, task)
             tables.append(table)
             row: dict[str, Any] = {"episode_index": number, "tasks": [task], "length": length}
             row |= {f"data/{name}": value for name, value in place.items()}
             row |= {"dataset_from_index": self.frames, "dataset_to_index": self.frames + length}
-            if self._video:
+            if self.video:
                 row |= {f"videos/{CAMERA}/{name}": value for name, value in place.items()}
                 row |= {f"videos/{CAMERA}/from_timestamp": first / self.fps}
                 row |= {f"videos/{CAMERA}/to_timestamp": (first + length) / self.fps}
@@ -314,58 +283,32 @@ class LeRobotSinkV3(LeRobotSink):
             rows.append({**row, METADATA: metadata_json(episode.metadata)})
             first += length
             self.frames += length
-        if self._video:
-            frames = np.concatenate([rgb(episode.pixels) for episode in pending if episode.pixels is not None])
-            file = self.path / _V3_VIDEO.format(video_key=CAMERA, **place)
-            write_video(file, frames, fps=float(self.fps), crf=self.options.crf, lossless=False)
+        if self.video:
+            self.write_video(self.path / V3_VIDEO.format(video_key=CAMERA, **place), episodes)
         data = pa.concat_tables(tables).replace_schema_metadata(self.types())
         largest = max(table.num_rows for table in tables)
-        write_atomic(
-            self.path / _V3_DATA.format(**place),
-            lambda temporary: pq.write_table(data, temporary, row_group_size=max(largest, 1000)),
-        )
-        described = pa.Table.from_pylist(rows)
-        write_atomic(self._episodes(self._files), lambda temporary: pq.write_table(described, temporary))
+        write_parquet(self.path / V3_DATA.format(**place), data, row_group_size=max(largest, 1000))
+        write_parquet(self._episodes(self._files), pa.Table.from_pylist(rows))
         self._files += 1
-        self._count += len(pending)
-
-    @property
-    def _video(self) -> bool:
-        return self.spec.observation.pixels is not None and not self.lossless
 
     def _stats(self) -> list[Stats]:
-        import pyarrow.parquet as pq
-
         found: list[Stats] = []
-        for number in range(self._files):
-            with parquet_errors(self._episodes(number)), pq.ParquetFile(self._episodes(number)) as opened:
-                names = [name for name in opened.schema_arrow.names if name.startswith("stats/")]
-                rows = opened.read(columns=names).to_pylist()
-            for row in rows:
-                stats: Stats = {}
-                for name, values in row.items():
-                    _, feature, key = name.split("/")
-                    stats.setdefault(feature, {})[key] = values
-                found.append(stats)
+        for row in (row for number in range(self._files) for row in read_rows(self._episodes(number), stats=True)):
+            stats: Stats = {}
+            for name, values in row.items():
+                _, feature, key = name.split("/")
+                stats.setdefault(feature, {})[key] = values
+            found.append(stats)
         return found
 
-    def close(self) -> None:
-        """Write whole episodes that wait, after an error elsewhere too."""
-        self._flush()
-
-    def finish(self) -> list[Note]:
-        """Write the rest, and meta/."""
-        self._flush()
-        write_atomic(self.path / "meta" / "tasks.parquet", self._write_tasks)
+    def complete(self) -> None:
+        """Write the rest of meta/."""
+        write_parquet(self.path / "meta" / "tasks.parquet", self._task_table())
         megabytes = {"data_files_size_in_mb": 100, "video_files_size_in_mb": 500}  # LeRobot's limits; ours are smaller
-        paths = {"data_path": _V3_DATA, "video_path": _V3_VIDEO if self._video else None}
-        self.describe(self._count, {**megabytes, **paths})
-        return self.notes()
+        self.describe({**megabytes, "data_path": V3_DATA, "video_path": V3_VIDEO if self.video else None})
 
-    def _write_tasks(self, temporary: Path) -> None:
-        # As pandas writes a frame whose index are the tasks, which is how LeRobot reads them.
-        import pyarrow.parquet as pq
-
+    def _task_table(self) -> pa.Table:
+        # As pandas writes a frame whose index is the tasks, which is how LeRobot reads them.
         index = "__index_level_0__"
         described = {
             "index_columns": [index],
@@ -386,18 +329,7 @@ class LeRobotSinkV3(LeRobotSink):
         }
         columns = {"task_index": pa.array(list(self.tasks.values()), pa.int64())}
         table = pa.table({**columns, index: pa.array(list(self.tasks), pa.string())})
-        pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(described)}), temporary)
-
-
-def rgb(frames: np.ndarray) -> np.ndarray:
-    """Return frames (N, H, W, 1 or 3) with three channels."""
-    return np.repeat(frames, 3 // frames.shape[3], axis=3)
-
-
-def _png(frame: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, format="PNG", compress_level=3)
-    return buffer.getvalue()
+        return table.replace_schema_metadata({"pandas": json.dumps(described)})
 
 
 def _describe(column: np.ndarray) -> dict[str, list[Any]]:

@@ -1,10 +1,9 @@
 """Minari's datasets in HDF5: `data/metadata.json` with the spaces, `data/main_data.hdf5` with a group an episode.
 
 An episode has T + 1 observations and T actions, as ours. Dictionaries and tuples of observations are groups; pictures
-are raw bytes, or JPEG, where the metadata say so.
+are raw bytes, or JPEG.
 """
 
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -12,32 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import read_json, storage_errors, write_json
-from worldloom.core.types import Episode, ObservationSpec
-from worldloom.data import DatasetSpec, metadata_json
-from worldloom.formats.format import (
-    FORMATS,
-    Format,
-    Note,
-    ReadOptions,
-    Sink,
-    Source,
-    WriteOptions,
-    build_episode,
-    choose_bounds,
-    choose_camera,
-    choose_vector,
-    concatenate,
-    digest_files,
-    flat,
-    natural,
-    refuse,
-    resize,
+from worldloom.core.types import Episode
+from worldloom.data import metadata_json
+from worldloom.formats.format import FORMATS, Bounds, Contents, Format, chosen, flat, natural, spec_in, two_axes
+from worldloom.formats.hdf5 import (
+    OWN,
+    Hdf5Source,
+    PartsSink,
+    h5py,
+    hdf5_errors,
+    json_or_text,
+    opened_hdf5,
+    own_attribute,
+    own_metadata,
 )
-from worldloom.formats.hdf5 import OWN, PartsSink, h5py, hdf5_errors, own_attribute
+from worldloom.formats.images import decode_picture
 
 METADATA, MAIN = "metadata.json", "main_data.hdf5"
 VERSION = "0.5.4"  # of the library whose layout is written
@@ -47,106 +38,94 @@ _LEAST = 32  # height and width from which unsigned bytes without channels are a
 _MOST = 4096  # values of an observation that is no picture
 
 
-class MinariSource(Source):
+class MinariSource(Hdf5Source):
     """The episodes in numeric order. `Discrete` becomes one-hot; text and the like are left out, with a note."""
 
-    def __init__(self, path: Path, options: ReadOptions) -> None:
-        refuse(options, ["rate", "actions", "gap", "columns"], "Minari's layout has no timestamps and fixed names")
-        self.path, self.options, self.notes = _data(path), options, []
-        self._metadata = _read_metadata(self.path)
-        self._main = self.path / MAIN
-        with hdf5_errors(self._main):
-            self._file = h5py().File(self._main, "r")
-        try:
-            with hdf5_errors(self._main):
-                self._open()
-        except BaseException:
-            self._file.close()
-            raise
+    def locate(self, path: Path) -> Path:
+        """Return the directory of the two files, and read the metadata, which say how the rest is stored."""
+        directory = _data(path)
+        self._metadata = _read_metadata(directory)
+        return directory
 
-    def _open(self) -> None:
-        where = str(self.path)
-        self._episodes = sorted((name for name in self._file if name.startswith("episode_")), key=natural)
+    @property
+    def main(self) -> Path:
+        """The HDF5 file."""
+        return self.path / MAIN
+
+    def describe_file(self) -> None:
+        """Choose the observations by the spaces that the metadata state."""
+        where = self.path
+        self._episodes = sorted((name for name in self.file if name.startswith("episode_")), key=natural)
         stated = self._metadata.get("total_episodes")
         if not self._episodes or (stated is not None and int(stated) != len(self._episodes)):
             raise DataError(
-                f"{self._main} holds {len(self._episodes)} episodes; {METADATA} states {stated}. It is cut, or empty"
+                f"{self.main} holds {len(self._episodes)} episodes; {METADATA} states {stated}. It is cut, or empty"
             )
-        spaces = {name: self._space(f"{name}_space") for name in ("observation", "action")}
-        own = own_attribute(self._file)
-        self._own = DatasetSpec.from_json(json.dumps(own["spec"])) if own else None
-        found = {name or _ALONE: (place, space) for name, place, space in _leaves(spaces["observation"])}
+        first = self.file[self._episodes[0]]
+        own = spec_in(own_attribute(self.file))
+        found = {name or _ALONE: (place, space) for name, place, space in _leaves(self._space("observation_space"))}
+        self._own = own
         self._leaves = {name: space for name, (_, space) in found.items()}
         self._places = {name: place for name, (place, _) in found.items()}
         cameras = sorted(name for name, space in self._leaves.items() if _is_image(space))
-        numeric = [name for name, space in self._leaves.items() if name not in cameras and _size(space)]
-        self._camera = choose_camera(cameras, self.options, where)
-        self._vector = choose_vector(numeric, self.options, where)
-        left = sorted(set(self._leaves) - {*self._vector, self._camera})
-        if left:
-            what = f"{where}: the observations {', '.join(left)} are left out (not chosen, or not numeric)."
-            self.notes.append(Note(kind="dropped", what=what))
-        if self._own is None:
-            first = self._file[self._episodes[0]]
+        sizes = {name: _size(space) for name, space in self._leaves.items()}
+        self._camera = self.choose_camera(cameras)
+        self._vector = self.choose_vector(name for name, size in sizes.items() if name not in cameras and size)
+        left = sorted({*sizes} - {*self._vector, self._camera})
+        self.note_left_out("observations", left, "not chosen, or not numeric")
+        if own is None:
             names = [name for name in ("rewards", "terminations", "truncations", "infos") if name in first]
-            if names:
-                what = f"{where}: {', '.join(names)} are left out; worldloom learns without rewards."
-                self.notes.append(Note(kind="dropped", what=what))
+            self.note_left_out("columns", names, "worldloom learns without rewards")
+        pixels: tuple[int, int, int] | None = None
         self._jpeg = False
         if self._camera is not None:
-            # Files of some versions do not say so; raw pictures have an axis for each of their space and one of time.
-            stored = self._file[self._episodes[0]].get(self._places[self._camera])
-            self._jpeg = stored is not None and len(stored.shape) <= len(self._leaves[self._camera]["shape"])
+            shape = self._leaves[self._camera]["shape"]
+            pixels = (int(shape[0]), int(shape[1]), int(shape[2]) if len(shape) > 2 else 1)
+            # Some versions do not state JPEG; raw pictures have an axis for each of their space and one of time.
+            stored = first.get(self._places[self._camera])
+            self._jpeg = stored is not None and len(stored.shape) <= len(shape)
         if self._jpeg:
-            what = f"{where}: the pictures were stored as JPEG, so they are not what the simulator drew."
-            self.notes.append(Note(kind="info", what=what))
-        self._action = spaces["action"]
-        if _size(self._action) == 0 or self._action["type"] not in ("Box", "Discrete"):
+            self.note(
+                "info", f"{where}: the pictures were stored as JPEG, so they differ from what the simulator drew."
+            )
+        self._action = self._space("action_space")
+        size = _size(self._action)
+        if size == 0 or self._action["type"] not in ("Box", "Discrete"):
             raise DataError(
                 f"{where}: the action space is {self._action.get('type')}; expected a Box or a Discrete. Flatten the "
                 f"actions before they are recorded"
             )
         discrete = self._action["type"] == "Discrete"
-        width = _size(self._action)
-        if discrete:
-            known: tuple[list[float], list[float]] | None = ([0.0] * width, [1.0] * width)
-        else:
+        bounds: Bounds | None = ([0.0] * size, [1.0] * size)
+        if not discrete:
             low, high = (np.asarray(self._action[side], np.float64).reshape(-1).tolist() for side in ("low", "high"))
-            known = (low, high) if np.isfinite([low, high]).all() else None
-        if self._own is not None:
-            known = (list(self._own.action.low), list(self._own.action.high))
-        bounds, notes = choose_bounds(
-            self.options,
-            width,
-            known=known,
-            range_of_data=None if known is not None else self._range(width),
-            where=where,
-            discrete=discrete or (self._own is not None and self._own.action.discrete),
-        )
-        self.notes += notes
-        environment: dict[str, Any] = {"format": "minari", "source": self.path.parent.name, "camera": self._camera}
-        environment["vector"] = [[name, _size(self._leaves[name])] for name in self._vector]
-        environment |= {key: self._metadata[key] for key in ("dataset_id", "algorithm_name") if key in self._metadata}
+            bounds = (low, high) if np.isfinite([low, high]).all() else None
+        vector = {name: sizes[name] for name in self._vector}
+        stated_too = ("dataset_id", "algorithm_name")
+        environment = chosen(self._camera, vector) | {
+            key: self._metadata[key] for key in stated_too if key in self._metadata
+        }
         if isinstance(self._metadata.get("env_spec"), str):
             environment["env_spec"] = self._metadata["env_spec"]
-        if self._own is not None:
-            environment = {**self._own.environment, "format": "minari", "source": self.path.parent.name}
-        shape = None
-        if self._camera is not None:
-            sizes = [int(size) for size in self._leaves[self._camera]["shape"]]
-            height, width, channels = (*sizes, 1)[:3]
-            shape = (*(self.options.size or (height, width)), channels)
-        self.spec = DatasetSpec(
-            observation=ObservationSpec(pixels=shape, vector=sum(_size(self._leaves[name]) for name in self._vector)),
-            action=bounds,
-            labels=dict(self._own.labels) if self._own is not None else {},
-            environment=environment,
+        self.describe(
+            Contents(
+                format="minari",
+                files=[where / METADATA, self.main],
+                action=size,
+                discrete=discrete,
+                bounds=bounds,
+                pixels=pixels,
+                vector=vector,
+                labels={} if own is None else own.labels,
+                environment=environment,
+                own=own,
+                source=where.parent.name,
+            )
         )
-        self.fingerprint = digest_files([self.path / METADATA, self._main], self.path)
 
     def _space(self, name: str) -> dict[str, Any]:
         text = self._metadata.get(name)
-        space = _json_or_text(text)
+        space = json_or_text(text)
         if not isinstance(space, dict):
             raise DataError(
                 f"{self.path / METADATA} states no {name}; a dataset that only names its environment cannot be "
@@ -154,31 +133,22 @@ class MinariSource(Source):
             )
         return space
 
-    def _range(self, width: int) -> tuple[list[float], list[float]] | None:
-        low, high = np.full(width, np.inf), np.full(width, -np.inf)
+    def actions(self) -> Iterator[np.ndarray]:
+        """Yield the actions of each episode that has numbers."""
         for name in self._episodes:
-            column = self._file[name].get("actions")
-            if not isinstance(column, h5py().Dataset) or column.dtype.kind not in "fiub" or not len(column):
-                continue  # named when it is read
-            actions = np.asarray(column[()], np.float64).reshape(len(column), -1)
-            if actions.shape[1] == width:
-                actions = np.where(np.isfinite(actions), actions, np.nan)
-                low, high = np.fmin(low, np.fmin.reduce(actions)), np.fmax(high, np.fmax.reduce(actions))
-        return (low.tolist(), high.tolist()) if np.isfinite([low, high]).all() else None
+            column = self.file[name].get("actions")
+            if isinstance(column, h5py().Dataset) and column.dtype.kind in "fiub" and column.shape:
+                yield two_axes(column[()])
 
     def __len__(self) -> int:
         return len(self._episodes)
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
     def read(self, index: int) -> list[Episode]:
         """Return an episode."""
         name = self._episodes[index]
-        where = f"{self._main}: {name}"
-        with hdf5_errors(self._main):
-            group = self._file[name]
+        where = f"{self.main}: {name}"
+        with hdf5_errors(self.main):
+            group = self.file[name]
             actions = self._encode(self._numbers(group, "actions", where), self._action, f"{where}/actions")
             if self._own is not None and SCORES in group:
                 actions = flat(group[SCORES][()])
@@ -190,14 +160,16 @@ class MinariSource(Source):
                 columns[leaf] = self._encode(column, self._leaves[leaf], f"{where}/{place}")
                 self._check(columns[leaf], steps, f"{where}/{place}")
             pixels = None if self._camera is None else self._pictures(group, steps, where)
-            labels = {} if self._own is None else {key: flat(group[f"labels/{key}"][()]) for key in self._own.labels}
-            metadata = self._describe(group, name)
-        return build_episode(
-            self.notes,
+            labels = {} if self._own is None else {key: group[f"labels/{key}"][()] for key in self._own.labels}
+            if self._own is not None:
+                metadata = own_metadata(group[OWN])
+            else:
+                metadata = {"episode": name} | {key: _plain(value) for key, value in group.attrs.items() if key != "id"}
+        return self.episode(
             index,
             where,
             pixels=pixels,
-            vector=concatenate(columns, self._vector),
+            columns=columns,
             actions=actions,
             labels=labels,
             metadata=metadata,
@@ -233,49 +205,40 @@ class MinariSource(Source):
     def _pictures(self, group: Any, steps: int, where: str) -> np.ndarray:
         camera = str(self._camera)
         place = self._places[camera]
-        column = self._numbers(group, place, where) if not self._jpeg else group[place][()]
-        self._check(column, steps, f"{where}/{place}")
-        if self._jpeg:
-            pictures = []
-            for row, content in enumerate(column):
-                try:
-                    with Image.open(io.BytesIO(np.asarray(content, np.uint8).tobytes())) as opened:
-                        pictures.append(np.asarray(opened))
-                except (UnidentifiedImageError, OSError, SyntaxError) as error:
-                    raise DataError(f"{where}/{place}: row {row} does not decode ({error}); restore it") from error
-            column = np.stack(pictures) if len({picture.shape for picture in pictures}) == 1 else np.zeros((0, 0))
         shape = tuple(self._leaves[camera]["shape"])
+        column = group[place][()] if self._jpeg else self._numbers(group, place, where)
+        where = f"{where}/{place}"
+        self._check(column, steps, where)
+        if self._jpeg:
+            shape = (*shape, 1)[:3]
+            pictures = [
+                decode_picture(np.asarray(content, np.uint8).tobytes(), f"{where}: row {row}")
+                for row, content in enumerate(column)
+            ]
+            column = np.stack(pictures) if len({picture.shape for picture in pictures}) == 1 else np.zeros((0, 0))
         if column.dtype != np.uint8 or column.shape[1:] != shape:
-            raise DataError(f"{where}/{place} is {column.dtype} of shape {column.shape}; expected bytes of {shape}")
-        return resize(column.reshape(len(column), *(*shape, 1)[:3]), self.options.size)
-
-    def _describe(self, group: Any, name: str) -> dict[str, Any]:
-        if self._own is not None:
-            values: dict[str, Any] = json.loads(group[OWN].asstr()[()])
-            return values
-        return {"episode": name} | {key: _plain(value) for key, value in group.attrs.items() if key != "id"}
+            raise DataError(f"{where} is {column.dtype} of shape {column.shape}; expected bytes of {shape}")
+        return column.reshape(len(column), *(*shape, 1)[:3])
 
 
 class MinariSink(PartsSink):
     """Writes `data/main_data.hdf5` and, last, `data/metadata.json`; our labels and metadata are entries of their own.
 
-    Pixels and a vector together make a dictionary of observations. Rewards, which Minari asks for, are zeros.
+    Pixels and a vector together make a dictionary of observations. Rewards, which Minari expects, are zeros.
     """
 
-    def __init__(self, path: Path, spec: DatasetSpec, *, resume: bool) -> None:
-        for name in spec.labels:
-            if "/" in name:
-                raise DataError(f"label {name!r} holds a '/', which HDF5 takes for a group; rename it")
-        self.root = path
+    layout = "Minari's layout"
+
+    def main_file(self, path: Path) -> Path:
+        """Return data/main_data.hdf5, and make the directory for it."""
         with storage_errors(path):
             (path / "data").mkdir(parents=True, exist_ok=True)
-        super().__init__(path / "data" / MAIN, spec, resume=resume)
+        return path / "data" / MAIN
 
-    def assemble(self, file: Any, episodes: int) -> None:
+    def assemble(self, file: Any, episodes: Iterator[Episode]) -> None:
         """Write the groups."""
         both = self.spec.observation.pixels is not None and self.spec.observation.vector > 0
-        for number in range(episodes):
-            episode = self.load(number)
+        for number, episode in enumerate(episodes):
             group = file.create_group(f"episode_{number}")
             group.attrs["id"], group.attrs["total_steps"] = number, episode.steps
             if isinstance(episode.metadata.get("seed"), int):
@@ -295,10 +258,10 @@ class MinariSink(PartsSink):
                 group[f"labels/{name}"] = column
             group[OWN] = metadata_json(episode.metadata)
 
-    def finish(self) -> list[Note]:
+    def complete(self) -> None:
         """Assemble the file, and write the metadata."""
-        notes = super().finish()
-        with hdf5_errors(self.path), h5py().File(self.path, "r") as file:
+        super().complete()
+        with opened_hdf5(self.main) as file:
             steps = [int(group.attrs["total_steps"]) for group in file.values()]
         environment = self.spec.environment
         metadata: dict[str, Any] = {
@@ -308,15 +271,14 @@ class MinariSink(PartsSink):
             "jpeg_encoding": False,
             "observation_space": json.dumps(self._observation_space()),
             "action_space": json.dumps(self._action_space()),
-            "dataset_id": environment.get("dataset_id", f"worldloom/{self.root.name}-v0"),
+            "dataset_id": environment.get("dataset_id", f"worldloom/{self.path.name}-v0"),
             "minari_version": VERSION,
-            "dataset_size": round(self.path.stat().st_size / 1e6, 1),
+            "dataset_size": round(self.main.stat().st_size / 1e6, 1),
             "author": [],
             "author_email": [],
             "description": "Written by worldloom; rewards are zeros, as worldloom has none.",
         }
-        write_json(self.root / "data" / METADATA, metadata)
-        return notes
+        write_json(self.path / "data" / METADATA, metadata)
 
     def _observation_space(self) -> dict[str, Any]:
         parts: dict[str, dict[str, Any]] = {}
@@ -337,13 +299,14 @@ class MinariSink(PartsSink):
 
 
 class Minari(Format):
-    """Minari's HDF5 datasets."""
+    """Minari's HDF5 datasets; `minari.MinariDataset(PATH / "data")` opens one that was written here."""
 
     name = "minari"
     description = "a dataset of Minari: data/metadata.json and data/main_data.hdf5"
+    source, sink = MinariSource, MinariSink
 
     def detects(self, path: Path) -> bool:
-        """Look for the two files, and for Minari's words in the metadata."""
+        """Look for the two files, and for Minari's keys in the metadata."""
         data = _data(path)
         if not (data / METADATA).is_file():
             return False
@@ -352,14 +315,6 @@ class Minari(Format):
         except StorageError:
             return (data / MAIN).is_file()  # opening says what is wrong
         return isinstance(metadata, dict) and "total_episodes" in metadata and "data_format" in metadata
-
-    def open(self, path: Path, options: ReadOptions) -> Source:
-        """Open a dataset: its directory, or the `data` directory in it."""
-        return MinariSource(path, options)
-
-    def create(self, path: Path, spec: DatasetSpec, options: WriteOptions, *, resume: bool) -> Sink:
-        """Begin or go on with a dataset; load it by `minari.MinariDataset(path / "data")`."""
-        return MinariSink(path, spec, resume=resume)
 
 
 def _data(path: Path) -> Path:
@@ -416,13 +371,6 @@ def _size(space: Mapping[str, Any]) -> int:
 
 def _box(dtype: str, low: np.ndarray, high: np.ndarray) -> dict[str, Any]:
     return {"type": "Box", "dtype": dtype, "shape": list(low.shape), "low": low.tolist(), "high": high.tolist()}
-
-
-def _json_or_text(value: Any) -> Any:
-    try:
-        return json.loads(value)
-    except (TypeError, json.JSONDecodeError):
-        return value
 
 
 def _plain(value: Any) -> Any:

@@ -1,59 +1,42 @@
 """robomimic's HDF5 layout: data/demo_K with actions, obs/KEY and next_obs/KEY, and masks that name demos."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from worldloom.core.errors import DataError
-from worldloom.core.types import Episode, ObservationSpec
-from worldloom.data import DatasetSpec, metadata_json
-from worldloom.formats.format import (
-    FORMATS,
-    Format,
-    Note,
-    ReadOptions,
-    Sink,
-    Source,
-    WriteOptions,
-    build_episode,
-    choose_bounds,
-    choose_camera,
-    choose_vector,
-    concatenate,
-    digest_files,
-    flat,
-    natural,
-    refuse,
-    resize,
+from worldloom.core.types import Episode
+from worldloom.data import metadata_json
+from worldloom.formats.format import FORMATS, Contents, Format, action_range, chosen, natural, spec_in, spec_values
+from worldloom.formats.hdf5 import (
+    OWN,
+    Hdf5Source,
+    PartsSink,
+    hdf5_errors,
+    is_hdf5,
+    is_image,
+    json_or_text,
+    opened_hdf5,
+    own_attribute,
+    own_metadata,
+    width,
 )
-from worldloom.formats.hdf5 import OWN, PartsSink, h5py, hdf5_errors, is_hdf5, is_image, own_attribute
 
-_UNIT = 1.0 + 1e-6  # robomimic asks for actions in [-1, 1]
+_UNIT = 1.0 + 1e-6  # robomimic expects actions in [-1, 1]
 
 
-class RobomimicSource(Source):
-    """Demos in numeric order; `next_obs`, where it is there, gives the frame that closes an episode."""
+class RobomimicSource(Hdf5Source):
+    """Demos in numeric order; `next_obs`, where it exists, gives the frame that closes an episode."""
 
-    def __init__(self, path: Path, options: ReadOptions) -> None:
-        refuse(options, ["rate", "actions", "gap", "columns"], "robomimic's layout has no timestamps and fixed names")
-        self.path, self.options, self.notes = path, options, []
-        with hdf5_errors(path):
-            self._file = h5py().File(path, "r")
-        try:
-            with hdf5_errors(path):
-                self._open()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def _open(self) -> None:
-        data = self._file["data"]
+    def describe_file(self) -> None:
+        """Choose the columns by the first demo."""
+        data = self.file["data"]
         self._demos = sorted(data, key=natural)
         self._masks: dict[str, list[str]] = {}
-        for name, members in self._file.get("mask", {}).items():
+        for name, members in self.file.get("mask", {}).items():
             for demo in members[()]:
                 self._masks.setdefault(demo.decode() if isinstance(demo, bytes) else str(demo), []).append(name)
         if not self._demos:
@@ -62,95 +45,74 @@ class RobomimicSource(Source):
         if "actions" not in first or "obs" not in first:
             there = ", ".join(first) or "nothing"
             raise DataError(f"{self.path}: {first.name} holds {there}; expected 'actions' and a group 'obs'")
-        own = own_attribute(data)
-        cameras = sorted(key for key, column in first["obs"].items() if is_image(column.shape, column.dtype))
+        own = spec_in(own_attribute(data))
+        observed = first["obs"]
+        cameras = sorted(key for key, column in observed.items() if is_image(column.shape, column.dtype))
         numeric = [
-            key for key, column in first["obs"].items() if key not in cameras and _is_table(column.shape, column.dtype)
+            key for key, column in observed.items() if key not in cameras and _is_table(column.shape, column.dtype)
         ]
-        where = str(self.path)
-        self._camera = choose_camera(cameras, self.options, where)
-        self._vector = choose_vector(numeric, self.options, where)
-        left = sorted({*first["obs"]} - {*self._vector, self._camera})
-        if left:
-            what = f"{where}: the observations {', '.join(left)} are left out (not chosen, or not numeric)."
-            self.notes.append(Note(kind="dropped", what=what))
+        self._own = own is not None
+        self._camera, self._vector = self.choose_camera(cameras), self.choose_vector(numeric)
+        left = sorted({*observed} - {*self._vector, self._camera})
+        self.note_left_out("observations", left, "not chosen, or not numeric")
         self._closing = "next_obs" in first
         if not self._closing:
-            what = f"{where} has no next_obs: the last action of each demo leads to no frame and is left out."
-            self.notes.append(Note(kind="info", what=what))
-        if "rewards" in first and not own:
-            what = f"{where}: rewards and dones are left out; worldloom learns without them."
-            self.notes.append(Note(kind="dropped", what=what))
+            self.note(
+                "info",
+                f"{self.path} has no next_obs: the last action of each demo leads to no frame and is left out.",
+            )
+        if "rewards" in first and own is None:
+            self.note("dropped", f"{self.path}: rewards and dones are left out; worldloom learns without them.")
         self._labels = sorted(first["labels"]) if own and "labels" in first else []
-        if not own and "states" in first:
+        if own is None and "states" in first:
             if self._closing:
-                what = f"{where}: 'states' is left out; it has no row for the frame that next_obs adds."
-                self.notes.append(Note(kind="dropped", what=what))
+                what = f"{self.path}: 'states' is left out; it has no row for the frame that next_obs adds."
+                self.note("dropped", what)
             else:
                 self._labels = ["states"]
-        environment: dict[str, Any] = {"format": "robomimic", "source": self.path.name, "camera": self._camera}
-        environment["vector"] = [[name, int(np.prod(first["obs"][name].shape[1:]))] for name in self._vector]
-        if "env_args" in data.attrs:
-            environment["env_args"] = _json_or_text(data.attrs["env_args"])
-        self._own = DatasetSpec.from_json(json.dumps(own["spec"])) if own else None
-        shape = None if self._camera is None else first["obs"][self._camera].shape[1:]
-        if shape is not None and self.options.size is not None:
-            shape = (*self.options.size, shape[2])
-        vector = sum(size for _, size in environment["vector"])
         action = first["actions"]
         if action.ndim != 2 or action.dtype.kind not in "fiub":
             raise DataError(
                 f"{self.path}: {action.name} is {action.dtype} of shape {action.shape}; expected numbers (T, A)"
             )
-        found = self._range(action.shape[1])
-        known: tuple[Sequence[float], Sequence[float]] | None = None
-        if self._own is not None:
-            known = (self._own.action.low, self._own.action.high)
-        elif found is not None and np.all(np.abs(found) <= _UNIT):
-            known = ([-1.0] * action.shape[1], [1.0] * action.shape[1])
-        bounds, notes = choose_bounds(
-            self.options,
-            action.shape[1],
-            known=known,
-            range_of_data=found,
-            where=where,
-            discrete=self._own is not None and self._own.action.discrete,
+        size = int(action.shape[1])
+        found = action_range(self.actions(), size) if own is None else None
+        unit = found is not None and bool(np.all(np.abs(found) <= _UNIT))
+        vector = {name: width(observed[name]) for name in self._vector}
+        environment = chosen(self._camera, vector)
+        if "env_args" in data.attrs:
+            environment["env_args"] = json_or_text(data.attrs["env_args"])
+        self.describe(
+            Contents(
+                format="robomimic",
+                files=[self.path],
+                action=size,
+                bounds=([-1.0] * size, [1.0] * size) if unit else None,
+                range=found,
+                pixels=None if self._camera is None else observed[self._camera].shape[1:],
+                vector=vector,
+                labels={name: width(first["labels"][name] if own else first[name]) for name in self._labels},
+                environment=environment,
+                own=own,
+            )
         )
-        self.notes += notes
-        if self._own is not None:
-            environment = {**self._own.environment, "format": "robomimic", "source": self.path.name}
-        self.spec = DatasetSpec(
-            observation=ObservationSpec(pixels=shape, vector=vector),
-            action=bounds,
-            labels={name: _width(first["labels"][name] if own else first[name]) for name in self._labels},
-            environment=environment,
-        )
-        self.fingerprint = digest_files([self.path], self.path)
 
-    def _range(self, width: int) -> tuple[list[float], list[float]] | None:
-        low, high = np.full(width, np.inf), np.full(width, -np.inf)
+    def actions(self) -> Iterator[np.ndarray]:
+        """Yield the actions of each demo that has some."""
         for demo in self._demos:
-            column = self._file["data"][demo].get("actions")
-            if column is None or column.dtype.kind not in "fiub" or column.shape[1:] != (width,) or not len(column):
-                continue  # named when it is read
-            actions = np.asarray(column[()], np.float64)
-            actions = np.where(np.isfinite(actions), actions, np.nan)
-            low, high = np.fmin(low, np.fmin.reduce(actions)), np.fmax(high, np.fmax.reduce(actions))
-        return (low.tolist(), high.tolist()) if np.isfinite([low, high]).all() else None
+            column = self.file["data"][demo].get("actions")
+            if column is not None and column.dtype.kind in "fiub":
+                yield column[()]
 
     def __len__(self) -> int:
         return len(self._demos)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
     def read(self, index: int) -> list[Episode]:
         """Return a demo."""
         demo = self._demos[index]
         where = f"{self.path}: data/{demo}"
         with hdf5_errors(self.path):
-            group = self._file["data"][demo]
+            group = self.file["data"][demo]
             wanted = [name for name in (self._camera, *self._vector) if name is not None]
             for name in ("actions", *(f"obs/{name}" for name in wanted)):
                 if name not in group:
@@ -164,19 +126,18 @@ class RobomimicSource(Source):
             if self._closing != ("next_obs" in group):
                 raise DataError(f"{where} differs from the first demo in having next_obs or not; convert them apart")
             columns = {name: self._column(group, name, len(actions), where) for name in wanted}
-            labels = {name: flat((group["labels"] if self._own else group)[name][()]) for name in self._labels}
+            labels = {name: (group["labels"] if self._own else group)[name][()] for name in self._labels}
             stated = group.attrs.get("num_samples")
             if stated is not None and int(stated) != len(actions):
                 raise DataError(
                     f"{where} states num_samples {int(stated)} and holds {len(actions)} actions; it is damaged"
                 )
             metadata = self._metadata(group, demo)
-        return build_episode(
-            self.notes,
+        return self.episode(
             index,
             where,
-            pixels=None if self._camera is None else resize(columns[self._camera], self.options.size),
-            vector=concatenate(columns, self._vector),
+            pixels=None if self._camera is None else columns[self._camera],
+            columns=columns,
             actions=actions.astype(np.float32)[: None if self._closing else -1],
             labels=labels,
             metadata=metadata,
@@ -195,10 +156,9 @@ class RobomimicSource(Source):
     def _metadata(self, group: Any, demo: str) -> dict[str, Any]:
         own = group.get(OWN)
         if own is not None:
-            values: dict[str, Any] = json.loads(own.asstr()[()])
-            return values
+            return own_metadata(own)
         metadata: dict[str, Any] = {"demo": demo}
-        attributes = {name: _json_or_text(value) for name, value in group.attrs.items() if name != "num_samples"}
+        attributes = {name: json_or_text(value) for name, value in group.attrs.items() if name != "num_samples"}
         if attributes:
             metadata["attributes"] = attributes
         if demo in self._masks:
@@ -212,13 +172,14 @@ class RobomimicSink(PartsSink):
     Rewards and dones, which robomimic's loaders ask for, are zeros, and a one at the end of `dones`.
     """
 
-    def assemble(self, file: Any, episodes: int) -> None:
+    layout = "robomimic's layout"
+
+    def assemble(self, file: Any, episodes: Iterator[Episode]) -> None:
         """Write the demos."""
         data = file.create_group("data")
         masks: dict[str, list[str]] = {}
         total = 0
-        for number in range(episodes):
-            episode = self.load(number)
+        for number, episode in enumerate(episodes):
             demo = data.create_group(f"demo_{number}")
             demo.attrs["num_samples"] = episode.steps
             total += episode.steps
@@ -237,7 +198,7 @@ class RobomimicSink(PartsSink):
         environment = self.spec.environment
         env_args = environment.get("env_args", {"env_name": environment.get("id", ""), "type": 2, "env_kwargs": {}})
         data.attrs["env_args"] = json.dumps(env_args)
-        data.attrs[OWN] = json.dumps({"spec": json.loads(self.spec.to_json())})
+        data.attrs[OWN] = json.dumps(spec_values(self.spec))
         for name, members in masks.items():
             file[f"mask/{name}"] = np.array(members, dtype="S")
 
@@ -247,40 +208,18 @@ class Robomimic(Format):
 
     name = "robomimic"
     description = "an HDF5 file of robomimic: data/demo_K with actions and obs/KEY"
+    source, sink = RobomimicSource, RobomimicSink
 
     def detects(self, path: Path) -> bool:
         """Look for a group `data` with demos."""
         if not is_hdf5(path):
             return False
-        with hdf5_errors(path), h5py().File(path, "r") as file:
+        with opened_hdf5(path) as file:
             return "data" in file and any("actions" in demo for demo in list(file["data"].values())[:1])
-
-    def open(self, path: Path, options: ReadOptions) -> Source:
-        """Open a file."""
-        return RobomimicSource(path, options)
-
-    def create(self, path: Path, spec: DatasetSpec, options: WriteOptions, *, resume: bool) -> Sink:
-        """Begin or go on with a file."""
-        return RobomimicSink(path, spec, resume=resume)
 
 
 def _is_table(shape: tuple[int, ...], dtype: Any) -> bool:
     return 1 <= len(shape) <= 3 and dtype.kind in "fiub" and int(np.prod(shape[1:])) <= 4096
-
-
-def _width(column: Any) -> int:
-    return int(np.prod(column.shape[1:]))
-
-
-def _json_or_text(value: Any) -> Any:
-    if isinstance(value, bytes):
-        value = value.decode(errors="replace")
-    if isinstance(value, str):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError:
-            return value
-    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
 def _strings(value: Any) -> list[str]:

@@ -5,14 +5,16 @@ median period. A stamp that follows a frame within a tenth of the shorter median
 rounds its times.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float32, Float64, Int64, UInt8
 
 from worldloom.core.errors import DataError
-from worldloom.formats.format import Note
+from worldloom.core.types import Episode
+from worldloom.formats.format import FileSource, Note
 
 SLACK = 0.1  # of the shorter median period
 STEADY = 1.5  # the longest period over the shortest, above which a rate is called variable
@@ -29,6 +31,66 @@ class AlignedSteps:
     rows: Int64[np.ndarray, "N"]
     times: Float64[np.ndarray, "N"]
     actions: Float32[np.ndarray, "N-1 A"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Log:
+    """R rows of a log: the actions, the columns of the vector, and labels; `times` are None without timestamps."""
+
+    times: Float64[np.ndarray, "R"] | None
+    actions: Float32[np.ndarray, "R A"]
+    columns: Mapping[str, Float32[np.ndarray, "R _"]]
+    labels: Mapping[str, Float32[np.ndarray, "R _"]]
+    metadata: dict[str, Any] | None = None  # of the episode, where worldloom wrote it
+
+
+def aligned_episodes(
+    source: FileSource,
+    index: int,
+    where: str,
+    log: Log,
+    *,
+    row_times: Float64[np.ndarray, "R"],
+    camera_times: Float64[np.ndarray, "F"],
+    pixels: Callable[[Int64[np.ndarray, "N"]], UInt8[np.ndarray, "N H W C"]] | None,
+    metadata: Callable[[AlignedSteps], dict[str, Any]],
+    observed: bool,
+    until: float | None = None,
+) -> list[Episode]:
+    """Return an Episode for each unbroken stretch of a source episode, by the source's options.
+
+    `pixels` reads the camera's frames with these numbers, of all stretches at once. See `align` for the rest.
+    """
+    options = source.options
+    stretches, notes = align(
+        camera_times,
+        row_times,
+        log.actions,
+        where=where,
+        rate=options.rate,
+        how=options.actions,
+        gap=options.gap,
+        observed=observed,
+        until=until,
+        episode=index,
+    )
+    source.notes += notes
+    frames = pixels(np.concatenate([stretch.frames for stretch in stretches])) if pixels and stretches else None
+    episodes: list[Episode] = []
+    first = 0
+    for part, stretch in enumerate(stretches):
+        last = first + len(stretch.frames)
+        episodes += source.episode(
+            index,
+            where,
+            pixels=None if frames is None else np.ascontiguousarray(frames[first:last]),
+            columns={name: column[stretch.rows] for name, column in log.columns.items()},
+            actions=stretch.actions,
+            labels={name: column[stretch.rows] for name, column in log.labels.items()},
+            metadata=metadata(stretch) | ({"part": part} if len(stretches) > 1 else {}),
+        )
+        first = last
+    return episodes
 
 
 def align(

@@ -1,10 +1,9 @@
 """Video files by PyAV: times and frames of one stream, one frame in memory at a time, and a writer."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,10 @@ from jaxtyping import Float64, Int64, UInt8
 
 from worldloom.core.errors import DataError
 from worldloom.core.files import write_atomic
-from worldloom.formats.format import resize
+from worldloom.formats.images import resize
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm")
+LOSSY_CODEC = "H.264 at crf {crf}"  # of `write_video`
 
 
 def frame_times(path: Path) -> Float64[np.ndarray, "n"]:
@@ -44,19 +44,19 @@ def frame_shape(path: Path) -> tuple[int, int]:
 
 
 def read_frames(
-    path: Path, keep: Int64[np.ndarray, "N"], size: tuple[int, int] | None = None
+    path: Path, numbers: Int64[np.ndarray, "N"], size: tuple[int, int] | None = None
 ) -> UInt8[np.ndarray, "N H W 3"]:
-    """Return the frames with these numbers (ascending, an equal one repeats) in order of presentation, resized.
+    """Return the frames with these numbers (ascending; equal ones repeat a frame) in order of presentation, resized.
 
     Raises:
         DataError: a frame is missing or does not decode, or the size of frames changes on the way.
     """
-    with FrameStream(path) as stream:
-        return stream.read(keep, size)
+    with closing(FrameStream(path)) as stream:
+        return stream.read(numbers, size)
 
 
 class FrameStream:
-    """The frames of a video, decoded once for calls that go forward; one that goes back begins again."""
+    """The frames of a video, decoded once while calls go forward; a call that goes back begins again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -64,29 +64,31 @@ class FrameStream:
         self._frames: Iterator[Any] = iter(())
         self._next = 0
         self._shape: tuple[int, int] | None = None
-        self._last: tuple[int, Any] | None = None  # the frame decoded last, which the next call may ask for again
+        self._last: tuple[int, Any] | None = None  # the frame decoded last, which the next call may want again
 
-    def read(self, keep: Int64[np.ndarray, "N"], size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "N H W 3"]:
+    def read(
+        self, numbers: Int64[np.ndarray, "N"], size: tuple[int, int] | None = None
+    ) -> UInt8[np.ndarray, "N H W 3"]:
         """Return the frames with these numbers; see `read_frames`."""
-        assert (np.diff(keep) >= 0).all(), "frames are decoded forward; sort their numbers"
-        if self._context is None or (len(keep) and keep[0] < (self._last[0] if self._last else 0)):
+        assert (np.diff(numbers) >= 0).all(), "frames are decoded forward; sort their numbers"
+        if self._context is None or (len(numbers) and numbers[0] < (self._last[0] if self._last else 0)):
             self._begin()
         out: np.ndarray | None = None
         there = 0
-        while there < len(keep):
-            if self._last is None or self._last[0] < keep[there]:
+        while there < len(numbers):
+            if self._last is None or self._last[0] < numbers[there]:
                 if not self._advance():
                     break
                 continue
             picture = resize(self._last[1].to_ndarray(format="rgb24")[None], size)[0]
             if out is None:
-                out = np.empty((len(keep), *picture.shape), np.uint8)
-            while there < len(keep) and keep[there] == self._last[0]:
+                out = np.empty((len(numbers), *picture.shape), np.uint8)
+            while there < len(numbers) and numbers[there] == self._last[0]:
                 out[there] = picture
                 there += 1
-        if out is None or there < len(keep):
+        if out is None or there < len(numbers):
             raise DataError(
-                f"{self.path} decodes only up to frame {self._next - 1}; frame {keep[there]} is missing. Restore it"
+                f"{self.path} decodes only up to frame {self._next - 1}; frame {numbers[there]} is missing. Restore it"
             )
         return out
 
@@ -115,26 +117,18 @@ class FrameStream:
         return True
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file; reading opens it again."""
         context, self._context = self._context, None
         self._frames, self._next, self._shape, self._last = iter(()), 0, None, None
         if context is not None:
             context.__exit__(None, None, None)
-
-    def __enter__(self) -> "FrameStream":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def write_video(path: Path, frames: UInt8[np.ndarray, "N H W 3"], *, fps: float, crf: int, lossless: bool) -> None:
     """Write a video atomically: H.264 without chroma subsampling (.mp4), or lossless FFV1 (.mkv).
 
     Raises:
-        StorageError: the disk is full or refuses.
+        StorageError: the file cannot be written.
     """
     import av
 

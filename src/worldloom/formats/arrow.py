@@ -1,0 +1,78 @@
+"""Columns of Arrow tables, and Parquet files."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jaxtyping import Float32
+
+from worldloom.core.errors import DataError
+from worldloom.core.files import storage_errors, write_atomic
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Return whether a column holds lists."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """Return whether a column holds numbers or booleans."""
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind))
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether a column holds text."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def is_binary(kind: pa.DataType) -> bool:
+    """Return whether a column holds bytes."""
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def numbers(column: pa.ChunkedArray, name: str, where: str) -> Float32[np.ndarray, "R n"]:
+    """Return a column of numbers, or of lists of one length, as (R, n); what is missing is NaN.
+
+    Raises:
+        DataError: the column holds something else, or lists of several lengths.
+    """
+    whole, kind, size = column.combine_chunks(), column.type, 1
+    if is_list(kind):
+        lengths = pc.list_value_length(whole).to_numpy(zero_copy_only=False)
+        known = np.unique(lengths[np.isfinite(lengths)]).astype(int)
+        if len(known) > 1:
+            row = int(np.flatnonzero(lengths != lengths[0])[0])
+            raise DataError(
+                f"{where}: the lists of column {name!r} have {known[0]} to {known[-1]} values (row {row} differs from "
+                f"row 0); expected one length"
+            )
+        size = int(known[0]) if len(known) else int(getattr(kind, "list_size", 1))
+        kind = kind.value_type
+        if whole.null_count:
+            rows = [[np.nan] * size if row is None else row for row in whole.to_pylist()]
+            whole = pa.array(np.array(rows, np.float64).reshape(-1)) if is_number(kind) else whole
+        else:
+            whole = whole.flatten()
+    if not (is_number(kind) or pa.types.is_null(kind)):
+        raise DataError(f"{where}: column {name!r} is {column.type}; expected numbers, or lists of numbers")
+    values: np.ndarray = whole.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    return values.astype(np.float32).reshape(len(column), size)
+
+
+@contextmanager
+def table_errors(path: Path, kind: str) -> Iterator[None]:
+    """Turn what Arrow raises on `path` into this library's errors; `kind` says what was expected."""
+    try:
+        with storage_errors(path):
+            yield
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as {kind} ({error}); it is cut or damaged. Restore it") from error
+
+
+def write_parquet(path: Path, table: pa.Table, **options: int) -> None:
+    """Write a Parquet file atomically."""
+    write_atomic(path, lambda temporary: pq.write_table(table, temporary, **options))

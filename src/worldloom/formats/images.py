@@ -1,0 +1,52 @@
+"""Single pictures: encoded, decoded and resized."""
+
+import io
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
+
+from worldloom.core.errors import DataError
+
+
+def decode_picture(content: bytes | None, what: str) -> UInt8[np.ndarray, "H W C"]:
+    """Return a picture in any of Pillow's formats; C is 1 where it is grey, else 3. `what` names it in errors.
+
+    Raises:
+        DataError: it does not decode.
+    """
+    try:
+        with Image.open(io.BytesIO(content or b"")) as opened:
+            picture = np.asarray(opened.convert("L" if opened.mode == "L" else "RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{what} does not decode ({error}); restore it from a copy") from error
+    return picture if picture.ndim == 3 else picture[..., None]
+
+
+def encode_picture(frame: UInt8[np.ndarray, "H W C"], *, jpeg_quality: int | None = None) -> bytes:
+    """Return a picture of 1 or 3 channels as PNG, or as JPEG of this quality."""
+    buffer = io.BytesIO()
+    picture = Image.fromarray(frame[..., 0] if frame.shape[2] == 1 else frame)
+    if jpeg_quality is None:
+        picture.save(buffer, format="PNG", compress_level=3)
+    else:
+        picture.save(buffer, format="JPEG", quality=jpeg_quality)
+    return buffer.getvalue()
+
+
+def rgb(frames: UInt8[np.ndarray, "*axes C"]) -> UInt8[np.ndarray, "*axes 3"]:
+    """Return frames of 1 or 3 channels with three channels."""
+    return np.repeat(frames, 3 // frames.shape[-1], axis=-1)
+
+
+def resize(frames: UInt8[np.ndarray, "N H W C"], size: tuple[int, int] | None) -> UInt8[np.ndarray, "N H2 W2 C"]:
+    """Return frames of this (H, W), by area averaging; None leaves them unchanged. Any number of channels."""
+    if size is None or frames.shape[1:3] == size or len(frames) == 0:
+        return frames
+    height, width = size
+    out = np.empty((len(frames), height, width, frames.shape[3]), np.uint8)
+    for index, frame in enumerate(frames):
+        for channel in range(frames.shape[3]):
+            picture = Image.fromarray(np.ascontiguousarray(frame[..., channel]))
+            out[index, ..., channel] = np.asarray(picture.resize((width, height), Image.Resampling.BOX))
+    return out

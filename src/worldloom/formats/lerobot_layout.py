@@ -1,0 +1,246 @@
+"""The layout of LeRobot's datasets, versions 2.1 (2.0) and 3.0, and their metadata.
+
+`meta/info.json` names features, the rate and where files are. Version 2.1 has a Parquet file and a video of each camera
+for every episode, version 3.0 several episodes in each file; `meta/episodes` states the rows and the seconds of each.
+Row k shows the frame at its timestamp, and the action that leaves it.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from worldloom.core.errors import DataError
+from worldloom.core.files import read_json, storage_errors
+from worldloom.data import DatasetSpec
+from worldloom.formats.arrow import table_errors
+from worldloom.formats.format import Bounds, spec_in
+
+INFO, OWN = Path("meta/info.json"), Path("meta/worldloom.json")
+METADATA = "worldloom_metadata"  # our metadata of an episode, as JSON text
+CHUNK = 1000  # files in a directory, where info.json does not state it
+CAMERA, VECTOR, ACTION, LABEL = "observation.image", "observation.state", "action", "label."
+COUNTERS = {
+    "timestamp": "float32",
+    "frame_index": "int64",
+    "episode_index": "int64",
+    "index": "int64",
+    "task_index": "int64",
+}
+V2_DATA = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+V2_VIDEO = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
+V3_DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+V3_VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+VERSIONS = {"v2": ("v2.1", "v2.0"), "v3": ("v3.0",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodePlace:
+    """Where an episode is: rows from `first` on of a Parquet file, and seconds from one on of each camera's video."""
+
+    episode: int
+    length: int
+    data: Path
+    first: int
+    videos: Mapping[str, tuple[Path, float]] = field(default_factory=dict)
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a dataset's metadata state; `range` holds the least and greatest actions, where they are stated."""
+
+    fps: float
+    features: Mapping[str, Mapping[str, Any]]
+    entries: list[EpisodePlace]
+    range: Bounds | None
+    spec: DatasetSpec | None  # our own
+
+    @classmethod
+    def read(cls, root: Path, major: str) -> "Layout":
+        """Read the metadata of a dataset of version `v2` or `v3`.
+
+        Raises:
+            DataError: the version is another, or the metadata are damaged or of another layout.
+        """
+        info = read_json(root / INFO)
+        version = str(info.get("codebase_version")) if isinstance(info, dict) else "none"
+        if version not in VERSIONS[major]:
+            known = ", ".join(each for versions in VERSIONS.values() for each in versions)
+            raise DataError(
+                f"{root / INFO} states codebase_version {version!r}; expected {' or '.join(VERSIONS[major])} here "
+                f"(known: {known}). Convert older or newer datasets with the lerobot package's own scripts"
+            )
+        with _layout_errors(root / INFO):
+            features = dict(info["features"])
+            fps = float(info["fps"])
+            if not (np.isfinite(fps) and fps > 0):
+                raise DataError(f"{root / INFO} states {fps} frames a second; expected a positive number")
+            for feature in features.values():
+                tuple(feature["shape"])
+                str(feature["dtype"])
+        cameras = [name for name, feature in features.items() if feature["dtype"] == "video"]
+        entries = (_entries_v2 if major == "v2" else _entries_v3)(root, info, cameras)
+        if not entries:
+            raise DataError(f"{root} holds no episode; expected at least one in meta/episodes")
+        spec = spec_in(read_json(root / OWN) if (root / OWN).exists() else {})
+        return cls(fps=fps, features=features, entries=entries, range=_range(root), spec=spec)
+
+
+@contextmanager
+def _layout_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise DataError(
+            f"{path} is damaged or of another layout ({type(error).__name__}: {error}); restore it from a copy"
+        ) from error
+
+
+def _entries_v2(root: Path, info: Mapping[str, Any], cameras: list[str]) -> list[EpisodePlace]:
+    file = root / "meta" / "episodes.jsonl"
+    entries = []
+    for line in sorted(read_lines(file), key=lambda line: int(line.get("episode_index", 0))):
+        with _layout_errors(file):
+            number = int(line["episode_index"])
+            names = {"episode_chunk": number // int(info.get("chunks_size", CHUNK)), "episode_index": number}
+            entry = EpisodePlace(
+                episode=number,
+                length=int(line["length"]),
+                data=inside(root, str(info["data_path"]).format(**names), root / INFO),
+                first=0,
+                videos={
+                    key: (inside(root, str(info["video_path"]).format(video_key=key, **names), root / INFO), 0.0)
+                    for key in cameras
+                },
+                metadata=_metadata(number, line.get("tasks"), line.get(METADATA)),
+            )
+        entries.append(entry)
+    return entries
+
+
+def _entries_v3(root: Path, info: Mapping[str, Any], cameras: list[str]) -> list[EpisodePlace]:
+    folder = root / "meta" / "episodes"
+    files = sorted(folder.rglob("*.parquet"))
+    if not files:
+        raise DataError(f"{folder} holds no Parquet file; expected chunk-000/file-000.parquet. Restore meta/")
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        rows += read_rows(file)
+    entries: list[EpisodePlace] = []
+    with _layout_errors(folder):
+        rows.sort(key=lambda row: int(row["episode_index"]))
+        starts: dict[tuple[int, int], int] = {}
+        for row in rows:
+            key = (int(row["data/chunk_index"]), int(row["data/file_index"]))
+            starts[key] = min(starts.get(key, int(row["dataset_from_index"])), int(row["dataset_from_index"]))
+        for row in rows:
+            key = (int(row["data/chunk_index"]), int(row["data/file_index"]))
+            data = str(info["data_path"]).format(chunk_index=key[0], file_index=key[1])
+            videos = {}
+            for camera in cameras:
+                place = {name: int(row[f"videos/{camera}/{name}"]) for name in ("chunk_index", "file_index")}
+                video = str(info["video_path"]).format(video_key=camera, **place)
+                videos[camera] = (inside(root, video, root / INFO), float(row[f"videos/{camera}/from_timestamp"]))
+            number, first = int(row["episode_index"]), int(row["dataset_from_index"])
+            length = int(row["length"])
+            if int(row["dataset_to_index"]) - first != length:
+                raise DataError(
+                    f"{folder}: episode {number} has length {length} and rows {first} to {row['dataset_to_index']}; "
+                    f"the metadata are damaged. Restore them"
+                )
+            entries.append(
+                EpisodePlace(
+                    episode=number,
+                    length=length,
+                    data=inside(root, data, root / INFO),
+                    first=first - starts[key],
+                    videos=videos,
+                    metadata=_metadata(number, row.get("tasks"), row.get(METADATA)),
+                )
+            )
+    return entries
+
+
+def read_rows(file: Path, *, stats: bool = False) -> list[dict[str, Any]]:
+    """Return the rows of a file of meta/episodes without their statistics, or these alone."""
+    with table_errors(file, "Parquet"), pq.ParquetFile(file) as opened:
+        names = [name for name in opened.schema_arrow.names if name.startswith("stats/") == stats]
+        rows: list[dict[str, Any]] = opened.read(columns=names).to_pylist()
+    return rows
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file with one JSON object a line."""
+    with storage_errors(file):
+        text = file.read_text(encoding="utf-8", errors="replace")
+    lines = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{file}: line {number} is not whole JSON ({error}); restore it from a copy") from error
+        if not isinstance(value, dict):
+            raise DataError(f"{file}: line {number} is not a JSON object; restore it from a copy")
+        lines.append(value)
+    return lines
+
+
+def _metadata(number: int, tasks: Any, own: Any) -> dict[str, Any]:
+    if own is not None:
+        values: dict[str, Any] = json.loads(own)
+        return values
+    return {"episode": number, "tasks": [str(task) for task in tasks or []]}
+
+
+def _range(root: Path) -> Bounds | None:
+    """Return the least and greatest actions that the statistics state."""
+    stated: list[dict[str, Any]] = []
+    if (root / "meta" / "stats.json").exists():
+        stated.append(read_json(root / "meta" / "stats.json"))
+    elif (root / "meta" / "episodes_stats.jsonl").exists():
+        stated += [line.get("stats", {}) for line in read_lines(root / "meta" / "episodes_stats.jsonl")]
+    found = [stats["action"] for stats in stated if isinstance(stats, dict) and "action" in stats]
+    if not found or len(found) < len(stated):
+        return None
+    with _layout_errors(root / "meta"):
+        low = np.min([np.ravel(np.asarray(stats["min"], np.float64)) for stats in found], axis=0)
+        high = np.max([np.ravel(np.asarray(stats["max"], np.float64)) for stats in found], axis=0)
+    return (low.tolist(), high.tolist()) if np.isfinite([low, high]).all() else None
+
+
+def inside(root: Path, name: str, stated: Path) -> Path:
+    """Return a path that the file `stated` names, which must be in the dataset."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DataError(f"{stated} names the file {name!r}, which lies outside the dataset; correct the name")
+    return root / name
+
+
+def is_numeric(feature: Mapping[str, Any]) -> bool:
+    """Return whether a feature holds numbers; text, pictures and the like do not."""
+    try:
+        return np.dtype(feature["dtype"]).kind in "fiub"
+    except TypeError:
+        return False
+
+
+def width(feature: Mapping[str, Any]) -> int:
+    """Return how many values a row of a feature holds."""
+    return int(np.prod(feature["shape"]))
+
+
+def picture_shape(feature: Mapping[str, Any], name: str, path: Path) -> tuple[int, int]:
+    """Return the height and width of a camera; some datasets put the channels first."""
+    shape = [int(size) for size in feature["shape"]]
+    if len(shape) != 3:
+        raise DataError(f"{path / INFO}: feature {name!r} has shape {shape}; expected height, width and channels")
+    names = [str(each) for each in feature.get("names") or []]
+    first = names[0].startswith("channel") if len(names) == 3 else shape[2] not in (1, 3, 4)
+    return (shape[1], shape[2]) if first else (shape[0], shape[1])

@@ -1,0 +1,108 @@
+"""The columns of stable-worldmodel's layouts, which are the same in its HDF5 files and in its Lance tables.
+
+A row is a frame. Row t holds what is observed at t and the action that leaves it, as that library's collection writes
+them; the action of an episode's last row leads to no frame (there it repeats the first action, or is NaN).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldloom.core.types import Episode
+from worldloom.data import DatasetSpec, metadata_json
+from worldloom.formats.format import Contents, FileSource, chosen
+from worldloom.formats.hdf5 import is_image
+
+LENGTH, OFFSET, ACTION, PIXELS, VECTOR = "ep_len", "ep_offset", "action", "pixels", "observation"
+METADATA = "worldloom_metadata"  # a column of text: JSON in the first row of an episode
+OBSERVED = ("observation", "proprio")  # columns that an agent sees; the others are a simulator's state
+REWARDS = ("reward", "terminated", "truncated", "done", "success")
+COUNTERS = ("ep_idx", "episode_idx", "step_idx")
+RESERVED = (ACTION, PIXELS, VECTOR, METADATA, *REWARDS, *COUNTERS)  # names that a label must not have
+_MOST = 256  # values of a label
+
+Columns = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]  # by name: shape (N, ...) and dtype; pictures are bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenColumns:
+    """Which columns are read."""
+
+    camera: str | None
+    vector: list[str]
+    labels: list[str]
+
+    def contents(
+        self,
+        columns: Columns,
+        *,
+        format: str,
+        files: Iterable[Path],
+        pixels: tuple[int, int, int] | None,
+        own: DatasetSpec | None,
+    ) -> Contents:
+        """Return what a source of these columns holds; `pixels` is the shape of the camera's frames."""
+        sizes = {name: int(np.prod(shape[1:])) for name, (shape, _) in columns.items()}
+        vector = {name: sizes[name] for name in self.vector}
+        return Contents(
+            format=format,
+            files=files,
+            action=sizes[ACTION],
+            pixels=pixels,
+            vector=vector,
+            labels={name: sizes[name] for name in self.labels},
+            environment=chosen(self.camera, vector),
+            own=own,
+        )
+
+
+def choose_columns(source: FileSource, columns: Columns, own: DatasetSpec | None) -> ChosenColumns:
+    """Choose what is read by the source's options, with notes of what is left out.
+
+    `observation` and `proprio` make the vector; without them, and without pictures, `state` does. Other columns of
+    numbers are labels, but for rewards and counters.
+    """
+    cameras = [name for name, column in columns.items() if is_image(*column)]
+    if own is not None and own.observation.pixels is None:
+        cameras = []
+    camera = source.choose_camera(cameras)
+    if own is None:
+        observed, labels = _roles(columns)
+        left = {*columns} - {*observed, *labels}
+    else:
+        observed, labels, left = [VECTOR] if own.observation.vector else [], list(own.labels), set()
+    every = [*observed, *labels]
+    if camera is None and not observed:
+        observed = ["state"] if "state" in labels else labels
+    vector = source.choose_vector(observed if source.options.vector is None else every)
+    rewards = sorted(left & {*REWARDS})
+    source.note_left_out("columns", rewards, "worldloom learns without rewards")
+    others = sorted({*left, *cameras} - {ACTION, camera, *REWARDS, *COUNTERS})
+    source.note_left_out("columns", others, f"not chosen, not numeric or over {_MOST} values")
+    if own is None:
+        source.note_last_action()
+    return ChosenColumns(camera=camera, vector=vector, labels=[name for name in every if name not in vector])
+
+
+def metadata_column(episode: Episode) -> list[str]:
+    """Return the column of text that holds an episode's metadata: JSON in its first row."""
+    return [metadata_json(episode.metadata), *[""] * episode.steps]
+
+
+def _roles(columns: Columns) -> tuple[list[str], list[str]]:
+    """Return which columns are observations, and which labels."""
+    numeric = [
+        name
+        for name, (shape, dtype) in columns.items()
+        if dtype.kind in "fiub"
+        and name not in (LENGTH, OFFSET, ACTION, *REWARDS, *COUNTERS)
+        and int(np.prod(shape[1:])) <= _MOST
+        and not is_image(shape, dtype)
+    ]
+    observed = [name for name in OBSERVED if name in numeric]
+    if not observed and not any(is_image(*column) for column in columns.values()):
+        observed = ["state"] if "state" in numeric else numeric
+    return observed, [name for name in sorted(numeric) if name not in observed]

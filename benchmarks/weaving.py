@@ -92,7 +92,7 @@ class Bench:
         self._root: Path = arguments.runs / name / str(seed)
         if arguments.anew:
             shutil.rmtree(self._root, ignore_errors=True)
-        everything = {name: owner.model_copy(update={"settle": "all"}) for name, owner in config.owners.items()}
+        everything = {name: owner.model_copy(update={"fine_tune": "all"}) for name, owner in config.owners.items()}
         rules = {**config.rules, "partition": CLASHING}
         clashing = config.model_copy(update={"rules": rules, "owners": everything})
         self.ways: dict[str, Callable[[], dict[str, Any]]] = {

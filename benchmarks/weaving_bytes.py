@@ -34,7 +34,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from by_seed import Kept, as_one, command_of, interval, parser_of, run
 from worldloom.cli.console import print_table, progress
@@ -42,7 +41,7 @@ from worldloom.core.files import write_json
 from worldloom.core.seeds import numpy_generator
 from worldloom.core.types import Context, Windows
 from worldloom.data import EpisodeDataset, WindowSampler, load_cache, load_frames
-from worldloom.federation import LocalTraining, PartitionConfig, Records, Rounds, bytes_of, initial_base
+from worldloom.federation import Base, LocalTraining, PartitionConfig, Records, RoundStore, bytes_of, initial_base
 from worldloom.models import JEPA, LinearProbe
 from worldloom.recipes import Recipe
 from worldloom.workflow import ConsortiumConfig, Run, simulate
@@ -211,7 +210,7 @@ class Bench:
                 overrides += [f"training.batch={self._arguments.batch * len(OWNERS)}"]
                 overrides += [f"training.learning_rate={self._world.rate}"] if self._world.rate else []
             runs = [self._gone_on(root / name, logs, overrides) for name, logs in every.items()]
-            base = bytes_of(self._begun)
+            base = bytes_of(self._begun.tensors)
             sent = len(OWNERS) * (self._arguments.steps - self._arguments.pilot) * base if way == SYNCHRONOUS else 0
             all_sent = {"all up": base + sent, "all down": len(OWNERS) * base + sent}
             return {"up": sent, **all_sent, **self._errors([run.model for run in runs])}
@@ -226,7 +225,7 @@ class Bench:
         left_out = sum(len(entry.body["facts"]["left_out"]) for entry in records.entries("round"))
         sent = {
             "up": up,
-            "all up": bytes_of(Rounds(woven.rounds).base(0)) + count.up,
+            "all up": bytes_of(RoundStore(woven.rounds).base(0).tensors) + count.up,
             "all down": count.down,
             "left out": left_out,
         }
@@ -237,11 +236,11 @@ class Bench:
         recipe = self._recipe(OWNERS[0]).override(overrides)
         with self._training(path, logs, recipe) as training:
             begun, steps = self._arguments.pilot, self._arguments.steps
-            training.stretch("going on", self._begun, steps - begun, at=begun)
+            training.train("going on", self._begun, steps - begun, at=begun)
             return Run(training.run)
 
     @cached_property
-    def _begun(self) -> Mapping[str, Tensor]:
+    def _begun(self) -> Base:
         """What the pilot learns alone, as `simulate` lets it."""
         recipe, path = self._recipe(OWNERS[0]), self._root / "pilot"
         shutil.rmtree(path, ignore_errors=True)

@@ -50,13 +50,14 @@ from worldloom.data import DatasetSpec, FrameCache, WindowSampler, compute_stati
 from worldloom.federation import (
     OUTER,
     Accountant,
+    Base,
     LocalTraining,
     PartitionConfig,
     PrivacyConfig,
     clip_and_noise,
     initial_base,
 )
-from worldloom.federation.secure.aggregation_protocol import AggregationConfig, Masker, Session, Unmasker
+from worldloom.federation.secure.aggregation_protocol import Masker, SumSession, Unmasker
 from worldloom.federation.secure.privacy import delta_norm
 from worldloom.models import JEPA, JEPAConfig, LinearProbe, build_jepa
 from worldloom.models.encoders import VectorMLP
@@ -194,7 +195,7 @@ def spots(generator: np.random.Generator, episodes: int) -> FrameCache:
 def parameters() -> int:
     """Return how many values an owner sends."""
     cache = spots(np.random.default_rng(0), 1)
-    return sum(tensor.numel() for tensor in initial_base(MODEL, cache.spec, PartitionConfig(), seed=0).values())
+    return sum(tensor.numel() for tensor in initial_base(MODEL, cache.spec, PartitionConfig(), seed=0).tensors.values())
 
 
 class World:
@@ -218,7 +219,10 @@ class World:
     def untrained(self) -> dict[str, float]:
         """Return the held-out loss of the first base, the mean over owners, and its error of places."""
         with tempfile.TemporaryDirectory() as folder:
-            return {"loss": self._loss(self._local(Path(folder)), self._initial), "places": self._places(self._initial)}
+            return {
+                "loss": self._loss(self._local(Path(folder)), self._initial),
+                "places": self._places(self._initial.tensors),
+            }
 
     def measure(self, noise: float | None, secure: bool) -> dict[str, Any]:
         """Weave under a noise, and attack every owner by what was seen: of its deltas, and of one frame."""
@@ -237,11 +241,11 @@ class World:
                     deltas = {name: self._delta(local[name], number, base) for name in self._names}
                     norms += [delta_norm(delta) for delta in deltas.values()]
                     seen = self._seen(deltas, config, secure, f"round {number}")
-                    history.append((base, seen))
-                    mean = {key: sum(seen[name][key] for name in self._names) / OWNERS for key in base}
+                    history.append((base.tensors, seen))
+                    mean = {key: sum(seen[name][key] for name in self._names) / OWNERS for key in base.tensors}
                     base, _ = OUTER["fedavg"].parse({"name": "fedavg"}).step(base, mean, {})
                     task.advance(1)
-            loss, places = self._loss(local, base), self._places(base)
+            loss, places = self._loss(local, base), self._places(base.tensors)
         except TrainingError:
             loss = places = None  # a loss is not finite any more; the attacks have what was seen until then
         found: dict[str, list[float]] = {"losses": [], "picture": []}
@@ -262,11 +266,11 @@ class World:
             for name in self._names
         }
 
-    def _delta(self, local: LocalTraining, number: int, base: State) -> dict[str, Tensor]:
-        made = local.stretch(f"round {number}", base, self._inner)
-        return {key: (made.after[key] - made.before[key]).detach() for key in base}
+    def _delta(self, local: LocalTraining, number: int, base: Base) -> dict[str, Tensor]:
+        made = local.train(f"round {number}", base, self._inner)
+        return {key: (made.after[key] - made.before[key]).detach() for key in base.tensors}
 
-    def _loss(self, local: Mapping[str, LocalTraining], base: State) -> float:
+    def _loss(self, local: Mapping[str, LocalTraining], base: Base) -> float:
         return float(np.mean([one.judge(base)["total"] for one in local.values()]))
 
     @torch.no_grad()
@@ -342,7 +346,7 @@ class World:
 
     def _step(self, frame: Tensor) -> dict[str, Tensor]:
         """Return the delta of one plain step towards a fixed code of one frame, from the first base."""
-        encoder = self._put(self._initial).encoder
+        encoder = self._put(self._initial.tensors).encoder
         encoder.zero_grad()
         code = torch.randn(MODEL.latent_dim, generator=torch_generator(self._seed, "code"))
         (encoder(Observations(vector=frame[None])) - code).square().mean().backward()
@@ -365,11 +369,11 @@ class World:
 def summed(deltas: Mapping[str, State], name: str) -> dict[str, Tensor]:
     """Return the sum of deltas by the protocol of secure aggregation, of which nothing else is seen."""
     keys = {owner: Ed25519PrivateKey.generate() for owner in deltas}
-    session = Session(
+    session = SumSession(
         name=name,
         owners={owner: key.public_key().public_bytes_raw().hex() for owner, key in keys.items()},
         shapes={key: tuple(value.shape) for key, value in next(iter(deltas.values())).items()},
-        config=AggregationConfig(threshold=len(deltas)),
+        threshold=len(deltas),
     )
     maskers, unmasker = {owner: Masker(owner, session, keys[owner].sign) for owner in deltas}, Unmasker(session)
     roster = unmasker.advertised([masker.advertise() for masker in maskers.values()])

@@ -51,7 +51,7 @@ def answer(data):
     return name.encode() + b":" + data
 
 join(answer, home=f"{folder}/{name}", server=address, authority=f"{folder}/tls/ca.pem",
-     secret=f"{folder}/keys/{name}.ssh", patience_seconds=float(patience))
+     secret=f"{folder}/keys/{name}.ssh", timeout_seconds=float(patience))
 """
 COORDINATOR = """
 import sys, time

@@ -82,10 +82,10 @@ def report(
     """Write what the ledger tells as one page: losses, influence, bytes, privacy, refusals; it must verify."""
     from worldloom.cli.console import say
     from worldloom.federation import read_constitution
-    from worldloom.reports import find_owners, write_weaving_report
+    from worldloom.reports import find_owners, write_consortium_report
 
     rules = read_constitution(constitution)
-    write_weaving_report(out, rounds, rules, runs={} if runs is None else find_owners(runs, rules))
+    write_consortium_report(out, rounds, rules, runs={} if runs is None else find_owners(runs, rules))
     say(f"report: {out}")
 
 

@@ -298,7 +298,7 @@ def join(
     server: str,
     authority: Path | str,
     secret: Path | str,
-    patience_seconds: float = 600.0,
+    timeout_seconds: float = 600.0,
     stop: threading.Event | None = None,
 ) -> None:
     """Run a SuperNode, and answer the coordinator's messages in this process until `stop` is set.
@@ -314,7 +314,7 @@ def join(
         server: the coordinator's address, `host:port`.
         authority: the certificate of the coordinator's authority; see `make_tls`.
         secret: this node's secret key; see `make_node_keys`.
-        patience_seconds: how long to try to reach the coordinator.
+        timeout_seconds: how long to try to reach the coordinator.
         stop: ends the node when set, after the message in hand.
 
     Raises:
@@ -329,7 +329,7 @@ def join(
     with exclusive_lock(home / ".lock", busy):
         node = _Node(home, server, Path(authority), Path(secret))
         try:
-            node.run(handler, patience_seconds, stop)
+            node.run(handler, timeout_seconds, stop)
         finally:
             node.stop()
 

@@ -112,7 +112,7 @@ def test_a_patch_layer_gives_its_patch_away() -> None:
 def test_what_cannot_be_reconstructed_says_why() -> None:
     with pytest.raises(DataError, match="in the delta"):
         reconstruct({"w": torch.ones(2, 3)}, weight="w", bias="b")
-    with pytest.raises(DataError, match="did not move"):
+    with pytest.raises(DataError, match="did not change"):
         reconstruct({"w": torch.ones(2, 3), "b": torch.zeros(2)}, weight="w", bias="b")
     with pytest.raises(DataError, match="a row for each"):
         reconstruct({"w": torch.ones(2, 3), "b": torch.ones(3)}, weight="w", bias="b")

@@ -1,4 +1,4 @@
-"""`worldloom weave`: many owners weave one model; its constitution, its ledger, and what they say."""
+"""`worldloom weave`: federated training of one model by many owners, its constitution and its ledger."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,23 +7,23 @@ import typer
 
 from worldloom.cli.options import Json, Threads, set_threads
 
-app = typer.Typer(help="Weave one world model among many owners (Tapestry).", no_args_is_help=True)
+app = typer.Typer(help="Train one world model among many owners (Tapestry).", no_args_is_help=True)
 ledger = typer.Typer(help="Verify and show the ledger of a consortium.", no_args_is_help=True)
 app.add_typer(ledger, name="ledger")
 
 Rounds = Annotated[Path, typer.Argument(help="The folder of the rounds.")]
-Rules = Annotated[Path, typer.Option(help="The constitution, which its members signed.")]
+Rules = Annotated[Path, typer.Option(help="The constitution, signed by its members.")]
 
 
 @app.command()
 def simulate(
     consortium: Annotated[Path, typer.Argument(help="A consortium of owners, as YAML.")],
-    out: Annotated[Path, typer.Option(help="Where keys, data, runs and rounds go.")],
+    out: Annotated[Path, typer.Option(help="The folder for keys, data, runs and rounds.")],
     seed: Annotated[int, typer.Option(min=0, help="The root of all seeds.")] = 0,
     threads: Threads = 0,
     json: Json = False,
 ) -> None:
-    """Weave on this machine, each owner in a folder of its own; run again, it goes on where it was."""
+    """Simulate a consortium on this machine, each owner in its own folder; run it again to resume."""
     from worldloom.cli.console import print_json, print_table, progress, say
     from worldloom.core.yaml_config import read_yaml
     from worldloom.federation import Records
@@ -59,11 +59,11 @@ def simulate(
 def watch(
     rounds: Rounds,
     constitution: Annotated[
-        Path | None, typer.Option(help="The constitution; without it nobody knows which round is the last.")
+        Path | None, typer.Option(help="The constitution, which tells the number of rounds.")
     ] = None,
-    once: Annotated[bool, typer.Option("--once", help="Show what there is now, and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Show the present state, and end.")] = False,
 ) -> None:
-    """Show the rounds as they run, from any terminal that sees their folder; ends with the last round, or Ctrl-C."""
+    """Show the rounds of a folder as they run, from any terminal, until the last round or Ctrl-C."""
     from worldloom.cli.weave_watch import watch
     from worldloom.federation import read_constitution
 
@@ -74,12 +74,12 @@ def watch(
 def report(
     rounds: Rounds,
     constitution: Rules,
-    out: Annotated[Path, typer.Option(help="Where the report goes, as HTML.")],
+    out: Annotated[Path, typer.Option(help="The path of the report, an HTML file.")],
     runs: Annotated[
-        Path | None, typer.Option(help="A folder with a run of each owner, NAME or NAME/run, whose training is shown.")
+        Path | None, typer.Option(help="A folder with the owners' runs, NAME or NAME/run, to show their training.")
     ] = None,
 ) -> None:
-    """Write what the ledger tells as one page: losses, influence, bytes, privacy, refusals; it must verify."""
+    """Verify the ledger and write its report: losses, influence, bytes, privacy and refusals on one page."""
     from worldloom.cli.console import say
     from worldloom.federation import read_constitution
     from worldloom.reports import find_owners, write_consortium_report
@@ -89,7 +89,7 @@ def report(
     say(f"report: {out}")
 
 
-Party = Annotated[Path, typer.Argument(help="What this party states, as YAML; its paths are those of its folder.")]
+Party = Annotated[Path, typer.Argument(help="The settings of this party, as YAML; paths are relative to its folder.")]
 
 
 @app.command()
@@ -98,10 +98,10 @@ def keys(
     out: Annotated[Path, typer.Option(help="A folder for the keys; the secret ones never leave it.")] = Path("keys"),
     host: Annotated[
         list[str] | None,
-        typer.Option(help="For a coordinator: a name or address by which nodes reach it; makes its certificate."),
+        typer.Option(help="For a coordinator: a name or address of it, for its certificate."),
     ] = None,
 ) -> None:
-    """Make the keys of a node, or with --host those of a coordinator; prints what the constitution says of it."""
+    """Make the keys of a node, or with --host those of a coordinator; print the entry for the constitution."""
     from worldloom.cli.console import print_json
     from worldloom.workflow import make_keys
 
@@ -111,16 +111,16 @@ def keys(
 @app.command()
 def classify(
     dataset: Annotated[Path, typer.Argument(help="A dataset; its card is written beside it.")],
-    owner: Annotated[str, typer.Option(help="Whose data it is, by the name in the constitution.")],
+    owner: Annotated[str, typer.Option(help="The owner's name in the constitution.")],
     data_class: Annotated[
-        str, typer.Option("--as", help="open, unique-open, controlled, sovereign or private, of which only the first "
-                          "three may ever shape the base.")
+        str, typer.Option("--as", help="open, unique-open, controlled, sovereign or private; only the first three "
+                          "can shape the base.")
     ],
     key: Annotated[Path, typer.Option(help="The owner's secret key.")],
-    title: Annotated[str, typer.Option(help="What the data are.")] = "",
-    licence: Annotated[str, typer.Option(help="Under which licence.")] = "",
+    title: Annotated[str, typer.Option(help="A title of the data.")] = "",
+    licence: Annotated[str, typer.Option(help="The licence of the data.")] = "",
 ) -> None:  # fmt: skip
-    """Say what may be done with a dataset, and sign it; without that nothing of it shapes the base."""
+    """Write and sign the data card of a dataset; without a card its data cannot shape the base."""
     from worldloom.core.errors import ConfigError
     from worldloom.core.registry import nearest
     from worldloom.federation import CLASSES
@@ -136,7 +136,7 @@ def classify(
 
 @app.command()
 def coordinator(party: Party, json: Json = False) -> None:
-    """Run the rounds that are left, with the members that connect; stopped or killed, it goes on when started again."""
+    """Run the remaining rounds with the members that connect; start it again to resume."""
     from worldloom.cli.console import print_json, say
     from worldloom.cli.weave_watch import live
     from worldloom.core.yaml_config import read_yaml
@@ -157,41 +157,41 @@ def coordinator(party: Party, json: Json = False) -> None:
 @app.command()
 def pilot(
     party: Party,
-    out: Annotated[Path, typer.Option(help="Where the base goes; the coordinator names it as 'initial'.")],
+    out: Annotated[Path, typer.Option(help="The path of the base, for the coordinator's 'initial'.")],
     threads: Threads = 0,
     json: Json = False,
 ) -> None:
-    """Train alone, before the first round, what all could begin with: where conventions clash, one must be first."""
+    """Train the first base alone, before the first round; needed if the owners' conventions differ."""
     from worldloom.cli.console import print_json, progress, say
     from worldloom.core.yaml_config import read_yaml
     from worldloom.workflow import NodeConfig, pilot
 
     set_threads(threads)
     base = pilot(read_yaml(party, NodeConfig).at(party.parent), out, progress=progress())
-    print_json({"base": base, "path": str(out)}) if json else say(f"{out}: the base {base}; give it to the coordinator")
+    print_json({"base": base, "path": str(out)}) if json else say(f"{out}: the base {base}; send it to the coordinator")
 
 
 @app.command()
 def node(party: Party, threads: Threads = 0, json: Json = False) -> None:
-    """Take part as an owner until the last base has come and settled; killed, it goes on when started again."""
+    """Take part as an owner until the last base has come and is fine-tuned; start it again to resume."""
     from worldloom.cli.console import print_json, progress, say
     from worldloom.core.yaml_config import read_yaml
     from worldloom.workflow import NodeConfig, take_part
 
     set_threads(threads)
     run = take_part(read_yaml(party, NodeConfig).at(party.parent), progress=progress())
-    print_json({"run": str(run.path)}) if json else say(f"the woven model, settled at home: {run.path}")
+    print_json({"run": str(run.path)}) if json else say(f"the fine-tuned model: {run.path}")
 
 
 @app.command()
 def exit(
     party: Party,
-    into: Annotated[Path, typer.Option(help="A new folder for base, ledger, rules and the run of the own model.")],
-    why: Annotated[str, typer.Option(help="What the others are told.")] = "",
+    into: Annotated[Path, typer.Option(help="A new folder for base, ledger, rules and the owner's run.")],
+    why: Annotated[str, typer.Option(help="The reason, which all members can read.")] = "",
     threads: Threads = 0,
     json: Json = False,
 ) -> None:
-    """Leave the consortium with all that is yours; it needs nobody's leave, and no connection."""
+    """Leave the consortium and export all that is yours; this needs no permission and no connection."""
     from worldloom.cli.console import print_json, progress, say
     from worldloom.core.yaml_config import read_yaml
     from worldloom.workflow import NodeConfig, leave
@@ -203,21 +203,21 @@ def exit(
 
 @app.command(name="return")
 def come_back(party: Party) -> None:
-    """Take part again after an exit: start the node, and the next round that asks counts."""
+    """Return after an exit: start the node to take part from the next round on."""
     from worldloom.cli.console import say
     from worldloom.core.yaml_config import read_yaml
     from worldloom.workflow import NodeConfig, come_back
 
     come_back(read_yaml(party, NodeConfig).at(party.parent))
-    say("back: start the node again")
+    say("returned; start the node")
 
 
 @app.command()
 def succeed(
     party: Party,
-    coordinator: Annotated[Path, typer.Option(help="What the new coordinator states, as YAML.")],
+    coordinator: Annotated[Path, typer.Option(help="The settings of the new coordinator, as YAML.")],
 ) -> None:
-    """Take over from a coordinator that is lost, with what this node kept; then start the coordinator here."""
+    """Take over from a lost coordinator with this node's base and ledger; then start the coordinator here."""
     from worldloom.cli.console import say
     from worldloom.core.yaml_config import read_yaml
     from worldloom.workflow import CoordinatorConfig, NodeConfig, take_over
@@ -230,8 +230,8 @@ def succeed(
 
 
 @app.command()
-def key(path: Annotated[Path, typer.Argument(help="Where to keep the secret key.")]) -> None:
-    """Make a secret key; prints the public one, for the constitution."""
+def key(path: Annotated[Path, typer.Argument(help="The path of the secret key.")]) -> None:
+    """Make a secret key, and print its public key for the constitution."""
     from worldloom.core.signing import make_key
 
     typer.echo(make_key(path))
@@ -240,10 +240,10 @@ def key(path: Annotated[Path, typer.Argument(help="Where to keep the secret key.
 @app.command()
 def ratify(
     constitution: Annotated[Path, typer.Argument(help="The constitution, as YAML.")],
-    member: Annotated[str, typer.Option(help="The name by which it knows you.")],
+    member: Annotated[str, typer.Option(help="Your name in the constitution.")],
     key: Annotated[Path, typer.Option(help="Your secret key.")],
 ) -> None:
-    """Sign a constitution as it is now, as one of its members; the signature is kept beside it."""
+    """Sign the present text of a constitution as one of its members; the signature is written beside it."""
     from worldloom.core.signing import SigningKey
     from worldloom.federation import ratify
 
@@ -254,11 +254,11 @@ def ratify(
 def recompute(
     rounds: Rounds,
     constitution: Rules,
-    into: Annotated[Path, typer.Option(help="A folder for the bases that come of it.")],
-    without: Annotated[list[str] | None, typer.Option(help="A member to leave out.")] = None,
+    into: Annotated[Path, typer.Option(help="A folder for the computed bases.")],
+    without: Annotated[list[str] | None, typer.Option(help="A member to exclude.")] = None,
     json: Json = False,
 ) -> None:
-    """Compute every base again from the kept contributions, all of them or without a member's."""
+    """Compute every base again from the stored contributions of all members, or without some."""
     from worldloom.cli.console import print_json, say
     from worldloom.federation import read_constitution, recompute
 
@@ -268,7 +268,7 @@ def recompute(
         return
     for number, base in found.items():
         say(f"round {number}: {base}")
-    say(f"without {', '.join(without)}" if without else "each is the one that the ledger names")
+    say(f"without {', '.join(without)}" if without else "all match the ledger")
 
 
 @app.command()
@@ -277,7 +277,7 @@ def release(
     constitution: Rules,
     into: Annotated[Path, typer.Option(help="A new folder for base, model card and ledger.")],
 ) -> None:
-    """Let the newest base leave the consortium, if it passes every gate of the constitution."""
+    """Release the newest base from the consortium, if it passes every gate of the constitution."""
     from worldloom.federation import read_constitution, release
 
     typer.echo(str(release(rounds, read_constitution(constitution), into)))
@@ -285,7 +285,7 @@ def release(
 
 @ledger.command()
 def verify(rounds: Rounds, constitution: Rules, json: Json = False) -> None:
-    """Check every entry and signature; the first that is wrong is named, and the exit code is 3."""
+    """Check every entry and signature; report the first invalid one with exit code 3."""
     from worldloom.cli.console import print_json, say
     from worldloom.core.errors import DataError
     from worldloom.federation import read_constitution, verify_ledger
@@ -296,12 +296,14 @@ def verify(rounds: Rounds, constitution: Rules, json: Json = False) -> None:
     if json:
         print_json({"length": verdict.length, "hash": verdict.head.hash})
         return
-    say(f"{rounds}: all {verdict.length} entries are whole, signed and in order; the last is {verdict.head.hash}")
+    say(
+        f"{rounds}: all {verdict.length} entries are complete, signed and in order; last hash: {verdict.head.hash}"
+    )
 
 
 @ledger.command()
 def show(rounds: Rounds, json: Json = False) -> None:
-    """Show what happened, entry by entry, each verified as it is read."""
+    """Show the entries of a ledger; the chain of hashes is verified while reading."""
     from worldloom.cli.console import print_json, print_table
     from worldloom.federation import Records
 
@@ -314,12 +316,12 @@ def show(rounds: Rounds, json: Json = False) -> None:
         facts = body["facts"]
         said = facts.get("owner") or facts.get("fingerprint", "")[:16] or ", ".join(facts.get("weights", {}))
         rows.append([body["kind"], "-" if body["round"] is None else str(body["round"]), said, facts.get("reason", "")])
-    print_table("ledger", ["kind", "round", "who or what", "why"], rows)
+    print_table("ledger", ["kind", "round", "subject", "reason"], rows)
 
 
 @ledger.command()
 def card(rounds: Rounds, constitution: Rules) -> None:
-    """Print the model card of the newest base, written from a ledger that verifies."""
+    """Print the model card of the newest base, made from a verified ledger."""
     from worldloom.federation import model_card, read_constitution
 
     typer.echo(model_card(rounds / "ledger.jsonl", read_constitution(constitution)), nl=False)

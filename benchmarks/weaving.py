@@ -1,13 +1,14 @@
-"""Owners of different worlds: what each reaches at home by a model of its own, by the woven one, by all data pooled.
+"""Owners of different worlds: success at home with a model of their own, with the shared one, and with pooled data.
 
     python benchmarks/weaving.py [--consortium examples/five_owners.yaml] [--seeds 0 1 2] [--episodes 50] [--threads 1]
 
-For each seed: every owner's model alone; woven with everything shared but statistics, so that conventions of actions
-clash; woven with sovereign stems; and one model trained on all logs, told in one convention of actions
-(an upper bound that nobody could train without moving data), all from the same beginning and for as many steps. Success
-is of the protocol's goals in the owner's own world, by tree search; in a single room there is none across rooms. Writes
-benchmarks/results/weaving.json; what one seed gave is kept beside it and taken up unless it is to be measured `--anew`.
-`--quick` is for trying the script: it keeps nothing.
+For each seed there are four ways: each owner trains alone; all owners share everything but statistics, so that their
+action conventions clash; all owners share a model with sovereign stems; and one model trains on all logs in one action
+convention, an upper bound that needs the data in one place. All begin with the same base and take as many steps.
+Success is measured on the protocol's goals in the owner's own world, by tree search; a single room has no goals across
+rooms.
+The results go to benchmarks/results/weaving.json. Results of a seed are stored beside it and reused, unless `--anew` is
+set. `--quick` only tries the script, and stores nothing.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Measure what is not measured yet; write and print the table."""
+    """Measure what is missing; write and print the table."""
     config = read_yaml(arguments.consortium, ConsortiumConfig)
     if arguments.quick:
         few = {
@@ -81,7 +82,7 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 class Bench:
-    """The ways to a model of one seed, and what each owner reaches by it."""
+    """The ways to a model for one seed, and the owners' success with each."""
 
     def __init__(
         self, config: ConsortiumConfig, seed: int, arguments: argparse.Namespace, settings: Mapping[str, Any]
@@ -92,7 +93,7 @@ class Bench:
         self._root: Path = arguments.runs / name / str(seed)
         if arguments.anew:
             shutil.rmtree(self._root, ignore_errors=True)
-        everything = {name: owner.model_copy(update={"settle": "all"}) for name, owner in config.owners.items()}
+        everything = {name: owner.model_copy(update={"fine_tune": "all"}) for name, owner in config.owners.items()}
         rules = {**config.rules, "partition": CLASHING}
         clashing = config.model_copy(update={"rules": rules, "owners": everything})
         self.ways: dict[str, Callable[[], dict[str, Any]]] = {
@@ -129,13 +130,13 @@ class Bench:
 
 
 def last_losses(rounds: Path) -> dict[str, float]:
-    """Return what each member loses on its held-out episodes under the last base, before that settles at home."""
+    """Return what each member loses on its held-out episodes under the last base, before fine-tuning."""
     *_, last = Records(rounds / "ledger.jsonl").entries("round")
     return {name: after for name, (_, after) in last.body["facts"]["evaluation"]["owners"].items()}
 
 
 def pool(config: ConsortiumConfig, root: Path, seed: int) -> Run:
-    """Train one model on the logs of all owners, their actions told in one convention."""
+    """Train one model on the logs of all owners, with their actions in one convention."""
     told = {name: owner.model_copy(update={"factors": plain(owner.factors)}) for name, owner in config.owners.items()}
     same = config.model_copy(update={"owners": told})
     every = [workflow.collect(same.recipe_of(name, seed), root / "told" / name, progress=progress()) for name in told]
@@ -151,7 +152,7 @@ def plain(factors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def success(run: Run, owner: OwnerConfig, episodes: int, *, one_convention: bool) -> list[int]:
-    """Return how many goals are reached in the owner's world, and of how many."""
+    """Return the number of goals reached in the owner's world, and of all goals."""
     factors = plain(owner.factors) if one_convention else owner.factors
     assert run.recipe.protocol is not None
     protocol = PROTOCOLS[run.recipe.protocol].customise(

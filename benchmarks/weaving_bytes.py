@@ -1,26 +1,26 @@
-"""Bytes against loss: owners of shards of one world, who weave seldom, in few bits, or send every step's gradient.
+"""Bytes against loss: owners of shards of one world send deltas rarely, with few bits, or a gradient at each step.
 
     python benchmarks/weaving_bytes.py [--world rooms] [--seeds 0 1 2] [--threads 1] [--anew] [--quick]
 
-Four owners log the same world, each in episodes of seeds of its own: two rooms in pixels (`--world rooms`), or a robot
-that is told by its sensors (`--world robot`), in as large batches as its recipe's and over many rounds. All ways begin
-with the same base, which one of them, the pilot, learned alone (DiLoCo's own experiments, arXiv 2311.08105, set out
-from a trained model too), and take the same steps of the same batch for each owner, with one schedule of the
-learning rate over all of them; the rate itself and the outer step are what was best for each on another seed:
+Four owners log the same world, each with its own episode seeds: two rooms in pixels (`--world rooms`), or a robot
+with sensors (`--world robot`), which uses the batch size of its recipe and many rounds. All ways begin with the base
+that one owner, the pilot, trained alone (the experiments of DiLoCo, arXiv 2311.08105, also begin with a trained model).
+They take the same steps on the same batches for each owner, with one schedule of the learning rate over all steps. The
+learning rate and the outer step were the best ones on another seed:
 
-- synchronous: one gradient a step, averaged over the owners. It is trained as one model on all logs with the owners'
-  batches in one, which gives that gradient (and statistics of the whole batch, as data parallelism here does). Bytes
-  are what it would send: for each owner and step a float32 gradient of the shared tensors up, and their mean down.
-- H = ...: rounds of H steps with DiLoCo's outer optimiser, by `simulate`, with a contribution as float32, int8 or the
+- synchronous: one gradient per step, averaged over the owners. This equals one model trained on all logs with the
+  owners' batches in one (with statistics of the whole batch, as in data parallelism here). The bytes are those that it
+  would send: for each owner and step a float32 gradient of the shared tensors up, and the mean down.
+- H = ...: rounds of H steps with DiLoCo's outer optimiser, by `simulate`, with contributions in float32, int8, or the
   largest 5% of each tensor with error feedback.
-- alone: each owner goes on from the pilot's base by itself, and sends nothing.
+- alone: each owner continues from the pilot's base by itself, and sends nothing.
 
-`up` are the bytes of the contributions that the ledger names; `all up` and `all down` every byte that passed between
-the coordinator and the nodes, verdicts and the ledger included; the pilot's base counts once up, and once down for each
-owner. The error is of predictions 8 blocks ahead in episodes that nobody trains on, in shares of the latents' variance,
-and of the place that a linear probe reads there; the mean over the owners' models. Intervals are Student's over the
-seeds, of ratios paired by seed. Writes benchmarks/results/weaving_bytes_rooms.json, or `_robot`; what one seed gave is
-kept beside it and taken up unless it is to be measured `--anew`. `--quick` is for trying the script: it keeps nothing.
+`up` counts the bytes of the contributions in the ledger. `all up` and `all down` count every byte between coordinator
+and nodes, including verdicts and the ledger; the pilot's base counts once up, and once down for each owner. The errors
+are of predictions 8 blocks ahead in episodes that nobody trains on, in shares of the latents' variance, and of the
+position that a linear probe reads there; both are means over the owners' models. Intervals are Student's over the
+seeds, of ratios paired by seed. The results go to benchmarks/results/weaving_bytes_rooms.json, or `_robot`. Results of
+a seed are stored beside it and reused, unless `--anew` is set. `--quick` only tries the script, and stores nothing.
 """
 
 import argparse
@@ -34,7 +34,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from by_seed import Kept, as_one, command_of, interval, parser_of, run
 from worldloom import workflow
@@ -43,7 +42,7 @@ from worldloom.core.files import write_json
 from worldloom.core.seeds import numpy_generator
 from worldloom.core.types import Context, Windows
 from worldloom.data import EpisodeDataset, WindowSampler, load_cache, load_frames
-from worldloom.federation import LocalTraining, PartitionConfig, Records, Rounds, bytes_of, initial_base
+from worldloom.federation import Base, LocalTraining, PartitionConfig, Records, RoundStore, bytes_of, initial_base
 from worldloom.models import JEPA
 from worldloom.recipes import Recipe
 from worldloom.training import LinearProbe
@@ -69,7 +68,7 @@ PAIRS = (("H = 100, int8", "H = 100"), ("H = 100, top 5%", "H = 100"))
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """What the owners log, how long they train, and how they weave; outer steps and rates were chosen on another seed.
+    """The owners' logs, their training, and the rules; outer steps and rates were chosen on another seed.
 
     `steps` and `batch` are of each owner; the pilot's are of the steps.
     """
@@ -115,7 +114,7 @@ def main() -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Measure what is not measured yet; write and print the table."""
+    """Measure what is missing; write and print the table."""
     world = WORLDS[arguments.world]
     settings = {key: getattr(arguments, key) for key in SETTINGS}
     settings |= {"outer": dict(world.outer), "partition": dict(world.partition), "rate": world.rate}
@@ -156,7 +155,7 @@ def row_of(way: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def paired(found: Sequence[Mapping[str, Any]], one: str, other: str, key: str) -> dict[str, Any]:
-    """Return by what share a figure of one way exceeds that of another, paired by seed."""
+    """Return the relative excess of a figure of one way over that of another, paired by seed."""
     return interval([ways[one][key] / ways[other][key] - 1 for ways in found])
 
 
@@ -176,13 +175,13 @@ def shown(row: Mapping[str, Any]) -> list[str]:
 
 
 class Counted:
-    """Counts the bytes that pass by."""
+    """Counts the bytes of messages."""
 
     def __init__(self) -> None:
         self.up = self.down = 0
 
     def before(self, handle: Callable[[bytes], bytes], key: object) -> Callable[[bytes], bytes]:
-        """Return the handler, counted."""
+        """Return a handler that counts its bytes."""
 
         def counted(data: bytes) -> bytes:
             answer = handle(data)
@@ -212,7 +211,7 @@ class Bench:
                 overrides += [f"training.batch={self._arguments.batch * len(OWNERS)}"]
                 overrides += [f"training.learning_rate={self._world.rate}"] if self._world.rate else []
             runs = [self._gone_on(root / name, logs, overrides) for name, logs in every.items()]
-            base = bytes_of(self._begun)
+            base = bytes_of(self._begun.tensors)
             sent = len(OWNERS) * (self._arguments.steps - self._arguments.pilot) * base if way == SYNCHRONOUS else 0
             all_sent = {"all up": base + sent, "all down": len(OWNERS) * base + sent}
             return {"up": sent, **all_sent, **self._errors([run.model for run in runs])}
@@ -227,23 +226,23 @@ class Bench:
         left_out = sum(len(entry.body["facts"]["left_out"]) for entry in records.entries("round"))
         sent = {
             "up": up,
-            "all up": bytes_of(Rounds(woven.rounds).base(0)) + count.up,
+            "all up": bytes_of(RoundStore(woven.rounds).base(0).tensors) + count.up,
             "all down": count.down,
             "left out": left_out,
         }
         return {**sent, **self._errors([run.model for run in woven.runs.values()])}
 
     def _gone_on(self, path: Path, logs: EpisodeDataset, overrides: Sequence[str]) -> Run:
-        """Return a run that goes on from the pilot's base, on some logs, by as many steps as all others."""
+        """Return a run that continues from the pilot's base on some logs, for as many steps as all others."""
         recipe = self._recipe(OWNERS[0]).override(overrides)
         with self._training(path, logs, recipe) as training:
             begun, steps = self._arguments.pilot, self._arguments.steps
-            training.stretch("going on", self._begun, steps - begun, at=begun)
+            training.train("going on", self._begun, steps - begun, at=begun)
             return Run(training.run)
 
     @cached_property
-    def _begun(self) -> Mapping[str, Tensor]:
-        """What the pilot learns alone, as `simulate` lets it."""
+    def _begun(self) -> Base:
+        """The base that the pilot trains alone, as in `simulate`."""
         recipe, path = self._recipe(OWNERS[0]), self._root / "pilot"
         shutil.rmtree(path, ignore_errors=True)
         with self._training(path, self._logs(OWNERS[0]), recipe) as training:

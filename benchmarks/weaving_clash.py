@@ -1,12 +1,12 @@
-"""Two owners whose actions mean the opposite: what the base can do as it came, all shared or with sovereign stems.
+"""Two owners with opposite action conventions: the success of the base itself, with shared or sovereign stems.
 
     python benchmarks/weaving_clash.py [--seeds 0 1 2] [--episodes 50] [--threads 1] [--anew] [--quick]
 
-The rooms of both are the same, but what takes the one to the right takes the other to the left. They weave by the same
-rules, once with every stem shared and once with the stems sovereign, and act at home with the last base as it came, for
-what is trained at home afterwards heals either. Success is of the protocol's goals, by tree search. Writes
-benchmarks/results/weaving_clash.json; what one seed gave is kept beside it and taken up unless it is to be measured
-`--anew`. `--quick` is for trying the script: it keeps nothing.
+Both owners have the same rooms, but an action that moves one agent right moves the other left. They train by the same
+rules, once with shared stems and once with sovereign stems, and act with the last base as it came, because fine-tuning
+would repair both. Success is measured on the protocol's goals, by tree search. The results go to
+benchmarks/results/weaving_clash.json. Results of a seed are stored beside it and reused, unless `--anew` is set.
+`--quick` only tries the script, and stores nothing.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Measure what is not measured yet; write and print the table."""
+    """Measure what is missing; write and print the table."""
     settings = {key: getattr(arguments, key) for key in ("episodes", "logs", "rounds", "align")}
     kept = {seed: Kept(arguments, seed, settings) for seed in arguments.seeds}
     found = {
@@ -65,7 +65,7 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def measure(way: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return how many goals each owner reaches with the last base as it came, and what it loses under it."""
+    """Return the number of goals that each owner reaches with the last base itself, and its held-out loss."""
     config = ConsortiumConfig(
         consortium="two conventions",
         overrides=("training.batch=32",),

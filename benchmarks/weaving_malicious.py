@@ -1,21 +1,21 @@
-"""A malicious owner among five: what it does to an honest one, by what the rules defend with.
+"""A malicious owner among five: its effect on an honest owner, by the defence in the rules.
 
     python benchmarks/weaving_malicious.py [--seeds 0 1 2] [--episodes 50] [--threads 1] [--anew] [--quick]
 
-Five owners log the same world (`two-room`), and the last of them attacks, its messages signed as they should be:
+Five owners log the same world (`two-room`), and the last of them attacks with validly signed messages:
 
-- sign flip: it sends its delta turned round.
-- 20 times: it sends its delta 20 times as large.
-- backdoor: half of its logs carry a patch in a corner of each frame, and falsified actions, the opposite of what was
-  done; it sends what it learned of them. Backdoor, 5 times: as often as there are owners, to take the mean's place.
+- sign flip: it sends the negative of its delta.
+- 20 times: it sends its delta times 20.
+- backdoor: half of its logs have a patch in a corner of each frame, and the opposite of the true actions; it sends the
+  delta trained on them. Backdoor, 5 times: that delta times the number of owners, to replace the mean.
 
-Defences: none, the plain mean with a gate that is as good as off; the constitution's defaults, which are the clipped
-mean, a cap and the gate; and the median, the trimmed mean and Krum by themselves, without the gate. Measured of the
-first honest owner: goals reached at home by tree search, with the patch in every frame too where a backdoor may be; and
-its held-out loss under the last base. `attacker out` and `honest out` count the rounds in which they had no say, by the
-ledger: left out by the gate, dropped by Krum, or refused. Where losses are not finite any more the consortium stops,
-and there is no model. Writes benchmarks/results/weaving_malicious.json; what one seed gave is kept beside it and taken
-up unless it is to be measured `--anew`. `--quick` is for trying the script: it keeps nothing.
+Defences: none, which is the plain mean without an effective gate; the constitution's defaults, which are the clipped
+mean, a cap and the gate; and the median, the trimmed mean and Krum alone, without the gate. The measures are the goals
+that the first honest owner reaches at home by tree search, for a backdoor also with the patch in every frame, and its
+held-out loss under the last base. `attacker out` and `honest out` count the rounds in which they had no influence by
+the ledger: left out by the gate, dropped by Krum, or refused. If losses become infinite or NaN, the consortium stops
+without a model. The results go to benchmarks/results/weaving_malicious.json. Results of a seed are stored beside it and
+reused, unless `--anew` is set. `--quick` only tries the script, and stores nothing.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Measure what is not measured yet; write and print the table."""
+    """Measure what is missing; write and print the table."""
     settings = {key: getattr(arguments, key) for key in ("episodes", "logs", "rounds", "inner")}
     names = [(attack, defence) for attack in arguments.attacks for defence in arguments.defences]
     found = []
@@ -105,7 +105,7 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def row_of(attack: str, defence: str, every: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what an attack does under a defence, over the seeds."""
+    """Return the effect of an attack under a defence, over the seeds."""
     losses = [one["loss"] for one in every if one["loss"] is not None]
     row = {"attack": attack, "defence": defence, "loss": float(np.mean(losses)) if losses else None}
     for key in ("reached", "patched"):
@@ -129,13 +129,13 @@ def shown(row: Mapping[str, Any]) -> list[str]:
 
 
 class Patched:
-    """An agent whose camera and goals bear the patch."""
+    """An agent with the patch in its observations and goals."""
 
     def __init__(self, agent: Agent) -> None:
         self._agent: Any = agent
 
     def reset(self, goal: Goal) -> None:
-        """Begin."""
+        """Reset."""
         self._agent.reset(replace(goal, observations=patched(goal.observations)))
 
     def select(self, rows: Sequence[int]) -> None:
@@ -143,7 +143,7 @@ class Patched:
         self._agent.select(rows)
 
     def act(self, observations: Observations) -> Tensor:
-        """Act on what the camera gives."""
+        """Act on the patched observations."""
         action: Tensor = self._agent.act(patched(observations))
         return action
 
@@ -164,7 +164,7 @@ class Bench:
         self._root: Path = arguments.runs / str(seed)
 
     def measure(self, attack: str, defence: str) -> dict[str, Any]:
-        """Return what becomes of an honest owner, and what the ledger says."""
+        """Return the measures of an honest owner, and figures from the ledger."""
         config, root = self._config(DEFENCES[defence]), self._root / "cases" / f"{attack} {defence}".replace(" ", "-")
         shutil.rmtree(root, ignore_errors=True)
         for name in (*HONEST, MALICIOUS):
@@ -203,7 +203,7 @@ class Bench:
 
     @cached_property
     def _falsified(self) -> Path:
-        """The attacker's logs, every other episode with the patch and the opposite of what was done."""
+        """The attacker's logs, every other episode with the patch and opposite actions."""
         path, honest = self._root / "logs" / "falsified", EpisodeDataset.open(self._logs(MALICIOUS))
         shutil.rmtree(path, ignore_errors=True)
         dataset = EpisodeDataset.create(path, honest.spec)
@@ -220,7 +220,7 @@ class Bench:
         return path
 
     def _success(self, run: Run, *, patch: bool = False) -> list[int]:
-        """Return how many goals are reached, and of how many."""
+        """Return the number of goals reached, and of all goals."""
         assert run.recipe.protocol is not None
         protocol = PROTOCOLS[run.recipe.protocol].customise(episodes=self._arguments.episodes)
 
@@ -233,7 +233,7 @@ class Bench:
         return [sum(every), len(every)]
 
     def _told(self, rounds: Path) -> dict[str, Any]:
-        """Return what the ledger says: a loss under the last base, and how often each side had no say."""
+        """Return figures from the ledger: a loss under the last base, and how often each side had no influence."""
         records = Records(rounds / "ledger.jsonl")
         loss, rounds_there, out = None, 0, {True: 0, False: 0}
         for entry in records.entries("round"):
@@ -247,7 +247,7 @@ class Bench:
 
 
 def sends(change: Change, handle: Handler, key: SigningKey) -> Handler:
-    """Return a node's handler that changes what it contributes, and signs it as its own."""
+    """Return a node's handler that changes its contribution, and signs it with the owner's key."""
 
     def answer(data: bytes) -> bytes:
         said = handle(data)

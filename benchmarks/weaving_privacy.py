@@ -1,29 +1,29 @@
-"""Privacy against loss: what noise costs the woven base and promises, and what attacks on what was sent still find.
+"""Privacy against loss: the cost and the guarantee of noise, and the success of attacks on what is sent.
 
     python benchmarks/weaving_privacy.py [--seeds 0 1 2] [--threads 1] [--anew] [--quick]
 
 Eight owners log a spot that their actions move over 8 x 8 receptors, each episode before a texture of its own, and
-weave a model of some 3,000 shared values in rounds of `fedavg`. Their deltas are clipped and noised as a node does it:
-where each is seen, it bears the whole noise; under secure aggregation (all owners there to the end) it bears its
-share, and only the sum is seen. Here the noise comes of the seed, so that figures can be had again; a node takes it
-from the operating system.
+train a model of some 3,000 shared values in rounds of `fedavg`. Their deltas are clipped and noised as in a node: where
+the coordinator sees each delta, each has all of the noise; under secure aggregation (all owners stay to the end) each
+has its share, and only the sum is seen. Here the noise comes from the seed, so that results can be reproduced; a node
+takes it from the operating system.
 
-Attacked is every owner, by one who knows the bases, statistics of data of this kind, and what the coordinator sees:
+Every owner is attacked, by an attacker that knows the bases, statistics of such data, and what the coordinator sees:
 
-- losses: for each episode, the loss under each base with what was sent added, less that under the base alone, summed
-  over the rounds. What falls by more was trained on (`membership_inference`).
-- picture: the input that the first layer gives away in each round (`reconstruct`); the more an episode's mean picture
-  is like it, the more it was trained on.
-- one frame: the same where each owner has one frame and takes one plain step of gradient descent, the clip being the
-  largest norm: the worst case, as in tests/federation/test_attacks.py. Told from a frame that nobody has; beside it the
-  cosine to the true one.
+- losses: for each episode, the loss under each base plus what was sent, minus the loss under the base alone, summed
+  over the rounds. Episodes whose loss falls more count as training data (`membership_inference`).
+- picture: the input that the first layer reveals in each round (`reconstruct`). Episodes whose mean picture is more
+  similar to it count as training data.
+- one frame: the same if each owner has one frame and takes one plain step of gradient descent, with the largest norm as
+  the clip: the worst case, as in tests/federation/test_attacks.py. The frame is distinguished from one that nobody has;
+  the cosine to the true frame is given too.
 
-Each gives an AUROC for each owner and seed (0.5 is guessing); mean and Student's 95% interval over these, n of them.
-The loss is that of the last base on held-out episodes, the mean over owners, as the gate judges it; beside it, how far
-off a linear probe of its latents reads the spot 3 blocks ahead in new logs, in spacings of receptors; intervals over
-the seeds. Epsilon is of all rounds together, at the stated delta. Writes benchmarks/results/weaving_privacy.json; what
-one seed gave is kept beside it and taken up unless it is to be measured `--anew`. `--quick` is for trying the script:
-it keeps nothing.
+Each attack gives an AUROC for each owner and seed (0.5 is chance); the table has the mean and Student's 95% interval.
+The loss is that of the last base on held-out episodes, the mean over owners, as the gate measures it. Beside it is the
+error of the spot that a linear probe of the latents reads 3 blocks ahead in new logs, in receptor spacings; intervals
+are over the seeds. Epsilon is of all rounds together, at the stated delta. The results go to
+benchmarks/results/weaving_privacy.json. Results of a seed are stored beside it and reused, unless `--anew` is set.
+`--quick` only tries the script, and stores nothing.
 """
 
 import argparse
@@ -50,13 +50,14 @@ from worldloom.data import DatasetSpec, FrameCache, WindowSampler, compute_stati
 from worldloom.federation import (
     OUTER,
     Accountant,
+    Base,
     LocalTraining,
     PartitionConfig,
     PrivacyConfig,
     clip_and_noise,
     initial_base,
 )
-from worldloom.federation.secure.aggregation_protocol import AggregationConfig, Masker, Session, Unmasker
+from worldloom.federation.secure.aggregation_protocol import Masker, SumSession, Unmasker
 from worldloom.federation.secure.privacy import delta_norm
 from worldloom.models import JEPA, JEPAConfig, build_jepa
 from worldloom.models.encoders import VectorMLP
@@ -88,7 +89,7 @@ def main() -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Measure what is not measured yet; write and print the table."""
+    """Measure what is missing; write and print the table."""
     settings = {"rounds": arguments.rounds, "inner": arguments.inner, "clip": CLIP, "owners": OWNERS}
     settings["partition"] = PartitionConfig().model_dump(mode="json")
     found = []
@@ -123,7 +124,7 @@ def title(noise: float | None, secure: bool) -> str:
 
 
 def row_of(noise: float | None, secure: bool, found: Sequence[Mapping[str, Any]], rounds: int) -> dict[str, Any]:
-    """Return what a noise costs, promises and hides, over the seeds."""
+    """Return the cost, the guarantee and the effect of a noise, over the seeds."""
     every = [one[title(noise, secure)] for one in found]
     costs = {key: None if None in (values := [one[key] for one in every]) else interval(values) for key in COSTS}
     epsilon = math.inf
@@ -192,13 +193,13 @@ def spots(generator: np.random.Generator, episodes: int) -> FrameCache:
 
 
 def parameters() -> int:
-    """Return how many values an owner sends."""
+    """Return the number of values that an owner sends."""
     cache = spots(np.random.default_rng(0), 1)
-    return sum(tensor.numel() for tensor in initial_base(MODEL, cache.spec, PartitionConfig(), seed=0).values())
+    return sum(tensor.numel() for tensor in initial_base(MODEL, cache.spec, PartitionConfig(), seed=0).tensors.values())
 
 
 class World:
-    """The owners of one seed, and one who attacks them."""
+    """The owners of one seed, and their attacker."""
 
     def __init__(self, seed: int, rounds: int, inner: int) -> None:
         self._seed, self._rounds, self._inner = seed, rounds, inner
@@ -218,10 +219,13 @@ class World:
     def untrained(self) -> dict[str, float]:
         """Return the held-out loss of the first base, the mean over owners, and its error of places."""
         with tempfile.TemporaryDirectory() as folder:
-            return {"loss": self._loss(self._local(Path(folder)), self._initial), "places": self._places(self._initial)}
+            return {
+                "loss": self._loss(self._local(Path(folder)), self._initial),
+                "places": self._places(self._initial.tensors),
+            }
 
     def measure(self, noise: float | None, secure: bool) -> dict[str, Any]:
-        """Weave under a noise, and attack every owner by what was seen: of its deltas, and of one frame."""
+        """Train under a noise, and attack every owner by its deltas as seen, and by one frame."""
         with tempfile.TemporaryDirectory() as folder:
             return {**self._woven(noise, secure, Path(folder)), **self._one_frame(noise, secure)}
 
@@ -237,11 +241,11 @@ class World:
                     deltas = {name: self._delta(local[name], number, base) for name in self._names}
                     norms += [delta_norm(delta) for delta in deltas.values()]
                     seen = self._seen(deltas, config, secure, f"round {number}")
-                    history.append((base, seen))
-                    mean = {key: sum(seen[name][key] for name in self._names) / OWNERS for key in base}
+                    history.append((base.tensors, seen))
+                    mean = {key: sum(seen[name][key] for name in self._names) / OWNERS for key in base.tensors}
                     base, _ = OUTER["fedavg"].parse({"name": "fedavg"}).step(base, mean, {})
                     task.advance(1)
-            loss, places = self._loss(local, base), self._places(base)
+            loss, places = self._loss(local, base), self._places(base.tensors)
         except TrainingError:
             loss = places = None  # a loss is not finite any more; the attacks have what was seen until then
         found: dict[str, list[float]] = {"losses": [], "picture": []}
@@ -262,16 +266,16 @@ class World:
             for name in self._names
         }
 
-    def _delta(self, local: LocalTraining, number: int, base: State) -> dict[str, Tensor]:
-        made = local.stretch(f"round {number}", base, self._inner)
-        return {key: (made.after[key] - made.before[key]).detach() for key in base}
+    def _delta(self, local: LocalTraining, number: int, base: Base) -> dict[str, Tensor]:
+        made = local.train(f"round {number}", base, self._inner)
+        return {key: (made.after[key] - made.before[key]).detach() for key in base.tensors}
 
-    def _loss(self, local: Mapping[str, LocalTraining], base: State) -> float:
+    def _loss(self, local: Mapping[str, LocalTraining], base: Base) -> float:
         return float(np.mean([one.judge(base)["total"] for one in local.values()]))
 
     @torch.no_grad()
     def _places(self, base: State) -> float:
-        """Return how far off a linear probe of frozen latents reads the spot, `HORIZON` blocks ahead, in new logs."""
+        """Return the error of a linear probe of frozen latents, `HORIZON` blocks ahead in new logs."""
         model = self._put(base)
         fitted, held_out = (
             windows_of([(cache, None) for cache in caches.values()]) for caches in (self._logs, self._others)
@@ -342,7 +346,7 @@ class World:
 
     def _step(self, frame: Tensor) -> dict[str, Tensor]:
         """Return the delta of one plain step towards a fixed code of one frame, from the first base."""
-        encoder = self._put(self._initial).encoder
+        encoder = self._put(self._initial.tensors).encoder
         encoder.zero_grad()
         code = torch.randn(MODEL.latent_dim, generator=torch_generator(self._seed, "code"))
         (encoder(Observations(vector=frame[None])) - code).square().mean().backward()
@@ -363,13 +367,13 @@ class World:
 
 
 def summed(deltas: Mapping[str, State], name: str) -> dict[str, Tensor]:
-    """Return the sum of deltas by the protocol of secure aggregation, of which nothing else is seen."""
+    """Return the sum of deltas by the protocol of secure aggregation, which reveals nothing else."""
     keys = {owner: Ed25519PrivateKey.generate() for owner in deltas}
-    session = Session(
+    session = SumSession(
         name=name,
         owners={owner: key.public_key().public_bytes_raw().hex() for owner, key in keys.items()},
         shapes={key: tuple(value.shape) for key, value in next(iter(deltas.values())).items()},
-        config=AggregationConfig(threshold=len(deltas)),
+        threshold=len(deltas),
     )
     maskers, unmasker = {owner: Masker(owner, session, keys[owner].sign) for owner in deltas}, Unmasker(session)
     roster = unmasker.advertised([masker.advertise() for masker in maskers.values()])

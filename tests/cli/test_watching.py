@@ -11,7 +11,7 @@ from rich.console import Console
 
 from worldloom.cli.weave_watch import live, picture, watch
 from worldloom.core.errors import DataError, StorageError
-from worldloom.federation import Records, tell
+from worldloom.federation import Records, read_history
 
 
 def pipe() -> Console:
@@ -23,7 +23,7 @@ def terminal() -> Console:
 
 
 def shown(chronicle, *, width: int = 100, now: float = 0.0) -> str:
-    story = tell(Records(chronicle.rounds / "ledger.jsonl").entries(), chronicle.constitution)
+    story = read_history(Records(chronicle.rounds / "ledger.jsonl").entries(), chronicle.constitution)
     console = Console(file=io.StringIO(), width=width)
     console.print(picture(story, now=now or time.time(), width=width))
     return console.file.getvalue()
@@ -34,7 +34,7 @@ def test_the_table_says_who_is_waited_for_and_for_how_long(chronicle) -> None:
     chronicle.contribute(0, "north")
     chronicle.refuse(0, "vault", "[bold]it is private[/bold] " + "x" * 500)
     text = shown(chronicle, now=time.time() + 65)
-    assert "looms & sons: round 0, 0 of 2 done; 1.60 MB came up so far" in text
+    assert "looms & sons: round 0, 0 of 2 done; 1.60 MB uploaded so far" in text
     assert "round 0: waiting for 2 of 4" in text
     assert "contributed 1.60 MB after 0 s" in text
     assert "waiting, 1 min 05 s" in text
@@ -90,7 +90,7 @@ def test_the_view_of_a_coordinators_own_rounds_ends_with_them(chronicle) -> None
         chronicle.contribute(0, "north")
     lines = console.file.getvalue().splitlines()
     assert lines == [
-        "looms & sons: round 0, 0 of 2 done; 0 B came up so far",  # what was before, in one line
+        "looms & sons: round 0, 0 of 2 done; 0 B uploaded so far",  # what was before, in one line
         "round 0: north contributed 1.60 MB after 0 s, epsilon 1.5 spent",
     ]
     screen = terminal()
@@ -126,5 +126,5 @@ def test_the_commands_show_and_report_a_finished_folder(chronicle, worldloom, re
     report = ["weave", "report", str(chronicle.rounds), *rules, "--out", str(out)]
     assert worldloom(*report).out == f"report: {out}\n"
     assert json.loads(worldloom(*report, "--json").out) == {"report": str(out)}
-    assert "looms &amp; sons: 4 owners wove one model in 2 rounds" in out.read_text()
+    assert "looms &amp; sons: 4 owners trained one model in 2 rounds" in out.read_text()
     assert "no run of a member" in refused(4, *report, "--runs", str(tmp_path))

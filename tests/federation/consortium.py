@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from worldloom.core.signing import SigningKey, make_key
 from worldloom.core.types import ActionSpec, ObservationSpec
 from worldloom.data import DatasetSpec, FrameCache
 from worldloom.federation import (
+    Base,
     Constitution,
     Coordinator,
     InProcess,
@@ -79,7 +79,7 @@ class Consortium:
             "inner_steps": 12,
             "quorum": 2,
             "cap": 0.5,
-            "patience_seconds": 60,
+            "timeout_seconds": 60,
             "quality": {"max_worse": 0.5},
             **self.rules,
         })  # fmt: skip
@@ -116,7 +116,7 @@ class Consortium:
         self,
         handlers: Mapping[str, Callable[[bytes], bytes]] | None = None,
         *,
-        initial: Mapping[str, Tensor] | None = None,
+        initial: Base | None = None,
     ) -> Coordinator:
         """Return the coordinator; `handlers` take the places of nodes, `initial` that of an untrained base."""
         every = {name: self.node(name).handle for name in OWNERS} | dict(handlers or {})

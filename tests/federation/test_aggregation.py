@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.federation import AGGREGATORS, Aggregate, Aggregator, capped
+from worldloom.federation import AGGREGATORS, Aggregate, Aggregator, Deltas, capped
 from worldloom.federation.rounds.aggregation import ClippedMean, CoordinateMedian, Krum, Mean, TrimmedMean
 
 SHAPES = {"w": torch.Size((4, 3)), "b": torch.Size(()), "none": torch.Size((0, 2))}
@@ -24,7 +24,8 @@ def honest(owners: int, *, noise: float = 0.1) -> dict[str, dict[str, Tensor]]:
 
 def woven(by: Aggregator, deltas: Mapping[str, Mapping[str, Tensor]], cap: float = 1.0, **weights: float) -> Aggregate:
     given_ = capped({owner: weights.get(owner, 1.0) for owner in deltas}, cap)
-    return by.aggregate({owner: delta.__getitem__ for owner, delta in deltas.items()}, given_, SHAPES, cap=cap)
+    sources = {owner: delta.__getitem__ for owner, delta in deltas.items()}
+    return by.aggregate(Deltas(sources=sources, weights=given_, shapes=SHAPES, cap=cap))
 
 
 def away(found: Aggregate) -> float:
@@ -191,7 +192,7 @@ def test_krum_drops_the_bad_and_holds_the_cap_over_those_it_keeps() -> None:
 def test_weights_that_are_not_the_owners_or_not_a_share_raise(weights: dict[str, float]) -> None:
     delta = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     with pytest.raises(ConfigError, match="capped"):
-        Mean().aggregate({"a": delta.__getitem__, "b": delta.__getitem__}, weights, SHAPES)
+        Deltas(sources={"a": delta.__getitem__, "b": delta.__getitem__}, weights=weights, shapes=SHAPES)
 
 
 def test_means_read_tensor_by_tensor_and_owner_by_owner() -> None:
@@ -202,7 +203,7 @@ def test_means_read_tensor_by_tensor_and_owner_by_owner() -> None:
         return deltas[owner][name]
 
     sources = {owner: lambda name, owner=owner: source(owner, name) for owner in deltas}
-    Mean().aggregate(sources, capped(dict.fromkeys(deltas, 1.0), 1.0), SHAPES)
+    Mean().aggregate(Deltas(sources=sources, weights=capped(dict.fromkeys(deltas, 1.0), 1.0), shapes=SHAPES))
     assert seen == [(name, owner) for name in sorted(SHAPES) for owner in sorted(deltas)]
 
 
@@ -215,7 +216,8 @@ def test_the_sum_of_squares_does_not_depend_on_threads() -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found = ClippedMean().aggregate({"a": big.__getitem__}, {"a": 1.0}, shapes)
+            one = Deltas(sources={"a": big.__getitem__}, weights={"a": 1.0}, shapes=shapes)
+            found = ClippedMean().aggregate(one)
             norms.append(found.notes["a"]["norm"])
     finally:
         torch.set_num_threads(before)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from worldloom.core.errors import DataError
 from worldloom.federation import PrivacyConfig, clip_and_noise
-from worldloom.federation.secure.aggregation_protocol import AggregationConfig, Masker, Session, Unmasker, decode_sum
+from worldloom.federation.secure.aggregation_protocol import Masker, SumSession, Unmasker, decode_sum
 from worldloom.federation.secure.privacy import delta_norm
 from worldloom.testing.attacks import backdoor, likeness, membership_inference, reconstruct, scale, sign_flip
 
@@ -74,11 +74,11 @@ def test_under_secure_aggregation_a_frame_cannot_be_read_off_what_the_coordinato
     names = ("ann", "bob", "cho")
     keys = {name: Ed25519PrivateKey.generate() for name in names}
     deltas = {name: delta_of(frame(seed)) for seed, name in enumerate(names)}
-    session = Session(
+    session = SumSession(
         name="round 1",
         owners={name: key.public_key().public_bytes_raw().hex() for name, key in keys.items()},
         shapes={name: tuple(value.shape) for name, value in deltas["ann"].items()},
-        config=AggregationConfig(threshold=2),
+        threshold=2,
     )
     maskers, unmasker = {name: Masker(name, session, keys[name].sign) for name in names}, Unmasker(session)
     roster = unmasker.advertised([masker.advertise() for masker in maskers.values()])
@@ -112,7 +112,7 @@ def test_a_patch_layer_gives_its_patch_away() -> None:
 def test_what_cannot_be_reconstructed_says_why() -> None:
     with pytest.raises(DataError, match="in the delta"):
         reconstruct({"w": torch.ones(2, 3)}, weight="w", bias="b")
-    with pytest.raises(DataError, match="did not move"):
+    with pytest.raises(DataError, match="did not change"):
         reconstruct({"w": torch.ones(2, 3), "b": torch.zeros(2)}, weight="w", bias="b")
     with pytest.raises(DataError, match="a row for each"):
         reconstruct({"w": torch.ones(2, 3), "b": torch.ones(3)}, weight="w", bias="b")

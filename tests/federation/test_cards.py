@@ -133,7 +133,7 @@ def test_the_class_and_the_rules_decide(name: str, plain: bool, private: bool) -
 def test_what_may_not_shape_the_base_cannot_be_read_for_it(part: str, name: str) -> None:
     frames = _frames()
     guarded = guarded_frames(frames, _card(data_class=name), "base", _rules())
-    with pytest.raises(DataError, match="not read"):
+    with pytest.raises(DataError, match="may not be read"):
         getattr(guarded, part)
     for allowed in (
         guarded_frames(frames, _card(data_class=name), "private", _rules()),

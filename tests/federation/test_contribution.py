@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worldloom.core.errors import DataError
-from worldloom.federation import Contribution, Partition, PartitionConfig
-from worldloom.federation.rounds.contribution import check_contribution
+from worldloom.federation import Base, Contribution, Partition, PartitionConfig
+from worldloom.federation.rounds.codecs import Float32
 
 FACTS = {"owner": "ada", "round": 3, "base": "00", "steps": 10, "frames": 640, "data_class": "open"}
 SHARED = ("encoder.out.weight", "predictor.a")
@@ -66,10 +66,11 @@ def test_other_shapes_dtypes_and_counts_are_refused() -> None:
 
 
 def test_a_delta_that_came_is_checked_against_the_base() -> None:
-    base = {"a": torch.zeros(2, 3)}
-    check_contribution({"a": torch.ones(2, 3)}, base)
+    shapes = Base.of({"a": torch.zeros(2, 3)}).shapes
+    decode = Float32().decode
+    assert torch.equal(decode({"a|value": torch.ones(2, 3)}, shapes)["a"], torch.ones(2, 3))
     for wrong in (torch.ones(3, 2), torch.full((2, 3), torch.nan), torch.ones(2, 3, dtype=torch.int64)):
         with pytest.raises(DataError, match="'a'"):
-            check_contribution({"a": wrong}, base)
+            decode({"a|value": wrong}, shapes)
     with pytest.raises(DataError, match="lacks"):
-        check_contribution({}, base)
+        decode({}, shapes)

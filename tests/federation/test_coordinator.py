@@ -8,19 +8,17 @@ import safetensors.torch
 import torch
 from consortium import MODEL, OWNERS, Consortium, points
 
-import worldloom.federation.rounds.coordinator as coordinator_module
+import worldloom.federation.rounds.round_store as store_module
 from worldloom.core.errors import CheckpointError, ConfigError, DataError, StorageError, TrainingError
 from worldloom.federation import (
+    Base,
     PartitionConfig,
     Records,
-    Rounds,
+    RoundStore,
     bytes_of,
     check_has_a_pilot,
-    fingerprint,
     initial_base,
-    read_base,
     recompute,
-    save_base,
     verify_ledger,
 )
 from worldloom.federation.record.envelope import seal, unseal
@@ -29,7 +27,7 @@ from worldloom.models import load_model
 from worldloom.training import held_out_losses
 
 
-def run(consortium: Consortium, handlers=None) -> dict[str, torch.Tensor]:
+def run(consortium: Consortium, handlers=None) -> Base:
     coordinator = consortium.coordinator(handlers)
     try:
         return coordinator.run()
@@ -43,18 +41,18 @@ def reasons(consortium: Consortium) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def woven(tmp_path_factory) -> tuple[Consortium, dict[str, torch.Tensor]]:
+def woven(tmp_path_factory) -> tuple[Consortium, Base]:
     consortium = Consortium(tmp_path_factory.mktemp("woven"))
     return consortium, run(consortium)
 
 
 def test_a_woven_base_is_better_for_every_owner_than_the_one_it_began_as(woven) -> None:
     consortium, last = woven
-    first = Rounds(consortium.path / "rounds").base(0)
+    first = RoundStore(consortium.path / "rounds").base(0)
     for name in OWNERS:
         training = consortium.node(name)._training
         before, after = (
-            held_out_losses(consortium.training, MODEL, training.frames, training.run, base)["prediction"]
+            held_out_losses(consortium.training, MODEL, training.frames, training.run, base.tensors)["prediction"]
             for base in (first, last)
         )
         assert after < 0.8 * before
@@ -65,7 +63,7 @@ def test_the_ledger_verifies_and_every_base_is_recomputed_bit_for_bit(woven, tmp
     ledger = consortium.path / "rounds" / "ledger.jsonl"
     assert verify_ledger(ledger, consortium.constitution).broken is None
     found = recompute(consortium.path / "rounds", consortium.constitution, into=tmp_path / "again")
-    assert found[3] == fingerprint(last)
+    assert found[3] == last.fingerprint
     assert {number: facts["fingerprint"] for number, facts in Records(ledger).bases().items()} == found
 
 
@@ -73,15 +71,15 @@ def test_what_a_member_contributed_can_be_left_out(woven, tmp_path) -> None:
     consortium, last = woven
     rounds = consortium.path / "rounds"
     found = recompute(rounds, consortium.constitution, into=tmp_path / "without", without=["east"])
-    assert found[0] == fingerprint(Rounds(rounds).base(0))
-    assert found[3] != fingerprint(last)
+    assert found[0] == RoundStore(rounds).base(0).fingerprint
+    assert found[3] != last.fingerprint
     with pytest.raises(StorageError, match="choose another folder"):
         recompute(rounds, consortium.constitution, into=rounds)
 
 
 def test_a_contribution_that_was_exchanged_is_found(woven, tmp_path) -> None:
     consortium, _ = woven
-    rounds = Rounds(consortium.path / "rounds")
+    rounds = RoundStore(consortium.path / "rounds")
     kept = rounds.message(1, "east").read_bytes()
     message = unseal(kept, kind="contribution", known=consortium.constitution.known(), limit=10**9)
     tensors = {name: tensor * 2 for name, tensor in message.tensors.items()}
@@ -134,7 +132,7 @@ def test_a_coordinator_that_is_killed_goes_on_and_ends_with_the_same_base(woven,
     with pytest.raises(KeyboardInterrupt):
         coordinator.run()
     coordinator.close()
-    assert fingerprint(run(broken)) == fingerprint(last)
+    assert run(broken).fingerprint == last.fingerprint
 
 
 @pytest.mark.parametrize("entry", range(2, 8))
@@ -146,7 +144,7 @@ def test_whichever_entry_of_the_ledger_was_the_last_before_a_kill(woven, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         coordinator.run()
     coordinator.close()
-    assert fingerprint(run(broken)) == fingerprint(last)
+    assert run(broken).fingerprint == last.fingerprint
     ledger = tmp_path / "rounds" / "ledger.jsonl"
     assert verify_ledger(ledger, broken.constitution).broken is None
     assert [found.body["round"] for found in Records(ledger).entries("round")] == [0, 1, 2]
@@ -154,13 +152,14 @@ def test_whichever_entry_of_the_ledger_was_the_last_before_a_kill(woven, tmp_pat
 
 def test_a_node_that_is_asked_again_says_the_same(woven) -> None:
     consortium, _ = woven
-    base = Rounds(consortium.path / "rounds").base(2)
+    base = RoundStore(consortium.path / "rounds").base(2)
     lines = Records(consortium.path / "rounds" / "ledger.jsonl").lines()
     body = {"what": "train", "round": 2, "constitution": consortium.constitution.fingerprint}
     body["ledger"] = {"begin": 0, "lines": lines}
-    asked = seal("ask", body, base, key=consortium.keys["coordinator"])
+    body["base"] = base.fingerprint
+    asked = seal("ask", body, base.tensors, key=consortium.keys["coordinator"])
     said = consortium.node("south").handle(asked)
-    assert said == Rounds(consortium.path / "rounds").message(2, "south").read_bytes()
+    assert said == RoundStore(consortium.path / "rounds").message(2, "south").read_bytes()
 
 
 def test_a_base_goes_to_each_member_once_and_is_named_afterwards(tmp_path) -> None:
@@ -173,9 +172,11 @@ def test_a_base_goes_to_each_member_once_and_is_named_afterwards(tmp_path) -> No
             asked = unseal(message, kind="ask", known=consortium.constitution.known(), limit=10**9)
             brought[name].append((asked.body["what"], asked.body["round"], bool(asked.tensors)))
             if name == "south" and asked.body["what"] == "judge" and not lost:
-                lost.append([file.unlink() for file in (tmp_path / "south" / "consortium").glob("came*")])
+                lost.append([file.unlink() for file in (tmp_path / "south" / "consortium").glob("received*")])
+                nodes[name] = consortium.node(name)
             if name == "east" and asked.body["what"] == "train" and asked.body["round"] == 1 and not spoilt:
-                spoilt.append([file.write_bytes(b"{") for file in (tmp_path / "east" / "consortium").glob("came*")])
+                spoilt.append([file.write_bytes(b"{") for file in (tmp_path / "east" / "consortium").glob("received*")])
+                nodes[name] = consortium.node(name)
             return nodes[name].handle(message)
 
         return handle
@@ -183,29 +184,29 @@ def test_a_base_goes_to_each_member_once_and_is_named_afterwards(tmp_path) -> No
     last = run(consortium, {name: hears(name) for name in OWNERS})
     expected = [
         ("train", 0, True), ("judge", 0, False), ("judge", 0, True),
-        ("train", 1, False), ("judge", 1, False), ("judge", 1, True), ("keep", 2, False),
+        ("train", 1, False), ("judge", 1, False), ("judge", 1, True), ("store", 2, False),
     ]  # fmt: skip
     assert brought["north"] == expected
     # Whose disk lost it, or spoilt it, says so, and is sent it again.
     assert brought["east"] == [*expected[:4], ("train", 1, True), *expected[4:]]
     assert brought["south"] == [*expected[:2], ("judge", 0, True), *expected[2:]]
-    assert {name: fingerprint(node.keeping.base()[1]) for name, node in nodes.items()} == dict.fromkeys(
-        OWNERS, fingerprint(last)
+    assert {name: node.store.base()[1].fingerprint for name, node in nodes.items()} == dict.fromkeys(
+        OWNERS, last.fingerprint
     )
 
 
 def test_a_message_about_another_base_than_it_brings_is_refused(woven) -> None:
     consortium, last = woven
-    node, base = consortium.node("north"), Rounds(consortium.path / "rounds").base(0)
-    body = {"what": "judge", "round": 3, "constitution": consortium.constitution.fingerprint, "about": "0" * 64}
+    node, base = consortium.node("north"), RoundStore(consortium.path / "rounds").base(0)
+    body = {"what": "judge", "round": 3, "constitution": consortium.constitution.fingerprint, "base": "0" * 64}
     said = []
-    for tensors in (base, {}):
+    for tensors in (base.tensors, {}):
         answer = node.handle(seal("ask", body, tensors, key=consortium.keys["coordinator"]))
         said.append(unseal(answer, kind="refusal", known=consortium.constitution.known(), limit=10**9).body)
-    assert "is about the base 0000" in said[0]["why"]
+    assert "expected 0000" in said[0]["why"]
     assert "lacks" not in said[0]
     assert said[1]["lacks"] is True
-    assert fingerprint(node.keeping.base()[1]) == fingerprint(last)
+    assert node.store.base()[1].fingerprint == last.fingerprint
 
 
 def test_a_pilots_base_is_one_file_and_fits_its_recipe(tmp_path) -> None:
@@ -213,19 +214,20 @@ def test_a_pilots_base_is_one_file_and_fits_its_recipe(tmp_path) -> None:
     untrained = initial_base(MODEL, points().spec, consortium.partition, seed=0)
     node = consortium.node("east")
     base = node.pilot(untrained)
-    assert save_base(tmp_path / "pilot", base) == fingerprint(base)
-    with pytest.raises(StorageError, match="is there already"):
-        save_base(tmp_path / "pilot", base)
-    read = read_base(tmp_path / "pilot", untrained)
-    assert fingerprint(read) == fingerprint(base) == fingerprint(node.pilot(untrained)) != fingerprint(untrained)
-    name = next(iter(untrained))
+    base.save_new(tmp_path / "pilot")
+    with pytest.raises(StorageError, match="exists already"):
+        base.save_new(tmp_path / "pilot")
+    like = untrained.tensors
+    read = Base.load(tmp_path / "pilot", like=like)
+    assert read.fingerprint == base.fingerprint == node.pilot(untrained).fingerprint != untrained.fingerprint
+    name = next(iter(like))
     with pytest.raises(DataError, match="do both sides run the same recipe"):
-        read_base(tmp_path / "pilot", {**untrained, name: untrained[name][:-1]})
+        Base.load(tmp_path / "pilot", like={**like, name: like[name][:-1]})
     with pytest.raises(DataError, match="lacks"):
-        read_base(tmp_path / "pilot", {**untrained, "more": untrained[name]})
+        Base.load(tmp_path / "pilot", like={**like, "more": like[name]})
     (tmp_path / "pilot.json").write_text("{")
     with pytest.raises(CheckpointError):
-        read_base(tmp_path / "pilot", untrained)
+        Base.load(tmp_path / "pilot", like=like)
 
 
 def test_a_pilot_needs_steps_and_goes_before_the_first_base(woven, tmp_path) -> None:
@@ -247,26 +249,30 @@ def test_statistics_that_are_shared_are_the_pilots_and_no_round_moves_them(tmp_p
     untrained = initial_base(MODEL, points().spec, consortium.partition, seed=0)
     pilot = consortium.node("east")
     base, training = pilot.pilot(untrained), pilot._training
-    measured = {name: base[name] for name in training.shared_statistics}
+    measured = {name: base.tensors[name] for name in training.shared_statistics}
     drawn_from, _ = training.frames.split(consortium.training.validation_share, consortium.training.seed)
     rows = [training.frames.rows(one) for one in drawn_from.tolist()]
     seen = torch.from_numpy(np.concatenate([training.frames.vector[one] for one in rows]))
-    normal = (seen - base["encoder.standardise.shift"]) * base["encoder.standardise.scale"]
+    normal = (seen - base.tensors["encoder.standardise.shift"]) * base.tensors["encoder.standardise.scale"]
     torch.testing.assert_close(normal.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
     torch.testing.assert_close(normal.std(0, correction=0), torch.ones(4), atol=1e-3, rtol=0)
     assert set(measured) == {
         f"{part}.{name}" for part in ("encoder.standardise", "normalise_actions") for name in ("shift", "scale")
     }  # fmt: skip
-    assert not any(torch.equal(untrained[name], tensor) for name, tensor in measured.items())
+    assert not any(torch.equal(untrained.tensors[name], tensor) for name, tensor in measured.items())
     with closing(consortium.coordinator(initial=base)) as coordinator:
         last = coordinator.run()
-    assert any(not torch.equal(last[name], base[name]) for name in set(last) - set(measured))
+    assert any(not torch.equal(last.tensors[name], base.tensors[name]) for name in set(last.tensors) - set(measured))
     north = consortium.node("north")._training
-    moved = {name: tensor + 1 if name in measured else tensor for name, tensor in last.items()}
-    trained = north.stretch("after somebody moved them", moved, 2)
+    moved = {name: tensor + 1 if name in measured else tensor for name, tensor in last.tensors.items()}
+    trained = north.train("after somebody moved them", Base.of(moved), 2)
     for name, tensor in measured.items():
         assert torch.equal(trained.after[name] - trained.before[name], tensor - moved[name])
-    for state in (base, last, *(load_model(tmp_path / name / "run" / "model").state_dict() for name in OWNERS)):
+    for state in (
+        base.tensors,
+        last.tensors,
+        *(load_model(tmp_path / name / "run" / "model").state_dict() for name in OWNERS),
+    ):
         for name, tensor in measured.items():
             assert torch.equal(state[name], tensor)
 
@@ -283,18 +289,18 @@ def test_statistics_are_shared_neither_untrained_nor_under_noise(tmp_path) -> No
 
 def test_a_node_hears_a_coordinator_alone_and_its_own_constitution(woven) -> None:
     consortium, _ = woven
-    node, base = consortium.node("north"), Rounds(consortium.path / "rounds").base(0)
+    node, base = consortium.node("north"), RoundStore(consortium.path / "rounds").base(0)
     body = {"what": "train", "round": 0, "constitution": consortium.constitution.fingerprint}
     with pytest.raises(DataError, match="unknown sender"):
-        node.handle(seal("ask", body, base, key=consortium.keys["east"]))
+        node.handle(seal("ask", body, base.tensors, key=consortium.keys["east"]))
     for changed, message in (({"constitution": "other"}, "another constitution"), ({"what": "send data"}, "asked to")):
-        answer = node.handle(seal("ask", {**body, **changed}, base, key=consortium.keys["coordinator"]))
+        answer = node.handle(seal("ask", {**body, **changed}, base.tensors, key=consortium.keys["coordinator"]))
         refusal = unseal(answer, kind="refusal", known=consortium.constitution.known(), limit=10**9)
         assert message in refusal.body["why"]
 
 
 def test_who_does_not_answer_in_time_is_gone_without_and_written_down(tmp_path) -> None:
-    consortium = Consortium(tmp_path, rules={"patience_seconds": 20, "rounds": 1})
+    consortium = Consortium(tmp_path, rules={"timeout_seconds": 20, "rounds": 1})
 
     def broken(message: bytes) -> bytes:
         raise OSError("the disk is gone")
@@ -314,7 +320,7 @@ def test_below_the_quorum_a_round_waits_for_members_and_keeps_what_came(tmp_path
     with pytest.raises(TrainingError, match="1 contributions and needs 2"):
         run(consortium, {"east": gone, "south": gone})
     run(consortium, {"south": gone})
-    assert set(Rounds(tmp_path / "rounds").owners(0)) == {"north", "east"}
+    assert set(RoundStore(tmp_path / "rounds").owners(0)) == {"north", "east"}
 
 
 def test_a_replayed_contribution_is_refused(tmp_path) -> None:
@@ -371,8 +377,8 @@ def test_what_leaves_under_privacy_is_clipped_and_noisy_and_without_it_is_refuse
         return seal("contribution", {**said.body, "spent": {}}, said.tensors, key=consortium.keys["east"])
 
     run(consortium, {"east": plain})
-    assert reasons(consortium) == ["a contribution of east was not made private as the constitution says"]
-    rounds = Rounds(tmp_path / "rounds")
+    assert reasons(consortium) == ["a contribution of east was not made private as the constitution requires"]
+    rounds = RoundStore(tmp_path / "rounds")
     delta = safetensors.torch.load_file(rounds.delta(0, "north"))
     count = sum(tensor.numel() for tensor in delta.values())
     assert delta_norm(delta) < 0.05 + 2 * 0.05 * 0.01 * count**0.5
@@ -412,7 +418,8 @@ def test_int8_with_error_feedback_weaves_as_well_with_far_fewer_bytes(woven, tmp
     assert sizes[1] < 0.45 * sizes[0]  # the scales of rows weigh much beside so small a model
     training = small.node("north")._training
     first, second = (
-        held_out_losses(small.training, MODEL, training.frames, training.run, each)["total"] for each in (last, base)
+        held_out_losses(small.training, MODEL, training.frames, training.run, each.tensors)["total"]
+        for each in (last, base)
     )
     assert abs(second / first - 1) < 0.1
     assert (tmp_path / "north" / "codec" / "residual-00002.json").is_file()
@@ -423,7 +430,7 @@ def test_a_disk_that_is_full_ends_the_round_and_loses_nothing(woven, tmp_path, m
     shutil.copytree(consortium.path / "keys", tmp_path / "keys")
     broken = Consortium(tmp_path)
     coordinator = broken.coordinator()
-    whole, left = coordinator_module.write_atomic, [3]
+    whole, left = store_module.write_atomic, [3]
 
     def full(path: Path, write) -> None:
         left[0] -= 1
@@ -431,15 +438,15 @@ def test_a_disk_that_is_full_ends_the_round_and_loses_nothing(woven, tmp_path, m
             raise StorageError(f"{path}: no space left on device")
         whole(path, write)
 
-    monkeypatch.setattr(coordinator_module, "write_atomic", full)
+    monkeypatch.setattr(store_module, "write_atomic", full)
     with pytest.raises(StorageError, match="no space left"):
         coordinator.run()
     coordinator.close()
-    monkeypatch.setattr(coordinator_module, "write_atomic", whole)
+    monkeypatch.setattr(store_module, "write_atomic", whole)
     again = broken.coordinator()
     ended = again.run()
     again.close()
-    assert fingerprint(ended) == fingerprint(last)
+    assert ended.fingerprint == last.fingerprint
     assert verify_ledger(tmp_path / "rounds" / "ledger.jsonl", broken.constitution).broken is None
 
 
@@ -463,7 +470,7 @@ def test_another_constitution_or_key_does_not_go_on_in_the_folder(woven, tmp_pat
     with pytest.raises(DataError, match="another constitution"):
         other.coordinator()
     consortium.keys = {**consortium.keys, "coordinator": consortium.keys["east"]}
-    with pytest.raises(DataError, match="no coordinator's key"):
+    with pytest.raises(DataError, match="not the key of a coordinator"):
         consortium.coordinator()
 
 

@@ -19,10 +19,10 @@ from worldloom import workflow
 from worldloom.core.signing import SigningKey
 from worldloom.data import EpisodeDataset
 from worldloom.federation import (
-    Keeping,
+    MemberStore,
     PartitionConfig,
     Records,
-    Rounds,
+    RoundStore,
     fingerprint,
     ratify,
     read_constitution,
@@ -98,7 +98,7 @@ class Deployment:
             "align_steps": ALIGN,
             "quorum": 3,
             "cap": 0.5,
-            "patience_seconds": 120,
+            "timeout_seconds": 120,
             "quality": {"max_worse": 10.0},
         }
         constitution = self.path / "constitution.yaml"
@@ -176,7 +176,7 @@ def _live_through(made: Deployment, wire: Wire) -> None:
     east = made.node("east", direct, alone_after_seconds=4, alone_steps=5).start()
     south = made.node("south", direct).start()
     # It states a member's name, and has keys of its own.
-    made.node("south", direct, file="stranger", connection="keys/stranger.ssh", home="stranger", patience_seconds=15)
+    made.node("south", direct, file="stranger", connection="keys/stranger.ssh", home="stranger", timeout_seconds=15)
     stranger = made.parties["stranger"].start()
     training = made.path / "south" / "run"
     made.wait(lambda: (training / "checkpoints").is_dir() or made.entries("contribution") >= 3, "training at south")
@@ -256,10 +256,10 @@ def test_the_base_that_members_keep_is_the_one_that_the_coordinator_published(de
     constitution = read_constitution(deployment.path / "constitution.yaml")
     for name in OWNERS:
         key = SigningKey(deployment.path / "keys" / f"{name}.pem")
-        keeping = Keeping(deployment.path / name / "consortium", constitution, key)
-        number, base = keeping.base()
+        store = MemberStore(deployment.path / name / "consortium", constitution, key)
+        number, base = store.base()
         assert (number, fingerprint(base)) == (ROUNDS, records.bases()[ROUNDS]["fingerprint"])
-        assert (deployment.path / "hub" / "rounds" / "ledger.jsonl").read_bytes().startswith(keeping.read())
+        assert (deployment.path / "hub" / "rounds" / "ledger.jsonl").read_bytes().startswith(store.read())
 
 
 @pytest.mark.slow
@@ -291,4 +291,4 @@ def test_a_member_with_a_seat_takes_over_from_what_its_node_kept(deployment) -> 
     constitution = read_constitution(deployment.path / "constitution.yaml")
     assert verify_ledger(rounds / "ledger.jsonl", constitution).broken is None
     bases = Records(deployment.path / "hub" / "rounds" / "ledger.jsonl").bases()
-    assert fingerprint(Rounds(rounds).base(ROUNDS)) == bases[ROUNDS]["fingerprint"]
+    assert fingerprint(RoundStore(rounds).base(ROUNDS)) == bases[ROUNDS]["fingerprint"]

@@ -90,7 +90,7 @@ def test_each_cause_is_named(key: SigningKey, tmp_path: Path) -> None:
     (length,) = struct.unpack_from("<I", content, 8)
     with pytest.raises(DataError, match="bad signature"):
         _open(content[: 12 + length] + bytes(64) + content[76 + length :], key)
-    with pytest.raises(DataError, match="digest is another"):
+    with pytest.raises(DataError, match="digest differs"):
         _open(content[:-1] + b"\x07", key)
 
 

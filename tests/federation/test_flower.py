@@ -1,7 +1,9 @@
 """Flower as the transport: its keys, what passes the gate, what is asked again, and a deployment on this machine."""
 
+import ast
 import asyncio
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
 from worldloom.federation import Reply, Transport
+from worldloom.federation.transport import flower_internals
 from worldloom.federation.transport.flower import FlowerTransport, _carried, _carry, _public, join, serve
 from worldloom.federation.transport.flower_process import PASS, Gate
 
@@ -51,7 +55,7 @@ def answer(data):
     return name.encode() + b":" + data
 
 join(answer, home=f"{folder}/{name}", server=address, authority=f"{folder}/tls/ca.pem",
-     secret=f"{folder}/keys/{name}.ssh", patience_seconds=float(patience))
+     secret=f"{folder}/keys/{name}.ssh", timeout_seconds=float(patience))
 """
 COORDINATOR = """
 import sys, time
@@ -78,7 +82,7 @@ def test_the_keys_of_a_node_are_what_flower_reads_and_the_secret_is_its_owners_a
     assert serialization.load_ssh_public_key(keys.public.read_bytes()) == secret.public_key()
     assert stat.S_IMODE(keys.secret.stat().st_mode) == 0o600
     before = keys.secret.read_bytes()
-    with pytest.raises(StorageError, match="never written over"):
+    with pytest.raises(StorageError, match="never overwritten"):
         make_node_keys(tmp_path / "keys", "north")
     assert keys.secret.read_bytes() == before
 
@@ -87,7 +91,7 @@ def test_a_public_key_of_another_kind_is_refused(tmp_path: Path) -> None:
     other = ec.generate_private_key(ec.SECP256R1()).public_key()
     text = other.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
     for wrong in (text, "", "ssh-ed25519 AAAA", make_node_keys(tmp_path, "north").secret.read_text()):
-        with pytest.raises(DataError, match="public key of north"):
+        with pytest.raises(DataError, match="north's public key"):
             _public("north", wrong)
 
 
@@ -100,9 +104,9 @@ def test_a_certificate_holds_for_its_hosts_and_days_and_is_not_written_over(tmp_
     assert 90 <= (certificate.not_valid_after_utc - certificate.not_valid_before_utc).total_seconds() / 86400 < 90.1
     for path in (made.secret, tmp_path / "ca.key"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    with pytest.raises(StorageError, match="never written over"):
+    with pytest.raises(StorageError, match="never overwritten"):
         make_tls(tmp_path)
-    with pytest.raises(ConfigError, match="a host and at least a day"):
+    with pytest.raises(ConfigError, match="a host and at least one day"):
         make_tls(tmp_path / "other", days=0)
 
 
@@ -212,6 +216,25 @@ def test_the_gate_lets_all_to_what_nodes_use_and_the_coordinator_to_the_rest(
     assert [message.get("status") for message in sent][:1] == ([] if passes else [403])
     asyncio.run(Gate(app, "secret")({"type": "websocket", "path": path, "headers": headers}, None, send))  # type: ignore[arg-type]
     assert len(reached) == passes
+
+
+# -- what is used of Flower ------------------------------------------------------------------------------------------
+
+
+def test_every_internal_of_flower_that_is_used_is_listed() -> None:
+    listed = set(re.findall(r"`(\w+)`", flower_internals.__doc__ or ""))
+    used = set()
+    for path in Path(flower_internals.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flwr"):
+                assert path.name in ("flower_internals.py", "flower_process.py") or node.module == "flwr.app"
+                used |= {name.name for name in node.names if node.module != "flwr.app"}
+    modules = {"heartbeat", "fleet_http_connection"}  # in which one constant is replaced
+    assert used - modules <= listed
+    assert set(flower_internals.__all__) <= used
+    for module in modules:
+        where = {"heartbeat": "flwr.supercore", "fleet_http_connection": "flwr.supernode"}[module]
+        assert vars(import_module(f"{where}.{module}"))["HEARTBEAT_DEFAULT_INTERVAL"] == 30
 
 
 # -- exchanges over a grid that is a list ----------------------------------------------------------------------------

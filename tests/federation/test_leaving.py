@@ -11,13 +11,13 @@ from consortium import MODEL, OWNERS, Consortium, points
 
 from worldloom.core.errors import DataError, StorageError, TrainingError
 from worldloom.federation import (
+    Base,
     Coordinator,
     InProcess,
-    Keeping,
+    MemberStore,
     Records,
     Reply,
-    Rounds,
-    fingerprint,
+    RoundStore,
     initial_base,
     recompute,
     succeed,
@@ -39,12 +39,12 @@ def test_members_keep_the_ledger_that_they_countersigned_and_the_newest_base(tmp
     coordinator.close()
     whole = (tmp_path / "rounds" / "ledger.jsonl").read_bytes()
     for name in OWNERS:
-        keeping = consortium.node(name).keeping
-        number, base = keeping.base()
-        assert (number, fingerprint(base)) == (3, fingerprint(last))
+        store = consortium.node(name).store
+        number, base = store.base()
+        assert (number, base.fingerprint) == (3, last.fingerprint)
         # All but what the coordinator wrote down after the last answer: that it came.
-        assert whole.startswith(keeping.read())
-        assert whole[len(keeping.read()) :].count(b"\n") == 1
+        assert whole.startswith(store.read())
+        assert whole[len(store.read()) :].count(b"\n") == 1
     assert {len(facts["countersigned"]) for facts in kinds(consortium, "checkpoint")} == {3}
     assert verify_ledger(tmp_path / "rounds" / "ledger.jsonl", consortium.constitution).broken is None
 
@@ -66,23 +66,23 @@ def test_a_ledger_that_was_written_anew_is_not_followed(tmp_path: Path) -> None:
     base = coordinator.run()
     coordinator.close()
     node = consortium.node("north")
-    before = node.keeping.read()
+    before = node.store.read()
     shutil.copytree(tmp_path / "first" / "keys", tmp_path / "second" / "keys")  # and another history
     other = Consortium(tmp_path / "second", rules={"rounds": 1})
     forged = other.coordinator()
     forged.run()
     forged.close()
     lines = Records(tmp_path / "second" / "rounds" / "ledger.jsonl").lines()
-    body = {"what": "keep", "round": 1, "constitution": consortium.constitution.fingerprint}
-    body["ledger"] = {"begin": 0, "lines": lines}
-    answer = node.handle(seal("ask", body, base, key=consortium.keys["coordinator"]))
+    body = {"what": "store", "round": 1, "constitution": consortium.constitution.fingerprint}
+    body |= {"ledger": {"begin": 0, "lines": lines}, "base": base.fingerprint}
+    answer = node.handle(seal("ask", body, base.tensors, key=consortium.keys["coordinator"]))
     known = {consortium.keys["north"].public: "north"}
     refusal = unseal(answer, kind="refusal", known=known, limit=10**6)
-    assert "written anew" in refusal.body["why"]
-    assert node.keeping.read() == before
+    assert "rewritten" in refusal.body["why"]
+    assert node.store.read() == before
     body["ledger"] = {"begin": len(lines) + 9, "lines": []}
     refusal = unseal(
-        node.handle(seal("ask", body, base, key=consortium.keys["coordinator"])),
+        node.handle(seal("ask", body, base.tensors, key=consortium.keys["coordinator"])),
         kind="refusal",
         known=known,
         limit=10**6,
@@ -95,31 +95,31 @@ def test_a_base_that_the_ledger_does_not_name_is_not_kept(tmp_path: Path) -> Non
     coordinator = consortium.coordinator()
     base = coordinator.run()
     coordinator.close()
-    keeping = consortium.node("north").keeping
+    store = consortium.node("north").store
     with pytest.raises(DataError, match="not the one that the ledger names"):
-        keeping.keep(0, {name: tensor + 1 for name, tensor in base.items()})
-    assert keeping.base()[0] == 1
+        store.save_base(0, Base.of({name: tensor + 1 for name, tensor in base.tensors.items()}))
+    assert store.base()[0] == 1
 
 
 def test_an_owner_leaves_with_nobodys_leave_goes_on_alone_and_comes_back(tmp_path: Path) -> None:
     consortium = Consortium(tmp_path, rules={"rounds": 4})
     coordinator = consortium.coordinator()
-    coordinator.weave(0)
+    coordinator.run_round(0)
     node = consortium.node("south")
     with pytest.raises(DataError, match="expected at most 500"):
         node.leave("because " * 100)
     node.leave("its people voted")
-    coordinator.weave(1)
-    coordinator.weave(2)
+    coordinator.run_round(1)
+    coordinator.run_round(2)
     assert [(one["owner"], one["reason"]) for one in kinds(consortium, "exit")] == [
         ("south", "south left the consortium: its people voted")
     ]
     assert {tuple(one["weights"]) for one in kinds(consortium, "round")[1:]} == {("east", "north")}
     run = consortium.node("south")
-    stood = run._training.judge({})
-    run.alone(20)
-    run.alone(20)
-    assert run._training.judge({})["total"] < stood["total"]
+    stood = run._training.judge(Base.of({}))
+    run.train_alone(20)
+    run.train_alone(20)
+    assert run._training.judge(Base.of({}))["total"] < stood["total"]
     assert run._training.run.metrics()[-1]["step"] == 12 + 40
     consortium.node("south").come_back()
     with pytest.raises(DataError, match="has not left"):
@@ -148,18 +148,18 @@ def test_who_left_is_not_waited_for_until_it_is_back(tmp_path: Path, monkeypatch
         return consortium.node("south").handle(data)
 
     coordinator = consortium.coordinator({"south": south})
-    coordinator.weave(0)
+    coordinator.run_round(0)
     consortium.node("south").leave()
-    coordinator.weave(1)
+    coordinator.run_round(1)
     assert away[0] == set()
     runs = False
     away.clear()
-    coordinator.weave(2)
+    coordinator.run_round(2)
     assert away == [{"south"}] * len(away) != []
     assert not kinds(consortium, "refusal")
     runs = True
     consortium.node("south").come_back()
-    coordinator.weave(3)
+    coordinator.run_round(3)
     coordinator.close()
     assert away[-1] == set()
     assert [one["owner"] for one in kinds(consortium, "return")] == ["south"]
@@ -168,9 +168,9 @@ def test_who_left_is_not_waited_for_until_it_is_back(tmp_path: Path, monkeypatch
 def test_who_lacks_a_part_of_the_ledger_is_heard_though_another_leaves_meanwhile(tmp_path: Path) -> None:
     consortium = Consortium(tmp_path, rules={"rounds": 2})
     coordinator = consortium.coordinator()
-    coordinator.weave(0)
+    coordinator.run_round(0)
     consortium.node("east").leave()
-    kept = consortium.node("south").keeping.ledger
+    kept = consortium.node("south").store.ledger
     kept.write_bytes(b"".join(kept.read_bytes().splitlines(keepends=True)[:-2]))  # of a backup, say
     assert set(coordinator._judged(1, coordinator.rounds.base(1))) == {"north", "south"}
     coordinator.close()
@@ -179,9 +179,9 @@ def test_who_lacks_a_part_of_the_ledger_is_heard_though_another_leaves_meanwhile
 def test_what_is_learned_alone_moves_the_base_only_through_the_next_round(tmp_path: Path) -> None:
     consortium = Consortium(tmp_path, rules={"rounds": 2})
     coordinator = consortium.coordinator()
-    coordinator.weave(0)
+    coordinator.run_round(0)
     node = consortium.node("south")
-    node.alone(10)
+    node.train_alone(10)
     coordinator.run()
     coordinator.close()
     ends = [one["learning_rate"] for one in node._training.run.metrics() if "learning_rate" in one]
@@ -194,18 +194,18 @@ def test_a_member_takes_over_from_a_coordinator_that_is_lost(tmp_path: Path) -> 
     rules = {"rounds": 4, "outer": {"name": "fedavg"}}
     consortium = Consortium(tmp_path / "lost", rules=rules, seats=("north",))
     coordinator = consortium.coordinator()
-    coordinator.weave(0)
-    coordinator.weave(1)
+    coordinator.run_round(0)
+    coordinator.run_round(1)
     coordinator._gather(2, coordinator.rounds.base(2))  # and then it is gone, with what came
     coordinator.close()
-    keeping = consortium.node("north").keeping
-    kept = keeping.base()
-    with pytest.raises(DataError, match="no seat"):
-        succeed(keeping, tmp_path / "no", consortium.constitution, consortium.keys["east"])
+    store = consortium.node("north").store
+    kept = store.base()
+    with pytest.raises(DataError, match="not the key of a coordinator"):
+        succeed(store, tmp_path / "no", consortium.constitution, consortium.keys["east"])
     path = tmp_path / "north takes over"
-    assert succeed(keeping, path, consortium.constitution, consortium.keys["north"]) == 2
-    with pytest.raises(StorageError, match="there already"):
-        succeed(keeping, path, consortium.constitution, consortium.keys["north"])
+    assert succeed(store, path, consortium.constitution, consortium.keys["north"]) == 2
+    with pytest.raises(StorageError, match="exists already"):
+        succeed(store, path, consortium.constitution, consortium.keys["north"])
     nodes = {name: consortium.node(name).handle for name in OWNERS}
     second = Coordinator(
         path,
@@ -218,31 +218,31 @@ def test_a_member_takes_over_from_a_coordinator_that_is_lost(tmp_path: Path) -> 
     second.close()
     records = Records(path / "ledger.jsonl")
     assert [entry.body["facts"]["coordinator"] for entry in records.entries("succession")] == ["north"]
-    assert fingerprint(Rounds(path).base(2)) == fingerprint(kept[1])
+    assert RoundStore(path).base(2).fingerprint == kept[1].fingerprint
     assert verify_ledger(path / "ledger.jsonl", consortium.constitution).broken is None
     assert sorted(records.bases()) == [0, 1, 2, 3, 4]
     again = recompute(path, consortium.constitution, into=tmp_path / "again")
     assert again == {number: records.bases()[number]["fingerprint"] for number in (2, 3, 4)}
     # The one that was lost comes back with its own ledger: nobody follows it any more.
     late = consortium.coordinator()
-    late.weave(2)
-    assert late._circle.ask("keep", 2, late.rounds.base(2), kind="receipt") == {}
+    late.run_round(2)
+    assert late._members.ask("store", 2, late.rounds.base(2), kind="receipt") == {}
     with pytest.raises(TrainingError, match="round 3 has 0 contributions"):
-        late.weave(3)
-    assert any("written anew" in str(facts["reason"]) for facts in kinds(consortium, "refusal"))
+        late.run_round(3)
+    assert any("rewritten" in str(facts["reason"]) for facts in kinds(consortium, "refusal"))
     late.close()
 
 
 def test_no_base_is_taken_that_the_ledger_does_not_name_for_its_round(tmp_path: Path) -> None:
     consortium = Consortium(tmp_path, rules={"rounds": 2}, seats=("north",))
     coordinator = consortium.coordinator()
-    coordinator.weave(0)
+    coordinator.run_round(0)
     base, lines = coordinator.rounds.base(1), coordinator.ledger.lines()
     coordinator.close()
-    other = {name: tensor + 1 for name, tensor in base.items()}
+    other = Base.of({name: tensor + 1 for name, tensor in base.tensors.items()})
     node = consortium.node("south")
-    before = node.keeping.base()[0]
-    for what in ("train", "keep"):
+    before = node.store.base()[0]
+    for what in ("train", "store"):
         for number, tensors, ledger, why in (
             (1, base, None, "without the ledger"),
             (1, other, {"begin": 0, "lines": lines}, "not the one that the ledger names"),
@@ -250,12 +250,13 @@ def test_no_base_is_taken_that_the_ledger_does_not_name_for_its_round(tmp_path: 
             (-1, base, {"begin": 0, "lines": lines}, "not the one that the ledger names"),
         ):
             body = {"what": what, "round": number, "constitution": consortium.constitution.fingerprint}
+            body["base"] = tensors.fingerprint
             body |= {} if ledger is None else {"ledger": ledger}
             for key in ("coordinator", "north"):  # who has a seat may ask, and no more than that
-                answer = node.handle(seal("ask", body, tensors, key=consortium.keys[key]))
+                answer = node.handle(seal("ask", body, tensors.tensors, key=consortium.keys[key]))
                 known = {consortium.keys["south"].public: "south"}
                 assert why in unseal(answer, kind="refusal", known=known, limit=10**6).body["why"]
-    assert node.keeping.base()[0] == before
+    assert node.store.base()[0] == before
 
 
 def test_settling_happens_once_and_begins_with_the_base_whatever_was_done_alone(tmp_path: Path) -> None:
@@ -264,16 +265,16 @@ def test_settling_happens_once_and_begins_with_the_base_whatever_was_done_alone(
     base = coordinator.run()
     coordinator.close()
     node = consortium.node("south")
-    assert not node.alone(5, still=lambda: False)
-    assert node.alone(5)
-    node.settle(8, fixed=True)
+    assert not node.train_alone(5, still=lambda: False)
+    assert node.train_alone(5)
+    node.fine_tune(8, frozen=True)
     state = load_model(node._training.run.model_directory).state_dict()
-    assert all(torch.equal(state[name], tensor) for name, tensor in base.items())
-    node.settle(8, fixed=True)
+    assert all(torch.equal(state[name], tensor) for name, tensor in base.tensors.items())
+    node.fine_tune(8, frozen=True)
     assert max(saved_steps(node._training.run)) == 12 + 5 + 8
-    node.settle(0)
+    node.fine_tune(0)
     state = load_model(node._training.run.model_directory).state_dict()
-    assert all(torch.equal(state[name], tensor) for name, tensor in base.items())
+    assert all(torch.equal(state[name], tensor) for name, tensor in base.tensors.items())
 
 
 def test_settling_for_longer_than_the_rounds_is_a_training_of_its_own(tmp_path: Path) -> None:
@@ -284,7 +285,7 @@ def test_settling_for_longer_than_the_rounds_is_a_training_of_its_own(tmp_path: 
     node = consortium.node("south")
     training, begin = node._own.training, max(saved_steps(node._own.run))
     steps = 2 * training.steps
-    node.settle(steps)
+    node.fine_tune(steps)
     rates = {row["step"]: row["learning_rate"] for row in node._own.run.metrics() if "learning_rate" in row}
     of_its_own = training.model_copy(update={"steps": steps})
     assert rates[begin + steps] == pytest.approx(of_its_own.learning_rate_at(steps - 1))
@@ -294,12 +295,12 @@ def test_settling_for_longer_than_the_rounds_is_a_training_of_its_own(tmp_path: 
 def test_a_successor_needs_the_base_that_the_ledger_names(tmp_path: Path) -> None:
     consortium = Consortium(tmp_path / "c", rules={"rounds": 2}, seats=("north",))
     coordinator = consortium.coordinator()
-    coordinator.weave(0)
-    keeping = consortium.node("north").keeping
-    keeping.follow(0, coordinator.ledger.lines())  # and the base did not come any more
+    coordinator.run_round(0)
+    store = consortium.node("north").store
+    store.follow(0, coordinator.ledger.lines())  # and the base did not come any more
     coordinator.close()
     with pytest.raises(DataError, match="the ledger names that of round 1"):
-        succeed(keeping, tmp_path / "new", consortium.constitution, consortium.keys["north"])
+        succeed(store, tmp_path / "new", consortium.constitution, consortium.keys["north"])
     assert not (tmp_path / "new").exists()
 
 
@@ -309,11 +310,11 @@ def test_keeping_refuses_what_does_not_verify_and_stays_as_it_was(tmp_path: Path
     coordinator.run()
     coordinator.close()
     lines = Records(tmp_path / "rounds" / "ledger.jsonl").lines()
-    keeping = Keeping(tmp_path / "new", consortium.constitution, consortium.keys["north"])
-    keeping.follow(0, lines[:4])
-    before = keeping.read()
+    store = MemberStore(tmp_path / "new", consortium.constitution, consortium.keys["north"])
+    store.follow(0, lines[:4])
+    before = store.read()
     with pytest.raises(DataError, match="entry 4"):
-        keeping.follow(4, [lines[4].replace('"round":0', '"round":1', 1), *lines[5:]])
-    assert keeping.read() == before
+        store.follow(4, [lines[4].replace('"round":0', '"round":1', 1), *lines[5:]])
+    assert store.read() == before
     with pytest.raises(DataError, match="no base"):
-        keeping.base()
+        store.base()

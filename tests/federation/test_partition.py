@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.errors import ConfigError
 from worldloom.core.types import ActionSpec, ObservationSpec
 from worldloom.data import DatasetSpec, Statistics
 from worldloom.federation import Partition, PartitionConfig, check_has_a_pilot, fingerprint
@@ -37,8 +37,8 @@ def test_the_partition_is_total_and_disjoint_for_every_recipe(name: str) -> None
     assert any(name.startswith("encoder.") for name in partition.shared)
     assert any(name.startswith("predictor.") for name in partition.shared)
     assert set(partition.shared) <= {name for name, _ in model.named_parameters()}  # no statistic of anybody's data
-    merged = partition.merge(partition.shared_of(state), partition.sovereign_of(state), like=state)
-    assert fingerprint(merged) == fingerprint(state)
+    parts = {**partition.shared_of(state), **partition.sovereign_of(state)}
+    assert fingerprint(parts) == fingerprint(state)
 
 
 @pytest.mark.parametrize("positions", ["learned", "sincos"])
@@ -79,20 +79,6 @@ def test_whole_numbers_are_never_shared(dtype: torch.dtype) -> None:
 def test_a_name_stands_once() -> None:
     with pytest.raises(ConfigError, match="twice"):
         Partition(shared=("a",), sovereign=("a",))
-
-
-def test_a_merge_takes_only_its_own_names_shapes_and_dtypes() -> None:
-    state = {"encoder.a": torch.zeros(2), "norm.b": torch.ones(3)}
-    partition = PartitionConfig().split(state)
-    own, given_ = {"norm.b": torch.ones(3)}, {"encoder.a": torch.ones(2)}
-    assert set(partition.merge(given_, own, like=state)) == set(state)
-    with pytest.raises(DataError, match="too many"):
-        partition.merge({**given_, "norm.b": torch.zeros(3)}, own)
-    with pytest.raises(DataError, match="lacks"):
-        partition.merge({}, own)
-    for wrong in (torch.ones(3), torch.ones(2).double()):
-        with pytest.raises(DataError, match=r"encoder\.a"):
-            partition.merge({"encoder.a": wrong}, own, like=state)
 
 
 def test_a_fingerprint_knows_every_byte_name_shape_and_dtype_and_no_order() -> None:

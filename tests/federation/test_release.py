@@ -6,7 +6,7 @@ import pytest
 from consortium import MODEL, Consortium, points
 
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.federation import Constitution, Rounds, fingerprint, initial_base, read_base, release
+from worldloom.federation import Base, Constitution, RoundStore, fingerprint, initial_base, release
 from worldloom.federation.rounds.release import unmet
 from worldloom.models import load_tensors
 
@@ -24,13 +24,14 @@ def test_a_base_that_passes_leaves_with_its_card_and_ledger(tmp_path: Path) -> N
     into = release(tmp_path / "c" / "rounds", consortium.constitution, tmp_path / "out")
     base, about = load_tensors(into / "base", kind="shared-base")
     assert about == {"round": 1, "constitution": consortium.constitution.fingerprint}
-    assert fingerprint(base) == fingerprint(Rounds(tmp_path / "c" / "rounds").base(1))
+    assert fingerprint(base) == RoundStore(tmp_path / "c" / "rounds").base(1).fingerprint
     assert fingerprint(base) in (into / "model_card.md").read_text()
     assert (into / "ledger.jsonl").read_bytes() == (tmp_path / "c" / "rounds" / "ledger.jsonl").read_bytes()
     assert [one.name for one in tmp_path.iterdir() if one.name != "c"] == ["out"]
     # Others, under other rules, begin with it.
     following = Consortium(tmp_path / "next", rules={"rounds": 1, "inner_steps": 2, "quorum": 2})
-    read = read_base(into / "base", initial_base(MODEL, points().spec, following.partition, seed=0))
+    like = initial_base(MODEL, points().spec, following.partition, seed=0).tensors
+    read = Base.load(into / "base", like=like)
     coordinator = following.coordinator(initial=read)
     coordinator.run()
     assert coordinator.ledger.bases()[0]["fingerprint"] == fingerprint(base)
@@ -40,10 +41,10 @@ def test_a_base_that_passes_leaves_with_its_card_and_ledger(tmp_path: Path) -> N
 def test_each_gate_that_is_not_passed_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     consortium = woven(tmp_path / "c", rounds=2, contributors=3, max_loss=0.0)
     found = unmet(tmp_path / "c" / "rounds", consortium.constitution)
-    assert [any(word in why for why in found) for word in ("1 rounds", "held-out loss", "members have a part")] == [
+    assert [any(word in why for why in found) for word in ("1 rounds", "held-out loss", "members contributed")] == [
         True, True, False
     ]  # fmt: skip
-    with pytest.raises(DataError, match="may not be released: it is of 1 rounds; 2 are asked"):
+    with pytest.raises(DataError, match="may not be released: it has 1 rounds; 2 are required"):
         release(tmp_path / "c" / "rounds", consortium.constitution, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -51,9 +52,9 @@ def test_each_gate_that_is_not_passed_is_named_and_nothing_is_written(tmp_path: 
 def test_a_ledger_that_no_member_countersigned_since_is_not_enough(tmp_path: Path) -> None:
     consortium = Consortium(tmp_path, rules={"rounds": 1, "inner_steps": 4, "release": {"countersigned": 1}})
     coordinator = consortium.coordinator()
-    coordinator.weave(0)  # and the last base has not been handed over yet
+    coordinator.run_round(0)  # and the last base has not been handed over yet
     assert unmet(tmp_path / "rounds", consortium.constitution) == [
-        "0 members countersigned a ledger that names it; 1 are asked"
+        "0 members countersigned a ledger that names it; 1 are required"
     ]
     coordinator.run()
     coordinator.close()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from consortium import OWNERS, Consortium
 
-from worldloom.federation import Records, Rounds, fingerprint, recompute
+from worldloom.federation import Records, RoundStore, fingerprint, recompute
 
 pytestmark = pytest.mark.gpu
 
@@ -23,7 +23,7 @@ def test_owners_who_train_on_a_gpu_weave_and_anyone_computes_their_base_again(tm
     assert sorted(records.bases()) == [0, 1, 2, 3]
     for entry in records.entries("round"):
         assert set(entry.body["facts"]["weights"]) == set(OWNERS)
-    first = Rounds(tmp_path / "rounds").base(0)
+    first = RoundStore(tmp_path / "rounds").base(0)
     assert any(not torch.equal(first[name], last[name]) for name in last)
     again = recompute(tmp_path / "rounds", consortium.constitution, into=tmp_path / "again")
     assert again[3] == fingerprint(last)

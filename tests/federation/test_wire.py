@@ -28,9 +28,9 @@ from worldloom.federation.transport.flower import join
 home, number, address, keys = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 node = test_wire.altered(Consortium(home, rules=test_wire.RULES), number)
 join(node.handle, home=home / "link", server=address, authority=keys / "ca.pem", secret=keys / "north.ssh",
-     patience_seconds=60)
+     timeout_seconds=60)
 """
-RULES = {"rounds": 1, "inner_steps": 2, "quorum": 1, "cap": 1.0, "patience_seconds": 90}
+RULES = {"rounds": 1, "inner_steps": 2, "quorum": 1, "cap": 1.0, "timeout_seconds": 90}
 
 
 def altered(consortium: Consortium, number: int, ends: list[dict[str, torch.Tensor]] | None = None) -> Node:
@@ -147,7 +147,7 @@ def test_on_the_wire_too_it_is_the_same_to_the_byte(tmp_path) -> None:
                     transport=transport,
                     initial=initial_base(first.node("north")._training.model, points().spec, first.partition, seed=0),
                 )
-                coordinator.weave(0)
+                coordinator.run_round(0)
                 coordinator.close()
         finally:
             process.kill()

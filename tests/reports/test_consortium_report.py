@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worldloom.core.errors import DataError, StorageError
-from worldloom.federation import Ledger, Rounds, countersign, save_countersigned
-from worldloom.reports import find_owners, write_weaving_report
+from worldloom.federation import Base, Ledger, RoundStore, countersign, save_countersigned
+from worldloom.reports import find_owners, write_consortium_report
 from worldloom.reports.consortium_figures import _apart
-from worldloom.reports.consortium_report import render_weaving_report
+from worldloom.reports.consortium_report import render_consortium_report
 from worldloom.training import RunFolder
 
 
@@ -56,12 +56,12 @@ class Page(HTMLParser):
 
 
 def page(chronicle, **options) -> Page:
-    return Page(render_weaving_report(chronicle.rounds, chronicle.constitution, **options))
+    return Page(render_consortium_report(chronicle.rounds, chronicle.constitution, **options))
 
 
 def test_the_report_says_what_the_ledger_says(chronicle) -> None:
     chronicle.two_rounds()
-    Rounds(chronicle.rounds).keep(0, {"weight": torch.zeros(400_000)}, {})
+    RoundStore(chronicle.rounds).save(0, Base.of({"weight": torch.zeros(400_000)}), {})
     found = page(chronicle)
     arrow = "\N{RIGHTWARDS ARROW}"
     assert found.row("north", "open") == ["north", "open", "2", "0", "0", "45.0%", f"8.00 {arrow} 3.08", "3.20 MB", "3"]
@@ -72,20 +72,20 @@ def test_the_report_says_what_the_ledger_says(chronicle) -> None:
         ("4.00", "3.08"), ("4.12", "3.17"), ("4.25", "3.27"), ("4.38", "3.37"), ("4.00", "3.08")
     ))]]  # fmt: skip
     assert ["1", "50.0%", "50.0%", "left out", "refused"] in found.rows
-    assert found.row("9.60 MB in all") == ["9.60 MB in all", "3.20 MB", "3.20 MB", "3.20 MB", "0 B"]
-    assert "10 steps of every contribution would have been 96.0 MB: 10 times as much as the 9.60 MB" in found.text
+    assert found.row("9.60 MB in total") == ["9.60 MB in total", "3.20 MB", "3.20 MB", "3.20 MB", "0 B"]
+    assert "10 steps of every contribution would have been 96.0 MB: 10 times the 9.60 MB" in found.text
     assert found.row("0 to 1", "vault") == ["0 to 1", "vault", "refused", "it is of private data"]
     assert found.row("1", "south") == ["1", "south", "left out", "with it, held-out losses grow by 40.0%"]
-    assert "epsilon is counted at delta 1e-05, and stops at 8" in found.text
-    assert f"All {chronicle.ledger.head.length} entries are whole" in found.text
+    assert "epsilon is computed at delta 1e-05, with a budget of 8" in found.text
+    assert f"All {chronicle.ledger.head.length} entries are complete" in found.text
     assert chronicle.ledger.head.hash in found.text
     assert "| north | open | 2 | 0.45 |" in found.text  # the model card
 
 
 def test_the_report_asks_the_network_for_nothing_and_its_pictures_are_pictures(chronicle) -> None:
     chronicle.two_rounds()
-    Rounds(chronicle.rounds).keep(0, {"weight": torch.zeros(4)}, {})
-    html = render_weaving_report(chronicle.rounds, chronicle.constitution)
+    RoundStore(chronicle.rounds).save(0, Base.of({"weight": torch.zeros(4)}), {})
+    html = render_consortium_report(chronicle.rounds, chronicle.constitution)
     found = Page(html)
     assert len(found.addresses) == 2 * 4, "four pictures, each for light and dark pages"
     for address in found.addresses:
@@ -117,9 +117,9 @@ def test_a_report_of_a_moment_leaves_out_what_is_not_there(chronicle) -> None:
     for step in (chronicle.begin, lambda: chronicle.contribute(0, "north")):
         step()
         found = page(chronicle)
-        assert "no round is woven yet" in found.text
-        assert "no member has judged a base yet" in found.text
-    assert "the folder has no base to tell its size" in found.text
+        assert "no round is done yet" in found.text
+        assert "no member has evaluated a base yet" in found.text
+    assert "the folder has no base" in found.text
     assert "0 of 2 rounds done" in found.text
 
 
@@ -127,16 +127,16 @@ def test_an_entry_that_is_being_written_waits_for_the_next_report(chronicle) -> 
     chronicle.two_rounds()
     with (chronicle.rounds / "ledger.jsonl").open("ab") as file:
         file.write(b'{"body":{"fac')
-    assert f"All {chronicle.ledger.head.length} entries are whole" in page(chronicle).text
+    assert f"All {chronicle.ledger.head.length} entries are complete" in page(chronicle).text
 
 
-def test_a_ledger_without_each_members_loss_shows_that_of_the_middle(chronicle) -> None:
+def test_a_ledger_without_each_members_loss_shows_that_of_the_median(chronicle) -> None:
     chronicle.begin()
     chronicle.contribute(0, "north")
     facts = {"weights": {"north": 1.0}, "notes": {}, "left_out": [], "evaluation": {"before": 9.64, "after": 4.01}}
     chronicle.ledger.append("round", facts, round=0)
     found = page(chronicle)
-    assert found.row("round", "in the middle") == ["round", "in the middle"]
+    assert found.row("round", "median") == ["round", "median"]
     assert ["0", "9.64 \N{RIGHTWARDS ARROW} 4.01"] in found.rows
 
 
@@ -144,7 +144,7 @@ def test_without_privacy_the_report_says_so_and_has_no_part_of_it(new_chronicle)
     chronicle = new_chronicle(privacy=None)
     chronicle.two_rounds()
     found = page(chronicle)
-    assert "nothing here is private" in found.text
+    assert "there is no differential privacy" in found.text
     assert "Epsilon" not in found.text
 
 
@@ -155,10 +155,10 @@ def test_no_report_is_written_of_a_ledger_that_does_not_verify(chronicle, tmp_pa
     out = tmp_path / "report.html"
     out.write_text("old")
     with pytest.raises(DataError, match="entry 2 was changed.*No report is written"):
-        write_weaving_report(out, chronicle.rounds, chronicle.constitution)
+        write_consortium_report(out, chronicle.rounds, chronicle.constitution)
     assert out.read_text() == "old"
     with pytest.raises(StorageError, match="does not exist"):
-        write_weaving_report(out, tmp_path, chronicle.constitution)
+        write_consortium_report(out, tmp_path, chronicle.constitution)
 
 
 def test_what_members_countersigned_is_named_and_held_against_the_ledger(chronicle) -> None:
@@ -173,7 +173,7 @@ def test_what_members_countersigned_is_named_and_held_against_the_ledger(chronic
     path.unlink()
     chronicle.ledger = Ledger(path, chronicle.keys["chair"], durable=False)  # its operator writes all of it anew
     chronicle.two_rounds()
-    with pytest.raises(DataError, match="written anew"):
+    with pytest.raises(DataError, match="rewritten"):
         page(chronicle)
 
 

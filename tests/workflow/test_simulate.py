@@ -11,7 +11,7 @@ from worldloom.core.chain import Entry
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.signing import SigningKey
 from worldloom.core.yaml_config import parse_yaml
-from worldloom.federation import Handler, Ledger, Records, Rounds, fingerprint
+from worldloom.federation import Handler, Ledger, Records, RoundStore, fingerprint
 from worldloom.federation.record.envelope import seal, unseal
 from worldloom.training import saved_steps
 from worldloom.workflow import ConsortiumConfig, simulate
@@ -49,7 +49,7 @@ def test_a_handler_before_a_node_can_sign_what_it_never_learned(tmp_path: Path) 
 
     config = parse_yaml(CONSORTIUM, ConsortiumConfig, source="here")
     woven = simulate(config, tmp_path, handlers={"east": idle})
-    deltas = {name: load_file(Rounds(woven.rounds).delta(0, name)) for name in ("north", "east")}
+    deltas = {name: load_file(RoundStore(woven.rounds).delta(0, name)) for name in ("north", "east")}
     assert all(bool((tensor == 0).all()) for tensor in deltas["east"].values())
     assert any(bool((tensor != 0).any()) for tensor in deltas["north"].values())
     assert {facts["owner"] for facts in Records(woven.rounds / "ledger.jsonl").contributions(0)} == {"north", "east"}
@@ -91,7 +91,7 @@ def test_a_kill_before_the_ledger_names_the_first_base_leaves_it_the_pilots(
     assert (tmp_path / "killed" / "rounds" / "bases").is_dir()
     with (tmp_path / "killed" / "rounds" / "ledger.jsonl").open("ab") as file:
         file.write(b'{"body": {"fa')  # in the middle of the entry
-    bases = [Rounds(simulate(config, tmp_path / name).rounds).base(0) for name in ("killed", "whole")]
+    bases = [RoundStore(simulate(config, tmp_path / name).rounds).base(0) for name in ("killed", "whole")]
     assert fingerprint(bases[0]) == fingerprint(bases[1])
 
 

@@ -1,4 +1,4 @@
-"""`worldloom weave`: many owners weave one model; its constitution, its ledger, and what they say."""
+"""`worldloom weave`: federated training of one model by many owners, its constitution and its ledger."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,23 +8,23 @@ import typer
 from worldloom.cli.console import answer, progress, table
 from worldloom.cli.options import Json, Threads, set_threads
 
-app = typer.Typer(help="Weave one world model among many owners (Tapestry).", no_args_is_help=True)
+app = typer.Typer(help="Train one world model among many owners (Tapestry).", no_args_is_help=True)
 ledger = typer.Typer(help="Verify and show the ledger of a consortium.", no_args_is_help=True)
 app.add_typer(ledger, name="ledger")
 
 Rounds = Annotated[Path, typer.Argument(help="The folder of the rounds.")]
-Rules = Annotated[Path, typer.Option(help="The constitution, which its members signed.")]
+Rules = Annotated[Path, typer.Option(help="The constitution, signed by its members.")]
 
 
 @app.command()
 def simulate(
     consortium: Annotated[Path, typer.Argument(help="A consortium of owners, as YAML.")],
-    out: Annotated[Path, typer.Option(help="Where keys, data, runs and rounds go.")],
+    out: Annotated[Path, typer.Option(help="The folder for keys, data, runs and rounds.")],
     seed: Annotated[int, typer.Option(min=0, help="The root of all seeds.")] = 0,
     threads: Threads = 0,
     json: Json = False,
 ) -> None:
-    """Weave on this machine, each owner in a folder of its own; run again, it goes on where it was."""
+    """Simulate a consortium on this machine, each owner in its own folder; run it again to resume."""
     from worldloom.core.yaml_config import read_yaml
     from worldloom.federation import Records
     from worldloom.workflow import ConsortiumConfig, simulate
@@ -60,7 +60,7 @@ def simulate(
 def watch(
     rounds: Rounds,
     constitution: Annotated[
-        Path | None, typer.Option(help="The constitution; without it nobody knows which round is the last.")
+        Path | None, typer.Option(help="The constitution, which tells the number of rounds.")
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Show the present state, and end.")] = False,
     json: Json = False,
@@ -80,22 +80,22 @@ def watch(
 def report(
     rounds: Rounds,
     constitution: Rules,
-    out: Annotated[Path, typer.Option(help="Where the report goes, as HTML.")],
+    out: Annotated[Path, typer.Option(help="The path of the report, an HTML file.")],
     runs: Annotated[
-        Path | None, typer.Option(help="A folder with a run of each owner, NAME or NAME/run, whose training is shown.")
+        Path | None, typer.Option(help="A folder with the owners' runs, NAME or NAME/run, to show their training.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write what the ledger tells as one page: losses, influence, bytes, privacy, refusals; it must verify."""
+    """Verify the ledger and write its report: losses, influence, bytes, privacy and refusals on one page."""
     from worldloom.federation import read_constitution
-    from worldloom.reports import find_owners, write_weaving_report
+    from worldloom.reports import find_owners, write_consortium_report
 
     rules = read_constitution(constitution)
-    write_weaving_report(out, rounds, rules, runs={} if runs is None else find_owners(runs, rules))
+    write_consortium_report(out, rounds, rules, runs={} if runs is None else find_owners(runs, rules))
     answer(json, {"report": out}, f"report: {out}")
 
 
-Party = Annotated[Path, typer.Argument(help="What this party states, as YAML; its paths are those of its folder.")]
+Party = Annotated[Path, typer.Argument(help="The settings of this party, as YAML; paths are relative to its folder.")]
 
 
 @app.command()
@@ -104,11 +104,11 @@ def keys(
     out: Annotated[Path, typer.Option(help="A folder for the keys; the secret ones never leave it.")] = Path("keys"),
     host: Annotated[
         list[str] | None,
-        typer.Option(help="For a coordinator: a name or address by which nodes reach it; makes its certificate."),
+        typer.Option(help="For a coordinator: a name or address of it, for its certificate."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Make the keys of a node, or with --host those of a coordinator; prints what the constitution says of it."""
+    """Make the keys of a node, or with --host those of a coordinator; print the entry for the constitution."""
     from worldloom.workflow import make_keys
 
     made = make_keys(out, name, tuple(host or ()))
@@ -118,17 +118,17 @@ def keys(
 @app.command()
 def classify(
     dataset: Annotated[Path, typer.Argument(help="A dataset; its card is written beside it.")],
-    owner: Annotated[str, typer.Option(help="Whose data it is, by the name in the constitution.")],
+    owner: Annotated[str, typer.Option(help="The owner's name in the constitution.")],
     data_class: Annotated[
-        str, typer.Option("--as", help="open, unique-open, controlled, sovereign or private, of which only the first "
-                          "three may ever shape the base.")
+        str, typer.Option("--as", help="open, unique-open, controlled, sovereign or private; only the first three "
+                          "can shape the base.")
     ],
     key: Annotated[Path, typer.Option(help="The owner's secret key.")],
-    title: Annotated[str, typer.Option(help="What the data are.")] = "",
-    licence: Annotated[str, typer.Option(help="Under which licence.")] = "",
+    title: Annotated[str, typer.Option(help="A title of the data.")] = "",
+    licence: Annotated[str, typer.Option(help="The licence of the data.")] = "",
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Say what may be done with a dataset, and sign it; without that nothing of it shapes the base."""
+    """Write and sign the data card of a dataset; without a card its data cannot shape the base."""
     from worldloom.core.errors import ConfigError
     from worldloom.core.registry import nearest
     from worldloom.federation import CLASSES
@@ -143,7 +143,7 @@ def classify(
 
 @app.command()
 def coordinator(party: Party, json: Json = False) -> None:
-    """Run the rounds that are left, with the members that connect; stopped or killed, it goes on when started again."""
+    """Run the remaining rounds with the members that connect; start it again to resume."""
     from worldloom.cli.weave_watch import live
     from worldloom.core.yaml_config import read_yaml
     from worldloom.federation import Records
@@ -161,39 +161,39 @@ def coordinator(party: Party, json: Json = False) -> None:
 @app.command()
 def pilot(
     party: Party,
-    out: Annotated[Path, typer.Option(help="Where the base goes; the coordinator names it as 'initial'.")],
+    out: Annotated[Path, typer.Option(help="The path of the base, for the coordinator's 'initial'.")],
     threads: Threads = 0,
     json: Json = False,
 ) -> None:
-    """Train alone, before the first round, what all could begin with: where conventions clash, one must be first."""
+    """Train the first base alone, before the first round; needed if the owners' conventions differ."""
     from worldloom.core.yaml_config import read_yaml
     from worldloom.workflow import NodeConfig, pilot
 
     set_threads(threads)
     base = pilot(read_yaml(party, NodeConfig).at(party.parent), out, progress=progress())
-    answer(json, {"base": base, "path": out}, f"{out}: the base {base}; give it to the coordinator")
+    answer(json, {"base": base, "path": out}, f"{out}: the base {base}; send it to the coordinator")
 
 
 @app.command()
 def node(party: Party, threads: Threads = 0, json: Json = False) -> None:
-    """Take part as an owner until the last base has come and settled; killed, it goes on when started again."""
+    """Take part as an owner until the last base has come and is fine-tuned; start it again to resume."""
     from worldloom.core.yaml_config import read_yaml
     from worldloom.workflow import NodeConfig, take_part
 
     set_threads(threads)
     run = take_part(read_yaml(party, NodeConfig).at(party.parent), progress=progress())
-    answer(json, {"run": run.path}, f"the woven model, settled at home: {run.path}")
+    answer(json, {"run": run.path}, f"the fine-tuned model: {run.path}")
 
 
 @app.command()
 def exit(
     party: Party,
-    into: Annotated[Path, typer.Option(help="A new folder for base, ledger, rules and the run of the own model.")],
-    why: Annotated[str, typer.Option(help="What the others are told.")] = "",
+    into: Annotated[Path, typer.Option(help="A new folder for base, ledger, rules and the owner's run.")],
+    why: Annotated[str, typer.Option(help="The reason, which all members can read.")] = "",
     threads: Threads = 0,
     json: Json = False,
 ) -> None:
-    """Leave the consortium with all that is yours; it needs nobody's leave, and no connection."""
+    """Leave the consortium and export all that is yours; this needs no permission and no connection."""
     from worldloom.core.yaml_config import read_yaml
     from worldloom.workflow import NodeConfig, leave
 
@@ -204,22 +204,22 @@ def exit(
 
 @app.command(name="return")
 def come_back(party: Party, json: Json = False) -> None:
-    """Take part again after an exit: start the node, and the next round that asks counts."""
+    """Return after an exit: start the node to take part from the next round on."""
     from worldloom.core.yaml_config import read_yaml
     from worldloom.workflow import NodeConfig, come_back
 
     config = read_yaml(party, NodeConfig).at(party.parent)
     come_back(config)
-    answer(json, {"returned": config.owner}, "back: start the node again")
+    answer(json, {"returned": config.owner}, "returned; start the node")
 
 
 @app.command()
 def succeed(
     party: Party,
-    coordinator: Annotated[Path, typer.Option(help="What the new coordinator states, as YAML.")],
+    coordinator: Annotated[Path, typer.Option(help="The settings of the new coordinator, as YAML.")],
     json: Json = False,
 ) -> None:
-    """Take over from a coordinator that is lost, with what this node kept; then start the coordinator here."""
+    """Take over from a lost coordinator with this node's base and ledger; then start the coordinator here."""
     from worldloom.core.yaml_config import read_yaml
     from worldloom.workflow import CoordinatorConfig, NodeConfig, take_over
 
@@ -232,8 +232,8 @@ def succeed(
 
 
 @app.command()
-def key(path: Annotated[Path, typer.Argument(help="Where to keep the secret key.")], json: Json = False) -> None:
-    """Make a secret key; prints the public one, for the constitution."""
+def key(path: Annotated[Path, typer.Argument(help="The path of the secret key.")], json: Json = False) -> None:
+    """Make a secret key, and print its public key for the constitution."""
     from worldloom.core.signing import make_key
 
     public = make_key(path)
@@ -243,11 +243,11 @@ def key(path: Annotated[Path, typer.Argument(help="Where to keep the secret key.
 @app.command()
 def ratify(
     constitution: Annotated[Path, typer.Argument(help="The constitution, as YAML.")],
-    member: Annotated[str, typer.Option(help="The name by which it knows you.")],
+    member: Annotated[str, typer.Option(help="Your name in the constitution.")],
     key: Annotated[Path, typer.Option(help="Your secret key.")],
     json: Json = False,
 ) -> None:
-    """Sign a constitution as it is now, as one of its members; the signature is kept beside it."""
+    """Sign the present text of a constitution as one of its members; the signature is written beside it."""
     from worldloom.core.signing import SigningKey
     from worldloom.federation import ratify
 
@@ -259,16 +259,16 @@ def ratify(
 def recompute(
     rounds: Rounds,
     constitution: Rules,
-    into: Annotated[Path, typer.Option(help="A folder for the bases that come of it.")],
-    without: Annotated[list[str] | None, typer.Option(help="A member to leave out.")] = None,
+    into: Annotated[Path, typer.Option(help="A folder for the computed bases.")],
+    without: Annotated[list[str] | None, typer.Option(help="A member to exclude.")] = None,
     json: Json = False,
 ) -> None:
-    """Compute every base again from the kept contributions, all of them or without a member's."""
+    """Compute every base again from the stored contributions of all members, or without some."""
     from worldloom.federation import read_constitution, recompute
 
     found = recompute(rounds, read_constitution(constitution), into=into, without=without or (), progress=progress())
     lines = [f"round {number}: {base}" for number, base in found.items()]
-    answer(json, found, *lines, f"without {', '.join(without)}" if without else "each is the one that the ledger names")
+    answer(json, found, *lines, f"without {', '.join(without)}" if without else "all match the ledger")
 
 
 @app.command()
@@ -278,7 +278,7 @@ def release(
     into: Annotated[Path, typer.Option(help="A new folder for base, model card and ledger.")],
     json: Json = False,
 ) -> None:
-    """Let the newest base leave the consortium, if it passes every gate of the constitution."""
+    """Release the newest base from the consortium, if it passes every gate of the constitution."""
     from worldloom.federation import read_constitution, release
 
     released = release(rounds, read_constitution(constitution), into)
@@ -287,20 +287,20 @@ def release(
 
 @ledger.command()
 def verify(rounds: Rounds, constitution: Rules, json: Json = False) -> None:
-    """Check every entry and signature; the first that is wrong is named, and the exit code is 3."""
+    """Check every entry and signature; report the first invalid one with exit code 3."""
     from worldloom.core.errors import DataError
     from worldloom.federation import read_constitution, verify_ledger
 
     verdict = verify_ledger(rounds / "ledger.jsonl", read_constitution(constitution))
     if verdict.broken is not None:
         raise DataError(f"{rounds}: entry {verdict.broken} {verdict.why}")
-    line = f"{rounds}: all {verdict.length} entries are whole, signed and in order; the last is {verdict.head.hash}"
+    line = f"{rounds}: all {verdict.length} entries are complete, signed and in order; last hash: {verdict.head.hash}"
     answer(json, {"length": verdict.length, "hash": verdict.head.hash}, line)
 
 
 @ledger.command()
 def show(rounds: Rounds, json: Json = False) -> None:
-    """Show what happened, entry by entry, each verified as it is read."""
+    """Show the entries of a ledger; the chain of hashes is verified while reading."""
     from worldloom.federation import Records
 
     found = [entry.body for entry in Records(rounds / "ledger.jsonl").entries()]
@@ -315,7 +315,7 @@ def show(rounds: Rounds, json: Json = False) -> None:
 
 @ledger.command()
 def card(rounds: Rounds, constitution: Rules, json: Json = False) -> None:
-    """Print the model card of the newest base, written from a ledger that verifies."""
+    """Print the model card of the newest base, made from a verified ledger."""
     from worldloom.federation import model_card, read_constitution
 
     card = model_card(rounds / "ledger.jsonl", read_constitution(constitution))

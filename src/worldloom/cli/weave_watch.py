@@ -1,4 +1,4 @@
-"""The rounds of a consortium as they run: a table that grows in a terminal, plain lines elsewhere."""
+"""A live view of a consortium's rounds: a table in a terminal, plain lines elsewhere."""
 
 import json
 import logging
@@ -19,24 +19,24 @@ from rich.text import Text
 from worldloom.cli.console import answer, err, out
 from worldloom.core.errors import WorldloomError
 from worldloom.core.files import storage_errors
-from worldloom.federation import Constitution, Round, Story, Watch, duration, loss_change, size
+from worldloom.federation import Constitution, History, LedgerWatch, Round, duration, loss_change, size
 
 _log = logging.getLogger(__name__)
-_EVERY = 0.5  # seconds between two looks at the ledger
+_EVERY = 0.5  # seconds between reads of the ledger
 _STYLES = {"waiting": "dim", "contributed": "green", "refused": "red", "left out": "yellow"}
-_REASON = 160  # characters of a reason in the table; lines and the report have all of it
+_REASON = 160  # characters of a reason in the table; lines and the report show all of it
 
 
 def watch(
     rounds: Path, constitution: Constitution | None = None, *, once: bool = False, console: Console = out
 ) -> None:
-    """Show the rounds in a folder until the last is done, or Ctrl-C; with `once`, what there is now.
+    """Show the rounds in a folder until the last is done, or Ctrl-C; with `once`, only their present state.
 
     Raises:
-        StorageError: `once`, and there is no ledger.
+        StorageError: there is no ledger, with `once`.
         DataError: the ledger does not verify, or is of another constitution.
     """
-    watched = Watch(rounds, constitution)
+    watched = LedgerWatch(rounds, constitution)
     if once:
         with storage_errors(watched.ledger):
             watched.ledger.stat()
@@ -44,7 +44,7 @@ def watch(
         look()
         if not console.is_terminal and not watched.ledger.exists():
             console.print(f"waiting for {watched.ledger}", markup=False, soft_wrap=True)
-        while not once and not watched.story.done:
+        while not once and not watched.history.done:
             time.sleep(_EVERY)
             look()
 
@@ -55,34 +55,34 @@ def watch_json(rounds: Path, constitution: Constitution | None = None, *, once: 
     Raises:
         StorageError, DataError: see `watch`.
     """
-    watched = Watch(rounds, constitution)
+    watched = LedgerWatch(rounds, constitution)
     if once:
         with storage_errors(watched.ledger):
             watched.ledger.stat()
         watched.look()
-        answer(True, {**asdict(watched.story), "done": watched.story.done})
+        answer(True, {**asdict(watched.history), "done": watched.history.done})
         return
     with suppress(KeyboardInterrupt):
-        while not watched.story.done:
+        while not watched.history.done:
             for line in watched.look():
-                sys.stdout.write(json.dumps({"event": line, "done": watched.story.done}) + "\n")
+                sys.stdout.write(json.dumps({"event": line, "done": watched.history.done}) + "\n")
                 sys.stdout.flush()
-            time.sleep(0 if watched.story.done else _EVERY)
+            time.sleep(0 if watched.history.done else _EVERY)
 
 
 @contextmanager
 def live(rounds: Path, constitution: Constitution | None = None, *, console: Console = err) -> Iterator[None]:
-    """Show the rounds in a folder while the body, in this process, runs them; a thread looks at the ledger.
+    """Show the rounds in a folder while the body, in this process, runs them; a thread reads the ledger.
 
-    What stood there before is told in one line. The view never stops the work: of what it cannot read, the log says so.
-    Two live pictures do not share a terminal: hand the work no progress bars of its own.
+    Earlier rounds appear as one line. The view never stops the work: errors of reading are logged. A terminal shows
+    one live view only, so the body must not draw progress bars.
 
     Raises:
         DataError: the ledger that is there does not verify, or is of another constitution.
     """
-    watched, stop = Watch(rounds, constitution), threading.Event()
+    watched, stop = LedgerWatch(rounds, constitution), threading.Event()
     if watched.look() and not console.is_terminal:
-        console.print(watched.story.headline(), markup=False, soft_wrap=True)
+        console.print(watched.history.headline(), markup=False, soft_wrap=True)
 
     def follow(look: Callable[[], None]) -> None:
         try:
@@ -102,30 +102,30 @@ def live(rounds: Path, constitution: Constitution | None = None, *, console: Con
             thread.join()
 
 
-def picture(story: Story, *, now: float, width: int) -> RenderableType:
-    """Return what a terminal of so many columns shows of a story at a time (in seconds since 1970)."""
-    parts: list[RenderableType] = [Text(story.headline(), style="bold")]
-    if story.present is not None:
-        parts.append(_present(story, story.present, now))
-    if any(round.middle for round in story.rounds):
-        parts.append(_past(story, width))
+def picture(history: History, *, now: float, width: int) -> RenderableType:
+    """Return the view of a history for a terminal of `width` columns at the time `now` (seconds since 1970)."""
+    parts: list[RenderableType] = [Text(history.headline(), style="bold")]
+    if history.current is not None:
+        parts.append(_present(history, history.current, now))
+    if any(round.median for round in history.rounds):
+        parts.append(_past(history, width))
     return Group(*parts)
 
 
-def _present(story: Story, round: Round, now: float) -> Table:
-    waiting = sum(round.state(name) == "waiting" for name in story.members)
-    how_far = "woven" if round.woven else f"waiting for {waiting} of {len(story.members)}" if waiting else "judging"
-    table = _table(f"round {round.number}: {how_far}")
+def _present(history: History, round: Round, now: float) -> Table:
+    waiting = sum(round.state(name) == "waiting" for name in history.members)
+    status = "done" if round.done else f"waiting for {waiting} of {len(history.members)}" if waiting else "judging"
+    table = _table(f"round {round.number}: {status}")
     table.add_column("member", no_wrap=True)
     table.add_column("this round", overflow="fold", min_width=24)
     table.add_column("sent so far", justify="right", no_wrap=True)
-    if story.private:
-        budget = "" if story.budget is None else f" of {story.budget:g}"
+    if history.private:
+        budget = "" if history.budget is None else f" of {history.budget:g}"
         table.add_column(f"epsilon{budget}", justify="right", no_wrap=True)
-    for name in story.members:
+    for name in history.members:
         state = round.state(name)
-        cells = [Text(name), Text(_said(round, name, now), style=_STYLES[state]), Text(size(story.sent(name)))]
-        table.add_row(*cells, *([Text(story.spent(name) or "-")] if story.private else []))
+        cells = [Text(name), Text(_said(round, name, now), style=_STYLES[state]), Text(size(history.sent(name)))]
+        table.add_row(*cells, *([Text(history.spent(name) or "-")] if history.private else []))
     return table
 
 
@@ -134,17 +134,17 @@ def _said(round: Round, name: str, now: float) -> str:
     if state == "contributed" and one is not None:
         return f"contributed {size(one.bytes)} after {duration(one.seconds)}"
     if state == "waiting":
-        over = "" if round.began is None or round.woven else f", {duration(now - round.began)}"
-        return "did not answer" if round.woven else f"waiting{over}"
-    why = round.reason(name) or "nothing that came was good enough, the base stays as it was"
+        over = "" if round.began is None or round.done else f", {duration(now - round.began)}"
+        return "did not answer" if round.done else f"waiting{over}"
+    why = round.reason(name) or "no group of contributions passed the quality gate, the base stays as it was"
     return textwrap.shorten(f"{state}: {why}", _REASON, placeholder=" ...")
 
 
-def _past(story: Story, width: int) -> Table:
-    """Return the held-out losses of the newest rounds, as many as fit side by side."""
-    judged = [round for round in story.rounds if round.middle]
-    names = [name for name in story.members if any(name in round.losses for round in judged)]
-    first = max(len(name) for name in ["in the middle", *names])
+def _past(history: History, width: int) -> Table:
+    """Return the held-out losses of the newest rounds, as many as fit."""
+    judged = [round for round in history.rounds if round.median]
+    names = [name for name in history.members if any(name in round.losses for round in judged)]
+    first = max(len(name) for name in ["median", *names])
     fit = max(1, (width - first - 4) // 16)
     shown = judged[-fit:]
     table = _table("held-out loss, before and after the round")
@@ -156,7 +156,7 @@ def _past(story: Story, width: int) -> Table:
         table.add_row(Text(name), *map(Text, cells))
     if names:
         table.add_section()
-    table.add_row("in the middle", *(Text(loss_change(*round.middle)) for round in shown if round.middle))
+    table.add_row("median", *(Text(loss_change(*round.median)) for round in shown if round.median))
     return table
 
 
@@ -165,21 +165,21 @@ def _table(title: str) -> Table:
 
 
 @contextmanager
-def _shown(watched: Watch, console: Console) -> Iterator[Callable[[], None]]:
-    """Yield a function that looks at the ledger and shows what is new."""
+def _shown(watched: LedgerWatch, console: Console) -> Iterator[Callable[[], None]]:
+    """Yield a function that reads the ledger and shows what is new."""
 
     def draw() -> RenderableType:
-        if not watched.story.rounds and not watched.ledger.exists():
+        if not watched.history.rounds and not watched.ledger.exists():
             return Text(f"waiting for {watched.ledger}")
-        return picture(watched.story, now=time.time(), width=console.width)
+        return picture(watched.history, now=time.time(), width=console.width)
 
     if not console.is_terminal:
 
-        def tell() -> None:
+        def show() -> None:
             for line in watched.look():
                 console.print(line, markup=False, soft_wrap=True)
 
-        yield tell
+        yield show
         return
     with Live(get_renderable=draw, console=console, refresh_per_second=2) as shown, _log_above():
 
@@ -192,7 +192,7 @@ def _shown(watched: Watch, console: Console) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _log_above() -> Iterator[None]:
-    """Send the log's lines through the stream that a live picture put in place, which keeps itself below them."""
+    """Send log lines through the stream of the live view, which stays below them."""
     handlers = [handler for handler in logging.getLogger().handlers if type(handler) is logging.StreamHandler]
     before = [handler.setStream(sys.stderr) for handler in handlers]
     try:

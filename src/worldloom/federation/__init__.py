@@ -1,7 +1,17 @@
-"""Federation (Tapestry): many owners weave one shared world model, and keep what is theirs.
+"""Federation (Tapestry): many owners train one shared world model, and keep their data and sovereign tensors.
 
-The core knows no transport: a coordinator talks to nodes through a `Transport`, and `InProcess` is one."""
+A coordinator talks to nodes through a `Transport`; `InProcess` is one, Flower another."""
 
+from worldloom.federation.record.history import (
+    History,
+    LedgerWatch,
+    Round,
+    duration,
+    loss_change,
+    printable,
+    read_history,
+    size,
+)
 from worldloom.federation.record.ledger import (
     Ledger,
     LedgerVerdict,
@@ -13,16 +23,18 @@ from worldloom.federation.record.ledger import (
     save_countersigned,
     verify_ledger,
 )
-from worldloom.federation.record.story import Round, Story, Watch, duration, loss_change, printable, size, tell
-from worldloom.federation.rounds.aggregation import AGGREGATORS, Aggregate, Aggregator, capped
+from worldloom.federation.rounds.aggregation import AGGREGATORS, Aggregate, Aggregator, Deltas, capped
+from worldloom.federation.rounds.base import Base, fingerprint
 from worldloom.federation.rounds.codecs import CODECS, Codec, bytes_of
 from worldloom.federation.rounds.contribution import Contribution
-from worldloom.federation.rounds.coordinator import Coordinator, Rounds, read_base, recompute, save_base, succeed
-from worldloom.federation.rounds.keeping import Keeping
+from worldloom.federation.rounds.coordinator import Coordinator, succeed
 from worldloom.federation.rounds.local import LocalTraining, Trained, check_has_a_pilot, initial_base
+from worldloom.federation.rounds.member_store import MemberStore
+from worldloom.federation.rounds.next_base import recompute
 from worldloom.federation.rounds.node import Node
 from worldloom.federation.rounds.outer import OUTER, Outer
 from worldloom.federation.rounds.release import release
+from worldloom.federation.rounds.round_store import RoundStore
 from worldloom.federation.rules.cards import (
     CLASSES,
     DataCard,
@@ -35,7 +47,7 @@ from worldloom.federation.rules.cards import (
     strictest,
 )
 from worldloom.federation.rules.constitution import Constitution, Member, Quality, Release, ratify, read_constitution
-from worldloom.federation.rules.partition import Partition, PartitionConfig, fingerprint
+from worldloom.federation.rules.partition import Partition, PartitionConfig
 from worldloom.federation.secure.privacy import Accountant, PrivacyBudgetSpent, PrivacyConfig, clip_and_noise
 from worldloom.federation.transport.keys import Tls, make_node_keys, make_tls
 from worldloom.federation.transport.messages import Handler, InProcess, Reply, Transport
@@ -48,19 +60,23 @@ __all__ = [
     "Accountant",
     "Aggregate",
     "Aggregator",
+    "Base",
     "Codec",
     "Constitution",
     "Contribution",
     "Coordinator",
     "DataCard",
     "DataClass",
+    "Deltas",
     "Handler",
+    "History",
     "InProcess",
-    "Keeping",
     "Ledger",
     "LedgerVerdict",
+    "LedgerWatch",
     "LocalTraining",
     "Member",
+    "MemberStore",
     "Node",
     "Outer",
     "Partition",
@@ -72,12 +88,10 @@ __all__ = [
     "Release",
     "Reply",
     "Round",
-    "Rounds",
-    "Story",
+    "RoundStore",
     "Tls",
     "Trained",
     "Transport",
-    "Watch",
     "bytes_of",
     "capped",
     "card_of",
@@ -98,16 +112,14 @@ __all__ = [
     "model_card",
     "printable",
     "ratify",
-    "read_base",
     "read_constitution",
     "read_countersigned",
+    "read_history",
     "recompute",
     "release",
-    "save_base",
     "save_countersigned",
     "size",
     "strictest",
     "succeed",
-    "tell",
     "verify_ledger",
 ]

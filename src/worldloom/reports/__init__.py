@@ -1,6 +1,6 @@
 """Reports: pages, figures and films of evaluations and consortia."""
 
-from worldloom.reports.consortium_report import find_owners, write_weaving_report
+from worldloom.reports.consortium_report import find_owners, write_consortium_report
 from worldloom.reports.evaluation_report import ReportData, write_report
 from worldloom.reports.figures import DistanceMap, LatentMap, PredictedPaths
 from worldloom.reports.film import episodes_gif
@@ -17,6 +17,6 @@ __all__ = [
     "draw_plan",
     "episodes_gif",
     "find_owners",
+    "write_consortium_report",
     "write_report",
-    "write_weaving_report",
 ]

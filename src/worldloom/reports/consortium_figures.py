@@ -1,4 +1,4 @@
-"""The pictures of a consortium's report: losses, influence, bytes and privacy over rounds, each owner in its colour."""
+"""The figures of a consortium's report: losses, influence, bytes and privacy over rounds, one colour per owner."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
@@ -11,24 +11,24 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from worldloom.federation import Round, Story, size
+from worldloom.federation import History, Round, size
 from worldloom.reports.figures import COLOURS, Themed, colour, themed
 
 _LINES = ("-", "--", ":", "-.")
-_NAMED = 0.07  # the least share of a bar that has room for its number
-_MIDDLE = "in the middle"
+_NAMED = 0.07  # the smallest share of a bar with room for its number
+_MEDIAN = "median"
 
 Points = Sequence[tuple[float | int, float | int]]
 
 
-def loss_curves(story: Story) -> Themed | None:
-    """Draw the held-out loss of each member by base: a full line is a round's weaving, a dotted one training at home.
+def loss_curves(history: History) -> Themed | None:
+    """Draw the held-out loss of each member by base: solid lines are rounds, dotted ones are local training.
 
-    Where a ledger says no more, it is that of the member in the middle. None where nobody was judged.
+    A ledger without the members' losses gives that of the median member. None if there are no losses.
     """
-    curves = {name: _judged(story, name) for name in story.members}
+    curves = {name: _judged(history, name) for name in history.members}
     if not any(curves.values()):
-        curves = {_MIDDLE: [(round.number, *round.middle) for round in story.rounds if round.middle]}
+        curves = {_MEDIAN: [(round.number, *round.median) for round in history.rounds if round.median]}
     curves = {name: steps for name, steps in curves.items() if steps}
     if not curves:
         return None
@@ -37,7 +37,7 @@ def loss_curves(story: Story) -> Themed | None:
         axis = figure.subplots()
         ends: dict[str, Points] = {}
         for name, steps in curves.items():
-            style = _style(story, name, theme)
+            style = _style(history, name, theme)
             for place, (number, before, after) in enumerate(steps):
                 axis.plot([number, number + 1], [before, after], marker="o", markersize=3.5, **style)
                 if place and steps[place - 1][0] == number - 1:
@@ -50,53 +50,56 @@ def loss_curves(story: Story) -> Themed | None:
         elif min(values) >= 0:
             axis.set_ylim(bottom=0)
         _whole_numbers(axis)
-        axis.set_xlabel("base (as many rounds are woven into it)")
+        axis.set_xlabel("base (number of rounds)")
         axis.set_ylabel("held-out loss")
-        _name_lines(axis, ends, lambda name: _style(story, name, theme)["color"])
+        _name_lines(axis, ends, lambda name: _style(history, name, theme)["color"])
 
     return themed(draw, (9.6, _height(len(curves))))
 
 
-def influence(story: Story) -> Themed | None:
-    """Draw the weights that were used, one bar a round; None where none were."""
-    if not any(round.weights for round in story.rounds):
+def influence(history: History) -> Themed | None:
+    """Draw the weights of each round as a bar; None if there are none."""
+    if not any(round.weights for round in history.rounds):
         return None
 
     def draw(figure: Figure, theme: str) -> None:
         axis = figure.subplots()
         axis.set_ylim(0, 1)
-        _stacked(axis, story, theme, [round.weights for round in story.rounds], named=len(story.rounds) <= 12)
-        for round in story.rounds:
-            if round.woven and not round.weights:
+        _stacked(axis, history, theme, [round.weights for round in history.rounds], named=len(history.rounds) <= 12)
+        for round in history.rounds:
+            if round.done and not round.weights:
                 axis.text(round.number, 0.02, "none", ha="center", fontsize=8)
         axis.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
         axis.set_ylabel("share of the change")
 
-    return themed(draw, (9.6, _height(len(story.members))))
+    return themed(draw, (9.6, _height(len(history.members))))
 
 
-def bytes_up(story: Story, base: int | None) -> Themed | None:
-    """Draw what came up in each round, and in all beside float32 gradients of a base of so many bytes at each step."""
-    if not story.bytes:
+def bytes_up(history: History, base: int | None) -> Themed | None:
+    """Draw the bytes uploaded per round, and their sum beside that of float32 gradients at each step.
+
+    `base` is the size of the base in bytes.
+    """
+    if not history.bytes:
         return None
 
     def draw(figure: Figure, theme: str) -> None:
         axes = figure.subplots(1, 1 if base is None else 2, squeeze=False)[0]
-        scale, unit = (1e6, "MB") if max(round.bytes for round in story.rounds) >= 1e5 else (1e3, "kB")
+        scale, unit = (1e6, "MB") if max(round.bytes for round in history.rounds) >= 1e5 else (1e3, "kB")
         sent = [
             {name: one.bytes / scale for name, one in round.contributions.items()}
-            for round in story.rounds
+            for round in history.rounds
         ]  # fmt: skip
         axes[0].set_ylim(0, 1.05 * max(sum(part.values()) for part in sent))
-        _stacked(axes[0], story, theme, sent, named=False)
-        axes[0].set_ylabel(f"{unit} that came up")
-        axes[0].set_title("in each round")
+        _stacked(axes[0], history, theme, sent, named=False)
+        axes[0].set_ylabel(f"{unit} uploaded")
+        axes[0].set_title("per round")
         if base is None:
             return
-        axis, numbers = axes[1], [round.number + 1 for round in story.rounds]
+        axis, numbers = axes[1], [round.number + 1 for round in history.rounds]
         sums = {
-            "contributions": [*accumulate(round.bytes for round in story.rounds)],
-            "float32 gradients\nat each step": [*accumulate(gradients(story, base, one) for one in story.rounds)],
+            "contributions": [*accumulate(round.bytes for round in history.rounds)],
+            "float32 gradients\nat each step": [*accumulate(gradients(history, base, one) for one in history.rounds)],
         }
         lines = {
             name: [(number, count / 1e6) for number, count in zip(numbers, found, strict=True)]
@@ -108,29 +111,29 @@ def bytes_up(story: Story, base: int | None) -> Themed | None:
         _plain_logarithm(axis)
         _whole_numbers(axis)
         axis.set_xlabel("rounds done")
-        axis.set_ylabel("MB in all (logarithmic)")
-        axis.set_title("in all")
+        axis.set_ylabel("MB in total (logarithmic)")
+        axis.set_title("total")
         said = {name: f"{name}\n{size(found[-1])}" for name, found in sums.items()}
         _name_lines(axis, lines, tones.__getitem__, said, apart=0.24)
 
-    return themed(draw, (9.6, _height(len(story.members))))
+    return themed(draw, (9.6, _height(len(history.members))))
 
 
-def gradients(story: Story, base: int, round: Round | None = None) -> int:
+def gradients(history: History, base: int, round: Round | None = None) -> int:
     """Return the bytes of float32 gradients of a base at each step of the contributions to a round, or to all."""
-    rounds = story.rounds if round is None else (round,)
+    rounds = history.rounds if round is None else (round,)
     return sum(base * one.steps for round in rounds for one in round.contributions.values())
 
 
-def privacy_spent(story: Story) -> Themed | None:
-    """Draw the epsilon that each owner has spent, and the budget; None where none is bounded."""
+def privacy_spent(history: History) -> Themed | None:
+    """Draw the epsilon that each owner has spent, and the budget; None if no epsilon is bounded."""
     lines = {
         name: [
             (round.number, one.epsilon)
-            for round in story.rounds
+            for round in history.rounds
             if (one := round.contributions.get(name)) and one.epsilon is not None
         ]
-        for name in story.members
+        for name in history.members
     }
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
@@ -139,23 +142,23 @@ def privacy_spent(story: Story) -> Themed | None:
     def draw(figure: Figure, theme: str) -> None:
         axis = figure.subplots()
         for name, points in lines.items():
-            axis.plot(*zip(*points, strict=True), marker="o", **_style(story, name, theme))
-        if story.budget is not None:
-            axis.axhline(story.budget, linestyle="--", linewidth=1.2, color=colour(theme, 6))
+            axis.plot(*zip(*points, strict=True), marker="o", **_style(history, name, theme))
+        if history.budget is not None:
+            axis.axhline(history.budget, linestyle="--", linewidth=1.2, color=colour(theme, 6))
             axis.annotate(
-                f"the budget: {story.budget:g}", (0, story.budget), xycoords=("axes fraction", "data"),
+                f"the budget: {history.budget:g}", (0, history.budget), xycoords=("axes fraction", "data"),
                 xytext=(4, 4), textcoords="offset points", fontsize=8,
             )  # fmt: skip
-        axis.set_ylim(0, 1.15 * max(story.budget or 0, *(value for points in lines.values() for _, value in points)))
-        _rounds(axis, story)
-        axis.set_ylabel("epsilon spent in all")
-        _name_lines(axis, lines, lambda name: _style(story, name, theme)["color"])
+        axis.set_ylim(0, 1.15 * max(history.budget or 0, *(value for points in lines.values() for _, value in points)))
+        _rounds(axis, history)
+        axis.set_ylabel("epsilon spent in total")
+        _name_lines(axis, lines, lambda name: _style(history, name, theme)["color"])
 
     return themed(draw, (9.6, 3.2))
 
 
-def training_at_home(story: Story, metrics: Mapping[str, Sequence[Mapping[str, float | int]]]) -> Themed | None:
-    """Draw the training loss of each owner over its own steps; None without any."""
+def training_at_home(history: History, metrics: Mapping[str, Sequence[Mapping[str, float | int]]]) -> Themed | None:
+    """Draw the training loss of each owner over its own steps; None if there is none."""
     lines = {
         name: list({line["step"]: line["loss"] for line in found if "loss" in line and "step" in line}.items())
         for name, found in metrics.items()
@@ -168,26 +171,26 @@ def training_at_home(story: Story, metrics: Mapping[str, Sequence[Mapping[str, f
         axis = figure.subplots()
         for name, points in lines.items():
             marker = "o" if len(points) < 30 else None
-            style = {**_style(story, name, theme), "linewidth": 1.2, "marker": marker, "markersize": 3}
+            style = {**_style(history, name, theme), "linewidth": 1.2, "marker": marker, "markersize": 3}
             axis.plot(*zip(*points, strict=True), **style)
         values = [value for points in lines.values() for _, value in points]
         if min(values) > 0:
             _plain_logarithm(axis)
         axis.set_xlabel("training step of the owner")
         axis.set_ylabel("training loss")
-        _name_lines(axis, lines, lambda name: _style(story, name, theme)["color"])
+        _name_lines(axis, lines, lambda name: _style(history, name, theme)["color"])
 
     return themed(draw, (9.6, _height(len(lines))))
 
 
-def _judged(story: Story, name: str) -> list[tuple[int, float, float]]:
-    """Return the rounds in which a member said its held-out loss before and after, with both."""
-    told = [(round.number, *round.losses[name]) for round in story.rounds if name in round.losses]
-    return [(number, before, after) for number, before, after in told if before is not None and after is not None]
+def _judged(history: History, name: str) -> list[tuple[int, float, float]]:
+    """Return the rounds with a member's held-out loss before and after, and both losses."""
+    judged = [(round.number, *round.losses[name]) for round in history.rounds if name in round.losses]
+    return [(number, before, after) for number, before, after in judged if before is not None and after is not None]
 
 
-def _style(story: Story, name: str, theme: str) -> dict[str, Any]:
-    place = story.members.index(name) if name in story.members else 0
+def _style(history: History, name: str, theme: str) -> dict[str, Any]:
+    place = history.members.index(name) if name in history.members else 0
     return {"color": colour(theme, place), "linestyle": _LINES[place // COLOURS % len(_LINES)]}
 
 
@@ -195,16 +198,16 @@ def _height(names: int) -> float:
     return max(3.4, 1.2 + 0.19 * names)
 
 
-def _stacked(axis: Axes, story: Story, theme: str, parts: Sequence[Mapping[str, float]], *, named: bool) -> None:
-    """Draw a bar a round, of its owners' parts in one order, and name the owners beside the last; limits are set."""
-    numbers = [round.number for round in story.rounds]
-    owners = [name for name in story.members if any(part.get(name) for part in parts)]
+def _stacked(axis: Axes, history: History, theme: str, parts: Sequence[Mapping[str, float]], *, named: bool) -> None:
+    """Draw a stacked bar per round, with the owners' names beside the last; the axis limits are set before."""
+    numbers = [round.number for round in history.rounds]
+    owners = [name for name in history.members if any(part.get(name) for part in parts)]
     floor = np.zeros(len(parts))
     wanted: dict[str, float] = {}
     for name in owners:
         heights = np.array([part.get(name, 0.0) for part in parts])
-        tone = colour(theme, story.members.index(name))
-        hatch = ("", "//", "..", "xx")[story.members.index(name) // COLOURS % 4]
+        tone = colour(theme, history.members.index(name))
+        hatch = ("", "//", "..", "xx")[history.members.index(name) // COLOURS % 4]
         axis.bar(numbers, heights, bottom=floor, width=0.72, color=tone, hatch=hatch, linewidth=0)
         for number, low, height in zip(numbers, floor, heights, strict=True):
             if named and height >= _NAMED:
@@ -214,13 +217,13 @@ def _stacked(axis: Axes, story: Story, theme: str, parts: Sequence[Mapping[str, 
         wanted[name] = float(floor[last] + heights[last] / 2)
         floor += heights
     axis.grid(visible=False, axis="x")
-    _rounds(axis, story)
+    _rounds(axis, history)
     axis.set_xlim(numbers[0] - 0.6, numbers[-1] + 0.6)
     places = _apart({name: value / axis.get_ylim()[1] for name, value in wanted.items()}, 0.065)
     for name, place in places.items():
         axis.annotate(
             f"\N{BLACK SQUARE} {_text(name)}", (1.01, place), xycoords="axes fraction", va="center",
-            color=colour(theme, story.members.index(name)),
+            color=colour(theme, history.members.index(name)),
         )  # fmt: skip
 
 
@@ -232,7 +235,7 @@ def _name_lines(
     *,
     apart: float = 0.065,
 ) -> None:
-    """Write the name of each line beside its end; lines that end as one share a place."""
+    """Write the name of each line beside its end; lines with the same end share one label."""
     low, high = axis.get_ylim()
     logarithmic = axis.get_yscale() == "log"
 
@@ -266,10 +269,10 @@ def _name_lines(
 
 
 def _apart(wanted: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Return places as near to those wanted as leaves a gap between any two, all within 0 and 1 if they fit."""
+    """Return positions close to those wanted, with a gap between any two, all within 0 and 1 if they fit."""
     names = sorted(wanted, key=lambda name: wanted[name])
     gap = min(gap, 1 / max(len(names) - 1, 1))
-    # Less the gaps below it, each place must not be under the one before: neighbours that are share their mean.
+    # Without the gaps below it, no position may be under the one before: neighbours that are get their mean.
     groups: list[list[float]] = []
     for rank, name in enumerate(names):
         groups.append([wanted[name] - rank * gap])
@@ -280,8 +283,8 @@ def _apart(wanted: Mapping[str, float], gap: float) -> dict[str, float]:
     return {name: float(np.clip(free[rank], 0, most)) + rank * gap for rank, name in enumerate(names)}
 
 
-def _rounds(axis: Axes, story: Story) -> None:
-    axis.set_xlim(story.rounds[0].number - 0.5, story.rounds[-1].number + 0.5)
+def _rounds(axis: Axes, history: History) -> None:
+    axis.set_xlim(history.rounds[0].number - 0.5, history.rounds[-1].number + 0.5)
     _whole_numbers(axis)
     axis.set_xlabel("round")
 
@@ -291,7 +294,7 @@ def _whole_numbers(axis: Axes) -> None:
 
 
 def _plain_logarithm(axis: Axes) -> None:
-    """Make an axis logarithmic, with numbers as people write them."""
+    """Make an axis logarithmic, with plain numbers."""
     axis.set_yscale("log")
     low, high = axis.get_ylim()
     few = (1, 2, 5) if high / low < 300 else (1,)
@@ -301,5 +304,5 @@ def _plain_logarithm(axis: Axes) -> None:
 
 
 def _text(name: str) -> str:
-    """Return a name that matplotlib does not read as mathematics."""
+    """Return a name that matplotlib does not parse as mathematics."""
     return name.replace("$", r"\$")

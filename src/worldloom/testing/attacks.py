@@ -1,7 +1,7 @@
-"""Attacks on a federation, to measure what its privacy and its defences are worth.
+"""Attacks on a federation, to measure its privacy and its defences.
 
-What a curious reader of models and deltas can learn (`membership_inference`, `reconstruct`), and what a malicious owner
-can send (`sign_flip`, `scale`, `backdoor`). A delta is a mapping of names to tensors.
+Attacks of a curious reader of models and deltas (`membership_inference`, `reconstruct`), and of a malicious owner
+(`sign_flip`, `scale`, `backdoor`). A delta is a mapping of names to tensors.
 """
 
 import math
@@ -19,7 +19,7 @@ from worldloom.core.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Inference:
-    """How well members are told from others: 0.5 is guessing, 1 is knowing; with a 95% interval."""
+    """The AUROC of a membership inference attack (0.5: chance, 1: perfect), with a 95% interval."""
 
     auroc: float
     low: float
@@ -28,7 +28,7 @@ class Inference:
 
 @dataclass(frozen=True, kw_only=True)
 class Likeness:
-    """How close a reconstruction is to the truth: its cosine, and its PSNR in dB (infinite if equal)."""
+    """The similarity of a reconstruction to the truth: cosine, and PSNR in dB (infinite if equal)."""
 
     cosine: float
     psnr: float
@@ -37,20 +37,20 @@ class Likeness:
 def membership_inference(
     losses_members: Sequence[float] | Tensor, losses_others: Sequence[float] | Tensor, *, level: float = 0.95
 ) -> Inference:
-    """Return the AUROC of the guess that what a model predicts with less loss was in its training data.
+    """Return the AUROC of the attack that takes data with a low loss as training data.
 
-    The attack by a threshold on the loss (Yeom et al. 2018), over all thresholds. The interval is method 5 of Newcombe
-    2006 (a score interval of the Mann-Whitney statistic, which does not collapse at 0 and 1); it takes the losses as
-    independent, so give one per episode, not one per overlapping window.
+    The attack uses a threshold on the loss (Yeom et al. 2018); the AUROC covers all thresholds. The interval is method
+    5 of Newcombe 2006, a score interval of the Mann-Whitney statistic that does not collapse at 0 and 1. It assumes
+    independent losses, so pass one per episode, not one per overlapping window.
 
     Raises:
-        DataError: a side is empty, or a loss is not a number.
+        DataError: a side is empty, or a loss is NaN.
     """
     members = np.asarray(losses_members, dtype=np.float64).reshape(-1)
     others = np.asarray(losses_others, dtype=np.float64).reshape(-1)
     m, n = len(members), len(others)
     if not m or not n or np.isnan(members).any() or np.isnan(others).any():
-        raise DataError(f"expected losses, none of them NaN, of members and of others; got {m} and {n}")
+        raise DataError(f"expected losses without NaN of members and of others; got {m} and {n} losses")
     # The rank sum counts the pairs in which the member has the lower loss, ties by half.
     below = rankdata(np.concatenate([-members, -others]))[:m].sum() - m * (m + 1) / 2
     auroc = float(below / (m * n))
@@ -60,21 +60,21 @@ def membership_inference(
         spread = at * (1 - at) * (1 + half * (1 - at) / (2 - at) + half * at / (1 + at)) / (m * n)
         return (auroc - at) ** 2 - z * z * spread
 
-    # At 0 and 1 nothing spreads: those roots are none, so the search stays a little inside.
+    # At 0 and 1 the spread is 0, which gives false roots: the search stays slightly inside.
     low = 0.0 if auroc == 0 else float(brentq(excess, 0.0, min(auroc, 1 - 1e-12)))
     high = 1.0 if auroc == 1 else float(brentq(excess, max(auroc, 1e-12), 1.0))
     return Inference(auroc=auroc, low=low, high=high)
 
 
 def reconstruct(delta: Mapping[str, Tensor], *, weight: str, bias: str) -> Tensor:
-    """Return the input of a linear or patch layer that its delta gives away, in the shape of one row of the weight.
+    """Return the input of a linear or patch layer that its delta reveals, in the shape of one row of the weight.
 
-    For one input x each row of the weight's gradient is x times the bias' gradient (Phong et al. 2018); so it is of
-    the delta after plain gradient descent, whatever the rate. The rows are weighed by least squares. With several
-    inputs or patches, the result is their mean weighted by the gradients.
+    For one input x each row of the weight's gradient is x times the bias' gradient (Phong et al. 2018). The same holds
+    for the delta after plain gradient descent at any learning rate. The rows are combined by least squares. With
+    several inputs or patches, the result is their mean weighted by the gradients.
 
     Raises:
-        DataError: the layer is not in the delta, or its bias did not move at all.
+        DataError: the layer is not in the delta, or its bias did not change.
     """
     if weight not in delta or bias not in delta:
         raise DataError(f"expected {weight!r} and {bias!r} in the delta; it has {', '.join(sorted(delta))}")
@@ -86,18 +86,18 @@ def reconstruct(delta: Mapping[str, Tensor], *, weight: str, bias: str) -> Tenso
         )
     power = moved.square().sum()
     if float(power) == 0:
-        raise DataError(f"{bias!r} did not move: its delta says nothing of the input")
+        raise DataError(f"{bias!r} did not change: its delta reveals nothing about the input")
     return torch.einsum("i,i...->...", moved, rows) / power
 
 
 def likeness(found: Tensor, truth: Tensor, *, peak: float = 1.0) -> Likeness:
-    """Return how close `found` is to `truth`, whose values span `peak`.
+    """Return the similarity of `found` to `truth`, whose values span `peak`.
 
     Raises:
         DataError: the shapes differ.
     """
     if found.shape != truth.shape:
-        raise DataError(f"expected two tensors of one shape; got {tuple(found.shape)} and {tuple(truth.shape)}")
+        raise DataError(f"expected two tensors of equal shape; got {tuple(found.shape)} and {tuple(truth.shape)}")
     first, second = found.double().flatten(), truth.double().flatten()
     error = float((first - second).square().mean())
     return Likeness(
@@ -107,20 +107,20 @@ def likeness(found: Tensor, truth: Tensor, *, peak: float = 1.0) -> Likeness:
 
 
 def sign_flip(delta: Mapping[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]:
-    """Return the delta turned round, `factor` times as large: it undoes what was learned."""
+    """Return the delta times `-factor`, which undoes the training."""
     return scale(delta, -factor)
 
 
 def scale(delta: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """Return the delta `factor` times as large: it drowns the others."""
+    """Return the delta times `factor`, which dominates the others."""
     return {name: value * factor if value.is_floating_point() else value.clone() for name, value in delta.items()}
 
 
 def backdoor(delta: Mapping[str, Tensor], target: Mapping[str, Tensor], *, strength: float = 1.0) -> dict[str, Tensor]:
-    """Return the delta moved towards a chosen one: `strength` 1 is the target itself.
+    """Return the delta moved towards a target: `strength` 1 gives the target itself.
 
-    With the number of owners as strength it nearly puts the target in the place of their mean, once honest deltas are
-    small (model replacement, Bagdasaryan et al. 2020).
+    With the number of owners as strength, and small honest deltas, the mean is close to the target (model replacement,
+    Bagdasaryan et al. 2020).
 
     Raises:
         DataError: the target has other tensors.

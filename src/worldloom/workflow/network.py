@@ -1,4 +1,4 @@
-"""A consortium over the network: its coordinator and its nodes, each on its owner's machine, from one YAML each."""
+"""A consortium over the network: a coordinator and nodes, each on its owner's machine and from its own YAML file."""
 
 import logging
 import threading
@@ -18,13 +18,14 @@ from worldloom.core.signing import SigningKey, make_key, sign_file
 from worldloom.data import DatasetSpec, EpisodeDataset, load_frames
 from worldloom.envs import VectorWorld
 from worldloom.federation import (
+    Base,
     Constitution,
     Coordinator,
     DataCard,
     DataClass,
     Handler,
-    Keeping,
     LocalTraining,
+    MemberStore,
     Node,
     PartitionConfig,
     Tls,
@@ -35,28 +36,26 @@ from worldloom.federation import (
     initial_base,
     make_node_keys,
     make_tls,
-    read_base,
     read_constitution,
-    save_base,
     succeed,
 )
 from worldloom.recipes import Recipe
 from worldloom.workflow.run import Run
-from worldloom.workflow.simulation import measure, run_folder, woven_recipe
+from worldloom.workflow.simulation import measure, member_recipe, run_folder
 
 _log = logging.getLogger(__name__)
-_TO_LEAVE = 3.0  # seconds in which the last answer leaves
+_FLUSH_SECONDS = 3.0  # to send the last answer
 
 
-class Seat(Config):
-    """Where a coordinator is reached, `host:port`, and the certificate of its authority."""
+class CoordinatorAddress(Config):
+    """The address of a coordinator, `host:port`, and the certificate of its authority."""
 
     address: str = Field(pattern=r"^[^\s]+:[0-9]+$")
     authority: Path
 
 
-class _Party(Config):
-    """What coordinator and nodes state alike; paths are those of the YAML's folder."""
+class _PartyConfig(Config):
+    """The settings common to coordinators and nodes; paths are relative to the YAML file's folder."""
 
     constitution: Path
     key: Path
@@ -68,48 +67,49 @@ class _Party(Config):
     own_steps: int = Field(default=100, ge=0)
 
     def at(self, folder: Path | str) -> "Any":
-        """Return the same with every path as it is from here, where `folder` holds the YAML."""
+        """Return the same settings with paths relative to `folder`, which holds the YAML file."""
         found = {name: Path(folder) / path for name, path in self if isinstance(path, Path)}
         return self.model_copy(update=found)
 
     def rules(self) -> Constitution:
-        """Return the constitution, which all members signed."""
+        """Return the constitution, signed by all members."""
         return read_constitution(self.constitution)
 
-    def woven(self, constitution: Constitution) -> Recipe:
-        """Return the recipe, with the steps of all rounds."""
+    def member_recipe(self, constitution: Constitution) -> Recipe:
+        """Return the recipe with the steps of all rounds."""
         steps = constitution.align_steps + constitution.rounds * constitution.inner_steps
-        return woven_recipe(self.recipe, self.overrides, steps=steps, stems=self.stems, seed=self.seed)
+        return member_recipe(self.recipe, self.overrides, steps=steps, stems=self.stems, seed=self.seed)
 
 
-class NodeConfig(_Party):
-    """A node: the owner's name, keys, data and recipe, and where it reaches the coordinators, in order of succession.
+class NodeConfig(_PartyConfig):
+    """A node: the owner's name, keys, data and recipe, and the coordinators' addresses in order of succession.
 
-    After the last round the model settles at home in `own_steps`: all of it, or what is sovereign where data are few.
-    Cut off for longer than `alone_after_seconds`, it trains on alone, `alone_steps` at a time, until it is asked again.
+    After the last round the owner fine-tunes for `own_steps`: all tensors, or with little data the sovereign ones. If
+    no coordinator can be reached for `alone_after_seconds`, the node trains alone, `alone_steps` at a time, until the
+    next message.
     """
 
     owner: str
     connection: Path
-    coordinators: tuple[Seat, ...] = Field(min_length=1)
+    coordinators: tuple[CoordinatorAddress, ...] = Field(min_length=1)
     data: Path
-    patience_seconds: float = Field(default=600.0, gt=0)
+    timeout_seconds: float = Field(default=600.0, gt=0)
     alone_after_seconds: float | None = Field(default=None, gt=0)
     alone_steps: int = Field(default=25, ge=1)
-    settle: Literal["all", "sovereign"] = "all"
+    fine_tune: Literal["all", "sovereign"] = "all"
 
     def at(self, folder: Path | str) -> "NodeConfig":
-        """Return the same with every path as it is from here."""
-        seats = [seat.model_copy(update={"authority": Path(folder) / seat.authority}) for seat in self.coordinators]
-        moved: NodeConfig = super().at(folder).model_copy(update={"coordinators": tuple(seats)})
+        """Return the same settings with paths relative to `folder`."""
+        addresses = [one.model_copy(update={"authority": Path(folder) / one.authority}) for one in self.coordinators]
+        moved: NodeConfig = super().at(folder).model_copy(update={"coordinators": tuple(addresses)})
         return moved
 
 
-class CoordinatorConfig(_Party):
-    """A coordinator: its key, its certificate, where it listens, and the first base.
+class CoordinatorConfig(_PartyConfig):
+    """A coordinator: its key, its certificate, its address, and the first base.
 
-    That is `initial`, a file of a pilot, or untrained, in the shapes of the recipe's world or of the frames of a
-    dataset, `like`, of which nothing else is read.
+    The first base is `initial`, a pilot's file, or untrained. Its shapes are those of the recipe's world, or of the
+    dataset `like`, of which only the shapes are read.
     """
 
     tls: Path
@@ -122,7 +122,7 @@ class CoordinatorConfig(_Party):
 def classify(
     dataset: Path | str, *, owner: str, data_class: DataClass, key: Path | str, title: str = "", licence: str = ""
 ) -> Path:
-    """Write and sign the card of a dataset, in place of one that is there; return where it lies.
+    """Write and sign the card of a dataset, in place of an earlier one; return its path.
 
     Raises:
         StorageError: there is no such dataset, or the card cannot be written.
@@ -143,12 +143,12 @@ def classify(
 
 
 def make_keys(folder: Path | str, name: str, hosts: tuple[str, ...] = ()) -> dict[str, str]:
-    """Write what a party needs: the key that signs its word, that of its connections, and with hosts a certificate.
+    """Write a party's keys: one that signs its messages, and one of its connections or, with hosts, a certificate.
 
-    Returns what others need of it: the public keys, as they stand in the constitution.
+    Returns the public keys that the other parties need, as they appear in the constitution.
 
     Raises:
-        StorageError: a file is there already; a key is never written over.
+        StorageError: a file exists already; a key is never overwritten.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,27 +161,27 @@ def make_keys(folder: Path | str, name: str, hosts: tuple[str, ...] = ()) -> dic
 
 
 def coordinate(config: CoordinatorConfig, *, progress: Progress = SILENT) -> Path:
-    """Run the rounds that are left, with whoever of the members connects; return the folder of the rounds.
+    """Run the remaining rounds with the members that connect; return the folder of the rounds.
 
     Raises:
-        ConfigError, DataError, StorageError: the constitution, the keys or the folder are not as they should be.
-        TrainingError: too few members contributed; what came is kept, and started again it goes on.
+        ConfigError, DataError, StorageError: the constitution, the keys or the folder are invalid.
+        TrainingError: too few members contributed; their contributions are saved for the next start.
     """
     from worldloom.federation.transport.flower import serve
 
     constitution = config.rules()
     partition = PartitionConfig.parse(constitution.partition)
-    recipe = config.woven(constitution)
+    recipe = config.member_recipe(constitution)
     connections = {name: member.connection for name, member in constitution.members.items() if member.connection}
     if not connections:
-        raise ConfigError(f"{config.constitution} names no member's connection; give each its .ssh.pub, and sign again")
+        raise ConfigError(f"{config.constitution} names no member's connection; add each .ssh.pub, and sign again")
     tls = Tls(authority=config.tls / "ca.pem", certificate=config.tls / "server.pem", secret=config.tls / "server.key")
     rounds = config.home / "rounds"
     spec = _spec(config, recipe)
     initial = initial_base(recipe.model, spec, partition, seed=config.seed)
     if config.initial is not None:
-        initial = read_base(config.initial, initial)
-    elif not (rounds / "bases").is_dir():  # who goes on, or takes over, has one
+        initial = Base.load(config.initial, like=initial.tensors)
+    elif not (rounds / "bases").is_dir():  # a coordinator that resumes or takes over has a base
         check_has_a_pilot(recipe.model, spec, partition)
     with serve(config.home / "link", tls, connections, host=config.host, port=config.port) as transport:
         coordinator = Coordinator(
@@ -199,19 +199,19 @@ def coordinate(config: CoordinatorConfig, *, progress: Progress = SILENT) -> Pat
 
 @contextmanager
 def opened(config: NodeConfig, *, progress: Progress = SILENT) -> Iterator[tuple[Node, Run]]:
-    """Open an owner's node: its data, read only for what their card allows, its run and its keys.
+    """Open an owner's node: its data, guarded by their card, its run and its keys.
 
     Raises:
-        ConfigError, DataError, StorageError: the constitution, the data or the keys are not as they should be.
+        ConfigError, DataError, StorageError: the constitution, the data or the keys are invalid.
     """
     constitution = config.rules()
     if config.owner not in constitution.members:
         known = ", ".join(constitution.members)
-        raise ConfigError(f"{config.owner!r} is no member of {config.constitution}; expected one of {known}")
+        raise ConfigError(f"{config.owner!r} is not a member in {config.constitution}; expected one of {known}")
     key = SigningKey(config.key)
     if key.public != constitution.members[config.owner].key:
-        raise DataError(f"{config.constitution} knows {config.owner} by another key; take the one that it names")
-    recipe = config.woven(constitution)
+        raise DataError(f"{config.constitution} names another key for {config.owner}; use that one")
+    recipe = config.member_recipe(constitution)
     dataset = EpisodeDataset.open(config.data)
     card = card_of(dataset.path, {key.public: config.owner})
     partition = PartitionConfig.parse(constitution.partition)
@@ -242,39 +242,41 @@ def opened(config: NodeConfig, *, progress: Progress = SILENT) -> Iterator[tuple
 
 
 def pilot(config: NodeConfig, out: Path | str, *, progress: Progress = SILENT) -> str:
-    """Train alone for the constitution's `align_steps`, and write the base that all could begin with.
+    """Train alone for the constitution's `align_steps`, and write a base that all members can begin with.
 
-    For owners whose conventions clash: what averages is then what one of them learned, and the others' stems learn to
-    meet it first. Returns the base's fingerprint.
+    For owners whose conventions differ: all then average what one of them learned, and the others first train their
+    stems against it. Returns the base's fingerprint.
 
     Raises:
-        ConfigError, DataError, StorageError: see `opened`, `Node.pilot` and `save_base`.
+        ConfigError, DataError, StorageError: see `opened`, `Node.pilot` and `Base.save_new`.
     """
     with opened(config, progress=progress) as (node, _):
-        recipe, partition = config.woven(node.constitution), PartitionConfig.parse(node.constitution.partition)
+        recipe, partition = config.member_recipe(node.constitution), PartitionConfig.parse(node.constitution.partition)
         first = initial_base(recipe.model, node.frames.spec, partition, seed=config.seed)
-        return save_base(out, node.pilot(first))
+        base = node.pilot(first)
+        base.save_new(out)
+        return base.fingerprint
 
 
 def take_part(config: NodeConfig, *, stop: threading.Event | None = None, progress: Progress = SILENT) -> Run:
-    """Answer the coordinator until the last base has come, and let it settle at home; return the run.
+    """Answer the coordinator until the last base has come, then fine-tune it; return the run.
 
     Raises:
-        ConfigError: no coordinator could be reached, one after the other, for `patience_seconds` each.
+        ConfigError: no coordinator could be reached within `timeout_seconds` each.
         DataError, StorageError: see `opened`.
     """
     stop = stop or threading.Event()
     with opened(config, progress=progress) as (node, run):
         last = node.constitution.rounds
         if node.has_left:
-            raise DataError(f"{config.owner} has left the consortium; worldloom weave return undoes it")
-        if not node.keeping.has(last):
+            raise DataError(f"{config.owner} has left the consortium; run worldloom weave return to undo that")
+        if node.store.number != last:
             _answer(node, config, last, stop)
-        if node.has_left:  # meanwhile, and the coordinator was told
+        if node.has_left:  # meanwhile; the coordinator knows
             return run
-        if not node.keeping.has(last):
+        if node.store.number != last:
             raise TrainingError(f"the last base has not come; start {config.owner} again when the coordinator is back")
-        _settle(node, run, config, progress)
+        _fine_tune(node, run, config, progress)
     return run
 
 
@@ -282,7 +284,7 @@ def _answer(node: Node, config: NodeConfig, last: int, stop: threading.Event) ->
     """Answer until the last base has come, the owner has left, or no coordinator can be reached."""
     from worldloom.federation.transport.flower import join
 
-    seat = threading.Event()  # set: what is answered now is over; with `stop`, all of it
+    done = threading.Event()  # ends the present coordinator; `stop` ends the node
     heard = time.monotonic()
     after = config.alone_after_seconds
 
@@ -293,59 +295,61 @@ def _answer(node: Node, config: NodeConfig, last: int, stop: threading.Event) ->
             reply = node.handle(data)
         finally:
             heard = time.monotonic()
-        over = node.keeping.has(last) or node.has_left
-        if over or node.estranged:  # then to the next, who may be the one that the others follow
-            threading.Timer(_TO_LEAVE, (stop if over else seat).set).start()
+        over = node.store.number == last or node.has_left
+        if over or node.forked:  # the next coordinator may have the ledger that the others follow
+            threading.Timer(_FLUSH_SECONDS, (stop if over else done).set).start()
         return reply
 
     def cut_off() -> bool:
         return after is not None and time.monotonic() - heard > after and not stop.is_set()
 
-    def go_on_alone() -> None:
+    def train_alone() -> None:
         while not ended.wait(1.0):
             if stop.is_set():
-                seat.set()
+                done.set()
             if node.has_left or not cut_off():
                 continue
             try:
-                if node.alone(config.alone_steps, still=cut_off):
-                    _log.warning("%s is cut off and trained %d steps alone", config.owner, config.alone_steps)
+                if node.train_alone(config.alone_steps, still=cut_off):
+                    _log.warning(
+                        "%s reaches no coordinator; it trained %d steps alone", config.owner, config.alone_steps
+                    )
             except WorldloomError as error:
-                _log.warning("%s cannot go on alone yet: %s", config.owner, error)
+                _log.warning("%s cannot train alone yet: %s", config.owner, error)
                 ended.wait(after)
 
     ended = threading.Event()
-    watch = threading.Thread(target=go_on_alone, name="worldloom-alone", daemon=True)
+    watch = threading.Thread(target=train_alone, name="worldloom-alone", daemon=True)
     watch.start()
     try:
-        _join_any(join, config, answer, stop, seat)
+        _join_any(join, config, answer, stop, done)
     finally:
         ended.set()
         watch.join()
 
 
 def leave(config: NodeConfig, into: Path | str, *, why: str = "", progress: Progress = SILENT) -> Run:
-    """Leave the consortium, with nobody's leave: base, ledger, rules and the run of the own model, in one folder.
+    """Leave the consortium without permission, and export base, ledger, rules and the owner's run into one folder.
 
-    What is left behind is what was contributed. `come_back` undoes it.
+    Past contributions stay with the consortium. `come_back` undoes the exit.
 
     Raises:
-        StorageError: the folder is there already.
+        StorageError: the folder exists already.
         DataError: no base came yet.
     """
     into = Path(into)
     if into.exists():
-        raise StorageError(f"{into} is there already; choose another folder to leave with")
+        raise StorageError(f"{into} exists already; choose another folder to export into")
     with opened(config, progress=progress) as (node, run):
         node.leave(why)
-        if node.keeping.known:  # else there is nothing that could settle, and it leaves with what it has
-            _settle(node, run, config, progress)
-        node.take_along(into, config.constitution)
+        if node.store.number is not None:  # else there is no base to fine-tune
+            _fine_tune(node, run, config, progress)
+        node.export(into, config.constitution)
     return run
 
 
 def come_back(config: NodeConfig) -> None:
-    """Take part again; the next round that asks counts.
+    """Take part again, from the next round on.
 
     Raises:
         DataError: the owner has not left.
@@ -355,35 +359,35 @@ def come_back(config: NodeConfig) -> None:
 
 
 def take_over(config: NodeConfig, coordinator: CoordinatorConfig) -> int:
-    """Make a member the coordinator, from what its node kept; return the round that comes next.
+    """Make a member the coordinator, with its node's copies of base and ledger; return the next round.
 
     Raises:
         DataError, StorageError: see `worldloom.federation.succeed`.
     """
     constitution = coordinator.rules()
     key = SigningKey(config.key)
-    keeping = Keeping(config.home / "consortium", constitution, key)
-    return succeed(keeping, coordinator.home / "rounds", constitution, SigningKey(coordinator.key))
+    store = MemberStore(config.home / "consortium", constitution, key)
+    return succeed(store, coordinator.home / "rounds", constitution, SigningKey(coordinator.key))
 
 
-def _settle(node: Node, run: Run, config: NodeConfig, progress: Progress) -> None:
-    """Let what was averaged settle at home, and measure what planning needs."""
-    node.settle(config.own_steps, fixed=config.settle == "sovereign")
+def _fine_tune(node: Node, run: Run, config: NodeConfig, progress: Progress) -> None:
+    """Fine-tune the newest base, and measure the latent geometry that planning needs."""
+    node.fine_tune(config.own_steps, frozen=config.fine_tune == "sovereign")
     measure(run, node.frames, progress)
 
 
 def _join_any(
-    join: Any, config: NodeConfig, answer: Handler, stop: threading.Event, seat: threading.Event | None = None
+    join: Any, config: NodeConfig, answer: Handler, stop: threading.Event, done: threading.Event | None = None
 ) -> None:
-    """Be a node of the first coordinator that can be reached, and of the next where it is lost.
+    """Join the first coordinator that can be reached, and the next one if it is lost.
 
-    Who goes on alone meanwhile never gives up; another does once none could be reached.
+    A node that may train alone meanwhile never gives up; another node does once no coordinator could be reached.
     """
-    seat = seat or threading.Event()
+    done = done or threading.Event()
     while not stop.is_set():
         causes = []
         for place in config.coordinators:
-            seat.clear()
+            done.clear()
             try:
                 join(
                     answer,
@@ -391,14 +395,14 @@ def _join_any(
                     server=place.address,
                     authority=place.authority,
                     secret=config.connection,
-                    patience_seconds=config.patience_seconds,
-                    stop=seat,
+                    timeout_seconds=config.timeout_seconds,
+                    stop=done,
                 )
             except ConfigError as error:
                 _log.warning("%s: %s", place.address, error)
                 causes.append(str(error))
             else:
-                causes.append(f"{place.address} is no coordinator to this node any more")
+                causes.append(f"{place.address} has another ledger than this node")
             if stop.is_set():
                 return
         if config.alone_after_seconds is None:
@@ -410,7 +414,7 @@ def _spec(config: CoordinatorConfig, recipe: Recipe) -> DatasetSpec:
         return EpisodeDataset.open(config.like).spec
     if recipe.collection is None:
         raise ConfigError(
-            f"recipe {recipe.name!r} names no world to take shapes from; name a dataset of the members' kind as 'like'"
+            f"recipe {recipe.name!r} has no world to take shapes from; set 'like' to a dataset of the members' shapes"
         )
     with VectorWorld(recipe.collection.env_id, 1, recipe.collection.env_kwargs) as world:
         return DatasetSpec(observation=world.observation, action=world.action)

@@ -1,4 +1,4 @@
-"""A consortium on one machine: owners with worlds of their own, who weave one model and then act by it at home."""
+"""A consortium simulated on one machine: owners of different worlds train one shared model, then fine-tune it."""
 
 import json
 import logging
@@ -48,27 +48,27 @@ _log = logging.getLogger(__name__)
 
 
 class OwnerConfig(Config):
-    """One owner: the factors and other arguments of its world, how many episodes it logged, and of what class.
+    """One owner: the factors and other arguments of its world, its number of logged episodes, and their data class.
 
-    After the last round its model settles at home, for `own_steps` or as many as the consortium says: all of it, or,
-    where data are few, what is sovereign.
+    After the last round the owner fine-tunes its model for `own_steps`, by default those of the consortium: all of it,
+    or, with little data, the sovereign tensors.
     """
 
     factors: dict[str, Any] = Field(default_factory=dict)
     world: dict[str, Any] = Field(default_factory=dict)
     episodes: int = Field(default=500, ge=1)
     data_class: Literal["open", "unique-open", "controlled", "sovereign", "private"] = "open"
-    settle: Literal["all", "sovereign"] = "all"
+    fine_tune: Literal["all", "sovereign"] = "all"
     own_steps: int | None = Field(default=None, ge=1)
 
 
 class ConsortiumConfig(Config):
-    """Owners of worlds of one recipe, and the rules by which they weave; `rules` are fields of `Constitution`.
+    """Owners of worlds of one recipe, and their rules; `rules` are fields of `Constitution`.
 
-    With `stems` each owner's camera and actions pass through a small map of its own before they meet what is shared.
-    The first base is what the `pilot` learned alone in `align_steps`, in which the others let their stems meet it: else
-    each would pull the shared part toward its own conventions. After the last round each owner trains on for
-    `own_steps`, its learning rate falling to 0: what was averaged settles at home.
+    With `stems` each owner's pixels and actions pass through a small map of its own before the shared tensors. The
+    first base is the one that the `pilot` trains alone for `align_steps`; the other owners then train their stems
+    against it for as many steps. Without a pilot each owner would pull the shared tensors toward its own conventions.
+    After the last round each owner fine-tunes for `own_steps`, while the learning rate falls to 0.
     """
 
     consortium: str = Field(min_length=1)
@@ -88,22 +88,22 @@ class ConsortiumConfig(Config):
         if taken := sorted(
             {"consortium", "members", "coordinators", "align_steps", "rounds", "inner_steps"} & set(self.rules)
         ):
-            raise ValueError(f"rules: {', '.join(taken)} follow from the owners and rounds; leave them out")
+            raise ValueError(f"rules: {', '.join(taken)} follow from other keys of the consortium; remove them")
         if self.pilot is not None and (self.pilot not in self.owners or not self.align_steps):
             raise ValueError(f"pilot: expected one of {', '.join(self.owners)}, and align_steps; got {self.pilot!r}")
         return self
 
     def own_steps_of(self, name: str) -> int:
-        """Return for how many steps an owner trains on at home after the last base."""
+        """Return the number of steps for which an owner fine-tunes the last base."""
         return self.owners[name].own_steps or self.own_steps
 
     @property
     def shared_steps(self) -> int:
-        """How many steps each owner trains before the last base."""
+        """The steps that each owner trains before the last base."""
         return self.align_steps + self.rounds * self.inner_steps
 
     def recipe_of(self, name: str, seed: int, *, steps: int | None = None) -> Recipe:
-        """Return what an owner collects and trains, by default until the last base."""
+        """Return an owner's recipe, by default with the steps until the last base."""
         owner, collection = self.owners[name], load_recipe(self.recipe).collection
         world = {**(collection.env_kwargs if collection else {}), **owner.world}
         if owner.factors:
@@ -114,11 +114,11 @@ class ConsortiumConfig(Config):
             f"collection.env_kwargs={json.dumps(world)}",
             *self.overrides,
         ]
-        return woven_recipe(self.recipe, overrides, steps=steps or self.shared_steps, stems=self.stems, seed=seed)
+        return member_recipe(self.recipe, overrides, steps=steps or self.shared_steps, stems=self.stems, seed=seed)
 
 
-def woven_recipe(name: str, overrides: Sequence[str], *, steps: int, stems: bool, seed: int) -> Recipe:
-    """Return a recipe as an owner trains it for so many steps in all, with stems before what is shared."""
+def member_recipe(name: str, overrides: Sequence[str], *, steps: int, stems: bool, seed: int) -> Recipe:
+    """Return a recipe with a member's number of steps, and with stems before the shared tensors."""
     recipe = load_recipe(name).override([
         f"training.steps={steps}",
         f"training.seed={seed}",
@@ -137,7 +137,7 @@ def woven_recipe(name: str, overrides: Sequence[str], *, steps: int, stems: bool
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """What a simulation leaves: the run of each owner, and where rounds, ledger, model card and report lie."""
+    """The result of a simulation: the run of each owner, and the paths of rounds, model card and report."""
 
     runs: Mapping[str, Run]
     rounds: Path
@@ -153,16 +153,16 @@ def simulate(
     handlers: Mapping[str, Callable[[Handler, SigningKey], Handler]] | None = None,
     progress: Progress = SILENT,
 ) -> Simulated:
-    """Collect each owner's logs, let all sign the constitution, weave, and let each owner settle what came home.
+    """Collect each owner's logs, sign the constitution for all, run the rounds, and fine-tune for each owner.
 
-    Each part that is there already is taken up, so that a simulation that was killed ends as an unbroken one.
-    `handlers` put something in front of an owner's node, which may sign with the owner's key: to count, or to attack.
+    Parts that exist already are reused, so that a killed simulation ends with the same result as an unbroken one.
+    `handlers` wrap an owner's node and may sign with the owner's key, to count messages or to attack.
 
     Raises:
         ConfigError: the rules contradict themselves.
         DataError, StorageError, TrainingError: see `Coordinator`.
     """
-    from worldloom.reports import write_weaving_report  # takes half a second to load
+    from worldloom.reports import write_consortium_report  # takes half a second to load
 
     root = Path(path)
     keys = {name: _key(root / "keys" / f"{name}.pem") for name in ("coordinator", *config.owners)}
@@ -179,7 +179,7 @@ def simulate(
             local = partial(
                 LocalTraining, training=recipe.training, model=recipe.model, partition=partition, progress=progress
             )
-            training[name] = local(run, frames)  # its owner's, for whatever it likes
+            training[name] = local(run, frames)  # for the owner's own use
             nodes[name] = Node(
                 root / name,
                 local(run, guarded_frames(frames, card, "base", constitution)),
@@ -211,13 +211,13 @@ def simulate(
             last = coordinator.run()
         runs = {}
         for name, owner in training.items():
-            steps, fixed = config.own_steps_of(name), config.owners[name].settle == "sovereign"
-            owner.settle(f"own {steps}", last, steps, fixed=fixed)
+            steps, frozen = config.own_steps_of(name), config.owners[name].fine_tune == "sovereign"
+            owner.fine_tune(f"own {steps}", last, steps, frozen=frozen)
             runs[name] = Run(owner.run)
             measure(runs[name], owner.frames, progress)
     write_text(root / "model_card.md", model_card(ledger, constitution))
     homes = {name: run.path for name, run in runs.items()}
-    write_weaving_report(root / "report.html", root / "rounds", constitution, runs=homes)
+    write_consortium_report(root / "report.html", root / "rounds", constitution, runs=homes)
     return Simulated(runs=runs, rounds=root / "rounds", card=root / "model_card.md", report=root / "report.html")
 
 
@@ -225,7 +225,7 @@ def alone(
     config: ConsortiumConfig, name: str, path: Path | str, data: Path | str, *, seed: int = 0,
     progress: Progress = SILENT,
 ) -> Run:  # fmt: skip
-    """Train an owner's model on its own logs alone, from the same beginning and for as many steps."""
+    """Train an owner's model on its own logs alone, from the same initial base and for as many steps."""
     steps = config.shared_steps + config.own_steps_of(name)
     recipe = config.recipe_of(name, seed, steps=steps)
     dataset = EpisodeDataset.open(data)
@@ -236,7 +236,7 @@ def alone(
             folder, frames, training=recipe.training, model=recipe.model, partition=partition, progress=progress
         )
         base = initial_base(recipe.model, frames.spec, partition, seed=seed)
-        local.stretch("alone", local.without_statistics(base), steps)
+        local.train("alone", local.without_statistics(base), steps)
         run = Run(folder)
         measure(run, frames, progress)
     return run
@@ -250,7 +250,7 @@ def _key(path: Path) -> SigningKey:
 
 
 def _constitution(config: ConsortiumConfig, path: Path, keys: Mapping[str, SigningKey]) -> Constitution:
-    """Write the constitution, let every member sign it, and read it back as each of them would."""
+    """Write the constitution, sign it for every member, and read it back as each member would."""
     count = len(config.owners)
     rules = {"quorum": max(1, count - 1), "cap": min(1.0, 1.5 / max(1, count - 1)), **config.rules}
     constitution = Constitution.parse({
@@ -263,7 +263,7 @@ def _constitution(config: ConsortiumConfig, path: Path, keys: Mapping[str, Signi
         **rules,
     })  # fmt: skip
     if not path.is_file():
-        # JSON is YAML, and needs no writer of its own.
+        # JSON is valid YAML.
         write_text(path, json.dumps(constitution.model_dump(mode="json"), indent=2) + "\n")
         for name in config.owners:
             ratify(path, name, keys[name])
@@ -285,7 +285,7 @@ def _card(config: ConsortiumConfig, name: str, dataset: EpisodeDataset, keys: Ma
 
 
 def run_folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, seed: int) -> RunFolder:
-    """Return an owner's run folder, made if it is not there."""
+    """Open an owner's run folder, or create it."""
     if (path / "config.json").is_file():
         return RunFolder.open(path)
     values = {
@@ -298,7 +298,7 @@ def run_folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, seed: int) -
 
 
 def measure(run: Run, frames: Frames, progress: Progress) -> None:
-    """Measure the latent geometry of a run, which tree search plans with, where it is not yet."""
+    """Measure the latent geometry of a run, which tree search needs, unless it was measured for this model."""
     known = {"model": run.model.spec.fingerprint}
     path = run.path / "measured.json"
     if path.is_file() and read_json(path) == known:

@@ -1,7 +1,7 @@
-"""The ledger of a consortium: what happened, signed, chained and countersigned, never the data itself.
+"""The ledger of a consortium: signed, chained and countersigned events, never the data itself.
 
-Each entry of the chain is signed by whoever wrote it, over its content, its place and the hash of the entry before. A
-chain alone lets its operator write all of it anew; the checkpoints that members countersign and keep show that.
+The writer of an entry signs its content, its index and the hash of the entry before. The operator of a chain could
+still rewrite all of it; the checkpoints that members countersign and store detect that.
 """
 
 import base64
@@ -17,28 +17,28 @@ from worldloom.core.chain import NOTHING, Chain, Entry, Head, canonical, entries
 from worldloom.core.errors import DataError
 from worldloom.core.files import read_json, storage_errors, write_json
 from worldloom.core.signing import SigningKey, verified
-from worldloom.federation.record.envelope import SignedMessage, unseal
-from worldloom.federation.record.story import printable
+from worldloom.federation.record.envelope import unseal
+from worldloom.federation.record.history import printable
 from worldloom.federation.rules.constitution import Constitution
 
 _BY_COORDINATORS = (
     "constitution", "base", "contribution", "refusal", "round", "session", "survivors", "sum", "succession",
 )  # fmt: skip
 KINDS = (*_BY_COORDINATORS, "checkpoint", "exit", "return", "recompute")
-"""What an entry may be; all but the last four are a coordinator's to write."""
+"""The kinds of entries; only coordinators write those before the last four."""
 
-_WORD = 2**13  # bytes of a member's word that it left
-_LARGEST = 2**16  # characters of the facts of an entry: fingerprints and figures fit, data does not
-_LONGEST = _LARGEST + 2**10  # of its line, which says who signed it and what it follows
+_LARGEST_WORD = 2**13  # bytes of the signed message by which a member leaves
+_LARGEST = 2**16  # characters of the facts of an entry: enough for fingerprints and figures, not for data
+_LONGEST = _LARGEST + 2**10  # characters of its line, with signer and previous hash
 _FIELDS = {"kind", "round", "facts", "key", "signature"}
 _COUNTERSIGNED = "worldloom countersigned checkpoint"
 CHECKPOINT = {"kind", "format", "length", "hash", "key", "signature"}
-"""What a checkpoint holds, and nothing else."""
+"""The exact keys of a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerVerdict:
-    """What verification found: the first `length` entries are whole, and then all, or the next is `broken`, and why."""
+    """The result of verification: `length` valid entries, and the index of the first `broken` one with the reason."""
 
     length: int
     head: Head
@@ -47,7 +47,7 @@ class LedgerVerdict:
 
 
 class Records:
-    """What a ledger says, read without writing it."""
+    """Read access to a ledger."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -64,7 +64,7 @@ class Records:
         return entries(self.path)
 
     def of(self, kind: str, round: int) -> list[Mapping[str, Any]]:
-        """Return the facts of a kind in a round; of those before a succession nothing was handed over."""
+        """Return the facts of a kind in a round; a succession discards those before it."""
         found: list[Mapping[str, Any]] = []
         for entry in self.entries():
             if entry.body["round"] == round and entry.body["kind"] in (kind, "succession"):
@@ -76,7 +76,7 @@ class Records:
         return self.of("contribution", round)
 
     def newest_of(self, owner: str, *kinds: str) -> str | None:
-        """Return which of these kinds the newest entry about an owner is of; None if there is none."""
+        """Return the kind of the newest entry about an owner, of these kinds; None if there is none."""
         found = None
         for entry in self.entries():
             if entry.body["kind"] in kinds and entry.body["facts"].get("owner") == owner:
@@ -84,15 +84,15 @@ class Records:
         return found
 
     def lines(self, begin: int = 0) -> list[str]:
-        """Return every entry from the `begin`-th as it is written."""
+        """Return the lines of all entries from the `begin`-th."""
         return [entry.line() for entry in itertools.islice(self.entries(), begin, None)]
 
     def bases(self) -> dict[int, Mapping[str, Any]]:
-        """Return the facts of the base of each round; of one that was made again, the newest."""
+        """Return the facts of the base of each round; the newest where a base was made twice."""
         return {entry.body["round"]: entry.body["facts"] for entry in self.entries("base")}
 
     def spent(self, owner: str) -> Mapping[str, Any]:
-        """Return the privacy that an owner had spent at its last contribution; empty if none."""
+        """Return the privacy that an owner had spent by its last contribution; empty if it never stated any."""
         spent: Mapping[str, Any] = {}
         for entry in self.entries("contribution"):
             if entry.body["facts"].get("owner") == owner:
@@ -101,7 +101,7 @@ class Records:
 
 
 class Ledger(Records):
-    """A ledger that is written, by one process at a time.
+    """Write access to a ledger, for one process at a time.
 
     Raises:
         StorageError: another process writes it, or the storage refuses.
@@ -111,49 +111,49 @@ class Ledger(Records):
     def __init__(self, path: Path | str, key: SigningKey, *, durable: bool = True) -> None:
         super().__init__(path)
         self._key, self._chain = key, Chain(path, durable=durable)
-        self._written, self._stood = list[Entry](), (-1, -1)
+        self._written, self._stat = list[Entry](), (-1, -1)
 
     @property
     def head(self) -> Head:
-        """How long the ledger is, and the hash of its last entry."""
+        """The length of the ledger, and the hash of its last entry."""
         return self._chain.head
 
     def append(self, kind: str, facts: Mapping[str, Any], *, round: int | None = None) -> Entry:
         """Sign an entry, write it and return it.
 
         Raises:
-            DataError: the kind is unknown, or the facts are too large or no plain JSON; or somebody else changed the
+            DataError: the kind is unknown, the facts are too large or not plain JSON, or another process changed the
                 file since it was opened.
-            StorageError: the disk refuses; the ledger is as it was.
+            StorageError: the disk refuses; the ledger is unchanged.
         """
         self._all()
         if kind not in KINDS:
-            raise DataError(f"{kind!r} is no kind of entry; expected one of {', '.join(KINDS)}")
+            raise DataError(f"unknown kind of entry {kind!r}; expected one of {', '.join(KINDS)}")
         if (size := len(canonical(dict(facts)))) > _LARGEST:
             raise DataError(f"the facts of an entry have {size} characters; expected at most {_LARGEST}: no data")
-        said = {"kind": kind, "round": round, "facts": dict(facts), "key": self._key.public}
-        signature = self._key.sign(_signed(said, self.head.length, self.head.hash))
-        # As it will be read: tuples are lists, and nobody else holds a part of it.
-        entry = self._chain.append(json.loads(canonical({**said, "signature": signature})))
+        content = {"kind": kind, "round": round, "facts": dict(facts), "key": self._key.public}
+        signature = self._key.sign(_signed(content, self.head.length, self.head.hash))
+        # As it will be read back: tuples become lists, and no caller shares a part of it.
+        entry = self._chain.append(json.loads(canonical({**content, "signature": signature})))
         self._written.append(entry)
-        self._stood = self._stands()
+        self._stat = self._stat_now()
         return entry
 
     def _all(self) -> Iterable[Entry]:
-        if self._stands() != self._stood:  # at first, or where somebody else wrote it
+        if self._stat_now() != self._stat:  # at first, or after another process wrote the file
             written = list(entries(self.path))
             if self.head != Head(length=len(written), hash=written[-1].hash if written else NOTHING):
-                raise DataError(f"{self.path} was changed while it was open; keep it as evidence, and restore a copy")
-            self._written, self._stood = written, self._stands()
+                raise DataError(f"{self.path} was changed while it was open; save it as evidence, and restore a copy")
+            self._written, self._stat = written, self._stat_now()
         return tuple(self._written)
 
-    def _stands(self) -> tuple[int, int]:
+    def _stat_now(self) -> tuple[int, int]:
         with storage_errors(self.path):
             found = self.path.stat()
         return found.st_size, found.st_mtime_ns
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._chain.close()
 
     def __enter__(self) -> "Ledger":
@@ -166,33 +166,33 @@ class Ledger(Records):
 
 
 def countersign(head: Head, key: SigningKey) -> dict[str, Any]:
-    """Return a checkpoint: that the signer saw a ledger of this length with this hash."""
+    """Return a checkpoint, which states that the signer saw a ledger of this length with this hash."""
     values = {"kind": _COUNTERSIGNED, "format": 1, "length": head.length, "hash": head.hash, "key": key.public}
     return {**values, "signature": key.sign(canonical(values).encode("ascii"))}
 
 
 def save_countersigned(path: Path | str, checkpoint: Mapping[str, Any]) -> None:
-    """Keep a checkpoint in a file of the member's own."""
+    """Write a checkpoint to a file of the member's own."""
     write_json(Path(path), dict(checkpoint))
 
 
 def is_countersigned(values: Any) -> bool:
-    """Whether values claim to be a checkpoint that somebody countersigned; `verify_ledger` says whether they are."""
+    """Whether values claim to be a countersigned checkpoint; `verify_ledger` checks whether they are one."""
     return isinstance(values, Mapping) and values.get("kind") == _COUNTERSIGNED
 
 
 def read_countersigned(path: Path | str, constitution: Constitution) -> Head:
-    """Return what a kept checkpoint saw.
+    """Return the head that a stored checkpoint states.
 
     Raises:
         StorageError: it cannot be read.
-        DataError: it is not signed by one whom the constitution names.
+        DataError: the constitution does not name its signer, or the signature is invalid.
     """
     return checked(read_json(Path(path)), constitution)
 
 
 class LedgerReader(Records):
-    """The entries of a ledger that verify by a constitution, each checked once, as it comes."""
+    """The valid entries of a ledger under a constitution, each checked once when it comes."""
 
     def __init__(self, path: Path | str, constitution: Constitution) -> None:
         super().__init__(path)
@@ -202,11 +202,11 @@ class LedgerReader(Records):
 
     @property
     def head(self) -> Head:
-        """How many entries were taken, and the hash of the last."""
+        """The number of entries taken, and the hash of the last."""
         return Head(length=len(self._taken), hash=self._hashes[-1])
 
     def take(self, lines: Iterable[bytes]) -> str:
-        """Take the lines that follow, up to the first that is broken; return what is wrong with that."""
+        """Take the lines that follow, up to the first broken one; return what is wrong with that line."""
         for line in lines:
             if len(line) > _LONGEST:
                 return f"has {len(line)} characters; expected at most {_LONGEST}: no data"
@@ -219,20 +219,23 @@ class LedgerReader(Records):
             self._hashes.append(entry.hash)
         return ""
 
-    def verdict(self, why: str = "", kept: Iterable[Head] = ()) -> LedgerVerdict:
-        """Return what was found: that all is whole, or why what follows is not; what `kept` heads saw must be there."""
-        length, kept = len(self._taken), list(kept)
+    def verdict(self, why: str = "", seen: Iterable[Head] = ()) -> LedgerVerdict:
+        """Return whether all entries are valid, given what is wrong with the next line (`why`) and the `seen` heads."""
+        length, seen = len(self._taken), list(seen)
         broken = length if why else None
-        anew = [one.length - 1 for one in kept if 0 < one.length <= length and self._hashes[one.length] != one.hash]
-        if anew:
-            broken, why = min(anew), "is not the one that a member countersigned: the ledger was written anew"
-        elif not why and (seen := max((one.length for one in kept), default=0)) > length:
-            broken, why = length, f"and all after it are gone: a member countersigned {seen} entries"
+        rewritten = [
+            one.length - 1 for one in seen if 0 < one.length <= length and self._hashes[one.length] != one.hash
+        ]
+        longest = max((one.length for one in seen), default=0)
+        if rewritten:
+            broken, why = min(rewritten), "is not the one that a member countersigned: the ledger was rewritten"
+        elif not why and longest > length:
+            broken, why = length, f"and all after it are missing: a member countersigned {longest} entries"
         elif not why and length:
             *_, ratified = [None, *self.entries("constitution")]
             if ratified is None or ratified.body["facts"].get("fingerprint") != self._constitution.fingerprint:
                 broken = 0 if ratified is None else ratified.index
-                why = "does not name the constitution that it is verified by"
+                why = "does not name the constitution that is used to verify it"
         length = length if broken is None else broken
         return LedgerVerdict(length=length, head=Head(length=length, hash=self._hashes[length]), broken=broken, why=why)
 
@@ -243,21 +246,21 @@ class LedgerReader(Records):
 def verify_ledger(
     path: Path | str, constitution: Constitution, checkpoints: Collection[Mapping[str, Any]] = ()
 ) -> LedgerVerdict:
-    """Check every entry and signature, and that what the checkpoints saw is still there; nothing else is needed.
+    """Check every entry and signature, and that the entries that the checkpoints saw are still there.
 
     Raises:
         StorageError: there is no such file.
-        DataError: a checkpoint is not signed by one whom the constitution names.
+        DataError: a checkpoint is invalid.
     """
-    kept = [checked(checkpoint, constitution) for checkpoint in checkpoints]
+    seen = [checked(checkpoint, constitution) for checkpoint in checkpoints]
     reading = LedgerReader(path, constitution)
     with storage_errors(path), Path(path).open("rb") as file:
         why = reading.take(file)
-    return reading.verdict(why, kept)
+    return reading.verdict(why, seen)
 
 
 def model_card(path: Path | str, constitution: Constitution) -> str:
-    """Return the card of the newest base in Markdown, written from a ledger that verifies.
+    """Return the model card of the newest base in Markdown, made from a verified ledger.
 
     Raises:
         StorageError: there is no such file.
@@ -265,7 +268,7 @@ def model_card(path: Path | str, constitution: Constitution) -> str:
     """
     verdict = verify_ledger(path, constitution)
     if verdict.broken is not None:
-        raise DataError(f"{path} does not verify: entry {verdict.broken} {verdict.why}. No card is written from it")
+        raise DataError(f"{path} does not verify: entry {verdict.broken} {verdict.why}. No model card is made")
     records = Records(path)
     bases, contributions = records.bases(), list(records.entries("contribution"))
     used = [entry.body["facts"].get("weights") or {} for entry in records.entries("round")]
@@ -303,28 +306,28 @@ def model_card(path: Path | str, constitution: Constitution) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _signed(said: Mapping[str, Any], index: int, previous: str) -> bytes:
-    return canonical({**said, "index": index, "previous": previous}).encode("ascii")
+def _signed(content: Mapping[str, Any], index: int, previous: str) -> bytes:
+    return canonical({**content, "index": index, "previous": previous}).encode("ascii")
 
 
 def _fault(entry: Entry, constitution: Constitution, hashes: list[str]) -> str:
-    """Return what is wrong with an entry of which the hash is right; empty if nothing."""
+    """Return what is wrong with an entry whose hash is right; empty if nothing."""
     body = entry.body
     if not isinstance(body, dict) or set(body) != _FIELDS or not isinstance(body["facts"], dict):
-        return "is no entry of a ledger"
+        return "is not an entry of a ledger"
     if not isinstance(body["key"], str) or not isinstance(body["signature"], str) or body["kind"] not in KINDS:
-        return "is no entry of a ledger"
+        return "is not an entry of a ledger"
     if body["round"] is not None and type(body["round"]) is not int:
-        return "is no entry of a ledger"
-    who = constitution.known().get(body["key"])
-    if who is None:
-        return f"is signed by {body['key']}, whom the constitution does not name"
+        return "is not an entry of a ledger"
+    signer = constitution.known().get(body["key"])
+    if signer is None:
+        return f"is signed by {body['key']}, a key that is not in the constitution"
     if body["kind"] in _BY_COORDINATORS and body["key"] not in constitution.coordinator_keys().values():
-        return f"is a {body['kind']} by {who}, who is no coordinator"
-    said = {name: body[name] for name in ("kind", "round", "facts", "key")}
-    if not verified(_signed(said, entry.index, entry.previous), body["signature"], body["key"]):
-        return f"is not what {who} signed"
-    if body["kind"] == "exit" and who != body["facts"].get("owner"):
+        return f"is a {body['kind']} signed by {signer}, which is not a coordinator"
+    content = {name: body[name] for name in ("kind", "round", "facts", "key")}
+    if not verified(_signed(content, entry.index, entry.previous), body["signature"], body["key"]):
+        return f"is not what {signer} signed"
+    if body["kind"] == "exit" and signer != body["facts"].get("owner"):
         return _exit_fault(body, constitution)
     found = body["facts"].get("countersigned", []) if body["kind"] == "checkpoint" else []
     try:
@@ -337,39 +340,37 @@ def _fault(entry: Entry, constitution: Constitution, hashes: list[str]) -> str:
 
 
 def exit_facts(word: bytes, owner: str, number: int, constitution: Constitution) -> dict[str, Any] | None:
-    """Return what an exit says, which holds the member's signed word that it left; None if that is another word."""
-    said = _word(word, constitution)
-    expected = (owner, number, constitution.fingerprint, True)
-    if said is None or (said.sender, *(said.body.get(key) for key in ("round", "constitution", "left"))) != expected:
+    """Return the facts of an exit entry, made from the member's signed message; None if that is not an exit.
+
+    The entry holds the message, so that nobody but the member can state its exit.
+    """
+    try:
+        message = unseal(word, kind="refusal", known=constitution.member_names(), limit=_LARGEST_WORD)
+    except DataError:
         return None
-    return {"owner": owner, "reason": str(said.body.get("why")), "word": base64.b64encode(word).decode("ascii")}
+    stated = (message.sender, *(message.body.get(key) for key in ("round", "constitution", "left")))
+    if stated != (owner, number, constitution.fingerprint, True):
+        return None
+    return {"owner": owner, "reason": str(message.body.get("why")), "word": base64.b64encode(word).decode("ascii")}
 
 
 def _exit_fault(body: Mapping[str, Any], constitution: Constitution) -> str:
-    """Return what is wrong with an exit: nobody can say of a member that it left, but the member."""
+    """Return what is wrong with an exit that another party than the member signed; empty if nothing."""
     facts = body["facts"]
     try:
         word = base64.b64decode(facts["word"], validate=True)
     except (KeyError, TypeError, ValueError):
-        return "is an exit without the member's own word"
+        return "is an exit without the member's own message"
     if exit_facts(word, str(facts.get("owner")), body["round"], constitution) != facts:
-        return "is an exit that is not what the member said"
+        return "is an exit that is not what the member stated"
     return ""
 
 
-def _word(data: bytes, constitution: Constitution) -> SignedMessage | None:
-    known = {public: name for name, public in constitution.member_keys().items()}
-    try:
-        return unseal(data, kind="refusal", known=known, limit=_WORD)
-    except DataError:
-        return None
-
-
 def checked(checkpoint: Any, constitution: Constitution) -> Head:
-    """Return what a checkpoint saw.
+    """Return the head that a checkpoint states.
 
     Raises:
-        DataError: it is not signed by one whom the constitution names.
+        DataError: the constitution does not name its signer, or the signature is invalid.
     """
     try:
         values = {name: checkpoint[name] for name in ("kind", "format", "length", "hash", "key")}
@@ -380,7 +381,7 @@ def checked(checkpoint: Any, constitution: Constitution) -> Head:
         signed = whole = False
     if not signed or not whole or checkpoint["key"] not in constitution.known():
         raise DataError(
-            "a checkpoint is not signed by one whom the constitution names; ask the member for its own file"
+            "a checkpoint has no valid signature of a key in the constitution; ask the member for its own file"
         )
     return Head(length=values["length"], hash=values["hash"])
 
@@ -400,5 +401,5 @@ def _figure(value: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Return text that stays in its cell and line, whoever wrote it."""
+    """Return text that stays in its table cell and line, from any source."""
     return printable(value).replace("|", "\\|").replace("<", "&lt;")

@@ -1,4 +1,4 @@
-"""Fewer bytes for a delta: what a codec leaves out is kept and added to the next one (error feedback).
+"""Codecs that write a delta in fewer bytes; what a codec drops is added to the next delta (error feedback).
 
 Error feedback: Seide et al. 2014; Karimireddy et al. 2019 (arXiv 1901.09847).
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from worldloom.core.config import Component, component_of
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.registry import Registry
-from worldloom.federation.rules.partition import check_finite, check_names
+from worldloom.federation.rounds.base import check_finite, check_names
 
 _LEVELS = 127  # symmetric: -128 is not used
 _FLOAT32 = torch.finfo(torch.float32)
@@ -23,7 +23,7 @@ _SEPARATOR = "|"  # between a tensor's name and its part of a payload
 
 
 class Codec(Component):
-    """A way to write deltas, and to read them from whoever may be lying."""
+    """A way to write deltas, and to read them from senders that are not trusted."""
 
     def encode(
         self,
@@ -32,11 +32,11 @@ class Codec(Component):
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the payload of delta + residual, and the new residual: what the payload does not say.
+        """Return the payload of delta + residual, and the new residual: what the payload drops.
 
         Raises:
-            DataError: a tensor is not finite in single precision, or the residual is not of these tensors.
-            ConfigError: rounding is stochastic and no generator came.
+            DataError: a tensor is not finite in single precision, or the residual is of other tensors.
+            ConfigError: rounding is stochastic and there is no generator.
         """
         if residual is not None:
             check_names(residual, delta, "the codec's residual")
@@ -44,13 +44,13 @@ class Codec(Component):
         left: dict[str, Tensor] = {}
         for name in sorted(delta):
             if _SEPARATOR in name:
-                raise DataError(f"tensor {name!r} has {_SEPARATOR!r} in its name, which a codec keeps for its own use")
+                raise DataError(f"tensor {name!r} has {_SEPARATOR!r} in its name, which is reserved for codecs")
             total = delta[name].detach().cpu().double()
             if residual is not None:
                 if residual[name].shape != total.shape:
                     raise DataError(
                         f"the codec's residual of {name!r} has shape {tuple(residual[name].shape)}; expected "
-                        f"{tuple(total.shape)}: begin with none after a change of the model"
+                        f"{tuple(total.shape)}: start without a residual after a change of the model"
                     )
                 total = total + residual[name].double()
             check_finite(name, total.float())
@@ -60,13 +60,14 @@ class Codec(Component):
         return payload, left
 
     def decode(self, payload: Mapping[str, Tensor], like: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """Return the delta, in single precision, of the names and shapes that are expected.
+        """Return the delta in single precision, with exactly the names and shapes of `like`, every value finite.
+
+        This is the trust boundary for contributions: nothing behind it checks them again.
 
         Raises:
             DataError: a part is missing, too many, of another dtype or size, out of range, or not finite.
         """
-        expected = {name + _SEPARATOR + part: None for name in like for part in self._parts()}
-        check_names(payload, expected, "a payload")
+        check_names(payload, [name + _SEPARATOR + part for name in like for part in self._parts()], "a payload")
         found = {}
         for name, shape in like.items():
             parts = {part: payload[name + _SEPARATOR + part] for part in self._parts()}
@@ -98,7 +99,7 @@ def bytes_of(payload: Mapping[str, Tensor]) -> int:
 
 @CODECS.register("float32")
 class Float32(Codec):
-    """Single precision, as it is."""
+    """Single precision, without loss."""
 
     name: Literal["float32"] = "float32"
 
@@ -116,8 +117,8 @@ class Float32(Codec):
 class Int8(Codec):
     """Steps of 1/127 of the largest magnitude of each row (first axis; a vector is one row).
 
-    Nearest rounding errs by half a step at most; stochastic rounding by less than one, and by nothing in the mean. A
-    row below what single precision writes in full (about 1.5e-36) is left to the residual.
+    The error of nearest rounding is at most half a step; that of stochastic rounding is below one step, and zero in the
+    mean. A row too small for a normal scale in single precision (about 1.5e-36) goes to the residual.
     """
 
     name: Literal["int8"] = "int8"
@@ -128,7 +129,7 @@ class Int8(Codec):
 
     def _pack(self, total: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
         if self.rounding == "stochastic" and generator is None:
-            raise ConfigError("stochastic rounding needs a generator; pass one to encode, or take rounding=nearest")
+            raise ConfigError("stochastic rounding needs a generator; pass one to encode, or use rounding=nearest")
         values, scale = _quantise(total.reshape(_rows(total.shape)), generator if self.rounding != "nearest" else None)
         return {"value": values.reshape(total.shape), "scale": scale}
 
@@ -140,7 +141,7 @@ class Int8(Codec):
 
 @CODECS.register("top-k")
 class TopK(Codec):
-    """The `share` of each tensor's values that is largest in magnitude, at least one; `quantised` in int8 steps."""
+    """The `share` of each tensor's values that are largest in magnitude, at least one; `quantised`: in int8 steps."""
 
     name: Literal["top-k"] = "top-k"
     share: float = Field(default=0.05, gt=0, le=1)
@@ -151,9 +152,9 @@ class TopK(Codec):
 
     def _pack(self, total: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
         flat = total.reshape(-1)
-        # A stable order, so that ties are broken alike everywhere.
+        # A stable sort breaks ties the same way everywhere.
         order = torch.argsort(flat.abs(), descending=True, stable=True)
-        index = order[: self._kept(len(flat))].sort().values
+        index = order[: self._count(len(flat))].sort().values
         parts = {"index": index.to(torch.int32), "value": flat[index].float()}
         if self.quantised:
             values, parts["scale"] = _quantise(flat[index][None], None)
@@ -162,22 +163,22 @@ class TopK(Codec):
 
     def _unpack(self, name: str, parts: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
         count = math.prod(shape)
-        kept = (self._kept(count),)
-        index = _checked(name, parts["index"], torch.int32, kept).long()
+        size = (self._count(count),)
+        index = _checked(name, parts["index"], torch.int32, size).long()
         if len(index) and (int(index[0]) < 0 or int(index[-1]) >= count or bool((index.diff() <= 0).any())):
             raise DataError(
-                f"the indices of {name!r} are not strictly rising from 0 to below {count}; refuse the sender"
+                f"the indices of {name!r} are not strictly ascending within 0 to {count - 1}; refuse the sender"
             )
-        values = _checked(name, parts["value"], torch.int8 if self.quantised else torch.float32, kept)
+        values = _checked(name, parts["value"], torch.int8 if self.quantised else torch.float32, size)
         if self.quantised:
             values = _dequantise(name, values[None], _checked(name, parts["scale"], torch.float32, (1,)))[0]
         found = torch.zeros(count)
         found[index] = values
         return found.reshape(shape)
 
-    def _kept(self, count: int) -> int:
+    def _count(self, count: int) -> int:
         if count >= 2**31:
-            raise DataError(f"a tensor has {count} values; top-k writes places of less than 2^31: use another codec")
+            raise DataError(f"a tensor has {count} values; top-k writes indices below 2^31: use another codec")
         return min(count, max(1, math.ceil(self.share * count)))
 
 
@@ -188,10 +189,10 @@ def _rows(shape: Iterable[int]) -> tuple[int, int]:
 
 
 def _quantise(rows: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Return int8 values (R, C) and scales (R,) of rows; rounded to the nearest, or by a generator's draw."""
+    """Return int8 values (R, C) and scales (R,) of rows; rounding is to nearest, or stochastic with a generator."""
     largest = rows.abs().amax(dim=1) if rows.shape[1] else rows.new_zeros(len(rows))
     scale = (largest / _LEVELS).float()
-    # Below the normal range a scale is too coarse to be a step.
+    # A subnormal scale is too coarse to be a step.
     scale = torch.where(scale < _FLOAT32.tiny, torch.zeros_like(scale), scale)
     steps = torch.where(scale[:, None] > 0, rows / scale.double().clamp_min(_FLOAT32.tiny)[:, None], 0.0)
     if generator is None:
@@ -204,7 +205,7 @@ def _quantise(rows: Tensor, generator: torch.Generator | None) -> tuple[Tensor, 
 def _dequantise(name: str, values: Tensor, scale: Tensor) -> Tensor:
     if bool((values < -_LEVELS).any()) or bool((scale < 0).any()):
         raise DataError(f"{name!r} has a step below -{_LEVELS} or a negative scale; refuse the sender")
-    # A scale that was rounded up may lift the largest value just over what single precision holds.
+    # A scale that was rounded up may put the largest value just above the range of single precision.
     return (values.double() * scale.double()[:, None]).clamp(_FLOAT32.min, _FLOAT32.max).float()
 
 

@@ -1,4 +1,4 @@
-"""What leaves an owner: the change of the shared tensors, and facts about how it came to be."""
+"""A contribution: the change of the shared tensors that leaves an owner, and facts about it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,20 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from worldloom.core.config import parse_component
 from worldloom.core.errors import DataError
 from worldloom.federation.record.envelope import SignedMessage
+from worldloom.federation.rounds.base import Base, check_finite, check_like, check_names
+from worldloom.federation.rounds.codecs import CODECS
 from worldloom.federation.rules.constitution import Constitution
-from worldloom.federation.rules.partition import Partition, check_finite, check_like, check_names
+from worldloom.federation.rules.partition import Partition
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Contribution:
     """The delta of exactly the shared part of a partition; made by `Contribution.of`.
 
-    `base` is the fingerprint of the shared part that it set out from, `data_class` the strictest class of its data.
+    `base` is the fingerprint of the base that training started from, `data_class` the strictest class of the data.
 
     Raises:
-        DataError: a tensor is not shared, is missing, holds whole numbers or is not finite, or a count is negative.
+        DataError: a tensor is not shared, missing, of integers or not finite, or a count is negative.
     """
 
     partition: Partition
@@ -34,7 +37,11 @@ class Contribution:
     data_class: str
 
     def __post_init__(self) -> None:
-        check_contribution(self.tensors, self.partition.shared)
+        check_names(self.tensors, self.partition.shared, "a contribution")
+        for name, tensor in self.tensors.items():
+            if not tensor.is_floating_point():
+                raise DataError(f"tensor {name!r} is {tensor.dtype}; expected floating point: integers have no mean")
+            check_finite(name, tensor)
         for name in ("round", "steps", "frames"):
             if getattr(self, name) < 0:
                 raise DataError(f"a contribution has {name} {getattr(self, name)}; expected 0 or more")
@@ -55,7 +62,7 @@ class Contribution:
         frames: int,
         data_class: str,
     ) -> "Contribution":
-        """Return `after - before` of the shared part; whatever else the states hold is not looked at.
+        """Return `after - before` of the shared part; other tensors of the states are ignored.
 
         Raises:
             DataError: the states differ in shapes or dtypes, or a difference is not finite.
@@ -88,28 +95,23 @@ class Contribution:
         }
 
 
-def check_contribution(tensors: Mapping[str, Tensor], shared: "Mapping[str, Tensor] | tuple[str, ...]") -> None:
-    """Refuse what is not a delta of the shared part: given as its names, or as a base whose shapes must be met too.
-
-    Raises:
-        DataError: a tensor is missing, too many, of another shape, of whole numbers, or not finite; it is named.
-    """
-    check_names(tensors, shared, "a contribution")
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise DataError(f"tensor {name!r} is {tensor.dtype}; expected floating point: whole numbers have no mean")
-        if isinstance(shared, Mapping) and tensor.shape != shared[name].shape:
-            raise DataError(
-                f"tensor {name!r} has shape {tuple(tensor.shape)}; expected {tuple(shared[name].shape)} as in the base"
-            )
-        check_finite(name, tensor)
-
-
 _SPENT = {"clip", "noise", "delta", "round", "share", "in_sum", "epsilon"}
 
 
+def read_contribution(message: SignedMessage, number: int, base: Base, constitution: Constitution) -> dict[str, Tensor]:
+    """Return the delta of a member's contribution to a round: the trust boundary of the coordinator.
+
+    Raises:
+        DataError: the facts are of another round or base or of a class that may not shape the base, the privacy is not
+            as agreed, or the tensors are not a finite delta of the base's names and shapes.
+    """
+    check_facts(message, number, base.fingerprint, constitution)
+    check_spent(message, constitution)
+    return parse_component(CODECS, constitution.codec).decode(message.tensors, base.shapes)
+
+
 def check_facts(message: SignedMessage, number: int, base: str, constitution: Constitution) -> None:
-    """Refuse what a member says of its contribution where it is of another round or base, or of a class that may not.
+    """Refuse a contribution to another round or base, or of a data class that may not shape the base.
 
     Raises:
         DataError: it names the member and the fact.
@@ -121,25 +123,25 @@ def check_facts(message: SignedMessage, number: int, base: str, constitution: Co
             raise DataError(f"a contribution of {message.sender} has {key} {body.get(key)!r}; expected {value!r}")
     if body.get("data_class") not in constitution.classes:
         raise DataError(
-            f"{message.sender} contributes what it learned of {body.get('data_class')} data; the constitution lets "
-            f"{', '.join(constitution.classes)} data shape the base"
+            f"{message.sender} contributes a model trained on {body.get('data_class')} data; the constitution lets "
+            f"only {', '.join(constitution.classes)} data shape the base"
         )
     if type(body.get("frames")) is not int or body["frames"] < 0:
-        raise DataError(f"a contribution of {message.sender} does not say its frames")
+        raise DataError(f"a contribution of {message.sender} does not state its number of frames")
 
 
 def check_spent(message: SignedMessage, constitution: Constitution) -> None:
-    """Refuse a contribution that does not say what privacy it spent, or was made private otherwise than agreed.
+    """Refuse a contribution that does not state the privacy it spent, or whose privacy is not as agreed.
 
     Raises:
         DataError: it names the member.
     """
     spent = message.body.get("spent")
     if not isinstance(spent, dict):
-        raise DataError(f"a contribution of {message.sender} does not say what privacy it spent")
+        raise DataError(f"a contribution of {message.sender} does not state the privacy it spent")
     if set(spent) - _SPENT or not all(isinstance(value, int | float | None) for value in spent.values()):
         raise DataError(
-            f"a contribution of {message.sender} says of its privacy what it should not; expected numbers for "
+            f"the privacy statement of {message.sender} has unexpected entries; expected numbers for "
             f"{', '.join(sorted(_SPENT))} at most"
         )
     if constitution.privacy is not None:
@@ -147,4 +149,4 @@ def check_spent(message: SignedMessage, constitution: Constitution) -> None:
         if constitution.secure_aggregation:
             promised["share"] = 1 / constitution.threshold
         if any(spent.get(key) != value for key, value in promised.items()):
-            raise DataError(f"a contribution of {message.sender} was not made private as the constitution says")
+            raise DataError(f"a contribution of {message.sender} was not made private as the constitution requires")

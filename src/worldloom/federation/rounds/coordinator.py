@@ -1,140 +1,46 @@
 """The coordinator: rounds that survive a kill at any moment, and that anyone can compute again.
 
-A round asks every member for its contribution to the base, waits as long as the constitution says, and weaves what came
-into the next base. What a round has is on the disk before it goes on: the base, each accepted contribution as it was
-signed, and the ledger, whose last entries say where to begin again. A base is a function of the one before, of the
-contributions and of the constitution alone, so `recompute` gives it bit for bit.
+A round asks every member for its contribution to the base, waits for the timeout of the constitution, and aggregates
+what came into the next base. Its state is on disk before it proceeds: the base, each accepted contribution as it was
+signed, and the ledger, whose last entries tell where to resume. A base depends on the one before, the contributions and
+the constitution alone, so `recompute` gives it bit for bit.
 """
 
 import logging
 import math
 import statistics
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
-from torch import Tensor
-
-from worldloom.core.chain import Entry
 from worldloom.core.errors import CheckpointError, DataError, StorageError, TrainingError
-from worldloom.core.files import storage_errors, whole_folder, write_atomic
+from worldloom.core.files import whole_folder, write_atomic
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.signing import SigningKey
-from worldloom.federation.record.envelope import SignedMessage, unseal_answer
 from worldloom.federation.record.ledger import Ledger, Records
-from worldloom.federation.rounds.aggregation import AGGREGATORS, capped
-from worldloom.federation.rounds.codecs import CODECS
-from worldloom.federation.rounds.contribution import check_contribution, check_facts, check_spent
-from worldloom.federation.rounds.keeping import Keeping
-from worldloom.federation.rounds.members import Members
-from worldloom.federation.rounds.outer import OUTER
+from worldloom.federation.rounds.base import Base
+from worldloom.federation.rounds.contribution import read_contribution
+from worldloom.federation.rounds.member_store import MemberStore
+from worldloom.federation.rounds.members import Answer, Members
+from worldloom.federation.rounds.next_base import NextBase, next_base, next_base_of_sum, unchanged
+from worldloom.federation.rounds.round_store import RoundStore
 from worldloom.federation.rules.constitution import Constitution
-from worldloom.federation.rules.partition import check_finite, check_like, check_names, fingerprint
-from worldloom.federation.secure.secure_rounds import THE_SUM, Sums, kept_sum, reopen
+from worldloom.federation.secure.secure_rounds import THE_SUM, SecureSums
 from worldloom.federation.transport.messages import Transport
-from worldloom.models import load_tensors, save_tensors
 
 _log = logging.getLogger(__name__)
-_BASE, _MOMENTUM = "shared-base", "outer-momentum"
 _TRIES = 3  # exchanges in a round, where the quorum is not met
-
-State = dict[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Woven:
-    """What a round makes: the next base, what the outer optimiser keeps, and what each owner had in it."""
-
-    base: State
-    momentum: State
-    weights: Mapping[str, float]
-    notes: Mapping[str, Mapping[str, Any]]
-
-
-class Rounds:
-    """The folder of a consortium: bases, the contributions to each, and the outer optimiser's momentum."""
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-
-    def base(self, number: int) -> State:
-        """Return the base that a round begins with.
-
-        Raises:
-            CheckpointError: it is missing or damaged.
-        """
-        return load_tensors(self._stem("bases", number), kind=_BASE)[0]
-
-    def momentum(self, number: int) -> State:
-        """Return what the outer optimiser kept of the rounds before; nothing at the first."""
-        return load_tensors(self._stem("momenta", number), kind=_MOMENTUM)[0] if number else {}
-
-    def keep(self, number: int, base: Mapping[str, Tensor], momentum: Mapping[str, Tensor]) -> str:
-        """Write what a round begins with; return the base's fingerprint."""
-        if number:
-            save_tensors(self._stem("momenta", number), momentum, kind=_MOMENTUM)
-        save_tensors(self._stem("bases", number), base, {"round": number}, kind=_BASE)
-        return fingerprint(base)
-
-    def message(self, number: int, owner: str) -> Path:
-        """Return where a contribution is kept as it came."""
-        return self.path / "contributions" / f"{number:05d}" / f"{owner}.msg"
-
-    def delta(self, number: int, owner: str) -> Path:
-        """Return where a contribution is kept as it was decoded, to be read tensor by tensor."""
-        return self.path / "contributions" / f"{number:05d}" / f"{owner}.safetensors"
-
-    def owners(self, number: int) -> list[str]:
-        """Return whose contributions to a round are kept."""
-        return sorted(path.stem for path in self.message(number, "x").parent.glob("*.msg"))
-
-    def _stem(self, folder: str, number: int) -> Path:
-        return self.path / folder / f"{number:05d}"
-
-
-def save_base(path: Path | str, base: Mapping[str, Tensor], *, about: Mapping[str, Any] | None = None) -> str:
-    """Write a base as a file that rounds can begin with, such as a pilot's or a released one; return its fingerprint.
-
-    `about` says where it comes from, in plain JSON.
-
-    Raises:
-        StorageError: a file is there already, or the disk refuses.
-    """
-    path = Path(path)
-    if path.with_suffix(".json").exists():
-        raise StorageError(f"{path} is there already; choose another name")
-    save_tensors(path, base, {"round": 0, **(about or {})}, kind=_BASE)
-    return fingerprint(base)
-
-
-def read_base(path: Path | str, like: Mapping[str, Tensor]) -> State:
-    """Return a base that `save_base` wrote, if its tensors are those of `like` by name, shape and type.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-        DataError: it is of another model.
-    """
-    base = load_tensors(Path(path), kind=_BASE)[0]
-    check_names(base, like, f"the base in {path}")
-    for name, tensor in base.items():
-        check_like(name, tensor, like[name])
-        check_finite(name, tensor, f" of the base in {path}")
-    return base
 
 
 class Coordinator:
     """Runs the rounds of a consortium over a transport.
 
-    `initial` is the base of the first round; a folder that was begun goes on with its own.
+    `initial` is the base of the first round; a folder with rounds continues with its own.
 
     Raises:
         StorageError: another process coordinates in the folder.
-        DataError: the ledger does not verify, is of another constitution, or the key is no coordinator's.
+        DataError: the ledger does not verify or is of another constitution, or the key is not a coordinator's.
     """
 
     def __init__(
@@ -144,36 +50,34 @@ class Coordinator:
         *,
         key: SigningKey,
         transport: Transport,
-        initial: Mapping[str, Tensor],
+        initial: Base,
         progress: Progress = SILENT,
     ) -> None:
         if key.public not in constitution.coordinator_keys().values():
-            raise DataError(f"{key.public} is no coordinator's key by the constitution; take the key that it names")
-        self.rounds, self._constitution, self._key = Rounds(path), constitution, key
-        self._transport, self._progress = transport, progress
-        self._members = {public: name for name, public in constitution.member_keys().items()}
-        self.ledger = Ledger(self.rounds.path / "ledger.jsonl", key)
+            raise DataError(f"{key.public} is not the key of a coordinator in the constitution; use one that it names")
+        self.rounds, self._constitution, self._progress = RoundStore(path), constitution, progress
+        self._newest: tuple[int, Base] | None = None  # the round whose base is known to be the published one
+        self.ledger = Ledger(self.rounds.ledger, key)
         with ExitStack() as stack:
             stack.callback(self.ledger.close)
             first = next(self.ledger.entries("constitution"), None)
             if first is not None and first.body["facts"].get("fingerprint") != constitution.fingerprint:
-                raise DataError(f"{path} runs under another constitution; choose another folder for this one")
+                raise DataError(f"{path} belongs to another constitution; choose another folder for this one")
             if first is None:
                 self.ledger.append("constitution", {"fingerprint": constitution.fingerprint})
-            self._circle = Members(constitution, transport, self.ledger, key)
-            self._sums = Sums(
-                self.rounds.path, constitution, key=key, transport=transport, ledger=self.ledger, members=self._circle
-            )
+            self._members = Members(constitution, transport, self.ledger, key)
+            self._sums = SecureSums(self.rounds.path, constitution, ledger=self.ledger, members=self._members)
             if not self.ledger.bases():
-                self.ledger.append("base", {"fingerprint": self.rounds.keep(0, initial, {})}, round=0)
+                self.rounds.save(0, initial, {})
+                self.ledger.append("base", {"fingerprint": initial.fingerprint}, round=0)
             stack.pop_all()
 
     def close(self) -> None:
-        """Let go of the ledger."""
+        """Close the ledger."""
         self.ledger.close()
 
-    def run(self) -> dict[str, Tensor]:
-        """Run the rounds that are left, and return the last base.
+    def run(self) -> Base:
+        """Run the remaining rounds, and return the last base.
 
         Raises:
             TrainingError: fewer members than the quorum contributed; run again when they are back.
@@ -183,361 +87,190 @@ class Coordinator:
             begun = max(self.ledger.bases())
             task.advance(begun)
             for number in range(begun, last):
-                self.weave(number)
+                self.run_round(number)
                 task.advance(1)
-        base = self.rounds.base(last)
+        base = self._published(last)
         self._hand_over(last, base)
         return base
 
-    def _hand_over(self, number: int, base: Mapping[str, Tensor]) -> None:
-        """Give the last base to all members who have not said that they have it."""
+    def _hand_over(self, number: int, base: Base) -> None:
+        """Send the last base to all members, unless all have confirmed that they have it."""
         *_, newest = self.ledger.entries()
-        said = newest.body["facts"].get("countersigned", []) if newest.body["kind"] == "checkpoint" else []
-        if {one["key"] for one in said} < set(self._members):
-            self._circle.ask("keep", number, base, kind="receipt")
+        seen = newest.body["facts"].get("countersigned", []) if newest.body["kind"] == "checkpoint" else []
+        if {one["key"] for one in seen} < set(self._constitution.member_names()):
+            self._members.ask("store", number, base, kind="receipt")
 
-    def weave(self, number: int) -> None:
-        """Run one round: gather, weave, judge, and publish the next base."""
+    def run_round(self, number: int) -> None:
+        """Run one round: collect contributions, aggregate, evaluate, and publish the next base."""
         base = self._published(number)
         if self._constitution.secure_aggregation:
-            self._weave_sum(number, base)
+            self._run_secure_round(number, base)
             return
-        gathered = self._gather(number, base)
+        frames = self._gather(number, base)
         before = self._judged(number, base)
         left_out: list[str] = []
-        woven = weave(self.rounds, number, self._constitution, gathered)
-        after = self._judged(number, woven.base)
-        while before and (worse := _worse(before, after)) > self._constitution.quality.max_worse:
-            remaining = {owner: frames for owner, frames in gathered.items() if owner not in left_out}
+        result = next_base(self.rounds, number, base, self._constitution, frames)
+        after = self._judged(number, result.base)
+        while before and (worse := _growth(before, after)) > self._constitution.quality.max_worse:
+            remaining = {owner: count for owner, count in frames.items() if owner not in left_out}
             if len(remaining) - 1 < self._constitution.quorum:
-                # Nothing that is left is good enough: the base stays as it is.
-                woven = unchanged(self.rounds, number)
-                left_out, after = list(gathered), before
+                # No smaller group may decide: the base stays as it is.
+                result = unchanged(self.rounds, number, base)
+                left_out, after = list(frames), before
                 break
-            found = {
-                owner: weave(
-                    self.rounds,
-                    number,
-                    self._constitution,
-                    {other: frames for other, frames in remaining.items() if other != owner},
-                )
-                for owner in remaining
-            }
-            losses = {owner: self._judged(number, trial.base) for owner, trial in found.items()}
-            growth = {owner: _worse(before, after) for owner, after in losses.items()}
+            trials = {owner: self._without(number, base, remaining, owner) for owner in remaining}
+            losses = {owner: self._judged(number, trial.base) for owner, trial in trials.items()}
+            growth = {owner: _growth(before, after) for owner, after in losses.items()}
             culprit = min(growth, key=lambda owner: growth[owner])
             _log.warning("round %d: held-out losses grow by %.0f%%; %s is left out", number, 100 * worse, culprit)
             left_out.append(culprit)
             reason = f"with it, held-out losses grow by {worse:.1%}"
             self.ledger.append("refusal", {"owner": culprit, "reason": reason}, round=number)
-            woven, after = found[culprit], losses[culprit]
-        self._publish(number, base, woven, left_out=left_out, before=before, after=after)
+            result, after = trials[culprit], losses[culprit]
+        self._publish(number, base, result, left_out=left_out, before=before, after=after)
 
-    def _weave_sum(self, number: int, base: Mapping[str, Tensor]) -> None:
-        """Run a round under secure aggregation: of a sum that is judged too bad nobody can be left out."""
+    def _without(self, number: int, base: Base, frames: Mapping[str, int], owner: str) -> NextBase:
+        others = {other: count for other, count in frames.items() if other != owner}
+        return next_base(self.rounds, number, base, self._constitution, others)
+
+    def _run_secure_round(self, number: int, base: Base) -> None:
+        """Run a round under secure aggregation: no single owner of a sum that fails the gate can be left out."""
         weights = self._sums.gather(number, base)
-        self._circle.are_here(weights, number)
+        self._members.mark_present(weights, number)
         before, left_out = self._judged(number, base), list[str]()
-        woven = weave_sum(self.rounds, number, self._constitution, weights)
-        after = self._judged(number, woven.base)
-        if before and (worse := _worse(before, after)) > self._constitution.quality.max_worse:
+        result = next_base_of_sum(self.rounds, number, base, self._constitution, weights)
+        after = self._judged(number, result.base)
+        if before and (worse := _growth(before, after)) > self._constitution.quality.max_worse:
             _log.warning("round %d: held-out losses grow by %.0f%%; the base stays as it is", number, 100 * worse)
             reason = f"with it, held-out losses grow by {worse:.1%}: the base stays as it is"
             self.ledger.append("refusal", {"owner": THE_SUM, "reason": reason}, round=number)
-            woven, left_out, after = unchanged(self.rounds, number), sorted(weights), before
-        self._publish(number, base, woven, left_out=left_out, before=before, after=after)
+            result, left_out, after = unchanged(self.rounds, number, base), sorted(weights), before
+        self._publish(number, base, result, left_out=left_out, before=before, after=after)
 
     def _publish(
         self,
         number: int,
-        base: Mapping[str, Tensor],
-        woven: Woven,
+        base: Base,
+        result: NextBase,
         *,
         left_out: list[str],
         before: Mapping[str, float],
         after: Mapping[str, float],
     ) -> None:
-        """Keep the next base, and write down how it came to be."""
-        known = self.rounds.keep(number + 1, woven.base, woven.momentum)
-        evaluation = _evaluation(before, after) if before else None
+        """Save the next base, and record in the ledger how it was made."""
+        self.rounds.save(number + 1, result.base, result.momentum)
         facts = {
-            "weights": dict(woven.weights),
-            "notes": {owner: dict(note) for owner, note in woven.notes.items()},
+            "weights": dict(result.weights),
+            "notes": {owner: dict(note) for owner, note in result.notes.items()},
             "left_out": left_out,
-            "evaluation": evaluation,
+            "evaluation": _evaluation(before, after) if before else None,
         }
-        # A kill between the two entries leaves the first, which is what this round makes again.
+        # A kill between the two entries leaves the first; this round then repeats with the same result.
         if not self.ledger.of("round", number):
             self.ledger.append("round", facts, round=number)
-        self.ledger.append("base", {"fingerprint": known, "previous": fingerprint(base)}, round=number + 1)
+        published = {"fingerprint": result.base.fingerprint, "previous": base.fingerprint}
+        self.ledger.append("base", published, round=number + 1)
+        self._newest = number + 1, result.base
 
-    def _published(self, number: int) -> dict[str, Tensor]:
-        base = self.rounds.base(number)
-        said = self.ledger.bases()[number]["fingerprint"]
-        if fingerprint(base) != said:
-            raise CheckpointError(
-                f"the base of round {number} is not the one that the ledger names ({said[:16]}); recompute it"
-            )
-        return base
+    def _published(self, number: int) -> Base:
+        """Return the base of a round; from disk only where this process did not make it.
 
-    def _gather(self, number: int, base: Mapping[str, Tensor]) -> dict[str, int]:
-        """Return whose contributions are there, once there are enough, with the frames that each saw."""
+        Raises:
+            CheckpointError: the file is not the base that the ledger names.
+        """
+        if self._newest is None or self._newest[0] != number:
+            try:
+                base = self.rounds.base(number, named=self.ledger.bases()[number]["fingerprint"])
+            except DataError as error:
+                raise CheckpointError(f"the base of round {number} does not match the ledger: {error}") from None
+            self._newest = number, base
+        return self._newest[1]
+
+    def _gather(self, number: int, base: Base) -> dict[str, int]:
+        """Return the owners that contributed, once they are enough, with the frames that each trained on."""
         for _ in range(_TRIES):
             here = {facts["owner"] for facts in self.ledger.contributions(number)}
-            missing = [node for node in self._circle.nodes() if node not in here]
-            for reply in self._circle.exchange(missing, {"what": "train", "round": number}, base):
-                if self._circle.has_left(reply, number):
-                    continue
-                try:
-                    if reply.data is None:
-                        raise DataError(reply.error)
-                    self._accept(number, base, reply.node, reply.data)
-                except DataError as error:
-                    _log.warning("round %d: %s: %s", number, reply.node, error)
-                    self.ledger.append("refusal", {"owner": reply.node, "reason": str(error)[:1000]}, round=number)
-                else:
-                    self._circle.are_here([reply.node], number)
+            missing = [node for node in self._members.nodes() if node not in here]
+            answers = self._members.exchange(missing, {"what": "train", "round": number}, base, kind="contribution")
+            self._members.collect(answers, number, lambda answer: self._accept(number, base, answer))
             frames = {facts["owner"]: facts["frames"] for facts in self.ledger.contributions(number)}
             if len(frames) >= self._constitution.quorum:
                 return frames
         raise TrainingError(
-            f"round {number} has {len(frames)} contributions and needs {self._constitution.quorum}; what came is kept: "
+            f"round {number} has {len(frames)} contributions and needs {self._constitution.quorum}; those are saved: "
             f"start the coordinator again when more members are back"
         )
 
-    def _accept(self, number: int, base: Mapping[str, Tensor], node: str, data: bytes) -> None:
-        """Check a contribution, and keep it as it came and as it was decoded, before the ledger says that it is there.
+    def _accept(self, number: int, base: Base, answer: Answer) -> None:
+        """Check a contribution, and save it, as it came and as decoded, before the ledger names it.
 
         Raises:
             DataError: it is not what was asked for.
         """
-        message = read_contribution(data, number, base, self._constitution, self._members)
-        if message.sender != node:
-            raise DataError(f"{node} sent what {message.sender} signed; expected its own")
-        delta = decoded(message, base, self._constitution)
-        write_atomic(self.rounds.message(number, node), lambda temporary: temporary.write_bytes(data))
-        write_atomic(self.rounds.delta(number, node), partial(safetensors.torch.save_file, delta))
+        message, data = answer.get(), answer.data or b""
+        delta = read_contribution(message, number, base, self._constitution)
+        self.rounds.save_contribution(number, answer.node, data, delta)
         facts = {key: message.body[key] for key in ("owner", "steps", "frames", "data_class", "spent")}
         self.ledger.append("contribution", {**facts, "message": message.digest, "bytes": len(data)}, round=number)
+        self._members.mark_present([answer.node], number)
 
-    def _judged(self, number: int, base: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return what each member that answers loses on its held-out episodes under a base."""
-        found, known = {}, fingerprint(base)
-        for node, verdict in self._circle.ask("judge", number, base, kind="verdict").items():
+    def _judged(self, number: int, base: Base) -> dict[str, float]:
+        """Return the held-out loss under a base of each member that answers."""
+        found = {}
+        for node, verdict in self._members.ask("judge", number, base, kind="verdict").items():
             try:
-                if verdict.body.get("base") != known:
-                    raise DataError("the verdict is of another base")
+                if verdict.body.get("base") != base.fingerprint:
+                    raise DataError("the verdict is about another base")
                 loss = verdict.body["losses"]["total"]
-                # A loss is a sum of squares; text, none, or infinity is nobody's verdict.
+                # A loss is a positive sum of squares: text, null and infinity are not valid.
                 if not isinstance(loss, int | float) or not 0 < loss < math.inf:
                     raise DataError(f"its loss is {str(loss)[:40]}; expected a number above 0")
                 found[node] = float(loss)
             except (DataError, KeyError, TypeError) as error:
-                _log.warning("round %d: %s gives no verdict: %s", number, node, error)
+                _log.warning("round %d: the verdict of %s is invalid: %s", number, node, error)
         return found
 
 
-def succeed(keeping: Keeping, path: Path | str, constitution: Constitution, key: SigningKey) -> int:
-    """Take over from a coordinator that is lost, with what a member kept; return the round that comes next.
+def succeed(store: MemberStore, path: Path | str, constitution: Constitution, key: SigningKey) -> int:
+    """Take over from a lost coordinator with a member's copies of base and ledger; return the next round.
 
-    The folder is then a coordinator's. The rounds go on from the newest base; the outer optimiser begins without
-    momentum, and the bases before can no longer be recomputed from here.
+    The new folder is then a coordinator's. The rounds continue from the newest base; the outer optimiser starts
+    without momentum, and earlier bases cannot be recomputed from this folder.
 
     Raises:
-        DataError: the key has no seat, the ledger does not verify, or no base came yet.
-        StorageError: the folder holds a ledger already.
+        DataError: the key is not a coordinator's, the ledger does not verify, or no base has come yet.
+        StorageError: the folder exists already.
     """
-    seats = {public: name for name, public in constitution.coordinator_keys().items()}
-    if key.public not in seats:
-        raise DataError(
-            f"{key.public} has no seat among the coordinators; expected a key of {', '.join(seats.values())}"
-        )
+    names = {public: name for name, public in constitution.coordinator_keys().items()}
+    if key.public not in names:
+        raise DataError(f"{key.public} is not the key of a coordinator; expected one of {', '.join(names.values())}")
     path = Path(path)
     if path.exists():
-        raise StorageError(f"{path} is there already; take over into a new folder")
-    number, base = keeping.base()
-    content = keeping.read()
-    named = Records(keeping.ledger).bases()
-    if number != max(named, default=None) or named[number]["fingerprint"] != fingerprint(base):
+        raise StorageError(f"{path} exists already; take over into a new folder")
+    number, base = store.base()
+    content = store.read()
+    named = Records(store.ledger).bases()
+    if number != max(named, default=None) or named[number]["fingerprint"] != base.fingerprint:
         raise DataError(
-            f"the base of round {number} is kept here, and the ledger names that of round {max(named, default=0)}; let "
-            f"a member who has that one take over"
+            f"this member has the base of round {number}, but the ledger names that of round {max(named, default=0)}; "
+            f"a member that has that base must take over"
         )
     with whole_folder(path) as begun:
-        made = Rounds(begun)
-        made.keep(number, base, {})
-        write_atomic(made.path / "ledger.jsonl", lambda temporary: temporary.write_bytes(content))
-        with Ledger(made.path / "ledger.jsonl", key) as written:
-            facts = {"coordinator": seats[key.public], "base": fingerprint(base)}
+        made = RoundStore(begun)
+        made.save(number, base, {})
+        write_atomic(made.ledger, lambda temporary: temporary.write_bytes(content))
+        with Ledger(made.ledger, key) as written:
+            facts = {"coordinator": names[key.public], "base": base.fingerprint}
             written.append("succession", facts, round=number)
     return number
 
 
-def read_contribution(
-    data: bytes, number: int, base: Mapping[str, Tensor], constitution: Constitution, members: Mapping[str, str]
-) -> SignedMessage:
-    """Return a member's contribution to a round.
-
-    Raises:
-        DataError: it is no member's, of another round or base, of a class that may not shape the base, or a refusal.
-    """
-    message = unseal_answer(data, kind="contribution", known=members, limit=constitution.largest_bytes)
-    check_facts(message, number, fingerprint(base), constitution)
-    check_spent(message, constitution)
-    return message
-
-
-def decoded(message: SignedMessage, base: Mapping[str, Tensor], constitution: Constitution) -> dict[str, Tensor]:
-    """Return the delta of a contribution.
-
-    Raises:
-        DataError: it does not fit the base, or is not finite.
-    """
-    codec = CODECS[str(constitution.codec["name"])].parse(constitution.codec)
-    delta = codec.decode(message.tensors, {name: tensor.shape for name, tensor in base.items()})
-    check_contribution(delta, base)
-    return delta
-
-
-def weave(rounds: Rounds, number: int, constitution: Constitution, frames: Mapping[str, int]) -> Woven:
-    """Return what contributions make of a round's base; `frames` says how many each of their owners saw.
-
-    It is the same to the last bit, whoever computes it.
-
-    Raises:
-        StorageError: a contribution is missing.
-    """
-    base = rounds.base(number)
-    files = {owner: rounds.delta(number, owner) for owner in sorted(frames)}
-    for owner, path in files.items():
-        if not path.is_file():
-            raise StorageError(f"the contribution of {owner} to round {number} is not at {path}; restore it")
-    power = {"equal": 0.0, "frames": 1.0, "sqrt-frames": 0.5}[constitution.weighting]
-    # Fewer than a quorum, as without a member in `recompute`, may be too few for the cap: then all weigh alike.
-    weights = capped({owner: float(frames[owner]) ** power for owner in files}, max(constitution.cap, 1 / len(files)))
-    aggregator = AGGREGATORS[str(constitution.aggregation["name"])].parse(constitution.aggregation)
-    shapes = {name: tensor.shape for name, tensor in base.items()}
-    sources = {owner: partial(_tensor, path) for owner, path in files.items()}
-    aggregate = aggregator.aggregate(sources, weights, shapes, cap=constitution.cap)
-    outer = OUTER[str(constitution.outer["name"])].parse(constitution.outer)
-    moved, momentum = outer.step(base, aggregate.tensors, rounds.momentum(number))
-    return Woven(base=moved, momentum=momentum, weights=aggregate.weights, notes=aggregate.notes)
-
-
-def weave_sum(rounds: Rounds, number: int, constitution: Constitution, weights: Mapping[str, float]) -> Woven:
-    """Return what the sum of a round makes of its base; `weights` are those that its owners multiplied by.
-
-    Without any, no sum could be opened, and the base stays as it is.
-
-    Raises:
-        CheckpointError: the sum is missing or damaged.
-    """
-    if not weights:
-        return unchanged(rounds, number)
-    total = math.fsum(weights.values())
-    mean = {name: (tensor / total).float() for name, tensor in kept_sum(rounds.path, number).items()}
-    outer = OUTER[str(constitution.outer["name"])].parse(constitution.outer)
-    moved, momentum = outer.step(rounds.base(number), mean, rounds.momentum(number))
-    shares = {owner: weight / total for owner, weight in sorted(weights.items())}
-    return Woven(base=moved, momentum=momentum, weights=shares, notes={})
-
-
-def unchanged(rounds: Rounds, number: int) -> Woven:
-    """Return what a round makes to which nothing was contributed that may count."""
-    return Woven(base=rounds.base(number), momentum=rounds.momentum(number), weights={}, notes={})
-
-
-def recompute(
-    path: Path | str,
-    constitution: Constitution,
-    *,
-    into: Path | str,
-    without: Collection[str] = (),
-    progress: Progress = SILENT,
-) -> dict[int, str]:
-    """Compute all bases again from the kept contributions, in another folder; return their fingerprints by round.
-
-    With nobody left out they are those that the ledger names. With `without` they are what comes of the others'
-    contributions alone, as these were made: from bases that the owners who are left out had a part in. Each message is
-    read and checked as when it came. Under secure aggregation the sum of each round is opened again from the masked
-    contributions and the secrets that members handed over.
-
-    Raises:
-        DataError: a message is not what the ledger says, a recomputed base is not the published one, or one is to be
-            left out of a sum under secure aggregation.
-        StorageError: a contribution is missing, or the target is the folder itself.
-    """
-    if Path(path).resolve() == Path(into).resolve():
-        raise StorageError(f"{into} holds what is recomputed from; choose another folder for the result")
-    kept, made = Rounds(path), Rounds(into)
-    records = Records(kept.path / "ledger.jsonl")
-    published = records.bases()
-    # A successor was handed the base, and nothing of the rounds before.
-    begun = max((entry.body["round"] for entry in records.entries("succession")), default=0)
-    found = {begun: made.keep(begun, kept.base(begun), {})}
-    # Of a round that was woven twice, before and after a succession, the second is the one that counts.
-    woven_in = {entry.body["round"]: entry for entry in records.entries("round") if entry.body["round"] >= begun}
-    with progress.task("recomputing", len(woven_in), "round") as task:
-        for _, entry in sorted(woven_in.items()):
-            again = _summed_again if constitution.secure_aggregation else _woven_again
-            woven, number = again(kept, made, records, constitution, entry, without), entry.body["round"]
-            found[number + 1] = made.keep(number + 1, woven.base, woven.momentum)
-            if not without and found[number + 1] != published[number + 1]["fingerprint"]:
-                raise DataError(f"the recomputed base of round {number + 1} differs from the published one")
-            task.advance()
-    return found
-
-
-def _woven_again(
-    kept: Rounds, made: Rounds, records: Records, constitution: Constitution, entry: Entry, without: Collection[str]
-) -> Woven:
-    """Return what the kept contributions to a round make of it; see `recompute`."""
-    number, frames = entry.body["round"], {}
-    members = {public: name for name, public in constitution.member_keys().items()}
-    said = {facts["owner"]: facts for facts in records.contributions(number)}
-    for owner in entry.body["facts"]["weights"]:
-        if owner in without:
-            continue
-        with storage_errors(kept.message(number, owner)):
-            data = kept.message(number, owner).read_bytes()
-        base = kept.base(number)
-        message = read_contribution(data, number, base, constitution, members)
-        if message.digest != said[owner]["message"]:
-            raise DataError(f"the contribution of {owner} to round {number} is not the one that the ledger names")
-        frames[owner] = said[owner]["frames"]
-        delta = decoded(message, base, constitution)
-        write_atomic(made.delta(number, owner), partial(safetensors.torch.save_file, delta))
-    return weave(made, number, constitution, frames) if frames else unchanged(made, number)
-
-
-def _summed_again(
-    kept: Rounds, made: Rounds, records: Records, constitution: Constitution, entry: Entry, without: Collection[str]
-) -> Woven:
-    """Return what the kept sum of a round makes of it, opened again; see `recompute`."""
-    number, weights = entry.body["round"], entry.body["facts"]["weights"]
-    if inside := sorted({*weights} & {*without}):
-        raise DataError(
-            f"round {number} was summed under secure aggregation: nobody has the contribution of {', '.join(inside)} "
-            f"by itself, so it cannot be left out. Weave anew without that member"
-        )
-    if weights:
-        weights = reopen(kept.path, records, constitution, number, kept.base(number), into=made.path)
-    return weave_sum(made, number, constitution, weights)
-
-
-def _tensor(path: Path, name: str) -> Tensor:
-    """Read one tensor of a file, and no more of it."""
-    with storage_errors(path), safetensors.safe_open(str(path), framework="pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-    return tensor
-
-
 def _evaluation(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:
-    """Return what the ledger says of the held-out losses: of each member, and of the one in the middle."""
-    middle = {"before": statistics.median(before.values()), "after": statistics.median(after.values())}
-    return {**middle, "owners": {name: [before.get(name), after.get(name)] for name in sorted({*before, *after})}}
+    """Return the held-out losses for the ledger: of each member, and of the median member."""
+    median = {"before": statistics.median(before.values()), "after": statistics.median(after.values())}
+    return {**median, "owners": {name: [before.get(name), after.get(name)] for name in sorted({*before, *after})}}
 
 
-def _worse(before: Mapping[str, float], after: Mapping[str, float]) -> float:
-    """Return by what share of it a loss grows, for the member in the middle; no word counts as without bound."""
+def _growth(before: Mapping[str, float], after: Mapping[str, float]) -> float:
+    """Return the relative growth of the loss at the median member; a missing answer counts as infinite loss."""
     return statistics.median(after.get(node, float("inf")) / loss - 1 for node, loss in before.items())

@@ -1,4 +1,4 @@
-"""What an owner trains the shared model on: its own frames and its own state, by the same `fit` as everywhere."""
+"""An owner's training of the shared model on its own frames, by the same `fit` as everywhere."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -11,16 +11,17 @@ from worldloom.core.errors import ConfigError
 from worldloom.core.files import read_json, write_json
 from worldloom.core.progress import SILENT, Progress
 from worldloom.data import DatasetSpec, Frames, Statistics
-from worldloom.federation.rules.partition import PartitionConfig, fingerprint
+from worldloom.federation.rounds.base import Base
+from worldloom.federation.rules.partition import PartitionConfig
 from worldloom.models import JEPA, JEPAConfig, PixelNormalisation, Standardise, build_jepa
 from worldloom.training import RunFolder, Segment, TrainingConfig, fit, held_out_losses, saved_steps
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trained:
-    """What a stretch of training made of a base: the shared part before and after, its steps, and of how many frames.
+    """The result of training from a base: the shared tensors before and after, the steps, and the number of frames.
 
-    `frames` counts those that training may draw from, each once: what an owner has, not how often it was looked at.
+    `frames` counts each frame that training may draw once: how much data an owner has, not how often it was used.
     """
 
     before: Mapping[str, Tensor]
@@ -32,9 +33,9 @@ class Trained:
 class LocalTraining:
     """The training of one owner, in a run folder of its own.
 
-    A stretch is known by its name and its base: asked for again, it goes on where it was, or answers what it made. With
-    another base under the same name it begins anew, from the state that stands. What is sovereign (the parts that
-    `partition` says, the optimiser's moments, the modules of the losses) stays in the folder.
+    A segment of training is identified by its name and its base: asked for again, it resumes, or returns its result.
+    With another base under the same name it starts again from the present state. What is sovereign (the tensors that
+    `partition` names, the optimiser's moments, the modules of the losses) stays in the folder.
     """
 
     def __init__(
@@ -49,144 +50,155 @@ class LocalTraining:
     ) -> None:
         self.run, self.frames, self.training, self.model = run, frames, training, model
         self.partition, self._progress = partition, progress
-        self._where, self._aligned = run.path / "stretch.json", run.path / "aligned.json"
+        self._segment, self._aligned = run.path / "segment.json", run.path / "aligned.json"
 
-    def stretch(
+    def train(
         self,
         name: str,
-        base: Mapping[str, Tensor],
+        base: Base,
         steps: int,
         *,
         at: int | None = None,
         schedule: int | None = None,
-        fixed: bool = False,
+        frozen: bool = False,
     ) -> Trained:
-        """Train so many steps from a base; its tensors are exactly the shared part.
+        """Train for some steps from a base; its tensors are exactly the shared part.
 
-        `at` is the step of the schedule that it begins at, by default the training's own, and `schedule` of how many
-        steps that is. With `fixed` the base does not move.
+        `at` is the step of the learning rate's schedule at which the segment begins, by default the training's own,
+        and `schedule` the schedule's length in steps. With `frozen` the base does not change.
 
         Raises:
             CheckpointError: the base is of another model.
             TrainingError: see `worldloom.training.fit`.
         """
-        known, here = fingerprint(base), self._here()
-        if (here.get("name"), here.get("base")) != (name, known):
-            here = self._begin(name, known, steps)
-        return self._go_on(here, base, at, schedule, fixed=base if fixed else ())
+        segment = self._read_segment()
+        if (segment.get("name"), segment.get("base")) != (name, base.fingerprint):
+            segment = self._begin(name, base, steps)
+        return self._resume(segment, base, at, schedule, frozen=base.tensors if frozen else ())
 
-    def settle(self, name: str, base: Mapping[str, Tensor], steps: int, *, fixed: bool = False) -> None:
-        """Train a base at home for so many steps, in which the learning rate falls to 0.
+    def fine_tune(self, name: str, base: Base, steps: int, *, frozen: bool = False) -> None:
+        """Train a base for some steps for the owner's own use, while the learning rate falls to 0.
 
-        They are the last of a training as long as the shared one, or, where they are more, a whole one by themselves.
+        They are the last steps of a training as long as the shared one, or a whole training if they are more.
 
         Raises:
-            CheckpointError, TrainingError: see `stretch`.
+            CheckpointError, TrainingError: see `train`.
         """
         whole = max(self.training.steps, steps)
-        self.stretch(name, base, steps, at=whole - steps, schedule=whole, fixed=fixed)
+        self.train(name, base, steps, at=whole - steps, schedule=whole, frozen=frozen)
 
-    def align(self, base: Mapping[str, Tensor], steps: int) -> None:
-        """Let what is sovereign learn to meet a base, which does not move; nothing happens the second time.
+    def align(self, base: Base, steps: int) -> None:
+        """Train the sovereign tensors against a frozen base; a second call does nothing.
 
-        Averages of models that each learned its owner's conventions are of no use; of those that learned one, they are.
+        Averages of models that each learned their owner's conventions are useless; averages of aligned models are not.
 
         Raises:
-            CheckpointError, TrainingError: see `stretch`.
+            CheckpointError, TrainingError: see `train`.
         """
         if not self._aligned.is_file():
-            self.stretch("align", base, steps, at=0, fixed=True)
-            write_json(self._aligned, {"base": fingerprint(base), "steps": steps})
+            self.train("align", base, steps, at=0, frozen=True)
+            write_json(self._aligned, {"base": base.fingerprint, "steps": steps})
 
-    def pilot(self, base: Mapping[str, Tensor], steps: int) -> dict[str, Tensor]:
-        """Train so many steps from an untrained base, and return it: what is sovereign here meets it from the first.
+    def pilot(self, base: Base, steps: int) -> Base:
+        """Train for some steps from an untrained base, and return the result; the owner is aligned with it.
 
-        Statistics that are shared are those of this owner's frames.
-
-        Raises:
-            CheckpointError, TrainingError: see `stretch`.
-        """
-        made = self.stretch("pilot", self.without_statistics(base), steps)
-        write_json(self._aligned, {"base": fingerprint(made.after), "steps": steps})
-        return dict(made.after)
-
-    def alone(self, name: str, base: Mapping[str, Tensor], steps: int, *, at: int | None = None) -> None:
-        """Train so many steps from a base, or on from what stands if that is what was made of it.
-
-        Called again, it trains so many more, or goes on where it was.
+        Shared statistics are those of this owner's frames.
 
         Raises:
-            CheckpointError, TrainingError: see `stretch`.
+            CheckpointError, TrainingError: see `train`.
         """
-        known, here = fingerprint(base), self._here()
-        if here.get("name") != name or self._stands() >= here["end"]:
-            here = self._begin(name, known, steps, goes_on=here.get("base") == known)
-        self._go_on(here, base, at)
+        made = Base.of(self.train("pilot", self.without_statistics(base), steps).after, what="the pilot's base")
+        write_json(self._aligned, {"base": made.fingerprint, "steps": steps})
+        return made
+
+    def train_alone(self, name: str, base: Base, steps: int, *, at: int | None = None) -> None:
+        """Train for some steps from a base, or continue if the present state came from it.
+
+        Each call trains for more steps, or resumes.
+
+        Raises:
+            CheckpointError, TrainingError: see `train`.
+        """
+        segment = self._read_segment()
+        if segment.get("name") != name or self._steps() >= segment["end"]:
+            segment = self._begin(name, base, steps, continues=segment.get("base") == base.fingerprint)
+        self._resume(segment, base, at)
+
+    def judge(self, base: Base) -> dict[str, float]:
+        """Return the losses of a base, with the sovereign tensors here, on episodes that are held out of training."""
+        return held_out_losses(self.training, self.model, self.frames, self.run, base.tensors)
+
+    @cached_property
+    def like(self) -> Mapping[str, Tensor]:
+        """The shared tensors of this model without their values: the names, shapes and dtypes of a base."""
+        base = initial_base(self.model, self.frames.spec, self.partition, seed=0)
+        return {name: tensor.to("meta") for name, tensor in base.tensors.items()}
 
     @cached_property
     def shared_statistics(self) -> tuple[str, ...]:
-        """The statistics that the partition shares; usually there are none."""
+        """The names of the statistics that the partition shares; usually there are none."""
         return _shared_statistics(self.model, self.frames.spec, self.partition)
 
-    def without_statistics(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what of a base is trained: beside it stand the statistics of the run, at first of its own frames."""
-        return {name: tensor for name, tensor in base.items() if name not in self.shared_statistics}
+    def without_statistics(self, base: Base) -> Base:
+        """Return the trained tensors of a base: the run's own statistics take the place of shared ones."""
+        if not self.shared_statistics:
+            return base
+        return Base.of({name: tensor for name, tensor in base.tensors.items() if name not in self.shared_statistics})
 
-    def _here(self) -> dict[str, Any]:
-        return dict(read_json(self._where)) if self._where.is_file() else {}
+    def _read_segment(self) -> dict[str, Any]:
+        return dict(read_json(self._segment)) if self._segment.is_file() else {}
 
-    def _begin(self, name: str, base: str, steps: int, *, goes_on: bool = False) -> dict[str, Any]:
-        begin = self._stands()
-        here = {"name": name, "base": base, "begin": begin, "end": begin + steps, "goes_on": goes_on}
-        write_json(self._where, here)
-        return here
+    def _begin(self, name: str, base: Base, steps: int, *, continues: bool = False) -> dict[str, Any]:
+        begin = self._steps()
+        segment = {
+            "name": name, "base": base.fingerprint, "begin": begin, "end": begin + steps, "continues": continues,
+        }  # fmt: skip
+        write_json(self._segment, segment)
+        return segment
 
-    def _go_on(
+    def _resume(
         self,
-        here: Mapping[str, Any],
-        base: Mapping[str, Tensor],
+        segment: Mapping[str, Any],
+        base: Base,
         at: int | None,
         schedule: int | None = None,
         *,
-        fixed: Collection[str] = (),
+        frozen: Collection[str] = (),
     ) -> Trained:
         resume = self.run.checkpoint_directory.is_dir()
-        put = {} if here.get("goes_on") else dict(base)
+        put = {} if segment.get("continues") else dict(base.tensors)
         if resume:
-            # Scales stay as the first base had them: where somebody moved them since, the delta sent moves them back.
-            put = self.without_statistics(put)
-        stretch = Segment(begin=here["begin"], end=here["end"], base=put, at=at, schedule=schedule, fixed=fixed)
+            # Statistics stay as in the first base: if another member changed them, the delta sent changes them back.
+            put = {name: tensor for name, tensor in put.items() if name not in self.shared_statistics}
+        stretch = Segment(begin=segment["begin"], end=segment["end"], base=put, at=at, schedule=schedule, fixed=frozen)
         model = fit(
             self.training, self.model, self.frames, self.run, resume=resume, stretch=stretch, progress=self._progress
         )
-        state = model.state_dict()
-        partition = self.partition.split(state)
         drawn_from, _ = self.frames.split(self.training.validation_share, self.training.seed)
-        frames = int((self.frames.lengths[drawn_from] + 1).sum())
-        steps = here["end"] - here["begin"]
-        return Trained(before=dict(base), after=partition.shared_of(state), steps=steps, frames=frames)
+        return Trained(
+            before=base.tensors,
+            after=self.partition.split(state := model.state_dict()).shared_of(state),
+            steps=segment["end"] - segment["begin"],
+            frames=int((self.frames.lengths[drawn_from] + 1).sum()),
+        )
 
-    def judge(self, base: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the losses of a base, beside what is sovereign here, on episodes that no training sees."""
-        return held_out_losses(self.training, self.model, self.frames, self.run, base)
-
-    def _stands(self) -> int:
+    def _steps(self) -> int:
         return max(saved_steps(self.run), default=0)
 
 
-def initial_base(model: JEPAConfig, spec: DatasetSpec, partition: PartitionConfig, *, seed: int) -> dict[str, Tensor]:
+def initial_base(model: JEPAConfig, spec: DatasetSpec, partition: PartitionConfig, *, seed: int) -> Base:
     """Return the shared part of an untrained model: it depends on the shapes of frames and the seed, on no data.
 
-    Statistics that are shared are units, and of no use: only a pilot can measure them (`check_has_a_pilot`).
+    Shared statistics are units, and useless until a pilot measures them (`check_has_a_pilot`).
     """
     state = _untrained(model, spec, seed).state_dict()
-    return partition.split(state).shared_of(state)
+    return Base.of(partition.split(state).shared_of(state), what="the initial base")
 
 
 def _shared_statistics(model: JEPAConfig, spec: DatasetSpec, partition: PartitionConfig) -> tuple[str, ...]:
-    """Return the names of the tensors that a partition shares and that are measured on data, not trained.
+    """Return the names of the shared tensors that are measured on data, not trained.
 
-    Owners of shards of one world may share them, for else each looks at it through scales of its own.
+    Owners of shards of one world may share them, so that all see it through the same scales.
     """
     untrained = _untrained(model, spec, 0)
     measured = {
@@ -206,8 +218,8 @@ def check_has_a_pilot(model: JEPAConfig, spec: DatasetSpec, partition: Partition
     """
     if shared := _shared_statistics(model, spec, partition):
         raise ConfigError(
-            f"partition.shared matches {shared[0]!r}, which is measured on data, and an untrained base has seen none; "
-            f"begin with what a pilot made (worldloom weave pilot), or name it in partition.sovereign"
+            f"partition.shared matches {shared[0]!r}, which is measured on data, but the initial base is untrained; "
+            f"begin with a pilot's base (worldloom weave pilot), or name it in partition.sovereign"
         )
 
 

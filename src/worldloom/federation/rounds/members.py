@@ -1,138 +1,192 @@
-"""What a coordinator knows of its members beside what they contribute: what they saw of the ledger, and who left."""
+"""The coordinator's view of its members: asking them, what they have of ledger and base, and which of them left."""
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from worldloom.core.chain import Head
 from worldloom.core.errors import DataError
 from worldloom.core.signing import SigningKey
-from worldloom.federation.record.envelope import SignedMessage, seal, unseal
+from worldloom.federation.record.envelope import Refusal, SignedMessage, seal, unseal_answer
 from worldloom.federation.record.ledger import CHECKPOINT, Ledger, checked, exit_facts
+from worldloom.federation.rounds.base import Base
 from worldloom.federation.rules.constitution import Constitution
-from worldloom.federation.rules.partition import fingerprint
 from worldloom.federation.transport.messages import Reply, Transport
 
 _log = logging.getLogger(__name__)
+_LONGEST_REASON = 1000  # characters
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answer:
+    """A member's answer, opened once: its signed message, or the error in its place; `data` is as it came."""
+
+    node: str
+    data: bytes | None
+    result: SignedMessage | DataError
+
+    @property
+    def refusal(self) -> Refusal | None:
+        """The member's signed refusal, if that is the answer."""
+        return self.result if isinstance(self.result, Refusal) else None
+
+    def get(self) -> SignedMessage:
+        """Return the message.
+
+        Raises:
+            Refusal: the member refuses.
+            DataError: nothing came, or it is not a message of the member and kind that was asked for.
+        """
+        if isinstance(self.result, DataError):
+            raise self.result
+        return self.result
 
 
 class Members:
-    """Asks all members, tells each what is new in the ledger, and keeps the heads that they countersign."""
+    """Asks all members, sends each the new ledger entries, and records the heads that they countersign."""
 
     def __init__(self, constitution: Constitution, transport: Transport, ledger: Ledger, key: SigningKey) -> None:
         self._constitution, self._transport, self._ledger, self._key = constitution, transport, ledger, key
-        self._names = {public: name for name, public in constitution.member_keys().items()}
-        self._known: dict[str, int] = {}  # how many entries a member has, as far as it is known
-        self._held: dict[str, str] = {}  # which base it was sent last
+        self._names = constitution.member_names()
+        self._known: dict[str, int] = {}  # how many ledger entries a member has, as far as the coordinator knows
+        self._held: dict[str, str] = {}  # the fingerprint of the base that a member was sent last
         self._left = {name for name in constitution.members if ledger.newest_of(name, "exit", "return") == "exit"}
 
     def nodes(self) -> list[str]:
         """Return the members that the transport can reach."""
         return [node for node in self._transport.nodes() if node in self._constitution.members]
 
-    def exchange(
-        self, nodes: Collection[str], body: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> Iterator[Reply]:
-        """Ask members; tell each what is new in the ledger, and send the base that it is asked about if it lacks that.
+    def exchange(self, nodes: Collection[str], body: Mapping[str, Any], base: Base, *, kind: str) -> Iterator[Answer]:
+        """Ask members about a base; send each the ledger entries that are new to it, and the base if it lacks that.
 
-        Those who turn out to lack more of the ledger, or the base, are asked again. Who left is asked, for it may be
-        back, and not waited for.
+        A member that turns out to lack more of the ledger, or the base, is asked again. Members that left are still
+        asked, in case they have returned, but the round does not wait for them.
         """
-        base = fingerprint(tensors)
-        asked = {**body, "constitution": self._constitution.fingerprint, "about": base}
-        length = self._ledger.head.length  # what is heard meanwhile is added to the ledger, and told the next time
+        asked = {**body, "constitution": self._constitution.fingerprint, "base": base.fingerprint}
+        length = self._ledger.head.length  # entries that are added meanwhile are sent with the next exchange
         for last in (False, False, True):
             sealed: dict[tuple[int, bool], bytes] = {}
             requests, behind = {}, []
             for node in nodes:
-                how = min(self._known.get(node, 0), length), self._held.get(node) != base
+                how = min(self._known.get(node, 0), length), self._held.get(node) != base.fingerprint
                 if how not in sealed:
                     begin, whole = how
-                    told = {"begin": begin, "lines": self._ledger.lines(begin)[: length - begin]}
-                    sealed[how] = seal("ask", {**asked, "ledger": told}, tensors if whole else {}, key=self._key)
+                    entries = {"begin": begin, "lines": self._ledger.lines(begin)[: length - begin]}
+                    tensors = base.tensors if whole else {}
+                    sealed[how] = seal("ask", {**asked, "ledger": entries}, tensors, key=self._key)
                 requests[node] = sealed[how]
-            seconds, away = self._constitution.patience_seconds, self._left.intersection(requests)
-            for reply in self._transport.exchange(requests, seconds=seconds, away=away):
-                refusal = self._refusal(reply)
-                said: Mapping[str, Any] = {} if refusal is None else refusal.body
-                if refusal is None and reply.data is not None:
-                    self._known[reply.node], self._held[reply.node] = length, base
-                elif not last and self._lacks(reply.node, said):
-                    behind.append(reply.node)
+            for answer in self._exchange(requests, kind):
+                if isinstance(answer.result, SignedMessage):
+                    self._known[answer.node], self._held[answer.node] = length, base.fingerprint
+                elif not last and self._lacks(answer):
+                    behind.append(answer.node)
                     continue
-                yield reply
+                yield answer
             if not behind:
                 return
             nodes = behind
 
-    def ask(self, what: str, number: int, tensors: Mapping[str, Tensor], *, kind: str) -> dict[str, SignedMessage]:
-        """Return what each member that answers says; what it countersigned goes into the ledger.
+    def exchange_each(self, bodies: Mapping[str, Mapping[str, Any]], *, kind: str) -> Iterator[Answer]:
+        """Ask each member its own question, without ledger and base."""
+        common = {"constitution": self._constitution.fingerprint}
+        requests = {node: seal("ask", {**common, **body}, {}, key=self._key) for node, body in bodies.items()}
+        return self._exchange(requests, kind)
 
-        One whose answer is none, or of another ledger than this, is left out, with the cause in the log.
+    def collect(
+        self, answers: Iterable[Answer], number: int, accept: Callable[[Answer], None], *, phase: str = "", **facts: Any
+    ) -> dict[str, DataError | None]:
+        """Hand each answer to `accept`, which raises `DataError` where it refuses it; record refusals in the ledger.
+
+        Returns the members whose answers do not count, each with its error, or None if it has left.
+        """
+        failed: dict[str, DataError | None] = {}
+        for answer in answers:
+            if self._has_left(answer, number):
+                failed[answer.node] = None
+                continue
+            try:
+                accept(answer)
+            except DataError as error:
+                failed[answer.node] = error
+                _log.warning("round %d: %s%s: %s", number, phase, answer.node, error)
+                refusal = {"owner": answer.node, "reason": f"{phase}{error}"[:_LONGEST_REASON], **facts}
+                self._ledger.append("refusal", refusal, round=number)
+        return failed
+
+    def ask(self, what: str, number: int, base: Base, *, kind: str) -> dict[str, SignedMessage]:
+        """Return each member's answer, and append the checkpoints that came with them to the ledger.
+
+        A member whose answer is invalid, or follows another ledger than this one, is left out and logged.
         """
         head, answers = self._ledger.head, {}
-        for reply in self.exchange(self.nodes(), {"what": what, "round": number}, tensors):
+        for answer in self.exchange(self.nodes(), {"what": what, "round": number}, base, kind=kind):
             try:
-                answers[reply.node] = self._answer(reply, kind, number, head)
+                if answer.refusal is not None:
+                    self._has_left(answer, number)
+                answers[answer.node] = self._countersigned(answer.get(), head)
             except DataError as error:
-                self._known.pop(reply.node, None)
-                _log.warning("round %d: %s is not heard: %s", number, reply.node, error)
+                self._known.pop(answer.node, None)
+                _log.warning("round %d: the answer of %s does not count: %s", number, answer.node, error)
         if answers:
             seen = [answer.body["countersigned"] for _, answer in sorted(answers.items())]
             self._ledger.append("checkpoint", {"countersigned": seen}, round=number)
         return answers
 
-    def _lacks(self, node: str, said: Mapping[str, Any]) -> bool:
-        """Note what of the ledger, or of the base, a member says that it lacks; return whether it does."""
-        has: Any = said.get("length")
-        if type(has) is int and has >= 0:
-            self._known[node] = has
-            return True
-        if said.get("lacks") is True and node in self._held:
-            del self._held[node]
-            return True
-        return False
-
-    def has_left(self, reply: Reply, number: int) -> bool:
-        """Say whether a reply is a member's word that it left, or none since; the ledger holds that word, once."""
-        if reply.data is None and reply.node in self._left:
-            _log.info("round %d: %s, who left: %s", number, reply.node, reply.error)
-            return True
-        facts = exit_facts(reply.data or b"", reply.node, number, self._constitution)
-        if facts is None:
-            return False
-        if reply.node not in self._left:
-            self._left.add(reply.node)
-            self._ledger.append("exit", facts, round=number)
-        return True
-
-    def are_here(self, owners: Collection[str], number: int) -> None:
-        """Note which of those who had left take part again."""
+    def mark_present(self, owners: Collection[str], number: int) -> None:
+        """Record the members that had left and take part again."""
         for owner in sorted(self._left.intersection(owners)):
             self._left.discard(owner)
             self._ledger.append("return", {"owner": owner}, round=number)
 
-    def _answer(self, reply: Reply, kind: str, number: int, head: Head) -> SignedMessage:
+    def _exchange(self, requests: Mapping[str, bytes], kind: str) -> Iterator[Answer]:
+        seconds, away = self._constitution.timeout_seconds, self._left.intersection(requests)
+        for reply in self._transport.exchange(requests, seconds=seconds, away=away):
+            yield Answer(node=reply.node, data=reply.data, result=self._open(reply, kind))
+
+    def _open(self, reply: Reply, kind: str) -> SignedMessage | DataError:
+        """Check a reply where it comes in: signature, digest, size, kind and sender."""
         if reply.data is None:
-            raise DataError(reply.error)
-        if (refusal := self._refusal(reply)) is not None:
-            self.has_left(reply, number)
-            raise DataError(f"it refuses: {refusal.body.get('why')}")
-        answer = unseal(reply.data, kind=kind, known=self._names, limit=self._constitution.largest_bytes)
-        if answer.sender != reply.node:
-            raise DataError(f"{answer.sender} signed it; expected its own word")
-        # What stands in the ledger must verify: only a checkpoint of exactly what was sent gets there.
-        signed: Any = answer.body.get("countersigned")
+            return DataError(reply.error)
+        limit = self._constitution.largest_bytes
+        try:
+            return unseal_answer(reply.data, kind=kind, sender=reply.node, known=self._names, limit=limit)
+        except DataError as error:
+            return error
+
+    def _lacks(self, answer: Answer) -> bool:
+        """Note what a member says it lacks of the ledger or of the base; return whether it lacks any."""
+        if answer.refusal is None:
+            return False
+        length: Any = answer.refusal.body.get("length")
+        if type(length) is int and length >= 0:
+            self._known[answer.node] = length
+            return True
+        if answer.refusal.body.get("lacks") is True and answer.node in self._held:
+            del self._held[answer.node]
+            return True
+        return False
+
+    def _has_left(self, answer: Answer, number: int) -> bool:
+        """Return whether a member left, by its present message or an earlier one; the ledger records it once."""
+        if answer.data is None and answer.node in self._left:
+            _log.info("round %d: %s, which has left: %s", number, answer.node, answer.result)
+            return True
+        if answer.refusal is None:
+            return False
+        facts = exit_facts(answer.data or b"", answer.node, number, self._constitution)
+        if facts is None:
+            return False
+        if answer.node not in self._left:
+            self._left.add(answer.node)
+            self._ledger.append("exit", facts, round=number)
+        return True
+
+    def _countersigned(self, message: SignedMessage, head: Head) -> SignedMessage:
+        # What enters the ledger must verify: only a checkpoint of exactly what was sent.
+        signed: Any = message.body.get("countersigned")
         if not isinstance(signed, dict) or set(signed) != CHECKPOINT:
             raise DataError("it countersigned nothing, or more than a ledger")
-        if checked(signed, self._constitution) != head or signed["key"] != answer.key:
+        if checked(signed, self._constitution) != head or signed["key"] != message.key:
             raise DataError("it countersigned another ledger than the one that it was sent")
-        return answer
-
-    def _refusal(self, reply: Reply) -> SignedMessage | None:
-        try:
-            return unseal(reply.data or b"", kind="refusal", known=self._names, limit=self._constitution.largest_bytes)
-        except DataError:
-            return None
+        return message

@@ -1,4 +1,4 @@
-"""Outer optimisers: from a base and the owners' mean delta to the next base. Pure, and the same bits every time."""
+"""Outer optimisers: from a base and the mean delta of its owners to the next base; pure and deterministic."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -9,9 +9,7 @@ from torch import Tensor
 
 from worldloom.core.config import Component, component_of
 from worldloom.core.registry import Registry
-from worldloom.federation.rules.partition import check_finite, check_names
-
-State = dict[str, Tensor]
+from worldloom.federation.rounds.base import Base, check_finite, check_names
 
 
 class Outer(Component):
@@ -19,9 +17,9 @@ class Outer(Component):
 
     @abstractmethod
     def step(
-        self, base: Mapping[str, Tensor], delta: Mapping[str, Tensor], momentum: Mapping[str, Tensor]
-    ) -> tuple[State, State]:
-        """Return the next base and momentum; an empty momentum stands for none yet.
+        self, base: Base, delta: Mapping[str, Tensor], momentum: Mapping[str, Tensor]
+    ) -> tuple[Base, dict[str, Tensor]]:
+        """Return the next base and momentum; the momentum before the first step is empty.
 
         Raises:
             DataError: the tensors are not of one model, or the step is not finite.
@@ -40,11 +38,12 @@ class FedAvg(Outer):
     name: Literal["fedavg"] = "fedavg"
 
     def step(
-        self, base: Mapping[str, Tensor], delta: Mapping[str, Tensor], momentum: Mapping[str, Tensor]
-    ) -> tuple[State, State]:
+        self, base: Base, delta: Mapping[str, Tensor], momentum: Mapping[str, Tensor]
+    ) -> tuple[Base, dict[str, Tensor]]:
         """Step; see `Outer`."""
-        check_names(delta, base, "the mean delta")
-        return {name: _moved(name, base[name], delta[name].double()) for name in base}, {}
+        check_names(delta, base.tensors, "the mean delta")
+        moved = {name: _moved(tensor, delta[name].double()) for name, tensor in base.tensors.items()}
+        return Base.of(moved, what="the next base"), {}
 
 
 @OUTER.register("diloco")
@@ -59,23 +58,21 @@ class DiLoCo(Outer):
     momentum: float = Field(default=0.9, ge=0, lt=1)
 
     def step(
-        self, base: Mapping[str, Tensor], delta: Mapping[str, Tensor], momentum: Mapping[str, Tensor]
-    ) -> tuple[State, State]:
+        self, base: Base, delta: Mapping[str, Tensor], momentum: Mapping[str, Tensor]
+    ) -> tuple[Base, dict[str, Tensor]]:
         """Step; see `Outer`."""
-        check_names(delta, base, "the mean delta")
+        check_names(delta, base.tensors, "the mean delta")
         if momentum:
-            check_names(momentum, base, "the outer momentum")
-        moved, kept = {}, {}
-        for name in base:
+            check_names(momentum, base.tensors, "the outer momentum")
+        moved, speeds = {}, {}
+        for name, tensor in base.tensors.items():
             gradient = -delta[name].double()
             speed = self.momentum * momentum[name].double() + gradient if momentum else gradient
-            moved[name] = _moved(name, base[name], -self.learning_rate * (gradient + self.momentum * speed))
-            kept[name] = speed.float()
-            check_finite(name, kept[name], " of the outer momentum")
-        return moved, kept
+            moved[name] = _moved(tensor, -self.learning_rate * (gradient + self.momentum * speed))
+            speeds[name] = speed.float()
+            check_finite(name, speeds[name], " of the outer momentum")
+        return Base.of(moved, what="the next base"), speeds
 
 
-def _moved(name: str, base: Tensor, by: Tensor) -> Tensor:
-    moved = (base.double() + by).to(base.dtype)
-    check_finite(name, moved, " of the next base")
-    return moved
+def _moved(tensor: Tensor, by: Tensor) -> Tensor:
+    return (tensor.double() + by).to(tensor.dtype)

@@ -1,4 +1,4 @@
-"""When a base may leave the consortium, and what goes with it."""
+"""The release of a base: the gates that it must pass to leave the consortium, and the files that go with it."""
 
 import shutil
 from pathlib import Path
@@ -6,13 +6,12 @@ from pathlib import Path
 from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import whole_folder, write_text
 from worldloom.federation.record.ledger import Records, model_card, verify_ledger
-from worldloom.federation.rounds.coordinator import Rounds, save_base
+from worldloom.federation.rounds.round_store import RoundStore
 from worldloom.federation.rules.constitution import Constitution
-from worldloom.federation.rules.partition import fingerprint
 
 
 def unmet(path: Path | str, constitution: Constitution) -> list[str]:
-    """Return which of the constitution's gates the newest base does not pass, each with what it is and what is asked.
+    """Return the constitution's gates that the newest base does not pass, each with its value and the one required.
 
     Raises:
         StorageError: there is no ledger.
@@ -37,37 +36,35 @@ def unmet(path: Path | str, constitution: Constitution) -> list[str]:
     }
     found = []
     if newest < gates.rounds:
-        found.append(f"it is of {newest} rounds; {gates.rounds} are asked")
+        found.append(f"it has {newest} rounds; {gates.rounds} are required")
     if len(contributors) < gates.contributors:
-        found.append(f"{len(contributors)} members have a part in it; {gates.contributors} are asked")
+        found.append(f"{len(contributors)} members contributed; {gates.contributors} are required")
     if gates.max_loss is not None and not judged.get("after", float("inf")) <= gates.max_loss:
-        found.append(f"its held-out loss is {judged.get('after', 'not known')}; at most {gates.max_loss} is asked")
+        found.append(f"its held-out loss is {judged.get('after', 'unknown')}; at most {gates.max_loss} is required")
     if len(seen) < gates.countersigned:
-        found.append(f"{len(seen)} members countersigned a ledger that names it; {gates.countersigned} are asked")
+        found.append(f"{len(seen)} members countersigned a ledger that names it; {gates.countersigned} are required")
     return found
 
 
 def release(path: Path | str, constitution: Constitution, into: Path | str) -> Path:
     """Write the newest base, its model card and the ledger into a new folder, if it passes every gate.
 
-    A consortium under other rules, or of other members, can begin with that base.
+    A consortium with other rules or other members can begin with that base.
 
     Raises:
-        DataError: it does not pass; each gate is named. Or the base is not the one that the ledger names.
-        StorageError: the folder is there already, or the disk refuses.
+        DataError: it does not pass, and each gate is named; or the base is not the one that the ledger names.
+        StorageError: the folder exists already, or the disk refuses.
     """
     path, into = Path(path), Path(into)
     if into.exists():
-        raise StorageError(f"{into} is there already; choose another folder to release into")
+        raise StorageError(f"{into} exists already; choose another folder to release into")
     if missing := unmet(path, constitution):
         raise DataError(f"the base of {constitution.consortium} may not be released: {'; '.join(missing)}")
-    records = Records(path / "ledger.jsonl")
-    number = max(records.bases())
-    base = Rounds(path).base(number)
-    if fingerprint(base) != records.bases()[number]["fingerprint"]:
-        raise DataError(f"the base of round {number} is not the one that the ledger names; recompute it")
+    bases = Records(path / "ledger.jsonl").bases()
+    number = max(bases)
+    base = RoundStore(path).base(number, named=bases[number]["fingerprint"])
     with whole_folder(into) as begun:
-        save_base(begun / "base", base, about={"round": number, "constitution": constitution.fingerprint})
+        base.save_new(begun / "base", about={"round": number, "constitution": constitution.fingerprint})
         write_text(begun / "model_card.md", model_card(path / "ledger.jsonl", constitution))
         shutil.copy2(path / "ledger.jsonl", begun / "ledger.jsonl")
     return into

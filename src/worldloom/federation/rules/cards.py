@@ -1,7 +1,7 @@
-"""Data cards: what may be done with a dataset, signed by its owner, and enforced where the data is read.
+"""Data cards: the permitted uses of a dataset, signed by its owner and enforced where the data is read.
 
-A card lies beside its dataset, as `NAME.card.yaml` with `NAME.card.yaml.sig`, so that it changes no byte of the data
-whose fingerprint it states. Without a card that can be trusted, data is private.
+A card is beside its dataset, as `NAME.card.yaml` with `NAME.card.yaml.sig`, so that it does not change the data whose
+fingerprint it states. Data without a trusted card is private.
 """
 
 import logging
@@ -24,11 +24,11 @@ _log = logging.getLogger(__name__)
 DataClass = Literal["open", "unique-open", "controlled", "sovereign", "private"]
 Purpose = Literal["base", "private"]
 CLASSES: tuple[DataClass, ...] = ("open", "unique-open", "controlled", "sovereign", "private")
-"""From the least strict to the strictest."""
+"""The data classes from the least strict to the strictest."""
 
 
 class DataCard(Config):
-    """What an owner says of a dataset: `dataset` is its fingerprint, `purposes` what it may be used for."""
+    """An owner's statement about a dataset: `dataset` is its fingerprint, `purposes` its permitted uses."""
 
     dataset: str = Field(min_length=1)
     title: str = Field(min_length=1)
@@ -39,7 +39,7 @@ class DataCard(Config):
 
 
 class Permission(Config):
-    """Whether data may shape the shared base, whether under privacy only, and why."""
+    """Whether data may shape the shared base, whether only under privacy, and why."""
 
     allowed: bool
     needs_privacy: bool
@@ -47,14 +47,14 @@ class Permission(Config):
 
 
 def card_path(dataset: Path | str) -> Path:
-    """Return where the card of a dataset lies."""
+    """Return the path of the card of a dataset."""
     return Path(dataset).with_name(f"{Path(dataset).name}.card.yaml")
 
 
 def card_of(dataset: Path | str, trusted: Mapping[str, str], *, fingerprint: str | None = None) -> DataCard:
-    """Return the card of a dataset; one that says private where no card can be trusted, with the cause in the log.
+    """Return the card of a dataset; without a trusted card, one of class private, with the cause in the log.
 
-    `trusted` gives the owner of each public key. The fingerprint is computed unless it is given.
+    `trusted` gives the owner of each public key. The dataset's fingerprint is computed unless it is given.
 
     Raises:
         StorageError: there is no such dataset.
@@ -63,16 +63,16 @@ def card_of(dataset: Path | str, trusted: Mapping[str, str], *, fingerprint: str
     path = card_path(dataset)
     try:
         if not path.is_file():
-            raise StorageError(f"there is no {path.name} beside it; let its owner write and sign one")
+            raise StorageError(f"there is no {path.name} beside it; its owner can write and sign one")
         content, key = read_signed(path, trusted)
         card = parse_yaml(content.decode("utf-8"), DataCard, source=str(path))
         owner = {public.strip().lower(): name for public, name in trusted.items()}[key]
         if card.owner != owner:
-            raise DataError(f"the card names {card.owner} as owner, and {owner} signed it")
+            raise DataError(f"the card names {card.owner} as owner, but {owner} signed it")
         if card.dataset != actual:
             raise DataError(f"the card is of the dataset {card.dataset}; this one is {actual}")
     except (WorldloomError, UnicodeDecodeError) as error:
-        _log.warning("%s is taken as private: %s", dataset, error)
+        _log.warning("%s is treated as private: %s", dataset, error)
         return DataCard(
             dataset=actual, title="without a card", owner="unknown", data_class="private", purposes=("private",)
         )
@@ -80,12 +80,12 @@ def card_of(dataset: Path | str, trusted: Mapping[str, str], *, fingerprint: str
 
 
 def strictest(classes: Iterable[DataClass]) -> DataClass:
-    """Return the strictest of some classes; of none, private."""
+    """Return the strictest of some classes; private if there are none."""
     return max(classes, key=CLASSES.index, default="private")
 
 
 def derive(cards: Iterable[DataCard], *, dataset: str, title: str, owner: str) -> DataCard:
-    """Return the card of what is made from several datasets: the strictest class, and the purposes common to all."""
+    """Return the card of data derived from several datasets: the strictest class, and the purposes common to all."""
     sources = list(cards)
     common = set.intersection(*(set(card.purposes) for card in sources)) if sources else set()
     return DataCard(
@@ -99,14 +99,14 @@ def derive(cards: Iterable[DataCard], *, dataset: str, title: str, owner: str) -
 
 
 def may_shape_base(card: DataCard, constitution: Constitution) -> Permission:
-    """Say whether data of this card may shape the shared base under these rules."""
+    """Return whether data with this card may shape the shared base under these rules."""
     needs = card.data_class == "controlled"
     if "base" not in card.purposes:
         why = f"the card of {card.title!r} does not name 'base' among its purposes"
     elif card.data_class not in constitution.classes:
         why = f"{card.data_class} data may not shape the base of {constitution.consortium}"
     elif needs and constitution.privacy is None:
-        why = "controlled data shapes the base only under privacy, which the constitution does not state"
+        why = "controlled data may shape the base only under privacy, which the constitution does not set"
     else:
         how = " under privacy" if needs else ""
         return Permission(allowed=True, needs_privacy=needs, why=f"{card.data_class} data may shape the base{how}")
@@ -114,7 +114,7 @@ def may_shape_base(card: DataCard, constitution: Constitution) -> Permission:
 
 
 def guarded_frames(frames: Frames, card: DataCard, purpose: Purpose, constitution: Constitution) -> Frames:
-    """Return the frames, of which nothing can be read for a purpose that their card does not allow."""
+    """Return the frames behind a guard, which refuses reads for a purpose that their card does not allow."""
     if card.dataset != frames.fingerprint:
         why = f"the card is of the dataset {card.dataset}; these frames are of {frames.fingerprint}"
         return _Guarded(frames, why if purpose == "base" else None)
@@ -126,11 +126,11 @@ def guarded_frames(frames: Frames, card: DataCard, purpose: Purpose, constitutio
 
 
 class _NotRead(DataError, AttributeError):
-    """Also an AttributeError, so that asking whether guarded frames are `Frames` gives an answer and reads nothing."""
+    """Also an AttributeError, so that `isinstance(frames, Frames)` works without reading."""
 
 
 class _Guarded(Frames):
-    """Frames behind a guard: the layout of the episodes is open, what was seen and done in them is not."""
+    """Frames behind a guard: the layout of the episodes can be read, their observations and actions cannot."""
 
     def __init__(self, frames: Frames, refused: str | None) -> None:
         self._frames, self._refused = frames, refused
@@ -179,6 +179,6 @@ class _Guarded(Frames):
     def _read(self) -> Frames:
         if self._refused is not None:
             raise _NotRead(
-                f"this data is not read: {self._refused}. Use it for the owner's own model, or ask its owner"
+                f"this data may not be read: {self._refused}. Use it for the owner's own model, or ask its owner"
             )
         return self._frames

@@ -1,4 +1,4 @@
-"""The rules of a consortium: one YAML that every member signs, and against which no round runs."""
+"""The constitution: the rules of a consortium, in one YAML file that every member signs."""
 
 import hashlib
 from collections.abc import Collection
@@ -15,39 +15,39 @@ from worldloom.core.signing import SigningKey, verified
 from worldloom.core.yaml_config import parse_yaml
 from worldloom.federation.secure.privacy import PrivacyConfig
 
-Name = Annotated[str, StringConstraints(pattern=r"\A[a-z0-9][a-z0-9_-]{0,63}\z")]  # it becomes a part of file names
+Name = Annotated[str, StringConstraints(pattern=r"\A[a-z0-9][a-z0-9_-]{0,63}\z")]  # used in file names
 Key = Annotated[str, StringConstraints(pattern=r"\A[0-9a-f]{64}\z")]
 
 _KIND = "worldloom constitution signature"
-_SIGNED_AS = b"worldloom constitution\n"  # a signature of a constitution is one of nothing else
+_SIGNED_AS = b"worldloom constitution\n"  # so that the signature is valid for nothing else
 _LARGEST = 2**20  # bytes
-_OF_SUMS = ("mean",)  # aggregations that need no single contribution; a clipped mean needs the norm of each
-_MASKABLE = ("float32",)  # codecs that leave a delta as it is; masks are added to whole numbers, not to a codec's parts
+_OF_SUMS = ("mean",)  # aggregations that need sums only; a clipped mean needs the norm of each contribution
+_MASKABLE = ("float32",)  # lossless codecs; masks are added to integers, not to a codec's parts
 _REMAINING = (
-    "what remains under it: signatures, round, base, data class and the shape of a message, and the held-out loss of "
-    "the new base; not the size, direction or quality of one contribution"
+    "secure aggregation still allows checks of signatures, round, base, data class and message shape, and of the "
+    "held-out loss of the new base; not of the size, direction or quality of one contribution"
 )
 
 
 class Member(Config):
-    """An owner that takes part, known by its public key; `connection` is the one that its node connects by, if any.
+    """A member and its public key; `connection` is the public key of its node's connections, if it has any.
 
-    That one is in OpenSSH's format: what `worldloom weave keys` writes to NAME.ssh.pub.
+    `connection` has OpenSSH's format: `worldloom weave keys` writes it to NAME.ssh.pub.
     """
 
     key: Key
     connection: str = ""
 
 
-class OutsideCoordinator(Config):
-    """A coordinator that is no member."""
+class ExternalCoordinator(Config):
+    """A coordinator that is not a member."""
 
     name: Name
     key: Key
 
 
 class Quality(Config):
-    """A gate: by how much of its value the held-out loss may grow through a contribution."""
+    """The quality gate: the largest relative growth of the held-out loss that a contribution may cause."""
 
     max_worse: float = Field(default=0.1, ge=0)
 
@@ -55,8 +55,8 @@ class Quality(Config):
 class Release(Config):
     """Gates before a base leaves the consortium; by default none.
 
-    It is of so many rounds, so many members have a part in it, its held-out loss (of the member in the middle) is at
-    most so high, and so many members countersigned a ledger that names it.
+    Minima of the rounds behind it, the members that contributed, and the members that countersigned a ledger that names
+    it; and the maximum of its held-out loss at the median member.
     """
 
     rounds: int = Field(default=0, ge=0)
@@ -68,20 +68,20 @@ class Release(Config):
 class Constitution(Config):
     """The rules of a consortium.
 
-    Before its first round a member trains what is sovereign for `align_steps`, and what is shared stays as it came.
-    `coordinators` are in order of succession: the name of a member, or a name and a key. `aggregation`, `outer`,
-    `codec` and `partition` are parsed by the component that they name. Under `secure_aggregation` the coordinator sees
-    sums of `threshold` contributions or more, and no single one.
+    Before its first round a member trains its sovereign tensors for `align_steps`, with the shared ones frozen.
+    `coordinators` are in order of succession: each is the name of a member, or a name and a key. `aggregation`,
+    `outer`, `codec` and `partition` are parsed by the component that they name. Under `secure_aggregation` the
+    coordinator sees sums of `threshold` contributions or more, and never a single one.
     """
 
     consortium: str = Field(min_length=1)
     members: dict[Name, Member] = Field(min_length=1)
-    coordinators: tuple[Name | OutsideCoordinator, ...] = Field(min_length=1)
+    coordinators: tuple[Name | ExternalCoordinator, ...] = Field(min_length=1)
     rounds: int = Field(gt=0)
     inner_steps: int = Field(gt=0)
     align_steps: int = Field(default=0, ge=0)
     quorum: int = Field(gt=0)
-    patience_seconds: float = Field(default=600.0, gt=0)
+    timeout_seconds: float = Field(default=600.0, gt=0)
     cap: float = Field(gt=0, le=1)
     weighting: Literal["equal", "frames", "sqrt-frames"] = "equal"
     aggregation: dict[str, Any] = Field(default_factory=lambda: {"name": "clipped-mean"})
@@ -99,11 +99,11 @@ class Constitution(Config):
     def _consistent(self) -> "Constitution":
         count = len(self.members)
         if self.quorum > count:
-            raise ConfigError(f"quorum: {self.quorum} of {count} members; expected at most all. Lower the quorum")
+            raise ConfigError(f"quorum: {self.quorum} of {count} members; expected at most {count}. Lower the quorum")
         for what, number in (("members", count), ("members of a quorum", self.quorum)):
             if number * self.cap < 1 - 1e-9:  # the weights of a round sum to one
                 raise ConfigError(
-                    f"cap: {number} {what} with at most {self.cap} each have less than the whole; expected a cap of "
+                    f"cap: {number} {what} with a weight of at most {self.cap} each cannot sum to 1; expected a cap of "
                     f"at least {1 / number:.6g}. Raise the cap or the quorum"
                 )
         for what, number in (
@@ -111,7 +111,7 @@ class Constitution(Config):
             ("countersigned", self.release.countersigned),
         ):
             if number > count:
-                raise ConfigError(f"release.{what}: {number} of {count} members; expected at most all. Ask for fewer")
+                raise ConfigError(f"release.{what}: {number} of {count} members; expected at most {count}. Lower it")
         for part in ("aggregation", "outer", "codec"):
             if not isinstance(getattr(self, part).get("name"), str):
                 raise ConfigError(f"{part}: expected a mapping with a 'name'; got {getattr(self, part)!r}")
@@ -120,89 +120,93 @@ class Constitution(Config):
         private = self.privacy is not None and self.privacy.noise > 0 and self.privacy.epsilon_budget is not None
         if "controlled" in self.classes and not private:
             raise ConfigError(
-                "classes: controlled data shapes the base only under privacy; state privacy with noise and an "
-                "epsilon_budget, or leave controlled data out"
+                "classes: controlled data may shape the base only under privacy; set privacy with noise and an "
+                "epsilon_budget, or remove controlled data"
             )
-        seats = [seat if isinstance(seat, str) else seat.name for seat in self.coordinators]
-        for seat in self.coordinators:
-            if isinstance(seat, str) and seat not in self.members:
-                raise ConfigError(f"coordinators: {seat!r} is no member; write its name and key, or name a member")
-            if isinstance(seat, OutsideCoordinator) and seat.name in self.members:
-                raise ConfigError(f"coordinators: {seat.name!r} is a member; write the name alone")
+        names = [one if isinstance(one, str) else one.name for one in self.coordinators]
+        for one in self.coordinators:
+            if isinstance(one, str) and one not in self.members:
+                raise ConfigError(f"coordinators: {one!r} is not a member; write its name and key, or name a member")
+            if isinstance(one, ExternalCoordinator) and one.name in self.members:
+                raise ConfigError(f"coordinators: {one.name!r} is a member; write the name alone")
         keys = [member.key for member in self.members.values()]
-        keys += [seat.key for seat in self.coordinators if isinstance(seat, OutsideCoordinator)]
-        if len(set(keys)) < len(keys) or len(set(seats)) < len(seats):
-            raise ConfigError("members, coordinators: a key or a seat stands twice; give each its own")
+        keys += [one.key for one in self.coordinators if isinstance(one, ExternalCoordinator)]
+        if len(set(keys)) < len(keys) or len(set(names)) < len(names):
+            raise ConfigError("members, coordinators: a key or a name appears twice; each needs its own")
         return self
 
     def _can_be_summed(self) -> None:
         name, codec = str(self.aggregation["name"]), str(self.codec["name"])
         if name not in _OF_SUMS:
             raise ConfigError(
-                f"aggregation: {name!r} must see single contributions, which secure_aggregation hides; {_REMAINING}. "
+                f"aggregation: {name!r} needs single contributions, which secure_aggregation hides; {_REMAINING}. "
                 f"Choose mean, or set secure_aggregation to false"
             )
         if codec not in _MASKABLE:
             raise ConfigError(
-                f"codec: {codec!r} writes no numbers that can be added up under masks; secure_aggregation writes "
-                f"whole numbers of its own. Choose float32, or set secure_aggregation to false"
+                f"codec: the numbers of {codec!r} cannot be summed under masks; secure_aggregation has its own integer "
+                f"encoding. Choose float32, or set secure_aggregation to false"
             )
         if len(self.members) < 3:
             raise ConfigError(
-                f"secure_aggregation: of a sum of {len(self.members)} each member can take off its own part and has "
+                f"secure_aggregation: in a sum of {len(self.members)} a member can subtract its own part and learn "
                 f"the other's; expected 3 members or more"
             )
-        inside = [seat for seat in self.coordinators if isinstance(seat, str)]
+        inside = [one for one in self.coordinators if isinstance(one, str)]
         if inside and self.threshold < 3:
             raise ConfigError(
-                f"secure_aggregation: the coordinator {inside[0]!r} is a member, and could take its own part off a sum "
-                f"of {self.threshold}; raise the quorum to 3 or more, or let one coordinate who is no member"
+                f"secure_aggregation: the coordinator {inside[0]!r} is a member, and could subtract its own part "
+                f"from a sum of {self.threshold}; raise the quorum to 3, or choose a coordinator that is not a member"
             )
 
     @property
     def threshold(self) -> int:
-        """How many members must last through a sum under secure aggregation: the quorum, and over half of all."""
+        """The members that must stay to the end of a secure sum: at least the quorum, and over half of all."""
         return max(self.quorum, len(self.members) // 2 + 1)
 
     @property
     def fingerprint(self) -> str:
-        """The SHA-256 of the rules, however their file is laid out."""
+        """The SHA-256 of the rules, independent of the layout of their file."""
         return hashlib.sha256(canonical(self.model_dump(mode="json")).encode("ascii")).hexdigest()
 
     @property
     def largest_bytes(self) -> int:
-        """The largest message."""
+        """The largest size of a message."""
         return int(self.largest_megabytes * 1_000_000)
 
     def member_keys(self) -> dict[str, str]:
         """Return the public key of each member."""
         return {name: member.key for name, member in self.members.items()}
 
+    def member_names(self) -> dict[str, str]:
+        """Return the name of the member behind each public key."""
+        return {member.key: name for name, member in self.members.items()}
+
     def coordinator_keys(self) -> dict[str, str]:
         """Return the public key of each coordinator, in order of succession."""
-        return dict(self._seat(seat) for seat in self.coordinators)
+        return {
+            name: self.members[name].key if key is None else key
+            for name, key in ((one, None) if isinstance(one, str) else (one.name, one.key) for one in self.coordinators)
+        }
 
     def known(self) -> dict[str, str]:
         """Return the name behind each public key, of members and coordinators."""
         return {key: name for name, key in {**self.member_keys(), **self.coordinator_keys()}.items()}
 
-    def _seat(self, seat: str | OutsideCoordinator) -> tuple[str, str]:
-        return (seat, self.members[seat].key) if isinstance(seat, str) else (seat.name, seat.key)
-
 
 def ratify(path: Path | str, member: str, key: SigningKey) -> Path:
-    """Sign a constitution as it is now, as one of its members; return where the signature is kept.
+    """Sign a constitution in its present text, as one of its members; return the path of the signature.
 
     Raises:
-        ConfigError: it is no constitution.
-        DataError: there is no such member, or the key is another's.
+        ConfigError: the file is not a constitution.
+        DataError: there is no such member, or the key is not the member's.
     """
     content = _read(path)
     constitution = _parse(content, path)
     if member not in constitution.members:
-        raise DataError(f"{member!r} is no member of {path}; expected one of {', '.join(constitution.members)}")
+        raise DataError(f"{member!r} is not a member in {path}; expected one of {', '.join(constitution.members)}")
     if constitution.members[member].key != key.public:
-        raise DataError(f"{path} knows {member} by another key than {key.public}; sign with the one that it names")
+        raise DataError(f"{path} names another key for {member} than {key.public}; sign with the key that it names")
     where = ratification_path(path, member)
     values = {"kind": _KIND, "format": 1, "member": member, "key": key.public}
     write_json(where, {**values, "signature": key.sign(_SIGNED_AS + content)})
@@ -210,16 +214,16 @@ def ratify(path: Path | str, member: str, key: SigningKey) -> Path:
 
 
 def ratification_path(path: Path | str, member: str) -> Path:
-    """Return where a member's signature of a constitution is kept."""
+    """Return the path of a member's signature of a constitution."""
     return Path(path).with_name(f"{Path(path).name}.{member}.sig")
 
 
 def read_constitution(path: Path | str, *, require: Collection[str] | None = None) -> Constitution:
-    """Read a constitution that its members signed: all of them, or those that `require` names.
+    """Read a constitution that all its members signed, or those in `require`.
 
     Raises:
-        ConfigError: it is no constitution, or contradicts itself.
-        DataError: a member has not signed, signed another text, or somebody signed who is no member; names who.
+        ConfigError: the file is not a constitution, or contradicts itself.
+        DataError: a signature is missing, of another text, or of a signer that is not a member; the signer is named.
     """
     content = _read(path)
     constitution = _parse(content, path)
@@ -232,32 +236,32 @@ def read_constitution(path: Path | str, *, require: Collection[str] | None = Non
             if file.name.startswith(before) and file.name.endswith(after)
         }
     if strangers := sorted(signers - set(constitution.members)):
-        raise DataError(f"{path} is signed by {', '.join(strangers)}, no member of it; remove what they signed")
+        raise DataError(f"{path} is signed by {', '.join(strangers)}, which it does not name; remove the signatures")
     if missing := sorted(required - signers):
         raise DataError(f"{path} is not signed by {', '.join(missing)}; no round runs before they sign it")
     for member in sorted(signers):
         where = ratification_path(path, member)
         values = read_json(where)
         if not isinstance(values, dict) or (values.get("kind"), values.get("format")) != (_KIND, 1):
-            raise DataError(f"{where} is no signature of a constitution; let {member} sign again")
+            raise DataError(f"{where} is not a signature of a constitution; let {member} sign again")
         key = constitution.members[member].key
         if (values.get("member"), values.get("key")) != (member, key):
             raise DataError(f"{where} is of another member or key; let {member} sign again")
         if not verified(_SIGNED_AS + content, str(values.get("signature")), key):
-            raise DataError(f"{path} is not what {member} signed: it was changed. Restore it, or let all sign again")
+            raise DataError(f"{path} was changed after {member} signed it. Restore it, or let all members sign again")
     return constitution
 
 
 def _read(path: Path | str) -> bytes:
     with storage_errors(path), Path(path).open("rb") as file:
-        return file.read(_LARGEST + 1)  # one more than is read, so that a larger file is refused
+        return file.read(_LARGEST + 1)  # one byte more than allowed, so that a larger file is refused
 
 
 def _parse(content: bytes, path: Path | str) -> Constitution:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is no UTF-8 text ({error}); save it as UTF-8") from None
+        raise ConfigError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
     if len(content) > _LARGEST:
-        raise ConfigError(f"{path} is larger than {_LARGEST} bytes; expected what a person writes")
+        raise ConfigError(f"{path} is larger than {_LARGEST} bytes; expected a constitution, which is much smaller")
     return parse_yaml(text, Constitution, source=str(path))

@@ -1,17 +1,19 @@
-"""Sums of deltas of which nobody sees a single one: pairwise masks that cancel, and survive owners who drop out.
+"""The secure aggregation protocol: sums of deltas without access to a single one, robust against dropouts.
 
 The protocol of Bonawitz et al. 2017 in four exchanges, by plain messages that any transport can carry:
 
 1. advertise: each owner signs two fresh X25519 keys, one for masks and one to encrypt its shares.
-2. share: each cuts its mask key and the seed of its own mask into Shamir shares, one for each owner, encrypted.
-3. mask: each adds to its fixed-point delta its own mask and one for each other owner, which that one subtracts.
-4. unmask: those who are still there hand over a share of the own mask of each who sent a masked delta, and of the mask
-   key of each who did not. From `threshold` of them the coordinator takes off what does not cancel.
+2. share: each splits its mask key and the seed of its own mask into Shamir shares, one for each owner, encrypted.
+3. mask: each adds its own mask and one pairwise mask per other owner, which the other subtracts, to its fixed-point
+   delta.
+4. unmask: the remaining owners send a share of the own mask of each owner that sent a masked delta, and a share of the
+   mask key of each that did not. With `threshold` of them the coordinator removes the masks that do not cancel.
 
-An owner gives a share of one or the other, never both, and answers once. As the threshold is over half of the owners,
-a coordinator that tells them different lists still gets one secret at most of any owner, unless at least
-2 threshold - owners of them help it. It learns who took part and the sum. What the sum itself tells is for
-differential privacy to hide; and a lying owner can spoil a sum, unseen, by any amount: this hides, it does not check.
+An owner sends a share of one or the other secret, never of both, and answers each phase once. As the threshold is over
+half of the owners, a coordinator that sends them different lists still gets at most one secret of any owner, unless at
+least 2 threshold - n of the n owners help it. It learns the participants and the sum. Differential privacy must hide
+what the sum itself reveals. The protocol hides contributions but does not check them: a malicious owner can change a
+sum by any amount without being noticed.
 """
 
 import hashlib
@@ -19,7 +21,7 @@ import json
 import math
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +45,10 @@ PRIME = 2**521 - 1
 """The field of the secret shares, well above every secret of 32 bytes."""
 
 _SECRET = 32  # bytes of a seed or a key
-_POINT = (PRIME.bit_length() + 7) // 8
+_POINT = (PRIME.bit_length() + 7) // 8  # bytes of a share
+_FRACTION = 24  # deltas are sent as multiples of 2**-24 ...
+_LIMIT = 1024.0  # ... up to this magnitude, so that a sum of up to 2**28 owners fits into 64 bits
+_UNSIGNED = np.dtype("<u8")  # sums are taken modulo 2**64
 
 
 def split_secret(
@@ -54,7 +59,7 @@ def split_secret(
     prime: int = PRIME,
     draw: Callable[[int], int] = secrets.randbelow,
 ) -> list[int]:
-    """Return shares for the points 1, 2, ...: any `threshold` give the secret, fewer say nothing (Shamir 1979).
+    """Return shares for the points 1, 2, ...: any `threshold` give the secret, fewer reveal nothing (Shamir 1979).
 
     `draw(n)` must be uniform on 0 to n - 1 and secret.
     """
@@ -71,7 +76,7 @@ def split_secret(
 
 
 def join_secret(shares: Mapping[int, int], *, prime: int = PRIME) -> int:
-    """Return the secret of the shares at these points; with fewer than the threshold, a number that says nothing."""
+    """Return the secret of the shares at these points; fewer than the threshold give a meaningless number."""
     secret = 0
     for here, value in shares.items():
         above = below = 1
@@ -82,30 +87,17 @@ def join_secret(shares: Mapping[int, int], *, prime: int = PRIME) -> int:
     return secret
 
 
-class AggregationConfig(Config):
-    """How deltas are written as whole numbers, and how many owners must last.
+class SumSession(Config):
+    """What owners and coordinator agree on before a sum; a `name` (round, base, attempt) is never used twice.
 
-    A value is a multiple of 2**-`fraction`, of at most `limit`; beyond it is refused, or held at it. Sums are taken
-    modulo 2**`bits`. `threshold` owners, over half, must be there to the end, else nothing is revealed.
-    """
-
-    threshold: int = Field(ge=2)
-    bits: Literal[32, 64] = 64
-    fraction: int = Field(default=24, ge=1, le=52)
-    limit: float = Field(default=1024.0, gt=0)
-    beyond: Literal["refuse", "clip"] = "refuse"
-
-
-class Session(Config):
-    """What owners and coordinator agree on before a sum; `name` is never used twice (round, base, attempt).
-
-    `owners` holds the Ed25519 key of each, in hexadecimal digits, and `shapes` the tensors of a delta.
+    `owners` holds the Ed25519 key of each, in hexadecimal digits, and `shapes` the tensors of a delta. If fewer than
+    `threshold` owners, over half, stay to the end, nothing is revealed.
     """
 
     name: str = Field(min_length=1)
     owners: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
-    config: AggregationConfig
+    threshold: int = Field(ge=2)
 
     @field_validator("owners")
     @classmethod
@@ -114,73 +106,64 @@ class Session(Config):
             try:
                 Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))
             except ValueError:
-                raise ConfigError(f"the key of {owner} is no Ed25519 key of 64 hexadecimal digits: {key!r}") from None
+                raise ConfigError(f"{owner}'s key is not an Ed25519 key of 64 hexadecimal digits: {key!r}") from None
         if len({key.lower() for key in owners.values()}) < len(owners):
-            raise ConfigError("two owners have the same key; each must have its own, or one could be heard twice")
+            raise ConfigError("two owners have the same key; each needs its own, or one could answer twice")
         return owners
 
     @model_validator(mode="after")
-    def _fits(self) -> "Session":
-        n, config = len(self.owners), self.config
-        if not n < 2 * config.threshold <= 2 * n:
+    def _threshold_over_half(self) -> "SumSession":
+        n = len(self.owners)
+        if not n < 2 * self.threshold <= 2 * n:
             raise ConfigError(
-                f"expected a threshold over half of the {n} owners and no more than all; got {config.threshold}. With "
-                f"half, a coordinator could unmask an owner by telling the two halves different things"
-            )
-        largest = n * (config.limit * 2**config.fraction + 1)  # one more, for rounding
-        if largest >= 2 ** (config.bits - 1):
-            raise ConfigError(
-                f"the sum of {n} owners may reach {largest:.3g} steps, but {config.bits} bits hold "
-                f"{2 ** (config.bits - 1):.3g}; lower fraction or limit, or take 64 bits"
+                f"expected a threshold over half of the {n} owners and no more than all; got {self.threshold}. With "
+                f"half, a coordinator could unmask an owner by sending different lists to the two halves"
             )
         return self
 
     @property
     def names(self) -> list[str]:
-        """The owners in order; the first has share 1."""
+        """The owners in order; the first has the share of point 1."""
         return sorted(self.owners)
 
     @property
     def size(self) -> int:
-        """How many values a delta has."""
+        """The number of values of a delta."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
     def digest(self) -> bytes:
-        """What every key of this session is bound to."""
+        """The digest that binds every key to this session."""
         return hashlib.sha256(canonical(self.model_dump(mode="json")).encode("ascii")).digest()
 
 
-def encode_delta(delta: Mapping[str, Tensor], session: Session) -> NDArray[Any]:
-    """Return a delta as one row of whole numbers modulo 2**bits, each within half a step of its value.
+def encode_delta(delta: Mapping[str, Tensor], session: SumSession) -> NDArray[Any]:
+    """Return a delta as one row of integers modulo 2**64, each within half a step of 2**-24 of its value.
 
     Raises:
-        DataError: the tensors are others, or a value is not finite or beyond the limit.
+        DataError: the tensors are not those of the session, or a value is not finite or over the limit of 1024.
     """
     shapes = {name: tuple(value.shape) for name, value in delta.items()}
     if shapes != dict(session.shapes):
         wrong = sorted(name for name in {*shapes, *session.shapes} if shapes.get(name) != session.shapes.get(name))
-        raise DataError(f"the delta has other tensors than the session states: {', '.join(wrong)}")
-    config = session.config
+        raise DataError(f"the delta has other tensors than the session: {', '.join(wrong)}")
     parts = [np.zeros(0)] + [delta[name].detach().cpu().double().reshape(-1).numpy() for name in sorted(shapes)]
     values = np.concatenate(parts)
     if not np.isfinite(values).all():
-        raise DataError("the delta has values that are not finite; nothing may be sent of it")
+        raise DataError("the delta has values that are not finite; it may not be sent")
     largest = float(np.abs(values).max(initial=0.0))
-    if largest > config.limit:
-        if config.beyond == "refuse":
-            raise DataError(
-                f"a value of the delta is {largest:.4g}, beyond the limit of {config.limit:g}; raise the limit for all"
-            )
-        values = values.clip(-config.limit, config.limit)
-    # Two's complement: a negative number is what is missing to 2**bits.
-    return np.rint(values * 2.0**config.fraction).astype(np.int64).astype(_kind(session), casting="unsafe")
+    if largest > _LIMIT:
+        raise DataError(
+            f"a value of the delta is {largest:.4g}, over the limit of {_LIMIT:g}; lower the learning rate, or clip"
+        )
+    # Two's complement represents negative numbers.
+    return np.rint(values * 2.0**_FRACTION).astype(np.int64).astype(_UNSIGNED, casting="unsafe")
 
 
-def decode_sum(numbers: NDArray[Any], session: Session) -> dict[str, Tensor]:
+def decode_sum(numbers: NDArray[Any], session: SumSession) -> dict[str, Tensor]:
     """Return the tensors (float64) of a sum of encoded deltas."""
-    signed = numbers.astype(_kind(session)).view(f"<i{session.config.bits // 8}")
-    values = torch.from_numpy(signed.astype(np.float64) / 2.0**session.config.fraction)
+    signed = numbers.astype(_UNSIGNED).view("<i8")
+    values = torch.from_numpy(signed.astype(np.float64) / 2.0**_FRACTION)
     found, start = {}, 0
     for name in sorted(session.shapes):
         shape = session.shapes[name]
@@ -195,20 +178,20 @@ class Masker:
     `sign` signs with the secret key of the owner in the session.
     """
 
-    def __init__(self, owner: str, session: Session, sign: Callable[[bytes], bytes]) -> None:
+    def __init__(self, owner: str, session: SumSession, sign: Callable[[bytes], bytes]) -> None:
         if owner not in session.owners:
-            raise ConfigError(f"{owner} is not of the session's owners: {', '.join(session.names)}")
+            raise ConfigError(f"{owner} is not an owner in the session; expected one of {', '.join(session.names)}")
         self.owner, self.session, self._sign = owner, session, sign
         self._stage = "advertise"
         self._mask_key, self._box_key = X25519PrivateKey.generate(), X25519PrivateKey.generate()
         self._seed = secrets.token_bytes(_SECRET)
         self._roster: dict[str, dict[str, Any]] = {}
-        self._shares: dict[str, tuple[int, int]] = {}  # of each owner: its mask key's, its seed's
+        self._shares: dict[str, tuple[int, int]] = {}  # owner -> shares of its mask key and of its seed
 
     def state(self) -> dict[str, Any]:
-        """Return what goes on after a break, as plain JSON. It holds every secret: delete it once the sum is over.
+        """Return the state as plain JSON, to resume after a kill. It holds every secret: delete it after the sum.
 
-        What was kept before an answer must not be gone on with after it: the same masks on two deltas tell both.
+        Never resume from a state that is older than an answer: the same masks on two deltas reveal both.
         """
         return {
             "owner": self.owner,
@@ -221,11 +204,11 @@ class Masker:
         }
 
     @classmethod
-    def of(cls, state: Mapping[str, Any], session: Session, sign: Callable[[bytes], bytes]) -> "Masker":
-        """Return the masker that was in this state.
+    def of(cls, state: Mapping[str, Any], session: SumSession, sign: Callable[[bytes], bytes]) -> "Masker":
+        """Return the masker with this state.
 
         Raises:
-            DataError: this is no masker's state.
+            DataError: the state is invalid.
         """
         try:
             found = cls(state["owner"], session, sign)
@@ -236,7 +219,7 @@ class Masker:
             found._roster = {owner: dict(keys) for owner, keys in state["roster"].items()}
             found._shares = {owner: (int(key, 16), int(seed, 16)) for owner, (key, seed) in state["shares"].items()}
         except (AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:
-            raise DataError(f"this is no state of a masker ({error}); begin a new session") from None
+            raise DataError(f"the state of a masker is invalid ({error}); begin a new session") from None
         return found
 
     def advertise(self) -> dict[str, str]:
@@ -246,16 +229,16 @@ class Masker:
         return {**keys, "signature": self._sign(_claim(keys, self.session)).hex()}
 
     def share(self, roster: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Take the keys of all who advertised, and return the encrypted shares, one for each other of them.
+        """Take the advertised keys of all owners, and return the encrypted shares, one for each other owner.
 
         Raises:
-            DataError: too few, a stranger, or keys that their owner did not sign.
+            DataError: the owners are too few or unknown, or did not sign their keys.
         """
         self._begin("share", "mask")
         self._roster = _check_roster(roster, self.session)
         if self._roster.get(self.owner, {}).get("mask") != _public(self._mask_key):
             raise DataError(f"the roster has other keys for {self.owner} than it advertised; nothing is shared")
-        owners, threshold = self.session.names, self.session.config.threshold
+        owners, threshold = self.session.names, self.session.threshold
         keys = split_secret(int.from_bytes(_raw(self._mask_key), "big"), len(owners), threshold)
         seeds = split_secret(int.from_bytes(self._seed, "big"), len(owners), threshold)
         sealed = {}
@@ -268,21 +251,23 @@ class Masker:
         return {"owner": self.owner, "commitment": _commitment(self._seed, self.session), "shares": sealed}
 
     def mask(self, inbox: Mapping[str, str], delta: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Take the shares that others sealed for this owner, and return its delta under masks.
+        """Take the shares that others encrypted for this owner, and return its masked delta.
 
-        Those whose shares came are masked against. To weigh a delta, multiply it before.
+        The delta gets a pairwise mask for each owner whose share came. To weight a delta, multiply it before.
 
         Raises:
-            DataError: too few, a share that was not sealed for this owner, or a delta that cannot be encoded.
+            DataError: the shares are too few or not encrypted for this owner, or the delta cannot be encoded.
         """
         self._begin("mask", "unmask")
         for sender, sealed in inbox.items():
             if sender == self.owner or sender not in self._roster:
-                raise DataError(f"{sender!r} is none of the others on the roster; nothing is sent")
+                raise DataError(f"{sender!r} is not another owner on the roster; nothing is sent")
             try:
                 plain = self._box(sender, self.owner).decrypt(_NONCE, bytes.fromhex(sealed), None)
             except (InvalidTag, ValueError, TypeError):
-                raise DataError(f"the share from {sender} was not sealed for {self.owner}; nothing is sent") from None
+                raise DataError(
+                    f"the share from {sender} was not encrypted for {self.owner}; nothing is sent"
+                ) from None
             if len(plain) != 2 * _POINT:
                 raise DataError(f"the share from {sender} has {len(plain)} bytes; expected {2 * _POINT}")
             self._shares[sender] = (int.from_bytes(plain[:_POINT], "big"), int.from_bytes(plain[_POINT:], "big"))
@@ -294,10 +279,10 @@ class Masker:
         return {"owner": self.owner, "masked": total.tobytes()}
 
     def unmask(self, survivors: Collection[str]) -> dict[str, Any]:
-        """Return, of each survivor, a share of its own mask's seed; of each other, one of its mask key.
+        """Return a share of the own mask's seed of each survivor, and of the mask key of each other owner.
 
         Raises:
-            DataError: too few survived to hide in their sum, or the list is none of those masked against.
+            DataError: the survivors are too few to hide in their sum, or not owners that were masked against.
         """
         self._begin("unmask", "done")
         there = set(survivors)
@@ -311,14 +296,14 @@ class Masker:
         }
 
     def _box(self, sender: str, recipient: str) -> ChaCha20Poly1305:
-        """The cipher of the one message from one to the other: as its key serves once, so may its nonce."""
+        """Return the cipher of the only message between two owners: a key is used once, so the nonce is constant."""
         other = recipient if sender == self.owner else sender
         return ChaCha20Poly1305(
             _agree(self._box_key, self._roster[other]["box"], ["share", sender, recipient], self.session)
         )
 
     def _begin(self, stage: str, following: str) -> None:
-        # Whatever fails after this ends the session for this owner: nothing is ever answered twice.
+        # Any failure after this ends the session for this owner: no phase is ever answered twice.
         if self._stage != stage:
             raise DataError(
                 f"{self.owner} was asked to {stage} in {self.session.name!r}, but its next step is {self._stage}; "
@@ -328,12 +313,12 @@ class Masker:
 
 
 class Unmasker:
-    """The coordinator's part in one sum: `advertised`, `shared`, `masked` and `unmasked` take what came at each stage.
+    """The coordinator's part in one sum: `advertised`, `shared`, `masked` and `unmasked` take the phases' answers.
 
-    Answers that never came are simply left out; each method raises `DataError` where too few are left.
+    Answers that never came are left out; each method raises `DataError` if too few remain.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: SumSession) -> None:
         self.session = session
         self._roster: dict[str, dict[str, Any]] = {}
         self._commitments: dict[str, str] = {}
@@ -341,12 +326,12 @@ class Unmasker:
         self._survivors: set[str] = set()
 
     def advertised(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Return the roster, to be given to all on it."""
+        """Return the roster, to be sent to all owners on it."""
         self._roster = _check_roster(_by_owner(messages, self.session.owners), self.session)
         return self._roster
 
     def shared(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
-        """Return for each who shared what the others sealed for it."""
+        """Return, for each owner that shared, the shares that the others encrypted for it."""
         given = _by_owner(messages, self._roster)
         _enough(given, self.session, "shared their keys")
         boxes: dict[str, dict[str, str]] = {owner: {} for owner in given}
@@ -363,15 +348,14 @@ class Unmasker:
         return boxes
 
     def masked(self, messages: Iterable[Mapping[str, Any]]) -> list[str]:
-        """Add up the masked deltas, one at a time, and return whose they are, to be told to them."""
-        kind = _kind(self.session)
-        total, given = np.zeros(self.session.size, kind), set[str]()
+        """Sum the masked deltas, one at a time, and return their owners: the survivors, to be sent to all of them."""
+        total, given = np.zeros(self.session.size, _UNSIGNED), set[str]()
         for message in messages:
             (owner,) = _by_owner([message], set(self._commitments) - given)
             data = message.get("masked")
-            if not isinstance(data, bytes) or len(data) != self.session.size * kind.itemsize:
+            if not isinstance(data, bytes) or len(data) != self.session.size * _UNSIGNED.itemsize:
                 raise DataError(f"{owner} sent no masked delta of {self.session.size} values; leave it out")
-            total += np.frombuffer(data, kind)
+            total += np.frombuffer(data, _UNSIGNED)
             given.add(owner)
         _enough(given, self.session, "sent their deltas")
         self._total, self._survivors = total, given
@@ -381,10 +365,10 @@ class Unmasker:
         """Return the sum of the survivors' deltas (float64).
 
         Raises:
-            DataError: too few answered, or their shares do not give the secrets that were committed to.
+            DataError: too few answered, or their shares do not give the committed secrets.
         """
         if self._total is None:
-            raise DataError("no masked deltas were added up yet; call masked first")
+            raise DataError("no masked deltas were summed yet; call masked first")
         answers = _by_owner(messages, self._survivors)
         _enough(answers, self.session, "helped to unmask")
         total = self._total.copy()
@@ -398,7 +382,7 @@ class Unmasker:
             if _public(key) != self._roster[owner]["mask"]:
                 raise DataError(f"the shares of the key of {owner} do not give it: one of them is wrong")
             for other in self._survivors:
-                # What the absent owner would have added, and the others have already taken off.
+                # What the absent owner would have added; the others subtracted it already.
                 total += _pair_mask(key, owner, other, self._roster[other]["mask"], self.session)
         return decode_sum(total, self.session)
 
@@ -411,7 +395,7 @@ class Unmasker:
             raise DataError(f"the shares of {owner} do not give its secret: one of them is missing or wrong") from None
 
 
-def check_keys(owner: str, message: Any, session: Session) -> dict[str, Any]:
+def check_keys(owner: str, message: Any, session: SumSession) -> dict[str, Any]:
     """Return the keys that an owner advertised.
 
     Raises:
@@ -431,65 +415,61 @@ def check_keys(owner: str, message: Any, session: Session) -> dict[str, Any]:
 _NONCE = bytes(12)
 
 
-def _kind(session: Session) -> np.dtype[Any]:
-    return np.dtype(f"<u{session.config.bits // 8}")
-
-
 def _by_owner(messages: Sequence[Mapping[str, Any]], expected: Collection[str]) -> dict[str, Mapping[str, Any]]:
     found: dict[str, Mapping[str, Any]] = {}
     for message in messages:
         owner = message.get("owner")
         if not isinstance(owner, str) or owner not in expected or owner in found:
-            raise DataError(f"a message of {owner!r}, who is not expected or has sent one already; leave it out")
+            raise DataError(f"a message of {owner!r}, which is not expected or has sent one already; leave it out")
         found[owner] = message
     return found
 
 
-def _enough(there: Collection[str], session: Session, did: str) -> None:
-    if len(there) < session.config.threshold:
+def _enough(there: Collection[str], session: SumSession, did: str) -> None:
+    if len(there) < session.threshold:
         raise DataError(
             f"only {len(there)} owners of {len(session.owners)} {did}, fewer than the threshold of "
-            f"{session.config.threshold}; nothing is revealed. Begin a new session"
+            f"{session.threshold}; nothing is revealed. Begin a new session"
         )
 
 
-def _check_roster(roster: Mapping[str, Mapping[str, Any]], session: Session) -> dict[str, dict[str, Any]]:
-    """Every key is signed for this session by the owner it stands for: the coordinator cannot put in its own."""
+def _check_roster(roster: Mapping[str, Mapping[str, Any]], session: SumSession) -> dict[str, dict[str, Any]]:
+    """Check that each owner signed its keys for this session: the coordinator cannot insert its own."""
     _enough(roster, session, "advertised keys")
     return {owner: check_keys(owner, message, session) for owner, message in roster.items()}
 
 
-def _claim(keys: Mapping[str, str], session: Session) -> bytes:
+def _claim(keys: Mapping[str, str], session: SumSession) -> bytes:
     return b"worldloom secure aggregation\0" + session.digest + canonical(dict(keys)).encode("ascii")
 
 
-def _commitment(seed: bytes, session: Session) -> str:
+def _commitment(seed: bytes, session: SumSession) -> str:
     return hashlib.sha256(b"worldloom own mask\0" + session.digest + seed).hexdigest()
 
 
-def _agree(secret: X25519PrivateKey, public: str, use: Sequence[str], session: Session) -> bytes:
-    """The key that two owners share for one use (X25519, then HKDF)."""
+def _agree(secret: X25519PrivateKey, public: str, use: Sequence[str], session: SumSession) -> bytes:
+    """Return the key that two owners share for one use (X25519, then HKDF)."""
     try:
         shared = secret.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(public)))
     except ValueError:
-        raise DataError(f"{public!r} is no X25519 key to agree with") from None
+        raise DataError(f"{public!r} is not a valid X25519 key") from None
     info = json.dumps(["worldloom", *use]).encode("ascii")
     return HKDF(algorithm=SHA256(), length=_SECRET, salt=session.digest, info=info).derive(shared)
 
 
-def _stream(key: bytes, session: Session) -> NDArray[Any]:
-    """Uniform numbers modulo 2**bits; a key serves for one stream only, so its nonce may be constant."""
-    zeros = bytes(session.size * _kind(session).itemsize)
-    return np.frombuffer(Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor().update(zeros), _kind(session))
+def _stream(key: bytes, session: SumSession) -> NDArray[Any]:
+    """Return uniform numbers modulo 2**64; a key is used for one stream only, so its nonce may be constant."""
+    zeros = bytes(session.size * _UNSIGNED.itemsize)
+    return np.frombuffer(Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor().update(zeros), _UNSIGNED)
 
 
-def _own_mask(seed: bytes, session: Session) -> NDArray[Any]:
+def _own_mask(seed: bytes, session: SumSession) -> NDArray[Any]:
     info = b"worldloom own mask"
     return _stream(HKDF(algorithm=SHA256(), length=_SECRET, salt=session.digest, info=info).derive(seed), session)
 
 
-def _pair_mask(secret: X25519PrivateKey, owner: str, other: str, public: str, session: Session) -> NDArray[Any]:
-    """What `owner` adds for `other`: the same numbers that the other takes off."""
+def _pair_mask(secret: X25519PrivateKey, owner: str, other: str, public: str, session: SumSession) -> NDArray[Any]:
+    """Return the numbers that `owner` adds for `other`, which the other subtracts."""
     mask = _stream(_agree(secret, public, ["mask", *sorted((owner, other))], session), session)
     return mask if owner < other else np.negative(mask)
 

@@ -1,9 +1,9 @@
-"""Differential privacy of what an owner sends: its delta clipped and noised, and the privacy spent accounted for.
+"""Differential privacy of an owner's delta: clipping, noise, and accounting of the privacy spent.
 
-The protected unit is an owner: whoever sees what was released can hardly tell whether an owner took part, whatever its
-data. Owners are added or removed; a round releases the sum of clipped deltas with noise of deviation `noise * clip`.
-Epsilon comes from the closed form of the Gaussian mechanism where every owner takes part in every round, and from
-Opacus' Renyi accountant, an upper bound, where owners are sampled.
+The protected unit is an owner: an observer of all releases can hardly tell whether an owner took part. The neighbouring
+relation adds or removes an owner; a round releases the sum of clipped deltas with noise of deviation `noise * clip`.
+Epsilon comes from the closed form of the Gaussian mechanism if every owner takes part in every round, and from Opacus'
+Renyi accountant, an upper bound, if owners are sampled.
 """
 
 import math
@@ -11,10 +11,10 @@ import secrets
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
 from torch import Tensor
@@ -23,40 +23,30 @@ from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.extras import require
 
-# Beyond Opacus' own orders: with much noise, the best order is a large one.
+# More than Opacus' own orders: with much noise, the best order is large.
 _ORDERS = [1 + tenth / 10 for tenth in range(1, 100)] + [float(order) for order in (*range(11, 65), 96, 128, 256, 512)]
-_MOST = 1e6  # an epsilon that promises nothing at all
+_MOST = 1e6  # larger epsilons guarantee nothing and count as infinite
 
 
 class PrivacyBudgetSpent(DataError):
-    """A round that would spend more privacy than the budget holds; it was not counted, and must not be run."""
+    """A round would exceed the privacy budget; it was not counted, and must not run."""
 
 
 class PrivacyConfig(Config):
-    """How deltas are clipped and noised, and what may be spent.
+    """Clipping, noise and budget; the protected unit is an owner.
 
     `clip` is the largest L2 norm of a whole shared delta, `noise` the deviation of the noise on the sum of the deltas,
-    in clips (0: clipped only, with an infinite epsilon). `epsilon_budget` bounds the epsilon at `delta` of all rounds.
+    in clips (0: clipping only, with an infinite epsilon). `epsilon_budget` bounds the epsilon at `delta` of all rounds.
     """
 
     clip: float = Field(gt=0)
     noise: float = Field(ge=0)
     delta: float = Field(default=1e-5, gt=0, lt=1)
     epsilon_budget: float | None = Field(default=None, gt=0)
-    unit: Literal["owner", "episode"] = "owner"
-
-    @model_validator(mode="after")
-    def _only_what_is_true(self) -> "PrivacyConfig":
-        if self.unit == "episode":
-            raise ConfigError(
-                "privacy per episode needs the gradient of every episode clipped inside the fit, which it does not do: "
-                "no bound tighter than an owner's can be promised. Use unit 'owner', which hides whole owners"
-            )
-        return self
 
 
 def secret_generator() -> torch.Generator:
-    """Return a generator seeded by the operating system: a seed that others know takes the noise off again."""
+    """Return a generator seeded by the operating system: whoever knows the seed can subtract the noise."""
     return torch.Generator().manual_seed(secrets.randbits(63))
 
 
@@ -66,15 +56,15 @@ def clip_and_noise(
     """Return the delta, scaled to a norm of at most `clip`, with Gaussian noise of deviation `noise clip sqrt(share)`.
 
     With `share` 1 a delta is protected by itself, even from the coordinator. Under secure aggregation each of n owners
-    adds 1/n of the variance and only the sum is protected; take the n that are sure to be in the sum (the threshold of
-    its dropouts, less those who may collude, for they can subtract their own noise), else the noise is too small.
+    adds 1/n of the variance and only the sum is protected. Use the n that are sure to be in the sum (the threshold,
+    less the owners that may collude, because they can subtract their own noise), else the noise is too small.
 
-    The noise is made of floating-point numbers (Mironov 2012 reads bits out of them) by a generator that is not meant
-    for cryptography: it protects against statistics, not against an adversary who recovers the generator's state.
+    The noise consists of floating-point numbers (Mironov 2012 extracts bits from them) from a generator that is not
+    cryptographic: it protects against statistical inference, not against recovery of the generator's state.
 
     Raises:
         ConfigError: `share` is not in (0, 1].
-        DataError: a value is not finite, or no real number.
+        DataError: a value is not finite, or not a real number.
     """
     if not 0 < share <= 1:
         raise ConfigError(f"expected a share of the noise in (0, 1]; got {share}")
@@ -82,13 +72,13 @@ def clip_and_noise(
         if not value.is_floating_point():
             raise DataError(f"{name} holds {value.dtype}, to which no noise can be added; declare it sovereign")
         if not bool(torch.isfinite(value).all()):
-            raise DataError(f"{name} of the delta has values that are not finite; nothing may be sent of it")
+            raise DataError(f"{name} of the delta has values that are not finite; it may not be sent")
     norm = delta_norm(delta)
-    # A little below the clip, so that rounding to the tensors' type does not carry the norm above it.
+    # Slightly below the clip, so that rounding to the tensors' dtype does not raise the norm above it.
     factor = 1.0 if norm <= config.clip else config.clip / norm * (1 - 1e-6)
     deviation = config.noise * config.clip * math.sqrt(share)
     released = {}
-    for name in sorted(delta):  # one order of draws, whatever the order of the mapping
+    for name in sorted(delta):  # the order of draws does not depend on the order of the mapping
         exact = delta[name].detach().double() * factor
         if deviation:
             exact += torch.randn(exact.shape, generator=generator, dtype=torch.float64) * deviation
@@ -104,8 +94,8 @@ def delta_norm(delta: Mapping[str, Tensor]) -> float:
 def effective_noise(noise: float, weights: Sequence[float], *, share: float = 1.0) -> float:
     """Return the noise of a weighted sum of noised deltas, in its sensitivity: the largest weight times the clip.
 
-    With equal weights and a share of one over their number this is `noise`; with unequal ones it is less, and is what
-    the accountant must be told.
+    With equal weights and a share of one over their number this is `noise`; with unequal weights it is less. The
+    accountant needs this value.
     """
     if not weights or min(weights) < 0 or max(weights) == 0 or not all(math.isfinite(weight) for weight in weights):
         raise ConfigError(f"expected finite weights, none negative and one above 0; got {list(weights)}")
@@ -113,10 +103,10 @@ def effective_noise(noise: float, weights: Sequence[float], *, share: float = 1.
 
 
 def gaussian_epsilon(noise: float, delta: float) -> float:
-    """Return the least epsilon at `delta` of one Gaussian mechanism of this noise, in sensitivities.
+    """Return the least epsilon at `delta` of one Gaussian mechanism with this noise, in sensitivities.
 
-    The exact condition of Balle and Wang 2018 (theorem 8), solved for epsilon. T rounds with noise s each are one of
-    noise s / sqrt(T) (Dong, Roth and Su 2022).
+    This solves the exact condition of Balle and Wang 2018 (theorem 8) for epsilon. T rounds with noise s each equal one
+    round with noise s / sqrt(T) (Dong, Roth and Su 2022).
     """
     if noise <= 0:
         return math.inf
@@ -128,14 +118,14 @@ def gaussian_epsilon(noise: float, delta: float) -> float:
 
     if excess(0.0) <= 0:
         return 0.0
-    # By epsilon = mu^2 / 2 + mu z the first term alone is below delta where z is its quantile, which is under 40 here.
+    # At epsilon = mu^2 / 2 + mu z, with z the quantile of delta (below 40 here), the first term alone is below delta.
     most = mu * mu / 2 + 40 * mu
     return float(brentq(excess, 0.0, most, xtol=1e-12)) if most < _MOST else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Rounds of one kind: how many, with which noise, and with which chance an owner takes part in each."""
+    """A number of equal rounds: their noise, and the probability that an owner takes part in each."""
 
     rounds: int
     noise: float
@@ -148,7 +138,7 @@ class Event:
 
 
 class Accountant:
-    """What was spent of a budget; every release must be counted here before it is made."""
+    """The privacy spent so far; every release must be counted here before it is made."""
 
     def __init__(self, config: PrivacyConfig, events: Iterable[Event] = ()) -> None:
         self.config = config
@@ -156,19 +146,19 @@ class Accountant:
 
     @property
     def epsilon(self) -> float:
-        """Epsilon at `config.delta` of all that was counted: an upper bound."""
+        """Epsilon at `config.delta` of all rounds counted: an upper bound."""
         return _epsilon(self._events, self.config.delta)
 
     def spend(self, rounds: int = 1, sample_rate: float = 1.0, *, noise: float | None = None) -> float:
         """Count rounds, and return epsilon at `config.delta` of all so far.
 
-        A `sample_rate` below 1 counts as privacy only if each owner is drawn by itself with this chance (Poisson) and
-        whoever looks does not learn who was drawn. `noise` is that of the config unless it was another
-        (`effective_noise`).
+        A `sample_rate` below 1 improves privacy only if each owner is drawn independently with this probability
+        (Poisson sampling) and observers do not learn which owners were drawn. It needs Opacus. `noise` is by default
+        that of the config; see `effective_noise`.
 
         Raises:
-            PrivacyBudgetSpent: the budget does not hold them; none was counted.
-            ConfigError: the numbers make no sense.
+            PrivacyBudgetSpent: the budget is too small; nothing was counted.
+            ConfigError: a number is out of range, or Opacus is not installed.
         """
         event = Event(rounds=rounds, noise=self.config.noise if noise is None else noise, sample_rate=sample_rate)
         after = _epsilon([*self._events, event], self.config.delta)
@@ -176,29 +166,31 @@ class Accountant:
         if budget is not None and after > budget:
             raise PrivacyBudgetSpent(
                 f"{rounds} more round(s) would raise epsilon from {self.epsilon:.4g} to {after:.4g} at delta "
-                f"{self.config.delta:g}, above the budget of {budget:g}. Stop here, add noise, or have the members "
+                f"{self.config.delta:g}, above the budget of {budget:g}. Stop here, add noise, or let the members "
                 f"agree on another budget"
             )
         self._events.append(event)
         return after
 
     def state(self) -> list[dict[str, Any]]:
-        """Return what was counted as plain JSON."""
+        """Return the rounds counted, as plain JSON."""
         return [
             {"rounds": event.rounds, "noise": event.noise, "sample_rate": event.sample_rate} for event in self._events
         ]
 
     @classmethod
     def of(cls, config: PrivacyConfig, state: Sequence[Mapping[str, Any]]) -> "Accountant":
-        """Return the accountant that had counted this.
+        """Return the accountant with this state.
 
         Raises:
-            DataError: this is no accountant's state.
+            DataError: the state is invalid.
         """
         try:
             return cls(config, [Event(**entry) for entry in state])
         except (TypeError, ConfigError) as error:
-            raise DataError(f"this is no state of a privacy accountant ({error}); take it from the ledger") from None
+            raise DataError(
+                f"the privacy accountant's state is invalid ({error}); restore it from the ledger"
+            ) from None
 
 
 def _epsilon(events: Sequence[Event], delta: float) -> float:
@@ -206,13 +198,13 @@ def _epsilon(events: Sequence[Event], delta: float) -> float:
         return 0.0
     if any(event.noise == 0 for event in events):
         return math.inf
-    # Exact where nobody is sampled, and a bound where some are: to take part less often never costs more.
+    # Exact without sampling, and an upper bound with it: taking part less often never costs more.
     everyone = gaussian_epsilon(1 / math.sqrt(sum(event.rounds / event.noise**2 for event in events)), delta)
     if all(event.sample_rate == 1 for event in events):
         return everyone
     accountant = require("opacus.accountants", "weave").RDPAccountant()  # takes seconds to load
     accountant.history = [(event.noise, event.sample_rate, event.rounds) for event in events]
     with warnings.catch_warnings():
-        # It warns where the best order is the last of them: what it returns then is an upper bound all the same.
+        # It warns if the best order is the last one; the result is still an upper bound.
         warnings.filterwarnings("ignore", message="Optimal order is the", category=UserWarning)
         return min(everyone, max(0.0, float(accountant.get_epsilon(delta, alphas=_ORDERS))))

@@ -1,10 +1,9 @@
 """Flower as the transport of a real deployment: `serve` for a coordinator, `join` for a node.
 
-Flower's SuperLink and SuperNode carry the messages, over TLS, between processes that are known by their keys. What they
-carry is bytes, and what is done with them is decided here: as Flower is used elsewhere, a coordinator sends its nodes
-the program that they run. Here no program is sent, and none that is sent is run. A node hands each message to the
-handler that its own process was started with, and a coordinator keeps its state in its own process. So the modules of
-Flower that hand out tasks are used directly, and its version is pinned exactly.
+Flower's SuperLink and SuperNode carry the messages over TLS between processes that are known by their keys. Usually a
+coordinator sends its nodes the program that they run. Here no program is sent, and none that is sent is run: a node
+passes the bytes of each message to the handler of its own process, and a coordinator holds its state in its own
+process. `flower_internals` lists the parts of Flower that this needs beyond its public API.
 """
 
 import logging
@@ -23,7 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, Queue
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from worldloom.core.errors import ConfigError, DataError, TrainingError
 from worldloom.core.extras import missing_extra
@@ -32,63 +31,39 @@ from worldloom.federation.transport import flower_process as child
 from worldloom.federation.transport.keys import Tls
 from worldloom.federation.transport.messages import Handler, Reply
 
-for _talkative in ("flwr", "httpx", "alembic"):  # one of them talks while it is imported
+for _talkative in ("flwr", "httpx", "alembic"):  # one of them logs while it is imported
     logging.getLogger(_talkative).setLevel(logging.WARNING)
 
 try:
     import httpx
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
     from flwr.app import Array, ArrayRecord, Error, Message, MessageType, RecordDict
-    from flwr.cli.build import build_fab_from_files
-    from flwr.common.constant import ErrorCode, SubStatus
-    from flwr.common.serde import run_from_proto
-    from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest
-    from flwr.proto.fab_pb2 import Fab
-    from flwr.proto.node_pb2 import NodeInfo
-    from flwr.proto.runtime_pb2 import (
-        AcquireTaskRequest,
-        PullTaskInputRequest,
-        PushTaskOutputRequest,
-        SendTaskHeartbeatRequest,
-    )
-    from flwr.supercore.constant import TaskType
-    from flwr.supercore.control import ControlHttpClient
-    from flwr.supercore.heartbeat import HeartbeatSender
-    from flwr.supercore.interceptors import (
-        RuntimeTokenHttpInterceptor,
-        RuntimeVersionHttpInterceptor,
-        SuperExecAuthHttpInterceptor,
-    )
-    from flwr.supercore.logger import console_handler
-    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-    from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
-    from flwr.supercore.runtime import RuntimeHttpClient
-    from flwr.supercore.task_identity import TaskIdentity
-    from flwr.superlink.grid import HttpGrid
-    from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
+
+    from worldloom.federation.transport import flower_internals as flower
 except ImportError as error:
     raise ConfigError(missing_extra("weave", error)) from error
 
 _log = logging.getLogger(__name__)
-# A library does not print; what Flower has to say goes where this process's logging goes.
-logging.getLogger("flwr").removeHandler(console_handler)
+# A library does not print: Flower's messages go to the handlers of this process.
+for _handler in logging.getLogger("flwr").handlers[:]:
+    logging.getLogger("flwr").removeHandler(_handler)
 
 _RECORD = "worldloom"
 _POLL_SECONDS = 0.2
-_START_SECONDS = 120.0  # two cores that are busy with other things take half a minute
+_START_SECONDS = 120.0  # two busy cores take half a minute
 _STOP_SECONDS = 10.0
-_STEADY_SECONDS = 30.0  # what has been up for so long was started well
-_RESTARTS = 3  # of a SuperLink that was never up for so long
+_STEADY_SECONDS = 30.0  # a process that has run for so long has started successfully
+_RESTARTS = 3  # of a SuperLink that never ran for so long
 _BACKOFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
-_AWAY_SECONDS = 20  # after so long without its SuperLink, a SuperNode ends, and is started again
-# What a node's process lost when it ended: the node is asked again when it is back.
+_AWAY_SECONDS = 20  # a SuperNode without its SuperLink ends after this time, and is restarted
+# Messages that a node's process lost when it ended: the node is asked again when it is back.
 _LOST = (
-    ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE,
-    ErrorCode.CLIENT_APP_CRASHED,
+    flower.ErrorCode.MESSAGE_UNAVAILABLE, flower.ErrorCode.REPLY_MESSAGE_UNAVAILABLE, flower.ErrorCode.NODE_UNAVAILABLE,
+    flower.ErrorCode.CLIENT_APP_CRASHED,
 )  # fmt: skip
-# Flower runs nothing without a program. This one says so where somebody runs it all the same.
+# Flower needs a program for a run. This one raises an error if anybody runs it.
 _PROGRAM: dict[str, bytes | Path] = {
     "pyproject.toml": b"""\
 [build-system]
@@ -118,33 +93,33 @@ clientapp = "nothing:app"
 
 @runtime_checkable
 class Nodes(Protocol):
-    """What is used of a Flower grid."""
+    """The methods of a Flower grid that are used."""
 
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """Return the nodes that are there."""
+    def get_nodes(self) -> Iterable[Any]:
+        """Return the connected nodes."""
         ...
 
     def push_messages(self, messages: Sequence[Message]) -> Iterable[str | None]:
-        """Send messages; return their ids, None for one that was not taken."""
+        """Send messages; return their ids, or None for a message that was not accepted."""
         ...
 
     def pull_messages(self, message_ids: Sequence[str]) -> Iterable[Message]:
-        """Return the answers to messages that are there."""
+        """Return the answers to messages that have come."""
         ...
 
 
 class FlowerTransport:
     """Asks nodes through a Flower grid.
 
-    `names` are those of the nodes, by their public keys (PEM). `grid` returns the grid as it stands: another one than
-    before where the server had to be started again, and then everything that is waited for is asked again.
+    `names` are the nodes' names by their public keys (PEM). `grid` returns the present grid: a new one if the server
+    was restarted, and then all unanswered messages are sent again.
     """
 
     def __init__(self, names: Mapping[bytes, str], grid: Callable[[], Nodes]) -> None:
         self._names, self._grid = dict(names), grid
 
     def nodes(self) -> tuple[str, ...]:
-        """Return the names of the nodes that may connect; `present` tells who is there."""
+        """Return the names of the nodes that may connect; `present` returns those that are connected."""
         return tuple(sorted(self._names.values()))
 
     def present(self) -> tuple[str, ...]:
@@ -157,12 +132,12 @@ class FlowerTransport:
         waiting = {node: data for node, data in requests.items() if node in self._names.values()}
         for node in sorted(set(requests) - set(waiting)):
             yield Reply(node=node, data=None, error="no node of that name may connect")
-        since: dict[str, str] = {}  # a node -> when the connection began on which it was asked
-        looking: dict[str, threading.Event] = {}  # a node -> what ends looking for its answer
+        since: dict[str, str] = {}  # node -> start of the connection on which it was asked
+        looking: dict[str, threading.Event] = {}  # node -> the event that ends the wait for its answer
         found: Queue[tuple[str, Message | Exception]] = Queue()
         grid, trouble = None, ""
-        online: dict[str, NodeInfo] | None = None
-        # With many nodes each is looked for less often.
+        online: dict[str, Any] | None = None
+        # With many nodes each is polled less often.
         pause = _POLL_SECONDS * max(1.0, len(waiting) / 10)
         try:
             while waiting:
@@ -181,16 +156,16 @@ class FlowerTransport:
                                 looking[node] = _await(grid, number, node, found, pause)
                     trouble = ""
                 except (httpx.HTTPError, TrainingError) as error:
-                    trouble = f"; the last trouble was {type(error).__name__}: {error}"
+                    trouble = f"; the last error was {type(error).__name__}: {error}"
                     _log.warning("Flower's server does not answer: %s", error)
                 for node, message in _all_of(found, pause):
                     if node not in waiting:
                         continue
                     if isinstance(message, Exception):
-                        trouble = f"; the last trouble was {type(message).__name__}: {message}"
+                        trouble = f"; the last error was {type(message).__name__}: {message}"
                         continue
                     if message.has_error() and message.error.code in _LOST:
-                        _log.warning("%s lost a message (%s); it is asked again", node, message.error.reason)
+                        _log.warning("%s lost a message (%s); it is sent again", node, message.error.reason)
                         since.pop(node, None)
                         continue
                     del waiting[node]
@@ -207,7 +182,7 @@ class FlowerTransport:
                 why = "not connected, and not waited for"
             yield Reply(node=node, data=None, error=why + trouble)
 
-    def _online(self, grid: Nodes) -> dict[str, NodeInfo]:
+    def _online(self, grid: Nodes) -> dict[str, Any]:
         return {self._names[info.public_key]: info for info in grid.get_nodes() if info.public_key in self._names}
 
 
@@ -218,9 +193,9 @@ def _await(
     found: "Queue[tuple[str, Message | Exception]]",
     pause: float,
 ) -> threading.Event:
-    """Look for the answer to a message, in a thread of its own; return what ends it.
+    """Poll for the answer to a message in a thread of its own; return the event that ends the thread.
 
-    Flower waits long for the rest of an answer of which a node that died sent a part: meanwhile others are heard.
+    If a node dies while it sends an answer, Flower waits long for the rest; other answers must not wait with it.
     """
 
     ended = threading.Event()
@@ -229,7 +204,7 @@ def _await(
         while not ended.wait(pause):
             try:
                 messages = list(grid.pull_messages([number]))
-            except Exception as error:  # whatever it is, the exchange tells it where no answer comes
+            except Exception as error:  # any error: the exchange reports it if no answer comes
                 found.put((node, error))
                 continue
             if messages:
@@ -241,7 +216,7 @@ def _await(
 
 
 def _all_of(found: "Queue[tuple[str, Message | Exception]]", seconds: float) -> "list[tuple[str, Message | Exception]]":
-    """Return what is in a queue, as soon as something is."""
+    """Wait for an item of a queue, and return all items that are there."""
     there = []
     with suppress(Empty):
         there.append(found.get(timeout=seconds))
@@ -259,21 +234,21 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 9443,
 ) -> Iterator[FlowerTransport]:
-    """Run a SuperLink while the block runs, and give the transport over it.
+    """Run a SuperLink while the block runs, and yield the transport over it.
 
-    Nothing in `home` is needed by the next start: what counts is the coordinator's own ledger. A SuperLink that ends
-    is started again at the next exchange; it ends with this process, however that one ends.
+    The next start needs nothing from `home`: the state is in the coordinator's ledger. A SuperLink that ends is
+    restarted at the next exchange; it ends with this process, even if that is killed.
 
     Args:
-        home: a folder of this process's own.
-        tls: see `make_tls`; the certificate must be for 127.0.0.1 too, where `host` is an address of all interfaces.
+        home: a folder for this process alone.
+        tls: see `make_tls`; if `host` means all interfaces, the certificate must include 127.0.0.1.
         nodes: the public key of each node by its name, as text in OpenSSH's format. No other node can connect.
-        host: the address to listen at.
-        port: the port to listen at.
+        host: the address to listen on.
+        port: the port to listen on.
 
     Raises:
         ConfigError: another process serves from this folder, or the SuperLink does not start.
-        DataError: a public key is none, or two nodes have the same.
+        DataError: a public key is invalid, or two nodes have the same one.
     """
     names: dict[bytes, str] = {}
     for name, text in nodes.items():
@@ -299,28 +274,28 @@ def join(
     server: str,
     authority: Path | str,
     secret: Path | str,
-    patience_seconds: float = 600.0,
+    timeout_seconds: float = 600.0,
     stop: threading.Event | None = None,
 ) -> None:
     """Run a SuperNode, and answer the coordinator's messages in this process until `stop` is set.
 
-    A SuperNode that ends is started again, with growing pauses: the coordinator may be away for a while. It ends with
-    this process, however that one ends. Of what a handler raises, the coordinator is told the kind; the rest is logged
-    here, for it may speak of what is only this owner's. A process is a node or a coordinator, not both: Flower keeps
-    for a whole process what it is.
+    A SuperNode that ends is restarted with growing pauses, as the coordinator may be away for a while. It ends with
+    this process, even if that is killed. Of an exception in a handler, the coordinator learns only the type; the rest
+    is logged here, because it may reveal private data. A process is either a node or a coordinator: Flower stores the
+    role per process.
 
     Args:
-        handler: what answers a message; its answers are only as trustworthy as it checks who asks.
-        home: a folder of this process's own.
+        handler: answers a message; it must check the sender itself.
+        home: a folder for this process alone.
         server: the coordinator's address, `host:port`.
         authority: the certificate of the coordinator's authority; see `make_tls`.
         secret: this node's secret key; see `make_node_keys`.
-        patience_seconds: how long to try to reach the coordinator.
-        stop: ends the node when set, after the message in hand.
+        timeout_seconds: how long to try to reach the coordinator.
+        stop: ends the node when set, after the present message.
 
     Raises:
-        ConfigError: another process uses the folder, or the coordinator could not be reached, or refused the node's
-            key, for that long.
+        ConfigError: another process uses the folder; or for that long the coordinator could not be reached, or refused
+            the node's key.
     """
     home, stop = Path(home), stop or threading.Event()
     busy = ConfigError(f"another process is a node with {home}; stop it, or choose another folder")
@@ -330,13 +305,13 @@ def join(
     with exclusive_lock(home / ".lock", busy):
         node = _Node(home, server, Path(authority), Path(secret))
         try:
-            node.run(handler, patience_seconds, stop)
+            node.run(handler, timeout_seconds, stop)
         finally:
             node.stop()
 
 
 class _Process:
-    """A process of Flower in a group of its own, which ends with this one."""
+    """A process of Flower in its own process group, which ends with this one."""
 
     def __init__(self, which: str, arguments: Sequence[str], home: Path, **variables: str) -> None:
         (home / "flwr").mkdir(parents=True, exist_ok=True)
@@ -353,7 +328,7 @@ class _Process:
         self.began = time.monotonic()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                # -P: the folder of the file is no place to import from.
+                # -P: do not import from the folder of the file.
                 [sys.executable, "-P", str(Path(child.__file__)), which, str(os.getpid()), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -370,8 +345,8 @@ class _Process:
     def seconds(self) -> float:
         return time.monotonic() - self.began
 
-    def last_words(self) -> str:
-        """Return the end of what it wrote, on one line."""
+    def last_output(self) -> str:
+        """Return the end of its output, on one line."""
         with suppress(OSError):
             text = re.sub(r"\x1b\[[0-9;]*m", "", self._log.read_bytes()[-4000:].decode(errors="replace"))
             lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -379,7 +354,7 @@ class _Process:
         return ""
 
     def stop(self) -> None:
-        """End it and everything that it started."""
+        """End the process and its children."""
         if not self.ended:
             self._process.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -390,29 +365,29 @@ class _Process:
 
 
 class _Link:
-    """A SuperLink, the nodes that it knows, and the one run in which they are asked."""
+    """A SuperLink, the nodes that it knows, and the single run in which they are asked."""
 
     def __init__(self, home: Path, tls: Tls, names: Mapping[bytes, str], host: str, port: int) -> None:
         self._home, self._tls, self._names, self._host, self._port = home, tls, names, host, port
         self._here = f"{'127.0.0.1' if host in ('0.0.0.0', '') else '[::1]' if host == '::' else host}:{port}"
         self._process: _Process | None = None
         self._grid: _Grid | None = None
-        self._heart: HeartbeatSender | None = None
+        self._heart: flower.HeartbeatSender | None = None
         self._short = 0
 
     def grid(self) -> "_Grid":
-        """Return the grid; where the SuperLink has ended, start it again.
+        """Return the grid; restart the SuperLink if it has ended.
 
         Raises:
-            TrainingError: it ends again and again.
+            TrainingError: it ends repeatedly.
         """
         if self._process is None or self._process.ended or self._grid is None:
-            words = self._process.last_words() if self._process else ""
+            words = self._process.last_output() if self._process else ""
             steady = self._process is not None and self._process.seconds >= _STEADY_SECONDS
             self._short = 0 if steady else self._short + 1
             if self._short > _RESTARTS:
-                raise TrainingError(f"Flower's SuperLink ends again and again ({words}); free its port and run again")
-            _log.warning("Flower's SuperLink ended (%s); it is started again", words)
+                raise TrainingError(f"Flower's SuperLink ends repeatedly ({words}); free its port and run again")
+            _log.warning("Flower's SuperLink ended (%s); it is restarted", words)
             self.stop()
             try:
                 self.start()
@@ -423,7 +398,7 @@ class _Link:
         return self._grid
 
     def start(self) -> None:
-        """Start the SuperLink, tell it the nodes, and begin a run.
+        """Start the SuperLink, register the nodes, and begin a run.
 
         Raises:
             ConfigError: it does not start.
@@ -448,29 +423,37 @@ class _Link:
             authority = self._tls.authority.read_bytes()
         opening = _Pass(secret)
         try:
-            with ControlHttpClient.from_server_address(
-                self._here, False, authority, [RuntimeVersionHttpInterceptor(component_name="worldloom"), opening]
+            with flower.ControlHttpClient.from_server_address(
+                self._here,
+                False,
+                authority,
+                [flower.RuntimeVersionHttpInterceptor(component_name="worldloom"), opening],
             ) as control:
                 self._wait(control)
                 for public, name in self._names.items():
-                    control.RegisterNode(RegisterNodeRequest(public_key=public, name=name))
-                control.StartRun(StartRunRequest(fab=Fab(content=_program())))
-            runtime = RuntimeHttpClient.from_server_address(
-                self._here, False, authority, [RuntimeVersionHttpInterceptor(component_name="worldloom"), opening]
+                    control.RegisterNode(flower.RegisterNodeRequest(public_key=public, name=name))
+                control.StartRun(flower.StartRunRequest(fab=flower.Fab(content=_program())))
+            runtime = flower.RuntimeHttpClient.from_server_address(
+                self._here,
+                False,
+                authority,
+                [flower.RuntimeVersionHttpInterceptor(component_name="worldloom"), opening],
             )
             with runtime:
-                found = runtime.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
+                found = runtime.AcquireTask(
+                    flower.AcquireTaskRequest(supported_task_types=[flower.TaskType.SERVER_APP])
+                )
             if not found.token:
-                raise ConfigError("Flower's SuperLink began no run")
+                raise ConfigError("Flower's SuperLink did not begin a run")
             self._grid = _Grid(self._here, authority, found.token, opening)
             self._heart = _heartbeat(self._grid.client)
-            task = self._grid.client.PullTaskInput(PullTaskInputRequest())
-            # Messages that this process makes are of this run: Flower keeps that for the whole process.
-            TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, task.run.run_id
-            TaskIdentity.node_id = task.context.node_id
-            self._grid.set_run(run_from_proto(task.run))
+            task = self._grid.client.PullTaskInput(flower.PullTaskInputRequest())
+            # Flower stores the run of all messages of a process here.
+            flower.TaskIdentity.task_id, flower.TaskIdentity.run_id = task.task_id, task.run.run_id
+            flower.TaskIdentity.node_id = task.context.node_id
+            self._grid.set_run(flower.run_from_proto(task.run))
         except httpx.HTTPError as error:
-            words = self._process.last_words()
+            words = self._process.last_output()
             self.stop()
             raise ConfigError(f"Flower's SuperLink at {self._here} does not answer: {error}. {words}") from None
         except BaseException:
@@ -484,40 +467,42 @@ class _Link:
         if self._grid is not None:
             if self._process is not None and not self._process.ended:
                 with suppress(httpx.HTTPError):
-                    self._grid.client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED))
+                    self._grid.client.PushTaskOutput(
+                        flower.PushTaskOutputRequest(sub_status=flower.SubStatus.COMPLETED)
+                    )
             self._grid.close()
         if self._process is not None:
             self._process.stop()
         self._process = self._grid = self._heart = None
 
-    def _wait(self, control: ControlHttpClient) -> None:
+    def _wait(self, control: flower.ControlHttpClient) -> None:
         process = self._process
         assert process is not None
         while True:
             try:
-                control.ListNodes(ListNodesRequest())
+                control.ListNodes(flower.ListNodesRequest())
             except httpx.TransportError as error:
-                # A certificate that does not fit is not mended by waiting.
+                # Waiting does not help against an invalid certificate.
                 if process.ended or process.seconds > _START_SECONDS or "CERTIFICATE" in str(error):
-                    words = process.last_words()
+                    words = process.last_output()
                     raise ConfigError(f"Flower's SuperLink does not start at {self._here} ({error}). {words}") from None
                 time.sleep(_POLL_SECONDS)
             else:
                 return
 
 
-class _Grid(HttpGrid):
-    """The grid of a run, which shows the pass."""
+class _Grid(flower.HttpGrid):
+    """The grid of a run, whose client sends the pass."""
 
     def __init__(self, address: str, authority: bytes, token: str, opening: "_Pass") -> None:
         super().__init__(address, False, authority, token=token)
-        self._client = RuntimeHttpClient.from_server_address(
+        self._client = flower.RuntimeHttpClient.from_server_address(
             address,
             False,
             authority,
             [
-                RuntimeVersionHttpInterceptor(component_name="worldloom"),
-                RuntimeTokenHttpInterceptor(token),
+                flower.RuntimeVersionHttpInterceptor(component_name="worldloom"),
+                flower.RuntimeTokenHttpInterceptor(token),
                 opening,
             ],
         )
@@ -525,18 +510,18 @@ class _Grid(HttpGrid):
 
 
 class _Pass:
-    """Shows the pass that opens the gate of `flower_process`."""
+    """Sends the pass that opens the gate of `flower_process`."""
 
     def __init__(self, secret: str) -> None:
         self._secret = secret
 
-    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+    def intercept(self, context: Any, call_next: Callable[[Any], httpx.Response]) -> httpx.Response:
         context.request.headers[child.PASS] = self._secret
         return call_next(context)
 
 
 class _Node:
-    """A SuperNode, and what takes the messages from it."""
+    """A SuperNode, and the client that takes its messages."""
 
     def __init__(self, home: Path, server: str, authority: Path, secret: Path) -> None:
         self._home, self._server, self._authority, self._secret = home, server, authority, secret
@@ -544,8 +529,8 @@ class _Node:
         self._address = ""
         self._shared = b""
 
-    def run(self, handler: Handler, patience: float, stop: threading.Event) -> None:
-        """Answer messages until told to stop; see `join`."""
+    def run(self, handler: Handler, timeout: float, stop: threading.Event) -> None:
+        """Answer messages until `stop` is set; see `join`."""
         failing: float | None = None
         tries = 0
         while not stop.is_set():
@@ -556,14 +541,14 @@ class _Node:
                 failing, tries = time.monotonic(), 0
             if stop.is_set():
                 return
-            words = process.last_words()
+            words = process.last_output()
             failing = process.began if failing is None else failing
-            if time.monotonic() - failing > patience:
+            if time.monotonic() - failing > timeout:
                 raise ConfigError(
-                    f"the coordinator at {self._server} was not reached, or does not know this node's key, for "
-                    f"{patience:g} s; Flower says: {words}"
+                    f"for {timeout:g} s the coordinator at {self._server} was not reached, or does not know this "
+                    f"node's key; Flower's output: {words}"
                 )
-            _log.warning("Flower's SuperNode ended; it is started again. It said: %s", words)
+            _log.warning("Flower's SuperNode ended; it is restarted. Its output: %s", words)
             stop.wait(_BACKOFF_SECONDS[min(tries, len(_BACKOFF_SECONDS) - 1)])
             tries += 1
 
@@ -596,17 +581,17 @@ class _Node:
 
     def _answer_until_it_ends(self, process: _Process, handler: Handler, stop: threading.Event) -> bool:
         """Answer messages; return whether the SuperNode was connected."""
-        signing = SuperExecAuthHttpInterceptor(
+        signing = flower.SuperExecAuthHttpInterceptor(
             master_secret=self._shared, protected_methods={"/flwr.proto.Runtime/AcquireTask"}
         )
-        version = RuntimeVersionHttpInterceptor(component_name="worldloom")
-        wanted = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+        version = flower.RuntimeVersionHttpInterceptor(component_name="worldloom")
+        wanted = flower.AcquireTaskRequest(supported_task_types=[flower.TaskType.CLIENT_APP])
         answered = False
-        with RuntimeHttpClient.from_server_address(self._address, True, None, [version, signing]) as client:
+        with flower.RuntimeHttpClient.from_server_address(self._address, True, None, [version, signing]) as client:
             while not stop.is_set() and not process.ended:
                 try:
                     found = client.AcquireTask(wanted)
-                except httpx.HTTPError:  # it is not up yet, or not any more
+                except httpx.HTTPError:  # it does not run yet, or has ended
                     stop.wait(_POLL_SECONDS)
                     continue
                 if not found.token:
@@ -614,8 +599,8 @@ class _Node:
                     continue
                 answered = True
                 try:
-                    with RuntimeHttpClient.from_server_address(
-                        self._address, True, None, [version, RuntimeTokenHttpInterceptor(found.token)]
+                    with flower.RuntimeHttpClient.from_server_address(
+                        self._address, True, None, [version, flower.RuntimeTokenHttpInterceptor(found.token)]
                     ) as task:
                         _answer(task, handler)
                 except (httpx.HTTPError, RuntimeError) as error:
@@ -623,33 +608,33 @@ class _Node:
         return answered or process.seconds > _AWAY_SECONDS + _STEADY_SECONDS
 
 
-def _answer(client: RuntimeHttpClient, handler: Handler) -> None:
-    """Take a message, and give its answer back. The program that came with it is not looked at."""
+def _answer(client: flower.RuntimeHttpClient, handler: Handler) -> None:
+    """Take a message and send its answer. The program that came with it is ignored."""
     heart = _heartbeat(client)
-    status, details = SubStatus.COMPLETED, ""
+    status, details = flower.SubStatus.COMPLETED, ""
     try:
-        message, context, _, _ = pull_task_input(client)
+        message, context, _, _ = flower.pull_task_input(client)
         try:
             reply = Message(_carry(handler(_carried(message))), reply_to=message)
         except Exception as error:
             _log.exception("a message could not be answered")
             details = f"{type(error).__name__}; the node's log says why"
-            status = SubStatus.FAILED
-            reply = Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=details), reply_to=message)
-        push_message(client, reply, context)
-        client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=details))
+            status = flower.SubStatus.FAILED
+            reply = Message(Error(code=flower.ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=details), reply_to=message)
+        flower.push_message(client, reply, context)
+        client.PushTaskOutput(flower.PushTaskOutputRequest(sub_status=status, details=details))
     finally:
         heart.stop()
 
 
-def _heartbeat(client: RuntimeHttpClient) -> HeartbeatSender:
+def _heartbeat(client: flower.RuntimeHttpClient) -> flower.HeartbeatSender:
     def beat() -> bool:
         try:
-            return bool(client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success)
+            return bool(client.SendTaskHeartbeat(flower.SendTaskHeartbeatRequest()).success)
         except httpx.HTTPError:
             return False
 
-    heart = HeartbeatSender(beat)
+    heart = flower.HeartbeatSender(beat)
     heart.start()
     return heart
 
@@ -659,7 +644,7 @@ def _ask(data: bytes, node: int, seconds: float) -> Message:
 
 
 def _carry(data: bytes) -> RecordDict:
-    # Flower cuts an array into pieces of some megabytes; a value of another kind travels in one.
+    # Flower splits arrays into chunks of some megabytes, but no other records.
     return RecordDict({_RECORD: ArrayRecord({"data": Array("uint8", (len(data),), "worldloom.bytes", data)})})
 
 
@@ -670,7 +655,7 @@ def _carried(message: Message) -> bytes:
     except KeyError:
         data = None
     if not isinstance(data, bytes):
-        raise DataError("a message through Flower carries no bytes of worldloom; start both sides with this version")
+        raise DataError("a message through Flower has no bytes of worldloom; run the same version on both sides")
     return data
 
 
@@ -685,22 +670,22 @@ def _reply(node: str, message: Message) -> Reply:
 
 def _program() -> bytes:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Flower asks pathspec for something under its old name
-        return build_fab_from_files(_PROGRAM)[0]
+        warnings.simplefilter("ignore", DeprecationWarning)  # Flower uses a deprecated name of pathspec
+        return flower.build_fab_from_files(_PROGRAM)[0]
 
 
 def _public(name: str, text: str) -> bytes:
     try:
         key = load_ssh_public_key(text.strip().encode())
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise DataError(f"the public key of {name} is none ({error}); give the text of its .ssh.pub file") from None
+        raise DataError(f"{name}'s public key is invalid ({error}); use the text of its .ssh.pub file") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise DataError(f"the public key of {name} is of another kind; expected ECDSA on P-384, as weave keys makes it")
-    return public_key_to_bytes(key)
+        raise DataError(f"{name}'s public key has another type; expected ECDSA on P-384, as made by weave keys")
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def _await_port(host: str, port: int) -> None:
-    """Wait for a SuperLink whose coordinator was killed to let go of the port."""
+    """Wait until the SuperLink of a killed coordinator has freed the port."""
     begun = time.monotonic()
     while True:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as found:
@@ -709,7 +694,7 @@ def _await_port(host: str, port: int) -> None:
                 found.bind((host, port))
             except OSError as error:
                 if time.monotonic() - begun > _STOP_SECONDS:
-                    raise ConfigError(f"cannot listen at {host}:{port} ({error}); choose another port") from None
+                    raise ConfigError(f"cannot listen on {host}:{port} ({error}); choose another port") from None
             else:
                 return
         time.sleep(_POLL_SECONDS)

@@ -1,7 +1,7 @@
-"""What runs in the processes of SuperLink and SuperNode: `flower_process.py (superlink|supernode) PARENT [OPTION ...]`.
+"""The processes of SuperLink and SuperNode: `flower_process.py (superlink|supernode) PARENT [OPTION ...]`.
 
-It is run as a file, not imported: nothing of worldloom, and no torch, is loaded there. PARENT is the process that
-started it, with which it ends, however that one ends.
+It is run as a file, so that it loads neither worldloom nor torch. PARENT is the process that started it; it ends with
+that process, even if that is killed. See `flower_internals` for what it uses of Flower.
 """
 
 import hmac
@@ -13,10 +13,10 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-PASS = "worldloom-pass"  # the header that opens all but what nodes use
+PASS = "worldloom-pass"  # the header that opens all paths but those of nodes
 PASS_VARIABLE = "WORLDLOOM_PASS"
 _OPEN = "/v1/fleet/"
-_HEARTBEAT_SECONDS = 10  # a node that was killed may come back after two of them; Flower's own 30 s keep it out longer
+_HEARTBEAT_SECONDS = 10  # a killed node may return after two of them; Flower's default is 30 s
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -25,43 +25,47 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Gate:
-    """Lets everyone to what nodes use, where each call is signed by a node's key, and only the coordinator to the rest.
+    """Opens the paths of nodes, where each call is signed by a node's key, to all, and the rest to the coordinator.
 
-    Flower serves on the same port what registers nodes, starts runs and asks nodes, to whoever reaches it.
+    Flower serves the calls that register nodes, start runs and send messages on the same port, without authentication.
     """
 
     def __init__(self, app: App, secret: str) -> None:
         self._app, self._secret = app, secret.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
-        if scope["type"] == "http" and not self._may(scope):
+        """Forward a request, or refuse it."""
+        if scope["type"] == "http" and not self._allowed(scope):
             headers = [(b"content-type", b"text/plain")]
             await send({"type": "http.response.start", "status": 403, "headers": headers})
-            await send({"type": "http.response.body", "body": b"only the coordinator may ask for this"})
+            await send({"type": "http.response.body", "body": b"only the coordinator may call this"})
             return
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
         await self._app(scope, receive, send)
 
-    def _may(self, scope: Scope) -> bool:
+    def _allowed(self, scope: Scope) -> bool:
         shown = next((value for name, value in scope["headers"] if name == PASS.encode()), b"")
         return str(scope["path"]).startswith(_OPEN) or hmac.compare_digest(shown, self._secret)
 
 
 def superlink() -> None:
     """Run Flower's SuperLink behind the gate."""
-    from flwr.superlink import main
-    from flwr.superlink.cli import flower_superlink
+    import uvicorn
+    from flwr.superlink.cli.flower_superlink import SuperLinkLifespan, _parse_superlink_lifespan_config
+    from flwr.superlink.main import create_app
 
-    secret, create = os.environ.pop(PASS_VARIABLE), main.create_app
-
-    def gated(*args: Any, **kwargs: Any) -> Any:
-        return Gate(create(*args, **kwargs), secret)
-
-    vars(main)["create_app"] = gated
-    flower_superlink()
+    secret, config = os.environ.pop(PASS_VARIABLE), _parse_superlink_lifespan_config()
+    app: Any = Gate(create_app(config, SuperLinkLifespan), secret)
+    uvicorn.run(
+        app,
+        host=config.host,
+        port=config.port,
+        ssl_keyfile=config.ssl_keyfile,
+        ssl_certfile=config.ssl_certfile,
+        log_level="warning",
+    )
 
 
 def supernode() -> None:
@@ -78,7 +82,7 @@ def supernode() -> None:
 def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)  # a SuperNode that takes its leave may come back at once
+    os.kill(os.getpid(), signal.SIGTERM)  # so that a SuperNode deregisters, and may return at once
     time.sleep(5)
     os._exit(1)
 

@@ -1,7 +1,6 @@
-"""The keys of a deployment: by which a node is known to the coordinator's server, and by which nodes know that server.
+"""The keys of a deployment: nodes' keys for the coordinator's server, and that server's TLS certificate.
 
-They open connections, no more. Who stands behind a message is said by the Ed25519 key that signs it
-(`worldloom.core.signing`).
+They only open connections. The Ed25519 key that signs a message (`worldloom.core.signing`) proves its sender.
 """
 
 import datetime
@@ -15,13 +14,13 @@ from typing import Any
 from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.files import storage_errors
 
-_SKEW = datetime.timedelta(hours=1)  # a node whose clock is behind accepts a new certificate too
+_SKEW = datetime.timedelta(hours=1)  # so that a node whose clock is behind accepts a new certificate
 _CA_DAYS = 3650
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeKeys:
-    """Where the keys of a node are: the secret one stays with it, the public one is given to the coordinator."""
+    """The paths of a node's keys: the secret one stays with it, the public one goes to the coordinator."""
 
     secret: Path
     public: Path
@@ -29,7 +28,7 @@ class NodeKeys:
 
 @dataclass(frozen=True, kw_only=True)
 class Tls:
-    """Where the coordinator's certificate is, its secret key, and the authority's certificate that nodes are given."""
+    """The paths of the coordinator's certificate, its secret key, and the authority's certificate for the nodes."""
 
     authority: Path
     certificate: Path
@@ -37,10 +36,10 @@ class Tls:
 
 
 def make_node_keys(folder: Path | str, name: str) -> NodeKeys:
-    """Write the keys by which a node opens connections: ECDSA on P-384, in OpenSSH's format.
+    """Write the keys with which a node opens connections: ECDSA on P-384, in OpenSSH's format.
 
     Raises:
-        StorageError: one is there already (a key is never written over), or cannot be written.
+        StorageError: a key exists already (keys are never overwritten), or cannot be written.
     """
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -61,14 +60,14 @@ def make_node_keys(folder: Path | str, name: str) -> NodeKeys:
 
 
 def make_tls(folder: Path | str, hosts: Sequence[str] = ("localhost", "127.0.0.1"), days: int = 825) -> Tls:
-    """Write the certificate of a coordinator whom nodes reach by these names or addresses, signed by its own authority.
+    """Write the certificate of a coordinator for its names or addresses, signed by its own authority.
 
-    An authority that is in the folder signs again, so that nodes go on with the certificate that they have: take
-    `server.pem` and `server.key` away before the old one expires, and make a new one.
+    To renew it, remove `server.pem` and `server.key` before the certificate expires, and call this again: the authority
+    in the folder signs again, so that nodes need no new file.
 
     Raises:
-        ConfigError: no host is named, or the days are none.
-        StorageError: a certificate is there already, or cannot be written.
+        ConfigError: there is no host, or `days` is below 1.
+        StorageError: a certificate exists already, or cannot be written.
         DataError: the authority's files are damaged.
     """
     from cryptography import x509
@@ -77,7 +76,7 @@ def make_tls(folder: Path | str, hosts: Sequence[str] = ("localhost", "127.0.0.1
     from cryptography.x509.oid import ExtendedKeyUsageOID
 
     if not hosts or days < 1:
-        raise ConfigError(f"a certificate needs a host and at least a day; got {list(hosts)} and {days}")
+        raise ConfigError(f"a certificate needs a host and at least one day; got {list(hosts)} and {days}")
     folder = Path(folder)
     made = Tls(authority=folder / "ca.pem", certificate=folder / "server.pem", secret=folder / "server.key")
     _refuse_existing(made.certificate, made.secret)
@@ -98,7 +97,7 @@ def make_tls(folder: Path | str, hosts: Sequence[str] = ("localhost", "127.0.0.1
 
 
 def _authority(certificate: Path, secret: Path) -> tuple[Any, Any]:
-    """Return the authority's secret key and certificate; where there is none, make it."""
+    """Return the authority's secret key and certificate; create them if there are none."""
     from cryptography import x509
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -110,9 +109,11 @@ def _authority(certificate: Path, secret: Path) -> tuple[Any, Any]:
             signer = serialization.load_pem_private_key(contents[0], password=None)
             known = x509.load_pem_x509_certificate(contents[1])
         except (ValueError, TypeError) as error:
-            raise DataError(f"{certificate.parent} holds no authority ({error}); restore ca.pem and ca.key") from None
+            raise DataError(
+                f"{certificate.parent} has no valid authority ({error}); restore ca.pem and ca.key"
+            ) from None
         if not isinstance(signer, ec.EllipticCurvePrivateKey) or known.public_key() != signer.public_key():
-            raise DataError(f"{secret} is not the key of {certificate}; restore the one that belongs to it")
+            raise DataError(f"{secret} is not the key of {certificate}; restore the matching one")
         return signer, known
     _refuse_existing(certificate, secret)
     signer = ec.generate_private_key(ec.SECP384R1())
@@ -187,13 +188,13 @@ def _pem(secret: Any) -> bytes:
 def _refuse_existing(*paths: Path) -> None:
     for path in paths:
         if path.exists():
-            raise StorageError(f"{path} is there already; a key is never written over. Choose another folder or name")
+            raise StorageError(f"{path} exists already; keys are never overwritten. Choose another folder or name")
 
 
 def _write(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # It is created with its mode: at no moment may another user open a secret.
+        # The file is created with its mode, so that no other user can ever open a secret.
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(file, "wb") as opened:
             opened.write(content)

@@ -1,4 +1,4 @@
-"""How a coordinator and its nodes exchange messages: a seam that the core talks through, whatever carries the bytes."""
+"""The seam between a coordinator and its nodes: an exchange of messages, independent of what carries the bytes."""
 
 import threading
 import time
@@ -8,12 +8,12 @@ from queue import Empty, Queue
 from typing import Protocol, runtime_checkable
 
 Handler = Callable[[bytes], bytes]
-"""What a node does with a message: its answer."""
+"""A node's function from a message to its answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What came of asking a node: its answer, or None and why."""
+    """A node's answer, or None and the error."""
 
     node: str
     data: bytes | None
@@ -29,16 +29,16 @@ class Transport(Protocol):
         ...
 
     def exchange(self, requests: Mapping[str, bytes], *, seconds: float, away: Collection[str] = ()) -> Iterator[Reply]:
-        """Ask nodes, each its own message, and yield their answers as they come.
+        """Send each node its message, and yield the answers as they come.
 
-        A node that did not answer in so many seconds, or could not, is told last, with the cause. Those who are `away`
-        are waited for only while they can be reached.
+        Nodes that did not answer within `seconds`, or could not, come last, with the error. Nodes in `away` are waited
+        for only while they are connected.
         """
         ...
 
 
 class InProcess:
-    """Nodes of this process, asked one after another in a thread of their own: for tests and for simulation."""
+    """Nodes of this process, asked one after another in a separate thread: for tests and simulation."""
 
     def __init__(self, handlers: Mapping[str, Handler]) -> None:
         self._handlers = dict(handlers)
@@ -48,14 +48,14 @@ class InProcess:
         return tuple(self._handlers)
 
     def exchange(self, requests: Mapping[str, bytes], *, seconds: float, away: Collection[str] = ()) -> Iterator[Reply]:
-        """Ask each node, all of which can be reached; see `Transport`."""
+        """Ask each node; all can be reached. See `Transport`."""
         answers: Queue[Reply] = Queue()
 
         def ask() -> None:
             for node, message in requests.items():
                 try:
                     answers.put(Reply(node=node, data=self._handlers[node](message)))
-                except Exception as error:  # whatever a handler raises: the node is one that could not answer
+                except Exception as error:  # any exception means that the node could not answer
                     answers.put(Reply(node=node, data=None, error=f"{type(error).__name__}: {error}"))
 
         threading.Thread(target=ask, name="worldloom-nodes", daemon=True).start()

@@ -4,7 +4,7 @@ import pytest
 
 from worldloom.core.chain import Entry
 from worldloom.core.errors import DataError
-from worldloom.federation import Records, Watch, duration, printable, size, tell
+from worldloom.federation import LedgerWatch, Records, duration, printable, read_history, size
 
 
 def entries(chronicle) -> list[Entry]:
@@ -19,8 +19,8 @@ def test_each_member_waits_contributes_is_refused_or_is_left_out(chronicle) -> N
     states = []
 
     def look() -> None:
-        story = tell(entries(chronicle), chronicle.constitution)
-        states.append([story.present.state(name) for name in chronicle.owners])
+        story = read_history(entries(chronicle), chronicle.constitution)
+        states.append([story.current.state(name) for name in chronicle.owners])
 
     chronicle.begin()
     look()
@@ -41,18 +41,18 @@ def test_each_member_waits_contributes_is_refused_or_is_left_out(chronicle) -> N
 
 def test_the_story_sums_what_the_entries_say(chronicle) -> None:
     chronicle.two_rounds()
-    story = tell(entries(chronicle), chronicle.constitution)
+    story = read_history(entries(chronicle), chronicle.constitution)
     assert story.done
     assert [round.number for round in story.rounds] == [0, 1]  # the last base begins none
     assert story.bytes == 6 * 1_600_000
     assert story.sent("north") == 2 * 1_600_000
     assert story.sent("vault") == 0
     assert (story.budget, story.spent("north"), story.spent("vault")) == (8.0, "3", "")
-    assert story.present.weights == {"north": 0.5, "east": 0.5}
-    assert story.present.left_out == ("south",)
+    assert story.current.weights == {"north": 0.5, "east": 0.5}
+    assert story.current.left_out == ("south",)
     assert story.rounds[0].losses["north"] == (8.0, 5.0)
-    assert story.rounds[0].middle == (8.0, 5.0)
-    assert [(one.owner, one.left_out) for one in story.present.refusals] == [("vault", False), ("south", True)]
+    assert story.rounds[0].median == (8.0, 5.0)
+    assert [(one.owner, one.left_out) for one in story.current.refusals] == [("vault", False), ("south", True)]
 
 
 def test_all_who_came_are_left_out_where_nothing_is_good_enough(chronicle) -> None:
@@ -60,7 +60,7 @@ def test_all_who_came_are_left_out_where_nothing_is_good_enough(chronicle) -> No
     chronicle.contribute(0, "north")
     chronicle.contribute(0, "east")
     chronicle.weave(0, {}, left_out=["north", "east"])
-    round = tell(entries(chronicle), chronicle.constitution).rounds[0]
+    round = read_history(entries(chronicle), chronicle.constitution).rounds[0]
     assert [round.state(name) for name in chronicle.owners] == ["left out", "left out", "waiting", "waiting"]
 
 
@@ -74,9 +74,9 @@ def test_a_ledger_of_an_older_form_and_one_without_its_constitution_are_told(chr
         entry("round", {"evaluation": {"before": 3.0, "after": 2.0}, "weights": {"north": 1.0}, "left_out": []}),
         entry("base", {"fingerprint": "ef"}, round=1),
     ]
-    story = tell(told)
+    story = read_history(told)
     assert (story.total, story.done, story.members) == (None, False, ("north",))
-    assert story.rounds[0].middle == (3.0, 2.0)
+    assert story.rounds[0].median == (3.0, 2.0)
     assert story.rounds[0].losses == {}
     assert story.rounds[0].contributions["north"].seconds == 26.0
     assert story.spent("north") == ""
@@ -91,23 +91,23 @@ def test_a_ledger_of_an_older_form_and_one_without_its_constitution_are_told(chr
 )  # fmt: skip
 def test_facts_of_any_form_are_told_without_a_fault(tmp_path, kind, facts) -> None:
     for round in (0, None, "x"):
-        story = tell([entry(kind, facts, round=round)])
+        story = read_history([entry(kind, facts, round=round)])
         assert story.bytes == 0
         for name in story.members:
-            assert story.present.state(name)
+            assert story.current.state(name)
 
 
 def test_another_constitution_is_named(chronicle) -> None:
-    with pytest.raises(DataError, match="runs under constitution abc; the one given is"):
-        tell([entry("constitution", {"fingerprint": "abc"}, round=None)], chronicle.constitution)
+    with pytest.raises(DataError, match="is of constitution abc, not of the given one"):
+        read_history([entry("constitution", {"fingerprint": "abc"}, round=None)], chronicle.constitution)
 
 
 def test_watching_tells_each_event_in_a_line_once(chronicle) -> None:
-    watched = Watch(chronicle.rounds, chronicle.constitution)
+    watched = LedgerWatch(chronicle.rounds, chronicle.constitution)
     assert watched.look() == []
     chronicle.begin()
     first = watched.look()
-    assert first[0].startswith("the ledger begins, under constitution")
+    assert first[0].startswith("the ledger begins, with constitution")
     assert first[1] == "round 0 begins, from base ba5e0"
     chronicle.contribute(0, "north")
     chronicle.contribute(0, "south")
@@ -120,15 +120,15 @@ def test_watching_tells_each_event_in_a_line_once(chronicle) -> None:
         "round 0: south is left out: losses grow",
     ]
     chronicle.weave(0, {"north": 1.0}, left_out=["south"])
-    woven, begins = watched.look()
-    assert woven.startswith("round 0 is woven: held-out loss 8.00 -> 5.00; east 8.25 -> 5.16, north 8.00 -> 5.00")
-    assert woven.endswith("left out: south; 3.20 MB came up")
+    done, begins = watched.look()
+    assert done.startswith("round 0 is done: held-out loss 8.00 -> 5.00; east 8.25 -> 5.16, north 8.00 -> 5.00")
+    assert done.endswith("left out: south; 3.20 MB uploaded")
     assert begins == "round 1 begins, from base ba5e1"
     chronicle.weave(1, {})
     assert watched.look() == [
         "round 1 leaves the base as it was: held-out loss 4.00 -> 3.08; east 4.12 -> 3.17, north 4.00 -> 3.08, "
-        "south 4.25 -> 3.27, vault 4.38 -> 3.37; 0 B came up",
-        "looms & sons: all 2 rounds are done; 3.20 MB came up so far; the last base is ba5e2",
+        "south 4.25 -> 3.27, vault 4.38 -> 3.37; 0 B uploaded",
+        "looms & sons: all 2 rounds are done; 3.20 MB uploaded so far; the last base is ba5e2",
     ]
     assert watched.look() == []
 

@@ -1,7 +1,7 @@
-"""What a ledger tells of the rounds, in the form that a live view and a report show.
+"""The history of the rounds, read from a ledger, in the form that a live view and a report show.
 
-Names and reasons come from others: what is not of the expected form is passed over, and text becomes one line that can
-be printed.
+Names and reasons come from other parties: entries of an unexpected form are skipped, and text becomes one printable
+line.
 """
 
 import math
@@ -19,20 +19,20 @@ State = Literal["waiting", "contributed", "refused", "left out"]
 
 @dataclass(frozen=True, kw_only=True)
 class Contributed:
-    """A contribution that was accepted: as entry `index`, `seconds` after its round began."""
+    """An accepted contribution: entry `index` of the ledger, `seconds` after its round began."""
 
     index: int
     seconds: float
     bytes: int
     steps: int
     data_class: str
-    private: bool  # whether it says what privacy was spent
-    epsilon: float | None  # all that its owner had spent by then; None without a bound
+    private: bool  # whether it states the privacy spent
+    epsilon: float | None  # what its owner had spent by then in all; None if unbounded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """A contribution that does not count: it never came or was refused, or came and was left out."""
+    """A contribution that does not count: it never came, or was refused, or was left out by the quality gate."""
 
     owner: str
     reason: str
@@ -41,28 +41,29 @@ class Refused:
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One round: what came, and, once it is `woven`, who had which part in it and what members lost by it.
+    """One round: its contributions and refusals, and once it is `done`, the weights and the members' losses.
 
-    `losses` are held-out losses before and after, of each member that answered; `middle` is of the one in the middle.
+    `losses` are held-out losses before and after the round, of each member that answered; `median` is of the median
+    member.
     """
 
     number: int
     began: float | None
     contributions: Mapping[str, Contributed]
     refusals: tuple[Refused, ...]
-    woven: bool
+    done: bool
     weights: Mapping[str, float]
     left_out: tuple[str, ...]
     losses: Mapping[str, tuple[float | None, float | None]]
-    middle: tuple[float, float] | None
+    median: tuple[float, float] | None
 
     @property
     def bytes(self) -> int:
-        """The bytes of all contributions."""
+        """The bytes of all contributions to the round."""
         return sum(one.bytes for one in self.contributions.values())
 
     def state(self, owner: str) -> State:
-        """Return how far a member is."""
+        """Return the state of a member in this round."""
         if owner in self.left_out or any(one.owner == owner and one.left_out for one in self.refusals):
             return "left out"
         if owner in self.contributions:
@@ -70,13 +71,13 @@ class Round:
         return "refused" if self.reason(owner) else "waiting"
 
     def reason(self, owner: str) -> str:
-        """Return why a member's contribution does not count, as it was said last; empty if nothing was said."""
+        """Return the newest reason why a member's contribution does not count; empty if there is none."""
         return next((one.reason for one in reversed(self.refusals) if one.owner == owner), "")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Story:
-    """What happened so far; `total` is None without a constitution: no ledger says which round is the last."""
+class History:
+    """All rounds so far; `total` is None without a constitution, which alone tells the number of rounds."""
 
     consortium: str
     members: tuple[str, ...]
@@ -91,18 +92,18 @@ class Story:
         return self.total is not None and max(self.bases, default=-1) >= self.total
 
     @property
-    def present(self) -> Round | None:
-        """The round under way, or the last one; None before the first."""
+    def current(self) -> Round | None:
+        """The round in progress, or the last one; None before the first."""
         return self.rounds[-1] if self.rounds else None
 
     @property
     def bytes(self) -> int:
-        """What all contributions so far weigh."""
+        """The bytes of all contributions so far."""
         return sum(round.bytes for round in self.rounds)
 
     @property
     def private(self) -> bool:
-        """Whether any contribution says what privacy was spent."""
+        """Whether any contribution states the privacy spent."""
         return any(one.private for round in self.rounds for one in round.contributions.values())
 
     def sent(self, owner: str) -> int:
@@ -110,30 +111,30 @@ class Story:
         return sum(round.contributions[owner].bytes for round in self.rounds if owner in round.contributions)
 
     def spent(self, owner: str) -> str:
-        """Return the epsilon that an owner has spent, in words; empty if it never said."""
-        told = [round.contributions[owner] for round in self.rounds if owner in round.contributions]
-        last = next((one for one in reversed(told) if one.private), None)
-        return "" if last is None else "no bound" if last.epsilon is None else f"{last.epsilon:.3g}"
+        """Return the epsilon that an owner has spent, as text; empty if it never stated any."""
+        sent = [round.contributions[owner] for round in self.rounds if owner in round.contributions]
+        last = next((one for one in reversed(sent) if one.private), None)
+        return "" if last is None else "unbounded" if last.epsilon is None else f"{last.epsilon:.3g}"
 
     def headline(self) -> str:
-        """Say in a line how far it is."""
-        over = sum(round.woven for round in self.rounds)
+        """Return the progress in one line."""
+        over = sum(round.done for round in self.rounds)
         if self.done:
-            how_far = f"all {self.total} rounds are done"
-        elif self.present is None:
-            how_far = "no round has begun"
+            progress = f"all {self.total} rounds are done"
+        elif self.current is None:
+            progress = "no round has begun"
         else:
             of = "" if self.total is None else f" of {self.total}"
-            how_far = f"round {self.present.number}, {over}{of} done"
+            progress = f"round {self.current.number}, {over}{of} done"
         name = f"{self.consortium}: " if self.consortium else ""
-        return f"{name}{how_far}; {size(self.bytes)} came up so far"
+        return f"{name}{progress}; {size(self.bytes)} uploaded so far"
 
 
-def tell(entries: Iterable[Entry], constitution: Constitution | None = None) -> Story:
-    """Read entries of a ledger, from its first on.
+def read_history(entries: Iterable[Entry], constitution: Constitution | None = None) -> History:
+    """Read the entries of a ledger, from the first on.
 
     Raises:
-        DataError: the ledger runs under another constitution.
+        DataError: the ledger is of another constitution.
     """
     begun: dict[int, float] = {}
     bases: dict[int, str] = {}
@@ -143,8 +144,8 @@ def tell(entries: Iterable[Entry], constitution: Constitution | None = None) -> 
         kind, number, facts = body.get("kind"), body.get("round"), _mapping(body.get("facts"))
         if kind == "constitution" and constitution is not None and facts.get("fingerprint") != constitution.fingerprint:
             raise DataError(
-                f"the ledger runs under constitution {printable(facts.get('fingerprint'))[:64]}; the one given is "
-                f"{constitution.fingerprint}. Give the one that its members signed"
+                f"the ledger is of constitution {printable(facts.get('fingerprint'))[:64]}, not of the given one, "
+                f"{constitution.fingerprint}. Pass the constitution that its members signed"
             )
         if type(number) is not int:
             continue
@@ -162,7 +163,7 @@ def tell(entries: Iterable[Entry], constitution: Constitution | None = None) -> 
         for name in (*round.contributions, *(one.owner for one in round.refusals), *round.weights, *round.losses)
     }
     privacy = None if constitution is None else constitution.privacy
-    return Story(
+    return History(
         consortium="" if constitution is None else printable(constitution.consortium),
         members=tuple({**dict.fromkeys(() if constitution is None else constitution.members), **seen}),
         total=total,
@@ -172,38 +173,38 @@ def tell(entries: Iterable[Entry], constitution: Constitution | None = None) -> 
     )
 
 
-class Watch:
-    """Looks at a folder of rounds while others write it; `story` is what was seen so far.
+class LedgerWatch:
+    """Follows a folder of rounds while another process writes it; `history` is what was read so far.
 
     Raises:
-        DataError: see `tell` and `Tail`.
+        DataError: see `read_history` and `Tail`.
     """
 
     def __init__(self, rounds: Path | str, constitution: Constitution | None = None) -> None:
         self.ledger = Path(rounds) / "ledger.jsonl"
         self._tail, self._constitution = Tail(self.ledger), constitution
         self._entries: list[Entry] = []
-        self.story = tell((), constitution)
+        self.history = read_history((), constitution)
 
     def look(self) -> list[str]:
-        """Look once more; return a line for each event since the last time."""
+        """Read what is new; return a line for each new event."""
         if not (new := self._tail.new()):
             return []
         self._entries += new
-        self.story = tell(self._entries, self._constitution)
-        return [line for entry in new if (line := describe(entry, self.story))]
+        self.history = read_history(self._entries, self._constitution)
+        return [line for entry in new if (line := describe(entry, self.history))]
 
 
-def describe(entry: Entry, story: Story) -> str:
-    """Return an entry in a line, as one event of a story that has it; empty for one of an unknown form."""
+def describe(entry: Entry, history: History) -> str:
+    """Return one line about an entry of a history; empty for an entry of an unknown form."""
     body = _mapping(entry.body)
     kind, number, facts = body.get("kind"), body.get("round"), _mapping(body.get("facts"))
     owner = printable(facts.get("owner"))
-    round = next((one for one in story.rounds if one.number == number), None)
+    round = next((one for one in history.rounds if one.number == number), None)
     if kind == "constitution":
-        return f"the ledger begins, under constitution {printable(facts.get('fingerprint'))[:16]}"
-    if kind == "base" and story.total is not None and number == story.total:
-        return f"{story.headline()}; the last base is {story.bases[number][:16]}"
+        return f"the ledger begins, with constitution {printable(facts.get('fingerprint'))[:16]}"
+    if kind == "base" and history.total is not None and number == history.total:
+        return f"{history.headline()}; the last base is {history.bases[number][:16]}"
     if round is None:
         return "" if type(number) is int else printable(kind)
     if kind == "base":
@@ -216,23 +217,23 @@ def describe(entry: Entry, story: Story) -> str:
         came = owner in round.contributions and round.contributions[owner].index < entry.index
         return f"round {number}: {owner} is {'left out' if came else 'refused'}: {printable(facts.get('reason'))}"
     if kind == "round":
-        parts = [f"{name} {_step(*pair)}" for name, pair in round.losses.items()]
-        middle = [f"held-out loss {_step(*round.middle)}"] if round.middle else []
+        parts = [f"{name} {_change(*pair)}" for name, pair in round.losses.items()]
+        median = [f"held-out loss {_change(*round.median)}"] if round.median else []
         left = [f"left out: {', '.join(round.left_out)}"] if round.left_out else []
-        made = "is woven" if round.weights else "leaves the base as it was"
-        said = "; ".join([*middle, *([", ".join(parts)] if parts else []), *left, f"{size(round.bytes)} came up"])
-        return f"round {number} {made}: {said}"
+        result = "is done" if round.weights else "leaves the base as it was"
+        figures = [*median, *([", ".join(parts)] if parts else []), *left, f"{size(round.bytes)} uploaded"]
+        return f"round {number} {result}: {'; '.join(figures)}"
     return ""
 
 
 def printable(value: Any) -> str:
-    """Return anybody's text as one line that a terminal prints as it stands: no control characters, no escapes."""
+    """Return text from any source as one line that is safe to print: no control characters, no escapes."""
     text = "" if value is None else str(value)
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def size(count: float | int) -> str:
-    """Return a number of bytes in the unit that suits it."""
+    """Return a number of bytes with a suitable unit."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= 0.9995 * scale:
             return f"{_three(count / scale)} {unit}"
@@ -240,7 +241,7 @@ def size(count: float | int) -> str:
 
 
 def duration(seconds: float | int) -> str:
-    """Return a time in the units that suit it."""
+    """Return a time with suitable units."""
     whole = round(max(seconds, 0.0))
     if whole < 60:
         return f"{whole} s"
@@ -255,13 +256,13 @@ def loss_change(before: float | None, after: float | None) -> str:
     return " \N{RIGHTWARDS ARROW} ".join("?" if value is None else _three(value) for value in (before, after))
 
 
-def _step(before: float | None, after: float | None) -> str:
-    # Plain letters: lines go to logs and pipes of any encoding.
+def _change(before: float | None, after: float | None) -> str:
+    # ASCII, because these lines go to logs and pipes of any encoding.
     return " -> ".join("?" if value is None else _three(value) for value in (before, after))
 
 
 def _three(value: float | int) -> str:
-    """Return a number with three digits that count, and all before its point."""
+    """Return a number with three significant digits, and all digits before its point."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     digits = 2 - math.floor(math.log10(abs(float(f"{value:.3g}"))))
@@ -287,23 +288,23 @@ def _round(number: int, began: float | None, entries: Iterable[Entry]) -> Round:
                 epsilon=_number(spent.get("epsilon")),
             )
         elif entry.body["kind"] == "refusal":
-            reason = printable(facts.get("reason")) or "no reason is given"
+            reason = printable(facts.get("reason")) or "no reason given"
             refusals.append(Refused(owner=owner, reason=reason, left_out=owner in contributions))
         else:
             made = facts
-    said = made or {}
-    left_out = said.get("left_out")
-    judged = _mapping(said.get("evaluation"))
+    result = made or {}
+    left_out = result.get("left_out")
+    judged = _mapping(result.get("evaluation"))
     before, after = _number(judged.get("before")), _number(judged.get("after"))
     return Round(
         number=number,
         began=began,
         contributions=contributions,
         refusals=tuple(refusals),
-        woven=made is not None,
+        done=made is not None,
         weights={
             printable(name): weight
-            for name, value in _mapping(said.get("weights")).items()
+            for name, value in _mapping(result.get("weights")).items()
             if (weight := _number(value)) is not None
         },
         left_out=tuple(map(printable, left_out)) if isinstance(left_out, list) else (),
@@ -312,7 +313,7 @@ def _round(number: int, began: float | None, entries: Iterable[Entry]) -> Round:
             for name, pair in _mapping(judged.get("owners")).items()
             if isinstance(pair, list) and len(pair) == 2
         },
-        middle=None if before is None or after is None else (before, after),
+        median=None if before is None or after is None else (before, after),
     )
 
 

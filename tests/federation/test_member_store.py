@@ -8,9 +8,9 @@ import pytest
 
 from worldloom.core.errors import DataError, StorageError
 from worldloom.core.signing import SigningKey, make_key
-from worldloom.federation import Constitution, Keeping, Ledger
+from worldloom.federation import Constitution, Ledger, MemberStore
 from worldloom.federation.record import ledger as ledger_module
-from worldloom.federation.rounds.keeping import Forked
+from worldloom.federation.rounds.member_store import LedgerForked
 
 
 class Looms:
@@ -36,8 +36,8 @@ class Looms:
                 ledger.append("base", {"fingerprint": base}, round=number)
             return ledger.lines()
 
-    def keeping(self) -> Keeping:
-        return Keeping(self.folder / "bolt", self.rules, self.keys["bolt"])
+    def store(self) -> MemberStore:
+        return MemberStore(self.folder / "bolt", self.rules, self.keys["bolt"])
 
 
 @pytest.fixture
@@ -54,34 +54,34 @@ def test_entries_that_were_checked_are_not_checked_again(looms: Looms, monkeypat
         return fault(entry, *arguments)
 
     monkeypatch.setattr(ledger_module, "_fault", counted)
-    lines, keeping = looms.lines("a", "b", "c", "d"), looms.keeping()
-    assert keeping.follow(0, lines[:3])["length"] == 3
-    assert keeping.follow(3, lines[3:])["length"] == 5
-    assert keeping.follow(0, lines)["length"] == 5
-    assert keeping.names(3, "d")
-    assert not keeping.names(2, "d")
-    assert keeping.read().decode().splitlines() == lines
+    lines, store = looms.lines("a", "b", "c", "d"), looms.store()
+    assert store.follow(0, lines[:3])["length"] == 3
+    assert store.follow(3, lines[3:])["length"] == 5
+    assert store.follow(0, lines)["length"] == 5
+    assert store.names(3, "d")
+    assert not store.names(2, "d")
+    assert store.read().decode().splitlines() == lines
     assert checked == list(range(5))
-    assert looms.keeping().names(3, "d")  # after a restart all are checked once more
+    assert looms.store().names(3, "d")  # after a restart all are checked once more
     assert checked == [*range(5), *range(5)]
 
 
 def test_a_file_that_changed_meanwhile_is_not_believed(looms: Looms) -> None:
     lines, other = looms.lines("a", "b"), looms.lines("a", "x")
-    keeping = looms.keeping()
-    keeping.follow(0, lines)
+    store = looms.store()
+    store.follow(0, lines)
     for content in (other, [*lines[:2], lines[2].replace('"b"', '"x"')], lines[:2]):
-        keeping.ledger.write_text("".join(f"{line}\n" for line in content))
-        for ask in (lambda: keeping.names(1, "x"), keeping.read, lambda: looms.keeping().read()):
+        store.ledger.write_text("".join(f"{line}\n" for line in content))
+        for ask in (lambda: store.names(1, "x"), store.read, lambda: looms.store().read()):
             with pytest.raises(DataError, match="does not verify: entry"):
                 ask()
         with pytest.raises(DataError):
-            keeping.follow(len(content), [])
-    assert keeping.follow(2, lines[2:])["length"] == 3  # what was cut off is taken again, and nothing else
-    keeping.ledger.unlink()
-    with pytest.raises(DataError, match="written anew"):
-        keeping.follow(0, other)
-    assert keeping.follow(0, lines)["length"] == 3
+            store.follow(len(content), [])
+    assert store.follow(2, lines[2:])["length"] == 3  # what was cut off is taken again, and nothing else
+    store.ledger.unlink()
+    with pytest.raises(DataError, match="rewritten"):
+        store.follow(0, other)
+    assert store.follow(0, lines)["length"] == 3
 
 
 def test_after_a_write_that_failed_what_comes_is_checked_anew(looms: Looms, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,23 +90,23 @@ def test_after_a_write_that_failed_what_comes_is_checked_anew(looms: Looms, monk
 
     lines = looms.lines("a", "b")
     fork = looms.lines("x", after=tuple(lines[:2]))
-    keeping = looms.keeping()
-    keeping.follow(0, lines[:2])
-    monkeypatch.setattr("worldloom.federation.rounds.keeping.write_atomic", full)
+    store = looms.store()
+    store.follow(0, lines[:2])
+    monkeypatch.setattr("worldloom.federation.rounds.member_store.write_atomic", full)
     with pytest.raises(StorageError):
-        keeping.follow(2, lines[2:])
+        store.follow(2, lines[2:])
     monkeypatch.undo()
-    assert not keeping.names(1, "b")
-    assert keeping.follow(2, fork[2:])["length"] == 3  # of the first nothing was countersigned
-    with pytest.raises(Forked):
-        keeping.follow(2, lines[2:])
+    assert not store.names(1, "b")
+    assert store.follow(2, fork[2:])["length"] == 3  # of the first nothing was countersigned
+    with pytest.raises(LedgerForked):
+        store.follow(2, lines[2:])
     with pytest.raises(DataError, match="entry 3 is no entry of a chain"):
-        keeping.follow(3, ["{}"])
-    assert keeping.follow(3, [])["length"] == 3
+        store.follow(3, ["{}"])
+    assert store.follow(3, [])["length"] == 3
 
 
 def test_of_no_ledger_nothing_is_countersigned(looms: Looms) -> None:
-    keeping = looms.keeping()
+    store = looms.store()
     with pytest.raises(DataError, match="no ledger came"):
-        keeping.follow(0, [])
-    assert keeping.seen is None
+        store.follow(0, [])
+    assert store.seen is None

@@ -1,0 +1,176 @@
+"""From the contributions to a round to the next base: a deterministic function, which anyone can compute again."""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from worldloom.core.chain import Entry
+from worldloom.core.config import parse_component
+from worldloom.core.errors import DataError, StorageError
+from worldloom.core.files import storage_errors
+from worldloom.core.progress import SILENT, Progress
+from worldloom.federation.record.envelope import unseal_answer
+from worldloom.federation.record.ledger import Records
+from worldloom.federation.rounds.aggregation import AGGREGATORS, Deltas, capped
+from worldloom.federation.rounds.base import Base
+from worldloom.federation.rounds.contribution import read_contribution
+from worldloom.federation.rounds.outer import OUTER
+from worldloom.federation.rounds.round_store import RoundStore
+from worldloom.federation.rules.constitution import Constitution
+from worldloom.federation.secure.secure_rounds import load_sum, reopen
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NextBase:
+    """The result of a round: the next base, the outer optimiser's momentum, and each owner's weight in the change."""
+
+    base: Base
+    momentum: Mapping[str, Tensor]
+    weights: Mapping[str, float] = field(default_factory=dict)
+    notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def next_base(
+    store: RoundStore, number: int, base: Base, constitution: Constitution, frames: Mapping[str, int]
+) -> NextBase:
+    """Return the base after a round; `frames` gives the owners that count, and how many frames each trained on.
+
+    Without any owner the base stays as it is.
+
+    Raises:
+        StorageError: a contribution is missing.
+    """
+    if not frames:
+        return unchanged(store, number, base)
+    sources = {owner: store.source(number, owner) for owner in sorted(frames)}
+    power = {"equal": 0.0, "frames": 1.0, "sqrt-frames": 0.5}[constitution.weighting]
+    # Fewer owners than a quorum (`recompute` without a member) may be too few for the cap: then weights are equal.
+    cap = max(constitution.cap, 1 / len(sources))
+    weights = capped({owner: float(frames[owner]) ** power for owner in sources}, cap)
+    deltas = Deltas(sources=sources, weights=weights, shapes=base.shapes, cap=constitution.cap)
+    aggregate = parse_component(AGGREGATORS, constitution.aggregation).aggregate(deltas)
+    moved, momentum = _step(store, number, base, constitution, aggregate.tensors)
+    return NextBase(base=moved, momentum=momentum, weights=aggregate.weights, notes=aggregate.notes)
+
+
+def next_base_of_sum(
+    store: RoundStore, number: int, base: Base, constitution: Constitution, weights: Mapping[str, float]
+) -> NextBase:
+    """Return the base after a round under secure aggregation; `weights` are the factors of the owners in its sum.
+
+    Without any owner, because no sum could be opened, the base stays as it is.
+
+    Raises:
+        CheckpointError: the sum is missing or damaged.
+    """
+    if not weights:
+        return unchanged(store, number, base)
+    total = math.fsum(weights.values())
+    mean = {name: (tensor / total).float() for name, tensor in load_sum(store.path, number).items()}
+    moved, momentum = _step(store, number, base, constitution, mean)
+    shares = {owner: weight / total for owner, weight in sorted(weights.items())}
+    return NextBase(base=moved, momentum=momentum, weights=shares)
+
+
+def unchanged(store: RoundStore, number: int, base: Base) -> NextBase:
+    """Return the result of a round without a contribution that counts."""
+    return NextBase(base=base, momentum=store.momentum(number))
+
+
+def recompute(
+    path: Path | str,
+    constitution: Constitution,
+    *,
+    into: Path | str,
+    without: Collection[str] = (),
+    progress: Progress = SILENT,
+) -> dict[int, str]:
+    """Compute all bases again from the stored contributions, in another folder; return their fingerprints by round.
+
+    With all members they are those that the ledger names. With `without` they follow from the other members'
+    contributions alone, as these were made: from bases that the excluded members had contributed to. Each message is
+    checked as when it came. Under secure aggregation each sum is opened again from the masked contributions and the
+    secrets that members handed over.
+
+    Raises:
+        DataError: a message or base is not the one that the ledger names, or a member in a secure sum is to be
+            excluded.
+        StorageError: a contribution is missing, or the target is the source folder.
+    """
+    if Path(path).resolve() == Path(into).resolve():
+        raise StorageError(f"{into} is the source of the computation; choose another folder for the result")
+    stored, made = RoundStore(path), RoundStore(into)
+    records = Records(stored.ledger)
+    again = _Recomputation(stored, made, records, constitution, without)
+    published = {number: str(facts["fingerprint"]) for number, facts in records.bases().items()}
+    # A successor has the base that its rounds begin with, and nothing of the rounds before.
+    begun = max((entry.body["round"] for entry in records.entries("succession")), default=0)
+    base = stored.base(begun, named=published[begun])
+    made.save(begun, base, {})
+    found = {begun: base.fingerprint}
+    # Of a round that ran twice, before and after a succession, the second run counts.
+    rounds = {entry.body["round"]: entry for entry in records.entries("round") if entry.body["round"] >= begun}
+    with progress.task("recomputing", len(rounds), "round") as task:
+        for number, entry in sorted(rounds.items()):
+            # Contributions were made from the published base, which differs from this one where a member is excluded.
+            given = base if base.fingerprint == published[number] else stored.base(number, named=published[number])
+            result = (again.sum if constitution.secure_aggregation else again.aggregate)(entry, given, base)
+            base = result.base
+            made.save(number + 1, base, result.momentum)
+            found[number + 1] = base.fingerprint
+            if not without and base.fingerprint != published[number + 1]:
+                raise DataError(
+                    f"the base of round {number + 1} is not the result of the contributions; base or contributions "
+                    f"changed"
+                )
+            task.advance()
+    return found
+
+
+@dataclass(frozen=True)
+class _Recomputation:
+    """One round computed again: `given` is the base that its contributions were made from, `base` the one to change."""
+
+    stored: RoundStore
+    made: RoundStore
+    records: Records
+    constitution: Constitution
+    without: Collection[str]
+
+    def aggregate(self, entry: Entry, given: Base, base: Base) -> NextBase:
+        number, frames = entry.body["round"], {}
+        recorded = {facts["owner"]: facts for facts in self.records.contributions(number)}
+        known, limit = self.constitution.member_names(), self.constitution.largest_bytes
+        for owner in entry.body["facts"]["weights"]:
+            if owner in self.without:
+                continue
+            with storage_errors(self.stored.message(number, owner)):
+                data = self.stored.message(number, owner).read_bytes()
+            message = unseal_answer(data, kind="contribution", sender=owner, known=known, limit=limit)
+            delta = read_contribution(message, number, given, self.constitution)
+            if message.digest != recorded[owner]["message"]:
+                raise DataError(f"the contribution of {owner} to round {number} is not the one that the ledger names")
+            frames[owner] = recorded[owner]["frames"]
+            self.made.save_delta(number, owner, delta)
+        return next_base(self.made, number, base, self.constitution, frames)
+
+    def sum(self, entry: Entry, given: Base, base: Base) -> NextBase:
+        number, weights = entry.body["round"], entry.body["facts"]["weights"]
+        if inside := sorted({*weights} & {*self.without}):
+            raise DataError(
+                f"round {number} was summed under secure aggregation: nobody has the single contribution of "
+                f"{', '.join(inside)}, so it cannot be excluded. Train again without that member"
+            )
+        if weights:
+            weights = reopen(self.stored.path, self.records, self.constitution, number, given, into=self.made.path)
+        return next_base_of_sum(self.made, number, base, self.constitution, weights)
+
+
+def _step(
+    store: RoundStore, number: int, base: Base, constitution: Constitution, delta: Mapping[str, Tensor]
+) -> tuple[Base, dict[str, Tensor]]:
+    return parse_component(OUTER, constitution.outer).step(base, delta, store.momentum(number))

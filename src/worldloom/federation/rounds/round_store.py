@@ -1,0 +1,85 @@
+"""The files of a consortium's rounds: bases, contributions, and the outer optimiser's momentum."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from worldloom.core.errors import StorageError
+from worldloom.core.files import storage_errors, write_atomic
+from worldloom.federation.rounds.aggregation import Source
+from worldloom.federation.rounds.base import Base
+from worldloom.models import load_tensors, save_tensors
+
+_MOMENTUM = "outer-momentum"
+
+
+class RoundStore:
+    """The folder of a consortium's rounds."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.ledger = self.path / "ledger.jsonl"
+
+    def base(self, number: int, *, named: str | None = None) -> Base:
+        """Return the base that a round begins with; `named` is the fingerprint that it must have.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+            DataError: the base has another fingerprint, or is not finite.
+        """
+        return Base.load(self._stem("bases", number), named=named)
+
+    def momentum(self, number: int) -> dict[str, Tensor]:
+        """Return the outer optimiser's momentum before a round; empty at the first."""
+        return load_tensors(self._stem("momenta", number), kind=_MOMENTUM)[0] if number else {}
+
+    def save(self, number: int, base: Base, momentum: Mapping[str, Tensor]) -> None:
+        """Write what a round begins with."""
+        if number:
+            save_tensors(self._stem("momenta", number), momentum, kind=_MOMENTUM)
+        base.save(self._stem("bases", number), {"round": number})
+
+    def save_contribution(self, number: int, owner: str, message: bytes, delta: Mapping[str, Tensor]) -> None:
+        """Write a contribution as it came, and as it was decoded."""
+        write_atomic(self.message(number, owner), lambda temporary: temporary.write_bytes(message))
+        self.save_delta(number, owner, delta)
+
+    def save_delta(self, number: int, owner: str, delta: Mapping[str, Tensor]) -> None:
+        """Write a decoded contribution."""
+        write_atomic(self.delta(number, owner), partial(safetensors.torch.save_file, dict(delta)))
+
+    def message(self, number: int, owner: str) -> Path:
+        """Return the path of a contribution as it came."""
+        return self.path / "contributions" / f"{number:05d}" / f"{owner}.msg"
+
+    def delta(self, number: int, owner: str) -> Path:
+        """Return the path of a contribution as it was decoded."""
+        return self.path / "contributions" / f"{number:05d}" / f"{owner}.safetensors"
+
+    def source(self, number: int, owner: str) -> Source:
+        """Return a reader of single tensors of a decoded contribution.
+
+        Raises:
+            StorageError: the contribution is missing.
+        """
+        path = self.delta(number, owner)
+        if not path.is_file():
+            raise StorageError(f"the contribution of {owner} to round {number} is not at {path}; restore it")
+        return partial(_tensor, path)
+
+    def owners(self, number: int) -> list[str]:
+        """Return the owners whose contributions to a round are here."""
+        return sorted(path.stem for path in self.message(number, "x").parent.glob("*.msg"))
+
+    def _stem(self, folder: str, number: int) -> Path:
+        return self.path / folder / f"{number:05d}"
+
+
+def _tensor(path: Path, name: str) -> Tensor:
+    with storage_errors(path), safetensors.safe_open(str(path), framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor

@@ -6,9 +6,8 @@ For each seed there are four ways: each owner trains alone; all owners share eve
 action conventions clash; all owners share a model with sovereign stems; and one model trains on all logs in one action
 convention, an upper bound that needs the data in one place. All begin with the same base and take as many steps.
 Success is measured on the protocol's goals in the owner's own world, by tree search; a single room has no goals across
-rooms.
-The results go to benchmarks/results/weaving.json. Results of a seed are stored beside it and reused, unless `--anew` is
-set. `--quick` only tries the script, and stores nothing.
+rooms. The results go to benchmarks/results/weaving.json. Results of a seed are stored beside it and reused, unless
+`--anew` is set. `--quick` only tries the script, and stores nothing.
 """
 
 import argparse

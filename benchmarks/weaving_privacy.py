@@ -275,7 +275,7 @@ class World:
 
     @torch.no_grad()
     def _places(self, base: State) -> float:
-        """Return the error of a linear probe of frozen latents, `HORIZON` blocks ahead in new logs."""
+        """Return the error of the spot that a probe of frozen latents reads `HORIZON` blocks ahead, in new logs."""
         model = self._put(base)
         fitted, held_out = (
             windows_of([(cache, None) for cache in caches.values()]) for caches in (self._logs, self._others)

@@ -94,7 +94,7 @@ def test_a_contribution_that_was_exchanged_is_found(woven, tmp_path) -> None:
 def test_nothing_sovereign_is_in_what_a_node_says(woven) -> None:
     consortium, _ = woven
     state = load_model(consortium.path / "east" / "run" / "model").state_dict()
-    sovereign = consortium.partition.split(state).sovereign_of(state)
+    sovereign = {name: state[name] for name in consortium.partition.split(state).sovereign}
     assert {"normalise_actions.shift", "action_stem.mix.weight", "norm.running_mean"} <= set(sovereign)
     for path in (consortium.path / "rounds" / "contributions").glob("*/east.msg"):
         said = path.read_bytes()

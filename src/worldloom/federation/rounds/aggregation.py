@@ -11,13 +11,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import Field
 from torch import Tensor
 
-from worldloom.core.config import Component, component_of
+from worldloom.core.config import Component
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.registry import Registry
 from worldloom.federation.rounds.base import check_finite
@@ -166,8 +166,6 @@ class Aggregator(Component):
 
 
 AGGREGATORS: Registry[type[Aggregator]] = Registry("aggregator")
-
-AggregatorField = Annotated[SerializeAsAny[Aggregator], BeforeValidator(component_of(AGGREGATORS))]
 
 
 @AGGREGATORS.register("mean")

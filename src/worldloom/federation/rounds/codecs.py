@@ -6,13 +6,13 @@ Error feedback: Seide et al. 2014; Karimireddy et al. 2019 (arXiv 1901.09847).
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import Field
 from torch import Tensor
 
-from worldloom.core.config import Component, component_of
+from worldloom.core.config import Component
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.registry import Registry
 from worldloom.federation.rounds.base import check_finite, check_names
@@ -88,8 +88,6 @@ class Codec(Component):
 
 
 CODECS: Registry[type[Codec]] = Registry("codec")
-
-CodecField = Annotated[SerializeAsAny[Codec], BeforeValidator(component_of(CODECS))]
 
 
 def bytes_of(payload: Mapping[str, Tensor]) -> int:

@@ -50,19 +50,9 @@ class Contribution:
 
     @classmethod
     def of(
-        cls,
-        partition: Partition,
-        before: Mapping[str, Tensor],
-        after: Mapping[str, Tensor],
-        *,
-        owner: str,
-        round: int,
-        base: str,
-        steps: int,
-        frames: int,
-        data_class: str,
+        cls, partition: Partition, before: Mapping[str, Tensor], after: Mapping[str, Tensor], **facts: Any
     ) -> "Contribution":
-        """Return `after - before` of the shared part; other tensors of the states are ignored.
+        """Return `after - before` of the shared part with the other fields; other tensors of the states are ignored.
 
         Raises:
             DataError: the states differ in shapes or dtypes, or a difference is not finite.
@@ -72,27 +62,11 @@ class Contribution:
             check_like(name, end[name], tensor)
         with torch.no_grad():
             delta = {name: end[name].detach().cpu() - start[name].detach().cpu() for name in start}
-        return cls(
-            partition=partition,
-            tensors=delta,
-            owner=owner,
-            round=round,
-            base=base,
-            steps=steps,
-            frames=frames,
-            data_class=data_class,
-        )
+        return cls(partition=partition, tensors=delta, **facts)
 
     def body(self) -> dict[str, Any]:
         """Return the facts beside the tensors, as JSON values."""
-        return {
-            "owner": self.owner,
-            "round": self.round,
-            "base": self.base,
-            "steps": self.steps,
-            "frames": self.frames,
-            "data_class": self.data_class,
-        }
+        return {name: getattr(self, name) for name in ("owner", "round", "base", "steps", "frames", "data_class")}
 
 
 _SPENT = {"clip", "noise", "delta", "round", "share", "in_sum", "epsilon"}

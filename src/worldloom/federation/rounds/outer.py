@@ -2,12 +2,12 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import Field
 from torch import Tensor
 
-from worldloom.core.config import Component, component_of
+from worldloom.core.config import Component
 from worldloom.core.registry import Registry
 from worldloom.federation.rounds.base import Base, check_finite, check_names
 
@@ -27,8 +27,6 @@ class Outer(Component):
 
 
 OUTER: Registry[type[Outer]] = Registry("outer optimiser")
-
-OuterField = Annotated[SerializeAsAny[Outer], BeforeValidator(component_of(OUTER))]
 
 
 @OUTER.register("fedavg")

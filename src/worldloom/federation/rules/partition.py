@@ -36,11 +36,11 @@ class Partition:
         Raises:
             DataError: the state lacks a tensor of it.
         """
-        return _pick(state, self.shared)
-
-    def sovereign_of(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the sovereign part of a state; see `shared_of`."""
-        return _pick(state, self.sovereign)
+        if missing := [name for name in self.shared if name not in state]:
+            raise DataError(
+                f"the state lacks {missing[:5]}; expected every tensor of its partition: is it of another recipe?"
+            )
+        return {name: state[name] for name in self.shared}
 
 
 class PartitionConfig(Config):
@@ -80,12 +80,3 @@ class PartitionConfig(Config):
             stays = is_sovereign or not state[name].is_floating_point()
             (sovereign if stays else shared).append(name)
         return Partition(shared=tuple(shared), sovereign=tuple(sovereign))
-
-
-def _pick(state: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
-    missing = [name for name in names if name not in state]
-    if missing:
-        raise DataError(
-            f"the state lacks {missing[:5]}; expected every tensor of its partition: is it of another recipe?"
-        )
-    return {name: state[name] for name in names}

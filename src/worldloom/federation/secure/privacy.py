@@ -10,7 +10,7 @@ import math
 import secrets
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -174,9 +174,7 @@ class Accountant:
 
     def state(self) -> list[dict[str, Any]]:
         """Return the rounds counted, as plain JSON."""
-        return [
-            {"rounds": event.rounds, "noise": event.noise, "sample_rate": event.sample_rate} for event in self._events
-        ]
+        return [asdict(event) for event in self._events]
 
     @classmethod
     def of(cls, config: PrivacyConfig, state: Sequence[Mapping[str, Any]]) -> "Accountant":

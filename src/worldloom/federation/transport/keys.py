@@ -11,6 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA384
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
 from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.files import storage_errors
 
@@ -41,9 +47,6 @@ def make_node_keys(folder: Path | str, name: str) -> NodeKeys:
     Raises:
         StorageError: a key exists already (keys are never overwritten), or cannot be written.
     """
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
     keys = NodeKeys(secret=Path(folder) / f"{name}.ssh", public=Path(folder) / f"{name}.ssh.pub")
     _refuse_existing(keys.secret, keys.public)
     secret = ec.generate_private_key(ec.SECP384R1())
@@ -70,11 +73,6 @@ def make_tls(folder: Path | str, hosts: Sequence[str] = ("localhost", "127.0.0.1
         StorageError: a certificate exists already, or cannot be written.
         DataError: the authority's files are damaged.
     """
-    from cryptography import x509
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import ExtendedKeyUsageOID
-
     if not hosts or days < 1:
         raise ConfigError(f"a certificate needs a host and at least one day; got {list(hosts)} and {days}")
     folder = Path(folder)
@@ -89,7 +87,7 @@ def make_tls(folder: Path | str, hosts: Sequence[str] = ("localhost", "127.0.0.1
         .add_extension(_usage(digital_signature=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
-        .sign(signer, _sha384())
+        .sign(signer, SHA384())
     )
     _write(made.secret, _pem(secret), mode=0o600)
     _write(made.certificate, certificate.public_bytes(serialization.Encoding.PEM))
@@ -98,10 +96,6 @@ def make_tls(folder: Path | str, hosts: Sequence[str] = ("localhost", "127.0.0.1
 
 def _authority(certificate: Path, secret: Path) -> tuple[Any, Any]:
     """Return the authority's secret key and certificate; create them if there are none."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
     if certificate.exists() and secret.exists():
         with storage_errors(certificate):
             contents = secret.read_bytes(), certificate.read_bytes()
@@ -123,7 +117,7 @@ def _authority(certificate: Path, secret: Path) -> tuple[Any, Any]:
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(signer.public_key()), critical=False)
-        .sign(signer, _sha384())
+        .sign(signer, SHA384())
     )
     _write(secret, _pem(signer), mode=0o600)
     _write(certificate, known.public_bytes(serialization.Encoding.PEM))
@@ -131,8 +125,6 @@ def _authority(certificate: Path, secret: Path) -> tuple[Any, Any]:
 
 
 def _certificate(subject: Any, issuer: Any, public: Any, days: int) -> Any:
-    from cryptography import x509
-
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
@@ -146,8 +138,6 @@ def _certificate(subject: Any, issuer: Any, public: Any, days: int) -> Any:
 
 
 def _usage(**allowed: bool) -> Any:
-    from cryptography import x509
-
     every = (
         "digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
         "key_cert_sign", "crl_sign", "encipher_only", "decipher_only",
@@ -156,28 +146,17 @@ def _usage(**allowed: bool) -> Any:
 
 
 def _named(name: str) -> Any:
-    from cryptography import x509
-
     return x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, name)])
 
 
 def _host(host: str) -> Any:
-    from cryptography import x509
-
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         return x509.DNSName(host)
 
 
-def _sha384() -> Any:
-    from cryptography.hazmat.primitives.hashes import SHA384
-
-    return SHA384()
-
-
 def _pem(secret: Any) -> bytes:
-    from cryptography.hazmat.primitives import serialization
 
     text: bytes = secret.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worldloom.core.chain import Chain, Head, Tail, canonical, entries, verify
+from worldloom.core.chain import Chain, ChainHead, Tail, canonical, entries, verify
 from worldloom.core.errors import DataError, StorageError
 
 
-def written(path: Path, count: int = 5) -> Head:
+def written(path: Path, count: int = 5) -> ChainHead:
     with Chain(path, durable=False) as chain:
         for number in range(count):
             chain.append({"said": f"entry {number}", "value": number / 3})
@@ -33,7 +33,7 @@ def test_what_was_appended_is_read_in_order_and_goes_on_after_a_restart(tmp_path
     assert found[-1].body == {"said": "later"}
     assert found[3].previous == found[2].hash
     assert verify(path).broken is None
-    assert verify(path).head == Head(length=4, hash=found[-1].hash)
+    assert verify(path).head == ChainHead(length=4, hash=found[-1].hash)
 
 
 @settings(max_examples=150)

@@ -32,7 +32,7 @@ def verify(
         length, colon, digest = kept.partition(":")
         if not colon or not length.isdigit():
             raise ConfigError(f"--kept is LENGTH:HASH, as verify prints it; got {kept!r}")
-        head = chain.Head(length=int(length), hash=digest)
+        head = chain.ChainHead(length=int(length), hash=digest)
     bars = progress()
     verdict = chain.verify(log_path(log), kept=head, progress=bars)
     if verdict.broken is not None:

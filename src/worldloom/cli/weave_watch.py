@@ -19,7 +19,7 @@ from rich.text import Text
 from worldloom.cli.console import answer, err, out
 from worldloom.core.errors import WorldloomError
 from worldloom.core.files import storage_errors
-from worldloom.federation import Constitution, History, LedgerWatch, Round, duration, loss_change, size
+from worldloom.federation import Constitution, LedgerHistory, LedgerWatch, Round, duration, loss_change, size
 
 _log = logging.getLogger(__name__)
 _EVERY = 0.5  # seconds between reads of the ledger
@@ -102,7 +102,7 @@ def live(rounds: Path, constitution: Constitution | None = None, *, console: Con
             thread.join()
 
 
-def picture(history: History, *, now: float, width: int) -> RenderableType:
+def picture(history: LedgerHistory, *, now: float, width: int) -> RenderableType:
     """Return the view of a history for a terminal of `width` columns at the time `now` (seconds since 1970)."""
     parts: list[RenderableType] = [Text(history.headline(), style="bold")]
     if history.current is not None:
@@ -112,7 +112,7 @@ def picture(history: History, *, now: float, width: int) -> RenderableType:
     return Group(*parts)
 
 
-def _present(history: History, round: Round, now: float) -> Table:
+def _present(history: LedgerHistory, round: Round, now: float) -> Table:
     waiting = sum(round.state(name) == "waiting" for name in history.members)
     status = "done" if round.done else f"waiting for {waiting} of {len(history.members)}" if waiting else "judging"
     table = _table(f"round {round.number}: {status}")
@@ -140,7 +140,7 @@ def _said(round: Round, name: str, now: float) -> str:
     return textwrap.shorten(f"{state}: {why}", _REASON, placeholder=" ...")
 
 
-def _past(history: History, width: int) -> Table:
+def _past(history: LedgerHistory, width: int) -> Table:
     """Return the held-out losses of the newest rounds, as many as fit."""
     judged = [round for round in history.rounds if round.median]
     names = [name for name in history.members if any(name in round.losses for round in judged)]

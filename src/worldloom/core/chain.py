@@ -2,7 +2,7 @@
 
 A line is one entry as canonical JSON (sorted keys, no spaces, ASCII): its `index`, the `time` in seconds since 1970,
 the `previous` hash, the `body`, and the `hash` (SHA-256) of the other four. A chain proves that no entry was changed,
-removed or inserted. Truncation and a complete rewrite are detected only against a `Head` kept elsewhere.
+removed or inserted. Truncation and a complete rewrite are detected only against a `ChainHead` kept elsewhere.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ _DEEPEST = 32  # mappings and lists within one another
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
+class ChainHead:
     """How long a chain was, and the hash of its last entry: to be kept elsewhere."""
 
     length: int
@@ -64,7 +64,7 @@ class Verdict:
     """What verification found: all `length` entries are whole, or the first that is `broken`, and why."""
 
     length: int
-    head: Head
+    head: ChainHead
     broken: int | None = None
     why: str = ""
 
@@ -140,7 +140,7 @@ class Chain:
             except OSError:
                 os.ftruncate(self._file.fileno(), before)
                 raise
-        self.head = Head(length=entry.index + 1, hash=entry.hash)
+        self.head = ChainHead(length=entry.index + 1, hash=entry.hash)
         return entry
 
     def close(self) -> None:
@@ -199,7 +199,7 @@ class Tail:
                 raise DataError(f"{self.path} does not verify: entry {self._head.length} {why}")
             found.append(entry)
             self._offset += len(line) + 1
-            self._head = Head(length=entry.index + 1, hash=entry.hash)
+            self._head = ChainHead(length=entry.index + 1, hash=entry.hash)
         return found
 
 
@@ -217,7 +217,7 @@ def entries(path: Path | str, *, progress: Progress = SILENT) -> Iterator[Entry]
             yield entry
 
 
-def verify(path: Path | str, *, kept: Head | None = None, progress: Progress = SILENT) -> Verdict:
+def verify(path: Path | str, *, kept: ChainHead | None = None, progress: Progress = SILENT) -> Verdict:
     """Check every entry, and detect truncation and rewriting against a `kept` head.
 
     Raises:
@@ -227,7 +227,7 @@ def verify(path: Path | str, *, kept: Head | None = None, progress: Progress = S
     for entry, broken, why in _walk(Path(path), progress):
         if entry is None:
             return Verdict(length=head.length, head=head, broken=broken, why=why)
-        head = Head(length=entry.index + 1, hash=entry.hash)
+        head = ChainHead(length=entry.index + 1, hash=entry.hash)
         if kept is not None and head.length == kept.length:
             at_kept = head == kept
             if not at_kept:
@@ -274,4 +274,4 @@ def read_entry(line: bytes, index: int, previous: str) -> tuple[Entry | None, st
     return entry, ""
 
 
-_EMPTY = Head(length=0, hash=NOTHING)
+_EMPTY = ChainHead(length=0, hash=NOTHING)

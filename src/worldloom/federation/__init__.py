@@ -2,16 +2,6 @@
 
 A coordinator talks to nodes through a `Transport`; `InProcess` is one, Flower another."""
 
-from worldloom.federation.record.history import (
-    History,
-    LedgerWatch,
-    Round,
-    duration,
-    loss_change,
-    printable,
-    read_history,
-    size,
-)
 from worldloom.federation.record.ledger import (
     Ledger,
     LedgerVerdict,
@@ -22,6 +12,16 @@ from worldloom.federation.record.ledger import (
     read_countersigned,
     save_countersigned,
     verify_ledger,
+)
+from worldloom.federation.record.ledger_history import (
+    LedgerHistory,
+    LedgerWatch,
+    Round,
+    duration,
+    loss_change,
+    printable,
+    read_history,
+    size,
 )
 from worldloom.federation.rounds.aggregation import AGGREGATORS, Aggregate, Aggregator, Deltas, capped
 from worldloom.federation.rounds.base import Base, fingerprint
@@ -69,9 +69,9 @@ __all__ = [
     "DataClass",
     "Deltas",
     "Handler",
-    "History",
     "InProcess",
     "Ledger",
+    "LedgerHistory",
     "LedgerVerdict",
     "LedgerWatch",
     "LocalTraining",

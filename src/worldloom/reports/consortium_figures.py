@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from worldloom.federation import History, Round, size
+from worldloom.federation import LedgerHistory, Round, size
 from worldloom.reports.figures import COLOURS, Themed, colour, themed
 
 _LINES = ("-", "--", ":", "-.")
@@ -21,7 +21,7 @@ _MEDIAN = "median"
 Points = Sequence[tuple[float | int, float | int]]
 
 
-def loss_curves(history: History) -> Themed | None:
+def loss_curves(history: LedgerHistory) -> Themed | None:
     """Draw the held-out loss of each member by base: solid lines are rounds, dotted ones are local training.
 
     A ledger without the members' losses gives that of the median member. None if there are no losses.
@@ -57,7 +57,7 @@ def loss_curves(history: History) -> Themed | None:
     return themed(draw, (9.6, _height(len(curves))))
 
 
-def influence(history: History) -> Themed | None:
+def influence(history: LedgerHistory) -> Themed | None:
     """Draw the weights of each round as a bar; None if there are none."""
     if not any(round.weights for round in history.rounds):
         return None
@@ -75,7 +75,7 @@ def influence(history: History) -> Themed | None:
     return themed(draw, (9.6, _height(len(history.members))))
 
 
-def bytes_up(history: History, base: int | None) -> Themed | None:
+def bytes_up(history: LedgerHistory, base: int | None) -> Themed | None:
     """Draw the bytes uploaded per round, and their sum beside that of float32 gradients at each step.
 
     `base` is the size of the base in bytes.
@@ -119,13 +119,13 @@ def bytes_up(history: History, base: int | None) -> Themed | None:
     return themed(draw, (9.6, _height(len(history.members))))
 
 
-def gradients(history: History, base: int, round: Round | None = None) -> int:
+def gradients(history: LedgerHistory, base: int, round: Round | None = None) -> int:
     """Return the bytes of float32 gradients of a base at each step of the contributions to a round, or to all."""
     rounds = history.rounds if round is None else (round,)
     return sum(base * one.steps for round in rounds for one in round.contributions.values())
 
 
-def privacy_spent(history: History) -> Themed | None:
+def privacy_spent(history: LedgerHistory) -> Themed | None:
     """Draw the epsilon that each owner has spent, and the budget; None if no epsilon is bounded."""
     lines = {
         name: [
@@ -157,7 +157,9 @@ def privacy_spent(history: History) -> Themed | None:
     return themed(draw, (9.6, 3.2))
 
 
-def training_at_home(history: History, metrics: Mapping[str, Sequence[Mapping[str, float | int]]]) -> Themed | None:
+def training_at_home(
+    history: LedgerHistory, metrics: Mapping[str, Sequence[Mapping[str, float | int]]]
+) -> Themed | None:
     """Draw the training loss of each owner over its own steps; None if there is none."""
     lines = {
         name: list({line["step"]: line["loss"] for line in found if "loss" in line and "step" in line}.items())
@@ -183,13 +185,13 @@ def training_at_home(history: History, metrics: Mapping[str, Sequence[Mapping[st
     return themed(draw, (9.6, _height(len(lines))))
 
 
-def _judged(history: History, name: str) -> list[tuple[int, float, float]]:
+def _judged(history: LedgerHistory, name: str) -> list[tuple[int, float, float]]:
     """Return the rounds with a member's held-out loss before and after, and both losses."""
     judged = [(round.number, *round.losses[name]) for round in history.rounds if name in round.losses]
     return [(number, before, after) for number, before, after in judged if before is not None and after is not None]
 
 
-def _style(history: History, name: str, theme: str) -> dict[str, Any]:
+def _style(history: LedgerHistory, name: str, theme: str) -> dict[str, Any]:
     place = history.members.index(name) if name in history.members else 0
     return {"color": colour(theme, place), "linestyle": _LINES[place // COLOURS % len(_LINES)]}
 
@@ -198,7 +200,9 @@ def _height(names: int) -> float:
     return max(3.4, 1.2 + 0.19 * names)
 
 
-def _stacked(axis: Axes, history: History, theme: str, parts: Sequence[Mapping[str, float]], *, named: bool) -> None:
+def _stacked(
+    axis: Axes, history: LedgerHistory, theme: str, parts: Sequence[Mapping[str, float]], *, named: bool
+) -> None:
     """Draw a stacked bar per round, with the owners' names beside the last; the axis limits are set before."""
     numbers = [round.number for round in history.rounds]
     owners = [name for name in history.members if any(part.get(name) for part in parts)]
@@ -283,7 +287,7 @@ def _apart(wanted: Mapping[str, float], gap: float) -> dict[str, float]:
     return {name: float(np.clip(free[rank], 0, most)) + rank * gap for rank, name in enumerate(names)}
 
 
-def _rounds(axis: Axes, history: History) -> None:
+def _rounds(axis: Axes, history: LedgerHistory) -> None:
     axis.set_xlim(history.rounds[0].number - 0.5, history.rounds[-1].number + 0.5)
     _whole_numbers(axis)
     axis.set_xlabel("round")

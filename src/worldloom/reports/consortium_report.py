@@ -12,7 +12,7 @@ from worldloom.core.errors import CheckpointError, DataError, StorageError
 from worldloom.core.files import storage_errors, write_text
 from worldloom.federation import (
     Constitution,
-    History,
+    LedgerHistory,
     LedgerVerdict,
     Records,
     Round,
@@ -161,7 +161,7 @@ def _bytes_of_base(folder: Path) -> int | None:
         return None
 
 
-def _headline(history: History) -> str:
+def _headline(history: LedgerHistory) -> str:
     count, over = len(history.members), sum(round.done for round in history.rounds)
     owners = f"{count} owner{'' if count == 1 else 's'}"
     if history.done:
@@ -169,7 +169,7 @@ def _headline(history: History) -> str:
     return f"{history.consortium}: {owners} train one model, {over} of {history.total} rounds done"
 
 
-def _lede(history: History, base: int | None) -> str:
+def _lede(history: LedgerHistory, base: int | None) -> str:
     judged = [round.median for round in history.rounds if round.median]
     text = "No member has evaluated a base yet."
     if judged:
@@ -185,7 +185,7 @@ def _lede(history: History, base: int | None) -> str:
     return text
 
 
-def _facts(history: History, verdict: LedgerVerdict) -> list[str]:
+def _facts(history: LedgerHistory, verdict: LedgerVerdict) -> list[str]:
     refused = sum(not one.left_out for round in history.rounds for one in round.refusals)
     left_out = sum(len(round.left_out) for round in history.rounds)
     return [
@@ -225,7 +225,7 @@ def _rules(rules: Constitution) -> list[str]:
     return text
 
 
-def _owner(history: History, name: str) -> dict[str, str]:
+def _owner(history: LedgerHistory, name: str) -> dict[str, str]:
     came = [round for round in history.rounds if name in round.contributions]
     classes = sorted({round.contributions[name].data_class for round in came})
     weights = [round.weights[name] for round in history.rounds if name in round.weights]
@@ -244,12 +244,12 @@ def _owner(history: History, name: str) -> dict[str, str]:
     }
 
 
-def _grid(history: History, cell: Any) -> list[tuple[int, list[str]]]:
+def _grid(history: LedgerHistory, cell: Any) -> list[tuple[int, list[str]]]:
     """Return one row per round, with a cell for each owner."""
     return [(round.number, [cell(round, name) for name in history.members]) for round in history.rounds]
 
 
-def _losses(history: History) -> list[tuple[int, dict[str, str], str]]:
+def _losses(history: LedgerHistory) -> list[tuple[int, dict[str, str], str]]:
     return [
         (
             round.number,
@@ -279,7 +279,7 @@ def _epsilon(round: Round, name: str) -> str:
     return "unbounded" if one.epsilon is None else f"{one.epsilon:.3g}"
 
 
-def _cost(history: History, rules: Constitution, base: int | None) -> str:
+def _cost(history: LedgerHistory, rules: Constitution, base: int | None) -> str:
     if not history.bytes:
         return "Nothing was uploaded yet."
     if base is None:
@@ -292,7 +292,7 @@ def _cost(history: History, rules: Constitution, base: int | None) -> str:
     )
 
 
-def _refusals(history: History) -> list[dict[str, str]]:
+def _refusals(history: LedgerHistory) -> list[dict[str, str]]:
     """Return refusals and exclusions with their reasons; rounds with the same cause share a row."""
     rounds: dict[tuple[str, str, str], dict[int, None]] = {}
     for round in history.rounds:

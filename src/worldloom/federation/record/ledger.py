@@ -13,12 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from worldloom.core.chain import NOTHING, Chain, Entry, Head, canonical, entries, read_entry
+from worldloom.core.chain import NOTHING, Chain, ChainHead, Entry, canonical, entries, read_entry
 from worldloom.core.errors import DataError
 from worldloom.core.files import read_json, storage_errors, write_json
 from worldloom.core.signing import SigningKey, verified
 from worldloom.federation.record.envelope import unseal
-from worldloom.federation.record.history import printable
+from worldloom.federation.record.ledger_history import printable
 from worldloom.federation.rules.constitution import Constitution
 
 _BY_COORDINATORS = (
@@ -41,7 +41,7 @@ class LedgerVerdict:
     """The result of verification: `length` valid entries, and the index of the first `broken` one with the reason."""
 
     length: int
-    head: Head
+    head: ChainHead
     broken: int | None = None
     why: str = ""
 
@@ -114,7 +114,7 @@ class Ledger(Records):
         self._written, self._stat = list[Entry](), (-1, -1)
 
     @property
-    def head(self) -> Head:
+    def head(self) -> ChainHead:
         """The length of the ledger, and the hash of its last entry."""
         return self._chain.head
 
@@ -142,7 +142,7 @@ class Ledger(Records):
     def _all(self) -> Iterable[Entry]:
         if self._stat_now() != self._stat:  # at first, or after another process wrote the file
             written = list(entries(self.path))
-            if self.head != Head(length=len(written), hash=written[-1].hash if written else NOTHING):
+            if self.head != ChainHead(length=len(written), hash=written[-1].hash if written else NOTHING):
                 raise DataError(f"{self.path} was changed while it was open; save it as evidence, and restore a copy")
             self._written, self._stat = written, self._stat_now()
         return tuple(self._written)
@@ -165,7 +165,7 @@ class Ledger(Records):
         self.close()
 
 
-def countersign(head: Head, key: SigningKey) -> dict[str, Any]:
+def countersign(head: ChainHead, key: SigningKey) -> dict[str, Any]:
     """Return a checkpoint, which states that the signer saw a ledger of this length with this hash."""
     values = {"kind": _COUNTERSIGNED, "format": 1, "length": head.length, "hash": head.hash, "key": key.public}
     return {**values, "signature": key.sign(canonical(values).encode("ascii"))}
@@ -181,7 +181,7 @@ def is_countersigned(values: Any) -> bool:
     return isinstance(values, Mapping) and values.get("kind") == _COUNTERSIGNED
 
 
-def read_countersigned(path: Path | str, constitution: Constitution) -> Head:
+def read_countersigned(path: Path | str, constitution: Constitution) -> ChainHead:
     """Return the head that a stored checkpoint states.
 
     Raises:
@@ -201,9 +201,9 @@ class LedgerReader(Records):
         self._hashes = [NOTHING]  # at each length
 
     @property
-    def head(self) -> Head:
+    def head(self) -> ChainHead:
         """The number of entries taken, and the hash of the last."""
-        return Head(length=len(self._taken), hash=self._hashes[-1])
+        return ChainHead(length=len(self._taken), hash=self._hashes[-1])
 
     def take(self, lines: Iterable[bytes]) -> str:
         """Take the lines that follow, up to the first broken one; return what is wrong with that line."""
@@ -219,7 +219,7 @@ class LedgerReader(Records):
             self._hashes.append(entry.hash)
         return ""
 
-    def verdict(self, why: str = "", seen: Iterable[Head] = ()) -> LedgerVerdict:
+    def verdict(self, why: str = "", seen: Iterable[ChainHead] = ()) -> LedgerVerdict:
         """Return whether all entries are valid, given what is wrong with the next line (`why`) and the `seen` heads."""
         length, seen = len(self._taken), list(seen)
         broken = length if why else None
@@ -237,7 +237,9 @@ class LedgerReader(Records):
                 broken = 0 if ratified is None else ratified.index
                 why = "does not name the constitution that is used to verify it"
         length = length if broken is None else broken
-        return LedgerVerdict(length=length, head=Head(length=length, hash=self._hashes[length]), broken=broken, why=why)
+        return LedgerVerdict(
+            length=length, head=ChainHead(length=length, hash=self._hashes[length]), broken=broken, why=why
+        )
 
     def _all(self) -> Iterable[Entry]:
         return tuple(self._taken)
@@ -366,7 +368,7 @@ def _exit_fault(body: Mapping[str, Any], constitution: Constitution) -> str:
     return ""
 
 
-def checked(checkpoint: Any, constitution: Constitution) -> Head:
+def checked(checkpoint: Any, constitution: Constitution) -> ChainHead:
     """Return the head that a checkpoint states.
 
     Raises:
@@ -383,7 +385,7 @@ def checked(checkpoint: Any, constitution: Constitution) -> Head:
         raise DataError(
             "a checkpoint has no valid signature of a key in the constitution; ask the member for its own file"
         )
-    return Head(length=values["length"], hash=values["hash"])
+    return ChainHead(length=values["length"], hash=values["hash"])
 
 
 def _figures(values: Any) -> str:

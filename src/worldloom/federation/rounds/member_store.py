@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from worldloom.core.chain import Head
+from worldloom.core.chain import ChainHead
 from worldloom.core.errors import CheckpointError, DataError
 from worldloom.core.files import read_json, storage_errors, write_atomic
 from worldloom.core.signing import SigningKey
@@ -59,7 +59,7 @@ class MemberStore:
         self._received: Base | None = None
 
     @property
-    def seen(self) -> Head | None:
+    def seen(self) -> ChainHead | None:
         """The head of the ledger that the member countersigned; None before the first time."""
         path = self.path / _SEEN
         return read_countersigned(path, self._constitution) if path.is_file() else None

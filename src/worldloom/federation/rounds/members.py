@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from worldloom.core.chain import Head
+from worldloom.core.chain import ChainHead
 from worldloom.core.errors import DataError
 from worldloom.core.signing import SigningKey
 from worldloom.federation.record.envelope import Refusal, SignedMessage, seal, unseal_answer
@@ -182,7 +182,7 @@ class Members:
             self._ledger.append("exit", facts, round=number)
         return True
 
-    def _countersigned(self, message: SignedMessage, head: Head) -> SignedMessage:
+    def _countersigned(self, message: SignedMessage, head: ChainHead) -> SignedMessage:
         # What enters the ledger must verify: only a checkpoint of exactly what was sent.
         signed: Any = message.body.get("countersigned")
         if not isinstance(signed, dict) or set(signed) != CHECKPOINT:

@@ -76,7 +76,7 @@ class Round:
 
 
 @dataclass(frozen=True, kw_only=True)
-class History:
+class LedgerHistory:
     """All rounds so far; `total` is None without a constitution, which alone tells the number of rounds."""
 
     consortium: str
@@ -130,7 +130,7 @@ class History:
         return f"{name}{progress}; {size(self.bytes)} uploaded so far"
 
 
-def read_history(entries: Iterable[Entry], constitution: Constitution | None = None) -> History:
+def read_history(entries: Iterable[Entry], constitution: Constitution | None = None) -> LedgerHistory:
     """Read the entries of a ledger, from the first on.
 
     Raises:
@@ -163,7 +163,7 @@ def read_history(entries: Iterable[Entry], constitution: Constitution | None = N
         for name in (*round.contributions, *(one.owner for one in round.refusals), *round.weights, *round.losses)
     }
     privacy = None if constitution is None else constitution.privacy
-    return History(
+    return LedgerHistory(
         consortium="" if constitution is None else printable(constitution.consortium),
         members=tuple({**dict.fromkeys(() if constitution is None else constitution.members), **seen}),
         total=total,
@@ -195,7 +195,7 @@ class LedgerWatch:
         return [line for entry in new if (line := describe(entry, self.history))]
 
 
-def describe(entry: Entry, history: History) -> str:
+def describe(entry: Entry, history: LedgerHistory) -> str:
     """Return one line about an entry of a history; empty for an entry of an unknown form."""
     body = _mapping(entry.body)
     kind, number, facts = body.get("kind"), body.get("round"), _mapping(body.get("facts"))

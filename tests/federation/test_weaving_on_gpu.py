@@ -6,7 +6,7 @@ import pytest
 import torch
 from consortium import OWNERS, Consortium
 
-from worldloom.federation import Records, RoundStore, fingerprint, recompute
+from worldloom.federation import Records, RoundStore, recompute
 
 pytestmark = pytest.mark.gpu
 
@@ -17,13 +17,13 @@ def test_owners_who_train_on_a_gpu_weave_and_anyone_computes_their_base_again(tm
     coordinator = consortium.coordinator()
     last = coordinator.run()
     coordinator.close()
-    assert {tensor.device.type for tensor in last.values()} == {"cpu"}
-    assert all(bool(tensor.isfinite().all()) for tensor in last.values())
+    assert {tensor.device.type for tensor in last.tensors.values()} == {"cpu"}
+    assert all(bool(tensor.isfinite().all()) for tensor in last.tensors.values())
     records = Records(tmp_path / "rounds" / "ledger.jsonl")
     assert sorted(records.bases()) == [0, 1, 2, 3]
     for entry in records.entries("round"):
         assert set(entry.body["facts"]["weights"]) == set(OWNERS)
     first = RoundStore(tmp_path / "rounds").base(0)
-    assert any(not torch.equal(first[name], last[name]) for name in last)
+    assert any(not torch.equal(first.tensors[name], last.tensors[name]) for name in last.tensors)
     again = recompute(tmp_path / "rounds", consortium.constitution, into=tmp_path / "again")
-    assert again[3] == fingerprint(last)
+    assert again[3] == last.fingerprint

@@ -11,7 +11,7 @@ from worldloom.core.chain import Entry
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.signing import SigningKey
 from worldloom.core.yaml_config import parse_yaml
-from worldloom.federation import Handler, Ledger, Records, RoundStore, fingerprint
+from worldloom.federation import Handler, Ledger, Records, RoundStore
 from worldloom.federation.record.envelope import seal, unseal
 from worldloom.training import saved_steps
 from worldloom.workflow import ConsortiumConfig, simulate
@@ -92,7 +92,7 @@ def test_a_kill_before_the_ledger_names_the_first_base_leaves_it_the_pilots(
     with (tmp_path / "killed" / "rounds" / "ledger.jsonl").open("ab") as file:
         file.write(b'{"body": {"fa')  # in the middle of the entry
     bases = [RoundStore(simulate(config, tmp_path / name).rounds).base(0) for name in ("killed", "whole")]
-    assert fingerprint(bases[0]) == fingerprint(bases[1])
+    assert bases[0].fingerprint == bases[1].fingerprint
 
 
 @pytest.mark.slow

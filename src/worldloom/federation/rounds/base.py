@@ -23,7 +23,7 @@ _KIND = "shared-base"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Base:
-    """Shared tensors by name, and their fingerprint; made by `Base.of` or `Base.load`, which check them."""
+    """Shared tensors on the CPU, and their fingerprint; made by `Base.of` or `Base.load`, which check them."""
 
     tensors: Mapping[str, Tensor]
     fingerprint: str
@@ -59,7 +59,8 @@ class Base:
         if named is not None and found != named:
             raise DataError(f"{what} has fingerprint {found[:16]}; expected {named[:16]}")
         # A view of a copy: nothing can be added to it after these checks.
-        return cls(tensors=MappingProxyType(dict(tensors)), fingerprint=found)
+        on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        return cls(tensors=MappingProxyType(on_cpu), fingerprint=found)
 
     @classmethod
     def load(

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from linear_geometry import linear_geometry
 from torch import Tensor
-from wall_world import DOOR, WallWorld
 
+from linear_geometry import linear_geometry
+from wall_world import DOOR, WallWorld
 from worldloom.core.actions import Walk
 from worldloom.core.errors import CheckpointError
 from worldloom.core.types import Context

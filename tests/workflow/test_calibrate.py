@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from worldloom.agents import HierarchyMethod, LandmarkAgent, LandmarkMethod, log_path, planning_parts
+from worldloom.agents import HierarchyMethod, LandmarkAgent, LandmarkMethod, log_path
 from worldloom.core.chain import entries
 from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.types import Goal, Observations
 from worldloom.data import EpisodeDataset
-from worldloom.guardrails import BoxConfig
+from worldloom.guardrails import Box
 from worldloom.heads import CoarseConfig
 from worldloom.planning.solvers import CEM
 from worldloom.recipes import Recipe, load_recipe
@@ -39,7 +39,7 @@ def recipe() -> Recipe:
     """Pits that are allowed to be 40 px deep: a model that has learned nothing finds them safe, too."""
     tiny = load_recipe("pits").override(_TINY)
     assert tiny.rules is not None
-    rail = tiny.rules.guardrails["out of the pits"].model_copy(update={"region": BoxConfig(high=(40.0,))})
+    rail = tiny.rules.guardrails["out of the pits"].model_copy(update={"region": Box(high=(40.0,))})
     rules = tiny.rules.model_copy(update={"guardrails": {"out of the pits": rail}})
     far = {"landmarks": LandmarkMethod(exploring=CEM(samples=16)), "hierarchy": HierarchyMethod(solver=CEM(samples=32))}
     coarse = (CoarseConfig(stride=2, steps=4),)
@@ -125,7 +125,7 @@ def test_a_policy_that_holds_nowhere_is_not_calibrated(folder: Path) -> None:
     run = Run.open(folder)
     assert run.rules is not None
     layer = run.rules.layers[0]
-    rail = layer.guardrails["out of the pits"].model_copy(update={"region": BoxConfig(high=(-1e6,))})
+    rail = layer.guardrails["out of the pits"].model_copy(update={"region": Box(high=(-1e6,))})
     impossible = layer.model_copy(update={"guardrails": {"out of the pits": rail}})
     with pytest.raises(ConfigError, match="holds in none of"):
         calibrate(run.under(run.rules.__class__(layers=(impossible,)), None), split="in the open", episodes=8)
@@ -140,7 +140,7 @@ def test_what_plans_for_far_goals_keeps_guardrails_and_can_be_made_again(
     calibrate(Run.open(folder), method=method, split="in the open", episodes=8)
     run = Run.open(folder, audit=tmp_path / "log")
     agent = run.agent(method)
-    for part in planning_parts(agent).values():
+    for part in agent.parts.values():
         assert [rail.name for rail in part.rails] == ["out of the pits"]
     pixels = EpisodeDataset.open(run.data).episode(0).pixels
     assert pixels is not None

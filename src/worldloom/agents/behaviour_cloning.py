@@ -15,6 +15,7 @@ from worldloom.core.actions import project
 from worldloom.core.config import Config
 from worldloom.core.errors import CheckpointError, ConfigError
 from worldloom.core.progress import SILENT, Progress
+from worldloom.core.seams import Agent
 from worldloom.core.seeds import derive_seed, numpy_generator
 from worldloom.core.types import ActionBounds, ActionSpec, Goal, ModelSpec, Observations, ObservationSpec
 from worldloom.data import Frames, Statistics, compute_statistics
@@ -146,8 +147,10 @@ def fit_behaviour_cloning(
     return policy
 
 
-class BehaviourCloningAgent:
+class BehaviourCloningAgent(Agent):
     """Acts by the cloned policy, looking at every step."""
+
+    narrows = True
 
     def __init__(self, policy: CloningPolicy) -> None:
         self._policy = policy

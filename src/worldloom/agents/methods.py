@@ -22,7 +22,7 @@ from worldloom.core.config import Component
 from worldloom.core.errors import ConfigError
 from worldloom.core.registry import Registry
 from worldloom.core.seams import Agent, Metric, Objective
-from worldloom.guardrails import Margins, Rail, Recalibration, RuleSet
+from worldloom.guardrails import BoundRail, Margins, Recalibration, RuleSet
 from worldloom.heads import CoarseModel, LatentGeometry, Probe, Support, TemporalDistance
 from worldloom.memory import EpisodicMemory, LandmarkConfig, LandmarkGraph
 from worldloom.models import JEPA
@@ -95,7 +95,7 @@ class Learned(ABC):
         """Return the margins that were calibrated for its rule set and a method, if any were."""
         return None
 
-    def auditor(self, method: "MethodConfig", guardrails: Sequence[Rail]) -> Auditor | None:
+    def auditor(self, method: "MethodConfig", guardrails: Sequence[BoundRail]) -> Auditor | None:
         """Return what writes down the decisions of an agent of a method; without one nobody does."""
         return None
 
@@ -179,7 +179,7 @@ class PlannedMethod(MethodConfig):
         """What margins are calibrated for: all but how they stretch later."""
         return canonical(self.model_dump(mode="json", exclude={"recalibrate"}))
 
-    def rails(self, learned: Learned) -> tuple[Rail, ...]:
+    def rails(self, learned: Learned) -> tuple[BoundRail, ...]:
         """Return the guardrails of the rule set as they are kept.
 
         Raises:
@@ -198,7 +198,7 @@ class PlannedMethod(MethodConfig):
             )
         return rules.rails(learned, margins.values)
 
-    def planner(self, learned: Learned, rails: Sequence[Rail], solver: Solver | None = None) -> Planner:
+    def planner(self, learned: Learned, rails: Sequence[BoundRail], solver: Solver | None = None) -> Planner:
         """Return the planner of the fast model, which guarding these guardrails."""
         geometry = learned.geometry
         return Planner(
@@ -210,7 +210,7 @@ class PlannedMethod(MethodConfig):
             noise=self.noise * geometry.step_length / math.sqrt(learned.model.spec.latent_dim),
         )
 
-    def recalibration(self, learned: Learned, rails: tuple[Rail, ...]) -> Recalibration | None:
+    def recalibration(self, learned: Learned, rails: tuple[BoundRail, ...]) -> Recalibration | None:
         """Return what stretches the margins, where that is asked for."""
         margins = learned.margins(self) if self.recalibrate and self.guarding == "calibrated" else None
         if margins is None:

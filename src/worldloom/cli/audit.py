@@ -103,8 +103,8 @@ def replay_entry(
     from worldloom.workflow import replay_entry as again
 
     import_modules(imports)
-    decision, same, body = again(log, entry, run=run)
-    first = decision.plan.actions[:, 0].tolist()
+    plan, same, body = again(log, entry, run=run)
+    first = plan.actions[:, 0].tolist()
     if json:
         print_json({"same": same, "first": first, "logged": body["first"]})
     if not same:

@@ -27,7 +27,7 @@ from worldloom.evaluation.results import (
     pool,
     table_rows,
 )
-from worldloom.evaluation.runner import Explorer, Exploring, Narrowing, Timed, Witness, evaluate, explore
+from worldloom.evaluation.runner import Witness, evaluate, explore
 from worldloom.evaluation.world import EvaluationWorld, Frame
 
 __all__ = [
@@ -36,15 +36,12 @@ __all__ = [
     "DistanceBins",
     "EpisodeResult",
     "EvaluationWorld",
-    "Explorer",
-    "Exploring",
     "ForeignPolicy",
     "Frame",
     "InfoPolicy",
     "Latency",
     "LentPolicy",
     "Limit",
-    "Narrowing",
     "PooledResults",
     "PooledRow",
     "Protocol",
@@ -54,7 +51,6 @@ __all__ = [
     "Split",
     "SuccessRate",
     "SuccessRule",
-    "Timed",
     "Witness",
     "default_protocol",
     "draw_tasks",

@@ -132,7 +132,7 @@ class CoarseModel(nn.Module):
             CheckpointError: it is missing, damaged or of another model.
         """
         tensors, metadata = read_head(stem, kind=_KIND, model=below)
-        coarse = cls(below, CoarseConfig.parse(metadata["config"])).to(getattr(below, "device", "cpu"))
+        coarse = cls(below, CoarseConfig.parse(metadata["config"])).to(below.device)
         return restore(stem, coarse, tensors)
 
 

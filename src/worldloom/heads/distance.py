@@ -89,7 +89,7 @@ class TemporalDistance(nn.Module):
         """
         tensors, metadata = read_head(stem, kind=_KIND, model=model)
         config = DistanceConfig.parse(metadata["config"])
-        distance = cls(model.spec.latent_dim, model.spec.block, config).to(getattr(model, "device", "cpu"))
+        distance = cls(model.spec.latent_dim, model.spec.block, config).to(model.device)
         return restore(stem, distance, tensors)
 
 

@@ -93,7 +93,7 @@ def predict_arrival(
     Returns the blocks that it takes (at least 1), and whether the model predicts an arrival within `tolerance` typical
     step lengths in at most `blocks`: a wall between two near latents is seen here.
     """
-    device = getattr(model, "device", "cpu")
+    device = model.device
     arrived = torch.full((len(sources),), torch.inf)
     with torch.inference_mode():
         for some in torch.arange(len(sources)).split(4096):
@@ -137,7 +137,7 @@ class LatentGeometry:
         """
         tensors, metadata = read_head(stem, kind=_KIND, model=model)
         config = InverseModelConfig.parse(metadata["config"])
-        inverse = InverseModel(model.spec, config.hidden).to(getattr(model, "device", "cpu"))
+        inverse = InverseModel(model.spec, config.hidden).to(model.device)
         return cls(
             step_length=metadata["step_length"],
             inverse=restore(stem, inverse, tensors),

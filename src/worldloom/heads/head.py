@@ -28,7 +28,7 @@ def read_head(stem: Path | str, *, kind: str, model: WorldModel) -> tuple[Mappin
     Raises:
         CheckpointError: it is missing, damaged, of another kind, or was fitted on another model's latents.
     """
-    device = getattr(model, "device", "cpu")
+    device = model.device
     tensors, metadata = load_tensors(stem, kind=kind, device=device)
     if metadata.get("model") != model.spec.fingerprint:
         raise CheckpointError(

@@ -102,7 +102,7 @@ class Probe(nn.Module):
         probe = cls(
             model.spec.latent_dim, sizes["size"], config, errors=sizes["errors"], references=sizes["references"]
         )
-        return restore(stem, probe.to(getattr(model, "device", "cpu")), tensors)
+        return restore(stem, probe.to(model.device), tensors)
 
 
 def fit_probe(

@@ -58,7 +58,7 @@ class Support(nn.Module):
         """
         tensors, metadata = read_head(stem, kind=_KIND, model=model)
         references = torch.zeros(SupportConfig.parse(metadata["config"]).references, model.spec.latent_dim)
-        return restore(stem, cls(references).to(getattr(model, "device", "cpu")), tensors)
+        return restore(stem, cls(references).to(model.device), tensors)
 
 
 def measure_support(

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from worldloom.agents import MethodConfig, PlanMethod, PlannedMethod, PlanningAgent, planning_parts
+from worldloom.agents import MethodConfig, PlanMethod, PlannedMethod, PlanningAgent
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import Agent
@@ -21,8 +21,8 @@ from worldloom.core.types import Context, Episode, Observations, Rollouts
 from worldloom.data import EpisodeDataset
 from worldloom.evaluation import PROTOCOLS, Frame, evaluate, wilson_interval
 from worldloom.guardrails import (
+    BoundRail,
     Margins,
-    Rail,
     RuleSet,
     conformal_quantile,
     errors_seen,
@@ -176,7 +176,7 @@ class _Scores:
     def begin(self, agent: Agent, size: int) -> None:
         """Begin episodes in so many environments."""
         self._done += self._now.tolist()
-        self._agent, self._now, self._broken = planning_parts(agent)[""], np.zeros(size), np.zeros(size, bool)
+        self._agent, self._now, self._broken = agent.parts[""], np.zeros(size), np.zeros(size, bool)
 
     def saw(self, frame: Frame, step: int) -> None:
         """Compare what the world gives with what the plan that led here predicted."""
@@ -187,7 +187,7 @@ class _Scores:
             for name, label in self._labels.items()
             if frame.info(label) is not None
         }
-        told = [rail.true(quantities) for rail in rails]
+        told = [bound.rail.true(quantities) for bound in rails]
         known = [one.cpu().double() for one in told if one is not None]
         refused = np.isin(np.arange(len(frame.rows)), self._agent.refused)
         if step % self._block == 0:  # for what no quantity tells, and to know the usual errors
@@ -230,7 +230,7 @@ def _shape(run: Run, rules: RuleSet, horizon: int, risk: float, progress: Progre
 
 
 def _stretches(
-    episode: Episode, model: JEPA, rails: Sequence[Rail], labels: Mapping[str, str], horizon: int
+    episode: Episode, model: JEPA, rails: Sequence[BoundRail], labels: Mapping[str, str], horizon: int
 ) -> Float[Tensor, "N G T"]:
     """Return what really was less what was predicted, for every stretch of an episode.
 
@@ -258,12 +258,13 @@ def _stretches(
         for name, label in labels.items()
         if label in episode.labels
     }
-    predicted = torch.stack([rail.raw(rollouts)[:, 0].cpu() for rail in rails], dim=1).float()
+    bare = [bound.with_margin(0.0) for bound in rails]
+    predicted = torch.stack([bound.violation(rollouts)[:, 0].cpu() for bound in bare], dim=1).float()
     really = []
-    for rail in rails:
-        told = rail.true(quantities)
+    for bound in bare:
+        told = bound.rail.true(quantities)
         if told is None:
-            really.append(rail.raw(seen)[:, 0].cpu().float())
+            really.append(bound.violation(seen)[:, 0].cpu().float())
             continue
         worst = told[1:].view(-1, block).amax(dim=1).float()  # on the way of each block
         truth = worst[starts[:, None] + ahead]

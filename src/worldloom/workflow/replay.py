@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from worldloom.agents import METHODS, Decision, log_path, planning_parts, replay
+from worldloom.agents import METHODS, log_path, replay
 from worldloom.core.chain import Entry, entries
 from worldloom.core.config import parse_component
 from worldloom.core.errors import DataError
+from worldloom.core.types import Plan
 from worldloom.guardrails import Margins, RuleLayer, RuleSet
 from worldloom.training import RunFolder
 from worldloom.workflow.run import Run
@@ -30,7 +31,7 @@ def read_entry(folder: Path, index: int) -> tuple[Entry, Entry]:
     raise DataError(f"{folder} has no entry {index} of an agent; worldloom audit show lists them")
 
 
-def replay_entry(folder: Path, index: int, *, run: Path | None = None) -> tuple[Decision, bool, dict[str, Any]]:
+def replay_entry(folder: Path, index: int, *, run: Path | None = None) -> tuple[Plan, bool, dict[str, Any]]:
     """Make a decision of a log again; return it, whether it is the same bit for bit, and what the log says of it.
 
     The agent is built from what the log records: method, layers of the rule set and margins. `run` names the run if it
@@ -52,6 +53,5 @@ def replay_entry(folder: Path, index: int, *, run: Path | None = None) -> tuple[
         margins = Margins(values=values, risk=rules.risk or 0.5, episodes=0)
     torch.set_num_threads(about["threads"])  # how sums are split among threads decides their last bit
     agent = parse_component(METHODS, about["method"]).build(there.under(rules, margins), seed=0)
-    part = planning_parts(agent)[entry.body.get("part", "")]
-    decision, same = replay(folder, entry, part, there.device)
-    return decision, same, dict(entry.body)
+    plan, same = replay(folder, entry, agent.parts[entry.body.get("part", "")], there.device)
+    return plan, same, dict(entry.body)

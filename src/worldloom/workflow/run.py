@@ -20,7 +20,7 @@ from worldloom.core.registry import nearest
 from worldloom.core.seams import Agent
 from worldloom.data import read_picture
 from worldloom.evaluation import default_protocol
-from worldloom.guardrails import Margins, Rail, RuleLayer, RuleSet, read_margins
+from worldloom.guardrails import BoundRail, Margins, RuleLayer, RuleSet, read_margins
 from worldloom.heads import CoarseModel, LatentGeometry, Probe, Support, TemporalDistance
 from worldloom.memory import EpisodicMemory
 from worldloom.models import JEPA, load_model
@@ -173,7 +173,7 @@ class Run(Learned):
         text = canonical([self.rules.fingerprint, self.model.spec.fingerprint, made])
         return self.path / "margins" / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.json"
 
-    def auditor(self, method: MethodConfig, guardrails: Sequence[Rail]) -> AuditLog | None:
+    def auditor(self, method: MethodConfig, guardrails: Sequence[BoundRail]) -> AuditLog | None:
         """Return the audit log of an agent that is being built, with all that makes it what it is; None without one."""
         if self._audit is None or self._audit_path is None:
             return None

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from worldloom.agents import planning_parts
+from worldloom.agents import PlanningAgent
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.registry import nearest
 from worldloom.core.types import Goal, Observations
@@ -37,7 +37,7 @@ def plan_once(
         ConfigError: only one of the pictures is given, or the method does not plan.
         DataError: a picture is not what the model was trained on.
     """
-    agent = planning_parts(run.agent(method)).get("")
+    agent: PlanningAgent | None = run.agent(method).parts.get("")
     if agent is None:
         raise ConfigError(f"method {method!r} does not plan; choose one of the planners in the recipe's methods")
     if (start is None) != (goal is None):
@@ -46,14 +46,16 @@ def plan_once(
         observations, target = _picture(run, start), Goal(observations=_picture(run, goal))
     else:
         observations, target = _drawn(run, protocol, split, episode)
-    considered = Considered()
-    for time in range(2):
+    for _ in range(2):
         agent.reset(target)
-        agent.planner.watch = considered if picture is not None and time else None
         agent.act(observations)
-    plan = agent.plan
+    plan, situation, considered = agent.plan, agent.situation, Considered()
     assert plan is not None
-    explained = {} if picture is None else explain(run, picture, observations, target, plan, considered)
+    assert situation is not None
+    explained: dict[str, Any] = {}
+    if picture is not None:
+        agent.decide(situation, watch=considered)  # the same plan again, and what was considered for it
+        explained = explain(run, picture, observations, target, plan, considered)
     with torch.no_grad():
         here, there = (run.model.encode(each.to(run.device)) for each in (observations, target.observations))
     scale = run.geometry.step_length

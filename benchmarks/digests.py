@@ -52,6 +52,7 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "policy": ("rules", "rule-set", "ruleset", "rule_set"),
     "--keep": ("--rules", "--rule-set"),
     "rules": ("constitution", "terms"),
+    "settle": ("fine_tune",),
 }
 
 # Keys that hold no result: times and speeds, the machine, versions, places, sizes of files (which hold names), and the

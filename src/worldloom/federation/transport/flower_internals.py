@@ -23,26 +23,32 @@ is a list, and "names" for `test_every_internal_of_flower_that_is_used_is_listed
 | `HEARTBEAT_DEFAULT_INTERVAL` | replaced in two modules (`flower_process.py`): no option sets it, and a killed node may return only after two intervals | deployment |
 """  # noqa: E501
 
-from flwr.cli.build import build_fab_from_files as build_fab_from_files
-from flwr.common.constant import ErrorCode as ErrorCode
-from flwr.common.constant import SubStatus as SubStatus
-from flwr.common.serde import run_from_proto as run_from_proto
-from flwr.proto.control_pb2 import ListNodesRequest as ListNodesRequest
-from flwr.proto.control_pb2 import RegisterNodeRequest as RegisterNodeRequest
-from flwr.proto.control_pb2 import StartRunRequest as StartRunRequest
-from flwr.proto.fab_pb2 import Fab as Fab
-from flwr.proto.runtime_pb2 import AcquireTaskRequest as AcquireTaskRequest
-from flwr.proto.runtime_pb2 import PullTaskInputRequest as PullTaskInputRequest
-from flwr.proto.runtime_pb2 import PushTaskOutputRequest as PushTaskOutputRequest
-from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest as SendTaskHeartbeatRequest
-from flwr.supercore.constant import TaskType as TaskType
-from flwr.supercore.control import ControlHttpClient as ControlHttpClient
-from flwr.supercore.heartbeat import HeartbeatSender as HeartbeatSender
-from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor as RuntimeTokenHttpInterceptor
-from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor as RuntimeVersionHttpInterceptor
-from flwr.supercore.interceptors import SuperExecAuthHttpInterceptor as SuperExecAuthHttpInterceptor
-from flwr.supercore.runtime import RuntimeHttpClient as RuntimeHttpClient
-from flwr.supercore.task_identity import TaskIdentity as TaskIdentity
-from flwr.superlink.grid import HttpGrid as HttpGrid
-from flwr.supernode.runtime.run_clientapp import pull_task_input as pull_task_input
-from flwr.supernode.runtime.run_clientapp import push_message as push_message
+from worldloom.core.errors import ConfigError
+from worldloom.core.extras import missing_extra
+
+try:
+    from flwr.cli.build import build_fab_from_files as build_fab_from_files
+    from flwr.common.constant import ErrorCode as ErrorCode
+    from flwr.common.constant import SubStatus as SubStatus
+    from flwr.common.serde import run_from_proto as run_from_proto
+    from flwr.proto.control_pb2 import ListNodesRequest as ListNodesRequest
+    from flwr.proto.control_pb2 import RegisterNodeRequest as RegisterNodeRequest
+    from flwr.proto.control_pb2 import StartRunRequest as StartRunRequest
+    from flwr.proto.fab_pb2 import Fab as Fab
+    from flwr.proto.runtime_pb2 import AcquireTaskRequest as AcquireTaskRequest
+    from flwr.proto.runtime_pb2 import PullTaskInputRequest as PullTaskInputRequest
+    from flwr.proto.runtime_pb2 import PushTaskOutputRequest as PushTaskOutputRequest
+    from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest as SendTaskHeartbeatRequest
+    from flwr.supercore.constant import TaskType as TaskType
+    from flwr.supercore.control import ControlHttpClient as ControlHttpClient
+    from flwr.supercore.heartbeat import HeartbeatSender as HeartbeatSender
+    from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor as RuntimeTokenHttpInterceptor
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor as RuntimeVersionHttpInterceptor
+    from flwr.supercore.interceptors import SuperExecAuthHttpInterceptor as SuperExecAuthHttpInterceptor
+    from flwr.supercore.runtime import RuntimeHttpClient as RuntimeHttpClient
+    from flwr.supercore.task_identity import TaskIdentity as TaskIdentity
+    from flwr.superlink.grid import HttpGrid as HttpGrid
+    from flwr.supernode.runtime.run_clientapp import pull_task_input as pull_task_input
+    from flwr.supernode.runtime.run_clientapp import push_message as push_message
+except ImportError as error:
+    raise ConfigError(missing_extra("weave", error)) from error

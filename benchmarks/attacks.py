@@ -23,6 +23,7 @@ from worldloom.cli.options import set_threads
 from worldloom.core.chain import entries
 from worldloom.core.files import write_json
 from worldloom.core.hardware import describe_hardware
+from worldloom.core.seams import Agent
 from worldloom.core.types import Goal, Observations
 from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
 from worldloom.workflow import Run, Session
@@ -31,8 +32,10 @@ RESULTS = Path(__file__).parent / "results" / "attacks.json"
 METHODS = ("no guardrail", "calibrated")
 
 
-class Disturbed:
+class Disturbed(Agent):
     """An agent whose sensors fail: Gaussian noise on each pixel, and frames that do not come, the last one standing."""
+
+    narrows = True
 
     def __init__(self, agent: PlanningAgent, *, noise: float = 0.0, dropped: float = 0.0) -> None:
         self._agent, self._noise, self._dropped = agent, noise, dropped
@@ -68,11 +71,13 @@ class Disturbed:
         return self._agent.act(Observations(pixels=pixels))
 
 
-class Flattered:
+class Flattered(Agent):
     """An agent that is told goals altered by at most `reach` of 255, so that they read as deep in a pit as may be.
 
     Projected gradient ascent on what the probe reads of the goal's latent (Madry et al., arXiv 1706.06083).
     """
+
+    narrows = True
 
     def __init__(self, agent: PlanningAgent, run: Run, *, reach: float = 8.0, steps: int = 20) -> None:
         self._agent, self._run, self._reach, self._steps = agent, run, reach, steps

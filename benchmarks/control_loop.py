@@ -35,7 +35,7 @@ SECONDS_EACH = 6.0  # for a goal
 HANG = 3.0
 
 
-class Slowed:
+class Slowed(Agent):
     """An agent that is late at random periods, and once hangs."""
 
     def __init__(self, agent: Agent, *, period: float, hang_at: float, seed: int) -> None:

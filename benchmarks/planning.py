@@ -55,9 +55,7 @@ def measure(planner: Planner, metric: Metric, environments: int, repeats: int) -
     objective = GoalObjective(metric, goal)
 
     def plan() -> int:
-        problem = planner.problem(context, objective)
-        planner.solve(problem, generator=generator)
-        return problem.count.rollouts
+        return planner.plan(context, objective, generator=generator).rollouts
 
     with FlopCounterMode(display=False) as counter:
         rollouts = plan()

@@ -128,8 +128,10 @@ def shown(row: Mapping[str, Any]) -> list[str]:
     return [row["attack"], row["defence"], *rates, n, loss, *out, str(row["stopped"])]
 
 
-class Patched:
+class Patched(Agent):
     """An agent with the patch in its observations and goals."""
+
+    narrows = True
 
     def __init__(self, agent: Agent) -> None:
         self._agent: Any = agent

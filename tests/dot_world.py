@@ -10,6 +10,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from worldloom.core.seams import Agent
 from worldloom.core.types import ActionSpec, Goal, Observations
 from worldloom.data import POLICIES
 from worldloom.evaluation import Protocol, Split, SuccessRule, gym_protocol
@@ -74,7 +75,7 @@ class Dot(gymnasium.Env[Any, Any]):
 gymnasium.register("tests/Dot-v0", entry_point=Dot)
 
 
-class Homing:
+class Homing(Agent):
     """Walks straight to the goal's state."""
 
     def reset(self, goal: Goal) -> None:
@@ -89,6 +90,8 @@ class Homing:
 
 class NarrowHoming(Homing):
     """The same, but forgets environments that are over; counts how many it acted for."""
+
+    narrows = True
 
     acted = 0
 

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from worldloom.core.actions import Walk
+from worldloom.core.seams import WorldModel
 from worldloom.core.types import ActionBounds, ActionSpec, Context, ModelSpec, Observations, ObservationSpec
 from worldloom.heads import LatentEpisodes
 
@@ -13,7 +14,7 @@ WALL = 0.15  # half the thickness of the wall on x = 0
 DOOR = 0.6  # the wall is open above this height
 
 
-class WallWorld:
+class WallWorld(WorldModel):
     """A point moves by STEP times its action; it slides along the wall. With `one_way` it never moves left."""
 
     def __init__(self, *, one_way: bool = False, block: int = 2) -> None:

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from worldloom.core.actions import Walk
+from worldloom.core.seams import WorldModel
 from worldloom.core.types import ActionBounds, ActionSpec, Context, ModelSpec, Observations, ObservationSpec
 from worldloom.memory import LandmarkConfig, LandmarkGraph
 
@@ -14,7 +15,7 @@ DOOR = 0.6  # the wall is open above this height, and below its negative
 TOP, BOTTOM = 1.0, -1.0
 
 
-class DoorWorld:
+class DoorWorld(WorldModel):
     """A point that walls stop; `closed` names the door (TOP or BOTTOM) that is shut."""
 
     def __init__(self, closed: tuple[float, ...] = ()) -> None:

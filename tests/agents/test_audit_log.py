@@ -24,7 +24,7 @@ def _beyond(rollouts: Rollouts) -> Tensor:
     return rollouts.latents[..., 0] - 2.0
 
 
-LINE = Custom(name="line", function=_beyond)
+LINE = Custom(function=_beyond).over("line")
 
 
 def agent_of(log: AuditLog | None, seed: int = 0, budget: float | None = None) -> PlanningAgent:
@@ -160,7 +160,7 @@ def test_a_guardrail_that_raises_ends_no_agent_that_is_written_down(tmp_path: Pa
     def raises(rollouts: Rollouts) -> Tensor:
         raise ValueError("no")
 
-    bad = Custom(name="bad", function=raises, margin=0.5)
+    bad = Custom(function=raises, margin=0.5).over("bad")
     with AuditLog(tmp_path / "log", WORLD, [bad, LINE], about={}) as log:
         planner = Planner(WORLD, CEM(samples=32, iterations=2), horizon=3, guardrails=[bad, LINE])
         follow = Recalibration([bad, LINE], usual=1.0, risk=0.1, model=WORLD)

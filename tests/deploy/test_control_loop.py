@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worldloom.core.errors import ConfigError, PlanningError
+from worldloom.core.seams import Agent
 from worldloom.core.types import ActionSpec, Goal, Observations, ObservationSpec
 from worldloom.deploy import ControlLoop, ControlReport, SocketLink, draw_timeline
 from worldloom.deploy.control import Schedule
@@ -83,7 +84,7 @@ def link(plant: Plant) -> Iterator[SocketLink]:
         yield link
 
 
-class Counting:
+class Counting(Agent):
     """Its n-th action is n hundredths, so that each can be told apart; `slow` calls take ten periods."""
 
     def __init__(self, slow: Callable[[int], bool] = lambda n: False) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from worldloom.core.errors import ConfigError, DataError, EnvironmentFailure
+from worldloom.core.seams import Agent
 from worldloom.core.types import ActionSpec, Goal, Observations
 from worldloom.evaluation import Protocol, SuccessRule, draw_tasks, evaluate, gym_protocol, naming, open_world
 from worldloom.evaluation.goals import goal_policy_generator
@@ -96,7 +97,7 @@ def test_an_agent_that_narrows_acts_only_for_what_is_under_way(protocol: Protoco
     assert made[0].acted == sum(episode.steps for row in results.rows for episode in row.episodes)
 
 
-class Replay:
+class Replay(Agent):
     """Takes the logging policy's very actions from the start of each episode."""
 
     def __init__(self, policy: Any, seeds: Sequence[int], batch: int) -> None:

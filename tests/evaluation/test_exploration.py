@@ -5,15 +5,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from worldloom.core.seams import Agent
 from worldloom.core.types import Goal, Observations
 from worldloom.evaluation import PROTOCOLS, Protocol, Split, SuccessRule, evaluate
 
 
-class Walker:
+class Walker(Agent):
     """Goes right for ever, and keeps what it is shown."""
 
     def __init__(self) -> None:
         self.seen: list[np.ndarray] = []
+
+    def reset(self, goal: Goal) -> None:
+        self.seen.clear()
 
     def act(self, observations: Observations) -> Tensor:
         assert observations.pixels is not None
@@ -24,6 +28,8 @@ class Walker:
 class Curious(Walker):
     """Explores with a walker of its own each time."""
 
+    explores = True
+
     def __init__(self) -> None:
         super().__init__()
         self.walkers: list[Walker] = []
@@ -32,15 +38,9 @@ class Curious(Walker):
         self.walkers.append(Walker())
         return self.walkers[-1]
 
-    def reset(self, goal: Goal) -> None:
-        self.seen.clear()
-
 
 class Incurious(Walker):
     """Cannot explore."""
-
-    def reset(self, goal: Goal) -> None:
-        self.seen.clear()
 
 
 @pytest.fixture

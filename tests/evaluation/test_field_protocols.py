@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worldloom.core.errors import EnvironmentFailure
+from worldloom.core.seams import Agent
 from worldloom.core.types import Goal, Observations
 from worldloom.evaluation import (
     PROTOCOLS,
@@ -108,7 +109,7 @@ PROTOCOL = Protocol(
 )
 
 
-class Still:
+class Still(Agent):
     """Pushes nothing."""
 
     def reset(self, goal: Goal) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from worldloom.core.errors import DataError
+from worldloom.core.seams import Agent
 from worldloom.core.types import ActionSpec, Goal, Observations, ObservationSpec
 from worldloom.evaluation import PROTOCOLS, ForeignPolicy, LentPolicy, evaluate
 
@@ -93,8 +94,10 @@ def test_a_foreign_policys_odd_answer_is_named(wrong: Any) -> None:
         agent.act(see(2))
 
 
-class Toward:
+class Toward(Agent):
     """An agent that counts its steps and goes where its goal's fill says."""
+
+    narrows = True
 
     made: list["Toward"] = []  # noqa: RUF012
 

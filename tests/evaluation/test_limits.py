@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from worldloom.core.errors import ConfigError
+from worldloom.core.seams import Agent
 from worldloom.core.types import Goal, Observations
 from worldloom.evaluation import PROTOCOLS, Limit, Protocol, Split, SuccessRule, evaluate, table_rows
 
@@ -21,7 +22,7 @@ _PITS = Protocol(
 )
 
 
-class _Straight:
+class _Straight(Agent):
     """Goes straight to where the goal is, which it is told: through whatever lies between."""
 
     def reset(self, goal: Goal) -> None:

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from worldloom.core.seams import Agent
 from worldloom.core.types import Goal, Observations
 from worldloom.evaluation import PROTOCOLS, evaluate, gym_protocol
 
 DOCS = Path(__file__).parents[2] / "docs" / "protocols.md"
 
 
-class Wanderer:
+class Wanderer(Agent):
     """Acts at random in a world with two action dimensions."""
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from worldloom.agents import PlanningAgent
 from worldloom.core.errors import ConfigError
 from worldloom.core.types import Context, Goal, Observations, Rollouts
-from worldloom.guardrails import FALLBACKS, Custom, Fallback, Hold, Retreat, Stop
+from worldloom.guardrails import FALLBACKS, BoundRail, Custom, Fallback, Hold, Retreat, Stop
 from worldloom.planning import GoalObjective, LatentL2, Planner, PlanningProblem
 from worldloom.planning.solvers import CEM, Solution
 from worldloom.testing import LinearWorld
@@ -16,13 +16,13 @@ WORLD = LinearWorld()
 SEARCH = CEM(samples=64, iterations=5)
 
 
-def line(limit: float) -> Custom:
+def line(limit: float) -> BoundRail:
     """Stay left of a line; every step that leads beyond it, or lies beyond it, breaks this."""
 
     def beyond(rollouts: Rollouts) -> Tensor:
         return rollouts.latents[..., 0] - limit
 
-    return Custom(name="line", function=beyond)
+    return Custom(function=beyond).over("line")
 
 
 def agent_of(fallback: Fallback | None, limit: float = 2.0) -> PlanningAgent:
@@ -96,7 +96,7 @@ def test_who_holds_or_retreats_has_no_other_target(fallback: Fallback, place: tu
         return torch.full_like(rollouts.latents[..., 0], 1.0 if searches == closed else -1.0)
 
     planner = Planner(
-        WORLD, Counted(samples=64, iterations=5), horizon=3, guardrails=[Custom(name="shut", function=shut)]
+        WORLD, Counted(samples=64, iterations=5), horizon=3, guardrails=[Custom(function=shut).over("shut")]
     )
     target = torch.tensor([[20.0, 0.0]])  # what a policy says is to be reached, wherever the agent is told to be
     agent = PlanningAgent(

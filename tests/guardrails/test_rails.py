@@ -13,6 +13,7 @@ from worldloom.core.types import Context, Rollouts
 from worldloom.guardrails import (
     Agreed,
     Ball,
+    BoundRail,
     Box,
     Custom,
     Familiar,
@@ -20,7 +21,6 @@ from worldloom.guardrails import (
     KeepIn,
     KeepOut,
     Magnitude,
-    Rail,
     Rate,
     Returnable,
     Unlike,
@@ -58,20 +58,20 @@ points = st.tuples(st.floats(-5, 5), st.floats(-5, 5))
 @given(points, points, st.floats(0.1, 5))
 def test_depths_are_ways_to_the_edge(point: tuple[float, float], centre: tuple[float, float], size: float) -> None:
     at = torch.tensor(point)
-    assert Ball(centre, size).depth(at).item() == pytest.approx(size - math.dist(point, centre), abs=1e-4)
+    assert Ball(centre=centre, radius=size).depth(at).item() == pytest.approx(size - math.dist(point, centre), abs=1e-4)
     low, high = tuple(value - size for value in centre), tuple(value + size for value in centre)
-    depth = Box(low, high).depth(at).item()
+    depth = Box(low=low, high=high).depth(at).item()
     outside = math.hypot(*(max(lo - v, v - hi, 0) for v, lo, hi in zip(point, low, high, strict=True)))
     inside = min(min(v - lo, hi - v) for v, lo, hi in zip(point, low, high, strict=True))
     assert depth == pytest.approx(-outside if outside > 0 else inside, abs=1e-4)
 
 
 def test_a_box_may_be_open() -> None:
-    assert Box((1.0, -math.inf), (math.inf, math.inf)).depth(torch.tensor([3.0, 9.0])) == 2
+    assert Box(low=(1.0, None)).depth(torch.tensor([3.0, 9.0])) == 2
 
 
 def test_a_hazard_narrower_than_a_block_is_long_is_seen_on_the_way() -> None:
-    rail = KeepOut(name="post", probe=exact(), region=Ball((1.0, 0.0), 0.2))
+    rail = KeepOut(quantity="place", region=Ball(centre=(1.0, 0.0), radius=0.2)).over("post", exact())
     (violation,) = rail.violation(rolled(straight(2.0, 0.0)))
     assert violation[0, 0] == pytest.approx(0.2)  # it goes through the middle, and ends 1 beyond
     assert (violation[0, 1:] < 0).all()
@@ -80,14 +80,14 @@ def test_a_hazard_narrower_than_a_block_is_long_is_seen_on_the_way() -> None:
 
 
 def test_keeping_in_and_keeping_away_are_measured_on_the_way() -> None:
-    inside = KeepIn(name="yard", probe=exact(), region=Box((-1.0, -1.0), (3.0, 1.0)))
+    inside = KeepIn(quantity="place", region=Box(low=(-1.0, -1.0), high=(3.0, 1.0))).over("yard", exact())
     assert inside.violation(rolled(straight(2.0, 0.0)))[0, 0].tolist() == pytest.approx([-1, 1, 3], abs=1e-4)
     still = exact()
     still.network = nn.Linear(2, 2)  # the other one stands at (1, 1)
     with torch.no_grad():
         still.network.weight.zero_()
         still.network.bias.fill_(1.0)
-    apart = KeepAway(name="person", probe=exact(), other=still, distance=1.5)
+    apart = KeepAway(quantity="place", other="person", distance=1.5).over("person", exact(), still)
     violation = apart.violation(rolled(straight(2.0, 0.0)))[0, 0]
     assert violation.tolist() == pytest.approx(
         [0.5, 1.5 - math.dist((2.5, 0), (1, 1)), 1.5 - math.dist((4.5, 0), (1, 1))]
@@ -95,47 +95,53 @@ def test_keeping_in_and_keeping_away_are_measured_on_the_way() -> None:
 
 
 def test_what_a_probe_does_not_know_is_broken() -> None:
-    rail = KeepOut(name="post", probe=exact(known=3.0), region=Ball((0.0, 50.0), 0.2))
+    rail = KeepOut(quantity="place", region=Ball(centre=(0.0, 50.0), radius=0.2)).over("post", exact(known=3.0))
     violation = rail.violation(rolled(straight(2.0, 0.0)))[0, 0]
     assert violation[0] < 0
     assert violation[1:].tolist() == pytest.approx([1 / 3, 1.0])
 
 
 def test_margins_are_added_for_each_step_and_the_last_goes_on() -> None:
-    rail = KeepOut(name="post", owner="site", reason="it breaks", probe=exact(), region=Ball((0.0, 50.0), 0.2))
+    stated = KeepOut(quantity="place", region=Ball(centre=(0.0, 50.0), radius=0.2), reason="it breaks")
+    rail = stated.over("post", exact(), owner="site")
     rollouts = rolled(straight(2.0, 0.0, blocks=4))
     raw = rail.violation(rollouts)
     assert torch.allclose(rail.with_margin(0.7).violation(rollouts), raw + 0.7)
     stepped = rail.with_margin(torch.tensor([0.1, 0.3]))
     assert torch.allclose(stepped.violation(rollouts) - raw, torch.tensor([0.1, 0.3, 0.3, 0.3]), atol=1e-5)
-    assert (stepped.owner, stepped.reason) == ("site", "it breaks")
+    assert torch.allclose(
+        stepped.stretched(2.0).violation(rollouts) - raw, torch.tensor([0.2, 0.6, 0.6, 0.6]), atol=1e-5
+    )
+    own = stated.model_copy(update={"margin": 0.5}).over("post", exact())
+    assert torch.allclose(own.violation(rollouts), raw + 0.5)
+    assert (stepped.owner, stepped.rail.reason) == ("site", "it breaks")
 
 
 def test_likeness_and_familiarity_are_two_sides() -> None:
     examples = torch.tensor([[4.0, 0.0]])
     rollouts = rolled(straight(2.0, 0.0))
-    forbidden = Unlike(name="images", examples=examples, distance=2.0, step_length=0.5)
+    forbidden = Unlike(pictures=("one",), distance=2.0).over("images", examples, 0.5)
     assert forbidden.violation(rollouts)[0, 0].tolist() == pytest.approx([-2.0, 2.0, -2.0])
-    data = Familiar(name="data", data=examples, distance=2.0, step_length=0.5)
+    data = Familiar().over("data", examples, 2.0, 0.5)
     assert torch.allclose(data.violation(rollouts), -forbidden.violation(rollouts))
 
 
 def test_models_that_disagree_are_not_trusted() -> None:
     other = LinearWorld(((1.5, 0.0), (0.0, 1.0)), block=2)
-    rail = Agreed(name="ensemble", models=(WORLD, other), spread=1.0, step_length=0.5)
+    rail = Agreed(runs=("one", "two"), spread=1.0).over("ensemble", 0.5, (WORLD, other))
     assert rail.violation(rolled(straight(1.0, 0.0)))[0, 0].tolist() == pytest.approx([0.0, 1.0, 2.0])
 
 
 def test_what_cannot_be_undone_in_time_is_broken() -> None:
-    rail = Returnable(name="pit", back=LatentL2(0.5), steps=5.0)
+    rail = Returnable(steps=5.0).over("pit", LatentL2(0.5))
     assert rail.violation(rolled(straight(1.0, 0.0)))[0, 0].tolist() == pytest.approx([-3.0, -1.0, 1.0])
 
 
 def test_actions_are_limited_in_length_and_in_change() -> None:
-    rail = Magnitude(name="force", limit=1.0, size=2)
+    rail = Magnitude(limit=1.0).over("force", 2)
     actions = torch.tensor([[[0.6, 0.8, 0.0, 0.0], [0.9, 0.9, 0.1, 0.0]]])
     assert rail.violation(rolled(actions))[0, 0].tolist() == pytest.approx([0.0, math.hypot(0.9, 0.9) - 1])
-    rate = Rate(name="jerk", limit=1.0, size=2)
+    rate = Rate(limit=1.0).over("jerk", 2)
     assert rate.violation(rolled(actions))[0, 0, 0].item() == pytest.approx(0.0)
     assert rate.violation(rolled(actions))[0, 0, 1].item() == pytest.approx(math.hypot(0.9, 0.9) - 1, abs=1e-5)
     taken = torch.tensor([[-0.6, -0.8]])
@@ -143,12 +149,12 @@ def test_actions_are_limited_in_length_and_in_change() -> None:
 
 
 def test_any_function_of_rollouts_may_limit() -> None:
-    each = Custom(name="mine", function=lambda rollouts: rollouts.latents[..., 0] - 3)
+    each = Custom(function=lambda rollouts: rollouts.latents[..., 0] - 3).over("mine")
     assert each.violation(rolled(straight(2.0, 0.0)))[0, 0].tolist() == pytest.approx([-1, 1, 3])
-    whole = Custom(name="mine", function=lambda rollouts: rollouts.latents[..., 0].sum(-1) - 3)
+    whole = Custom(function=lambda rollouts: rollouts.latents[..., 0].sum(-1) - 3).over("mine")
     assert whole.violation(rolled(straight(2.0, 0.0)))[0, 0].tolist() == [-math.inf, -math.inf, pytest.approx(9.0)]
     with pytest.raises(PlanningError, match="must give violations of shape"):
-        Custom(name="mine", function=lambda rollouts: rollouts.latents).violation(rolled(straight(2.0, 0.0)))
+        Custom(function=lambda rollouts: rollouts.latents).violation(rolled(straight(2.0, 0.0)))
 
 
 def test_a_function_that_works_in_place_hides_nothing_from_the_others() -> None:
@@ -156,7 +162,7 @@ def test_a_function_that_works_in_place_hides_nothing_from_the_others() -> None:
         rollouts.actions.zero_()
         return rollouts.latents.mul_(0.0).sum(-1) - 1.0
 
-    rails = [Custom(name="careless", function=careless), Custom(name="line", function=lambda r: r.latents[..., 0] - 2)]
+    rails = [Custom(function=careless).over("careless"), Custom(function=lambda r: r.latents[..., 0] - 2).over("line")]
     context = Context(latents=torch.zeros(1, 1, 2), actions=torch.zeros(1, 0, 4))
     objective = GoalObjective(LatentL2(2.0), torch.tensor([[6.0, 0.5]]))
     plan = Planner(WORLD, CEM(), horizon=4, guardrails=rails).plan(
@@ -170,16 +176,16 @@ def test_a_function_that_works_in_place_hides_nothing_from_the_others() -> None:
 @pytest.mark.parametrize(
     "rail",
     [
-        KeepOut(name="post", probe=exact(), region=Ball((3.0, 0.0), 1.0)),
-        KeepIn(name="yard", probe=exact(), region=Box((-1.0, -1.0), (4.0, 4.0))),
-        Unlike(name="images", examples=torch.tensor([[3.0, 0.0]]), distance=2.0, step_length=0.5),
-        Magnitude(name="force", limit=0.8, size=2),
-        Rate(name="jerk", limit=0.4, size=2),
-        Returnable(name="pit", back=LatentL2(0.5), steps=6.0),
+        KeepOut(quantity="place", region=Ball(centre=(3.0, 0.0), radius=1.0)).over("post", exact()),
+        KeepIn(quantity="place", region=Box(low=(-1.0, -1.0), high=(4.0, 4.0))).over("yard", exact()),
+        Unlike(pictures=("one",), distance=2.0).over("images", torch.tensor([[3.0, 0.0]]), 0.5),
+        Magnitude(limit=0.8).over("force", 2),
+        Rate(limit=0.4).over("jerk", 2),
+        Returnable(steps=6.0).over("pit", LatentL2(0.5)),
     ],
     ids=lambda rail: rail.name,
 )
-def test_a_planner_keeps_them(rail: Rail) -> None:
+def test_a_planner_keeps_them(rail: BoundRail) -> None:
     context = Context(latents=torch.zeros(1, 1, 2), actions=torch.zeros(1, 0, 4), taken=torch.zeros(1, 2))
     objective = GoalObjective(LatentL2(2.0), torch.tensor([[6.0, 0.5]]))
     solver = CEM(samples=128, iterations=6)
@@ -244,7 +250,7 @@ def test_frames_of_one_episode_are_not_on_both_sides() -> None:
 
 
 def test_what_no_plan_keeps_is_refused_by_name() -> None:
-    rail = Magnitude(name="no motion", limit=-0.1, size=2)
+    rail = Custom(function=lambda rollouts: rollouts.actions.norm(dim=-1) + 0.1).over("no motion")
     context = Context(latents=torch.zeros(1, 1, 2), actions=torch.zeros(1, 0, 4))
     with pytest.raises(NoFeasiblePlan, match="'no motion' by 0.1"):
         Planner(WORLD, CEM(), horizon=2, guardrails=[rail]).plan(
@@ -256,7 +262,7 @@ def test_what_no_plan_keeps_is_refused_by_name() -> None:
 def test_what_is_not_finite_breaks_a_limit_on_actions_too(value: float) -> None:
     rollouts = rolled(torch.zeros(2, 3, 4))
     rollouts.latents[0, 1, 2, 0] = value
-    found = violations_of([Magnitude(name="force", limit=1.0, size=2)], rollouts)["force"]
+    found = violations_of([Magnitude(limit=1.0).over("force", 2)], rollouts)["force"]
     expected = torch.full((1, 2, 3), -1.0)
     expected[0, 1, 2] = torch.inf
     assert torch.equal(found, expected)

@@ -14,7 +14,7 @@ from worldloom.testing import LinearWorld
 
 WORLD = LinearWorld()
 MARGIN = torch.tensor([0.5, 0.6, 0.7])
-LINE = Custom(name="line", function=lambda rollouts: rollouts.latents[..., 0] - 4.0, margin=MARGIN)
+LINE = Custom(function=lambda rollouts: rollouts.latents[..., 0] - 4.0).over("line").with_margin(MARGIN)
 
 
 def recalibration(rate: float = 0.5) -> Recalibration:

@@ -67,7 +67,7 @@ def test_layers_say_together_what_is_tightest(tmp_path: Path) -> None:
         (("name: keep-in", "name: keep-out"), "loosens the guardrail"),
         (("risk: 0.01", "risk: 0.1"), "loosens the risk"),
         (("owner: the village", "owner: the village\nfallback: {name: stop}"), "loosens the fallback"),
-        (("layer: community", "layer: operator"), "stand in the order"),
+        (("layer: community", "layer: operator"), "come in the order"),
     ],
 )
 def test_a_layer_that_loosens_is_refused_and_named(tmp_path: Path, change: tuple[str, str], said: str) -> None:
@@ -138,7 +138,7 @@ def test_a_key_that_is_trusted_for_one_layer_does_not_speak_as_another(tmp_path:
     public = make_key(tmp_path / "owner.pem")
     sign_file(path, tmp_path / "owner.pem")
     assert read_rules([path], trusted={f"operator:{public}"}).risk == 0.05
-    with pytest.raises(DataError, match="speaks as the operator"):
+    with pytest.raises(DataError, match="is a layer of the operator"):
         read_rules([path], trusted={f"community:{public}", f"site:{public}"})
 
 

@@ -16,16 +16,17 @@ from worldloom.core.types import Context, Rollouts
 from worldloom.guardrails import (
     GUARDRAILS,
     REGIONS,
-    BallConfig,
-    BoxConfig,
-    KeepAwayConfig,
-    KeepInConfig,
-    KeepOutConfig,
+    Ball,
+    Box,
+    KeepAway,
+    KeepIn,
+    KeepOut,
+    Magnitude,
     ObjectiveConfig,
     build_objective,
     check_consistent,
 )
-from worldloom.guardrails.rules import MagnitudeConfig, RegionGoalConfig, SequenceConfig, VectorConfig
+from worldloom.guardrails.objective_configs import RegionGoalConfig, SequenceConfig, VectorConfig
 from worldloom.heads import Heads, LatentGeometry, Probe, ProbeConfig, Support
 from worldloom.planning import GoalObjective, InOrder, LatentL2, Planner, WeightedSum
 from worldloom.planning.solvers import Adam
@@ -87,7 +88,7 @@ points = torch.rand(3000, 2, generator=torch.Generator().manual_seed(1)) * 16 - 
 def test_what_lies_within_lies_nowhere_else(first: dict[str, object], second: dict[str, object]) -> None:
     one, other = (parse_component(REGIONS, values) for values in (first, second))
     if one.within(other):
-        assert bool((one.build().depth(points) <= other.build().depth(points) + 1e-4).all())
+        assert bool((one.depth(points) <= other.depth(points) + 1e-4).all())
     assert one.within(one)
 
 
@@ -123,7 +124,7 @@ def test_a_tighter_rule_is_broken_wherever_a_looser_one_is(
     one, other = (parse_component(GUARDRAILS, values) for values in (first, second))
     if one.tightens(other):
         rollouts = imagined(seed)
-        tight, loose = (each.build("rule", "owner", KNOWN).violation(rollouts) for each in (one, other))
+        tight, loose = (each.bind("rule", "owner", KNOWN).violation(rollouts) for each in (one, other))
         assert bool(((tight > -1e-4) | (loose <= 1e-4)).all())
     assert one.tightens(one)
 
@@ -131,23 +132,23 @@ def test_a_tighter_rule_is_broken_wherever_a_looser_one_is(
 @given(rails)
 def test_another_kind_is_never_tighter(values: dict[str, object]) -> None:
     rule = parse_component(GUARDRAILS, values)
-    other = KeepAwayConfig(quantity="place", other="hazard", distance=1.0)
+    other = KeepAway(quantity="place", other="hazard", distance=1.0)
     assert not rule.tightens(other)
     assert not other.tightens(rule)
 
 
 def test_contradictory_rules_are_named_before_anything_acts() -> None:
-    stay = KeepInConfig(quantity="place", region=BallConfig(centre=(0.0, 0.0), radius=2.0)).build("stay", "a", KNOWN)
-    away = KeepOutConfig(quantity="place", region=BallConfig(centre=(0.0, 0.0), radius=3.0)).build("away", "b", KNOWN)
-    slow = MagnitudeConfig(limit=0.5).build("slow", "c", KNOWN)
+    stay = KeepIn(quantity="place", region=Ball(centre=(0.0, 0.0), radius=2.0)).bind("stay", "a", KNOWN)
+    away = KeepOut(quantity="place", region=Ball(centre=(0.0, 0.0), radius=3.0)).bind("away", "b", KNOWN)
+    slow = Magnitude(limit=0.5).bind("slow", "c", KNOWN)
     check_consistent([stay, slow], WORLD, KNOWN.support)
     with pytest.raises(ConfigError, match="'stay' and 'away' contradict"):
         check_consistent([stay, slow, away], WORLD, KNOWN.support)
 
 
 def test_what_was_asked_of_rules_before_does_not_keep_a_gradient_solver_from_them() -> None:
-    stay = KeepInConfig(quantity="place", region=BoxConfig(high=(2.0, None))).build("stay", "a", KNOWN)
-    away = KeepOutConfig(quantity="place", region=BallConfig(centre=(0.0, 9.0), radius=1.0)).build("away", "b", KNOWN)
+    stay = KeepIn(quantity="place", region=Box(high=(2.0, None))).bind("stay", "a", KNOWN)
+    away = KeepOut(quantity="place", region=Ball(centre=(0.0, 9.0), radius=1.0)).bind("away", "b", KNOWN)
     check_consistent([stay, away], WORLD, KNOWN.support)  # without gradients, by what is then kept
     planner = Planner(WORLD, Adam(), horizon=4, guardrails=[stay, away])
     context = Context(latents=torch.zeros(1, 1, 2), actions=torch.zeros(1, 0, 4))
@@ -158,14 +159,14 @@ def test_what_was_asked_of_rules_before_does_not_keep_a_gradient_solver_from_the
 
 
 def test_a_rule_that_holds_nowhere_is_named() -> None:
-    nowhere = KeepInConfig(quantity="place", region=BoxConfig(low=(50.0, None))).build("far", "a", KNOWN)
+    nowhere = KeepIn(quantity="place", region=Box(low=(50.0, None))).bind("far", "a", KNOWN)
     with pytest.raises(ConfigError, match="'far' holds in none"):
         check_consistent([nowhere], WORLD, KNOWN.support)
 
 
 def test_three_that_hold_only_two_by_two_are_found() -> None:
     sides = [
-        KeepOutConfig(quantity="place", region=BoxConfig(low=(low, None), high=(high, None))).build(name, "a", KNOWN)
+        KeepOut(quantity="place", region=Box(low=(low, None), high=(high, None))).bind(name, "a", KNOWN)
         for name, low, high in (("left", -9.0, -1.5), ("middle", -1.6, 1.6), ("right", 1.5, 9.0))
     ]
     for pair in (sides[:2], sides[1:], sides[::2]):
@@ -175,21 +176,21 @@ def test_three_that_hold_only_two_by_two_are_found() -> None:
 
 
 def test_a_margin_that_leaves_nothing_is_a_contradiction() -> None:
-    stay = KeepInConfig(quantity="place", region=BallConfig(centre=(0.0, 0.0), radius=2.0)).build("stay", "a", KNOWN)
+    stay = KeepIn(quantity="place", region=Ball(centre=(0.0, 0.0), radius=2.0)).bind("stay", "a", KNOWN)
     with pytest.raises(ConfigError, match="calibrate"):
         check_consistent([stay.with_margin(2.5)], WORLD, KNOWN.support)
 
 
 def test_a_quantity_without_a_probe_is_said_with_the_nearest() -> None:
-    rule = KeepInConfig(quantity="plaice", region=BallConfig(centre=(0.0, 0.0), radius=2.0))
+    rule = KeepIn(quantity="plaice", region=Ball(centre=(0.0, 0.0), radius=2.0))
     with pytest.raises(ConfigError, match="did you mean 'place'"):
-        rule.build("stay", "a", KNOWN)
+        rule.bind("stay", "a", KNOWN)
 
 
 def test_a_region_of_another_size_is_refused() -> None:
-    rule = KeepInConfig(quantity="place", region=BallConfig(centre=(0.0,), radius=2.0))
+    rule = KeepIn(quantity="place", region=Ball(centre=(0.0,), radius=2.0))
     with pytest.raises(ConfigError, match="for 1 values; it has 2"):
-        rule.build("stay", "a", KNOWN)
+        rule.bind("stay", "a", KNOWN)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +205,7 @@ def test_a_region_of_another_size_is_refused() -> None:
 )
 def test_a_region_that_is_none_is_refused(values: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
-        KeepInConfig.parse({"quantity": "place", "region": values})
+        KeepIn.parse({"quantity": "place", "region": values})
 
 
 def test_objectives_go_beside_the_goal_unless_they_say_what_is_to_be_reached() -> None:
@@ -218,7 +219,7 @@ def test_objectives_go_beside_the_goal_unless_they_say_what_is_to_be_reached() -
     tour = SequenceConfig(
         stages=(
             VectorConfig(quantity="place", target=(1.0, 0.0), within=0.1),
-            RegionGoalConfig(quantity="place", region=BallConfig(centre=(2.0, 0.0), radius=0.2)),
+            RegionGoalConfig(quantity="place", region=Ball(centre=(2.0, 0.0), radius=0.2)),
         )
     )
     found = build_objective({"tour": tour}, KNOWN, goal, usual)

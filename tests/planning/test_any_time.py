@@ -26,9 +26,9 @@ def plan(solver: Solver, *, deadline: float | None, initial: Tensor | None = Non
     planner = Planner(world, solver, horizon=4, geometry=linear_geometry(world))
     context = Context(latents=torch.zeros(2, 1, 2), actions=torch.zeros(2, 0, 4))
     objective = GoalObjective(LatentL2(2.0), torch.tensor([[6.0, 3.0], [-5.0, 0.5]]))
-    problem = planner.problem(context, objective, deadline=deadline)
-    found = planner.solve(problem, initial=initial, generator=torch.Generator().manual_seed(0))
-    return found.cost, found.cut_short, problem.count.rollouts
+    generator = torch.Generator().manual_seed(0)
+    found = planner.plan(context, objective, initial=initial, generator=generator, deadline=deadline)
+    return found.cost, found.cut_short, found.rollouts
 
 
 @pytest.mark.parametrize("name", list(LONG))

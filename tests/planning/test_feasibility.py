@@ -10,6 +10,7 @@ from torch import Tensor
 
 from linear_geometry import linear_geometry
 from worldloom.core.errors import NoFeasiblePlan, PlanningError
+from worldloom.core.seams import Guardrail
 from worldloom.core.types import Context, Rollouts
 from worldloom.planning import GoalObjective, LatentL2, Planner, PlanningProblem
 from worldloom.planning.problem import FORBIDDEN, rank
@@ -21,7 +22,7 @@ ALL = sorted(SOLVERS)
 WORLD = LinearWorld(block=2)
 
 
-class KeepOut:
+class KeepOut(Guardrail):
     """Stay out of a disc."""
 
     def __init__(self, centre: tuple[float, float], radius: float, name: str = "disc") -> None:
@@ -31,7 +32,7 @@ class KeepOut:
         return self._radius - (rollouts.latents - self._centre).norm(dim=-1)
 
 
-class Below:
+class Below(Guardrail):
     """Stay below a value of the first axis."""
 
     name = "line"
@@ -110,7 +111,7 @@ def test_what_cannot_be_kept_is_refused_with_its_name_and_the_others_have_their_
 
 @pytest.mark.parametrize("kind", ["raises", "is not a number", "has another shape"])
 def test_a_guardrail_that_cannot_judge_counts_as_broken(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    class Bad:
+    class Bad(Guardrail):
         name = "bad"
 
         def violation(self, rollouts: Rollouts) -> Tensor:

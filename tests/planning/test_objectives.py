@@ -17,7 +17,6 @@ from worldloom.planning import (
     Planner,
     RegionGoal,
     Smoothness,
-    StayNear,
     VectorGoal,
     WeightedSum,
 )
@@ -56,15 +55,12 @@ def test_a_quantity_comes_to_a_value_or_into_a_region() -> None:
     each = VectorGoal(quantity=place, target=torch.tensor([[20.0, 0.0]]), last_weight=0.0)
     assert torch.equal(each(rollouts), value(rollouts))
     assert torch.equal(each.select(slice(0, 1))(rollouts), value.select(slice(0, 1))(rollouts))
-    region = RegionGoal(quantity=place, region=Box((5.0, -1.0), (15.0, 1.0)), last_weight=0.0)
+    region = RegionGoal(quantity=place, region=Box(low=(5.0, -1.0), high=(15.0, 1.0)), last_weight=0.0)
     assert region(rollouts)[0].tolist() == pytest.approx([2.5, 5.0])
 
 
-def test_staying_effort_and_smoothness() -> None:
+def test_effort_and_smoothness() -> None:
     rollouts = rolled([EAST, WEST], [EAST, EAST])
-    near = StayNear(metric=LatentL2(), place=torch.zeros(1, 2))
-    assert near(rollouts)[0].tolist() == [1.0, 2.0]
-    assert near.select(torch.tensor([0]))(rollouts)[0].tolist() == [1.0, 2.0]
     assert Effort()(rollouts)[0].tolist() == [0.5, 0.5]
     assert Smoothness(size=2)(rollouts)[0].tolist() == [2.0, 0.0]
     again = rolled([EAST, WEST], [EAST, EAST], taken=torch.tensor([[1.0, 0.0]]))
@@ -120,7 +116,7 @@ def test_a_search_goes_through_stages_in_order_around_what_is_forbidden() -> Non
 
 def test_objectives_add_up() -> None:
     rollouts = rolled([EAST, WEST], [EAST, EAST])
-    region = RegionGoal(quantity=place, region=Ball((20.0, 0.0), 1.0))
+    region = RegionGoal(quantity=place, region=Ball(centre=(20.0, 0.0), radius=1.0))
     total = WeightedSum([(2.0, Effort()), (0.5, region), (1.0, Smoothness(size=2))])
     expected = 2 * Effort()(rollouts) + 0.5 * region(rollouts) + Smoothness(size=2)(rollouts)
     assert torch.allclose(total(rollouts), expected)

@@ -8,7 +8,7 @@ import torch
 from linear_geometry import linear_geometry
 from worldloom.core.errors import NoFeasiblePlan
 from worldloom.core.types import Context, Rollouts
-from worldloom.guardrails import Ball, Familiar, KeepOut, Magnitude, Rail, Rate
+from worldloom.guardrails import Ball, BoundRail, Familiar, KeepOut, Magnitude, Rate
 from worldloom.heads import Probe, ProbeConfig, fit_probe
 from worldloom.planning import GoalObjective, LatentL2, Planner, violations_of
 from worldloom.planning.solvers import SOLVERS
@@ -21,13 +21,15 @@ def places(device: str) -> torch.Tensor:
     return 12 * torch.rand(400, 2, generator=torch.Generator().manual_seed(0)).to(device) - 6
 
 
-def rails(probe: Probe, device: str) -> list[Rail]:
+def rails(probe: Probe, device: str) -> list[BoundRail]:
     """Return one guardrail of each kind that needs tensors of its own, or none."""
     return [
-        KeepOut(name="disc", probe=copy.deepcopy(probe).to(device), region=Ball((2.0, 0.0), 1.0)),
-        Familiar(name="known", data=places(device), distance=2.0, step_length=1.0),
-        Magnitude(name="force", limit=1.2, size=2),
-        Rate(name="jerk", limit=2.0, size=2),
+        KeepOut(quantity="place", region=Ball(centre=(2.0, 0.0), radius=1.0)).over(
+            "disc", copy.deepcopy(probe).to(device)
+        ),
+        Familiar().over("known", places(device), 2.0, 1.0),
+        Magnitude(limit=1.2).over("force", 2),
+        Rate(limit=2.0).over("jerk", 2),
     ]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from worldloom.core.actions import Walk
 from worldloom.core.errors import DataError, PlanningError
+from worldloom.core.seams import Objective
 from worldloom.core.types import ActionBounds, Context, Rollouts
 from worldloom.data import DatasetSpec, FrameCache
 from worldloom.heads import dream, encode_episodes
@@ -17,7 +18,7 @@ from worldloom.planning.solvers import CEM
 from worldloom.testing import LinearWorld
 
 
-class Effort:
+class Effort(Objective):
     """The mean square of the actions; holds nothing of the batch."""
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
@@ -81,8 +82,22 @@ def test_wrong_problems_are_refused() -> None:
     planner = Planner(LinearWorld(), CEM(), horizon=3)
     with pytest.raises(PlanningError, match="initial"):
         planner.plan(one_frame, objective, initial=torch.zeros(1, 1, 4, 2), generator=torch.Generator())
-    with pytest.raises(PlanningError, match="select"):
-        problem_of(2, Effort()).select(slice(0, 1))
+
+
+def test_a_plain_function_will_do_unless_it_holds_something_for_each_environment() -> None:
+    actions, goal = torch.ones(600, 2, 3, 4), torch.zeros(600, 2)
+    plain = problem_of(600, lambda rollouts: rollouts.actions.square().mean((-1, -2)))
+    assert torch.equal(plain.evaluate(actions), torch.ones(600, 2))
+    assert plain.select(slice(0, 5)).evaluate(actions[:5]).shape == (5, 2)
+
+    class Held(Objective):
+        def __call__(self, rollouts: Rollouts) -> Tensor:
+            return torch.zeros(600, 2)
+
+    held = problem_of(600, lambda rollouts: (rollouts.latents - goal[:, None, None]).norm(dim=-1).mean(-1))
+    for problem, reason in ((held, "failed on a part of the batch"), (problem_of(600, Held()), "costs of shape")):
+        with pytest.raises(PlanningError, match=rf"{reason}.*select\(rows\)"):
+            problem.evaluate(actions)
 
 
 def test_narrower_bounds_are_kept() -> None:

@@ -74,10 +74,11 @@ def test_answers_are_within_any_bounds(
     goal = torch.tensor([[far, 0.0], [0.0, -far]])
     planner = Planner(world, SOLVERS[name](), horizon=4, geometry=linear_geometry(world, reversible=reversible))
     wild = 100 * torch.randn(2, 3, 4, 4, generator=generator(seed))
-    problem = planner.problem(context_of(torch.zeros(2, 2), 4), GoalObjective(LatentL2(2.0), goal))
+    context, objective = context_of(torch.zeros(2, 2), 4), GoalObjective(LatentL2(2.0), goal)
+    problem = planner.problem(context, objective)
     solution = planner.solver.solve(problem, initial=wild, generator=generator(seed))
     assert ((solution.actions >= bounds.low) & (solution.actions <= bounds.high)).all()
-    plan = planner.solve(problem, initial=wild, generator=generator(seed))
+    plan = planner.plan(context, objective, initial=wild, generator=generator(seed))
     assert ((plan.actions >= bounds.low) & (plan.actions <= bounds.high)).all()
 
 

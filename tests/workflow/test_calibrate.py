@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from worldloom import workflow
-from worldloom.agents import HierarchyMethod, LandmarkAgent, LandmarkMethod, PlannedMethod, log_path, planning_parts
+from worldloom.agents import HierarchyMethod, LandmarkAgent, LandmarkMethod, PlannedMethod, log_path
 from worldloom.core.chain import entries
 from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.types import Goal, Observations
 from worldloom.data import EpisodeDataset
-from worldloom.guardrails import BoxConfig, Margins, RuleLayer, RuleSet
+from worldloom.guardrails import Box, Margins, RuleLayer, RuleSet
 from worldloom.heads import CoarseConfig
 from worldloom.planning.solvers import CEM
 from worldloom.recipes import Recipe, load_recipe
@@ -40,7 +40,7 @@ def recipe() -> Recipe:
     """Pits that are allowed to be 40 px deep: a model that has learned nothing finds them safe, too."""
     tiny = load_recipe("pits").override(_TINY)
     assert tiny.rules is not None
-    rail = tiny.rules.guardrails["out of the pits"].model_copy(update={"region": BoxConfig(high=(40.0,))})
+    rail = tiny.rules.guardrails["out of the pits"].model_copy(update={"region": Box(high=(40.0,))})
     rules = tiny.rules.model_copy(update={"guardrails": {"out of the pits": rail}})
     far = {"landmarks": LandmarkMethod(exploring=CEM(samples=16)), "hierarchy": HierarchyMethod(solver=CEM(samples=32))}
     coarse = (CoarseConfig(stride=2, steps=4),)
@@ -147,7 +147,7 @@ def test_only_what_uses_margins_is_calibrated(folder: Path, tmp_path: Path) -> N
 def test_a_rule_set_that_holds_nowhere_is_not_calibrated(folder: Path, tmp_path: Path) -> None:
     layer = Run.open(folder).recipe.rules
     assert layer is not None
-    rail = layer.guardrails["out of the pits"].model_copy(update={"region": BoxConfig(high=(-1e6,))})
+    rail = layer.guardrails["out of the pits"].model_copy(update={"region": Box(high=(-1e6,))})
     impossible = layer.model_copy(update={"guardrails": {"out of the pits": rail}})
     with pytest.raises(ConfigError, match="holds in none of"):
         calibrate(under(folder, tmp_path / "run", impossible), split="in the open", episodes=8)
@@ -162,7 +162,7 @@ def test_what_plans_for_far_goals_keeps_guardrails_and_can_be_made_again(
     calibrate(Run.open(folder), method=method, split="in the open", episodes=8)
     with Session(Run.open(folder), audit=tmp_path / "log") as session:
         agent = session.agent(method)
-        for part in planning_parts(agent).values():
+        for part in agent.parts.values():
             assert [rail.name for rail in part.rails] == ["out of the pits"]
         pixels = EpisodeDataset.open(session.run.data).episode(0).pixels
         assert pixels is not None

@@ -51,7 +51,7 @@ def with_rules(run: Run, rules: RuleLayer) -> Run:
 
 def limits(agent: object) -> list[float]:
     assert isinstance(agent, PlanningAgent)
-    return [rail.limit for rail in agent.rails]
+    return [bound.rail.limit for bound in agent.rails]
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])

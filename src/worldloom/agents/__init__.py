@@ -12,7 +12,6 @@ from worldloom.agents.guides.curiosity import (
     CuriosityGuide,
     ExploringAgent,
     LandmarkAgent,
-    planning_parts,
 )
 from worldloom.agents.guides.hierarchy import HierarchyConfig, HierarchyGuide
 from worldloom.agents.guides.landmarks import Beyond, FollowConfig, LandmarkGuide, Outlook, arrival_check
@@ -29,7 +28,7 @@ from worldloom.agents.methods import (
     ReactiveMethod,
     default_methods,
 )
-from worldloom.agents.mpc import Auditor, Decision, Guide, Observer, PlanningAgent, Proposer, Situation
+from worldloom.agents.mpc import Auditor, Guide, Observer, PlanningAgent, Proposer, Situation
 from worldloom.agents.random import RandomAgent
 from worldloom.agents.reactive import PolicyProposer, ReactiveAgent, ReactiveConfig, ReactivePolicy, fit_reactive
 from worldloom.agents.remembering import Rememberer, recall_landmarks
@@ -46,7 +45,6 @@ __all__ = [
     "CloningPolicy",
     "CuriosityConfig",
     "CuriosityGuide",
-    "Decision",
     "ExploringAgent",
     "FollowConfig",
     "Guide",
@@ -78,7 +76,6 @@ __all__ = [
     "fit_behaviour_cloning",
     "fit_reactive",
     "log_path",
-    "planning_parts",
     "read_situation",
     "recall_landmarks",
     "replay",

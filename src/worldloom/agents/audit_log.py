@@ -1,15 +1,14 @@
 """The audit log: every decision of an agent, what it saw, predicted, chose and refused, and what then happened.
 
-A log is a directory. `log.jsonl` is a hash-chained file (see `worldloom.core.chain`), one entry for each decision, each
-on the disk before the decision is acted on. `situations/` holds, by the digest that the entry names, all that the
-decision followed from, so that it can be made again.
+A log is a directory. `log.jsonl` is a hash-chained file (see `worldloom.core.chain`) with one entry for each decision,
+written to disk before the agent acts on it. `situations/` holds, by the digest that the entry names, everything that
+the decision followed from, so that it can be made again.
 """
 
 import copy
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,14 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from worldloom.agents.mpc import Decision, PlanningAgent, Situation
+from worldloom.agents.mpc import PlanningAgent, Situation
 from worldloom.core.chain import Chain, Entry, entries
 from worldloom.core.errors import DataError
 from worldloom.core.files import storage_errors, write_atomic
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
 from worldloom.core.types import Context, Goal, Observations, Plan, Rollouts
-from worldloom.guardrails import Rail
+from worldloom.guardrails import BoundRail
 from worldloom.planning import violations_of
 
 _LOG, _SITUATIONS = "log.jsonl", "situations"
@@ -38,21 +37,21 @@ def log_path(folder: Path | str) -> Path:
 
 
 class AuditLog:
-    """Writes the decisions of one agent; `about` says of which: the run, its model, method, policy and margins.
+    """Writes the decisions of one agent; `about` describes it: the run, its model, method, rule set and margins.
 
     Raises:
-        StorageError: another process writes it, or the storage refuses.
-        DataError: what is there does not verify.
+        StorageError: another process writes the log, or the storage fails.
+        DataError: the log does not verify.
     """
 
     def __init__(
-        self, folder: Path | str, model: WorldModel, guardrails: Sequence[Rail] = (), *, about: Mapping[str, Any]
+        self, folder: Path | str, model: WorldModel, guardrails: Sequence[BoundRail] = (), *, about: Mapping[str, Any]
     ) -> None:
         self.folder, self._model, self._guardrails = Path(folder), model, tuple(guardrails)
         with storage_errors(self.folder):
             (self.folder / _SITUATIONS).mkdir(parents=True, exist_ok=True)
         self._chain = Chain(log_path(self.folder))
-        self._before: tuple[Situation, Decision] | None = None
+        self._before: tuple[Situation, Plan] | None = None
         self._part: dict[str, str] = {}
         self._chain.append({"event": "opened", **about})
 
@@ -62,7 +61,7 @@ class AuditLog:
         return self._chain
 
     def part(self, name: str) -> "AuditLog":
-        """Return what writes into the same log the decisions of another part of the agent, by its name."""
+        """Return what writes the decisions of another part of the agent, by its name, into the same log."""
         other = copy.copy(self)
         other._before, other._part = None, {"part": name}
         return other
@@ -77,31 +76,26 @@ class AuditLog:
         """Write which environments go on."""
         places = list(places)
         if self._before is not None:
-            situation, decision = self._before
-            kept = _rows_of(situation, places)
-            refused = tuple(new for new, old in enumerate(places) if old in decision.refused)
-            self._before = kept, Decision(plan=decision.plan[places], refused=refused)
+            situation, plan = self._before
+            self._before = situation[places], plan[places]
         self._write("went on", {"environments": places})
 
     def ended(
         self, places: Sequence[int], here: Float[Tensor, "E D"], outcomes: Sequence[str], *, block: int, whole: bool
     ) -> None:
-        """Write how the episodes of some environments ended, and what was seen there, in a block of the last plan.
+        """Write how the episodes of some environments ended, in a block of the last plan, and what was seen there.
 
-        Where it was not done as a `whole`, what the plan predicted of its end says nothing.
+        The plan's prediction is compared only if the `whole` block was taken.
         """
         happened = None
         if self._before is not None:
-            situation, decision = self._before
-            kept = Decision(plan=decision.plan[list(places)])
-            happened = self._compared(_rows_of(situation, list(places)), kept, here, block=block, whole=whole)
+            situation, plan = self._before
+            rows = list(places)
+            happened = self._compared(situation[rows], plan[rows], here, block=block, whole=whole)
         self._write("ended", {"environments": list(places), "outcomes": list(outcomes), "happened": happened})
 
-    def decided(
-        self, observations: Observations, situation: Situation, decision: Decision, *, block: int, whole: bool
-    ) -> None:
-        """Write a decision, and what became of the one before, of whose plan this block was the last that was done."""
-        plan = decision.plan
+    def decided(self, observations: Observations, situation: Situation, plan: Plan, *, block: int, whole: bool) -> None:
+        """Write a decision, and the outcome of the one before, whose plan was followed into this block."""
         self._write("decided", {
             "situation": self._keep(observations, situation),
             "actions": _digest([plan.actions]),
@@ -109,15 +103,15 @@ class AuditLog:
             "first": [_numbers(row) for row in plan.actions[:, 0]],
             "cost": _numbers(plan.cost),
             "violations": {name: _numbers(violation.amax(dim=1)) for name, violation in plan.violations.items()},
-            "refused": list(decision.refused),
+            "refused": list(plan.refused),
             "cut short": plan.cut_short,
             "stretch": situation.stretch,
             "happened": self._happened(situation, block=block, whole=whole),
         })  # fmt: skip
-        self._before = situation, decision
+        self._before = situation, plan
 
     def close(self) -> None:
-        """Let go of the log."""
+        """Close the log."""
         self._chain.close()
 
     def __enter__(self) -> "AuditLog":
@@ -129,15 +123,14 @@ class AuditLog:
         self.close()
 
     def _happened(self, now: Situation, *, block: int, whole: bool) -> dict[str, Any] | None:
-        """Say how far from its prediction the last plan led, in latent units, and what it broke, as it was seen."""
+        """Return how far from its prediction the last plan led, in latent units, and the violations that were seen."""
         if self._before is None or len(self._before[0].goal) != len(now.goal):
             return None
         return self._compared(*self._before, now.context.latents[:, -1], block=block, whole=whole)
 
     def _compared(
-        self, before: Situation, decision: Decision, here: Float[Tensor, "B D"], *, block: int, whole: bool
+        self, before: Situation, plan: Plan, here: Float[Tensor, "B D"], *, block: int, whole: bool
     ) -> dict[str, Any]:
-        plan = decision.plan
         seen = Rollouts(
             context=before.context, actions=plan.actions[:, None, block : block + 1], latents=here[:, None, None]
         )
@@ -177,11 +170,11 @@ class AuditLog:
 def read_situation(
     folder: Path | str, entry: Entry, device: torch.device | str = "cpu"
 ) -> tuple[Observations, Situation]:
-    """Return what was seen and what a decision followed from.
+    """Return what was seen, and what a decision followed from.
 
     Raises:
-        DataError: the entry is no decision, or the situation was changed.
-        StorageError: the situation is gone.
+        DataError: the entry is no decision, or its situation was changed.
+        StorageError: the situation is missing.
     """
     digest = entry.body.get("situation")
     if entry.body.get("event") != "decided" or not isinstance(digest, str):
@@ -190,7 +183,7 @@ def read_situation(
     with storage_errors(path):
         payload = path.read_bytes()
     if hashlib.sha256(payload).hexdigest() != digest:
-        raise DataError(f"{path} was changed: its digest is another. The log says what it was; keep both as evidence")
+        raise DataError(f"{path} was changed: its digest is not the one in the log. Keep both as evidence")
     tensors = safetensors.torch.load(payload)
     there = {name: tensor if name == "randomness" else tensor.to(device) for name, tensor in tensors.items()}
     observations = Observations(pixels=tensors.get("pixels"), vector=tensors.get("vector"))
@@ -220,34 +213,22 @@ def damaged_situations(folder: Path | str, *, progress: Progress = SILENT) -> li
     return damaged
 
 
-def replay(folder: Path | str, entry: Entry, agent: PlanningAgent, device: torch.device | str) -> tuple[Decision, bool]:
-    """Make a decision again, and say whether it is the same, bit for bit: actions, predictions and violations.
+def replay(folder: Path | str, entry: Entry, agent: PlanningAgent, device: torch.device | str) -> tuple[Plan, bool]:
+    """Make a decision again; return the plan, and whether actions, predictions and violations are the same bit for bit.
 
     Raises:
-        DataError: the entry is no decision, its situation was changed, or the clock had cut it short.
+        DataError: the entry is no decision, its situation was changed, or a deadline cut it short.
     """
     _, situation = read_situation(folder, entry, device)
     if entry.body.get("cut short"):
         raise DataError(
-            f"entry {entry.index} was cut short by its deadline: how far the search came was the clock's doing, and "
-            f"cannot be made again. Its prediction can be seen with worldloom audit show"
+            f"entry {entry.index} was cut short by its deadline: how far the search came depended on the clock, so it "
+            f"cannot be made again. See its prediction with worldloom audit show"
         )
-    decision = agent.decide(situation)
-    plan: Plan = decision.plan
+    plan = agent.decide(situation)
     violations = [plan.violations[name] for name in sorted(plan.violations)]
     same = _digest([plan.actions, plan.latents, *violations]) == entry.body["plan"]
-    return decision, same and list(decision.refused) == entry.body["refused"]
-
-
-def _rows_of(situation: Situation, places: list[int]) -> Situation:
-    return replace(
-        situation,
-        context=situation.context[places],
-        goal=situation.goal[places],
-        initial=None if situation.initial is None else situation.initial[places],
-        safe=situation.safe[places],
-        stages=None if situation.stages is None else situation.stages[places],
-    )
+    return plan, same and list(plan.refused) == entry.body["refused"]
 
 
 def _digest(tensors: Sequence[Tensor]) -> str:
@@ -259,5 +240,5 @@ def _digest(tensors: Sequence[Tensor]) -> str:
 
 
 def _numbers(values: Tensor) -> list[float | None]:
-    """Return values as JSON can hold them: what is not finite is None."""
+    """Return values that JSON can hold: None where a value is not finite."""
     return [value if math.isfinite(value) else None for value in values.detach().cpu().double().flatten().tolist()]

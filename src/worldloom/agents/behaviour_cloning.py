@@ -13,7 +13,7 @@ from torch import Tensor
 from worldloom.agents.environment_batch import EnvironmentBatch
 from worldloom.core.actions import project
 from worldloom.core.progress import SILENT, Progress
-from worldloom.core.seams import WorldModel
+from worldloom.core.seams import Agent, WorldModel
 from worldloom.core.seeds import numpy_generator, seeded_weights
 from worldloom.core.types import ActionBounds, ActionSpec, Goal, ModelSpec, Observations, ObservationSpec
 from worldloom.data import Frames, Statistics, compute_statistics
@@ -131,8 +131,10 @@ def fit_behaviour_cloning(
     return policy
 
 
-class BehaviourCloningAgent:
+class BehaviourCloningAgent(Agent):
     """Acts by the cloned policy, looking at every step."""
+
+    narrows = True
 
     def __init__(self, policy: CloningPolicy) -> None:
         self._policy = policy

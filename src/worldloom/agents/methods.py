@@ -22,7 +22,7 @@ from worldloom.core.config import Component
 from worldloom.core.errors import ConfigError
 from worldloom.core.registry import Registry
 from worldloom.core.seams import Agent, Metric, Objective
-from worldloom.guardrails import BoundRules, Fallback, Margins, Rail, Recalibration
+from worldloom.guardrails import BoundRail, BoundRules, Fallback, Margins, Recalibration
 from worldloom.heads import Heads
 from worldloom.memory import EpisodicMemory, LandmarkConfig, LandmarkGraph
 from worldloom.planning import Avoid, GoalObjective, LatentL2, Planner, WeightedSum
@@ -144,7 +144,7 @@ class PlannedMethod(MethodConfig):
             return parts.margins
         return parts.rules.margins(self.calibrated_as)
 
-    def rails(self, parts: AgentParts) -> tuple[Rail, ...]:
+    def rails(self, parts: AgentParts) -> tuple[BoundRail, ...]:
         """Return the guardrails of the rule set as the method applies them.
 
         Raises:
@@ -165,7 +165,7 @@ class PlannedMethod(MethodConfig):
             )
         return rules.rails(margins)
 
-    def planner(self, heads: Heads, rails: Sequence[Rail] = (), solver: Solver | None = None) -> Planner:
+    def planner(self, heads: Heads, rails: Sequence[BoundRail] = (), solver: Solver | None = None) -> Planner:
         """Return the planner of the world model under these guardrails."""
         geometry = heads.geometry
         return Planner(
@@ -177,7 +177,7 @@ class PlannedMethod(MethodConfig):
             noise=self.noise * geometry.step_length / math.sqrt(heads.model.spec.latent_dim),
         )
 
-    def recalibration(self, parts: AgentParts, rails: tuple[Rail, ...]) -> Recalibration | None:
+    def recalibration(self, parts: AgentParts, rails: tuple[BoundRail, ...]) -> Recalibration | None:
         """Return what stretches the margins, or None if that is not asked for or there are none."""
         margins = self.margins(parts) if self.recalibrate and self.guarding == "calibrated" else None
         if margins is None:

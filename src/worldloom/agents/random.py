@@ -8,14 +8,17 @@ from torch import Tensor
 
 from worldloom.agents.environment_batch import EnvironmentBatch
 from worldloom.core.actions import Walk, project
+from worldloom.core.seams import Agent
 from worldloom.core.seeds import torch_generator
 from worldloom.core.types import ActionBounds, ActionSpec, Goal, ModelSpec, Observations, ObservationSpec
 
 _STEPS = 64  # drawn at a time
 
 
-class RandomAgent:
+class RandomAgent(Agent):
     """Uniform actions, or with a `walk` the persistent motion that data are collected with."""
+
+    narrows = True
 
     def __init__(self, action: ActionSpec, *, walk: Walk | None = None, seed: int = 0) -> None:
         # One environment step makes a block; nothing is observed.

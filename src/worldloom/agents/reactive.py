@@ -13,7 +13,7 @@ from worldloom.agents.environment_batch import EnvironmentBatch
 from worldloom.core.actions import Walk
 from worldloom.core.errors import PlanningError
 from worldloom.core.progress import SILENT, Progress
-from worldloom.core.seams import WorldModel
+from worldloom.core.seams import Agent, WorldModel
 from worldloom.core.seeds import seeded_weights, torch_generator
 from worldloom.core.types import Context, Goal, ModelSpec, Observations
 from worldloom.heads import (
@@ -189,8 +189,10 @@ class PolicyProposer:
         return torch.stack(plan, dim=1)[:, None]
 
 
-class ReactiveAgent:
+class ReactiveAgent(Agent):
     """Acts by the policy alone; looks again every `every` environment steps, by default after each block."""
+
+    narrows = True
 
     def __init__(self, model: WorldModel, policy: ReactivePolicy, *, every: int | None = None) -> None:
         block = model.spec.block
@@ -198,7 +200,6 @@ class ReactiveAgent:
         if not 1 <= self._every <= block:
             raise PlanningError(f"the policy gives {block} environment steps at a time; got every={every}")
         self._model, self._policy = model, policy
-        self._device = torch.device(getattr(model, "device", "cpu"))
         self._batch = EnvironmentBatch()
         self._goal: Tensor | None = None
         self._coming: list[Tensor] = []
@@ -208,7 +209,7 @@ class ReactiveAgent:
         self._batch.start(goal)
         self._coming = []
         with torch.inference_mode():
-            self._goal = self._model.encode(goal.observations.to(self._device))
+            self._goal = self._model.encode(goal.observations.to(self._model.device))
 
     def select(self, rows: Sequence[int]) -> None:
         """Narrow to these environments, given by their places in the last batch, in this order."""
@@ -227,7 +228,7 @@ class ReactiveAgent:
         if not self._coming:
             assert self._goal is not None
             with torch.inference_mode():
-                block = self._policy(self._model.encode(observations.to(self._device)), self._goal)
+                block = self._policy(self._model.encode(observations.to(self._model.device)), self._goal)
             steps = block.view(batch, self._model.spec.block, -1)[:, : self._every]
             self._coming = list(steps.unbind(1))
         return self._coming.pop(0)

@@ -103,8 +103,8 @@ def replay_entry(
     from worldloom.workflow import replay_entry as again
 
     import_modules(imports)
-    decision, same, body = again(log, entry, run=run, progress=progress())
-    first = decision.plan.actions[:, 0].tolist()
+    plan, same, body = again(log, entry, run=run, progress=progress())
+    first = plan.actions[:, 0].tolist()
     if json or same:
         line = f"entry {entry}: actions, predictions and violations are equal bit for bit"
         answer(json, {"same": same, "first": first, "logged": body["first"]}, line)

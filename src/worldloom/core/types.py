@@ -8,8 +8,9 @@ concatenated, and one step of the model. `actions[t]` leaves frame t.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,36 @@ from jaxtyping import Bool, Float, Float32, UInt8
 from torch import Tensor
 
 from worldloom.core.errors import DataError, PlanningError
+
+BatchedT = TypeVar("BatchedT", bound="Batched")
+
+
+class Batched:
+    """Base of a frozen dataclass whose tensors share their leading axes: `value[rows]` selects from all of them.
+
+    Tensors are indexed wherever they lie: in a field, a tuple, a mapping or another `Batched`. Other values, and the
+    fields named in `whole`, belong to the batch as a whole and stay as they are.
+    """
+
+    whole: ClassVar[frozenset[str]] = frozenset()
+
+    def __getitem__(self: BatchedT, rows: Any) -> BatchedT:
+        """Return the value for these rows: a place, places, a slice or a mask."""
+        parts = {part.name: getattr(self, part.name) for part in fields(self)}  # type: ignore[arg-type]
+        return replace(
+            self,  # type: ignore[type-var]
+            **{name: part if name in self.whole else _rows_of(part, rows) for name, part in parts.items()},
+        )
+
+
+def _rows_of(part: Any, rows: Any) -> Any:
+    if isinstance(part, Tensor | Batched):
+        return part[rows]
+    if isinstance(part, tuple):
+        return tuple(_rows_of(each, rows) for each in part)
+    if isinstance(part, Mapping):
+        return {name: _rows_of(each, rows) for name, each in part.items()}
+    return part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +136,7 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Observations:
+class Observations(Batched):
     """A batch of observations with any leading axes, as tensors."""
 
     pixels: UInt8[Tensor, "*axes H W C"] | None = None
@@ -129,10 +160,6 @@ class Observations:
     def to(self, device: torch.device | str) -> "Observations":
         """Return the same observations on `device`."""
         return self.map(lambda part: part.to(device))
-
-    def __getitem__(self, index: Any) -> "Observations":
-        """Index the leading axes."""
-        return self.map(lambda part: part[index])
 
     @classmethod
     def from_numpy(cls, pixels: np.ndarray | None, vector: np.ndarray | None) -> "Observations":
@@ -223,7 +250,7 @@ class Windows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Context:
+class Context(Batched):
     """What a world model knows before it predicts: K encoded frames and the blocks between them.
 
     `taken` is the environment action that led to the last frame, for limits on how fast actions change; None where it
@@ -239,14 +266,9 @@ class Context:
         """The number B of environments."""
         return self.latents.shape[0]
 
-    def __getitem__(self, index: Any) -> "Context":
-        """Select environments."""
-        taken = None if self.taken is None else self.taken[index]
-        return Context(latents=self.latents[index], actions=self.actions[index], taken=taken)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Rollouts:
+class Rollouts(Batched):
     """Predicted futures: one rollout, from which costs are computed together. The future only."""
 
     context: Context
@@ -255,7 +277,7 @@ class Rollouts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Goal:
+class Goal(Batched):
     """What is to be reached, for each of B environments: an observation of it."""
 
     observations: Observations  # axes (B,)
@@ -287,11 +309,15 @@ class ActionBounds:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Batched):
     """The chosen actions for each environment, what they are predicted to cause, and at what cost.
 
-    `violations` says by how much each guardrail, by its name, is predicted to be broken at each step; one that holds
-    has none above 0. `cut_short` says that the deadline ended the search: these are the best actions found until then.
+    Attributes:
+        violations: by how much the best plan found breaks each guardrail, by its name, at each step; a guardrail holds
+            where none is above 0. Where one does not hold, an agent puts the actions of its fallback in the plan's
+            place; the violations stay those of the plan that it refused.
+        cut_short: whether the deadline ended the search; these are then the best actions found until then.
+        rollouts: how many candidates the search rolled out.
     """
 
     actions: Float[Tensor, "B T A"]
@@ -299,8 +325,9 @@ class Plan:
     cost: Float[Tensor, "B"]
     violations: Mapping[str, Float[Tensor, "B T"]] = field(default_factory=dict)
     cut_short: bool = False
+    rollouts: int = 0
 
-    @property
+    @cached_property
     def feasible(self) -> Bool[Tensor, "B"]:
         """Whether every guardrail is predicted to hold, for each environment."""
         holds = torch.ones_like(self.cost, dtype=torch.bool)
@@ -308,12 +335,7 @@ class Plan:
             holds &= (violation <= 0).all(dim=1)
         return holds
 
-    def __getitem__(self, rows: Any) -> "Plan":
-        """Select environments."""
-        return Plan(
-            actions=self.actions[rows],
-            latents=self.latents[rows],
-            cost=self.cost[rows],
-            violations={name: violation[rows] for name, violation in self.violations.items()},
-            cut_short=self.cut_short,
-        )
+    @cached_property
+    def refused(self) -> tuple[int, ...]:
+        """The environments, by their places, for which the best plan found breaks a guardrail."""
+        return tuple(torch.nonzero(~self.feasible).flatten().tolist())

@@ -13,30 +13,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
-from torch import Tensor
 
 from worldloom.core.errors import ConfigError, PlanningError, WorldloomError
 from worldloom.core.seams import Agent
-from worldloom.core.types import Goal, Observations
+from worldloom.core.types import Goal
 from worldloom.deploy.link import Link, LinkError, PlantReading
 
 _log = logging.getLogger(__name__)
 
 # The share of the time until an action is due that an agent is given to plan in: the rest is for handing it over.
 _PLANNING_SHARE = 0.8
-
-
-@runtime_checkable
-class AnytimeAgent(Agent, Protocol):
-    """An agent that can be told when its action is due, and then answers with the best it has."""
-
-    def act_by(self, deadline: float, observations: Observations) -> Float[Tensor, "B A"]:
-        """Return the next action of each environment by `deadline`, a moment of `time.monotonic`."""
-        ...
 
 
 SafeAction = Literal["hold"] | Sequence[float] | Callable[[PlantReading | None], np.ndarray]
@@ -577,11 +566,7 @@ class _Worker:
                     self._begin()
                     self.restarts += hole
                 observations = request.observations()
-                if isinstance(self._agent, AnytimeAgent):
-                    actions = self._agent.act_by(deadline, observations)
-                else:
-                    actions = self._agent.act(observations)
-                action = actions[0].detach().cpu().numpy()
+                action = self._agent.act_by(deadline, observations)[0].detach().cpu().numpy()
                 answer = _Answer(sequence=request.sequence, action=action)
             except WorldloomError as error:
                 answer = _Answer(error=error)

@@ -18,7 +18,7 @@ from worldloom.evaluation.results import (
     pool,
     table_rows,
 )
-from worldloom.evaluation.runner import Explorer, Exploring, Narrowing, Timed, Witness, evaluate, explore
+from worldloom.evaluation.runner import Witness, evaluate, explore
 from worldloom.evaluation.world import naming, open_world
 
 __all__ = [
@@ -26,14 +26,11 @@ __all__ = [
     "Condition",
     "DistanceBins",
     "EpisodeResult",
-    "Explorer",
-    "Exploring",
     "ForeignPolicy",
     "InfoPolicy",
     "Latency",
     "LentPolicy",
     "Limit",
-    "Narrowing",
     "PooledResults",
     "PooledRow",
     "Protocol",
@@ -43,7 +40,6 @@ __all__ = [
     "Split",
     "SuccessRate",
     "SuccessRule",
-    "Timed",
     "Witness",
     "default_protocol",
     "draw_tasks",

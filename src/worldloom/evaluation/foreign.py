@@ -18,19 +18,18 @@ from torch import Tensor
 from worldloom.core.errors import DataError
 from worldloom.core.seams import Agent
 from worldloom.core.types import ActionSpec, Goal, Observations, ObservationSpec
-from worldloom.evaluation.runner import Narrowing
 
 
 @runtime_checkable
 class InfoPolicy(Protocol):
-    """What acts from an info dictionary."""
+    """Acts from an info dictionary."""
 
     def get_action(self, info: dict[str, Any]) -> Any:
         """Return one action for each environment, (E, A)."""
         ...
 
 
-class ForeignPolicy:
+class ForeignPolicy(Agent):
     """An `Agent` made of another library's policy.
 
     `info` has `pixels` and `goal` (E, 1, H, W, C) as bytes; the observation vector as `vector_name` and
@@ -194,7 +193,7 @@ class _Group:
         if stays.all():
             return
         self.rows = self.rows[stays]
-        if isinstance(self.agent, Narrowing) and len(self.rows):
+        if self.agent.narrows and len(self.rows):
             self.agent.select([int(place) for place in np.flatnonzero(np.isin(self.seen, self.rows))])
             self.seen = self.rows
 

@@ -1,14 +1,12 @@
 """Runs methods over the splits of a protocol, every method on the same starts and goals."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from worldloom.core.errors import ConfigError
 from worldloom.core.hardware import describe_hardware
@@ -25,64 +23,15 @@ _RECORDING_BYTES = 256 * 2**20  # frames held while a batch runs, of which a few
 
 
 @runtime_checkable
-class Narrowing(Protocol):
-    """An agent that can forget environments whose episode is over, so that no plan is made for them."""
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep only these environments, by their places in the last batch, in this order."""
-        ...
-
-
-@runtime_checkable
-class Concluding(Protocol):
-    """An agent that writes down what became of what it did."""
-
-    def conclude(self, rows: Sequence[int], observations: Observations, outcomes: Sequence[str]) -> None:
-        """Be told how the episodes of some environments, by their places in the last batch, ended, and what is seen.
-
-        An outcome is "reached", "limit broken", both with a comma between, or "not reached".
-        """
-        ...
-
-
-@runtime_checkable
-class Explorer(Protocol):
-    """What acts without a goal, in B environments at once."""
-
-    def act(self, observations: Observations) -> Float[Tensor, "B A"]:
-        """Return one environment action for each environment, within bounds."""
-        ...
-
-
-@runtime_checkable
-class Exploring(Protocol):
-    """An agent that can look around before its goals are told, where the protocol lets it."""
-
-    def explorer(self) -> Explorer:
-        """Return what explores other environments from now on, for this agent's memory."""
-        ...
-
-
-@runtime_checkable
 class Witness(Protocol):
-    """What watches an agent act, and is shown what no agent sees: the world's infos."""
+    """Watches an agent act, and sees what no agent sees: the world's infos."""
 
     def begin(self, agent: Agent, size: int) -> None:
-        """Episodes begin in so many environments, with their goals told."""
+        """Episodes begin in so many environments; the agent knows their goals."""
         ...
 
     def saw(self, frame: Frame, step: int) -> None:
-        """See what the environments under way gave at a step, before the agent acts on it."""
-        ...
-
-
-@runtime_checkable
-class Timed(Protocol):
-    """An agent that says how long each of its plans took, for how many environments at once."""
-
-    @property
-    def statistics(self) -> Mapping[str, Sequence[float]]:
-        """`plan_seconds` and `plan_environments`, one entry for each plan since the agent was made."""
+        """See what the running environments gave at a step, before the agent acts on it."""
         ...
 
 
@@ -100,12 +49,13 @@ def evaluate(
 ) -> Results:
     """Evaluate each method on each split, up to `batch` environments at a time.
 
-    Each factory is called once and gives an agent that acts for a whole batch. An agent that offers
-    `select(rows)` (see `Narrowing`) is told when episodes end; one that offers `statistics` (see `Timed`) is
-    timed by its plans, any other by its calls of `act`. Of each row the first `record` successes and the
-    first `record` failures are kept as recordings. `model` is the fingerprint of the weights. A `witness` watches.
+    Each factory is called once and gives an agent that acts for a whole batch; see `worldloom.core.seams.Agent` for
+    what is optional. An agent with `plan_seconds` in its statistics is timed by its plans, any other by its calls of
+    `act`. Of each row the first `record` successes and the first `record` failures become recordings. `model` is the
+    fingerprint of the weights. A `witness` watches.
 
     Raises:
+        ConfigError: there is no method, the batch is below 1, or a factory gives something other than an `Agent`.
         EnvironmentFailure: an environment raises, returns what is not finite, or starts differently for the
             same seed; the message names the method, the split and the episode's seed.
         DataError: a method gives an action out of bounds or not finite.
@@ -131,7 +81,7 @@ def evaluate(
                     task.advance(size)
             for name, factory in methods.items():
                 if name not in agents:
-                    agents[name] = factory()
+                    agents[name] = _agent_of(factory, name)
                 with progress.task(f"{split}: {name}", conventions.episodes, "episode") as task:
                     run = _MethodRun(protocol, split, name, agents[name], record, task, witness)
                     for tasks in chunks:
@@ -150,15 +100,18 @@ def evaluate(
 
 
 def explore(
-    protocol: protocols.Protocol, agent: Exploring, steps: int, *, batch: int = 50, progress: Progress = SILENT
+    protocol: protocols.Protocol, agent: Agent, steps: int, *, batch: int = 50, progress: Progress = SILENT
 ) -> int:
     """Let an agent explore the worlds of a protocol's episodes, each for so many steps; return how many worlds it saw.
 
     Raises:
+        ConfigError: the agent does not explore.
         EnvironmentFailure: an environment raises, or returns what is not finite.
         DataError: the agent gives an action out of bounds or not finite.
     """
     seen = 0
+    if not agent.explores:
+        raise ConfigError(f"{type(agent).__name__} does not explore; choose an agent that does")
     for split, conventions in protocol.splits.items():
         with progress.task(f"{split}: exploring", conventions.episodes * steps, "step") as task:
             place, left = 0, conventions.episodes
@@ -177,7 +130,7 @@ def _explore(
     split: str,
     tasks: Tasks,
     world: VectorWorld,
-    agent: Exploring,
+    agent: Agent,
     steps: int,
     where: str,
     task: ProgressTask | None = None,
@@ -191,6 +144,13 @@ def _explore(
         frame = world.step(explorer.act(frame.observations).detach().cpu().numpy(), frame.rows)
         if task is not None:
             task.advance(len(frame.rows))
+
+
+def _agent_of(factory: Callable[[], Agent], name: str) -> Agent:
+    agent = factory()
+    if not isinstance(agent, Agent):
+        raise ConfigError(f"method {name!r} gives a {type(agent).__name__}; subclass worldloom.core.seams.Agent")
+    return agent
 
 
 class _MethodRun:
@@ -223,7 +183,7 @@ class _MethodRun:
         size, budgets, skip = world.size, tasks.budgets, self._protocol.frame_skip
         where = f"method {self._method!r}, split {self._split!r}"
         steps = self._protocol.splits[self._split].exploration
-        if steps and isinstance(self._agent, Exploring):
+        if steps and self._agent.explores:
             _explore(self._protocol, self._split, tasks, world, self._agent, steps, where)
         frame = tasks.begin(self._protocol, self._split, world, where)
         self._agent.reset(tasks.goal)
@@ -259,7 +219,7 @@ class _MethodRun:
                 break
             if step % skip == 0:
                 observations = audience.sees(frame)
-                with self._clock.decision(len(frame.rows) if audience.narrowing else size):
+                with self._clock.decision(len(frame.rows) if self._agent.narrows else size):
                     chosen = self._agent.act(observations)
                 actions[frame.rows] = chosen.detach().cpu().numpy()[audience.places(frame)]
             frame = world.step(actions, frame.rows)
@@ -275,16 +235,15 @@ class _MethodRun:
 
 
 class _Audience:
-    """What the agent is shown: the environments under way if it can narrow, else always the whole batch."""
+    """What the agent sees: the running environments if it narrows, else always the whole batch."""
 
     def __init__(self, agent: Agent, first: Observations) -> None:
         self._agent = agent
-        self.narrowing = isinstance(agent, Narrowing)
         self._latest = first.map(lambda part: part.clone())
         self._rows = np.arange(first.axes[0])
 
     def sees(self, frame: Frame) -> Observations:
-        if isinstance(self._agent, Narrowing):
+        if self._agent.narrows:
             if len(frame.rows) < len(self._rows):
                 self._agent.select([int(place) for place in np.flatnonzero(np.isin(self._rows, frame.rows))])
                 self._rows = frame.rows
@@ -298,15 +257,14 @@ class _Audience:
         return self._latest
 
     def places(self, frame: Frame) -> np.ndarray:
-        """Return where the environments of `frame` stand in what the agent gave back."""
-        return np.arange(len(frame.rows)) if self.narrowing else frame.rows
+        """Return the places of a frame's environments in what the agent gave back."""
+        return np.arange(len(frame.rows)) if self._agent.narrows else frame.rows
 
     def concludes(self, frame: Frame, ended: Mapping[int, EpisodeResult]) -> None:
         """Tell the agent how the episodes of a frame ended."""
-        if isinstance(self._agent, Concluding):
-            places = np.flatnonzero(np.isin(self._rows, frame.rows)) if self.narrowing else frame.rows
-            outcomes = [_outcome(ended[row]) for row in frame.rows.tolist()]
-            self._agent.conclude(places.tolist(), frame.observations, outcomes)
+        places = np.flatnonzero(np.isin(self._rows, frame.rows)) if self._agent.narrows else frame.rows
+        outcomes = [_outcome(ended[row]) for row in frame.rows.tolist()]
+        self._agent.conclude(places.tolist(), frame.observations, outcomes)
 
 
 class _Film:
@@ -349,11 +307,11 @@ class _Film:
 
 
 class _Clock:
-    """Times decisions: by the agent's own account of its plans, else by its calls of `act`."""
+    """Times decisions: by the agent's own statistics of its plans, else by its calls of `act`."""
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
-        self._plans_before = len(agent.statistics["plan_seconds"]) if isinstance(agent, Timed) else 0
+        self._plans_before = len(agent.statistics.get("plan_seconds", ()))
         self._seconds: list[float] = []
         self._environments: list[int] = []
 
@@ -367,9 +325,9 @@ class _Clock:
 
     def latency(self) -> Latency | None:
         """Summarise what was timed."""
-        if not isinstance(self._agent, Timed):
-            return Latency.of("act", self._seconds, self._environments)
         statistics = self._agent.statistics
+        if "plan_seconds" not in statistics:
+            return Latency.of("act", self._seconds, self._environments)
         seconds, environments = (
             list(statistics[key])[self._plans_before :] for key in ("plan_seconds", "plan_environments")
         )
@@ -431,5 +389,5 @@ def _outcome(episode: EpisodeResult) -> str:
 
 
 def _middle(spec: ActionSpec, size: int) -> np.ndarray:
-    """Return an action within bounds for each environment, taken where nobody acts any more."""
+    """Return an action within bounds for each environment, taken where the episode has ended."""
     return np.tile((np.array(spec.low, np.float32) + np.array(spec.high, np.float32)) / 2, (size, 1))

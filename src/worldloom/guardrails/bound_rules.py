@@ -1,4 +1,4 @@
-"""A rule set bound to a run: its guardrails and objectives beside a model, and the margins calibrated for it."""
+"""A rule set bound to a run: its guardrails and objectives for a model, and the margins calibrated for it."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,11 +12,10 @@ from torch import Tensor
 from worldloom.core.chain import canonical
 from worldloom.core.seams import Objective
 from worldloom.guardrails.consistency import check_consistent
-from worldloom.guardrails.margins import Margins
-from worldloom.guardrails.margins_file import read_margins
-from worldloom.guardrails.rails import Rail
+from worldloom.guardrails.margins import Margins, read_margins
+from worldloom.guardrails.objective_configs import build_objective
+from worldloom.guardrails.rails import BoundRail
 from worldloom.guardrails.rule_set import RuleSet
-from worldloom.guardrails.rules import build_objective
 from worldloom.heads import Heads
 
 
@@ -30,14 +29,14 @@ class BoundRules:
 
     def __init__(self, rule_set: RuleSet, heads: Heads, folder: Path) -> None:
         self.rule_set, self._heads, self._folder = rule_set, heads, folder
-        self._judged: dict[bytes, tuple[Rail, ...]] = {}
+        self._judged: dict[bytes, tuple[BoundRail, ...]] = {}
 
     @cached_property
-    def _rails(self) -> tuple[Rail, ...]:
+    def _rails(self) -> tuple[BoundRail, ...]:
         stated = self.rule_set.effective().items()
-        return tuple(config.build(title, owner, self._heads) for title, (config, owner) in stated)
+        return tuple(rail.bind(title, owner, self._heads) for title, (rail, owner) in stated)
 
-    def rails(self, margins: Margins | None = None) -> tuple[Rail, ...]:
+    def rails(self, margins: Margins | None = None) -> tuple[BoundRail, ...]:
         """Return the guardrails, with calibrated `margins` added to their own; they are checked for consistency once.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Guardrails that cannot hold together, found before anything acts."""
+"""Finds guardrails that cannot hold together, before anything acts."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -16,13 +16,13 @@ _STATES = 512
 
 
 def check_consistent(guardrails: Sequence[Guardrail], model: WorldModel, support: Support) -> None:
-    """Refuse guardrails under which no state that the model knows may be stayed in.
+    """Refuse guardrails that no state the model knows satisfies when nothing is done.
 
-    Asked of each, of each pair and of all is whether there is one state of the data in which doing nothing (the action
-    nearest to zero) keeps them, as the model predicts it.
+    Each guardrail, each pair and all of them together must hold in some state of the data, as the model predicts it
+    under the action nearest to zero.
 
     Raises:
-        ConfigError: there is none; the guardrail, or the pair, is named.
+        ConfigError: they hold in none; the guardrail, or the pair, is named.
     """
     if not guardrails:
         return
@@ -35,14 +35,14 @@ def check_consistent(guardrails: Sequence[Guardrail], model: WorldModel, support
         rollouts = Rollouts(context=context, actions=actions, latents=model.rollout(context, actions))
         found = violations_of(guardrails, rollouts)
     holds = {name: (violation <= 0).all(dim=-1)[:, 0] for name, violation in found.items()}
-    said = f"in none of {len(states)} states that the model knows, not even by doing nothing"
+    said = f"in none of {len(states)} states that the model knows, even if nothing is done"
     for name, kept in holds.items():
         if not bool(kept.any()):
             raise ConfigError(f"the guardrail {name!r} holds {said}. Ask its owner, or calibrate it anew")
     for (one, first), (other, second) in combinations(holds.items(), 2):
         if not bool((first & second).any()):
             raise ConfigError(
-                f"the guardrails {one!r} and {other!r} contradict each other: each holds somewhere, and both {said}. "
+                f"the guardrails {one!r} and {other!r} contradict each other: each holds somewhere, but both {said}. "
                 f"Their owners must agree"
             )
     if not bool(torch.stack(list(holds.values())).all(dim=0).any()):

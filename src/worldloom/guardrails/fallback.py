@@ -1,4 +1,4 @@
-"""What an agent does when no plan keeps its guardrails: declared beforehand, and said when it is taken."""
+"""Fallbacks: what an agent does when no plan keeps its guardrails, declared beforehand."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class Fallback(Component):
     """A way to act without a plan that keeps every guardrail; a new one is a subclass, registered in `FALLBACKS`."""
 
     def check(self, spec: ModelSpec) -> None:
-        """Refuse, before anything acts, what does not fit a model; by default nothing.
+        """Check, before anything acts, that it fits a model; by default it does.
 
         Raises:
             ConfigError: it does not fit.
@@ -43,7 +43,7 @@ class Fallback(Component):
     ) -> Plan:
         """Return what to follow until the next plan.
 
-        `safe` is where each environment last had a plan that held; `objective` makes that of being at a state.
+        `safe` is where each environment last had a plan that held; `objective` makes the objective of being at a state.
         """
 
 
@@ -58,7 +58,7 @@ class Stop(Fallback):
     action: tuple[float, ...] | None = None
 
     def check(self, spec: ModelSpec) -> None:
-        """Refuse an action that the world does not take.
+        """Check that the world takes the action.
 
         Raises:
             ConfigError: it has another size or is out of bounds.
@@ -98,7 +98,7 @@ class Stop(Fallback):
 
 
 class _Toward(Fallback):
-    """Plan toward a state, breaking as little as may be on the way."""
+    """Plan toward a state with the smallest violations on the way."""
 
     @abstractmethod
     def state(self, context: Context, safe: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
@@ -114,7 +114,7 @@ class _Toward(Fallback):
         generator: torch.Generator,
         deadline: float | None = None,
     ) -> Plan:
-        """Plan toward the state; where nothing holds, the least broken plan is followed, or none without numbers."""
+        """Plan toward the state; where no plan holds, take the least broken one, and stop where it is not finite."""
         toward = objective(self.state(context, safe))
         try:
             plan = planner.plan(context, toward, generator=generator, deadline=deadline)
@@ -122,7 +122,7 @@ class _Toward(Fallback):
             plan = refused.plan
             assert isinstance(plan, Plan)
         lost = ~plan.actions.isfinite().flatten(1).all(dim=1)
-        if bool(lost.any()):  # where nothing can be judged, what was proposed may be no action at all
+        if bool(lost.any()):  # where nothing can be judged, a proposal may not be finite
             still = Stop().plan(planner, context, safe, objective, generator=generator)
             plan = replace(plan, actions=torch.where(lost[:, None, None], still.actions, plan.actions))
         return plan
@@ -130,7 +130,7 @@ class _Toward(Fallback):
 
 @FALLBACKS.register("hold")
 class Hold(_Toward):
-    """Stay where it is: a plan toward the present state, which breaks as little as may be."""
+    """Stay: plan toward the present state, with the smallest violations."""
 
     name: Literal["hold"] = "hold"
 
@@ -141,7 +141,7 @@ class Hold(_Toward):
 
 @FALLBACKS.register("retreat")
 class Retreat(_Toward):
-    """Go back to the last place from which a plan held, breaking as little as may be on the way."""
+    """Go back to the last place from which a plan held, with the smallest violations on the way."""
 
     name: Literal["retreat"] = "retreat"
 

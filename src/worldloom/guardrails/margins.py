@@ -1,79 +1,39 @@
 """Margins with a promise: by how much predictions of a guardrail err along the plans that are chosen.
 
-A search picks the candidate that looks best, and so, among candidates that look alike, the one whose prediction errs
-most in its favour. A certificate for each candidate says nothing about that one: of k candidates that are each admitted
-falsely with probability a, some is with probability up to 1 - (1 - a)^k. Here each calibration episode gives one score:
-the least stretch of the margins that refuses the plan that broke a guardrail in it. An episode of the same kind, under
-plans that are chosen with these margins, so breaks one with the stated probability at most, whatever the search does.
+A search picks the candidate that looks best: among candidates that look alike, the one whose prediction errs most in
+its favour. A certificate for each candidate therefore promises nothing for the chosen one: of k candidates that are
+each falsely admitted with probability a, at least one is with probability up to 1 - (1 - a)^k. Here each calibration
+episode gives one score: the smallest stretch of the margins that refuses the plan that broke a guardrail in it.
+Another episode of the same kind, under plans that are chosen with these margins, then breaks a guardrail with at most
+the stated probability, whatever the search does.
 """
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from worldloom.core.errors import DataError
+from worldloom.core.errors import DataError, StorageError
+from worldloom.core.files import read_json, write_json
+from worldloom.guardrails.rule_set import RuleSet
 
-
-def conformal_quantile(scores: Float[Tensor, "N"], risk: float) -> float:
-    """Return what another score of the same kind exceeds with probability at most `risk` (Vovk et al. 2005).
-
-    It is the k-th smallest of n scores with k = ceil((n + 1)(1 - risk)), and infinite where k > n: so small a risk
-    cannot be told from so few.
-
-    Raises:
-        DataError: the risk is not between 0 and 1, or a score is not a number.
-    """
-    if not 0 < risk < 1:
-        raise DataError(f"a risk lies between 0 and 1; got {risk}")
-    if bool(scores.isnan().any()):
-        raise DataError("a score is not a number: an episode without a chosen plan says nothing; leave it out")
-    # Rounded, so that a risk such as 0.05 that no binary number is does not cost one more episode.
-    place = math.ceil(round((len(scores) + 1) * (1 - risk), 9))
-    return math.inf if place > len(scores) else float(scores.sort().values[max(place, 1) - 1])
-
-
-def tolerance_quantile(scores: Float[Tensor, "N"], risk: float, confidence: float) -> float:
-    """Return what, at this confidence over calibrations, another score exceeds with probability at most `risk`.
-
-    The conformal quantile keeps the risk on the average over calibrations; this one in all but the share
-    1 - `confidence` of them (a one-sided tolerance limit, Wilks 1941; training-conditional validity, Vovk 2012). It is
-    the score that k others exceed, with the largest k for which k or fewer of n would be so few that a greater risk
-    shows no more in 1 - `confidence` of cases; infinite where no score is enough.
-
-    Raises:
-        DataError: the risk or the confidence is not between 0 and 1, or a score is not a number.
-    """
-    if not 0 < confidence < 1:
-        raise DataError(f"a confidence lies between 0 and 1; got {confidence}")
-    conformal_quantile(scores, risk)  # refuses what says nothing
-    above = -1
-    while binomial_at_most(above + 1, len(scores), risk) <= 1 - confidence:
-        above += 1
-    return math.inf if above < 0 else float(scores.sort(descending=True).values[above])
-
-
-def binomial_at_most(successes: int, trials: int, rate: float) -> float:
-    """Return the probability of so many successes or fewer."""
-    if successes >= trials:
-        return 1.0
-    log_odds, total = math.log(rate) - math.log1p(-rate), 0.0
-    for k in range(successes + 1):
-        ways = math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
-        total += math.exp(ways + k * log_odds + trials * math.log1p(-rate))
-    return total
+_KIND = "worldloom margins"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Margins:
     """What is added to each guardrail's predicted violation at each step of a plan, and the promise that it carries.
 
-    In at most the share `risk` of episodes of the same kind, under the same planner, is a guardrail really broken that
-    a chosen plan was predicted to keep. `usual` is what errors seen a replan later, in units of the margins, exceed no
-    oftener than that: what recalibration compares with.
+    In at most the share `risk` of episodes of the same kind, under the same planner, a chosen plan really breaks a
+    guardrail that it was predicted to keep. `usual` is what errors seen a replan later, in units of the margins, exceed
+    no more often than that: recalibration compares with it.
     """
 
     values: Float[Tensor, "G T"]
@@ -82,12 +42,97 @@ class Margins:
     usual: float = 1.0
 
 
+def write_margins(path: Path, margins: Margins, rules: RuleSet, about: Mapping[str, Any]) -> None:
+    """Write margins atomically; `about` says how they were found."""
+    write_json(
+        path,
+        {
+            "kind": _KIND,
+            "format": 1,
+            "rules": rules.fingerprint,
+            "guardrails": rules.titles,
+            "risk": margins.risk,
+            "episodes": margins.episodes,
+            "usual": margins.usual,
+            "values": margins.values.tolist(),
+            **about,
+        },
+    )
+
+
+def read_margins(path: Path, rules: RuleSet, *, model: str, method: Mapping[str, Any]) -> Margins:
+    """Read the margins of this rule set, model (its fingerprint) and method; see `write_margins`.
+
+    Raises:
+        StorageError: the file is damaged, or of another rule set, model or method.
+    """
+    values = read_json(path)
+    try:
+        if (values["kind"], values["format"], values["rules"]) != (_KIND, 1, rules.fingerprint):
+            raise ValueError("it is of another kind or rule set")
+        if values["model"] != model or _calibrated(values["method"]) != _calibrated(method):
+            raise ValueError("it is of another model or method")
+        margins = torch.tensor(values["values"], dtype=torch.float32)
+        if margins.ndim != 2 or len(margins) != len(rules.titles) or not bool((margins >= 0).all()):
+            raise ValueError(f"expected a margin of 0 or more for each step of {len(rules.titles)} guardrails")
+        usual = float(values["usual"])
+        if not 0 < usual < math.inf:
+            raise ValueError(f"expected usual errors above 0; got {usual}")
+        return Margins(values=margins, risk=float(values["risk"]), episodes=int(values["episodes"]), usual=usual)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StorageError(f"{path} holds no margins for this rule set ({error}); calibrate again") from None
+
+
+def _calibrated(method: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that margins are calibrated for: all but how they stretch later."""
+    return {key: value for key, value in dict(method).items() if key != "recalibrate"}
+
+
+def conformal_quantile(scores: Float[Tensor, "N"], risk: float) -> float:
+    """Return what another score of the same kind exceeds with probability at most `risk` (Vovk et al. 2005).
+
+    It is the k-th smallest of n scores with k = ceil((n + 1)(1 - risk)), and infinite where k > n: n scores are too few
+    for so small a risk.
+
+    Raises:
+        DataError: the risk is not between 0 and 1, or a score is not a number.
+    """
+    if not 0 < risk < 1:
+        raise DataError(f"a risk lies between 0 and 1; got {risk}")
+    if bool(scores.isnan().any()):
+        raise DataError("a score is not a number; leave out episodes without a chosen plan")
+    # Rounded, so that a risk such as 0.05, which has no exact binary form, does not cost one more episode.
+    place = math.ceil(round((len(scores) + 1) * (1 - risk), 9))
+    return math.inf if place > len(scores) else float(scores.sort().values[max(place, 1) - 1])
+
+
+def tolerance_quantile(scores: Float[Tensor, "N"], risk: float, confidence: float) -> float:
+    """Return what, at this confidence over calibrations, another score exceeds with probability at most `risk`.
+
+    The conformal quantile keeps the risk on average over calibrations; this one keeps it in all but the share
+    1 - `confidence` of them (a one-sided tolerance limit, Wilks 1941; training-conditional validity, Vovk 2012). It is
+    the score that k others exceed, with the largest k for which a binomial variable of n trials at rate `risk` is at
+    most k with probability at most 1 - `confidence`; infinite where no k is.
+
+    Raises:
+        DataError: the risk or the confidence is not between 0 and 1, or a score is not a number.
+    """
+    from scipy.special import bdtr  # the binomial distribution function
+
+    if not 0 < confidence < 1:
+        raise DataError(f"a confidence lies between 0 and 1; got {confidence}")
+    conformal_quantile(scores, risk)  # it checks the risk and the scores
+    count = len(scores)
+    above = int((bdtr(np.arange(count + 1), count, risk) <= 1 - confidence).sum()) - 1
+    return math.inf if above < 0 else float(scores.sort(descending=True).values[above])
+
+
 def margin_shape(errors: Float[Tensor, "N G T"], risk: float, *, least: float = 1e-3) -> Float[Tensor, "G T"]:
     """Return margins that the errors of stretches of logs exceed with probability at most `risk`, each alone.
 
-    An error is what really was less what was predicted; what is not a number is left out. It is the conformal quantile
-    for each guardrail and step, which promises something for any one candidate, and nothing for the one that a search
-    chooses. Margins never fall along a plan, and none is below `least` times the largest.
+    An error is the true violation minus the predicted one; values that are not numbers are left out. The margin is the
+    conformal quantile for each guardrail and step. It promises something for any one candidate, and nothing for the one
+    that a search chooses. Margins never fall along a plan, and none is below `least` times the largest.
 
     Raises:
         DataError: there are too few stretches for so small a risk.
@@ -104,12 +149,12 @@ def margin_shape(errors: Float[Tensor, "N G T"], risk: float, *, least: float = 
 
 
 def refusing(predicted: Float[Tensor, "N G T"], shape: Float[Tensor, "G T"]) -> Float[Tensor, "N"]:
-    """Return for each plan the least stretch of margins of this shape that refuses it."""
+    """Return for each plan the smallest stretch of margins of this shape that refuses it."""
     return (-predicted / shape).amin(dim=(1, 2)).nan_to_num(nan=math.inf)
 
 
 class AdaptiveMargin:
-    """A margin that follows its errors as they come, for when they drift (Angelopoulos et al., arXiv 2307.16895).
+    """A margin that follows errors as they come, for when they drift (Angelopoulos et al., arXiv 2307.16895).
 
     Quantile tracking: the margin grows by `rate` x (1 - risk) at each error beyond it, and shrinks by `rate` x risk at
     each other. If errors lie between 0 and b, then after t of them the share beyond differs from the risk by at most
@@ -125,7 +170,7 @@ class AdaptiveMargin:
         self.seen, self.beyond = 0, 0.0
 
     def update(self, *errors: float) -> float:
-        """Take the newest error, or those of one moment; return the share beyond the margin, with all not numbers."""
+        """Take the errors of one moment; return the share of them beyond the margin, where a NaN counts as beyond."""
         beyond = sum(not error <= self.margin for error in errors) / len(errors)
         self.seen += 1
         self.beyond += beyond

@@ -1,88 +1,107 @@
 """Guardrails: hard limits on predicted futures, over probed quantities, latents and actions.
 
-Each has a name, an owner, a reason and a margin that is added to every violation: what calibration found the prediction
-to be off by. All are satisfied where the violation is <= 0.
+A rail is stated as data, and the same class says by how much it is broken. Bound to what it reads (probes, latents,
+models), with a title, an owner and a margin, it is the `Guardrail` that a planner obeys: satisfied where its violation
+is <= 0. The margin is added to every violation: it is by how much calibration found the predictions to err.
 """
 
 import functools
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol, runtime_checkable
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import Tensor
 
-from worldloom.core.errors import PlanningError
-from worldloom.core.seams import Metric, WorldModel
+from worldloom.core.config import Component, component_of
+from worldloom.core.errors import ConfigError, PlanningError
+from worldloom.core.registry import Registry, nearest
+from worldloom.core.seams import Guardrail, Metric, WorldModel
 from worldloom.core.types import Rollouts
-from worldloom.heads import Probe, nearest_gap
+from worldloom.guardrails.regions import RegionField
+from worldloom.heads import Heads, Probe, nearest_gap
 
-_BETWEEN = 4  # places looked at on the way of each block: a hazard is narrower than a block is long
-
-
-@runtime_checkable
-class Region(Protocol):
-    """A set of points."""
-
-    def depth(self, points: Float[Tensor, "*axes L"]) -> Float[Tensor, "*axes"]:
-        """Return how deep points lie inside, the Euclidean way to the edge; negative outside."""
-        ...
+_BETWEEN = 4  # places judged along each block: a hazard may be narrower than a block is long
 
 
-@dataclass(frozen=True)
-class Ball:
-    """All points within a radius."""
+class Rail(Component):
+    """A guardrail as data; a new one is a subclass with `reads`, `violation` and `tightens`, in `GUARDRAILS`.
 
-    centre: tuple[float, ...]
-    radius: float
-
-    def depth(self, points: Float[Tensor, "*axes L"]) -> Float[Tensor, "*axes"]:
-        """Return how deep points lie inside."""
-        away: Tensor = (points - points.new_tensor(self.centre)).norm(dim=-1)
-        return self.radius - away
-
-
-@dataclass(frozen=True)
-class Box:
-    """All points between two corners; a side may be infinite."""
-
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-
-    def depth(self, points: Float[Tensor, "*axes L"]) -> Float[Tensor, "*axes"]:
-        """Return how deep points lie inside."""
-        low, high = (_point(corner, points.device, points.dtype) for corner in (self.low, self.high))
-        beyond = torch.maximum(low - points, points - high)
-        if beyond.shape[-1] == 1:
-            return -beyond[..., 0]
-        outside: Tensor = torch.linalg.vector_norm(beyond.clamp_min(0), dim=-1)
-        return -(outside + beyond.amax(dim=-1).clamp_max(0))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rail(ABC):
-    """A guardrail; a new one is a subclass with `raw`.
-
-    `margin` holds for every predicted step, or, as (T,), for each; beyond its end the last one does. A subclass that
-    looks at actions alone says so with `of_actions`: it is asked before those that need more.
+    `reason` tells why a plan was refused; `margin` is added to what calibration asks for. A rail that looks at actions
+    alone says so with `of_actions`: a search asks it before those that need a network.
     """
 
     of_actions: ClassVar[bool] = False
 
-    name: str
-    owner: str = ""
     reason: str = ""
-    margin: float | Float[Tensor, "_"] = 0.0
+    margin: float = Field(default=0.0, ge=0)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files whose content is part of the limit; a signature must cover them too."""
+        return ()
 
     @abstractmethod
-    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+    def reads(self, title: str, heads: Heads) -> tuple[Any, ...]:
+        """Return what `violation` reads beside rollouts.
+
+        Raises:
+            ConfigError: the run has not learned it, or in another size; `title` is named.
+        """
+
+    @abstractmethod
+    def violation(self, rollouts: Rollouts, *reads: Any) -> Float[Tensor, "B S T"]:
         """Return by how much each predicted step breaks the limit, without margin."""
+
+    def true(self, quantities: Mapping[str, Float[Tensor, "R _"]]) -> Float[Tensor, "R"] | None:
+        """Return by how much measured quantities, by their names, break the limit; None where they do not tell."""
+        return None
+
+    @abstractmethod
+    def _tightens(self, other: Any) -> bool:
+        """Whether whatever obeys this rail obeys `other`, of the same kind, as well; margins aside."""
+
+    def tightens(self, other: "Rail") -> bool:
+        """Whether whatever obeys this rail obeys the other as well; false where that is not known."""
+        return type(self) is type(other) and self.margin >= other.margin and self._tightens(other)
+
+    def bind(self, title: str, owner: str, heads: Heads) -> "BoundRail":
+        """Return the guardrail for a model.
+
+        Raises:
+            ConfigError: see `reads`.
+        """
+        return self.over(title, *self.reads(title, heads), owner=owner)
+
+    def over(self, title: str, *reads: Any, owner: str = "") -> "BoundRail":
+        """Return the guardrail over what it reads, given by hand: see `violation` of its class."""
+        return BoundRail(name=title, owner=owner, rail=self, reads=reads, margin=self.margin)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundRail(Guardrail):
+    """A rail with its title, its owner, what it reads, and its margin.
+
+    `margin` holds for every predicted step, or, as (T,), for each; beyond its end the last one does.
+    """
+
+    name: str
+    owner: str
+    rail: Rail
+    reads: tuple[Any, ...]
+    margin: float | Float[Tensor, "_"]
+
+    @property
+    def of_actions(self) -> bool:
+        """Whether it looks at actions alone."""
+        return self.rail.of_actions
 
     def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return by how much each predicted step breaks the limit, margin included."""
-        raw = self.raw(rollouts)
+        raw = self.rail.violation(rollouts, *self.reads)
         if isinstance(self.margin, Tensor):
             return raw + self.margins(raw.shape[-1]).to(raw)
         return raw + self.margin if self.margin else raw
@@ -93,236 +112,310 @@ class Rail(ABC):
             return torch.full((steps,), self.margin)
         return self.margin[torch.arange(steps, device=self.margin.device).clamp_max(len(self.margin) - 1)]
 
-    def true(self, quantities: Mapping[str, Float[Tensor, "R _"]]) -> Float[Tensor, "R"] | None:
-        """Return by how much what really is breaks the limit, from named quantities; None where they do not tell."""
-        return None
-
-    def with_margin(self, margin: float | Float[Tensor, "_"]) -> "Rail":
+    def with_margin(self, margin: float | Float[Tensor, "_"]) -> "BoundRail":
         """Return the same guardrail with another margin."""
         return replace(self, margin=margin)
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Probed(Rail):
-    """A guardrail over probed quantities, looked at along the way of each block and not only at its end.
-
-    What is outside a probe's calibration breaks it: by how much farther it lies than what is known, in multiples.
-    `quantities` names what its probes read.
-    """
-
-    between: int = _BETWEEN
-    quantities: tuple[str, ...] = ()
-
-    def way(self, probe: Probe, rollouts: Rollouts) -> Float[Tensor, "B S T P L"]:
-        """Return the quantity at P places along each block, the last at its end, by linear interpolation."""
-        values = probe(_with_start(rollouts))
-        shares = _shares(self.between, values.device)
-        return torch.lerp(values[:, :, :-1, None], values[:, :, 1:, None], shares)
-
-    def known(self, violation: Float[Tensor, "B S T"], probe: Probe, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return the violation, above 0 wherever the probe does not know what it reads."""
-        excess = probe.gap(rollouts.latents) - 1
-        return torch.where(excess > 0, torch.maximum(violation, excess), violation)
+    def stretched(self, times: float) -> "BoundRail":
+        """Return the same guardrail with `times` its margin."""
+        return replace(self, margin=self.margin * times)
 
 
-@dataclass(frozen=True, kw_only=True)
-class KeepOut(_Probed):
+GUARDRAILS: Registry[type[Rail]] = Registry("guardrail")
+RailField = Annotated[SerializeAsAny[Rail], BeforeValidator(component_of(GUARDRAILS))]
+
+
+@GUARDRAILS.register("keep-out")
+class KeepOut(Rail):
     """A probed quantity stays out of a region; the violation is the depth inside."""
 
-    probe: Probe
-    region: Region
+    name: Literal["keep-out"] = "keep-out"
+    quantity: str
+    region: RegionField
 
-    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return the greatest depth inside on the way of each block."""
-        depth = self.region.depth(self.way(self.probe, rollouts)).amax(dim=-1)
-        return self.known(depth, self.probe, rollouts)
+    def reads(self, title: str, heads: Heads) -> tuple[Probe]:
+        """Return the quantity's probe."""
+        return (probe_of(heads, title, self.quantity, self.region.size),)
 
-    def true(self, quantities: Mapping[str, Float[Tensor, "R _"]]) -> Float[Tensor, "R"] | None:
-        """Return by how much what really is breaks the limit."""
-        values = _all(quantities, self.quantities, 1)
-        return None if values is None else self.region.depth(values[0])
-
-
-@dataclass(frozen=True, kw_only=True)
-class KeepIn(_Probed):
-    """A probed quantity stays within a region; the violation is the way outside."""
-
-    probe: Probe
-    region: Region
-
-    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return the farthest way outside on the way of each block."""
-        depth = self.region.depth(self.way(self.probe, rollouts)).amin(dim=-1)
-        return self.known(-depth, self.probe, rollouts)
+    def violation(self, rollouts: Rollouts, probe: Probe) -> Float[Tensor, "B S T"]:
+        """Return the greatest depth inside along each block."""
+        return _known(self.region.depth(_way(probe, rollouts)).amax(dim=-1), probe, rollouts)
 
     def true(self, quantities: Mapping[str, Float[Tensor, "R _"]]) -> Float[Tensor, "R"] | None:
-        """Return by how much what really is breaks the limit."""
-        values = _all(quantities, self.quantities, 1)
-        return None if values is None else -self.region.depth(values[0])
+        """Return the depth inside."""
+        return self.region.depth(quantities[self.quantity]) if self.quantity in quantities else None
+
+    def _tightens(self, other: Any) -> bool:
+        return bool(self.quantity == other.quantity and other.region.within(self.region))
 
 
-@dataclass(frozen=True, kw_only=True)
-class KeepAway(_Probed):
-    """Two probed quantities, such as the agent's place and a hazard's, stay a distance apart."""
+@GUARDRAILS.register("keep-in")
+class KeepIn(Rail):
+    """A probed quantity stays within a region; the violation is the distance outside."""
 
-    probe: Probe
-    other: Probe
-    distance: float
+    name: Literal["keep-in"] = "keep-in"
+    quantity: str
+    region: RegionField
 
-    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return by how much they come nearer than allowed on the way of each block."""
-        apart = (self.way(self.probe, rollouts) - self.way(self.other, rollouts)).norm(dim=-1).amin(dim=-1)
-        violation = self.known(self.distance - apart, self.probe, rollouts)
-        return self.known(violation, self.other, rollouts)
+    def reads(self, title: str, heads: Heads) -> tuple[Probe]:
+        """Return the quantity's probe."""
+        return (probe_of(heads, title, self.quantity, self.region.size),)
+
+    def violation(self, rollouts: Rollouts, probe: Probe) -> Float[Tensor, "B S T"]:
+        """Return the greatest distance outside along each block."""
+        return _known(-self.region.depth(_way(probe, rollouts)).amin(dim=-1), probe, rollouts)
 
     def true(self, quantities: Mapping[str, Float[Tensor, "R _"]]) -> Float[Tensor, "R"] | None:
-        """Return by how much what really is breaks the limit."""
-        values = _all(quantities, self.quantities, 2)
-        return None if values is None else self.distance - (values[0] - values[1]).norm(dim=-1)
+        """Return the distance outside."""
+        return -self.region.depth(quantities[self.quantity]) if self.quantity in quantities else None
+
+    def _tightens(self, other: Any) -> bool:
+        return self.quantity == other.quantity and self.region.within(other.region)
 
 
-@dataclass(frozen=True, kw_only=True)
+@GUARDRAILS.register("keep-away")
+class KeepAway(Rail):
+    """Two probed quantities, such as the agent's place and a person's, stay a distance apart."""
+
+    name: Literal["keep-away"] = "keep-away"
+    quantity: str
+    other: str
+    distance: float = Field(gt=0)
+
+    def reads(self, title: str, heads: Heads) -> tuple[Probe, Probe]:
+        """Return the probes of both quantities."""
+        probe = probe_of(heads, title, self.quantity)
+        return probe, probe_of(heads, title, self.other, probe.size)
+
+    def violation(self, rollouts: Rollouts, probe: Probe, other: Probe) -> Float[Tensor, "B S T"]:
+        """Return by how much they come nearer than allowed along each block."""
+        apart = (_way(probe, rollouts) - _way(other, rollouts)).norm(dim=-1).amin(dim=-1)
+        return _known(_known(self.distance - apart, probe, rollouts), other, rollouts)
+
+    def true(self, quantities: Mapping[str, Float[Tensor, "R _"]]) -> Float[Tensor, "R"] | None:
+        """Return by how much they are nearer than allowed."""
+        if not {self.quantity, self.other} <= set(quantities):
+            return None
+        apart: Tensor = (quantities[self.quantity] - quantities[self.other]).norm(dim=-1)
+        return self.distance - apart
+
+    def _tightens(self, other: Any) -> bool:
+        same = {self.quantity, self.other} == {other.quantity, other.other}
+        return bool(same and self.distance >= other.distance)
+
+
+@GUARDRAILS.register("unlike")
 class Unlike(Rail):
-    """Never like these: every predicted latent stays `distance` step lengths away from all examples."""
+    """Never like these pictures: every predicted latent stays farther than `distance` step lengths from each."""
 
-    examples: Float[Tensor, "N D"]
-    distance: float
-    step_length: float
+    name: Literal["unlike"] = "unlike"
+    pictures: tuple[str, ...] = Field(min_length=1)
+    distance: float = Field(gt=0)
 
-    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The pictures."""
+        return self.pictures
+
+    def reads(self, title: str, heads: Heads) -> tuple[Float[Tensor, "N D"], float]:
+        """Return the latents of the pictures, and the step length."""
+        return heads.examples(self.pictures), heads.geometry.step_length
+
+    def violation(
+        self, rollouts: Rollouts, examples: Float[Tensor, "N D"], step_length: float
+    ) -> Float[Tensor, "B S T"]:
         """Return by how many step lengths a predicted latent comes nearer than allowed."""
-        return self.distance - nearest_gap(rollouts.latents, self.examples) / self.step_length
+        return self.distance - nearest_gap(rollouts.latents, examples) / step_length
+
+    def _tightens(self, other: Any) -> bool:
+        return set(self.pictures) >= set(other.pictures) and bool(self.distance >= other.distance)
 
 
-@dataclass(frozen=True, kw_only=True)
+@GUARDRAILS.register("familiar")
 class Familiar(Rail):
-    """Stay where the model knows its way: near latents of the data, at most `distance` step lengths away."""
+    """Stay where the model knows its way: at most `times` as far from the data as the data are from each other."""
 
-    data: Float[Tensor, "N D"]
-    distance: float
-    step_length: float
+    name: Literal["familiar"] = "familiar"
+    times: float = Field(default=1.5, gt=0)
 
-    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+    def reads(self, title: str, heads: Heads) -> tuple[Float[Tensor, "N D"], float, float]:
+        """Return latents of the data, how far from them is allowed in step lengths, and the step length."""
+        support, step_length = heads.support, heads.geometry.step_length
+        return support.references, self.times * float(support.known) / step_length, step_length
+
+    def violation(
+        self, rollouts: Rollouts, data: Float[Tensor, "N D"], distance: float, step_length: float
+    ) -> Float[Tensor, "B S T"]:
         """Return by how many step lengths a predicted latent lies farther than allowed."""
-        return nearest_gap(rollouts.latents, self.data) / self.step_length - self.distance
+        return nearest_gap(rollouts.latents, data) / step_length - distance
+
+    def _tightens(self, other: Any) -> bool:
+        return bool(self.times <= other.times)
 
 
-@dataclass(frozen=True, kw_only=True)
+@GUARDRAILS.register("agreed")
 class Agreed(Rail):
-    """Stay where models that were trained apart agree: their predictions spread at most `spread` step lengths."""
+    """Stay where models that were trained apart agree: the runs named predict the same to within `spread` steps."""
 
-    models: tuple[WorldModel, ...] = field(default_factory=tuple)
-    spread: float
-    step_length: float
+    name: Literal["agreed"] = "agreed"
+    runs: tuple[str, ...] = Field(min_length=1)
+    spread: float = Field(gt=0)
 
-    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+    def reads(self, title: str, heads: Heads) -> tuple[float, tuple[WorldModel, ...]]:
+        """Return the step length, and the models of the runs."""
+        return heads.geometry.step_length, tuple(heads.peer(run) for run in self.runs)
+
+    def violation(self, rollouts: Rollouts, step_length: float, models: Sequence[WorldModel]) -> Float[Tensor, "B S T"]:
         """Return by how many step lengths the farthest of the other predictions differs from the plan's."""
-        gaps = [
-            (model.rollout(rollouts.context, rollouts.actions) - rollouts.latents).norm(dim=-1) for model in self.models
-        ]
-        worst: Tensor = torch.stack(gaps).amax(dim=0) / self.step_length
+        gaps = [(model.rollout(rollouts.context, rollouts.actions) - rollouts.latents).norm(dim=-1) for model in models]
+        worst: Tensor = torch.stack(gaps).amax(dim=0) / step_length
         return worst - self.spread
 
+    def _tightens(self, other: Any) -> bool:
+        return set(self.runs) >= set(other.runs) and bool(self.spread <= other.spread)
 
-@dataclass(frozen=True, kw_only=True)
+
+@GUARDRAILS.register("returnable")
 class Returnable(Rail):
-    """What is done can be undone: from every predicted state the way back to the present one is at most `steps`."""
+    """What is done can be undone: the way back from every predicted state to the present one takes at most `steps`."""
 
-    back: Metric
-    steps: float
+    name: Literal["returnable"] = "returnable"
+    steps: float = Field(gt=0)
 
-    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+    def reads(self, title: str, heads: Heads) -> tuple[Metric]:
+        """Return the learned temporal distance."""
+        return (heads.distance,)
+
+    def violation(self, rollouts: Rollouts, back: Metric) -> Float[Tensor, "B S T"]:
         """Return by how many steps the way back is too long, by the learned temporal distance."""
-        return self.back(rollouts.latents, rollouts.context.latents[:, None, -1:]) - self.steps
+        return back(rollouts.latents, rollouts.context.latents[:, None, -1:]) - self.steps
+
+    def _tightens(self, other: Any) -> bool:
+        return bool(self.steps <= other.steps)
 
 
-@dataclass(frozen=True, kw_only=True)
+@GUARDRAILS.register("magnitude")
 class Magnitude(Rail):
     """No environment action is longer than `limit` (Euclidean)."""
 
     of_actions: ClassVar[bool] = True
 
-    limit: float
-    size: int
+    name: Literal["magnitude"] = "magnitude"
+    limit: float = Field(gt=0)
 
-    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+    def reads(self, title: str, heads: Heads) -> tuple[int]:
+        """Return how many values an environment action has."""
+        return (heads.model.spec.action.size,)
+
+    def violation(self, rollouts: Rollouts, size: int) -> Float[Tensor, "B S T"]:
         """Return by how much the longest action of each block exceeds the limit."""
-        longest: Tensor = torch.linalg.vector_norm(_actions(rollouts, self.size), dim=-1).amax(dim=-1)
+        longest: Tensor = torch.linalg.vector_norm(_actions(rollouts, size), dim=-1).amax(dim=-1)
         return longest - self.limit
 
+    def _tightens(self, other: Any) -> bool:
+        return bool(self.limit <= other.limit)
 
-@dataclass(frozen=True, kw_only=True)
+
+@GUARDRAILS.register("rate")
 class Rate(Rail):
     """No environment action differs from the one before by more than `limit` (Euclidean).
 
-    The first of a plan is compared with the last one taken, where the context says which that was.
+    The first of a plan is compared with the last one taken, where the context holds it.
     """
 
     of_actions: ClassVar[bool] = True
 
-    limit: float
-    size: int
+    name: Literal["rate"] = "rate"
+    limit: float = Field(gt=0)
 
-    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+    def reads(self, title: str, heads: Heads) -> tuple[int]:
+        """Return how many values an environment action has."""
+        return (heads.model.spec.action.size,)
+
+    def violation(self, rollouts: Rollouts, size: int) -> Float[Tensor, "B S T"]:
         """Return by how much the greatest change within each block, and into it, exceeds the limit."""
-        actions = _actions(rollouts, self.size)
+        actions = _actions(rollouts, size)
         line = actions.flatten(2, 3)
         taken = rollouts.context.taken
         before = line[:, :, :1] if taken is None else taken[:, None, None].to(line).expand_as(line[:, :, :1])
         change: Tensor = torch.linalg.vector_norm(line - torch.cat([before, line[:, :, :-1]], dim=2), dim=-1)
         return change.view(actions.shape[:4]).amax(dim=-1) - self.limit
 
+    def _tightens(self, other: Any) -> bool:
+        return bool(self.limit <= other.limit)
 
-@dataclass(frozen=True, kw_only=True)
+
 class Custom(Rail):
-    """Any limit: a function of rollouts that gives (B, S, T), or (B, S) for the plan as a whole.
+    """Any limit in Python: a function of rollouts that gives (B, S, T), or (B, S) for the plan as a whole.
 
-    It may work on what it is given in place: that is a copy, and other guardrails judge what was predicted.
+    The function may change what it is given in place: it gets copies.
     """
 
+    name: Literal["custom"] = "custom"
     function: Callable[[Rollouts], Tensor]
 
-    def raw(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return what the function says; what it says of a whole plan holds for its last step."""
+    def reads(self, title: str, heads: Heads) -> tuple[()]:
+        """Return nothing."""
+        return ()
+
+    def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+        """Return what the function gives; for a whole plan that holds for its last step."""
         found = self.function(replace(rollouts, actions=rollouts.actions.clone(), latents=rollouts.latents.clone()))
+        shape = rollouts.latents.shape[:3]
         if found.ndim == 2:
             whole = torch.full_like(rollouts.latents[..., 0], -torch.inf)
             whole[..., -1] = found
             return whole
-        if found.shape != rollouts.latents.shape[:3]:
+        if found.shape != shape:
             raise PlanningError(
-                f"guardrail {self.name!r} must give violations of shape {tuple(rollouts.latents.shape[:3])}, or one "
-                f"for each candidate; got {tuple(found.shape)}"
+                f"a custom guardrail must give violations of shape {tuple(shape)}, or one for each candidate; got "
+                f"{tuple(found.shape)}"
             )
         return found
 
-
-def _all(
-    quantities: Mapping[str, Float[Tensor, "R _"]], names: tuple[str, ...], count: int
-) -> list[Float[Tensor, "R _"]] | None:
-    """Return the quantities of these names, if they are so many and all are there."""
-    return [quantities[name] for name in names] if len(names) == count and set(names) <= set(quantities) else None
+    def _tightens(self, other: Any) -> bool:
+        return self.function is other.function
 
 
-@functools.lru_cache(maxsize=256)
-def _point(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Float[Tensor, "L"]:
-    """Return a point as a tensor: a search asks for the same one many times."""
-    with torch.inference_mode(False):  # it outlives the mode it was made in, and a gradient solver takes it too
-        return torch.tensor(values, device=device, dtype=dtype)
+def probe_of(heads: Heads, title: str, quantity: str, size: int | None = None) -> Probe:
+    """Return the probe of a quantity for the rule of this title.
+
+    Raises:
+        ConfigError: the run has no such probe, or one of another size.
+    """
+    if quantity not in heads.probes:
+        raise ConfigError(
+            f"{title!r} speaks of {quantity!r}, for which the run has no probe; {nearest(quantity, heads.probes)}. "
+            f"Add it to the recipe's probes and train again into the same folder with resume"
+        )
+    probe = heads.probes[quantity]
+    if size is not None and probe.size != size:
+        raise ConfigError(f"{title!r} takes {quantity!r} for {size} values; it has {probe.size}")
+    return probe
+
+
+def _way(probe: Probe, rollouts: Rollouts) -> Float[Tensor, "B S T P L"]:
+    """Return the quantity at P places along each block, the last at its end, by linear interpolation."""
+    latents = rollouts.latents
+    now = rollouts.context.latents[:, None, -1:].to(latents).expand(-1, latents.shape[1], -1, -1)
+    values = probe(torch.cat([now, latents], dim=2))
+    return torch.lerp(values[:, :, :-1, None], values[:, :, 1:, None], _shares(_BETWEEN, values.device))
+
+
+def _known(violation: Float[Tensor, "B S T"], probe: Probe, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
+    """Return the violation, above 0 wherever a latent is outside the probe's calibration.
+
+    There it is at least by how much farther the latent lies than what is known, in multiples.
+    """
+    excess = probe.gap(rollouts.latents) - 1
+    return torch.where(excess > 0, torch.maximum(violation, excess), violation)
 
 
 @functools.cache
 def _shares(count: int, device: torch.device) -> Float[Tensor, "_ 1"]:
-    """Return so many shares of a way, the last of them all of it."""
-    with torch.inference_mode(False):  # see `_point`
+    """Return so many equal shares of a way, the last of them the whole."""
+    with torch.inference_mode(False):  # it outlives the mode it was made in, and a gradient solver takes it too
         return torch.arange(1, count + 1, device=device)[:, None] / count
-
-
-def _with_start(rollouts: Rollouts) -> Float[Tensor, "B S _ D"]:
-    """Return the predicted latents behind the present one."""
-    latents = rollouts.latents
-    now = rollouts.context.latents[:, None, -1:].to(latents).expand(-1, latents.shape[1], -1, -1)
-    return torch.cat([now, latents], dim=2)
 
 
 def _actions(rollouts: Rollouts, size: int) -> Float[Tensor, "B S T block _"]:

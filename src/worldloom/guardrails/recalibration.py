@@ -1,4 +1,4 @@
-"""Online recalibration: margins that stretch while predictions err more than when they were calibrated."""
+"""Online recalibration: margins that stretch while predictions err more than they did in calibration."""
 
 import math
 from collections.abc import Sequence
@@ -11,25 +11,25 @@ from worldloom.core.errors import PlanningError
 from worldloom.core.seams import WorldModel
 from worldloom.core.types import Plan, Rollouts
 from worldloom.guardrails.margins import AdaptiveMargin
-from worldloom.guardrails.rails import Rail
+from worldloom.guardrails.rails import BoundRail
 from worldloom.heads import still
 from worldloom.planning import violations_of
 
 
 class Recalibration:
-    """Follows by how much the plans of an agent err, from what it sees itself, and says how to stretch its margins.
+    """Follows by how much an agent's predictions err, from what the agent itself sees, and stretches its margins.
 
-    Whenever a plan is made anew, what guardrails say of what is seen is compared with what they said of the prediction,
-    in units of their margins. The quantile of these errors is tracked (see `AdaptiveMargin`), starting from `usual`,
-    what calibration met; the margins stretch by as much as it grows, and are never less than calibrated. All
-    environments of the agent are taken together, and each episode begins with the margins as they were calibrated.
+    Whenever a plan is made, the violations of what is seen are compared with those that were predicted, in units of the
+    margins. The quantile of these errors is tracked (see `AdaptiveMargin`) from `usual` on, their quantile in
+    calibration. The margins stretch as much as it grows, and are never less than calibrated. All environments of the
+    agent are taken together, and each episode begins with the calibrated margins.
 
     Raises:
         PlanningError: `rate`, how fast it follows in units of `usual`, is not above 0.
     """
 
     def __init__(
-        self, rails: Sequence[Rail], *, usual: float, risk: float, model: WorldModel, rate: float = 0.5
+        self, rails: Sequence[BoundRail], *, usual: float, risk: float, model: WorldModel, rate: float = 0.5
     ) -> None:
         if not 0 < rate < math.inf:
             raise PlanningError(f"recalibration needs a finite rate above 0; got {rate}")
@@ -43,26 +43,26 @@ class Recalibration:
 
     @property
     def stretch(self) -> float:
-        """How many times the calibrated margins are kept, 1 or more."""
+        """The factor by which the calibrated margins are multiplied, 1 or more."""
         return max(1.0, self._tracker.margin / self._usual)
 
     def see(self, plan: Plan, before: Float[Tensor, "B D"], here: Float[Tensor, "B D"]) -> None:
-        """Compare what a plan predicted of its first block with what is `here`; `before` is where it began."""
+        """Compare what a plan predicted of its first block with what is `here`; the plan began `before`."""
         seen = seen_violations(self._rails, plan, 0, before, here, self._model)
         self._tracker.update(*errors_seen(self._rails, plan, 0, seen, self.stretch).tolist())
 
 
 def seen_violations(
-    rails: Sequence[Rail],
+    rails: Sequence[BoundRail],
     plan: Plan,
     block: int,
     before: Float[Tensor, "B D"],
     here: Float[Tensor, "B D"],
     model: WorldModel,
 ) -> Float[Tensor, "B G"]:
-    """Return what guardrails say of what is seen at the end of a block of a plan, without margins.
+    """Return the violations of what is seen at the end of a block of a plan, without margins.
 
-    One that cannot judge it counts as broken without bound, as in a plan.
+    As in a plan, the violation is infinite where a guardrail cannot judge.
     """
     rollouts = Rollouts(
         context=still(before, model),
@@ -74,11 +74,11 @@ def seen_violations(
 
 
 def errors_seen(
-    rails: Sequence[Rail], plan: Plan, block: int, seen: Float[Tensor, "B G"], stretch: float = 1.0
+    rails: Sequence[BoundRail], plan: Plan, block: int, seen: Float[Tensor, "B G"], stretch: float = 1.0
 ) -> Float[Tensor, "B"]:
-    """Return by how many margins what is seen is worse than predicted, of the guardrail where it is most.
+    """Return by how many margins the violations seen exceed the predicted ones, for the guardrail where it is most.
 
-    `stretch` is how many times the margins were kept as the plan was made.
+    `stretch` is the factor by which the margins were multiplied when the plan was made.
     """
     steps = plan.actions.shape[1]
     margins = torch.stack([rail.margins(steps) for rail in rails])[:, block].to(seen)

@@ -1,4 +1,4 @@
-"""A rule set belongs to its owner: guardrails, objectives and a fallback as data, in layers that can only tighten."""
+"""Rule sets: guardrails, objectives and a fallback as data, in layers of their owners that can only tighten."""
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
@@ -14,17 +14,18 @@ from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.signing import read_signed
 from worldloom.core.yaml_config import parse_yaml, read_yaml
 from worldloom.guardrails.fallback import Fallback, FallbackField
-from worldloom.guardrails.rules import ObjectiveField, RailField
+from worldloom.guardrails.objective_configs import ObjectiveField
+from worldloom.guardrails.rails import RailField
 
 LAYERS = ("operator", "site", "community")
 
 
 class RuleLayer(Config):
-    """One layer of a rule set: what its `owner` asks of whoever acts.
+    """One layer of a rule set: what its `owner` asks of an agent.
 
-    `guardrails` hold always, `objectives` are weighed beside the goal. `risk` is the share of episodes in which a
-    guardrail may be broken all the same: then the margins are calibrated to keep it. `fallback` is what is done where
-    no plan holds.
+    `guardrails` always hold; `objectives` are weighed beside the goal. `risk` is the share of episodes in which a
+    guardrail may be broken nevertheless; margins are calibrated to keep it. `fallback` is what the agent does where no
+    plan holds.
     """
 
     rules: Literal[1] = 1
@@ -37,14 +38,14 @@ class RuleLayer(Config):
 
     @property
     def files(self) -> list[str]:
-        """The files beside this one whose content says what it forbids, such as pictures."""
+        """Other files whose content is part of the layer, such as pictures."""
         rails = [file for rail in self.guardrails.values() for file in rail.files]
         return rails + [file for objective in self.objectives.values() for file in objective.files]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatedRule:
-    """What a guardrail is, who states it, in which layer, and why."""
+    """A guardrail's title and kind, its owner and layer, and the reason for it."""
 
     title: str
     kind: str
@@ -55,10 +56,10 @@ class StatedRule:
 
 @dataclass(frozen=True, kw_only=True)
 class RuleSet:
-    """Layers of a rule set, the uppermost first: each may tighten what stands above it, and loosen nothing.
+    """The layers of a rule set, the uppermost first; each may only tighten the layers above it.
 
     Raises:
-        ConfigError: the layers are not in order, or one loosens what stands above it; layer and key are named.
+        ConfigError: the layers are not in order, or one loosens a layer above it; layer and key are named.
     """
 
     layers: tuple[RuleLayer, ...]
@@ -69,7 +70,7 @@ class RuleSet:
         order = [LAYERS.index(layer.layer) for layer in self.layers]
         if order != sorted(set(order)):
             raise ConfigError(
-                f"the layers of a rule set stand in the order {', '.join(LAYERS)}, each at most once; got "
+                f"the layers of a rule set come in the order {', '.join(LAYERS)}, each at most once; got "
                 f"{', '.join(layer.layer for layer in self.layers)}"
             )
         for place, lower in enumerate(self.layers):
@@ -78,22 +79,22 @@ class RuleSet:
 
     @property
     def risk(self) -> float | None:
-        """The share of episodes in which a guardrail may be broken: the least that a layer states."""
+        """The share of episodes in which a guardrail may be broken: the smallest that a layer states."""
         return min((layer.risk for layer in self.layers if layer.risk is not None), default=None)
 
     @property
     def fallback(self) -> Fallback | None:
-        """What is done where no plan holds, by the uppermost layer that says it."""
+        """What the agent does where no plan holds, from the uppermost layer that states it."""
         return next((layer.fallback for layer in self.layers if layer.fallback is not None), None)
 
     @property
     def fingerprint(self) -> str:
-        """A digest of all that the layers say."""
+        """A digest of the layers."""
         text = canonical([layer.model_dump(mode="json") for layer in self.layers])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def stated(self) -> list[StatedRule]:
-        """Return what each guardrail is, and who states it."""
+        """Return each guardrail with its owner and layer."""
         layer = {title: layer.layer for layer in self.layers for title in layer.guardrails}
         return [
             StatedRule(title=title, kind=config.name, owner=owner, layer=layer[title], reason=config.reason)
@@ -116,7 +117,7 @@ def _check_tightens(lower: RuleLayer, upper: RuleLayer) -> None:
     def loosens(what: str, mine: object, theirs: object) -> ConfigError:
         return ConfigError(
             f"the {lower.layer} layer of {lower.owner!r} loosens {what}: the {upper.layer} layer of {upper.owner!r} "
-            f"says {theirs}, and it says {mine}. A lower layer can tighten what stands above it, and nothing else"
+            f"states {theirs}, and it states {mine}. A lower layer may only tighten the layers above it"
         )
 
     for title, theirs in upper.guardrails.items():
@@ -128,20 +129,20 @@ def _check_tightens(lower: RuleLayer, upper: RuleLayer) -> None:
     if lower.fallback is not None and upper.fallback is not None and lower.fallback != upper.fallback:
         raise loosens("the fallback", lower.fallback.name, upper.fallback.name)
     if again := sorted(lower.objectives.keys() & upper.objectives.keys()):
-        raise loosens(f"the objective {again[0]!r}", "it anew", "it already")
+        raise loosens(f"the objective {again[0]!r}", "it again", "it already")
 
 
 def read_rules(paths: Sequence[Path | str], *, trusted: Collection[str] | None) -> RuleSet:
     """Read the layers of a rule set from files, uppermost first; each is signed by a key in `trusted`.
 
-    A key may be trusted for one layer alone, as `LAYER:KEY`, so that a community does not speak as the operator. Each
-    picture that a layer forbids is signed as well: with another it would forbid something else. With `trusted` None, no
-    signature is asked for: for trying things out.
+    A key may be trusted for one layer alone, as `LAYER:KEY`, so that a community cannot speak as the operator. The
+    pictures that a layer forbids must be signed as well, for they are part of the rule. With `trusted` None, no
+    signature is checked: for experiments.
 
     Raises:
         StorageError: a file, or its signature, is missing.
         DataError: a signature is wrong, or of a key that is not trusted.
-        ConfigError: a line is wrong, which is named, or the layers do not go together.
+        ConfigError: a line is wrong, and is named, or the layers do not fit together.
     """
     layers = []
     for path in paths:
@@ -157,8 +158,8 @@ def read_rules(paths: Sequence[Path | str], *, trusted: Collection[str] | None) 
         able = {key.rpartition(":")[2].lower() for key in trusted if key.rpartition(":")[0] in ("", layer.layer)}
         if signer not in able:
             raise DataError(
-                f"{path} speaks as the {layer.layer}, and {signer}, who signed it, is trusted for another layer; have "
-                f"the {layer.layer} sign it"
+                f"{path} is a layer of the {layer.layer}, but the key that signed it, {signer}, is trusted for another "
+                f"layer; have the {layer.layer} sign it"
             )
         for file in layer.files:
             read_signed(file, able)

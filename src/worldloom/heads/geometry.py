@@ -91,7 +91,7 @@ def predict_arrival(
     Returns the blocks that it takes (at least 1), and whether the model predicts an arrival within `tolerance` typical
     step lengths in at most `blocks`: a wall between two near latents is seen here.
     """
-    device = getattr(model, "device", "cpu")
+    device = model.device
     arrived = torch.full((len(sources),), torch.inf)
     with torch.inference_mode():
         for some in torch.arange(len(sources)).split(4096):

@@ -106,7 +106,7 @@ class Head(nn.Module, Generic[ConfigT]):
         Raises:
             CheckpointError: it is missing, damaged, of another kind or version, or belongs to another model.
         """
-        device = getattr(model, "device", "cpu")
+        device = model.device
         tensors, metadata = load_tensors(stem, kind=cls.kind, device=device)
         if metadata.get("version") != VERSION:
             raise CheckpointError(

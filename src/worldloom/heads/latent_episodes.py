@@ -117,7 +117,7 @@ def encode_episodes(
         DataError: no episode holds two such frames.
     """
     block = model.spec.block
-    device = getattr(model, "device", torch.device("cpu"))
+    device = model.device
     chosen = np.arange(len(cache.lengths)) if episodes is None else np.asarray(episodes)
     counts = (cache.lengths[chosen] - offset) // block + 1
     chosen, counts = chosen[counts >= 2], counts[counts >= 2]

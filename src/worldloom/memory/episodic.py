@@ -329,7 +329,7 @@ class EpisodicMemory:
         ids = self.read().ids
 
         def batches() -> Iterator[pa.RecordBatch]:
-            device = torch.device(getattr(model, "device", "cpu"))
+            device = model.device
             with progress.task("encoding memories", len(ids), "memory") as task, torch.inference_mode():
                 for some in np.array_split(ids, -(-len(ids) // batch)) if len(ids) else ():
                     latents = model.encode(self.observations(some).to(device)).float().cpu().numpy()

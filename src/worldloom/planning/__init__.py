@@ -10,12 +10,12 @@ from worldloom.planning.objectives import (
     LatentL2,
     RegionGoal,
     Smoothness,
-    StayNear,
     VectorGoal,
     WeightedSum,
+    as_objective,
 )
 from worldloom.planning.planner import Planner
-from worldloom.planning.problem import Deadline, PlanningProblem, violations_of
+from worldloom.planning.problem import Deadline, PlanningProblem, Watch, violations_of
 
 __all__ = [
     "Avoid",
@@ -30,8 +30,9 @@ __all__ = [
     "PlanningProblem",
     "RegionGoal",
     "Smoothness",
-    "StayNear",
     "VectorGoal",
+    "Watch",
     "WeightedSum",
+    "as_objective",
     "violations_of",
 ]

@@ -1,7 +1,6 @@
 """What a plan is to achieve, as costs over predicted futures."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from worldloom.core.errors import PlanningError
-from worldloom.core.seams import Area, Guardrail, Metric, Objective, Quantity, Selectable, Stage, Staged, WorldModel
+from worldloom.core.seams import Area, Guardrail, Metric, Objective, Quantity, Stage, WorldModel
 from worldloom.core.types import Context, Rollouts
 
 
@@ -28,14 +27,10 @@ class LatentL2:
         return distance
 
 
-class _Reach(ABC):
-    """Costs of a stage along a plan: the mean distance, plus `last_weight` times the last one."""
+class _Reach(Stage):
+    """A stage whose cost is its mean distance along the plan, plus `last_weight` times the last one."""
 
     last_weight: float
-
-    @abstractmethod
-    def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return how far each predicted state is from what is to be reached; 0 or less where it is."""
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
         """Return the cost of each candidate."""
@@ -46,23 +41,23 @@ class _Reach(ABC):
 class GoalObjective(_Reach):
     """Reach a goal latent: the mean distance along the plan plus `last_weight` times the last one.
 
-    The mean settles what the last alone leaves open, so that the agent does not dither before a door. Nearer than
-    `within` counts as there.
+    The mean decides between plans with the same end, so that the agent does not dither before a door. A goal nearer
+    than `within` counts as reached.
     """
 
     def __init__(
         self, metric: Metric, goal: Float[Tensor, "B D"], *, last_weight: float = 1.0, within: float = 0.0
     ) -> None:
-        self.metric, self.goal, self.last_weight, self.within = metric, goal, last_weight, within
+        self.metric, self.last_weight, self.within = metric, last_weight, within
+        self.goal: Tensor = goal
 
     def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return how much farther than `within` each predicted state is from the goal."""
         return self.metric(rollouts.latents, self.goal[:, None, None]) - self.within
 
-    def select(self, environments: Tensor | slice) -> "GoalObjective":
-        """Return the objective of some environments."""
-        goal = self.goal[environments]
-        return GoalObjective(self.metric, goal, last_weight=self.last_weight, within=self.within)
+    def select(self, rows: Tensor | slice) -> "GoalObjective":
+        """Return the objective for some environments."""
+        return GoalObjective(self.metric, self.goal[rows], last_weight=self.last_weight, within=self.within)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +75,9 @@ class VectorGoal(_Reach):
         gaps: Tensor = (self.quantity(rollouts.latents) - target).norm(dim=-1)
         return gaps - self.within
 
-    def select(self, environments: Tensor | slice) -> "VectorGoal":
-        """Return the objective of some environments."""
-        return self if self.target.ndim == 1 else replace(self, target=self.target[environments])
+    def select(self, rows: Tensor | slice) -> "VectorGoal":
+        """Return the objective for some environments."""
+        return self if self.target.ndim == 1 else replace(self, target=self.target[rows])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,23 +94,7 @@ class RegionGoal(_Reach):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StayNear:
-    """Never go far from a place: the greatest distance along the plan from latents (B, D)."""
-
-    metric: Metric
-    place: Float[Tensor, "B D"]
-
-    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
-        """Return the cost of each candidate."""
-        return self.metric(rollouts.latents, self.place[:, None, None]).amax(dim=-1)
-
-    def select(self, environments: Tensor | slice) -> "StayNear":
-        """Return the objective of some environments."""
-        return replace(self, place=self.place[environments])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Effort:
+class Effort(Objective):
     """The mean square of all actions, in their own unit."""
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
@@ -124,7 +103,7 @@ class Effort:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Smoothness:
+class Smoothness(Objective):
     """The mean square of how much actions change from one environment step to the next; `size` values make an action.
 
     The first is compared with the last one taken, where the context says which that was.
@@ -145,7 +124,7 @@ class Smoothness:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Elapsed:
+class Elapsed(Objective):
     """The share of the plan that is over before a stage is reached; 1 where it never is."""
 
     stage: Stage
@@ -155,13 +134,13 @@ class Elapsed:
         reached = (self.stage.away(rollouts) <= 0).cummax(dim=-1).values
         return 1 - reached.float().mean(dim=-1)
 
-    def select(self, environments: Tensor | slice) -> "Elapsed":
-        """Return the objective of some environments."""
-        return replace(self, stage=_selected(self.stage, environments))
+    def select(self, rows: Tensor | slice) -> "Elapsed":
+        """Return the objective for some environments."""
+        return replace(self, stage=self.stage.select(rows))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Avoid:
+class Avoid(Objective):
     """Rather not break a guardrail: the mean over the plan of how much it is broken, up to where `until` is reached.
 
     A cost and no limit: it is paid where the goal is worth it.
@@ -178,14 +157,13 @@ class Avoid:
             broken = broken * before
         return broken.mean(dim=-1)
 
-    def select(self, environments: Tensor | slice) -> "Avoid":
-        """Return the objective of some environments."""
-        until = None if self.until is None else _selected(self.until, environments)
-        return Avoid(rail=self.rail, until=until)
+    def select(self, rows: Tensor | slice) -> "Avoid":
+        """Return the objective for some environments."""
+        return Avoid(rail=self.rail.select(rows), until=None if self.until is None else self.until.select(rows))
 
 
 @dataclass(frozen=True, kw_only=True)
-class InformationGain:
+class InformationGain(Objective):
     """Go where models that were trained apart disagree: less the mean spread of what they predict, in step lengths."""
 
     models: tuple[WorldModel, ...]
@@ -200,7 +178,7 @@ class InformationGain:
         return cost
 
 
-class InOrder:
+class InOrder(Objective):
     """Reach one stage after another: what comes later counts from where what comes before was reached.
 
     Each stage that a plan does not reach costs `unreached`; of the first of them the distance counts as well, the mean
@@ -209,6 +187,8 @@ class InOrder:
     Raises:
         PlanningError: there is no stage.
     """
+
+    aims = staged = True
 
     def __init__(
         self, stages: Sequence[Stage], *, unreached: float = 100.0, done: Int[Tensor, "B"] | None = None
@@ -257,14 +237,13 @@ class InOrder:
         """Return the objective of what is left."""
         return InOrder(self.stages, unreached=self.unreached, done=done)
 
-    def select(self, environments: Tensor | slice) -> "InOrder":
-        """Return the objective of some environments."""
-        stages = [_selected(stage, environments) for stage in self.stages]
-        done = None if self.done is None else self.done[environments]
-        return InOrder(stages, unreached=self.unreached, done=done)
+    def select(self, rows: Tensor | slice) -> "InOrder":
+        """Return the objective for some environments."""
+        stages = [stage.select(rows) for stage in self.stages]
+        return InOrder(stages, unreached=self.unreached, done=None if self.done is None else self.done[rows])
 
 
-class WeightedSum:
+class WeightedSum(Objective):
     """Several objectives at once, each with its weight; its goal is that of the first part that has one.
 
     Raises:
@@ -275,12 +254,9 @@ class WeightedSum:
         if not parts:
             raise PlanningError("a weighted sum needs at least one objective; got none")
         self.parts = tuple(parts)
-
-    @property
-    def goal(self) -> Float[Tensor, "B D"] | None:
-        """The goal latents, if any part has them."""
-        goals = (goal_of(objective) for _, objective in self.parts)
-        return next((goal for goal in goals if goal is not None), None)
+        self.goal = next((part.goal for _, part in self.parts if part.goal is not None), None)
+        self.aims = any(part.aims for _, part in self.parts)
+        self.staged = any(part.staged for _, part in self.parts)
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
         """Return the cost of each candidate."""
@@ -288,39 +264,41 @@ class WeightedSum:
         return torch.stack(costs).sum(0)
 
     def progress(self, context: Context, done: Int[Tensor, "B"] | None) -> Int[Tensor, "B"] | None:
-        """Return how many stages of the first part that has some lie behind each environment; None without one."""
-        staged = next((part for _, part in self.parts if isinstance(part, Staged)), None)
-        return None if staged is None else staged.progress(context, done)
+        """Return how many stages of the first part that has stages lie behind each environment; None without one."""
+        return next((part.progress(context, done) for _, part in self.parts if part.staged), None)
 
     def since(self, done: Int[Tensor, "B"]) -> "WeightedSum":
-        """Return the objective of what is left of that part, beside the others."""
-        first = next((number for number, (_, part) in enumerate(self.parts) if isinstance(part, Staged)), None)
-        return WeightedSum([
-            (weight, part.since(done) if number == first and isinstance(part, Staged) else part)
-            for number, (weight, part) in enumerate(self.parts)
-        ])  # fmt: skip
+        """Return the objective of the stages that are left of that part, beside the others."""
+        first = next((number for number, (_, part) in enumerate(self.parts) if part.staged), None)
+        parts = enumerate(self.parts)
+        return WeightedSum([(weight, part.since(done) if place == first else part) for place, (weight, part) in parts])
 
-    def select(self, environments: Tensor | slice) -> "WeightedSum":
-        """Return the objective of some environments; a part without `select` is kept as it is."""
-        return WeightedSum(
-            [
-                (weight, part.select(environments) if isinstance(part, Selectable) else part)
-                for weight, part in self.parts
-            ]
-        )
+    def select(self, rows: Tensor | slice) -> "WeightedSum":
+        """Return the objective for some environments."""
+        return WeightedSum([(weight, part.select(rows)) for weight, part in self.parts])
 
 
-def _selected(stage: Stage, environments: Tensor | slice) -> Stage:
-    """Narrow a stage to some environments, if it holds anything for each."""
-    select = getattr(stage, "select", None)
-    if select is None:
-        return stage
-    selected = select(environments)
-    assert isinstance(selected, Stage)
-    return selected
+@dataclass(frozen=True)
+class FunctionObjective(Objective):
+    """A plain function of rollouts as an objective; it holds nothing for each environment."""
+
+    function: Callable[[Rollouts], Tensor]
+
+    def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
+        """Return the function's cost of each candidate.
+
+        Raises:
+            PlanningError: the function fails, as one does that holds something for each environment of a larger batch.
+        """
+        try:
+            return self.function(rollouts)
+        except RuntimeError as error:
+            raise PlanningError(
+                f"the objective failed on a part of the batch: {error}. If it holds something for each environment, "
+                f"subclass worldloom.core.seams.Objective and write select(rows)"
+            ) from error
 
 
-def goal_of(objective: Objective) -> Float[Tensor, "B D"] | None:
-    """Return the goal latents that an objective holds, or None."""
-    goal = getattr(objective, "goal", None)
-    return goal if isinstance(goal, Tensor) else None
+def as_objective(objective: Objective | Callable[[Rollouts], Tensor]) -> Objective:
+    """Return the objective, or the one that a plain function stands for."""
+    return objective if isinstance(objective, Objective) else FunctionObjective(objective)

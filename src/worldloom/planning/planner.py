@@ -1,7 +1,7 @@
 """The planner: one solver on one model, its answer checked outside the solver."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -11,45 +11,49 @@ from worldloom.core.errors import NoFeasiblePlan, PlanningError
 from worldloom.core.seams import Guardrail, Objective, WorldModel
 from worldloom.core.types import ActionBounds, Context, Plan, Rollouts
 from worldloom.heads import LatentGeometry
-from worldloom.planning.problem import Deadline, PlanningProblem, RolloutCount, Watch
+from worldloom.planning.problem import Deadline, PlanningProblem, Watch, violations_of
 from worldloom.planning.solvers import Solver
 
 
+@dataclass(frozen=True, eq=False)
 class Planner:
     """Plans `horizon` blocks ahead for B environments at once.
 
     `guardrails` hold for every plan that is returned, as predicted by the model, and again as predicted from `rechecks`
     states that lie up to `noise` away from the current one (the standard deviation in each latent dimension).
-    `geometry` is needed by tree search alone; `bounds` of a block default to the model's. `watch`, where it is set, is
-    shown the candidates that a search scores.
+    `geometry` is needed by tree search alone; `bounds` of a block default to the model's.
     """
 
-    def __init__(
+    model: WorldModel
+    solver: Solver
+    _: KW_ONLY
+    horizon: int
+    geometry: LatentGeometry | None = None
+    bounds: ActionBounds | None = None
+    guardrails: Sequence[Guardrail] = ()
+    rechecks: int = 8
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.horizon < 1:
+            raise PlanningError(f"a plan needs a horizon of at least one block; got {self.horizon}")
+        if self.rechecks < 0 or not 0 <= self.noise < float("inf"):
+            raise PlanningError(f"rechecks and their noise must be 0 or more; got {self.rechecks} and {self.noise}")
+        object.__setattr__(self, "guardrails", tuple(self.guardrails))
+
+    def stretched(self, times: float) -> "Planner":
+        """Return the planner whose guardrails have `times` their margins."""
+        return self if times == 1 else replace(self, guardrails=[rail.stretched(times) for rail in self.guardrails])
+
+    def problem(
         self,
-        model: WorldModel,
-        solver: Solver,
+        context: Context,
+        objective: Objective | Callable[[Rollouts], Tensor],
         *,
-        horizon: int,
-        geometry: LatentGeometry | None = None,
-        bounds: ActionBounds | None = None,
-        guardrails: Sequence[Guardrail] = (),
-        rechecks: int = 8,
-        noise: float = 0.0,
-    ) -> None:
-        if horizon < 1:
-            raise PlanningError(f"a plan needs a horizon of at least one block; got {horizon}")
-        if rechecks < 0 or not 0 <= noise < float("inf"):
-            raise PlanningError(f"rechecks and their noise must be 0 or more; got {rechecks} and {noise}")
-        self.model, self.solver, self.horizon = model, solver, horizon
-        self.geometry, self.bounds, self.guardrails = geometry, bounds, tuple(guardrails)
-        self.rechecks, self.noise = rechecks, noise
-        self.watch: Watch | None = None
-
-    def problem(self, context: Context, objective: Objective, *, deadline: float | None = None) -> PlanningProblem:
-        """State a problem to hand to `solve`; it counts the rollouts that its solution takes.
-
-        `deadline` is a moment of `time.monotonic`: the search ends there with the best plan so far.
-        """
+        deadline: float | None = None,
+        watch: Watch | None = None,
+    ) -> PlanningProblem:
+        """State the problem that `plan` solves; see there."""
         return PlanningProblem(
             self.model,
             context,
@@ -58,39 +62,32 @@ class Planner:
             bounds=self.bounds,
             guardrails=self.guardrails,
             geometry=self.geometry,
-            count=RolloutCount(watch=self.watch),
             deadline=Deadline(deadline),
+            watch=watch,
         )
 
     def plan(
         self,
         context: Context,
-        objective: Objective,
+        objective: Objective | Callable[[Rollouts], Tensor],
         *,
         initial: Float[Tensor, "B I T A"] | None = None,
         generator: torch.Generator,
         deadline: float | None = None,
-    ) -> Plan:
-        """State and solve a problem in one go; see `problem` and `solve`."""
-        problem = self.problem(context, objective, deadline=deadline)
-        return self.solve(problem, initial=initial, generator=generator)
-
-    def solve(
-        self,
-        problem: PlanningProblem,
-        *,
-        initial: Float[Tensor, "B I T A"] | None = None,
-        generator: torch.Generator,
+        watch: Watch | None = None,
     ) -> Plan:
         """Return the solver's plan with what it is predicted to cause, and at what cost.
 
-        `initial` are candidates to start from: a warm start, a policy's proposal.
+        `initial` are candidates to start from: a warm start, a policy's proposal. At `deadline`, in seconds of
+        `time.monotonic`, the search ends with the best plan so far. `watch` sees the candidates that are scored.
 
         Raises:
-            PlanningError: the initial candidates do not fit, or no candidate has a finite cost.
+            PlanningError: the problem is stated wrongly, the initial candidates do not fit, or no candidate has a
+                finite cost.
             NoFeasiblePlan: in some environment no plan was found that keeps every guardrail; the error holds the
                 plans of the others.
         """
+        problem = self.problem(context, objective, deadline=deadline, watch=watch)
         if initial is not None:
             expected = (problem.batch, problem.horizon, len(problem.bounds.low))
             got = (initial.shape[0], *initial.shape[2:])
@@ -100,15 +97,16 @@ class Planner:
                     f"{tuple(initial.shape)}"
                 )
         with torch.inference_mode():
-            plan = self._solve(problem, problem, initial, generator)
-            if self.noise and not bool(plan.feasible.all()) and not problem.deadline.reached():
+            plan = self._search(problem, problem, initial, generator)
+            if self.noise and plan.refused and not problem.deadline.reached():
                 # The search goes to the very edge of what is allowed, where noise leads beyond it: stay off it.
                 worst = {name: violation.max().item() for name, violation in plan.violations.items()}
-                again = self._solve(problem.tightened(worst), problem, plan.actions[:, None], generator)
+                again = self._search(problem.tightened(worst), problem, plan.actions[:, None], generator)
                 plan = _better(plan, again)
-            plan = replace(plan, cut_short=problem.deadline.cut_short)  # that of the second search as well
+            # Of both searches together.
+            plan = replace(plan, cut_short=problem.deadline.cut_short, rollouts=problem.count.rollouts)
         cost = plan.cost
-        if bad := torch.nonzero(~plan.feasible).flatten().tolist():
+        if bad := plan.refused:
             raise NoFeasiblePlan(_least_broken(plan, bad[0]), rows=bad, plan=plan)
         if not bool(cost.isfinite().all()):
             row = int((~cost.isfinite()).nonzero()[0, 0])
@@ -118,14 +116,14 @@ class Planner:
             )
         return plan
 
-    def _solve(
+    def _search(
         self,
         asked: PlanningProblem,
         judged: PlanningProblem,
         initial: Float[Tensor, "B I T A"] | None,
         generator: torch.Generator,
     ) -> Plan:
-        """Return the solver's plan for what is asked, with the cost and the violations of what it is judged by."""
+        """Return the solver's plan for the problem `asked`, with its cost and violations in the problem `judged`."""
         solution = self.solver.solve(asked, initial=initial, generator=generator)
         rollouts = judged.rollout(solution.actions[:, None])
         return Plan(
@@ -138,14 +136,15 @@ class Planner:
     def _recheck(
         self, problem: PlanningProblem, rollouts: Rollouts, generator: torch.Generator
     ) -> dict[str, Float[Tensor, "B T"]]:
-        """Return the violations of the chosen plans: the worst of what is predicted from here and from around here."""
-        violations = problem.violations(rollouts)
+        """Return the violations of the chosen plans: the worst of those predicted from here and from around here."""
+        violations = violations_of(problem.guardrails, rollouts)
         for _ in range(self.rechecks if self.noise and problem.guardrails else 0):
             latents = problem.context.latents
             drawn = torch.randn(latents.shape, generator=generator, device=latents.device)
             context = replace(problem.context, latents=latents + self.noise * drawn)
             again = problem.imagine(context, rollouts.actions)
-            beside = problem.violations(Rollouts(context=context, actions=rollouts.actions, latents=again))
+            around = Rollouts(context=context, actions=rollouts.actions, latents=again)
+            beside = violations_of(problem.guardrails, around)
             violations = {name: torch.maximum(worst, beside[name]) for name, worst in violations.items()}
         return {name: violation[:, 0] for name, violation in violations.items()}
 

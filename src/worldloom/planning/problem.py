@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -13,30 +13,28 @@ from torch import Tensor
 
 from worldloom.core.actions import project
 from worldloom.core.errors import PlanningError
-from worldloom.core.seams import Guardrail, Objective, Selectable, WorldModel
+from worldloom.core.seams import Guardrail, Objective, WorldModel
 from worldloom.core.types import ActionBounds, Context, Rollouts
 from worldloom.heads import LatentGeometry
-from worldloom.planning.objectives import goal_of
+from worldloom.planning.objectives import as_objective
 
 _log = logging.getLogger(__name__)
 
 # Rows that a CPU predicts at a time: their activations stay in its second-level cache.
 _CPU_ROWS = 512
 
-
-# What no plan that may be followed costs: beyond it stand those that break a guardrail, the least broken first.
+# More than any plan that may be followed costs; a plan that breaks a guardrail ranks above it, the least broken first.
 FORBIDDEN = 1e6
 
-
+# Sees the candidates that a search scores, and by how much each breaks each guardrail.
 Watch = Callable[[Rollouts, Mapping[str, Float[Tensor, "B S T"]]], None]
 
 
 @dataclass
 class RolloutCount:
-    """How many candidates were rolled out; `watch` is shown those that are scored, and what they break."""
+    """How many candidates were rolled out."""
 
     rollouts: int = 0
-    watch: Watch | None = None
 
 
 @dataclass
@@ -44,7 +42,7 @@ class Deadline:
     """When a search is to end, in seconds of `time.monotonic`; None is never.
 
     Attributes:
-        cut_short: whether a search was ended because of it.
+        cut_short: whether it ended a search.
     """
 
     moment: float | None = None
@@ -65,57 +63,45 @@ class Deadline:
         return reached
 
 
-@runtime_checkable
-class Narrow(Protocol):
-    """A guardrail that holds something for each environment, and can be narrowed to some of them."""
-
-    def select(self, environments: Tensor | slice) -> Guardrail:
-        """Return the guardrail of these environments."""
-        ...
-
-
 @dataclass(frozen=True)
-class Tightened:
+class Tightened(Guardrail):
     """A guardrail that asks for `more` than another one."""
 
+    name: str
     rail: Guardrail
     more: float
 
     @property
-    def name(self) -> str:
-        """The other one's name."""
-        return self.rail.name
-
-    @property
     def of_actions(self) -> bool:
         """Whether the other one looks at actions alone."""
-        return _of_actions(self.rail)
+        return self.rail.of_actions
 
     def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return by how much it is broken."""
         return self.rail.violation(rollouts) + self.more
 
-    def select(self, environments: Tensor | slice) -> "Tightened":
-        """Return the guardrail of some environments."""
-        rail = self.rail.select(environments) if isinstance(self.rail, Narrow) else self.rail
-        return Tightened(rail, self.more)
+    def select(self, rows: Tensor | slice) -> "Tightened":
+        """Return the guardrail for some environments."""
+        return Tightened(self.name, self.rail.select(rows), self.more)
 
 
 class PlanningProblem:
     """Find actions of `horizon` blocks, within `bounds`, that make the objective small while every guardrail holds.
 
-    `geometry` is what tree search knows of the latent space; other solvers need none. At `deadline` a search
-    ends with the best plan so far.
+    A problem is not changed once it is stated. `geometry` is what tree search knows of the latent space; other solvers
+    need none. At `deadline` a search ends with the best plan so far. `watch` sees the candidates that are scored. A
+    plain function of rollouts will do as an objective if it holds nothing for each environment.
 
     Raises:
-        PlanningError: the context or the bounds do not fit the model, or the horizon is below 1.
+        PlanningError: the context or the bounds do not fit the model, the horizon is below 1, or two guardrails have
+            one name.
     """
 
     def __init__(
         self,
         model: WorldModel,
         context: Context,
-        objective: Objective,
+        objective: Objective | Callable[[Rollouts], Tensor],
         *,
         horizon: int,
         bounds: ActionBounds | None = None,
@@ -123,6 +109,7 @@ class PlanningProblem:
         geometry: LatentGeometry | None = None,
         count: RolloutCount | None = None,
         deadline: Deadline | None = None,
+        watch: Watch | None = None,
     ) -> None:
         spec = model.spec
         expected = (spec.context, spec.latent_dim)
@@ -133,12 +120,12 @@ class PlanningProblem:
                 f"the model plans from {expected[0]} frames with latents of {expected[1]}; got a context of shape "
                 f"{tuple(context.latents.shape)}. Encode it with the same model"
             )
-        self.model, self.context, self.objective = model, context, objective
+        self.model, self.context, self.objective = model, context, as_objective(objective)
         self.guardrails = tuple(guardrails)
         names = [rail.name for rail in self.guardrails]
         if len(set(names)) < len(names):
             raise PlanningError(f"guardrails are told apart by their names; got {names}. Give each a name of its own")
-        self.horizon, self.geometry = horizon, geometry
+        self.horizon, self.geometry, self.watch = horizon, geometry, watch
         self.bounds = ActionBounds.of(spec, context.latents.device) if bounds is None else bounds
         if self.bounds.low.shape != (spec.block_size,):
             raise PlanningError(
@@ -169,46 +156,37 @@ class PlanningProblem:
         Raises:
             PlanningError: the objective has none.
         """
-        goal = goal_of(self.objective)
-        if goal is None:
+        if self.objective.goal is None:
             raise PlanningError(
                 "this solver searches toward a goal and the objective has none; use GoalObjective, or another solver"
             )
-        return goal
+        return self.objective.goal
 
-    def select(self, environments: Tensor | slice, *, horizon: int | None = None) -> "PlanningProblem":
+    def select(self, rows: Tensor | slice, *, horizon: int | None = None) -> "PlanningProblem":
         """Return the problem of some environments, with the same count of rollouts and deadline."""
-        objective = self.objective
-        if not isinstance(objective, Selectable):
-            raise PlanningError(
-                f"{type(objective).__name__} cannot be split by environment; give it a method select(environments)"
-            )
-        return PlanningProblem(
-            self.model,
-            self.context[environments],
-            objective.select(environments),
+        return self._with(
+            context=self.context[rows],
+            objective=self.objective.select(rows),
+            guardrails=[rail.select(rows) for rail in self.guardrails],
             horizon=horizon or self.horizon,
-            bounds=self.bounds,
-            guardrails=[rail.select(environments) if isinstance(rail, Narrow) else rail for rail in self.guardrails],
-            geometry=self.geometry,
-            count=self.count,
-            deadline=self.deadline,
         )
 
     def tightened(self, by: Mapping[str, float]) -> "PlanningProblem":
         """Return the problem with guardrails, by their names, that ask for so much more."""
-        problem = self.select(torch.arange(self.batch, device=self.device))
-        extra = {name: amount for name, amount in by.items() if 0 < amount < math.inf}
-        problem.guardrails = tuple(
-            Tightened(rail, 1.5 * extra[rail.name]) if rail.name in extra else rail for rail in problem.guardrails
+        extra = {name: 1.5 * amount for name, amount in by.items() if 0 < amount < math.inf}
+        return self._with(
+            guardrails=[
+                Tightened(rail.name, rail, extra[rail.name]) if rail.name in extra else rail for rail in self.guardrails
+            ]
         )
-        return problem
 
     def copy(self) -> "PlanningProblem":
         """Return the same problem made of copies: outside inference mode, of tensors that autograd takes."""
-        problem = self.select(torch.arange(self.batch, device=self.device))
-        problem.bounds = ActionBounds(low=self.bounds.low.clone(), high=self.bounds.high.clone())
-        return problem
+        bounds = ActionBounds(low=self.bounds.low.clone(), high=self.bounds.high.clone())
+        return self.select(torch.arange(self.batch, device=self.device))._with(bounds=bounds)
+
+    def _with(self, **changes: Any) -> "PlanningProblem":
+        return PlanningProblem(**{**vars(self), **changes})
 
     def project(self, actions: Float[Tensor, "*axes A"]) -> Float[Tensor, "*axes A"]:
         """Return the nearest actions that may be taken; see `worldloom.core.actions.project`."""
@@ -241,39 +219,36 @@ class PlanningProblem:
     ) -> Float[Tensor, "B S"]:
         """Return what candidates are ranked by, from one rollout: the cost, or more where a guardrail is broken.
 
-        With `best` only the order of so many, the lowest of each environment, is asked for: guardrails are then looked
-        at in the order of costs, and those of a candidate that cannot be among them are not. With `below` only what is
-        lower is asked for: of single candidates guardrails are not looked at where the cost is not.
+        With `best`, only the lowest so many of each environment need be right: guardrails then judge candidates in the
+        order of their costs, and leave out those that cannot be among the best. With `below`, only ranks below it need
+        be right: guardrails then leave out a single candidate that costs as much or more.
         """
-        if isinstance(self.objective, Selectable):
-            # Environments by groups, so that what is rolled out is scored while it lies in the cache.
-            chunks = [rows for rows, _ in self._chunks(actions.shape[0], min(actions.shape[1], _CPU_ROWS))]
-            if len(chunks) > 1:
-                parts = [(rows, None if below is None else below[rows]) for rows in chunks]
-                return torch.cat(
-                    [self.select(rows).evaluate(actions[rows], best=best, below=low) for rows, low in parts]
-                )
+        # Environments by groups, so that what is rolled out is scored while it lies in the cache.
+        chunks = [rows for rows, _ in self._chunks(actions.shape[0], min(actions.shape[1], _CPU_ROWS))]
+        if len(chunks) > 1:
+            parts = [(rows, None if below is None else below[rows]) for rows in chunks]
+            return torch.cat([self.select(rows).evaluate(actions[rows], best=best, below=low) for rows, low in parts])
         rollouts = self.rollout(actions)
         cost = self.cost(rollouts)
-        if self.guardrails and self.count.watch is None:
+        if self.guardrails and self.watch is None:
             if below is not None and cost.shape[1] == 1:
                 return rank(cost, self._worst_below(rollouts, cost, below))
             if best is not None and best < cost.shape[1]:
                 return rank(cost, self._worst_of_the_best(rollouts, cost, best))
         every = judged(self.guardrails, rollouts)
-        if self.count.watch is not None:
-            self.count.watch(rollouts, _named(self.guardrails, every))
+        if self.watch is not None:
+            self.watch(rollouts, _named(self.guardrails, every))
         return rank(cost, every.amax(dim=(0, -1)) if len(every) else torch.zeros_like(cost))
 
     def _worst_of_the_best(self, rollouts: Rollouts, cost: Float[Tensor, "B S"], best: int) -> Float[Tensor, "B S"]:
-        """Return by how much guardrails are broken at worst, infinite for candidates that were not looked at.
+        """Return by how much guardrails are broken at worst, infinite for candidates that were not judged.
 
-        Guardrails of actions alone, which need no network, are looked at for all. In each environment the cheapest that
-        hold them are looked at, half as many again as are asked for; where too few of them hold at a finite cost, as
-        many again, and then all others.
+        Guardrails of actions alone, which need no network, judge all candidates. The others judge, in each environment,
+        the cheapest of those that hold: half as many again as are asked for; where too few of these hold at a finite
+        cost, as many again; and then the rest.
         """
-        swift = tuple(rail for rail in self.guardrails if _of_actions(rail))
-        others = tuple(rail for rail in self.guardrails if not _of_actions(rail))
+        swift = tuple(rail for rail in self.guardrails if rail.of_actions)
+        others = tuple(rail for rail in self.guardrails if not rail.of_actions)
         moves = judged(swift, rollouts).amax(dim=(0, -1)) if swift else torch.zeros_like(cost)
         order = cost.masked_fill(moves > 0, torch.inf).argsort(dim=1) if swift else cost.argsort(dim=1)
         worst = torch.full_like(cost, torch.inf)
@@ -307,7 +282,7 @@ class PlanningProblem:
         context = rollouts.context
         if len(rows) < context.batch:
             context = context[rows]
-            rails = [rail.select(rows) if isinstance(rail, Narrow) else rail for rail in rails]
+            rails = [rail.select(rows) for rail in rails]
         actions, latents = (part[rows[:, None], places] for part in (rollouts.actions, rollouts.latents))
         return judged(rails, Rollouts(context=context, actions=actions, latents=latents)).amax(dim=(0, -1))
 
@@ -316,13 +291,19 @@ class PlanningProblem:
         every = judged(self.guardrails, rollouts)
         return every.amax(dim=0) if len(every) else torch.zeros_like(rollouts.latents[..., 0])
 
-    def violations(self, rollouts: Rollouts) -> dict[str, Float[Tensor, "B S T"]]:
-        """Return by how much each guardrail is broken at each step; see `violations_of`."""
-        return violations_of(self.guardrails, rollouts)
-
     def cost(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
-        """Return the cost of what was rolled out; one that is not a number counts as infinite."""
-        return self.objective(rollouts).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        """Return the cost of what was rolled out; one that is not a number counts as infinite.
+
+        Raises:
+            PlanningError: the objective gives another shape.
+        """
+        cost = self.objective(rollouts)
+        if cost.shape != rollouts.latents.shape[:2]:
+            raise PlanningError(
+                f"the objective must give costs of shape {tuple(rollouts.latents.shape[:2])}; got {tuple(cost.shape)}. "
+                f"If it holds something for each environment, write its select(rows)"
+            )
+        return cost.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
     def _chunks(self, batch: int, candidates: int) -> Iterator[tuple[slice, slice]]:
         """Cut B x S into pieces, row after row, that suit the device."""
@@ -335,10 +316,6 @@ class PlanningProblem:
                 yield slice(row, row + rows), slice(column, column + _CPU_ROWS)
 
 
-def _of_actions(rail: Guardrail) -> bool:
-    return bool(getattr(rail, "of_actions", False))
-
-
 def violations_of(guardrails: Sequence[Guardrail], rollouts: Rollouts) -> dict[str, Float[Tensor, "B S T"]]:
     """Return by how much each guardrail is broken at each step; see `judged`."""
     return _named(guardrails, judged(guardrails, rollouts))
@@ -347,12 +324,12 @@ def violations_of(guardrails: Sequence[Guardrail], rollouts: Rollouts) -> dict[s
 def judged(guardrails: Sequence[Guardrail], rollouts: Rollouts) -> Float[Tensor, "G B S T"]:
     """Return by how much each guardrail is broken at each step.
 
-    What is not a number, of the rollout or of the guardrail, breaks it without bound, and so does a guardrail that
-    raises: what cannot be judged is not safe.
+    What cannot be judged is not safe: where the rollout or the violation is not a number, and where the guardrail
+    raises, the violation is infinite.
     """
     if not guardrails:
         return rollouts.latents.new_zeros((0, *rollouts.latents.shape[:3]))
-    # A sum over what is not finite is not finite either, and less itself it is no number: else it is 0.
+    # A sum over values that are not all finite is not finite, and minus itself not a number; any other is 0.
     total, found = rollouts.latents.sum(dim=-1), []
     for rail in guardrails:
         try:
@@ -371,10 +348,10 @@ def _named(guardrails: Sequence[Guardrail], every: Float[Tensor, "G B S T"]) -> 
 
 
 def _numbers(violation: object, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-    """Return what a guardrail gave, whoever wrote it, as numbers of the kind that latents are.
+    """Return what a guardrail gave, with the dtype and device of the latents.
 
     Raises:
-        PlanningError: it is no dense tensor of real numbers, or of another shape.
+        PlanningError: it is not a dense tensor of real numbers, or has another shape.
     """
     shape = rollouts.latents.shape[:3]
     if not isinstance(violation, Tensor) or violation.is_complex() or violation.layout != torch.strided:
@@ -385,7 +362,7 @@ def _numbers(violation: object, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
 
 
 def rank(cost: Float[Tensor, "*axes"], violation: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
-    """Return the cost of what breaks no guardrail, and above `FORBIDDEN` what does, the least broken lowest."""
+    """Return the cost where no guardrail is broken, and a rank above `FORBIDDEN` elsewhere, the least broken lowest."""
     beyond = FORBIDDEN * (1 + (violation / (1 + violation)).nan_to_num(nan=1.0))
     allowed = torch.where(cost.isfinite(), cost.clamp(max=FORBIDDEN), cost)
     return torch.where(violation <= 0, allowed, beyond)

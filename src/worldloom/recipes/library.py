@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from worldloom.agents import CloningMethod, FollowConfig, HierarchyMethod, LandmarkMethod, PlanMethod, RandomMethod
 from worldloom.core.registry import Registry
-from worldloom.guardrails import BoxConfig, KeepInConfig, RuleLayer
+from worldloom.guardrails import Box, KeepIn, RuleLayer
 from worldloom.heads import CoarseConfig, DistanceConfig
 from worldloom.models import JEPAConfig
 from worldloom.models.encoders import PatchConv
@@ -126,9 +126,7 @@ def long_maze() -> Recipe:
 @RECIPES.register("pits")
 def pits() -> Recipe:
     """One room with three pits, drawn anew for each episode: who falls into one stays there."""
-    away = KeepInConfig(
-        quantity="pit_depth", region=BoxConfig(high=(0.0,)), reason="an agent that falls into a pit cannot get out"
-    )
+    away = KeepIn(quantity="pit_depth", region=Box(high=(0.0,)), reason="an agent that falls into a pit cannot get out")
     depth = LabelledProbe(episodes=24_000, hidden=(128, 128), steps=8000, between=(-8.0, 4.0))
     return Recipe(
         name="pits",

@@ -9,7 +9,7 @@ from worldloom.agents import (
     RandomMethod,
     ReactiveMethod,
 )
-from worldloom.guardrails import BoxConfig, KeepInConfig, RuleLayer
+from worldloom.guardrails import Box, KeepIn, RuleLayer
 from worldloom.heads import CoarseConfig
 from worldloom.models import JEPAConfig
 from worldloom.models.encoders import EncoderConfig, PatchConv, VectorMLP
@@ -122,9 +122,7 @@ def point_maze() -> Recipe:
 @RECIPES.register("point-hazards-state")
 def point_hazards_state() -> Recipe:
     """A point robot among hazards, from its state and lidar; it drove at random, through hazards too."""
-    away = KeepInConfig(
-        quantity="hazard_depth", region=BoxConfig(high=(0.0,)), reason="what lies in a hazard is harmed by it"
-    )
+    away = KeepIn(quantity="hazard_depth", region=Box(high=(0.0,)), reason="what lies in a hazard is harmed by it")
     return Recipe(
         name="point-hazards-state",
         description="A point robot among eight hazards from its state vector with lidar (no pixels) on MuJoCo.",

@@ -18,7 +18,7 @@ def check_world_model(model: WorldModel, *, seed: int = 0, tolerance: float = 1e
     untrained model will do; put modules in evaluation mode first. `tolerance` is absolute and relative.
     """
     spec, generator = model.spec, torch.Generator().manual_seed(seed)
-    device = torch.device(getattr(model, "device", "cpu"))
+    device = model.device
     batch, candidates, steps = 3, 4, 5
     observations = _observations(spec, (batch, spec.context), generator).to(device)
     bounds = ActionBounds.of(spec)

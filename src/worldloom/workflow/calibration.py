@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from worldloom.agents import MethodConfig, PlanMethod, PlannedMethod, PlanningAgent, planning_parts
+from worldloom.agents import MethodConfig, PlanMethod, PlannedMethod, PlanningAgent
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import Agent
@@ -21,8 +21,8 @@ from worldloom.core.types import Context, Episode, Observations, Rollouts
 from worldloom.envs import Frame
 from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
 from worldloom.guardrails import (
+    BoundRail,
     Margins,
-    Rail,
     conformal_quantile,
     errors_seen,
     margin_shape,
@@ -175,7 +175,7 @@ class _Scores:
     def begin(self, agent: Agent, size: int) -> None:
         """Begin episodes in `size` environments."""
         self._done += self._now.tolist()
-        self._agent, self._now, self._broken = planning_parts(agent)[""], np.zeros(size), np.zeros(size, bool)
+        self._agent, self._now, self._broken = agent.parts[""], np.zeros(size), np.zeros(size, bool)
 
     def saw(self, frame: Frame, step: int) -> None:
         """Compare the world with what the plan that led here predicted."""
@@ -186,7 +186,7 @@ class _Scores:
             for name, label in self._labels.items()
             if frame.info(label) is not None
         }
-        told = [rail.true(quantities) for rail in rails]
+        told = [bound.rail.true(quantities) for bound in rails]
         known = [one.cpu().double() for one in told if one is not None]
         refused = np.isin(np.arange(len(frame.rows)), self._agent.refused)
         if step % self._block == 0:  # for guardrails that no quantity tells of, and for the usual errors
@@ -211,7 +211,7 @@ class _Scores:
         self._broken[frame.rows] |= broken
 
 
-def _shape(run: Run, rails: Sequence[Rail], horizon: int, risk: float, progress: Progress) -> Float[Tensor, "G T"]:
+def _shape(run: Run, rails: Sequence[BoundRail], horizon: int, risk: float, progress: Progress) -> Float[Tensor, "G T"]:
     """Return the shape of the margins, from all windows of `horizon` blocks in held-out logs."""
     dataset, held_out = run.held_out()
     needed = (run.model.spec.context - 1 + horizon) * run.model.spec.block
@@ -228,7 +228,7 @@ def _shape(run: Run, rails: Sequence[Rail], horizon: int, risk: float, progress:
 
 
 def _errors(
-    episode: Episode, model: JEPA, rails: Sequence[Rail], labels: Mapping[str, str], horizon: int
+    episode: Episode, model: JEPA, rails: Sequence[BoundRail], labels: Mapping[str, str], horizon: int
 ) -> Float[Tensor, "N G T"]:
     """Return the true violations minus the predicted ones, for every window of an episode.
 
@@ -256,12 +256,13 @@ def _errors(
         for name, label in labels.items()
         if label in episode.labels
     }
-    predicted = torch.stack([rail.raw(rollouts)[:, 0].cpu() for rail in rails], dim=1).float()
+    bare = [bound.with_margin(0.0) for bound in rails]
+    predicted = torch.stack([bound.violation(rollouts)[:, 0].cpu() for bound in bare], dim=1).float()
     really = []
-    for rail in rails:
-        told = rail.true(quantities)
+    for bound in bare:
+        told = bound.rail.true(quantities)
         if told is None:
-            really.append(rail.raw(seen)[:, 0].cpu().float())
+            really.append(bound.violation(seen)[:, 0].cpu().float())
             continue
         worst = told[1:].view(-1, block).amax(dim=1).float()  # along each block
         truth = worst[starts[:, None] + ahead]

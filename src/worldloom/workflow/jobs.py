@@ -24,7 +24,7 @@ from worldloom.core.seams import Agent, WorldModel
 from worldloom.core.seeds import torch_generator
 from worldloom.data import EpisodeDataset, Frames, load_frames
 from worldloom.envs import register_envs
-from worldloom.evaluation import PROTOCOLS, Exploring, Protocol, Results, default_protocol, gym_protocol
+from worldloom.evaluation import PROTOCOLS, Protocol, Results, default_protocol, gym_protocol
 from worldloom.evaluation import evaluate as evaluate_methods
 from worldloom.evaluation import explore as explore_worlds
 from worldloom.heads import (
@@ -336,7 +336,7 @@ def explore(
     session = session_of(run)
     name = method or session.run.recipe.default_method
     agent = session.agent(name)
-    if not isinstance(agent, Exploring):
+    if not agent.explores:
         raise ConfigError(f"the method {name!r} does not explore; choose one that does, such as landmarks")
     chosen = _protocol(session.run, protocol, None, None, None, episodes, seed, {}, split, 0)
     return explore_worlds(chosen, agent, steps, progress=progress)

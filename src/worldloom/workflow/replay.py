@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
-from worldloom.agents import METHODS, AgentParts, Decision, log_path, planning_parts, replay
+from worldloom.agents import METHODS, AgentParts, log_path, replay
 from worldloom.core.chain import Entry, entries
 from worldloom.core.config import parse_component
 from worldloom.core.errors import DataError
 from worldloom.core.progress import SILENT, Progress
+from worldloom.core.types import Plan
 from worldloom.guardrails import Margins, RuleLayer, RuleSet
 from worldloom.workflow.run import Run
 
@@ -32,8 +33,8 @@ def read_entry(folder: Path, index: int, *, progress: Progress = SILENT) -> tupl
 
 def replay_entry(
     folder: Path, index: int, *, run: Path | None = None, progress: Progress = SILENT
-) -> tuple[Decision, bool, dict[str, Any]]:
-    """Replay a decision of a log; return it, whether it is equal bit for bit, and the body of its entry.
+) -> tuple[Plan, bool, dict[str, Any]]:
+    """Replay a decision of a log; return its plan, whether it is equal bit for bit, and the body of its entry.
 
     The agent is built from what the log records: the method, the layers of the rule set, and the margins. `run` is the
     run folder, if it was moved since.
@@ -56,6 +57,5 @@ def replay_entry(
     torch.set_num_threads(about["threads"])  # how sums are split among threads decides their last bit
     parts = AgentParts(heads=there.heads, rules=rules, margins=margins)
     agent = parse_component(METHODS, about["method"]).build(parts, seed=0)
-    part = planning_parts(agent)[entry.body.get("part", "")]
-    decision, same = replay(folder, entry, part, there.device)
-    return decision, same, dict(entry.body)
+    plan, same = replay(folder, entry, agent.parts[entry.body.get("part", "")], there.device)
+    return plan, same, dict(entry.body)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from worldloom.agents import planning_parts
+from worldloom.agents import PlanningAgent
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.registry import nearest
@@ -46,7 +46,7 @@ def plan_once(
 
     session = session_of(run)
     run = session.run
-    agent = planning_parts(session.agent(method)).get("")
+    agent: PlanningAgent | None = session.agent(method).parts.get("")
     if agent is None:
         raise ConfigError(
             f"the method {method or run.recipe.default_method!r} does not plan; choose a planner of the recipe"
@@ -57,16 +57,16 @@ def plan_once(
         observations, target = _picture(run, start), Goal(observations=_picture(run, goal))
     else:
         observations, target = _drawn(run, protocol, split, episode)
-    considered = Considered()
-    for time in range(2):
+    for _ in range(2):
         agent.reset(target)
-        agent.planner.watch = considered if picture is not None and time else None
         agent.act(observations)
-    plan = agent.plan
+    plan, situation, considered = agent.plan, agent.situation, Considered()
     assert plan is not None
-    explained = (
-        {} if picture is None else explain(run, picture, observations, target, plan, considered, progress=progress)
-    )
+    assert situation is not None
+    explained: dict[str, Any] = {}
+    if picture is not None:
+        agent.decide(situation, watch=considered)  # the same plan again, and what was considered for it
+        explained = explain(run, picture, observations, target, plan, considered, progress=progress)
     with torch.no_grad():
         here, there = (run.model.encode(each.to(run.device)) for each in (observations, target.observations))
     scale = run.heads.geometry.step_length

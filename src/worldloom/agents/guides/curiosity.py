@@ -67,8 +67,7 @@ class CuriosityGuide:
     ) -> None:
         self.graph, self.config = graph, config or CuriosityConfig()
         self._model = model
-        self._device = torch.device(getattr(model, "device", "cpu"))
-        self._generator = torch_generator(seed, "curiosity", device=self._device)
+        self._generator = torch_generator(seed, "curiosity", device=model.device)
         self._travel = LandmarkGuide(graph, self.config.follow, check=check)
         self._searches: list[_Search | None] = []
         self._imagined = 0  # landmarks from which walks were imagined
@@ -180,12 +179,12 @@ class CuriosityGuide:
     def _walk_from(self, latents: Float[Tensor, "M D"]) -> Float[Tensor, "_ D"]:
         """Return where imagined walks from these latents end, `walks` for each."""
         spec, config = self._model.spec, self.config
-        bounds = ActionBounds.of(spec, self._device)
+        bounds = ActionBounds.of(spec, self._model.device)
         ends = []
         for some in latents.split(256):
             shape = (len(some), config.walks, config.horizon)
             walks = config.walk.sample(spec, bounds, shape, self._generator)
-            context = still(some.to(self._device), self._model)
+            context = still(some.to(self._model.device), self._model)
             with torch.inference_mode():
                 ends.append(self._model.rollout(context, walks)[:, :, -1].flatten(0, 1).cpu())
         return torch.cat(ends)
@@ -193,7 +192,8 @@ class CuriosityGuide:
     def _somewhere(self, place: int) -> Float[Tensor, "D"]:
         """Return the end of one walk, where nothing new is imagined any more."""
         ends = self._walk_from(self.graph.latents[place : place + 1])
-        chosen: Tensor = ends[int(torch.randint(len(ends), (1,), generator=self._generator, device=self._device))]
+        drawn = torch.randint(len(ends), (1,), generator=self._generator, device=self._model.device)
+        chosen: Tensor = ends[int(drawn)]
         return chosen
 
 
@@ -249,18 +249,21 @@ class ExploringAgent:
         return self._agent.act(observations)
 
 
-class LandmarkAgent:
+class LandmarkAgent(Agent):
     """Plans over the landmarks of what it has seen: it explores where it may, and remembers while it acts.
 
     `planning` is guided by `guide`; `explorer` shares its graph.
     """
 
+    narrows = explores = True
+
     def __init__(self, planning: PlanningAgent, guide: LandmarkGuide, explorer: ExploringAgent) -> None:
         self._planning, self._guide, self._explorer = planning, guide, explorer
+        self.statistics = planning.statistics  # exploring is left out
 
     @property
     def parts(self) -> Mapping[str, PlanningAgent]:
-        """What plans the way, under the name "", and what plans while it explores, as "exploring"."""
+        """What plans the way, named "", and what plans while it explores, named "exploring"."""
         return {"": self._planning, "exploring": self._explorer.planning}
 
     @property
@@ -272,11 +275,6 @@ class LandmarkAgent:
     def outlook(self) -> list[Outlook]:
         """What was known of each environment's way when it planned last."""
         return self._guide.outlook
-
-    @property
-    def statistics(self) -> Mapping[str, Sequence[float]]:
-        """See `PlanningAgent.statistics`; exploring is left out."""
-        return self._planning.statistics
 
     def explorer(self) -> ExploringAgent:
         """Return what explores other environments from now on, for this agent's memory."""
@@ -302,10 +300,3 @@ class LandmarkAgent:
     def act_by(self, deadline: float, observations: Observations) -> Float[Tensor, "B A"]:
         """Return the next environment action in time; see `PlanningAgent.act_by`."""
         return self._planning.act_by(deadline, observations)
-
-
-def planning_parts(agent: Agent) -> Mapping[str, PlanningAgent]:
-    """Return what plans in an agent, by the names that an audit log has for them; the one that acts is ""."""
-    if isinstance(agent, LandmarkAgent):
-        return agent.parts
-    return {"": agent} if isinstance(agent, PlanningAgent) else {}

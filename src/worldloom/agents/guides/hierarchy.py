@@ -66,8 +66,7 @@ class HierarchyGuide:
             )
         self._levels, self._strides, self._objective = list(levels), list(strides), objective
         self._step_length = step_length
-        self._device = torch.device(getattr(levels[0].model, "device", "cpu"))
-        self._generator = torch_generator(seed, "hierarchy", device=self._device)
+        self._generator = torch_generator(seed, "hierarchy", device=levels[0].model.device)
         self._goal = torch.empty(0, 0)
         self._legs: list[_Leg] = []
         self.depths: list[int] = []

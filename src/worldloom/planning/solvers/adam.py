@@ -8,10 +8,10 @@ from pydantic import Field
 from torch import Tensor
 
 from worldloom.core.actions import Walk
-from worldloom.planning.problem import PlanningProblem, rank
+from worldloom.planning.problem import PlanningProblem, judged, rank
 from worldloom.planning.solvers.solver import SOLVERS, Solution, Solver, better_of, start
 
-_MOST = 1e3  # of a violation that presses: what cannot be judged is broken without bound
+_MOST = 1e3  # of a violation in the Lagrangian: what cannot be judged has an infinite one
 
 
 @SOLVERS.register("adam")
@@ -55,7 +55,7 @@ class Adam(Solver):
             if problem.guardrails:
                 rollouts = problem.rollout(actions)
                 cost = problem.cost(rollouts)
-                broken = torch.stack([each.amax(dim=-1) for each in problem.violations(rollouts).values()])
+                broken = judged(problem.guardrails, rollouts).amax(dim=-1)
                 best = better_of(best, actions.detach(), rank(cost, broken.amax(dim=0)).detach())
                 pressed = (multipliers + self.stiffness * broken.clamp(max=_MOST)).clamp_min(0)
                 cost = cost + (pressed.square() - multipliers.square()).sum(dim=0) / (2 * self.stiffness)

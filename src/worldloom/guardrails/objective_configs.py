@@ -1,0 +1,195 @@
+"""Objectives as data: the costs that a rule set states, and the objective that they make for a model and a goal."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from jaxtyping import Float
+from pydantic import BeforeValidator, Field, SerializeAsAny
+from torch import Tensor
+
+from worldloom.core.config import Component, component_of
+from worldloom.core.errors import ConfigError
+from worldloom.core.registry import Registry
+from worldloom.core.seams import Objective, Stage
+from worldloom.guardrails.rails import RailField, probe_of
+from worldloom.guardrails.regions import RegionField
+from worldloom.heads import Heads
+from worldloom.planning import (
+    Avoid,
+    Effort,
+    Elapsed,
+    GoalObjective,
+    InformationGain,
+    InOrder,
+    LatentL2,
+    RegionGoal,
+    Smoothness,
+    VectorGoal,
+    WeightedSum,
+)
+
+
+class ObjectiveConfig(Component):
+    """A cost as data; a new one is a subclass with `build`, registered in `OBJECTIVES`."""
+
+    weight: float = Field(default=1.0, gt=0)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files whose content is part of it; see `Rail.files`."""
+        return ()
+
+    @abstractmethod
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Objective:
+        """Return the cost for a model, without weight; `goal` are the latents of what the agent was told to reach.
+
+        Raises:
+            ConfigError: it speaks of what the run has not learned, or in other sizes.
+        """
+
+
+OBJECTIVES: Registry[type[ObjectiveConfig]] = Registry("objective")
+ObjectiveField = Annotated[SerializeAsAny[ObjectiveConfig], BeforeValidator(component_of(OBJECTIVES))]
+
+
+@OBJECTIVES.register("goal")
+class GoalConfig(ObjectiveConfig):
+    """Reach what the agent was told to reach; nearer than `within` step lengths counts as reached."""
+
+    name: Literal["goal"] = "goal"
+    within: float = Field(default=0.0, ge=0)
+    last_weight: float = Field(default=1.0, ge=0)
+
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> GoalObjective:
+        """Return the cost for a model."""
+        metric = LatentL2(heads.geometry.step_length)
+        return GoalObjective(metric, goal, last_weight=self.last_weight, within=self.within)
+
+
+@OBJECTIVES.register("vector")
+class VectorConfig(ObjectiveConfig):
+    """A probed quantity comes within `within` of a target."""
+
+    name: Literal["vector"] = "vector"
+    quantity: str
+    target: tuple[float, ...] = Field(min_length=1)
+    within: float = Field(default=0.0, ge=0)
+
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> VectorGoal:
+        """Return the cost for a model."""
+        probe = probe_of(heads, title, self.quantity, len(self.target))
+        return VectorGoal(quantity=probe, target=goal.new_tensor(self.target), within=self.within)
+
+
+@OBJECTIVES.register("region")
+class RegionGoalConfig(ObjectiveConfig):
+    """A probed quantity enters a region."""
+
+    name: Literal["region"] = "region"
+    quantity: str
+    region: RegionField
+
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> RegionGoal:
+        """Return the cost for a model."""
+        probe = probe_of(heads, title, self.quantity, self.region.size)
+        return RegionGoal(quantity=probe, region=self.region)
+
+
+@OBJECTIVES.register("sequence")
+class SequenceConfig(ObjectiveConfig):
+    """One thing after another: each stage is a `goal`, a `vector` or a `region`."""
+
+    name: Literal["sequence"] = "sequence"
+    stages: tuple[ObjectiveField, ...] = Field(min_length=1)
+
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> InOrder:
+        """Return the cost for a model."""
+        return InOrder([_stage(stage, f"{title}, stage {n}", heads, goal) for n, stage in enumerate(self.stages)])
+
+
+@OBJECTIVES.register("avoid")
+class AvoidConfig(ObjectiveConfig):
+    """Rather not: a step that breaks a guardrail costs as much as it breaks it; with `until`, up to that stage."""
+
+    name: Literal["avoid"] = "avoid"
+    rail: RailField
+    until: ObjectiveField | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Those of the guardrail."""
+        return self.rail.files
+
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Avoid:
+        """Return the cost for a model."""
+        until = None if self.until is None else _stage(self.until, f"{title}, until", heads, goal)
+        return Avoid(rail=self.rail.bind(title, "", heads), until=until)
+
+
+@OBJECTIVES.register("effort")
+class EffortConfig(ObjectiveConfig):
+    """The mean square of all actions."""
+
+    name: Literal["effort"] = "effort"
+
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Effort:
+        """Return the cost for a model."""
+        return Effort()
+
+
+@OBJECTIVES.register("smoothness")
+class SmoothnessConfig(ObjectiveConfig):
+    """The mean square of how much actions change from one to the next."""
+
+    name: Literal["smoothness"] = "smoothness"
+
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Smoothness:
+        """Return the cost for a model."""
+        return Smoothness(size=heads.model.spec.action.size)
+
+
+@OBJECTIVES.register("time")
+class TimeConfig(ObjectiveConfig):
+    """The share of the plan that is over before a stage is reached."""
+
+    name: Literal["time"] = "time"
+    until: ObjectiveField
+
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Elapsed:
+        """Return the cost for a model."""
+        return Elapsed(stage=_stage(self.until, f"{title}, until", heads, goal))
+
+
+@OBJECTIVES.register("information")
+class InformationConfig(ObjectiveConfig):
+    """Go where models that were trained apart disagree: the models of these runs."""
+
+    name: Literal["information"] = "information"
+    runs: tuple[str, ...] = Field(min_length=1)
+
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> InformationGain:
+        """Return the cost for a model."""
+        models = tuple(heads.peer(run) for run in self.runs)
+        return InformationGain(models=models, step_length=heads.geometry.step_length)
+
+
+def build_objective(
+    configs: Mapping[str, ObjectiveConfig], heads: Heads, goal: Float[Tensor, "B D"], usual: Objective
+) -> Objective:
+    """Return the weighted sum of objectives, with the `usual` one where none of them says what is to be reached.
+
+    Raises:
+        ConfigError: one speaks of what the run has not learned, or in other sizes.
+    """
+    parts = [(config.weight, config.build(title, heads, goal)) for title, config in configs.items()]
+    if not any(part.aims for _, part in parts):
+        parts.insert(0, (1.0, usual))
+    return usual if len(parts) == 1 and parts[0][1] is usual else WeightedSum(parts)
+
+
+def _stage(config: ObjectiveConfig, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Stage:
+    stage = config.build(title, heads, goal)
+    if not isinstance(stage, Stage):
+        raise ConfigError(f"{title!r}: a {config.name!r} cannot be reached; name a goal, a vector or a region")
+    return stage

@@ -3,6 +3,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from worldloom.core.seams import WorldModel
 from worldloom.core.types import Context, Observations
 from worldloom.testing import LinearWorld, check_world_model
 
@@ -59,6 +60,21 @@ class _Noisy(LinearWorld):
 class _Overwrites(LinearWorld):
     def rollout(self, context: Context, actions: Float[Tensor, "B S T A"]) -> Float[Tensor, "B S T D"]:
         return super().rollout(context, actions.mul_(0.5))
+
+
+def test_what_lacks_a_member_is_told_which_and_a_subclass_has_the_defaults() -> None:
+    world = LinearWorld()
+
+    class Bare:
+        spec, encode, rollout = world.spec, staticmethod(world.encode), staticmethod(world.rollout)
+
+    class Derived(Bare, WorldModel):
+        pass
+
+    with pytest.raises(AssertionError, match="has no device; subclass"):
+        check_world_model.__wrapped__(Bare())  # without the type check of the tests, which would refuse it first
+    check_world_model(Derived())
+    assert Derived().device == torch.device("cpu")
 
 
 @pytest.mark.parametrize(

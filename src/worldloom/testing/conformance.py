@@ -17,6 +17,8 @@ def check_world_model(model: WorldModel, *, seed: int = 0, tolerance: float = 1e
     from the first step on and no later action does, and that inputs are left as they were. A trained or
     untrained model will do; put modules in evaluation mode first. `tolerance` is absolute and relative.
     """
+    missing = [name for name in ("spec", "device", "encode", "rollout") if not hasattr(model, name)]
+    assert not missing, f"the model has no {', '.join(missing)}; subclass worldloom.core.seams.WorldModel for defaults"
     spec, generator = model.spec, torch.Generator().manual_seed(seed)
     device = model.device
     batch, candidates, steps = 3, 4, 5

@@ -1,4 +1,4 @@
-"""Curiosity: going where memory is thin, as far as the model can imagine it, without reward or goal."""
+"""Curiosity: explores what memory does not hold yet, as far as the model can imagine it, without reward or goal."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ from worldloom.planning import GoalObjective, LatentL2, Planner
 
 
 class CuriosityConfig(Config):
-    """How what is new is sought; lengths in typical model steps.
+    """How to look for new states; lengths in typical model steps.
 
-    From each landmark `walks` random walks of `horizon` blocks are imagined. Where they end, farther than `novelty`
-    from every landmark, something new is expected. The landmark that promises most for the blocks that it takes to
-    get there, and `overhead` more, is gone to, and the newest end of its walks is tried. Each try lets it promise less,
-    and what is not found where it was imagined is expected there no longer.
+    From each landmark the model imagines `walks` random walks of `horizon` blocks. A walk that ends farther than
+    `novelty` from every landmark promises something new. The guide chooses the landmark with the largest promise per
+    block of the way there plus `overhead`, and then tries the newest end of its walks. Each try lowers the landmark's
+    promise. An imagined state that was not found promises nothing any more.
     """
 
     walks: int = Field(default=16, ge=1)
@@ -41,19 +41,19 @@ class CuriosityConfig(Config):
 
 @dataclass
 class _Search:
-    """What one environment is after: a landmark, then a state imagined beyond it."""
+    """The target of one environment: a landmark, then a state imagined beyond it."""
 
     landmark: int
     beyond: Tensor | None = None
-    left: int = 0  # plans until something else is sought
-    gap: float = np.inf  # the least so far to that state
-    stalled: int = 0  # plans since it was
+    left: int = 0  # plans until another target is chosen
+    gap: float = np.inf  # the smallest so far to that state
+    stalled: int = 0  # plans since it became smaller
 
 
 class CuriosityGuide:
     """Aims a planning agent at landmarks beyond which the model imagines states that memory does not hold.
 
-    A guide without a goal: what is given to `reset` says only how many environments there are.
+    It has no goal: the latents given to `reset` say only how many environments there are.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class CuriosityGuide:
         self._refuted = self._ends
 
     def reset(self, goal: Float[Tensor, "B D"]) -> None:
-        """Begin in so many environments; what was imagined and tried before stays."""
+        """Begin in as many environments; keep what was imagined and tried before."""
         self._travel.reset(goal)
         self._searches = [None] * len(goal)
 
@@ -104,10 +104,10 @@ class CuriosityGuide:
         return aims
 
     def promise(self) -> Float64[np.ndarray, "N"]:
-        """Return how much that is new is expected beyond each landmark, less where it was tried.
+        """Return how much novelty each landmark promises; it is lower where it was tried.
 
-        It is the largest square of how much farther than `novelty` an imagined walk ends from all landmarks: the far
-        side of a door promises more than the other side of a corridor.
+        It is the largest square of the distance beyond `novelty` at which an imagined walk ends from all landmarks: the
+        far side of a door promises more than the other side of a corridor.
         """
         promise = np.zeros(len(self.graph))
         np.maximum.at(promise, self._owners, np.square(self._gaps - self.config.novelty, dtype=np.float64))
@@ -117,7 +117,7 @@ class CuriosityGuide:
     def _seek(
         self, row: int, place: int, new: bool, here: Float[Tensor, "D"], promise: Float64[np.ndarray, "N"]
     ) -> Tensor | None:
-        """Return the imagined state to try now, or None on the way to where one is."""
+        """Return the imagined state to try now, or None on the way to its landmark."""
         search = self._searches[row]
         if search is not None:
             search.left -= 1
@@ -149,7 +149,7 @@ class CuriosityGuide:
         return search.beyond
 
     def _imagine(self) -> None:
-        """Imagine walks from landmarks that are new, and forget ends that are new no longer."""
+        """Imagine walks from new landmarks, and forget ends that are no longer new."""
         graph, first = self.graph, self._imagined
         if len(graph) > first:
             fresh = graph.latents[first:]
@@ -166,7 +166,7 @@ class CuriosityGuide:
             self._ends, self._owners, self._gaps = self._ends[torch.from_numpy(new)], self._owners[new], self._gaps[new]
 
     def _refute(self, state: Float[Tensor, "D"]) -> None:
-        """Note that an imagined state was not found: what lies within a step of it promises nothing any more."""
+        """Note that an imagined state was not found: states within a step of it promise nothing any more."""
         self._refuted = torch.cat([self._refuted, state[None]])
         self._gaps = np.minimum(self._gaps, self._gaps_to(self._ends, state[None]) * self.config.novelty)
 
@@ -190,7 +190,7 @@ class CuriosityGuide:
         return torch.cat(ends)
 
     def _somewhere(self, place: int) -> Float[Tensor, "D"]:
-        """Return the end of one walk, where nothing new is imagined any more."""
+        """Return the end of one walk, where the model imagines nothing new any more."""
         ends = self._walk_from(self.graph.latents[place : place + 1])
         drawn = torch.randint(len(ends), (1,), generator=self._generator, device=self._model.device)
         chosen: Tensor = ends[int(drawn)]
@@ -200,7 +200,7 @@ class CuriosityGuide:
 class ExploringAgent:
     """Explores B environments at once and learns their landmarks; it has no goal.
 
-    It goes where `planner` finds a way, under its guardrails. The other parts are those of `PlanningAgent`.
+    It plans with `planner`, under its guardrails. The other parts are those of `PlanningAgent`.
     """
 
     def __init__(
@@ -238,7 +238,7 @@ class ExploringAgent:
         return self._agent
 
     def begin(self) -> None:
-        """Begin in other environments, or elsewhere in the same ones; what was learned stays."""
+        """Begin in other environments, or elsewhere in the same ones; keep what was learned."""
         self._begun = False
 
     def act(self, observations: Observations) -> Float[Tensor, "B A"]:
@@ -250,7 +250,7 @@ class ExploringAgent:
 
 
 class LandmarkAgent(Agent):
-    """Plans over the landmarks of what it has seen: it explores where it may, and remembers while it acts.
+    """Plans over the landmarks of what it has seen. It remembers while it acts, and explores where a protocol lets it.
 
     `planning` is guided by `guide`; `explorer` shares its graph.
     """
@@ -273,7 +273,7 @@ class LandmarkAgent(Agent):
 
     @property
     def outlook(self) -> list[Outlook]:
-        """What was known of each environment's way when it planned last."""
+        """What was known of each environment's way at the last plan."""
         return self._guide.outlook
 
     def explorer(self) -> ExploringAgent:

@@ -1,4 +1,4 @@
-"""Far goals over coarser models: what a slower model expects to pass first is what the faster one aims at."""
+"""Far goals over coarser models: the first state of a coarser model's plan is the subgoal of the finer one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,9 +20,10 @@ from worldloom.planning import Planner
 class HierarchyConfig(Config):
     """How deep to plan; lengths in typical steps of the fast model.
 
-    Where the fast model foresees no arrival within `arrival` of the goal, the coarser model number `depth` is followed
-    (0: never). None chooses at each decision: a coarser model is followed only where it foresees to come within
-    `ratio` of the gap that the one below foresees, by a first step that all below foresee to reach.
+    If the fast model predicts no arrival within `arrival` of the goal, the agent follows the coarser model number
+    `depth` (0: never). With None it chooses at each decision. It then follows a coarser model only if that model
+    predicts to end within `ratio` of the gap that the model below predicts, and all models below predict to reach the
+    first state of its plan.
     """
 
     depth: int | None = Field(default=None, ge=0)

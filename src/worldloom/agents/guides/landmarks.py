@@ -1,4 +1,4 @@
-"""Far goals over landmarks: what to aim at next on the way, what has failed, and what is not known."""
+"""Far goals over landmarks: the next subgoal on the way, and the edges that have failed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,19 +17,22 @@ from worldloom.core.types import Context, Plan
 from worldloom.heads import LatentGeometry, predict_arrival
 from worldloom.memory import Check, LandmarkGraph, Route
 
-_LOOKS = 7  # of a goal beside its own, in a world that has changed
+_LOOKS = 7  # further appearances of a goal that are kept in a world that has changed
 
 
 class FollowConfig(Config):
-    """How a way over landmarks is followed; lengths in typical model steps, costs in blocks.
+    """How to follow a way over landmarks; lengths in typical model steps, costs in blocks.
 
-    The subgoal lies `hops` landmarks ahead. A goal that is at most `near` blocks away over landmarks, or of which no
-    way is known and whose latent is within `sight`, is aimed at itself. Without progress for `patience` plans the
-    next landmark is taken one at a time; without progress for as long again, the edge to it has failed. A plan that
-    does not lead within `arrival` of the landmark that it aims at tells so at once, before it is tried. What looks
-    more than `surprise` away from what the last plan predicted at a known place, and like nothing known around there,
-    shows that the world has changed (None: nothing does). `learn` lets what is seen on the way extend and change the
-    graph.
+    Attributes:
+        hops: the subgoal lies so many landmarks ahead.
+        near: a goal at most so many blocks away over landmarks is aimed at directly.
+        sight: so is a goal without a known way whose latent is at most so far away.
+        patience: after so many plans without progress the agent takes one landmark at a time; after as many again, the
+            edge to the next landmark counts as failed.
+        arrival: a plan that is not predicted to come so near to its landmark counts as without progress at once.
+        surprise: an observation farther than this from the last plan's prediction at a known place, and unlike anything
+            known around there, shows that the world has changed; None turns this off.
+        learn: whether observations on the way extend and change the graph.
     """
 
     hops: int = Field(default=2, ge=1)
@@ -67,7 +70,7 @@ def arrival_check(model: WorldModel, geometry: LatentGeometry) -> Check:
 
 @runtime_checkable
 class Beyond(Protocol):
-    """Says what to aim at where no way is known, for some of the environments: see `Guide`."""
+    """Chooses subgoals where no way is known, for some of the environments; see `Guide`."""
 
     def reset(self, goal: Float[Tensor, "B D"]) -> None:
         """Begin an episode toward a goal for each environment."""
@@ -84,7 +87,7 @@ class Beyond(Protocol):
 
 @dataclass
 class _Way:
-    """One environment on its way; the goal has more than one look where the world has changed on the way."""
+    """One environment on its way; the goal has several appearances if the world has changed on the way."""
 
     goals: list[Tensor]
     route: Route | None
@@ -173,9 +176,9 @@ class LandmarkGuide:
         return aims
 
     def locate(self, here: Float[Tensor, "B D"], followed: Plan | None, blocks: int) -> list[int]:
-        """See where the environments are; return the landmark of each, -1 where it is at no known place.
+        """Locate the environments; return the landmark of each, -1 where it is at no known place.
 
-        `followed` is the plan that led here, of which so many blocks were done.
+        `followed` is the plan that led here, of which so many blocks were taken.
         """
         self.events = [""] * len(here)
         if followed is not None:
@@ -195,7 +198,7 @@ class LandmarkGuide:
         return [way.at for way in self._ways]
 
     def _judge(self, followed: Plan) -> None:
-        """See which plans did not lead where they aimed, as far as the model could tell."""
+        """Note which plans were predicted not to arrive at the landmark that they aimed at."""
         for row, way in enumerate(self._ways):
             if way.aim >= 0:
                 aim = self.graph.latents[way.aim].to(followed.latents)
@@ -203,9 +206,9 @@ class LandmarkGuide:
                 way.vain = gap > self.config.arrival
 
     def _notice(self, here: Float[Tensor, "B D"], predicted: Float[Tensor, "B D"], check: Check) -> None:
-        """See whether worlds have changed: what was predicted lies among known places, and what is seen does not.
+        """Note which worlds have changed: the prediction lies among known places, but the observation does not.
 
-        The miss of a step that a wall has stopped lies along them.
+        A step that a wall has stopped also misses its prediction, but along known places.
         """
         assert self.config.surprise is not None
         shifts = here - predicted
@@ -224,9 +227,9 @@ class LandmarkGuide:
             way.route, way.at, way.best, way.waited, way.careful = None, -1, np.inf, 0, False
 
     def _looks(self, goals: list[Tensor], shift: Float[Tensor, "D"]) -> list[Tensor]:
-        """Return how a goal may look, now that its world has changed: the first look, and the latest others.
+        """Return how a goal may look now that its world has changed: its first appearance, and the latest others.
 
-        A look that is hardly another one is left out: else each change would double them.
+        Appearances that hardly differ from another are left out; otherwise each change would double their number.
         """
         looks = list(goals)
         for goal in goals:
@@ -260,7 +263,7 @@ class LandmarkGuide:
         return self._next(way), outlook
 
     def _watch(self, row: int, way: _Way) -> None:
-        """Note progress; where there was none for long, blame the edge that is tried and find another way."""
+        """Note progress; without progress for too long, mark the current edge as failed and find another way."""
         assert way.route is not None
         blocks = float(way.route.blocks[way.at])
         vain, way.vain = way.vain and way.aim == self._next(way), False
@@ -287,7 +290,7 @@ class LandmarkGuide:
         return way.route.ahead(way.at, 1 if way.careful else self.config.hops)
 
     def _nearest_reachable(self, way: _Way, goal: Float[Tensor, "D"]) -> int | None:
-        """Return the landmark nearest to the goal of those that a way leads to from here."""
+        """Return the landmark nearest to the goal among those that can be reached from here."""
         if way.at < 0:
             return None
         gaps = (self.graph.latents - goal.cpu()).norm(dim=1).numpy()

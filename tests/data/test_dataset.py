@@ -148,7 +148,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         EpisodeDataset.open(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize(("version", "message"), [("2", "has version 2 .* reads version 1"), (None, "no worldloom")])
+@pytest.mark.parametrize(("version", "message"), [("2", "has version 2 .* reads version 1"), (None, "not a worldloom")])
 def test_another_format_is_refused(tmp_path: Path, version: str | None, message: str) -> None:
     schema = table_schema(SPEC)
     metadata = {**schema.metadata, b"version": version.encode()} if version else {}

@@ -201,4 +201,4 @@ def test_what_is_expected_is_read_before_it_is_asked_for(dataset: EpisodeDataset
                 break
             frames.pixels._closed.wait(0.01) if frames.pixels else None
         assert all(list(tmp_path.glob(f"*/{name}")) for name in names)
-        assert len(list(tmp_path.glob("*/*.chunk"))) < 150  # what was read ahead before is given up
+        assert len(list(tmp_path.glob("*/*.chunk"))) < 150  # the earlier prefetch is dropped

@@ -63,13 +63,13 @@ def test_a_server_that_never_answers_is_given_up() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:  # the system accepts, and nobody ever reads
         options = options_for(listener.getsockname()[1])
         with pytest.raises(StorageError, match=r"could not be opened in [2-9] attempts .* gave no answer in 0.5 s"):
-            EpisodeDataset.open("s3://bucket/logs", storage_options=options, retry_seconds=2.0, patience=0.5)
+            EpisodeDataset.open("s3://bucket/logs", storage_options=options, retry_seconds=2.0, timeout=0.5)
 
 
 @pytest.mark.timeout(60)
 def test_reading_and_appending_end_when_the_server_falls_silent(proxy: FaultyProxy, uri: str, tmp_path: Path) -> None:
     options = options_for(proxy.port)
-    dataset = EpisodeDataset.open(uri, storage_options=options, retry_seconds=1.0, patience=1.0)
+    dataset = EpisodeDataset.open(uri, storage_options=options, retry_seconds=1.0, timeout=1.0)
     config = DataConfig(cache_dir=str(tmp_path), cache_gib=0.0, retry_seconds=1.0)
     with StreamedFrames(dataset, config) as frames:
         assert frames.pixels is not None
@@ -97,7 +97,7 @@ def test_opening_outlives_a_fault_that_passes_and_names_one_that_stays(
     assert same(dataset.episode(1), EPISODES[1])
     proxy.fault = lambda line: fault if "_versions" in line else ""
     with pytest.raises(StorageError):
-        EpisodeDataset.open(uri, storage_options=options, retry_seconds=1.0, patience=2.0)
+        EpisodeDataset.open(uri, storage_options=options, retry_seconds=1.0, timeout=2.0)
 
 
 def test_half_an_object_in_the_store_is_damage_and_named(server: int, uri: str) -> None:
@@ -142,7 +142,7 @@ def test_an_append_whose_commit_is_not_acknowledged_is_there_once(proxy: FaultyP
 @pytest.mark.parametrize("fault", ["lost", "silent"])
 def test_an_append_of_which_no_answer_comes_is_found_by_its_files(proxy: FaultyProxy, uri: str, fault: str) -> None:
     options = options_for(proxy.port)
-    dataset = EpisodeDataset.open(uri, storage_options=options, retry_seconds=20.0, patience=1.0)
+    dataset = EpisodeDataset.open(uri, storage_options=options, retry_seconds=20.0, timeout=1.0)
     carried_out: list[float] = []
 
     def then_nothing(line: str) -> str:
@@ -163,7 +163,7 @@ def test_an_append_of_which_no_answer_comes_is_found_by_its_files(proxy: FaultyP
 
 def test_an_append_whose_answers_stay_lost_says_so_and_is_there_at_most_once(proxy: FaultyProxy, uri: str) -> None:
     options = options_for(proxy.port)
-    dataset = EpisodeDataset.open(uri, storage_options=options, retry_seconds=1.0, patience=3.0)
+    dataset = EpisodeDataset.open(uri, storage_options=options, retry_seconds=1.0, timeout=3.0)
     proxy.fault = lambda line: "lost" if "_versions" in line else ""
     with pytest.raises(StorageError, match="could not be written"):
         dataset.append(EPISODES[2:4])

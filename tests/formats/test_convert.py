@@ -220,7 +220,7 @@ def test_sigkill_at_random_moments(name: str, tmp_path: Path, split: SplitFormat
 
 def test_another_conversion_is_never_mixed_in(tmp_path: Path, split: SplitFormat) -> None:
     make_store(tmp_path / "ours")
-    with pytest.raises(DataError, match="no conversion known here"):
+    with pytest.raises(DataError, match="of an unknown conversion"):
         convert(tmp_path, tmp_path / "ours", source_format="split")
     convert(tmp_path, tmp_path / "t", source_format="split")
     for call in (
@@ -301,7 +301,7 @@ def test_looking_for_a_format(tmp_path: Path) -> None:
     both = tmp_path / "both"
     (tmp_path / "folder").rename(both)
     (tmp_path / "swm-hdf5").rename(both / "data.h5")
-    with pytest.raises(DataError, match=r"several formats \(folder, swm-hdf5\); say which one with --from"):
+    with pytest.raises(DataError, match=r"several formats \(folder, swm-hdf5\); choose one with --from"):
         detect(both)
     assert convert(both, tmp_path / "chosen", source_format="folder").episodes == 4
 

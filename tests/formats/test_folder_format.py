@@ -288,7 +288,7 @@ def test_a_matroska_file_that_is_cut_loses_nothing_silently(tmp_path: Path) -> N
     (episode,), notes, _ = read_all(tmp_path)  # such a file does not say how many frames it had
     assert episode.pixels is not None
     assert np.array_equal(episode.pixels, frames[:6])
-    assert any("6 of 12 rows are left out: they lie before or after the video" in note for note in notes)
+    assert any("6 of 12 rows are left out: they are before or after the video" in note for note in notes)
     log(tmp_path / "run.csv", timestamp=None)
     with pytest.raises(DataError, match="6 frames and the log 12 rows"):
         read_all(tmp_path)

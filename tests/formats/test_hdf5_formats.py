@@ -115,7 +115,7 @@ def test_what_robomimic_needs_is_written(tmp_path: Path) -> None:
     [
         (lambda demo: demo.__delitem__("actions"), "data/demo_1 has no actions"),
         (lambda demo: demo.__delitem__("obs/robot0_eef_pos"), "data/demo_1 has no obs/robot0_eef_pos"),
-        (lambda demo: demo.__delitem__("next_obs"), "differs from the first demo in having next_obs"),
+        (lambda demo: demo.__delitem__("next_obs"), "has next_obs and the first demo has none"),
         (lambda demo: demo.attrs.__setitem__("num_samples", 9), "states num_samples 9 and holds 4 actions"),
         (lambda demo: replace(demo, "obs/robot0_eef_pos", np.zeros((3, 3))), "has 3 rows and there are 4 actions"),
         (lambda demo: replace(demo, "actions", np.zeros((4, 3))), r"actions is float64 of shape \(4, 3\); expected"),
@@ -171,9 +171,9 @@ def test_a_file_that_is_cut_or_foreign(name: str, tmp_path: Path) -> None:
     content = (tmp_path / "d.hdf5").read_bytes()
     for bad in (content[: len(content) // 2], b"", b"not HDF5" * 100):
         (tmp_path / "d.hdf5").write_bytes(bad)
-        with pytest.raises(DataError, match=r"d.hdf5 is damaged or no whole HDF5 file"):
+        with pytest.raises(DataError, match=r"d.hdf5 is damaged or not a whole HDF5 file"):
             read_all(name, tmp_path / "d.hdf5")
-        with pytest.raises(DataError, match="no known format" if bad[:4] != content[:4] else "no whole HDF5 file"):
+        with pytest.raises(DataError, match="no known format" if bad[:4] != content[:4] else "not a whole HDF5 file"):
             detect(tmp_path / "d.hdf5")
     with h5py.File(tmp_path / "d.hdf5", "w") as file:
         file["something"] = np.zeros(3)

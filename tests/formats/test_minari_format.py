@@ -262,9 +262,9 @@ def test_a_damaged_dataset_is_named(tmp_path: Path) -> None:
     metadata, main = "metadata.json", "main_data.hdf5"
     refused(lambda data: (data / main).unlink(), StorageError, "main_data.hdf5 does not exist")
     refused(lambda data: (data / metadata).unlink(), StorageError, "metadata.json does not exist")
-    refused(lambda data: (data / main).write_bytes(b"no" * 99), DataError, "is damaged or no whole HDF5 file")
+    refused(lambda data: (data / main).write_bytes(b"no" * 99), DataError, "is damaged or not a whole HDF5 file")
     content = (tmp_path / "whole" / "data" / main).read_bytes()
-    refused(lambda data: (data / main).write_bytes(content[: len(content) // 2]), DataError, "no whole HDF5 file")
+    refused(lambda data: (data / main).write_bytes(content[: len(content) // 2]), DataError, "not a whole HDF5 file")
     refused(lambda data: edit(data / metadata, total_episodes=9), DataError, "holds 4 episodes; metadata.json states 9")
     refused(lambda data: edit(data / metadata, data_format="arrow"), DataError, "stored as 'arrow'; expected 'hdf5'")
     refused(lambda data: edit(data / metadata, action_space=None), DataError, "states no action_space")

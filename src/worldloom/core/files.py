@@ -116,6 +116,8 @@ def exclusive_lock(path: Path, otherwise: Exception | None) -> Iterator[None]:
         except BlockingIOError:
             assert otherwise is not None
             raise otherwise from None
+        except OSError as error:  # some network file systems have no locks
+            raise StorageError(f"{path} cannot be locked ({error}); use a directory on a local disk") from error
         yield
 
 

@@ -1,4 +1,4 @@
-"""Episodes: collected, stored, looked into, and drawn as training windows."""
+"""Episodes: collecting, storing, inspecting, and drawing training windows."""
 
 from worldloom.data.cache import FrameCache, load_cache
 from worldloom.data.collection import collect, episode_seed, policy_generator
@@ -20,7 +20,7 @@ from worldloom.data.layout import (
 )
 from worldloom.data.object_walk import ObjectWalkOptions
 from worldloom.data.order import SlidingPool
-from worldloom.data.pictures import read_picture
+from worldloom.data.pictures import decode_picture, encode_picture, read_picture, resize
 from worldloom.data.policies import POLICIES
 from worldloom.data.preview import contact_sheet, to_rgb, video, write_sheet
 from worldloom.data.statistics import Statistics, compute_statistics
@@ -52,6 +52,8 @@ __all__ = [
     "compute_statistics",
     "contact_sheet",
     "decode_frames",
+    "decode_picture",
+    "encode_picture",
     "episode_seed",
     "float_list",
     "float_lists",
@@ -64,6 +66,7 @@ __all__ = [
     "open_table",
     "policy_generator",
     "read_picture",
+    "resize",
     "to_rgb",
     "validate",
     "video",

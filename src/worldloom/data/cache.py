@@ -1,4 +1,4 @@
-"""Decoded frames, so that drawing training windows never waits for decoding."""
+"""All frames of a dataset, decoded before training starts."""
 
 import logging
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from worldloom.core.files import write_atomic
 from worldloom.core.processes import on_this_machine
 from worldloom.core.progress import SILENT, Progress
 from worldloom.data.dataset import EpisodeDataset
-from worldloom.data.frames import split_episodes
+from worldloom.data.frames import EpisodeFrames
 from worldloom.data.spec import DatasetSpec
 
 Mode = Literal["auto", "ram", "mmap"]
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class FrameCache:
+class FrameCache(EpisodeFrames):
     """All frames of a dataset, decoded: N frames of E episodes, one after the other.
 
     `starts` is the first frame of each episode and `lengths` its number of actions (one fewer than its frames).
@@ -38,28 +38,15 @@ class FrameCache:
     starts: Int64[np.ndarray, "E"]
     lengths: Int64[np.ndarray, "E"]
 
-    def close(self) -> None:
-        """Do nothing: no reading goes on; `StreamedFrames` has something to stop."""
-
-    def rows(self, episode: int) -> slice:
-        """Return where the frames of an episode stand."""
-        first = int(self.starts[episode])
-        return slice(first, first + int(self.lengths[episode]) + 1)
-
-    def split(self, validation_fraction: float, seed: int) -> tuple[Int64[np.ndarray, "T"], Int64[np.ndarray, "V"]]:
-        """Return the episodes for training and for validation: see `split_episodes`."""
-        return split_episodes(len(self.lengths), validation_fraction, seed)
-
 
 def load_cache(
     dataset: EpisodeDataset, mode: Mode = "auto", *, directory: Path | None = None, progress: Progress = SILENT
 ) -> FrameCache:
     """Decode a dataset into memory ("ram") or into a file that is mapped ("mmap").
 
-    "auto" takes memory if the frames fill less than a quarter of what is available and no other process of torchrun
-    on this machine needs them. The file stands in `directory`
-    (default: PATH.cache beside the dataset), is named by the dataset's fingerprint and used again by the next
-    call; it may be deleted at any time.
+    "auto" uses memory if the frames fill less than a quarter of the available memory and no other process of torchrun
+    on this machine needs them. The file is in `directory` (default: PATH.cache beside the dataset) and named by the
+    dataset's fingerprint; the next call uses it again, and it may be deleted at any time.
 
     Raises:
         DataError: a file of the dataset is missing, cut or does not decode.
@@ -109,10 +96,10 @@ def _map(
         _log.info("using the decoded frames in %s", path)
     else:
         if path.exists():
-            _log.warning("%s has %d bytes, expected %d; it is written again", path, path.stat().st_size, size)
+            _log.warning("%s has %d bytes, expected %d; writing it again", path, path.stat().st_size, size)
         _log.info("decoding %d frames into %s (%.1f GiB)", shape[0], path, size / 2**30)
 
-        # Plain writes: on a full disk they raise, where writing through a mapping would end the process.
+        # Plain writes raise on a full disk; writing through a mapping would kill the process.
         def write(temporary: Path) -> None:
             with temporary.open("wb") as file, progress.task("decode", shape[0], "frames") as task:
                 for part in dataset.scan_pixels():
@@ -128,7 +115,7 @@ def _default_directory(dataset: EpisodeDataset) -> Path:
     path = str(dataset.path)
     if "://" in path:
         raise DataError(
-            f"the frames of {path} do not fit into memory and it has no place beside it for a cache; pass a "
+            f"the frames of {path} do not fit into memory, and remote storage has no place for a cache; pass a "
             f"directory, or stream them (data.mode=stream)"
         )
     return Path(f"{path.rstrip('/')}.cache")

@@ -1,40 +1,37 @@
 """A bounded cache of decoded chunks on the local disk, shared by processes."""
 
-import fcntl
 import hashlib
 import logging
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from worldloom.core.errors import StorageError
-from worldloom.core.files import storage_errors
+from worldloom.core.files import exclusive_lock, storage_errors
 
 _log = logging.getLogger(__name__)
 
 _MAGIC = b"wlchunk1"
 _HEADER = len(_MAGIC) + 16  # the magic, then blake2b of the content
-_STALE_SECONDS = 3600.0  # a temporary file as old as this was left by a killed process
-_LOOK = 64  # chunks a process writes before it looks at what others wrote; so far they may exceed the budget
-_TOUCH_SECONDS = 60.0  # how exactly the last use of a chunk is kept
+_STALE_SECONDS = 3600.0  # a temporary file older than this was left by a killed process
+_LOOK = 64  # chunks that a process writes before it counts what others wrote; until then the budget may be exceeded
+_TOUCH_SECONDS = 60.0  # resolution of the time of last use
 
 
 class ChunkCache:
     """Chunks of one dataset in `directory`/`name`, where all datasets share `budget` bytes.
 
-    A file appears whole or not at all, is checked when a process first opens it, and is deleted and fetched again
-    if it is damaged. The least recently used are deleted first, of whichever dataset; several processes may share
-    the directory, which may be deleted at any time.
+    A file appears atomically and is checked when a process first opens it; a damaged one is deleted and fetched again.
+    The least recently used chunks of all datasets are deleted first. Several processes may share the directory, and it
+    may be deleted at any time.
 
     Raises:
-        StorageError: the directory cannot be made.
+        StorageError: the directory cannot be created.
     """
 
     def __init__(self, directory: Path, name: str, budget: int) -> None:
@@ -48,7 +45,7 @@ class ChunkCache:
         self.evict()
 
     def path(self, chunk: int) -> Path:
-        """Return where a chunk stands."""
+        """Return the path of a chunk."""
         return self._folder / f"{chunk:08d}.chunk"
 
     def __contains__(self, chunk: int) -> bool:
@@ -57,7 +54,7 @@ class ChunkCache:
     def read(
         self, chunk: int, rows: Int64[np.ndarray, "n"], size: int, length: int, out: UInt8[np.ndarray, "n bytes"]
     ) -> bool:
-        """Read rows of a chunk of `length` rows of `size` bytes into `out`; False if it is not there or was damaged."""
+        """Read rows of a chunk of `length` rows of `size` bytes into `out`; False if it is missing or damaged."""
         try:
             descriptor = os.open(self.path(chunk), os.O_RDONLY)
         except FileNotFoundError:
@@ -97,16 +94,16 @@ class ChunkCache:
         return True
 
     def write(self, chunk: int, content: UInt8[np.ndarray, "bytes"]) -> None:
-        """Keep a chunk, deleting others where the budget asks for it.
+        """Store a chunk, deleting others if the budget requires it.
 
         Raises:
-            StorageError: the disk is full or refuses; nothing of the chunk is kept.
+            StorageError: the disk is full or cannot be written; nothing of the chunk is stored.
         """
         path = self.path(chunk)
         if len(content) + _HEADER > self.budget:
             return
         digest = hashlib.blake2b(content.data, digest_size=16).digest()
-        with self._writing, storage_errors(path):  # else what another thread is about to write is not counted
+        with self._writing, storage_errors(path):  # locked, so that what another thread is about to write is counted
             self._total += len(content) + _HEADER
             self._since += 1
             if self._total > self.budget or self._since >= _LOOK:
@@ -118,14 +115,14 @@ class ChunkCache:
                 with os.fdopen(descriptor, "wb") as file:
                     file.write(_MAGIC + digest)
                     file.write(content.data)
-                # No flush to the disk: what a power cut leaves behind does not match its digest.
+                # Without a flush to the disk: a file that a power cut tears does not match its digest.
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
 
     def evict(self, room: int = 0) -> None:
-        """Delete the least recently used chunks until `room` more bytes fit, and what killed processes left."""
-        with self._lock():
+        """Delete the least recently used chunks until `room` more bytes fit, and files of killed processes."""
+        with exclusive_lock(self.directory / ".lock", None):
             found, total = [], room
             for file in self.directory.glob("*/*"):
                 with suppress(FileNotFoundError):
@@ -136,7 +133,7 @@ class ChunkCache:
                     elif file.suffix == ".tmp" and time.time() - stat.st_mtime > _STALE_SECONDS:
                         file.unlink()
             found.sort()
-            # An eighth more than is needed, so that not every chunk costs a look at the directory.
+            # Delete an eighth more than needed, so that not every chunk costs a scan of the directory.
             goal = self.budget - self.budget // 8 if total > self.budget else self.budget
             for _, size, file in found:
                 if total <= goal:
@@ -144,15 +141,3 @@ class ChunkCache:
                 file.unlink(missing_ok=True)
                 total -= size
             self._total, self._since = total, 0
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        path = self.directory / ".lock"
-        with storage_errors(path):
-            file = path.open("w")
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:  # some network file systems have none
-                raise StorageError(f"{path} cannot be locked ({error}); put the cache on a local disk") from error
-            yield

@@ -1,4 +1,4 @@
-"""Episodes in one Lance table: appended whole, opened at one version."""
+"""Episodes in one Lance table: appended as whole episodes, opened at one version."""
 
 import hashlib
 import itertools
@@ -18,7 +18,7 @@ from worldloom.core.errors import DataError
 from worldloom.core.types import Episode
 from worldloom.data import layout
 from worldloom.data.layout import Unanswered, floats_of, lance_errors
-from worldloom.data.retries import answered, each_answered, with_retries
+from worldloom.data.retries import each_with_timeout, with_retries, with_timeout
 from worldloom.data.spec import DatasetSpec
 
 __all__ = ["Columns", "DatasetSpec", "EpisodeDataset"]
@@ -26,13 +26,13 @@ __all__ = ["Columns", "DatasetSpec", "EpisodeDataset"]
 _log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 30.0
-PATIENCE = 60.0  # seconds; a chunk takes far less, and so does a batch of rows
-_UPLOAD = 1e6  # bytes a second that an append is given time for
+TIMEOUT = 60.0  # seconds; a chunk or a batch of rows takes far less
+_UPLOAD = 1e6  # bytes a second; the timeout of an append grows with its size
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Columns:
-    """All that a dataset holds but pixels: N frames; `actions` is zero in the last row of an episode."""
+    """All columns of a dataset except pixels: N frames; `actions` is zero in the last row of an episode."""
 
     vector: Float32[np.ndarray, "N V"] | None
     actions: Float32[np.ndarray, "N A"]
@@ -42,11 +42,11 @@ class Columns:
 class EpisodeDataset:
     """Episodes on any storage that Lance takes: a directory, or a URI such as s3://bucket/name.
 
-    Opening pins a version: what others append later is seen by opening again. An append is one atomic commit of
-    whole episodes, so that a process killed at any moment leaves whole episodes only.
+    Opening pins a version; open the dataset again to see later appends of others. An append is one atomic commit of
+    whole episodes, so a process killed at any moment leaves only whole episodes.
 
-    Remote storage is given `patience` seconds for each answer; opening and appending are tried again for
-    `retry_seconds` where it gives none, so that they end after the sum of both at the latest.
+    `timeout` is how many seconds remote storage has for each answer. Without an answer, opening and appending are
+    tried again for `retry_seconds`, so they end at the latest after the sum of both.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class EpisodeDataset:
         storage_options: Mapping[str, str] | None,
         *,
         retry_seconds: float = RETRY_SECONDS,
-        patience: float = PATIENCE,
+        timeout: float = TIMEOUT,
     ) -> None:
         self.path = path
         self._location = str(path)
         self._storage_options = None if storage_options is None else dict(storage_options)
-        self.retry_seconds, self.patience = retry_seconds, patience
+        self.retry_seconds, self.timeout = retry_seconds, timeout
         self.spec = layout.spec_of(table.schema, self._location)
         self._pin(table)
 
@@ -72,18 +72,18 @@ class EpisodeDataset:
         """Create an empty dataset.
 
         Raises:
-            DataError: there is a dataset at `path`.
-            StorageError: the storage refuses.
+            DataError: `path` already holds a dataset.
+            StorageError: the storage cannot be written.
         """
         import lance
 
         where = str(path)
         options = None if storage_options is None else dict(storage_options)
         with lance_errors(where, "write"):
-            table = answered(
+            table = with_timeout(
                 lambda: lance.write_dataset(layout.table_schema(spec).empty_table(), where, storage_options=options),
                 where,
-                PATIENCE,
+                TIMEOUT,
             )
         return cls(path, table, storage_options)
 
@@ -95,24 +95,24 @@ class EpisodeDataset:
         version: int | None = None,
         storage_options: Mapping[str, str] | None = None,
         retry_seconds: float = RETRY_SECONDS,
-        patience: float = PATIENCE,
+        timeout: float = TIMEOUT,
     ) -> "EpisodeDataset":
-        """Open the latest version, or the one named.
+        """Open the latest version, or `version`.
 
         Raises:
-            StorageError: there is no dataset at `path`, or the storage refuses or does not answer.
+            StorageError: `path` holds no dataset, or the storage cannot be read or does not answer.
             DataError: a file is missing or cut, episodes are not whole, or the format is of another version.
         """
 
         def attempt() -> "EpisodeDataset":
-            table = open_table(path, version=version, storage_options=storage_options, patience=patience)
-            return cls(path, table, storage_options, retry_seconds=retry_seconds, patience=patience)
+            table = open_table(path, version=version, storage_options=storage_options, timeout=timeout)
+            return cls(path, table, storage_options, retry_seconds=retry_seconds, timeout=timeout)
 
         return with_retries(attempt, str(path), retry_seconds, doing="opened", retried=(Unanswered,))
 
     def _pin(self, table: Any) -> None:
         with lance_errors(self._location, "read"):
-            rows = self._whole(table, ["step"])  # opens every file, so that a cut one is found here
+            rows = self._whole(table, ["step"])  # opens every file, which finds one that is cut
         steps = rows["step"].to_numpy().astype(np.int64)
         starts = np.flatnonzero(steps == 0)
         counts = np.diff(np.append(starts, len(steps)))
@@ -155,7 +155,7 @@ class EpisodeDataset:
             raise IndexError(f"episode {index} of {len(self)}")
         rows = np.arange(self.starts[index], self.starts[index] + self.lengths[index] + 1)
         with lance_errors(self._location, "read"):
-            table = answered(lambda: self._table.take(rows), self._location, self.patience)
+            table = with_timeout(lambda: self._table.take(rows), self._location, self.timeout)
         pixels = None
         if self.spec.observation.pixels is not None:
             pixels = np.empty((len(rows), *self.spec.observation.pixels), np.uint8)
@@ -170,11 +170,11 @@ class EpisodeDataset:
         )
 
     def append(self, episodes: Iterable[Episode]) -> None:
-        """Add whole episodes in one commit, which is held in memory, and pin the version that holds them.
+        """Add whole episodes in one commit, which fits in memory, and pin the version that holds them.
 
         Raises:
             DataError: an episode does not fit the spec, or another process has appended since this was opened.
-            StorageError: the disk is full or the storage refuses; nothing of this append is then kept.
+            StorageError: the disk is full or the storage cannot be written; then nothing of this append is kept.
         """
 
         def encode(number: int, episode: Any) -> pa.RecordBatch:
@@ -189,7 +189,7 @@ class EpisodeDataset:
             return
         size = sum(batch.nbytes for batch in batches)
         added = with_retries(
-            lambda: self._write(batches, self.patience + size / _UPLOAD),
+            lambda: self._write(batches, self.timeout + size / _UPLOAD),
             self._location,
             self.retry_seconds,
             doing="written",
@@ -205,8 +205,8 @@ class EpisodeDataset:
         self._pin(table)
         _log.debug("appended %d episodes to %s as version %d", len(batches), self._location, self.version)
 
-    def _write(self, batches: list[pa.RecordBatch], patience: float) -> list[Any]:
-        """Write files that are no part of the dataset yet."""
+    def _write(self, batches: list[pa.RecordBatch], timeout: float) -> list[Any]:
+        """Write files that are not part of the dataset yet."""
         import lance
 
         def write() -> Any:
@@ -216,11 +216,11 @@ class EpisodeDataset:
             )
 
         with lance_errors(self._location, "write"):
-            added: list[Any] = answered(write, self._location, patience)
+            added: list[Any] = with_timeout(write, self._location, timeout)
         return added
 
     def _commit(self, added: list[Any]) -> Any:
-        """Make files a part of the dataset and return its table; it may be called again when no answer came."""
+        """Make files part of the dataset and return its table; safe to call again when no answer came."""
         import lance
         from lance.commit import CommitConflictError
 
@@ -228,8 +228,8 @@ class EpisodeDataset:
         first = max((fragment.id for fragment in there), default=-1) + 1
         for number, fragment in enumerate(added, first):
             fragment.id = number
-        # Not Lance's Append: that is rebased onto another's, and both would give the same number to an episode.
-        # Merge names all fragments and so conflicts with every other commit.
+        # Not Lance's Append: it is rebased onto another process's append, and both would use the same episode numbers.
+        # Merge names all fragments, so it conflicts with every other commit.
         operation = lance.LanceOperation.Merge([*there, *added], self._table.lance_schema)
 
         def commit() -> Any:
@@ -240,12 +240,12 @@ class EpisodeDataset:
         try:
             with lance_errors(self._location, "write"):
                 try:
-                    return answered(commit, self._location, self.patience)
+                    return with_timeout(commit, self._location, self.timeout)
                 except CommitConflictError as error:
                     raise _Conflict from error
         except (_Conflict, Unanswered) as error:
-            # It may have been committed though nobody said so; the names of files are drawn at random.
-            table = open_table(self.path, storage_options=self._storage_options, patience=self.patience)
+            # The commit may have succeeded without an answer; file names are random, so they identify it.
+            table = open_table(self.path, storage_options=self._storage_options, timeout=self.timeout)
             files = {file.path for fragment in table.get_fragments() for file in fragment.data_files()}
             if all(file.path in files for fragment in added for file in fragment.files):
                 return table
@@ -253,7 +253,7 @@ class EpisodeDataset:
                 raise
             raise DataError(
                 f"{self._location} was opened at version {self.version}, and another process has appended since. "
-                f"Let one process write at a time, and open it again"
+                f"Let one process write at a time, and open the dataset again"
             ) from error
 
     def metadata(self) -> list[dict[str, Any]]:
@@ -261,9 +261,9 @@ class EpisodeDataset:
         return [json.loads(text) for text in self._first_rows("metadata")]
 
     def fingerprint(self) -> str:
-        """Return a digest of what is observed, done and noted, in order; commit boundaries do not matter.
+        """Return a digest of observations, actions, labels and metadata, in order, whatever the commits.
 
-        It is made of digests taken when episodes were appended; `validate` compares these with the content.
+        It combines the digests taken when episodes were appended; `validate` compares those with the content.
         """
         spec = json.loads(self.spec.to_json())
         digest = hashlib.blake2b(digest_size=16)
@@ -273,7 +273,7 @@ class EpisodeDataset:
         return digest.hexdigest()
 
     def columns(self) -> Columns:
-        """Return everything but the pixels, for all frames."""
+        """Return all columns except pixels, for all frames."""
         spec = self.spec
         names = ["action"]
         if spec.observation.vector:
@@ -285,11 +285,11 @@ class EpisodeDataset:
         return decode_columns(table, spec)
 
     def pixels(self, rows: Int[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W C"]:
-        """Return the frames in these rows, decoded; each is read once even if it is named often."""
+        """Return the frames in these rows, decoded; a row given several times is read once."""
         unique, inverse = np.unique(rows, return_inverse=True)
         out = np.empty((len(unique), *self._shape()), np.uint8)
         with lance_errors(self._location, "read"):
-            table = answered(lambda: self._table.take(unique, columns=["pixels"]), self._location, self.patience)
+            table = with_timeout(lambda: self._table.take(unique, columns=["pixels"]), self._location, self.timeout)
         frames = table["pixels"].combine_chunks()
         _decode(frames, out, unique, self._location)
         return out if len(unique) == len(rows) and np.array_equal(unique, rows) else out[inverse]
@@ -297,11 +297,11 @@ class EpisodeDataset:
     def scan_pixels(
         self, *, batch: int = 1024, out: UInt8[np.ndarray, "N H W C"] | None = None
     ) -> Iterator[UInt8[np.ndarray, "n H W C"]]:
-        """Yield all frames in order, decoded, at most `batch` at a time; they are parts of `out` if it is given."""
+        """Yield all frames in order, decoded, at most `batch` at a time, as views of `out` if it is given."""
         row = 0
         with lance_errors(self._location, "read"):
             parts = self._table.to_batches(columns=["pixels"], batch_size=batch)
-            for part in each_answered(iter(parts), self._location, self.patience):
+            for part in each_with_timeout(iter(parts), self._location, self.timeout):
                 rows = np.arange(row, row + part.num_rows)
                 pixels = np.empty((len(rows), *self._shape()), np.uint8) if out is None else out[row : row + len(rows)]
                 _decode(part["pixels"], pixels, rows, self._location)
@@ -328,17 +328,17 @@ class EpisodeDataset:
         return sum(file.file_size_bytes or 0 for file in files)
 
     def _first_rows(self, column: str) -> list[str]:
-        """Return what stands in a column on step 0, for each episode."""
+        """Return a column's text in the first row of each episode."""
         with lance_errors(self._location, "read"):
             texts: list[str] = self._whole(self._table, [column], filter="step = 0")[column].to_pylist()
         return texts
 
     def _whole(self, table: Any, columns: list[str], **options: Any) -> pa.Table:
-        """Read columns to the end, however long it takes, as long as their parts come."""
+        """Read columns to the end; the timeout holds for each part, not for the whole."""
         if "://" not in self._location:
             return table.to_table(columns=columns, **options)
-        scanner = answered(lambda: table.scanner(columns=columns, **options), self._location, self.patience)
-        parts = list(each_answered(iter(scanner.to_batches()), self._location, self.patience))
+        scanner = with_timeout(lambda: table.scanner(columns=columns, **options), self._location, self.timeout)
+        parts = list(each_with_timeout(iter(scanner.to_batches()), self._location, self.timeout))
         return pa.Table.from_batches(parts, scanner.projected_schema)
 
     def _shape(self) -> tuple[int, int, int]:
@@ -348,7 +348,7 @@ class EpisodeDataset:
 
 
 class _Conflict(Exception):
-    """Another commit took the version that ours was to be."""
+    """Another commit took the version that this one expected."""
 
 
 def open_table(
@@ -356,7 +356,7 @@ def open_table(
     *,
     version: int | None = None,
     storage_options: Mapping[str, str] | None = None,
-    patience: float = PATIENCE,
+    timeout: float = TIMEOUT,
 ) -> Any:
     """Open the Lance table at `path`."""
     import lance
@@ -365,19 +365,19 @@ def open_table(
     options = None if storage_options is None else dict(storage_options)
     try:
         with lance_errors(where, "read"):
-            return answered(lambda: lance.dataset(where, version=version, storage_options=options), where, patience)
+            return with_timeout(lambda: lance.dataset(where, version=version, storage_options=options), where, timeout)
     except layout.MissingDataset:
         if version is None:
             raise
         latest = open_table(path, storage_options=storage_options).version
         raise DataError(
-            f"{where} has no version {version}; expected 1 to {latest}, the latest. Name one that 'worldloom data "
-            f"inspect {where}' lists"
+            f"{where} has no version {version}; expected 1 to {latest}. 'worldloom data inspect {where}' lists the "
+            f"versions"
         ) from None
 
 
 def decode_columns(table: pa.Table, spec: DatasetSpec) -> Columns:
-    """Return everything but the pixels of these rows."""
+    """Return all columns except pixels of these rows."""
     labels = table["label"].combine_chunks() if spec.labels else None
     return Columns(
         vector=floats_of(table["vector"])[0] if spec.observation.vector else None,

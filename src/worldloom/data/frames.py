@@ -1,10 +1,11 @@
-"""What training needs of the frames of a dataset, wherever they are."""
+"""The frames of a dataset as training reads them, decoded or streamed."""
 
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from worldloom.core.closing import Closing
 from worldloom.core.errors import ConfigError
 from worldloom.core.seeds import numpy_generator
 from worldloom.data.spec import DatasetSpec
@@ -12,7 +13,7 @@ from worldloom.data.spec import DatasetSpec
 
 @runtime_checkable
 class Pixels(Protocol):
-    """Frames that are indexed by rows: an array, or what reads them from storage when they are asked for."""
+    """Frames indexed by rows: an array, or a reader that gets them from storage on demand."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -28,10 +29,10 @@ class Pixels(Protocol):
 
 @runtime_checkable
 class ReadsAhead(Protocol):
-    """Pixels that can be told which frames will be asked for."""
+    """Pixels that can prefetch frames."""
 
     def expect(self, spans: Int64[np.ndarray, "S 2"]) -> None:
-        """Read these rows (first and last of each span) before they are asked for, the first span first."""
+        """Prefetch these rows (first and last of each span), the first span first."""
         ...
 
 
@@ -80,11 +81,11 @@ class Frames(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop what reads in the background, if anything does."""
+        """Stop reading in the background, if there is any."""
         ...
 
     def rows(self, episode: int) -> slice:
-        """Return where the frames of an episode stand."""
+        """Return the rows of an episode's frames."""
         ...
 
     def split(self, validation_fraction: float, seed: int) -> tuple[Int64[np.ndarray, "T"], Int64[np.ndarray, "V"]]:
@@ -92,12 +93,28 @@ class Frames(Protocol):
         ...
 
 
+class EpisodeFrames(Closing):
+    """The part of `Frames` that follows from `starts` and `lengths`."""
+
+    starts: Int64[np.ndarray, "E"]
+    lengths: Int64[np.ndarray, "E"]
+
+    def rows(self, episode: int) -> slice:
+        """Return the rows of an episode's frames."""
+        first = int(self.starts[episode])
+        return slice(first, first + int(self.lengths[episode]) + 1)
+
+    def split(self, validation_fraction: float, seed: int) -> tuple[Int64[np.ndarray, "T"], Int64[np.ndarray, "V"]]:
+        """Return the episodes for training and for validation: see `split_episodes`."""
+        return split_episodes(len(self.lengths), validation_fraction, seed)
+
+
 def split_episodes(
     episodes: int, validation_fraction: float, seed: int
 ) -> tuple[Int64[np.ndarray, "T"], Int64[np.ndarray, "V"]]:
     """Return the episodes for training and for validation, drawn by `seed`, each in ascending order.
 
-    Neither is empty unless the fraction is 0 or there is one episode, which is then for training.
+    Both have episodes unless the fraction is 0 or there is only one episode, which is then for training.
 
     Raises:
         ConfigError: the fraction is not in [0, 1).

@@ -1,4 +1,4 @@
-"""What a dataset holds, in figures."""
+"""A summary of a dataset in numbers."""
 
 from dataclasses import asdict
 from typing import Any
@@ -10,7 +10,7 @@ from worldloom.data.dataset import EpisodeDataset
 from worldloom.data.layout import VERSION
 
 _PAIRS = 2048  # pairs of frames that are compared
-_VERSIONS = 3  # the last ones that are told of
+_VERSIONS = 3  # of the latest versions in the summary
 
 
 def inspect(dataset: EpisodeDataset, *, progress: Progress = SILENT) -> dict[str, Any]:

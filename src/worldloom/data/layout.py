@@ -1,4 +1,4 @@
-"""How episodes stand in a Lance table: one row per frame.
+"""The layout of episodes in a Lance table: one row per frame.
 
 Columns: episode (int64), step (int32), pixels (zstd of the raw bytes), vector and action (fixed-size lists of
 float32; action is null in an episode's last row), label (a struct: one fixed-size list for each label, read as
@@ -26,28 +26,28 @@ FORMAT = "worldloom.dataset"
 VERSION = 1
 BOUNDS_SLACK = 1e-5  # of the range: rounding, not a wrong action
 
-# What a client says of a storage that refuses, times out or breaks off: not damage, though it may say "decode".
+# Parts of a client's messages for storage that refuses, times out or disconnects: no damage, even with "decode".
 _NETWORK = ("error sending request", "response body", "timed out", "timeout", "status code: 5", "onnection ")
 
 _REMEDY = (
-    "Restore it from a copy, or collect it again into another directory; 'worldloom data validate {path}' lists what "
-    "is lost"
+    "Restore it from a copy, or collect it again into another directory; 'worldloom data validate {path}' lists the "
+    "damage"
 )
 
 _CODEC = pa.Codec("zstd", compression_level=1)
-_CHUNK = 128  # frames that a thread takes at once
+_CHUNK = 128  # frames of one task of a thread
 
 
 class MissingDataset(StorageError):
-    """There is no dataset at a path."""
+    """A path holds no dataset."""
 
 
 class Unanswered(StorageError):
-    """Remote storage did not answer, or not whole: it may when it is asked again."""
+    """Remote storage gave no answer, or an incomplete one; a later attempt may succeed."""
 
 
 class Undecodable(DataError):
-    """The frame at `index` of those given does not decode."""
+    """The frame at `index` of the given frames does not decode."""
 
     def __init__(self, index: int, reason: str) -> None:
         super().__init__(f"frame {index} does not decode: {reason}")
@@ -55,7 +55,7 @@ class Undecodable(DataError):
 
 
 def threads() -> int:
-    """Return how many threads compress and decompress frames; zstd runs without the interpreter's lock."""
+    """Return how many threads compress and decompress frames; zstd releases the interpreter's lock."""
     return min(8, os.cpu_count() or 1)
 
 
@@ -78,14 +78,14 @@ def table_schema(spec: DatasetSpec) -> pa.Schema:
 
 
 def spec_of(schema: pa.Schema, path: str) -> DatasetSpec:
-    """Return the spec that a table carries.
+    """Return the spec stored in a table.
 
     Raises:
-        DataError: the table is no dataset of this library, or of another version of its format.
+        DataError: the table is not a dataset of this library, or has another version of its format.
     """
     metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
     if metadata.get("format") != FORMAT:
-        raise DataError(f"{path} is a Lance table but no worldloom dataset; check the path")
+        raise DataError(f"{path} is a Lance table but not a worldloom dataset; check the path")
     if metadata.get("version") != str(VERSION):
         raise DataError(
             f"{path} has version {metadata.get('version')} of the dataset format; this worldloom reads version "
@@ -95,7 +95,7 @@ def spec_of(schema: pa.Schema, path: str) -> DatasetSpec:
 
 
 def check_episode(episode: Episode, spec: DatasetSpec, where: str) -> None:
-    """Raise `DataError` where an episode does not fit the spec."""
+    """Raise `DataError` where an episode does not fit the spec; `where` names it."""
     observation = spec.observation
     pixels = None if episode.pixels is None else episode.pixels.shape[1:]
     vector = 0 if episode.vector is None else episode.vector.shape[1]
@@ -120,7 +120,7 @@ def check_episode(episode: Episode, spec: DatasetSpec, where: str) -> None:
 
 
 def within_bounds(actions: Float32[np.ndarray, "T A"], spec: DatasetSpec) -> Bool[np.ndarray, "T"]:
-    """Return which actions are finite and within bounds, but for rounding."""
+    """Return which actions are finite and within bounds, up to rounding."""
     low, high = np.array(spec.action.low, np.float32), np.array(spec.action.high, np.float32)
     slack = BOUNDS_SLACK * (high - low)
     inside: np.ndarray = np.all((actions >= low - slack) & (actions <= high + slack), axis=1)
@@ -152,11 +152,11 @@ def episode_batch(episode: Episode, number: int, spec: DatasetSpec) -> pa.Record
 
 
 def metadata_json(metadata: Mapping[str, Any]) -> str:
-    """Return metadata as JSON with sorted keys; NumPy's numbers and arrays become plain ones."""
+    """Return metadata as JSON with sorted keys; NumPy's numbers and arrays become plain values."""
     try:
         return json.dumps(dict(metadata), sort_keys=True, allow_nan=False, default=_plain)
     except (TypeError, ValueError) as error:
-        raise DataError(f"an episode's metadata must be JSON: {error}; keep plain values in it") from error
+        raise DataError(f"an episode's metadata must be JSON: {error}; use plain values only") from error
 
 
 def arrays_digest(episode: Episode) -> str:
@@ -172,7 +172,7 @@ def arrays_digest(episode: Episode) -> str:
 
 
 def episode_digest(arrays: str, metadata: str) -> str:
-    """Return the digest of an episode from that of its arrays and its metadata as stored."""
+    """Return the digest of an episode from the digest of its arrays and its stored metadata."""
     return hashlib.blake2b(f"{arrays} {metadata}".encode(), digest_size=16).hexdigest()
 
 
@@ -210,7 +210,7 @@ def floats_of(column: pa.Array | pa.ChunkedArray) -> tuple[Float32[np.ndarray, "
         column = column.combine_chunks()
     size = column.type.list_size
     null = column.is_null().to_numpy(zero_copy_only=False)
-    # A fixed-size list keeps the values under a null, and a slice shares its parent's values.
+    # A fixed-size list stores values under a null, too, and a slice shares its parent's values.
     flat = column.values.slice(column.offset * size, len(column) * size).to_numpy(zero_copy_only=False)
     values = flat.astype(np.float32).reshape(len(column), size)
     values[null] = 0.0
@@ -219,7 +219,7 @@ def floats_of(column: pa.Array | pa.ChunkedArray) -> tuple[Float32[np.ndarray, "
 
 @contextmanager
 def lance_errors(path: str, doing: Literal["read", "write"], *, remedy: str | None = None) -> Iterator[None]:
-    """Turn what Lance raises into this library's errors; `remedy` says what to do where the table is damaged."""
+    """Turn Lance's errors into this library's; `remedy` tells what to do about a damaged table."""
     try:
         with storage_errors(path):
             yield
@@ -228,7 +228,7 @@ def lance_errors(path: str, doing: Literal["read", "write"], *, remedy: str | No
 
 
 def _translate(path: str, doing: str, error: Exception, remedy: str) -> WorldloomError:
-    text = str(error).split(", /")[0]  # what follows is a place in Lance's source
+    text = str(error).split(", /")[0]  # the rest is a position in Lance's source
     if "Dataset at path" in text and "not found" in text:
         return MissingDataset(f"there is no dataset at {path}; check the path, or collect one")
     if "NoSuchBucket" in text:
@@ -255,12 +255,12 @@ def compress_frames(pixels: UInt8[np.ndarray, "N H W C"]) -> pa.Array:
 
 
 def float_list(size: int) -> pa.DataType:
-    """Return the type of a column with so many float32 a row."""
+    """Return the type of a column with `size` float32 values a row."""
     return pa.list_(pa.float32(), size)
 
 
 def float_lists(array: Float32[np.ndarray, "n size"], null: Bool[np.ndarray, "n"] | None = None) -> pa.Array:
-    """Return the rows of an array as such a column, null where told."""
+    """Return the rows of an array as a column of fixed-size lists, null where `null` is set."""
     values = pa.array(np.ascontiguousarray(array).reshape(-1), pa.float32())
     return pa.FixedSizeListArray.from_arrays(values, array.shape[1], mask=None if null is None else pa.array(null))
 

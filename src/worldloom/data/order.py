@@ -1,4 +1,4 @@
-"""An order of windows that reads data beyond the cache once a pass."""
+"""An order of windows in which data that exceeds the cache is read once a pass."""
 
 from functools import lru_cache
 
@@ -12,15 +12,14 @@ _PARTS = 16  # segments in the pool
 
 
 class SlidingPool:
-    """An endless order of window numbers, in which what is drawn at about the same time is stored together.
+    """An endless order of window numbers, in which draws close in time are close in storage.
 
-    Windows are cut into segments of neighbours, taken in another order each pass. The pool holds 16 segments, about
-    `pool` windows: at every turn one comes in and one leaves. A segment gives a sixteenth of its windows, drawn
-    without replacement, in each of the 16 turns that it stays, and a turn's windows are shuffled. So each window
-    comes at most once a pass; fewer than one per segment are left out, other ones each pass. Any draw is equally
-    likely to be any window.
+    Windows are split into segments of neighbours, whose order changes with each pass. The pool holds 16 segments, about
+    `pool` windows; at every turn one enters and one leaves. In each of its 16 turns, a segment gives a sixteenth of
+    its windows, drawn without replacement, and the windows of a turn are shuffled. So each window comes at most once a
+    pass; fewer than one window per segment is left out, a different one each pass. Every draw is uniform over windows.
 
-    The order is a function of `seed` and of the position in it alone: no state is kept.
+    The order depends only on `seed` and the position: there is no state.
 
     Raises:
         ConfigError: there is no window, or `pool` is below 1.
@@ -30,7 +29,7 @@ class SlidingPool:
         if min(windows, pool) < 1:
             raise ConfigError(f"a pool needs windows; got {windows} windows and a pool of {pool}. Give both at least 1")
         self.windows, self._seed = windows, seed
-        # A pool that holds all data still has as many segments as it has parts, where there are as many windows.
+        # A pool that holds all data still has as many segments as parts, if there are enough windows.
         self.segments = min(windows, max(_PARTS, -(-windows * _PARTS // pool)))
         self.size = windows // self.segments  # windows of a segment, and draws of a turn
         self._edges = self.size * np.arange(_PARTS + 1) // _PARTS
@@ -45,33 +44,33 @@ class SlidingPool:
         return np.concatenate([np.zeros(0, np.int64), *there])[offset : offset + count]
 
     def turn(self, position: int) -> int:
-        """Return the turn in which this draw lies."""
+        """Return the turn of this draw."""
         return position // self.size
 
     def segment(self, turn: int) -> Int64[np.ndarray, "size"]:
-        """Return the windows that come into the pool at this turn, in the order in which they are stored.
+        """Return the windows that enter the pool at this turn, in the order of storage.
 
-        The numbers run on from the last window to the first. A turn before 0 fills the pool that the first draw finds.
+        The numbers wrap around after the last window. Turns before 0 fill the pool for the first draw.
         """
         number, index = divmod(turn, self.segments)
         offset, order = self._pass(number)
         return (offset + self.size * int(order[index]) + np.arange(self.size)) % self.windows
 
     def pool(self, turn: int) -> list[int]:
-        """Return the turns at which what is in the pool at `turn` came in, the oldest first."""
+        """Return the turns at which the segments in the pool at `turn` entered it, the oldest first."""
         return list(range(turn - _PARTS + 1, turn + 1))
 
     def coming(self, turn: int, draws: int) -> Int64[np.ndarray, "_"]:
-        """Return the windows to have at hand at `turn`: the pool's, and what comes in before the next `draws` are over.
+        """Return the windows to hold at `turn`: those of the pool, and those that enter it within the next `draws`.
 
-        At least two segments come in, so that storage has a turn's time to bring one.
+        At least two segments enter, so that storage has the time of a turn to fetch one.
         """
         last = turn + max(2, -(-draws // self.size))
         return np.concatenate([self.segment(came) for came in range(self.pool(turn)[0], last + 1)])
 
     def _draw_pass(self, number: int) -> tuple[int, Int64[np.ndarray, "segments"]]:
         generator = numpy_generator(self._seed, "pool", "pass", number)
-        # Where the cutting begins differs, so that other windows are left out and other ones are neighbours.
+        # The offset differs, so that other windows are left out and segments differ.
         return int(generator.integers(self.windows)), generator.permutation(self.segments)
 
     def _draw_turn(self, turn: int) -> Int64[np.ndarray, "size"]:

@@ -1,8 +1,11 @@
-"""Pictures that a user names: read as what a model observes."""
+"""Single pictures: encoded, decoded, resized, and read as what a model observes."""
 
+import io
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
 
 from worldloom.core.errors import DataError
 from worldloom.core.files import storage_errors
@@ -10,19 +13,55 @@ from worldloom.core.types import Observations
 
 
 def read_picture(path: Path, expected: tuple[int, int, int]) -> Observations:
-    """Read a picture as a batch of one observation of this shape.
+    """Read a picture file as a batch of one observation of this shape.
 
     Raises:
-        DataError: it is no picture, or of another size.
+        DataError: it is not a picture, or has another shape.
     """
-    from PIL import Image, UnidentifiedImageError
-
     try:
         with storage_errors(path), Image.open(path) as image:
             pixels = np.array(image.convert("RGB" if expected[2] == 3 else "L"), np.uint8)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow's words for a damaged file
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # what Pillow raises for a damaged file
         raise DataError(f"{path} is not a picture: {error}; expected a PNG of {expected[1]}x{expected[0]}") from None
     pixels = pixels.reshape(1, *pixels.shape[:2], -1)
     if pixels.shape[1:] != expected:
         raise DataError(f"{path} has shape {pixels.shape[1:]}; the model was trained on {expected}. Resize it")
     return Observations.from_numpy(pixels, None)
+
+
+def decode_picture(content: bytes | None, what: str) -> UInt8[np.ndarray, "H W C"]:
+    """Return a picture in any of Pillow's formats; C is 1 where it is grey, else 3. `what` names it in errors.
+
+    Raises:
+        DataError: it does not decode.
+    """
+    try:
+        with Image.open(io.BytesIO(content or b"")) as opened:
+            picture = np.asarray(opened.convert("L" if opened.mode == "L" else "RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{what} does not decode ({error}); restore it from a copy") from error
+    return picture if picture.ndim == 3 else picture[..., None]
+
+
+def encode_picture(frame: UInt8[np.ndarray, "H W C"], *, jpeg_quality: int | None = None) -> bytes:
+    """Return a picture of 1 or 3 channels as PNG, or as JPEG of this quality."""
+    buffer = io.BytesIO()
+    picture = Image.fromarray(frame[..., 0] if frame.shape[2] == 1 else frame)
+    if jpeg_quality is None:
+        picture.save(buffer, format="PNG", compress_level=3)
+    else:
+        picture.save(buffer, format="JPEG", quality=jpeg_quality)
+    return buffer.getvalue()
+
+
+def resize(frames: UInt8[np.ndarray, "N H W C"], size: tuple[int, int] | None) -> UInt8[np.ndarray, "N H2 W2 C"]:
+    """Return frames of this (H, W), by area averaging; None leaves them unchanged. Any number of channels."""
+    if size is None or frames.shape[1:3] == size or len(frames) == 0:
+        return frames
+    height, width = size
+    out = np.empty((len(frames), height, width, frames.shape[3]), np.uint8)
+    for index, frame in enumerate(frames):
+        for channel in range(frames.shape[3]):
+            picture = Image.fromarray(np.ascontiguousarray(frame[..., channel]))
+            out[index, ..., channel] = np.asarray(picture.resize((width, height), Image.Resampling.BOX))
+    return out

@@ -1,4 +1,4 @@
-"""Pictures of a dataset for people: a contact sheet and a video."""
+"""Previews of a dataset: a contact sheet and a video."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -99,8 +99,8 @@ def _pictures(
                 yield _captioned(frame, f"episode {number}, step {step}")
 
 
-def to_rgb(frames: UInt8[np.ndarray, "n H W C"]) -> UInt8[np.ndarray, "n H W 3"]:
-    """Show any number of channels: one is grey, two lack blue, of more than three the first three are taken."""
+def to_rgb(frames: UInt8[np.ndarray, "*axes C"]) -> UInt8[np.ndarray, "*axes 3"]:
+    """Return frames with three channels: one is grey, two lack blue, and of more than three the first three count."""
     channels = frames.shape[-1]
     if channels == 1:
         return np.repeat(frames, 3, axis=-1)
@@ -110,7 +110,7 @@ def to_rgb(frames: UInt8[np.ndarray, "n H W C"]) -> UInt8[np.ndarray, "n H W 3"]
 
 
 def _captioned(frame: UInt8[np.ndarray, "H W 3"], caption: str) -> UInt8[np.ndarray, "H2 W2 3"]:
-    """Add a line of text below, and make both sizes even, as yuv420p asks."""
+    """Add a line of text below, and make both sizes even, as yuv420p requires."""
     height, width = frame.shape[:2]
     picture = Image.new("RGB", (width + width % 2, height + height % 2 + 20), _PAPER)
     picture.paste(Image.fromarray(np.ascontiguousarray(frame)), (0, 0))
@@ -131,7 +131,7 @@ def _spread(count: int, most: int) -> np.ndarray:
 
 def _with_pixels(dataset: EpisodeDataset) -> int:
     if dataset.spec.observation.pixels is None:
-        raise DataError(f"{dataset.path} holds no pixels; there is nothing to show. Look at it with 'data inspect'")
+        raise DataError(f"{dataset.path} holds no pixels to show; run 'worldloom data inspect {dataset.path}' instead")
     if len(dataset) == 0:
         raise DataError(f"{dataset.path} holds no episode; collect some first")
     return len(dataset)

@@ -1,4 +1,4 @@
-"""What to do when storage does not answer: wait for so long and no longer, and ask again."""
+"""Timeouts and retries for storage that does not answer."""
 
 import logging
 import random
@@ -15,18 +15,18 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-_DAMAGED_ATTEMPTS = 4  # what does not decode as often as this is damaged where it is stored
+_DAMAGED_ATTEMPTS = 4  # after so many failures to decode, the stored data counts as damaged
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0  # seconds
 
 
-def answered(call: Callable[[], T], where: str, patience: float) -> T:
-    """Return what `call` returns, or give it up after `patience` seconds where storage is remote.
+def with_timeout(call: Callable[[], T], where: str, timeout: float) -> T:
+    """Return what `call` returns; where storage is remote, abandon the call after `timeout` seconds.
 
-    Lance may wait without end for a server that accepts a connection and says nothing. A call that is given up goes
-    on in a thread that nobody waits for: it may still be carried out.
+    Lance may wait forever for a server that accepts a connection and sends nothing. An abandoned call continues in a
+    background thread and may still take effect.
 
     Raises:
-        Unanswered: the time is over.
+        Unanswered: the call timed out.
     """
     if "://" not in where:
         return call()
@@ -35,26 +35,26 @@ def answered(call: Callable[[], T], where: str, patience: float) -> T:
     def work() -> None:
         try:
             future.set_result(call())
-        except BaseException as error:  # raised again where the result is asked for
+        except BaseException as error:  # raised again by `result`
             future.set_exception(error)
 
     threading.Thread(target=work, name="storage", daemon=True).start()
     try:
-        return future.result(timeout=patience)
+        return future.result(timeout=timeout)
     except TimeoutError as error:
-        if future.done():  # the call's own
+        if future.done():  # raised by the call itself
             raise
         raise Unanswered(
-            f"{where} gave no answer in {patience:g} s. Check the network and the storage, then run the same command "
+            f"{where} gave no answer in {timeout:g} s. Check the network and the storage, then run the same command "
             f"again"
         ) from error
 
 
-def each_answered(items: Iterator[T], where: str, patience: float) -> Iterator[T]:
-    """Yield what `items` yields, waiting at most `patience` seconds for each; see `answered`."""
+def each_with_timeout(items: Iterator[T], where: str, timeout: float) -> Iterator[T]:
+    """Yield what `items` yields, waiting at most `timeout` seconds for each; see `with_timeout`."""
     end = object()
-    while (item := answered(lambda: next(items, end), where, patience)) is not end:
-        yield item  # type: ignore[misc]  # mypy does not see that `end` is left out
+    while (item := with_timeout(lambda: next(items, end), where, timeout)) is not end:
+        yield item  # type: ignore[misc]  # mypy does not see that `end` is excluded
 
 
 def with_retries(
@@ -66,14 +66,14 @@ def with_retries(
     retried: tuple[type[Exception], ...] = (StorageError, DataError),
     stopped: threading.Event | None = None,
 ) -> T:
-    """Return what `call` returns; where it raises what is `retried`, try again for `seconds`.
+    """Return what `call` returns; after an error of a `retried` type, try again for `seconds`.
 
-    Pauses double from 0.2 to 10 s and jitter. What does not decode four times is damaged where it is stored, and is
-    not tried further.
+    Pauses double from 0.2 to 10 s, with jitter. Data that fails to decode four times is damaged in storage, and is not
+    tried again.
 
     Raises:
-        StorageError: the time is over; it says how often it was tried.
-        DataError: what is stored is damaged.
+        StorageError: the time is over; states the number of attempts.
+        DataError: the stored data is damaged.
     """
     stopped = stopped or threading.Event()
     began, attempt, damaged = time.monotonic(), 0, 0
@@ -92,5 +92,5 @@ def with_retries(
                     f"{where} could not be {doing} in {attempt} attempts over {spent:.0f} s: {error}. Check the "
                     f"network and the storage, then resume; or raise data.retry_seconds ({seconds:g})"
                 ) from error
-            _log.warning("%s: attempt %d failed (%s); the next in %.1f s", where, attempt, error, pause)
+            _log.warning("%s: attempt %d failed (%s); next attempt in %.1f s", where, attempt, error, pause)
             stopped.wait(pause)

@@ -1,4 +1,4 @@
-"""What a dataset holds, as one value that is stored with it."""
+"""The spec of a dataset, which is stored with it."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -10,9 +10,9 @@ from worldloom.core.types import ActionSpec, ObservationSpec
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """Observations, actions, the size of each label column, and where the episodes come from.
+    """Observations, actions, the size of each label column, and the origin of the episodes.
 
-    `environment` is JSON; `collect` stores the arguments there that decide the content.
+    `environment` is JSON; `collect` stores in it the arguments that determine the content.
     """
 
     observation: ObservationSpec
@@ -30,7 +30,7 @@ class DatasetSpec:
         try:
             return json.dumps(asdict(self), sort_keys=True, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise DataError(f"the dataset's environment must be JSON: {error}; pass plain values only") from error
+            raise DataError(f"the dataset's environment must be JSON: {error}; use plain values only") from error
 
     @classmethod
     def from_json(cls, text: str) -> "DatasetSpec":

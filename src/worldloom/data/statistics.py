@@ -1,4 +1,4 @@
-"""Means and standard deviations of the data, by which models normalise their inputs."""
+"""Means and standard deviations of the data, with which models normalise their inputs."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ _CHUNK = 64  # frames whose squares are summed at once
 class Statistics:
     """Mean and standard deviation of each pixel and channel (0 to 255), vector value and action value.
 
-    A value that never varies has a standard deviation of 0; who divides by it sets a floor.
+    A value that never varies has a standard deviation of 0; set a floor before dividing by it.
     """
 
     pixel_mean: Float32[Tensor, "H W C"] | None
@@ -31,7 +31,7 @@ class Statistics:
 
     @classmethod
     def unit(cls, observation: ObservationSpec, action: ActionSpec) -> "Statistics":
-        """Return means of 0 and deviations of 1: for a model whose own come with its tensors."""
+        """Return means of 0 and deviations of 1, for a model whose statistics are loaded with its tensors."""
         pixels, vector = observation.pixels, observation.vector
         return cls(
             pixel_mean=None if pixels is None else torch.zeros(pixels),
@@ -53,7 +53,7 @@ def compute_statistics(
     """
     chosen = np.arange(len(cache.lengths)) if episodes is None else episodes
     if len(chosen) == 0:
-        raise DataError("there is no episode to take statistics of; collect some first")
+        raise DataError("there are no episodes to compute statistics from; collect some first")
     frames = np.concatenate([np.arange(cache.starts[e], cache.starts[e] + cache.lengths[e] + 1) for e in chosen])
     last = np.zeros(len(cache.actions), bool)
     last[cache.starts + cache.lengths] = True
@@ -78,7 +78,7 @@ def compute_statistics(
 def _moments(
     values: np.ndarray | Pixels, rows: Int[np.ndarray, "R"]
 ) -> tuple[Float32[Tensor, "*shape"], Float32[Tensor, "*shape"]]:
-    # The first row is taken off before squaring: a large mean would cancel away a small variance.
+    # The first row is subtracted before squaring: a large mean would cancel a small variance.
     origin = values[rows[0]].astype(np.float64)
     total, squares = np.zeros_like(origin), np.zeros_like(origin)
     for first in range(0, len(rows), _CHUNK):

@@ -1,4 +1,4 @@
-"""Frames read from storage as training asks for them: whole chunks, ahead of time, kept on the local disk."""
+"""Frames streamed from storage during training: whole chunks, prefetched and cached on the local disk."""
 
 import heapq
 import logging
@@ -7,7 +7,6 @@ import threading
 from collections import OrderedDict
 from concurrent.futures import Future
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +19,7 @@ from worldloom.core.progress import SILENT, Progress
 from worldloom.data.cache import FrameCache, load_cache
 from worldloom.data.chunks import ChunkCache
 from worldloom.data.dataset import EpisodeDataset
-from worldloom.data.frames import split_episodes
+from worldloom.data.frames import EpisodeFrames
 from worldloom.data.retries import with_retries
 from worldloom.data.spec import DatasetSpec
 
@@ -28,12 +27,12 @@ _log = logging.getLogger(__name__)
 
 
 class DataConfig(Config):
-    """How training reads its data; nothing here changes a parameter that is trained.
+    """How training reads its data; these settings do not change the trained parameters.
 
-    `mode`: "cache" decodes everything before training, "stream" reads while training, "auto" streams what is remote.
-    `cache_dir` is shared by processes and datasets (default: worldloom/chunks in XDG_CACHE_HOME or ~/.cache); chunks
-    there take `cache_gib` at most (0: none on disk) and `memory_mib` in memory, where there is no disk cache.
-    A chunk is `chunk_mib` of decoded frames. A read that fails is tried again for `retry_seconds`.
+    `mode`: "cache" decodes everything before training, "stream" reads during training, "auto" streams remote datasets.
+    `cache_dir` is shared by processes and datasets (default: worldloom/chunks in XDG_CACHE_HOME or ~/.cache); its
+    chunks take at most `cache_gib` (0: no disk cache, and at most `memory_mib` in memory).
+    A chunk is `chunk_mib` of decoded frames. A failed read is tried again for `retry_seconds`.
     """
 
     mode: Literal["auto", "cache", "stream"] = "auto"
@@ -48,7 +47,7 @@ class DataConfig(Config):
 def load_frames(
     dataset: EpisodeDataset, config: DataConfig | None = None, *, progress: Progress = SILENT
 ) -> "FrameCache | StreamedFrames":
-    """Open the frames of a dataset as `config` says.
+    """Open the frames of a dataset by `config`.
 
     Raises:
         DataError, StorageError: see `load_cache` and `StreamedFrames`.
@@ -61,11 +60,11 @@ def load_frames(
     return load_cache(dataset, directory=directory, progress=progress)
 
 
-class StreamedFrames:
-    """The frames of a dataset that stays where it is; the same windows come of them as of `FrameCache`.
+class StreamedFrames(EpisodeFrames):
+    """The frames of a dataset, read from its storage on demand; training windows equal those of `FrameCache`.
 
-    Vectors, actions and labels are held in memory. Reading begins at once, from the first chunk to the last, as far
-    as the budget of the disk goes; what is asked for comes first. `close` ends it.
+    Vectors, actions and labels are held in memory. Prefetching begins at once, from the first chunk on, within the
+    budget of the disk; requested chunks come first. `close` ends it.
 
     Raises:
         StorageError: the storage does not answer within `retry_seconds`.
@@ -87,31 +86,14 @@ class StreamedFrames:
         if dataset.spec.observation.pixels is not None:
             self.pixels = StreamedPixels(dataset, self.fingerprint, config)
 
-    def rows(self, episode: int) -> slice:
-        """Return where the frames of an episode stand."""
-        first = int(self.starts[episode])
-        return slice(first, first + int(self.lengths[episode]) + 1)
-
-    def split(self, validation_fraction: float, seed: int) -> tuple[Int64[np.ndarray, "T"], Int64[np.ndarray, "V"]]:
-        """Return the episodes for training and for validation: see `split_episodes`."""
-        return split_episodes(len(self.lengths), validation_fraction, seed)
-
     def close(self) -> None:
-        """Stop reading ahead; frames can no longer be asked for."""
+        """Stop prefetching; frames can no longer be read."""
         if self.pixels is not None:
             self.pixels.close()
 
-    def __enter__(self) -> "StreamedFrames":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 class StreamedPixels:
-    """Frames by row: `pixels[rows]` reads the chunks they stand in."""
+    """Frames by row: `pixels[rows]` reads the chunks that hold them."""
 
     def __init__(self, dataset: EpisodeDataset, fingerprint: str, config: DataConfig) -> None:
         frame = dataset.spec.observation.pixels
@@ -126,7 +108,7 @@ class StreamedPixels:
         self._memory: OrderedDict[int, UInt8[np.ndarray, "n bytes"]] = OrderedDict()
         self._held = max(1, config.memory_mib * 2**20 // (self._length * self._size))
         self._change = threading.Condition()
-        self._queue: list[tuple[int, int]] = []  # priority (0: somebody waits), chunk
+        self._queue: list[tuple[int, int]] = []  # priority (0: requested), chunk
         self._pending: dict[int, Future[UInt8[np.ndarray, "n bytes"]]] = {}
         self._closed = threading.Event()
         self._warned = False
@@ -147,7 +129,7 @@ class StreamedPixels:
         Raises:
             IndexError: there is no such row.
             StorageError: the storage did not answer within `retry_seconds`.
-            DataError: a frame does not decode, however often it is read.
+            DataError: a frame does not decode, after several attempts.
         """
         wanted = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
         if wanted.size and not -len(self) <= wanted.min() <= wanted.max() < len(self):
@@ -162,22 +144,22 @@ class StreamedPixels:
             part = slice(bounds[index], bounds[index + 1])
             if not self._local(chunk, unique[part] - chunk * self._length, out[part]):
                 missing.append((part, chunk))
-        # Asked for a few at a time: as many chunks as the threads can bring, and no more, wait in memory.
+        # Requested a few at a time: no more chunks wait in memory than the threads can fetch.
         ahead = 2 * len(self._threads)
         waiting = [self._ask(chunk) for _, chunk in missing[:ahead]]
         for index, (part, chunk) in enumerate(missing):
             content = waiting[index].result()
             out[part] = content[unique[part] - chunk * self._length]
-            waiting[index] = Future()  # lets the chunk go
+            waiting[index] = Future()  # releases the chunk
             if index + ahead < len(missing):
                 waiting.append(self._ask(missing[index + ahead][1]))
         same = len(unique) == len(flat) and np.array_equal(unique, flat)
         return (out if same else out[inverse.reshape(-1)]).reshape(*wanted.shape, *self.shape[1:])
 
     def expect(self, spans: Int64[np.ndarray, "S 2"]) -> None:
-        """Read the chunks of these rows (first and last of each span) next, and leave what was to be read ahead.
+        """Prefetch the chunks of these rows (first and last of each span) instead of those queued before.
 
-        What exceeds the cache is left out, with a warning.
+        Chunks beyond the size of the cache are left out, with a warning.
         """
         runs = [np.arange(first // self._length, last // self._length + 1) for first, last in spans.tolist()]
         chunks, places = np.unique(np.concatenate([np.zeros(0, np.int64), *runs]), return_index=True)
@@ -186,8 +168,8 @@ class StreamedPixels:
         if len(chunks) > fit and not self._warned:
             self._warned = True
             _log.warning(
-                "what is drawn from next is %d chunks of %.3g MiB, and the cache holds %d: chunks are read more than "
-                "once. Raise data.cache_gib (or data.memory_mib where there is no disk cache), or lower "
+                "the next draws need %d chunks of %.3g MiB, and the cache holds %d: chunks are read more than once. "
+                "Raise data.cache_gib (or data.memory_mib where there is no disk cache), or lower "
                 "training.pool_windows",
                 len(chunks),
                 self._length * self._size / 2**20,
@@ -195,13 +177,13 @@ class StreamedPixels:
             )
         ahead = self._ranks_apart(chunks[:fit].tolist())
         with self._change:
-            waited_for = [entry for entry in self._queue if entry[0] == 0]
-            self._queue = waited_for + [(1 + place, chunk) for place, chunk in enumerate(ahead)]
+            requested = [entry for entry in self._queue if entry[0] == 0]
+            self._queue = requested + [(1 + place, chunk) for place, chunk in enumerate(ahead)]
             heapq.heapify(self._queue)
             self._change.notify_all()
 
     def close(self) -> None:
-        """Stop the threads; who waits for a chunk gets a `StorageError`."""
+        """Stop the threads; a pending read raises `StorageError`."""
         with self._change:
             self._closed.set()
             self._change.notify_all()
@@ -224,19 +206,19 @@ class StreamedPixels:
             return None
 
     def _plan_ahead(self) -> None:
-        """Queue the chunks that fit the disk."""
+        """Queue the chunks that fit on the disk."""
         if self._disk is not None:
-            # The position is the priority, after all that somebody waits for.
+            # The position is the priority, after all requested chunks.
             chunks = list(range(min(self._chunks, self._fit())))
             self._queue = [(1 + place, chunk) for place, chunk in enumerate(self._ranks_apart(chunks))]
 
     def _fit(self) -> int:
-        """Return how many chunks the cache holds at the least: the disk's drops an eighth more than it must."""
+        """Return how many chunks the cache holds at least: eviction on disk drops an eighth more than it must."""
         disk = self._disk
         return self._held if disk is None else int(disk.budget * 7 / 8) // (self._length * self._size)
 
     def _ranks_apart(self, chunks: list[int]) -> list[int]:
-        """Return the chunks from another one on for each rank of this machine, which share the cache."""
+        """Rotate the chunks by the local rank, because the ranks of this machine share the cache."""
         ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         first = len(chunks) * (int(os.environ.get("LOCAL_RANK", "0")) % ranks) // ranks
         return chunks[first:] + chunks[:first]
@@ -283,14 +265,14 @@ class StreamedPixels:
             self._bring(chunk)
 
     def _bring(self, chunk: int) -> None:
-        """Fetch a chunk, keep it, and give it to who waits."""
+        """Fetch a chunk, store it, and hand it to the pending read."""
         future = self._pending.get(chunk)
         content: UInt8[np.ndarray, "n bytes"] | None = None
         failure: Exception | None = None
         try:
             content = self._fetch(chunk)
             self._keep(chunk, content)
-        except Exception as error:  # handed to who waits; what was read ahead is read again when it is asked for
+        except Exception as error:  # raised by the pending read; a prefetched chunk is read again on request
             _log.debug("chunk %d: %s", chunk, error)
             failure = error
         with self._change:
@@ -319,7 +301,7 @@ class StreamedPixels:
             try:
                 disk.write(chunk, content.reshape(-1))
             except (StorageError, OSError) as error:
-                _log.warning("the disk cache is given up: %s. Chunks are kept in memory, as far as it goes", error)
+                _log.warning("disk cache disabled: %s. Chunks are cached in memory, up to data.memory_mib", error)
                 with self._change:
                     self._disk = None
             else:

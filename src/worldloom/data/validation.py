@@ -1,4 +1,4 @@
-"""The whole truth about a dataset: everything that is wrong with it, and where."""
+"""Finds every problem in a dataset."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -13,18 +13,18 @@ from worldloom.core.errors import DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.types import Episode
 from worldloom.data import layout
-from worldloom.data.dataset import PATIENCE, decode_columns, open_table
+from worldloom.data.dataset import TIMEOUT, decode_columns, open_table
 from worldloom.data.layout import floats_of, lance_errors
-from worldloom.data.retries import answered, each_answered
+from worldloom.data.retries import each_with_timeout, with_timeout
 from worldloom.data.spec import DatasetSpec
 
 _RESTORE = "restore the dataset from a copy, or collect it again into another directory"
-_REPAIR = "repair the episode where it comes from, and write the dataset again"
+_REPAIR = "repair the episode at its source, and write the dataset again"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing that is wrong: where, what, and what to do about it."""
+    """One problem: where it is, what it is, and what to do about it."""
 
     where: str
     what: str
@@ -37,8 +37,8 @@ def validate(
     """Read every value of the latest version and return all problems found, in order.
 
     Raises:
-        StorageError: there is no dataset at `path`, or the storage does not answer.
-        DataError: it cannot be opened at all, or is of another version of the format.
+        StorageError: `path` holds no dataset, or the storage does not answer.
+        DataError: the dataset cannot be opened, or has another version of the format.
     """
     table = open_table(path, storage_options=storage_options)
     spec = layout.spec_of(table.schema, str(path))
@@ -46,7 +46,7 @@ def validate(
         what = f"the columns are {', '.join(table.schema.names)} and do not fit the dataset's spec"
         return [Problem(where=str(path), what=what, remedy=_RESTORE)]
     with lance_errors(str(path), "read"):
-        rows = answered(table.count_rows, str(path), PATIENCE)
+        rows = with_timeout(table.count_rows, str(path), TIMEOUT)
     problems: list[Problem] = []
     expected = 0
     seen: dict[str, int] = {}
@@ -61,7 +61,7 @@ def validate(
                 lost = f"episode {expected}" if number == expected + 1 else f"episodes {expected} to {number - 1}"
                 problems.append(Problem(where=lost, what=what, remedy=_RESTORE))
             elif number < expected:
-                what = f"its number does not follow {expected - 1}: two processes may have appended at once"
+                what = f"its number does not follow {expected - 1}: perhaps two processes appended at once"
                 problems.append(Problem(where=f"episode {number}", what=what, remedy=_REPAIR))
             expected = number + 1
             problems += _check(found, number, spec, seen)
@@ -70,12 +70,12 @@ def validate(
 
 
 def _episodes(table: Any, path: str) -> Iterator[pa.Table | Problem]:
-    """Yield the rows of each episode (runs of one number, cut at each step 0), or that a file is damaged."""
+    """Yield the rows of each episode (runs of one number, split at each step 0), or a problem for a damaged file."""
     rest: pa.Table | None = None
     for fragment in table.get_fragments():
         try:
             with lance_errors(path, "read"):
-                for batch in each_answered(iter(fragment.to_batches(batch_size=1024)), path, PATIENCE):
+                for batch in each_with_timeout(iter(fragment.to_batches(batch_size=1024)), path, TIMEOUT):
                     part = pa.Table.from_batches([batch])
                     rest = part if rest is None else pa.concat_tables([rest, part])
                     number, step = rest["episode"].to_numpy(), rest["step"].to_numpy()
@@ -95,7 +95,7 @@ def _episodes(table: Any, path: str) -> Iterator[pa.Table | Problem]:
 
 
 def _check(rows: pa.Table, number: int, spec: DatasetSpec, seen: dict[str, int]) -> list[Problem]:
-    """Return what is wrong with one episode; `seen` holds the digests of the arrays of those before."""
+    """Return the problems of one episode; `seen` holds the digests of the arrays of earlier episodes."""
     problems: list[Problem] = []
 
     def report(what: str, remedy: str = _REPAIR) -> None:
@@ -106,7 +106,7 @@ def _check(rows: pa.Table, number: int, spec: DatasetSpec, seen: dict[str, int])
     if len(missing):
         report(f"missing steps: {_some(missing)}", _RESTORE)
     elif not np.array_equal(steps, np.arange(len(rows))):
-        report("its steps are out of order or stand there twice")
+        report("its steps are out of order or repeated")
     if len(rows) < 2:
         report("it has one frame only; expected at least two")
     columns = decode_columns(rows, spec)
@@ -144,9 +144,9 @@ def _check(rows: pa.Table, number: int, spec: DatasetSpec, seen: dict[str, int])
         Episode(pixels=pixels, vector=columns.vector, actions=columns.actions[:-1], labels=columns.labels)
     )
     if layout.episode_digest(arrays, metadata) != rows["digest"][0].as_py():
-        report("it has changed since it was written: its digest does not fit", _RESTORE)
+        report("it has changed since it was written: its digest does not match", _RESTORE)
     if arrays in seen:
-        report(f"it is the same as episode {seen[arrays]}", "drop one of them, and check that their seeds differ")
+        report(f"it is the same as episode {seen[arrays]}", "remove one of them, and check that their seeds differ")
     seen.setdefault(arrays, number)
     return problems
 

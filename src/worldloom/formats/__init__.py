@@ -8,7 +8,6 @@ import pkgutil
 
 from worldloom.formats.conversion import ConversionReport, NoteGroup, convert, detect
 from worldloom.formats.format import FORMATS, Format, Note, ReadOptions, Sink, Source, WriteOptions
-from worldloom.formats.images import resize
 
 for _module in pkgutil.iter_modules(__path__):  # each registers its formats
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -25,5 +24,4 @@ __all__ = [
     "WriteOptions",
     "convert",
     "detect",
-    "resize",
 ]

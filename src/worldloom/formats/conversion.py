@@ -1,9 +1,10 @@
 """Carries episodes from one format to another: streaming, resumable, and with a report of what was not carried.
 
-The target holds the first n episodes that the source gives, at every moment; n is all that a resumed conversion has
-to know, as reading is deterministic. The journal beside the target (PATH.convert.jsonl) says how many episodes each
-source episode gave *before* they are written, so that a resumed conversion begins at the right one and only skips
-what is there already. It may lag behind or run ahead of the target by a kill: neither loses or repeats an episode.
+At every moment the target holds the first n episodes that the source gives. Reading is deterministic, so a resumed
+conversion needs to know only n. The journal beside the target (PATH.convert.jsonl) records how many episodes each
+source episode gave *before* they are written, so that a resumed conversion starts at the right source episode and skips
+only what the target holds. After a kill the journal may be behind or ahead of the target; neither loses or repeats an
+episode.
 """
 
 import json
@@ -26,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class NoteGroup:
-    """Notes that differ in numbers only: how many there are, and the first."""
+    """Notes that differ only in numbers: how many there are, and the first."""
 
     kind: str
     count: int
@@ -35,7 +36,7 @@ class NoteGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """What a conversion carried (in all its runs), and what it could not.
+    """What a conversion carried, in all its runs, and what it did not.
 
     `bytes` counts decoded arrays; `resumed` is the number of episodes that earlier runs had written, and `seconds`
     is the time of the last run.
@@ -54,7 +55,7 @@ class ConversionReport:
     notes: list[Note] = field(default_factory=list)
 
     def groups(self) -> list[NoteGroup]:
-        """Return the notes, grouped, in order of their first."""
+        """Return the groups of notes, in the order of their first notes."""
         groups: dict[tuple[str, str], list[Note]] = {}
         for note in self.notes:
             groups.setdefault((note.kind, re.sub(r"-?\d+(\.\d+)?", "#", note.what)), []).append(note)
@@ -66,11 +67,11 @@ class ConversionReport:
 
 
 def detect(path: Path) -> Format:
-    """Return the format that `path` is in.
+    """Return the format of the data at `path`.
 
     Raises:
-        StorageError: there is nothing at `path`.
-        DataError: no format fits, or several do; lists what was looked for.
+        StorageError: `path` does not exist.
+        DataError: no format fits, or several do; lists all formats.
     """
     if not path.exists():
         raise StorageError(f"{path} does not exist; check the path")
@@ -79,9 +80,9 @@ def detect(path: Path) -> Format:
         return found[0]
     if found:
         names = ", ".join(format.name for format in found)
-        raise DataError(f"{path} looks like several formats ({names}); say which one with --from FORMAT")
+        raise DataError(f"{path} looks like several formats ({names}); choose one with --from FORMAT")
     looked = "; ".join(f"{name}: {FORMATS[name].description}" for name in FORMATS)
-    raise DataError(f"{path} is in no known format. Looked for {looked}. Check the path, or give --from FORMAT")
+    raise DataError(f"{path} is in no known format. Known formats: {looked}. Check the path, or give --from FORMAT")
 
 
 def convert(
@@ -97,17 +98,17 @@ def convert(
     skip_damaged: bool = False,
     progress: Progress = SILENT,
 ) -> ConversionReport:
-    """Convert a dataset, one source episode at a time; run again to go on with what was broken off.
+    """Convert a dataset, one source episode at a time; a second call resumes an interrupted conversion.
 
-    The source's format is detected unless it is named; the target's is worldloom's own store by default. `episodes`
-    takes some source episodes only. The report is saved as PATH.conversion.json beside the target. A conversion that
-    is complete returns its report again. With `skip_damaged`, a source episode that cannot be read is left out with a
-    note that carries the error, instead of ending the conversion; it may be set when going on.
+    The source's format is detected unless `source_format` names it; the target's default is worldloom's own store.
+    `episodes` selects source episodes. The report is saved beside the target as PATH.conversion.json. A call for a
+    complete conversion returns its report. With `skip_damaged`, a source episode that cannot be read is left out, with
+    a note that holds the error, instead of ending the conversion; a resumed conversion may set it too.
 
     Raises:
-        DataError: the source is damaged, the target is of another conversion, or (without `resume`) is there.
-        ConfigError: an option or a name of a format is wrong.
-        StorageError: the disk is full; what was written is kept.
+        DataError: the source is damaged, or the target belongs to another conversion or (without `resume`) exists.
+        ConfigError: an option or the name of a format is wrong.
+        StorageError: the disk is full; written episodes are kept.
     """
     start = time.perf_counter()
     source_path, target_path = Path(source_path), Path(target_path)
@@ -163,7 +164,7 @@ def convert(
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """What one source episode gave."""
+    """What one source episode gave, as a line of the journal."""
 
     index: int
     episodes: int
@@ -175,7 +176,7 @@ class _Entry:
 def _carry(
     source: Source, sink: Sink, indices: range, skip: int, journal: "_Journal", skip_damaged: bool, task: ProgressTask
 ) -> Iterator[_Entry]:
-    """Write what the source gives, but for the first `skip` episodes, which are there."""
+    """Write what the source gives, except the first `skip` episodes, which the target holds already."""
     frames = 0
     for index in indices:
         entry = _carry_one(source, sink, index, skip, journal, skip_damaged)
@@ -184,7 +185,7 @@ def _carry(
         task.advance(1, frames=float(frames))
         yield entry
     if skip:
-        raise DataError(f"the target holds {skip} episodes more than the source gives; choose another path")
+        raise DataError(f"the target holds {skip} more episodes than the source gives; choose another path")
 
 
 def _carry_one(source: Source, sink: Sink, index: int, skip: int, journal: "_Journal", skip_damaged: bool) -> _Entry:
@@ -212,7 +213,7 @@ def _carry_one(source: Source, sink: Sink, index: int, skip: int, journal: "_Jou
 
 
 class _Journal:
-    """The lines beside a target: first what is converted and how, then one for each source episode."""
+    """A file of lines beside a target: first what is converted and how, then a line for each source episode."""
 
     def __init__(self, target: Path, identity: dict[str, Any]) -> None:
         self._target, self._identity = target, identity
@@ -220,7 +221,7 @@ class _Journal:
         self._report = target.with_name(f"{target.name}.conversion.json")
 
     def finished(self) -> ConversionReport | None:
-        """Return the report of a conversion that is complete."""
+        """Return the report of a complete conversion."""
         if not (self._report.exists() and self._target.exists()):
             return None
         saved = read_json(self._report)
@@ -230,17 +231,17 @@ class _Journal:
         return ConversionReport(**values, notes=[Note(**note) for note in saved["report"]["notes"]])
 
     def begin(self, written: int, indices: range) -> list[_Entry]:
-        """Return what is known of the source episodes that the target's `written` episodes hold whole.
+        """Return the lines of the source episodes that are complete in the target, which holds `written` episodes.
 
-        Lines of later ones are forgotten: they are read again.
+        Later lines are dropped, because their source episodes are read again.
         """
         lines = self._lines()
         kept: list[_Entry] = []
         if written:
             if not lines:
                 raise DataError(
-                    f"{self._target} holds {written} episodes that no conversion known here has written ({self._path} "
-                    f"is missing); choose another path"
+                    f"{self._target} holds {written} episodes of an unknown conversion ({self._path} is missing); "
+                    f"choose another path"
                 )
             self._expect_same(lines[0])
             total = 0
@@ -260,12 +261,12 @@ class _Journal:
             file.write(json.dumps(asdict(entry)) + "\n")
 
     def finish(self, report: ConversionReport) -> None:
-        """Save the report; the journal has done its work."""
+        """Save the report, and delete the journal."""
         write_json(self._report, {"identity": self._identity, "report": report.to_json()})
         self._path.unlink(missing_ok=True)
 
     def _lines(self) -> list[dict[str, Any]]:
-        """Return the whole lines; a kill may have torn the last."""
+        """Return the complete lines; a kill may have cut the last one."""
         if not self._path.exists():
             return []
         lines = []
@@ -286,8 +287,8 @@ class _Journal:
         ]
         if differences:
             raise DataError(
-                f"{self._target} is of another conversion: {'; '.join(differences)}. Give the same source and options "
-                f"to go on with it, or another target (a source whose files have changed is another source)"
+                f"{self._target} belongs to another conversion: {'; '.join(differences)}. Give the same source and "
+                f"options to resume it, or another target (a source whose files have changed is another source)"
             )
 
 
@@ -295,7 +296,7 @@ def _indices(episodes: range | None, count: int, path: Path) -> range:
     if episodes is None:
         return range(count)
     if episodes.step < 1 or (len(episodes) and not (episodes[0] >= 0 and episodes[-1] < count)):
-        raise ConfigError(f"{path} holds {count} episodes; {episodes} are asked for")
+        raise ConfigError(f"{path} holds {count} episodes; got {episodes}. Give a range within 0 to {count}")
     return episodes
 
 

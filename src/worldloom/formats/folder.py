@@ -20,7 +20,7 @@ from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.files import read_json, storage_errors, write_json
 from worldloom.core.registry import nearest
 from worldloom.core.types import Episode
-from worldloom.data import DatasetSpec, float_lists, metadata_json
+from worldloom.data import DatasetSpec, float_lists, metadata_json, to_rgb
 from worldloom.formats.arrow import is_binary, is_number, is_text, numbers, table_errors, write_parquet
 from worldloom.formats.format import (
     FORMATS,
@@ -37,7 +37,6 @@ from worldloom.formats.format import (
     spec_values,
     with_last_action,
 )
-from worldloom.formats.images import rgb
 from worldloom.formats.timebase import AlignedSteps, Log, aligned_episodes, by_count
 from worldloom.formats.video import LOSSY_CODEC, VIDEO_SUFFIXES, frame_shape, frame_times, read_frames, write_video
 
@@ -49,7 +48,7 @@ _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
 @dataclass(frozen=True, kw_only=True)
 class _Roles:
-    """Which columns of the tables are what, in order."""
+    """The names of the columns for each role, in order."""
 
     timestamp: str | None
     action: list[str]
@@ -59,7 +58,7 @@ class _Roles:
 
 
 class FolderSource(FileSource):
-    """Episodes are names; one without its video or its table gives a note and no episode."""
+    """An episode is a name; a name without its video or its table gives a note and no episode."""
 
     def __init__(self, path: Path, options: ReadOptions) -> None:
         refuse(options, ["camera"] if options.camera != NO_CAMERA else [], "a folder holds one video an episode")
@@ -181,7 +180,7 @@ class FolderSource(FileSource):
         if len(finite) and (finite.min() > camera[-1] + 1.0 or finite.max() < -1.0):
             what = (
                 f"{video}: the log runs from {finite[0]:.6f} s and the video from 0 to {camera[-1]:.3f} s, so they "
-                f"have no moment in common; the video is taken to begin with the first row."
+                f"do not overlap; the video is assumed to begin with the first row."
             )
             self.note("repaired", what, index)
             times = times - finite[0]
@@ -283,7 +282,7 @@ class FolderSink(FileSink):
         (episode,), options = episodes, self.options
         if episode.pixels is not None:
             video = self.path / f"{self.saved:06d}{'.mkv' if options.lossless else '.mp4'}"
-            write_video(video, rgb(episode.pixels), fps=options.fps, crf=options.crf, lossless=options.lossless)
+            write_video(video, to_rgb(episode.pixels), fps=options.fps, crf=options.crf, lossless=options.lossless)
         columns: dict[str, Any] = {"timestamp": pa.array(np.arange(episode.steps + 1) / options.fps)}
         columns["action"] = float_lists(with_last_action(episode))
         if episode.vector is not None:
@@ -293,7 +292,7 @@ class FolderSink(FileSink):
         write_parquet(self._table(self.saved), table)
 
     def complete(self) -> None:
-        """Write `worldloom.json`: bounds, sizes and where the data is from."""
+        """Write `worldloom.json`, which holds the spec."""
         write_json(self.path / OWN_FILE, spec_values(self.spec))
 
 
@@ -324,7 +323,7 @@ def _files(path: Path, suffixes: Sequence[str]) -> Mapping[str, Path]:
         for file in sorted(path.iterdir()):
             if file.suffix.lower() in suffixes and not file.name.startswith("."):
                 if file.stem in found:
-                    raise DataError(f"{path} holds both {found[file.stem].name} and {file.name}; leave one of them")
+                    raise DataError(f"{path} holds both {found[file.stem].name} and {file.name}; remove one of them")
                 found[file.stem] = file
     return found
 

@@ -23,8 +23,7 @@ from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.files import storage_errors
 from worldloom.core.registry import Registry, nearest
 from worldloom.core.types import ActionSpec, Episode, ObservationSpec
-from worldloom.data import DatasetSpec, check_episode
-from worldloom.formats.images import resize
+from worldloom.data import DatasetSpec, check_episode, resize
 
 NO_CAMERA = "none"  # as `ReadOptions.camera`: leave the pixels out
 CLOCK = ("rate", "actions", "gap")  # options for data with timestamps

@@ -49,7 +49,7 @@ def hdf5_errors(path: Path) -> Iterator[None]:
                 f"{path} is compressed with a filter that is not installed; run: pip install hdf5plugin"
             ) from error
         raise DataError(
-            f"{path} is damaged or no whole HDF5 file ({text}): it may be half written or cut. Restore it from a copy"
+            f"{path} is damaged or not a whole HDF5 file ({text}): it may be cut. Restore it from a copy"
         ) from error
 
 

@@ -16,9 +16,9 @@ from jaxtyping import Float32, Float64, Int64, UInt8
 from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import read_json, storage_errors
 from worldloom.core.types import Episode
+from worldloom.data import decode_picture, resize, to_rgb
 from worldloom.formats.arrow import is_list, is_number, table_errors
 from worldloom.formats.format import FORMATS, Contents, FileSource, Format, ReadOptions, chosen, natural
-from worldloom.formats.images import decode_picture, resize, rgb
 from worldloom.formats.lerobot_layout import (
     COUNTERS,
     INFO,
@@ -281,7 +281,7 @@ class LeRobotSource(FileSource):
                 file = inside(self.path, str(value["path"]), self.path / INFO)
                 with storage_errors(file):
                     content = file.read_bytes()
-            picture = resize(rgb(decode_picture(content, what))[None], self.options.size)[0]
+            picture = resize(to_rgb(decode_picture(content, what))[None], self.options.size)[0]
             if pictures and picture.shape != pictures[0].shape:
                 raise DataError(
                     f"{what} has shape {picture.shape} and those before {pictures[0].shape}. Give one size for all "

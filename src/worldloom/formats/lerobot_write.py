@@ -16,10 +16,9 @@ import pyarrow.parquet as pq
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.files import read_json, storage_errors, write_json, write_text
 from worldloom.core.types import Episode
-from worldloom.data import DatasetSpec, float_lists, metadata_json
+from worldloom.data import DatasetSpec, encode_picture, float_lists, metadata_json, to_rgb
 from worldloom.formats.arrow import table_errors, write_parquet
 from worldloom.formats.format import FileSink, WriteOptions, spec_values, with_last_action
-from worldloom.formats.images import encode_picture, rgb
 from worldloom.formats.lerobot_layout import (
     ACTION,
     CAMERA,
@@ -140,7 +139,7 @@ class LeRobotSink(FileSink):
         for name, column in counters.items():
             columns[name], stats[name] = pa.array(column), _describe(column[:, None])
         if episode.pixels is not None:
-            frames = rgb(episode.pixels)
+            frames = to_rgb(episode.pixels)
             stats[CAMERA] = _describe_pixels(frames)
             if self.lossless:
                 columns[CAMERA] = pa.array(
@@ -182,7 +181,7 @@ class LeRobotSink(FileSink):
 
     def write_video(self, file: Path, episodes: list[Episode]) -> None:
         """Write one video of the episodes, one after the other."""
-        frames = np.concatenate([rgb(episode.pixels) for episode in episodes if episode.pixels is not None])
+        frames = np.concatenate([to_rgb(episode.pixels) for episode in episodes if episode.pixels is not None])
         write_video(file, frames, fps=float(self.fps), crf=self.options.crf, lossless=False)
 
 

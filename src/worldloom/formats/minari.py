@@ -15,7 +15,7 @@ import numpy as np
 from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import read_json, storage_errors, write_json
 from worldloom.core.types import Episode
-from worldloom.data import metadata_json
+from worldloom.data import decode_picture, metadata_json
 from worldloom.formats.format import FORMATS, Bounds, Contents, Format, chosen, flat, natural, spec_in, two_axes
 from worldloom.formats.hdf5 import (
     OWN,
@@ -28,14 +28,13 @@ from worldloom.formats.hdf5 import (
     own_attribute,
     own_metadata,
 )
-from worldloom.formats.images import decode_picture
 
 METADATA, MAIN = "metadata.json", "main_data.hdf5"
 VERSION = "0.5.4"  # of the library whose layout is written
-_ALONE = "observation"  # the name of an observation that is no dictionary
+_ALONE = "observation"  # the name of an observation that is not a dictionary
 SCORES = "scores"  # our scores of choices, where they are not one-hot
 _LEAST = 32  # height and width from which unsigned bytes without channels are a picture
-_MOST = 4096  # values of an observation that is no picture
+_MOST = 4096  # values of an observation that is not a picture
 
 
 class MinariSource(Hdf5Source):
@@ -86,7 +85,8 @@ class MinariSource(Hdf5Source):
             self._jpeg = stored is not None and len(stored.shape) <= len(shape)
         if self._jpeg:
             self.note(
-                "info", f"{where}: the pictures were stored as JPEG, so they differ from what the simulator drew."
+                "info",
+                f"{where}: the pictures were stored as JPEG, so they differ slightly from what the simulator drew.",
             )
         self._action = self._space("action_space")
         size = _size(self._action)
@@ -129,7 +129,7 @@ class MinariSource(Hdf5Source):
         if not isinstance(space, dict):
             raise DataError(
                 f"{self.path / METADATA} states no {name}; a dataset that only names its environment cannot be "
-                f"read without it. Open it with minari, and save it with its spaces"
+                f"read without that environment. Open it with minari, and save it with its spaces"
             )
         return space
 
@@ -326,10 +326,10 @@ def _data(path: Path) -> Path:
 def _read_metadata(path: Path) -> dict[str, Any]:
     metadata = read_json(path / METADATA)
     if not isinstance(metadata, dict) or "data_format" not in metadata:
-        raise DataError(f"{path / METADATA} is no metadata of Minari (it has no data_format); check the path")
+        raise DataError(f"{path / METADATA} is not metadata of Minari (it has no data_format); check the path")
     if metadata["data_format"] != "hdf5":
         raise DataError(
-            f"{path} is stored as {metadata['data_format']!r}; expected 'hdf5'. Open it with minari and save it so"
+            f"{path} is stored as {metadata['data_format']!r}; expected 'hdf5'. Save it as HDF5 with minari"
         )
     return metadata
 

@@ -124,7 +124,9 @@ class RobomimicSource(Hdf5Source):
                 size = self.spec.action.size
                 raise DataError(f"{where}/actions is {actions.dtype} of shape {actions.shape}; expected (T, {size})")
             if self._closing != ("next_obs" in group):
-                raise DataError(f"{where} differs from the first demo in having next_obs or not; convert them apart")
+                raise DataError(
+                    f"{where} has next_obs and the first demo has none, or the reverse; convert them separately"
+                )
             columns = {name: self._column(group, name, len(actions), where) for name in wanted}
             labels = {name: (group["labels"] if self._own else group)[name][()] for name in self._labels}
             stated = group.attrs.get("num_samples")

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from worldloom.core.errors import DataError
 from worldloom.core.types import Episode
-from worldloom.data import FORMAT, DatasetSpec, EpisodeDataset, MissingDataset, open_table
+from worldloom.data import FORMAT, DatasetSpec, EpisodeDataset, MissingDataset, open_table, resize
 from worldloom.formats.format import CLOCK, FORMATS, FileSink, FileSource, Format, ReadOptions, WriteOptions
-from worldloom.formats.images import resize
 
 
 class StoreSource(FileSource):

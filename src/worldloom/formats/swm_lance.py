@@ -14,7 +14,16 @@ import pyarrow as pa
 
 from worldloom.core.errors import DataError, WorldloomError
 from worldloom.core.types import Episode
-from worldloom.data import FORMAT, DatasetSpec, float_lists, lance_errors, open_table
+from worldloom.data import (
+    FORMAT,
+    DatasetSpec,
+    decode_picture,
+    encode_picture,
+    float_lists,
+    lance_errors,
+    open_table,
+    resize,
+)
 from worldloom.formats.arrow import is_binary, is_number, is_text, numbers
 from worldloom.formats.format import (
     CLOCK,
@@ -27,7 +36,6 @@ from worldloom.formats.format import (
     only_one,
     with_last_action,
 )
-from worldloom.formats.images import decode_picture, encode_picture, resize
 from worldloom.formats.swm_columns import ACTION, METADATA, PIXELS, RESERVED, VECTOR, choose_columns, metadata_column
 
 EPISODE, STEP = "episode_idx", "step_idx"
@@ -248,7 +256,7 @@ def _tables(path: Path) -> list[Path]:
 
 
 def _width(kind: pa.DataType) -> int:
-    """Return how many numbers a row of a column holds; 0 for what is no list of them, nor a number."""
+    """Return how many numbers a row of a column holds; 0 where they are neither numbers nor lists of one length."""
     if pa.types.is_fixed_size_list(kind):
         return int(kind.list_size) if is_number(kind.value_type) else 0
     return int(is_number(kind))

@@ -1,8 +1,8 @@
 """Brings a camera and a log of actions, each with its own clock rate, to one time base.
 
-Times are seconds on one clock. A *row* of the log is in force from its stamp to the next one's, and the last for one
-median period. A stamp that follows a frame within a tenth of the shorter median period counts as at the frame: video
-rounds its times.
+Times are seconds on one clock. A *row* of the log is in force from its timestamp to the next row's; the last row is in
+force for one median period. A timestamp that follows a frame within a tenth of the shorter median period counts as at
+the frame, because video files round their times.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ STEADY = 1.5  # the longest period over the shortest, above which a rate is call
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AlignedSteps:
-    """An unbroken stretch of N steps: which camera frame, and which row of the log, stands at each, and when.
+    """An unbroken stretch of N steps: the camera frame, the row of the log and the time of each.
 
     `actions[k]` leaves frame k.
     """
@@ -106,16 +106,17 @@ def align(
     until: float | None = None,
     episode: int | None = None,
 ) -> tuple[list[AlignedSteps], list[Note]]:
-    """Return the stretches of an episode, in order, and what was left out, repaired or is worth knowing.
+    """Return the stretches of an episode, in order, and notes of what was left out or repaired, or is irregular.
 
-    The steps are the camera's frames, or come `rate` times a second from the first one on, each with the frame
-    nearest in time. "hold" takes the action in force at a frame; "mean" the mean, over time, of those in force until
-    the next frame, so that velocities add up to the same way. A gap longer than `gap` median periods, of frames or of
-    rows, ends a stretch. The last row is in force for one median period, or `until` that time. Frames where no row is
-    in force are left out; but one may close the last action, unless rows hold what is `observed` at a frame too.
+    A step is a frame of the camera; with `rate`, steps follow the first frame `rate` times a second, each with the
+    frame nearest in time. "hold" takes the action in force at a frame; "mean" averages over time the actions in force
+    until the next frame, so that velocities add up to the same distance. A gap longer than `gap` median periods, of
+    frames or of rows, ends a stretch. The last row is in force for one median period, or `until` that time. Frames
+    where no row is in force are left out, except one that may close the last action, unless rows also hold what is
+    `observed` at a frame.
 
     Raises:
-        DataError: a stamp is not finite or goes back, and that is not one repeated or swapped stamp.
+        DataError: a timestamp is not finite or goes backwards, other than one repeated or swapped timestamp.
     """
     kept_frames, notes = _increasing(frame_times, f"{where}: the camera", episode)
     kept_rows, more = _increasing(row_times, f"{where}: the log", episode)
@@ -151,7 +152,10 @@ def align(
                 continue
             repeated = int((np.diff(frames) == 0).sum())
             if repeated:
-                note("info", f"{repeated} of {len(times)} steps repeat a frame, as the camera is slower than the rate")
+                note(
+                    "info",
+                    f"{repeated} of {len(times)} steps repeat a frame, because the camera is slower than the rate",
+                )
             held = np.maximum(np.searchsorted(log[rows], times + slack, side="right") - 1, 0)
             used, span = len(np.unique(held)), held[-1] - held[0] + 1
             if how == "hold" and used < 0.9 * (span - 1):
@@ -169,7 +173,7 @@ def align(
     before, after = int((log < camera[0] - slack).sum()), int((log > camera[-1] + slack).sum())
     outside = max(before - 1, 0) + after  # the last row before the first frame is in force at it
     if outside and stretches:
-        note("dropped", f"{outside} of {len(log)} rows are left out: they lie before or after the video")
+        note("dropped", f"{outside} of {len(log)} rows are left out: they are before or after the video")
     return stretches, notes
 
 
@@ -177,19 +181,19 @@ def by_count(frames: int, rows: int, where: str) -> None:
     """Check a video whose log has no timestamps: as many rows as frames, or one fewer (the last frame closes).
 
     Raises:
-        DataError: any other difference, where nobody can say which row belongs to which frame.
+        DataError: any other difference, because then it is unknown which row belongs to which frame.
     """
     if frames - rows not in (0, 1):
         raise DataError(
             f"{where}: the video has {frames} frames and the log {rows} rows without timestamps; expected as many rows "
-            f"as frames, or one fewer. Add a column of timestamps, or cut what does not belong"
+            f"as frames, or one fewer. Add a column of timestamps, or remove the surplus"
         )
 
 
 def _increasing(
     times: Float64[np.ndarray, "n"], what: str, episode: int | None
 ) -> tuple[Int64[np.ndarray, "m"], list[Note]]:
-    """Return which stamps to keep so that they increase: all, or all but one."""
+    """Return which timestamps are increasing: all, or all but one, with a note."""
     everything = np.arange(len(times))
     if not np.isfinite(times).all():
         row = int(np.flatnonzero(~np.isfinite(times))[0])
@@ -205,13 +209,13 @@ def _increasing(
             return kept, [Note(kind="dropped", what=sentence, episode=episode)]
     raise DataError(
         f"{what} has timestamps that go backwards {len(falls)} times, first from {times[fall]:.6f} s in row {fall} to "
-        f"{times[fall + 1]:.6f} s in row {fall + 1}; only one repeated or swapped stamp can be repaired. Sort the "
+        f"{times[fall + 1]:.6f} s in row {fall + 1}; only one repeated or swapped timestamp can be repaired. Sort the "
         f"rows, or cut them into several episodes"
     )
 
 
 def _irregular(clock: str, times: Float64[np.ndarray, "n"], gap: float) -> list[str]:
-    """Return what is worth knowing about a clock: that its rate varies, and its gaps."""
+    """Return sentences about what is irregular in a clock: a rate that varies, and gaps."""
     periods = np.diff(times)
     if not len(periods):
         return []
@@ -253,7 +257,7 @@ def _mean(
     held: Int64[np.ndarray, "N"],
 ) -> Float32[np.ndarray, "N-1 A"]:
     """Return the mean over time of the held actions between consecutive times."""
-    edges = np.maximum(times, row_times[held]) - row_times[0]  # a stamp within the slack counts as at the frame
+    edges = np.maximum(times, row_times[held]) - row_times[0]  # a timestamp within the slack counts as at the frame
     knots = np.append(row_times - row_times[0], max(edges[-1], row_times[-1] - row_times[0]) + 1.0)
     areas = np.cumsum(np.diff(knots)[:, None] * actions.astype(np.float64), axis=0)
     areas = np.concatenate([np.zeros((1, actions.shape[1])), areas])

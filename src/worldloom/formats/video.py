@@ -11,7 +11,7 @@ from jaxtyping import Float64, Int64, UInt8
 
 from worldloom.core.errors import DataError
 from worldloom.core.files import write_atomic
-from worldloom.formats.images import resize
+from worldloom.data import resize
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm")
 LOSSY_CODEC = "H.264 at crf {crf}"  # of `write_video`

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int64, UInt8
 from torch import Tensor
 
+from worldloom.core.closing import Closing
 from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import exclusive_lock, storage_errors
 from worldloom.core.progress import SILENT, Progress
@@ -55,7 +55,7 @@ class Forgotten:
     forgotten: int
 
 
-class EpisodicMemory:
+class EpisodicMemory(Closing):
     """Memories of one model in a directory: one process writes at a time, any number read beside it.
 
     A reader sees what there was when it was opened or refreshed; its view holds for at least ten minutes after.
@@ -125,14 +125,6 @@ class EpisodicMemory:
                 self._journal.close()
                 self._journal = None
             self._release.close()
-
-    def __enter__(self) -> "EpisodicMemory":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __len__(self) -> int:
         return int(self._table.count_rows()) + self.pending

@@ -16,7 +16,7 @@ from pydantic import Field
 from worldloom.core.config import Config
 from worldloom.core.errors import CheckpointError, DataError
 from worldloom.core.types import ModelSpec, ObservationSpec
-from worldloom.data import compress_frames, float_list, float_lists, floats_of, lance_errors
+from worldloom.data import compress_frames, float_list, float_lists, floats_of, lance_errors, resize
 
 FORMAT = "worldloom.memory"
 VERSION = 1
@@ -257,8 +257,6 @@ class Where:
 
 def kept_frames(pixels: UInt8[np.ndarray, "M H W C"], spec: MemorySpec) -> pa.Array:
     """Return frames as they are kept: whole or as thumbnails, compressed."""
-    from worldloom.formats import resize
-
     assert spec.frame_shape is not None
     return compress_frames(resize(pixels, spec.frame_shape[:2]))
 

@@ -107,11 +107,11 @@ def pair() -> Iterator[tuple[Connection, socket.socket]]:
     [
         (b"GET / HTTP/1.1\r\n\r\n", "begin with b'WLNK'; got bytes b'GET '"),
         (PREFIX.pack(b"WLNK", 2, 0, 2, 0) + b"{}", "got version 2"),
-        (PREFIX.pack(b"WLNK", 1, 0, wire.HEADER_LIMIT + 1, 0), f"at most {wire.HEADER_LIMIT}"),
+        (PREFIX.pack(b"WLNK", 1, 0, wire.HEADER_LIMIT + 1, 0), f"the limits are {wire.HEADER_LIMIT}"),
         (PREFIX.pack(b"WLNK", 1, 0, 2, 2**32 - 1), "a body of 4294967295"),
         (PREFIX.pack(b"WLNK", 1, 0, 2, 0) + b"{}", "cannot be read"),
-        (encode(WireMessage(type="x", arrays={"a": np.zeros(9, np.uint8)}))[:-1], "half a message came"),
-        (b"WL", "half a message came"),
+        (encode(WireMessage(type="x", arrays={"a": np.zeros(9, np.uint8)}))[:-1], "a message is incomplete"),
+        (b"WL", "a message is incomplete"),
     ],
 )
 def test_what_is_no_message_is_said(pair: tuple[Connection, socket.socket], data: bytes, message: str) -> None:
@@ -137,7 +137,7 @@ def test_an_end_in_the_middle_is_said_and_pieces_are_put_together(pair: tuple[Co
 
 def test_a_peer_that_takes_nothing_does_not_hold_up_the_sender(pair: tuple[Connection, socket.socket]) -> None:
     connection, _ = pair
-    with pytest.raises(LinkError, match="took nothing"):
+    with pytest.raises(LinkError, match="accepted nothing"):
         connection.send(WireMessage(type="x", arrays={"a": np.zeros(2**24, np.uint8)}), timeout=0.1)
 
 
@@ -207,13 +207,13 @@ def test_the_newest_observation_wins_and_the_rest_is_counted(hand: Hand) -> None
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda hand: hand.observe(1, [1.0, 2.0, 3.0]), "a vector of 3; the plant said"),
+        (lambda hand: hand.observe(1, [1.0, 2.0, 3.0]), "a vector of 3; the plant announced"),
         (lambda hand: hand.observe(1, [np.nan, 2.0]), "is not finite"),
-        (lambda hand: hand.observe("one", [1.0, 2.0]), "lacks its number or its time"),
+        (lambda hand: hand.observe("one", [1.0, 2.0]), "has no valid number or time"),
         (lambda hand: hand.connection.send(WireMessage(type="error", fields={"message": "motor hot"})), "motor hot"),
-        (lambda hand: hand.connection.send(WireMessage(type="bye")), "said goodbye"),
+        (lambda hand: hand.connection.send(WireMessage(type="bye")), "ended the session"),
         (lambda hand: hand.connection.close(), "closed the connection|the connection broke"),
-        (lambda hand: None, "silent for 1 s"),
+        (lambda hand: None, "sent nothing for 1 s"),
     ],
 )
 def test_a_broken_plant_is_an_error_and_no_hang(hand: Hand, spoil: Callable[[Hand], object], message: str) -> None:
@@ -430,10 +430,10 @@ def test_methods_are_evaluated_on_a_plant(plant_process: str) -> None:
 
 
 def test_an_environment_that_nobody_answers_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="and not both"):
+    with pytest.raises(ConfigError, match="give either a plant"):
         LinkEnv()
     hand = Hand(tmp_path / "s")
     env = LinkEnv(link=hand.link, reset_timeout=0.05)
-    with pytest.raises(EnvironmentFailure, match=r"no observation came within 0.05 s"):
+    with pytest.raises(EnvironmentFailure, match=r"no observation arrived within 0.05 s"):
         env.reset(seed=0)
     hand.close()

@@ -174,7 +174,7 @@ def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
             EpisodicMemory.open(tmp_path / "m", spec=SPEC, writable=True)
         with (
             EpisodicMemory.open(tmp_path / "m", spec=SPEC) as reader,
-            pytest.raises(StorageError, match="open to read"),
+            pytest.raises(StorageError, match="open for reading"),
         ):
             fill(reader, 1)
     EpisodicMemory.open(tmp_path / "m", spec=SPEC, writable=True).close()
@@ -402,10 +402,10 @@ def test_damage_is_told_and_what_is_whole_stays(tmp_path: Path) -> None:
     journal.write_bytes(whole)
     (data,) = (path / "records.lance" / "data").glob("*.lance")
     data.write_bytes(data.read_bytes()[:-40])
-    with pytest.raises(DataError, match=r"is damaged.*begin a new memory"):
+    with pytest.raises(DataError, match=r"is damaged.*create a new memory"):
         EpisodicMemory.open(path, spec=SPEC).read()
     lance.write_dataset(pa.table({"id": [1]}), tmp_path / "other" / "records.lance")
-    with pytest.raises(DataError, match="no memory of worldloom"):
+    with pytest.raises(DataError, match="not a worldloom memory"):
         EpisodicMemory.open(tmp_path / "other", spec=SPEC)
 
 

@@ -115,7 +115,7 @@ def test_the_page_says_what_was_found_and_how(results: Results) -> None:
     counts = f"{rows['far'].successes} of 32 (far), {rows['near'].successes} of 32 (near)"
     assert f"Homing reaches goals it was never trained for: {counts}" in text
     assert "still, the best baseline on the same data, in 0.0% (0.0 to 10.7%)" in text
-    assert "The intervals lie apart." in text
+    assert "The intervals do not overlap." in text
     for row in results.rows:
         low, high = row.overall.interval
         assert f"{100 * low:.1f} to {100 * high:.1f}%" in text
@@ -145,7 +145,7 @@ def test_a_difference_within_the_intervals_is_called_none(protocol: Protocol) ->
     assert "The intervals overlap" in close
     assert "A reaches goals it was never trained for: 12 of 20 (far)" in close
     apart = render_report(_flat_results(protocol, a=20, b=2), ReportData())
-    assert "The intervals lie apart" in apart
+    assert "The intervals do not overlap" in apart
     assert "No method reached a goal" in render_report(_flat_results(protocol, a=0), ReportData())
 
 

@@ -1,9 +1,9 @@
-"""A control loop on a plant's clock: one command a period, planned in time or else the declared safe one.
+"""A control loop on a plant's clock: one command a period, planned in time or else the declared safe action.
 
-Period k begins at start + k / rate by the monotonic clock, so that no error adds up. In it the loop takes the newest
-observation, lets the agent act in a thread of its own, and sends the action as soon as it is there. What is not there
-by the deadline is a *miss*: the safe action is sent, and the miss is counted and logged with its time and cause. A
-second thread, the watchdog, sends the safe action where the loop itself does not.
+Period k begins at start + k / rate on the monotonic clock, so errors do not accumulate. In each period the loop takes
+the newest observation, lets the agent act in another thread, and sends the action once it is ready. An action that is
+not ready by the deadline is a *miss*: the loop sends the safe action, and counts and logs the miss with its time and
+cause. A second thread, the watchdog, sends the safe action if the loop does not.
 """
 
 import logging
@@ -24,14 +24,14 @@ from worldloom.deploy.link import Link, LinkError, PlantReading
 
 _log = logging.getLogger(__name__)
 
-# The share of the time until an action is due that an agent is given to plan in: the rest is for handing it over.
+# The share of the time until an action is due in which an agent may plan; the rest is for sending the action.
 _PLANNING_SHARE = 0.8
 
 
 SafeAction = Literal["hold"] | Sequence[float] | Callable[[PlantReading | None], np.ndarray]
-"""What is sent where no plan is there in time: the last action again, a constant, or a function of the last reading.
+"""What is sent when no plan is ready in time: the last action, a constant, or a function of the last reading.
 
-The function is called once a period, before the planning, and must return at once.
+The function is called once a period, before planning, and must return at once.
 """
 
 Late = Literal["discard", "use if fresh"]
@@ -40,7 +40,7 @@ Command = Literal["agent", "late", "safe", "watchdog"]
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """When each period begins and its action is due, in seconds of the monotonic clock."""
+    """When each period begins and when its action is due, in seconds of the monotonic clock."""
 
     start: float
     period: float
@@ -57,13 +57,13 @@ class Schedule:
     def at(self, now: float) -> int:
         """Return the period that contains a moment."""
         number = int((now - self.start) // self.period)
-        # Rounding may put the very beginning of a period into the one before.
+        # Rounding may put the beginning of a period into the previous one.
         return number + 1 if self.begins(number + 1) <= now else number
 
 
 @dataclass(frozen=True, kw_only=True)
 class Miss:
-    """A period whose action did not come by its deadline; `seconds` since the start of the loop."""
+    """A period whose action was not ready by its deadline; `seconds` since the start of the loop."""
 
     period: int
     seconds: float
@@ -85,7 +85,7 @@ class Period:
 
 @dataclass(kw_only=True)
 class ControlReport:
-    """What a control loop did; `to_json` for the figures."""
+    """What a control loop did; `to_json` gives the figures."""
 
     rate: float
     deadline: float
@@ -95,16 +95,16 @@ class ControlReport:
     misses: list[Miss] = field(default_factory=list)
     plans: list[float] = field(default_factory=list)  # seconds that each call of the agent took
     watchdog: list[tuple[int, float]] = field(default_factory=list)  # period, seconds after the deadline
-    stale: list[int] = field(default_factory=list)  # periods that acted on an observation used before
+    stale: list[int] = field(default_factory=list)  # periods that acted on an observation of an earlier period
     skipped: list[int] = field(default_factory=list)  # observations that no period took
-    unanswered: int = 0  # periods that by the plant's own count ended without any command
+    unanswered: int = 0  # periods without any command, by the plant's count
     start: float = 0.0  # when period 0 began, by the monotonic clock
-    restarts: int = 0  # how often the agent's history was begun anew after a hole in it
+    restarts: int = 0  # how often the agent was reset after a gap in its history
     link: dict[str, int] = field(default_factory=dict)
     ended: str = "running"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures: times in milliseconds, of misses the time in seconds since the start."""
+        """Return the figures: times in milliseconds, and for misses in seconds since the start."""
         sent = [
             period.number / self.rate + period.sent
             for period in self.periods
@@ -149,17 +149,17 @@ class ControlReport:
 class ControlLoop:
     """Drives a plant with an agent, one command a period.
 
-    `rate` defaults to the link's and must be the same: the plant's own watchdog counts its periods. `deadline` is in
-    seconds after the beginning of a period, at most the period.
-    `safe_action` has no default: see `SafeAction`; "hold" sends nothing before there was a first action. An
-    observation older than `max_age` (two periods by default) is not acted upon: that is a miss too. `late` says what
-    becomes of a plan that is finished in a later period: with "use if fresh" it is that period's action if its
-    observation is not older than `max_age` then; else it is thrown away. After a period that the agent did not see,
-    its history has a hole, so it is reset to the same goal. `watchdog=False` leaves out the second thread.
-    `on_period(report)` is called at the end of each period and must return at once.
+    `rate` defaults to the link's rate and must equal it, because the plant's own watchdog counts its periods.
+    `deadline` is in seconds after the beginning of a period, at most the period. `safe_action` has no default: see
+    `SafeAction`; "hold" sends nothing before the first action. An observation older than `max_age` (two periods by
+    default) is not used; that is a miss, too. `late` decides about a plan that is ready in a later period: with "use if
+    fresh" it becomes that period's action if its observation is not older than `max_age` by then; otherwise it is
+    discarded. A period that the agent did not see leaves a gap in its history, so the agent is reset to the same goal.
+    `watchdog=False` omits the second thread. `on_period(report)` is called at the end of each period and must return at
+    once.
 
     Raises:
-        ConfigError: the deadline is not within a period, or the safe action is not one of the plant's.
+        ConfigError: the deadline is not within a period, or the plant does not take the safe action.
     """
 
     def __init__(
@@ -177,12 +177,12 @@ class ControlLoop:
     ) -> None:
         self._rate = link.rate if rate is None else float(rate)
         if self._rate != link.rate:
-            raise ConfigError(f"the plant gives {link.rate:g} observations a second; got a rate of {self._rate:g}")
+            raise ConfigError(
+                f"the plant sends {link.rate:g} observations a second; got a rate of {self._rate:g}. Omit the rate"
+            )
         period = 1 / self._rate
         if not 0 < deadline <= period:
-            raise ConfigError(
-                f"a deadline must lie within the period of {1e3 * period:g} ms; got {1e3 * deadline:g} ms"
-            )
+            raise ConfigError(f"a deadline must be within the period of {1e3 * period:g} ms; got {1e3 * deadline:g} ms")
         self._link, self._deadline = link, deadline
         self._late, self._max_age = late, 2 * period if max_age is None else max_age
         self._guarded, self._on_period = watchdog, on_period
@@ -192,7 +192,7 @@ class ControlLoop:
         self._stopping, self._asked_to_stop = threading.Event(), False
         self._commanding = threading.Lock()
         self._schedule: Schedule | None = None
-        self._commanded = -1  # the last period for which a command went
+        self._commanded = -1  # the last period with a command
         self._last: np.ndarray | None = None
         self._period = Period(number=-1)
         self._unanswered_before: int | None = None
@@ -200,33 +200,33 @@ class ControlLoop:
         self._worker = _Worker(agent)
 
     def stop(self) -> None:
-        """End `run` cleanly; may be called from a signal handler or any thread."""
+        """Stop `run` cleanly; may be called from a signal handler or any thread."""
         self._asked_to_stop = True
         self._stopping.set()
 
     def aim(self, goal: Goal) -> None:
-        """Give the agent another goal while `run` goes on; it takes effect with the next observation."""
+        """Give the agent another goal during `run`; it takes effect with the next observation."""
         self._worker.aim(goal)
 
     @property
     def reading(self) -> PlantReading | None:
-        """The newest reading that a period took."""
+        """The newest reading that a period used."""
         return self._reading
 
     def run(self, goal: Goal, *, duration: float | None = None) -> ControlReport:
         """Drive the plant towards a goal (of a batch of one) for `duration` seconds, or until `stop` or Ctrl-C.
 
-        However it ends, the safe action is sent last.
+        The safe action is always the last command.
 
         Raises:
-            LinkError: the link broke; `report` holds what happened until then.
+            LinkError: the link broke; `report` holds the periods until then.
             WorldloomError: the agent raised; likewise.
         """
         if self.report.ended != "running" or self._schedule is not None:
-            raise ConfigError("a control loop runs once; make another")
+            raise ConfigError("a control loop runs only once; create another")
         worker = self._worker
         worker.aim(goal)
-        # A planner in Python lets go of the interpreter this often; the default of 5 ms is a tenth of a period.
+        # How often Python switches threads during planning; the default of 5 ms is a tenth of a period.
         switching = sys.getswitchinterval()
         sys.setswitchinterval(min(switching, 0.001))
         ended = "failed"
@@ -236,7 +236,7 @@ class ControlLoop:
                 worker.prepare(reading)
             first = self._link.receive(max(2.0, 4 / self._rate))
             if first is None:
-                raise LinkError("no observation came at the start; check the plant")
+                raise LinkError("no observation arrived at the start; check the plant")
             self._drive(worker, first, duration)
             ended = "stopped" if self._asked_to_stop else "done"
         except KeyboardInterrupt:
@@ -255,7 +255,7 @@ class ControlLoop:
 
     def _drive(self, worker: "_Worker", first: PlantReading, duration: float | None) -> None:
         period = 1 / self._rate
-        # The loop wakes a little after the plant's observations, so that the jitter of their way does not matter.
+        # The loop wakes shortly after the plant's observations, so that network jitter does not matter.
         schedule = Schedule(start=first.arrived + 0.05 * period, period=period, deadline=self._deadline)
         while schedule.start < time.monotonic():
             schedule = Schedule(start=schedule.start + period, period=period, deadline=self._deadline)
@@ -274,7 +274,7 @@ class ControlLoop:
                 now = time.monotonic()
                 current = schedule.at(now)
                 for gone in range(number, current):
-                    # This thread did not run: the machine, or code that holds the interpreter, kept it.
+                    # This thread did not run: the machine was busy, or other code held the interpreter.
                     self._missed(gone, "the loop was held up", self._period.observation)
                     after = dict(self.report.watchdog).get(gone)
                     self.report.periods.append(
@@ -285,7 +285,7 @@ class ControlLoop:
                             kind=None if after is None else "watchdog",
                         )
                     )
-                    worker.hole()
+                    worker.mark_gap()
                 reading = self._one(schedule, current, worker, reading)
                 number = current + 1
         finally:
@@ -294,11 +294,11 @@ class ControlLoop:
                 watching.join(timeout=1.0)
 
     def _one(self, schedule: Schedule, number: int, worker: "_Worker", before: PlantReading) -> PlantReading:
-        """Do one period; return the newest reading."""
+        """Run one period; return the newest reading."""
         began, due = schedule.begins(number), schedule.due(number)
         period = Period(number=number, began=time.monotonic() - began)
         self._period = period
-        # An observation that comes a little late is waited for, as long as half of the deadline is left to plan.
+        # Wait for a slightly late observation, as long as half of the deadline is left for planning.
         reading = self._link.receive(max(0.0, began + self._deadline / 2 - time.monotonic())) or before
         fresh = reading.sequence != before.sequence or not self.report.periods
         if fresh:
@@ -307,7 +307,7 @@ class ControlLoop:
             self.report.stale.append(number)
         self._reading = reading
         self._hear_of_overdue()
-        if fresh and number > 1:  # the first commands are under way
+        if fresh and number > 1:  # the first commands are in transit
             if self._unanswered_before is None:
                 self._unanswered_before = reading.unanswered
             self.report.unanswered = reading.unanswered - self._unanswered_before
@@ -318,7 +318,7 @@ class ControlLoop:
         cause = None
         if period.age > self._max_age:
             cause = "no observation came"
-            worker.hole()
+            worker.mark_gap()
         elif worker.busy:
             cause = self._take_late(worker, period, due)
         else:
@@ -326,7 +326,7 @@ class ControlLoop:
             cause = self._take(worker, period, due, "agent")
         if cause is not None:
             self._command(period, None, "safe")
-            if not self._stopping.is_set():  # a period that was cut off is no miss
+            if not self._stopping.is_set():  # an aborted period is not a miss
                 self._missed(number, cause, reading.sequence)
         self._collect_times(worker)
         self.report.periods.append(period)
@@ -335,7 +335,7 @@ class ControlLoop:
         return reading
 
     def _hear_of_overdue(self) -> None:
-        """Count as misses the actions that left in time and, as the plant says, came late."""
+        """Count as misses the actions that were sent in time but reached the plant late."""
         numbers, self._link.overdue = self._link.overdue, []
         for number in numbers:
             for period in reversed(self.report.periods[-200:]):
@@ -344,7 +344,7 @@ class ControlLoop:
                     self._missed(period.number, "it came late to the plant", number)
 
     def _take(self, worker: "_Worker", period: Period, due: float, kind: Command) -> str | None:
-        """Wait for the agent's action until it is due, and send it; return why that was not done."""
+        """Wait for the agent's action until it is due, and send it; return the cause of a failure."""
         answer = worker.wait(due, self._stopping)
         if answer is None:
             return "the plan was late"
@@ -354,22 +354,22 @@ class ControlLoop:
         try:
             action = self._within(answer.action)
         except PlanningError as error:
-            worker.hole()
+            worker.mark_gap()
             _log.warning("%s", error)
             return "the action was not valid"
-        if time.monotonic() > due:  # the plan was there, but this thread was not
-            worker.hole()
+        if time.monotonic() > due:  # the plan was ready, but this thread was not running
+            worker.mark_gap()
             return "the loop was held up"
         if not self._command(period, action, kind, answer.sequence):
-            worker.hole()
+            worker.mark_gap()
             return "the watchdog was first"
         if period.sent is not None and period.sent > self._deadline:
             self._missed(period.number, "sent too late", period.observation)
         return None
 
     def _take_late(self, worker: "_Worker", period: Period, due: float) -> str | None:
-        """A plan of an earlier period is under way: take it if that is allowed, else let it run out."""
-        worker.hole()
+        """Handle a plan of an earlier period that is not ready yet: use it if allowed, else ignore it."""
+        worker.mark_gap()
         asked = worker.asked
         if self._late == "use if fresh" and asked is not None:
             answer_by = min(due, asked.arrived + self._max_age)
@@ -387,7 +387,7 @@ class ControlLoop:
         return clipped
 
     def _command(self, period: Period, action: np.ndarray | None, kind: Command, answers: int | None = None) -> bool:
-        """Send one command for a period, None being the safe one; return whether it is the first for it."""
+        """Send one command for a period (None: the safe action); return whether it is the first one."""
         with self._commanding:
             if self._commanded >= period.number:
                 return False
@@ -415,7 +415,7 @@ class ControlLoop:
         self.report.restarts = worker.restarts
 
     def _watch(self) -> None:
-        """Send the safe action in each period for which the loop has sent nothing a little after the deadline."""
+        """Send the safe action in each period in which the loop has sent nothing shortly after the deadline."""
         schedule = self._schedule
         assert schedule is not None
         grace = 0.1 * schedule.period
@@ -434,7 +434,7 @@ class ControlLoop:
                     self.report.watchdog.append((current, time.monotonic() - schedule.due(current)))
                     _log.warning("period %d: the watchdog sent the safe action", current)
             except WorldloomError as error:
-                _log.error("the watchdog cannot reach the plant, whose own one must act: %s", error)
+                _log.error("the watchdog cannot reach the plant; its own watchdog must act: %s", error)
                 return
             number = current + 1
 
@@ -452,7 +452,7 @@ class ControlLoop:
 def _safe_rule(
     safe_action: SafeAction, link: Link
 ) -> tuple[Callable[[PlantReading | None], np.ndarray] | None, np.ndarray | None]:
-    """Return the function, if it is one, and the constant; neither stands for holding."""
+    """Return the function, if it is one, and the constant; both are None for "hold"."""
     if isinstance(safe_action, str):
         if safe_action != "hold":
             raise ConfigError(f"a safe action is 'hold', values or a function; got {safe_action!r}")
@@ -464,7 +464,7 @@ def _safe_rule(
     low, high = (np.array(bound, np.float32) for bound in (link.action.low, link.action.high))
     if values.size != link.action.size or not bool(((values >= low) & (values <= high)).all()):
         raise ConfigError(
-            f"the safe action {values.tolist()} is not one of the plant's: {link.action.size} values from "
+            f"the plant does not take the safe action {values.tolist()}; expected {link.action.size} values from "
             f"{low.tolist()} to {high.tolist()}"
         )
     return (safe_action if callable(safe_action) else None), values
@@ -478,7 +478,7 @@ class _Answer:
 
 
 class _Worker:
-    """Calls the agent in a thread of its own, one observation at a time."""
+    """Calls the agent in another thread, one observation at a time."""
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
@@ -488,12 +488,12 @@ class _Worker:
         self._deadline = float("inf")
         self._answer: _Answer | None = None
         self._times: list[float] = []
-        self._hole = self._aimed = self._stopped = False
+        self._gap = self._aimed = self._stopped = False
         self.asked: PlantReading | None = None
         self.restarts = 0
 
     def prepare(self, reading: PlantReading) -> None:
-        """Let the agent act twice for nothing, for first calls are slow; start the thread."""
+        """Warm up the agent with two calls, because first calls are slow; start the thread."""
         for _ in range(2):
             self._begin()
             self._agent.act(reading.observations())
@@ -502,7 +502,7 @@ class _Worker:
         threading.Thread(target=self._run, name="worldloom-planner", daemon=True).start()
 
     def aim(self, goal: Goal) -> None:
-        """Take another goal before the next observation."""
+        """Set another goal before the next observation."""
         with self._changed:
             self._goal, self._aimed = goal, True
 
@@ -512,41 +512,41 @@ class _Worker:
 
     @property
     def busy(self) -> bool:
-        """Whether an observation is being planned for."""
+        """Whether the agent is planning."""
         with self._changed:
             return self._request is not None
 
     def ask(self, reading: PlantReading, deadline: float) -> None:
-        """Let the agent act on an observation; one that plans any time ends by the deadline."""
+        """Let the agent act on an observation; an anytime agent ends by the deadline."""
         with self._changed:
             self._request, self._deadline = reading, deadline
             self.asked = reading
             self._answer = None
             self._changed.notify_all()
 
-    def hole(self) -> None:
-        """Begin the agent's history anew before the next observation: it did not see, or did not do, a period."""
+    def mark_gap(self) -> None:
+        """Reset the agent before the next observation, because its history lacks a period."""
         with self._changed:
-            self._hole = True
+            self._gap = True
 
     def wait(self, until: float, stopping: threading.Event) -> _Answer | None:
-        """Return the answer to the last question if it comes in time."""
+        """Return the answer to the last request if it is ready in time."""
         with self._changed:
             while self._answer is None and (left := until - time.monotonic()) > 0 and not stopping.is_set():
                 self._changed.wait(left)
             answer, self._answer = self._answer, None
             if answer is None:
-                self._hole = True
+                self._gap = True
             return answer
 
     def times(self) -> list[float]:
-        """Return how long the calls took that ended since the last time."""
+        """Return the durations of calls that ended since the last call of this method."""
         with self._changed:
             times, self._times = self._times, []
             return times
 
     def stop(self) -> None:
-        """Let the thread end, when the agent lets it."""
+        """End the thread once the agent returns."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -557,20 +557,20 @@ class _Worker:
                 self._changed.wait_for(lambda: self._stopped or self._request is not None)
                 if self._stopped:
                     return
-                request, deadline, hole, aimed = self._request, self._deadline, self._hole, self._aimed
-                self._hole = self._aimed = False
+                request, deadline, gap, aimed = self._request, self._deadline, self._gap, self._aimed
+                self._gap = self._aimed = False
             assert request is not None
             began = time.monotonic()
             try:
-                if hole or aimed:
+                if gap or aimed:
                     self._begin()
-                    self.restarts += hole
+                    self.restarts += gap
                 observations = request.observations()
                 action = self._agent.act_by(deadline, observations)[0].detach().cpu().numpy()
                 answer = _Answer(sequence=request.sequence, action=action)
             except WorldloomError as error:
                 answer = _Answer(error=error)
-            except Exception as error:  # whatever an agent raises: said in the loop's thread, after the safe action
+            except Exception as error:  # any error of an agent is raised in the loop's thread, after the safe action
                 failure = PlanningError(f"the agent raised {type(error).__name__}: {error}")
                 failure.__cause__ = error
                 answer = _Answer(error=failure)
@@ -581,7 +581,7 @@ class _Worker:
 
 
 def _sleep_until(moment: float, stopping: threading.Event) -> None:
-    """Sleep to within a fraction of a millisecond: the last two milliseconds in a plain sleep, which wakes sooner."""
+    """Sleep to within a fraction of a millisecond: the last two use a plain sleep, which wakes more precisely."""
     while (left := moment - time.monotonic()) > 0 and not stopping.is_set():
         if left > 0.004:
             stopping.wait(left - 0.002)

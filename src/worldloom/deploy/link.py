@@ -1,7 +1,7 @@
-"""Links to what is not a simulator: observations come at a fixed rate, and actions go, whether or not anybody waits.
+"""Links to plants on their own clock: observations arrive at a fixed rate, whether or not the agent is ready.
 
-`CallbackLink` is for people who have functions; `SocketLink` speaks the wire format of `worldloom.deploy.wire` to a
-plant in another process or machine (`worldloom.deploy.plant` is its other end).
+`CallbackLink` wraps two functions; `SocketLink` uses the wire format of `worldloom.deploy.wire` to reach a plant in
+another process or machine (`worldloom.deploy.plant` is its other end).
 """
 
 import threading
@@ -26,9 +26,9 @@ __all__ = ["CallbackLink", "Link", "LinkError", "PlantReading", "SocketLink"]
 class PlantReading:
     """One observation of a plant.
 
-    `sequence` counts up by one an observation; `sent` is the plant's monotonic clock and `arrived` ours, in seconds;
-    `episode` counts the resets since the agent connected; `safe` says that the plant's own safe action is applied at
-    the time, and `unanswered` how many periods have ended without an action since the plant was started.
+    `sequence` grows by one with each observation; `sent` is on the plant's monotonic clock and `arrived` on ours, in
+    seconds; `episode` counts the resets since the agent connected; `safe` is whether the plant is applying its own safe
+    action, and `unanswered` counts the periods without an action since the plant started.
     """
 
     pixels: np.ndarray | None = None  # uint8 (H, W, C)
@@ -42,13 +42,13 @@ class PlantReading:
     unanswered: int = 0
 
     def observations(self) -> Observations:
-        """Return it as a batch of one."""
+        """Return the observation as a batch of one."""
         return Observations.from_numpy(
             None if self.pixels is None else self.pixels[None], None if self.vector is None else self.vector[None]
         )
 
     def check(self, spec: ObservationSpec) -> None:
-        """Raise `LinkError` where it is not what the plant said it would be."""
+        """Raise `LinkError` where the observation differs from the spec in the plant's greeting."""
         pixels = None if self.pixels is None else self.pixels.shape
         vector = 0 if self.vector is None else self.vector.size
         wrong_type = (self.pixels is not None and self.pixels.dtype != np.uint8) or (
@@ -56,19 +56,19 @@ class PlantReading:
         )
         if pixels != spec.pixels or vector != spec.vector or wrong_type:
             raise LinkError(
-                f"observation {self.sequence} has pixels {pixels} and a vector of {vector}; the plant said uint8 "
-                f"pixels {spec.pixels} and a float32 vector of {spec.vector}. Repair the plant's side"
+                f"observation {self.sequence} has pixels {pixels} and a vector of {vector}; the plant announced uint8 "
+                f"pixels {spec.pixels} and a float32 vector of {spec.vector}. Correct the plant's code"
             )
         if self.vector is not None and not np.isfinite(self.vector).all():
-            raise LinkError(f"observation {self.sequence} is not finite: {self.vector}; repair the plant's sensors")
+            raise LinkError(f"observation {self.sequence} is not finite: {self.vector}; check the plant's sensors")
 
 
 class Link(ABC):
-    """Takes the newest observation of a plant and sends it actions; every method may be called from any thread.
+    """Receives the newest observation of a plant and sends it actions; methods may be called from any thread.
 
-    `counts` says what was noticed: `received`, `unread` (overtaken by a newer one before anybody asked), `lost`
-    (never came), `out of order` (came late, and was dropped). `overdue` are the observations whose answers, as the
-    plant says, came after their period.
+    `counts` counts observations: `received`, `unread` (replaced by a newer one before a `receive`), `lost` (never
+    arrived), `out of order` (arrived late, and dropped). `overdue` are the observations whose actions reached the plant
+    after their period.
     """
 
     observation: ObservationSpec
@@ -77,7 +77,7 @@ class Link(ABC):
 
     def __init__(self, observation: ObservationSpec, action: ActionSpec, rate: float) -> None:
         if not (np.isfinite(rate) and rate > 0):
-            raise LinkError(f"a link needs a rate above 0 observations a second; got {rate}")
+            raise LinkError(f"the rate of a link must be above 0 observations a second; got {rate}")
         self.observation, self.action, self.rate = observation, action, float(rate)
         self.counts: Counter[str] = Counter()
         self.overdue: list[int] = []
@@ -87,7 +87,7 @@ class Link(ABC):
         self._failure: LinkError | None = None
 
     def receive(self, timeout: float) -> PlantReading | None:
-        """Return the newest observation that was not yet returned, or None where none comes within `timeout` seconds.
+        """Return the newest observation that was not returned before, or None after `timeout` seconds without one.
 
         Raises:
             LinkError: the link is broken.
@@ -101,7 +101,7 @@ class Link(ABC):
 
     @abstractmethod
     def send(self, action: Float32[np.ndarray, "A"], *, kind: str = "agent", answers: int = -1) -> None:
-        """Send an action; `kind` and the sequence number that it `answers` go into the plant's log.
+        """Send an action; the plant logs its `kind` and the sequence number of the observation that it `answers`.
 
         Raises:
             LinkError: the link is broken.
@@ -109,10 +109,10 @@ class Link(ABC):
 
     @abstractmethod
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> None:
-        """Ask for a new episode; observations of the next `episode` follow when the plant is ready."""
+        """Request a new episode; observations of the next `episode` follow once the plant is ready."""
 
     def close(self) -> None:
-        """Leave the plant to itself."""
+        """Close the link; the plant applies its own safe action."""
         self._fail(LinkError("the link was closed on this side"))
 
     def __enter__(self) -> "Link":
@@ -145,7 +145,7 @@ class Link(ABC):
     def _checked(self, action: np.ndarray) -> np.ndarray:
         values = np.asarray(action, np.float32).reshape(-1)
         if values.size != self.action.size or not np.isfinite(values).all():
-            raise DataError(f"an action of this plant has {self.action.size} finite values; got {action}")
+            raise DataError(f"this plant takes actions of {self.action.size} finite values; got {action}")
         clipped: np.ndarray = np.clip(
             values, np.array(self.action.low, np.float32), np.array(self.action.high, np.float32)
         )
@@ -155,9 +155,9 @@ class Link(ABC):
 class CallbackLink(Link):
     """A plant behind two functions.
 
-    `read()` waits for the next observation and returns it (or None where there is none yet); it is called in a
-    thread of its own, so that it may block. `write(action)` must return at once. Readings without a sequence number
-    are numbered as they come.
+    `read()` waits for the next observation and returns it (or None if there is none yet); it is called in another
+    thread, so it may block. `write(action)` must return at once. Readings without a sequence number are numbered in
+    order of arrival.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class CallbackLink(Link):
             self._write(self._checked(action))
 
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> None:
-        """Call the reset function with the seed, where there is one."""
+        """Call the reset function, if there is one, with the seed."""
         if self._reset is not None:
             self._reset(seed)
         with self._changed:
@@ -216,7 +216,7 @@ class CallbackLink(Link):
                     )
                 )
                 number = sequence + 1
-            except Exception as error:  # whatever the user's function raises: said at the next `receive`
+            except Exception as error:  # any error of the user's function is raised by the next `receive`
                 self._fail(
                     error
                     if isinstance(error, LinkError)
@@ -227,11 +227,11 @@ class CallbackLink(Link):
 class SocketLink(Link):
     """A plant at the other end of a socket: `tcp://host:port` or `unix:path`.
 
-    `connect_timeout` is how long to wait for the plant to listen and to greet; `silence` how many seconds may pass
-    without a message before the link counts as broken (each side sends a heartbeat where it has nothing to say).
+    `connect_timeout` is how long to wait for the plant to listen and to greet. After `silence` seconds without a
+    message, the link counts as broken; each side sends heartbeats when it has nothing else to send.
 
     Raises:
-        LinkError: nobody answers, or not in this language.
+        LinkError: no plant answers, or it uses another format.
     """
 
     def __init__(self, address: str | Address, *, connect_timeout: float = 10.0, silence: float = 2.0) -> None:
@@ -249,7 +249,7 @@ class SocketLink(Link):
         except (KeyError, TypeError, ValueError, IndexError, DataError) as error:
             self._connection.close()
             raise LinkError(
-                f"the plant at {address} greets without a usable observation, action and rate ({error!r}); see "
+                f"the greeting of the plant at {address} has no valid observation, action and rate ({error!r}); see "
                 f"docs/deploy.md"
             ) from error
         except LinkError:
@@ -274,18 +274,18 @@ class SocketLink(Link):
             )
 
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> None:
-        """Ask for a new episode; see `Link`."""
+        """Request a new episode; see `Link`."""
         with self._changed:
             self._awaited += 1
             self._newest = None
         self._connection.send(WireMessage(type="reset", fields={"seed": seed, "options": dict(options or {})}))
 
     def close(self) -> None:
-        """Say goodbye, upon which the plant applies its own safe action."""
+        """Say goodbye; the plant then applies its own safe action."""
         if not self._over:
             try:
                 self._connection.send(WireMessage(type="bye"), timeout=0.2)
-                # Closing with something unread would take back what the plant has not read yet, the last action too.
+                # Closing with unread data would discard what the plant has not read yet, even the last action.
                 self._connection.finish()
                 self._thread.join(timeout=0.3)
             except LinkError:
@@ -298,7 +298,8 @@ class SocketLink(Link):
         message = self._connection.receive(timeout)
         if message is None:
             raise LinkError(
-                f"{self.address} was reached but did not greet in {timeout:g} s; is another agent connected?"
+                f"{self.address} accepted the connection but sent no greeting in {timeout:g} s; check whether another "
+                f"agent is connected"
             )
         if message.type != "hello" or message.fields.get("version") != VERSION:
             raise LinkError(f"expected a greeting of version {VERSION}; got {message.type!r} {dict(message.fields)}")
@@ -313,13 +314,13 @@ class SocketLink(Link):
                     self._connection.send(WireMessage(type="heartbeat", fields={"time": now}))
                 if message is None:
                     if now - self._connection.received > self._silence:
-                        raise LinkError(f"the plant has been silent for {self._silence:g} s; check it")
+                        raise LinkError(f"the plant has sent nothing for {self._silence:g} s; check it")
                 elif message.type == "observation":
                     self._observed(message, now)
                 elif message.type == "error":
-                    raise LinkError(f"the plant says: {str(message.fields.get('message'))[:500]}")
+                    raise LinkError(f"the plant reports: {str(message.fields.get('message'))[:500]}")
                 elif message.type == "bye":
-                    raise LinkError("the plant said goodbye; start it again")
+                    raise LinkError("the plant ended the session; start it again")
         except LinkError as error:
             self._fail(error)
         finally:
@@ -341,7 +342,7 @@ class SocketLink(Link):
                 unanswered=int(fields.get("unanswered", 0)),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise LinkError(f"an observation lacks its number or its time ({error!r}); see docs/deploy.md") from None
+            raise LinkError(f"an observation has no valid number or time ({error!r}); see docs/deploy.md") from None
         overdue = fields.get("overdue")
         if isinstance(overdue, list):
             self.overdue += [number for number in overdue if isinstance(number, int)]
@@ -355,7 +356,7 @@ class SocketLink(Link):
 def greeting(
     observation: ObservationSpec, action: ActionSpec, rate: float, safe_action: np.ndarray, name: str
 ) -> WireMessage:
-    """Return what a plant says first."""
+    """Return the first message of a plant."""
     fields = {
         "version": VERSION,
         "role": "plant",

@@ -1,4 +1,4 @@
-"""A plant that runs on its own clock, wherever a Gymnasium environment is taken: logging, evaluation."""
+"""A plant on its own clock as a Gymnasium environment, for logging and evaluation."""
 
 import time
 from collections.abc import Callable
@@ -13,21 +13,21 @@ from worldloom.core.types import ActionSpec, ObservationSpec
 from worldloom.deploy.link import Link, PlantReading, SocketLink
 from worldloom.deploy.wire import LinkError
 
-_BOUND = 3.4e38  # float32 without infinities: what a sensor may say is not known
+_BOUND = 3.4e38  # float32 without infinities, because the range of a sensor is unknown
 
 
 class LinkEnv(gymnasium.Env[Any, np.ndarray]):
     """A link as an environment: `step` sends the action and waits for the observation of the next period.
 
-    Its clock is the plant's: who steps slower than the rate misses periods, which the info `missed` counts (the
-    plant's watchdog acts meanwhile, which the info `safe` says). Other infos are the plant's labels, `age` (seconds
-    between the arrival of an observation and its being taken) and `sequence`. No reward is known and no episode ends
-    by itself. `reset` calls `on_reset(seed)`, if there is one (ask the operator there), and asks the plant for a new
-    episode, for which it waits `reset_timeout` seconds.
+    The clock is the plant's: a caller that steps slower than the rate misses periods, which the info `missed` counts
+    (the plant's watchdog acts meanwhile, and the info `safe` is 1). Other infos are the plant's labels, `age` (seconds
+    between the arrival of an observation and the step that returns it) and `sequence`. The reward is always 0, and no
+    episode ends by itself. `reset` calls `on_reset(seed)`, if given (for example, to ask an operator), and requests a
+    new episode from the plant, for which it waits `reset_timeout` seconds.
 
     Raises:
-        LinkError: the link is broken, or no observation comes within `timeout` seconds.
-        ConfigError: neither a link nor an address is given.
+        LinkError: the link is broken, or no observation arrives within `timeout` seconds.
+        ConfigError: neither a link nor an address is given, or both.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # noqa: RUF012  Gymnasium's own form
@@ -43,7 +43,7 @@ class LinkEnv(gymnasium.Env[Any, np.ndarray]):
         render_mode: str | None = None,
     ) -> None:
         if (address is None) == (link is None):
-            raise ConfigError("give a plant's address (tcp://HOST:PORT or unix:PATH) or a link, and not both")
+            raise ConfigError("give either a plant's address (tcp://HOST:PORT or unix:PATH) or a link")
         self.link = link if link is not None else SocketLink(str(address))
         self.observation_space = observation_space(self.link.observation)
         self.action_space = action_space(self.link.action)
@@ -52,7 +52,7 @@ class LinkEnv(gymnasium.Env[Any, np.ndarray]):
         self._last: PlantReading | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode and return its first observation."""
+        """Start an episode and return its first observation."""
         super().reset(seed=seed)
         if self._on_reset is not None:
             self._on_reset(seed)
@@ -61,12 +61,12 @@ class LinkEnv(gymnasium.Env[Any, np.ndarray]):
         return self._next(self._reset_timeout)
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Send the action, and return the next period's observation, with no reward."""
+        """Send the action, and return the next period's observation, with a reward of 0."""
         values = np.asarray(action)
         if self.link.action.discrete:
             values = np.eye(self.link.action.size)[int(values)]
         answers = -1 if self._last is None else self._last.sequence
-        self.link.receive(0.0)  # what came before the action does not show what it did; `missed` counts it
+        self.link.receive(0.0)  # an observation from before the action does not show its effect; `missed` counts it
         self.link.send(values.astype(np.float32).reshape(-1), kind="environment", answers=answers)
         observation, info = self._next(self._timeout)
         return observation, 0.0, False, False, info
@@ -76,13 +76,13 @@ class LinkEnv(gymnasium.Env[Any, np.ndarray]):
         return None if self._last is None else self._last.pixels
 
     def close(self) -> None:
-        """Close the link, upon which the plant applies its safe action."""
+        """Close the link; the plant then applies its safe action."""
         self.link.close()
 
     def _next(self, timeout: float) -> tuple[Any, dict[str, Any]]:
         reading = self.link.receive(timeout)
         if reading is None:
-            raise LinkError(f"no observation came within {timeout:g} s; check the plant")
+            raise LinkError(f"no observation arrived within {timeout:g} s; check the plant")
         missed = 0 if self._last is None else reading.sequence - self._last.sequence - 1
         self._last = reading
         parts = {"pixels": reading.pixels, "vector": reading.vector}

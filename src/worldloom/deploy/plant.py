@@ -1,7 +1,7 @@
-"""The plant's side of a link: sends what it sees at a fixed rate, applies actions as they come, and watches over them.
+"""The plant's side of a link: sends observations at a fixed rate, applies actions as they arrive, and has a watchdog.
 
-The plant's own watchdog needs no agent: a period that ends without an action ends with the safe one. So an agent
-that hangs, dies, or is cut off cannot keep the plant moving.
+The plant's watchdog does not depend on the agent: after a period without an action it applies the safe action. So an
+agent that hangs, dies or is disconnected cannot keep the plant moving.
 """
 
 import logging
@@ -23,13 +23,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class PlantLog:
-    """What happened on the plant's own clock (monotonic seconds), as JSON-able lists."""
+    """What happened, on the plant's own clock (monotonic seconds), as lists of JSON values."""
 
-    observations: list[tuple[int, float]] = field(default_factory=list)  # sequence, when it was sent
-    actions: list[tuple[int, str, float]] = field(default_factory=list)  # sequence that it answers, kind, arrival
-    safe: list[tuple[int, float]] = field(default_factory=list)  # sequence that nobody answered, when the plant acted
-    late: int = 0  # periods in which the plant itself had no observation in time
-    refused: int = 0  # actions of a wrong shape or that were not finite
+    observations: list[tuple[int, float]] = field(default_factory=list)  # sequence, time sent
+    actions: list[tuple[int, str, float]] = field(default_factory=list)  # sequence of the observation, kind, arrival
+    safe: list[tuple[int, float]] = field(default_factory=list)  # sequence without an action, time of the safe action
+    late: int = 0  # periods in which the plant itself was late with its observation
+    refused: int = 0  # actions with a wrong shape or that are not finite
     sessions: int = 0
 
     def to_json(self) -> dict[str, Any]:
@@ -40,14 +40,13 @@ class PlantLog:
 class PlantServer:
     """Serves one agent after the other.
 
-    `read()` returns the present `PlantReading` and is called at the rate, in the thread that calls `serve`;
-    `write(action)` applies an action and is called from a thread of its own, as is its `safe_action` (when an
-    observation was not answered within one period, when the agent leaves, and at the end); `reset(seed)` begins an
-    episode. Observations are taken while an agent is connected. It listens at once; `address` then holds the real port
-    where 0 was given.
+    `read()` returns the current `PlantReading` and is called at the rate, in the thread that calls `serve`.
+    `write(action)` applies an action and is called from another thread; so is `safe_action` (after a period without an
+    action, when the agent leaves, and at the end). `reset(seed)` starts an episode. Observations are read only while an
+    agent is connected. The server listens at once; for port 0, `address` then holds the real port.
 
     Raises:
-        LinkError: the address cannot be listened at.
+        LinkError: the server cannot listen at the address.
     """
 
     def __init__(
@@ -74,9 +73,9 @@ class PlantServer:
         self._stop = threading.Event()
         self._applying = threading.Lock()
         self._safe = True
-        self._overdue: list[int] = []  # answered too late, and not yet told to the agent
+        self._overdue: list[int] = []  # answered too late, and not yet reported to the agent
         self._watched = threading.Condition()
-        self._began, self._due = 0.0, float("inf")  # of the present period; when the safe action is applied
+        self._began, self._due = 0.0, float("inf")  # of the current period; when the safe action is applied
         self._pending_reset: tuple[int | None, int] | None = None
         self._sequence, self._episode, self._resets = 0, 0, 0  # the latter two of this session
         place = Address.parse(address)
@@ -90,7 +89,7 @@ class PlantServer:
         self._stop.set()
 
     def serve(self) -> PlantLog:
-        """Serve until `stop`; an agent that breaks off leaves the safe action applied, and the next one is served."""
+        """Serve until `stop`; when an agent disconnects, the safe action is applied and the next agent is served."""
         self._listener.settimeout(0.1)
         try:
             while not self._stop.is_set():
@@ -116,7 +115,7 @@ class PlantServer:
         hello = connection.receive(self._silence)
         if hello is None or hello.type != "hello" or hello.fields.get("version") != VERSION:
             connection.send(WireMessage(type="error", fields={"message": f"expected a greeting of version {VERSION}"}))
-            raise LinkError("it did not greet in this version of the format")
+            raise LinkError("it sent no greeting of this version of the format")
         self.log.sessions += 1
         self._episode = self._resets = 0
         self._pending_reset = None
@@ -150,7 +149,7 @@ class PlantServer:
             behind = int((now - start - count * period) / period) + 1 if now > start + count * period else 0
             self.log.late += behind
             count += behind
-            # In two steps: a sleep may end late by a millisecond where other programs run.
+            # In two steps, because a sleep may end a millisecond late when other programs run.
             self._stop.wait(max(0.0, start + count * period - time.monotonic() - 0.002))
             time.sleep(max(0.0, start + count * period - time.monotonic()))
 
@@ -167,13 +166,13 @@ class PlantServer:
         self.log.observations.append((self._sequence, now))
         self._sequence += 1
         self._began = now
-        # A period that is just ending unanswered must not be let off by the observation that ends it.
+        # The observation that ends an unanswered period must not postpone its safe action.
         if self._due == float("inf") or self._due > now + 0.5 / self._rate:
             self._arm(now + 1 / self._rate)
         connection.send(WireMessage(type="observation", fields=fields, arrays=arrays), timeout=self._silence)
 
     def _begin_episode(self, connection: Connection, ended: list[LinkError]) -> None:
-        """Call the reset hook, which may take as long as an operator does; heartbeats go on meanwhile."""
+        """Call the reset hook, which may take as long as an operator needs, and send heartbeats meanwhile."""
         assert self._pending_reset is not None
         seed, number = self._pending_reset
         self._pending_reset = None
@@ -186,7 +185,7 @@ class PlantServer:
                 try:
                     connection.send(WireMessage(type="heartbeat", fields={"time": time.monotonic()}))
                 except LinkError:
-                    return  # the listening thread hears of it too
+                    return  # the listening thread raises it, too
 
         beating = threading.Thread(target=beat, daemon=True)
         beating.start()
@@ -204,7 +203,7 @@ class PlantServer:
                 message = connection.receive(self._silence / 4)
                 if message is None:
                     if time.monotonic() - connection.received > self._silence:
-                        raise LinkError(f"it has been silent for {self._silence:g} s")
+                        raise LinkError(f"it has sent nothing for {self._silence:g} s")
                 elif message.type == "action":
                     self._act(message)
                 elif message.type == "reset":
@@ -212,7 +211,7 @@ class PlantServer:
                     self._resets += 1
                     self._pending_reset = (seed if isinstance(seed, int) else None, self._resets)
                 elif message.type == "bye":
-                    raise LinkError("it said goodbye")
+                    raise LinkError("it ended the session")
         except LinkError as error:
             ended.append(error)
             self._apply_safe()  # at once, not at the end of the period
@@ -233,7 +232,7 @@ class PlantServer:
         with self._applying:
             self._write(bounded)
             self._safe = False
-        # Good until the end of the next period, should no observation follow: the sensor may hang.
+        # Valid until the end of the next period, in case the sensor hangs and no observation follows.
         self._arm(self._began + 2 / self._rate)
         answers = answers if isinstance(answers, int) else -1
         self.log.actions.append((answers, str(kind)[:32], now))

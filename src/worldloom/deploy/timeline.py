@@ -1,4 +1,4 @@
-"""A picture of a control loop's report: when each command went, and what kind it was."""
+"""A figure of a control loop's report: when each command was sent, and of what kind."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 from worldloom.core.files import write_atomic
 from worldloom.deploy.control import ControlReport
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 _KINDS = {
     "agent": ("#0072b2", "the agent's action"),
     "late": ("#56b4e9", "a late plan, still fresh"),
@@ -19,10 +19,10 @@ _INK, _FAINT = "#1d2329", "#d5dade"
 
 
 def draw_timeline(report: ControlReport, path: Path) -> None:
-    """Write an SVG: of each period, how long after its beginning the command went; misses and the deadline marked.
+    """Write an SVG: for each period, the delay of its command after the beginning, with the deadline.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: the file cannot be written.
     """
     from matplotlib.figure import Figure
 

@@ -1,9 +1,9 @@
-"""The wire format between a plant and what drives it: length-prefixed messages, a JSON header and raw bytes.
+"""The wire format between a plant and its agent: length-prefixed messages with a JSON header and raw bytes.
 
-A message is a prefix of 16 bytes in network order (magic `WLNK`, version, 0, length of the header, length of the
-body), the header (a JSON object in UTF-8 whose `type` says what it is and whose `arrays` are `[name, dtype, shape]`)
-and the body: the arrays one after the other, little-endian, in C order. docs/deploy.md lists the types.
-Nothing that is read runs code, and what is longer than the limits is refused before it is read.
+A message has three parts: a prefix of 16 bytes in network order (magic `WLNK`, version, 0, length of the header, length
+of the body); the header, a JSON object in UTF-8 with the message's `type` and its `arrays` as `[name, dtype, shape]`;
+and the body, the arrays one after the other, little-endian, in C order. docs/deploy.md lists the types.
+Reading runs no code, and messages above the limits are refused before they are read.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _AXES = 8
 
 
 class LinkError(EnvironmentFailure):
-    """A link to a plant that is broken, silent, or speaks another language."""
+    """A link to a plant is broken or silent, or uses another format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def encode(message: WireMessage) -> bytes:
     """Return the message's bytes.
 
     Raises:
-        LinkError: an array is of another dtype, or the message is over the limits.
+        LinkError: an array has another dtype, or the message exceeds the limits.
     """
     described, parts = [], []
     for name, array in message.arrays.items():
@@ -64,16 +64,16 @@ def encode(message: WireMessage) -> bytes:
 
 
 def decode(header: bytes, body: bytes) -> WireMessage:
-    """Read what follows the prefix.
+    """Read the header and the body of a message.
 
     Raises:
-        LinkError: it is not a message of this format.
+        LinkError: they are not a message of this format.
     """
     try:
         values = json.loads(header.decode("utf-8"), parse_constant=_no_constant)
         kind, described = values.pop("type"), values.pop("arrays")
         if not isinstance(kind, str):
-            raise ValueError("its type is no text")
+            raise ValueError("its type is not text")
         arrays: dict[str, np.ndarray] = {}
         place = 0
         for name, dtype, shape in described:
@@ -103,15 +103,15 @@ def _no_constant(name: str) -> float:
 def _check_sizes(header: int, body: int) -> None:
     if header > HEADER_LIMIT or body > BODY_LIMIT:
         raise LinkError(
-            f"a message has a header of {header} bytes and a body of {body}; at most {HEADER_LIMIT} and {BODY_LIMIT} "
-            f"are taken. Send smaller pictures, or check that the other side speaks this format"
+            f"a message has a header of {header} bytes and a body of {body}; the limits are {HEADER_LIMIT} and "
+            f"{BODY_LIMIT}. Send smaller pictures, or check that the other side speaks this format"
         )
 
 
 class Connection:
-    """A socket that gives and takes whole messages; no call waits longer than it is told to.
+    """A socket that sends and receives whole messages, with a timeout for each call.
 
-    `silence` is how many seconds half a message may wait for its rest. One thread may receive while others send.
+    `silence` is how many seconds the rest of a message may take. One thread may receive while others send.
     """
 
     def __init__(self, sock: socket.socket, *, silence: float = 2.0) -> None:
@@ -123,19 +123,19 @@ class Connection:
         self._touched = time.monotonic()
         self._sending = threading.Lock()
         self._closed = False
-        self.sent = self.received = time.monotonic()  # when the last message went and came
+        self.sent = self.received = time.monotonic()  # when the last message was sent and received
 
     def send(self, message: WireMessage, *, timeout: float = 1.0) -> None:
         """Send a whole message.
 
         Raises:
-            LinkError: the other side is gone, or takes nothing for `timeout` seconds (the connection is then closed,
-                for half a message may have gone).
+            LinkError: the other side is gone, or accepts nothing for `timeout` seconds (the connection is then closed,
+                because part of the message may have been sent).
         """
         rest = memoryview(encode(message))
         until = time.monotonic() + timeout
         if not self._sending.acquire(timeout=timeout):
-            raise LinkError(f"the other side took nothing for {timeout:g} s; check that it reads")
+            raise LinkError(f"the other side accepted nothing for {timeout:g} s; check that it reads")
         try:
             while rest:
                 self._wait(write=True, seconds=until - time.monotonic())
@@ -144,7 +144,9 @@ class Connection:
                 except BlockingIOError:
                     if time.monotonic() >= until:
                         self.close()
-                        raise LinkError(f"the other side took nothing for {timeout:g} s; check that it reads") from None
+                        raise LinkError(
+                            f"the other side accepted nothing for {timeout:g} s; check that it reads"
+                        ) from None
                 except OSError as error:
                     raise self._broken(error) from error
             self.sent = time.monotonic()
@@ -152,10 +154,10 @@ class Connection:
             self._sending.release()
 
     def receive(self, timeout: float) -> WireMessage | None:
-        """Return the next message, or None where none is whole after `timeout` seconds.
+        """Return the next message, or None without a complete one after `timeout` seconds.
 
         Raises:
-            LinkError: the other side is gone, half a message stays without its rest, or what comes is no message.
+            LinkError: the other side is gone, a message stays incomplete, or the data is not a message.
         """
         until = time.monotonic() + timeout
         while True:
@@ -166,8 +168,8 @@ class Connection:
             now = time.monotonic()
             if self._bytes and now - self._touched > self._silence:
                 raise LinkError(
-                    f"half a message came ({len(self._bytes)} bytes) and no more for {self._silence:g} s; restart the "
-                    f"other side"
+                    f"a message is incomplete: {len(self._bytes)} bytes, and no more for {self._silence:g} s. Restart "
+                    f"the other side"
                 )
             ready = self._wait(write=False, seconds=until - now)
             if not ready and time.monotonic() >= until:
@@ -176,7 +178,7 @@ class Connection:
                 self._fill()
 
     def finish(self) -> None:
-        """Say that nothing more will be sent; what comes can still be received."""
+        """Announce that nothing more will be sent; receiving is still possible."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
 
@@ -195,7 +197,7 @@ class Connection:
         except OSError as error:
             raise self._broken(error) from error
         if not came:
-            half = f" in the middle of a message ({len(self._bytes)} bytes of it came)" if self._bytes else ""
+            half = f" in the middle of a message ({len(self._bytes)} bytes arrived)" if self._bytes else ""
             raise LinkError(f"the other side closed the connection{half}; start it again")
         self._bytes += came
         self._touched = time.monotonic()
@@ -219,7 +221,7 @@ class Connection:
         watched = [self._socket]
         try:
             ready = select.select([] if write else watched, watched if write else [], [], max(0.0, min(seconds, 0.25)))
-        except (OSError, ValueError) as error:  # ValueError: it was closed, and has no number any more
+        except (OSError, ValueError) as error:  # ValueError: it was closed
             raise self._broken(error) from error
         return bool(ready[0] or ready[1])
 
@@ -231,7 +233,7 @@ class Connection:
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
-    """Where a plant is served: `tcp://host:port` or `unix:path`."""
+    """The address of a plant: `tcp://host:port` or `unix:path`."""
 
     host: str = ""
     port: int = 0
@@ -242,7 +244,7 @@ class Address:
         """Read an address.
 
         Raises:
-            ConfigError: it is neither of the two forms.
+            ConfigError: the text has neither form.
         """
         if text.startswith("unix:") and len(text) > 5:
             return cls(path=text.removeprefix("unix:").removeprefix("//"))
@@ -255,10 +257,10 @@ class Address:
         return f"unix:{self.path}" if self.path else f"tcp://{self.host}:{self.port}"
 
     def connect(self, timeout: float) -> socket.socket:
-        """Connect, trying again until `timeout`: a plant that was just started may not listen yet.
+        """Connect, trying again until `timeout`, because a plant may need time to start.
 
         Raises:
-            LinkError: nobody answers.
+            LinkError: no plant answers.
         """
         until = time.monotonic() + timeout
         while True:
@@ -282,7 +284,7 @@ class Address:
         """Listen for one connection after the other.
 
         Raises:
-            LinkError: the address is taken or not ours.
+            LinkError: the address is in use or not permitted.
         """
         try:
             if not self.path:

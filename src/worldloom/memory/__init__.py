@@ -1,4 +1,4 @@
-"""Memory: what was seen, kept across restarts, and the landmarks by which far goals are reached."""
+"""Memory: episodic memory that survives a restart, and a graph of landmarks that makes far goals reachable."""
 
 from worldloom.memory.episodic import EpisodicMemory, Forgotten, Recalled
 from worldloom.memory.landmark_graph import Check, LandmarkConfig, LandmarkGraph, Route

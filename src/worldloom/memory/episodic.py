@@ -1,8 +1,8 @@
-"""Episodic memory: what an agent saw, on disk, found again by likeness, time and outcome.
+"""Episodic memory: what an agent saw, on disk, found by similarity, time and outcome.
 
-A directory holds `records.lance` (the table), `journal.sqlite` (what waits to get there) and `.lock` (its one writer).
-An append is a transaction of the journal; a flush is one commit of the table and then a deletion from the journal, so
-that whatever ends the process, each memory is in one of the two or in both, and a reader counts it once.
+A directory holds `records.lance` (the table), `journal.sqlite` (what is not in the table yet) and `.lock` (held by the
+one writer). An append is a transaction of the journal. A flush is one commit of the table and then a deletion from the
+journal. So each memory survives the end of the process in one of the two, or in both; a reader counts it once.
 """
 
 import logging
@@ -33,15 +33,15 @@ from worldloom.memory.records import COLUMNS, Memories, MemoryConfig, MemorySpec
 
 TABLE = "records.lance"  # the table in a memory's directory
 _log = logging.getLogger(__name__)
-_SMALL = 65_536  # rows of a fragment: smaller ones are gathered
-_FRAGMENTS = 32  # of the table, before that is done
-_READERS = timedelta(minutes=10)  # how long the versions that readers may have open are kept
+_SMALL = 65_536  # rows of a fragment; smaller fragments are compacted
+_FRAGMENTS = 32  # of the table, above which it is compacted
+_READERS = timedelta(minutes=10)  # how long versions that readers may have open are kept
 _EVERYTHING = Where()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recalled:
-    """The memories most like each of Q queries, nearest first; id -1 and distance infinity where there were fewer."""
+    """The memories nearest to each of Q queries, nearest first; id -1 and distance infinity fill the rest."""
 
     ids: Int64[np.ndarray, "Q k"]
     distances: Float32[np.ndarray, "Q k"]  # Euclidean, in latent space
@@ -49,20 +49,20 @@ class Recalled:
 
 @dataclass(frozen=True, kw_only=True)
 class Forgotten:
-    """What `prune` did."""
+    """How many memories `prune` kept, and how many it forgot."""
 
     kept: int
     forgotten: int
 
 
 class EpisodicMemory(Closing):
-    """Memories of one model in a directory: one process writes at a time, any number read beside it.
+    """Memories of one model in a directory: one process writes at a time, and any number read.
 
-    A reader sees what there was when it was opened or refreshed; its view holds for at least ten minutes after.
+    A reader sees the state at which it was opened or refreshed; this view stays valid for at least ten minutes.
 
     Raises:
-        StorageError: nothing is there, the disk is full or refuses, or another process writes.
-        DataError: a file is damaged, or of another version of the format.
+        StorageError: the directory holds no memory, cannot be read or written, or another process writes.
+        DataError: a file is damaged, or has another version of the format.
         CheckpointError: the latents are of another model.
     """
 
@@ -76,12 +76,12 @@ class EpisodicMemory(Closing):
         if writable:
             last = self._last_id()
             journal = self._writer()
-            journal.clear(last)  # a flush that was cut short had put them into the table
+            journal.clear(last)  # an interrupted flush had committed them to the table
             self._next = 1 + max([last, journal.counter("id") - 1, *self._pending.ids[-1:].tolist()])
 
     @classmethod
     def create(cls, path: Path | str, *, spec: ModelSpec, config: MemoryConfig | None = None) -> "EpisodicMemory":
-        """Make an empty memory for latents of a model, and open it to write."""
+        """Create an empty memory for latents of a model, and open it for writing."""
         import lance
 
         path = Path(path)
@@ -94,7 +94,7 @@ class EpisodicMemory(Closing):
 
     @classmethod
     def open(cls, path: Path | str, *, spec: ModelSpec | None, writable: bool = False) -> "EpisodicMemory":
-        """Open a memory; without a model's `spec` it can be looked into, but its latents compare with nothing."""
+        """Open a memory, and check that its latents are of the model of `spec`; None skips the check."""
         path = Path(path)
         held = MemorySpec.read(open_records(path).schema, path)
         if spec is not None:
@@ -110,13 +110,13 @@ class EpisodicMemory(Closing):
     def open_or_create(
         cls, path: Path | str, *, spec: ModelSpec, config: MemoryConfig | None = None
     ) -> "EpisodicMemory":
-        """Open a memory to write, or make it; `config` is for a new one."""
+        """Open a memory for writing, or create it with `config`."""
         if (Path(path) / TABLE).exists():
             return cls.open(path, spec=spec, writable=True)
         return cls.create(path, spec=spec, config=config)
 
     def close(self) -> None:
-        """Flush what waits, if this is the writer, and let go of the files."""
+        """Commit the journal to the table, if this is the writer, and release the files."""
         try:
             if self.writable and self._journal is not None:
                 self._commit()
@@ -131,7 +131,7 @@ class EpisodicMemory(Closing):
 
     @property
     def pending(self) -> int:
-        """How many memories wait in the journal."""
+        """How many memories are in the journal only."""
         return sum(map(len, self._parts))
 
     @property
@@ -140,7 +140,7 @@ class EpisodicMemory(Closing):
         return sum(int(index.num_rows_indexed) for index in self._table.describe_indices())
 
     def new_episodes(self, count: int) -> Int64[np.ndarray, "count"]:
-        """Draw numbers for unbroken stretches of experience; none is drawn twice, also after a restart."""
+        """Reserve numbers for unbroken stretches of experience; none is used twice, not even after a restart."""
         journal = self._writer()
         first = max(journal.counter("episode"), self._past_episodes())
         journal.advance("episode", first + count)
@@ -158,15 +158,15 @@ class EpisodicMemory(Closing):
         outcomes: Sequence[str] | None = None,
         observations: Observations | None = None,
     ) -> Int64[np.ndarray, "M"]:
-        """Keep memories; return their ids once they will outlive this process. See `Memories` for the columns.
+        """Store memories; return their ids once they survive the end of this process. See `Memories` for the columns.
 
-        `times` is now by default. Observations are needed to show them, or to encode them with another model.
+        `times` defaults to now. Observations are needed to show memories, or to encode them with another model.
         """
         journal, count = self._writer(), len(latents)
         if count == 0:
             return np.zeros(0, np.int64)
         if outcomes is not None and len(outcomes) != count:
-            raise DataError(f"got {len(outcomes)} outcomes for {count} memories; give one each, '' where there is none")
+            raise DataError(f"got {len(outcomes)} outcomes for {count} memories; give one for each, '' for none")
         memories = Memories(
             ids=np.arange(self._next, self._next + count),
             times=np.full(count, time.time()) if times is None else times,
@@ -197,9 +197,9 @@ class EpisodicMemory(Closing):
         return memories.ids
 
     def flush(self) -> None:
-        """Move what waits into the table, forget what is too much, and tend the table and its index.
+        """Move the journal into the table, forget memories above the capacity, and maintain the table and its index.
 
-        Call it between episodes: it takes from milliseconds to some seconds.
+        Call it between episodes, because it takes from milliseconds to some seconds.
         """
         self._commit()
         capacity = self.spec.config.capacity
@@ -208,7 +208,7 @@ class EpisodicMemory(Closing):
         self._tend()
 
     def recall(self, latents: Float[Tensor, "Q D"], k: int, *, where: Where = _EVERYTHING) -> Recalled:
-        """Return the `k` memories nearest to each latent, of those meant by `where`."""
+        """Return the `k` memories nearest to each latent, among those that `where` selects."""
         if latents.shape[1] != self.spec.latent_dim:
             raise DataError(
                 f"{self.path} holds latents of {self.spec.latent_dim} values; got {latents.shape[1]}. Encode with the "
@@ -227,7 +227,7 @@ class EpisodicMemory(Closing):
         return Recalled(ids=ids, distances=distances)
 
     def read(self, where: Where = _EVERYTHING, *, newest: int | None = None) -> Memories:
-        """Return the memories that are meant, in the order of their ids; `newest` takes only the last so many."""
+        """Return the selected memories in the order of their ids, or only the `newest` of them."""
         waiting = self._pending[where.holds(self._pending)]
         with memory_errors(self.path, "read"):
             held = Memories.of_table(self._table.to_table(columns=COLUMNS, filter=where.sql()))
@@ -239,7 +239,7 @@ class EpisodicMemory(Closing):
         """Return memories by their ids, in the order given.
 
         Raises:
-            DataError: one of them is not there; it may have been forgotten.
+            DataError: one of them does not exist; it may have been forgotten.
         """
         waiting = self._pending[np.isin(self._pending.ids, ids)]
         with memory_errors(self.path, "read"):
@@ -251,21 +251,21 @@ class EpisodicMemory(Closing):
         """Return the frames or thumbnails of memories.
 
         Raises:
-            DataError: none were kept.
+            DataError: the memory has no frames.
         """
         shape = self.spec.frame_shape
         frames = None if shape is None else self._kept(ids)[0]
         if shape is None or frames is None or frames.null_count:
-            raise DataError(f"{self.path} keeps no frames of these memories; append them with their observations")
+            raise DataError(f"{self.path} holds no frames of these memories; append memories with their observations")
         pixels = np.empty((len(ids), *shape), np.uint8)
         decode_frames(frames, pixels)
         return pixels
 
     def observations(self, ids: Int64[np.ndarray, "M"]) -> Observations:
-        """Return what was seen, whole.
+        """Return the observations of memories, at full size.
 
         Raises:
-            DataError: it was not kept, or only as thumbnails.
+            DataError: they were not stored, or only as thumbnails.
         """
         if self.spec.config.frames != "whole":
             raise DataError(
@@ -276,12 +276,14 @@ class EpisodicMemory(Closing):
         if self.spec.vector:
             column = self._kept(ids)[1]
             if column is None or column.null_count:
-                raise DataError(f"{self.path} keeps no vectors of these memories; append them with their observations")
+                raise DataError(
+                    f"{self.path} holds no vectors of these memories; append memories with their observations"
+                )
             vector = floats_of(column)[0]
         return Observations.from_numpy(None if self.spec.frame_shape is None else self.pictures(ids), vector)
 
     def refresh(self) -> bool:
-        """See what was written since, by another process; return whether there was anything."""
+        """Read what another process has written since; return whether there was anything."""
         before = self._table.version, self._pending.ids.tolist()
         if not self.writable:
             self._open_journal()
@@ -303,10 +305,10 @@ class EpisodicMemory(Closing):
         return Forgotten(kept=int(kept.sum()), forgotten=len(gone))
 
     def reencode(self, model: WorldModel, *, progress: Progress = SILENT, batch: int = 1024) -> None:
-        """Put another model's latents in the place of all latents, in one commit.
+        """Replace all latents by those of another model, in one commit.
 
         Raises:
-            DataError: whole observations were not kept, or are not what the model takes.
+            DataError: whole observations were not stored, or the model takes others.
         """
         import lance
 
@@ -337,20 +339,20 @@ class EpisodicMemory(Closing):
         self._tend()
 
     def stored_bytes(self) -> int:
-        """Return how many bytes the directory takes."""
+        """Return the size of the directory in bytes."""
         with storage_errors(self.path):
             return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
     @property
     def _pending(self) -> Memories:
-        """What waits, as one."""
+        """The memories of the journal, as one value."""
         if len(self._parts) != 1:
             self._parts = [Memories.concatenate([_none(self.spec), *self._parts])]
         return self._parts[0]
 
     def _writer(self) -> Journal:
         if not self.writable or self._journal is None:
-            raise StorageError(f"{self.path} is open to read; open it with writable=True to change it")
+            raise StorageError(f"{self.path} is open for reading; open it with writable=True to change it")
         return self._journal
 
     def _open_journal(self) -> None:
@@ -362,7 +364,7 @@ class EpisodicMemory(Closing):
             self._journal = Journal(path, writable=self.writable, durable=self.spec.config.durable)
 
     def _look(self) -> None:
-        """See the journal first and the table second: what is moved meanwhile is then seen twice, and counted once."""
+        """Read the journal first and the table second: a memory that moves meanwhile then counts once."""
         waiting = self._journal.read(self.spec) if self._journal is not None else _none(self.spec)
         self._table = open_records(self.path)
         self._parts = [waiting[waiting.ids > self._last_id()] if len(waiting) else waiting]
@@ -377,7 +379,7 @@ class EpisodicMemory(Closing):
         return 1 + max(held, int(self._pending.episodes.max(initial=-1)))
 
     def _check(self, memories: Memories) -> None:
-        """Raise `DataError` where columns do not fit, before anything is kept."""
+        """Raise `DataError` where columns do not fit, before anything is stored."""
         sizes = (memories.latents.shape[1], memories.actions.shape[1])
         if sizes != (self.spec.latent_dim, self.spec.block_size):
             raise DataError(
@@ -401,7 +403,7 @@ class EpisodicMemory(Closing):
         self._parts = []
 
     def _tend(self) -> None:
-        """Gather small fragments, bring the index up to date, and let go of versions that nobody reads."""
+        """Compact small fragments, update the index, and delete versions that no reader can have open."""
         with memory_errors(self.path, "write"):
             if len(self._table.get_fragments()) > _FRAGMENTS:
                 self._table.optimize.compact_files(target_rows_per_fragment=_SMALL)
@@ -409,8 +411,8 @@ class EpisodicMemory(Closing):
             rows, indexed = int(self._table.count_rows()), self.indexed
             if rows < self.spec.config.index_from or rows - indexed < max(self.spec.config.index_from // 2, rows // 20):
                 return
-            # Made anew, so that its cells fit what is there now: about the root of the number of memories, as is usual
-            # for inverted files. Distances within them stay exact.
+            # Rebuilt, so that the number of cells fits: the square root of the number of memories, as is usual for
+            # inverted files. Distances within cells stay exact.
             cells = round(float(rows) ** 0.5)
             self._table.create_index("latent", "IVF_FLAT", metric="l2", num_partitions=cells, replace=True)
 
@@ -426,7 +428,7 @@ class EpisodicMemory(Closing):
         return found["id"].to_numpy(), np.sqrt(squares, dtype=np.float32)
 
     def _kept(self, ids: Int64[np.ndarray, "M"]) -> tuple[pa.Array | None, pa.Array | None]:
-        """Return the columns `pixels` and `vector` of memories, where they are kept."""
+        """Return the columns `pixels` and `vector` of memories, where they are stored."""
         names = [name for name in ("pixels", "vector") if name in self.spec.schema().names]
         if not names:
             return None, None
@@ -437,7 +439,7 @@ class EpisodicMemory(Closing):
             held, frames, vectors = self._journal.kept(self.spec)
             every = {"id": pa.array(held), "pixels": frames, "vector": vectors}
             tables.append(pa.table({name: every[name] for name in ("id", *names)}))
-            moved = ids[waiting & ~np.isin(ids, held)]  # into the table, by the writer, since we looked
+            moved = ids[waiting & ~np.isin(ids, held)]  # into the table by the writer, since the last look
             with memory_errors(self.path, "read"):
                 tables.append(open_records(self.path).to_table(columns=["id", *names], filter=_among(moved)))
         with memory_errors(self.path, "read"):
@@ -448,14 +450,14 @@ class EpisodicMemory(Closing):
         return columns.get("pixels"), columns.get("vector")
 
     def _places(self, ids: Int64[np.ndarray, "M"], among: Int64[np.ndarray, "N"]) -> Int64[np.ndarray, "M"]:
-        """Return where each id stands in a column of them."""
+        """Return the position of each id in a column of ids."""
         order = np.argsort(among)
         places = np.searchsorted(among, ids, sorter=order)
         found = places < len(among)
         found[found] = among[order[places[found]]] == ids[found]
         if not found.all():
             raise DataError(
-                f"{self.path} holds no memory {int(ids[~found][0])}; it may have been forgotten. Recall it again"
+                f"{self.path} holds no memory {int(ids[~found][0])}; it may have been forgotten. Recall again"
             )
         return order[places]
 
@@ -468,13 +470,14 @@ def open_records(path: Path) -> Any:
         with memory_errors(path, "read"):
             return lance.dataset(path / TABLE)
     except MissingDataset:
-        raise StorageError(f"there is no memory at {path}; check the path, or let an agent make one") from None
+        raise StorageError(f"there is no memory at {path}; check the path, or let an agent create one") from None
 
 
 def write_lock(path: Path) -> AbstractContextManager[None]:
-    """Hold the memory at `path` for one writer."""
+    """Lock the memory at `path` for one writer."""
     other = StorageError(
-        f"another process writes the memory {path}; wait for it to end, open it to read, or choose another directory"
+        f"another process writes the memory {path}; wait until it ends, open the memory for reading, or choose another "
+        f"directory"
     )
     return exclusive_lock(path / ".lock", other)
 

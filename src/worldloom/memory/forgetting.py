@@ -1,9 +1,9 @@
-"""What is forgotten when memory is full: what is told again elsewhere, never a whole region.
+"""What a full memory forgets: redundant memories, never a whole region.
 
-Memories are gathered in cells around centres that greedy k-centre search spreads over all that was seen (Gonzalez,
-1985: within twice the least possible radius). The most crowded cells give first, each its oldest and least surprising
-memories. Kept in any case: the centres, the newest, the most surprising, and those with an outcome, as far as
-these four fill no more than half of what is kept.
+Memories are assigned to cells around centres from greedy k-centre search (Gonzalez, 1985: within twice the least
+possible radius). The most crowded cells lose memories first, each its oldest and least surprising ones. The centres,
+the newest, the most surprising and those with an outcome are protected, as long as these four groups are at most half
+of what is kept.
 """
 
 import numpy as np
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from worldloom.memory.records import Memories
 
-_SAMPLE = 65_536  # memories among which centres are sought
+_SAMPLE = 65_536  # memories among which centres are searched
 _NEWEST, _SURPRISING = 0.1, 0.05  # of what is kept
 
 
 def choose(memories: Memories, keep: int, generator: np.random.Generator) -> Bool[np.ndarray, "M"]:
-    """Return which memories are kept: `keep` of them."""
+    """Return which `keep` memories stay."""
     count = len(memories)
     if keep >= count:
         return np.ones(count, bool)
@@ -27,7 +27,7 @@ def choose(memories: Memories, keep: int, generator: np.random.Generator) -> Boo
     centres = sample[_spread(latents[torch.from_numpy(sample)], max(1, min(1024, keep // 8)))]
     cells = _nearest(latents, latents[torch.from_numpy(centres)])
     first = _protected(memories, keep, centres)
-    # The rank of a memory in its cell: protected ones first, then as new and surprising as may be.
+    # The rank of a memory in its cell: protected ones first, then by novelty and surprise.
     age = np.argsort(np.argsort(-memories.ids)) / count
     calm = np.argsort(np.argsort(-np.nan_to_num(memories.surprises, nan=-np.inf), kind="stable")) / count
     order = np.lexsort((age + calm, ~first, cells))
@@ -35,7 +35,7 @@ def choose(memories: Memories, keep: int, generator: np.random.Generator) -> Boo
     rank = np.empty(count, np.int64)
     rank[order] = np.arange(count) - begins
     rank[first] = -1
-    # Each cell may keep as many: the largest number for which all fit, and of the next rank as many as are left.
+    # Each cell keeps the same number, the largest for which all fit; the rest comes from the next rank.
     kept: np.ndarray = np.zeros(count, bool)
     kept[np.lexsort((age, rank))[:keep]] = True
     return kept
@@ -45,17 +45,17 @@ def _protected(memories: Memories, keep: int, centres: Int64[np.ndarray, "C"]) -
     newest = np.argsort(-memories.ids)
     measured = np.flatnonzero(~np.isnan(memories.surprises))
     surprising = measured[np.argsort(-memories.surprises[measured])]
-    told = newest[memories.outcomes[newest] != ""]
+    labelled = newest[memories.outcomes[newest] != ""]
     protected = np.zeros(len(memories), bool)
     room = keep // 2
-    for some in (centres, newest[: int(_NEWEST * keep)], surprising[: int(_SURPRISING * keep)], told):
+    for some in (centres, newest[: int(_NEWEST * keep)], surprising[: int(_SURPRISING * keep)], labelled):
         some = some[~protected[some]][: room - int(protected.sum())]
         protected[some] = True
     return protected
 
 
 def _spread(latents: Float[Tensor, "M D"], count: int) -> Int64[np.ndarray, "C"]:
-    """Return centres by greedy k-centre search: each is the farthest from those before."""
+    """Return centres by greedy k-centre search: each is the farthest from the earlier ones."""
     chosen = [0]
     gaps = (latents - latents[0]).square().sum(dim=1)
     while len(chosen) < count and float(gaps.max()) > 0:

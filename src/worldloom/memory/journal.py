@@ -1,4 +1,4 @@
-"""What was appended and is not in the table yet, in SQLite with a write-ahead log: an append is whole or not there."""
+"""Appended memories that are not in the table yet, in SQLite with a write-ahead log: an append is atomic."""
 
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NU
 
 
 class Journal:
-    """The rows that wait, and the counters from which ids and episodes are drawn.
+    """The pending rows, and the counters for ids and episodes.
 
     Raises:
         DataError: the file is damaged.
@@ -37,7 +37,7 @@ class Journal:
             if writable:
                 self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
                 self._database.execute("PRAGMA journal_mode = WAL")
-                # NORMAL leaves an append in the hands of the operating system: it outlives the process.
+                # With NORMAL, the operating system holds an append: it survives the process, not a power cut.
                 self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
                 self._database.executescript(_TABLES)
             else:
@@ -48,7 +48,7 @@ class Journal:
         self._database.close()
 
     def append(self, memories: Memories, frames: pa.Array | None, vectors: Float32[np.ndarray, "M V"] | None) -> None:
-        """Add rows; when this returns they are kept."""
+        """Add rows; once this returns, they survive the process."""
         rows = [
             (
                 int(memories.ids[row]),
@@ -69,7 +69,7 @@ class Journal:
             self._count("id", int(memories.ids[-1]) + 1)
 
     def read(self, spec: MemorySpec) -> Memories:
-        """Return what waits."""
+        """Return the pending memories."""
         with self._errors():
             rows = self._database.execute(
                 "SELECT id, time, episode, step, latent, action, surprise, outcome FROM pending ORDER BY id"
@@ -87,7 +87,7 @@ class Journal:
         )
 
     def kept(self, spec: MemorySpec) -> tuple[Int64[np.ndarray, "M"], pa.Array, pa.Array | None]:
-        """Return the ids of what waits now, the frames, null where there are none, and the vectors."""
+        """Return the ids of the pending memories, their frames (null for none) and their vectors."""
         with self._errors():
             rows = self._database.execute("SELECT id, pixels, vector FROM pending ORDER BY id").fetchall()
         ids = np.array([row[0] for row in rows], np.int64)
@@ -99,7 +99,7 @@ class Journal:
         return ids, frames, float_lists(vectors, null=np.array([row[2] is None for row in rows], bool))
 
     def clear(self, last: int) -> None:
-        """Drop the rows up to an id: they are in the table."""
+        """Delete the rows up to an id, which are in the table."""
         with self._transaction():
             self._database.execute("DELETE FROM pending WHERE id <= ?", (last,))
 
@@ -110,7 +110,7 @@ class Journal:
         return 0 if row is None else int(row[0])
 
     def advance(self, name: str, value: int) -> None:
-        """Let a counter go on from a value."""
+        """Set a counter to a value."""
         with self._transaction():
             self._count(name, value)
 
@@ -123,8 +123,8 @@ class Journal:
         try:
             database.execute("SELECT count(*) FROM pending")
         except sqlite3.OperationalError:
-            # Where its directory cannot be written SQLite cannot make the index of its log: it needs none where
-            # the log is empty, as it is after a writer has closed.
+            # In a read-only directory, SQLite cannot create the index of its log. It needs none if the log is empty, as
+            # after a writer has closed.
             database.close()
             log = self.path.with_name(f"{self.path.name}-wal")
             if log.exists() and log.stat().st_size:
@@ -151,16 +151,16 @@ class Journal:
         except sqlite3.OperationalError as error:
             text = str(error)
             if "full" in text:
-                remedy = "free some space and append again: what was acknowledged is kept, this append is not"
+                remedy = "free some space and append again: acknowledged appends are kept, this one is not"
             elif "readonly" in text or "unable to open" in text:
-                remedy = "make its directory writable, or copy it to one that is"
+                remedy = "make its directory writable, or copy the memory to one that is"
             else:
                 remedy = "check the storage, then try again"
             raise StorageError(f"cannot use the memory's journal {self.path}: {text}; {remedy}") from error
         except sqlite3.DatabaseError as error:
             raise DataError(
-                f"the memory's journal {self.path} is damaged ({error}); restore it from a copy, or move it away: the "
-                f"table's memories stay, those that were appended since the last flush are in the journal alone"
+                f"the memory's journal {self.path} is damaged ({error}); restore it from a copy, or move it away: "
+                f"the table keeps its memories, but those since the last flush are only in the journal"
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""Landmarks: places that cover what was seen, and the ways between them that experience or prediction has shown."""
+"""Landmarks: latents that cover what was seen, and the edges between them from experience or prediction."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,21 +18,21 @@ from worldloom.models import load_tensors, save_tensors
 
 _KIND = "landmark-graph"
 _NOWHERE = -1
-_PLANE = 5  # landmarks whose plane stands for what is known around a state
+_PLANE = 5  # landmarks that span the plane of known states around a state
 EXPERIENCED, REVERSED, PREDICTED = range(3)
 
-# Says of pairs of latents (M, D) how many blocks lead from the first to the second, and whether that is believed.
+# For pairs of latents (M, D): how many blocks lead from the first to the second, and whether that is believed.
 Check = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class LandmarkConfig(Config):
     """Lengths are latent distances in typical model steps, costs are in blocks.
 
-    A state farther than `spacing` from every landmark becomes one; farther than `reach` from all of them it is at no
-    known place. Landmarks within `link` of each other may be joined by prediction. Each failure adds `penalty`
-    blocks to an edge, and `forgive` of them in a row drop it; one that was only predicted is dropped by the first.
-    Edges that lead from around its beginning to around its end, within `blame`, failed with it: a wall stands
-    there. Where steps can be undone, so did those that lead back.
+    A state farther than `spacing` from every landmark becomes a landmark; a state farther than `reach` from all of
+    them is unknown. Landmarks within `link` of each other may be joined by prediction. Each failure adds `penalty`
+    blocks to the cost of an edge, and `forgive` failures in a row remove it; a predicted edge is removed by the first
+    failure. Parallel edges, whose ends are within `blame` of those of the failed edge, fail with it, because a wall
+    is likely to block them all. Where steps can be undone, the reverse edges fail too.
     """
 
     spacing: float = Field(default=1.0, gt=0)
@@ -51,17 +51,17 @@ class LandmarkConfig(Config):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Route:
-    """The cheapest ways from each landmark to one goal: `blocks` there (infinite: none), and the `hop` that is next."""
+    """The cheapest path from each landmark to one goal: its cost in `blocks` (infinite: none), and the next `hop`."""
 
     blocks: Float64[np.ndarray, "N"]
-    hop: Int64[np.ndarray, "N"]  # -1 at the goal, and where no way is known
+    hop: Int64[np.ndarray, "N"]  # -1 at the goal, and where no path is known
 
     def knows(self, landmark: int) -> bool:
-        """Return whether a way leads from the landmark; one added since the route was found is not known."""
+        """Return whether a path leads from the landmark; one added after the search is unknown."""
         return landmark < len(self.blocks) and bool(np.isfinite(self.blocks[landmark]))
 
     def ahead(self, landmark: int, hops: int) -> int:
-        """Return the landmark so many hops along the way, or the last one."""
+        """Return the landmark `hops` hops along the path, or the last one."""
         for _ in range(hops):
             if self.hop[landmark] < 0:
                 break
@@ -70,10 +70,10 @@ class Route:
 
 
 class LandmarkGraph:
-    """A directed graph over latents of one model, as long as its owner lives, or longer by `save` and `load`.
+    """A directed graph over latents of one model; `save` and `load` keep it beyond the process.
 
-    Edges come from experience (one state followed another), from its reverse where `reversible` says that steps can
-    be undone, and from prediction (`link`). Worlds that look different share one graph: nothing joins them.
+    Edges come from experience (one state followed another), from the reverse of experience if steps are `reversible`,
+    and from prediction (`link`). Worlds that look different share one graph, as separate components.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class LandmarkGraph:
 
     @property
     def visits(self) -> Int64[np.ndarray, "N"]:
-        """How often each landmark was the nearest to what was seen."""
+        """How often each landmark was the nearest to an observed state."""
         counts: np.ndarray = self._visits
         return counts
 
@@ -113,7 +113,7 @@ class LandmarkGraph:
         return ends
 
     def nearest(self, latents: Float[Tensor, "B D"]) -> tuple[Int64[np.ndarray, "B"], Float32[np.ndarray, "B"]]:
-        """Return the nearest landmark to each latent and how far it is; -1 and infinity where there is none."""
+        """Return the nearest landmark to each latent and its distance; -1 and infinity if there are no landmarks."""
         if not len(self):
             return np.full(len(latents), _NOWHERE), np.full(len(latents), np.inf, np.float32)
         gaps, landmarks = torch.cdist(latents.detach().cpu().float(), self.latents).min(dim=1)
@@ -126,15 +126,15 @@ class LandmarkGraph:
         *,
         blocks: float = 1.0,
     ) -> Int64[np.ndarray, "B"]:
-        """See a state for each of B lines of experience; return the landmarks that stand for them.
+        """Add a state for each of B lines of experience; return the landmarks that represent them.
 
-        `previous` are the landmarks that stood for the states so many `blocks` before, -1 where a line begins.
+        `previous` are the landmarks of the states `blocks` earlier, -1 where a line begins.
         """
         latents = latents.detach().cpu().float()
         landmarks, gaps = self.nearest(latents)
         first = len(self)
         if previous is not None and (previous >= 0).any():
-            # Of places that look alike the one in the world where the line is.
+            # Among places that look alike, prefer the one in the world of the line.
             worlds, lines = self._worlds(), torch.from_numpy(previous.clip(0))
             own = torch.cdist(latents, self.latents) / self.step_length
             own[(worlds[lines][:, None] != worlds) | torch.from_numpy(previous < 0)[:, None]] = torch.inf
@@ -154,10 +154,10 @@ class LandmarkGraph:
     def learn(
         self, latents: Float[Tensor, "M D"], lines: Int64[np.ndarray, "M"], steps: Int64[np.ndarray, "M"]
     ) -> None:
-        """See recorded states: `lines` tells unbroken stretches apart, `steps` counts model blocks along each."""
+        """Add recorded states: `lines` numbers unbroken stretches, `steps` counts model blocks within each."""
         order = np.lexsort((steps, lines))
         lines, steps = lines[order], steps[order]
-        place = np.arange(len(lines)) - np.searchsorted(lines, lines)  # how many of its line come before
+        place = np.arange(len(lines)) - np.searchsorted(lines, lines)  # the position within its line
         previous = np.full(len(lines), _NOWHERE)
         for at in range(int(place.max(initial=-1)) + 1):
             rows = np.flatnonzero(place == at)
@@ -168,10 +168,10 @@ class LandmarkGraph:
                 previous[some] = self.add(latents[order[some]], before, blocks=float(blocks))
 
     def link(self, check: Check, landmarks: Sequence[int] | None = None, *, among: bool = False) -> int:
-        """Join near landmarks of one world that no edge joins yet, where `check` believes it; return how many edges.
+        """Join near landmarks of one world without an edge where `check` believes it; return the number of new edges.
 
-        `landmarks` limits the search to pairs with one of these, or, with `among`, to pairs of these in any world.
-        Worlds that look alike are told apart by experience: what it has not joined, prediction does not.
+        `landmarks` limits the search to pairs with one of these or, with `among`, to pairs of these in any world.
+        Worlds that look alike differ by experience: prediction does not join what experience has not joined.
         """
         if len(self) < 2:
             return 0
@@ -199,9 +199,9 @@ class LandmarkGraph:
         return added
 
     def route(self, *goals: Float[Tensor, "D"]) -> Route | None:
-        """Find the cheapest way from every landmark to the goal, which may look in several ways.
+        """Find the cheapest path from every landmark to the goal, which may have several appearances.
 
-        None where none of them is at a known place.
+        Returns None if no appearance is near a landmark.
         """
         from scipy.sparse.csgraph import dijkstra
 
@@ -217,14 +217,14 @@ class LandmarkGraph:
         return Route(blocks=blocks, hop=np.where(hop < 0, _NOWHERE, hop).astype(np.int64))
 
     def blocks_from(self, landmark: int) -> Float64[np.ndarray, "N"]:
-        """Return the cost of the cheapest way from a landmark to every other, infinite where there is none."""
+        """Return the cost of the cheapest path from a landmark to every other, infinite where there is none."""
         from scipy.sparse.csgraph import dijkstra
 
         costs: np.ndarray = dijkstra(self._backwards().T, indices=landmark)
         return costs
 
     def failed(self, source: int, target: int) -> None:
-        """Tell that an edge was followed and did not lead where it should; see `LandmarkConfig`."""
+        """Record that an edge was followed and did not lead to its target; see `LandmarkConfig`."""
         to_source, to_target = ((self.latents - self.latents[end]).norm(dim=1).numpy() for end in (source, target))
         radius, worlds = self.config.blame * self.step_length, self._worlds().numpy()
         world = worlds == worlds[source]
@@ -238,7 +238,7 @@ class LandmarkGraph:
         self._matrix = None
 
     def off(self, latents: Float[Tensor, "B D"]) -> Float32[np.ndarray, "B"]:
-        """Return how far latents are from the plane through their nearest landmarks, in typical model steps."""
+        """Return the distance of latents from the plane through their nearest landmarks, in typical model steps."""
         if len(self) <= _PLANE:
             return self.nearest(latents)[1]
         latents = latents.detach().cpu().float()
@@ -249,11 +249,11 @@ class LandmarkGraph:
         return distances
 
     def changed(self, landmark: int, shift: Float[Tensor, "D"], check: Check) -> None:
-        """See that the world in which a landmark lies has come to look otherwise: all its latents by `shift`.
+        """Record that the world of a landmark now looks different: all its latents moved by `shift`.
 
-        A large change makes a second picture of that world, whose ways are those that `check` believes as it looks
-        now: a door that is seen to be shut is in none of them, and both pictures are remembered. After a change
-        smaller than the spacing, the ways that are believed no longer are dropped, and those that are now are back.
+        A large change adds a second copy of that world, with the edges that `check` believes in its new look: no edge
+        leads through a door that looks shut. Both copies are kept. After a change smaller than the spacing, edges that
+        are no longer believed are removed, and edges that are believed again are restored.
         """
         shift, worlds = shift.detach().cpu().float(), self._worlds().numpy()
         world = np.flatnonzero(worlds == worlds[landmark])
@@ -271,7 +271,7 @@ class LandmarkGraph:
     def save(self, stem: Path | str, *, memories: int = 0) -> None:
         """Write the graph as `STEM.json` and its tensors; see `worldloom.models.checkpoint.save_tensors`.
 
-        `memories` says how many of an episodic memory it has seen; `load` returns it.
+        `memories` is how many memories of an episodic memory the graph has seen; `load` returns it.
         """
         count = len(self._rows)
         tensors = {
@@ -296,7 +296,7 @@ class LandmarkGraph:
         """Read what `save` wrote: the graph, and how many memories it has seen.
 
         Raises:
-            CheckpointError: it is missing, damaged, or holds latents of another model.
+            CheckpointError: the file is missing or damaged, or holds latents of another model.
         """
         tensors, metadata = load_tensors(stem, kind=_KIND)
         if metadata["model"] != spec.fingerprint:
@@ -314,7 +314,7 @@ class LandmarkGraph:
         return graph, int(metadata["memories"])
 
     def _place(self, latent: Float[Tensor, "D"], first: int) -> int:
-        """Return the landmark for a state that those before `first` do not cover: one just added, or a new one."""
+        """Return the landmark of a state that those before `first` do not cover: a recently added or a new one."""
         if len(self) > first:
             gaps = (self.latents[first:] - latent).norm(dim=1) / self.step_length
             if gaps.min() <= self.config.spacing:
@@ -329,7 +329,7 @@ class LandmarkGraph:
         return number
 
     def _join(self, source: int, target: int, blocks: float, kind: int) -> None:
-        """Add an edge, or keep the better knowledge of it; what is experienced again is believed again."""
+        """Add an edge, or update it if the new knowledge is better; experience restores a failed edge."""
         row = self._rows.get((source, target))
         if row is None:
             row = len(self._rows)
@@ -352,7 +352,7 @@ class LandmarkGraph:
         self._matrix = None
 
     def _worlds(self) -> Int64[Tensor, "N"]:
-        """Return which landmarks belong together: those of a number are joined, in whatever direction."""
+        """Return the world of each landmark: the number of its connected component, whatever the direction of edges."""
         from scipy.sparse.csgraph import connected_components
 
         _, groups = connected_components(self._backwards(), directed=False)
@@ -365,7 +365,7 @@ class LandmarkGraph:
         return believed
 
     def _backwards(self) -> Any:
-        """Return the costs as a sparse matrix from target to source, so that one search from a goal serves all."""
+        """Return the costs as a sparse matrix from target to source: one search from a goal then serves all sources."""
         from scipy.sparse import csr_matrix
 
         if self._matrix is None or self._matrix.shape[0] != len(self):

@@ -1,4 +1,4 @@
-"""What people and other programs see of a memory: a summary, a sheet of pictures, a file to take along."""
+"""Views of a memory for people and other programs: a summary, a sheet of pictures, an exported file."""
 
 import json
 from collections import Counter
@@ -21,7 +21,7 @@ _ROW, _BATCH = 6, 1024
 
 
 def summarise(memory: EpisodicMemory) -> dict[str, Any]:
-    """Return what a memory holds, as JSON values."""
+    """Return a summary of a memory, as JSON values."""
     memories = memory.read()
     outcomes = Counter(memories.outcomes.tolist())
     del outcomes[""]
@@ -62,7 +62,7 @@ def draw_memories(memory: EpisodicMemory, ids: Int64[np.ndarray, "M"], captions:
     """Write a PNG of the frames of memories, each with its caption.
 
     Raises:
-        DataError: no frames were kept, or a memory is not there.
+        DataError: no frames were stored, or a memory does not exist.
     """
     frames = memory.pictures(ids)
     places = [slice(first, first + _ROW) for first in range(0, len(ids), _ROW)]
@@ -72,25 +72,19 @@ def draw_memories(memory: EpisodicMemory, ids: Int64[np.ndarray, "M"], captions:
 def export(memory: EpisodicMemory, path: Path, *, progress: Progress = SILENT) -> int:
     """Write all memories to a file that other tools read, `.parquet` or `.jsonl`; return how many.
 
-    Parquet holds the frames that are kept too, as PNG in the column `image`; a line of JSON holds all but those.
+    Parquet also holds the stored frames, as PNG in the column `image`; a line of JSON holds everything else.
 
     Raises:
-        ConfigError: the name ends otherwise.
+        ConfigError: the name has another suffix.
         StorageError: the file cannot be written.
     """
     writers = {".parquet": _write_parquet, ".jsonl": _write_lines}
     if path.suffix not in writers:
-        raise ConfigError(f"{path} does not say how to write it; expected a name that ends in .parquet or .jsonl")
+        raise ConfigError(f"{path} has the suffix {path.suffix!r}; expected a name that ends in .parquet or .jsonl")
     memories = memory.read()
     with progress.task(f"exporting to {path.name}", len(memories), "memory") as task:
-
-        def batches() -> "list[Memories]":
-            return [memories[first : first + _BATCH] for first in range(0, len(memories), _BATCH)]
-
-        def write(temporary: Path) -> None:
-            writers[path.suffix](memory, batches(), temporary, task.advance)
-
-        write_atomic(path, write)
+        batches = [memories[first : first + _BATCH] for first in range(0, len(memories), _BATCH)]
+        write_atomic(path, lambda temporary: writers[path.suffix](memory, batches, temporary, task.advance))
     return len(memories)
 
 

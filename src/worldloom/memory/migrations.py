@@ -1,6 +1,6 @@
-"""From older versions of the memory's format to this one, a step at a time; each step is one commit of the table.
+"""Migrations from older versions of the memory's format, one version at a time; each is one commit of the table.
 
-A change of the columns or of their meaning raises `records.VERSION` by one and adds the step that leads there.
+A change of the columns or their meaning raises `records.VERSION` by one and adds a migration to it.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,10 +15,10 @@ from worldloom.core.progress import SILENT, Progress
 from worldloom.memory import records
 from worldloom.memory.episodic import TABLE, open_records, write_lock
 
-# Turns the rows of one version into those of the next; their schema carries the next version's metadata.
+# Turns the rows of one version into those of the next, whose schema holds the next version's metadata.
 Migration = Callable[[Any], pa.RecordBatchReader]
 
-# By the version that it starts from.
+# By the version that each starts from.
 MIGRATIONS: Mapping[int, Migration] = MappingProxyType({})
 
 
@@ -28,8 +28,8 @@ def migrate(
     """Bring a memory to the current version of the format; return all versions it had, its original one first.
 
     Raises:
-        DataError: it is newer than this worldloom, or too old for it.
-        StorageError: it is not there, another process writes it, or the disk refuses.
+        DataError: the memory is newer than this worldloom, or too old for it.
+        StorageError: it does not exist or cannot be written, or another process writes it.
     """
     import lance
 

@@ -1,4 +1,4 @@
-"""Memories as columns, and how they stand in a Lance table: one row a memory, the model and the format as metadata."""
+"""Memories as columns, and their layout in a Lance table: a row a memory, with the model and the format as metadata."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -24,13 +24,13 @@ THUMBNAIL = 32  # the longer side of a thumbnail, in pixels
 
 
 class MemoryConfig(Config):
-    """What is kept, and how much.
+    """What a memory stores, and how much.
 
-    `frames`: whole (another model can read them anew), as a thumbnail for people, or none. Past `capacity` memories
-    the redundant ones are forgotten (see `worldloom.memory.forgetting`). `durable` waits for the disk with each
-    append, so that a power cut loses nothing either. An append that finds `flush_every` memories in the journal
-    moves them into the table. From `index_from` memories on an index answers `recall`, looking into `probes` of its
-    cells; below, and for what it does not hold yet, the search is exact.
+    `frames`: whole (another model can encode them), as a thumbnail for people, or none. Above `capacity` memories, the
+    redundant ones are forgotten (see `worldloom.memory.forgetting`). `durable` flushes each append to the disk, so that
+    not even a power cut loses it. An append that brings the journal to `flush_every` memories moves them into the
+    table. From `index_from` memories on, an index answers `recall` from `probes` of its cells; below that, and for
+    memories that are not indexed yet, the search is exact.
     """
 
     frames: Literal["whole", "thumbnail", "none"] = "whole"
@@ -43,7 +43,7 @@ class MemoryConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySpec:
-    """What a memory holds: latents of one model (its fingerprint), observations as told, and its configuration."""
+    """What a memory holds: latents of one model (its fingerprint), observations, and its configuration."""
 
     model: str
     latent_dim: int
@@ -64,7 +64,7 @@ class MemorySpec:
 
     @property
     def frame_shape(self) -> tuple[int, int, int] | None:
-        """The shape (H, W, C) of the frames that are kept, or None."""
+        """The shape (H, W, C) of the stored frames, or None."""
         pixels = self.observation.pixels
         if pixels is None or self.config.frames == "none":
             return None
@@ -75,14 +75,14 @@ class MemorySpec:
 
     @property
     def vector(self) -> int:
-        """How many values of an observation's vector are kept."""
+        """How many values of an observation's vector are stored."""
         return self.observation.vector if self.config.frames == "whole" else 0
 
     def check(self, model: ModelSpec, path: Path) -> None:
         """Raise `CheckpointError` where the latents are not of `model`."""
         if self.model != model.fingerprint:
             raise CheckpointError(
-                f"{path} holds latents of model {self.model[:12]!r} and the model is {model.fingerprint[:12]!r}: their "
+                f"{path} holds latents of model {self.model[:12]!r} and the model is {model.fingerprint[:12]!r}; the "
                 f"latents do not compare. Run 'worldloom memory reencode {path} RUN' with the run of this model, or "
                 f"choose another directory"
             )
@@ -108,10 +108,10 @@ class MemorySpec:
 
     @classmethod
     def read(cls, schema: pa.Schema, path: Path) -> "MemorySpec":
-        """Return the spec that a table carries.
+        """Return the spec stored in a table.
 
         Raises:
-            DataError: it is no memory of this library, or of another version of the format.
+            DataError: the table is not a memory of this library, or has another version of the format.
         """
         metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
         version = format_version(metadata, path)
@@ -139,19 +139,19 @@ class MemorySpec:
 
 
 def format_version(metadata: dict[str, str], path: Path) -> int:
-    """Return the version of the format; raise `DataError` where it is no memory."""
+    """Return the version of the format; raise `DataError` where the table is not a memory."""
     if metadata.get("format") != FORMAT or not metadata.get("version", "").isdigit():
-        raise DataError(f"{path} is a Lance table but no memory of worldloom; check the path")
+        raise DataError(f"{path} is a Lance table but not a worldloom memory; check the path")
     return int(metadata["version"])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Memories:
-    """M memories as columns, in the order of their ids unless said otherwise.
+    """M memories as columns, in the order of their ids unless stated otherwise.
 
-    `ids` grow with each append and are never used again; `times` are seconds since 1970; `episodes` tell unbroken
-    stretches of experience apart, and `steps` count environment steps along each; `actions` are the blocks that led
-    here (zeros where a stretch begins); `surprises` are NaN where none was measured, `outcomes` "" where there is none.
+    `ids` grow with each append and are never reused; `times` are seconds since 1970; `episodes` number unbroken
+    stretches of experience, and `steps` count environment steps within each; `actions` are the blocks that led to the
+    state (zeros at the start of a stretch); `surprises` are NaN where not measured, `outcomes` "" for none.
     """
 
     ids: Int64[np.ndarray, "M"]
@@ -172,7 +172,7 @@ class Memories:
 
     @classmethod
     def concatenate(cls, parts: Sequence["Memories"]) -> "Memories":
-        """Return the memories of at least one part, one after the other."""
+        """Return the memories of one or more parts, one after the other."""
         return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
     @classmethod
@@ -190,7 +190,7 @@ class Memories:
         )
 
     def arrow(self, spec: MemorySpec, frames: pa.Array | None, vectors: pa.Array | None) -> pa.Table:
-        """Return the rows of a table, with the frames and vectors kept beside them."""
+        """Return the rows of a table, with their frames and vectors."""
         columns: dict[str, Any] = {
             "id": self.ids,
             "time": self.times,
@@ -212,7 +212,7 @@ COLUMNS = ["id", "time", "episode", "step", "latent", "action", "surprise", "out
 
 @dataclass(frozen=True, kw_only=True)
 class Where:
-    """Which memories are meant; each that is given must hold. Times are seconds since 1970, `until` excluded."""
+    """A selection of memories: all given conditions must hold. Times are seconds since 1970, `until` is excluded."""
 
     since: float | None = None
     until: float | None = None
@@ -221,7 +221,7 @@ class Where:
     min_surprise: float | None = None
 
     def sql(self) -> str | None:
-        """Return the condition as Lance takes it, or None for all memories."""
+        """Return the condition in Lance's SQL, or None for all memories."""
         outcome = None if self.outcome is None else "'" + self.outcome.replace("'", "''") + "'"
         terms = {
             "time >= {}": self.since,
@@ -240,31 +240,31 @@ class Where:
         return " AND ".join(held) or None
 
     def holds(self, memories: Memories) -> Bool[np.ndarray, "M"]:
-        """Return for each memory whether it is meant."""
-        meant = np.ones(len(memories), bool)
+        """Return for each memory whether it is selected."""
+        selected = np.ones(len(memories), bool)
         if self.since is not None:
-            meant &= memories.times >= self.since
+            selected &= memories.times >= self.since
         if self.until is not None:
-            meant &= memories.times < self.until
+            selected &= memories.times < self.until
         if self.episode is not None:
-            meant &= memories.episodes == self.episode
+            selected &= memories.episodes == self.episode
         if self.outcome is not None:
-            meant &= memories.outcomes == self.outcome
+            selected &= memories.outcomes == self.outcome
         if self.min_surprise is not None:
-            meant &= memories.surprises >= self.min_surprise
-        return meant
+            selected &= memories.surprises >= self.min_surprise
+        return selected
 
 
 def kept_frames(pixels: UInt8[np.ndarray, "M H W C"], spec: MemorySpec) -> pa.Array:
-    """Return frames as they are kept: whole or as thumbnails, compressed."""
+    """Return frames as they are stored: whole or as thumbnails, compressed."""
     assert spec.frame_shape is not None
     return compress_frames(resize(pixels, spec.frame_shape[:2]))
 
 
 @contextmanager
 def memory_errors(path: Path, doing: Literal["read", "write"]) -> Iterator[None]:
-    """Turn what Lance raises into this library's errors, for the memory at `path`."""
-    remedy = "Restore the directory from a copy, or move it away and begin a new memory"
+    """Turn Lance's errors into this library's, for the memory at `path`."""
+    remedy = "Restore the directory from a copy, or move it away and create a new memory"
     with lance_errors(str(path), doing, remedy=remedy):
         yield
 

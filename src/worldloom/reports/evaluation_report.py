@@ -1,4 +1,4 @@
-"""The report: one HTML file that holds everything it shows and asks the network for nothing."""
+"""The report of an evaluation: one HTML file, which holds everything it shows and needs no network."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -30,11 +30,11 @@ _STRIP = 8  # frames in a picture strip, beside the goal
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """What a report shows beside the results; every part is optional, and its absence is explained.
+    """What a report shows beside the results; every part is optional, and the report explains why it is missing.
 
-    `metrics` are the lines of metrics.jsonl. `recordings` default to those of the results. `baselines` name
-    methods that the headline compares with. `absent` gives reasons for parts that are missing, by the name of
-    the part: `metrics`, `latents`, `distance`, `paths` or `episodes`.
+    `metrics` are the lines of metrics.jsonl. `recordings` default to those of the results. `baselines` name the methods
+    for the comparison below the headline. `absent` gives reasons for missing parts, by the name of the part:
+    `metrics`, `latents`, `distance`, `paths` or `episodes`.
     """
 
     metrics: Sequence[Mapping[str, float | int]] = ()
@@ -50,7 +50,7 @@ def write_report(path: Path, results: Results, data: ReportData | None = None) -
     """Write the report atomically.
 
     Raises:
-        StorageError: the disk is full or refuses; a report that stood there is untouched.
+        StorageError: the file cannot be written; an older report is then unchanged.
     """
     write_text(path, render_report(results, data or ReportData()))
 
@@ -66,7 +66,7 @@ def render_report(results: Results, data: ReportData) -> str:
         "report.html",
         protocol=results.protocol,
         conventions=[line.partition(": ")[::2] for line in results.protocol.describe()],
-        # A break within "cross-room" would read badly in large type.
+        # A line break within "cross-room" would be hard to read in large type.
         headline=_headline(results, best).replace("-", "\N{NON-BREAKING HYPHEN}"),
         comparison=_comparison(results, best, data.baselines),
         summary=_summary(results),
@@ -85,11 +85,11 @@ def render_report(results: Results, data: ReportData) -> str:
             }.items()
         },
         absent={
-            "by_distance": "there are too few episodes to divide, or nothing tells the distance from start to goal.",
-            "metrics": "no training figures were given to this report.",
-            "latents": "it needs encoded frames with a position label, and none were given to this report.",
-            "distance": "it needs a measure of distance and a position label, and none were given to this report.",
-            "paths": "it needs a position label that a probe can read, and none was given to this report.",
+            "by_distance": "there are too few episodes for bins, or the distance from start to goal is unknown.",
+            "metrics": "this report got no training metrics.",
+            "latents": "this report got no encoded frames with a position label.",
+            "distance": "this report got no measure of distance with a position label.",
+            "paths": "this report got no position label that a probe can predict.",
             "episodes": f"{video.absent}.",
             **data.absent,
         },
@@ -104,7 +104,7 @@ def render_report(results: Results, data: ReportData) -> str:
 
 
 def _ranked(results: Results) -> list[str]:
-    """Return the methods by their mean rate over splits, the best first; of equals, the one with shorter ways."""
+    """Return the methods by their mean rate over splits, the best first; ties go to the shorter paths."""
 
     def merit(method: str) -> tuple[float, float]:
         rows = [row for row in results.rows if row.method == method]
@@ -114,7 +114,7 @@ def _ranked(results: Results) -> list[str]:
 
 
 def _headline(results: Results, best: str) -> str:
-    """Say in one sentence what the best method achieved, split by split."""
+    """Return one sentence about what the best method achieved on each split."""
     if not any(row.overall.successes for row in results.rows):
         return "No method reached a goal"
     rates = [(row.overall, row.split) for row in results.rows if row.method == best]
@@ -123,11 +123,11 @@ def _headline(results: Results, best: str) -> str:
 
 
 def _comparison(results: Results, best: str, baselines: Sequence[str]) -> str:
-    """Say in words how the best method stands to the next one, by the split where they differ most."""
+    """Return a comparison of the best method with the next one, on the split where they differ most."""
     others = [method for method in _ranked(results) if method != best]
     rivals = [method for method in others if method in baselines] or others
     if not rivals:
-        return "Nothing else was evaluated, so there is nothing to compare it with."
+        return "No other method was evaluated, so there is no comparison."
     rival = rivals[0]
     gaps = {
         split: results.row(best, split).overall.rate - results.row(rival, split).overall.rate
@@ -138,7 +138,9 @@ def _comparison(results: Results, best: str, baselines: Sequence[str]) -> str:
     first, second = results.row(best, split).overall, results.row(rival, split).overall
     apart = first.interval[0] > second.interval[1]
     verdict = (
-        "The intervals lie apart" if apart else "The intervals overlap, so this many episodes do not tell the two apart"
+        "The intervals do not overlap"
+        if apart
+        else "The intervals overlap, so more episodes are needed to separate the two"
     )
     kind = "the best baseline on the same data" if rival in baselines else "the next best method"
     return (
@@ -190,7 +192,7 @@ def _row(results: Results, row: Row) -> dict[str, Any]:
 
 
 def _wall_row(results: Results, method: str) -> dict[str, Any] | None:
-    """Return the rates with and without a wall, where that is not just the splits over again."""
+    """Return the rates with and without a wall, unless they equal the splits."""
     rows = [row for row in results.rows if row.method == method]
     if not any(len(row.by_wall) == 2 for row in rows):
         return None

@@ -1,4 +1,4 @@
-"""The report's figures, each drawn twice: for a light and for a dark page."""
+"""The figures of reports, each drawn for a light and for a dark page."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from worldloom.core.errors import DataError
 from worldloom.evaluation import Results
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, and three more; on dark paper they are lightened.
-# The report's page names the same.
+# Okabe and Ito's colours, which colour-blind readers can distinguish, and three more; lighter on dark pages.
+# The template of the page uses the same.
 _CYCLE = {
     "light": (
         "#0072b2",
@@ -59,7 +59,7 @@ class Themed(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LatentMap:
-    """Encoded frames and where they were taken; positions in `unit`, y downward where they are pixels."""
+    """Encoded frames and their positions in `unit`; in pixels, y points downward."""
 
     latents: Float[np.ndarray, "N D"]
     positions: Float[np.ndarray, "N 2"]
@@ -75,10 +75,10 @@ class LatentMap:
 
 @dataclass(frozen=True, kw_only=True)
 class DistanceMap:
-    """How far each of M positions lies from one goal, by one or more measures named with their unit.
+    """The distance of each of M positions to one goal, by one or more measures, named with their unit.
 
-    `picture` shows the room, its whole extent being `extent` (x0, x1, y0, y1) in the unit of the positions; by
-    default one unit is one pixel.
+    `picture` shows the room; `extent` (x0, x1, y0, y1) is its size in the unit of the positions. By default, one unit
+    is one pixel.
     """
 
     positions: Float[np.ndarray, "M 2"]
@@ -99,7 +99,7 @@ class DistanceMap:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictedPaths:
-    """P paths of T+1 positions: where the world went, and where open-loop prediction (read by a probe) says."""
+    """P paths of N = T+1 positions: the true ones, and those of open-loop prediction, read by a probe."""
 
     true: Float[np.ndarray, "P N 2"]
     predicted: Float[np.ndarray, "P N 2"]
@@ -127,7 +127,7 @@ def success_by_distance(results: Results) -> Themed | None:
             shown = [row for row in results.rows if row.split == split]
             for place, row in enumerate(shown):
                 groups = bins.split(row.episodes)
-                # Side by side, for intervals at the same distance would hide each other.
+                # Side by side, because intervals at the same distance would hide each other.
                 shift = (place - (len(shown) - 1) / 2) * 0.011 * (bins.edges[-1] - bins.edges[0])
                 rates = np.array([rate.rate for rate, _ in groups])
                 ends = np.array([rate.interval for rate, _ in groups])
@@ -152,13 +152,13 @@ def success_by_distance(results: Results) -> Themed | None:
 
 
 def training_curves(metrics: Sequence[Mapping[str, float | int]]) -> Themed | None:
-    """Draw the figures of metrics.jsonl, a panel for each kind of them; None without any that is known."""
+    """Draw the metrics of metrics.jsonl, a panel for each kind; None without any known metric."""
     names = list(dict.fromkeys(name for line in metrics for name in line))
     ratios: list[str] = [name for name in ("inverse_dynamics", "open_loop") if name in names]
     kinds = [
         _Panel("Losses, unweighted", "value", [name for name in names if name.startswith("loss/")]),
         _Panel("Effective rank of the latents", "dimensions", [name for name in names if name == "effective_rank"]),
-        _Panel("Error over that of knowing nothing", "ratio (1: knows nothing)", ratios),
+        _Panel("Error relative to a constant prediction", "ratio (1: no information)", ratios),
         _Panel("Position read from latents by a probe", "mean error (label's unit)", _probe_names(names)),
     ]
     panels = [panel for panel in kinds if panel.names]
@@ -211,7 +211,7 @@ def latent_space(data: LatentMap) -> Themed:
 
 
 def distance_map(data: DistanceMap) -> Themed:
-    """Draw each measure of distance from everywhere to one goal, beside the picture of the room."""
+    """Draw each measure of distance to one goal over the room, beside a picture of the room."""
     panels = len(data.distances) + (data.picture is not None)
     extent = _extent(data)
 
@@ -227,7 +227,7 @@ def distance_map(data: DistanceMap) -> Themed:
         for axis, (name, distances) in zip(axes, data.distances.items(), strict=True):
             image, across, down = binned(data.positions, distances, extent)
             shown = axis.pcolormesh(across, down, np.ma.masked_invalid(image), cmap=_MAP, rasterized=True)
-            # Lines of equal distance show what colour alone does not: whether it goes around the walls.
+            # Contours show what colour alone does not: whether the distance goes around walls.
             axis.contour(across, down, np.ma.masked_invalid(image), levels=8, colors="white", linewidths=0.7, alpha=0.8)
             bar = figure.colorbar(shown, ax=axis, shrink=0.7)
             bar.outline.set_visible(False)
@@ -246,7 +246,7 @@ def predicted_paths(data: PredictedPaths) -> Themed:
 
     def draw(figure: Figure, theme: str) -> None:
         grid = figure.add_gridspec(1, count + 1, width_ratios=[*[1.0] * count, 1.3])
-        # The picture is the same on dark paper, and so are the lines on it.
+        # The picture is the same on a dark page, and so are the lines on it.
         paper = theme if data.pictures is None else "light"
         for place in range(count):
             axis = figure.add_subplot(grid[0, place])
@@ -268,7 +268,9 @@ def predicted_paths(data: PredictedPaths) -> Themed:
         figure.legend(*axis.get_legend_handles_labels(), loc="outside lower left", ncols=2)
         axis = figure.add_subplot(grid[0, count])
         low, middle, high = np.percentile(errors, [10, 50, 90], axis=0)
-        axis.fill_between(steps, low, high, alpha=0.25, color=colour(theme, 1), linewidth=0, label="10 to 90% of them")
+        axis.fill_between(
+            steps, low, high, alpha=0.25, color=colour(theme, 1), linewidth=0, label="10th to 90th percentile"
+        )
         axis.plot(steps, middle, color=colour(theme, 1), label="median")
         axis.set_ylim(bottom=0)
         axis.set_xlabel("environment steps")
@@ -280,7 +282,7 @@ def predicted_paths(data: PredictedPaths) -> Themed:
 
 
 def themed(draw: Callable[[Figure, str], None], size: tuple[float, float]) -> Themed:
-    """Call `draw(figure, theme)` once for each theme and return both as SVG; no state is left in matplotlib."""
+    """Call `draw(figure, theme)` once for each theme and return both as SVG; matplotlib's state stays unchanged."""
     return Themed(*(_svg(draw, theme, size) for theme in ("light", "dark")))
 
 
@@ -332,7 +334,7 @@ def colour(theme: str, place: int) -> str:
 
 
 def _point_colours(theme: str) -> ListedColormap:
-    # The darkest tones would vanish on dark paper.
+    # The darkest tones would be invisible on a dark page.
     return ListedColormap(colormaps[_MAP](np.linspace(0.0 if theme == "light" else 0.22, 1.0, 256)))
 
 
@@ -346,7 +348,7 @@ def _readable(name: str) -> str:
     if name.startswith("open_loop/"):
         return f"predicted {name.rsplit('/', 1)[1]} blocks ahead"
     known = {
-        "inverse_dynamics": "reading the action back",
+        "inverse_dynamics": "inverse dynamics",
         "open_loop": "open-loop prediction",
         "probe/position/error": "of the frame itself",
     }
@@ -372,15 +374,15 @@ def binned(
     values: Float[np.ndarray, "M"],
     extent: tuple[float, float, float, float],
 ) -> tuple[Float[np.ndarray, "R C"], Float[np.ndarray, "C"], Float[np.ndarray, "R"]]:
-    """Return the mean value in each cell of a grid (NaN where none was measured), and the cells' middles.
+    """Return the mean value in each cell of a grid (NaN without a value), and the cells' centres.
 
-    Positions that lie on a grid keep it; a lone cell without a value takes its neighbours' mean.
+    Positions on a grid keep their grid; a single cell without a value takes the mean of its neighbours.
     """
     x0, x1, y0, y1 = extent
     distinct = [len(np.unique(positions[:, axis])) for axis in (0, 1)]
     gridded = distinct[0] * distinct[1] <= 2 * len(positions)
     cells = np.array(distinct if gridded else [int(np.clip(np.sqrt(len(positions) / 3), 4, 48))] * 2)
-    if gridded:  # the cells' middles are the positions
+    if gridded:  # the cells' centres are the positions
         low, high = positions.min(axis=0), positions.max(axis=0)
         margin = (high - low) / np.maximum(cells - 1, 1) / 2
         (x0, y0), (x1, y1) = low - margin, high + margin
@@ -396,7 +398,7 @@ def binned(
     rows, columns = image.shape
     neighbours = sum(measured[row : row + rows, column : column + columns].astype(int) for row, column in around)
     sums = sum(padded[row : row + rows, column : column + columns] for row, column in around)
-    holes = (count == 0) & (neighbours >= 7)  # a wall of one cell's width has six and stays open
+    holes = (count == 0) & (neighbours >= 7)  # a wall one cell wide has six, and stays empty
     image[holes] = (sums / np.maximum(neighbours, 1))[holes]
     across, down = ((np.arange(n) + 0.5) / n for n in cells)
     return image, x0 + (x1 - x0) * across, y0 + (y1 - y0) * down

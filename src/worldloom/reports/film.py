@@ -1,4 +1,4 @@
-"""Episodes as moving pictures: what the agent saw beside its goal, many episodes at once."""
+"""Videos of episodes: what the agent saw beside its goal, several episodes at once."""
 
 import io
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from jaxtyping import UInt8
 from worldloom.core.errors import DataError
 from worldloom.evaluation import Recording
 
-_CODECS = ("libx264", "h264", "libopenh264")  # all of them give H.264; which is there depends on how PyAV was built
+_CODECS = ("libx264", "h264", "libopenh264")  # H.264 encoders; which of them exist depends on the build of PyAV
 _REACHED, _FAILED, _RUNNING, _PAPER, _INK = (0, 158, 115), (213, 94, 0), (140, 148, 156), (22, 26, 30), (228, 231, 234)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Video:
-    """An MP4, or the reason why there is none."""
+    """An MP4, or the reason for its absence."""
 
     data: bytes
     width: int = 0
@@ -60,7 +60,7 @@ def episodes_video(recordings: Sequence[Recording], *, fps: int = 12, columns: i
         stream.height, stream.width = first.shape[:2]
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "20"} if codec == "libx264" else {}
-        for step in [*range(steps + 1), *[steps] * fps]:  # the last picture stands for a second
+        for step in [*range(steps + 1), *[steps] * fps]:  # the last picture stays for a second
             picture = av.VideoFrame.from_ndarray(_sheet(shown, step, columns), format="rgb24")
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
@@ -103,7 +103,7 @@ def _sheet(recordings: Sequence[Recording], step: int, columns: int, *, foot: in
     rows = -(-len(tiles) // columns)
     height, width = max(tile.shape[0] for tile in tiles), max(tile.shape[1] for tile in tiles)
     gap = 16
-    # H.264 with halved colour wants even sides.
+    # H.264 with chroma subsampling needs even sides.
     sheet = np.empty(((rows * (height + gap) + foot) // 2 * 2, (columns * (width + gap) + gap) // 2 * 2, 3), np.uint8)
     sheet[:] = _PAPER
     for place, tile in enumerate(tiles):
@@ -114,7 +114,7 @@ def _sheet(recordings: Sequence[Recording], step: int, columns: int, *, foot: in
 
 
 def _tile(recording: Recording, step: int) -> UInt8[np.ndarray, "H W 3"]:
-    """Draw one episode: a caption, then the frame and the goal in a border that says how it ended."""
+    """Draw one episode: a caption, then the frame and the goal in a border that shows the outcome."""
     from PIL import Image, ImageDraw, ImageFont
 
     assert recording.frames is not None
@@ -143,7 +143,7 @@ def _tile(recording: Recording, step: int) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def to_size(picture: UInt8[np.ndarray, "H W C"], side: int = 128) -> UInt8[np.ndarray, "h w 3"]:
-    """Return RGB whose shorter side has about `side` pixels, by repeating or leaving out whole pixels."""
+    """Return RGB whose shorter side has about `side` pixels, by repeating or omitting whole pixels."""
     rgb = picture[..., :3] if picture.shape[-1] >= 3 else np.repeat(picture[..., :1], 3, axis=-1)
     shorter = min(rgb.shape[:2])
     if shorter > side:

@@ -1,4 +1,4 @@
-"""Pages: one HTML file that holds everything it shows and asks the network for nothing."""
+"""Pages: one HTML file, which holds everything it shows and needs no network."""
 
 import base64
 from typing import Any
@@ -7,7 +7,7 @@ from worldloom.reports.figures import Themed
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Return a page as HTML from a template of this room; every value is escaped."""
+    """Return a page as HTML from a template in this room; every value is escaped."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -21,12 +21,12 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def embedded(figure: Themed | None) -> dict[str, str] | None:
-    """Return the addresses of a figure for light and dark pages, which hold the figure itself."""
+    """Return data URIs of a figure for light and dark pages."""
     if figure is None:
         return None
     return {theme: data_uri("image/svg+xml", content) for theme, content in figure._asdict().items()}
 
 
 def data_uri(kind: str, content: bytes) -> str:
-    """Return an address that is its own content."""
+    """Return content as a data URI."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"

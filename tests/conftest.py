@@ -64,7 +64,9 @@ class Chronicle:
         self.ledger = Ledger(self.rounds / "ledger.jsonl", self.keys["chair"], durable=False)
 
     def begin(self) -> None:
-        self.ledger.append("constitution", {"fingerprint": self.constitution.fingerprint})
+        from worldloom.federation.record.ledger import constitution_facts
+
+        self.ledger.append("constitution", constitution_facts(self.constitution))
         self.ledger.append("base", {"fingerprint": "ba5e0"}, round=0)
 
     def contribute(self, number: int, owner: str, *, size: int = 1_600_000, epsilon: float | None = None) -> None:

@@ -23,7 +23,7 @@ from worldloom.federation import (
     verify_ledger,
 )
 from worldloom.federation.record.envelope import seal
-from worldloom.federation.record.ledger import exit_facts
+from worldloom.federation.record.ledger import constitution_facts, exit_facts
 
 
 class World:
@@ -43,7 +43,7 @@ class World:
     def write(self, path: Path, weight: float = 0.5) -> Path:
         facts = {"owner": "bolt", "data_class": "open", "weight": weight, "fingerprint": "cd"}
         with Ledger(path, self.keys["acme"], durable=False) as ledger:
-            ledger.append("constitution", {"fingerprint": self.rules.fingerprint})
+            ledger.append("constitution", constitution_facts(self.rules))
             ledger.append("base", {"fingerprint": "ab"}, round=0)
             ledger.append("contribution", {**facts, "spent": {"epsilon": 1.5}}, round=0)
             ledger.append("refusal", {"owner": "acme", "reason": "late | 9 s"}, round=0)

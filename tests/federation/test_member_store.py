@@ -10,6 +10,7 @@ from worldloom.core.errors import DataError, StorageError
 from worldloom.core.signing import SigningKey, make_key
 from worldloom.federation import Constitution, Ledger, MemberStore
 from worldloom.federation.record import ledger as ledger_module
+from worldloom.federation.record.ledger import constitution_facts
 from worldloom.federation.rounds.member_store import LedgerForked
 
 
@@ -31,7 +32,7 @@ class Looms:
         path.write_text("".join(f"{line}\n" for line in after))
         with Ledger(path, self.keys["acme"], durable=False) as ledger:
             if not after:
-                ledger.append("constitution", {"fingerprint": self.rules.fingerprint})
+                ledger.append("constitution", constitution_facts(self.rules))
             for number, base in enumerate(bases):
                 ledger.append("base", {"fingerprint": base}, round=number)
             return ledger.lines()

@@ -1,6 +1,13 @@
 """Agents: model predictive control, guides for far goals, a reactive policy, and baselines."""
 
-from worldloom.agents.audit_log import AuditLog, damaged_situations, log_path, read_situation, replay
+from worldloom.agents.audit_log import (
+    AuditLog,
+    damaged_situations,
+    log_entries,
+    log_path,
+    read_situation,
+    replay,
+)
 from worldloom.agents.behaviour_cloning import (
     BehaviourCloningAgent,
     CloningConfig,
@@ -75,6 +82,7 @@ __all__ = [
     "default_methods",
     "fit_behaviour_cloning",
     "fit_reactive",
+    "log_entries",
     "log_path",
     "read_situation",
     "recall_landmarks",

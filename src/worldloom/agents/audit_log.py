@@ -8,7 +8,7 @@ the decision followed from, so that it can be made again.
 import copy
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,11 +29,28 @@ from worldloom.guardrails import BoundRail
 from worldloom.planning import violations_of
 
 _LOG, _SITUATIONS = "log.jsonl", "situations"
+_FORMAT = 1
 
 
 def log_path(folder: Path | str) -> Path:
     """Return the chain of an audit log."""
     return Path(folder) / _LOG
+
+
+def log_entries(folder: Path | str, *, progress: Progress = SILENT) -> Iterator[Entry]:
+    """Read the entries of an audit log, each verified before it is given.
+
+    Raises:
+        StorageError: there is no log.
+        DataError: an entry does not verify, or is of another version of the format.
+    """
+    for entry in entries(log_path(folder), progress=progress):
+        if entry.body.get("event") == "opened" and entry.body.get("format") != _FORMAT:
+            raise DataError(
+                f"{folder}: from entry {entry.index} on, the audit log has format {entry.body.get('format')!r}; this "
+                f"version of worldloom reads format {_FORMAT}. Use the version that wrote it"
+            )
+        yield entry
 
 
 class AuditLog:
@@ -53,7 +70,7 @@ class AuditLog:
         self._chain = Chain(log_path(self.folder))
         self._before: tuple[Situation, Plan] | None = None
         self._part: dict[str, str] = {}
-        self._chain.append({"event": "opened", **about})
+        self._chain.append({"event": "opened", "format": _FORMAT, **about})
 
     @property
     def chain(self) -> Chain:
@@ -204,7 +221,7 @@ def read_situation(
 def damaged_situations(folder: Path | str, *, progress: Progress = SILENT) -> list[int]:
     """Return the entries whose situation is missing or was changed."""
     damaged = []
-    for entry in entries(log_path(folder), progress=progress):
+    for entry in log_entries(folder, progress=progress):
         if entry.body.get("event") != "decided":
             continue
         path = Path(folder) / _SITUATIONS / f"{entry.body.get('situation')}.safetensors"

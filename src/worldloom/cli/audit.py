@@ -59,13 +59,12 @@ def show(
     json: Json = False,
 ) -> None:
     """Show the decisions, entry by entry; each entry is verified."""
-    from worldloom.agents import log_path, read_situation
-    from worldloom.core.chain import entries
+    from worldloom.agents import log_entries, read_situation
     from worldloom.core.errors import ConfigError, DataError
 
     if picture is not None and entry is None:
         raise ConfigError("--picture needs --entry, the entry whose picture it writes")
-    chosen = [each for each in entries(log_path(log)) if entry in (None, each.index)]
+    chosen = [each for each in log_entries(log) if entry in (None, each.index)]
     if entry is not None and not chosen:
         raise DataError(f"{log} has no entry {entry}")
     if picture is not None:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,27 @@ def read_json(path: Path) -> Any:
         return json.loads(content.decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StorageError(f"{path} is not whole JSON ({error}); restore it or delete it") from None
+
+
+def write_document(path: Path, kind: str, values: Mapping[str, Any], *, version: int = 1) -> None:
+    """Write `values` as JSON that states its kind and the version of its format, as `kind` and `format`."""
+    write_json(path, {"kind": kind, "format": version, **values})
+
+
+def read_document(path: Path, kind: str, *, version: int = 1) -> dict[str, Any]:
+    """Read what `write_document` wrote, without its kind and version.
+
+    Raises:
+        StorageError: the file is missing, damaged, of another kind, or of another version of the format.
+    """
+    values = read_json(path)
+    found = (values.pop("kind", None), values.pop("format", None)) if isinstance(values, dict) else (None, None)
+    if found != (kind, version):
+        raise StorageError(
+            f"{path} states kind {found[0]!r} and format {found[1]!r}; this version of worldloom reads {kind!r} of "
+            f"format {version}. Check the path, or use the version that wrote it"
+        )
+    return dict(values)
 
 
 @contextmanager

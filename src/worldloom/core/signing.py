@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from worldloom.core.errors import DataError, StorageError
-from worldloom.core.files import read_json, storage_errors, write_json
+from worldloom.core.files import read_document, storage_errors, write_document
 
 _KIND = "worldloom signature"
 _LARGEST = 2**26  # bytes of a signed file: it is read whole before its signature is checked
@@ -81,7 +81,7 @@ def sign_file(path: Path | str, key: Path | str) -> Path:
     """
     signer, content = SigningKey(key), _read(path)
     signature = signature_path(path)
-    write_json(signature, {"kind": _KIND, "format": 1, "key": signer.public, "signature": signer.sign(content)})
+    write_document(signature, _KIND, {"key": signer.public, "signature": signer.sign(content)})
     return signature
 
 
@@ -102,10 +102,8 @@ def read_signed(path: Path | str, trusted: Collection[str]) -> tuple[bytes, str]
     where = signature_path(path)
     if not where.is_file():
         raise StorageError(f"{path} is not signed: there is no {where.name} beside it. Have its owner sign it")
-    content, values = _read(path), read_json(where)
+    content, values = _read(path), read_document(where, _KIND)
     try:
-        if not isinstance(values, dict) or (values["kind"], values["format"]) != (_KIND, 1):
-            raise ValueError("it is no signature")
         key, signature = _text(values["key"]), _text(values["signature"])
         if not _is_hex(key, 32) or not _is_hex(signature, 64):
             raise ValueError("its key has 64 hexadecimal digits, and its signature 128")
@@ -127,7 +125,7 @@ def _read(path: Path | str) -> bytes:
     with storage_errors(path), Path(path).open("rb") as file:
         content = file.read(_LARGEST + 1)
     if len(content) > _LARGEST:
-        raise DataError(f"{path} is larger than {_LARGEST} bytes; expected a policy or a picture")
+        raise DataError(f"{path} is larger than {_LARGEST} bytes; expected a rule set or a picture")
     return content
 
 
@@ -149,9 +147,9 @@ def _secret(path: Path | str) -> Any:
     try:
         secret = load_pem_private_key(_read(path), password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise DataError(f"{path} is no secret key ({error}); make one with worldloom policy key") from None
+        raise DataError(f"{path} is no secret key ({error}); make one with worldloom rules key") from None
     if not isinstance(secret, Ed25519PrivateKey):
-        raise DataError(f"{path} is a key of another kind; expected Ed25519. Make one with worldloom policy key")
+        raise DataError(f"{path} is a key of another kind; expected Ed25519. Make one with worldloom rules key")
     return secret
 
 

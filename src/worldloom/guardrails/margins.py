@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from worldloom.core.errors import DataError, StorageError
-from worldloom.core.files import read_json, write_json
+from worldloom.core.files import read_document, write_document
 from worldloom.guardrails.rule_set import RuleSet
 
 _KIND = "worldloom margins"
@@ -44,11 +44,10 @@ class Margins:
 
 def write_margins(path: Path, margins: Margins, rules: RuleSet, about: Mapping[str, Any]) -> None:
     """Write margins atomically; `about` says how they were found."""
-    write_json(
+    write_document(
         path,
+        _KIND,
         {
-            "kind": _KIND,
-            "format": 1,
             "rules": rules.fingerprint,
             "guardrails": rules.titles,
             "risk": margins.risk,
@@ -66,10 +65,10 @@ def read_margins(path: Path, rules: RuleSet, *, model: str, method: Mapping[str,
     Raises:
         StorageError: the file is damaged, or of another rule set, model or method.
     """
-    values = read_json(path)
+    values = read_document(path, _KIND)
     try:
-        if (values["kind"], values["format"], values["rules"]) != (_KIND, 1, rules.fingerprint):
-            raise ValueError("it is of another kind or rule set")
+        if values["rules"] != rules.fingerprint:
+            raise ValueError("it is of another rule set")
         if values["model"] != model or _calibrated(values["method"]) != _calibrated(method):
             raise ValueError("it is of another model or method")
         margins = torch.tensor(values["values"], dtype=torch.float32)

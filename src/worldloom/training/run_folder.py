@@ -1,6 +1,6 @@
 """The run folder: everything that one training leaves behind.
 
-config.json        the configuration, whole
+config.json        the configuration, whole, and the version of the format of this folder
 provenance.json    data fingerprint, commit, versions, hardware, seeds
 metrics.jsonl      one line of figures for each logged step
 diagnostics.json   the last figures of the latents, and alarms
@@ -18,11 +18,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from worldloom.core.errors import StorageError, TrainingError
-from worldloom.core.files import exclusive_lock, read_json, storage_errors, write_json, write_text
+from worldloom.core.files import (
+    exclusive_lock,
+    read_document,
+    read_json,
+    storage_errors,
+    write_document,
+    write_json,
+    write_text,
+)
 from worldloom.core.processes import is_first
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
+
+
+_KIND = "worldloom run"
 
 
 class RunFolder:
@@ -49,7 +60,7 @@ class RunFolder:
         if (run.path / "config.json").exists():
             raise StorageError(f"{run.path} holds a run already; resume it (--resume) or choose another folder")
         write_json(run.path / "provenance.json", dict(provenance))
-        write_json(run.path / "config.json", dict(config))  # last: what makes the folder a run
+        run.reconfigure(config)  # last: what makes the folder a run
         return run
 
     @classmethod
@@ -71,11 +82,18 @@ class RunFolder:
                 for name in ("config.json", "provenance.json"):
                     (self.path / name).unlink(missing_ok=True)
 
+    def reconfigure(self, config: Mapping[str, Any]) -> None:
+        """Replace the configuration."""
+        write_document(self.path / "config.json", _KIND, config)
+
     @property
     def config(self) -> dict[str, Any]:
-        """What was given to `create`."""
-        config: dict[str, Any] = read_json(self.path / "config.json")
-        return config
+        """What was given to `create` or, later, to `reconfigure`.
+
+        Raises:
+            StorageError: config.json is damaged, or of another version of the format.
+        """
+        return read_document(self.path / "config.json", _KIND)
 
     @property
     def provenance(self) -> dict[str, Any]:

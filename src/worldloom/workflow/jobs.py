@@ -161,7 +161,7 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, resume: bool, r
             f"original dataset ({folder.config['data']}), or choose another folder"
         )
     if differ:
-        write_json(path / "config.json", config)
+        folder.reconfigure(config)
     return folder
 
 

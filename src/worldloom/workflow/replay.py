@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from worldloom.agents import METHODS, AgentParts, log_path, replay
-from worldloom.core.chain import Entry, entries
+from worldloom.agents import METHODS, AgentParts, log_entries, replay
+from worldloom.core.chain import Entry
 from worldloom.core.config import parse_component
 from worldloom.core.errors import DataError
 from worldloom.core.progress import SILENT, Progress
@@ -23,7 +23,7 @@ def read_entry(folder: Path, index: int, *, progress: Progress = SILENT) -> tupl
         DataError: there is no such entry, or an entry up to it does not verify.
     """
     opened: Entry | None = None
-    for entry in entries(log_path(folder), progress=progress):
+    for entry in log_entries(folder, progress=progress):
         if entry.body.get("event") == "opened":
             opened = entry
         if entry.index == index and opened is not None:

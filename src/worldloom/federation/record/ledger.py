@@ -27,6 +27,7 @@ _BY_COORDINATORS = (
 KINDS = (*_BY_COORDINATORS, "checkpoint", "exit", "return", "recompute")
 """The kinds of entries; only coordinators write those before the last four."""
 
+FORMAT = 1  # of the ledger
 _LARGEST_WORD = 2**13  # bytes of the signed message by which a member leaves
 _LARGEST = 2**16  # characters of the facts of an entry: enough for fingerprints and figures, not for data
 _LONGEST = _LARGEST + 2**10  # characters of its line, with signer and previous hash
@@ -163,6 +164,11 @@ class Ledger(Records):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def constitution_facts(constitution: Constitution) -> dict[str, Any]:
+    """Return the facts of the entry that begins a ledger: its format, and the constitution that it is kept under."""
+    return {"format": FORMAT, "fingerprint": constitution.fingerprint}
 
 
 def countersign(head: ChainHead, key: SigningKey) -> dict[str, Any]:
@@ -321,6 +327,9 @@ def _fault(entry: Entry, constitution: Constitution, hashes: list[str]) -> str:
         return "is not an entry of a ledger"
     if body["round"] is not None and type(body["round"]) is not int:
         return "is not an entry of a ledger"
+    if body["kind"] == "constitution" and body["facts"].get("format") != FORMAT:
+        found = body["facts"].get("format")
+        return f"states format {found!r} of the ledger; this version of worldloom reads format {FORMAT}"
     signer = constitution.known().get(body["key"])
     if signer is None:
         return f"is signed by {body['key']}, a key that is not in the constitution"

@@ -18,7 +18,7 @@ from worldloom.core.errors import CheckpointError, DataError, StorageError, Trai
 from worldloom.core.files import whole_folder, write_atomic
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.signing import SigningKey
-from worldloom.federation.record.ledger import Ledger, Records
+from worldloom.federation.record.ledger import Ledger, Records, constitution_facts
 from worldloom.federation.rounds.base import Base
 from worldloom.federation.rounds.contribution import read_contribution
 from worldloom.federation.rounds.member_store import MemberStore
@@ -64,7 +64,7 @@ class Coordinator:
             if first is not None and first.body["facts"].get("fingerprint") != constitution.fingerprint:
                 raise DataError(f"{path} belongs to another constitution; choose another folder for this one")
             if first is None:
-                self.ledger.append("constitution", {"fingerprint": constitution.fingerprint})
+                self.ledger.append("constitution", constitution_facts(constitution))
             self._members = Members(constitution, transport, self.ledger, key)
             self._sums = SecureSums(self.rounds.path, constitution, ledger=self.ledger, members=self._members)
             if not self.ledger.bases():

@@ -10,7 +10,7 @@ from pydantic import Field, StringConstraints, model_validator
 from worldloom.core.chain import canonical
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.core.files import read_json, storage_errors, write_json
+from worldloom.core.files import read_document, storage_errors, write_document
 from worldloom.core.signing import SigningKey, verified
 from worldloom.core.yaml_config import parse_yaml
 from worldloom.federation.secure.privacy import PrivacyConfig
@@ -71,9 +71,11 @@ class Constitution(Config):
     Before its first round a member trains its sovereign tensors for `align_steps`, with the shared ones frozen.
     `coordinators` are in order of succession: each is the name of a member, or a name and a key. `aggregation`,
     `outer`, `codec` and `partition` are parsed by the component that they name. Under `secure_aggregation` the
-    coordinator sees sums of `threshold` contributions or more, and never a single one.
+    coordinator sees sums of `threshold` contributions or more, and never a single one. `constitution` is the version of
+    the format.
     """
 
+    constitution: Literal[1] = 1
     consortium: str = Field(min_length=1)
     members: dict[Name, Member] = Field(min_length=1)
     coordinators: tuple[Name | ExternalCoordinator, ...] = Field(min_length=1)
@@ -208,8 +210,7 @@ def ratify(path: Path | str, member: str, key: SigningKey) -> Path:
     if constitution.members[member].key != key.public:
         raise DataError(f"{path} names another key for {member} than {key.public}; sign with the key that it names")
     where = ratification_path(path, member)
-    values = {"kind": _KIND, "format": 1, "member": member, "key": key.public}
-    write_json(where, {**values, "signature": key.sign(_SIGNED_AS + content)})
+    write_document(where, _KIND, {"member": member, "key": key.public, "signature": key.sign(_SIGNED_AS + content)})
     return where
 
 
@@ -223,6 +224,7 @@ def read_constitution(path: Path | str, *, require: Collection[str] | None = Non
 
     Raises:
         ConfigError: the file is not a constitution, or contradicts itself.
+        StorageError: a signature is damaged, or of another kind or version.
         DataError: a signature is missing, of another text, or of a signer that is not a member; the signer is named.
     """
     content = _read(path)
@@ -241,9 +243,7 @@ def read_constitution(path: Path | str, *, require: Collection[str] | None = Non
         raise DataError(f"{path} is not signed by {', '.join(missing)}; no round runs before they sign it")
     for member in sorted(signers):
         where = ratification_path(path, member)
-        values = read_json(where)
-        if not isinstance(values, dict) or (values.get("kind"), values.get("format")) != (_KIND, 1):
-            raise DataError(f"{where} is not a signature of a constitution; let {member} sign again")
+        values = read_document(where, _KIND)
         key = constitution.members[member].key
         if (values.get("member"), values.get("key")) != (member, key):
             raise DataError(f"{where} is of another member or key; let {member} sign again")

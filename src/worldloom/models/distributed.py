@@ -5,15 +5,18 @@ ranks' losses owe to its inputs. With the average of gradients that data paralle
 of one rank that holds the whole batch. Without a process group they change nothing.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, distributed
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _alone = ContextVar("alone", default=False)
 
@@ -51,19 +54,27 @@ def mean_over_ranks(values: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     return gathered.mean(0)
 
 
+def _sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether the tensor is sharded. Without the module, which takes a second to load, no tensor is."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return a sharded tensor whole, which all ranks must ask for together; other tensors as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _sharded(tensor) else tensor
 
 
 def shard(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _sharded(tensor) else tensor
 
 
 def lay_like(tensor: Tensor, model: Tensor) -> Tensor:
     """Return a copy of a whole tensor that lies in memory, and over the ranks, as `model` does."""
-    if isinstance(model, DTensor):
+    if _sharded(model):
+        from torch.distributed.tensor import distribute_tensor
+
         # Every rank has the whole and takes its part: nothing is sent.
         return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
     return torch.empty_like(model, requires_grad=False).copy_(tensor)

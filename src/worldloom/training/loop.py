@@ -10,11 +10,10 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from worldloom.core.errors import CheckpointError, ConfigError, TrainingError
@@ -31,6 +30,9 @@ from worldloom.training.ranks import Ranks, make_fabric
 from worldloom.training.run_folder import RunFolder
 from worldloom.training.state import load_state, save_state, saved_steps
 from worldloom.training.training_config import FREE, TrainingConfig
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 _logger = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ def fit(
     cache: Frames,
     run: RunFolder,
     *,
-    fabric: Fabric | None = None,
+    fabric: "Fabric | None" = None,
     resume: bool = False,
     stretch: Segment | None = None,
     progress: Progress = SILENT,

@@ -8,15 +8,11 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.strategies.ddp import DDPStrategy
-from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from worldloom.core.errors import ConfigError, TrainingError, WorldloomError
@@ -25,10 +21,13 @@ from worldloom.core.seeds import derive_seed
 from worldloom.models import Block
 from worldloom.training.training_config import TrainingConfig
 
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric  # imported where it is used: it takes a second to load
+
 T = TypeVar("T")
 
 
-def make_fabric(config: TrainingConfig) -> Fabric:
+def make_fabric(config: TrainingConfig) -> "Fabric":
     """Make and launch what `config` asks for.
 
     Raises:
@@ -45,9 +44,14 @@ def make_fabric(config: TrainingConfig) -> Fabric:
         what = "one device has nothing to shard" if config.devices == 1 else "training.compile does not go with it"
         raise ConfigError(f"training.strategy is fsdp and {what}; set it to ddp, or change the other")
     _check_machine(config)
+    from lightning_fabric import Fabric
+
     if config.devices == 1:
         fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
     else:
+        from lightning_fabric.strategies.ddp import DDPStrategy
+        from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+
         local = on_this_machine()
         timeout = timedelta(minutes=config.timeout_minutes)
         fabric = Fabric(
@@ -74,6 +78,8 @@ def _leave() -> None:
 
 def _shard(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Shard every transformer block by itself, so that one at a time is whole, and the rest together."""
+    from torch.distributed.fsdp import fully_shard
+
     data_parallel = mesh["data_parallel"]
     for block in [part for part in module.modules() if isinstance(part, Block)]:
         fully_shard(block, mesh=data_parallel)
@@ -115,7 +121,7 @@ class Ranks:
     after `timeout_minutes` at the latest.
     """
 
-    def __init__(self, fabric: Fabric, timeout_minutes: float) -> None:
+    def __init__(self, fabric: "Fabric", timeout_minutes: float) -> None:
         self.fabric = fabric
         self.rank, self.count = fabric.global_rank, fabric.world_size
         self.first, self.first_here = self.rank == 0, fabric.local_rank == 0

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from scipy.optimize import brentq
-from scipy.special import log_ndtr
 from torch import Tensor
 
 from worldloom.core.config import Config
@@ -108,6 +106,9 @@ def gaussian_epsilon(noise: float, delta: float) -> float:
     This solves the exact condition of Balle and Wang 2018 (theorem 8) for epsilon. T rounds with noise s each equal one
     round with noise s / sqrt(T) (Dong, Roth and Su 2022).
     """
+    from scipy.optimize import brentq
+    from scipy.special import log_ndtr
+
     if noise <= 0:
         return math.inf
     mu = 1 / noise

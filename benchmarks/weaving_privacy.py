@@ -376,10 +376,15 @@ def summed(deltas: Mapping[str, State], name: str) -> dict[str, Tensor]:
         threshold=len(deltas),
     )
     maskers, unmasker = {owner: Masker(owner, session, keys[owner].sign) for owner in deltas}, Unmasker(session)
-    roster = unmasker.advertised([masker.advertise() for masker in maskers.values()])
-    boxes = unmasker.shared([masker.share(roster) for masker in maskers.values()])
-    there = unmasker.masked([maskers[owner].mask(boxes[owner], delta) for owner, delta in deltas.items()])
-    return unmasker.unmasked([maskers[owner].unmask(there) for owner in there])
+    for owner, masker in maskers.items():
+        unmasker.take("advertise", owner, masker.advertise())
+    for owner, masker in maskers.items():
+        unmasker.take("share", owner, masker.share(unmasker.roster))
+    for owner, masker in maskers.items():
+        unmasker.take("mask", owner, masker.mask(unmasker.inboxes[owner], deltas[owner]))
+    for owner, masker in maskers.items():
+        unmasker.take("unmask", owner, masker.unmask(unmasker.survivors))
+    return unmasker.sum(deltas)
 
 
 def windows_of(parts: Sequence[tuple[FrameCache, np.ndarray | None]]) -> Windows:

@@ -81,15 +81,19 @@ def test_under_secure_aggregation_a_frame_cannot_be_read_off_what_the_coordinato
         threshold=2,
     )
     maskers, unmasker = {name: Masker(name, session, keys[name].sign) for name in names}, Unmasker(session)
-    roster = unmasker.advertised([masker.advertise() for masker in maskers.values()])
-    boxes = unmasker.shared([masker.share(roster) for masker in maskers.values()])
-    masked = [maskers[name].mask(boxes[name], deltas[name]) for name in names]
-    for seed, message in enumerate(masked):
+    for name, masker in maskers.items():
+        unmasker.take("advertise", name, masker.advertise())
+    for name, masker in maskers.items():
+        unmasker.take("share", name, masker.share(unmasker.roster))
+    for seed, (name, masker) in enumerate(maskers.items()):
+        message = masker.mask(unmasker.inboxes[name], deltas[name])
+        unmasker.take("mask", name, message)
         view = decode_sum(np.frombuffer(message["masked"], "<u8"), session)
         # 192 values: five deviations of the cosine of a random guess.
         assert abs(seen(view, frame(seed))) < 5 / math.sqrt(math.prod(FRAME))
-    there = unmasker.masked(masked)
-    total = unmasker.unmasked([maskers[name].unmask(there) for name in there])
+    for name, masker in maskers.items():
+        unmasker.take("unmask", name, masker.unmask(unmasker.survivors))
+    total = unmasker.sum(names)
     # The sum gives a mixture away: of three frames, none is seen as it is.
     shown = reconstruct(total, weight="1.weight", bias="1.bias").reshape(FRAME)
     alone = [reconstruct(deltas[name], weight="1.weight", bias="1.bias").reshape(FRAME) for name in names]

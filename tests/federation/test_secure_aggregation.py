@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from itertools import combinations, product
 from typing import Any
 
@@ -47,6 +48,11 @@ def deltas(seed: int = 0) -> dict[str, dict[str, Tensor]]:
     return {name: {key: torch.randn(shape, generator=source) for key, shape in SHAPES.items()} for name in NAMES}
 
 
+def take(unmasker: Unmasker, phase: str, messages: Iterable[Mapping[str, Any]]) -> None:
+    for message in messages:
+        unmasker.take(phase, message["owner"], message)
+
+
 class View:
     """One run of the protocol, and all that the coordinator saw of it."""
 
@@ -61,19 +67,25 @@ class View:
         self, given: Mapping[str, Mapping[str, Tensor]], *, silent: Iterable[str] = (), gone: Iterable[str] = ()
     ) -> list[str]:
         """`silent` owners advertise and then vanish; `gone` ones vanish after their shares went out."""
-        roster = self.unmasker.advertised([masker.advertise() for masker in self.maskers.values()])
-        shared = {name: masker.share(roster) for name, masker in self.maskers.items() if name not in silent}
-        self.boxes = self.unmasker.shared(list(shared.values()))
-        self.shared = shared
+        roster = self.advertise()
+        self.shared = {name: masker.share(roster) for name, masker in self.maskers.items() if name not in silent}
+        take(self.unmasker, "share", self.shared.values())
+        self.boxes = self.unmasker.inboxes
         messages = [self.maskers[name].mask(self.boxes[name], given[name]) for name in self.boxes if name not in gone]
         self.masked = {message["owner"]: message["masked"] for message in messages}
-        return self.unmasker.masked(messages)
+        take(self.unmasker, "mask", messages)
+        return self.unmasker.survivors
+
+    def advertise(self) -> dict[str, dict[str, Any]]:
+        take(self.unmasker, "advertise", [masker.advertise() for masker in self.maskers.values()])
+        return self.unmasker.roster
 
     def finish(self, survivors: Iterable[str], *, late: Iterable[str] = ()) -> dict[str, Tensor]:
         """`late` owners vanish after their masked delta went out."""
         survivors = list(survivors)
         self.answers = {name: self.maskers[name].unmask(survivors) for name in survivors if name not in late}
-        return self.unmasker.unmasked(list(self.answers.values()))
+        take(self.unmasker, "unmask", self.answers.values())
+        return self.unmasker.sum(self.answers)
 
 
 def plain_sum(given: Mapping[str, Mapping[str, Tensor]], names: Iterable[str]) -> dict[str, Tensor]:
@@ -240,12 +252,14 @@ def test_owners_that_are_put_away_and_taken_up_between_all_steps_give_the_same_s
         view.maskers[name] = Masker.of(state, view.session, KEYS[name].sign)
         return view.maskers[name]
 
-    roster = view.unmasker.advertised([again(name).advertise() for name in NAMES])
-    boxes = view.unmasker.shared([again(name).share(roster) for name in NAMES])
-    there = view.unmasker.masked([again(name).mask(boxes[name], given[name]) for name in NAMES if name != "eve"])
-    answers = [again(name).unmask(there) for name in there]
+    take(view.unmasker, "advertise", [again(name).advertise() for name in NAMES])
+    take(view.unmasker, "share", [again(name).share(view.unmasker.roster) for name in NAMES])
+    boxes = view.unmasker.inboxes
+    take(view.unmasker, "mask", [again(name).mask(boxes[name], given[name]) for name in NAMES if name != "eve"])
+    there = view.unmasker.survivors
+    take(view.unmasker, "unmask", [again(name).unmask(there) for name in there])
     expected = plain_sum(given, there)
-    torch.testing.assert_close(view.unmasker.unmasked(answers)["c"], expected["c"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(view.unmasker.sum(there)["c"], expected["c"], rtol=0, atol=1e-6)
     # Taken up again it still answers once.
     with pytest.raises(DataError, match="reveal its delta"):
         again("ann").unmask(there)
@@ -256,14 +270,13 @@ def test_owners_that_are_put_away_and_taken_up_between_all_steps_give_the_same_s
 
 
 def test_keys_that_the_coordinator_puts_in_are_refused() -> None:
-    held = session()
-    maskers = {name: Masker(name, held, KEYS[name].sign) for name in NAMES}
-    roster = Unmasker(held).advertised([masker.advertise() for masker in maskers.values()])
+    view = View(session())
+    roster, maskers = view.advertise(), view.maskers
     forged = {**roster, "bob": {**roster["bob"], "mask": roster["cho"]["mask"]}}
     with pytest.raises(DataError, match="'bob' are not signed"):
         maskers["ann"].share(forged)
     # Nor do keys of another session serve: they were signed for that one.
-    other = held.model_copy(update={"name": "round 2"})
+    other = view.session.model_copy(update={"name": "round 2"})
     masker = Masker("ann", other, KEYS["ann"].sign)
     masker.advertise()
     with pytest.raises(DataError, match="not signed"):
@@ -273,14 +286,16 @@ def test_keys_that_the_coordinator_puts_in_are_refused() -> None:
 def test_a_share_that_was_changed_or_sealed_for_another_is_refused() -> None:
     for change in (lambda text: text[:-2] + ("00" if text[-2:] != "00" else "11"), lambda text: "zz"):
         view = View(session())
-        roster = view.unmasker.advertised([masker.advertise() for masker in view.maskers.values()])
-        boxes = view.unmasker.shared([masker.share(roster) for masker in view.maskers.values()])
+        roster = view.advertise()
+        take(view.unmasker, "share", [masker.share(roster) for masker in view.maskers.values()])
+        boxes = view.unmasker.inboxes
         boxes["ann"]["bob"] = change(boxes["ann"]["bob"])
         with pytest.raises(DataError, match="not encrypted for ann"):
             view.maskers["ann"].mask(boxes["ann"], deltas()["ann"])
     view = View(session())
-    roster = view.unmasker.advertised([masker.advertise() for masker in view.maskers.values()])
-    boxes = view.unmasker.shared([masker.share(roster) for masker in view.maskers.values()])
+    roster = view.advertise()
+    take(view.unmasker, "share", [masker.share(roster) for masker in view.maskers.values()])
+    boxes = view.unmasker.inboxes
     # Neither one sealed for another, nor her own to bob sent back to her: each direction has a key of its own.
     for masker, sealed in (("ann", boxes["cho"]["bob"]), ("cho", boxes["bob"]["cho"])):
         with pytest.raises(DataError, match=f"not encrypted for {masker}"):
@@ -298,27 +313,42 @@ def test_a_wrong_share_is_found_and_the_round_goes_on_without_it(part: str) -> N
     nearly = (int(answers["bob"][part][owner], 16) - pow(3, -1, PRIME)) % PRIME
     for share in (5, nearly):
         wrong = {**answers["bob"], part: {**answers["bob"][part], owner: f"{share:x}"}}
+        unmasker = deepcopy(view.unmasker)
+        take(unmasker, "unmask", [wrong, answers["ann"], answers["cho"], answers["dee"]])
         with pytest.raises(DataError, match=f"{owner}.* do not give it"):
-            view.unmasker.unmasked([wrong, answers["ann"], answers["cho"]])
-    found = view.unmasker.unmasked([answers[name] for name in ("ann", "cho", "dee")])
-    torch.testing.assert_close(found["c"], plain_sum(given, there)["c"], rtol=0, atol=1e-6)
+            unmasker.sum(["ann", "bob", "cho"])
+        found = unmasker.sum(["ann", "cho", "dee"])
+        torch.testing.assert_close(found["c"], plain_sum(given, there)["c"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["seeds", "keys"])
+def test_an_answer_that_lacks_a_share_is_refused(part: str) -> None:
+    view = View(session())
+    there = view.until_masked(deltas(), gone=("eve",))
+    answer = view.maskers["bob"].unmask(there)
+    for wrong in ({}, {**answer[part], "mallory": "1"}, dict.fromkeys(answer[part], 5), None):
+        with pytest.raises(DataError, match="bob did not send a share"):
+            view.unmasker.take("unmask", "bob", {**answer, part: wrong})
+    view.unmasker.take("unmask", "bob", answer)
 
 
 def test_bad_messages_are_refused_and_can_be_left_out() -> None:
     view, given = View(session()), deltas()
-    roster = view.unmasker.advertised([masker.advertise() for masker in view.maskers.values()])
-    shared = [masker.share(roster) for masker in view.maskers.values()]
-    with pytest.raises(DataError, match="bob sent no share"):
-        view.unmasker.shared([shared[0], {"owner": "bob", "commitment": "0", "shares": {}}, *shared[2:]])
+    roster = view.advertise()
+    shared = {name: masker.share(roster) for name, masker in view.maskers.items()}
+    with pytest.raises(DataError, match="bob .*sent no share"):
+        view.unmasker.take("share", "bob", {"owner": "bob", "commitment": "0", "shares": {}})
+    take(view.unmasker, "share", shared.values())
     with pytest.raises(DataError, match="sent one already"):
-        view.unmasker.shared([shared[0], *shared])
-    boxes = view.unmasker.shared(shared)
-    masked = [view.maskers[name].mask(boxes[name], given[name]) for name in NAMES]
+        view.unmasker.take("share", "ann", shared["ann"])
+    boxes = view.unmasker.inboxes
+    masked = {name: view.maskers[name].mask(boxes[name], given[name]) for name in NAMES}
     with pytest.raises(DataError, match="cho sent no masked delta"):
-        view.unmasker.masked([*masked[:2], {"owner": "cho", "masked": masked[2]["masked"][:-8]}, *masked[3:]])
+        view.unmasker.take("mask", "cho", {"owner": "cho", "masked": masked["cho"]["masked"][:-8]})
     with pytest.raises(DataError, match="not expected"):
-        view.unmasker.masked([*masked, {"owner": "mallory", "masked": masked[0]["masked"]}])
-    there = view.unmasker.masked([masked[0], *masked[2:]])
+        view.unmasker.take("mask", "mallory", {"owner": "mallory", "masked": masked["ann"]["masked"]})
+    take(view.unmasker, "mask", [message for name, message in masked.items() if name != "bob"])
+    there = view.unmasker.survivors
     torch.testing.assert_close(view.finish(there)["c"], plain_sum(given, there)["c"], rtol=0, atol=1e-6)
 
 

@@ -34,10 +34,10 @@ from worldloom.federation import (
     verify_ledger,
 )
 from worldloom.federation.record.envelope import SignedMessage, seal, unseal
+from worldloom.federation.rounds.secure_node import SecureNode
+from worldloom.federation.rounds.secure_rounds import THE_SUM, Transcript, lasting, load_sum
 from worldloom.federation.secure.aggregation_protocol import PRIME, _own_mask, join_secret
 from worldloom.federation.secure.privacy import gaussian_epsilon
-from worldloom.federation.secure.secure_node import SecureNode
-from worldloom.federation.secure.secure_rounds import THE_SUM, Transcript, lasting, load_sum
 from worldloom.models import save_tensors
 from worldloom.training import held_out_losses
 

@@ -1,1 +1,1 @@
-"""What a consortium leaves behind: signed messages, the ledger, its story."""
+"""What a consortium leaves behind: signed messages, the ledger, its history."""

@@ -1,1 +1,1 @@
-"""Rounds: the coordinator, the nodes, and what passes between them."""
+"""Rounds, plain or under secure aggregation: the coordinator, the nodes, and what passes between them."""

@@ -25,8 +25,8 @@ from worldloom.federation.rounds.member_store import MemberStore
 from worldloom.federation.rounds.members import Answer, Members
 from worldloom.federation.rounds.next_base import NextBase, next_base, next_base_of_sum, unchanged
 from worldloom.federation.rounds.round_store import RoundStore
+from worldloom.federation.rounds.secure_rounds import THE_SUM, SecureSums
 from worldloom.federation.rules.constitution import Constitution
-from worldloom.federation.secure.secure_rounds import THE_SUM, SecureSums
 from worldloom.federation.transport.messages import Transport
 
 _log = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from worldloom.federation.rounds.base import Base
 from worldloom.federation.rounds.contribution import read_contribution
 from worldloom.federation.rounds.outer import OUTER
 from worldloom.federation.rounds.round_store import RoundStore
+from worldloom.federation.rounds.secure_rounds import load_sum, reopen
 from worldloom.federation.rules.constitution import Constitution
-from worldloom.federation.secure.secure_rounds import load_sum, reopen
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

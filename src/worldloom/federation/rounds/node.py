@@ -24,9 +24,9 @@ from worldloom.federation.rounds.codecs import CODECS
 from worldloom.federation.rounds.contribution import Contribution
 from worldloom.federation.rounds.local import LocalTraining
 from worldloom.federation.rounds.member_store import BaseMissing, EntriesMissing, LedgerForked, MemberStore
+from worldloom.federation.rounds.secure_node import AlreadyHelped, SecureNode
 from worldloom.federation.rules.constitution import Constitution
 from worldloom.federation.secure.privacy import Accountant, PrivacyConfig, clip_and_noise, secret_generator
-from worldloom.federation.secure.secure_node import AlreadyHelped, SecureNode
 from worldloom.models import load_tensors, save_tensors
 
 _log = logging.getLogger(__name__)

@@ -1,1 +1,1 @@
-"""Privacy: clipping and noise, and sums under secure aggregation."""
+"""Mechanisms of privacy that know no consortium: clipping and noise, and sums under secure aggregation."""

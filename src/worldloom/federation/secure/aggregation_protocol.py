@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,9 @@ from torch import Tensor
 from worldloom.core.chain import canonical
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError, DataError
+
+PHASES = ("advertise", "share", "mask", "unmask")
+"""The phases of a session, in order."""
 
 PRIME = 2**521 - 1
 """The field of the secret shares, well above every secret of 32 bytes."""
@@ -313,86 +316,112 @@ class Masker:
 
 
 class Unmasker:
-    """The coordinator's part in one sum: `advertised`, `shared`, `masked` and `unmasked` take the phases' answers.
+    """The coordinator's part in one sum: it takes each owner's answer to each phase, and opens the sum.
 
-    Answers that never came are left out; each method raises `DataError` if too few remain.
+    Answers that never came, or were refused, are left out. `roster`, `inboxes` and `survivors` are what the owners are
+    sent next; they raise `DataError` if too few owners remain.
     """
 
     def __init__(self, session: SumSession) -> None:
         self.session = session
-        self._roster: dict[str, dict[str, Any]] = {}
-        self._commitments: dict[str, str] = {}
-        self._total: NDArray[Any] | None = None
-        self._survivors: set[str] = set()
+        self._answers: dict[str, dict[str, Any]] = {phase: {} for phase in PHASES}
+        self._total = np.zeros(session.size, _UNSIGNED)
+        self._check: dict[str, Callable[[str, Any], Any]] = {
+            "advertise": lambda owner, keys: check_keys(owner, keys, session),
+            "share": self._shared,
+            "mask": self._masked,
+            "unmask": self._unmasked,
+        }
 
-    def advertised(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Return the roster, to be sent to all owners on it."""
-        self._roster = _check_roster(_by_owner(messages, self.session.owners), self.session)
-        return self._roster
-
-    def shared(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
-        """Return, for each owner that shared, the shares that the others encrypted for it."""
-        given = _by_owner(messages, self._roster)
-        _enough(given, self.session, "shared their keys")
-        boxes: dict[str, dict[str, str]] = {owner: {} for owner in given}
-        for sender, message in given.items():
-            shares = message.get("shares")
-            if not isinstance(message.get("commitment"), str) or not isinstance(shares, Mapping):
-                raise DataError(f"{sender} sent no shares; leave it out")
-            for recipient in given:
-                if recipient != sender:
-                    if not isinstance(shares.get(recipient), str):
-                        raise DataError(f"{sender} sent no share for {recipient}; leave it out")
-                    boxes[recipient][sender] = shares[recipient]
-        self._commitments = {owner: message["commitment"] for owner, message in given.items()}
-        return boxes
-
-    def masked(self, messages: Iterable[Mapping[str, Any]]) -> list[str]:
-        """Sum the masked deltas, one at a time, and return their owners: the survivors, to be sent to all of them."""
-        total, given = np.zeros(self.session.size, _UNSIGNED), set[str]()
-        for message in messages:
-            (owner,) = _by_owner([message], set(self._commitments) - given)
-            data = message.get("masked")
-            if not isinstance(data, bytes) or len(data) != self.session.size * _UNSIGNED.itemsize:
-                raise DataError(f"{owner} sent no masked delta of {self.session.size} values; leave it out")
-            total += np.frombuffer(data, _UNSIGNED)
-            given.add(owner)
-        _enough(given, self.session, "sent their deltas")
-        self._total, self._survivors = total, given
-        return sorted(given)
-
-    def unmasked(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return the sum of the survivors' deltas (float64).
+    def take(self, phase: str, owner: str, message: Any) -> None:
+        """Take the answer of an owner to a phase.
 
         Raises:
-            DataError: too few answered, or their shares do not give the committed secrets.
+            DataError: the owner is not expected or has answered already, or this is not what was asked for.
         """
-        if self._total is None:
-            raise DataError("no masked deltas were summed yet; call masked first")
-        answers = _by_owner(messages, self._survivors)
+        before = PHASES.index(phase) - 1
+        expected = self.session.owners if before < 0 else self._answers[PHASES[before]]
+        if owner not in expected or owner in self._answers[phase]:
+            raise DataError(f"a message of {owner!r}, which is not expected or has sent one already; leave it out")
+        self._answers[phase][owner] = self._check[phase](owner, message)
+
+    @property
+    def roster(self) -> dict[str, dict[str, Any]]:
+        """The keys of all owners that advertised, to be sent to each of them."""
+        return self._enough("advertise", "advertised keys")
+
+    @property
+    def inboxes(self) -> dict[str, dict[str, str]]:
+        """For each owner that shared, the shares that the others encrypted for it."""
+        given = self._enough("share", "shared their keys")
+        return {
+            owner: {sender: message["shares"][owner] for sender, message in given.items() if sender != owner}
+            for owner in given
+        }
+
+    @property
+    def survivors(self) -> list[str]:
+        """The owners whose masked deltas came, to be sent to each of them."""
+        return sorted(self._enough("mask", "sent their deltas"))
+
+    def sum(self, helpers: Collection[str]) -> dict[str, Tensor]:
+        """Return the sum of the survivors' deltas (float64), opened with the shares of these of them.
+
+        Raises:
+            DataError: too few helped, or their shares do not give the committed secrets.
+        """
+        answers = {owner: self._answers["unmask"][owner] for owner in helpers}
         _enough(answers, self.session, "helped to unmask")
-        total = self._total.copy()
-        for owner in sorted(self._survivors):
+        total, survivors, shared = self._total.copy(), self.survivors, self._answers["share"]
+        for owner in survivors:
             seed = self._secret(answers, "seeds", owner)
-            if _commitment(seed, self.session) != self._commitments[owner]:
+            if _commitment(seed, self.session) != shared[owner]["commitment"]:
                 raise DataError(f"the shares of the mask of {owner} do not give it: one of them is wrong")
             total -= _own_mask(seed, self.session)
-        for owner in sorted(set(self._commitments) - self._survivors):
+        for owner in sorted(set(shared) - set(survivors)):
             key = X25519PrivateKey.from_private_bytes(self._secret(answers, "keys", owner))
-            if _public(key) != self._roster[owner]["mask"]:
+            if _public(key) != self.roster[owner]["mask"]:
                 raise DataError(f"the shares of the key of {owner} do not give it: one of them is wrong")
-            for other in self._survivors:
+            for other in survivors:
                 # What the absent owner would have added; the others subtracted it already.
-                total += _pair_mask(key, owner, other, self._roster[other]["mask"], self.session)
+                total += _pair_mask(key, owner, other, self.roster[other]["mask"], self.session)
         return decode_sum(total, self.session)
 
     def _secret(self, answers: Mapping[str, Mapping[str, Any]], part: str, owner: str) -> bytes:
         points = {name: point for point, name in enumerate(self.session.names, 1)}
         try:
-            shares = {points[name]: int(str(answer[part][owner]), 16) for name, answer in answers.items()}
+            shares = {points[name]: int(answer[part][owner], 16) for name, answer in answers.items()}
             return join_secret(shares).to_bytes(_SECRET, "big")
-        except (KeyError, TypeError, ValueError, OverflowError):
+        except (ValueError, OverflowError):
             raise DataError(f"the shares of {owner} do not give its secret: one of them is missing or wrong") from None
+
+    def _enough(self, phase: str, did: str) -> dict[str, Any]:
+        _enough(self._answers[phase], self.session, did)
+        return self._answers[phase]
+
+    def _shared(self, owner: str, message: Any) -> Any:
+        others = set(self._answers["advertise"]) - {owner}
+        if not isinstance(message.get("commitment"), str) or not _texts_for(message.get("shares"), others):
+            raise DataError(
+                f"{owner} does not commit to its mask, or sent no share for each of {sorted(others)}; leave it out"
+            )
+        return message
+
+    def _masked(self, owner: str, message: Any) -> None:
+        data = message.get("masked")
+        if not isinstance(data, bytes) or len(data) != self._total.nbytes:
+            raise DataError(f"{owner} sent no masked delta of {self.session.size} values; leave it out")
+        self._total += np.frombuffer(data, _UNSIGNED)  # a masked delta is as large as the model: only its sum stays
+
+    def _unmasked(self, owner: str, message: Any) -> Any:
+        survivors = set(self._answers["mask"])
+        gone = set(self._answers["share"]) - survivors
+        if not _texts_for(message.get("seeds"), survivors) or not _texts_for(message.get("keys"), gone):
+            raise DataError(
+                f"{owner} did not send a share of the mask of each of {sorted(survivors)}, and of the key of each of "
+                f"{sorted(gone)}; the sum is opened without it"
+            )
+        return message
 
 
 def check_keys(owner: str, message: Any, session: SumSession) -> dict[str, Any]:
@@ -415,14 +444,9 @@ def check_keys(owner: str, message: Any, session: SumSession) -> dict[str, Any]:
 _NONCE = bytes(12)
 
 
-def _by_owner(messages: Sequence[Mapping[str, Any]], expected: Collection[str]) -> dict[str, Mapping[str, Any]]:
-    found: dict[str, Mapping[str, Any]] = {}
-    for message in messages:
-        owner = message.get("owner")
-        if not isinstance(owner, str) or owner not in expected or owner in found:
-            raise DataError(f"a message of {owner!r}, which is not expected or has sent one already; leave it out")
-        found[owner] = message
-    return found
+def _texts_for(found: Any, owners: Collection[str]) -> bool:
+    """Return whether this is a mapping from exactly these owners to text."""
+    return isinstance(found, dict) and set(found) == set(owners) and all(isinstance(x, str) for x in found.values())
 
 
 def _enough(there: Collection[str], session: SumSession, did: str) -> None:

@@ -10,7 +10,7 @@ a round help with no other. A session without an opened sum is deleted when the 
 import logging
 import math
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations, islice
@@ -29,11 +29,11 @@ from worldloom.federation.rounds.base import Base, fingerprint
 from worldloom.federation.rounds.contribution import check_facts, check_spent
 from worldloom.federation.rounds.members import Answer, Members
 from worldloom.federation.rules.constitution import Constitution
-from worldloom.federation.secure.aggregation_protocol import SumSession, Unmasker, check_keys
+from worldloom.federation.secure.aggregation_protocol import PHASES, SumSession, Unmasker
 from worldloom.federation.secure.privacy import PrivacyConfig, effective_noise
 from worldloom.models import load_tensors, save_tensors
 
-ANSWERS = {"advertise": "advertised", "share": "shared", "mask": "masked", "unmask": "unmasked"}
+ANSWERS = dict(zip(PHASES, ("advertised", "shared", "masked", "unmasked"), strict=True))
 """The phases of a session in order, and the kind of message that answers each."""
 
 THE_SUM = "the sum of all"
@@ -109,27 +109,21 @@ class Transcript:
         base: str,
         shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
-        self.session = session_of(constitution, number, attempt, base, shapes)
+        self._unmasker = Unmasker(session_of(constitution, number, attempt, base, shapes))
+        self.session = self._unmasker.session
         self._constitution, self.round, self.attempt, self._base = constitution, number, attempt, base
         self.place = {"round": number, "attempt": attempt, "base": base}
         self._answers: dict[str, dict[str, SignedMessage]] = {what: {} for what in ANSWERS}
-        self._check = {
-            "advertise": self._advertised,
-            "share": self._shared,
-            "mask": self._masked,
-            "unmask": self._unmasked,
-        }
 
-    def hear(self, what: str, node: str, data: bytes) -> SignedMessage:
+    def hear(self, what: str, node: str, data: bytes) -> None:
         """Open a node's answer to a phase, and take it.
 
         Raises:
             Refusal: it is a refusal.
             DataError: it is not what was asked for.
         """
-        message = self._open(what, node, data)
-        self.take(what, message)
-        return message
+        known, limit = self._constitution.member_names(), self._constitution.largest_bytes
+        self.take(what, unseal_answer(data, kind=ANSWERS[what], sender=node, known=known, limit=limit))
 
     def take(self, what: str, message: SignedMessage) -> None:
         """Take an answer to a phase.
@@ -141,8 +135,16 @@ class Transcript:
         for key, value in {"owner": node, **self.place}.items():
             if message.body.get(key) != value:
                 raise DataError(f"the answer of {node} has {key} {message.body.get(key)!r}; expected {value!r}")
-        self._check[what](message)
-        # A masked contribution is as large as the model; it is read again when it is summed.
+        said: Any = message.body
+        if what == "advertise":
+            check_facts(message, self.round, self._base, self._constitution)
+            if not message.body["frames"] and self._constitution.weighting != "equal":
+                raise DataError(f"{node} has no frames, and thus no weight; leave it out")
+            said = message.body.get("keys")
+        elif what == "mask":
+            said = {"masked": self._masked(message)}
+        self._unmasker.take(what, node, said)
+        # A masked contribution is as large as the model, and summed by now.
         self._answers[what][node] = replace(message, tensors={})
 
     def answers(self, what: str) -> dict[str, SignedMessage]:
@@ -162,85 +164,54 @@ class Transcript:
 
     @property
     def roster(self) -> dict[str, dict[str, Any]]:
-        """The keys that each member advertised."""
-        return {owner: answer.body["keys"] for owner, answer in self.answers("advertise").items()}
-
-    def unmasker(self) -> Unmasker:
-        """Return the coordinator's part of the protocol, with the keys of all members that advertised.
+        """The keys of all members that advertised.
 
         Raises:
             DataError: they are fewer than the threshold.
         """
-        found = Unmasker(self.session)
-        found.advertised(list(self.roster.values()))
-        return found
+        return self._unmasker.roster
 
+    @property
     def inboxes(self) -> dict[str, dict[str, str]]:
-        """Return, for each member that shared, the shares that the others encrypted for it.
+        """For each member that shared, the shares that the others encrypted for it.
 
         Raises:
             DataError: they are fewer than the threshold.
         """
-        return self.unmasker().shared([answer.body for answer in self.answers("share").values()])
+        return self._unmasker.inboxes
 
-    def open(self, read: Callable[[str], bytes]) -> tuple[dict[str, Tensor], list[str]]:
+    @property
+    def survivors(self) -> list[str]:
+        """The members whose masked contributions came.
+
+        Raises:
+            DataError: they are fewer than the threshold.
+        """
+        return self._unmasker.survivors
+
+    def open(self) -> tuple[dict[str, Tensor], list[str]]:
         """Return the sum of the survivors' weighted deltas (float64), and the members whose shares opened it.
-
-        `read` returns a survivor's masked message again.
 
         Raises:
             DataError: too few members sent their shares, or no group of them has the right ones.
         """
-        unmasker, answers = self.unmasker(), self.answers("unmask")
-        unmasker.shared([answer.body for answer in self.answers("share").values()])
-        unmasker.masked(
-            {"owner": owner, "masked": _row(self._open("mask", owner, read(owner)))} for owner in self.answers("mask")
-        )
         wrong = None
-        for group in islice(_groups(list(answers), self.session.threshold), _GROUPS):
+        for group in islice(_groups(list(self.answers("unmask")), self.session.threshold), _GROUPS):
             try:
-                return unmasker.unmasked([answers[owner].body for owner in group]), group
+                return self._unmasker.sum(group), group
             except DataError as error:
                 wrong = wrong or error
         assert wrong is not None
         raise wrong
 
-    def _open(self, what: str, node: str, data: bytes) -> SignedMessage:
-        known, limit = self._constitution.member_names(), self._constitution.largest_bytes
-        return unseal_answer(data, kind=ANSWERS[what], sender=node, known=known, limit=limit)
-
-    def _advertised(self, message: SignedMessage) -> None:
-        check_facts(message, self.round, self._base, self._constitution)
-        if not message.body["frames"] and self._constitution.weighting != "equal":
-            raise DataError(f"{message.sender} has no frames, and thus no weight; leave it out")
-        check_keys(message.sender, message.body.get("keys"), self.session)
-
-    def _shared(self, message: SignedMessage) -> None:
-        others = set(self._answers["advertise"]) - {message.sender}
-        shares = message.body.get("shares")
-        if message.sender not in self._answers["advertise"] or not isinstance(message.body.get("commitment"), str):
-            raise DataError(f"{message.sender} did not advertise, or does not commit to its mask; leave it out")
-        if not _texts_for(shares, others):
-            raise DataError(f"{message.sender} did not encrypt a share for each of {sorted(others)}; leave it out")
-
-    def _masked(self, message: SignedMessage) -> None:
-        sender, row = message.sender, message.tensors.get("masked")
-        if sender not in self._answers["share"] or message.body.get("weight") != self.weights[sender]:
-            raise DataError(f"{sender} did not share its keys, or uses another weight than agreed; leave it out")
-        size = (self.session.size,)
-        if row is None or len(message.tensors) > 1 or row.dtype != torch.int64 or tuple(row.shape) != size:
-            raise DataError(f"{sender} sent no masked delta of {size[0]} integers; leave it out")
+    def _masked(self, message: SignedMessage) -> bytes:
+        if message.body.get("weight") != self.weights.get(message.sender):
+            raise DataError(f"{message.sender} uses another weight than agreed; leave it out")
+        row = message.tensors.get("masked")
+        if row is None or len(message.tensors) > 1 or row.dtype != torch.int64:
+            raise DataError(f"{message.sender} sent no masked delta of integers; leave it out")
         check_spent(message, self._constitution)
-
-    def _unmasked(self, message: SignedMessage) -> None:
-        survivors = set(self._answers["mask"])
-        gone = set(self._answers["share"]) - survivors
-        seeds, keys = message.body.get("seeds"), message.body.get("keys")
-        if message.sender not in survivors or not _texts_for(seeds, survivors) or not _texts_for(keys, gone):
-            raise DataError(
-                f"{message.sender} did not send a share of the mask of each of {sorted(survivors)}, and of the key of "
-                f"each of {sorted(gone)}; the sum is opened without it"
-            )
+        return row.numpy().tobytes()
 
 
 class SecureSums:
@@ -263,17 +234,20 @@ class SecureSums:
             reason = "it was begun by a coordinator that is lost, and members help with no other"
             return self._give_up(number, reason)
         self._helped = set[str]()
-        resumed, why = self._resumed(number, base), ""
-        if resumed is not None:
-            return self._opened(*resumed)
+        if (survived := _facts(self._ledger, "survivors", number)) is not None:  # its session is the last of the round
+            held = _again(self._path, survived, self._constitution, number, base)
+            for path in sorted(_file(self._path, held, "unmask", "x").parent.glob("*.msg")):
+                held.hear("unmask", path.stem, path.read_bytes())
+            return self._opened(held)
+        why = ""
         for _ in range(_TRIES):
             try:
-                masked = self._masked(number, base)
+                held = self._masked(number, base)
             except DataError as error:
                 _log.warning("round %d: %s", number, error)
                 why = str(error)
                 continue
-            return self._opened(*masked)
+            return self._opened(held)
         if len(self._constitution.members) - len(self._helped) < self._constitution.threshold:
             helped = ", ".join(sorted(self._helped))
             return self._give_up(number, f"{helped} helped to open a sum that is lost, and help with no other")
@@ -284,7 +258,7 @@ class SecureSums:
         self._ledger.append("refusal", facts, round=number)
         return {}
 
-    def _masked(self, number: int, base: Base) -> tuple[Transcript, Path]:
+    def _masked(self, number: int, base: Base) -> Transcript:
         """Begin a session, and run it until the survivors are known.
 
         Raises:
@@ -296,60 +270,40 @@ class SecureSums:
             with storage_errors(old):
                 shutil.rmtree(old)
         held = Transcript(self._constitution, number, attempt, base.fingerprint, _shapes(base))
-        folder, session = _folder(self._path, number, attempt), held.session
-        facts = {"attempt": attempt, "threshold": session.threshold, "session": session.digest.hex()}
+        facts = {"attempt": attempt, "threshold": held.session.threshold, "session": held.session.digest.hex()}
         self._ledger.append("session", facts, round=number)
         body = {"what": "advertise", **held.place}
         answers = self._members.exchange(self._members.nodes(), body, base, kind=ANSWERS["advertise"])
-        self._collect(held, folder, "advertise", answers)
-        held.unmasker()
-        roster = {"roster": {owner: _bytes(_file(folder, "advertise", owner)).hex() for owner in held.roster}}
-        self._ask(held, folder, "share", dict.fromkeys(held.roster, roster))
-        self._ask(held, folder, "mask", {owner: {"inbox": inbox} for owner, inbox in held.inboxes().items()})
-        survivors = held.digests("mask")
-        if len(survivors) < session.threshold:
-            raise DataError(
-                f"{len(survivors)} members sent a masked contribution; expected {session.threshold} or more"
-            )
+        self._collect(held, "advertise", answers)
+        roster = {owner: _bytes(_file(self._path, held, "advertise", owner)).hex() for owner in held.roster}
+        self._ask(held, "share", {owner: {"roster": roster} for owner in roster})
+        self._ask(held, "mask", {owner: {"inbox": inbox} for owner, inbox in held.inboxes.items()})
+        _log.info("round %d: %s sent a masked contribution", number, ", ".join(held.survivors))
         digests = {what: held.digests(what) for what in ("advertise", "share", "mask")}
         self._ledger.append("survivors", {"attempt": attempt, **digests}, round=number)
-        return held, folder
+        return held
 
-    def _resumed(self, number: int, base: Base) -> tuple[Transcript, Path] | None:
-        """Return the session of a round whose survivors are recorded, if there is one: it is the last of the round."""
-        facts = _facts(self._ledger, "survivors", number)
-        if facts is None:
-            return None
-        held, folder = _again(self._path, facts, self._constitution, number, base)
-        for path in sorted((folder / "unmask").glob("*.msg")):
-            held.hear("unmask", path.stem, path.read_bytes())
-        return held, folder
-
-    def _opened(self, held: Transcript, folder: Path) -> dict[str, float]:
+    def _opened(self, held: Transcript) -> dict[str, float]:
         """Ask the survivors to unmask, and store the sum; return their weights.
 
         Raises:
             TrainingError: too few have answered so far.
         """
-        survivors, refused = sorted(held.answers("mask")), set[str]()
+        survivors, refused = held.survivors, set[str]()
         for _ in range(_TRIES):
             missing = [owner for owner in survivors if owner not in held.answers("unmask")]
-            refused = self._ask(held, folder, "unmask", {owner: {"survivors": survivors} for owner in missing})
+            refused = self._ask(held, "unmask", {owner: {"survivors": survivors} for owner in missing})
             try:
-                total, helped = held.open(lambda owner: _bytes(_file(folder, "mask", owner)))
+                total, helped = held.open()
             except DataError as error:
                 why = error
                 continue
             save_tensors(_stem(self._path, held.round), total, {"round": held.round}, kind=_SUM)
             weights = {owner: held.weights[owner] for owner in survivors}
             digests = held.digests("unmask")
-            facts = {
-                "attempt": held.attempt,
-                "fingerprint": fingerprint(total),
-                "weights": weights,
-                "unmask": {owner: digests[owner] for owner in helped},
-            }
-            self._ledger.append("sum", facts, round=held.round)
+            facts = {"attempt": held.attempt, "fingerprint": fingerprint(total), "weights": weights}
+            unmask = {owner: digests[owner] for owner in helped}
+            self._ledger.append("sum", {**facts, "unmask": unmask}, round=held.round)
             return weights
         waiting = set(survivors) - set(held.answers("unmask")) - refused
         if waiting and len(held.answers("unmask")) + len(waiting) >= held.session.threshold:
@@ -359,26 +313,24 @@ class SecureSums:
             )
         return self._give_up(held.round, f"it can never be opened: {why}")
 
-    def _ask(self, held: Transcript, folder: Path, what: str, bodies: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    def _ask(self, held: Transcript, what: str, bodies: Mapping[str, Mapping[str, Any]]) -> set[str]:
         """Ask members for a phase; return those that refused or left."""
         bodies = {owner: {"what": what, **held.place, **body} for owner, body in bodies.items()}
-        return self._collect(held, folder, what, self._members.exchange_each(bodies, kind=ANSWERS[what]))
+        return self._collect(held, what, self._members.exchange_each(bodies, kind=ANSWERS[what]))
 
-    def _collect(self, held: Transcript, folder: Path, what: str, answers: Iterable[Answer]) -> set[str]:
+    def _collect(self, held: Transcript, what: str, answers: Iterable[Answer]) -> set[str]:
         failed = self._members.collect(
             answers,
             held.round,
-            lambda answer: self._accept(held, folder, what, answer),
+            lambda answer: self._accept(held, what, answer),
             phase=f"{what}: ",
             attempt=held.attempt,
         )
-        refused = {owner for owner, error in failed.items() if error is None or isinstance(error, Refusal)}
-        self._helped |= {
-            owner for owner, error in failed.items() if isinstance(error, Refusal) and error.body.get("helped") is True
-        }
-        return refused
+        refusals = {owner: error for owner, error in failed.items() if isinstance(error, Refusal)}
+        self._helped |= {owner for owner, error in refusals.items() if error.body.get("helped") is True}
+        return {*refusals, *(owner for owner, error in failed.items() if error is None)}
 
-    def _accept(self, held: Transcript, folder: Path, what: str, answer: Answer) -> None:
+    def _accept(self, held: Transcript, what: str, answer: Answer) -> None:
         """Check an answer, and store it as it came.
 
         Raises:
@@ -386,7 +338,7 @@ class SecureSums:
         """
         message, data = answer.get(), answer.data or b""
         held.take(what, message)
-        write_atomic(_file(folder, what, answer.node), lambda temporary: temporary.write_bytes(data))
+        write_atomic(_file(self._path, held, what, answer.node), lambda temporary: temporary.write_bytes(data))
         if what == "mask":
             body = held.answers("advertise")[answer.node].body
             facts = {key: body[key] for key in ("owner", "steps", "frames", "data_class", "attempt")}
@@ -415,33 +367,31 @@ def reopen(
     survived, done = _facts(records, "survivors", number), _facts(records, "sum", number)
     if survived is None or done is None:
         raise DataError(f"the ledger names no sum of round {number}; its base cannot be computed again")
-    held, folder = _again(path, survived, constitution, number, base)
-    for owner in done["unmask"]:
-        held.hear("unmask", owner, _bytes(_file(folder, "unmask", owner)))
-    _check_digests(held, done, "unmask")
-    total, _ = held.open(lambda owner: _bytes(_file(folder, "mask", owner)))
+    held = _again(path, survived, constitution, number, base)
+    _hear_stored(path, held, "unmask", done["unmask"])
+    total, _ = held.open()
     if {fingerprint(total), fingerprint(load_sum(path, number))} != {done["fingerprint"]}:
         raise DataError(f"the sum of round {number} is not the sum of the masked contributions; one of them changed")
     save_tensors(_stem(into, number), total, {"round": number}, kind=_SUM)
-    return {owner: held.weights[owner] for owner in held.answers("mask")}
+    return {owner: held.weights[owner] for owner in held.survivors}
 
 
 def _again(
     path: Path, facts: Mapping[str, Any], constitution: Constitution, number: int, base: Base
-) -> tuple[Transcript, Path]:
+) -> Transcript:  # fmt: skip
     """Return a stored session up to the point where its survivors are known."""
     held = Transcript(constitution, number, facts["attempt"], base.fingerprint, _shapes(base))
-    folder = _folder(path, number, facts["attempt"])
     for what in ("advertise", "share", "mask"):
-        for owner in facts[what]:
-            held.hear(what, owner, _bytes(_file(folder, what, owner)))
-        _check_digests(held, facts, what)
-    return held, folder
+        _hear_stored(path, held, what, facts[what])
+    return held
 
 
-def _check_digests(held: Transcript, facts: Mapping[str, Any], what: str) -> None:
+def _hear_stored(path: Path, held: Transcript, what: str, named: Mapping[str, str]) -> None:
+    """Take the stored answers to a phase that the ledger names by their digests."""
+    for owner in named:
+        held.hear(what, owner, _bytes(_file(path, held, what, owner)))
     found = held.digests(what)
-    if wrong := sorted(owner for owner in facts[what] if found[owner] != facts[what][owner]):
+    if wrong := sorted(owner for owner in named if found[owner] != named[owner]):
         raise DataError(
             f"the {ANSWERS[what]} message of {', '.join(wrong)} in round {held.round} is not the one that the ledger "
             f"names"
@@ -460,15 +410,6 @@ def _groups(owners: list[str], least: int) -> Iterator[list[str]]:
         yield from map(list, combinations(owners, size))
 
 
-def _texts_for(found: Any, owners: Collection[str]) -> bool:
-    """Return whether this is a mapping from exactly these owners to text."""
-    return isinstance(found, dict) and set(found) == set(owners) and all(isinstance(x, str) for x in found.values())
-
-
-def _row(message: SignedMessage) -> bytes:
-    return message.tensors["masked"].numpy().tobytes()
-
-
 def _shapes(base: Base) -> dict[str, tuple[int, ...]]:
     return {name: tuple(shape) for name, shape in base.shapes.items()}
 
@@ -477,12 +418,8 @@ def _stem(path: Path, number: int) -> Path:
     return path / "sums" / f"{number:05d}"
 
 
-def _folder(path: Path, number: int, attempt: int) -> Path:
-    return path / "sessions" / f"{number:05d}-{attempt:03d}"
-
-
-def _file(folder: Path, what: str, owner: str) -> Path:
-    return folder / what / f"{owner}.msg"
+def _file(path: Path, held: Transcript, what: str, owner: str) -> Path:
+    return path / "sessions" / f"{held.round:05d}-{held.attempt:03d}" / what / f"{owner}.msg"
 
 
 def _bytes(path: Path) -> bytes:

@@ -26,10 +26,10 @@ from worldloom.core.signing import SigningKey
 from worldloom.federation.record.envelope import SignedMessage, seal
 from worldloom.federation.rounds.base import Base
 from worldloom.federation.rounds.contribution import Contribution
+from worldloom.federation.rounds.secure_rounds import ANSWERS, Transcript, noise_of, session_of
 from worldloom.federation.rules.constitution import Constitution
 from worldloom.federation.secure.aggregation_protocol import Masker, SumSession
 from worldloom.federation.secure.privacy import PrivacyConfig, clip_and_noise, secret_generator
-from worldloom.federation.secure.secure_rounds import ANSWERS, Transcript, noise_of, session_of
 from worldloom.models import delete_tensors, load_tensors, save_tensors
 
 _DELTA = "own-delta"

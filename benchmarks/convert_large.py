@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 
 from worldloom.core.hardware import describe_hardware
-from worldloom.data import DataConfig, EpisodeDataset, StreamedFrames, WindowSampler
+from worldloom.data import DataConfig, EpisodeDataset, WindowSampler, stream_frames
 from worldloom.formats import convert
 
 RESULTS = Path(__file__).parent / "results" / "convert_large.jsonl"
@@ -86,7 +86,7 @@ def convert_all(source: Path, target: Path, batches: int) -> dict[str, Any]:
 
 def sample(source: Path, target: Path, batches: int) -> dict[str, Any]:
     # From storage alone: no chunk is kept on the disk.
-    with StreamedFrames(EpisodeDataset.open(target), DataConfig(cache_gib=0)) as streamed:
+    with stream_frames(EpisodeDataset.open(target), DataConfig(cache_gib=0)) as streamed:
         windows = WindowSampler(streamed, context=1, horizon=4, block=5)
         generator = np.random.default_rng(0)
         start = time.perf_counter()

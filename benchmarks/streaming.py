@@ -27,10 +27,10 @@ from worldloom.data import (
     EpisodeDataset,
     Frames,
     SlidingPool,
-    StreamedFrames,
     WindowSampler,
     collect,
     load_cache,
+    stream_frames,
 )
 from worldloom.envs import register_envs
 from worldloom.models import JEPAConfig
@@ -61,7 +61,7 @@ def beyond(dataset: EpisodeDataset, directory: Path, steps: int) -> list[dict[st
     for drawing in ("uniform", "pool"):
         config = DataConfig(cache_dir=str(directory / drawing), cache_gib=size / 3 / 2**30, chunk_mib=chunk_mib)
         row: dict[str, Any] = {"source": "s3, a third fits the cache", "drawing": drawing}
-        with StreamedFrames(dataset, config) as frames:
+        with stream_frames(dataset, config) as frames:
             sampler = WindowSampler(frames, context=CONTEXT, horizon=HORIZON, block=BLOCK)
             assert frames.pixels is not None
             order, turn = SlidingPool(len(sampler), len(sampler) // 6, seed=0), -1
@@ -87,7 +87,7 @@ def beyond(dataset: EpisodeDataset, directory: Path, steps: int) -> list[dict[st
             }
             pool = len(sampler) // 6 if drawing == "pool" else None
         config = config.model_copy(update={"cache_dir": str(directory / f"{drawing}-training")})
-        with StreamedFrames(dataset, config) as frames:
+        with stream_frames(dataset, config) as frames:
             row |= training(frames, directory / f"run-{drawing}", steps, pool, log_every=steps // 4)
         rows.append(row)
         print(json.dumps(row), file=sys.stderr)
@@ -158,7 +158,7 @@ def main() -> None:
             config = DataConfig(cache_dir=str(directory / source), cache_gib=10)
             change()
             for state in ("cold", "warm"):
-                with StreamedFrames(dataset, config) as frames:
+                with stream_frames(dataset, config) as frames:
                     began = time.perf_counter()
                     row: dict[str, Any] = {"source": source, "state": state}
                     if state == "cold":

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from worldloom.core.hardware import describe_hardware, matmul_peak
 from worldloom.core.types import ActionSpec, ObservationSpec
-from worldloom.data import DatasetSpec, FrameCache, WindowSampler, compute_statistics
+from worldloom.data import DatasetSpec, Frames, WindowSampler, compute_statistics
 from worldloom.models import JEPAConfig, build_jepa
 from worldloom.training import RunFolder, TrainingConfig, fit
 from worldloom.training.learner import Learner
@@ -28,11 +28,11 @@ from worldloom.training.learner import Learner
 EPISODES, STEPS, SIDE = 40, 100, 64
 
 
-def noise_cache() -> FrameCache:
+def noise_cache() -> Frames:
     """Return frames and actions that are noise: the arithmetic is the same as on a world."""
     random, frames = np.random.default_rng(0), EPISODES * (STEPS + 1)
     actions = random.uniform(-1, 1, (frames, 2)).astype(np.float32)
-    return FrameCache(
+    return Frames(
         spec=DatasetSpec(
             observation=ObservationSpec(pixels=(SIDE, SIDE, 3)), action=ActionSpec(low=(-1.0, -1.0), high=(1.0, 1.0))
         ),
@@ -46,7 +46,7 @@ def noise_cache() -> FrameCache:
     )
 
 
-def operations_per_step(config: TrainingConfig, model_config: JEPAConfig, cache: FrameCache) -> int:
+def operations_per_step(config: TrainingConfig, model_config: JEPAConfig, cache: Frames) -> int:
     """Count the floating-point operations of one forward and backward pass."""
     model = build_jepa(
         model_config, cache.spec.observation, cache.spec.action, compute_statistics(cache, seed=0), seed=0

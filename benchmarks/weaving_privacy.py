@@ -46,7 +46,7 @@ from worldloom.core.errors import TrainingError
 from worldloom.core.files import write_json
 from worldloom.core.seeds import numpy_generator, torch_generator
 from worldloom.core.types import ActionSpec, Observations, ObservationSpec, Windows
-from worldloom.data import DatasetSpec, FrameCache, WindowSampler, compute_statistics
+from worldloom.data import DatasetSpec, Frames, WindowSampler, compute_statistics
 from worldloom.federation import (
     OUTER,
     Accountant,
@@ -164,7 +164,7 @@ def shown(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def spots(generator: np.random.Generator, episodes: int) -> FrameCache:
+def spots(generator: np.random.Generator, episodes: int) -> Frames:
     """Return episodes of a spot that actions move between walls, before a texture that stays for an episode."""
     frames = LENGTH + 1
     actions = np.zeros((episodes, frames, 2), np.float32)
@@ -176,7 +176,7 @@ def spots(generator: np.random.Generator, episodes: int) -> FrameCache:
     grid = np.stack(np.meshgrid(*[SPACING * (np.arange(SIDE) - (SIDE - 1) / 2)] * 2), axis=-1).reshape(-1, 2)
     spot = np.exp(-((place[:, :, None] - grid) ** 2).sum(-1) / (2 * SPACING**2))
     texture = generator.normal(0, 0.2, (episodes, 1, SIDE * SIDE))
-    return FrameCache(
+    return Frames(
         spec=DatasetSpec(
             observation=ObservationSpec(vector=SIDE * SIDE),
             action=ActionSpec(low=(-1.0, -1.0), high=(1.0, 1.0)),
@@ -302,7 +302,7 @@ class World:
         mean = {key: value / OWNERS for key, value in total.items()}
         return dict.fromkeys(self._names, mean)
 
-    def _candidates(self, name: str) -> tuple[FrameCache, np.ndarray, FrameCache]:
+    def _candidates(self, name: str) -> tuple[Frames, np.ndarray, Frames]:
         """Return an owner's logs with the episodes that it trains on, and logs that nobody has."""
         cache = self._logs[name]
         return cache, cache.split(self._training.validation_share, self._seed)[0], self._others[name]
@@ -359,7 +359,7 @@ class World:
     def _standardised(self, vector: Tensor) -> Tensor:
         return self._model.encoder.standardise(vector)
 
-    def _pictures(self, cache: FrameCache) -> Tensor:
+    def _pictures(self, cache: Frames) -> Tensor:
         """Return the mean picture of each episode, as the attacker would see it."""
         assert cache.vector is not None
         frames = torch.from_numpy(cache.vector).reshape(len(cache.lengths), LENGTH + 1, -1)
@@ -387,7 +387,7 @@ def summed(deltas: Mapping[str, State], name: str) -> dict[str, Tensor]:
     return unmasker.sum(deltas)
 
 
-def windows_of(parts: Sequence[tuple[FrameCache, np.ndarray | None]]) -> Windows:
+def windows_of(parts: Sequence[tuple[Frames, np.ndarray | None]]) -> Windows:
     """Return all windows of these episodes, or of all, of each part."""
     found = []
     for cache, episodes in parts:
@@ -401,7 +401,7 @@ def windows_of(parts: Sequence[tuple[FrameCache, np.ndarray | None]]) -> Windows
 
 
 @torch.no_grad()
-def losses(model: JEPA, candidates: Sequence[tuple[FrameCache, np.ndarray]]) -> np.ndarray:
+def losses(model: JEPA, candidates: Sequence[tuple[Frames, np.ndarray]]) -> np.ndarray:
     """Return the prediction loss of each episode; latents are normalised by all of them together, as in training."""
     outputs = model(windows_of(candidates))
     missed = (outputs.predictions - outputs.latents[:, 1:]).square().mean((1, 2))

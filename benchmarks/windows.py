@@ -15,7 +15,7 @@ import numpy as np
 
 from worldloom.core.hardware import describe_hardware
 from worldloom.core.types import ActionSpec, Episode, ObservationSpec
-from worldloom.data import DataConfig, DatasetSpec, EpisodeDataset, StreamedFrames, WindowSampler, load_cache
+from worldloom.data import DataConfig, DatasetSpec, EpisodeDataset, WindowSampler, load_cache, stream_frames
 
 STEPS = 100
 SPEC = DatasetSpec(
@@ -49,7 +49,7 @@ def main() -> None:
         samplers = {name: WindowSampler(cache, **window) for name, cache in caches.items()}
         figures = {name: measure(sampler, arguments) for name, sampler in samplers.items()}
         forget(path)
-        with StreamedFrames(EpisodeDataset.open(path), DataConfig(cache_dir=f"{directory}/chunks")) as streamed:
+        with stream_frames(EpisodeDataset.open(path), DataConfig(cache_dir=f"{directory}/chunks")) as streamed:
             figures["streamed"] = measure(WindowSampler(streamed, **window), arguments)
         result = {
             "benchmark": "windows",

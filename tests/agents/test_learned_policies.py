@@ -25,7 +25,7 @@ from worldloom.core.actions import Walk
 from worldloom.core.errors import CheckpointError, DataError, PlanningError
 from worldloom.core.seams import Agent
 from worldloom.core.types import ActionBounds, ActionSpec, Context, Goal, Observations, ObservationSpec
-from worldloom.data import DatasetSpec, FrameCache
+from worldloom.data import DatasetSpec, Frames
 from worldloom.heads import InverseModelConfig, LatentEpisodes, LatentGeometry, TemporalDistance, measure_geometry
 from worldloom.planning.solvers import CEM
 from worldloom.testing import LinearWorld
@@ -145,7 +145,7 @@ def test_a_random_walk_persists_and_uniform_actions_do_not() -> None:
     assert correlation(Walk()) > 0.7
 
 
-def directed_cache(episodes: int = 60, steps: int = 20) -> FrameCache:
+def directed_cache(episodes: int = 60, steps: int = 20) -> Frames:
     """Return straight walks, each in its own direction, of a world that moves by half the action."""
     random = np.random.default_rng(0)
     heading = random.uniform(0, 2 * np.pi, (episodes, 1))
@@ -153,7 +153,7 @@ def directed_cache(episodes: int = 60, steps: int = 20) -> FrameCache:
     actions[:, -1] = 0
     start = random.normal(0, 3, (episodes, 1, 2)).astype(np.float32)
     position = np.concatenate([start, start + 0.5 * actions[:, :-1].cumsum(1)], axis=1)
-    return FrameCache(
+    return Frames(
         spec=DatasetSpec(observation=ObservationSpec(vector=2), action=ActionSpec(low=(-1.0, -2.0), high=(1.0, 2.0))),
         fingerprint="directed",
         pixels=None,

@@ -7,7 +7,7 @@ import numpy as np
 from data_samples import SPEC, make_episode
 
 from worldloom.core.errors import DataError
-from worldloom.data import DataConfig, EpisodeDataset, StreamedFrames
+from worldloom.data import DataConfig, EpisodeDataset, stream_frames
 from worldloom.data.chunks import ChunkCache
 
 
@@ -25,7 +25,7 @@ def stream(path: str, directory: str, budget: str, seed: str) -> None:
     expected = dataset.pixels(np.arange(dataset.frames))
     config = DataConfig(cache_dir=directory, cache_gib=int(budget) / 2**30, chunk_mib=9 * 180 / 2**20, threads=2)
     generator = np.random.default_rng(int(seed))
-    with StreamedFrames(dataset, config) as frames:
+    with stream_frames(dataset, config) as frames:
         assert frames.pixels is not None
         for _ in range(60):
             rows = generator.integers(dataset.frames, size=32)

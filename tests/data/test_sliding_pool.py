@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worldloom.core.errors import ConfigError
-from worldloom.data import DataConfig, EpisodeDataset, SlidingPool, StreamedFrames, WindowSampler
+from worldloom.data import DataConfig, EpisodeDataset, Frames, SlidingPool, WindowSampler, stream_frames
 
 FRAME = 180  # bytes of a frame of 6x10x3
 ROWS = 9  # of a chunk
@@ -118,13 +118,13 @@ def test_spans_hold_the_frames_of_the_windows(
     assert block > 1 or read == expected
 
 
-_opened: dict[str, StreamedFrames] = {}
+_opened: dict[str, Frames] = {}
 
 
-def dataset_frames(dataset: EpisodeDataset) -> StreamedFrames:
+def dataset_frames(dataset: EpisodeDataset) -> Frames:
     if str(dataset.path) not in _opened:
         directory = Path(str(dataset.path)).parent / "never"
-        _opened[str(dataset.path)] = StreamedFrames(dataset, DataConfig(cache_dir=str(directory), cache_gib=0))
+        _opened[str(dataset.path)] = stream_frames(dataset, DataConfig(cache_dir=str(directory), cache_gib=0))
     return _opened[str(dataset.path)]
 
 
@@ -135,7 +135,7 @@ def chunks_read(dataset: EpisodeDataset, directory: Path, *, pool: int | None) -
     config = DataConfig(
         cache_dir=str(directory), cache_gib=chunks * chunk / 2 / 2**30, chunk_mib=chunk / 2**20, threads=2
     )
-    with StreamedFrames(dataset, config) as frames:
+    with stream_frames(dataset, config) as frames:
         assert frames.pixels is not None
         sampler = WindowSampler(frames, context=1, horizon=3, block=1)
         order = SlidingPool(len(sampler), pool or 1, seed=0)
@@ -165,7 +165,7 @@ def test_beyond_the_cache_a_pass_reads_each_chunk_about_once(dataset: EpisodeDat
 def test_what_is_expected_is_held_in_memory_where_there_is_no_disk_cache(
     dataset: EpisodeDataset, tmp_path: Path
 ) -> None:
-    with StreamedFrames(dataset, DataConfig(cache_dir=str(tmp_path), cache_gib=0.0, chunk_mib=0.002)) as frames:
+    with stream_frames(dataset, DataConfig(cache_dir=str(tmp_path), cache_gib=0.0, chunk_mib=0.002)) as frames:
         assert frames.pixels is not None
         frames.pixels.expect(np.array([[0, dataset.frames - 1]]))
         for _ in range(1000):
@@ -181,7 +181,7 @@ def test_a_pool_beyond_the_cache_is_said_once(
 ) -> None:
     chunk = ROWS * FRAME
     config = DataConfig(cache_dir=str(tmp_path), chunk_mib=chunk / 2**20, cache_gib=8 * chunk / 2**30)
-    with StreamedFrames(dataset, config) as frames:
+    with stream_frames(dataset, config) as frames:
         sampler = WindowSampler(frames, context=1, horizon=3, block=1)
         for _ in range(2):
             sampler.expect(np.arange(len(sampler)))
@@ -190,7 +190,7 @@ def test_a_pool_beyond_the_cache_is_said_once(
 
 def test_what_is_expected_is_read_before_it_is_asked_for(dataset: EpisodeDataset, tmp_path: Path) -> None:
     config = DataConfig(cache_dir=str(tmp_path), chunk_mib=ROWS * FRAME / 2**20, cache_gib=1.0, threads=1)
-    with StreamedFrames(dataset, config) as frames:
+    with stream_frames(dataset, config) as frames:
         pixels = frames.pixels
         assert pixels is not None
         pixels.expect(np.array([[ROWS * 150, ROWS * 153 - 1]]))

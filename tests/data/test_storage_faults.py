@@ -17,7 +17,7 @@ from data_samples import SPEC, make_episode, same
 from s3_server import BUCKET, FaultyProxy, options_for, s3_server
 
 from worldloom.core.errors import DataError, StorageError
-from worldloom.data import DataConfig, EpisodeDataset, StreamedFrames, validate
+from worldloom.data import DataConfig, EpisodeDataset, stream_frames, validate
 from worldloom.data.chunks import ChunkCache
 from worldloom.data.layout import Unanswered
 
@@ -71,7 +71,7 @@ def test_reading_and_appending_end_when_the_server_falls_silent(proxy: FaultyPro
     options = options_for(proxy.port)
     dataset = EpisodeDataset.open(uri, storage_options=options, retry_seconds=1.0, timeout=1.0)
     config = DataConfig(cache_dir=str(tmp_path), cache_gib=0.0, retry_seconds=1.0)
-    with StreamedFrames(dataset, config) as frames:
+    with stream_frames(dataset, config) as frames:
         assert frames.pixels is not None
         proxy.fault = lambda _: "hang"
         with pytest.raises(StorageError, match="retry_seconds"):

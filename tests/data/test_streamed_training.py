@@ -6,7 +6,7 @@ import torch
 from s3_server import BUCKET, options_for, s3_server
 
 import worldloom.envs
-from worldloom.data import DataConfig, FrameCache, StreamedFrames, collect, load_cache, validate
+from worldloom.data import DataConfig, Frames, collect, load_cache, stream_frames, validate
 from worldloom.models import JEPAConfig, load_model
 from worldloom.training import RunFolder, TrainingConfig, fit
 
@@ -19,7 +19,7 @@ def port() -> Iterator[int]:
         yield port
 
 
-def parameters(frames: FrameCache | StreamedFrames, path: Path, pool: int | None) -> dict[str, torch.Tensor]:
+def parameters(frames: Frames, path: Path, pool: int | None) -> dict[str, torch.Tensor]:
     run = RunFolder.create(path, {}, {})
     config = TrainingConfig(steps=6, batch=16, horizon=4, validate_every=3, checkpoint_every=6, accelerator="cpu")
     config = config.override([f"pool_windows={'null' if pool is None else pool}"])
@@ -41,7 +41,7 @@ def test_training_from_s3_ends_in_the_parameters_of_training_from_disk(port: int
     for pool in (None, 40):
         expected = parameters(cache, tmp_path / f"disk-{pool}", pool)
         config = DataConfig(cache_dir=str(tmp_path / f"chunks-{pool}"), chunk_mib=0.2)
-        with StreamedFrames(remote, config) as frames:
+        with stream_frames(remote, config) as frames:
             assert frames.pixels is not None
             streamed = parameters(frames, tmp_path / f"s3-{pool}", pool)
             assert frames.pixels.fetched >= 12

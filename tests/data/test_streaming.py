@@ -15,16 +15,16 @@ from worldloom.core.errors import DataError, StorageError
 from worldloom.data import (
     DataConfig,
     EpisodeDataset,
-    FrameCache,
     Frames,
-    StreamedFrames,
     WindowSampler,
     compute_statistics,
     load_cache,
     load_frames,
+    stream_frames,
     validate,
 )
 from worldloom.data.chunks import ChunkCache
+from worldloom.data.streaming import StreamedPixels
 
 EPISODES = [make_episode(index, 5 + index % 7) for index in range(30)]
 URI = f"s3://{BUCKET}/logs"
@@ -44,7 +44,7 @@ def remote(server: int) -> EpisodeDataset:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> FrameCache:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Frames:
     dataset = EpisodeDataset.create(tmp_path_factory.mktemp("streaming") / "d", SPEC)
     dataset.append(EPISODES)
     return load_cache(dataset, "ram")
@@ -61,18 +61,16 @@ def config(directory: Path, **values: object) -> DataConfig:
     return DataConfig.parse({"cache_dir": str(directory), "chunk_mib": CHUNK, "retry_seconds": 20.0, **values})
 
 
-def all_pixels(cache: FrameCache) -> np.ndarray:
+def all_pixels(cache: Frames) -> np.ndarray:
     assert isinstance(cache.pixels, np.ndarray)
     return cache.pixels
 
 
 @pytest.mark.parametrize("gib", [1.0, 0.0, 10 * 9 * 180 / 2**30], ids=["disk", "none", "smaller than the data"])
 def test_streamed_frames_are_those_of_the_cache(
-    remote: EpisodeDataset, cache: FrameCache, tmp_path: Path, gib: float
+    remote: EpisodeDataset, cache: Frames, tmp_path: Path, gib: float
 ) -> None:
-    with StreamedFrames(remote, config(tmp_path, cache_gib=gib, memory_mib=1)) as frames:
-        assert isinstance(frames, Frames)
-        assert isinstance(cache, Frames)
+    with stream_frames(remote, config(tmp_path, cache_gib=gib, memory_mib=1)) as frames:
         assert frames.fingerprint == cache.fingerprint
         for window in (WindowSampler(frames, context=2, horizon=2, block=2),):
             same_window = WindowSampler(cache, context=2, horizon=2, block=2)
@@ -94,14 +92,14 @@ def test_streamed_frames_are_those_of_the_cache(
 
 
 @pytest.fixture(scope="module")
-def streamed(remote: EpisodeDataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StreamedFrames]:
-    with StreamedFrames(remote, config(tmp_path_factory.mktemp("chunks"))) as frames:
+def streamed(remote: EpisodeDataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Frames]:
+    with stream_frames(remote, config(tmp_path_factory.mktemp("chunks"))) as frames:
         yield frames
 
 
 @settings(max_examples=40)
 @given(data=st.data())
-def test_any_rows_in_any_order(streamed: StreamedFrames, cache: FrameCache, data: st.DataObject) -> None:
+def test_any_rows_in_any_order(streamed: Frames, cache: Frames, data: st.DataObject) -> None:
     pixels = all_pixels(cache)
     assert streamed.pixels is not None
     shape = data.draw(st.lists(st.integers(0, 3), max_size=3).map(tuple))
@@ -110,26 +108,26 @@ def test_any_rows_in_any_order(streamed: StreamedFrames, cache: FrameCache, data
     assert np.array_equal(streamed.pixels[rows], pixels[rows])
 
 
-def test_rows_that_are_not_there(streamed: StreamedFrames) -> None:
+def test_rows_that_are_not_there(streamed: Frames) -> None:
     assert streamed.pixels is not None
     with pytest.raises(IndexError):
         streamed.pixels[np.array([len(streamed.pixels)])]
 
 
-def test_a_warm_cache_needs_no_storage(remote: EpisodeDataset, cache: FrameCache, tmp_path: Path) -> None:
+def test_a_warm_cache_needs_no_storage(remote: EpisodeDataset, cache: Frames, tmp_path: Path) -> None:
     rows = np.arange(remote.frames)
     for expected in (True, False):
-        with StreamedFrames(remote, config(tmp_path)) as frames:
+        with stream_frames(remote, config(tmp_path)) as frames:
             assert frames.pixels is not None
             assert np.array_equal(frames.pixels[rows], all_pixels(cache))
             assert bool(frames.pixels.fetched) is expected
 
 
 def test_a_damaged_chunk_is_read_again(
-    remote: EpisodeDataset, cache: FrameCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    remote: EpisodeDataset, cache: Frames, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = np.arange(remote.frames)
-    with StreamedFrames(remote, config(tmp_path)) as frames:
+    with stream_frames(remote, config(tmp_path)) as frames:
         assert frames.pixels is not None
         frames.pixels[rows]
     chunks = sorted(tmp_path.glob("*/*.chunk"))
@@ -137,7 +135,7 @@ def test_a_damaged_chunk_is_read_again(
     content[100] ^= 1
     chunks[0].write_bytes(content)
     chunks[1].write_bytes(chunks[1].read_bytes()[:50])
-    with caplog.at_level(logging.WARNING), StreamedFrames(remote, config(tmp_path)) as frames:
+    with caplog.at_level(logging.WARNING), stream_frames(remote, config(tmp_path)) as frames:
         assert frames.pixels is not None
         assert np.array_equal(frames.pixels[rows], all_pixels(cache))
     assert caplog.text.count("is damaged") == 2
@@ -145,7 +143,7 @@ def test_a_damaged_chunk_is_read_again(
 
 def test_a_full_disk_degrades_to_memory(
     remote: EpisodeDataset,
-    cache: FrameCache,
+    cache: Frames,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -154,7 +152,7 @@ def test_a_full_disk_degrades_to_memory(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("worldloom.data.chunks.tempfile.mkstemp", full)
-    with StreamedFrames(remote, config(tmp_path)) as frames:
+    with stream_frames(remote, config(tmp_path)) as frames:
         assert frames.pixels is not None
         assert np.array_equal(frames.pixels[np.arange(remote.frames)], all_pixels(cache))
     assert "the disk is full" in caplog.text
@@ -173,7 +171,7 @@ def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["503", "cut", "refuse"])
-def test_a_fault_that_passes_is_outlived(proxy: FaultyProxy, cache: FrameCache, tmp_path: Path, fault: str) -> None:
+def test_a_fault_that_passes_is_outlived(proxy: FaultyProxy, cache: Frames, tmp_path: Path, fault: str) -> None:
     dataset = EpisodeDataset.open(URI, storage_options=options_for(proxy.port))
     failed = []
 
@@ -183,7 +181,7 @@ def test_a_fault_that_passes_is_outlived(proxy: FaultyProxy, cache: FrameCache, 
             return fault
         return ""
 
-    with StreamedFrames(dataset, config(tmp_path, threads=2)) as frames:
+    with stream_frames(dataset, config(tmp_path, threads=2)) as frames:
         proxy.fault = every_third
         assert frames.pixels is not None
         assert np.array_equal(frames.pixels[np.arange(dataset.frames)], all_pixels(cache))
@@ -193,7 +191,7 @@ def test_a_fault_that_passes_is_outlived(proxy: FaultyProxy, cache: FrameCache, 
 @pytest.mark.parametrize("fault", ["503", "cut", "refuse"])
 def test_a_fault_that_stays_is_named(proxy: FaultyProxy, tmp_path: Path, fault: str) -> None:
     dataset = EpisodeDataset.open(URI, storage_options=options_for(proxy.port))
-    with StreamedFrames(dataset, config(tmp_path, retry_seconds=1.0, cache_gib=0)) as frames:
+    with stream_frames(dataset, config(tmp_path, retry_seconds=1.0, cache_gib=0)) as frames:
         proxy.fault = lambda line: fault if ".lance" in line else ""
         assert frames.pixels is not None
         with pytest.raises(StorageError, match=rf"rows 0 to 8 of {URI} .* attempts over .*(?s:.)*retry_seconds"):
@@ -236,12 +234,12 @@ def test_of_several_writers_one_commits(server: int, tmp_path: Path, where: str)
 
 
 def test_the_mode_decides_what_is_opened(remote: EpisodeDataset, tmp_path: Path) -> None:
-    with StreamedFrames(remote, config(tmp_path)) as streamed:
+    with stream_frames(remote, config(tmp_path)) as streamed:
         assert streamed.pixels is not None
     opened = load_frames(remote, config(tmp_path))
-    assert isinstance(opened, StreamedFrames)
+    assert isinstance(opened.pixels, StreamedPixels)
     opened.close()
-    assert isinstance(load_frames(remote, config(tmp_path, mode="cache")), FrameCache)
+    assert isinstance(load_frames(remote, config(tmp_path, mode="cache")).pixels, np.ndarray)
 
 
 def test_an_unknown_version_says_which_there_are(remote: EpisodeDataset, server: int) -> None:

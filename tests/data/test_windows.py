@@ -15,11 +15,11 @@ from worldloom.core.types import Windows
 from worldloom.data import (
     DataConfig,
     EpisodeDataset,
-    FrameCache,
-    StreamedFrames,
+    Frames,
     WindowSampler,
     compute_statistics,
     load_cache,
+    stream_frames,
 )
 
 LENGTHS = [12, 3, 20, 9]
@@ -33,7 +33,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> EpisodeDataset:
 
 
 @pytest.fixture(scope="module")
-def cache(dataset: EpisodeDataset) -> FrameCache:
+def cache(dataset: EpisodeDataset) -> Frames:
     return load_cache(dataset, "ram")
 
 
@@ -53,7 +53,7 @@ def naive(episode: int, current: int, context: int, horizon: int, block: int) ->
 
 @settings(max_examples=40)
 @given(context=st.integers(1, 4), horizon=st.integers(1, 4), block=st.integers(1, 5))
-def test_every_window_is_what_the_episodes_say(cache: FrameCache, context: int, horizon: int, block: int) -> None:
+def test_every_window_is_what_the_episodes_say(cache: Frames, context: int, horizon: int, block: int) -> None:
     sampler = WindowSampler(cache, context=context, horizon=horizon, block=block)
     expected = [
         naive(episode, current, context, horizon, block)
@@ -67,7 +67,7 @@ def test_every_window_is_what_the_episodes_say(cache: FrameCache, context: int, 
     assert np.array_equal(windows.actions.numpy(), np.stack([actions for _, actions in expected]))
 
 
-def test_labels_and_vectors_go_with_the_frames(cache: FrameCache) -> None:
+def test_labels_and_vectors_go_with_the_frames(cache: Frames) -> None:
     windows = WindowSampler(cache, context=2, horizon=2, block=3).at(np.arange(5))
     assert windows.observations.vector is not None
     for window in range(5):
@@ -78,7 +78,7 @@ def test_labels_and_vectors_go_with_the_frames(cache: FrameCache) -> None:
         assert np.array_equal(windows.labels["position"][window].numpy(), episode.labels["position"][steps])
 
 
-def test_windows_are_drawn_uniformly_and_by_the_generator_alone(cache: FrameCache) -> None:
+def test_windows_are_drawn_uniformly_and_by_the_generator_alone(cache: Frames) -> None:
     sampler = WindowSampler(cache, context=1, horizon=2, block=4)  # 5 windows in episode 0, 13 in 2, 2 in 3
     windows = sampler.sample(20_000, np.random.default_rng(0))
     assert windows.observations.pixels is not None
@@ -89,7 +89,7 @@ def test_windows_are_drawn_uniformly_and_by_the_generator_alone(cache: FrameCach
     assert torch.equal(again.actions, windows.actions)
 
 
-def test_episodes_may_be_restricted(cache: FrameCache) -> None:
+def test_episodes_may_be_restricted(cache: Frames) -> None:
     sampler = WindowSampler(cache, context=1, horizon=1, block=1, episodes=np.array([3, 1]))
     windows = sampler.sample(200, np.random.default_rng(0))
     assert windows.observations.pixels is not None
@@ -98,7 +98,7 @@ def test_episodes_may_be_restricted(cache: FrameCache) -> None:
         WindowSampler(cache, context=1, horizon=1, block=1, episodes=np.array([4]))
 
 
-def test_too_long_windows_say_what_is_there(cache: FrameCache) -> None:
+def test_too_long_windows_say_what_is_there(cache: Frames) -> None:
     with pytest.raises(DataError, match=r"needs 24 steps, and of the 4 episodes they have 3 to 20\. Shorten"):
         WindowSampler(cache, context=1, horizon=6, block=4)
     with pytest.raises(ConfigError, match="at least 1"):
@@ -117,11 +117,9 @@ def assert_equal(left: Windows, right: Windows) -> None:
     assert left.labels.keys() == right.labels.keys()
 
 
-def test_storage_gives_the_same_windows_as_the_cache(
-    dataset: EpisodeDataset, cache: FrameCache, tmp_path: Path
-) -> None:
+def test_storage_gives_the_same_windows_as_the_cache(dataset: EpisodeDataset, cache: Frames, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"context": 3, "horizon": 2, "block": 2, "episodes": np.array([0, 2])}
-    with StreamedFrames(dataset, DataConfig(cache_dir=str(tmp_path))) as frames:
+    with stream_frames(dataset, DataConfig(cache_dir=str(tmp_path))) as frames:
         cold, warm = WindowSampler(frames, **arguments), WindowSampler(cache, **arguments)
         assert len(cold) == len(warm)
         for seed in range(3):
@@ -129,7 +127,7 @@ def test_storage_gives_the_same_windows_as_the_cache(
 
 
 def test_a_mapped_cache_is_the_same_and_is_used_again(
-    dataset: EpisodeDataset, cache: FrameCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    dataset: EpisodeDataset, cache: Frames, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     mapped = load_cache(dataset, "mmap", directory=tmp_path)
     assert np.array_equal(mapped.pixels, cache.pixels)
@@ -170,7 +168,7 @@ def test_auto_takes_memory_only_where_there_is_plenty(dataset: EpisodeDataset, m
         assert directory.exists() is mapped
 
 
-def test_the_cache_knows_where_episodes_stand(cache: FrameCache) -> None:
+def test_the_cache_knows_where_episodes_stand(cache: Frames) -> None:
     for index, steps in enumerate(LENGTHS):
         rows = cache.rows(index)
         episode = make_episode(index, steps)
@@ -181,7 +179,7 @@ def test_the_cache_knows_where_episodes_stand(cache: FrameCache) -> None:
 
 
 @given(st.floats(0, 0.99), st.integers(0, 3))
-def test_a_split_is_a_partition_that_the_seed_decides(cache: FrameCache, fraction: float, seed: int) -> None:
+def test_a_split_is_a_partition_that_the_seed_decides(cache: Frames, fraction: float, seed: int) -> None:
     train, validation = cache.split(fraction, seed)
     assert sorted([*train, *validation]) == [0, 1, 2, 3]
     assert len(train) > 0
@@ -191,13 +189,13 @@ def test_a_split_is_a_partition_that_the_seed_decides(cache: FrameCache, fractio
     assert np.array_equal(train, again[0])
 
 
-def test_a_split_depends_on_the_seed_and_refuses_all(cache: FrameCache) -> None:
+def test_a_split_depends_on_the_seed_and_refuses_all(cache: Frames) -> None:
     assert len({tuple(cache.split(0.5, seed)[0]) for seed in range(10)}) > 1
     with pytest.raises(ConfigError, match="below 1"):
         cache.split(1.0, 0)
 
 
-def test_statistics_are_those_of_the_data(cache: FrameCache) -> None:
+def test_statistics_are_those_of_the_data(cache: Frames) -> None:
     found = compute_statistics(cache, seed=0)
     episodes = [make_episode(index, steps) for index, steps in enumerate(LENGTHS)]
     for name, parts in {
@@ -210,7 +208,7 @@ def test_statistics_are_those_of_the_data(cache: FrameCache) -> None:
         np.testing.assert_allclose(getattr(found, f"{name}_std"), values.std(axis=0), rtol=1e-5, atol=1e-5)
 
 
-def test_statistics_of_some_episodes_and_of_a_sample(cache: FrameCache) -> None:
+def test_statistics_of_some_episodes_and_of_a_sample(cache: Frames) -> None:
     only = compute_statistics(cache, seed=0, episodes=np.array([2]))
     episode = make_episode(2, 20)
     np.testing.assert_allclose(only.action_std, episode.actions.std(axis=0), rtol=1e-5)

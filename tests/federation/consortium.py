@@ -9,7 +9,7 @@ import numpy as np
 
 from worldloom.core.signing import SigningKey, make_key
 from worldloom.core.types import ActionSpec, ObservationSpec
-from worldloom.data import DatasetSpec, FrameCache
+from worldloom.data import DatasetSpec, Frames
 from worldloom.federation import (
     Base,
     Constitution,
@@ -31,7 +31,7 @@ MODEL = JEPAConfig(
 OWNERS = ("north", "east", "south")
 
 
-def points(*, episodes: int = 12, steps: int = 30, seed: int = 0) -> FrameCache:
+def points(*, episodes: int = 12, steps: int = 30, seed: int = 0) -> Frames:
     """Return episodes of a point that drifts by its actions, with a few numbers that stand still beside it."""
     random = np.random.default_rng(seed)
     frames = steps + 1
@@ -40,7 +40,7 @@ def points(*, episodes: int = 12, steps: int = 30, seed: int = 0) -> FrameCache:
     place = random.uniform(-1, 1, (episodes, 1, 2)) + 0.2 * np.cumsum(actions, axis=1) - 0.2 * actions
     still = np.broadcast_to(random.normal(size=(episodes, 1, 2)), (episodes, frames, 2))
     vector = np.concatenate([place, still], axis=-1).astype(np.float32)
-    return FrameCache(
+    return Frames(
         spec=DatasetSpec(
             observation=ObservationSpec(vector=4), action=ActionSpec(low=(-1.0, -1.0), high=(1.0, 1.0)), labels={}
         ),

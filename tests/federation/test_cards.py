@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from worldloom.core.errors import DataError
 from worldloom.core.signing import make_key, sign_file
 from worldloom.core.types import ActionSpec, ObservationSpec
-from worldloom.data import DatasetSpec, FrameCache, WindowSampler
+from worldloom.data import DatasetSpec, Frames, WindowSampler
 from worldloom.federation import (
     CLASSES,
     Constitution,
@@ -42,8 +42,8 @@ def _card(**changed: Any) -> DataCard:
     return DataCard.parse({"dataset": "f1", "title": "Hall", "owner": "acme", "data_class": "open", **changed})
 
 
-def _frames() -> FrameCache:
-    return FrameCache(
+def _frames() -> Frames:
+    return Frames(
         spec=DatasetSpec(observation=ObservationSpec(vector=2), action=ActionSpec(low=(-1.0,), high=(1.0,))),
         fingerprint="f1",
         pixels=None,

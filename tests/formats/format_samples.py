@@ -9,7 +9,7 @@ import numpy as np
 
 from worldloom.core.types import ActionSpec, Episode, ObservationSpec
 from worldloom.data import DatasetSpec, EpisodeDataset
-from worldloom.formats import Format, Note, ReadOptions, Sink, Source, WriteOptions
+from worldloom.formats import Format, Note, ReadOptions, Source
 
 SPEC = DatasetSpec(
     observation=ObservationSpec(pixels=(16, 24, 3), vector=3),
@@ -73,6 +73,9 @@ class SplitSource(Source):
         self.notes.append(Note(kind="dropped", what="Rewards are left out."))
         self.reads: list[int] = []
 
+    def begin(self) -> None:
+        pass
+
     def __len__(self) -> int:
         return 12
 
@@ -89,19 +92,14 @@ class SplitSource(Source):
         return [episode for index in range(len(source)) for episode in source.read(index)]
 
 
-class SplitFormat(Format):
-    name, description, writable = "split", "a source that is made up for the tests", False
+class SplitFormat:
+    """A format that is made up for the tests; it remembers what it opened."""
 
     def __init__(self, delay: float = 0.0) -> None:
         self.delay = delay
         self.sources: list[SplitSource] = []
+        self.format = Format(name="split", description="made up", detects=lambda path: False, open=self._open)
 
-    def detects(self, path: Path) -> bool:
-        return False
-
-    def open(self, path: Path, options: ReadOptions) -> Source:
+    def _open(self, path: Path, options: ReadOptions) -> Source:
         self.sources.append(SplitSource(self.delay))
         return self.sources[-1]
-
-    def create(self, path: Path, spec: DatasetSpec, options: WriteOptions, *, resume: bool) -> Sink:
-        raise AssertionError("it is not writable")

@@ -25,10 +25,10 @@ MINE = ["worldloom", "folder", "robomimic", "swm-hdf5"]
 
 @pytest.fixture
 def split(monkeypatch: pytest.MonkeyPatch) -> SplitFormat:
-    format = SplitFormat()
-    monkeypatch.setitem(FORMATS._entries, "split", format)
+    split = SplitFormat()
+    monkeypatch.setitem(FORMATS._entries, "split", split.format)
     monkeypatch.setattr(store.StoreSink, "most_episodes", 2)
-    return format
+    return split
 
 
 def stored(path: Path) -> list[Episode]:
@@ -105,7 +105,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: int, a
     [
         ("worldloom", EpisodeDataset, "append", 1),
         ("worldloom", EpisodeDataset, "append", 5),
-        ("worldloom", store.StoreSink, "__init__", 1),
+        ("worldloom", store.StoreSink, "begin", 1),
         ("worldloom", engine._Journal, "begin", 1),
         ("worldloom", engine._Journal, "add", 1),
         ("worldloom", engine._Journal, "add", 6),

@@ -321,7 +321,7 @@ DATA, VIDEO = "data/chunk-000/file-000.parquet", f"videos/{TOP}/chunk-000/file-0
         (
             edit_info(lambda info: info["features"][TOP].update(shape=[32, 64, 3])),
             DataError,
-            r"frames of shape \(64, 64, 3\); meta/info.json states \(32, 64, 3\)",
+            r"frames of shape \(64, 64, 3\); expected \(32, 64, 3\)",
         ),
     ],
 )

@@ -11,7 +11,7 @@ from worldloom.core.actions import Walk
 from worldloom.core.errors import DataError, PlanningError
 from worldloom.core.seams import Objective
 from worldloom.core.types import ActionBounds, Context, Rollouts
-from worldloom.data import DatasetSpec, FrameCache
+from worldloom.data import DatasetSpec, Frames
 from worldloom.heads import dream, encode_episodes
 from worldloom.planning import GoalObjective, LatentL2, Planner, PlanningProblem, WeightedSum
 from worldloom.planning.solvers import CEM
@@ -127,11 +127,11 @@ def test_walks_keep_bounds_and_persist(drift: float, renewal: float, slowest: fl
     assert torch.allclose(line, line[:, :, :1].expand_as(line), atol=1e-5)
 
 
-def cache_of(lengths: list[int]) -> FrameCache:
+def cache_of(lengths: list[int]) -> Frames:
     world = LinearWorld(block=3)
     frames = sum(lengths) + len(lengths)
     starts = np.cumsum([0, *(length + 1 for length in lengths[:-1])])
-    return FrameCache(
+    return Frames(
         spec=DatasetSpec(observation=world.spec.observation, action=world.spec.action),
         fingerprint="test",
         pixels=None,

@@ -3,12 +3,12 @@
 import numpy as np
 
 from worldloom.core.types import ActionSpec, ObservationSpec
-from worldloom.data import DatasetSpec, FrameCache
+from worldloom.data import DatasetSpec, Frames
 
 SIDE = 32
 
 
-def blob_cache(*, episodes: int = 80, steps: int = 40, seed: int = 0) -> FrameCache:
+def blob_cache(*, episodes: int = 80, steps: int = 40, seed: int = 0) -> Frames:
     """Return frames of a blob moved by a persistent random walk (at most 2 px a step) over random walls."""
     random = np.random.default_rng(seed)
     frames = steps + 1
@@ -49,13 +49,13 @@ def make_cache(
     steps: int,
     pixels: np.ndarray | None = None,
     vector: np.ndarray | None = None,
-) -> FrameCache:
+) -> Frames:
     """Wrap arrays of equally long episodes, frame after frame."""
     observation = ObservationSpec(
         pixels=None if pixels is None else pixels.shape[1:], vector=0 if vector is None else vector.shape[1]
     )
     size = actions.shape[1]
-    return FrameCache(
+    return Frames(
         spec=DatasetSpec(
             observation=observation,
             action=ActionSpec(low=(-1.0,) * size, high=(1.0,) * size),

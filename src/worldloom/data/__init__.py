@@ -1,6 +1,6 @@
 """Episodes: collecting, storing, inspecting, and drawing training windows."""
 
-from worldloom.data.cache import FrameCache, load_cache
+from worldloom.data.cache import load_cache
 from worldloom.data.collection import collect, episode_seed, policy_generator
 from worldloom.data.cube_walk import CubeWalkOptions
 from worldloom.data.dataset import Columns, DatasetSpec, EpisodeDataset, open_table
@@ -24,7 +24,7 @@ from worldloom.data.pictures import decode_picture, encode_picture, read_picture
 from worldloom.data.policies import POLICIES
 from worldloom.data.preview import contact_sheet, to_rgb, video, write_sheet
 from worldloom.data.statistics import Statistics, compute_statistics
-from worldloom.data.streaming import DataConfig, StreamedFrames, load_frames
+from worldloom.data.streaming import DataConfig, load_frames, stream_frames
 from worldloom.data.validation import Problem, validate
 from worldloom.data.windows import WindowSampler
 
@@ -36,7 +36,6 @@ __all__ = [
     "DataConfig",
     "DatasetSpec",
     "EpisodeDataset",
-    "FrameCache",
     "Frames",
     "MissingDataset",
     "ObjectWalkOptions",
@@ -44,7 +43,6 @@ __all__ = [
     "Problem",
     "SlidingPool",
     "Statistics",
-    "StreamedFrames",
     "WindowSampler",
     "check_episode",
     "collect",
@@ -67,6 +65,7 @@ __all__ = [
     "policy_generator",
     "read_picture",
     "resize",
+    "stream_frames",
     "to_rgb",
     "validate",
     "video",

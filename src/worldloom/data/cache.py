@@ -1,47 +1,27 @@
 """All frames of a dataset, decoded before training starts."""
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import psutil
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import UInt8
 
 from worldloom.core.errors import DataError
 from worldloom.core.files import write_atomic
 from worldloom.core.processes import on_this_machine
 from worldloom.core.progress import SILENT, Progress
 from worldloom.data.dataset import EpisodeDataset
-from worldloom.data.frames import EpisodeFrames
-from worldloom.data.spec import DatasetSpec
+from worldloom.data.frames import Frames
 
 Mode = Literal["auto", "ram", "mmap"]
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FrameCache(EpisodeFrames):
-    """All frames of a dataset, decoded: N frames of E episodes, one after the other.
-
-    `starts` is the first frame of each episode and `lengths` its number of actions (one fewer than its frames).
-    `pixels` may be mapped from a file. The last action of each episode is zero and never used.
-    """
-
-    spec: DatasetSpec
-    fingerprint: str
-    pixels: UInt8[np.ndarray, "N H W C"] | None
-    vector: Float32[np.ndarray, "N V"] | None
-    actions: Float32[np.ndarray, "N A"]
-    labels: dict[str, Float32[np.ndarray, "N _"]]
-    starts: Int64[np.ndarray, "E"]
-    lengths: Int64[np.ndarray, "E"]
-
-
 def load_cache(
     dataset: EpisodeDataset, mode: Mode = "auto", *, directory: Path | None = None, progress: Progress = SILENT
-) -> FrameCache:
+) -> Frames:
     """Decode a dataset into memory ("ram") or into a file that is mapped ("mmap").
 
     "auto" uses memory if the frames fill less than a quarter of the available memory and no other process of torchrun
@@ -64,15 +44,13 @@ def load_cache(
             pixels = _decode(dataset, progress)
         else:
             pixels = _map(dataset, fingerprint, directory or _default_directory(dataset), progress)
-    return FrameCache(
+    return Frames(
         spec=dataset.spec,
         fingerprint=fingerprint,
         pixels=pixels,
-        vector=columns.vector,
-        actions=columns.actions,
-        labels=columns.labels,
         starts=dataset.starts,
         lengths=dataset.lengths,
+        **vars(columns),
     )
 
 

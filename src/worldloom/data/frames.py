@@ -1,5 +1,6 @@
 """The frames of a dataset as training reads them, decoded or streamed."""
 
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -28,76 +29,40 @@ class Pixels(Protocol):
 
 
 @runtime_checkable
-class ReadsAhead(Protocol):
-    """Pixels that can prefetch frames."""
+class ReadsAhead(Pixels, Protocol):
+    """Pixels that can prefetch frames, and stop reading in the background."""
 
     def expect(self, spans: Int64[np.ndarray, "S 2"]) -> None:
         """Prefetch these rows (first and last of each span), the first span first."""
         ...
 
-
-@runtime_checkable
-class Frames(Protocol):
-    """All frames of a dataset: `FrameCache` holds them decoded, `StreamedFrames` reads them from storage."""
-
-    @property
-    def spec(self) -> DatasetSpec:
-        """What an episode holds."""
+    def close(self) -> None:
+        """Stop reading; frames can no longer be read."""
         ...
 
-    @property
-    def fingerprint(self) -> str:
-        """A digest of the data."""
-        ...
 
-    @property
-    def pixels(self) -> Pixels | None:
-        """N frames, or None."""
-        ...
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Frames(Closing):
+    """All frames of a dataset: N frames of E episodes, one after the other. `close` stops reading in the background.
 
-    @property
-    def vector(self) -> Float32[np.ndarray, "N V"] | None:
-        """A row for each frame, or None."""
-        ...
+    `starts` is the first frame of each episode and `lengths` its number of actions (one fewer than its frames).
+    `pixels` are decoded in memory, mapped from a file, or read from storage on demand. The last action of each episode
+    is zero and never used.
+    """
 
-    @property
-    def actions(self) -> Float32[np.ndarray, "N A"]:
-        """A row for each frame; zero in the last of an episode."""
-        ...
-
-    @property
-    def labels(self) -> dict[str, Float32[np.ndarray, "N _"]]:
-        """Named vectors, a row for each frame."""
-        ...
-
-    @property
-    def starts(self) -> Int64[np.ndarray, "E"]:
-        """The first frame of each episode."""
-        ...
-
-    @property
-    def lengths(self) -> Int64[np.ndarray, "E"]:
-        """The number of actions of each episode."""
-        ...
+    spec: DatasetSpec
+    fingerprint: str
+    pixels: Pixels | None
+    vector: Float32[np.ndarray, "N V"] | None
+    actions: Float32[np.ndarray, "N A"]
+    labels: dict[str, Float32[np.ndarray, "N _"]]
+    starts: Int64[np.ndarray, "E"]
+    lengths: Int64[np.ndarray, "E"]
 
     def close(self) -> None:
         """Stop reading in the background, if there is any."""
-        ...
-
-    def rows(self, episode: int) -> slice:
-        """Return the rows of an episode's frames."""
-        ...
-
-    def split(self, validation_fraction: float, seed: int) -> tuple[Int64[np.ndarray, "T"], Int64[np.ndarray, "V"]]:
-        """Return the episodes for training and for validation."""
-        ...
-
-
-class EpisodeFrames(Closing):
-    """The part of `Frames` that follows from `starts` and `lengths`."""
-
-    starts: Int64[np.ndarray, "E"]
-    lengths: Int64[np.ndarray, "E"]
+        if isinstance(self.pixels, ReadsAhead):
+            self.pixels.close()
 
     def rows(self, episode: int) -> slice:
         """Return the rows of an episode's frames."""

@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Int64, UInt8
 from pydantic import Field
 
 from worldloom.core.config import Config
 from worldloom.core.errors import StorageError
 from worldloom.core.progress import SILENT, Progress
-from worldloom.data.cache import FrameCache, load_cache
+from worldloom.data.cache import load_cache
 from worldloom.data.chunks import ChunkCache
 from worldloom.data.dataset import EpisodeDataset
-from worldloom.data.frames import EpisodeFrames
+from worldloom.data.frames import Frames
 from worldloom.data.retries import with_retries
-from worldloom.data.spec import DatasetSpec
 
 _log = logging.getLogger(__name__)
 
@@ -44,24 +43,22 @@ class DataConfig(Config):
     retry_seconds: float = Field(default=120.0, ge=0)
 
 
-def load_frames(
-    dataset: EpisodeDataset, config: DataConfig | None = None, *, progress: Progress = SILENT
-) -> "FrameCache | StreamedFrames":
+def load_frames(dataset: EpisodeDataset, config: DataConfig | None = None, *, progress: Progress = SILENT) -> Frames:
     """Open the frames of a dataset by `config`.
 
     Raises:
-        DataError, StorageError: see `load_cache` and `StreamedFrames`.
+        DataError, StorageError: see `load_cache` and `stream_frames`.
     """
     config = config or DataConfig()
     remote = "://" in str(dataset.path)
     if config.mode == "stream" or (config.mode == "auto" and remote):
-        return StreamedFrames(dataset, config)
+        return stream_frames(dataset, config)
     directory = Path(config.cache_dir) if config.cache_dir is not None else (_default_directory() if remote else None)
     return load_cache(dataset, directory=directory, progress=progress)
 
 
-class StreamedFrames(EpisodeFrames):
-    """The frames of a dataset, read from its storage on demand; training windows equal those of `FrameCache`.
+def stream_frames(dataset: EpisodeDataset, config: DataConfig | None = None) -> Frames:
+    """Return the frames of a dataset, read from its storage on demand; training windows equal those of `load_cache`.
 
     Vectors, actions and labels are held in memory. Prefetching begins at once, from the first chunk on, within the
     budget of the disk; requested chunks come first. `close` ends it.
@@ -70,26 +67,18 @@ class StreamedFrames(EpisodeFrames):
         StorageError: the storage does not answer within `retry_seconds`.
         DataError: the dataset is damaged.
     """
-
-    def __init__(self, dataset: EpisodeDataset, config: DataConfig | None = None) -> None:
-        config = config or DataConfig()
-        where = str(dataset.path)
-        self.spec: DatasetSpec = dataset.spec
-        self.fingerprint: str = with_retries(dataset.fingerprint, where, config.retry_seconds)
-        columns = with_retries(dataset.columns, where, config.retry_seconds)
-        self.vector: Float32[np.ndarray, "N V"] | None = columns.vector
-        self.actions: Float32[np.ndarray, "N A"] = columns.actions
-        self.labels: dict[str, Float32[np.ndarray, "N _"]] = columns.labels
-        self.starts: Int64[np.ndarray, "E"] = dataset.starts
-        self.lengths: Int64[np.ndarray, "E"] = dataset.lengths
-        self.pixels: StreamedPixels | None = None
-        if dataset.spec.observation.pixels is not None:
-            self.pixels = StreamedPixels(dataset, self.fingerprint, config)
-
-    def close(self) -> None:
-        """Stop prefetching; frames can no longer be read."""
-        if self.pixels is not None:
-            self.pixels.close()
+    config = config or DataConfig()
+    where, spec = str(dataset.path), dataset.spec
+    fingerprint = with_retries(dataset.fingerprint, where, config.retry_seconds)
+    columns = with_retries(dataset.columns, where, config.retry_seconds)
+    return Frames(
+        spec=spec,
+        fingerprint=fingerprint,
+        pixels=None if spec.observation.pixels is None else StreamedPixels(dataset, fingerprint, config),
+        starts=dataset.starts,
+        lengths=dataset.lengths,
+        **vars(columns),
+    )
 
 
 class StreamedPixels:

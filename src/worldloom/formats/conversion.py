@@ -117,7 +117,7 @@ def convert(
         raise ConfigError(f"source and target are both {source_path}; choose another target")
     reader = detect(source_path) if source_format is None else FORMATS[source_format]
     writer = FORMATS[target_format or "worldloom"]
-    if not writer.writable:
+    if writer.create is None:
         writable = ", ".join(name for name in FORMATS if FORMATS[name].writable)
         raise ConfigError(f"format {writer.name!r} can be read only; writable: {writable}")
     if not source_path.exists():

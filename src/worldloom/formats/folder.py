@@ -20,17 +20,16 @@ from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.files import read_json, storage_errors, write_json
 from worldloom.core.registry import nearest
 from worldloom.core.types import Episode
-from worldloom.data import DatasetSpec, float_lists, metadata_json, to_rgb
+from worldloom.data import float_lists, metadata_json, to_rgb
 from worldloom.formats.arrow import is_binary, is_number, is_text, numbers, table_errors, write_parquet
 from worldloom.formats.format import (
     FORMATS,
     NO_CAMERA,
     Contents,
-    FileSink,
-    FileSource,
     Format,
-    ReadOptions,
-    WriteOptions,
+    Sink,
+    Source,
+    count_files,
     natural,
     refuse,
     spec_in,
@@ -57,12 +56,13 @@ class _Roles:
     left: list[str]
 
 
-class FolderSource(FileSource):
+class FolderSource(Source):
     """An episode is a name; a name without its video or its table gives a note and no episode."""
 
-    def __init__(self, path: Path, options: ReadOptions) -> None:
+    def begin(self) -> None:
+        """Find the files, and choose the columns by the first table."""
+        path, options = self.path, self.options
         refuse(options, ["camera"] if options.camera != NO_CAMERA else [], "a folder holds one video an episode")
-        super().__init__(path, options)
         if unknown := sorted(set(options.columns) - set(ROLES)):
             raise ConfigError(f"unknown column role {unknown[0]!r}; {nearest(unknown[0], ROLES)}")
         if options.columns.get("unit", "s") not in _SECONDS:
@@ -91,13 +91,13 @@ class FolderSource(FileSource):
             self.note("info", f"{path}: an action that leads to no frame, such as an episode's last, is left out.")
         sample = self._parse(self._whole[0])
         columns = {key: value for key, value in asdict(self._roles).items() if key != "left"}
-        self._channels = own.observation.pixels[2] if own and own.observation.pixels else 3
+        channels = own.observation.pixels[2] if own and own.observation.pixels else 3
         self.describe(
             Contents(
                 format="folder",
                 files=[*self._videos.values(), *self._tables.values(), *([path / OWN_FILE] if own else [])],
                 action=sample.actions.shape[1],
-                pixels=(*frame_shape(self._videos[self._whole[0]]), self._channels) if self._pictures else None,
+                pixels=(*frame_shape(self._videos[self._whole[0]]), channels) if self._pictures else None,
                 vector={name: column.shape[1] for name, column in sample.columns.items()},
                 labels={name: column.shape[1] for name, column in sample.labels.items()},
                 environment={"columns": columns},
@@ -148,14 +148,7 @@ class FolderSource(FileSource):
         )
 
     def _frames(self, video: Path, numbers: Int64[np.ndarray, "N"]) -> UInt8[np.ndarray, "N H W C"]:
-        frames = read_frames(video, numbers, self.options.size)[..., : self._channels]
-        expected = self.spec.observation.pixels
-        if frames.shape[1:] != expected:
-            raise DataError(
-                f"{video} has frames of shape {frames.shape[1:]}; the first video has {expected}. Give one size for "
-                f"all with --size HxW"
-            )
-        return frames
+        return self.fit(read_frames(video, numbers, self.options.size), str(video))
 
     def _times(
         self, log: Log, video: Path | None, index: int
@@ -260,19 +253,17 @@ class FolderSource(FileSource):
                 raise DataError(f"{self._tables[name]}: {what} have {came} values and {expected} in the first table")
 
 
-class FolderSink(FileSink):
+class FolderSink(Sink):
     """Writes `000000.mp4` (or .mkv, lossless) and `000000.parquet`, the table last; `worldloom.json` at the end."""
 
     layout = "a folder of videos"
     encoded, lossy_codec = True, LOSSY_CODEC
 
-    def __init__(self, path: Path, spec: DatasetSpec, options: WriteOptions, *, resume: bool) -> None:
-        super().__init__(path, spec, options, resume=resume)
-        with storage_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-        while self._table(self.written).exists():
-            self.written += 1
-        self.saved = self.written
+    def begin(self, *, resume: bool) -> int:
+        """Make the folder, and return how many tables it holds."""
+        with storage_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        return count_files(self._table)
 
     def _table(self, number: int) -> Path:
         return self.path / f"{number:06d}.parquet"
@@ -296,24 +287,16 @@ class FolderSink(FileSink):
         write_json(self.path / OWN_FILE, spec_values(self.spec))
 
 
-class Folder(Format):
-    """A folder of videos and tables."""
-
-    name = "folder"
-    description = "a folder with NAME.mp4 (.mkv, .avi, .mov, .webm) and NAME.parquet or NAME.csv for each episode"
-    lossless_pixels = False
-    source, sink = FolderSource, FolderSink
-
-    def detects(self, path: Path) -> bool:
-        """Look for a video and a table of the same name."""
-        if not path.is_dir():
-            return False
-        try:
-            tables = _files(path, TABLE_SUFFIXES)
-            videos = _files(path, VIDEO_SUFFIXES)
-        except DataError:
-            return True  # opening says what is wrong
-        return bool(set(videos) & set(tables)) or ((path / OWN_FILE).is_file() and bool(tables))
+def _detects(path: Path) -> bool:
+    """Look for a video and a table of the same name."""
+    if not path.is_dir():
+        return False
+    try:
+        tables = _files(path, TABLE_SUFFIXES)
+        videos = _files(path, VIDEO_SUFFIXES)
+    except DataError:
+        return True  # opening says what is wrong
+    return bool(set(videos) & set(tables)) or ((path / OWN_FILE).is_file() and bool(tables))
 
 
 def _files(path: Path, suffixes: Sequence[str]) -> Mapping[str, Path]:
@@ -335,4 +318,13 @@ def _read_table(file: Path) -> pa.Table:
         return pq.read_table(file, partitioning=None) if file.suffix == ".parquet" else csv.read_csv(file)
 
 
-FORMATS.register(Folder.name)(Folder())
+FORMATS.register("folder")(
+    Format(
+        name="folder",
+        description="a folder with NAME.mp4 (.mkv, .avi, .mov, .webm) and NAME.parquet or NAME.csv for each episode",
+        detects=_detects,
+        open=FolderSource,
+        create=FolderSink,
+        lossless_pixels=False,
+    )
+)

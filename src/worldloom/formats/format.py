@@ -5,16 +5,17 @@ actions, because its last action leads to no frame, unless the format stores the
 """
 
 import hashlib
+import itertools
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32, Shaped
+from jaxtyping import Float32, Shaped, UInt8
 from pydantic import Field
 
 from worldloom.core.closing import Closing
@@ -63,91 +64,9 @@ class WriteOptions(Config):
     task: str = ""  # the task in words, where the format stores one
 
 
-class Source(Closing, ABC):
-    """A foreign dataset, opened for reading; a context manager.
-
-    `fingerprint` is a cheap digest of the names, sizes and times of its files. `notes` is filled on opening and by
-    `read`. Reading an episode again returns the same.
-    """
-
-    spec: DatasetSpec
-    fingerprint: str
-    notes: list[Note]
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Return the number of source episodes."""
-
-    @abstractmethod
-    def read(self, index: int) -> list[Episode]:
-        """Return a source episode: one Episode, several if it was split at gaps, none (with a note) if unusable.
-
-        Raises:
-            DataError: damage that no documented rule repairs; names the file.
-        """
-
-
-class Sink(Closing, ABC):
-    """A dataset being written; a context manager. Leaving it after an error keeps whole episodes.
-
-    `written` is the number of whole episodes that the dataset held when it was opened. A process killed at any moment
-    leaves only whole episodes, in order.
-    """
-
-    written: int
-
-    @abstractmethod
-    def write(self, episode: Episode) -> None:
-        """Add one episode; it may stay in memory until more have come."""
-
-    @abstractmethod
-    def finish(self) -> list[Note]:
-        """Make the dataset complete and readable, and return what was not carried."""
-
-
-class Format(ABC):
-    """A layout of data that other projects use.
-
-    `lossless_pixels`: with the default options, pixels come back unchanged. A format over files names its `source`
-    and its `sink`; any other overrides `open` and `create`.
-    """
-
-    name: str
-    description: str
-    writable: bool = True
-    lossless_pixels: bool = True
-    source: ClassVar[type["FileSource"]]
-    sink: ClassVar[type["FileSink"]]
-
-    @abstractmethod
-    def detects(self, path: Path) -> bool:
-        """Return whether `path` looks like this format; reads little, and raises nothing for foreign data."""
-
-    def open(self, path: Path, options: ReadOptions) -> Source:
-        """Open for reading.
-
-        Raises:
-            DataError, StorageError: the data is of another format, or damaged.
-            ConfigError: an option does not fit the data.
-        """
-        return self.source(path, options)
-
-    def create(self, path: Path, spec: DatasetSpec, options: WriteOptions, *, resume: bool) -> Sink:
-        """Open for writing; with `resume`, continue what an earlier `create` began at `path`.
-
-        Raises:
-            DataError: something else is at `path`, or the format cannot store such data.
-            ConfigError: an option does not fit the format.
-        """
-        return self.sink(path, spec, options, resume=resume)
-
-
-FORMATS: Registry[Format] = Registry("format")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What a source reads of its files, from which `FileSource.describe` makes the spec.
+    """What a source reads of its files, from which `Source.describe` makes the spec.
 
     `vector` and `labels` give the number of values of each column, in order. `bounds` are the bounds of actions that
     the format states, `range` the range of the data where the format states that instead. `own` is the spec that
@@ -168,22 +87,52 @@ class Contents:
     source: str | None = None  # the dataset's name; None: that of its path
 
 
-class FileSource(Source):
-    """A source over files: its options, its notes, and the one way to describe what it holds.
+class Source(Closing, ABC):
+    """A foreign dataset, opened for reading; a context manager.
 
-    An option in `refused` is an error, because of `reason`: a format must not ignore what it cannot honour.
+    `fingerprint` is a cheap digest of the names, sizes and times of its files. `notes` is filled on opening and by
+    `read`. Reading an episode again returns the same. An option in `refused` is an error, because of `reason`: a format
+    must not ignore what it cannot honour.
+
+    Raises:
+        DataError, StorageError: the data is of another format, or damaged.
+        ConfigError: an option does not fit the data.
     """
 
+    spec: DatasetSpec
+    fingerprint: str
+    notes: list[Note]
     refused: Sequence[str] = ()
     reason: str = ""
 
     def __init__(self, path: Path, options: ReadOptions) -> None:
         refuse(options, self.refused, self.reason)
         self.path, self.options, self.notes = self.locate(path), options, []
+        try:
+            self.begin()
+        except BaseException:
+            self.close()
+            raise
 
     def locate(self, path: Path) -> Path:
         """Return where the dataset is that `path` names."""
         return path
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Open the files, choose what is read, and set `spec` and `fingerprint`, as `describe` does."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of source episodes."""
+
+    @abstractmethod
+    def read(self, index: int) -> list[Episode]:
+        """Return a source episode: one Episode, several if it was split at gaps, none (with a note) if unusable.
+
+        Raises:
+            DataError: damage that no documented rule repairs; names the file.
+        """
 
     def actions(self) -> Iterator[np.ndarray]:
         """Yield the actions (n, A) of each episode that can be read, for a format that may not state their bounds."""
@@ -289,6 +238,22 @@ class FileSource(Source):
             )
         return ActionSpec(low=tuple(map(float, low)), high=tuple(map(float, high)), discrete=discrete)
 
+    def fit(self, frames: UInt8[np.ndarray, "N H W C"], where: str) -> UInt8[np.ndarray, "N H2 W2 C2"]:
+        """Return frames in the size of the spec, and with one channel where it has one.
+
+        Raises:
+            DataError: they still have another shape than the spec.
+        """
+        frames, expected = resize(frames, self.options.size), self.spec.observation.pixels
+        if expected is not None and expected[2] == 1:
+            frames = frames[..., :1]
+        if frames.shape[1:] != expected:
+            raise DataError(
+                f"{where} has frames of shape {frames.shape[1:]}; expected {expected}, as the metadata state or the "
+                f"first episode has. Give one size for all with --size HxW"
+            )
+        return frames
+
     def episode(
         self,
         index: int,
@@ -302,7 +267,7 @@ class FileSource(Source):
     ) -> list[Episode]:
         """Return an Episode in a list, or none, with a note, if it is too short or not finite.
 
-        `columns` hold those of the vector; pixels are resized. `where` names the episode in notes and errors.
+        `columns` hold those of the vector; pixels are made to `fit`. `where` names the episode in notes and errors.
 
         Raises:
             DataError: the parts do not fit each other.
@@ -321,10 +286,11 @@ class FileSource(Source):
                 reason = f"{name} has a value that is not finite (missing, NaN or infinite) at step {step}"
                 self.note("skipped", f"{where} is skipped: {reason}.", index)
                 return []
+        frames = None if pixels is None else self.fit(pixels, where)
         try:
             return [
                 Episode(
-                    pixels=None if pixels is None else resize(pixels, self.options.size),
+                    pixels=frames,
                     vector=joined,
                     actions=np.asarray(actions, np.float32),
                     labels=flat_labels,
@@ -335,12 +301,20 @@ class FileSource(Source):
             raise DataError(f"{where}: {error}. It is damaged, or of another layout") from error
 
 
-class FileSink(Sink):
-    """A sink over files, which saves whole episodes together once they reach `most_bytes` (decoded) or `most_episodes`.
+class Sink(Closing, ABC):
+    """A dataset being written; a context manager. Leaving it after an error keeps whole episodes.
+
+    `written` is the number of whole episodes that the dataset held when it was opened; with `resume`, the sink
+    continues what an earlier one began at `path`. Whole episodes are saved together once they reach `most_bytes`
+    (decoded) or `most_episodes`. A process killed at any moment leaves only whole episodes, in order.
 
     `layout` names what is written in messages. It does not take labels with a name in `reserved` or with the character
     `forbidden`, nor, if pictures are `encoded`, other than 1 or 3 channels. Without `lossless`, pixels go through
     `lossy_codec`, if it names one.
+
+    Raises:
+        DataError: something else is at `path`, or the format cannot store such data.
+        ConfigError: an option does not fit the format.
     """
 
     layout: str
@@ -359,17 +333,25 @@ class FileSink(Sink):
         channels = 3 if spec.observation.pixels is None else spec.observation.pixels[2]
         if self.encoded and channels not in (1, 3):
             raise DataError(f"{self.layout} stores 1 or 3 channels; the dataset has {channels}. Choose another format")
-        self.path, self.spec, self.options = path, spec, options
-        self.saved = self.written = self._bytes = 0
+        self.path, self.spec, self.options = self.locate(path), spec, options
+        self._bytes = 0
         self._pending: list[Episode] = []
-        if not resume:
-            for each in self.places():
-                if each.exists():
-                    raise DataError(f"{each} already exists; choose another path, or delete it")
+        for place in [] if resume else self.places():
+            if place.exists():
+                raise DataError(f"{place} already exists; choose another path, or delete it")
+        self.saved = self.written = self.begin(resume=resume)
+
+    def locate(self, path: Path) -> Path:
+        """Return where the dataset is that `path` names."""
+        return path
 
     def places(self) -> list[Path]:
         """Return the paths that must not exist before writing begins."""
         return [self.path]
+
+    @abstractmethod
+    def begin(self, *, resume: bool) -> int:
+        """Prepare the place, and return how many whole episodes an earlier sink left there."""
 
     def write(self, episode: Episode) -> None:
         """Add one episode, and save those that wait once they reach a limit."""
@@ -408,11 +390,41 @@ class FileSink(Sink):
             self.saved += len(pending)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A layout of data that other projects use.
+
+    `detects` returns whether a path looks like this format; it reads little, and raises nothing for foreign data.
+    `open` and `create` are as the constructors of `Source` and `Sink`; without `create`, the format can be read only.
+    `lossless_pixels`: with the default options, pixels come back unchanged.
+    """
+
+    name: str
+    description: str
+    detects: Callable[[Path], bool]
+    open: Callable[[Path, ReadOptions], Source]
+    create: Callable[..., Sink] | None = None
+    lossless_pixels: bool = True
+
+    @property
+    def writable(self) -> bool:
+        """Whether the format can be written."""
+        return self.create is not None
+
+
+FORMATS: Registry[Format] = Registry("format")
+
+
 def refuse(options: ReadOptions, names: Sequence[str], why: str) -> None:
     """Raise `ConfigError` where one of these options is set: a format must not ignore what it cannot honour."""
     for name in names:
         if getattr(options, name) != ReadOptions.model_fields[name].get_default(call_default_factory=True):
             raise ConfigError(f"the option {name} cannot be used here: {why}")
+
+
+def count_files(place: Callable[[int], Path]) -> int:
+    """Return how many of the files `place(0)`, `place(1)` and so on exist, up to the first that is missing."""
+    return next(number for number in itertools.count() if not place(number).exists())
 
 
 def only_one(found: Sequence[Path], path: Path, kind: str) -> Path:

@@ -19,8 +19,8 @@ from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.extras import require
 from worldloom.core.files import storage_errors, write_atomic
 from worldloom.core.types import Episode
-from worldloom.data import DatasetSpec, metadata_json
-from worldloom.formats.format import CLOCK, FileSink, FileSource, ReadOptions, WriteOptions, spec_values
+from worldloom.data import metadata_json
+from worldloom.formats.format import CLOCK, Sink, Source, count_files, spec_values
 
 OWN = "worldloom"  # the attribute under which our own spec and metadata stand
 
@@ -105,22 +105,18 @@ def json_or_text(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
-class Hdf5Source(FileSource):
+class Hdf5Source(Source):
     """A source over one HDF5 file, `main`, which is open as `file`; `describe_file` makes the spec of it."""
 
     refused = (*CLOCK, "columns")
     reason = "this layout has no timestamps and fixes the names of its columns"
+    file: Any = None
 
-    def __init__(self, path: Path, options: ReadOptions) -> None:
-        super().__init__(path, options)
+    def begin(self) -> None:
+        """Open and describe the file."""
         with hdf5_errors(self.main):
             self.file = h5py().File(self.main, "r")
-        try:
-            with hdf5_errors(self.main):
-                self.describe_file()
-        except BaseException:
-            self.file.close()
-            raise
+            self.describe_file()
 
     @property
     def main(self) -> Path:
@@ -133,40 +129,42 @@ class Hdf5Source(FileSource):
 
     def close(self) -> None:
         """Close the file."""
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
 
-class PartsSink(FileSink):
+class PartsSink(Sink):
     """Collects episodes as small files and, at the end, assembles the HDF5 file `main`."""
 
     forbidden = "/"
 
-    def __init__(self, path: Path, spec: DatasetSpec, options: WriteOptions, *, resume: bool) -> None:
-        self.main = self.main_file(path)
-        self.parts = self.main.with_name(f"{self.main.name}.parts")
-        super().__init__(path, spec, options, resume=resume)
-        self._complete = self.main.exists()
-        if self._complete:
-            with opened_hdf5(self.main) as file:
-                own = own_attribute(file)
-            if own.get("spec") != spec_values(spec)["spec"]:
-                raise DataError(f"{self.main} holds something else; choose another path")
-            self.written = int(own["episodes"])
-            self._clean()
-            return
-        with storage_errors(self.parts):
-            self.parts.mkdir(parents=True, exist_ok=True)
-        while self.part(self.written).exists():
-            self.written += 1
-        self.saved = self.written
+    @property
+    def main(self) -> Path:
+        """The HDF5 file."""
+        return self.path
 
-    def main_file(self, path: Path) -> Path:
-        """Return the HDF5 file of a dataset at `path`."""
-        return path
+    @property
+    def parts(self) -> Path:
+        """The directory of the small files."""
+        return self.main.with_name(f"{self.main.name}.parts")
 
     def places(self) -> list[Path]:
         """Return the file and the directory of the parts."""
         return [self.main, self.parts]
+
+    def begin(self, *, resume: bool) -> int:
+        """Return how many episodes are in the file, or in parts where it is missing."""
+        self._complete = self.main.exists()
+        if self._complete:
+            with opened_hdf5(self.main) as file:
+                own = own_attribute(file)
+            if own.get("spec") != spec_values(self.spec)["spec"]:
+                raise DataError(f"{self.main} holds something else; choose another path")
+            self._clean()
+            return int(own["episodes"])
+        with storage_errors(self.parts):
+            self.parts.mkdir(parents=True, exist_ok=True)
+        return count_files(self.part)
 
     def part(self, number: int) -> Path:
         """Return the path of an episode's file."""

@@ -3,8 +3,9 @@
 Their layout is described in lerobot_layout.py, and they are written by lerobot_write.py.
 """
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from worldloom.core.files import read_json, storage_errors
 from worldloom.core.types import Episode
 from worldloom.data import decode_picture, resize, to_rgb
 from worldloom.formats.arrow import is_list, is_number, table_errors
-from worldloom.formats.format import FORMATS, Contents, FileSource, Format, ReadOptions, chosen, natural
+from worldloom.formats.format import FORMATS, Contents, Format, Source, chosen, natural
 from worldloom.formats.lerobot_layout import (
     COUNTERS,
     INFO,
@@ -35,21 +36,22 @@ from worldloom.formats.timebase import Log, aligned_episodes
 from worldloom.formats.video import FrameStream, frame_times
 
 
-class LeRobotSource(FileSource):
+class LeRobotSource(Source):
     """The episodes of a dataset; consecutive ones that share files are read in one pass."""
 
     refused = ("columns",)
     reason = "LeRobot's layout names its columns"
     major: str  # version
     format: str
+    _stream: FrameStream | None = None  # the video that was read last
 
-    def __init__(self, path: Path, options: ReadOptions) -> None:
-        super().__init__(path, options)
+    def begin(self) -> None:
+        """Read the metadata, and choose among the features."""
+        path = self.path
         self._layout = layout = Layout.read(path, self.major)
-        self._file: tuple[Path, Any, Int64[np.ndarray, "G+1"]] | None = None  # and where its row groups begin
-        self._groups: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
-        self._stream: FrameStream | None = None
-        self._times: tuple[Path, Float64[np.ndarray, "F"]] | None = None
+        self._opened = lru_cache(maxsize=1)(_open_rows)
+        self._group = lru_cache(maxsize=2)(self._read_group)
+        self._frame_times = lru_cache(maxsize=1)(frame_times)
         self._shared = Counter(file for entry in layout.entries for file, _ in entry.videos.values())
         features, own = layout.features, layout.spec
         cameras = [name for name, feature in features.items() if feature["dtype"] in ("video", "image")]
@@ -95,13 +97,6 @@ class LeRobotSource(FileSource):
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-        self._close_file()
-        self._groups.clear()
-
-    def _close_file(self) -> None:
-        if self._file is not None:
-            self._file[1].close()
-            self._file = None
 
     def actions(self) -> Iterator[np.ndarray]:
         """Yield the actions of each episode that can be read."""
@@ -111,8 +106,6 @@ class LeRobotSource(FileSource):
                 yield self._joined_actions(table, str(entry.data))
             except (DataError, StorageError):
                 continue  # raised again, or noted, when it is read
-            finally:
-                self._groups.clear()
 
     def read(self, index: int) -> list[Episode]:
         """Return the stretches of an episode."""
@@ -150,12 +143,7 @@ class LeRobotSource(FileSource):
     def _rows(self, entry: EpisodePlace, names: list[str]) -> pa.Table:
         """Return the rows of an episode; a row group that several episodes share is decoded once."""
         with table_errors(entry.data, "Parquet"):
-            if self._file is None or self._file[0] != entry.data:
-                self._close_file()
-                opened = pq.ParquetFile(entry.data)
-                sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.metadata.num_row_groups)]
-                self._file = (entry.data, opened, np.cumsum([0, *sizes]))
-            _, file, starts = self._file
+            file, starts = self._opened(entry.data)
             there = file.schema_arrow.names
             for name in [*names, "episode_index"]:
                 if name not in there:
@@ -168,17 +156,12 @@ class LeRobotSource(FileSource):
                     f"{entry.data} has {file.metadata.num_rows} rows; episode {entry.episode} needs rows {entry.first} "
                     f"to {entry.first + entry.length}. It is cut, or of another version; restore it"
                 )
-            parts = []
             end = entry.first + entry.length
-            group = max(int(np.searchsorted(starts, entry.first, side="right")) - 1, 0)
-            while group < len(starts) - 1 and starts[group] < end:
-                if (entry.data, group) not in self._groups:
-                    while len(self._groups) > 1:
-                        self._groups.popitem(last=False)
-                    self._groups[entry.data, group] = file.read_row_group(group, columns=wanted)
+            groups = range(np.searchsorted(starts, entry.first, side="right") - 1, np.searchsorted(starts, end))
+            parts = []
+            for group in groups:
                 low, high = max(entry.first - starts[group], 0), min(end, starts[group + 1]) - starts[group]
-                parts.append(self._groups[entry.data, group].slice(low, high - low))
-                group += 1
+                parts.append(self._group(entry.data, group, tuple(wanted)).slice(low, high - low))
             table = pa.concat_tables(parts) if parts else file.schema_arrow.empty_table().select(wanted)
             numbers = table["episode_index"].to_numpy()
         strangers = np.flatnonzero(numbers != entry.episode)
@@ -188,6 +171,9 @@ class LeRobotSource(FileSource):
                 f"say {entry.episode}. Data and metadata are of different versions; restore both"
             )
         return table
+
+    def _read_group(self, path: Path, group: int, names: tuple[str, ...]) -> pa.Table:
+        return self._opened(path)[0].read_row_group(group, columns=list(names))
 
     def _numbers(self, table: pa.Table, name: str, where: str) -> Float32[np.ndarray, "R n"]:
         """Return a feature, flattened; what is missing is NaN."""
@@ -228,20 +214,9 @@ class LeRobotSource(FileSource):
         rows: Int64[np.ndarray, "N"],
         where: str,
     ) -> UInt8[np.ndarray, "N H W C"]:
-        camera, shape = self._camera, self.spec.observation.pixels
-        assert camera is not None
-        assert shape is not None
-        if camera in entry.videos:
-            frames = self._video(entry, times, rows)
-        else:
-            frames = self._images(table[camera].combine_chunks(), rows, where)
-        frames = frames[..., : shape[2]]
-        if frames.shape[1:] != shape:
-            raise DataError(
-                f"{where}: camera {camera!r} has frames of shape {frames.shape[1:]}; {INFO} states {shape}. Give one "
-                f"size for all with --size HxW"
-            )
-        return frames
+        if self._camera in entry.videos:
+            return self._video(entry, times, rows)
+        return self._images(table[self._camera].combine_chunks(), rows, where)
 
     def _video(
         self, entry: EpisodePlace, times: Float64[np.ndarray, "R"], rows: Int64[np.ndarray, "N"]
@@ -250,9 +225,7 @@ class LeRobotSource(FileSource):
         file, start = entry.videos[self._camera or ""]
         with storage_errors(file):
             file.stat()
-        if self._times is None or self._times[0] != file:
-            self._times = (file, frame_times(file))
-        stamps = self._times[1]
+        stamps = self._frame_times(file)
         wanted = start + times
         half = 0.5 / self._layout.fps
         between = int(((stamps > wanted[0] - half) & (stamps < wanted[-1] + half)).sum())
@@ -291,6 +264,13 @@ class LeRobotSource(FileSource):
         return np.stack(pictures)
 
 
+def _open_rows(path: Path) -> tuple[pq.ParquetFile, Int64[np.ndarray, "_"]]:
+    """Open a Parquet file; return it and where its row groups begin."""
+    file = pq.ParquetFile(path)
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+    return file, np.cumsum([0, *sizes])
+
+
 class LeRobotSourceV2(LeRobotSource):
     """A dataset of version 2.1 or 2.0."""
 
@@ -303,43 +283,30 @@ class LeRobotSourceV3(LeRobotSource):
     major, format = "v3", "lerobot-v3"
 
 
-class LeRobotV2(Format):
-    """LeRobot's datasets of version 2."""
-
-    name = LeRobotSourceV2.format
-    description = "a dataset of LeRobot, version 2.1: meta/info.json, a Parquet file and videos for each episode"
-    lossless_pixels = False
-    source, sink = LeRobotSourceV2, LeRobotSinkV2
-
-    def detects(self, path: Path) -> bool:
-        """Look for meta/info.json and a version 2 in it."""
-        return (_stated_version(path) or "").startswith("v2")
-
-
-class LeRobotV3(Format):
-    """LeRobot's datasets of version 3."""
-
-    name = LeRobotSourceV3.format
-    description = "a dataset of LeRobot, version 3.0: meta/info.json, several episodes in each Parquet file and video"
-    lossless_pixels = False
-    source, sink = LeRobotSourceV3, LeRobotSinkV3
-
-    def detects(self, path: Path) -> bool:
-        """Look for meta/info.json and a version in it; unknown ones count as well, so that opening refuses them."""
-        version = _stated_version(path)
-        return version is not None and not version.startswith("v2")
-
-
-def _stated_version(path: Path) -> str | None:
-    """Return the version that meta/info.json states, an empty text where it is damaged, or None where it has none."""
+def _states(major: str, path: Path) -> bool:
+    """Look for meta/info.json and its version; unknown ones count as v3, so that opening refuses them."""
     if not (path / INFO).is_file():
-        return None
+        return False
     try:
         info = read_json(path / INFO)
     except StorageError:
-        return ""  # opening says what is wrong
-    return str(info["codebase_version"]) if isinstance(info, dict) and "codebase_version" in info else None
+        return major == "v3"  # opening says what is wrong
+    if not isinstance(info, dict) or "codebase_version" not in info:
+        return False
+    return str(info["codebase_version"]).startswith("v2") == (major == "v2")
 
 
-for _format in (LeRobotV2, LeRobotV3):
-    FORMATS.register(_format.name)(_format())
+for _source, _sink, _description in (
+    (LeRobotSourceV2, LeRobotSinkV2, "version 2.1: meta/info.json, a Parquet file and videos for each episode"),
+    (LeRobotSourceV3, LeRobotSinkV3, "version 3.0: meta/info.json, several episodes in each Parquet file and video"),
+):
+    FORMATS.register(_source.format)(
+        Format(
+            name=_source.format,
+            description=f"a dataset of LeRobot, {_description}",
+            detects=partial(_states, _source.major),
+            open=_source,
+            create=_sink,
+            lossless_pixels=False,
+        )
+    )

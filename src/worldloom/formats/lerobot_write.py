@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.files import read_json, storage_errors, write_json, write_text
 from worldloom.core.types import Episode
-from worldloom.data import DatasetSpec, encode_picture, float_lists, metadata_json, to_rgb
+from worldloom.data import encode_picture, float_lists, metadata_json, to_rgb
 from worldloom.formats.arrow import table_errors, write_parquet
-from worldloom.formats.format import FileSink, WriteOptions, spec_values, with_last_action
+from worldloom.formats.format import Sink, count_files, spec_values, with_last_action
 from worldloom.formats.lerobot_layout import (
     ACTION,
     CAMERA,
@@ -40,7 +40,7 @@ from worldloom.formats.video import LOSSY_CODEC, write_video
 Stats = dict[str, dict[str, Any]]  # feature -> min, max, mean, std, count, as lists
 
 
-class LeRobotSink(FileSink):
+class LeRobotSink(Sink):
     """What both versions share: features, rows, statistics, and the files that describe them."""
 
     version: str
@@ -49,14 +49,15 @@ class LeRobotSink(FileSink):
     forbidden = "/"
     encoded, lossy_codec = True, LOSSY_CODEC
 
-    def __init__(self, path: Path, spec: DatasetSpec, options: WriteOptions, *, resume: bool) -> None:
+    def begin(self, *, resume: bool) -> int:
+        """Claim the place, and count the episodes that an earlier run wrote."""
+        path, options = self.path, self.options
         if options.fps != int(options.fps):
             raise ConfigError(f"LeRobot takes a whole number of frames a second; fps is {options.fps}")
-        super().__init__(path, spec, options, resume=resume)
         self.fps, self.lossless = int(options.fps), options.lossless
-        self.video = spec.observation.pixels is not None and not options.lossless
+        self.video = self.spec.observation.pixels is not None and not options.lossless
         there = read_json(path / OWN) if (path / OWN).exists() else None
-        wanted = {**spec_values(spec), "version": self.version, "write": options.model_dump(mode="json")}
+        wanted = {**spec_values(self.spec), "version": self.version, "write": options.model_dump(mode="json")}
         if there is None:
             if path.exists() and any(path.iterdir()):
                 raise DataError(f"{path} holds something else; choose another path")
@@ -65,16 +66,15 @@ class LeRobotSink(FileSink):
             write_json(path / OWN, wanted)
         elif there != wanted:
             raise DataError(f"{path} holds something else, or was begun with other options; choose another path")
-        self.tasks: dict[str, int] = {}
-        self.frames = 0
+        rows = self.resumed()
+        tasks = [task for row in rows for task in row["tasks"]]
+        self.tasks = {task: number for number, task in enumerate(dict.fromkeys(tasks))}
+        self.frames = sum(int(row["length"]) for row in rows)
+        return len(rows)
 
-    def resumed(self, row: dict[str, Any]) -> None:
-        """Count an episode that an earlier run wrote, from its line in meta/episodes."""
-        for task in row["tasks"]:
-            self.tasks.setdefault(task, len(self.tasks))
-        self.frames += int(row["length"])
-        self.saved += 1
-        self.written += 1
+    @abstractmethod
+    def resumed(self) -> list[dict[str, Any]]:
+        """Return the lines of meta/episodes of the episodes that an earlier run wrote."""
 
     @abstractmethod
     def _stats(self) -> list[Stats]:
@@ -190,12 +190,11 @@ class LeRobotSinkV2(LeRobotSink):
 
     version = "v2.1"
 
-    def __init__(self, path: Path, spec: DatasetSpec, options: WriteOptions, *, resume: bool) -> None:
-        super().__init__(path, spec, options, resume=resume)
-        self._lines: list[dict[str, Any]] = []
-        while self._file(V2_DATA, len(self._lines)).exists():
-            self._lines.append(self._described(len(self._lines), "worldloom"))
-            self.resumed(self._lines[-1])
+    def resumed(self) -> list[dict[str, Any]]:
+        """Return the lines that the Parquet files hold."""
+        count = count_files(lambda number: self._file(V2_DATA, number))
+        self._lines = [self._described(number, "worldloom") for number in range(count)]
+        return self._lines
 
     def _file(self, pattern: str, number: int) -> Path:
         names = {"episode_chunk": number // CHUNK, "episode_index": number, "video_key": CAMERA}
@@ -249,13 +248,10 @@ class LeRobotSinkV3(LeRobotSink):
     version = "v3.0"
     most_bytes, most_episodes = 2**26, 64
 
-    def __init__(self, path: Path, spec: DatasetSpec, options: WriteOptions, *, resume: bool) -> None:
-        super().__init__(path, spec, options, resume=resume)
-        self._files = 0
-        while self._episodes(self._files).exists():
-            for row in read_rows(self._episodes(self._files)):
-                self.resumed(row)
-            self._files += 1
+    def resumed(self) -> list[dict[str, Any]]:
+        """Return the rows of meta/episodes."""
+        self._files = count_files(self._episodes)
+        return [row for number in range(self._files) for row in read_rows(self._episodes(number))]
 
     def _episodes(self, number: int) -> Path:
         return self.path / f"meta/episodes/chunk-{number // CHUNK:03d}/file-{number % CHUNK:03d}.parquet"

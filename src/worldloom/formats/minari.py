@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from worldloom.core.errors import DataError, StorageError
-from worldloom.core.files import read_json, storage_errors, write_json
+from worldloom.core.files import read_json, write_json
 from worldloom.core.types import Episode
 from worldloom.data import decode_picture, metadata_json
 from worldloom.formats.format import FORMATS, Bounds, Contents, Format, chosen, flat, natural, spec_in, two_axes
@@ -229,11 +229,10 @@ class MinariSink(PartsSink):
 
     layout = "Minari's layout"
 
-    def main_file(self, path: Path) -> Path:
-        """Return data/main_data.hdf5, and make the directory for it."""
-        with storage_errors(path):
-            (path / "data").mkdir(parents=True, exist_ok=True)
-        return path / "data" / MAIN
+    @property
+    def main(self) -> Path:
+        """The HDF5 file."""
+        return self.path / "data" / MAIN
 
     def assemble(self, file: Any, episodes: Iterator[Episode]) -> None:
         """Write the groups."""
@@ -298,23 +297,16 @@ class MinariSink(PartsSink):
         return _box("float32", np.array(action.low, np.float32), np.array(action.high, np.float32))
 
 
-class Minari(Format):
-    """Minari's HDF5 datasets; `minari.MinariDataset(PATH / "data")` opens one that was written here."""
-
-    name = "minari"
-    description = "a dataset of Minari: data/metadata.json and data/main_data.hdf5"
-    source, sink = MinariSource, MinariSink
-
-    def detects(self, path: Path) -> bool:
-        """Look for the two files, and for Minari's keys in the metadata."""
-        data = _data(path)
-        if not (data / METADATA).is_file():
-            return False
-        try:
-            metadata = read_json(data / METADATA)
-        except StorageError:
-            return (data / MAIN).is_file()  # opening says what is wrong
-        return isinstance(metadata, dict) and "total_episodes" in metadata and "data_format" in metadata
+def _detects(path: Path) -> bool:
+    """Look for the two files, and for Minari's keys in the metadata."""
+    data = _data(path)
+    if not (data / METADATA).is_file():
+        return False
+    try:
+        metadata = read_json(data / METADATA)
+    except StorageError:
+        return (data / MAIN).is_file()  # opening says what is wrong
+    return isinstance(metadata, dict) and "total_episodes" in metadata and "data_format" in metadata
 
 
 def _data(path: Path) -> Path:
@@ -381,4 +373,12 @@ def _plain(value: Any) -> Any:
     return plain if isinstance(plain, int | str) or np.isfinite(plain).all() else str(plain)
 
 
-FORMATS.register(Minari.name)(Minari())
+FORMATS.register("minari")(
+    Format(
+        name="minari",
+        description="a dataset of Minari: data/metadata.json and data/main_data.hdf5",
+        detects=_detects,
+        open=MinariSource,
+        create=MinariSink,  # `minari.MinariDataset(PATH / "data")` opens what it writes
+    )
+)

@@ -205,19 +205,12 @@ class RobomimicSink(PartsSink):
             file[f"mask/{name}"] = np.array(members, dtype="S")
 
 
-class Robomimic(Format):
-    """robomimic's HDF5 files."""
-
-    name = "robomimic"
-    description = "an HDF5 file of robomimic: data/demo_K with actions and obs/KEY"
-    source, sink = RobomimicSource, RobomimicSink
-
-    def detects(self, path: Path) -> bool:
-        """Look for a group `data` with demos."""
-        if not is_hdf5(path):
-            return False
-        with opened_hdf5(path) as file:
-            return "data" in file and any("actions" in demo for demo in list(file["data"].values())[:1])
+def _detects(path: Path) -> bool:
+    """Look for a group `data` with demos."""
+    if not is_hdf5(path):
+        return False
+    with opened_hdf5(path) as file:
+        return "data" in file and any("actions" in demo for demo in list(file["data"].values())[:1])
 
 
 def _is_table(shape: tuple[int, ...], dtype: Any) -> bool:
@@ -228,4 +221,12 @@ def _strings(value: Any) -> list[str]:
     return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
 
 
-FORMATS.register(Robomimic.name)(Robomimic())
+FORMATS.register("robomimic")(
+    Format(
+        name="robomimic",
+        description="an HDF5 file of robomimic: data/demo_K with actions and obs/KEY",
+        detects=_detects,
+        open=RobomimicSource,
+        create=RobomimicSink,
+    )
+)

@@ -13,7 +13,7 @@ import numpy as np
 
 from worldloom.core.types import Episode
 from worldloom.data import DatasetSpec, metadata_json
-from worldloom.formats.format import Contents, FileSource, chosen
+from worldloom.formats.format import Contents, Source, chosen
 from worldloom.formats.hdf5 import is_image
 
 LENGTH, OFFSET, ACTION, PIXELS, VECTOR = "ep_len", "ep_offset", "action", "pixels", "observation"
@@ -59,7 +59,7 @@ class ChosenColumns:
         )
 
 
-def choose_columns(source: FileSource, columns: Columns, own: DatasetSpec | None) -> ChosenColumns:
+def choose_columns(source: Source, columns: Columns, own: DatasetSpec | None) -> ChosenColumns:
     """Choose what is read by the source's options, with notes of what is left out.
 
     `observation` and `proprio` make the vector; without them, and without pictures, `state` does. Other columns of

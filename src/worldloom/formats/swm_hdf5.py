@@ -118,20 +118,13 @@ class SwmHdf5Sink(PartsSink):
             file[ACTION] = np.zeros((0, self.spec.action.size), np.float32)
 
 
-class SwmHdf5(Format):
-    """stable-worldmodel's HDF5 files, or a directory with one such file."""
-
-    name = "swm-hdf5"
-    description = "an HDF5 file of stable-worldmodel (or a directory with one): columns with ep_len and ep_offset"
-    source, sink = SwmHdf5Source, SwmHdf5Sink
-
-    def detects(self, path: Path) -> bool:
-        """Look for `ep_len` and `ep_offset`."""
-        files = _files(path)
-        if len(files) != 1 or not is_hdf5(files[0]):
-            return False
-        with opened_hdf5(files[0]) as file:
-            return LENGTH in file and OFFSET in file
+def _detects(path: Path) -> bool:
+    """Look for `ep_len` and `ep_offset`."""
+    files = _files(path)
+    if len(files) != 1 or not is_hdf5(files[0]):
+        return False
+    with opened_hdf5(files[0]) as file:
+        return LENGTH in file and OFFSET in file
 
 
 def _files(path: Path) -> list[Path]:
@@ -147,4 +140,12 @@ def _extend(file: Any, name: str, column: np.ndarray) -> None:
     file[name][there:] = column
 
 
-FORMATS.register(SwmHdf5.name)(SwmHdf5())
+FORMATS.register("swm-hdf5")(
+    Format(
+        name="swm-hdf5",
+        description="an HDF5 file of stable-worldmodel (or a directory with one): columns with ep_len and ep_offset",
+        detects=_detects,
+        open=SwmHdf5Source,
+        create=SwmHdf5Sink,
+    )
+)

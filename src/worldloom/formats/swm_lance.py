@@ -22,20 +22,9 @@ from worldloom.data import (
     float_lists,
     lance_errors,
     open_table,
-    resize,
 )
 from worldloom.formats.arrow import is_binary, is_number, is_text, numbers
-from worldloom.formats.format import (
-    CLOCK,
-    FORMATS,
-    FileSink,
-    FileSource,
-    Format,
-    ReadOptions,
-    WriteOptions,
-    only_one,
-    with_last_action,
-)
+from worldloom.formats.format import CLOCK, FORMATS, Format, Sink, Source, only_one, with_last_action
 from worldloom.formats.swm_columns import ACTION, METADATA, PIXELS, RESERVED, VECTOR, choose_columns, metadata_column
 
 EPISODE, STEP = "episode_idx", "step_idx"
@@ -43,14 +32,14 @@ OWN = b"worldloom"
 QUALITY = 95  # of JPEG, as that library writes it
 
 
-class SwmLanceSource(FileSource):
+class SwmLanceSource(Source):
     """One table, or a directory with one. Columns play the same roles as in that library's HDF5 files."""
 
     refused = (*CLOCK, "columns")
     reason = "this layout has no timestamps and fixes the names of its columns"
 
-    def __init__(self, path: Path, options: ReadOptions) -> None:
-        super().__init__(path, options)
+    def begin(self) -> None:
+        """Open the table, check its columns, and choose among them."""
         self._lance = open_table(self.path)
         schema = self._lance.schema
         for name in (EPISODE, STEP, ACTION):
@@ -141,15 +130,7 @@ class SwmLanceSource(FileSource):
             metadata = {"index": index} | {name: table[name][0].as_py() for name in self._text}
         pixels = None
         if chosen.camera is not None:
-            pixels = resize(self._decode(table[chosen.camera], where), self.options.size)
-            expected = self.spec.observation.pixels
-            if expected is not None and pixels.shape[3] == 3 and expected[2] == 1:
-                pixels = np.ascontiguousarray(pixels[..., :1])
-            if pixels.shape[1:] != expected:
-                raise DataError(
-                    f"{where} has frames of shape {pixels.shape[1:]}; the first episode has {expected}. Give one size "
-                    f"for all with --size HxW"
-                )
+            pixels = self._decode(table[chosen.camera], where)
         return self.episode(
             index,
             where,
@@ -170,7 +151,7 @@ class SwmLanceSource(FileSource):
         return np.stack(pictures)
 
 
-class SwmLanceSink(FileSink):
+class SwmLanceSink(Sink):
     """Appends to a table, with a commit for every 64 MiB of decoded data or 256 episodes; a commit is whole or not."""
 
     layout = "stable-worldmodel's Lance layout"
@@ -178,9 +159,13 @@ class SwmLanceSink(FileSink):
     encoded, lossy_codec = True, f"JPEG at quality {QUALITY}"
     most_bytes, most_episodes = 2**26, 256
 
-    def __init__(self, path: Path, spec: DatasetSpec, options: WriteOptions, *, resume: bool) -> None:
-        path = path if path.suffix == ".lance" else path / f"{path.name}.lance"
-        super().__init__(path, spec, options, resume=resume)
+    def locate(self, path: Path) -> Path:
+        """Return `path`, or the table of its name in it where it does not end in .lance."""
+        return path if path.suffix == ".lance" else path / f"{path.name}.lance"
+
+    def begin(self, *, resume: bool) -> int:
+        """Choose the columns, and return how many episodes the table holds."""
+        spec = self.spec
         fields = [pa.field(EPISODE, pa.int32()), pa.field(STEP, pa.int32())]
         if spec.observation.pixels is not None:
             fields.append(pa.field(PIXELS, pa.binary()))
@@ -189,13 +174,14 @@ class SwmLanceSink(FileSink):
         fields.append(pa.field(METADATA, pa.string()))
         self._schema = pa.schema(fields, metadata={OWN: spec.to_json().encode()})
         self._there = self.path.exists()
-        if self._there:
-            table = open_table(self.path)
-            if (table.schema.metadata or {}).get(OWN) != spec.to_json().encode():
-                raise DataError(f"{self.path} holds something else; choose another path")
-            with lance_errors(str(self.path), "read"):
-                column = table.to_table(columns=[EPISODE])[EPISODE].to_numpy()
-            self.saved = self.written = int(column.max()) + 1 if len(column) else 0
+        if not self._there:
+            return 0
+        table = open_table(self.path)
+        if (table.schema.metadata or {}).get(OWN) != spec.to_json().encode():
+            raise DataError(f"{self.path} holds something else; choose another path")
+        with lance_errors(str(self.path), "read"):
+            column = table.to_table(columns=[EPISODE])[EPISODE].to_numpy()
+        return int(column.max(initial=-1)) + 1
 
     def save(self, episodes: list[Episode]) -> None:
         """Commit episodes, or an empty table."""
@@ -226,29 +212,16 @@ class SwmLanceSink(FileSink):
             self.save([])
 
 
-class SwmLance(Format):
-    """stable-worldmodel's Lance tables, or a directory with one such table.
-
-    A path that does not end in .lance is written as PATH/NAME.lance.
-    """
-
-    name = "swm-lance"
-    description = (
-        "a Lance table of stable-worldmodel (or a directory with one): episode_idx, step_idx, encoded pictures"
-    )
-    lossless_pixels = False
-    source, sink = SwmLanceSource, SwmLanceSink
-
-    def detects(self, path: Path) -> bool:
-        """Look for a Lance table with that library's counters."""
-        tables = _tables(path)
-        if len(tables) != 1:
-            return False
-        try:
-            schema = open_table(tables[0]).schema
-        except WorldloomError:
-            return False
-        return {EPISODE, STEP} <= set(schema.names) and (schema.metadata or {}).get(b"format") != FORMAT.encode()
+def _detects(path: Path) -> bool:
+    """Look for a Lance table with that library's counters."""
+    tables = _tables(path)
+    if len(tables) != 1:
+        return False
+    try:
+        schema = open_table(tables[0]).schema
+    except WorldloomError:
+        return False
+    return {EPISODE, STEP} <= set(schema.names) and (schema.metadata or {}).get(b"format") != FORMAT.encode()
 
 
 def _tables(path: Path) -> list[Path]:
@@ -262,4 +235,15 @@ def _width(kind: pa.DataType) -> int:
     return int(is_number(kind))
 
 
-FORMATS.register(SwmLance.name)(SwmLance())
+FORMATS.register("swm-lance")(
+    Format(
+        name="swm-lance",
+        description=(
+            "a Lance table of stable-worldmodel (or a directory with one): episode_idx, step_idx, encoded pictures"
+        ),
+        detects=_detects,
+        open=SwmLanceSource,
+        create=SwmLanceSink,
+        lossless_pixels=False,
+    )
+)

@@ -14,7 +14,7 @@ from jaxtyping import Float32, Float64, Int64, UInt8
 
 from worldloom.core.errors import DataError
 from worldloom.core.types import Episode
-from worldloom.formats.format import FileSource, Note
+from worldloom.formats.format import Note, Source
 
 SLACK = 0.1  # of the shorter median period
 STEADY = 1.5  # the longest period over the shortest, above which a rate is called variable
@@ -45,7 +45,7 @@ class Log:
 
 
 def aligned_episodes(
-    source: FileSource,
+    source: Source,
     index: int,
     where: str,
     log: Log,

@@ -6,17 +6,17 @@ fingerprint it states. Data without a trusted card is private.
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field
 
 from worldloom.core.config import Config
 from worldloom.core.errors import DataError, StorageError, WorldloomError
 from worldloom.core.signing import read_signed
 from worldloom.core.yaml_config import parse_yaml
-from worldloom.data import DatasetSpec, EpisodeDataset, Frames, Pixels
+from worldloom.data import EpisodeDataset, Frames
 from worldloom.federation.rules.constitution import Constitution, Name
 
 _log = logging.getLogger(__name__)
@@ -114,71 +114,33 @@ def may_shape_base(card: DataCard, constitution: Constitution) -> Permission:
 
 
 def guarded_frames(frames: Frames, card: DataCard, purpose: Purpose, constitution: Constitution) -> Frames:
-    """Return the frames behind a guard, which refuses reads for a purpose that their card does not allow."""
-    if card.dataset != frames.fingerprint:
-        why = f"the card is of the dataset {card.dataset}; these frames are of {frames.fingerprint}"
-        return _Guarded(frames, why if purpose == "base" else None)
+    """Return the frames, behind a guard that refuses reads where their card does not allow this purpose."""
+    known = card.dataset == frames.fingerprint
+    refused: str | None = None
     if purpose == "private":
-        refused = None if "private" in card.purposes else f"the card of {card.title!r} does not name 'private'"
-        return _Guarded(frames, refused)
-    permission = may_shape_base(card, constitution)
-    return _Guarded(frames, None if permission.allowed else permission.why)
+        if known and "private" not in card.purposes:
+            refused = f"the card of {card.title!r} does not name 'private'"
+    elif not known:
+        refused = f"the card is of the dataset {card.dataset}; these frames are of {frames.fingerprint}"
+    else:
+        permission = may_shape_base(card, constitution)
+        refused = None if permission.allowed else permission.why
+    return frames if refused is None else _Withheld(frames=frames, refused=refused, **vars(frames))
 
 
-class _NotRead(DataError, AttributeError):
-    """Also an AttributeError, so that `isinstance(frames, Frames)` works without reading."""
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class _Withheld(Frames):
+    """Frames that may not be read: the layout of the episodes is visible, their observations and actions are not."""
 
+    frames: Frames
+    refused: str
 
-class _Guarded(Frames):
-    """Frames behind a guard: the layout of the episodes can be read, their observations and actions cannot."""
-
-    def __init__(self, frames: Frames, refused: str | None) -> None:
-        self._frames, self._refused = frames, refused
-
-    @property
-    def spec(self) -> DatasetSpec:
-        return self._frames.spec
-
-    @property
-    def fingerprint(self) -> str:
-        return self._frames.fingerprint
-
-    @property
-    def pixels(self) -> Pixels | None:
-        return self._read().pixels
-
-    @property
-    def vector(self) -> np.ndarray | None:
-        return self._read().vector
-
-    @property
-    def actions(self) -> np.ndarray:
-        return self._read().actions
-
-    @property
-    def labels(self) -> dict[str, np.ndarray]:
-        return self._read().labels
-
-    @property
-    def starts(self) -> np.ndarray:
-        return self._frames.starts
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return self._frames.lengths
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("pixels", "vector", "actions", "labels"):
+            raise DataError(
+                f"this data may not be read: {self.refused}. Use it for the owner's own model, or ask its owner"
+            )
+        return super().__getattribute__(name)
 
     def close(self) -> None:
-        self._frames.close()
-
-    def rows(self, episode: int) -> slice:
-        return self._frames.rows(episode)
-
-    def split(self, validation_fraction: float, seed: int) -> tuple[Any, Any]:
-        return self._frames.split(validation_fraction, seed)
-
-    def _read(self) -> Frames:
-        if self._refused is not None:
-            raise _NotRead(
-                f"this data may not be read: {self._refused}. Use it for the owner's own model, or ask its owner"
-            )
-        return self._frames
+        self.frames.close()

@@ -7,12 +7,7 @@ from worldloom.agents.behaviour_cloning import (
     CloningPolicy,
     fit_behaviour_cloning,
 )
-from worldloom.agents.guides.curiosity import (
-    CuriosityConfig,
-    CuriosityGuide,
-    ExploringAgent,
-    LandmarkAgent,
-)
+from worldloom.agents.guides.curiosity import CuriosityConfig, CuriosityGuide
 from worldloom.agents.guides.hierarchy import HierarchyConfig, HierarchyGuide
 from worldloom.agents.guides.landmarks import Beyond, FollowConfig, LandmarkGuide, Outlook, arrival_check
 from worldloom.agents.methods import (
@@ -28,7 +23,7 @@ from worldloom.agents.methods import (
     ReactiveMethod,
     default_methods,
 )
-from worldloom.agents.mpc import Auditor, Guide, Observer, PlanningAgent, Proposer, Situation
+from worldloom.agents.mpc import Auditor, ExploringAgent, Guide, Observer, PlanningAgent, Proposer, Situation
 from worldloom.agents.random import RandomAgent
 from worldloom.agents.reactive import PolicyProposer, ReactiveAgent, ReactiveConfig, ReactivePolicy, fit_reactive
 from worldloom.agents.remembering import Rememberer, recall_landmarks
@@ -51,7 +46,6 @@ __all__ = [
     "HierarchyConfig",
     "HierarchyGuide",
     "HierarchyMethod",
-    "LandmarkAgent",
     "LandmarkGuide",
     "LandmarkMethod",
     "MethodConfig",

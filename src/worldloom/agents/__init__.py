@@ -9,7 +9,7 @@ from worldloom.agents.behaviour_cloning import (
 )
 from worldloom.agents.guides.curiosity import CuriosityConfig, CuriosityGuide
 from worldloom.agents.guides.hierarchy import HierarchyConfig, HierarchyGuide
-from worldloom.agents.guides.landmarks import Beyond, FollowConfig, LandmarkGuide, Outlook, arrival_check
+from worldloom.agents.guides.landmarks import Beyond, FollowConfig, LandmarkGuide, Outlook
 from worldloom.agents.methods import (
     METHODS,
     AgentParts,
@@ -64,7 +64,6 @@ __all__ = [
     "ReactivePolicy",
     "Rememberer",
     "Situation",
-    "arrival_check",
     "damaged_situations",
     "default_methods",
     "fit_behaviour_cloning",

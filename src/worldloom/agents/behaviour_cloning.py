@@ -91,7 +91,7 @@ class CloningPolicy(Head[CloningConfig]):
 
 def fit_behaviour_cloning(
     cache: Frames,
-    config: CloningConfig | None = None,
+    config: CloningConfig,
     *,
     episodes: np.ndarray | None = None,
     seed: int,
@@ -99,7 +99,6 @@ def fit_behaviour_cloning(
     progress: Progress = SILENT,
 ) -> CloningPolicy:
     """Imitate the action that was taken on the way to a later frame (Ghosh et al., arXiv 1912.06088)."""
-    config = config or CloningConfig()
     generator = numpy_generator(seed, "behaviour-cloning")
     action = cache.spec.action
     with seeded_weights(seed, "behaviour-cloning", "weights"):

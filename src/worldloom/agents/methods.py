@@ -4,6 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -13,7 +14,7 @@ from torch import Tensor
 from worldloom.agents.behaviour_cloning import BehaviourCloningAgent, CloningPolicy
 from worldloom.agents.guides.curiosity import CuriosityConfig, CuriosityGuide
 from worldloom.agents.guides.hierarchy import HierarchyConfig, HierarchyGuide
-from worldloom.agents.guides.landmarks import FollowConfig, LandmarkGuide, arrival_check
+from worldloom.agents.guides.landmarks import FollowConfig, LandmarkGuide
 from worldloom.agents.mpc import Auditor, ExploringAgent, Guide, Observer, PlanningAgent, Proposer
 from worldloom.agents.random import RandomAgent
 from worldloom.agents.reactive import PolicyProposer, ReactiveAgent, ReactivePolicy
@@ -23,7 +24,7 @@ from worldloom.core.errors import ConfigError
 from worldloom.core.registry import Registry
 from worldloom.core.seams import Agent, Metric, Objective
 from worldloom.guardrails import BoundRail, BoundRules, Fallback, Margins, Recalibration
-from worldloom.heads import Heads
+from worldloom.heads import Heads, predict_arrival
 from worldloom.memory import EpisodicMemory, LandmarkConfig, LandmarkGraph
 from worldloom.planning import Avoid, GoalObjective, LatentL2, Planner, WeightedSum
 from worldloom.planning.solvers import CEM, Solver, SolverField, TreeSearch
@@ -338,7 +339,7 @@ class LandmarkMethod(PlannedMethod):
             step_length=geometry.step_length,
             reversible=geometry.reversibility.reversible,
         )
-        check, block = arrival_check(model, geometry), model.spec.block
+        check, block = partial(predict_arrival, model, geometry), model.spec.block
         if memory is not None:
             graph = recall_landmarks(memory, graph, block=block, check=check)
         metric = LatentL2(geometry.step_length)

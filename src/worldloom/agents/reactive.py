@@ -72,13 +72,12 @@ def fit_reactive(
     model: WorldModel,
     episodes: LatentEpisodes,
     geometry: LatentGeometry,
-    config: ReactiveConfig | None = None,
+    config: ReactiveConfig,
     *,
     seed: int,
     progress: Progress = SILENT,
 ) -> ReactivePolicy:
     """Distil the teacher's plans, made in imagination, into a policy; no environment is needed."""
-    config = config or ReactiveConfig()
     device = episodes.latents.device
     generator = torch_generator(seed, "reactive", device=device)
     with seeded_weights(seed, "reactive", "weights"):

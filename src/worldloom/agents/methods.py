@@ -302,15 +302,7 @@ class HierarchyMethod(PlannedMethod):
         for coarse, geometry in heads.hierarchy:
             levels.append(Planner(coarse, self.coarse_solver, horizon=self.coarse_horizon, geometry=geometry))
             strides.append(strides[-1] * coarse.config.stride)
-        step = heads.geometry.step_length
-        return HierarchyGuide(
-            levels,
-            strides,
-            lambda goal: GoalObjective(LatentL2(step), goal),
-            self.follow,
-            step_length=step,
-            seed=seed,
-        )
+        return HierarchyGuide(levels, strides, self.follow, step_length=heads.geometry.step_length, seed=seed)
 
 
 @METHODS.register("landmarks")

@@ -27,7 +27,7 @@ def objective(goal: Tensor) -> GoalObjective:
 
 def guide_of(*gains: float, horizon: int = 4, config: HierarchyConfig | None = None) -> HierarchyGuide:
     levels = [Planner(world_of(gain), SEARCH, horizon=horizon) for gain in (1.0, *gains)]
-    return HierarchyGuide(levels, [1, *(round(gain) for gain in gains)], objective, config, step_length=1.0)
+    return HierarchyGuide(levels, [1, *(round(gain) for gain in gains)], config, step_length=1.0)
 
 
 def context_of(*positions: tuple[float, float]) -> Context:
@@ -120,4 +120,4 @@ def test_landmarks_fall_back_on_it_where_no_way_is_known() -> None:
 def test_levels_that_are_not_there_are_refused(strides: list[int], config: HierarchyConfig | None) -> None:
     levels = [Planner(world_of(1.0), SEARCH, horizon=2)] * len(strides)
     with pytest.raises(PlanningError, match="needs a planner for the fast model"):
-        HierarchyGuide(levels, strides, objective, config, step_length=1.0)
+        HierarchyGuide(levels, strides, config, step_length=1.0)

@@ -6,9 +6,16 @@ import torch
 from door_world import BOTTOM, DOOR, STEP, TOP, DoorWorld
 from torch import Tensor
 
-from worldloom.agents import CuriosityConfig, ExploringAgent, FollowConfig, LandmarkAgent, LandmarkGuide, PlanningAgent
+from worldloom.agents import (
+    CuriosityConfig,
+    CuriosityGuide,
+    ExploringAgent,
+    FollowConfig,
+    LandmarkGuide,
+    PlanningAgent,
+)
 from worldloom.core.errors import PlanningError
-from worldloom.core.seams import Agent
+from worldloom.core.seams import Agent, Guardrail
 from worldloom.core.types import Context, Goal, Observations, Plan
 from worldloom.guardrails import Custom
 from worldloom.memory import LandmarkGraph
@@ -22,6 +29,23 @@ def agent_of(world: DoorWorld, graph: LandmarkGraph | None, follow: FollowConfig
     guide = None if graph is None else LandmarkGuide(graph, follow)
     planner = Planner(world, CEM(samples=32, elites=6), horizon=4)
     return PlanningAgent(world, planner, lambda goal: GoalObjective(LatentL2(STEP), goal), replan=1, guide=guide)
+
+
+def explorer_of(
+    world: DoorWorld,
+    graph: LandmarkGraph,
+    config: CuriosityConfig | None = None,
+    *,
+    rail: Guardrail | None = None,
+    seed: int = 0,
+) -> ExploringAgent:
+    planner = Planner(world, CEM(), horizon=4, guardrails=() if rail is None else (rail,))
+    guide = CuriosityGuide(world, graph, config, seed=seed)
+    return ExploringAgent(
+        PlanningAgent(
+            world, planner, lambda goal: GoalObjective(LatentL2(STEP), goal), replan=1, guide=guide, seed=seed
+        )
+    )
 
 
 def go(agent: Agent, world: DoorWorld, start: Tensor, goal: Tensor, steps: int) -> tuple[Tensor, int]:
@@ -137,9 +161,7 @@ def test_curiosity_comes_to_more_places_than_a_random_walk_of_the_same_length() 
 
     curious = walked = 0
     for seed in range(4):
-        explorer = ExploringAgent(
-            Planner(world, CEM(), horizon=4), world.graph(learned=False), CuriosityConfig(walks=8), seed=seed
-        )
+        explorer = explorer_of(world, world.graph(learned=False), CuriosityConfig(walks=8), seed=seed)
         path = [torch.tensor([[-0.9, 0.0], [0.9, 0.0]])]
         for _ in range(steps):
             action = explorer.act(Observations(vector=path[-1]))
@@ -153,7 +175,7 @@ def test_curiosity_comes_to_more_places_than_a_random_walk_of_the_same_length() 
 def test_who_explores_keeps_guardrails() -> None:
     world, graph = DoorWorld(), DoorWorld().graph(learned=False)
     line = Custom(function=lambda rollouts: rollouts.latents[..., 0] + 0.3).over("line")
-    explorer = ExploringAgent(Planner(world, CEM(), horizon=4, guardrails=[line]), graph, CuriosityConfig(walks=8))
+    explorer = explorer_of(world, graph, CuriosityConfig(walks=8), rail=line)
     position, most = LEFT, []
     for _ in range(150):
         position = world.step(position, explorer.act(Observations(vector=position)))
@@ -167,8 +189,14 @@ def test_an_agent_that_explored_reaches_what_it_could_not_before() -> None:
     graph = world.graph(learned=False)
     guide = LandmarkGuide(graph)
     planner = Planner(world, CEM(samples=32, elites=6), horizon=4)
-    planning = PlanningAgent(world, planner, lambda goal: GoalObjective(LatentL2(STEP), goal), replan=1, guide=guide)
-    agent = LandmarkAgent(planning, guide, ExploringAgent(Planner(world, CEM(), horizon=4), graph))
+    agent = PlanningAgent(
+        world,
+        planner,
+        lambda goal: GoalObjective(LatentL2(STEP), goal),
+        replan=1,
+        guide=guide,
+        explorer=explorer_of(world, graph),
+    )
     assert isinstance(agent, Agent)
     assert agent.narrows
     assert agent.explores
@@ -181,7 +209,7 @@ def test_an_agent_that_explored_reaches_what_it_could_not_before() -> None:
         position = world.step(position, explorer.act(Observations(vector=position)))
     after, _ = go(agent, world, LEFT, goal, 80)
     assert after[0, 0] > 0
-    assert agent.outlook[0].kind in ("known", "sight")
+    assert guide.outlook[0].kind in ("known", "sight")
 
 
 def test_a_goal_of_another_size_is_refused() -> None:

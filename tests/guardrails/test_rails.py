@@ -244,9 +244,9 @@ def test_frames_of_one_episode_are_not_on_both_sides() -> None:
     groups = torch.arange(4).repeat_interleave(10)
     assert len(fit_probe(latents, values, ProbeConfig(steps=2), groups=groups, seed=0).errors) == 10
     with pytest.raises(DataError, match="at least 4 episodes"):
-        fit_probe(latents, values, groups=groups.clamp_max(2), seed=0)
+        fit_probe(latents, values, ProbeConfig(), groups=groups.clamp_max(2), seed=0)
     with pytest.raises(DataError, match="a label is not finite"):
-        fit_probe(latents, values * torch.nan, seed=0)
+        fit_probe(latents, values * torch.nan, ProbeConfig(), seed=0)
 
 
 def test_what_no_plan_keeps_is_refused_by_name() -> None:

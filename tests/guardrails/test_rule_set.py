@@ -53,7 +53,7 @@ def test_layers_say_together_what_is_tightest(tmp_path: Path) -> None:
     policy = read_rules(paths, trusted=None)
     assert policy.risk == 0.01
     assert isinstance(policy.fallback, Hold)
-    assert [(one.title, one.owner, one.reason) for one in policy.stated()] == [
+    assert [(one.title, one.owner, one.rail.reason) for one in policy.stated()] == [
         ("arm's reach", "the village", "children play there"),
         ("gently", "the village", ""),
     ]
@@ -100,7 +100,7 @@ def test_no_stack_of_layers_says_less_than_one_of_them(
     limits = [limit for (limit, _), named in zip(stated, names_it, strict=True) if named]
     risks = [risk for _, risk in stated if risk is not None]
     assert policy.risk == min(risks, default=None)
-    assert [config.limit for config, _ in policy.effective().values()] == ([min(limits)] if limits else [])
+    assert [one.rail.limit for one in policy.stated()] == ([min(limits)] if limits else [])
 
 
 def test_the_uppermost_fallback_is_taken() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from worldloom.core.actions import Walk
 from worldloom.core.errors import CheckpointError, DataError
 from worldloom.heads import DistanceConfig, LatentEpisodes, TemporalDistance, fit_distance, rank_correlation
 from worldloom.planning import LatentL2
@@ -89,10 +90,11 @@ def test_goals_stay_in_the_layout_of_their_episode() -> None:
     episodes = LatentEpisodes(
         latents=latents, blocks=torch.zeros(40, 10, 2), lengths=torch.randint(3, 12, (40,), generator=generator)
     )
-    from worldloom.heads.distance import _lines, _Pairs
+    from worldloom.heads.distance import _Pairs
+    from worldloom.heads.latent_episodes import with_dreams
 
-    config = DistanceConfig(batch=4096, dreams=2, dream_horizon=4)
-    pairs = _Pairs(_lines(LinearWorld(), episodes, config, generator), config, generator)
+    lines = with_dreams(LinearWorld(), episodes, 2, horizon=4, walk=Walk(), generator=generator)
+    pairs = _Pairs(lines, DistanceConfig(batch=4096), generator)
     state, following, goal, known = pairs.draw()
     assert ((state - goal).norm(dim=-1) < 50).all()
     assert ((state - following).norm(dim=-1) < 3).all()

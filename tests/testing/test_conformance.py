@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from jaxtyping import Float
@@ -62,19 +64,29 @@ class _Overwrites(LinearWorld):
         return super().rollout(context, actions.mul_(0.5))
 
 
-def test_what_lacks_a_member_is_told_which_and_a_subclass_has_the_defaults() -> None:
+@pytest.mark.parametrize("missing", ["spec", "device", "encode", "rollout"])
+def test_a_model_that_lacks_an_attribute_of_the_seam_is_told_which_and_what_to_do(missing: str) -> None:
+    world = LinearWorld()
+    attributes = {name: getattr(world, name) for name in ("spec", "device", "encode", "rollout") if name != missing}
+    bare = SimpleNamespace(**attributes)
+    told = f"has spec, device, encode, rollout; SimpleNamespace lacks {missing}. Subclass"
+    with pytest.raises(AssertionError, match=told):
+        check_world_model.__wrapped__(bare)  # without the type check of the tests, which would refuse it first
+
+
+def test_a_subclass_of_the_seam_has_its_defaults_and_is_told_what_it_left_out() -> None:
     world = LinearWorld()
 
-    class Bare:
+    class Derived(WorldModel):
         spec, encode, rollout = world.spec, staticmethod(world.encode), staticmethod(world.rollout)
 
-    class Derived(Bare, WorldModel):
-        pass
+    class WithoutRollout(Derived):
+        rollout = staticmethod(lambda context, actions: None)  # as the one that a subclass inherits
 
-    with pytest.raises(AssertionError, match="has no device; subclass"):
-        check_world_model.__wrapped__(Bare())  # without the type check of the tests, which would refuse it first
     check_world_model(Derived())
     assert Derived().device == torch.device("cpu")
+    with pytest.raises(AssertionError, match="rollout must return a tensor; got NoneType. Write rollout"):
+        check_world_model(WithoutRollout())
 
 
 @pytest.mark.parametrize(

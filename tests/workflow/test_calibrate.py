@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from worldloom import workflow
-from worldloom.agents import HierarchyMethod, LandmarkAgent, LandmarkMethod, PlannedMethod, log_path
+from worldloom.agents import HierarchyMethod, LandmarkMethod, PlannedMethod, log_path
 from worldloom.core.chain import entries
 from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.types import Goal, Observations
@@ -167,7 +167,7 @@ def test_what_plans_for_far_goals_keeps_guardrails_and_can_be_made_again(
         pixels = EpisodeDataset.open(session.run.data).episode(0).pixels
         assert pixels is not None
         look = Observations(pixels=torch.from_numpy(pixels[:1]))
-        if isinstance(agent, LandmarkAgent):
+        if agent.explores:
             agent.explorer().act(look)
         agent.reset(Goal(observations=Observations(pixels=torch.from_numpy(pixels[-1:]))))
         agent.act(look)

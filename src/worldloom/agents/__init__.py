@@ -14,14 +14,9 @@ from worldloom.agents.behaviour_cloning import (
     CloningPolicy,
     fit_behaviour_cloning,
 )
-from worldloom.agents.guides.curiosity import (
-    CuriosityConfig,
-    CuriosityGuide,
-    ExploringAgent,
-    LandmarkAgent,
-)
+from worldloom.agents.guides.curiosity import CuriosityConfig, CuriosityGuide
 from worldloom.agents.guides.hierarchy import HierarchyConfig, HierarchyGuide
-from worldloom.agents.guides.landmarks import Beyond, FollowConfig, LandmarkGuide, Outlook, arrival_check
+from worldloom.agents.guides.landmarks import Beyond, FollowConfig, LandmarkGuide, Outlook
 from worldloom.agents.methods import (
     METHODS,
     AgentParts,
@@ -35,7 +30,7 @@ from worldloom.agents.methods import (
     ReactiveMethod,
     default_methods,
 )
-from worldloom.agents.mpc import Auditor, Guide, Observer, PlanningAgent, Proposer, Situation
+from worldloom.agents.mpc import Auditor, ExploringAgent, Guide, Observer, PlanningAgent, Proposer, Situation
 from worldloom.agents.random import RandomAgent
 from worldloom.agents.reactive import PolicyProposer, ReactiveAgent, ReactiveConfig, ReactivePolicy, fit_reactive
 from worldloom.agents.remembering import Rememberer, recall_landmarks
@@ -58,7 +53,6 @@ __all__ = [
     "HierarchyConfig",
     "HierarchyGuide",
     "HierarchyMethod",
-    "LandmarkAgent",
     "LandmarkGuide",
     "LandmarkMethod",
     "MethodConfig",
@@ -77,7 +71,6 @@ __all__ = [
     "ReactivePolicy",
     "Rememberer",
     "Situation",
-    "arrival_check",
     "damaged_situations",
     "default_methods",
     "fit_behaviour_cloning",

@@ -10,7 +10,6 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import safetensors.torch
@@ -20,16 +19,18 @@ from torch import Tensor
 
 from worldloom.agents.mpc import PlanningAgent, Situation
 from worldloom.core.chain import Chain, Entry, entries
+from worldloom.core.closing import Closing
 from worldloom.core.errors import DataError
 from worldloom.core.files import storage_errors, write_atomic
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
-from worldloom.core.types import Context, Goal, Observations, Plan, Rollouts
-from worldloom.guardrails import BoundRail
-from worldloom.planning import violations_of
+from worldloom.core.types import Context, Goal, Observations, Plan
+from worldloom.guardrails import BoundRail, seen_violations
 
 _LOG, _SITUATIONS = "log.jsonl", "situations"
 _FORMAT = 1
+_OF_CONTEXT = ("latents", "actions", "taken")
+_OF_SITUATION = ("goal", "initial", "safe", "stages", "randomness")
 
 
 def log_path(folder: Path | str) -> Path:
@@ -53,8 +54,10 @@ def log_entries(folder: Path | str, *, progress: Progress = SILENT) -> Iterator[
         yield entry
 
 
-class AuditLog:
+class AuditLog(Closing):
     """Writes the decisions of one agent; `about` describes it: the run, its model, method, rule set and margins.
+
+    `chain` is the chain, with its head.
 
     Raises:
         StorageError: another process writes the log, or the storage fails.
@@ -67,15 +70,10 @@ class AuditLog:
         self.folder, self._model, self._guardrails = Path(folder), model, tuple(guardrails)
         with storage_errors(self.folder):
             (self.folder / _SITUATIONS).mkdir(parents=True, exist_ok=True)
-        self._chain = Chain(log_path(self.folder))
+        self.chain = Chain(log_path(self.folder))
         self._before: tuple[Situation, Plan] | None = None
         self._part: dict[str, str] = {}
-        self._chain.append({"event": "opened", "format": _FORMAT, **about})
-
-    @property
-    def chain(self) -> Chain:
-        """The chain, with its head."""
-        return self._chain
+        self.chain.append({"event": "opened", "format": _FORMAT, **about})
 
     def part(self, name: str) -> "AuditLog":
         """Return what writes the decisions of another part of the agent, by its name, into the same log."""
@@ -129,15 +127,7 @@ class AuditLog:
 
     def close(self) -> None:
         """Close the log."""
-        self._chain.close()
-
-    def __enter__(self) -> "AuditLog":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        self.chain.close()
 
     def _happened(self, now: Situation, *, block: int, whole: bool) -> dict[str, Any] | None:
         """Return how far from its prediction the last plan led, in latent units, and the violations that were seen."""
@@ -148,31 +138,21 @@ class AuditLog:
     def _compared(
         self, before: Situation, plan: Plan, here: Float[Tensor, "B D"], *, block: int, whole: bool
     ) -> dict[str, Any]:
-        seen = Rollouts(
-            context=before.context, actions=plan.actions[:, None, block : block + 1], latents=here[:, None, None]
-        )
         with torch.inference_mode():
-            found = violations_of([rail.with_margin(0.0) for rail in self._guardrails], seen)
-        broken = {name: _numbers(violation[:, 0, 0]) for name, violation in found.items()}
+            found = seen_violations(self._guardrails, plan, block, before.context, here)
         gap = _numbers((here - plan.latents[:, block]).norm(dim=1)) if whole else None
-        return {"gap": gap, "seen": broken}
+        return {"gap": gap, "seen": {name: _numbers(violation) for name, violation in found.items()}}
 
     def _write(self, event: str, body: Mapping[str, Any]) -> None:
-        self._chain.append({"event": event, **self._part, **body})
+        self.chain.append({"event": event, **self._part, **body})
 
     def _keep(self, observations: Observations, situation: Situation) -> str:
         """Write the situation under its digest, and return it."""
         parts: dict[str, Tensor | None] = {
             "pixels": observations.pixels,
             "vector": observations.vector,
-            "context/latents": situation.context.latents,
-            "context/actions": situation.context.actions,
-            "context/taken": situation.context.taken,
-            "goal": situation.goal,
-            "initial": situation.initial,
-            "safe": situation.safe,
-            "stages": situation.stages,
-            "randomness": situation.randomness,
+            **{f"context/{name}": getattr(situation.context, name) for name in _OF_CONTEXT},
+            **{name: getattr(situation, name) for name in _OF_SITUATION},
             "stretch": torch.tensor([situation.stretch], dtype=torch.float64),
         }
         tensors = {name: part.detach().cpu().contiguous().clone() for name, part in parts.items() if part is not None}
@@ -204,18 +184,9 @@ def read_situation(
     tensors = safetensors.torch.load(payload)
     there = {name: tensor if name == "randomness" else tensor.to(device) for name, tensor in tensors.items()}
     observations = Observations(pixels=tensors.get("pixels"), vector=tensors.get("vector"))
-    context = Context(
-        latents=there["context/latents"], actions=there["context/actions"], taken=there.get("context/taken")
-    )
-    return observations, Situation(
-        context=context,
-        goal=there["goal"],
-        initial=there.get("initial"),
-        safe=there["safe"],
-        stages=there.get("stages"),
-        randomness=there["randomness"],
-        stretch=float(there["stretch"]),
-    )
+    context = Context(**{name: there.get(f"context/{name}") for name in _OF_CONTEXT})
+    parts = {name: there.get(name) for name in _OF_SITUATION}
+    return observations, Situation(context=context, stretch=float(there["stretch"]), **parts)
 
 
 def damaged_situations(folder: Path | str, *, progress: Progress = SILENT) -> list[int]:

@@ -1,6 +1,5 @@
 """Goal-conditioned behaviour cloning: the baseline that imitates the data and has no world model."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,12 +9,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from worldloom.agents.environment_batch import EnvironmentBatch
+from worldloom.agents.policy_agent import PolicyAgent
 from worldloom.core.actions import project
 from worldloom.core.progress import SILENT, Progress
-from worldloom.core.seams import Agent, WorldModel
+from worldloom.core.seams import WorldModel
 from worldloom.core.seeds import numpy_generator, seeded_weights
-from worldloom.core.types import ActionBounds, ActionSpec, Goal, ModelSpec, Observations, ObservationSpec
+from worldloom.core.types import ActionBounds, ActionSpec, ModelSpec, Observations, ObservationSpec
 from worldloom.data import Frames, Statistics, compute_statistics
 from worldloom.heads import FitConfig, Head
 from worldloom.models import MLP, LatentNorm
@@ -92,7 +91,7 @@ class CloningPolicy(Head[CloningConfig]):
 
 def fit_behaviour_cloning(
     cache: Frames,
-    config: CloningConfig | None = None,
+    config: CloningConfig,
     *,
     episodes: np.ndarray | None = None,
     seed: int,
@@ -100,7 +99,6 @@ def fit_behaviour_cloning(
     progress: Progress = SILENT,
 ) -> CloningPolicy:
     """Imitate the action that was taken on the way to a later frame (Ghosh et al., arXiv 1912.06088)."""
-    config = config or CloningConfig()
     generator = numpy_generator(seed, "behaviour-cloning")
     action = cache.spec.action
     with seeded_weights(seed, "behaviour-cloning", "weights"):
@@ -131,37 +129,12 @@ def fit_behaviour_cloning(
     return policy
 
 
-class BehaviourCloningAgent(Agent):
+class BehaviourCloningAgent(PolicyAgent):
     """Acts by the cloned policy, looking at every step."""
 
-    narrows = True
-
     def __init__(self, policy: CloningPolicy) -> None:
-        self._policy = policy
-        self._device = next(policy.parameters()).device
-        self._batch = EnvironmentBatch()
-        self._goal: Tensor | None = None
-
-    def reset(self, goal: Goal) -> None:
-        """Take a new goal for each environment."""
-        self._batch.start(goal)
-        with torch.inference_mode():
-            self._goal = self._policy.encode(goal.observations.to(self._device))
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Narrow to these environments, given by their places in the last batch, in this order."""
-        places = self._batch.select(rows)
-        if self._goal is not None:
-            self._goal = self._goal[places]
-
-    def act(self, observations: Observations) -> Float[Tensor, "B A"]:
-        """Return the next environment action.
-
-        Raises:
-            PlanningError: before `reset`, or for another number of environments.
-        """
-        self._batch.check(observations)
-        assert self._goal is not None
-        with torch.inference_mode():
-            action: Tensor = self._policy(self._policy.encode(observations.to(self._device)), self._goal)
-        return action
+        device = next(policy.parameters()).device
+        super().__init__(
+            lambda observations: policy.encode(observations.to(device)),
+            lambda latents, goal: policy(latents, goal)[:, None],
+        )

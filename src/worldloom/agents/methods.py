@@ -3,7 +3,8 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -11,10 +12,10 @@ from pydantic import Field
 from torch import Tensor
 
 from worldloom.agents.behaviour_cloning import BehaviourCloningAgent, CloningPolicy
-from worldloom.agents.guides.curiosity import CuriosityConfig, ExploringAgent, LandmarkAgent
+from worldloom.agents.guides.curiosity import CuriosityConfig, CuriosityGuide
 from worldloom.agents.guides.hierarchy import HierarchyConfig, HierarchyGuide
-from worldloom.agents.guides.landmarks import FollowConfig, LandmarkGuide, arrival_check
-from worldloom.agents.mpc import Auditor, Guide, Observer, PlanningAgent, Proposer
+from worldloom.agents.guides.landmarks import FollowConfig, LandmarkGuide
+from worldloom.agents.mpc import Auditor, ExploringAgent, Guide, Observer, PlanningAgent, Proposer
 from worldloom.agents.random import RandomAgent
 from worldloom.agents.reactive import PolicyProposer, ReactiveAgent, ReactivePolicy
 from worldloom.agents.remembering import Rememberer, recall_landmarks
@@ -23,7 +24,7 @@ from worldloom.core.errors import ConfigError
 from worldloom.core.registry import Registry
 from worldloom.core.seams import Agent, Metric, Objective
 from worldloom.guardrails import BoundRail, BoundRules, Fallback, Margins, Recalibration
-from worldloom.heads import Heads
+from worldloom.heads import Heads, predict_arrival
 from worldloom.memory import EpisodicMemory, LandmarkConfig, LandmarkGraph
 from worldloom.planning import Avoid, GoalObjective, LatentL2, Planner, WeightedSum
 from worldloom.planning.solvers import CEM, Solver, SolverField, TreeSearch
@@ -190,29 +191,32 @@ class PlannedMethod(MethodConfig):
         parts: AgentParts,
         toward: Callable[[Float[Tensor, "B D"]], Objective],
         *,
+        objective: Callable[[Float[Tensor, "B D"]], Objective] | None = None,
+        solver: Solver | None = None,
         replan: int = 0,
         costs: Sequence[tuple[float, Objective]] = (),
         proposer: Proposer | None = None,
         guide: Guide | None = None,
         observer: Observer | None = None,
+        explorer: ExploringAgent | None = None,
         seed: int,
     ) -> PlanningAgent:
         """Build an agent that plans under the rule set.
 
-        `toward` makes the objective of reaching latents; the rule set and the weighted `costs` add to it. `replan`
-        counts environment steps; 0 is one block.
+        `toward` makes the objective of reaching latents; the rule set and the weighted `costs` add to it, unless an
+        `objective` is given. `replan` counts environment steps; 0 is one block.
         """
         rails, rules = self.rails(parts), parts.rules
 
-        def objective(goal: Float[Tensor, "B D"]) -> Objective:
+        def stated(goal: Float[Tensor, "B D"]) -> Objective:
             usual = toward(goal)
             whole = usual if rules is None else rules.objective(goal, usual)
             return WeightedSum([(1.0, whole), *costs]) if costs else whole
 
         return PlanningAgent(
             parts.heads.model,
-            self.planner(parts.heads, () if self.guarding == "penalty" else rails),
-            objective,
+            self.planner(parts.heads, () if self.guarding == "penalty" else rails, solver),
+            objective or stated,
             replan=replan or parts.heads.model.spec.block,
             proposer=proposer,
             guide=guide,
@@ -221,6 +225,7 @@ class PlannedMethod(MethodConfig):
             toward=toward,
             auditor=parts.auditor,
             recalibration=self.recalibration(parts, rails),
+            explorer=explorer,
             seed=seed,
         )
 
@@ -297,15 +302,7 @@ class HierarchyMethod(PlannedMethod):
         for coarse, geometry in heads.hierarchy:
             levels.append(Planner(coarse, self.coarse_solver, horizon=self.coarse_horizon, geometry=geometry))
             strides.append(strides[-1] * coarse.config.stride)
-        step = heads.geometry.step_length
-        return HierarchyGuide(
-            levels,
-            strides,
-            lambda goal: GoalObjective(LatentL2(step), goal),
-            self.follow,
-            step_length=step,
-            seed=seed,
-        )
+        return HierarchyGuide(levels, strides, self.follow, step_length=heads.geometry.step_length, seed=seed)
 
 
 @METHODS.register("landmarks")
@@ -334,31 +331,33 @@ class LandmarkMethod(PlannedMethod):
             step_length=geometry.step_length,
             reversible=geometry.reversibility.reversible,
         )
-        check, block = arrival_check(model, geometry), model.spec.block
+        check, block = partial(predict_arrival, model, geometry), model.spec.block
         if memory is not None:
             graph = recall_landmarks(memory, graph, block=block, check=check)
+        metric = LatentL2(geometry.step_length)
+
+        def toward(goal: Float[Tensor, "B D"]) -> Objective:
+            return GoalObjective(metric, goal)
+
+        explorer = self.planning_agent(
+            parts if parts.auditor is None else replace(parts, auditor=parts.auditor.part("exploring")),
+            toward,
+            objective=toward,
+            solver=self.exploring,
+            guide=CuriosityGuide(model, graph, self.curiosity, check=check, seed=seed),
+            observer=None if memory is None else Rememberer(memory, graph, replan=block),
+            seed=seed,
+        )
         beyond = None if self.beyond is None else self.beyond.guide(parts.heads, seed=seed)
         guide = LandmarkGuide(graph, self.follow, check=check, beyond=beyond)
-        metric, rails = LatentL2(geometry.step_length), self.rails(parts)
-        planning = self.planning_agent(
+        return self.planning_agent(
             parts,
-            lambda goal: GoalObjective(metric, goal),
+            toward,
             guide=guide,
             observer=None if memory is None else Rememberer(memory, graph, replan=block, events=lambda: guide.events),
+            explorer=ExploringAgent(explorer),
             seed=seed,
         )
-        explorer = ExploringAgent(
-            self.planner(parts.heads, rails, self.exploring),
-            graph,
-            self.curiosity,
-            check=check,
-            observer=None if memory is None else Rememberer(memory, graph, replan=block),
-            fallback=parts.fallback,
-            auditor=None if parts.auditor is None else parts.auditor.part("exploring"),
-            recalibration=self.recalibration(parts, rails),
-            seed=seed,
-        )
-        return LandmarkAgent(planning, guide, explorer)
 
 
 def _reactive(heads: Heads) -> ReactivePolicy:

@@ -13,7 +13,7 @@ from torch import Tensor
 from worldloom.agents.environment_batch import EnvironmentBatch
 from worldloom.agents.history import History
 from worldloom.core.errors import NoFeasiblePlan, PlanningError
-from worldloom.core.seams import Agent, Objective, WorldModel
+from worldloom.core.seams import Agent, Explorer, Objective, WorldModel
 from worldloom.core.seeds import torch_generator
 from worldloom.core.types import Batched, Context, Goal, Observations, Plan
 from worldloom.guardrails import BoundRail, Fallback, Recalibration, Stop
@@ -151,10 +151,12 @@ class PlanningAgent(Agent):
         toward: makes the objective of being at a state, for the fallback; `objective` by default.
         auditor: records each decision.
         recalibration: stretches the margins of the guardrails while predictions err more than in calibration.
+        explorer: explores for it, where a protocol lets it.
         seed: seeds the searches.
         budget: a search ends after so many seconds with the best plan so far; by default it is never cut short.
 
     Attributes:
+        guide: see above.
         statistics: one entry a plan: `plan_seconds`, `plan_environments`, `plan_rollouts` (candidates),
             `plan_cut_short` (1 where the deadline ended the search) and `plan_refused` (the number of environments that
             took the fallback).
@@ -180,6 +182,7 @@ class PlanningAgent(Agent):
         toward: Callable[[Float[Tensor, "B D"]], Objective] | None = None,
         auditor: Auditor | None = None,
         recalibration: Recalibration | None = None,
+        explorer: "ExploringAgent | None" = None,
         seed: int = 0,
         budget: float | None = None,
     ) -> None:
@@ -190,8 +193,9 @@ class PlanningAgent(Agent):
             raise PlanningError(f"a plan needs a budget above 0 seconds, or None; got {budget}")
         self.planner, self._budget = planner, budget
         self._model, self._objective, self._toward = model, objective, toward or objective
-        self._replan, self._proposer, self._guide, self._observer = replan, proposer, guide, observer
+        self._replan, self._proposer, self.guide, self._observer = replan, proposer, guide, observer
         self._fallback, self._auditor, self._recalibration = fallback or Stop(), auditor, recalibration
+        self._explorer, self.explores = explorer, explorer is not None
         self._fallback.check(model.spec)
         self._generator = torch_generator(seed, "planning-agent", device=model.device)
         self._batch = EnvironmentBatch()
@@ -207,8 +211,8 @@ class PlanningAgent(Agent):
 
     @property
     def parts(self) -> Mapping[str, "PlanningAgent"]:
-        """Itself."""
-        return {"": self}
+        """Itself, named "", and what plans while it explores, named "exploring"."""
+        return {"": self} if self._explorer is None else {"": self, "exploring": self._explorer.planning}
 
     @property
     def rails(self) -> tuple[BoundRail, ...]:
@@ -241,8 +245,8 @@ class PlanningAgent(Agent):
         with torch.inference_mode():
             latents = self._model.encode(goal.observations.to(self._model.device))
         self._state = AgentState(goal=latents, history=History(model=self._model))
-        if self._guide is not None:
-            self._guide.reset(latents)
+        if self.guide is not None:
+            self.guide.reset(latents)
         if self._observer is not None:
             self._observer.begin(len(latents))
 
@@ -251,7 +255,7 @@ class PlanningAgent(Agent):
         places = self._batch.select(rows)
         assert self._state is not None
         self._state = self._state[places]
-        for part in (self._guide, self._observer, self._auditor):
+        for part in (self.guide, self._observer, self._auditor):
             if part is not None:
                 part.select(places)
 
@@ -263,6 +267,13 @@ class PlanningAgent(Agent):
             here = self._model.encode(observations.to(self._model.device))
         block, whole = self._into((self._step - 1) % self._replan + 1)
         self._auditor.ended(rows, here, outcomes, block=block, whole=whole)
+
+    def explorer(self) -> Explorer:
+        """Return what explores other environments from now on, for the same memory; see `explores`."""
+        if self._explorer is None:
+            return super().explorer()
+        self._explorer.begin()
+        return self._explorer
 
     def act(self, observations: Observations) -> Float[Tensor, "B A"]:
         """Return the next environment action of the plan, made anew when it is time.
@@ -295,8 +306,8 @@ class PlanningAgent(Agent):
             context = state.history.context()
             here, last = context.latents[:, -1], state.situation
             blocks, goal = self._replan // self._model.spec.block, state.goal
-            if self._guide is not None:
-                goal = self._guide(context, state.plan, blocks)
+            if self.guide is not None:
+                goal = self.guide(context, state.plan, blocks)
             if self._observer is not None:
                 self._observer(observations, context, state.plan, blocks)
             objective = as_objective(self._objective(goal))
@@ -401,3 +412,21 @@ class PlanningAgent(Agent):
     def _steps(self, blocks: Float[Tensor, "B T A"]) -> Float[Tensor, "B N _"]:
         """Return blocks as environment actions in order."""
         return blocks.reshape(len(blocks), -1, self._model.spec.action.size)
+
+
+class ExploringAgent:
+    """Explores B environments at once; it has no goal, and the guide of `planning` aims at what is new."""
+
+    def __init__(self, planning: PlanningAgent) -> None:
+        self.planning, self._begun = planning, False
+
+    def begin(self) -> None:
+        """Begin in other environments, or elsewhere in the same ones; keep what was learned."""
+        self._begun = False
+
+    def act(self, observations: Observations) -> Float[Tensor, "B A"]:
+        """Return the next environment action, within bounds."""
+        if not self._begun:
+            self.planning.reset(Goal(observations=observations))
+            self._begun = True
+        return self.planning.act(observations)

@@ -1,7 +1,6 @@
 """A fast policy distilled from the model (mode 1): it acts at once, or proposes plans to the search (mode 2)."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +8,13 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from worldloom.agents.environment_batch import EnvironmentBatch
+from worldloom.agents.policy_agent import PolicyAgent
 from worldloom.core.actions import Walk
 from worldloom.core.errors import PlanningError
 from worldloom.core.progress import SILENT, Progress
-from worldloom.core.seams import Agent, WorldModel
+from worldloom.core.seams import WorldModel
 from worldloom.core.seeds import seeded_weights, torch_generator
-from worldloom.core.types import Context, Goal, ModelSpec, Observations
+from worldloom.core.types import Context, ModelSpec
 from worldloom.heads import (
     FitConfig,
     Head,
@@ -73,13 +72,12 @@ def fit_reactive(
     model: WorldModel,
     episodes: LatentEpisodes,
     geometry: LatentGeometry,
-    config: ReactiveConfig | None = None,
+    config: ReactiveConfig,
     *,
     seed: int,
     progress: Progress = SILENT,
 ) -> ReactivePolicy:
     """Distil the teacher's plans, made in imagination, into a policy; no environment is needed."""
-    config = config or ReactiveConfig()
     device = episodes.latents.device
     generator = torch_generator(seed, "reactive", device=device)
     with seeded_weights(seed, "reactive", "weights"):
@@ -189,46 +187,18 @@ class PolicyProposer:
         return torch.stack(plan, dim=1)[:, None]
 
 
-class ReactiveAgent(Agent):
-    """Acts by the policy alone; looks again every `every` environment steps, by default after each block."""
+class ReactiveAgent(PolicyAgent):
+    """Acts by the policy alone; looks again every `every` environment steps, by default after each block.
 
-    narrows = True
+    Raises:
+        PlanningError: `every` is below 1 or longer than a block.
+    """
 
     def __init__(self, model: WorldModel, policy: ReactivePolicy, *, every: int | None = None) -> None:
         block = model.spec.block
-        self._every = block if every is None else every
-        if not 1 <= self._every <= block:
+        if every is not None and not 1 <= every <= block:
             raise PlanningError(f"the policy gives {block} environment steps at a time; got every={every}")
-        self._model, self._policy = model, policy
-        self._batch = EnvironmentBatch()
-        self._goal: Tensor | None = None
-        self._coming: list[Tensor] = []
-
-    def reset(self, goal: Goal) -> None:
-        """Take a new goal for each environment."""
-        self._batch.start(goal)
-        self._coming = []
-        with torch.inference_mode():
-            self._goal = self._model.encode(goal.observations.to(self._model.device))
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Narrow to these environments, given by their places in the last batch, in this order."""
-        places = self._batch.select(rows)
-        self._coming = [actions[places] for actions in self._coming]
-        if self._goal is not None:
-            self._goal = self._goal[places]
-
-    def act(self, observations: Observations) -> Float[Tensor, "B A"]:
-        """Return the next environment action.
-
-        Raises:
-            PlanningError: before `reset`, or for another number of environments.
-        """
-        batch = self._batch.check(observations)
-        if not self._coming:
-            assert self._goal is not None
-            with torch.inference_mode():
-                block = self._policy(self._model.encode(observations.to(self._model.device)), self._goal)
-            steps = block.view(batch, self._model.spec.block, -1)[:, : self._every]
-            self._coming = list(steps.unbind(1))
-        return self._coming.pop(0)
+        super().__init__(
+            lambda observations: model.encode(observations.to(model.device)),
+            lambda latents, goal: policy(latents, goal).view(len(latents), block, -1)[:, :every],
+        )

@@ -46,17 +46,18 @@ def show(files: Files, trust: Trust = None, unsigned: Unsigned = False, json: Js
     from worldloom.guardrails import read_rules
 
     rules = read_rules(files, trusted=trusted_keys(trust, unsigned))
+    keys = ["title", "kind", "owner", "layer", "reason"]
+    rows = [[rule.title, rule.rail.name, rule.owner, rule.layer, rule.rail.reason] for rule in rules.stated()]
     found = {
         "fingerprint": rules.fingerprint,
         "risk": rules.risk,
-        "guardrails": [rail.__dict__ for rail in rules.stated()],
+        "guardrails": [dict(zip(keys, row, strict=True)) for row in rows],
         "fallback": None if rules.fallback is None else rules.fallback.model_dump(mode="json"),
     }
-    rows = [[rail.title, rail.kind, rail.owner, rail.layer, rail.reason] for rail in rules.stated()]
     answer(
         json,
         found,
-        table("guardrails", ["", "kind", "owner", "layer", "reason"], rows),
+        table("guardrails", ["", *keys[1:]], rows),
         f"risk: {'not stated' if rules.risk is None else f'{rules.risk:g}'}",
         f"fallback: {'stop' if rules.fallback is None else rules.fallback.name}",
         f"fingerprint: {rules.fingerprint}; {'signatures were not checked' if unsigned else 'all layers are signed'}",

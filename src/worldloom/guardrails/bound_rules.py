@@ -33,8 +33,7 @@ class BoundRules:
 
     @cached_property
     def _rails(self) -> tuple[BoundRail, ...]:
-        stated = self.rule_set.effective().items()
-        return tuple(rail.bind(title, owner, self._heads) for title, (rail, owner) in stated)
+        return tuple(rule.rail.bind(rule.title, rule.owner, self._heads) for rule in self.rule_set.stated())
 
     def rails(self, margins: Margins | None = None) -> tuple[BoundRail, ...]:
         """Return the guardrails, with calibrated `margins` added to their own; they are checked for consistency once.

@@ -125,11 +125,11 @@ GUARDRAILS: Registry[type[Rail]] = Registry("guardrail")
 RailField = Annotated[SerializeAsAny[Rail], BeforeValidator(component_of(GUARDRAILS))]
 
 
-@GUARDRAILS.register("keep-out")
-class KeepOut(Rail):
-    """A probed quantity stays out of a region; the violation is the depth inside."""
+class _Regional(Rail):
+    """A limit on where a probed quantity may be, by the `sign` of the depth in a region at which it is broken."""
 
-    name: Literal["keep-out"] = "keep-out"
+    sign: ClassVar[int]
+
     quantity: str
     region: RegionField
 
@@ -138,36 +138,33 @@ class KeepOut(Rail):
         return (probe_of(heads, title, self.quantity, self.region.size),)
 
     def violation(self, rollouts: Rollouts, probe: Probe) -> Float[Tensor, "B S T"]:
-        """Return the greatest depth inside along each block."""
-        return _known(self.region.depth(_way(probe, rollouts)).amax(dim=-1), probe, rollouts)
+        """Return the most by which the limit is broken along each block."""
+        return _known((self.sign * self.region.depth(_way(probe, rollouts))).amax(dim=-1), probe, rollouts)
 
     def true(self, quantities: Mapping[str, Float[Tensor, "R _"]]) -> Float[Tensor, "R"] | None:
-        """Return the depth inside."""
-        return self.region.depth(quantities[self.quantity]) if self.quantity in quantities else None
+        """Return by how much the limit is broken."""
+        return self.sign * self.region.depth(quantities[self.quantity]) if self.quantity in quantities else None
+
+
+@GUARDRAILS.register("keep-out")
+class KeepOut(_Regional):
+    """A probed quantity stays out of a region; the violation is the depth inside."""
+
+    sign: ClassVar[int] = 1
+
+    name: Literal["keep-out"] = "keep-out"
 
     def _tightens(self, other: Any) -> bool:
         return bool(self.quantity == other.quantity and other.region.within(self.region))
 
 
 @GUARDRAILS.register("keep-in")
-class KeepIn(Rail):
+class KeepIn(_Regional):
     """A probed quantity stays within a region; the violation is the distance outside."""
 
+    sign: ClassVar[int] = -1
+
     name: Literal["keep-in"] = "keep-in"
-    quantity: str
-    region: RegionField
-
-    def reads(self, title: str, heads: Heads) -> tuple[Probe]:
-        """Return the quantity's probe."""
-        return (probe_of(heads, title, self.quantity, self.region.size),)
-
-    def violation(self, rollouts: Rollouts, probe: Probe) -> Float[Tensor, "B S T"]:
-        """Return the greatest distance outside along each block."""
-        return _known(-self.region.depth(_way(probe, rollouts)).amin(dim=-1), probe, rollouts)
-
-    def true(self, quantities: Mapping[str, Float[Tensor, "R _"]]) -> Float[Tensor, "R"] | None:
-        """Return the distance outside."""
-        return -self.region.depth(quantities[self.quantity]) if self.quantity in quantities else None
 
     def _tightens(self, other: Any) -> bool:
         return self.quantity == other.quantity and self.region.within(other.region)
@@ -294,43 +291,41 @@ class Returnable(Rail):
         return bool(self.steps <= other.steps)
 
 
-@GUARDRAILS.register("magnitude")
-class Magnitude(Rail):
-    """No environment action is longer than `limit` (Euclidean)."""
+class _OfActions(Rail):
+    """A limit on environment actions, by their Euclidean length."""
 
     of_actions: ClassVar[bool] = True
 
-    name: Literal["magnitude"] = "magnitude"
     limit: float = Field(gt=0)
 
     def reads(self, title: str, heads: Heads) -> tuple[int]:
         """Return how many values an environment action has."""
         return (heads.model.spec.action.size,)
+
+    def _tightens(self, other: Any) -> bool:
+        return bool(self.limit <= other.limit)
+
+
+@GUARDRAILS.register("magnitude")
+class Magnitude(_OfActions):
+    """No environment action is longer than `limit` (Euclidean)."""
+
+    name: Literal["magnitude"] = "magnitude"
 
     def violation(self, rollouts: Rollouts, size: int) -> Float[Tensor, "B S T"]:
         """Return by how much the longest action of each block exceeds the limit."""
         longest: Tensor = torch.linalg.vector_norm(_actions(rollouts, size), dim=-1).amax(dim=-1)
         return longest - self.limit
 
-    def _tightens(self, other: Any) -> bool:
-        return bool(self.limit <= other.limit)
-
 
 @GUARDRAILS.register("rate")
-class Rate(Rail):
+class Rate(_OfActions):
     """No environment action differs from the one before by more than `limit` (Euclidean).
 
     The first of a plan is compared with the last one taken, where the context holds it.
     """
 
-    of_actions: ClassVar[bool] = True
-
     name: Literal["rate"] = "rate"
-    limit: float = Field(gt=0)
-
-    def reads(self, title: str, heads: Heads) -> tuple[int]:
-        """Return how many values an environment action has."""
-        return (heads.model.spec.action.size,)
 
     def violation(self, rollouts: Rollouts, size: int) -> Float[Tensor, "B S T"]:
         """Return by how much the greatest change within each block, and into it, exceeds the limit."""
@@ -340,9 +335,6 @@ class Rate(Rail):
         before = line[:, :, :1] if taken is None else taken[:, None, None].to(line).expand_as(line[:, :, :1])
         change: Tensor = torch.linalg.vector_norm(line - torch.cat([before, line[:, :, :-1]], dim=2), dim=-1)
         return change.view(actions.shape[:4]).amax(dim=-1) - self.limit
-
-    def _tightens(self, other: Any) -> bool:
-        return bool(self.limit <= other.limit)
 
 
 class Custom(Rail):

@@ -1,7 +1,7 @@
 """Online recalibration: margins that stretch while predictions err more than they did in calibration."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from worldloom.core.errors import PlanningError
 from worldloom.core.seams import WorldModel
-from worldloom.core.types import Plan, Rollouts
+from worldloom.core.types import Context, Plan, Rollouts
 from worldloom.guardrails.margins import AdaptiveMargin
 from worldloom.guardrails.rails import BoundRail
 from worldloom.heads import still
@@ -48,39 +48,31 @@ class Recalibration:
 
     def see(self, plan: Plan, before: Float[Tensor, "B D"], here: Float[Tensor, "B D"]) -> None:
         """Compare what a plan predicted of its first block with what is `here`; the plan began `before`."""
-        seen = seen_violations(self._rails, plan, 0, before, here, self._model)
+        seen = seen_violations(self._rails, plan, 0, still(before, self._model), here)
         self._tracker.update(*errors_seen(self._rails, plan, 0, seen, self.stretch).tolist())
 
 
 def seen_violations(
-    rails: Sequence[BoundRail],
-    plan: Plan,
-    block: int,
-    before: Float[Tensor, "B D"],
-    here: Float[Tensor, "B D"],
-    model: WorldModel,
-) -> Float[Tensor, "B G"]:
-    """Return the violations of what is seen at the end of a block of a plan, without margins.
+    rails: Sequence[BoundRail], plan: Plan, block: int, before: Context, here: Float[Tensor, "B D"]
+) -> dict[str, Float[Tensor, "B"]]:
+    """Return the violations of what is seen at the end of a block of a plan that began `before`, without margins.
 
     As in a plan, the violation is infinite where a guardrail cannot judge.
     """
-    rollouts = Rollouts(
-        context=still(before, model),
-        actions=plan.actions[:, None, block : block + 1],
-        latents=here[:, None, None],
-    )
+    actions = plan.actions[:, None, block : block + 1]
+    rollouts = Rollouts(context=before, actions=actions, latents=here[:, None, None])
     found = violations_of([rail.with_margin(0.0) for rail in rails], rollouts)
-    return torch.stack([found[rail.name][:, 0, 0] for rail in rails], dim=1)
+    return {name: violation[:, 0, 0] for name, violation in found.items()}
 
 
 def errors_seen(
-    rails: Sequence[BoundRail], plan: Plan, block: int, seen: Float[Tensor, "B G"], stretch: float = 1.0
+    rails: Sequence[BoundRail], plan: Plan, block: int, seen: Mapping[str, Float[Tensor, "B"]], stretch: float = 1.0
 ) -> Float[Tensor, "B"]:
     """Return by how many margins the violations seen exceed the predicted ones, for the guardrail where it is most.
 
     `stretch` is the factor by which the margins were multiplied when the plan was made.
     """
-    steps = plan.actions.shape[1]
-    margins = torch.stack([rail.margins(steps) for rail in rails])[:, block].to(seen)
-    said = torch.stack([plan.violations[rail.name][:, block] for rail in rails], dim=1).to(seen) - stretch * margins
-    return ((seen - said) / margins.clamp_min(1e-9)).amax(dim=1)
+    found = torch.stack([seen[rail.name] for rail in rails], dim=1)
+    margins = torch.stack([rail.margins(plan.actions.shape[1]) for rail in rails])[:, block].to(found)
+    said = torch.stack([plan.violations[rail.name][:, block] for rail in rails], dim=1).to(found) - stretch * margins
+    return ((found - said) / margins.clamp_min(1e-9)).amax(dim=1)

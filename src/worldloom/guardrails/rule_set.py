@@ -1,7 +1,7 @@
 """Rule sets: guardrails, objectives and a fallback as data, in layers of their owners that can only tighten."""
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,13 +45,12 @@ class RuleLayer(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class StatedRule:
-    """A guardrail's title and kind, its owner and layer, and the reason for it."""
+    """A guardrail with its title, and the owner and layer that state it."""
 
     title: str
-    kind: str
+    rail: RailField
     owner: str
     layer: str
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,21 +93,18 @@ class RuleSet:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def stated(self) -> list[StatedRule]:
-        """Return each guardrail with its owner and layer."""
-        layer = {title: layer.layer for layer in self.layers for title in layer.guardrails}
-        return [
-            StatedRule(title=title, kind=config.name, owner=owner, layer=layer[title], reason=config.reason)
-            for title, (config, owner) in self.effective().items()
-        ]
+        """Return each guardrail as the lowest layer that names it states it: the tightest."""
+        found = {
+            title: StatedRule(title=title, rail=rail, owner=layer.owner, layer=layer.layer)
+            for layer in self.layers
+            for title, rail in layer.guardrails.items()
+        }
+        return list(found.values())
 
     @property
     def titles(self) -> list[str]:
         """The names of the guardrails, in order."""
-        return list(self.effective())
-
-    def effective(self) -> Mapping[str, tuple[RailField, str]]:
-        """Return each guardrail and its owner, by title, from the lowest layer that states it: the tightest."""
-        return {title: (config, layer.owner) for layer in self.layers for title, config in layer.guardrails.items()}
+        return [rule.title for rule in self.stated()]
 
 
 def _check_tightens(lower: RuleLayer, upper: RuleLayer) -> None:

@@ -6,13 +6,12 @@ from worldloom.heads.geometry import (
     LatentGeometry,
     Reversibility,
     measure_geometry,
-    measure_reversibility,
     predict_arrival,
     still,
 )
 from worldloom.heads.head import FitConfig, Head
 from worldloom.heads.heads import Heads
-from worldloom.heads.inverse import InverseModel, InverseModelConfig, fit_inverse_model
+from worldloom.heads.inverse import InverseModel, InverseModelConfig
 from worldloom.heads.latent_episodes import LatentEpisodes, dream, encode_episodes
 from worldloom.heads.probe import Probe, ProbeConfig, fit_probe
 from worldloom.heads.support import Support, measure_support, nearest_gap
@@ -37,10 +36,8 @@ __all__ = [
     "encode_episodes",
     "fit_coarse",
     "fit_distance",
-    "fit_inverse_model",
     "fit_probe",
     "measure_geometry",
-    "measure_reversibility",
     "measure_support",
     "nearest_gap",
     "predict_arrival",

@@ -21,7 +21,7 @@ from worldloom.core.seams import WorldModel
 from worldloom.core.seeds import seeded_weights, torch_generator
 from worldloom.core.types import ActionSpec, Context, Observations
 from worldloom.heads.head import FitConfig, Head
-from worldloom.heads.latent_episodes import LatentEpisodes, dream
+from worldloom.heads.latent_episodes import LatentEpisodes, with_dreams
 from worldloom.models import MLP, LatentNorm
 
 _BOUND = 2.0  # of a macro-action's code, whose values have mean 0 and variance 1 over the data
@@ -128,7 +128,7 @@ class CoarseModel(Head[CoarseConfig]):
 def fit_coarse(
     below: WorldModel,
     episodes: LatentEpisodes,
-    config: CoarseConfig | None = None,
+    config: CoarseConfig,
     *,
     seed: int,
     progress: Progress = SILENT,
@@ -140,15 +140,12 @@ def fit_coarse(
     Raises:
         DataError: no episode and no dream is as long as one step.
     """
-    config = config or CoarseConfig()
     generator = torch_generator(seed, "coarse", device=episodes.latents.device)
     with seeded_weights(seed, "coarse", "weights"):
         coarse = CoarseModel(below, config).to(episodes.latents.device)
-    parts = [episodes]
-    for _ in range(config.dreams):
-        parts.append(
-            dream(below, episodes, per_episode=1, horizon=config.dream_horizon, walk=config.walk, generator=generator)
-        )
+    parts = with_dreams(
+        below, episodes, config.dreams, horizon=config.dream_horizon, walk=config.walk, generator=generator
+    )
     windows = [_windows(part, config.stride) for part in parts]
     latents, blocks, second = (torch.cat(column) for column in zip(*windows, strict=True))
     coarse.scale.copy_(episodes.transitions()[1].std(0).clamp_min(1e-3).repeat(config.stride))

@@ -16,7 +16,7 @@ from worldloom.core.seams import Metric, WorldModel
 from worldloom.core.seeds import seeded_weights, torch_generator
 from worldloom.core.types import ModelSpec
 from worldloom.heads.head import FitConfig, Head
-from worldloom.heads.latent_episodes import LatentEpisodes, dream
+from worldloom.heads.latent_episodes import LatentEpisodes, with_dreams
 from worldloom.models import MLP, Activation, Norm, hidden_layer
 
 
@@ -78,7 +78,7 @@ class TemporalDistance(Head[DistanceConfig]):
 def fit_distance(
     episodes: LatentEpisodes,
     model: WorldModel,
-    config: DistanceConfig | None = None,
+    config: DistanceConfig,
     *,
     seed: int,
     progress: Progress = SILENT,
@@ -89,13 +89,15 @@ def fit_distance(
     paths in the data (Kostrikov et al., arXiv 2110.06169, for values). Where layouts differ between episodes, no path
     leads from one to another, so goals come from the same episode and from dreams in its layout.
     """
-    config = config or DistanceConfig()
     spec, device = model.spec, episodes.latents.device
     generator = torch_generator(seed, "distance", device=device)
     with seeded_weights(seed, "distance", "weights"):
         distance = TemporalDistance(spec, config).to(device)
     target = copy.deepcopy(distance).requires_grad_(False).eval()
-    pairs = _Pairs(_lines(model, episodes, config, generator), config, generator)
+    lines = with_dreams(
+        model, episodes, config.dreams, horizon=config.dream_horizon, walk=config.walk, generator=generator
+    )
+    pairs = _Pairs(lines, config, generator)
     longest = config.longest / spec.block
 
     def loss(step: int) -> Tensor:
@@ -113,25 +115,6 @@ def fit_distance(
 
     distance.fit(loss, progress)
     return distance
-
-
-def _lines(
-    model: WorldModel, episodes: LatentEpisodes, config: DistanceConfig, generator: torch.Generator
-) -> list[LatentEpisodes]:
-    """Return the episodes, then one set of dreams after another, each with a line for each episode."""
-    lines = [episodes]
-    for _ in range(config.dreams):
-        lines.append(
-            dream(
-                model,
-                episodes,
-                per_episode=1,
-                horizon=config.dream_horizon,
-                walk=config.walk,
-                generator=generator,
-            )
-        )
-    return lines
 
 
 class _Pairs:

@@ -16,6 +16,9 @@ from worldloom.heads.head import Head
 from worldloom.heads.inverse import InverseModel, InverseModelConfig, fit_inverse_model
 from worldloom.heads.latent_episodes import LatentEpisodes, dream
 
+_WALKS, _BLOCKS = 512, 4  # by which reversibility is measured
+_REACH = 3  # blocks in which a target is to be reached
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reversibility:
@@ -43,23 +46,19 @@ def measure_reversibility(
     inverse: InverseModel,
     episodes: LatentEpisodes,
     *,
-    blocks: int = 4,
-    samples: int = 512,
-    walk: Walk | None = None,
+    walk: Walk,
     generator: torch.Generator,
 ) -> Reversibility:
     """Roll out walks from states of the data, and walk back through the same latents by inverse dynamics.
 
     The walks back are rolled out by the model, block by block, each aimed from where the last one led.
     """
-    per_episode = -(-samples // len(episodes))
-    there = dream(
-        model, episodes, per_episode=per_episode, horizon=blocks, walk=walk or Walk(), generator=generator
-    ).latents
-    there = there[torch.randperm(len(there), generator=generator, device=there.device)[:samples]]
+    per_episode = -(-_WALKS // len(episodes))
+    there = dream(model, episodes, per_episode=per_episode, horizon=_BLOCKS, walk=walk, generator=generator).latents
+    there = there[torch.randperm(len(there), generator=generator, device=there.device)[:_WALKS]]
     home, latents = there[:, 0], there[:, -1]
     with torch.no_grad():
-        for step in range(blocks - 1, -1, -1):
+        for step in range(_BLOCKS - 1, -1, -1):
             back = inverse(latents, there[:, step])
             latents = model.rollout(still(latents, model), back[:, None, None])[:, 0, 0]
     return Reversibility(
@@ -82,26 +81,23 @@ def predict_arrival(
     geometry: "LatentGeometry",
     sources: Float[Tensor, "M D"],
     targets: Float[Tensor, "M D"],
-    *,
-    blocks: int = 3,
-    tolerance: float = 1.0,
 ) -> tuple[Float[Tensor, "M"], Bool[Tensor, "M"]]:
     """Imagine going straight from each source to its target by inverse dynamics.
 
-    Returns the blocks that it takes (at least 1), and whether the model predicts an arrival within `tolerance` typical
-    step lengths in at most `blocks`: a wall between two near latents is seen here.
+    Returns the blocks that it takes (at least 1), and whether the model predicts an arrival within one typical step
+    length in at most 3 blocks: a wall between two near latents is seen here.
     """
     device = model.device
     arrived = torch.full((len(sources),), torch.inf)
     with torch.inference_mode():
         for some in torch.arange(len(sources)).split(4096):
             latents, goal = sources[some].to(device), targets[some].to(device)
-            for block in range(1, blocks + 1):
+            for block in range(1, _REACH + 1):
                 action = geometry.inverse(latents, goal)
                 latents = model.rollout(still(latents, model), action[:, None, None])[:, 0, 0]
-                near = ((latents - goal).norm(dim=-1) <= tolerance * geometry.step_length).cpu()
+                near = ((latents - goal).norm(dim=-1) <= geometry.step_length).cpu()
                 arrived[some] = torch.where(near, arrived[some].clamp_max(block), arrived[some])
-    return arrived.clamp_max(blocks), arrived.isfinite()
+    return arrived.clamp_max(_REACH), arrived.isfinite()
 
 
 class LatentGeometry(Head[InverseModelConfig]):
@@ -132,13 +128,12 @@ class LatentGeometry(Head[InverseModelConfig]):
 def measure_geometry(
     model: WorldModel,
     episodes: LatentEpisodes,
-    config: InverseModelConfig | None = None,
+    config: InverseModelConfig,
     *,
     seed: int,
     progress: Progress = SILENT,
 ) -> LatentGeometry:
     """Fit inverse dynamics on the episodes, and measure step length and reversibility."""
-    config = config or InverseModelConfig()
     inverse = fit_inverse_model(model, episodes, config, seed=seed, progress=progress)
     generator = torch_generator(seed, "reversibility", device=episodes.latents.device)
     return LatentGeometry(

@@ -67,25 +67,18 @@ class InverseModel(Head[InverseModelConfig]):
 def fit_inverse_model(
     model: WorldModel,
     episodes: LatentEpisodes,
-    config: InverseModelConfig | None = None,
+    config: InverseModelConfig,
     *,
     seed: int,
     progress: Progress = SILENT,
 ) -> InverseModel:
     """Fit on the transitions of the episodes and of imagined walks from their states."""
-    config = config or InverseModelConfig()
     device = episodes.latents.device
     generator = torch_generator(seed, "inverse", device=device)
     parts = [episodes.transitions()]
     if config.dreams:
-        dreams = dream(
-            model,
-            episodes,
-            per_episode=config.dreams,
-            horizon=config.dream_horizon,
-            walk=config.walk,
-            generator=generator,
-        )
+        count, horizon = config.dreams, config.dream_horizon
+        dreams = dream(model, episodes, per_episode=count, horizon=horizon, walk=config.walk, generator=generator)
         parts.append(dreams.transitions())
     latents, blocks, following = (torch.cat(column) for column in zip(*parts, strict=True))
     with seeded_weights(seed, "inverse", "weights"):

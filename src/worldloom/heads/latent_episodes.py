@@ -102,6 +102,16 @@ def dream(
     )
 
 
+def with_dreams(
+    model: WorldModel, episodes: LatentEpisodes, sets: int, *, horizon: int, walk: Walk, generator: torch.Generator
+) -> list[LatentEpisodes]:
+    """Return the episodes, then so many sets of dreams, each with one dream of every episode; see `dream`."""
+    dreams = [
+        dream(model, episodes, per_episode=1, horizon=horizon, walk=walk, generator=generator) for _ in range(sets)
+    ]
+    return [episodes, *dreams]
+
+
 def encode_episodes(
     model: WorldModel,
     cache: Frames,

@@ -95,7 +95,7 @@ class Probe(Head[ProbeConfig]):
 def fit_probe(
     latents: Float[Tensor, "N D"],
     values: Float[Tensor, "N L"],
-    config: ProbeConfig | None = None,
+    config: ProbeConfig,
     *,
     groups: Int[Tensor, "N"] | None = None,
     seed: int,
@@ -106,7 +106,6 @@ def fit_probe(
     Raises:
         DataError: there are fewer than four groups, or a label is not finite.
     """
-    config = config or ProbeConfig()
     device = latents.device
     groups = torch.arange(len(latents), device=device) if groups is None else groups.to(device)
     names = groups.unique()

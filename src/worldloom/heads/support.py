@@ -53,15 +53,12 @@ class Support(Head[SupportConfig]):
         return cls(torch.zeros(config.references, model.spec.latent_dim))
 
 
-def measure_support(
-    episodes: LatentEpisodes, config: SupportConfig | None = None, *, seed: int, progress: Progress = SILENT
-) -> Support:
+def measure_support(episodes: LatentEpisodes, *, seed: int, progress: Progress = SILENT) -> Support:
     """Draw references uniformly from the data's latents, and measure `known` on others.
 
     Raises:
         DataError: there are fewer than two latents.
     """
-    config = config or SupportConfig()
     device = episodes.latents.device
     inside = torch.arange(episodes.latents.shape[1], device=device) < episodes.lengths[:, None]
     every = episodes.latents[inside]
@@ -69,7 +66,7 @@ def measure_support(
         raise DataError(f"what is like the data is measured on at least 2 frames; got {len(every)}")
     generator = torch_generator(seed, "support", device=device)
     drawn = torch.randperm(len(every), generator=generator, device=device)
-    kept = min(config.references, len(every) // 2)
+    kept = min(SupportConfig().references, len(every) // 2)
     support = Support(every[drawn[:kept]].clone())
     support.measure(every[drawn[kept : kept + _AT_ONCE]])
     return support

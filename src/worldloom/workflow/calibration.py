@@ -31,6 +31,7 @@ from worldloom.guardrails import (
     tolerance_quantile,
     write_margins,
 )
+from worldloom.heads import still
 from worldloom.models import JEPA
 from worldloom.workflow.run import Run
 from worldloom.workflow.session import Session, session_of
@@ -195,9 +196,11 @@ class _Scores:
                 if step > 0 and plan is not None:
                     block = (step - 1) % self._replan // self._block
                     before = self._before[frame.rows].to(here)
-                    seen = seen_violations(rails, plan, block, before, here, self._model)
+                    seen = seen_violations(rails, plan, block, still(before, self._model), here)
                     self._errors.append(errors_seen(rails, plan, block, seen)[torch.from_numpy(~refused)].cpu())
-                    known += [seen[:, place].cpu().double() for place, one in enumerate(told) if one is None]
+                    known += [
+                        seen[rail.name].cpu().double() for rail, one in zip(rails, told, strict=True) if one is None
+                    ]
             self._before = torch.zeros(len(self._now), here.shape[1]) if step == 0 else self._before
             self._before[frame.rows] = here.cpu()
         if not known:

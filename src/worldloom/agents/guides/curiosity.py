@@ -1,6 +1,6 @@
 """Curiosity: explores what memory does not hold yet, as far as the model can imagine it, without reward or goal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,17 +9,14 @@ from jaxtyping import Float, Float32, Float64
 from pydantic import Field
 from torch import Tensor
 
-from worldloom.agents.guides.landmarks import FollowConfig, LandmarkGuide, Outlook
-from worldloom.agents.mpc import Auditor, Observer, PlanningAgent
+from worldloom.agents.guides.landmarks import FollowConfig, LandmarkGuide
 from worldloom.core.actions import Walk
 from worldloom.core.config import Config
-from worldloom.core.seams import Agent, WorldModel
+from worldloom.core.seams import WorldModel
 from worldloom.core.seeds import torch_generator
-from worldloom.core.types import ActionBounds, Context, Goal, Observations, Plan
-from worldloom.guardrails import Fallback, Recalibration
+from worldloom.core.types import ActionBounds, Context, Plan
 from worldloom.heads import still
 from worldloom.memory import Check, LandmarkGraph
-from worldloom.planning import GoalObjective, LatentL2, Planner
 
 
 class CuriosityConfig(Config):
@@ -195,108 +192,3 @@ class CuriosityGuide:
         drawn = torch.randint(len(ends), (1,), generator=self._generator, device=self._model.device)
         chosen: Tensor = ends[int(drawn)]
         return chosen
-
-
-class ExploringAgent:
-    """Explores B environments at once and learns their landmarks; it has no goal.
-
-    It plans with `planner`, under its guardrails. The other parts are those of `PlanningAgent`.
-    """
-
-    def __init__(
-        self,
-        planner: Planner,
-        graph: LandmarkGraph,
-        config: CuriosityConfig | None = None,
-        *,
-        check: Check | None = None,
-        observer: Observer | None = None,
-        fallback: Fallback | None = None,
-        auditor: Auditor | None = None,
-        recalibration: Recalibration | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.graph = graph
-        model, metric = planner.model, LatentL2(graph.step_length)
-        self._agent = PlanningAgent(
-            model,
-            planner,
-            lambda goal: GoalObjective(metric, goal),
-            replan=model.spec.block,
-            guide=CuriosityGuide(model, graph, config, check=check, seed=seed),
-            observer=observer,
-            fallback=fallback,
-            auditor=auditor,
-            recalibration=recalibration,
-            seed=seed,
-        )
-        self._begun = False
-
-    @property
-    def planning(self) -> PlanningAgent:
-        """What plans."""
-        return self._agent
-
-    def begin(self) -> None:
-        """Begin in other environments, or elsewhere in the same ones; keep what was learned."""
-        self._begun = False
-
-    def act(self, observations: Observations) -> Float[Tensor, "B A"]:
-        """Return the next environment action, within bounds."""
-        if not self._begun:
-            self._agent.reset(Goal(observations=observations))
-            self._begun = True
-        return self._agent.act(observations)
-
-
-class LandmarkAgent(Agent):
-    """Plans over the landmarks of what it has seen. It remembers while it acts, and explores where a protocol lets it.
-
-    `planning` is guided by `guide`; `explorer` shares its graph.
-    """
-
-    narrows = explores = True
-
-    def __init__(self, planning: PlanningAgent, guide: LandmarkGuide, explorer: ExploringAgent) -> None:
-        self._planning, self._guide, self._explorer = planning, guide, explorer
-        self.statistics = planning.statistics  # exploring is left out
-
-    @property
-    def parts(self) -> Mapping[str, PlanningAgent]:
-        """What plans the way, named "", and what plans while it explores, named "exploring"."""
-        return {"": self._planning, "exploring": self._explorer.planning}
-
-    @property
-    def graph(self) -> LandmarkGraph:
-        """The landmarks."""
-        return self._guide.graph
-
-    @property
-    def outlook(self) -> list[Outlook]:
-        """What was known of each environment's way at the last plan."""
-        return self._guide.outlook
-
-    def explorer(self) -> ExploringAgent:
-        """Return what explores other environments from now on, for this agent's memory."""
-        self._explorer.begin()
-        return self._explorer
-
-    def reset(self, goal: Goal) -> None:
-        """Forget the last episode, but not what was learned in it, and take a new goal for each environment."""
-        self._planning.reset(goal)
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Narrow to these environments, given by their places in the last batch, in this order."""
-        self._planning.select(rows)
-
-    def conclude(self, rows: Sequence[int], observations: Observations, outcomes: Sequence[str]) -> None:
-        """See `PlanningAgent.conclude`."""
-        self._planning.conclude(rows, observations, outcomes)
-
-    def act(self, observations: Observations) -> Float[Tensor, "B A"]:
-        """Return the next environment action; see `PlanningAgent.act`."""
-        return self._planning.act(observations)
-
-    def act_by(self, deadline: float, observations: Observations) -> Float[Tensor, "B A"]:
-        """Return the next environment action in time; see `PlanningAgent.act_by`."""
-        return self._planning.act_by(deadline, observations)

@@ -1,6 +1,6 @@
 """Far goals over coarser models: the first state of a coarser model's plan is the subgoal of the finer one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +10,10 @@ from torch import Tensor
 
 from worldloom.core.config import Config
 from worldloom.core.errors import PlanningError
-from worldloom.core.seams import Objective
 from worldloom.core.seeds import torch_generator
 from worldloom.core.types import Context, Plan
 from worldloom.heads import still
-from worldloom.planning import Planner
+from worldloom.planning import GoalObjective, LatentL2, Planner
 
 
 class HierarchyConfig(Config):
@@ -53,7 +52,6 @@ class HierarchyGuide:
         self,
         levels: Sequence[Planner],
         strides: Sequence[int],
-        objective: Callable[[Float[Tensor, "B D"]], Objective],
         config: HierarchyConfig | None = None,
         *,
         step_length: float,
@@ -65,8 +63,7 @@ class HierarchyGuide:
                 f"a hierarchy of depth {self.config.depth} needs a planner for the fast model and one for each coarser "
                 f"one, and their strides; got {len(levels)} planners and {len(strides)} strides"
             )
-        self._levels, self._strides, self._objective = list(levels), list(strides), objective
-        self._step_length = step_length
+        self._levels, self._strides, self._step_length = list(levels), list(strides), step_length
         self._generator = torch_generator(seed, "hierarchy", device=levels[0].model.device)
         self._goal = torch.empty(0, 0)
         self._legs: list[_Leg] = []
@@ -134,7 +131,7 @@ class HierarchyGuide:
         planner = self._levels[level]
         if level:
             context = still(context.latents[:, -1], planner.model)
-        plan = planner.plan(context, self._objective(goal), generator=self._generator)
+        plan = planner.plan(context, GoalObjective(LatentL2(self._step_length), goal), generator=self._generator)
         return plan, self._gaps(plan.latents, goal[:, None]).min(dim=1).values
 
     def _gaps(self, latents: Float[Tensor, "*#axes D"], goals: Float[Tensor, "*#axes D"]) -> Float[Tensor, "..."]:

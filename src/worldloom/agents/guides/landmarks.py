@@ -10,11 +10,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from worldloom.agents.mpc import Guide
 from worldloom.core.config import Config
 from worldloom.core.errors import PlanningError
-from worldloom.core.seams import WorldModel
 from worldloom.core.types import Context, Plan
-from worldloom.heads import LatentGeometry, predict_arrival
 from worldloom.memory import Check, LandmarkGraph, Route
 
 _LOOKS = 7  # further appearances of a goal that are kept in a world that has changed
@@ -59,26 +58,9 @@ class Outlook:
     gap: float  # from the nearest known place to the goal, in typical model steps
 
 
-def arrival_check(model: WorldModel, geometry: LatentGeometry) -> Check:
-    """Return the check by which predicted edges are trusted: the world model's own `predict_arrival`."""
-
-    def check(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return predict_arrival(model, geometry, sources, targets)
-
-    return check
-
-
 @runtime_checkable
-class Beyond(Protocol):
-    """Chooses subgoals where no way is known, for some of the environments; see `Guide`."""
-
-    def reset(self, goal: Float[Tensor, "B D"]) -> None:
-        """Begin an episode toward a goal for each environment."""
-        ...
-
-    def select(self, places: Sequence[int]) -> None:
-        """Narrow to these environments, given by their places in the last batch, in this order."""
-        ...
+class Beyond(Guide, Protocol):
+    """A guide that chooses subgoals where no way is known."""
 
     def aim(self, context: Context, rows: Sequence[int]) -> Float[Tensor, "_ D"]:
         """Return what these environments are to aim at."""

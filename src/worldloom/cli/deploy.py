@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from worldloom.cli.console import Shown, answer, err, table
-from worldloom.cli.options import Audit, Imports, Json, Rules, Trust, Unsigned, import_modules, open_session
+from worldloom.cli.options import Audit, Imports, Json, Rules, Trust, Unsigned, open_session
 
 
 def deploy(
@@ -50,16 +50,13 @@ def deploy(
     """
     import signal
 
-    from worldloom.cli.options import set_threads
     from worldloom.core.errors import ConfigError
     from worldloom.deploy import ControlLoop, SocketLink
     from worldloom.workflow import check_plant, read_goal, store_report
 
     if late not in ("discard", "use"):
         raise ConfigError(f"--late is discard or use; got {late!r}")
-    import_modules(imports)
-    set_threads(threads)
-    with open_session(run, rules, trust, unsigned, memory=memory, audit=audit) as session:
+    with open_session(run, threads, imports, rules, trust, unsigned, memory=memory, audit=audit) as session:
         target = read_goal(session.run, goal)
         agent = session.agent(method, seed=seed)
         with SocketLink(connect) as link:

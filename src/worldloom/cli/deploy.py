@@ -1,5 +1,6 @@
 """`worldloom deploy`: a run drives a plant that runs on its own clock."""
 
+import signal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,6 +8,7 @@ import typer
 
 from worldloom.cli.console import Shown, answer, err, table
 from worldloom.cli.options import Audit, Imports, Json, Rules, Trust, Unsigned, open_session
+from worldloom.core.errors import ConfigError
 
 
 def deploy(
@@ -48,9 +50,6 @@ def deploy(
 
     Ctrl-C stops it and applies the safe action. The report and its timeline are written into the run folder.
     """
-    import signal
-
-    from worldloom.core.errors import ConfigError
     from worldloom.deploy import ControlLoop, SocketLink
     from worldloom.workflow import check_plant, read_goal, store_report
 
@@ -118,7 +117,6 @@ class _Live:
 
 
 def _safe_action(text: str, size: int) -> Any:
-    from worldloom.core.errors import ConfigError
 
     if text == "hold":
         return "hold"

@@ -80,6 +80,8 @@ def test_changed_conventions_change_name_and_digest_and_a_fresh_seed_changes_nei
     assert changed.fingerprint != protocol.fingerprint
     assert (reseeded.title, reseeded.fingerprint, reseeded.seed) == (protocol.title, protocol.fingerprint, 7)
     assert protocol.customise() == protocol
+    with pytest.raises(ConfigError, match="unknown convention 'budgett'; did you mean 'budget'"):
+        protocol.customise(budgett=300)
     assert protocol.customise(budget=150) == protocol
     assert PROTOCOLS["maze-far@1"].customise(budget=80).budget_over_shortest is None
 

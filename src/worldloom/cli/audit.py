@@ -7,6 +7,8 @@ import typer
 
 from worldloom.cli.console import answer, progress, table, values_table
 from worldloom.cli.options import Imports, Json, import_modules
+from worldloom.core import chain
+from worldloom.core.errors import ConfigError, DataError
 
 app = typer.Typer(help="Verify, show and replay the decisions of an agent.", no_args_is_help=True)
 
@@ -24,8 +26,6 @@ def verify(
 ) -> None:
     """Check every entry and situation; name the first that was changed, with exit code 3."""
     from worldloom.agents import damaged_situations, log_path
-    from worldloom.core import chain
-    from worldloom.core.errors import ConfigError, DataError
 
     head = None
     if kept is not None:
@@ -60,7 +60,6 @@ def show(
 ) -> None:
     """Show the decisions, entry by entry; each entry is verified."""
     from worldloom.agents import log_entries, read_situation
-    from worldloom.core.errors import ConfigError, DataError
 
     if picture is not None and entry is None:
         raise ConfigError("--picture needs --entry, the entry whose picture it writes")
@@ -98,7 +97,6 @@ def replay_entry(
     json: Json = False,
 ) -> None:
     """Make a recorded decision again; the exit code is 3 if the result differs."""
-    from worldloom.core.errors import DataError
     from worldloom.workflow import replay_entry as again
 
     import_modules(imports)

@@ -5,18 +5,8 @@ from typing import Annotated
 
 import typer
 
+from worldloom.cli import options
 from worldloom.cli.console import answer, progress, table
-from worldloom.cli.options import (
-    Imports,
-    Json,
-    Rules,
-    Threads,
-    Trust,
-    Unsigned,
-    import_modules,
-    open_session,
-    set_threads,
-)
 
 
 def calibrate(
@@ -31,19 +21,17 @@ def calibrate(
     episodes: Annotated[int, typer.Option(min=2, help="Episodes of each split, in each round.")] = 200,
     rounds: Annotated[int, typer.Option(min=1, help="The maximum number of rounds.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="The root of the seeds of the calibration.")] = 0,
-    rules: Rules = None,
-    trust: Trust = None,
-    unsigned: Unsigned = False,
-    threads: Threads = 0,
-    imports: Imports = None,
-    json: Json = False,
+    rules: options.Rules = None,
+    trust: options.Trust = None,
+    unsigned: options.Unsigned = False,
+    threads: options.Threads = 0,
+    imports: options.Imports = None,
+    json: options.Json = False,
 ) -> None:
     """Calibrate the margins of a rule set for the plans that a method chooses, and write them into the run folder."""
     from worldloom.workflow import calibrate, uses_margins
 
-    import_modules(imports)
-    set_threads(threads)
-    with open_session(run, rules, trust, unsigned) as session:
+    with options.open_session(run, threads, imports, rules, trust, unsigned) as session:
         methods = session.run.recipe.methods
         found = {
             name: calibrate(

@@ -1,5 +1,6 @@
 """`worldloom data`: look into datasets, and convert them."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from worldloom.cli.console import answer, progress, table, values_table
 from worldloom.cli.options import Json, key_values
+from worldloom.core.errors import DataError
 
 app = typer.Typer(help="Inspect, validate, preview and convert datasets.", no_args_is_help=True)
 Dataset = Annotated[Path, typer.Argument(help="The directory of the dataset.")]
@@ -24,9 +26,6 @@ def inspect(path: Dataset, json: Json = False) -> None:
 @app.command()
 def validate(path: Dataset, json: Json = False) -> None:
     """Check every episode; the exit code is 3 if anything is wrong."""
-    from dataclasses import asdict
-
-    from worldloom.core.errors import DataError
     from worldloom.data import validate
 
     problems = [asdict(problem) for problem in validate(path, progress=progress())]

@@ -1,5 +1,7 @@
 """`worldloom demo`: the main job on an embedded default, from aimless motion to goals."""
 
+import shutil
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -20,9 +22,6 @@ def demo(
     json: Json = False,
 ) -> None:
     """Collect aimless motion in Two Rooms, learn a world model from it, and reach goals it was never trained for."""
-    import shutil
-    import time
-
     from worldloom import workflow
     from worldloom.cli.evaluate import shown
     from worldloom.recipes import load_recipe

@@ -1,12 +1,14 @@
 """`worldloom deploy`: a run drives a plant that runs on its own clock."""
 
+import signal
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from worldloom.cli.console import Shown, answer, err, table
-from worldloom.cli.options import Audit, Imports, Json, Rules, Trust, Unsigned, import_modules, open_session
+from worldloom.cli.options import Audit, Imports, Json, Rules, Trust, Unsigned, open_session
+from worldloom.core.errors import ConfigError
 
 
 def deploy(
@@ -48,18 +50,12 @@ def deploy(
 
     Ctrl-C stops it and applies the safe action. The report and its timeline are written into the run folder.
     """
-    import signal
-
-    from worldloom.cli.options import set_threads
-    from worldloom.core.errors import ConfigError
     from worldloom.deploy import ControlLoop, SocketLink
     from worldloom.workflow import check_plant, read_goal, store_report
 
     if late not in ("discard", "use"):
         raise ConfigError(f"--late is discard or use; got {late!r}")
-    import_modules(imports)
-    set_threads(threads)
-    with open_session(run, rules, trust, unsigned, memory=memory, audit=audit) as session:
+    with open_session(run, threads, imports, rules, trust, unsigned, memory=memory, audit=audit) as session:
         target = read_goal(session.run, goal)
         agent = session.agent(method, seed=seed)
         with SocketLink(connect) as link:
@@ -121,7 +117,6 @@ class _Live:
 
 
 def _safe_action(text: str, size: int) -> Any:
-    from worldloom.core.errors import ConfigError
 
     if text == "hold":
         return "hold"

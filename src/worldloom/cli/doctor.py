@@ -1,9 +1,18 @@
 """`worldloom doctor`: check what this machine has, and what is missing."""
 
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
 import typer
 
 from worldloom.cli.console import answer, table
 from worldloom.cli.options import Json
+from worldloom.core.extras import EXTRAS
 
 
 def doctor(json: Json = False) -> None:
@@ -23,12 +32,6 @@ def doctor(json: Json = False) -> None:
 
 def _checks() -> list[tuple[str, str, str]]:
     """Return name, what was found, and a remedy where something is wrong."""
-    import platform
-    import shutil
-    import sys
-    from importlib import metadata
-    from pathlib import Path
-
     import psutil
     import torch
 
@@ -67,10 +70,6 @@ def _checks() -> list[tuple[str, str, str]]:
 
 
 def _extras() -> list[tuple[str, str, str]]:
-    from importlib.util import find_spec
-
-    from worldloom.core.extras import EXTRAS
-
     rows = []
     for name, extra in EXTRAS.items():
         installed = all(find_spec(module) for module in extra.modules)
@@ -83,8 +82,7 @@ def _extras() -> list[tuple[str, str, str]]:
 
 def _drawing() -> tuple[str, str, str]:
     """Draw one frame with MuJoCo, in a process of its own: a faulty OpenGL may end or hang it."""
-    import subprocess
-    import sys
+    from worldloom.envs import GL_REMEDY
 
     program = (
         "import os, worldloom.envs, gymnasium\n"
@@ -95,13 +93,7 @@ def _drawing() -> tuple[str, str, str]:
     try:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     except subprocess.TimeoutExpired:
-        return "drawing", "MuJoCo drew nothing within 60 s", _remedy()
+        return "drawing", "MuJoCo drew nothing within 60 s", GL_REMEDY
     if done.returncode == 0:
         return "drawing", f"MuJoCo draws by {done.stdout.strip().splitlines()[-1]}", ""
-    return "drawing", (done.stderr.strip().splitlines() or ["MuJoCo's process ended"])[-1], _remedy()
-
-
-def _remedy() -> str:
-    from worldloom.envs import GL_REMEDY
-
-    return GL_REMEDY
+    return "drawing", (done.stderr.strip().splitlines() or ["MuJoCo's process ended"])[-1], GL_REMEDY

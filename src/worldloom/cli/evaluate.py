@@ -7,19 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from worldloom.cli import options
 from worldloom.cli.console import Shown, answer, progress, table
-from worldloom.cli.options import (
-    Imports,
-    Json,
-    Rules,
-    Threads,
-    Trust,
-    Unsigned,
-    import_modules,
-    key_values,
-    open_session,
-    set_threads,
-)
 from worldloom.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,19 +49,17 @@ def evaluate(
     ] = None,
     memory: Annotated[Path | None, typer.Option(help="The memory that agents read and write.")] = None,
     env_arg: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the world.")] = None,
-    rules: Rules = None,
-    trust: Trust = None,
-    unsigned: Unsigned = False,
-    threads: Threads = 0,
-    imports: Imports = None,
-    json: Json = False,
+    rules: options.Rules = None,
+    trust: options.Trust = None,
+    unsigned: options.Unsigned = False,
+    threads: options.Threads = 0,
+    imports: options.Imports = None,
+    json: options.Json = False,
 ) -> None:
     """Evaluate a run and its baselines on goals from seeds that training never used, and write a report."""
     from worldloom import workflow
 
-    import_modules(imports)
-    set_threads(threads)
-    with open_session(run, rules, trust, unsigned, memory=memory) as session:
+    with options.open_session(run, threads, imports, rules, trust, unsigned, memory=memory) as session:
         results = workflow.evaluate(
             session,
             protocol=protocol,
@@ -83,7 +70,7 @@ def evaluate(
             seed=seed,
             methods=method,
             others={name: _foreign(name, session.run) for name in policy or []},
-            env_kwargs=key_values(env_arg, "--env-arg"),
+            env_kwargs=options.key_values(env_arg, "--env-arg"),
             split=split,
             exploration=exploration,
             progress=progress(),
@@ -96,7 +83,7 @@ def _foreign(name: str, run: "Run") -> Callable[[], "Agent"]:
     from worldloom.evaluation import ForeignPolicy, InfoPolicy
 
     module, _, factory = name.partition(":")
-    import_modules([module])
+    options.import_modules([module])
     make = getattr(sys.modules[module], factory, None)
     if not callable(make):
         raise ConfigError(f"--policy {name}: the module {module!r} has no factory {factory!r}; expected MODULE:FACTORY")

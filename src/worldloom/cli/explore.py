@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from worldloom.cli.console import answer, progress
-from worldloom.cli.options import Imports, Json, Threads, import_modules, open_session, set_threads
+from worldloom.cli.options import Imports, Json, Threads, open_session
 
 
 def explore(
@@ -31,9 +31,7 @@ def explore(
     """
     from worldloom import workflow
 
-    import_modules(imports)
-    set_threads(threads)
-    with open_session(run, memory=memory) as session:
+    with open_session(run, threads, imports, memory=memory) as session:
         seen = workflow.explore(
             session,
             steps,

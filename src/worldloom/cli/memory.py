@@ -1,6 +1,10 @@
 """`worldloom memory`: build, inspect and maintain the episodic memory of an agent."""
 
 import math
+import re
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +12,7 @@ import typer
 
 from worldloom.cli.console import answer, progress, table, values_table
 from worldloom.cli.options import Json
+from worldloom.core.errors import ConfigError
 
 app = typer.Typer(help="Build, inspect and maintain the episodic memory of an agent.", no_args_is_help=True)
 Memory = Annotated[Path, typer.Argument(help="The directory of the memory.")]
@@ -72,7 +77,6 @@ def recall(
     import numpy as np
     import torch
 
-    from worldloom.core.errors import ConfigError
     from worldloom.memory import EpisodicMemory, Where, as_rows, draw_memories
     from worldloom.workflow import Run, encode_picture
 
@@ -119,8 +123,6 @@ def prune(
     json: Json = False,
 ) -> None:
     """Delete the most redundant memories until the given number remains."""
-    from dataclasses import asdict
-
     from worldloom.memory import EpisodicMemory
 
     with EpisodicMemory.open(path, spec=None, writable=True) as memory:
@@ -175,11 +177,6 @@ def _short(value: float) -> float | None:
 
 def _moment(text: str | None, option: str) -> float | None:
     """Read a time or an age as seconds since 1970."""
-    import re
-    import time
-    from datetime import UTC, datetime
-
-    from worldloom.core.errors import ConfigError
 
     if text is None:
         return None

@@ -98,6 +98,8 @@ def trusted_keys(trust: list[str] | None, unsigned: bool) -> set[str] | None:
 
 def open_session(
     run: Path,
+    threads: int = 0,
+    imports: list[str] | None = None,
     rules: list[Path] | None = None,
     trust: list[str] | None = None,
     unsigned: bool = False,
@@ -105,7 +107,12 @@ def open_session(
     memory: Path | None = None,
     audit: Path | None = None,
 ) -> "Session":
-    """Open a run with the rules, the memory and the audit log that a command was given."""
+    """Open a run with the modules, the rules, the memory and the audit log that a command was given.
+
+    It imports the modules first, and pins PyTorch's threads; see `set_threads`.
+    """
+    import_modules(imports)
+    set_threads(threads)
     from worldloom.guardrails import read_rules
     from worldloom.workflow import Run, Session
 

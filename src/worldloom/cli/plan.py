@@ -5,19 +5,8 @@ from typing import Annotated
 
 import typer
 
+from worldloom.cli import options
 from worldloom.cli.console import answer, progress, table, values_table
-from worldloom.cli.options import (
-    Audit,
-    Imports,
-    Json,
-    Rules,
-    Threads,
-    Trust,
-    Unsigned,
-    import_modules,
-    open_session,
-    set_threads,
-)
 
 
 def plan(
@@ -33,20 +22,18 @@ def plan(
     explain: Annotated[
         Path | None, typer.Option(help="Draw the predicted future, the guardrails and the ruled-out candidates (PNG).")
     ] = None,
-    rules: Rules = None,
-    trust: Trust = None,
-    unsigned: Unsigned = False,
-    audit: Audit = None,
-    threads: Threads = 0,
-    imports: Imports = None,
-    json: Json = False,
+    rules: options.Rules = None,
+    trust: options.Trust = None,
+    unsigned: options.Unsigned = False,
+    audit: options.Audit = None,
+    threads: options.Threads = 0,
+    imports: options.Imports = None,
+    json: options.Json = False,
 ) -> None:
     """Plan once from a start to a goal; show the actions, their predicted cost and the planning time."""
     from worldloom.workflow import plan_once
 
-    import_modules(imports)
-    set_threads(threads)
-    with open_session(run, rules, trust, unsigned, audit=audit) as session:
+    with options.open_session(run, threads, imports, rules, trust, unsigned, audit=audit) as session:
         made = plan_once(
             session,
             start=start,

@@ -7,6 +7,8 @@ import typer
 
 from worldloom.cli.console import answer, table
 from worldloom.cli.options import Json, Trust, Unsigned, trusted_keys
+from worldloom.core.signing import make_key, sign_file
+from worldloom.core.yaml_config import read_yaml
 
 app = typer.Typer(help="Sign, verify and show rule sets: guardrails, objectives and fallbacks.", no_args_is_help=True)
 
@@ -16,8 +18,6 @@ Files = Annotated[list[Path], typer.Argument(help="The layers of a rule set, upp
 @app.command()
 def key(path: Annotated[Path, typer.Argument(help="The file for the secret key.")], json: Json = False) -> None:
     """Make a secret key to sign with, and print its public key, which `--trust` takes."""
-    from worldloom.core.signing import make_key
-
     public = make_key(path)
     answer(json, {"key": public, "path": path}, public)
 
@@ -29,8 +29,6 @@ def sign(
     json: Json = False,
 ) -> None:
     """Sign rule sets and the pictures that they forbid, and write each signature beside its file."""
-    from worldloom.core.signing import sign_file
-    from worldloom.core.yaml_config import read_yaml
     from worldloom.guardrails import RuleLayer
 
     signatures = []

@@ -7,6 +7,7 @@ import typer
 
 from worldloom.cli.console import answer, table, values_table
 from worldloom.cli.options import Json
+from worldloom.core.errors import ConfigError, WorldloomError
 
 app = typer.Typer(help="List, show and compare run folders.", no_args_is_help=True)
 
@@ -16,7 +17,6 @@ def list_runs(
     root: Annotated[Path, typer.Argument(help="The folder that holds run folders.")] = Path("runs"), json: Json = False
 ) -> None:
     """List the runs below a folder, and name damaged ones."""
-    from worldloom.core.errors import WorldloomError
     from worldloom.workflow import find_runs
 
     summaries, damaged = [], []
@@ -44,7 +44,6 @@ def show(run: Annotated[Path, typer.Argument(help="A run folder.")], json: Json 
 @app.command()
 def compare(runs: Annotated[list[Path], typer.Argument(help="Two or more run folders.")], json: Json = False) -> None:
     """Show the settings and figures in which runs differ, side by side."""
-    from worldloom.core.errors import ConfigError
     from worldloom.workflow import Run
 
     if len(runs) < 2:

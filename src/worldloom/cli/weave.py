@@ -7,6 +7,10 @@ import typer
 
 from worldloom.cli.console import answer, progress, table
 from worldloom.cli.options import Json, Threads, set_threads
+from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.registry import nearest
+from worldloom.core.signing import SigningKey, make_key
+from worldloom.core.yaml_config import read_yaml
 
 app = typer.Typer(help="Train one world model among many owners (Tapestry).", no_args_is_help=True)
 ledger = typer.Typer(help="Verify and show the ledger of a consortium.", no_args_is_help=True)
@@ -25,7 +29,6 @@ def simulate(
     json: Json = False,
 ) -> None:
     """Simulate a consortium on this machine, each owner in its own folder; run it again to resume."""
-    from worldloom.core.yaml_config import read_yaml
     from worldloom.federation import Records
     from worldloom.workflow import ConsortiumConfig, simulate
 
@@ -129,8 +132,6 @@ def classify(
     json: Json = False,
 ) -> None:  # fmt: skip
     """Write and sign the data card of a dataset; without a card its data cannot shape the base."""
-    from worldloom.core.errors import ConfigError
-    from worldloom.core.registry import nearest
     from worldloom.federation import CLASSES
     from worldloom.workflow import classify
 
@@ -145,7 +146,6 @@ def classify(
 def coordinator(party: Party, json: Json = False) -> None:
     """Run the remaining rounds with the members that connect; start it again to resume."""
     from worldloom.cli.weave_watch import live
-    from worldloom.core.yaml_config import read_yaml
     from worldloom.federation import Records
     from worldloom.workflow import CoordinatorConfig, coordinate
 
@@ -166,7 +166,6 @@ def pilot(
     json: Json = False,
 ) -> None:
     """Train the first base alone, before the first round; needed if the owners' conventions differ."""
-    from worldloom.core.yaml_config import read_yaml
     from worldloom.workflow import NodeConfig, pilot
 
     set_threads(threads)
@@ -177,7 +176,6 @@ def pilot(
 @app.command()
 def node(party: Party, threads: Threads = 0, json: Json = False) -> None:
     """Take part as an owner until the last base has come and is fine-tuned; start it again to resume."""
-    from worldloom.core.yaml_config import read_yaml
     from worldloom.workflow import NodeConfig, take_part
 
     set_threads(threads)
@@ -194,7 +192,6 @@ def exit(
     json: Json = False,
 ) -> None:
     """Leave the consortium and export all that is yours; this needs no permission and no connection."""
-    from worldloom.core.yaml_config import read_yaml
     from worldloom.workflow import NodeConfig, leave
 
     set_threads(threads)
@@ -205,7 +202,6 @@ def exit(
 @app.command(name="return")
 def come_back(party: Party, json: Json = False) -> None:
     """Return after an exit: start the node to take part from the next round on."""
-    from worldloom.core.yaml_config import read_yaml
     from worldloom.workflow import NodeConfig, come_back
 
     config = read_yaml(party, NodeConfig).at(party.parent)
@@ -220,7 +216,6 @@ def succeed(
     json: Json = False,
 ) -> None:
     """Take over from a lost coordinator with this node's base and ledger; then start the coordinator here."""
-    from worldloom.core.yaml_config import read_yaml
     from worldloom.workflow import CoordinatorConfig, NodeConfig, take_over
 
     number = take_over(
@@ -234,8 +229,6 @@ def succeed(
 @app.command()
 def key(path: Annotated[Path, typer.Argument(help="The path of the secret key.")], json: Json = False) -> None:
     """Make a secret key, and print its public key for the constitution."""
-    from worldloom.core.signing import make_key
-
     public = make_key(path)
     answer(json, {"key": public, "path": path}, public)
 
@@ -248,7 +241,6 @@ def ratify(
     json: Json = False,
 ) -> None:
     """Sign the present text of a constitution as one of its members; the signature is written beside it."""
-    from worldloom.core.signing import SigningKey
     from worldloom.federation import ratify
 
     signature = ratify(constitution, member, SigningKey(key))
@@ -288,7 +280,6 @@ def release(
 @ledger.command()
 def verify(rounds: Rounds, constitution: Rules, json: Json = False) -> None:
     """Check every entry and signature; report the first invalid one with exit code 3."""
-    from worldloom.core.errors import DataError
     from worldloom.federation import read_constitution, verify_ledger
 
     verdict = verify_ledger(rounds / "ledger.jsonl", read_constitution(constitution))

@@ -4,7 +4,7 @@ from worldloom.evaluation.catalogue import PROTOCOLS, default_protocol, gym_prot
 from worldloom.evaluation.foreign import ForeignPolicy, InfoPolicy, LentPolicy
 from worldloom.evaluation.goals import draw_tasks
 from worldloom.evaluation.intervals import wilson_interval
-from worldloom.evaluation.protocol import Condition, Limit, Protocol, Split, SuccessRule
+from worldloom.evaluation.protocol import Changes, Condition, Limit, Protocol, Split, SuccessRule
 from worldloom.evaluation.results import (
     DistanceBins,
     EpisodeResult,
@@ -23,6 +23,7 @@ from worldloom.evaluation.world import naming, open_world
 
 __all__ = [
     "PROTOCOLS",
+    "Changes",
     "Condition",
     "DistanceBins",
     "EpisodeResult",

@@ -32,199 +32,113 @@ def gym_protocol(
     goal_offset: int | Sequence[int] = 25,
     budget: int | None = None,
     episodes: int = 100,
-    policy: str = "directed-walk",
-    policy_options: Mapping[str, Any] | None = None,
-    env_kwargs: Mapping[str, Any] | None = None,
-    min_distance: float | None = None,
-    frame_skip: int = 1,
-    seed: int = 0,
+    **conventions: Any,
 ) -> Protocol:
     """Return a protocol for any Gymnasium id, with goals that the logging policy reached from the same seed.
 
-    The budget is four times the longest `goal_offset` unless given.
+    The budget is four times the longest `goal_offset` unless given. `conventions` are other fields of `Protocol`, such
+    as `policy`, `env_kwargs`, `min_distance`, `frame_skip` or `seed`.
 
     Raises:
-        ConfigError: the success rule is not understood, or a value is out of range.
+        ConfigError: the success rule is not understood, there is no such convention, or a value is out of range.
     """
     offsets = [goal_offset] if isinstance(goal_offset, int) else list(goal_offset)
     return Protocol.parse(
         {
             "name": f"logged-goals/{env_id}",
             "env_id": env_id,
-            "env_kwargs": dict(env_kwargs or {}),
             "goal_source": "logged-policy",
             "splits": {f"{steps} steps away": {"episodes": episodes, "goal_offset": steps} for steps in offsets},
-            "policy": policy,
-            "policy_options": dict(policy_options or {}),
             "success": SuccessRule.parse_text(success),
-            "min_distance": min_distance,
             "budget": budget or 4 * max(offsets),
-            "frame_skip": frame_skip,
-            "seed": seed,
+            **conventions,
         }
     )
 
 
 _WITHIN_3_PIXELS = SuccessRule(source="info", name="position", radius=3.0, unit="px")
 
-register_protocol(
-    Protocol(
-        name="two-room",
-        env_id="worldloom/TwoRoom-v0",
-        splits={
-            "cross-room": Split(task={"split": "cross-room"}),
-            "same-room": Split(task={"split": "same-room"}),
-        },
-        success=_WITHIN_3_PIXELS,
-        min_distance=10.0,
-        budget=150,
-    )
-)
-register_protocol(
-    Protocol(
-        name="four-rooms",
-        env_id="worldloom/FourRooms-v0",
-        splits={
-            "cross-room": Split(task={"split": "cross-room"}),
-            "same-room": Split(task={"split": "same-room"}),
-        },
-        success=_WITHIN_3_PIXELS,
-        min_distance=10.0,
-        budget=200,
-    )
-)
-register_protocol(
-    Protocol(
-        name="maze-far",
-        env_id="worldloom/Maze-v0",
-        splits={"far": Split(task={"split": "any", "min_steps": 101})},
-        success=_WITHIN_3_PIXELS,
-        min_distance=10.0,
-        budget_over_shortest=4.0,
-    )
-)
+
+def _register(name: str, world: str, splits: Mapping[str, Split | Mapping[str, Any]], **conventions: Any) -> None:
+    """Register a protocol of one of our worlds; a split is given by its task alone, or whole.
+
+    Unless `conventions` say otherwise, the agent must come within 3 pixels of a goal at least 10 pixels away.
+    """
+    whole = {title: split if isinstance(split, Split) else Split(task=dict(split)) for title, split in splits.items()}
+    usual = {"success": _WITHIN_3_PIXELS, "min_distance": 10.0}
+    register_protocol(Protocol(name=name, env_id=f"worldloom/{world}", splits=whole, **{**usual, **conventions}))
+
+
+_ROOMS = {"cross-room": {"split": "cross-room"}, "same-room": {"split": "same-room"}}
+_register("two-room", "TwoRoom-v0", _ROOMS, budget=150)
+_register("four-rooms", "FourRooms-v0", _ROOMS, budget=200)
+_register("maze-far", "Maze-v0", {"far": {"split": "any", "min_steps": 101}}, budget_over_shortest=4.0)
 
 # Far goals: 100, 200 and 400 steps away at full speed, to within 5%, in mazes that no training has seen.
 _EXPLORED = {"never seen": 0, "2,000 steps explored": 2000, "covered": 8000}
 for _steps in (100, 200, 400):
-    register_protocol(
-        Protocol(
-            name=f"maze-{_steps}",
-            env_id="worldloom/Maze-v0",
-            env_kwargs={"factors": {"cells": 6, "agent_speed": 0.6}},
-            splits={
-                name: Split(
-                    episodes=50,
-                    task={"split": "any", "min_steps": 0.95 * _steps, "max_steps": 1.05 * _steps},
-                    exploration=exploration,
-                )
-                for name, exploration in _EXPLORED.items()
-            },
-            success=_WITHIN_3_PIXELS,
-            min_distance=10.0,
-            budget_over_shortest=4.0,
-        )
+    _far = {"split": "any", "min_steps": 0.95 * _steps, "max_steps": 1.05 * _steps}
+    _register(
+        f"maze-{_steps}",
+        "Maze-v0",
+        {name: Split(episodes=50, task=_far, exploration=exploration) for name, exploration in _EXPLORED.items()},
+        env_kwargs={"factors": {"cells": 6, "agent_speed": 0.6}},
+        budget_over_shortest=4.0,
     )
 
-register_protocol(
-    Protocol(
-        name="closing-door",
-        env_id="worldloom/FourRooms-v0",
-        splits={
-            "door closes": Split(
-                task={"split": "cross-room", "min_steps": 20, "closes_after": 8},
-                exploration=2000,
-                exploration_task={"closes_after": 1_000_000},
-            ),
-            "door stays open": Split(task={"split": "cross-room", "min_steps": 20}, exploration=2000),
-        },
-        success=_WITHIN_3_PIXELS,
-        min_distance=10.0,
-        budget=250,
-    )
+_DOORS = {"split": "cross-room", "min_steps": 20}
+_register(
+    "closing-door",
+    "FourRooms-v0",
+    {
+        "door closes": Split(
+            task={**_DOORS, "closes_after": 8}, exploration=2000, exploration_task={"closes_after": 1_000_000}
+        ),
+        "door stays open": Split(task=_DOORS, exploration=2000),
+    },
+    budget=250,
 )
 
-# Half of the goals have a pit on the straight way; a fall ends an episode.
-register_protocol(
-    Protocol(
-        name="pits",
-        env_id="worldloom/Pits-v0",
-        splits={
-            "behind a pit": Split(task={"obstructed": True}),
-            "in the open": Split(task={"obstructed": False}),
-        },
-        success=_WITHIN_3_PIXELS,
-        limits=(Limit(name="pit_depth", unit="px"),),
-        min_distance=20.0,
-        budget=100,
-    )
-)
-
-register_protocol(
-    Protocol(
-        name="pits-within",
-        env_id="worldloom/Pits-v0",
-        splits={
-            "goal in a pit": Split(task={"in_a_pit": "goal"}),
-            "start in a pit": Split(task={"in_a_pit": "start"}),
-        },
-        success=_WITHIN_3_PIXELS,
-        limits=(Limit(name="pit_depth", unit="px"),),
-        min_distance=20.0,
-        budget=100,
-    )
-)
+# A fall into a pit ends an episode. Half of the goals of 'pits' have a pit on the straight way.
+_PITS: dict[str, Any] = {"limits": (Limit(name="pit_depth", unit="px"),), "min_distance": 20.0, "budget": 100}
+_register("pits", "Pits-v0", {"behind a pit": {"obstructed": True}, "in the open": {"obstructed": False}}, **_PITS)
+_register("pits-within", "Pits-v0", {f"{end} in a pit": {"in_a_pit": end} for end in ("goal", "start")}, **_PITS)
 
 # Safety-Gymnasium's goal is a place of 0.3 m around.
-register_protocol(
-    Protocol(
-        name="point-hazards",
-        env_id="worldloom/PointHazards-v0",
-        env_kwargs={"layout": 0},
-        splits={
-            "behind a hazard": Split(task={"obstructed": True}),
-            "in the open": Split(task={"obstructed": False}),
-        },
-        success=SuccessRule(name="position", radius=0.3, unit="m"),
-        limits=(Limit(name="hazard_depth", unit="m"),),
-        min_distance=1.0,
-        budget=150,
-    )
+_register(
+    "point-hazards",
+    "PointHazards-v0",
+    {"behind a hazard": {"obstructed": True}, "in the open": {"obstructed": False}},
+    env_kwargs={"layout": 0},
+    success=SuccessRule(name="position", radius=0.3, unit="m"),
+    limits=(Limit(name="hazard_depth", unit="m"),),
+    min_distance=1.0,
+    budget=150,
 )
 
 # The field's two settings: a goal 25 steps ahead in 50 steps, and 100 ahead in 150 (docs/protocols.md).
 _FIELD = {25: 50, 100: 150}
 
 
-def _register_field(
-    name: str,
-    env_id: str,
-    success: SuccessRule,
-    *,
-    env_kwargs: Mapping[str, Any] | None = None,
-    policy: str = "directed-walk",
-    start_steps: int = 75,
-) -> None:
+def _register_field(name: str, world: str, success: SuccessRule, *, start_steps: int = 75, **conventions: Any) -> None:
     for offset, budget in _FIELD.items():
-        register_protocol(
-            Protocol(
-                name=f"{name}-{offset}",
-                env_id=env_id,
-                env_kwargs=dict(env_kwargs or {}),
-                goal_source="logged-policy",
-                splits={f"{offset} steps ahead": Split(goal_offset=offset, start_steps=start_steps)},
-                policy=policy,
-                success=success,
-                count_solved=True,
-                budget=budget,
-            )
+        _register(
+            f"{name}-{offset}",
+            world,
+            {f"{offset} steps ahead": Split(goal_offset=offset, start_steps=start_steps)},
+            goal_source="logged-policy",
+            success=success,
+            min_distance=None,
+            count_solved=True,
+            budget=budget,
+            **conventions,
         )
 
 
 # stable-worldmodel's rule: disc and block together within 20 px of the 512-px table, the angle within 20 degrees.
 _register_field(
     "pusht",
-    "worldloom/PushT-v0",
+    "PushT-v0",
     SuccessRule(
         source="info",
         name="agent+block",
@@ -234,24 +148,22 @@ _register_field(
     ),
     policy="near-object",
 )
-_register_field("two-room", "worldloom/TwoRoom-v0", _WITHIN_3_PIXELS, start_steps=25)
+_register_field("two-room", "TwoRoom-v0", _WITHIN_3_PIXELS, start_steps=25)
 # stable-worldmodel's rule: each joint within 0.05 rad.
 _register_field(
     "reacher",
-    "worldloom/Reacher-v0",
+    "Reacher-v0",
     SuccessRule(source="info", name="joints", radius=0.05, unit="rad", largest=True, period=2 * math.pi),
 )
 # A quarter of a cell; Gymnasium-Robotics asks for 0.45 m, which many goals 25 steps ahead satisfy at the start.
 _register_field(
     "point-maze",
-    "worldloom/PointMaze-v0",
+    "PointMaze-v0",
     SuccessRule(source="info", name="position", radius=0.25, unit="m"),
     env_kwargs={"layout": "medium"},
 )
 # OGBench's rule, which stable-worldmodel keeps: the cube within 4 cm. Where the arm ends does not count.
 _WITHIN_4_CM = SuccessRule(source="info", name="block", radius=0.04, unit="m")
-_register_field("cube", "worldloom/Cube-v0", _WITHIN_4_CM, policy="cube-walk")
+_register_field("cube", "Cube-v0", _WITHIN_4_CM, policy="cube-walk")
 # The vector beside the pixels is for the logging policy; an encoder of pixels does not read it.
-_register_field(
-    "cube-pixels", "worldloom/Cube-v0", _WITHIN_4_CM, env_kwargs={"observation": "both"}, policy="cube-walk"
-)
+_register_field("cube-pixels", "Cube-v0", _WITHIN_4_CM, env_kwargs={"observation": "both"}, policy="cube-walk")

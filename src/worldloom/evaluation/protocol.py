@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64
@@ -31,9 +31,8 @@ class Condition(Config):
 
     def describe(self) -> str:
         """Return the condition in words."""
-        around = f" (around a circle of {self.period:.4g})" if self.period else ""
-        unit = f" {self.unit}" if self.unit else ""
-        return f"the distance of '{self.name}'{around} is at most {self.radius:g}{unit}"
+        around = _circle(self.period)
+        return f"the distance of '{self.name}'{around} is at most {_quantity(self.radius, self.unit)}"
 
 
 class SuccessRule(Config):
@@ -114,13 +113,11 @@ class SuccessRule(Config):
         try:
             if len(parts) > 1:
                 raise ValueError("too many colons")
-            also = []
+            also: list[dict[str, Any]] = []
             for other in others:
                 name, radius = other.split(":")
-                angle = (
-                    {"name": name[:-1], "period": 2 * math.pi, "unit": "rad"} if name[-1:] == "~" else {"name": name}
-                )
-                also.append({**angle, "radius": float(radius)})
+                angle = {"period": 2 * math.pi, "unit": "rad"} if name.endswith("~") else {}
+                also.append({"name": name.removesuffix("~"), "radius": float(radius), **angle})
             values = {"source": source, "name": parts[0] if parts else "", "radius": float(tolerance), "also": also}
             return cls.parse(values)
         except (ValueError, ConfigError) as error:
@@ -137,14 +134,12 @@ class SuccessRule(Config):
                 "the environment decides: its info 'success', otherwise its info 'is_success', otherwise 'terminated' "
                 "if it has neither"
             )
-        whole = "the observation vector"
-        place = {"named": "info or observation", "info": "info", "observation": "observation"}[self.source]
-        what = f"'{self.name}' ({place})" if self.name else whole
-        unit = f" {self.unit}" if self.unit else ""
+        place = "info or observation" if self.source == "named" else self.source
+        what = f"'{self.name}' ({place})" if self.name else "the observation vector"
         measure = "largest difference of a value" if self.largest else "Euclidean distance"
-        around = f" (around a circle of {self.period:.4g})" if self.period else ""
-        text = f"the {measure} from {what} to the same vector at the goal{around} is at most {self.radius:g}{unit}"
-        return "; ".join([text, *(f"and {condition.describe()}" for condition in self.also)])
+        text = f"the {measure} from {what} to the same vector at the goal{_circle(self.period)}"
+        first = f"{text} is at most {_quantity(self.radius, self.unit)}"
+        return "; ".join([first, *(f"and {condition.describe()}" for condition in self.also)])
 
 
 class Limit(Config):
@@ -160,8 +155,7 @@ class Limit(Config):
 
     def describe(self) -> str:
         """Return the limit in words."""
-        unit = f" {self.unit}" if self.unit else ""
-        return f"'{self.name}' (info) is at most {self.most:g}{unit}"
+        return f"'{self.name}' (info) is at most {_quantity(self.most, self.unit)}"
 
 
 class Split(Config):
@@ -181,6 +175,20 @@ class Split(Config):
     start_steps: int = Field(default=0, ge=0)
     exploration: int = Field(default=0, ge=0)
     exploration_task: dict[str, Any] = Field(default_factory=dict)
+
+
+class Changes(TypedDict, total=False):
+    """Conventions that `Protocol.customise` changes; None leaves one as it is.
+
+    `split` leaves out the others; `exploration` counts the steps in each episode's world before the goal is told.
+    """
+
+    budget: int | None
+    episodes: int | None
+    seed: int | None
+    env_kwargs: Mapping[str, Any] | None
+    split: str | None
+    exploration: int | None
 
 
 class Protocol(Config):
@@ -283,38 +291,30 @@ class Protocol(Config):
         """Whether starts are reached by repeating what the logging policy did."""
         return any(split.start_steps for split in self.splits.values())
 
-    def customise(
-        self,
-        *,
-        budget: int | None = None,
-        episodes: int | None = None,
-        seed: int | None = None,
-        env_kwargs: Mapping[str, Any] | None = None,
-        split: str | None = None,
-        exploration: int | None = None,
-    ) -> "Protocol":
+    def customise(self, **changes: Unpack[Changes]) -> "Protocol":
         """Return the protocol with conventions changed; it then bears another name, but for a fresh seed.
 
-        `split` leaves out the others; `exploration` counts the steps in each episode's world before the goal is told.
+        Raises:
+            ConfigError: there is no such convention or split, or a value is out of range.
         """
-        values = self.model_dump()
-        if split is not None:
+        for name in changes:
+            if name not in Changes.__annotations__:
+                raise ConfigError(f"unknown convention {name!r}; {nearest(name, Changes.__annotations__)}")
+        values: dict[str, Any] = self.model_dump()
+        given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+        if "split" in given:
+            split = given["split"]
             if split not in self.splits:
                 raise ConfigError(f"protocol {self.title} has no split {split!r}; {nearest(split, self.splits)}")
             values["splits"] = {split: values["splits"][split]}
-        if exploration is not None:
-            values["splits"] = {name: {**each, "exploration": exploration} for name, each in values["splits"].items()}
-        if budget is not None:
-            values.update(budget=budget, budget_over_shortest=None)
-        if episodes is not None:
-            values["splits"] = {name: {**split, "episodes": episodes} for name, split in values["splits"].items()}
-        if env_kwargs:
-            values["env_kwargs"] = {**self.env_kwargs, **env_kwargs}
+        for each in values["splits"].values():
+            each.update((name, given[name]) for name in ("episodes", "exploration") if name in given)
+        if "budget" in given:
+            values.update(budget=given["budget"], budget_over_shortest=None)
+        values["env_kwargs"] |= given.get("env_kwargs", {})
         if Protocol.parse(values) != self:
             values["name"] = f"{self.name}-custom"
-        if seed is not None:
-            values["seed"] = seed
-        return Protocol.parse(values)
+        return Protocol.parse({**values, "seed": given.get("seed", self.seed)})
 
     def describe(self) -> list[str]:
         """Return every convention as a line of text."""
@@ -369,10 +369,9 @@ class Protocol(Config):
         ]
 
     def _describe_goals(self) -> list[str]:
-        unit = f" {self.success.unit}" if self.success.unit else ""
-        least = (
-            "" if self.least_distance is None else f" Start and goal lie more than {self.least_distance:g}{unit} apart."
-        )
+        least = ""
+        if self.least_distance is not None:
+            least = f" Start and goal lie more than {_quantity(self.least_distance, self.success.unit)} apart."
         if self.goal_source == "world":
             tasks = "; ".join(f"{name}: {_json(self.task(name))}" for name in self.splits)
             return [f"Starts and goals: the world draws them at reset from the task options {tasks}.{least}"]
@@ -403,6 +402,14 @@ class Protocol(Config):
 def _around(difference: np.ndarray, period: float) -> np.ndarray:
     """Return differences as they are, or the shorter way around a circle of this period."""
     return (difference + period / 2) % period - period / 2 if period else difference
+
+
+def _circle(period: float) -> str:
+    return f" (around a circle of {period:.4g})" if period else ""
+
+
+def _quantity(value: float, unit: str) -> str:
+    return f"{value:g} {unit}".rstrip()
 
 
 def _json(value: Any) -> str:

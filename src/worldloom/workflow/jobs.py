@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from worldloom.core.seams import Agent, WorldModel
 from worldloom.core.seeds import torch_generator
 from worldloom.data import EpisodeDataset, Frames, load_frames
 from worldloom.envs import register_envs
-from worldloom.evaluation import PROTOCOLS, Protocol, Results, default_protocol, gym_protocol
+from worldloom.evaluation import PROTOCOLS, Changes, Protocol, Results, default_protocol, gym_protocol
 from worldloom.evaluation import evaluate as evaluate_methods
 from worldloom.evaluation import explore as explore_worlds
 from worldloom.heads import (
@@ -269,23 +269,18 @@ def evaluate(
     protocol: str | None = None,
     success: str | None = None,
     goal_offset: int | None = None,
-    budget: int | None = None,
-    episodes: int | None = None,
-    seed: int | None = None,
     methods: Sequence[str] | None = None,
     others: Mapping[str, Callable[[], Agent]] | None = None,
-    env_kwargs: Mapping[str, Any] | None = None,
-    split: str | None = None,
-    exploration: int | None = None,
     progress: Progress = SILENT,
+    **changes: Unpack[Changes],
 ) -> Results:
     """Evaluate methods of a run and write `results.json` and `report.html`; see `report_path`.
 
     In a session, agents obey its rules, except the baselines that obey none, and go on from what its memory holds.
     `others` are agents from elsewhere, by the name of their row: see `worldloom.evaluation.ForeignPolicy`.
     The protocol is the one named, or the recipe's, or that of the run's world, or one whose goals the logging policy
-    reached; for the last, `success` says what counts, such as `position:3`. `split` takes a single split of the
-    protocol; `exploration` replaces the number of steps before the goal is given.
+    reached; for the last, `success` says what counts, such as `position:3`. `changes` are conventions to change: see
+    `worldloom.evaluation.Changes`.
 
     Raises:
         ConfigError: there is no such protocol or method, or `success` is needed and missing.
@@ -302,7 +297,7 @@ def evaluate(
     agents: dict[str, Callable[[], Agent]] = {name: partial(session.agent, name, compared=True) for name in chosen}
     agents |= others or {}
     results = evaluate_methods(
-        _protocol(run, protocol, success, goal_offset, budget, episodes, seed, env_kwargs or {}, split, exploration),
+        _protocol(run, protocol, success, goal_offset, **changes),
         agents,
         model=run.model.spec.fingerprint,
         training_seed=run.recipe.training.seed,
@@ -338,7 +333,7 @@ def explore(
     agent = session.agent(name)
     if not agent.explores:
         raise ConfigError(f"the method {name!r} does not explore; choose one that does, such as landmarks")
-    chosen = _protocol(session.run, protocol, None, None, None, episodes, seed, {}, split, 0)
+    chosen = _protocol(session.run, protocol, split=split, episodes=episodes, seed=seed, exploration=0)
     return explore_worlds(chosen, agent, steps, progress=progress)
 
 
@@ -364,14 +359,9 @@ def report_path(run: Run, results: Results) -> Path:
 def _protocol(
     run: Run,
     name: str | None,
-    success: str | None,
-    goal_offset: int | None,
-    budget: int | None,
-    episodes: int | None,
-    seed: int | None,
-    env_kwargs: Mapping[str, Any],
-    split: str | None = None,
-    exploration: int | None = None,
+    success: str | None = None,
+    goal_offset: int | None = None,
+    **changes: Unpack[Changes],
 ) -> Protocol:
     source = run.environment
     env_id = source.get("id")
@@ -381,15 +371,9 @@ def _protocol(
     if name is not None:
         if success is not None or goal_offset is not None:
             raise ConfigError(f"protocol {name!r} defines success and goals; leave out success and goal_offset")
-        return PROTOCOLS[name].customise(
-            budget=budget,
-            episodes=episodes,
-            seed=seed,
-            env_kwargs=env_kwargs or None,
-            split=split,
-            exploration=exploration,
-        )
-    if split is not None or exploration is not None:
+        return PROTOCOLS[name].customise(**changes)
+    given = {key: value for key, value in changes.items() if value is not None}
+    if "split" in given or "exploration" in given:
         raise ConfigError("a split or an exploration needs a named protocol; name one (--protocol)")
     if env_id is None:
         raise ConfigError("the dataset does not name its world; name a protocol (--protocol)")
@@ -399,13 +383,7 @@ def _protocol(
             f"position:3, or by the world's own signal with --success env"
         )
     offset = goal_offset or 25
-    options: dict[str, Any] = {"goal_offset": offset, "budget": budget or 2 * offset, "seed": seed or 0}
-    options |= {"episodes": episodes} if episodes is not None else {}
-    return gym_protocol(
-        env_id,
-        success=success,
-        policy=source.get("policy", "directed-walk"),
-        policy_options=source.get("policy_options") or {},
-        env_kwargs={**(source.get("kwargs") or {}), **env_kwargs},
-        **options,
-    )
+    logged: dict[str, Any] = {key: source[key] for key in ("policy", "policy_options") if source.get(key)}
+    conventions: dict[str, Any] = {"budget": 2 * offset, **logged, **given}
+    conventions["env_kwargs"] = {**(source.get("kwargs") or {}), **(changes.get("env_kwargs") or {})}
+    return gym_protocol(env_id, success=success, goal_offset=offset, **conventions)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from worldloom.core.closing import Closing
 from worldloom.core.errors import DataError
 from worldloom.core.types import ActionSpec, Observations, ObservationSpec
 from worldloom.deploy.wire import VERSION, Address, Connection, LinkError, WireMessage
@@ -63,7 +64,7 @@ class PlantReading:
             raise LinkError(f"observation {self.sequence} is not finite: {self.vector}; check the plant's sensors")
 
 
-class Link(ABC):
+class Link(Closing, ABC):
     """Receives the newest observation of a plant and sends it actions; methods may be called from any thread.
 
     `counts` counts observations: `received`, `unread` (replaced by a newer one before a `receive`), `lost` (never
@@ -114,12 +115,6 @@ class Link(ABC):
     def close(self) -> None:
         """Close the link; the plant applies its own safe action."""
         self._fail(LinkError("the link was closed on this side"))
-
-    def __enter__(self) -> "Link":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _put(self, reading: PlantReading) -> None:
         reading.check(self.observation)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import gymnasium
@@ -11,6 +10,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from jaxtyping import Bool, Int64
 
+from worldloom.core.closing import Closing
 from worldloom.core.errors import ConfigError, EnvironmentFailure
 from worldloom.core.registry import nearest
 from worldloom.core.types import Observations
@@ -99,7 +99,7 @@ class Frame:
         return sorted(name for name, info in infos if name[:1] != "_" and np.asarray(info).dtype.kind in "fiub")
 
 
-class VectorWorld:
+class VectorWorld(Closing):
     """`size` copies of a registered environment; close it, or use it in a `with` statement.
 
     Copies whose episode is over keep running unseen in every autoreset mode, and the last frame of an episode is always
@@ -123,14 +123,6 @@ class VectorWorld:
         self._stale = np.zeros(size, bool)
         self._first: Any = None  # what the last reset returned
         self._where: Where = lambda row: ""
-
-    def __enter__(self) -> "VectorWorld":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the environments."""

@@ -168,7 +168,8 @@ class VectorWorld(Closing):
                 infos[name][row] = info[name]
         rows, none = np.arange(self.size), np.zeros(self.size, bool)
         space = self._envs.single_observation_space
-        batch = self._call(lambda: concatenate(space, observations, create_empty_array(space, self.size)))
+        batch: Any = create_empty_array(space, self.size)
+        batch = self._call(lambda: concatenate(space, observations, batch))
         return self._frame(batch, infos, rows, none, none)
 
     def step(self, actions: np.ndarray, rows: Int64[np.ndarray, "R"], *, by: str = "") -> Frame:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from worldloom.core.errors import ConfigError
-from worldloom.envs import FourRoomsFactors, FourRoomsVectorEnv, MazeVectorEnv
+from worldloom.envs import FourRoomsFactors, RoomsVectorEnv
 from worldloom.envs.factors import DOORS
 from worldloom.envs.simulator import free
 from worldloom.envs.tasks import steps_from
@@ -25,7 +25,7 @@ def test_only_the_closing_door_closes_and_only_when_it_is_time(door: str) -> Non
 
 
 def test_it_is_seen_to_close_and_stops_who_would_pass() -> None:
-    env = FourRoomsVectorEnv(2, vary=(), factors={"closing_door": "up", "closing_step": 3})
+    env = RoomsVectorEnv("FourRooms", 2, vary=(), factors={"closing_door": "up", "closing_step": 3})
     env.reset(seed=0)
     env._simulator.position[:] = (20.0, 16.0)
     right = np.array([[1.0, 0.0], [0.0, 0.0]])
@@ -37,7 +37,7 @@ def test_it_is_seen_to_close_and_stops_who_would_pass() -> None:
 
 
 def test_it_waits_for_who_stands_in_it() -> None:
-    env = FourRoomsVectorEnv(1, vary=(), factors={"closing_door": "up", "closing_step": 1})
+    env = RoomsVectorEnv("FourRooms", 1, vary=(), factors={"closing_door": "up", "closing_step": 1})
     env.reset(seed=0)
     env._simulator.furnish(0, FourRoomsFactors(closing_door="up", closing_step=1))
     env._simulator.position[:] = (32.0, 16.0)
@@ -52,7 +52,7 @@ def test_it_waits_for_who_stands_in_it() -> None:
 
 
 def test_a_task_closes_the_door_on_its_way_and_leaves_another() -> None:
-    env = FourRoomsVectorEnv(6)
+    env = RoomsVectorEnv("FourRooms", 6)
     _, infos = env.reset(seed=3, options={"task": {"split": "cross-room", "closes_after": 8}})
     for row, factors in enumerate(env._simulator.factors):
         goal, start = infos["goal_position"][row].astype(float), infos["position"][row].astype(int)
@@ -67,4 +67,4 @@ def test_a_task_closes_the_door_on_its_way_and_leaves_another() -> None:
 
 def test_a_world_with_one_way_has_no_door_to_close() -> None:
     with pytest.raises(ConfigError, match="several doors, such as FourRooms"):
-        MazeVectorEnv(1).reset(seed=0, options={"task": {"closes_after": 8}})
+        RoomsVectorEnv("Maze", 1).reset(seed=0, options={"task": {"closes_after": 8}})

@@ -6,17 +6,17 @@ import pytest
 
 from worldloom.core.errors import ConfigError
 from worldloom.data import EpisodeDataset, collect
-from worldloom.envs import PitsFactors, PitsVectorEnv, TwoRoomVectorEnv
+from worldloom.envs import PitsFactors, RoomsVectorEnv
 from worldloom.envs.simulator import free
 
 MIDDLE = (32.0, 32.0, 12.0, 52.0, 52.0, 52.0)  # a pit in the middle, two below
 
 
-def room(count: int = 1, **factors: object) -> PitsVectorEnv:
-    return PitsVectorEnv(count, vary=(), factors={"pits": MIDDLE, **factors})
+def room(count: int = 1, **factors: object) -> RoomsVectorEnv:
+    return RoomsVectorEnv("Pits", count, vary=(), factors={"pits": MIDDLE, **factors})
 
 
-def put(env: PitsVectorEnv, *positions: tuple[float, float]) -> None:
+def put(env: RoomsVectorEnv, *positions: tuple[float, float]) -> None:
     env._simulator.position[:] = positions
 
 
@@ -80,7 +80,7 @@ def test_pits_move_bounce_and_are_seen() -> None:
 
 
 def test_tasks_lie_clear_of_pits_with_one_in_between_where_that_is_asked() -> None:
-    env = PitsVectorEnv(8)
+    env = RoomsVectorEnv("Pits", 8)
     for obstructed in (True, False):
         _, infos = env.reset(seed=1, options={"task": {"obstructed": obstructed, "min_distance": 20.0}})
         assert (infos["wall_between"] == obstructed).all()
@@ -94,7 +94,7 @@ def test_tasks_lie_clear_of_pits_with_one_in_between_where_that_is_asked() -> No
 
 @pytest.mark.parametrize("which", ["goal", "start"])
 def test_a_goal_or_a_start_may_lie_in_a_pit(which: str) -> None:
-    env = PitsVectorEnv(8)
+    env = RoomsVectorEnv("Pits", 8)
     _, infos = env.reset(seed=2, options={"task": {"in_a_pit": which, "min_distance": 12.0}})
     for row, factors in enumerate(env._simulator.factors):
         pits = factors.hazards()
@@ -107,7 +107,7 @@ def test_a_goal_or_a_start_may_lie_in_a_pit(which: str) -> None:
 
 def test_only_a_world_with_pits_has_a_goal_in_one() -> None:
     with pytest.raises(ConfigError, match="in_a_pit needs a world with pits"):
-        TwoRoomVectorEnv(1).reset(seed=0, options={"task": {"in_a_pit": "goal"}})
+        RoomsVectorEnv("TwoRoom", 1).reset(seed=0, options={"task": {"in_a_pit": "goal"}})
 
 
 def test_from_one_step_on_it_is_faster_and_the_wind_blows() -> None:

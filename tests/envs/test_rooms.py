@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 import worldloom.envs
 from worldloom.core.errors import ConfigError
-from worldloom.envs import FourRoomsFactors, MazeFactors, RoomFactors, TwoRoomEnv, TwoRoomFactors, TwoRoomVectorEnv
-from worldloom.envs.rooms import RoomsVectorEnv
+from worldloom.envs import FourRoomsFactors, MazeFactors, RoomEnv, RoomFactors, RoomsVectorEnv, TwoRoomFactors
 from worldloom.envs.simulator import Simulator, free
 
 WORLDS = ["worldloom/TwoRoom-v0", "worldloom/FourRooms-v0", "worldloom/Maze-v0", "worldloom/Pits-v0"]
@@ -97,7 +96,7 @@ def test_without_the_wall_there_is_a_single_room() -> None:
         simulator.step(np.array([[1.0, 0.0]]), np.ones(1, bool))
     assert simulator.position[0] == pytest.approx([50, 10])
     assert not factors.rooms(simulator.position).any()
-    envs = TwoRoomVectorEnv(1, factors={"wall": False})
+    envs = RoomsVectorEnv("TwoRoom", 1, factors={"wall": False})
     with pytest.raises(ConfigError, match="no start and goal"):
         envs.reset(seed=0, options={"task": {"split": "cross-room"}})
     envs.reset(seed=0, options={"task": {"split": "same-room"}})
@@ -129,7 +128,7 @@ def test_each_factor_changes_what_it_names_and_nothing_else(factors: type[RoomFa
     [("wall_colour", (10, 90, 10)), ("door_position", 45.0), ("distractors", 3), ("agent_radius", 3.5)],
 )
 def test_a_given_factor_is_seen_and_leaves_the_rest_alone(name: str, value: Any) -> None:
-    env = TwoRoomEnv(vary=["door_position", "agent_colour"])
+    env = RoomEnv("TwoRoom", vary=["door_position", "agent_colour"])
     before, infos = env.reset(seed=4, options={"factors": {"door_position": 20.0}})
     after, changed = env.reset(seed=4, options={"factors": {"door_position": 20.0, name: value}})
     assert (before != after).any()
@@ -140,8 +139,8 @@ def test_a_given_factor_is_seen_and_leaves_the_rest_alone(name: str, value: Any)
 
 
 def test_distractors_move_and_stop_nobody() -> None:
-    env = TwoRoomEnv(vary=[], factors={"distractors": 8})
-    plain = TwoRoomEnv(vary=[])
+    env = RoomEnv("TwoRoom", vary=[], factors={"distractors": 8})
+    plain = RoomEnv("TwoRoom", vary=[])
     frames, paths = [], []
     for each in (env, plain):
         frame, infos = each.reset(seed=1)
@@ -158,7 +157,7 @@ def test_distractors_move_and_stop_nobody() -> None:
 
 
 def test_frames_that_were_returned_are_not_written_again() -> None:
-    envs = TwoRoomVectorEnv(4)
+    envs = RoomsVectorEnv("TwoRoom", 4)
     first, _ = envs.reset(seed=0)
     kept = first.copy()
     envs.step(np.ones((4, 2), np.float32))
@@ -166,8 +165,8 @@ def test_frames_that_were_returned_are_not_written_again() -> None:
 
 
 def test_a_larger_frame_shows_the_same_world() -> None:
-    small, infos = TwoRoomEnv().reset(seed=9)
-    large, same = TwoRoomEnv(size=128).reset(seed=9)
+    small, infos = RoomEnv("TwoRoom").reset(seed=9)
+    large, same = RoomEnv("TwoRoom", size=128).reset(seed=9)
     assert (infos["position"] == same["position"]).all()
     assert np.abs(large.reshape(64, 2, 64, 2, 3).mean((1, 3)) - small).mean() < 3
 
@@ -188,14 +187,14 @@ def test_an_episode_ends_only_at_its_limit_and_the_next_begins() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: TwoRoomEnv(vary=["door_positon"]), "did you mean 'door_position'"),
-        (lambda: TwoRoomEnv(factors={"door_position": 3.0}, vary=[]), "door_position"),
-        (lambda: TwoRoomEnv(factors={"door_position": 30.0}), "both fixed and varied"),
-        (lambda: TwoRoomEnv().reset(options={"factor": {}}), "did you mean 'factors'"),
-        (lambda: TwoRoomEnv().reset(options={"factors": {"door_sise": 3}}), "did you mean 'door_size'"),
-        (lambda: TwoRoomEnv().reset(options={"task": {"split": "crossroom"}}), "split"),
-        (lambda: TwoRoomEnv(size=4), "16 to 512"),
-        (lambda: TwoRoomVectorEnv(2).reset(seed=[1]), "expected 2 seeds"),
+        (lambda: RoomEnv("TwoRoom", vary=["door_positon"]), "did you mean 'door_position'"),
+        (lambda: RoomEnv("TwoRoom", factors={"door_position": 3.0}, vary=[]), "door_position"),
+        (lambda: RoomEnv("TwoRoom", factors={"door_position": 30.0}), "both fixed and varied"),
+        (lambda: RoomEnv("TwoRoom").reset(options={"factor": {}}), "did you mean 'factors'"),
+        (lambda: RoomEnv("TwoRoom").reset(options={"factors": {"door_sise": 3}}), "did you mean 'door_size'"),
+        (lambda: RoomEnv("TwoRoom").reset(options={"task": {"split": "crossroom"}}), "split"),
+        (lambda: RoomEnv("TwoRoom", size=4), "16 to 512"),
+        (lambda: RoomsVectorEnv("TwoRoom", 2).reset(seed=[1]), "expected 2 seeds"),
         (lambda: _step(np.array([np.nan, 0.0])), "finite actions"),
     ],
 )
@@ -205,7 +204,7 @@ def test_bad_input_is_named(call: Any, message: str) -> None:
 
 
 def _step(action: np.ndarray) -> None:
-    env = TwoRoomEnv()
+    env = RoomEnv("TwoRoom")
     env.reset(seed=0)
     env.step(action)
 

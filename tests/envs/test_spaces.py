@@ -1,9 +1,11 @@
+import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
 
 from worldloom.core.errors import DataError, EnvironmentFailure
-from worldloom.envs.spaces import ActionAdapter, ObservationAdapter, make_vector_env, numeric_labels
+from worldloom.envs.spaces import ActionAdapter, ObservationAdapter, make_vector_env
+from worldloom.envs.vector_world import VectorWorld
 
 IMAGE = spaces.Box(0, 255, (4, 6, 3), np.uint8)
 VECTOR = spaces.Box(-1, 1, (2,), np.float64)
@@ -59,16 +61,20 @@ def test_unbounded_actions_are_refused() -> None:
         ActionAdapter(spaces.Box(-np.inf, np.inf, (1,), np.float32))
 
 
+class Telling(gymnasium.Env):
+    """Tells numbers, a text, and a number that only the copy of seed 0 has."""
+
+    observation_space, action_space = VECTOR, VECTOR
+
+    def reset(self, *, seed=None, options=None):
+        infos = {"position": np.zeros(2), "text": "a", "flag": True, **({"partial": 1.0} if seed == 0 else {})}
+        return np.zeros(2), infos
+
+
 def test_labels_are_the_numeric_columns_that_all_environments_have() -> None:
-    infos = {
-        "position": np.zeros((2, 2)),
-        "_position": np.array([True, True]),
-        "partial": np.zeros(2),
-        "_partial": np.array([True, False]),
-        "text": np.array(["a", "b"], dtype=object),
-        "flag": np.array([True, False]),
-    }
-    labels = numeric_labels(infos, 2)
+    gymnasium.register("tests/Telling-v0", entry_point=Telling)
+    with VectorWorld("tests/Telling-v0", 2) as world:
+        labels = world.labels(world.reset([0, 1], lambda row: ""))
     assert sorted(labels) == ["flag", "position"]
     assert labels["flag"].shape == (2, 1)
 

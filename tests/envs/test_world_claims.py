@@ -12,15 +12,13 @@ from hypothesis import strategies as st
 
 from worldloom.core.errors import ConfigError
 from worldloom.envs import (
-    FourRoomsEnv,
     FourRoomsFactors,
     MazeFactors,
-    MazeVectorEnv,
+    RoomEnv,
     RoomFactors,
+    RoomsVectorEnv,
     TaskOptions,
-    TwoRoomEnv,
     TwoRoomFactors,
-    TwoRoomVectorEnv,
 )
 from worldloom.envs.simulator import Simulator, free
 from worldloom.envs.tasks import draw_free, draw_task, steps_from
@@ -83,7 +81,7 @@ def test_the_native_batch_equals_gymnasiums_own(env_id: str) -> None:
 
 
 def test_a_seed_may_be_a_numpy_integer() -> None:
-    envs = TwoRoomVectorEnv(2)
+    envs = RoomsVectorEnv("TwoRoom", 2)
     assert np.array_equal(envs.reset(seed=np.int64(7))[0], envs.reset(seed=[7, 8])[0])
 
 
@@ -209,7 +207,7 @@ def test_every_maze_holds_goals_more_than_100_steps_away() -> None:
 
 
 def test_far_tasks_are_redrawn_the_same_from_the_same_seed() -> None:
-    draws = [MazeVectorEnv(2).reset(seed=[3, 9], options={"task": {"min_steps": 101}})[1] for _ in range(2)]
+    draws = [RoomsVectorEnv("Maze", 2).reset(seed=[3, 9], options={"task": {"min_steps": 101}})[1] for _ in range(2)]
     for name, column in draws[0].items():
         assert np.array_equal(column, draws[1][name]), name
 
@@ -218,7 +216,7 @@ def test_distractors_stay_in_the_picture_and_repeat_from_the_same_seed() -> None
     factors = {"distractors": 4, "distractor_colour": (0, 0, 255), "floor_colour": (0, 0, 0), "wall_colour": (0, 0, 0)}
     runs = []
     for _ in range(2):
-        env = TwoRoomEnv(vary=[], factors=factors)
+        env = RoomEnv("TwoRoom", vary=[], factors=factors)
         frames = [env.reset(seed=2)[0]] + [env.step(np.zeros(2, np.float32))[0] for _ in range(60)]
         runs.append(np.stack(frames))
     assert np.array_equal(*runs)
@@ -228,7 +226,7 @@ def test_distractors_stay_in_the_picture_and_repeat_from_the_same_seed() -> None
 
 
 def test_a_distractor_turns_back_at_the_edge() -> None:
-    env = TwoRoomEnv(vary=[], factors={"distractors": 1})
+    env = RoomEnv("TwoRoom", vary=[], factors={"distractors": 1})
     frames = [env.reset(seed=2)[0]] + [env.step(np.zeros(2, np.float32))[0] for _ in range(300)]
     assert (np.diff(np.stack(frames[100:]).astype(int), axis=0) != 0).any((1, 2, 3)).mean() > 0.9
 
@@ -236,7 +234,7 @@ def test_a_distractor_turns_back_at_the_edge() -> None:
 @pytest.mark.parametrize("size", [48, 64, 200])
 def test_the_picture_shows_the_agent_where_it_is_at_any_resolution(size: int) -> None:
     factors = {"agent_colour": (255, 0, 0), "floor_colour": (0, 0, 0), "wall_colour": (0, 0, 0)}
-    frames, infos = TwoRoomVectorEnv(30, vary=["agent_radius"], factors=factors, size=size).reset(seed=1)
+    frames, infos = RoomsVectorEnv("TwoRoom", 30, vary=["agent_radius"], factors=factors, size=size).reset(seed=1)
     grid = (np.arange(size) + 0.5) * 64 / size
     red = frames[..., 0] / 255.0
     area = red.sum((1, 2))
@@ -248,10 +246,13 @@ def test_the_picture_shows_the_agent_where_it_is_at_any_resolution(size: int) ->
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: FourRoomsEnv(vary=[], factors={"door_positions": (32, 48, 16, 48)}), r"door_positions\.0"),
-        (lambda: FourRoomsEnv().reset(options={"factors": {"door_positions": (16, 48, 16, 99)}}), r"door_positions\.3"),
-        (lambda: TwoRoomVectorEnv(0), "at least 1"),
-        (lambda: TwoRoomEnv().reset(options={"task": {"min_step": 3}}), "did you mean 'min_steps'"),
+        (lambda: RoomEnv("FourRooms", vary=[], factors={"door_positions": (32, 48, 16, 48)}), r"door_positions\.0"),
+        (
+            lambda: RoomEnv("FourRooms").reset(options={"factors": {"door_positions": (16, 48, 16, 99)}}),
+            r"door_positions\.3",
+        ),
+        (lambda: RoomsVectorEnv("TwoRoom", 0), "at least 1"),
+        (lambda: RoomEnv("TwoRoom").reset(options={"task": {"min_step": 3}}), "did you mean 'min_steps'"),
     ],
 )
 def test_what_is_out_of_range_or_misspelt_is_named(call: Any, message: str) -> None:

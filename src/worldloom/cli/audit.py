@@ -41,9 +41,9 @@ def verify(
         raise DataError(f"{log}: the recorded situation of entry {damaged[0]} is missing or was changed")
     answer(
         json,
-        {"length": verdict.length, "hash": verdict.head.hash},
-        f"{log}: all {verdict.length} entries are whole",
-        f"to detect truncation later, keep {verdict.length}:{verdict.head.hash}",
+        {"length": verdict.head.length, "hash": verdict.head.hash},
+        f"{log}: all {verdict.head.length} entries are whole",
+        f"to detect truncation later, keep {verdict.head.length}:{verdict.head.hash}",
     )
 
 

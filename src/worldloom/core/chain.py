@@ -15,9 +15,9 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from worldloom.core.closing import Closing
 from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import exclusive_lock, storage_errors
 from worldloom.core.progress import SILENT, Progress
@@ -37,6 +37,9 @@ class ChainHead:
     hash: str
 
 
+_EMPTY = ChainHead(length=0, hash=NOTHING)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One entry of a chain."""
@@ -51,6 +54,11 @@ class Entry:
         """The SHA-256 of everything else."""
         return hashlib.sha256(canonical(self._values()).encode("ascii")).hexdigest()
 
+    @property
+    def head(self) -> ChainHead:
+        """The head of the chain that ends with this entry."""
+        return ChainHead(length=self.index + 1, hash=self.hash)
+
     def line(self) -> str:
         """Return the entry as it is written, without the end of the line."""
         return canonical({**self._values(), "hash": self.hash})
@@ -61,9 +69,8 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What verification found: all `length` entries are whole, or the first that is `broken`, and why."""
+    """What verification found: all entries up to `head` are whole, or the first that is `broken`, and why."""
 
-    length: int
     head: ChainHead
     broken: int | None = None
     why: str = ""
@@ -94,7 +101,7 @@ def _check_depth(value: Any, left: int) -> None:
             _check_depth(part, left - 1)
 
 
-class Chain:
+class Chain(Closing):
     """A chain open for writing by one process; each entry is whole on the disk before `append` returns.
 
     Raises:
@@ -109,7 +116,7 @@ class Chain:
             stack.enter_context(exclusive_lock(self.path.with_name(f".{self.path.name}.lock"), busy))
             with storage_errors(self.path):
                 self._cut_torn_end()
-                verdict = verify(self.path) if self.path.exists() else Verdict(length=0, head=_EMPTY)
+                verdict = verify(self.path) if self.path.exists() else Verdict(head=_EMPTY)
                 if verdict.broken is not None:
                     raise DataError(
                         f"{self.path} does not verify: entry {verdict.broken} {verdict.why}. Keep it as evidence, and "
@@ -140,20 +147,12 @@ class Chain:
             except OSError:
                 os.ftruncate(self._file.fileno(), before)
                 raise
-        self.head = ChainHead(length=entry.index + 1, hash=entry.hash)
+        self.head = entry.head
         return entry
 
     def close(self) -> None:
         """Close the file and release its lock."""
         self._release.close()
-
-    def __enter__(self) -> "Chain":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _cut_torn_end(self) -> None:
         """Cut off an unfinished entry that a killed process left: it was never acknowledged."""
@@ -194,12 +193,12 @@ class Tail:
             file.seek(self._offset)
             content = file.read()
         for line in content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]:
-            entry, why = read_entry(line + b"\n", self._head.length, self._head.hash)
+            entry, why = read_entry(line + b"\n", self._head)
             if entry is None:
                 raise DataError(f"{self.path} does not verify: entry {self._head.length} {why}")
             found.append(entry)
             self._offset += len(line) + 1
-            self._head = ChainHead(length=entry.index + 1, hash=entry.hash)
+            self._head = entry.head
         return found
 
 
@@ -211,9 +210,9 @@ def entries(path: Path | str, *, progress: Progress = SILENT) -> Iterator[Entry]
         DataError: an entry does not verify; it is named.
     """
     with closing(_walk(Path(path), progress)) as walk:
-        for entry, broken, why in walk:
+        for index, (entry, why) in enumerate(walk):
             if entry is None:
-                raise DataError(f"{path} does not verify: entry {broken} {why}")
+                raise DataError(f"{path} does not verify: entry {index} {why}")
             yield entry
 
 
@@ -223,42 +222,38 @@ def verify(path: Path | str, *, kept: ChainHead | None = None, progress: Progres
     Raises:
         StorageError: there is no such file.
     """
-    head, at_kept = _EMPTY, kept is None or kept == _EMPTY
-    for entry, broken, why in _walk(Path(path), progress):
+    head = _EMPTY
+    for entry, why in _walk(Path(path), progress):
         if entry is None:
-            return Verdict(length=head.length, head=head, broken=broken, why=why)
-        head = ChainHead(length=entry.index + 1, hash=entry.hash)
-        if kept is not None and head.length == kept.length:
-            at_kept = head == kept
-            if not at_kept:
-                why = "is not the one that the kept head saw"
-                return Verdict(length=head.length, head=head, broken=entry.index, why=why)
-    if not at_kept:
-        assert kept is not None
+            return Verdict(head=head, broken=head.length, why=why)
+        head = entry.head
+        if kept is not None and kept.length == head.length and kept != head:
+            return Verdict(head=head, broken=entry.index, why="is not the one that the kept head saw")
+    if kept is not None and kept.length > head.length:
         why = f"and all after it are gone: the kept head saw {kept.length} entries"
-        return Verdict(length=head.length, head=head, broken=head.length, why=why)
-    return Verdict(length=head.length, head=head)
+        return Verdict(head=head, broken=head.length, why=why)
+    return Verdict(head=head)
 
 
-def _walk(path: Path, progress: Progress) -> Generator[tuple[Entry | None, int, str], None, None]:
-    """Yield each entry with its index, or, at the first that is broken, None and why."""
-    previous = NOTHING
+def _walk(path: Path, progress: Progress) -> Generator[tuple[Entry | None, str], None, None]:
+    """Yield each entry, or, at the first that is broken, None and why."""
+    head = _EMPTY
     with (
         storage_errors(path),
         path.open("rb") as file,
         progress.task(f"verify {path.name}", os.fstat(file.fileno()).st_size, "byte") as task,
     ):
-        for index, line in enumerate(file):
-            entry, why = read_entry(line, index, previous)
+        for line in file:
+            entry, why = read_entry(line, head)
             task.advance(len(line))
-            yield entry, index, why
+            yield entry, why
             if entry is None:
                 return
-            previous = entry.hash
+            head = entry.head
 
 
-def read_entry(line: bytes, index: int, previous: str) -> tuple[Entry | None, str]:
-    """Read the line of the `index`-th entry, which follows the one of hash `previous`; or say what is wrong with it."""
+def read_entry(line: bytes, head: ChainHead) -> tuple[Entry | None, str]:
+    """Read the line of the entry that follows `head`, or return None and what is wrong with it."""
     if not line.endswith(b"\n"):
         return None, "is not whole"
     try:
@@ -269,9 +264,6 @@ def read_entry(line: bytes, index: int, previous: str) -> tuple[Entry | None, st
         return None, "is no entry of a chain"
     if not same:
         return None, "was changed: its hash is another"
-    if entry.index != index or entry.previous != previous:
+    if (entry.index, entry.previous) != (head.length, head.hash):
         return None, "does not follow the one before"
     return entry, ""
-
-
-_EMPTY = ChainHead(length=0, hash=NOTHING)

@@ -1,6 +1,5 @@
 """The base of what must be closed."""
 
-from types import TracebackType
 from typing import TypeVar
 
 Entered = TypeVar("Entered", bound="Closing")
@@ -15,7 +14,5 @@ class Closing:
     def __enter__(self: Entered) -> Entered:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -113,6 +113,18 @@ class ActionSpec:
         """The number of dimensions of one environment action."""
         return len(self.low)
 
+    def clip(self, action: Any) -> Float32[np.ndarray, "A"]:
+        """Return one action within the bounds, as float32.
+
+        Raises:
+            DataError: it has another size, or is not finite.
+        """
+        values = np.asarray(action, np.float32).reshape(-1)
+        if values.size != self.size or not np.isfinite(values).all():
+            raise DataError(f"expected an action of {self.size} finite values; got {action}")
+        clipped: np.ndarray = np.clip(values, np.array(self.low, np.float32), np.array(self.high, np.float32))
+        return clipped
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:

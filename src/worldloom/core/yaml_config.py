@@ -24,18 +24,12 @@ def read_yaml(path: Path | str, kind: type[ConfigT]) -> ConfigT:
         ConfigError: see `parse_yaml`.
     """
     with storage_errors(path), Path(path).open("rb") as file:
-        content = file.read(_LARGEST + 1)
-    if len(content) > _LARGEST:
-        raise ConfigError(_too_large(str(path)))
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
-    return parse_yaml(text, kind, source=str(path))
+        content = file.read(_LARGEST + 1)  # one byte more than is read, so that a larger file is refused
+    return parse_yaml(content, kind, source=str(path))
 
 
-def parse_yaml(text: str, kind: type[ConfigT], *, source: str = "the text") -> ConfigT:
-    """Build a configuration from YAML.
+def parse_yaml(text: str | bytes, kind: type[ConfigT], *, source: str = "the text") -> ConfigT:
+    """Build a configuration from YAML, which is UTF-8 where it is bytes.
 
     Only plain values are read. Tags (which can construct objects), anchors (which can expand a small text enormously)
     and duplicate keys are refused.
@@ -53,32 +47,24 @@ def parse_yaml(text: str, kind: type[ConfigT], *, source: str = "the text") -> C
         raise ConfigError(f"{source}: {error}") from None
 
 
-def _too_large(source: str) -> str:
-    return f"{source} is larger than {_LARGEST} bytes; expected what a person writes"
-
-
-def _load(text: str, source: str) -> tuple[dict[str, Any], dict[Place, int]]:
+def _load(text: str | bytes, source: str) -> tuple[dict[str, Any], dict[Place, int]]:
     import yaml
 
-    if len(text.encode("utf-8", "surrogatepass")) > _LARGEST:
-        raise ConfigError(_too_large(source))
-    begins = (
-        yaml.BlockSequenceStartToken,
-        yaml.BlockMappingStartToken,
-        yaml.FlowSequenceStartToken,
-        yaml.FlowMappingStartToken,
-    )
-    ends = (yaml.BlockEndToken, yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
+    content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    if len(content) > _LARGEST:
+        raise ConfigError(f"{source} is larger than {_LARGEST} bytes; expected what a person writes")
+    try:
+        text = text if isinstance(text, str) else content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source} is not UTF-8 text ({error}); save it as UTF-8") from None
     try:
         depth = 0
-        for token in yaml.scan(text, Loader=yaml.SafeLoader):
-            depth += isinstance(token, begins) - isinstance(token, ends)
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            line = event.start_mark.line + 1
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST:
-                raise ConfigError(
-                    f"{source}, line {token.start_mark.line + 1}: nested too deeply; expected at most {_DEEPEST} levels"
-                )
-            if isinstance(token, yaml.AnchorToken | yaml.AliasToken | yaml.TagToken):
-                line = token.start_mark.line + 1
+                raise ConfigError(f"{source}, line {line}: nested too deeply; expected at most {_DEEPEST} levels")
+            if getattr(event, "anchor", None) or getattr(event, "tag", None):
                 raise ConfigError(f"{source}, line {line}: anchors, aliases and tags are not read; write the value out")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:

@@ -12,12 +12,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
-from worldloom.core.errors import ConfigError, PlanningError, WorldloomError
+from worldloom.core.errors import ConfigError, DataError, PlanningError, WorldloomError
 from worldloom.core.seams import Agent
 from worldloom.core.types import Goal
 from worldloom.deploy.link import Link, LinkError, PlantReading
@@ -123,15 +123,7 @@ class ControlReport:
             "commands": dict(Counter(period.kind or "none" for period in self.periods)),
             "misses": len(self.misses),
             "miss_causes": dict(Counter(miss.cause for miss in self.misses)),
-            "missed": [
-                {
-                    "period": miss.period,
-                    "seconds": round(miss.seconds, 4),
-                    "cause": miss.cause,
-                    "observation": miss.observation,
-                }
-                for miss in self.misses
-            ],
+            "missed": [asdict(miss) | {"seconds": round(miss.seconds, 4)} for miss in self.misses],
             "jitter_ms": _percentiles([period.began for period in self.periods]),
             "plan_ms": _percentiles(self.plans),
             "command_ms": _percentiles([period.sent for period in self.periods if period.sent is not None]),
@@ -196,7 +188,8 @@ class ControlLoop:
         self._last: np.ndarray | None = None
         self._period = Period(number=-1)
         self._unanswered_before: int | None = None
-        self._reading: PlantReading | None = None
+        self.reading: PlantReading | None = None
+        """The newest reading that a period used."""
         self._worker = _Worker(agent)
 
     def stop(self) -> None:
@@ -207,11 +200,6 @@ class ControlLoop:
     def aim(self, goal: Goal) -> None:
         """Give the agent another goal during `run`; it takes effect with the next observation."""
         self._worker.aim(goal)
-
-    @property
-    def reading(self) -> PlantReading | None:
-        """The newest reading that a period used."""
-        return self._reading
 
     def run(self, goal: Goal, *, duration: float | None = None) -> ControlReport:
         """Drive the plant towards a goal (of a batch of one) for `duration` seconds, or until `stop` or Ctrl-C.
@@ -224,8 +212,7 @@ class ControlLoop:
         """
         if self.report.ended != "running" or self._schedule is not None:
             raise ConfigError("a control loop runs only once; create another")
-        worker = self._worker
-        worker.aim(goal)
+        self._worker.aim(goal)
         # How often Python switches threads during planning; the default of 5 ms is a tenth of a period.
         switching = sys.getswitchinterval()
         sys.setswitchinterval(min(switching, 0.001))
@@ -233,11 +220,11 @@ class ControlLoop:
         try:
             reading = self._link.receive(max(2.0, 4 / self._rate))
             if reading is not None:
-                worker.prepare(reading)
+                self._worker.prepare(reading)
             first = self._link.receive(max(2.0, 4 / self._rate))
             if first is None:
                 raise LinkError("no observation arrived at the start; check the plant")
-            self._drive(worker, first, duration)
+            self._drive(first, duration)
             ended = "stopped" if self._asked_to_stop else "done"
         except KeyboardInterrupt:
             ended = "interrupted"
@@ -247,13 +234,13 @@ class ControlLoop:
         finally:
             self._stopping.set()
             sys.setswitchinterval(switching)
-            worker.stop()
+            self._worker.stop()
             self._leave_safe()
             self.report.ended = ended
             self.report.link = dict(self._link.counts)
         return self.report
 
-    def _drive(self, worker: "_Worker", first: PlantReading, duration: float | None) -> None:
+    def _drive(self, first: PlantReading, duration: float | None) -> None:
         period = 1 / self._rate
         # The loop wakes shortly after the plant's observations, so that network jitter does not matter.
         schedule = Schedule(start=first.arrived + 0.05 * period, period=period, deadline=self._deadline)
@@ -285,17 +272,17 @@ class ControlLoop:
                             kind=None if after is None else "watchdog",
                         )
                     )
-                    worker.mark_gap()
-                reading = self._one(schedule, current, worker, reading)
+                    self._worker.mark_gap()
+                reading = self._one(schedule, current, reading)
                 number = current + 1
         finally:
             self._stopping.set()
             if self._guarded:
                 watching.join(timeout=1.0)
 
-    def _one(self, schedule: Schedule, number: int, worker: "_Worker", before: PlantReading) -> PlantReading:
+    def _one(self, schedule: Schedule, number: int, before: PlantReading) -> PlantReading:
         """Run one period; return the newest reading."""
-        began, due = schedule.begins(number), schedule.due(number)
+        began, due, worker = schedule.begins(number), schedule.due(number), self._worker
         period = Period(number=number, began=time.monotonic() - began)
         self._period = period
         # Wait for a slightly late observation, as long as half of the deadline is left for planning.
@@ -305,7 +292,7 @@ class ControlLoop:
             self.report.skipped += range(before.sequence + 1, reading.sequence)
         else:
             self.report.stale.append(number)
-        self._reading = reading
+        self.reading = reading
         self._hear_of_overdue()
         if fresh and number > 1:  # the first commands are in transit
             if self._unanswered_before is None:
@@ -314,21 +301,22 @@ class ControlLoop:
         now = time.monotonic()
         period.observation, period.age = reading.sequence, now - reading.arrived
         if self._safe_rule is not None:
-            self._safe = self._within(self._safe_rule(reading))
+            self._safe = self._link.action.clip(self._safe_rule(reading))
         cause = None
         if period.age > self._max_age:
             cause = "no observation came"
             worker.mark_gap()
         elif worker.busy:
-            cause = self._take_late(worker, period, due)
+            cause = self._take_late(period, due)
         else:
             worker.ask(reading, now + _PLANNING_SHARE * (due - now))
-            cause = self._take(worker, period, due, "agent")
+            cause = self._take(period, due, "agent")
         if cause is not None:
             self._command(period, None, "safe")
             if not self._stopping.is_set():  # an aborted period is not a miss
                 self._missed(number, cause, reading.sequence)
-        self._collect_times(worker)
+        self.report.plans += worker.times()
+        self.report.restarts = worker.restarts
         self.report.periods.append(period)
         if self._on_period is not None:
             self._on_period(self.report)
@@ -343,8 +331,9 @@ class ControlLoop:
                 if period.observation == number and period.kind == "agent" and not missed:
                     self._missed(period.number, "it came late to the plant", number)
 
-    def _take(self, worker: "_Worker", period: Period, due: float, kind: Command) -> str | None:
+    def _take(self, period: Period, due: float, kind: Command) -> str | None:
         """Wait for the agent's action until it is due, and send it; return the cause of a failure."""
+        worker = self._worker
         answer = worker.wait(due, self._stopping)
         if answer is None:
             return "the plan was late"
@@ -352,8 +341,8 @@ class ControlLoop:
             self._command(period, None, "safe")
             raise answer.error
         try:
-            action = self._within(answer.action)
-        except PlanningError as error:
+            action = self._link.action.clip(answer.action)
+        except DataError as error:
             worker.mark_gap()
             _log.warning("%s", error)
             return "the action was not valid"
@@ -367,24 +356,16 @@ class ControlLoop:
             self._missed(period.number, "sent too late", period.observation)
         return None
 
-    def _take_late(self, worker: "_Worker", period: Period, due: float) -> str | None:
+    def _take_late(self, period: Period, due: float) -> str | None:
         """Handle a plan of an earlier period that is not ready yet: use it if allowed, else ignore it."""
-        worker.mark_gap()
-        asked = worker.asked
+        self._worker.mark_gap()
+        asked = self._worker.asked
         if self._late == "use if fresh" and asked is not None:
             answer_by = min(due, asked.arrived + self._max_age)
             if answer_by > time.monotonic():
-                cause = self._take(worker, period, answer_by, "late")
+                cause = self._take(period, answer_by, "late")
                 return "the planner was still busy" if cause == "the plan was late" else cause
         return "the planner was still busy"
-
-    def _within(self, action: np.ndarray | None) -> np.ndarray:
-        spec = self._link.action
-        values = np.asarray(action, np.float32).reshape(-1)
-        if values.size != spec.size or not np.isfinite(values).all():
-            raise PlanningError(f"expected an action of {spec.size} finite values; got {action}")
-        clipped: np.ndarray = np.clip(values, np.array(spec.low, np.float32), np.array(spec.high, np.float32))
-        return clipped
 
     def _command(self, period: Period, action: np.ndarray | None, kind: Command, answers: int | None = None) -> bool:
         """Send one command for a period (None: the safe action); return whether it is the first one."""
@@ -409,10 +390,6 @@ class ControlLoop:
         seconds = number / self._rate + self._deadline
         self.report.misses.append(Miss(period=number, seconds=seconds, cause=cause, observation=observation))
         _log.warning("period %d, %.3f s: deadline missed, %s", number, seconds, cause)
-
-    def _collect_times(self, worker: "_Worker") -> None:
-        self.report.plans += worker.times()
-        self.report.restarts = worker.restarts
 
     def _watch(self) -> None:
         """Send the safe action in each period in which the loop has sent nothing shortly after the deadline."""
@@ -457,10 +434,7 @@ def _safe_rule(
         if safe_action != "hold":
             raise ConfigError(f"a safe action is 'hold', values or a function; got {safe_action!r}")
         return None, None
-    if callable(safe_action):
-        values = np.asarray(safe_action(None), np.float32).reshape(-1)
-    else:
-        values = np.asarray(safe_action, np.float32).reshape(-1)
+    values = np.asarray(safe_action(None) if callable(safe_action) else safe_action, np.float32).reshape(-1)
     low, high = (np.array(bound, np.float32) for bound in (link.action.low, link.action.high))
     if values.size != link.action.size or not bool(((values >= low) & (values <= high)).all()):
         raise ConfigError(

@@ -9,12 +9,13 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
 
+from worldloom.core.closing import Closing
 from worldloom.core.errors import DataError
 from worldloom.core.types import ActionSpec, Observations, ObservationSpec
 from worldloom.deploy.wire import VERSION, Address, Connection, LinkError, WireMessage
@@ -63,7 +64,7 @@ class PlantReading:
             raise LinkError(f"observation {self.sequence} is not finite: {self.vector}; check the plant's sensors")
 
 
-class Link(ABC):
+class Link(Closing, ABC):
     """Receives the newest observation of a plant and sends it actions; methods may be called from any thread.
 
     `counts` counts observations: `received`, `unread` (replaced by a newer one before a `receive`), `lost` (never
@@ -115,12 +116,6 @@ class Link(ABC):
         """Close the link; the plant applies its own safe action."""
         self._fail(LinkError("the link was closed on this side"))
 
-    def __enter__(self) -> "Link":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _put(self, reading: PlantReading) -> None:
         reading.check(self.observation)
         with self._changed:
@@ -142,14 +137,10 @@ class Link(ABC):
     def _over(self) -> bool:
         return self._failure is not None
 
-    def _checked(self, action: np.ndarray) -> np.ndarray:
-        values = np.asarray(action, np.float32).reshape(-1)
-        if values.size != self.action.size or not np.isfinite(values).all():
-            raise DataError(f"this plant takes actions of {self.action.size} finite values; got {action}")
-        clipped: np.ndarray = np.clip(
-            values, np.array(self.action.low, np.float32), np.array(self.action.high, np.float32)
-        )
-        return clipped
+    def _checked(self, action: np.ndarray) -> Float32[np.ndarray, "A"]:
+        if self._failure is not None:
+            raise self._failure
+        return self.action.clip(action)
 
 
 class CallbackLink(Link):
@@ -178,10 +169,9 @@ class CallbackLink(Link):
 
     def send(self, action: Float32[np.ndarray, "A"], *, kind: str = "agent", answers: int = -1) -> None:
         """Call `write`; see `Link`."""
-        if self._failure is not None:
-            raise self._failure
+        values = self._checked(action)
         with self._writing:
-            self._write(self._checked(action))
+            self._write(values)
 
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> None:
         """Call the reset function, if there is one, with the seed."""
@@ -202,26 +192,13 @@ class CallbackLink(Link):
                     continue
                 now = time.monotonic()
                 sequence = number if reading.sequence < 0 else reading.sequence
-                self._put(
-                    PlantReading(
-                        pixels=reading.pixels,
-                        vector=reading.vector,
-                        labels=reading.labels,
-                        sequence=sequence,
-                        sent=reading.sent or now,
-                        arrived=now,
-                        episode=episode,
-                        safe=reading.safe,
-                        unanswered=reading.unanswered,
-                    )
-                )
+                sent = reading.sent or now
+                self._put(replace(reading, sequence=sequence, sent=sent, arrived=now, episode=episode))
                 number = sequence + 1
+            except LinkError as error:
+                self._fail(error)
             except Exception as error:  # any error of the user's function is raised by the next `receive`
-                self._fail(
-                    error
-                    if isinstance(error, LinkError)
-                    else LinkError(f"reading failed: {type(error).__name__}: {error}")
-                )
+                self._fail(LinkError(f"reading failed: {type(error).__name__}: {error}"))
 
 
 class SocketLink(Link):
@@ -264,8 +241,6 @@ class SocketLink(Link):
     def send(self, action: Float32[np.ndarray, "A"], *, kind: str = "agent", answers: int = -1) -> None:
         """Send an action; see `Link`."""
         values = self._checked(action)
-        if self._failure is not None:
-            raise self._failure
         with self._numbering:
             fields = {"sequence": self._sequence, "time": time.monotonic(), "kind": kind, "answers": answers}
             self._sequence += 1

@@ -5,16 +5,7 @@ from typing import TYPE_CHECKING, Any
 from worldloom.envs.factors import FourRoomsFactors, MazeFactors, PitsFactors, RoomFactors, TwoRoomFactors
 from worldloom.envs.registration import register_envs
 from worldloom.envs.rendering import GL_REMEDY
-from worldloom.envs.rooms import (
-    FourRoomsEnv,
-    FourRoomsVectorEnv,
-    MazeEnv,
-    MazeVectorEnv,
-    PitsEnv,
-    PitsVectorEnv,
-    TwoRoomEnv,
-    TwoRoomVectorEnv,
-)
+from worldloom.envs.rooms import RoomEnv, RoomsVectorEnv
 from worldloom.envs.tasks import Task, TaskOptions
 
 if TYPE_CHECKING:
@@ -22,22 +13,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GL_REMEDY",
-    "FourRoomsEnv",
     "FourRoomsFactors",
-    "FourRoomsVectorEnv",
     "Frame",
-    "MazeEnv",
     "MazeFactors",
-    "MazeVectorEnv",
-    "PitsEnv",
     "PitsFactors",
-    "PitsVectorEnv",
+    "RoomEnv",
     "RoomFactors",
+    "RoomsVectorEnv",
     "Task",
     "TaskOptions",
-    "TwoRoomEnv",
     "TwoRoomFactors",
-    "TwoRoomVectorEnv",
     "VectorWorld",
     "Where",
     "register_envs",

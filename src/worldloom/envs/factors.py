@@ -6,7 +6,7 @@ Lengths are in px: 1/64 of the side of the world, whatever the resolution it is 
 import colorsys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -14,7 +14,7 @@ from pydantic import Field
 
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError
-from worldloom.core.registry import nearest
+from worldloom.core.registry import Registry, nearest
 
 SIDE = 64.0
 Byte = Annotated[int, Field(ge=0, le=255)]
@@ -22,12 +22,20 @@ Colour = tuple[Byte, Byte, Byte]
 Near = Annotated[float, Field(ge=8, le=22)]  # a door in the half of a wall that begins at 0
 Far = Annotated[float, Field(ge=42, le=56)]  # ... and in the half that ends at 64
 Place = Annotated[float, Field(ge=8, le=56)]  # of the middle of a pit
+Axis = Literal["vertical", "horizontal"]
 DOORS = ("up", "down", "left", "right")  # of four rooms
-Draw = Callable[[np.random.Generator], Any]
+ClosingDoor = Literal["none", "up", "down", "left", "right"]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How a factor is drawn when it varies: an annotation of its field."""
+
+    value: Callable[[np.random.Generator], Any]
 
 
 def _uniform(low: float, high: float) -> Draw:
-    return lambda rng: float(rng.uniform(low, high))
+    return Draw(lambda rng: float(rng.uniform(low, high)))
 
 
 def _colour(saturation: float, low: float, high: float) -> Draw:
@@ -35,7 +43,12 @@ def _colour(saturation: float, low: float, high: float) -> Draw:
         red, green, blue = colorsys.hsv_to_rgb(rng.random(), saturation, rng.uniform(low, high))
         return round(255 * red), round(255 * green), round(255 * blue)
 
-    return draw
+    return Draw(draw)
+
+
+def _doors(rng: np.random.Generator) -> tuple[float, ...]:
+    near, far = rng.uniform(10, 20, 2), rng.uniform(44, 54, 2)
+    return float(near[0]), float(far[0]), float(near[1]), float(far[1])
 
 
 class RoomFactors(Config):
@@ -45,40 +58,33 @@ class RoomFactors(Config):
     then turned by so many degrees (clockwise on the picture), before it moves the agent.
     """
 
-    agent_radius: float = Field(2.5, ge=1, le=4)
-    agent_speed: float = Field(2.5, gt=0, le=4)
-    action_turn: Literal[0, 90, 180, 270] = 0
-    action_mirror: bool = False
-    agent_colour: Colour = (214, 60, 50)
-    wall_colour: Colour = (60, 64, 72)
-    floor_colour: Colour = (235, 232, 224)
-    wall_thickness: float = Field(4.0, ge=1, le=8)
-    distractors: int = Field(0, ge=0, le=8)
-    distractor_colour: Colour = (70, 130, 200)
+    varies: ClassVar[tuple[str, ...]] = ()
+    """The factors that a world of this kind varies by default."""
+
+    agent_radius: Annotated[float, _uniform(1.5, 3.5)] = Field(2.5, ge=1, le=4)
+    agent_speed: Annotated[float, _uniform(1.5, 3.0)] = Field(2.5, gt=0, le=4)
+    action_turn: Annotated[Literal[0, 90, 180, 270], Draw(lambda rng: int(rng.choice([0, 90, 180, 270])))] = 0
+    action_mirror: Annotated[bool, Draw(lambda rng: bool(rng.integers(2)))] = False
+    agent_colour: Annotated[Colour, _colour(0.85, 0.7, 0.95)] = (214, 60, 50)
+    wall_colour: Annotated[Colour, _colour(0.3, 0.2, 0.45)] = (60, 64, 72)
+    floor_colour: Annotated[Colour, _colour(0.1, 0.8, 1.0)] = (235, 232, 224)
+    wall_thickness: Annotated[float, _uniform(3.0, 6.0)] = Field(4.0, ge=1, le=8)
+    distractors: Annotated[int, Draw(lambda rng: int(rng.integers(0, 4)))] = Field(0, ge=0, le=8)
+    distractor_colour: Annotated[Colour, _colour(0.6, 0.5, 0.9)] = (70, 130, 200)
 
     @classmethod
-    def draws(cls) -> dict[str, Draw]:
+    def draws(cls) -> dict[str, Callable[[np.random.Generator], Any]]:
         """Return how each factor is drawn when it varies; the keys are the names that may vary."""
-        return {
-            "agent_radius": _uniform(1.5, 3.5),
-            "agent_speed": _uniform(1.5, 3.0),
-            "action_turn": lambda rng: int(rng.choice([0, 90, 180, 270])),
-            "action_mirror": lambda rng: bool(rng.integers(2)),
-            "agent_colour": _colour(0.85, 0.7, 0.95),
-            "wall_colour": _colour(0.3, 0.2, 0.45),
-            "floor_colour": _colour(0.1, 0.8, 1.0),
-            "wall_thickness": _uniform(3.0, 6.0),
-            "distractors": lambda rng: int(rng.integers(0, 4)),
-            "distractor_colour": _colour(0.6, 0.5, 0.9),
-        }
+        fields = cls.model_fields.items()
+        return {name: part.value for name, field in fields for part in field.metadata if isinstance(part, Draw)}
 
     def walls(self) -> Float64[np.ndarray, "M 4"]:
-        """Return the walls as rectangles (left, top, right, bottom)."""
-        raise ConfigError(f"{type(self).__name__} has no walls of its own; use a world's factors")
+        """Return the walls as rectangles (left, top, right, bottom); by default there are none."""
+        return np.zeros((0, 4))
 
     def rooms(self, points: Float64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "P"]:
-        """Return the room that each point (x, y) lies in, -1 in a doorway."""
-        raise ConfigError(f"{type(self).__name__} has no rooms of its own; use a world's factors")
+        """Return the room that each point (x, y) lies in, -1 in a doorway; by default there is one, 0."""
+        return np.zeros(len(points), np.int64)
 
     def after(self, step: int) -> "RoomFactors":
         """Return the room as it is from this step of an episode on; it changes only in worlds that say so."""
@@ -102,35 +108,30 @@ class RoomFactors(Config):
         return self.wall_thickness / 2 + self.agent_radius
 
 
+WORLDS: Registry[type[RoomFactors]] = Registry("world of pixel rooms")
+
+
+@WORLDS.register("TwoRoom")
 class TwoRoomFactors(RoomFactors):
     """One wall with one door, through which the agent's centre passes within `door_size` of `door_position`.
 
     Without the `wall` there is a single room.
     """
 
-    wall: bool = True
-    door_position: float = Field(32.0, ge=9, le=55)
-    door_size: float = Field(4.0, ge=1, le=8)
-    wall_position: float = Field(32.0, ge=20, le=44)
-    wall_axis: Literal["vertical", "horizontal"] = "vertical"
+    varies = ("door_position",)
 
-    @classmethod
-    def draws(cls) -> dict[str, Draw]:
-        """Return how each factor is drawn when it varies."""
-        return {
-            **super().draws(),
-            "wall": lambda rng: bool(rng.integers(2)),
-            "door_position": _uniform(11.0, 53.0),
-            "door_size": _uniform(3.0, 6.0),
-            "wall_position": _uniform(24.0, 40.0),
-            "wall_axis": lambda rng: str(rng.choice(["vertical", "horizontal"])),
-        }
+    wall: Annotated[bool, Draw(lambda rng: bool(rng.integers(2)))] = True
+    door_position: Annotated[float, _uniform(11.0, 53.0)] = Field(32.0, ge=9, le=55)
+    door_size: Annotated[float, _uniform(3.0, 6.0)] = Field(4.0, ge=1, le=8)
+    wall_position: Annotated[float, _uniform(24.0, 40.0)] = Field(32.0, ge=20, le=44)
+    wall_axis: Annotated[Axis, Draw(lambda rng: str(rng.choice(["vertical", "horizontal"])))] = "vertical"
 
     def walls(self) -> Float64[np.ndarray, "M 4"]:
         """Return the two parts of the wall, if there is one."""
         if not self.wall:
             return np.zeros((0, 4))
-        walls = _wall(self.wall_position, self.wall_thickness, 0.0, SIDE, self.door_position, self._gap())
+        gap = self.door_size + self.agent_radius
+        walls = _wall(self.wall_position, self.wall_thickness, 0.0, SIDE, self.door_position, gap)
         return np.array([_turned(wall) if self.wall_axis == "horizontal" else wall for wall in walls])
 
     def rooms(self, points: Float64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "P"]:
@@ -140,10 +141,8 @@ class TwoRoomFactors(RoomFactors):
         across = points[:, 0 if self.wall_axis == "vertical" else 1] - self.wall_position
         return np.where(np.abs(across) < self._clearance(), -1, (across > 0).astype(np.int64))
 
-    def _gap(self) -> float:
-        return self.door_size + self.agent_radius
 
-
+@WORLDS.register("FourRooms")
 class FourRoomsFactors(RoomFactors):
     """A cross of two walls; each of its four arms (up, down, left, right) has a door at its place.
 
@@ -151,26 +150,12 @@ class FourRoomsFactors(RoomFactors):
     at 0 it was never open.
     """
 
-    door_positions: tuple[Near, Far, Near, Far] = (16.0, 48.0, 16.0, 48.0)
-    door_size: float = Field(4.0, ge=1, le=5)
-    closing_door: Literal["none", "up", "down", "left", "right"] = "none"
-    closing_step: int = Field(0, ge=0)
+    varies = ("door_positions",)
 
-    @classmethod
-    def draws(cls) -> dict[str, Draw]:
-        """Return how each factor is drawn when it varies."""
-
-        def doors(rng: np.random.Generator) -> tuple[float, ...]:
-            near, far = rng.uniform(10, 20, 2), rng.uniform(44, 54, 2)
-            return float(near[0]), float(far[0]), float(near[1]), float(far[1])
-
-        return {
-            **super().draws(),
-            "door_positions": doors,
-            "door_size": _uniform(3.0, 5.0),
-            "closing_door": lambda rng: str(rng.choice(["none", *DOORS])),
-            "closing_step": lambda rng: int(rng.integers(0, 100)),
-        }
+    door_positions: Annotated[tuple[Near, Far, Near, Far], Draw(_doors)] = (16.0, 48.0, 16.0, 48.0)
+    door_size: Annotated[float, _uniform(3.0, 5.0)] = Field(4.0, ge=1, le=5)
+    closing_door: Annotated[ClosingDoor, Draw(lambda rng: str(rng.choice(["none", *DOORS])))] = "none"
+    closing_step: Annotated[int, Draw(lambda rng: int(rng.integers(0, 100)))] = Field(0, ge=0)
 
     def walls(self) -> Float64[np.ndarray, "M 4"]:
         """Return the two parts of each arm; those of a shut door touch."""
@@ -216,6 +201,7 @@ class Hazards:
         return depth
 
 
+@WORLDS.register("Pits")
 class PitsFactors(RoomFactors):
     """One room with three pits; an agent that falls into a `deadly` one stays where it fell.
 
@@ -226,11 +212,18 @@ class PitsFactors(RoomFactors):
     the agent is `speed_after` times as fast, and the `wind`, which drives it so many px a step, is `wind_after`.
     """
 
-    pits: tuple[Place, Place, Place, Place, Place, Place] = (20.0, 20.0, 44.0, 24.0, 30.0, 46.0)  # x, y of each
-    pit_radius: float = Field(6.0, ge=2, le=10)
-    pit_colour: Colour = (40, 40, 46)
-    pit_speed: float = Field(0.0, ge=0, le=2)
-    pit_heading: tuple[float, float, float] = (0.0, 2.0, 4.0)
+    varies = ("pits",)
+
+    pits: Annotated[
+        tuple[Place, Place, Place, Place, Place, Place],
+        Draw(lambda rng: tuple(float(place) for place in rng.uniform(12, 52, 6))),
+    ] = (20.0, 20.0, 44.0, 24.0, 30.0, 46.0)  # x, y of each
+    pit_radius: Annotated[float, _uniform(4.0, 8.0)] = Field(6.0, ge=2, le=10)
+    pit_colour: Annotated[Colour, _colour(0.4, 0.1, 0.3)] = (40, 40, 46)
+    pit_speed: Annotated[float, _uniform(0.2, 0.8)] = Field(0.0, ge=0, le=2)
+    pit_heading: Annotated[
+        tuple[float, float, float], Draw(lambda rng: tuple(float(angle) for angle in rng.uniform(0, 2 * np.pi, 3)))
+    ] = (0.0, 2.0, 4.0)
     pit_clearance: float = Field(2.0, ge=0, le=8)
     deadly: bool = True
     linger: int = Field(10, ge=0)
@@ -238,30 +231,6 @@ class PitsFactors(RoomFactors):
     shift_step: int = Field(0, ge=0)
     speed_after: float = Field(1.0, gt=0, le=4)
     wind_after: tuple[float, float] = (0.0, 0.0)
-
-    @classmethod
-    def draws(cls) -> dict[str, Draw]:
-        """Return how each factor is drawn when it varies."""
-
-        def pits(rng: np.random.Generator) -> tuple[float, ...]:
-            return tuple(float(place) for place in rng.uniform(12, 52, 6))
-
-        return {
-            **super().draws(),
-            "pits": pits,
-            "pit_radius": _uniform(4.0, 8.0),
-            "pit_colour": _colour(0.4, 0.1, 0.3),
-            "pit_speed": _uniform(0.2, 0.8),
-            "pit_heading": lambda rng: tuple(float(angle) for angle in rng.uniform(0, 2 * np.pi, 3)),
-        }
-
-    def walls(self) -> Float64[np.ndarray, "M 4"]:
-        """Return no wall."""
-        return np.zeros((0, 4))
-
-    def rooms(self, points: Float64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "P"]:
-        """Return 0: there is one room."""
-        return np.zeros(len(points), np.int64)
 
     def after(self, step: int) -> "PitsFactors":
         """Return the room as it is from this step of an episode on: with its shift behind it, once it has come."""
@@ -288,29 +257,21 @@ class PitsFactors(RoomFactors):
         )
 
 
+@WORLDS.register("Maze")
 class MazeFactors(RoomFactors):
     """A perfect maze of `cells` x `cells`: one way between any two cells, drawn by `layout` depth first.
 
     The agent is slower than elsewhere, so that layouts hold goals more than 100 steps away.
     """
 
-    agent_radius: float = Field(2.0, ge=1, le=3)
-    agent_speed: float = Field(1.25, gt=0, le=4)
-    wall_thickness: float = Field(2.0, ge=1, le=3)
-    cells: int = Field(5, ge=2, le=6)
-    layout: int = Field(0, ge=0)
+    varies = ("layout",)
 
-    @classmethod
-    def draws(cls) -> dict[str, Draw]:
-        """Return how each factor is drawn when it varies."""
-        return {
-            **super().draws(),
-            "agent_radius": _uniform(1.5, 2.5),
-            "agent_speed": _uniform(1.0, 2.0),
-            "wall_thickness": _uniform(1.5, 3.0),
-            "cells": lambda rng: int(rng.integers(3, 6)),
-            "layout": lambda rng: int(rng.integers(2**24)),  # a label holds it exactly
-        }
+    agent_radius: Annotated[float, _uniform(1.5, 2.5)] = Field(2.0, ge=1, le=3)
+    agent_speed: Annotated[float, _uniform(1.0, 2.0)] = Field(1.25, gt=0, le=4)
+    wall_thickness: Annotated[float, _uniform(1.5, 3.0)] = Field(2.0, ge=1, le=3)
+    cells: Annotated[int, Draw(lambda rng: int(rng.integers(3, 6)))] = Field(5, ge=2, le=6)
+    # A label holds a layout exactly.
+    layout: Annotated[int, Draw(lambda rng: int(rng.integers(2**24)))] = Field(0, ge=0)
 
     def walls(self) -> Float64[np.ndarray, "M 4"]:
         """Return a wall between each two neighbouring cells that are not joined."""

@@ -1,6 +1,7 @@
 """Reacher and a point maze on MuJoCo; goals are observations, so no target is drawn."""
 
 import functools
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, UInt8
 
 from worldloom.core.errors import EnvironmentFailure
 from worldloom.envs.rendering import draw, load_mujoco
@@ -30,44 +31,45 @@ LAYOUTS = {
 _FASTEST = 5.0  # m/s; the maze's point is held to this along each axis
 
 
-class _MuJoCoEnv(gymnasium.Env[Any, Any]):
-    """A model seen from above by one camera; copies in one process share the model and its renderer."""
+class MuJoCoEnv(gymnasium.Env[Any, Any]):
+    """A model seen from `height` m above by one camera; copies in one process share the model and its renderer.
+
+    With `draws` unset, it works without OpenGL until something is drawn.
+    """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}  # noqa: RUF012 - Gymnasium declares it so
 
-    def __init__(self, model: Any, substeps: int, extent: tuple[float, float, float], size: int) -> None:
+    def __init__(
+        self, model: Callable[[], Any], *, substeps: int, height: float, size: int, draws: bool = True
+    ) -> None:
         if not 8 <= size <= 480:
             raise EnvironmentFailure(f"the picture has a side of {size} px; expected 8 to 480")
-        self._mujoco = load_mujoco()
-        self._model, self._data = model, self._mujoco.MjData(model)
+        self._mujoco = load_mujoco(draws=draws)
+        self._model = model()
+        self._data = self._mujoco.MjData(self._model)
         self._substeps, self._size = substeps, size
         self._camera = self._mujoco.MjvCamera()
-        self._camera.lookat[:] = (extent[0], extent[1], 0)
-        self._camera.distance, self._camera.azimuth, self._camera.elevation = extent[2], 90, -90
+        self._camera.distance, self._camera.azimuth, self._camera.elevation = height, 90, -90
         self.observation_space = spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[UInt8[np.ndarray, "H W 3"], dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin where the seed says."""
         super().reset(seed=seed)
         self._mujoco.mj_resetData(self._model, self._data)
         self._place()
         self._mujoco.mj_forward(self._model, self._data)
-        return self.render(), self._infos()
+        return self._observe(), self._infos()
 
-    def step(
-        self, action: Float32[np.ndarray, "2"]
-    ) -> tuple[UInt8[np.ndarray, "H W 3"], float, bool, bool, dict[str, Any]]:
+    def step(self, action: Float[np.ndarray, "2"]) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Apply `action` for one step of control."""
         self._act(np.clip(np.asarray(action, np.float64), -1.0, 1.0))
         self._mujoco.mj_step(self._model, self._data, nstep=self._substeps)
         self._mujoco.mj_forward(self._model, self._data)  # what is seen and told is the state that was reached
-        return self.render(), 0.0, False, False, self._infos()
+        return self._observe(), 0.0, False, False, self._infos()
 
     def render(self) -> UInt8[np.ndarray, "H W 3"]:
-        """Return the picture that the agent sees."""
+        """Return the picture from above."""
         return draw(self._model, self._data, self._camera, self._size)
 
     def _place(self) -> None: ...
@@ -75,11 +77,14 @@ class _MuJoCoEnv(gymnasium.Env[Any, Any]):
     def _act(self, action: np.ndarray) -> None:
         self._data.ctrl[:] = action
 
+    def _observe(self) -> Any:
+        return self.render()
+
     def _infos(self) -> dict[str, Any]:
         return {}
 
 
-class ReacherEnv(_MuJoCoEnv):
+class ReacherEnv(MuJoCoEnv):
     """A two-link arm in the plane, by the physics of Gymnasium's Reacher-v5 (0.02 s a step).
 
     Observation: uint8 pixels (size, size, 3). Action: a torque for each joint in [-1, 1], in shares `torque` of
@@ -93,7 +98,7 @@ class ReacherEnv(_MuJoCoEnv):
             raise EnvironmentFailure(f"Reacher's torque is {torque}; expected a share above 0, at most 1")
         self.render_mode = render_mode
         self._torque = torque
-        super().__init__(_reacher_model(), 2, (0.0, 0.0, 0.54), size)
+        super().__init__(_reacher_model, substeps=2, height=0.54, size=size)
 
     def _place(self) -> None:
         self._data.qpos[:2] = self.np_random.uniform((-np.pi, -2.8), (np.pi, 2.8))
@@ -107,7 +112,7 @@ class ReacherEnv(_MuJoCoEnv):
         return {"joints": joints.astype(np.float32), "fingertip": tip.astype(np.float32)}
 
 
-class PointMazeEnv(_MuJoCoEnv):
+class PointMazeEnv(MuJoCoEnv):
     """A point with mass in a maze of 1-m cells, by the figures of Gymnasium-Robotics' PointMaze.
 
     `layout` is one of `LAYOUTS`. Observation: uint8 pixels (size, size, 3). Action: a force along x and y in
@@ -123,7 +128,8 @@ class PointMazeEnv(_MuJoCoEnv):
         self.render_mode = render_mode
         rows = LAYOUTS[layout]
         self._free = _centres(rows, " ")
-        super().__init__(_maze_model(layout), substeps, (0.0, 0.0, 1.15 * max(len(rows), len(rows[0]))), size)
+        height = 1.15 * max(len(rows), len(rows[0]))
+        super().__init__(lambda: _maze_model(layout), substeps=substeps, height=height, size=size)
 
     def _place(self) -> None:
         cell = self._free[self.np_random.integers(len(self._free))]

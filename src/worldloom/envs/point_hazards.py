@@ -6,13 +6,14 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from jaxtyping import Float, Float32, Float64, UInt8
+from jaxtyping import Float32, Float64, UInt8
 from pydantic import Field
 
 from worldloom.core.config import Config
-from worldloom.core.errors import ConfigError, EnvironmentFailure
+from worldloom.core.errors import ConfigError
 from worldloom.core.registry import nearest
-from worldloom.envs.rendering import draw, load_mujoco
+from worldloom.envs.mujoco_worlds import MuJoCoEnv
+from worldloom.envs.rendering import load_mujoco
 
 HAZARDS = 8
 RADIUS = 0.2  # m, of a hazard
@@ -20,7 +21,6 @@ EXTENT = 1.5  # m, from the middle to the edge
 BINS = 16
 _SIGHT = 3.0  # m
 _CLEAR = 0.2  # m from the edge of a hazard where nothing begins or is to be reached
-_SUBSTEPS = 10
 _TRIES = 10_000
 
 
@@ -31,7 +31,7 @@ class PointHazardsTask(Config):
     obstructed: bool | None = None
 
 
-class PointHazardsEnv(gymnasium.Env[Any, Any]):
+class PointHazardsEnv(MuJoCoEnv):
     """A point robot that drives and turns among eight hazards (0.1 s a step).
 
     Their places are drawn anew for each episode, or once and for all by the seed `layout`.
@@ -54,24 +54,17 @@ class PointHazardsEnv(gymnasium.Env[Any, Any]):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 - Gymnasium declares it so
 
     def __init__(self, layout: int | None = None, size: int = 64, render_mode: str | None = None) -> None:
-        if not 8 <= size <= 480:
-            raise EnvironmentFailure(f"the picture has a side of {size} px; expected 8 to 480")
         self.render_mode = render_mode
-        self._size = size
-        self._mujoco = load_mujoco(draws=render_mode is not None)
-        self._model = _compiled()
-        self._data = self._mujoco.MjData(self._model)
-        self._camera: Any = None
+        super().__init__(_compiled, substeps=10, height=4.2, size=size, draws=render_mode is not None)
         self._fixed = None if layout is None else _scatter(np.random.default_rng(layout))
         self._hazards = np.zeros((HAZARDS, 2))
         self.observation_space = spaces.Box(-np.inf, np.inf, (7 + BINS,), np.float32)
-        self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Float32[np.ndarray, "_"], dict[str, Any]]:
         """Place hazards and robot where the seed says."""
-        super().reset(seed=seed)
+        gymnasium.Env.reset(self, seed=seed)
         if wrong := [name for name in options or {} if name != "task"]:
             raise ConfigError(f"unknown reset option {wrong[0]!r}; {nearest(wrong[0], ['task'])}")
         task = (options or {}).get("task")
@@ -93,23 +86,11 @@ class PointHazardsEnv(gymnasium.Env[Any, Any]):
         self._put(start, self.np_random.uniform(-np.pi, np.pi))
         return self._observe(), {**self._infos(), **infos}
 
-    def step(
-        self, action: Float[np.ndarray, "2"]
-    ) -> tuple[Float32[np.ndarray, "_"], float, bool, bool, dict[str, Any]]:
-        """Drive and turn for 0.1 s."""
-        self._data.ctrl[:] = np.clip(np.asarray(action, np.float64), -1.0, 1.0)
-        self._mujoco.mj_step(self._model, self._data, nstep=_SUBSTEPS)
-        self._mujoco.mj_forward(self._model, self._data)
-        return self._observe(), 0.0, False, False, self._infos()
-
     def render(self) -> UInt8[np.ndarray, "H W 3"]:
         """Return a picture from above."""
-        if self._camera is None:
-            self._camera = self._mujoco.MjvCamera()
-            self._camera.distance, self._camera.azimuth, self._camera.elevation = 4.2 * EXTENT / 1.5, 90, -90
         self._data.mocap_pos[:, :2] = self._hazards
         self._mujoco.mj_forward(self._model, self._data)
-        return draw(self._model, self._data, self._camera, self._size)
+        return super().render()
 
     def _free(self) -> Float64[np.ndarray, "2"]:
         while True:

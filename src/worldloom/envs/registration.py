@@ -2,12 +2,8 @@
 
 import gymnasium
 
-_WORLDS = {
-    "worldloom/TwoRoom-v0": "TwoRoom",
-    "worldloom/FourRooms-v0": "FourRooms",
-    "worldloom/Maze-v0": "Maze",
-    "worldloom/Pits-v0": "Pits",
-}
+from worldloom.envs.factors import WORLDS
+
 # Worlds on a physics engine of an extra; the class is imported when the world is made.
 _PHYSICS = {
     "worldloom/PushT-v0": "worldloom.envs.pusht:PushTEnv",
@@ -21,12 +17,13 @@ _PHYSICS = {
 
 def register_envs() -> None:
     """Register the worlds; a second call does nothing."""
-    for env_id, name in _WORLDS.items():
-        if env_id not in gymnasium.registry:
+    for world in WORLDS:
+        if (env_id := f"worldloom/{world}-v0") not in gymnasium.registry:
             gymnasium.register(
                 env_id,
-                entry_point=f"worldloom.envs.rooms:{name}Env",
-                vector_entry_point=f"worldloom.envs.rooms:{name}VectorEnv",
+                entry_point="worldloom.envs.rooms:RoomEnv",
+                vector_entry_point="worldloom.envs.rooms:RoomsVectorEnv",
+                kwargs={"world": world},
             )
     for env_id, entry_point in _PHYSICS.items():
         if env_id not in gymnasium.registry:

@@ -1,7 +1,7 @@
 """The Gymnasium environments: one agent in a room, or many at once, over the same simulator."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -12,7 +12,7 @@ from jaxtyping import Float64
 
 from worldloom.core.errors import ConfigError
 from worldloom.core.registry import nearest
-from worldloom.envs.factors import FourRoomsFactors, MazeFactors, PitsFactors, RoomFactors, TwoRoomFactors, check_names
+from worldloom.envs.factors import WORLDS, check_names
 from worldloom.envs.simulator import Simulator, free
 from worldloom.envs.tasks import Task, TaskOptions, close_door, draw_free, draw_task
 
@@ -24,15 +24,18 @@ Infos = dict[str, Any]
 
 
 class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
-    """N pixel rooms. Observations are frames (N, size, size, 3), actions (N, 2) in [-1, 1] (x right, y down).
+    """N rooms of one world. Observations are frames (N, size, size, 3), actions (N, 2) in [-1, 1] (x right, y down).
 
     An action times `agent_speed` px moves the centre; the agent slides along walls. There is no reward (0.0), and an
     episode ends only after `max_episode_steps` or in a deadly pit. Infos hold `position` (N, 2) in px, and every
-    numeric factor in `vary`.
+    numeric factor in `vary`; where there are pits, also `pit_positions` (N, 6), x and y of each, and `pit_depth` (N,),
+    how deep the agent's centre lies in one.
 
     Args:
+        world: "TwoRoom", "FourRooms", "Maze" or "Pits"; each id registered with Gymnasium sets it.
         num_envs: N.
-        vary: the factors drawn anew for each episode, from the episode's seed; see the world's factors.
+        vary: the factors drawn anew for each episode, from the episode's seed; see the world's factors. The
+            default is the place of the doors, the layout of the maze, or the places of the pits.
         factors: the values of others, where they are not the defaults.
         size: the side of a frame in pixels; the world itself is always 64 px wide.
         max_episode_steps: after so many steps an episode is truncated.
@@ -51,11 +54,10 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         "render_fps": 10,
         "autoreset_mode": AutoresetMode.NEXT_STEP,
     }
-    factors_type: ClassVar[type[RoomFactors]]
-    default_vary: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
+        world: str,
         num_envs: int = 1,
         *,
         vary: Sequence[str] | None = None,
@@ -68,9 +70,9 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             raise ConfigError(f"size must be 16 to 512 pixels; got {size}")
         if num_envs < 1:
             raise ConfigError(f"num_envs must be at least 1; got {num_envs}")
-        self.num_envs, self.render_mode = num_envs, render_mode
+        self.num_envs, self.render_mode, self.factors_type = num_envs, render_mode, WORLDS[world]
         self._fixed = dict(factors or {})
-        self._vary = tuple(self.default_vary if vary is None else vary)
+        self._vary = tuple(self.factors_type.varies if vary is None else vary)
         check_names(self.factors_type, self._vary, self._fixed)
         self.factors_type.parse(self._fixed)
         self._max_steps = max_episode_steps
@@ -184,45 +186,13 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         return infos
 
 
-class TwoRoomVectorEnv(RoomsVectorEnv):
-    """Two rooms and one door, whose place is drawn anew for each episode."""
-
-    factors_type = TwoRoomFactors
-    default_vary = ("door_position",)
-
-
-class FourRoomsVectorEnv(RoomsVectorEnv):
-    """Four rooms and four doors, whose places are drawn anew for each episode."""
-
-    factors_type = FourRoomsFactors
-    default_vary = ("door_positions",)
-
-
-class MazeVectorEnv(RoomsVectorEnv):
-    """A maze, whose layout is drawn anew for each episode."""
-
-    factors_type = MazeFactors
-    default_vary = ("layout",)
-
-
-class PitsVectorEnv(RoomsVectorEnv):
-    """One room with three pits, whose places are drawn anew for each episode; a fallen agent stays in its pit.
-
-    Infos hold `pit_positions` (N, 6), x and y of each, and `pit_depth` (N,), how deep the agent's centre lies in one.
-    """
-
-    factors_type = PitsFactors
-    default_vary = ("pits",)
-
-
-class _RoomEnv(gymnasium.Env[np.ndarray, np.ndarray]):
-    """One environment: a batch of one."""
+class RoomEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+    """One environment of a `RoomsVectorEnv`, a batch of one; it takes the same arguments but for `num_envs`."""
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 - Gymnasium's own type
-    vector_type: ClassVar[type[RoomsVectorEnv]]
 
-    def __init__(self, *, render_mode: str | None = None, **kwargs: Any) -> None:
-        self._batch = self.vector_type(1, render_mode=render_mode, **kwargs)
+    def __init__(self, world: str, *, render_mode: str | None = None, **kwargs: Any) -> None:
+        self._batch = RoomsVectorEnv(world, render_mode=render_mode, **kwargs)
         self.render_mode = render_mode
         self.observation_space = self._batch.single_observation_space
         self.action_space = self._batch.single_action_space
@@ -245,27 +215,3 @@ class _RoomEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """Return the frame as it is, if `render_mode` is "rgb_array"."""
         frames = self._batch.render()
         return None if frames is None else frames[0]
-
-
-class TwoRoomEnv(_RoomEnv):
-    """One of `TwoRoomVectorEnv`."""
-
-    vector_type = TwoRoomVectorEnv
-
-
-class FourRoomsEnv(_RoomEnv):
-    """One of `FourRoomsVectorEnv`."""
-
-    vector_type = FourRoomsVectorEnv
-
-
-class MazeEnv(_RoomEnv):
-    """One of `MazeVectorEnv`."""
-
-    vector_type = MazeVectorEnv
-
-
-class PitsEnv(_RoomEnv):
-    """One of `PitsVectorEnv`."""
-
-    vector_type = PitsVectorEnv

@@ -121,24 +121,6 @@ class ActionAdapter:
         return bounded.reshape(len(actions), *(self._space.shape or ()))
 
 
-def numeric_labels(infos: Mapping[str, Any], batch: int) -> dict[str, np.ndarray]:
-    """Return the numeric columns of a vector environment's infos as float32 (B, L); the rest is left out.
-
-    Gymnasium's masks (keys that begin with '_') and columns that are not there for every environment are
-    left out.
-    """
-    labels: dict[str, np.ndarray] = {}
-    for key, value in infos.items():
-        mask = infos.get(f"_{key}")
-        if key.startswith("_") or (mask is not None and not np.all(mask)):
-            continue
-        array = np.asarray(value)
-        if array.dtype == object or array.dtype.kind not in "fiub" or array.shape[:1] != (batch,):
-            continue
-        labels[key] = array.reshape(batch, -1).astype(np.float32)
-    return labels
-
-
 def make_vector_env(
     env_id: str, num_envs: int, *, native: bool = True, **kwargs: Any
 ) -> gymnasium.vector.VectorEnv[Any, Any, Any]:

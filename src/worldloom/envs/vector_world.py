@@ -3,18 +3,19 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector.utils import concatenate, create_empty_array, iterate
 from jaxtyping import Bool, Int64
 
+from worldloom.core.closing import Closing
 from worldloom.core.errors import ConfigError, EnvironmentFailure
 from worldloom.core.registry import nearest
 from worldloom.core.types import Observations
-from worldloom.envs.spaces import ActionAdapter, ObservationAdapter, make_vector_env, numeric_labels
+from worldloom.envs.spaces import ActionAdapter, ObservationAdapter, make_vector_env
 
 # Names the place of one copy of the environment, or of all copies for None; error messages begin with it.
 Where = Callable[[int | None], str]
@@ -58,12 +59,7 @@ class Frame:
         Raises:
             ConfigError: there is none of this name.
         """
-        value = self.info(name)
-        if value is None or value.dtype.kind not in "fiub":
-            raise ConfigError(
-                f"{who} speaks of {name!r}, which this world does not give as numbers; {nearest(name, self._known())}"
-            )
-        return value.reshape(len(self.rows), -1).astype(np.float64)
+        return self.vector((name,), "info", who)
 
     def vector(self, names: Sequence[str], source: str, who: str) -> np.ndarray:
         """Return named vectors, joined, as float64 (R, L); `who` is the part of the protocol that names them.
@@ -78,28 +74,27 @@ class Frame:
         return np.concatenate([part.reshape(len(self.rows), -1).astype(np.float64) for part in parts], axis=1)
 
     def _named(self, name: str, source: str, who: str) -> np.ndarray:
-        value = None
-        if source in ("named", "info"):
-            value = self.info(name)
+        value = self.info(name) if source in ("named", "info") else None
         if value is None and source in ("named", "observation"):
             if name:
                 value = self.parts.get(name)
             elif self.observations.vector is not None:
                 value = self.observations.vector.numpy()
         if value is None or value.dtype.kind not in "fiub":
-            known = self._known() + [name for name, part in self.parts.items() if part.dtype.kind in "fiub"]
+            parts = {} if source == "info" else self.parts
+            known = [
+                name
+                for name, each in [*self.infos.items(), *parts.items()]
+                if name[:1] != "_" and np.asarray(each).dtype.kind in "fiub"
+            ]
             raise ConfigError(
                 f"{who} names {name or 'the observation vector'!r}, which this world does not give as numbers; "
                 f"{nearest(name, known)}"
             )
         return value
 
-    def _known(self) -> list[str]:
-        infos = self.infos.items()
-        return sorted(name for name, info in infos if name[:1] != "_" and np.asarray(info).dtype.kind in "fiub")
 
-
-class VectorWorld:
+class VectorWorld(Closing):
     """`size` copies of a registered environment; close it, or use it in a `with` statement.
 
     Copies whose episode is over keep running unseen in every autoreset mode, and the last frame of an episode is always
@@ -123,14 +118,6 @@ class VectorWorld:
         self._stale = np.zeros(size, bool)
         self._first: Any = None  # what the last reset returned
         self._where: Where = lambda row: ""
-
-    def __enter__(self) -> "VectorWorld":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the environments."""
@@ -161,7 +148,7 @@ class VectorWorld:
         frame = self.reset(seeds, where)
         if not any(len(taken) for taken in actions):
             return frame
-        observations = [_take(self._first, np.array([row]), self.size) for row in range(self.size)]
+        observations = list(iterate(self._envs.observation_space, self._first))
         infos = {name: np.array(value) for name, value in frame.infos.items()}
         for row, (env, taken) in enumerate(zip(self._envs.envs, actions, strict=True)):
             ended, info = False, {}
@@ -170,8 +157,7 @@ class VectorWorld:
                     break
                 self.steps[row] += 1
                 converted = self._convert(action[None], where=where(row))[0]
-                observation, _, terminated, truncated, info = self._call(partial(env.step, converted))
-                observations[row] = _alone(observation)
+                observations[row], _, terminated, truncated, info = self._call(partial(env.step, converted))
                 ended = terminated or truncated
             if ended:
                 raise EnvironmentFailure(
@@ -181,7 +167,10 @@ class VectorWorld:
             for name in set(info) & set(infos):
                 infos[name][row] = info[name]
         rows, none = np.arange(self.size), np.zeros(self.size, bool)
-        return self._frame(_joined(observations), infos, rows, none, none)
+        space = self._envs.single_observation_space
+        batch: Any = create_empty_array(space, self.size)
+        batch = self._call(lambda: concatenate(space, observations, batch))
+        return self._frame(batch, infos, rows, none, none)
 
     def step(self, actions: np.ndarray, rows: Int64[np.ndarray, "R"], *, by: str = "") -> Frame:
         """Take one action (size, A) in each environment and return what those in `rows` gave.
@@ -221,10 +210,15 @@ class VectorWorld:
             )
 
     def labels(self, frame: Frame) -> dict[str, np.ndarray]:
-        """Return the numeric infos that all rows of a frame have, as float32 (R, L)."""
-        arrays = {key: value for key, value in frame.infos.items() if isinstance(value, np.ndarray)}
-        per_row = {key: array[frame.rows] for key, array in arrays.items() if array.shape[:1] == (self.size,)}
-        return numeric_labels(per_row, len(frame.rows))
+        """Return the numeric infos that all rows of a frame have, as float32 (R, L); the rest is left out."""
+        labels: dict[str, np.ndarray] = {}
+        for name, value in frame.infos.items():
+            if name.startswith("_") or not isinstance(value, np.ndarray) or value.shape[:1] != (self.size,):
+                continue
+            column = frame.info(name)
+            if column is not None and column.dtype.kind in "fiub":
+                labels[name] = column.reshape(len(column), -1).astype(np.float32)
+        return labels
 
     def _frame(
         self,
@@ -321,16 +315,3 @@ def _take(batch: Any, rows: Int64[np.ndarray, "R"], size: int) -> Any:
     if isinstance(items[0], Mapping):
         return {key: np.stack([item[key] for item in items]) for key in items[0]}
     return np.stack(items)
-
-
-def _alone(observation: Any) -> Any:
-    """Return a batch of one observation."""
-    if isinstance(observation, Mapping):
-        return {name: np.asarray(part)[None] for name, part in observation.items()}
-    return np.asarray(observation)[None]
-
-
-def _joined(batches: list[Any]) -> Any:
-    if isinstance(batches[0], dict):
-        return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-    return np.concatenate(batches)

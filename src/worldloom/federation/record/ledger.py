@@ -216,7 +216,7 @@ class LedgerReader(Records):
         for line in lines:
             if len(line) > _LONGEST:
                 return f"has {len(line)} characters; expected at most {_LONGEST}: no data"
-            entry, why = read_entry(line, len(self._taken), self._hashes[-1])
+            entry, why = read_entry(line, self.head)
             if entry is not None:
                 why = _fault(entry, self._constitution, self._hashes)
             if entry is None or why:

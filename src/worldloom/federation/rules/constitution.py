@@ -258,10 +258,6 @@ def _read(path: Path | str) -> bytes:
 
 
 def _parse(content: bytes, path: Path | str) -> Constitution:
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
     if len(content) > _LARGEST:
         raise ConfigError(f"{path} is larger than {_LARGEST} bytes; expected a constitution, which is much smaller")
-    return parse_yaml(text, Constitution, source=str(path))
+    return parse_yaml(content, Constitution, source=str(path))

@@ -2,7 +2,7 @@
 
 from worldloom.models.losses.covariance import Covariance
 from worldloom.models.losses.inverse_dynamics import InverseDynamics
-from worldloom.models.losses.loss import LOSSES, Loss, LossConfig, LossField, LossInputs, Samples, draw_samples
+from worldloom.models.losses.loss import LOSSES, Formula, Loss, LossConfig, LossField, LossInputs, Samples, draw_samples
 from worldloom.models.losses.prediction import Prediction
 from worldloom.models.losses.sigreg import SIGReg
 from worldloom.models.losses.straightening import Straightening
@@ -12,6 +12,7 @@ from worldloom.models.losses.variance import Variance
 __all__ = [
     "LOSSES",
     "Covariance",
+    "Formula",
     "InverseDynamics",
     "Loss",
     "LossConfig",

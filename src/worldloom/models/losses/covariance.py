@@ -7,29 +7,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from worldloom.models.distributed import gather
-from worldloom.models.losses.loss import LOSSES, Loss, LossConfig, LossInputs, Samples, draw_samples
+from worldloom.models.losses.loss import LOSSES, Formula, LossInputs, Samples, draw_samples
 
 
 @LOSSES.register("covariance")
-class Covariance(LossConfig):
-    """Squared covariances of different dimensions over the batch; for `samples` see `draw_samples`."""
+class Covariance(Formula):
+    """Squared covariances over the batch: the sum over pairs of different dimensions, divided by D.
+
+    For `samples` see `draw_samples`.
+    """
 
     name: Literal["covariance"] = "covariance"
     samples: Samples = "frame"
 
-    def build(self, *, latent_dim: int, block_size: int) -> Loss:
-        """Build the module."""
-        return CovarianceLoss(self.samples)
-
-
-class CovarianceLoss(Loss):
-    """The module of `Covariance`: the sum over pairs of different dimensions, divided by D."""
-
-    def __init__(self, samples: Samples = "frame") -> None:
-        super().__init__()
-        self.samples = samples
-
-    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
+    def compute(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """Return the mean over the groups of samples."""
         latents = gather(draw_samples(inputs.latents, self.samples)).transpose(0, 1)  # G M D
         centred = latents - latents.mean(dim=1, keepdim=True)

@@ -60,6 +60,30 @@ class LossConfig(Component):
         """Build the module."""
 
 
+class Formula(LossConfig):
+    """A loss without parameters: its configuration computes it."""
+
+    def build(self, *, latent_dim: int, block_size: int) -> Loss:
+        """Build the module, whatever the sizes."""
+        return FormulaLoss(self)
+
+    @abstractmethod
+    def compute(self, inputs: LossInputs) -> Float[Tensor, ""]:
+        """Return the loss, not weighted; see `Loss`."""
+
+
+class FormulaLoss(Loss):
+    """The module of a `Formula`."""
+
+    def __init__(self, formula: Formula) -> None:
+        super().__init__()
+        self.formula = formula
+
+    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
+        """Return the loss, not weighted."""
+        return self.formula.compute(inputs)
+
+
 LOSSES: Registry[type[LossConfig]] = Registry("loss")
 
 # The field type of a configuration that holds a loss: read by name, written whole.

@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from worldloom.models.distributed import mean_over_ranks
-from worldloom.models.losses.loss import LOSSES, Loss, LossConfig, LossInputs
+from worldloom.models.losses.loss import LOSSES, Formula, LossInputs
 
 
 @LOSSES.register("prediction")
-class Prediction(LossConfig):
+class Prediction(Formula):
     """Mean squared error of the open-loop predictions.
 
     With `stop_gradient` the encoder learns from what it predicts from, not from what is predicted.
@@ -20,19 +20,7 @@ class Prediction(LossConfig):
     name: Literal["prediction"] = "prediction"
     stop_gradient: bool = False
 
-    def build(self, *, latent_dim: int, block_size: int) -> Loss:
-        """Build the module."""
-        return PredictionLoss(stop_gradient=self.stop_gradient)
-
-
-class PredictionLoss(Loss):
-    """The module of `Prediction`."""
-
-    def __init__(self, *, stop_gradient: bool = False) -> None:
-        super().__init__()
-        self.stop_gradient = stop_gradient
-
-    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
+    def compute(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """Return the mean squared error."""
         targets = inputs.targets.detach() if self.stop_gradient else inputs.targets
         return mean_over_ranks(functional.mse_loss(inputs.predictions, targets))

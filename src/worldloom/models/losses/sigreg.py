@@ -10,13 +10,15 @@ from torch import Tensor
 
 from worldloom.core.seeds import torch_generator
 from worldloom.models.distributed import mean_over_ranks, world_size
-from worldloom.models.losses.loss import LOSSES, Loss, LossConfig, LossInputs, Samples, draw_samples
+from worldloom.models.losses.loss import LOSSES, Formula, LossInputs, Samples, draw_samples
 
 
 @LOSSES.register("sigreg")
-class SIGReg(LossConfig):
+class SIGReg(Formula):
     """Epps-Pulley statistic of random one-dimensional projections against the standard normal.
 
+    For each projection x: the batch size times the integral over [-limit, limit] of
+    |mean exp(itx) - exp(-t^2/2)|^2 exp(-t^2/2) dt, by the trapezoid rule; averaged over projections.
     `stride` takes every so many frames of the window; for `samples` see `draw_samples`.
     """
 
@@ -27,41 +29,25 @@ class SIGReg(LossConfig):
     stride: int = Field(default=1, ge=1)
     samples: Samples = "frame"
 
-    def build(self, *, latent_dim: int, block_size: int) -> Loss:
-        """Build the module."""
-        return SIGRegLoss(self)
-
-
-class SIGRegLoss(Loss):
-    """The module of `SIGReg`.
-
-    For each projection x: the batch size times the integral over [-limit, limit] of
-    |mean exp(itx) - exp(-t^2/2)|^2 exp(-t^2/2) dt, by the trapezoid rule; averaged over projections.
-    """
-
-    def __init__(self, config: SIGReg) -> None:
-        super().__init__()
-        self.config = config
-        spacing = config.limit / (config.knots - 1)
-        self._knots = [index * spacing for index in range(config.knots)]
-        # The integrand is even: each half counts twice, and so do all knots but the two at the ends.
-        self._weights = [2 * spacing * math.exp(-(knot**2) / 2) for knot in self._knots]
-        self._weights[0] /= 2
-        self._weights[-1] /= 2
-
-    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
+    def compute(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """Return the mean statistic; projections are drawn from a generator seeded by the step."""
+        spacing = self.limit / (self.knots - 1)
+        knots = [index * spacing for index in range(self.knots)]
+        # The integrand is even: each half counts twice, and so do all knots but the two at the ends.
+        weights = [2 * spacing * math.exp(-(knot**2) / 2) for knot in knots]
+        weights[0] /= 2
+        weights[-1] /= 2
         windows, _, dimension = inputs.latents.shape
-        samples = draw_samples(inputs.latents[:, :: self.config.stride].float(), self.config.samples)
+        samples = draw_samples(inputs.latents[:, :: self.stride].float(), self.samples)
         # On the CPU, so that every machine and rank draws the same.
-        directions = torch.randn(dimension, self.config.projections, generator=torch_generator(inputs.step, "sigreg"))
+        directions = torch.randn(dimension, self.projections, generator=torch_generator(inputs.step, "sigreg"))
         values = samples @ (directions / directions.norm(dim=0)).to(samples.device)  # M G P
         parts = []
-        for knot in self._knots:  # one at a time: the intermediates stay in the processor's cache
+        for knot in knots:  # one at a time: the intermediates stay in the processor's cache
             angle = knot * values
             parts.append(torch.stack([angle.cos().mean(0), angle.sin().mean(0)]))
         real, imaginary = mean_over_ranks(torch.stack(parts, dim=-1))  # G P Q each
-        knots, weights = values.new_tensor([self._knots, self._weights])
-        distance = (real - torch.exp(-knots.square() / 2)).square() + imaginary.square()
-        statistic: Tensor = (distance @ weights).mean()
+        at, weight = values.new_tensor([knots, weights])
+        distance = (real - torch.exp(-at.square() / 2)).square() + imaginary.square()
+        statistic: Tensor = (distance @ weight).mean()
         return windows * world_size() * statistic

@@ -7,24 +7,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from worldloom.models.distributed import mean_over_ranks
-from worldloom.models.losses.loss import LOSSES, Loss, LossConfig, LossInputs
+from worldloom.models.losses.loss import LOSSES, Formula, LossInputs
 
 
 @LOSSES.register("straightening")
-class Straightening(LossConfig):
+class Straightening(Formula):
     """1 - the cosine between consecutive latent velocities, averaged; needs windows of three frames."""
 
     name: Literal["straightening"] = "straightening"
 
-    def build(self, *, latent_dim: int, block_size: int) -> Loss:
-        """Build the module."""
-        return StraighteningLoss()
-
-
-class StraighteningLoss(Loss):
-    """The module of `Straightening`."""
-
-    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
+    def compute(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """Return the mean curvature, from 0 (straight) to 2 (back and forth)."""
         velocity = inputs.latents.diff(dim=1)
         return mean_over_ranks(

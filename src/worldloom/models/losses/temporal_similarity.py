@@ -7,23 +7,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from worldloom.models.distributed import mean_over_ranks
-from worldloom.models.losses.loss import LOSSES, Loss, LossConfig, LossInputs
+from worldloom.models.losses.loss import LOSSES, Formula, LossInputs
 
 
 @LOSSES.register("temporal-similarity")
-class TemporalSimilarity(LossConfig):
+class TemporalSimilarity(Formula):
     """Mean squared difference of consecutive latents; alone it invites the slow-feature trap."""
 
     name: Literal["temporal-similarity"] = "temporal-similarity"
 
-    def build(self, *, latent_dim: int, block_size: int) -> Loss:
-        """Build the module."""
-        return TemporalSimilarityLoss()
-
-
-class TemporalSimilarityLoss(Loss):
-    """The module of `TemporalSimilarity`."""
-
-    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
+    def compute(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """Return the mean squared difference."""
         return mean_over_ranks(functional.mse_loss(inputs.latents[:, 1:], inputs.latents[:, :-1]))

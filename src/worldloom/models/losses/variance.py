@@ -8,30 +8,23 @@ from pydantic import Field
 from torch import Tensor
 
 from worldloom.models.distributed import gather
-from worldloom.models.losses.loss import LOSSES, Loss, LossConfig, LossInputs, Samples, draw_samples
+from worldloom.models.losses.loss import LOSSES, Formula, LossInputs, Samples, draw_samples
+
+_EPSILON = 1e-4
 
 
 @LOSSES.register("variance")
-class Variance(LossConfig):
-    """Hinge on the std of each dimension over the batch; for `samples` see `draw_samples`."""
+class Variance(Formula):
+    """Hinge on the std of each dimension over the batch: the mean of max(0, target - sqrt(var + epsilon)).
+
+    For `samples` see `draw_samples`.
+    """
 
     name: Literal["variance"] = "variance"
     target: float = Field(default=1.0, gt=0)
     samples: Samples = "frame"
 
-    def build(self, *, latent_dim: int, block_size: int) -> Loss:
-        """Build the module."""
-        return VarianceLoss(self.target, self.samples)
-
-
-class VarianceLoss(Loss):
-    """The module of `Variance`: mean of max(0, target - sqrt(var + epsilon)) over dimensions."""
-
-    def __init__(self, target: float = 1.0, samples: Samples = "frame", *, epsilon: float = 1e-4) -> None:
-        super().__init__()
-        self.target, self.samples, self.epsilon = target, samples, epsilon
-
-    def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
+    def compute(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """Return the mean hinge."""
-        std = torch.sqrt(gather(draw_samples(inputs.latents, self.samples)).var(dim=0) + self.epsilon)
+        std = torch.sqrt(gather(draw_samples(inputs.latents, self.samples)).var(dim=0) + _EPSILON)
         return torch.relu(self.target - std).mean()

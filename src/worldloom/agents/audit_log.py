@@ -184,9 +184,9 @@ def read_situation(
     tensors = safetensors.torch.load(payload)
     there = {name: tensor if name == "randomness" else tensor.to(device) for name, tensor in tensors.items()}
     observations = Observations(pixels=tensors.get("pixels"), vector=tensors.get("vector"))
-    context = Context(**{name: there.get(f"context/{name}") for name in _OF_CONTEXT})
-    parts = {name: there.get(name) for name in _OF_SITUATION}
-    return observations, Situation(context=context, stretch=float(there["stretch"]), **parts)
+    around: dict[str, Any] = {name: there.get(f"context/{name}") for name in _OF_CONTEXT}
+    parts: dict[str, Any] = {name: there.get(name) for name in _OF_SITUATION}
+    return observations, Situation(context=Context(**around), stretch=float(there["stretch"]), **parts)
 
 
 def damaged_situations(folder: Path | str, *, progress: Progress = SILENT) -> list[int]:

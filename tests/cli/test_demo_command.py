@@ -59,4 +59,4 @@ def test_another_seed_is_refused_and_a_fresh_demo_begins_anew(demo, demo_command
 
 
 def test_a_recipe_without_a_world_cannot_be_demonstrated(refused, tmp_path) -> None:
-    assert "'generic' names no world" in refused(2, "demo", "--recipe", "generic", "--out", str(tmp_path / "demo"))
+    assert "'generic' has no environment" in refused(2, "demo", "--recipe", "generic", "--out", str(tmp_path / "demo"))

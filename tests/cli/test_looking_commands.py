@@ -79,8 +79,8 @@ def test_a_training_without_a_recipe_beside_the_runs_is_passed_over(demo, worldl
     shutil.copytree(demo.run, tmp_path / "run")
     (summary,) = json.loads(worldloom("runs", "list", str(tmp_path), "--json").out)
     assert summary["run"] == str(tmp_path / "run")
-    assert "made without a recipe" in refused(4, "runs", "show", str(tmp_path / "bare"))
-    assert "made without a recipe" in refused(4, "train", demo.data, "--out", str(tmp_path / "bare"), "--resume")
+    assert "has no recipe" in refused(4, "runs", "show", str(tmp_path / "bare"))
+    assert "has no recipe" in refused(4, "train", demo.data, "--out", str(tmp_path / "bare"), "--resume")
 
 
 def test_a_run_with_a_part_that_is_not_imported_is_still_listed(demo, worldloom, refused, tmp_path) -> None:

@@ -212,7 +212,7 @@ def test_the_rounds_are_completed_though_a_node_and_the_coordinator_were_killed(
         assert more > 0 if alone else more == 0
         assert more % max(1, alone) == 0
         assert run.agent("tree search") is not None
-    assert "reaches no coordinator; it trained 5 steps alone" in deployment.parties["east"].said()
+    assert "cannot reach a coordinator; it trained 5 steps on its own" in deployment.parties["east"].said()
 
 
 @pytest.mark.slow

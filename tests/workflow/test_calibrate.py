@@ -132,7 +132,7 @@ def test_a_risk_that_so_few_episodes_cannot_tell_is_said(folder: Path) -> None:
 def test_only_what_uses_margins_is_calibrated(folder: Path, tmp_path: Path) -> None:
     run = Run.open(folder)
     for method in ("random", "penalty", "no guardrail"):
-        with pytest.raises(ConfigError, match="uses no margins"):
+        with pytest.raises(ConfigError, match="does not use margins"):
             calibrate(run, method=method)
     with pytest.raises(ConfigError, match="nothing to calibrate"):
         calibrate(under(folder, tmp_path / "no rules", None))

@@ -146,7 +146,7 @@ def test_a_folder_that_holds_a_run_is_not_written_over(recipe, dataset, run, unt
 def test_another_recipe_is_refused_and_what_differs_is_named(recipe, dataset, run, assignment) -> None:
     before = read_json(run.path / "config.json")
     key, _ = assignment.split("=")
-    with pytest.raises(ConfigError, match=f"another recipe; they differ in {key}. "):
+    with pytest.raises(ConfigError, match=f"a different recipe; they differ in {key}. "):
         workflow.train(recipe.override([assignment]), dataset, run.path, resume=True)
     assert read_json(run.path / "config.json") == before
 
@@ -221,7 +221,7 @@ def test_a_run_from_before_an_option_was_added_is_taken_up(recipe, dataset, run,
 
 def test_other_data_are_refused(recipe, run, tmp_path) -> None:
     other = collect(recipe.override(["collection.seed=9"]), tmp_path / "other")
-    with pytest.raises(CheckpointError, match="started on other data") as error:
+    with pytest.raises(CheckpointError, match="started on different data") as error:
         workflow.train(recipe, other, run.path, resume=True)
     assert run.data in str(error.value)
 
@@ -240,7 +240,7 @@ def test_collecting_again_adds_nothing(recipe, dataset) -> None:
 
 
 def test_a_recipe_without_a_world_cannot_collect(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="names no world"):
+    with pytest.raises(ConfigError, match="has no environment"):
         collect(load_recipe("generic"), tmp_path / "data")
     assert not (tmp_path / "data").exists()
 

@@ -74,9 +74,13 @@ def calibrate(
     name = method or run.recipe.default_method
     config = run.recipe.method(name)
     if rules is None or rules.rule_set.risk is None or not rules.rule_set.titles:
-        raise ConfigError("there is nothing to calibrate: the run has no rule set that states a risk of its guardrails")
+        raise ConfigError(
+            "there is nothing to calibrate: expected a rule set with guardrails and a risk; name one with --rules"
+        )
     if not isinstance(config, PlannedMethod) or not uses_margins(config):
-        raise ConfigError(f"the method {name!r} uses no margins; choose one that plans with a calibrated guard")
+        raise ConfigError(
+            f"the method {name!r} does not use margins; choose a method that plans with guard='calibrated'"
+        )
     risk, path = rules.rule_set.risk, rules.margins_path(config.calibrated_as)
     shape = _shape(run, rules.rails(), config.horizon, risk, progress)
     about: dict[str, Any] = {"method": config.model_dump(mode="json"), "model": run.model.spec.fingerprint}
@@ -113,8 +117,8 @@ def calibrate(
             raise DataError(_why_infinite(scores, risk, confidence))
         factor = min(max(needed, _GROWTH[0] * factor), _GROWTH[1] * factor)
     raise DataError(
-        f"no margins were found in {rounds} rounds: the last factor was {history[-1]['factor']:.3g}, and {needed:.3g} "
-        f"was needed. Run more rounds or episodes, or state a larger risk"
+        f"calibration did not converge in {rounds} rounds: the last factor was {history[-1]['factor']:.3g}, but "
+        f"{needed:.3g} is required. Use more rounds or episodes, or a larger risk"
     )
 
 
@@ -140,7 +144,7 @@ def _why_infinite(scores: Float[Tensor, "N"], risk: float, confidence: float) ->
 
 def _protocol_of(run: Run) -> str:
     if run.recipe.protocol is None:
-        raise ConfigError("the recipe names no protocol; name the one to calibrate in (--protocol)")
+        raise ConfigError("the recipe has no protocol; name the protocol to calibrate in with --protocol")
     return run.recipe.protocol
 
 
@@ -226,7 +230,10 @@ def _shape(run: Run, rails: Sequence[BoundRail], horizon: int, risk: float, prog
             if episode.steps >= needed:
                 found.append(_errors(episode, run.model, rails, _quantities(run), horizon))
     if not found:
-        raise DataError(f"no held-out episode is as long as a plan ({needed} steps); record longer episodes")
+        raise DataError(
+            f"expected a held-out episode at least as long as a plan, {needed} steps; got shorter ones. "
+            f"Record longer episodes"
+        )
     return margin_shape(torch.cat(found), risk)
 
 

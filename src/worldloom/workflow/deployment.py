@@ -25,13 +25,13 @@ def read_goal(run: Run, path: Path) -> Goal:
         goal = read_picture(path, spec.pixels) if spec.pixels is not None else None
         if goal is None or spec.vector:
             raise DataError(
-                f'the model takes a vector of {spec.vector} values; give the goal as JSON: {{"vector": [...]}}'
+                f'the model expects a vector of {spec.vector} values; write the goal as JSON: {{"vector": [...]}}'
             )
         return Goal(observations=goal)
     values = read_json(path)
     if not isinstance(values, dict) or (unknown := sorted(set(values) - {"vector", "pixels"})):
         raise DataError(
-            f"{path} must be an object with 'vector' and/or 'pixels'; got {unknown or type(values).__name__}"
+            f"{path}: expected a JSON object with 'vector', 'pixels' or both; got {unknown or type(values).__name__}"
         )
     vector = pixels = None
     if "vector" in values:
@@ -61,8 +61,8 @@ def check_plant(run: Run, link: Link) -> None:
     ):
         if ours != theirs:
             raise DataError(
-                f"the model was trained on the {name} {ours} and the plant has {theirs}; deploy a run that was trained "
-                f"on data of this plant"
+                f"the model was trained with {name} {ours}, but the plant has {theirs}; deploy a run that was trained "
+                f"on data from this plant"
             )
 
 

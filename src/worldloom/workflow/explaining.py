@@ -86,7 +86,7 @@ def explain(
         StorageError: the picture cannot be written.
     """
     if observations.pixels is None or goal.observations.pixels is None:
-        raise DataError("a plan of a model that sees no pictures cannot be drawn; leave out --explain")
+        raise DataError("--explain needs a model with pixel observations, and this model has none; leave it out")
     seen, block = _held_out_frames(run, progress), run.model.spec.block
     frames = [
         PlanFrame("now", observations.pixels[0].numpy(), "the observation"),
@@ -116,7 +116,7 @@ def _held_out_frames(run: Run, progress: Progress) -> _HeldOutFrames:
     try:
         dataset, chosen = run.held_out()
     except (DataError, StorageError) as error:
-        raise DataError(f"a plan is explained with frames of the logs, which could not be read: {error}") from error
+        raise DataError(f"--explain shows frames of the training data, which cannot be read: {error}") from error
     block = run.model.spec.block
     label: str | None = None
     latents: list[Float[Tensor, "_ D"]] = []

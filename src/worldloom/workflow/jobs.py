@@ -56,12 +56,12 @@ def collect(recipe: Recipe, path: Path | str, *, progress: Progress = SILENT) ->
     """Collect the logs of a recipe; a partial dataset is completed.
 
     Raises:
-        ConfigError: the recipe names no world.
+        ConfigError: the recipe has no environment.
         DataError, EnvironmentFailure, StorageError: see `worldloom.data.collect`.
     """
     if recipe.collection is None:
         raise ConfigError(
-            f"recipe {recipe.name!r} names no world; collect with worldloom.data.collect(path, env_id=...)"
+            f"recipe {recipe.name!r} has no environment; collect with worldloom.data.collect(path, env_id=...)"
         )
     options = recipe.collection.model_dump()
     return data.collect(path, **options, progress=progress)
@@ -152,13 +152,13 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, resume: bool, r
     free += ("probes",) if recorded.probes.items() <= recipe.probes.items() else ()
     if wrong := [key for key in differ if not key.startswith(free)]:
         raise ConfigError(
-            f"{path} was started with another recipe; they differ in {', '.join(wrong[:8])}. Resume with the same "
+            f"{path} was started with a different recipe; they differ in {', '.join(wrong[:8])}. Resume with the same "
             f"recipe and overrides, or choose another folder"
         )
     if (before := folder.provenance["data"]) != fingerprint:
         raise CheckpointError(
-            f"{path} was started on other data (fingerprint {before[:12]}, now {fingerprint[:12]}); resume on the "
-            f"original dataset ({folder.config['data']}), or choose another folder"
+            f"{path} was started on different data (fingerprint {before[:12]}, now {fingerprint[:12]}); resume with "
+            f"the original dataset, {folder.config['data']}, or choose another folder"
         )
     if differ:
         folder.reconfigure(config)
@@ -332,7 +332,7 @@ def explore(
     name = method or session.run.recipe.default_method
     agent = session.agent(name)
     if not agent.explores:
-        raise ConfigError(f"the method {name!r} does not explore; choose one that does, such as landmarks")
+        raise ConfigError(f"the method {name!r} does not explore; choose a method that explores, such as landmarks")
     chosen = _protocol(session.run, protocol, split=split, episodes=episodes, seed=seed, exploration=0)
     return explore_worlds(chosen, agent, steps, progress=progress)
 
@@ -370,17 +370,17 @@ def _protocol(
         name = default_protocol(env_id)
     if name is not None:
         if success is not None or goal_offset is not None:
-            raise ConfigError(f"protocol {name!r} defines success and goals; leave out success and goal_offset")
+            raise ConfigError(f"protocol {name!r} already defines success and goals; leave out success and goal_offset")
         return PROTOCOLS[name].customise(**changes)
     given = {key: value for key, value in changes.items() if value is not None}
     if "split" in given or "exploration" in given:
-        raise ConfigError("a split or an exploration needs a named protocol; name one (--protocol)")
+        raise ConfigError("split and exploration need a named protocol; name one with --protocol")
     if env_id is None:
-        raise ConfigError("the dataset does not name its world; name a protocol (--protocol)")
+        raise ConfigError("the dataset does not name its environment; name a protocol with --protocol")
     if success is None:
         raise ConfigError(
-            f"there is no protocol for {env_id}; define success by a named vector and a tolerance, such as --success "
-            f"position:3, or by the world's own signal with --success env"
+            f"{env_id} has no protocol; define success by a named vector and a tolerance, such as --success "
+            f"position:3, or by the environment's own success flag with --success env"
         )
     offset = goal_offset or 25
     logged: dict[str, Any] = {key: source[key] for key in ("policy", "policy_options") if source.get(key)}

@@ -36,8 +36,8 @@ def remember(run: Run, data: Path | str, memory: EpisodicMemory, *, progress: Pr
     dataset = EpisodeDataset.open(data)
     if dataset.spec.observation != spec.observation or dataset.spec.action.size != spec.action.size:
         raise DataError(
-            f"{data} holds observations {dataset.spec.observation} and actions of {dataset.spec.action.size} values; "
-            f"the model takes {spec.observation} and {spec.action.size}"
+            f"{data} has observations {dataset.spec.observation} and actions of {dataset.spec.action.size} values; the "
+            f"model expects {spec.observation} and {spec.action.size}. Use data with the shapes of the training data"
         )
     count = 0
     with progress.task("remembering episodes", len(dataset), "episode") as task, torch.inference_mode():

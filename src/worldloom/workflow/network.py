@@ -174,7 +174,10 @@ def coordinate(config: CoordinatorConfig, *, progress: Progress = SILENT) -> Pat
     recipe = config.member_recipe(constitution)
     connections = {name: member.connection for name, member in constitution.members.items() if member.connection}
     if not connections:
-        raise ConfigError(f"{config.constitution} names no member's connection; add each .ssh.pub, and sign again")
+        raise ConfigError(
+            f"{config.constitution} has no 'connection' for any member; add the text of each member's .ssh.pub file, "
+            f"and let all members sign again"
+        )
     tls = Tls(authority=config.tls / "ca.pem", certificate=config.tls / "server.pem", secret=config.tls / "server.key")
     rounds = config.home / "rounds"
     spec = _spec(config, recipe)
@@ -207,10 +210,10 @@ def opened(config: NodeConfig, *, progress: Progress = SILENT) -> Iterator[tuple
     constitution = config.rules()
     if config.owner not in constitution.members:
         known = ", ".join(constitution.members)
-        raise ConfigError(f"{config.owner!r} is not a member in {config.constitution}; expected one of {known}")
+        raise ConfigError(f"owner: {config.owner!r} is not a member in {config.constitution}; expected one of {known}")
     key = SigningKey(config.key)
     if key.public != constitution.members[config.owner].key:
-        raise DataError(f"{config.constitution} names another key for {config.owner}; use that one")
+        raise DataError(f"the key of this node is not the key of {config.owner} in {config.constitution}; use that key")
     recipe = config.member_recipe(constitution)
     dataset = EpisodeDataset.open(config.data)
     card = card_of(dataset.path, {key.public: config.owner})
@@ -269,13 +272,15 @@ def take_part(config: NodeConfig, *, stop: threading.Event | None = None, progre
     with opened(config, progress=progress) as (node, run):
         last = node.constitution.rounds
         if node.has_left:
-            raise DataError(f"{config.owner} has left the consortium; run worldloom weave return to undo that")
+            raise DataError(f"{config.owner} has left the consortium; run 'worldloom weave return' to rejoin")
         if node.store.number != last:
             _answer(node, config, last, stop)
         if node.has_left:  # meanwhile; the coordinator knows
             return run
         if node.store.number != last:
-            raise TrainingError(f"the last base has not come; start {config.owner} again when the coordinator is back")
+            raise TrainingError(
+                f"the last base has not been received; start {config.owner} again when the coordinator is reachable"
+            )
         _fine_tune(node, run, config, progress)
     return run
 
@@ -312,10 +317,12 @@ def _answer(node: Node, config: NodeConfig, last: int, stop: threading.Event) ->
             try:
                 if node.train_alone(config.alone_steps, still=cut_off):
                     _log.warning(
-                        "%s reaches no coordinator; it trained %d steps alone", config.owner, config.alone_steps
+                        "%s cannot reach a coordinator; it trained %d steps on its own",
+                        config.owner,
+                        config.alone_steps,
                     )
             except WorldloomError as error:
-                _log.warning("%s cannot train alone yet: %s", config.owner, error)
+                _log.warning("%s cannot train on its own yet: %s", config.owner, error)
                 ended.wait(after)
 
     ended = threading.Event()
@@ -339,7 +346,7 @@ def leave(config: NodeConfig, into: Path | str, *, why: str = "", progress: Prog
     """
     into = Path(into)
     if into.exists():
-        raise StorageError(f"{into} exists already; choose another folder to export into")
+        raise StorageError(f"{into} already exists; choose another folder for the export")
     with opened(config, progress=progress) as (node, run):
         node.leave(why)
         if node.store.number is not None:  # else there is no base to fine-tune
@@ -402,11 +409,11 @@ def _join_any(
                 _log.warning("%s: %s", place.address, error)
                 causes.append(str(error))
             else:
-                causes.append(f"{place.address} has another ledger than this node")
+                causes.append(f"{place.address} has a different ledger; check 'coordinators' and 'home'")
             if stop.is_set():
                 return
         if config.alone_after_seconds is None:
-            raise ConfigError("; ".join(causes))
+            raise ConfigError(f"no coordinator could be joined: {'; '.join(causes)}")
 
 
 def _spec(config: CoordinatorConfig, recipe: Recipe) -> DatasetSpec:
@@ -414,7 +421,8 @@ def _spec(config: CoordinatorConfig, recipe: Recipe) -> DatasetSpec:
         return EpisodeDataset.open(config.like).spec
     if recipe.collection is None:
         raise ConfigError(
-            f"recipe {recipe.name!r} has no world to take shapes from; set 'like' to a dataset of the members' shapes"
+            f"recipe {recipe.name!r} has no environment, so the tensor shapes are unknown; set 'like' to a dataset "
+            f"with the same shapes as the members' data"
         )
     with VectorWorld(recipe.collection.env_id, 1, recipe.collection.env_kwargs) as world:
         return DatasetSpec(observation=world.observation, action=world.action)

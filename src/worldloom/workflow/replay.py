@@ -28,7 +28,7 @@ def read_entry(folder: Path, index: int, *, progress: Progress = SILENT) -> tupl
             opened = entry
         if entry.index == index and opened is not None:
             return entry, opened
-    raise DataError(f"{folder} has no entry {index} of an agent; 'worldloom audit show' lists the entries")
+    raise DataError(f"{folder} has no entry {index}; 'worldloom audit show' lists the entries")
 
 
 def replay_entry(
@@ -47,7 +47,9 @@ def replay_entry(
     about = opened.body
     there = Run.open(run or about["run"])
     if there.model.spec.fingerprint != about["model"]:
-        raise DataError(f"{there.path} holds another model than the one that decided; name the right run (--run)")
+        raise DataError(
+            f"the model in {there.path} is not the model that made the decision; name the run of that model with --run"
+        )
     layers, values = tuple(RuleLayer.parse(layer) for layer in about["layers"]), about["margins"]
     rules = there.bind(RuleSet(layers=layers)) if layers else None
     margins = None

@@ -161,7 +161,7 @@ def recipe_values(folder: RunFolder) -> dict[str, Any]:
     """
     values = folder.config.get("recipe")
     if not isinstance(values, dict):
-        raise StorageError(f"{folder.path} was made without a recipe; choose a folder that 'worldloom train' made")
+        raise StorageError(f"{folder.path} has no recipe; choose a folder that 'worldloom train' wrote")
     if missing := [key for key in ("name", "default_method") if key not in values]:
         raise StorageError(
             f"the recipe in {folder.path / 'config.json'} has no {' and no '.join(missing)}; restore it from a copy"
@@ -176,7 +176,7 @@ def find_runs(root: Path) -> Iterator[Run]:
         StorageError: there is no such folder.
     """
     if not root.is_dir():
-        raise StorageError(f"{root} is not a folder; name the folder that holds your runs")
+        raise StorageError(f"{root} is not a folder; name the folder that contains your runs")
     for config in sorted(root.rglob("config.json")):
         if (config.parent / "provenance.json").is_file() and _may_be_of_a_recipe(config):
             yield Run.open(config.parent)

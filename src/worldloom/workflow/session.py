@@ -72,7 +72,8 @@ class Session:
         """Open the audit log of an agent, and write everything that its decisions depend on."""
         if not isinstance(method, PlannedMethod):
             raise ConfigError(
-                f"the method {method.name!r} does not plan, and only decisions of a planner are audited; choose another"
+                f"the method {method.name!r} does not plan, and the audit log records only decisions of a planner; "
+                f"choose a planning method"
             )
         margins = method.margins(parts)
         layers = [] if self.rules is None else self.rules.rule_set.layers

@@ -88,7 +88,7 @@ class ConsortiumConfig(Config):
         if taken := sorted(
             {"consortium", "members", "coordinators", "align_steps", "rounds", "inner_steps"} & set(self.rules)
         ):
-            raise ValueError(f"rules: {', '.join(taken)} follow from other keys of the consortium; remove them")
+            raise ValueError(f"rules: {', '.join(taken)} are set from other keys of the consortium; remove them here")
         if self.pilot is not None and (self.pilot not in self.owners or not self.align_steps):
             raise ValueError(f"pilot: expected one of {', '.join(self.owners)}, and align_steps; got {self.pilot!r}")
         return self

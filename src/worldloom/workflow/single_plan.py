@@ -49,10 +49,10 @@ def plan_once(
     agent: PlanningAgent | None = session.agent(method).parts.get("")
     if agent is None:
         raise ConfigError(
-            f"the method {method or run.recipe.default_method!r} does not plan; choose a planner of the recipe"
+            f"the method {method or run.recipe.default_method!r} does not plan; choose a planning method of the recipe"
         )
     if (start is None) != (goal is None):
-        raise ConfigError("give both --start and --goal, or neither")
+        raise ConfigError("expected both --start and --goal, or neither; got one of them")
     if start is not None and goal is not None:
         observations, target = _picture(run, start), Goal(observations=_picture(run, goal))
     else:
@@ -86,14 +86,17 @@ def plan_once(
 def _picture(run: Run, path: Path) -> Observations:
     expected = run.model.spec.observation.pixels
     if expected is None or run.model.spec.observation.vector:
-        raise DataError("the model takes more than pixels; name a protocol that draws start and goal (--protocol)")
+        raise DataError(
+            "the model needs more than pixels, so pictures are not enough; name a protocol for start and goal with "
+            "--protocol"
+        )
     return read_picture(path, expected)
 
 
 def _drawn(run: Run, protocol: str | None, split: str | None, episode: int) -> tuple[Observations, Goal]:
     name = protocol or run.recipe.protocol or default_protocol(run.environment.get("id"))
     if name is None:
-        raise ConfigError("give --start and --goal, or a --protocol that draws them")
+        raise ConfigError("expected --start and --goal, or a --protocol that samples them; got neither")
     chosen = PROTOCOLS[name]
     split = split or next(iter(chosen.splits))
     if split not in chosen.splits:

@@ -43,7 +43,7 @@ def simulate(
     for number, facts in told:
         judged = facts["evaluation"] or {}
         losses = [f"{judged[when]:.3f}" if when in judged else "-" for when in ("before", "after")]
-        sent = sum(one["bytes"] for one in records.contributions(number))
+        sent = sum(one["bytes"] for one in records.of("contribution", number))
         who = ", ".join(f"{owner} {weight:.2f}" for owner, weight in sorted(facts["weights"].items()))
         rows.append([str(number), *losses, f"{sent / 1e6:.1f}", who or "none", ", ".join(facts["left_out"]) or "-"])
     answer(
@@ -131,8 +131,7 @@ def classify(
     """Write and sign the data card of a dataset; without a card its data cannot shape the base."""
     from worldloom.core.errors import ConfigError
     from worldloom.core.registry import nearest
-    from worldloom.federation import CLASSES
-    from worldloom.workflow import classify
+    from worldloom.federation import CLASSES, classify
 
     known = {name: name for name in CLASSES}
     if data_class not in known:

@@ -24,18 +24,12 @@ def read_yaml(path: Path | str, kind: type[ConfigT]) -> ConfigT:
         ConfigError: see `parse_yaml`.
     """
     with storage_errors(path), Path(path).open("rb") as file:
-        content = file.read(_LARGEST + 1)
-    if len(content) > _LARGEST:
-        raise ConfigError(_too_large(str(path)))
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
-    return parse_yaml(text, kind, source=str(path))
+        content = file.read(_LARGEST + 1)  # one byte more than allowed, so that a larger file is refused
+    return parse_yaml(content, kind, source=str(path))
 
 
-def parse_yaml(text: str, kind: type[ConfigT], *, source: str = "the text") -> ConfigT:
-    """Build a configuration from YAML.
+def parse_yaml(content: bytes | str, kind: type[ConfigT], *, source: str = "the text") -> ConfigT:
+    """Build a configuration from YAML, in UTF-8.
 
     Only plain values are read. Tags (which can construct objects), anchors (which can expand a small text enormously)
     and duplicate keys are refused.
@@ -43,7 +37,13 @@ def parse_yaml(text: str, kind: type[ConfigT], *, source: str = "the text") -> C
     Raises:
         ConfigError: names the line of each mistake, what was expected and what came.
     """
-    values, lines = _load(text, source)
+    raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    if len(raw) > _LARGEST:
+        raise ConfigError(f"{source} is larger than {_LARGEST} bytes; expected what a person writes")
+    try:
+        values, lines = _load(raw.decode("utf-8"), source)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source} is not UTF-8 text ({error}); save it as UTF-8") from None
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -53,15 +53,9 @@ def parse_yaml(text: str, kind: type[ConfigT], *, source: str = "the text") -> C
         raise ConfigError(f"{source}: {error}") from None
 
 
-def _too_large(source: str) -> str:
-    return f"{source} is larger than {_LARGEST} bytes; expected what a person writes"
-
-
 def _load(text: str, source: str) -> tuple[dict[str, Any], dict[Place, int]]:
     import yaml
 
-    if len(text.encode("utf-8", "surrogatepass")) > _LARGEST:
-        raise ConfigError(_too_large(source))
     begins = (
         yaml.BlockSequenceStartToken,
         yaml.BlockMappingStartToken,

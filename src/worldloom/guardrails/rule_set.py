@@ -150,11 +150,7 @@ def read_rules(paths: Sequence[Path | str], *, trusted: Collection[str] | None) 
             layers.append(read_yaml(path, RuleLayer))
             continue
         content, signer = read_signed(path, {key.rpartition(":")[2] for key in trusted})
-        try:
-            text = content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
-        layer = parse_yaml(text, RuleLayer, source=str(path))
+        layer = parse_yaml(content, RuleLayer, source=str(path))
         able = {key.rpartition(":")[2].lower() for key in trusted if key.rpartition(":")[0] in ("", layer.layer)}
         if signer not in able:
             raise DataError(

@@ -9,14 +9,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field
 
 from worldloom.core.config import Config
 from worldloom.core.errors import DataError, StorageError, WorldloomError
-from worldloom.core.signing import read_signed
+from worldloom.core.files import write_json
+from worldloom.core.signing import read_signed, sign_file
 from worldloom.core.yaml_config import parse_yaml
-from worldloom.data import DatasetSpec, EpisodeDataset, Frames, Pixels
+from worldloom.data import EpisodeDataset, Frames
 from worldloom.federation.rules.constitution import Constitution, Name
 
 _log = logging.getLogger(__name__)
@@ -51,6 +51,28 @@ def card_path(dataset: Path | str) -> Path:
     return Path(dataset).with_name(f"{Path(dataset).name}.card.yaml")
 
 
+def classify(
+    dataset: Path | str, *, owner: str, data_class: DataClass, key: Path | str, title: str = "", licence: str = ""
+) -> Path:
+    """Write and sign the card of a dataset, in place of an earlier one; return its path.
+
+    Raises:
+        StorageError: there is no such dataset, or the card cannot be written.
+        DataError: the key is no Ed25519 key.
+    """
+    path = card_path(dataset)
+    card = DataCard(
+        dataset=EpisodeDataset.open(dataset).fingerprint(),
+        title=title or Path(dataset).name,
+        owner=owner,
+        data_class=data_class,
+        licence=licence,
+    )
+    write_json(path, card.model_dump(mode="json"))  # JSON is YAML
+    sign_file(path, key)
+    return path
+
+
 def card_of(dataset: Path | str, trusted: Mapping[str, str], *, fingerprint: str | None = None) -> DataCard:
     """Return the card of a dataset; without a trusted card, one of class private, with the cause in the log.
 
@@ -65,13 +87,13 @@ def card_of(dataset: Path | str, trusted: Mapping[str, str], *, fingerprint: str
         if not path.is_file():
             raise StorageError(f"there is no {path.name} beside it; its owner can write and sign one")
         content, key = read_signed(path, trusted)
-        card = parse_yaml(content.decode("utf-8"), DataCard, source=str(path))
+        card = parse_yaml(content, DataCard, source=str(path))
         owner = {public.strip().lower(): name for public, name in trusted.items()}[key]
         if card.owner != owner:
             raise DataError(f"the card names {card.owner} as owner, but {owner} signed it")
         if card.dataset != actual:
             raise DataError(f"the card is of the dataset {card.dataset}; this one is {actual}")
-    except (WorldloomError, UnicodeDecodeError) as error:
+    except WorldloomError as error:
         _log.warning("%s is treated as private: %s", dataset, error)
         return DataCard(
             dataset=actual, title="without a card", owner="unknown", data_class="private", purposes=("private",)
@@ -114,71 +136,30 @@ def may_shape_base(card: DataCard, constitution: Constitution) -> Permission:
 
 
 def guarded_frames(frames: Frames, card: DataCard, purpose: Purpose, constitution: Constitution) -> Frames:
-    """Return the frames behind a guard, which refuses reads for a purpose that their card does not allow."""
-    if card.dataset != frames.fingerprint:
-        why = f"the card is of the dataset {card.dataset}; these frames are of {frames.fingerprint}"
-        return _Guarded(frames, why if purpose == "base" else None)
-    if purpose == "private":
-        refused = None if "private" in card.purposes else f"the card of {card.title!r} does not name 'private'"
-        return _Guarded(frames, refused)
+    """Return the frames, or what refuses to read them for a purpose that their card does not allow."""
     permission = may_shape_base(card, constitution)
-    return _Guarded(frames, None if permission.allowed else permission.why)
+    refused = "" if permission.allowed else permission.why
+    if purpose == "private":
+        refused = "" if "private" in card.purposes else f"the card of {card.title!r} does not name 'private'"
+    elif card.dataset != frames.fingerprint:
+        refused = f"the card is of the dataset {card.dataset}; these frames are of {frames.fingerprint}"
+    return _Refused(frames, refused) if refused else frames
 
 
 class _NotRead(DataError, AttributeError):
-    """Also an AttributeError, so that `isinstance(frames, Frames)` works without reading."""
+    """Also an AttributeError, so that `isinstance(frames, Frames)` reads nothing; `_Refused` is registered as one."""
 
 
-class _Guarded(Frames):
-    """Frames behind a guard: the layout of the episodes can be read, their observations and actions cannot."""
+@Frames.register
+class _Refused:
+    """Frames that may not be read: the layout of the episodes is known, their observations and actions are not."""
 
-    def __init__(self, frames: Frames, refused: str | None) -> None:
-        self._frames, self._refused = frames, refused
+    def __init__(self, frames: Frames, why: str) -> None:
+        self.spec, self.fingerprint, self._why = frames.spec, frames.fingerprint, why
+        self.starts, self.lengths, self.rows, self.split = frames.starts, frames.lengths, frames.rows, frames.split
+        self.close = frames.close
 
-    @property
-    def spec(self) -> DatasetSpec:
-        return self._frames.spec
+    def _read(self) -> Any:
+        raise _NotRead(f"this data may not be read: {self._why}. Use it for the owner's own model, or ask its owner")
 
-    @property
-    def fingerprint(self) -> str:
-        return self._frames.fingerprint
-
-    @property
-    def pixels(self) -> Pixels | None:
-        return self._read().pixels
-
-    @property
-    def vector(self) -> np.ndarray | None:
-        return self._read().vector
-
-    @property
-    def actions(self) -> np.ndarray:
-        return self._read().actions
-
-    @property
-    def labels(self) -> dict[str, np.ndarray]:
-        return self._read().labels
-
-    @property
-    def starts(self) -> np.ndarray:
-        return self._frames.starts
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return self._frames.lengths
-
-    def close(self) -> None:
-        self._frames.close()
-
-    def rows(self, episode: int) -> slice:
-        return self._frames.rows(episode)
-
-    def split(self, validation_fraction: float, seed: int) -> tuple[Any, Any]:
-        return self._frames.split(validation_fraction, seed)
-
-    def _read(self) -> Frames:
-        if self._refused is not None:
-            raise _NotRead(
-                f"this data may not be read: {self._refused}. Use it for the owner's own model, or ask its owner"
-            )
-        return self._frames
+    pixels = vector = actions = labels = property(_read)

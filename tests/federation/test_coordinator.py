@@ -357,7 +357,7 @@ def test_a_privacy_budget_ends_the_rounds_and_the_ledger_says_what_was_spent(tmp
     with pytest.raises(TrainingError, match="round 1 has 0 contributions"):
         run(consortium)
     records = Records(tmp_path / "rounds" / "ledger.jsonl")
-    first = records.contributions(0)
+    first = records.of("contribution", 0)
     assert {facts["owner"] for facts in first} == set(OWNERS)
     assert all(facts["spent"]["epsilon"] == pytest.approx(once) for facts in first)
     assert all("budget" in reason for reason in reasons(consortium))

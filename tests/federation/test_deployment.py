@@ -23,6 +23,7 @@ from worldloom.federation import (
     PartitionConfig,
     Records,
     RoundStore,
+    classify,
     ratify,
     read_constitution,
     recompute,
@@ -31,7 +32,7 @@ from worldloom.federation import (
 from worldloom.models import load_model
 from worldloom.recipes import load_recipe
 from worldloom.training import saved_steps
-from worldloom.workflow import Run, classify, make_keys
+from worldloom.workflow import Run, make_keys
 
 pytest.importorskip("flwr", reason="needs pip install 'worldloom[weave]'")
 

@@ -283,10 +283,10 @@ def test_settling_for_longer_than_the_rounds_is_a_training_of_its_own(tmp_path: 
     coordinator.run()
     coordinator.close()
     node = consortium.node("south")
-    training, begin = node._own.training, max(saved_steps(node._own.run))
+    training, begin = node.own.training, max(saved_steps(node.own.run))
     steps = 2 * training.steps
     node.fine_tune(steps)
-    rates = {row["step"]: row["learning_rate"] for row in node._own.run.metrics() if "learning_rate" in row}
+    rates = {row["step"]: row["learning_rate"] for row in node.own.run.metrics() if "learning_rate" in row}
     of_its_own = training.model_copy(update={"steps": steps})
     assert rates[begin + steps] == pytest.approx(of_its_own.learning_rate_at(steps - 1))
     assert rates[begin + steps] > 0 == training.learning_rate_at(steps - 1)

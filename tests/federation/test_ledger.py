@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,10 @@ from worldloom.federation import (
     Records,
     countersign,
     model_card,
-    read_countersigned,
-    save_countersigned,
     verify_ledger,
 )
 from worldloom.federation.record.envelope import seal
-from worldloom.federation.record.ledger import constitution_facts, exit_facts
+from worldloom.federation.record.ledger import checked, constitution_facts, exit_facts
 
 
 class World:
@@ -67,8 +66,8 @@ def test_a_whole_ledger_verifies_and_is_read(world: World) -> None:
     verdict = world.verify(world.path)
     assert (verdict.length, verdict.broken) == (6, None)
     records = Records(world.path)
-    assert [facts["owner"] for facts in records.contributions(0)] == ["bolt"]
-    assert records.contributions(1) == []
+    assert [facts["owner"] for facts in records.of("contribution", 0)] == ["bolt"]
+    assert records.of("contribution", 1) == []
     assert {number: facts["fingerprint"] for number, facts in records.bases().items()} == {0: "ab", 1: "ef"}
     assert records.spent("bolt") == {"epsilon": 1.5}
     assert records.spent("acme") == {}
@@ -135,8 +134,8 @@ def test_that_a_member_left_only_the_member_can_say(world: World, tmp_path: Path
 
 def test_a_countersigned_checkpoint_shows_a_history_written_anew_or_cut(world: World, tmp_path: Path) -> None:
     head = world.verify(world.path).head
-    save_countersigned(tmp_path / "seen.json", countersign(head, world.keys["bolt"]))
-    assert read_countersigned(tmp_path / "seen.json", world.rules) == head
+    stored = json.loads(json.dumps(countersign(head, world.keys["bolt"])))
+    assert checked(stored, world.rules) == head
     seen = [countersign(head, world.keys["bolt"])]
     assert world.verify(world.path, checkpoints=seen).broken is None
     anew = world.write(tmp_path / "anew.jsonl", weight=0.1)

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worldloom.core.errors import DataError, StorageError
-from worldloom.federation import Base, Ledger, RoundStore, countersign, save_countersigned
+from worldloom.core.files import write_json
+from worldloom.federation import Base, Ledger, RoundStore, countersign
 from worldloom.reports import find_owners, write_consortium_report
 from worldloom.reports.consortium_figures import _apart
 from worldloom.reports.consortium_report import render_consortium_report
@@ -164,7 +165,7 @@ def test_no_report_is_written_of_a_ledger_that_does_not_verify(chronicle, tmp_pa
 def test_what_members_countersigned_is_named_and_held_against_the_ledger(chronicle) -> None:
     chronicle.begin()
     seen = countersign(chronicle.ledger.head, chronicle.keys["east"])
-    save_countersigned(chronicle.rounds / "checkpoints" / "east.json", seen)
+    write_json(chronicle.rounds / "checkpoints" / "east.json", seen)
     (chronicle.rounds / "other.json").write_text("[" * 10_000)
     chronicle.contribute(0, "north")
     assert "east saw 2 entries (east.json)" in page(chronicle).text

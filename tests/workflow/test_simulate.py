@@ -52,7 +52,10 @@ def test_a_handler_before_a_node_can_sign_what_it_never_learned(tmp_path: Path) 
     deltas = {name: load_file(RoundStore(woven.rounds).delta(0, name)) for name in ("north", "east")}
     assert all(bool((tensor == 0).all()) for tensor in deltas["east"].values())
     assert any(bool((tensor != 0).any()) for tensor in deltas["north"].values())
-    assert {facts["owner"] for facts in Records(woven.rounds / "ledger.jsonl").contributions(0)} == {"north", "east"}
+    assert {facts["owner"] for facts in Records(woven.rounds / "ledger.jsonl").of("contribution", 0)} == {
+        "north",
+        "east",
+    }
     assert len(passed) == 4  # asked to train, to judge the base before and after, and to keep the last one
 
 

@@ -46,7 +46,7 @@ def simulate(
     for number, facts in told:
         judged = facts["evaluation"] or {}
         losses = [f"{judged[when]:.3f}" if when in judged else "-" for when in ("before", "after")]
-        sent = sum(one["bytes"] for one in records.contributions(number))
+        sent = sum(one["bytes"] for one in records.of("contribution", number))
         who = ", ".join(f"{owner} {weight:.2f}" for owner, weight in sorted(facts["weights"].items()))
         rows.append([str(number), *losses, f"{sent / 1e6:.1f}", who or "none", ", ".join(facts["left_out"]) or "-"])
     answer(
@@ -132,8 +132,7 @@ def classify(
     json: Json = False,
 ) -> None:  # fmt: skip
     """Write and sign the data card of a dataset; without a card its data cannot shape the base."""
-    from worldloom.federation import CLASSES
-    from worldloom.workflow import classify
+    from worldloom.federation import CLASSES, classify
 
     known = {name: name for name in CLASSES}
     if data_class not in known:

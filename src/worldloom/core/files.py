@@ -108,8 +108,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; it appears at `path` once the body is done, whole or not at all.
 
     Raises:
-        StorageError: the disk refuses, also within the body.
+        StorageError: the path exists already, or the disk refuses, also within the body.
     """
+    if path.exists():
+        raise StorageError(f"{path} exists already; choose another folder")
     begun = path.with_name(f".{path.name}.begun")
     with storage_errors(path):
         shutil.rmtree(begun, ignore_errors=True)  # of a process that was killed

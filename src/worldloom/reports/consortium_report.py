@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,12 @@ def render_consortium_report(
         owners=[_owner(history, name) for name in history.members],
         judged=[name for name in history.members if any(name in round.losses for round in history.rounds)],
         losses=_losses(history),
-        influence=_grid(history, lambda round, name: _share(round, name)),
-        bytes=_grid(history, lambda round, name: _sent(round, name)),
+        influence=_grid(history, _share),
+        bytes=_grid(history, _sent),
         totals=[size(history.sent(name)) for name in history.members] if history.bytes else [],
         total=size(history.bytes),
         cost=_cost(history, constitution, base),
-        privacy=_grid(history, lambda round, name: _epsilon(round, name)) if history.private else [],
+        privacy=_grid(history, _epsilon) if history.private else [],
         private=constitution.privacy,
         refusals=_refusals(history),
         verdict=verdict,
@@ -244,7 +244,7 @@ def _owner(history: LedgerHistory, name: str) -> dict[str, str]:
     }
 
 
-def _grid(history: LedgerHistory, cell: Any) -> list[tuple[int, list[str]]]:
+def _grid(history: LedgerHistory, cell: Callable[[Round, str], str]) -> list[tuple[int, list[str]]]:
     """Return one row per round, with a cell for each owner."""
     return [(round.number, [cell(round, name) for name in history.members]) for round in history.rounds]
 

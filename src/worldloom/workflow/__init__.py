@@ -7,7 +7,6 @@ from worldloom.workflow.memories import encode_picture, remember
 from worldloom.workflow.network import (
     CoordinatorConfig,
     NodeConfig,
-    classify,
     come_back,
     coordinate,
     leave,
@@ -30,7 +29,6 @@ __all__ = [
     "Session",
     "calibrate",
     "check_plant",
-    "classify",
     "collect",
     "come_back",
     "coordinate",

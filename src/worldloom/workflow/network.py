@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,27 +12,20 @@ from pydantic import Field
 
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError, DataError, StorageError, TrainingError, WorldloomError
-from worldloom.core.files import write_json
 from worldloom.core.progress import SILENT, Progress
-from worldloom.core.signing import SigningKey, make_key, sign_file
-from worldloom.data import DatasetSpec, EpisodeDataset, load_frames
+from worldloom.core.signing import SigningKey, make_key
+from worldloom.data import DatasetSpec, EpisodeDataset
 from worldloom.envs import VectorWorld
 from worldloom.federation import (
     Base,
     Constitution,
     Coordinator,
-    DataCard,
-    DataClass,
     Handler,
-    LocalTraining,
     MemberStore,
     Node,
     PartitionConfig,
     Tls,
-    card_of,
-    card_path,
     check_has_a_pilot,
-    guarded_frames,
     initial_base,
     make_node_keys,
     make_tls,
@@ -41,7 +34,7 @@ from worldloom.federation import (
 )
 from worldloom.recipes import Recipe
 from worldloom.workflow.run import Run
-from worldloom.workflow.simulation import measure, member_recipe, run_folder
+from worldloom.workflow.simulation import measure, member_recipe, open_node
 
 _log = logging.getLogger(__name__)
 _FLUSH_SECONDS = 3.0  # to send the last answer
@@ -119,29 +112,6 @@ class CoordinatorConfig(_PartyConfig):
     initial: Path | None = None
 
 
-def classify(
-    dataset: Path | str, *, owner: str, data_class: DataClass, key: Path | str, title: str = "", licence: str = ""
-) -> Path:
-    """Write and sign the card of a dataset, in place of an earlier one; return its path.
-
-    Raises:
-        StorageError: there is no such dataset, or the card cannot be written.
-        DataError: the key is no Ed25519 key.
-    """
-    opened = EpisodeDataset.open(dataset)
-    path = card_path(dataset)
-    card = DataCard(
-        dataset=opened.fingerprint(),
-        title=title or Path(dataset).name,
-        owner=owner,
-        data_class=data_class,
-        licence=licence,
-    )
-    write_json(path, card.model_dump(mode="json"))  # JSON is YAML
-    sign_file(path, key)
-    return path
-
-
 def make_keys(folder: Path | str, name: str, hosts: tuple[str, ...] = ()) -> dict[str, str]:
     """Write a party's keys: one that signs its messages, and one of its connections or, with hosts, a certificate.
 
@@ -187,22 +157,17 @@ def coordinate(config: CoordinatorConfig, *, progress: Progress = SILENT) -> Pat
     elif not (rounds / "bases").is_dir():  # a coordinator that resumes or takes over has a base
         check_has_a_pilot(recipe.model, spec, partition)
     with serve(config.home / "link", tls, connections, host=config.host, port=config.port) as transport:
-        coordinator = Coordinator(
-            rounds,
-            constitution,
-            key=SigningKey(config.key),
-            transport=transport,
-            initial=initial,
-            progress=progress,
-        )
-        with closing(coordinator):
+        key = SigningKey(config.key)
+        with Coordinator(
+            rounds, constitution, key=key, transport=transport, initial=initial, progress=progress
+        ) as coordinator:
             coordinator.run()
     return rounds
 
 
 @contextmanager
-def opened(config: NodeConfig, *, progress: Progress = SILENT) -> Iterator[tuple[Node, Run]]:
-    """Open an owner's node: its data, guarded by their card, its run and its keys.
+def opened(config: NodeConfig, *, progress: Progress = SILENT) -> Iterator[Node]:
+    """Open an owner's node; see `open_node`.
 
     Raises:
         ConfigError, DataError, StorageError: the constitution, the data or the keys are invalid.
@@ -214,34 +179,11 @@ def opened(config: NodeConfig, *, progress: Progress = SILENT) -> Iterator[tuple
     key = SigningKey(config.key)
     if key.public != constitution.members[config.owner].key:
         raise DataError(f"the key of this node is not the key of {config.owner} in {config.constitution}; use that key")
-    recipe = config.member_recipe(constitution)
-    dataset = EpisodeDataset.open(config.data)
-    card = card_of(dataset.path, {key.public: config.owner})
-    partition = PartitionConfig.parse(constitution.partition)
-    run = Run(run_folder(recipe, dataset, config.home / "run", config.seed))
-    with ExitStack() as stack:
-        frames = stack.enter_context(closing(load_frames(dataset, recipe.data, progress=progress)))
-        own, shaping = (
-            LocalTraining(
-                run.folder,
-                part,
-                training=recipe.training,
-                model=recipe.model,
-                partition=partition,
-                progress=progress,
-            )
-            for part in (frames, guarded_frames(frames, card, "base", constitution))
-        )
-        node = Node(
-            config.home,
-            shaping,
-            own=own,
-            name=config.owner,
-            key=key,
-            constitution=constitution,
-            data_class=card.data_class,
-        )
-        yield node, run
+    recipe, dataset = config.member_recipe(constitution), EpisodeDataset.open(config.data)
+    with open_node(
+        config.home, recipe, dataset, constitution, name=config.owner, key=key, seed=config.seed, progress=progress
+    ) as node:
+        yield node
 
 
 def pilot(config: NodeConfig, out: Path | str, *, progress: Progress = SILENT) -> str:
@@ -253,10 +195,8 @@ def pilot(config: NodeConfig, out: Path | str, *, progress: Progress = SILENT) -
     Raises:
         ConfigError, DataError, StorageError: see `opened`, `Node.pilot` and `Base.save_new`.
     """
-    with opened(config, progress=progress) as (node, _):
-        recipe, partition = config.member_recipe(node.constitution), PartitionConfig.parse(node.constitution.partition)
-        first = initial_base(recipe.model, node.frames.spec, partition, seed=config.seed)
-        base = node.pilot(first)
+    with opened(config, progress=progress) as node:
+        base = node.pilot(node.own.untrained(config.seed))
         base.save_new(out)
         return base.fingerprint
 
@@ -269,19 +209,20 @@ def take_part(config: NodeConfig, *, stop: threading.Event | None = None, progre
         DataError, StorageError: see `opened`.
     """
     stop = stop or threading.Event()
-    with opened(config, progress=progress) as (node, run):
+    with opened(config, progress=progress) as node:
         last = node.constitution.rounds
         if node.has_left:
             raise DataError(f"{config.owner} has left the consortium; run 'worldloom weave return' to rejoin")
         if node.store.number != last:
             _answer(node, config, last, stop)
+        run = Run(node.own.run)
         if node.has_left:  # meanwhile; the coordinator knows
             return run
         if node.store.number != last:
             raise TrainingError(
                 f"the last base has not been received; start {config.owner} again when the coordinator is reachable"
             )
-        _fine_tune(node, run, config, progress)
+        _fine_tune(node, config, progress)
     return run
 
 
@@ -347,12 +288,12 @@ def leave(config: NodeConfig, into: Path | str, *, why: str = "", progress: Prog
     into = Path(into)
     if into.exists():
         raise StorageError(f"{into} already exists; choose another folder for the export")
-    with opened(config, progress=progress) as (node, run):
+    with opened(config, progress=progress) as node:
         node.leave(why)
         if node.store.number is not None:  # else there is no base to fine-tune
-            _fine_tune(node, run, config, progress)
+            _fine_tune(node, config, progress)
         node.export(into, config.constitution)
-    return run
+    return Run(node.own.run)
 
 
 def come_back(config: NodeConfig) -> None:
@@ -361,7 +302,7 @@ def come_back(config: NodeConfig) -> None:
     Raises:
         DataError: the owner has not left.
     """
-    with opened(config) as (node, _):
+    with opened(config) as node:
         node.come_back()
 
 
@@ -377,10 +318,10 @@ def take_over(config: NodeConfig, coordinator: CoordinatorConfig) -> int:
     return succeed(store, coordinator.home / "rounds", constitution, SigningKey(coordinator.key))
 
 
-def _fine_tune(node: Node, run: Run, config: NodeConfig, progress: Progress) -> None:
+def _fine_tune(node: Node, config: NodeConfig, progress: Progress) -> None:
     """Fine-tune the newest base, and measure the latent geometry that planning needs."""
     node.fine_tune(config.own_steps, frozen=config.fine_tune == "sovereign")
-    measure(run, node.frames, progress)
+    measure(Run(node.own.run), node.own.frames, progress)
 
 
 def _join_any(

@@ -2,10 +2,9 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +15,12 @@ from worldloom.core.config import Config
 from worldloom.core.files import read_json, write_json, write_text
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seeds import derive_seed
-from worldloom.core.signing import SigningKey, make_key, sign_file
+from worldloom.core.signing import SigningKey, make_key
 from worldloom.data import EpisodeDataset, Frames, load_frames
 from worldloom.federation import (
     Constitution,
     Coordinator,
-    DataCard,
+    DataClass,
     Handler,
     InProcess,
     LocalTraining,
@@ -30,14 +29,13 @@ from worldloom.federation import (
     card_of,
     card_path,
     check_has_a_pilot,
+    classify,
     guarded_frames,
-    initial_base,
     model_card,
     ratify,
     read_constitution,
 )
 from worldloom.heads import encode_episodes, measure_geometry
-from worldloom.models import JEPAConfig
 from worldloom.models.encoders import PatchConv, StemmedPatchConv
 from worldloom.recipes import Recipe, load_recipe
 from worldloom.training import RunFolder, describe_provenance
@@ -57,7 +55,7 @@ class OwnerConfig(Config):
     factors: dict[str, Any] = Field(default_factory=dict)
     world: dict[str, Any] = Field(default_factory=dict)
     episodes: int = Field(default=500, ge=1)
-    data_class: Literal["open", "unique-open", "controlled", "sovereign", "private"] = "open"
+    data_class: DataClass = "open"
     fine_tune: Literal["all", "sovereign"] = "all"
     own_steps: int | None = Field(default=None, ge=1)
 
@@ -128,10 +126,8 @@ def member_recipe(name: str, overrides: Sequence[str], *, steps: int, stems: boo
     ])  # fmt: skip
     model = recipe.model
     if stems and isinstance(model.encoder, PatchConv):
-        options = model.encoder.model_dump(exclude={"name"})
-        encoder = StemmedPatchConv.parse(options)
-        model = JEPAConfig.parse({**model.model_dump(exclude={"encoder", "action_stem"}), "action_stem": 2})
-        model = model.model_copy(update={"encoder": encoder})
+        encoder = StemmedPatchConv.parse(model.encoder.model_dump(exclude={"name"}))
+        model = model.model_copy(update={"encoder": encoder, "action_stem": 2})
     return recipe.model_copy(update={"model": model})
 
 
@@ -167,54 +163,44 @@ def simulate(
     root = Path(path)
     keys = {name: _key(root / "keys" / f"{name}.pem") for name in ("coordinator", *config.owners)}
     constitution = _constitution(config, root / "constitution.yaml", keys)
-    partition = PartitionConfig.parse(constitution.partition)
+    ledger = root / "rounds" / "ledger.jsonl"
     with ExitStack() as stack:
-        training, nodes = {}, {}
-        for name in config.owners:
+        nodes = {}
+        for name, owner in config.owners.items():
             recipe = config.recipe_of(name, seed)
             dataset = collect(recipe, root / name / "data", progress=progress)
-            card = _card(config, name, dataset, keys)
-            frames = stack.enter_context(closing(load_frames(dataset, recipe.data, progress=progress)))
-            run = run_folder(recipe, dataset, root / name / "run", seed)
-            local = partial(
-                LocalTraining, training=recipe.training, model=recipe.model, partition=partition, progress=progress
+            if not card_path(dataset.path).is_file():
+                secret, title = root / "keys" / f"{name}.pem", f"logs of {name}"
+                classify(dataset.path, owner=name, data_class=owner.data_class, key=secret, title=title)
+            opened = open_node(
+                root / name, recipe, dataset, constitution, name=name, key=keys[name], seed=seed, progress=progress
             )
-            training[name] = local(run, frames)  # for the owner's own use
-            nodes[name] = Node(
-                root / name,
-                local(run, guarded_frames(frames, card, "base", constitution)),
-                name=name,
-                key=keys[name],
-                constitution=constitution,
-                data_class=card.data_class,
-            )
+            nodes[name] = stack.enter_context(opened)
         handles: dict[str, Handler] = {name: node.handle for name, node in nodes.items()}
         for name, before in (handlers or {}).items():
             handles[name] = before(handles[name], keys[name])
-        first = training[config.pilot or next(iter(training))]
+        first = nodes[config.pilot or next(iter(nodes))].own
         if config.pilot is None:
-            check_has_a_pilot(first.model, first.frames.spec, partition)
-        initial = initial_base(first.model, first.frames.spec, partition, seed=seed)
-        ledger = root / "rounds" / "ledger.jsonl"
+            check_has_a_pilot(first.model, first.frames.spec, first.partition)
+        initial = first.untrained(seed)
         begun = any(entry.body["kind"] == "base" for entry in Tail(ledger).new())
         if config.pilot is not None and not begun:
             initial = nodes[config.pilot].pilot(initial)
-        coordinator = Coordinator(
+        with Coordinator(
             root / "rounds",
             constitution,
             key=keys["coordinator"],
             transport=InProcess(handles),
             initial=initial,
             progress=progress,
-        )
-        with closing(coordinator):
+        ) as coordinator:
             last = coordinator.run()
         runs = {}
-        for name, owner in training.items():
+        for name, node in nodes.items():
             steps, frozen = config.own_steps_of(name), config.owners[name].fine_tune == "sovereign"
-            owner.fine_tune(f"own {steps}", last, steps, frozen=frozen)
-            runs[name] = Run(owner.run)
-            measure(runs[name], owner.frames, progress)
+            node.own.fine_tune(f"own {steps}", last, steps, frozen=frozen)
+            runs[name] = Run(node.own.run)
+            measure(runs[name], node.own.frames, progress)
     write_text(root / "model_card.md", model_card(ledger, constitution))
     homes = {name: run.path for name, run in runs.items()}
     write_consortium_report(root / "report.html", root / "rounds", constitution, runs=homes)
@@ -235,8 +221,7 @@ def alone(
         local = LocalTraining(
             folder, frames, training=recipe.training, model=recipe.model, partition=partition, progress=progress
         )
-        base = initial_base(recipe.model, frames.spec, partition, seed=seed)
-        local.train("alone", local.without_statistics(base), steps)
+        local.train("alone", local.without_statistics(local.untrained(seed)), steps)
         run = Run(folder)
         measure(run, frames, progress)
     return run
@@ -270,18 +255,29 @@ def _constitution(config: ConsortiumConfig, path: Path, keys: Mapping[str, Signi
     return read_constitution(path)
 
 
-def _card(config: ConsortiumConfig, name: str, dataset: EpisodeDataset, keys: Mapping[str, SigningKey]) -> DataCard:
-    path = card_path(dataset.path)
-    if not path.is_file():
-        card = DataCard(
-            dataset=dataset.fingerprint(),
-            title=f"logs of {name}",
-            owner=name,
-            data_class=config.owners[name].data_class,
+@contextmanager
+def open_node(
+    home: Path,
+    recipe: Recipe,
+    dataset: EpisodeDataset,
+    constitution: Constitution,
+    *,
+    name: str,
+    key: SigningKey,
+    seed: int,
+    progress: Progress,
+) -> Iterator[Node]:
+    """Open a member's node: its run folder below `home`, and its data behind the guard of their card."""
+    card = card_of(dataset.path, {key.public: name})
+    run, partition = run_folder(recipe, dataset, home / "run", seed), PartitionConfig.parse(constitution.partition)
+    with closing(load_frames(dataset, recipe.data, progress=progress)) as frames:
+        own, shaping = (
+            LocalTraining(
+                run, part, training=recipe.training, model=recipe.model, partition=partition, progress=progress
+            )
+            for part in (frames, guarded_frames(frames, card, "base", constitution))
         )
-        write_text(path, json.dumps(card.model_dump(mode="json"), indent=2) + "\n")
-        sign_file(path, path.parents[1] / "keys" / f"{name}.pem")
-    return card_of(dataset.path, {keys[name].public: name})
+        yield Node(home, shaping, own=own, name=name, key=key, constitution=constitution, data_class=card.data_class)
 
 
 def run_folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, seed: int) -> RunFolder:

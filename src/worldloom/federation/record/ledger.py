@@ -10,12 +10,12 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from worldloom.core.chain import NOTHING, Chain, ChainHead, Entry, canonical, entries, read_entry
+from worldloom.core.closing import Closing
 from worldloom.core.errors import DataError
-from worldloom.core.files import read_json, storage_errors, write_json
+from worldloom.core.files import storage_errors
 from worldloom.core.signing import SigningKey, verified
 from worldloom.federation.record.envelope import unseal
 from worldloom.federation.record.ledger_history import printable
@@ -72,10 +72,6 @@ class Records:
                 found = [*found, entry.body["facts"]] if entry.body["kind"] == kind else []
         return found
 
-    def contributions(self, round: int) -> list[Mapping[str, Any]]:
-        """Return the facts of the contributions to a round; see `of`."""
-        return self.of("contribution", round)
-
     def newest_of(self, owner: str, *kinds: str) -> str | None:
         """Return the kind of the newest entry about an owner, of these kinds; None if there is none."""
         found = None
@@ -101,7 +97,7 @@ class Records:
         return spent
 
 
-class Ledger(Records):
+class Ledger(Records, Closing):
     """Write access to a ledger, for one process at a time.
 
     Raises:
@@ -157,14 +153,6 @@ class Ledger(Records):
         """Close the file."""
         self._chain.close()
 
-    def __enter__(self) -> "Ledger":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def constitution_facts(constitution: Constitution) -> dict[str, Any]:
     """Return the facts of the entry that begins a ledger: its format, and the constitution that it is kept under."""
@@ -177,24 +165,9 @@ def countersign(head: ChainHead, key: SigningKey) -> dict[str, Any]:
     return {**values, "signature": key.sign(canonical(values).encode("ascii"))}
 
 
-def save_countersigned(path: Path | str, checkpoint: Mapping[str, Any]) -> None:
-    """Write a checkpoint to a file of the member's own."""
-    write_json(Path(path), dict(checkpoint))
-
-
 def is_countersigned(values: Any) -> bool:
     """Whether values claim to be a countersigned checkpoint; `verify_ledger` checks whether they are one."""
     return isinstance(values, Mapping) and values.get("kind") == _COUNTERSIGNED
-
-
-def read_countersigned(path: Path | str, constitution: Constitution) -> ChainHead:
-    """Return the head that a stored checkpoint states.
-
-    Raises:
-        StorageError: it cannot be read.
-        DataError: the constitution does not name its signer, or the signature is invalid.
-    """
-    return checked(read_json(Path(path)), constitution)
 
 
 class LedgerReader(Records):

@@ -217,8 +217,8 @@ def describe(entry: Entry, history: LedgerHistory) -> str:
         came = owner in round.contributions and round.contributions[owner].index < entry.index
         return f"round {number}: {owner} is {'left out' if came else 'refused'}: {printable(facts.get('reason'))}"
     if kind == "round":
-        parts = [f"{name} {_change(*pair)}" for name, pair in round.losses.items()]
-        median = [f"held-out loss {_change(*round.median)}"] if round.median else []
+        parts = [f"{name} {loss_change(*pair, '->')}" for name, pair in round.losses.items()]
+        median = [f"held-out loss {loss_change(*round.median, '->')}"] if round.median else []
         left = [f"left out: {', '.join(round.left_out)}"] if round.left_out else []
         result = "is done" if round.weights else "leaves the base as it was"
         figures = [*median, *([", ".join(parts)] if parts else []), *left, f"{size(round.bytes)} uploaded"]
@@ -251,14 +251,9 @@ def duration(seconds: float | int) -> str:
     return f"{large} {units[0]} {small:02d} {units[1]}" if small else f"{large} {units[0]}"
 
 
-def loss_change(before: float | None, after: float | None) -> str:
-    """Return a held-out loss before and after a round."""
-    return " \N{RIGHTWARDS ARROW} ".join("?" if value is None else _three(value) for value in (before, after))
-
-
-def _change(before: float | None, after: float | None) -> str:
-    # ASCII, because these lines go to logs and pipes of any encoding.
-    return " -> ".join("?" if value is None else _three(value) for value in (before, after))
+def loss_change(before: float | None, after: float | None, arrow: str = "\N{RIGHTWARDS ARROW}") -> str:
+    """Return a held-out loss before and after a round; for logs and pipes of any encoding, pass an arrow in ASCII."""
+    return f" {arrow} ".join("?" if value is None else _three(value) for value in (before, after))
 
 
 def _three(value: float | int) -> str:

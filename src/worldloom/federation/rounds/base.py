@@ -133,7 +133,7 @@ def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.shape != like.shape or tensor.dtype != like.dtype:
         raise DataError(
             f"tensor {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected {like.dtype} of shape "
-            f"{tuple(like.shape)}: do both sides run the same recipe?"
+            f"{tuple(like.shape)}: do both sides run the same recipe and codec?"
         )
 
 

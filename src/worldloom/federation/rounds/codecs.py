@@ -15,7 +15,7 @@ from torch import Tensor
 from worldloom.core.config import Component
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.registry import Registry
-from worldloom.federation.rounds.base import check_finite, check_names
+from worldloom.federation.rounds.base import check_finite, check_like, check_names
 
 _LEVELS = 127  # symmetric: -128 is not used
 _FLOAT32 = torch.finfo(torch.float32)
@@ -208,11 +208,7 @@ def _dequantise(name: str, values: Tensor, scale: Tensor) -> Tensor:
 
 
 def _checked(name: str, tensor: Tensor, dtype: torch.dtype, shape: Iterable[int]) -> Tensor:
-    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
-        raise DataError(
-            f"a part of {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected {dtype} of shape "
-            f"{tuple(shape)}: do both sides run the same codec and recipe?"
-        )
+    check_like(name, tensor, torch.empty(tuple(shape), dtype=dtype, device="meta"))
     if tensor.is_floating_point():
         check_finite(name, tensor)
     return tensor

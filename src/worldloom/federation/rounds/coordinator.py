@@ -14,7 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from worldloom.core.errors import CheckpointError, DataError, StorageError, TrainingError
+from worldloom.core.closing import Closing
+from worldloom.core.errors import CheckpointError, DataError, TrainingError
 from worldloom.core.files import whole_folder, write_atomic
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.signing import SigningKey
@@ -23,7 +24,7 @@ from worldloom.federation.rounds.base import Base
 from worldloom.federation.rounds.contribution import read_contribution
 from worldloom.federation.rounds.member_store import MemberStore
 from worldloom.federation.rounds.members import Answer, Members
-from worldloom.federation.rounds.next_base import NextBase, next_base, next_base_of_sum, unchanged
+from worldloom.federation.rounds.next_base import NextBase, aggregated, mean_of_sum, next_base
 from worldloom.federation.rounds.round_store import RoundStore
 from worldloom.federation.rounds.secure_rounds import THE_SUM, SecureSums
 from worldloom.federation.rules.constitution import Constitution
@@ -33,7 +34,7 @@ _log = logging.getLogger(__name__)
 _TRIES = 3  # exchanges in a round, where the quorum is not met
 
 
-class Coordinator:
+class Coordinator(Closing):
     """Runs the rounds of a consortium over a transport.
 
     `initial` is the base of the first round; a folder with rounds continues with its own.
@@ -102,50 +103,40 @@ class Coordinator:
 
     def run_round(self, number: int) -> None:
         """Run one round: collect contributions, aggregate, evaluate, and publish the next base."""
-        base = self._published(number)
-        if self._constitution.secure_aggregation:
-            self._run_secure_round(number, base)
-            return
-        frames = self._gather(number, base)
-        before = self._judged(number, base)
-        left_out: list[str] = []
-        result = next_base(self.rounds, number, base, self._constitution, frames)
-        after = self._judged(number, result.base)
+        base, secure = self._published(number), self._constitution.secure_aggregation
+        # The owners that count: by their factors in a sum, or by the frames that each trained on.
+        whole: Mapping[str, Any] = (self._sums.gather if secure else self._gather)(number, base)
+        if secure:
+            self._members.mark_present(whole, number)
+        before, group, left_out = self._judged(number, base), whole, list[str]()
+        result, after = self._trial(number, base, group)
         while before and (worse := _growth(before, after)) > self._constitution.quality.max_worse:
-            remaining = {owner: count for owner, count in frames.items() if owner not in left_out}
-            if len(remaining) - 1 < self._constitution.quorum:
-                # No smaller group may decide: the base stays as it is.
-                result = unchanged(self.rounds, number, base)
-                left_out, after = list(frames), before
-                break
-            trials = {owner: self._without(number, base, remaining, owner) for owner in remaining}
-            losses = {owner: self._judged(number, trial.base) for owner, trial in trials.items()}
-            growth = {owner: _growth(before, after) for owner, after in losses.items()}
-            culprit = min(growth, key=lambda owner: growth[owner])
-            _log.warning("round %d: held-out losses grow by %.0f%%; %s is left out", number, 100 * worse, culprit)
-            left_out.append(culprit)
+            _log.warning("round %d: held-out losses grow by %.0f%%", number, 100 * worse)
             reason = f"with it, held-out losses grow by {worse:.1%}"
+            if secure:
+                reason += ": the base stays as it is"
+                self.ledger.append("refusal", {"owner": THE_SUM, "reason": reason}, round=number)
+            if secure or len(group) - 1 < self._constitution.quorum:
+                # No owner of a sum can be left out, and no smaller group may decide: the base stays as it is.
+                result = next_base(self.rounds, number, base, self._constitution, None)
+                left_out, after = list(whole), before
+                break
+            others = {owner: {name: count for name, count in group.items() if name != owner} for owner in group}
+            trials = {owner: self._trial(number, base, rest) for owner, rest in others.items()}
+            culprit = min(trials, key=lambda owner: _growth(before, trials[owner][1]))
+            left_out.append(culprit)
             self.ledger.append("refusal", {"owner": culprit, "reason": reason}, round=number)
-            result, after = trials[culprit], losses[culprit]
+            (result, after), group = trials[culprit], others[culprit]
         self._publish(number, base, result, left_out=left_out, before=before, after=after)
 
-    def _without(self, number: int, base: Base, frames: Mapping[str, int], owner: str) -> NextBase:
-        others = {other: count for other, count in frames.items() if other != owner}
-        return next_base(self.rounds, number, base, self._constitution, others)
-
-    def _run_secure_round(self, number: int, base: Base) -> None:
-        """Run a round under secure aggregation: no single owner of a sum that fails the gate can be left out."""
-        weights = self._sums.gather(number, base)
-        self._members.mark_present(weights, number)
-        before, left_out = self._judged(number, base), list[str]()
-        result = next_base_of_sum(self.rounds, number, base, self._constitution, weights)
-        after = self._judged(number, result.base)
-        if before and (worse := _growth(before, after)) > self._constitution.quality.max_worse:
-            _log.warning("round %d: held-out losses grow by %.0f%%; the base stays as it is", number, 100 * worse)
-            reason = f"with it, held-out losses grow by {worse:.1%}: the base stays as it is"
-            self.ledger.append("refusal", {"owner": THE_SUM, "reason": reason}, round=number)
-            result, left_out, after = unchanged(self.rounds, number, base), sorted(weights), before
-        self._publish(number, base, result, left_out=left_out, before=before, after=after)
+    def _trial(self, number: int, base: Base, group: Mapping[str, Any]) -> tuple[NextBase, dict[str, float]]:
+        """Return the base that follows from the contributions of a group, and the members' held-out losses under it."""
+        if self._constitution.secure_aggregation:
+            change = mean_of_sum(self.rounds, number, group)
+        else:
+            change = aggregated(self.rounds, number, base, self._constitution, group)
+        result = next_base(self.rounds, number, base, self._constitution, change)
+        return result, self._judged(number, result.base)
 
     def _publish(
         self,
@@ -189,11 +180,11 @@ class Coordinator:
     def _gather(self, number: int, base: Base) -> dict[str, int]:
         """Return the owners that contributed, once they are enough, with the frames that each trained on."""
         for _ in range(_TRIES):
-            here = {facts["owner"] for facts in self.ledger.contributions(number)}
+            here = {facts["owner"] for facts in self.ledger.of("contribution", number)}
             missing = [node for node in self._members.nodes() if node not in here]
             answers = self._members.exchange(missing, {"what": "train", "round": number}, base, kind="contribution")
             self._members.collect(answers, number, lambda answer: self._accept(number, base, answer))
-            frames = {facts["owner"]: facts["frames"] for facts in self.ledger.contributions(number)}
+            frames = {facts["owner"]: facts["frames"] for facts in self.ledger.of("contribution", number)}
             if len(frames) >= self._constitution.quorum:
                 return frames
         raise TrainingError(
@@ -244,9 +235,6 @@ def succeed(store: MemberStore, path: Path | str, constitution: Constitution, ke
     names = {public: name for name, public in constitution.coordinator_keys().items()}
     if key.public not in names:
         raise DataError(f"{key.public} is not the key of a coordinator; expected one of {', '.join(names.values())}")
-    path = Path(path)
-    if path.exists():
-        raise StorageError(f"{path} exists already; take over into a new folder")
     number, base = store.base()
     content = store.read()
     named = Records(store.ledger).bases()
@@ -255,7 +243,7 @@ def succeed(store: MemberStore, path: Path | str, constitution: Constitution, ke
             f"this member has the base of round {number}, but the ledger names that of round {max(named, default=0)}; "
             f"a member that has that base must take over"
         )
-    with whole_folder(path) as begun:
+    with whole_folder(Path(path)) as begun:
         made = RoundStore(begun)
         made.save(number, base, {})
         write_atomic(made.ledger, lambda temporary: temporary.write_bytes(content))

@@ -128,11 +128,14 @@ class LocalTraining:
         """Return the losses of a base, with the sovereign tensors here, on episodes that are held out of training."""
         return held_out_losses(self.training, self.model, self.frames, self.run, base.tensors)
 
+    def untrained(self, seed: int) -> Base:
+        """Return the untrained base of this model; see `initial_base`."""
+        return initial_base(self.model, self.frames.spec, self.partition, seed=seed)
+
     @cached_property
     def like(self) -> Mapping[str, Tensor]:
         """The shared tensors of this model without their values: the names, shapes and dtypes of a base."""
-        base = initial_base(self.model, self.frames.spec, self.partition, seed=0)
-        return {name: tensor.to("meta") for name, tensor in base.tensors.items()}
+        return {name: tensor.to("meta") for name, tensor in self.untrained(seed=0).tensors.items()}
 
     @cached_property
     def shared_statistics(self) -> tuple[str, ...]:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from worldloom.core.chain import ChainHead
 from worldloom.core.errors import CheckpointError, DataError
-from worldloom.core.files import read_json, storage_errors, write_atomic
+from worldloom.core.files import read_json, storage_errors, write_atomic, write_json
 from worldloom.core.signing import SigningKey
-from worldloom.federation.record.ledger import LedgerReader, countersign, read_countersigned, save_countersigned
+from worldloom.federation.record.ledger import LedgerReader, checked, countersign
 from worldloom.federation.rounds.base import Base
 from worldloom.federation.rules.constitution import Constitution
 
@@ -62,7 +62,7 @@ class MemberStore:
     def seen(self) -> ChainHead | None:
         """The head of the ledger that the member countersigned; None before the first time."""
         path = self.path / _SEEN
-        return read_countersigned(path, self._constitution) if path.is_file() else None
+        return checked(read_json(path), self._constitution) if path.is_file() else None
 
     def follow(self, begin: int, lines: Sequence[str]) -> dict[str, Any]:
         """Append entries, the first of them the ledger's `begin`-th, and return the countersigned head.
@@ -90,7 +90,7 @@ class MemberStore:
         if not content:
             raise DataError("no ledger came with the message, and none is known here; send it from its first entry")
         checkpoint = countersign(self._verified(content, str(self.ledger)).head, self._key)
-        save_countersigned(self.path / _SEEN, checkpoint)
+        write_json(self.path / _SEEN, checkpoint)
         return checkpoint
 
     def _content(self) -> bytes:

@@ -15,7 +15,7 @@ from worldloom.core.files import storage_errors
 from worldloom.core.progress import SILENT, Progress
 from worldloom.federation.record.envelope import unseal_answer
 from worldloom.federation.record.ledger import Records
-from worldloom.federation.rounds.aggregation import AGGREGATORS, Deltas, capped
+from worldloom.federation.rounds.aggregation import AGGREGATORS, Aggregate, Deltas, capped
 from worldloom.federation.rounds.base import Base
 from worldloom.federation.rounds.contribution import read_contribution
 from worldloom.federation.rounds.outer import OUTER
@@ -34,51 +34,51 @@ class NextBase:
     notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def next_base(
+def aggregated(
     store: RoundStore, number: int, base: Base, constitution: Constitution, frames: Mapping[str, int]
-) -> NextBase:
-    """Return the base after a round; `frames` gives the owners that count, and how many frames each trained on.
+) -> Aggregate | None:
+    """Return the aggregated contributions to a round, or None if there are none.
 
-    Without any owner the base stays as it is.
+    `frames` gives the owners that count, and how many frames each trained on.
 
     Raises:
         StorageError: a contribution is missing.
     """
     if not frames:
-        return unchanged(store, number, base)
+        return None
     sources = {owner: store.source(number, owner) for owner in sorted(frames)}
     power = {"equal": 0.0, "frames": 1.0, "sqrt-frames": 0.5}[constitution.weighting]
     # Fewer owners than a quorum (`recompute` without a member) may be too few for the cap: then weights are equal.
     cap = max(constitution.cap, 1 / len(sources))
     weights = capped({owner: float(frames[owner]) ** power for owner in sources}, cap)
     deltas = Deltas(sources=sources, weights=weights, shapes=base.shapes, cap=constitution.cap)
-    aggregate = parse_component(AGGREGATORS, constitution.aggregation).aggregate(deltas)
-    moved, momentum = _step(store, number, base, constitution, aggregate.tensors)
-    return NextBase(base=moved, momentum=momentum, weights=aggregate.weights, notes=aggregate.notes)
+    return parse_component(AGGREGATORS, constitution.aggregation).aggregate(deltas)
 
 
-def next_base_of_sum(
-    store: RoundStore, number: int, base: Base, constitution: Constitution, weights: Mapping[str, float]
-) -> NextBase:
-    """Return the base after a round under secure aggregation; `weights` are the factors of the owners in its sum.
+def mean_of_sum(store: RoundStore, number: int, weights: Mapping[str, float]) -> Aggregate | None:
+    """Return the mean of a round under secure aggregation, or None if no sum could be opened.
 
-    Without any owner, because no sum could be opened, the base stays as it is.
+    `weights` are the factors of the owners in the sum.
 
     Raises:
         CheckpointError: the sum is missing or damaged.
     """
     if not weights:
-        return unchanged(store, number, base)
+        return None
     total = math.fsum(weights.values())
     mean = {name: (tensor / total).float() for name, tensor in load_sum(store.path, number).items()}
-    moved, momentum = _step(store, number, base, constitution, mean)
-    shares = {owner: weight / total for owner, weight in sorted(weights.items())}
-    return NextBase(base=moved, momentum=momentum, weights=shares)
+    return Aggregate(tensors=mean, weights={owner: weight / total for owner, weight in sorted(weights.items())})
 
 
-def unchanged(store: RoundStore, number: int, base: Base) -> NextBase:
-    """Return the result of a round without a contribution that counts."""
-    return NextBase(base=base, momentum=store.momentum(number))
+def next_base(
+    store: RoundStore, number: int, base: Base, constitution: Constitution, change: Aggregate | None
+) -> NextBase:
+    """Return the base after a round: without a change that counts, it stays as it is."""
+    momentum = store.momentum(number)
+    if change is None:
+        return NextBase(base=base, momentum=momentum)
+    moved, momentum = parse_component(OUTER, constitution.outer).step(base, change.tensors, momentum)
+    return NextBase(base=moved, momentum=momentum, weights=change.weights, notes=change.notes)
 
 
 def recompute(
@@ -118,7 +118,8 @@ def recompute(
         for number, entry in sorted(rounds.items()):
             # Contributions were made from the published base, which differs from this one where a member is excluded.
             given = base if base.fingerprint == published[number] else stored.base(number, named=published[number])
-            result = (again.sum if constitution.secure_aggregation else again.aggregate)(entry, given, base)
+            change = (again.sum if constitution.secure_aggregation else again.aggregate)(entry, given)
+            result = next_base(made, number, base, constitution, change)
             base = result.base
             made.save(number + 1, base, result.momentum)
             found[number + 1] = base.fingerprint
@@ -133,7 +134,7 @@ def recompute(
 
 @dataclass(frozen=True)
 class _Recomputation:
-    """One round computed again: `given` is the base that its contributions were made from, `base` the one to change."""
+    """The change of a round, made again from what is stored; `given` is the base that contributions were made from."""
 
     stored: RoundStore
     made: RoundStore
@@ -141,9 +142,9 @@ class _Recomputation:
     constitution: Constitution
     without: Collection[str]
 
-    def aggregate(self, entry: Entry, given: Base, base: Base) -> NextBase:
+    def aggregate(self, entry: Entry, given: Base) -> Aggregate | None:
         number, frames = entry.body["round"], {}
-        recorded = {facts["owner"]: facts for facts in self.records.contributions(number)}
+        recorded = {facts["owner"]: facts for facts in self.records.of("contribution", number)}
         known, limit = self.constitution.member_names(), self.constitution.largest_bytes
         for owner in entry.body["facts"]["weights"]:
             if owner in self.without:
@@ -156,9 +157,9 @@ class _Recomputation:
                 raise DataError(f"the contribution of {owner} to round {number} is not the one that the ledger names")
             frames[owner] = recorded[owner]["frames"]
             self.made.save_delta(number, owner, delta)
-        return next_base(self.made, number, base, self.constitution, frames)
+        return aggregated(self.made, number, given, self.constitution, frames)
 
-    def sum(self, entry: Entry, given: Base, base: Base) -> NextBase:
+    def sum(self, entry: Entry, given: Base) -> Aggregate | None:
         number, weights = entry.body["round"], entry.body["facts"]["weights"]
         if inside := sorted({*weights} & {*self.without}):
             raise DataError(
@@ -167,10 +168,4 @@ class _Recomputation:
             )
         if weights:
             weights = reopen(self.stored.path, self.records, self.constitution, number, given, into=self.made.path)
-        return next_base_of_sum(self.made, number, base, self.constitution, weights)
-
-
-def _step(
-    store: RoundStore, number: int, base: Base, constitution: Constitution, delta: Mapping[str, Tensor]
-) -> tuple[Base, dict[str, Tensor]]:
-    return parse_component(OUTER, constitution.outer).step(base, delta, store.momentum(number))
+        return mean_of_sum(self.made, number, weights)

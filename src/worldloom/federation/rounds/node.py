@@ -14,10 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from worldloom.core.config import parse_component
-from worldloom.core.errors import ConfigError, DataError, StorageError, WorldloomError
+from worldloom.core.errors import ConfigError, DataError, WorldloomError
 from worldloom.core.files import exclusive_lock, read_json, storage_errors, whole_folder, write_atomic, write_json
 from worldloom.core.signing import SigningKey
-from worldloom.data import Frames
 from worldloom.federation.record.envelope import SignedMessage, seal, unseal
 from worldloom.federation.rounds.base import Base
 from worldloom.federation.rounds.codecs import CODECS
@@ -57,7 +56,7 @@ class Node:
         own: LocalTraining | None = None,
     ) -> None:
         self.path, self.name, self.constitution = Path(path), name, constitution
-        self._training, self._own, self._key = training, own or training, key
+        self._training, self.own, self._key = training, own or training, key
         self._class = data_class
         privacy = constitution.privacy
         if privacy is not None and privacy.noise > 0 and training.shared_statistics:
@@ -80,11 +79,6 @@ class Node:
                 "unmask": sums.unmask,
             }
         self._answers |= {"judge": self._judge, "store": self._store}
-
-    @property
-    def frames(self) -> Frames:
-        """The owner's frames, for its own use."""
-        return self._own.frames
 
     def handle(self, data: bytes) -> bytes:
         """Answer one message. If that fails, the answer is a signed refusal with the reason, and nothing is lost.
@@ -152,16 +146,13 @@ class Node:
         Raises:
             StorageError: the folder exists already, or the disk refuses.
         """
-        into, rules = Path(into), Path(rules)
-        with exclusive_lock(self.path / ".lock", None):
-            if into.exists():
-                raise StorageError(f"{into} exists already; choose another folder to export into")
-            with whole_folder(into) as begun:
-                shutil.copytree(self._own.run.path, begun / "run")
-                if self.store.path.is_dir():
-                    shutil.copytree(self.store.path, begun / "consortium")
-                for file in (rules, *rules.parent.glob(f"{rules.name}.*.sig")):
-                    shutil.copy2(file, begun / file.name)
+        rules = Path(rules)
+        with exclusive_lock(self.path / ".lock", None), whole_folder(Path(into)) as begun:
+            shutil.copytree(self.own.run.path, begun / "run")
+            if self.store.path.is_dir():
+                shutil.copytree(self.store.path, begun / "consortium")
+            for file in (rules, *rules.parent.glob(f"{rules.name}.*.sig")):
+                shutil.copy2(file, begun / file.name)
 
     def pilot(self, base: Base) -> Base:
         """Train alone from an untrained base for the `align_steps`; return what may be the first base of all members.
@@ -191,8 +182,8 @@ class Node:
         """
         with exclusive_lock(self.path / ".lock", None):
             number, base = self.store.base()
-            self._align(self._own, base)
-            self._own.fine_tune(f"fine-tune {steps} after round {number}", base, steps, frozen=frozen)
+            self._align(self.own, base)
+            self.own.fine_tune(f"fine-tune {steps} after round {number}", base, steps, frozen=frozen)
 
     def train_alone(self, steps: int, *, still: Callable[[], bool] = lambda: True) -> bool:
         """Train on for the owner alone, as when the coordinator cannot be reached; return whether it did.
@@ -209,8 +200,8 @@ class Node:
             if not still():
                 return False
             number, base = self.store.base()
-            self._align(self._own, base)
-            self._own.train_alone(f"alone after round {number}", base, steps, at=self._at(number + 1))
+            self._align(self.own, base)
+            self.own.train_alone(f"alone after round {number}", base, steps, at=self._at(number + 1))
             return True
 
     def _align(self, training: LocalTraining, base: Base) -> None:

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from worldloom.core.errors import DataError, StorageError
+from worldloom.core.errors import DataError
 from worldloom.core.files import whole_folder, write_text
 from worldloom.federation.record.ledger import Records, model_card, verify_ledger
 from worldloom.federation.rounds.round_store import RoundStore
@@ -56,8 +56,6 @@ def release(path: Path | str, constitution: Constitution, into: Path | str) -> P
         StorageError: the folder exists already, or the disk refuses.
     """
     path, into = Path(path), Path(into)
-    if into.exists():
-        raise StorageError(f"{into} exists already; choose another folder to release into")
     if missing := unmet(path, constitution):
         raise DataError(f"the base of {constitution.consortium} may not be released: {'; '.join(missing)}")
     bases = Records(path / "ledger.jsonl").bases()

@@ -88,8 +88,7 @@ class SecureNode:
                 f"begin a newer session"
             )
         contribution = contribute(number, base)
-        shapes = {name: tuple(tensor.shape) for name, tensor in contribution.tensors.items()}
-        session = session_of(self._constitution, number, attempt, base.fingerprint, shapes)
+        session = session_of(self._constitution, number, attempt, base.fingerprint, base.shapes)
         masker = Masker(self.name, session, self._sign)
         keys = masker.advertise()
         self._make_private()
@@ -119,7 +118,7 @@ class SecureNode:
         for owner, text in _mapping(asked, "roster").items():
             others.hear("advertise", owner, _bytes(text))
         masker = self._masker(state)
-        body = masker.share(others.roster)
+        body = masker.share(others.unmasker.roster)
         changed = state.model_copy(update={"masker": masker.state(), "weights": others.weights})
         return self._answer(changed, asked, body, {})
 

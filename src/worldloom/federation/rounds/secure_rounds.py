@@ -98,7 +98,7 @@ class Transcript:
     """The members' answers in a session, each checked when it comes, phase after phase.
 
     `shapes` are those of the base's tensors. A node checks the others' advertisements with it, the coordinator all
-    answers.
+    answers; `unmasker` holds what they say about the sum.
     """
 
     def __init__(
@@ -109,8 +109,8 @@ class Transcript:
         base: str,
         shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
-        self._unmasker = Unmasker(session_of(constitution, number, attempt, base, shapes))
-        self.session = self._unmasker.session
+        self.unmasker = Unmasker(session_of(constitution, number, attempt, base, shapes))
+        self.session = self.unmasker.session
         self._constitution, self.round, self.attempt, self._base = constitution, number, attempt, base
         self.place = {"round": number, "attempt": attempt, "base": base}
         self._answers: dict[str, dict[str, SignedMessage]] = {what: {} for what in ANSWERS}
@@ -143,7 +143,7 @@ class Transcript:
             said = message.body.get("keys")
         elif what == "mask":
             said = {"masked": self._masked(message)}
-        self._unmasker.take(what, node, said)
+        self.unmasker.take(what, node, said)
         # A masked contribution is as large as the model, and summed by now.
         self._answers[what][node] = replace(message, tensors={})
 
@@ -162,33 +162,6 @@ class Transcript:
             self._constitution, {owner: answer.body["frames"] for owner, answer in self.answers("advertise").items()}
         )
 
-    @property
-    def roster(self) -> dict[str, dict[str, Any]]:
-        """The keys of all members that advertised.
-
-        Raises:
-            DataError: they are fewer than the threshold.
-        """
-        return self._unmasker.roster
-
-    @property
-    def inboxes(self) -> dict[str, dict[str, str]]:
-        """For each member that shared, the shares that the others encrypted for it.
-
-        Raises:
-            DataError: they are fewer than the threshold.
-        """
-        return self._unmasker.inboxes
-
-    @property
-    def survivors(self) -> list[str]:
-        """The members whose masked contributions came.
-
-        Raises:
-            DataError: they are fewer than the threshold.
-        """
-        return self._unmasker.survivors
-
     def open(self) -> tuple[dict[str, Tensor], list[str]]:
         """Return the sum of the survivors' weighted deltas (float64), and the members whose shares opened it.
 
@@ -198,7 +171,7 @@ class Transcript:
         wrong = None
         for group in islice(_groups(list(self.answers("unmask")), self.session.threshold), _GROUPS):
             try:
-                return self._unmasker.sum(group), group
+                return self.unmasker.sum(group), group
             except DataError as error:
                 wrong = wrong or error
         assert wrong is not None
@@ -269,16 +242,16 @@ class SecureSums:
         for old in (self._path / "sessions").glob(f"{number:05d}-*"):
             with storage_errors(old):
                 shutil.rmtree(old)
-        held = Transcript(self._constitution, number, attempt, base.fingerprint, _shapes(base))
+        held = Transcript(self._constitution, number, attempt, base.fingerprint, base.shapes)
         facts = {"attempt": attempt, "threshold": held.session.threshold, "session": held.session.digest.hex()}
         self._ledger.append("session", facts, round=number)
         body = {"what": "advertise", **held.place}
         answers = self._members.exchange(self._members.nodes(), body, base, kind=ANSWERS["advertise"])
         self._collect(held, "advertise", answers)
-        roster = {owner: _bytes(_file(self._path, held, "advertise", owner)).hex() for owner in held.roster}
+        roster = {owner: _bytes(_file(self._path, held, "advertise", owner)).hex() for owner in held.unmasker.roster}
         self._ask(held, "share", {owner: {"roster": roster} for owner in roster})
-        self._ask(held, "mask", {owner: {"inbox": inbox} for owner, inbox in held.inboxes.items()})
-        _log.info("round %d: %s sent a masked contribution", number, ", ".join(held.survivors))
+        self._ask(held, "mask", {owner: {"inbox": inbox} for owner, inbox in held.unmasker.inboxes.items()})
+        _log.info("round %d: %s sent a masked contribution", number, ", ".join(held.unmasker.survivors))
         digests = {what: held.digests(what) for what in ("advertise", "share", "mask")}
         self._ledger.append("survivors", {"attempt": attempt, **digests}, round=number)
         return held
@@ -289,7 +262,7 @@ class SecureSums:
         Raises:
             TrainingError: too few have answered so far.
         """
-        survivors, refused = held.survivors, set[str]()
+        survivors, refused = held.unmasker.survivors, set[str]()
         for _ in range(_TRIES):
             missing = [owner for owner in survivors if owner not in held.answers("unmask")]
             refused = self._ask(held, "unmask", {owner: {"survivors": survivors} for owner in missing})
@@ -373,14 +346,14 @@ def reopen(
     if {fingerprint(total), fingerprint(load_sum(path, number))} != {done["fingerprint"]}:
         raise DataError(f"the sum of round {number} is not the sum of the masked contributions; one of them changed")
     save_tensors(_stem(into, number), total, {"round": number}, kind=_SUM)
-    return {owner: held.weights[owner] for owner in held.survivors}
+    return {owner: held.weights[owner] for owner in held.unmasker.survivors}
 
 
 def _again(
     path: Path, facts: Mapping[str, Any], constitution: Constitution, number: int, base: Base
 ) -> Transcript:  # fmt: skip
     """Return a stored session up to the point where its survivors are known."""
-    held = Transcript(constitution, number, facts["attempt"], base.fingerprint, _shapes(base))
+    held = Transcript(constitution, number, facts["attempt"], base.fingerprint, base.shapes)
     for what in ("advertise", "share", "mask"):
         _hear_stored(path, held, what, facts[what])
     return held
@@ -408,10 +381,6 @@ def _groups(owners: list[str], least: int) -> Iterator[list[str]]:
     yield owners
     for size in range(len(owners) - 1, least - 1, -1):
         yield from map(list, combinations(owners, size))
-
-
-def _shapes(base: Base) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(shape) for name, shape in base.shapes.items()}
 
 
 def _stem(path: Path, number: int) -> Path:

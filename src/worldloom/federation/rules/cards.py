@@ -14,7 +14,8 @@ from pydantic import Field
 
 from worldloom.core.config import Config
 from worldloom.core.errors import DataError, StorageError, WorldloomError
-from worldloom.core.signing import read_signed
+from worldloom.core.files import write_json
+from worldloom.core.signing import read_signed, sign_file
 from worldloom.core.yaml_config import parse_yaml
 from worldloom.data import EpisodeDataset, Frames
 from worldloom.federation.rules.constitution import Constitution, Name
@@ -51,6 +52,28 @@ def card_path(dataset: Path | str) -> Path:
     return Path(dataset).with_name(f"{Path(dataset).name}.card.yaml")
 
 
+def classify(
+    dataset: Path | str, *, owner: str, data_class: DataClass, key: Path | str, title: str = "", licence: str = ""
+) -> Path:
+    """Write and sign the card of a dataset, in place of an earlier one; return its path.
+
+    Raises:
+        StorageError: there is no such dataset, or the card cannot be written.
+        DataError: the key is no Ed25519 key.
+    """
+    path = card_path(dataset)
+    card = DataCard(
+        dataset=EpisodeDataset.open(dataset).fingerprint(),
+        title=title or Path(dataset).name,
+        owner=owner,
+        data_class=data_class,
+        licence=licence,
+    )
+    write_json(path, card.model_dump(mode="json"))  # JSON is YAML
+    sign_file(path, key)
+    return path
+
+
 def card_of(dataset: Path | str, trusted: Mapping[str, str], *, fingerprint: str | None = None) -> DataCard:
     """Return the card of a dataset; without a trusted card, one of class private, with the cause in the log.
 
@@ -65,13 +88,13 @@ def card_of(dataset: Path | str, trusted: Mapping[str, str], *, fingerprint: str
         if not path.is_file():
             raise StorageError(f"there is no {path.name} beside it; its owner can write and sign one")
         content, key = read_signed(path, trusted)
-        card = parse_yaml(content.decode("utf-8"), DataCard, source=str(path))
+        card = parse_yaml(content, DataCard, source=str(path))
         owner = {public.strip().lower(): name for public, name in trusted.items()}[key]
         if card.owner != owner:
             raise DataError(f"the card names {card.owner} as owner, but {owner} signed it")
         if card.dataset != actual:
             raise DataError(f"the card is of the dataset {card.dataset}; this one is {actual}")
-    except (WorldloomError, UnicodeDecodeError) as error:
+    except WorldloomError as error:
         _log.warning("%s is treated as private: %s", dataset, error)
         return DataCard(
             dataset=actual, title="without a card", owner="unknown", data_class="private", purposes=("private",)

@@ -204,7 +204,7 @@ def ratify(path: Path | str, member: str, key: SigningKey) -> Path:
         DataError: there is no such member, or the key is not the member's.
     """
     content = _read(path)
-    constitution = _parse(content, path)
+    constitution = parse_yaml(content, Constitution, source=str(path))
     if member not in constitution.members:
         raise DataError(f"{member!r} is not a member in {path}; expected one of {', '.join(constitution.members)}")
     if constitution.members[member].key != key.public:
@@ -228,7 +228,7 @@ def read_constitution(path: Path | str, *, require: Collection[str] | None = Non
         DataError: a signature is missing, of another text, or of a signer that is not a member; the signer is named.
     """
     content = _read(path)
-    constitution = _parse(content, path)
+    constitution = parse_yaml(content, Constitution, source=str(path))
     required = set(constitution.members if require is None else require)
     before, after = f"{Path(path).name}.", ".sig"
     with storage_errors(path):
@@ -255,9 +255,3 @@ def read_constitution(path: Path | str, *, require: Collection[str] | None = Non
 def _read(path: Path | str) -> bytes:
     with storage_errors(path), Path(path).open("rb") as file:
         return file.read(_LARGEST + 1)  # one byte more than allowed, so that a larger file is refused
-
-
-def _parse(content: bytes, path: Path | str) -> Constitution:
-    if len(content) > _LARGEST:
-        raise ConfigError(f"{path} is larger than {_LARGEST} bytes; expected a constitution, which is much smaller")
-    return parse_yaml(content, Constitution, source=str(path))

@@ -66,19 +66,10 @@ _LOST = (
 # Flower needs a program for a run. This one raises an error if anybody runs it.
 _PROGRAM: dict[str, bytes | Path] = {
     "pyproject.toml": b"""\
-[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
-
 [project]
 name = "worldloom-weave"
 version = "1.0.0"
-description = "Nothing runs from here."
 license = "Apache-2.0"
-dependencies = []
-
-[tool.hatch.build.targets.wheel]
-packages = ["."]
 
 [tool.flwr.app]
 publisher = "worldloom"
@@ -119,12 +110,8 @@ class FlowerTransport:
         self._names, self._grid = dict(names), grid
 
     def nodes(self) -> tuple[str, ...]:
-        """Return the names of the nodes that may connect; `present` returns those that are connected."""
+        """Return the names of the nodes that may connect."""
         return tuple(sorted(self._names.values()))
-
-    def present(self) -> tuple[str, ...]:
-        """Return the names of the nodes that are connected now."""
-        return tuple(sorted(self._online(self._grid())))
 
     def exchange(self, requests: Mapping[str, bytes], *, seconds: float, away: Collection[str] = ()) -> Iterator[Reply]:
         """Ask each node as soon as it is connected, and again after it connected anew; see `Transport`."""
@@ -423,26 +410,14 @@ class _Link:
             authority = self._tls.authority.read_bytes()
         opening = _Pass(secret)
         try:
-            with flower.ControlHttpClient.from_server_address(
-                self._here,
-                False,
-                authority,
-                [flower.RuntimeVersionHttpInterceptor(component_name="worldloom"), opening],
-            ) as control:
+            with _client(flower.ControlHttpClient, self._here, authority, opening) as control:
                 self._wait(control)
                 for public, name in self._names.items():
                     control.RegisterNode(flower.RegisterNodeRequest(public_key=public, name=name))
                 control.StartRun(flower.StartRunRequest(fab=flower.Fab(content=_program())))
-            runtime = flower.RuntimeHttpClient.from_server_address(
-                self._here,
-                False,
-                authority,
-                [flower.RuntimeVersionHttpInterceptor(component_name="worldloom"), opening],
-            )
-            with runtime:
-                found = runtime.AcquireTask(
-                    flower.AcquireTaskRequest(supported_task_types=[flower.TaskType.SERVER_APP])
-                )
+            with _client(flower.RuntimeHttpClient, self._here, authority, opening) as runtime:
+                wanted = flower.AcquireTaskRequest(supported_task_types=[flower.TaskType.SERVER_APP])
+                found = runtime.AcquireTask(wanted)
             if not found.token:
                 raise ConfigError("Flower's SuperLink did not begin a run")
             self._grid = _Grid(self._here, authority, found.token, opening)
@@ -496,17 +471,8 @@ class _Grid(flower.HttpGrid):
 
     def __init__(self, address: str, authority: bytes, token: str, opening: "_Pass") -> None:
         super().__init__(address, False, authority, token=token)
-        self._client = flower.RuntimeHttpClient.from_server_address(
-            address,
-            False,
-            authority,
-            [
-                flower.RuntimeVersionHttpInterceptor(component_name="worldloom"),
-                flower.RuntimeTokenHttpInterceptor(token),
-                opening,
-            ],
-        )
-        self.client = self._client
+        pass_on = flower.RuntimeTokenHttpInterceptor(token), opening
+        self.client = self._client = _client(flower.RuntimeHttpClient, address, authority, *pass_on)
 
 
 class _Pass:
@@ -584,10 +550,9 @@ class _Node:
         signing = flower.SuperExecAuthHttpInterceptor(
             master_secret=self._shared, protected_methods={"/flwr.proto.Runtime/AcquireTask"}
         )
-        version = flower.RuntimeVersionHttpInterceptor(component_name="worldloom")
         wanted = flower.AcquireTaskRequest(supported_task_types=[flower.TaskType.CLIENT_APP])
         answered = False
-        with flower.RuntimeHttpClient.from_server_address(self._address, True, None, [version, signing]) as client:
+        with _client(flower.RuntimeHttpClient, self._address, None, signing) as client:
             while not stop.is_set() and not process.ended:
                 try:
                     found = client.AcquireTask(wanted)
@@ -599,13 +564,18 @@ class _Node:
                     continue
                 answered = True
                 try:
-                    with flower.RuntimeHttpClient.from_server_address(
-                        self._address, True, None, [version, flower.RuntimeTokenHttpInterceptor(found.token)]
-                    ) as task:
+                    token = flower.RuntimeTokenHttpInterceptor(found.token)
+                    with _client(flower.RuntimeHttpClient, self._address, None, token) as task:
                         _answer(task, handler)
                 except (httpx.HTTPError, RuntimeError) as error:
                     _log.warning("a message or its answer was lost: %s: %s", type(error).__name__, error)
         return answered or process.seconds > _AWAY_SECONDS + _STEADY_SECONDS
+
+
+def _client(kind: Any, address: str, authority: bytes | None, *interceptors: Any) -> Any:
+    """Return a client of Flower; without an authority's certificate the connection is not encrypted."""
+    version = flower.RuntimeVersionHttpInterceptor(component_name="worldloom")
+    return kind.from_server_address(address, authority is None, authority, [version, *interceptors])
 
 
 def _answer(client: flower.RuntimeHttpClient, handler: Handler) -> None:

@@ -3,7 +3,7 @@
 from worldloom.data.cache import load_cache
 from worldloom.data.collection import collect, episode_seed, policy_generator
 from worldloom.data.cube_walk import CubeWalkOptions
-from worldloom.data.dataset import Columns, DatasetSpec, EpisodeDataset, open_table
+from worldloom.data.dataset import Columns, EpisodeDataset, open_table
 from worldloom.data.frames import Frames, Pixels
 from worldloom.data.inspection import inspect
 from worldloom.data.layout import (
@@ -23,6 +23,7 @@ from worldloom.data.order import SlidingPool
 from worldloom.data.pictures import decode_picture, encode_picture, read_picture, resize
 from worldloom.data.policies import POLICIES
 from worldloom.data.preview import contact_sheet, to_rgb, video, write_sheet
+from worldloom.data.spec import DatasetSpec
 from worldloom.data.statistics import Statistics, compute_statistics
 from worldloom.data.streaming import DataConfig, load_frames, stream_frames
 from worldloom.data.validation import Problem, validate

@@ -52,7 +52,7 @@ def collect(
     seed: int,
     env_kwargs: Mapping[str, Any] | None = None,
     labels: Sequence[str] | None = None,
-    storage_options: Mapping[str, str] | None = None,
+    storage_options: dict[str, str] | None = None,
     progress: Progress = SILENT,
 ) -> EpisodeDataset:
     """Collect episodes of at most `steps` steps until there are `episodes`; a partial dataset is completed.
@@ -125,7 +125,7 @@ def collect(
 
 
 def _resume(
-    path: str | Path, source: Mapping[str, Any], storage_options: Mapping[str, str] | None
+    path: str | Path, source: Mapping[str, Any], storage_options: dict[str, str] | None
 ) -> EpisodeDataset | None:
     try:
         dataset = EpisodeDataset.open(path, storage_options=storage_options)
@@ -155,7 +155,7 @@ def _commit(
     spec: DatasetSpec,
     before: "Future[EpisodeDataset] | EpisodeDataset | None",
     episodes: list[Episode],
-    storage_options: Mapping[str, str] | None,
+    storage_options: dict[str, str] | None,
 ) -> EpisodeDataset:
     """Append to the dataset as `before` leaves it; if that failed this fails too, so that there is no gap."""
     dataset = before.result() if isinstance(before, Future) else before

@@ -1,7 +1,6 @@
 """An aimless arm: it fumbles about an object whose place it sees, grips it at times, and carries it anywhere."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Float64
@@ -9,9 +8,8 @@ from pydantic import Field, model_validator
 
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.core.seams import Policy
 from worldloom.core.types import ActionSpec, Observations
-from worldloom.data.policies import POLICIES
+from worldloom.data.policies import register_policy
 
 _AXES = 5  # x, y, z, yaw, gripper
 _OVER = 0.015  # m; nearer than this, the gripper is over the block, or at the table
@@ -59,6 +57,7 @@ class CubeWalkOptions(Config):
         return self
 
 
+@register_policy("cube-walk", CubeWalkOptions)
 class CubeWalk:
     """Fumbles in bouts of random length: about the block, over it to close the gripper, or off to anywhere.
 
@@ -139,9 +138,3 @@ class CubeWalk:
             flat = np.clip(flat, options.low[:2], options.high[:2])
         target = np.array([*flat, height])
         return np.array([*(options.gain * (target - effector) / options.reach), bout.turn, grip])
-
-
-@POLICIES.register("cube-walk")
-def cube_walk(action: ActionSpec, **options: Any) -> Policy:
-    """Return a cube walk; `options` are the fields of `CubeWalkOptions`."""
-    return CubeWalk(action, CubeWalkOptions.parse(options))

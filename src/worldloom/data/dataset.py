@@ -4,9 +4,10 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,6 @@ from worldloom.data import layout
 from worldloom.data.layout import Unanswered, floats_of, lance_errors
 from worldloom.data.retries import each_with_timeout, with_retries, with_timeout
 from worldloom.data.spec import DatasetSpec
-
-__all__ = ["Columns", "DatasetSpec", "EpisodeDataset"]
 
 _log = logging.getLogger(__name__)
 
@@ -53,21 +52,21 @@ class EpisodeDataset:
         self,
         path: str | Path,
         table: Any,
-        storage_options: Mapping[str, str] | None,
+        storage_options: dict[str, str] | None,
         *,
         retry_seconds: float = RETRY_SECONDS,
         timeout: float = TIMEOUT,
     ) -> None:
         self.path = path
         self._location = str(path)
-        self._storage_options = None if storage_options is None else dict(storage_options)
+        self._storage_options = storage_options
         self.retry_seconds, self.timeout = retry_seconds, timeout
         self.spec = layout.spec_of(table.schema, self._location)
         self._pin(table)
 
     @classmethod
     def create(
-        cls, path: str | Path, spec: DatasetSpec, *, storage_options: Mapping[str, str] | None = None
+        cls, path: str | Path, spec: DatasetSpec, *, storage_options: dict[str, str] | None = None
     ) -> "EpisodeDataset":
         """Create an empty dataset.
 
@@ -77,13 +76,10 @@ class EpisodeDataset:
         """
         import lance
 
-        where = str(path)
-        options = None if storage_options is None else dict(storage_options)
+        where, empty = str(path), layout.table_schema(spec).empty_table()
         with lance_errors(where, "write"):
             table = with_timeout(
-                lambda: lance.write_dataset(layout.table_schema(spec).empty_table(), where, storage_options=options),
-                where,
-                TIMEOUT,
+                lambda: lance.write_dataset(empty, where, storage_options=storage_options), where, TIMEOUT
             )
         return cls(path, table, storage_options)
 
@@ -93,7 +89,7 @@ class EpisodeDataset:
         path: str | Path,
         *,
         version: int | None = None,
-        storage_options: Mapping[str, str] | None = None,
+        storage_options: dict[str, str] | None = None,
         retry_seconds: float = RETRY_SECONDS,
         timeout: float = TIMEOUT,
     ) -> "EpisodeDataset":
@@ -111,8 +107,7 @@ class EpisodeDataset:
         return with_retries(attempt, str(path), retry_seconds, doing="opened", retried=(Unanswered,))
 
     def _pin(self, table: Any) -> None:
-        with lance_errors(self._location, "read"):
-            rows = self._whole(table, ["step"])  # opens every file, which finds one that is cut
+        rows = self._whole(table, ["step"])  # opens every file, which finds one that is cut
         steps = rows["step"].to_numpy().astype(np.int64)
         starts = np.flatnonzero(steps == 0)
         counts = np.diff(np.append(starts, len(steps)))
@@ -154,8 +149,7 @@ class EpisodeDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"episode {index} of {len(self)}")
         rows = np.arange(self.starts[index], self.starts[index] + self.lengths[index] + 1)
-        with lance_errors(self._location, "read"):
-            table = with_timeout(lambda: self._table.take(rows), self._location, self.timeout)
+        table = self._take(rows)
         pixels = None
         if self.spec.observation.pixels is not None:
             pixels = np.empty((len(rows), *self.spec.observation.pixels), np.uint8)
@@ -188,21 +182,11 @@ class EpisodeDataset:
         if not batches:
             return
         size = sum(batch.nbytes for batch in batches)
-        added = with_retries(
-            lambda: self._write(batches, self.timeout + size / _UPLOAD),
-            self._location,
-            self.retry_seconds,
-            doing="written",
-            retried=(Unanswered,),
+        retry = partial(
+            with_retries, where=self._location, seconds=self.retry_seconds, doing="written", retried=(Unanswered,)
         )
-        table = with_retries(
-            lambda: self._commit(added),
-            self._location,
-            self.retry_seconds,
-            doing="written",
-            retried=(Unanswered,),
-        )
-        self._pin(table)
+        added = retry(lambda: self._write(batches, self.timeout + size / _UPLOAD))
+        self._pin(retry(lambda: self._commit(added)))
         _log.debug("appended %d episodes to %s as version %d", len(batches), self._location, self.version)
 
     def _write(self, batches: list[pa.RecordBatch], timeout: float) -> list[Any]:
@@ -280,18 +264,13 @@ class EpisodeDataset:
             names.append("vector")
         if spec.labels:
             names.append("label")
-        with lance_errors(self._location, "read"):
-            table = self._whole(self._table, names)
-        return decode_columns(table, spec)
+        return decode_columns(self._whole(self._table, names), spec)
 
     def pixels(self, rows: Int[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W C"]:
         """Return the frames in these rows, decoded; a row given several times is read once."""
         unique, inverse = np.unique(rows, return_inverse=True)
         out = np.empty((len(unique), *self._shape()), np.uint8)
-        with lance_errors(self._location, "read"):
-            table = with_timeout(lambda: self._table.take(unique, columns=["pixels"]), self._location, self.timeout)
-        frames = table["pixels"].combine_chunks()
-        _decode(frames, out, unique, self._location)
+        _decode(self._take(unique, ["pixels"])["pixels"].combine_chunks(), out, unique, self._location)
         return out if len(unique) == len(rows) and np.array_equal(unique, rows) else out[inverse]
 
     def scan_pixels(
@@ -329,17 +308,21 @@ class EpisodeDataset:
 
     def _first_rows(self, column: str) -> list[str]:
         """Return a column's text in the first row of each episode."""
-        with lance_errors(self._location, "read"):
-            texts: list[str] = self._whole(self._table, [column], filter="step = 0")[column].to_pylist()
+        texts: list[str] = self._whole(self._table, [column], filter="step = 0")[column].to_pylist()
         return texts
+
+    def _take(self, rows: Int[np.ndarray, "n"], columns: list[str] | None = None) -> pa.Table:
+        with lance_errors(self._location, "read"):
+            return with_timeout(lambda: self._table.take(rows, columns=columns), self._location, self.timeout)
 
     def _whole(self, table: Any, columns: list[str], **options: Any) -> pa.Table:
         """Read columns to the end; the timeout holds for each part, not for the whole."""
-        if "://" not in self._location:
-            return table.to_table(columns=columns, **options)
-        scanner = with_timeout(lambda: table.scanner(columns=columns, **options), self._location, self.timeout)
-        parts = list(each_with_timeout(iter(scanner.to_batches()), self._location, self.timeout))
-        return pa.Table.from_batches(parts, scanner.projected_schema)
+        with lance_errors(self._location, "read"):
+            if "://" not in self._location:
+                return table.to_table(columns=columns, **options)
+            scanner = with_timeout(lambda: table.scanner(columns=columns, **options), self._location, self.timeout)
+            parts = list(each_with_timeout(iter(scanner.to_batches()), self._location, self.timeout))
+            return pa.Table.from_batches(parts, scanner.projected_schema)
 
     def _shape(self) -> tuple[int, int, int]:
         if self.spec.observation.pixels is None:
@@ -355,17 +338,18 @@ def open_table(
     path: str | Path,
     *,
     version: int | None = None,
-    storage_options: Mapping[str, str] | None = None,
+    storage_options: dict[str, str] | None = None,
     timeout: float = TIMEOUT,
 ) -> Any:
     """Open the Lance table at `path`."""
     import lance
 
     where = str(path)
-    options = None if storage_options is None else dict(storage_options)
     try:
         with lance_errors(where, "read"):
-            return with_timeout(lambda: lance.dataset(where, version=version, storage_options=options), where, timeout)
+            return with_timeout(
+                lambda: lance.dataset(where, version=version, storage_options=storage_options), where, timeout
+            )
     except layout.MissingDataset:
         if version is None:
             raise

@@ -1,16 +1,13 @@
 """A clumsy hand: it wanders about an object that it knows by its colour alone."""
 
-from typing import Any
-
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 from pydantic import Field
 
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.core.seams import Policy
 from worldloom.core.types import ActionSpec, Observations
-from worldloom.data.policies import POLICIES
+from worldloom.data.policies import register_policy
 
 Colour = tuple[int, int, int]
 
@@ -32,6 +29,7 @@ class ObjectWalkOptions(Config):
     margin: float = Field(default=0.1, ge=0, lt=0.5)  # of the picture, where it does not go: objects get lost there
 
 
+@register_policy("near-object", ObjectWalkOptions)
 class ObjectWalk:
     """Draws places about the object, goes there whatever stands between, and so pushes it now and then.
 
@@ -80,12 +78,6 @@ class ObjectWalk:
     def _draw(self, generator: np.random.Generator) -> Float64[np.ndarray, "2"]:
         place: np.ndarray = generator.uniform(-self._options.radius, self._options.radius, 2)
         return place
-
-
-@POLICIES.register("near-object")
-def near_object(action: ActionSpec, **options: Any) -> Policy:
-    """Return an object walk; `options` are the fields of `ObjectWalkOptions`."""
-    return ObjectWalk(action, ObjectWalkOptions.parse(options))
 
 
 def _centre(pixels: UInt8[np.ndarray, "B H W C"], colour: Colour, tolerance: int) -> Float64[np.ndarray, "B 2"]:

@@ -4,7 +4,7 @@ A policy of your own: a factory `factory(action_spec, **options) -> Policy` regi
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float32, Float64
@@ -15,7 +15,20 @@ from worldloom.core.registry import Registry
 from worldloom.core.seams import Policy
 from worldloom.core.types import ActionSpec, Observations
 
+OptionsT = TypeVar("OptionsT", bound=Config)
+PolicyType = Callable[[ActionSpec, OptionsT], Policy]
+
 POLICIES: Registry[Callable[..., Policy]] = Registry("policy")
+
+
+def register_policy(name: str, options: type[OptionsT]) -> Callable[[PolicyType[OptionsT]], PolicyType[OptionsT]]:
+    """Return a decorator that registers a class of (action, options); `options` parses what users give by name."""
+
+    def decorate(policy: PolicyType[OptionsT]) -> PolicyType[OptionsT]:
+        POLICIES.register(name)(lambda action, **given: policy(action, options.parse(given)))
+        return policy
+
+    return decorate
 
 
 class DirectedWalkOptions(Config):
@@ -37,6 +50,7 @@ class UniformOptions(Config):
     """Nothing can be chosen."""
 
 
+@register_policy("directed-walk", DirectedWalkOptions)
 class DirectedWalk:
     """Keeps a heading that drifts and, now and then, is drawn anew: it goes far where noise stays in place.
 
@@ -78,6 +92,7 @@ class DirectedWalk:
         return unit
 
 
+@register_policy("uniform", UniformOptions)
 class Uniform:
     """Draws each action uniformly within the bounds, or each choice with equal probability."""
 
@@ -98,18 +113,6 @@ class Uniform:
         share = np.stack([generator.random(size) for generator in self._generators])
         drawn: np.ndarray = (low + (high - low) * share).astype(np.float32)
         return drawn
-
-
-@POLICIES.register("directed-walk")
-def directed_walk(action: ActionSpec, **options: Any) -> Policy:
-    """Return a directed walk; `options` are the fields of `DirectedWalkOptions`."""
-    return DirectedWalk(action, DirectedWalkOptions.parse(options))
-
-
-@POLICIES.register("uniform")
-def uniform(action: ActionSpec, **options: Any) -> Policy:
-    """Return uniform actions; there are no options."""
-    return Uniform(action, UniformOptions.parse(options))
 
 
 def scale_to_bounds(unit: Float64[np.ndarray, "B A"], action: ActionSpec) -> Float32[np.ndarray, "B A"]:

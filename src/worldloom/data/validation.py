@@ -1,7 +1,7 @@
 """Finds every problem in a dataset."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Problem:
 
 
 def validate(
-    path: str | Path, *, storage_options: Mapping[str, str] | None = None, progress: Progress = SILENT
+    path: str | Path, *, storage_options: dict[str, str] | None = None, progress: Progress = SILENT
 ) -> list[Problem]:
     """Read every value of the latest version and return all problems found, in order.
 

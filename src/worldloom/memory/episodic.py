@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float, Float32, Float64, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Float64, Int64, UInt8
 from torch import Tensor
 
 from worldloom.core.closing import Closing
@@ -74,7 +74,7 @@ class EpisodicMemory(Closing):
         self._open_journal()
         self._look()
         if writable:
-            last = self._last_id()
+            last = self._last("id")
             journal = self._writer()
             journal.clear(last)  # an interrupted flush had committed them to the table
             self._next = 1 + max([last, journal.counter("id") - 1, *self._pending.ids[-1:].tolist()])
@@ -142,7 +142,8 @@ class EpisodicMemory(Closing):
     def new_episodes(self, count: int) -> Int64[np.ndarray, "count"]:
         """Reserve numbers for unbroken stretches of experience; none is used twice, not even after a restart."""
         journal = self._writer()
-        first = max(journal.counter("episode"), self._past_episodes())
+        past = max(self._last("episode"), int(self._pending.episodes.max(initial=-1)))
+        first = max(journal.counter("episode"), 1 + past)
         journal.advance("episode", first + count)
         return np.arange(first, first + count)
 
@@ -228,10 +229,7 @@ class EpisodicMemory(Closing):
 
     def read(self, where: Where = _EVERYTHING, *, newest: int | None = None) -> Memories:
         """Return the selected memories in the order of their ids, or only the `newest` of them."""
-        waiting = self._pending[where.holds(self._pending)]
-        with memory_errors(self.path, "read"):
-            held = Memories.of_table(self._table.to_table(columns=COLUMNS, filter=where.sql()))
-        memories = Memories.concatenate([held, waiting])
+        memories = self._gather(where.holds(self._pending), where.sql())
         memories = memories[np.argsort(memories.ids)]
         return memories if newest is None else memories[max(0, len(memories) - newest) :]
 
@@ -241,10 +239,7 @@ class EpisodicMemory(Closing):
         Raises:
             DataError: one of them does not exist; it may have been forgotten.
         """
-        waiting = self._pending[np.isin(self._pending.ids, ids)]
-        with memory_errors(self.path, "read"):
-            held = Memories.of_table(self._table.to_table(columns=COLUMNS, filter=_among(ids)))
-        memories = Memories.concatenate([held, waiting])
+        memories = self._gather(np.isin(self._pending.ids, ids), _among(ids))
         return memories[self._places(ids, memories.ids)]
 
     def pictures(self, ids: Int64[np.ndarray, "M"]) -> UInt8[np.ndarray, "M H W C"]:
@@ -367,16 +362,18 @@ class EpisodicMemory(Closing):
         """Read the journal first and the table second: a memory that moves meanwhile then counts once."""
         waiting = self._journal.read(self.spec) if self._journal is not None else _none(self.spec)
         self._table = open_records(self.path)
-        self._parts = [waiting[waiting.ids > self._last_id()] if len(waiting) else waiting]
+        self._parts = [waiting[waiting.ids > self._last("id")] if len(waiting) else waiting]
 
-    def _last_id(self) -> int:
+    def _gather(self, waiting: Bool[np.ndarray, "P"], condition: str | None) -> Memories:
+        """Return the memories of the table under a condition in SQL, then some of the journal's."""
         with memory_errors(self.path, "read"):
-            return int(self._table.to_table(columns=["id"])["id"].to_numpy().max(initial=-1))
+            held = Memories.of_table(self._table.to_table(columns=COLUMNS, filter=condition))
+        return Memories.concatenate([held, self._pending[waiting]])
 
-    def _past_episodes(self) -> int:
+    def _last(self, column: str) -> int:
+        """Return the largest number in a column of the table, or -1."""
         with memory_errors(self.path, "read"):
-            held = int(self._table.to_table(columns=["episode"])["episode"].to_numpy().max(initial=-1))
-        return 1 + max(held, int(self._pending.episodes.max(initial=-1)))
+            return int(self._table.to_table(columns=[column])[column].to_numpy().max(initial=-1))
 
     def _check(self, memories: Memories) -> None:
         """Raise `DataError` where columns do not fit, before anything is stored."""

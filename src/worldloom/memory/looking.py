@@ -13,9 +13,9 @@ from PIL import Image
 from worldloom.core.errors import ConfigError
 from worldloom.core.files import write_atomic
 from worldloom.core.progress import SILENT, Progress
-from worldloom.data import float_lists, to_rgb, write_sheet
+from worldloom.data import to_rgb, write_sheet
 from worldloom.memory.episodic import EpisodicMemory
-from worldloom.memory.records import Memories, moment
+from worldloom.memory.records import COLUMNS, Memories, moment
 
 _ROW, _BATCH = 6, 1024
 
@@ -92,32 +92,16 @@ def _write_parquet(memory: EpisodicMemory, batches: list[Memories], path: Path, 
     import pyarrow.parquet as pq
 
     pictured = memory.spec.frame_shape is not None
-    schema = pa.schema(
-        [
-            pa.field("id", pa.int64()),
-            pa.field("time", pa.timestamp("us", tz="UTC")),
-            pa.field("episode", pa.int64()),
-            pa.field("step", pa.int64()),
-            pa.field("latent", pa.list_(pa.float32(), memory.spec.latent_dim)),
-            pa.field("action", pa.list_(pa.float32(), memory.spec.block_size)),
-            pa.field("surprise", pa.float32()),
-            pa.field("outcome", pa.string()),
-            *([pa.field("image", pa.binary())] if pictured else []),
-        ],
-        metadata={"model": memory.spec.model},
-    )
+    moments = pa.timestamp("us", tz="UTC")
+    fields = [memory.spec.schema().field(name).with_nullable(True) for name in COLUMNS]
+    fields[COLUMNS.index("time")] = pa.field("time", moments)
+    image = [pa.field("image", pa.binary())] if pictured else []
+    schema = pa.schema(fields + image, metadata={"model": memory.spec.model})
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for batch in batches:
-            columns: dict[str, Any] = {
-                "id": batch.ids,
-                "time": pa.array((batch.times * 1e6).astype(np.int64), pa.timestamp("us", tz="UTC")),
-                "episode": batch.episodes,
-                "step": batch.steps,
-                "latent": float_lists(batch.latents),
-                "action": float_lists(batch.actions),
-                "surprise": pa.array(batch.surprises, from_pandas=True),
-                "outcome": pa.array(batch.outcomes.tolist(), pa.string()),
-            }
+            columns = batch.columns()
+            columns["time"] = pa.array((batch.times * 1e6).astype(np.int64), moments)
+            columns["surprise"] = pa.array(batch.surprises, from_pandas=True)
             if pictured:
                 columns["image"] = pa.array([_png(frame) for frame in to_rgb(memory.pictures(batch.ids))], pa.binary())
             writer.write_table(pa.table(columns, schema=schema))

@@ -1,6 +1,7 @@
 """Memories as columns, and their layout in a Lance table: a row a memory, with the model and the format as metadata."""
 
 import json
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -189,9 +190,9 @@ class Memories:
             outcomes=np.array(table["outcome"].to_pylist(), dtype=str),
         )
 
-    def arrow(self, spec: MemorySpec, frames: pa.Array | None, vectors: pa.Array | None) -> pa.Table:
-        """Return the rows of a table, with their frames and vectors."""
-        columns: dict[str, Any] = {
+    def columns(self) -> dict[str, Any]:
+        """Return the columns of a table, by their names in `COLUMNS`."""
+        return {
             "id": self.ids,
             "time": self.times,
             "episode": self.episodes,
@@ -200,13 +201,16 @@ class Memories:
             "action": float_lists(self.actions),
             "surprise": self.surprises,
             "outcome": pa.array(self.outcomes.tolist(), pa.string()),
-            "pixels": frames,
-            "vector": vectors,
         }
+
+    def arrow(self, spec: MemorySpec, frames: pa.Array | None, vectors: pa.Array | None) -> pa.Table:
+        """Return the rows of a table, with their frames and vectors."""
+        columns = {**self.columns(), "pixels": frames, "vector": vectors}
         schema = spec.schema()
         return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
 
+_COMPARE = {">=": operator.ge, "<": operator.lt, "=": operator.eq}
 COLUMNS = ["id", "time", "episode", "step", "latent", "action", "surprise", "outcome"]
 
 
@@ -220,21 +224,23 @@ class Where:
     outcome: str | None = None
     min_surprise: float | None = None
 
+    def _conditions(self) -> list[tuple[str, str, Any]]:
+        """Return the column, the comparison and the value of each given condition."""
+        every = [
+            ("time", ">=", self.since),
+            ("time", "<", self.until),
+            ("episode", "=", self.episode),
+            ("outcome", "=", self.outcome),
+            ("surprise", ">=", self.min_surprise),
+        ]
+        return [condition for condition in every if condition[2] is not None]
+
     def sql(self) -> str | None:
         """Return the condition in Lance's SQL, or None for all memories."""
-        outcome = None if self.outcome is None else "'" + self.outcome.replace("'", "''") + "'"
-        terms = {
-            "time >= {}": self.since,
-            "time < {}": self.until,
-            "episode = {}": self.episode,
-            "outcome = {}": outcome,
-            "surprise >= {}": self.min_surprise,
-        }
-        held = [
-            term.format(value if isinstance(value, str) else repr(value))
-            for term, value in terms.items()
-            if value is not None
-        ]
+        held = []
+        for column, sign, value in self._conditions():
+            literal = "'" + value.replace("'", "''") + "'" if isinstance(value, str) else repr(value)
+            held.append(f"{column} {sign} {literal}")
         if self.min_surprise is not None:
             held.append("NOT isnan(surprise)")
         return " AND ".join(held) or None
@@ -242,16 +248,8 @@ class Where:
     def holds(self, memories: Memories) -> Bool[np.ndarray, "M"]:
         """Return for each memory whether it is selected."""
         selected = np.ones(len(memories), bool)
-        if self.since is not None:
-            selected &= memories.times >= self.since
-        if self.until is not None:
-            selected &= memories.times < self.until
-        if self.episode is not None:
-            selected &= memories.episodes == self.episode
-        if self.outcome is not None:
-            selected &= memories.outcomes == self.outcome
-        if self.min_surprise is not None:
-            selected &= memories.surprises >= self.min_surprise
+        for column, sign, value in self._conditions():
+            selected &= _COMPARE[sign](getattr(memories, f"{column}s"), value)
         return selected
 
 

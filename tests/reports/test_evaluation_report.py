@@ -1,6 +1,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,9 @@ def everything() -> ReportData:
             for step in range(1, 5)
         ],
         latents=LatentMap(latents=latents, positions=positions, unit="units"),
-        distance=DistanceMap.measure(
-            {"straight": lambda points: np.linalg.norm(points - 5, axis=1)},
-            positions,
+        distance=DistanceMap(
+            positions=positions,
+            distances={"straight": np.linalg.norm(positions - 5, axis=1)},
             goal=np.array([5.0, 5.0]),
             picture=np.zeros((16, 20, 3), np.uint8),
             unit="units",
@@ -97,7 +98,8 @@ def test_a_full_report_asks_the_network_for_nothing(results: Results, everything
 
 
 def test_missing_parts_are_explained_in_a_line_each(results: Results) -> None:
-    data = ReportData(recordings=(), absent={"latents": "this world has no position label."})
+    results = replace(results, recordings=())
+    data = ReportData(absent={"latents": "this world has no position label."})
     links = read(render_report(results, data))
     text = " ".join(links.text)
     assert text.count("Not shown:") == 5
@@ -109,7 +111,8 @@ def test_missing_parts_are_explained_in_a_line_each(results: Results) -> None:
 
 
 def test_the_page_says_what_was_found_and_how(results: Results) -> None:
-    data = ReportData(recordings=(), baselines=["still"])
+    results = replace(results, recordings=())
+    data = ReportData(baselines=["still"])
     text = " ".join(" ".join(read(render_report(results, data)).text).split())
     rows = {row.split: row.overall for row in results.rows if row.method == "homing"}
     counts = f"{rows['far'].successes} of 32 (far), {rows['near'].successes} of 32 (near)"
@@ -171,7 +174,7 @@ def test_a_report_that_fails_leaves_the_old_one(
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(StorageError, match="disk is full"):
-        write_report(path, results, ReportData(recordings=()))
+        write_report(path, replace(results, recordings=()))
     assert path.read_bytes() == b"old"
 
 

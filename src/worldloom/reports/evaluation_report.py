@@ -32,16 +32,15 @@ _STRIP = 8  # frames in a picture strip, beside the goal
 class ReportData:
     """What a report shows beside the results; every part is optional, and the report explains why it is missing.
 
-    `metrics` are the lines of metrics.jsonl. `recordings` default to those of the results. `baselines` name the methods
-    for the comparison below the headline. `absent` gives reasons for missing parts, by the name of the part:
-    `metrics`, `latents`, `distance`, `paths` or `episodes`.
+    `metrics` are the lines of metrics.jsonl. `baselines` name the methods for the comparison below the headline.
+    `absent` gives reasons for missing parts, by the name of the part: `metrics`, `latents`, `distance`, `paths` or
+    `episodes`.
     """
 
     metrics: Sequence[Mapping[str, float | int]] = ()
     latents: LatentMap | None = None
     distance: DistanceMap | None = None
     paths: PredictedPaths | None = None
-    recordings: Sequence[Recording] | None = None
     baselines: Sequence[str] = ()
     absent: Mapping[str, str] = field(default_factory=dict)
 
@@ -58,9 +57,7 @@ def write_report(path: Path, results: Results, data: ReportData | None = None) -
 def render_report(results: Results, data: ReportData) -> str:
     """Return the report as HTML."""
     best = _ranked(results)[0]
-    recordings = results.recordings if data.recordings is None else data.recordings
-    chosen = choose(recordings, best)
-    video = episodes_video(chosen)
+    video = episodes_video(choose(results.recordings, best))
     walls = [_wall_row(results, method) for method in results.methods]
     return render_page(
         "report.html",
@@ -95,7 +92,7 @@ def render_report(results: Results, data: ReportData) -> str:
         },
         video=data_uri("video/mp4", video.data) if video.data else "",
         video_size=(video.width, video.height),
-        strips=[_strip(recording) for recording in _few(chosen)],
+        strips=[_strip(recording) for recording in choose(results.recordings, best, successes=2)],
         provenance=_flat({"hardware": results.hardware, **results.provenance}),
         model=results.model,
         training_seed=results.training_seed,
@@ -201,12 +198,6 @@ def _wall_row(results: Results, method: str) -> dict[str, Any] | None:
         "method": method,
         "rates": [f"{_percent(rate.rate)} ({_interval(rate.interval)}, n = {rate.n})" for rate in pooled.by_wall],
     }
-
-
-def _few(chosen: Sequence[Recording]) -> list[Recording]:
-    successes = [recording for recording in chosen if recording.success]
-    failures = [recording for recording in chosen if not recording.success]
-    return successes[:2] + failures[:2]
 
 
 def _strip(recording: Recording) -> dict[str, Any]:

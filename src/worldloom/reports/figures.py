@@ -77,24 +77,14 @@ class LatentMap:
 class DistanceMap:
     """The distance of each of M positions to one goal, by one or more measures, named with their unit.
 
-    `picture` shows the room; `extent` (x0, x1, y0, y1) is its size in the unit of the positions. By default, one unit
-    is one pixel.
+    `picture` shows the room; one unit of the positions is one pixel of it.
     """
 
     positions: Float[np.ndarray, "M 2"]
     distances: Mapping[str, Float[np.ndarray, "M"]]
     goal: Float[np.ndarray, "2"]
     picture: UInt8[np.ndarray, "H W C"] | None = None
-    extent: tuple[float, float, float, float] | None = None
     unit: str = "px"
-
-    @classmethod
-    def measure(
-        cls, functions: Mapping[str, Callable[[np.ndarray], np.ndarray]], positions: np.ndarray, **rest: Any
-    ) -> "DistanceMap":
-        """Measure by functions from positions (M, 2) to distances (M,); `rest` are the other fields."""
-        distances = {name: np.asarray(function(positions), np.float64) for name, function in functions.items()}
-        return cls(positions=positions, distances=distances, **rest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +131,7 @@ def success_by_distance(results: Results) -> Themed | None:
                     label=row.method,
                     elinewidth=1,
                 )
-            axis.set_title(split)
-            axis.set_xlabel(bins.measure)
-            axis.set_ylim(-4, 104)
+            axis.set(title=split, xlabel=bins.measure, ylim=(-4, 104))
         axes[0].set_ylabel("success (%)")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
@@ -178,9 +166,7 @@ def training_curves(metrics: Sequence[Mapping[str, float | int]]) -> Themed | No
                 axis.set_yscale("log")
             elif positive:
                 axis.set_ylim(bottom=0)
-            axis.set_title(title)
-            axis.set_xlabel("training step")
-            axis.set_ylabel(unit)
+            axis.set(title=title, xlabel="training step", ylabel=unit)
             if len(found) > 1:
                 axis.legend(fontsize=8)
         for axis in axes[len(panels) :]:
@@ -213,17 +199,22 @@ def latent_space(data: LatentMap) -> Themed:
 def distance_map(data: DistanceMap) -> Themed:
     """Draw each measure of distance to one goal over the room, beside a picture of the room."""
     panels = len(data.distances) + (data.picture is not None)
-    extent = _extent(data)
+    x0, x1, y0, y1 = extent = _extent(data)
+
+    def place(axis: Axes) -> None:
+        axis.set(xlim=(x0, x1), ylim=(y1, y0), aspect="equal", xlabel=_in("x", data.unit))
+        axis.grid(False)
+        for size, edge in ((11, "black"), (9, "white")):
+            ring = axis.plot(*data.goal, marker="o", markersize=size, markeredgewidth=2)[0]
+            ring.set(markerfacecolor="none", markeredgecolor=edge)
 
     def draw(figure: Figure, theme: str) -> None:
         axes = list(figure.subplots(1, panels, squeeze=False)[0])
         if data.picture is not None:
             room = axes.pop(0)
-            room.imshow(data.picture, extent=_flipped(extent), interpolation="nearest")
-            room.set_title("the room, the goal circled")
-            _place(room, extent, data.unit)
-            room.set_ylabel(_in("y", data.unit))
-            _goal(room, data.goal)
+            room.imshow(data.picture, extent=(x0, x1, y1, y0), interpolation="nearest")
+            room.set(title="the room, the goal circled", ylabel=_in("y", data.unit))
+            place(room)
         for axis, (name, distances) in zip(axes, data.distances.items(), strict=True):
             image, across, down = binned(data.positions, distances, extent)
             shown = axis.pcolormesh(across, down, np.ma.masked_invalid(image), cmap=_MAP, rasterized=True)
@@ -232,8 +223,7 @@ def distance_map(data: DistanceMap) -> Themed:
             bar = figure.colorbar(shown, ax=axis, shrink=0.7)
             bar.outline.set_visible(False)
             axis.set_title(name)
-            _place(axis, extent, data.unit)
-            _goal(axis, data.goal)
+            place(axis)
 
     return themed(draw, (9.6, 3.6 if panels > 2 else 4.2))
 
@@ -258,10 +248,8 @@ def predicted_paths(data: PredictedPaths) -> Themed:
                 *data.predicted[place].T, color=colour(paper, 1), linewidth=1.6, dashes=(2.5, 1), label="prediction"
             )
             axis.plot(*data.true[place, 0], marker="o", color=colour(paper, 0), markersize=5)
-            axis.set_aspect("equal")
+            axis.set(aspect="equal", xticks=[], yticks=[])
             axis.grid(False)
-            axis.set_xticks([])
-            axis.set_yticks([])
             axis.set_title(
                 f"{errors[place, -1]:.1f}{data.unit and ' ' + data.unit} after {steps[-1]} steps", fontsize=9
             )
@@ -273,8 +261,7 @@ def predicted_paths(data: PredictedPaths) -> Themed:
         )
         axis.plot(steps, middle, color=colour(theme, 1), label="median")
         axis.set_ylim(bottom=0)
-        axis.set_xlabel("environment steps")
-        axis.set_ylabel(_in("error", data.unit))
+        axis.set(xlabel="environment steps", ylabel=_in("error", data.unit))
         axis.set_title(f"all {len(errors)} paths", fontsize=9)
         axis.legend(fontsize=7, loc="upper left")
 
@@ -356,17 +343,10 @@ def _readable(name: str) -> str:
 
 
 def _extent(data: DistanceMap) -> tuple[float, float, float, float]:
-    if data.extent is not None:
-        return data.extent
     if data.picture is not None:
         return 0.0, float(data.picture.shape[1]), 0.0, float(data.picture.shape[0])
     (x0, y0), (x1, y1) = data.positions.min(axis=0), data.positions.max(axis=0)
     return float(x0), float(x1), float(y0), float(y1)
-
-
-def _flipped(extent: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
-    x0, x1, y0, y1 = extent
-    return x0, x1, y1, y0
 
 
 def binned(
@@ -406,16 +386,3 @@ def binned(
 
 def _in(quantity: str, unit: str) -> str:
     return f"{quantity} ({unit})" if unit else quantity
-
-
-def _place(axis: Axes, extent: tuple[float, float, float, float], unit: str) -> None:
-    axis.set_xlim(extent[0], extent[1])
-    axis.set_ylim(extent[3], extent[2])
-    axis.set_aspect("equal")
-    axis.grid(False)
-    axis.set_xlabel(_in("x", unit))
-
-
-def _goal(axis: Axes, goal: Float[np.ndarray, "2"]) -> None:
-    for size, colour in ((11, "black"), (9, "white")):
-        axis.plot(*goal, marker="o", markersize=size, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=2)

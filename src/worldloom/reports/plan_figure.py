@@ -75,8 +75,7 @@ def _draw_future(figure: Any, frames: Sequence[PlanFrame]) -> None:
         axis.imshow(frame.pixels.squeeze(), cmap="gray", interpolation="nearest")
         axis.set_title(frame.title, fontsize=9)
         axis.set_xlabel(frame.note, fontsize=7)
-        axis.set_xticks([])
-        axis.set_yticks([])
+        axis.set(xticks=[], yticks=[])
 
 
 def _draw_violations(axis: Any, plan: PlanFigure) -> None:
@@ -95,9 +94,7 @@ def _draw_violations(axis: Any, plan: PlanFigure) -> None:
     axis.axhspan(0, high + room, color=_BROKEN, alpha=0.12, linewidth=0)
     axis.axhline(0, color=_BROKEN, linewidth=1)
     axis.text(plan.block, room * 0.2, "broken", color=_BROKEN, fontsize=8)
-    axis.set_ylim(low - room, high + room)
-    axis.set_xlabel("actions from now")
-    axis.set_ylabel("violation, with its margin")
+    axis.set(ylim=(low - room, high + room), xlabel="actions from now", ylabel="violation, with its margin")
     axis.legend(fontsize=8, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -116,10 +113,7 @@ def _draw_candidates(axis: Any, plan: PlanFigure) -> None:
     for path, holds in sorted(candidates, key=lambda candidate: candidate[1]):
         axis.plot(*path.T, color=_ALLOWED if holds else _BROKEN, linewidth=0.5, alpha=0.35)
     axis.plot(*plan.paths.chosen.T, color=_CHOSEN, linewidth=2.2)
-    axis.set_xlim(0, background.shape[1])
-    axis.set_ylim(background.shape[0], 0)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xlim=(0, background.shape[1]), ylim=(background.shape[0], 0), xticks=[], yticks=[])
     names = (("ruled out", _BROKEN), ("allowed", _ALLOWED), ("chosen", _CHOSEN))
     handles = [axis.plot([], [], color=colour, label=name)[0] for name, colour in names]
     axis.legend(handles=handles, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)

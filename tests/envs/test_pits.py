@@ -89,7 +89,7 @@ def test_tasks_lie_clear_of_pits_with_one_in_between_where_that_is_asked() -> No
             pits = factors.hazards()
             assert pits is not None
             for place in (infos["position"][row], infos["goal_position"][row]):
-                assert pits.depth(place[None].astype(float))[0] <= -pits.clearance + 1e-3
+                assert pits.depth(place[None].astype(float))[0] <= -factors.pit_clearance + 1e-3
 
 
 @pytest.mark.parametrize("which", ["goal", "start"])

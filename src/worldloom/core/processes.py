@@ -3,14 +3,9 @@
 import os
 
 
-def rank() -> int:
-    """Return the number of this process among all of a training, from 0."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def is_first() -> bool:
     """Return whether this process is the one that writes files and logs."""
-    return rank() == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def world() -> int:

@@ -1,7 +1,6 @@
 """How the library reports progress without printing: the caller passes a `Progress`."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
 
 
@@ -31,10 +30,9 @@ class _SilentTask:
 class SilentProgress:
     """The default: says nothing."""
 
-    @contextmanager
-    def task(self, description: str, total: int, unit: str = "it") -> Iterator[ProgressTask]:
+    def task(self, description: str, total: int, unit: str = "it") -> AbstractContextManager[ProgressTask]:
         """Open a task that says nothing."""
-        yield _SilentTask()
+        return nullcontext(_SilentTask())
 
 
 SILENT = SilentProgress()

@@ -7,7 +7,7 @@ A *step* of the environment and a *block* differ: a block is `ModelSpec.block` c
 concatenated, and one step of the model. `actions[t]` leaves frame t.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
@@ -25,28 +25,38 @@ BatchedT = TypeVar("BatchedT", bound="Batched")
 class Batched:
     """Base of a frozen dataclass whose tensors share their leading axes: `value[rows]` selects from all of them.
 
-    Tensors are indexed wherever they lie: in a field, a tuple, a mapping or another `Batched`. Other values, and the
+    Tensors are found wherever they lie: in a field, a tuple, a mapping or another `Batched`. Other values, and the
     fields named in `whole`, belong to the batch as a whole and stay as they are.
     """
 
     whole: ClassVar[frozenset[str]] = frozenset()
 
-    def __getitem__(self: BatchedT, rows: Any) -> BatchedT:
-        """Return the value for these rows: a place, places, a slice or a mask."""
+    def map(self: BatchedT, function: Callable[[Tensor], Tensor]) -> BatchedT:
+        """Return the value with `function` applied to each tensor."""
         parts = {part.name: getattr(self, part.name) for part in fields(self)}  # type: ignore[arg-type]
         return replace(
             self,  # type: ignore[type-var]
-            **{name: part if name in self.whole else _rows_of(part, rows) for name, part in parts.items()},
+            **{name: part if name in self.whole else _mapped(part, function) for name, part in parts.items()},
         )
 
+    def __getitem__(self: BatchedT, rows: Any) -> BatchedT:
+        """Return the value for these rows: a place, places, a slice or a mask."""
+        return self.map(lambda tensor: tensor[rows])
 
-def _rows_of(part: Any, rows: Any) -> Any:
-    if isinstance(part, Tensor | Batched):
-        return part[rows]
+    def to(self: BatchedT, device: torch.device | str) -> BatchedT:
+        """Return the same value on `device`."""
+        return self.map(lambda tensor: tensor.to(device))
+
+
+def _mapped(part: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(part, Tensor):
+        return function(part)
+    if isinstance(part, Batched):
+        return part.map(function)
     if isinstance(part, tuple):
-        return tuple(_rows_of(each, rows) for each in part)
+        return tuple(_mapped(each, function) for each in part)
     if isinstance(part, Mapping):
-        return {name: _rows_of(each, rows) for name, each in part.items()}
+        return {name: _mapped(each, function) for name, each in part.items()}
     return part
 
 
@@ -162,17 +172,6 @@ class Observations(Batched):
         assert self.vector is not None
         return tuple(self.vector.shape[:-1])
 
-    def map(self, function: Any) -> "Observations":
-        """Apply `function` to each part that is there."""
-        return Observations(
-            pixels=None if self.pixels is None else function(self.pixels),
-            vector=None if self.vector is None else function(self.vector),
-        )
-
-    def to(self, device: torch.device | str) -> "Observations":
-        """Return the same observations on `device`."""
-        return self.map(lambda part: part.to(device))
-
     @classmethod
     def from_numpy(cls, pixels: np.ndarray | None, vector: np.ndarray | None) -> "Observations":
         """Wrap arrays (uint8 pixels, float vector) without copying where possible."""
@@ -241,7 +240,7 @@ class Episode:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Windows:
+class Windows(Batched):
     """A batch of training windows: K context frames and T future ones, one block apart.
 
     `actions[:, i]` is the block that leads from frame i to frame i + 1.
@@ -250,15 +249,6 @@ class Windows:
     observations: Observations  # axes (B, K+T)
     actions: Float32[Tensor, "B M A"]  # M = K + T - 1
     labels: Mapping[str, Float32[Tensor, "B N _"]] = field(default_factory=dict)
-
-    def to(self, device: torch.device | str) -> "Windows":
-        """Return the same windows on `device`."""
-        return replace(
-            self,
-            observations=self.observations.to(device),
-            actions=self.actions.to(device),
-            labels={name: column.to(device) for name, column in self.labels.items()},
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -228,7 +228,7 @@ class PlantServer:
         ):
             self.log.refused += 1
             return
-        bounded = np.clip(action, np.array(self._action.low, np.float32), np.array(self._action.high, np.float32))
+        bounded = self._action.clip(action)
         with self._applying:
             self._write(bounded)
             self._safe = False

@@ -184,20 +184,16 @@ class FourRoomsFactors(RoomFactors):
 
 @dataclass(frozen=True, kw_only=True)
 class Hazards:
-    """P round pits; the agent has fallen in where its centre lies within `radius` of one's."""
+    """P round pits; the agent has fallen in where its centre lies within their radius of one's."""
 
+    factors: "PitsFactors"
     centres: Float64[np.ndarray, "P 2"]
     velocities: Float64[np.ndarray, "P 2"]  # px a step
-    radius: float
-    clearance: float  # px around them where nothing begins or is to be reached
-    colour: Colour
-    deadly: bool
-    linger: int  # steps from a fall to the end of the episode
 
     def depth(self, points: Float64[np.ndarray, "M 2"]) -> Float64[np.ndarray, "M"]:
         """Return how deep points lie in a pit; negative outside."""
         away = np.linalg.norm(points[:, None] - self.centres, axis=-1).min(axis=1)
-        depth: np.ndarray = self.radius - away
+        depth: np.ndarray = self.factors.pit_radius - away
         return depth
 
 
@@ -247,13 +243,9 @@ class PitsFactors(RoomFactors):
         """Return the pits as an episode begins."""
         heading = np.array(self.pit_heading)
         return Hazards(
+            factors=self,
             centres=np.array(self.pits).reshape(3, 2),
             velocities=self.pit_speed * np.stack([np.cos(heading), np.sin(heading)], axis=1),
-            radius=self.pit_radius,
-            clearance=self.pit_clearance,
-            colour=self.pit_colour,
-            deadly=self.deadly,
-            linger=self.linger,
         )
 
 

@@ -86,7 +86,7 @@ class Simulator:
 
     def lost(self) -> Bool[np.ndarray, "N"]:
         """Return whose episode a fall has ended."""
-        lingers = np.array([0 if pits is None else pits.linger for pits in self.hazards])
+        lingers = np.array([0 if pits is None else pits.factors.linger for pits in self.hazards])
         return self.fallen & (self._fallen_for >= lingers)
 
     def render(self, positions: Float64[np.ndarray, "N 2"] | None = None) -> UInt8[np.ndarray, "N H W 3"]:
@@ -95,9 +95,9 @@ class Simulator:
         frames = self._background.copy()
         for row, pits in enumerate(self.hazards):
             if pits is not None:
-                colour = np.array([pits.colour], np.float32)
+                colour = np.array([pits.factors.pit_colour], np.float32)
                 for centre in pits.centres:
-                    _blend(frames[row : row + 1], centre[None], np.full(1, pits.radius), colour)
+                    _blend(frames[row : row + 1], centre[None], np.full(1, pits.factors.pit_radius), colour)
         for row, (centres, _, colour) in enumerate(self._others):
             for centre in centres:
                 _blend(frames[row : row + 1], centre[None], np.full(1, _DISTRACTOR_RADIUS), colour[None])
@@ -108,7 +108,7 @@ class Simulator:
         pits = self.hazards[row]
         if pits is not None:
             self.depth[row] = pits.depth(self.position[row : row + 1])[0]
-            self.fallen[row] |= pits.deadly and self.depth[row] > 0
+            self.fallen[row] |= pits.factors.deadly and self.depth[row] > 0
 
     def _slide(self, axis: int, distance: Float64[np.ndarray, "N"]) -> None:
         here, beside = self.position[:, axis], self.position[:, 1 - axis]
@@ -131,17 +131,17 @@ def free(factors: RoomFactors, points: Float64[np.ndarray, "P 2"]) -> Bool[np.nd
         inside &= ~((x > left - radius) & (x < right + radius) & (y > top - radius) & (y < bottom + radius))
     pits = factors.hazards()
     if pits is not None:
-        inside &= pits.depth(points) < -pits.clearance
+        inside &= pits.depth(points) < -pits.factors.pit_clearance
     return inside
 
 
 def _moved(pits: Hazards) -> Hazards:
     """Return pits a step later; they bounce off the edge."""
-    centres, velocities = pits.centres + pits.velocities, pits.velocities
-    outside = (centres < pits.radius) | (centres > SIDE - pits.radius)
+    centres, velocities, radius = pits.centres + pits.velocities, pits.velocities, pits.factors.pit_radius
+    outside = (centres < radius) | (centres > SIDE - radius)
     return replace(
         pits,
-        centres=np.clip(centres, pits.radius, SIDE - pits.radius),
+        centres=np.clip(centres, radius, SIDE - radius),
         velocities=np.where(outside, -velocities, velocities),
     )
 

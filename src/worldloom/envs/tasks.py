@@ -118,7 +118,7 @@ def draw_in_a_pit(factors: RoomFactors, rng: np.random.Generator) -> Float64[np.
     if pits is None:
         raise ConfigError(f"in_a_pit needs a world with pits, such as Pits; got {type(factors).__name__}")
     centre = pits.centres[int(rng.integers(len(pits.centres)))]
-    angle, away = rng.uniform(0, 2 * np.pi), pits.radius * np.sqrt(rng.uniform(0, 0.81))
+    angle, away = rng.uniform(0, 2 * np.pi), pits.factors.pit_radius * np.sqrt(rng.uniform(0, 0.81))
     inside = centre + away * np.array([np.cos(angle), np.sin(angle)])
     point: np.ndarray = np.clip(inside, factors.agent_radius, SIDE - factors.agent_radius)
     return point

@@ -105,9 +105,9 @@ def test_a_run_drives_the_plant_and_keeps_its_report(
         (6, {"--connect": "tcp://127.0.0.1:1"}, "no plant answers"),
         (3, {"vector": [1.0]}, "a vector of 2; got"),
         (3, {"vector": "far"}, "not a list of numbers"),
-        (3, {"vektor": [1.0]}, "with 'vector' and/or 'pixels'"),
+        (3, {"vektor": [1.0]}, "with 'vector', 'pixels' or both"),
         (4, {"--goal": "missing.json"}, "does not exist"),
-        (3, {"--goal": "picture.png"}, "give the goal as JSON"),
+        (3, {"--goal": "picture.png"}, "write the goal as JSON"),
     ],
 )
 def test_what_cannot_be_is_said(

@@ -19,7 +19,7 @@ from worldloom.core.errors import NoFeasiblePlan, PlanningError
 from worldloom.core.seams import Agent, Explorer, Objective, WorldModel
 from worldloom.core.seeds import torch_generator
 from worldloom.core.types import Batched, Context, Goal, Observations, Plan
-from worldloom.guardrails import BoundRail, Fallback, Recalibration, Refused, Stop
+from worldloom.guardrails import BoundRail, Fallback, Infeasible, Recalibration, Stop
 from worldloom.planning import Planner, Watch, as_objective
 
 _STATISTICS = ("plan_seconds", "plan_environments", "plan_rollouts", "plan_cut_short", "plan_refused")
@@ -300,7 +300,7 @@ class PlanningAgent(Agent):
     def _fall_back(self, planner: Planner, plan: Plan, situation: Situation, deadline: float | None) -> Plan:
         """Return the plan with the fallback's actions where it was refused."""
         rows = list(plan.refused)
-        refused = Refused(
+        infeasible = Infeasible(
             planner=planner,
             context=situation.context[rows],
             safe=situation.safe[rows],
@@ -308,7 +308,7 @@ class PlanningAgent(Agent):
             generator=self._generator,
             deadline=deadline,
         )
-        instead = self._fallback.plan(refused)
+        instead = self._fallback.plan(infeasible)
         actions, latents, cost = plan.actions.clone(), plan.latents.clone(), plan.cost.clone()
         actions[rows], latents[rows], cost[rows] = instead.actions, instead.latents, instead.cost
         return replace(plan, actions=actions, latents=latents, cost=cost, cut_short=plan.cut_short or instead.cut_short)

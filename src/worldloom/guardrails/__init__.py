@@ -2,7 +2,7 @@
 
 from worldloom.guardrails.bound_rules import BoundRules
 from worldloom.guardrails.consistency import check_consistent
-from worldloom.guardrails.fallback import FALLBACKS, Fallback, Hold, Refused, Retreat, Stop
+from worldloom.guardrails.fallback import FALLBACKS, Fallback, Hold, Infeasible, Retreat, Stop
 from worldloom.guardrails.margins import (
     AdaptiveMargin,
     Margins,
@@ -47,6 +47,7 @@ __all__ = [
     "Fallback",
     "Familiar",
     "Hold",
+    "Infeasible",
     "KeepAway",
     "KeepIn",
     "KeepOut",
@@ -56,7 +57,6 @@ __all__ = [
     "Rail",
     "Rate",
     "Recalibration",
-    "Refused",
     "Region",
     "Retreat",
     "Returnable",

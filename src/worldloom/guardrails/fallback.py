@@ -21,7 +21,7 @@ FALLBACKS: Registry["type[Fallback]"] = Registry("fallback")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refused:
+class Infeasible:
     """Environments in which no plan keeps every guardrail, and what plans there.
 
     Attributes:
@@ -49,7 +49,7 @@ class Fallback(Component):
         """
 
     @abstractmethod
-    def plan(self, refused: Refused) -> Plan:
+    def plan(self, infeasible: Infeasible) -> Plan:
         """Return what to follow until the next plan."""
 
 
@@ -82,13 +82,13 @@ class Stop(Fallback):
                 f"declare one that the world takes"
             )
 
-    def plan(self, refused: Refused) -> Plan:
+    def plan(self, infeasible: Infeasible) -> Plan:
         """Repeat the action."""
-        model, context = refused.planner.model, refused.context
+        model, context = infeasible.planner.model, infeasible.context
         spec, bounds = model.spec, ActionBounds.of(model.spec, context.latents.device)
         action = torch.zeros(spec.action.size) if self.action is None else torch.tensor(self.action)
         block = bounds.clamp(action.to(bounds.low).repeat(spec.block))
-        actions = block.expand(context.batch, refused.planner.horizon, -1).clone()
+        actions = block.expand(context.batch, infeasible.planner.horizon, -1).clone()
         latents = model.rollout(context, actions[:, None])[:, 0]
         return Plan(actions=actions, latents=latents, cost=latents.new_zeros(context.batch))
 
@@ -97,20 +97,22 @@ class _Toward(Fallback):
     """Plan toward a state with the smallest violations on the way."""
 
     @abstractmethod
-    def state(self, refused: Refused) -> Float[Tensor, "B D"]:
+    def state(self, infeasible: Infeasible) -> Float[Tensor, "B D"]:
         """Return where to be."""
 
-    def plan(self, refused: Refused) -> Plan:
+    def plan(self, infeasible: Infeasible) -> Plan:
         """Plan toward the state; where no plan holds, take the least broken one, and stop where it is not finite."""
-        toward = refused.objective(self.state(refused))
+        toward = infeasible.objective(self.state(infeasible))
         try:
-            plan = refused.planner.plan(refused.context, toward, generator=refused.generator, deadline=refused.deadline)
+            plan = infeasible.planner.plan(
+                infeasible.context, toward, generator=infeasible.generator, deadline=infeasible.deadline
+            )
         except NoFeasiblePlan as error:
             plan = error.plan
             assert isinstance(plan, Plan)
         lost = ~plan.actions.isfinite().flatten(1).all(dim=1)
         if bool(lost.any()):  # where nothing can be judged, a proposal may not be finite
-            still = Stop().plan(refused)
+            still = Stop().plan(infeasible)
             plan = replace(plan, actions=torch.where(lost[:, None, None], still.actions, plan.actions))
         return plan
 
@@ -121,9 +123,9 @@ class Hold(_Toward):
 
     name: Literal["hold"] = "hold"
 
-    def state(self, refused: Refused) -> Float[Tensor, "B D"]:
+    def state(self, infeasible: Infeasible) -> Float[Tensor, "B D"]:
         """Return the present state."""
-        return refused.context.latents[:, -1]
+        return infeasible.context.latents[:, -1]
 
 
 @FALLBACKS.register("retreat")
@@ -132,6 +134,6 @@ class Retreat(_Toward):
 
     name: Literal["retreat"] = "retreat"
 
-    def state(self, refused: Refused) -> Float[Tensor, "B D"]:
+    def state(self, infeasible: Infeasible) -> Float[Tensor, "B D"]:
         """Return the last safe place."""
-        return refused.safe
+        return infeasible.safe

@@ -9,7 +9,7 @@ import numpy as np
 
 from worldloom.core.types import ActionSpec, Episode, ObservationSpec
 from worldloom.data import DatasetSpec, EpisodeDataset
-from worldloom.formats import Format, Note, ReadOptions, Source
+from worldloom.formats import FORMATS, Format, Note, ReadOptions, Source
 
 SPEC = DatasetSpec(
     observation=ObservationSpec(pixels=(16, 24, 3), vector=3),
@@ -63,6 +63,13 @@ def differences(left: Episode, right: Episode, *, but: Sequence[str] = ()) -> li
     ]
     found += ["metadata"] if left.metadata != right.metadata else []
     return [name for name in found if name not in but]
+
+
+def read_all(name: str, path: Path, **options: Any) -> tuple[list[Episode], list[str], DatasetSpec]:
+    """The episodes, the notes and the spec of a foreign dataset."""
+    with FORMATS[name].open(path, ReadOptions(**options)) as source:
+        episodes = [episode for index in range(len(source)) for episode in source.read(index)]
+        return episodes, [f"{note.kind}: {note.what}" for note in source.notes], source.spec
 
 
 class SplitSource(Source):

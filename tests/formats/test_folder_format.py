@@ -1,8 +1,10 @@
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import av
+import format_samples
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,9 +13,9 @@ from format_samples import GREY, SPEC, make_episode, make_store
 from PIL import Image, ImageFilter
 
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.core.types import ActionSpec, Episode, ObservationSpec
+from worldloom.core.types import ActionSpec, ObservationSpec
 from worldloom.data import DatasetSpec, EpisodeDataset
-from worldloom.formats import FORMATS, ReadOptions, WriteOptions, convert
+from worldloom.formats import FORMATS, WriteOptions, convert
 from worldloom.formats.video import frame_times, read_frames, write_video
 
 HEIGHT, WIDTH = 32, 48
@@ -57,10 +59,7 @@ def log(path: Path, rows: int = 12, *, rate: float = 10.0, start: float = 0.0, *
         pq.write_table(table, path)
 
 
-def read_all(path: Path, **options: Any) -> tuple[list[Episode], list[str], DatasetSpec]:
-    with FORMATS["folder"].open(path, ReadOptions(**options)) as source:
-        episodes = [episode for index in range(len(source)) for episode in source.read(index)]
-        return episodes, [f"{note.kind}: {note.what}" for note in source.notes], source.spec
+read_all = partial(format_samples.read_all, "folder")
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])

@@ -5,20 +5,14 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from format_samples import SPEC, make_store
+from format_samples import SPEC, make_store, read_all
 
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.core.types import ActionSpec, Episode, ObservationSpec
+from worldloom.core.types import ActionSpec, ObservationSpec
 from worldloom.data import DatasetSpec, EpisodeDataset
 from worldloom.formats import FORMATS, ReadOptions, WriteOptions, convert, detect
 
 COLLECTED = Path(__file__).parents[1] / "fixtures" / "swm_hdf5" / "collected.h5"
-
-
-def read_all(name: str, path: Path, **options: Any) -> tuple[list[Episode], list[str], DatasetSpec]:
-    with FORMATS[name].open(path, ReadOptions(**options)) as source:
-        episodes = [episode for index in range(len(source)) for episode in source.read(index)]
-        return episodes, [f"{note.kind}: {note.what}" for note in source.notes], source.spec
 
 
 def robomimic_file(path: Path, demos: int = 12, closing: bool = True, scale: float = 1.0) -> Path:

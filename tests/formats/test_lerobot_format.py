@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from format_samples import SPEC, SPECS, differences, make_episode, make_store
+from format_samples import SPEC, SPECS, differences, make_episode, make_store, read_all
 
 from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.types import ActionSpec, Episode, ObservationSpec
@@ -19,12 +19,6 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 FIXTURE = FIXTURES / "lerobot_v3"
 TOP, WRIST = "observation.images.top", "observation.images.wrist"
 BOTH = ["lerobot-v21", "lerobot-v3"]
-
-
-def read_all(name: str, path: Path, **options: Any) -> tuple[list[Episode], list[str], DatasetSpec]:
-    with FORMATS[name].open(path, ReadOptions(**options)) as source:
-        episodes = [episode for index in range(len(source)) for episode in source.read(index)]
-        return episodes, [f"{note.kind}: {note.what}" for note in source.notes], source.spec
 
 
 def written(path: Path, name: str, lengths: tuple[int, ...] = (6, 1, 9, 4), **write: Any) -> Path:

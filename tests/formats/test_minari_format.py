@@ -2,9 +2,11 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import format_samples
 import h5py
 import minari
 import numpy as np
@@ -14,9 +16,9 @@ from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
 from worldloom.core.errors import ConfigError, DataError, StorageError
-from worldloom.core.types import ActionSpec, Episode, ObservationSpec
+from worldloom.core.types import ActionSpec, ObservationSpec
 from worldloom.data import DatasetSpec, EpisodeDataset
-from worldloom.formats import FORMATS, ReadOptions, WriteOptions, convert, detect
+from worldloom.formats import FORMATS, WriteOptions, convert, detect
 from worldloom.formats import minari as ours_of_minari
 
 LENGTHS = (3, 5, 2)
@@ -76,10 +78,7 @@ def box(step: int) -> np.ndarray:
     return np.array([step / 10, -step / 10], np.float32)
 
 
-def read_all(path: Path, **options: Any) -> tuple[list[Episode], list[str], DatasetSpec]:
-    with FORMATS["minari"].open(path, ReadOptions(**options)) as source:
-        episodes = [episode for index in range(len(source)) for episode in source.read(index)]
-        return episodes, [f"{note.kind}: {note.what}" for note in source.notes], source.spec
+read_all = partial(format_samples.read_all, "minari")
 
 
 @pytest.mark.parametrize("jpeg", [False, True], ids=["raw", "jpeg"])

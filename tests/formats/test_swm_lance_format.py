@@ -1,9 +1,11 @@
 import io
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import format_samples
 import lance
 import numpy as np
 import pyarrow as pa
@@ -14,7 +16,7 @@ from PIL import Image
 from worldloom.core.errors import ConfigError, DataError, WorldloomError
 from worldloom.core.types import ActionSpec, Episode, ObservationSpec
 from worldloom.data import DatasetSpec, EpisodeDataset
-from worldloom.formats import FORMATS, ReadOptions, WriteOptions, convert, detect, swm_lance
+from worldloom.formats import FORMATS, WriteOptions, convert, detect, swm_lance
 
 NAME, LENGTHS = "swm-lance", (5, 8, 3)
 
@@ -54,10 +56,7 @@ def table(path: Path, change: Callable[[dict[str, Any]], object] = lambda _: Non
     return path
 
 
-def read_all(path: Path, **options: Any) -> tuple[list[Episode], list[str], DatasetSpec]:
-    with FORMATS[NAME].open(path, ReadOptions(**options)) as source:
-        episodes = [episode for index in range(len(source)) for episode in source.read(index)]
-        return episodes, [f"{note.kind}: {note.what}" for note in source.notes], source.spec
+read_all = partial(format_samples.read_all, NAME)
 
 
 def test_a_table_in_that_librarys_layout(tmp_path: Path) -> None:

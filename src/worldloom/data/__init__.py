@@ -22,7 +22,7 @@ from worldloom.data.object_walk import ObjectWalkOptions
 from worldloom.data.order import SlidingPool
 from worldloom.data.pictures import decode_picture, encode_picture, read_picture, resize
 from worldloom.data.policies import POLICIES
-from worldloom.data.preview import contact_sheet, to_rgb, video, write_sheet
+from worldloom.data.preview import contact_sheet, encode_video, to_rgb, video, write_sheet
 from worldloom.data.spec import DatasetSpec
 from worldloom.data.statistics import Statistics, compute_statistics
 from worldloom.data.streaming import DataConfig, load_frames, stream_frames
@@ -53,6 +53,7 @@ __all__ = [
     "decode_frames",
     "decode_picture",
     "encode_picture",
+    "encode_video",
     "episode_seed",
     "float_list",
     "float_lists",

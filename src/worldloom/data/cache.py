@@ -1,6 +1,7 @@
 """All frames of a dataset, decoded before training starts."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -36,14 +37,20 @@ def load_cache(
     columns = dataset.columns()
     pixels = None
     if dataset.spec.observation.pixels is not None:
-        size = dataset.frames * int(np.prod(dataset.spec.observation.pixels))
+        shape = (dataset.frames, *dataset.spec.observation.pixels)
+        size = int(np.prod(shape))
         if mode == "auto":
             alone = on_this_machine() == 1  # several processes map one file instead of decoding once each
             mode = "ram" if alone and size < psutil.virtual_memory().available / 4 else "mmap"
         if mode == "ram" or size == 0:  # no file of no bytes can be mapped
-            pixels = _decode(dataset, progress)
+            pixels = np.empty(shape, np.uint8)
+            for _ in _decode(dataset, progress, pixels):
+                pass
         else:
-            pixels = _map(dataset, fingerprint, directory or _default_directory(dataset), progress)
+            path = (directory or _default_directory(dataset)) / f"{fingerprint}.frames"
+            _write_frames(dataset, path, size, progress)
+            # A plain view: indexing np.memmap itself is slower and returns np.memmap.
+            pixels = np.asarray(np.memmap(path, np.uint8, mode="r", shape=shape))
     return Frames(
         spec=dataset.spec,
         fingerprint=fingerprint,
@@ -54,39 +61,31 @@ def load_cache(
     )
 
 
-def _decode(dataset: EpisodeDataset, progress: Progress) -> UInt8[np.ndarray, "N H W C"]:
-    assert dataset.spec.observation.pixels is not None
-    out = np.empty((dataset.frames, *dataset.spec.observation.pixels), np.uint8)
+def _decode(
+    dataset: EpisodeDataset, progress: Progress, out: UInt8[np.ndarray, "N H W C"] | None = None
+) -> Iterator[UInt8[np.ndarray, "n H W C"]]:
     with progress.task("decode", dataset.frames, "frames") as task:
         for part in dataset.scan_pixels(out=out):
+            yield part
             task.advance(len(part))
-    return out
 
 
-def _map(
-    dataset: EpisodeDataset, fingerprint: str, directory: Path, progress: Progress
-) -> UInt8[np.ndarray, "N H W C"]:
-    assert dataset.spec.observation.pixels is not None
-    shape = (dataset.frames, *dataset.spec.observation.pixels)
-    size = int(np.prod(shape))
-    path = directory / f"{fingerprint}.frames"
+def _write_frames(dataset: EpisodeDataset, path: Path, size: int, progress: Progress) -> None:
+    """Write all decoded frames, unless a file of their size is there."""
     if path.exists() and path.stat().st_size == size:
         _log.info("using the decoded frames in %s", path)
-    else:
-        if path.exists():
-            _log.warning("%s has %d bytes, expected %d; writing it again", path, path.stat().st_size, size)
-        _log.info("decoding %d frames into %s (%.1f GiB)", shape[0], path, size / 2**30)
+        return
+    if path.exists():
+        _log.warning("%s has %d bytes, expected %d; writing it again", path, path.stat().st_size, size)
+    _log.info("decoding %d frames into %s (%.1f GiB)", dataset.frames, path, size / 2**30)
 
-        # Plain writes raise on a full disk; writing through a mapping would kill the process.
-        def write(temporary: Path) -> None:
-            with temporary.open("wb") as file, progress.task("decode", shape[0], "frames") as task:
-                for part in dataset.scan_pixels():
-                    file.write(part.data)
-                    task.advance(len(part))
+    # Plain writes raise on a full disk; writing through a mapping would kill the process.
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            for part in _decode(dataset, progress):
+                file.write(part.data)
 
-        write_atomic(path, write)
-    # A plain view: indexing np.memmap itself is slower and returns np.memmap.
-    return np.asarray(np.memmap(path, np.uint8, mode="r", shape=shape))
+    write_atomic(path, write)
 
 
 def _default_directory(dataset: EpisodeDataset) -> Path:

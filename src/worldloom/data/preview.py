@@ -1,8 +1,9 @@
 """Previews of a dataset: a contact sheet and a video."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -10,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from worldloom.core.errors import DataError
 from worldloom.core.files import write_atomic
-from worldloom.core.progress import SILENT, Progress
+from worldloom.core.progress import SILENT, Progress, ProgressTask
 from worldloom.data.dataset import EpisodeDataset
 
 _TILE = 112  # least height and width of a picture on the contact sheet
@@ -66,29 +67,38 @@ def video(
     import av
 
     chosen = _spread(_with_pixels(dataset), episodes)
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    with progress.task(f"video {path.name}", int((dataset.lengths[chosen] + 1).sum()), "frame") as task:
+        pictures = _pictures(dataset, chosen, task)
+        write_atomic(Path(path), lambda temporary: encode_video(str(temporary), pictures, rate=rate, codec=codec))
 
-    def write(temporary: Path) -> None:
-        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-        frames = int((dataset.lengths[chosen] + 1).sum())
-        with (
-            av.open(str(temporary), "w", format="mp4") as container,
-            progress.task(f"video {path.name}", frames, "frame") as task,
-        ):
-            stream: Any = None
-            for picture in _pictures(dataset, chosen):
-                if stream is None:
-                    stream = container.add_stream(codec, rate=rate)
-                    stream.pix_fmt = "yuv420p"
-                    stream.height, stream.width = picture.shape[:2]
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-                task.advance()
-            container.mux(stream.encode())
 
-    write_atomic(Path(path), write)
+def encode_video(
+    target: str | BinaryIO,
+    pictures: Iterable[UInt8[np.ndarray, "H W 3"]],
+    *,
+    rate: int | Fraction,
+    codec: str,
+    pixel_format: str = "yuv420p",
+    container: str = "mp4",
+    options: Mapping[str, str] | None = None,
+) -> None:
+    """Encode RGB pictures of one size as a video, `rate` a second; the formats and options are FFmpeg's."""
+    import av
+
+    with av.open(target, "w", format=container) as output:
+        stream: Any = None
+        for picture in pictures:
+            if stream is None:
+                stream = output.add_stream(codec, rate=rate, options=dict(options or {}))
+                stream.pix_fmt = pixel_format
+                stream.height, stream.width = picture.shape[:2]
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        output.mux(stream.encode())
 
 
 def _pictures(
-    dataset: EpisodeDataset, episodes: Int64[np.ndarray, "E"]
+    dataset: EpisodeDataset, episodes: Int64[np.ndarray, "E"], task: ProgressTask
 ) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
     for number in episodes:
         start, length = int(dataset.starts[number]), int(dataset.lengths[number])
@@ -97,6 +107,7 @@ def _pictures(
             frames = _upscaled(to_rgb(dataset.pixels(start + steps)), _VIDEO)
             for step, frame in zip(steps, frames, strict=True):
                 yield _captioned(frame, f"episode {number}, step {step}")
+                task.advance()
 
 
 def to_rgb(frames: UInt8[np.ndarray, "*axes C"]) -> UInt8[np.ndarray, "*axes 3"]:

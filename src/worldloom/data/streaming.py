@@ -101,7 +101,10 @@ class StreamedPixels:
         self._pending: dict[int, Future[UInt8[np.ndarray, "n bytes"]]] = {}
         self._closed = threading.Event()
         self._warned = False
-        self._plan_ahead()
+        if self._disk is not None:
+            # The position is the priority, after all requested chunks.
+            chunks = list(range(min(self._chunks, self._fit())))
+            self._queue = [(1 + place, chunk) for place, chunk in enumerate(self._ranks_apart(chunks))]
         self._threads = [
             threading.Thread(target=self._work, name=f"stream-{index}", daemon=True)
             for index in range(min(config.threads, max(self._chunks, 1)))
@@ -193,13 +196,6 @@ class StreamedPixels:
         except (StorageError, OSError) as error:
             _log.warning("no disk cache: %s. Every chunk is read from storage each time it is asked for", error)
             return None
-
-    def _plan_ahead(self) -> None:
-        """Queue the chunks that fit on the disk."""
-        if self._disk is not None:
-            # The position is the priority, after all requested chunks.
-            chunks = list(range(min(self._chunks, self._fit())))
-            self._queue = [(1 + place, chunk) for place, chunk in enumerate(self._ranks_apart(chunks))]
 
     def _fit(self) -> int:
         """Return how many chunks the cache holds at least: eviction on disk drops an eighth more than it must."""

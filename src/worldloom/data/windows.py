@@ -28,11 +28,32 @@ class WindowSampler:
     def __init__(
         self, cache: Frames, *, context: int, horizon: int, block: int, episodes: np.ndarray | None = None
     ) -> None:
+        if min(context, horizon, block) < 1:
+            raise ConfigError(
+                f"context, horizon and block must be at least 1; got context {context}, horizon {horizon} and block "
+                f"{block}"
+            )
+        starts, lengths = cache.starts, cache.lengths
+        chosen = np.arange(len(lengths)) if episodes is None else np.asarray(episodes, np.int64)
+        if ((chosen < 0) | (chosen >= len(lengths))).any():
+            raise DataError(f"episodes {chosen.min()} to {chosen.max()} are asked for; the data holds {len(lengths)}")
+        counts = np.maximum(lengths[chosen] - block * horizon + 1, 0)
+        if not counts.any():
+            there = f"they have {lengths[chosen].min()} to {lengths[chosen].max()}" if len(chosen) else "there are none"
+            raise DataError(
+                f"no episode is long enough: a window of horizon {horizon} and block {block} needs {block * horizon} "
+                f"steps, and of the {len(chosen)} episodes {there}. Shorten the horizon or the block, or collect "
+                f"longer episodes"
+            )
+        if not counts.all():
+            _log.info("%d of %d episodes are too short for a window", int((counts == 0).sum()), len(chosen))
         self._cache = cache
-        self._index = _WindowIndex(cache.starts, cache.lengths, episodes, context=context, horizon=horizon, block=block)
+        self._starts, self._ends, self._counts = starts[chosen], np.cumsum(counts), counts
+        self._frames = block * np.arange(1 - context, horizon + 1)
+        self._actions = self._frames[:-1, None] + np.arange(block)
 
     def __len__(self) -> int:
-        return len(self._index)
+        return int(self._ends[-1])
 
     def sample(self, batch: int, generator: np.random.Generator) -> Windows:
         """Return `batch` windows, drawn uniformly with replacement."""
@@ -40,7 +61,7 @@ class WindowSampler:
 
     def at(self, windows: Int[np.ndarray, "B"]) -> Windows:
         """Return the windows with these numbers, 0 to `len(self)` - 1, in order of episode and time."""
-        frames, actions, real = self._index.rows(windows)
+        frames, actions, real = self._rows(windows)
         taken = self._cache.actions[actions]
         taken[~real] = 0.0
         pixels, vector = self._cache.pixels, self._cache.vector
@@ -56,48 +77,9 @@ class WindowSampler:
     def expect(self, windows: Int[np.ndarray, "B"]) -> None:
         """Announce the windows that will be drawn next, so that their frames are read ahead of time, in this order."""
         if isinstance(self._cache.pixels, ReadsAhead):
-            self._cache.pixels.expect(self._index.spans(windows))
+            self._cache.pixels.expect(self._spans(windows))
 
-
-class _WindowIndex:
-    """Numbers every window of some episodes, and says which rows it is made of."""
-
-    def __init__(
-        self,
-        starts: Int64[np.ndarray, "E"],
-        lengths: Int64[np.ndarray, "E"],
-        episodes: np.ndarray | None,
-        *,
-        context: int,
-        horizon: int,
-        block: int,
-    ) -> None:
-        if min(context, horizon, block) < 1:
-            raise ConfigError(
-                f"context, horizon and block must be at least 1; got context {context}, horizon {horizon} and block "
-                f"{block}"
-            )
-        chosen = np.arange(len(lengths)) if episodes is None else np.asarray(episodes, np.int64)
-        if ((chosen < 0) | (chosen >= len(lengths))).any():
-            raise DataError(f"episodes {chosen.min()} to {chosen.max()} are asked for; the data holds {len(lengths)}")
-        counts = np.maximum(lengths[chosen] - block * horizon + 1, 0)
-        if not counts.any():
-            there = f"they have {lengths[chosen].min()} to {lengths[chosen].max()}" if len(chosen) else "there are none"
-            raise DataError(
-                f"no episode is long enough: a window of horizon {horizon} and block {block} needs {block * horizon} "
-                f"steps, and of the {len(chosen)} episodes {there}. Shorten the horizon or the block, or collect "
-                f"longer episodes"
-            )
-        if not counts.all():
-            _log.info("%d of %d episodes are too short for a window", int((counts == 0).sum()), len(chosen))
-        self._starts, self._ends, self._counts = starts[chosen], np.cumsum(counts), counts
-        self._frames = block * np.arange(1 - context, horizon + 1)
-        self._actions = self._frames[:-1, None] + np.arange(block)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def rows(
+    def _rows(
         self, windows: Int[np.ndarray, "B"]
     ) -> tuple[Int64[np.ndarray, "B N"], Int64[np.ndarray, "B M K"], Bool[np.ndarray, "B M K"]]:
         """Return the rows of frames and of actions, and which of these actions were taken (the rest are zero)."""
@@ -108,7 +90,7 @@ class _WindowIndex:
         steps = current[:, None, None] + self._actions
         return frames, np.maximum(steps, 0) + start[:, None, None], steps >= 0
 
-    def spans(self, windows: Int[np.ndarray, "B"]) -> Int64[np.ndarray, "S 2"]:
+    def _spans(self, windows: Int[np.ndarray, "B"]) -> Int64[np.ndarray, "S 2"]:
         """Return the rows of all frames of these windows as spans, first and last, one for each run in an episode."""
         episode = np.searchsorted(self._ends, windows, side="right")
         current = windows - (self._ends - self._counts)[episode]

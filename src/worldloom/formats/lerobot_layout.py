@@ -109,18 +109,8 @@ def _entries_v2(root: Path, info: Mapping[str, Any], cameras: list[str]) -> list
         with _layout_errors(file):
             number = int(line["episode_index"])
             names = {"episode_chunk": number // int(info.get("chunks_size", CHUNK)), "episode_index": number}
-            entry = EpisodePlace(
-                episode=number,
-                length=int(line["length"]),
-                data=inside(root, str(info["data_path"]).format(**names), root / INFO),
-                first=0,
-                videos={
-                    key: (inside(root, str(info["video_path"]).format(video_key=key, **names), root / INFO), 0.0)
-                    for key in cameras
-                },
-                metadata=_metadata(number, line.get("tasks"), line.get(METADATA)),
-            )
-        entries.append(entry)
+            videos = {key: (_named(root, info, "video_path", video_key=key, **names), 0.0) for key in cameras}
+            entries.append(_place(line, _named(root, info, "data_path", **names), 0, videos))
     return entries
 
 
@@ -129,42 +119,51 @@ def _entries_v3(root: Path, info: Mapping[str, Any], cameras: list[str]) -> list
     files = sorted(folder.rglob("*.parquet"))
     if not files:
         raise DataError(f"{folder} holds no Parquet file; expected chunk-000/file-000.parquet. Restore meta/")
-    rows: list[dict[str, Any]] = []
-    for file in files:
-        rows += read_rows(file)
+    rows = [row for file in files for row in read_rows(file)]
     entries: list[EpisodePlace] = []
     with _layout_errors(folder):
         rows.sort(key=lambda row: int(row["episode_index"]))
-        starts: dict[tuple[int, int], int] = {}
+        starts: dict[Path, int] = {}  # the row of the dataset with which a file begins
         for row in rows:
-            key = (int(row["data/chunk_index"]), int(row["data/file_index"]))
-            starts[key] = min(starts.get(key, int(row["dataset_from_index"])), int(row["dataset_from_index"]))
+            data = _named(root, info, "data_path", **_numbered(row, "data"))
+            starts[data] = min(starts.get(data, int(row["dataset_from_index"])), int(row["dataset_from_index"]))
         for row in rows:
-            key = (int(row["data/chunk_index"]), int(row["data/file_index"]))
-            data = str(info["data_path"]).format(chunk_index=key[0], file_index=key[1])
+            data = _named(root, info, "data_path", **_numbered(row, "data"))
             videos = {}
-            for camera in cameras:
-                place = {name: int(row[f"videos/{camera}/{name}"]) for name in ("chunk_index", "file_index")}
-                video = str(info["video_path"]).format(video_key=camera, **place)
-                videos[camera] = (inside(root, video, root / INFO), float(row[f"videos/{camera}/from_timestamp"]))
-            number, first = int(row["episode_index"]), int(row["dataset_from_index"])
-            length = int(row["length"])
-            if int(row["dataset_to_index"]) - first != length:
+            for key in cameras:
+                video = _named(root, info, "video_path", video_key=key, **_numbered(row, f"videos/{key}"))
+                videos[key] = (video, float(row[f"videos/{key}/from_timestamp"]))
+            first, last = int(row["dataset_from_index"]), int(row["dataset_to_index"])
+            entries.append(_place(row, data, first - starts[data], videos))
+            if last - first != entries[-1].length:
                 raise DataError(
-                    f"{folder}: episode {number} has length {length} and rows {first} to {row['dataset_to_index']}; "
-                    f"the metadata are damaged. Restore them"
+                    f"{folder}: episode {entries[-1].episode} has length {entries[-1].length} and rows {first} to "
+                    f"{last}; the metadata are damaged. Restore them"
                 )
-            entries.append(
-                EpisodePlace(
-                    episode=number,
-                    length=length,
-                    data=inside(root, data, root / INFO),
-                    first=first - starts[key],
-                    videos=videos,
-                    metadata=_metadata(number, row.get("tasks"), row.get(METADATA)),
-                )
-            )
     return entries
+
+
+def _named(root: Path, info: Mapping[str, Any], pattern: str, **names: Any) -> Path:
+    """Return the path that a pattern of info.json gives for these names."""
+    return inside(root, str(info[pattern]).format(**names), root / INFO)
+
+
+def _numbered(row: Mapping[str, Any], prefix: str) -> dict[str, int]:
+    return {name: int(row[f"{prefix}/{name}"]) for name in ("chunk_index", "file_index")}
+
+
+def _place(row: Mapping[str, Any], data: Path, first: int, videos: Mapping[str, tuple[Path, float]]) -> EpisodePlace:
+    """Return the place of the episode that a row of meta/episodes describes."""
+    number, own = int(row["episode_index"]), row.get(METADATA)
+    foreign = {"episode": number, "tasks": [str(task) for task in row.get("tasks") or []]}
+    return EpisodePlace(
+        episode=number,
+        length=int(row["length"]),
+        data=data,
+        first=first,
+        videos=videos,
+        metadata=foreign if own is None else json.loads(own),
+    )
 
 
 def read_rows(file: Path, *, stats: bool = False) -> list[dict[str, Any]]:
@@ -191,13 +190,6 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
             raise DataError(f"{file}: line {number} is not a JSON object; restore it from a copy")
         lines.append(value)
     return lines
-
-
-def _metadata(number: int, tasks: Any, own: Any) -> dict[str, Any]:
-    if own is not None:
-        values: dict[str, Any] = json.loads(own)
-        return values
-    return {"episode": number, "tasks": [str(task) for task in tasks or []]}
 
 
 def _range(root: Path) -> Bounds | None:

@@ -304,21 +304,17 @@ class LeRobotSinkV3(LeRobotSink):
 
     def _task_table(self) -> pa.Table:
         # As pandas writes a frame whose index is the tasks, which is how LeRobot reads them.
+        def column(name: str | None, field: str | None, pandas_type: str, numpy_type: str) -> dict[str, str | None]:
+            types = {"pandas_type": pandas_type, "numpy_type": numpy_type}
+            return {"name": name, "field_name": field, **types, "metadata": None}
+
         index = "__index_level_0__"
         described = {
             "index_columns": [index],
-            "column_indexes": [
-                {"name": None, "field_name": None, "pandas_type": "unicode", "numpy_type": "object", "metadata": None}
-            ],
+            "column_indexes": [column(None, None, "unicode", "object")],
             "columns": [
-                {
-                    "name": "task_index",
-                    "field_name": "task_index",
-                    "pandas_type": "int64",
-                    "numpy_type": "int64",
-                    "metadata": None,
-                },
-                {"name": None, "field_name": index, "pandas_type": "unicode", "numpy_type": "object", "metadata": None},
+                column("task_index", "task_index", "int64", "int64"),
+                column(None, index, "unicode", "object"),
             ],
             "pandas_version": "2.2.0",
         }

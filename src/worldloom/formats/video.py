@@ -11,7 +11,7 @@ from jaxtyping import Float64, Int64, UInt8
 
 from worldloom.core.errors import DataError
 from worldloom.core.files import write_atomic
-from worldloom.data import resize
+from worldloom.data import encode_video, resize
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm")
 LOSSY_CODEC = "H.264 at crf {crf}"  # of `write_video`
@@ -130,20 +130,10 @@ def write_video(path: Path, frames: UInt8[np.ndarray, "N H W 3"], *, fps: float,
     Raises:
         StorageError: the file cannot be written.
     """
-    import av
-
-    def write(temporary: Path) -> None:
-        with av.open(str(temporary), "w", format="matroska" if lossless else "mp4") as container:
-            rate = Fraction(fps).limit_denominator(10_000)
-            options = {} if lossless else {"crf": str(crf)}
-            stream: Any = container.add_stream("ffv1" if lossless else "libx264", rate=rate, options=options)
-            stream.pix_fmt = "bgr0" if lossless else "yuv444p"
-            stream.height, stream.width = frames.shape[1:3]
-            for picture in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode())
-
-    write_atomic(path, write)
+    lossy = {"codec": "libx264", "pixel_format": "yuv444p", "options": {"crf": str(crf)}}
+    kind: Any = {"codec": "ffv1", "pixel_format": "bgr0", "container": "matroska"} if lossless else lossy
+    rate = Fraction(fps).limit_denominator(10_000)
+    write_atomic(path, lambda temporary: encode_video(str(temporary), frames, rate=rate, **kind))
 
 
 @contextmanager

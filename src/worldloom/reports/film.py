@@ -3,12 +3,12 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from worldloom.core.errors import DataError
+from worldloom.data import encode_video
 from worldloom.evaluation import Recording
 
 _CODECS = ("libx264", "h264", "libopenh264")  # H.264 encoders; which of them exist depends on the build of PyAV
@@ -55,15 +55,8 @@ def episodes_video(recordings: Sequence[Recording], *, fps: int = 12, columns: i
     steps = max(recording.steps for recording in shown)
     first = _sheet(shown, 0, columns)
     file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream: Any = container.add_stream(codec, rate=fps)
-        stream.height, stream.width = first.shape[:2]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "20"} if codec == "libx264" else {}
-        for step in [*range(steps + 1), *[steps] * fps]:  # the last picture stays for a second
-            picture = av.VideoFrame.from_ndarray(_sheet(shown, step, columns), format="rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
+    sheets = (_sheet(shown, step, columns) for step in [*range(steps + 1), *[steps] * fps])  # the last for a second
+    encode_video(file, sheets, rate=fps, codec=codec, options={"crf": "20"} if codec == "libx264" else {})
     return Video(data=file.getvalue(), width=first.shape[1], height=first.shape[0])
 
 

@@ -20,7 +20,8 @@ import numpy as np
 from worldloom.core.errors import ConfigError, DataError, PlanningError, WorldloomError
 from worldloom.core.seams import Agent
 from worldloom.core.types import Goal
-from worldloom.deploy.link import Link, LinkError, PlantReading
+from worldloom.deploy.link import Link, PlantReading
+from worldloom.deploy.wire import LinkError
 
 _log = logging.getLogger(__name__)
 
@@ -105,11 +106,7 @@ class ControlReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures: times in milliseconds, and for misses in seconds since the start."""
-        sent = [
-            period.number / self.rate + period.sent
-            for period in self.periods
-            if period.sent is not None and period.kind is not None
-        ]
+        sent = [period.number / self.rate + period.sent for period in self.periods if period.sent is not None]
         wakes = [period.number / self.rate + period.began for period in self.periods]
         span = wakes[-1] - wakes[0] if len(wakes) > 1 else 0.0
         return {
@@ -243,9 +240,10 @@ class ControlLoop:
     def _drive(self, first: PlantReading, duration: float | None) -> None:
         period = 1 / self._rate
         # The loop wakes shortly after the plant's observations, so that network jitter does not matter.
-        schedule = Schedule(start=first.arrived + 0.05 * period, period=period, deadline=self._deadline)
-        while schedule.start < time.monotonic():
-            schedule = Schedule(start=schedule.start + period, period=period, deadline=self._deadline)
+        start = first.arrived + 0.05 * period
+        while start < time.monotonic():
+            start += period
+        schedule = Schedule(start=start, period=period, deadline=self._deadline)
         with self._commanding:
             self._schedule, self.report.start = schedule, schedule.start
         watching = threading.Thread(target=self._watch, name="worldloom-watchdog", daemon=True)

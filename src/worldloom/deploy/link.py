@@ -20,8 +20,6 @@ from worldloom.core.errors import DataError
 from worldloom.core.types import ActionSpec, Observations, ObservationSpec
 from worldloom.deploy.wire import VERSION, Address, Connection, LinkError, WireMessage
 
-__all__ = ["CallbackLink", "Link", "LinkError", "PlantReading", "SocketLink"]
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlantReading:
@@ -133,10 +131,6 @@ class Link(Closing, ABC):
             self._failure = self._failure or failure
             self._changed.notify_all()
 
-    @property
-    def _over(self) -> bool:
-        return self._failure is not None
-
     def _checked(self, action: np.ndarray) -> Float32[np.ndarray, "A"]:
         if self._failure is not None:
             raise self._failure
@@ -183,7 +177,7 @@ class CallbackLink(Link):
 
     def _listen(self) -> None:
         number = 0
-        while not self._over:
+        while self._failure is None:
             try:
                 episode = self._episode
                 reading = self._read()
@@ -257,7 +251,7 @@ class SocketLink(Link):
 
     def close(self) -> None:
         """Say goodbye; the plant then applies its own safe action."""
-        if not self._over:
+        if self._failure is None:
             try:
                 self._connection.send(WireMessage(type="bye"), timeout=0.2)
                 # Closing with unread data would discard what the plant has not read yet, even the last action.
@@ -282,7 +276,7 @@ class SocketLink(Link):
 
     def _listen(self) -> None:
         try:
-            while not self._over:
+            while self._failure is None:
                 message = self._connection.receive(min(self._silence / 4, 0.25))
                 now = time.monotonic()
                 if now - self._connection.sent > self._silence / 4:

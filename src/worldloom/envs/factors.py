@@ -313,7 +313,7 @@ def check_names(factors: type[RoomFactors], vary: Sequence[str], fixed: Mapping[
     known = factors.draws()
     for name in vary:
         if name not in known:
-            raise ConfigError(f"unknown factor {name!r} in vary; {nearest(name, known)}")
+            raise ConfigError(f"unknown factor {name!r}; {nearest(name, known)}")
     both = sorted(set(vary) & set(fixed))
     if both:
         raise ConfigError(f"factors {both} are both fixed and varied; name each of them once")

@@ -40,7 +40,10 @@ class PushTEnv(gymnasium.Env[Any, Any]):
             raise EnvironmentFailure(f"PushT's picture has a side of {size} px; expected 8 to {_TABLE}")
         self.render_mode = render_mode
         self._size = size
-        self._physics, self._picture = _load()
+        self._physics, pygame, draw_options, self._cv2 = _load()
+        self._surface = pygame.Surface((_TABLE, _TABLE))
+        self._pixels = pygame.surfarray.pixels3d
+        self._options = draw_options(self._surface)
         self.observation_space = spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
 
@@ -61,8 +64,12 @@ class PushTEnv(gymnasium.Env[Any, Any]):
         return self.render(), 0.0, False, False, self._infos()
 
     def render(self) -> UInt8[np.ndarray, "H W 3"]:
-        """Return the picture that the agent sees."""
-        return self._picture.draw(self._physics.space, self._size)
+        """Return the picture that the agent sees: pymunk's own colours, without the original task's target."""
+        self._surface.fill((255, 255, 255))
+        self._physics.space.debug_draw(self._options)
+        whole = np.ascontiguousarray(self._pixels(self._surface).transpose(1, 0, 2))
+        small: np.ndarray = self._cv2.resize(whole, (self._size, self._size), interpolation=self._cv2.INTER_AREA)
+        return small
 
     def _infos(self) -> dict[str, Any]:
         block = self._physics.block
@@ -73,25 +80,8 @@ class PushTEnv(gymnasium.Env[Any, Any]):
         }
 
 
-class _Picture:
-    """Draws a pymunk space by its own colours, without the original task's target."""
-
-    def __init__(self, pygame: Any, draw_options: Any, cv2: Any) -> None:
-        self._surface = pygame.Surface((_TABLE, _TABLE))
-        self._pixels = pygame.surfarray.pixels3d
-        self._options = draw_options(self._surface)
-        self._cv2 = cv2
-
-    def draw(self, space: Any, size: int) -> UInt8[np.ndarray, "H W 3"]:
-        self._surface.fill((255, 255, 255))
-        space.debug_draw(self._options)
-        whole = np.ascontiguousarray(self._pixels(self._surface).transpose(1, 0, 2))
-        small: np.ndarray = self._cv2.resize(whole, (size, size), interpolation=self._cv2.INTER_AREA)
-        return small
-
-
-def _load() -> tuple[Any, _Picture]:
-    """Return the physics and what draws it."""
+def _load() -> tuple[Any, Any, Any, Any]:
+    """Return the physics and what draws it: `pygame`, the options of pymunk's drawing, and `cv2`."""
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     try:
         with warnings.catch_warnings():
@@ -102,4 +92,4 @@ def _load() -> tuple[Any, _Picture]:
             from pymunk.pygame_util import DrawOptions
     except ImportError as error:
         raise EnvironmentFailure(missing_extra("pusht", error)) from error
-    return Physics(obs_type="state"), _Picture(pygame, DrawOptions, cv2)
+    return Physics(obs_type="state"), pygame, DrawOptions, cv2

@@ -142,9 +142,7 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     def _begin(self, row: int, given: Mapping[str, Any], options: TaskOptions | None) -> Task | None:
         rng = np.random.default_rng(self._generators[row].integers(_SEED_LIMIT))
         draws = self.factors_type.draws()
-        for name in given:
-            if name not in draws:
-                raise ConfigError(f"unknown factor {name!r}; {nearest(name, draws)}")
+        check_names(self.factors_type, tuple(given), {})
         for attempt in range(_LAYOUTS):
             # Every varying factor is drawn, even if a value is given, so that giving one factor changes no other.
             drawn = {name: draws[name](rng) for name in sorted(self._vary)}

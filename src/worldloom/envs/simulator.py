@@ -26,7 +26,8 @@ class Simulator:
         self._convention = np.tile(np.eye(2), (batch, 1, 1))
         self._colour = np.zeros((batch, 3), np.float32)
         self._background = np.zeros((batch, size, size, 3), np.uint8)
-        self._others: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = [_no_distractors()] * batch
+        none = np.zeros((0, 2))
+        self._others: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = [(none, none, np.zeros(3))] * batch
         self.hazards: list[Hazards | None] = [None] * batch
         self.depth = np.full(batch, -np.inf)  # how deep each agent lies in a pit
         self.fallen = np.zeros(batch, bool)
@@ -38,13 +39,10 @@ class Simulator:
         self.position[row] = position
         self.hazards[row], self.fallen[row], self._fallen_for[row] = factors.hazards(), False, 0
         self._measure(row)
-        if factors.distractors:
-            centres = rng.uniform(_DISTRACTOR_RADIUS, SIDE - _DISTRACTOR_RADIUS, (factors.distractors, 2))
-            heading = rng.uniform(0, 2 * np.pi, factors.distractors)
-            velocity = _DISTRACTOR_SPEED * np.stack([np.cos(heading), np.sin(heading)], axis=1)
-            self._others[row] = (centres, velocity, np.array(factors.distractor_colour, np.float32))
-        else:
-            self._others[row] = _no_distractors()
+        centres = rng.uniform(_DISTRACTOR_RADIUS, SIDE - _DISTRACTOR_RADIUS, (factors.distractors, 2))
+        heading = rng.uniform(0, 2 * np.pi, factors.distractors)
+        velocity = _DISTRACTOR_SPEED * np.stack([np.cos(heading), np.sin(heading)], axis=1)
+        self._others[row] = (centres, velocity, np.array(factors.distractor_colour, np.float32))
 
     def furnish(self, row: int, factors: RoomFactors) -> None:
         """Change the room of environment `row`, where everything that moves stays where it is."""
@@ -176,7 +174,3 @@ def _blend(
     place = (np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :])
     below = frames[place].astype(np.float32)
     frames[place] = np.rint(below + (colours[:, None, None].astype(np.float32) - below) * cover).astype(np.uint8)
-
-
-def _no_distractors() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return np.zeros((0, 2)), np.zeros((0, 2)), np.zeros(3, np.float32)

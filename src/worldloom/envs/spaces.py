@@ -49,15 +49,16 @@ class ObservationAdapter:
         Raises:
             EnvironmentFailure: a shape, dtype or value is not what the space says; `where` names the place.
         """
+        parts = batch if isinstance(batch, Mapping) else {"": batch}
         pixels = vector = None
         if self._image_key is not None:
-            pixels = np.asarray(self._part(batch, self._image_key))
+            pixels = np.asarray(parts[self._image_key])
             if pixels.dtype != np.uint8 or pixels.shape[1:] != self.spec.pixels:
                 raise EnvironmentFailure(
                     f"{where}pixels must be uint8 of shape {self.spec.pixels}; got {pixels.dtype} of {pixels.shape[1:]}"
                 )
         if self._vectors:
-            columns = [self._flatten(self._part(batch, key), part) for key, part in self._vectors]
+            columns = [self._flatten(parts[key], part) for key, part in self._vectors]
             vector = np.concatenate(columns, axis=1)
             if vector.shape[1] != self.spec.vector:
                 raise EnvironmentFailure(
@@ -68,10 +69,6 @@ class ObservationAdapter:
                     f"{where}the observation vector is not finite: {vector[~np.isfinite(vector).all(axis=1)][0]}"
                 )
         return Observations.from_numpy(pixels, vector)
-
-    @staticmethod
-    def _part(batch: Any, key: str) -> Any:
-        return batch[key] if key and isinstance(batch, Mapping) else batch
 
     @staticmethod
     def _flatten(values: Any, part: spaces.Space[Any]) -> np.ndarray:

@@ -48,10 +48,7 @@ def gather(values: Float[Tensor, "B *axes"]) -> Float[Tensor, "WB *axes"]:
 
 def mean_over_ranks(values: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     """Average over the ranks."""
-    if world_size() == 1:
-        return values
-    gathered: Tensor = _Gather.apply(values.unsqueeze(0))
-    return gathered.mean(0)
+    return values if world_size() == 1 else gather(values.unsqueeze(0)).mean(0)
 
 
 def _sharded(tensor: Tensor) -> "TypeGuard[DTensor]":

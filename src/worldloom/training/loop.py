@@ -93,6 +93,7 @@ def fit(
     retain_freed_memory()
     ranks = Ranks(fabric or make_fabric(config), config.timeout_minutes)
     progress = progress if ranks.first else SILENT
+    stretch = stretch or Segment(begin=0, end=config.steps, base={})
     with run.lock(), _threads(config.threads), ranks.watch():
         try:
             return _Training(config, model_config, cache, run, ranks).run(resume, stretch, progress)
@@ -162,23 +163,18 @@ class _Training:
             "data": cache.fingerprint,
         }
 
-    def run(self, resume: bool, stretch: Segment | None, progress: Progress) -> JEPA:
-        config, fabric = self.config, self.fabric
-        last = config.steps if stretch is None else stretch.end
-        self.shift = 0 if stretch is None else stretch.shift
-        self.schedule = config
-        if stretch is not None and stretch.schedule is not None:
-            self.schedule = config.model_copy(update={"steps": stretch.schedule})
-        fixed = frozenset(() if stretch is None else stretch.fixed)
-        self.fixed = [parameter for name, parameter in self.model.named_parameters() if name in fixed]
+    def run(self, resume: bool, stretch: Segment, progress: Progress) -> JEPA:
+        config, fabric, last = self.config, self.fabric, stretch.end
+        self.shift = stretch.shift
+        self.schedule = config.model_copy(update={"steps": stretch.schedule or config.steps})
+        self.fixed = [parameter for name, parameter in self.model.named_parameters() if name in stretch.fixed]
         wrapped = fabric.setup_module(self.learner)
         self.optimizer = self._optimizer()  # after the module, whose parameters sharding replaces
         optimizer = fabric.setup_optimizers(self.optimizer)
         if not resume and saved_steps(self.folder):
             raise TrainingError(f"{self.folder.path} holds checkpoints already; resume it or choose another folder")
         done = load_state(self.folder, self.learner, self.optimizer, self.identity) if resume else 0
-        if stretch is not None:
-            self._begin(stretch, done)
+        self._begin(stretch, done)
         self.ranks.require_same({**self.identity, "steps done": done})
         if fabric.is_global_zero:
             self.folder.forget_after(done)
@@ -205,7 +201,9 @@ class _Training:
                 stop = self.ranks.any(interrupted.is_set())
                 if finished % config.checkpoint_every == 0 or finished == last or stop:
                     with meter.phase("checkpoint"):
-                        self._save(finished)
+                        state = (self.learner, self.optimizer, self.identity)
+                        save_state(self.folder, finished, *state, write=fabric.is_global_zero)
+                        self.ranks.wait()
                 if stop and finished < last:
                     message = f"stopped after step {finished} of {last}; resume {self.folder.path} to go on"
                     _logger.warning(message)
@@ -307,18 +305,14 @@ class _Training:
             batch = generator.integers(len(self.sampler), size=self.config.batch)
         else:
             first = step * self.config.batch
-            self._read_ahead(self.order, first)
+            turn = self.order.turn(first)
+            if turn != self.expected:  # at each turn of the pool, have read what is in it and what comes next
+                self.expected = turn
+                self.sampler.expect(self.order.coming(turn, _AHEAD * self.config.batch))
             batch = self.order.draws(first, self.config.batch)
         size = self.config.batch // self.fabric.world_size
         first = self.fabric.global_rank * size
         return self.sampler.at(batch[first : first + size]).to(self.fabric.device)
-
-    def _read_ahead(self, order: SlidingPool, position: int) -> None:
-        """At each turn of the pool, have read what is in it and what comes next."""
-        turn = order.turn(position)
-        if turn != self.expected:
-            self.expected = turn
-            self.sampler.expect(order.coming(turn, _AHEAD * self.config.batch))
 
     def _validate(self, step: int) -> None:
         """Log the figures of the latents on held-out episodes; past half of the training, raise alarms."""
@@ -333,9 +327,8 @@ class _Training:
         for alarm in found:
             _logger.warning("step %d: %s. What to change: %s", step, alarm.message, alarm.remedy)
         self.folder.log(step, {**figures, "alarms": len(found)})
-        self.folder.write_diagnostics(
-            {"step": step, "figures": _finite(figures), "alarms": [asdict(alarm) for alarm in found]}
-        )
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        self.folder.write_diagnostics({"step": step, "figures": finite, "alarms": [asdict(alarm) for alarm in found]})
 
     def _validation(self) -> list[Windows]:
         """Return the windows that figures are measured on, the same each time."""
@@ -348,10 +341,6 @@ class _Training:
         if self.order is not None:
             self.kept = drawn  # they lie all over the data: read again, they would cost as many chunks
         return drawn
-
-    def _save(self, step: int) -> None:
-        save_state(self.folder, step, self.learner, self.optimizer, self.identity, write=self.fabric.is_global_zero)
-        self.ranks.wait()
 
     def _whole_model(self) -> JEPA:
         """Return the model, or a copy of it where it lies in shards; all ranks must ask."""
@@ -422,7 +411,3 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in figures.items()}

@@ -281,16 +281,16 @@ def test_a_node_goes_to_the_next_coordinator_where_one_is_lost(tmp_path) -> None
             raise ConfigError(f"{server} is not there")
         over.set()
 
-    _join_any(join, config, lambda data: data, over)
+    _join_any(join, config, lambda data: data, over, threading.Event())
     assert asked == ["first:1", "second:1"]
     lost = config.model_copy(update={"coordinators": (config.coordinators[0], config.coordinators[2])})
     with pytest.raises(ConfigError, match="first:1 is not there; third:1 is not there"):
-        _join_any(join, lost, lambda data: data, threading.Event())
+        _join_any(join, lost, lambda data: data, threading.Event(), threading.Event())
     # Who goes on alone meanwhile asks them again and again.
     asked.clear()
     alone = config.model_copy(update={"alone_after_seconds": 5.0, "coordinators": (config.coordinators[0],)})
     with pytest.raises(RuntimeError, match="enough"):
-        _join_any(tired(join, 3), alone, lambda data: data, threading.Event())
+        _join_any(tired(join, 3), alone, lambda data: data, threading.Event(), threading.Event())
     assert asked == ["first:1"] * 3
 
 

@@ -75,22 +75,23 @@ with serve(folder / "link", tls, {"north": (folder / "keys/north.ssh.pub").read_
 
 
 def test_the_keys_of_a_node_are_what_flower_reads_and_the_secret_is_its_owners_alone(tmp_path: Path) -> None:
-    keys = make_node_keys(tmp_path / "keys", "north")
-    secret = serialization.load_ssh_private_key(keys.secret.read_bytes(), password=None)
+    public = make_node_keys(tmp_path / "keys", "north")
+    stored = public.with_suffix("")
+    secret = serialization.load_ssh_private_key(stored.read_bytes(), password=None)
     assert isinstance(secret, ec.EllipticCurvePrivateKey)
     assert isinstance(secret.curve, ec.SECP384R1)
-    assert serialization.load_ssh_public_key(keys.public.read_bytes()) == secret.public_key()
-    assert stat.S_IMODE(keys.secret.stat().st_mode) == 0o600
-    before = keys.secret.read_bytes()
+    assert serialization.load_ssh_public_key(public.read_bytes()) == secret.public_key()
+    assert stat.S_IMODE(stored.stat().st_mode) == 0o600
+    before = stored.read_bytes()
     with pytest.raises(StorageError, match="never overwritten"):
         make_node_keys(tmp_path / "keys", "north")
-    assert keys.secret.read_bytes() == before
+    assert stored.read_bytes() == before
 
 
 def test_a_public_key_of_another_kind_is_refused(tmp_path: Path) -> None:
     other = ec.generate_private_key(ec.SECP256R1()).public_key()
     text = other.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
-    for wrong in (text, "", "ssh-ed25519 AAAA", make_node_keys(tmp_path, "north").secret.read_text()):
+    for wrong in (text, "", "ssh-ed25519 AAAA", make_node_keys(tmp_path, "north").with_suffix("").read_text()):
         with pytest.raises(DataError, match="north's public key"):
             _public("north", wrong)
 
@@ -566,7 +567,7 @@ def test_a_killed_coordinator_leaves_nothing_behind_and_another_takes_its_place(
 def test_a_folder_serves_once_and_two_nodes_have_two_keys(tmp_path: Path) -> None:
     from worldloom.core.files import exclusive_lock
 
-    tls, public = make_tls(tmp_path), make_node_keys(tmp_path, "north").public.read_text()
+    tls, public = make_tls(tmp_path), make_node_keys(tmp_path, "north").read_text()
     with exclusive_lock(tmp_path / "home" / ".lock", ConfigError("")):
         with pytest.raises(ConfigError, match="another process serves"), serve(tmp_path / "home", tls, {}):
             pass

@@ -19,6 +19,7 @@ from worldloom.federation import (
     Records,
     countersign,
     model_card,
+    read_ledger,
     verify_ledger,
 )
 from worldloom.federation.record.envelope import seal
@@ -199,7 +200,7 @@ def test_data_is_not_written_in_a_ledger(world: World, tmp_path: Path) -> None:
 
 
 def test_the_card_says_who_contributed_and_is_not_written_from_a_false_ledger(world: World, tmp_path: Path) -> None:
-    card = model_card(world.path, world.rules)
+    card = model_card(read_ledger(world.path, world.rules))
     assert "`ef` (round 1)" in card
     assert "| bolt | open | 1 | 0.25 | epsilon 1.5 |" in card
     assert "- Round 0: after 0.25, owners (acme None to 0.25, bolt 2 to 0.5)" in card
@@ -207,4 +208,4 @@ def test_the_card_says_who_contributed_and_is_not_written_from_a_false_ledger(wo
     false = tmp_path / "false.jsonl"
     false.write_bytes(world.path.read_bytes().replace(b'"weight":0.5', b'"weight":0.1'))
     with pytest.raises(DataError, match="entry 2"):
-        model_card(false, world.rules)
+        read_ledger(false, world.rules)

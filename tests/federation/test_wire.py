@@ -125,7 +125,7 @@ def test_on_the_wire_too_it_is_the_same_to_the_byte(tmp_path) -> None:
 
     keys = tmp_path / "keys"
     tls = make_tls(keys, ("127.0.0.1",))
-    public = make_node_keys(keys, "north").public.read_text()
+    public = make_node_keys(keys, "north").read_text()
     script = tmp_path / "node.py"
     script.write_text(NODE.format(here=str(Path(__file__).parent)))
     first = Consortium(tmp_path / "0", rules=RULES)

@@ -306,7 +306,7 @@ def show(rounds: Rounds, json: Json = False) -> None:
 @ledger.command()
 def card(rounds: Rounds, constitution: Rules, json: Json = False) -> None:
     """Print the model card of the newest base, made from a verified ledger."""
-    from worldloom.federation import model_card, read_constitution
+    from worldloom.federation import model_card, read_constitution, read_ledger
 
-    card = model_card(rounds / "ledger.jsonl", read_constitution(constitution))
+    card = model_card(read_ledger(rounds / "ledger.jsonl", read_constitution(constitution)))
     answer(json, {"model_card": card}, card.removesuffix("\n"))

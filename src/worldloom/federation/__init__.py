@@ -9,6 +9,7 @@ from worldloom.federation.record.ledger import (
     countersign,
     is_countersigned,
     model_card,
+    read_ledger,
     verify_ledger,
 )
 from worldloom.federation.record.ledger_history import (
@@ -114,6 +115,7 @@ __all__ = [
     "ratify",
     "read_constitution",
     "read_history",
+    "read_ledger",
     "recompute",
     "release",
     "size",

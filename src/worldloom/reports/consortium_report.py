@@ -1,20 +1,16 @@
 """The report of a consortium: its ledger as one HTML file that loads nothing from the network."""
 
 import json
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import worldloom
-from worldloom.core.errors import CheckpointError, DataError, StorageError
+from worldloom.core.errors import CheckpointError, StorageError
 from worldloom.core.files import storage_errors, write_text
 from worldloom.federation import (
     Constitution,
     LedgerHistory,
-    LedgerVerdict,
-    Records,
     Round,
     RoundStore,
     duration,
@@ -23,8 +19,8 @@ from worldloom.federation import (
     model_card,
     printable,
     read_history,
+    read_ledger,
     size,
-    verify_ledger,
 )
 from worldloom.reports.consortium_figures import (
     bytes_up,
@@ -61,19 +57,13 @@ def render_consortium_report(
     """Return the report as HTML; see `write_consortium_report`."""
     folder = Path(rounds)
     stored = _checkpoints(folder)  # before the ledger, which may grow
-    with _snapshot(folder / "ledger.jsonl") as ledger:
-        verdict = verify_ledger(ledger, constitution, [checkpoint for _, checkpoint in stored])
-        if verdict.broken is not None:
-            raise DataError(
-                f"{folder / 'ledger.jsonl'} does not verify: entry {verdict.broken} {verdict.why}. No report is written"
-            )
-        records = Records(ledger)
-        history = read_history(records.entries(), constitution)
-        card = model_card(ledger, constitution)
-        within = [(entry.index, entry.body["facts"]) for entry in records.entries("checkpoint")]
+    checkpoints = [checkpoint for _, checkpoint in stored]
+    records = read_ledger(folder / "ledger.jsonl", constitution, checkpoints, growing=True)
+    history = read_history(records.entries(), constitution)
+    within = [(entry.index, entry.body["facts"]) for entry in records.entries("checkpoint")]
     names = constitution.known()
     seen = [(f"entry {index}", one) for index, facts in within for one in facts.get("countersigned", [])]
-    seen += [(place, one) for place, one in stored]
+    seen += stored
     base = _bytes_of_base(folder)
     owned = {name: RunFolder.open(run) for name, run in (runs or {}).items()}
     figures = {
@@ -87,7 +77,7 @@ def render_consortium_report(
         "consortium.html",
         title=_headline(history),
         lede=_lede(history, base),
-        facts=_facts(history, verdict),
+        facts=_facts(history, records.head.length),
         rules=_rules(constitution),
         colours={name: place % COLOURS for place, name in enumerate(history.members)},
         owners=[_owner(history, name) for name in history.members],
@@ -101,12 +91,12 @@ def render_consortium_report(
         privacy=_grid(history, _epsilon) if history.private else [],
         private=constitution.privacy,
         refusals=_refusals(history),
-        verdict=verdict,
+        head=records.head,
         fingerprint=constitution.fingerprint,
         newest=max(history.bases.items(), default=None),
         checkpoints=[(names[one["key"]], one["length"], place) for place, one in seen],
         home=[_at_home(name, run) for name, run in owned.items()],
-        card=card,
+        card=model_card(records),
         figures={name: embedded(figure) for name, figure in figures.items()},
         version=worldloom.__version__,
     )
@@ -126,17 +116,6 @@ def find_owners(folder: Path | str, constitution: Constitution) -> dict[str, Pat
     if not found:
         raise StorageError(f"{folder} has no run of a member; expected folders such as {path}. Check the path")
     return found
-
-
-@contextmanager
-def _snapshot(ledger: Path) -> Iterator[Path]:
-    """Yield a copy of a ledger up to its last complete line, so that all reads see one state."""
-    with storage_errors(ledger):
-        content = ledger.read_bytes()
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / ledger.name
-        copy.write_bytes(content[: content.rfind(b"\n") + 1])
-        yield copy
 
 
 def _checkpoints(folder: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -185,7 +164,7 @@ def _lede(history: LedgerHistory, base: int | None) -> str:
     return text
 
 
-def _facts(history: LedgerHistory, verdict: LedgerVerdict) -> list[str]:
+def _facts(history: LedgerHistory, entries: int) -> list[str]:
     refused = sum(not one.left_out for round in history.rounds for one in round.refusals)
     left_out = sum(len(round.left_out) for round in history.rounds)
     return [
@@ -194,7 +173,7 @@ def _facts(history: LedgerHistory, verdict: LedgerVerdict) -> list[str]:
         f"{size(history.bytes)} uploaded",
         f"{refused} refused",
         f"{left_out} left out",
-        f"ledger verified, {verdict.length} entries",
+        f"ledger verified, {entries} entries",
     ]
 
 

@@ -59,7 +59,7 @@ class _PartyConfig(Config):
     seed: int = 0
     own_steps: int = Field(default=100, ge=0)
 
-    def at(self, folder: Path | str) -> "Any":
+    def at(self, folder: Path | str) -> Any:
         """Return the same settings with paths relative to `folder`, which holds the YAML file."""
         found = {name: Path(folder) / path for name, path in self if isinstance(path, Path)}
         return self.model_copy(update=found)
@@ -126,8 +126,7 @@ def make_keys(folder: Path | str, name: str, hosts: tuple[str, ...] = ()) -> dic
     if hosts:
         make_tls(folder / f"{name}-tls", hosts)
         return public
-    keys = make_node_keys(folder, name)
-    return {**public, "connection": keys.public.read_text().strip()}
+    return {**public, "connection": make_node_keys(folder, name).read_text().strip()}
 
 
 def coordinate(config: CoordinatorConfig, *, progress: Progress = SILENT) -> Path:
@@ -324,14 +323,11 @@ def _fine_tune(node: Node, config: NodeConfig, progress: Progress) -> None:
     measure(Run(node.own.run), node.own.frames, progress)
 
 
-def _join_any(
-    join: Any, config: NodeConfig, answer: Handler, stop: threading.Event, done: threading.Event | None = None
-) -> None:
+def _join_any(join: Any, config: NodeConfig, answer: Handler, stop: threading.Event, done: threading.Event) -> None:
     """Join the first coordinator that can be reached, and the next one if it is lost.
 
     A node that may train alone meanwhile never gives up; another node does once no coordinator could be reached.
     """
-    done = done or threading.Event()
     while not stop.is_set():
         causes = []
         for place in config.coordinators:

@@ -34,6 +34,7 @@ from worldloom.federation import (
     model_card,
     ratify,
     read_constitution,
+    read_ledger,
 )
 from worldloom.heads import encode_episodes, measure_geometry
 from worldloom.models.encoders import PatchConv, StemmedPatchConv
@@ -201,7 +202,7 @@ def simulate(
             node.own.fine_tune(f"own {steps}", last, steps, frozen=frozen)
             runs[name] = Run(node.own.run)
             measure(runs[name], node.own.frames, progress)
-    write_text(root / "model_card.md", model_card(ledger, constitution))
+    write_text(root / "model_card.md", model_card(read_ledger(ledger, constitution)))
     homes = {name: run.path for name, run in runs.items()}
     write_consortium_report(root / "report.html", root / "rounds", constitution, runs=homes)
     return Simulated(runs=runs, rounds=root / "rounds", card=root / "model_card.md", report=root / "report.html")

@@ -29,13 +29,14 @@ _FIELDS = {"kind", "body", "size", "digest", "key"}
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SignedMessage:
-    """A message of a known sender; `digest` is the SHA-256 of all its bytes."""
+    """A message of a known sender; `data` is all of it as it came, and `digest` the SHA-256 of that."""
 
     kind: str
     sender: str
     key: str
     body: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
+    data: bytes
     digest: str
 
 
@@ -118,6 +119,7 @@ def _open(data: bytes, kinds: tuple[str, ...], known: Mapping[str, str], limit: 
         key=key,
         body=values["body"],
         tensors=_tensors(payload, sender),
+        data=data,
         digest=hashlib.sha256(data).hexdigest(),
     )
 

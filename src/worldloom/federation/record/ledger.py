@@ -175,7 +175,7 @@ class LedgerReader(Records):
 
     def __init__(self, path: Path | str, constitution: Constitution) -> None:
         super().__init__(path)
-        self._constitution = constitution
+        self.constitution = constitution
         self._taken: list[Entry] = []
         self._hashes = [NOTHING]  # at each length
 
@@ -191,7 +191,7 @@ class LedgerReader(Records):
                 return f"has {len(line)} characters; expected at most {_LONGEST}: no data"
             entry, why = read_entry(line, self.head)
             if entry is not None:
-                why = _fault(entry, self._constitution, self._hashes)
+                why = _fault(entry, self.constitution, self._hashes)
             if entry is None or why:
                 return why
             self._taken.append(entry)
@@ -212,7 +212,7 @@ class LedgerReader(Records):
             broken, why = length, f"and all after it are missing: a member countersigned {longest} entries"
         elif not why and length:
             *_, ratified = [None, *self.entries("constitution")]
-            if ratified is None or ratified.body["facts"].get("fingerprint") != self._constitution.fingerprint:
+            if ratified is None or ratified.body["facts"].get("fingerprint") != self.constitution.fingerprint:
                 broken = 0 if ratified is None else ratified.index
                 why = "does not name the constitution that is used to verify it"
         length = length if broken is None else broken
@@ -233,34 +233,53 @@ def verify_ledger(
         StorageError: there is no such file.
         DataError: a checkpoint is invalid.
     """
-    seen = [checked(checkpoint, constitution) for checkpoint in checkpoints]
-    reading = LedgerReader(path, constitution)
-    with storage_errors(path), Path(path).open("rb") as file:
-        why = reading.take(file)
-    return reading.verdict(why, seen)
+    return _read(path, constitution, checkpoints)[1]
 
 
-def model_card(path: Path | str, constitution: Constitution) -> str:
-    """Return the model card of the newest base in Markdown, made from a verified ledger.
+def read_ledger(
+    path: Path | str,
+    constitution: Constitution,
+    checkpoints: Collection[Mapping[str, Any]] = (),
+    *,
+    growing: bool = False,
+) -> LedgerReader:
+    """Return the entries of a ledger that verifies; see `verify_ledger`.
+
+    If the ledger is `growing`, a last line that another process has not yet finished is left out.
 
     Raises:
         StorageError: there is no such file.
-        DataError: the ledger does not verify.
+        DataError: the ledger does not verify, or a checkpoint is invalid.
     """
-    verdict = verify_ledger(path, constitution)
+    reading, verdict = _read(path, constitution, checkpoints, growing=growing)
     if verdict.broken is not None:
-        raise DataError(f"{path} does not verify: entry {verdict.broken} {verdict.why}. No model card is made")
-    records = Records(path)
+        raise DataError(f"{path} does not verify: entry {verdict.broken} {verdict.why}")
+    return reading
+
+
+def _read(
+    path: Path | str, constitution: Constitution, checkpoints: Collection[Mapping[str, Any]], *, growing: bool = False
+) -> tuple[LedgerReader, LedgerVerdict]:
+    seen = [checked(checkpoint, constitution) for checkpoint in checkpoints]
+    reading = LedgerReader(path, constitution)
+    with storage_errors(path), Path(path).open("rb") as file:
+        why = reading.take(line for line in file if not growing or line.endswith(b"\n"))
+    return reading, reading.verdict(why, seen)
+
+
+def model_card(records: LedgerReader) -> str:
+    """Return the model card of the newest base in Markdown, made from a verified ledger; see `read_ledger`."""
+    constitution, head = records.constitution, records.head
     bases, contributions = records.bases(), list(records.entries("contribution"))
     used = [entry.body["facts"].get("weights") or {} for entry in records.entries("round")]
     newest = max(bases, default=None, key=lambda number: -1 if number is None else number)
     base = "none yet" if newest is None else f"`{_cell(bases[newest].get('fingerprint'))}` (round {newest})"
-    lines = [f"# {_cell(constitution.consortium)}", "", f"- Base: {base}"]
-    lines += [
+    lines = [
+        f"# {_cell(constitution.consortium)}",
+        "",
+        f"- Base: {base}",
         f"- Constitution: `{constitution.fingerprint}`",
-        f"- Ledger: {verdict.length} entries, `{verdict.head.hash}`",
-    ]
-    lines += [
+        f"- Ledger: {head.length} entries, `{head.hash}`",
         "",
         "## Contributors",
         "",
@@ -294,11 +313,9 @@ def _signed(content: Mapping[str, Any], index: int, previous: str) -> bytes:
 def _fault(entry: Entry, constitution: Constitution, hashes: list[str]) -> str:
     """Return what is wrong with an entry whose hash is right; empty if nothing."""
     body = entry.body
-    if not isinstance(body, dict) or set(body) != _FIELDS or not isinstance(body["facts"], dict):
-        return "is not an entry of a ledger"
-    if not isinstance(body["key"], str) or not isinstance(body["signature"], str) or body["kind"] not in KINDS:
-        return "is not an entry of a ledger"
-    if body["round"] is not None and type(body["round"]) is not int:
+    whole = isinstance(body, dict) and set(body) == _FIELDS and isinstance(body["facts"], dict)
+    whole = whole and isinstance(body["key"], str) and isinstance(body["signature"], str)
+    if not whole or body["kind"] not in KINDS or type(body["round"]) not in (int, type(None)):
         return "is not an entry of a ledger"
     if body["kind"] == "constitution" and body["facts"].get("format") != FORMAT:
         found = body["facts"].get("format")

@@ -19,11 +19,12 @@ from worldloom.core.errors import CheckpointError, DataError, TrainingError
 from worldloom.core.files import whole_folder, write_atomic
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.signing import SigningKey
+from worldloom.federation.record.envelope import SignedMessage
 from worldloom.federation.record.ledger import Ledger, Records, constitution_facts
 from worldloom.federation.rounds.base import Base
 from worldloom.federation.rounds.contribution import read_contribution
 from worldloom.federation.rounds.member_store import MemberStore
-from worldloom.federation.rounds.members import Answer, Members
+from worldloom.federation.rounds.members import Members
 from worldloom.federation.rounds.next_base import NextBase, aggregated, mean_of_sum, next_base
 from worldloom.federation.rounds.round_store import RoundStore
 from worldloom.federation.rounds.secure_rounds import THE_SUM, SecureSums
@@ -183,7 +184,7 @@ class Coordinator(Closing):
             here = {facts["owner"] for facts in self.ledger.of("contribution", number)}
             missing = [node for node in self._members.nodes() if node not in here]
             answers = self._members.exchange(missing, {"what": "train", "round": number}, base, kind="contribution")
-            self._members.collect(answers, number, lambda answer: self._accept(number, base, answer))
+            self._members.collect(answers, number, lambda message: self._accept(number, base, message))
             frames = {facts["owner"]: facts["frames"] for facts in self.ledger.of("contribution", number)}
             if len(frames) >= self._constitution.quorum:
                 return frames
@@ -192,18 +193,20 @@ class Coordinator(Closing):
             f"start the coordinator again when more members are back"
         )
 
-    def _accept(self, number: int, base: Base, answer: Answer) -> None:
+    def _accept(self, number: int, base: Base, message: SignedMessage) -> None:
         """Check a contribution, and save it, as it came and as decoded, before the ledger names it.
 
         Raises:
             DataError: it is not what was asked for.
         """
-        message, data = answer.get(), answer.data or b""
+        owner = message.sender
         delta = read_contribution(message, number, base, self._constitution)
-        self.rounds.save_contribution(number, answer.node, data, delta)
+        write_atomic(self.rounds.message(number, owner), lambda temporary: temporary.write_bytes(message.data))
+        self.rounds.save_delta(number, owner, delta)
         facts = {key: message.body[key] for key in ("owner", "steps", "frames", "data_class", "spent")}
-        self.ledger.append("contribution", {**facts, "message": message.digest, "bytes": len(data)}, round=number)
-        self._members.mark_present([answer.node], number)
+        facts |= {"message": message.digest, "bytes": len(message.data)}
+        self.ledger.append("contribution", facts, round=number)
+        self._members.mark_present([owner], number)
 
     def _judged(self, number: int, base: Base) -> dict[str, float]:
         """Return the held-out loss under a base of each member that answers."""

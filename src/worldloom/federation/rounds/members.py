@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from worldloom.core.chain import ChainHead
@@ -18,29 +17,12 @@ _log = logging.getLogger(__name__)
 _LONGEST_REASON = 1000  # characters
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Answer:
-    """A member's answer, opened once: its signed message, or the error in its place; `data` is as it came."""
+class NoAnswer(DataError):
+    """Nothing came from a member."""
 
-    node: str
-    data: bytes | None
-    result: SignedMessage | DataError
 
-    @property
-    def refusal(self) -> Refusal | None:
-        """The member's signed refusal, if that is the answer."""
-        return self.result if isinstance(self.result, Refusal) else None
-
-    def get(self) -> SignedMessage:
-        """Return the message.
-
-        Raises:
-            Refusal: the member refuses.
-            DataError: nothing came, or it is not a message of the member and kind that was asked for.
-        """
-        if isinstance(self.result, DataError):
-            raise self.result
-        return self.result
+Answer = tuple[str, SignedMessage | DataError]
+"""A member, and its answer or the error in its place, such as a `Refusal`."""
 
 
 class Members:
@@ -76,13 +58,13 @@ class Members:
                     tensors = base.tensors if whole else {}
                     sealed[how] = seal("ask", {**asked, "ledger": entries}, tensors, key=self._key)
                 requests[node] = sealed[how]
-            for answer in self._exchange(requests, kind):
-                if isinstance(answer.result, SignedMessage):
-                    self._known[answer.node], self._held[answer.node] = length, base.fingerprint
-                elif not last and self._lacks(answer):
-                    behind.append(answer.node)
+            for node, answer in self._exchange(requests, kind):
+                if isinstance(answer, SignedMessage):
+                    self._known[node], self._held[node] = length, base.fingerprint
+                elif not last and self._lacks(node, answer):
+                    behind.append(node)
                     continue
-                yield answer
+                yield node, answer
             if not behind:
                 return
             nodes = behind
@@ -94,23 +76,29 @@ class Members:
         return self._exchange(requests, kind)
 
     def collect(
-        self, answers: Iterable[Answer], number: int, accept: Callable[[Answer], None], *, phase: str = "", **facts: Any
+        self,
+        answers: Iterable[Answer],
+        number: int,
+        accept: Callable[[SignedMessage], None],
+        *,
+        phase: str = "",
+        **facts: Any,
     ) -> dict[str, DataError | None]:
         """Hand each answer to `accept`, which raises `DataError` where it refuses it; record refusals in the ledger.
 
         Returns the members whose answers do not count, each with its error, or None if it has left.
         """
         failed: dict[str, DataError | None] = {}
-        for answer in answers:
-            if self._has_left(answer, number):
-                failed[answer.node] = None
+        for node, answer in answers:
+            if self._has_left(node, answer, number):
+                failed[node] = None
                 continue
             try:
-                accept(answer)
+                accept(_message(answer))
             except DataError as error:
-                failed[answer.node] = error
-                _log.warning("round %d: %s%s: %s", number, phase, answer.node, error)
-                refusal = {"owner": answer.node, "reason": f"{phase}{error}"[:_LONGEST_REASON], **facts}
+                failed[node] = error
+                _log.warning("round %d: %s%s: %s", number, phase, node, error)
+                refusal = {"owner": node, "reason": f"{phase}{error}"[:_LONGEST_REASON], **facts}
                 self._ledger.append("refusal", refusal, round=number)
         return failed
 
@@ -120,14 +108,13 @@ class Members:
         A member whose answer is invalid, or follows another ledger than this one, is left out and logged.
         """
         head, answers = self._ledger.head, {}
-        for answer in self.exchange(self.nodes(), {"what": what, "round": number}, base, kind=kind):
+        for node, answer in self.exchange(self.nodes(), {"what": what, "round": number}, base, kind=kind):
+            self._has_left(node, answer, number)
             try:
-                if answer.refusal is not None:
-                    self._has_left(answer, number)
-                answers[answer.node] = self._countersigned(answer.get(), head)
+                answers[node] = self._countersigned(_message(answer), head)
             except DataError as error:
-                self._known.pop(answer.node, None)
-                _log.warning("round %d: the answer of %s does not count: %s", number, answer.node, error)
+                self._known.pop(node, None)
+                _log.warning("round %d: the answer of %s does not count: %s", number, node, error)
         if answers:
             seen = [answer.body["countersigned"] for _, answer in sorted(answers.items())]
             self._ledger.append("checkpoint", {"countersigned": seen}, round=number)
@@ -142,43 +129,43 @@ class Members:
     def _exchange(self, requests: Mapping[str, bytes], kind: str) -> Iterator[Answer]:
         seconds, away = self._constitution.timeout_seconds, self._left.intersection(requests)
         for reply in self._transport.exchange(requests, seconds=seconds, away=away):
-            yield Answer(node=reply.node, data=reply.data, result=self._open(reply, kind))
+            yield reply.node, self._open(reply, kind)
 
     def _open(self, reply: Reply, kind: str) -> SignedMessage | DataError:
         """Check a reply where it comes in: signature, digest, size, kind and sender."""
         if reply.data is None:
-            return DataError(reply.error)
+            return NoAnswer(reply.error)
         limit = self._constitution.largest_bytes
         try:
             return unseal_answer(reply.data, kind=kind, sender=reply.node, known=self._names, limit=limit)
         except DataError as error:
             return error
 
-    def _lacks(self, answer: Answer) -> bool:
+    def _lacks(self, node: str, answer: DataError) -> bool:
         """Note what a member says it lacks of the ledger or of the base; return whether it lacks any."""
-        if answer.refusal is None:
+        if not isinstance(answer, Refusal):
             return False
-        length: Any = answer.refusal.body.get("length")
+        length: Any = answer.body.get("length")
         if type(length) is int and length >= 0:
-            self._known[answer.node] = length
+            self._known[node] = length
             return True
-        if answer.refusal.body.get("lacks") is True and answer.node in self._held:
-            del self._held[answer.node]
+        if answer.body.get("lacks") is True and node in self._held:
+            del self._held[node]
             return True
         return False
 
-    def _has_left(self, answer: Answer, number: int) -> bool:
+    def _has_left(self, node: str, answer: SignedMessage | DataError, number: int) -> bool:
         """Return whether a member left, by its present message or an earlier one; the ledger records it once."""
-        if answer.data is None and answer.node in self._left:
-            _log.info("round %d: %s, which has left: %s", number, answer.node, answer.result)
+        if isinstance(answer, NoAnswer) and node in self._left:
+            _log.info("round %d: %s, which has left: %s", number, node, answer)
             return True
-        if answer.refusal is None:
+        if not isinstance(answer, Refusal):
             return False
-        facts = exit_facts(answer.data or b"", answer.node, number, self._constitution)
+        facts = exit_facts(answer.message.data, node, number, self._constitution)
         if facts is None:
             return False
-        if answer.node not in self._left:
-            self._left.add(answer.node)
+        if node not in self._left:
+            self._left.add(node)
             self._ledger.append("exit", facts, round=number)
         return True
 
@@ -190,3 +177,9 @@ class Members:
         if checked(signed, self._constitution) != head or signed["key"] != message.key:
             raise DataError("it countersigned another ledger than the one that it was sent")
         return message
+
+
+def _message(answer: SignedMessage | DataError) -> SignedMessage:
+    if isinstance(answer, DataError):
+        raise answer
+    return answer

@@ -261,7 +261,7 @@ class Node:
             PrivacyBudgetSpent: the budget is too small.
         """
         path = self.path / "privacy.json"
-        accountant = Accountant.of(config, read_json(path) if path.is_file() else [])
+        accountant = Accountant(config, read_json(path) if path.is_file() else [])
         epsilon = accountant.spend(noise=in_sum)
         write_json(path, accountant.state())
         spent: dict[str, Any] = {"clip": config.clip, "noise": config.noise, "delta": config.delta, "round": number}

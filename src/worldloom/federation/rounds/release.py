@@ -5,7 +5,7 @@ from pathlib import Path
 
 from worldloom.core.errors import DataError
 from worldloom.core.files import whole_folder, write_text
-from worldloom.federation.record.ledger import Records, model_card, verify_ledger
+from worldloom.federation.record.ledger import model_card, read_ledger
 from worldloom.federation.rounds.round_store import RoundStore
 from worldloom.federation.rules.constitution import Constitution
 
@@ -17,11 +17,7 @@ def unmet(path: Path | str, constitution: Constitution) -> list[str]:
         StorageError: there is no ledger.
         DataError: it does not verify.
     """
-    ledger = Path(path) / "ledger.jsonl"
-    verdict = verify_ledger(ledger, constitution)
-    if verdict.broken is not None:
-        raise DataError(f"{ledger} does not verify: entry {verdict.broken} {verdict.why}")
-    records, gates = Records(ledger), constitution.release
+    records, gates = read_ledger(Path(path) / "ledger.jsonl", constitution), constitution.release
     newest = max(records.bases(), default=0)
     rounds = [entry.body["facts"] for entry in records.entries("round") if entry.body["round"] < newest]
     contributors = {owner for facts in rounds for owner, weight in facts["weights"].items() if weight > 0}
@@ -58,11 +54,12 @@ def release(path: Path | str, constitution: Constitution, into: Path | str) -> P
     path, into = Path(path), Path(into)
     if missing := unmet(path, constitution):
         raise DataError(f"the base of {constitution.consortium} may not be released: {'; '.join(missing)}")
-    bases = Records(path / "ledger.jsonl").bases()
+    records = read_ledger(path / "ledger.jsonl", constitution)
+    bases = records.bases()
     number = max(bases)
     base = RoundStore(path).base(number, named=bases[number]["fingerprint"])
     with whole_folder(into) as begun:
         base.save_new(begun / "base", about={"round": number, "constitution": constitution.fingerprint})
-        write_text(begun / "model_card.md", model_card(path / "ledger.jsonl", constitution))
+        write_text(begun / "model_card.md", model_card(records))
         shutil.copy2(path / "ledger.jsonl", begun / "ledger.jsonl")
     return into

@@ -43,11 +43,6 @@ class RoundStore:
             save_tensors(self._stem("momenta", number), momentum, kind=_MOMENTUM)
         base.save(self._stem("bases", number), {"round": number})
 
-    def save_contribution(self, number: int, owner: str, message: bytes, delta: Mapping[str, Tensor]) -> None:
-        """Write a contribution as it came, and as it was decoded."""
-        write_atomic(self.message(number, owner), lambda temporary: temporary.write_bytes(message))
-        self.save_delta(number, owner, delta)
-
     def save_delta(self, number: int, owner: str, delta: Mapping[str, Tensor]) -> None:
         """Write a decoded contribution."""
         write_atomic(self.delta(number, owner), partial(safetensors.torch.save_file, dict(delta)))

@@ -65,6 +65,7 @@ class SecureNode:
     def __init__(self, path: Path | str, *, name: str, key: SigningKey, constitution: Constitution) -> None:
         self.path, self.name = Path(path), name
         self._key, self._constitution = key, constitution
+        self._where, self._delta = self.path / "session.json", self.path / "delta"
 
     def advertise(self, asked: SignedMessage, base: Base, contribute: Contribute) -> bytes:
         """Train, and return the public facts of the contribution, with the keys of a new session.
@@ -247,14 +248,6 @@ class SecureNode:
 
     def _answer_path(self, what: str) -> Path:
         return self.path / f"{ANSWERS[what]}.msg"
-
-    @property
-    def _where(self) -> Path:
-        return self.path / "session.json"
-
-    @property
-    def _delta(self) -> Path:
-        return self.path / "delta"
 
 
 def _digest(asked: SignedMessage) -> str:

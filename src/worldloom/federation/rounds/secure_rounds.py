@@ -145,7 +145,7 @@ class Transcript:
             said = {"masked": self._masked(message)}
         self.unmasker.take(what, node, said)
         # A masked contribution is as large as the model, and summed by now.
-        self._answers[what][node] = replace(message, tensors={})
+        self._answers[what][node] = replace(message, tensors={}, data=b"")
 
     def answers(self, what: str) -> dict[str, SignedMessage]:
         """Return the answers to a phase, by owner, without their tensors."""
@@ -295,7 +295,7 @@ class SecureSums:
         failed = self._members.collect(
             answers,
             held.round,
-            lambda answer: self._accept(held, what, answer),
+            lambda message: self._accept(held, what, message),
             phase=f"{what}: ",
             attempt=held.attempt,
         )
@@ -303,19 +303,19 @@ class SecureSums:
         self._helped |= {owner for owner, error in refusals.items() if error.body.get("helped") is True}
         return {*refusals, *(owner for owner, error in failed.items() if error is None)}
 
-    def _accept(self, held: Transcript, what: str, answer: Answer) -> None:
+    def _accept(self, held: Transcript, what: str, message: SignedMessage) -> None:
         """Check an answer, and store it as it came.
 
         Raises:
             DataError: it is not what was asked for.
         """
-        message, data = answer.get(), answer.data or b""
         held.take(what, message)
-        write_atomic(_file(self._path, held, what, answer.node), lambda temporary: temporary.write_bytes(data))
+        path = _file(self._path, held, what, message.sender)
+        write_atomic(path, lambda temporary: temporary.write_bytes(message.data))
         if what == "mask":
-            body = held.answers("advertise")[answer.node].body
+            body = held.answers("advertise")[message.sender].body
             facts = {key: body[key] for key in ("owner", "steps", "frames", "data_class", "attempt")}
-            facts |= {"spent": message.body["spent"], "message": message.digest, "bytes": len(data)}
+            facts |= {"spent": message.body["spent"], "message": message.digest, "bytes": len(message.data)}
             self._ledger.append("contribution", facts, round=held.round)
 
 

@@ -199,11 +199,11 @@ class Masker:
         return {
             "owner": self.owner,
             "stage": self._stage,
-            "mask": _raw(self._mask_key).hex(),
-            "box": _raw(self._box_key).hex(),
+            "mask": self._mask_key.private_bytes_raw().hex(),
+            "box": self._box_key.private_bytes_raw().hex(),
             "seed": self._seed.hex(),
             "roster": self._roster,
-            "shares": {owner: [_digits(key), _digits(seed)] for owner, (key, seed) in self._shares.items()},
+            "shares": {owner: [f"{key:x}", f"{seed:x}"] for owner, (key, seed) in self._shares.items()},
         }
 
     @classmethod
@@ -238,11 +238,13 @@ class Masker:
             DataError: the owners are too few or unknown, or did not sign their keys.
         """
         self._begin("share", "mask")
-        self._roster = _check_roster(roster, self.session)
+        _enough(roster, self.session, "advertised keys")
+        # Each owner signed its keys for this session: the coordinator cannot insert its own.
+        self._roster = {owner: check_keys(owner, keys, self.session) for owner, keys in roster.items()}
         if self._roster.get(self.owner, {}).get("mask") != _public(self._mask_key):
             raise DataError(f"the roster has other keys for {self.owner} than it advertised; nothing is shared")
         owners, threshold = self.session.names, self.session.threshold
-        keys = split_secret(int.from_bytes(_raw(self._mask_key), "big"), len(owners), threshold)
+        keys = split_secret(int.from_bytes(self._mask_key.private_bytes_raw(), "big"), len(owners), threshold)
         seeds = split_secret(int.from_bytes(self._seed, "big"), len(owners), threshold)
         sealed = {}
         for owner, key, seed in zip(owners, keys, seeds, strict=True):
@@ -294,8 +296,8 @@ class Masker:
         _enough(there, self.session, "sent their deltas")
         return {
             "owner": self.owner,
-            "seeds": {owner: _digits(seed) for owner, (_, seed) in self._shares.items() if owner in there},
-            "keys": {owner: _digits(key) for owner, (key, _) in self._shares.items() if owner not in there},
+            "seeds": {owner: f"{seed:x}" for owner, (_, seed) in self._shares.items() if owner in there},
+            "keys": {owner: f"{key:x}" for owner, (key, _) in self._shares.items() if owner not in there},
         }
 
     def _box(self, sender: str, recipient: str) -> ChaCha20Poly1305:
@@ -457,12 +459,6 @@ def _enough(there: Collection[str], session: SumSession, did: str) -> None:
         )
 
 
-def _check_roster(roster: Mapping[str, Mapping[str, Any]], session: SumSession) -> dict[str, dict[str, Any]]:
-    """Check that each owner signed its keys for this session: the coordinator cannot insert its own."""
-    _enough(roster, session, "advertised keys")
-    return {owner: check_keys(owner, message, session) for owner, message in roster.items()}
-
-
 def _claim(keys: Mapping[str, str], session: SumSession) -> bytes:
     return b"worldloom secure aggregation\0" + session.digest + canonical(dict(keys)).encode("ascii")
 
@@ -498,13 +494,5 @@ def _pair_mask(secret: X25519PrivateKey, owner: str, other: str, public: str, se
     return mask if owner < other else np.negative(mask)
 
 
-def _raw(key: X25519PrivateKey) -> bytes:
-    return key.private_bytes_raw()
-
-
 def _public(key: X25519PrivateKey) -> str:
     return key.public_key().public_bytes_raw().hex()
-
-
-def _digits(share: int) -> str:
-    return f"{share:x}"

@@ -10,7 +10,6 @@ import math
 import secrets
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -124,26 +123,31 @@ def gaussian_epsilon(noise: float, delta: float) -> float:
     return float(brentq(excess, 0.0, most, xtol=1e-12)) if most < _MOST else math.inf
 
 
-@dataclass(frozen=True, kw_only=True)
-class Event:
+class Event(Config):
     """A number of equal rounds: their noise, and the probability that an owner takes part in each."""
 
-    rounds: int
-    noise: float
-    sample_rate: float
-
-    def __post_init__(self) -> None:
-        whole = isinstance(self.rounds, int) and not isinstance(self.rounds, bool)
-        if not whole or self.rounds < 1 or not 0 <= self.noise < math.inf or not 0 < self.sample_rate <= 1:
-            raise ConfigError(f"expected rounds >= 1, a finite noise >= 0 and a sample rate in (0, 1]; got {self}")
+    rounds: int = Field(ge=1, strict=True)
+    noise: float = Field(ge=0)
+    sample_rate: float = Field(gt=0, le=1)
 
 
 class Accountant:
-    """The privacy spent so far; every release must be counted here before it is made."""
+    """The privacy spent so far; every release must be counted here before it is made.
 
-    def __init__(self, config: PrivacyConfig, events: Iterable[Event] = ()) -> None:
+    `state` holds the rounds that were counted before, as `Accountant.state` returned them.
+
+    Raises:
+        DataError: the state is invalid.
+    """
+
+    def __init__(self, config: PrivacyConfig, state: Iterable[Mapping[str, Any]] = ()) -> None:
         self.config = config
-        self._events = list(events)
+        try:
+            self._events = [Event.parse(entry) for entry in state]
+        except (TypeError, ValueError, ConfigError) as error:
+            raise DataError(
+                f"the privacy accountant's state is invalid ({error}); restore it from the ledger"
+            ) from None
 
     @property
     def epsilon(self) -> float:
@@ -161,7 +165,8 @@ class Accountant:
             PrivacyBudgetSpent: the budget is too small; nothing was counted.
             ConfigError: a number is out of range, or Opacus is not installed.
         """
-        event = Event(rounds=rounds, noise=self.config.noise if noise is None else noise, sample_rate=sample_rate)
+        noise = self.config.noise if noise is None else noise
+        event = Event.parse({"rounds": rounds, "noise": noise, "sample_rate": sample_rate})
         after = _epsilon([*self._events, event], self.config.delta)
         budget = self.config.epsilon_budget
         if budget is not None and after > budget:
@@ -175,21 +180,7 @@ class Accountant:
 
     def state(self) -> list[dict[str, Any]]:
         """Return the rounds counted, as plain JSON."""
-        return [asdict(event) for event in self._events]
-
-    @classmethod
-    def of(cls, config: PrivacyConfig, state: Sequence[Mapping[str, Any]]) -> "Accountant":
-        """Return the accountant with this state.
-
-        Raises:
-            DataError: the state is invalid.
-        """
-        try:
-            return cls(config, [Event(**entry) for entry in state])
-        except (TypeError, ConfigError) as error:
-            raise DataError(
-                f"the privacy accountant's state is invalid ({error}); restore it from the ledger"
-            ) from None
+        return [event.model_dump() for event in self._events]
 
 
 def _epsilon(events: Sequence[Event], delta: float) -> float:

@@ -25,14 +25,6 @@ _CA_DAYS = 3650
 
 
 @dataclass(frozen=True, kw_only=True)
-class NodeKeys:
-    """The paths of a node's keys: the secret one stays with it, the public one goes to the coordinator."""
-
-    secret: Path
-    public: Path
-
-
-@dataclass(frozen=True, kw_only=True)
 class Tls:
     """The paths of the coordinator's certificate, its secret key, and the authority's certificate for the nodes."""
 
@@ -41,25 +33,28 @@ class Tls:
     secret: Path
 
 
-def make_node_keys(folder: Path | str, name: str) -> NodeKeys:
+def make_node_keys(folder: Path | str, name: str) -> Path:
     """Write the keys with which a node opens connections: ECDSA on P-384, in OpenSSH's format.
+
+    The secret key, NAME.ssh, stays with the node. The public one, NAME.ssh.pub, goes to the coordinator; its path is
+    returned.
 
     Raises:
         StorageError: a key exists already (keys are never overwritten), or cannot be written.
     """
-    keys = NodeKeys(secret=Path(folder) / f"{name}.ssh", public=Path(folder) / f"{name}.ssh.pub")
-    _refuse_existing(keys.secret, keys.public)
+    paths = Path(folder) / f"{name}.ssh", Path(folder) / f"{name}.ssh.pub"
+    _refuse_existing(*paths)
     secret = ec.generate_private_key(ec.SECP384R1())
     _write(
-        keys.secret,
+        paths[0],
         secret.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
         ),
         mode=0o600,
     )
     public = secret.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    _write(keys.public, public + f" {name}\n".encode())
-    return keys
+    _write(paths[1], public + f" {name}\n".encode())
+    return paths[1]
 
 
 def make_tls(folder: Path | str, hosts: Sequence[str] = ("localhost", "127.0.0.1"), days: int = 825) -> Tls:

@@ -225,8 +225,8 @@ def test_a_probe_reads_what_it_was_shown_and_knows_by_how_much_it_errs(probe: Pr
 
 def test_a_probe_knows_where_it_was_calibrated(probe: Probe) -> None:
     latents, _ = labelled(500, seed=2)
-    assert probe.knows(latents).float().mean() > 0.95
-    assert not probe.knows(latents + 3.0).any()
+    assert (probe.gap(latents) <= 1).float().mean() > 0.95
+    assert (probe.gap(latents + 3.0) > 1).all()
 
 
 def test_a_probe_is_kept_with_its_model(probe: Probe, tmp_path) -> None:

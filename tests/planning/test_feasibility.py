@@ -164,7 +164,14 @@ def test_a_future_that_is_not_a_number_is_never_feasible() -> None:
     planner = Planner(world, SOLVERS["cem"](), horizon=3, guardrails=[Below(10.0)])
     plan = planner.plan(context_of((0, 0)), objective((6, 0)), generator=generator())
     assert (plan.actions[..., 0] <= 0).all()
-    problem = planner.problem(context_of((0, 0)), objective((6, 0)))
+    problem = PlanningProblem(
+        planner.model,
+        context_of((0, 0)),
+        objective((6, 0)),
+        horizon=planner.horizon,
+        guardrails=planner.guardrails,
+        geometry=planner.geometry,
+    )
     assert problem.evaluate(torch.ones(1, 1, 3, 4)).item() >= FORBIDDEN
 
 

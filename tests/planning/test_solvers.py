@@ -75,7 +75,14 @@ def test_answers_are_within_any_bounds(
     planner = Planner(world, SOLVERS[name](), horizon=4, geometry=linear_geometry(world, reversible=reversible))
     wild = 100 * torch.randn(2, 3, 4, 4, generator=generator(seed))
     context, objective = context_of(torch.zeros(2, 2), 4), GoalObjective(LatentL2(2.0), goal)
-    problem = planner.problem(context, objective)
+    problem = PlanningProblem(
+        planner.model,
+        context,
+        objective,
+        horizon=planner.horizon,
+        guardrails=planner.guardrails,
+        geometry=planner.geometry,
+    )
     solution = planner.solver.solve(problem, initial=wild, generator=generator(seed))
     assert ((solution.actions >= bounds.low) & (solution.actions <= bounds.high)).all()
     plan = planner.plan(context, objective, initial=wild, generator=generator(seed))

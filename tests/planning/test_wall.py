@@ -123,7 +123,14 @@ def test_the_measured_reversibility_decides_where_branches_grow(
     world = WallWorld(one_way=one_way)
     planner = Planner(world, TreeSearch(branches=16, checked=3), horizon=20, geometry=geometries[one_way])
     context = Context(latents=START[:, None], actions=torch.zeros(4, 0, 4))
-    problem = planner.problem(context, GoalObjective(LatentL2(), GOAL))
+    problem = PlanningProblem(
+        planner.model,
+        context,
+        GoalObjective(LatentL2(), GOAL),
+        horizon=planner.horizon,
+        guardrails=planner.guardrails,
+        geometry=planner.geometry,
+    )
     planner.solver.solve(problem, initial=None, generator=torch.Generator().manual_seed(0))
     trees, checks = (1 if one_way else 2) * 16, 3 * 2
     assert problem.count.rollouts == 4 * (trees + checks)

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import Tensor
 
+from worldloom import planning
 from worldloom.core.config import Component, component_of
 from worldloom.core.errors import ConfigError
 from worldloom.core.registry import Registry
@@ -15,19 +16,6 @@ from worldloom.core.seams import Objective, Stage
 from worldloom.guardrails.rails import RailField, probe_of
 from worldloom.guardrails.regions import RegionField
 from worldloom.heads import Heads
-from worldloom.planning import (
-    Avoid,
-    Effort,
-    Elapsed,
-    GoalObjective,
-    InformationGain,
-    InOrder,
-    LatentL2,
-    RegionGoal,
-    Smoothness,
-    VectorGoal,
-    WeightedSum,
-)
 
 
 class ObjectiveConfig(Component):
@@ -61,10 +49,10 @@ class GoalConfig(ObjectiveConfig):
     within: float = Field(default=0.0, ge=0)
     last_weight: float = Field(default=1.0, ge=0)
 
-    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> GoalObjective:
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> planning.GoalObjective:
         """Return the cost for a model."""
-        metric = LatentL2(heads.geometry.step_length)
-        return GoalObjective(metric, goal, last_weight=self.last_weight, within=self.within)
+        metric = planning.LatentL2(heads.geometry.step_length)
+        return planning.GoalObjective(metric, goal, last_weight=self.last_weight, within=self.within)
 
 
 @OBJECTIVES.register("vector")
@@ -76,10 +64,10 @@ class VectorConfig(ObjectiveConfig):
     target: tuple[float, ...] = Field(min_length=1)
     within: float = Field(default=0.0, ge=0)
 
-    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> VectorGoal:
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> planning.VectorGoal:
         """Return the cost for a model."""
         probe = probe_of(heads, title, self.quantity, len(self.target))
-        return VectorGoal(quantity=probe, target=goal.new_tensor(self.target), within=self.within)
+        return planning.VectorGoal(quantity=probe, target=goal.new_tensor(self.target), within=self.within)
 
 
 @OBJECTIVES.register("region")
@@ -90,10 +78,10 @@ class RegionGoalConfig(ObjectiveConfig):
     quantity: str
     region: RegionField
 
-    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> RegionGoal:
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> planning.RegionGoal:
         """Return the cost for a model."""
         probe = probe_of(heads, title, self.quantity, self.region.size)
-        return RegionGoal(quantity=probe, region=self.region)
+        return planning.RegionGoal(quantity=probe, region=self.region)
 
 
 @OBJECTIVES.register("sequence")
@@ -103,9 +91,11 @@ class SequenceConfig(ObjectiveConfig):
     name: Literal["sequence"] = "sequence"
     stages: tuple[ObjectiveField, ...] = Field(min_length=1)
 
-    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> InOrder:
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> planning.InOrder:
         """Return the cost for a model."""
-        return InOrder([_stage(stage, f"{title}, stage {n}", heads, goal) for n, stage in enumerate(self.stages)])
+        return planning.InOrder(
+            [_stage(stage, f"{title}, stage {n}", heads, goal) for n, stage in enumerate(self.stages)]
+        )
 
 
 @OBJECTIVES.register("avoid")
@@ -121,10 +111,10 @@ class AvoidConfig(ObjectiveConfig):
         """Those of the guardrail."""
         return self.rail.files
 
-    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Avoid:
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> planning.Avoid:
         """Return the cost for a model."""
         until = None if self.until is None else _stage(self.until, f"{title}, until", heads, goal)
-        return Avoid(rail=self.rail.bind(title, "", heads), until=until)
+        return planning.Avoid(rail=self.rail.bind(title, "", heads), until=until)
 
 
 @OBJECTIVES.register("effort")
@@ -133,9 +123,9 @@ class EffortConfig(ObjectiveConfig):
 
     name: Literal["effort"] = "effort"
 
-    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Effort:
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> planning.Effort:
         """Return the cost for a model."""
-        return Effort()
+        return planning.Effort()
 
 
 @OBJECTIVES.register("smoothness")
@@ -144,9 +134,9 @@ class SmoothnessConfig(ObjectiveConfig):
 
     name: Literal["smoothness"] = "smoothness"
 
-    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Smoothness:
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> planning.Smoothness:
         """Return the cost for a model."""
-        return Smoothness(size=heads.model.spec.action.size)
+        return planning.Smoothness(size=heads.model.spec.action.size)
 
 
 @OBJECTIVES.register("time")
@@ -156,9 +146,9 @@ class TimeConfig(ObjectiveConfig):
     name: Literal["time"] = "time"
     until: ObjectiveField
 
-    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Elapsed:
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> planning.Elapsed:
         """Return the cost for a model."""
-        return Elapsed(stage=_stage(self.until, f"{title}, until", heads, goal))
+        return planning.Elapsed(stage=_stage(self.until, f"{title}, until", heads, goal))
 
 
 @OBJECTIVES.register("information")
@@ -168,10 +158,10 @@ class InformationConfig(ObjectiveConfig):
     name: Literal["information"] = "information"
     runs: tuple[str, ...] = Field(min_length=1)
 
-    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> InformationGain:
+    def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> planning.InformationGain:
         """Return the cost for a model."""
         models = tuple(heads.peer(run) for run in self.runs)
-        return InformationGain(models=models, step_length=heads.geometry.step_length)
+        return planning.InformationGain(models=models, step_length=heads.geometry.step_length)
 
 
 def build_objective(
@@ -185,7 +175,7 @@ def build_objective(
     parts = [(config.weight, config.build(title, heads, goal)) for title, config in configs.items()]
     if not any(part.aims for _, part in parts):
         parts.insert(0, (1.0, usual))
-    return usual if len(parts) == 1 and parts[0][1] is usual else WeightedSum(parts)
+    return usual if len(parts) == 1 and parts[0][1] is usual else planning.WeightedSum(parts)
 
 
 def _stage(config: ObjectiveConfig, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Stage:

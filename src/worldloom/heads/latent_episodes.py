@@ -1,6 +1,6 @@
 """Episodes as latents of a frozen encoder, from which the heads learn."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,12 +12,12 @@ from worldloom.core.actions import Walk
 from worldloom.core.errors import DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
-from worldloom.core.types import ActionBounds, Context, Observations
+from worldloom.core.types import ActionBounds, Batched, Context, Observations
 from worldloom.data import Frames
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LatentEpisodes:
+class LatentEpisodes(Batched):
     """E episodes of latents, one block apart, padded at their ends; `lengths` counts the latents of each."""
 
     latents: Float[Tensor, "E N D"]
@@ -33,10 +33,6 @@ class LatentEpisodes:
 
     def __len__(self) -> int:
         return len(self.lengths)
-
-    def __getitem__(self, index: Int[Tensor, "_"]) -> "LatentEpisodes":
-        """Select episodes."""
-        return LatentEpisodes(latents=self.latents[index], blocks=self.blocks[index], lengths=self.lengths[index])
 
     @classmethod
     def of(cls, episodes: Sequence[tuple[Float[Tensor, "_ D"], Float[Tensor, "_ A"]]]) -> "LatentEpisodes":
@@ -138,7 +134,7 @@ def encode_episodes(
     )
     parts: list[Tensor] = []
     with progress.task("encode", len(rows), "frame") as task, torch.no_grad():
-        for part in _pieces(rows, frames_at_once):
+        for part in np.array_split(rows, range(frames_at_once, len(rows), frames_at_once)):
             observations = Observations.from_numpy(
                 None if cache.pixels is None else cache.pixels[part],
                 None if cache.vector is None else cache.vector[part],
@@ -152,8 +148,3 @@ def encode_episodes(
         for first, n in zip(cache.starts[chosen] + offset, counts, strict=True)
     ]
     return LatentEpisodes.of(list(zip(latents, blocks, strict=True)))
-
-
-def _pieces(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    for first in range(0, len(rows), size):
-        yield rows[first : first + size]

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -86,10 +86,6 @@ class Probe(Head[ProbeConfig]):
     def gap(self, latents: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes"]:
         """Return how far latents lie from those of the fit; values up to 1 count as known."""
         return self.support.gap(latents)
-
-    def knows(self, latents: Float[Tensor, "*axes D"]) -> Bool[Tensor, "*axes"]:
-        """Return whether latents are like those that its error was measured on."""
-        return self.gap(latents) <= 1
 
 
 def fit_probe(

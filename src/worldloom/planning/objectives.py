@@ -1,7 +1,7 @@
 """What a plan is to achieve, as costs over predicted futures."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -38,6 +38,7 @@ class _Reach(Stage):
         return away.mean(-1) + self.last_weight * away[..., -1]
 
 
+@dataclass(frozen=True)
 class GoalObjective(_Reach):
     """Reach a goal latent: the mean distance along the plan plus `last_weight` times the last one.
 
@@ -45,11 +46,11 @@ class GoalObjective(_Reach):
     than `within` counts as reached.
     """
 
-    def __init__(
-        self, metric: Metric, goal: Float[Tensor, "B D"], *, last_weight: float = 1.0, within: float = 0.0
-    ) -> None:
-        self.metric, self.last_weight, self.within = metric, last_weight, within
-        self.goal: Tensor = goal
+    metric: Metric
+    goal: Float[Tensor, "B D"]
+    _: KW_ONLY
+    last_weight: float = 1.0
+    within: float = 0.0
 
     def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
         """Return how much farther than `within` each predicted state is from the goal."""
@@ -57,7 +58,7 @@ class GoalObjective(_Reach):
 
     def select(self, rows: Tensor | slice) -> "GoalObjective":
         """Return the objective for some environments."""
-        return GoalObjective(self.metric, self.goal[rows], last_weight=self.last_weight, within=self.within)
+        return replace(self, goal=self.goal[rows])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +179,7 @@ class InformationGain(Objective):
         return cost
 
 
+@dataclass(frozen=True)
 class InOrder(Objective):
     """Reach one stage after another: what comes later counts from where what comes before was reached.
 
@@ -190,12 +192,14 @@ class InOrder(Objective):
 
     aims = staged = True
 
-    def __init__(
-        self, stages: Sequence[Stage], *, unreached: float = 100.0, done: Int[Tensor, "B"] | None = None
-    ) -> None:
-        if not stages:
+    stages: Sequence[Stage]
+    _: KW_ONLY
+    unreached: float = 100.0
+    done: Int[Tensor, "B"] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.stages:
             raise PlanningError("a sequence needs at least one stage; got none")
-        self.stages, self.unreached, self.done = tuple(stages), unreached, done
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
         """Return the cost of each candidate."""
@@ -235,12 +239,12 @@ class InOrder(Objective):
 
     def since(self, done: Int[Tensor, "B"]) -> "InOrder":
         """Return the objective of what is left."""
-        return InOrder(self.stages, unreached=self.unreached, done=done)
+        return replace(self, done=done)
 
     def select(self, rows: Tensor | slice) -> "InOrder":
         """Return the objective for some environments."""
-        stages = [stage.select(rows) for stage in self.stages]
-        return InOrder(stages, unreached=self.unreached, done=None if self.done is None else self.done[rows])
+        done = None if self.done is None else self.done[rows]
+        return replace(self, stages=[stage.select(rows) for stage in self.stages], done=done)
 
 
 class WeightedSum(Objective):

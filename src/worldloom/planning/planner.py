@@ -45,27 +45,6 @@ class Planner:
         """Return the planner whose guardrails have `times` their margins."""
         return self if times == 1 else replace(self, guardrails=[rail.stretched(times) for rail in self.guardrails])
 
-    def problem(
-        self,
-        context: Context,
-        objective: Objective | Callable[[Rollouts], Tensor],
-        *,
-        deadline: float | None = None,
-        watch: Watch | None = None,
-    ) -> PlanningProblem:
-        """State the problem that `plan` solves; see there."""
-        return PlanningProblem(
-            self.model,
-            context,
-            objective,
-            horizon=self.horizon,
-            bounds=self.bounds,
-            guardrails=self.guardrails,
-            geometry=self.geometry,
-            deadline=Deadline(deadline),
-            watch=watch,
-        )
-
     def plan(
         self,
         context: Context,
@@ -87,7 +66,17 @@ class Planner:
             NoFeasiblePlan: in some environment no plan was found that keeps every guardrail; the error holds the
                 plans of the others.
         """
-        problem = self.problem(context, objective, deadline=deadline, watch=watch)
+        problem = PlanningProblem(
+            self.model,
+            context,
+            objective,
+            horizon=self.horizon,
+            bounds=self.bounds,
+            guardrails=self.guardrails,
+            geometry=self.geometry,
+            deadline=Deadline(deadline),
+            watch=watch,
+        )
         if initial is not None:
             expected = (problem.batch, problem.horizon, len(problem.bounds.low))
             got = (initial.shape[0], *initial.shape[2:])

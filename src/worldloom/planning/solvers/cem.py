@@ -9,7 +9,7 @@ from torch import Tensor
 
 from worldloom.core.actions import Walk
 from worldloom.planning.problem import PlanningProblem
-from worldloom.planning.solvers.solver import SOLVERS, Solution, Solver, agree, better_of, pick, start
+from worldloom.planning.solvers.solver import SOLVERS, Solution, Solver, agree, better_of, held_noise, pick, start
 
 
 @SOLVERS.register("cem")
@@ -46,7 +46,7 @@ class CEM(Solver):
         best: Solution | None = None
         for iteration in range(self.iterations):
             drawn = self.samples - (walking if iteration == 0 else 0)
-            noise = self._noise(problem, drawn, generator)
+            noise = held_noise(problem, drawn, self.held, generator)
             candidates = [kept, problem.project(mean[:, None] + deviation[:, None] * noise)]
             if iteration == 0 and walking:
                 shape = (problem.batch, walking, problem.horizon)
@@ -68,11 +68,3 @@ class CEM(Solver):
                 return best
         assert best is not None
         return better_of(best, kept, problem.evaluate(kept, below=best.cost))
-
-    def _noise(self, problem: PlanningProblem, samples: int, generator: torch.Generator) -> Float[Tensor, "B S T A"]:
-        spec = problem.model.spec
-        axes = (problem.batch, samples, problem.horizon)
-        each = torch.randn(*axes, spec.block, spec.action.size, generator=generator, device=problem.device)
-        common = torch.randn(*axes, 1, spec.action.size, generator=generator, device=problem.device)
-        noise: Tensor = each * (1 - self.held) ** 0.5 + common * self.held**0.5
-        return noise.flatten(-2)

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from worldloom.planning.problem import PlanningProblem
-from worldloom.planning.solvers.solver import SOLVERS, Solution, Solver, better_of, spread, start
+from worldloom.planning.solvers.solver import SOLVERS, Solution, Solver, better_of, held_noise, spread, start
 
 
 @SOLVERS.register("mppi")
@@ -34,20 +34,16 @@ class MPPI(Solver):
         self, problem: PlanningProblem, *, initial: Float[Tensor, "B I T A"] | None, generator: torch.Generator
     ) -> Solution:
         """Solve; see `Solver`."""
-        spec = problem.model.spec
         middle = (problem.bounds.low + problem.bounds.high) / 2
         half = (problem.bounds.high - problem.bounds.low) / 2
         kept = start(problem, initial)
         best = better_of(None, kept, problem.evaluate(kept))
         plan = best.actions
-        axes = (problem.batch, self.samples, problem.horizon)
         for iteration in range(self.iterations):
             if iteration and problem.deadline.reached():
                 break
             sigma = self.deviation * self.decay**iteration * half
-            each = torch.randn(*axes, spec.block, spec.action.size, generator=generator, device=problem.device)
-            common = torch.randn(*axes, 1, spec.action.size, generator=generator, device=problem.device)
-            noise = sigma * (each * (1 - self.held) ** 0.5 + common * self.held**0.5).flatten(-2)
+            noise = sigma * held_noise(problem, self.samples, self.held, generator)
             candidates = problem.project(plan[:, None] + noise)
             cost = problem.evaluate(candidates)
             best = better_of(best, candidates, cost)

@@ -85,3 +85,15 @@ def start(problem: PlanningProblem, initial: Float[Tensor, "B I T A"] | None) ->
         return problem.project(initial)
     middle = (problem.bounds.low + problem.bounds.high) / 2
     return problem.project(middle.expand(problem.batch, 1, problem.horizon, -1))
+
+
+def held_noise(
+    problem: PlanningProblem, samples: int, held: float, generator: torch.Generator
+) -> Float[Tensor, "B S T A"]:
+    """Return normal noise of unit variance, of which the share `held` is common to a block's actions."""
+    spec = problem.model.spec
+    axes = (problem.batch, samples, problem.horizon)
+    each = torch.randn(*axes, spec.block, spec.action.size, generator=generator, device=problem.device)
+    common = torch.randn(*axes, 1, spec.action.size, generator=generator, device=problem.device)
+    noise: Tensor = each * (1 - held) ** 0.5 + common * held**0.5
+    return noise.flatten(-2)

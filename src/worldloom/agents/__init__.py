@@ -30,16 +30,16 @@ from worldloom.agents.methods import (
     ReactiveMethod,
     default_methods,
 )
-from worldloom.agents.mpc import Auditor, ExploringAgent, Guide, Observer, PlanningAgent, Proposer, Situation
+from worldloom.agents.mpc import ExploringAgent, Guide, PlanningAgent, Proposer
 from worldloom.agents.random import RandomAgent
 from worldloom.agents.reactive import PolicyProposer, ReactiveAgent, ReactiveConfig, ReactivePolicy, fit_reactive
 from worldloom.agents.remembering import Rememberer, recall_landmarks
+from worldloom.agents.situation import Situation
 
 __all__ = [
     "METHODS",
     "AgentParts",
     "AuditLog",
-    "Auditor",
     "BehaviourCloningAgent",
     "Beyond",
     "CloningConfig",
@@ -56,7 +56,6 @@ __all__ = [
     "LandmarkGuide",
     "LandmarkMethod",
     "MethodConfig",
-    "Observer",
     "Outlook",
     "PlanMethod",
     "PlannedMethod",

@@ -8,7 +8,7 @@ the decision followed from, so that it can be made again.
 import copy
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from worldloom.agents.mpc import PlanningAgent, Situation
+from worldloom.agents.situation import Situation
 from worldloom.core.chain import Chain, Entry, entries
 from worldloom.core.closing import Closing
 from worldloom.core.errors import DataError
@@ -110,7 +110,10 @@ class AuditLog(Closing):
         self._write("ended", {"environments": list(places), "outcomes": list(outcomes), "happened": happened})
 
     def decided(self, observations: Observations, situation: Situation, plan: Plan, *, block: int, whole: bool) -> None:
-        """Write a decision, and the outcome of the one before, whose plan was followed into this block."""
+        """Write a decision, and what happened since the one before.
+
+        The plan before, if any, was followed into this block, and to the block's end if `whole`.
+        """
         self._write("decided", {
             "situation": self._keep(observations, situation),
             "actions": _digest([plan.actions]),
@@ -201,8 +204,12 @@ def damaged_situations(folder: Path | str, *, progress: Progress = SILENT) -> li
     return damaged
 
 
-def replay(folder: Path | str, entry: Entry, agent: PlanningAgent, device: torch.device | str) -> tuple[Plan, bool]:
-    """Make a decision again; return the plan, and whether actions, predictions and violations are the same bit for bit.
+def replay(
+    folder: Path | str, entry: Entry, decide: Callable[[Situation], Plan], device: torch.device | str
+) -> tuple[Plan, bool]:
+    """Make a decision again by `decide`, that of a `PlanningAgent`.
+
+    Returns the plan, and whether its actions, predictions and violations are the same bit for bit.
 
     Raises:
         DataError: the entry is no decision, its situation was changed, or a deadline cut it short.
@@ -213,7 +220,7 @@ def replay(folder: Path | str, entry: Entry, agent: PlanningAgent, device: torch
             f"entry {entry.index} was cut short by its deadline: how far the search came depended on the clock, so it "
             f"cannot be made again. See its prediction with worldloom audit show"
         )
-    plan = agent.decide(situation)
+    plan = decide(situation)
     violations = [plan.violations[name] for name in sorted(plan.violations)]
     same = _digest([plan.actions, plan.latents, *violations]) == entry.body["plan"]
     return plan, same and list(plan.refused) == entry.body["refused"]

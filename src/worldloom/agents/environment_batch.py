@@ -12,20 +12,15 @@ class EnvironmentBatch:
     def __init__(self) -> None:
         self._size: int | None = None
 
-    def start(self, goal: Goal) -> int:
-        """Begin an episode with one environment for each goal; return their number."""
+    def start(self, goal: Goal) -> None:
+        """Begin an episode with one environment for each goal."""
         axes = goal.observations.axes
         if len(axes) != 1 or axes[0] < 1:
             raise PlanningError(f"goals need one leading axis, of environments; got {axes}. Add it: goal[None]")
         self._size = axes[0]
-        return axes[0]
 
-    def check(self, observations: Observations) -> int:
-        """Return the number of environments.
-
-        Raises:
-            PlanningError: no episode was begun, or the number is another than its goals'.
-        """
+    def check(self, observations: Observations) -> None:
+        """Raise `PlanningError` where no episode was begun, or the number of environments is not its goals'."""
         if self._size is None:
             raise PlanningError("act was called before reset; call reset(goal) at the start of an episode")
         if observations.axes != (self._size,):
@@ -33,7 +28,6 @@ class EnvironmentBatch:
                 f"expected observations of the {self._size} environments that reset gave goals for; got leading axes "
                 f"{observations.axes}. Call reset with the new goals, or select(rows) when episodes end"
             )
-        return self._size
 
     def select(self, rows: Sequence[int]) -> list[int]:
         """Narrow to these environments, given by their places; return the places as a list."""

@@ -11,11 +11,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from worldloom.agents.audit_log import AuditLog
 from worldloom.agents.behaviour_cloning import BehaviourCloningAgent, CloningPolicy
 from worldloom.agents.guides.curiosity import CuriosityConfig, CuriosityGuide
 from worldloom.agents.guides.hierarchy import HierarchyConfig, HierarchyGuide
 from worldloom.agents.guides.landmarks import FollowConfig, LandmarkGuide
-from worldloom.agents.mpc import Auditor, ExploringAgent, Guide, Observer, PlanningAgent, Proposer
+from worldloom.agents.mpc import ExploringAgent, Guide, PlanningAgent, Proposer
 from worldloom.agents.random import RandomAgent
 from worldloom.agents.reactive import PolicyProposer, ReactiveAgent, ReactivePolicy
 from worldloom.agents.remembering import Rememberer, recall_landmarks
@@ -23,7 +24,7 @@ from worldloom.core.config import Component
 from worldloom.core.errors import ConfigError
 from worldloom.core.registry import Registry
 from worldloom.core.seams import Agent, Metric, Objective
-from worldloom.guardrails import BoundRail, BoundRules, Fallback, Margins, Recalibration
+from worldloom.guardrails import BoundRail, BoundRules, Margins, Recalibration
 from worldloom.heads import Heads, predict_arrival
 from worldloom.memory import EpisodicMemory, LandmarkConfig, LandmarkGraph
 from worldloom.planning import Avoid, GoalObjective, LatentL2, Planner, WeightedSum
@@ -46,12 +47,7 @@ class AgentParts:
     rules: BoundRules | None = None
     margins: Margins | None = None
     memory: EpisodicMemory | None = None
-    auditor: Auditor | None = None
-
-    @property
-    def fallback(self) -> Fallback | None:
-        """What the rule set declares for when no plan keeps the guardrails."""
-        return None if self.rules is None else self.rules.rule_set.fallback
+    auditor: AuditLog | None = None
 
 
 class MethodConfig(Component):
@@ -197,7 +193,7 @@ class PlannedMethod(MethodConfig):
         costs: Sequence[tuple[float, Objective]] = (),
         proposer: Proposer | None = None,
         guide: Guide | None = None,
-        observer: Observer | None = None,
+        observer: Rememberer | None = None,
         explorer: ExploringAgent | None = None,
         seed: int,
     ) -> PlanningAgent:
@@ -221,7 +217,7 @@ class PlannedMethod(MethodConfig):
             proposer=proposer,
             guide=guide,
             observer=observer,
-            fallback=parts.fallback,
+            fallback=None if rules is None else rules.rule_set.fallback,
             toward=toward,
             auditor=parts.auditor,
             recalibration=self.recalibration(parts, rails),
@@ -260,7 +256,7 @@ class PlanMethod(PlannedMethod):
         costs = [(self.penalty, Avoid(rail=rail)) for rail in self.rails(parts)] if self.guard == "penalty" else []
         return self.planning_agent(
             parts,
-            lambda goal: GoalObjective(metric, goal, last_weight=self.last_weight),
+            partial(GoalObjective, metric, last_weight=self.last_weight),
             replan=self.replan,
             costs=costs,
             proposer=PolicyProposer(model=heads.model, policy=_reactive(heads)) if self.propose else None,
@@ -283,9 +279,8 @@ class HierarchyMethod(PlannedMethod):
 
     def build(self, parts: AgentParts, *, seed: int) -> Agent:
         """Build the agent."""
-        metric = LatentL2(parts.heads.geometry.step_length)
-        guide = self.guide(parts.heads, seed=seed)
-        return self.planning_agent(parts, lambda goal: GoalObjective(metric, goal), guide=guide, seed=seed)
+        toward = partial(GoalObjective, LatentL2(parts.heads.geometry.step_length))
+        return self.planning_agent(parts, toward, guide=self.guide(parts.heads, seed=seed), seed=seed)
 
     def guide(self, heads: Heads, *, seed: int) -> HierarchyGuide:
         """Build the guide that chooses subgoals.
@@ -334,11 +329,7 @@ class LandmarkMethod(PlannedMethod):
         check, block = partial(predict_arrival, model, geometry), model.spec.block
         if memory is not None:
             graph = recall_landmarks(memory, graph, block=block, check=check)
-        metric = LatentL2(geometry.step_length)
-
-        def toward(goal: Float[Tensor, "B D"]) -> Objective:
-            return GoalObjective(metric, goal)
-
+        toward = partial(GoalObjective, LatentL2(geometry.step_length))
         explorer = self.planning_agent(
             parts if parts.auditor is None else replace(parts, auditor=parts.auditor.part("exploring")),
             toward,

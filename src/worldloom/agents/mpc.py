@@ -4,29 +4,29 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
+from worldloom.agents.audit_log import AuditLog
 from worldloom.agents.environment_batch import EnvironmentBatch
 from worldloom.agents.history import History
+from worldloom.agents.remembering import Rememberer
+from worldloom.agents.situation import Situation
 from worldloom.core.errors import NoFeasiblePlan, PlanningError
 from worldloom.core.seams import Agent, Explorer, Objective, WorldModel
 from worldloom.core.seeds import torch_generator
 from worldloom.core.types import Batched, Context, Goal, Observations, Plan
-from worldloom.guardrails import BoundRail, Fallback, Recalibration, Stop
+from worldloom.guardrails import BoundRail, Fallback, Infeasible, Recalibration, Stop
 from worldloom.planning import Planner, Watch, as_objective
 
+_STATISTICS = ("plan_seconds", "plan_environments", "plan_rollouts", "plan_cut_short", "plan_refused")
 
-@runtime_checkable
-class Proposer(Protocol):
-    """Proposes plans for the search to start from."""
-
-    def __call__(self, context: Context, goal: Float[Tensor, "B D"], horizon: int) -> Float[Tensor, "B I T A"]:
-        """Return at least one plan of `horizon` blocks for each environment."""
-        ...
+# Proposes plans for the search to start from: of a context, goal latents (B, D) and a horizon in blocks, at least one
+# plan for each environment (B, I, T, A).
+Proposer = Callable[[Context, Tensor, int], Tensor]
 
 
 @runtime_checkable
@@ -49,47 +49,6 @@ class Guide(Protocol):
         ...
 
 
-@runtime_checkable
-class Observer(Protocol):
-    """Sees what a planning agent sees: an episodic memory's writer."""
-
-    def begin(self, environments: int) -> None:
-        """Begin an episode in so many environments."""
-        ...
-
-    def select(self, places: Sequence[int]) -> None:
-        """Narrow to these environments, given by their places in the last batch, in this order."""
-        ...
-
-    def __call__(self, observations: Observations, context: Context, followed: Plan | None, blocks: int) -> None:
-        """See the observations that a new plan begins from, and the last plan as a `Guide` does."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Situation(Batched):
-    """Everything that a plan follows from, apart from the agent's own parts: the same situation gives the same plan.
-
-    Attributes:
-        goal: where to aim.
-        initial: the candidates that the search starts from.
-        safe: where each environment last had a plan that held.
-        stages: how many stages of a sequence lie behind each environment.
-        randomness: the state of the generator.
-        stretch: the factor by which the calibrated margins are multiplied.
-    """
-
-    whole: ClassVar[frozenset[str]] = frozenset({"randomness"})
-
-    context: Context
-    goal: Float[Tensor, "B D"]
-    initial: Float[Tensor, "B I T A"] | None
-    safe: Float[Tensor, "B D"]
-    stages: Int[Tensor, "B"] | None
-    randomness: UInt8[Tensor, "_"]
-    stretch: float = 1.0
-
-
 @dataclass(frozen=True, kw_only=True)
 class AgentState(Batched):
     """What an agent knows of each environment during an episode: its goal, its history and the last decision.
@@ -105,36 +64,6 @@ class AgentState(Batched):
     safe: Float[Tensor, "B D"] | None = None
 
 
-@runtime_checkable
-class Auditor(Protocol):
-    """Records every decision before the agent acts on it; an error that it raises ends the agent."""
-
-    def begin(self, goal: Goal) -> None:
-        """Episodes begin, with these goals."""
-        ...
-
-    def select(self, places: Sequence[int]) -> None:
-        """Narrow to these environments, given by their places in the last batch, in this order."""
-        ...
-
-    def decided(self, observations: Observations, situation: Situation, plan: Plan, *, block: int, whole: bool) -> None:
-        """Record what was seen and decided.
-
-        The plan before, if any, was followed into this block, and to the block's end if `whole`.
-        """
-        ...
-
-    def ended(
-        self, places: Sequence[int], here: Float[Tensor, "E D"], outcomes: Sequence[str], *, block: int, whole: bool
-    ) -> None:
-        """Record how the episodes of some environments ended, in this block of the plan, and what is seen there."""
-        ...
-
-    def part(self, name: str) -> "Auditor":
-        """Return what records the decisions of another part of the agent."""
-        ...
-
-
 class PlanningAgent(Agent):
     """Plans every `replan` environment steps and takes the plan's actions in between.
 
@@ -146,10 +75,10 @@ class PlanningAgent(Agent):
             steps that were taken.
         proposer: proposes further plans to start from (mode 2).
         guide: replaces the goal by a subgoal for each plan.
-        observer: sees what each plan begins from.
+        observer: remembers what each plan begins from.
         fallback: acts where no plan keeps the planner's guardrails.
         toward: makes the objective of being at a state, for the fallback; `objective` by default.
-        auditor: records each decision.
+        auditor: records each decision before the agent acts on it; an error that it raises ends the agent.
         recalibration: stretches the margins of the guardrails while predictions err more than in calibration.
         explorer: explores for it, where a protocol lets it.
         seed: seeds the searches.
@@ -177,10 +106,10 @@ class PlanningAgent(Agent):
         replan: int,
         proposer: Proposer | None = None,
         guide: Guide | None = None,
-        observer: Observer | None = None,
+        observer: Rememberer | None = None,
         fallback: Fallback | None = None,
         toward: Callable[[Float[Tensor, "B D"]], Objective] | None = None,
-        auditor: Auditor | None = None,
+        auditor: AuditLog | None = None,
         recalibration: Recalibration | None = None,
         explorer: "ExploringAgent | None" = None,
         seed: int = 0,
@@ -201,13 +130,7 @@ class PlanningAgent(Agent):
         self._batch = EnvironmentBatch()
         self._state: AgentState | None = None
         self._step = 0
-        self.statistics: dict[str, list[float]] = {
-            "plan_seconds": [],
-            "plan_environments": [],
-            "plan_rollouts": [],
-            "plan_cut_short": [],
-            "plan_refused": [],
-        }
+        self.statistics: dict[str, list[float]] = {name: [] for name in _STATISTICS}
 
     @property
     def parts(self) -> Mapping[str, "PlanningAgent"]:
@@ -324,11 +247,10 @@ class PlanningAgent(Agent):
             safe = torch.where(plan.feasible[:, None], here, situation.safe)
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
-        self.statistics["plan_seconds"].append(time.perf_counter() - began)
-        self.statistics["plan_environments"].append(float(context.batch))
-        self.statistics["plan_rollouts"].append(float(plan.rollouts))
-        self.statistics["plan_cut_short"].append(float(plan.cut_short))
-        self.statistics["plan_refused"].append(float(len(plan.refused)))
+        seconds = time.perf_counter() - began
+        figures = (seconds, context.batch, plan.rollouts, plan.cut_short, len(plan.refused))
+        for name, figure in zip(_STATISTICS, figures, strict=True):
+            self.statistics[name].append(float(figure))
         if self._auditor is not None:
             block, whole = self._into(self._replan)
             self._auditor.decided(observations, situation, plan, block=block, whole=whole)
@@ -378,14 +300,15 @@ class PlanningAgent(Agent):
     def _fall_back(self, planner: Planner, plan: Plan, situation: Situation, deadline: float | None) -> Plan:
         """Return the plan with the fallback's actions where it was refused."""
         rows = list(plan.refused)
-        instead = self._fallback.plan(
-            planner,
-            situation.context[rows],
-            situation.safe[rows],
-            self._toward,
+        infeasible = Infeasible(
+            planner=planner,
+            context=situation.context[rows],
+            safe=situation.safe[rows],
+            objective=self._toward,
             generator=self._generator,
             deadline=deadline,
         )
+        instead = self._fallback.plan(infeasible)
         actions, latents, cost = plan.actions.clone(), plan.latents.clone(), plan.cost.clone()
         actions[rows], latents[rows], cost[rows] = instead.actions, instead.latents, instead.cost
         return replace(plan, actions=actions, latents=latents, cost=cost, cut_short=plan.cut_short or instead.cut_short)

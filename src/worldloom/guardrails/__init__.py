@@ -2,18 +2,17 @@
 
 from worldloom.guardrails.bound_rules import BoundRules
 from worldloom.guardrails.consistency import check_consistent
-from worldloom.guardrails.fallback import FALLBACKS, Fallback, FallbackField, Hold, Retreat, Stop
+from worldloom.guardrails.fallback import FALLBACKS, Fallback, Hold, Infeasible, Retreat, Stop
 from worldloom.guardrails.margins import (
     AdaptiveMargin,
     Margins,
     conformal_quantile,
     margin_shape,
-    read_margins,
     refusing,
     tolerance_quantile,
     write_margins,
 )
-from worldloom.guardrails.objective_configs import OBJECTIVES, ObjectiveConfig, ObjectiveField, build_objective
+from worldloom.guardrails.objective_configs import OBJECTIVES, ObjectiveConfig, build_objective
 from worldloom.guardrails.rails import (
     GUARDRAILS,
     Agreed,
@@ -25,7 +24,6 @@ from worldloom.guardrails.rails import (
     KeepOut,
     Magnitude,
     Rail,
-    RailField,
     Rate,
     Returnable,
     Unlike,
@@ -47,18 +45,16 @@ __all__ = [
     "Box",
     "Custom",
     "Fallback",
-    "FallbackField",
     "Familiar",
     "Hold",
+    "Infeasible",
     "KeepAway",
     "KeepIn",
     "KeepOut",
     "Magnitude",
     "Margins",
     "ObjectiveConfig",
-    "ObjectiveField",
     "Rail",
-    "RailField",
     "Rate",
     "Recalibration",
     "Region",
@@ -73,7 +69,6 @@ __all__ = [
     "conformal_quantile",
     "errors_seen",
     "margin_shape",
-    "read_margins",
     "read_rules",
     "refusing",
     "seen_violations",

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -20,6 +20,24 @@ from worldloom.planning import Planner
 FALLBACKS: Registry["type[Fallback]"] = Registry("fallback")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Infeasible:
+    """Environments in which no plan keeps every guardrail, and what plans there.
+
+    Attributes:
+        safe: where each environment last had a plan that held.
+        objective: makes the objective of being at a state.
+        deadline: when a search ends, in seconds of `time.monotonic`; None is never.
+    """
+
+    planner: Planner
+    context: Context
+    safe: Float[Tensor, "B D"]
+    objective: Callable[[Float[Tensor, "B D"]], Objective]
+    generator: torch.Generator
+    deadline: float | None = None
+
+
 class Fallback(Component):
     """A way to act without a plan that keeps every guardrail; a new one is a subclass, registered in `FALLBACKS`."""
 
@@ -31,20 +49,8 @@ class Fallback(Component):
         """
 
     @abstractmethod
-    def plan(
-        self,
-        planner: Planner,
-        context: Context,
-        safe: Float[Tensor, "B D"],
-        objective: Callable[[Float[Tensor, "B D"]], Objective],
-        *,
-        generator: torch.Generator,
-        deadline: float | None = None,
-    ) -> Plan:
-        """Return what to follow until the next plan.
-
-        `safe` is where each environment last had a plan that held; `objective` makes the objective of being at a state.
-        """
+    def plan(self, infeasible: Infeasible) -> Plan:
+        """Return what to follow until the next plan."""
 
 
 FallbackField = Annotated[SerializeAsAny[Fallback], BeforeValidator(component_of(FALLBACKS))]
@@ -76,24 +82,14 @@ class Stop(Fallback):
                 f"declare one that the world takes"
             )
 
-    def plan(
-        self,
-        planner: Planner,
-        context: Context,
-        safe: Float[Tensor, "B D"],
-        objective: Callable[[Float[Tensor, "B D"]], Objective],
-        *,
-        generator: torch.Generator,
-        deadline: float | None = None,
-    ) -> Plan:
+    def plan(self, infeasible: Infeasible) -> Plan:
         """Repeat the action."""
-        spec = planner.model.spec
-        self.check(spec)
-        bounds = ActionBounds.of(spec, context.latents.device)
+        model, context = infeasible.planner.model, infeasible.context
+        spec, bounds = model.spec, ActionBounds.of(model.spec, context.latents.device)
         action = torch.zeros(spec.action.size) if self.action is None else torch.tensor(self.action)
         block = bounds.clamp(action.to(bounds.low).repeat(spec.block))
-        actions = block.expand(context.batch, planner.horizon, -1).clone()
-        latents = planner.model.rollout(context, actions[:, None])[:, 0]
+        actions = block.expand(context.batch, infeasible.planner.horizon, -1).clone()
+        latents = model.rollout(context, actions[:, None])[:, 0]
         return Plan(actions=actions, latents=latents, cost=latents.new_zeros(context.batch))
 
 
@@ -101,29 +97,22 @@ class _Toward(Fallback):
     """Plan toward a state with the smallest violations on the way."""
 
     @abstractmethod
-    def state(self, context: Context, safe: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+    def state(self, infeasible: Infeasible) -> Float[Tensor, "B D"]:
         """Return where to be."""
 
-    def plan(
-        self,
-        planner: Planner,
-        context: Context,
-        safe: Float[Tensor, "B D"],
-        objective: Callable[[Float[Tensor, "B D"]], Objective],
-        *,
-        generator: torch.Generator,
-        deadline: float | None = None,
-    ) -> Plan:
+    def plan(self, infeasible: Infeasible) -> Plan:
         """Plan toward the state; where no plan holds, take the least broken one, and stop where it is not finite."""
-        toward = objective(self.state(context, safe))
+        toward = infeasible.objective(self.state(infeasible))
         try:
-            plan = planner.plan(context, toward, generator=generator, deadline=deadline)
-        except NoFeasiblePlan as refused:
-            plan = refused.plan
+            plan = infeasible.planner.plan(
+                infeasible.context, toward, generator=infeasible.generator, deadline=infeasible.deadline
+            )
+        except NoFeasiblePlan as error:
+            plan = error.plan
             assert isinstance(plan, Plan)
         lost = ~plan.actions.isfinite().flatten(1).all(dim=1)
         if bool(lost.any()):  # where nothing can be judged, a proposal may not be finite
-            still = Stop().plan(planner, context, safe, objective, generator=generator)
+            still = Stop().plan(infeasible)
             plan = replace(plan, actions=torch.where(lost[:, None, None], still.actions, plan.actions))
         return plan
 
@@ -134,9 +123,9 @@ class Hold(_Toward):
 
     name: Literal["hold"] = "hold"
 
-    def state(self, context: Context, safe: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+    def state(self, infeasible: Infeasible) -> Float[Tensor, "B D"]:
         """Return the present state."""
-        return context.latents[:, -1]
+        return infeasible.context.latents[:, -1]
 
 
 @FALLBACKS.register("retreat")
@@ -145,6 +134,6 @@ class Retreat(_Toward):
 
     name: Literal["retreat"] = "retreat"
 
-    def state(self, context: Context, safe: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+    def state(self, infeasible: Infeasible) -> Float[Tensor, "B D"]:
         """Return the last safe place."""
-        return safe
+        return infeasible.safe

@@ -59,5 +59,5 @@ def replay_entry(
     torch.set_num_threads(about["threads"])  # how sums are split among threads decides their last bit
     parts = AgentParts(heads=there.heads, rules=rules, margins=margins)
     agent = parse_component(METHODS, about["method"]).build(parts, seed=0)
-    plan, same = replay(folder, entry, agent.parts[entry.body.get("part", "")], there.device)
+    plan, same = replay(folder, entry, agent.parts[entry.body.get("part", "")].decide, there.device)
     return plan, same, dict(entry.body)

@@ -1,7 +1,6 @@
 """A figure of a control loop's report: when each command was sent, and of what kind."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -45,5 +44,4 @@ def draw_timeline(report: ControlReport, path: Path) -> None:
     axis.set_title(f"{len(periods)} periods at {report.rate:g} Hz, {len(report.misses)} deadlines missed", color=_INK)
     axis.grid(color=_FAINT, linewidth=0.5)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
-    settings: dict[str, Any] = {"format": "svg", "metadata": {"Date": None}}
-    write_atomic(path, lambda temporary: figure.savefig(temporary, **settings))
+    write_atomic(path, lambda temporary: figure.savefig(temporary, format="svg", metadata={"Date": None}))

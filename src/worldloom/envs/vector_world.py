@@ -166,11 +166,10 @@ class VectorWorld(Closing):
                 )
             for name in set(info) & set(infos):
                 infos[name][row] = info[name]
-        rows, none = np.arange(self.size), np.zeros(self.size, bool)
         space = self._envs.single_observation_space
         batch: Any = create_empty_array(space, self.size)
         batch = self._call(lambda: concatenate(space, observations, batch))
-        return self._frame(batch, infos, rows, none, none)
+        return self._frame(batch, infos, frame.rows, frame.terminated, frame.over)
 
     def step(self, actions: np.ndarray, rows: Int64[np.ndarray, "R"], *, by: str = "") -> Frame:
         """Take one action (size, A) in each environment and return what those in `rows` gave.
@@ -266,18 +265,14 @@ class VectorWorld(Closing):
         try:
             return function()
         except _CopyFailure as failure:
-            error, place = failure.__cause__, self._where(failure.row)
+            error, place = failure.__cause__, self._where(failure.args[0])
         except Exception as failure:
             error, place = failure, self._where(None)
         raise EnvironmentFailure(f"{place}environment {self.id!r} raised {type(error).__name__}: {error}") from error
 
 
 class _CopyFailure(Exception):
-    """One copy of the environment raised; its error is the cause."""
-
-    def __init__(self, row: int) -> None:
-        super().__init__(row)
-        self.row = row
+    """One copy of the environment raised: its row is the argument, and its error the cause."""
 
 
 class _Copy(gymnasium.Wrapper[Any, Any, Any, Any]):

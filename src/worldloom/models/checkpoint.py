@@ -7,6 +7,7 @@ pair or the new one.
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,10 @@ def delete_tensors(stem: Path | str) -> None:
 
 def save_model(directory: Path | str, model: JEPA, extra: Mapping[str, Any] | None = None) -> str:
     """Write the model into `directory` and give it its fingerprint, which is returned; `extra` is JSON."""
-    observation, action = model.spec.observation, model.spec.action
     metadata = {
         "config": model.config.model_dump(mode="json"),
-        "observation": {"pixels": observation.pixels, "vector": observation.vector},
-        "action": {"low": action.low, "high": action.high, "discrete": action.discrete},
+        "observation": asdict(model.spec.observation),
+        "action": asdict(model.spec.action),
         "extra": dict(extra or {}),
     }
     fingerprint = save_tensors(Path(directory) / "model", model.state_dict(), metadata, kind=_MODEL)

@@ -8,6 +8,7 @@ from torch.nn import functional
 from worldloom.models.distributed import mean_over_ranks, world_size
 
 _CHUNK = 2**19  # pixels turned to floats at a time on a CPU, so that they stay in its cache
+_MOMENTUM, _EPSILON = 0.1, 1e-5  # of the batch norm of latents
 
 
 class PixelNormalisation(nn.Module):
@@ -76,9 +77,8 @@ class LatentNorm(nn.Module):
     running_mean: Tensor
     running_variance: Tensor
 
-    def __init__(self, dimension: int, *, momentum: float = 0.1, epsilon: float = 1e-5) -> None:
+    def __init__(self, dimension: int) -> None:
         super().__init__()
-        self.momentum, self.epsilon = momentum, epsilon
         self.register_buffer("running_mean", torch.zeros(dimension))
         self.register_buffer("running_variance", torch.ones(dimension))
 
@@ -91,14 +91,14 @@ class LatentNorm(nn.Module):
                 self.running_mean,
                 self.running_variance,
                 training=self.training,
-                momentum=self.momentum,
-                eps=self.epsilon,
+                momentum=_MOMENTUM,
+                eps=_EPSILON,
             )
         mean = mean_over_ranks(values.mean(0))
         centred = values - mean
         variance = mean_over_ranks(centred.square().mean(0))
         with torch.no_grad():
             count = len(values) * world_size()
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_variance.lerp_(variance * (count / (count - 1)), self.momentum)
-        return centred * torch.rsqrt(variance + self.epsilon)
+            self.running_mean.lerp_(mean, _MOMENTUM)
+            self.running_variance.lerp_(variance * (count / (count - 1)), _MOMENTUM)
+        return centred * torch.rsqrt(variance + _EPSILON)

@@ -51,7 +51,7 @@ class Simulator:
             grown = np.full((self.batch, len(walls), 4), -np.inf)
             grown[:, : self._walls.shape[1]] = self._walls
             self._walls = grown
-        self._walls[row] = -np.inf  # a wall at minus infinity stops nobody
+        self._walls[row] = -np.inf  # a wall at minus infinity stops no agent
         self._walls[row, : len(walls)] = walls
         self.factors[row] = factors
         self._radius[row], self._speed[row] = factors.agent_radius, factors.agent_speed
@@ -63,7 +63,7 @@ class Simulator:
         """Move the agents by `actions` in [-1, 1], as each understands them, times their speed, and by the wind.
 
         They move along x, then along y. Each axis stops at the first wall in its way, exactly, so that no speed passes
-        through one. Who fell into a deadly pit stays there.
+        through one. An agent that fell into a deadly pit stays there.
         """
         self._fallen_for += moving & self.fallen
         going = moving & ~self.fallen
@@ -83,7 +83,7 @@ class Simulator:
                 self._measure(int(row))
 
     def lost(self) -> Bool[np.ndarray, "N"]:
-        """Return whose episode a fall has ended."""
+        """Return the environments whose episode a fall has ended."""
         lingers = np.array([0 if pits is None else pits.factors.linger for pits in self.hazards])
         return self.fallen & (self._fallen_for >= lingers)
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from worldloom import workflow
 from worldloom.cli.console import print_table, progress
 from worldloom.core.files import write_json
 from worldloom.core.yaml_config import read_yaml
+from worldloom.data import EpisodeDataset, load_frames
 from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
-from worldloom.federation import Records
+from worldloom.federation import LocalTraining, PartitionConfig, Records
 from worldloom.workflow import ConsortiumConfig, Run, simulate
-from worldloom.workflow.simulation import OwnerConfig, alone
+from worldloom.workflow.simulation import OwnerConfig, measure, run_folder
 
 RESULTS = Path(__file__).parent / "results" / "weaving.json"
 METHOD = "tree search"
@@ -107,13 +109,13 @@ class Bench:
         for name in self._config.owners:
             path = self._root / "alone" / name
             logs = workflow.collect(self._config.recipe_of(name, self._seed), path / "data", progress=progress())
-            runs[name] = alone(self._config, name, path / "run", logs.path, seed=self._seed, progress=progress())
+            runs[name] = alone(self._config, name, path / "run", logs.path, self._seed)
         return {"reached": self._reached(runs)}
 
     def _woven(self, name: str, config: ConsortiumConfig) -> dict[str, Any]:
         woven = simulate(config, self._root / name, seed=self._seed, progress=progress())
         records = Records(woven.rounds / "ledger.jsonl")
-        sent = sum(one["bytes"] for number in range(config.rounds) for one in records.contributions(number))
+        sent = sum(one["bytes"] for number in range(config.rounds) for one in records.of("contribution", number))
         return {"reached": self._reached(woven.runs), "bytes": sent, "losses": last_losses(woven.rounds)}
 
     def _pooled(self) -> dict[str, Any]:
@@ -142,7 +144,23 @@ def pool(config: ConsortiumConfig, root: Path, seed: int) -> Run:
     path = root / "pooled" / "data"
     as_one(every, path)
     name = next(iter(config.owners))
-    return alone(same, name, root / "pooled" / "run", path, seed=seed, progress=progress())
+    return alone(same, name, root / "pooled" / "run", path, seed)
+
+
+def alone(config: ConsortiumConfig, name: str, path: Path, data: Path | str, seed: int) -> Run:
+    """Train an owner's model on its own logs alone, from the same initial base and for as many steps."""
+    steps = config.shared_steps + config.own_steps_of(name)
+    recipe, dataset = config.recipe_of(name, seed, steps=steps), EpisodeDataset.open(data)
+    partition = PartitionConfig.parse(config.rules.get("partition", {}))
+    with closing(load_frames(dataset, recipe.data, progress=progress())) as frames:
+        folder = run_folder(recipe, dataset, path, seed)
+        local = LocalTraining(
+            folder, frames, training=recipe.training, model=recipe.model, partition=partition, progress=progress()
+        )
+        local.train("alone", local.without_statistics(local.untrained(seed)), steps)
+        run = Run(folder)
+        measure(run, frames, progress())
+    return run
 
 
 def plain(factors: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from worldloom.core.files import write_json
 from worldloom.core.seeds import numpy_generator
 from worldloom.core.types import Context, Windows
 from worldloom.data import EpisodeDataset, WindowSampler, load_cache, load_frames
-from worldloom.federation import Base, LocalTraining, PartitionConfig, Records, RoundStore, bytes_of, initial_base
+from worldloom.federation import Base, LocalTraining, PartitionConfig, Records, RoundStore, initial_base
 from worldloom.models import JEPA
 from worldloom.recipes import Recipe
 from worldloom.training import LinearProbe
@@ -64,6 +64,11 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 SETTINGS = ("episodes", "batch", "steps", "pilot")
 PAIRS = (("H = 100, int8", "H = 100"), ("H = 100, top 5%", "H = 100"))
+
+
+def bytes_of(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Return the bytes of tensors, without names and signatures."""
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 @dataclass(frozen=True, kw_only=True)

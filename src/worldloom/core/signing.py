@@ -62,14 +62,24 @@ def make_key(path: Path | str) -> str:
     text = secret.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
+    write_key(path, text)
+    return _public(secret)
+
+
+def write_key(path: Path | str, content: bytes, *, mode: int = 0o600) -> None:
+    """Write a new file with its mode, so that no other user can ever open a secret.
+
+    Raises:
+        StorageError: the file is there already, or cannot be written.
+    """
     with storage_errors(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         except FileExistsError:
             raise StorageError(f"{path} is there already; a key is never written over. Choose another path") from None
         with os.fdopen(file, "wb") as opened:
-            opened.write(text)
-    return _public(secret)
+            opened.write(content)
 
 
 def sign_file(path: Path | str, key: Path | str) -> Path:

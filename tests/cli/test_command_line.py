@@ -77,7 +77,7 @@ def test_an_interruption_says_that_the_work_is_kept(worldloom, monkeypatch) -> N
     monkeypatch.setattr(workflow, "collect", interrupt)
     done = worldloom("demo", "--out", "never")
     assert done.code == 130
-    assert "is kept" in done.err
+    assert "are kept" in done.err
     assert "Traceback" not in done.err
 
 

@@ -104,7 +104,7 @@ def test_compared_runs_show_what_differs_and_nothing_else(demo, worldloom, refus
     shown = worldloom("runs", "compare", demo.run, str(other)).out
     assert "training.clip" in shown.replace("\n", "")
     assert "1.25" in shown
-    assert "two or more" in refused(2, "runs", "compare", demo.run)
+    assert "at least two run folders" in refused(2, "runs", "compare", demo.run)
 
 
 @pytest.fixture

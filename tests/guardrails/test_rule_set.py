@@ -67,7 +67,7 @@ def test_layers_say_together_what_is_tightest(tmp_path: Path) -> None:
         (("name: keep-in", "name: keep-out"), "loosens the guardrail"),
         (("risk: 0.01", "risk: 0.1"), "loosens the risk"),
         (("owner: the village", "owner: the village\nfallback: {name: stop}"), "loosens the fallback"),
-        (("layer: community", "layer: operator"), "come in the order"),
+        (("layer: community", "layer: operator"), "in the order"),
     ],
 )
 def test_a_layer_that_loosens_is_refused_and_named(tmp_path: Path, change: tuple[str, str], said: str) -> None:

@@ -399,7 +399,7 @@ def _known(violation: Float[Tensor, "B S T"], probe: Probe, rollouts: Rollouts) 
 
     There it is at least by how much farther the latent lies than what is known, in multiples.
     """
-    excess = probe.gap(rollouts.latents) - 1
+    excess = probe.support.gap(rollouts.latents) - 1
     return torch.where(excess > 0, torch.maximum(violation, excess), violation)
 
 

@@ -225,8 +225,8 @@ def test_a_probe_reads_what_it_was_shown_and_knows_by_how_much_it_errs(probe: Pr
 
 def test_a_probe_knows_where_it_was_calibrated(probe: Probe) -> None:
     latents, _ = labelled(500, seed=2)
-    assert (probe.gap(latents) <= 1).float().mean() > 0.95
-    assert (probe.gap(latents + 3.0) > 1).all()
+    assert (probe.support.gap(latents) <= 1).float().mean() > 0.95
+    assert (probe.support.gap(latents + 3.0) > 1).all()
 
 
 def test_a_probe_is_kept_with_its_model(probe: Probe, tmp_path) -> None:
@@ -236,7 +236,7 @@ def test_a_probe_is_kept_with_its_model(probe: Probe, tmp_path) -> None:
     latents, _ = labelled(10, seed=3)
     assert torch.equal(loaded(latents), probe(latents))
     assert loaded.error(0.1) == probe.error(0.1)
-    assert torch.equal(loaded.gap(latents), probe.gap(latents))
+    assert torch.equal(loaded.support.gap(latents), probe.support.gap(latents))
 
 
 def test_frames_of_one_episode_are_not_on_both_sides() -> None:

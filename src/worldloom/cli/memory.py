@@ -3,7 +3,6 @@
 import math
 import re
 import time
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -124,8 +123,10 @@ def prune(
     from worldloom.memory import EpisodicMemory
 
     with EpisodicMemory.open(path, spec=None, writable=True) as memory:
-        report = memory.prune(keep, progress=progress())
-    answer(json, asdict(report), f"{path}: forgot {report.forgotten:,} memories, kept {report.kept:,}")
+        forgotten = memory.prune(keep, progress=progress())
+        kept = len(memory)
+    found = {"kept": kept, "forgotten": forgotten}
+    answer(json, found, f"{path}: forgot {forgotten:,} memories, kept {kept:,}")
 
 
 @app.command()

@@ -62,6 +62,8 @@ def write_margins(path: Path, margins: Margins, rules: RuleSet, about: Mapping[s
 def read_margins(path: Path, rules: RuleSet, *, model: str, method: Mapping[str, Any]) -> Margins:
     """Read the margins of this rule set, model (its fingerprint) and method; see `write_margins`.
 
+    `method` contains the settings that margins depend on: all except `recalibrate`, which widens them later.
+
     Raises:
         StorageError: the file is damaged, or belongs to a different rule set, model or method.
     """
@@ -69,7 +71,8 @@ def read_margins(path: Path, rules: RuleSet, *, model: str, method: Mapping[str,
     try:
         if values["rules"] != rules.fingerprint:
             raise ValueError("it belongs to a different rule set")
-        if values["model"] != model or _calibrated(values["method"]) != _calibrated(method):
+        calibrated = {key: value for key, value in dict(values["method"]).items() if key != "recalibrate"}
+        if values["model"] != model or calibrated != dict(method):
             raise ValueError("it belongs to a different model or method")
         margins = torch.tensor(values["values"], dtype=torch.float32)
         if margins.ndim != 2 or len(margins) != len(rules.titles) or not bool((margins >= 0).all()):
@@ -80,11 +83,6 @@ def read_margins(path: Path, rules: RuleSet, *, model: str, method: Mapping[str,
         return Margins(values=margins, risk=float(values["risk"]), episodes=int(values["episodes"]), usual=usual)
     except (KeyError, TypeError, ValueError) as error:
         raise StorageError(f"{path} has no margins for this rule set ({error}); calibrate the rule set again") from None
-
-
-def _calibrated(method: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that calibration depends on: all but recalibration."""
-    return {key: value for key, value in dict(method).items() if key != "recalibrate"}
 
 
 def conformal_quantile(scores: Float[Tensor, "N"], risk: float) -> float:
@@ -169,12 +167,9 @@ class AdaptiveMargin:
                 f"expected a finite margin, a risk between 0 and 1 and a rate above 0; got {margin}, {risk} and {rate}"
             )
         self.margin, self.risk, self.rate = margin, risk, rate
-        self.seen, self.beyond = 0, 0.0
 
     def update(self, *errors: float) -> float:
         """Update the margin with simultaneous errors; return the fraction beyond it. NaN counts as beyond."""
         beyond = sum(not error <= self.margin for error in errors) / len(errors)
-        self.seen += 1
-        self.beyond += beyond
         self.margin += self.rate * (beyond - self.risk)
         return beyond

@@ -404,7 +404,7 @@ def _known(violation: Float[Tensor, "B S T"], probe: Probe, rollouts: Rollouts) 
 
     There it is at least the relative excess of the latent's gap over the known one.
     """
-    excess = probe.gap(rollouts.latents) - 1
+    excess = probe.support.gap(rollouts.latents) - 1
     return torch.where(excess > 0, torch.maximum(violation, excess), violation)
 
 

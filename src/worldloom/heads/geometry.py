@@ -43,12 +43,7 @@ class Reversibility:
 
 
 def measure_reversibility(
-    model: WorldModel,
-    inverse: InverseModel,
-    episodes: LatentEpisodes,
-    *,
-    walk: Walk,
-    generator: torch.Generator,
+    model: WorldModel, inverse: InverseModel, episodes: LatentEpisodes, *, walk: Walk, generator: torch.Generator
 ) -> Reversibility:
     """Roll out walks from states of the data, and walk back through the same latents by inverse dynamics.
 
@@ -78,10 +73,7 @@ def still(latents: Tensor, model: WorldModel) -> Context:
 
 
 def predict_arrival(
-    model: WorldModel,
-    geometry: "LatentGeometry",
-    sources: Float[Tensor, "M D"],
-    targets: Float[Tensor, "M D"],
+    model: WorldModel, geometry: "LatentGeometry", sources: Float[Tensor, "M D"], targets: Float[Tensor, "M D"]
 ) -> tuple[Float[Tensor, "M"], Bool[Tensor, "M"]]:
     """Imagine going straight from each source to its target by inverse dynamics.
 

@@ -85,10 +85,6 @@ class Probe(Head[ProbeConfig]):
         place = math.ceil((len(self.errors) + 1) * (1 - risk))
         return math.inf if place > len(self.errors) else float(self.errors[max(place, 1) - 1])
 
-    def gap(self, latents: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes"]:
-        """Return how far latents are from those of the fit; up to 1 they count as known."""
-        return self.support.gap(latents)
-
 
 def fit_probe(
     latents: Float[Tensor, "N D"],

@@ -26,10 +26,10 @@ from worldloom.core.files import exclusive_lock, storage_errors
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
 from worldloom.core.types import ModelSpec, Observations
-from worldloom.data import MissingDataset, decode_frames, floats_of
+from worldloom.data import MissingDataset, compress_frames, decode_frames, floats_of, resize
 from worldloom.memory import forgetting
 from worldloom.memory.journal import Journal
-from worldloom.memory.records import COLUMNS, Memories, MemoryConfig, MemorySpec, Where, kept_frames, memory_errors
+from worldloom.memory.records import COLUMNS, Memories, MemoryConfig, MemorySpec, Where, memory_errors
 
 TABLE = "records.lance"  # the table in a memory's directory
 _log = logging.getLogger(__name__)
@@ -45,14 +45,6 @@ class Recalled:
 
     ids: Int64[np.ndarray, "Q k"]
     distances: Float32[np.ndarray, "Q k"]  # Euclidean, in latent space
-
-
-@dataclass(frozen=True, kw_only=True)
-class Forgotten:
-    """The numbers of memories that `prune` kept and forgot."""
-
-    kept: int
-    forgotten: int
 
 
 class EpisodicMemory(Closing):
@@ -185,7 +177,8 @@ class EpisodicMemory(Closing):
         if observations is not None and self.spec.config.frames != "none":
             self.spec.observation.check(observations)
             if self.spec.frame_shape is not None and observations.pixels is not None:
-                frames = kept_frames(observations.pixels.cpu().numpy(), self.spec)
+                pixels = observations.pixels.cpu().numpy()
+                frames = compress_frames(resize(pixels, self.spec.frame_shape[:2]))
             if self.spec.vector and observations.vector is not None:
                 vectors = observations.vector.cpu().float().numpy()
         journal.append(memories, frames, vectors)
@@ -285,8 +278,8 @@ class EpisodicMemory(Closing):
         self._look()
         return before != (self._table.version, self._pending.ids.tolist())
 
-    def prune(self, keep: int, *, seed: int = 0, progress: Progress = SILENT) -> Forgotten:
-        """Forget all but `keep` memories, by the strategy of `worldloom.memory.forgetting`."""
+    def prune(self, keep: int, *, seed: int = 0, progress: Progress = SILENT) -> int:
+        """Forget all but `keep` memories, by the strategy of `worldloom.memory.forgetting`; return how many went."""
         self._writer()
         self._commit()
         memories = self.read()
@@ -297,7 +290,7 @@ class EpisodicMemory(Closing):
                 self._table.delete(_among(some))
                 task.advance(len(some))
         _log.info("forgot %d of %d memories in %s", len(gone), len(memories), self.path)
-        return Forgotten(kept=int(kept.sum()), forgotten=len(gone))
+        return len(gone)
 
     def reencode(self, model: WorldModel, *, progress: Progress = SILENT, batch: int = 1024) -> None:
         """Replace all latents by those of another model, in one commit.

@@ -72,8 +72,9 @@ class Route:
 class LandmarkGraph:
     """A directed graph over latents of one model; `save` and `load` store it in files.
 
-    Edges come from experience (one state followed another), from reversed experience if steps are `reversible`, and
-    from prediction (`link`). Worlds that look different share one graph, as separate components.
+    Edges come from experience (one state followed another), from the reverse of experience if steps are `reversible`,
+    and from prediction (`link`). Worlds that look different share one graph, as separate components. `visits` counts
+    how often each landmark was the nearest to an observed state.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class LandmarkGraph:
         self.config = config or LandmarkConfig()
         self.spec, self.step_length, self.reversible = spec, step_length, reversible
         self._latents = torch.zeros(64, spec.latent_dim)
-        self._visits = np.zeros(0, np.int64)
+        self.visits = np.zeros(0, np.int64)
         self._rows: dict[tuple[int, int], int] = {}
         self._ends = np.zeros((64, 2), np.int64)
         self._blocks = np.zeros(64, np.float32)
@@ -95,18 +96,12 @@ class LandmarkGraph:
         self._matrix: Any = None
 
     def __len__(self) -> int:
-        return len(self._visits)
+        return len(self.visits)
 
     @property
     def latents(self) -> Float[Tensor, "N D"]:
         """The landmarks."""
         return self._latents[: len(self)]
-
-    @property
-    def visits(self) -> Int64[np.ndarray, "N"]:
-        """How often each landmark was the nearest to an observed state."""
-        counts: np.ndarray = self._visits
-        return counts
 
     @property
     def edges(self) -> Int64[np.ndarray, "M 2"]:
@@ -145,7 +140,7 @@ class LandmarkGraph:
             landmarks, gaps = np.where(here, own_landmarks, landmarks), np.where(here, own_gaps, gaps)
         for row in np.flatnonzero(gaps > self.config.spacing):
             landmarks[row] = self._place(latents[row], first)
-        np.add.at(self._visits, landmarks, 1)
+        np.add.at(self.visits, landmarks, 1)
         for before, now in zip(previous if previous is not None else (), landmarks, strict=previous is not None):
             if before >= 0 and before != now:
                 self._join(int(before), int(now), blocks, EXPERIENCED)
@@ -278,7 +273,7 @@ class LandmarkGraph:
         count = len(self._rows)
         tensors = {
             "latents": self.latents,
-            "visits": torch.from_numpy(self._visits),
+            "visits": torch.from_numpy(self.visits),
             "ends": torch.from_numpy(self._ends[:count]),
             "blocks": torch.from_numpy(self._blocks[:count]),
             "kinds": torch.from_numpy(self._kinds[:count]),
@@ -309,7 +304,7 @@ class LandmarkGraph:
         config = LandmarkConfig.parse(metadata["config"])
         graph = cls(spec, config, step_length=metadata["step_length"], reversible=metadata["reversible"])
         graph._latents = tensors["latents"]
-        graph._visits = tensors["visits"].numpy()
+        graph.visits = tensors["visits"].numpy()
         graph._ends, graph._blocks = tensors["ends"].numpy(), tensors["blocks"].numpy()
         graph._kinds, graph._failures = tensors["kinds"].numpy(), tensors["failures"].numpy()
         graph._rows = {(int(source), int(target)): row for row, (source, target) in enumerate(graph._ends)}
@@ -326,7 +321,7 @@ class LandmarkGraph:
             more = torch.zeros(max(64, number), self._latents.shape[1])
             self._latents = torch.cat([self._latents, more])
         self._latents[number] = latent
-        self._visits = np.append(self._visits, 0)
+        self.visits = np.append(self.visits, 0)
         self._matrix = None
         return number
 

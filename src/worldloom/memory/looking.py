@@ -1,5 +1,6 @@
 """Views of a memory for people and other programs: a summary, a picture sheet, an exported file."""
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -118,8 +119,6 @@ def _write_lines(memory: EpisodicMemory, batches: list[Memories], path: Path, ad
 
 
 def _png(frame: np.ndarray) -> bytes:
-    import io
-
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, format="PNG")
     return buffer.getvalue()

@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float32, Float64, Int64, Shaped, UInt8
+from jaxtyping import Bool, Float32, Float64, Int64, Shaped
 from pydantic import Field
 
 from worldloom.core.config import Config
 from worldloom.core.errors import CheckpointError, DataError
 from worldloom.core.types import ModelSpec, ObservationSpec
-from worldloom.data import compress_frames, float_list, float_lists, floats_of, lance_errors, resize
+from worldloom.data import float_list, float_lists, floats_of, lance_errors
 
 FORMAT = "worldloom.memory"
 VERSION = 1
@@ -253,12 +253,6 @@ class Where:
         for column, sign, value in self._conditions():
             selected &= _COMPARE[sign](getattr(memories, f"{column}s"), value)
         return selected
-
-
-def kept_frames(pixels: UInt8[np.ndarray, "M H W C"], spec: MemorySpec) -> pa.Array:
-    """Return frames in the stored form: full size or thumbnails, compressed."""
-    assert spec.frame_shape is not None
-    return compress_frames(resize(pixels, spec.frame_shape[:2]))
 
 
 @contextmanager

@@ -219,7 +219,7 @@ def _latest(info: Mapping[str, Any], name: str) -> np.ndarray:
 
 
 def _as_pixels(array: np.ndarray, shape: tuple[int, int, int], name: str) -> UInt8[np.ndarray, "E H W C"]:
-    from PIL import Image
+    from worldloom.data import resize  # takes long to load
 
     height, width, channels = shape
     if array.ndim != 4 or channels not in (array.shape[1], array.shape[3]):
@@ -233,10 +233,4 @@ def _as_pixels(array: np.ndarray, shape: tuple[int, int, int], name: str) -> UIn
                 f"floats in [0, 1]. Pass the pictures before they are standardised"
             )
         array = np.round(array * 255).astype(np.uint8)
-    if array.shape[1:3] == (height, width):
-        return np.ascontiguousarray(array)
-    resized = [
-        np.asarray(Image.fromarray(picture.squeeze()).resize((width, height), Image.Resampling.BOX)).reshape(shape)
-        for picture in array
-    ]
-    return np.stack(resized)
+    return resize(array, (height, width))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 
 from worldloom.core.errors import ConfigError, EnvironmentFailure
 from worldloom.core.seeds import derive_seed
@@ -188,11 +189,13 @@ def _follow_policy(
     running = np.ones(world.size, bool)
     for step in range(int(begins.max()) + offset + 1):
         reached = frame[running]
-        for index, (row, vector) in enumerate(zip(reached.rows, _vectors(protocol, world, reached), strict=True)):
+        vectors = measured(protocol, world, reached)
+        for index, row in enumerate(reached.rows):
+            seen = reached.observations[index], None if vectors is None else vectors[index]
             if step == begins[row]:
-                starts[row] = reached.observations[index], vector
+                starts[row] = seen
             elif begins[row] < step <= begins[row] + offset:
-                goals[row] = reached.observations[index], vector
+                goals[row] = seen
         running &= ~frame.over & (step < begins + offset)
         if not running.any():
             break
@@ -220,13 +223,17 @@ def _nothing(world: VectorWorld) -> tuple[np.ndarray, ...]:
     return (np.zeros((0, world.action.size), np.float32),) * world.size
 
 
-def _vectors(protocol: Protocol, world: VectorWorld, frame: Frame) -> list[np.ndarray | None]:
-    """Return the success rule's vector of each row, or None for each if the environment decides success."""
+def measured(protocol: Protocol, world: VectorWorld, frame: Frame) -> Float64[np.ndarray, "R L"] | None:
+    """Return the success rule's vector of each row, or None if the environment decides success.
+
+    Raises:
+        EnvironmentFailure: a value is not finite.
+    """
     if protocol.success.source == "environment":
-        return [None] * len(frame.rows)
+        return None
     values = protocol.success.vector(frame)
     world.check_finite(values, frame.rows, protocol.success.name or "the observation vector")
-    return list(values)
+    return values
 
 
 def _stack(parts: list[Observations]) -> Observations:

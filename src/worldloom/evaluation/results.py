@@ -85,13 +85,7 @@ class SuccessRate:
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts, the rate and its interval."""
-        return {
-            "label": self.label,
-            "n": self.n,
-            "successes": self.successes,
-            "rate": self.rate,
-            "interval": list(self.interval),
-        }
+        return {**asdict(self), "rate": self.rate, "interval": list(self.interval)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,7 +321,15 @@ class Results:
             fields = {key: item for key, item in value["protocol"].items() if key in Protocol.model_fields}
             results = cls(
                 protocol=Protocol.parse(fields),
-                rows=tuple(_row_from_json(row) for row in value["rows"]),
+                rows=tuple(
+                    Row(
+                        method=row["method"],
+                        split=row["split"],
+                        episodes=tuple(EpisodeResult(**episode) for episode in row["episodes"]),
+                        latency=Latency(**row["latency"]) if row["latency"] else None,
+                    )
+                    for row in value["rows"]
+                ),
                 hardware=value["hardware"],
                 model=value["model"],
                 training_seed=value["training_seed"],
@@ -490,15 +492,6 @@ def _latency_text(row: Row | PooledRow) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _row_from_json(row: Mapping[str, Any]) -> Row:
-    return Row(
-        method=row["method"],
-        split=row["split"],
-        episodes=tuple(EpisodeResult(**episode) for episode in row["episodes"]),
-        latency=Latency(**row["latency"]) if row["latency"] else None,
-    )
 
 
 def _edges(values: np.ndarray) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,7 +16,7 @@ from worldloom.core.seams import Agent
 from worldloom.core.types import ActionSpec, Observations
 from worldloom.envs import Frame, VectorWorld
 from worldloom.evaluation import protocol as protocols
-from worldloom.evaluation.goals import Tasks, draw_tasks
+from worldloom.evaluation.goals import Tasks, draw_tasks, measured
 from worldloom.evaluation.results import EpisodeResult, Latency, Recording, Results, Row
 from worldloom.evaluation.world import open_world
 
@@ -157,85 +158,81 @@ def _agent_of(factory: Callable[[], Agent], name: str) -> Agent:
     return agent
 
 
+@dataclass
 class _MethodRun:
     """One method on one split: collects episodes, times and recordings."""
 
-    def __init__(
-        self,
-        protocol: protocols.Protocol,
-        split: str,
-        method: str,
-        agent: Agent,
-        record: int,
-        task: ProgressTask,
-        witness: Witness | None = None,
-    ) -> None:
-        self._protocol, self._split, self._method = protocol, split, method
-        self._agent, self._record, self._task, self._witness = agent, record, task, witness
-        self._episodes: list[EpisodeResult] = []
-        self._clock = _Clock(agent)
-        self.recordings: list[Recording] = []
+    protocol: protocols.Protocol
+    split: str
+    method: str
+    agent: Agent
+    record: int
+    task: ProgressTask
+    witness: Witness | None = None
+    episodes: list[EpisodeResult] = field(default_factory=list)
+    recordings: list[Recording] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._clock = _Clock(self.agent)
 
     def row(self) -> Row:
         """Return the row of the episodes run so far."""
-        return Row(
-            method=self._method, split=self._split, episodes=tuple(self._episodes), latency=self._clock.latency()
-        )
+        return Row(method=self.method, split=self.split, episodes=tuple(self.episodes), latency=self._clock.latency())
 
     def episodes_of(self, tasks: Tasks, world: VectorWorld) -> None:
         """Run one episode for each start and goal until all have ended."""
-        size, budgets, skip = world.size, tasks.budgets, self._protocol.frame_skip
-        where = f"method {self._method!r}, split {self._split!r}"
-        steps = self._protocol.splits[self._split].exploration
-        if steps and self._agent.explores:
-            _explore(self._protocol, self._split, tasks, world, self._agent, steps, where)
-        frame = tasks.begin(self._protocol, self._split, world, where)
-        self._agent.reset(tasks.goal)
-        if self._witness is not None:
-            self._witness.begin(self._agent, size)
-        audience = _Audience(self._agent, frame.observations)
-        film = _Film(self._protocol, tasks, self._record)
+        size, budgets, skip = world.size, tasks.budgets, self.protocol.frame_skip
+        where = f"method {self.method!r}, split {self.split!r}"
+        steps = self.protocol.splits[self.split].exploration
+        if steps and self.agent.explores:
+            _explore(self.protocol, self.split, tasks, world, self.agent, steps, where)
+        frame = tasks.begin(self.protocol, self.split, world, where)
+        self.agent.reset(tasks.goal)
+        if self.witness is not None:
+            self.witness.begin(self.agent, size)
+        audience = _Audience(self.agent, frame.observations)
+        film = _Film(self.protocol, tasks, self.record)
         actions = _middle(world.action, size)
         ended: dict[int, EpisodeResult] = {}
         broken = np.zeros(size, np.int64)
         step = 0
         while True:
-            reached, distance = _verdict(self._protocol, tasks, world, frame)
-            broken[frame.rows] += _broken(self._protocol, frame)
+            reached, distance = _verdict(self.protocol, tasks, world, frame)
+            broken[frame.rows] += _broken(self.protocol, frame)
             film.add(frame)
-            if self._witness is not None:
-                self._witness.saw(frame, step)
+            if self.witness is not None:
+                self.witness.saw(frame, step)
             finished = reached | frame.over | (step >= budgets[frame.rows])
             for index in np.flatnonzero(finished):
                 row = int(frame.rows[index])
                 far = None if distance is None else float(distance[index])
-                place = len(self._episodes) + row
+                place = len(self.episodes) + row
                 ended[row] = _episode(place, tasks, row, bool(reached[index]), step, far, int(broken[row]))
             if finished.any():
-                so_far = (*self._episodes, *ended.values())
+                so_far = (*self.episodes, *ended.values())
                 figures = {"success": float(np.mean([episode.success for episode in so_far]))}
-                if self._protocol.limits:
+                if self.protocol.limits:
                     figures["violated"] = float(np.mean([episode.violated for episode in so_far]))
-                self._task.advance(int(finished.sum()), **figures)
+                self.task.advance(int(finished.sum()), **figures)
                 audience.concludes(frame[finished], ended)
                 frame = frame[~finished]
             if not len(frame.rows):
                 break
             if step % skip == 0:
                 observations = audience.sees(frame)
-                with self._clock.decision(len(frame.rows) if self._agent.narrows else size):
-                    chosen = self._agent.act(observations)
+                with self._clock.decision(len(frame.rows) if self.agent.narrows else size):
+                    chosen = self.agent.act(observations)
                 actions[frame.rows] = chosen.detach().cpu().numpy()[audience.places(frame)]
             frame = world.step(actions, frame.rows)
             step += 1
         self._keep(film, tasks, ended)
-        self._episodes.extend(ended[row] for row in range(size))
+        self.episodes.extend(ended[row] for row in range(size))
 
     def _keep(self, film: "_Film", tasks: Tasks, ended: Mapping[int, EpisodeResult]) -> None:
         for outcome in (True, False):
-            missing = self._record - sum(recording.success is outcome for recording in self.recordings)
+            missing = self.record - sum(recording.success is outcome for recording in self.recordings)
             rows = [row for row in film.rows if ended[row].success is outcome][: max(missing, 0)]
-            self.recordings.extend(film.recording(row, self._method, self._split, ended[row]) for row in rows)
+            self.recordings.extend(film.recording(row, self.method, self.split, ended[row]) for row in rows)
 
 
 class _Audience:
@@ -342,14 +339,13 @@ def _verdict(
     protocol: protocols.Protocol, tasks: Tasks, world: VectorWorld, frame: Frame
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Return which rows have succeeded, and the distance of each to its goal if that is measured."""
-    if tasks.target is None:
+    values = measured(protocol, world, frame)
+    if values is None or tasks.target is None:
         for name in ("success", "is_success"):
             word = frame.info(name)
             if word is not None:
                 return word.reshape(len(frame.rows)).astype(bool), None
         return frame.terminated, None
-    values = protocol.success.vector(frame)
-    world.check_finite(values, frame.rows, protocol.success.name or "the observation vector")
     distance = protocol.success.distance(values, tasks.target[frame.rows])
     return distance <= protocol.success.radius, distance
 

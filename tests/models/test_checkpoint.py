@@ -136,7 +136,7 @@ def truncate_json(directory: Path) -> None:
         (tamper_tensors, "damaged or was changed"),
         (truncate_tensors, "damaged or was changed"),
         (remove_tensors, "is missing; restore it"),
-        (truncate_json, "not whole JSON"),
+        (truncate_json, "not valid JSON"),
         (edit(format=99), "has format 99; this version of worldloom reads format 1"),
         (edit(metadata={}), "its checksum does not fit"),
         (edit(tensors="../../elsewhere.safetensors"), "its checksum does not fit"),

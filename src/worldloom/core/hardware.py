@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""The hardware that a measurement ran on."""
 
 import ctypes
 import platform
@@ -27,7 +27,7 @@ def describe_hardware() -> dict[str, Any]:
 def matmul_peak(
     dtype: torch.dtype, *, device: torch.device | str = "cpu", size: int = 1024, seconds: float = 0.4
 ) -> float:
-    """Return the best rate of square matrix products seen within about `seconds`, in FLOP/s."""
+    """Return the highest rate of square matrix products measured within about `seconds`, in FLOP/s."""
     left = torch.ones(size, size, dtype=dtype, device=device)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -38,10 +38,10 @@ def matmul_peak(
 
 
 def retain_freed_memory() -> None:
-    """Tell glibc, where it is the allocator, to keep freed blocks below 256 MiB for the next tensor of their size.
+    """Make glibc keep freed blocks below 256 MiB for reuse; does nothing with another C library.
 
-    By default it gives large blocks back to the kernel at once, and training then spends up to half of its time
-    on page faults.
+    By default glibc returns large blocks to the kernel at once, and training then spends up to half of its time on
+    page faults.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

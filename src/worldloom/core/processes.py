@@ -1,15 +1,15 @@
-"""Which of several processes this is, as torchrun says in the environment; outside it there is one."""
+"""The rank of this process and the number of processes, from torchrun's environment variables; else 0 and 1."""
 
 import os
 
 
 def rank() -> int:
-    """Return the number of this process among all of a training, from 0."""
+    """Return the rank of this process among all processes of a training run, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_first() -> bool:
-    """Return whether this process is the one that writes files and logs."""
+    """Return whether this process is rank 0, which writes the files and logs."""
     return rank() == 0
 
 

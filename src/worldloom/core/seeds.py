@@ -1,4 +1,4 @@
-"""Random numbers that depend on names, not on order: one root seed, a stream for each purpose."""
+"""Random streams that depend on names, not on the order of use: one root seed, and one stream for each purpose."""
 
 import hashlib
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def torch_generator(root: int, *names: str | int, device: torch.device | str = "
 
 @contextmanager
 def seeded_weights(root: int, *names: str | int) -> Iterator[None]:
-    """Within the block, PyTorch's own generator, which draws initial weights, follows the stream `names`."""
+    """Seed PyTorch's global CPU generator, which samples initial weights, from the stream `names` within the block."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(root, *names))
         yield

@@ -190,7 +190,7 @@ def test_an_episode_ends_only_at_its_limit_and_the_next_begins() -> None:
     [
         (lambda: TwoRoomEnv(vary=["door_positon"]), "did you mean 'door_position'"),
         (lambda: TwoRoomEnv(factors={"door_position": 3.0}, vary=[]), "door_position"),
-        (lambda: TwoRoomEnv(factors={"door_position": 30.0}), "both fixed and varied"),
+        (lambda: TwoRoomEnv(factors={"door_position": 30.0}), "both 'factors' and 'vary'"),
         (lambda: TwoRoomEnv().reset(options={"factor": {}}), "did you mean 'factors'"),
         (lambda: TwoRoomEnv().reset(options={"factors": {"door_sise": 3}}), "did you mean 'door_size'"),
         (lambda: TwoRoomEnv().reset(options={"task": {"split": "crossroom"}}), "split"),

@@ -1,4 +1,4 @@
-"""Registers the worlds with Gymnasium when `worldloom.envs` is imported."""
+"""Registers the environments with Gymnasium when `worldloom.envs` is imported."""
 
 import gymnasium
 
@@ -8,7 +8,7 @@ _WORLDS = {
     "worldloom/Maze-v0": "Maze",
     "worldloom/Pits-v0": "Pits",
 }
-# Worlds on a physics engine of an extra; the class is imported when the world is made.
+# Environments that need an extra; the class is imported when the environment is created.
 _PHYSICS = {
     "worldloom/PushT-v0": "worldloom.envs.pusht:PushTEnv",
     "worldloom/Reacher-v0": "worldloom.envs.mujoco_worlds:ReacherEnv",
@@ -20,7 +20,7 @@ _PHYSICS = {
 
 
 def register_envs() -> None:
-    """Register the worlds; a second call does nothing."""
+    """Register the environments; a second call does nothing."""
     for env_id, name in _WORLDS.items():
         if env_id not in gymnasium.registry:
             gymnasium.register(
@@ -30,5 +30,5 @@ def register_envs() -> None:
             )
     for env_id, entry_point in _PHYSICS.items():
         if env_id not in gymnasium.registry:
-            # The worlds check themselves; Gymnasium's checker would render each of a hundred copies anew.
+            # The environments check themselves; Gymnasium's checker would also render every copy.
             gymnasium.register(env_id, entry_point=entry_point, disable_env_checker=True)

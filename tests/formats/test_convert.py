@@ -341,7 +341,7 @@ def test_one_source_episode_is_in_memory_at_a_time(
 def test_a_damaged_store_is_said_to_be_damaged(tmp_path: Path) -> None:
     make_store(tmp_path / "ours")
     next((tmp_path / "ours" / "data").iterdir()).unlink()
-    with pytest.raises(DataError, match="is damaged: a file of it is missing"):
+    with pytest.raises(DataError, match="is damaged: a file is missing"):
         convert(tmp_path / "ours", tmp_path / "t")
 
 

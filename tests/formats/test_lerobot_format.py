@@ -300,7 +300,7 @@ DATA, VIDEO = "data/chunk-000/file-000.parquet", f"videos/{TOP}/chunk-000/file-0
         (cut(DATA), DataError, "file-000.parquet cannot be read as Parquet"),
         (cut("meta/episodes/chunk-000/file-000.parquet"), DataError, "cannot be read as Parquet"),
         (cut(VIDEO), DataError, "file-000.mp4"),
-        (cut("meta/info.json"), StorageError, "info.json is not whole JSON"),
+        (cut("meta/info.json"), StorageError, "info.json is not valid JSON"),
         (shorter_video, DataError, "has 6 frames for episode 2, which has 8 rows"),
         (lambda path: edit_rows("action", lambda v: ["a"] * len(v))(path), DataError, "column 'action' is string"),
         (edit_rows("action", lambda v: [[1.0, 2.0, 3.0]] * len(v)), DataError, "holds 18 values in 6 rows"),

@@ -1,4 +1,4 @@
-"""All frames of a dataset, decoded before training starts."""
+"""A cache of all frames of a dataset, decoded before training starts."""
 
 import logging
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FrameCache(EpisodeFrames):
-    """All frames of a dataset, decoded: N frames of E episodes, one after the other.
+    """All N frames of a dataset with E episodes, decoded, one episode after the other.
 
-    `starts` is the first frame of each episode and `lengths` its number of actions (one fewer than its frames).
-    `pixels` may be mapped from a file. The last action of each episode is zero and never used.
+    `starts` is the first frame of each episode, and `lengths` is its number of actions, one fewer than its frames.
+    `pixels` may be a memory-mapped file. The last action of each episode is zero and never used.
     """
 
     spec: DatasetSpec
@@ -42,14 +42,14 @@ class FrameCache(EpisodeFrames):
 def load_cache(
     dataset: EpisodeDataset, mode: Mode = "auto", *, directory: Path | None = None, progress: Progress = SILENT
 ) -> FrameCache:
-    """Decode a dataset into memory ("ram") or into a file that is mapped ("mmap").
+    """Decode a dataset into memory ("ram") or into a memory-mapped file ("mmap").
 
-    "auto" uses memory if the frames fill less than a quarter of the available memory and no other process of torchrun
-    on this machine needs them. The file is in `directory` (default: PATH.cache beside the dataset) and named by the
-    dataset's fingerprint; the next call uses it again, and it may be deleted at any time.
+    "auto" uses memory if the frames need less than a quarter of the available memory and torchrun runs no other
+    process on this machine. The file is in `directory` (default: PATH.cache beside the dataset) and is named after the
+    dataset's fingerprint. Later calls reuse the file; you can delete it at any time.
 
     Raises:
-        DataError: a file of the dataset is missing, cut or does not decode.
+        DataError: a file of the dataset is missing, truncated or does not decode.
         StorageError: the disk is full.
     """
     fingerprint = dataset.fingerprint()
@@ -58,9 +58,11 @@ def load_cache(
     if dataset.spec.observation.pixels is not None:
         size = dataset.frames * int(np.prod(dataset.spec.observation.pixels))
         if mode == "auto":
-            alone = on_this_machine() == 1  # several processes map one file instead of decoding once each
+            alone = (
+                on_this_machine() == 1
+            )  # several processes share one mapped file, so that the frames are decoded once
             mode = "ram" if alone and size < psutil.virtual_memory().available / 4 else "mmap"
-        if mode == "ram" or size == 0:  # no file of no bytes can be mapped
+        if mode == "ram" or size == 0:  # an empty file cannot be mapped
             pixels = _decode(dataset, progress)
         else:
             pixels = _map(dataset, fingerprint, directory or _default_directory(dataset), progress)
@@ -99,7 +101,7 @@ def _map(
             _log.warning("%s has %d bytes, expected %d; writing it again", path, path.stat().st_size, size)
         _log.info("decoding %d frames into %s (%.1f GiB)", shape[0], path, size / 2**30)
 
-        # Plain writes raise on a full disk; writing through a mapping would kill the process.
+        # Plain writes raise if the disk is full; writes to a mapping would kill the process.
         def write(temporary: Path) -> None:
             with temporary.open("wb") as file, progress.task("decode", shape[0], "frames") as task:
                 for part in dataset.scan_pixels():
@@ -115,7 +117,7 @@ def _default_directory(dataset: EpisodeDataset) -> Path:
     path = str(dataset.path)
     if "://" in path:
         raise DataError(
-            f"the frames of {path} do not fit into memory, and remote storage has no place for a cache; pass a "
-            f"directory, or stream them (data.mode=stream)"
+            f"the frames of {path} do not fit into memory, and remote storage has no default cache directory; pass "
+            f"a directory, or stream the frames (data.mode=stream)"
         )
     return Path(f"{path.rstrip('/')}.cache")

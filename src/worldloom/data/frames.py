@@ -1,4 +1,4 @@
-"""The frames of a dataset as training reads them, decoded or streamed."""
+"""The interfaces through which training reads the frames of a dataset, decoded in advance or streamed."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,17 +13,17 @@ from worldloom.data.spec import DatasetSpec
 
 @runtime_checkable
 class Pixels(Protocol):
-    """Frames indexed by rows: an array, or a reader that gets them from storage on demand."""
+    """Frames indexed by rows: an array, or a reader that fetches frames from storage on demand."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Frames, height, width, channels."""
+        """The shape (N, H, W, C)."""
         ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, rows: Any, /) -> Any:
-        """Return the frames of these rows (an integer, an array of any shape or a slice), uint8, (*shape, H, W, C)."""
+        """Return the frames of an integer, an integer array of any shape or a slice, as uint8 (*shape, H, W, C)."""
         ...
 
 
@@ -32,17 +32,17 @@ class ReadsAhead(Protocol):
     """Pixels that can prefetch frames."""
 
     def expect(self, spans: Int64[np.ndarray, "S 2"]) -> None:
-        """Prefetch these rows (first and last of each span), the first span first."""
+        """Prefetch these spans of rows (first and last row of each), in this order."""
         ...
 
 
 @runtime_checkable
 class Frames(Protocol):
-    """All frames of a dataset: `FrameCache` holds them decoded, `StreamedFrames` reads them from storage."""
+    """All frames of a dataset. `FrameCache` decodes them in advance; `StreamedFrames` reads them from storage."""
 
     @property
     def spec(self) -> DatasetSpec:
-        """What an episode holds."""
+        """The specification of the dataset's episodes."""
         ...
 
     @property
@@ -52,27 +52,27 @@ class Frames(Protocol):
 
     @property
     def pixels(self) -> Pixels | None:
-        """N frames, or None."""
+        """The N frames, or None if the dataset has no pixels."""
         ...
 
     @property
     def vector(self) -> Float32[np.ndarray, "N V"] | None:
-        """A row for each frame, or None."""
+        """One vector per frame, or None if the dataset has no vectors."""
         ...
 
     @property
     def actions(self) -> Float32[np.ndarray, "N A"]:
-        """A row for each frame; zero in the last of an episode."""
+        """One action per frame; zero for the last frame of an episode."""
         ...
 
     @property
     def labels(self) -> dict[str, Float32[np.ndarray, "N _"]]:
-        """Named vectors, a row for each frame."""
+        """The label columns by name, with one row per frame."""
         ...
 
     @property
     def starts(self) -> Int64[np.ndarray, "E"]:
-        """The first frame of each episode."""
+        """The row of each episode's first frame."""
         ...
 
     @property
@@ -81,7 +81,7 @@ class Frames(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop reading in the background, if there is any."""
+        """Stop reading in the background."""
         ...
 
     def rows(self, episode: int) -> slice:
@@ -94,7 +94,7 @@ class Frames(Protocol):
 
 
 class EpisodeFrames(Closing):
-    """The part of `Frames` that follows from `starts` and `lengths`."""
+    """Base class that implements the methods of `Frames` that need only `starts` and `lengths`."""
 
     starts: Int64[np.ndarray, "E"]
     lengths: Int64[np.ndarray, "E"]
@@ -105,22 +105,22 @@ class EpisodeFrames(Closing):
         return slice(first, first + int(self.lengths[episode]) + 1)
 
     def split(self, validation_fraction: float, seed: int) -> tuple[Int64[np.ndarray, "T"], Int64[np.ndarray, "V"]]:
-        """Return the episodes for training and for validation: see `split_episodes`."""
+        """Return the episodes for training and for validation; see `split_episodes`."""
         return split_episodes(len(self.lengths), validation_fraction, seed)
 
 
 def split_episodes(
     episodes: int, validation_fraction: float, seed: int
 ) -> tuple[Int64[np.ndarray, "T"], Int64[np.ndarray, "V"]]:
-    """Return the episodes for training and for validation, drawn by `seed`, each in ascending order.
+    """Split the episodes at random, from `seed`, and return those for training and for validation in ascending order.
 
-    Both have episodes unless the fraction is 0 or there is only one episode, which is then for training.
+    Neither part is empty unless the fraction is 0 or there is only one episode, which is then used for training.
 
     Raises:
         ConfigError: the fraction is not in [0, 1).
     """
     if not 0 <= validation_fraction < 1:
-        raise ConfigError(f"the validation fraction must be at least 0 and below 1; got {validation_fraction}")
+        raise ConfigError(f"'validation_fraction' must be at least 0 and below 1; got {validation_fraction}")
     held_out = round(validation_fraction * episodes)
     if validation_fraction > 0:
         held_out = min(max(held_out, 1), episodes - 1)

@@ -1,6 +1,6 @@
-"""LeRobot's datasets, versions 2.1 (2.0) and 3.0, without the `lerobot` package: Parquet and MP4.
+"""Reading of LeRobot datasets, versions 2.0, 2.1 and 3.0 (Parquet and MP4), without the `lerobot` package.
 
-Their layout is described in lerobot_layout.py, and they are written by lerobot_write.py.
+lerobot_layout.py describes the layout; lerobot_write.py contains the writers.
 """
 
 from collections import Counter, OrderedDict
@@ -36,17 +36,17 @@ from worldloom.formats.video import FrameStream, frame_times
 
 
 class LeRobotSource(FileSource):
-    """The episodes of a dataset; consecutive ones that share files are read in one pass."""
+    """A source over a LeRobot dataset. Consecutive episodes in the same files are read in one pass."""
 
     refused = ("columns",)
-    reason = "LeRobot's layout names its columns"
+    reason = "LeRobot's layout has fixed column names"
     major: str  # version
     format: str
 
     def __init__(self, path: Path, options: ReadOptions) -> None:
         super().__init__(path, options)
         self._layout = layout = Layout.read(path, self.major)
-        self._file: tuple[Path, Any, Int64[np.ndarray, "G+1"]] | None = None  # and where its row groups begin
+        self._file: tuple[Path, Any, Int64[np.ndarray, "G+1"]] | None = None  # path, file, row group starts
         self._groups: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
         self._stream: FrameStream | None = None
         self._times: tuple[Path, Float64[np.ndarray, "F"]] | None = None
@@ -58,7 +58,9 @@ class LeRobotSource(FileSource):
         self._vector = self.choose_vector(name for name in sizes if name.startswith("observation"))
         self._actions = sorted((name for name in sizes if name.partition(".")[0] == "action"), key=natural)
         if not self._actions:
-            raise DataError(f"{path / INFO} names no feature 'action'; it has {', '.join(features) or 'nothing'}")
+            raise DataError(
+                f"{path / INFO} has no feature 'action'; it has {', '.join(features) or 'none'}. Check the dataset"
+            )
         self._labels = [name for name in sizes if name.startswith(LABEL)]
         left = sorted({*features} - {*self._vector, *self._actions, *self._labels, *COUNTERS, self._camera})
         self.note_left_out("features", left, "not chosen, rewards, or not numeric")
@@ -110,19 +112,19 @@ class LeRobotSource(FileSource):
                 table = self._rows(entry, self._actions)
                 yield self._joined_actions(table, str(entry.data))
             except (DataError, StorageError):
-                continue  # raised again, or noted, when it is read
+                continue  # `read` raises or notes it
             finally:
                 self._groups.clear()
 
     def read(self, index: int) -> list[Episode]:
-        """Return the stretches of an episode."""
+        """Return the parts of an episode between gaps."""
         entry = self._layout.entries[index]
         where = f"{entry.data}: episode {entry.episode}"
         numeric = [*self._vector, *self._labels]
         pictures = [self._camera] if self._camera is not None and self._camera not in entry.videos else []
         table = self._rows(entry, [*numeric, *self._actions, *pictures])
         if table.num_rows == 0:
-            self.note("skipped", f"{where} is skipped: it has no row.", index)
+            self.note("skipped", f"{where} is skipped: it has no rows.", index)
             return []
         columns = {name: self._numbers(table, name, where) for name in numeric}
         times = self._clock(table, where)
@@ -148,7 +150,7 @@ class LeRobotSource(FileSource):
         return np.concatenate([self._numbers(table, name, where) for name in self._actions], axis=1)
 
     def _rows(self, entry: EpisodePlace, names: list[str]) -> pa.Table:
-        """Return the rows of an episode; a row group that several episodes share is decoded once."""
+        """Return the rows of an episode; a row group with several episodes is decoded once."""
         with table_errors(entry.data, "Parquet"):
             if self._file is None or self._file[0] != entry.data:
                 self._close_file()
@@ -160,13 +162,15 @@ class LeRobotSource(FileSource):
             for name in [*names, "episode_index"]:
                 if name not in there:
                     raise DataError(
-                        f"{entry.data} has no column {name!r}, which {INFO} names; it has {', '.join(there)}"
+                        f"{entry.data} has no column {name!r}, but {INFO} lists it; it has {', '.join(there)}. Restore "
+                        f"the file from a copy"
                     )
             wanted = [*names, "episode_index", *(name for name in ("timestamp", "frame_index") if name in there)]
             if file.metadata.num_rows < entry.first + entry.length:
                 raise DataError(
-                    f"{entry.data} has {file.metadata.num_rows} rows; episode {entry.episode} needs rows {entry.first} "
-                    f"to {entry.first + entry.length}. It is cut, or of another version; restore it"
+                    f"{entry.data} has {file.metadata.num_rows} rows, but episode {entry.episode} needs rows "
+                    f"{entry.first} to {entry.first + entry.length}: the file is truncated or has a different version. "
+                    f"Restore it from a copy"
                 )
             parts = []
             end = entry.first + entry.length
@@ -184,31 +188,33 @@ class LeRobotSource(FileSource):
         strangers = np.flatnonzero(numbers != entry.episode)
         if len(strangers):
             raise DataError(
-                f"{entry.data}: row {entry.first + strangers[0]} is of episode {numbers[strangers[0]]}; the metadata "
-                f"say {entry.episode}. Data and metadata are of different versions; restore both"
+                f"{entry.data}: row {entry.first + strangers[0]} belongs to episode {numbers[strangers[0]]}; expected "
+                f"{entry.episode}, as in the metadata. Data and metadata do not match; restore both from a copy"
             )
         return table
 
     def _numbers(self, table: pa.Table, name: str, where: str) -> Float32[np.ndarray, "R n"]:
-        """Return a feature, flattened; what is missing is NaN."""
+        """Return a feature, flattened; missing values become NaN."""
         column = table[name].combine_chunks()
         size = width(self._layout.features[name])
         kind = column.type
         while is_list(column.type) and column.null_count == 0:
             column = column.flatten()
         if not (is_number(column.type) or pa.types.is_null(column.type)):
-            raise DataError(f"{where}: column {name!r} is {kind}; expected numbers, or lists of them without nulls")
+            raise DataError(
+                f"{where}: column {name!r} has type {kind}; expected numbers, or lists of numbers without nulls"
+            )
         values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
         if len(values) != table.num_rows * size:
             raise DataError(
-                f"{where}: column {name!r} holds {len(values)} values in {table.num_rows} rows; {INFO} states {size} "
-                f"in each"
+                f"{where}: column {name!r} has {len(values)} values in {table.num_rows} rows; expected {size} per row, "
+                f"as in {INFO}. Restore both files from a copy"
             )
         numbers: np.ndarray = values.astype(np.float32).reshape(table.num_rows, size)
         return numbers
 
     def _clock(self, table: pa.Table, where: str) -> Float64[np.ndarray, "R"]:
-        """Return the time of each row: its timestamp, or its number by the rate where these agree (it is exact)."""
+        """Return the time of each row in seconds: the exact row / fps if all timestamps agree, else the timestamps."""
         ideal = np.arange(table.num_rows) / self._layout.fps
         if "timestamp" not in table.column_names:
             return ideal
@@ -216,7 +222,9 @@ class LeRobotSource(FileSource):
         if is_list(column.type):
             column = column.flatten()
         if not is_number(column.type) or len(column) != table.num_rows:
-            raise DataError(f"{where}: column 'timestamp' is {table['timestamp'].type}; expected a number in each row")
+            raise DataError(
+                f"{where}: column 'timestamp' has type {table['timestamp'].type}; expected one number per row"
+            )
         times: np.ndarray = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
         return ideal if np.allclose(times, ideal, rtol=1e-6, atol=0.01 / self._layout.fps) else times
 
@@ -238,15 +246,15 @@ class LeRobotSource(FileSource):
         frames = frames[..., : shape[2]]
         if frames.shape[1:] != shape:
             raise DataError(
-                f"{where}: camera {camera!r} has frames of shape {frames.shape[1:]}; {INFO} states {shape}. Give one "
-                f"size for all with --size HxW"
+                f"{where}: camera {camera!r} has frames of shape {frames.shape[1:]}; expected {shape}, as in {INFO}. "
+                f"Resize all frames with --size HxW"
             )
         return frames
 
     def _video(
         self, entry: EpisodePlace, times: Float64[np.ndarray, "R"], rows: Int64[np.ndarray, "N"]
     ) -> UInt8[np.ndarray, "N H W 3"]:
-        """Return the frames of these rows, each the one nearest to its time."""
+        """Return the frame nearest in time for each of these rows."""
         file, start = entry.videos[self._camera or ""]
         with storage_errors(file):
             file.stat()
@@ -260,8 +268,9 @@ class LeRobotSource(FileSource):
         nearest = np.searchsorted((stamps[1:] + stamps[:-1]) / 2, wanted)
         if count != len(wanted) or np.abs(stamps[nearest] - wanted).max() > half:
             raise DataError(
-                f"{file} has {count} frames for episode {entry.episode}, which has {len(wanted)} rows from "
-                f"{wanted[0]:.4g} s to {wanted[-1]:.4g} s; expected a frame at each. It is cut, or of another version"
+                f"{file} has {count} frames for episode {entry.episode}; expected a frame for each of its "
+                f"{len(wanted)} rows from {wanted[0]:.4g} s to {wanted[-1]:.4g} s. The video is truncated or has a "
+                f"different version; restore it from a copy"
             )
         if self._stream is None or self._stream.path != file:
             if self._stream is not None:
@@ -271,7 +280,9 @@ class LeRobotSource(FileSource):
 
     def _images(self, column: Any, rows: Int64[np.ndarray, "N"], where: str) -> UInt8[np.ndarray, "N H W 3"]:
         if not pa.types.is_struct(column.type) or {"bytes", "path"} - {each.name for each in column.type}:
-            raise DataError(f"{where}: column {self._camera!r} is {column.type}; expected pictures (bytes and path)")
+            raise DataError(
+                f"{where}: column {self._camera!r} has type {column.type}; expected pictures (bytes and path)"
+            )
         pictures: list[np.ndarray] = []
         for row in rows:
             what = f"{where}: the picture of {self._camera!r} in row {row}"
@@ -284,7 +295,7 @@ class LeRobotSource(FileSource):
             picture = resize(to_rgb(decode_picture(content, what))[None], self.options.size)[0]
             if pictures and picture.shape != pictures[0].shape:
                 raise DataError(
-                    f"{what} has shape {picture.shape} and those before {pictures[0].shape}. Give one size for all "
+                    f"{what} has shape {picture.shape}; expected {pictures[0].shape}, as before. Resize all pictures "
                     f"with --size HxW"
                 )
             pictures.append(picture)
@@ -292,52 +303,52 @@ class LeRobotSource(FileSource):
 
 
 class LeRobotSourceV2(LeRobotSource):
-    """A dataset of version 2.1 or 2.0."""
+    """A source over a LeRobot dataset of version 2.0 or 2.1."""
 
     major, format = "v2", "lerobot-v21"
 
 
 class LeRobotSourceV3(LeRobotSource):
-    """A dataset of version 3.0."""
+    """A source over a LeRobot dataset of version 3.0."""
 
     major, format = "v3", "lerobot-v3"
 
 
 class LeRobotV2(Format):
-    """LeRobot's datasets of version 2."""
+    """The format of LeRobot datasets of version 2."""
 
     name = LeRobotSourceV2.format
-    description = "a dataset of LeRobot, version 2.1: meta/info.json, a Parquet file and videos for each episode"
+    description = "a LeRobot dataset, version 2.1: meta/info.json, a Parquet file and videos for each episode"
     lossless_pixels = False
     source, sink = LeRobotSourceV2, LeRobotSinkV2
 
     def detects(self, path: Path) -> bool:
-        """Look for meta/info.json and a version 2 in it."""
+        """Return whether meta/info.json has a version 2."""
         return (_stated_version(path) or "").startswith("v2")
 
 
 class LeRobotV3(Format):
-    """LeRobot's datasets of version 3."""
+    """The format of LeRobot datasets of version 3."""
 
     name = LeRobotSourceV3.format
-    description = "a dataset of LeRobot, version 3.0: meta/info.json, several episodes in each Parquet file and video"
+    description = "a LeRobot dataset, version 3.0: meta/info.json, several episodes in each Parquet file and video"
     lossless_pixels = False
     source, sink = LeRobotSourceV3, LeRobotSinkV3
 
     def detects(self, path: Path) -> bool:
-        """Look for meta/info.json and a version in it; unknown ones count as well, so that opening refuses them."""
+        """Return whether meta/info.json has a version other than 2; `open` then reports unsupported versions."""
         version = _stated_version(path)
         return version is not None and not version.startswith("v2")
 
 
 def _stated_version(path: Path) -> str | None:
-    """Return the version that meta/info.json states, an empty text where it is damaged, or None where it has none."""
+    """Return the version in meta/info.json, an empty text if the file is damaged, or None if it has no version."""
     if not (path / INFO).is_file():
         return None
     try:
         info = read_json(path / INFO)
     except StorageError:
-        return ""  # opening says what is wrong
+        return ""  # `open` reports the problem
     return str(info["codebase_version"]) if isinstance(info, dict) and "codebase_version" in info else None
 
 

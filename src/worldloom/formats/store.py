@@ -1,4 +1,4 @@
-"""Our own store as a format, so that conversion goes both ways."""
+"""worldloom's own dataset as a format, so that conversion works in both directions."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +10,10 @@ from worldloom.formats.format import CLOCK, FORMATS, FileSink, FileSource, Forma
 
 
 class StoreSource(FileSource):
-    """An `EpisodeDataset`, episode by episode."""
+    """A source over an `EpisodeDataset`."""
 
     refused = ("camera", "vector", *CLOCK, "action_low", "action_high", "columns")
-    reason = "worldloom's own store holds one camera, one vector and one time base, and states its bounds"
+    reason = "a worldloom dataset has one camera, one vector and one time base, and stores its bounds"
 
     def __init__(self, path: Path, options: ReadOptions) -> None:
         super().__init__(path, options)
@@ -36,12 +36,12 @@ class StoreSource(FileSource):
 
 
 class StoreSink(FileSink):
-    """Appends to an `EpisodeDataset`, with a commit for every 128 MiB of decoded data or 256 episodes."""
+    """Appends to an `EpisodeDataset`, with one commit per 128 MiB of decoded data or 256 episodes."""
 
     most_bytes, most_episodes = 2**27, 256
 
     def __init__(self, path: Path, spec: DatasetSpec, options: WriteOptions, *, resume: bool) -> None:
-        super().__init__(path, spec, options, resume=True)  # creating a dataset refuses what exists
+        super().__init__(path, spec, options, resume=True)  # `EpisodeDataset.create` rejects an existing dataset
         self._dataset = self._create_or_open() if resume else EpisodeDataset.create(path, spec)
         self.saved = self.written = len(self._dataset)
 
@@ -52,7 +52,7 @@ class StoreSink(FileSink):
             return EpisodeDataset.create(self.path, self.spec)
         if dataset.spec.to_json() != self.spec.to_json():
             raise DataError(
-                f"{self.path} holds other observations, actions or labels than the source; choose another path"
+                f"{self.path} has different observations, actions or labels from the source; choose another path"
             )
         return dataset
 
@@ -61,18 +61,18 @@ class StoreSink(FileSink):
         self._dataset.append(episodes)
 
     def complete(self) -> None:
-        """Do nothing: each commit is complete."""
+        """Do nothing, because the dataset is complete after each commit."""
 
 
 class Store(Format):
-    """worldloom's Lance dataset."""
+    """The format of worldloom's own datasets."""
 
     name = "worldloom"
-    description = "worldloom's own store: a Lance table, a row a frame"
+    description = "a worldloom dataset: a Lance table with one row per frame"
     source, sink = StoreSource, StoreSink
 
     def detects(self, path: Path) -> bool:
-        """Look for a Lance table that states our format."""
+        """Return whether `path` is a Lance table with worldloom's format in its metadata."""
         if not (path / "_versions").is_dir():
             return False
         metadata: dict[bytes, bytes] = open_table(path).schema.metadata or {}

@@ -151,7 +151,7 @@ def test_statistics_of_other_actions_are_refused(pixel_case) -> None:
         action_mean=torch.zeros(5),
         action_std=torch.ones(5),
     )
-    with pytest.raises(ConfigError, match="5 action dimensions and an action has 2"):
+    with pytest.raises(ConfigError, match="5 action dimensions; expected 2"):
         build_jepa(JEPAConfig(), pixel_case.observation, pixel_case.action, wrong, seed=0)
 
 

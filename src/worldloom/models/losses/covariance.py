@@ -12,7 +12,7 @@ from worldloom.models.losses.loss import LOSSES, Loss, LossConfig, LossInputs, S
 
 @LOSSES.register("covariance")
 class Covariance(LossConfig):
-    """Squared covariances of different dimensions over the batch; for `samples` see `draw_samples`."""
+    """The squared covariances between latent dimensions over the batch; `draw_samples` describes `samples`."""
 
     name: Literal["covariance"] = "covariance"
     samples: Samples = "frame"
@@ -23,7 +23,7 @@ class Covariance(LossConfig):
 
 
 class CovarianceLoss(Loss):
-    """The module of `Covariance`: the sum over pairs of different dimensions, divided by D."""
+    """The module that `Covariance` builds: the sum over pairs of different dimensions, divided by D."""
 
     def __init__(self, samples: Samples = "frame") -> None:
         super().__init__()

@@ -12,9 +12,9 @@ from worldloom.models.losses.loss import LOSSES, Loss, LossConfig, LossInputs
 
 @LOSSES.register("prediction")
 class Prediction(LossConfig):
-    """Mean squared error of the open-loop predictions.
+    """The mean squared error of the open-loop predictions.
 
-    With `stop_gradient` the encoder learns from what it predicts from, not from what is predicted.
+    With `stop_gradient`, the gradient flows to the encoder only through the context frames, not through the targets.
     """
 
     name: Literal["prediction"] = "prediction"
@@ -26,7 +26,7 @@ class Prediction(LossConfig):
 
 
 class PredictionLoss(Loss):
-    """The module of `Prediction`."""
+    """The module that `Prediction` builds."""
 
     def __init__(self, *, stop_gradient: bool = False) -> None:
         super().__init__()

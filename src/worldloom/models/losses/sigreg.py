@@ -15,9 +15,9 @@ from worldloom.models.losses.loss import LOSSES, Loss, LossConfig, LossInputs, S
 
 @LOSSES.register("sigreg")
 class SIGReg(LossConfig):
-    """Epps-Pulley statistic of random one-dimensional projections against the standard normal.
+    """The Epps-Pulley statistic of random one-dimensional projections against the standard normal distribution.
 
-    `stride` takes every so many frames of the window; for `samples` see `draw_samples`.
+    Only every `stride`-th frame of a window is used; `draw_samples` describes `samples`.
     """
 
     name: Literal["sigreg"] = "sigreg"
@@ -33,7 +33,7 @@ class SIGReg(LossConfig):
 
 
 class SIGRegLoss(Loss):
-    """The module of `SIGReg`.
+    """The module that `SIGReg` builds.
 
     For each projection x: the batch size times the integral over [-limit, limit] of
     |mean exp(itx) - exp(-t^2/2)|^2 exp(-t^2/2) dt, by the trapezoid rule; averaged over projections.
@@ -44,20 +44,20 @@ class SIGRegLoss(Loss):
         self.config = config
         spacing = config.limit / (config.knots - 1)
         self._knots = [index * spacing for index in range(config.knots)]
-        # The integrand is even: each half counts twice, and so do all knots but the two at the ends.
+        # The integrand is even, so every knot counts twice; the trapezoid rule halves the two at the ends.
         self._weights = [2 * spacing * math.exp(-(knot**2) / 2) for knot in self._knots]
         self._weights[0] /= 2
         self._weights[-1] /= 2
 
     def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
-        """Return the mean statistic; projections are drawn from a generator seeded by the step."""
+        """Return the mean statistic; the step seeds the random projections."""
         windows, _, dimension = inputs.latents.shape
         samples = draw_samples(inputs.latents[:, :: self.config.stride].float(), self.config.samples)
-        # On the CPU, so that every machine and rank draws the same.
+        # On the CPU, so that every machine and rank samples the same directions.
         directions = torch.randn(dimension, self.config.projections, generator=torch_generator(inputs.step, "sigreg"))
         values = samples @ (directions / directions.norm(dim=0)).to(samples.device)  # M G P
         parts = []
-        for knot in self._knots:  # one at a time: the intermediates stay in the processor's cache
+        for knot in self._knots:  # one at a time, so that intermediates stay in the CPU cache
             angle = knot * values
             parts.append(torch.stack([angle.cos().mean(0), angle.sin().mean(0)]))
         real, imaginary = mean_over_ranks(torch.stack(parts, dim=-1))  # G P Q each

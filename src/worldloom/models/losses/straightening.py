@@ -1,4 +1,4 @@
-"""Latent paths that bend little (temporal straightening, after Hénaff et al. 2019)."""
+"""Temporal straightening of latent paths, based on Hénaff et al. 2019."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ from worldloom.models.losses.loss import LOSSES, Loss, LossConfig, LossInputs
 
 @LOSSES.register("straightening")
 class Straightening(LossConfig):
-    """1 - the cosine between consecutive latent velocities, averaged; needs windows of three frames."""
+    """The mean of 1 - cosine between consecutive latent velocities; needs windows of at least three frames."""
 
     name: Literal["straightening"] = "straightening"
 
@@ -22,7 +22,7 @@ class Straightening(LossConfig):
 
 
 class StraighteningLoss(Loss):
-    """The module of `Straightening`."""
+    """The module that `Straightening` builds."""
 
     def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """Return the mean curvature, from 0 (straight) to 2 (back and forth)."""

@@ -1,4 +1,4 @@
-"""Latents that change slowly (Sobal et al., arXiv 2211.10831 and 2502.14819)."""
+"""Temporal similarity, which makes latents change slowly (Sobal et al., arXiv 2211.10831 and 2502.14819)."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ from worldloom.models.losses.loss import LOSSES, Loss, LossConfig, LossInputs
 
 @LOSSES.register("temporal-similarity")
 class TemporalSimilarity(LossConfig):
-    """Mean squared difference of consecutive latents; alone it invites the slow-feature trap."""
+    """The mean squared difference of consecutive latents. Without other losses it favours static features."""
 
     name: Literal["temporal-similarity"] = "temporal-similarity"
 
@@ -22,7 +22,7 @@ class TemporalSimilarity(LossConfig):
 
 
 class TemporalSimilarityLoss(Loss):
-    """The module of `TemporalSimilarity`."""
+    """The module that `TemporalSimilarity` builds."""
 
     def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
         """Return the mean squared difference."""

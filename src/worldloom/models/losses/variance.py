@@ -13,7 +13,7 @@ from worldloom.models.losses.loss import LOSSES, Loss, LossConfig, LossInputs, S
 
 @LOSSES.register("variance")
 class Variance(LossConfig):
-    """Hinge on the std of each dimension over the batch; for `samples` see `draw_samples`."""
+    """A hinge loss on the std of each latent dimension over the batch; `draw_samples` describes `samples`."""
 
     name: Literal["variance"] = "variance"
     target: float = Field(default=1.0, gt=0)
@@ -25,7 +25,7 @@ class Variance(LossConfig):
 
 
 class VarianceLoss(Loss):
-    """The module of `Variance`: mean of max(0, target - sqrt(var + epsilon)) over dimensions."""
+    """The module that `Variance` builds: the mean of max(0, target - sqrt(var + epsilon)) over dimensions."""
 
     def __init__(self, target: float = 1.0, samples: Samples = "frame", *, epsilon: float = 1e-4) -> None:
         super().__init__()

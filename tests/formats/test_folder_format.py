@@ -143,7 +143,7 @@ def test_stamps_of_another_epoch_or_unit(tmp_path: Path) -> None:
     log(tmp_path / "run.parquet", start=epoch)
     (episode,), notes, _ = read_all(tmp_path)
     assert episode.actions[:, 0].tolist() == list(range(11))
-    assert any(note.startswith("repaired") and "begin with the first row" in note for note in notes)
+    assert any(note.startswith("repaired") and "start at the first row" in note for note in notes)
     stamps = (epoch * 1e6 + np.arange(12) * 1e5).astype(np.int64)
     for column, options in (
         (pa.array(stamps, pa.timestamp("us")), {}),
@@ -205,7 +205,7 @@ def test_a_table_that_differs_from_the_first(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"b.parquet has no column 'action.y', but the first table has"):
         read_all(tmp_path)
     log(tmp_path / "b.parquet", **{"action.y": [[1.0, 2.0]] * 12})
-    with pytest.raises(DataError, match=r"b.parquet: actions have 3 values and 2 in the first table"):
+    with pytest.raises(DataError, match=r"b.parquet: actions have 3 values; expected 2, as in the first table"):
         read_all(tmp_path)
 
 

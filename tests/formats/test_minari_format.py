@@ -266,7 +266,7 @@ def test_a_damaged_dataset_is_named(tmp_path: Path) -> None:
     content = (tmp_path / "whole" / "data" / main).read_bytes()
     refused(lambda data: (data / main).write_bytes(content[: len(content) // 2]), DataError, "not a valid HDF5 file")
     refused(lambda data: edit(data / metadata, total_episodes=9), DataError, "has 4 episodes; expected 9")
-    refused(lambda data: edit(data / metadata, data_format="arrow"), DataError, "stored as 'arrow'; expected 'hdf5'")
+    refused(lambda data: edit(data / metadata, data_format="arrow"), DataError, "data_format 'arrow'; expected 'hdf5'")
     refused(lambda data: edit(data / metadata, action_space=None), DataError, "has no action_space")
 
 

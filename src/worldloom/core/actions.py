@@ -27,7 +27,7 @@ def project(actions: Float[Tensor, "*axes A"], spec: ModelSpec, bounds: ActionBo
 class Walk(Config):
     """A random walk of actions: its direction drifts by `drift` per environment step.
 
-    At each step, direction and speed are sampled anew with probability `renewal`. The speed is between `slowest` and
+    At each step, direction and speed are resampled with probability `renewal`. The speed is between `slowest` and
     `fastest`; 1 is half the range of an action in a typical dimension. Actions are clamped to the bounds.
     """
 

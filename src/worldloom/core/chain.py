@@ -204,7 +204,9 @@ class Tail:
         for line in content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]:
             entry, why = read_entry(line + b"\n", self._head.length, self._head.hash)
             if entry is None:
-                raise DataError(f"{self.path} does not verify: entry {self._head.length} {why}")
+                raise DataError(
+                    f"{self.path} does not verify: entry {self._head.length} {why}. Restore the file from a copy"
+                )
             found.append(entry)
             self._offset += len(line) + 1
             self._head = ChainHead(length=entry.index + 1, hash=entry.hash)
@@ -221,7 +223,7 @@ def entries(path: Path | str, *, progress: Progress = SILENT) -> Iterator[Entry]
     with closing(_walk(Path(path), progress)) as walk:
         for entry, broken, why in walk:
             if entry is None:
-                raise DataError(f"{path} does not verify: entry {broken} {why}")
+                raise DataError(f"{path} does not verify: entry {broken} {why}. Restore the file from a copy")
             yield entry
 
 

@@ -116,7 +116,7 @@ class TwoRoomFactors(RoomFactors):
 
     @classmethod
     def draws(cls) -> dict[str, Draw]:
-        """Return how each factor is drawn when it varies."""
+        """Return the sampling function of each factor that may vary, by name."""
         return {
             **super().draws(),
             "wall": lambda rng: bool(rng.integers(2)),
@@ -158,7 +158,7 @@ class FourRoomsFactors(RoomFactors):
 
     @classmethod
     def draws(cls) -> dict[str, Draw]:
-        """Return how each factor is drawn when it varies."""
+        """Return the sampling function of each factor that may vary, by name."""
 
         def doors(rng: np.random.Generator) -> tuple[float, ...]:
             near, far = rng.uniform(10, 20, 2), rng.uniform(44, 54, 2)
@@ -242,7 +242,7 @@ class PitsFactors(RoomFactors):
 
     @classmethod
     def draws(cls) -> dict[str, Draw]:
-        """Return how each factor is drawn when it varies."""
+        """Return the sampling function of each factor that may vary, by name."""
 
         def pits(rng: np.random.Generator) -> tuple[float, ...]:
             return tuple(float(place) for place in rng.uniform(12, 52, 6))
@@ -304,7 +304,7 @@ class MazeFactors(RoomFactors):
 
     @classmethod
     def draws(cls) -> dict[str, Draw]:
-        """Return how each factor is drawn when it varies."""
+        """Return the sampling function of each factor that may vary, by name."""
         return {
             **super().draws(),
             "agent_radius": _uniform(1.5, 2.5),

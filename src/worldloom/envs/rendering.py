@@ -43,7 +43,7 @@ def load_mujoco(*, draws: bool = True, extra: str = "mujoco") -> Any:
     """Return the module `mujoco`, with an OpenGL that needs no display; without `draws`, OpenGL may be missing.
 
     Raises:
-        EnvironmentFailure: `mujoco` (a module of `extra`) is missing, or `draws` and no OpenGL backend is available.
+        EnvironmentFailure: `mujoco` (a module of `extra`) is missing, or `draws` is set and no OpenGL is available.
     """
     try:
         choose_gl()

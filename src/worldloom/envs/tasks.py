@@ -22,9 +22,9 @@ class TaskOptions(Config):
     """The requirements on a start and a goal. Distances are in px, steps at full speed along the shortest path.
 
     `split` requires start and goal in different rooms ("cross-room") or in the same room; the rooms of a maze are its
-    cells. `closes_after` closes a door after so many steps: the one whose closing makes the path longest without
-    blocking it. `obstructed` requires (True) or forbids (False) a wall or a pit on the straight line between them.
-    `in_a_pit` places the goal or the start in a pit.
+    cells. `closes_after` closes a door after so many steps: the door that makes the path longest when closed, but
+    does not block it. `obstructed` requires (True) or forbids (False) a wall or a pit on the straight line between
+    them. `in_a_pit` places the goal or the start in a pit.
     """
 
     split: Literal["any", "cross-room", "same-room"] = "any"

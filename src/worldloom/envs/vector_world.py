@@ -186,7 +186,7 @@ class VectorWorld:
     def step(self, actions: np.ndarray, rows: Int64[np.ndarray, "R"], *, by: str = "") -> Frame:
         """Apply one action in each environment (size, A) and return the frames of those in `rows`.
 
-        `by` is the source of the actions, with which messages about a wrong action begin.
+        Messages about a wrong action begin with `by`, the source of the actions.
 
         Raises:
             DataError: an action is not finite or out of bounds.

@@ -15,12 +15,12 @@ def derive_seed(root: int, *names: str | int) -> int:
 
 
 def numpy_generator(root: int, *names: str | int) -> np.random.Generator:
-    """Return NumPy's generator for the stream `names` under `root`."""
+    """Return a NumPy generator for the stream `names` under `root`."""
     return np.random.default_rng(derive_seed(root, *names))
 
 
 def torch_generator(root: int, *names: str | int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return PyTorch's generator for the stream `names` under `root`, on `device`."""
+    """Return a PyTorch generator for the stream `names` under `root`, on `device`."""
     return torch.Generator(device=device).manual_seed(derive_seed(root, *names))
 
 

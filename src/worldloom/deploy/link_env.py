@@ -19,8 +19,8 @@ _BOUND = 3.4e38  # finite float32 bounds, because the range of a sensor is unkno
 class LinkEnv(gymnasium.Env[Any, np.ndarray]):
     """A link as an environment: `step` sends the action and waits for the observation of the next period.
 
-    The plant runs on its own clock. A caller that steps more slowly than the rate misses periods, in which the plant's
-    watchdog acts; the info `missed` counts them, and the info `safe` is 1. Other infos are the plant's labels, `age`
+    The plant runs on its own clock. A caller that steps more slowly than the rate misses periods. The info `missed`
+    counts them; the plant's watchdog acts in them, so the info `safe` is 1. Other infos are the plant's labels, `age`
     (seconds between the arrival of an observation and the step that returns it) and `sequence`. The reward is always 0,
     and episodes do not end by themselves. `reset` calls `on_reset(seed)`, if set (for example, to ask an operator),
     then requests a new episode and waits `reset_timeout` seconds for it.

@@ -151,7 +151,7 @@ class VectorWorld:
         return self._frame(observations, infos, rows, none, none)
 
     def replay(self, seeds: Sequence[int], actions: Sequence[np.ndarray], where: Where) -> Frame:
-        """Start one episode per seed, apply its actions (K, A) and return the frames reached; K may differ.
+        """Start one episode per seed, apply its own K actions (K, A) and return the last frames.
 
         This needs a `VectorWorld` created with `native=False`.
 

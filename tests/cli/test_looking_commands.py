@@ -67,7 +67,7 @@ def test_a_damaged_run_is_named_and_the_others_are_listed(demo, worldloom, tmp_p
         Path(entry["run"]).name: entry for entry in json.loads(worldloom("runs", "list", str(tmp_path), "--json").out)
     }
     assert [name for name, entry in entries.items() if "recipe" in entry] == ["a", "d"]
-    assert "is not whole JSON" in entries["b"]["error"]
+    assert "is not valid JSON" in entries["b"]["error"]
     assert str(tmp_path / "c") in entries["c"]["error"]
     text = worldloom("runs", "list", str(tmp_path)).out
     assert "2 runs below" in text

@@ -204,7 +204,7 @@ def test_the_keys_of_a_party_are_made_once_and_what_others_need_is_printed(world
     key = json.loads(worldloom("weave", "key", str(tmp_path / "key.pem"), "--json").out)
     assert key == {"key": SigningKey(tmp_path / "key.pem").public, "path": str(tmp_path / "key.pem")}
     assert (tmp_path / "keys" / "hub-tls" / "server.pem").is_file()
-    assert "never written over" in refused(4, "weave", "keys", "north", "--out", keys)
+    assert "never overwritten" in refused(4, "weave", "keys", "north", "--out", keys)
 
 
 def test_data_shape_the_base_once_their_owner_says_so(simulated, worldloom, refused, tmp_path) -> None:

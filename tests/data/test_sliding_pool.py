@@ -91,7 +91,7 @@ def test_a_turn_mixes_all_segments_of_the_pool() -> None:
 
 def test_a_pool_of_nothing_is_refused() -> None:
     for windows, pool in ((0, 3), (3, 0)):
-        with pytest.raises(ConfigError, match="a pool needs windows"):
+        with pytest.raises(ConfigError, match="must be at least 1"):
             SlidingPool(windows, pool, seed=0)
 
 

@@ -94,7 +94,7 @@ def test_episodes_may_be_restricted(cache: Frames) -> None:
     windows = sampler.sample(200, np.random.default_rng(0))
     assert windows.observations.pixels is not None
     assert set(windows.observations.pixels[:, :, 0, 1, 0].ravel().tolist()) == {1, 3}
-    with pytest.raises(DataError, match="the data holds 4"):
+    with pytest.raises(DataError, match="within 0 to 3"):
         WindowSampler(cache, context=1, horizon=1, block=1, episodes=np.array([4]))
 
 

@@ -205,7 +205,7 @@ def test_ids_and_episodes_are_never_drawn_twice(tmp_path: Path) -> None:
         ({"latents": torch.zeros(2, 3)}, "of 4"),
         ({"actions": torch.zeros(2, 5)}, "action blocks"),
         ({"outcomes": ["a"]}, "1 outcomes for 2"),
-        ({"observations": Observations(vector=torch.zeros(2, 2))}, "takes pixels"),
+        ({"observations": Observations(vector=torch.zeros(2, 2))}, "expects pixels"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_kept(

@@ -1,4 +1,4 @@
-"""Our own store as a format, so that conversion goes both ways."""
+"""worldloom's own dataset as a format, so that conversion works in both directions."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +10,10 @@ from worldloom.formats.format import CLOCK, FORMATS, Format, Sink, Source
 
 
 class StoreSource(Source):
-    """An `EpisodeDataset`, episode by episode."""
+    """A source over an `EpisodeDataset`."""
 
     refused = ("camera", "vector", *CLOCK, "action_low", "action_high", "columns")
-    reason = "worldloom's own store holds one camera, one vector and one time base, and states its bounds"
+    reason = "a worldloom dataset has one camera, one vector and one time base, and stores its bounds"
 
     def begin(self) -> None:
         """Open the dataset."""
@@ -36,7 +36,7 @@ class StoreSource(Source):
 
 
 class StoreSink(Sink):
-    """Appends to an `EpisodeDataset`, with a commit for every 128 MiB of decoded data or 256 episodes."""
+    """Appends to an `EpisodeDataset`, with one commit per 128 MiB of decoded data or 256 episodes."""
 
     most_bytes, most_episodes = 2**27, 256
 
@@ -54,7 +54,7 @@ class StoreSink(Sink):
             self._dataset = EpisodeDataset.create(self.path, self.spec)
         if self._dataset.spec.to_json() != self.spec.to_json():
             raise DataError(
-                f"{self.path} holds other observations, actions or labels than the source; choose another path"
+                f"{self.path} has different observations, actions or labels from the source; choose another path"
             )
         return len(self._dataset)
 
@@ -63,11 +63,11 @@ class StoreSink(Sink):
         self._dataset.append(episodes)
 
     def complete(self) -> None:
-        """Do nothing: each commit is complete."""
+        """Do nothing, because the dataset is complete after each commit."""
 
 
 def _detects(path: Path) -> bool:
-    """Look for a Lance table that states our format."""
+    """Return whether `path` is a Lance table with worldloom's format in its metadata."""
     if not (path / "_versions").is_dir():
         return False
     metadata: dict[bytes, bytes] = open_table(path).schema.metadata or {}

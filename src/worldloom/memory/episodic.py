@@ -279,7 +279,7 @@ class EpisodicMemory(Closing):
         return before != (self._table.version, self._pending.ids.tolist())
 
     def prune(self, keep: int, *, seed: int = 0, progress: Progress = SILENT) -> int:
-        """Forget all but `keep` memories, by the strategy of `worldloom.memory.forgetting`; return how many went."""
+        """Forget all but `keep` memories; see `worldloom.memory.forgetting`. Return how many were forgotten."""
         self._writer()
         self._commit()
         memories = self.read()

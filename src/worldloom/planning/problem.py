@@ -173,7 +173,7 @@ class PlanningProblem:
         )
 
     def tightened(self, by: Mapping[str, float]) -> "PlanningProblem":
-        """Return the problem with tighter guardrails: 1.5 times the violations `by`, by name, is added to theirs."""
+        """Return the problem with tighter guardrails: `by` maps names to violations, added with a factor of 1.5."""
         extra = {name: 1.5 * amount for name, amount in by.items() if 0 < amount < math.inf}
         return self._with(
             guardrails=[

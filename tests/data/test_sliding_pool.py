@@ -110,9 +110,9 @@ def test_spans_hold_the_frames_of_the_windows(
     sampler = WindowSampler(dataset_frames(dataset), context=context, horizon=2, block=block)
     windows = (first + np.arange(count)) % len(sampler)
     expected: set[int] = set()
-    for begin, end in sampler._index.spans(windows).tolist():
+    for begin, end in sampler._spans(windows).tolist():
         expected |= set(range(begin, end + 1))
-    read = set(sampler._index.rows(windows)[0].reshape(-1).tolist())
+    read = set(sampler._rows(windows)[0].reshape(-1).tolist())
     assert read <= expected
     # No more than the gaps between the frames of a window.
     assert block > 1 or read == expected

@@ -99,7 +99,7 @@ def test_episodes_may_be_restricted(cache: Frames) -> None:
 
 
 def test_too_long_windows_say_what_is_there(cache: Frames) -> None:
-    with pytest.raises(DataError, match=r"needs 24 steps, and of the 4 episodes they have 3 to 20\. Shorten"):
+    with pytest.raises(DataError, match=r"needs 24 steps, but episodes have 3 to 20\. Shorten"):
         WindowSampler(cache, context=1, horizon=6, block=4)
     with pytest.raises(ConfigError, match="at least 1"):
         WindowSampler(cache, context=0, horizon=6, block=4)

@@ -69,7 +69,13 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What verification found: all entries up to `head` are whole, or the first that is `broken`, and why."""
+    """The result of a verification.
+
+    Attributes:
+        head: the head of the valid entries.
+        broken: the index of the first invalid entry; None if all are valid.
+        why: what is wrong with that entry.
+    """
 
     head: ChainHead
     broken: int | None = None
@@ -103,7 +109,7 @@ def _check_depth(value: Any, left: int) -> None:
 
 
 class Chain(Closing):
-    """A chain open for writing by one process; each entry is whole on the disk before `append` returns.
+    """A chain that is open for writing by one process. Each entry is on disk before `append` returns.
 
     Raises:
         StorageError: another process is writing the chain, or the file cannot be opened.
@@ -231,7 +237,7 @@ def verify(path: Path | str, *, kept: ChainHead | None = None, progress: Progres
             return Verdict(head=head, broken=head.length, why=why)
         head = entry.head
         if kept is not None and kept.length == head.length and kept != head:
-            return Verdict(head=head, broken=entry.index, why="is not the one that the kept head saw")
+            return Verdict(head=head, broken=entry.index, why="differs from the entry that the kept head recorded")
     if kept is not None and kept.length > head.length:
         why = f"and all later entries are missing: the kept head recorded {kept.length} entries"
         return Verdict(head=head, broken=head.length, why=why)
@@ -239,7 +245,7 @@ def verify(path: Path | str, *, kept: ChainHead | None = None, progress: Progres
 
 
 def _walk(path: Path, progress: Progress) -> Generator[tuple[Entry | None, str], None, None]:
-    """Yield each entry, or, at the first that is broken, None and why."""
+    """Yield (entry, ""), or, at the first invalid entry, (None, why)."""
     head = _EMPTY
     with (
         storage_errors(path),
@@ -256,7 +262,7 @@ def _walk(path: Path, progress: Progress) -> Generator[tuple[Entry | None, str],
 
 
 def read_entry(line: bytes, head: ChainHead) -> tuple[Entry | None, str]:
-    """Read the line of the entry that follows `head`, or return None and what is wrong with it."""
+    """Return (entry, "") of a line, or (None, why) if it is not the entry that follows `head`."""
     if not line.endswith(b"\n"):
         return None, "is truncated"
     try:

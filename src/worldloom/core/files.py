@@ -110,10 +110,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
     `path` therefore never contains an incomplete folder.
 
     Raises:
-        StorageError: the path exists already, or the disk refuses, also within the body.
+        StorageError: `path` already exists, or a read or write failed, also inside the body.
     """
     if path.exists():
-        raise StorageError(f"{path} exists already; choose another folder")
+        raise StorageError(f"{path} already exists; choose another folder")
     begun = path.with_name(f".{path.name}.begun")
     with storage_errors(path):
         shutil.rmtree(begun, ignore_errors=True)  # left by a killed process

@@ -25,7 +25,7 @@ def describe_hardware() -> dict[str, Any]:
 
 
 def matmul_peak(dtype: torch.dtype) -> float:
-    """Return the best rate of products of 1024 x 1024 matrices on the CPU within about 0.4 s, in FLOP/s."""
+    """Return the highest rate of 1024 x 1024 matrix products on the CPU, measured for about 0.4 s, in FLOP/s."""
     left = torch.ones(1024, 1024, dtype=dtype)
     best, end = float("inf"), time.perf_counter() + 0.4
     while time.perf_counter() < end:

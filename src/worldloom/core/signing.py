@@ -67,10 +67,10 @@ def make_key(path: Path | str) -> str:
 
 
 def write_key(path: Path | str, content: bytes, *, mode: int = 0o600) -> None:
-    """Write a new file with its mode, so that no other user can ever open a secret.
+    """Create a file with permissions `mode` from the start, so that no other user can open a secret.
 
     Raises:
-        StorageError: the file is there already, or cannot be written.
+        StorageError: the file already exists, or cannot be written.
     """
     with storage_errors(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,8 @@ BatchedT = TypeVar("BatchedT", bound="Batched")
 class Batched:
     """Base class of frozen dataclasses whose tensors share their leading axes; `value[rows]` indexes all of them.
 
-    Tensors are found wherever they lie: in a field, a tuple, a mapping or another `Batched`. Other values, and the
-    fields named in `whole`, belong to the batch as a whole and stay as they are.
+    Tensors are indexed in fields, tuples, mappings and other `Batched` values. Other values, and the fields named in
+    `whole`, belong to the whole batch and do not change.
     """
 
     whole: ClassVar[frozenset[str]] = frozenset()
@@ -127,7 +127,7 @@ class ActionSpec:
         """Return one action within the bounds, as float32.
 
         Raises:
-            DataError: it has another size, or is not finite.
+            DataError: the action has a different size, or is not finite.
         """
         values = np.asarray(action, np.float32).reshape(-1)
         if values.size != self.size or not np.isfinite(values).all():

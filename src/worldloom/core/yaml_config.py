@@ -29,7 +29,7 @@ def read_yaml(path: Path | str, kind: type[ConfigT]) -> ConfigT:
 
 
 def parse_yaml(text: str | bytes, kind: type[ConfigT], *, source: str = "the text") -> ConfigT:
-    """Build a configuration from YAML, which is UTF-8 where it is bytes.
+    """Build a configuration from YAML; bytes are decoded as UTF-8.
 
     Only plain values are read. Tags (which can construct objects), anchors (which can expand a small text enormously)
     and duplicate keys are rejected.
@@ -52,7 +52,9 @@ def _load(text: str | bytes, source: str) -> tuple[dict[str, Any], dict[Place, i
 
     content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if len(content) > _LARGEST:
-        raise ConfigError(f"{source} is larger than {_LARGEST} bytes; expected what a person writes")
+        raise ConfigError(
+            f"{source} is larger than {_LARGEST} bytes, the limit for a configuration; check the path, or shorten it"
+        )
     try:
         text = text if isinstance(text, str) else content.decode("utf-8")
     except UnicodeDecodeError as error:

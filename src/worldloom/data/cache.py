@@ -73,7 +73,7 @@ def _decode(
 
 
 def _write_frames(dataset: EpisodeDataset, path: Path, size: int, progress: Progress) -> None:
-    """Write all decoded frames, unless a file of their size is there."""
+    """Write all decoded frames, unless a file of the right size exists."""
     if path.exists() and path.stat().st_size == size:
         _log.info("using the decoded frames in %s", path)
         return

@@ -188,7 +188,7 @@ class ControlLoop:
         self._period = Period(number=-1)
         self._unanswered_before: int | None = None
         self.reading: PlantReading | None = None
-        """The newest reading that a period used."""
+        """The newest reading that any period used."""
         self._worker = _Worker(agent)
 
     def stop(self) -> None:

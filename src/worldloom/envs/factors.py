@@ -29,7 +29,7 @@ ClosingDoor = Literal["none", "up", "down", "left", "right"]
 
 @dataclass(frozen=True)
 class Draw:
-    """How a factor is drawn when it varies: an annotation of its field."""
+    """The sampling function of a factor that may vary; an annotation of its field."""
 
     value: Callable[[np.random.Generator], Any]
 
@@ -59,7 +59,7 @@ class RoomFactors(Config):
     """
 
     varies: ClassVar[tuple[str, ...]] = ()
-    """The factors that a world of this kind varies by default."""
+    """The factors that this environment varies by default."""
 
     agent_radius: Annotated[float, _uniform(1.5, 3.5)] = Field(2.5, ge=1, le=4)
     agent_speed: Annotated[float, _uniform(1.5, 3.0)] = Field(2.5, gt=0, le=4)
@@ -83,7 +83,7 @@ class RoomFactors(Config):
         return np.zeros((0, 4))
 
     def rooms(self, points: Float64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "P"]:
-        """Return the room that each point (x, y) lies in, -1 in a doorway; by default there is one, 0."""
+        """Return the index of the room that contains each point (x, y), -1 in a doorway; by default always 0."""
         return np.zeros(len(points), np.int64)
 
     def after(self, step: int) -> "RoomFactors":
@@ -184,7 +184,7 @@ class FourRoomsFactors(RoomFactors):
 
 @dataclass(frozen=True, kw_only=True)
 class Hazards:
-    """P round pits; the agent has fallen in where its centre lies within their radius of one's."""
+    """P round pits. The agent falls into a pit if its centre is within `pit_radius` of the pit's centre."""
 
     factors: "PitsFactors"
     centres: Float64[np.ndarray, "P 2"]

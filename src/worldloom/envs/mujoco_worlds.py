@@ -32,7 +32,7 @@ _FASTEST = 5.0  # m/s; the maximum speed of the maze's point along each axis
 
 
 class MuJoCoEnv(gymnasium.Env[Any, Any]):
-    """A model seen from `height` m above by one camera; copies in one process share the model and its renderer.
+    """Base class of MuJoCo environments with one camera, `height` m above; copies share the model and its renderer.
 
     With `draws` unset, it works without OpenGL until something is drawn.
     """
@@ -69,7 +69,7 @@ class MuJoCoEnv(gymnasium.Env[Any, Any]):
         return self._observe(), 0.0, False, False, self._infos()
 
     def render(self) -> UInt8[np.ndarray, "H W 3"]:
-        """Return the picture from above."""
+        """Return the camera's frame."""
         return draw(self._model, self._data, self._camera, self._size)
 
     def _place(self) -> None: ...

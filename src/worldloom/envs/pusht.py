@@ -63,7 +63,7 @@ class PushTEnv(gymnasium.Env[Any, Any]):
         return self.render(), 0.0, False, False, self._infos()
 
     def render(self) -> UInt8[np.ndarray, "H W 3"]:
-        """Return the picture that the agent sees: pymunk's own colours, without the original task's target."""
+        """Return the frame of the observation: pymunk's own colours, without the target of the original task."""
         self._surface.fill((255, 255, 255))
         self._physics.space.debug_draw(self._options)
         whole = np.ascontiguousarray(self._pixels(self._surface).transpose(1, 0, 2))
@@ -80,7 +80,7 @@ class PushTEnv(gymnasium.Env[Any, Any]):
 
 
 def _load() -> tuple[Any, Any, Any, Any]:
-    """Return the physics and what draws it: `pygame`, the options of pymunk's drawing, and `cv2`."""
+    """Return the simulation and its renderer: `pygame`, pymunk's drawing options, and `cv2`."""
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     try:
         with warnings.catch_warnings():

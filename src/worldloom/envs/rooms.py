@@ -185,7 +185,7 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
 
 
 class RoomEnv(gymnasium.Env[np.ndarray, np.ndarray]):
-    """One environment of a `RoomsVectorEnv`, a batch of one; it takes the same arguments but for `num_envs`."""
+    """A single environment of `RoomsVectorEnv`, with the same arguments except `num_envs`."""
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 - Gymnasium's own type
 

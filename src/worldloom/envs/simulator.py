@@ -62,8 +62,8 @@ class Simulator:
     def step(self, actions: Float64[np.ndarray, "N 2"], moving: Bool[np.ndarray, "N"]) -> None:
         """Move the agents by their speed times `actions` in [-1, 1] (turned and mirrored), plus the wind.
 
-        They move along x, then along y. Each axis stops at the first wall in its way, exactly, so that no speed passes
-        through one. An agent that fell into a deadly pit stays there.
+        Agents move along x, then along y. On each axis they stop exactly at the first wall, so that no speed passes
+        through a wall. Agents in a deadly pit do not move.
         """
         self._fallen_for += moving & self.fallen
         going = moving & ~self.fallen
@@ -83,7 +83,7 @@ class Simulator:
                 self._measure(int(row))
 
     def lost(self) -> Bool[np.ndarray, "N"]:
-        """Return the environments whose episode a fall has ended."""
+        """Return which episodes have ended by a fall into a pit."""
         lingers = np.array([0 if pits is None else pits.factors.linger for pits in self.hazards])
         return self.fallen & (self._fallen_for >= lingers)
 

@@ -209,7 +209,7 @@ class VectorWorld(Closing):
             )
 
     def labels(self, frame: Frame) -> dict[str, np.ndarray]:
-        """Return the numeric infos that all rows of a frame have, as float32 (R, L); the rest is left out."""
+        """Return the numeric infos that all rows of a frame have, as float32 (R, L); others are omitted."""
         labels: dict[str, np.ndarray] = {}
         for name, value in frame.infos.items():
             if name.startswith("_") or not isinstance(value, np.ndarray) or value.shape[:1] != (self.size,):
@@ -272,7 +272,7 @@ class VectorWorld(Closing):
 
 
 class _CopyFailure(Exception):
-    """One copy of the environment raised: its row is the argument, and its error the cause."""
+    """Raised when one copy of the environment raises: its row is the argument, the original error the cause."""
 
 
 class _Copy(gymnasium.Wrapper[Any, Any, Any, Any]):

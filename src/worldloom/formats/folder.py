@@ -60,7 +60,7 @@ class FolderSource(Source):
     """A source over a folder, with one episode per name. A name without a video or a table is skipped, with a note."""
 
     def begin(self) -> None:
-        """Find the files, and choose the columns by the first table."""
+        """Find the files, and choose the columns from the first table."""
         path, options = self.path, self.options
         refuse(options, ["camera"] if options.camera != NO_CAMERA else [], "a folder has one video per episode")
         if unknown := sorted(set(options.columns) - set(ROLES)):
@@ -264,7 +264,7 @@ class FolderSink(Sink):
     encoded, lossy_codec = True, LOSSY_CODEC
 
     def begin(self, *, resume: bool) -> int:
-        """Make the folder, and return how many tables it holds."""
+        """Create the folder, and return the number of tables in it."""
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         return count_files(self._table)

@@ -242,7 +242,7 @@ class Source(Closing, ABC):
         """Return frames in the size of the spec, and with one channel where it has one.
 
         Raises:
-            DataError: they still have another shape than the spec.
+            DataError: the shape still differs from the spec.
         """
         frames, expected = resize(frames, self.options.size), self.spec.observation.pixels
         if expected is not None and expected[2] == 1:
@@ -353,7 +353,7 @@ class Sink(Closing, ABC):
 
     @abstractmethod
     def begin(self, *, resume: bool) -> int:
-        """Prepare the place, and return how many whole episodes an earlier sink left there."""
+        """Prepare the path, and return the number of complete episodes that an earlier sink wrote there."""
 
     def write(self, episode: Episode) -> None:
         """Add one episode, and save the pending episodes if they reach a limit."""

@@ -153,7 +153,7 @@ class PartsSink(Sink):
         return [self.main, self.parts]
 
     def begin(self, *, resume: bool) -> int:
-        """Return how many episodes are in the file, or in parts where it is missing."""
+        """Return the number of episodes in the file, or in its parts if the file is missing."""
         self._complete = self.main.exists()
         if self._complete:
             with opened_hdf5(self.main) as file:

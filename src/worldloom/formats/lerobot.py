@@ -276,7 +276,7 @@ class LeRobotSource(Source):
 
 
 def _open_rows(path: Path) -> tuple[pq.ParquetFile, Int64[np.ndarray, "_"]]:
-    """Open a Parquet file; return it and where its row groups begin."""
+    """Open a Parquet file; return it and the first row of each row group."""
     file = pq.ParquetFile(path)
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
     return file, np.cumsum([0, *sizes])

@@ -160,7 +160,7 @@ def _numbered(row: Mapping[str, Any], prefix: str) -> dict[str, int]:
 
 
 def _place(row: Mapping[str, Any], data: Path, first: int, videos: Mapping[str, tuple[Path, float]]) -> EpisodePlace:
-    """Return the place of the episode that a row of meta/episodes describes."""
+    """Return the location of the episode that a row of meta/episodes describes."""
     number, own = int(row["episode_index"]), row.get(METADATA)
     foreign = {"episode": number, "tasks": [str(task) for task in row.get("tasks") or []]}
     return EpisodePlace(

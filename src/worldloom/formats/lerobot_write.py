@@ -51,7 +51,7 @@ class LeRobotSink(Sink):
     encoded, lossy_codec = True, LOSSY_CODEC
 
     def begin(self, *, resume: bool) -> int:
-        """Claim the place, and count the episodes that an earlier run wrote."""
+        """Claim the path, and count the episodes that an earlier run wrote."""
         path, options = self.path, self.options
         if options.fps != int(options.fps):
             raise ConfigError(f"LeRobot needs an integer frame rate; got fps={options.fps}")
@@ -192,7 +192,7 @@ class LeRobotSinkV2(LeRobotSink):
     version = "v2.1"
 
     def resumed(self) -> list[dict[str, Any]]:
-        """Return the lines that the Parquet files hold."""
+        """Return the lines of the Parquet files."""
         count = count_files(lambda number: self._file(V2_DATA, number))
         self._lines = [self._described(number, "worldloom") for number in range(count)]
         return self._lines

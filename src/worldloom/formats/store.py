@@ -41,11 +41,11 @@ class StoreSink(Sink):
     most_bytes, most_episodes = 2**27, 256
 
     def places(self) -> list[Path]:
-        """Return nothing: creating a dataset refuses what exists."""
+        """Do nothing: creating a dataset already refuses an existing one."""
         return []
 
     def begin(self, *, resume: bool) -> int:
-        """Open the dataset or create it, and return how many episodes it holds."""
+        """Open or create the dataset, and return its number of episodes."""
         try:
             if not resume:
                 raise MissingDataset

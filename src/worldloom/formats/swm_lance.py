@@ -165,7 +165,7 @@ class SwmLanceSink(Sink):
         return path if path.suffix == ".lance" else path / f"{path.name}.lance"
 
     def begin(self, *, resume: bool) -> int:
-        """Choose the columns, and return how many episodes the table holds."""
+        """Choose the columns, and return the number of episodes in the table."""
         spec = self.spec
         fields = [pa.field(EPISODE, pa.int32()), pa.field(STEP, pa.int32())]
         if spec.observation.pixels is not None:

@@ -52,7 +52,7 @@ def mean_over_ranks(values: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
 
 
 def _sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether the tensor is sharded. Without the module, which takes a second to load, no tensor is."""
+    """Return whether the tensor is sharded, without importing `torch.distributed.tensor`, which takes a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def make_fabric(config: TrainingConfig) -> "Fabric":
-    """Make and launch what `config` asks for.
+    """Create and launch the `Fabric` that `config` describes.
 
     Raises:
         ConfigError: torchrun did not start one process per device, or this machine does not support a setting.

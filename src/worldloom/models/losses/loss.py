@@ -61,19 +61,19 @@ class LossConfig(Component):
 
 
 class Formula(LossConfig):
-    """A loss without parameters: its configuration computes it."""
+    """The configuration of a loss without parameters, which also computes the loss."""
 
     def build(self, *, latent_dim: int, block_size: int) -> Loss:
-        """Build the module, whatever the sizes."""
+        """Build the module; `sizes` are not used."""
         return FormulaLoss(self)
 
     @abstractmethod
     def compute(self, inputs: LossInputs) -> Float[Tensor, ""]:
-        """Return the loss, not weighted; see `Loss`."""
+        """Return the unweighted loss; see `Loss`."""
 
 
 class FormulaLoss(Loss):
-    """The module of a `Formula`."""
+    """The `nn.Module` that evaluates a `Formula`."""
 
     def __init__(self, formula: Formula) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import read_json, write_json
 from worldloom.core.types import Episode
 from worldloom.data import decode_picture, metadata_json
-from worldloom.formats.format import FORMATS, Bounds, Contents, Format, chosen, flat, natural, spec_in, two_axes
+from worldloom.formats.format import Bounds, Contents, add_format, chosen, flat, natural, spec_in, two_axes
 from worldloom.formats.hdf5 import (
     OWN,
     Hdf5Source,
@@ -39,6 +39,8 @@ _MOST = 4096  # values of an observation that is not a picture
 
 class MinariSource(Hdf5Source):
     """The episodes in numeric order. `Discrete` becomes one-hot; text and the like are left out, with a note."""
+
+    format = "minari"
 
     def locate(self, path: Path) -> Path:
         """Return the directory of the two files, and read the metadata, which say how the rest is stored."""
@@ -109,7 +111,6 @@ class MinariSource(Hdf5Source):
             environment["env_spec"] = self._metadata["env_spec"]
         self.describe(
             Contents(
-                format="minari",
                 files=[where / METADATA, self.main],
                 action=size,
                 discrete=discrete,
@@ -373,12 +374,4 @@ def _plain(value: Any) -> Any:
     return plain if isinstance(plain, int | str) or np.isfinite(plain).all() else str(plain)
 
 
-FORMATS.register("minari")(
-    Format(
-        name="minari",
-        description="a dataset of Minari: data/metadata.json and data/main_data.hdf5",
-        detects=_detects,
-        open=MinariSource,
-        create=MinariSink,  # `minari.MinariDataset(PATH / "data")` opens what it writes
-    )
-)
+add_format(MinariSource, MinariSink, _detects, "a dataset of Minari: data/metadata.json and data/main_data.hdf5")

@@ -6,12 +6,13 @@ from pathlib import Path
 from worldloom.core.errors import DataError
 from worldloom.core.types import Episode
 from worldloom.data import FORMAT, EpisodeDataset, MissingDataset, open_table, resize
-from worldloom.formats.format import CLOCK, FORMATS, Format, Sink, Source
+from worldloom.formats.format import CLOCK, Sink, Source, add_format
 
 
 class StoreSource(Source):
     """An `EpisodeDataset`, episode by episode."""
 
+    format = "worldloom"
     refused = ("camera", "vector", *CLOCK, "action_low", "action_high", "columns")
     reason = "worldloom's own store holds one camera, one vector and one time base, and states its bounds"
 
@@ -74,12 +75,4 @@ def _detects(path: Path) -> bool:
     return metadata.get(b"format") == FORMAT.encode()
 
 
-FORMATS.register("worldloom")(
-    Format(
-        name="worldloom",
-        description="worldloom's own store: a Lance table, a row a frame",
-        detects=_detects,
-        open=StoreSource,
-        create=StoreSink,
-    )
-)
+add_format(StoreSource, StoreSink, _detects, "worldloom's own store: a Lance table, a row a frame")

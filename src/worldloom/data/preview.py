@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -74,7 +75,7 @@ def video(
 
 
 def encode_video(
-    target: str | BinaryIO,
+    target: str | BytesIO,
     pictures: Iterable[UInt8[np.ndarray, "H W 3"]],
     *,
     rate: int | Fraction,

@@ -5,13 +5,12 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from format_samples import SPEC, SPECS, SplitFormat, SplitSource, differences, make_episode, make_store
+from format_samples import SPEC, SPECS, Killed, SplitFormat, SplitSource, differences, kill_at, make_episode, make_store
 
 from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.types import Episode
@@ -43,7 +42,7 @@ def assert_same(there: list[Episode], expected: list[Episode]) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize("name", MINE)
+@pytest.mark.parametrize("name", sorted(FORMATS))
 def test_a_round_trip_changes_nothing(name: str, spec: Any, tmp_path: Path) -> None:
     ours = make_store(tmp_path / "ours", spec=spec)
     there = convert(tmp_path / "ours", tmp_path / "there", target_format=name, write=WriteOptions(lossless=True))
@@ -75,28 +74,6 @@ def test_the_report_is_saved_and_groups_what_repeats(tmp_path: Path, split: Spli
     assert not (tmp_path / "t.convert.jsonl").exists()
     assert convert(tmp_path, tmp_path / "t", source_format="split") == report  # complete: nothing is read again
     assert split.sources[-1].reads == []
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing that runs on leaving may tidy up."""
-
-
-def kill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: int, after: bool) -> None:
-    """Make the `when`-th call of a method the last one, before or after it has done its work."""
-    original: Callable[..., Any] = getattr(owner, name)
-    calls = 0
-
-    def killing(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == when and not after:
-            raise Killed
-        result = original(*args, **kwargs)
-        if calls == when:
-            raise Killed
-        return result
-
-    monkeypatch.setattr(owner, name, killing)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])

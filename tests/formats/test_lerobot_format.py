@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from format_samples import SPEC, SPECS, differences, make_episode, make_store, read_all
+from format_samples import SPEC, Killed, differences, kill_at, make_episode, make_store, read_all, smooth_pixels
 
 from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.types import ActionSpec, Episode, ObservationSpec
@@ -77,29 +77,9 @@ def test_lerobot_options(copy: Path) -> None:
     assert any("the log is faster than the steps" in note for note in notes)
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize("name", BOTH)
-def test_a_lossless_round_trip_changes_nothing(name: str, spec: DatasetSpec, tmp_path: Path) -> None:
-    ours = make_store(tmp_path / "ours", spec=spec)
-    there = convert(tmp_path / "ours", tmp_path / "there", target_format=name, write=WriteOptions(lossless=True))
-    back = convert(tmp_path / "there", tmp_path / "back")
-    assert (back.source_format, there.notes, back.notes) == (name, [], [])
-    returned = EpisodeDataset.open(tmp_path / "back")
-    assert returned.fingerprint() == ours.fingerprint()
-    assert (returned.spec.observation, returned.spec.action, returned.spec.labels) == (
-        spec.observation,
-        spec.action,
-        spec.labels,
-    )
-
-
 @pytest.mark.parametrize("name", BOTH)
 def test_video_changes_pixels_within_the_stated_psnr(name: str, tmp_path: Path) -> None:
-    y, x = np.mgrid[0:64, 0:64]
-    frames = np.stack(
-        [128 + 100 * np.sin((x + 3 * t) / 9) * np.cos((y + shift) / 11) for t in range(12) for shift in (0, 9, 20)]
-    )
-    pixels = frames.reshape(12, 3, 64, 64).transpose(0, 2, 3, 1).astype(np.uint8)
+    pixels = smooth_pixels(12)
     spec = DatasetSpec(observation=ObservationSpec(pixels=(64, 64, 3)), action=ActionSpec(low=(-1.0,), high=(1.0,)))
     actions = np.linspace(-1, 1, 11, dtype=np.float32)[:, None]
     ours = EpisodeDataset.create(tmp_path / "ours", spec)
@@ -144,10 +124,6 @@ def test_a_row_group_may_end_within_an_episode(copy: Path) -> None:
     assert [differences(*pair) for pair in zip(before, after, strict=True)] == [[], [], []]
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing that runs on leaving may tidy up."""
-
-
 @pytest.mark.parametrize("lossless", [False, True], ids=["video", "png"])
 @pytest.mark.parametrize(
     ("name", "function", "when"),
@@ -167,18 +143,8 @@ def test_a_kill_neither_loses_nor_repeats(
     monkeypatch.setattr(lerobot_write.LeRobotSinkV3, "most_episodes", 2)
     ours = make_store(tmp_path / "ours", (2, 3, 1, 4, 2))
     write = WriteOptions(lossless=lossless)
-    calls = 0
-    original: Callable[..., Any] = getattr(lerobot_write, function)
-
-    def killing(*args: Any, **more: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == when:
-            raise Killed
-        return original(*args, **more)
-
     with monkeypatch.context() as patch:
-        patch.setattr(lerobot_write, function, killing)
+        kill_at(patch, lerobot_write, function, when, after=False)
         patch.setattr(lerobot_write.LeRobotSinkV3, "close", lambda self: None)
         if function == "write_video" and lossless:
             convert(tmp_path / "ours", tmp_path / "there", target_format=name, write=write)

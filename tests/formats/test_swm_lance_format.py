@@ -10,7 +10,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 import pytest
-from format_samples import SPEC, SPECS, differences, make_episode, make_store
+from format_samples import SPEC, SPECS, Killed, differences, kill_at, make_episode, make_store, smooth_pixels
 from PIL import Image
 
 from worldloom.core.errors import ConfigError, DataError, WorldloomError
@@ -99,13 +99,7 @@ def test_a_lossless_round_trip_changes_nothing(spec: DatasetSpec, suffix: str, t
     there = convert(tmp_path / "ours", target, target_format=NAME, write=WriteOptions(lossless=True))
     back = convert(target, tmp_path / "back")
     assert (back.source_format, there.notes, back.notes) == (NAME, [], [])
-    returned = EpisodeDataset.open(tmp_path / "back")
-    assert returned.fingerprint() == ours.fingerprint()
-    assert (returned.spec.observation, returned.spec.action, returned.spec.labels) == (
-        spec.observation,
-        spec.action,
-        spec.labels,
-    )
+    assert EpisodeDataset.open(tmp_path / "back").fingerprint() == ours.fingerprint()  # of the spec, too
     where = target if suffix else target / "there.lance"
     schema = lance.dataset(str(where)).schema
     assert schema.field("episode_idx").type == schema.field("step_idx").type == pa.int32()
@@ -113,9 +107,7 @@ def test_a_lossless_round_trip_changes_nothing(spec: DatasetSpec, suffix: str, t
 
 
 def test_jpeg_changes_pixels_within_the_stated_psnr(tmp_path: Path) -> None:
-    y, x = np.mgrid[0:64, 0:64]
-    frames = [128 + 100 * np.sin((x + 3 * t) / 9) * np.cos((y + s) / 11) for t in range(6) for s in (0, 9, 20)]
-    pixels = np.stack(frames).reshape(6, 3, 64, 64).transpose(0, 2, 3, 1).astype(np.uint8)
+    pixels = smooth_pixels(6)
     spec = DatasetSpec(observation=ObservationSpec(pixels=(64, 64, 3)), action=ActionSpec(low=(-1.0,), high=(1.0,)))
     ours = EpisodeDataset.create(tmp_path / "ours", spec)
     ours.append([Episode(pixels=pixels, actions=np.zeros((5, 1), np.float32))])
@@ -131,24 +123,9 @@ def test_jpeg_changes_pixels_within_the_stated_psnr(tmp_path: Path) -> None:
 def test_a_kill_neither_loses_nor_repeats(after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swm_lance.SwmLanceSink, "most_episodes", 2)
     ours = make_store(tmp_path / "ours", (2, 3, 1, 4, 2))
-    calls = 0
-    save = swm_lance.SwmLanceSink.save
-
-    class Killed(BaseException):
-        pass
-
-    def killing(self: Any, episodes: list[Episode]) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 2 and not after:
-            raise Killed
-        save(self, episodes)
-        if calls == 2:
-            raise Killed
-
     write = WriteOptions(lossless=True)
     with monkeypatch.context() as patch:
-        patch.setattr(swm_lance.SwmLanceSink, "save", killing)
+        kill_at(patch, swm_lance.SwmLanceSink, "save", 2, after)
         patch.setattr(swm_lance.SwmLanceSink, "close", lambda self: None)
         with pytest.raises(Killed):
             convert(tmp_path / "ours", tmp_path / "there", target_format=NAME, write=write)

@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -56,32 +57,22 @@ class ChunkCache:
     ) -> bool:
         """Read rows of a chunk of `length` rows of `size` bytes into `out`; False if it is missing or damaged."""
         try:
-            descriptor = os.open(self.path(chunk), os.O_RDONLY)
+            with self.path(chunk).open("rb", buffering=0) as file:
+                return self._whole(chunk, file, size * length) and all(
+                    os.preadv(file.fileno(), [out[index].data], _HEADER + int(row) * size) == size
+                    for index, row in enumerate(rows)
+                )
         except FileNotFoundError:
             self._checked.pop(chunk, None)
-            return False
-        except OSError as error:
-            _log.warning("the cached chunk %s cannot be opened (%s); fetching it again", self.path(chunk), error)
-            return False
-        try:
-            if not self._whole(chunk, descriptor, size * length):
-                return False
-            for index, row in enumerate(rows):
-                if os.preadv(descriptor, [out[index].data], _HEADER + int(row) * size) != size:
-                    return False
         except OSError as error:
             _log.warning("the cached chunk %s cannot be read (%s); fetching it again", self.path(chunk), error)
-            return False
-        finally:
-            os.close(descriptor)
-        return True
+        return False
 
-    def _whole(self, chunk: int, descriptor: int, size: int) -> bool:
-        now, inode = time.monotonic(), os.fstat(descriptor).st_ino
+    def _whole(self, chunk: int, file: FileIO, size: int) -> bool:
+        now, inode = time.monotonic(), os.fstat(file.fileno()).st_ino
         known, noted = self._checked.get(chunk, (-1, -_TOUCH_SECONDS))
         if known != inode:
-            with os.fdopen(descriptor, "rb", closefd=False) as file:
-                content = file.read()
+            content = file.read()
             digest = hashlib.blake2b(memoryview(content)[_HEADER:], digest_size=16).digest()
             if len(content) != _HEADER + size or content[:_HEADER] != _MAGIC + digest:
                 _log.warning("the cached chunk %s is damaged; fetching it again", self.path(chunk))

@@ -23,12 +23,11 @@ from worldloom.core.types import Episode
 from worldloom.data import float_lists, metadata_json, to_rgb
 from worldloom.formats.arrow import is_binary, is_number, is_text, numbers, table_errors, write_parquet
 from worldloom.formats.format import (
-    FORMATS,
     NO_CAMERA,
     Contents,
-    Format,
     Sink,
     Source,
+    add_format,
     count_files,
     natural,
     refuse,
@@ -58,6 +57,8 @@ class _Roles:
 
 class FolderSource(Source):
     """A source over a folder, with one episode per name. A name without a video or a table is skipped, with a note."""
+
+    format = "folder"
 
     def begin(self) -> None:
         """Find the files, and choose the columns from the first table."""
@@ -96,7 +97,6 @@ class FolderSource(Source):
         channels = own.observation.pixels[2] if own and own.observation.pixels else 3
         self.describe(
             Contents(
-                format="folder",
                 files=[*self._videos.values(), *self._tables.values(), *([path / OWN_FILE] if own else [])],
                 action=sample.actions.shape[1],
                 pixels=(*frame_shape(self._videos[self._whole[0]]), channels) if self._pictures else None,
@@ -322,13 +322,10 @@ def _read_table(file: Path) -> pa.Table:
         return pq.read_table(file, partitioning=None) if file.suffix == ".parquet" else csv.read_csv(file)
 
 
-FORMATS.register("folder")(
-    Format(
-        name="folder",
-        description="a folder with NAME.mp4 (.mkv, .avi, .mov, .webm) and NAME.parquet or NAME.csv for each episode",
-        detects=_detects,
-        open=FolderSource,
-        create=FolderSink,
-        lossless_pixels=False,
-    )
+add_format(
+    FolderSource,
+    FolderSink,
+    _detects,
+    "a folder with NAME.mp4 (.mkv, .avi, .mov, .webm) and NAME.parquet or NAME.csv for each episode",
+    lossless_pixels=False,
 )

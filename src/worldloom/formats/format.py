@@ -73,7 +73,6 @@ class Contents:
     worldloom wrote; its bounds and environment take precedence.
     """
 
-    format: str
     files: Iterable[Path]  # the files that the fingerprint covers
     action: int  # number of values of an action
     discrete: bool = False
@@ -99,6 +98,7 @@ class Source(Closing, ABC):
         ConfigError: an option does not fit the data.
     """
 
+    format: str  # its name
     spec: DatasetSpec
     fingerprint: str
     notes: list[Note]
@@ -200,7 +200,7 @@ class Source(Closing, ABC):
         if pixels is not None:
             pixels = (*(self.options.size or pixels[:2]), pixels[2])
         environment = dict(contents.environment if own is None else own.environment)
-        environment |= {"format": contents.format, "source": contents.source or self.path.name}
+        environment |= {"format": self.format, "source": contents.source or self.path.name}
         self.spec = DatasetSpec(
             observation=ObservationSpec(pixels=pixels, vector=sum(contents.vector.values())),
             action=self._bounds(contents.action, found, stated=bounds is not None, discrete=discrete),
@@ -415,6 +415,27 @@ class Format:
 
 
 FORMATS: Registry[Format] = Registry("format")
+
+
+def add_format(
+    source: type[Source],
+    sink: type[Sink],
+    detects: Callable[[Path], bool],
+    description: str,
+    *,
+    lossless_pixels: bool = True,
+) -> None:
+    """Register the format that `source` names, with the sink that writes it; see `Format`."""
+    FORMATS.register(source.format)(
+        Format(
+            name=source.format,
+            description=description,
+            detects=detects,
+            open=source,
+            create=sink,
+            lossless_pixels=lossless_pixels,
+        )
+    )
 
 
 def refuse(options: ReadOptions, names: Sequence[str], why: str) -> None:

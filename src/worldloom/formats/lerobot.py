@@ -19,7 +19,7 @@ from worldloom.core.files import read_json, storage_errors
 from worldloom.core.types import Episode
 from worldloom.data import decode_picture, resize, to_rgb
 from worldloom.formats.arrow import is_list, is_number, table_errors
-from worldloom.formats.format import FORMATS, Contents, Format, Source, chosen, natural
+from worldloom.formats.format import Contents, Source, add_format, chosen, natural
 from worldloom.formats.lerobot_layout import (
     COUNTERS,
     INFO,
@@ -42,7 +42,6 @@ class LeRobotSource(Source):
     refused = ("columns",)
     reason = "LeRobot's layout has fixed column names"
     major: str  # version
-    format: str
     _stream: FrameStream | None = None  # the video that was read last
 
     def begin(self) -> None:
@@ -79,7 +78,6 @@ class LeRobotSource(Source):
         files |= set((path / "meta").rglob("*.json*")) | set((path / "meta").rglob("*.parquet"))
         self.describe(
             Contents(
-                format=self.format,
                 files=[file for file in files if file.exists()],
                 action=size,
                 range=layout.range if layout.range is not None and len(layout.range[0]) == size else None,
@@ -307,17 +305,17 @@ def _states(major: str, path: Path) -> bool:
     return str(info["codebase_version"]).startswith("v2") == (major == "v2")
 
 
-for _source, _sink, _description in (
-    (LeRobotSourceV2, LeRobotSinkV2, "version 2.1: meta/info.json, a Parquet file and videos for each episode"),
-    (LeRobotSourceV3, LeRobotSinkV3, "version 3.0: meta/info.json, several episodes in each Parquet file and video"),
-):
-    FORMATS.register(_source.format)(
-        Format(
-            name=_source.format,
-            description=f"a dataset of LeRobot, {_description}",
-            detects=partial(_states, _source.major),
-            open=_source,
-            create=_sink,
-            lossless_pixels=False,
-        )
-    )
+add_format(
+    LeRobotSourceV2,
+    LeRobotSinkV2,
+    partial(_states, "v2"),
+    "a dataset of LeRobot, version 2.1: meta/info.json, a Parquet file and videos for each episode",
+    lossless_pixels=False,
+)
+add_format(
+    LeRobotSourceV3,
+    LeRobotSinkV3,
+    partial(_states, "v3"),
+    "a dataset of LeRobot, version 3.0: meta/info.json, several episodes in each Parquet file and video",
+    lossless_pixels=False,
+)

@@ -16,7 +16,7 @@ from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import read_json, write_json
 from worldloom.core.types import Episode
 from worldloom.data import decode_picture, metadata_json
-from worldloom.formats.format import FORMATS, Bounds, Contents, Format, chosen, flat, natural, spec_in, two_axes
+from worldloom.formats.format import Bounds, Contents, add_format, chosen, flat, natural, spec_in, two_axes
 from worldloom.formats.hdf5 import (
     OWN,
     Hdf5Source,
@@ -42,6 +42,8 @@ class MinariSource(Hdf5Source):
 
     `Discrete` values become one-hot; values that are not numeric are left out, with a note.
     """
+
+    format = "minari"
 
     def locate(self, path: Path) -> Path:
         """Return the directory of the two files, and read the metadata."""
@@ -113,7 +115,6 @@ class MinariSource(Hdf5Source):
             environment["env_spec"] = self._metadata["env_spec"]
         self.describe(
             Contents(
-                format="minari",
                 files=[where / METADATA, self.main],
                 action=size,
                 discrete=discrete,
@@ -385,12 +386,4 @@ def _plain(value: Any) -> Any:
     return plain if isinstance(plain, int | str) or np.isfinite(plain).all() else str(plain)
 
 
-FORMATS.register("minari")(
-    Format(
-        name="minari",
-        description="a dataset of Minari: data/metadata.json and data/main_data.hdf5",
-        detects=_detects,
-        open=MinariSource,
-        create=MinariSink,  # `minari.MinariDataset(PATH / "data")` opens what it writes
-    )
-)
+add_format(MinariSource, MinariSink, _detects, "a dataset of Minari: data/metadata.json and data/main_data.hdf5")

@@ -10,7 +10,7 @@ import numpy as np
 from worldloom.core.errors import DataError
 from worldloom.core.types import Episode
 from worldloom.data import metadata_json
-from worldloom.formats.format import FORMATS, Contents, Format, action_range, chosen, natural, spec_in, spec_values
+from worldloom.formats.format import Contents, action_range, add_format, chosen, natural, spec_in, spec_values
 from worldloom.formats.hdf5 import (
     OWN,
     Hdf5Source,
@@ -30,6 +30,8 @@ _UNIT = 1.0 + 1e-6  # robomimic expects actions in [-1, 1]
 
 class RobomimicSource(Hdf5Source):
     """A source over a robomimic file, in the order of demo numbers; `next_obs`, if it exists, adds the last frame."""
+
+    format = "robomimic"
 
     def describe_file(self) -> None:
         """Choose the columns from the first demo."""
@@ -88,7 +90,6 @@ class RobomimicSource(Hdf5Source):
             environment["env_args"] = json_or_text(data.attrs["env_args"])
         self.describe(
             Contents(
-                format="robomimic",
                 files=[self.path],
                 action=size,
                 bounds=([-1.0] * size, [1.0] * size) if unit else None,
@@ -225,12 +226,4 @@ def _strings(value: Any) -> list[str]:
     return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
 
 
-FORMATS.register("robomimic")(
-    Format(
-        name="robomimic",
-        description="an HDF5 file of robomimic: data/demo_K with actions and obs/KEY",
-        detects=_detects,
-        open=RobomimicSource,
-        create=RobomimicSink,
-    )
-)
+add_format(RobomimicSource, RobomimicSink, _detects, "an HDF5 file of robomimic: data/demo_K with actions and obs/KEY")

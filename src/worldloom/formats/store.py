@@ -6,12 +6,13 @@ from pathlib import Path
 from worldloom.core.errors import DataError
 from worldloom.core.types import Episode
 from worldloom.data import FORMAT, EpisodeDataset, MissingDataset, open_table, resize
-from worldloom.formats.format import CLOCK, FORMATS, Format, Sink, Source
+from worldloom.formats.format import CLOCK, Sink, Source, add_format
 
 
 class StoreSource(Source):
     """A source over an `EpisodeDataset`."""
 
+    format = "worldloom"
     refused = ("camera", "vector", *CLOCK, "action_low", "action_high", "columns")
     reason = "a worldloom dataset has one camera, one vector and one time base, and stores its bounds"
 
@@ -74,12 +75,4 @@ def _detects(path: Path) -> bool:
     return metadata.get(b"format") == FORMAT.encode()
 
 
-FORMATS.register("worldloom")(
-    Format(
-        name="worldloom",
-        description="worldloom's own store: a Lance table, a row a frame",
-        detects=_detects,
-        open=StoreSource,
-        create=StoreSink,
-    )
-)
+add_format(StoreSource, StoreSink, _detects, "worldloom's own store: a Lance table, a row a frame")

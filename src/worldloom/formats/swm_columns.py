@@ -39,7 +39,6 @@ class ChosenColumns:
         self,
         columns: Columns,
         *,
-        format: str,
         files: Iterable[Path],
         pixels: tuple[int, int, int] | None,
         own: DatasetSpec | None,
@@ -48,7 +47,6 @@ class ChosenColumns:
         sizes = {name: int(np.prod(shape[1:])) for name, (shape, _) in columns.items()}
         vector = {name: sizes[name] for name in self.vector}
         return Contents(
-            format=format,
             files=files,
             action=sizes[ACTION],
             pixels=pixels,

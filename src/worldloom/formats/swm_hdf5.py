@@ -12,7 +12,7 @@ import numpy as np
 
 from worldloom.core.errors import DataError
 from worldloom.core.types import Episode
-from worldloom.formats.format import FORMATS, Format, flat, only_one, spec_in, two_axes, with_last_action
+from worldloom.formats.format import add_format, flat, only_one, spec_in, two_axes, with_last_action
 from worldloom.formats.hdf5 import Hdf5Source, PartsSink, h5py, hdf5_errors, is_hdf5, opened_hdf5, own_attribute
 from worldloom.formats.swm_columns import (
     ACTION,
@@ -29,6 +29,8 @@ from worldloom.formats.swm_columns import (
 
 class SwmHdf5Source(Hdf5Source):
     """A source over one HDF5 file, or a directory with one such file."""
+
+    format = "swm-hdf5"
 
     def locate(self, path: Path) -> Path:
         """Return the path of the file."""
@@ -63,7 +65,7 @@ class SwmHdf5Source(Hdf5Source):
         numbers = {name: column for name, column in columns.items() if name not in self._text}
         self._chosen = choose_columns(self, numbers, own)
         pixels = columns[self._chosen.camera][0][1:] if self._chosen.camera else None
-        self.describe(self._chosen.contents(numbers, format="swm-hdf5", files=[self.path], pixels=pixels, own=own))
+        self.describe(self._chosen.contents(numbers, files=[self.path], pixels=pixels, own=own))
 
     def actions(self) -> Iterator[np.ndarray]:
         """Yield the actions of each episode except its last."""
@@ -144,12 +146,9 @@ def _extend(file: Any, name: str, column: np.ndarray) -> None:
     file[name][there:] = column
 
 
-FORMATS.register("swm-hdf5")(
-    Format(
-        name="swm-hdf5",
-        description="an HDF5 file of stable-worldmodel (or a directory with one): columns with ep_len and ep_offset",
-        detects=_detects,
-        open=SwmHdf5Source,
-        create=SwmHdf5Sink,
-    )
+add_format(
+    SwmHdf5Source,
+    SwmHdf5Sink,
+    _detects,
+    "an HDF5 file of stable-worldmodel (or a directory with one): columns with ep_len and ep_offset",
 )

@@ -24,7 +24,7 @@ from worldloom.data import (
     open_table,
 )
 from worldloom.formats.arrow import is_binary, is_number, is_text, numbers
-from worldloom.formats.format import CLOCK, FORMATS, Format, Sink, Source, only_one, with_last_action
+from worldloom.formats.format import CLOCK, Sink, Source, add_format, only_one, with_last_action
 from worldloom.formats.swm_columns import ACTION, METADATA, PIXELS, RESERVED, VECTOR, choose_columns, metadata_column
 
 EPISODE, STEP = "episode_idx", "step_idx"
@@ -35,6 +35,7 @@ QUALITY = 95  # JPEG quality, the same as stable-worldmodel's
 class SwmLanceSource(Source):
     """A source over one table, or a directory with one. Columns have the same roles as in the HDF5 files."""
 
+    format = "swm-lance"
     refused = (*CLOCK, "columns")
     reason = "this layout has no timestamps, and its column names are fixed"
 
@@ -66,7 +67,7 @@ class SwmLanceSource(Source):
         self._chosen = choose_columns(self, columns, self._own)
         files = (file for file in self.path.rglob("*") if file.is_file())
         shape = self._picture_shape()
-        self.describe(self._chosen.contents(columns, format="swm-lance", files=files, pixels=shape, own=self._own))
+        self.describe(self._chosen.contents(columns, files=files, pixels=shape, own=self._own))
 
     def locate(self, path: Path) -> Path:
         """Return the path of the table."""
@@ -236,15 +237,10 @@ def _width(kind: pa.DataType) -> int:
     return int(is_number(kind))
 
 
-FORMATS.register("swm-lance")(
-    Format(
-        name="swm-lance",
-        description=(
-            "a Lance table of stable-worldmodel (or a directory with one): episode_idx, step_idx, encoded pictures"
-        ),
-        detects=_detects,
-        open=SwmLanceSource,
-        create=SwmLanceSink,
-        lossless_pixels=False,
-    )
+add_format(
+    SwmLanceSource,
+    SwmLanceSink,
+    _detects,
+    "a Lance table of stable-worldmodel (or a directory with one): episode_idx, step_idx, encoded pictures",
+    lossless_pixels=False,
 )

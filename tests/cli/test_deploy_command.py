@@ -97,9 +97,9 @@ def test_a_run_drives_the_plant_and_keeps_its_report(
     ("code", "change", "message"),
     [
         (2, {"--safe-action": "still"}, "zero, hold or 2 comma-separated values"),
-        (2, {"--safe-action": "5,0"}, "does not take the safe action"),
-        (2, {"--rate": "10"}, "sends 20 observations a second"),
-        (2, {"--deadline-ms": "60"}, "must be within the period"),
+        (2, {"--safe-action": "5,0"}, "does not accept the safe action"),
+        (2, {"--rate": "10"}, "sends 20 observations per second"),
+        (2, {"--deadline-ms": "60"}, "at most the period"),
         (2, {"--late": "never"}, "discard or use"),
         (2, {"--connect": "nowhere"}, "expected tcp://HOST:PORT or unix:PATH"),
         (6, {"--connect": "tcp://127.0.0.1:1"}, "no plant answers"),

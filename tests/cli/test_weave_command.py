@@ -168,7 +168,7 @@ def test_a_base_is_released_through_the_gates_of_the_constitution_alone(
     assert json.loads(answer) == {"released": str(into)}
     assert {path.name for path in into.iterdir()} >= {"base.json", "model_card.md", "ledger.jsonl"}
     asked = ["weave", "release", str(out / "rounds"), *rules, "--into"]
-    assert "exists already" in refused(4, *asked, str(into))
+    assert "already exists" in refused(4, *asked, str(into))
     constitution = read_constitution(out / "constitution.yaml")
     strict = constitution.model_copy(update={"release": Release(rounds=3, contributors=3, max_loss=0.0)})
     # The same ledger under stricter gates: of these rules it would not verify, which is said first.

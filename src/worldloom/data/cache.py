@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 def load_cache(
     dataset: EpisodeDataset, mode: Mode = "auto", *, directory: Path | None = None, progress: Progress = SILENT
 ) -> Frames:
-    """Decode a dataset into memory ("ram") or into a file that is mapped ("mmap").
+    """Decode a dataset into memory ("ram") or into a memory-mapped file ("mmap").
 
     "auto" uses memory if the frames need less than a quarter of the available memory and torchrun runs no other
     process on this machine. The file is in `directory` (default: PATH.cache beside the dataset) and is named after the
@@ -44,7 +44,7 @@ def load_cache(
                 on_this_machine() == 1
             )  # several processes share one mapped file, so that the frames are decoded once
             mode = "ram" if alone and size < psutil.virtual_memory().available / 4 else "mmap"
-        if mode == "ram" or size == 0:  # no file of no bytes can be mapped
+        if mode == "ram" or size == 0:  # an empty file cannot be mapped
             pixels = np.empty(shape, np.uint8)
             for _ in _decode(dataset, progress, pixels):
                 pass

@@ -108,7 +108,7 @@ class EpisodeDataset:
         return with_retries(attempt, str(path), retry_seconds, doing="opened", retried=(Unanswered,))
 
     def _pin(self, table: Any) -> None:
-        rows = self._whole(table, ["step"])  # opens every file, which finds one that is cut
+        rows = self._whole(table, ["step"])  # opens every file, which detects truncated files
         steps = rows["step"].to_numpy().astype(np.int64)
         starts = np.flatnonzero(steps == 0)
         counts = np.diff(np.append(starts, len(steps)))

@@ -84,7 +84,7 @@ def encode_video(
     container: str = "mp4",
     options: Mapping[str, str] | None = None,
 ) -> None:
-    """Encode RGB pictures of one size as a video, `rate` per second; `container`, `codec` and `options` as in FFmpeg."""
+    """Encode RGB pictures of one size as a video, `rate` per second; other options as in FFmpeg."""
     import av
 
     with av.open(target, "w", format=container) as output:

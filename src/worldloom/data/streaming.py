@@ -44,7 +44,7 @@ class DataConfig(Config):
 
 
 def load_frames(dataset: EpisodeDataset, config: DataConfig | None = None, *, progress: Progress = SILENT) -> Frames:
-    """Open the frames of a dataset by `config`.
+    """Open the frames of a dataset as `config` specifies.
 
     Raises:
         DataError, StorageError: see `load_cache` and `stream_frames`.

@@ -188,7 +188,7 @@ class ControlLoop:
         self._period = Period(number=-1)
         self._unanswered_before: int | None = None
         self.reading: PlantReading | None = None
-        """The newest reading that any period used."""
+        """The latest reading that a period used."""
         self._worker = _Worker(agent)
 
     def stop(self) -> None:
@@ -212,7 +212,7 @@ class ControlLoop:
         if self.report.ended != "running" or self._schedule is not None:
             raise ConfigError("a control loop can run only once; create a new one")
         self._worker.aim(goal)
-        # How often Python switches threads during planning; the default of 5 ms is a tenth of a period.
+        # Python's interval for switching threads during planning; the default of 5 ms can be a tenth of a period.
         switching = sys.getswitchinterval()
         sys.setswitchinterval(min(switching, 0.001))
         ended = "failed"
@@ -241,7 +241,7 @@ class ControlLoop:
 
     def _drive(self, first: PlantReading, duration: float | None) -> None:
         period = 1 / self._rate
-        # The loop wakes shortly after the plant's observations, so that network jitter does not matter.
+        # The loop wakes up shortly after the plant's observations arrive, so that network jitter does not matter.
         start = first.arrived + 0.05 * period
         while start < time.monotonic():
             start += period

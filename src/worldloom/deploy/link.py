@@ -64,7 +64,7 @@ class PlantReading:
 
 
 class Link(Closing, ABC):
-    """Receives the newest observation of a plant and sends it actions; methods may be called from any thread.
+    """A connection to a plant: receives its newest observation and sends it actions. All methods are thread-safe.
 
     `counts` counts observations: `received`; `unread` (replaced by a newer one before `receive` was called); `lost`
     (never arrived); and `out of order` (arrived late and dropped). `overdue` are the sequence numbers of observations
@@ -193,7 +193,7 @@ class CallbackLink(Link):
             except LinkError as error:
                 self._fail(error)
             except Exception as error:  # any error of the user's function is raised by the next `receive`
-                self._fail(LinkError(f"reading failed: {type(error).__name__}: {error}"))
+                self._fail(LinkError(f"the function 'read' raised {type(error).__name__}: {error}. Repair it"))
 
 
 class SocketLink(Link):

@@ -21,7 +21,7 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 Colour = tuple[Byte, Byte, Byte]
 Near = Annotated[float, Field(ge=8, le=22)]  # a door in the half of a wall that starts at 0
 Far = Annotated[float, Field(ge=42, le=56)]  # ... and in the half that ends at 64
-Place = Annotated[float, Field(ge=8, le=56)]  # of the middle of a pit
+Place = Annotated[float, Field(ge=8, le=56)]  # a coordinate of the centre of a pit
 Axis = Literal["vertical", "horizontal"]
 DOORS = ("up", "down", "left", "right")  # of four rooms
 ClosingDoor = Literal["none", "up", "down", "left", "right"]
@@ -188,7 +188,7 @@ class Hazards:
 
     factors: "PitsFactors"
     centres: Float64[np.ndarray, "P 2"]
-    velocities: Float64[np.ndarray, "P 2"]  # px a step
+    velocities: Float64[np.ndarray, "P 2"]  # px per step
 
     def depth(self, points: Float64[np.ndarray, "M 2"]) -> Float64[np.ndarray, "M"]:
         """Return the distance in px from each point to the edge of the nearest pit; negative outside."""

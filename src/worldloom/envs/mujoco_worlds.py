@@ -65,7 +65,7 @@ class MuJoCoEnv(gymnasium.Env[Any, Any]):
         """Apply `action` for one control step."""
         self._act(np.clip(np.asarray(action, np.float64), -1.0, 1.0))
         self._mujoco.mj_step(self._model, self._data, nstep=self._substeps)
-        self._mujoco.mj_forward(self._model, self._data)  # what is seen and told is the state that was reached
+        self._mujoco.mj_forward(self._model, self._data)  # so that frames and infos show the state after the step
         return self._observe(), 0.0, False, False, self._infos()
 
     def render(self) -> UInt8[np.ndarray, "H W 3"]:
@@ -85,7 +85,7 @@ class MuJoCoEnv(gymnasium.Env[Any, Any]):
 
 
 class ReacherEnv(MuJoCoEnv):
-    """A two-link arm in the plane, by the physics of Gymnasium's Reacher-v5 (0.02 s a step).
+    """A two-link arm in the plane, with the physics of Gymnasium's Reacher-v5 (0.02 s per step).
 
     Observation: uint8 pixels (size, size, 3); one frame does not show velocities. Action: a torque for each joint in
     [-1, 1], scaled by `torque`, a fraction of Gymnasium's largest torque, under which the arm would spin. Infos:
@@ -113,7 +113,7 @@ class ReacherEnv(MuJoCoEnv):
 
 
 class PointMazeEnv(MuJoCoEnv):
-    """A point with mass in a maze of 1-m cells, by the figures of Gymnasium-Robotics' PointMaze.
+    """A point mass in a maze of 1 m cells, with the parameters of Gymnasium-Robotics' PointMaze.
 
     `layout` is one of `LAYOUTS`. Observation: uint8 pixels (size, size, 3). Action: a force along x and y in
     [-1, 1] times 100 N, applied for `substeps` of 0.01 s. Infos: `position` (x, y) in metres from the maze's centre.

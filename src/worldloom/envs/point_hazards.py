@@ -19,8 +19,8 @@ HAZARDS = 8
 RADIUS = 0.2  # m, the radius of a hazard
 EXTENT = 1.5  # m, from the centre to the edge
 BINS = 16
-_SIGHT = 3.0  # m
-_CLEAR = 0.2  # m from the edge of a hazard where nothing begins or is to be reached
+_SIGHT = 3.0  # m, the range of the lidar
+_CLEAR = 0.2  # m around hazards without starts and goals
 _TRIES = 10_000
 
 
@@ -35,7 +35,7 @@ class PointHazardsTask(Config):
 
 
 class PointHazardsEnv(MuJoCoEnv):
-    """A point robot that drives and turns among eight hazards (0.1 s a step).
+    """A point robot that drives and turns among eight hazards (0.1 s per step).
 
     The hazards' positions are random in each episode, or fixed by the seed `layout`.
 

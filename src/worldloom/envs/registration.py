@@ -4,7 +4,7 @@ import gymnasium
 
 from worldloom.envs.factors import WORLDS
 
-# Worlds on a physics engine of an extra; the class is imported when the world is made.
+# Environments that need an extra; the class is imported when the environment is created.
 _PHYSICS = {
     "worldloom/PushT-v0": "worldloom.envs.pusht:PushTEnv",
     "worldloom/Reacher-v0": "worldloom.envs.mujoco_worlds:ReacherEnv",

@@ -302,15 +302,15 @@ class Source(Closing, ABC):
 
 
 class Sink(Closing, ABC):
-    """A dataset being written; a context manager. Leaving it after an error keeps whole episodes.
+    """A dataset opened for writing; a context manager, which keeps complete episodes if an error occurs.
 
     `written` is the number of whole episodes that the dataset held when it was opened; with `resume`, the sink
     continues what an earlier one began at `path`. Whole episodes are saved together once they reach `most_bytes`
     (decoded) or `most_episodes`. A process killed at any moment leaves only whole episodes, in order.
 
-    `layout` names what is written in messages. It does not take labels with a name in `reserved` or with the character
-    `forbidden`, nor, if pictures are `encoded`, other than 1 or 3 channels. Without `lossless`, pixels go through
-    `lossy_codec`, if it names one.
+    `layout` names what is written in messages. Labels with a name in `reserved` or with the character `forbidden`
+    are errors. If pictures are `encoded`, they must have 1 or 3 channels. `lossy_codec` is the codec for pixels unless
+    the option `lossless` is set; None means that pixels are stored without loss.
 
     Raises:
         DataError: something else is at `path`, or the format cannot store such data.

@@ -105,7 +105,7 @@ class LeRobotSource(Source):
                 table = self._rows(entry, self._actions)
                 yield self._joined_actions(table, str(entry.data))
             except (DataError, StorageError):
-                continue  # raised again, or noted, when it is read
+                continue  # `read` raises or notes it
 
     def read(self, index: int) -> list[Episode]:
         """Return the parts of an episode between gaps."""

@@ -310,7 +310,7 @@ class LeRobotSinkV3(LeRobotSink):
         self.describe({**megabytes, "data_path": V3_DATA, "video_path": V3_VIDEO if self.video else None})
 
     def _task_table(self) -> pa.Table:
-        # As pandas writes a frame whose index is the tasks, which is how LeRobot reads them.
+        # The form of a pandas data frame with the tasks as index, which LeRobot expects.
         def column(name: str | None, field: str | None, pandas_type: str, numpy_type: str) -> dict[str, str | None]:
             types = {"pandas_type": pandas_type, "numpy_type": numpy_type}
             return {"name": name, "field_name": field, **types, "metadata": None}

@@ -318,7 +318,7 @@ def _detects(path: Path) -> bool:
     try:
         metadata = read_json(data / METADATA)
     except StorageError:
-        return (data / MAIN).is_file()  # opening says what is wrong
+        return (data / MAIN).is_file()  # `open` reports the problem
     return isinstance(metadata, dict) and "total_episodes" in metadata and "data_format" in metadata
 
 

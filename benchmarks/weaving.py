@@ -1,14 +1,18 @@
-"""Owners of different worlds: success at home with a model of their own, with the shared one, and with pooled data.
+"""Owners of different worlds: success in their own world with their own model, the shared model, and pooled data.
 
     python benchmarks/weaving.py [--consortium examples/five_owners.yaml] [--seeds 0 1 2] [--episodes 50] [--threads 1]
 
-For each seed there are four ways: each owner trains alone; all owners share everything but statistics, so that their
-action conventions clash; all owners share a model with sovereign stems; and one model trains on all logs in one action
-convention, an upper bound that needs the data in one place. All begin with the same base and take as many steps.
-Success is measured on the protocol's goals in the owner's own world, by tree search; a single room has no goals across
-rooms. The results go to benchmarks/results/weaving.json. Results of a seed are stored beside it and reused, unless
-`--anew` is set. `--quick` only tries the script, and stores nothing.
-"""
+For each seed, the benchmark compares four ways to train a model:
+
+- each owner trains alone;
+- all owners share everything except statistics, so that their action conventions conflict;
+- all owners share a model with sovereign stems;
+- one model trains on all logs in one action convention, an upper bound that needs the data in one place.
+
+All start from the same base and train for the same number of steps. Success is measured with tree search, on the
+protocol's goals in the owner's own world; a single room has no goals in another room. The results go to
+benchmarks/results/weaving.json. Results of a seed are stored beside it and reused, unless `--anew` is set. `--quick`
+only tries the script, and stores nothing."""
 
 import argparse
 import hashlib
@@ -83,13 +87,13 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 class Bench:
-    """The ways to a model for one seed, and the owners' success with each."""
+    """The four ways to train a model for one seed, and the owners' success with each."""
 
     def __init__(
         self, config: ConsortiumConfig, seed: int, arguments: argparse.Namespace, settings: Mapping[str, Any]
     ) -> None:
         self._config, self._seed, self._episodes = config, seed, arguments.episodes
-        # A run that was killed is taken up, one under other settings never.
+        # An interrupted run is resumed; a run with different settings never is.
         name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
         self._root: Path = arguments.runs / name / str(seed)
         if arguments.anew:
@@ -131,7 +135,7 @@ class Bench:
 
 
 def last_losses(rounds: Path) -> dict[str, float]:
-    """Return what each member loses on its held-out episodes under the last base, before fine-tuning."""
+    """Return each member's loss on its held-out episodes under the last base, before fine-tuning."""
     *_, last = Records(rounds / "ledger.jsonl").entries("round")
     return {name: after for name, (_, after) in last.body["facts"]["evaluation"]["owners"].items()}
 
@@ -164,7 +168,7 @@ def alone(config: ConsortiumConfig, name: str, path: Path, data: Path | str, see
 
 
 def plain(factors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the factors without a convention of actions."""
+    """Return the factors without those of the action convention."""
     return {name: value for name, value in factors.items() if name not in CONVENTIONS}
 
 

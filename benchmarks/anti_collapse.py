@@ -1,8 +1,9 @@
-"""Every anti-collapse variant on the demo's data: effective rank, errors by probe, and success, in one table.
+"""Compares all anti-collapse variants on the demo's data: effective rank, probe errors and success, in one table.
 
     python benchmarks/anti_collapse.py [--steps 800] [--episodes 100] [--runs runs/benchmarks] [--only NAME ...]
 
-Writes benchmarks/results/anti-collapse.json. The last row is the slow-feature trap, which must raise the alarm.
+Writes benchmarks/results/anti-collapse.json. The last row is the slow-feature trap, for which
+the diagnostics must raise their alarm.
 """
 
 import argparse
@@ -29,7 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def variants() -> dict[str, dict[str, object]]:
-    """Return the training settings of each variant, over the recipe's."""
+    """Return the training settings of each variant; they override the recipe's."""
     full = default_losses()
     bare: dict[str, LossConfig] = {"prediction": full["prediction"], "inverse-dynamics": full["inverse-dynamics"]}
     sigreg = SIGReg(weight=0.05, samples="pooled", stride=4)
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="*", default=[], help="parts of the names of variants")
+    parser.add_argument("--only", nargs="*", default=[], help="run only variants with one of these in their name")
     arguments = parser.parse_args()
     set_threads(arguments.threads)
     recipe = load_recipe("two-room")

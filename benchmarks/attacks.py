@@ -1,11 +1,12 @@
-"""Attacks on guardrails: what an agent that keeps them does where world, sensors and goals are against it.
+"""Attacks on guardrails: how often a guarded agent breaks a limit when dynamics, sensors or goals are manipulated.
 
     python benchmarks/attacks.py [--seeds 0 1 2] [--episodes 50] [--only NAME ...]
 
-Uses the runs and margins of benchmarks/guardrails.py, at their stated risk of 5%, which promises nothing here: none of
-these worlds is the one that was calibrated in. Every episode with a real violation is looked for in the audit log of
-the agent: it is logged if the log says so, by the world's word at the episode's end, and it was seen by the agent if an
-entry says that a guardrail was seen broken or that no plan held. Writes benchmarks/results/attacks.json.
+Uses the runs and margins of benchmarks/guardrails.py, calibrated for a stated risk of 5%. The guarantee does not apply
+here, because none of these worlds is the one used for calibration. Every episode with a true violation is searched for
+in the agent's audit log. It counts as logged if the log reports a broken limit at the end of the episode. It counts as
+noticed by the agent if an entry reports an observed violation, or that no plan was feasible. Writes
+benchmarks/results/attacks.json.
 """
 
 import argparse
@@ -33,7 +34,7 @@ METHODS = ("no guardrail", "calibrated")
 
 
 class Disturbed(Agent):
-    """An agent whose sensors fail: Gaussian noise on each pixel, and frames that do not come, the last one standing."""
+    """An agent with failing sensors: Gaussian noise on each pixel, and lost frames, replaced by the previous one."""
 
     narrows = True
 
@@ -43,22 +44,22 @@ class Disturbed(Agent):
         self._last: Tensor | None = None
 
     def reset(self, goal: Goal) -> None:
-        """Begin."""
+        """Start episodes, as the wrapped agent does."""
         self._last = None
         self._agent.reset(goal)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep some of the environments."""
+        """Select environments, as the wrapped agent does."""
         self._agent.select(rows)
         if self._last is not None:
             self._last = self._last[list(rows)]
 
     def conclude(self, rows: Sequence[int], observations: Observations, outcomes: Sequence[str]) -> None:
-        """Be told how episodes ended."""
+        """Report to the wrapped agent how episodes ended."""
         self._agent.conclude(rows, observations, outcomes)
 
     def act(self, observations: Observations) -> Tensor:
-        """Act on what the sensors give."""
+        """Act on the disturbed observations."""
         pixels = observations.pixels
         assert pixels is not None
         if self._noise:
@@ -72,9 +73,9 @@ class Disturbed(Agent):
 
 
 class Flattered(Agent):
-    """An agent that is told goals altered by at most `reach` of 255, so that they read as deep in a pit as may be.
+    """An agent whose goal pictures are altered, by at most `reach` of 255 grey levels, to appear deep in a pit.
 
-    Projected gradient ascent on what the probe reads of the goal's latent (Madry et al., arXiv 1706.06083).
+    Projected gradient ascent on the probe's output for the goal's latent (Madry et al., arXiv 1706.06083).
     """
 
     narrows = True
@@ -83,7 +84,7 @@ class Flattered(Agent):
         self._agent, self._run, self._reach, self._steps = agent, run, reach, steps
 
     def reset(self, goal: Goal) -> None:
-        """Alter the goal, and begin."""
+        """Alter the goals, and start episodes."""
         pixels = goal.observations.pixels
         assert pixels is not None
         model, probe = self._run.model, self._run.heads.probes["pit_depth"]
@@ -106,11 +107,11 @@ class Flattered(Agent):
         self._agent.reset(Goal(observations=Observations(pixels=altered.round().clamp(0, 255).to(torch.uint8))))
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep some of the environments."""
+        """Select environments, as the wrapped agent does."""
         self._agent.select(rows)
 
     def conclude(self, rows: Sequence[int], observations: Observations, outcomes: Sequence[str]) -> None:
-        """Be told how episodes ended."""
+        """Report to the wrapped agent how episodes ended."""
         self._agent.conclude(rows, observations, outcomes)
 
     def act(self, observations: Observations) -> Tensor:
@@ -172,7 +173,7 @@ def main() -> None:
 
 
 def attacked(arguments: argparse.Namespace, seed: int, attack: str, method: str) -> dict[str, int]:
-    """Return what came of one attack on one run."""
+    """Return the results of one attack on one run."""
     options = ATTACKS[attack]
     factors = {"factors": options["factors"]} if "factors" in options else None
     protocol = PROTOCOLS[options.get("protocol", "pits@1")].customise(
@@ -206,9 +207,9 @@ def attacked(arguments: argparse.Namespace, seed: int, attack: str, method: str)
 
 
 def told(folder: Path) -> tuple[set[int], set[int], int]:
-    """Return the episodes that by the log ended with a broken limit, those in which the agent saw it, and refusals.
+    """Return from the log the episodes with a logged violation, those with a noticed one, and the number of refusals.
 
-    It saw it where a guardrail was seen broken, or no plan held; the last figure is how many plans were refused.
+    The agent noticed a violation if it observed a broken guardrail, or if no plan was feasible.
     """
     logged: set[int] = set()
     found: set[int] = set()

@@ -1,11 +1,10 @@
-"""How fast the pixel worlds give frames, and `collect` stores them: prints one JSON line.
+"""Measures how fast the pixel worlds render frames and `collect` stores them; prints one JSON line.
 
     python benchmarks/collecting.py [--world TwoRoom] [--num-envs N] [--episodes N] [--steps N] [--cores N]
 
-`frames_per_second` is stepping and rendering alone, resets included, on one core; `collected_frames_per_second` is
-`worldloom.data.collect` with the directed walk into a new Lance dataset, on `--cores` of them. Both are the best of
-`--repeats`, for other work on the machine only slows them; the medians stand beside them.
-"""
+`frames_per_second` covers only stepping and rendering, including resets, on one core. `collected_frames_per_second`
+covers `worldloom.data.collect` with the directed walk into a new Lance dataset, on `--cores` cores. Both are the best
+of `--repeats`, because other work on the machine can only slow them down; the medians are also printed."""
 
 import argparse
 import json
@@ -26,7 +25,7 @@ from worldloom.data import collect
 
 
 def pin(cores: int) -> int | None:
-    """Keep this process on so many cores; None where the system cannot."""
+    """Restrict this process to a number of cores; return None if the system does not support it."""
     if not hasattr(os, "sched_setaffinity"):
         return None
     chosen = sorted(os.sched_getaffinity(0))[:cores]
@@ -35,7 +34,7 @@ def pin(cores: int) -> int | None:
 
 
 def stepping(env_id: str, num_envs: int, steps: int) -> float:
-    """Return rendered frames per second over one episode in each environment."""
+    """Return the frames rendered per second, over one episode in each environment."""
     envs = gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="vector_entry_point")
     actions = np.random.default_rng(0).uniform(-1, 1, (steps, num_envs, 2)).astype(np.float32)
     start = time.perf_counter()
@@ -48,7 +47,7 @@ def stepping(env_id: str, num_envs: int, steps: int) -> float:
 
 
 def collecting(env_id: str, num_envs: int, episodes: int, steps: int) -> float:
-    """Return frames per second from nothing to a committed dataset."""
+    """Return the frames collected per second, including the commit of the dataset."""
     with tempfile.TemporaryDirectory() as directory:
         start = time.perf_counter()
         collect(Path(directory) / "log", env_id=env_id, episodes=episodes, steps=steps, num_envs=num_envs, seed=0)

@@ -1,14 +1,15 @@
-"""Does the loop hold its rate, and is every missed deadline noticed? Two runs on the arm of examples/, one JSON file.
+"""Checks that the control loop keeps its rate and notices every missed deadline, on the arm of examples/.
 
     python benchmarks/control_loop.py [--seconds 300] [--run runs/arm] [--threads 1] [--out FILE]
 
-First the planner as it is; then the same one slowed on purpose: with probability 0.1 a call sleeps for one to three
-periods, and once it hangs for three seconds. The plant is a process of its own and logs by its own clock when each
-action came. `unnoticed` are the periods, by the plant's log, without an action of the agent for their observation
-before the next one was sent, that the loop's report does not name: it must be 0. `reaction_ms` is how long after the
-deadline of a missed period the safe action was applied; it must be below one period. Where the planner is known to be
-busy still, the safe action goes at the beginning of a period, which makes it negative.
-"""
+The first run uses the unmodified planner. In the second run the planner is slowed on purpose: with probability 0.1 a
+call sleeps for one to three periods, and one call hangs for three seconds. The plant runs in a separate process and
+logs by its own clock when each action arrived. The results are written to one JSON file.
+
+`unnoticed` must be 0. It counts the periods that the plant logged without an action of the agent in time, but that the
+loop's report does not list as missed. `reaction_ms` is the time from the deadline of a missed period to the safe
+action, and must be below one period. It is negative if the planner was still busy at the beginning of the period,
+because the loop then sends the safe action at once."""
 
 import argparse
 import json
@@ -36,7 +37,7 @@ HANG = 3.0
 
 
 class Slowed(Agent):
-    """An agent that is late at random periods, and once hangs."""
+    """An agent that is late in random periods, and hangs once."""
 
     def __init__(self, agent: Agent, *, period: float, hang_at: float, seed: int) -> None:
         self._agent, self._period = agent, period
@@ -65,7 +66,7 @@ def spread(values: list[float]) -> dict[str, float] | None:
 
 
 def cross_check(report: ControlReport, log: dict[str, Any]) -> dict[str, Any]:
-    """Compare the loop's report with what the plant's clock saw; both clocks are this machine's."""
+    """Compare the loop's report with the plant's log; both use the clock of this machine."""
     period = 1 / report.rate
     used = [each.observation for each in report.periods if each.observation >= 0]
     sent = {number: at for number, at in log["observations"] if used[0] <= number < used[-2]}

@@ -1,12 +1,11 @@
-"""How long one decision takes for one environment, and what it reaches: the reference CEM, ours, modes 1 and 2.
+"""Measures the latency of a decision for one environment, and its success: reference CEM, our CEM, modes 1 and 2.
 
     python benchmarks/control_rate.py [--seeds 0 1 2] [--episodes 100] [--reference-episodes 50] [--timing-only]
 
-The reference is CEM of 300 samples x 30 iterations x 5 blocks, the configuration that is common in the literature, on
-the same model in the same process. A decision is encode + plan from a recorded observation; the methods take turns, so
-that whatever else the machine does falls on all of them alike. Writes benchmarks/results/control-rate.json. Runs that
-are not there are trained.
-"""
+The reference is CEM with 300 samples x 30 iterations x 5 blocks, a common configuration in the literature, with the
+same model in the same process. A decision encodes a recorded observation and plans. The methods take turns, so that
+other work on the machine affects all of them equally. Missing runs are trained first. Writes
+benchmarks/results/control-rate.json."""
 
 import argparse
 import json
@@ -56,7 +55,7 @@ def main() -> None:
     parser.add_argument("--decisions", type=int, default=200)
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--timing-only", action="store_true", help="keep the success that was measured before")
+    parser.add_argument("--timing-only", action="store_true", help="measure latency only; reuse stored success rates")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     set_threads(2)
@@ -87,7 +86,7 @@ def main() -> None:
 
 
 def trained(folder: Path, seed: int) -> Run:
-    """Return the run of a seed; train it if it is not there."""
+    """Return the run of a seed, and train it if it does not exist."""
     if not (folder / "run" / "heads.json").is_file():
         recipe = load_recipe("two-room").override([f"training.seed={seed}", f"collection.seed={seed}"])
         workflow.collect(recipe, folder / "data", progress=progress())
@@ -98,7 +97,7 @@ def trained(folder: Path, seed: int) -> Run:
 def latency(
     run: Run, names: Sequence[str], protocol: Protocol, decisions: int, threads: int
 ) -> dict[str, dict[str, float]]:
-    """Time decisions of one environment, method after method in turn: warm starts are those of an episode's middle."""
+    """Time decisions for one environment, methods in turn, with warm starts as in the middle of an episode."""
     torch.set_num_threads(threads)
     agents = {name: METHODS[name].build(AgentParts(heads=run.heads), seed=0) for name in names}
     starts = tasks_of(protocol, decisions)
@@ -108,7 +107,7 @@ def latency(
         look, goal = starts[row % len(starts)]
         for name, agent in agents.items():
             if name == REFERENCE and row >= 0 and row % 4:
-                continue  # a quarter of the decisions is enough for what is slow
+                continue  # slow methods: a quarter of the decisions is enough
             agent.reset(goal)
             began = time.perf_counter()
             agent.act(look)
@@ -116,7 +115,7 @@ def latency(
             for _ in range(every - 1):
                 agent.act(look)
             began = time.perf_counter()
-            agent.act(look)  # decides again, from the plan before
+            agent.act(look)  # decides again, starting from the previous plan
             again = time.perf_counter() - began
             if row >= 0:
                 seconds[name] += [first, again]
@@ -135,7 +134,7 @@ def latency(
 
 
 def tasks_of(protocol: Protocol, count: int) -> list[tuple[Observations, Goal]]:
-    """Return the first starts and goals of the protocol, of all splits in turn, each as a batch of one."""
+    """Return the first starts and goals of the protocol, alternating between splits, each as a batch of one."""
     each = -(-count // len(protocol.splits))
     found = []
     with open_world(protocol, each) as world:

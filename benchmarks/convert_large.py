@@ -1,12 +1,11 @@
-"""How much memory it takes to convert a dataset that does not fit into it, and to draw windows from the result.
+"""Measures the memory needed to convert a dataset larger than memory, and to sample windows from the result.
 
     python benchmarks/convert_large.py --gib 20 [--layout robomimic|swm-hdf5] [--directory PATH] [--out FILE|-]
 
-Writes a file of random pixels (nothing compresses them) of that size, converts it to our store in one process, draws
-windows straight from storage in another, removes everything, and adds one JSON line to `--out`. The directory needs
-a little over twice the size. Memory is sampled every 20 ms in the process that is measured: `peak_rss_mib` is the
-resident set, `peak_private_mib` leaves out the pages it shares with files, which the page cache holds anyway.
-"""
+Writes a file of incompressible random pixels of that size. One process converts it to worldloom's store, and another
+samples windows from storage. Then everything is removed, and one JSON line is appended to `--out`. The directory needs
+a little more than twice the size. The memory of each measured process is sampled every 20 ms: `peak_rss_mib` is the
+resident set; `peak_private_mib` excludes pages shared with files, which are in the page cache in any case."""
 
 import argparse
 import json
@@ -36,9 +35,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=20.0)
     parser.add_argument("--layout", choices=["robomimic", "swm-hdf5"], default="robomimic")
-    parser.add_argument("--directory", type=Path, help="where the data is made and removed; the system's by default")
-    parser.add_argument("--batches", type=int, default=100, help="batches of 64 windows that are drawn")
-    parser.add_argument("--out", default=str(RESULTS), help="a file to add the line to; - for none")
+    parser.add_argument("--directory", type=Path, help="a folder for temporary data; the system's by default")
+    parser.add_argument("--batches", type=int, default=100, help="the number of batches of 64 windows to sample")
+    parser.add_argument("--out", default=str(RESULTS), help="the file to which the line is appended; - for none")
     parser.add_argument("--step", nargs=3, metavar=("NAME", "SOURCE", "TARGET"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
@@ -85,7 +84,7 @@ def convert_all(source: Path, target: Path, batches: int) -> dict[str, Any]:
 
 
 def sample(source: Path, target: Path, batches: int) -> dict[str, Any]:
-    # From storage alone: no chunk is kept on the disk.
+    # Read only from storage: no disk cache.
     with stream_frames(EpisodeDataset.open(target), DataConfig(cache_gib=0)) as streamed:
         windows = WindowSampler(streamed, context=1, horizon=4, block=5)
         generator = np.random.default_rng(0)
@@ -106,7 +105,7 @@ def measured(step: Any, source: Path, target: Path, batches: int) -> dict[str, A
 
 @contextmanager
 def peak_memory() -> Iterator[dict[str, int]]:
-    """Fill a mapping with the most bytes that this process held."""
+    """Store the peak memory of this process, in bytes, in a mapping."""
     process, ended = psutil.Process(), threading.Event()
     peak = {"peak_rss_mib": 0, "peak_private_mib": 0}
 

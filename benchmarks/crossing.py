@@ -1,9 +1,9 @@
-"""Draws the moving picture of the README: episodes of a trained run, each beside its goal.
+"""Draws the animation of the README: episodes of a trained run, each next to its goal.
 
     python benchmarks/crossing.py runs/demo/run --out docs/crossing.gif
 
-The run is one of `make demo`. The episodes are the first ones of the protocol's cross-room split, chosen before the
-outcome is known.
+The run comes from `make demo`. The episodes are the first ones of the protocol's cross-room split, whatever their
+outcome.
 """
 
 import argparse

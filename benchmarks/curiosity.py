@@ -1,11 +1,11 @@
-"""How much of a new maze is seen in equal steps: curiosity, and the random walk that the model was trained on.
+"""Compares exploration by curiosity with a random walk: the share of a new maze visited in the same number of steps.
 
     python benchmarks/curiosity.py [--seeds 0 1 2] [--mazes 32] [--steps 4000] [--threads 1]
 
-For each training seed of long-maze (from benchmarks/success.py) both start at the same places in mazes of 6 x 6 cells
-that no training has seen; every cell can be reached. Counted is the share of cells that were entered. Writes
-benchmarks/results/curiosity.json: the mean over mazes and seeds with its 95% interval (Student's t), and the hardware.
-"""
+For each training seed of long-maze (from benchmarks/success.py), both explorers start at the same places in new mazes
+of 6 x 6 cells; every cell is reachable. The random walk is the policy that logged the training data. The measure is the
+share of cells that the agent entered. Writes benchmarks/results/curiosity.json: the mean over mazes and seeds with its
+95% interval (Student's t), and the hardware."""
 
 import argparse
 from pathlib import Path
@@ -41,7 +41,7 @@ class RandomWalk:
 
 
 def seen(name: str, run: Run, arguments: argparse.Namespace, seed: int) -> np.ndarray:
-    """Return the share of cells that were entered after each step, (mazes, steps)."""
+    """Return the share of cells entered after each step, of shape (mazes, steps)."""
     mazes, steps = arguments.mazes, arguments.steps
     entered = np.zeros((mazes, steps, CELLS * CELLS), bool)
     with open_world(PROTOCOL, mazes) as world, progress().task(f"{name}, seed {seed}", steps, "step") as task:

@@ -1,18 +1,18 @@
-"""Digests of results: taken on two commits, they show whether a change of the code changed a result.
+"""Digests of results: compared between two commits, they show whether a change of the code changed a result.
 
     python benchmarks/digests.py --out before.json      # takes about 5 minutes of one core
     python benchmarks/digests.py --out after.json       # on another commit; same machine, same environment
     python benchmarks/digests.py compare before.json after.json
 
-An item is a set of named parts, each a tensor or the numbers at one place of a JSON file. `compare` names items that
-differ, with their parts, and items that are equal but for names: tensors, files, keys and words may be renamed. It
-exits with 1 where a result differs or is missing, or a stage failed.
+An item is a set of named parts. A part is a tensor, or the numbers at one place of a JSON file. `compare` lists the
+items that differ, with their parts, and the items that differ only in names, because tensors, files, keys and words may
+be renamed. Its exit code is 1 if a result differs or is missing, or if a stage failed.
 
-The product is driven through its top-level Python API and its command line alone, so that one script runs on commits
-in which modules have moved. Names that have changed are in `SPELLINGS`.
+The script uses only the top-level Python API and the command line, so it also runs on commits with other module paths.
+`SPELLINGS` lists names that have changed.
 
-Left out, because two runs of one commit differ in it: times and speeds, keys and signatures (drawn at random), messages
-under masks, the noise of privacy (drawn from the system's randomness), and the order in which files are written.
+Values that differ between two runs of one commit are excluded: times and speeds, random keys and signatures, masked
+messages, privacy noise (from the operating system's randomness), and the order in which files are written.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# One thread and no GPU: how a sum is split decides its last bit. Read when PyTorch is loaded, and by every command.
+# One thread and no GPU, because the last bit of a sum depends on how it is split. PyTorch reads this when it is loaded.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 os.environ |= {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}  # --help is searched for names
 
@@ -46,8 +46,8 @@ import worldloom as wl
 Parts = dict[str, list[str]]  # name -> values; several where a name without its digest is not unique
 Item = tuple[str, Parts]
 
-# Later spellings of a name, in the order in which they are tried: of commands and options (the first that stands in
-# --help), and of keys in recipes and YAML files (tried where the first is an unknown key).
+# Spellings of a name, in the order in which they are tried. For commands and options, the first one in --help is used;
+# for keys in recipes and YAML files, the next one is tried if a key is unknown.
 SPELLINGS: dict[str, tuple[str, ...]] = {
     "policy": ("rules", "rule-set", "ruleset", "rule_set"),
     "--keep": ("--rules", "--rule-set"),
@@ -55,8 +55,8 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "settle": ("fine_tune",),
 }
 
-# Keys that hold no result: times and speeds, the machine, versions, places, sizes of files (which hold names), and the
-# settings that are repeated beside what was made with them.
+# Keys that are not results: times and speeds, the machine, versions, paths, sizes of files (which contain names), and
+# settings that are stored again with their results.
 NOT_RESULTS = re.compile(
     r"seconds|per_second|^time$|^time/|latency|hardware|^threads$|provenance|^worldloom$|version|^format|bytes|^path$|"
     r"^key$|signature|^config$|^methods?$|^layers$|^rules$|^protocol|^benchmark|^environment$"
@@ -88,7 +88,7 @@ def short(*pieces: bytes | str) -> str:
 
 
 def parts_of(found: Iterator[tuple[str, str]]) -> Parts:
-    """Gather parts by their names, less what is drawn at random or made from the content."""
+    """Collect parts by their names, without random values and values derived from the content."""
     parts: defaultdict[str, list[str]] = defaultdict(list)
     for name, value in found:
         parts[NOT_NAMES.sub("*", name)].append(value)
@@ -96,16 +96,16 @@ def parts_of(found: Iterator[tuple[str, str]]) -> Parts:
 
 
 def array(value: torch.Tensor | np.ndarray) -> str:
-    """Return a digest, and the norm: where it is equal and the digest is not, rounding may be the cause."""
+    """Return a digest and the norm; if only the digest differs, rounding may be the cause."""
     tensor = torch.as_tensor(value).detach().contiguous()
     content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
     return f"{short(str((tuple(tensor.shape), tensor.dtype)), content)} norm {tensor.double().norm().item():.6g}"
 
 
 def walk(value: Any, name: str = "", place: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every array and every number or list of numbers, and every text as a name with the value "text".
+    """Yield every array, every number or list of numbers, and every text as a name with the value "text".
 
-    A value says at which place of lists it stood, not under which keys, for these may have been renamed.
+    The name of a value contains its positions in lists but not its keys, because keys may have been renamed.
     """
     if isinstance(value, np.ndarray | torch.Tensor):
         yield name, array(value)
@@ -124,7 +124,7 @@ def walk(value: Any, name: str = "", place: str = "") -> Iterator[tuple[str, str
 
 
 def numeric(value: Any) -> bool:
-    """Whether a value is a number, or a list of numbers, however deep."""
+    """Whether a value is a number or a nested list of numbers."""
     if isinstance(value, list | tuple):
         return all(numeric(part) for part in value)
     return value is None or isinstance(value, int | float)
@@ -155,14 +155,14 @@ def contents(folder: Path, where: str = ".") -> Parts:
 
 
 def episodes(path: Path) -> Parts:
-    """Return all that is observed and done in the episodes of a dataset."""
+    """Return all observations and actions in the episodes of a dataset."""
     dataset = wl.EpisodeDataset.open(path)
     fields = [vars(dataset.episode(index)) for index in range(len(dataset))]
     return values([{name: part for name, part in each.items() if name != "metadata"} for each in fields])
 
 
 class Failed(Exception):
-    """A command that did not end well."""
+    """A command that failed."""
 
 
 @cache
@@ -173,14 +173,14 @@ def help_of(*words: str) -> str:
 
 
 def spelled(word: str, text: str) -> str:
-    """Return the spelling of an option or command that stands in a help text."""
+    """Return the spelling of an option or command that is in a help text."""
     form = r"(?<![\w-]){}(?![\w-])" if word.startswith("--") else r"^\W{{1,3}}{}\s"
     known = (word, *SPELLINGS.get(word, ()))
     return next((each for each in known if re.search(form.format(re.escape(each)), text, re.MULTILINE)), word)
 
 
 def cli(command: str, *arguments: str | Path) -> Any:
-    """Run a command on one thread; return what it prints, read as JSON where it can print that."""
+    """Run a command on one thread; return its output, parsed as JSON if the command supports it."""
     words: list[str] = []
     for word in command.split():
         words.append(spelled(word, help_of(*words)))
@@ -197,7 +197,7 @@ def cli(command: str, *arguments: str | Path) -> Any:
 
 
 def respelled(text: str, attempt: Callable[[str], Any]) -> Any:
-    """Return what an attempt makes of a text; where a key in it is unknown, the next spelling is tried."""
+    """Return the result of an attempt with a text; if a key in it is unknown, try the next spelling."""
     left = {old: list(new) for old, new in SPELLINGS.items()}
     while True:
         try:
@@ -222,7 +222,7 @@ def with_yaml(path: Path, value: Mapping[str, Any], command: str, *arguments: st
 
 
 def train(work: Path, name: str, recipe: str, settings: Sequence[str]) -> Iterator[Item]:
-    """Collect and train; give what the dataset and the run folder hold."""
+    """Collect and train; return the content of the dataset and of the run folder."""
     base = wl.load_recipe(recipe)
     config = respelled("\n".join((*settings, *TINY)), lambda text: base.override(text.splitlines()))
     data, run = work / name / "data", work / name / "run"
@@ -235,7 +235,7 @@ def train(work: Path, name: str, recipe: str, settings: Sequence[str]) -> Iterat
 
 
 def opened(run: Path, log: Path) -> Any:
-    """Open a run with an audit log, in whichever of these ways the commit offers."""
+    """Open a run with an audit log, in the way that the commit supports."""
     ways = (
         lambda: wl.Session(wl.Run.open(run), audit=log),
         lambda: wl.Session.open(run, audit=log),
@@ -250,7 +250,7 @@ def opened(run: Path, log: Path) -> Any:
 
 
 def audited(name: str, log: Path, replayed: int) -> Iterator[Item]:
-    """Give the entries of an audit log, all that each decision followed from, and the last decisions made again."""
+    """Return the entries of an audit log, the inputs of each decision, and replays of the last decisions."""
     entries = cli("audit show", log)
     plans = parts_of(
         (f"[{place}].{key}", each)
@@ -262,7 +262,7 @@ def audited(name: str, log: Path, replayed: int) -> Iterator[Item]:
     yield f"{name}: situations", contents(log, r"\.safetensors$")
     decided = [place for place, entry in enumerate(entries) if "decided" in map(str, entry.values())]
     again = [cli("audit replay", log, "--entry", str(place)) for place in decided[-replayed:]]
-    cli("audit verify", log)  # fails where an entry was changed
+    cli("audit verify", log)  # fails if an entry was changed
     yield f"{name}: replayed", values(again)
 
 
@@ -277,7 +277,7 @@ def rooms(work: Path) -> Iterator[Item]:
 
 
 def vectors(work: Path) -> Iterator[Item]:
-    """Train on vectors, with two frames of history, and evaluate on goals that the logging policy reached."""
+    """Train on vectors with two frames of history, and evaluate on goals that the logging policy reached."""
     world = json.dumps({"env_id": "Pendulum-v1"})
     yield from train(work, "vector", "generic", [f"collection={world}", "training.horizon=4"])
     goals = ["--success", "env", "--goal-offset", "8", "--episodes", "2"]
@@ -295,7 +295,7 @@ def other_parts(work: Path) -> Iterator[Item]:
 
 
 def plans(work: Path) -> Iterator[Item]:
-    """Plan once by each method that searches, and between two pictures."""
+    """Plan once with each method that searches, and between two pictures."""
     run, start, goal = work / "two-room" / "run", work / "start.png", work / "goal.png"
     pixels = wl.EpisodeDataset.open(work / "two-room" / "data").episode(0).pixels
     for picture, frame in ((start, pixels[0]), (goal, pixels[-1])):
@@ -366,7 +366,7 @@ def pits(work: Path) -> Iterator[Item]:
 
 
 def consortium(work: Path) -> Iterator[Item]:
-    """Weave two rounds of three owners, one of whose data are private; then a round of sums under masks."""
+    """Simulate two rounds of three owners, one with private data, and then one round of secure aggregation."""
     small = [
         "training.batch=16", "training.horizon=2", "training.threads=1", "training.validation_windows=16",
         "model.encoder.channels=[8, 8]", "model.encoder.hidden=16", "model.latent_dim=8", "model.predictor.hidden=[16]",
@@ -384,7 +384,7 @@ def consortium(work: Path) -> Iterator[Item]:
 
 
 def weave(work: Path, name: str, stated: Mapping[str, Any], without: Sequence[str]) -> Iterator[Item]:
-    """Simulate a consortium, and compute its bases again: of all members, and without some."""
+    """Simulate a consortium, and recompute its bases, with all members and without some."""
     out, file = work / name, work / f"{name}.yaml"
     stated = {"consortium": name, "inner_steps": 6, "own_steps": 4, **stated}
     yield f"{name}: simulated", values(with_yaml(file, stated, "weave simulate", file, "--out", out))
@@ -401,7 +401,7 @@ def weave(work: Path, name: str, stated: Mapping[str, Any], without: Sequence[st
 
 
 def memory(work: Path) -> Iterator[Item]:
-    """Remember what was explored and what logs tell, recall it, and ask for goals afterwards."""
+    """Store explored states and logs in a memory, recall them, and evaluate goals afterwards."""
     run, explored, logs = work / "two-room" / "run", work / "explored", work / "logs"
     there = [run, "--memory", explored, "--method", "landmarks", "--split", "cross-room", "--episodes", "2"]
     cli("explore", *there, "--steps", "60")
@@ -418,7 +418,7 @@ def memory(work: Path) -> Iterator[Item]:
 
 
 def conversions(work: Path) -> Iterator[Item]:
-    """Inspect a dataset, and carry it to other formats and back."""
+    """Inspect a dataset, and convert it to other formats and back."""
     source = work / "two-room" / "data"
     fingerprint = {"fingerprint": [wl.EpisodeDataset.open(source).fingerprint()]}
     yield "data: inspected", values(cli("data inspect", source)) | fingerprint
@@ -432,7 +432,7 @@ STAGES = (rooms, vectors, other_parts, plans, evaluation, guardrails, pits, cons
 
 
 def take(work: Path, stages: Sequence[str]) -> dict[str, Any]:
-    """Run the stages, and print and return their digests; one that fails does not hold up the others."""
+    """Run the stages, and print and return their digests; if a stage fails, the others still run."""
     found: dict[str, Any] = {"items": {}, "failed": {}, "seconds": {}}
     for stage in STAGES:
         if stage.__name__ not in stages:
@@ -452,7 +452,7 @@ def take(work: Path, stages: Sequence[str]) -> dict[str, Any]:
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    """Print where two files differ; return whether all results are the same."""
+    """Print the differences between two files; return whether all results are equal."""
     same = True
     for name in dict.fromkeys([*before["items"], *after["items"]]):
         both = [each["items"].get(name, {}).get("parts", {}) for each in (before, after)]
@@ -488,10 +488,10 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
 
 
 def main() -> None:
-    """Take digests, or compare those of two commits."""
+    """Compute digests, or compare those of two commits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="Where the digests go, as JSON.")
-    parser.add_argument("--work", type=Path, help="An empty folder for what is made; else a temporary one.")
+    parser.add_argument("--out", type=Path, help="The JSON file for the digests.")
+    parser.add_argument("--work", type=Path, help="An empty folder for the outputs; by default a temporary one.")
     parser.add_argument("--stages", nargs="+", default=[stage.__name__ for stage in STAGES])
     commands = parser.add_subparsers(dest="command")
     comparing = commands.add_parser("compare", help="Compare two files of digests.")

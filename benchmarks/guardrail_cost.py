@@ -1,12 +1,10 @@
-"""What guardrails cost: the time of a plan with five of them beside one with none, on the same model in one process.
+"""Measures the cost of guardrails: the time of a plan with five guardrails and without, on one model in one process.
 
     python benchmarks/guardrail_cost.py [--run runs/benchmarks/pits-0/run] [--decisions 100] [--environments 1 50]
 
-A decision is encode + plan from the same observations; the two take turns, so that whatever else the machine does falls
-on both alike. The five are a probed quantity kept in a region, a limit on how unfamiliar states may be, one on how hard
-to undo, one on actions and one on how they change, with a limit that leaves plans to choose from. Writes
-benchmarks/results/guardrail-cost.json.
-"""
+A decision encodes an observation and plans. Both planners use the same observations and take turns, so that other work
+on the machine affects both equally. The five guardrails are `keep-in`, `familiar`, `returnable`, `magnitude` and
+`rate`, with limits that leave several plans feasible. Writes benchmarks/results/guardrail-cost.json."""
 
 import argparse
 import time
@@ -63,7 +61,7 @@ def main() -> None:
 
 
 def timed(run: Run, policy: RuleSet, size: int, threads: int, decisions: int) -> dict[str, Any]:
-    """Return the medians, their ratio and its bootstrap interval, and in how many plans all five held."""
+    """Return the medians, their ratio and its bootstrap interval, and how many plans satisfy all five guardrails."""
     torch.set_num_threads(threads)
     protocol = PROTOCOLS["pits@1"]
     split = "in the open"

@@ -1,14 +1,16 @@
-"""Guardrails under a stated risk: how often a real limit is broken, and what that costs in goals reached.
+"""Guardrails under a stated risk: how often the true limit is broken, and how many goals are reached.
 
     python benchmarks/guardrails.py [--seeds 0 1 2] [--risks 0.05 0.01] [--episodes 100] [--only risks shifts] [--anew]
 
-For each training seed of the recipe pits (it collects and trains what is not there yet) and each risk, the margins are
-calibrated, and then every way to keep a guardrail acts in the same episodes of pits@1, which no calibration drew. A
-real violation is the world's own word: the agent fell into a pit. The second table is the same with dynamics that shift
-in the middle of each episode, with the margins as they were calibrated and with margins that follow the errors seen.
-Writes benchmarks/results/guardrails.json. What one seed gave is kept beside it, with the fingerprint of its model, and
-taken up unless it is to be measured anew.
-"""
+Margins are calibrated for each training seed of the recipe pits and each risk; missing runs are trained first. Every
+method for applying guardrails then acts in the same episodes of pits@1, which calibration does not use. A true
+violation is reported by the world: the agent fell into a pit.
+
+In the second table, the dynamics shift in the middle of each episode. It compares the calibrated margins with margins
+that adapt to the observed errors.
+
+Writes benchmarks/results/guardrails.json. Results of a seed are stored beside it, with the fingerprint of its model,
+and reused unless `--anew` is set."""
 
 import argparse
 from collections.abc import Callable
@@ -47,7 +49,7 @@ def main() -> None:
     parser.add_argument("--risks", type=float, nargs="+", default=[0.05, 0.01])
     parser.add_argument("--episodes", type=int, default=100, help="of each split and seed")
     parser.add_argument("--only", nargs="+", choices=["risks", "shifts"], default=["risks", "shifts"])
-    parser.add_argument("--anew", action="store_true", help="take up nothing that was measured before")
+    parser.add_argument("--anew", action="store_true", help="measure everything, and ignore stored results")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -74,7 +76,7 @@ def main() -> None:
 
 
 def taken_up(arguments: argparse.Namespace, seed: int, part: str, title: str, measure: Measure) -> dict[str, Any]:
-    """Return what was measured for a seed before, or measure it."""
+    """Return the stored results of a seed, or measure them."""
     name = f"{part}-{title}".replace(" ", "-")
     path = PARTS / f"seed-{seed}-{name}-{arguments.episodes}.json"
     if arguments.anew or not path.is_file():
@@ -87,7 +89,7 @@ def taken_up(arguments: argparse.Namespace, seed: int, part: str, title: str, me
 
 
 def open_run(arguments: argparse.Namespace, seed: int) -> Run:
-    """Return the run of a seed; it is trained where it is not there yet."""
+    """Return the run of a seed, and train it if it does not exist."""
     recipe = load_recipe("pits").override([f"training.seed={seed}", f"collection.seed={seed}"])
     folder = arguments.runs / f"pits-{seed}"
     workflow.collect(recipe, folder / "data", progress=progress())
@@ -95,12 +97,12 @@ def open_run(arguments: argparse.Namespace, seed: int) -> Run:
 
 
 def at(run: Run, risk: float) -> Run:
-    """Return the run with another risk in the rules of its recipe."""
+    """Return the run with a different risk in the rules of its recipe."""
     return workflow.train(run.recipe.override([f"rules.risk={risk}"]), run.data, run.path, resume=True)
 
 
 def calibrated(run: Run, name: str) -> dict[str, Any]:
-    """Calibrate a method where it is not; say how that went."""
+    """Calibrate a method unless its margins exist; return the rounds of the calibration."""
     method, rules = run.recipe.method(name), run.rules
     assert isinstance(method, PlanMethod)
     assert rules is not None
@@ -114,7 +116,7 @@ def calibrated(run: Run, name: str) -> dict[str, Any]:
 
 
 def at_risk(risk: float, run: Run, arguments: argparse.Namespace, *, first: bool) -> dict[str, Any]:
-    """Measure at a risk what depends on it, and at the first all others."""
+    """Measure the methods that depend on the risk; with the first risk, measure all methods."""
     under = at(run, risk)
     margins = {name: calibrated(under, name) for name in RISKY}
     names = [name for name in run.recipe.methods if name not in RISKY and first]
@@ -123,14 +125,14 @@ def at_risk(risk: float, run: Run, arguments: argparse.Namespace, *, first: bool
 
 
 def shifted(risk: float, factors: dict[str, Any], run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure the margins as calibrated, and as they follow errors, under dynamics that shift."""
+    """Measure the calibrated and the adaptive margins under dynamics that shift."""
     under = at(run, risk)
     margins = {"calibrated": calibrated(under, "calibrated")}
     return {"margins": margins, "rows": measure(under, ["no guardrail", "calibrated", ONLINE], factors, arguments)}
 
 
 def measure(run: Run, names: list[str], factors: dict[str, Any], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return for each method and split how many episodes reached their goal, and in how many a limit was broken."""
+    """Return for each method and split how many episodes reached the goal, and how many broke a limit."""
     kwargs = {"factors": factors} if factors else None
     protocol = PROTOCOLS[PROTOCOL].customise(episodes=arguments.episodes, env_kwargs=kwargs)
     methods = dict(run.recipe.methods)
@@ -155,7 +157,7 @@ def measure(run: Run, names: list[str], factors: dict[str, Any], arguments: argp
 
 
 def pooled(seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Pool what each seed gave, over splits and for each."""
+    """Pool the results of all seeds, for each split and over all splits."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for one in seeds:
         for row in one["rows"]:

@@ -1,11 +1,11 @@
-"""SIGKILL at random moments while memories are appended, flushed and forgotten: is anything lost, doubled or half?
+"""Checks that SIGKILL during appends, flushes and forgetting neither loses, repeats nor damages a record.
 
     python benchmarks/memory_kills.py [--kills 200] [--write]
 
-A child appends as fast as it can and prints each id once it is acknowledged; it is killed after a random time, and
-begun again on the same directory. Beside it this process reads. What each memory holds follows from its episode and
-step, so that a half-written one shows. In every second directory the memory is small, and forgets as it goes.
-`--write` keeps the counts in benchmarks/results/memory-kills.json.
+A child process appends as fast as it can and prints each id once it is acknowledged. It is killed after a random time,
+and started again on the same directory. Meanwhile this process reads. The content of each record follows from its
+episode and step, so a half-written record is detected. In every second directory the memory is small, and forgets
+records while it runs. `--write` stores the counts in benchmarks/results/memory-kills.json.
 """
 
 import argparse
@@ -41,7 +41,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def columns(episodes: np.ndarray, steps: np.ndarray) -> dict[str, np.ndarray]:
-    """Return what the memories of these episodes and steps hold."""
+    """Return the content of the records of these episodes and steps."""
     key = (episodes * 7919 + steps).astype(np.float64)
     waves = np.sin(key[:, None] * np.arange(1, 17) * 0.01).astype(np.float32)
     return {
@@ -54,7 +54,7 @@ def columns(episodes: np.ndarray, steps: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def append(path: Path) -> None:
-    """Append until killed; a line for each append that was acknowledged."""
+    """Append until killed; print a line for each acknowledged append."""
     generator = random.Random(time.time_ns())
     with EpisodicMemory.open(path, spec=SPEC, writable=True) as memory:
         while True:
@@ -77,7 +77,7 @@ def append(path: Path) -> None:
 
 
 def check(memory: EpisodicMemory, acknowledged: list[int], *, forgets: bool) -> list[str]:
-    """Return what is wrong with a memory."""
+    """Return the errors found in a memory."""
     memories: Memories = memory.read()
     wrong = []
     if (np.diff(memories.ids) <= 0).any():
@@ -100,7 +100,7 @@ def check(memory: EpisodicMemory, acknowledged: list[int], *, forgets: bool) -> 
 
 
 def kill(path: Path, kills: int, *, forgets: bool, generator: random.Random) -> dict[str, object]:
-    """Kill a child that appends, `kills` times; return the counts and what was wrong."""
+    """Kill a child that appends, `kills` times; return the counts and the errors."""
     config = MemoryConfig(capacity=CAPACITY if forgets else 1_000_000, flush_every=64, index_from=1024)
     EpisodicMemory.create(path, spec=SPEC, config=config).close()
     acknowledged: list[int] = []

@@ -1,11 +1,10 @@
-"""A million memories: how fast and how truly they are recalled, beside an exact search on the same machine.
+"""Measures speed and accuracy of recall from a million records, compared with exact search on the same machine.
 
     python benchmarks/memory_recall.py [--memories 1000000] [--queries 1000] [--run RUN] [--write]
 
-Latents of 64 values lie near a curved surface of four dimensions, with noise, and queries are drawn like them. With
-`--run` they are those of a model: random walks imagined from the states of its data; the first blocks of each walk are
-memories, others are queries. `--write` keeps the figures in benchmarks/results/memory-recall.json.
-"""
+Records and queries are latents of 64 values near a curved surface of four dimensions, with noise. With `--run` they are
+latents of a model, which predicts random walks from states of its data. The first blocks of each walk are records,
+later blocks are queries. `--write` stores the figures in benchmarks/results/memory-recall.json."""
 
 import argparse
 import json
@@ -41,7 +40,7 @@ def surface(count: int, seed: int) -> torch.Tensor:
 
 
 def imagined(run: Run, count: int, seed: int) -> torch.Tensor:
-    """Return latents of imagined walks from states of a run's data."""
+    """Return latents of predicted walks from states of a run's data."""
     model, generator = run.model, torch.Generator().manual_seed(seed)
     dataset = EpisodeDataset.open(run.data)
     numbers = np.random.default_rng(seed).choice(dataset.frames, min(dataset.frames, 20_000), replace=False)

@@ -1,9 +1,10 @@
-"""Plan latency by solver, one JSON line each, beside the rate of matrix products measured in the same run.
+"""Measures the latency of a plan for each solver, and the rate of matrix products; one JSON line per solver.
 
     python benchmarks/planning.py [--threads 2] [--environments 1 50] [--solvers cem tree-search] [--repeats 20]
 
-The model has the demo's size and random weights: what it predicts does not matter for the time it takes. Goals are
-far, so that tree search searches. `share_of_peak` is of the rate of 1024 x 1024 products, before and after.
+The model has the demo's size and random weights, because its predictions do not affect the time. Goals are far, so that
+tree search does not end early. `share_of_peak` compares with the rate of 1024 x 1024 products, measured before and
+after in the same run.
 """
 
 import argparse
@@ -101,7 +102,7 @@ def main() -> None:
             for environments in arguments.environments:
                 peak = matmul_peak(torch.float32)
                 figures = measure(planner, metrics[metric], environments, arguments.repeats)
-                peak = max(peak, matmul_peak(torch.float32))  # other work on the machine only lowers it
+                peak = max(peak, matmul_peak(torch.float32))  # other work on the machine can only lower it
                 line = {
                     "benchmark": "planning",
                     "solver": name,

@@ -262,7 +262,7 @@ def guardrails() -> str:
 
 
 def of_broken(row: dict[str, Any], key: str) -> str:
-    """Return for how many broken limits something holds, or a dash for a method without an audit log."""
+    """Return how many of the broken limits have a property, or a dash for a method without an audit log."""
     return "-" if row["method"] == "no guardrail" else f"{row[key]} of {row['broken']}"
 
 
@@ -286,7 +286,7 @@ def weaving(values: dict[str, Any]) -> str:
 
 
 def last_bases(every: list[dict[str, Any]], owners: list[str]) -> str:
-    """Return each owner's held-out loss under the last base, before it settles."""
+    """Return each owner's held-out loss under the last base, before fine-tuning."""
     lines = [
         [each["way"], *(", ".join(f"{one[owner]:.2f}" for one in each["losses"]) for owner in owners)] for each in every
     ]
@@ -569,7 +569,7 @@ def show(value: Any) -> str:
 
 
 def counted(count: int, what: str) -> str:
-    """Return a count with its noun in the right number."""
+    """Return a count with its noun, singular or plural."""
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 

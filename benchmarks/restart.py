@@ -1,12 +1,11 @@
-"""Explored yesterday, asked today: far goals after a restart, with the memory and with it wiped.
+"""Measures success on far goals after a restart, with the memory of the explorer and with the memory deleted.
 
     python benchmarks/restart.py [--seeds 0 1 2] [--episodes 24] [--steps 8000] [--protocol maze-200@1]
 
-For each training seed of long-maze (from benchmarks/success.py) one process explores new mazes and is killed with
-SIGKILL when it says that it is done; a second process, which has seen none of them, is told goals there, with the
-memory that the first one left; a third is told the same goals with that memory deleted. Writes
-benchmarks/results/restart.json: success over seeds with its 95% interval, and the hardware.
-"""
+For each training seed of long-maze (from benchmarks/success.py), one process explores new mazes. When it reports that
+it is done, it is killed with SIGKILL. A second process then receives goals in these mazes, with the memory of the first
+process. A third process receives the same goals after the memory was deleted. Writes benchmarks/results/restart.json:
+success over seeds with its 95% interval, and the hardware."""
 
 import argparse
 import json
@@ -25,7 +24,7 @@ from worldloom.memory import EpisodicMemory
 
 RESULTS = Path(__file__).parent / "results" / "restart.json"
 
-# Says when all is explored, and then waits to be killed: nothing is closed, nothing is flushed in the end.
+# Reports when exploration is done, and then waits to be killed: nothing is closed, and nothing is flushed at the end.
 _EXPLORER = """
 import sys, time
 from worldloom.cli.console import progress
@@ -43,7 +42,7 @@ time.sleep(3600)
 
 
 def explore(run: Path, memory: Path, arguments: argparse.Namespace) -> None:
-    """Explore in a process of its own, and kill it."""
+    """Explore in a separate process, and kill it."""
     options = [arguments.protocol, arguments.split, str(arguments.episodes), str(arguments.steps)]
     command = [sys.executable, "-c", _EXPLORER, str(run), str(memory), *options]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -56,7 +55,7 @@ def explore(run: Path, memory: Path, arguments: argparse.Namespace) -> None:
 
 
 def ask(run: Path, memory: Path, arguments: argparse.Namespace) -> list[bool]:
-    """Tell another process the goals; return which it reached."""
+    """Give the goals to another process; return which goals it reached."""
     command = [sys.executable, "-m", "worldloom", "evaluate", str(run), "--memory", str(memory), "--json"]
     command += ["--protocol", arguments.protocol, "--split", arguments.split, "--exploration", "0"]
     command += ["--episodes", str(arguments.episodes), "--method", "landmarks", "--threads", "1"]

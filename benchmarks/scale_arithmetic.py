@@ -1,8 +1,8 @@
-"""What a stock of video takes to store, to read and to train on: arithmetic from stated inputs, not a measurement.
+"""Computes what storing, reading and training on a large video dataset needs: arithmetic, not a measurement.
 
     python benchmarks/scale_arithmetic.py [--bytes 1e15] [--bytes-per-frame 1200] [--days 30] [--passes 1] ...
 
-Every input is an option with its default shown by --help; `docs/scale.md` prints the defaults' table.
+Every input is an option; --help shows the defaults. `docs/scale.md` contains the table for the defaults.
 """
 
 import argparse
@@ -13,24 +13,24 @@ DAY = 86_400.0
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What the arithmetic starts from; change any of it."""
+    """The inputs of the arithmetic."""
 
-    bytes: float = 1e15  # the stock: what a child sees in its first years, by LeCun's estimate
+    bytes: float = 1e15  # what a child sees in its first four years, by LeCun's estimate
     bytes_per_frame: float = 1_200.0  # stored, compressed: 64x64 RGB at 0.098 bytes a pixel value (about 10:1)
     passes: float = 1.0  # how often each frame is trained on
-    days: float = 30.0  # within which it is to be done
+    days: float = 30.0  # time limit for training
     cpu_frames_per_second: float = 18_020.0  # measured: the default model, 2 cores (benchmarks/RESULTS.md)
-    cpu_gflops: float = 128.6  # measured in the same run: what the cores did
+    cpu_gflops: float = 128.6  # measured in the same run
     gpu_peak_tflops: float = 989.0  # published: H100 SXM, bf16, dense
     utilisation: float = 0.35  # of the peak; an assumption
     machine_gbit: float = 25.0  # network of one machine
-    bucket_gbit: float = 100.0  # what the object store gives to all
-    encoder_gflop: float = 0.0  # forward and backward, a frame; 0: as the default model, from the two figures above
+    bucket_gbit: float = 100.0  # network of the object store, for all readers
+    encoder_gflop: float = 0.0  # forward and backward, per frame; 0: from the two measured figures
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What follows."""
+    """The results of the arithmetic."""
 
     frames: float
     gflop_per_frame: float
@@ -44,7 +44,7 @@ class Answer:
     machine_bytes_per_second: float
     readers_for_network: float
     days_for_bucket: float
-    machines: float  # of one GPU each: as many as compute and network both ask for
+    machines: float  # with one GPU each: the larger of what compute and network need
 
 
 def compute(given: Assumptions) -> Answer:

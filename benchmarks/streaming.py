@@ -1,13 +1,13 @@
-"""How fast training windows come from local disk and from a local S3 server, cold and warm, slow and fast.
+"""Measures how fast training windows are read from local disk and from a local S3 server.
 
     python benchmarks/streaming.py [--episodes 300] [--seconds 3] [--beyond] [--out FILE|-]
 
-A server from a package answers on this machine, so that server, network and reader share its cores; a proxy before
-it adds latency and bounds the bandwidth. `consumed` is what the default model trains on in the same run, and
-`wait_share` the share of training's time that it waits for a batch.
+The caches are cold or warm. The server runs on this machine, so server, network and reader share its cores. A proxy
+adds latency and limits the bandwidth. `consumed` is the number of frames per second on which the default model trains
+in the same run. `wait_share` is the share of training time spent waiting for a batch.
 
-With `--beyond` it measures, in place of all that, a cache that holds a third of the data, and 20 ms of latency:
-windows drawn from all of it, and from a sliding pool of a sixth. Training's figures are of its last quarter there.
+`--beyond` instead measures a cache for a third of the data with 20 ms of latency. Windows are sampled from all of the
+data, and from a sliding pool of a sixth. The training figures then cover the last quarter of training.
 """
 
 import argparse
@@ -45,7 +45,7 @@ BATCH, CONTEXT, HORIZON, BLOCK = 64, 1, 8, 1
 
 
 def windows_per_second(frames: Frames, seconds: float) -> float:
-    """Return the frames a second of random windows."""
+    """Return the frames per second of randomly sampled windows."""
     sampler = WindowSampler(frames, context=CONTEXT, horizon=HORIZON, block=BLOCK)
     generator, count, began = np.random.default_rng(0), 0, time.perf_counter()
     while time.perf_counter() - began < seconds or count == 0:
@@ -55,7 +55,7 @@ def windows_per_second(frames: Frames, seconds: float) -> float:
 
 
 def beyond(dataset: EpisodeDataset, directory: Path, steps: int) -> list[dict[str, Any]]:
-    """Return what a pass moves and how long training waits, with a cache of a third of the data."""
+    """Return the traffic of a pass and the waiting time of training, with a cache for a third of the data."""
     chunk_mib, size = 0.2, dataset.frames * 64 * 64 * 3
     rows = []
     for drawing in ("uniform", "pool"):
@@ -66,7 +66,7 @@ def beyond(dataset: EpisodeDataset, directory: Path, steps: int) -> list[dict[st
             assert frames.pixels is not None
             order, turn = SlidingPool(len(sampler), len(sampler) // 6, seed=0), -1
             a_pass = len(sampler) // BATCH
-            warm = 8 if drawing == "uniform" else a_pass  # what was read ahead fills the cache; the pool fills its own
+            warm = 8 if drawing == "uniform" else a_pass  # reading ahead fills the cache; the pool needs a pass
             for step in range(warm + a_pass):
                 if step == warm:
                     before, began = frames.pixels.fetched, time.perf_counter()
@@ -97,7 +97,7 @@ def beyond(dataset: EpisodeDataset, directory: Path, steps: int) -> list[dict[st
 def training(
     frames: Frames, directory: Path, steps: int, pool: int | None = None, log_every: int = 0
 ) -> dict[str, float]:
-    """Return the frames a second that the default model consumes, and the share of time that it waits."""
+    """Return the frames per second that the default model consumes, and the share of time spent waiting."""
     run = RunFolder.create(directory, {}, {})
     config = TrainingConfig(
         steps=steps,
@@ -184,7 +184,7 @@ def main() -> None:
 
 
 def write(out: str, dataset: EpisodeDataset, rows: list[dict[str, Any]]) -> None:
-    """Write what was measured, and on what."""
+    """Write the measurements and the hardware."""
     result = {
         "benchmark": "streaming",
         "frames": dataset.frames,

@@ -1,11 +1,11 @@
-"""Zero-shot success of a recipe at several training seeds: each collects, trains and evaluates from scratch.
+"""Measures the zero-shot success of a recipe with several training seeds, each collected and trained from scratch.
 
     python benchmarks/success.py two-room [--seeds 0 1 2] [--protocol NAME] [--methods NAME ... --name NAME]
         [--set KEY=VALUE ...]
 
-Writes benchmarks/results/success-RECIPE.json, success-PROTOCOL.json where one is named, or success-NAME.json for some
-of the methods: the rows pooled over seeds (a 95% interval, and the range over the models), the seconds of each stage,
-and the hardware. What is there already, made by the command line or an earlier start, is taken up.
+Writes benchmarks/results/success-RECIPE.json; with `--protocol` success-PROTOCOL.json, and for some of the methods
+success-NAME.json. The file contains the rows pooled over seeds (with 95% intervals, and the range over the models), the
+seconds of each stage, and the hardware. Existing datasets and runs are reused, and interrupted ones are resumed.
 """
 
 import argparse
@@ -30,9 +30,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--protocol", help="another than the recipe's, such as two-room-25@1")
-    parser.add_argument("--methods", nargs="+", help="of the recipe; all by default")
-    parser.add_argument("--name", help="of the results, where they are of some methods")
+    parser.add_argument("--protocol", help="a protocol instead of the recipe's, such as two-room-25@1")
+    parser.add_argument("--methods", nargs="+", help="methods of the recipe; all by default")
+    parser.add_argument("--name", help="the name of the results, with --methods")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--set", action="append", default=[], help="override of the recipe")

@@ -1,11 +1,10 @@
-"""How fast a world model trains: prints one JSON line.
+"""Measures the training speed of a world model; prints one JSON line.
 
     python benchmarks/training.py [--threads N] [--steps N] [--set KEY=VALUE ...]
 
-The default configuration on frames of noise, 64x64 RGB, through `fit` as a user calls it: windows drawn from a
-cache, logging and checkpoints included; the rate is the median over the logged stretches. Floating-point
-operations are counted by PyTorch (matrix products and convolutions, forward and backward), and set against the
-rate of square matrix products measured in the same process.
+The default configuration trains on 64x64 RGB noise with `fit`, including the cache of windows, logging and checkpoints.
+The rate is the median over the logging intervals. PyTorch counts the floating-point operations (matrix products and
+convolutions, forward and backward). They are compared with the rate of square matrix products in the same process.
 """
 
 import argparse
@@ -29,7 +28,7 @@ EPISODES, STEPS, SIDE = 40, 100, 64
 
 
 def noise_cache() -> Frames:
-    """Return frames and actions that are noise: the arithmetic is the same as on a world."""
+    """Return frames and actions of noise; the arithmetic is the same as for a world."""
     random, frames = np.random.default_rng(0), EPISODES * (STEPS + 1)
     actions = random.uniform(-1, 1, (frames, 2)).astype(np.float32)
     return Frames(

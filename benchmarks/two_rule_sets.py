@@ -1,11 +1,10 @@
-"""One world model in two hands: the same tasks under two owners' policies, and how differently they are done.
+"""One world model, two owners: the same tasks under two rule sets, and how the agent's paths differ.
 
     python benchmarks/two_rule_sets.py [--seed 0] [--episodes 50]
 
-Both keep the recipe's own layer (out of the pits, at a risk of 5%). The first owner adds nothing. The second adds a
-layer of its community's: nobody walks through the garden, a corner of the room, and nobody hurries. Each policy is
-signed by its owner, read back and calibrated. Writes benchmarks/results/two-rule-sets.json, and a picture of some ways.
-"""
+Both use the recipe's own layer (out of the pits, at a risk of 5%). The first owner adds nothing. The second adds a
+layer of its community: keep out of the garden, a corner of the room, and move slowly. Each rule set is signed by its
+owner, read back and calibrated. Writes benchmarks/results/two-rule-sets.json, and a picture of some paths."""
 
 import argparse
 import tempfile
@@ -53,7 +52,7 @@ guardrails:
 
 
 class Ways:
-    """A witness that keeps where everybody went, and whether it was into the garden."""
+    """A witness that stores the path of each episode, and whether it enters the garden."""
 
     def __init__(self) -> None:
         self.ways: list[list[np.ndarray]] = []
@@ -61,26 +60,26 @@ class Ways:
         self._begun = 0
 
     def begin(self, agent: Agent, size: int) -> None:
-        """Begin episodes."""
+        """Start episodes."""
         self._begun = len(self.ways)
         self.ways += [[] for _ in range(size)]
 
     def saw(self, frame: Frame, step: int) -> None:
-        """Keep the places."""
+        """Store the positions."""
         for row, place in zip(frame.rows, frame.numbers("position", "the benchmark"), strict=True):
             self.ways[self._begun + row].append(place)
         if step == 0:
             self.pits += list(frame.numbers("pit_positions", "the benchmark"))
 
     def entered(self, way: int) -> bool:
-        """Whether a way leads into the garden; who begins there can only leave it."""
+        """Whether a path enters the garden; one that begins in the garden can only leave it."""
         left, top, right, bottom = GARDEN
         points = np.array(self.ways[way])
         inside = ((points > (left, top)) & (points < (right, bottom))).all(axis=1)
         return bool((inside[1:] & ~inside[:-1]).any())
 
     def fastest(self, way: int) -> float:
-        """Return the longest step of a way, in px."""
+        """Return the longest step of a path, in px."""
         points = np.array(self.ways[way])
         return float(np.linalg.norm(np.diff(points, axis=0), axis=1).max(initial=0.0))
 
@@ -122,7 +121,7 @@ def main() -> None:
 
 
 def signed(text: str) -> Any:
-    """Return the policy as its owner wrote, signed and sent it."""
+    """Return the rule set after its owner wrote, signed and sent it."""
     with tempfile.TemporaryDirectory() as folder:
         path, key = Path(folder) / "policy.yaml", Path(folder) / "key.pem"
         path.write_text(text)
@@ -145,7 +144,7 @@ def summary(rows: Any, witness: Ways) -> dict[str, Any]:
 
 
 def draw(ways: dict[str, Ways], path: Path) -> None:
-    """Draw the first tasks, with the way of each owner."""
+    """Draw the first tasks, with the path under each owner's rule set."""
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     axes = figure.subplots(2, 5)
     left, top, right, bottom = GARDEN

@@ -1,20 +1,25 @@
-"""Owners of different worlds: success at home with a model of their own, with the shared one, and with pooled data.
+"""Owners of different worlds: success in their own world with their own model, the shared model, and pooled data.
 
     python benchmarks/weaving.py [--consortium examples/five_owners.yaml] [--seeds 0 1 2] [--episodes 50] [--threads 1]
 
-For each seed there are four ways: each owner trains alone; all owners share everything but statistics, so that their
-action conventions clash; all owners share a model with sovereign stems; and one model trains on all logs in one action
-convention, an upper bound that needs the data in one place. All begin with the same base and take as many steps.
-Success is measured on the protocol's goals in the owner's own world, by tree search; a single room has no goals across
-rooms. The results go to benchmarks/results/weaving.json. Results of a seed are stored beside it and reused, unless
-`--anew` is set. `--quick` only tries the script, and stores nothing.
-"""
+For each seed, the benchmark compares four ways to train a model:
+
+- each owner trains alone;
+- all owners share everything except statistics, so that their action conventions conflict;
+- all owners share a model with sovereign stems;
+- one model trains on all logs in one action convention, an upper bound that needs the data in one place.
+
+All start from the same base and train for the same number of steps. Success is measured with tree search, on the
+protocol's goals in the owner's own world; a single room has no goals in another room. The results go to
+benchmarks/results/weaving.json. Results of a seed are stored beside it and reused, unless `--anew` is set. `--quick`
+only tries the script, and stores nothing."""
 
 import argparse
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +29,11 @@ from worldloom import workflow
 from worldloom.cli.console import print_table, progress
 from worldloom.core.files import write_json
 from worldloom.core.yaml_config import read_yaml
+from worldloom.data import EpisodeDataset, load_frames
 from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
-from worldloom.federation import Records
+from worldloom.federation import LocalTraining, PartitionConfig, Records
 from worldloom.workflow import ConsortiumConfig, Run, simulate
-from worldloom.workflow.simulation import OwnerConfig, alone
+from worldloom.workflow.simulation import OwnerConfig, measure, run_folder
 
 RESULTS = Path(__file__).parent / "results" / "weaving.json"
 METHOD = "tree search"
@@ -81,13 +87,13 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 class Bench:
-    """The ways to a model for one seed, and the owners' success with each."""
+    """The four ways to train a model for one seed, and the owners' success with each."""
 
     def __init__(
         self, config: ConsortiumConfig, seed: int, arguments: argparse.Namespace, settings: Mapping[str, Any]
     ) -> None:
         self._config, self._seed, self._episodes = config, seed, arguments.episodes
-        # A run that was killed is taken up, one under other settings never.
+        # An interrupted run is resumed; a run with different settings never is.
         name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
         self._root: Path = arguments.runs / name / str(seed)
         if arguments.anew:
@@ -107,13 +113,13 @@ class Bench:
         for name in self._config.owners:
             path = self._root / "alone" / name
             logs = workflow.collect(self._config.recipe_of(name, self._seed), path / "data", progress=progress())
-            runs[name] = alone(self._config, name, path / "run", logs.path, seed=self._seed, progress=progress())
+            runs[name] = alone(self._config, name, path / "run", logs.path, self._seed)
         return {"reached": self._reached(runs)}
 
     def _woven(self, name: str, config: ConsortiumConfig) -> dict[str, Any]:
         woven = simulate(config, self._root / name, seed=self._seed, progress=progress())
         records = Records(woven.rounds / "ledger.jsonl")
-        sent = sum(one["bytes"] for number in range(config.rounds) for one in records.contributions(number))
+        sent = sum(one["bytes"] for number in range(config.rounds) for one in records.of("contribution", number))
         return {"reached": self._reached(woven.runs), "bytes": sent, "losses": last_losses(woven.rounds)}
 
     def _pooled(self) -> dict[str, Any]:
@@ -129,7 +135,7 @@ class Bench:
 
 
 def last_losses(rounds: Path) -> dict[str, float]:
-    """Return what each member loses on its held-out episodes under the last base, before fine-tuning."""
+    """Return each member's loss on its held-out episodes under the last base, before fine-tuning."""
     *_, last = Records(rounds / "ledger.jsonl").entries("round")
     return {name: after for name, (_, after) in last.body["facts"]["evaluation"]["owners"].items()}
 
@@ -142,11 +148,27 @@ def pool(config: ConsortiumConfig, root: Path, seed: int) -> Run:
     path = root / "pooled" / "data"
     as_one(every, path)
     name = next(iter(config.owners))
-    return alone(same, name, root / "pooled" / "run", path, seed=seed, progress=progress())
+    return alone(same, name, root / "pooled" / "run", path, seed)
+
+
+def alone(config: ConsortiumConfig, name: str, path: Path, data: Path | str, seed: int) -> Run:
+    """Train an owner's model on its own logs alone, from the same initial base and for as many steps."""
+    steps = config.shared_steps + config.own_steps_of(name)
+    recipe, dataset = config.recipe_of(name, seed, steps=steps), EpisodeDataset.open(data)
+    partition = PartitionConfig.parse(config.rules.get("partition", {}))
+    with closing(load_frames(dataset, recipe.data, progress=progress())) as frames:
+        folder = run_folder(recipe, dataset, path, seed)
+        local = LocalTraining(
+            folder, frames, training=recipe.training, model=recipe.model, partition=partition, progress=progress()
+        )
+        local.train("alone", local.without_statistics(local.untrained(seed)), steps)
+        run = Run(folder)
+        measure(run, frames, progress())
+    return run
 
 
 def plain(factors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the factors without a convention of actions."""
+    """Return the factors without those of the action convention."""
     return {name: value for name, value in factors.items() if name not in CONVENTIONS}
 
 

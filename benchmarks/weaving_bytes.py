@@ -1,27 +1,27 @@
-"""Bytes against loss: owners of shards of one world send deltas rarely, with few bits, or a gradient at each step.
+"""Bytes against loss: owners with data from one world send deltas rarely, with few bits, or a gradient at each step.
 
     python benchmarks/weaving_bytes.py [--world rooms] [--seeds 0 1 2] [--threads 1] [--anew] [--quick]
 
 Four owners log the same world, each with its own episode seeds: two rooms in pixels (`--world rooms`), or a robot
-with sensors (`--world robot`), which uses the batch size of its recipe and many rounds. All ways begin with the base
-that one owner, the pilot, trained alone (the experiments of DiLoCo, arXiv 2311.08105, also begin with a trained model).
-They take the same steps on the same batches for each owner, with one schedule of the learning rate over all steps. The
-learning rate and the outer step were the best ones on another seed:
+with sensors (`--world robot`), which uses the batch size of its recipe and many rounds. All methods
+start from the base that one owner, the pilot, trained alone (DiLoCo, arXiv 2311.08105, also starts from a trained
+model). They take the same steps on the same batches for each owner, with one learning-rate schedule over all steps. The
+learning rate and the outer step were chosen on a different seed. The methods are:
 
-- synchronous: one gradient per step, averaged over the owners. This equals one model trained on all logs with the
-  owners' batches in one (with statistics of the whole batch, as in data parallelism here). The bytes are those that it
-  would send: for each owner and step a float32 gradient of the shared tensors up, and the mean down.
+- synchronous: one gradient per step, averaged over the owners. This equals one model trained on all logs, with the
+  owners' batches joined (with statistics of the joined batch, as in data parallelism here). The bytes are computed: for
+  each owner and step, a float32 gradient of the shared tensors up, and the mean down.
 - H = ...: rounds of H steps with DiLoCo's outer optimiser, by `simulate`, with contributions in float32, int8, or the
   largest 5% of each tensor with error feedback.
-- alone: each owner continues from the pilot's base by itself, and sends nothing.
+- alone: each owner continues from the pilot's base alone, and sends nothing.
 
 `up` counts the bytes of the contributions in the ledger. `all up` and `all down` count every byte between coordinator
-and nodes, including verdicts and the ledger; the pilot's base counts once up, and once down for each owner. The errors
-are of predictions 8 blocks ahead in episodes that nobody trains on, in shares of the latents' variance, and of the
-position that a linear probe reads there; both are means over the owners' models. Intervals are Student's over the
-seeds, of ratios paired by seed. The results go to benchmarks/results/weaving_bytes_rooms.json, or `_robot`. Results of
-a seed are stored beside it and reused, unless `--anew` is set. `--quick` only tries the script, and stores nothing.
-"""
+and nodes, including verdicts and the ledger; the pilot's base counts once up, and once down for each owner. Two errors
+are measured for predictions 8 blocks ahead in held-out episodes: the latent error, as a share of the latents' variance,
+and the error of the position that a linear probe reads. Both are means over the owners' models. Intervals are Student's
+over the seeds, for ratios paired by seed. The results go to benchmarks/results/weaving_bytes_rooms.json, or `_robot`.
+Results of a seed are stored beside it and reused, unless `--anew` is set. `--quick` only tries the script, and stores
+nothing."""
 
 import argparse
 import shutil
@@ -42,7 +42,7 @@ from worldloom.core.files import write_json
 from worldloom.core.seeds import numpy_generator
 from worldloom.core.types import Context, Windows
 from worldloom.data import EpisodeDataset, WindowSampler, load_cache, load_frames
-from worldloom.federation import Base, LocalTraining, PartitionConfig, Records, RoundStore, bytes_of, initial_base
+from worldloom.federation import Base, LocalTraining, PartitionConfig, Records, RoundStore, initial_base
 from worldloom.models import JEPA
 from worldloom.recipes import Recipe
 from worldloom.training import LinearProbe
@@ -66,11 +66,16 @@ SETTINGS = ("episodes", "batch", "steps", "pilot")
 PAIRS = (("H = 100, int8", "H = 100"), ("H = 100, top 5%", "H = 100"))
 
 
+def bytes_of(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Return the bytes of tensors, without names and signatures."""
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The owners' logs, their training, and the rules; outer steps and rates were chosen on another seed.
+    """The owners' logs, their training, and the rules; outer steps and rates were chosen on a different seed.
 
-    `steps` and `batch` are of each owner; the pilot's are of the steps.
+    `steps` and `batch` are per owner; the pilot's steps are included.
     """
 
     recipe: str
@@ -80,7 +85,7 @@ class World:
     steps: int
     pilot: int
     outer: Mapping[str, Any]  # see docs/log.md for the others that were tried
-    rate: float | None = None  # of the synchronous steps, where another is better for them than the recipe's
+    rate: float | None = None  # learning rate of the synchronous method, if a different one from the recipe's is better
     partition: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -92,7 +97,7 @@ WORLDS = {
     "robot": World(
         recipe="point-hazards-state", unit="m", episodes=4000, batch=256, steps=4000, pilot=1000, rate=4e-3,
         outer={"name": "diloco", "learning_rate": 1.0, "momentum": 0.7},
-        # Shards of one world are looked at through one scale, the pilot's.
+        # Owners of one world normalise with one set of statistics, the pilot's.
         partition={"shared": ("encoder.*", "predictor.*", "normalise_actions.*"), "sovereign": ("norm.*",)},
     ),
 }  # fmt: skip
@@ -142,7 +147,7 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def row_of(way: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the bytes of a way, its errors, and by how much they exceed those of the synchronous one."""
+    """Return the bytes and errors of a method, and how much the errors exceed those of the synchronous method."""
     bytes_ = {key: float(np.mean([one[way][key] for one in found])) for key in ("up", "all up", "all down")}
     row = {"way": way, "n": len(found), **bytes_}
     row |= {key: interval([one[way][key] for one in found]) for key in ("error", "place")}
@@ -155,7 +160,7 @@ def row_of(way: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def paired(found: Sequence[Mapping[str, Any]], one: str, other: str, key: str) -> dict[str, Any]:
-    """Return the relative excess of a figure of one way over that of another, paired by seed."""
+    """Return the relative excess of one method's figure over another's, paired by seed."""
     return interval([ways[one][key] / ways[other][key] - 1 for ways in found])
 
 
@@ -201,9 +206,9 @@ class Bench:
         self._root: Path = arguments.runs / arguments.world / str(seed)
 
     def measure(self, way: str) -> dict[str, Any]:
-        """Return the bytes that a way sends and the errors of its models."""
+        """Return the bytes that a method sends and the errors of its models."""
         config, root = self._config(WAYS[way]), self._root / "ways" / way.replace(" ", "")
-        shutil.rmtree(root, ignore_errors=True)  # bytes are counted whole
+        shutil.rmtree(root, ignore_errors=True)  # only an uninterrupted run counts all bytes
         if way in (SYNCHRONOUS, ALONE):
             every = {"all": self._every} if way == SYNCHRONOUS else {name: self._logs(name) for name in OWNERS}
             overrides = []
@@ -233,7 +238,7 @@ class Bench:
         return {**sent, **self._errors([run.model for run in woven.runs.values()])}
 
     def _gone_on(self, path: Path, logs: EpisodeDataset, overrides: Sequence[str]) -> Run:
-        """Return a run that continues from the pilot's base on some logs, for as many steps as all others."""
+        """Return a run that continues from the pilot's base on some logs, for as many steps as the others."""
         recipe = self._recipe(OWNERS[0]).override(overrides)
         with self._training(path, logs, recipe) as training:
             begun, steps = self._arguments.pilot, self._arguments.steps
@@ -264,14 +269,14 @@ class Bench:
         return ConsortiumConfig(
             consortium="shards of one world",
             recipe=self._world.recipe,
-            # What no figure here comes from is made small: the windows of a verdict, and the inverse of the geometry.
+            # Parts that affect no figure here are small: the windows of a verdict, and the inverse model.
             overrides=(f"training.batch={arguments.batch}", "training.validation_windows=64", "inverse.steps=1"),
             owners={name: OwnerConfig(episodes=arguments.episodes) for name in owners},
             pilot=owners[0],
             align_steps=arguments.pilot,
             rounds=(arguments.steps - arguments.pilot) // inner,
             inner_steps=inner,
-            own_steps=1,  # at a rate of all but 0: what is measured is the last base
+            own_steps=1,  # at a rate of almost 0, because the last base is measured
             stems=False,
             rules={
                 "outer": self._world.outer,
@@ -293,7 +298,7 @@ class Bench:
 
     @cached_property
     def _windows(self) -> tuple[Windows, Windows]:
-        """Windows of all owners' logs, to fit a probe on, and of episodes that nobody trains on."""
+        """Windows of all owners' logs, for fitting a probe, and windows of held-out episodes."""
         return self._drawn(self._every), self._drawn(self._logs("nobody"))
 
     def _drawn(self, dataset: EpisodeDataset) -> Windows:
@@ -311,7 +316,7 @@ class Bench:
 
 @torch.inference_mode()
 def errors(model: JEPA, fitted: Windows, held_out: Windows) -> dict[str, float]:
-    """Return the error of the last latent predicted, in shares of the latents' variance, and of the place in it."""
+    """Return the error of the last predicted latent, as a share of the latents' variance, and of the position in it."""
     context = model.spec.context
     latents = model.encode(held_out.observations)
     start = Context(latents=latents[:, :context], actions=held_out.actions[:, : context - 1])

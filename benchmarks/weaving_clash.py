@@ -2,8 +2,8 @@
 
     python benchmarks/weaving_clash.py [--seeds 0 1 2] [--episodes 50] [--threads 1] [--anew] [--quick]
 
-Both owners have the same rooms, but an action that moves one agent right moves the other left. They train by the same
-rules, once with shared stems and once with sovereign stems, and act with the last base as it came, because fine-tuning
+Both owners have the same rooms, but an action that moves one agent right moves the other left. They train with the
+same rules, once with shared stems and once with sovereign stems. They act with the last base without fine-tuning, which
 would repair both. Success is measured on the protocol's goals, by tree search. The results go to
 benchmarks/results/weaving_clash.json. Results of a seed are stored beside it and reused, unless `--anew` is set.
 `--quick` only tries the script, and stores nothing.
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=50, help="of each split")
     parser.add_argument("--logs", type=int, default=300, help="episodes of each owner")
     parser.add_argument("--rounds", type=int, default=16)
-    parser.add_argument("--align", type=int, default=100, help="steps in which the stems meet the pilot's base")
+    parser.add_argument("--align", type=int, default=100, help="steps in which the stems align with the pilot's base")
     run(parser.parse_args(), {"episodes": 1, "logs": 12, "rounds": 2, "align": 6}, report)
 
 
@@ -65,7 +65,7 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def measure(way: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the number of goals that each owner reaches with the last base itself, and its held-out loss."""
+    """Return the number of goals that each owner reaches with the last base, and its held-out loss."""
     config = ConsortiumConfig(
         consortium="two conventions",
         overrides=("training.batch=32",),
@@ -76,7 +76,7 @@ def measure(way: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any
         align_steps=arguments.align,
         rounds=arguments.rounds,
         inner_steps=25,
-        own_steps=1,  # at a rate of all but 0
+        own_steps=1,  # at a rate of almost 0
         rules={"outer": {"name": "fedavg"}, "quorum": 2, "cap": 0.5, "quality": {"max_worse": 10.0}, **WAYS[way]},
     )
     root = arguments.runs / str(seed) / way.replace(" ", "-")

@@ -7,16 +7,17 @@ Five owners log the same world (`two-room`), and the last of them attacks with v
 - sign flip: it sends the negative of its delta.
 - 20 times: it sends its delta times 20.
 - backdoor: half of its logs have a patch in a corner of each frame, and the opposite of the true actions; it sends the
-  delta trained on them. Backdoor, 5 times: that delta times the number of owners, to replace the mean.
+  delta trained on them.
+- backdoor, 5 times: it sends that delta times the number of owners, to replace the mean.
 
 Defences: none, which is the plain mean without an effective gate; the constitution's defaults, which are the clipped
-mean, a cap and the gate; and the median, the trimmed mean and Krum alone, without the gate. The measures are the goals
-that the first honest owner reaches at home by tree search, for a backdoor also with the patch in every frame, and its
-held-out loss under the last base. `attacker out` and `honest out` count the rounds in which they had no influence by
-the ledger: left out by the gate, dropped by Krum, or refused. If losses become infinite or NaN, the consortium stops
-without a model. The results go to benchmarks/results/weaving_malicious.json. Results of a seed are stored beside it and
-reused, unless `--anew` is set. `--quick` only tries the script, and stores nothing.
-"""
+mean, a cap and the gate; and the median, the trimmed mean and Krum alone, without the gate. The measures are the
+held-out loss of the first honest owner under the last base, and the goals that it reaches with tree search. For a
+backdoor, goals are also measured with the patch in every frame. `attacker out` and `honest out` count the rounds in
+which, by the ledger, they had no influence: left out by the gate, dropped by Krum, or refused. If losses become
+infinite or NaN, the consortium stops without a model. The results go to benchmarks/results/weaving_malicious.json.
+Results of a seed are stored beside it and reused, unless `--anew` is set. `--quick` only tries the script, and stores
+nothing."""
 
 import argparse
 import shutil
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=50, help="of each split")
     parser.add_argument("--logs", type=int, default=120, help="episodes of each owner")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--inner", type=int, default=50, help="steps of a round; and of the settling at home")
+    parser.add_argument("--inner", type=int, default=50, help="steps of a round, and of fine-tuning")
     parser.add_argument("--attacks", nargs="+", choices=list(ATTACKS), default=list(ATTACKS))
     parser.add_argument("--defences", nargs="+", choices=list(DEFENCES), default=list(DEFENCES))
     small = {"episodes": 1, "logs": 12, "rounds": 2, "inner": 6}
@@ -137,11 +138,11 @@ class Patched(Agent):
         self._agent: Any = agent
 
     def reset(self, goal: Goal) -> None:
-        """Reset."""
+        """Start episodes with the patch in the goals."""
         self._agent.reset(replace(goal, observations=patched(goal.observations)))
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep some of the environments."""
+        """Select environments, as the wrapped agent does."""
         self._agent.select(rows)
 
     def act(self, observations: Observations) -> Tensor:

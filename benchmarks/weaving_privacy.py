@@ -2,29 +2,29 @@
 
     python benchmarks/weaving_privacy.py [--seeds 0 1 2] [--threads 1] [--anew] [--quick]
 
-Eight owners log a spot that their actions move over 8 x 8 receptors, each episode before a texture of its own, and
-train a model of some 3,000 shared values in rounds of `fedavg`. Their deltas are clipped and noised as in a node: where
-the coordinator sees each delta, each has all of the noise; under secure aggregation (all owners stay to the end) each
-has its share, and only the sum is seen. Here the noise comes from the seed, so that results can be reproduced; a node
-takes it from the operating system.
+Eight owners log a spot that their actions move over 8 x 8 receptors; each episode has a different background texture.
+They train a model of about 3,000 shared values in rounds of `fedavg`. Their deltas are clipped and noised as in a node.
+Without secure aggregation the coordinator sees each delta, so each has the full noise. With secure aggregation (no
+owner drops out) each delta has its share of the noise, and only the sum is seen. Here the noise depends on the seed, so
+that results can be reproduced; a node uses the randomness of the operating system.
 
-Every owner is attacked, by an attacker that knows the bases, statistics of such data, and what the coordinator sees:
+Every owner is attacked. The attacker knows the bases, statistics of similar data, and everything that the coordinator
+sees. The attacks are:
 
-- losses: for each episode, the loss under each base plus what was sent, minus the loss under the base alone, summed
-  over the rounds. Episodes whose loss falls more count as training data (`membership_inference`).
+- losses: the loss of each episode under base plus delta, minus its loss under the base, summed over the rounds.
+  Episodes whose loss falls more count as training data (`membership_inference`).
 - picture: the input that the first layer reveals in each round (`reconstruct`). Episodes whose mean picture is more
   similar to it count as training data.
-- one frame: the same if each owner has one frame and takes one plain step of gradient descent, with the largest norm as
-  the clip: the worst case, as in tests/federation/test_attacks.py. The frame is distinguished from one that nobody has;
-  the cosine to the true frame is given too.
+- one frame: the worst case, as in tests/federation/test_attacks.py. Each owner has one frame and takes one step of
+  gradient descent; the clip is the largest norm. The attack distinguishes this frame from one that no owner has. The
+  cosine to the true frame is reported too.
 
 Each attack gives an AUROC for each owner and seed (0.5 is chance); the table has the mean and Student's 95% interval.
-The loss is that of the last base on held-out episodes, the mean over owners, as the gate measures it. Beside it is the
-error of the spot that a linear probe of the latents reads 3 blocks ahead in new logs, in receptor spacings; intervals
-are over the seeds. Epsilon is of all rounds together, at the stated delta. The results go to
+The loss is that of the last base on held-out episodes, as the gate measures it, averaged over owners. The table also
+has the position error of the spot, which a linear probe reads 3 blocks ahead in new logs, in receptor spacings.
+Intervals are over the seeds. Epsilon covers all rounds together, at the stated delta. The results go to
 benchmarks/results/weaving_privacy.json. Results of a seed are stored beside it and reused, unless `--anew` is set.
-`--quick` only tries the script, and stores nothing.
-"""
+`--quick` only tries the script, and stores nothing."""
 
 import argparse
 import logging
@@ -72,7 +72,7 @@ HORIZON, DRAWS = 3, 10
 MODEL = JEPAConfig(encoder=VectorMLP(hidden=(32,)), predictor=MLPPredictor(hidden=(32,)), latent_dim=8, block=2)
 FIRST = {"weight": "encoder.mlp.layers.0.weight", "bias": "encoder.mlp.layers.0.bias"}
 CLIP, DELTA = 0.5, 1e-5
-NOISES = (None, 0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # None: not clipped either
+NOISES = (None, 0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # None: no clipping and no noise
 COSTS, UNTRAINED = ("loss", "places"), "untrained"
 ATTACKS = ("losses", "picture", "one frame")
 
@@ -165,7 +165,7 @@ def shown(row: Mapping[str, Any]) -> list[str]:
 
 
 def spots(generator: np.random.Generator, episodes: int) -> Frames:
-    """Return episodes of a spot that actions move between walls, before a texture that stays for an episode."""
+    """Return episodes of a spot that actions move between walls; the background texture is fixed in an episode."""
     frames = LENGTH + 1
     actions = np.zeros((episodes, frames, 2), np.float32)
     actions[:, :LENGTH] = np.clip(generator.normal(0, 0.3, (episodes, LENGTH, 2)).cumsum(1), -1, 1)
@@ -211,13 +211,13 @@ class World:
             validation_windows=64, checkpoint_every=10_000, validate_every=10_000, log_every=10_000, accelerator="cpu",
         )  # fmt: skip
         self._initial = initial_base(MODEL, self._logs[self._names[0]].spec, PartitionConfig(), seed=seed)
-        # What the attacker has: data of this kind, for the statistics that no owner sends.
+        # The attacker's own data of this kind, for the statistics that no owner sends.
         known = spots(numpy_generator(seed, "attacker"), OTHERS)
         statistics = compute_statistics(known, seed=seed)
         self._model = build_jepa(MODEL, known.spec.observation, known.spec.action, statistics, seed=seed).train()
 
     def untrained(self) -> dict[str, float]:
-        """Return the held-out loss of the first base, the mean over owners, and its error of places."""
+        """Return the mean held-out loss over owners of the first base, and its position error."""
         with tempfile.TemporaryDirectory() as folder:
             return {
                 "loss": self._loss(self._local(Path(folder)), self._initial),
@@ -247,7 +247,7 @@ class World:
                     task.advance(1)
             loss, places = self._loss(local, base), self._places(base.tensors)
         except TrainingError:
-            loss = places = None  # a loss is not finite any more; the attacks have what was seen until then
+            loss = places = None  # a loss is no longer finite; the attacks use the rounds so far
         found: dict[str, list[float]] = {"losses": [], "picture": []}
         for name in self._names:
             found["losses"].append(self._by_losses(name, history))
@@ -303,7 +303,7 @@ class World:
         return dict.fromkeys(self._names, mean)
 
     def _candidates(self, name: str) -> tuple[Frames, np.ndarray, Frames]:
-        """Return an owner's logs with the episodes that it trains on, and logs that nobody has."""
+        """Return an owner's logs with the episodes that it trains on, and logs that no owner has."""
         cache = self._logs[name]
         return cache, cache.split(self._training.validation_share, self._seed)[0], self._others[name]
 
@@ -325,13 +325,13 @@ class World:
         return membership_inference(*[-one for one in likeness]).auroc
 
     def _one_frame(self, noise: float | None, secure: bool) -> dict[str, list[float]]:
-        """Return for each owner the AUROC of its one frame against one of nobody, and the cosine to the true one."""
+        """Return for each owner the AUROC of its frame against a frame of no owner, and the cosine to its own."""
         right: dict[str, list[float]] = {name: [] for name in self._names}
         wrong: dict[str, list[float]] = {name: [] for name in self._names}
         for draw in range(DRAWS):
             random = numpy_generator(self._seed, "one frame", draw)
             frames = {name: torch.from_numpy(spots(random, 1).vector[0]) for name in self._names}
-            # One for each: under a sum all owners share what is made of it, and must not share what it is told from.
+            # One per owner: all owners share the reconstruction from a sum, so their comparison frames must differ.
             strangers = {name: torch.from_numpy(spots(random, 1).vector[0]) for name in self._names}
             deltas = {name: self._step(frame) for name, frame in frames.items()}
             largest = max(delta_norm(delta) for delta in deltas.values())
@@ -345,7 +345,7 @@ class World:
         return {"one frame": aurocs, "cosine": [float(np.mean(values)) for values in right.values()]}
 
     def _step(self, frame: Tensor) -> dict[str, Tensor]:
-        """Return the delta of one plain step towards a fixed code of one frame, from the first base."""
+        """Return the delta of one gradient step from the first base, toward a fixed code of one frame."""
         encoder = self._put(self._initial.tensors).encoder
         encoder.zero_grad()
         code = torch.randn(MODEL.latent_dim, generator=torch_generator(self._seed, "code"))
@@ -360,14 +360,14 @@ class World:
         return self._model.encoder.standardise(vector)
 
     def _pictures(self, cache: Frames) -> Tensor:
-        """Return the mean picture of each episode, as the attacker would see it."""
+        """Return the mean image of each episode, as the attacker would see it."""
         assert cache.vector is not None
         frames = torch.from_numpy(cache.vector).reshape(len(cache.lengths), LENGTH + 1, -1)
         return self._standardised(frames).mean(1)
 
 
 def summed(deltas: Mapping[str, State], name: str) -> dict[str, Tensor]:
-    """Return the sum of deltas by the protocol of secure aggregation, which reveals nothing else."""
+    """Return the sum of deltas by the secure aggregation protocol, which reveals nothing else."""
     keys = {owner: Ed25519PrivateKey.generate() for owner in deltas}
     session = SumSession(
         name=name,
@@ -388,7 +388,7 @@ def summed(deltas: Mapping[str, State], name: str) -> dict[str, Tensor]:
 
 
 def windows_of(parts: Sequence[tuple[Frames, np.ndarray | None]]) -> Windows:
-    """Return all windows of these episodes, or of all, of each part."""
+    """Return the windows of these episodes, or of all episodes, for each part."""
     found = []
     for cache, episodes in parts:
         sampler = WindowSampler(cache, context=1, horizon=HORIZON, block=MODEL.block, episodes=episodes)
@@ -410,7 +410,7 @@ def losses(model: JEPA, candidates: Sequence[tuple[Frames, np.ndarray]]) -> np.n
 
 
 def finite(value: float | None) -> float | None:
-    """Return a number, or None for one that JSON cannot hold."""
+    """Return a number, or None if JSON cannot represent it."""
     return value if value is not None and math.isfinite(value) else None
 
 

@@ -1,6 +1,6 @@
-"""How fast training windows are drawn: from memory, from a mapped file, and from Lance.
+"""Measures how fast training windows are read: from memory, from a memory-mapped file, and from Lance.
 
-One JSON line. `lance cold` starts with the data files out of the page cache; `lance warm` follows it.
+Prints one JSON line. `lance cold` starts with no data file in the page cache; `lance warm` follows it.
 Run: python benchmarks/windows.py --frames 50000
 """
 
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def draw_episode(number: int) -> Episode:
-    """A disc that walks between walls; appending is timed with this drawing."""
+    """A disc that walks between walls; the time to append includes drawing it."""
     generator = np.random.default_rng(number)
     frames = np.zeros((STEPS + 1, 64, 64, 3), np.uint8)
     frames[:, :, 30:34, 1] = 180

@@ -72,7 +72,7 @@ class Arm:
         self.reset(0)
 
     def reset(self, seed: int | None) -> None:
-        """Put the arm into a random pose drawn from the seed; with a real arm, an operator does this."""
+        """Move the arm to a random pose that depends on the seed; with a real arm, an operator does this."""
         generator = np.random.default_rng(seed)
         with self._lock:
             mujoco.mj_resetData(self._model, self._data)

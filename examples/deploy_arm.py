@@ -2,9 +2,9 @@
 
     python examples/deploy_arm.py [--run runs/arm] [--goals 10] [--seconds 6] [--live]
 
-The arm runs in its own process (examples/arm_plant.py). The log holds random motion. With --live it comes from the
-running plant at 20 Hz, which takes a quarter of an hour for 15 000 frames. Otherwise it comes from the same arm,
-stepped at full speed.
+The arm runs in a separate process (examples/arm_plant.py). The log contains random motion. With --live it is recorded
+from the running plant at 20 Hz, which takes a quarter of an hour for 15 000 frames. Otherwise it is recorded from the
+same simulation at full speed.
 """
 
 import argparse
@@ -138,7 +138,7 @@ class Goals:
 
 
 def learn(path: Path, address: str | None) -> Run:
-    """Collect and train; resume an earlier attempt if there is one."""
+    """Collect and train; resume an interrupted run if there is one."""
     chosen = recipe(address)
     dataset = collect(chosen, path / "data")
     return train(chosen, dataset, path / "run", resume=(path / "run" / "config.json").is_file())

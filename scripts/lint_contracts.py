@@ -1,14 +1,14 @@
-"""Import contracts of this project, beside those that import-linter ships."""
+"""Import contracts of this project, in addition to those of import-linter."""
 
 import grimp
 from importlinter import Contract, ContractCheck, fields, output
 
 
 class FaceContract(Contract):
-    """Rooms are imported through their faces, and a face exports its own room alone.
+    """Rooms are imported through their faces, and a face exports only its own room.
 
-    A face is a package's `__init__`. Modules of `open_rooms` may be imported directly. So may `doors`, modules that
-    need an optional package and therefore stay out of their face.
+    A room is a subpackage, and its face is the `__init__`. Modules of `open_rooms` may be imported directly. The same
+    applies to `doors`: modules that are not in their face because they need an optional package.
     """
 
     type_name = "faces"
@@ -18,7 +18,7 @@ class FaceContract(Contract):
     doors = fields.SetField(subfield=fields.StringField(), required=False, default=set())
 
     def check(self, graph: grimp.ImportGraph, verbose: bool) -> ContractCheck:
-        """Look at every import between two rooms."""
+        """Check every import between two rooms."""
         broken = []
         for importer in sorted(graph.modules):
             for imported in sorted(graph.find_modules_directly_imported_by(importer)):

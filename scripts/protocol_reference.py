@@ -1,4 +1,4 @@
-"""Writes the named protocols into docs/protocols.md from their own words: python scripts/protocol_reference.py"""
+"""Writes the descriptions of the named protocols into docs/protocols.md: python scripts/protocol_reference.py"""
 
 from pathlib import Path
 

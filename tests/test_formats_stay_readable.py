@@ -172,7 +172,7 @@ def test_a_file_of_version_1_is_read(files, name) -> None:
 def test_a_document_of_another_version_is_refused(files, name, pattern) -> None:
     (path,) = files.glob(pattern)
     write_json(path, {**read_json(path), "format": 2})
-    with pytest.raises(StorageError, match=r"format 2; this version of worldloom reads .* of format 1"):
+    with pytest.raises(StorageError, match=r"format 2; expected .* format 1"):
         READERS[name](files)
 
 

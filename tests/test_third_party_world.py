@@ -111,7 +111,7 @@ def test_it_is_collected_trained_on_and_evaluated_from_the_command_line(tmp_path
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("train", "nowhere", "--out", "run"), 4, "no dataset at nowhere"),
+        (("train", "nowhere", "--out", "run"), 4, "no dataset exists at nowhere"),
         (("train", "nowhere", "--out", "run", "--recipe", "two-rom"), 2, "did you mean 'two-room'"),
         (("demo", "--set", "trainig.steps=1"), 2, "did you mean 'training'"),
         (("collect", "worldloom/TwoRoom-v0", "--out", "d", "--import", "not_there"), 2, "cannot import"),

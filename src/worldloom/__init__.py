@@ -6,11 +6,11 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# OpenMP threads that wait for each other spin for milliseconds by default: on a core that is wanted elsewhere, that
-# made training twenty times slower. A short spin costs nothing on a quiet machine. Read when PyTorch is loaded.
+# By default, waiting OpenMP threads spin for milliseconds. If other processes need the core, training was twenty times
+# slower. A short spin costs nothing on an idle machine. The variable is read when PyTorch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-# Loaded when first used, so that importing the package is light.
+# Loaded on first use, so that importing the package is fast.
 _WHERE = {
     "EpisodeDataset": "worldloom.data",
     "Recipe": "worldloom.recipes",

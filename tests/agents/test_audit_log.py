@@ -268,7 +268,7 @@ def test_whichever_search_the_clock_ends_or_leaves_out_the_decision_was_cut_shor
 
 def test_an_entry_that_is_no_decision_is_not_replayed(folder: Path) -> None:
     first = next(iter(entries(log_path(folder))))
-    with pytest.raises(DataError, match="no decision"):
+    with pytest.raises(DataError, match="does not record a decision"):
         replay(folder, first, agent_of(None).decide, "cpu")
 
 

@@ -214,7 +214,7 @@ def test_an_agent_that_explored_reaches_what_it_could_not_before() -> None:
 
 def test_a_goal_of_another_size_is_refused() -> None:
     guide = LandmarkGuide(DoorWorld().graph(learned=False))
-    with pytest.raises(PlanningError, match="latents of 2 and the goal has 3"):
+    with pytest.raises(PlanningError, match="a goal of 2 values, as in the landmark graph; got 3"):
         guide.reset(torch.zeros(1, 3))
 
 

@@ -184,7 +184,7 @@ def test_cloning_heads_for_the_goal(cloned: CloningPolicy) -> None:
 
 
 def test_a_clone_refuses_observations_of_another_kind(cloned: CloningPolicy) -> None:
-    with pytest.raises(DataError, match="the model takes pixels .* got pixels None and a vector of 9"):
+    with pytest.raises(DataError, match="the model expects pixels .* got pixels None and a vector of 9"):
         cloned.encode(Observations(vector=torch.zeros(1, 9)))
 
 

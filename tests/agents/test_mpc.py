@@ -155,7 +155,7 @@ def test_wrong_use_is_refused() -> None:
         agent.act(look(torch.zeros(3, 2)))
     with pytest.raises(PlanningError, match="cannot select"):
         agent.select([2])
-    with pytest.raises(PlanningError, match="replan must be 1 to 6"):
+    with pytest.raises(PlanningError, match="expected replan from 1 to 6"):
         agent_of(world, Spy(), replan=7)
     with pytest.raises(PlanningError, match="leading axis"):
         agent.reset(Goal(observations=look(torch.zeros(2))))

@@ -23,10 +23,10 @@ def test_the_version_and_the_help_name_every_command(worldloom) -> None:
 @pytest.mark.parametrize(
     ("code", "message", "arguments"),
     [
-        (4, "no dataset at nowhere", ("data", "inspect", "nowhere")),
-        (4, "no dataset at nowhere", ("data", "validate", "nowhere")),
-        (4, "no dataset at nowhere", ("data", "preview", "nowhere")),
-        (4, "no dataset at nowhere; check the path, or collect one", ("train", "nowhere", "--out", "run")),
+        (4, "no dataset exists at nowhere", ("data", "inspect", "nowhere")),
+        (4, "no dataset exists at nowhere", ("data", "validate", "nowhere")),
+        (4, "no dataset exists at nowhere", ("data", "preview", "nowhere")),
+        (4, "no dataset exists at nowhere; check the path, or collect one", ("train", "nowhere", "--out", "run")),
         (4, "is not a folder", ("runs", "list", "nowhere")),
         (4, "not a run", ("runs", "show", "nowhere")),
         (4, "not a run", ("plan", "nowhere")),
@@ -77,7 +77,7 @@ def test_an_interruption_says_that_the_work_is_kept(worldloom, monkeypatch) -> N
     monkeypatch.setattr(workflow, "collect", interrupt)
     done = worldloom("demo", "--out", "never")
     assert done.code == 130
-    assert "is kept" in done.err
+    assert "are kept" in done.err
     assert "Traceback" not in done.err
 
 

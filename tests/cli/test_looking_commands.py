@@ -67,7 +67,7 @@ def test_a_damaged_run_is_named_and_the_others_are_listed(demo, worldloom, tmp_p
         Path(entry["run"]).name: entry for entry in json.loads(worldloom("runs", "list", str(tmp_path), "--json").out)
     }
     assert [name for name, entry in entries.items() if "recipe" in entry] == ["a", "d"]
-    assert "is not whole JSON" in entries["b"]["error"]
+    assert "is not valid JSON" in entries["b"]["error"]
     assert str(tmp_path / "c") in entries["c"]["error"]
     text = worldloom("runs", "list", str(tmp_path)).out
     assert "2 runs below" in text
@@ -104,7 +104,7 @@ def test_compared_runs_show_what_differs_and_nothing_else(demo, worldloom, refus
     shown = worldloom("runs", "compare", demo.run, str(other)).out
     assert "training.clip" in shown.replace("\n", "")
     assert "1.25" in shown
-    assert "two or more" in refused(2, "runs", "compare", demo.run)
+    assert "at least two run folders" in refused(2, "runs", "compare", demo.run)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def test_a_policy_is_signed_shown_and_kept(demo, worldloom, refused, policy, tmp
     assert all((x * x + y * y) ** 0.5 <= 0.8 + 1e-6 for x, y in made["actions"])
     assert made["refused"] is False
     stranger = json.loads(worldloom("rules", "key", str(tmp_path / "other.pem"), "--json").out)["key"]
-    assert "do not trust" in refused(3, *plan, "--trust", stranger)
+    assert "not a trusted key" in refused(3, *plan, "--trust", stranger)
     policy.write_text(POLICY.replace("0.8", "8.0"))
     assert "changed" in refused(3, *plan, "--trust", key)
 
@@ -47,7 +47,7 @@ def test_a_method_that_keeps_no_policy_does_not_act_under_one(demo, refused, pol
 def test_what_nothing_satisfies_is_found_before_anything_acts(demo, refused, policy) -> None:
     policy.write_text(POLICY.replace("times: 50", "times: 0.000001"))
     said = refused(2, "plan", demo.run, "--method", "CEM, latent L2", "--rules", str(policy), "--unsigned")
-    assert "'known' holds in none of" in said
+    assert "'known' is satisfied in none of" in said
 
 
 def test_a_plan_is_explained_and_its_decision_replayed(demo, worldloom, refused, policy, tmp_path) -> None:
@@ -73,7 +73,7 @@ def test_a_plan_is_explained_and_its_decision_replayed(demo, worldloom, refused,
     chain = log / "log.jsonl"
     lines = chain.read_bytes().splitlines(keepends=True)
     chain.write_bytes(b"".join(lines[:-1]))
-    assert "are gone" in refused(3, "audit", "verify", str(log), "--kept", kept)
+    assert "are missing" in refused(3, "audit", "verify", str(log), "--kept", kept)
     chain.write_bytes(b"".join(lines).replace(b'"refused":[]', b'"refused":[0]', 1))
     assert "entry 2 was changed" in refused(3, "audit", "verify", str(log))
     assert "does not verify" in refused(3, "audit", "replay", str(log), "--entry", "4")

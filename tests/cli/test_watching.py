@@ -106,7 +106,7 @@ def test_the_view_never_stops_the_work(chronicle, caplog) -> None:
             file.write(b"garbage\n")
         done = True
     assert done
-    assert "entry 2 is no entry of a chain" in caplog.text
+    assert "entry 2 is not an entry of a chain" in caplog.text
     with pytest.raises(DataError, match="entry 2"), live(chronicle.rounds, console=pipe()):
         pass
 

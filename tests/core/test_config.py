@@ -65,7 +65,7 @@ def test_override_can_exchange_a_component_by_name_alone_and_go_on_with_its_opti
         ("inner.stpes=20", "did you mean 'steps'"),
         ("iner.steps=20", "did you mean 'inner'"),
         ("inner.steps=many", "inner.steps"),
-        ("inner.steps.more=1", "holds a value"),
+        ("inner.steps.more=1", "is a value without keys"),
         ("part.raduis=1", "did you mean 'radius'"),
         ('part={"name": "rond"}', "did you mean 'round'"),
         ("steps", "no '='"),

@@ -30,7 +30,7 @@ def test_a_secret_key_is_for_its_owner_alone_and_never_written_over(tmp_path: Pa
     make_key(tmp_path / "key.pem")
     before = (tmp_path / "key.pem").read_bytes()
     assert (tmp_path / "key.pem").stat().st_mode & 0o077 == 0
-    with pytest.raises(StorageError, match="never written over"):
+    with pytest.raises(StorageError, match="never overwritten"):
         make_key(tmp_path / "key.pem")
     assert (tmp_path / "key.pem").read_bytes() == before
 
@@ -70,7 +70,7 @@ def test_a_changed_signature_is_refused(signed: tuple[Path, str], data: st.DataO
 
 def test_a_stranger_is_refused_and_named(signed: tuple[Path, str], tmp_path: Path) -> None:
     path, public = signed
-    with pytest.raises(DataError, match=f"{public}, whom you do not trust"):
+    with pytest.raises(DataError, match=f"{public}, which is not a trusted key"):
         read_signed(path, [make_key(tmp_path / "another.pem")])
 
 
@@ -83,7 +83,7 @@ def test_what_is_not_signed_is_refused(tmp_path: Path) -> None:
 def test_a_key_of_another_kind_does_not_sign(tmp_path: Path) -> None:
     (tmp_path / "policy.yaml").write_text("owner: Acme\n")
     (tmp_path / "key.pem").write_text("-----BEGIN nothing-----\n")
-    with pytest.raises(DataError, match="no secret key"):
+    with pytest.raises(DataError, match="not a secret key"):
         sign_file(tmp_path / "policy.yaml", tmp_path / "key.pem")
     assert not signature_path(tmp_path / "policy.yaml").exists()
 

@@ -61,14 +61,14 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         ("name: wall, ", "", r"line 6: rules.1.name: Field required"),
         ("tries: 3", "tries: many", r"line 8: options.tries"),
         ("owner: the site", "owener: the site", r"line 1: unknown key 'owener'; did you mean 'owner'"),
-        ("    limit: 2.5\n", "    limit: 2.5\n    limit: 9\n", r"line 5: the key 'limit' stands twice"),
+        ("    limit: 2.5\n", "    limit: 2.5\n    limit: 9\n", r"line 5: the key 'limit' appears twice"),
         ("limit: 2.5", "limit: &big 2.5", r"line 4: anchors, aliases and tags"),
         ("limit: 2.5", "limit: !!python/object/apply:os.system [ls]", r"line 4: anchors, aliases and tags"),
-        ("limit: 2.5", "limit: [2.5", r"line \d+ is no YAML"),
-        ("owner: the site", "? [a, b]\n: 1", r"line 1: a key is a word; got a sequence"),
+        ("limit: 2.5", "limit: [2.5", r"line \d+ is not valid YAML"),
+        ("owner: the site", "? [a, b]\n: 1", r"line 1: a key must be plain text; got a sequence"),
         ("limit: 2.5", "limit: .nan", r"line 4: rules.0.limit: .*finite"),
         ("limit: 2.5", "limit: 2026-13-45", r"line 4"),
-        ("limit: 2.5", f"limit: {':'.join(['1'] * 200)}.0", r"line 4: .* is no value"),
+        ("limit: 2.5", f"limit: {':'.join(['1'] * 200)}.0", r"line 4: .* is not a valid value"),
     ],
 )
 def test_every_mistake_has_its_line(old: str, new: str, message: str) -> None:
@@ -78,7 +78,7 @@ def test_every_mistake_has_its_line(old: str, new: str, message: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "word"])
 def test_what_holds_no_keys_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="expected keys and values"):
+    with pytest.raises(ConfigError, match="expected a mapping of keys and values"):
         parse_yaml(text, Policy)
 
 

@@ -60,18 +60,18 @@ def test_of_more_episodes_than_are_asked_for_none_is_taken_away_and_that_is_said
     assert len(collect(tmp_path / "logs", **ARGUMENTS)) == 5
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(collect(tmp_path / "logs", **ARGUMENTS | {"episodes": 3})) == 5
-    assert "holds 5 episodes, 3 were asked for" in caplog.text
+    assert "has 5 episodes, more than the requested 3" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 4}, "seed is 3 there and 4 here"),
-        ({"policy": "uniform"}, "policy is 'directed-walk' there and 'uniform' here"),
+        ({"seed": 4}, "seed was 3, is 4"),
+        ({"policy": "uniform"}, "policy was 'directed-walk', is 'uniform'"),
         ({"policy_options": {"min_speed": 0.1}}, "policy_options"),
         ({"env_kwargs": {"length": 2}}, "kwargs"),
-        ({"steps": 8}, "steps is 7 there and 8 here"),
-        ({"env_id": "CartPole-v1"}, "id is .* there and 'CartPole-v1' here"),
+        ({"steps": 8}, "steps was 7, is 8"),
+        ({"env_id": "CartPole-v1"}, "id was .*, is 'CartPole-v1'"),
     ],
 )
 def test_other_arguments_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -106,9 +106,9 @@ def test_the_last_frame_is_the_episodes_own_in_every_autoreset_mode(
 def test_named_labels_are_kept_and_missing_ones_named(tmp_path: Path) -> None:
     dataset = collect(tmp_path / "d", **ARGUMENTS, labels=["map", "time"])
     assert dataset.spec.labels == {"map": 900, "time": 1}
-    with pytest.raises(DataError, match=r"label 'tine' is not among .* did you mean 'time'"):
+    with pytest.raises(DataError, match=r"label 'tine' is not one of .* did you mean 'time'"):
         collect(tmp_path / "e", **ARGUMENTS, labels=["tine"])
-    with pytest.raises(DataError, match="label 'only_on_step' is not among"):
+    with pytest.raises(DataError, match="label 'only_on_step' is not one of"):
         collect(tmp_path / "e", **ARGUMENTS, labels=["only_on_step"])
 
 
@@ -213,7 +213,7 @@ if "test-raising" not in POLICIES:
 
 
 def test_a_policy_that_raises_is_named(tmp_path: Path) -> None:
-    message = r"policy 'test-raising', episodes 0 to 1, step 1: it raised RuntimeError: no battery. Repair the policy"
+    message = r"policy 'test-raising', episodes 0 to 1, step 1: raised RuntimeError: no battery. Repair the policy"
     with pytest.raises(DataError, match=message):
         collect(tmp_path / "d", **ARGUMENTS, policy="test-raising")
 

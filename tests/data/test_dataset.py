@@ -139,17 +139,19 @@ def test_an_episode_that_does_not_fit_is_refused_with_the_whole_append(
 
 def test_a_dataset_is_not_created_twice(tmp_path: Path) -> None:
     make_dataset(tmp_path / "d", [5])
-    with pytest.raises(DataError, match="already holds a dataset"):
+    with pytest.raises(DataError, match="already contains a dataset"):
         EpisodeDataset.create(tmp_path / "d", SPEC)
     assert len(EpisodeDataset.open(tmp_path / "d")) == 1
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="no dataset at"):
+    with pytest.raises(StorageError, match="no dataset exists at"):
         EpisodeDataset.open(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize(("version", "message"), [("2", "has version 2 .* reads version 1"), (None, "not a worldloom")])
+@pytest.mark.parametrize(
+    ("version", "message"), [("2", "has version 2 .* expected version 1"), (None, "not a worldloom")]
+)
 def test_another_format_is_refused(tmp_path: Path, version: str | None, message: str) -> None:
     schema = table_schema(SPEC)
     metadata = {**schema.metadata, b"version": version.encode()} if version else {}
@@ -168,7 +170,7 @@ def test_a_damaged_file_is_found_on_opening_and_by_validate(tmp_path: Path, dama
         victim.unlink()
     else:
         victim.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
-    with pytest.raises(DataError, match=r"damaged.*Restore it from a copy"):
+    with pytest.raises(DataError, match=r"damaged.*Restore the dataset from a copy"):
         EpisodeDataset.open(tmp_path / "d")
     problems = validate(tmp_path / "d")
     assert victim.name in problems[0].where
@@ -190,7 +192,7 @@ def test_a_cut_manifest_is_named(tmp_path: Path) -> None:
 def test_a_file_is_no_dataset(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file", tmp_path / "file" / "d"):
-        with pytest.raises(StorageError, match="is a file or lies in one"):
+        with pytest.raises(StorageError, match="or a parent of it is a file"):
             EpisodeDataset.open(path)
 
 

@@ -64,8 +64,8 @@ def repeat_first(columns: dict[str, list[Any]]) -> None:
         (drop(17), "episode 2", "truncated: its last frame"),
         (drop(8), "episode 1", "missing steps: 2"),
         (drop(6, 7, 8), "episode 1", "missing steps: 0, 1, 2"),
-        (drop(*range(6, 12)), "episode 1", "missing: after episode 0 comes episode 2"),
-        (drop(*range(7, 12)), "episode 1", "one frame only"),
+        (drop(*range(6, 12)), "episode 1", "missing: episode 0 is followed by episode 2"),
+        (drop(*range(7, 12)), "episode 1", "only one frame"),
         (put("action", 7, None), "episode 1", "no action at steps 1"),
         (put("action", 7, [float("nan"), 0.0]), "episode 1", "actions are not finite at steps 1"),
         (put("action", 7, [0.0, 5.5]), "episode 1", "actions out of bounds at steps 1; expected low"),
@@ -73,11 +73,11 @@ def repeat_first(columns: dict[str, list[Any]]) -> None:
         (label(9, [float("nan"), 0.0]), "episode 1", "label 'position' is not finite at steps 3"),
         (put("pixels", 9, b"nothing"), "episode 1", "the frame at step 3 does not decode"),
         (put("pixels", 9, _CODEC.compress(bytes(100), asbytes=True)), "episode 1", "the frame at step 3 does not"),
-        (put("pixels", 9, _CODEC.compress(bytes(180), asbytes=True)), "episode 1", "has changed since it was written"),
-        (put("metadata", 6, '{"index": 4}'), "episode 1", "has changed since it was written"),
+        (put("pixels", 9, _CODEC.compress(bytes(180), asbytes=True)), "episode 1", "was changed after it was written"),
+        (put("metadata", 6, '{"index": 4}'), "episode 1", "was changed after it was written"),
         (put("metadata", 6, "{"), "episode 1", "metadata is missing or is not a JSON object"),
-        (put("step", 7, 0), "episode 1", "one frame only"),
-        (repeat_first, "episode 3", "is the same as episode 0"),
+        (put("step", 7, 0), "episode 1", "only one frame"),
+        (repeat_first, "episode 3", "is identical to episode 0"),
     ],
 )
 def test_each_fault_is_found_where_it_is(
@@ -98,7 +98,7 @@ def test_episodes_that_are_not_whole_do_not_open(
 ) -> None:
     make_dataset(tmp_path / "d")
     rewrite(tmp_path / "d", change)
-    with pytest.raises(DataError, match=r"not whole; run 'worldloom data validate"):
+    with pytest.raises(DataError, match=r"incomplete episodes; run 'worldloom data validate"):
         EpisodeDataset.open(tmp_path / "d")
 
 
@@ -106,7 +106,7 @@ def test_columns_that_do_not_fit_the_spec_are_a_problem(tmp_path: Path) -> None:
     make_dataset(tmp_path / "d")
     lance.dataset(str(tmp_path / "d")).drop_columns(["vector"])
     (problem,) = validate(tmp_path / "d")
-    assert "do not fit the dataset's spec" in problem.what
+    assert "do not match the dataset's spec" in problem.what
 
 
 def test_a_summary_says_what_is_there(tmp_path: Path) -> None:
@@ -181,9 +181,9 @@ def test_pictures_need_pixels(tmp_path: Path) -> None:
     dataset = EpisodeDataset.create(tmp_path / "d", spec)
     dataset.append([make_episode(0, spec=spec)])
     for write in (contact_sheet, video):
-        with pytest.raises(DataError, match="holds no pixels"):
+        with pytest.raises(DataError, match="has no pixels"):
             write(dataset, tmp_path / "out")
-        with pytest.raises(DataError, match="holds no episode"):
+        with pytest.raises(DataError, match="has no episodes"):
             write(EpisodeDataset.create(tmp_path / write.__name__, SPEC), tmp_path / "out")
 
 

@@ -62,7 +62,7 @@ def process(*arguments: str) -> "subprocess.Popen[str]":
 def test_a_server_that_never_answers_is_given_up() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:  # the system accepts, and nobody ever reads
         options = options_for(listener.getsockname()[1])
-        with pytest.raises(StorageError, match=r"could not be opened in [2-9] attempts .* gave no answer in 0.5 s"):
+        with pytest.raises(StorageError, match=r"could not be opened in [2-9] attempts .* did not answer within 0.5 s"):
             EpisodeDataset.open("s3://bucket/logs", storage_options=options, retry_seconds=2.0, timeout=0.5)
 
 
@@ -113,7 +113,7 @@ def test_half_an_object_in_the_store_is_damage_and_named(server: int, uri: str) 
     (key,) = [entry["Key"] for entry in listed]
     content = client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
     client.put_object(Bucket=BUCKET, Key=key, Body=content[: len(content) // 2])
-    with pytest.raises(DataError, match="is damaged: a file of it is missing, cut or changed"):
+    with pytest.raises(DataError, match="is damaged: a file is missing, truncated or changed"):
         EpisodeDataset.open(uri, storage_options=options_for(server))
 
 

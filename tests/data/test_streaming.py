@@ -250,5 +250,5 @@ def test_an_unknown_version_says_which_there_are(remote: EpisodeDataset, server:
 def test_what_is_no_episode_is_refused(tmp_path: Path) -> None:
     dataset = EpisodeDataset.create(tmp_path / "d", SPEC)
     wrong: Any = iter([1])
-    with pytest.raises(DataError, match="expected Episodes; got int"):
+    with pytest.raises(DataError, match="expected an Episode .*; got int"):
         dataset.append(wrong)

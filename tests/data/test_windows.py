@@ -94,12 +94,12 @@ def test_episodes_may_be_restricted(cache: Frames) -> None:
     windows = sampler.sample(200, np.random.default_rng(0))
     assert windows.observations.pixels is not None
     assert set(windows.observations.pixels[:, :, 0, 1, 0].ravel().tolist()) == {1, 3}
-    with pytest.raises(DataError, match="the data holds 4"):
+    with pytest.raises(DataError, match="within 0 to 3"):
         WindowSampler(cache, context=1, horizon=1, block=1, episodes=np.array([4]))
 
 
 def test_too_long_windows_say_what_is_there(cache: Frames) -> None:
-    with pytest.raises(DataError, match=r"needs 24 steps, and of the 4 episodes they have 3 to 20\. Shorten"):
+    with pytest.raises(DataError, match=r"needs 24 steps, but episodes have 3 to 20\. Shorten"):
         WindowSampler(cache, context=1, horizon=6, block=4)
     with pytest.raises(ConfigError, match="at least 1"):
         WindowSampler(cache, context=0, horizon=6, block=4)

@@ -341,19 +341,19 @@ def test_stop_ends_it_and_a_new_goal_reaches_the_agent(plant: Plant, link: Socke
     assert len(report.periods) == 10
     assert agent.goals[:3] == [0.0] * 3
     assert agent.goals[-1] == 7.0
-    with pytest.raises(ConfigError, match="runs only once"):
+    with pytest.raises(ConfigError, match="can run only once"):
         loop.run(GOAL)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"deadline": 0.06}, "must be within the period of 50 ms; got 60 ms"),
-        ({"deadline": 0.0}, "must be within the period"),
-        ({"safe_action": [2.0]}, "does not take the safe action"),
-        ({"safe_action": [0.0, 0.0]}, "does not take the safe action"),
-        ({"safe_action": [float("nan")]}, "does not take the safe action"),
-        ({"rate": 10.0}, "sends 20 observations a second"),
+        ({"deadline": 0.06}, "at most the period, 50 ms; got 60 ms"),
+        ({"deadline": 0.0}, "at most the period"),
+        ({"safe_action": [2.0]}, "does not accept the safe action"),
+        ({"safe_action": [0.0, 0.0]}, "does not accept the safe action"),
+        ({"safe_action": [float("nan")]}, "does not accept the safe action"),
+        ({"rate": 10.0}, "sends 20 observations per second"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_moves(link: SocketLink, options: dict[str, Any], message: str) -> None:

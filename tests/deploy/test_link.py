@@ -89,7 +89,7 @@ def test_deep_and_huge_headers() -> None:
         decode(b"[" * 60_000, b"")
     with pytest.raises(LinkError, match="longer than the body"):
         decode(b'{"type":"x","arrays":[["a","uint8",[4294967296,4294967296,4294967296]]]}', b"")
-    with pytest.raises(LinkError, match="a link carries"):
+    with pytest.raises(LinkError, match="has dtype"):
         encode(WireMessage(type="x", arrays={"a": np.zeros(2)}))
 
 
@@ -137,7 +137,7 @@ def test_an_end_in_the_middle_is_said_and_pieces_are_put_together(pair: tuple[Co
 
 def test_a_peer_that_takes_nothing_does_not_hold_up_the_sender(pair: tuple[Connection, socket.socket]) -> None:
     connection, _ = pair
-    with pytest.raises(LinkError, match="accepted nothing"):
+    with pytest.raises(LinkError, match="accepted no data"):
         connection.send(WireMessage(type="x", arrays={"a": np.zeros(2**24, np.uint8)}), timeout=0.1)
 
 
@@ -207,9 +207,9 @@ def test_the_newest_observation_wins_and_the_rest_is_counted(hand: Hand) -> None
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda hand: hand.observe(1, [1.0, 2.0, 3.0]), "a vector of 3; the plant announced"),
+        (lambda hand: hand.observe(1, [1.0, 2.0, 3.0]), "a vector of 3 values; expected"),
         (lambda hand: hand.observe(1, [np.nan, 2.0]), "is not finite"),
-        (lambda hand: hand.observe("one", [1.0, 2.0]), "has no valid number or time"),
+        (lambda hand: hand.observe("one", [1.0, 2.0]), "has no valid sequence number or time"),
         (lambda hand: hand.connection.send(WireMessage(type="error", fields={"message": "motor hot"})), "motor hot"),
         (lambda hand: hand.connection.send(WireMessage(type="bye")), "ended the session"),
         (lambda hand: hand.connection.close(), "closed the connection|the connection broke"),
@@ -380,7 +380,7 @@ def test_functions_make_a_link() -> None:
         link.send(np.array([5.0, 0.0], np.float32))
     assert written == [[1.0, 0.0]] * 2
     waiting.release()
-    with pytest.raises(LinkError, match="reading failed: OSError: the camera is unplugged"):
+    with pytest.raises(LinkError, match="'read' raised OSError: the camera is unplugged"):
         link.receive(20.0)
 
 
@@ -430,7 +430,7 @@ def test_methods_are_evaluated_on_a_plant(plant_process: str) -> None:
 
 
 def test_an_environment_that_nobody_answers_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="give either a plant"):
+    with pytest.raises(ConfigError, match="expected either 'address'"):
         LinkEnv()
     hand = Hand(tmp_path / "s")
     env = LinkEnv(link=hand.link, reset_timeout=0.05)

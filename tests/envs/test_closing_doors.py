@@ -66,5 +66,5 @@ def test_a_task_closes_the_door_on_its_way_and_leaves_another() -> None:
 
 
 def test_a_world_with_one_way_has_no_door_to_close() -> None:
-    with pytest.raises(ConfigError, match="several doors, such as FourRooms"):
+    with pytest.raises(ConfigError, match="needs the environment FourRooms"):
         RoomsVectorEnv("Maze", 1).reset(seed=0, options={"task": {"closes_after": 8}})

@@ -176,15 +176,15 @@ def test_the_fumbling_arm_reads_two_places_and_nothing_else() -> None:
 
 
 def test_the_fumbling_arm_says_what_it_cannot_move_or_see() -> None:
-    with pytest.raises(ConfigError, match="needs 5 continuous actions; this world has 2"):
+    with pytest.raises(ConfigError, match="needs 5 continuous action values .* this environment has 2"):
         POLICIES["cube-walk"](ActionSpec(low=(-1.0, -1.0), high=(1.0, 1.0)))
-    with pytest.raises(ConfigError, match="more than 1 together"):
+    with pytest.raises(ConfigError, match="must be at most 1"):
         POLICIES["cube-walk"](ACTION, grasp=0.7, elsewhere=0.7)
     walker = POLICIES["cube-walk"](ACTION)
     walker.reset([np.random.default_rng(0)])
-    with pytest.raises(DataError, match=r"values 12 and 19 .* this world shows 4"):
+    with pytest.raises(DataError, match=r"index 12 and three from 19; this environment has 4"):
         walker.act(Observations.from_numpy(None, np.zeros((1, 4), np.float32)))
-    with pytest.raises(DataError, match="this world shows 0"):
+    with pytest.raises(DataError, match="this environment has 0"):
         walker.act(Observations.from_numpy(np.zeros((1, 8, 8, 3), np.uint8), None))
 
 
@@ -199,7 +199,7 @@ def test_evaluation_reaches_starts_in_the_middle_of_logs() -> None:
 
 def test_odd_arguments_are_named() -> None:
     for arguments, message in [
-        ({"observation": "touch"}, "expected one of vector, pixels, both"),
+        ({"observation": "touch"}, "use one of vector, pixels, both"),
         ({"observation": "pixels", "size": 2}, "8 to 480"),
     ]:
         with pytest.raises(EnvironmentFailure, match=message):
@@ -230,7 +230,7 @@ def _draws() -> bool:
     return True
 
 
-@pytest.mark.skipif(not _draws(), reason="no OpenGL that draws without a screen")
+@pytest.mark.skipif(not _draws(), reason="no OpenGL that renders without a display")
 def test_the_picture_shows_the_cube_and_follows_it() -> None:
     env = gymnasium.make("worldloom/Cube-v0", observation="both", size=128)
     centres, places = [], []

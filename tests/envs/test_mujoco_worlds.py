@@ -96,7 +96,7 @@ def test_the_point_is_red_and_where_it_is_said_to_be_and_walls_stop_it() -> None
 def test_odd_arguments_are_named() -> None:
     for env_id, arguments, message in [
         ("worldloom/PointMaze-v0", {"layout": "huge"}, "expected one of open, umaze, medium"),
-        ("worldloom/Reacher-v0", {"torque": 2.0}, "a share above 0"),
+        ("worldloom/Reacher-v0", {"torque": 2.0}, "must be above 0"),
         ("worldloom/Reacher-v0", {"size": 2}, "8 to 480"),
     ]:
         with pytest.raises(EnvironmentFailure, match=message):

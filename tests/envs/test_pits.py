@@ -106,7 +106,7 @@ def test_a_goal_or_a_start_may_lie_in_a_pit(which: str) -> None:
 
 
 def test_only_a_world_with_pits_has_a_goal_in_one() -> None:
-    with pytest.raises(ConfigError, match="in_a_pit needs a world with pits"):
+    with pytest.raises(ConfigError, match="'in_a_pit' needs the environment Pits"):
         RoomsVectorEnv("TwoRoom", 1).reset(seed=0, options={"task": {"in_a_pit": "goal"}})
 
 

@@ -100,7 +100,7 @@ def test_wrong_options_are_named() -> None:
         env.reset(seed=0, options={"tsk": {}})
     with pytest.raises(ConfigError, match="min_distance"):
         env.reset(seed=0, options={"task": {"min_distance": -1}})
-    with pytest.raises(EnvironmentFailure, match="expected 8 to 480"):
+    with pytest.raises(EnvironmentFailure, match="must be 8 to 480"):
         PointHazardsEnv(size=4)
 
 

@@ -100,7 +100,7 @@ def test_a_picture_of_another_size() -> None:
     env = gymnasium.make("worldloom/PushT-v0", size=96)
     assert env.reset(seed=0)[0].shape == (96, 96, 3)
     env.close()
-    with pytest.raises(EnvironmentFailure, match="expected 8 to 512"):
+    with pytest.raises(EnvironmentFailure, match="must be 8 to 512"):
         gymnasium.make("worldloom/PushT-v0", size=4)
 
 

@@ -189,7 +189,7 @@ def test_an_episode_ends_only_at_its_limit_and_the_next_begins() -> None:
     [
         (lambda: RoomEnv("TwoRoom", vary=["door_positon"]), "did you mean 'door_position'"),
         (lambda: RoomEnv("TwoRoom", factors={"door_position": 3.0}, vary=[]), "door_position"),
-        (lambda: RoomEnv("TwoRoom", factors={"door_position": 30.0}), "both fixed and varied"),
+        (lambda: RoomEnv("TwoRoom", factors={"door_position": 30.0}), "both 'factors' and 'vary'"),
         (lambda: RoomEnv("TwoRoom").reset(options={"factor": {}}), "did you mean 'factors'"),
         (lambda: RoomEnv("TwoRoom").reset(options={"factors": {"door_sise": 3}}), "did you mean 'door_size'"),
         (lambda: RoomEnv("TwoRoom").reset(options={"task": {"split": "crossroom"}}), "split"),

@@ -151,7 +151,7 @@ def test_goals_solved_at_the_start_are_counted_and_said(tmp_path: Path) -> None:
 
 def test_a_world_that_does_not_repeat_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Drift, "luck", True)
-    with pytest.raises(EnvironmentFailure, match="another observation"):
+    with pytest.raises(EnvironmentFailure, match="a different observation"):
         evaluate(PROTOCOL, {"still": Still}, record=0)
 
 

@@ -90,7 +90,7 @@ def test_a_seeded_foreign_policy_repeats_its_table() -> None:
 def test_a_foreign_policys_odd_answer_is_named(wrong: Any) -> None:
     agent = ForeignPolicy(Recorder(wrong), ACTION)
     agent.reset(Goal(observations=see(2)))
-    with pytest.raises(DataError, match="Recorder answered actions"):
+    with pytest.raises(DataError, match="Recorder returned actions"):
         agent.act(see(2))
 
 

@@ -103,17 +103,17 @@ def test_every_convention_is_written_out() -> None:
         assert part in text
     assert "4 times the fewest steps" in "\n".join(PROTOCOLS["maze-far@1"].describe())
     logged = "\n".join(gym_protocol("X-v0", success="env", goal_offset=30, policy="uniform", frame_skip=2).describe())
-    for part in ("'uniform'", "30 steps", "'is_success'", "taken 2 times", "120 environment steps"):
+    for part in ("'uniform'", "30 steps", "'is_success'", "repeated 2 times", "120 environment steps"):
         assert part in logged
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"budget": None}, "either budget or budget_over_shortest"),
-        ({"budget_over_shortest": 2.0}, "either budget or budget_over_shortest"),
-        ({"goal_source": "logged-policy"}, "needs goal_offset"),
-        ({"splits": {"a": {"goal_offset": 3}}}, "the world draws the goals"),
+        ({"budget": None}, "exactly one of 'budget' and 'budget_over_shortest'"),
+        ({"budget_over_shortest": 2.0}, "exactly one of 'budget' and 'budget_over_shortest'"),
+        ({"goal_source": "logged-policy"}, "needs a goal_offset"),
+        ({"splits": {"a": {"goal_offset": 3}}}, "set goal_source 'logged-policy'"),
         ({"splits": {}}, "at least 1"),
         ({"budgets": 3}, "did you mean 'budget'"),
         ({"success": {"source": "info"}}, "needs a name"),

@@ -81,9 +81,9 @@ def test_a_write_that_fails_leaves_the_old_file(
         (lambda value: value.update(format=2), "format 1"),
         (lambda value: value.update(kind="something"), "kind 'worldloom results'"),
         (lambda value: value["rows"][1].update(successes=12), "the file was changed"),
-        (lambda value: value.pop("hardware"), "not whole"),
-        (lambda value: value["rows"][0]["episodes"][0].pop("seed"), "not whole"),
-        (lambda value: value["protocol"].pop("budget"), "not whole"),
+        (lambda value: value.pop("hardware"), "are incomplete"),
+        (lambda value: value["rows"][0]["episodes"][0].pop("seed"), "are incomplete"),
+        (lambda value: value["protocol"].pop("budget"), "are incomplete"),
     ],
 )
 def test_a_file_that_is_not_whole_or_was_changed_is_refused(results: Results, change: Any, message: str) -> None:

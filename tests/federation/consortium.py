@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from worldloom.core.signing import SigningKey, make_key
 from worldloom.core.types import ActionSpec, ObservationSpec
@@ -52,6 +53,11 @@ def points(*, episodes: int = 12, steps: int = 30, seed: int = 0) -> Frames:
         starts=np.arange(episodes) * frames,
         lengths=np.full(episodes, steps),
     )
+
+
+def bytes_of(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Return the bytes of tensors, without names and signatures."""
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 @dataclass

@@ -118,7 +118,7 @@ def test_what_cannot_be_reconstructed_says_why() -> None:
         reconstruct({"w": torch.ones(2, 3)}, weight="w", bias="b")
     with pytest.raises(DataError, match="did not change"):
         reconstruct({"w": torch.ones(2, 3), "b": torch.zeros(2)}, weight="w", bias="b")
-    with pytest.raises(DataError, match="a row for each"):
+    with pytest.raises(DataError, match="one row for each"):
         reconstruct({"w": torch.ones(2, 3), "b": torch.ones(3)}, weight="w", bias="b")
     with pytest.raises(DataError, match="equal shape"):
         likeness(torch.ones(2), torch.ones(3))

@@ -80,12 +80,12 @@ def test_what_cannot_be_trusted_is_private_and_says_why(
         path.unlink()
     elif case == "changed":
         path.write_text(path.read_text().replace("Hall", "Hell"))
-        said = "it was changed"
+        said = "was changed or replaced"
     elif case == "unsigned":
         path.with_name(f"{path.name}.sig").unlink()
         said = "not signed"
     elif case == "stranger":
-        trusted, said = {}, "do not trust"
+        trusted, said = {}, "not a trusted key"
     elif case == "other owner":
         said = "bolt signed it"
     elif case == "no card":

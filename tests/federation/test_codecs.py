@@ -1,12 +1,13 @@
 import pytest
 import torch
+from consortium import bytes_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from worldloom.core.config import parse_component
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.federation import CODECS, Codec, bytes_of
+from worldloom.federation import CODECS, Codec
 from worldloom.federation.rounds.codecs import Float32, Int8, TopK
 
 ALL = [Float32(), Int8(), Int8(rounding="stochastic"), TopK(share=0.3), TopK(share=0.3, quantised=True)]

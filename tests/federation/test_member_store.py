@@ -101,7 +101,7 @@ def test_after_a_write_that_failed_what_comes_is_checked_anew(looms: Looms, monk
     assert store.follow(2, fork[2:])["length"] == 3  # of the first nothing was countersigned
     with pytest.raises(LedgerForked):
         store.follow(2, lines[2:])
-    with pytest.raises(DataError, match="entry 3 is no entry of a chain"):
+    with pytest.raises(DataError, match="entry 3 is not an entry of a chain"):
         store.follow(3, ["{}"])
     assert store.follow(3, [])["length"] == 3
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from consortium import MODEL, OWNERS, Consortium, points
+from consortium import MODEL, OWNERS, Consortium, bytes_of, points
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -27,7 +27,6 @@ from worldloom.federation import (
     Records,
     RoundStore,
     Trained,
-    bytes_of,
     fingerprint,
     initial_base,
     recompute,

@@ -1,11 +1,12 @@
 """Small datasets in our own store, and foreign files, for the tests of formats."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from worldloom.core.types import ActionSpec, Episode, ObservationSpec
 from worldloom.data import DatasetSpec, EpisodeDataset
@@ -70,6 +71,35 @@ def read_all(name: str, path: Path, **options: Any) -> tuple[list[Episode], list
     with FORMATS[name].open(path, ReadOptions(**options)) as source:
         episodes = [episode for index in range(len(source)) for episode in source.read(index)]
         return episodes, [f"{note.kind}: {note.what}" for note in source.notes], source.spec
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing that runs on leaving may tidy up."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: int, after: bool) -> None:
+    """Make the `when`-th call of a method the last one, before or after it has done its work."""
+    original: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    def killing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == when and not after:
+            raise Killed
+        result = original(*args, **kwargs)
+        if calls == when:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(owner, name, killing)
+
+
+def smooth_pixels(frames: int) -> np.ndarray:
+    """A pattern without noise that drifts: uint8 (frames, 64, 64, 3)."""
+    y, x = np.mgrid[0:64, 0:64]
+    channels = [128 + 100 * np.sin((x + 3 * t) / 9) * np.cos((y + s) / 11) for t in range(frames) for s in (0, 9, 20)]
+    return np.stack(channels).reshape(frames, 3, 64, 64).transpose(0, 2, 3, 1).astype(np.uint8)
 
 
 class SplitSource(Source):

@@ -48,7 +48,7 @@ def test_mistakes_are_answered(
         (["--to", "folders"], 2, "did you mean 'folder'"),
         (["--from", "swm-hdf5"], 3, "expected one"),
         (["--columns", "action"], 2, "--columns 'action' has no '='"),
-        (["--columns", "action=x"], 2, "the option columns cannot be used here"),
+        (["--columns", "action=x"], 2, "the option 'columns' is not supported here"),
     ):
         assert run(monkeypatch, "convert", tmp_path / "ours", tmp_path / "t", *arguments) == code
         assert message in capsys.readouterr().err

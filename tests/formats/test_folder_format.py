@@ -76,7 +76,7 @@ def test_frames_and_actions_meet(suffix: str, video: str, tmp_path: Path) -> Non
     assert spec.action == ActionSpec(low=(0.0, 0.0), high=(11.0, 1.0))
     assert [note.split(":")[0] for note in notes] == ["dropped", "info", "info"]
     assert "reward" in notes[0]
-    assert "leads to no frame" in notes[1]
+    assert "without a following frame" in notes[1]
     assert "range of the data" in notes[2]
 
 
@@ -142,7 +142,7 @@ def test_stamps_of_another_epoch_or_unit(tmp_path: Path) -> None:
     log(tmp_path / "run.parquet", start=epoch)
     (episode,), notes, _ = read_all(tmp_path)
     assert episode.actions[:, 0].tolist() == list(range(11))
-    assert any(note.startswith("repaired") and "begin with the first row" in note for note in notes)
+    assert any(note.startswith("repaired") and "start at the first row" in note for note in notes)
     stamps = (epoch * 1e6 + np.arange(12) * 1e5).astype(np.int64)
     for column, options in (
         (pa.array(stamps, pa.timestamp("us")), {}),
@@ -182,9 +182,9 @@ def test_columns_may_be_named_and_lists(tmp_path: Path) -> None:
         ({"action.x": ["a"] * 12}, "column 'action.x' is string; expected numbers"),
         ({"action.x": [[1.0]] * 11 + [[1.0, 2.0]]}, "lists of column 'action.x' have 1 to 2 values .row 11 differs"),
         ({"action.x": [{"x": 1.0}] * 12}, "column 'action.x' is struct"),
-        ({"timestamp": ["noon"] * 12}, "timestamps are string; expected seconds"),
+        ({"timestamp": ["noon"] * 12}, "timestamps have type string; expected numbers"),
         ({"action.x": None, "action.y": None}, "no column 'action' or 'action.*'; it has timestamp"),
-        ({"timestamp": [0.0, 0.1, 0.2, 0.1, 0.0, *np.arange(7) / 10]}, "go backwards 3 times, first from 0.2"),
+        ({"timestamp": [0.0, 0.1, 0.2, 0.1, 0.0, *np.arange(7) / 10]}, "do not increase 3 times, first from 0.2"),
         ({"timestamp": [0.0, None, *np.arange(2, 12) / 10]}, "no finite timestamp in row 1"),
     ],
 )
@@ -201,10 +201,10 @@ def test_a_table_that_differs_from_the_first(tmp_path: Path) -> None:
         film(tmp_path / f"{name}.mp4")
         log(tmp_path / f"{name}.parquet")
     log(tmp_path / "b.parquet", **{"action.y": None})
-    with pytest.raises(DataError, match=r"b.parquet has no column 'action.y', which the first table has"):
+    with pytest.raises(DataError, match=r"b.parquet has no column 'action.y', but the first table has"):
         read_all(tmp_path)
     log(tmp_path / "b.parquet", **{"action.y": [[1.0, 2.0]] * 12})
-    with pytest.raises(DataError, match=r"b.parquet: actions have 3 values and 2 in the first table"):
+    with pytest.raises(DataError, match=r"b.parquet: actions have 3 values; expected 2, as in the first table"):
         read_all(tmp_path)
 
 
@@ -235,7 +235,7 @@ def test_what_is_missing_or_empty_is_noted(tmp_path: Path) -> None:
     assert skipped == [
         "b is skipped: it has no table.",
         "c is skipped: it has no video.",
-        "d.csv is skipped: it has no row.",
+        "d.csv is skipped: it has no rows.",
     ]
 
 
@@ -245,7 +245,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     video, table = (tmp_path / "run.mp4").read_bytes(), (tmp_path / "run.parquet").read_bytes()
     for content in (video[: len(video) // 2], b"", b"no video" * 100):
         (tmp_path / "run.mp4").write_bytes(content)
-        with pytest.raises(DataError, match=r"run.mp4 .*(cannot be read as a video|is cut|decodes only)"):
+        with pytest.raises(DataError, match=r"run.mp4 .*(cannot be read as a video|is truncated|decodes only)"):
             read_all(tmp_path)
     (tmp_path / "run.mp4").write_bytes(video)
     for content in (table[: len(table) // 2], b""):
@@ -298,7 +298,7 @@ def test_a_video_of_ours_that_is_cut_is_refused(tmp_path: Path) -> None:
     convert(tmp_path / "ours", tmp_path / "there", target_format="folder", write=WriteOptions(lossless=True))
     video = tmp_path / "there" / "000002.mkv"
     video.write_bytes(video.read_bytes()[: int(0.6 * video.stat().st_size)])
-    with pytest.raises(DataError, match=r"000002.mkv has . frames and was written with 10: it is cut"):
+    with pytest.raises(DataError, match=r"000002.mkv is truncated: it has . frames, expected 10"):
         convert(tmp_path / "there", tmp_path / "back")
 
 

@@ -73,7 +73,7 @@ def test_robomimic_without_the_closing_frame(tmp_path: Path) -> None:
     assert spec.labels == {"states": 5}
     assert episodes[0].labels["states"][2].tolist() == [10, 11, 12, 13, 14]
     assert np.allclose(spec.action.low, (-3.0, -3.0 + 6 / 7))  # the range of the data
-    assert any(note.startswith("info") and "leads to no frame" in note for note in notes)
+    assert any(note.startswith("info") and "has no following frame" in note for note in notes)
     assert any(note.startswith("info") and "range of the data" in note for note in notes)
 
 
@@ -109,9 +109,9 @@ def test_what_robomimic_needs_is_written(tmp_path: Path) -> None:
     [
         (lambda demo: demo.__delitem__("actions"), "data/demo_1 has no actions"),
         (lambda demo: demo.__delitem__("obs/robot0_eef_pos"), "data/demo_1 has no obs/robot0_eef_pos"),
-        (lambda demo: demo.__delitem__("next_obs"), "has next_obs and the first demo has none"),
-        (lambda demo: demo.attrs.__setitem__("num_samples", 9), "states num_samples 9 and holds 4 actions"),
-        (lambda demo: replace(demo, "obs/robot0_eef_pos", np.zeros((3, 3))), "has 3 rows and there are 4 actions"),
+        (lambda demo: demo.__delitem__("next_obs"), "or the first demo has no next_obs"),
+        (lambda demo: demo.attrs.__setitem__("num_samples", 9), "has 4 actions but num_samples 9"),
+        (lambda demo: replace(demo, "obs/robot0_eef_pos", np.zeros((3, 3))), "has 3 rows for 4 actions"),
         (lambda demo: replace(demo, "actions", np.zeros((4, 3))), r"actions is float64 of shape \(4, 3\); expected"),
         (lambda demo: replace(demo, "actions", np.array([[b"a"] * 2] * 4)), r"actions is \|S1"),
     ],
@@ -165,9 +165,9 @@ def test_a_file_that_is_cut_or_foreign(name: str, tmp_path: Path) -> None:
     content = (tmp_path / "d.hdf5").read_bytes()
     for bad in (content[: len(content) // 2], b"", b"not HDF5" * 100):
         (tmp_path / "d.hdf5").write_bytes(bad)
-        with pytest.raises(DataError, match=r"d.hdf5 is damaged or not a whole HDF5 file"):
+        with pytest.raises(DataError, match=r"d.hdf5 is not a valid HDF5 file"):
             read_all(name, tmp_path / "d.hdf5")
-        with pytest.raises(DataError, match="no known format" if bad[:4] != content[:4] else "not a whole HDF5 file"):
+        with pytest.raises(DataError, match="no known format" if bad[:4] != content[:4] else "not a valid HDF5 file"):
             detect(tmp_path / "d.hdf5")
     with h5py.File(tmp_path / "d.hdf5", "w") as file:
         file["something"] = np.zeros(3)
@@ -177,7 +177,7 @@ def test_a_file_that_is_cut_or_foreign(name: str, tmp_path: Path) -> None:
 
 def test_an_hdf5_file_of_the_other_layout_is_refused(tmp_path: Path) -> None:
     path = robomimic_file(tmp_path / "lift.hdf5", demos=1)
-    with pytest.raises(DataError, match="no column 'ep_len'; it holds data, mask"):
+    with pytest.raises(DataError, match="no column 'ep_len'; it has data, mask"):
         read_all("swm-hdf5", path)
     with pytest.raises(DataError, match="object 'data' doesn't exist"):
         read_all("robomimic", COLLECTED)
@@ -228,10 +228,13 @@ def test_what_stable_worldmodel_needs_is_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda file: replace(file, "pixels", np.zeros((9, 4, 4, 3), np.uint8)), "'pixels' .* need 16 rows; it is cut"),
+        (
+            lambda file: replace(file, "pixels", np.zeros((9, 4, 4, 3), np.uint8)),
+            "'pixels' .* need 16 rows; it is truncated",
+        ),
         (lambda file: file.__delitem__("action"), "no column 'action'"),
-        (lambda file: replace(file, "ep_len", np.array([5, 8])), "2 lengths and 3 offsets"),
-        (lambda file: replace(file, "action", np.array([b"a"] * 16)), r"action is \|S1 of shape \(16,\); expected"),
+        (lambda file: replace(file, "ep_len", np.array([5, 8])), "2 lengths but 3 offsets"),
+        (lambda file: replace(file, "action", np.array([b"a"] * 16)), r"'action' is \|S1 of shape \(16,\); expected"),
     ],
 )
 def test_a_damaged_swm_file_is_refused(damage: Any, message: str, tmp_path: Path) -> None:

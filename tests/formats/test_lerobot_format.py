@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from format_samples import SPEC, SPECS, differences, make_episode, make_store, read_all
+from format_samples import SPEC, Killed, differences, kill_at, make_episode, make_store, read_all, smooth_pixels
 
 from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.types import ActionSpec, Episode, ObservationSpec
@@ -59,11 +59,11 @@ def test_what_lerobot_itself_wrote(name: str, camera: str) -> None:
     other = WRIST if camera == TOP else TOP
     assert f"next.done, next.reward, {other} are left out" in notes[0]
     assert [note.split(":")[0] for note in notes] == ["dropped", "info", "info"]
-    assert "are the range of the data" in notes[2]
+    assert "are set to the range of the data" in notes[2]
 
 
 def test_lerobot_options(copy: Path) -> None:
-    with pytest.raises(ConfigError, match="holds 2 cameras"):
+    with pytest.raises(ConfigError, match="has 2 cameras"):
         read_all("lerobot-v3", copy)
     episodes, _, spec = read_all("lerobot-v3", copy, camera=TOP, size=(8, 8), action_low=[-9, -9], action_high=[9, 9])
     assert spec.observation.pixels == (8, 8, 3)
@@ -77,29 +77,9 @@ def test_lerobot_options(copy: Path) -> None:
     assert any("the log is faster than the steps" in note for note in notes)
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize("name", BOTH)
-def test_a_lossless_round_trip_changes_nothing(name: str, spec: DatasetSpec, tmp_path: Path) -> None:
-    ours = make_store(tmp_path / "ours", spec=spec)
-    there = convert(tmp_path / "ours", tmp_path / "there", target_format=name, write=WriteOptions(lossless=True))
-    back = convert(tmp_path / "there", tmp_path / "back")
-    assert (back.source_format, there.notes, back.notes) == (name, [], [])
-    returned = EpisodeDataset.open(tmp_path / "back")
-    assert returned.fingerprint() == ours.fingerprint()
-    assert (returned.spec.observation, returned.spec.action, returned.spec.labels) == (
-        spec.observation,
-        spec.action,
-        spec.labels,
-    )
-
-
 @pytest.mark.parametrize("name", BOTH)
 def test_video_changes_pixels_within_the_stated_psnr(name: str, tmp_path: Path) -> None:
-    y, x = np.mgrid[0:64, 0:64]
-    frames = np.stack(
-        [128 + 100 * np.sin((x + 3 * t) / 9) * np.cos((y + shift) / 11) for t in range(12) for shift in (0, 9, 20)]
-    )
-    pixels = frames.reshape(12, 3, 64, 64).transpose(0, 2, 3, 1).astype(np.uint8)
+    pixels = smooth_pixels(12)
     spec = DatasetSpec(observation=ObservationSpec(pixels=(64, 64, 3)), action=ActionSpec(low=(-1.0,), high=(1.0,)))
     actions = np.linspace(-1, 1, 11, dtype=np.float32)[:, None]
     ours = EpisodeDataset.create(tmp_path / "ours", spec)
@@ -144,10 +124,6 @@ def test_a_row_group_may_end_within_an_episode(copy: Path) -> None:
     assert [differences(*pair) for pair in zip(before, after, strict=True)] == [[], [], []]
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing that runs on leaving may tidy up."""
-
-
 @pytest.mark.parametrize("lossless", [False, True], ids=["video", "png"])
 @pytest.mark.parametrize(
     ("name", "function", "when"),
@@ -167,18 +143,8 @@ def test_a_kill_neither_loses_nor_repeats(
     monkeypatch.setattr(lerobot_write.LeRobotSinkV3, "most_episodes", 2)
     ours = make_store(tmp_path / "ours", (2, 3, 1, 4, 2))
     write = WriteOptions(lossless=lossless)
-    calls = 0
-    original: Callable[..., Any] = getattr(lerobot_write, function)
-
-    def killing(*args: Any, **more: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == when:
-            raise Killed
-        return original(*args, **more)
-
     with monkeypatch.context() as patch:
-        patch.setattr(lerobot_write, function, killing)
+        kill_at(patch, lerobot_write, function, when, after=False)
         patch.setattr(lerobot_write.LeRobotSinkV3, "close", lambda self: None)
         if function == "write_video" and lossless:
             convert(tmp_path / "ours", tmp_path / "there", target_format=name, write=write)
@@ -290,27 +256,31 @@ DATA, VIDEO = "data/chunk-000/file-000.parquet", f"videos/{TOP}/chunk-000/file-0
     [
         (lambda path: (path / DATA).unlink(), StorageError, "file-000.parquet does not exist"),
         (lambda path: (path / VIDEO).unlink(), StorageError, "file-000.mp4 does not exist"),
-        (lambda path: shutil.rmtree(path / "meta/episodes"), DataError, "meta/episodes holds no Parquet file"),
+        (lambda path: shutil.rmtree(path / "meta/episodes"), DataError, "meta/episodes has no Parquet files"),
         (cut(DATA), DataError, "file-000.parquet cannot be read as Parquet"),
         (cut("meta/episodes/chunk-000/file-000.parquet"), DataError, "cannot be read as Parquet"),
         (cut(VIDEO), DataError, "file-000.mp4"),
-        (cut("meta/info.json"), StorageError, "info.json is not whole JSON"),
-        (shorter_video, DataError, "has 6 frames for episode 2, which has 8 rows"),
-        (lambda path: edit_rows("action", lambda v: ["a"] * len(v))(path), DataError, "column 'action' is string"),
-        (edit_rows("action", lambda v: [[1.0, 2.0, 3.0]] * len(v)), DataError, "holds 18 values in 6 rows"),
-        (edit_rows("episode_index", lambda v: [0] * 7 + v[7:]), DataError, "row 6 is of episode 0; the metadata say 1"),
-        (edit_rows("timestamp", lambda v: v[::-1]), DataError, "timestamps that go backwards"),
-        (edit_rows("timestamp", lambda v: ["x"] * len(v)), DataError, "column 'timestamp' is string"),
+        (cut("meta/info.json"), StorageError, "info.json is not valid JSON"),
+        (shorter_video, DataError, "has 6 frames for episode 2; .* its 8 rows"),
+        (
+            lambda path: edit_rows("action", lambda v: ["a"] * len(v))(path),
+            DataError,
+            "column 'action' has type string",
+        ),
+        (edit_rows("action", lambda v: [[1.0, 2.0, 3.0]] * len(v)), DataError, "has 18 values in 6 rows"),
+        (edit_rows("episode_index", lambda v: [0] * 7 + v[7:]), DataError, "row 6 belongs to episode 0; expected 1"),
+        (edit_rows("timestamp", lambda v: v[::-1]), DataError, "timestamps that do not increase"),
+        (edit_rows("timestamp", lambda v: ["x"] * len(v)), DataError, "column 'timestamp' has type string"),
         (edit_info(lambda info: info.update(codebase_version="v9.0")), DataError, "codebase_version 'v9.0'; expected"),
         (edit_info(lambda info: info.update(codebase_version="v1.6")), DataError, "codebase_version 'v1.6'; expected"),
         (edit_info(lambda info: info.pop("data_path")), DataError, "KeyError: 'data_path'"),
-        (edit_info(lambda info: info.update(data_path="../x")), DataError, "lies outside the dataset"),
-        (edit_info(lambda info: info.update(fps=0)), DataError, "0.0 frames a second"),
-        (edit_info(lambda info: info["features"].pop("action")), DataError, "names no feature 'action'"),
+        (edit_info(lambda info: info.update(data_path="../x")), DataError, "outside of the dataset"),
+        (edit_info(lambda info: info.update(fps=0)), DataError, "has fps 0.0"),
+        (edit_info(lambda info: info["features"].pop("action")), DataError, "has no feature 'action'"),
         (
             edit_info(lambda info: info["features"].update({"observation.x": {"dtype": "float32", "shape": [1]}})),
             DataError,
-            "no column 'observation.x', which meta/info.json names",
+            "no column 'observation.x', but meta/info.json lists it",
         ),
         (
             edit_info(lambda info: info["features"][TOP].update(shape=[32, 64, 3])),
@@ -357,9 +327,9 @@ def test_a_gap_in_the_timestamps_splits(copy: Path) -> None:
         (lambda path: next(path.rglob("episode_000001.mp4")).unlink(), "episode_000001.mp4 does not exist"),
         (
             lambda path: shutil.copy(next(path.rglob("episode_000000.mp4")), next(path.rglob("episode_000002.mp4"))),
-            "has 7 frames for episode 2, which has 10 rows",
+            "has 7 frames for episode 2; .* its 10 rows",
         ),
-        (cut("meta/episodes.jsonl"), "episodes.jsonl: line 3 is not whole JSON"),
+        (cut("meta/episodes.jsonl"), "episodes.jsonl: line 3 is not valid JSON"),
         (cut("data/chunk-000/episode_000001.parquet"), "episode_000001.parquet cannot be read as Parquet"),
     ],
 )
@@ -390,13 +360,13 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     four = DatasetSpec(observation=ObservationSpec(pixels=(4, 4, 4)), action=SPEC.action)
     slash = DatasetSpec(observation=SPEC.observation, action=SPEC.action, labels={"a/b": 1})
     for spec, write, error in ((four, {}, DataError), (slash, {}, DataError), (SPEC, {"fps": 12.5}, ConfigError)):
-        with pytest.raises(error, match=r"channels|'/'|whole number"):
+        with pytest.raises(error, match=r"channels|'/'|integer frame rate"):
             format.create(tmp_path / "x", spec, WriteOptions(**write), resume=True)
     assert not (tmp_path / "x").exists()
     with format.create(tmp_path / "x", SPEC, WriteOptions(), resume=True) as sink:
         sink.write(make_episode(0))
     with pytest.raises(DataError, match="already exists"):
         format.create(tmp_path / "x", SPEC, WriteOptions(), resume=False)
-    with pytest.raises(DataError, match="begun with other options"):
+    with pytest.raises(DataError, match="started with other options"):
         format.create(tmp_path / "x", SPEC, WriteOptions(lossless=True), resume=True)
     assert format.create(tmp_path / "x", SPEC, WriteOptions(), resume=True).written == 1

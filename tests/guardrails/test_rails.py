@@ -153,7 +153,7 @@ def test_any_function_of_rollouts_may_limit() -> None:
     assert each.violation(rolled(straight(2.0, 0.0)))[0, 0].tolist() == pytest.approx([-1, 1, 3])
     whole = Custom(function=lambda rollouts: rollouts.latents[..., 0].sum(-1) - 3).over("mine")
     assert whole.violation(rolled(straight(2.0, 0.0)))[0, 0].tolist() == [-math.inf, -math.inf, pytest.approx(9.0)]
-    with pytest.raises(PlanningError, match="must give violations of shape"):
+    with pytest.raises(PlanningError, match="expected violations of shape"):
         Custom(function=lambda rollouts: rollouts.latents).violation(rolled(straight(2.0, 0.0)))
 
 
@@ -225,8 +225,8 @@ def test_a_probe_reads_what_it_was_shown_and_knows_by_how_much_it_errs(probe: Pr
 
 def test_a_probe_knows_where_it_was_calibrated(probe: Probe) -> None:
     latents, _ = labelled(500, seed=2)
-    assert (probe.gap(latents) <= 1).float().mean() > 0.95
-    assert (probe.gap(latents + 3.0) > 1).all()
+    assert (probe.support.gap(latents) <= 1).float().mean() > 0.95
+    assert (probe.support.gap(latents + 3.0) > 1).all()
 
 
 def test_a_probe_is_kept_with_its_model(probe: Probe, tmp_path) -> None:
@@ -236,7 +236,7 @@ def test_a_probe_is_kept_with_its_model(probe: Probe, tmp_path) -> None:
     latents, _ = labelled(10, seed=3)
     assert torch.equal(loaded(latents), probe(latents))
     assert loaded.error(0.1) == probe.error(0.1)
-    assert torch.equal(loaded.gap(latents), probe.gap(latents))
+    assert torch.equal(loaded.support.gap(latents), probe.support.gap(latents))
 
 
 def test_frames_of_one_episode_are_not_on_both_sides() -> None:
@@ -245,7 +245,7 @@ def test_frames_of_one_episode_are_not_on_both_sides() -> None:
     assert len(fit_probe(latents, values, ProbeConfig(steps=2), groups=groups, seed=0).errors) == 10
     with pytest.raises(DataError, match="at least 4 episodes"):
         fit_probe(latents, values, ProbeConfig(), groups=groups.clamp_max(2), seed=0)
-    with pytest.raises(DataError, match="a label is not finite"):
+    with pytest.raises(DataError, match="expected finite labels"):
         fit_probe(latents, values * torch.nan, ProbeConfig(), seed=0)
 
 

@@ -57,7 +57,7 @@ def test_what_turns_out_better_than_predicted_stretches_nothing() -> None:
 
 @pytest.mark.parametrize("rate", [0.0, float("inf")])
 def test_a_rate_that_follows_nothing_is_refused(rate: float) -> None:
-    with pytest.raises(PlanningError, match="a finite rate above 0"):
+    with pytest.raises(PlanningError, match="a finite recalibration rate above 0"):
         recalibration(rate)
 
 

@@ -67,7 +67,7 @@ def test_layers_say_together_what_is_tightest(tmp_path: Path) -> None:
         (("name: keep-in", "name: keep-out"), "loosens the guardrail"),
         (("risk: 0.01", "risk: 0.1"), "loosens the risk"),
         (("owner: the village", "owner: the village\nfallback: {name: stop}"), "loosens the fallback"),
-        (("layer: community", "layer: operator"), "come in the order"),
+        (("layer: community", "layer: operator"), "in the order"),
     ],
 )
 def test_a_layer_that_loosens_is_refused_and_named(tmp_path: Path, change: tuple[str, str], said: str) -> None:
@@ -126,7 +126,7 @@ def test_only_what_a_trusted_owner_signed_is_kept(tmp_path: Path) -> None:
         read_rules([path], trusted={owner})
     sign_file(path, tmp_path / "owner.pem")
     assert read_rules([path], trusted={owner, stranger}).risk == 0.05
-    with pytest.raises(DataError, match="whom you do not trust"):
+    with pytest.raises(DataError, match="not a trusted key"):
         read_rules([path], trusted={stranger})
     path.write_text(OPERATOR.replace("0.05", "0.5"))
     with pytest.raises(DataError, match="changed"):
@@ -160,7 +160,7 @@ def test_a_forbidden_picture_cannot_be_exchanged(tmp_path: Path, stated: str) ->
     sign_file(picture, tmp_path / "owner.pem")
     assert read_rules([path], trusted={owner}).layers[0].files == [str(picture)]
     picture.write_bytes(b"a meadow")
-    with pytest.raises(DataError, match=r"fire\.png is not what .* signed"):
+    with pytest.raises(DataError, match=r"fire\.png does not match the signature"):
         read_rules([path], trusted={owner})
 
 

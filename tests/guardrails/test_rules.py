@@ -160,7 +160,7 @@ def test_what_was_asked_of_rules_before_does_not_keep_a_gradient_solver_from_the
 
 def test_a_rule_that_holds_nowhere_is_named() -> None:
     nowhere = KeepIn(quantity="place", region=Box(low=(50.0, None))).bind("far", "a", KNOWN)
-    with pytest.raises(ConfigError, match="'far' holds in none"):
+    with pytest.raises(ConfigError, match="'far' is satisfied in none"):
         check_consistent([nowhere], WORLD, KNOWN.support)
 
 
@@ -171,7 +171,7 @@ def test_three_that_hold_only_two_by_two_are_found() -> None:
     ]
     for pair in (sides[:2], sides[1:], sides[::2]):
         check_consistent(pair, WORLD, KNOWN.support)
-    with pytest.raises(ConfigError, match="hold together in none"):
+    with pytest.raises(ConfigError, match="are satisfied together in none"):
         check_consistent(sides, WORLD, KNOWN.support)
 
 
@@ -189,7 +189,7 @@ def test_a_quantity_without_a_probe_is_said_with_the_nearest() -> None:
 
 def test_a_region_of_another_size_is_refused() -> None:
     rule = KeepIn(quantity="place", region=Ball(centre=(0.0,), radius=2.0))
-    with pytest.raises(ConfigError, match="for 1 values; it has 2"):
+    with pytest.raises(ConfigError, match="with 1 values, but its probe has 2"):
         rule.bind("stay", "a", KNOWN)
 
 

@@ -76,7 +76,7 @@ def test_a_saved_model_is_the_same_and_belongs_to_the_one_below(
     assert torch.equal(loaded.advance(latents, macros), coarse.advance(latents, macros))
     assert loaded.spec == coarse.spec
     assert loaded.spec.fingerprint != world.spec.fingerprint
-    with pytest.raises(CheckpointError, match="fit it again"):
+    with pytest.raises(CheckpointError, match="fit the head again"):
         CoarseModel.load(tmp_path / "coarse", WallWorld(one_way=True))
 
 

@@ -116,5 +116,5 @@ def test_a_saved_distance_is_the_same(learned: TemporalDistance, tmp_path: Path)
 
 def test_a_rank_correlation_needs_pairs_that_differ() -> None:
     same = torch.ones(4, 2)
-    with pytest.raises(DataError, match="equally far"):
+    with pytest.raises(DataError, match="different numbers of steps"):
         rank_correlation(LatentL2(), same, same, torch.arange(4.0))

@@ -136,10 +136,10 @@ def truncate_json(directory: Path) -> None:
         (tamper_tensors, "damaged or was changed"),
         (truncate_tensors, "damaged or was changed"),
         (remove_tensors, "is missing; restore it"),
-        (truncate_json, "not whole JSON"),
-        (edit(format=99), "has format 99; this version of worldloom reads format 1"),
-        (edit(metadata={}), "its checksum does not fit"),
-        (edit(tensors="../../elsewhere.safetensors"), "its checksum does not fit"),
+        (truncate_json, "not valid JSON"),
+        (edit(format=99), "has format 99; expected format 1"),
+        (edit(metadata={}), "its checksum does not match"),
+        (edit(tensors="../../elsewhere.safetensors"), "its checksum does not match"),
     ],
 )
 def test_damage_is_named(model, tmp_path, damage, message) -> None:
@@ -150,10 +150,10 @@ def test_damage_is_named(model, tmp_path, damage, message) -> None:
 
 
 def test_a_missing_checkpoint_and_another_kind_are_told_apart(tmp_path) -> None:
-    with pytest.raises(CheckpointError, match="no world-model checkpoint at"):
+    with pytest.raises(CheckpointError, match="no world-model checkpoint exists at"):
         load_model(tmp_path)
     save_tensors(tmp_path / "model", {"a": torch.zeros(1)}, kind="distance")
-    with pytest.raises(CheckpointError, match="holds a distance; expected a world-model"):
+    with pytest.raises(CheckpointError, match="is a distance; expected a world-model"):
         load_model(tmp_path)
 
 
@@ -167,7 +167,7 @@ def test_a_part_that_nobody_registered_asks_for_its_module(pixel_case, tmp_path,
     save_model(tmp_path, model)
     assert isinstance(load_model(tmp_path).config.encoder, Foreign)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="unknown encoder 'foreign'.*import the module that registers it"):
+    with pytest.raises(CheckpointError, match="unknown encoder 'foreign'.*import that module first"):
         load_model(tmp_path)
 
 

@@ -113,9 +113,9 @@ def test_the_default_encoder_reads_what_is_observed(pixel_case, vector_case, odd
 
 
 def test_an_encoder_refuses_an_observation_that_it_cannot_read(pixel_case, vector_case) -> None:
-    with pytest.raises(ConfigError, match="reads pixels and the observation holds none"):
+    with pytest.raises(ConfigError, match="needs pixels, but the observation has none"):
         PatchConv().build(vector_case.observation, vector_case.statistics, 4)
-    with pytest.raises(ConfigError, match="reads a vector and the observation holds none"):
+    with pytest.raises(ConfigError, match="needs a vector, but the observation has none"):
         VectorMLP().build(pixel_case.observation, pixel_case.statistics, 4)
 
 
@@ -132,7 +132,7 @@ def test_a_wrong_key_or_name_gives_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'hidden'"):
         JEPAConfig.parse({"encoder": {"name": "patch-conv", "hiden": 3}})
     assert JEPAConfig().override(["encoder.hidden=32"]).encoder.hidden == 32
-    with pytest.raises(ConfigError, match="multiple of heads"):
+    with pytest.raises(ConfigError, match="multiple of 'heads'"):
         JEPAConfig.parse({"encoder": {"name": "vit", "width": 20, "heads": 3}})
 
 

@@ -135,7 +135,9 @@ def test_encoding_many_frames_in_parts_changes_nothing(vector_case) -> None:
 
 
 def test_other_observations_are_refused(pixel_case, odd_case) -> None:
-    with pytest.raises(DataError, match=r"takes pixels \(16, 16, 3\) and a vector of 0; got pixels \(19, 13, 2\)"):
+    with pytest.raises(
+        DataError, match=r"expects pixels \(16, 16, 3\) and a vector of 0 values; got pixels \(19, 13, 2\)"
+    ):
         build(pixel_case).encode(odd_case.observations(1))
 
 
@@ -149,7 +151,7 @@ def test_statistics_of_other_actions_are_refused(pixel_case) -> None:
         action_mean=torch.zeros(5),
         action_std=torch.ones(5),
     )
-    with pytest.raises(ConfigError, match="5 action dimensions and an action has 2"):
+    with pytest.raises(ConfigError, match="5 action dimensions; expected 2"):
         build_jepa(JEPAConfig(), pixel_case.observation, pixel_case.action, wrong, seed=0)
 
 

@@ -101,7 +101,7 @@ def test_the_goal_behind_a_line_is_approached_up_to_it(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_what_cannot_be_kept_is_refused_with_its_name_and_the_others_have_their_plans(name: str) -> None:
     planner = planner_of(name, Below(-20.0), KeepOut((0, 50), 1.0))
-    with pytest.raises(NoFeasiblePlan, match=r"environment 1 keeps every guardrail; .* 'line' by 1\d") as error:
+    with pytest.raises(NoFeasiblePlan, match=r"environment 1 satisfies every guardrail; .* 'line' by 1\d") as error:
         planner.plan(context_of((-40, 0), (0, 0)), objective((-40, 1), (0, 1)), generator=generator())
     assert error.value.rows == (1,)
     plan = error.value.plan
@@ -184,7 +184,7 @@ def test_a_choice_that_holds_only_from_exactly_here_is_refused() -> None:
 
 
 def test_guardrails_of_one_name_are_refused() -> None:
-    with pytest.raises(PlanningError, match="told apart by their names"):
+    with pytest.raises(PlanningError, match="names must be unique"):
         PlanningProblem(WORLD, context_of((0, 0)), objective((1, 0)), horizon=2, guardrails=[Below(1.0), Below(2.0)])
 
 

@@ -100,7 +100,7 @@ def test_geometry_is_kept_with_its_model(geometries: dict[bool, LatentGeometry],
     latents = torch.rand(5, 2)
     with torch.no_grad():
         assert torch.equal(back.inverse(latents, -latents), geometry.inverse(latents, -latents))
-    with pytest.raises(CheckpointError, match="fit it again"):
+    with pytest.raises(CheckpointError, match="fit the head again"):
         LatentGeometry.load(tmp_path / "geometry", WallWorld(one_way=True))
 
 

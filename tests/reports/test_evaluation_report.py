@@ -17,7 +17,7 @@ from worldloom.reports.evaluation_report import render_report
 from worldloom.reports.figures import binned, latent_space, training_curves
 from worldloom.reports.film import choose, episodes_video
 
-HEADINGS = ("Success by distance", "Episodes", "Prediction against the world", "What the latents hold")
+HEADINGS = ("Success by distance", "Episodes", "Prediction against the world", "What the latents encode")
 
 
 class Links(HTMLParser):
@@ -264,5 +264,5 @@ def test_a_distance_map_keeps_grids_and_leaves_walls_open() -> None:
 
 
 def test_too_few_latents_make_no_map() -> None:
-    with pytest.raises(DataError, match="at least three latents; got 2"):
+    with pytest.raises(DataError, match="at least three latents, each with a position; got 2"):
         LatentMap(latents=np.zeros((2, 3)), positions=np.zeros((2, 2)))

@@ -69,7 +69,7 @@ def test_a_model_that_lacks_an_attribute_of_the_seam_is_told_which_and_what_to_d
     world = LinearWorld()
     attributes = {name: getattr(world, name) for name in ("spec", "device", "encode", "rollout") if name != missing}
     bare = SimpleNamespace(**attributes)
-    told = f"has spec, device, encode, rollout; SimpleNamespace lacks {missing}. Subclass"
+    told = f"with spec, device, encode, rollout; SimpleNamespace lacks {missing}. Subclass"
     with pytest.raises(AssertionError, match=told):
         check_world_model.__wrapped__(bare)  # without the type check of the tests, which would refuse it first
 
@@ -85,20 +85,20 @@ def test_a_subclass_of_the_seam_has_its_defaults_and_is_told_what_it_left_out() 
 
     check_world_model(Derived())
     assert Derived().device == torch.device("cpu")
-    with pytest.raises(AssertionError, match="rollout must return a tensor; got NoneType. Write rollout"):
+    with pytest.raises(AssertionError, match="rollout must return a tensor; got NoneType. Define rollout"):
         check_world_model(WithoutRollout())
 
 
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (_BatchNormalised, "encode depends on what else is in the batch"),
+        (_BatchNormalised, "encode depends on other observations in the batch"),
         (_SeesOtherCandidates, "candidate's future depends on the others"),
         (_SeesTheFuture, "first 1 of 5 steps differ"),
         (_ActsLate, "first action does not change the first predicted frame"),
-        (_IncludesThePresent, "rollout must give shape"),
-        (_Noisy, "two results for the same actions"),
-        (_Overwrites, "changed the actions"),
+        (_IncludesThePresent, "rollout must return shape"),
+        (_Noisy, "different results for the same actions"),
+        (_Overwrites, "changed its actions in place"),
     ],
 )
 def test_a_broken_promise_is_named(broken: type[LinearWorld], message: str) -> None:

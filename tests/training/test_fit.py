@@ -98,7 +98,7 @@ def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(unbr
     (damaged,) = run.checkpoint_directory.glob(f"step-{newest:08d}-*.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:-1])
     train(path, resume=True)
-    assert "passing over a checkpoint" in caplog.text
+    assert "skipping a damaged checkpoint" in caplog.text
     assert_same_result(unbroken, run)
     for path in run.checkpoint_directory.iterdir():
         path.write_bytes(b"{}")
@@ -139,7 +139,7 @@ def test_resuming_with_another_setting_or_other_data_is_refused(unbroken, cache)
     with pytest.raises(CheckpointError, match="model.latent_dim was 8, is 4"):
         resume(model=MODEL.override(["latent_dim=4"]))
     other = replace(cache, fingerprint="other")
-    with pytest.raises(CheckpointError, match="another setting: data"):
+    with pytest.raises(CheckpointError, match="its settings changed: data"):
         resume(data=other)
 
 
@@ -194,12 +194,12 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_loss(cache, tmp_path
 
 def test_two_trainings_do_not_share_a_folder(cache, tmp_path) -> None:
     run = RunFolder.create(tmp_path / "run", {}, {})
-    with RunFolder.open(run.path).lock(), pytest.raises(TrainingError, match="another training is writing"):
+    with RunFolder.open(run.path).lock(), pytest.raises(TrainingError, match="another process is training"):
         fit(CONFIG, MODEL, cache, run)
 
 
 def test_a_new_training_does_not_mix_with_an_old_one(cache, unbroken) -> None:
-    with pytest.raises(TrainingError, match="holds checkpoints already; resume it"):
+    with pytest.raises(TrainingError, match="already has checkpoints; resume"):
         fit(CONFIG, MODEL, cache, unbroken)
 
 
@@ -331,9 +331,9 @@ def test_a_stretch_trains_at_the_rate_of_the_steps_that_it_states(cache, tmp_pat
 def test_a_stretch_that_begins_elsewhere_or_another_models_base_is_refused(cache, tmp_path) -> None:
     run = in_stretches(tmp_path / "run", cache, [20])
     for stretch, message in (
-        (Segment(begin=30, end=40, base={}), "stands at step 20"),
+        (Segment(begin=30, end=40, base={}), "is at step 20"),
         (Segment(begin=20, end=40, base={"predictor.nothing": torch.zeros(2)}), "predictor.nothing"),
-        (Segment(begin=20, end=40, base={"norm.running_mean": torch.zeros(2)}), "of shape"),
+        (Segment(begin=20, end=40, base={"norm.running_mean": torch.zeros(2)}), "has shape"),
     ):
         with pytest.raises(CheckpointError, match=message):
             fit(CONFIG, MODEL, cache, run, resume=True, stretch=stretch)

@@ -98,7 +98,7 @@ def test_a_rank_that_fails_ends_the_run_and_the_message_says_why(tmp_path) -> No
 def test_a_rank_that_does_not_come_is_not_waited_for_without_end(tmp_path) -> None:
     done = start(tmp_path / "run", "--sleep-at=3", "timeout_minutes=0.1", ranks=2)
     assert done.returncode
-    assert "rank 0 waited for another process in vain" in done.stderr
+    assert "rank 0 waited for another process, which failed" in done.stderr
     assert "training.timeout_minutes (0.1)" in done.stderr
 
 

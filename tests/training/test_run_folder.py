@@ -22,7 +22,7 @@ def test_a_folder_gives_back_what_it_was_made_with(run) -> None:
 
 
 def test_a_run_is_not_written_over_and_not_found_where_none_is(run, tmp_path) -> None:
-    with pytest.raises(StorageError, match="holds a run already; resume it"):
+    with pytest.raises(StorageError, match="already contains a run; resume it"):
         RunFolder.create(run.path, {}, {})
     with pytest.raises(StorageError, match="is not a run"):
         RunFolder.open(tmp_path)
@@ -51,7 +51,7 @@ def test_a_damaged_line_is_named(run) -> None:
     run.log(1, {"loss": 1.0})
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step\n')
-    with pytest.raises(StorageError, match=r"line 2 of .*metrics.jsonl is not whole JSON.*delete it"):
+    with pytest.raises(StorageError, match=r"line 2 of .*metrics.jsonl is not valid JSON.*delete the line"):
         run.metrics()
 
 
@@ -60,7 +60,7 @@ def test_a_folder_in_which_nothing_was_trained_can_be_had_by_another(run) -> Non
     again = RunFolder.create(run.path, {}, {})
     again.log(1, {"loss": 1.0})
     again.withdraw()
-    with pytest.raises(StorageError, match="holds a run already"):
+    with pytest.raises(StorageError, match="already contains a run"):
         RunFolder.create(run.path, {}, {})
 
 
@@ -96,7 +96,7 @@ def test_two_trainings_cannot_have_one_folder_and_a_killed_one_gives_it_back(run
     process = context.Process(target=hold, args=(run.path, held))
     process.start()
     assert held.wait(120)
-    with pytest.raises(TrainingError, match="another training is writing"), run.lock():
+    with pytest.raises(TrainingError, match="another process is training"), run.lock():
         pass
     process.kill()
     process.join()

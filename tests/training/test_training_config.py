@@ -38,7 +38,7 @@ def test_losses_are_overridden_by_name_and_survive_json() -> None:
         ("learning_rate=0", "greater than 0"),
         ("stpes=3", "did you mean 'steps'"),
         ('losses={"prediction": {"name": "prediction", "weight": 0}}', "every loss has weight 0"),
-        ('losses={"a.b": {"name": "prediction"}}', "must not be empty or hold a dot"),
+        ('losses={"a.b": {"name": "prediction"}}', "must not be empty or contain a dot"),
     ],
 )
 def test_a_wrong_setting_is_named(assignment, message) -> None:
@@ -69,10 +69,10 @@ def test_the_one_cycle_schedule_peaks_after_a_tenth() -> None:
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("accelerator=cuda", "accelerator is 'cuda' and PyTorch finds no such device"),
-        ("strategy=fsdp", "one device has nothing to shard"),
-        ("precision=16-mixed", "take bf16-mixed or 32-true"),
-        ("compile=true", r"needs a C\+\+ compiler and none of .*g\+\+.* is on PATH"),
+        ("accelerator=cuda", "accelerator is 'cuda', but PyTorch finds no such device"),
+        ("strategy=fsdp", "it needs several devices"),
+        ("precision=16-mixed", "use bf16-mixed or 32-true"),
+        ("compile=true", r"needs a C\+\+ compiler, but none of .*g\+\+.* is on PATH"),
     ],
 )
 def test_what_the_machine_cannot_do_is_said_before_training(override, told, monkeypatch) -> None:

@@ -116,7 +116,7 @@ def test_margins_are_of_one_policy_and_method(folder: Path) -> None:
         ("risk", None),
     ):
         path.write_text(json.dumps({**values, key: wrong}))
-        with pytest.raises(StorageError, match="calibrate again"):
+        with pytest.raises(StorageError, match="calibrate the rule set again"):
             margins_of(run, "per candidate")
     path.write_text(json.dumps(values))
     found = margins_of(run, "per candidate")
@@ -149,7 +149,7 @@ def test_a_rule_set_that_holds_nowhere_is_not_calibrated(folder: Path, tmp_path:
     assert layer is not None
     rail = layer.guardrails["out of the pits"].model_copy(update={"region": Box(high=(-1e6,))})
     impossible = layer.model_copy(update={"guardrails": {"out of the pits": rail}})
-    with pytest.raises(ConfigError, match="holds in none of"):
+    with pytest.raises(ConfigError, match="is satisfied in none of"):
         calibrate(under(folder, tmp_path / "run", impossible), split="in the open", episodes=8)
 
 

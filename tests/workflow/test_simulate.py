@@ -1,5 +1,6 @@
 """What stands in front of an owner's node in a simulation: it hears all that passes, and may sign as the owner."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from worldloom.core.chain import Entry
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.signing import SigningKey
 from worldloom.core.yaml_config import parse_yaml
-from worldloom.federation import Handler, Ledger, Records, RoundStore
+from worldloom.data import EpisodeDataset, load_frames
+from worldloom.federation import Handler, Ledger, LocalTraining, PartitionConfig, Records, RoundStore
 from worldloom.federation.record.envelope import seal, unseal
 from worldloom.training import saved_steps
-from worldloom.workflow import ConsortiumConfig, simulate
-from worldloom.workflow.simulation import OwnerConfig, alone
+from worldloom.workflow import ConsortiumConfig, Run, simulate
+from worldloom.workflow.simulation import OwnerConfig, run_folder
 
 CONSORTIUM = """
 consortium: two rooms
@@ -70,9 +72,14 @@ def test_shared_statistics_are_those_of_the_pilots_frames_and_need_one(tmp_path:
     woven = simulate(config, tmp_path / "with")
     scales = {name: run.model.state_dict()["encoder.normalise.scale"] for name, run in woven.runs.items()}
     assert torch.equal(scales["north"], scales["east"])
-    logs = tmp_path / "with" / "east" / "data"
-    alone_there = alone(config, "east", tmp_path / "alone", logs)
-    assert torch.equal(alone_there.model.state_dict()["encoder.normalise.scale"], scales["east"])
+    # An owner that trains alone from the same untrained base has those of its own frames too.
+    recipe, logs = config.recipe_of("east", 0), EpisodeDataset.open(tmp_path / "with" / "east" / "data")
+    run = run_folder(recipe, logs, tmp_path / "alone", 0)
+    partition = PartitionConfig.parse(config.rules["partition"])
+    with closing(load_frames(logs, recipe.data)) as frames:
+        local = LocalTraining(run, frames, training=recipe.training, model=recipe.model, partition=partition)
+        local.train("alone", local.without_statistics(local.untrained(0)), 2)
+    assert torch.equal(Run(run).model.state_dict()["encoder.normalise.scale"], scales["east"])
 
 
 @pytest.mark.slow

@@ -135,7 +135,7 @@ def test_a_complete_run_is_taken_up_as_it_is(recipe, dataset, run, untouched) ->
 def test_a_folder_that_holds_a_run_is_not_written_over(recipe, dataset, run, untouched) -> None:
     before = digests(run.path)
     untouched("fit", *STAGES)
-    with pytest.raises(StorageError, match="holds a run already; resume it"):
+    with pytest.raises(StorageError, match="already contains a run; resume it"):
         workflow.train(recipe, dataset, run.path)
     assert digests(run.path) == before
 

@@ -63,7 +63,7 @@ def test_two_processes_make_one_run_that_can_be_taken_up(tmp_path: Path) -> None
 
     again = torchrun(data, out)
     assert again.returncode
-    assert again.stderr.count("holds a run already; resume it (--resume)") == 1
+    assert again.stderr.count("already contains a run; resume it (--resume)") == 1
     assert "exitcode  : 4" in again.stderr
 
     # As if it had been killed while the last part beside the world model was learned; a free setting changes.

@@ -1,8 +1,8 @@
-"""The audit log: every decision of an agent, what it saw, predicted, chose and refused, and what then happened.
+"""The audit log: each decision of an agent, its inputs, prediction, chosen plan and broken guardrails, and the outcome.
 
-A log is a directory. `log.jsonl` is a hash-chained file (see `worldloom.core.chain`) with one entry for each decision,
-written to disk before the agent acts on it. `situations/` holds, by the digest that the entry names, everything that
-the decision followed from, so that it can be made again.
+A log is a directory. `log.jsonl` is a hash-chained file (see `worldloom.core.chain`) with one entry per decision,
+written to disk before the agent acts on it. `situations/` contains all inputs of each decision, named by the digest in
+its entry, so that the decision can be reproduced.
 """
 
 import copy
@@ -34,33 +34,33 @@ _OF_SITUATION = ("goal", "initial", "safe", "stages", "randomness")
 
 
 def log_path(folder: Path | str) -> Path:
-    """Return the chain of an audit log."""
+    """Return the path of an audit log's hash chain."""
     return Path(folder) / _LOG
 
 
 def log_entries(folder: Path | str, *, progress: Progress = SILENT) -> Iterator[Entry]:
-    """Read the entries of an audit log, each verified before it is given.
+    """Read the entries of an audit log, and verify each before it is yielded.
 
     Raises:
-        StorageError: there is no log.
-        DataError: an entry does not verify, or is of another version of the format.
+        StorageError: the folder has no log.
+        DataError: an entry does not verify, or has a different version of the format.
     """
     for entry in entries(log_path(folder), progress=progress):
         if entry.body.get("event") == "opened" and entry.body.get("format") != _FORMAT:
             raise DataError(
                 f"{folder}: from entry {entry.index} on, the audit log has format {entry.body.get('format')!r}; this "
-                f"version of worldloom reads format {_FORMAT}. Use the version that wrote it"
+                f"version of worldloom reads format {_FORMAT}. Use the version that wrote the log"
             )
         yield entry
 
 
 class AuditLog(Closing):
-    """Writes the decisions of one agent; `about` describes it: the run, its model, method, rule set and margins.
+    """Writes the decisions of one agent; `about` describes the agent: its run, model, method, rule set and margins.
 
-    `chain` is the chain, with its head.
+    `chain` is the log's hash chain, with its head.
 
     Raises:
-        StorageError: another process writes the log, or the storage fails.
+        StorageError: another process is writing to the log, or the storage fails.
         DataError: the log does not verify.
     """
 
@@ -76,19 +76,19 @@ class AuditLog(Closing):
         self.chain.append({"event": "opened", "format": _FORMAT, **about})
 
     def part(self, name: str) -> "AuditLog":
-        """Return what writes the decisions of another part of the agent, by its name, into the same log."""
+        """Return a writer to the same log for another part of the agent, by its name."""
         other = copy.copy(self)
         other._before, other._part = None, {"part": name}
         return other
 
     def begin(self, goal: Goal) -> None:
-        """Write that episodes begin, with the digest of their goals."""
+        """Record the start of episodes, with the digest of their goals."""
         self._before = None
         pictures = [part for part in (goal.observations.pixels, goal.observations.vector) if part is not None]
         self._write("began", {"environments": len(pictures[0]), "goal": _digest(pictures)})
 
     def select(self, places: Sequence[int]) -> None:
-        """Write which environments go on."""
+        """Record which environments continue."""
         places = list(places)
         if self._before is not None:
             situation, plan = self._before
@@ -98,9 +98,9 @@ class AuditLog(Closing):
     def ended(
         self, places: Sequence[int], here: Float[Tensor, "E D"], outcomes: Sequence[str], *, block: int, whole: bool
     ) -> None:
-        """Write how the episodes of some environments ended, in a block of the last plan, and what was seen there.
+        """Record how the episodes of some environments ended, in a block of the last plan, and the latents `here`.
 
-        The plan's prediction is compared only if the `whole` block was taken.
+        The plan's prediction is compared only if the `whole` block was executed.
         """
         happened = None
         if self._before is not None:
@@ -110,9 +110,9 @@ class AuditLog(Closing):
         self._write("ended", {"environments": list(places), "outcomes": list(outcomes), "happened": happened})
 
     def decided(self, observations: Observations, situation: Situation, plan: Plan, *, block: int, whole: bool) -> None:
-        """Write a decision, and what happened since the one before.
+        """Record a decision, and the outcome of the one before.
 
-        The plan before, if any, was followed into this block, and to the block's end if `whole`.
+        The previous plan, if any, was followed into this block, and to the block's end if `whole`.
         """
         self._write("decided", {
             "situation": self._keep(observations, situation),
@@ -133,7 +133,7 @@ class AuditLog(Closing):
         self.chain.close()
 
     def _happened(self, now: Situation, *, block: int, whole: bool) -> dict[str, Any] | None:
-        """Return how far from its prediction the last plan led, in latent units, and the violations that were seen."""
+        """Return the latent distance of the outcome from the last plan's prediction, and the observed violations."""
         if self._before is None or len(self._before[0].goal) != len(now.goal):
             return None
         return self._compared(*self._before, now.context.latents[:, -1], block=block, whole=whole)
@@ -150,7 +150,7 @@ class AuditLog(Closing):
         self.chain.append({"event": event, **self._part, **body})
 
     def _keep(self, observations: Observations, situation: Situation) -> str:
-        """Write the situation under its digest, and return it."""
+        """Write the situation under its digest, and return the digest."""
         parts: dict[str, Tensor | None] = {
             "pixels": observations.pixels,
             "vector": observations.vector,
@@ -170,20 +170,20 @@ class AuditLog(Closing):
 def read_situation(
     folder: Path | str, entry: Entry, device: torch.device | str = "cpu"
 ) -> tuple[Observations, Situation]:
-    """Return what was seen, and what a decision followed from.
+    """Return the observations and the other inputs of a decision.
 
     Raises:
-        DataError: the entry is no decision, or its situation was changed.
+        DataError: the entry does not record a decision, or its situation was changed.
         StorageError: the situation is missing.
     """
     digest = entry.body.get("situation")
     if entry.body.get("event") != "decided" or not isinstance(digest, str):
-        raise DataError(f"entry {entry.index} is no decision; choose one whose event is 'decided'")
+        raise DataError(f"entry {entry.index} does not record a decision; choose an entry whose event is 'decided'")
     path = Path(folder) / _SITUATIONS / f"{digest}.safetensors"
     with storage_errors(path):
         payload = path.read_bytes()
     if hashlib.sha256(payload).hexdigest() != digest:
-        raise DataError(f"{path} was changed: its digest is not the one in the log. Keep both as evidence")
+        raise DataError(f"{path} was changed: its digest differs from the one in the log. Keep both as evidence")
     tensors = safetensors.torch.load(payload)
     there = {name: tensor if name == "randomness" else tensor.to(device) for name, tensor in tensors.items()}
     observations = Observations(pixels=tensors.get("pixels"), vector=tensors.get("vector"))
@@ -193,7 +193,7 @@ def read_situation(
 
 
 def damaged_situations(folder: Path | str, *, progress: Progress = SILENT) -> list[int]:
-    """Return the entries whose situation is missing or was changed."""
+    """Return the numbers of entries whose situation is missing or was changed."""
     damaged = []
     for entry in log_entries(folder, progress=progress):
         if entry.body.get("event") != "decided":
@@ -207,18 +207,19 @@ def damaged_situations(folder: Path | str, *, progress: Progress = SILENT) -> li
 def replay(
     folder: Path | str, entry: Entry, decide: Callable[[Situation], Plan], device: torch.device | str
 ) -> tuple[Plan, bool]:
-    """Make a decision again by `decide`, that of a `PlanningAgent`.
+    """Repeat a decision with `decide`, the method of a `PlanningAgent`.
 
-    Returns the plan, and whether its actions, predictions and violations are the same bit for bit.
+    Returns the plan, and whether its actions, predictions and violations are identical bit for bit.
 
     Raises:
-        DataError: the entry is no decision, its situation was changed, or a deadline cut it short.
+        DataError: the entry does not record a decision, its situation was changed, or a deadline cut the decision
+            short.
     """
     _, situation = read_situation(folder, entry, device)
     if entry.body.get("cut short"):
         raise DataError(
-            f"entry {entry.index} was cut short by its deadline: how far the search came depended on the clock, so it "
-            f"cannot be made again. See its prediction with worldloom audit show"
+            f"entry {entry.index} was cut short by its deadline, so it depends on the clock and cannot be repeated. "
+            f"Use 'worldloom audit show' to see its prediction"
         )
     plan = decide(situation)
     violations = [plan.violations[name] for name in sorted(plan.violations)]
@@ -235,5 +236,5 @@ def _digest(tensors: Sequence[Tensor]) -> str:
 
 
 def _numbers(values: Tensor) -> list[float | None]:
-    """Return values that JSON can hold: None where a value is not finite."""
+    """Return values for JSON; values that are not finite become None."""
     return [value if math.isfinite(value) else None for value in values.detach().cpu().double().flatten().tolist()]

@@ -1,4 +1,4 @@
-"""Goal-conditioned behaviour cloning: the baseline that imitates the data and has no world model."""
+"""Goal-conditioned behaviour cloning: a baseline that imitates the data without a world model."""
 
 from dataclasses import asdict
 from typing import Any
@@ -24,7 +24,7 @@ from worldloom.models.encoders import EncoderConfig, EncoderField, default_encod
 class CloningConfig(FitConfig):
     """The network and its fit; without an `encoder`, the default for the observation is used.
 
-    A goal is a frame of the same episode, drawn uniformly from the `reach` steps that follow.
+    A goal is a frame of the same episode, sampled uniformly from the next `reach` steps.
     """
 
     encoder: EncoderField | None = None
@@ -35,9 +35,9 @@ class CloningConfig(FitConfig):
 
 
 class CloningPolicy(Head[CloningConfig]):
-    """(observation, goal observation) -> the next environment action, within bounds.
+    """Maps (observation, goal observation) to the next environment action, within bounds.
 
-    It has an encoder of its own and uses nothing of the world model that its file lies beside.
+    It has its own encoder and does not use the world model whose fingerprint its file contains.
     """
 
     kind = "behaviour-cloning"
@@ -56,29 +56,29 @@ class CloningPolicy(Head[CloningConfig]):
         self._spec = ModelSpec(observation=observation, action=action, block=1, context=1, latent_dim=config.latent_dim)
 
     def figures(self) -> dict[str, Any]:
-        """Return what the policy observes, and its actions."""
+        """Return the observations and actions of the policy."""
         return {"observation": asdict(self.observation), "action": asdict(self.action)}
 
     @classmethod
     def build(cls, model: WorldModel, config: CloningConfig, **figures: Any) -> "CloningPolicy":
-        """Build an untrained policy of these observations and actions."""
+        """Build an untrained policy for these observations and actions."""
         observation = ObservationSpec.from_json(figures["observation"])
         action = ActionSpec.from_json(figures["action"])
-        # The statistics are buffers and come with the tensors; only their shapes matter here.
+        # The statistics are buffers, loaded with the tensors; only their shapes matter here.
         return cls(observation, action, config, Statistics.unit(observation, action))
 
     def encode(self, observations: Observations) -> Float[Tensor, "B D"]:
         """Encode observations or goals.
 
         Raises:
-            DataError: an observation is not what the policy was trained on.
+            DataError: the observations differ from those of the training data.
         """
         self.observation.check(observations)
         latents: Tensor = self.norm(self.encoder(observations))
         return latents
 
     def normalised(self, state: Float[Tensor, "B D"], goal: Float[Tensor, "B D"]) -> Float[Tensor, "B A"]:
-        """Return the action in half ranges from the middle: what the fit compares."""
+        """Return the action in half ranges from the middle of the bounds, the unit of the loss."""
         action: Tensor = self.head(torch.cat([state, goal], dim=-1))
         return action
 
@@ -98,14 +98,14 @@ def fit_behaviour_cloning(
     device: torch.device | str = "cpu",
     progress: Progress = SILENT,
 ) -> CloningPolicy:
-    """Imitate the action that was taken on the way to a later frame (Ghosh et al., arXiv 1912.06088)."""
+    """Imitate the action that led toward a later frame of the episode (Ghosh et al., arXiv 1912.06088)."""
     generator = numpy_generator(seed, "behaviour-cloning")
     action = cache.spec.action
     with seeded_weights(seed, "behaviour-cloning", "weights"):
         statistics = compute_statistics(cache, seed=seed, episodes=episodes)
         policy = CloningPolicy(cache.spec.observation, action, config, statistics).to(device)
     chosen = np.arange(len(cache.lengths)) if episodes is None else np.asarray(episodes)
-    # Every frame with an action is as likely as any other.
+    # Every frame with an action has the same probability.
     frames = np.concatenate([cache.starts[e] + np.arange(cache.lengths[e]) for e in chosen])
     lasts = np.repeat(cache.starts[chosen] + cache.lengths[chosen], cache.lengths[chosen])
     low, high = np.array(action.low, np.float32), np.array(action.high, np.float32)
@@ -130,7 +130,7 @@ def fit_behaviour_cloning(
 
 
 class BehaviourCloningAgent(PolicyAgent):
-    """Acts by the cloned policy, looking at every step."""
+    """Applies the cloned policy to a new observation at every environment step."""
 
     def __init__(self, policy: CloningPolicy) -> None:
         device = next(policy.parameters()).device

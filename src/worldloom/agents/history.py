@@ -1,4 +1,4 @@
-"""What an agent remembers of an episode for a model that looks back."""
+"""The recent frames and actions of an episode, for models with a context of several frames."""
 
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ from worldloom.core.types import Batched, Context, Observations
 
 @dataclass(frozen=True, kw_only=True)
 class History(Batched):
-    """The last environment steps of B environments, as far back as the model's context reaches.
+    """The last environment steps of B environments, as many as the model's context needs.
 
     Before the start of an episode the first frame repeats and actions are zero, as in training windows.
     """
@@ -24,21 +24,21 @@ class History(Batched):
 
     @property
     def reach(self) -> int:
-        """How many environment steps the context goes back."""
+        """The number of environment steps that the context spans."""
         return (self.model.spec.context - 1) * self.model.spec.block
 
     def seen(self, observations: Observations) -> "History":
-        """Return the history with the current frame."""
-        # Simulators may reuse their buffers: a frame that is needed again later must be a copy.
+        """Return the history with the current frame appended."""
+        # Simulators may reuse their buffers, so frames that are needed later must be copied.
         frame = observations.map(torch.clone) if self.reach else observations
         return replace(self, frames=(*self.frames, frame)[-self.reach - 1 :])
 
     def acted(self, actions: Float[Tensor, "B _"]) -> "History":
-        """Return the history with the environment action that leaves the current frame."""
+        """Return the history with the environment action that follows the current frame."""
         return replace(self, actions=(*self.actions, actions)[-self.reach :] if self.reach else (), taken=actions)
 
     def context(self) -> Context:
-        """Encode the frames that the model takes, one block apart, with the blocks between them."""
+        """Encode the frames that the model needs, one block apart, with the blocks between them."""
         model, spec, reach = self.model, self.model.spec, self.reach
         last = len(self.frames) - 1
         places = [max(0, last - back * spec.block) for back in range(spec.context - 1, -1, -1)]

@@ -1,4 +1,4 @@
-"""Methods: the configurations of agents, and what agents are built from."""
+"""Methods: the configurations of agents, and the parts that agents are built from."""
 
 import math
 from abc import abstractmethod
@@ -33,14 +33,14 @@ from worldloom.planning.solvers import CEM, Solver, SolverField, TreeSearch
 
 @dataclass(frozen=True, kw_only=True)
 class AgentParts:
-    """What an agent is built from.
+    """The parts that an agent is built from.
 
     Attributes:
         heads: the world model and the heads that were fitted on it.
         rules: the rule set that the agent obeys, bound to the heads.
-        margins: replaces the margins that were calibrated for the rules and the method.
-        memory: what the agent writes and recalls; without one it forgets everything when it ends.
-        auditor: is told of each decision.
+        margins: margins to use instead of those calibrated for the rules and the method.
+        memory: the agent's episodic memory; without one it forgets everything when it ends.
+        auditor: records each decision.
     """
 
     heads: Heads
@@ -51,7 +51,7 @@ class AgentParts:
 
 
 class MethodConfig(Component):
-    """One way to act. A new one is a subclass with `build`, registered in `METHODS`."""
+    """The configuration of one kind of agent. A new one is a subclass with `build`, registered in `METHODS`."""
 
     @property
     def guarded(self) -> bool:
@@ -86,7 +86,7 @@ class RandomMethod(MethodConfig):
 
 @METHODS.register("behaviour-cloning")
 class CloningMethod(MethodConfig):
-    """Goal-conditioned imitation of the same data, from observations, with an encoder of its own."""
+    """Goal-conditioned imitation of the same data, from observations, with its own encoder."""
 
     name: Literal["behaviour-cloning"] = "behaviour-cloning"
 
@@ -98,7 +98,7 @@ class CloningMethod(MethodConfig):
 
 @METHODS.register("reactive")
 class ReactiveMethod(MethodConfig):
-    """The reactive policy alone (mode 1)."""
+    """The reactive policy without planning (mode 1)."""
 
     name: Literal["reactive"] = "reactive"
 
@@ -110,9 +110,9 @@ class ReactiveMethod(MethodConfig):
 class PlannedMethod(MethodConfig):
     """A method that plans, and can obey the guardrails of a rule set. `solver` searches `horizon` blocks ahead.
 
-    With `noise` a plan must also hold as predicted from states around the present one, so many typical model steps
-    away (see `Planner`). At a rate `recalibrate`, calibrated margins stretch while predictions err more than they did
-    during calibration (see `Recalibration`).
+    With `noise`, a plan must also satisfy the guardrails from perturbed states; `noise` is the size of the perturbation
+    in typical model steps (see `Planner`). With a rate `recalibrate`, calibrated margins grow while prediction errors
+    are larger than during calibration (see `Recalibration`).
     """
 
     solver: SolverField = CEM()
@@ -132,7 +132,7 @@ class PlannedMethod(MethodConfig):
 
     @property
     def calibrated_as(self) -> dict[str, Any]:
-        """The settings that margins are calibrated for: all except `recalibrate`."""
+        """The settings that calibration depends on: all except `recalibrate`."""
         return self.model_dump(mode="json", exclude={"recalibrate"})
 
     def margins(self, parts: AgentParts) -> Margins | None:
@@ -145,7 +145,7 @@ class PlannedMethod(MethodConfig):
         """Return the guardrails of the rule set as the method applies them.
 
         Raises:
-            ConfigError: the rule set states a risk, and no margins were calibrated for this method; or see
+            ConfigError: the rule set has a risk, but no margins were calibrated for this method; or see
                 `BoundRules.rails`.
         """
         rules = parts.rules
@@ -157,7 +157,7 @@ class PlannedMethod(MethodConfig):
         margins = self.margins(parts)
         if margins is None:
             raise ConfigError(
-                f"the rule set states a risk of {stated.risk:g}, but no margins were calibrated for it and this "
+                f"the rule set has a risk of {stated.risk:g}, but no margins were calibrated for it with this "
                 f"method. Run 'worldloom calibrate' first, or remove the risk from the rule set"
             )
         return rules.rails(margins)
@@ -175,7 +175,7 @@ class PlannedMethod(MethodConfig):
         )
 
     def recalibration(self, parts: AgentParts, rails: tuple[BoundRail, ...]) -> Recalibration | None:
-        """Return what stretches the margins, or None if that is not asked for or there are none."""
+        """Return the recalibration of the margins; None if it is not configured or there are no margins."""
         margins = self.margins(parts) if self.recalibrate and self.guarding == "calibrated" else None
         if margins is None:
             return None
@@ -199,8 +199,8 @@ class PlannedMethod(MethodConfig):
     ) -> PlanningAgent:
         """Build an agent that plans under the rule set.
 
-        `toward` makes the objective of reaching latents; the rule set and the weighted `costs` add to it, unless an
-        `objective` is given. `replan` counts environment steps; 0 is one block.
+        `toward` returns the objective of reaching latents; the rule set and the weighted `costs` add to it, unless
+        `objective` replaces it. `replan` is in environment steps; 0 means one block.
         """
         rails, rules = self.rails(parts), parts.rules
 
@@ -230,10 +230,10 @@ class PlannedMethod(MethodConfig):
 class PlanMethod(PlannedMethod):
     """Model predictive control.
 
-    `metric` is latent L2 or the learned temporal distance. `replan` counts environment steps; 0 is one block. With
-    `propose` the search also starts from the reactive policy's plan (mode 2). `guard` says how the guardrails of a rule
-    set are applied: as limits with margins that were calibrated for the chosen plans; or, as baselines, with
-    per-candidate margins, without margins, as a cost of `penalty` times the violation, or not at all.
+    `metric` is latent L2 or the learned temporal distance. `replan` is in environment steps; 0 means one block. With
+    `propose`, the search also starts from the reactive policy's plan (mode 2). `guard` selects how the guardrails of a
+    rule set are applied: as limits with margins calibrated for the chosen plans, or, as baselines, with per-candidate
+    margins, without margins, as a cost of `penalty` times the violation, or not at all.
     """
 
     name: Literal["plan"] = "plan"
@@ -290,8 +290,8 @@ class HierarchyMethod(PlannedMethod):
         """
         if not heads.hierarchy:
             raise ConfigError(
-                "the method 'hierarchy' needs coarser models, and the recipe trains none. Add some, such as "
-                'hierarchy=[{"stride": 4}], and train again into the same folder with resume'
+                "the method 'hierarchy' needs coarser models, but the recipe trains none. Add some, such as "
+                'hierarchy=[{"stride": 4}], and resume training in the same folder'
             )
         levels, strides = [self.planner(heads)], [1]
         for coarse, geometry in heads.hierarchy:
@@ -302,11 +302,11 @@ class HierarchyMethod(PlannedMethod):
 
 @METHODS.register("landmarks")
 class LandmarkMethod(PlannedMethod):
-    """Model predictive control over landmarks of what was seen, for far goals. It can explore before a goal is known.
+    """Model predictive control over landmarks of observed states, for far goals. It can explore before a goal is set.
 
-    Exploring obeys the guardrails of the rule set as well; it uses the solver `exploring`, or `solver` if there is
-    none. Where no way to the goal is known, `beyond` chooses subgoals, if it is given. The graph lives as long as the
-    agent or, with a memory, as long as the memory.
+    Exploration obeys the guardrails of the rule set too; it uses the solver `exploring`, or `solver` if that is None.
+    Where no route to the goal is known, `beyond` (if given) chooses subgoals. The graph is kept in the agent's memory;
+    an agent without a memory keeps it until it ends.
     """
 
     name: Literal["landmarks"] = "landmarks"
@@ -356,7 +356,7 @@ def _reactive(heads: Heads) -> ReactivePolicy:
 
 
 def default_methods() -> dict[str, MethodConfig]:
-    """Return the baselines and planners that every table shows."""
+    """Return the baselines and planners of every results table."""
     return {
         "random": RandomMethod(),
         "behaviour cloning": CloningMethod(),

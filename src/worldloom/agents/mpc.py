@@ -1,4 +1,4 @@
-"""Model predictive control: plan, act on the beginning of the plan, look, plan again."""
+"""Model predictive control: plan, execute the beginning of the plan, observe, plan again."""
 
 import math
 import time
@@ -24,37 +24,37 @@ from worldloom.planning import Planner, Watch, as_objective
 
 _STATISTICS = ("plan_seconds", "plan_environments", "plan_rollouts", "plan_cut_short", "plan_refused")
 
-# Proposes plans for the search to start from: of a context, goal latents (B, D) and a horizon in blocks, at least one
-# plan for each environment (B, I, T, A).
+# Proposes plans for the search to start from. Maps a context, goal latents (B, D) and a horizon in blocks to at least
+# one plan for each environment (B, I, T, A).
 Proposer = Callable[[Context, Tensor, int], Tensor]
 
 
 @runtime_checkable
 class Guide(Protocol):
-    """Chooses what to aim at now on the way to a far goal: a landmark, a coarser model's next state, something new."""
+    """Chooses a subgoal on the way to a far goal: a landmark, a state of a coarser model's plan, or a new state."""
 
     def reset(self, goal: Float[Tensor, "B D"]) -> None:
-        """Begin an episode toward a goal for each environment."""
+        """Begin an episode with a goal for each environment."""
         ...
 
     def select(self, places: Sequence[int]) -> None:
-        """Narrow to these environments, given by their places in the last batch, in this order."""
+        """Keep only these environments, given by their places in the last batch, in this order."""
         ...
 
     def __call__(self, context: Context, followed: Plan | None, blocks: int) -> Float[Tensor, "B D"]:
         """Return the subgoal of each environment; called once before each plan.
 
-        `followed` is the last plan, of which so many whole blocks were taken (0: not a whole one); None at the start.
+        `followed` is the last plan, of which `blocks` complete blocks were executed; None at the start of an episode.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class AgentState(Batched):
-    """What an agent knows of each environment during an episode: its goal, its history and the last decision.
+    """What an agent stores for each environment during an episode: its goal, its history and the last decision.
 
-    `plan` followed from `situation`; `safe` is where each environment last had a plan that held. All three are None
-    before the first plan.
+    `plan` is the decision in `situation`; `safe` is the state in which each environment last had a plan that satisfied
+    the guardrails. All three are None before the first plan.
     """
 
     goal: Float[Tensor, "B D"]
@@ -65,30 +65,30 @@ class AgentState(Batched):
 
 
 class PlanningAgent(Agent):
-    """Plans every `replan` environment steps and takes the plan's actions in between.
+    """Plans every `replan` environment steps and executes the plan's actions in between.
 
     Args:
-        model: what encodes observations and goals.
-        planner: what searches.
-        objective: makes an objective of goal latents (B, D).
-        replan: after how many environment steps it plans again. Each search starts from the last plan, shifted by the
-            steps that were taken.
+        model: encodes observations and goals.
+        planner: searches for plans.
+        objective: returns the objective of reaching goal latents (B, D).
+        replan: the number of environment steps between plans. Each search starts from the last plan, shifted by the
+            steps that were executed.
         proposer: proposes further plans to start from (mode 2).
         guide: replaces the goal by a subgoal for each plan.
-        observer: remembers what each plan begins from.
-        fallback: acts where no plan keeps the planner's guardrails.
-        toward: makes the objective of being at a state, for the fallback; `objective` by default.
-        auditor: records each decision before the agent acts on it; an error that it raises ends the agent.
-        recalibration: stretches the margins of the guardrails while predictions err more than in calibration.
-        explorer: explores for it, where a protocol lets it.
+        observer: remembers the observations at each plan.
+        fallback: acts when no plan satisfies the planner's guardrails.
+        toward: returns the objective of being at a state, for the fallback; `objective` by default.
+        auditor: records each decision before the agent acts on it; an exception that it raises stops the agent.
+        recalibration: stretches the margins of the guardrails while errors are larger than in calibration.
+        explorer: explores for this agent, if a protocol includes exploration.
         seed: seeds the searches.
-        budget: a search ends after so many seconds with the best plan so far; by default it is never cut short.
+        budget: the number of seconds after which a search ends with the best plan so far; unlimited by default.
 
     Attributes:
-        guide: see above.
-        statistics: one entry a plan: `plan_seconds`, `plan_environments`, `plan_rollouts` (candidates),
-            `plan_cut_short` (1 where the deadline ended the search) and `plan_refused` (the number of environments that
-            took the fallback).
+        guide: the guide, or None.
+        statistics: one entry per plan: `plan_seconds`, `plan_environments`, `plan_rollouts` (candidates),
+            `plan_cut_short` (1 if the deadline ended the search) and `plan_refused` (the number of environments that
+            used the fallback).
 
     Raises:
         PlanningError: `replan` is below 1 or longer than a plan, or the budget is not above 0.
@@ -117,9 +117,11 @@ class PlanningAgent(Agent):
     ) -> None:
         longest = planner.horizon * model.spec.block
         if not 1 <= replan <= longest:
-            raise PlanningError(f"replan must be 1 to {longest} environment steps, the length of a plan; got {replan}")
+            raise PlanningError(
+                f"expected replan from 1 to {longest} environment steps, the length of a plan; got {replan}"
+            )
         if budget is not None and not budget > 0:
-            raise PlanningError(f"a plan needs a budget above 0 seconds, or None; got {budget}")
+            raise PlanningError(f"expected a planning budget above 0 seconds, or None for no limit; got {budget}")
         self.planner, self._budget = planner, budget
         self._model, self._objective, self._toward = model, objective, toward or objective
         self._replan, self._proposer, self.guide, self._observer = replan, proposer, guide, observer
@@ -134,7 +136,7 @@ class PlanningAgent(Agent):
 
     @property
     def parts(self) -> Mapping[str, "PlanningAgent"]:
-        """Itself, named "", and what plans while it explores, named "exploring"."""
+        """The agent itself, named "", and the one that explores, named "exploring"."""
         return {"": self} if self._explorer is None else {"": self, "exploring": self._explorer.planning}
 
     @property
@@ -144,7 +146,7 @@ class PlanningAgent(Agent):
 
     @property
     def situation(self) -> Situation | None:
-        """What the current plan followed from."""
+        """The inputs of the current plan."""
         return None if self._state is None else self._state.situation
 
     @property
@@ -154,11 +156,11 @@ class PlanningAgent(Agent):
 
     @property
     def refused(self) -> tuple[int, ...]:
-        """The environments, by their places, in which no plan held and the fallback acts."""
+        """The places of the environments in which no plan satisfied the guardrails and the fallback acts."""
         return () if self.plan is None else self.plan.refused
 
     def reset(self, goal: Goal) -> None:
-        """Forget the last episode and take a new goal for each environment."""
+        """Forget the last episode and set a new goal for each environment."""
         self._batch.start(goal)
         self._step = 0
         if self._recalibration is not None:
@@ -174,7 +176,7 @@ class PlanningAgent(Agent):
             self._observer.begin(len(latents))
 
     def select(self, rows: Sequence[int]) -> None:
-        """Narrow to these environments, given by their places in the last batch, in this order."""
+        """Keep only these environments, given by their places in the last batch, in this order."""
         places = self._batch.select(rows)
         assert self._state is not None
         self._state = self._state[places]
@@ -183,7 +185,7 @@ class PlanningAgent(Agent):
                 part.select(places)
 
     def conclude(self, rows: Sequence[int], observations: Observations, outcomes: Sequence[str]) -> None:
-        """Tell the auditor how the episodes of some environments ended, and what is seen there."""
+        """Record with the auditor how the episodes of some environments ended, and their final observations."""
         if self._auditor is None or self._step == 0:
             return
         with torch.inference_mode():
@@ -192,22 +194,22 @@ class PlanningAgent(Agent):
         self._auditor.ended(rows, here, outcomes, block=block, whole=whole)
 
     def explorer(self) -> Explorer:
-        """Return what explores other environments from now on, for the same memory; see `explores`."""
+        """Return the explorer, which adds to the same memory from other environments; see `explores`."""
         if self._explorer is None:
             return super().explorer()
         self._explorer.begin()
         return self._explorer
 
     def act(self, observations: Observations) -> Float[Tensor, "B A"]:
-        """Return the next environment action of the plan, made anew when it is time.
+        """Return the next environment action of the plan; replan when it is time.
 
         Raises:
-            PlanningError: before `reset`, or for another number of environments.
+            PlanningError: `reset` was not called, or the number of environments is not that of the last `reset`.
         """
         return self.act_by(math.inf, observations)
 
     def act_by(self, deadline: float, observations: Observations) -> Float[Tensor, "B A"]:
-        """Return what `act` does, of the best plan that is found by `deadline`, a moment of `time.monotonic`."""
+        """Return the next action of the best plan found by `deadline`, in seconds of `time.monotonic`; see `act`."""
         self._batch.check(observations)
         assert self._state is not None
         state = replace(self._state, history=self._state.history.seen(observations))
@@ -221,7 +223,7 @@ class PlanningAgent(Agent):
         return action
 
     def _planned(self, state: AgentState, observations: Observations, deadline: float) -> AgentState:
-        """Return the state with a new plan, and note what it took."""
+        """Return the state with a new plan, and record its statistics."""
         if self._budget is not None:
             deadline = min(deadline, time.monotonic() + self._budget)
         began = time.perf_counter()
@@ -264,10 +266,10 @@ class PlanningAgent(Agent):
         deadline: float | None = None,
         watch: Watch | None = None,
     ) -> Plan:
-        """Return the plan to follow; but for a deadline it depends on the situation alone.
+        """Return the plan to follow; without a deadline, it depends only on the situation.
 
-        `objective` is that of the situation's goal, where it is made already; `watch` sees the candidates that the
-        search scores.
+        `objective` is the objective of the situation's goal, if it exists already; `watch` is called with the
+        candidates that the search scores.
         """
         self._generator.set_state(situation.randomness)
         planner = self.planner.stretched(situation.stretch)
@@ -287,7 +289,7 @@ class PlanningAgent(Agent):
                 return self._fall_back(planner, refused.plan, situation, deadline)
 
     def _recalibrated(self, state: AgentState, here: Float[Tensor, "B D"], blocks: int) -> float:
-        """Compare what the last plan predicted with where it led; return the stretch of the margins from now on."""
+        """Compare the last plan's prediction with the outcome; return the new factor on the margins."""
         if self._recalibration is None:
             return 1.0
         if state.plan is not None and state.situation is not None and blocks == 1:
@@ -298,7 +300,7 @@ class PlanningAgent(Agent):
         return self._recalibration.stretch
 
     def _fall_back(self, planner: Planner, plan: Plan, situation: Situation, deadline: float | None) -> Plan:
-        """Return the plan with the fallback's actions where it was refused."""
+        """Return the plan with the fallback's actions where no plan satisfied the guardrails."""
         rows = list(plan.refused)
         infeasible = Infeasible(
             planner=planner,
@@ -316,7 +318,7 @@ class PlanningAgent(Agent):
     def _initial(
         self, state: AgentState, context: Context, goal: Float[Tensor, "B D"]
     ) -> Float[Tensor, "B I T A"] | None:
-        """Return the last plan shifted by the steps that were taken, its last action repeated, and the proposals."""
+        """Return the last plan, shifted by the executed steps with its last action repeated, and the proposals."""
         candidates: list[Tensor] = []
         if state.plan is not None:
             steps = self._steps(state.plan.actions)
@@ -328,23 +330,23 @@ class PlanningAgent(Agent):
         return torch.cat(candidates, dim=1) if candidates else None
 
     def _into(self, steps: int) -> tuple[int, bool]:
-        """Return into which block of a plan so many environment steps lead, and whether to its end."""
+        """Return the block of a plan that `steps` environment steps lead into, and whether they complete it."""
         block = self._model.spec.block
         return (steps - 1) // block, steps % block == 0
 
     def _steps(self, blocks: Float[Tensor, "B T A"]) -> Float[Tensor, "B N _"]:
-        """Return blocks as environment actions in order."""
+        """Return blocks as a sequence of environment actions."""
         return blocks.reshape(len(blocks), -1, self._model.spec.action.size)
 
 
 class ExploringAgent:
-    """Explores B environments at once; it has no goal, and the guide of `planning` aims at what is new."""
+    """Explores B environments at once, without a goal; the guide of `planning` aims at new states."""
 
     def __init__(self, planning: PlanningAgent) -> None:
         self.planning, self._begun = planning, False
 
     def begin(self) -> None:
-        """Begin in other environments, or elsewhere in the same ones; keep what was learned."""
+        """Begin in other environments, or at other places in the same ones; keep what was learned."""
         self._begun = False
 
     def act(self, observations: Observations) -> Float[Tensor, "B A"]:

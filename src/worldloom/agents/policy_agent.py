@@ -1,4 +1,4 @@
-"""An agent without a search: it asks a policy for its next actions."""
+"""An agent that applies a policy without a search."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,10 +12,10 @@ from worldloom.core.types import Goal, Observations
 
 
 class PolicyAgent(Agent):
-    """Takes the actions that a policy gives, and looks again when it has taken all of them.
+    """Executes the actions that a policy returns, and calls it again with a new observation after the last one.
 
-    `encode` makes latents (B, D) of observations and goals; `policy` makes the next N environment actions (B, N, A) of
-    latents and goal latents.
+    `encode` returns latents (B, D) of observations and goals. `policy` returns the next N environment actions (B, N, A)
+    for latents and goal latents.
     """
 
     narrows = True
@@ -27,14 +27,14 @@ class PolicyAgent(Agent):
         self._coming: list[Tensor] = []
 
     def reset(self, goal: Goal) -> None:
-        """Take a new goal for each environment."""
+        """Set a new goal for each environment."""
         self._batch.start(goal)
         self._coming = []
         with torch.inference_mode():
             self._goal = self._encode(goal.observations)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Narrow to these environments, given by their places in the last batch, in this order."""
+        """Keep only these environments, given by their places in the last batch, in this order."""
         places = self._batch.select(rows)
         self._goal, self._coming = self._goal[places], [actions[places] for actions in self._coming]
 
@@ -42,7 +42,7 @@ class PolicyAgent(Agent):
         """Return the next environment action.
 
         Raises:
-            PlanningError: before `reset`, or for another number of environments.
+            PlanningError: `reset` was not called, or the number of environments is not that of the last `reset`.
         """
         self._batch.check(observations)
         if not self._coming:

@@ -1,4 +1,4 @@
-"""Acts at random: the floor of every comparison."""
+"""Random actions: the lower bound of every comparison."""
 
 import torch
 from jaxtyping import Float
@@ -9,14 +9,14 @@ from worldloom.core.actions import Walk, project
 from worldloom.core.seeds import torch_generator
 from worldloom.core.types import ActionBounds, ActionSpec, ModelSpec, ObservationSpec
 
-_STEPS = 64  # drawn at a time
+_STEPS = 64  # steps sampled at a time
 
 
 class RandomAgent(PolicyAgent):
-    """Uniform actions, or with a `walk` the persistent motion that data are collected with."""
+    """Samples uniform actions or, with a `walk`, the persistent motion with which data are collected."""
 
     def __init__(self, action: ActionSpec, *, walk: Walk | None = None, seed: int = 0) -> None:
-        # One environment step makes a block; nothing is observed.
+        # A block is one environment step, and there are no observations.
         super().__init__(lambda observations: torch.empty(*observations.axes, 0), self._draw)
         self._spec = ModelSpec(observation=ObservationSpec(vector=1), action=action, block=1, context=1, latent_dim=1)
         self._bounds = ActionBounds.of(self._spec)

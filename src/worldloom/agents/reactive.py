@@ -1,4 +1,4 @@
-"""A fast policy distilled from the model (mode 1): it acts at once, or proposes plans to the search (mode 2)."""
+"""A fast policy distilled from the model: it acts directly (mode 1), or proposes plans to the search (mode 2)."""
 
 import logging
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class ReactiveConfig(FitConfig):
 
     `teacher` solves `problems` of going from one imagined or recorded state to another in the same layout, over at most
     `horizon` blocks. The policy imitates every step of the plans that come within `arrival` step lengths of their
-    goals. The share `hindsight` of a batch comes from the episodes: the block that was taken, with a later state as its
+    goals. The fraction `hindsight` of a batch comes from the episodes: a recorded block, with a later state as its
     goal.
     """
 
@@ -52,7 +52,7 @@ class ReactiveConfig(FitConfig):
 
 
 class ReactivePolicy(Head[ReactiveConfig]):
-    """(z, goal) -> the next block: inverse dynamics with a goal many steps away."""
+    """Maps (z, goal) to the next block: inverse dynamics with a goal many steps away."""
 
     kind = "reactive-policy"
     config_type = ReactiveConfig
@@ -77,7 +77,7 @@ def fit_reactive(
     seed: int,
     progress: Progress = SILENT,
 ) -> ReactivePolicy:
-    """Distil the teacher's plans, made in imagination, into a policy; no environment is needed."""
+    """Distil the teacher's plans in the model into a policy; no environment is needed."""
     device = episodes.latents.device
     generator = torch_generator(seed, "reactive", device=device)
     with seeded_weights(seed, "reactive", "weights"):
@@ -86,8 +86,8 @@ def fit_reactive(
     seen_states, seen_goals, seen_blocks = _hindsight(episodes, config, generator)
     if len(states) < 2:
         _log.warning(
-            "none of the teacher's %d plans arrives: the reactive policy imitates the episodes alone. Train the world "
-            "model longer, or give the teacher a longer horizon",
+            "none of the teacher's %d plans arrives: the reactive policy imitates only the episodes. Train the world "
+            "model longer, or increase the teacher's horizon",
             config.problems,
         )
         states, goals, blocks = seen_states, seen_goals, seen_blocks
@@ -115,7 +115,7 @@ def _lessons(
     generator: torch.Generator,
     progress: Progress,
 ) -> tuple[Float[Tensor, "M D"], Float[Tensor, "M D"], Float[Tensor, "M A"]]:
-    """Return states along the teacher's plans, their goals, and the blocks taken there."""
+    """Return states along the teacher's plans, their goals, and the blocks from there."""
     planner = Planner(model, config.teacher, horizon=config.horizon, geometry=geometry)
     metric = LatentL2(geometry.step_length)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -125,10 +125,10 @@ def _lessons(
             layouts = episodes[_below(len(episodes), count, generator)]
             start, goal = (_somewhere(model, layouts, config, generator) for _ in range(2))
             plan = planner.plan(still(start, model), GoalObjective(metric, goal), generator=generator)
-            # Cloned out of inference mode: training data must be ordinary tensors.
+            # Cloned outside inference mode, because training data must be normal tensors.
             latents, blocks = plan.latents.clone(), plan.actions.clone()
             states = torch.cat([start[:, None], latents[:, :-1]], dim=1)
-            # Imitate up to where the plan comes nearest, if that is near enough.
+            # Imitate up to the state closest to the goal, if that is close enough.
             time = torch.arange(config.horizon, device=start.device)
             gap = metric(latents, goal[:, None])
             stop = (gap + 0.1 * time).argmin(dim=1, keepdim=True)
@@ -142,7 +142,7 @@ def _lessons(
 def _somewhere(
     model: WorldModel, layouts: LatentEpisodes, config: ReactiveConfig, generator: torch.Generator
 ) -> Float[Tensor, "E D"]:
-    """Return a state late on a walk from some recorded state of each episode: two of them are often far apart."""
+    """Return a late state of a walk from a recorded state of each episode; two such states are often far apart."""
     walks = dream(model, layouts, per_episode=1, horizon=config.horizon, walk=config.walk, generator=generator)
     early = config.horizon // 2
     late = early + _below(config.horizon + 1 - early, len(layouts), generator)
@@ -152,7 +152,7 @@ def _somewhere(
 def _hindsight(
     episodes: LatentEpisodes, config: ReactiveConfig, generator: torch.Generator
 ) -> tuple[Float[Tensor, "M D"], Float[Tensor, "M D"], Float[Tensor, "M A"]]:
-    """Return states of the episodes, states up to `horizon` blocks later, and the blocks taken there."""
+    """Return states of the episodes, states up to `horizon` blocks later, and the blocks that were recorded there."""
     count = config.problems * config.horizon
     episode = _below(len(episodes), count, generator)
     last = episodes.lengths[episode] - 1
@@ -168,13 +168,13 @@ def _below(limit: int, count: int, generator: torch.Generator) -> Int[Tensor, "_
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyProposer:
-    """Proposes the plan that the policy would follow in imagination."""
+    """Proposes the plan that the policy would follow in the model."""
 
     model: WorldModel
     policy: ReactivePolicy
 
     def __call__(self, context: Context, goal: Float[Tensor, "B D"], horizon: int) -> Float[Tensor, "B 1 T A"]:
-        """Roll the policy out in the model."""
+        """Roll out the policy in the model."""
         latents, actions = list(context.latents.unbind(1)), list(context.actions.unbind(1))
         size, plan = len(latents), []
         for _ in range(horizon):
@@ -188,7 +188,7 @@ class PolicyProposer:
 
 
 class ReactiveAgent(PolicyAgent):
-    """Acts by the policy alone; looks again every `every` environment steps, by default after each block.
+    """Applies the policy without planning; observes every `every` environment steps, by default after each block.
 
     Raises:
         PlanningError: `every` is below 1 or longer than a block.
@@ -197,7 +197,9 @@ class ReactiveAgent(PolicyAgent):
     def __init__(self, model: WorldModel, policy: ReactivePolicy, *, every: int | None = None) -> None:
         block = model.spec.block
         if every is not None and not 1 <= every <= block:
-            raise PlanningError(f"the policy gives {block} environment steps at a time; got every={every}")
+            raise PlanningError(
+                f"expected 'every' from 1 to {block} environment steps, the length of a block; got {every}"
+            )
         super().__init__(
             lambda observations: model.encode(observations.to(model.device)),
             lambda latents, goal: policy(latents, goal).view(len(latents), block, -1)[:, :every],

@@ -1,4 +1,4 @@
-"""What an agent sees goes into its episodic memory while it acts, and its landmarks come back from there."""
+"""Writes an agent's experience to its episodic memory while it acts, and restores its landmarks from it."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,9 +14,9 @@ from worldloom.memory import Check, EpisodicMemory, LandmarkGraph, Where
 
 
 class Rememberer:
-    """Appends a memory of each environment with each plan; the landmarks are saved beside when an episode begins.
+    """Appends a memory of each environment at each plan, and saves the landmarks when an episode begins.
 
-    A memory is acknowledged before the agent acts on. `events` says in a word what each environment met.
+    A memory is stored before the agent acts. `events` contains the last event of each environment.
     """
 
     def __init__(
@@ -32,16 +32,16 @@ class Rememberer:
         self._steps = 0
 
     def begin(self, environments: int) -> None:
-        """Begin new stretches of experience; what was seen so far is tended, and the landmarks are saved."""
+        """Begin new episodes; flush the memory and save the landmarks."""
         self.save()
         self._episodes, self._steps = self._memory.new_episodes(environments), 0
 
     def select(self, places: Sequence[int]) -> None:
-        """Narrow to these environments, given by their places in the last batch, in this order."""
+        """Keep only these environments, given by their places in the last batch, in this order."""
         self._episodes = self._episodes[list(places)]
 
     def __call__(self, observations: Observations, context: Context, followed: Plan | None, blocks: int) -> None:
-        """Remember what is seen now, after so many blocks of the plan that was followed."""
+        """Remember the current observations; `blocks` of the plan `followed` led to them."""
         latents, led, surprises = context.latents[:, -1], None, None
         if followed is not None and blocks:
             led = followed.actions[:, blocks - 1]
@@ -58,13 +58,13 @@ class Rememberer:
         self._steps += self._replan
 
     def save(self) -> None:
-        """Tend the memory and save the landmarks."""
+        """Flush the memory and save the landmarks."""
         self._memory.flush()
         newest = self._memory.read(newest=1)
         self._graph.save(_stem(self._memory), memories=int(newest.ids[-1]) + 1 if len(newest) else 0)
 
     def _surprises(self, latents: Float[Tensor, "B D"], predicted: Float[Tensor, "B D"]) -> Float32[np.ndarray, "B"]:
-        """Return how far what is seen is from what was predicted, in typical model steps."""
+        """Return the distance between observed and predicted latents, in typical model steps."""
         misses: np.ndarray = ((latents - predicted).norm(dim=1) / self._graph.step_length).float().cpu().numpy()
         return misses
 
@@ -76,10 +76,10 @@ def recall_landmarks(
     block: int,
     check: Check | None = None,
 ) -> LandmarkGraph:
-    """Return the landmarks of a memory: those that were saved, and of what was remembered since.
+    """Return the landmarks of a memory: the saved ones, extended by the memories since then.
 
-    They are built anew from the memories where none were saved or the configuration is another than that of `empty`.
-    What failed is remembered by saved ones only.
+    They are rebuilt from the memories if none were saved, or if their configuration differs from that of `empty`. Only
+    saved landmarks include failed edges.
     """
     graph, seen = _saved(memory, empty) or (empty, 0)
     memories = memory.read(Where())
@@ -97,7 +97,7 @@ def _saved(memory: EpisodicMemory, empty: LandmarkGraph) -> tuple[LandmarkGraph,
     try:
         graph, seen = LandmarkGraph.load(stem, empty.spec)
     except CheckpointError:
-        return None  # none yet, or of the model before the memories were encoded anew: they are built again
+        return None  # none saved, or saved before the memories were re-encoded: they are rebuilt
     return (graph, seen) if graph.config == empty.config else None
 
 

@@ -1,4 +1,4 @@
-"""What a decision of an agent follows from: the same situation gives the same plan."""
+"""The inputs of an agent's decision."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,15 +11,15 @@ from worldloom.core.types import Batched, Context
 
 @dataclass(frozen=True, kw_only=True)
 class Situation(Batched):
-    """Everything that a plan follows from, apart from the agent's own parts: the same situation gives the same plan.
+    """All inputs of a plan except the agent's own parts: equal situations give equal plans.
 
     Attributes:
-        goal: where to aim.
+        goal: the latents to aim at.
         initial: the candidates that the search starts from.
-        safe: where each environment last had a plan that held.
-        stages: how many stages of a sequence lie behind each environment.
-        randomness: the state of the generator.
-        stretch: the factor by which the calibrated margins are multiplied.
+        safe: the state in which each environment last had a plan that satisfied the guardrails.
+        stages: the number of stages of a sequence that each environment has completed.
+        randomness: the state of the random generator.
+        stretch: the factor on the calibrated margins.
     """
 
     whole: ClassVar[frozenset[str]] = frozenset({"randomness"})

@@ -12,7 +12,7 @@ from worldloom.core.errors import ConfigError, DataError
 
 app = typer.Typer(help="Verify, show and replay the decisions of an agent.", no_args_is_help=True)
 
-Log = Annotated[Path, typer.Argument(help="An audit log: the directory that --audit named.")]
+Log = Annotated[Path, typer.Argument(help="An audit log: the directory that was given to --audit.")]
 
 
 @app.command()
@@ -24,25 +24,27 @@ def verify(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Check every entry and situation; name the first that was changed, with exit code 3."""
+    """Check every entry and situation; report the first changed one with exit code 3."""
     from worldloom.agents import damaged_situations, log_path
 
     head = None
     if kept is not None:
         length, colon, digest = kept.partition(":")
         if not colon or not length.isdigit():
-            raise ConfigError(f"--kept is LENGTH:HASH, as verify prints it; got {kept!r}")
+            raise ConfigError(f"expected --kept LENGTH:HASH, as 'worldloom audit verify' prints it; got {kept!r}")
         head = chain.ChainHead(length=int(length), hash=digest)
     bars = progress()
     verdict = chain.verify(log_path(log), kept=head, progress=bars)
     if verdict.broken is not None:
-        raise DataError(f"{log}: entry {verdict.broken} {verdict.why}")
+        raise DataError(f"{log}: entry {verdict.broken} {verdict.why}; restore the log from an intact copy")
     if damaged := damaged_situations(log, progress=bars):
-        raise DataError(f"{log}: the recorded situation of entry {damaged[0]} is missing or was changed")
+        raise DataError(
+            f"{log}: the recorded situation of entry {damaged[0]} is missing or was changed; restore it from a copy"
+        )
     answer(
         json,
         {"length": verdict.head.length, "hash": verdict.head.hash},
-        f"{log}: all {verdict.head.length} entries are whole",
+        f"{log}: all {verdict.head.length} entries are intact",
         f"to detect truncation later, keep {verdict.head.length}:{verdict.head.hash}",
     )
 
@@ -53,25 +55,23 @@ def show(
     entry: Annotated[
         int | None, typer.Option(min=0, help="Show this entry in full; by default, one line for each entry.")
     ] = None,
-    picture: Annotated[
-        Path | None, typer.Option(help="Write the picture that the agent saw at that entry (PNG).")
-    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write the frame of that entry's observation (PNG).")] = None,
     json: Json = False,
 ) -> None:
     """Show the decisions, entry by entry; each entry is verified."""
     from worldloom.agents import log_entries, read_situation
 
     if picture is not None and entry is None:
-        raise ConfigError("--picture needs --entry, the entry whose picture it writes")
+        raise ConfigError("--picture needs an entry; add --entry NUMBER")
     chosen = [each for each in log_entries(log) if entry in (None, each.index)]
     if entry is not None and not chosen:
-        raise DataError(f"{log} has no entry {entry}")
+        raise DataError(f"{log} has no entry {entry}; run 'worldloom audit show' without --entry to list them")
     if picture is not None:
         from PIL import Image
 
         observations, _ = read_situation(log, chosen[0])
         if observations.pixels is None:
-            raise DataError(f"entry {entry} was decided without a picture")
+            raise DataError(f"entry {entry} has no picture, because its observation has no pixels; leave out --picture")
         Image.fromarray(observations.pixels[0].numpy()).save(picture, format="PNG")
     found = [{"index": each.index, "time": each.time, **each.body} for each in chosen]
     if entry is not None:
@@ -96,7 +96,7 @@ def replay_entry(
     imports: Imports = None,
     json: Json = False,
 ) -> None:
-    """Make a recorded decision again; the exit code is 3 if the result differs."""
+    """Repeat a recorded decision; the exit code is 3 if the result differs."""
     from worldloom.workflow import replay_entry as again
 
     import_modules(imports)
@@ -107,6 +107,6 @@ def replay_entry(
         answer(json, {"same": same, "first": first, "logged": body["first"]}, line)
     if not same:
         raise DataError(
-            f"{log}: the replay of entry {entry} differs: first actions {first}, logged {body['first']}. The decision "
-            f"was made on another machine, with another number of threads or another version, or the record is false"
+            f"{log}: the replay of entry {entry} differs: first actions {first}, logged {body['first']}. Replay it on "
+            f"the same machine, with the same versions and number of threads; if it still differs, the record is false"
         )

@@ -1,4 +1,4 @@
-"""`worldloom calibrate`: margins under which the stated risk of a rule set holds."""
+"""`worldloom calibrate`: margins that keep the risk of a rule set."""
 
 from pathlib import Path
 from typing import Annotated

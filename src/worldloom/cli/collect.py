@@ -40,7 +40,7 @@ def collect(
 ) -> None:
     """Collect episodes without rewards or goals; run the command again to complete an interrupted collection.
 
-    Omitted options come from the recipe, or take the value in brackets.
+    Omitted options come from the recipe, or have the value in brackets.
     """
     from worldloom.data import collect as collect_episodes
     from worldloom.data import inspect
@@ -51,7 +51,7 @@ def collect(
     import_modules(imports)
     base = load_recipe(world).collection if world in RECIPES else CollectionConfig(env_id=world)
     if base is None:
-        raise ConfigError(f"recipe {world!r} has no environment; name a Gymnasium id, such as worldloom/TwoRoom-v0")
+        raise ConfigError(f"recipe {world!r} has no environment; give a Gymnasium id, such as worldloom/TwoRoom-v0")
     given: dict[str, Any] = {"episodes": episodes, "steps": steps, "policy": policy, "num_envs": num_envs, "seed": seed}
     given |= {"policy_options": key_values(policy_option, "--policy-option") or None}
     given |= {"env_kwargs": key_values(env_arg, "--env-arg") or None}

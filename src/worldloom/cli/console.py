@@ -1,4 +1,4 @@
-"""What the terminal shows: progress, tables and errors. Only the CLI prints."""
+"""Terminal output: progress, tables and errors. Only the CLI prints."""
 
 import json
 import sys
@@ -20,16 +20,16 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 Shown = str | Text | Table
-"""A part of what a command shows to people."""
+"""A part of a command's output for people."""
 
 
 def progress() -> Progress:
-    """Return bars for a terminal, and plain lines otherwise; both go to standard error."""
+    """Return progress bars for a terminal, else plain lines; both are written to standard error."""
     return BarProgress() if err.is_terminal else LineProgress()
 
 
 def answer(as_json: bool, value: Any, *shown: Shown) -> None:
-    """Print the answer of a command: `value` as one JSON document for programs, or what is `shown` to people."""
+    """Print a command's result: `value` as one JSON document for programs, or `shown` for people."""
     if as_json:
         sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
     else:
@@ -37,10 +37,10 @@ def answer(as_json: bool, value: Any, *shown: Shown) -> None:
 
 
 def show(*shown: Shown) -> None:
-    """Print tables, and lines as they stand: neither wrapped nor read as markup, so that a path can be copied whole."""
+    """Print tables and lines; lines are neither wrapped nor parsed as markup, so paths can be copied completely."""
     for part in shown:
         if isinstance(part, Table) and not out.is_terminal:
-            Console(highlight=False, width=160).print(part)  # a pipe has no width of its own: cut no column there
+            Console(highlight=False, width=160).print(part)  # a pipe has no width of its own; do not cut columns there
         else:
             out.print(part, markup=False, soft_wrap=not isinstance(part, Table))
 
@@ -68,12 +68,12 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 class _ProgressMeter:
     """Counts one task and formats its rate and figures.
 
-    The first advance may be work of an earlier process, which took no time here. So the rate is that of the rest.
+    The first advance may be work of an earlier process, which took no time here, so the rate does not include it.
     """
 
     def __init__(self, unit: str) -> None:
         self.unit, self.done, self.start = unit, 0, time.perf_counter()
-        self.rate = 0.0  # units a second
+        self.rate = 0.0  # units per second
         self._first: tuple[int, float] | None = None
         self._figures: dict[str, float] = {}
 
@@ -90,14 +90,14 @@ class _ProgressMeter:
 
 
 class BarProgress:
-    """Bars with a count, a rate and the time left; a task inside another has its bar below."""
+    """Progress bars with a count, a rate and the time left; a nested task has its bar below."""
 
     def __init__(self) -> None:
         self._bars: RichProgress | None = None
 
     @contextmanager
     def task(self, description: str, total: int, unit: str = "it") -> Iterator[ProgressTask]:
-        """Open a bar. An outer one stays on the screen when it ends; an inner one makes room for the next."""
+        """Open a bar. An outer bar stays on the screen when it ends; a nested one is removed."""
         if (bars := self._bars) is not None:
             task = bars.add_task(description, total=total, figures="")
             try:
@@ -129,7 +129,7 @@ class _Bar:
 
 
 class LineProgress:
-    """A plain line every ten seconds and at the end; a task inside another says its end only after ten seconds."""
+    """A plain line every ten seconds and at the end; a nested task reports its end only after ten seconds."""
 
     interval = 10.0
 

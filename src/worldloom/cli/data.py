@@ -1,4 +1,4 @@
-"""`worldloom data`: look into datasets, and convert them."""
+"""`worldloom data`: inspect, validate, preview and convert datasets."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,7 @@ Dataset = Annotated[Path, typer.Argument(help="The directory of the dataset.")]
 
 @app.command()
 def inspect(path: Dataset, json: Json = False) -> None:
-    """Show what a dataset holds."""
+    """Show what a dataset contains."""
     from worldloom.data import EpisodeDataset, inspect
 
     summary = inspect(EpisodeDataset.open(path), progress=progress())
@@ -72,14 +72,14 @@ def convert(
     ] = None,
     target_format: Annotated[str, typer.Option("--to", metavar="FORMAT", help="The target's format.")] = "worldloom",
     camera: Annotated[
-        str | None, typer.Option(help="The image key, if there are several; 'none' takes no images.")
+        str | None, typer.Option(help="The image key, if there are several; 'none' for no images.")
     ] = None,
     vector: Annotated[
         list[str] | None,
         typer.Option(help="A column of the observation vector, in order; by default, all numeric columns."),
     ] = None,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Resize frames, by area averaging.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Steps a second; by default, the rate of the camera.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Steps per second; by default, the camera's rate.")] = None,
     actions: Annotated[
         str,
         typer.Option(help="For logs faster than the frames: hold (the action at the frame) or mean (for velocities)."),
@@ -91,19 +91,19 @@ def convert(
         list[str] | None,
         typer.Option(metavar="ROLE=NAME,...", help="Columns of a folder: timestamp, unit, action, observation, label."),
     ] = None,
-    fps: Annotated[float, typer.Option(help="Frames a second, for targets with a clock.")] = 10.0,
+    fps: Annotated[float, typer.Option(help="Frames per second, for targets with a clock.")] = 10.0,
     crf: Annotated[int, typer.Option(help="Quality of H.264 for video targets, from 0 (best) to 51.")] = 18,
     lossless: Annotated[
         bool, typer.Option("--lossless", help="Use a lossless codec, if the target supports one.")
     ] = False,
-    task: Annotated[str, typer.Option(help="The task in words, for targets that store it.")] = "",
+    task: Annotated[str, typer.Option(help="A description of the task, for targets that store it.")] = "",
     skip_damaged: Annotated[
         bool, typer.Option("--skip-damaged", help="Skip episodes that cannot be read, with a note in the report.")
     ] = False,
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Fail if the target exists.")] = False,
     json: Json = False,
 ) -> None:
-    """Convert a dataset from one format to another, and report what the target cannot hold."""
+    """Convert a dataset from one format to another, and report what the target cannot store."""
     from worldloom.formats import ReadOptions, WriteOptions
     from worldloom.formats import convert as convert_data
 
@@ -133,7 +133,7 @@ def convert(
     )
     summary = (
         f"{target}: {report.episodes} episodes, {report.frames:,} frames, {report.bytes / 2**20:,.1f} MiB decoded, "
-        f"{report.seconds:.1f} s ({report.resumed} episodes were there)"
+        f"{report.seconds:.1f} s ({report.resumed} episodes were converted before)"
     )
     rows = [[group.kind, str(group.count), group.example] for group in report.groups()]
     notes = [table("notes", ["kind", "count", "first example"], rows)] if rows else []

@@ -1,4 +1,4 @@
-"""`worldloom deploy`: a run drives a plant that runs on its own clock."""
+"""`worldloom deploy`: use a run to control a plant that has its own clock."""
 
 import signal
 from pathlib import Path
@@ -21,19 +21,19 @@ def deploy(
         str,
         typer.Option(
             metavar="zero|hold|V1,V2,...",
-            help="The action to send if no plan is ready in time: zeros, the last action again, or these values.",
+            help="The action to send if no plan is ready in time: zero, hold (repeat the last one), or these values.",
         ),
     ],
-    rate: Annotated[float, typer.Option(min=0.1, help="Periods a second; must be the plant's.")] = 20.0,
+    rate: Annotated[float, typer.Option(min=0.1, help="Periods per second; must equal the plant's rate.")] = 20.0,
     deadline_ms: Annotated[
-        float, typer.Option(min=0.1, help="When an action is due, after the start of its period.")
+        float, typer.Option(min=0.1, help="When an action is due, in ms after the start of its period.")
     ] = 40.0,
     late: Annotated[
         str,
         typer.Option(metavar="discard|use", help="Whether to discard or use a plan that is ready in a later period."),
     ] = "discard",
-    duration: Annotated[float, typer.Option(min=0.0, help="Seconds; 0 runs until Ctrl-C.")] = 0.0,
-    method: Annotated[str | None, typer.Option(help="A method of the recipe; by default its own.")] = None,
+    duration: Annotated[float, typer.Option(min=0.0, help="Duration in seconds; 0 runs until Ctrl-C.")] = 0.0,
+    method: Annotated[str | None, typer.Option(help="A method of the recipe; by default, the recipe's choice.")] = None,
     memory: Annotated[Path | None, typer.Option(help="The memory that the agent reads and writes.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The root of the planner's seed.")] = 0,
     rules: Rules = None,
@@ -41,7 +41,7 @@ def deploy(
     unsigned: Unsigned = False,
     audit: Audit = None,
     threads: Annotated[
-        int, typer.Option("--threads", min=1, help="CPU threads of the planner; leave a core to the loop.")
+        int, typer.Option("--threads", min=1, help="CPU threads of the planner; leave one core to the control loop.")
     ] = 1,
     imports: Imports = None,
     json: Json = False,
@@ -54,7 +54,7 @@ def deploy(
     from worldloom.workflow import check_plant, read_goal, store_report
 
     if late not in ("discard", "use"):
-        raise ConfigError(f"--late is discard or use; got {late!r}")
+        raise ConfigError(f"expected --late discard or use; got {late!r}")
     with open_session(run, threads, imports, rules, trust, unsigned, memory=memory, audit=audit) as session:
         target = read_goal(session.run, goal)
         agent = session.agent(method, seed=seed)
@@ -88,7 +88,7 @@ def shown(figures: dict[str, Any]) -> list[Shown]:
 
     times = table(
         f"{figures['periods']} periods, {figures['rate_held']} Hz held, {figures['misses']} deadlines missed, "
-        f"{len(figures['watchdog_acts'])} acts of the watchdog; {figures['ended']}",
+        f"{len(figures['watchdog_acts'])} watchdog actions; {figures['ended']}",
         ["milliseconds", "p50", "p95", "p99", "max"],
         [row(name) for name in ("jitter_ms", "plan_ms", "command_ms", "observation_age_ms")],
     )
@@ -97,7 +97,7 @@ def shown(figures: dict[str, Any]) -> list[Shown]:
 
 
 class _Live:
-    """A line of figures: once a second in a terminal, every ten seconds in a file."""
+    """A line of figures: every second in a terminal, every ten seconds in a file."""
 
     def __init__(self) -> None:
         self._every = 1.0 if err.is_terminal else 10.0
@@ -125,4 +125,4 @@ def _safe_action(text: str, size: int) -> Any:
     try:
         return [float(value) for value in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--safe-action is zero, hold or {size} values with commas between; got {text!r}") from None
+        raise ConfigError(f"expected --safe-action zero, hold or {size} comma-separated values; got {text!r}") from None

@@ -1,4 +1,4 @@
-"""`worldloom doctor`: check what this machine has, and what is missing."""
+"""`worldloom doctor`: check this machine and report what is missing."""
 
 import platform
 import shutil
@@ -16,7 +16,7 @@ from worldloom.core.extras import EXTRAS
 
 
 def doctor(json: Json = False) -> None:
-    """Check this machine: versions, cores, memory, disk, accelerators, video, matrix speed, extras and drawing."""
+    """Check this machine: versions, cores, memory, disk, accelerators, video, matrix speed, extras and rendering."""
     from rich.text import Text
 
     checks = _checks()
@@ -31,7 +31,7 @@ def doctor(json: Json = False) -> None:
 
 
 def _checks() -> list[tuple[str, str, str]]:
-    """Return name, what was found, and a remedy where something is wrong."""
+    """Return the name and result of each check, and a remedy if something is wrong."""
     import psutil
     import torch
 
@@ -48,7 +48,7 @@ def _checks() -> list[tuple[str, str, str]]:
         (
             "memory",
             f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}",
-            "" if memory.available > 2 * 2**30 else "close other programs: the demo takes about 2 GiB",
+            "" if memory.available > 2 * 2**30 else "close other programs: the demo needs about 2 GiB",
         ),
         (
             "disk",
@@ -81,7 +81,7 @@ def _extras() -> list[tuple[str, str, str]]:
 
 
 def _drawing() -> tuple[str, str, str]:
-    """Draw one frame with MuJoCo, in a process of its own: a faulty OpenGL may end or hang it."""
+    """Render one frame with MuJoCo in a separate process, because faulty OpenGL may crash or hang."""
     from worldloom.envs import GL_REMEDY
 
     program = (
@@ -93,7 +93,7 @@ def _drawing() -> tuple[str, str, str]:
     try:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     except subprocess.TimeoutExpired:
-        return "drawing", "MuJoCo drew nothing within 60 s", GL_REMEDY
+        return "drawing", "MuJoCo rendered nothing within 60 s", GL_REMEDY
     if done.returncode == 0:
-        return "drawing", f"MuJoCo draws by {done.stdout.strip().splitlines()[-1]}", ""
-    return "drawing", (done.stderr.strip().splitlines() or ["MuJoCo's process ended"])[-1], GL_REMEDY
+        return "drawing", f"MuJoCo renders with {done.stdout.strip().splitlines()[-1]}", ""
+    return "drawing", (done.stderr.strip().splitlines() or ["MuJoCo's process crashed"])[-1], GL_REMEDY

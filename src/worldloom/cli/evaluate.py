@@ -21,7 +21,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     protocol: Annotated[
         str | None,
-        typer.Option(help="A named protocol; by default, that of the world, or goals that the logging policy reached."),
+        typer.Option(help="A named protocol; by default, the world's, or goals that the logging policy reached."),
     ] = None,
     success: Annotated[
         str | None,
@@ -40,7 +40,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="MODULE:FACTORY",
-            help="Add a foreign policy to the table; the factory returns an object with get_action(info).",
+            help="Add a policy of another library; the factory returns an object with get_action(info).",
         ),
     ] = None,
     split: Annotated[str | None, typer.Option(help="One split of the protocol; by default, all.")] = None,
@@ -86,10 +86,12 @@ def _foreign(name: str, run: "Run") -> Callable[[], "Agent"]:
     options.import_modules([module])
     make = getattr(sys.modules[module], factory, None)
     if not callable(make):
-        raise ConfigError(f"--policy {name}: the module {module!r} has no factory {factory!r}; expected MODULE:FACTORY")
+        raise ConfigError(f"--policy {name}: module {module!r} has no factory {factory!r}; expected MODULE:FACTORY")
     policy = make()
     if not isinstance(policy, InfoPolicy):
-        raise ConfigError(f"--policy {name}: the factory returned a {type(policy).__name__} without get_action(info)")
+        raise ConfigError(
+            f"--policy {name}: expected an object with get_action(info) from the factory; got {type(policy).__name__}"
+        )
     return lambda: ForeignPolicy(policy, run.model.spec.action)
 
 

@@ -1,4 +1,4 @@
-"""`worldloom explore`: an agent explores new worlds and remembers them."""
+"""`worldloom explore`: let an agent explore new worlds and remember them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,10 +24,10 @@ def explore(
     imports: Imports = None,
     json: Json = False,
 ) -> None:
-    """Explore the worlds of the episodes of a protocol by curiosity, and remember them.
+    """Explore the worlds of a protocol's episodes by curiosity, and remember them.
 
-    'worldloom evaluate RUN --memory MEMORY --exploration 0', with the same protocol, split, episodes and seed, then
-    asks for far goals in the same worlds.
+    Then run 'worldloom evaluate RUN --memory MEMORY --exploration 0' with the same protocol, split, episodes and seed
+    to evaluate far goals in the same worlds.
     """
     from worldloom import workflow
 

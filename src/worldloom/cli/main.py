@@ -1,4 +1,4 @@
-"""The `worldloom` command: assembles the command groups and turns errors into messages and exit codes."""
+"""The `worldloom` command: assembles the command groups and converts errors to messages and exit codes."""
 
 import logging
 import sys
@@ -30,7 +30,7 @@ app = typer.Typer(
     name="worldloom",
     help="Learn how a world works from reward-free logs, then plan in representation space.",
     epilog="Exit codes: 0 done, 1 other failure, 2 usage or configuration, 3 data, 4 storage, 5 checkpoint, "
-    "6 environment, 7 training, 8 planning, 9 no plan that keeps every guardrail, 130 interrupted.",
+    "6 environment, 7 training, 8 planning, 9 no plan that satisfies every guardrail, 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -48,10 +48,10 @@ def _version(show: bool) -> bool:
 def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Show the library's log."),
-    debug: bool = typer.Option(False, "--debug", help="Show the whole traceback of an error."),
+    debug: bool = typer.Option(False, "--debug", help="Show the full traceback of an error."),
 ) -> None:
     level = logging.INFO if verbose or debug else logging.WARNING
-    # Of several processes of torchrun one speaks.
+    # Of several processes of torchrun, only the first logs.
     logging.basicConfig(level=level if is_first() else logging.ERROR, format="%(levelname)s %(message)s")
     if debug:
         logging.getLogger("worldloom").setLevel(logging.DEBUG)
@@ -75,7 +75,7 @@ app.add_typer(weave.app, name="weave")
 
 
 def main() -> None:
-    """Run the command line; every expected failure is one message on standard error and an exit code."""
+    """Run the command line; each expected failure is one message on standard error and an exit code."""
     try:
         app(prog_name="worldloom")
     except (WorldloomError, OSError) as error:
@@ -86,5 +86,5 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != 130:  # Typer's code for Ctrl-C
             raise
-        typer.secho("interrupted: what was collected or trained so far is kept", fg="yellow", err=True)
+        typer.secho("interrupted: data and training progress so far are kept", fg="yellow", err=True)
         sys.exit(130)

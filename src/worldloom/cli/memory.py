@@ -3,7 +3,6 @@
 import math
 import re
 import time
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -38,12 +37,12 @@ def remember(
         count = append(opened, data, memory, progress=progress())
         total = len(memory)
     found = {"memory": path, "appended": count, "memories": total}
-    answer(json, found, f"{path}: {count:,} memories appended, {total:,} in all")
+    answer(json, found, f"{path}: {count:,} memories appended, {total:,} in total")
 
 
 @app.command()
 def inspect(path: Memory, json: Json = False) -> None:
-    """Show what a memory holds."""
+    """Show what a memory contains."""
     from worldloom.memory import EpisodicMemory, summarise
 
     with EpisodicMemory.open(path, spec=None) as memory:
@@ -62,14 +61,12 @@ def recall(
     count: Annotated[int, typer.Option("-k", "--count", min=1, help="The number of memories.")] = 6,
     since: Annotated[
         str | None,
-        typer.Option(
-            help="Only from this time on, such as 2026-01-31T12:00 (UTC), or not older than an age, such as 2h, 3d."
-        ),
+        typer.Option(help="Only memories since this time, such as 2026-01-31T12:00 (UTC), or age, such as 2h or 3d."),
     ] = None,
-    until: Annotated[str | None, typer.Option(help="Only before this time or age.")] = None,
-    episode: Annotated[int | None, typer.Option(help="Only from this stretch of experience.")] = None,
-    outcome: Annotated[str | None, typer.Option(help="Only with this outcome.")] = None,
-    min_surprise: Annotated[float | None, typer.Option(help="Only with at least this surprise.")] = None,
+    until: Annotated[str | None, typer.Option(help="Only memories before this time or age.")] = None,
+    episode: Annotated[int | None, typer.Option(help="Only memories of this episode.")] = None,
+    outcome: Annotated[str | None, typer.Option(help="Only memories with this outcome.")] = None,
+    min_surprise: Annotated[float | None, typer.Option(help="Only memories with at least this surprise.")] = None,
     out: Annotated[Path | None, typer.Option(help="Draw the memories into this PNG.")] = None,
     json: Json = False,
 ) -> None:
@@ -81,7 +78,7 @@ def recall(
     from worldloom.workflow import Run, encode_picture
 
     if (image is None) != (run is None) or (image is not None and like is not None):
-        raise ConfigError("expected --id, or --image together with --run, or none of them for the newest memories")
+        raise ConfigError("give --id, or --image together with --run, or none of them for the newest memories")
     where = Where(
         since=_moment(since, "--since"),
         until=_moment(until, "--until"),
@@ -119,15 +116,17 @@ def recall(
 @app.command()
 def prune(
     path: Memory,
-    keep: Annotated[int, typer.Option(min=1, help="The number of memories that remain.")],
+    keep: Annotated[int, typer.Option(min=1, help="The number of memories to keep.")],
     json: Json = False,
 ) -> None:
-    """Delete the most redundant memories until the given number remains."""
+    """Delete the most redundant memories until only the given number remains."""
     from worldloom.memory import EpisodicMemory
 
     with EpisodicMemory.open(path, spec=None, writable=True) as memory:
-        report = memory.prune(keep, progress=progress())
-    answer(json, asdict(report), f"{path}: forgot {report.forgotten:,} memories, kept {report.kept:,}")
+        forgotten = memory.prune(keep, progress=progress())
+        kept = len(memory)
+    found = {"kept": kept, "forgotten": forgotten}
+    answer(json, found, f"{path}: forgot {forgotten:,} memories, kept {kept:,}")
 
 
 @app.command()
@@ -149,7 +148,7 @@ def export(
 def reencode(
     path: Memory, run: Annotated[Path, typer.Argument(help="The run folder of the model.")], json: Json = False
 ) -> None:
-    """Encode all memories again, with the model of a run."""
+    """Re-encode all memories with the model of a run."""
     from worldloom.memory import EpisodicMemory
     from worldloom.workflow import Run
 
@@ -158,12 +157,12 @@ def reencode(
         memory.reencode(model, progress=progress())
         count = len(memory)
     found = {"memory": path, "memories": count, "run": run}
-    answer(json, found, f"{path}: {count:,} memories now hold latents of {run}")
+    answer(json, found, f"{path}: {count:,} memories now have latents of {run}")
 
 
 @app.command()
 def migrate(path: Memory, json: Json = False) -> None:
-    """Bring a memory from an older version of the format to the current one."""
+    """Convert a memory from an older version of the format to the current one."""
     from worldloom.memory import migrate as bring
 
     versions = bring(path, progress=progress())
@@ -176,7 +175,7 @@ def _short(value: float) -> float | None:
 
 
 def _moment(text: str | None, option: str) -> float | None:
-    """Read a time or an age as seconds since 1970."""
+    """Parse a time or an age as seconds since 1970."""
 
     if text is None:
         return None
@@ -186,6 +185,6 @@ def _moment(text: str | None, option: str) -> float | None:
         read = datetime.fromisoformat(text)
     except ValueError:
         raise ConfigError(
-            f"{option} {text!r} is not a time; expected one such as 2026-01-31T12:00, or an age such as 2h or 3d"
+            f"expected {option} as a time such as 2026-01-31T12:00, or an age such as 2h or 3d; got {text!r}"
         ) from None
     return (read if read.tzinfo else read.replace(tzinfo=UTC)).timestamp()

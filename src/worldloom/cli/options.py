@@ -25,8 +25,8 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe, such as training.steps=500."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads for PyTorch; 0 takes all cores.")]
-Audit = Annotated[Path | None, typer.Option("--audit", help="A directory to log every decision of the agent in.")]
+Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads for PyTorch; 0 uses all cores.")]
+Audit = Annotated[Path | None, typer.Option("--audit", help="A directory for the log of every decision of the agent.")]
 Rules = Annotated[
     list[Path] | None,
     typer.Option("--rules", metavar="FILE", help="A layer of the rule set that agents obey, uppermost first."),
@@ -43,19 +43,19 @@ Unsigned = Annotated[
 
 
 def import_modules(names: list[str] | None) -> None:
-    """Import the modules that the user named; the working directory counts."""
+    """Import modules by name; the working directory is on the import path."""
     if names and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     for name in names or []:
         try:
             importlib.import_module(name)
-        except Exception as error:  # whatever the user's module raises, a syntax error too
+        except Exception as error:  # any exception of the user's module, including a syntax error
             reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
             raise ConfigError(f"cannot import {name!r}: {reason}. Check --import and the working directory") from error
 
 
 def key_values(assignments: list[str] | None, option: str) -> dict[str, Any]:
-    """Read `key=value` options; values are JSON, else text."""
+    """Parse `key=value` options; values are JSON, else text."""
     values: dict[str, Any] = {}
     for assignment in assignments or []:
         key, equals, text = assignment.partition("=")
@@ -66,7 +66,7 @@ def key_values(assignments: list[str] | None, option: str) -> dict[str, Any]:
 
 
 def set_threads(count: int) -> None:
-    """Pin PyTorch's threads; 0 leaves PyTorch's own choice."""
+    """Set PyTorch's number of threads; 0 leaves PyTorch's default."""
     import torch
 
     if count:
@@ -74,7 +74,7 @@ def set_threads(count: int) -> None:
 
 
 def trusted_keys(trust: list[str] | None, unsigned: bool) -> set[str] | None:
-    """Return the public keys that may sign, given directly or in files with one key a line; None skips the check.
+    """Return the public keys that may sign, given directly or in files with one key per line; None skips the check.
 
     A key may be limited to one layer, as `LAYER:KEY`.
     """
@@ -85,13 +85,13 @@ def trusted_keys(trust: list[str] | None, unsigned: bool) -> set[str] | None:
         lines = Path(given).read_text("utf-8").split() if Path(given).is_file() else [given]
         if wrong := [line for line in lines if not _KEY.fullmatch(line)]:
             raise ConfigError(
-                f"--trust {given}: expected public keys of 64 hexadecimal digits, each after operator:, site:, "
-                f"community: or nothing; got {wrong[0]!r}"
+                f"--trust {given}: expected public keys of 64 hexadecimal digits, optionally after operator:, site: or "
+                f"community:; got {wrong[0]!r}"
             )
         keys |= {line.lower() for line in lines}
     if not keys:
         raise ConfigError(
-            "no key is trusted to sign the rule set; name one (--trust KEY), or skip the check (--unsigned)"
+            "no key is trusted to sign the rule set; add one with --trust KEY, or skip the check with --unsigned"
         )
     return keys
 
@@ -107,9 +107,9 @@ def open_session(
     memory: Path | None = None,
     audit: Path | None = None,
 ) -> "Session":
-    """Open a run with the modules, the rules, the memory and the audit log that a command was given.
+    """Open a run with the rules, memory and audit log of a command.
 
-    It imports the modules first, and pins PyTorch's threads; see `set_threads`.
+    Modules are imported first, and PyTorch's number of threads is set; see `set_threads`.
     """
     import_modules(imports)
     set_threads(threads)

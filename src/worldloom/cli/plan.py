@@ -14,7 +14,7 @@ def plan(
     start: Annotated[Path | None, typer.Option(help="A picture of the state to plan from (PNG).")] = None,
     goal: Annotated[Path | None, typer.Option(help="A picture of the goal (PNG).")] = None,
     protocol: Annotated[
-        str | None, typer.Option(help="The protocol that draws start and goal, if no pictures are given.")
+        str | None, typer.Option(help="The protocol of start and goal, if no pictures are given.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="The split of the protocol; by default, the first.")] = None,
     episode: Annotated[int, typer.Option(min=0, help="The episode of the split.")] = 0,

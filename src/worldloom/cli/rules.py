@@ -17,7 +17,7 @@ Files = Annotated[list[Path], typer.Argument(help="The layers of a rule set, upp
 
 @app.command()
 def key(path: Annotated[Path, typer.Argument(help="The file for the secret key.")], json: Json = False) -> None:
-    """Make a secret key to sign with, and print its public key, which `--trust` takes."""
+    """Create a secret key for signing, and print its public key for `--trust`."""
     public = make_key(path)
     answer(json, {"key": public, "path": path}, public)
 
@@ -28,19 +28,19 @@ def sign(
     key: Annotated[Path, typer.Option(help="The secret key.")],
     json: Json = False,
 ) -> None:
-    """Sign rule sets and the pictures that they forbid, and write each signature beside its file."""
+    """Sign rule sets and the pictures that they forbid; write each signature beside its file."""
     from worldloom.guardrails import RuleLayer
 
     signatures = []
     for file in files:
-        rules = read_yaml(file, RuleLayer)  # an invalid rule set is not signed
+        rules = read_yaml(file, RuleLayer)  # do not sign an invalid rule set
         signatures += [str(sign_file(path, key)) for path in [*map(Path, dict.fromkeys(rules.files)), file]]
     answer(json, {"signatures": signatures}, *signatures)
 
 
 @app.command()
 def show(files: Files, trust: Trust = None, unsigned: Unsigned = False, json: Json = False) -> None:
-    """Verify the layers of a rule set, and show the rules that they state together."""
+    """Verify the layers of a rule set, and show their combined rules."""
     from worldloom.guardrails import read_rules
 
     rules = read_rules(files, trusted=trusted_keys(trust, unsigned))
@@ -56,7 +56,7 @@ def show(files: Files, trust: Trust = None, unsigned: Unsigned = False, json: Js
         json,
         found,
         table("guardrails", ["", *keys[1:]], rows),
-        f"risk: {'not stated' if rules.risk is None else f'{rules.risk:g}'}",
+        f"risk: {'none' if rules.risk is None else f'{rules.risk:g}'}",
         f"fallback: {'stop' if rules.fallback is None else rules.fallback.name}",
         f"fingerprint: {rules.fingerprint}; {'signatures were not checked' if unsigned else 'all layers are signed'}",
     )

@@ -14,9 +14,10 @@ app = typer.Typer(help="List, show and compare run folders.", no_args_is_help=Tr
 
 @app.command("list")
 def list_runs(
-    root: Annotated[Path, typer.Argument(help="The folder that holds run folders.")] = Path("runs"), json: Json = False
+    root: Annotated[Path, typer.Argument(help="The folder that contains run folders.")] = Path("runs"),
+    json: Json = False,
 ) -> None:
-    """List the runs below a folder, and name damaged ones."""
+    """List the runs below a folder, including damaged ones."""
     from worldloom.workflow import find_runs
 
     summaries, damaged = [], []
@@ -43,11 +44,11 @@ def show(run: Annotated[Path, typer.Argument(help="A run folder.")], json: Json 
 
 @app.command()
 def compare(runs: Annotated[list[Path], typer.Argument(help="Two or more run folders.")], json: Json = False) -> None:
-    """Show the settings and figures in which runs differ, side by side."""
+    """Show the settings and figures that differ between runs, side by side."""
     from worldloom.workflow import Run
 
     if len(runs) < 2:
-        raise ConfigError(f"nothing to compare {runs[0]} with; name two or more run folders")
+        raise ConfigError(f"expected at least two run folders to compare; got only {runs[0]}. Add another one")
     columns = []
     for path in runs:
         opened = Run.open(path)

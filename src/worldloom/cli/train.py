@@ -17,7 +17,7 @@ def train(
     out: Annotated[Path, typer.Option(help="The run folder to create, or to continue with --resume.")],
     recipe: Annotated[str, typer.Option(help="The name of a recipe; 'generic' fits any dataset.")] = "generic",
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training run.")] = False,
     data_mode: Annotated[
         str,
         typer.Option(
@@ -34,7 +34,7 @@ def train(
     from worldloom import workflow
     from worldloom.recipes import load_recipe
 
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it sets itself to INFO when it is imported
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # importing it sets it to INFO
     import_modules(imports)
     set_threads(threads)
     options = {
@@ -52,6 +52,6 @@ def train(
                 str(error).replace("the same command again", "the same command with --resume")
             ) from error
         raise
-    if is_first():  # the other processes of torchrun are silent
+    if is_first():  # the other processes of torchrun print nothing
         summary = run.summary()
         answer(json, summary, *(f"{name}: {value}" for name, value in summary.items()))

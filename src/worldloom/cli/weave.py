@@ -63,14 +63,14 @@ def simulate(
 def watch(
     rounds: Rounds,
     constitution: Annotated[
-        Path | None, typer.Option(help="The constitution, which tells the number of rounds.")
+        Path | None, typer.Option(help="The constitution, to show the total number of rounds.")
     ] = None,
-    once: Annotated[bool, typer.Option("--once", help="Show the present state, and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Show the current state, and exit.")] = False,
     json: Json = False,
 ) -> None:
-    """Show the rounds as they run, from any terminal that sees their folder, until the last round ends or Ctrl-C.
+    """Show the rounds as they run, from any terminal that can read their folder, until the last round ends or Ctrl-C.
 
-    With --json, it prints one JSON line for each change; with --once too, one document of the present state.
+    With --json, it prints one JSON line for each change; with --once too, one document of the current state.
     """
     from worldloom.cli.weave_watch import watch, watch_json
     from worldloom.federation import read_constitution
@@ -107,11 +107,11 @@ def keys(
     out: Annotated[Path, typer.Option(help="A folder for the keys; the secret ones never leave it.")] = Path("keys"),
     host: Annotated[
         list[str] | None,
-        typer.Option(help="For a coordinator: a name or address of it, for its certificate."),
+        typer.Option(help="For a coordinator: its host name or address, for its certificate."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Make the keys of a node, or with --host those of a coordinator; print the entry for the constitution."""
+    """Create the keys of a node, or with --host those of a coordinator; print the entry for the constitution."""
     from worldloom.workflow import make_keys
 
     made = make_keys(out, name, tuple(host or ()))
@@ -136,7 +136,7 @@ def classify(
 
     known = {name: name for name in CLASSES}
     if data_class not in known:
-        raise ConfigError(f"--as: {nearest(data_class, known)}")
+        raise ConfigError(f"unknown class {data_class!r} for --as; {nearest(data_class, known)}")
     card = classify(dataset, owner=owner, data_class=known[data_class], key=key, title=title, licence=licence)
     answer(json, {"card": card}, str(card))
 
@@ -160,11 +160,11 @@ def coordinator(party: Party, json: Json = False) -> None:
 @app.command()
 def pilot(
     party: Party,
-    out: Annotated[Path, typer.Option(help="The path of the base, for the coordinator's 'initial'.")],
+    out: Annotated[Path, typer.Option(help="The path of the base; set the coordinator's 'initial' to it.")],
     threads: Threads = 0,
     json: Json = False,
 ) -> None:
-    """Train the first base alone, before the first round; needed if the owners' conventions differ."""
+    """Train the first base on one owner's data, before the first round; needed if the owners' conventions differ."""
     from worldloom.workflow import NodeConfig, pilot
 
     set_threads(threads)
@@ -174,7 +174,7 @@ def pilot(
 
 @app.command()
 def node(party: Party, threads: Threads = 0, json: Json = False) -> None:
-    """Take part as an owner until the last base has come and is fine-tuned; start it again to resume."""
+    """Take part as an owner until the last base has arrived and is fine-tuned; start it again to resume."""
     from worldloom.workflow import NodeConfig, take_part
 
     set_threads(threads)
@@ -190,7 +190,7 @@ def exit(
     threads: Threads = 0,
     json: Json = False,
 ) -> None:
-    """Leave the consortium and export all that is yours; this needs no permission and no connection."""
+    """Leave the consortium and export everything of yours; this needs no permission and no connection."""
     from worldloom.workflow import NodeConfig, leave
 
     set_threads(threads)
@@ -227,7 +227,7 @@ def succeed(
 
 @app.command()
 def key(path: Annotated[Path, typer.Argument(help="The path of the secret key.")], json: Json = False) -> None:
-    """Make a secret key, and print its public key for the constitution."""
+    """Create a secret key, and print its public key for the constitution."""
     public = make_key(path)
     answer(json, {"key": public, "path": path}, public)
 
@@ -239,7 +239,7 @@ def ratify(
     key: Annotated[Path, typer.Option(help="Your secret key.")],
     json: Json = False,
 ) -> None:
-    """Sign the present text of a constitution as one of its members; the signature is written beside it."""
+    """Sign the current text of a constitution as one of its members; write the signature beside it."""
     from worldloom.federation import ratify
 
     signature = ratify(constitution, member, SigningKey(key))
@@ -254,7 +254,7 @@ def recompute(
     without: Annotated[list[str] | None, typer.Option(help="A member to exclude.")] = None,
     json: Json = False,
 ) -> None:
-    """Compute every base again from the stored contributions of all members, or without some."""
+    """Recompute every base from the stored contributions of all members, or without some of them."""
     from worldloom.federation import read_constitution, recompute
 
     found = recompute(rounds, read_constitution(constitution), into=into, without=without or (), progress=progress())
@@ -283,14 +283,14 @@ def verify(rounds: Rounds, constitution: Rules, json: Json = False) -> None:
 
     verdict = verify_ledger(rounds / "ledger.jsonl", read_constitution(constitution))
     if verdict.broken is not None:
-        raise DataError(f"{rounds}: entry {verdict.broken} {verdict.why}")
+        raise DataError(f"{rounds}: entry {verdict.broken} {verdict.why}. Restore the ledger from an intact copy")
     line = f"{rounds}: all {verdict.length} entries are complete, signed and in order; last hash: {verdict.head.hash}"
     answer(json, {"length": verdict.length, "hash": verdict.head.hash}, line)
 
 
 @ledger.command()
 def show(rounds: Rounds, json: Json = False) -> None:
-    """Show the entries of a ledger; the chain of hashes is verified while reading."""
+    """Show the entries of a ledger; its hash chain is verified while reading."""
     from worldloom.federation import Records
 
     found = [entry.body for entry in Records(rounds / "ledger.jsonl").entries()]
@@ -305,7 +305,7 @@ def show(rounds: Rounds, json: Json = False) -> None:
 
 @ledger.command()
 def card(rounds: Rounds, constitution: Rules, json: Json = False) -> None:
-    """Print the model card of the newest base, made from a verified ledger."""
+    """Print the model card of the newest base, from a verified ledger."""
     from worldloom.federation import model_card, read_constitution, read_ledger
 
     card = model_card(read_ledger(rounds / "ledger.jsonl", read_constitution(constitution)))

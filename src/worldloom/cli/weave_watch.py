@@ -24,17 +24,17 @@ from worldloom.federation import Constitution, LedgerHistory, LedgerWatch, Round
 _log = logging.getLogger(__name__)
 _EVERY = 0.5  # seconds between reads of the ledger
 _STYLES = {"waiting": "dim", "contributed": "green", "refused": "red", "left out": "yellow"}
-_REASON = 160  # characters of a reason in the table; lines and the report show all of it
+_REASON = 160  # maximum characters of a reason in the table; lines and the report show all of it
 
 
 def watch(
     rounds: Path, constitution: Constitution | None = None, *, once: bool = False, console: Console = out
 ) -> None:
-    """Show the rounds in a folder until the last is done, or Ctrl-C; with `once`, only their present state.
+    """Show the rounds in a folder until the last is done, or Ctrl-C; with `once`, only their current state.
 
     Raises:
-        StorageError: there is no ledger, with `once`.
-        DataError: the ledger does not verify, or is of another constitution.
+        StorageError: there is no ledger, and `once` is set.
+        DataError: the ledger does not verify, or belongs to a different constitution.
     """
     watched = LedgerWatch(rounds, constitution)
     if once:
@@ -50,7 +50,7 @@ def watch(
 
 
 def watch_json(rounds: Path, constitution: Constitution | None = None, *, once: bool = False) -> None:
-    """Print one JSON line for each change until the last round is done, or Ctrl-C; with `once`, one present state.
+    """Print one JSON line for each change until the last round is done, or Ctrl-C; with `once`, the current state.
 
     Raises:
         StorageError, DataError: see `watch`.
@@ -74,11 +74,11 @@ def watch_json(rounds: Path, constitution: Constitution | None = None, *, once: 
 def live(rounds: Path, constitution: Constitution | None = None, *, console: Console = err) -> Iterator[None]:
     """Show the rounds in a folder while the body, in this process, runs them; a thread reads the ledger.
 
-    Earlier rounds appear as one line. The view never stops the work: errors of reading are logged. A terminal shows
-    one live view only, so the body must not draw progress bars.
+    Earlier rounds appear as one line. The view never stops the work: read errors are logged. A terminal shows
+    only one live view, so the body must not draw progress bars.
 
     Raises:
-        DataError: the ledger that is there does not verify, or is of another constitution.
+        DataError: the existing ledger does not verify, or belongs to a different constitution.
     """
     watched, stop = LedgerWatch(rounds, constitution), threading.Event()
     if watched.look() and not console.is_terminal:
@@ -90,7 +90,7 @@ def live(rounds: Path, constitution: Constitution | None = None, *, console: Con
                 look()
             look()
         except (WorldloomError, OSError) as error:
-            _log.warning("the view of %s ends here: %s", rounds, error)
+            _log.warning("the view of %s stopped: %s", rounds, error)
 
     with _shown(watched, console) as look:
         thread = threading.Thread(target=follow, args=(look,), name="view of the rounds", daemon=True)
@@ -166,7 +166,7 @@ def _table(title: str) -> Table:
 
 @contextmanager
 def _shown(watched: LedgerWatch, console: Console) -> Iterator[Callable[[], None]]:
-    """Yield a function that reads the ledger and shows what is new."""
+    """Yield a function that reads the ledger and shows its new entries."""
 
     def draw() -> RenderableType:
         if not watched.history.rounds and not watched.ledger.exists():
@@ -192,7 +192,7 @@ def _shown(watched: LedgerWatch, console: Console) -> Iterator[Callable[[], None
 
 @contextmanager
 def _log_above() -> Iterator[None]:
-    """Send log lines through the stream of the live view, which stays below them."""
+    """Write log lines above the live view."""
     handlers = [handler for handler in logging.getLogger().handlers if type(handler) is logging.StreamHandler]
     before = [handler.setStream(sys.stderr) for handler in handlers]
     try:

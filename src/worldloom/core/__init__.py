@@ -1,1 +1,1 @@
-"""Value objects, protocols, configuration, errors, seeds and files: what every room may use."""
+"""Value objects, interfaces, configuration, errors, seeds and files, which every package may use."""

@@ -1,4 +1,4 @@
-"""Actions that may be taken, and persistent random walks of them: how imagination explores."""
+"""Projection of actions onto the allowed set, and persistent random walks of actions for exploration."""
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from worldloom.core.types import ActionBounds, ModelSpec
 
 
 def project(actions: Float[Tensor, "*axes A"], spec: ModelSpec, bounds: ActionBounds) -> Float[Tensor, "*axes A"]:
-    """Return the nearest blocks that may be taken: within bounds, and one-hot where a choice is discrete.
+    """Return the nearest allowed blocks: within the bounds, and one-hot if actions are discrete.
 
     Gradients pass straight through a discrete choice.
     """
@@ -25,10 +25,10 @@ def project(actions: Float[Tensor, "*axes A"], spec: ModelSpec, bounds: ActionBo
 
 
 class Walk(Config):
-    """A direction that drifts by `drift` an environment step and is drawn anew with probability `renewal`.
+    """A random walk of actions: its direction drifts by `drift` per environment step.
 
-    The speed is drawn anew with the direction, from `slowest` to `fastest`; 1 is half the range of an action in a
-    typical dimension. Actions are clamped to the bounds.
+    At each step, direction and speed are resampled with probability `renewal`. The speed is between `slowest` and
+    `fastest`; 1 is half the range of an action in a typical dimension. Actions are clamped to the bounds.
     """
 
     drift: float = Field(default=0.3, ge=0)
@@ -39,7 +39,7 @@ class Walk(Config):
     @model_validator(mode="after")
     def _check(self) -> "Walk":
         if self.slowest > self.fastest:
-            raise ValueError(f"slowest must not exceed fastest; got {self.slowest} and {self.fastest}")
+            raise ValueError(f"'slowest' must not exceed 'fastest'; got {self.slowest} and {self.fastest}")
         return self
 
     def sample(
@@ -49,13 +49,13 @@ class Walk(Config):
         shape: tuple[int, int, int],
         generator: torch.Generator,
     ) -> Float[Tensor, "B S T A"]:
-        """Draw walks; `shape` is (B, S, T) with T in blocks."""
+        """Sample random walks; `shape` is (B, S, T), with T in blocks."""
         batch, candidates, horizon = shape
         size, device = spec.action.size, bounds.low.device
         lines, steps = batch * candidates, horizon * spec.block
         noise = torch.randn(lines, steps, size, generator=generator, device=device)
         renewed, share = torch.rand(2, lines, steps, generator=generator, device=device)
-        # Where the direction that holds at each step was drawn: the last renewal, or the start.
+        # The step at which the current direction was sampled: the last renewal, or the start.
         origin = (torch.arange(steps, device=device) * (renewed < self.renewal)).cummax(1).values
         drawn = origin[..., None].expand_as(noise)
         drift = self.drift * noise.cumsum(1)

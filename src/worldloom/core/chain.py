@@ -1,4 +1,4 @@
-"""An append-only log in which every entry holds the hash of the one before: what was written cannot be changed unseen.
+"""An append-only log in which every entry stores the hash of the previous one, so that changes are detected.
 
 A line is one entry as canonical JSON (sorted keys, no spaces, ASCII): its `index`, the `time` in seconds since 1970,
 the `previous` hash, the `body`, and the `hash` (SHA-256) of the other four. A chain proves that no entry was changed,
@@ -26,12 +26,12 @@ _log = logging.getLogger(__name__)
 NOTHING = "0" * 64
 """The hash that the first entry of a chain follows."""
 
-_DEEPEST = 32  # mappings and lists within one another
+_DEEPEST = 32  # levels of nested mappings and lists
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChainHead:
-    """How long a chain was, and the hash of its last entry: to be kept elsewhere."""
+    """The length of a chain and the hash of its last entry. Keep it elsewhere to detect truncation."""
 
     length: int
     hash: str
@@ -51,7 +51,7 @@ class Entry:
 
     @cached_property
     def hash(self) -> str:
-        """The SHA-256 of everything else."""
+        """The SHA-256 of the other fields, as hexadecimal digits."""
         return hashlib.sha256(canonical(self._values()).encode("ascii")).hexdigest()
 
     @property
@@ -60,7 +60,7 @@ class Entry:
         return ChainHead(length=self.index + 1, hash=self.hash)
 
     def line(self) -> str:
-        """Return the entry as it is written, without the end of the line."""
+        """Return the entry as a line of the file, without the newline."""
         return canonical({**self._values(), "hash": self.hash})
 
     def _values(self) -> dict[str, Any]:
@@ -69,7 +69,13 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What verification found: all entries up to `head` are whole, or the first that is `broken`, and why."""
+    """The result of a verification.
+
+    Attributes:
+        head: the head of the valid entries.
+        broken: the index of the first invalid entry; None if all are valid.
+        why: what is wrong with that entry.
+    """
 
     head: ChainHead
     broken: int | None = None
@@ -77,22 +83,23 @@ class Verdict:
 
 
 def canonical(value: Any) -> str:
-    """Return the one JSON text of a value.
+    """Return the canonical JSON text of a value.
 
     Raises:
-        DataError: it holds values that JSON cannot, such as a number that is not finite, or is nested too deep.
+        DataError: the value contains something that JSON cannot represent (such as a number that is not finite), or
+            it is nested too deeply.
             Parsers differ in the depth they accept, and a chain must be readable by all of them.
     """
     _check_depth(value, _DEEPEST)
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise DataError(f"an entry holds plain JSON values, and finite numbers; {error}") from None
+        raise DataError(f"expected an entry of plain JSON values with finite numbers; got: {error}") from None
 
 
 def _check_depth(value: Any, left: int) -> None:
     if left < 0:
-        raise DataError(f"an entry is nested at most {_DEEPEST} deep; write it flatter")
+        raise DataError(f"an entry is nested too deeply; use at most {_DEEPEST} levels of mappings and lists")
     if isinstance(value, Mapping):
         for part in value.values():
             _check_depth(part, left - 1)
@@ -102,16 +109,16 @@ def _check_depth(value: Any, left: int) -> None:
 
 
 class Chain(Closing):
-    """A chain open for writing by one process; each entry is whole on the disk before `append` returns.
+    """A chain that is open for writing by one process. Each entry is on disk before `append` returns.
 
     Raises:
-        StorageError: another process writes it, or the storage refuses.
-        DataError: it does not verify; a tampered chain takes no more entries.
+        StorageError: another process is writing the chain, or the file cannot be opened.
+        DataError: the chain does not verify; nothing is appended to a tampered chain.
     """
 
     def __init__(self, path: Path | str, *, durable: bool = True) -> None:
         self.path, self._durable = Path(path), durable
-        busy = StorageError(f"{path} is written by another process; end that one first, or choose another path")
+        busy = StorageError(f"{path} is open in another process; end that process, or choose another path")
         with ExitStack() as stack:
             stack.enter_context(exclusive_lock(self.path.with_name(f".{self.path.name}.lock"), busy))
             with storage_errors(self.path):
@@ -119,8 +126,8 @@ class Chain(Closing):
                 verdict = verify(self.path) if self.path.exists() else Verdict(head=_EMPTY)
                 if verdict.broken is not None:
                     raise DataError(
-                        f"{self.path} does not verify: entry {verdict.broken} {verdict.why}. Keep it as evidence, and "
-                        f"begin another chain"
+                        f"{self.path} does not verify: entry {verdict.broken} {verdict.why}. Keep the file as "
+                        f"evidence, and choose another path"
                     )
                 # Unbuffered: a buffer would keep bytes that the disk refused and write them before the next entry.
                 self._file = stack.enter_context(self.path.open("ab", buffering=0))
@@ -131,8 +138,8 @@ class Chain(Closing):
         """Write an entry and return it.
 
         Raises:
-            DataError: the body is no plain JSON.
-            StorageError: the disk is full or refuses; the chain is as it was.
+            DataError: the body is not plain JSON.
+            StorageError: the disk is full or the write failed; the chain is unchanged.
         """
         entry = Entry(index=self.head.length, time=round(time.time(), 6), previous=self.head.hash, body=body)
         line = entry.line().encode("ascii") + b"\n"
@@ -155,22 +162,20 @@ class Chain(Closing):
         self._release.close()
 
     def _cut_torn_end(self) -> None:
-        """Cut off an unfinished entry that a killed process left: it was never acknowledged."""
+        """Remove an unfinished last entry of a killed process; it was never acknowledged."""
         if not self.path.exists():
             return
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
-            _log.warning(
-                "%s: %d bytes of an entry that was never finished are cut off", self.path, len(content) - whole
-            )
+            _log.warning("%s: removed an unfinished last entry (%d bytes)", self.path, len(content) - whole)
             os.truncate(self.path, whole)
 
 
 class Tail:
-    """Reads a chain while another process writes it: `new` gives the entries that were finished since the last time.
+    """Reads a chain while another process writes it; each call of `new` returns the entries added since the last.
 
-    A half-written last line is skipped until it is whole, and nothing is locked.
+    An incomplete last line is skipped until it is complete. The file is not locked.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -178,24 +183,28 @@ class Tail:
         self._offset, self._head = 0, _EMPTY
 
     def new(self) -> list[Entry]:
-        """Return the new entries, each verified; none where there is no file yet.
+        """Return the new entries, each verified; an empty list if the file does not exist yet.
 
         Raises:
-            DataError: an entry does not verify, or entries that were read before are gone; read the chain again.
-            StorageError: the storage refuses.
+            DataError: an entry does not verify, or entries that were read before have been removed.
+            StorageError: the file cannot be read.
         """
         found: list[Entry] = []
         if not self.path.exists() and not self._offset:
             return found
         with storage_errors(self.path), self.path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < self._offset:
-                raise DataError(f"{self.path} is shorter than it was: entries that were read are gone. Read it anew")
+                raise DataError(
+                    f"{self.path} became shorter: entries that were read were removed. Read it from the start"
+                )
             file.seek(self._offset)
             content = file.read()
         for line in content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]:
             entry, why = read_entry(line + b"\n", self._head)
             if entry is None:
-                raise DataError(f"{self.path} does not verify: entry {self._head.length} {why}")
+                raise DataError(
+                    f"{self.path} does not verify: entry {self._head.length} {why}. Restore the file from a copy"
+                )
             found.append(entry)
             self._offset += len(line) + 1
             self._head = entry.head
@@ -203,11 +212,11 @@ class Tail:
 
 
 def entries(path: Path | str, *, progress: Progress = SILENT) -> Iterator[Entry]:
-    """Read the entries of a chain, each verified before it is given.
+    """Yield the entries of a chain, each after its verification.
 
     Raises:
-        StorageError: there is no such file.
-        DataError: an entry does not verify; it is named.
+        StorageError: the file does not exist.
+        DataError: an entry does not verify; the message gives its index.
     """
     with closing(_walk(Path(path), progress)) as walk:
         for index, (entry, why) in enumerate(walk):
@@ -217,10 +226,10 @@ def entries(path: Path | str, *, progress: Progress = SILENT) -> Iterator[Entry]
 
 
 def verify(path: Path | str, *, kept: ChainHead | None = None, progress: Progress = SILENT) -> Verdict:
-    """Check every entry, and detect truncation and rewriting against a `kept` head.
+    """Check every entry. With a `kept` head, also detect truncation and a complete rewrite.
 
     Raises:
-        StorageError: there is no such file.
+        StorageError: the file does not exist.
     """
     head = _EMPTY
     for entry, why in _walk(Path(path), progress):
@@ -228,15 +237,15 @@ def verify(path: Path | str, *, kept: ChainHead | None = None, progress: Progres
             return Verdict(head=head, broken=head.length, why=why)
         head = entry.head
         if kept is not None and kept.length == head.length and kept != head:
-            return Verdict(head=head, broken=entry.index, why="is not the one that the kept head saw")
+            return Verdict(head=head, broken=entry.index, why="differs from the entry that the kept head recorded")
     if kept is not None and kept.length > head.length:
-        why = f"and all after it are gone: the kept head saw {kept.length} entries"
+        why = f"and all later entries are missing: the kept head recorded {kept.length} entries"
         return Verdict(head=head, broken=head.length, why=why)
     return Verdict(head=head)
 
 
 def _walk(path: Path, progress: Progress) -> Generator[tuple[Entry | None, str], None, None]:
-    """Yield each entry, or, at the first that is broken, None and why."""
+    """Yield (entry, ""), or, at the first invalid entry, (None, why)."""
     head = _EMPTY
     with (
         storage_errors(path),
@@ -253,17 +262,17 @@ def _walk(path: Path, progress: Progress) -> Generator[tuple[Entry | None, str],
 
 
 def read_entry(line: bytes, head: ChainHead) -> tuple[Entry | None, str]:
-    """Read the line of the entry that follows `head`, or return None and what is wrong with it."""
+    """Return (entry, "") of a line, or (None, why) if it is not the entry that follows `head`."""
     if not line.endswith(b"\n"):
-        return None, "is not whole"
+        return None, "is truncated"
     try:
         values = json.loads(line.decode("ascii"))
         entry = Entry(index=values["index"], time=values["time"], previous=values["previous"], body=values["body"])
         same = entry.line().encode("ascii") + b"\n" == line
     except (ValueError, KeyError, TypeError, RecursionError, DataError):
-        return None, "is no entry of a chain"
+        return None, "is not an entry of a chain"
     if not same:
-        return None, "was changed: its hash is another"
+        return None, "was changed: its hash does not match"
     if (entry.index, entry.previous) != (head.length, head.hash):
-        return None, "does not follow the one before"
+        return None, "does not follow the previous entry"
     return entry, ""

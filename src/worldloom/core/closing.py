@@ -1,4 +1,4 @@
-"""The base of what must be closed."""
+"""The base class of objects that must be closed."""
 
 from typing import TypeVar
 
@@ -6,10 +6,10 @@ Entered = TypeVar("Entered", bound="Closing")
 
 
 class Closing:
-    """Something to close; as a context manager, it closes on leaving, after an error too."""
+    """Base class of objects that must be closed. Leaving the `with` block closes them, also after an error."""
 
     def close(self) -> None:
-        """Release what is held; nothing by default."""
+        """Release files and other resources; the default does nothing."""
 
     def __enter__(self: Entered) -> Entered:
         return self

@@ -1,4 +1,4 @@
-"""Frozen, keyword-only configuration: unknown keys fail with the nearest valid name."""
+"""Frozen, keyword-only configuration. An unknown key is an error that suggests the nearest valid name."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -16,16 +16,16 @@ ConfigT = TypeVar("ConfigT", bound="Config")
 
 
 class Config(BaseModel):
-    """Base of every configuration: immutable, and closed to unknown keys."""
+    """Base class of every configuration. It is immutable and rejects unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @classmethod
     def parse(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-        """Build from plain values (as read from JSON).
+        """Build the configuration from plain values, as read from JSON.
 
         Raises:
-            ConfigError: names each wrong key with its path, what was expected and what came.
+            ConfigError: a key or value is wrong; the message gives each path, what was expected and what was found.
         """
         try:
             return cls.model_validate(dict(values))
@@ -33,12 +33,12 @@ class Config(BaseModel):
             raise ConfigError("; ".join(said for _, said in explain(cls, error))) from None
 
     def override(self: ConfigT, assignments: Sequence[str]) -> ConfigT:
-        """Return a copy with `a.b=value` assignments applied; values are read as JSON, else as text.
+        """Return a copy with `a.b=value` assignments applied. Values that are not JSON are used as text.
 
-        `a.name=other` exchanges a component for the one of that name, with its defaults.
+        `a.name=other` replaces a component by the component `other`, with its defaults.
 
         Raises:
-            ConfigError: for an assignment without `=`, an unknown key or a value of the wrong type.
+            ConfigError: an assignment has no `=`, a key is unknown, or a value has the wrong type.
         """
         values = self.model_dump(mode="json")
         for assignment in assignments:
@@ -50,7 +50,7 @@ class Config(BaseModel):
 
 
 class Component(Config):
-    """A configuration of one of several interchangeable parts, told apart by `name`."""
+    """Base class for the configuration of interchangeable parts; `name` selects the part."""
 
     name: str
 
@@ -59,7 +59,7 @@ C = TypeVar("C", bound=Component)
 
 
 def parse_component(registry: Registry[type[C]], value: Any) -> C:
-    """Validate a component from its registry: an instance, or a mapping with a `name`."""
+    """Return the component that `value` describes: an instance, or a mapping with the `name` of a registered one."""
     if isinstance(value, Component):
         return value  # type: ignore[return-value]
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
@@ -68,7 +68,7 @@ def parse_component(registry: Registry[type[C]], value: Any) -> C:
 
 
 def component_of(registry: Registry[type[C]]) -> Callable[[Any], C]:
-    """Return a validator of a field that holds a component of a registry; errors keep their paths."""
+    """Return a validator for a field whose value is a component of the registry; errors keep their paths."""
 
     def parse(value: Any) -> C:
         try:
@@ -95,7 +95,7 @@ def component_of(registry: Registry[type[C]]) -> Callable[[Any], C]:
 
 
 def parse_value(text: str) -> Any:
-    """Read `text` as JSON, else take it as it stands."""
+    """Parse `text` as JSON; return it unchanged if it is not JSON."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -109,14 +109,13 @@ def _assign(values: dict[str, Any], key: str, value: Any, config: Config) -> Non
     for depth, part in enumerate([*parents, last]):
         path = ".".join([*parents, last][: depth + 1])
         if not isinstance(node, dict):
-            raise ConfigError(f"unknown key {path!r}: {'.'.join(parents[:depth])!r} holds a value, not keys")
-        # A mapping that is empty or whose values are scalars of one kind may take new keys; the
-        # config class itself refuses them if it does not.
+            raise ConfigError(f"unknown key {path!r}: {'.'.join(parents[:depth])!r} is a value without keys")
+        # The last part may be a new key, because some fields are mappings; the config class rejects it otherwise.
         if part not in node and depth < len(parents):
             raise ConfigError(f"unknown key {path!r}; {nearest(part, node)}")
         if depth == len(parents):
             if part == "name" and isinstance(there, Component) and value != node.get("name"):
-                node.clear()  # another component: the options of the former do not apply
+                node.clear()  # a different component: the options of the previous one do not apply
             node[part] = value
         else:
             if node[part] is None and parents[depth + 1 :] == [] and last == "name":
@@ -126,7 +125,7 @@ def _assign(values: dict[str, Any], key: str, value: Any, config: Config) -> Non
 
 
 def explain(cls: type[BaseModel], error: ValidationError) -> list[tuple[tuple[int | str, ...], str]]:
-    """Return, for each wrong value, its path and what was expected and what came."""
+    """Return, for each wrong value, its path and a message with the expected and the actual value."""
     found = []
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])

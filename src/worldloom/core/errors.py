@@ -1,6 +1,6 @@
-"""Every error that worldloom raises on purpose, as one tree.
+"""All errors that worldloom raises on purpose, with one base class.
 
-Each message says what was expected, what came, and what to do.
+Each message says what was expected, what was found, and what to do.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class WorldloomError(Exception):
-    """Base of all errors raised by worldloom; `exit_code` is what the CLI returns for it."""
+    """Base class of all errors raised by worldloom; `exit_code` is the exit status of the CLI."""
 
     exit_code = 1
 
@@ -26,13 +26,13 @@ class DataError(WorldloomError):
 
 
 class StorageError(WorldloomError):
-    """A read or write that the storage refused: full disk, missing permission, missing file."""
+    """A read or write that failed: full disk, missing permission, missing file."""
 
     exit_code = 4
 
 
 class CheckpointError(WorldloomError):
-    """A checkpoint that is missing, incomplete, tampered with, or of another version."""
+    """A checkpoint that is missing, incomplete, tampered with, or of an unsupported version."""
 
     exit_code = 5
 
@@ -44,21 +44,22 @@ class EnvironmentFailure(WorldloomError):
 
 
 class TrainingError(WorldloomError):
-    """Training that cannot go on, such as a loss that is not finite."""
+    """Training that cannot continue, for example because the loss is not finite."""
 
     exit_code = 7
 
 
 class PlanningError(WorldloomError):
-    """A planning problem that is stated wrongly, such as bounds that exclude every action."""
+    """An invalid planning problem, for example with bounds that exclude every action."""
 
     exit_code = 8
 
 
 class NoFeasiblePlan(PlanningError):
-    """No plan was found that keeps every guardrail: `rows` of the batch, and by which guardrail and how much each.
+    """No plan that satisfies every guardrail was found for the environments `rows` of the batch.
 
-    `plan` is what came nearest, for all environments; for those in `rows` it must not be followed.
+    The message gives the violated guardrails and by how much. `plan` is the best plan found for all environments; do
+    not follow it for those in `rows`.
     """
 
     exit_code = 9

@@ -1,4 +1,4 @@
-"""The extras of `pip install 'worldloom[EXTRA]'`: what each promises, and the error text where one is missing."""
+"""The extras of `pip install 'worldloom[EXTRA]'`: what each adds, and the error message if one is missing."""
 
 import importlib
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from worldloom.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class Extra:
-    """An optional part: what it promises, and the modules that it installs."""
+    """An optional part: `promise` describes what it adds, `modules` are the modules that it installs."""
 
     promise: str
     modules: tuple[str, ...]
 
 
 EXTRAS = {
-    "pusht": Extra("the world PushT", ("gym_pusht",)),
-    "mujoco": Extra("the worlds Reacher, PointMaze and PointHazards", ("mujoco",)),
-    "cube": Extra("the world Cube of OGBench", ("ogbench", "mujoco")),
-    "hdf5": Extra("files of robomimic and stable-worldmodel", ("h5py",)),
-    "minari": Extra("datasets of Minari", ("h5py",)),
-    "tensorboard": Extra("TensorBoard figures of a training", ("tensorboard",)),
+    "pusht": Extra("the PushT environment", ("gym_pusht",)),
+    "mujoco": Extra("the Reacher, PointMaze and PointHazards environments", ("mujoco",)),
+    "cube": Extra("the Cube environment of OGBench", ("ogbench", "mujoco")),
+    "hdf5": Extra("robomimic and stable-worldmodel files", ("h5py",)),
+    "minari": Extra("Minari datasets", ("h5py",)),
+    "tensorboard": Extra("TensorBoard logs of training runs", ("tensorboard",)),
     "weave": Extra("a consortium over the network, and privacy accounting of sampled rounds", ("flwr", "opacus")),
 }
 
@@ -36,7 +36,7 @@ def require(module: str, extra: str) -> Any:
     """Import a module of an extra.
 
     Raises:
-        ConfigError: it is not installed; the message says how to install it.
+        ConfigError: the extra is not installed; the message says how to install it.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Atomic writes: a reader sees the old file or the whole new one, never a part."""
+"""Atomic writes: a reader gets the old file or the complete new file, never a part."""
 
 import errno
 import fcntl
@@ -18,7 +18,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` on a temporary path beside `path`, flush it to the disk, and rename it into place.
 
     Raises:
-        StorageError: the disk is full or refuses; what stood at `path` is untouched.
+        StorageError: the disk is full or the write failed; an existing file at `path` is unchanged.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,40 +50,40 @@ def read_json(path: Path) -> Any:
     """Read JSON from `path`.
 
     Raises:
-        StorageError: the file is missing, unreadable or not whole JSON.
+        StorageError: the file is missing, unreadable or not valid JSON.
     """
     with storage_errors(path):
         content = path.read_bytes()
     try:
         return json.loads(content.decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise StorageError(f"{path} is not whole JSON ({error}); restore it or delete it") from None
+        raise StorageError(f"{path} is not valid JSON ({error}); restore the file or delete it") from None
 
 
 def write_document(path: Path, kind: str, values: Mapping[str, Any], *, version: int = 1) -> None:
-    """Write `values` as JSON that states its kind and the version of its format, as `kind` and `format`."""
+    """Write `values` as JSON, with two more keys: `kind`, and `format` for the version of the format."""
     write_json(path, {"kind": kind, "format": version, **values})
 
 
 def read_document(path: Path, kind: str, *, version: int = 1) -> dict[str, Any]:
-    """Read what `write_document` wrote, without its kind and version.
+    """Return the values that `write_document` wrote, without `kind` and `format`.
 
     Raises:
-        StorageError: the file is missing, damaged, of another kind, or of another version of the format.
+        StorageError: the file is missing or damaged, or has a different kind or format version.
     """
     values = read_json(path)
     found = (values.pop("kind", None), values.pop("format", None)) if isinstance(values, dict) else (None, None)
     if found != (kind, version):
         raise StorageError(
-            f"{path} states kind {found[0]!r} and format {found[1]!r}; this version of worldloom reads {kind!r} of "
-            f"format {version}. Check the path, or use the version that wrote it"
+            f"{path} has kind {found[0]!r} and format {found[1]!r}; expected kind {kind!r} and format {version}. "
+            f"Check the path, or use the version of worldloom that wrote the file"
         )
     return dict(values)
 
 
 @contextmanager
 def storage_errors(path: Path | str) -> Iterator[None]:
-    """Turn the operating system's errors on `path` into `StorageError` with a remedy."""
+    """Convert operating system errors on `path` to `StorageError`, with a suggested fix."""
     try:
         yield
     except OSError as error:
@@ -95,26 +95,28 @@ def storage_errors(path: Path | str) -> Iterator[None]:
         if isinstance(error, PermissionError) or error.errno == errno.EROFS:
             raise StorageError(f"no permission for {path}; change its owner or choose another path") from error
         if isinstance(error, NotADirectoryError):
-            raise StorageError(f"{path} lies in a file; expected a directory. Check the path") from error
+            raise StorageError(f"a parent of {path} is a file; expected a directory. Check the path") from error
         if isinstance(error, IsADirectoryError):
             raise StorageError(f"{path} is a directory; expected a file. Check the path") from error
         if isinstance(error, FileExistsError):
-            raise StorageError(f"{path} is already there; choose another path or remove it") from error
+            raise StorageError(f"{path} already exists; choose another path or remove it") from error
         raise
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; it appears at `path` once the body is done, whole or not at all.
+    """Yield an empty folder to fill, and rename it to `path` when the body succeeds.
+
+    `path` therefore never contains an incomplete folder.
 
     Raises:
-        StorageError: the path exists already, or the disk refuses, also within the body.
+        StorageError: `path` already exists, or a read or write failed, also inside the body.
     """
     if path.exists():
-        raise StorageError(f"{path} exists already; choose another folder")
+        raise StorageError(f"{path} already exists; choose another folder")
     begun = path.with_name(f".{path.name}.begun")
     with storage_errors(path):
-        shutil.rmtree(begun, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(begun, ignore_errors=True)  # left by a killed process
         begun.mkdir(parents=True)
         yield begun
         begun.rename(path)
@@ -122,13 +124,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def exclusive_lock(path: Path, otherwise: Exception | None) -> Iterator[None]:
-    """Hold `path` for this process alone; the kernel drops the lock with the process, however it ends.
+    """Lock `path` for this process; the kernel releases the lock when the process ends, even if it is killed.
 
-    With None for `otherwise` it waits until the lock is free.
+    If `otherwise` is None, wait until the lock is free.
 
     Raises:
-        otherwise: another process holds it.
-        StorageError: the storage refuses.
+        otherwise: another process has the lock.
+        StorageError: the lock file cannot be created or locked.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

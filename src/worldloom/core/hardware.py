@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""The hardware that a measurement ran on."""
 
 import ctypes
 import platform
@@ -25,7 +25,7 @@ def describe_hardware() -> dict[str, Any]:
 
 
 def matmul_peak(dtype: torch.dtype) -> float:
-    """Return the best rate of products of 1024 x 1024 matrices on the CPU within about 0.4 s, in FLOP/s."""
+    """Return the highest rate of 1024 x 1024 matrix products on the CPU, measured for about 0.4 s, in FLOP/s."""
     left = torch.ones(1024, 1024, dtype=dtype)
     best, end = float("inf"), time.perf_counter() + 0.4
     while time.perf_counter() < end:
@@ -36,10 +36,10 @@ def matmul_peak(dtype: torch.dtype) -> float:
 
 
 def retain_freed_memory() -> None:
-    """Tell glibc, where it is the allocator, to keep freed blocks below 256 MiB for the next tensor of their size.
+    """Make glibc keep freed blocks below 256 MiB for reuse; does nothing with another C library.
 
-    By default it gives large blocks back to the kernel at once, and training then spends up to half of its time
-    on page faults.
+    By default glibc returns large blocks to the kernel at once, and training then spends up to half of its time on
+    page faults.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

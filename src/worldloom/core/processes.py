@@ -1,10 +1,10 @@
-"""Which of several processes this is, as torchrun says in the environment; outside it there is one."""
+"""The rank of this process and the number of processes, from torchrun's environment variables; else 0 and 1."""
 
 import os
 
 
 def is_first() -> bool:
-    """Return whether this process is the one that writes files and logs."""
+    """Return whether this process is rank 0, which writes the files and logs."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -1,4 +1,4 @@
-"""How the library reports progress without printing: the caller passes a `Progress`."""
+"""Progress reports: the library prints nothing itself; the caller passes a `Progress`."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
@@ -6,16 +6,16 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class ProgressTask(Protocol):
-    """One piece of long work under way."""
+    """One long-running piece of work."""
 
     def advance(self, amount: int = 1, **figures: float) -> None:
-        """Report `amount` more finished units, with figures to show beside the bar."""
+        """Report that `amount` more units are finished; `figures` are shown beside the progress bar."""
         ...
 
 
 @runtime_checkable
 class Progress(Protocol):
-    """Opens tasks; the CLI's draws bars with a rate and the time left."""
+    """Opens tasks. The CLI's implementation shows a progress bar with the rate and the remaining time."""
 
     def task(self, description: str, total: int, unit: str = "it") -> AbstractContextManager[ProgressTask]:
         """Open a task of `total` units."""
@@ -28,10 +28,10 @@ class _SilentTask:
 
 
 class SilentProgress:
-    """The default: says nothing."""
+    """The default `Progress`, which reports nothing."""
 
     def task(self, description: str, total: int, unit: str = "it") -> AbstractContextManager[ProgressTask]:
-        """Open a task that says nothing."""
+        """Open a task that reports nothing."""
         return nullcontext(_SilentTask())
 
 

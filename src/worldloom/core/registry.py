@@ -1,4 +1,4 @@
-"""Names that a user may type, mapped to the things they stand for."""
+"""Registries: mappings from names that a user can type to classes or functions."""
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the hint that follows an unknown name: the nearest valid one, and all of them."""
+    """Return a hint for an error about an unknown name: the nearest valid name, and all valid names."""
     names = sorted(known)
     match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {match[0]!r}? " if match else ""
@@ -18,7 +18,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """A mapping from name to entry whose failures name the nearest valid entry."""
+    """A mapping from name to entry. The error for an unknown name suggests the nearest valid one."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind

@@ -1,11 +1,11 @@
-"""The seams: what a room asks of another, what of it is optional, and how a batch of environments narrows.
+"""The seams: the interfaces between the packages, and how to select some environments of a batch.
 
-A part that is interchangeable subclasses its seam. What it must write is abstract; what is optional has a default here,
-so that no caller asks whether a part can do something. Conformance kits are in `worldloom.testing`.
+An interchangeable part subclasses its interface. Required methods are abstract; optional ones have a default here, so
+callers never check whether a method exists. Conformance kits are in `worldloom.testing`.
 
-A batch narrows when episodes end, and when a search cuts it to fit a cache. Value objects (`worldloom.core.types`)
-narrow by index, `context[rows]`; an objective or a guardrail returns its part for some rows, `select(rows)`; an agent,
-and what belongs to it, narrows itself.
+A batch shrinks when episodes end, and when a search splits it to fit the CPU cache. Index a value object of
+`worldloom.core.types` to select environments (`context[rows]`). `select(rows)` of an objective or a guardrail returns
+one for those environments; `select(rows)` of an agent changes the agent in place.
 """
 
 from abc import ABC, abstractmethod
@@ -26,22 +26,22 @@ class WorldModel(Protocol):
     """Predicts the consequences of actions in representation space.
 
     Attributes:
-        spec: what the model takes and gives.
+        spec: the shapes of the model's inputs and outputs.
     """
 
     spec: ModelSpec
 
     @property
     def device(self) -> torch.device:
-        """Where it takes observations, contexts and actions; the CPU by default."""
+        """The device on which the model expects observations, contexts and actions; the CPU by default."""
         return torch.device("cpu")
 
     def encode(self, observations: Observations) -> Float[Tensor, "*axes D"]:
-        """Encode each observation alone; the result does not depend on what else is in the batch."""
+        """Encode each observation; its latent does not depend on the rest of the batch."""
         ...
 
     def rollout(self, context: Context, actions: Float[Tensor, "B S T A"]) -> Float[Tensor, "B S T D"]:
-        """Predict T frames after the context, open loop, for S candidates; the future only."""
+        """Predict the latents of the T steps after the context, open loop, for S candidates."""
         ...
 
 
@@ -49,9 +49,9 @@ class Objective(ABC):
     """A cost over predicted futures; lower is better.
 
     Attributes:
-        goal: the goal latents, for searches that need one; None where there are none.
-        aims: whether it says what is to be reached, in place of what the agent was told to reach.
-        staged: whether it consists of stages, some of which may lie behind an environment already.
+        goal: the goal latents, for searches that need them; None if the objective has none.
+        aims: whether the objective defines its own goal and replaces the goal that the agent was given.
+        staged: whether the objective has several stages, some of which an environment may have completed.
     """
 
     goal: Float[Tensor, "B D"] | None = None
@@ -63,56 +63,65 @@ class Objective(ABC):
         """Return one cost for each candidate."""
 
     def select(self, rows: Tensor | slice) -> "Objective":
-        """Return the objective for some environments; by default it holds nothing for each and stays the same."""
+        """Return the objective for the environments `rows`.
+
+        The default returns `self`; override it if the objective stores per-environment values.
+        """
         return self
 
     def progress(self, context: Context, done: Int[Tensor, "B"] | None) -> Int[Tensor, "B"] | None:
-        """Return how many stages lie behind each environment, one more where the next is reached now."""
+        """Return how many stages each environment has completed: `done`, plus one if the next is reached now.
+
+        The default, for an objective without stages, returns None.
+        """
         return None
 
     def since(self, done: Int[Tensor, "B"]) -> "Objective":
-        """Return the objective of the stages that are left."""
+        """Return the objective of the stages that remain after `done` stages."""
         return self
 
 
 class Stage(Objective):
-    """An objective that is reached at some state."""
+    """An objective with a condition that a single state can fulfil, so that it can be a stage of a sequence."""
 
     aims = True
 
     @abstractmethod
     def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return how far each predicted state is from what is to be reached; 0 or less where it is reached."""
+        """Return the distance of each predicted state from fulfilling the stage; 0 or less if it is fulfilled."""
 
     def select(self, rows: Tensor | slice) -> "Stage":
-        """Return the stage for some environments; by default it stays the same."""
+        """Return the stage for the environments `rows`; see `Objective.select`."""
         return self
 
 
 class Guardrail(ABC):
-    """A hard limit on predicted futures: a plan that is predicted to break it is never followed, at whatever cost.
+    """A hard limit on predicted futures. A plan that is predicted to break it is never followed, whatever its cost.
 
     Attributes:
-        name: what it is called; no other guardrail of a rule set has the same name.
+        name: the name of the guardrail, unique within a rule set.
     """
 
     name: str
 
     @property
     def of_actions(self) -> bool:
-        """Whether it looks at actions alone: a search then asks it before guardrails that need a network."""
+        """Whether the limit depends only on actions; a search checks such limits before those that need a network."""
         return False
 
     @abstractmethod
     def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return by how much each predicted step breaks the limit, in its own unit; it holds where this is <= 0."""
+        """Return the violation of each predicted step, in the unit of the limit; 0 or less means satisfied."""
 
     def select(self, rows: Tensor | slice) -> "Guardrail":
-        """Return the guardrail for some environments; by default it holds nothing for each and stays the same."""
+        """Return the guardrail for the environments `rows`.
+
+        The default returns `self`; override it if the guardrail stores per-environment values.
+        """
         return self
 
     def stretched(self, times: float) -> "Guardrail":
-        """Return the guardrail with `times` its margin; by default it has no margin and stays the same."""
+        """Return the guardrail with its margin multiplied by `times`; the default has no margin and returns `self`."""
         return self
 
 
@@ -129,11 +138,11 @@ class Agent(ABC):
     """Acts in B environments at once; one environment is a batch of one.
 
     Attributes:
-        narrows: whether `select` narrows it. An agent that does not narrow sees all environments of its batch until the
-            last of their episodes ends.
-        explores: whether `explorer` returns what explores for it.
-        statistics: figures of each plan since the agent was made. With `plan_seconds` and `plan_environments` (for how
-            many environments each plan was made) it is timed by them, else by its calls of `act`.
+        narrows: whether `select` can reduce the agent to some environments. Other agents receive all environments of
+            their batch until the last episode ends.
+        explores: whether `explorer` returns an explorer for the agent.
+        statistics: one figure per plan since the agent was created, by name. Timing uses `plan_seconds` and
+            `plan_environments` (the number of environments of each plan), or the calls of `act` if they are missing.
     """
 
     narrows: bool = False
@@ -142,40 +151,40 @@ class Agent(ABC):
 
     @abstractmethod
     def reset(self, goal: Goal) -> None:
-        """Forget the last episode and take a new goal for each environment."""
+        """Start a new episode with a new goal for each environment."""
 
     @abstractmethod
     def act(self, observations: Observations) -> Float[Tensor, "B A"]:
         """Return one environment action for each environment, within bounds."""
 
     def act_by(self, deadline: float, observations: Observations) -> Float[Tensor, "B A"]:
-        """Return the best action found by `deadline`, in seconds of `time.monotonic`; by default what `act` returns."""
+        """Return the best action found by `deadline`, in seconds of `time.monotonic`; the default calls `act`."""
         return self.act(observations)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Narrow to these environments, given by their places in the last batch, in this order; see `narrows`."""
+        """Keep only the environments with these indices in the last batch, in this order; see `narrows`."""
         return
 
     def conclude(self, rows: Sequence[int], observations: Observations, outcomes: Sequence[str]) -> None:
-        """Learn how the episodes of some environments ended, by their places in the last batch, and what is seen there.
+        """Receive the last observations and the outcomes of episodes that ended; `rows` index the last batch.
 
-        An outcome is "reached", "limit broken", both with a comma between, or "not reached".
+        An outcome is "reached", "limit broken", both joined by a comma, or "not reached".
         """
         return
 
     @property
     def parts(self) -> Mapping[str, Any]:
-        """The `worldloom.agents.PlanningAgent` of each part that plans, by its name in an audit log; "" acts."""
+        """The `PlanningAgent` of each planning part, by its name in the audit log; "" chooses the actions."""
         return {}
 
     def explorer(self) -> Explorer:
-        """Return what explores other environments from now on for this agent's memory; see `explores`."""
+        """Return an explorer that explores other environments and fills this agent's memory; see `explores`."""
         raise NotImplementedError(f"{type(self).__name__} does not explore")
 
 
 @runtime_checkable
 class Metric(Protocol):
-    """How far latents are from goals, broadcast against each other; 0 at the goal."""
+    """The distance of latents from goals, broadcast against each other; 0 at the goal."""
 
     def __call__(self, latents: Float[Tensor, "*#axes D"], goal: Float[Tensor, "*#axes D"]) -> Float[Tensor, "..."]:
         """Return one distance for each latent."""
@@ -184,7 +193,7 @@ class Metric(Protocol):
 
 @runtime_checkable
 class Quantity(Protocol):
-    """Reads a named quantity off latents: a probe."""
+    """Predicts a physical quantity from latents, as a probe does."""
 
     def __call__(self, latents: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes L"]:
         """Return the quantity of each latent."""
@@ -196,13 +205,13 @@ class Area(Protocol):
     """A set of points: a region of `worldloom.guardrails`."""
 
     def depth(self, points: Float[Tensor, "*axes L"]) -> Float[Tensor, "*axes"]:
-        """Return how deep points lie inside, the Euclidean distance to the edge; negative outside."""
+        """Return the Euclidean distance of each point to the edge; positive inside, negative outside."""
         ...
 
 
 @runtime_checkable
 class Policy(Protocol):
-    """Chooses actions for data collection, without reward or goal."""
+    """A logging policy: chooses actions for data collection, without reward or goal."""
 
     def reset(self, generators: list[np.random.Generator]) -> None:
         """Start one episode for each generator."""

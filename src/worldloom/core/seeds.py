@@ -1,4 +1,4 @@
-"""Random numbers that depend on names, not on order: one root seed, a stream for each purpose."""
+"""Random streams that depend on names, not on the order of use: one root seed, and one stream for each purpose."""
 
 import hashlib
 from collections.abc import Iterator
@@ -15,18 +15,18 @@ def derive_seed(root: int, *names: str | int) -> int:
 
 
 def numpy_generator(root: int, *names: str | int) -> np.random.Generator:
-    """Return NumPy's generator for the stream `names` under `root`."""
+    """Return a NumPy generator for the stream `names` under `root`."""
     return np.random.default_rng(derive_seed(root, *names))
 
 
 def torch_generator(root: int, *names: str | int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return PyTorch's generator for the stream `names` under `root`, on `device`."""
+    """Return a PyTorch generator for the stream `names` under `root`, on `device`."""
     return torch.Generator(device=device).manual_seed(derive_seed(root, *names))
 
 
 @contextmanager
 def seeded_weights(root: int, *names: str | int) -> Iterator[None]:
-    """Within the block, PyTorch's own generator, which draws initial weights, follows the stream `names`."""
+    """Seed PyTorch's global CPU generator, which samples initial weights, from the stream `names` within the block."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(root, *names))
         yield

@@ -1,7 +1,7 @@
-"""Signatures of files (Ed25519): they show who signed a file and that it has not changed since.
+"""Signatures of files (Ed25519), which show who signed a file and that it has not changed since.
 
-A signature is a small JSON file beside the one it signs: the signer's public key and the signature of every byte. A
-secret key is a PEM file that only its owner may read; a public key is 64 hexadecimal digits and may be given to anyone.
+A signature is a JSON file beside the signed file. It contains the signer's public key and the signature of the file's
+content. A secret key is a PEM file that only its owner can read. A public key is 64 hexadecimal digits.
 """
 
 import os
@@ -14,7 +14,7 @@ from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import read_document, storage_errors, write_document
 
 _KIND = "worldloom signature"
-_LARGEST = 2**26  # bytes of a signed file: it is read whole before its signature is checked
+_LARGEST = 2**26  # bytes of a signed file, which is read into memory before its signature is checked
 
 
 class SigningKey:
@@ -22,7 +22,7 @@ class SigningKey:
 
     Raises:
         StorageError: the file cannot be read.
-        DataError: it holds no Ed25519 key.
+        DataError: the file does not contain an Ed25519 key.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -36,7 +36,7 @@ class SigningKey:
 
 
 def verified(content: bytes, signature_hex: str, public_hex: str) -> bool:
-    """Return whether the signature is the key's, of exactly this content; malformed signatures and keys give False."""
+    """Return whether the key signed exactly this content; False also if the signature or the key is malformed."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -50,10 +50,10 @@ def verified(content: bytes, signature_hex: str, public_hex: str) -> bool:
 
 
 def make_key(path: Path | str) -> str:
-    """Write a new secret key, readable by its owner alone, and return its public key.
+    """Write a new secret key, readable only by its owner, and return its public key.
 
     Raises:
-        StorageError: the file is there already, or cannot be written.
+        StorageError: the file already exists, or cannot be written.
     """
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -62,22 +62,32 @@ def make_key(path: Path | str) -> str:
     text = secret.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    with storage_errors(path):
-        try:
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            raise StorageError(f"{path} is there already; a key is never written over. Choose another path") from None
-        with os.fdopen(file, "wb") as opened:
-            opened.write(text)
+    write_key(path, text)
     return _public(secret)
 
 
+def write_key(path: Path | str, content: bytes, *, mode: int = 0o600) -> None:
+    """Create a file with permissions `mode` from the start, so that no other user can open a secret.
+
+    Raises:
+        StorageError: the file already exists, or cannot be written.
+    """
+    with storage_errors(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        except FileExistsError:
+            raise StorageError(f"{path} already exists; keys are never overwritten. Choose another path") from None
+        with os.fdopen(file, "wb") as opened:
+            opened.write(content)
+
+
 def sign_file(path: Path | str, key: Path | str) -> Path:
-    """Sign a file as it is now, and return where the signature is kept.
+    """Sign the current content of a file, and return the path of the signature.
 
     Raises:
         StorageError: a file cannot be read or written.
-        DataError: the key is no Ed25519 key.
+        DataError: the key is not an Ed25519 key.
     """
     signer, content = SigningKey(key), _read(path)
     signature = signature_path(path)
@@ -86,37 +96,38 @@ def sign_file(path: Path | str, key: Path | str) -> Path:
 
 
 def signature_path(path: Path | str) -> Path:
-    """Return where the signature of a file is kept."""
+    """Return the path of a file's signature."""
     return Path(path).with_name(f"{Path(path).name}.sig")
 
 
 def read_signed(path: Path | str, trusted: Collection[str]) -> tuple[bytes, str]:
-    """Return the content of a file and the public key of its signer, one of those trusted.
+    """Return the content of a file and the public key of its signer, which must be one of `trusted`.
 
-    What is returned is what was verified: the file is read once.
+    The file is read only once, so the returned content is the verified content.
 
     Raises:
         StorageError: the file or its signature is missing.
-        DataError: the signature is not of this content, or of a key that is not trusted.
+        DataError: the signature does not match the content, or its key is not trusted.
     """
     where = signature_path(path)
     if not where.is_file():
-        raise StorageError(f"{path} is not signed: there is no {where.name} beside it. Have its owner sign it")
+        raise StorageError(f"{path} is not signed: {where.name} does not exist beside it. Ask its owner to sign it")
     content, values = _read(path), read_document(where, _KIND)
     try:
         key, signature = values["key"], values["signature"]
         if not _is_hex(key, 32) or not _is_hex(signature, 64):
-            raise ValueError("its key has 64 hexadecimal digits, and its signature 128")
+            raise ValueError("expected a key of 64 hexadecimal digits and a signature of 128")
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{where} is no signature ({error}); have the owner of {path} sign it again") from None
+        raise DataError(f"{where} is not a signature ({error}); ask the owner of {path} to sign it again") from None
     if not verified(content, signature, key):
         raise DataError(
-            f"{path} is not what {key[:16]}... signed: it was changed, or the signature is another file's. Ask its "
-            f"owner for both files again"
+            f"{path} does not match the signature of {key[:16]}...: one of the two files was changed or replaced. "
+            f"Ask the owner for both again"
         )
     if key.lower() not in {known.strip().lower() for known in trusted}:
         raise DataError(
-            f"{path} is signed by {key}, whom you do not trust; name the key as trusted if it is its owner's"
+            f"{path} is signed by {key}, which is not a trusted key; if it is the owner's key, add it to the trusted "
+            f"keys"
         )
     return content, key.lower()
 
@@ -141,9 +152,9 @@ def _secret(path: Path | str) -> Any:
     try:
         secret = load_pem_private_key(_read(path), password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise DataError(f"{path} is no secret key ({error}); make one with worldloom rules key") from None
+        raise DataError(f"{path} is not a secret key ({error}); create one with 'worldloom rules key'") from None
     if not isinstance(secret, Ed25519PrivateKey):
-        raise DataError(f"{path} is a key of another kind; expected Ed25519. Make one with worldloom rules key")
+        raise DataError(f"{path} is not an Ed25519 key; create one with 'worldloom rules key'")
     return secret
 
 

@@ -1,10 +1,10 @@
-"""The value objects that travel between folders.
+"""The value objects that packages exchange.
 
 Axes: B batch (environments), S candidates, K context frames, T future steps, A action block, D latent,
 N frames, H W C height, width and channels. Pixels are unsigned bytes with channels last, everywhere.
 
-A *step* of the environment and a *block* differ: a block is `ModelSpec.block` consecutive actions,
-concatenated, and one step of the model. `actions[t]` leaves frame t.
+A *block* is `ModelSpec.block` consecutive environment actions, concatenated; it is one step of the model.
+`actions[t]` is the action between frame t and frame t + 1.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,10 +23,10 @@ BatchedT = TypeVar("BatchedT", bound="Batched")
 
 
 class Batched:
-    """Base of a frozen dataclass whose tensors share their leading axes: `value[rows]` selects from all of them.
+    """Base class of frozen dataclasses whose tensors share their leading axes; `value[rows]` indexes all of them.
 
-    Tensors are found wherever they lie: in a field, a tuple, a mapping or another `Batched`. Other values, and the
-    fields named in `whole`, belong to the batch as a whole and stay as they are.
+    Tensors are indexed in fields, tuples, mappings and other `Batched` values. Other values, and the fields named in
+    `whole`, belong to the whole batch and do not change.
     """
 
     whole: ClassVar[frozenset[str]] = frozenset()
@@ -40,7 +40,7 @@ class Batched:
         )
 
     def __getitem__(self: BatchedT, rows: Any) -> BatchedT:
-        """Return the value for these rows: a place, places, a slice or a mask."""
+        """Return the value for these rows: an index, several indices, a slice or a mask."""
         return self.map(lambda tensor: tensor[rows])
 
     def to(self: BatchedT, device: torch.device | str) -> BatchedT:
@@ -62,14 +62,14 @@ def _mapped(part: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ObservationSpec:
-    """What one observation holds: pixels of shape (H, W, C), a vector of this size, or both."""
+    """The shape of one observation: pixels (H, W, C), a vector of this size, or both."""
 
     pixels: tuple[int, int, int] | None = None
     vector: int = 0
 
     def __post_init__(self) -> None:
         if self.pixels is None and self.vector == 0:
-            raise DataError("an observation holds neither pixels nor a vector; expected at least one of them")
+            raise DataError("an observation has neither pixels nor a vector; expected at least one of them")
         if self.vector < 0 or (self.pixels is not None and (len(self.pixels) != 3 or min(self.pixels) < 1)):
             raise DataError(
                 f"expected pixels of shape (H, W, C) and a vector of 0 or more values; got pixels {self.pixels} and "
@@ -78,24 +78,24 @@ class ObservationSpec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ObservationSpec":
-        """Read what `dataclasses.asdict` gave, after JSON."""
+        """Return the specification from the JSON form of its `dataclasses.asdict`."""
         pixels = values["pixels"]
         return cls(pixels=None if pixels is None else (pixels[0], pixels[1], pixels[2]), vector=values["vector"])
 
     def check(self, observations: "Observations") -> None:
-        """Raise `DataError` where observations are not of this kind."""
+        """Raise `DataError` if the observations do not have this shape."""
         pixels = None if observations.pixels is None else tuple(observations.pixels.shape[-3:])
         vector = 0 if observations.vector is None else observations.vector.shape[-1]
         if pixels != self.pixels or vector != self.vector:
             raise DataError(
-                f"the model takes pixels {self.pixels} and a vector of {self.vector}; got pixels {pixels} and a vector "
-                f"of {vector}. Use the model with the kind of data that it was trained on"
+                f"the model expects pixels {self.pixels} and a vector of {self.vector} values; got pixels {pixels} and "
+                f"a vector of {vector}. Use data with the shapes that the model was trained on"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActionSpec:
-    """Bounds of one environment action; `discrete` marks one-hot scores of a choice, taken by argmax."""
+    """The bounds of one environment action. If `discrete`, its values are scores and the argmax is the choice."""
 
     low: tuple[float, ...]
     high: tuple[float, ...]
@@ -115,7 +115,7 @@ class ActionSpec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ActionSpec":
-        """Read what `dataclasses.asdict` gave, after JSON."""
+        """Return the specification from the JSON form of its `dataclasses.asdict`."""
         return cls(low=tuple(values["low"]), high=tuple(values["high"]), discrete=bool(values["discrete"]))
 
     @property
@@ -127,7 +127,7 @@ class ActionSpec:
         """Return one action within the bounds, as float32.
 
         Raises:
-            DataError: it has another size, or is not finite.
+            DataError: the action has a different size, or is not finite.
         """
         values = np.asarray(action, np.float32).reshape(-1)
         if values.size != self.size or not np.isfinite(values).all():
@@ -138,10 +138,10 @@ class ActionSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """What a world model takes and gives.
+    """The shapes of a world model's inputs and outputs.
 
-    `block` environment actions make one model step; `context` frames, one block apart, make its state;
-    `fingerprint` names the weights, so that latents of another model are recognised.
+    One model step is `block` environment actions. The model's state is `context` frames, one block apart.
+    `fingerprint` identifies the weights, so that latents of another model can be rejected.
     """
 
     observation: ObservationSpec
@@ -183,13 +183,13 @@ class Observations(Batched):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Episode:
-    """One unbroken stretch of experience: N = T+1 frames and T actions, and no reward.
+    """One uninterrupted sequence of N = T+1 frames and T actions, without rewards.
 
-    `labels` are named columns that an agent never sees (simulator state, for probes and scores);
-    `metadata` is JSON: the seed, the policy, the factors of variation.
+    `labels` are named columns of simulator state, for probes and scores; agents never receive them.
+    `metadata` is JSON: the seed, the policy and the factors of variation.
 
     Raises:
-        DataError: frames and actions do not fit, a dtype is wrong, or a value is not finite.
+        DataError: the numbers of frames and actions do not match, a dtype is wrong, or a value is not finite.
     """
 
     pixels: np.ndarray | None = None  # uint8 (N, H, W, C)
@@ -200,7 +200,7 @@ class Episode:
 
     def __post_init__(self) -> None:
         if self.pixels is None and self.vector is None:
-            raise DataError("an episode holds neither pixels nor vectors; expected at least one of them")
+            raise DataError("an episode has neither pixels nor vectors; expected at least one of them")
         self._expect("actions", self.actions, np.float32, 2)
         frames = len(self.actions) + 1
         if frames < 2:
@@ -216,8 +216,8 @@ class Episode:
             self._expect(name, column, dtype, axes)
             if len(column) != frames:
                 raise DataError(
-                    f"{name} has {len(column)} frames and there are {len(self.actions)} actions; "
-                    f"expected one action fewer than frames"
+                    f"{name} has {len(column)} frames for {len(self.actions)} actions; expected one action fewer than "
+                    f"frames. Repair or drop the episode"
                 )
 
     @staticmethod
@@ -241,7 +241,7 @@ class Episode:
 
 @dataclass(frozen=True, kw_only=True)
 class Windows(Batched):
-    """A batch of training windows: K context frames and T future ones, one block apart.
+    """A batch of training windows, each of K context frames and T future frames, one block apart.
 
     `actions[:, i]` is the block that leads from frame i to frame i + 1.
     """
@@ -253,10 +253,10 @@ class Windows(Batched):
 
 @dataclass(frozen=True, kw_only=True)
 class Context(Batched):
-    """What a world model knows before it predicts: K encoded frames and the blocks between them.
+    """The input of a prediction: K encoded frames and the action blocks between them.
 
-    `taken` is the environment action that led to the last frame, for limits on how fast actions change; None where it
-    is not known, as at the start of an episode.
+    `taken` is the environment action that led to the last frame, for limits on the rate of change of actions. It is
+    None if that action is unknown, for example at the start of an episode.
     """
 
     latents: Float[Tensor, "B K D"]
@@ -271,7 +271,7 @@ class Context(Batched):
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts(Batched):
-    """Predicted futures: one rollout, from which costs are computed together. The future only."""
+    """The predicted futures of S candidate action sequences, without the context frames."""
 
     context: Context
     actions: Float[Tensor, "B S T A"]
@@ -280,7 +280,7 @@ class Rollouts(Batched):
 
 @dataclass(frozen=True, kw_only=True)
 class Goal(Batched):
-    """What is to be reached, for each of B environments: an observation of it."""
+    """The goal of each of B environments, as an observation."""
 
     observations: Observations  # axes (B,)
 
@@ -312,14 +312,14 @@ class ActionBounds:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Batched):
-    """The chosen actions for each environment, what they are predicted to cause, and at what cost.
+    """The chosen actions for each environment, the predicted latents and the cost.
 
     Attributes:
-        violations: by how much the best plan found breaks each guardrail, by its name, at each step; a guardrail holds
-            where none is above 0. Where one does not hold, an agent puts the actions of its fallback in the plan's
-            place; the violations stay those of the plan that it refused.
-        cut_short: whether the deadline ended the search; these are then the best actions found until then.
-        rollouts: how many candidates the search rolled out.
+        violations: the violation of each guardrail at each step of the best plan found, by name. A guardrail is
+            satisfied if all its violations are 0 or less. If one is not satisfied, an agent replaces the actions by
+            those of its fallback; the violations remain those of the rejected plan.
+        cut_short: whether the deadline ended the search; the plan is then the best one found by the deadline.
+        rollouts: the number of candidates that the search rolled out.
     """
 
     actions: Float[Tensor, "B T A"]
@@ -331,7 +331,7 @@ class Plan(Batched):
 
     @cached_property
     def feasible(self) -> Bool[Tensor, "B"]:
-        """Whether every guardrail is predicted to hold, for each environment."""
+        """Whether the plan is predicted to satisfy every guardrail, for each environment."""
         holds = torch.ones_like(self.cost, dtype=torch.bool)
         for violation in self.violations.values():
             holds &= (violation <= 0).all(dim=1)
@@ -339,5 +339,5 @@ class Plan(Batched):
 
     @cached_property
     def refused(self) -> tuple[int, ...]:
-        """The environments, by their places, for which the best plan found breaks a guardrail."""
+        """The indices of the environments for which the best plan found breaks a guardrail."""
         return tuple(torch.nonzero(~self.feasible).flatten().tolist())

@@ -1,4 +1,4 @@
-"""Configurations written by hand: YAML, read as plain values, with the line of every mistake."""
+"""Configurations in YAML, read as plain values. An error message gives the line of every mistake."""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +9,7 @@ from worldloom.core.config import Config, explain
 from worldloom.core.errors import ConfigError
 from worldloom.core.files import storage_errors
 
-_LARGEST = 2**20  # bytes: far more than anyone writes by hand
+_LARGEST = 2**20  # bytes, far more than a configuration written by hand
 _DEEPEST = 64
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -20,7 +20,7 @@ def read_yaml(path: Path | str, kind: type[ConfigT]) -> ConfigT:
     """Read a configuration from a file; see `parse_yaml`.
 
     Raises:
-        StorageError: it cannot be read.
+        StorageError: the file cannot be read.
         ConfigError: see `parse_yaml`.
     """
     with storage_errors(path), Path(path).open("rb") as file:
@@ -29,13 +29,13 @@ def read_yaml(path: Path | str, kind: type[ConfigT]) -> ConfigT:
 
 
 def parse_yaml(text: str | bytes, kind: type[ConfigT], *, source: str = "the text") -> ConfigT:
-    """Build a configuration from YAML, which is UTF-8 where it is bytes.
+    """Build a configuration from YAML; bytes are decoded as UTF-8.
 
     Only plain values are read. Tags (which can construct objects), anchors (which can expand a small text enormously)
-    and duplicate keys are refused.
+    and duplicate keys are rejected.
 
     Raises:
-        ConfigError: names the line of each mistake, what was expected and what came.
+        ConfigError: the text is not valid; the message gives each line, what was expected and what was found.
     """
     values, lines = _load(text, source)
     try:
@@ -52,7 +52,9 @@ def _load(text: str | bytes, source: str) -> tuple[dict[str, Any], dict[Place, i
 
     content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if len(content) > _LARGEST:
-        raise ConfigError(f"{source} is larger than {_LARGEST} bytes; expected what a person writes")
+        raise ConfigError(
+            f"{source} is larger than {_LARGEST} bytes, the limit for a configuration; check the path, or shorten it"
+        )
     try:
         text = text if isinstance(text, str) else content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -65,15 +67,17 @@ def _load(text: str | bytes, source: str) -> tuple[dict[str, Any], dict[Place, i
             if depth > _DEEPEST:
                 raise ConfigError(f"{source}, line {line}: nested too deeply; expected at most {_DEEPEST} levels")
             if getattr(event, "anchor", None) or getattr(event, "tag", None):
-                raise ConfigError(f"{source}, line {line}: anchors, aliases and tags are not read; write the value out")
+                raise ConfigError(f"{source}, line {line}: anchors, aliases and tags are not allowed; write the value")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{source}{where} is no YAML: {getattr(error, 'problem', None) or error}") from None
+        raise ConfigError(f"{source}{where} is not valid YAML: {getattr(error, 'problem', None) or error}") from None
     lines: dict[Place, int] = {(): 1}
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{source}: expected keys and values; got {'nothing' if node is None else node.id}")
+        raise ConfigError(
+            f"{source}: expected a mapping of keys and values; got {'nothing' if node is None else node.id}"
+        )
     return _values(node, (), lines, source), lines
 
 
@@ -89,22 +93,22 @@ def _values(node: Any, place: Place, lines: dict[Place, int], source: str) -> An
             return yaml.SafeLoader("").construct_object(node)
         except (yaml.YAMLError, ValueError, OverflowError) as error:
             raise ConfigError(
-                f"{source}, line {node.start_mark.line + 1}: {node.value!r} is no value: {error}"
+                f"{source}, line {node.start_mark.line + 1}: {node.value!r} is not a valid value: {error}"
             ) from None
     found: dict[str, Any] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
-            raise ConfigError(f"{source}, line {line}: a key is a word; got a {key.id}")
+            raise ConfigError(f"{source}, line {line}: a key must be plain text; got a {key.id}")
         if key.value in found:
-            raise ConfigError(f"{source}, line {line}: the key {key.value!r} stands twice; keep one")
+            raise ConfigError(f"{source}, line {line}: the key {key.value!r} appears twice; remove one")
         lines[(*place, key.value)] = line
         found[key.value] = _values(value, (*place, key.value), lines, source)
     return found
 
 
 def _line(lines: dict[Place, int], place: Place) -> int:
-    """Return the line of a path, or of the longest part of it that was written."""
+    """Return the line of a path, or of the longest part of the path that is in the text."""
     while place not in lines:
         place = place[:-1]
     return lines[place]

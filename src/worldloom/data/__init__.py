@@ -1,4 +1,4 @@
-"""Episodes: collecting, storing, inspecting, and drawing training windows."""
+"""Episodes: collection, storage, inspection, and sampling of training windows."""
 
 from worldloom.data.cache import load_cache
 from worldloom.data.collection import collect, episode_seed, policy_generator

@@ -1,4 +1,4 @@
-"""All frames of a dataset, decoded before training starts."""
+"""A cache of all frames of a dataset, decoded before training starts."""
 
 import logging
 from collections.abc import Iterator
@@ -23,14 +23,14 @@ _log = logging.getLogger(__name__)
 def load_cache(
     dataset: EpisodeDataset, mode: Mode = "auto", *, directory: Path | None = None, progress: Progress = SILENT
 ) -> Frames:
-    """Decode a dataset into memory ("ram") or into a file that is mapped ("mmap").
+    """Decode a dataset into memory ("ram") or into a memory-mapped file ("mmap").
 
-    "auto" uses memory if the frames fill less than a quarter of the available memory and no other process of torchrun
-    on this machine needs them. The file is in `directory` (default: PATH.cache beside the dataset) and named by the
-    dataset's fingerprint; the next call uses it again, and it may be deleted at any time.
+    "auto" uses memory if the frames need less than a quarter of the available memory and torchrun runs no other
+    process on this machine. The file is in `directory` (default: PATH.cache beside the dataset) and is named after the
+    dataset's fingerprint. Later calls reuse the file; you can delete it at any time.
 
     Raises:
-        DataError: a file of the dataset is missing, cut or does not decode.
+        DataError: a file of the dataset is missing, truncated or does not decode.
         StorageError: the disk is full.
     """
     fingerprint = dataset.fingerprint()
@@ -40,9 +40,11 @@ def load_cache(
         shape = (dataset.frames, *dataset.spec.observation.pixels)
         size = int(np.prod(shape))
         if mode == "auto":
-            alone = on_this_machine() == 1  # several processes map one file instead of decoding once each
+            alone = (
+                on_this_machine() == 1
+            )  # several processes share one mapped file, so that the frames are decoded once
             mode = "ram" if alone and size < psutil.virtual_memory().available / 4 else "mmap"
-        if mode == "ram" or size == 0:  # no file of no bytes can be mapped
+        if mode == "ram" or size == 0:  # an empty file cannot be mapped
             pixels = np.empty(shape, np.uint8)
             for _ in _decode(dataset, progress, pixels):
                 pass
@@ -71,7 +73,7 @@ def _decode(
 
 
 def _write_frames(dataset: EpisodeDataset, path: Path, size: int, progress: Progress) -> None:
-    """Write all decoded frames, unless a file of their size is there."""
+    """Write all decoded frames, unless a file of the right size exists."""
     if path.exists() and path.stat().st_size == size:
         _log.info("using the decoded frames in %s", path)
         return
@@ -92,7 +94,7 @@ def _default_directory(dataset: EpisodeDataset) -> Path:
     path = str(dataset.path)
     if "://" in path:
         raise DataError(
-            f"the frames of {path} do not fit into memory, and remote storage has no place for a cache; pass a "
-            f"directory, or stream them (data.mode=stream)"
+            f"the frames of {path} do not fit into memory, and remote storage has no default cache directory; pass "
+            f"a directory, or stream the frames (data.mode=stream)"
         )
     return Path(f"{path.rstrip('/')}.cache")

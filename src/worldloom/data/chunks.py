@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +19,17 @@ _log = logging.getLogger(__name__)
 
 _MAGIC = b"wlchunk1"
 _HEADER = len(_MAGIC) + 16  # the magic, then blake2b of the content
-_STALE_SECONDS = 3600.0  # a temporary file older than this was left by a killed process
-_LOOK = 64  # chunks that a process writes before it counts what others wrote; until then the budget may be exceeded
+_STALE_SECONDS = 3600.0  # temporary files older than this were left by a killed process
+_LOOK = 64  # chunks written between two scans for chunks of other processes; meanwhile the budget may be exceeded
 _TOUCH_SECONDS = 60.0  # resolution of the time of last use
 
 
 class ChunkCache:
-    """Chunks of one dataset in `directory`/`name`, where all datasets share `budget` bytes.
+    """A cache of one dataset's chunks in `directory`/`name`; all datasets in `directory` share `budget` bytes.
 
-    A file appears atomically and is checked when a process first opens it; a damaged one is deleted and fetched again.
-    The least recently used chunks of all datasets are deleted first. Several processes may share the directory, and it
-    may be deleted at any time.
+    Files are written atomically and checked when a process first opens them; a damaged file is deleted and fetched
+    again. The least recently used chunks of all datasets are deleted first. Several processes can share the directory,
+    and you can delete it at any time.
 
     Raises:
         StorageError: the directory cannot be created.
@@ -39,7 +40,7 @@ class ChunkCache:
         self._folder = directory / name
         with storage_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-        self._checked: dict[int, tuple[int, float]] = {}  # chunk: inode, when its use was last noted
+        self._checked: dict[int, tuple[int, float]] = {}  # chunk: inode, time at which its use was last recorded
         self._total, self._since = 0, 0
         self._writing = threading.Lock()
         self.evict()
@@ -56,54 +57,44 @@ class ChunkCache:
     ) -> bool:
         """Read rows of a chunk of `length` rows of `size` bytes into `out`; False if it is missing or damaged."""
         try:
-            descriptor = os.open(self.path(chunk), os.O_RDONLY)
+            with self.path(chunk).open("rb", buffering=0) as file:
+                return self._whole(chunk, file, size * length) and all(
+                    os.preadv(file.fileno(), [out[index].data], _HEADER + int(row) * size) == size
+                    for index, row in enumerate(rows)
+                )
         except FileNotFoundError:
             self._checked.pop(chunk, None)
-            return False
         except OSError as error:
-            _log.warning("the cached chunk %s cannot be opened (%s); it is read again", self.path(chunk), error)
-            return False
-        try:
-            if not self._whole(chunk, descriptor, size * length):
-                return False
-            for index, row in enumerate(rows):
-                if os.preadv(descriptor, [out[index].data], _HEADER + int(row) * size) != size:
-                    return False
-        except OSError as error:
-            _log.warning("the cached chunk %s cannot be read (%s); it is read again", self.path(chunk), error)
-            return False
-        finally:
-            os.close(descriptor)
-        return True
+            _log.warning("the cached chunk %s cannot be read (%s); fetching it again", self.path(chunk), error)
+        return False
 
-    def _whole(self, chunk: int, descriptor: int, size: int) -> bool:
-        now, inode = time.monotonic(), os.fstat(descriptor).st_ino
+    def _whole(self, chunk: int, file: FileIO, size: int) -> bool:
+        now, inode = time.monotonic(), os.fstat(file.fileno()).st_ino
         known, noted = self._checked.get(chunk, (-1, -_TOUCH_SECONDS))
         if known != inode:
-            with os.fdopen(descriptor, "rb", closefd=False) as file:
-                content = file.read()
+            content = file.read()
             digest = hashlib.blake2b(memoryview(content)[_HEADER:], digest_size=16).digest()
             if len(content) != _HEADER + size or content[:_HEADER] != _MAGIC + digest:
-                _log.warning("the cached chunk %s is damaged; it is read from storage again", self.path(chunk))
+                _log.warning("the cached chunk %s is damaged; fetching it again", self.path(chunk))
                 self.path(chunk).unlink(missing_ok=True)
                 return False
         if known != inode or now - noted >= _TOUCH_SECONDS:
-            with suppress(OSError):  # deleted by another process meanwhile: the open file still reads
+            with suppress(OSError):  # if another process deletes the file, the open descriptor still works
                 os.utime(self.path(chunk))
             self._checked[chunk] = inode, now
         return True
 
     def write(self, chunk: int, content: UInt8[np.ndarray, "bytes"]) -> None:
-        """Store a chunk, deleting others if the budget requires it.
+        """Store a chunk, and delete others if the budget requires it.
 
         Raises:
-            StorageError: the disk is full or cannot be written; nothing of the chunk is stored.
+            StorageError: the disk is full or cannot be written; the chunk is not stored.
         """
         path = self.path(chunk)
         if len(content) + _HEADER > self.budget:
             return
         digest = hashlib.blake2b(content.data, digest_size=16).digest()
-        with self._writing, storage_errors(path):  # locked, so that what another thread is about to write is counted
+        with self._writing, storage_errors(path):  # locked, so that chunks of other threads are counted
             self._total += len(content) + _HEADER
             self._since += 1
             if self._total > self.budget or self._since >= _LOOK:
@@ -115,13 +106,13 @@ class ChunkCache:
                 with os.fdopen(descriptor, "wb") as file:
                     file.write(_MAGIC + digest)
                     file.write(content.data)
-                # Without a flush to the disk: a file that a power cut tears does not match its digest.
+                # No flush to the disk: a file that a power cut damages does not match its digest.
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
 
     def evict(self, room: int = 0) -> None:
-        """Delete the least recently used chunks until `room` more bytes fit, and files of killed processes."""
+        """Delete the least recently used chunks until `room` more bytes fit, and files left by killed processes."""
         with exclusive_lock(self.directory / ".lock", None):
             found, total = [], room
             for file in self.directory.glob("*/*"):
@@ -133,7 +124,7 @@ class ChunkCache:
                     elif file.suffix == ".tmp" and time.time() - stat.st_mtime > _STALE_SECONDS:
                         file.unlink()
             found.sort()
-            # Delete an eighth more than needed, so that not every chunk costs a scan of the directory.
+            # Delete an eighth of the budget more than needed, so that not every chunk causes a directory scan.
             goal = self.budget - self.budget // 8 if total > self.budget else self.budget
             for _, size, file in found:
                 if total <= goal:

@@ -1,8 +1,7 @@
-"""Reward-free logs from any Gymnasium environment, in batches that are committed whole.
+"""Collection of reward-free logs from any Gymnasium environment, in batches that are committed atomically.
 
-Episode i depends on (arguments, i) alone: its environment is reset with a seed, and its policy draws from a
-generator, both derived from the root seed and i. The content therefore depends on neither the number of environments
-nor on interruptions.
+Episode i depends only on the arguments and i: the environment's seed and the policy's random generator are derived from
+the root seed and i. The content therefore does not depend on the number of environments or on interruptions.
 """
 
 import json
@@ -31,12 +30,12 @@ _log = logging.getLogger(__name__)
 
 
 def episode_seed(seed: int, episode: int) -> int:
-    """Return the seed with which `collect` resets the environment of an episode."""
-    return derive_seed(seed, "episode", episode) % 2**31  # many environments take no more than 32 bits
+    """Return the environment seed that `collect` uses for an episode."""
+    return derive_seed(seed, "episode", episode) % 2**31  # many environments accept at most 32 bits
 
 
 def policy_generator(seed: int, episode: int) -> np.random.Generator:
-    """Return the generator from which the policy of an episode draws."""
+    """Return the random generator that the policy uses in an episode."""
     return numpy_generator(seed, "policy", episode)
 
 
@@ -55,21 +54,22 @@ def collect(
     storage_options: dict[str, str] | None = None,
     progress: Progress = SILENT,
 ) -> EpisodeDataset:
-    """Collect episodes of at most `steps` steps until there are `episodes`; a partial dataset is completed.
+    """Collect episodes of at most `steps` steps until the dataset has `episodes` episodes.
 
-    A dataset that holds more is left as it is, with a warning.
-    `labels` names the info columns to keep (None: the numeric ones of at most 256 values that are always there).
-    Every `num_envs` episodes are one commit.
+    An existing dataset with fewer episodes is completed. One with more is returned unchanged, with a warning.
+    `labels` are the info columns to keep; None keeps every numeric column of at most 256 values that is present in all
+    steps. Each batch of `num_envs` episodes is one commit.
 
     Raises:
-        DataError: the dataset was collected with other arguments, a label is not there, or an action of the
-            policy is out of bounds.
-        EnvironmentFailure: the environment raised, or returned what is not finite. The frames before are saved as
-            shorter episodes with `truncated_by` in their metadata; so they are on Ctrl-C.
-        StorageError: the disk is full; what was committed is kept.
+        ConfigError: `episodes`, `steps` or `num_envs` is below 1, or `policy` is unknown.
+        DataError: the dataset was collected with different arguments, a label is missing, or the policy raised or
+            returned an action out of bounds.
+        EnvironmentFailure: the environment raised, or returned values that are not finite. The frames before that, as
+            on Ctrl-C, are saved as shorter episodes with `truncated_by` in their metadata.
+        StorageError: the disk is full; committed episodes are kept.
     """
     if min(episodes, steps, num_envs) < 1:
-        raise ConfigError(f"expected at least 1 of each; got episodes={episodes}, steps={steps}, num_envs={num_envs}")
+        raise ConfigError(f"expected values of at least 1; got episodes={episodes}, steps={steps}, num_envs={num_envs}")
     factory = POLICIES[policy]
     kwargs, options = dict(env_kwargs or {}), dict(policy_options or {})
     source = {"id": env_id, "kwargs": kwargs, "policy": policy, "policy_options": options, "seed": seed}
@@ -79,11 +79,11 @@ def collect(
     done = 0 if dataset is None else len(dataset)
     if dataset is not None and done >= episodes:
         if done > episodes:
-            _log.warning("%s holds %d episodes, %d were asked for: all are taken", path, done, episodes)
+            _log.warning("%s has %d episodes, more than the requested %d; using all of them", path, done, episodes)
         return dataset
     with ExitStack() as stack:
         task = stack.enter_context(progress.task("collect", (episodes - done) * (steps + 1), "frames"))
-        # Writes while the next batch is recorded. Leaving the block, by Ctrl-C too, waits for pending writes.
+        # Writes a batch while the next one is recorded. The end of the block, also by Ctrl-C, waits for pending writes.
         writer = stack.enter_context(ThreadPoolExecutor(1))
         written: Future[EpisodeDataset] | None = None
         worlds: dict[int, tuple[VectorWorld, Policy]] = {}  # by size: the last batch may be smaller
@@ -132,20 +132,18 @@ def _resume(
     except MissingDataset:
         if "://" not in str(path) and any(Path(path).glob("data/*.lance")):
             raise DataError(
-                f"{path} holds frames but not the versions that name them; restore its _versions folder from a copy, "
-                f"or choose another path"
+                f"{path} has data files but no _versions folder; restore that folder from a copy, or choose another "
+                f"path"
             ) from None
         return None
     there = dataset.spec.environment
     differences = [
-        f"{key} is {there.get(key)!r} there and {value!r} here"
-        for key, value in source.items()
-        if there.get(key) != value
+        f"{key} was {there.get(key)!r}, is {value!r}" for key, value in source.items() if there.get(key) != value
     ]
     if differences:
         raise DataError(
-            f"{path} was collected with other arguments: {'; '.join(differences)}. Give the same ones to complete it, "
-            f"or another path"
+            f"{path} was collected with different arguments: {'; '.join(differences)}. Use the old arguments to "
+            f"complete it, or choose another path"
         )
     return dataset
 
@@ -157,7 +155,7 @@ def _commit(
     episodes: list[Episode],
     storage_options: dict[str, str] | None,
 ) -> EpisodeDataset:
-    """Append to the dataset as `before` leaves it; if that failed this fails too, so that there is no gap."""
+    """Append to the dataset after `before` has finished. Fails if `before` failed, so that no episodes are missing."""
     dataset = before.result() if isinstance(before, Future) else before
     if dataset is None:
         dataset = EpisodeDataset.create(path, spec, storage_options=storage_options)
@@ -172,6 +170,6 @@ def _with_remedy(
     if not recorded:
         return EnvironmentFailure(f"{failure}. Repair the environment, then run the same command again")
     return EnvironmentFailure(
-        f"{failure}. The frames before that are kept in {path} (episodes {first} to {first + len(recorded) - 1}, cut "
-        f"short); repair the environment, then run the same command again to go on with the next"
+        f"{failure}. The frames before that are in {path} (episodes {first} to {first + len(recorded) - 1}, "
+        f"truncated). Repair the environment, then run the same command again to continue with the next episode"
     )

@@ -1,4 +1,4 @@
-"""An aimless arm: it fumbles about an object whose place it sees, grips it at times, and carries it anywhere."""
+"""A logging policy for an arm: random moves near an object, with occasional grasps, without any goal."""
 
 from dataclasses import dataclass
 
@@ -12,13 +12,13 @@ from worldloom.core.types import ActionSpec, Observations
 from worldloom.data.policies import register_policy
 
 _AXES = 5  # x, y, z, yaw, gripper
-_OVER = 0.015  # m; nearer than this, the gripper is over the block, or at the table
-_ABOVE = 0.1  # m; fingers pass over the block
+_OVER = 0.015  # m; tolerance for "above the block" and "at the table"
+_ABOVE = 0.1  # m; height at which the fingers clear the block
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Bout:
-    """What the arm does for a while; `place` is relative to the block unless `free`."""
+    """The target of a random number of steps; `place` is relative to the block unless `free`."""
 
     place: Float64[np.ndarray, "2"]
     height: float
@@ -29,47 +29,48 @@ class _Bout:
 
 
 class CubeWalkOptions(Config):
-    """How the arm fumbles; the defaults are OGBench's cube, lengths in metres.
+    """Options of the policy "cube-walk", with lengths in metres. The defaults are for OGBench's cube.
 
-    `effector` and `block` are where their places (x, y, z) begin in the vector that is seen, `scale` its units to
-    the metre and `origin` what it counts from. `reach` is how far an action of 1 goes.
+    `effector` and `block` are the indices at which their positions (x, y, z) start in the observation vector. `scale`
+    is the vector's units per metre and `origin` its origin. `reach` is the distance of an action of 1.
     """
 
     effector: int = Field(default=12, ge=0)
     block: int = Field(default=19, ge=0)
     scale: float = Field(default=10.0, gt=0)
     origin: tuple[float, float, float] = (0.425, 0.0, 0.0)
-    low: tuple[float, float, float] = (0.35, -0.25, 0.02)  # where it pushes and carries; beyond, blocks get lost
+    low: tuple[float, float, float] = (0.35, -0.25, 0.02)  # bounds of the targets; outside, blocks get lost
     high: tuple[float, float, float] = (0.52, 0.25, 0.15)
     reach: float = Field(default=0.05, gt=0)
 
-    grasp: float = Field(default=0.5, ge=0, le=1)  # share of bouts over the block, the gripper closing at the table
-    elsewhere: float = Field(default=0.4, ge=0, le=1)  # share that go anywhere, with what the gripper holds
-    spread: float = Field(default=0.04, gt=0)  # standard deviation of the places about the block, along x and y
+    grasp: float = Field(default=0.5, ge=0, le=1)  # share of bouts that grasp the block
+    elsewhere: float = Field(default=0.4, ge=0, le=1)  # share of bouts to a random place, gripper unchanged
+    spread: float = Field(default=0.04, gt=0)  # standard deviation of targets near the block, along x and y
     patience: float = Field(default=10.0, ge=1)  # mean number of steps of a bout
-    gain: float = Field(default=0.7, gt=0)  # share of the way that is left, for each step
-    noise: float = Field(default=0.2, ge=0)  # standard deviation of each action, in shares of the largest
+    gain: float = Field(default=0.7, gt=0)  # share of the remaining distance that one step covers
+    noise: float = Field(default=0.2, ge=0)  # standard deviation, as a share of the largest action
 
     @model_validator(mode="after")
     def _shares(self) -> "CubeWalkOptions":
         if self.grasp + self.elsewhere > 1:
-            raise ValueError(f"grasp {self.grasp} and elsewhere {self.elsewhere} are more than 1 together")
+            raise ValueError(f"'grasp' plus 'elsewhere' must be at most 1; got {self.grasp} and {self.elsewhere}")
         return self
 
 
 @register_policy("cube-walk", CubeWalkOptions)
 class CubeWalk:
-    """Fumbles in bouts of random length: about the block, over it to close the gripper, or off to anywhere.
+    """Moves in bouts of random length: to a place near the block, to the block to grasp it, or to a random place.
 
-    It can grip, but has nowhere to go: no bout knows where the block should be. It reads no more than two places of
-    the vector that any agent sees. The action is (x, y, z, yaw, closing of the gripper).
+    The policy has no goal for the block. It reads only the positions of the effector and the block in the observation
+    vector. The action is (x, y, z, yaw, closing of the gripper).
     """
 
     def __init__(self, action: ActionSpec, options: CubeWalkOptions) -> None:
         if action.size != _AXES or action.discrete:
             raise ConfigError(
-                f"the policy 'cube-walk' moves an arm by (x, y, z, yaw, gripper) and needs {_AXES} continuous actions; "
-                f"this world has {action.size}. Choose another (directed-walk)"
+                f"the policy 'cube-walk' needs {_AXES} continuous action values (x, y, z, yaw, gripper); this "
+                f"environment has {action.size} {'discrete' if action.discrete else 'continuous'} ones. Use another "
+                f"policy, such as directed-walk"
             )
         self._options = options
         self._low, self._high = np.array(action.low), np.array(action.high)
@@ -85,14 +86,15 @@ class CubeWalk:
         """Return one action for each episode.
 
         Raises:
-            DataError: the observations hold no vector, or one that is too short.
+            DataError: the observations have no vector, or the vector is too short.
         """
         options = self._options
         size = 0 if observations.vector is None else observations.vector.shape[1]
         if observations.vector is None or size < max(options.effector, options.block) + 3:
             raise DataError(
-                f"the policy 'cube-walk' reads a vector's values {options.effector} and {options.block} and the two "
-                f"after each; this world shows {size}. Choose another, or give the options effector and block"
+                f"the policy 'cube-walk' reads three values of the observation vector from index {options.effector} "
+                f"and three from {options.block}; this environment has {size} values. Set the options 'effector' and "
+                f"'block', or use another policy"
             )
         vector = observations.vector.numpy().astype(np.float64)
         effector, block = (
@@ -108,7 +110,7 @@ class CubeWalk:
         return actions
 
     def _draw(self, generator: np.random.Generator, grip: float) -> "_Bout":
-        """Draw a bout; one that goes elsewhere keeps the gripper as it was."""
+        """Sample a bout; one with a target anywhere keeps the gripper as it was."""
         options = self._options
         kind, height = generator.random(2)
         near, turn = options.spread * generator.standard_normal(2), float(generator.uniform(-1, 1))
@@ -134,7 +136,7 @@ class CubeWalk:
             height = _ABOVE
         if bout.grasps and effector[2] > options.low[2] + _OVER:
             grip = -1.0
-        if not bout.grasps:  # closing takes it to where the block is, pushing would send the block further out
+        if not bout.grasps:  # a grasp must reach the block; a push outside the bounds would move it further out
             flat = np.clip(flat, options.low[:2], options.high[:2])
         target = np.array([*flat, height])
         return np.array([*(options.gain * (target - effector) / options.reach), bout.turn, grip])

@@ -1,4 +1,4 @@
-"""Episodes in one Lance table: appended as whole episodes, opened at one version."""
+"""Datasets: episodes in one Lance table, with atomic appends of complete episodes and pinned versions."""
 
 import hashlib
 import itertools
@@ -25,13 +25,13 @@ from worldloom.data.spec import DatasetSpec
 _log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 30.0
-TIMEOUT = 60.0  # seconds; a chunk or a batch of rows takes far less
-_UPLOAD = 1e6  # bytes a second; the timeout of an append grows with its size
+TIMEOUT = 60.0  # seconds; a chunk or a batch of rows needs far less
+_UPLOAD = 1e6  # bytes per second; the timeout of an append grows with its size
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Columns:
-    """All columns of a dataset except pixels: N frames; `actions` is zero in the last row of an episode."""
+    """All columns of a dataset except pixels, for N frames. `actions` is zero in the last row of an episode."""
 
     vector: Float32[np.ndarray, "N V"] | None
     actions: Float32[np.ndarray, "N A"]
@@ -39,13 +39,13 @@ class Columns:
 
 
 class EpisodeDataset:
-    """Episodes on any storage that Lance takes: a directory, or a URI such as s3://bucket/name.
+    """A dataset of episodes on any storage that Lance supports: a directory, or a URI such as s3://bucket/name.
 
-    Opening pins a version; open the dataset again to see later appends of others. An append is one atomic commit of
-    whole episodes, so a process killed at any moment leaves only whole episodes.
+    Opening pins a version; reopen the dataset to read later appends of other processes. An append is one atomic commit
+    of complete episodes, so a killed process never leaves a partial episode.
 
-    `timeout` is how many seconds remote storage has for each answer. Without an answer, opening and appending are
-    tried again for `retry_seconds`, so they end at the latest after the sum of both.
+    `timeout` limits each request to remote storage, in seconds. Opening and appending retry timed-out requests for
+    `retry_seconds`, so they end at the latest after the sum of both.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class EpisodeDataset:
         """Create an empty dataset.
 
         Raises:
-            DataError: `path` already holds a dataset.
+            DataError: `path` already contains a dataset.
             StorageError: the storage cannot be written.
         """
         import lance
@@ -93,11 +93,12 @@ class EpisodeDataset:
         retry_seconds: float = RETRY_SECONDS,
         timeout: float = TIMEOUT,
     ) -> "EpisodeDataset":
-        """Open the latest version, or `version`.
+        """Open `version`, or the latest version if it is None.
 
         Raises:
-            StorageError: `path` holds no dataset, or the storage cannot be read or does not answer.
-            DataError: a file is missing or cut, episodes are not whole, or the format is of another version.
+            StorageError: `path` is not a dataset, or the storage cannot be read or does not answer.
+            DataError: a file is missing or truncated, an episode is incomplete, the version does not exist, or the
+                format version is not supported.
         """
 
         def attempt() -> "EpisodeDataset":
@@ -107,7 +108,7 @@ class EpisodeDataset:
         return with_retries(attempt, str(path), retry_seconds, doing="opened", retried=(Unanswered,))
 
     def _pin(self, table: Any) -> None:
-        rows = self._whole(table, ["step"])  # opens every file, which finds one that is cut
+        rows = self._whole(table, ["step"])  # opens every file, which detects truncated files
         steps = rows["step"].to_numpy().astype(np.int64)
         starts = np.flatnonzero(steps == 0)
         counts = np.diff(np.append(starts, len(steps)))
@@ -118,8 +119,8 @@ class EpisodeDataset:
             or not np.array_equal(steps, np.arange(len(steps)) - np.repeat(starts, counts))
         ):
             raise DataError(
-                f"{self._location} holds episodes that are not whole; run 'worldloom data validate {self._location}' "
-                f"for the list, and restore it from a copy"
+                f"{self._location} has incomplete episodes; run 'worldloom data validate {self._location}' for the "
+                f"list, and restore the dataset from a copy"
             )
         self._table, self.starts, self.lengths = table, starts, counts - 1
 
@@ -143,7 +144,7 @@ class EpisodeDataset:
         """Return one episode, decoded.
 
         Raises:
-            IndexError: there is no such episode.
+            IndexError: the dataset has no episode with this index.
             DataError: a frame does not decode or a value is not finite.
         """
         if not 0 <= index < len(self):
@@ -164,16 +165,18 @@ class EpisodeDataset:
         )
 
     def append(self, episodes: Iterable[Episode]) -> None:
-        """Add whole episodes in one commit, which fits in memory, and pin the version that holds them.
+        """Append complete episodes in one commit, and pin the new version. All of them must fit into memory.
 
         Raises:
-            DataError: an episode does not fit the spec, or another process has appended since this was opened.
-            StorageError: the disk is full or the storage cannot be written; then nothing of this append is kept.
+            DataError: an episode does not match the spec, or another process appended since this dataset was opened.
+            StorageError: the disk is full or the storage cannot be written; nothing is appended.
         """
 
         def encode(number: int, episode: Any) -> pa.RecordBatch:
             if not isinstance(episode, Episode):
-                raise DataError(f"expected Episodes; got {type(episode).__name__}. Make worldloom.core.types.Episode")
+                raise DataError(
+                    f"expected an Episode of worldloom.core.types; got {type(episode).__name__}. Convert it"
+                )
             layout.check_episode(episode, self.spec, f"episode {number}")
             return layout.episode_batch(episode, number, self.spec)
 
@@ -190,7 +193,7 @@ class EpisodeDataset:
         _log.debug("appended %d episodes to %s as version %d", len(batches), self._location, self.version)
 
     def _write(self, batches: list[pa.RecordBatch], timeout: float) -> list[Any]:
-        """Write files that are not part of the dataset yet."""
+        """Write data files without adding them to the dataset."""
         import lance
 
         def write() -> Any:
@@ -204,7 +207,7 @@ class EpisodeDataset:
         return added
 
     def _commit(self, added: list[Any]) -> Any:
-        """Make files part of the dataset and return its table; safe to call again when no answer came."""
+        """Add files to the dataset and return its table; safe to repeat if no answer arrived."""
         import lance
         from lance.commit import CommitConflictError
 
@@ -212,8 +215,8 @@ class EpisodeDataset:
         first = max((fragment.id for fragment in there), default=-1) + 1
         for number, fragment in enumerate(added, first):
             fragment.id = number
-        # Not Lance's Append: it is rebased onto another process's append, and both would use the same episode numbers.
-        # Merge names all fragments, so it conflicts with every other commit.
+        # Lance rebases an Append onto another process's append, and both would then use the same episode numbers.
+        # A Merge lists all fragments, so it conflicts with every other commit.
         operation = lance.LanceOperation.Merge([*there, *added], self._table.lance_schema)
 
         def commit() -> Any:
@@ -228,7 +231,7 @@ class EpisodeDataset:
                 except CommitConflictError as error:
                     raise _Conflict from error
         except (_Conflict, Unanswered) as error:
-            # The commit may have succeeded without an answer; file names are random, so they identify it.
+            # The commit may have succeeded although no answer arrived; its random file names identify it.
             table = open_table(self.path, storage_options=self._storage_options, timeout=self.timeout)
             files = {file.path for fragment in table.get_fragments() for file in fragment.data_files()}
             if all(file.path in files for fragment in added for file in fragment.files):
@@ -236,8 +239,8 @@ class EpisodeDataset:
             if isinstance(error, Unanswered):
                 raise
             raise DataError(
-                f"{self._location} was opened at version {self.version}, and another process has appended since. "
-                f"Let one process write at a time, and open the dataset again"
+                f"{self._location} was opened at version {self.version}, and another process has appended since then. "
+                f"Use one writer at a time, and open the dataset again"
             ) from error
 
     def metadata(self) -> list[dict[str, Any]]:
@@ -245,9 +248,9 @@ class EpisodeDataset:
         return [json.loads(text) for text in self._first_rows("metadata")]
 
     def fingerprint(self) -> str:
-        """Return a digest of observations, actions, labels and metadata, in order, whatever the commits.
+        """Return a digest of observations, actions, labels and metadata, in order. It does not depend on the commits.
 
-        It combines the digests taken when episodes were appended; `validate` compares those with the content.
+        It combines the digests that were stored when episodes were appended; `validate` checks those.
         """
         spec = json.loads(self.spec.to_json())
         digest = hashlib.blake2b(digest_size=16)
@@ -267,7 +270,7 @@ class EpisodeDataset:
         return decode_columns(self._whole(self._table, names), spec)
 
     def pixels(self, rows: Int[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W C"]:
-        """Return the frames in these rows, decoded; a row given several times is read once."""
+        """Return the decoded frames of these rows; repeated rows are read only once."""
         unique, inverse = np.unique(rows, return_inverse=True)
         out = np.empty((len(unique), *self._shape()), np.uint8)
         _decode(self._take(unique, ["pixels"])["pixels"].combine_chunks(), out, unique, self._location)
@@ -276,7 +279,7 @@ class EpisodeDataset:
     def scan_pixels(
         self, *, batch: int = 1024, out: UInt8[np.ndarray, "N H W C"] | None = None
     ) -> Iterator[UInt8[np.ndarray, "n H W C"]]:
-        """Yield all frames in order, decoded, at most `batch` at a time, as views of `out` if it is given."""
+        """Yield all decoded frames in order, at most `batch` at a time, as views of `out` if it is given."""
         row = 0
         with lance_errors(self._location, "read"):
             parts = self._table.to_batches(columns=["pixels"], batch_size=batch)
@@ -301,7 +304,7 @@ class EpisodeDataset:
             ]
 
     def stored_bytes(self) -> int:
-        """Return the size of this version's data files."""
+        """Return the size of this version's data files in bytes."""
         with lance_errors(self._location, "read"):
             files = [file for fragment in self._table.get_fragments() for file in fragment.data_files()]
         return sum(file.file_size_bytes or 0 for file in files)
@@ -316,7 +319,7 @@ class EpisodeDataset:
             return with_timeout(lambda: self._table.take(rows, columns=columns), self._location, self.timeout)
 
     def _whole(self, table: Any, columns: list[str], **options: Any) -> pa.Table:
-        """Read columns to the end; the timeout holds for each part, not for the whole."""
+        """Read complete columns; the timeout applies to each part, not to the total."""
         with lance_errors(self._location, "read"):
             if "://" not in self._location:
                 return table.to_table(columns=columns, **options)
@@ -326,12 +329,12 @@ class EpisodeDataset:
 
     def _shape(self) -> tuple[int, int, int]:
         if self.spec.observation.pixels is None:
-            raise DataError(f"{self._location} holds no pixels; read its vectors with columns()")
+            raise DataError(f"{self._location} has no pixels; read its vectors with columns()")
         return self.spec.observation.pixels
 
 
 class _Conflict(Exception):
-    """Another commit took the version that this one expected."""
+    """Another process committed the version that this commit expected to create."""
 
 
 def open_table(
@@ -341,7 +344,12 @@ def open_table(
     storage_options: dict[str, str] | None = None,
     timeout: float = TIMEOUT,
 ) -> Any:
-    """Open the Lance table at `path`."""
+    """Open the Lance table at `path`, by default its latest version.
+
+    Raises:
+        StorageError: `path` is not a dataset, or the storage cannot be read or does not answer.
+        DataError: the table is damaged, or has no such version.
+    """
     import lance
 
     where = str(path)
@@ -361,7 +369,7 @@ def open_table(
 
 
 def decode_columns(table: pa.Table, spec: DatasetSpec) -> Columns:
-    """Return all columns except pixels of these rows."""
+    """Return all columns of these rows except pixels."""
     labels = table["label"].combine_chunks() if spec.labels else None
     return Columns(
         vector=floats_of(table["vector"])[0] if spec.observation.vector else None,
@@ -376,5 +384,5 @@ def _decode(frames: pa.Array, out: UInt8[np.ndarray, "n H W C"], rows: Int[np.nd
     except layout.Undecodable as error:
         raise DataError(
             f"{path}: the frame in row {rows[error.index]} does not decode: {error.reason}. Restore the dataset from a "
-            f"copy; 'worldloom data validate {path}' lists what is lost"
+            f"copy; 'worldloom data validate {path}' lists the damage"
         ) from error

@@ -1,4 +1,4 @@
-"""The frames of a dataset as training reads them, decoded or streamed."""
+"""The interfaces through which training reads the frames of a dataset, decoded in advance or streamed."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -14,17 +14,17 @@ from worldloom.data.spec import DatasetSpec
 
 @runtime_checkable
 class Pixels(Protocol):
-    """Frames indexed by rows: an array, or a reader that gets them from storage on demand."""
+    """Frames indexed by rows: an array, or a reader that fetches frames from storage on demand."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Frames, height, width, channels."""
+        """The shape (N, H, W, C)."""
         ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, rows: Any, /) -> Any:
-        """Return the frames of these rows (an integer, an array of any shape or a slice), uint8, (*shape, H, W, C)."""
+        """Return the frames of an integer, an integer array of any shape or a slice, as uint8 (*shape, H, W, C)."""
         ...
 
 
@@ -33,7 +33,7 @@ class ReadsAhead(Pixels, Protocol):
     """Pixels that can prefetch frames, and stop reading in the background."""
 
     def expect(self, spans: Int64[np.ndarray, "S 2"]) -> None:
-        """Prefetch these rows (first and last of each span), the first span first."""
+        """Prefetch these spans of rows (first and last row of each), in this order."""
         ...
 
     def close(self) -> None:
@@ -60,7 +60,7 @@ class Frames(Closing):
     lengths: Int64[np.ndarray, "E"]
 
     def close(self) -> None:
-        """Stop reading in the background, if there is any."""
+        """Stop reading in the background."""
         if isinstance(self.pixels, ReadsAhead):
             self.pixels.close()
 
@@ -70,22 +70,22 @@ class Frames(Closing):
         return slice(first, first + int(self.lengths[episode]) + 1)
 
     def split(self, validation_fraction: float, seed: int) -> tuple[Int64[np.ndarray, "T"], Int64[np.ndarray, "V"]]:
-        """Return the episodes for training and for validation: see `split_episodes`."""
+        """Return the episodes for training and for validation; see `split_episodes`."""
         return split_episodes(len(self.lengths), validation_fraction, seed)
 
 
 def split_episodes(
     episodes: int, validation_fraction: float, seed: int
 ) -> tuple[Int64[np.ndarray, "T"], Int64[np.ndarray, "V"]]:
-    """Return the episodes for training and for validation, drawn by `seed`, each in ascending order.
+    """Split the episodes at random, from `seed`, and return those for training and for validation in ascending order.
 
-    Both have episodes unless the fraction is 0 or there is only one episode, which is then for training.
+    Neither part is empty unless the fraction is 0 or there is only one episode, which is then used for training.
 
     Raises:
         ConfigError: the fraction is not in [0, 1).
     """
     if not 0 <= validation_fraction < 1:
-        raise ConfigError(f"the validation fraction must be at least 0 and below 1; got {validation_fraction}")
+        raise ConfigError(f"'validation_fraction' must be at least 0 and below 1; got {validation_fraction}")
     held_out = round(validation_fraction * episodes)
     if validation_fraction > 0:
         held_out = min(max(held_out, 1), episodes - 1)

@@ -1,4 +1,4 @@
-"""A summary of a dataset in numbers."""
+"""Summary statistics of a dataset."""
 
 from dataclasses import asdict
 from typing import Any
@@ -9,14 +9,14 @@ from worldloom.core.progress import SILENT, Progress
 from worldloom.data.dataset import EpisodeDataset
 from worldloom.data.layout import VERSION
 
-_PAIRS = 2048  # pairs of frames that are compared
-_VERSIONS = 3  # of the latest versions in the summary
+_PAIRS = 2048  # pairs of consecutive frames that are compared
+_VERSIONS = 3  # number of latest versions in the summary
 
 
 def inspect(dataset: EpisodeDataset, *, progress: Progress = SILENT) -> dict[str, Any]:
-    """Return a summary of JSON values: sizes, specs, ranges, the share of frames that move, how many versions.
+    """Return a summary as JSON values: sizes, specifications, ranges, the share of moving frames and versions.
 
-    `moving_share` is the share of steps after which the observation differs, over at most 2,048 steps spread evenly.
+    `moving_share` is the share of steps that change the observation, of at most 2,048 evenly spaced steps.
     """
     spec, columns = dataset.spec, dataset.columns()
     last = dataset.starts + dataset.lengths

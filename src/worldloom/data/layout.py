@@ -1,8 +1,8 @@
 """The layout of episodes in a Lance table: one row per frame.
 
-Columns: episode (int64), step (int32), pixels (zstd of the raw bytes), vector and action (fixed-size lists of
-float32; action is null in an episode's last row), label (a struct: one fixed-size list for each label, read as
-`label.NAME`), metadata (JSON text) and digest (of the whole episode), both on step 0 and null elsewhere.
+Columns: episode (int64); step (int32); pixels (the raw bytes, compressed with zstd); vector and action (fixed-size
+lists of float32; action is null in an episode's last row); label (a struct with one fixed-size list per label, read
+as `label.NAME`); metadata (JSON text) and digest (of the complete episode), both set on step 0 and null elsewhere.
 """
 
 import hashlib
@@ -24,30 +24,30 @@ from worldloom.data.spec import DatasetSpec
 
 FORMAT = "worldloom.dataset"
 VERSION = 1
-BOUNDS_SLACK = 1e-5  # of the range: rounding, not a wrong action
+BOUNDS_SLACK = 1e-5  # share of the range that is tolerated as rounding
 
-# Parts of a client's messages for storage that refuses, times out or disconnects: no damage, even with "decode".
+# Parts of messages about network failures; these do not indicate damage, even if they contain "decode".
 _NETWORK = ("error sending request", "response body", "timed out", "timeout", "status code: 5", "onnection ")
 
 _REMEDY = (
-    "Restore it from a copy, or collect it again into another directory; 'worldloom data validate {path}' lists the "
-    "damage"
+    "Restore the dataset from a copy, or collect it again into another directory; 'worldloom data validate {path}' "
+    "lists the damage"
 )
 
 _CODEC = pa.Codec("zstd", compression_level=1)
-_CHUNK = 128  # frames of one task of a thread
+_CHUNK = 128  # frames per task of a thread
 
 
 class MissingDataset(StorageError):
-    """A path holds no dataset."""
+    """No dataset exists at a path."""
 
 
 class Unanswered(StorageError):
-    """Remote storage gave no answer, or an incomplete one; a later attempt may succeed."""
+    """Remote storage did not answer, or answered incompletely; a later attempt may succeed."""
 
 
 class Undecodable(DataError):
-    """The frame at `index` of the given frames does not decode."""
+    """A frame does not decode; `index` is its position among the given frames."""
 
     def __init__(self, index: int, reason: str) -> None:
         super().__init__(f"frame {index} does not decode: {reason}")
@@ -55,12 +55,12 @@ class Undecodable(DataError):
 
 
 def threads() -> int:
-    """Return how many threads compress and decompress frames; zstd releases the interpreter's lock."""
+    """Return the number of threads for compression and decompression; zstd releases the GIL."""
     return min(8, os.cpu_count() or 1)
 
 
 def table_schema(spec: DatasetSpec) -> pa.Schema:
-    """Return the columns for `spec`, with the format, its version and the spec as metadata."""
+    """Return the schema for `spec`; its metadata contain the format, the format version and the spec."""
     fields = [pa.field("episode", pa.int64(), nullable=False), pa.field("step", pa.int32(), nullable=False)]
     metadata = {"format": FORMAT, "version": str(VERSION), "spec": spec.to_json()}
     if spec.observation.pixels is not None:
@@ -81,46 +81,50 @@ def spec_of(schema: pa.Schema, path: str) -> DatasetSpec:
     """Return the spec stored in a table.
 
     Raises:
-        DataError: the table is not a dataset of this library, or has another version of its format.
+        DataError: the table is not a worldloom dataset, or its format version is not supported.
     """
     metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
     if metadata.get("format") != FORMAT:
         raise DataError(f"{path} is a Lance table but not a worldloom dataset; check the path")
     if metadata.get("version") != str(VERSION):
         raise DataError(
-            f"{path} has version {metadata.get('version')} of the dataset format; this worldloom reads version "
-            f"{VERSION}. Install the worldloom that wrote it, or collect it again"
+            f"{path} has version {metadata.get('version')} of the dataset format; expected version {VERSION}. Use the "
+            f"worldloom version that wrote it, or collect the dataset again"
         )
     return DatasetSpec.from_json(metadata.get("spec", ""))
 
 
 def check_episode(episode: Episode, spec: DatasetSpec, where: str) -> None:
-    """Raise `DataError` where an episode does not fit the spec; `where` names it."""
+    """Raise `DataError` if an episode does not match the spec; the message begins with `where`."""
     observation = spec.observation
     pixels = None if episode.pixels is None else episode.pixels.shape[1:]
     vector = 0 if episode.vector is None else episode.vector.shape[1]
     if pixels != observation.pixels:
-        raise DataError(f"{where} has pixels of shape {pixels}; the dataset holds {observation.pixels}. Convert them")
+        raise DataError(
+            f"{where} has pixels of shape {pixels}; expected {observation.pixels}, as in the dataset. Resize them"
+        )
     if vector != observation.vector:
-        raise DataError(f"{where} has {vector} values in its vector; the dataset holds {observation.vector}")
+        raise DataError(f"{where} has {vector} values in its vector; expected {observation.vector}, as in the dataset")
     if episode.actions.shape[1] != spec.action.size:
         raise DataError(
-            f"{where} has actions of {episode.actions.shape[1]} values; the dataset holds {spec.action.size}"
+            f"{where} has actions of {episode.actions.shape[1]} values; expected {spec.action.size}, as in the dataset"
         )
     sizes = {name: column.shape[1] for name, column in episode.labels.items()}
     if sizes != spec.labels:
-        raise DataError(f"{where} has labels {sizes}; the dataset holds {spec.labels}. Give each episode all of them")
+        raise DataError(
+            f"{where} has labels {sizes}; expected {spec.labels}, as in the dataset. Add the missing labels"
+        )
     inside = within_bounds(episode.actions, spec)
     if not inside.all():
         step = int(np.flatnonzero(~inside)[0])
         raise DataError(
             f"{where} has action {episode.actions[step]} at step {step}; expected low {spec.action.low} to high "
-            f"{spec.action.high}. Clip it, or widen the bounds of the dataset's spec"
+            f"{spec.action.high}. Clip the action, or widen the bounds in the dataset's spec"
         )
 
 
 def within_bounds(actions: Float32[np.ndarray, "T A"], spec: DatasetSpec) -> Bool[np.ndarray, "T"]:
-    """Return which actions are finite and within bounds, up to rounding."""
+    """Return whether each action is finite and within bounds, up to rounding."""
     low, high = np.array(spec.action.low, np.float32), np.array(spec.action.high, np.float32)
     slack = BOUNDS_SLACK * (high - low)
     inside: np.ndarray = np.all((actions >= low - slack) & (actions <= high + slack), axis=1)
@@ -152,7 +156,7 @@ def episode_batch(episode: Episode, number: int, spec: DatasetSpec) -> pa.Record
 
 
 def metadata_json(metadata: Mapping[str, Any]) -> str:
-    """Return metadata as JSON with sorted keys; NumPy's numbers and arrays become plain values."""
+    """Return metadata as JSON with sorted keys; NumPy numbers and arrays become plain values."""
     try:
         return json.dumps(dict(metadata), sort_keys=True, allow_nan=False, default=_plain)
     except (TypeError, ValueError) as error:
@@ -180,7 +184,7 @@ def decode_frames(frames: pa.Array, out: UInt8[np.ndarray, "n H W C"]) -> None:
     """Decompress frames into `out`, in parallel threads.
 
     Raises:
-        Undecodable: a frame does not decode to its size.
+        Undecodable: a frame does not decode, or has the wrong size.
     """
     size = int(np.prod(out.shape[1:]))
     assert out.flags.c_contiguous
@@ -205,12 +209,12 @@ def decode_frames(frames: pa.Array, out: UInt8[np.ndarray, "n H W C"]) -> None:
 
 
 def floats_of(column: pa.Array | pa.ChunkedArray) -> tuple[Float32[np.ndarray, "n size"], Bool[np.ndarray, "n"]]:
-    """Return a column of fixed-size lists as an array, zero where null, and which rows are null."""
+    """Return a column of fixed-size lists as an array, with zeros for nulls, and a mask of the null rows."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     size = column.type.list_size
     null = column.is_null().to_numpy(zero_copy_only=False)
-    # A fixed-size list stores values under a null, too, and a slice shares its parent's values.
+    # A fixed-size list also stores values for nulls, and a slice shares its parent's values.
     flat = column.values.slice(column.offset * size, len(column) * size).to_numpy(zero_copy_only=False)
     values = flat.astype(np.float32).reshape(len(column), size)
     values[null] = 0.0
@@ -219,7 +223,7 @@ def floats_of(column: pa.Array | pa.ChunkedArray) -> tuple[Float32[np.ndarray, "
 
 @contextmanager
 def lance_errors(path: str, doing: Literal["read", "write"], *, remedy: str | None = None) -> Iterator[None]:
-    """Turn Lance's errors into this library's; `remedy` tells what to do about a damaged table."""
+    """Convert Lance's errors to worldloom's errors; `remedy` ends the message about a damaged table."""
     try:
         with storage_errors(path):
             yield
@@ -230,22 +234,24 @@ def lance_errors(path: str, doing: Literal["read", "write"], *, remedy: str | No
 def _translate(path: str, doing: str, error: Exception, remedy: str) -> WorldloomError:
     text = str(error).split(", /")[0]  # the rest is a position in Lance's source
     if "Dataset at path" in text and "not found" in text:
-        return MissingDataset(f"there is no dataset at {path}; check the path, or collect one")
+        return MissingDataset(f"no dataset exists at {path}; check the path, or collect one")
     if "NoSuchBucket" in text:
         return StorageError(f"the bucket of {path} does not exist; check its name, the endpoint and the region")
     if "://" in path and any(sign in text for sign in _NETWORK):
-        return Unanswered(f"cannot {doing} {path}: {text}. Check the network and the storage, then run it again")
+        return Unanswered(
+            f"cannot {doing} {path}: {text}. Check the network and the storage, then run the command again"
+        )
     if "already exists" in text:
-        return DataError(f"{path} already holds a dataset; open it to append, or choose another path")
+        return DataError(f"{path} already contains a dataset; open it to append, or choose another path")
     if "Not a directory" in text:
-        return StorageError(f"{path} is a file or lies in one; expected a dataset's directory. Check the path")
+        return StorageError(f"{path} or a parent of it is a file; expected a directory. Check the path")
     if "Permission denied" in text or "Read-only file system" in text:
         return StorageError(f"no permission for {path}; change its owner or choose another path")
     signs = ("not found", "whole buffer", "too small", "corrupt", "magic", "decode", "invalid")
     remote = "://" in path
     if doing == "write" or (remote and not any(sign in text.lower() for sign in signs)):
         return StorageError(f"cannot {doing} {path}: {text}. Check the storage, then run the same command again")
-    return DataError(f"{path} is damaged: a file of it is missing, cut or changed ({text}). {remedy}")
+    return DataError(f"{path} is damaged: a file is missing, truncated or changed ({text}). {remedy}")
 
 
 def compress_frames(pixels: UInt8[np.ndarray, "N H W C"]) -> pa.Array:
@@ -255,7 +261,7 @@ def compress_frames(pixels: UInt8[np.ndarray, "N H W C"]) -> pa.Array:
 
 
 def float_list(size: int) -> pa.DataType:
-    """Return the type of a column with `size` float32 values a row."""
+    """Return the type of a column with `size` float32 values per row."""
     return pa.list_(pa.float32(), size)
 
 

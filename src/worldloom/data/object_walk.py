@@ -1,4 +1,4 @@
-"""A clumsy hand: it wanders about an object that it knows by its colour alone."""
+"""A logging policy for a hand in the plane: random moves near an object, which it finds by its colour."""
 
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
@@ -13,40 +13,41 @@ Colour = tuple[int, int, int]
 
 
 class ObjectWalkOptions(Config):
-    """How the hand wanders; the defaults are PushT's.
+    """Options of the policy "near-object". The defaults are for PushT.
 
-    `radius` is a share of the picture's side, `gain` the action for a way of one such side (then clipped to the
-    bounds).
+    `radius` is a share of the frame's side. `gain` is the action for a distance of one side, before it is clipped to
+    the bounds.
     """
 
     hand: Colour = (65, 105, 225)
     object: Colour = (119, 136, 153)
-    tolerance: int = Field(default=40, ge=0, le=255)  # of each channel
-    radius: float = Field(default=0.25, gt=0)  # within which places about the object are drawn
+    tolerance: int = Field(default=40, ge=0, le=255)  # difference allowed in each channel
+    radius: float = Field(default=0.25, gt=0)  # maximum distance of a target from the object along x and y
     gain: float = Field(default=5.0, gt=0)
-    noise: float = Field(default=0.3, ge=0)  # standard deviation of each action, in shares of the largest
-    patience: float = Field(default=12.0, ge=1)  # mean number of steps before another place is drawn
-    margin: float = Field(default=0.1, ge=0, lt=0.5)  # of the picture, where it does not go: objects get lost there
+    noise: float = Field(default=0.3, ge=0)  # standard deviation, as a share of the largest action
+    patience: float = Field(default=12.0, ge=1)  # mean number of steps until a new target
+    margin: float = Field(
+        default=0.1, ge=0, lt=0.5
+    )  # share of the frame without targets, because objects get lost there
 
 
 @register_policy("near-object", ObjectWalkOptions)
 class ObjectWalk:
-    """Draws places about the object, goes there whatever stands between, and so pushes it now and then.
+    """Moves the hand straight to random places near the object, and so pushes the object from time to time.
 
-    It aims at nothing: the place is drawn without regard to where the object should go. Nothing but the pixels
-    is looked at. The action is a displacement of the hand (x, y).
+    The policy has no goal for the object, and reads only pixels. The action is a displacement of the hand (x, y).
     """
 
     def __init__(self, action: ActionSpec, options: ObjectWalkOptions) -> None:
         if action.size != 2 or action.discrete:
             raise ConfigError(
-                f"the policy 'near-object' moves a hand in the plane and needs 2 continuous actions; this world has "
-                f"{action.size}. Choose another (directed-walk)"
+                f"the policy 'near-object' needs 2 continuous action values (x, y); this environment has {action.size} "
+                f"{'discrete' if action.discrete else 'continuous'} ones. Use another policy, such as directed-walk"
             )
         self._options = options
         self._low, self._high = np.array(action.low), np.array(action.high)
         self._generators: list[np.random.Generator] = []
-        self._place: Float64[np.ndarray, "B 2"] = np.zeros((0, 2))  # relative to the object, in shares of the side
+        self._place: Float64[np.ndarray, "B 2"] = np.zeros((0, 2))  # relative to the object, as a share of the side
 
     def reset(self, generators: list[np.random.Generator]) -> None:
         """Start one episode for each generator."""
@@ -57,10 +58,13 @@ class ObjectWalk:
         """Return one action for each episode.
 
         Raises:
-            DataError: the observations hold no pixels.
+            DataError: the observations have no pixels.
         """
         if observations.pixels is None:
-            raise DataError("the policy 'near-object' looks at pixels; this world shows none. Choose another")
+            raise DataError(
+                "the policy 'near-object' needs pixels, but this environment has none. Use another policy, such as "
+                "directed-walk"
+            )
         options, pixels = self._options, observations.pixels.numpy()
         noise = np.empty((len(pixels), 2))
         for row, generator in enumerate(self._generators):
@@ -70,7 +74,7 @@ class ObjectWalk:
         hand = _centre(pixels, options.hand, options.tolerance)
         target = _centre(pixels, options.object, options.tolerance) + self._place
         wish = options.gain * (np.clip(target, options.margin, 1 - options.margin) - hand) + options.noise * noise
-        # An unseen hand or object says nothing: then noise alone moves.
+        # If the hand or the object is not visible, the action is only noise.
         wish = np.where(np.isnan(wish), options.noise * noise, wish)
         actions: np.ndarray = np.clip(wish * self._high, self._low, self._high).astype(np.float32)
         return actions
@@ -81,7 +85,7 @@ class ObjectWalk:
 
 
 def _centre(pixels: UInt8[np.ndarray, "B H W C"], colour: Colour, tolerance: int) -> Float64[np.ndarray, "B 2"]:
-    """Return the mean place (x, y) of the pixels of a colour, in shares of the side; NaN where there is none."""
+    """Return the mean position (x, y) of a colour's pixels, as a share of the side; NaN if no pixel has the colour."""
     near = (np.abs(pixels.astype(np.int16) - np.array(colour, np.int16)) <= tolerance).all(axis=3)
     count = near.sum(axis=(1, 2))
     rows, columns = near.sum(axis=2), near.sum(axis=1)

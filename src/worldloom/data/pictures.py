@@ -1,4 +1,4 @@
-"""Single pictures: encoded, decoded, resized, and read as what a model observes."""
+"""Single pictures: encoding, decoding, resizing, and conversion to observations."""
 
 import io
 from pathlib import Path
@@ -13,27 +13,28 @@ from worldloom.core.types import Observations
 
 
 def read_picture(path: Path, expected: tuple[int, int, int]) -> Observations:
-    """Read a picture file as a batch of one observation of this shape.
+    """Read a picture file as a batch of one observation of shape `expected` (H, W, C).
 
     Raises:
-        DataError: it is not a picture, or has another shape.
+        StorageError: the file does not exist or cannot be read.
+        DataError: the file is not a picture, or has a different shape.
     """
     try:
         with storage_errors(path), Image.open(path) as image:
             pixels = np.array(image.convert("RGB" if expected[2] == 3 else "L"), np.uint8)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # what Pillow raises for a damaged file
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow raises these for a damaged file
         raise DataError(f"{path} is not a picture: {error}; expected a PNG of {expected[1]}x{expected[0]}") from None
     pixels = pixels.reshape(1, *pixels.shape[:2], -1)
     if pixels.shape[1:] != expected:
-        raise DataError(f"{path} has shape {pixels.shape[1:]}; the model was trained on {expected}. Resize it")
+        raise DataError(f"{path} has shape {pixels.shape[1:]}; the model expects {expected}. Resize the picture")
     return Observations.from_numpy(pixels, None)
 
 
 def decode_picture(content: bytes | None, what: str) -> UInt8[np.ndarray, "H W C"]:
-    """Return a picture in any of Pillow's formats; C is 1 where it is grey, else 3. `what` names it in errors.
+    """Decode a picture in any of Pillow's formats; C is 1 for a grey picture, else 3. Errors begin with `what`.
 
     Raises:
-        DataError: it does not decode.
+        DataError: the content is not a picture.
     """
     try:
         with Image.open(io.BytesIO(content or b"")) as opened:
@@ -44,7 +45,7 @@ def decode_picture(content: bytes | None, what: str) -> UInt8[np.ndarray, "H W C
 
 
 def encode_picture(frame: UInt8[np.ndarray, "H W C"], *, jpeg_quality: int | None = None) -> bytes:
-    """Return a picture of 1 or 3 channels as PNG, or as JPEG of this quality."""
+    """Encode a picture with 1 or 3 channels as PNG, or as JPEG if `jpeg_quality` is set."""
     buffer = io.BytesIO()
     picture = Image.fromarray(frame[..., 0] if frame.shape[2] == 1 else frame)
     if jpeg_quality is None:
@@ -55,7 +56,7 @@ def encode_picture(frame: UInt8[np.ndarray, "H W C"], *, jpeg_quality: int | Non
 
 
 def resize(frames: UInt8[np.ndarray, "N H W C"], size: tuple[int, int] | None) -> UInt8[np.ndarray, "N H2 W2 C"]:
-    """Return frames of this (H, W), by area averaging; None leaves them unchanged. Any number of channels."""
+    """Resize frames with any number of channels to `size` (H, W) by area averaging; None leaves them unchanged."""
     if size is None or frames.shape[1:3] == size or len(frames) == 0:
         return frames
     height, width = size

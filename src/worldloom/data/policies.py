@@ -1,6 +1,6 @@
-"""Policies that collect data without reward or goal. Each episode has its own generator.
+"""Logging policies, which collect data without reward or goal. Each episode has its own random generator.
 
-A policy of your own: a factory `factory(action_spec, **options) -> Policy` registered in `POLICIES`.
+To add a policy, register a factory `factory(action_spec, **options) -> Policy` in `POLICIES`.
 """
 
 from collections.abc import Callable
@@ -32,30 +32,30 @@ def register_policy(name: str, options: type[OptionsT]) -> Callable[[PolicyType[
 
 
 class DirectedWalkOptions(Config):
-    """How a directed walk turns and how fast it is."""
+    """Options of the policy "directed-walk"."""
 
     heading_noise: float = Field(default=0.3, ge=0)  # standard deviation per step, in radians
-    turn_probability: float = Field(default=0.05, ge=0, le=1)  # of a new heading or choice, per step
-    min_speed: float = Field(default=0.4, ge=0, le=1)  # share of the largest action, drawn anew at each step
+    turn_probability: float = Field(default=0.05, ge=0, le=1)  # probability of a new heading or choice, per step
+    min_speed: float = Field(default=0.4, ge=0, le=1)  # share of the largest action, sampled at each step
     max_speed: float = Field(default=1.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _ordered(self) -> "DirectedWalkOptions":
         if self.min_speed > self.max_speed:
-            raise ValueError(f"min_speed {self.min_speed} is above max_speed {self.max_speed}")
+            raise ValueError(f"'min_speed' must not exceed 'max_speed'; got {self.min_speed} and {self.max_speed}")
         return self
 
 
 class UniformOptions(Config):
-    """Nothing can be chosen."""
+    """Options of the policy "uniform", which has none."""
 
 
 @register_policy("directed-walk", DirectedWalkOptions)
 class DirectedWalk:
-    """Keeps a heading that drifts and, now and then, is drawn anew: it goes far where noise stays in place.
+    """Walks along a heading that drifts and sometimes changes at random, so that it covers more ground than noise.
 
-    In a box of any dimension the heading is a unit vector; the action is heading times speed, scaled to the
-    bounds. Of discrete actions it repeats one.
+    For continuous actions of any dimension, the heading is a unit vector, and the action is heading times speed,
+    scaled to the bounds. A discrete action is repeated until the heading changes.
     """
 
     def __init__(self, action: ActionSpec, options: DirectedWalkOptions) -> None:
@@ -69,7 +69,7 @@ class DirectedWalk:
         self._heading = np.stack([self._draw(generator) for generator in generators])
 
     def act(self, observations: Observations) -> Float32[np.ndarray, "B A"]:
-        """Return one action for each episode; the observations are not looked at."""
+        """Return one action for each episode; the observations are ignored."""
         options, size = self._options, self._action.size
         speed = np.empty((len(self._generators), 1))
         noise = np.empty_like(self._heading)
@@ -94,7 +94,7 @@ class DirectedWalk:
 
 @register_policy("uniform", UniformOptions)
 class Uniform:
-    """Draws each action uniformly within the bounds, or each choice with equal probability."""
+    """Samples each action uniformly within the bounds, or each discrete choice with equal probability."""
 
     def __init__(self, action: ActionSpec, options: UniformOptions) -> None:
         self._action = action
@@ -105,7 +105,7 @@ class Uniform:
         self._generators = generators
 
     def act(self, observations: Observations) -> Float32[np.ndarray, "B A"]:
-        """Return one action for each episode; the observations are not looked at."""
+        """Return one action for each episode; the observations are ignored."""
         size = self._action.size
         if self._action.discrete:
             return np.stack([_one_hot(generator, size) for generator in self._generators]).astype(np.float32)
@@ -116,9 +116,9 @@ class Uniform:
 
 
 def scale_to_bounds(unit: Float64[np.ndarray, "B A"], action: ActionSpec) -> Float32[np.ndarray, "B A"]:
-    """Map actions in [-1, 1] to the bounds: -1 to the lowest, 1 to the highest.
+    """Map actions in [-1, 1] to the bounds, with -1 at the low bound and 1 at the high bound.
 
-    0 maps to 0 where that lies between the bounds (it mostly means rest), else to their middle.
+    0 maps to 0 if 0 is between the bounds (it usually means rest), else to their midpoint.
     """
     low, high = np.array(action.low), np.array(action.high)
     middle = np.where((low < 0) & (high > 0), 0.0, (low + high) / 2)
@@ -127,15 +127,15 @@ def scale_to_bounds(unit: Float64[np.ndarray, "B A"], action: ActionSpec) -> Flo
 
 
 def _turned(heading: Float64[np.ndarray, "B A"], noise: Float64[np.ndarray, "B A"]) -> Float64[np.ndarray, "B A"]:
-    """Turn unit vectors along the sphere by the part of `noise`, in radians, that is tangent to it.
+    """Rotate unit vectors by the part of `noise`, in radians, that is tangent to the unit sphere.
 
-    In one dimension nothing is tangent; in two it is one normal angle.
+    In one dimension the tangent part is zero; in two dimensions it is one normally distributed angle.
     """
     tangent = noise - (noise * heading).sum(axis=1, keepdims=True) * heading
     angle = np.linalg.norm(tangent, axis=1, keepdims=True)
-    # sinc is sin(pi x) / (pi x): the limit at angle 0 is taken care of.
+    # sinc(x) is sin(pi x) / (pi x), which also handles an angle of 0.
     turned: np.ndarray = np.cos(angle) * heading + np.sinc(angle / np.pi) * tangent
-    turned /= np.linalg.norm(turned, axis=1, keepdims=True)  # against drift by rounding
+    turned /= np.linalg.norm(turned, axis=1, keepdims=True)  # prevents drift from rounding
     return turned
 
 

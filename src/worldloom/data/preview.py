@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -14,17 +15,17 @@ from worldloom.core.files import write_atomic
 from worldloom.core.progress import SILENT, Progress, ProgressTask
 from worldloom.data.dataset import EpisodeDataset
 
-_TILE = 112  # least height and width of a picture on the contact sheet
-_VIDEO = 256  # and in the video
+_TILE = 112  # minimum height and width of a frame on the contact sheet
+_VIDEO = 256  # minimum height and width of a frame in the video
 _MARGIN, _CAPTION = 6, 16
 _PAPER, _INK = (255, 255, 255), (60, 60, 60)
 
 
 def contact_sheet(dataset: EpisodeDataset, path: Path, *, episodes: int = 6, times: int = 8) -> None:
-    """Write a PNG: a row for each of some episodes, from first to last frame, with captions.
+    """Write a PNG with one row per episode, from its first to its last frame, with captions.
 
     Raises:
-        DataError: the dataset holds no pixels, or no episode.
+        DataError: the dataset has no pixels or no episodes.
         StorageError: `path` cannot be written.
     """
     rows = []
@@ -36,7 +37,7 @@ def contact_sheet(dataset: EpisodeDataset, path: Path, *, episodes: int = 6, tim
 
 
 def write_sheet(rows: Sequence[tuple[Sequence[str], UInt8[np.ndarray, "_ H W C"]]], path: Path) -> None:
-    """Write a PNG of rows of frames, each with a caption above.
+    """Write a PNG of rows of frames, each frame with a caption above it.
 
     Raises:
         StorageError: `path` cannot be written.
@@ -58,10 +59,10 @@ def write_sheet(rows: Sequence[tuple[Sequence[str], UInt8[np.ndarray, "_ H W C"]
 def video(
     dataset: EpisodeDataset, path: Path, *, episodes: int = 4, rate: int = 15, progress: Progress = SILENT
 ) -> None:
-    """Write an MP4 of some episodes, one after the other, at `rate` frames a second.
+    """Write an MP4 of some episodes, one after the other, at `rate` frames per second.
 
     Raises:
-        DataError: the dataset holds no pixels, or no episode.
+        DataError: the dataset has no pixels or no episodes.
         StorageError: `path` cannot be written.
     """
     import av
@@ -74,7 +75,7 @@ def video(
 
 
 def encode_video(
-    target: str | BinaryIO,
+    target: str | BytesIO,
     pictures: Iterable[UInt8[np.ndarray, "H W 3"]],
     *,
     rate: int | Fraction,
@@ -83,7 +84,7 @@ def encode_video(
     container: str = "mp4",
     options: Mapping[str, str] | None = None,
 ) -> None:
-    """Encode RGB pictures of one size as a video, `rate` a second; the formats and options are FFmpeg's."""
+    """Encode RGB pictures of one size as a video, `rate` per second; other options as in FFmpeg."""
     import av
 
     with av.open(target, "w", format=container) as output:
@@ -111,7 +112,7 @@ def _pictures(
 
 
 def to_rgb(frames: UInt8[np.ndarray, "*axes C"]) -> UInt8[np.ndarray, "*axes 3"]:
-    """Return frames with three channels: one is grey, two lack blue, and of more than three the first three count."""
+    """Convert frames to three channels: repeat one channel, add blue to two, or keep the first three of more."""
     channels = frames.shape[-1]
     if channels == 1:
         return np.repeat(frames, 3, axis=-1)
@@ -121,7 +122,7 @@ def to_rgb(frames: UInt8[np.ndarray, "*axes C"]) -> UInt8[np.ndarray, "*axes 3"]
 
 
 def _captioned(frame: UInt8[np.ndarray, "H W 3"], caption: str) -> UInt8[np.ndarray, "H2 W2 3"]:
-    """Add a line of text below, and make both sizes even, as yuv420p requires."""
+    """Add a line of text below the frame, and make height and width even, as yuv420p requires."""
     height, width = frame.shape[:2]
     picture = Image.new("RGB", (width + width % 2, height + height % 2 + 20), _PAPER)
     picture.paste(Image.fromarray(np.ascontiguousarray(frame)), (0, 0))
@@ -130,19 +131,19 @@ def _captioned(frame: UInt8[np.ndarray, "H W 3"], caption: str) -> UInt8[np.ndar
 
 
 def _upscaled(frames: UInt8[np.ndarray, "n H W 3"], least: int) -> UInt8[np.ndarray, "n H2 W2 3"]:
-    """Repeat pixels until the smaller side has at least `least`."""
+    """Enlarge frames by an integer factor so that the smaller side is at least `least` pixels."""
     factor = -(-least // min(frames.shape[1:3]))
     return np.repeat(np.repeat(frames, factor, axis=1), factor, axis=2)
 
 
 def _spread(count: int, most: int) -> np.ndarray:
-    """Return at most `most` of the first `count` numbers, spread evenly from first to last."""
+    """Return at most `most` of the numbers 0 to `count` - 1, evenly spaced from first to last."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
 def _with_pixels(dataset: EpisodeDataset) -> int:
     if dataset.spec.observation.pixels is None:
-        raise DataError(f"{dataset.path} holds no pixels to show; run 'worldloom data inspect {dataset.path}' instead")
+        raise DataError(f"{dataset.path} has no pixels to show; run 'worldloom data inspect {dataset.path}' instead")
     if len(dataset) == 0:
-        raise DataError(f"{dataset.path} holds no episode; collect some first")
+        raise DataError(f"{dataset.path} has no episodes; collect some first")
     return len(dataset)

@@ -1,4 +1,4 @@
-"""One batch of episodes, recorded from a vectorised world."""
+"""Recording of one batch of episodes from a vectorised environment."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +13,11 @@ from worldloom.core.seams import Policy
 from worldloom.core.types import ActionSpec, Episode, Observations
 from worldloom.envs import VectorWorld
 
-_LARGEST_LABEL = 256  # values; a larger info column is a picture or a map, kept only when it is named
+_LARGEST_LABEL = 256  # values; larger info columns are pictures or maps, kept only if they are requested
 
 
 class RecordingBatch:
-    """The episodes `numbers` as recorded so far: an interrupt at any moment leaves whole frames."""
+    """Records the episodes with these `numbers`. After an interrupt at any moment, every recorded frame is complete."""
 
     def __init__(self, world: VectorWorld, numbers: range, steps: int, labels: Mapping[str, int | None] | None) -> None:
         self._world, self._numbers, self._steps, self._wanted = world, numbers, steps, labels
@@ -26,7 +26,7 @@ class RecordingBatch:
         self._vector = np.empty((size, steps + 1, vector), np.float32) if vector else None
         self._actions = np.empty((size, steps, world.action.size), np.float32)
         self._labels: dict[str, np.ndarray] = {}
-        self._frames = np.zeros(size, np.int64)  # how many whole ones each episode has
+        self._frames = np.zeros(size, np.int64)  # complete frames of each episode
         self._ended = np.zeros(size, bool)
         self._terminated = np.zeros(size, bool)
         self._step = 0
@@ -34,11 +34,11 @@ class RecordingBatch:
     def run(
         self, policy: Policy, seeds: list[int], generators: list[np.random.Generator], name: str, task: ProgressTask
     ) -> None:
-        """Record until all episodes have ended or have all their steps.
+        """Record until every episode has ended or has its full number of steps.
 
         Raises:
-            EnvironmentFailure: names the episode and the step.
-            DataError: the policy `name` raised or gave an action out of bounds, or a label that is wanted is not there.
+            EnvironmentFailure: the environment failed; the message gives the episode and the step.
+            DataError: the policy `name` raised or returned an action out of bounds, or a requested label is missing.
         """
         rows = np.arange(len(self._numbers))
         frame = self._world.reset(seeds, self._where)
@@ -67,11 +67,11 @@ class RecordingBatch:
             return np.array(policy.act(latest), np.float32)
         except Exception as error:
             raise DataError(
-                f"policy {name!r}, {self._where(None)}it raised {type(error).__name__}: {error}. Repair the policy"
+                f"policy {name!r}, {self._where(None)}raised {type(error).__name__}: {error}. Repair the policy"
             ) from error
 
     def episodes(self, seeds: list[int], policy: str, truncated_by: str | None = None) -> list[Episode]:
-        """Return the episodes recorded so far that have two frames; truncated ones are marked."""
+        """Return the recorded episodes with at least two frames; `truncated_by` is stored in unfinished ones."""
         found = []
         for row, number in enumerate(self._numbers):
             frames = int(self._frames[row])
@@ -110,7 +110,7 @@ class RecordingBatch:
         return f"{place}, step {self._step}: "
 
     def _begin(self, labels: Mapping[str, np.ndarray]) -> None:
-        """Choose the label columns by what a reset gives."""
+        """Choose the label columns from the infos of the reset."""
         if self._wanted is None:
             names = [name for name, column in labels.items() if column.shape[1] <= _LARGEST_LABEL]
         else:
@@ -118,7 +118,7 @@ class RecordingBatch:
             for name in names:
                 if name not in labels:
                     raise DataError(
-                        f"label {name!r} is not among the numeric infos that {self._world.id!r} gives on reset; "
+                        f"label {name!r} is not one of the numeric infos that {self._world.id!r} returns on reset; "
                         f"{nearest(name, labels)}"
                     )
         self._labels = {
@@ -134,25 +134,26 @@ class RecordingBatch:
                     del self._labels[name]
                     continue
                 raise EnvironmentFailure(
-                    f"{self._where(None)}info {name!r} is missing or of another size; it was there before. Name the "
-                    f"labels to keep"
+                    f"{self._where(None)}info {name!r} is missing or has a different size than before. Repair the "
+                    f"environment, or leave {name!r} out of the labels"
                 )
             finite = np.isfinite(column).all(axis=1)
             if not finite.all():
                 row = int(rows[np.flatnonzero(~finite)[0]])
                 raise EnvironmentFailure(
-                    f"{self._where(row)}info {name!r} is not finite: {column[~finite][0]}. Name the labels to keep"
+                    f"{self._where(row)}info {name!r} is not finite: {column[~finite][0]}. Repair the environment, or "
+                    f"leave {name!r} out of the labels"
                 )
             store[rows, self._step] = column
         if self._pixels is not None and observations.pixels is not None:
             self._pixels[rows, self._step] = observations.pixels.numpy()
         if self._vector is not None and observations.vector is not None:
             self._vector[rows, self._step] = observations.vector.numpy()
-        self._frames[rows] = self._step + 1  # last: from here on the frame is whole
+        self._frames[rows] = self._step + 1  # last, because the frame counts as complete from here on
 
 
 def _as_stored(actions: Float32[np.ndarray, "R A"], spec: ActionSpec) -> Float32[np.ndarray, "R A"]:
-    """Return what the environment took: clipped within rounding, or the choice as one-hot."""
+    """Return the actions that the environment applied: clipped to the bounds, or one-hot for discrete choices."""
     if spec.discrete:
         one_hot: np.ndarray = np.eye(spec.size, dtype=np.float32)[actions.argmax(axis=1)]
         return one_hot

@@ -15,14 +15,14 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-_DAMAGED_ATTEMPTS = 4  # after so many failures to decode, the stored data counts as damaged
+_DAMAGED_ATTEMPTS = 4  # failures to decode after which the stored data counts as damaged
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0  # seconds
 
 
 def with_timeout(call: Callable[[], T], where: str, timeout: float) -> T:
-    """Return what `call` returns; where storage is remote, abandon the call after `timeout` seconds.
+    """Return the result of `call`; if `where` is remote storage, abandon the call after `timeout` seconds.
 
-    Lance may wait forever for a server that accepts a connection and sends nothing. An abandoned call continues in a
+    Lance can wait forever for a server that accepts a connection but sends nothing. An abandoned call continues in a
     background thread and may still take effect.
 
     Raises:
@@ -45,16 +45,16 @@ def with_timeout(call: Callable[[], T], where: str, timeout: float) -> T:
         if future.done():  # raised by the call itself
             raise
         raise Unanswered(
-            f"{where} gave no answer in {timeout:g} s. Check the network and the storage, then run the same command "
-            f"again"
+            f"{where} did not answer within {timeout:g} s. Check the network and the storage, then run the same "
+            f"command again"
         ) from error
 
 
 def each_with_timeout(items: Iterator[T], where: str, timeout: float) -> Iterator[T]:
-    """Yield what `items` yields, waiting at most `timeout` seconds for each; see `with_timeout`."""
+    """Yield the items of `items`, waiting at most `timeout` seconds for each; see `with_timeout`."""
     end = object()
     while (item := with_timeout(lambda: next(items, end), where, timeout)) is not end:
-        yield item  # type: ignore[misc]  # mypy does not see that `end` is excluded
+        yield item  # type: ignore[misc]  # mypy does not exclude `end`
 
 
 def with_retries(
@@ -66,13 +66,13 @@ def with_retries(
     retried: tuple[type[Exception], ...] = (StorageError, DataError),
     stopped: threading.Event | None = None,
 ) -> T:
-    """Return what `call` returns; after an error of a `retried` type, try again for `seconds`.
+    """Return the result of `call`; retry errors of the types `retried` for up to `seconds`.
 
-    Pauses double from 0.2 to 10 s, with jitter. Data that fails to decode four times is damaged in storage, and is not
-    tried again.
+    Pauses double from 0.2 to 10 s, with jitter. After four failures to decode, the stored data counts as damaged and
+    is not retried.
 
     Raises:
-        StorageError: the time is over; states the number of attempts.
+        StorageError: the time is over, or `stopped` is set; the message gives the number of attempts.
         DataError: the stored data is damaged.
     """
     stopped = stopped or threading.Event()

@@ -1,4 +1,4 @@
-"""The spec of a dataset, which is stored with it."""
+"""The specification of a dataset, which is stored in the dataset."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -10,9 +10,9 @@ from worldloom.core.types import ActionSpec, ObservationSpec
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """Observations, actions, the size of each label column, and the origin of the episodes.
+    """The shapes of observations and actions, the size of each label column, and the origin of the episodes.
 
-    `environment` is JSON; `collect` stores in it the arguments that determine the content.
+    `environment` is JSON; `collect` stores there the arguments that determine the content.
     """
 
     observation: ObservationSpec
@@ -34,10 +34,10 @@ class DatasetSpec:
 
     @classmethod
     def from_json(cls, text: str) -> "DatasetSpec":
-        """Read what `to_json` wrote.
+        """Return the spec from the text that `to_json` wrote.
 
         Raises:
-            DataError: the text is not such a spec.
+            DataError: the text is not a valid spec.
         """
         try:
             values = json.loads(text)
@@ -49,5 +49,5 @@ class DatasetSpec:
             )
         except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
             raise DataError(
-                f"the dataset's spec is damaged ({type(error).__name__}: {error}); restore the dataset"
+                f"the dataset's spec is damaged ({type(error).__name__}: {error}); restore the dataset from a copy"
             ) from error

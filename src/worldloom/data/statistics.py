@@ -1,4 +1,4 @@
-"""Means and standard deviations of the data, with which models normalise their inputs."""
+"""Means and standard deviations of the data, for the normalisation of model inputs."""
 
 from dataclasses import dataclass
 
@@ -12,14 +12,14 @@ from worldloom.core.seeds import numpy_generator
 from worldloom.core.types import ActionSpec, ObservationSpec
 from worldloom.data.frames import Frames, Pixels
 
-_CHUNK = 64  # frames whose squares are summed at once
+_CHUNK = 64  # frames that are summed at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
     """Mean and standard deviation of each pixel and channel (0 to 255), vector value and action value.
 
-    A value that never varies has a standard deviation of 0; set a floor before dividing by it.
+    A constant value has a standard deviation of 0; apply a lower limit before you divide by it.
     """
 
     pixel_mean: Float32[Tensor, "H W C"] | None
@@ -31,7 +31,7 @@ class Statistics:
 
     @classmethod
     def unit(cls, observation: ObservationSpec, action: ActionSpec) -> "Statistics":
-        """Return means of 0 and deviations of 1, for a model whose statistics are loaded with its tensors."""
+        """Return means of 0 and deviations of 1, as placeholders for a model that loads its statistics later."""
         pixels, vector = observation.pixels, observation.vector
         return cls(
             pixel_mean=None if pixels is None else torch.zeros(pixels),
@@ -46,10 +46,12 @@ class Statistics:
 def compute_statistics(
     cache: Frames, *, seed: int, max_frames: int = 4096, episodes: Int[np.ndarray, "T"] | None = None
 ) -> Statistics:
-    """Measure the data, or these episodes of it; pixels on at most `max_frames` frames drawn by `seed`.
+    """Compute the statistics of all episodes or of `episodes`.
+
+    Pixel statistics use at most `max_frames` frames, sampled with `seed`.
 
     Raises:
-        DataError: there is no episode.
+        DataError: there are no episodes.
     """
     chosen = np.arange(len(cache.lengths)) if episodes is None else episodes
     if len(chosen) == 0:
@@ -78,7 +80,7 @@ def compute_statistics(
 def _moments(
     values: np.ndarray | Pixels, rows: Int[np.ndarray, "R"]
 ) -> tuple[Float32[Tensor, "*shape"], Float32[Tensor, "*shape"]]:
-    # The first row is subtracted before squaring: a large mean would cancel a small variance.
+    # The first row is subtracted first, because cancellation with a large mean would lose a small variance.
     origin = values[rows[0]].astype(np.float64)
     total, squares = np.zeros_like(origin), np.zeros_like(origin)
     for first in range(0, len(rows), _CHUNK):

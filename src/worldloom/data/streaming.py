@@ -1,4 +1,4 @@
-"""Frames streamed from storage during training: whole chunks, prefetched and cached on the local disk."""
+"""Frames that are streamed from storage during training, in chunks that are prefetched and cached on the local disk."""
 
 import heapq
 import logging
@@ -26,12 +26,12 @@ _log = logging.getLogger(__name__)
 
 
 class DataConfig(Config):
-    """How training reads its data; these settings do not change the trained parameters.
+    """How training reads its data. These settings do not change the trained parameters.
 
-    `mode`: "cache" decodes everything before training, "stream" reads during training, "auto" streams remote datasets.
-    `cache_dir` is shared by processes and datasets (default: worldloom/chunks in XDG_CACHE_HOME or ~/.cache); its
-    chunks take at most `cache_gib` (0: no disk cache, and at most `memory_mib` in memory).
-    A chunk is `chunk_mib` of decoded frames. A failed read is tried again for `retry_seconds`.
+    `mode`: "cache" decodes everything before training, "stream" reads during training, and "auto" streams only remote
+    datasets. `cache_dir` (default: worldloom/chunks in XDG_CACHE_HOME or ~/.cache) is shared by processes and datasets,
+    and contains at most `cache_gib` of chunks. With `cache_gib=0` there is no disk cache; at most `memory_mib` of
+    chunks is kept in memory. A chunk is `chunk_mib` of decoded frames. Failed reads are retried for `retry_seconds`.
     """
 
     mode: Literal["auto", "cache", "stream"] = "auto"
@@ -44,7 +44,7 @@ class DataConfig(Config):
 
 
 def load_frames(dataset: EpisodeDataset, config: DataConfig | None = None, *, progress: Progress = SILENT) -> Frames:
-    """Open the frames of a dataset by `config`.
+    """Open the frames of a dataset as `config` specifies.
 
     Raises:
         DataError, StorageError: see `load_cache` and `stream_frames`.
@@ -60,8 +60,8 @@ def load_frames(dataset: EpisodeDataset, config: DataConfig | None = None, *, pr
 def stream_frames(dataset: EpisodeDataset, config: DataConfig | None = None) -> Frames:
     """Return the frames of a dataset, read from its storage on demand; training windows equal those of `load_cache`.
 
-    Vectors, actions and labels are held in memory. Prefetching begins at once, from the first chunk on, within the
-    budget of the disk; requested chunks come first. `close` ends it.
+    Vectors, actions and labels are kept in memory. Prefetching starts at once with the first chunk, up to the budget
+    of the disk cache; requested chunks have priority. `close` stops it.
 
     Raises:
         StorageError: the storage does not answer within `retry_seconds`.
@@ -82,16 +82,16 @@ def stream_frames(dataset: EpisodeDataset, config: DataConfig | None = None) -> 
 
 
 class StreamedPixels:
-    """Frames by row: `pixels[rows]` reads the chunks that hold them."""
+    """Frames indexed by row: `pixels[rows]` reads the chunks that contain these rows."""
 
     def __init__(self, dataset: EpisodeDataset, fingerprint: str, config: DataConfig) -> None:
         frame = dataset.spec.observation.pixels
         assert frame is not None
         self.shape: tuple[int, ...] = (dataset.frames, *frame)
-        self.fetched = 0  # chunks that came from storage
+        self.fetched = 0  # chunks read from storage
         self._dataset, self._config = dataset, config
         self._size = int(np.prod(frame))
-        self._length = max(1, int(config.chunk_mib * 2**20) // self._size)  # rows of a chunk
+        self._length = max(1, int(config.chunk_mib * 2**20) // self._size)  # rows per chunk
         self._chunks = -(-dataset.frames // self._length)
         self._disk = self._open_disk(fingerprint)
         self._memory: OrderedDict[int, UInt8[np.ndarray, "n bytes"]] = OrderedDict()
@@ -119,7 +119,7 @@ class StreamedPixels:
         """Return the frames of these rows: an integer, an array of integers of any shape, or a slice.
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: a row does not exist.
             StorageError: the storage did not answer within `retry_seconds`.
             DataError: a frame does not decode, after several attempts.
         """
@@ -136,7 +136,7 @@ class StreamedPixels:
             part = slice(bounds[index], bounds[index + 1])
             if not self._local(chunk, unique[part] - chunk * self._length, out[part]):
                 missing.append((part, chunk))
-        # Requested a few at a time: no more chunks wait in memory than the threads can fetch.
+        # Requested a few at a time, to limit the number of chunks in memory.
         ahead = 2 * len(self._threads)
         waiting = [self._ask(chunk) for _, chunk in missing[:ahead]]
         for index, (part, chunk) in enumerate(missing):
@@ -149,9 +149,9 @@ class StreamedPixels:
         return (out if same else out[inverse.reshape(-1)]).reshape(*wanted.shape, *self.shape[1:])
 
     def expect(self, spans: Int64[np.ndarray, "S 2"]) -> None:
-        """Prefetch the chunks of these rows (first and last of each span) instead of those queued before.
+        """Prefetch the chunks of these spans of rows (first and last row of each) instead of those queued before.
 
-        Chunks beyond the size of the cache are left out, with a warning.
+        Chunks that do not fit into the cache are left out, with a warning.
         """
         runs = [np.arange(first // self._length, last // self._length + 1) for first, last in spans.tolist()]
         chunks, places = np.unique(np.concatenate([np.zeros(0, np.int64), *runs]), return_index=True)
@@ -160,8 +160,8 @@ class StreamedPixels:
         if len(chunks) > fit and not self._warned:
             self._warned = True
             _log.warning(
-                "the next draws need %d chunks of %.3g MiB, and the cache holds %d: chunks are read more than once. "
-                "Raise data.cache_gib (or data.memory_mib where there is no disk cache), or lower "
+                "the next draws need %d chunks of %.3g MiB, but only %d fit into the cache, so chunks are read more "
+                "than once. Raise data.cache_gib (or data.memory_mib without a disk cache), or lower "
                 "training.pool_windows",
                 len(chunks),
                 self._length * self._size / 2**20,
@@ -181,7 +181,7 @@ class StreamedPixels:
             self._change.notify_all()
             for future in self._pending.values():
                 if not future.done():
-                    future.set_exception(StorageError(f"{self._dataset.path} was closed while it was read"))
+                    future.set_exception(StorageError(f"{self._dataset.path} was closed during a read; open it again"))
             self._pending.clear()
         for thread in self._threads:
             thread.join()
@@ -194,11 +194,11 @@ class StreamedPixels:
         try:
             return ChunkCache(directory, f"{fingerprint}-{self._length}", int(config.cache_gib * 2**30))
         except (StorageError, OSError) as error:
-            _log.warning("no disk cache: %s. Every chunk is read from storage each time it is asked for", error)
+            _log.warning("no disk cache: %s. Chunks are cached in memory, up to data.memory_mib", error)
             return None
 
     def _fit(self) -> int:
-        """Return how many chunks the cache holds at least: eviction on disk drops an eighth more than it must."""
+        """Return how many chunks certainly fit: eviction on disk deletes an eighth of the budget more than needed."""
         disk = self._disk
         return self._held if disk is None else int(disk.budget * 7 / 8) // (self._length * self._size)
 
@@ -250,14 +250,14 @@ class StreamedPixels:
             self._bring(chunk)
 
     def _bring(self, chunk: int) -> None:
-        """Fetch a chunk, store it, and hand it to the pending read."""
+        """Fetch a chunk, cache it, and complete the pending read."""
         future = self._pending.get(chunk)
         content: UInt8[np.ndarray, "n bytes"] | None = None
         failure: Exception | None = None
         try:
             content = self._fetch(chunk)
             self._keep(chunk, content)
-        except Exception as error:  # raised by the pending read; a prefetched chunk is read again on request
+        except Exception as error:  # raised in the pending read; a failed prefetch is retried on request
             _log.debug("chunk %d: %s", chunk, error)
             failure = error
         with self._change:

@@ -1,4 +1,4 @@
-"""Finds every problem in a dataset."""
+"""Validation of datasets, which finds every problem."""
 
 import json
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ _REPAIR = "repair the episode at its source, and write the dataset again"
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One problem: where it is, what it is, and what to do about it."""
+    """One problem of a dataset: its place, a description, and what to do about it."""
 
     where: str
     what: str
@@ -37,13 +37,13 @@ def validate(
     """Read every value of the latest version and return all problems found, in order.
 
     Raises:
-        StorageError: `path` holds no dataset, or the storage does not answer.
-        DataError: the dataset cannot be opened, or has another version of the format.
+        StorageError: `path` is not a dataset, or the storage does not answer.
+        DataError: the dataset cannot be opened, or its format version is not supported.
     """
     table = open_table(path, storage_options=storage_options)
     spec = layout.spec_of(table.schema, str(path))
     if not table.schema.equals(layout.table_schema(spec)):
-        what = f"the columns are {', '.join(table.schema.names)} and do not fit the dataset's spec"
+        what = f"the columns ({', '.join(table.schema.names)}) do not match the dataset's spec"
         return [Problem(where=str(path), what=what, remedy=_RESTORE)]
     with lance_errors(str(path), "read"):
         rows = with_timeout(table.count_rows, str(path), TIMEOUT)
@@ -57,11 +57,11 @@ def validate(
                 continue
             number = found["episode"][0].as_py()
             if number > expected:
-                what = f"missing: after episode {expected - 1} comes episode {number}"
+                what = f"missing: episode {expected - 1} is followed by episode {number}"
                 lost = f"episode {expected}" if number == expected + 1 else f"episodes {expected} to {number - 1}"
                 problems.append(Problem(where=lost, what=what, remedy=_RESTORE))
             elif number < expected:
-                what = f"its number does not follow {expected - 1}: perhaps two processes appended at once"
+                what = f"its number does not follow {expected - 1}; perhaps two processes appended at the same time"
                 problems.append(Problem(where=f"episode {number}", what=what, remedy=_REPAIR))
             expected = number + 1
             problems += _check(found, number, spec, seen)
@@ -70,7 +70,10 @@ def validate(
 
 
 def _episodes(table: Any, path: str) -> Iterator[pa.Table | Problem]:
-    """Yield the rows of each episode (runs of one number, split at each step 0), or a problem for a damaged file."""
+    """Yield the rows of each episode, or a problem for a damaged file.
+
+    An episode is a run of rows with one number; it is split at each step 0.
+    """
     rest: pa.Table | None = None
     for fragment in table.get_fragments():
         try:
@@ -95,7 +98,7 @@ def _episodes(table: Any, path: str) -> Iterator[pa.Table | Problem]:
 
 
 def _check(rows: pa.Table, number: int, spec: DatasetSpec, seen: dict[str, int]) -> list[Problem]:
-    """Return the problems of one episode; `seen` holds the digests of the arrays of earlier episodes."""
+    """Return the problems of one episode; `seen` maps digests of the arrays of earlier episodes to their numbers."""
     problems: list[Problem] = []
 
     def report(what: str, remedy: str = _REPAIR) -> None:
@@ -108,7 +111,7 @@ def _check(rows: pa.Table, number: int, spec: DatasetSpec, seen: dict[str, int])
     elif not np.array_equal(steps, np.arange(len(rows))):
         report("its steps are out of order or repeated")
     if len(rows) < 2:
-        report("it has one frame only; expected at least two")
+        report("it has only one frame; expected at least two")
     columns = decode_columns(rows, spec)
     no_action = floats_of(rows["action"])[1]
     if not no_action[-1]:
@@ -144,9 +147,9 @@ def _check(rows: pa.Table, number: int, spec: DatasetSpec, seen: dict[str, int])
         Episode(pixels=pixels, vector=columns.vector, actions=columns.actions[:-1], labels=columns.labels)
     )
     if layout.episode_digest(arrays, metadata) != rows["digest"][0].as_py():
-        report("it has changed since it was written: its digest does not match", _RESTORE)
+        report("it was changed after it was written: its digest does not match", _RESTORE)
     if arrays in seen:
-        report(f"it is the same as episode {seen[arrays]}", "remove one of them, and check that their seeds differ")
+        report(f"it is identical to episode {seen[arrays]}", "remove one of them, and check that their seeds differ")
     seen.setdefault(arrays, number)
     return problems
 

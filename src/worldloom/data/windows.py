@@ -1,4 +1,4 @@
-"""Training windows: one vectorised gather from the frames of a dataset."""
+"""Training windows, gathered from the frames of a dataset."""
 
 import logging
 
@@ -14,15 +14,15 @@ _log = logging.getLogger(__name__)
 
 
 class WindowSampler:
-    """Draws windows of `context` + `horizon` frames, `block` steps apart, from episodes of a cache.
+    """Samples windows of `context` + `horizon` frames, `block` steps apart, from all episodes or from `episodes`.
 
-    A window is named by its current frame, the last of its context. It may begin before its episode does: the
-    first frame repeats there and the actions before it are zero, so that a model with history can recognise a start.
-    All windows are equally likely; episodes too short for one are left out. `episodes` restricts it to some.
+    A window is identified by its current frame, the last of its context. It may start before its episode: the first
+    frame is then repeated, with zero actions, so that a model with history can recognise the start of an episode.
+    All windows are equally likely; episodes that are too short for a window are left out.
 
     Raises:
-        DataError: no episode is long enough for one window, or an episode is named that is not there.
-        ConfigError: context, horizon or block is below 1.
+        DataError: no episode is long enough for a window, or one of `episodes` does not exist.
+        ConfigError: `context`, `horizon` or `block` is below 1.
     """
 
     def __init__(
@@ -30,20 +30,22 @@ class WindowSampler:
     ) -> None:
         if min(context, horizon, block) < 1:
             raise ConfigError(
-                f"context, horizon and block must be at least 1; got context {context}, horizon {horizon} and block "
-                f"{block}"
+                f"'context', 'horizon' and 'block' must be at least 1; got {context}, {horizon} and {block}"
             )
         starts, lengths = cache.starts, cache.lengths
         chosen = np.arange(len(lengths)) if episodes is None else np.asarray(episodes, np.int64)
         if ((chosen < 0) | (chosen >= len(lengths))).any():
-            raise DataError(f"episodes {chosen.min()} to {chosen.max()} are asked for; the data holds {len(lengths)}")
+            raise DataError(f"'episodes' must be within 0 to {len(lengths) - 1}; got {chosen.min()} to {chosen.max()}")
         counts = np.maximum(lengths[chosen] - block * horizon + 1, 0)
         if not counts.any():
-            there = f"they have {lengths[chosen].min()} to {lengths[chosen].max()}" if len(chosen) else "there are none"
+            there = (
+                f"episodes have {lengths[chosen].min()} to {lengths[chosen].max()}"
+                if len(chosen)
+                else "there are no episodes"
+            )
             raise DataError(
                 f"no episode is long enough: a window of horizon {horizon} and block {block} needs {block * horizon} "
-                f"steps, and of the {len(chosen)} episodes {there}. Shorten the horizon or the block, or collect "
-                f"longer episodes"
+                f"steps, but {there}. Shorten the horizon or the block, or collect longer episodes"
             )
         if not counts.all():
             _log.info("%d of %d episodes are too short for a window", int((counts == 0).sum()), len(chosen))
@@ -56,7 +58,7 @@ class WindowSampler:
         return int(self._ends[-1])
 
     def sample(self, batch: int, generator: np.random.Generator) -> Windows:
-        """Return `batch` windows, drawn uniformly with replacement."""
+        """Return `batch` windows, sampled uniformly with replacement."""
         return self.at(generator.integers(len(self), size=batch))
 
     def at(self, windows: Int[np.ndarray, "B"]) -> Windows:
@@ -75,14 +77,14 @@ class WindowSampler:
         )
 
     def expect(self, windows: Int[np.ndarray, "B"]) -> None:
-        """Announce the windows that will be drawn next, so that their frames are read ahead of time, in this order."""
+        """Prefetch the frames of the windows that will be requested next, in this order."""
         if isinstance(self._cache.pixels, ReadsAhead):
             self._cache.pixels.expect(self._spans(windows))
 
     def _rows(
         self, windows: Int[np.ndarray, "B"]
     ) -> tuple[Int64[np.ndarray, "B N"], Int64[np.ndarray, "B M K"], Bool[np.ndarray, "B M K"]]:
-        """Return the rows of frames and of actions, and which of these actions were taken (the rest are zero)."""
+        """Return the rows of frames, the rows of actions, and which of these actions are in the episode."""
         episode = np.searchsorted(self._ends, windows, side="right")
         current = windows - (self._ends - self._counts)[episode]
         start = self._starts[episode]
@@ -91,7 +93,7 @@ class WindowSampler:
         return frames, np.maximum(steps, 0) + start[:, None, None], steps >= 0
 
     def _spans(self, windows: Int[np.ndarray, "B"]) -> Int64[np.ndarray, "S 2"]:
-        """Return the rows of all frames of these windows as spans, first and last, one for each run in an episode."""
+        """Return spans (first and last row) of the frames of these windows, one per run of windows in an episode."""
         episode = np.searchsorted(self._ends, windows, side="right")
         current = windows - (self._ends - self._counts)[episode]
         begins = np.flatnonzero(np.append(True, (np.diff(windows) != 1) | (np.diff(episode) != 0)))[: len(windows)]

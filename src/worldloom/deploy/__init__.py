@@ -1,4 +1,4 @@
-"""Deployment: links to plants on their own clock, and the control loop that drives them."""
+"""Deployment: links to plants that run on their own clock, and the control loop that drives them."""
 
 from worldloom.deploy.control import ControlLoop, ControlReport
 from worldloom.deploy.link import CallbackLink, Link, PlantReading, SocketLink

@@ -1,9 +1,9 @@
-"""A control loop on a plant's clock: one command a period, planned in time or else the declared safe action.
+"""A control loop on a plant's clock, with one command per period: a plan that is ready in time, or the safe action.
 
-Period k begins at start + k / rate on the monotonic clock, so errors do not accumulate. In each period the loop takes
-the newest observation, lets the agent act in another thread, and sends the action once it is ready. An action that is
-not ready by the deadline is a *miss*: the loop sends the safe action, and counts and logs the miss with its time and
-cause. A second thread, the watchdog, sends the safe action if the loop does not.
+Period k begins at start + k / rate on the monotonic clock, so errors do not accumulate. In each period the loop reads
+the newest observation, the agent plans in another thread, and the loop sends the action once it is ready. An action
+that is not ready by the deadline is a *miss*: the loop sends the safe action, and logs the miss with its time and
+cause. A second thread, the watchdog, sends the safe action if the loop sends nothing.
 """
 
 import logging
@@ -25,14 +25,14 @@ from worldloom.deploy.wire import LinkError
 
 _log = logging.getLogger(__name__)
 
-# The share of the time until an action is due in which an agent may plan; the rest is for sending the action.
+# The share of the time before the deadline that the agent may use for planning; the rest is for sending the action.
 _PLANNING_SHARE = 0.8
 
 
 SafeAction = Literal["hold"] | Sequence[float] | Callable[[PlantReading | None], np.ndarray]
-"""What is sent when no plan is ready in time: the last action, a constant, or a function of the last reading.
+"""The command if no plan is ready in time: the last action ("hold"), a constant, or a function of the last reading.
 
-The function is called once a period, before planning, and must return at once.
+The function is called once per period, before planning, and must return at once.
 """
 
 Late = Literal["discard", "use if fresh"]
@@ -41,22 +41,22 @@ Command = Literal["agent", "late", "safe", "watchdog"]
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """When each period begins and when its action is due, in seconds of the monotonic clock."""
+    """The start and the deadline of each period, in seconds of the monotonic clock."""
 
     start: float
     period: float
     deadline: float
 
     def begins(self, number: int) -> float:
-        """Return when a period begins."""
+        """Return the time at which a period begins."""
         return self.start + number * self.period
 
     def due(self, number: int) -> float:
-        """Return when the action of a period is due."""
+        """Return the deadline of a period's action."""
         return self.begins(number) + self.deadline
 
     def at(self, now: float) -> int:
-        """Return the period that contains a moment."""
+        """Return the period that contains the time `now`."""
         number = int((now - self.start) // self.period)
         # Rounding may put the beginning of a period into the previous one.
         return number + 1 if self.begins(number + 1) <= now else number
@@ -64,7 +64,7 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Miss:
-    """A period whose action was not ready by its deadline; `seconds` since the start of the loop."""
+    """A period whose action was not ready by its deadline; `seconds` is the deadline's time since the loop's start."""
 
     period: int
     seconds: float
@@ -74,19 +74,19 @@ class Miss:
 
 @dataclass(kw_only=True)
 class Period:
-    """What happened in one period; times in seconds since its beginning."""
+    """The record of one period; times are in seconds since its beginning."""
 
     number: int
-    began: float = 0.0  # how late the loop woke
+    began: float = 0.0  # the time at which the loop woke up
     observation: int = -1
-    age: float | None = None  # of the observation, at the beginning
+    age: float | None = None  # age of the observation when the loop read it
     sent: float | None = None
     kind: Command | None = None
 
 
 @dataclass(kw_only=True)
 class ControlReport:
-    """What a control loop did; `to_json` gives the figures."""
+    """The record of a control loop's run; `to_json` returns its figures."""
 
     rate: float
     deadline: float
@@ -94,18 +94,18 @@ class ControlReport:
     late: str
     periods: list[Period] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
-    plans: list[float] = field(default_factory=list)  # seconds that each call of the agent took
+    plans: list[float] = field(default_factory=list)  # duration of each call of the agent in seconds
     watchdog: list[tuple[int, float]] = field(default_factory=list)  # period, seconds after the deadline
-    stale: list[int] = field(default_factory=list)  # periods that acted on an observation of an earlier period
-    skipped: list[int] = field(default_factory=list)  # observations that no period took
-    unanswered: int = 0  # periods without any command, by the plant's count
-    start: float = 0.0  # when period 0 began, by the monotonic clock
-    restarts: int = 0  # how often the agent was reset after a gap in its history
+    stale: list[int] = field(default_factory=list)  # periods that used an observation of an earlier period
+    skipped: list[int] = field(default_factory=list)  # observations that no period used
+    unanswered: int = 0  # periods without a command, counted by the plant
+    start: float = 0.0  # the beginning of period 0 on the monotonic clock
+    restarts: int = 0  # number of agent resets after gaps in its history
     link: dict[str, int] = field(default_factory=dict)
     ended: str = "running"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures: times in milliseconds, and for misses in seconds since the start."""
+        """Return the figures as JSON values. Times are in ms, except those of misses in seconds since the start."""
         sent = [period.number / self.rate + period.sent for period in self.periods if period.sent is not None]
         wakes = [period.number / self.rate + period.began for period in self.periods]
         span = wakes[-1] - wakes[0] if len(wakes) > 1 else 0.0
@@ -136,19 +136,19 @@ class ControlReport:
 
 
 class ControlLoop:
-    """Drives a plant with an agent, one command a period.
+    """Drives a plant with an agent, with one command per period.
 
     `rate` defaults to the link's rate and must equal it, because the plant's own watchdog counts its periods.
-    `deadline` is in seconds after the beginning of a period, at most the period. `safe_action` has no default: see
-    `SafeAction`; "hold" sends nothing before the first action. An observation older than `max_age` (two periods by
-    default) is not used; that is a miss, too. `late` decides about a plan that is ready in a later period: with "use if
-    fresh" it becomes that period's action if its observation is not older than `max_age` by then; otherwise it is
-    discarded. A period that the agent did not see leaves a gap in its history, so the agent is reset to the same goal.
-    `watchdog=False` omits the second thread. `on_period(report)` is called at the end of each period and must return at
-    once.
+    `deadline` is in seconds after the beginning of a period, at most one period. `safe_action` (see `SafeAction`) has
+    no default; "hold" sends nothing before the first action. An observation older than `max_age` (default: two periods)
+    is not used, which also counts as a miss. A plan that is ready only in a later period is discarded. With
+    `late="use if fresh"` it is used in that period if its observation is not older than `max_age`. A period without an
+    observation for the agent is a gap in its history, so the agent is then reset with the same goal. `watchdog=False`
+    disables the watchdog thread. `on_period(report)` is called at the end of each period and must return at once.
 
     Raises:
-        ConfigError: the deadline is not within a period, or the plant does not take the safe action.
+        ConfigError: the rate differs from the link's, the deadline is not within a period, or the plant does not
+            accept the safe action.
     """
 
     def __init__(
@@ -167,11 +167,13 @@ class ControlLoop:
         self._rate = link.rate if rate is None else float(rate)
         if self._rate != link.rate:
             raise ConfigError(
-                f"the plant sends {link.rate:g} observations a second; got a rate of {self._rate:g}. Omit the rate"
+                f"the plant sends {link.rate:g} observations per second; got rate={self._rate:g}. Leave out 'rate'"
             )
         period = 1 / self._rate
         if not 0 < deadline <= period:
-            raise ConfigError(f"a deadline must be within the period of {1e3 * period:g} ms; got {1e3 * deadline:g} ms")
+            raise ConfigError(
+                f"'deadline' must be above 0 and at most the period, {1e3 * period:g} ms; got {1e3 * deadline:g} ms"
+            )
         self._link, self._deadline = link, deadline
         self._late, self._max_age = late, 2 * period if max_age is None else max_age
         self._guarded, self._on_period = watchdog, on_period
@@ -186,31 +188,31 @@ class ControlLoop:
         self._period = Period(number=-1)
         self._unanswered_before: int | None = None
         self.reading: PlantReading | None = None
-        """The newest reading that a period used."""
+        """The latest reading that a period used."""
         self._worker = _Worker(agent)
 
     def stop(self) -> None:
-        """Stop `run` cleanly; may be called from a signal handler or any thread."""
+        """Stop `run` cleanly. Signal handlers and other threads can call this."""
         self._asked_to_stop = True
         self._stopping.set()
 
     def aim(self, goal: Goal) -> None:
-        """Give the agent another goal during `run`; it takes effect with the next observation."""
+        """Set a new goal for the agent during `run`; it takes effect with the next observation."""
         self._worker.aim(goal)
 
     def run(self, goal: Goal, *, duration: float | None = None) -> ControlReport:
-        """Drive the plant towards a goal (of a batch of one) for `duration` seconds, or until `stop` or Ctrl-C.
+        """Drive the plant toward a goal (a batch of one) for `duration` seconds, or until `stop` or Ctrl-C.
 
-        The safe action is always the last command.
+        The last command is always the safe action. After an error, `report` contains the periods before it.
 
         Raises:
-            LinkError: the link broke; `report` holds the periods until then.
-            WorldloomError: the agent raised; likewise.
+            LinkError: the link broke.
+            WorldloomError: the agent raised.
         """
         if self.report.ended != "running" or self._schedule is not None:
-            raise ConfigError("a control loop runs only once; create another")
+            raise ConfigError("a control loop can run only once; create a new one")
         self._worker.aim(goal)
-        # How often Python switches threads during planning; the default of 5 ms is a tenth of a period.
+        # Python's interval for switching threads during planning; the default of 5 ms can be a tenth of a period.
         switching = sys.getswitchinterval()
         sys.setswitchinterval(min(switching, 0.001))
         ended = "failed"
@@ -239,7 +241,7 @@ class ControlLoop:
 
     def _drive(self, first: PlantReading, duration: float | None) -> None:
         period = 1 / self._rate
-        # The loop wakes shortly after the plant's observations, so that network jitter does not matter.
+        # The loop wakes up shortly after the plant's observations arrive, so that network jitter does not matter.
         start = first.arrived + 0.05 * period
         while start < time.monotonic():
             start += period
@@ -259,7 +261,7 @@ class ControlLoop:
                 now = time.monotonic()
                 current = schedule.at(now)
                 for gone in range(number, current):
-                    # This thread did not run: the machine was busy, or other code held the interpreter.
+                    # This thread did not run, because the machine was busy or other code held the GIL.
                     self._missed(gone, "the loop was held up", self._period.observation)
                     after = dict(self.report.watchdog).get(gone)
                     self.report.periods.append(
@@ -279,11 +281,11 @@ class ControlLoop:
                 watching.join(timeout=1.0)
 
     def _one(self, schedule: Schedule, number: int, before: PlantReading) -> PlantReading:
-        """Run one period; return the newest reading."""
+        """Run one period, and return the latest reading."""
         began, due, worker = schedule.begins(number), schedule.due(number), self._worker
         period = Period(number=number, began=time.monotonic() - began)
         self._period = period
-        # Wait for a slightly late observation, as long as half of the deadline is left for planning.
+        # Wait for a late observation, but leave half of the time before the deadline for planning.
         reading = self._link.receive(max(0.0, began + self._deadline / 2 - time.monotonic())) or before
         fresh = reading.sequence != before.sequence or not self.report.periods
         if fresh:
@@ -311,7 +313,7 @@ class ControlLoop:
             cause = self._take(period, due, "agent")
         if cause is not None:
             self._command(period, None, "safe")
-            if not self._stopping.is_set():  # an aborted period is not a miss
+            if not self._stopping.is_set():  # a period that `stop` ends is not a miss
                 self._missed(number, cause, reading.sequence)
         self.report.plans += worker.times()
         self.report.restarts = worker.restarts
@@ -321,7 +323,7 @@ class ControlLoop:
         return reading
 
     def _hear_of_overdue(self) -> None:
-        """Count as misses the actions that were sent in time but reached the plant late."""
+        """Count actions that were sent in time but reached the plant late as misses."""
         numbers, self._link.overdue = self._link.overdue, []
         for number in numbers:
             for period in reversed(self.report.periods[-200:]):
@@ -330,7 +332,7 @@ class ControlLoop:
                     self._missed(period.number, "it came late to the plant", number)
 
     def _take(self, period: Period, due: float, kind: Command) -> str | None:
-        """Wait for the agent's action until it is due, and send it; return the cause of a failure."""
+        """Wait until `due` for the agent's action and send it; return the cause of a miss, or None."""
         worker = self._worker
         answer = worker.wait(due, self._stopping)
         if answer is None:
@@ -355,7 +357,7 @@ class ControlLoop:
         return None
 
     def _take_late(self, period: Period, due: float) -> str | None:
-        """Handle a plan of an earlier period that is not ready yet: use it if allowed, else ignore it."""
+        """Handle the plan of an earlier period that is not ready yet: use it if allowed, else discard it."""
         self._worker.mark_gap()
         asked = self._worker.asked
         if self._late == "use if fresh" and asked is not None:
@@ -366,7 +368,7 @@ class ControlLoop:
         return "the planner was still busy"
 
     def _command(self, period: Period, action: np.ndarray | None, kind: Command, answers: int | None = None) -> bool:
-        """Send one command for a period (None: the safe action); return whether it is the first one."""
+        """Send one command for a period (None: the safe action); return False if it already has a command."""
         with self._commanding:
             if self._commanded >= period.number:
                 return False
@@ -390,7 +392,7 @@ class ControlLoop:
         _log.warning("period %d, %.3f s: deadline missed, %s", number, seconds, cause)
 
     def _watch(self) -> None:
-        """Send the safe action in each period in which the loop has sent nothing shortly after the deadline."""
+        """Send the safe action in each period in which the loop sent nothing until shortly after the deadline."""
         schedule = self._schedule
         assert schedule is not None
         grace = 0.1 * schedule.period
@@ -427,16 +429,16 @@ class ControlLoop:
 def _safe_rule(
     safe_action: SafeAction, link: Link
 ) -> tuple[Callable[[PlantReading | None], np.ndarray] | None, np.ndarray | None]:
-    """Return the function, if it is one, and the constant; both are None for "hold"."""
+    """Return the safe action's function, or None, and its current values; both are None for "hold"."""
     if isinstance(safe_action, str):
         if safe_action != "hold":
-            raise ConfigError(f"a safe action is 'hold', values or a function; got {safe_action!r}")
+            raise ConfigError(f"'safe_action' must be 'hold', values or a function; got {safe_action!r}")
         return None, None
     values = np.asarray(safe_action(None) if callable(safe_action) else safe_action, np.float32).reshape(-1)
     low, high = (np.array(bound, np.float32) for bound in (link.action.low, link.action.high))
     if values.size != link.action.size or not bool(((values >= low) & (values <= high)).all()):
         raise ConfigError(
-            f"the plant does not take the safe action {values.tolist()}; expected {link.action.size} values from "
+            f"the plant does not accept the safe action {values.tolist()}; expected {link.action.size} values from "
             f"{low.tolist()} to {high.tolist()}"
         )
     return (safe_action if callable(safe_action) else None), values
@@ -465,7 +467,7 @@ class _Worker:
         self.restarts = 0
 
     def prepare(self, reading: PlantReading) -> None:
-        """Warm up the agent with two calls, because first calls are slow; start the thread."""
+        """Warm up the agent with two calls, because the first calls are slow, and start the thread."""
         for _ in range(2):
             self._begin()
             self._agent.act(reading.observations())
@@ -474,7 +476,7 @@ class _Worker:
         threading.Thread(target=self._run, name="worldloom-planner", daemon=True).start()
 
     def aim(self, goal: Goal) -> None:
-        """Set another goal before the next observation."""
+        """Set a new goal for the next observation."""
         with self._changed:
             self._goal, self._aimed = goal, True
 
@@ -489,7 +491,7 @@ class _Worker:
             return self._request is not None
 
     def ask(self, reading: PlantReading, deadline: float) -> None:
-        """Let the agent act on an observation; an anytime agent ends by the deadline."""
+        """Request an action for an observation; an anytime agent stops by the deadline."""
         with self._changed:
             self._request, self._deadline = reading, deadline
             self.asked = reading
@@ -497,12 +499,12 @@ class _Worker:
             self._changed.notify_all()
 
     def mark_gap(self) -> None:
-        """Reset the agent before the next observation, because its history lacks a period."""
+        """Reset the agent before the next observation, because its history misses a period."""
         with self._changed:
             self._gap = True
 
     def wait(self, until: float, stopping: threading.Event) -> _Answer | None:
-        """Return the answer to the last request if it is ready in time."""
+        """Return the answer to the last request, or None if it is not ready at the time `until`."""
         with self._changed:
             while self._answer is None and (left := until - time.monotonic()) > 0 and not stopping.is_set():
                 self._changed.wait(left)
@@ -512,13 +514,13 @@ class _Worker:
             return answer
 
     def times(self) -> list[float]:
-        """Return the durations of calls that ended since the last call of this method."""
+        """Return the durations in seconds of agent calls that ended since the last call of this method."""
         with self._changed:
             times, self._times = self._times, []
             return times
 
     def stop(self) -> None:
-        """End the thread once the agent returns."""
+        """End the thread after the agent returns."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -542,7 +544,9 @@ class _Worker:
                 answer = _Answer(sequence=request.sequence, action=action)
             except WorldloomError as error:
                 answer = _Answer(error=error)
-            except Exception as error:  # any error of an agent is raised in the loop's thread, after the safe action
+            except (
+                Exception
+            ) as error:  # any error of an agent is raised in the loop's thread, after it sends the safe action
                 failure = PlanningError(f"the agent raised {type(error).__name__}: {error}")
                 failure.__cause__ = error
                 answer = _Answer(error=failure)
@@ -553,7 +557,7 @@ class _Worker:
 
 
 def _sleep_until(moment: float, stopping: threading.Event) -> None:
-    """Sleep to within a fraction of a millisecond: the last two use a plain sleep, which wakes more precisely."""
+    """Sleep until `moment`, to a fraction of a millisecond: the last part is a plain sleep, which is more precise."""
     while (left := moment - time.monotonic()) > 0 and not stopping.is_set():
         if left > 0.004:
             stopping.wait(left - 0.002)

@@ -1,7 +1,7 @@
-"""Links to plants on their own clock: observations arrive at a fixed rate, whether or not the agent is ready.
+"""Links to plants that run on their own clock: observations arrive at a fixed rate even if the agent is not ready.
 
-`CallbackLink` wraps two functions; `SocketLink` uses the wire format of `worldloom.deploy.wire` to reach a plant in
-another process or machine (`worldloom.deploy.plant` is its other end).
+`CallbackLink` wraps two functions. `SocketLink` connects to a plant in another process or on another machine with the
+wire format of `worldloom.deploy.wire`; `worldloom.deploy.plant` is the other end.
 """
 
 import threading
@@ -25,9 +25,9 @@ from worldloom.deploy.wire import VERSION, Address, Connection, LinkError, WireM
 class PlantReading:
     """One observation of a plant.
 
-    `sequence` grows by one with each observation; `sent` is on the plant's monotonic clock and `arrived` on ours, in
-    seconds; `episode` counts the resets since the agent connected; `safe` is whether the plant is applying its own safe
-    action, and `unanswered` counts the periods without an action since the plant started.
+    `sequence` increases by one with each observation. `sent` is in seconds on the plant's monotonic clock, `arrived` on
+    the agent's. `episode` counts the resets since the agent connected. `safe` means that the plant is applying its own
+    safe action. `unanswered` counts the periods without an action since the plant started.
     """
 
     pixels: np.ndarray | None = None  # uint8 (H, W, C)
@@ -47,7 +47,7 @@ class PlantReading:
         )
 
     def check(self, spec: ObservationSpec) -> None:
-        """Raise `LinkError` where the observation differs from the spec in the plant's greeting."""
+        """Raise `LinkError` if the observation does not match the spec in the plant's greeting."""
         pixels = None if self.pixels is None else self.pixels.shape
         vector = 0 if self.vector is None else self.vector.size
         wrong_type = (self.pixels is not None and self.pixels.dtype != np.uint8) or (
@@ -55,19 +55,20 @@ class PlantReading:
         )
         if pixels != spec.pixels or vector != spec.vector or wrong_type:
             raise LinkError(
-                f"observation {self.sequence} has pixels {pixels} and a vector of {vector}; the plant announced uint8 "
-                f"pixels {spec.pixels} and a float32 vector of {spec.vector}. Correct the plant's code"
+                f"observation {self.sequence} has pixels {pixels} and a vector of {vector} values; expected uint8 "
+                f"pixels {spec.pixels} and a float32 vector of {spec.vector}, as in the plant's greeting. Correct the "
+                f"plant's code"
             )
         if self.vector is not None and not np.isfinite(self.vector).all():
             raise LinkError(f"observation {self.sequence} is not finite: {self.vector}; check the plant's sensors")
 
 
 class Link(Closing, ABC):
-    """Receives the newest observation of a plant and sends it actions; methods may be called from any thread.
+    """A connection to a plant: receives its newest observation and sends it actions. All methods are thread-safe.
 
-    `counts` counts observations: `received`, `unread` (replaced by a newer one before a `receive`), `lost` (never
-    arrived), `out of order` (arrived late, and dropped). `overdue` are the observations whose actions reached the plant
-    after their period.
+    `counts` counts observations: `received`; `unread` (replaced by a newer one before `receive` was called); `lost`
+    (never arrived); and `out of order` (arrived late and dropped). `overdue` are the sequence numbers of observations
+    whose actions reached the plant after their period.
     """
 
     observation: ObservationSpec
@@ -76,7 +77,7 @@ class Link(Closing, ABC):
 
     def __init__(self, observation: ObservationSpec, action: ActionSpec, rate: float) -> None:
         if not (np.isfinite(rate) and rate > 0):
-            raise LinkError(f"the rate of a link must be above 0 observations a second; got {rate}")
+            raise LinkError(f"'rate' must be above 0 observations per second; got {rate}")
         self.observation, self.action, self.rate = observation, action, float(rate)
         self.counts: Counter[str] = Counter()
         self.overdue: list[int] = []
@@ -86,7 +87,7 @@ class Link(Closing, ABC):
         self._failure: LinkError | None = None
 
     def receive(self, timeout: float) -> PlantReading | None:
-        """Return the newest observation that was not returned before, or None after `timeout` seconds without one.
+        """Return the newest observation that was not returned yet, or None after `timeout` seconds without one.
 
         Raises:
             LinkError: the link is broken.
@@ -100,7 +101,7 @@ class Link(Closing, ABC):
 
     @abstractmethod
     def send(self, action: Float32[np.ndarray, "A"], *, kind: str = "agent", answers: int = -1) -> None:
-        """Send an action; the plant logs its `kind` and the sequence number of the observation that it `answers`.
+        """Send an action. The plant logs its `kind` and `answers`, the sequence number of the observation used for it.
 
         Raises:
             LinkError: the link is broken.
@@ -108,11 +109,11 @@ class Link(Closing, ABC):
 
     @abstractmethod
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> None:
-        """Request a new episode; observations of the next `episode` follow once the plant is ready."""
+        """Request a new episode; its observations follow once the plant is ready."""
 
     def close(self) -> None:
         """Close the link; the plant applies its own safe action."""
-        self._fail(LinkError("the link was closed on this side"))
+        self._fail(LinkError("the link was closed by this program; open a new one"))
 
     def _put(self, reading: PlantReading) -> None:
         reading.check(self.observation)
@@ -138,10 +139,10 @@ class Link(Closing, ABC):
 
 
 class CallbackLink(Link):
-    """A plant behind two functions.
+    """A link to a plant through two functions.
 
-    `read()` waits for the next observation and returns it (or None if there is none yet); it is called in another
-    thread, so it may block. `write(action)` must return at once. Readings without a sequence number are numbered in
+    `read()` returns the next observation, or None if there is none yet. It is called in another thread and may block.
+    `write(action)` applies an action and must return at once. Readings without a sequence number are numbered in the
     order of arrival.
     """
 
@@ -168,7 +169,7 @@ class CallbackLink(Link):
             self._write(values)
 
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> None:
-        """Call the reset function, if there is one, with the seed."""
+        """Call the reset function, if there is one, with the seed; `options` are ignored."""
         if self._reset is not None:
             self._reset(seed)
         with self._changed:
@@ -192,17 +193,17 @@ class CallbackLink(Link):
             except LinkError as error:
                 self._fail(error)
             except Exception as error:  # any error of the user's function is raised by the next `receive`
-                self._fail(LinkError(f"reading failed: {type(error).__name__}: {error}"))
+                self._fail(LinkError(f"the function 'read' raised {type(error).__name__}: {error}. Repair it"))
 
 
 class SocketLink(Link):
-    """A plant at the other end of a socket: `tcp://host:port` or `unix:path`.
+    """A link to a plant through a socket, `tcp://host:port` or `unix:path`.
 
-    `connect_timeout` is how long to wait for the plant to listen and to greet. After `silence` seconds without a
-    message, the link counts as broken; each side sends heartbeats when it has nothing else to send.
+    `connect_timeout` (seconds) is the time for the plant to accept the connection and to send its greeting. After
+    `silence` seconds without a message, the link counts as broken; each side sends heartbeats when it is idle.
 
     Raises:
-        LinkError: no plant answers, or it uses another format.
+        LinkError: no plant answers, or it uses a different wire format.
     """
 
     def __init__(self, address: str | Address, *, connect_timeout: float = 10.0, silence: float = 2.0) -> None:
@@ -250,11 +251,11 @@ class SocketLink(Link):
         self._connection.send(WireMessage(type="reset", fields={"seed": seed, "options": dict(options or {})}))
 
     def close(self) -> None:
-        """Say goodbye; the plant then applies its own safe action."""
+        """End the session and close the link; the plant then applies its own safe action."""
         if self._failure is None:
             try:
                 self._connection.send(WireMessage(type="bye"), timeout=0.2)
-                # Closing with unread data would discard what the plant has not read yet, even the last action.
+                # An immediate close would discard data that the plant has not read yet, even the last action.
                 self._connection.finish()
                 self._thread.join(timeout=0.3)
             except LinkError:
@@ -267,11 +268,14 @@ class SocketLink(Link):
         message = self._connection.receive(timeout)
         if message is None:
             raise LinkError(
-                f"{self.address} accepted the connection but sent no greeting in {timeout:g} s; check whether another "
-                f"agent is connected"
+                f"{self.address} accepted the connection but sent no greeting within {timeout:g} s; check whether "
+                f"another agent is connected"
             )
         if message.type != "hello" or message.fields.get("version") != VERSION:
-            raise LinkError(f"expected a greeting of version {VERSION}; got {message.type!r} {dict(message.fields)}")
+            raise LinkError(
+                f"expected a greeting of version {VERSION}; got {message.type!r} {dict(message.fields)}. "
+                "Use the same version of worldloom on both sides"
+            )
         return dict(message.fields)
 
     def _listen(self) -> None:
@@ -283,11 +287,15 @@ class SocketLink(Link):
                     self._connection.send(WireMessage(type="heartbeat", fields={"time": now}))
                 if message is None:
                     if now - self._connection.received > self._silence:
-                        raise LinkError(f"the plant has sent nothing for {self._silence:g} s; check it")
+                        raise LinkError(
+                            f"the plant has sent nothing for {self._silence:g} s; check the plant and the network"
+                        )
                 elif message.type == "observation":
                     self._observed(message, now)
                 elif message.type == "error":
-                    raise LinkError(f"the plant reports: {str(message.fields.get('message'))[:500]}")
+                    raise LinkError(
+                        f"the plant reports: {str(message.fields.get('message'))[:500]}. Check the plant's log"
+                    )
                 elif message.type == "bye":
                     raise LinkError("the plant ended the session; start it again")
         except LinkError as error:
@@ -311,7 +319,9 @@ class SocketLink(Link):
                 unanswered=int(fields.get("unanswered", 0)),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise LinkError(f"an observation has no valid number or time ({error!r}); see docs/deploy.md") from None
+            raise LinkError(
+                f"an observation has no valid sequence number or time ({error!r}); see docs/deploy.md"
+            ) from None
         overdue = fields.get("overdue")
         if isinstance(overdue, list):
             self.overdue += [number for number in overdue if isinstance(number, int)]
@@ -325,7 +335,7 @@ class SocketLink(Link):
 def greeting(
     observation: ObservationSpec, action: ActionSpec, rate: float, safe_action: np.ndarray, name: str
 ) -> WireMessage:
-    """Return the first message of a plant."""
+    """Return the greeting, the first message of a plant."""
     fields = {
         "version": VERSION,
         "role": "plant",

@@ -1,4 +1,4 @@
-"""A plant on its own clock as a Gymnasium environment, for logging and evaluation."""
+"""A plant as a Gymnasium environment, for data collection and evaluation."""
 
 import time
 from collections.abc import Callable
@@ -13,24 +13,24 @@ from worldloom.core.types import ActionSpec, ObservationSpec
 from worldloom.deploy.link import Link, PlantReading, SocketLink
 from worldloom.deploy.wire import LinkError
 
-_BOUND = 3.4e38  # float32 without infinities, because the range of a sensor is unknown
+_BOUND = 3.4e38  # finite float32 bounds, because the range of a sensor is unknown
 
 
 class LinkEnv(gymnasium.Env[Any, np.ndarray]):
     """A link as an environment: `step` sends the action and waits for the observation of the next period.
 
-    The clock is the plant's: a caller that steps slower than the rate misses periods, which the info `missed` counts
-    (the plant's watchdog acts meanwhile, and the info `safe` is 1). Other infos are the plant's labels, `age` (seconds
-    between the arrival of an observation and the step that returns it) and `sequence`. The reward is always 0, and no
-    episode ends by itself. `reset` calls `on_reset(seed)`, if given (for example, to ask an operator), and requests a
-    new episode from the plant, for which it waits `reset_timeout` seconds.
+    The plant runs on its own clock. A caller that steps more slowly than the rate misses periods. The info `missed`
+    counts them; the plant's watchdog acts in them, so the info `safe` is 1. Other infos are the plant's labels, `age`
+    (seconds between the arrival of an observation and the step that returns it) and `sequence`. The reward is always 0,
+    and episodes do not end by themselves. `reset` calls `on_reset(seed)`, if set (for example, to ask an operator),
+    then requests a new episode and waits `reset_timeout` seconds for it.
 
     Raises:
         LinkError: the link is broken, or no observation arrives within `timeout` seconds.
-        ConfigError: neither a link nor an address is given, or both.
+        ConfigError: not exactly one of `address` and `link` is set.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # noqa: RUF012  Gymnasium's own form
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # noqa: RUF012  Gymnasium's own type
 
     def __init__(
         self,
@@ -43,7 +43,9 @@ class LinkEnv(gymnasium.Env[Any, np.ndarray]):
         render_mode: str | None = None,
     ) -> None:
         if (address is None) == (link is None):
-            raise ConfigError("give either a plant's address (tcp://HOST:PORT or unix:PATH) or a link")
+            raise ConfigError(
+                "expected either 'address' (tcp://HOST:PORT or unix:PATH) or 'link'; set exactly one of them"
+            )
         self.link = link if link is not None else SocketLink(str(address))
         self.observation_space = observation_space(self.link.observation)
         self.action_space = action_space(self.link.action)
@@ -72,7 +74,7 @@ class LinkEnv(gymnasium.Env[Any, np.ndarray]):
         return observation, 0.0, False, False, info
 
     def render(self) -> Any:
-        """Return the last picture."""
+        """Return the pixels of the last observation."""
         return None if self._last is None else self._last.pixels
 
     def close(self) -> None:
@@ -97,7 +99,7 @@ class LinkEnv(gymnasium.Env[Any, np.ndarray]):
 
 
 def observation_space(spec: ObservationSpec) -> spaces.Space[Any]:
-    """Return the space whose adapter gives `spec`."""
+    """Return the Gymnasium space for an observation spec."""
     parts: dict[str, spaces.Space[Any]] = {}
     if spec.pixels is not None:
         parts["pixels"] = spaces.Box(0, 255, spec.pixels, np.uint8)
@@ -107,7 +109,7 @@ def observation_space(spec: ObservationSpec) -> spaces.Space[Any]:
 
 
 def action_space(spec: ActionSpec) -> spaces.Space[Any]:
-    """Return the space whose adapter gives `spec`."""
+    """Return the Gymnasium space for an action spec."""
     if spec.discrete:
         return spaces.Discrete(spec.size)
     return spaces.Box(np.array(spec.low, np.float32), np.array(spec.high, np.float32), dtype=np.float32)

@@ -1,7 +1,7 @@
-"""The plant's side of a link: sends observations at a fixed rate, applies actions as they arrive, and has a watchdog.
+"""The plant's side of a link: it sends observations at a fixed rate, applies actions on arrival, and has a watchdog.
 
-The plant's watchdog does not depend on the agent: after a period without an action it applies the safe action. So an
-agent that hangs, dies or is disconnected cannot keep the plant moving.
+The plant's watchdog does not depend on the agent: after a period without an action it applies the safe action. An agent
+that hangs, crashes or is disconnected therefore cannot keep the plant moving.
 """
 
 import logging
@@ -23,27 +23,27 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class PlantLog:
-    """What happened, on the plant's own clock (monotonic seconds), as lists of JSON values."""
+    """A log of the plant's events, with times in seconds on the plant's monotonic clock."""
 
     observations: list[tuple[int, float]] = field(default_factory=list)  # sequence, time sent
     actions: list[tuple[int, str, float]] = field(default_factory=list)  # sequence of the observation, kind, arrival
     safe: list[tuple[int, float]] = field(default_factory=list)  # sequence without an action, time of the safe action
-    late: int = 0  # periods in which the plant itself was late with its observation
-    refused: int = 0  # actions with a wrong shape or that are not finite
+    late: int = 0  # periods in which the plant sent its observation late
+    refused: int = 0  # rejected actions: wrong shape or dtype, or not finite
     sessions: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values."""
+        """Return the log as JSON values."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 class PlantServer:
-    """Serves one agent after the other.
+    """Serves a plant to one agent at a time.
 
-    `read()` returns the current `PlantReading` and is called at the rate, in the thread that calls `serve`.
-    `write(action)` applies an action and is called from another thread; so is `safe_action` (after a period without an
-    action, when the agent leaves, and at the end). `reset(seed)` starts an episode. Observations are read only while an
-    agent is connected. The server listens at once; for port 0, `address` then holds the real port.
+    `read()` returns the current `PlantReading`; `serve` calls it at the rate, in its own thread, while an agent is
+    connected. `write(action)` applies an action, and is called from other threads. The values `safe_action` are written
+    after a period without an action, when the agent disconnects, and at the end. `reset(seed)` starts an episode. The
+    server listens at once; for port 0, `address` then contains the actual port.
 
     Raises:
         LinkError: the server cannot listen at the address.
@@ -67,17 +67,17 @@ class PlantServer:
         self._observation, self._action, self._rate = observation, action, rate
         self._safe_action = np.asarray(safe_action, np.float32)
         if self._safe_action.shape != (action.size,) or not np.isfinite(self._safe_action).all():
-            raise DataError(f"the safe action must have {action.size} finite values; got {safe_action}")
+            raise DataError(f"'safe_action' must have {action.size} finite values; got {safe_action}")
         self._name, self._silence = name, silence
         self.log = PlantLog()
         self._stop = threading.Event()
         self._applying = threading.Lock()
         self._safe = True
-        self._overdue: list[int] = []  # answered too late, and not yet reported to the agent
+        self._overdue: list[int] = []  # observations answered too late, not yet reported to the agent
         self._watched = threading.Condition()
-        self._began, self._due = 0.0, float("inf")  # of the current period; when the safe action is applied
+        self._began, self._due = 0.0, float("inf")  # start of the current period; time of the safe action
         self._pending_reset: tuple[int | None, int] | None = None
-        self._sequence, self._episode, self._resets = 0, 0, 0  # the latter two of this session
+        self._sequence, self._episode, self._resets = 0, 0, 0  # the last two are for this session
         place = Address.parse(address)
         self._listener = place.listen()
         if not place.path:
@@ -85,11 +85,11 @@ class PlantServer:
         self.address = str(place)
 
     def stop(self) -> None:
-        """End `serve` within a period; may be called from a signal handler or another thread."""
+        """End `serve` within one period. Signal handlers and other threads can call this."""
         self._stop.set()
 
     def serve(self) -> PlantLog:
-        """Serve until `stop`; when an agent disconnects, the safe action is applied and the next agent is served."""
+        """Serve until `stop`. When an agent disconnects, apply the safe action and wait for the next agent."""
         self._listener.settimeout(0.1)
         try:
             while not self._stop.is_set():
@@ -101,7 +101,7 @@ class PlantServer:
                 try:
                     self._session(connection)
                 except LinkError as error:
-                    _log.warning("the agent is gone: %s", error)
+                    _log.warning("the agent disconnected: %s", error)
                 finally:
                     self._apply_safe()
                     connection.close()
@@ -115,7 +115,7 @@ class PlantServer:
         hello = connection.receive(self._silence)
         if hello is None or hello.type != "hello" or hello.fields.get("version") != VERSION:
             connection.send(WireMessage(type="error", fields={"message": f"expected a greeting of version {VERSION}"}))
-            raise LinkError("it sent no greeting of this version of the format")
+            raise LinkError(f"the agent sent no greeting of version {VERSION}")
         self.log.sessions += 1
         self._episode = self._resets = 0
         self._pending_reset = None
@@ -149,7 +149,7 @@ class PlantServer:
             behind = int((now - start - count * period) / period) + 1 if now > start + count * period else 0
             self.log.late += behind
             count += behind
-            # In two steps, because a sleep may end a millisecond late when other programs run.
+            # In two steps, because a sleep can end a millisecond late when other programs run.
             self._stop.wait(max(0.0, start + count * period - time.monotonic() - 0.002))
             time.sleep(max(0.0, start + count * period - time.monotonic()))
 
@@ -172,7 +172,7 @@ class PlantServer:
         connection.send(WireMessage(type="observation", fields=fields, arrays=arrays), timeout=self._silence)
 
     def _begin_episode(self, connection: Connection, ended: list[LinkError]) -> None:
-        """Call the reset hook, which may take as long as an operator needs, and send heartbeats meanwhile."""
+        """Call the reset function, which may wait for an operator, and send heartbeats meanwhile."""
         assert self._pending_reset is not None
         seed, number = self._pending_reset
         self._pending_reset = None
@@ -185,7 +185,7 @@ class PlantServer:
                 try:
                     connection.send(WireMessage(type="heartbeat", fields={"time": time.monotonic()}))
                 except LinkError:
-                    return  # the listening thread raises it, too
+                    return  # the listening thread also gets this error
 
         beating = threading.Thread(target=beat, daemon=True)
         beating.start()
@@ -203,7 +203,7 @@ class PlantServer:
                 message = connection.receive(self._silence / 4)
                 if message is None:
                     if time.monotonic() - connection.received > self._silence:
-                        raise LinkError(f"it has sent nothing for {self._silence:g} s")
+                        raise LinkError(f"the agent has sent nothing for {self._silence:g} s")
                 elif message.type == "action":
                     self._act(message)
                 elif message.type == "reset":
@@ -211,7 +211,7 @@ class PlantServer:
                     self._resets += 1
                     self._pending_reset = (seed if isinstance(seed, int) else None, self._resets)
                 elif message.type == "bye":
-                    raise LinkError("it ended the session")
+                    raise LinkError("the agent ended the session")
         except LinkError as error:
             ended.append(error)
             self._apply_safe()  # at once, not at the end of the period
@@ -232,7 +232,7 @@ class PlantServer:
         with self._applying:
             self._write(bounded)
             self._safe = False
-        # Valid until the end of the next period, in case the sensor hangs and no observation follows.
+        # The action is valid until the end of the next period, in case the sensor hangs and no observation follows.
         self._arm(self._began + 2 / self._rate)
         answers = answers if isinstance(answers, int) else -1
         self.log.actions.append((answers, str(kind)[:32], now))

@@ -1,4 +1,4 @@
-"""A figure of a control loop's report: when each command was sent, and of what kind."""
+"""A figure of a control loop's report, with the time and the kind of each command."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import numpy as np
 from worldloom.core.files import write_atomic
 from worldloom.deploy.control import ControlReport
 
-# Okabe and Ito's colours, which colour-blind readers can distinguish.
+# The Okabe-Ito colours, which colour-blind readers can distinguish.
 _KINDS = {
     "agent": ("#0072b2", "the agent's action"),
     "late": ("#56b4e9", "a late plan, still fresh"),
@@ -18,7 +18,7 @@ _INK, _FAINT = "#1d2329", "#d5dade"
 
 
 def draw_timeline(report: ControlReport, path: Path) -> None:
-    """Write an SVG: for each period, the delay of its command after the beginning, with the deadline.
+    """Write an SVG that shows, for each period, the time from its beginning to its command, and the deadline.
 
     Raises:
         StorageError: the file cannot be written.

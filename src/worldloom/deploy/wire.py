@@ -3,7 +3,7 @@
 A message has three parts: a prefix of 16 bytes in network order (magic `WLNK`, version, 0, length of the header, length
 of the body); the header, a JSON object in UTF-8 with the message's `type` and its `arrays` as `[name, dtype, shape]`;
 and the body, the arrays one after the other, little-endian, in C order. docs/deploy.md lists the types.
-Reading runs no code, and messages above the limits are refused before they are read.
+Reading runs no code from a message, and messages above the size limits are rejected before they are read.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _AXES = 8
 
 
 class LinkError(EnvironmentFailure):
-    """A link to a plant is broken or silent, or uses another format."""
+    """A link to a plant is broken or silent, or uses a different wire format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +48,12 @@ def encode(message: WireMessage) -> bytes:
     """Return the message's bytes.
 
     Raises:
-        LinkError: an array has another dtype, or the message exceeds the limits.
+        LinkError: an array has an unsupported dtype, or the message exceeds the size limits.
     """
     described, parts = [], []
     for name, array in message.arrays.items():
         if array.dtype.name not in _DTYPES:
-            raise LinkError(f"array {name!r} is {array.dtype}; a link carries {', '.join(_DTYPES)}. Convert it")
+            raise LinkError(f"array {name!r} has dtype {array.dtype}; expected one of {', '.join(_DTYPES)}. Convert it")
         described.append([name, array.dtype.name, list(array.shape)])
         parts.append(np.ascontiguousarray(array, _DTYPES[array.dtype.name]).tobytes())
     values = {**message.fields, "type": message.type, "arrays": described}
@@ -64,10 +64,10 @@ def encode(message: WireMessage) -> bytes:
 
 
 def decode(header: bytes, body: bytes) -> WireMessage:
-    """Read the header and the body of a message.
+    """Return the message with this header and body.
 
     Raises:
-        LinkError: they are not a message of this format.
+        LinkError: the data is not a message in this format.
     """
     try:
         values = json.loads(header.decode("utf-8"), parse_constant=_no_constant)
@@ -79,7 +79,7 @@ def decode(header: bytes, body: bytes) -> WireMessage:
         for name, dtype, shape in described:
             sides = [int(side) for side in shape]
             if not isinstance(name, str) or len(sides) > _AXES or min(sides, default=0) < 0:
-                raise ValueError(f"it describes an array as {[name, dtype, shape]}")
+                raise ValueError(f"its header has an invalid array {[name, dtype, shape]}")
             count = int(np.prod(sides, dtype=object)) if sides else 1
             end = place + count * _DTYPES[dtype].itemsize
             if end > len(body):
@@ -87,11 +87,11 @@ def decode(header: bytes, body: bytes) -> WireMessage:
             arrays[name] = np.frombuffer(bytearray(body[place:end]), _DTYPES[dtype]).reshape(sides)
             place = end
         if place != len(body):
-            raise ValueError(f"its arrays take {place} bytes of a body of {len(body)}")
+            raise ValueError(f"its arrays have {place} bytes, but its body has {len(body)}")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise LinkError(
-            f"a message cannot be read ({type(error).__name__}: {str(error)[:200]}); expected version {VERSION} of the "
-            f"format in docs/deploy.md"
+            f"a message cannot be read ({type(error).__name__}: {str(error)[:200]}); correct the sender, which must "
+            f"use version {VERSION} of the format in docs/deploy.md"
         ) from None
     return WireMessage(type=kind, fields=values, arrays=arrays)
 
@@ -104,14 +104,14 @@ def _check_sizes(header: int, body: int) -> None:
     if header > HEADER_LIMIT or body > BODY_LIMIT:
         raise LinkError(
             f"a message has a header of {header} bytes and a body of {body}; the limits are {HEADER_LIMIT} and "
-            f"{BODY_LIMIT}. Send smaller pictures, or check that the other side speaks this format"
+            f"{BODY_LIMIT}. Send smaller pictures, or check that the other side uses this format"
         )
 
 
 class Connection:
-    """A socket that sends and receives whole messages, with a timeout for each call.
+    """A socket that sends and receives complete messages, with a timeout for each call.
 
-    `silence` is how many seconds the rest of a message may take. One thread may receive while others send.
+    A message is an error if it stays incomplete for `silence` seconds. One thread can receive while others send.
     """
 
     def __init__(self, sock: socket.socket, *, silence: float = 2.0) -> None:
@@ -123,19 +123,19 @@ class Connection:
         self._touched = time.monotonic()
         self._sending = threading.Lock()
         self._closed = False
-        self.sent = self.received = time.monotonic()  # when the last message was sent and received
+        self.sent = self.received = time.monotonic()  # times of the last messages
 
     def send(self, message: WireMessage, *, timeout: float = 1.0) -> None:
-        """Send a whole message.
+        """Send a complete message.
 
         Raises:
-            LinkError: the other side is gone, or accepts nothing for `timeout` seconds (the connection is then closed,
-                because part of the message may have been sent).
+            LinkError: the other side disconnected, or accepted no data for `timeout` seconds. The connection is then
+                closed, because part of the message may have been sent.
         """
         rest = memoryview(encode(message))
         until = time.monotonic() + timeout
         if not self._sending.acquire(timeout=timeout):
-            raise LinkError(f"the other side accepted nothing for {timeout:g} s; check that it reads")
+            raise LinkError(f"the other side accepted no data for {timeout:g} s; check that it is running")
         try:
             while rest:
                 self._wait(write=True, seconds=until - time.monotonic())
@@ -145,7 +145,7 @@ class Connection:
                     if time.monotonic() >= until:
                         self.close()
                         raise LinkError(
-                            f"the other side accepted nothing for {timeout:g} s; check that it reads"
+                            f"the other side accepted no data for {timeout:g} s; check that it is running"
                         ) from None
                 except OSError as error:
                     raise self._broken(error) from error
@@ -154,10 +154,10 @@ class Connection:
             self._sending.release()
 
     def receive(self, timeout: float) -> WireMessage | None:
-        """Return the next message, or None without a complete one after `timeout` seconds.
+        """Return the next message, or None if none is complete after `timeout` seconds.
 
         Raises:
-            LinkError: the other side is gone, a message stays incomplete, or the data is not a message.
+            LinkError: the other side disconnected, a message stays incomplete, or the data is not a message.
         """
         until = time.monotonic() + timeout
         while True:
@@ -168,8 +168,8 @@ class Connection:
             now = time.monotonic()
             if self._bytes and now - self._touched > self._silence:
                 raise LinkError(
-                    f"a message is incomplete: {len(self._bytes)} bytes, and no more for {self._silence:g} s. Restart "
-                    f"the other side"
+                    f"a message is incomplete: {len(self._bytes)} bytes arrived, but no more within "
+                    f"{self._silence:g} s. Restart the other side"
                 )
             ready = self._wait(write=False, seconds=until - now)
             if not ready and time.monotonic() >= until:
@@ -178,12 +178,12 @@ class Connection:
                 self._fill()
 
     def finish(self) -> None:
-        """Announce that nothing more will be sent; receiving is still possible."""
+        """Tell the other side that no more data will be sent; receiving is still possible."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """Close the socket; a receiver in another thread ends with `LinkError`."""
+        """Close the socket; a `receive` in another thread raises `LinkError`."""
         self._closed = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -208,7 +208,9 @@ class Connection:
         magic, version, _, header, body = _PREFIX.unpack_from(self._bytes)
         if magic != MAGIC or version != VERSION:
             came = f"version {version}" if magic == MAGIC else f"bytes {bytes(magic)!r}"
-            raise LinkError(f"expected messages of version {VERSION} that begin with {MAGIC!r}; got {came}")
+            raise LinkError(
+                f"expected messages of version {VERSION} that begin with {MAGIC!r}; got {came}. Check the address"
+            )
         _check_sizes(header, body)
         end = _PREFIX.size + header + body
         if len(self._bytes) < end:
@@ -221,19 +223,19 @@ class Connection:
         watched = [self._socket]
         try:
             ready = select.select([] if write else watched, watched if write else [], [], max(0.0, min(seconds, 0.25)))
-        except (OSError, ValueError) as error:  # ValueError: it was closed
+        except (OSError, ValueError) as error:  # ValueError: the socket was closed
             raise self._broken(error) from error
         return bool(ready[0] or ready[1])
 
     def _broken(self, error: Exception) -> LinkError:
         if self._closed:
-            return LinkError("the connection was closed on this side")
-        return LinkError(f"the connection broke ({error}); check the other side and start it again")
+            return LinkError("the connection was closed by this program; connect again")
+        return LinkError(f"the connection broke ({error}); check the other side and restart it")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
-    """The address of a plant: `tcp://host:port` or `unix:path`."""
+    """The address of a plant, `tcp://host:port` or `unix:path`."""
 
     host: str = ""
     port: int = 0
@@ -241,26 +243,26 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> "Address":
-        """Read an address.
+        """Parse an address.
 
         Raises:
-            ConfigError: the text has neither form.
+            ConfigError: the text is not an address.
         """
         if text.startswith("unix:") and len(text) > 5:
             return cls(path=text.removeprefix("unix:").removeprefix("//"))
         host, colon, port = text.removeprefix("tcp://").rpartition(":")
         if text.startswith("tcp://") and colon and host and port.isdigit() and int(port) < 65536:
             return cls(host=host.strip("[]"), port=int(port))
-        raise ConfigError(f"cannot read the address {text!r}; expected tcp://HOST:PORT or unix:PATH")
+        raise ConfigError(f"invalid address {text!r}; expected tcp://HOST:PORT or unix:PATH")
 
     def __str__(self) -> str:
         return f"unix:{self.path}" if self.path else f"tcp://{self.host}:{self.port}"
 
     def connect(self, timeout: float) -> socket.socket:
-        """Connect, trying again until `timeout`, because a plant may need time to start.
+        """Connect, and retry for `timeout` seconds, because a plant may need time to start.
 
         Raises:
-            LinkError: no plant answers.
+            LinkError: no plant accepts the connection.
         """
         until = time.monotonic() + timeout
         while True:
@@ -281,7 +283,7 @@ class Address:
                 time.sleep(0.05)
 
     def listen(self) -> socket.socket:
-        """Listen for one connection after the other.
+        """Return a socket that listens at the address.
 
         Raises:
             LinkError: the address is in use or not permitted.

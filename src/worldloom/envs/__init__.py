@@ -1,4 +1,4 @@
-"""Worlds with named factors of variation, registered with Gymnasium, and the one vectorised world."""
+"""Gymnasium environments with named factors of variation, and `VectorWorld`, which steps several copies of one."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ register_envs()
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when first used: it needs PyTorch, and a process that only steps worlds does not.
+    # Imported on first use, because it needs PyTorch and a process that only steps environments does not.
     if name in ("Frame", "VectorWorld", "Where"):
         from worldloom.envs import vector_world
 

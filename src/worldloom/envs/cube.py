@@ -1,6 +1,6 @@
-"""OGBench's cube world on MuJoCo: an arm with a gripper, a table, one cube; goals are observations.
+"""OGBench's cube environment on MuJoCo: an arm with a gripper, a table and one cube. Goals are observations.
 
-The world is that of Park et al., "OGBench" (2025), as its data were collected: arm and cube placed at random.
+The environment is that of Park et al., "OGBench" (2025), in data collection mode: arm and cube start at random places.
 """
 
 import copy
@@ -17,23 +17,24 @@ from worldloom.core.extras import missing_extra
 from worldloom.envs.rendering import draw, load_mujoco
 
 OBSERVATIONS = ("vector", "pixels", "both")
-_LARGEST = 480  # px; the side of the buffer that is drawn into
-_CAMERA = "front_pixels"  # OGBench's own for pictures; the arm is nearly transparent in them
+_LARGEST = 480  # px; the side of the render buffer
+_CAMERA = "front_pixels"  # OGBench's camera for pixel observations, in which the arm is nearly transparent
 
 
 class CubeEnv(gymnasium.Env[Any, Any]):
-    """A UR5e arm with a two-finger gripper above a table with one cube of 4 cm (0.05 s a step).
+    """A UR5e arm with a two-finger gripper above a table with one 4 cm cube (0.05 s per step).
 
-    Observation: a float32 vector of 28, as OGBench shows its state; or with `observation="pixels"` uint8 (size,
-    size, 3); or with "both" a dictionary of the two. The vector holds the arm's joints (6, rad) and their
-    velocities (6), the effector's place (3) in decimetres from (0.425, 0, 0) m, cos and sin of its yaw, thrice
-    the closing of the gripper in [0, 1], its contact in [0, 1], the cube's place (3) alike, its quaternion (4),
-    cos and sin of its yaw. Action: 5 in [-1, 1], relative to where the effector is: x, y, z (5 cm), yaw (0.3
-    rad), closing of the gripper (1). Infos: `block` and `effector` (x, y, z) in metres. Arm and cube begin
-    anywhere within OGBench's bounds. An episode has no end of its own. Pictures are drawn only where asked for.
+    Observation: a float32 vector of 28 values, OGBench's state; with `observation="pixels"`, uint8 pixels (size,
+    size, 3); with "both", a dictionary of the two. The vector contains the arm's joints (6, rad) and their
+    velocities (6); the effector's position (3) in decimetres from (0.425, 0, 0) m, cos and sin of its yaw; three
+    times the gripper's closing, from [0, 1]; its contact in [0, 1]; and the cube's position (3, as for the effector),
+    quaternion (4), cos and sin of its yaw. Action: 5 values in [-1, 1], relative to the effector: x, y, z (5 cm), yaw
+    (0.3 rad), closing of the gripper (1). Infos: `block` and `effector` (x, y, z) in metres. Arm and cube start
+    anywhere within OGBench's bounds. Episodes do not end by themselves. Images are rendered only if observed.
 
     Raises:
-        EnvironmentFailure: `ogbench` is not installed, or an argument is out of range; for pictures, no OpenGL.
+        EnvironmentFailure: `ogbench` is not installed, an argument is out of range, or pixels are requested and no
+            OpenGL is available.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 - Gymnasium declares it so
@@ -46,10 +47,10 @@ class CubeEnv(gymnasium.Env[Any, Any]):
     ) -> None:
         if observation not in OBSERVATIONS:
             raise EnvironmentFailure(
-                f"the cube world has no observation {observation!r}; expected one of {', '.join(OBSERVATIONS)}"
+                f"unknown observation {observation!r} of the cube environment; use one of {', '.join(OBSERVATIONS)}"
             )
         if not 8 <= size <= _LARGEST:
-            raise EnvironmentFailure(f"the cube world's picture has a side of {size} px; expected 8 to {_LARGEST}")
+            raise EnvironmentFailure(f"'size' of the cube environment must be 8 to {_LARGEST} pixels; got {size}")
         self.render_mode = render_mode
         self._observation, self._size = observation, size
         self._physics = _load(draws=observation != "vector")
@@ -61,18 +62,18 @@ class CubeEnv(gymnasium.Env[Any, Any]):
         self.action_space = spaces.Box(-1.0, 1.0, (5,), np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Place arm and cube where the seed says."""
+        """Place arm and cube at random, from the seed."""
         super().reset(seed=seed)
         vector, told = self._physics.reset(seed=int(self.np_random.integers(2**31)))
         return self._observe(vector), _infos(told)
 
     def step(self, action: Float32[np.ndarray, "5"]) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Draw the effector toward its place plus `action`, for 0.05 s."""
+        """Move the effector toward its position plus `action`, for 0.05 s."""
         vector, _, _, _, told = self._physics.step(np.clip(np.asarray(action, np.float64), -1.0, 1.0))
         return self._observe(vector), 0.0, False, False, _infos(told)
 
     def render(self) -> UInt8[np.ndarray, "H W 3"]:
-        """Return a picture; the agent sees it where it sees pixels."""
+        """Return the image that pixel observations contain."""
         return draw(self._physics.model, self._physics.data, _CAMERA, self._size)
 
     def _observe(self, vector: np.ndarray) -> Any:
@@ -91,13 +92,13 @@ def _infos(told: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_TEMPLATES = threading.local()  # the inverse kinematics have one scratch space: threads do not share it
+_TEMPLATES = threading.local()  # one per thread, because the inverse kinematics use a scratch buffer
 
 
 def _load(*, draws: bool) -> Any:
-    """Return OGBench's world with a state of its own; the compiled model is shared by all copies of a thread.
+    """Return OGBench's environment with its own state. All copies in a thread share the compiled model.
 
-    Compiling it takes a second, a hundred copies would take minutes.
+    Compilation takes a second, so it would take minutes for a hundred copies.
     """
     mujoco = load_mujoco(draws=draws, extra="cube")
     template = getattr(_TEMPLATES, "world", None)
@@ -113,7 +114,7 @@ def _compile() -> Any:
         from ogbench.manipspace.envs.cube_env import CubeEnv as Physics
     except ImportError as error:
         raise EnvironmentFailure(missing_extra("cube", error)) from error
-    # Only in this mode all randomness comes from the seed of the reset.
+    # This is the only mode in which all randomness comes from the seed of the reset.
     template = Physics(
         "single",
         mode="data_collection",
@@ -123,7 +124,7 @@ def _compile() -> Any:
         width=_LARGEST,
         height=_LARGEST,
     )
-    template._mjcf_model = template.build_mjcf_model()  # with the colours that belong to pictures ...
-    template._ob_type = "states"  # ... and nothing drawn at every step
+    template._mjcf_model = template.build_mjcf_model()  # with the colours of pixel observations ...
+    template._ob_type = "states"  # ... but without rendering at every step
     template.reset(seed=0)
     return template

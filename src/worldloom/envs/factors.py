@@ -1,6 +1,6 @@
-"""Factors of variation: what each pixel world can vary by name, and the walls that follow from it.
+"""The named factors of variation of each pixel environment, and the walls that they define.
 
-Lengths are in px: 1/64 of the side of the world, whatever the resolution it is rendered in.
+Lengths are in px. One px is 1/64 of the environment's side, whatever the resolution of the frames.
 """
 
 import colorsys
@@ -19,9 +19,9 @@ from worldloom.core.registry import Registry, nearest
 SIDE = 64.0
 Byte = Annotated[int, Field(ge=0, le=255)]
 Colour = tuple[Byte, Byte, Byte]
-Near = Annotated[float, Field(ge=8, le=22)]  # a door in the half of a wall that begins at 0
+Near = Annotated[float, Field(ge=8, le=22)]  # a door in the half of a wall that starts at 0
 Far = Annotated[float, Field(ge=42, le=56)]  # ... and in the half that ends at 64
-Place = Annotated[float, Field(ge=8, le=56)]  # of the middle of a pit
+Place = Annotated[float, Field(ge=8, le=56)]  # a coordinate of the centre of a pit
 Axis = Literal["vertical", "horizontal"]
 DOORS = ("up", "down", "left", "right")  # of four rooms
 ClosingDoor = Literal["none", "up", "down", "left", "right"]
@@ -29,7 +29,7 @@ ClosingDoor = Literal["none", "up", "down", "left", "right"]
 
 @dataclass(frozen=True)
 class Draw:
-    """How a factor is drawn when it varies: an annotation of its field."""
+    """The sampling function of a factor that may vary; an annotation of its field."""
 
     value: Callable[[np.random.Generator], Any]
 
@@ -52,14 +52,14 @@ def _doors(rng: np.random.Generator) -> tuple[float, ...]:
 
 
 class RoomFactors(Config):
-    """What all pixel rooms share. The agent is a disc; to walls it is its bounding square.
+    """The factors that all pixel environments share. The agent is a disc, but collides as its bounding square.
 
-    `action_turn` and `action_mirror` are conventions of an agent's actuators: an action is mirrored (left for right),
-    then turned by so many degrees (clockwise on the picture), before it moves the agent.
+    `action_turn` and `action_mirror` describe the agent's actuators. Before an action moves the agent, it is mirrored
+    (left and right exchanged), then turned clockwise in the frame by `action_turn` degrees.
     """
 
     varies: ClassVar[tuple[str, ...]] = ()
-    """The factors that a world of this kind varies by default."""
+    """The factors that this environment varies by default."""
 
     agent_radius: Annotated[float, _uniform(1.5, 3.5)] = Field(2.5, ge=1, le=4)
     agent_speed: Annotated[float, _uniform(1.5, 3.0)] = Field(2.5, gt=0, le=4)
@@ -74,7 +74,7 @@ class RoomFactors(Config):
 
     @classmethod
     def draws(cls) -> dict[str, Callable[[np.random.Generator], Any]]:
-        """Return how each factor is drawn when it varies; the keys are the names that may vary."""
+        """Return the sampling function of each factor that may vary, by name."""
         fields = cls.model_fields.items()
         return {name: part.value for name, field in fields for part in field.metadata if isinstance(part, Draw)}
 
@@ -83,28 +83,28 @@ class RoomFactors(Config):
         return np.zeros((0, 4))
 
     def rooms(self, points: Float64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "P"]:
-        """Return the room that each point (x, y) lies in, -1 in a doorway; by default there is one, 0."""
+        """Return the index of the room that contains each point (x, y), -1 in a doorway; by default always 0."""
         return np.zeros(len(points), np.int64)
 
     def after(self, step: int) -> "RoomFactors":
-        """Return the room as it is from this step of an episode on; it changes only in worlds that say so."""
+        """Return the factors that apply from this step of an episode on; the default returns `self`."""
         return self
 
     def convention(self) -> Float64[np.ndarray, "2 2"]:
-        """Return the matrix that turns an action (a column) into a motion to the right and down."""
+        """Return the matrix that maps an action (a column) to a motion to the right and down."""
         quarter = np.linalg.matrix_power(np.array([[0.0, -1.0], [1.0, 0.0]]), self.action_turn // 90)
         return quarter @ np.diag([-1.0 if self.action_mirror else 1.0, 1.0])
 
     def drift(self) -> tuple[float, float]:
-        """Return the drift per step in px, which adds to every motion."""
+        """Return the drift per step in px, which is added to every motion."""
         return 0.0, 0.0
 
     def hazards(self) -> "Hazards | None":
-        """Return the pits of the room as an episode begins, or None where there are none."""
+        """Return the pits at the start of an episode, or None if there are none."""
         return None
 
     def _clearance(self) -> float:
-        """Return how far from a wall's middle line the agent's centre is out of the doorway."""
+        """Return the distance from a wall's centre line beyond which the agent's centre is outside the doorway."""
         return self.wall_thickness / 2 + self.agent_radius
 
 
@@ -113,9 +113,9 @@ WORLDS: Registry[type[RoomFactors]] = Registry("world of pixel rooms")
 
 @WORLDS.register("TwoRoom")
 class TwoRoomFactors(RoomFactors):
-    """One wall with one door, through which the agent's centre passes within `door_size` of `door_position`.
+    """Two rooms separated by a wall with a door, or a single room if `wall` is False.
 
-    Without the `wall` there is a single room.
+    The agent's centre fits through the door within `door_size` px of `door_position`.
     """
 
     varies = ("door_position",)
@@ -127,7 +127,7 @@ class TwoRoomFactors(RoomFactors):
     wall_axis: Annotated[Axis, Draw(lambda rng: str(rng.choice(["vertical", "horizontal"])))] = "vertical"
 
     def walls(self) -> Float64[np.ndarray, "M 4"]:
-        """Return the two parts of the wall, if there is one."""
+        """Return the two parts of the wall; no rectangles without a wall."""
         if not self.wall:
             return np.zeros((0, 4))
         gap = self.door_size + self.agent_radius
@@ -135,7 +135,7 @@ class TwoRoomFactors(RoomFactors):
         return np.array([_turned(wall) if self.wall_axis == "horizontal" else wall for wall in walls])
 
     def rooms(self, points: Float64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "P"]:
-        """Return 0 before the wall, 1 behind it; 0 everywhere in a single room."""
+        """Return 0 on the left or top of the wall, 1 on the other side, -1 in the doorway; 0 without a wall."""
         if not self.wall:
             return np.zeros(len(points), np.int64)
         across = points[:, 0 if self.wall_axis == "vertical" else 1] - self.wall_position
@@ -144,10 +144,10 @@ class TwoRoomFactors(RoomFactors):
 
 @WORLDS.register("FourRooms")
 class FourRoomsFactors(RoomFactors):
-    """A cross of two walls; each of its four arms (up, down, left, right) has a door at its place.
+    """Four rooms separated by a cross of two walls, whose four arms (up, down, left, right) have one door each.
 
-    The `closing_door` closes after `closing_step` steps of an episode, or as soon afterwards as the agent has left it;
-    at 0 it was never open.
+    The `closing_door` closes after `closing_step` steps of an episode, or later if the agent is in it, as soon as the
+    agent leaves. With `closing_step=0` it is closed from the start.
     """
 
     varies = ("door_positions",)
@@ -158,7 +158,7 @@ class FourRoomsFactors(RoomFactors):
     closing_step: Annotated[int, Draw(lambda rng: int(rng.integers(0, 100)))] = Field(0, ge=0)
 
     def walls(self) -> Float64[np.ndarray, "M 4"]:
-        """Return the two parts of each arm; those of a shut door touch."""
+        """Return the two parts of each arm; they touch if the door is closed."""
         middle, thick = SIDE / 2, self.wall_thickness
         parts: list[tuple[float, float, float, float]] = []
         for number, (name, door) in enumerate(zip(DOORS, self.door_positions, strict=True)):
@@ -170,13 +170,13 @@ class FourRoomsFactors(RoomFactors):
         return np.array(parts)
 
     def after(self, step: int) -> "FourRoomsFactors":
-        """Return the room as it is from this step of an episode on: with its door shut, once it has closed."""
+        """Return the factors that apply from this step of an episode on, with the door closed after its step."""
         return (
             self if step < self.closing_step or self.closing_step == 0 else self.model_copy(update={"closing_step": 0})
         )
 
     def rooms(self, points: Float64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "P"]:
-        """Return the quadrant, 0 to 3."""
+        """Return the quadrant, 0 to 3; -1 in a doorway."""
         across = points - SIDE / 2
         quadrant = (across[:, 0] > 0) + 2 * (across[:, 1] > 0)
         return np.where((np.abs(across) < self._clearance()).any(axis=1), -1, quadrant)
@@ -184,14 +184,14 @@ class FourRoomsFactors(RoomFactors):
 
 @dataclass(frozen=True, kw_only=True)
 class Hazards:
-    """P round pits; the agent has fallen in where its centre lies within their radius of one's."""
+    """P round pits. The agent falls into a pit if its centre is within `pit_radius` of the pit's centre."""
 
     factors: "PitsFactors"
     centres: Float64[np.ndarray, "P 2"]
-    velocities: Float64[np.ndarray, "P 2"]  # px a step
+    velocities: Float64[np.ndarray, "P 2"]  # px per step
 
     def depth(self, points: Float64[np.ndarray, "M 2"]) -> Float64[np.ndarray, "M"]:
-        """Return how deep points lie in a pit; negative outside."""
+        """Return the distance in px from each point to the edge of the nearest pit; negative outside."""
         away = np.linalg.norm(points[:, None] - self.centres, axis=-1).min(axis=1)
         depth: np.ndarray = self.factors.pit_radius - away
         return depth
@@ -199,13 +199,14 @@ class Hazards:
 
 @WORLDS.register("Pits")
 class PitsFactors(RoomFactors):
-    """One room with three pits; an agent that falls into a `deadly` one stays where it fell.
+    """One room with three pits. An agent that falls into a pit stays there if pits are `deadly`.
 
-    Its episode ends `linger` steps later: so long a log shows that actions have no effect any more.
+    The episode then ends after `linger` steps, so that logs contain steps in which actions have no effect.
 
-    Pits that move, at `pit_speed` px a step in the direction `pit_heading`, bounce off the edge. Starts and goals
-    lie at least `pit_clearance` px outside of where the pits are as the episode begins. From a `shift_step` above 0 on,
-    the agent is `speed_after` times as fast, and the `wind`, which drives it so many px a step, is `wind_after`.
+    Pits move at `pit_speed` px per step in the directions `pit_heading` (radians) and bounce off the edge. Starts and
+    goals are at least `pit_clearance` px from the pits' initial positions. The `wind` moves the agent by so many px
+    per step. If `shift_step` is above 0, from that step on the agent's speed is multiplied by `speed_after`, and the
+    wind is `wind_after`.
     """
 
     varies = ("pits",)
@@ -229,18 +230,18 @@ class PitsFactors(RoomFactors):
     wind_after: tuple[float, float] = (0.0, 0.0)
 
     def after(self, step: int) -> "PitsFactors":
-        """Return the room as it is from this step of an episode on: with its shift behind it, once it has come."""
+        """Return the factors that apply from this step of an episode on, with the changed speed and wind if due."""
         if step < self.shift_step or self.shift_step == 0:
             return self
         shifted = {"shift_step": 0, "agent_speed": self.agent_speed * self.speed_after, "wind": self.wind_after}
         return self.model_copy(update=shifted)
 
     def drift(self) -> tuple[float, float]:
-        """Return what the wind does."""
+        """Return the wind in px per step."""
         return self.wind
 
     def hazards(self) -> Hazards:
-        """Return the pits as an episode begins."""
+        """Return the pits at the start of an episode."""
         heading = np.array(self.pit_heading)
         return Hazards(
             factors=self,
@@ -251,9 +252,10 @@ class PitsFactors(RoomFactors):
 
 @WORLDS.register("Maze")
 class MazeFactors(RoomFactors):
-    """A perfect maze of `cells` x `cells`: one way between any two cells, drawn by `layout` depth first.
+    """A perfect maze of `cells` x `cells`, with exactly one path between any two cells.
 
-    The agent is slower than elsewhere, so that layouts hold goals more than 100 steps away.
+    `layout` is the seed of the depth-first search that generates the maze. The agent is slower than in the other
+    environments, so that goals can be more than 100 steps away.
     """
 
     varies = ("layout",)
@@ -266,7 +268,7 @@ class MazeFactors(RoomFactors):
     layout: Annotated[int, Draw(lambda rng: int(rng.integers(2**24)))] = Field(0, ge=0)
 
     def walls(self) -> Float64[np.ndarray, "M 4"]:
-        """Return a wall between each two neighbouring cells that are not joined."""
+        """Return the walls between neighbouring cells that are not connected."""
         joined = self._joined()
         side, half, walls = SIDE / self.cells, self.wall_thickness / 2, []
         for column in range(self.cells):
@@ -279,12 +281,12 @@ class MazeFactors(RoomFactors):
         return np.array(walls)
 
     def rooms(self, points: Float64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "P"]:
-        """Return the cell, counted along rows."""
+        """Return the index of the cell that contains each point, in row-major order."""
         cell = np.clip((points * self.cells / SIDE).astype(np.int64), 0, self.cells - 1)
         return cell[:, 0] + self.cells * cell[:, 1]
 
     def _joined(self) -> set[tuple[tuple[int, int], tuple[int, int]]]:
-        """Return the joined pairs of neighbouring cells, the upper or left one first."""
+        """Return the connected pairs of neighbouring cells, with the upper or left cell first."""
         rng = np.random.default_rng(self.layout)
         start = (int(rng.integers(self.cells)), int(rng.integers(self.cells)))
         path, seen = [start], {start}
@@ -305,10 +307,10 @@ class MazeFactors(RoomFactors):
 
 
 def check_names(factors: type[RoomFactors], vary: Sequence[str], fixed: Mapping[str, Any]) -> None:
-    """Refuse names that are not factors, or that are both fixed and varied.
+    """Check that all names are factors, and that none is both fixed and varied.
 
     Raises:
-        ConfigError: with the nearest valid name.
+        ConfigError: a name is unknown (the message suggests the nearest one), or both fixed and varied.
     """
     known = factors.draws()
     for name in vary:
@@ -316,13 +318,13 @@ def check_names(factors: type[RoomFactors], vary: Sequence[str], fixed: Mapping[
             raise ConfigError(f"unknown factor {name!r}; {nearest(name, known)}")
     both = sorted(set(vary) & set(fixed))
     if both:
-        raise ConfigError(f"factors {both} are both fixed and varied; name each of them once")
+        raise ConfigError(f"factors {both} are in both 'factors' and 'vary'; remove each from one of them")
 
 
 def _wall(
     position: float, thickness: float, begin: float, end: float, door: float, gap: float
 ) -> list[tuple[float, float, float, float]]:
-    """Return a vertical wall from `begin` to `end`, less its door."""
+    """Return the two parts of a vertical wall from `begin` to `end`, with a gap for the door."""
     left, right = position - thickness / 2, position + thickness / 2
     return [(left, begin, right, door - gap), (left, door + gap, right, end)]
 

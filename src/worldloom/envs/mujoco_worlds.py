@@ -1,4 +1,4 @@
-"""Reacher and a point maze on MuJoCo; goals are observations, so no target is drawn."""
+"""Reacher and a point maze on MuJoCo. Goals are observations, so no target is rendered."""
 
 import functools
 from collections.abc import Callable
@@ -28,11 +28,11 @@ LAYOUTS = {
         "########",
     ),
 }
-_FASTEST = 5.0  # m/s; the maze's point is held to this along each axis
+_FASTEST = 5.0  # m/s; the maximum speed of the maze's point along each axis
 
 
 class MuJoCoEnv(gymnasium.Env[Any, Any]):
-    """A model seen from `height` m above by one camera; copies in one process share the model and its renderer.
+    """Base class of MuJoCo environments with one camera, `height` m above; copies share the model and its renderer.
 
     With `draws` unset, it works without OpenGL until something is drawn.
     """
@@ -43,7 +43,7 @@ class MuJoCoEnv(gymnasium.Env[Any, Any]):
         self, model: Callable[[], Any], *, substeps: int, height: float, size: int, draws: bool = True
     ) -> None:
         if not 8 <= size <= 480:
-            raise EnvironmentFailure(f"the picture has a side of {size} px; expected 8 to 480")
+            raise EnvironmentFailure(f"'size' must be 8 to 480 pixels; got {size}")
         self._mujoco = load_mujoco(draws=draws)
         self._model = model()
         self._data = self._mujoco.MjData(self._model)
@@ -54,7 +54,7 @@ class MuJoCoEnv(gymnasium.Env[Any, Any]):
         self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin where the seed says."""
+        """Start an episode at a random state, from the seed."""
         super().reset(seed=seed)
         self._mujoco.mj_resetData(self._model, self._data)
         self._place()
@@ -62,14 +62,14 @@ class MuJoCoEnv(gymnasium.Env[Any, Any]):
         return self._observe(), self._infos()
 
     def step(self, action: Float[np.ndarray, "2"]) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Apply `action` for one step of control."""
+        """Apply `action` for one control step."""
         self._act(np.clip(np.asarray(action, np.float64), -1.0, 1.0))
         self._mujoco.mj_step(self._model, self._data, nstep=self._substeps)
-        self._mujoco.mj_forward(self._model, self._data)  # what is seen and told is the state that was reached
+        self._mujoco.mj_forward(self._model, self._data)  # so that frames and infos show the state after the step
         return self._observe(), 0.0, False, False, self._infos()
 
     def render(self) -> UInt8[np.ndarray, "H W 3"]:
-        """Return the picture from above."""
+        """Return the camera's frame."""
         return draw(self._model, self._data, self._camera, self._size)
 
     def _place(self) -> None: ...
@@ -85,17 +85,17 @@ class MuJoCoEnv(gymnasium.Env[Any, Any]):
 
 
 class ReacherEnv(MuJoCoEnv):
-    """A two-link arm in the plane, by the physics of Gymnasium's Reacher-v5 (0.02 s a step).
+    """A two-link arm in the plane, with the physics of Gymnasium's Reacher-v5 (0.02 s per step).
 
-    Observation: uint8 pixels (size, size, 3). Action: a torque for each joint in [-1, 1], in shares `torque` of
-    Gymnasium's largest, under which the arm would spin. Infos: `joints` (2) in radians within [-pi, pi),
-    `fingertip` (x, y) in metres. The joints begin anywhere, at rest; velocities are not seen in one frame. An
-    episode has no end of its own.
+    Observation: uint8 pixels (size, size, 3); one frame does not show velocities. Action: a torque for each joint in
+    [-1, 1], scaled by `torque`, a fraction of Gymnasium's largest torque, under which the arm would spin. Infos:
+    `joints` (2) in radians within [-pi, pi), `fingertip` (x, y) in metres. Episodes start at rest with random joint
+    angles, and do not end by themselves.
     """
 
     def __init__(self, size: int = 64, torque: float = 0.1, render_mode: str | None = None) -> None:
         if not 0 < torque <= 1:
-            raise EnvironmentFailure(f"Reacher's torque is {torque}; expected a share above 0, at most 1")
+            raise EnvironmentFailure(f"'torque' of Reacher must be above 0 and at most 1; got {torque}")
         self.render_mode = render_mode
         self._torque = torque
         super().__init__(_reacher_model, substeps=2, height=0.54, size=size)
@@ -113,18 +113,18 @@ class ReacherEnv(MuJoCoEnv):
 
 
 class PointMazeEnv(MuJoCoEnv):
-    """A point with mass in a maze of 1-m cells, by the figures of Gymnasium-Robotics' PointMaze.
+    """A point mass in a maze of 1 m cells, with the parameters of Gymnasium-Robotics' PointMaze.
 
     `layout` is one of `LAYOUTS`. Observation: uint8 pixels (size, size, 3). Action: a force along x and y in
-    [-1, 1] times 100 N, held for `substeps` of 0.01 s. Infos: `position` (x, y) in metres from the middle. An
-    episode has no end of its own.
+    [-1, 1] times 100 N, applied for `substeps` of 0.01 s. Infos: `position` (x, y) in metres from the maze's centre.
+    Episodes do not end by themselves.
     """
 
     def __init__(
         self, layout: str = "umaze", size: int = 64, substeps: int = 5, render_mode: str | None = None
     ) -> None:
         if layout not in LAYOUTS:
-            raise EnvironmentFailure(f"there is no maze layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
+            raise EnvironmentFailure(f"unknown maze layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
         self.render_mode = render_mode
         rows = LAYOUTS[layout]
         self._free = _centres(rows, " ")
@@ -187,7 +187,7 @@ def _maze_model(layout: str) -> Any:
 
 
 def _centres(rows: tuple[str, ...], kind: str) -> np.ndarray:
-    """Return the middles (x, y) of the cells of a kind; the first row lies at the top."""
+    """Return the centres (x, y) of the cells of a kind; the first row is at the top."""
     height, width = len(rows), len(rows[0])
     return np.array(
         [

@@ -1,4 +1,4 @@
-"""A point robot among hazards on MuJoCo, after Safety-Gymnasium's PointGoal; goals are observations."""
+"""A point robot among hazards on MuJoCo, based on Safety-Gymnasium's PointGoal. Goals are observations."""
 
 import functools
 from typing import Any
@@ -16,39 +16,42 @@ from worldloom.envs.mujoco_worlds import MuJoCoEnv
 from worldloom.envs.rendering import load_mujoco
 
 HAZARDS = 8
-RADIUS = 0.2  # m, of a hazard
-EXTENT = 1.5  # m, from the middle to the edge
+RADIUS = 0.2  # m, the radius of a hazard
+EXTENT = 1.5  # m, from the centre to the edge
 BINS = 16
-_SIGHT = 3.0  # m
-_CLEAR = 0.2  # m from the edge of a hazard where nothing begins or is to be reached
+_SIGHT = 3.0  # m, the range of the lidar
+_CLEAR = 0.2  # m around hazards without starts and goals
 _TRIES = 10_000
 
 
 class PointHazardsTask(Config):
-    """What a start and a goal must satisfy, in metres; `obstructed` says whether a hazard lies straight between."""
+    """The requirements on a start and a goal.
+
+    `min_distance` is in metres. `obstructed` requires (True) or forbids (False) a hazard on the straight line between.
+    """
 
     min_distance: float = Field(1.0, ge=0, lt=2)
     obstructed: bool | None = None
 
 
 class PointHazardsEnv(MuJoCoEnv):
-    """A point robot that drives and turns among eight hazards (0.1 s a step).
+    """A point robot that drives and turns among eight hazards (0.1 s per step).
 
-    Their places are drawn anew for each episode, or once and for all by the seed `layout`.
+    The hazards' positions are random in each episode, or fixed by the seed `layout`.
 
-    The robot, the hazards' number and size and the lidar follow Safety-Gymnasium's PointGoal1 (Ji et al., 2023),
-    without its vase; and nothing is rewarded. Observation: a float32 vector of 23: place (2) in metres, cos and sin of
-    the heading, velocity (2) along and across the heading in m/s, turning in rad/s, and 16 bins of lidar around the
-    robot, each the closeness in [0, 1] of the nearest hazard there, 0 beyond 3 m, shared by the two bins nearest to
-    its bearing. Action: 2 in [-1, 1], drive and turn. Infos: `position` (2), `hazard_depth` in metres, how deep its
-    middle lies in a hazard (negative outside), and `cost`, 1 where it lies in one. Hazards do not stop the robot, and
-    an episode has no end of its own.
+    The robot, the number and size of the hazards and the lidar follow Safety-Gymnasium's PointGoal1 (Ji et al., 2023),
+    without its vase and its rewards. Observation: a float32 vector of 23 values: position (2) in metres, cos and sin
+    of the heading, velocity (2) along and across the heading in m/s, turning rate in rad/s, and 16 lidar bins around
+    the robot. A bin is the closeness in [0, 1] of the nearest hazard there, 0 beyond 3 m; each hazard is shared by the
+    two bins nearest to its bearing. Action: 2 values in [-1, 1], drive and turn. Infos: `position` (2); `hazard_depth`
+    in metres, the distance from the robot's centre to the edge of the nearest hazard (negative outside); and `cost`,
+    1 inside a hazard. Hazards do not stop the robot. Episodes do not end by themselves.
 
-    With `reset(options={"task": {...}})` a goal is drawn (`PointHazardsTask`): infos `goal`, what is seen there at
-    rest, `goal_position`, and `wall_between`, whether a hazard lies straight between.
+    `reset(options={"task": {...}})` also samples a goal (see `PointHazardsTask`) and adds to the infos: `goal`, the
+    observation at the goal at rest; `goal_position`; and `wall_between`, whether a hazard is on the straight line.
 
     Raises:
-        EnvironmentFailure: MuJoCo is not installed; for pictures, no OpenGL.
+        EnvironmentFailure: MuJoCo is not installed, or rendering is requested and no OpenGL is available.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 - Gymnasium declares it so
@@ -63,7 +66,7 @@ class PointHazardsEnv(MuJoCoEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Float32[np.ndarray, "_"], dict[str, Any]]:
-        """Place hazards and robot where the seed says."""
+        """Place the hazards and the robot at random, from the seed."""
         gymnasium.Env.reset(self, seed=seed)
         if wrong := [name for name in options or {} if name != "task"]:
             raise ConfigError(f"unknown reset option {wrong[0]!r}; {nearest(wrong[0], ['task'])}")
@@ -78,7 +81,7 @@ class PointHazardsEnv(MuJoCoEnv):
             ):
                 break
         else:
-            raise ConfigError(f"no start and goal with {wanted} were found; widen the limits")
+            raise ConfigError(f"found no start and goal with {wanted} in {_TRIES} tries; relax the options")
         infos: dict[str, Any] = {}
         if wanted is not None:
             self._put(goal, self.np_random.uniform(-np.pi, np.pi))
@@ -87,7 +90,7 @@ class PointHazardsEnv(MuJoCoEnv):
         return self._observe(), {**self._infos(), **infos}
 
     def render(self) -> UInt8[np.ndarray, "H W 3"]:
-        """Return a picture from above."""
+        """Return an image from above."""
         self._data.mocap_pos[:, :2] = self._hazards
         self._mujoco.mj_forward(self._model, self._data)
         return super().render()
@@ -118,7 +121,7 @@ class PointHazardsEnv(MuJoCoEnv):
         return np.array([x, y, cos, sin, *velocity, turning, *lidar], np.float32)
 
     def _lidar(self, away: Float64[np.ndarray, "H 2"]) -> Float64[np.ndarray, "_"]:
-        """Return the closeness of what lies around, each hazard in the two bins nearest to its bearing."""
+        """Return the closeness of the hazards, each shared by the two bins nearest to its bearing."""
         bearing = np.arctan2(away[:, 1], away[:, 0]) % (2 * np.pi) / (2 * np.pi) * BINS
         close = np.clip(1 - np.linalg.norm(away, axis=1) / _SIGHT, 0, 1)
         first, share = bearing.astype(int), bearing % 1
@@ -138,7 +141,7 @@ class PointHazardsEnv(MuJoCoEnv):
 
 
 def _scatter(rng: np.random.Generator) -> Float64[np.ndarray, "H 2"]:
-    """Draw hazards that do not overlap."""
+    """Sample positions of hazards that do not overlap."""
     places: list[np.ndarray] = []
     while len(places) < HAZARDS:
         place = rng.uniform(-EXTENT + RADIUS, EXTENT - RADIUS, 2)

@@ -1,7 +1,7 @@
-"""PushT: a disc pushes a T-shaped block about a table, by the physics of `gym-pusht` (pymunk).
+"""PushT: a disc pushes a T-shaped block on a table, with the physics of `gym-pusht` (pymunk).
 
-The task is that of Florence et al. (2021) and Chi et al., "Diffusion Policy" (2023). Here it has no target of its
-own: goals are observations.
+The task is that of Florence et al. (2021) and Chi et al., "Diffusion Policy" (2023), without its fixed target: goals
+are observations.
 """
 
 import os
@@ -17,17 +17,16 @@ from worldloom.core.errors import EnvironmentFailure
 from worldloom.core.extras import missing_extra
 
 _TABLE = 512  # px; the table's side in the units of the simulator
-_REACH = 100.0  # px from the disc to the target of an action of 1, as in the field's relative actions
+_REACH = 100.0  # px from the disc to the target for an action of 1, the usual scale of relative actions for PushT
 
 
 class PushTEnv(gymnasium.Env[Any, Any]):
-    """The table from above; the action says where the disc is drawn to, relative to where it is.
+    """The table seen from above; an action is the disc's target, relative to its position.
 
     Observation: uint8 pixels (size, size, 3), the table scaled by area. Action: (dx, dy) in [-1, 1], in units of
-    100 px of the 512-px table; a PD controller follows that target for 0.1 s. The disc carries its velocity from
-    step to step, which one frame does not show; the block stops when nothing pushes it. Infos: `agent` (x, y) and
-    `block` (x, y) in px of the table, `angle` of the block in radians within [0, 2 pi). An episode has no end of
-    its own.
+    100 px of the 512 px table; a PD controller follows that target for 0.1 s. The disc keeps its velocity from step
+    to step, which one frame does not show; the block stops when nothing pushes it. Infos: `agent` (x, y) and `block`
+    (x, y) in px of the table, `angle` of the block in radians within [0, 2 pi). Episodes do not end by themselves.
 
     Raises:
         EnvironmentFailure: `gym-pusht` is not installed, or the size is out of range.
@@ -37,7 +36,7 @@ class PushTEnv(gymnasium.Env[Any, Any]):
 
     def __init__(self, size: int = 64, render_mode: str | None = None) -> None:
         if not 8 <= size <= _TABLE:
-            raise EnvironmentFailure(f"PushT's picture has a side of {size} px; expected 8 to {_TABLE}")
+            raise EnvironmentFailure(f"'size' of PushT must be 8 to {_TABLE} pixels; got {size}")
         self.render_mode = render_mode
         self._size = size
         self._physics, pygame, draw_options, self._cv2 = _load()
@@ -50,7 +49,7 @@ class PushTEnv(gymnasium.Env[Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[UInt8[np.ndarray, "H W 3"], dict[str, Any]]:
-        """Lay disc and block where the seed says."""
+        """Place the disc and the block at random, from the seed."""
         super().reset(seed=seed)
         self._physics.reset(seed=int(self.np_random.integers(2**31)))
         return self.render(), self._infos()
@@ -58,13 +57,13 @@ class PushTEnv(gymnasium.Env[Any, Any]):
     def step(
         self, action: Float32[np.ndarray, "2"]
     ) -> tuple[UInt8[np.ndarray, "H W 3"], float, bool, bool, dict[str, Any]]:
-        """Draw the disc toward its place plus 100 px times `action`, for 0.1 s."""
+        """Move the disc toward its position plus 100 px times `action`, for 0.1 s."""
         here = np.array(self._physics.agent.position)
         self._physics.step(np.clip(here + _REACH * np.asarray(action, np.float64), 0.0, _TABLE))
         return self.render(), 0.0, False, False, self._infos()
 
     def render(self) -> UInt8[np.ndarray, "H W 3"]:
-        """Return the picture that the agent sees: pymunk's own colours, without the original task's target."""
+        """Return the frame of the observation: pymunk's own colours, without the target of the original task."""
         self._surface.fill((255, 255, 255))
         self._physics.space.debug_draw(self._options)
         whole = np.ascontiguousarray(self._pixels(self._surface).transpose(1, 0, 2))
@@ -81,11 +80,11 @@ class PushTEnv(gymnasium.Env[Any, Any]):
 
 
 def _load() -> tuple[Any, Any, Any, Any]:
-    """Return the physics and what draws it: `pygame`, the options of pymunk's drawing, and `cv2`."""
+    """Return the simulation and its renderer: `pygame`, pymunk's drawing options, and `cv2`."""
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pygame imports a module that setuptools calls deprecated
+            warnings.simplefilter("ignore")  # pygame imports a module that setuptools deprecates
             import cv2
             import pygame
             from gym_pusht.envs.pusht import PushTEnv as Physics

@@ -1,10 +1,10 @@
-"""Registers the worlds with Gymnasium when `worldloom.envs` is imported."""
+"""Registers the environments with Gymnasium when `worldloom.envs` is imported."""
 
 import gymnasium
 
 from worldloom.envs.factors import WORLDS
 
-# Worlds on a physics engine of an extra; the class is imported when the world is made.
+# Environments that need an extra; the class is imported when the environment is created.
 _PHYSICS = {
     "worldloom/PushT-v0": "worldloom.envs.pusht:PushTEnv",
     "worldloom/Reacher-v0": "worldloom.envs.mujoco_worlds:ReacherEnv",
@@ -16,7 +16,7 @@ _PHYSICS = {
 
 
 def register_envs() -> None:
-    """Register the worlds; a second call does nothing."""
+    """Register the environments; a second call does nothing."""
     for world in WORLDS:
         if (env_id := f"worldloom/{world}-v0") not in gymnasium.registry:
             gymnasium.register(
@@ -27,5 +27,5 @@ def register_envs() -> None:
             )
     for env_id, entry_point in _PHYSICS.items():
         if env_id not in gymnasium.registry:
-            # The worlds check themselves; Gymnasium's checker would render each of a hundred copies anew.
+            # The environments check themselves; Gymnasium's checker would also render every copy.
             gymnasium.register(env_id, entry_point=entry_point, disable_env_checker=True)

@@ -1,4 +1,4 @@
-"""MuJoCo without a screen: the OpenGL backend is chosen before `mujoco` is imported."""
+"""MuJoCo rendering without a display. The OpenGL backend must be chosen before `mujoco` is imported."""
 
 import ctypes
 import ctypes.util
@@ -21,7 +21,7 @@ _EGL_PLATFORM_DEVICE = 0x313F
 
 
 def choose_gl() -> str:
-    """Set MUJOCO_GL, unless the user did, to `egl` if a device answers, else to `osmesa`; return its value.
+    """Set MUJOCO_GL to `egl` if an EGL device works, else to `osmesa`; return its value. A value already set is kept.
 
     Raises:
         EnvironmentFailure: neither is installed; the message says what to install.
@@ -34,23 +34,23 @@ def choose_gl() -> str:
     elif ctypes.util.find_library("OSMesa"):
         chosen = "osmesa"
     else:
-        raise EnvironmentFailure(f"no OpenGL that draws without a screen was found; {GL_REMEDY}")
+        raise EnvironmentFailure(f"no OpenGL that renders without a display was found; {GL_REMEDY}")
     os.environ["MUJOCO_GL"] = chosen
     return chosen
 
 
 def load_mujoco(*, draws: bool = True, extra: str = "mujoco") -> Any:
-    """Return the module `mujoco`, with an OpenGL that needs no screen; without one where nothing is drawn.
+    """Return the module `mujoco`, with an OpenGL that needs no display; without `draws`, OpenGL may be missing.
 
     Raises:
-        EnvironmentFailure: `mujoco`, which belongs to `extra`, is missing, or, with `draws`, an OpenGL backend.
+        EnvironmentFailure: `mujoco` (a module of `extra`) is missing, or `draws` is set and no OpenGL is available.
     """
     try:
         choose_gl()
     except EnvironmentFailure:
         if draws:
             raise
-        os.environ["MUJOCO_GL"] = "disabled"  # a later attempt to draw names what is missing
+        os.environ["MUJOCO_GL"] = "disabled"  # a later attempt to render reports what is missing
     try:
         import mujoco
     except ImportError as error:
@@ -58,15 +58,15 @@ def load_mujoco(*, draws: bool = True, extra: str = "mujoco") -> Any:
     return mujoco
 
 
-# A context belongs to one thread of one process; all copies of a model within it share one.
+# An OpenGL context belongs to one thread of one process; all copies of a model in that thread share a renderer.
 _RENDERERS: dict[tuple[int, int, int, int], Any] = {}
 
 
 def draw(model: Any, data: Any, camera: Any, size: int) -> UInt8[np.ndarray, "H W 3"]:
-    """Return the picture of `data` by `camera`, of side `size`.
+    """Render `data` with `camera` as a square image of `size` pixels.
 
     Raises:
-        EnvironmentFailure: OpenGL refuses to start.
+        EnvironmentFailure: OpenGL does not start.
     """
     key = (os.getpid(), threading.get_ident(), id(model), size)
     renderer = _RENDERERS.get(key)
@@ -85,8 +85,8 @@ def _start(model: Any, size: int) -> Any:
         renderer = mujoco.Renderer(model, size, size)
     except Exception as error:  # each backend raises its own
         raise EnvironmentFailure(
-            f"OpenGL by MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} does not start ({error}). Import worldloom before "
-            f"mujoco, which settles what draws as it is imported; if none is there, {GL_REMEDY}"
+            f"OpenGL with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} does not start ({error}). Import worldloom "
+            f"before mujoco, which selects its backend on import; if no backend is installed, {GL_REMEDY}"
         ) from error
     for flag in ("mjRND_SHADOW", "mjRND_REFLECTION", "mjRND_SKYBOX", "mjRND_HAZE"):
         renderer.scene.flags[getattr(mujoco.mjtRndFlag, flag)] = 0
@@ -94,7 +94,7 @@ def _start(model: Any, size: int) -> Any:
 
 
 def _egl_answers() -> bool:
-    """Return whether an EGL device can be opened; the library alone does not suffice."""
+    """Return whether an EGL device can be opened; an installed library is not enough."""
     name = ctypes.util.find_library("EGL")
     if name is None:
         return False

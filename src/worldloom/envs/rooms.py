@@ -1,4 +1,4 @@
-"""The Gymnasium environments: one agent in a room, or many at once, over the same simulator."""
+"""The pixel environments for Gymnasium, single and vectorised, on the same simulator."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ from worldloom.envs.tasks import Task, TaskOptions, close_door, draw_free, draw_
 
 _OPTIONS = ("factors", "task")
 _SEED_LIMIT = 2**31
-_LAYOUTS = 20  # layouts drawn for a task that some do not hold
+_LAYOUTS = 20  # layouts sampled before a task is reported as impossible
 
 Infos = dict[str, Any]
 
@@ -41,12 +41,12 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         max_episode_steps: after so many steps an episode is truncated.
         render_mode: None or "rgb_array".
 
-    `reset(options=...)` takes `factors`, values for the coming episodes, and `task`, the fields of `TaskOptions`:
-    then a start and a goal are drawn, and the infos of the reset hold `goal` (N, size, size, 3), its picture,
-    `goal_position` (N, 2), `shortest_steps` (N,) and `wall_between` (N,).
+    `reset(options=...)` accepts `factors`, values for the next episodes, and `task`, the fields of `TaskOptions`.
+    With `task`, a start and a goal are sampled, and the infos of the reset contain `goal`, the frames at the goals
+    (N, size, size, 3), `goal_position` (N, 2), `shortest_steps` (N,) and `wall_between` (N,).
 
     Raises:
-        ConfigError: an unknown factor or option, a value out of range, or no such task in the layout.
+        ConfigError: a factor or option is unknown, a value is out of range, or the layout allows no such task.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012 - Gymnasium's own type
@@ -67,7 +67,7 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         render_mode: str | None = None,
     ) -> None:
         if not 16 <= size <= 512:
-            raise ConfigError(f"size must be 16 to 512 pixels; got {size}")
+            raise ConfigError(f"'size' must be 16 to 512 pixels; got {size}")
         if num_envs < 1:
             raise ConfigError(f"num_envs must be at least 1; got {num_envs}")
         self.num_envs, self.render_mode, self.factors_type = num_envs, render_mode, WORLDS[world]
@@ -91,7 +91,7 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         seed: int | np.integer[Any] | Sequence[int | None] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> tuple[np.ndarray, Infos]:
-        """Begin an episode in each environment; one seed gives the i-th environment seed + i, as in Gymnasium."""
+        """Start an episode in each environment; an integer `seed` seeds environment i with `seed + i`."""
         for name in options or {}:
             if name not in _OPTIONS:
                 raise ConfigError(f"unknown reset option {name!r}; {nearest(name, _OPTIONS)}")
@@ -118,7 +118,7 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         return self._simulator.render(), infos
 
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Infos]:
-        """Move each agent; an environment whose episode is over begins the next one instead."""
+        """Move each agent; an environment whose episode has ended starts the next episode instead."""
         wanted: Float64[np.ndarray, "N 2"] = np.asarray(actions, np.float64)
         if wanted.shape != (self.num_envs, 2) or not np.isfinite(wanted).all():
             raise ConfigError(f"expected finite actions of shape {(self.num_envs, 2)}; got {wanted.shape}: {wanted}")
@@ -136,7 +136,7 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         return self._simulator.render(), np.zeros(self.num_envs), terminated, truncated, self._infos()
 
     def render(self) -> tuple[np.ndarray, ...] | None:
-        """Return the frames as they are, if `render_mode` is "rgb_array"."""
+        """Return the current frames if `render_mode` is "rgb_array", else None."""
         return tuple(self._simulator.render()) if self.render_mode == "rgb_array" else None
 
     def _begin(self, row: int, given: Mapping[str, Any], options: TaskOptions | None) -> Task | None:
@@ -144,7 +144,7 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         draws = self.factors_type.draws()
         check_names(self.factors_type, tuple(given), {})
         for attempt in range(_LAYOUTS):
-            # Every varying factor is drawn, even if a value is given, so that giving one factor changes no other.
+            # Every varying factor is sampled, even if its value is given, so that this changes no other factor.
             drawn = {name: draws[name](rng) for name in sorted(self._vary)}
             factors = self.factors_type.parse({**self._fixed, **drawn, **given})
             try:
@@ -185,7 +185,7 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
 
 
 class RoomEnv(gymnasium.Env[np.ndarray, np.ndarray]):
-    """One environment of a `RoomsVectorEnv`, a batch of one; it takes the same arguments but for `num_envs`."""
+    """A single environment of `RoomsVectorEnv`, with the same arguments except `num_envs`."""
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 - Gymnasium's own type
 
@@ -196,9 +196,9 @@ class RoomEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.action_space = self._batch.single_action_space
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Infos]:
-        """Begin an episode; for the options see `RoomsVectorEnv`."""
+        """Start an episode; `RoomsVectorEnv` describes the options."""
         super().reset(seed=seed)
-        # The batch draws from this generator, so that the episodes after a seed equal those of the same row in a batch.
+        # The batch uses this generator, so that a seed gives the same episodes as the same seed in a batch.
         self._batch._generators = [self.np_random]
         frames, infos = self._batch.reset(options=options)
         return frames[0], {name: values[0] for name, values in infos.items()}
@@ -210,6 +210,6 @@ class RoomEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return frames[0], 0.0, bool(terminated[0]), bool(truncated[0]), values
 
     def render(self) -> np.ndarray | None:
-        """Return the frame as it is, if `render_mode` is "rgb_array"."""
+        """Return the current frame if `render_mode` is "rgb_array", else None."""
         frames = self._batch.render()
         return None if frames is None else frames[0]

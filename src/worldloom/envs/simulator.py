@@ -1,6 +1,6 @@
-"""Many pixel rooms at once: motion, collisions and pictures, in NumPy over all environments.
+"""The simulator of the pixel environments: motion, collisions and rendering of a batch, in NumPy.
 
-Nothing here depends on what else is in the batch: an environment alone gives the same numbers, bit for bit.
+Each environment's numbers are independent of the rest of the batch, bit for bit.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ _DISTRACTOR_SPEED = 1.5
 
 
 class Simulator:
-    """N rooms of side 64 px, rendered as frames of `size` x `size`."""
+    """N environments of side 64 px, rendered as frames of `size` x `size` pixels."""
 
     def __init__(self, batch: int, size: int) -> None:
         self.batch, self.size = batch, size
@@ -29,12 +29,12 @@ class Simulator:
         none = np.zeros((0, 2))
         self._others: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = [(none, none, np.zeros(3))] * batch
         self.hazards: list[Hazards | None] = [None] * batch
-        self.depth = np.full(batch, -np.inf)  # how deep each agent lies in a pit
+        self.depth = np.full(batch, -np.inf)  # px from each agent to the edge of the nearest pit, negative outside
         self.fallen = np.zeros(batch, bool)
         self._fallen_for = np.zeros(batch, np.int64)
 
     def place(self, row: int, factors: RoomFactors, position: np.ndarray, rng: np.random.Generator) -> None:
-        """Begin an episode in environment `row`; `rng` draws where the distractors begin."""
+        """Start an episode in environment `row`; `rng` samples the initial state of the distractors."""
         self.furnish(row, factors)
         self.position[row] = position
         self.hazards[row], self.fallen[row], self._fallen_for[row] = factors.hazards(), False, 0
@@ -45,13 +45,13 @@ class Simulator:
         self._others[row] = (centres, velocity, np.array(factors.distractor_colour, np.float32))
 
     def furnish(self, row: int, factors: RoomFactors) -> None:
-        """Change the room of environment `row`, where everything that moves stays where it is."""
+        """Change the factors of environment `row`; everything that moves keeps its position."""
         walls = factors.walls()
         if len(walls) > self._walls.shape[1]:
             grown = np.full((self.batch, len(walls), 4), -np.inf)
             grown[:, : self._walls.shape[1]] = self._walls
             self._walls = grown
-        self._walls[row] = -np.inf  # a wall at minus infinity stops nobody
+        self._walls[row] = -np.inf  # a wall at minus infinity stops no agent
         self._walls[row, : len(walls)] = walls
         self.factors[row] = factors
         self._radius[row], self._speed[row] = factors.agent_radius, factors.agent_speed
@@ -60,10 +60,10 @@ class Simulator:
         self._background[row] = paint(factors, self.size)
 
     def step(self, actions: Float64[np.ndarray, "N 2"], moving: Bool[np.ndarray, "N"]) -> None:
-        """Move the agents by `actions` in [-1, 1], as each understands them, times their speed, and by the wind.
+        """Move the agents by their speed times `actions` in [-1, 1] (turned and mirrored), plus the wind.
 
-        They move along x, then along y. Each axis stops at the first wall in its way, exactly, so that no speed passes
-        through one. Who fell into a deadly pit stays there.
+        Agents move along x, then along y. On each axis they stop exactly at the first wall, so that no speed passes
+        through a wall. Agents in a deadly pit do not move.
         """
         self._fallen_for += moving & self.fallen
         going = moving & ~self.fallen
@@ -83,12 +83,12 @@ class Simulator:
                 self._measure(int(row))
 
     def lost(self) -> Bool[np.ndarray, "N"]:
-        """Return whose episode a fall has ended."""
+        """Return which episodes have ended by a fall into a pit."""
         lingers = np.array([0 if pits is None else pits.factors.linger for pits in self.hazards])
         return self.fallen & (self._fallen_for >= lingers)
 
     def render(self, positions: Float64[np.ndarray, "N 2"] | None = None) -> UInt8[np.ndarray, "N H W 3"]:
-        """Return new frames, with the agents at `positions` (default: where they are)."""
+        """Render frames with the agents at `positions`, by default their current positions."""
         positions = self.position if positions is None else positions
         frames = self._background.copy()
         for row, pits in enumerate(self.hazards):
@@ -121,7 +121,7 @@ class Simulator:
 
 
 def free(factors: RoomFactors, points: Float64[np.ndarray, "P 2"]) -> Bool[np.ndarray, "P"]:
-    """Return where the agent's centre may be."""
+    """Return whether the agent's centre may be at each point: inside the edge, and outside of walls and pits."""
     radius = factors.agent_radius
     inside: np.ndarray = np.all((points >= radius) & (points <= SIDE - radius), axis=1)
     for left, top, right, bottom in factors.walls():
@@ -134,7 +134,7 @@ def free(factors: RoomFactors, points: Float64[np.ndarray, "P 2"]) -> Bool[np.nd
 
 
 def _moved(pits: Hazards) -> Hazards:
-    """Return pits a step later; they bounce off the edge."""
+    """Return the pits one step later; they bounce off the edge."""
     centres, velocities, radius = pits.centres + pits.velocities, pits.velocities, pits.factors.pit_radius
     outside = (centres < radius) | (centres > SIDE - radius)
     return replace(
@@ -145,7 +145,7 @@ def _moved(pits: Hazards) -> Hazards:
 
 
 def paint(factors: RoomFactors, size: int) -> UInt8[np.ndarray, "H W 3"]:
-    """Return the room without anything that moves; a pixel is wall where its centre is."""
+    """Return the frame without moving objects; a pixel is a wall if its centre is inside a wall."""
     picture = np.empty((size, size, 3), np.uint8)
     picture[:] = factors.floor_colour
     centres = (np.arange(size) + 0.5) * SIDE / size

@@ -1,4 +1,4 @@
-"""Gymnasium's spaces and this library's specs: one adapter for observations, one for actions."""
+"""Adapters between Gymnasium's spaces and this library's specifications, for observations and for actions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,13 +12,13 @@ from worldloom.core.types import ActionSpec, Observations, ObservationSpec
 
 
 class ObservationAdapter:
-    """Turns a batch of an environment's observations into pixels and/or a vector.
+    """Converts a batch of an environment's observations to pixels, a vector or both.
 
-    A unsigned-byte box with three axes (H, W, C) is pixels; other boxes of numbers are flattened into the
-    vector, those of a dictionary in the order of their sorted keys. `Discrete` parts become one-hot.
+    An unsigned-byte box with three axes (H, W, C) is the pixels. Other numeric boxes are flattened into the vector,
+    in the order of their sorted keys for a dictionary. `Discrete` parts become one-hot.
 
     Raises:
-        EnvironmentFailure: the space cannot be told apart into one image and vectors.
+        EnvironmentFailure: the space has several images, or a part that is neither an image nor numeric.
     """
 
     def __init__(self, space: spaces.Space[Any]) -> None:
@@ -34,8 +34,8 @@ class ObservationAdapter:
         for key, part in self._vectors:
             if not isinstance(part, spaces.Box | spaces.Discrete | spaces.MultiBinary):
                 raise EnvironmentFailure(
-                    f"observation part {key!r} is a {type(part).__name__}; expected boxes of numbers, at most one "
-                    f"of them an image of unsigned bytes (H, W, C). Flatten it with a Gymnasium wrapper"
+                    f"observation part {key!r} is a {type(part).__name__}; expected a Box, Discrete or MultiBinary "
+                    f"space. Convert it with a Gymnasium wrapper, such as FlattenObservation"
                 )
         pixels: tuple[int, int, int] | None = None
         if images:
@@ -44,10 +44,10 @@ class ObservationAdapter:
         self.spec = ObservationSpec(pixels=pixels, vector=sum(spaces.flatdim(part) for _, part in self._vectors))
 
     def __call__(self, batch: Any, *, where: str = "") -> Observations:
-        """Convert a batch (leading axis B) as a vector environment returns it.
+        """Convert a batch (leading axis B) from a vector environment; error messages begin with `where`.
 
         Raises:
-            EnvironmentFailure: a shape, dtype or value is not what the space says; `where` names the place.
+            EnvironmentFailure: a shape, dtype or value does not match the space.
         """
         parts = batch if isinstance(batch, Mapping) else {"": batch}
         pixels = vector = None
@@ -80,7 +80,7 @@ class ObservationAdapter:
 
 
 class ActionAdapter:
-    """Turns a batch of flat actions into what an environment's `step` takes."""
+    """Converts a batch of flat actions to the format that an environment's `step` accepts."""
 
     def __init__(self, space: spaces.Space[Any]) -> None:
         self._space = space
@@ -91,11 +91,11 @@ class ActionAdapter:
             self.spec = ActionSpec(low=low, high=high)
         else:
             raise EnvironmentFailure(
-                f"the action space is {space}; expected a box of floats or a Discrete. Wrap the environment"
+                f"the action space is {space}; expected a Box of floats or a Discrete space. Wrap the environment"
             )
 
     def __call__(self, actions: np.ndarray, *, where: str = "") -> np.ndarray:
-        """Convert actions (B, A).
+        """Convert actions (B, A); error messages begin with `where`.
 
         Raises:
             DataError: an action is not finite, out of bounds, or of the wrong size.
@@ -121,15 +121,16 @@ class ActionAdapter:
 def make_vector_env(
     env_id: str, num_envs: int, *, native: bool = True, **kwargs: Any
 ) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
-    """Make `num_envs` copies of a registered environment, natively vectorised where it offers that and `native`.
+    """Create `num_envs` copies of a registered environment.
 
-    Its `reset` takes one seed for each copy; a native one that cannot do that is passed over.
+    With `native`, the environment's own vectorised form is used if it has one and its `reset` accepts one seed for
+    each copy.
 
-    An environment whose observation holds no pixels, made with `render_mode="rgb_array"`, keeps its vector
-    observation; wrap it with `gymnasium.wrappers.AddRenderObservation` to learn from its pictures.
+    `render_mode="rgb_array"` does not add pixels to an observation; wrap the environment with
+    `gymnasium.wrappers.AddRenderObservation` to learn from rendered frames.
 
     Raises:
-        EnvironmentFailure: the id is not registered or the environment cannot be made.
+        EnvironmentFailure: the id is not registered, or the environment cannot be created.
     """
     try:
         spec = gymnasium.spec(env_id)
@@ -141,13 +142,13 @@ def make_vector_env(
         return gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync", **kwargs)
     except (gymnasium.error.Error, TypeError, ImportError) as error:
         raise EnvironmentFailure(
-            f"cannot make environment {env_id!r}: {str(error).rstrip('.?')}. Check the id and the arguments, and name "
-            f"the module that registers it (--import MODULE)"
+            f"cannot create environment {env_id!r}: {str(error).rstrip('.?')}. Check the id and the arguments, and "
+            f"import the module that registers it (--import MODULE)"
         ) from error
 
 
 def _takes_a_seed_for_each(envs: Any) -> bool:
-    # Gymnasium's own CartPole, for one, takes a single seed for all copies.
+    # Gymnasium's vectorised CartPole, for example, accepts only a single seed for all copies.
     try:
         envs.reset(seed=list(range(envs.num_envs)))
     except (gymnasium.error.Error, TypeError, ValueError):

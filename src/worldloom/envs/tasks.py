@@ -1,4 +1,4 @@
-"""Starts and goals: drawn in free space, with the shortest way between them known."""
+"""Random starts and goals in free space, with the length of the shortest path between them."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,19 +12,19 @@ from worldloom.core.errors import ConfigError
 from worldloom.envs.factors import DOORS, SIDE, FourRoomsFactors, RoomFactors
 from worldloom.envs.simulator import free
 
-_GOALS = 20  # goals tried in a layout before it is given up
+_GOALS = 20  # goals tried in a layout before it is rejected
 _GRID = np.stack(np.meshgrid(np.arange(64) + 0.5, np.arange(64) + 0.5), axis=-1).reshape(-1, 2)  # (x, y), row by row
 _MOVES = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1) if down or right]
 _AROUND = np.arange(64 * 64)[:, None] + np.array([64 * down + right for down, right in _MOVES])
 
 
 class TaskOptions(Config):
-    """What a start and a goal must satisfy; distances in px, steps at full speed along the shortest way.
+    """The requirements on a start and a goal. Distances are in px, steps at full speed along the shortest path.
 
-    "cross-room" and "same-room" speak of the world's rooms (of a maze: its cells), with neither in a doorway. With
-    `closes_after` the door whose closing makes the way longest, but leaves one, closes after so many steps.
-    With `obstructed` a wall or a pit lies on the straight line between them, or, where it is false, none does.
-    `in_a_pit` says what lies in a pit: the goal, or the start.
+    `split` requires start and goal in different rooms ("cross-room") or in the same room; the rooms of a maze are its
+    cells. `closes_after` closes a door after so many steps: the door that makes the path longest when closed, but
+    does not block it. `obstructed` requires (True) or forbids (False) a wall or a pit on the straight line between
+    them. `in_a_pit` places the goal or the start in a pit.
     """
 
     split: Literal["any", "cross-room", "same-room"] = "any"
@@ -39,7 +39,7 @@ class TaskOptions(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A start, a goal, and what lies between them."""
+    """A start and a goal (x, y) in px, the steps of the shortest path, and whether a wall or a pit is in between."""
 
     start: Float64[np.ndarray, "2"]
     goal: Float64[np.ndarray, "2"]
@@ -48,12 +48,12 @@ class Task:
 
 
 def draw_task(factors: RoomFactors, options: TaskOptions, rng: np.random.Generator) -> Task:
-    """Draw a goal uniformly in free space, then a start uniformly among those that satisfy the options.
+    """Sample a goal uniformly in free space, then a start uniformly among those that satisfy the options.
 
-    Starts lie at the middle of a pixel or, where no limit of steps is set, anywhere around it.
+    Starts are at the centre of a pixel or, without limits on steps, anywhere in it.
 
     Raises:
-        ConfigError: the layout holds no such start for any of the goals tried.
+        ConfigError: none of the goals tried has such a start in this layout.
     """
     for _ in range(_GOALS):
         goal = draw_in_a_pit(factors, rng) if options.in_a_pit == "goal" else draw_free(factors, rng)
@@ -75,31 +75,31 @@ def draw_task(factors: RoomFactors, options: TaskOptions, rng: np.random.Generat
             continue
         return Task(start=start, goal=goal, shortest_steps=float(steps[_pixel(start)]), wall_between=between)
     raise ConfigError(
-        f"this layout holds no start and goal with {options.model_dump(exclude_none=True)} in {_GOALS} goals tried; "
-        f"widen the limits, or draw another layout (another seed)"
+        f"this layout has no start and goal with {options.model_dump(exclude_none=True)} ({_GOALS} goals tried); "
+        f"relax the options, or use another seed for another layout"
     )
 
 
 def close_door(factors: RoomFactors, task: Task, step: int) -> RoomFactors:
-    """Return the room in which the door on the task's way closes after `step` steps; see `TaskOptions`.
+    """Return factors in which a door on the task's path closes after `step` steps; see `TaskOptions`.
 
     Raises:
-        ConfigError: no door can be closed, or none makes the way longer and leaves one.
+        ConfigError: the environment has no such doors, or closing one makes the path no longer or blocks it.
     """
     if not isinstance(factors, FourRoomsFactors):
-        raise ConfigError(
-            f"closes_after needs a world with several doors, such as FourRooms; got {type(factors).__name__}"
-        )
+        raise ConfigError(f"'closes_after' needs the environment FourRooms; got {type(factors).__name__}")
     rooms = {name: factors.model_copy(update={"closing_door": name, "closing_step": step}) for name in DOORS}
     lengths = {name: steps_from(room.after(step), task.goal)[_pixel(task.start)] for name, room in rooms.items()}
     longer = {name: length for name, length in lengths.items() if task.shortest_steps + 5 < length < np.inf}
     if not longer:
-        raise ConfigError("no door of this layout lies on the way of the task; draw another one (another seed)")
+        raise ConfigError(
+            "no door of this layout lengthens the task's path without blocking it; use another seed for another layout"
+        )
     return rooms[max(longer, key=lambda name: longer[name])]
 
 
 def draw_free(factors: RoomFactors, rng: np.random.Generator) -> Float64[np.ndarray, "2"]:
-    """Draw a position uniformly where the agent's centre may be."""
+    """Sample a position uniformly where the agent's centre may be."""
     while True:
         points = rng.uniform(factors.agent_radius, SIDE - factors.agent_radius, (16, 2))
         fits = np.flatnonzero(free(factors, points))
@@ -109,14 +109,14 @@ def draw_free(factors: RoomFactors, rng: np.random.Generator) -> Float64[np.ndar
 
 
 def draw_in_a_pit(factors: RoomFactors, rng: np.random.Generator) -> Float64[np.ndarray, "2"]:
-    """Draw a position where the agent's centre lies in a pit.
+    """Sample a position of the agent's centre in a pit.
 
     Raises:
-        ConfigError: the world has none.
+        ConfigError: the environment has no pits.
     """
     pits = factors.hazards()
     if pits is None:
-        raise ConfigError(f"in_a_pit needs a world with pits, such as Pits; got {type(factors).__name__}")
+        raise ConfigError(f"'in_a_pit' needs the environment Pits; got {type(factors).__name__}")
     centre = pits.centres[int(rng.integers(len(pits.centres)))]
     angle, away = rng.uniform(0, 2 * np.pi), pits.factors.pit_radius * np.sqrt(rng.uniform(0, 0.81))
     inside = centre + away * np.array([np.cos(angle), np.sin(angle)])
@@ -125,12 +125,12 @@ def draw_in_a_pit(factors: RoomFactors, rng: np.random.Generator) -> Float64[np.
 
 
 def steps_from(factors: RoomFactors, goal: Float64[np.ndarray, "2"]) -> Float64[np.ndarray, "P"]:
-    """Return, for the middle of each pixel, the fewest steps to the goal at full speed (infinite: no way).
+    """Return, for the centre of each pixel, the fewest steps to the goal at full speed; infinite if unreachable.
 
-    A breadth-first search over pixels and their eight neighbours, both corners of a diagonal move being free. As
-    each axis moves at full speed on its own, a diagonal pixel costs as much as a straight one, and the length of
-    the way over the speed is the number of steps, to within a pixel at either end. It is a reference and no bound: a
-    step that cuts a corner of a wall can make the best run about one step shorter.
+    This is a breadth-first search over pixels and their eight neighbours; both corners of a diagonal move must be
+    free. Each axis moves at full speed independently, so a diagonal move costs as much as a straight one. The number
+    of steps is the path length divided by the speed, exact to within a pixel at either end. It is a reference, not a
+    bound: a step that cuts the corner of a wall can make the best run about one step shorter.
     """
     open_ = free(factors, _GRID)
     joined = _joined(open_)
@@ -146,7 +146,7 @@ def steps_from(factors: RoomFactors, goal: Float64[np.ndarray, "2"]) -> Float64[
 
 
 def _joined(open_: Bool[np.ndarray, "P"]) -> Bool[np.ndarray, "P 8"]:
-    """Return which of its eight neighbours each pixel is joined to; those in `_AROUND` beyond the edge are not."""
+    """Return which of its eight neighbours in `_AROUND` each pixel is connected to; none beyond the edge."""
     cells = np.pad(open_.reshape(64, 64), 1)
 
     def moved(down: int, right: int) -> np.ndarray:
@@ -181,7 +181,7 @@ def _suits(
 
 
 def _segment(start: Float64[np.ndarray, "2"], goal: Float64[np.ndarray, "2"]) -> Float64[np.ndarray, "P 2"]:
-    count = 2 + int(2 * np.linalg.norm(goal - start))  # a point at least every half pixel
+    count = 2 + int(2 * np.linalg.norm(goal - start))  # at least two points per px
     points: np.ndarray = start + np.linspace(0, 1, count)[:, None] * (goal - start)
     return points
 

@@ -1,4 +1,4 @@
-"""The one vectorised world: copies of a Gymnasium environment whose every failure names the episode and the step."""
+"""`VectorWorld`: copies of a Gymnasium environment, with errors that name the episode and the step."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,19 +17,19 @@ from worldloom.core.registry import nearest
 from worldloom.core.types import Observations
 from worldloom.envs.spaces import ActionAdapter, ObservationAdapter, make_vector_env
 
-# Names the place of one copy of the environment, or of all copies for None; error messages begin with it.
+# Returns the beginning of an error message: the episode and step of one copy of the environment, or of all for None.
 Where = Callable[[int | None], str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """What the R environments in `rows` returned; every array but those in `infos` has one entry for each of them."""
+    """The results of one step in the R environments `rows`; all arrays except those in `infos` have leading axis R."""
 
     observations: Observations  # axes (R,)
-    rows: Int64[np.ndarray, "R"]  # their places in the vectorised world
+    rows: Int64[np.ndarray, "R"]  # their indices in the vectorised world
     terminated: Bool[np.ndarray, "R"]
     over: Bool[np.ndarray, "R"]  # terminated or truncated
-    parts: Mapping[str, np.ndarray]  # the keys of a dictionary observation, (R, ...)
+    parts: Mapping[str, np.ndarray]  # the parts of a dictionary observation, (R, ...)
     infos: Mapping[str, Any]  # of all copies
 
     def __getitem__(self, chosen: np.ndarray) -> "Frame":
@@ -44,7 +44,7 @@ class Frame:
         )
 
     def info(self, name: str) -> np.ndarray | None:
-        """Return an info as (R, ...), or None where it is not there for each row."""
+        """Return an info as (R, ...), or None if some row lacks it."""
         if name not in self.infos:
             return None
         mask = self.infos.get(f"_{name}")
@@ -54,21 +54,21 @@ class Frame:
         return value
 
     def numbers(self, name: str, who: str) -> np.ndarray:
-        """Return a numeric info as float64 (R, L); `who` is the part of the protocol that names it.
+        """Return a numeric info as float64 (R, L); `who` is the part of the protocol that uses the name.
 
         Raises:
-            ConfigError: there is none of this name.
+            ConfigError: no numeric info has this name.
         """
         return self.vector((name,), "info", who)
 
     def vector(self, names: Sequence[str], source: str, who: str) -> np.ndarray:
-        """Return named vectors, joined, as float64 (R, L); `who` is the part of the protocol that names them.
+        """Return the named vectors, concatenated, as float64 (R, L); `who` is the part of the protocol that uses them.
 
-        The source is "info", "observation" (a part of it, or its whole vector for an empty name), or "named" for
-        whichever of the two has the name.
+        `source` is "info", "observation" (a part of it, or its vector for an empty name), or "named" for an info or
+        else a part of the observation with that name.
 
         Raises:
-            ConfigError: there is none of this name.
+            ConfigError: no numeric vector has this name.
         """
         parts = [self._named(name, source, who) for name in names]
         return np.concatenate([part.reshape(len(self.rows), -1).astype(np.float64) for part in parts], axis=1)
@@ -88,7 +88,7 @@ class Frame:
                 if name[:1] != "_" and np.asarray(each).dtype.kind in "fiub"
             ]
             raise ConfigError(
-                f"{who} names {name or 'the observation vector'!r}, which this world does not give as numbers; "
+                f"{who} uses {name or 'the observation vector'!r}, which this environment does not return as numbers; "
                 f"{nearest(name, known)}"
             )
         return value
@@ -97,16 +97,16 @@ class Frame:
 class VectorWorld(Closing):
     """`size` copies of a registered environment; close it, or use it in a `with` statement.
 
-    Copies whose episode is over keep running unseen in every autoreset mode, and the last frame of an episode is always
-    its own. `native` uses the vectorised form that the environment itself may offer.
+    Copies whose episode has ended continue in the background in every autoreset mode; the last frame of an episode is
+    never replaced by the first frame of the next one. `native` uses the environment's own vectorised form if it exists.
 
     Raises:
-        EnvironmentFailure: the environment cannot be made, or its spaces are not understood.
+        EnvironmentFailure: the environment cannot be created, or its spaces are not supported.
     """
 
     def __init__(self, env_id: str, size: int, kwargs: Mapping[str, Any] | None = None, *, native: bool = True) -> None:
         self.id, self.size = env_id, size
-        # Gymnasium types the seed of a batch as one number; every vector environment takes a list.
+        # Any: Gymnasium's types allow one seed for a batch, but vector environments accept a list.
         self._envs: Any = make_vector_env(env_id, size, native=native, **(kwargs or {}))
         if isinstance(self._envs, SyncVectorEnv):
             self._envs.envs = [_Copy(env, row) for row, env in enumerate(self._envs.envs)]
@@ -124,10 +124,10 @@ class VectorWorld(Closing):
         self._envs.close()
 
     def reset(self, seeds: Sequence[int], where: Where, *, options: Mapping[str, Any] | None = None) -> Frame:
-        """Start one episode for each seed; `where` begins each message about what goes wrong from here on.
+        """Start one episode for each seed. Error messages begin with `where` until the next reset.
 
         Raises:
-            EnvironmentFailure: the environment raised, or returned what its space does not allow.
+            EnvironmentFailure: the environment raised, or returned values that its space does not allow.
         """
         self._where = where
         self.steps[:] = 0
@@ -138,12 +138,12 @@ class VectorWorld(Closing):
         return self._frame(observations, infos, rows, none, none)
 
     def replay(self, seeds: Sequence[int], actions: Sequence[np.ndarray], where: Where) -> Frame:
-        """Start one episode per seed and repeat actions (K, A) in it, K its own; return the frames reached.
+        """Start one episode per seed, apply its own K actions (K, A) and return the last frames.
 
-        For worlds made with `native=False`.
+        This needs a `VectorWorld` created with `native=False`.
 
         Raises:
-            EnvironmentFailure: the environment raised, or ended an episode on the way.
+            EnvironmentFailure: the environment raised, or an episode ended before all actions were applied.
         """
         frame = self.reset(seeds, where)
         if not any(len(taken) for taken in actions):
@@ -161,8 +161,8 @@ class VectorWorld(Closing):
                 ended = terminated or truncated
             if ended:
                 raise EnvironmentFailure(
-                    f"{where(row)}the episode ended on the way to its start, which it did not when the goal was drawn; "
-                    f"draw all randomness of the environment from self.np_random"
+                    f"{where(row)}the episode ended before its start state, but not when the goal was recorded; take "
+                    f"all randomness of the environment from self.np_random"
                 )
             for name in set(info) & set(infos):
                 infos[name][row] = info[name]
@@ -172,18 +172,18 @@ class VectorWorld(Closing):
         return self._frame(batch, infos, frame.rows, frame.terminated, frame.over)
 
     def step(self, actions: np.ndarray, rows: Int64[np.ndarray, "R"], *, by: str = "") -> Frame:
-        """Take one action (size, A) in each environment and return what those in `rows` gave.
+        """Apply one action in each environment (size, A) and return the frames of those in `rows`.
 
-        `by` names what chose the actions; a message about a wrong action begins with it.
+        Messages about a wrong action begin with `by`, the source of the actions.
 
         Raises:
             DataError: an action is not finite or out of bounds.
-            EnvironmentFailure: the environment raised, or returned what its space does not allow.
+            EnvironmentFailure: the environment raised, or returned values that its space does not allow.
         """
         self.steps += 1
         converted = self._convert(actions, where=f"{by}{self._where(None)}")
         if self._autoreset is AutoresetMode.DISABLED and self._stale.any():
-            # Their episodes are over; the reset only keeps the other copies going.
+            # Their episodes have ended; without this reset the other copies could not be stepped.
             self._call(lambda: self._envs.reset(options={"reset_mask": self._stale}))
         observations, _, terminated, truncated, infos = self._call(lambda: self._envs.step(converted))
         terminated, truncated = np.asarray(terminated, bool), np.asarray(truncated, bool)
@@ -191,7 +191,7 @@ class VectorWorld(Closing):
         return self._frame(observations, infos, rows, terminated, truncated)
 
     def observe(self, batch: Any, rows: Int64[np.ndarray, "R"]) -> Observations:
-        """Convert the environment's own observations of these rows; a failure names the first that is wrong."""
+        """Convert the environment's observations of these rows; an error names the first wrong row."""
         try:
             return self._observe(batch, where=self._where(None))
         except EnvironmentFailure:
@@ -200,7 +200,7 @@ class VectorWorld(Closing):
             raise
 
     def check_finite(self, values: np.ndarray, rows: Int64[np.ndarray, "R"], what: str) -> None:
-        """Raise `EnvironmentFailure` that names the first row whose values are not finite."""
+        """Raise `EnvironmentFailure` for the first row with values that are not finite."""
         finite = np.isfinite(values).reshape(len(rows), -1).all(axis=1)
         if not finite.all():
             index = int(np.flatnonzero(~finite)[0])
@@ -209,7 +209,7 @@ class VectorWorld(Closing):
             )
 
     def labels(self, frame: Frame) -> dict[str, np.ndarray]:
-        """Return the numeric infos that all rows of a frame have, as float32 (R, L); the rest is left out."""
+        """Return the numeric infos that all rows of a frame have, as float32 (R, L); others are omitted."""
         labels: dict[str, np.ndarray] = {}
         for name, value in frame.infos.items():
             if name.startswith("_") or not isinstance(value, np.ndarray) or value.shape[:1] != (self.size,):
@@ -243,11 +243,11 @@ class VectorWorld(Closing):
     def _before_reset(
         self, taken: Any, infos: Mapping[str, Any], rows: Int64[np.ndarray, "R"], over: Bool[np.ndarray, "B"]
     ) -> tuple[Any, dict[str, Any]]:
-        """Put the last frames of episodes that ended in place of the first frames of those that follow."""
+        """Replace the first frames of new episodes by the last frames of the episodes that ended."""
         if "final_obs" not in infos:
             raise EnvironmentFailure(
-                f"{self._where(None)}environment {self.id!r} resets in the step that ends an episode and gives no "
-                f"'final_obs' in its infos; make it with the autoreset mode NEXT_STEP"
+                f"{self._where(None)}environment {self.id!r} has the autoreset mode SAME_STEP, but its infos have no "
+                f"'final_obs'; create it with the autoreset mode NEXT_STEP"
             )
         places, ended = np.flatnonzero(over[rows]), rows[over[rows]]
         last = _take(infos["final_obs"], ended, self.size)
@@ -272,11 +272,11 @@ class VectorWorld(Closing):
 
 
 class _CopyFailure(Exception):
-    """One copy of the environment raised: its row is the argument, and its error the cause."""
+    """Raised when one copy of the environment raises: its row is the argument, the original error the cause."""
 
 
 class _Copy(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Says which copy of an environment raised."""
+    """A wrapper that reports which copy of an environment raised."""
 
     def __init__(self, env: gymnasium.Env[Any, Any], row: int) -> None:
         super().__init__(env)

@@ -1,4 +1,4 @@
-"""The named evaluation protocols, and one for any Gymnasium id."""
+"""The named evaluation protocols, and a protocol for any Gymnasium id."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ def register_protocol(protocol: Protocol) -> Protocol:
 
 
 def default_protocol(env_id: str | None) -> str | None:
-    """Return the title of a world's usual protocol: goals that it draws itself, else the nearest logged ones."""
+    """Return the title of a world's default protocol: with its own goals, else with the nearest logged goals."""
 
     def rank(title: str) -> tuple[int, str]:
         splits = PROTOCOLS[title].splits.values()
@@ -36,11 +36,11 @@ def gym_protocol(
 ) -> Protocol:
     """Return a protocol for any Gymnasium id, with goals that the logging policy reached from the same seed.
 
-    The budget is four times the longest `goal_offset` unless given. `conventions` are other fields of `Protocol`, such
-    as `policy`, `env_kwargs`, `min_distance`, `frame_skip` or `seed`.
+    The default budget is four times the longest `goal_offset`. `conventions` are other fields of `Protocol`, such as
+    `policy`, `env_kwargs`, `min_distance`, `frame_skip` or `seed`.
 
     Raises:
-        ConfigError: the success rule is not understood, there is no such convention, or a value is out of range.
+        ConfigError: the success rule is invalid, a convention does not exist, or a value is out of range.
     """
     offsets = [goal_offset] if isinstance(goal_offset, int) else list(goal_offset)
     return Protocol.parse(
@@ -60,9 +60,9 @@ _WITHIN_3_PIXELS = SuccessRule(source="info", name="position", radius=3.0, unit=
 
 
 def _register(name: str, world: str, splits: Mapping[str, Split | Mapping[str, Any]], **conventions: Any) -> None:
-    """Register a protocol of one of our worlds; a split is given by its task alone, or whole.
+    """Register a protocol of one of our worlds; each split is a `Split`, or only its task.
 
-    Unless `conventions` say otherwise, the agent must come within 3 pixels of a goal at least 10 pixels away.
+    By default, the agent must come within 3 pixels of a goal at least 10 pixels away; `conventions` override this.
     """
     whole = {title: split if isinstance(split, Split) else Split(task=dict(split)) for title, split in splits.items()}
     usual = {"success": _WITHIN_3_PIXELS, "min_distance": 10.0}
@@ -74,7 +74,7 @@ _register("two-room", "TwoRoom-v0", _ROOMS, budget=150)
 _register("four-rooms", "FourRooms-v0", _ROOMS, budget=200)
 _register("maze-far", "Maze-v0", {"far": {"split": "any", "min_steps": 101}}, budget_over_shortest=4.0)
 
-# Far goals: 100, 200 and 400 steps away at full speed, to within 5%, in mazes that no training has seen.
+# Far goals: 100, 200 and 400 steps away at full speed, to within 5%, in mazes that are not in the training data.
 _EXPLORED = {"never seen": 0, "2,000 steps explored": 2000, "covered": 8000}
 for _steps in (100, 200, 400):
     _far = {"split": "any", "min_steps": 0.95 * _steps, "max_steps": 1.05 * _steps}
@@ -99,12 +99,12 @@ _register(
     budget=250,
 )
 
-# A fall into a pit ends an episode. Half of the goals of 'pits' have a pit on the straight way.
+# Falling into a pit ends an episode. Half of the goals of 'pits' have a pit on the straight line.
 _PITS: dict[str, Any] = {"limits": (Limit(name="pit_depth", unit="px"),), "min_distance": 20.0, "budget": 100}
 _register("pits", "Pits-v0", {"behind a pit": {"obstructed": True}, "in the open": {"obstructed": False}}, **_PITS)
 _register("pits-within", "Pits-v0", {f"{end} in a pit": {"in_a_pit": end} for end in ("goal", "start")}, **_PITS)
 
-# Safety-Gymnasium's goal is a place of 0.3 m around.
+# Safety-Gymnasium's goal is a disc of radius 0.3 m.
 _register(
     "point-hazards",
     "PointHazards-v0",
@@ -116,7 +116,7 @@ _register(
     budget=150,
 )
 
-# The field's two settings: a goal 25 steps ahead in 50 steps, and 100 ahead in 150 (docs/protocols.md).
+# The two common settings: a goal 25 steps ahead in 50 steps, and 100 ahead in 150 (docs/protocols.md).
 _FIELD = {25: 50, 100: 150}
 
 
@@ -155,15 +155,15 @@ _register_field(
     "Reacher-v0",
     SuccessRule(source="info", name="joints", radius=0.05, unit="rad", largest=True, period=2 * math.pi),
 )
-# A quarter of a cell; Gymnasium-Robotics asks for 0.45 m, which many goals 25 steps ahead satisfy at the start.
+# A quarter of a cell. Gymnasium-Robotics uses 0.45 m, which many goals 25 steps ahead satisfy at the start.
 _register_field(
     "point-maze",
     "PointMaze-v0",
     SuccessRule(source="info", name="position", radius=0.25, unit="m"),
     env_kwargs={"layout": "medium"},
 )
-# OGBench's rule, which stable-worldmodel keeps: the cube within 4 cm. Where the arm ends does not count.
+# OGBench's rule, which stable-worldmodel uses too: the cube within 4 cm. The position of the arm does not count.
 _WITHIN_4_CM = SuccessRule(source="info", name="block", radius=0.04, unit="m")
 _register_field("cube", "Cube-v0", _WITHIN_4_CM, policy="cube-walk")
-# The vector beside the pixels is for the logging policy; an encoder of pixels does not read it.
+# The vector is for the logging policy only; an encoder of pixels ignores it.
 _register_field("cube-pixels", "Cube-v0", _WITHIN_4_CM, env_kwargs={"observation": "both"}, policy="cube-walk")

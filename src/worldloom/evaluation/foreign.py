@@ -1,7 +1,7 @@
 """Policies of other libraries under our protocols, and our agents in other libraries' evaluators.
 
-Both speak `get_action(info)` as stable-worldmodel's evaluator does: `info` holds arrays with the axes (E, 1, ...) for E
-environments and one moment, `goal` and `goal_NAME` stand beside `pixels` and `NAME`, and the answer is (E, A).
+Both use `get_action(info)` as in stable-worldmodel's evaluator. `info` contains arrays with the axes (E, 1, ...) for E
+environments and one moment: `pixels`, `NAME`, and the goals `goal` and `goal_NAME`. The result has shape (E, A).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ from worldloom.core.types import ActionSpec, Goal, Observations, ObservationSpec
 
 @runtime_checkable
 class InfoPolicy(Protocol):
-    """Acts from an info dictionary."""
+    """A policy that acts from an info dictionary."""
 
     def get_action(self, info: dict[str, Any]) -> Any:
         """Return one action for each environment, (E, A)."""
@@ -30,17 +30,17 @@ class InfoPolicy(Protocol):
 
 
 class ForeignPolicy(Agent):
-    """An `Agent` made of another library's policy.
+    """An `Agent` that wraps another library's policy.
 
     `info` has `pixels` and `goal` (E, 1, H, W, C) as bytes; the observation vector as `vector_name` and
-    `goal_VECTOR_NAME` (E, 1, V); `action`, the last one, NaN at first as there (E, 1, A); `step_idx` and `terminated`
-    (E, 1); and the flag `_needs_flush` (E,), true in the first call of an episode. A policy that has `set_env` is
-    handed an object with `num_envs`, `action_space` and `single_action_space` before each batch of episodes; one that
-    has a `seed` is told by `set_seed` to begin with it, once for each size of batch. It sees all environments to the
-    end of the batch, those too whose episode is over.
+    `goal_VECTOR_NAME` (E, 1, V); `action` (E, 1, A), the last action, NaN at the start; `step_idx` and `terminated`
+    (E, 1); and the flag `_needs_flush` (E,), true in the first call of an episode. If the policy has `set_env`, it is
+    called before each batch of episodes, with an object that has `num_envs`, `action_space` and `single_action_space`.
+    If the policy has a `seed`, `set_seed` is called with it, once for each batch size. The policy receives all
+    environments until the end of the batch, including those with finished episodes.
 
     Raises:
-        DataError: an answer is not (E, A) or not finite.
+        DataError: the policy's actions are not finite or do not have shape (E, A).
     """
 
     def __init__(self, policy: InfoPolicy, action: ActionSpec, *, vector_name: str = "proprio") -> None:
@@ -48,10 +48,12 @@ class ForeignPolicy(Agent):
         self._goal: Goal | None = None
         self._last = np.zeros((0, action.size), np.float32)
         self._step = 0
-        self._envs: dict[int, SimpleNamespace] = {}  # kept, so that a seeded policy draws on from batch to batch
+        self._envs: dict[
+            int, SimpleNamespace
+        ] = {}  # kept, so that a seeded policy continues its stream in later batches
 
     def reset(self, goal: Goal) -> None:
-        """Take new goals; the policy is told to forget the last episode."""
+        """Set new goals, and reset the policy."""
         size = goal.observations.axes[0]
         self._goal, self._step = goal, 0
         self._last = np.full((size, self._action.size), np.nan, np.float32)
@@ -71,7 +73,7 @@ class ForeignPolicy(Agent):
             set_seed(seed)
 
     def act(self, observations: Observations) -> Float[Tensor, "B A"]:
-        """Return what the policy answers, clipped to the bounds."""
+        """Return the policy's actions, clipped to the bounds."""
         assert self._goal is not None
         size = len(self._last)
         info: dict[str, Any] = {
@@ -86,8 +88,8 @@ class ForeignPolicy(Agent):
         actions = answer.detach().cpu().numpy() if isinstance(answer, Tensor) else np.asarray(answer)
         if actions.shape != self._last.shape or not np.isfinite(actions).all():
             raise DataError(
-                f"the policy {type(self._policy).__name__} answered actions of shape {actions.shape}"
-                f"{'' if np.isfinite(actions).all() else ' that are not all finite'}; expected finite ones of shape "
+                f"the policy {type(self._policy).__name__} returned actions of shape {actions.shape}"
+                f"{'' if np.isfinite(actions).all() else ' that are not all finite'}; expected finite actions of shape "
                 f"{self._last.shape}"
             )
         self._last = np.clip(actions, self._action.low, self._action.high).astype(np.float32)
@@ -101,16 +103,16 @@ class ForeignPolicy(Agent):
 
 
 class LentPolicy:
-    """Our agents behind `get_action(info)`, for another library's evaluator.
+    """Makes our agents usable by another library's evaluator, through `get_action(info)`.
 
-    `make` gives an agent for a batch of environments. Pixels may be bytes or floats in [0, 1], channels first or last,
-    of any size: they are brought to the model's by area. The vector is made of the keys `vector`, in this order.
-    An environment begins anew where its `step_idx` goes back, its goal changes, or `_needs_flush` says so while
-    `step_idx`, if given, has not gone on: stable-worldmodel leaves that flag standing after a reset. No action is
-    chosen where `terminated` is true (its row is zero).
+    `make` returns an agent for a batch of environments. Pixels may be bytes or floats in [0, 1], channels first or
+    last, of any size; they are resized to the model's by area averaging. The vector is the concatenation of the keys
+    `vector`. An environment starts a new episode if its `step_idx` decreases, its goal changes, or `_needs_flush` is
+    true while `step_idx`, if given, has not increased, because stable-worldmodel leaves that flag set after a reset. If
+    `terminated` is true, the action is zero.
 
     Raises:
-        DataError: `info` lacks a key, or an array has another shape.
+        DataError: `info` lacks a key, or an array has a wrong shape.
     """
 
     def __init__(
@@ -127,11 +129,11 @@ class LentPolicy:
         self._steps: np.ndarray | None = None
 
     def set_env(self, env: Any) -> None:
-        """Forget all episodes; the environments themselves are not looked at."""
+        """Forget all episodes; the environments themselves are ignored."""
         self._groups, self._goal, self._steps = [], None, None
 
     def get_action(self, info: Mapping[str, Any], **options: Any) -> Float32[np.ndarray, "E A"]:
-        """Return one action for each environment; `options` of other libraries are not read."""
+        """Return one action for each environment. Extra keyword arguments, which other libraries pass, are ignored."""
         observations, goal = self._read(info, ""), self._read(info, "goal")
         size = observations.axes[0]
         steps = _flat(info["step_idx"], size) if "step_idx" in info else None
@@ -174,15 +176,15 @@ class LentPolicy:
             vector = np.concatenate([column.reshape(len(column), -1) for column in columns], axis=1)
             if vector.shape[1] != self._observation.vector:
                 raise DataError(
-                    f"{' + '.join(names)} hold {vector.shape[1]} values; the model takes {self._observation.vector}. "
-                    f"Name the keys that make its vector (vector=...)"
+                    f"expected a vector of {self._observation.vector} values; {' + '.join(names)} have "
+                    f"{vector.shape[1]}. Pass the keys that make up the model's vector as vector=..."
                 )
         return Observations.from_numpy(pixels, vector)
 
 
 @dataclass
 class _Group:
-    """Environments whose episode began at the same moment; `seen` are those the agent is still shown."""
+    """Environments whose episodes began at the same moment; `seen` are those that the agent still receives."""
 
     agent: Agent
     rows: np.ndarray
@@ -199,42 +201,36 @@ class _Group:
 
 
 def _flat(value: Any, size: int) -> np.ndarray:
-    """Return one number for each environment, from (E,), (E, 1) or a single one; a copy."""
+    """Return a copy with one number per environment, from (E,), (E, 1) or a single number."""
     array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
     return np.array(np.broadcast_to(array.reshape(-1), (size,)))
 
 
 def _latest(info: Mapping[str, Any], name: str) -> np.ndarray:
-    """Return the last moment of what stands under a name, (E, ...)."""
+    """Return the last moment of the array `name`, (E, ...)."""
     if name not in info:
         known = ", ".join(sorted(key for key in info if not key.startswith("_")))
-        raise DataError(f"the evaluator's info has no {name!r}; it has {known}")
+        raise DataError(f"the evaluator's info has no {name!r}; it has {known}. Add the key, or choose other names")
     value = info[name]
     array: np.ndarray = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
     if array.ndim < 2:
-        raise DataError(f"info {name!r} has shape {array.shape}; expected (environments, time, ...)")
+        raise DataError(f"expected info {name!r} with axes (environments, time, ...); got shape {array.shape}")
     return array[:, -1]
 
 
 def _as_pixels(array: np.ndarray, shape: tuple[int, int, int], name: str) -> UInt8[np.ndarray, "E H W C"]:
-    from PIL import Image
+    from worldloom.data import resize  # takes long to load
 
     height, width, channels = shape
     if array.ndim != 4 or channels not in (array.shape[1], array.shape[3]):
-        raise DataError(f"info {name!r} has pictures of shape {array.shape[1:]}; expected {channels} channels")
+        raise DataError(f"expected pictures with {channels} channels in info {name!r}; got shape {array.shape[1:]}")
     if array.shape[3] != channels:
         array = array.transpose(0, 2, 3, 1)
     if array.dtype != np.uint8:
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
             raise DataError(
-                f"info {name!r} holds {array.dtype} from {array.min():g} to {array.max():g}; expected bytes, or floats "
-                f"in [0, 1]: hand the pictures over before they are standardised"
+                f"info {name!r} has {array.dtype} values from {array.min():g} to {array.max():g}; expected bytes, or "
+                f"floats in [0, 1]. Pass the pictures before they are standardised"
             )
         array = np.round(array * 255).astype(np.uint8)
-    if array.shape[1:3] == (height, width):
-        return np.ascontiguousarray(array)
-    resized = [
-        np.asarray(Image.fromarray(picture.squeeze()).resize((width, height), Image.Resampling.BOX)).reshape(shape)
-        for picture in array
-    ]
-    return np.stack(resized)
+    return resize(array, (height, width))

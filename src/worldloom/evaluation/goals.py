@@ -1,4 +1,4 @@
-"""Starts and goals, drawn once and handed to every method."""
+"""Starts and goals, sampled once and shared by all methods."""
 
 import hashlib
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 
 from worldloom.core.errors import ConfigError, EnvironmentFailure
 from worldloom.core.seeds import derive_seed
@@ -14,12 +15,12 @@ from worldloom.envs import Frame, VectorWorld
 from worldloom.evaluation.protocol import Protocol
 from worldloom.evaluation.world import naming
 
-_CANDIDATES = 20  # seeds tried per logged goal before the protocol is refused
+_CANDIDATES = 20  # maximum number of seeds tried per logged goal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tasks:
-    """B starts and goals. An array is None where the world does not give it."""
+    """B starts and goals. An array is None if the world does not provide it."""
 
     seeds: tuple[int, ...]
     goal: Goal
@@ -28,14 +29,14 @@ class Tasks:
     shortest_steps: np.ndarray | None  # (B,)
     wall_between: np.ndarray | None  # (B,) bool
     budgets: np.ndarray  # (B,) environment steps
-    before: tuple[np.ndarray, ...]  # (K, A) each: the actions that lead from the reset to the start
+    before: tuple[np.ndarray, ...]  # (K, A) each: the actions from the reset to the start
     digests: tuple[str, ...]  # of each start and goal observation
 
     def begin(self, protocol: Protocol, split: str, world: VectorWorld, where: str) -> Frame:
-        """Bring the world to the starts.
+        """Reset the world to the starts.
 
         Raises:
-            EnvironmentFailure: the world fails, or the same seed and actions lead to another start.
+            EnvironmentFailure: the world fails, or the same seed and actions lead to a different start.
         """
         names = naming(world, self.seeds, where)
         if protocol.goal_source == "world":
@@ -49,14 +50,14 @@ class Tasks:
         for row, seed in enumerate(self.seeds):
             if _digest(start.observations[row], self.goal.observations[row]) != self.digests[row]:
                 raise EnvironmentFailure(
-                    f"{where}, episode seed {seed}: a second reset with the same seed gave another observation, so the "
-                    f"goal need not be reachable and methods would see different starts; draw all randomness of the "
-                    f"environment from self.np_random"
+                    f"{where}, episode seed {seed}: a second reset with the same seed returned a different "
+                    f"observation, so goals may be unreachable and methods may have different starts. Take all "
+                    f"randomness of the environment from self.np_random"
                 )
 
 
 def goal_policy_generator(episode_seed: int) -> np.random.Generator:
-    """Return the randomness of the logging policy on its way to the goal of one episode."""
+    """Return the random generator of the logging policy on its way to the goal of one episode."""
     return np.random.default_rng(derive_seed(episode_seed, "goal-policy"))
 
 
@@ -64,8 +65,8 @@ def draw_tasks(protocol: Protocol, split: str, world: VectorWorld, first: int, w
     """Return as many starts and goals as `world` has copies, and the index after the last one used.
 
     Raises:
-        ConfigError: hardly any goal of the logging policy lies far enough from its start.
-        EnvironmentFailure: the world fails, or does not say where its goal is.
+        ConfigError: too few goals of the logging policy are far enough from their starts.
+        EnvironmentFailure: the world fails, or does not provide its goal.
     """
     if protocol.goal_source == "world":
         seeds = [protocol.episode_seed(split, first + row) for row in range(world.size)]
@@ -78,8 +79,8 @@ def _world_tasks(protocol: Protocol, split: str, world: VectorWorld, seeds: list
     pictures = start.infos.get("goal")
     if pictures is None:
         raise EnvironmentFailure(
-            f"{where}: the world draws no goals: its reset gave no info 'goal' for the option 'task'. Use a protocol "
-            f"with goals of the logging policy"
+            f"{where}: expected info 'goal' from the world's reset with the option 'task'; got none, so the world has "
+            f"no goals of its own. Use a protocol with goals of the logging policy"
         )
     goal = world.observe(pictures, start.rows)
     target = distance = None
@@ -89,7 +90,8 @@ def _world_tasks(protocol: Protocol, split: str, world: VectorWorld, seeds: list
             part = start.info(f"goal_{name}")
             if part is None:
                 raise EnvironmentFailure(
-                    f"{where}: the world's reset gave no info 'goal_{name}', which the success rule needs"
+                    f"{where}: the success rule needs info 'goal_{name}' from the world's reset; got none. Add it to "
+                    f"the world, or change the rule"
                 )
             parts.append(part.reshape(world.size, -1).astype(np.float64))
             world.check_finite(parts[-1], start.rows, f"goal_{name}")
@@ -102,7 +104,10 @@ def _world_tasks(protocol: Protocol, split: str, world: VectorWorld, seeds: list
         assert protocol.budget_over_shortest is not None
         budgets = np.ceil(protocol.budget_over_shortest * shortest).astype(int)
     else:
-        raise EnvironmentFailure(f"{where}: the budget is stated over the shortest path, which the world does not tell")
+        raise EnvironmentFailure(
+            f"{where}: the budget is a multiple of the shortest path, which the world does not provide; give a budget "
+            f"in steps"
+        )
     return Tasks(
         seeds=tuple(seeds),
         goal=Goal(observations=goal),
@@ -122,9 +127,8 @@ def _logged_tasks(protocol: Protocol, split: str, world: VectorWorld, first: int
     while len(drawn) < world.size:
         if index - first >= _CANDIDATES * world.size:
             raise ConfigError(
-                f"{where}: of {index - first} goals that the policy {protocol.policy!r} reached, only {len(drawn)} lie "
-                f"more than {protocol.least_distance} from their start; take a larger goal_offset or a smaller "
-                f"tolerance"
+                f"{where}: only {len(drawn)} of {index - first} goals of the policy {protocol.policy!r} are more than "
+                f"{protocol.least_distance} from their starts; use a larger goal_offset or a smaller tolerance"
             )
         for candidate in _follow_policy(protocol, split, world, index, where):
             index += 1
@@ -155,7 +159,7 @@ def _logged_tasks(protocol: Protocol, split: str, world: VectorWorld, first: int
 
 @dataclass(frozen=True, kw_only=True)
 class _Drawn:
-    """One start and the goal that the logging policy reached from it."""
+    """One start, and the goal that the logging policy reached from it."""
 
     seed: int
     before: np.ndarray  # (K, A): the actions that led to the start
@@ -168,7 +172,7 @@ class _Drawn:
 def _follow_policy(
     protocol: Protocol, split: str, world: VectorWorld, first: int, where: str
 ) -> Iterator[_Drawn | None]:
-    """Let the logging policy act in one episode per copy; yield None where the episode ended before the goal."""
+    """Run the logging policy for one episode per copy; yield None if the episode ended before the goal."""
     from worldloom.data import POLICIES
 
     seeds = [protocol.episode_seed(split, first + row) for row in range(world.size)]
@@ -185,11 +189,13 @@ def _follow_policy(
     running = np.ones(world.size, bool)
     for step in range(int(begins.max()) + offset + 1):
         reached = frame[running]
-        for index, (row, vector) in enumerate(zip(reached.rows, _vectors(protocol, world, reached), strict=True)):
+        vectors = measured(protocol, world, reached)
+        for index, row in enumerate(reached.rows):
+            seen = reached.observations[index], None if vectors is None else vectors[index]
             if step == begins[row]:
-                starts[row] = reached.observations[index], vector
+                starts[row] = seen
             elif begins[row] < step <= begins[row] + offset:
-                goals[row] = reached.observations[index], vector
+                goals[row] = seen
         running &= ~frame.over & (step < begins + offset)
         if not running.any():
             break
@@ -217,13 +223,17 @@ def _nothing(world: VectorWorld) -> tuple[np.ndarray, ...]:
     return (np.zeros((0, world.action.size), np.float32),) * world.size
 
 
-def _vectors(protocol: Protocol, world: VectorWorld, frame: Frame) -> list[np.ndarray | None]:
-    """Return the success rule's vector of each row, or None for each where the environment itself decides success."""
+def measured(protocol: Protocol, world: VectorWorld, frame: Frame) -> Float64[np.ndarray, "R L"] | None:
+    """Return the success rule's vector of each row, or None if the environment decides success.
+
+    Raises:
+        EnvironmentFailure: a value is not finite.
+    """
     if protocol.success.source == "environment":
-        return [None] * len(frame.rows)
+        return None
     values = protocol.success.vector(frame)
     world.check_finite(values, frame.rows, protocol.success.name or "the observation vector")
-    return list(values)
+    return values
 
 
 def _stack(parts: list[Observations]) -> Observations:

@@ -1,4 +1,4 @@
-"""Named, versioned evaluation protocols: every convention is a field, and is written out by `describe`."""
+"""Named, versioned evaluation protocols: every convention is a field, and `describe` writes it out."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from worldloom.envs import Frame
 class Condition(Config):
     """A further named vector of `size` values that must come within its own `radius` of the goal's.
 
-    With a `period`, differences are taken around the circle: 2 pi for an angle in radians.
+    With a `period`, differences are taken around a circle of this circumference: 2 pi for an angle in radians.
     """
 
     name: str = Field(min_length=1)
@@ -30,7 +30,7 @@ class Condition(Config):
     period: float = Field(default=0.0, ge=0)
 
     def describe(self) -> str:
-        """Return the condition in words."""
+        """Return the condition as text."""
         around = _circle(self.period)
         return f"the distance of '{self.name}'{around} is at most {_quantity(self.radius, self.unit)}"
 
@@ -38,12 +38,11 @@ class Condition(Config):
 class SuccessRule(Config):
     """When an episode has succeeded.
 
-    With the source `environment` the environment's own word counts. Otherwise the vector `name` must come
-    within `radius` of the same vector at the goal: an info, a part of the observation (the whole observation
-    vector if `name` is empty), or, with the source `named`, whichever of the two bears the name. Several names
-    joined by "+" are one vector; the conditions `also` must hold at the same moment. With `largest` each value on
-    its own must come within `radius`, instead of the Euclidean distance; with a `period` differences are taken
-    around the circle.
+    With `source="environment"`, the environment decides. Otherwise the vector `name` must come within `radius` of the
+    same vector at the goal. The vector is an info or a part of the observation (all of it if `name` is empty); with
+    `source="named"` it is whichever of the two has the name. Several names joined by "+" form one vector. The
+    conditions `also` must be satisfied at the same moment. With `largest`, each value by itself must come within
+    `radius`, instead of the Euclidean distance. With a `period`, differences are taken around a circle.
     """
 
     source: Literal["named", "info", "observation", "environment"] = "named"
@@ -57,9 +56,9 @@ class SuccessRule(Config):
     @model_validator(mode="after")
     def _named(self) -> "SuccessRule":
         if self.source in ("named", "info") and not self.name:
-            raise ValueError(f"a success rule of source {self.source!r} needs a name")
+            raise ValueError(f"a success rule with source {self.source!r} needs a name; set 'name'")
         if self.also and (self.source == "environment" or not self.radius):
-            raise ValueError("further conditions need a first one with a radius above 0")
+            raise ValueError("further conditions in 'also' need a first one with a radius above 0; set 'radius'")
         return self
 
     @property
@@ -68,19 +67,19 @@ class SuccessRule(Config):
         return (*self.name.split("+"), *(condition.name for condition in self.also))
 
     def vector(self, frame: Frame) -> Float64[np.ndarray, "R L"]:
-        """Return the vectors that the rule names, joined.
+        """Return the vectors of the rule, joined.
 
         Raises:
-            ConfigError: the world gives none of this name.
+            ConfigError: the world has no vector of this name.
         """
         return frame.vector(self.names, self.source, "the success rule")
 
     def distance(
         self, values: Float[np.ndarray, "*#rows L"], goal: Float[np.ndarray, "*#rows L"]
     ) -> Float[np.ndarray, "..."]:
-        """Return how far vectors are from the goal's: success is a distance of at most `radius`.
+        """Return the distance between vectors and those of the goal; at most `radius` is a success.
 
-        With further conditions it is the worst of all, each as a multiple of its own radius times `radius`.
+        With further conditions it is the largest distance, each scaled by `radius` over its own radius.
         """
         difference = values - goal
         end = difference.shape[-1]
@@ -97,13 +96,13 @@ class SuccessRule(Config):
 
     @classmethod
     def parse_text(cls, text: str) -> "SuccessRule":
-        """Read `NAME:TOLERANCE`, `info:NAME:TOLERANCE`, `observation[:NAME]:TOLERANCE` or `env`.
+        """Parse `NAME:TOLERANCE`, `info:NAME:TOLERANCE`, `observation[:NAME]:TOLERANCE` or `env`.
 
-        Names joined by "+" are one vector. After a comma come further conditions `NAME:TOLERANCE`, or
-        `NAME~:TOLERANCE` for an angle in radians.
+        Names joined by "+" form one vector. Further conditions `NAME:TOLERANCE`, or `NAME~:TOLERANCE` for an angle in
+        radians, follow after commas.
 
         Raises:
-            ConfigError: the text is none of these.
+            ConfigError: the text has none of these forms.
         """
         if text == "env":
             return cls(source="environment")
@@ -122,13 +121,13 @@ class SuccessRule(Config):
             return cls.parse(values)
         except (ValueError, ConfigError) as error:
             raise ConfigError(
-                f"success rule {text!r} is not understood ({error}); expected NAME:TOLERANCE such as position:3, "
-                f"info:NAME:TOLERANCE, observation:TOLERANCE, observation:NAME:TOLERANCE, or env; then "
-                f"further conditions such as ,angle~:0.35"
+                f"success rule {text!r} is invalid ({error}); expected NAME:TOLERANCE such as position:3, "
+                f"info:NAME:TOLERANCE, observation:TOLERANCE, observation:NAME:TOLERANCE, or env. Add "
+                f"further conditions after a comma, such as ,angle~:0.35"
             ) from None
 
     def describe(self) -> str:
-        """Return the rule in words."""
+        """Return the rule as text."""
         if self.source == "environment":
             return (
                 "the environment decides: its info 'success', otherwise its info 'is_success', otherwise 'terminated' "
@@ -143,30 +142,29 @@ class SuccessRule(Config):
 
 
 class Limit(Config):
-    """What must never be: no value of the info `name` above `most`, at any step of an episode."""
+    """A limit on the world: no value of the info `name` may exceed `most` at any step of an episode."""
 
     name: str
     most: float = 0.0
     unit: str = ""
 
     def broken(self, values: Float64[np.ndarray, "R L"]) -> Bool[np.ndarray, "R"]:
-        """Return for which rows the limit is broken; what is not a number breaks it."""
+        """Return which rows break the limit; NaN breaks it."""
         return np.asarray(~(values <= self.most).all(axis=1))
 
     def describe(self) -> str:
-        """Return the limit in words."""
+        """Return the limit as text."""
         return f"'{self.name}' (info) is at most {_quantity(self.most, self.unit)}"
 
 
 class Split(Config):
     """Episodes that are counted together.
 
-    `task` goes to the world's `reset(options={"task": ...})`; `goal_offset` is the number of steps for which
-    the logging policy acts to reach the goal, where the world draws none. It has acted before the start as well, for
-    a number of steps drawn uniformly from 0 to `start_steps`, so that episodes start in the middle of what it does.
-    For `exploration` steps a method that explores may act in each episode's world from its start, before it is
-    brought back there and told the goal; other methods have no use for them. `exploration_task` are the task options
-    that differ meanwhile.
+    `task` is passed to the world's `reset(options={"task": ...})`. If the world has no goals of its own, the logging
+    policy acts for `goal_offset` steps to reach the goal. Before the start it acts for a number of steps sampled
+    uniformly from 0 to `start_steps`, so that episodes start in the middle of its behaviour. A method that explores may
+    act for `exploration` steps in each episode's world from its start; then it is reset to the start and receives the
+    goal. Other methods do not explore. `exploration_task` contains the task options that differ during exploration.
     """
 
     episodes: int = Field(default=100, ge=1)
@@ -178,9 +176,9 @@ class Split(Config):
 
 
 class Changes(TypedDict, total=False):
-    """Conventions that `Protocol.customise` changes; None leaves one as it is.
+    """Conventions that `Protocol.customise` changes; None keeps a convention unchanged.
 
-    `split` leaves out the others; `exploration` counts the steps in each episode's world before the goal is told.
+    `split` keeps only one split; `exploration` is the number of steps in each episode's world before it has a goal.
     """
 
     budget: int | None
@@ -192,15 +190,15 @@ class Changes(TypedDict, total=False):
 
 
 class Protocol(Config):
-    """How success is measured: the world, its starts and goals, the budget and what counts.
+    """How success is measured: the world, its starts and goals, the budget and the success rule.
 
-    `goal_source` says who draws the goals: the `world` itself, or the `logged-policy`, whose frame after
-    `goal_offset` steps from the same reset seed is the goal, which is so known to be reachable. The budget
-    is a number of environment steps, or a multiple of the shortest path where the world tells it.
-    `min_distance` is the least distance between start and goal by the vector of the success rule (by default
-    more than its radius, for logged goals). With `count_solved`, as the field does it, goals of the logging policy
-    that the start satisfies already stay in and count as successes. Goals depend on `seed`, the split and the
-    protocol's name alone. `limits` are what must never be; whoever breaks one is not stopped, but counted.
+    `goal_source` is the `world` or the `logged-policy`. In the latter case, the goal is the policy's frame after
+    `goal_offset` steps from the same reset seed, so it is reachable. The budget is a number of environment steps, or a
+    multiple of the shortest path if the world provides it. `min_distance` is the minimum distance between start and
+    goal by the vector of the success rule; by default, logged goals are farther than its radius. With `count_solved`,
+    logged goals that the start already satisfies are kept and count as successes, as is common in the field. Goals
+    depend only on `seed`, the split and the protocol's name. An episode that breaks one of the `limits` is not stopped,
+    but counted.
     """
 
     name: str
@@ -223,19 +221,26 @@ class Protocol(Config):
     @model_validator(mode="after")
     def _consistent(self) -> "Protocol":
         if (self.budget is None) == (self.budget_over_shortest is None):
-            raise ValueError("expected either budget or budget_over_shortest")
+            raise ValueError("expected exactly one of 'budget' and 'budget_over_shortest'; got both or neither")
         logged = self.goal_source == "logged-policy"
         for name, split in self.splits.items():
             if logged and (split.goal_offset is None or split.task):
                 raise ValueError(
-                    f"split {name!r} takes its goals from the logged policy: it needs goal_offset, no task"
+                    f"split {name!r} has goals of the logged policy, which needs a goal_offset and no task; set "
+                    f"goal_offset and remove task"
                 )
             if not logged and (split.goal_offset is not None or split.start_steps):
-                raise ValueError(f"split {name!r} has a goal_offset or start_steps, but the world draws the goals")
+                raise ValueError(
+                    f"split {name!r} has a goal_offset or start_steps; set goal_source 'logged-policy', or remove them"
+                )
         if self.count_solved and (not logged or self.min_distance is not None):
-            raise ValueError("count_solved goes with goals of the logged policy and no min_distance")
+            raise ValueError(
+                "count_solved needs goals of the logged policy and no min_distance; set goal_source, or remove one"
+            )
         if logged and self.budget is None:
-            raise ValueError("goals of the logged policy have no known shortest path: give a budget in steps")
+            raise ValueError(
+                "the shortest path to goals of the logged policy is unknown; set 'budget' to a number of steps"
+            )
         return self
 
     @property
@@ -245,9 +250,9 @@ class Protocol(Config):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of every convention; the root seed, which chooses a draw under them, is left out."""
+        """A digest of every convention; it does not depend on the root seed, which only selects the episodes."""
         values = self.model_dump(mode="json", exclude={"seed"})
-        # Conventions that came later are left out where they are off: a protocol keeps its digest.
+        # Later conventions are left out if they are off, so that older protocols keep their digests.
         for name in ("largest", "period", "also"):
             if not getattr(self.success, name):
                 del values["success"][name]
@@ -263,7 +268,7 @@ class Protocol(Config):
 
     @property
     def least_distance(self) -> float | None:
-        """The distance that start and goal must exceed, or None where none is asked."""
+        """The minimum distance between start and goal, or None if there is no minimum."""
         logged = self.goal_source == "logged-policy" and not self.count_solved
         if self.min_distance is None and logged and self.success.source != "environment":
             return self.success.radius
@@ -275,27 +280,27 @@ class Protocol(Config):
         return {**least, **self.splits[split].task}
 
     def episode_seed(self, split: str, index: int) -> int:
-        """Return the reset seed of one episode, from the stream "evaluation", which no training draws from.
+        """Return the reset seed of one episode, from the stream "evaluation", which training never uses.
 
-        It is below 2**31, which every simulator takes and every JSON reader keeps exactly.
+        It is below 2**31, so that every simulator accepts it and every JSON reader keeps it exactly.
         """
         return derive_seed(self.seed, "evaluation", self.name, self.version, split, index) % 2**31
 
     def start_steps(self, split: str, index: int) -> int:
-        """Return for how many steps the logging policy acts before the start of one episode."""
+        """Return the number of steps for which the logging policy acts before the start of one episode."""
         most = self.splits[split].start_steps
         return derive_seed(self.episode_seed(split, index), "start") % (most + 1)
 
     @property
     def replays(self) -> bool:
-        """Whether starts are reached by repeating what the logging policy did."""
+        """Whether starts are reached by repeating the logging policy's actions."""
         return any(split.start_steps for split in self.splits.values())
 
     def customise(self, **changes: Unpack[Changes]) -> "Protocol":
-        """Return the protocol with conventions changed; it then bears another name, but for a fresh seed.
+        """Return the protocol with changed conventions; its name changes too, unless only the seed differs.
 
         Raises:
-            ConfigError: there is no such convention or split, or a value is out of range.
+            ConfigError: a convention or the split does not exist, or a value is out of range.
         """
         for name in changes:
             if name not in Changes.__annotations__:
@@ -325,17 +330,17 @@ class Protocol(Config):
         else:
             budget = f"{self.budget_over_shortest:g} times the fewest steps needed, as computed by the world"
         skip = (
-            "none: the agent sees every frame and chooses every action"
+            "none: the agent receives every frame and chooses every action"
             if self.frame_skip == 1
-            else f"each chosen action is taken {self.frame_skip} times; the agent sees one frame in {self.frame_skip}"
+            else f"each action is repeated {self.frame_skip} times; the agent gets one frame in {self.frame_skip}"
         )
         return [
             f"Protocol: {self.title}, digest {self.fingerprint}.",
-            f"World: {self.env_id}, {arguments}; each episode draws it anew from the episode's seed.",
+            f"World: {self.env_id}, {arguments}; all its randomness comes from the episode's seed.",
             f"Splits: {counts}.",
             *self._describe_goals(),
             f"Seeds: root {self.seed}; each episode's seed comes from the stream 'evaluation', which neither "
-            f"collection nor training uses. Every method sees the same starts and goals.",
+            f"collection nor training uses. All methods have the same starts and goals.",
             f"Success: {self.success.describe()}. It counts at any step within the budget, including the start, and "
             f"ends the episode. Termination and truncation also end it.",
             *(
@@ -346,7 +351,7 @@ class Protocol(Config):
             *self._describe_exploration(),
             f"Budget: {budget}.",
             f"Frame skip: {skip}. A model's action block belongs to the method and is independent of the frame skip.",
-            "What the agent sees: the observation and an observation of the goal; no info, no reward.",
+            "Agent input: the observation and an observation of the goal; no info, no reward.",
             "Intervals: Wilson score intervals at 95%; episodes are treated as independent.",
             "Path length: SPL is the mean of success x shortest / max(taken, shortest) (Anderson et al. 2018). The "
             "ratio is steps taken / shortest, over successes. If success has a radius, an episode can take fewer steps "
@@ -360,7 +365,7 @@ class Protocol(Config):
         each = "; ".join(f"{name}: {count} steps" for name, count in steps.items())
         return [
             f"Exploration: before it receives the goal, a method that explores acts in each episode's world from the "
-            f"start ({each}). It sees only observations, and then returns to the start. Other methods do not explore."
+            f"start ({each}), with observations only, and is then reset to it. Other methods do not explore."
             + "".join(
                 f" During exploration, {_json(split.exploration_task)} overrides the task options of {name}."
                 for name, split in self.splits.items()
@@ -371,15 +376,15 @@ class Protocol(Config):
     def _describe_goals(self) -> list[str]:
         least = ""
         if self.least_distance is not None:
-            least = f" Start and goal lie more than {_quantity(self.least_distance, self.success.unit)} apart."
+            least = f" Start and goal are more than {_quantity(self.least_distance, self.success.unit)} apart."
         if self.goal_source == "world":
             tasks = "; ".join(f"{name}: {_json(self.task(name))}" for name in self.splits)
-            return [f"Starts and goals: the world draws them at reset from the task options {tasks}.{least}"]
+            return [f"Starts and goals: the world samples them at reset from the task options {tasks}.{least}"]
         offsets = "; ".join(f"{name}: {split.goal_offset} steps" for name, split in self.splits.items())
         options = f" with {_json(self.policy_options)}" if self.policy_options else ""
         before = "; ".join(f"{name}: 0 to {split.start_steps}" for name, split in self.splits.items())
         lead = (
-            f" first acts for a uniformly drawn number of steps ({before}), which gives the start. It then"
+            f" first acts for a uniformly sampled number of steps ({before}) to reach the start. It then"
             if self.replays
             else ""
         )
@@ -394,13 +399,13 @@ class Protocol(Config):
         if self.count_solved:
             lines += (
                 " Goals that the start already satisfies are included and count as successes, as in published figures; "
-                "the report gives their number."
+                "the report shows their number."
             )
         return [lines]
 
 
 def _around(difference: np.ndarray, period: float) -> np.ndarray:
-    """Return differences as they are, or the shorter way around a circle of this period."""
+    """Return the differences, the shorter way around a circle if there is a period."""
     return (difference + period / 2) % period - period / 2 if period else difference
 
 

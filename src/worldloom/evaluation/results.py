@@ -4,8 +4,8 @@
 
 - `format`: 1; `kind`: "worldloom results"; `worldloom`: the version that wrote it.
 - `protocol`: every field of the protocol, with `title`, `fingerprint` and `conventions` (its lines of text).
-- `model`: fingerprint of the weights; `training_seed`; `hardware`; `provenance`: as the caller gave it.
-- `rows`: one for each method and split, in the order evaluated: `method`, `split`, `protocol`,
+- `model`: fingerprint of the weights; `training_seed`; `hardware`; `provenance`: passed by the caller.
+- `rows`: one for each method and split, in the order of evaluation: `method`, `split`, `protocol`,
   `protocol_fingerprint`, `n`, `successes`, `rate`, `interval` (Wilson 95%), `solved_at_start` (successes without a
   step), `seeds` (`evaluation`, `training`), `spl`, `steps_over_shortest`, `by_distance` (`measure`, `bins`),
   `by_wall`, `latency`, `hardware`, `threads`, `model` and `episodes`.
@@ -13,11 +13,11 @@
   `mean_distance`.
 - `latency`: `basis` ("plan" or "act"), `decisions`, `batch_ms` (per decision for the whole batch), and `mean_ms`,
   `p50_ms`, `p95_ms` per decision and environment.
-- `violated`, where the protocol has limits: as each bin, for episodes in which one was broken in place of successes.
+- `violated`, if the protocol has limits: like a bin, but counts episodes that broke a limit.
 - `episodes`: `index`, `seed`, `success`, `steps`, `budget`, `shortest_steps`, `start_distance`, `end_distance`,
   `wall_between`, `task` (digest of start and goal), `violations` (steps at which a limit was broken).
 
-Figures that follow from the episodes are written for readers, and computed again when the file is read.
+Figures computed from the episodes are written for readers, and computed again when the file is read.
 """
 
 import math
@@ -40,7 +40,7 @@ _KIND = "worldloom results"
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeResult:
-    """One episode. `steps` are environment steps, to success or in all; distances are those of the success rule."""
+    """One episode. `steps` are environment steps, until success or in total; distances are by the success rule."""
 
     index: int
     seed: int
@@ -70,7 +70,7 @@ class SuccessRate:
 
     @property
     def rate(self) -> float:
-        """The share of successes; 0 without an episode."""
+        """The fraction of successes; 0 without episodes."""
         return self.successes / self.n if self.n else 0.0
 
     @property
@@ -80,25 +80,19 @@ class SuccessRate:
 
     @classmethod
     def of(cls, label: str, episodes: Sequence[EpisodeResult]) -> "SuccessRate":
-        """Count episodes."""
+        """Count the successes among episodes."""
         return cls(label=label, n=len(episodes), successes=sum(episode.success for episode in episodes))
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts, the rate and its interval."""
-        return {
-            "label": self.label,
-            "n": self.n,
-            "successes": self.successes,
-            "rate": self.rate,
-            "interval": list(self.interval),
-        }
+        return {**asdict(self), "rate": self.rate, "interval": list(self.interval)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Milliseconds per decision and environment, decisions being made for a batch at once.
+    """Milliseconds per decision and environment; a decision is made for a batch at once.
 
-    `basis` is "plan" where the agent says how long it planned, else "act": the time of a call to act.
+    `basis` is "plan" if the agent reports its planning time, else "act": the time of a call of `act`.
     """
 
     basis: str
@@ -110,7 +104,7 @@ class Latency:
 
     @classmethod
     def of(cls, basis: str, seconds: Sequence[float], environments: Sequence[int]) -> "Latency | None":
-        """Summarise decisions, each of `seconds` for so many environments; None without any."""
+        """Summarise decisions, each of `seconds` for a number of `environments`; None without decisions."""
         if not seconds:
             return None
         total, each = np.array(seconds) * 1e3, np.array(seconds) * 1e3 / np.array(environments)
@@ -126,7 +120,7 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class _Summary:
-    """The episodes of one method on one split, and what follows from them."""
+    """The episodes of one method on one split, and the figures computed from them."""
 
     method: str
     split: str
@@ -139,18 +133,18 @@ class _Summary:
 
     @property
     def violated(self) -> SuccessRate:
-        """Episodes in which a limit of the protocol was broken, in the place of successes."""
+        """Episodes in which a limit of the protocol was broken, counted as `successes`."""
         count = sum(episode.violated for episode in self.episodes)
         return SuccessRate(label="violated", n=len(self.episodes), successes=count)
 
     @property
     def solved_at_start(self) -> int:
-        """How many starts already satisfy their goal: successes of doing nothing, the same for every method."""
+        """The number of starts that already satisfy their goal: successes without an action, equal for all methods."""
         return sum(episode.success and episode.steps == 0 for episode in self.episodes)
 
     @property
     def spl(self) -> float | None:
-        """Success weighted by path length (Anderson et al. 2018), or None where no shortest path is known."""
+        """Success weighted by path length (Anderson et al. 2018), or None if no shortest path is known."""
         terms = []
         for episode in self.episodes:
             if episode.shortest_steps is not None:
@@ -160,7 +154,7 @@ class _Summary:
 
     @property
     def steps_over_shortest(self) -> float | None:
-        """The mean ratio of steps taken to the fewest needed, over successes."""
+        """The mean ratio of steps used to the fewest needed, over successes."""
         ratios = [
             episode.steps / episode.shortest_steps
             for episode in self.episodes
@@ -170,7 +164,7 @@ class _Summary:
 
     @property
     def by_wall(self) -> list[SuccessRate]:
-        """Success with and without a wall between start and goal; empty where the world does not say."""
+        """Success with and without a wall between start and goal; empty if the world does not provide it."""
         groups = [
             SuccessRate.of(label, [episode for episode in self.episodes if episode.wall_between is wall])
             for label, wall in (("wall between", True), ("no wall between", False))
@@ -187,7 +181,7 @@ class Row(_Summary):
 
 @dataclass(frozen=True, kw_only=True)
 class DistanceBins:
-    """Intervals of goal distance within a split, the same for every method: the measure's name and the edges."""
+    """Bins of goal distance within a split, the same for every method: the measure's name and the edges."""
 
     measure: str
     attribute: str
@@ -195,7 +189,7 @@ class DistanceBins:
 
     @classmethod
     def of(cls, episodes: Sequence[EpisodeResult], unit: str = "") -> "DistanceBins | None":
-        """Choose up to five bins of like counts by shortest path, else by distance; None without either."""
+        """Choose up to five bins with similar counts by shortest path, else by distance; None if neither is known."""
         for measure, attribute in (
             ("shortest path (steps)", "shortest_steps"),
             (f"start-goal distance{f' ({unit})' if unit else ''}", "start_distance"),
@@ -206,7 +200,7 @@ class DistanceBins:
         return None
 
     def split(self, episodes: Sequence[EpisodeResult]) -> list[tuple[SuccessRate, float]]:
-        """Return the success in each bin that holds an episode, and the mean distance there."""
+        """Return the success rate and the mean distance of each bin that is not empty."""
         values = np.array([getattr(episode, self.attribute) for episode in episodes])
         places = np.clip(np.digitize(values, self.edges) - 1, 0, len(self.edges) - 2)
         groups = []
@@ -220,7 +214,7 @@ class DistanceBins:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recording:
-    """Frames and path of one episode, kept in memory for pictures and never written to `results.json`."""
+    """Frames and path of one episode, for pictures; never written to `results.json`."""
 
     method: str
     split: str
@@ -230,12 +224,12 @@ class Recording:
     frames: np.ndarray | None  # uint8 (T+1, H, W, C)
     goal: np.ndarray | None  # uint8 (H, W, C)
     path: np.ndarray | None  # (T+1, L), the success rule's vector, else the info 'position'
-    target: np.ndarray | None  # (L,), at the goal
+    target: np.ndarray | None  # (L,), the same vector at the goal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All rows of one evaluation; `recordings` are pictures that no file keeps."""
+    """All rows of one evaluation; `recordings` are for pictures and are not saved."""
 
     protocol: Protocol
     rows: tuple[Row, ...]
@@ -247,11 +241,11 @@ class Results:
 
     @property
     def methods(self) -> list[str]:
-        """The methods, in the order evaluated."""
+        """The methods, in the order of evaluation."""
         return list(dict.fromkeys(row.method for row in self.rows))
 
     def bins(self, split: str) -> DistanceBins | None:
-        """Return the bins of goal distance that every row of a split is divided by."""
+        """Return the bins of goal distance that all rows of a split share."""
         episodes = next((row.episodes for row in self.rows if row.split == split), ())
         return DistanceBins.of(episodes, self.protocol.success.unit)
 
@@ -259,7 +253,7 @@ class Results:
         """Return one row.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is no row for this method and split.
         """
         for row in self.rows:
             if (row.method, row.split) == (method, split):
@@ -315,10 +309,10 @@ class Results:
 
     @classmethod
     def from_json(cls, value: Any, *, where: str = "results") -> "Results":
-        """Build from the content of `results.json`.
+        """Build results from the content of `results.json`.
 
         Raises:
-            StorageError: the content is of another kind or format, or its counts are not those of its episodes.
+            StorageError: the content has a different kind or format, or its counts do not match its episodes.
         """
         if not isinstance(value, Mapping) or value.get("kind") != _KIND or value.get("format") != FORMAT:
             found = (value.get("kind"), value.get("format")) if isinstance(value, Mapping) else type(value).__name__
@@ -327,7 +321,15 @@ class Results:
             fields = {key: item for key, item in value["protocol"].items() if key in Protocol.model_fields}
             results = cls(
                 protocol=Protocol.parse(fields),
-                rows=tuple(_row_from_json(row) for row in value["rows"]),
+                rows=tuple(
+                    Row(
+                        method=row["method"],
+                        split=row["split"],
+                        episodes=tuple(EpisodeResult(**episode) for episode in row["episodes"]),
+                        latency=Latency(**row["latency"]) if row["latency"] else None,
+                    )
+                    for row in value["rows"]
+                ),
                 hardware=value["hardware"],
                 model=value["model"],
                 training_seed=value["training_seed"],
@@ -336,12 +338,14 @@ class Results:
             for row, given in zip(results.rows, value["rows"], strict=True):
                 if (row.overall.n, row.overall.successes) != (given["n"], given["successes"]):
                     raise StorageError(
-                        f"{where}: the row of {row.method!r} on {row.split!r} says {given['successes']} successes of "
-                        f"{given['n']}, its episodes {row.overall.successes} of {row.overall.n}; the file was changed. "
-                        f"Evaluate again"
+                        f"{where}: the row of {row.method!r} on {row.split!r} has {given['successes']} successes of "
+                        f"{given['n']}, but its episodes have {row.overall.successes} of {row.overall.n}; the file was "
+                        f"changed. Evaluate again"
                     )
         except (KeyError, TypeError, AttributeError, ConfigError) as error:
-            raise StorageError(f"{where}: not whole ({type(error).__name__}: {error}). Evaluate again") from error
+            raise StorageError(
+                f"{where}: the results are incomplete ({type(error).__name__}: {error}). Evaluate again"
+            ) from error
         return results
 
     def write(self, path: Path) -> None:
@@ -350,7 +354,7 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> "Results":
-        """Read a `results.json`; recordings are not in it."""
+        """Read a `results.json`, which has no recordings."""
         return cls.from_json(read_json(path), where=str(path))
 
 
@@ -377,8 +381,8 @@ class PooledRow(_Summary):
 class PooledResults:
     """Evaluations of several trained models under one protocol.
 
-    The pooled interval treats all episodes as independent. They are not quite: models share goals, and the episodes of
-    one model share its faults. The lowest and highest rate of a single model are therefore given with it.
+    The pooled interval treats all episodes as independent, which is only approximately true: models share goals, and
+    the episodes of one model share its errors. So the lowest and highest rate of a single model are reported too.
     """
 
     protocol: Protocol
@@ -386,7 +390,7 @@ class PooledResults:
     training_seeds: tuple[int | None, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the pooled rows as JSON values, with what the interval means."""
+        """Return the pooled rows as JSON values, with an explanation of the interval."""
         return {
             "format": FORMAT,
             "kind": "worldloom pooled results",
@@ -416,10 +420,10 @@ def pool(results: Sequence[Results]) -> PooledResults:
     """Merge evaluations of several trained models into one row for each method and split.
 
     Raises:
-        ConfigError: nothing to pool, another protocol, or methods that are not in each of them.
+        ConfigError: there are no evaluations, or their protocols or methods differ.
     """
     if not results:
-        raise ConfigError("nothing to pool; expected at least one evaluation")
+        raise ConfigError("expected at least one evaluation to pool; got none")
     first = results[0]
     for other in results[1:]:
         if other.protocol.fingerprint != first.protocol.fingerprint:
@@ -428,7 +432,10 @@ def pool(results: Sequence[Results]) -> PooledResults:
                 f"({other.protocol.fingerprint}); evaluate all models under one protocol"
             )
         if {(row.method, row.split) for row in other.rows} != {(row.method, row.split) for row in first.rows}:
-            raise ConfigError(f"cannot pool methods {', '.join(first.methods)} with {', '.join(other.methods)}")
+            raise ConfigError(
+                f"cannot pool methods {', '.join(first.methods)} with {', '.join(other.methods)}; evaluate the same "
+                f"methods"
+            )
     return PooledResults(
         protocol=first.protocol,
         rows=tuple(PooledRow.of([result.row(row.method, row.split) for result in results]) for row in first.rows),
@@ -460,7 +467,7 @@ def table_rows(results: Results | PooledResults) -> list[list[str]]:
 
 
 def _split_head(row: Row | PooledRow) -> str:
-    """Name a split with its count, and say how many of its goals the start satisfies already."""
+    """Return a split's name, its count, and the number of goals that the start already satisfies."""
     solved = f", {row.solved_at_start} solved at the start" if row.solved_at_start else ""
     return f"{row.split} (n={row.overall.n}{solved})"
 
@@ -487,17 +494,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _row_from_json(row: Mapping[str, Any]) -> Row:
-    return Row(
-        method=row["method"],
-        split=row["split"],
-        episodes=tuple(EpisodeResult(**episode) for episode in row["episodes"]),
-        latency=Latency(**row["latency"]) if row["latency"] else None,
-    )
-
-
 def _edges(values: np.ndarray) -> tuple[float, ...]:
-    """Return edges of up to five bins with at least 15 values or so each, in round numbers."""
+    """Return edges of up to five bins with about 15 values or more each, in round numbers."""
     low, high = float(values.min()), float(values.max())
     count = int(np.clip(len(values) // 15, 1, 5))
     scale = 10.0 ** math.floor(math.log10(max(high - low, 1e-9) / 10))

@@ -1,8 +1,9 @@
-"""Runs methods over the splits of a protocol, every method on the same starts and goals."""
+"""Runs methods over the splits of a protocol, all on the same starts and goals."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,23 +16,23 @@ from worldloom.core.seams import Agent
 from worldloom.core.types import ActionSpec, Observations
 from worldloom.envs import Frame, VectorWorld
 from worldloom.evaluation import protocol as protocols
-from worldloom.evaluation.goals import Tasks, draw_tasks
+from worldloom.evaluation.goals import Tasks, draw_tasks, measured
 from worldloom.evaluation.results import EpisodeResult, Latency, Recording, Results, Row
 from worldloom.evaluation.world import open_world
 
-_RECORDING_BYTES = 256 * 2**20  # frames held while a batch runs, of which a few episodes are kept
+_RECORDING_BYTES = 256 * 2**20  # limit on the frames in memory while a batch runs; only a few episodes are kept
 
 
 @runtime_checkable
 class Witness(Protocol):
-    """Watches an agent act, and sees what no agent sees: the world's infos."""
+    """Observes an agent during an evaluation, with the world's infos, which the agent does not receive."""
 
     def begin(self, agent: Agent, size: int) -> None:
-        """Episodes begin in so many environments; the agent knows their goals."""
+        """Begin episodes in `size` environments; the agent has their goals."""
         ...
 
     def saw(self, frame: Frame, step: int) -> None:
-        """See what the running environments gave at a step, before the agent acts on it."""
+        """Receive the frame of the running environments at a step, before the agent acts on it."""
         ...
 
 
@@ -49,19 +50,21 @@ def evaluate(
 ) -> Results:
     """Evaluate each method on each split, up to `batch` environments at a time.
 
-    Each factory is called once and gives an agent that acts for a whole batch; see `worldloom.core.seams.Agent` for
-    what is optional. An agent with `plan_seconds` in its statistics is timed by its plans, any other by its calls of
-    `act`. Of each row the first `record` successes and the first `record` failures become recordings. `model` is the
-    fingerprint of the weights. A `witness` watches.
+    Each factory is called once and returns an agent that acts for a batch; see `worldloom.core.seams.Agent` for its
+    optional methods. An agent with `plan_seconds` in its statistics is timed by its plans, any other by its calls of
+    `act`. The first `record` successes and the first `record` failures of each row become recordings. `model` is the
+    fingerprint of the weights. A `witness` observes the episodes.
 
     Raises:
-        ConfigError: there is no method, the batch is below 1, or a factory gives something other than an `Agent`.
-        EnvironmentFailure: an environment raises, returns what is not finite, or starts differently for the
-            same seed; the message names the method, the split and the episode's seed.
-        DataError: a method gives an action out of bounds or not finite.
+        ConfigError: there is no method, the batch is below 1, or a factory returns something other than an `Agent`.
+        EnvironmentFailure: an environment raises an exception, returns values that are not finite, or starts
+            differently for the same seed; the message contains the method, the split and the episode's seed.
+        DataError: a method returns an action that is out of bounds or not finite.
     """
     if not methods or batch < 1:
-        raise ConfigError(f"expected at least one method and a batch of at least 1; got {len(methods)} and {batch}")
+        raise ConfigError(
+            f"expected at least one method and a batch of at least 1; got {len(methods)} methods and batch {batch}"
+        )
     agents: dict[str, Agent] = {}
     rows: list[Row] = []
     recordings: list[Recording] = []
@@ -102,16 +105,16 @@ def evaluate(
 def explore(
     protocol: protocols.Protocol, agent: Agent, steps: int, *, batch: int = 50, progress: Progress = SILENT
 ) -> int:
-    """Let an agent explore the worlds of a protocol's episodes, each for so many steps; return how many worlds it saw.
+    """Let an agent explore the worlds of a protocol's episodes, each for `steps` steps; return the number of worlds.
 
     Raises:
         ConfigError: the agent does not explore.
-        EnvironmentFailure: an environment raises, or returns what is not finite.
-        DataError: the agent gives an action out of bounds or not finite.
+        EnvironmentFailure: an environment raises an exception, or returns values that are not finite.
+        DataError: the agent returns an action that is out of bounds or not finite.
     """
     seen = 0
     if not agent.explores:
-        raise ConfigError(f"{type(agent).__name__} does not explore; choose an agent that does")
+        raise ConfigError(f"{type(agent).__name__} does not explore; choose an agent that does, such as LandmarkAgent")
     for split, conventions in protocol.splits.items():
         with progress.task(f"{split}: exploring", conventions.episodes * steps, "step") as task:
             place, left = 0, conventions.episodes
@@ -149,93 +152,91 @@ def _explore(
 def _agent_of(factory: Callable[[], Agent], name: str) -> Agent:
     agent = factory()
     if not isinstance(agent, Agent):
-        raise ConfigError(f"method {name!r} gives a {type(agent).__name__}; subclass worldloom.core.seams.Agent")
+        raise ConfigError(
+            f"expected an Agent from method {name!r}; got {type(agent).__name__}. Subclass worldloom.core.seams.Agent"
+        )
     return agent
 
 
+@dataclass
 class _MethodRun:
-    """One method on one split: gathers episodes, times and recordings."""
+    """One method on one split: collects episodes, times and recordings."""
 
-    def __init__(
-        self,
-        protocol: protocols.Protocol,
-        split: str,
-        method: str,
-        agent: Agent,
-        record: int,
-        task: ProgressTask,
-        witness: Witness | None = None,
-    ) -> None:
-        self._protocol, self._split, self._method = protocol, split, method
-        self._agent, self._record, self._task, self._witness = agent, record, task, witness
-        self._episodes: list[EpisodeResult] = []
-        self._clock = _Clock(agent)
-        self.recordings: list[Recording] = []
+    protocol: protocols.Protocol
+    split: str
+    method: str
+    agent: Agent
+    record: int
+    task: ProgressTask
+    witness: Witness | None = None
+    episodes: list[EpisodeResult] = field(default_factory=list)
+    recordings: list[Recording] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._clock = _Clock(self.agent)
 
     def row(self) -> Row:
-        """Return what was gathered."""
-        return Row(
-            method=self._method, split=self._split, episodes=tuple(self._episodes), latency=self._clock.latency()
-        )
+        """Return the row of the episodes run so far."""
+        return Row(method=self.method, split=self.split, episodes=tuple(self.episodes), latency=self._clock.latency())
 
     def episodes_of(self, tasks: Tasks, world: VectorWorld) -> None:
-        """Run one episode for each start and goal, until each is over."""
-        size, budgets, skip = world.size, tasks.budgets, self._protocol.frame_skip
-        where = f"method {self._method!r}, split {self._split!r}"
-        steps = self._protocol.splits[self._split].exploration
-        if steps and self._agent.explores:
-            _explore(self._protocol, self._split, tasks, world, self._agent, steps, where)
-        frame = tasks.begin(self._protocol, self._split, world, where)
-        self._agent.reset(tasks.goal)
-        if self._witness is not None:
-            self._witness.begin(self._agent, size)
-        audience = _Audience(self._agent, frame.observations)
-        film = _Film(self._protocol, tasks, self._record)
+        """Run one episode for each start and goal until all have ended."""
+        size, budgets, skip = world.size, tasks.budgets, self.protocol.frame_skip
+        where = f"method {self.method!r}, split {self.split!r}"
+        steps = self.protocol.splits[self.split].exploration
+        if steps and self.agent.explores:
+            _explore(self.protocol, self.split, tasks, world, self.agent, steps, where)
+        frame = tasks.begin(self.protocol, self.split, world, where)
+        self.agent.reset(tasks.goal)
+        if self.witness is not None:
+            self.witness.begin(self.agent, size)
+        audience = _Audience(self.agent, frame.observations)
+        film = _Film(self.protocol, tasks, self.record)
         actions = _middle(world.action, size)
         ended: dict[int, EpisodeResult] = {}
         broken = np.zeros(size, np.int64)
         step = 0
         while True:
-            reached, distance = _verdict(self._protocol, tasks, world, frame)
-            broken[frame.rows] += _broken(self._protocol, frame)
+            reached, distance = _verdict(self.protocol, tasks, world, frame)
+            broken[frame.rows] += _broken(self.protocol, frame)
             film.add(frame)
-            if self._witness is not None:
-                self._witness.saw(frame, step)
+            if self.witness is not None:
+                self.witness.saw(frame, step)
             finished = reached | frame.over | (step >= budgets[frame.rows])
             for index in np.flatnonzero(finished):
                 row = int(frame.rows[index])
                 far = None if distance is None else float(distance[index])
-                place = len(self._episodes) + row
+                place = len(self.episodes) + row
                 ended[row] = _episode(place, tasks, row, bool(reached[index]), step, far, int(broken[row]))
             if finished.any():
-                so_far = (*self._episodes, *ended.values())
+                so_far = (*self.episodes, *ended.values())
                 figures = {"success": float(np.mean([episode.success for episode in so_far]))}
-                if self._protocol.limits:
+                if self.protocol.limits:
                     figures["violated"] = float(np.mean([episode.violated for episode in so_far]))
-                self._task.advance(int(finished.sum()), **figures)
+                self.task.advance(int(finished.sum()), **figures)
                 audience.concludes(frame[finished], ended)
                 frame = frame[~finished]
             if not len(frame.rows):
                 break
             if step % skip == 0:
                 observations = audience.sees(frame)
-                with self._clock.decision(len(frame.rows) if self._agent.narrows else size):
-                    chosen = self._agent.act(observations)
+                with self._clock.decision(len(frame.rows) if self.agent.narrows else size):
+                    chosen = self.agent.act(observations)
                 actions[frame.rows] = chosen.detach().cpu().numpy()[audience.places(frame)]
             frame = world.step(actions, frame.rows)
             step += 1
         self._keep(film, tasks, ended)
-        self._episodes.extend(ended[row] for row in range(size))
+        self.episodes.extend(ended[row] for row in range(size))
 
     def _keep(self, film: "_Film", tasks: Tasks, ended: Mapping[int, EpisodeResult]) -> None:
         for outcome in (True, False):
-            missing = self._record - sum(recording.success is outcome for recording in self.recordings)
+            missing = self.record - sum(recording.success is outcome for recording in self.recordings)
             rows = [row for row in film.rows if ended[row].success is outcome][: max(missing, 0)]
-            self.recordings.extend(film.recording(row, self._method, self._split, ended[row]) for row in rows)
+            self.recordings.extend(film.recording(row, self.method, self.split, ended[row]) for row in rows)
 
 
 class _Audience:
-    """What the agent sees: the running environments if it narrows, else always the whole batch."""
+    """Selects the observations for the agent: the running environments if it narrows, else the complete batch."""
 
     def __init__(self, agent: Agent, first: Observations) -> None:
         self._agent = agent
@@ -257,18 +258,18 @@ class _Audience:
         return self._latest
 
     def places(self, frame: Frame) -> np.ndarray:
-        """Return the places of a frame's environments in what the agent gave back."""
+        """Return the places of a frame's environments in the agent's actions."""
         return np.arange(len(frame.rows)) if self._agent.narrows else frame.rows
 
     def concludes(self, frame: Frame, ended: Mapping[int, EpisodeResult]) -> None:
-        """Tell the agent how the episodes of a frame ended."""
+        """Report to the agent how the episodes of a frame ended."""
         places = np.flatnonzero(np.isin(self._rows, frame.rows)) if self._agent.narrows else frame.rows
         outcomes = [_outcome(ended[row]) for row in frame.rows.tolist()]
         self._agent.conclude(places.tolist(), frame.observations, outcomes)
 
 
 class _Film:
-    """Holds the frames and paths of as many environments of a batch as memory allows."""
+    """Stores the frames and paths of as many environments of a batch as memory allows."""
 
     def __init__(self, protocol: protocols.Protocol, tasks: Tasks, record: int) -> None:
         self._protocol, self._tasks = protocol, tasks
@@ -317,14 +318,14 @@ class _Clock:
 
     @contextmanager
     def decision(self, environments: int) -> Iterator[None]:
-        """Time one call for so many environments."""
+        """Time one call for `environments` environments."""
         start = time.perf_counter()
         yield
         self._seconds.append(time.perf_counter() - start)
         self._environments.append(environments)
 
     def latency(self) -> Latency | None:
-        """Summarise what was timed."""
+        """Return a summary of the times."""
         statistics = self._agent.statistics
         if "plan_seconds" not in statistics:
             return Latency.of("act", self._seconds, self._environments)
@@ -337,15 +338,14 @@ class _Clock:
 def _verdict(
     protocol: protocols.Protocol, tasks: Tasks, world: VectorWorld, frame: Frame
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return which rows have succeeded, and how far each is from its goal where that is measured."""
-    if tasks.target is None:
+    """Return which rows have succeeded, and the distance of each to its goal if that is measured."""
+    values = measured(protocol, world, frame)
+    if values is None or tasks.target is None:
         for name in ("success", "is_success"):
             word = frame.info(name)
             if word is not None:
                 return word.reshape(len(frame.rows)).astype(bool), None
         return frame.terminated, None
-    values = protocol.success.vector(frame)
-    world.check_finite(values, frame.rows, protocol.success.name or "the observation vector")
     distance = protocol.success.distance(values, tasks.target[frame.rows])
     return distance <= protocol.success.radius, distance
 
@@ -354,7 +354,7 @@ def _broken(protocol: protocols.Protocol, frame: Frame) -> np.ndarray:
     """Return which rows break a limit of the protocol.
 
     Raises:
-        ConfigError: the world does not give what a limit speaks of.
+        ConfigError: the world does not provide the info of a limit.
     """
     broken = np.zeros(len(frame.rows), bool)
     for limit in protocol.limits:
@@ -389,5 +389,5 @@ def _outcome(episode: EpisodeResult) -> str:
 
 
 def _middle(spec: ActionSpec, size: int) -> np.ndarray:
-    """Return an action within bounds for each environment, taken where the episode has ended."""
+    """Return an action within bounds for each environment, for episodes that have ended."""
     return np.tile((np.array(spec.low, np.float32) + np.array(spec.high, np.float32)) / 2, (size, 1))

@@ -1,4 +1,4 @@
-"""The world of a protocol, and how its failures are named."""
+"""The world of a protocol, and the locations in its error messages."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ def open_world(protocol: Protocol, size: int) -> VectorWorld:
 
 
 def naming(world: VectorWorld, seeds: Sequence[int], where: str) -> Where:
-    """Return what names a place in the world by the seed and the step of the episode, after `where`."""
+    """Return a function that names a place in the world: `where`, the episode's seed and the step."""
 
     def name(row: int | None) -> str:
         if row is not None:

@@ -24,7 +24,7 @@ from worldloom.federation.record.ledger_history import (
 )
 from worldloom.federation.rounds.aggregation import AGGREGATORS, Aggregate, Aggregator, Deltas, capped
 from worldloom.federation.rounds.base import Base, fingerprint
-from worldloom.federation.rounds.codecs import CODECS, Codec, bytes_of
+from worldloom.federation.rounds.codecs import CODECS, Codec
 from worldloom.federation.rounds.contribution import Contribution
 from worldloom.federation.rounds.coordinator import Coordinator, succeed
 from worldloom.federation.rounds.local import LocalTraining, Trained, check_has_a_pilot, initial_base
@@ -92,7 +92,6 @@ __all__ = [
     "Tls",
     "Trained",
     "Transport",
-    "bytes_of",
     "capped",
     "card_of",
     "card_path",

@@ -1,6 +1,6 @@
-"""Formats of other projects, one file each; `convert` carries episodes from any of them to any writable one.
+"""Dataset formats of other projects, one module each; `convert` converts episodes between them.
 
-What a format needs beyond this library (such as h5py) is imported when it is used.
+Optional packages that a format needs (such as h5py) are imported on first use.
 """
 
 import importlib

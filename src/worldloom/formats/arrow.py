@@ -1,4 +1,4 @@
-"""Columns of Arrow tables, and Parquet files."""
+"""Helpers for columns of Arrow tables and for Parquet files."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,30 +15,30 @@ from worldloom.core.files import storage_errors, write_atomic
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Return whether a column holds lists."""
+    """Return whether a column contains lists."""
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def is_number(kind: pa.DataType) -> bool:
-    """Return whether a column holds numbers or booleans."""
+    """Return whether a column contains numbers or booleans."""
     return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind))
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Return whether a column holds text."""
+    """Return whether a column contains text."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def is_binary(kind: pa.DataType) -> bool:
-    """Return whether a column holds bytes."""
+    """Return whether a column contains bytes."""
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def numbers(column: pa.ChunkedArray, name: str, where: str) -> Float32[np.ndarray, "R n"]:
-    """Return a column of numbers, or of lists of one length, as (R, n); what is missing is NaN.
+    """Return a column of numbers, or of lists of one length, as (R, n); missing values become NaN.
 
     Raises:
-        DataError: the column holds something else, or lists of several lengths.
+        DataError: the column contains something else, or lists of different lengths.
     """
     whole, kind, size = column.combine_chunks(), column.type, 1
     if is_list(kind):
@@ -48,7 +48,7 @@ def numbers(column: pa.ChunkedArray, name: str, where: str) -> Float32[np.ndarra
             row = int(np.flatnonzero(lengths != lengths[0])[0])
             raise DataError(
                 f"{where}: the lists of column {name!r} have {known[0]} to {known[-1]} values (row {row} differs from "
-                f"row 0); expected one length"
+                f"row 0); expected lists of the same length in all rows"
             )
         size = int(known[0]) if len(known) else int(getattr(kind, "list_size", 1))
         kind = kind.value_type
@@ -65,12 +65,12 @@ def numbers(column: pa.ChunkedArray, name: str, where: str) -> Float32[np.ndarra
 
 @contextmanager
 def table_errors(path: Path, kind: str) -> Iterator[None]:
-    """Turn what Arrow raises on `path` into this library's errors; `kind` says what was expected."""
+    """Convert Arrow's errors on `path` to worldloom's errors; `kind` names the expected file type."""
     try:
         with storage_errors(path):
             yield
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as {kind} ({error}); it is cut or damaged. Restore it") from error
+        raise DataError(f"{path} cannot be read as {kind} ({error}); restore the file from a copy") from error
 
 
 def write_parquet(path: Path, table: pa.Table, **options: int) -> None:

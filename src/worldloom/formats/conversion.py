@@ -1,10 +1,10 @@
-"""Carries episodes from one format to another: streaming, resumable, and with a report of what was not carried.
+"""Conversion of datasets between formats: streaming, resumable, and with a report of what was not converted.
 
-At every moment the target holds the first n episodes that the source gives. Reading is deterministic, so a resumed
-conversion needs to know only n. The journal beside the target (PATH.convert.jsonl) records how many episodes each
-source episode gave *before* they are written, so that a resumed conversion starts at the right source episode and skips
-only what the target holds. After a kill the journal may be behind or ahead of the target; neither loses or repeats an
-episode.
+At every moment the target contains the first n episodes of the conversion. Reading is deterministic, so a resumed
+conversion needs to know only n. The journal beside the target (PATH.convert.jsonl) records how many target episodes a
+source episode yields *before* they are written. A resumed conversion therefore starts at the right source episode and
+skips only episodes that the target already contains. After a kill, the journal may be behind or ahead of the target; in
+both cases no episode is lost or repeated.
 """
 
 import json
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class NoteGroup:
-    """Notes that differ only in numbers: how many there are, and the first."""
+    """A group of notes that differ only in numbers: their count, and the first note as an example."""
 
     kind: str
     count: int
@@ -36,10 +36,10 @@ class NoteGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """What a conversion carried, in all its runs, and what it did not.
+    """The result of a conversion, over all its runs, with notes about everything that was not converted.
 
-    `bytes` counts decoded arrays; `resumed` is the number of episodes that earlier runs had written, and `seconds`
-    is the time of the last run.
+    `bytes` is the size of the decoded arrays; `resumed` is the number of episodes that earlier runs wrote; `seconds`
+    is the duration of the last run.
     """
 
     source: str
@@ -71,7 +71,7 @@ def detect(path: Path) -> Format:
 
     Raises:
         StorageError: `path` does not exist.
-        DataError: no format fits, or several do; lists all formats.
+        DataError: no format matches, or several do; the message lists the formats.
     """
     if not path.exists():
         raise StorageError(f"{path} does not exist; check the path")
@@ -80,9 +80,9 @@ def detect(path: Path) -> Format:
         return found[0]
     if found:
         names = ", ".join(format.name for format in found)
-        raise DataError(f"{path} looks like several formats ({names}); choose one with --from FORMAT")
+        raise DataError(f"{path} matches several formats ({names}); choose one with --from FORMAT")
     looked = "; ".join(f"{name}: {FORMATS[name].description}" for name in FORMATS)
-    raise DataError(f"{path} is in no known format. Known formats: {looked}. Check the path, or give --from FORMAT")
+    raise DataError(f"{path} has no known format. Known formats: {looked}. Check the path, or use --from FORMAT")
 
 
 def convert(
@@ -100,26 +100,25 @@ def convert(
 ) -> ConversionReport:
     """Convert a dataset, one source episode at a time; a second call resumes an interrupted conversion.
 
-    The source's format is detected unless `source_format` names it; the target's default is worldloom's own store.
-    `episodes` selects source episodes. The report is saved beside the target as PATH.conversion.json. A call for a
-    complete conversion returns its report. With `skip_damaged`, a source episode that cannot be read is left out, with
-    a note that holds the error, instead of ending the conversion; a resumed conversion may set it too.
+    The source format is detected unless `source_format` is set; the default target format is worldloom's own dataset.
+    `episodes` selects source episodes. The report is saved beside the target as PATH.conversion.json; a call for a
+    complete conversion returns that report. With `skip_damaged`, source episodes that cannot be read are left out, with
+    the error in a note, instead of stopping the conversion. A resumed conversion can set `skip_damaged` too.
 
     Raises:
-        DataError: the source is damaged, or the target belongs to another conversion or (without `resume`) exists.
+        DataError: the source is damaged, or the target belongs to a different conversion or, without `resume`, exists.
         ConfigError: an option or the name of a format is wrong.
-        StorageError: the disk is full; written episodes are kept.
-    """
+        StorageError: the disk is full; written episodes are kept."""
     start = time.perf_counter()
     source_path, target_path = Path(source_path), Path(target_path)
     read, write = read or ReadOptions(), write or WriteOptions()
     if source_path.resolve() == target_path.resolve():
-        raise ConfigError(f"source and target are both {source_path}; choose another target")
+        raise ConfigError(f"source and target are both {source_path}; choose a different target")
     reader = detect(source_path) if source_format is None else FORMATS[source_format]
     writer = FORMATS[target_format or "worldloom"]
     if writer.create is None:
         writable = ", ".join(name for name in FORMATS if FORMATS[name].writable)
-        raise ConfigError(f"format {writer.name!r} can be read only; writable: {writable}")
+        raise ConfigError(f"format {writer.name!r} cannot be written; choose one of {writable}")
     if not source_path.exists():
         raise StorageError(f"{source_path} does not exist; check the path")
     with reader.open(source_path, read) as source:
@@ -164,7 +163,7 @@ def convert(
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """What one source episode gave, as a line of the journal."""
+    """A line of the journal: the results of one source episode."""
 
     index: int
     episodes: int
@@ -176,7 +175,7 @@ class _Entry:
 def _carry(
     source: Source, sink: Sink, indices: range, skip: int, journal: "_Journal", skip_damaged: bool, task: ProgressTask
 ) -> Iterator[_Entry]:
-    """Write what the source gives, except the first `skip` episodes, which the target holds already."""
+    """Convert source episodes, except the first `skip` target episodes, which the target already contains."""
     frames = 0
     for index in indices:
         entry = _carry_one(source, sink, index, skip, journal, skip_damaged)
@@ -185,7 +184,7 @@ def _carry(
         task.advance(1, frames=float(frames))
         yield entry
     if skip:
-        raise DataError(f"the target holds {skip} more episodes than the source gives; choose another path")
+        raise DataError(f"the target has {skip} more episodes than the source yields; choose another path")
 
 
 def _carry_one(source: Source, sink: Sink, index: int, skip: int, journal: "_Journal", skip_damaged: bool) -> _Entry:
@@ -206,14 +205,14 @@ def _carry_one(source: Source, sink: Sink, index: int, skip: int, journal: "_Jou
         bytes=sum(decoded_bytes(part) for part in parts),
         notes=source.notes[before:],
     )
-    journal.add(entry)  # before they are written: see above
+    journal.add(entry)  # before the episodes are written; see the module's docstring
     for part in parts[skip:]:
         sink.write(part)
     return entry
 
 
 class _Journal:
-    """A file of lines beside a target: first what is converted and how, then a line for each source episode."""
+    """A file of JSON lines beside a target: first the source and options, then one line for each source episode."""
 
     def __init__(self, target: Path, identity: dict[str, Any]) -> None:
         self._target, self._identity = target, identity
@@ -221,7 +220,7 @@ class _Journal:
         self._report = target.with_name(f"{target.name}.conversion.json")
 
     def finished(self) -> ConversionReport | None:
-        """Return the report of a complete conversion."""
+        """Return the report of a complete conversion, or None."""
         if not (self._report.exists() and self._target.exists()):
             return None
         saved = read_json(self._report)
@@ -231,16 +230,16 @@ class _Journal:
         return ConversionReport(**values, notes=[Note(**note) for note in saved["report"]["notes"]])
 
     def begin(self, written: int, indices: range) -> list[_Entry]:
-        """Return the lines of the source episodes that are complete in the target, which holds `written` episodes.
+        """Return the lines of the source episodes that are complete in the target, which has `written` episodes.
 
-        Later lines are dropped, because their source episodes are read again.
+        Later lines are dropped, because their source episodes will be read again.
         """
         lines = self._lines()
         kept: list[_Entry] = []
         if written:
             if not lines:
                 raise DataError(
-                    f"{self._target} holds {written} episodes of an unknown conversion ({self._path} is missing); "
+                    f"{self._target} has {written} episodes of an unknown conversion ({self._path} is missing); "
                     f"choose another path"
                 )
             self._expect_same(lines[0])
@@ -251,7 +250,7 @@ class _Journal:
                     break
                 kept.append(entry)
                 total += entry.episodes
-        self._report.unlink(missing_ok=True)  # of a target that was deleted
+        self._report.unlink(missing_ok=True)  # left by a target that was deleted
         write_text(self._path, "\n".join(map(json.dumps, [self._identity, *map(asdict, kept)])) + "\n")
         return kept
 
@@ -266,7 +265,7 @@ class _Journal:
         self._path.unlink(missing_ok=True)
 
     def _lines(self) -> list[dict[str, Any]]:
-        """Return the complete lines; a kill may have cut the last one."""
+        """Return the complete lines; the last line may be incomplete after a kill."""
         if not self._path.exists():
             return []
         lines = []
@@ -281,14 +280,14 @@ class _Journal:
 
     def _expect_same(self, there: dict[str, Any]) -> None:
         differences = [
-            f"{key} was {there.get(key)!r} and is {value!r}"
+            f"{key} was {there.get(key)!r}, is {value!r}"
             for key, value in self._identity.items()
             if there.get(key) != value
         ]
         if differences:
             raise DataError(
-                f"{self._target} belongs to another conversion: {'; '.join(differences)}. Give the same source and "
-                f"options to resume it, or another target (a source whose files have changed is another source)"
+                f"{self._target} belongs to a different conversion: {'; '.join(differences)}. Use the old source and "
+                f"options to resume it, or choose another target. Changed source files count as a different source"
             )
 
 
@@ -296,7 +295,7 @@ def _indices(episodes: range | None, count: int, path: Path) -> range:
     if episodes is None:
         return range(count)
     if episodes.step < 1 or (len(episodes) and not (episodes[0] >= 0 and episodes[-1] < count)):
-        raise ConfigError(f"{path} holds {count} episodes; got {episodes}. Give a range within 0 to {count}")
+        raise ConfigError(f"{path} has {count} episodes; got {episodes}. Use a range within 0 to {count}")
     return episodes
 
 

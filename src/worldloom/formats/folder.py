@@ -1,7 +1,7 @@
-"""A folder of videos with a table for each: `NAME.mp4` and `NAME.parquet` or `NAME.csv`.
+"""A folder of videos, each with a table of the same name: `NAME.mp4` and `NAME.parquet` or `NAME.csv`.
 
-Columns: `timestamp` (seconds on the video's clock, 0 at its first frame), `action` or `action.*`, `observation` or
-`observation.*`, `label.*`; lists of one length count as several values. `ReadOptions.columns` names others.
+Columns: `timestamp` (seconds from the video's first frame), `action` or `action.*`, `observation` or `observation.*`,
+and `label.*`. Lists of a fixed length are several values. `ReadOptions.columns` sets other column names.
 """
 
 import json
@@ -23,12 +23,11 @@ from worldloom.core.types import Episode
 from worldloom.data import float_lists, metadata_json, to_rgb
 from worldloom.formats.arrow import is_binary, is_number, is_text, numbers, table_errors, write_parquet
 from worldloom.formats.format import (
-    FORMATS,
     NO_CAMERA,
     Contents,
-    Format,
     Sink,
     Source,
+    add_format,
     count_files,
     natural,
     refuse,
@@ -47,7 +46,7 @@ _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
 @dataclass(frozen=True, kw_only=True)
 class _Roles:
-    """The names of the columns for each role, in order."""
+    """The names of the columns for each role, in order; `left` are the unused columns."""
 
     timestamp: str | None
     action: list[str]
@@ -57,16 +56,18 @@ class _Roles:
 
 
 class FolderSource(Source):
-    """An episode is a name; a name without its video or its table gives a note and no episode."""
+    """A source over a folder, with one episode per name. A name without a video or a table is skipped, with a note."""
+
+    format = "folder"
 
     def begin(self) -> None:
-        """Find the files, and choose the columns by the first table."""
+        """Find the files, and choose the columns from the first table."""
         path, options = self.path, self.options
-        refuse(options, ["camera"] if options.camera != NO_CAMERA else [], "a folder holds one video an episode")
+        refuse(options, ["camera"] if options.camera != NO_CAMERA else [], "a folder has one video per episode")
         if unknown := sorted(set(options.columns) - set(ROLES)):
             raise ConfigError(f"unknown column role {unknown[0]!r}; {nearest(unknown[0], ROLES)}")
         if options.columns.get("unit", "s") not in _SECONDS:
-            raise ConfigError(f"unknown unit {options.columns['unit']!r} of timestamps; {nearest('', _SECONDS)}")
+            raise ConfigError(f"unknown timestamp unit {options.columns['unit']!r}; {nearest('', _SECONDS)}")
         own = spec_in(read_json(path / OWN_FILE) if (path / OWN_FILE).is_file() else {})
         self._videos, self._tables = _files(path, VIDEO_SUFFIXES), _files(path, TABLE_SUFFIXES)
         self._pictures = options.camera != NO_CAMERA and (
@@ -81,20 +82,21 @@ class FolderSource(Source):
         ]
         if not self._whole:
             raise DataError(
-                f"{path} holds no video with a table of the same name, such as episode.mp4 and episode.csv; it has "
-                f"{len(self._videos)} videos and {len(self._tables)} tables"
+                f"{path} has {len(self._videos)} videos and {len(self._tables)} tables, but no video and table of the "
+                f"same name; expected, for example, episode.mp4 and episode.csv"
             )
         first = self._tables[self._whole[0]]
         self._roles = self._choose(_read_table(first), first)
-        self.note_left_out("columns", self._roles.left, "name them with --columns")
+        self.note_left_out("columns", self._roles.left, "select them with --columns")
         if own is None:
-            self.note("info", f"{path}: an action that leads to no frame, such as an episode's last, is left out.")
+            self.note(
+                "info", f"{path}: actions without a following frame, such as the last of an episode, are left out."
+            )
         sample = self._parse(self._whole[0])
         columns = {key: value for key, value in asdict(self._roles).items() if key != "left"}
         channels = own.observation.pixels[2] if own and own.observation.pixels else 3
         self.describe(
             Contents(
-                format="folder",
                 files=[*self._videos.values(), *self._tables.values(), *([path / OWN_FILE] if own else [])],
                 action=sample.actions.shape[1],
                 pixels=(*frame_shape(self._videos[self._whole[0]]), channels) if self._pictures else None,
@@ -114,10 +116,10 @@ class FolderSource(Source):
             try:
                 yield self._parse(name).actions
             except DataError:
-                continue  # raised again, or noted, when it is read
+                continue  # `read` raises or notes it
 
     def read(self, index: int) -> list[Episode]:
-        """Return the stretches of an episode."""
+        """Return the parts of an episode between gaps."""
         name = self._names[index]
         for files, kind in ((self._tables, "table"), (self._videos, "video")):
             if name not in files and (kind == "table" or self._pictures):
@@ -126,7 +128,7 @@ class FolderSource(Source):
         log, where = self._parse(name), str(self._tables[name])
         self._check_sizes(log, name)
         if len(log.actions) == 0:
-            self.note("skipped", f"{where} is skipped: it has no row.", index)
+            self.note("skipped", f"{where} is skipped: it has no rows.", index)
             return []
         video = self._videos[name] if self._pictures else None
         row_times, camera_times = self._times(log, video, index)
@@ -159,10 +161,10 @@ class FolderSource(Source):
             times = np.arange(rows, dtype=np.float64) if log.times is None else log.times
             return times, times
         camera = frame_times(video)
-        if log.metadata is not None and log.times is not None:  # our own: a row is a frame, whatever the rounding
+        if log.metadata is not None and log.times is not None:  # written by worldloom: a row is a frame
             if len(camera) != rows:
                 raise DataError(
-                    f"{video} has {len(camera)} frames and was written with {rows}: it is cut. Restore it from a copy"
+                    f"{video} is truncated: it has {len(camera)} frames, expected {rows}. Restore it from a copy"
                 )
             return log.times, log.times
         if log.times is None:
@@ -172,8 +174,8 @@ class FolderSource(Source):
         finite = times[np.isfinite(times)]
         if len(finite) and (finite.min() > camera[-1] + 1.0 or finite.max() < -1.0):
             what = (
-                f"{video}: the log runs from {finite[0]:.6f} s and the video from 0 to {camera[-1]:.3f} s, so they "
-                f"do not overlap; the video is assumed to begin with the first row."
+                f"{video}: the log starts at {finite[0]:.6f} s and the video covers 0 to {camera[-1]:.3f} s, so they "
+                f"do not overlap; the video is assumed to start at the first row."
             )
             self.note("repaired", what, index)
             times = times - finite[0]
@@ -195,8 +197,8 @@ class FolderSource(Source):
         action, observation, label = pick("action"), pick("observation"), pick("label")
         if not action:
             raise DataError(
-                f"{file} has no column 'action' or 'action.*'; it has {', '.join(names)}. Name them with "
-                f"--columns action=NAME,NAME"
+                f"{file} has no column 'action' or 'action.*'; it has {', '.join(names)}. Select the action columns "
+                f"with --columns action=NAME,NAME"
             )
         kinds = {name: table.schema.field(name).type for name in observation}
         numeric = [name for name, kind in kinds.items() if not (is_text(kind) or is_binary(kind))]
@@ -219,7 +221,7 @@ class FolderSource(Source):
         for column in [*needed, *([columns.timestamp] if columns.timestamp else [])]:
             if column not in table.column_names:
                 there = ", ".join(table.column_names)
-                raise DataError(f"{file} has no column {column!r}, which the first table has; it has {there}")
+                raise DataError(f"{file} has no column {column!r}, but the first table has; it has {there}")
         parts = {column: numbers(table[column], column, str(file)) for column in needed}
         metadata = None
         text = (table.schema.metadata or {}).get(OWN.encode())
@@ -238,7 +240,7 @@ class FolderSource(Source):
             stamps = column.cast(pa.timestamp("ns", tz=column.type.tz)).cast(pa.int64()).to_numpy()
             return np.asarray(stamps / 1e9, np.float64)
         if not (is_number(column.type) or pa.types.is_null(column.type)):
-            raise DataError(f"{file}: timestamps are {column.type}; expected seconds as numbers, or Parquet timestamps")
+            raise DataError(f"{file}: timestamps have type {column.type}; expected numbers, or Parquet timestamps")
         values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
         return np.asarray(values * _SECONDS[self.options.columns.get("unit", "s")], np.float64)
 
@@ -250,17 +252,19 @@ class FolderSource(Source):
         }
         for what, (came, expected) in sizes.items():
             if came != expected:
-                raise DataError(f"{self._tables[name]}: {what} have {came} values and {expected} in the first table")
+                raise DataError(
+                    f"{self._tables[name]}: {what} have {came} values; expected {expected}, as in the first table"
+                )
 
 
 class FolderSink(Sink):
-    """Writes `000000.mp4` (or .mkv, lossless) and `000000.parquet`, the table last; `worldloom.json` at the end."""
+    """Writes `000000.mp4` (lossless: .mkv), then `000000.parquet` for each episode, and finally `worldloom.json`."""
 
     layout = "a folder of videos"
     encoded, lossy_codec = True, LOSSY_CODEC
 
     def begin(self, *, resume: bool) -> int:
-        """Make the folder, and return how many tables it holds."""
+        """Create the folder, and return the number of tables in it."""
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         return count_files(self._table)
@@ -269,7 +273,7 @@ class FolderSink(Sink):
         return self.path / f"{number:06d}.parquet"
 
     def save(self, episodes: list[Episode]) -> None:
-        """Write the video of an episode, then its table, which makes it whole."""
+        """Write the video of an episode, then its table, which marks the episode as complete."""
         (episode,), options = episodes, self.options
         if episode.pixels is not None:
             video = self.path / f"{self.saved:06d}{'.mkv' if options.lossless else '.mp4'}"
@@ -283,12 +287,12 @@ class FolderSink(Sink):
         write_parquet(self._table(self.saved), table)
 
     def complete(self) -> None:
-        """Write `worldloom.json`, which holds the spec."""
+        """Write `worldloom.json`, which contains the spec."""
         write_json(self.path / OWN_FILE, spec_values(self.spec))
 
 
 def _detects(path: Path) -> bool:
-    """Look for a video and a table of the same name."""
+    """Return whether the folder has a video and a table of the same name."""
     if not path.is_dir():
         return False
     try:
@@ -306,7 +310,7 @@ def _files(path: Path, suffixes: Sequence[str]) -> Mapping[str, Path]:
         for file in sorted(path.iterdir()):
             if file.suffix.lower() in suffixes and not file.name.startswith("."):
                 if file.stem in found:
-                    raise DataError(f"{path} holds both {found[file.stem].name} and {file.name}; remove one of them")
+                    raise DataError(f"{path} has both {found[file.stem].name} and {file.name}; remove one of them")
                 found[file.stem] = file
     return found
 
@@ -314,17 +318,14 @@ def _files(path: Path, suffixes: Sequence[str]) -> Mapping[str, Path]:
 def _read_table(file: Path) -> pa.Table:
     with table_errors(file, "a table"):
         if file.stat().st_size == 0:
-            raise DataError(f"{file} is empty; expected a table with a column of actions")
+            raise DataError(f"{file} is empty; expected a table with an action column. Restore or remove it")
         return pq.read_table(file, partitioning=None) if file.suffix == ".parquet" else csv.read_csv(file)
 
 
-FORMATS.register("folder")(
-    Format(
-        name="folder",
-        description="a folder with NAME.mp4 (.mkv, .avi, .mov, .webm) and NAME.parquet or NAME.csv for each episode",
-        detects=_detects,
-        open=FolderSource,
-        create=FolderSink,
-        lossless_pixels=False,
-    )
+add_format(
+    FolderSource,
+    FolderSink,
+    _detects,
+    "a folder with NAME.mp4 (.mkv, .avi, .mov, .webm) and NAME.parquet or NAME.csv for each episode",
+    lossless_pixels=False,
 )

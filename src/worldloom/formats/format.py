@@ -1,7 +1,7 @@
-"""What a foreign format is to worldloom: a `Source` to read, a `Sink` to write, and a `Format` that opens both.
+"""The interfaces of a dataset format: a `Source` reads it, a `Sink` writes it, and a `Format` opens both.
 
-Our `Episode` has T + 1 frames and T actions. A foreign episode of N rows (frame, action) gives N frames and N - 1
-actions, because its last action leads to no frame, unless the format stores the closing frame. See docs/formats.md.
+An `Episode` has T + 1 frames and T actions. An episode of another format with N rows (frame, action) becomes N frames
+and N - 1 actions, because no frame follows its last action, unless the format stores that frame. See docs/formats.md.
 """
 
 import hashlib
@@ -26,56 +26,55 @@ from worldloom.core.registry import Registry, nearest
 from worldloom.core.types import ActionSpec, Episode, ObservationSpec
 from worldloom.data import DatasetSpec, check_episode, resize
 
-NO_CAMERA = "none"  # as `ReadOptions.camera`: leave the pixels out
+NO_CAMERA = "none"  # value of `ReadOptions.camera` that leaves the pixels out
 CLOCK = ("rate", "actions", "gap")  # options for data with timestamps
 Kind = Literal["dropped", "repaired", "skipped", "info"]
-Bounds = tuple[Sequence[float], Sequence[float]]  # low and high, a value for each dimension of an action
+Bounds = tuple[Sequence[float], Sequence[float]]  # low and high, with one value per action dimension
 
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """One thing that was not carried, was repaired or was left out: a whole sentence that names the place."""
+    """A note about data that was left out, repaired or skipped; `what` is a complete sentence that names the place."""
 
     kind: Kind
     what: str
-    episode: int | None = None  # of the source
+    episode: int | None = None  # index of the source episode
 
 
 class ReadOptions(Config):
-    """How a foreign dataset is read; an option that a format cannot honour is an error."""
+    """Options for reading a dataset of another format; an option that the format does not support is an error."""
 
-    camera: str | None = None  # which image key, where there are several; "none" leaves the pixels out
-    vector: list[str] | None = None  # observation columns of the vector, in order; None: all numeric ones, sorted
+    camera: str | None = None  # image key, required if there are several; "none" leaves the pixels out
+    vector: list[str] | None = None  # columns of the observation vector, in order; None: all numeric ones, sorted
     size: tuple[int, int] | None = None  # (H, W): frames are resized by area averaging
-    rate: float | None = Field(None, gt=0)  # steps a second; None: the camera's
-    actions: Literal["hold", "mean"] = "hold"  # of an action stream with a clock of its own: see timebase.py
-    gap: float = Field(4.0, gt=1)  # a gap longer than this many median periods splits an episode
-    action_low: list[float] | None = None  # bounds; None: the format's, else the range of the data, with a note
+    rate: float | None = Field(None, gt=0)  # steps per second; None: the camera's rate
+    actions: Literal["hold", "mean"] = "hold"  # how actions with their own clock are aligned; see `align`
+    gap: float = Field(4.0, gt=1)  # an episode is split at gaps longer than this many median periods
+    action_low: list[float] | None = None  # bounds; None: those of the format, else the range of the data, with a note
     action_high: list[float] | None = None
     columns: dict[str, str] = Field(default_factory=dict)  # names of columns, for formats without fixed names
 
 
 class WriteOptions(Config):
-    """How a foreign dataset is written."""
+    """Options for writing a dataset in another format."""
 
-    fps: float = Field(10.0, gt=0)  # frames a second, where the format has a clock
-    crf: int = Field(18, ge=0, le=51)  # H.264's constant rate factor, where the format stores video
-    lossless: bool = False  # a lossless codec, where the format has one
-    task: str = ""  # the task in words, where the format stores one
+    fps: float = Field(10.0, gt=0)  # frames per second, if the format has a clock
+    crf: int = Field(18, ge=0, le=51)  # H.264's constant rate factor, if the format stores video
+    lossless: bool = False  # use a lossless codec, if the format has one
+    task: str = ""  # the task description, if the format stores one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
     """What a source reads of its files, from which `Source.describe` makes the spec.
 
-    `vector` and `labels` give the number of values of each column, in order. `bounds` are the bounds of actions that
-    the format states, `range` the range of the data where the format states that instead. `own` is the spec that
-    worldloom stored in files that it wrote; its bounds and its environment win.
+    `vector` and `labels` map each column, in order, to its number of values. `bounds` are the action bounds that the
+    format stores; `range` is the range of the data, if the format stores that instead. `own` is the spec in files that
+    worldloom wrote; its bounds and environment take precedence.
     """
 
-    format: str
-    files: Iterable[Path]  # what the fingerprint depends on
-    action: int  # values of an action
+    files: Iterable[Path]  # the files that the fingerprint covers
+    action: int  # number of values of an action
     discrete: bool = False
     bounds: Bounds | None = None
     range: Bounds | None = None
@@ -84,7 +83,7 @@ class Contents:
     labels: Mapping[str, int] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     own: DatasetSpec | None = None
-    source: str | None = None  # the dataset's name; None: that of its path
+    source: str | None = None  # the dataset's name; None: the name of its path
 
 
 class Source(Closing, ABC):
@@ -99,6 +98,7 @@ class Source(Closing, ABC):
         ConfigError: an option does not fit the data.
     """
 
+    format: str  # its name
     spec: DatasetSpec
     fingerprint: str
     notes: list[Note]
@@ -115,7 +115,7 @@ class Source(Closing, ABC):
             raise
 
     def locate(self, path: Path) -> Path:
-        """Return where the dataset is that `path` names."""
+        """Return the path of the dataset's file or directory; the default is `path`."""
         return path
 
     @abstractmethod
@@ -128,14 +128,14 @@ class Source(Closing, ABC):
 
     @abstractmethod
     def read(self, index: int) -> list[Episode]:
-        """Return a source episode: one Episode, several if it was split at gaps, none (with a note) if unusable.
+        """Return a source episode as one Episode, several if it is split at gaps, or none (with a note) if unusable.
 
         Raises:
-            DataError: damage that no documented rule repairs; names the file.
+            DataError: the episode is damaged beyond repair; the message names the file.
         """
 
     def actions(self) -> Iterator[np.ndarray]:
-        """Yield the actions (n, A) of each episode that can be read, for a format that may not state their bounds."""
+        """Yield the actions (n, A) of each readable episode, for formats that may not store action bounds."""
         return iter(())
 
     def note(self, kind: Kind, what: str, episode: int | None = None) -> None:
@@ -143,54 +143,54 @@ class Source(Closing, ABC):
         self.notes.append(Note(kind=kind, what=what, episode=episode))
 
     def note_left_out(self, kind: str, names: Iterable[str], why: str) -> None:
-        """Add a note of parts that are not carried, if there are any."""
+        """Add a note about parts that are left out, if there are any."""
         if shown := ", ".join(names):
             self.note("dropped", f"{self.path}: the {kind} {shown} are left out ({why}).")
 
     def note_last_action(self) -> None:
-        """Add a note that the action of an episode's last row is not carried."""
-        self.note("info", f"{self.path}: the last action of each episode leads to no frame and is left out.")
+        """Add a note that the action in an episode's last row is left out."""
+        self.note("info", f"{self.path}: the last action of each episode has no following frame and is left out.")
 
     def choose_camera(self, cameras: Sequence[str]) -> str | None:
-        """Return the image key of the options, or the only one, or None where there is none.
+        """Return the image key that the options select, or the only one, or None.
 
         Raises:
-            ConfigError: there are several and none is chosen, or the chosen one does not exist.
+            ConfigError: there are several cameras and none is selected, or the selected one does not exist.
         """
         chosen = self.options.camera
         if chosen == NO_CAMERA:
             return None
         if chosen is not None:
             if chosen not in cameras:
-                raise ConfigError(f"{self.path} holds no camera {chosen!r}; {nearest(chosen, cameras)}")
+                raise ConfigError(f"{self.path} has no camera {chosen!r}; {nearest(chosen, cameras)}")
             return chosen
         if len(cameras) > 1:
             raise ConfigError(
-                f"{self.path} holds {len(cameras)} cameras: {', '.join(sorted(cameras))}. Choose one with --camera "
-                f"NAME, or {NO_CAMERA!r} for none"
+                f"{self.path} has {len(cameras)} cameras: {', '.join(sorted(cameras))}. Choose one with --camera "
+                f"NAME, or leave the pixels out with --camera {NO_CAMERA}"
             )
         return cameras[0] if cameras else None
 
     def choose_vector(self, columns: Iterable[str]) -> list[str]:
-        """Return the observation columns that make the vector: those of the options, in order, or all, sorted.
+        """Return the columns of the observation vector: those that the options select, in order, or all, sorted.
 
         Raises:
-            ConfigError: a column of the options does not exist.
+            ConfigError: a selected column does not exist.
         """
         there = sorted(columns)
         if self.options.vector is None:
             return there
         for name in self.options.vector:
             if name not in there:
-                raise ConfigError(f"{self.path} holds no numeric observation column {name!r}; {nearest(name, there)}")
+                raise ConfigError(f"{self.path} has no numeric observation column {name!r}; {nearest(name, there)}")
         return list(self.options.vector)
 
     def describe(self, contents: Contents) -> None:
-        """Set `spec` and `fingerprint`; where nothing states bounds of actions, read all actions for them.
+        """Set `spec` and `fingerprint`. If the format stores no action bounds, read all actions to find their range.
 
         Raises:
-            ConfigError: the options' bounds have another size.
-            DataError: there are neither bounds nor actions.
+            ConfigError: the bounds in the options have the wrong size.
+            DataError: there are neither action bounds nor actions.
         """
         own = contents.own
         bounds = contents.bounds if own is None else (own.action.low, own.action.high)
@@ -200,7 +200,7 @@ class Source(Closing, ABC):
         if pixels is not None:
             pixels = (*(self.options.size or pixels[:2]), pixels[2])
         environment = dict(contents.environment if own is None else own.environment)
-        environment |= {"format": contents.format, "source": contents.source or self.path.name}
+        environment |= {"format": self.format, "source": contents.source or self.path.name}
         self.spec = DatasetSpec(
             observation=ObservationSpec(pixels=pixels, vector=sum(contents.vector.values())),
             action=self._bounds(contents.action, found, stated=bounds is not None, discrete=discrete),
@@ -211,17 +211,17 @@ class Source(Closing, ABC):
         self._columns = list(contents.vector)
 
     def _bounds(self, size: int, found: Bounds | None, *, stated: bool, discrete: bool) -> ActionSpec:
-        """Return the options' bounds, else those found, with a note where these are only the range of the data.
+        """Return the action bounds of the options, or else those found; a range of the data adds a note.
 
-        The options may give one bound alone. A dimension that never moves gets a range of 1 around its value.
+        The options can set only one of the two bounds. A dimension with a constant value gets a range of 1 around it.
         """
         given = {"action_low": self.options.action_low, "action_high": self.options.action_high}
         for name, values in given.items():
             if values is not None and len(values) != size:
-                raise ConfigError(f"{name} has {len(values)} values; the actions of {self.path} have {size}")
+                raise ConfigError(f"{name} has {len(values)} values; expected {size}, as in the actions of {self.path}")
         missing = [name for name, values in given.items() if values is None]
         if found is None and missing:
-            raise DataError(f"{self.path} holds no action and states no bounds; give action_low and action_high")
+            raise DataError(f"{self.path} has no actions and no action bounds; set action_low and action_high")
         low, high = (
             np.array(bound, np.float64) for bound in found or (self.options.action_low, self.options.action_high)
         )
@@ -233,8 +233,8 @@ class Source(Closing, ABC):
         if not stated and missing:
             self.note(
                 "info",
-                f"{self.path} states no bounds of actions: {' and '.join(missing)} are the range of the data, "
-                f"low {_short(low)} to high {_short(high)}. Give the true bounds if you know them.",
+                f"{self.path} has no action bounds: {' and '.join(missing)} are set to the range of the data, "
+                f"low {_short(low)} to high {_short(high)}. Set the true bounds if you know them.",
             )
         return ActionSpec(low=tuple(map(float, low)), high=tuple(map(float, high)), discrete=discrete)
 
@@ -242,7 +242,7 @@ class Source(Closing, ABC):
         """Return frames in the size of the spec, and with one channel where it has one.
 
         Raises:
-            DataError: they still have another shape than the spec.
+            DataError: the shape still differs from the spec.
         """
         frames, expected = resize(frames, self.options.size), self.spec.observation.pixels
         if expected is not None and expected[2] == 1:
@@ -265,15 +265,15 @@ class Source(Closing, ABC):
         labels: Mapping[str, np.ndarray],
         metadata: Mapping[str, Any],
     ) -> list[Episode]:
-        """Return an Episode in a list, or none, with a note, if it is too short or not finite.
+        """Return a list with one Episode, or an empty list (with a note) if it is too short or not finite.
 
         `columns` hold those of the vector; pixels are made to `fit`. `where` names the episode in notes and errors.
 
         Raises:
-            DataError: the parts do not fit each other.
+            DataError: the parts do not match each other.
         """
         if len(actions) < 1:
-            self.note("skipped", f"{where} is skipped: it has no action that leads from one frame to another.", index)
+            self.note("skipped", f"{where} is skipped: it has no action between two frames.", index)
             return []
         vector = [flat(columns[name]) for name in self._columns]
         joined = np.ascontiguousarray(np.concatenate(vector, axis=1)) if vector else None
@@ -298,19 +298,19 @@ class Source(Closing, ABC):
                 )
             ]
         except DataError as error:
-            raise DataError(f"{where}: {error}. It is damaged, or of another layout") from error
+            raise DataError(f"{where} is damaged or has a different layout: {error}") from error
 
 
 class Sink(Closing, ABC):
-    """A dataset being written; a context manager. Leaving it after an error keeps whole episodes.
+    """A dataset opened for writing; a context manager, which keeps complete episodes if an error occurs.
 
     `written` is the number of whole episodes that the dataset held when it was opened; with `resume`, the sink
     continues what an earlier one began at `path`. Whole episodes are saved together once they reach `most_bytes`
     (decoded) or `most_episodes`. A process killed at any moment leaves only whole episodes, in order.
 
-    `layout` names what is written in messages. It does not take labels with a name in `reserved` or with the character
-    `forbidden`, nor, if pictures are `encoded`, other than 1 or 3 channels. Without `lossless`, pixels go through
-    `lossy_codec`, if it names one.
+    `layout` names what is written in messages. Labels with a name in `reserved` or with the character `forbidden`
+    are errors. If pictures are `encoded`, they must have 1 or 3 channels. `lossy_codec` is the codec for pixels unless
+    the option `lossless` is set; None means that pixels are stored without loss.
 
     Raises:
         DataError: something else is at `path`, or the format cannot store such data.
@@ -328,11 +328,13 @@ class Sink(Closing, ABC):
     def __init__(self, path: Path, spec: DatasetSpec, options: WriteOptions, *, resume: bool) -> None:
         for name in spec.labels:
             if name in self.reserved or (self.forbidden is not None and self.forbidden in name):
-                what = " or ".join(["uses itself", *([f"forbids ({self.forbidden!r})"] if self.forbidden else [])])
+                what = " or ".join(["reserves", *([f"forbids ({self.forbidden!r})"] if self.forbidden else [])])
                 raise DataError(f"label {name!r} has a name that {self.layout} {what}; rename the label")
         channels = 3 if spec.observation.pixels is None else spec.observation.pixels[2]
         if self.encoded and channels not in (1, 3):
-            raise DataError(f"{self.layout} stores 1 or 3 channels; the dataset has {channels}. Choose another format")
+            raise DataError(
+                f"{self.layout} supports 1 or 3 channels; the dataset has {channels}. Choose another format"
+            )
         self.path, self.spec, self.options = self.locate(path), spec, options
         self._bytes = 0
         self._pending: list[Episode] = []
@@ -342,19 +344,19 @@ class Sink(Closing, ABC):
         self.saved = self.written = self.begin(resume=resume)
 
     def locate(self, path: Path) -> Path:
-        """Return where the dataset is that `path` names."""
+        """Return the path of the dataset's file or directory; the default is `path`."""
         return path
 
     def places(self) -> list[Path]:
-        """Return the paths that must not exist before writing begins."""
+        """Return the paths that must not exist when writing starts without `resume`."""
         return [self.path]
 
     @abstractmethod
     def begin(self, *, resume: bool) -> int:
-        """Prepare the place, and return how many whole episodes an earlier sink left there."""
+        """Prepare the path, and return the number of complete episodes that an earlier sink wrote there."""
 
     def write(self, episode: Episode) -> None:
-        """Add one episode, and save those that wait once they reach a limit."""
+        """Add one episode, and save the pending episodes if they reach a limit."""
         check_episode(episode, self.spec, f"episode {self.saved + len(self._pending)}")
         self._pending.append(episode)
         self._bytes += decoded_bytes(episode)
@@ -363,28 +365,28 @@ class Sink(Closing, ABC):
 
     @abstractmethod
     def save(self, episodes: list[Episode]) -> None:
-        """Write episodes, of which the first has the number `saved`, so that a kill leaves only whole ones."""
+        """Write episodes, the first with the number `saved`, so that a kill leaves only complete episodes."""
 
     @abstractmethod
     def complete(self) -> None:
-        """Write what makes the dataset readable, once all episodes are saved."""
+        """Write the remaining files of the dataset after all episodes are saved."""
 
     def finish(self) -> list[Note]:
-        """Save the rest, complete the dataset, and return a note if pixels went through a lossy codec."""
+        """Save the pending episodes, complete the dataset, and return a note if pixels were stored with loss."""
         self._flush()
         self.complete()
         if self.lossy_codec is None or self.spec.observation.pixels is None or self.options.lossless:
             return []
         codec = self.lossy_codec.format(crf=self.options.crf)
-        what = f"{self.path}: pixels are stored as {codec} and come back nearly, but not exactly, the same."
+        what = f"{self.path}: pixels are stored with loss, as {codec}."
         return [Note(kind="info", what=what)]
 
     def close(self) -> None:
-        """Save whole episodes that wait, after an error elsewhere too."""
+        """Save pending complete episodes, also after an error elsewhere."""
         self._flush()
 
     def _flush(self) -> None:
-        pending, self._pending, self._bytes = self._pending, [], 0  # what failed is not tried again on closing
+        pending, self._pending, self._bytes = self._pending, [], 0  # a failed save is not retried on closing
         if pending:
             self.save(pending)
             self.saved += len(pending)
@@ -415,11 +417,32 @@ class Format:
 FORMATS: Registry[Format] = Registry("format")
 
 
+def add_format(
+    source: type[Source],
+    sink: type[Sink],
+    detects: Callable[[Path], bool],
+    description: str,
+    *,
+    lossless_pixels: bool = True,
+) -> None:
+    """Register the format that `source` names, with the sink that writes it; see `Format`."""
+    FORMATS.register(source.format)(
+        Format(
+            name=source.format,
+            description=description,
+            detects=detects,
+            open=source,
+            create=sink,
+            lossless_pixels=lossless_pixels,
+        )
+    )
+
+
 def refuse(options: ReadOptions, names: Sequence[str], why: str) -> None:
-    """Raise `ConfigError` where one of these options is set: a format must not ignore what it cannot honour."""
+    """Raise `ConfigError` if one of these options, which the format does not support, is set."""
     for name in names:
         if getattr(options, name) != ReadOptions.model_fields[name].get_default(call_default_factory=True):
-            raise ConfigError(f"the option {name} cannot be used here: {why}")
+            raise ConfigError(f"the option {name!r} is not supported here: {why}. Leave it out")
 
 
 def count_files(place: Callable[[int], Path]) -> int:
@@ -428,14 +451,14 @@ def count_files(place: Callable[[int], Path]) -> int:
 
 
 def only_one(found: Sequence[Path], path: Path, kind: str) -> Path:
-    """Return the one file or table that was found at `path`; `kind` says of what.
+    """Return the only element of `found`, the files or tables of one `kind` at `path`.
 
     Raises:
-        DataError: there is none, or there are several.
+        DataError: there are none or several.
     """
     if len(found) != 1:
         names = ", ".join(each.name for each in found) or "none"
-        raise DataError(f"{path} holds these {kind}: {names}; expected one. Give the path of one of them")
+        raise DataError(f"{path} has these {kind}: {names}; expected one. Use the path of the one to read")
     return found[0]
 
 
@@ -451,14 +474,14 @@ def digest_files(paths: Iterable[Path], root: Path) -> str:
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:
-    """Return a sorting key that puts `demo_9` before `demo_10`."""
+    """Return a sort key that puts `demo_9` before `demo_10`."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
 
 
 def action_range(actions: Iterable[np.ndarray], size: int) -> Bounds | None:
-    """Return the least and greatest finite value of each dimension of actions (n, `size`), or None without any.
+    """Return the minimum and maximum finite value of each dimension of actions (n, `size`), or None without any.
 
-    Actions of another shape are left out.
+    Actions with a different shape are ignored.
     """
     low, high = np.full(size, np.inf), np.full(size, -np.inf)
     for part in actions:
@@ -469,22 +492,22 @@ def action_range(actions: Iterable[np.ndarray], size: int) -> Bounds | None:
 
 
 def chosen(camera: str | None, vector: Mapping[str, int]) -> dict[str, Any]:
-    """Return which parts of the source a dataset is made of, for its environment."""
+    """Return the camera and vector columns that were chosen, for the spec's `environment`."""
     return {"camera": camera, "vector": [[name, size] for name, size in vector.items()]}
 
 
 def spec_values(spec: DatasetSpec) -> dict[str, Any]:
-    """Return what worldloom stores of a spec in the files that it writes."""
+    """Return the form in which worldloom stores a spec in the files that it writes."""
     return {"spec": json.loads(spec.to_json())}
 
 
 def spec_in(values: Mapping[str, Any]) -> DatasetSpec | None:
-    """Return the spec that `spec_values` stored, or None where worldloom did not write the files."""
+    """Return the spec that `spec_values` stored, or None if worldloom did not write the files."""
     return DatasetSpec.from_json(json.dumps(values["spec"])) if values else None
 
 
 def with_last_action(episode: Episode) -> Float32[np.ndarray, "N A"]:
-    """Return an action for each frame of an episode: a zero action stands for the last."""
+    """Return one action per frame of an episode, with a zero action for the last frame."""
     return np.concatenate([episode.actions, np.zeros_like(episode.actions[:1])])
 
 
@@ -495,12 +518,12 @@ def decoded_bytes(episode: Episode) -> int:
 
 
 def flat(column: np.ndarray) -> Float32[np.ndarray, "N n"]:
-    """Return a column (N, ...) as float32 with one axis of values."""
+    """Return a column (N, ...) as float32 with one value axis."""
     return np.asarray(two_axes(column), np.float32)
 
 
 def two_axes(column: np.ndarray) -> Shaped[np.ndarray, "N n"]:
-    """Return a column (N, ...) with one axis of values; N may be 0."""
+    """Return a column (N, ...) with one value axis; N may be 0."""
     return column.reshape(len(column), int(np.prod(column.shape[1:])))
 
 

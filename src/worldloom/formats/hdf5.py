@@ -1,7 +1,7 @@
-"""What the HDF5 formats share: opening with errors that help, and a writer that a kill cannot corrupt.
+"""Shared code of the HDF5 formats: helpful errors, and a writer whose files a kill cannot corrupt.
 
-HDF5 files that are open when their process dies are often lost. So each episode is first written to a small file of
-its own (PATH.parts/000000.h5), atomically, and the last step assembles these into one file.
+HDF5 files that are open when their process dies are often lost. Therefore each episode is first written atomically to
+its own small file (PATH.parts/000000.h5), and the last step assembles these into one file.
 """
 
 import importlib
@@ -22,23 +22,23 @@ from worldloom.core.types import Episode
 from worldloom.data import metadata_json
 from worldloom.formats.format import CLOCK, Sink, Source, count_files, spec_values
 
-OWN = "worldloom"  # the attribute under which our own spec and metadata stand
+OWN = "worldloom"  # the attribute that contains worldloom's spec and metadata
 
 
 def h5py() -> Any:
     """Return the h5py package.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: h5py is not installed.
     """
-    with suppress(ImportError):  # where it is installed, it registers the filters of some published files
+    with suppress(ImportError):  # optional; registers the compression filters of some published files
         importlib.import_module("hdf5plugin")
     return require("h5py", "hdf5")
 
 
 @contextmanager
 def hdf5_errors(path: Path) -> Iterator[None]:
-    """Turn what HDF5 raises on `path` into this library's errors."""
+    """Convert HDF5's errors on `path` to worldloom's errors."""
     try:
         with storage_errors(path):
             yield
@@ -49,19 +49,19 @@ def hdf5_errors(path: Path) -> Iterator[None]:
                 f"{path} is compressed with a filter that is not installed; run: pip install hdf5plugin"
             ) from error
         raise DataError(
-            f"{path} is damaged or not a whole HDF5 file ({text}): it may be cut. Restore it from a copy"
+            f"{path} is not a valid HDF5 file ({text}); it may be truncated. Restore it from a copy"
         ) from error
 
 
 @contextmanager
 def opened_hdf5(path: Path) -> Iterator[Any]:
-    """Open an HDF5 file for reading, with errors that help."""
+    """Open an HDF5 file for reading; HDF5's errors are converted, also inside the block."""
     with hdf5_errors(path), h5py().File(path, "r") as file:
         yield file
 
 
 def is_hdf5(path: Path) -> bool:
-    """Return whether a file begins as HDF5 does."""
+    """Return whether a file starts with the HDF5 signature."""
     if not path.is_file():
         return False
     with storage_errors(path), path.open("rb") as file:
@@ -69,17 +69,17 @@ def is_hdf5(path: Path) -> bool:
 
 
 def is_image(shape: tuple[int, ...], dtype: Any) -> bool:
-    """Return whether a column of this shape (N, ...) holds pictures with channels last."""
+    """Return whether a column with this shape (N, ...) and dtype contains pictures with channels last."""
     return len(shape) == 4 and dtype == np.uint8 and shape[-1] in (1, 3, 4)
 
 
 def width(column: Any) -> int:
-    """Return how many values a row of a column holds."""
+    """Return the number of values in a row of a column."""
     return int(np.prod(column.shape[1:]))
 
 
 def own_attribute(holder: Any) -> dict[str, Any]:
-    """Return what worldloom wrote in the attributes of a group or file, or nothing."""
+    """Return the values that worldloom wrote to the attributes of a group or file; an empty dictionary without any."""
     text = holder.attrs.get(OWN)
     if text is None:
         return {}
@@ -88,13 +88,13 @@ def own_attribute(holder: Any) -> dict[str, Any]:
 
 
 def own_metadata(column: Any) -> dict[str, Any]:
-    """Return the metadata of an episode that worldloom wrote as JSON into a column."""
+    """Return the metadata of an episode, which worldloom wrote to a column as JSON."""
     values: dict[str, Any] = json.loads(column.asstr()[()])
     return values
 
 
 def json_or_text(value: Any) -> Any:
-    """Return an attribute as a JSON value: parsed where it is JSON, else as text, a number or a list."""
+    """Return an attribute as a JSON value: parsed if it is JSON, else as text, a number or a list."""
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
     if isinstance(value, str):
@@ -106,10 +106,10 @@ def json_or_text(value: Any) -> Any:
 
 
 class Hdf5Source(Source):
-    """A source over one HDF5 file, `main`, which is open as `file`; `describe_file` makes the spec of it."""
+    """Base class of sources that read one HDF5 file, `main`, which is open as `file`."""
 
     refused = (*CLOCK, "columns")
-    reason = "this layout has no timestamps and fixes the names of its columns"
+    reason = "this layout has no timestamps, and its column names are fixed"
     file: Any = None
 
     def begin(self) -> None:
@@ -125,7 +125,7 @@ class Hdf5Source(Source):
 
     @abstractmethod
     def describe_file(self) -> None:
-        """Choose what is read, and set `spec` and `fingerprint`."""
+        """Choose the columns to read, and set `spec` and `fingerprint`."""
 
     def close(self) -> None:
         """Close the file."""
@@ -134,7 +134,7 @@ class Hdf5Source(Source):
 
 
 class PartsSink(Sink):
-    """Collects episodes as small files and, at the end, assembles the HDF5 file `main`."""
+    """Base class of sinks that write each episode to a small file and finally assemble the HDF5 file `main`."""
 
     forbidden = "/"
 
@@ -149,17 +149,17 @@ class PartsSink(Sink):
         return self.main.with_name(f"{self.main.name}.parts")
 
     def places(self) -> list[Path]:
-        """Return the file and the directory of the parts."""
+        """Return the HDF5 file and the directory of the parts."""
         return [self.main, self.parts]
 
     def begin(self, *, resume: bool) -> int:
-        """Return how many episodes are in the file, or in parts where it is missing."""
+        """Return the number of episodes in the file, or in its parts if the file is missing."""
         self._complete = self.main.exists()
         if self._complete:
             with opened_hdf5(self.main) as file:
                 own = own_attribute(file)
             if own.get("spec") != spec_values(self.spec)["spec"]:
-                raise DataError(f"{self.main} holds something else; choose another path")
+                raise DataError(f"{self.main} contains different data; choose another path")
             self._clean()
             return int(own["episodes"])
         with storage_errors(self.parts):
@@ -167,7 +167,7 @@ class PartsSink(Sink):
         return count_files(self.part)
 
     def part(self, number: int) -> Path:
-        """Return the path of an episode's file."""
+        """Return the path of an episode's own file."""
         return self.parts / f"{number:06d}.h5"
 
     def write(self, episode: Episode) -> None:
@@ -187,14 +187,14 @@ class PartsSink(Sink):
                 for name, array in columns.items():
                     if array is not None:
                         file.create_dataset(name, data=array)
-                # As a dataset, because an attribute holds 64 kB only.
+                # As a dataset, because an attribute can store only 64 kB.
                 file.create_dataset("metadata", data=metadata_json(episode.metadata))
 
         with hdf5_errors(self.part(self.saved)):
             write_atomic(self.part(self.saved), write)
 
     def complete(self) -> None:
-        """Assemble the file, and delete the parts."""
+        """Assemble the HDF5 file, and delete the parts."""
         if self._complete:
             return
 
@@ -223,7 +223,7 @@ class PartsSink(Sink):
             )
 
     def _clean(self) -> None:
-        # Renamed first, so that a kill while deleting leaves no parts that look like the beginning of a dataset.
+        # Renamed first, so that after a kill the remaining parts do not look like the start of a dataset.
         if self.parts.exists():
             doomed = self.parts.with_name(f".{self.parts.name}.deleted")
             shutil.rmtree(doomed, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""LeRobot's datasets, versions 2.1 (2.0) and 3.0, without the `lerobot` package: Parquet and MP4.
+"""Reading of LeRobot datasets, versions 2.0, 2.1 and 3.0 (Parquet and MP4), without the `lerobot` package.
 
-Their layout is described in lerobot_layout.py, and they are written by lerobot_write.py.
+lerobot_layout.py describes the layout; lerobot_write.py contains the writers.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ from worldloom.core.files import read_json, storage_errors
 from worldloom.core.types import Episode
 from worldloom.data import decode_picture, resize, to_rgb
 from worldloom.formats.arrow import is_list, is_number, table_errors
-from worldloom.formats.format import FORMATS, Contents, Format, Source, chosen, natural
+from worldloom.formats.format import Contents, Source, add_format, chosen, natural
 from worldloom.formats.lerobot_layout import (
     COUNTERS,
     INFO,
@@ -37,12 +37,11 @@ from worldloom.formats.video import FrameStream, frame_times
 
 
 class LeRobotSource(Source):
-    """The episodes of a dataset; consecutive ones that share files are read in one pass."""
+    """A source over a LeRobot dataset. Consecutive episodes in the same files are read in one pass."""
 
     refused = ("columns",)
-    reason = "LeRobot's layout names its columns"
+    reason = "LeRobot's layout has fixed column names"
     major: str  # version
-    format: str
     _stream: FrameStream | None = None  # the video that was read last
 
     def begin(self) -> None:
@@ -60,7 +59,9 @@ class LeRobotSource(Source):
         self._vector = self.choose_vector(name for name in sizes if name.startswith("observation"))
         self._actions = sorted((name for name in sizes if name.partition(".")[0] == "action"), key=natural)
         if not self._actions:
-            raise DataError(f"{path / INFO} names no feature 'action'; it has {', '.join(features) or 'nothing'}")
+            raise DataError(
+                f"{path / INFO} has no feature 'action'; it has {', '.join(features) or 'none'}. Check the dataset"
+            )
         self._labels = [name for name in sizes if name.startswith(LABEL)]
         left = sorted({*features} - {*self._vector, *self._actions, *self._labels, *COUNTERS, self._camera})
         self.note_left_out("features", left, "not chosen, rewards, or not numeric")
@@ -77,7 +78,6 @@ class LeRobotSource(Source):
         files |= set((path / "meta").rglob("*.json*")) | set((path / "meta").rglob("*.parquet"))
         self.describe(
             Contents(
-                format=self.format,
                 files=[file for file in files if file.exists()],
                 action=size,
                 range=layout.range if layout.range is not None and len(layout.range[0]) == size else None,
@@ -105,17 +105,17 @@ class LeRobotSource(Source):
                 table = self._rows(entry, self._actions)
                 yield self._joined_actions(table, str(entry.data))
             except (DataError, StorageError):
-                continue  # raised again, or noted, when it is read
+                continue  # `read` raises or notes it
 
     def read(self, index: int) -> list[Episode]:
-        """Return the stretches of an episode."""
+        """Return the parts of an episode between gaps."""
         entry = self._layout.entries[index]
         where = f"{entry.data}: episode {entry.episode}"
         numeric = [*self._vector, *self._labels]
         pictures = [self._camera] if self._camera is not None and self._camera not in entry.videos else []
         table = self._rows(entry, [*numeric, *self._actions, *pictures])
         if table.num_rows == 0:
-            self.note("skipped", f"{where} is skipped: it has no row.", index)
+            self.note("skipped", f"{where} is skipped: it has no rows.", index)
             return []
         columns = {name: self._numbers(table, name, where) for name in numeric}
         times = self._clock(table, where)
@@ -141,20 +141,22 @@ class LeRobotSource(Source):
         return np.concatenate([self._numbers(table, name, where) for name in self._actions], axis=1)
 
     def _rows(self, entry: EpisodePlace, names: list[str]) -> pa.Table:
-        """Return the rows of an episode; a row group that several episodes share is decoded once."""
+        """Return the rows of an episode; a row group with several episodes is decoded once."""
         with table_errors(entry.data, "Parquet"):
             file, starts = self._opened(entry.data)
             there = file.schema_arrow.names
             for name in [*names, "episode_index"]:
                 if name not in there:
                     raise DataError(
-                        f"{entry.data} has no column {name!r}, which {INFO} names; it has {', '.join(there)}"
+                        f"{entry.data} has no column {name!r}, but {INFO} lists it; it has {', '.join(there)}. Restore "
+                        f"the file from a copy"
                     )
             wanted = [*names, "episode_index", *(name for name in ("timestamp", "frame_index") if name in there)]
             if file.metadata.num_rows < entry.first + entry.length:
                 raise DataError(
-                    f"{entry.data} has {file.metadata.num_rows} rows; episode {entry.episode} needs rows {entry.first} "
-                    f"to {entry.first + entry.length}. It is cut, or of another version; restore it"
+                    f"{entry.data} has {file.metadata.num_rows} rows, but episode {entry.episode} needs rows "
+                    f"{entry.first} to {entry.first + entry.length}: the file is truncated or has a different version. "
+                    f"Restore it from a copy"
                 )
             end = entry.first + entry.length
             groups = range(np.searchsorted(starts, entry.first, side="right") - 1, np.searchsorted(starts, end))
@@ -167,8 +169,8 @@ class LeRobotSource(Source):
         strangers = np.flatnonzero(numbers != entry.episode)
         if len(strangers):
             raise DataError(
-                f"{entry.data}: row {entry.first + strangers[0]} is of episode {numbers[strangers[0]]}; the metadata "
-                f"say {entry.episode}. Data and metadata are of different versions; restore both"
+                f"{entry.data}: row {entry.first + strangers[0]} belongs to episode {numbers[strangers[0]]}; expected "
+                f"{entry.episode}, as in the metadata. Data and metadata do not match; restore both from a copy"
             )
         return table
 
@@ -176,25 +178,27 @@ class LeRobotSource(Source):
         return self._opened(path)[0].read_row_group(group, columns=list(names))
 
     def _numbers(self, table: pa.Table, name: str, where: str) -> Float32[np.ndarray, "R n"]:
-        """Return a feature, flattened; what is missing is NaN."""
+        """Return a feature, flattened; missing values become NaN."""
         column = table[name].combine_chunks()
         size = width(self._layout.features[name])
         kind = column.type
         while is_list(column.type) and column.null_count == 0:
             column = column.flatten()
         if not (is_number(column.type) or pa.types.is_null(column.type)):
-            raise DataError(f"{where}: column {name!r} is {kind}; expected numbers, or lists of them without nulls")
+            raise DataError(
+                f"{where}: column {name!r} has type {kind}; expected numbers, or lists of numbers without nulls"
+            )
         values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
         if len(values) != table.num_rows * size:
             raise DataError(
-                f"{where}: column {name!r} holds {len(values)} values in {table.num_rows} rows; {INFO} states {size} "
-                f"in each"
+                f"{where}: column {name!r} has {len(values)} values in {table.num_rows} rows; expected {size} per row, "
+                f"as in {INFO}. Restore both files from a copy"
             )
         numbers: np.ndarray = values.astype(np.float32).reshape(table.num_rows, size)
         return numbers
 
     def _clock(self, table: pa.Table, where: str) -> Float64[np.ndarray, "R"]:
-        """Return the time of each row: its timestamp, or its number by the rate where these agree (it is exact)."""
+        """Return the time of each row in seconds: the exact row / fps if all timestamps agree, else the timestamps."""
         ideal = np.arange(table.num_rows) / self._layout.fps
         if "timestamp" not in table.column_names:
             return ideal
@@ -202,7 +206,9 @@ class LeRobotSource(Source):
         if is_list(column.type):
             column = column.flatten()
         if not is_number(column.type) or len(column) != table.num_rows:
-            raise DataError(f"{where}: column 'timestamp' is {table['timestamp'].type}; expected a number in each row")
+            raise DataError(
+                f"{where}: column 'timestamp' has type {table['timestamp'].type}; expected one number per row"
+            )
         times: np.ndarray = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
         return ideal if np.allclose(times, ideal, rtol=1e-6, atol=0.01 / self._layout.fps) else times
 
@@ -221,7 +227,7 @@ class LeRobotSource(Source):
     def _video(
         self, entry: EpisodePlace, times: Float64[np.ndarray, "R"], rows: Int64[np.ndarray, "N"]
     ) -> UInt8[np.ndarray, "N H W 3"]:
-        """Return the frames of these rows, each the one nearest to its time."""
+        """Return the frame nearest in time for each of these rows."""
         file, start = entry.videos[self._camera or ""]
         with storage_errors(file):
             file.stat()
@@ -233,8 +239,9 @@ class LeRobotSource(Source):
         nearest = np.searchsorted((stamps[1:] + stamps[:-1]) / 2, wanted)
         if count != len(wanted) or np.abs(stamps[nearest] - wanted).max() > half:
             raise DataError(
-                f"{file} has {count} frames for episode {entry.episode}, which has {len(wanted)} rows from "
-                f"{wanted[0]:.4g} s to {wanted[-1]:.4g} s; expected a frame at each. It is cut, or of another version"
+                f"{file} has {count} frames for episode {entry.episode}; expected a frame for each of its "
+                f"{len(wanted)} rows from {wanted[0]:.4g} s to {wanted[-1]:.4g} s. The video is truncated or has a "
+                f"different version; restore it from a copy"
             )
         if self._stream is None or self._stream.path != file:
             if self._stream is not None:
@@ -244,7 +251,9 @@ class LeRobotSource(Source):
 
     def _images(self, column: Any, rows: Int64[np.ndarray, "N"], where: str) -> UInt8[np.ndarray, "N H W 3"]:
         if not pa.types.is_struct(column.type) or {"bytes", "path"} - {each.name for each in column.type}:
-            raise DataError(f"{where}: column {self._camera!r} is {column.type}; expected pictures (bytes and path)")
+            raise DataError(
+                f"{where}: column {self._camera!r} has type {column.type}; expected pictures (bytes and path)"
+            )
         pictures: list[np.ndarray] = []
         for row in rows:
             what = f"{where}: the picture of {self._camera!r} in row {row}"
@@ -257,7 +266,7 @@ class LeRobotSource(Source):
             picture = resize(to_rgb(decode_picture(content, what))[None], self.options.size)[0]
             if pictures and picture.shape != pictures[0].shape:
                 raise DataError(
-                    f"{what} has shape {picture.shape} and those before {pictures[0].shape}. Give one size for all "
+                    f"{what} has shape {picture.shape}; expected {pictures[0].shape}, as before. Resize all pictures "
                     f"with --size HxW"
                 )
             pictures.append(picture)
@@ -265,20 +274,20 @@ class LeRobotSource(Source):
 
 
 def _open_rows(path: Path) -> tuple[pq.ParquetFile, Int64[np.ndarray, "_"]]:
-    """Open a Parquet file; return it and where its row groups begin."""
+    """Open a Parquet file; return it and the first row of each row group."""
     file = pq.ParquetFile(path)
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
     return file, np.cumsum([0, *sizes])
 
 
 class LeRobotSourceV2(LeRobotSource):
-    """A dataset of version 2.1 or 2.0."""
+    """A source over a LeRobot dataset of version 2.0 or 2.1."""
 
     major, format = "v2", "lerobot-v21"
 
 
 class LeRobotSourceV3(LeRobotSource):
-    """A dataset of version 3.0."""
+    """A source over a LeRobot dataset of version 3.0."""
 
     major, format = "v3", "lerobot-v3"
 
@@ -296,17 +305,17 @@ def _states(major: str, path: Path) -> bool:
     return str(info["codebase_version"]).startswith("v2") == (major == "v2")
 
 
-for _source, _sink, _description in (
-    (LeRobotSourceV2, LeRobotSinkV2, "version 2.1: meta/info.json, a Parquet file and videos for each episode"),
-    (LeRobotSourceV3, LeRobotSinkV3, "version 3.0: meta/info.json, several episodes in each Parquet file and video"),
-):
-    FORMATS.register(_source.format)(
-        Format(
-            name=_source.format,
-            description=f"a dataset of LeRobot, {_description}",
-            detects=partial(_states, _source.major),
-            open=_source,
-            create=_sink,
-            lossless_pixels=False,
-        )
-    )
+add_format(
+    LeRobotSourceV2,
+    LeRobotSinkV2,
+    partial(_states, "v2"),
+    "a dataset of LeRobot, version 2.1: meta/info.json, a Parquet file and videos for each episode",
+    lossless_pixels=False,
+)
+add_format(
+    LeRobotSourceV3,
+    LeRobotSinkV3,
+    partial(_states, "v3"),
+    "a dataset of LeRobot, version 3.0: meta/info.json, several episodes in each Parquet file and video",
+    lossless_pixels=False,
+)

@@ -1,8 +1,8 @@
-"""The layout of LeRobot's datasets, versions 2.1 (2.0) and 3.0, and their metadata.
+"""The layout of LeRobot datasets, versions 2.0, 2.1 and 3.0, and their metadata.
 
-`meta/info.json` names features, the rate and where files are. Version 2.1 has a Parquet file and a video of each camera
-for every episode, version 3.0 several episodes in each file; `meta/episodes` states the rows and the seconds of each.
-Row k shows the frame at its timestamp, and the action that leaves it.
+`meta/info.json` contains the features, the frame rate and the paths of the files. Version 2.1 has a Parquet file and
+one video per camera for every episode. Version 3.0 has several episodes in each file; `meta/episodes` contains the rows
+and the seconds of each. Row k contains the frame at its timestamp, and the action taken there.
 """
 
 import json
@@ -22,8 +22,8 @@ from worldloom.formats.arrow import table_errors
 from worldloom.formats.format import Bounds, spec_in
 
 INFO, OWN = Path("meta/info.json"), Path("meta/worldloom.json")
-METADATA = "worldloom_metadata"  # our metadata of an episode, as JSON text
-CHUNK = 1000  # files in a directory, where info.json does not state it
+METADATA = "worldloom_metadata"  # worldloom's metadata of an episode, as JSON text
+CHUNK = 1000  # files per directory, if info.json does not contain it
 CAMERA, VECTOR, ACTION, LABEL = "observation.image", "observation.state", "action", "label."
 COUNTERS = {
     "timestamp": "float32",
@@ -41,7 +41,10 @@ VERSIONS = {"v2": ("v2.1", "v2.0"), "v3": ("v3.0",)}
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodePlace:
-    """Where an episode is: rows from `first` on of a Parquet file, and seconds from one on of each camera's video."""
+    """The place of an episode: `length` rows of the Parquet file `data` from row `first` on, and its videos.
+
+    `videos` maps each camera to a file and the second at which the episode starts in it.
+    """
 
     episode: int
     length: int
@@ -53,41 +56,43 @@ class EpisodePlace:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a dataset's metadata state; `range` holds the least and greatest actions, where they are stated."""
+    """The metadata of a dataset; `range` is the minimum and maximum of actions, if the statistics contain them."""
 
     fps: float
     features: Mapping[str, Mapping[str, Any]]
     entries: list[EpisodePlace]
     range: Bounds | None
-    spec: DatasetSpec | None  # our own
+    spec: DatasetSpec | None  # if worldloom wrote the dataset
 
     @classmethod
     def read(cls, root: Path, major: str) -> "Layout":
         """Read the metadata of a dataset of version `v2` or `v3`.
 
         Raises:
-            DataError: the version is another, or the metadata are damaged or of another layout.
+            DataError: the version is not supported, or the metadata are damaged or have a different layout.
         """
         info = read_json(root / INFO)
         version = str(info.get("codebase_version")) if isinstance(info, dict) else "none"
         if version not in VERSIONS[major]:
             known = ", ".join(each for versions in VERSIONS.values() for each in versions)
             raise DataError(
-                f"{root / INFO} states codebase_version {version!r}; expected {' or '.join(VERSIONS[major])} here "
-                f"(known: {known}). Convert older or newer datasets with the lerobot package's own scripts"
+                f"{root / INFO} has codebase_version {version!r}; expected {' or '.join(VERSIONS[major])} for this "
+                f"format (supported: {known}). Convert other versions with the scripts of the lerobot package"
             )
         with _layout_errors(root / INFO):
             features = dict(info["features"])
             fps = float(info["fps"])
             if not (np.isfinite(fps) and fps > 0):
-                raise DataError(f"{root / INFO} states {fps} frames a second; expected a positive number")
+                raise DataError(f"{root / INFO} has fps {fps}; expected a positive number. Correct it")
             for feature in features.values():
                 tuple(feature["shape"])
                 str(feature["dtype"])
         cameras = [name for name, feature in features.items() if feature["dtype"] == "video"]
         entries = (_entries_v2 if major == "v2" else _entries_v3)(root, info, cameras)
         if not entries:
-            raise DataError(f"{root} holds no episode; expected at least one in meta/episodes")
+            raise DataError(
+                f"{root} has no episodes; expected at least one in meta/episodes. Restore meta/ from a copy"
+            )
         spec = spec_in(read_json(root / OWN) if (root / OWN).exists() else {})
         return cls(fps=fps, features=features, entries=entries, range=_range(root), spec=spec)
 
@@ -98,7 +103,7 @@ def _layout_errors(path: Path) -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DataError(
-            f"{path} is damaged or of another layout ({type(error).__name__}: {error}); restore it from a copy"
+            f"{path} is damaged or has a different layout ({type(error).__name__}: {error}); restore it from a copy"
         ) from error
 
 
@@ -118,7 +123,9 @@ def _entries_v3(root: Path, info: Mapping[str, Any], cameras: list[str]) -> list
     folder = root / "meta" / "episodes"
     files = sorted(folder.rglob("*.parquet"))
     if not files:
-        raise DataError(f"{folder} holds no Parquet file; expected chunk-000/file-000.parquet. Restore meta/")
+        raise DataError(
+            f"{folder} has no Parquet files; expected chunk-000/file-000.parquet. Restore meta/ from a copy"
+        )
     rows = [row for file in files for row in read_rows(file)]
     entries: list[EpisodePlace] = []
     with _layout_errors(folder):
@@ -153,7 +160,7 @@ def _numbered(row: Mapping[str, Any], prefix: str) -> dict[str, int]:
 
 
 def _place(row: Mapping[str, Any], data: Path, first: int, videos: Mapping[str, tuple[Path, float]]) -> EpisodePlace:
-    """Return the place of the episode that a row of meta/episodes describes."""
+    """Return the location of the episode that a row of meta/episodes describes."""
     number, own = int(row["episode_index"]), row.get(METADATA)
     foreign = {"episode": number, "tasks": [str(task) for task in row.get("tasks") or []]}
     return EpisodePlace(
@@ -167,7 +174,7 @@ def _place(row: Mapping[str, Any], data: Path, first: int, videos: Mapping[str, 
 
 
 def read_rows(file: Path, *, stats: bool = False) -> list[dict[str, Any]]:
-    """Return the rows of a file of meta/episodes without their statistics, or these alone."""
+    """Return the rows of a file of meta/episodes without the statistics, or only the statistics if `stats`."""
     with table_errors(file, "Parquet"), pq.ParquetFile(file) as opened:
         names = [name for name in opened.schema_arrow.names if name.startswith("stats/") == stats]
         rows: list[dict[str, Any]] = opened.read(columns=names).to_pylist()
@@ -175,7 +182,7 @@ def read_rows(file: Path, *, stats: bool = False) -> list[dict[str, Any]]:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file with one JSON object a line."""
+    """Return the JSON objects of a file with one object per line."""
     with storage_errors(file):
         text = file.read_text(encoding="utf-8", errors="replace")
     lines = []
@@ -185,15 +192,17 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         try:
             value = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{file}: line {number} is not whole JSON ({error}); restore it from a copy") from error
+            raise DataError(
+                f"{file}: line {number} is not valid JSON ({error}); restore the file from a copy"
+            ) from error
         if not isinstance(value, dict):
-            raise DataError(f"{file}: line {number} is not a JSON object; restore it from a copy")
+            raise DataError(f"{file}: line {number} is not a JSON object; restore the file from a copy")
         lines.append(value)
     return lines
 
 
 def _range(root: Path) -> Bounds | None:
-    """Return the least and greatest actions that the statistics state."""
+    """Return the minimum and maximum of actions from the statistics, or None."""
     stated: list[dict[str, Any]] = []
     if (root / "meta" / "stats.json").exists():
         stated.append(read_json(root / "meta" / "stats.json"))
@@ -209,14 +218,14 @@ def _range(root: Path) -> Bounds | None:
 
 
 def inside(root: Path, name: str, stated: Path) -> Path:
-    """Return a path that the file `stated` names, which must be in the dataset."""
+    """Return the path `name`, which the file `stated` contains; the path must be inside the dataset `root`."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise DataError(f"{stated} names the file {name!r}, which lies outside the dataset; correct the name")
+        raise DataError(f"{stated} refers to the file {name!r} outside of the dataset; correct the path")
     return root / name
 
 
 def is_numeric(feature: Mapping[str, Any]) -> bool:
-    """Return whether a feature holds numbers; text, pictures and the like do not."""
+    """Return whether a feature contains numbers, rather than for example text or pictures."""
     try:
         return np.dtype(feature["dtype"]).kind in "fiub"
     except TypeError:
@@ -224,12 +233,12 @@ def is_numeric(feature: Mapping[str, Any]) -> bool:
 
 
 def width(feature: Mapping[str, Any]) -> int:
-    """Return how many values a row of a feature holds."""
+    """Return the number of values in a row of a feature."""
     return int(np.prod(feature["shape"]))
 
 
 def picture_shape(feature: Mapping[str, Any], name: str, path: Path) -> tuple[int, int]:
-    """Return the height and width of a camera; some datasets put the channels first."""
+    """Return the height and width of a camera; some datasets have the channels first."""
     shape = [int(size) for size in feature["shape"]]
     if len(shape) != 3:
         raise DataError(f"{path / INFO}: feature {name!r} has shape {shape}; expected height, width and channels")

@@ -1,7 +1,8 @@
-"""Writers of LeRobot's datasets, versions 2.1 and 3.0; lerobot_layout.py describes the layout.
+"""Writers of LeRobot datasets, versions 2.1 and 3.0; lerobot_layout.py describes the layout.
 
-Our spec is stored in `meta/worldloom.json`, which LeRobot ignores; labels are features `label.NAME`; the last row of an
-episode holds a zero action. Pictures are H.264 in yuv444p or, lossless, PNG in the Parquet files (dtype `image`).
+worldloom's spec is stored in `meta/worldloom.json`, which LeRobot ignores. Labels are features `label.NAME`. The last
+row of an episode has a zero action. Pictures are H.264 in yuv444p or, lossless, PNG in the Parquet files (dtype
+`image`).
 """
 
 import json
@@ -41,7 +42,7 @@ Stats = dict[str, dict[str, Any]]  # feature -> min, max, mean, std, count, as l
 
 
 class LeRobotSink(Sink):
-    """What both versions share: features, rows, statistics, and the files that describe them."""
+    """Base class of both versions: features, rows, statistics, and the metadata files."""
 
     version: str
 
@@ -50,22 +51,22 @@ class LeRobotSink(Sink):
     encoded, lossy_codec = True, LOSSY_CODEC
 
     def begin(self, *, resume: bool) -> int:
-        """Claim the place, and count the episodes that an earlier run wrote."""
+        """Claim the path, and count the episodes that an earlier run wrote."""
         path, options = self.path, self.options
         if options.fps != int(options.fps):
-            raise ConfigError(f"LeRobot takes a whole number of frames a second; fps is {options.fps}")
+            raise ConfigError(f"LeRobot needs an integer frame rate; got fps={options.fps}")
         self.fps, self.lossless = int(options.fps), options.lossless
         self.video = self.spec.observation.pixels is not None and not options.lossless
         there = read_json(path / OWN) if (path / OWN).exists() else None
         wanted = {**spec_values(self.spec), "version": self.version, "write": options.model_dump(mode="json")}
         if there is None:
             if path.exists() and any(path.iterdir()):
-                raise DataError(f"{path} holds something else; choose another path")
+                raise DataError(f"{path} contains different data; choose another path")
             with storage_errors(path):
                 path.mkdir(parents=True, exist_ok=True)
             write_json(path / OWN, wanted)
         elif there != wanted:
-            raise DataError(f"{path} holds something else, or was begun with other options; choose another path")
+            raise DataError(f"{path} contains different data, or was started with other options; choose another path")
         rows = self.resumed()
         tasks = [task for row in rows for task in row["tasks"]]
         self.tasks = {task: number for number, task in enumerate(dict.fromkeys(tasks))}
@@ -78,10 +79,10 @@ class LeRobotSink(Sink):
 
     @abstractmethod
     def _stats(self) -> list[Stats]:
-        """Return the statistics of the episodes that are there."""
+        """Return the statistics of each saved episode."""
 
     def features(self) -> dict[str, Any]:
-        """Return what info.json says of each column."""
+        """Return the description of each column for info.json."""
         found: dict[str, Any] = {}
         if self.spec.observation.pixels is not None:
             height, width, _ = self.spec.observation.pixels
@@ -109,7 +110,7 @@ class LeRobotSink(Sink):
         return found | {name: {"dtype": kind, "shape": [1], "names": None} for name, kind in COUNTERS.items()}
 
     def task(self, episode: Episode) -> str:
-        """Return the task of an episode in words, and give it a number."""
+        """Return the task description of an episode, and number it if it is new."""
         tasks = episode.metadata.get("tasks")
         known = tasks[0] if isinstance(tasks, list) and tasks and isinstance(tasks[0], str) else self.options.task
         self.tasks.setdefault(known, len(self.tasks))
@@ -149,7 +150,7 @@ class LeRobotSink(Sink):
         return pa.table(columns), stats
 
     def types(self) -> dict[str, str]:
-        """Return the metadata of a Parquet file by which the `datasets` package tells pictures from other structs."""
+        """Return metadata for Parquet files from which the `datasets` package recognises pictures."""
         found: dict[str, Any] = {}
         for name, feature in self.features().items():
             value = {"dtype": feature["dtype"], "_type": "Value"}
@@ -180,18 +181,18 @@ class LeRobotSink(Sink):
         )
 
     def write_video(self, file: Path, episodes: list[Episode]) -> None:
-        """Write one video of the episodes, one after the other."""
+        """Write one video with these episodes, one after the other."""
         frames = np.concatenate([to_rgb(episode.pixels) for episode in episodes if episode.pixels is not None])
         write_video(file, frames, fps=float(self.fps), crf=self.options.crf, lossless=False)
 
 
 class LeRobotSinkV2(LeRobotSink):
-    """A Parquet file for each episode, written after its video, makes it whole; meta/ is written at the end."""
+    """Writes version 2.1. The Parquet file of an episode, written after its video, marks it as complete."""
 
     version = "v2.1"
 
     def resumed(self) -> list[dict[str, Any]]:
-        """Return the lines that the Parquet files hold."""
+        """Return the lines of the Parquet files."""
         count = count_files(lambda number: self._file(V2_DATA, number))
         self._lines = [self._described(number, "worldloom") for number in range(count)]
         return self._lines
@@ -201,7 +202,7 @@ class LeRobotSinkV2(LeRobotSink):
         return self.path / pattern.format(**names)
 
     def _described(self, number: int, key: str) -> dict[str, Any]:
-        """Return what stands under a key in the metadata of an episode's Parquet file."""
+        """Return the value of a key in the metadata of an episode's Parquet file."""
         file = self._file(V2_DATA, number)
         with table_errors(file, "Parquet"):
             found = (pq.read_schema(file).metadata or {}).get(key.encode())
@@ -243,7 +244,10 @@ class LeRobotSinkV2(LeRobotSink):
 
 
 class LeRobotSinkV3(LeRobotSink):
-    """Collects up to 64 MiB or 64 episodes for a file; its part of meta/episodes, written last, makes them whole."""
+    """Writes version 3.0, with up to 64 MiB or 64 episodes per file.
+
+    A file of meta/episodes, written last, marks its episodes as complete.
+    """
 
     version = "v3.0"
     most_bytes, most_episodes = 2**26, 64
@@ -257,7 +261,7 @@ class LeRobotSinkV3(LeRobotSink):
         return self.path / f"meta/episodes/chunk-{number // CHUNK:03d}/file-{number % CHUNK:03d}.parquet"
 
     def save(self, episodes: list[Episode]) -> None:
-        """Write a file of episodes, their video, and last what describes them."""
+        """Write a file of episodes and their video, and last their metadata."""
         place = {"chunk_index": self._files // CHUNK, "file_index": self._files % CHUNK}
         tables: list[pa.Table] = []
         rows: list[dict[str, Any]] = []
@@ -297,13 +301,16 @@ class LeRobotSinkV3(LeRobotSink):
         return found
 
     def complete(self) -> None:
-        """Write the rest of meta/."""
+        """Write the remaining files of meta/."""
         write_parquet(self.path / "meta" / "tasks.parquet", self._task_table())
-        megabytes = {"data_files_size_in_mb": 100, "video_files_size_in_mb": 500}  # LeRobot's limits; ours are smaller
+        megabytes = {
+            "data_files_size_in_mb": 100,
+            "video_files_size_in_mb": 500,
+        }  # LeRobot's defaults
         self.describe({**megabytes, "data_path": V3_DATA, "video_path": V3_VIDEO if self.video else None})
 
     def _task_table(self) -> pa.Table:
-        # As pandas writes a frame whose index is the tasks, which is how LeRobot reads them.
+        # The form of a pandas data frame with the tasks as index, which LeRobot expects.
         def column(name: str | None, field: str | None, pandas_type: str, numpy_type: str) -> dict[str, str | None]:
             types = {"pandas_type": pandas_type, "numpy_type": numpy_type}
             return {"name": name, "field_name": field, **types, "metadata": None}
@@ -331,7 +338,7 @@ def _describe(column: np.ndarray) -> dict[str, list[Any]]:
 
 
 def _describe_pixels(frames: np.ndarray) -> dict[str, list[Any]]:
-    """Return the statistics of each channel of frames (N, H, W, 3), in [0, 1]; exact, and one frame at a time."""
+    """Return the exact statistics of each channel of frames (N, H, W, 3), scaled to [0, 1]."""
     counts = np.zeros((3, 256), np.int64)
     for frame in frames:
         counts += np.stack([np.bincount(frame[..., channel].reshape(-1), minlength=256) for channel in range(3)])
@@ -345,7 +352,7 @@ def _describe_pixels(frames: np.ndarray) -> dict[str, list[Any]]:
 
 
 def _together(stats: list[Stats]) -> Stats:
-    """Return the statistics of all from those of parts; variances by the law of total variance."""
+    """Combine the statistics of parts; the variance follows from the law of total variance."""
     found: Stats = {}
     for name in stats[0] if stats else []:
         parts = [each[name] for each in stats]

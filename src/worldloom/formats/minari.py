@@ -1,7 +1,7 @@
-"""Minari's datasets in HDF5: `data/metadata.json` with the spaces, `data/main_data.hdf5` with a group an episode.
+"""Minari datasets in HDF5: `data/metadata.json` with the spaces, `data/main_data.hdf5` with one group per episode.
 
-An episode has T + 1 observations and T actions, as ours. Dictionaries and tuples of observations are groups; pictures
-are raw bytes, or JPEG.
+An episode has T + 1 observations and T actions, as in worldloom. Dictionaries and tuples of observations are groups;
+pictures are raw bytes or JPEG.
 """
 
 import json
@@ -16,7 +16,7 @@ from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import read_json, write_json
 from worldloom.core.types import Episode
 from worldloom.data import decode_picture, metadata_json
-from worldloom.formats.format import FORMATS, Bounds, Contents, Format, chosen, flat, natural, spec_in, two_axes
+from worldloom.formats.format import Bounds, Contents, add_format, chosen, flat, natural, spec_in, two_axes
 from worldloom.formats.hdf5 import (
     OWN,
     Hdf5Source,
@@ -30,18 +30,23 @@ from worldloom.formats.hdf5 import (
 )
 
 METADATA, MAIN = "metadata.json", "main_data.hdf5"
-VERSION = "0.5.4"  # of the library whose layout is written
+VERSION = "0.5.4"  # the Minari version whose layout is written
 _ALONE = "observation"  # the name of an observation that is not a dictionary
-SCORES = "scores"  # our scores of choices, where they are not one-hot
-_LEAST = 32  # height and width from which unsigned bytes without channels are a picture
-_MOST = 4096  # values of an observation that is not a picture
+SCORES = "scores"  # worldloom's scores of discrete actions, if they are not one-hot
+_LEAST = 32  # minimum height and width of a picture without channels
+_MOST = 4096  # maximum number of values of an observation that is not a picture
 
 
 class MinariSource(Hdf5Source):
-    """The episodes in numeric order. `Discrete` becomes one-hot; text and the like are left out, with a note."""
+    """A source over a Minari dataset, in the order of episode numbers.
+
+    `Discrete` values become one-hot; values that are not numeric are left out, with a note.
+    """
+
+    format = "minari"
 
     def locate(self, path: Path) -> Path:
-        """Return the directory of the two files, and read the metadata, which say how the rest is stored."""
+        """Return the directory of the two files, and read the metadata."""
         directory = _data(path)
         self._metadata = _read_metadata(directory)
         return directory
@@ -52,13 +57,14 @@ class MinariSource(Hdf5Source):
         return self.path / MAIN
 
     def describe_file(self) -> None:
-        """Choose the observations by the spaces that the metadata state."""
+        """Choose the observations from the spaces in the metadata."""
         where = self.path
         self._episodes = sorted((name for name in self.file if name.startswith("episode_")), key=natural)
         stated = self._metadata.get("total_episodes")
         if not self._episodes or (stated is not None and int(stated) != len(self._episodes)):
             raise DataError(
-                f"{self.main} holds {len(self._episodes)} episodes; {METADATA} states {stated}. It is cut, or empty"
+                f"{self.main} has {len(self._episodes)} episodes; expected {stated}, as in {METADATA}. The file is "
+                f"empty or truncated; restore it from a copy"
             )
         first = self.file[self._episodes[0]]
         own = spec_in(own_attribute(self.file))
@@ -80,20 +86,20 @@ class MinariSource(Hdf5Source):
         if self._camera is not None:
             shape = self._leaves[self._camera]["shape"]
             pixels = (int(shape[0]), int(shape[1]), int(shape[2]) if len(shape) > 2 else 1)
-            # Some versions do not state JPEG; raw pictures have an axis for each of their space and one of time.
+            # Some versions do not record the encoding; raw pictures have one axis more than their space (time).
             stored = first.get(self._places[self._camera])
             self._jpeg = stored is not None and len(stored.shape) <= len(shape)
         if self._jpeg:
             self.note(
                 "info",
-                f"{where}: the pictures were stored as JPEG, so they differ slightly from what the simulator drew.",
+                f"{where}: the pictures were stored as JPEG, so they differ slightly from the rendered frames.",
             )
         self._action = self._space("action_space")
         size = _size(self._action)
         if size == 0 or self._action["type"] not in ("Box", "Discrete"):
             raise DataError(
-                f"{where}: the action space is {self._action.get('type')}; expected a Box or a Discrete. Flatten the "
-                f"actions before they are recorded"
+                f"{where}: the action space is {self._action.get('type')}; expected a Box or a Discrete space. Record "
+                f"the dataset with flattened actions"
             )
         discrete = self._action["type"] == "Discrete"
         bounds: Bounds | None = ([0.0] * size, [1.0] * size)
@@ -109,7 +115,6 @@ class MinariSource(Hdf5Source):
             environment["env_spec"] = self._metadata["env_spec"]
         self.describe(
             Contents(
-                format="minari",
                 files=[where / METADATA, self.main],
                 action=size,
                 discrete=discrete,
@@ -128,13 +133,13 @@ class MinariSource(Hdf5Source):
         space = json_or_text(text)
         if not isinstance(space, dict):
             raise DataError(
-                f"{self.path / METADATA} states no {name}; a dataset that only names its environment cannot be "
-                f"read without that environment. Open it with minari, and save it with its spaces"
+                f"{self.path / METADATA} has no {name}; worldloom does not create the environment to look it up. "
+                f"Write the dataset again with minari, passing observation_space and action_space"
             )
         return space
 
     def actions(self) -> Iterator[np.ndarray]:
-        """Yield the actions of each episode that has numbers."""
+        """Yield the actions of each episode with numeric actions."""
         for name in self._episodes:
             column = self.file[name].get("actions")
             if isinstance(column, h5py().Dataset) and column.dtype.kind in "fiub" and column.shape:
@@ -179,27 +184,33 @@ class MinariSource(Hdf5Source):
         column = group.get(place)
         if not isinstance(column, h5py().Dataset) or column.dtype.kind not in "fiub":
             came = "is missing" if column is None else f"is {getattr(column, 'dtype', 'a group')}"
-            raise DataError(f"{where}/{place} {came}; the spaces in {METADATA} promise numbers. Restore it")
+            raise DataError(
+                f"{where}/{place} {came}; expected numbers, as in the spaces in {METADATA}. Restore both from a copy"
+            )
         numbers: np.ndarray = column[()]
         return numbers
 
     def _encode(self, column: np.ndarray, space: Mapping[str, Any], where: str) -> np.ndarray:
-        """Return a column as float32 (N, size), choices as one-hot."""
+        """Return a column as float32 (N, size); discrete choices become one-hot."""
         width = _size(space)
         if space["type"] == "Discrete":
             choices = column.reshape(-1).astype(np.int64) - int(space.get("start", 0))
             if len(choices) != len(column) or ((choices < 0) | (choices >= width)).any():
-                raise DataError(f"{where} holds a choice outside the {width} of its space; it is damaged")
+                raise DataError(
+                    f"{where} has a choice outside of its space of {width} choices; restore the file from a copy"
+                )
             return np.eye(width, dtype=np.float32)[choices]
         if column.ndim == 0 or int(np.prod(column.shape[1:])) != width:
-            raise DataError(f"{where} has shape {column.shape}; its space in {METADATA} has {width} values. Restore it")
+            raise DataError(
+                f"{where} has shape {column.shape}; expected {width} values per row, as in {METADATA}. Restore it"
+            )
         return flat(column)
 
     def _check(self, column: np.ndarray, steps: int, where: str) -> None:
         if len(column) != steps + 1:
             raise DataError(
-                f"{where} has {len(column)} rows and there are {steps} actions; expected one action fewer than "
-                f"observations. The episode is damaged"
+                f"{where} has {len(column)} rows for {steps} actions; expected one action fewer than observations. "
+                f"Restore the file from a copy"
             )
 
     def _pictures(self, group: Any, steps: int, where: str) -> np.ndarray:
@@ -217,14 +228,16 @@ class MinariSource(Hdf5Source):
             ]
             column = np.stack(pictures) if len({picture.shape for picture in pictures}) == 1 else np.zeros((0, 0))
         if column.dtype != np.uint8 or column.shape[1:] != shape:
-            raise DataError(f"{where} is {column.dtype} of shape {column.shape}; expected bytes of {shape}")
+            raise DataError(
+                f"{where} is {column.dtype} of shape {column.shape}; expected uint8 pictures of shape {shape}"
+            )
         return column.reshape(len(column), *(*shape, 1)[:3])
 
 
 class MinariSink(PartsSink):
-    """Writes `data/main_data.hdf5` and, last, `data/metadata.json`; our labels and metadata are entries of their own.
+    """Writes `data/main_data.hdf5` and, last, `data/metadata.json`, with extra entries for labels and metadata.
 
-    Pixels and a vector together make a dictionary of observations. Rewards, which Minari expects, are zeros.
+    Pixels and a vector become a dictionary of observations. Rewards, which Minari requires, are zeros.
     """
 
     layout = "Minari's layout"
@@ -235,7 +248,7 @@ class MinariSink(PartsSink):
         return self.path / "data" / MAIN
 
     def assemble(self, file: Any, episodes: Iterator[Episode]) -> None:
-        """Write the groups."""
+        """Write one group per episode."""
         both = self.spec.observation.pixels is not None and self.spec.observation.vector > 0
         for number, episode in enumerate(episodes):
             group = file.create_group(f"episode_{number}")
@@ -258,7 +271,7 @@ class MinariSink(PartsSink):
             group[OWN] = metadata_json(episode.metadata)
 
     def complete(self) -> None:
-        """Assemble the file, and write the metadata."""
+        """Assemble the HDF5 file, and write the metadata."""
         super().complete()
         with opened_hdf5(self.main) as file:
             steps = [int(group.attrs["total_steps"]) for group in file.values()]
@@ -275,7 +288,7 @@ class MinariSink(PartsSink):
             "dataset_size": round(self.main.stat().st_size / 1e6, 1),
             "author": [],
             "author_email": [],
-            "description": "Written by worldloom; rewards are zeros, as worldloom has none.",
+            "description": "Written by worldloom; rewards are zeros, because worldloom has none.",
         }
         write_json(self.path / "data" / METADATA, metadata)
 
@@ -293,19 +306,19 @@ class MinariSink(PartsSink):
         action = self.spec.action
         if action.discrete:
             return {"type": "Discrete", "dtype": "int64", "start": 0, "n": action.size}
-        # In single precision, as the actions are; rounding must not put one out of bounds.
+        # In single precision, like the actions, so that rounding puts no action out of bounds.
         return _box("float32", np.array(action.low, np.float32), np.array(action.high, np.float32))
 
 
 def _detects(path: Path) -> bool:
-    """Look for the two files, and for Minari's keys in the metadata."""
+    """Return whether the metadata exist and have Minari's keys."""
     data = _data(path)
     if not (data / METADATA).is_file():
         return False
     try:
         metadata = read_json(data / METADATA)
     except StorageError:
-        return (data / MAIN).is_file()  # opening says what is wrong
+        return (data / MAIN).is_file()  # `open` reports the problem
     return isinstance(metadata, dict) and "total_episodes" in metadata and "data_format" in metadata
 
 
@@ -318,10 +331,10 @@ def _data(path: Path) -> Path:
 def _read_metadata(path: Path) -> dict[str, Any]:
     metadata = read_json(path / METADATA)
     if not isinstance(metadata, dict) or "data_format" not in metadata:
-        raise DataError(f"{path / METADATA} is not metadata of Minari (it has no data_format); check the path")
+        raise DataError(f"{path / METADATA} has no data_format, so it is not Minari metadata; check the path")
     if metadata["data_format"] != "hdf5":
         raise DataError(
-            f"{path} is stored as {metadata['data_format']!r}; expected 'hdf5'. Save it as HDF5 with minari"
+            f"{path} has data_format {metadata['data_format']!r}; expected 'hdf5'. Save it as HDF5 with minari"
         )
     return metadata
 
@@ -329,7 +342,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
 def _leaves(
     space: Mapping[str, Any], name: str = "", place: str = "observations"
 ) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Return the parts of a space: a name, where the column is, and the space."""
+    """Yield (name, path of the column, space) for each part of a space."""
     parts: dict[str, tuple[str, Any]] = {}
     if space.get("type") == "Dict":
         parts = {key: (key, part) for key, part in space["subspaces"].items()}
@@ -349,7 +362,7 @@ def _is_image(space: Mapping[str, Any]) -> bool:
 
 
 def _size(space: Mapping[str, Any]) -> int:
-    """Return how many numbers stand for a value of a space; 0 for what is not carried."""
+    """Return the number of float values that represent a value of a space; 0 for unsupported spaces."""
     kind = space.get("type")
     if kind == "Box":
         size = math.prod(space["shape"])
@@ -373,12 +386,4 @@ def _plain(value: Any) -> Any:
     return plain if isinstance(plain, int | str) or np.isfinite(plain).all() else str(plain)
 
 
-FORMATS.register("minari")(
-    Format(
-        name="minari",
-        description="a dataset of Minari: data/metadata.json and data/main_data.hdf5",
-        detects=_detects,
-        open=MinariSource,
-        create=MinariSink,  # `minari.MinariDataset(PATH / "data")` opens what it writes
-    )
-)
+add_format(MinariSource, MinariSink, _detects, "a dataset of Minari: data/metadata.json and data/main_data.hdf5")

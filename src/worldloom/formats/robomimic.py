@@ -1,4 +1,4 @@
-"""robomimic's HDF5 layout: data/demo_K with actions, obs/KEY and next_obs/KEY, and masks that name demos."""
+"""robomimic's HDF5 layout: data/demo_K with actions, obs/KEY and next_obs/KEY, and masks with lists of demos."""
 
 import json
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import numpy as np
 from worldloom.core.errors import DataError
 from worldloom.core.types import Episode
 from worldloom.data import metadata_json
-from worldloom.formats.format import FORMATS, Contents, Format, action_range, chosen, natural, spec_in, spec_values
+from worldloom.formats.format import Contents, action_range, add_format, chosen, natural, spec_in, spec_values
 from worldloom.formats.hdf5 import (
     OWN,
     Hdf5Source,
@@ -29,10 +29,12 @@ _UNIT = 1.0 + 1e-6  # robomimic expects actions in [-1, 1]
 
 
 class RobomimicSource(Hdf5Source):
-    """Demos in numeric order; `next_obs`, where it exists, gives the frame that closes an episode."""
+    """A source over a robomimic file, in the order of demo numbers; `next_obs`, if it exists, adds the last frame."""
+
+    format = "robomimic"
 
     def describe_file(self) -> None:
-        """Choose the columns by the first demo."""
+        """Choose the columns from the first demo."""
         data = self.file["data"]
         self._demos = sorted(data, key=natural)
         self._masks: dict[str, list[str]] = {}
@@ -40,11 +42,13 @@ class RobomimicSource(Hdf5Source):
             for demo in members[()]:
                 self._masks.setdefault(demo.decode() if isinstance(demo, bytes) else str(demo), []).append(name)
         if not self._demos:
-            raise DataError(f"{self.path} holds no demo under 'data'; expected data/demo_0 and so on")
+            raise DataError(f"{self.path} has no demos; expected the groups data/demo_0 and so on. Check the file")
         first = data[self._demos[0]]
         if "actions" not in first or "obs" not in first:
             there = ", ".join(first) or "nothing"
-            raise DataError(f"{self.path}: {first.name} holds {there}; expected 'actions' and a group 'obs'")
+            raise DataError(
+                f"{self.path}: {first.name} has {there}; expected 'actions' and a group 'obs'. Check the file"
+            )
         own = spec_in(own_attribute(data))
         observed = first["obs"]
         cameras = sorted(key for key, column in observed.items() if is_image(column.shape, column.dtype))
@@ -59,14 +63,16 @@ class RobomimicSource(Hdf5Source):
         if not self._closing:
             self.note(
                 "info",
-                f"{self.path} has no next_obs: the last action of each demo leads to no frame and is left out.",
+                f"{self.path} has no next_obs: the last action of each demo has no following frame and is left out.",
             )
         if "rewards" in first and own is None:
-            self.note("dropped", f"{self.path}: rewards and dones are left out; worldloom learns without them.")
+            self.note(
+                "dropped", f"{self.path}: rewards and dones are left out, because worldloom learns without rewards."
+            )
         self._labels = sorted(first["labels"]) if own and "labels" in first else []
         if own is None and "states" in first:
             if self._closing:
-                what = f"{self.path}: 'states' is left out; it has no row for the frame that next_obs adds."
+                what = f"{self.path}: 'states' is left out, because it has no row for the frame that next_obs adds."
                 self.note("dropped", what)
             else:
                 self._labels = ["states"]
@@ -84,7 +90,6 @@ class RobomimicSource(Hdf5Source):
             environment["env_args"] = json_or_text(data.attrs["env_args"])
         self.describe(
             Contents(
-                format="robomimic",
                 files=[self.path],
                 action=size,
                 bounds=([-1.0] * size, [1.0] * size) if unit else None,
@@ -98,7 +103,7 @@ class RobomimicSource(Hdf5Source):
         )
 
     def actions(self) -> Iterator[np.ndarray]:
-        """Yield the actions of each demo that has some."""
+        """Yield the actions of each demo with numeric actions."""
         for demo in self._demos:
             column = self.file["data"][demo].get("actions")
             if column is not None and column.dtype.kind in "fiub":
@@ -116,23 +121,21 @@ class RobomimicSource(Hdf5Source):
             wanted = [name for name in (self._camera, *self._vector) if name is not None]
             for name in ("actions", *(f"obs/{name}" for name in wanted)):
                 if name not in group:
-                    raise DataError(
-                        f"{where} has no {name}, which the first demo has; restore it, or leave the demo out"
-                    )
+                    raise DataError(f"{where} has no {name}, but the first demo has; restore it, or leave the demo out")
             actions = np.asarray(group["actions"][()])
             if actions.ndim != 2 or actions.dtype.kind not in "fiub" or actions.shape[1] != self.spec.action.size:
                 size = self.spec.action.size
                 raise DataError(f"{where}/actions is {actions.dtype} of shape {actions.shape}; expected (T, {size})")
             if self._closing != ("next_obs" in group):
                 raise DataError(
-                    f"{where} has next_obs and the first demo has none, or the reverse; convert them separately"
+                    f"either {where} or the first demo has no next_obs; convert demos with and without it separately"
                 )
             columns = {name: self._column(group, name, len(actions), where) for name in wanted}
             labels = {name: (group["labels"] if self._own else group)[name][()] for name in self._labels}
             stated = group.attrs.get("num_samples")
             if stated is not None and int(stated) != len(actions):
                 raise DataError(
-                    f"{where} states num_samples {int(stated)} and holds {len(actions)} actions; it is damaged"
+                    f"{where} has {len(actions)} actions but num_samples {int(stated)}; restore the file from a copy"
                 )
             metadata = self._metadata(group, demo)
         return self.episode(
@@ -148,10 +151,12 @@ class RobomimicSource(Hdf5Source):
     def _column(self, group: Any, name: str, steps: int, where: str) -> np.ndarray:
         column = np.asarray(group["obs"][name][()])
         if len(column) != steps:
-            raise DataError(f"{where}/obs/{name} has {len(column)} rows and there are {steps} actions; it is damaged")
+            raise DataError(
+                f"{where}/obs/{name} has {len(column)} rows for {steps} actions; restore the file from a copy"
+            )
         if self._closing:
             if name not in group["next_obs"] or len(group["next_obs"][name]) != steps:
-                raise DataError(f"{where}/next_obs has no {steps} rows of {name}; it is damaged")
+                raise DataError(f"{where}/next_obs/{name} does not have {steps} rows; restore the file from a copy")
             column = np.concatenate([column, np.asarray(group["next_obs"][name][-1:])])
         return column
 
@@ -169,15 +174,15 @@ class RobomimicSource(Hdf5Source):
 
 
 class RobomimicSink(PartsSink):
-    """Writes obs and next_obs with keys `image` and `vector`, and our labels and metadata as extra entries.
+    """Writes obs and next_obs with keys `image` and `vector`, and extra entries for labels and metadata.
 
-    Rewards and dones, which robomimic's loaders ask for, are zeros, and a one at the end of `dones`.
+    For robomimic's loaders, rewards are zeros, and dones are zeros with a final one.
     """
 
     layout = "robomimic's layout"
 
     def assemble(self, file: Any, episodes: Iterator[Episode]) -> None:
-        """Write the demos."""
+        """Write one group per demo."""
         data = file.create_group("data")
         masks: dict[str, list[str]] = {}
         total = 0
@@ -206,7 +211,7 @@ class RobomimicSink(PartsSink):
 
 
 def _detects(path: Path) -> bool:
-    """Look for a group `data` with demos."""
+    """Return whether the file has a group `data` with demos."""
     if not is_hdf5(path):
         return False
     with opened_hdf5(path) as file:
@@ -221,12 +226,4 @@ def _strings(value: Any) -> list[str]:
     return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
 
 
-FORMATS.register("robomimic")(
-    Format(
-        name="robomimic",
-        description="an HDF5 file of robomimic: data/demo_K with actions and obs/KEY",
-        detects=_detects,
-        open=RobomimicSource,
-        create=RobomimicSink,
-    )
-)
+add_format(RobomimicSource, RobomimicSink, _detects, "an HDF5 file of robomimic: data/demo_K with actions and obs/KEY")

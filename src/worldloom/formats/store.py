@@ -1,4 +1,4 @@
-"""Our own store as a format, so that conversion goes both ways."""
+"""worldloom's own dataset as a format, so that conversion works in both directions."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,14 +6,15 @@ from pathlib import Path
 from worldloom.core.errors import DataError
 from worldloom.core.types import Episode
 from worldloom.data import FORMAT, EpisodeDataset, MissingDataset, open_table, resize
-from worldloom.formats.format import CLOCK, FORMATS, Format, Sink, Source
+from worldloom.formats.format import CLOCK, Sink, Source, add_format
 
 
 class StoreSource(Source):
-    """An `EpisodeDataset`, episode by episode."""
+    """A source over an `EpisodeDataset`."""
 
+    format = "worldloom"
     refused = ("camera", "vector", *CLOCK, "action_low", "action_high", "columns")
-    reason = "worldloom's own store holds one camera, one vector and one time base, and states its bounds"
+    reason = "a worldloom dataset has one camera, one vector and one time base, and stores its bounds"
 
     def begin(self) -> None:
         """Open the dataset."""
@@ -36,16 +37,16 @@ class StoreSource(Source):
 
 
 class StoreSink(Sink):
-    """Appends to an `EpisodeDataset`, with a commit for every 128 MiB of decoded data or 256 episodes."""
+    """Appends to an `EpisodeDataset`, with one commit per 128 MiB of decoded data or 256 episodes."""
 
     most_bytes, most_episodes = 2**27, 256
 
     def places(self) -> list[Path]:
-        """Return nothing: creating a dataset refuses what exists."""
+        """Do nothing: creating a dataset already refuses an existing one."""
         return []
 
     def begin(self, *, resume: bool) -> int:
-        """Open the dataset or create it, and return how many episodes it holds."""
+        """Open or create the dataset, and return its number of episodes."""
         try:
             if not resume:
                 raise MissingDataset
@@ -54,7 +55,7 @@ class StoreSink(Sink):
             self._dataset = EpisodeDataset.create(self.path, self.spec)
         if self._dataset.spec.to_json() != self.spec.to_json():
             raise DataError(
-                f"{self.path} holds other observations, actions or labels than the source; choose another path"
+                f"{self.path} has different observations, actions or labels from the source; choose another path"
             )
         return len(self._dataset)
 
@@ -63,23 +64,15 @@ class StoreSink(Sink):
         self._dataset.append(episodes)
 
     def complete(self) -> None:
-        """Do nothing: each commit is complete."""
+        """Do nothing, because the dataset is complete after each commit."""
 
 
 def _detects(path: Path) -> bool:
-    """Look for a Lance table that states our format."""
+    """Return whether `path` is a Lance table with worldloom's format in its metadata."""
     if not (path / "_versions").is_dir():
         return False
     metadata: dict[bytes, bytes] = open_table(path).schema.metadata or {}
     return metadata.get(b"format") == FORMAT.encode()
 
 
-FORMATS.register("worldloom")(
-    Format(
-        name="worldloom",
-        description="worldloom's own store: a Lance table, a row a frame",
-        detects=_detects,
-        open=StoreSource,
-        create=StoreSink,
-    )
-)
+add_format(StoreSource, StoreSink, _detects, "worldloom's own store: a Lance table, a row a frame")

@@ -1,7 +1,7 @@
-"""The columns of stable-worldmodel's layouts, which are the same in its HDF5 files and in its Lance tables.
+"""The columns of stable-worldmodel's layouts, which are the same in its HDF5 files and its Lance tables.
 
-A row is a frame. Row t holds what is observed at t and the action that leaves it, as that library's collection writes
-them; the action of an episode's last row leads to no frame (there it repeats the first action, or is NaN).
+A row is a frame. Row t contains the observation at step t and the action taken there. No frame follows the action in
+the last row of an episode; stable-worldmodel stores a copy of the first action or NaN there.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,19 +17,19 @@ from worldloom.formats.format import Contents, Source, chosen
 from worldloom.formats.hdf5 import is_image
 
 LENGTH, OFFSET, ACTION, PIXELS, VECTOR = "ep_len", "ep_offset", "action", "pixels", "observation"
-METADATA = "worldloom_metadata"  # a column of text: JSON in the first row of an episode
-OBSERVED = ("observation", "proprio")  # columns that an agent sees; the others are a simulator's state
+METADATA = "worldloom_metadata"  # a text column with JSON in the first row of an episode
+OBSERVED = ("observation", "proprio")  # columns that an agent observes; the others are simulator state
 REWARDS = ("reward", "terminated", "truncated", "done", "success")
 COUNTERS = ("ep_idx", "episode_idx", "step_idx")
-RESERVED = (ACTION, PIXELS, VECTOR, METADATA, *REWARDS, *COUNTERS)  # names that a label must not have
-_MOST = 256  # values of a label
+RESERVED = (ACTION, PIXELS, VECTOR, METADATA, *REWARDS, *COUNTERS)  # names that labels cannot have
+_MOST = 256  # maximum number of values of a label
 
-Columns = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]  # by name: shape (N, ...) and dtype; pictures are bytes
+Columns = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]  # by name: shape (N, ...) and dtype; pictures are uint8
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenColumns:
-    """Which columns are read."""
+    """The columns that are read."""
 
     camera: str | None
     vector: list[str]
@@ -39,16 +39,14 @@ class ChosenColumns:
         self,
         columns: Columns,
         *,
-        format: str,
         files: Iterable[Path],
         pixels: tuple[int, int, int] | None,
         own: DatasetSpec | None,
     ) -> Contents:
-        """Return what a source of these columns holds; `pixels` is the shape of the camera's frames."""
+        """Return the description of a source with these columns; `pixels` is the (H, W, C) shape of the frames."""
         sizes = {name: int(np.prod(shape[1:])) for name, (shape, _) in columns.items()}
         vector = {name: sizes[name] for name in self.vector}
         return Contents(
-            format=format,
             files=files,
             action=sizes[ACTION],
             pixels=pixels,
@@ -62,8 +60,8 @@ class ChosenColumns:
 def choose_columns(source: Source, columns: Columns, own: DatasetSpec | None) -> ChosenColumns:
     """Choose what is read by the source's options, with notes of what is left out.
 
-    `observation` and `proprio` make the vector; without them, and without pictures, `state` does. Other columns of
-    numbers are labels, but for rewards and counters.
+    The vector consists of `observation` and `proprio` or, without these and without pictures, of `state`. Other numeric
+    columns are labels, except rewards and counters.
     """
     cameras = [name for name, column in columns.items() if is_image(*column)]
     if own is not None and own.observation.pixels is None:
@@ -81,19 +79,19 @@ def choose_columns(source: Source, columns: Columns, own: DatasetSpec | None) ->
     rewards = sorted(left & {*REWARDS})
     source.note_left_out("columns", rewards, "worldloom learns without rewards")
     others = sorted({*left, *cameras} - {ACTION, camera, *REWARDS, *COUNTERS})
-    source.note_left_out("columns", others, f"not chosen, not numeric or over {_MOST} values")
+    source.note_left_out("columns", others, f"not chosen, not numeric or more than {_MOST} values")
     if own is None:
         source.note_last_action()
     return ChosenColumns(camera=camera, vector=vector, labels=[name for name in every if name not in vector])
 
 
 def metadata_column(episode: Episode) -> list[str]:
-    """Return the column of text that holds an episode's metadata: JSON in its first row."""
+    """Return the text column with an episode's metadata, as JSON in its first row."""
     return [metadata_json(episode.metadata), *[""] * episode.steps]
 
 
 def _roles(columns: Columns) -> tuple[list[str], list[str]]:
-    """Return which columns are observations, and which labels."""
+    """Return the observation columns and the label columns."""
     numeric = [
         name
         for name, (shape, dtype) in columns.items()

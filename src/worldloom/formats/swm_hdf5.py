@@ -1,4 +1,7 @@
-"""stable-worldmodel's HDF5 layout: flat columns, a row a frame, with `ep_len` and `ep_offset`; see swm_columns.py."""
+"""stable-worldmodel's HDF5 layout: flat columns, one row per frame, with `ep_len` and `ep_offset`.
+
+swm_columns.py describes the columns.
+"""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +12,7 @@ import numpy as np
 
 from worldloom.core.errors import DataError
 from worldloom.core.types import Episode
-from worldloom.formats.format import FORMATS, Format, flat, only_one, spec_in, two_axes, with_last_action
+from worldloom.formats.format import add_format, flat, only_one, spec_in, two_axes, with_last_action
 from worldloom.formats.hdf5 import Hdf5Source, PartsSink, h5py, hdf5_errors, is_hdf5, opened_hdf5, own_attribute
 from worldloom.formats.swm_columns import (
     ACTION,
@@ -25,10 +28,12 @@ from worldloom.formats.swm_columns import (
 
 
 class SwmHdf5Source(Hdf5Source):
-    """One HDF5 file, or a directory with one such file."""
+    """A source over one HDF5 file, or a directory with one such file."""
+
+    format = "swm-hdf5"
 
     def locate(self, path: Path) -> Path:
-        """Return the file."""
+        """Return the path of the file."""
         return only_one(_files(path), path, "HDF5 files")
 
     def describe_file(self) -> None:
@@ -36,10 +41,10 @@ class SwmHdf5Source(Hdf5Source):
         file, where = self.file, self.path
         for name in (LENGTH, OFFSET, ACTION):
             if name not in file:
-                raise DataError(f"{where} has no column {name!r}; it holds {', '.join(file) or 'nothing'}")
+                raise DataError(f"{where} has no column {name!r}; it has {', '.join(file) or 'none'}. Check the file")
         self._lengths, self._offsets = (np.asarray(file[name][()], np.int64) for name in (LENGTH, OFFSET))
         if len(self._lengths) != len(self._offsets):
-            raise DataError(f"{where} has {len(self._lengths)} lengths and {len(self._offsets)} offsets; it is damaged")
+            raise DataError(f"{where} has {len(self._lengths)} lengths but {len(self._offsets)} offsets; restore it")
         columns = {
             name: (column.shape, column.dtype)
             for name, column in file.items()
@@ -49,20 +54,21 @@ class SwmHdf5Source(Hdf5Source):
         for name, (shape, _) in columns.items():
             if len(shape) == 0 or shape[0] < rows:
                 raise DataError(
-                    f"{where}: column {name!r} has shape {shape} and the episodes need {rows} rows; it is cut"
+                    f"{where}: column {name!r} has shape {shape}, but the episodes need {rows} rows; it is truncated. "
+                    f"Restore the file from a copy"
                 )
         shape, dtype = columns[ACTION]
         if len(shape) > 2 or dtype.kind not in "fiub":
-            raise DataError(f"{where}: action is {dtype} of shape {shape}; expected numbers (N, A)")
+            raise DataError(f"{where}: column 'action' is {dtype} of shape {shape}; expected numbers of shape (N, A)")
         self._text = [name for name, (_, dtype) in columns.items() if dtype.kind in "OSU"]
         own = spec_in(own_attribute(file))
         numbers = {name: column for name, column in columns.items() if name not in self._text}
         self._chosen = choose_columns(self, numbers, own)
         pixels = columns[self._chosen.camera][0][1:] if self._chosen.camera else None
-        self.describe(self._chosen.contents(numbers, format="swm-hdf5", files=[self.path], pixels=pixels, own=own))
+        self.describe(self._chosen.contents(numbers, files=[self.path], pixels=pixels, own=own))
 
     def actions(self) -> Iterator[np.ndarray]:
-        """Yield the actions of each episode that lead to a frame."""
+        """Yield the actions of each episode except its last."""
         for offset, length in zip(self._offsets, self._lengths, strict=True):
             yield two_axes(self.file[ACTION][offset : offset + length - 1])
 
@@ -94,13 +100,13 @@ class SwmHdf5Source(Hdf5Source):
 
 
 class SwmHdf5Sink(PartsSink):
-    """Writes `pixels`, `observation`, `action` and our labels by their names; zeros stand for the last action."""
+    """Writes `pixels`, `observation`, `action` and labels under their names; the last action is zeros."""
 
     layout = "stable-worldmodel's layout"
     reserved = (*RESERVED, LENGTH, OFFSET)
 
     def assemble(self, file: Any, episodes: Iterator[Episode]) -> None:
-        """Write the columns, an episode at a time, with a chunk a row as that library does."""
+        """Write the columns, one episode at a time, with one chunk per row like stable-worldmodel."""
         lengths: list[int] = []
         for episode in episodes:
             columns = {PIXELS: episode.pixels, VECTOR: episode.vector, ACTION: with_last_action(episode)}
@@ -119,7 +125,7 @@ class SwmHdf5Sink(PartsSink):
 
 
 def _detects(path: Path) -> bool:
-    """Look for `ep_len` and `ep_offset`."""
+    """Return whether the file has `ep_len` and `ep_offset`."""
     files = _files(path)
     if len(files) != 1 or not is_hdf5(files[0]):
         return False
@@ -140,12 +146,9 @@ def _extend(file: Any, name: str, column: np.ndarray) -> None:
     file[name][there:] = column
 
 
-FORMATS.register("swm-hdf5")(
-    Format(
-        name="swm-hdf5",
-        description="an HDF5 file of stable-worldmodel (or a directory with one): columns with ep_len and ep_offset",
-        detects=_detects,
-        open=SwmHdf5Source,
-        create=SwmHdf5Sink,
-    )
+add_format(
+    SwmHdf5Source,
+    SwmHdf5Sink,
+    _detects,
+    "an HDF5 file of stable-worldmodel (or a directory with one): columns with ep_len and ep_offset",
 )

@@ -1,7 +1,7 @@
-"""stable-worldmodel's Lance tables: a row a frame, with `episode_idx` and `step_idx`; see swm_columns.py.
+"""stable-worldmodel's Lance tables: one row per frame, with `episode_idx` and `step_idx`; see swm_columns.py.
 
-Pictures are encoded (JPEG as that library writes them; PNG where we write losslessly), numbers are lists of float32,
-text is text.
+Pictures are encoded as JPEG, like stable-worldmodel's own, or as PNG if written losslessly. Numbers are lists of
+float32.
 """
 
 import json
@@ -24,19 +24,20 @@ from worldloom.data import (
     open_table,
 )
 from worldloom.formats.arrow import is_binary, is_number, is_text, numbers
-from worldloom.formats.format import CLOCK, FORMATS, Format, Sink, Source, only_one, with_last_action
+from worldloom.formats.format import CLOCK, Sink, Source, add_format, only_one, with_last_action
 from worldloom.formats.swm_columns import ACTION, METADATA, PIXELS, RESERVED, VECTOR, choose_columns, metadata_column
 
 EPISODE, STEP = "episode_idx", "step_idx"
 OWN = b"worldloom"
-QUALITY = 95  # of JPEG, as that library writes it
+QUALITY = 95  # JPEG quality, the same as stable-worldmodel's
 
 
 class SwmLanceSource(Source):
-    """One table, or a directory with one. Columns play the same roles as in that library's HDF5 files."""
+    """A source over one table, or a directory with one. Columns have the same roles as in the HDF5 files."""
 
+    format = "swm-lance"
     refused = (*CLOCK, "columns")
-    reason = "this layout has no timestamps and fixes the names of its columns"
+    reason = "this layout has no timestamps, and its column names are fixed"
 
     def begin(self) -> None:
         """Open the table, check its columns, and choose among them."""
@@ -44,10 +45,11 @@ class SwmLanceSource(Source):
         schema = self._lance.schema
         for name in (EPISODE, STEP, ACTION):
             if name not in schema.names:
-                raise DataError(f"{self.path} has no column {name!r}; it holds {', '.join(schema.names) or 'nothing'}")
+                raise DataError(f"{self.path} has no column {name!r}; it has {', '.join(schema.names) or 'none'}")
         if not _width(schema.field(ACTION).type):
             raise DataError(
-                f"{self.path}: action is {schema.field(ACTION).type}; expected lists of numbers of one length"
+                f"{self.path}: column 'action' has type {schema.field(ACTION).type}; expected lists of numbers of one "
+                f"length"
             )
         text = (schema.metadata or {}).get(OWN)
         self._own = None if text is None else DatasetSpec.from_json(text.decode())
@@ -65,14 +67,14 @@ class SwmLanceSource(Source):
         self._chosen = choose_columns(self, columns, self._own)
         files = (file for file in self.path.rglob("*") if file.is_file())
         shape = self._picture_shape()
-        self.describe(self._chosen.contents(columns, format="swm-lance", files=files, pixels=shape, own=self._own))
+        self.describe(self._chosen.contents(columns, files=files, pixels=shape, own=self._own))
 
     def locate(self, path: Path) -> Path:
-        """Return the table."""
+        """Return the path of the table."""
         return only_one(_tables(path), path, "Lance tables")
 
     def _find_episodes(self) -> np.ndarray:
-        """Return where each episode begins, and the number of rows."""
+        """Return the first row of each episode, followed by the number of rows."""
         with lance_errors(str(self.path), "read"):
             table = self._lance.to_table(columns=[EPISODE, STEP])
         episodes, steps = (table[name].to_numpy().astype(np.int64) for name in (EPISODE, STEP))
@@ -80,16 +82,16 @@ class SwmLanceSource(Source):
         if (np.diff(episodes) < 0).any():
             row = int(np.flatnonzero(np.diff(episodes) < 0)[0]) + 1
             raise DataError(
-                f"{self.path}: {EPISODE} falls from {episodes[row - 1]} to {episodes[row]} in row {row}; expected "
-                f"episodes one after the other. Write the table again, sorted"
+                f"{self.path}: {EPISODE} decreases from {episodes[row - 1]} to {episodes[row]} in row {row}; expected "
+                f"episodes in ascending order. Sort the table and write it again"
             )
         starts = np.array([0, *changes, len(episodes)] if len(episodes) else [0], np.int64)
         expected = np.arange(len(steps)) - np.repeat(starts[:-1], np.diff(starts))
         if not np.array_equal(steps, expected):
             row = int(np.flatnonzero(steps != expected)[0])
             raise DataError(
-                f"{self.path}: {STEP} is {steps[row]} in row {row}; expected {expected[row]}, as steps count from 0 in "
-                f"each episode. Rows are missing or out of order: write the table again, sorted"
+                f"{self.path}: {STEP} is {steps[row]} in row {row}; expected {expected[row]}, because steps count from "
+                f"0 in each episode. Rows are missing or out of order; sort the table and write it again"
             )
         return starts
 
@@ -108,7 +110,7 @@ class SwmLanceSource(Source):
             return self._lance.take(list(range(first, last)), columns=names)
 
     def actions(self) -> Iterator[np.ndarray]:
-        """Yield the actions of each episode that lead to a frame."""
+        """Yield the actions of each episode except its last."""
         for first, last in zip(self._starts[:-1], self._starts[1:], strict=True):
             if last - first > 1:
                 yield numbers(self._rows(int(first), int(last) - 1, [ACTION])[ACTION], ACTION, str(self.path))
@@ -147,12 +149,12 @@ class SwmLanceSource(Source):
             what = f"{where}: the picture of {self._chosen.camera!r} in step {row}"
             pictures.append(decode_picture(value.as_py(), what))
             if pictures[-1].shape != pictures[0].shape:
-                raise DataError(f"{what} has another shape than the first; repair the table")
+                raise DataError(f"{what} has a different shape from the first; repair the table")
         return np.stack(pictures)
 
 
 class SwmLanceSink(Sink):
-    """Appends to a table, with a commit for every 64 MiB of decoded data or 256 episodes; a commit is whole or not."""
+    """Appends to a table, with one atomic commit per 64 MiB of decoded data or 256 episodes."""
 
     layout = "stable-worldmodel's Lance layout"
     reserved, forbidden = RESERVED, "."
@@ -164,7 +166,7 @@ class SwmLanceSink(Sink):
         return path if path.suffix == ".lance" else path / f"{path.name}.lance"
 
     def begin(self, *, resume: bool) -> int:
-        """Choose the columns, and return how many episodes the table holds."""
+        """Choose the columns, and return the number of episodes in the table."""
         spec = self.spec
         fields = [pa.field(EPISODE, pa.int32()), pa.field(STEP, pa.int32())]
         if spec.observation.pixels is not None:
@@ -178,13 +180,13 @@ class SwmLanceSink(Sink):
             return 0
         table = open_table(self.path)
         if (table.schema.metadata or {}).get(OWN) != spec.to_json().encode():
-            raise DataError(f"{self.path} holds something else; choose another path")
+            raise DataError(f"{self.path} contains different data; choose another path")
         with lance_errors(str(self.path), "read"):
             column = table.to_table(columns=[EPISODE])[EPISODE].to_numpy()
         return int(column.max(initial=-1)) + 1
 
     def save(self, episodes: list[Episode]) -> None:
-        """Commit episodes, or an empty table."""
+        """Commit episodes; without episodes, create an empty table."""
         import lance
 
         batches = [self._batch(episode, number) for number, episode in enumerate(episodes, self.saved)]
@@ -207,13 +209,13 @@ class SwmLanceSink(Sink):
         return pa.RecordBatch.from_arrays(arrays, schema=self._schema)
 
     def complete(self) -> None:
-        """Write an empty table where there was no episode."""
+        """Write an empty table if there were no episodes."""
         if not self._there:
             self.save([])
 
 
 def _detects(path: Path) -> bool:
-    """Look for a Lance table with that library's counters."""
+    """Return whether `path` has a Lance table with `episode_idx` and `step_idx`."""
     tables = _tables(path)
     if len(tables) != 1:
         return False
@@ -229,21 +231,16 @@ def _tables(path: Path) -> list[Path]:
 
 
 def _width(kind: pa.DataType) -> int:
-    """Return how many numbers a row of a column holds; 0 where they are neither numbers nor lists of one length."""
+    """Return the number of values in a row of a column; 0 unless it contains numbers or lists of a fixed length."""
     if pa.types.is_fixed_size_list(kind):
         return int(kind.list_size) if is_number(kind.value_type) else 0
     return int(is_number(kind))
 
 
-FORMATS.register("swm-lance")(
-    Format(
-        name="swm-lance",
-        description=(
-            "a Lance table of stable-worldmodel (or a directory with one): episode_idx, step_idx, encoded pictures"
-        ),
-        detects=_detects,
-        open=SwmLanceSource,
-        create=SwmLanceSink,
-        lossless_pixels=False,
-    )
+add_format(
+    SwmLanceSource,
+    SwmLanceSink,
+    _detects,
+    "a Lance table of stable-worldmodel (or a directory with one): episode_idx, step_idx, encoded pictures",
+    lossless_pixels=False,
 )

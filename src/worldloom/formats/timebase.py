@@ -1,8 +1,8 @@
-"""Brings a camera and a log of actions, each with its own clock rate, to one time base.
+"""Alignment of a camera and a log of actions with different rates to one time base.
 
-Times are seconds on one clock. A *row* of the log is in force from its timestamp to the next row's; the last row is in
-force for one median period. A timestamp that follows a frame within a tenth of the shorter median period counts as at
-the frame, because video files round their times.
+Times are seconds on one clock. A *row* of the log is in force from its timestamp to the next row's timestamp; the last
+row is in force for one median period. A timestamp less than a tenth of the shorter median period after a frame counts
+as simultaneous with the frame, because video files round their times.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,15 +16,15 @@ from worldloom.core.errors import DataError
 from worldloom.core.types import Episode
 from worldloom.formats.format import Note, Source
 
-SLACK = 0.1  # of the shorter median period
-STEADY = 1.5  # the longest period over the shortest, above which a rate is called variable
+SLACK = 0.1  # tolerance, as a share of the shorter median period
+STEADY = 1.5  # ratio of the longest to the shortest period above which a rate counts as variable
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AlignedSteps:
-    """An unbroken stretch of N steps: the camera frame, the row of the log and the time of each.
+    """N steps without a gap: the camera frame, the row of the log and the time of each.
 
-    `actions[k]` leaves frame k.
+    `actions[k]` is the action between steps k and k + 1.
     """
 
     frames: Int64[np.ndarray, "N"]
@@ -35,13 +35,13 @@ class AlignedSteps:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Log:
-    """R rows of a log: the actions, the columns of the vector, and labels; `times` are None without timestamps."""
+    """A log of R rows: actions, vector columns and labels; `times` is None if there are no timestamps."""
 
     times: Float64[np.ndarray, "R"] | None
     actions: Float32[np.ndarray, "R A"]
     columns: Mapping[str, Float32[np.ndarray, "R _"]]
     labels: Mapping[str, Float32[np.ndarray, "R _"]]
-    metadata: dict[str, Any] | None = None  # of the episode, where worldloom wrote it
+    metadata: dict[str, Any] | None = None  # metadata of the episode, if worldloom wrote it
 
 
 def aligned_episodes(
@@ -57,9 +57,10 @@ def aligned_episodes(
     observed: bool,
     until: float | None = None,
 ) -> list[Episode]:
-    """Return an Episode for each unbroken stretch of a source episode, by the source's options.
+    """Return an Episode for each part of a source episode between gaps, using the source's options.
 
-    `pixels` reads the camera's frames with these numbers, of all stretches at once. See `align` for the rest.
+    `pixels` reads the camera frames with the given numbers; it is called once for all parts. `align` describes the
+    other arguments.
     """
     options = source.options
     stretches, notes = align(
@@ -106,17 +107,17 @@ def align(
     until: float | None = None,
     episode: int | None = None,
 ) -> tuple[list[AlignedSteps], list[Note]]:
-    """Return the stretches of an episode, in order, and notes of what was left out or repaired, or is irregular.
+    """Return the parts of an episode between gaps, in order, and notes about frames and rows that were left out.
 
-    A step is a frame of the camera; with `rate`, steps follow the first frame `rate` times a second, each with the
-    frame nearest in time. "hold" takes the action in force at a frame; "mean" averages over time the actions in force
-    until the next frame, so that velocities add up to the same distance. A gap longer than `gap` median periods, of
-    frames or of rows, ends a stretch. The last row is in force for one median period, or `until` that time. Frames
-    where no row is in force are left out, except one that may close the last action, unless rows also hold what is
-    `observed` at a frame.
+    Each camera frame is a step; with `rate`, there are `rate` steps per second from the first frame on, each with the
+    nearest frame. `how="hold"` uses the action in force at a frame. `how="mean"` uses the time average of the actions
+    until the next frame, so that velocities add up to the same distance. A gap longer than `gap` median periods, in
+    frames or in rows, ends a part. The last row is in force for one median period, or until the time `until`. Frames
+    without a row in force are left out, except a frame at the end of the last row, which shows the result of its
+    action. If rows also contain observations (`observed`), that frame is left out too.
 
     Raises:
-        DataError: a timestamp is not finite or goes backwards, other than one repeated or swapped timestamp.
+        DataError: a timestamp is not finite, or timestamps decrease, except for one repeated or swapped timestamp.
     """
     kept_frames, notes = _increasing(frame_times, f"{where}: the camera", episode)
     kept_rows, more = _increasing(row_times, f"{where}: the log", episode)
@@ -141,14 +142,14 @@ def align(
         if until is not None and rows[-1] == len(log) - 1:
             end = until
         inside = (camera >= first - slack) & ((camera < end - slack) if observed else (camera <= end + slack))
-        chosen = np.flatnonzero(inside & ~in_force)  # the frame that closes a stretch does not begin the next
+        chosen = np.flatnonzero(inside & ~in_force)  # the last frame of a part is not the first of the next
         in_force |= inside
         for part in _split(camera[chosen], gap * camera_period):
             frames, times = chosen[part], camera[chosen[part]]
             if rate is not None:
                 frames, times = _resampled(camera, frames, rate)
             if len(times) < 2:
-                note("skipped", f"a stretch of one frame at {times[0]:.4g} s is too short for a step")
+                note("skipped", f"a single frame at {times[0]:.4g} s, between gaps, is too short for a step")
                 continue
             repeated = int((np.diff(frames) == 0).sum())
             if repeated:
@@ -169,7 +170,7 @@ def align(
             )
             stretches.append(stretch)
     if not in_force.all():
-        note("dropped", f"{int((~in_force).sum())} of {len(camera)} frames are left out: no action is in force there")
+        note("dropped", f"{int((~in_force).sum())} of {len(camera)} frames are left out: they have no action")
     before, after = int((log < camera[0] - slack).sum()), int((log > camera[-1] + slack).sum())
     outside = max(before - 1, 0) + after  # the last row before the first frame is in force at it
     if outside and stretches:
@@ -178,22 +179,22 @@ def align(
 
 
 def by_count(frames: int, rows: int, where: str) -> None:
-    """Check a video whose log has no timestamps: as many rows as frames, or one fewer (the last frame closes).
+    """Check that a log without timestamps has as many rows as the video has frames, or one fewer.
 
     Raises:
-        DataError: any other difference, because then it is unknown which row belongs to which frame.
+        DataError: the numbers differ otherwise, so it is unknown which row belongs to which frame.
     """
     if frames - rows not in (0, 1):
         raise DataError(
             f"{where}: the video has {frames} frames and the log {rows} rows without timestamps; expected as many rows "
-            f"as frames, or one fewer. Add a column of timestamps, or remove the surplus"
+            f"as frames, or one fewer. Add a timestamp column, or remove the extra rows or frames"
         )
 
 
 def _increasing(
     times: Float64[np.ndarray, "n"], what: str, episode: int | None
 ) -> tuple[Int64[np.ndarray, "m"], list[Note]]:
-    """Return which timestamps are increasing: all, or all but one, with a note."""
+    """Return the indices of increasing timestamps: all, or all but one, with a note."""
     everything = np.arange(len(times))
     if not np.isfinite(times).all():
         row = int(np.flatnonzero(~np.isfinite(times))[0])
@@ -208,14 +209,14 @@ def _increasing(
             sentence = f"{what} has one repeated or swapped timestamp; row {row} ({times[row]:.6g} s) is left out."
             return kept, [Note(kind="dropped", what=sentence, episode=episode)]
     raise DataError(
-        f"{what} has timestamps that go backwards {len(falls)} times, first from {times[fall]:.6f} s in row {fall} to "
-        f"{times[fall + 1]:.6f} s in row {fall + 1}; only one repeated or swapped timestamp can be repaired. Sort the "
-        f"rows, or cut them into several episodes"
+        f"{what} has timestamps that do not increase {len(falls)} times, first from {times[fall]:.6f} s in row {fall} "
+        f"to {times[fall + 1]:.6f} s in row {fall + 1}; only one repeated or swapped timestamp can be repaired. Sort "
+        f"the rows, or split them into several episodes"
     )
 
 
 def _irregular(clock: str, times: Float64[np.ndarray, "n"], gap: float) -> list[str]:
-    """Return sentences about what is irregular in a clock: a rate that varies, and gaps."""
+    """Return sentences about irregularities of a clock: a variable rate, and gaps."""
     periods = np.diff(times)
     if not len(periods):
         return []
@@ -256,8 +257,8 @@ def _mean(
     times: Float64[np.ndarray, "N"],
     held: Int64[np.ndarray, "N"],
 ) -> Float32[np.ndarray, "N-1 A"]:
-    """Return the mean over time of the held actions between consecutive times."""
-    edges = np.maximum(times, row_times[held]) - row_times[0]  # a timestamp within the slack counts as at the frame
+    """Return the time average of the actions in force between consecutive times."""
+    edges = np.maximum(times, row_times[held]) - row_times[0]  # timestamps within the tolerance count as at the frame
     knots = np.append(row_times - row_times[0], max(edges[-1], row_times[-1] - row_times[0]) + 1.0)
     areas = np.cumsum(np.diff(knots)[:, None] * actions.astype(np.float64), axis=0)
     areas = np.concatenate([np.zeros((1, actions.shape[1])), areas])

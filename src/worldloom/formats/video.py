@@ -1,4 +1,4 @@
-"""Video files by PyAV: times and frames of one stream, one frame in memory at a time, and a writer."""
+"""Video files through PyAV: a reader of times and frames, with one frame in memory at a time, and a writer."""
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -14,23 +14,24 @@ from worldloom.core.files import write_atomic
 from worldloom.data import encode_video, resize
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm")
-LOSSY_CODEC = "H.264 at crf {crf}"  # of `write_video`
+LOSSY_CODEC = "H.264 at crf {crf}"  # the codec of `write_video`
 
 
 def frame_times(path: Path) -> Float64[np.ndarray, "n"]:
-    """Return the presentation time of each frame in seconds, the first being 0; nothing is decoded.
+    """Return the presentation time of each frame in seconds from the first frame, without decoding.
 
     Raises:
-        DataError: the file cannot be read, has no video, is cut, or has frames without a time.
+        DataError: the file cannot be read, has no video, is truncated, or has frames without a time.
     """
     with _opened(path) as (container, stream):
         stamps = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
         promised, base = stream.frames, float(stream.time_base)
     if any(stamp is None for stamp in stamps):
-        raise DataError(f"{path} has frames without a presentation time; encode it again into an .mp4 or .mkv file")
+        raise DataError(f"{path} has frames without a presentation time; convert it to an .mp4 or .mkv file")
     if not stamps or len(stamps) < promised:
         raise DataError(
-            f"{path} is cut: it holds {len(stamps)} frames and its header promises {promised}; restore it from a copy"
+            f"{path} is truncated: it has {len(stamps)} frames, expected {promised} from its header. Restore it from a "
+            f"copy"
         )
     ticks = np.sort(np.array(stamps, np.int64))
     times: np.ndarray = (ticks - ticks[0]) * base
@@ -38,7 +39,7 @@ def frame_times(path: Path) -> Float64[np.ndarray, "n"]:
 
 
 def frame_shape(path: Path) -> tuple[int, int]:
-    """Return the height and width that a video states."""
+    """Return the height and width in a video's header."""
     with _opened(path) as (_, stream):
         return int(stream.height), int(stream.width)
 
@@ -46,17 +47,19 @@ def frame_shape(path: Path) -> tuple[int, int]:
 def read_frames(
     path: Path, numbers: Int64[np.ndarray, "N"], size: tuple[int, int] | None = None
 ) -> UInt8[np.ndarray, "N H W 3"]:
-    """Return the frames with these numbers (ascending; equal ones repeat a frame) in order of presentation, resized.
+    """Return the frames with these numbers in presentation order, resized to `size` (H, W).
+
+    The numbers must be ascending; a repeated number repeats a frame.
 
     Raises:
-        DataError: a frame is missing or does not decode, or the size of frames changes on the way.
+        DataError: a frame is missing or does not decode, or the frame size changes within the video.
     """
     with closing(FrameStream(path)) as stream:
         return stream.read(numbers, size)
 
 
 class FrameStream:
-    """The frames of a video, decoded once while calls go forward; a call that goes back begins again."""
+    """A video reader that decodes forward; a request for an earlier frame restarts from the first frame."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -64,7 +67,7 @@ class FrameStream:
         self._frames: Iterator[Any] = iter(())
         self._next = 0
         self._shape: tuple[int, int] | None = None
-        self._last: tuple[int, Any] | None = None  # the frame decoded last, which the next call may want again
+        self._last: tuple[int, Any] | None = None  # the last decoded frame, which the next call may need again
 
     def read(
         self, numbers: Int64[np.ndarray, "N"], size: tuple[int, int] | None = None
@@ -111,13 +114,13 @@ class FrameStream:
         if shape != self._shape:
             raise DataError(
                 f"{self.path} changes its frame size from {self._shape} to {shape} (height, width) at frame {number}; "
-                f"expected one size. Encode it again, or cut it there"
+                f"expected one size. Convert it to one size, or split it there"
             )
         self._last, self._next = (number, frame), number + 1
         return True
 
     def close(self) -> None:
-        """Close the file; reading opens it again."""
+        """Close the file; the next read opens it again."""
         context, self._context = self._context, None
         self._frames, self._next, self._shape, self._last = iter(()), 0, None, None
         if context is not None:
@@ -142,7 +145,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
     with _video_errors(path), av.open(str(path)) as container:
         if not container.streams.video:
-            raise DataError(f"{path} holds no video; check the file")
+            raise DataError(f"{path} has no video stream; check the file")
         yield container, container.streams.video[0]
 
 
@@ -154,6 +157,6 @@ def _video_errors(path: Path) -> Iterator[None]:
         yield
     except av.FFmpegError as error:
         raise DataError(
-            f"{path} cannot be read as a video ({error.strerror}): it is cut, damaged or of another kind. Restore it "
+            f"{path} cannot be read as a video ({error.strerror}): it is truncated, damaged or not a video. Restore it "
             f"from a copy"
         ) from error

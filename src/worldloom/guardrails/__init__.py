@@ -1,4 +1,4 @@
-"""Guardrails: hard limits inside the search, as rule sets that their owner signs, with calibrated margins."""
+"""Guardrails: hard limits on plans, as rule sets that their owners sign, with calibrated margins."""
 
 from worldloom.guardrails.bound_rules import BoundRules
 from worldloom.guardrails.consistency import check_consistent

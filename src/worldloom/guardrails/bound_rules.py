@@ -1,4 +1,4 @@
-"""A rule set bound to a run: its guardrails and objectives for a model, and the margins calibrated for it."""
+"""A rule set bound to a run: its guardrails and objectives for one model, and their calibrated margins."""
 
 import hashlib
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ from worldloom.heads import Heads
 
 
 class BoundRules:
-    """A rule set bound to the heads of a run; `folder` holds the margins that were calibrated for it.
+    """A rule set bound to the heads of a run; `folder` contains its calibrated margins.
 
     Raises:
         ConfigError: a rule needs a head that the run does not have, or the guardrails contradict each other. Raised
-            when they are first asked for.
+            on first use of the guardrails.
     """
 
     def __init__(self, rule_set: RuleSet, heads: Heads, folder: Path) -> None:
@@ -36,7 +36,7 @@ class BoundRules:
         return tuple(rule.rail.bind(rule.title, rule.owner, self._heads) for rule in self.rule_set.stated())
 
     def rails(self, margins: Margins | None = None) -> tuple[BoundRail, ...]:
-        """Return the guardrails, with calibrated `margins` added to their own; they are checked for consistency once.
+        """Return the guardrails, with calibrated `margins` added to their own; check once that they are consistent.
 
         Raises:
             ConfigError: see `BoundRules`.
@@ -53,12 +53,12 @@ class BoundRules:
         return self._judged[key]
 
     def objective(self, goal: Float[Tensor, "B D"], usual: Objective) -> Objective:
-        """Return the objective that the rule set makes of the `usual` one; see `build_objective`."""
+        """Return the objective of the rule set, where `usual` is the default one; see `build_objective`."""
         every = {title: config for layer in self.rule_set.layers for title, config in layer.objectives.items()}
         return build_objective(every, self._heads, goal, usual)
 
     def margins(self, method: Mapping[str, Any]) -> Margins | None:
-        """Return the margins that were calibrated for a method, given by its settings; None if there are none.
+        """Return the margins calibrated for a method, given by its settings; None if there are none.
 
         Raises:
             StorageError: the file is damaged.
@@ -69,6 +69,6 @@ class BoundRules:
         return read_margins(path, self.rule_set, model=self._heads.model.spec.fingerprint, method=method)
 
     def margins_path(self, method: Mapping[str, Any]) -> Path:
-        """Return the file of the margins for a method; each rule set, model and method has a file of its own."""
+        """Return the path of the margins for a method; each rule set, model and method has its own file."""
         text = canonical([self.rule_set.fingerprint, self._heads.model.spec.fingerprint, canonical(method)])
         return self._folder / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.json"

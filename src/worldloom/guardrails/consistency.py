@@ -1,4 +1,4 @@
-"""Finds guardrails that cannot hold together, before anything acts."""
+"""Detects guardrails that cannot be satisfied together, before the agent acts."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -16,13 +16,13 @@ _STATES = 512
 
 
 def check_consistent(guardrails: Sequence[Guardrail], model: WorldModel, support: Support) -> None:
-    """Refuse guardrails that no state the model knows satisfies when nothing is done.
+    """Check that some known state satisfies the guardrails when the agent does nothing.
 
-    Each guardrail, each pair and all of them together must hold in some state of the data, as the model predicts it
-    under the action nearest to zero.
+    Each guardrail, each pair and all of them together must be satisfied in some state of the data, as the model
+    predicts it under the action nearest to zero.
 
     Raises:
-        ConfigError: they hold in none; the guardrail, or the pair, is named.
+        ConfigError: no state satisfies them; the message names the guardrail or the pair.
     """
     if not guardrails:
         return
@@ -35,15 +35,20 @@ def check_consistent(guardrails: Sequence[Guardrail], model: WorldModel, support
         rollouts = Rollouts(context=context, actions=actions, latents=model.rollout(context, actions))
         found = violations_of(guardrails, rollouts)
     holds = {name: (violation <= 0).all(dim=-1)[:, 0] for name, violation in found.items()}
-    said = f"in none of {len(states)} states that the model knows, even if nothing is done"
+    said = f"in none of {len(states)} states of the data, even if the agent does nothing"
     for name, kept in holds.items():
         if not bool(kept.any()):
-            raise ConfigError(f"the guardrail {name!r} holds {said}. Ask its owner, or calibrate it anew")
+            raise ConfigError(
+                f"the guardrail {name!r} is satisfied {said}. Ask its owner to relax it, or recalibrate its margin"
+            )
     for (one, first), (other, second) in combinations(holds.items(), 2):
         if not bool((first & second).any()):
             raise ConfigError(
-                f"the guardrails {one!r} and {other!r} contradict each other: each holds somewhere, but both {said}. "
-                f"Their owners must agree"
+                f"the guardrails {one!r} and {other!r} contradict each other: each is satisfied in some states, but "
+                f"both are satisfied {said}. Ask their owners to relax one of them"
             )
     if not bool(torch.stack(list(holds.values())).all(dim=0).any()):
-        raise ConfigError(f"the guardrails {', '.join(map(repr, holds))} hold together {said}. Their owners must agree")
+        raise ConfigError(
+            f"the guardrails {', '.join(map(repr, holds))} are satisfied together {said}. Ask their owners to relax "
+            f"one of them"
+        )

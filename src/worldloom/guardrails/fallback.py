@@ -1,4 +1,4 @@
-"""Fallbacks: what an agent does when no plan keeps its guardrails, declared beforehand."""
+"""Fallbacks: how an agent acts when no plan satisfies its guardrails; declared beforehand."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -22,12 +22,12 @@ FALLBACKS: Registry["type[Fallback]"] = Registry("fallback")
 
 @dataclass(frozen=True, kw_only=True)
 class Infeasible:
-    """Environments in which no plan keeps every guardrail, and what plans there.
+    """Environments in which no plan satisfies every guardrail, and the planner for a fallback.
 
     Attributes:
-        safe: where each environment last had a plan that held.
-        objective: makes the objective of being at a state.
-        deadline: when a search ends, in seconds of `time.monotonic`; None is never.
+        safe: the state in which each environment last had a plan that satisfied the guardrails.
+        objective: returns the objective of reaching a state.
+        deadline: the time at which a search must end, in seconds of `time.monotonic`; None means never.
     """
 
     planner: Planner
@@ -39,10 +39,10 @@ class Infeasible:
 
 
 class Fallback(Component):
-    """A way to act without a plan that keeps every guardrail; a new one is a subclass, registered in `FALLBACKS`."""
+    """A way to act when no plan satisfies every guardrail; a new one is a subclass, registered in `FALLBACKS`."""
 
     def check(self, spec: ModelSpec) -> None:
-        """Check, before anything acts, that it fits a model; by default it does.
+        """Check that the fallback fits a model; the default accepts every model.
 
         Raises:
             ConfigError: it does not fit.
@@ -50,7 +50,7 @@ class Fallback(Component):
 
     @abstractmethod
     def plan(self, infeasible: Infeasible) -> Plan:
-        """Return what to follow until the next plan."""
+        """Return the actions to follow until the next plan."""
 
 
 FallbackField = Annotated[SerializeAsAny[Fallback], BeforeValidator(component_of(FALLBACKS))]
@@ -58,28 +58,29 @@ FallbackField = Annotated[SerializeAsAny[Fallback], BeforeValidator(component_of
 
 @FALLBACKS.register("stop")
 class Stop(Fallback):
-    """Take one declared environment action throughout; without one, the action nearest to zero."""
+    """Repeat one declared environment action; without a declared action, the one nearest to zero."""
 
     name: Literal["stop"] = "stop"
     action: tuple[float, ...] | None = None
 
     def check(self, spec: ModelSpec) -> None:
-        """Check that the world takes the action.
+        """Check that the action has the right size and is within bounds.
 
         Raises:
-            ConfigError: it has another size or is out of bounds.
+            ConfigError: it has the wrong size or is out of bounds.
         """
         if self.action is None:
             return
         if len(self.action) != spec.action.size:
             raise ConfigError(
-                f"the fallback's action has {len(self.action)} values and the world takes {spec.action.size}"
+                f"the fallback's action has {len(self.action)} values; expected {spec.action.size}, as in the world's "
+                f"actions"
             )
         action, bounds = torch.tensor(self.action).repeat(spec.block), ActionBounds.of(spec)
         if not torch.allclose(bounds.clamp(action), action):
             raise ConfigError(
-                f"the fallback's action {self.action} is out of bounds, {spec.action.low} to {spec.action.high}; "
-                f"declare one that the world takes"
+                f"the fallback's action {self.action} is out of bounds; expected values from {spec.action.low} to "
+                f"{spec.action.high}. Declare an action within them"
             )
 
     def plan(self, infeasible: Infeasible) -> Plan:
@@ -98,10 +99,10 @@ class _Toward(Fallback):
 
     @abstractmethod
     def state(self, infeasible: Infeasible) -> Float[Tensor, "B D"]:
-        """Return where to be."""
+        """Return the state to plan toward."""
 
     def plan(self, infeasible: Infeasible) -> Plan:
-        """Plan toward the state; where no plan holds, take the least broken one, and stop where it is not finite."""
+        """Plan toward the state. If no plan satisfies the guardrails, use the least bad; stop if it is not finite."""
         toward = infeasible.objective(self.state(infeasible))
         try:
             plan = infeasible.planner.plan(
@@ -111,7 +112,7 @@ class _Toward(Fallback):
             plan = error.plan
             assert isinstance(plan, Plan)
         lost = ~plan.actions.isfinite().flatten(1).all(dim=1)
-        if bool(lost.any()):  # where nothing can be judged, a proposal may not be finite
+        if bool(lost.any()):  # where nothing can be judged, the least broken plan may not be finite
             still = Stop().plan(infeasible)
             plan = replace(plan, actions=torch.where(lost[:, None, None], still.actions, plan.actions))
         return plan
@@ -119,21 +120,21 @@ class _Toward(Fallback):
 
 @FALLBACKS.register("hold")
 class Hold(_Toward):
-    """Stay: plan toward the present state, with the smallest violations."""
+    """Stay: plan toward the current state, with the smallest violations."""
 
     name: Literal["hold"] = "hold"
 
     def state(self, infeasible: Infeasible) -> Float[Tensor, "B D"]:
-        """Return the present state."""
+        """Return the current state."""
         return infeasible.context.latents[:, -1]
 
 
 @FALLBACKS.register("retreat")
 class Retreat(_Toward):
-    """Go back to the last place from which a plan held, with the smallest violations on the way."""
+    """Go back to the last state from which a plan satisfied the guardrails, with the smallest violations on the way."""
 
     name: Literal["retreat"] = "retreat"
 
     def state(self, infeasible: Infeasible) -> Float[Tensor, "B D"]:
-        """Return the last safe place."""
+        """Return the last safe state."""
         return infeasible.safe

@@ -1,4 +1,4 @@
-"""Objectives as data: the costs that a rule set states, and the objective that they make for a model and a goal."""
+"""Objectives as data: the costs in a rule set, and the objective they define for a model and a goal."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -25,15 +25,15 @@ class ObjectiveConfig(Component):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The files whose content is part of it; see `Rail.files`."""
+        """The files whose content is part of the objective; see `Rail.files`."""
         return ()
 
     @abstractmethod
     def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Objective:
-        """Return the cost for a model, without weight; `goal` are the latents of what the agent was told to reach.
+        """Return the cost for a model, without its weight; `goal` contains the goal latents of the agent.
 
         Raises:
-            ConfigError: it speaks of what the run has not learned, or in other sizes.
+            ConfigError: the run lacks a head that the objective needs, or the head has a different size.
         """
 
 
@@ -43,7 +43,7 @@ ObjectiveField = Annotated[SerializeAsAny[ObjectiveConfig], BeforeValidator(comp
 
 @OBJECTIVES.register("goal")
 class GoalConfig(ObjectiveConfig):
-    """Reach what the agent was told to reach; nearer than `within` step lengths counts as reached."""
+    """Reach the agent's goal; nearer than `within` step lengths counts as reached."""
 
     name: Literal["goal"] = "goal"
     within: float = Field(default=0.0, ge=0)
@@ -86,7 +86,7 @@ class RegionGoalConfig(ObjectiveConfig):
 
 @OBJECTIVES.register("sequence")
 class SequenceConfig(ObjectiveConfig):
-    """One thing after another: each stage is a `goal`, a `vector` or a `region`."""
+    """Reach several stages in order; each stage is a `goal`, a `vector` or a `region`."""
 
     name: Literal["sequence"] = "sequence"
     stages: tuple[ObjectiveField, ...] = Field(min_length=1)
@@ -100,7 +100,7 @@ class SequenceConfig(ObjectiveConfig):
 
 @OBJECTIVES.register("avoid")
 class AvoidConfig(ObjectiveConfig):
-    """Rather not: a step that breaks a guardrail costs as much as it breaks it; with `until`, up to that stage."""
+    """Avoid breaking a guardrail: each step costs its violation, up to the stage `until` if there is one."""
 
     name: Literal["avoid"] = "avoid"
     rail: RailField
@@ -108,7 +108,7 @@ class AvoidConfig(ObjectiveConfig):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Those of the guardrail."""
+        """The files of the guardrail."""
         return self.rail.files
 
     def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> planning.Avoid:
@@ -130,7 +130,7 @@ class EffortConfig(ObjectiveConfig):
 
 @OBJECTIVES.register("smoothness")
 class SmoothnessConfig(ObjectiveConfig):
-    """The mean square of how much actions change from one to the next."""
+    """The mean squared change of the actions from one environment step to the next."""
 
     name: Literal["smoothness"] = "smoothness"
 
@@ -141,7 +141,7 @@ class SmoothnessConfig(ObjectiveConfig):
 
 @OBJECTIVES.register("time")
 class TimeConfig(ObjectiveConfig):
-    """The share of the plan that is over before a stage is reached."""
+    """The fraction of the plan before a stage is reached."""
 
     name: Literal["time"] = "time"
     until: ObjectiveField
@@ -153,7 +153,7 @@ class TimeConfig(ObjectiveConfig):
 
 @OBJECTIVES.register("information")
 class InformationConfig(ObjectiveConfig):
-    """Go where models that were trained apart disagree: the models of these runs."""
+    """Seek states where the separately trained models of `runs` disagree."""
 
     name: Literal["information"] = "information"
     runs: tuple[str, ...] = Field(min_length=1)
@@ -167,10 +167,10 @@ class InformationConfig(ObjectiveConfig):
 def build_objective(
     configs: Mapping[str, ObjectiveConfig], heads: Heads, goal: Float[Tensor, "B D"], usual: Objective
 ) -> Objective:
-    """Return the weighted sum of objectives, with the `usual` one where none of them says what is to be reached.
+    """Return the weighted sum of objectives; if none of them defines what to reach, `usual` is added.
 
     Raises:
-        ConfigError: one speaks of what the run has not learned, or in other sizes.
+        ConfigError: the run lacks a head that an objective needs, or the head has a different size.
     """
     parts = [(config.weight, config.build(title, heads, goal)) for title, config in configs.items()]
     if not any(part.aims for _, part in parts):
@@ -181,5 +181,5 @@ def build_objective(
 def _stage(config: ObjectiveConfig, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Stage:
     stage = config.build(title, heads, goal)
     if not isinstance(stage, Stage):
-        raise ConfigError(f"{title!r}: a {config.name!r} cannot be reached; name a goal, a vector or a region")
+        raise ConfigError(f"{title!r}: a {config.name!r} cannot be a stage; use a goal, a vector or a region")
     return stage

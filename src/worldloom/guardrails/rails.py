@@ -1,8 +1,8 @@
 """Guardrails: hard limits on predicted futures, over probed quantities, latents and actions.
 
-A rail is stated as data, and the same class says by how much it is broken. Bound to what it reads (probes, latents,
-models), with a title, an owner and a margin, it is the `Guardrail` that a planner obeys: satisfied where its violation
-is <= 0. The margin is added to every violation: it is by how much calibration found the predictions to err.
+A rail is configuration that computes its own violation. `bind` adds what it reads (probes, latents, models), a title,
+an owner and a margin. The result is the `Guardrail` of a planner: it is satisfied where its violation is <= 0. The
+margin, the calibrated bound on prediction errors, is added to every violation.
 """
 
 import functools
@@ -24,14 +24,14 @@ from worldloom.core.types import Rollouts
 from worldloom.guardrails.regions import RegionField
 from worldloom.heads import Heads, Probe, nearest_gap
 
-_BETWEEN = 4  # places judged along each block: a hazard may be narrower than a block is long
+_BETWEEN = 4  # places judged along each block, because a hazard may be narrower than a block is long
 
 
 class Rail(Component):
-    """A guardrail as data; a new one is a subclass with `reads`, `violation` and `tightens`, in `GUARDRAILS`.
+    """A guardrail as data; a new one is a subclass with `reads`, `violation` and `_tightens`, in `GUARDRAILS`.
 
-    `reason` tells why a plan was refused; `margin` is added to what calibration asks for. A rail that looks at actions
-    alone says so with `of_actions`: a search asks it before those that need a network.
+    `reason` explains the rule to people; `margin` is added to the calibrated margin. A rail that
+    depends on actions only sets `of_actions`, so that a search evaluates it before rails that need a network.
     """
 
     of_actions: ClassVar[bool] = False
@@ -41,31 +41,31 @@ class Rail(Component):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The files whose content is part of the limit; a signature must cover them too."""
+        """The files whose content is part of the limit; they must be signed too."""
         return ()
 
     @abstractmethod
     def reads(self, title: str, heads: Heads) -> tuple[Any, ...]:
-        """Return what `violation` reads beside rollouts.
+        """Return the further arguments of `violation`, such as probes.
 
         Raises:
-            ConfigError: the run has not learned it, or in another size; `title` is named.
+            ConfigError: the run lacks one of them, or it has a different size; the message contains `title`.
         """
 
     @abstractmethod
     def violation(self, rollouts: Rollouts, *reads: Any) -> Float[Tensor, "B S T"]:
-        """Return by how much each predicted step breaks the limit, without margin."""
+        """Return how much each predicted step violates the limit, without margin."""
 
     def true(self, quantities: Mapping[str, Float[Tensor, "R _"]]) -> Float[Tensor, "R"] | None:
-        """Return by how much measured quantities, by their names, break the limit; None where they do not tell."""
+        """Return how much measured quantities violate the limit; None if they do not determine it."""
         return None
 
     @abstractmethod
     def _tightens(self, other: Any) -> bool:
-        """Whether whatever obeys this rail obeys `other`, of the same kind, as well; margins aside."""
+        """Whether this rail implies `other`, of the same kind; margins are not compared."""
 
     def tightens(self, other: "Rail") -> bool:
-        """Whether whatever obeys this rail obeys the other as well; false where that is not known."""
+        """Whether this rail implies the other one, margins included; false if that is unknown."""
         return type(self) is type(other) and self.margin >= other.margin and self._tightens(other)
 
     def bind(self, title: str, owner: str, heads: Heads) -> "BoundRail":
@@ -77,15 +77,15 @@ class Rail(Component):
         return self.over(title, *self.reads(title, heads), owner=owner)
 
     def over(self, title: str, *reads: Any, owner: str = "") -> "BoundRail":
-        """Return the guardrail over what it reads, given by hand: see `violation` of its class."""
+        """Return the guardrail with the given arguments of `violation`; see `violation` of its class."""
         return BoundRail(name=title, owner=owner, rail=self, reads=reads, margin=self.margin)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoundRail(Guardrail):
-    """A rail with its title, its owner, what it reads, and its margin.
+    """A rail bound to a title, an owner, the arguments of its `violation`, and a margin.
 
-    `margin` holds for every predicted step, or, as (T,), for each; beyond its end the last one does.
+    `margin` is one number for all predicted steps, or has shape (T,); its last value applies to all later steps.
     """
 
     name: str
@@ -96,28 +96,28 @@ class BoundRail(Guardrail):
 
     @property
     def of_actions(self) -> bool:
-        """Whether it looks at actions alone."""
+        """Whether it depends on actions only."""
         return self.rail.of_actions
 
     def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return by how much each predicted step breaks the limit, margin included."""
+        """Return how much each predicted step violates the limit, margin included."""
         raw = self.rail.violation(rollouts, *self.reads)
         if isinstance(self.margin, Tensor):
             return raw + self.margins(raw.shape[-1]).to(raw)
         return raw + self.margin if self.margin else raw
 
     def margins(self, steps: int) -> Float[Tensor, "_"]:
-        """Return the margin of each of so many predicted steps."""
+        """Return the margins of the first `steps` predicted steps."""
         if not isinstance(self.margin, Tensor):
             return torch.full((steps,), self.margin)
         return self.margin[torch.arange(steps, device=self.margin.device).clamp_max(len(self.margin) - 1)]
 
     def with_margin(self, margin: float | Float[Tensor, "_"]) -> "BoundRail":
-        """Return the same guardrail with another margin."""
+        """Return the same guardrail with a different margin."""
         return replace(self, margin=margin)
 
     def stretched(self, times: float) -> "BoundRail":
-        """Return the same guardrail with `times` its margin."""
+        """Return the same guardrail with its margin multiplied by `times`."""
         return replace(self, margin=self.margin * times)
 
 
@@ -126,7 +126,7 @@ RailField = Annotated[SerializeAsAny[Rail], BeforeValidator(component_of(GUARDRA
 
 
 class _Regional(Rail):
-    """A limit on where a probed quantity may be, by the `sign` of the depth in a region at which it is broken."""
+    """A limit on a probed quantity by a region; the violation is `sign` times the depth inside the region."""
 
     sign: ClassVar[int]
 
@@ -138,17 +138,17 @@ class _Regional(Rail):
         return (probe_of(heads, title, self.quantity, self.region.size),)
 
     def violation(self, rollouts: Rollouts, probe: Probe) -> Float[Tensor, "B S T"]:
-        """Return the most by which the limit is broken along each block."""
+        """Return the largest violation along each block."""
         return _known((self.sign * self.region.depth(_way(probe, rollouts))).amax(dim=-1), probe, rollouts)
 
     def true(self, quantities: Mapping[str, Float[Tensor, "R _"]]) -> Float[Tensor, "R"] | None:
-        """Return by how much the limit is broken."""
+        """Return how much the limit is violated."""
         return self.sign * self.region.depth(quantities[self.quantity]) if self.quantity in quantities else None
 
 
 @GUARDRAILS.register("keep-out")
 class KeepOut(_Regional):
-    """A probed quantity stays out of a region; the violation is the depth inside."""
+    """A probed quantity stays out of a region; the violation is the depth inside the region."""
 
     sign: ClassVar[int] = 1
 
@@ -160,7 +160,7 @@ class KeepOut(_Regional):
 
 @GUARDRAILS.register("keep-in")
 class KeepIn(_Regional):
-    """A probed quantity stays within a region; the violation is the distance outside."""
+    """A probed quantity stays in a region; the violation is the distance outside the region."""
 
     sign: ClassVar[int] = -1
 
@@ -172,7 +172,7 @@ class KeepIn(_Regional):
 
 @GUARDRAILS.register("keep-away")
 class KeepAway(Rail):
-    """Two probed quantities, such as the agent's place and a person's, stay a distance apart."""
+    """Two probed quantities, such as the positions of the agent and a person, stay a distance apart."""
 
     name: Literal["keep-away"] = "keep-away"
     quantity: str
@@ -185,12 +185,12 @@ class KeepAway(Rail):
         return probe, probe_of(heads, title, self.other, probe.size)
 
     def violation(self, rollouts: Rollouts, probe: Probe, other: Probe) -> Float[Tensor, "B S T"]:
-        """Return by how much they come nearer than allowed along each block."""
+        """Return how much closer than allowed they come along each block."""
         apart = (_way(probe, rollouts) - _way(other, rollouts)).norm(dim=-1).amin(dim=-1)
         return _known(_known(self.distance - apart, probe, rollouts), other, rollouts)
 
     def true(self, quantities: Mapping[str, Float[Tensor, "R _"]]) -> Float[Tensor, "R"] | None:
-        """Return by how much they are nearer than allowed."""
+        """Return how much closer than allowed they are."""
         if not {self.quantity, self.other} <= set(quantities):
             return None
         apart: Tensor = (quantities[self.quantity] - quantities[self.other]).norm(dim=-1)
@@ -203,7 +203,7 @@ class KeepAway(Rail):
 
 @GUARDRAILS.register("unlike")
 class Unlike(Rail):
-    """Never like these pictures: every predicted latent stays farther than `distance` step lengths from each."""
+    """Predicted states stay unlike these pictures: farther than `distance` step lengths from the latent of each."""
 
     name: Literal["unlike"] = "unlike"
     pictures: tuple[str, ...] = Field(min_length=1)
@@ -221,7 +221,7 @@ class Unlike(Rail):
     def violation(
         self, rollouts: Rollouts, examples: Float[Tensor, "N D"], step_length: float
     ) -> Float[Tensor, "B S T"]:
-        """Return by how many step lengths a predicted latent comes nearer than allowed."""
+        """Return, in step lengths, how much closer each predicted latent is to a picture than `distance` allows."""
         return self.distance - nearest_gap(rollouts.latents, examples) / step_length
 
     def _tightens(self, other: Any) -> bool:
@@ -230,20 +230,23 @@ class Unlike(Rail):
 
 @GUARDRAILS.register("familiar")
 class Familiar(Rail):
-    """Stay where the model knows its way: at most `times` as far from the data as the data are from each other."""
+    """Predicted states stay near the data.
+
+    The gap to the nearest reference latent is at most `times` the 99th percentile of that gap within the data.
+    """
 
     name: Literal["familiar"] = "familiar"
     times: float = Field(default=1.5, gt=0)
 
     def reads(self, title: str, heads: Heads) -> tuple[Float[Tensor, "N D"], float, float]:
-        """Return latents of the data, how far from them is allowed in step lengths, and the step length."""
+        """Return the reference latents, the allowed gap in step lengths, and the step length."""
         support, step_length = heads.support, heads.geometry.step_length
         return support.references, self.times * float(support.known) / step_length, step_length
 
     def violation(
         self, rollouts: Rollouts, data: Float[Tensor, "N D"], distance: float, step_length: float
     ) -> Float[Tensor, "B S T"]:
-        """Return by how many step lengths a predicted latent lies farther than allowed."""
+        """Return, in step lengths, how much farther from the data each predicted latent is than allowed."""
         return nearest_gap(rollouts.latents, data) / step_length - distance
 
     def _tightens(self, other: Any) -> bool:
@@ -252,7 +255,7 @@ class Familiar(Rail):
 
 @GUARDRAILS.register("agreed")
 class Agreed(Rail):
-    """Stay where models that were trained apart agree: the runs named predict the same to within `spread` steps."""
+    """Predictions stay within `spread` step lengths of those of separately trained models, given by their `runs`."""
 
     name: Literal["agreed"] = "agreed"
     runs: tuple[str, ...] = Field(min_length=1)
@@ -263,7 +266,7 @@ class Agreed(Rail):
         return heads.geometry.step_length, tuple(heads.peer(run) for run in self.runs)
 
     def violation(self, rollouts: Rollouts, step_length: float, models: Sequence[WorldModel]) -> Float[Tensor, "B S T"]:
-        """Return by how many step lengths the farthest of the other predictions differs from the plan's."""
+        """Return, in step lengths, how much the greatest difference between predictions exceeds `spread`."""
         gaps = [(model.rollout(rollouts.context, rollouts.actions) - rollouts.latents).norm(dim=-1) for model in models]
         worst: Tensor = torch.stack(gaps).amax(dim=0) / step_length
         return worst - self.spread
@@ -274,7 +277,7 @@ class Agreed(Rail):
 
 @GUARDRAILS.register("returnable")
 class Returnable(Rail):
-    """What is done can be undone: the way back from every predicted state to the present one takes at most `steps`."""
+    """Actions stay reversible: the way back from every predicted state to the current one has at most `steps` steps."""
 
     name: Literal["returnable"] = "returnable"
     steps: float = Field(gt=0)
@@ -284,7 +287,7 @@ class Returnable(Rail):
         return (heads.distance,)
 
     def violation(self, rollouts: Rollouts, back: Metric) -> Float[Tensor, "B S T"]:
-        """Return by how many steps the way back is too long, by the learned temporal distance."""
+        """Return how many steps the way back is too long, by the learned temporal distance."""
         return back(rollouts.latents, rollouts.context.latents[:, None, -1:]) - self.steps
 
     def _tightens(self, other: Any) -> bool:
@@ -292,14 +295,14 @@ class Returnable(Rail):
 
 
 class _OfActions(Rail):
-    """A limit on environment actions, by their Euclidean length."""
+    """A limit on the Euclidean norm of environment actions or of their changes."""
 
     of_actions: ClassVar[bool] = True
 
     limit: float = Field(gt=0)
 
     def reads(self, title: str, heads: Heads) -> tuple[int]:
-        """Return how many values an environment action has."""
+        """Return the number of values of an environment action."""
         return (heads.model.spec.action.size,)
 
     def _tightens(self, other: Any) -> bool:
@@ -308,27 +311,27 @@ class _OfActions(Rail):
 
 @GUARDRAILS.register("magnitude")
 class Magnitude(_OfActions):
-    """No environment action is longer than `limit` (Euclidean)."""
+    """The Euclidean norm of every environment action is at most `limit`."""
 
     name: Literal["magnitude"] = "magnitude"
 
     def violation(self, rollouts: Rollouts, size: int) -> Float[Tensor, "B S T"]:
-        """Return by how much the longest action of each block exceeds the limit."""
+        """Return how much the longest action of each block exceeds the limit."""
         longest: Tensor = torch.linalg.vector_norm(_actions(rollouts, size), dim=-1).amax(dim=-1)
         return longest - self.limit
 
 
 @GUARDRAILS.register("rate")
 class Rate(_OfActions):
-    """No environment action differs from the one before by more than `limit` (Euclidean).
+    """Consecutive environment actions differ by at most `limit` (Euclidean).
 
-    The first of a plan is compared with the last one taken, where the context holds it.
+    The first action of a plan is compared with the last one executed, if the context contains it.
     """
 
     name: Literal["rate"] = "rate"
 
     def violation(self, rollouts: Rollouts, size: int) -> Float[Tensor, "B S T"]:
-        """Return by how much the greatest change within each block, and into it, exceeds the limit."""
+        """Return how much the greatest change within each block, and into it, exceeds the limit."""
         actions = _actions(rollouts, size)
         line = actions.flatten(2, 3)
         taken = rollouts.context.taken
@@ -338,9 +341,9 @@ class Rate(_OfActions):
 
 
 class Custom(Rail):
-    """Any limit in Python: a function of rollouts that gives (B, S, T), or (B, S) for the plan as a whole.
+    """Any limit in Python: a function of rollouts that returns violations (B, S, T), or (B, S) for complete plans.
 
-    The function may change what it is given in place: it gets copies.
+    The function receives copies, which it may change in place.
     """
 
     name: Literal["custom"] = "custom"
@@ -351,7 +354,7 @@ class Custom(Rail):
         return ()
 
     def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return what the function gives; for a whole plan that holds for its last step."""
+        """Return the function's violations; a violation (B, S) counts at the last step."""
         found = self.function(replace(rollouts, actions=rollouts.actions.clone(), latents=rollouts.latents.clone()))
         shape = rollouts.latents.shape[:3]
         if found.ndim == 2:
@@ -360,8 +363,8 @@ class Custom(Rail):
             return whole
         if found.shape != shape:
             raise PlanningError(
-                f"a custom guardrail must give violations of shape {tuple(shape)}, or one for each candidate; got "
-                f"{tuple(found.shape)}"
+                f"expected violations of shape {tuple(shape)} or {tuple(shape[:2])} from a custom guardrail; got "
+                f"{tuple(found.shape)}. Return one of these shapes"
             )
         return found
 
@@ -370,19 +373,21 @@ class Custom(Rail):
 
 
 def probe_of(heads: Heads, title: str, quantity: str, size: int | None = None) -> Probe:
-    """Return the probe of a quantity for the rule of this title.
+    """Return the probe of a quantity, for the rule with this title.
 
     Raises:
-        ConfigError: the run has no such probe, or one of another size.
+        ConfigError: the run has no such probe, or its size is different.
     """
     if quantity not in heads.probes:
         raise ConfigError(
-            f"{title!r} speaks of {quantity!r}, for which the run has no probe; {nearest(quantity, heads.probes)}. "
-            f"Add it to the recipe's probes and train again into the same folder with resume"
+            f"{title!r} uses {quantity!r}, but the run has no probe of that name; {nearest(quantity, heads.probes)}. "
+            f"Add it to the recipe's probes and resume training in the same folder"
         )
     probe = heads.probes[quantity]
     if size is not None and probe.size != size:
-        raise ConfigError(f"{title!r} takes {quantity!r} for {size} values; it has {probe.size}")
+        raise ConfigError(
+            f"{title!r} uses {quantity!r} with {size} values, but its probe has {probe.size}; change the rule's size"
+        )
     return probe
 
 
@@ -395,18 +400,18 @@ def _way(probe: Probe, rollouts: Rollouts) -> Float[Tensor, "B S T P L"]:
 
 
 def _known(violation: Float[Tensor, "B S T"], probe: Probe, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-    """Return the violation, above 0 wherever a latent is outside the probe's calibration.
+    """Return the violation, raised above 0 wherever a latent is outside the probe's calibration.
 
-    There it is at least by how much farther the latent lies than what is known, in multiples.
+    There it is at least the relative excess of the latent's gap over the known one.
     """
-    excess = probe.gap(rollouts.latents) - 1
+    excess = probe.support.gap(rollouts.latents) - 1
     return torch.where(excess > 0, torch.maximum(violation, excess), violation)
 
 
 @functools.cache
 def _shares(count: int, device: torch.device) -> Float[Tensor, "_ 1"]:
-    """Return so many equal shares of a way, the last of them the whole."""
-    with torch.inference_mode(False):  # it outlives the mode it was made in, and a gradient solver takes it too
+    """Return `count` equal fractions of a way, the last of them 1."""
+    with torch.inference_mode(False):  # the cached tensor is used outside inference mode too, by gradient solvers
         return torch.arange(1, count + 1, device=device)[:, None] / count
 
 

@@ -1,4 +1,4 @@
-"""Online recalibration: margins that stretch while predictions err more than they did in calibration."""
+"""Online recalibration: margins grow while prediction errors are larger than they were in calibration."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,28 +17,28 @@ from worldloom.planning import violations_of
 
 
 class Recalibration:
-    """Follows by how much an agent's predictions err, from what the agent itself sees, and stretches its margins.
+    """Tracks the prediction errors of an agent from its own observations, and stretches its margins.
 
-    Whenever a plan is made, the violations of what is seen are compared with those that were predicted, in units of the
-    margins. The quantile of these errors is tracked (see `AdaptiveMargin`) from `usual` on, their quantile in
-    calibration. The margins stretch as much as it grows, and are never less than calibrated. All environments of the
-    agent are taken together, and each episode begins with the calibrated margins.
+    At each replan, the violations of the observed states are compared with the predicted ones, in units of the margins.
+    `AdaptiveMargin` tracks the quantile of these errors, starting from `usual`, their quantile in calibration. The
+    margins are multiplied by its growth, and never fall below the calibrated ones. All environments of the agent share
+    one quantile, and each episode begins with the calibrated margins.
 
     Raises:
-        PlanningError: `rate`, how fast it follows in units of `usual`, is not above 0.
+        PlanningError: `rate`, the tracking rate in units of `usual`, is not above 0.
     """
 
     def __init__(
         self, rails: Sequence[BoundRail], *, usual: float, risk: float, model: WorldModel, rate: float = 0.5
     ) -> None:
         if not 0 < rate < math.inf:
-            raise PlanningError(f"recalibration needs a finite rate above 0; got {rate}")
+            raise PlanningError(f"expected a finite recalibration rate above 0; got {rate}")
         self._rails, self._model = tuple(rails), model
         self._usual, self._risk, self._rate = usual, risk, rate
         self.reset()
 
     def reset(self) -> None:
-        """Begin with the calibrated margins."""
+        """Reset to the calibrated margins."""
         self._tracker = AdaptiveMargin(self._usual, risk=self._risk, rate=self._rate * self._usual)
 
     @property
@@ -47,7 +47,7 @@ class Recalibration:
         return max(1.0, self._tracker.margin / self._usual)
 
     def see(self, plan: Plan, before: Float[Tensor, "B D"], here: Float[Tensor, "B D"]) -> None:
-        """Compare what a plan predicted of its first block with what is `here`; the plan began `before`."""
+        """Compare what a plan that began at `before` predicted of its first block with the latents `here`."""
         seen = seen_violations(self._rails, plan, 0, still(before, self._model), here)
         self._tracker.update(*errors_seen(self._rails, plan, 0, seen, self.stretch).tolist())
 
@@ -55,7 +55,7 @@ class Recalibration:
 def seen_violations(
     rails: Sequence[BoundRail], plan: Plan, block: int, before: Context, here: Float[Tensor, "B D"]
 ) -> dict[str, Float[Tensor, "B"]]:
-    """Return the violations of what is seen at the end of a block of a plan that began `before`, without margins.
+    """Return the violations of the state `here`, observed at the end of a block of a plan, without margins.
 
     As in a plan, the violation is infinite where a guardrail cannot judge.
     """
@@ -68,9 +68,9 @@ def seen_violations(
 def errors_seen(
     rails: Sequence[BoundRail], plan: Plan, block: int, seen: Mapping[str, Float[Tensor, "B"]], stretch: float = 1.0
 ) -> Float[Tensor, "B"]:
-    """Return by how many margins the violations seen exceed the predicted ones, for the guardrail where it is most.
+    """Return the largest excess of observed over predicted violations across guardrails, in units of their margins.
 
-    `stretch` is the factor by which the margins were multiplied when the plan was made.
+    `stretch` is the factor on the margins when the plan was made.
     """
     found = torch.stack([seen[rail.name] for rail in rails], dim=1)
     margins = torch.stack([rail.margins(plan.actions.shape[1]) for rail in rails])[:, block].to(found)

@@ -1,4 +1,4 @@
-"""Regions: sets of points that a probed quantity is kept in or out of."""
+"""Regions: sets of points for guardrails and objectives over probed quantities."""
 
 import functools
 import math
@@ -22,15 +22,15 @@ class Region(Component):
     @property
     @abstractmethod
     def size(self) -> int:
-        """How many values a point has."""
+        """The number of values of a point."""
 
     @abstractmethod
     def depth(self, points: Float[Tensor, "*axes L"]) -> Float[Tensor, "*axes"]:
-        """Return how deep points lie inside, the Euclidean distance to the edge; negative outside."""
+        """Return how deep points are inside the region, as the Euclidean distance to its edge; negative outside."""
 
     @abstractmethod
     def within(self, other: "Region") -> bool:
-        """Whether every point lies in the other region as well; false where that is not known."""
+        """Whether every point is in the other region too; false if that is unknown."""
 
 
 REGIONS: Registry[type[Region]] = Registry("region")
@@ -39,7 +39,7 @@ RegionField = Annotated[SerializeAsAny[Region], BeforeValidator(component_of(REG
 
 @REGIONS.register("ball")
 class Ball(Region):
-    """All points within a radius."""
+    """All points within `radius` of `centre`."""
 
     name: Literal["ball"] = "ball"
     centre: tuple[float, ...] = Field(min_length=1)
@@ -47,16 +47,16 @@ class Ball(Region):
 
     @property
     def size(self) -> int:
-        """How many values a point has."""
+        """The number of values of a point."""
         return len(self.centre)
 
     def depth(self, points: Float[Tensor, "*axes L"]) -> Float[Tensor, "*axes"]:
-        """Return how deep points lie inside."""
+        """Return how deep points are inside the ball; negative outside."""
         away: Tensor = (points - points.new_tensor(self.centre)).norm(dim=-1)
         return self.radius - away
 
     def within(self, other: Region) -> bool:
-        """Whether every point lies in the other region as well."""
+        """Whether every point is in the other region too."""
         if other.size != self.size:
             return False
         if isinstance(other, Ball):
@@ -72,7 +72,7 @@ class Ball(Region):
 
 @REGIONS.register("box")
 class Box(Region):
-    """All points between two corners; it is open on a side that is null, and at a corner that is left out."""
+    """All points between two corners; a null value leaves that side open, a missing corner all its sides."""
 
     name: Literal["box"] = "box"
     low: tuple[float | None, ...] = ()
@@ -81,29 +81,30 @@ class Box(Region):
     @model_validator(mode="after")
     def _check(self) -> "Box":
         if not self.low and not self.high:
-            raise ValueError("a box needs a 'low' or a 'high' corner, or both")
+            raise ValueError("expected a box with 'low', 'high' or both; got neither")
         if self.low and self.high and len(self.low) != len(self.high):
             raise ValueError(
-                f"the corners of a box have {len(self.low)} and {len(self.high)} values; expected as many in both"
+                f"the corners of a box have {len(self.low)} and {len(self.high)} values; give both the same number of "
+                f"values"
             )
         if any(lo >= hi for lo, hi in zip(*self.corners, strict=True)):
-            raise ValueError(f"a box needs low < high on each side; got {self.low} and {self.high}")
+            raise ValueError(f"expected low < high on each side of a box; got low {self.low} and high {self.high}")
         return self
 
     @cached_property
     def corners(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """The corners, infinite where the box is open."""
+        """The corners, infinite on the open sides."""
         low = tuple(-math.inf if side is None else side for side in self.low or (None,) * self.size)
         high = tuple(math.inf if side is None else side for side in self.high or (None,) * self.size)
         return low, high
 
     @property
     def size(self) -> int:
-        """How many values a point has."""
+        """The number of values of a point."""
         return len(self.low or self.high)
 
     def depth(self, points: Float[Tensor, "*axes L"]) -> Float[Tensor, "*axes"]:
-        """Return how deep points lie inside."""
+        """Return how deep points are inside the box; negative outside."""
         low, high = (_point(corner, points.device, points.dtype) for corner in self.corners)
         beyond = torch.maximum(low - points, points - high)
         if beyond.shape[-1] == 1:
@@ -112,7 +113,7 @@ class Box(Region):
         return -(outside + beyond.amax(dim=-1).clamp_max(0))
 
     def within(self, other: Region) -> bool:
-        """Whether every point lies in the other region as well."""
+        """Whether every point is in the other region too."""
         if other.size != self.size:
             return False
         low, high = self.corners
@@ -130,6 +131,6 @@ class Box(Region):
 
 @functools.lru_cache(maxsize=256)
 def _point(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Float[Tensor, "L"]:
-    """Return a point as a tensor: a search asks for the same one many times."""
-    with torch.inference_mode(False):  # it outlives the mode it was made in, and a gradient solver takes it too
+    """Return a point as a tensor, cached because a search asks for the same one many times."""
+    with torch.inference_mode(False):  # the cached tensor is used outside inference mode too, by gradient solvers
         return torch.tensor(values, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Rule sets: guardrails, objectives and a fallback as data, in layers of their owners that can only tighten."""
+"""Rule sets: guardrails, objectives and a fallback as data, in layers that may only tighten those above them."""
 
 import hashlib
 from collections.abc import Collection, Sequence
@@ -21,11 +21,11 @@ LAYERS = ("operator", "site", "community")
 
 
 class RuleLayer(Config):
-    """One layer of a rule set: what its `owner` asks of an agent.
+    """One layer of a rule set: the rules of one `owner`.
 
-    `guardrails` always hold; `objectives` are weighed beside the goal. `risk` is the share of episodes in which a
-    guardrail may be broken nevertheless; margins are calibrated to keep it. `fallback` is what the agent does where no
-    plan holds.
+    `guardrails` are hard limits; `objectives` are weighed against the goal. `risk` is the accepted fraction of episodes
+    in which a guardrail is broken; margins are calibrated to keep it. `fallback` is how the agent acts when no plan
+    satisfies the guardrails.
     """
 
     rules: Literal[1] = 1
@@ -45,7 +45,7 @@ class RuleLayer(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class StatedRule:
-    """A guardrail with its title, and the owner and layer that state it."""
+    """A guardrail with its title, owner and layer."""
 
     title: str
     rail: RailField
@@ -58,18 +58,18 @@ class RuleSet:
     """The layers of a rule set, the uppermost first; each may only tighten the layers above it.
 
     Raises:
-        ConfigError: the layers are not in order, or one loosens a layer above it; layer and key are named.
+        ConfigError: the layers are out of order, or one loosens a layer above it; the message names layer and key.
     """
 
     layers: tuple[RuleLayer, ...]
 
     def __post_init__(self) -> None:
         if not self.layers:
-            raise ConfigError("a rule set needs at least one layer; got none")
+            raise ConfigError("a rule set needs at least one layer; got none. Pass the path of a rule file")
         order = [LAYERS.index(layer.layer) for layer in self.layers]
         if order != sorted(set(order)):
             raise ConfigError(
-                f"the layers of a rule set come in the order {', '.join(LAYERS)}, each at most once; got "
+                f"expected the layers of a rule set in the order {', '.join(LAYERS)}, each at most once; got "
                 f"{', '.join(layer.layer for layer in self.layers)}"
             )
         for place, lower in enumerate(self.layers):
@@ -78,12 +78,12 @@ class RuleSet:
 
     @property
     def risk(self) -> float | None:
-        """The share of episodes in which a guardrail may be broken: the smallest that a layer states."""
+        """The accepted fraction of episodes in which a guardrail is broken: the smallest of the layers."""
         return min((layer.risk for layer in self.layers if layer.risk is not None), default=None)
 
     @property
     def fallback(self) -> Fallback | None:
-        """What the agent does where no plan holds, from the uppermost layer that states it."""
+        """The fallback of the uppermost layer that has one."""
         return next((layer.fallback for layer in self.layers if layer.fallback is not None), None)
 
     @property
@@ -93,7 +93,7 @@ class RuleSet:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def stated(self) -> list[StatedRule]:
-        """Return each guardrail as the lowest layer that names it states it: the tightest."""
+        """Return each guardrail from the lowest layer that has it, which is the tightest version."""
         found = {
             title: StatedRule(title=title, rail=rail, owner=layer.owner, layer=layer.layer)
             for layer in self.layers
@@ -108,12 +108,12 @@ class RuleSet:
 
 
 def _check_tightens(lower: RuleLayer, upper: RuleLayer) -> None:
-    """Refuse a layer that loosens one above it."""
+    """Raise an error if a layer loosens one above it."""
 
     def loosens(what: str, mine: object, theirs: object) -> ConfigError:
         return ConfigError(
-            f"the {lower.layer} layer of {lower.owner!r} loosens {what}: the {upper.layer} layer of {upper.owner!r} "
-            f"states {theirs}, and it states {mine}. A lower layer may only tighten the layers above it"
+            f"the {lower.layer} layer of {lower.owner!r} loosens {what}: it has {mine}, but the {upper.layer} layer of "
+            f"{upper.owner!r} has {theirs}. A lower layer may only tighten the layers above it"
         )
 
     for title, theirs in upper.guardrails.items():
@@ -125,20 +125,20 @@ def _check_tightens(lower: RuleLayer, upper: RuleLayer) -> None:
     if lower.fallback is not None and upper.fallback is not None and lower.fallback != upper.fallback:
         raise loosens("the fallback", lower.fallback.name, upper.fallback.name)
     if again := sorted(lower.objectives.keys() & upper.objectives.keys()):
-        raise loosens(f"the objective {again[0]!r}", "it again", "it already")
+        raise loosens(f"the objective {again[0]!r}", "a definition of its own", "one already")
 
 
 def read_rules(paths: Sequence[Path | str], *, trusted: Collection[str] | None) -> RuleSet:
-    """Read the layers of a rule set from files, uppermost first; each is signed by a key in `trusted`.
+    """Read the layers of a rule set from files, uppermost first; a key in `trusted` must have signed each file.
 
-    A key may be trusted for one layer alone, as `LAYER:KEY`, so that a community cannot speak as the operator. The
-    pictures that a layer forbids must be signed as well, for they are part of the rule. With `trusted` None, no
-    signature is checked: for experiments.
+    `LAYER:KEY` trusts a key for one layer only, so that a community cannot act as the operator. The pictures that a
+    layer forbids must be signed too, because they are part of the rule. With `trusted=None` signatures are not checked;
+    use this for experiments only.
 
     Raises:
         StorageError: a file, or its signature, is missing.
-        DataError: a signature is wrong, or of a key that is not trusted.
-        ConfigError: a line is wrong, and is named, or the layers do not fit together.
+        DataError: a signature is wrong, or its key is not trusted.
+        ConfigError: a line is invalid (the message names it), or the layers contradict each other.
     """
     layers = []
     for path in paths:
@@ -150,7 +150,7 @@ def read_rules(paths: Sequence[Path | str], *, trusted: Collection[str] | None) 
         able = {key.rpartition(":")[2].lower() for key in trusted if key.rpartition(":")[0] in ("", layer.layer)}
         if signer not in able:
             raise DataError(
-                f"{path} is a layer of the {layer.layer}, but the key that signed it, {signer}, is trusted for another "
+                f"{path} is a layer of the {layer.layer}, but its signing key {signer} is trusted only for another "
                 f"layer; have the {layer.layer} sign it"
             )
         for file in layer.files:

@@ -1,4 +1,4 @@
-"""Heads: what is learned on frozen latents, beside the world model."""
+"""Heads: small networks and statistics fitted on the latents of a frozen world model."""
 
 from worldloom.heads.coarse import CoarseConfig, CoarseModel, fit_coarse
 from worldloom.heads.distance import DistanceConfig, TemporalDistance, fit_distance, rank_correlation

@@ -1,8 +1,8 @@
-"""A slower, coarser world model over macro-actions: one step of it is many of the model below.
+"""A coarser world model over macro-actions: each of its steps covers several steps of the model below.
 
-A macro-action is a code of several consecutive blocks, learned together with where they lead from the state that they
-begin in. A coarse model is a `WorldModel` in the same latent space, so that every solver, geometry and objective takes
-it, and another coarse model can be fitted on it.
+A macro-action encodes several consecutive blocks. Its encoder is trained together with the prediction of the state
+that those blocks lead to. A coarse model is a `WorldModel` in the same latent space, so every solver, geometry and
+objective works with it, and another coarse model can be fitted on top of it.
 """
 
 from dataclasses import replace
@@ -24,14 +24,14 @@ from worldloom.heads.head import FitConfig, Head
 from worldloom.heads.latent_episodes import LatentEpisodes, with_dreams
 from worldloom.models import MLP, LatentNorm
 
-_BOUND = 2.0  # of a macro-action's code, whose values have mean 0 and variance 1 over the data
+_BOUND = 2.0  # on each value of a macro-action, which has mean 0 and variance 1 over the data
 
 
 class CoarseConfig(FitConfig):
-    """The network and its fit; `stride` steps of the model below are one of this one.
+    """The network and its fit; one step of the coarse model covers `stride` steps of the model below.
 
-    A macro-action has `code` values. The data are extended by `dreams` imagined walks per episode, of `dream_horizon`
-    steps of the model below.
+    A macro-action has `code` values. The data are extended by `dreams` imagined walks per episode, each `dream_horizon`
+    steps of the model below long.
     """
 
     stride: int = Field(default=4, ge=2)
@@ -44,7 +44,7 @@ class CoarseConfig(FitConfig):
 
 
 class CoarseModel(Head[CoarseConfig]):
-    """Implements `WorldModel` over macro-actions, on the latents of the model below, which it encodes with."""
+    """A `WorldModel` over macro-actions that shares the encoder and latent space of the model below."""
 
     kind = "coarse-model"
     config_type = CoarseConfig
@@ -74,25 +74,25 @@ class CoarseModel(Head[CoarseConfig]):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters lie."""
+        """The device of the parameters."""
         return self.scale.device
 
     def encode(self, observations: Observations) -> Float[Tensor, "*axes D"]:
-        """Encode as the model below does."""
+        """Encode observations with the encoder of the model below."""
         return self._encode(observations)
 
     def macro(self, latents: Float[Tensor, "M D"], blocks: Float[Tensor, "M k A"]) -> Float[Tensor, "M _"]:
-        """Return the macro-actions of `stride` blocks, each from the state that it begins in."""
+        """Return the macro-actions of chunks of `stride` blocks; `latents` are the states in which the chunks begin."""
         codes: Tensor = self.norm(self.code(torch.cat([latents, blocks.flatten(1) / self.scale], dim=1)))
         return codes
 
     def advance(self, latents: Float[Tensor, "*axes D"], macros: Float[Tensor, "*axes _"]) -> Float[Tensor, "*axes D"]:
-        """Return where macro-actions lead."""
+        """Return the latents that macro-actions lead to."""
         change: Tensor = self.step(torch.cat([latents, macros], dim=-1))
         return latents + change
 
     def rollout(self, context: Context, actions: Float[Tensor, "B S T A"]) -> Float[Tensor, "B S T D"]:
-        """Predict T steps of this model, open loop; see `WorldModel`."""
+        """Predict T coarse steps, open loop; see `WorldModel`."""
         latents = context.latents[:, None, -1].expand(-1, actions.shape[1], -1)
         predicted = []
         for macros in actions.unbind(2):
@@ -101,10 +101,10 @@ class CoarseModel(Head[CoarseConfig]):
         return torch.stack(predicted, dim=2)
 
     def coarsen(self, episodes: LatentEpisodes, *, offset: int = 0) -> LatentEpisodes:
-        """Return episodes of the model below as this one sees them, from a frame of each on.
+        """Convert episodes of the model below to episodes of the coarse model, starting at frame `offset` of each.
 
         Raises:
-            DataError: none is longer than one of its steps.
+            DataError: no episode is longer than one coarse step.
         """
         stride, found = self.config.stride, []
         with torch.inference_mode():
@@ -119,8 +119,8 @@ class CoarseModel(Head[CoarseConfig]):
                 found.append((ends.clone(), self.macro(ends[:-1], chunks).clamp(-_BOUND, _BOUND).clone()))
         if not found:
             raise DataError(
-                f"no episode is longer than {stride} blocks, one step of the coarse model; collect longer ones or "
-                f"lower its stride"
+                f"no episode is longer than {stride} blocks, one step of the coarse model; collect longer episodes or "
+                f"lower 'stride'"
             )
         return LatentEpisodes.of(found)
 
@@ -133,12 +133,13 @@ def fit_coarse(
     seed: int,
     progress: Progress = SILENT,
 ) -> CoarseModel:
-    """Fit on the episodes and on dreams of the model below: code and prediction together, in latent space.
+    """Fit the macro-action encoder and the predictor together, on the episodes and on dreams of the model below.
 
-    Two steps are predicted open loop, the second from the prediction of the first, so that predictions can be chained.
+    The loss covers two open-loop steps, the second from the prediction of the first, so that predictions can be
+    chained.
 
     Raises:
-        DataError: no episode and no dream is as long as one step.
+        DataError: no episode and no dream is as long as one coarse step.
     """
     generator = torch_generator(seed, "coarse", device=episodes.latents.device)
     with seeded_weights(seed, "coarse", "weights"):
@@ -168,12 +169,12 @@ def fit_coarse(
 def _windows(
     episodes: LatentEpisodes, stride: int
 ) -> tuple[Float[Tensor, "M 3 D"], Float[Tensor, "M 2 k A"], Bool[Tensor, "M"]]:
-    """Return states one step apart with the blocks between, and whether the second step is there."""
+    """Return states one coarse step apart, the blocks between them, and whether the second step exists."""
     longest = episodes.latents.shape[1]
     if longest <= stride:
         raise DataError(
-            f"the longest episode has {longest} states and one step of the coarse model takes {stride} blocks; collect "
-            f"longer episodes or lower its stride"
+            f"the longest episode has {longest} states, but one step of the coarse model covers {stride} blocks; "
+            f"collect longer episodes or lower 'stride'"
         )
     # Padded by one step, so that the last step of an episode also has a (masked) second one.
     states = functional.pad(episodes.latents, (0, 0, 0, stride))

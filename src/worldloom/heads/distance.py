@@ -1,4 +1,4 @@
-"""A learned temporal distance: how many environment steps lie between two latents."""
+"""A learned temporal distance: the number of environment steps from one latent to another."""
 
 import copy
 
@@ -23,9 +23,10 @@ from worldloom.models import MLP, Activation, Norm, hidden_layer
 class DistanceConfig(FitConfig):
     """The network and its fit.
 
-    A goal is a later state of the same line (an episode or a dream) with probability `same_line`, else any state
-    of any line in the same layout, or, with probability `anywhere`, any state of all data, which is reachable only
-    where every episode has the same layout. Distances are cut off at `longest` environment steps.
+    With probability `same_line`, a goal is a later state of the same line (an episode or a dream). Otherwise it is any
+    state of any line in the same layout or, with probability `anywhere`, any state of all data. Use `anywhere` only
+    if all episodes have the same layout, because other goals are unreachable. Distances are capped at `longest`
+    environment steps.
     """
 
     hidden: tuple[int, ...] = Field(default=(256, 128), min_length=1)
@@ -37,18 +38,18 @@ class DistanceConfig(FitConfig):
     anywhere: float = Field(default=0.0, ge=0, le=1)
     discount: float = Field(
         default=0.15, gt=0, lt=1
-    )  # chance that a goal on the same line is the next state, and so on
+    )  # the probability p of the geometric distribution of steps to a goal on the same line
     longest: float = Field(default=150.0, gt=0)
-    follow: float = Field(default=0.02, gt=0, le=1)  # how fast the target network follows, each step
+    follow: float = Field(default=0.02, gt=0, le=1)  # update rate of the target network, per step
     dreams: int = Field(default=4, ge=0)
     dream_horizon: int = Field(default=20, ge=1)
     walk: Walk = Walk()
 
 
 class TemporalDistance(Head[DistanceConfig]):
-    """(z, goal) -> environment steps; at least 0, not symmetric.
+    """The number of environment steps from a latent to a goal: at least 0, not symmetric.
 
-    The first layer is kept in two parts, so that a goal shared by many candidates is multiplied once.
+    The first layer has one part for latents and one for goals, so a goal shared by many candidates is multiplied once.
     """
 
     kind = "temporal-distance"
@@ -83,11 +84,12 @@ def fit_distance(
     seed: int,
     progress: Progress = SILENT,
 ) -> TemporalDistance:
-    """Learn by expectile bootstrapping: d(z, g) is the low expectile of 1 + d(z', g) over the next states z'.
+    """Fit a temporal distance by expectile bootstrapping.
 
-    A goal seen k steps later on the same line bounds the target by k. The low expectile selects the shortest of the
-    paths in the data (Kostrikov et al., arXiv 2110.06169, for values). Where layouts differ between episodes, no path
-    leads from one to another, so goals come from the same episode and from dreams in its layout.
+    The target of d(z, g) is a low expectile of 1 + d(z', g) over the next states z'. It selects the shortest of the
+    paths in the data (Kostrikov et al., arXiv 2110.06169, for values). A goal k steps later on the same line bounds the
+    target by k. Where layouts differ between episodes, no path leads from one to another, so goals come from the same
+    episode and from dreams in its layout.
     """
     spec, device = model.spec, episodes.latents.device
     generator = torch_generator(seed, "distance", device=device)
@@ -118,7 +120,7 @@ def fit_distance(
 
 
 class _Pairs:
-    """Draws states with their next ones and goals in the same layout."""
+    """Samples states with their next states and with goals in the same layout."""
 
     def __init__(self, lines: list[LatentEpisodes], config: DistanceConfig, generator: torch.Generator) -> None:
         self._config, self._generator = config, generator
@@ -136,7 +138,8 @@ class _Pairs:
         line, episode = self._integers(lines, count), self._integers(episodes, count)
         last = self._lengths[line, episode] - 1
         frame = (self._uniform(count) * last).long()
-        # A later state of the same line, geometrically far; else any state of any line in the layout.
+        # A later state of the same line at a geometrically distributed distance; else any state of a line in the
+        # layout.
         jump = 1 + (self._uniform(count).clamp_min(1e-6).log() / np.log1p(-config.discount)).long()
         same = self._uniform(count) < config.same_line
         goal_line = torch.where(same, line, self._integers(lines, count))
@@ -164,10 +167,10 @@ class _Pairs:
 def rank_correlation(
     metric: Metric, latents: Float[Tensor, "M D"], goals: Float[Tensor, "M D"], steps: Float[Tensor, "M"]
 ) -> float:
-    """Return Spearman's rank correlation of a metric with the true steps between pairs, held out of its fit.
+    """Return Spearman's rank correlation of a metric with the true steps between held-out pairs.
 
     Raises:
-        DataError: there are fewer than two pairs, or all are equally far.
+        DataError: there are fewer than two pairs, or all pairs are the same number of steps apart.
     """
     from scipy.stats import rankdata
 
@@ -175,5 +178,5 @@ def rank_correlation(
         measured = metric(latents, goals)
     ranks = [rankdata(values.cpu().numpy()) for values in (measured, steps)]
     if len(steps) < 2 or any(np.ptp(values) == 0 for values in ranks):
-        raise DataError("a rank correlation needs at least two pairs that are not all equally far")
+        raise DataError("a rank correlation needs at least two pairs with different numbers of steps; pass more pairs")
     return float(np.corrcoef(*ranks)[0, 1])

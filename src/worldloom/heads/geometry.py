@@ -1,4 +1,4 @@
-"""The geometry of a latent space, measured on data: how long a step is, and whether it can be undone."""
+"""The geometry of a latent space, measured on data: the length of a step, and whether steps can be undone."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,15 +16,16 @@ from worldloom.heads.head import Head
 from worldloom.heads.inverse import InverseModel, InverseModelConfig, fit_inverse_model
 from worldloom.heads.latent_episodes import LatentEpisodes, dream
 
-_WALKS, _BLOCKS = 512, 4  # by which reversibility is measured
-_REACH = 3  # blocks in which a target is to be reached
+_WALKS, _BLOCKS = 512, 4  # number and length of the walks that measure reversibility
+_REACH = 3  # maximum number of blocks to a target
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reversibility:
-    """How well inverse dynamics undo a walk: `gap` remains of `displacement`, both mean latent distances.
+    """How well inverse dynamics undo a walk.
 
-    Dynamics count as reversible where at most 40% of the displacement remains.
+    `displacement` is the mean latent distance of the walks, `gap` the mean distance that is left after walking back.
+    Dynamics count as reversible if at most 40% of the displacement is left.
     """
 
     gap: float
@@ -32,26 +33,21 @@ class Reversibility:
 
     @property
     def remaining(self) -> float:
-        """The share of the displacement that was not undone: 0 is a full return, 1 or more is none."""
+        """The fraction of the displacement that was not undone: 0 is a full return, 1 or more means no return."""
         return self.gap / max(self.displacement, 1e-12)
 
     @property
     def reversible(self) -> bool:
-        """Whether search may imagine backwards from a goal."""
+        """Whether a search may imagine backwards from a goal."""
         return self.remaining <= 0.4
 
 
 def measure_reversibility(
-    model: WorldModel,
-    inverse: InverseModel,
-    episodes: LatentEpisodes,
-    *,
-    walk: Walk,
-    generator: torch.Generator,
+    model: WorldModel, inverse: InverseModel, episodes: LatentEpisodes, *, walk: Walk, generator: torch.Generator
 ) -> Reversibility:
     """Roll out walks from states of the data, and walk back through the same latents by inverse dynamics.
 
-    The walks back are rolled out by the model, block by block, each aimed from where the last one led.
+    The model predicts the way back block by block; each block starts from the prediction of the one before.
     """
     per_episode = -(-_WALKS // len(episodes))
     there = dream(model, episodes, per_episode=per_episode, horizon=_BLOCKS, walk=walk, generator=generator).latents
@@ -68,7 +64,7 @@ def measure_reversibility(
 
 
 def still(latents: Tensor, model: WorldModel) -> Context:
-    """Return the context of having stood still at these latents (B, D)."""
+    """Return the context of an agent that has not moved at these latents (B, D)."""
     size = model.spec.context
     return Context(
         latents=latents[:, None].expand(-1, size, -1),
@@ -77,15 +73,12 @@ def still(latents: Tensor, model: WorldModel) -> Context:
 
 
 def predict_arrival(
-    model: WorldModel,
-    geometry: "LatentGeometry",
-    sources: Float[Tensor, "M D"],
-    targets: Float[Tensor, "M D"],
+    model: WorldModel, geometry: "LatentGeometry", sources: Float[Tensor, "M D"], targets: Float[Tensor, "M D"]
 ) -> tuple[Float[Tensor, "M"], Bool[Tensor, "M"]]:
     """Imagine going straight from each source to its target by inverse dynamics.
 
-    Returns the blocks that it takes (at least 1), and whether the model predicts an arrival within one typical step
-    length in at most 3 blocks: a wall between two near latents is seen here.
+    Returns the number of blocks until arrival (1 to 3), and whether the model predicts an arrival within one typical
+    step length in at most 3 blocks. This detects a wall between two latents that are close.
     """
     device = model.device
     arrived = torch.full((len(sources),), torch.inf)
@@ -112,12 +105,12 @@ class LatentGeometry(Head[InverseModelConfig]):
         self.config = inverse.config
 
     def figures(self) -> dict[str, Any]:
-        """Return what was measured."""
+        """Return the step length and the reversibility."""
         return {"step_length": self.step_length, "reversibility": asdict(self.reversibility)}
 
     @classmethod
     def build(cls, model: WorldModel, config: InverseModelConfig, **figures: Any) -> "LatentGeometry":
-        """Build it from what was measured, with untrained inverse dynamics."""
+        """Build it from the saved figures, with untrained inverse dynamics."""
         return cls(
             step_length=figures["step_length"],
             inverse=InverseModel(model.spec, config),

@@ -1,4 +1,4 @@
-"""What all heads share: how they are fitted, and their files, which are tied to the weights of a world model."""
+"""The base of all heads: their fit, and their files, which are tied to the weights of a world model."""
 
 import math
 from collections.abc import Callable
@@ -15,9 +15,9 @@ from worldloom.core.progress import Progress
 from worldloom.core.seams import WorldModel
 from worldloom.models import load_tensors, save_tensors
 
-VERSION = 1  # of the file format
+VERSION = 1  # version of the file format
 _WEIGHT_DECAY = 1e-4
-_CLIP = 5.0  # of the gradient's norm
+_CLIP = 5.0  # maximum norm of the gradient
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 HeadT = TypeVar("HeadT", bound="Head[Any]")
@@ -32,9 +32,9 @@ class FitConfig(Config):
 
 
 class Head(nn.Module, Generic[ConfigT]):
-    """A module beside a world model: a subclass states its kind, its configuration and its tensors.
+    """A module fitted on a world model; a subclass defines its kind, configuration and tensors.
 
-    The file of a head holds these, the version of the format and the fingerprint of the world model.
+    The file of a head contains these, the version of the format and the fingerprint of the world model.
     """
 
     kind: ClassVar[str]
@@ -43,11 +43,11 @@ class Head(nn.Module, Generic[ConfigT]):
 
     @classmethod
     def build(cls: type[HeadT], model: WorldModel, config: Any, **figures: Any) -> HeadT:
-        """Build an untrained head of this model; `figures` are what `figures()` returned when it was saved."""
+        """Build an untrained head of this model; `figures` are the values that `figures()` returned at the save."""
         return cls(model.spec, config, **figures)
 
     def figures(self) -> dict[str, Any]:
-        """Return what the file holds beside the configuration and the tensors, as JSON values."""
+        """Return the JSON values that the file contains besides the configuration and the tensors."""
         return {}
 
     def fit(self, loss: Callable[[int], Tensor], progress: Progress) -> float:
@@ -86,10 +86,10 @@ class Head(nn.Module, Generic[ConfigT]):
         return sum(tail) / max(1, len(tail))
 
     def save(self, stem: Path | str, model: WorldModel) -> str:
-        """Write `STEM.json` and its tensors beside the model that the head belongs to; return the tensors' digest.
+        """Write `STEM.json` and the tensors, tied to `model`, and return the tensors' digest.
 
         Raises:
-            StorageError: the disk is full or refuses.
+            StorageError: the disk is full or the files cannot be written.
         """
         metadata = {
             "version": VERSION,
@@ -101,27 +101,27 @@ class Head(nn.Module, Generic[ConfigT]):
 
     @classmethod
     def load(cls: type[HeadT], stem: Path | str, model: WorldModel) -> HeadT:
-        """Read what `save` wrote, onto the model's device and in evaluation mode.
+        """Load a head that `save` wrote, onto the model's device and in evaluation mode.
 
         Raises:
-            CheckpointError: it is missing, damaged, of another kind or version, or belongs to another model.
+            CheckpointError: the head is missing, damaged, of a different kind or version, or belongs to another model.
         """
         device = model.device
         tensors, metadata = load_tensors(stem, kind=cls.kind, device=device)
         if metadata.get("version") != VERSION:
             raise CheckpointError(
                 f"{stem} has version {metadata.get('version')!r}; this version of worldloom reads {cls.kind} heads of "
-                f"version {VERSION}. Fit it again"
+                f"version {VERSION}. Fit the head again"
             )
         if metadata["model"] != model.spec.fingerprint:
             raise CheckpointError(
-                f"{stem} was fitted for model {str(metadata['model'])[:12]!r} and the model is "
-                f"{model.spec.fingerprint[:12]!r}; fit it again, or load the model that it belongs to"
+                f"{stem} was fitted on model {str(metadata['model'])[:12]!r}, but this model is "
+                f"{model.spec.fingerprint[:12]!r}; fit the head again, or load the model that it was fitted on"
             )
         try:
             config = cls.config_type.parse(metadata["config"])
             head = cls.build(model, config, **metadata["figures"]).to(device)
             head.load_state_dict(tensors)
         except (ConfigError, RuntimeError) as error:
-            raise CheckpointError(f"{stem} does not fit its own configuration: {error}; fit it again") from None
+            raise CheckpointError(f"{stem} does not match its configuration: {error}; fit the head again") from None
         return head.eval()

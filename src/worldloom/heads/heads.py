@@ -1,4 +1,4 @@
-"""The heads of a run: all that was learned and measured on the latents of its world model."""
+"""The heads of a run: everything fitted and measured on the latents of its world model."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -19,9 +19,9 @@ from worldloom.models import JEPA, load_model
 
 
 class Heads:
-    """A world model and the heads in a folder that were fitted on it; each is loaded when it is first asked for.
+    """A world model and the heads in a folder that were fitted on it. Each head is loaded on first use.
 
-    `probe_names` are the quantities that have a probe, `levels` is the number of coarser models.
+    `probe_names` are the quantities that have a probe; `levels` is the number of coarser models.
 
     Raises:
         CheckpointError: a head is missing, damaged, or was fitted on another model. Raised on first use.
@@ -32,7 +32,7 @@ class Heads:
         self._folder, self._probe_names, self._levels = folder, probe_names, levels
 
     def stem(self, name: str) -> Path:
-        """Return the path of a head without its suffix."""
+        """Return the path of a head, without suffix."""
         return self._folder / name
 
     @cached_property
@@ -47,7 +47,7 @@ class Heads:
 
     @cached_property
     def support(self) -> Support:
-        """A sample of the latents of the data."""
+        """A sample of the data's latents."""
         return Support.load(self.stem("support"), self.model)
 
     @cached_property
@@ -65,14 +65,16 @@ class Heads:
         return levels
 
     def examples(self, names: Sequence[str]) -> Float[Tensor, "N D"]:
-        """Return the latents of pictures, given by their paths.
+        """Return the latents of picture files, given by their paths.
 
         Raises:
-            DataError: a file is not a picture or has another size, or the model needs more than pictures.
+            DataError: a file is not a picture or has a different size, or the model needs more than pixels.
         """
         expected = self.model.spec.observation.pixels
         if expected is None or self.model.spec.observation.vector:
-            raise DataError("the model takes more than pixels; a picture alone cannot be encoded")
+            raise DataError(
+                "the model's observation is not only pixels, so a picture cannot be encoded; use a model of pixels only"
+            )
         with torch.inference_mode():
             every = [self.model.encode(read_picture(Path(name), expected).to(self.model.device)) for name in names]
         return torch.cat(every)
@@ -81,6 +83,6 @@ class Heads:
         """Return the world model of another run, given by its folder.
 
         Raises:
-            CheckpointError: there is no model, or it is damaged.
+            CheckpointError: the folder has no model, or the model is damaged.
         """
         return load_model(Path(run) / "model", self.model.device)

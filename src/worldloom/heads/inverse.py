@@ -1,4 +1,4 @@
-"""Inverse dynamics on frozen latents: which block leads from one latent to the next."""
+"""Inverse dynamics on frozen latents: the block that leads from one latent to the next."""
 
 import torch
 from jaxtyping import Float
@@ -27,7 +27,7 @@ class InverseModelConfig(FitConfig):
 
 
 class InverseModel(Head[InverseModelConfig]):
-    """(z, z') -> the block between, in environment units and within bounds."""
+    """Inverse dynamics: (z, z') -> the block between them, in environment units and within bounds."""
 
     kind = "inverse-dynamics"
     config_type = InverseModelConfig
@@ -46,7 +46,7 @@ class InverseModel(Head[InverseModelConfig]):
     def forward(
         self, latents: Float[Tensor, "*axes D"], following: Float[Tensor, "*axes D"]
     ) -> Float[Tensor, "*axes A"]:
-        """Return the block that leads from the one to the other."""
+        """Return the block that leads from `latents` to `following`."""
         blocks = self.mean + self.std * self.normalised(latents, following)
         if self._bounds.low.device != blocks.device:
             self._bounds = ActionBounds.of(self.spec, blocks.device)
@@ -55,12 +55,12 @@ class InverseModel(Head[InverseModelConfig]):
     def normalised(
         self, latents: Float[Tensor, "*axes D"], following: Float[Tensor, "*axes D"]
     ) -> Float[Tensor, "*axes A"]:
-        """Return the block in standard deviations of the data's actions: what the fit compares."""
+        """Return the block in standard deviations of the data's actions, the unit of the loss."""
         blocks: Tensor = self.network(torch.cat([latents, following - latents], dim=-1))
         return blocks
 
     def normalise(self, blocks: Float[Tensor, "*axes A"]) -> Float[Tensor, "*axes A"]:
-        """Return blocks in environment units as the network sees them."""
+        """Convert blocks from environment units to the network's units."""
         return (blocks - self.mean) / self.std
 
 
@@ -72,7 +72,7 @@ def fit_inverse_model(
     seed: int,
     progress: Progress = SILENT,
 ) -> InverseModel:
-    """Fit on the transitions of the episodes and of imagined walks from their states."""
+    """Fit on the transitions of the episodes and of imagined walks that start from their states."""
     device = episodes.latents.device
     generator = torch_generator(seed, "inverse", device=device)
     parts = [episodes.transitions()]
@@ -84,7 +84,7 @@ def fit_inverse_model(
     with seeded_weights(seed, "inverse", "weights"):
         inverse = InverseModel(model.spec, config).to(device)
     inverse.mean.copy_(blocks.mean(0))
-    # A dimension that hardly varies is not amplified.
+    # Do not amplify a dimension that hardly varies.
     inverse.std.copy_(torch.maximum(blocks.std(0), 0.02 * inverse.std))
     target = inverse.normalise(blocks)
 

@@ -1,4 +1,4 @@
-"""Episodes as latents of a frozen encoder, from which the heads learn."""
+"""Episodes as latents of a frozen encoder: the training data of the heads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from worldloom.data import Frames
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LatentEpisodes(Batched):
-    """E episodes of latents, one block apart, padded at their ends; `lengths` counts the latents of each."""
+    """E episodes of latents, one block apart and padded at the end; `lengths` counts the latents of each episode."""
 
     latents: Float[Tensor, "E N D"]
     blocks: Float[Tensor, "E N-1 A"]  # blocks[:, t] leads from latent t to t + 1
@@ -27,7 +27,7 @@ class LatentEpisodes(Batched):
     def __post_init__(self) -> None:
         if len(self.lengths) == 0 or int(self.lengths.min()) < 2 or int(self.lengths.max()) > self.latents.shape[1]:
             raise DataError(
-                f"latent episodes need at least one episode, each with 2 to {self.latents.shape[1]} latents; got "
+                f"expected at least one latent episode, each with 2 to {self.latents.shape[1]} latents; got "
                 f"lengths {self.lengths.tolist()[:8]}. Collect episodes longer than one block"
             )
 
@@ -36,9 +36,9 @@ class LatentEpisodes(Batched):
 
     @classmethod
     def of(cls, episodes: Sequence[tuple[Float[Tensor, "_ D"], Float[Tensor, "_ A"]]]) -> "LatentEpisodes":
-        """Pad episodes given one by one: the latents, and the blocks between them."""
+        """Pad and stack episodes, each given as its latents and the blocks between them."""
         if not episodes:
-            raise DataError("there are no latent episodes; collect some first")
+            raise DataError("expected at least one latent episode; got none. Collect episodes first")
         pad = torch.nn.utils.rnn.pad_sequence
         return cls(
             latents=pad([latents for latents, _ in episodes], batch_first=True),
@@ -53,15 +53,15 @@ class LatentEpisodes(Batched):
         return float((after - before).norm(dim=-1).mean())
 
     def transitions(self) -> tuple[Float[Tensor, "M D"], Float[Tensor, "M A"], Float[Tensor, "M D"]]:
-        """Return every latent that has a next one, the block between, and the next."""
+        """Return every latent that has a next one, the block between the two, and the next latent."""
         steps = torch.arange(self.blocks.shape[1], device=self.lengths.device)
         real = steps < (self.lengths - 1)[:, None]
         return self.latents[:, :-1][real], self.blocks[real], self.latents[:, 1:][real]
 
     def context(self, episodes: Int[Tensor, "M"], frames: Int[Tensor, "M"], size: int) -> Context:
-        """Return what a model with a context of `size` knows at these frames.
+        """Return the context of `size` latents that ends at each of these frames.
 
-        Before an episode the first latent repeats and the blocks are zero, as in training windows.
+        Before the start of an episode, the first latent repeats and the blocks are zero, as in training windows.
         """
         places = frames[:, None] + torch.arange(1 - size, 1, device=frames.device)
         between = places[:, :-1]
@@ -78,9 +78,9 @@ def dream(
     walk: Walk,
     generator: torch.Generator,
 ) -> LatentEpisodes:
-    """Imagine walks of `horizon` blocks from random states of each episode, so in the layout of that episode.
+    """Imagine walks of `horizon` blocks that start from random states of each episode, in its layout.
 
-    Dream `e * per_episode + i` is the i-th of episode e; its first latent is the state that it leaves.
+    Dream `e * per_episode + i` is the i-th of episode e; its first latent is the start state.
     """
     spec, device = model.spec, episodes.latents.device
     bounds = ActionBounds.of(spec, device)
@@ -101,7 +101,7 @@ def dream(
 def with_dreams(
     model: WorldModel, episodes: LatentEpisodes, sets: int, *, horizon: int, walk: Walk, generator: torch.Generator
 ) -> list[LatentEpisodes]:
-    """Return the episodes, then so many sets of dreams, each with one dream of every episode; see `dream`."""
+    """Return the episodes and `sets` sets of dreams, each with one dream per episode; see `dream`."""
     dreams = [
         dream(model, episodes, per_episode=1, horizon=horizon, walk=walk, generator=generator) for _ in range(sets)
     ]
@@ -117,10 +117,10 @@ def encode_episodes(
     frames_at_once: int = 1024,
     progress: Progress = SILENT,
 ) -> LatentEpisodes:
-    """Encode every `block`-th frame of the episodes, from frame `offset` on; those too short are left out.
+    """Encode every `block`-th frame of the episodes from frame `offset` on; leave out episodes that are too short.
 
     Raises:
-        DataError: no episode holds two such frames.
+        DataError: no episode has two such frames.
     """
     block = model.spec.block
     device = model.device
@@ -142,7 +142,7 @@ def encode_episodes(
             parts.append(model.encode(observations.to(device)))
             task.advance(len(part))
     latents = torch.cat(parts).split(counts.tolist())
-    # The actions of every block; none follows the last frame.
+    # The actions of every block. No block follows the last frame.
     blocks = [
         torch.from_numpy(cache.actions[first : first + block * (n - 1)].reshape(n - 1, -1)).to(device)
         for first, n in zip(cache.starts[chosen] + offset, counts, strict=True)

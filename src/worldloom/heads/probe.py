@@ -1,4 +1,4 @@
-"""Probes: small decoders of named quantities with a measured error, fitted on the few frames that have labels."""
+"""Probes: small decoders of named quantities, fitted on the labelled frames, with a measured error."""
 
 import math
 from typing import Any
@@ -18,10 +18,10 @@ from worldloom.models import MLP
 
 
 class ProbeConfig(FitConfig):
-    """The network and its fit; the share `held_out` of the labelled frames measures its error instead.
+    """The network and its fit; the fraction `held_out` of the labelled frames is not fitted but measures the error.
 
-    `between` clips the labels to these two ends, so that the network resolves values where they matter, such as near
-    the edge of a hazard.
+    `between` clips the labels to a range, so that the network resolves the values that matter, such as those near the
+    edge of a hazard.
     """
 
     hidden: tuple[int, ...] = Field(default=(256,), min_length=1)
@@ -34,15 +34,17 @@ class ProbeConfig(FitConfig):
     @model_validator(mode="after")
     def _check_between(self) -> "ProbeConfig":
         if self.between is not None and not self.between[0] < self.between[1]:
-            raise ValueError(f"'between' needs a lower end below the upper one; got {list(self.between)}")
+            raise ValueError(
+                f"'between' needs a lower end below its upper end; got {list(self.between)}. Swap or move them"
+            )
         return self
 
 
 class Probe(Head[ProbeConfig]):
-    """Reads a named quantity of `size` values from latents, in the unit of its labels.
+    """Decodes a named quantity of `size` values from latents, in the unit of its labels.
 
-    `errors` are its Euclidean errors on held-out frames, ascending. Latents unlike its `support`, a sample of those
-    that it was fitted on, are outside its calibration.
+    `errors` are its Euclidean errors on held-out frames, ascending. They do not apply to latents that are unlike its
+    `support`, a sample of the latents of the fit.
     """
 
     kind = "probe"
@@ -61,31 +63,27 @@ class Probe(Head[ProbeConfig]):
         self.support = Support(torch.zeros(references, latent_dim), 0.0)
 
     def figures(self) -> dict[str, Any]:
-        """Return the sizes of its buffers."""
+        """Return the sizes of the buffers."""
         return {"size": self.size, "errors": len(self.errors), "references": len(self.support.references)}
 
     @classmethod
     def build(cls, model: WorldModel, config: ProbeConfig, **figures: Any) -> "Probe":
-        """Build an untrained probe with buffers of these sizes."""
+        """Build an untrained probe with buffers of the saved sizes."""
         return cls(model.spec.latent_dim, config=config, **figures)
 
     def forward(self, latents: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes L"]:
-        """Read the quantity."""
+        """Return the decoded quantity."""
         out: Tensor = self.mean + self.scale * self.network(latents)
         return out
 
     def error(self, risk: float) -> float:
-        """Return the bound that the error on a new frame of the same kind exceeds with at most this probability.
+        """Return a bound on the error: a new frame of the same kind exceeds it with probability at most `risk`.
 
-        The split-conformal quantile (Vovk et al. 2005): the k-th smallest of n held-out errors with
-        k = ceil((n + 1)(1 - risk)); infinite where there are too few frames for so small a risk.
+        This is the split-conformal quantile (Vovk et al. 2005): the k-th smallest of n held-out errors with
+        k = ceil((n + 1)(1 - risk)), or infinity if n is too small for this risk.
         """
         place = math.ceil((len(self.errors) + 1) * (1 - risk))
         return math.inf if place > len(self.errors) else float(self.errors[max(place, 1) - 1])
-
-    def gap(self, latents: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes"]:
-        """Return how far latents lie from those of the fit; values up to 1 count as known."""
-        return self.support.gap(latents)
 
 
 def fit_probe(
@@ -97,7 +95,7 @@ def fit_probe(
     seed: int,
     progress: Progress = SILENT,
 ) -> Probe:
-    """Fit a probe on labelled frames; those of one group (an episode) are fitted or held out together.
+    """Fit a probe on labelled frames. All frames of a group (an episode) are used for the fit, or all are held out.
 
     Raises:
         DataError: there are fewer than four groups, or a label is not finite.
@@ -107,11 +105,11 @@ def fit_probe(
     names = groups.unique()
     if len(names) < 4:
         raise DataError(
-            f"a probe needs labelled frames of at least 4 episodes, some to fit and some to measure its error on; got "
-            f"{len(names)}"
+            f"a probe needs labelled frames from at least 4 episodes, some for the fit and some to measure its error; "
+            f"got {len(names)} episodes. Label more of them"
         )
     if not bool(values.isfinite().all()):
-        raise DataError("a label is not finite; leave out the frames without labels")
+        raise DataError("expected finite labels; got NaN or infinity. Leave out the frames that have no label")
     values = values.to(device, torch.float32)
     if config.between is not None:
         values = values.clamp(*config.between)

@@ -1,4 +1,4 @@
-"""A sample of the data's latents, and how far other latents lie from them."""
+"""A sample of the data's latents, and the distance of other latents from it."""
 
 from typing import Any
 
@@ -14,18 +14,18 @@ from worldloom.core.seeds import torch_generator
 from worldloom.heads.head import Head
 from worldloom.heads.latent_episodes import LatentEpisodes
 
-_FAR = 0.99  # quantile of the gaps of other latents of the data, which counts as the limit of the known
+_FAR = 0.99  # quantile of the gaps within the data; a larger gap counts as unknown
 _AT_ONCE = 8192
 
 
 class SupportConfig(Config):
-    """How many latents of the data are references."""
+    """The number of latents of the data that serve as references."""
 
     references: int = 128
 
 
 class Support(Head[SupportConfig]):
-    """Some latents of the data; a latent farther than `known` from all of them is unlike the data."""
+    """A sample of the data's latents; a latent farther than `known` from all of them is unlike the data."""
 
     kind = "support"
     config_type = SupportConfig
@@ -39,22 +39,22 @@ class Support(Head[SupportConfig]):
         self.register_buffer("known", torch.tensor(known, device=references.device))
 
     def gap(self, latents: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes"]:
-        """Return how far latents lie from the nearest reference; values up to 1 count as known."""
+        """Return the distance to the nearest reference in units of `known`; up to 1 counts as known."""
         return nearest_gap(latents, self.references) / self.known
 
     def measure(self, others: Float[Tensor, "M D"]) -> None:
-        """Set the limit `known` by the gaps of other latents of the same kind."""
+        """Set `known` from the gaps of other latents of the same data."""
         self.known.fill_(1.0)
         self.known.copy_(self.gap(others).quantile(_FAR).clamp_min(1e-6))
 
     @classmethod
     def build(cls, model: WorldModel, config: SupportConfig, **figures: Any) -> "Support":
-        """Build it with as many references as `config` says, all zero."""
+        """Build it with all references zero, to be loaded."""
         return cls(torch.zeros(config.references, model.spec.latent_dim))
 
 
 def measure_support(episodes: LatentEpisodes, *, seed: int, progress: Progress = SILENT) -> Support:
-    """Draw references uniformly from the data's latents, and measure `known` on others.
+    """Sample references uniformly from the data's latents, and measure `known` on other latents of the data.
 
     Raises:
         DataError: there are fewer than two latents.
@@ -63,7 +63,7 @@ def measure_support(episodes: LatentEpisodes, *, seed: int, progress: Progress =
     inside = torch.arange(episodes.latents.shape[1], device=device) < episodes.lengths[:, None]
     every = episodes.latents[inside]
     if len(every) < 2:
-        raise DataError(f"what is like the data is measured on at least 2 frames; got {len(every)}")
+        raise DataError(f"the support needs at least 2 latents of the data; got {len(every)}. Collect more frames")
     generator = torch_generator(seed, "support", device=device)
     drawn = torch.randperm(len(every), generator=generator, device=device)
     kept = min(SupportConfig().references, len(every) // 2)
@@ -73,9 +73,9 @@ def measure_support(episodes: LatentEpisodes, *, seed: int, progress: Progress =
 
 
 def nearest_gap(latents: Float[Tensor, "*axes D"], references: Float[Tensor, "N D"]) -> Float[Tensor, "*axes"]:
-    """Return how far latents lie from the nearest reference.
+    """Return the distance of each latent to the nearest reference.
 
-    Computed by one matrix product; distances below its rounding are 0.
+    Computed by one matrix product; distances below its rounding error are returned as 0.
     """
     flat, references = latents.reshape(-1, latents.shape[-1]), references.to(latents)
     theirs = torch.linalg.vector_norm(references, dim=1).square()

@@ -1,6 +1,6 @@
 """Memory: episodic memory that survives a restart, and a graph of landmarks that makes far goals reachable."""
 
-from worldloom.memory.episodic import EpisodicMemory, Forgotten, Recalled
+from worldloom.memory.episodic import EpisodicMemory, Recalled
 from worldloom.memory.landmark_graph import Check, LandmarkConfig, LandmarkGraph, Route
 from worldloom.memory.looking import as_rows, draw_memories, export, summarise
 from worldloom.memory.migrations import migrate
@@ -9,7 +9,6 @@ from worldloom.memory.records import Memories, MemoryConfig, MemorySpec, Where
 __all__ = [
     "Check",
     "EpisodicMemory",
-    "Forgotten",
     "LandmarkConfig",
     "LandmarkGraph",
     "Memories",

@@ -1,8 +1,8 @@
-"""Episodic memory: what an agent saw, on disk, found by similarity, time and outcome.
+"""Episodic memory: an agent's past states on disk, found by similarity, time and outcome.
 
-A directory holds `records.lance` (the table), `journal.sqlite` (what is not in the table yet) and `.lock` (held by the
-one writer). An append is a transaction of the journal. A flush is one commit of the table and then a deletion from the
-journal. So each memory survives the end of the process in one of the two, or in both; a reader counts it once.
+A directory contains `records.lance` (the table), `journal.sqlite` (memories not yet in the table) and `.lock` (of the
+writer). An append is a transaction of the journal. A flush commits the rows to the table, then deletes them from the
+journal. So each memory survives the end of the process in at least one of the two; a reader counts it once.
 """
 
 import logging
@@ -26,43 +26,35 @@ from worldloom.core.files import exclusive_lock, storage_errors
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
 from worldloom.core.types import ModelSpec, Observations
-from worldloom.data import MissingDataset, decode_frames, floats_of
+from worldloom.data import MissingDataset, compress_frames, decode_frames, floats_of, resize
 from worldloom.memory import forgetting
 from worldloom.memory.journal import Journal
-from worldloom.memory.records import COLUMNS, Memories, MemoryConfig, MemorySpec, Where, kept_frames, memory_errors
+from worldloom.memory.records import COLUMNS, Memories, MemoryConfig, MemorySpec, Where, memory_errors
 
 TABLE = "records.lance"  # the table in a memory's directory
 _log = logging.getLogger(__name__)
-_SMALL = 65_536  # rows of a fragment; smaller fragments are compacted
-_FRAGMENTS = 32  # of the table, above which it is compacted
-_READERS = timedelta(minutes=10)  # how long versions that readers may have open are kept
+_SMALL = 65_536  # rows; smaller fragments of the table are compacted
+_FRAGMENTS = 32  # the table is compacted when it has more fragments
+_READERS = timedelta(minutes=10)  # how long old versions are kept for readers
 _EVERYTHING = Where()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recalled:
-    """The memories nearest to each of Q queries, nearest first; id -1 and distance infinity fill the rest."""
+    """The memories nearest to each of Q queries, nearest first; missing ones have id -1 and distance infinity."""
 
     ids: Int64[np.ndarray, "Q k"]
     distances: Float32[np.ndarray, "Q k"]  # Euclidean, in latent space
 
 
-@dataclass(frozen=True, kw_only=True)
-class Forgotten:
-    """How many memories `prune` kept, and how many it forgot."""
-
-    kept: int
-    forgotten: int
-
-
 class EpisodicMemory(Closing):
-    """Memories of one model in a directory: one process writes at a time, and any number read.
+    """Memories of one model in a directory: one process may write at a time, any number may read.
 
-    A reader sees the state at which it was opened or refreshed; this view stays valid for at least ten minutes.
+    A reader has a snapshot from when it was opened or refreshed, which stays valid for at least ten minutes.
 
     Raises:
-        StorageError: the directory holds no memory, cannot be read or written, or another process writes.
-        DataError: a file is damaged, or has another version of the format.
+        StorageError: the directory has no memory, cannot be read or written, or another process is writing.
+        DataError: a file is damaged, or has a different version of the format.
         CheckpointError: the latents are of another model.
     """
 
@@ -86,7 +78,7 @@ class EpisodicMemory(Closing):
 
         path = Path(path)
         if (path / TABLE).exists():
-            raise StorageError(f"{path} already holds a memory; open it, or choose another directory")
+            raise StorageError(f"{path} already contains a memory; open it, or choose another directory")
         with memory_errors(path, "write"):
             path.mkdir(parents=True, exist_ok=True)
             lance.write_dataset(MemorySpec.of(spec, config or MemoryConfig()).schema().empty_table(), path / TABLE)
@@ -131,16 +123,16 @@ class EpisodicMemory(Closing):
 
     @property
     def pending(self) -> int:
-        """How many memories are in the journal only."""
+        """The number of memories that are in the journal only."""
         return sum(map(len, self._parts))
 
     @property
     def indexed(self) -> int:
-        """How many memories the index holds."""
+        """The number of memories in the index."""
         return sum(int(index.num_rows_indexed) for index in self._table.describe_indices())
 
     def new_episodes(self, count: int) -> Int64[np.ndarray, "count"]:
-        """Reserve numbers for unbroken stretches of experience; none is used twice, not even after a restart."""
+        """Reserve episode numbers; no number is ever used twice, not even after a restart."""
         journal = self._writer()
         past = max(self._last("episode"), int(self._pending.episodes.max(initial=-1)))
         first = max(journal.counter("episode"), 1 + past)
@@ -167,7 +159,7 @@ class EpisodicMemory(Closing):
         if count == 0:
             return np.zeros(0, np.int64)
         if outcomes is not None and len(outcomes) != count:
-            raise DataError(f"got {len(outcomes)} outcomes for {count} memories; give one for each, '' for none")
+            raise DataError(f"got {len(outcomes)} outcomes for {count} memories; pass one for each, '' for none")
         memories = Memories(
             ids=np.arange(self._next, self._next + count),
             times=np.full(count, time.time()) if times is None else times,
@@ -185,7 +177,8 @@ class EpisodicMemory(Closing):
         if observations is not None and self.spec.config.frames != "none":
             self.spec.observation.check(observations)
             if self.spec.frame_shape is not None and observations.pixels is not None:
-                frames = kept_frames(observations.pixels.cpu().numpy(), self.spec)
+                pixels = observations.pixels.cpu().numpy()
+                frames = compress_frames(resize(pixels, self.spec.frame_shape[:2]))
             if self.spec.vector and observations.vector is not None:
                 vectors = observations.vector.cpu().float().numpy()
         journal.append(memories, frames, vectors)
@@ -200,7 +193,7 @@ class EpisodicMemory(Closing):
     def flush(self) -> None:
         """Move the journal into the table, forget memories above the capacity, and maintain the table and its index.
 
-        Call it between episodes, because it takes from milliseconds to some seconds.
+        Call it between episodes, because it takes from milliseconds to a few seconds.
         """
         self._commit()
         capacity = self.spec.config.capacity
@@ -209,11 +202,11 @@ class EpisodicMemory(Closing):
         self._tend()
 
     def recall(self, latents: Float[Tensor, "Q D"], k: int, *, where: Where = _EVERYTHING) -> Recalled:
-        """Return the `k` memories nearest to each latent, among those that `where` selects."""
+        """Return the `k` memories nearest to each latent, among the memories selected by `where`."""
         if latents.shape[1] != self.spec.latent_dim:
             raise DataError(
-                f"{self.path} holds latents of {self.spec.latent_dim} values; got {latents.shape[1]}. Encode with the "
-                f"model that it was made with"
+                f"expected latents of {self.spec.latent_dim} values, as in {self.path}; got {latents.shape[1]}. Encode "
+                f"with the model of this memory"
             )
         queries = latents.detach().cpu().float().numpy()
         ids = np.full((len(queries), k), -1, np.int64)
@@ -234,7 +227,7 @@ class EpisodicMemory(Closing):
         return memories if newest is None else memories[max(0, len(memories) - newest) :]
 
     def get(self, ids: Int64[np.ndarray, "M"]) -> Memories:
-        """Return memories by their ids, in the order given.
+        """Return memories by their ids, in the given order.
 
         Raises:
             DataError: one of them does not exist; it may have been forgotten.
@@ -251,7 +244,7 @@ class EpisodicMemory(Closing):
         shape = self.spec.frame_shape
         frames = None if shape is None else self._kept(ids)[0]
         if shape is None or frames is None or frames.null_count:
-            raise DataError(f"{self.path} holds no frames of these memories; append memories with their observations")
+            raise DataError(f"{self.path} has no frames of these memories; append memories with their observations")
         pixels = np.empty((len(ids), *shape), np.uint8)
         decode_frames(frames, pixels)
         return pixels
@@ -260,33 +253,33 @@ class EpisodicMemory(Closing):
         """Return the observations of memories, at full size.
 
         Raises:
-            DataError: they were not stored, or only as thumbnails.
+            DataError: the observations were not stored, or only as thumbnails.
         """
         if self.spec.config.frames != "whole":
             raise DataError(
-                f"{self.path} was made with frames={self.spec.config.frames!r}; whole observations are needed. Make a "
-                f"new memory with frames='whole'"
+                f"{self.path} was created with frames={self.spec.config.frames!r}, but full-size observations are "
+                f"needed. Create a new memory with frames='whole'"
             )
         vector = None
         if self.spec.vector:
             column = self._kept(ids)[1]
             if column is None or column.null_count:
                 raise DataError(
-                    f"{self.path} holds no vectors of these memories; append memories with their observations"
+                    f"{self.path} has no vectors of these memories; append memories with their observations"
                 )
             vector = floats_of(column)[0]
         return Observations.from_numpy(None if self.spec.frame_shape is None else self.pictures(ids), vector)
 
     def refresh(self) -> bool:
-        """Read what another process has written since; return whether there was anything."""
+        """Read what other processes have written since; return whether anything changed."""
         before = self._table.version, self._pending.ids.tolist()
         if not self.writable:
             self._open_journal()
         self._look()
         return before != (self._table.version, self._pending.ids.tolist())
 
-    def prune(self, keep: int, *, seed: int = 0, progress: Progress = SILENT) -> Forgotten:
-        """Forget all but `keep` memories, by the strategy of `worldloom.memory.forgetting`."""
+    def prune(self, keep: int, *, seed: int = 0, progress: Progress = SILENT) -> int:
+        """Forget all but `keep` memories; see `worldloom.memory.forgetting`. Return how many were forgotten."""
         self._writer()
         self._commit()
         memories = self.read()
@@ -297,13 +290,13 @@ class EpisodicMemory(Closing):
                 self._table.delete(_among(some))
                 task.advance(len(some))
         _log.info("forgot %d of %d memories in %s", len(gone), len(memories), self.path)
-        return Forgotten(kept=int(kept.sum()), forgotten=len(gone))
+        return len(gone)
 
     def reencode(self, model: WorldModel, *, progress: Progress = SILENT, batch: int = 1024) -> None:
         """Replace all latents by those of another model, in one commit.
 
         Raises:
-            DataError: whole observations were not stored, or the model takes others.
+            DataError: full-size observations were not stored, or the model expects different ones.
         """
         import lance
 
@@ -311,8 +304,9 @@ class EpisodicMemory(Closing):
         self.flush()
         if model.spec.observation != self.spec.observation or model.spec.block_size != self.spec.block_size:
             raise DataError(
-                f"{self.path} holds observations {self.spec.observation} and blocks of {self.spec.block_size} values; "
-                f"the model takes {model.spec.observation} and blocks of {model.spec.block_size}"
+                f"{self.path} has observations {self.spec.observation} and blocks of {self.spec.block_size} values, "
+                f"but the model expects {model.spec.observation} and blocks of {model.spec.block_size}. Choose a model "
+                f"that fits"
             )
         spec = MemorySpec.of(model.spec, self.spec.config)
         ids = self.read().ids
@@ -359,29 +353,29 @@ class EpisodicMemory(Closing):
             self._journal = Journal(path, writable=self.writable, durable=self.spec.config.durable)
 
     def _look(self) -> None:
-        """Read the journal first and the table second: a memory that moves meanwhile then counts once."""
+        """Read the journal first and the table second, so that a memory moved in between counts once."""
         waiting = self._journal.read(self.spec) if self._journal is not None else _none(self.spec)
         self._table = open_records(self.path)
         self._parts = [waiting[waiting.ids > self._last("id")] if len(waiting) else waiting]
 
     def _gather(self, waiting: Bool[np.ndarray, "P"], condition: str | None) -> Memories:
-        """Return the memories of the table under a condition in SQL, then some of the journal's."""
+        """Return the memories of the table that satisfy an SQL condition, then the `waiting` ones of the journal."""
         with memory_errors(self.path, "read"):
             held = Memories.of_table(self._table.to_table(columns=COLUMNS, filter=condition))
         return Memories.concatenate([held, self._pending[waiting]])
 
     def _last(self, column: str) -> int:
-        """Return the largest number in a column of the table, or -1."""
+        """Return the largest number in a column of the table, or -1 if it is empty."""
         with memory_errors(self.path, "read"):
             return int(self._table.to_table(columns=[column])[column].to_numpy().max(initial=-1))
 
     def _check(self, memories: Memories) -> None:
-        """Raise `DataError` where columns do not fit, before anything is stored."""
+        """Raise `DataError` if columns do not match the spec, before anything is stored."""
         sizes = (memories.latents.shape[1], memories.actions.shape[1])
         if sizes != (self.spec.latent_dim, self.spec.block_size):
             raise DataError(
-                f"{self.path} holds latents of {self.spec.latent_dim} values and action blocks of "
-                f"{self.spec.block_size}; got {sizes[0]} and {sizes[1]}"
+                f"expected latents of {self.spec.latent_dim} values and action blocks of {self.spec.block_size}, as in "
+                f"{self.path}; got {sizes[0]} and {sizes[1]}. Use the model of this memory"
             )
         for name in ("latents", "actions", "times"):
             if not np.isfinite(getattr(memories, name)).all():
@@ -408,8 +402,8 @@ class EpisodicMemory(Closing):
             rows, indexed = int(self._table.count_rows()), self.indexed
             if rows < self.spec.config.index_from or rows - indexed < max(self.spec.config.index_from // 2, rows // 20):
                 return
-            # Rebuilt, so that the number of cells fits: the square root of the number of memories, as is usual for
-            # inverted files. Distances within cells stay exact.
+            # Rebuild it with a suitable number of cells: the square root of the number of memories, a common choice
+            # for inverted files. Distances within cells stay exact.
             cells = round(float(rows) ** 0.5)
             self._table.create_index("latent", "IVF_FLAT", metric="l2", num_partitions=cells, replace=True)
 
@@ -436,7 +430,7 @@ class EpisodicMemory(Closing):
             held, frames, vectors = self._journal.kept(self.spec)
             every = {"id": pa.array(held), "pixels": frames, "vector": vectors}
             tables.append(pa.table({name: every[name] for name in ("id", *names)}))
-            moved = ids[waiting & ~np.isin(ids, held)]  # into the table by the writer, since the last look
+            moved = ids[waiting & ~np.isin(ids, held)]  # moved into the table by the writer since the last read
             with memory_errors(self.path, "read"):
                 tables.append(open_records(self.path).to_table(columns=["id", *names], filter=_among(moved)))
         with memory_errors(self.path, "read"):
@@ -454,7 +448,7 @@ class EpisodicMemory(Closing):
         found[found] = among[order[places[found]]] == ids[found]
         if not found.all():
             raise DataError(
-                f"{self.path} holds no memory {int(ids[~found][0])}; it may have been forgotten. Recall again"
+                f"{self.path} has no memory {int(ids[~found][0])}; it may have been forgotten. Recall again"
             )
         return order[places]
 

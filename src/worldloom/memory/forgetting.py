@@ -1,9 +1,9 @@
-"""What a full memory forgets: redundant memories, never a whole region.
+"""Selects what a full memory forgets: redundant memories, never a complete region.
 
-Memories are assigned to cells around centres from greedy k-centre search (Gonzalez, 1985: within twice the least
+Memories are assigned to cells around centres from greedy k-centre search (Gonzalez, 1985: within twice the smallest
 possible radius). The most crowded cells lose memories first, each its oldest and least surprising ones. The centres,
 the newest, the most surprising and those with an outcome are protected, as long as these four groups are at most half
-of what is kept.
+of the memories kept.
 """
 
 import numpy as np
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from worldloom.memory.records import Memories
 
-_SAMPLE = 65_536  # memories among which centres are searched
-_NEWEST, _SURPRISING = 0.1, 0.05  # of what is kept
+_SAMPLE = 65_536  # memories that the search for centres uses
+_NEWEST, _SURPRISING = 0.1, 0.05  # protected fractions of the memories kept
 
 
 def choose(memories: Memories, keep: int, generator: np.random.Generator) -> Bool[np.ndarray, "M"]:
-    """Return which `keep` memories stay."""
+    """Return a mask of the `keep` memories that stay."""
     count = len(memories)
     if keep >= count:
         return np.ones(count, bool)

@@ -1,4 +1,4 @@
-"""Appended memories that are not in the table yet, in SQLite with a write-ahead log: an append is atomic."""
+"""The journal: appended memories that are not in the table yet, in SQLite with a write-ahead log."""
 
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -37,7 +37,7 @@ class Journal:
             if writable:
                 self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
                 self._database.execute("PRAGMA journal_mode = WAL")
-                # With NORMAL, the operating system holds an append: it survives the process, not a power cut.
+                # With NORMAL, an append survives the end of the process, but not a power cut.
                 self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
                 self._database.executescript(_TABLES)
             else:
@@ -48,7 +48,7 @@ class Journal:
         self._database.close()
 
     def append(self, memories: Memories, frames: pa.Array | None, vectors: Float32[np.ndarray, "M V"] | None) -> None:
-        """Add rows; once this returns, they survive the process."""
+        """Add rows atomically; after the call, they survive the end of the process."""
         rows = [
             (
                 int(memories.ids[row]),
@@ -123,8 +123,8 @@ class Journal:
         try:
             database.execute("SELECT count(*) FROM pending")
         except sqlite3.OperationalError:
-            # In a read-only directory, SQLite cannot create the index of its log. It needs none if the log is empty, as
-            # after a writer has closed.
+            # In a read-only directory, SQLite cannot create the index of its log. It does not need one if the log is
+            # empty, as it is after a writer has closed.
             database.close()
             log = self.path.with_name(f"{self.path.name}-wal")
             if log.exists() and log.stat().st_size:
@@ -151,16 +151,16 @@ class Journal:
         except sqlite3.OperationalError as error:
             text = str(error)
             if "full" in text:
-                remedy = "free some space and append again: acknowledged appends are kept, this one is not"
+                remedy = "free some space and append again: earlier appends are stored, this one is not"
             elif "readonly" in text or "unable to open" in text:
-                remedy = "make its directory writable, or copy the memory to one that is"
+                remedy = "make its directory writable, or copy the memory to a writable directory"
             else:
                 remedy = "check the storage, then try again"
             raise StorageError(f"cannot use the memory's journal {self.path}: {text}; {remedy}") from error
         except sqlite3.DatabaseError as error:
             raise DataError(
-                f"the memory's journal {self.path} is damaged ({error}); restore it from a copy, or move it away: "
-                f"the table keeps its memories, but those since the last flush are only in the journal"
+                f"the memory's journal {self.path} is damaged ({error}); restore it from a copy, or move it away. The "
+                f"table is not affected, but memories since the last flush are only in the journal"
             ) from error
 
 
@@ -168,4 +168,6 @@ def _floats(blobs: Sequence[bytes], size: int) -> Float32[np.ndarray, "M size"]:
     try:
         return np.frombuffer(b"".join(blobs), np.float32).reshape(len(blobs), size).copy()
     except ValueError:
-        raise DataError(f"a row of the memory's journal does not hold {size} values; restore it from a copy") from None
+        raise DataError(
+            f"a row of the memory's journal does not have {size} values; restore the journal from a copy"
+        ) from None

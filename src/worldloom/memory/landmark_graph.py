@@ -1,4 +1,4 @@
-"""Landmarks: latents that cover what was seen, and the edges between them from experience or prediction."""
+"""Landmarks: latents that cover the observed states, with edges from experience or prediction."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _NOWHERE = -1
 _PLANE = 5  # landmarks that span the plane of known states around a state
 EXPERIENCED, REVERSED, PREDICTED = range(3)
 
-# For pairs of latents (M, D): how many blocks lead from the first to the second, and whether that is believed.
+# Maps pairs of latents (M, D) to the number of blocks from the first to the second, and whether the edge is believed.
 Check = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -45,13 +45,13 @@ class LandmarkConfig(Config):
     @model_validator(mode="after")
     def _ordered(self) -> "LandmarkConfig":
         if self.reach < self.spacing:
-            raise ValueError(f"reach must be at least spacing; got {self.reach} and {self.spacing}")
+            raise ValueError(f"expected reach >= spacing; got reach {self.reach} and spacing {self.spacing}")
         return self
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Route:
-    """The cheapest path from each landmark to one goal: its cost in `blocks` (infinite: none), and the next `hop`."""
+    """The cheapest path from each landmark to one goal: its cost in `blocks` (infinity: no path) and the next `hop`."""
 
     blocks: Float64[np.ndarray, "N"]
     hop: Int64[np.ndarray, "N"]  # -1 at the goal, and where no path is known
@@ -70,21 +70,24 @@ class Route:
 
 
 class LandmarkGraph:
-    """A directed graph over latents of one model; `save` and `load` keep it beyond the process.
+    """A directed graph over latents of one model; `save` and `load` store it in files.
 
     Edges come from experience (one state followed another), from the reverse of experience if steps are `reversible`,
-    and from prediction (`link`). Worlds that look different share one graph, as separate components.
+    and from prediction (`link`). Worlds that look different share one graph, as separate components. `visits` counts
+    how often each landmark was the nearest to an observed state.
     """
 
     def __init__(
         self, spec: ModelSpec, config: LandmarkConfig | None = None, *, step_length: float, reversible: bool
     ) -> None:
         if step_length <= 0:
-            raise PlanningError(f"the typical length of a model step must be above 0; got {step_length}")
+            raise PlanningError(
+                f"expected a typical model step longer than 0; got {step_length}. Check the model's geometry"
+            )
         self.config = config or LandmarkConfig()
         self.spec, self.step_length, self.reversible = spec, step_length, reversible
         self._latents = torch.zeros(64, spec.latent_dim)
-        self._visits = np.zeros(0, np.int64)
+        self.visits = np.zeros(0, np.int64)
         self._rows: dict[tuple[int, int], int] = {}
         self._ends = np.zeros((64, 2), np.int64)
         self._blocks = np.zeros(64, np.float32)
@@ -93,7 +96,7 @@ class LandmarkGraph:
         self._matrix: Any = None
 
     def __len__(self) -> int:
-        return len(self._visits)
+        return len(self.visits)
 
     @property
     def latents(self) -> Float[Tensor, "N D"]:
@@ -101,14 +104,8 @@ class LandmarkGraph:
         return self._latents[: len(self)]
 
     @property
-    def visits(self) -> Int64[np.ndarray, "N"]:
-        """How often each landmark was the nearest to an observed state."""
-        counts: np.ndarray = self._visits
-        return counts
-
-    @property
     def edges(self) -> Int64[np.ndarray, "M 2"]:
-        """The edges that are believed, as pairs of landmarks."""
+        """The believed edges, as pairs of landmarks."""
         ends: np.ndarray = self._ends[: len(self._rows)][self._believed()]
         return ends
 
@@ -128,13 +125,13 @@ class LandmarkGraph:
     ) -> Int64[np.ndarray, "B"]:
         """Add a state for each of B lines of experience; return the landmarks that represent them.
 
-        `previous` are the landmarks of the states `blocks` earlier, -1 where a line begins.
+        `previous` are the landmarks of the states `blocks` earlier, -1 at the start of a line.
         """
         latents = latents.detach().cpu().float()
         landmarks, gaps = self.nearest(latents)
         first = len(self)
         if previous is not None and (previous >= 0).any():
-            # Among places that look alike, prefer the one in the world of the line.
+            # Among similar places, prefer the one in the world of the line.
             worlds, lines = self._worlds(), torch.from_numpy(previous.clip(0))
             own = torch.cdist(latents, self.latents) / self.step_length
             own[(worlds[lines][:, None] != worlds) | torch.from_numpy(previous < 0)[:, None]] = torch.inf
@@ -143,7 +140,7 @@ class LandmarkGraph:
             landmarks, gaps = np.where(here, own_landmarks, landmarks), np.where(here, own_gaps, gaps)
         for row in np.flatnonzero(gaps > self.config.spacing):
             landmarks[row] = self._place(latents[row], first)
-        np.add.at(self._visits, landmarks, 1)
+        np.add.at(self.visits, landmarks, 1)
         for before, now in zip(previous if previous is not None else (), landmarks, strict=previous is not None):
             if before >= 0 and before != now:
                 self._join(int(before), int(now), blocks, EXPERIENCED)
@@ -154,7 +151,7 @@ class LandmarkGraph:
     def learn(
         self, latents: Float[Tensor, "M D"], lines: Int64[np.ndarray, "M"], steps: Int64[np.ndarray, "M"]
     ) -> None:
-        """Add recorded states: `lines` numbers unbroken stretches, `steps` counts model blocks within each."""
+        """Add recorded states: `lines` numbers continuous experience, `steps` counts model blocks within each line."""
         order = np.lexsort((steps, lines))
         lines, steps = lines[order], steps[order]
         place = np.arange(len(lines)) - np.searchsorted(lines, lines)  # the position within its line
@@ -168,10 +165,10 @@ class LandmarkGraph:
                 previous[some] = self.add(latents[order[some]], before, blocks=float(blocks))
 
     def link(self, check: Check, landmarks: Sequence[int] | None = None, *, among: bool = False) -> int:
-        """Join near landmarks of one world without an edge where `check` believes it; return the number of new edges.
+        """Join close landmarks of one world that have no edge, if `check` believes it; return the number of new edges.
 
         `landmarks` limits the search to pairs with one of these or, with `among`, to pairs of these in any world.
-        Worlds that look alike differ by experience: prediction does not join what experience has not joined.
+        Separate worlds are never joined by prediction, because only experience distinguishes worlds that look similar.
         """
         if len(self) < 2:
             return 0
@@ -217,7 +214,7 @@ class LandmarkGraph:
         return Route(blocks=blocks, hop=np.where(hop < 0, _NOWHERE, hop).astype(np.int64))
 
     def blocks_from(self, landmark: int) -> Float64[np.ndarray, "N"]:
-        """Return the cost of the cheapest path from a landmark to every other, infinite where there is none."""
+        """Return the cost of the cheapest path from a landmark to every other one; infinite if there is no path."""
         from scipy.sparse.csgraph import dijkstra
 
         costs: np.ndarray = dijkstra(self._backwards().T, indices=landmark)
@@ -251,9 +248,9 @@ class LandmarkGraph:
     def changed(self, landmark: int, shift: Float[Tensor, "D"], check: Check) -> None:
         """Record that the world of a landmark now looks different: all its latents moved by `shift`.
 
-        A large change adds a second copy of that world, with the edges that `check` believes in its new look: no edge
-        leads through a door that looks shut. Both copies are kept. After a change smaller than the spacing, edges that
-        are no longer believed are removed, and edges that are believed again are restored.
+        A large change adds a second copy of that world, with the edges that `check` believes after the shift; for
+        example, no edge leads through a closed door. Both copies are kept. After a change smaller than the spacing,
+        edges that are no longer believed are removed, and edges that are believed again are restored.
         """
         shift, worlds = shift.detach().cpu().float(), self._worlds().numpy()
         world = np.flatnonzero(worlds == worlds[landmark])
@@ -271,12 +268,12 @@ class LandmarkGraph:
     def save(self, stem: Path | str, *, memories: int = 0) -> None:
         """Write the graph as `STEM.json` and its tensors; see `worldloom.models.checkpoint.save_tensors`.
 
-        `memories` is how many memories of an episodic memory the graph has seen; `load` returns it.
+        `memories` is the number of memories from which the graph has learned; `load` returns it.
         """
         count = len(self._rows)
         tensors = {
             "latents": self.latents,
-            "visits": torch.from_numpy(self._visits),
+            "visits": torch.from_numpy(self.visits),
             "ends": torch.from_numpy(self._ends[:count]),
             "blocks": torch.from_numpy(self._blocks[:count]),
             "kinds": torch.from_numpy(self._kinds[:count]),
@@ -293,28 +290,28 @@ class LandmarkGraph:
 
     @classmethod
     def load(cls, stem: Path | str, spec: ModelSpec) -> tuple["LandmarkGraph", int]:
-        """Read what `save` wrote: the graph, and how many memories it has seen.
+        """Load a graph that `save` wrote; return it and the number of memories from which it has learned.
 
         Raises:
-            CheckpointError: the file is missing or damaged, or holds latents of another model.
+            CheckpointError: the file is missing or damaged, or contains latents of another model.
         """
         tensors, metadata = load_tensors(stem, kind=_KIND)
         if metadata["model"] != spec.fingerprint:
             raise CheckpointError(
-                f"{stem} holds landmarks of model {metadata['model'][:12]!r} and the model is "
-                f"{spec.fingerprint[:12]!r}; build the graph again from memories of this model"
+                f"{stem} has landmarks of model {metadata['model'][:12]!r}, but this model is "
+                f"{spec.fingerprint[:12]!r}; rebuild the graph from memories of this model"
             )
         config = LandmarkConfig.parse(metadata["config"])
         graph = cls(spec, config, step_length=metadata["step_length"], reversible=metadata["reversible"])
         graph._latents = tensors["latents"]
-        graph._visits = tensors["visits"].numpy()
+        graph.visits = tensors["visits"].numpy()
         graph._ends, graph._blocks = tensors["ends"].numpy(), tensors["blocks"].numpy()
         graph._kinds, graph._failures = tensors["kinds"].numpy(), tensors["failures"].numpy()
         graph._rows = {(int(source), int(target)): row for row, (source, target) in enumerate(graph._ends)}
         return graph, int(metadata["memories"])
 
     def _place(self, latent: Float[Tensor, "D"], first: int) -> int:
-        """Return the landmark of a state that those before `first` do not cover: a recently added or a new one."""
+        """Return the landmark of a state that landmarks before `first` do not cover: a recently added or a new one."""
         if len(self) > first:
             gaps = (self.latents[first:] - latent).norm(dim=1) / self.step_length
             if gaps.min() <= self.config.spacing:
@@ -324,12 +321,12 @@ class LandmarkGraph:
             more = torch.zeros(max(64, number), self._latents.shape[1])
             self._latents = torch.cat([self._latents, more])
         self._latents[number] = latent
-        self._visits = np.append(self._visits, 0)
+        self.visits = np.append(self.visits, 0)
         self._matrix = None
         return number
 
     def _join(self, source: int, target: int, blocks: float, kind: int) -> None:
-        """Add an edge, or update it if the new knowledge is better; experience restores a failed edge."""
+        """Add an edge, or update it if the new edge is better; experience restores a failed edge."""
         row = self._rows.get((source, target))
         if row is None:
             row = len(self._rows)
@@ -352,7 +349,7 @@ class LandmarkGraph:
         self._matrix = None
 
     def _worlds(self) -> Int64[Tensor, "N"]:
-        """Return the world of each landmark: the number of its connected component, whatever the direction of edges."""
+        """Return the world of each landmark: the number of its connected component, ignoring the direction of edges."""
         from scipy.sparse.csgraph import connected_components
 
         _, groups = connected_components(self._backwards(), directed=False)
@@ -365,7 +362,7 @@ class LandmarkGraph:
         return believed
 
     def _backwards(self) -> Any:
-        """Return the costs as a sparse matrix from target to source: one search from a goal then serves all sources."""
+        """Return the costs as a sparse matrix from target to source, so one search from a goal serves all sources."""
         from scipy.sparse import csr_matrix
 
         if self._matrix is None or self._matrix.shape[0] != len(self):

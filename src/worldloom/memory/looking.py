@@ -1,5 +1,6 @@
-"""Views of a memory for people and other programs: a summary, a sheet of pictures, an exported file."""
+"""Views of a memory for people and other programs: a summary, a picture sheet, an exported file."""
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -70,17 +71,17 @@ def draw_memories(memory: EpisodicMemory, ids: Int64[np.ndarray, "M"], captions:
 
 
 def export(memory: EpisodicMemory, path: Path, *, progress: Progress = SILENT) -> int:
-    """Write all memories to a file that other tools read, `.parquet` or `.jsonl`; return how many.
+    """Write all memories to a `.parquet` or `.jsonl` file for other tools; return how many.
 
-    Parquet also holds the stored frames, as PNG in the column `image`; a line of JSON holds everything else.
+    Parquet files also contain the stored frames, as PNG in the column `image`; JSON lines contain all other columns.
 
     Raises:
-        ConfigError: the name has another suffix.
+        ConfigError: the file name has a different suffix.
         StorageError: the file cannot be written.
     """
     writers = {".parquet": _write_parquet, ".jsonl": _write_lines}
     if path.suffix not in writers:
-        raise ConfigError(f"{path} has the suffix {path.suffix!r}; expected a name that ends in .parquet or .jsonl")
+        raise ConfigError(f"expected a file name that ends in .parquet or .jsonl; got {path}")
     memories = memory.read()
     with progress.task(f"exporting to {path.name}", len(memories), "memory") as task:
         batches = [memories[first : first + _BATCH] for first in range(0, len(memories), _BATCH)]
@@ -118,8 +119,6 @@ def _write_lines(memory: EpisodicMemory, batches: list[Memories], path: Path, ad
 
 
 def _png(frame: np.ndarray) -> bytes:
-    import io
-
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, format="PNG")
     return buffer.getvalue()

@@ -15,21 +15,21 @@ from worldloom.core.progress import SILENT, Progress
 from worldloom.memory import records
 from worldloom.memory.episodic import TABLE, open_records, write_lock
 
-# Turns the rows of one version into those of the next, whose schema holds the next version's metadata.
+# Converts the rows of one version to the next; their schema contains the metadata of the next version.
 Migration = Callable[[Any], pa.RecordBatchReader]
 
-# By the version that each starts from.
+# Maps a version to the migration that starts from it.
 MIGRATIONS: Mapping[int, Migration] = MappingProxyType({})
 
 
 def migrate(
     path: Path | str, migrations: Mapping[int, Migration] = MIGRATIONS, *, progress: Progress = SILENT
 ) -> list[int]:
-    """Bring a memory to the current version of the format; return all versions it had, its original one first.
+    """Bring a memory to the current version of the format; return all versions it had, oldest first.
 
     Raises:
-        DataError: the memory is newer than this worldloom, or too old for it.
-        StorageError: it does not exist or cannot be written, or another process writes it.
+        DataError: the memory is newer than this version of worldloom, or too old for it.
+        StorageError: the memory does not exist or cannot be written, or another process is writing to it.
     """
     import lance
 
@@ -40,8 +40,8 @@ def migrate(
             step = migrations.get(versions[-1])
             if step is None:
                 raise DataError(
-                    f"{path} has version {versions[-1]} of the memory's format and this worldloom, of version "
-                    f"{records.VERSION}, has no step from there; use the worldloom that wrote it"
+                    f"{path} has version {versions[-1]} of the memory format; this version of worldloom cannot convert "
+                    f"it to version {records.VERSION}. Use the version of worldloom that wrote it"
                 )
             with records.memory_errors(path, "write"):
                 lance.write_dataset(step(open_records(path)), path / TABLE, mode="overwrite")

@@ -1,4 +1,4 @@
-"""Memories as columns, and their layout in a Lance table: a row a memory, with the model and the format as metadata."""
+"""Memories as columns, and their layout in a Lance table: one row per memory; model and format are metadata."""
 
 import json
 import operator
@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float32, Float64, Int64, Shaped, UInt8
+from jaxtyping import Bool, Float32, Float64, Int64, Shaped
 from pydantic import Field
 
 from worldloom.core.config import Config
 from worldloom.core.errors import CheckpointError, DataError
 from worldloom.core.types import ModelSpec, ObservationSpec
-from worldloom.data import compress_frames, float_list, float_lists, floats_of, lance_errors, resize
+from worldloom.data import float_list, float_lists, floats_of, lance_errors
 
 FORMAT = "worldloom.memory"
 VERSION = 1
@@ -27,9 +27,9 @@ THUMBNAIL = 32  # the longer side of a thumbnail, in pixels
 class MemoryConfig(Config):
     """What a memory stores, and how much.
 
-    `frames`: whole (another model can encode them), as a thumbnail for people, or none. Above `capacity` memories, the
+    `frames` is `whole` (another model can encode them), `thumbnail` (for people) or none. Above `capacity` memories,
     redundant ones are forgotten (see `worldloom.memory.forgetting`). `durable` flushes each append to the disk, so that
-    not even a power cut loses it. An append that brings the journal to `flush_every` memories moves them into the
+    even a power cut does not lose it. An append that brings the journal to `flush_every` memories moves them into the
     table. From `index_from` memories on, an index answers `recall` from `probes` of its cells; below that, and for
     memories that are not indexed yet, the search is exact.
     """
@@ -44,7 +44,7 @@ class MemoryConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySpec:
-    """What a memory holds: latents of one model (its fingerprint), observations, and its configuration."""
+    """What a memory contains: latents of one model (its fingerprint), observations, and its configuration."""
 
     model: str
     latent_dim: int
@@ -76,16 +76,16 @@ class MemorySpec:
 
     @property
     def vector(self) -> int:
-        """How many values of an observation's vector are stored."""
+        """The number of stored values of an observation's vector."""
         return self.observation.vector if self.config.frames == "whole" else 0
 
     def check(self, model: ModelSpec, path: Path) -> None:
-        """Raise `CheckpointError` where the latents are not of `model`."""
+        """Raise `CheckpointError` if the latents are of another model."""
         if self.model != model.fingerprint:
             raise CheckpointError(
-                f"{path} holds latents of model {self.model[:12]!r} and the model is {model.fingerprint[:12]!r}; the "
-                f"latents do not compare. Run 'worldloom memory reencode {path} RUN' with the run of this model, or "
-                f"choose another directory"
+                f"{path} has latents of model {self.model[:12]!r}, but this model is {model.fingerprint[:12]!r}; their "
+                f"latents cannot be compared. Run 'worldloom memory reencode {path} RUN' with the run of this model, "
+                f"or choose another directory"
             )
 
     def schema(self) -> pa.Schema:
@@ -112,19 +112,19 @@ class MemorySpec:
         """Return the spec stored in a table.
 
         Raises:
-            DataError: the table is not a memory of this library, or has another version of the format.
+            DataError: the table is not a memory of this library, or has a different version of the format.
         """
         metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
         version = format_version(metadata, path)
         if version > VERSION:
             raise DataError(
-                f"{path} has version {version} of the memory's format and this worldloom reads up to {VERSION}; "
-                f"install the worldloom that wrote it"
+                f"{path} has version {version} of the memory format, but this version of worldloom reads up to "
+                f"{VERSION}; install the version of worldloom that wrote it"
             )
         if version < VERSION:
             raise DataError(
-                f"{path} has version {version} of the memory's format and this worldloom reads version {VERSION}; run "
-                f"'worldloom memory migrate {path}', which keeps every memory"
+                f"{path} has version {version} of the memory format, but this version of worldloom reads {VERSION}; "
+                f"run 'worldloom memory migrate {path}', which keeps every memory"
             )
         try:
             values = json.loads(metadata["spec"])
@@ -136,11 +136,13 @@ class MemorySpec:
                 config=MemoryConfig.parse(values["config"]),
             )
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise DataError(f"the spec in {path} is damaged ({type(error).__name__}: {error}); restore it") from error
+            raise DataError(
+                f"the spec in {path} is damaged ({type(error).__name__}: {error}); restore it from a copy"
+            ) from error
 
 
 def format_version(metadata: dict[str, str], path: Path) -> int:
-    """Return the version of the format; raise `DataError` where the table is not a memory."""
+    """Return the version of the format; raise `DataError` if the table is not a memory."""
     if metadata.get("format") != FORMAT or not metadata.get("version", "").isdigit():
         raise DataError(f"{path} is a Lance table but not a worldloom memory; check the path")
     return int(metadata["version"])
@@ -148,11 +150,11 @@ def format_version(metadata: dict[str, str], path: Path) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Memories:
-    """M memories as columns, in the order of their ids unless stated otherwise.
+    """M memories as columns, in the order of their ids unless noted otherwise.
 
-    `ids` grow with each append and are never reused; `times` are seconds since 1970; `episodes` number unbroken
-    stretches of experience, and `steps` count environment steps within each; `actions` are the blocks that led to the
-    state (zeros at the start of a stretch); `surprises` are NaN where not measured, `outcomes` "" for none.
+    `ids` grow with each append and are never reused; `times` are seconds since 1970. `episodes` number continuous
+    experience, and `steps` count environment steps within each episode. `actions` are the blocks that led to the state
+    (zeros at the start of an episode). `surprises` are NaN if not measured; `outcomes` are "" if there is none.
     """
 
     ids: Int64[np.ndarray, "M"]
@@ -168,12 +170,12 @@ class Memories:
         return len(self.ids)
 
     def __getitem__(self, index: Any) -> "Memories":
-        """Select memories."""
+        """Return the selected memories."""
         return Memories(**{name: column[index] for name, column in vars(self).items()})
 
     @classmethod
     def concatenate(cls, parts: Sequence["Memories"]) -> "Memories":
-        """Return the memories of one or more parts, one after the other."""
+        """Return the memories of one or more parts, concatenated."""
         return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
     @classmethod
@@ -216,7 +218,7 @@ COLUMNS = ["id", "time", "episode", "step", "latent", "action", "surprise", "out
 
 @dataclass(frozen=True, kw_only=True)
 class Where:
-    """A selection of memories: all given conditions must hold. Times are seconds since 1970, `until` is excluded."""
+    """A selection of memories that satisfy all given conditions. Times are seconds since 1970; `until` is excluded."""
 
     since: float | None = None
     until: float | None = None
@@ -225,7 +227,7 @@ class Where:
     min_surprise: float | None = None
 
     def _conditions(self) -> list[tuple[str, str, Any]]:
-        """Return the column, the comparison and the value of each given condition."""
+        """Return column, operator and value of each condition that is set."""
         every = [
             ("time", ">=", self.since),
             ("time", "<", self.until),
@@ -246,22 +248,16 @@ class Where:
         return " AND ".join(held) or None
 
     def holds(self, memories: Memories) -> Bool[np.ndarray, "M"]:
-        """Return for each memory whether it is selected."""
+        """Return a mask of the memories that are selected."""
         selected = np.ones(len(memories), bool)
         for column, sign, value in self._conditions():
             selected &= _COMPARE[sign](getattr(memories, f"{column}s"), value)
         return selected
 
 
-def kept_frames(pixels: UInt8[np.ndarray, "M H W C"], spec: MemorySpec) -> pa.Array:
-    """Return frames as they are stored: whole or as thumbnails, compressed."""
-    assert spec.frame_shape is not None
-    return compress_frames(resize(pixels, spec.frame_shape[:2]))
-
-
 @contextmanager
 def memory_errors(path: Path, doing: Literal["read", "write"]) -> Iterator[None]:
-    """Turn Lance's errors into this library's, for the memory at `path`."""
+    """Convert Lance's errors to this library's, for the memory at `path`."""
     remedy = "Restore the directory from a copy, or move it away and create a new memory"
     with lance_errors(str(path), doing, remedy=remedy):
         yield

@@ -1,4 +1,4 @@
-"""World models: encoders, predictors, the losses that train them, and their checkpoints."""
+"""World models: encoders, predictors, training losses and checkpoints."""
 
 from worldloom.models.attention import Block
 from worldloom.models.checkpoint import delete_tensors, load_model, load_tensors, save_model, save_tensors

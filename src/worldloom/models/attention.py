@@ -1,4 +1,4 @@
-"""The pre-norm transformer block that the ViT and the transformer predictor share."""
+"""The pre-norm transformer block of the ViT and the transformer predictor."""
 
 import torch
 from jaxtyping import Float
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)) of four times the width (Vaswani et al. 2017; pre-norm).
 
-    Where `checkpointed`, training keeps its input alone and computes what lies between anew for the gradient.
+    With `checkpointed`, training stores only the block's input and recomputes the activations for the gradient.
     """
 
     checkpointed = False
@@ -26,7 +26,7 @@ class Block(nn.Module):
         )
 
     def forward(self, tokens: Float[Tensor, "R L W"]) -> Float[Tensor, "R L W"]:
-        """Mix L tokens of each of R sequences."""
+        """Mix the L tokens of each of R sequences."""
         if self.checkpointed and self.training and torch.is_grad_enabled():
             mixed: Tensor = checkpoint(self._mix, tokens, use_reentrant=False)
             return mixed

@@ -1,7 +1,7 @@
-"""Checkpoints: tensors as safetensors, all else as JSON; reading one runs no code from it.
+"""Checkpoints: tensors in safetensors files, everything else in JSON. Reading a checkpoint runs no code from it.
 
-`STEM.json` names its tensor file and the digest of it, and is written last: a crash at any moment leaves the old
-pair or the new one.
+`STEM.json` contains the name and the digest of its tensor file, and is written last. A crash at any moment therefore
+leaves either the old pair of files or the new one.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ _MODEL = "world-model"
 def save_tensors(
     stem: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None, *, kind: str
 ) -> str:
-    """Write `STEM.json` and `STEM-<digest>.safetensors`; return the tensors' blake2 digest.
+    """Write `STEM.json` and `STEM-<digest>.safetensors`; return the BLAKE2 digest of the tensor file.
 
-    `kind` says what the file is, so that one thing is not read as another; `metadata` is JSON.
+    `kind` is the type of content, which `load_tensors` checks; `metadata` is JSON.
 
     Raises:
-        StorageError: the disk is full or refuses; what was saved before under this stem is untouched.
+        StorageError: the disk is full or the write failed; files saved earlier under this stem are unchanged.
     """
     stem = Path(stem)
     payload = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
@@ -52,17 +52,17 @@ def save_tensors(
 def load_tensors(
     stem: Path | str, *, kind: str, device: torch.device | str = "cpu"
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_tensors` wrote: the tensors and the metadata.
+    """Read the tensors and the metadata that `save_tensors` wrote.
 
     Raises:
-        CheckpointError: missing, damaged, tampered with, of another version or of another kind.
+        CheckpointError: the files are missing, damaged or tampered with, or have a different version or kind.
     """
     tensors, body = _read(Path(stem), kind)
     return {name: tensor.to(device) for name, tensor in tensors.items()}, body["metadata"]
 
 
 def delete_tensors(stem: Path | str) -> None:
-    """Delete what `save_tensors` wrote, the JSON first, so that no half of it is ever read."""
+    """Delete the files that `save_tensors` wrote, the JSON first, so that an incomplete pair is never read."""
     stem = Path(stem)
     with storage_errors(stem):
         _json_path(stem).unlink(missing_ok=True)
@@ -71,7 +71,7 @@ def delete_tensors(stem: Path | str) -> None:
 
 
 def save_model(directory: Path | str, model: JEPA, extra: Mapping[str, Any] | None = None) -> str:
-    """Write the model into `directory` and give it its fingerprint, which is returned; `extra` is JSON."""
+    """Save the model in `directory`, set its fingerprint and return it; `extra` is JSON."""
     metadata = {
         "config": model.config.model_dump(mode="json"),
         "observation": asdict(model.spec.observation),
@@ -84,10 +84,10 @@ def save_model(directory: Path | str, model: JEPA, extra: Mapping[str, Any] | No
 
 
 def load_model(directory: Path | str, device: torch.device | str = "cpu") -> JEPA:
-    """Read a model, ready for evaluation.
+    """Read a model, in evaluation mode.
 
     Raises:
-        CheckpointError: see `load_tensors`; or a part of the model is not registered under its name.
+        CheckpointError: see `load_tensors`; or a part of the model is not registered or has a different version.
     """
     stem = Path(directory) / "model"
     tensors, body = _read(stem, _MODEL)
@@ -96,19 +96,19 @@ def load_model(directory: Path | str, device: torch.device | str = "cpu") -> JEP
         config = JEPAConfig.parse(metadata["config"])
     except ConfigError as error:
         raise CheckpointError(
-            f"{_json_path(stem)} cannot be built: {error}. If a part comes from a module of yours, import the module "
-            f"that registers it first (--import MODULE)"
+            f"the model in {_json_path(stem)} cannot be built: {error}. If a part comes from your own module, import "
+            f"that module first (--import MODULE)"
         ) from None
     observation = ObservationSpec.from_json(metadata["observation"])
     action = ActionSpec.from_json(metadata["action"])
-    # The statistics are buffers and come with the tensors; only their shapes matter here.
+    # The statistics are buffers, which the tensors contain; only their shapes matter here.
     model = build_jepa(config, observation, action, Statistics.unit(observation, action), seed=0)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{stem} does not fit the model that its configuration describes: {error}. It was made by another "
-            f"version of a part; install that version"
+            f"the tensors of {stem} do not match the model in its configuration: {error}. A part of the model probably "
+            f"has a different version; install the version that wrote the checkpoint"
         ) from None
     model.set_fingerprint(body["digest"])
     return model.to(device).eval()
@@ -123,19 +123,18 @@ def _read(stem: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path} is missing; restore it or use an earlier checkpoint") from None
     if _digest(payload) != body["digest"]:
         raise CheckpointError(
-            f"{path} is damaged or was changed: its digest is not the one in {_json_path(stem)}; restore it or train "
-            f"again"
+            f"{path} is damaged or was changed: its digest does not match {_json_path(stem)}. Restore it or train again"
         )
     try:
         return safetensors.torch.load(payload), body
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
+        raise CheckpointError(f"{path} is not a safetensors file ({error}); restore it or train again") from None
 
 
 def _read_body(stem: Path, kind: str) -> dict[str, Any]:
     path = _json_path(stem)
     if not path.is_file():
-        raise CheckpointError(f"there is no {kind} checkpoint at {path}; check the path, or train first")
+        raise CheckpointError(f"no {kind} checkpoint exists at {path}; check the path, or train first")
     try:
         body = read_json(path)
     except StorageError as error:
@@ -143,16 +142,18 @@ def _read_body(stem: Path, kind: str) -> dict[str, Any]:
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         found = body.get("format") if isinstance(body, dict) else None
         raise CheckpointError(
-            f"{path} has format {found!r}; this version of worldloom reads format {FORMAT}. Use the version that "
-            f"wrote it, or train again"
+            f"{path} has format {found!r}; expected format {FORMAT}. Use the version of worldloom that wrote it, or "
+            f"train again"
         )
     checksum = body.pop("checksum", None)
     if checksum != _checksum(body):
-        raise CheckpointError(f"{path} is damaged or was changed: its checksum does not fit; restore it")
+        raise CheckpointError(f"{path} is damaged or was changed: its checksum does not match. Restore it from a copy")
     if body["kind"] != kind:
-        raise CheckpointError(f"{path} holds a {body['kind']}; expected a {kind}. Check the path")
+        raise CheckpointError(f"{path} is a {body['kind']}; expected a {kind}. Check the path")
     if Path(body["tensors"]).name != body["tensors"]:
-        raise CheckpointError(f"{path} names tensors outside its directory: {body['tensors']!r}")
+        raise CheckpointError(
+            f"{path} refers to tensors outside of its directory: {body['tensors']!r}. Restore it from a copy"
+        )
     return body
 
 

@@ -1,8 +1,8 @@
-"""Statistics of the whole batch, and parameters, when several ranks hold a part of them each.
+"""Batch statistics and parameters that are distributed over several ranks.
 
-`gather` and `mean_over_ranks` are differentiable with their true adjoints: each rank's gradient holds what all
-ranks' losses owe to its inputs. With the average of gradients that data parallelism takes, the result is the gradient
-of one rank that holds the whole batch. Without a process group they change nothing.
+`gather` and `mean_over_ranks` are differentiable, and their backward passes are the true adjoints: each rank receives
+the gradient of all ranks' losses for its inputs. After data parallelism averages the gradients, the result is the
+gradient of a single rank with the complete batch. Without a process group, both return their input.
 """
 
 import sys
@@ -23,7 +23,7 @@ _alone = ContextVar("alone", default=False)
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Train on this rank alone: statistics are those of its own batch."""
+    """Within the block, behave like a single rank: statistics cover only this rank's batch."""
     token = _alone.set(True)
     try:
         yield
@@ -32,14 +32,14 @@ def alone() -> Iterator[None]:
 
 
 def world_size() -> int:
-    """Return the number of ranks, 1 without a process group and within `alone`."""
+    """Return the number of ranks; 1 without a process group or within `alone`."""
     if _alone.get():
         return 1
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def gather(values: Float[Tensor, "B *axes"]) -> Float[Tensor, "WB *axes"]:
-    """Concatenate the ranks' values along the first axis; every rank must hold the same shape."""
+    """Concatenate the ranks' values along the first axis; the shape must be the same on every rank."""
     if world_size() == 1:
         return values
     gathered: Tensor = _Gather.apply(values.unsqueeze(0))
@@ -47,28 +47,28 @@ def gather(values: Float[Tensor, "B *axes"]) -> Float[Tensor, "WB *axes"]:
 
 
 def mean_over_ranks(values: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
-    """Average over the ranks."""
+    """Average values over the ranks."""
     return values if world_size() == 1 else gather(values.unsqueeze(0)).mean(0)
 
 
 def _sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether the tensor is sharded. Without the module, which takes a second to load, no tensor is."""
+    """Return whether the tensor is sharded, without importing `torch.distributed.tensor`, which takes a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a sharded tensor whole, which all ranks must ask for together; other tensors as they are."""
+    """Return the full tensor of a sharded one; other tensors are returned unchanged. All ranks must call it."""
     return tensor.full_tensor() if _sharded(tensor) else tensor
 
 
 def shard(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, sharing its memory."""
+    """Return this rank's part of a tensor, which shares its memory."""
     return tensor.to_local() if _sharded(tensor) else tensor
 
 
 def lay_like(tensor: Tensor, model: Tensor) -> Tensor:
-    """Return a copy of a whole tensor that lies in memory, and over the ranks, as `model` does."""
+    """Return a copy of a full tensor with the memory layout, and the sharding over ranks, of `model`."""
     if _sharded(model):
         from torch.distributed.tensor import distribute_tensor
 
@@ -78,7 +78,7 @@ def lay_like(tensor: Tensor, model: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather along axis 0, whose adjoint sums over the ranks and keeps this rank's part."""
+    """All-gather along axis 0. The backward pass sums the gradients over the ranks and keeps this rank's part."""
 
     @staticmethod
     def forward(context: Any, values: Tensor) -> Tensor:

@@ -19,16 +19,16 @@ from worldloom.models.normalisation import LatentNorm, Standardise
 from worldloom.models.predictors import MLPPredictor, Predictor, PredictorField
 from worldloom.models.stems import ActionStem
 
-_ENCODE_AT_ONCE = 1024  # frames, in evaluation: bounds the memory of encoding a whole dataset
+_ENCODE_AT_ONCE = 1024  # frames per call in evaluation, which limits the memory for encoding a complete dataset
 
 
 class JEPAConfig(Config):
-    """What a model is made of; `block` environment actions make one step of it (frame skip, never hidden).
+    """The configuration of a model. One model step is `block` environment actions (frame skip).
 
-    `context` frames, one block apart, are its state: 1 where a single frame shows the state, more where it does not
-    (velocities). Without an `encoder`, the default for the observation is used. `action_stem` is the size of a shared
-    action: a learned linear map then turns the environment's actions into it, so that owners with different actions can
-    share the rest.
+    The model's state is `context` frames, one block apart: use 1 if a single frame shows the state, and more if it does
+    not (velocities). Without an `encoder`, the default for the observation is used. With `action_stem`, a learned
+    linear map converts the environment's actions to shared actions of this size, so that owners with different actions
+    can share the rest of the model.
     """
 
     encoder: EncoderField | None = PatchConv()
@@ -41,7 +41,7 @@ class JEPAConfig(Config):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WindowOutputs:
-    """What a model makes of training windows: all frames encoded, and the last T predicted open loop."""
+    """The outputs of a model for training windows: latents of all frames, and open-loop predictions of the last T."""
 
     latents: Float[Tensor, "B N D"]
     predictions: Float[Tensor, "B T D"]
@@ -49,13 +49,13 @@ class WindowOutputs:
 
 
 class JEPA(nn.Module):
-    """Implements `WorldModel`; made by `build_jepa` or `load_model`.
+    """A joint-embedding predictive world model, which implements `WorldModel`; see `build_jepa` and `load_model`.
 
-    Latents leave the encoder through a batch norm without affine, so each dimension has mean 0 and variance 1
-    over the data. `fingerprint` is set when the weights are saved or loaded.
+    The encoder ends with a batch norm without affine parameters, so each latent dimension has mean 0 and variance 1
+    over the data. `spec.fingerprint` is set when the weights are saved or loaded.
 
-    In training the frames are encoded in `parts`. With more than one, only the latents are stored, and each part is
-    encoded again for its gradient, so that memory holds the activations of one part.
+    In training, frames are encoded in `parts` parts. With more than one, only the latents are stored and each part is
+    encoded again for its gradient, so that memory contains the activations of only one part.
     """
 
     def __init__(
@@ -80,18 +80,18 @@ class JEPA(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters lie."""
+        """The device of the parameters."""
         return self.norm.running_mean.device
 
     def set_fingerprint(self, fingerprint: str) -> None:
-        """Name the weights as they are now."""
+        """Set the fingerprint of the current weights."""
         self.spec = replace(self.spec, fingerprint=fingerprint)
 
     def encode(self, observations: Observations) -> Float[Tensor, "*axes D"]:
         """Encode observations with any leading axes.
 
         Raises:
-            DataError: an observation is not what the model was trained on.
+            DataError: the observations do not have the shape that the model was trained on.
         """
         self.spec.observation.check(observations)
         axes = observations.axes
@@ -111,13 +111,13 @@ class JEPA(nn.Module):
         return shaped
 
     def rollout(self, context: Context, actions: Float[Tensor, "B S T A"]) -> Float[Tensor, "B S T D"]:
-        """Predict the T frames after the context, open loop; actions in environment units."""
+        """Predict the latents of the T steps after the context, open loop, for actions in environment units."""
         past, future = (self._shared(self.normalise_actions(part)) for part in (context.actions, actions))
         predictions: Tensor = self.predictor(context.latents, past, future)
         return predictions.float()
 
     def forward(self, windows: Windows) -> WindowOutputs:
-        """Encode all frames of the windows and predict, from the first `context`, the rest."""
+        """Encode all frames of the windows, and predict the frames after the first `context`."""
         latents = self.encode(windows.observations)
         context = self.spec.context
         actions = self.normalise_actions(windows.actions)
@@ -137,23 +137,23 @@ def build_jepa(
     *,
     seed: int,
 ) -> JEPA:
-    """Build an untrained model on the CPU, its weights drawn from `seed` alone.
+    """Build an untrained model on the CPU; its weights depend only on `seed`.
 
     Raises:
-        ConfigError: the encoder reads what the observation does not hold, or the statistics do not fit the actions.
+        ConfigError: the observation has no input for the encoder, or the statistics do not match the actions.
     """
     if len(statistics.action_mean) != action.size:
         raise ConfigError(
-            f"the statistics are of {len(statistics.action_mean)} action dimensions and an action has {action.size}; "
-            f"compute them from the same data"
+            f"the statistics have {len(statistics.action_mean)} action dimensions; expected {action.size}. Compute "
+            f"them from the same data"
         )
     spec = ModelSpec(
         observation=observation, action=action, block=config.block, context=config.context, latent_dim=config.latent_dim
     )
-    # An action dimension that hardly varies in the data is not amplified: one unit is at least 1% of its range.
+    # One unit is at least 1% of a dimension's range, so that action dimensions that hardly vary are not amplified.
     floor = 0.01 * (torch.tensor(action.high) - torch.tensor(action.low))
     std = torch.maximum(statistics.action_std, floor)
-    # Modules draw their weights from the default generator: lend it a seed, and give it back as it was.
+    # Modules sample their weights from the default generator; its state is restored afterwards.
     with seeded_weights(seed, "model"):
         encoder = (config.encoder or default_encoder(observation)).build(observation, statistics, config.latent_dim)
         predictor = config.predictor.build(

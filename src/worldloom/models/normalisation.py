@@ -1,4 +1,4 @@
-"""Scales that come from the data: of pixels, of vectors and actions, and of latents."""
+"""Normalisation of pixels, of vectors and actions, and of latents."""
 
 import torch
 from jaxtyping import Float, UInt8
@@ -14,11 +14,11 @@ _MOMENTUM, _EPSILON = 0.1, 1e-5  # of the batch norm of latents
 class PixelNormalisation(nn.Module):
     """(pixel - mean) / std for each pixel and channel, padded with zeros to multiples of `patch`.
 
-    A pixel that the agent crosses in a share p of the frames has std c sqrt(p) for a contrast c, so the division
-    lifts a rare visit to 1 / sqrt(p), which is what lets a small moving body count beside large static walls. A
-    pixel with no visit in the sample has std 0: it takes as floor half the median std of the pixels that vary,
-    so that a first visit there looks like at most two visits elsewhere. One grey level (of 255) is the least
-    floor: below it is quantisation noise.
+    A pixel that the agent covers in a share p of the frames has std c sqrt(p) for a contrast c. The division scales
+    such a rare visit to 1 / sqrt(p), so that a small moving object counts as much as large static walls. A pixel
+    without a visit in the sample has std 0. The std is therefore limited from below to half the median std of the
+    varying pixels, so that a first visit looks like at most two visits elsewhere. The limit is at least one grey level
+    (of 255), because smaller values are quantisation noise.
     """
 
     scale: Tensor
@@ -30,19 +30,19 @@ class PixelNormalisation(nn.Module):
         floor = max(1.0, 0.5 * varying.median().item()) if len(varying) else 1.0
         scale = 1 / std.clamp_min(floor)
         height, width, _ = mean.shape
-        # (left, right) of channels, width, height; a scale and shift of 0 make the padding 0 whatever it holds.
+        # (left, right) of channels, width, height; with a scale and shift of 0, padded pixels become 0.
         self._padding = (0, 0, 0, -width % patch, 0, -height % patch)
         self.register_buffer("scale", functional.pad(scale, self._padding))
         self.register_buffer("shift", functional.pad(-mean * scale, self._padding))
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """Height, width and channels of the padded frames."""
+        """The height, width and channels of the padded frames."""
         height, width, channels = self.scale.shape
         return height, width, channels
 
     def forward(self, pixels: UInt8[Tensor, "R H W C"]) -> Float[Tensor, "R C Hp Wp"]:
-        """Return normalised frames, channels first by shape and channels last in memory."""
+        """Return normalised frames, with channels first in the shape and channels last in memory."""
         if any(self._padding):
             pixels = functional.pad(pixels, self._padding)
         if pixels.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -56,7 +56,7 @@ class PixelNormalisation(nn.Module):
 
 
 class Standardise(nn.Module):
-    """(x - mean) / std for the last axis."""
+    """(x - mean) / std along the last axis."""
 
     shift: Tensor
     scale: Tensor
@@ -67,12 +67,12 @@ class Standardise(nn.Module):
         self.register_buffer("scale", 1 / std)
 
     def forward(self, values: Float[Tensor, "*axes V"]) -> Float[Tensor, "*axes V"]:
-        """Standardise."""
+        """Standardise the values."""
         return (values - self.shift) * self.scale
 
 
 class LatentNorm(nn.Module):
-    """Batch norm without affine: statistics of all ranks' batch in training, running ones in evaluation."""
+    """Batch norm without affine parameters: statistics of all ranks' batch in training, running ones in evaluation."""
 
     running_mean: Tensor
     running_variance: Tensor
@@ -83,7 +83,7 @@ class LatentNorm(nn.Module):
         self.register_buffer("running_variance", torch.ones(dimension))
 
     def forward(self, values: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
-        """Normalise each dimension, in single precision."""
+        """Normalise each dimension in single precision."""
         values = values.float()
         if world_size() == 1 or not self.training:
             return functional.batch_norm(

@@ -1,4 +1,4 @@
-"""The multilayer perceptron that encoders, predictors and heads are made of."""
+"""The multilayer perceptron that encoders, predictors and heads use."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -18,13 +18,13 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def hidden_layer(width: int, norm: Norm, activation: Activation) -> list[nn.Module]:
-    """Return what follows a hidden linear layer of `width`: the norm, if any, and the activation."""
+    """Return the modules after a hidden linear layer of `width`: the norm, if any, and the activation."""
     normalise: list[nn.Module] = [nn.LayerNorm(width)] if norm == "layer" else []
     return [*normalise, _ACTIVATIONS[activation]()]
 
 
 class MLP(nn.Module):
-    """Linear layers of the given sizes, input and output included, with `norm` and `activation` between."""
+    """A multilayer perceptron; `sizes` include input and output, with `norm` and `activation` between the layers."""
 
     def __init__(self, sizes: Sequence[int], norm: Norm = "none", activation: Activation = "relu") -> None:
         super().__init__()
@@ -35,6 +35,6 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers[:-trailing])
 
     def forward(self, values: Float[Tensor, "*axes I"]) -> Float[Tensor, "*axes O"]:
-        """Map the last axis."""
+        """Apply the layers along the last axis."""
         out: Tensor = self.layers(values)
         return out

@@ -1,8 +1,8 @@
-"""Stems: small linear maps between one owner's sensors and motors and the inputs of a shared model.
+"""Stems: small linear maps from one owner's sensors and actions to the inputs of a shared model.
 
-Owners whose cameras or action conventions differ can then share all that comes after. Both begin as the identity, as
-far as sizes let. Their weights are kept divided by `_SPEED`: Adam moves each number by about the learning rate a step,
-which is much for one of thousands of weights and little for a map that has to turn half way round.
+Owners with different cameras or action conventions can then share the rest of the model. Stems start as the identity,
+as far as the sizes allow. Their weights are stored divided by `_SPEED`. Adam changes each weight by about the learning
+rate per step, which is enough for one of thousands of weights, but too slow for a map that must rotate by 180 degrees.
 """
 
 import torch
@@ -14,34 +14,36 @@ _SPEED = 20.0
 
 
 class PixelStem(nn.Module):
-    """Scales frames to the size that a shared encoder takes, and mixes their channels.
+    """Scales frames to the input size of a shared encoder, and mixes their channels.
 
-    The mixing is folded into the convolution that follows: by itself it would need the gradient of whole frames, which
-    makes training several times as slow.
+    The mixing is folded into the following convolution. As a separate layer it would need the gradient of complete
+    frames, which makes training several times slower.
     """
 
     def __init__(self, channels: int, size: tuple[int, int, int]) -> None:
         super().__init__()
         height, width, shared = size
         self._size = (height, width)
-        self.mix = nn.Conv2d(channels, shared, 1, bias=False)  # what comes in has mean 0, and what comes after a bias
+        self.mix = nn.Conv2d(
+            channels, shared, 1, bias=False
+        )  # no bias: the input has mean 0, and the next layer has one
         with torch.no_grad():
             self.mix.weight.copy_(torch.eye(shared, channels)[:, :, None, None] / _SPEED)
 
     def forward(self, frames: Float[Tensor, "R C H W"]) -> Float[Tensor, "R C P Q"]:
-        """Return frames of the shared size, their channels not mixed yet; see `fold`."""
+        """Return frames of the shared size with unmixed channels; `fold` does the mixing."""
         if tuple(frames.shape[-2:]) == self._size:
             return frames
         return functional.interpolate(frames, self._size, mode="bilinear", align_corners=False, antialias=True)
 
     def fold(self, kernel: Float[Tensor, "O S K L"]) -> Float[Tensor, "O C K L"]:
-        """Return a kernel that does to unmixed channels what the given one does to mixed ones."""
+        """Return the kernel for unmixed channels that is equivalent to `kernel` for mixed channels."""
         folded = torch.einsum("oskl,sc->ockl", kernel, _SPEED * self.mix.weight[:, :, 0, 0])
         return folded.contiguous(memory_format=torch.channels_last)
 
 
 class ActionStem(nn.Module):
-    """Maps each action of a block alike, to actions of the size that a shared predictor takes."""
+    """Maps each action of a block, with the same linear map, to the action size of a shared predictor."""
 
     def __init__(self, actions: int, shared: int) -> None:
         super().__init__()

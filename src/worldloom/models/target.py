@@ -1,4 +1,4 @@
-"""Targets from a slowly following copy of the encoder, a part of training only."""
+"""The target encoder, a moving average of the encoder that is used only in training."""
 
 import copy
 
@@ -14,13 +14,13 @@ from worldloom.models.jepa import JEPA
 
 
 class TargetConfig(Config):
-    """Exponential moving average of the encoder's weights: `decay` is what it keeps in one step."""
+    """The configuration of the target encoder; `decay` is the factor of its old weights in one step."""
 
     decay: float = Field(default=0.99, ge=0, lt=1)
 
 
 class TargetEncoder(nn.Module):
-    """The averaged encoder and its output norm (BYOL, arXiv 2006.07733); its latents carry no gradient."""
+    """The exponential moving average of the encoder and its output norm (BYOL, arXiv 2006.07733), without gradients."""
 
     def __init__(self, model: JEPA, config: TargetConfig) -> None:
         super().__init__()
@@ -29,13 +29,13 @@ class TargetEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, observations: Observations) -> Float[Tensor, "*axes D"]:
-        """Encode, with the batch's statistics in training as the online encoder does."""
+        """Encode observations; in training, normalise by the batch's statistics like the online encoder."""
         latents: Tensor = self.encoder(observations.map(lambda part: part.flatten(0, len(observations.axes) - 1)))
         return latents.view(*observations.axes, -1)
 
     @torch.no_grad()
     def follow(self, model: JEPA) -> None:
-        """Move the weights toward the model's by 1 - decay; buffers are its own."""
+        """Move the weights toward the model's weights by 1 - decay; buffers do not change."""
         online = nn.Sequential(model.encoder, model.norm)
         targets, sources = ([shard(each) for each in part.parameters()] for part in (self.encoder, online))
         torch._foreach_lerp_(targets, sources, 1 - self.decay)

@@ -1,4 +1,4 @@
-"""What a plan is to achieve, as costs over predicted futures."""
+"""Objectives: what a plan should achieve, as costs over predicted futures."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
@@ -14,9 +14,10 @@ from worldloom.core.types import Context, Rollouts
 
 @dataclass(frozen=True)
 class LatentL2:
-    """Euclidean distance of latents, in units of `step_length`: the typical length of one model step.
+    """Euclidean distance between latents, in units of `step_length`, the typical length of one model step.
 
-    Not squared, so that it pulls as hard from afar as from near. Misleads where a wall lies between.
+    The distance is not squared, so its gradient is as large far from the goal as near it. It misleads where a wall is
+    between state and goal.
     """
 
     step_length: float = 1.0
@@ -28,7 +29,7 @@ class LatentL2:
 
 
 class _Reach(Stage):
-    """A stage whose cost is its mean distance along the plan, plus `last_weight` times the last one."""
+    """A stage whose cost is its mean distance along the plan, plus `last_weight` times the final distance."""
 
     last_weight: float
 
@@ -40,9 +41,9 @@ class _Reach(Stage):
 
 @dataclass(frozen=True)
 class GoalObjective(_Reach):
-    """Reach a goal latent: the mean distance along the plan plus `last_weight` times the last one.
+    """Reach a goal latent: the mean distance along the plan plus `last_weight` times the final distance.
 
-    The mean decides between plans with the same end, so that the agent does not dither before a door. A goal nearer
+    The mean decides between plans with the same end, so that the agent does not hesitate before a door. A goal nearer
     than `within` counts as reached.
     """
 
@@ -57,13 +58,13 @@ class GoalObjective(_Reach):
         return self.metric(rollouts.latents, self.goal[:, None, None]) - self.within
 
     def select(self, rows: Tensor | slice) -> "GoalObjective":
-        """Return the objective for some environments."""
+        """Return the objective for the environments `rows`."""
         return replace(self, goal=self.goal[rows])
 
 
 @dataclass(frozen=True, kw_only=True)
 class VectorGoal(_Reach):
-    """A probed quantity comes within `within` of a target, in its own unit; the target is (L,), or (B, L)."""
+    """A probed quantity comes within `within` of a target, in the quantity's unit; the target is (L,) or (B, L)."""
 
     quantity: Quantity
     target: Float[Tensor, "*B L"]
@@ -77,20 +78,20 @@ class VectorGoal(_Reach):
         return gaps - self.within
 
     def select(self, rows: Tensor | slice) -> "VectorGoal":
-        """Return the objective for some environments."""
+        """Return the objective for the environments `rows`."""
         return self if self.target.ndim == 1 else replace(self, target=self.target[rows])
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegionGoal(_Reach):
-    """A probed quantity comes into a region."""
+    """A probed quantity enters a region."""
 
     quantity: Quantity
     region: Area
     last_weight: float = 1.0
 
     def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return how far outside each predicted state is."""
+        """Return how far outside the region each predicted state is."""
         return -self.region.depth(self.quantity(rollouts.latents))
 
 
@@ -105,9 +106,9 @@ class Effort(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Smoothness(Objective):
-    """The mean square of how much actions change from one environment step to the next; `size` values make an action.
+    """The mean squared change of the actions from one environment step to the next; an action has `size` values.
 
-    The first is compared with the last one taken, where the context says which that was.
+    The first action is compared with the last one executed, if the context contains it.
     """
 
     size: int
@@ -126,7 +127,7 @@ class Smoothness(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Elapsed(Objective):
-    """The share of the plan that is over before a stage is reached; 1 where it never is."""
+    """The fraction of the plan before a stage is reached; 1 if it is never reached."""
 
     stage: Stage
 
@@ -136,15 +137,15 @@ class Elapsed(Objective):
         return 1 - reached.float().mean(dim=-1)
 
     def select(self, rows: Tensor | slice) -> "Elapsed":
-        """Return the objective for some environments."""
+        """Return the objective for the environments `rows`."""
         return replace(self, stage=self.stage.select(rows))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Avoid(Objective):
-    """Rather not break a guardrail: the mean over the plan of how much it is broken, up to where `until` is reached.
+    """Avoid breaking a guardrail: its mean violation over the plan, up to the step where `until` is reached.
 
-    A cost and no limit: it is paid where the goal is worth it.
+    This is a cost, not a limit: a plan may break the guardrail if that pays off.
     """
 
     rail: Guardrail
@@ -159,19 +160,19 @@ class Avoid(Objective):
         return broken.mean(dim=-1)
 
     def select(self, rows: Tensor | slice) -> "Avoid":
-        """Return the objective for some environments."""
+        """Return the objective for the environments `rows`."""
         return Avoid(rail=self.rail.select(rows), until=None if self.until is None else self.until.select(rows))
 
 
 @dataclass(frozen=True, kw_only=True)
 class InformationGain(Objective):
-    """Go where models that were trained apart disagree: less the mean spread of what they predict, in step lengths."""
+    """Seek states where separately trained models disagree: minus the mean spread of predictions, in step lengths."""
 
     models: tuple[WorldModel, ...]
     step_length: float
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
-        """Return the cost of each candidate; it is never above 0."""
+        """Return the cost of each candidate, at most 0."""
         every = [model.rollout(rollouts.context, rollouts.actions) for model in self.models]
         predictions = torch.stack([rollouts.latents, *every])
         spread = (predictions - predictions.mean(dim=0)).norm(dim=-1).mean(dim=(0, -1))
@@ -181,10 +182,11 @@ class InformationGain(Objective):
 
 @dataclass(frozen=True)
 class InOrder(Objective):
-    """Reach one stage after another: what comes later counts from where what comes before was reached.
+    """Reach stages in order: a stage counts only after the step in which the stage before it was reached.
 
-    Each stage that a plan does not reach costs `unreached`; of the first of them the distance counts as well, the mean
-    from where the one before was reached and the last. `done` stages of each environment lie behind it already.
+    Each stage that a plan does not reach costs `unreached`. The first of them also adds its distance: the mean from the
+    step where the stage before it was reached, plus the final one. In environment b, the first `done[b]` stages have
+    been reached already.
 
     Raises:
         PlanningError: there is no stage.
@@ -199,7 +201,7 @@ class InOrder(Objective):
 
     def __post_init__(self) -> None:
         if not self.stages:
-            raise PlanningError("a sequence needs at least one stage; got none")
+            raise PlanningError("a sequence needs at least one stage; got none. Pass the stages in their order")
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
         """Return the cost of each candidate."""
@@ -214,18 +216,18 @@ class InOrder(Objective):
             first = torch.where(reached, steps, len(steps)).amin(dim=-1)
             behind = torch.zeros_like(stuck) if self.done is None else (self.done > number)[:, None].expand(shape)
             missed = ~behind & (first >= len(steps))
-            # How far it stays away, where this is what the plan is about: nothing before it was missed.
+            # The distance counts only for the first missed stage.
             far = away.clamp_min(0)
             along = (far * counts).sum(dim=-1) / counts.sum(dim=-1).clamp_min(1) + far[..., -1]
             cost = cost + torch.where(missed, self.unreached, 0.0) + torch.where(missed & ~stuck, along, 0.0)
             stuck = stuck | missed
             start = torch.where(behind, start, torch.where(missed, len(steps), first))
-            # What is reached sooner is better, by less than anything else counts.
+            # Reaching a stage sooner is better, but counts less than any other term.
             cost = cost + torch.where(behind | missed, 0.0, first / len(steps))
         return cost
 
     def progress(self, context: Context, done: Int[Tensor, "B"] | None) -> Int[Tensor, "B"]:
-        """Return how many stages lie behind each environment, by where it is now."""
+        """Return how many stages each environment has completed, given its present state."""
         here = Rollouts(
             context=context,
             actions=context.latents.new_zeros(context.batch, 1, 1, 0),
@@ -238,17 +240,17 @@ class InOrder(Objective):
         return behind
 
     def since(self, done: Int[Tensor, "B"]) -> "InOrder":
-        """Return the objective of what is left."""
+        """Return the objective of the remaining stages."""
         return replace(self, done=done)
 
     def select(self, rows: Tensor | slice) -> "InOrder":
-        """Return the objective for some environments."""
+        """Return the objective for the environments `rows`."""
         done = None if self.done is None else self.done[rows]
         return replace(self, stages=[stage.select(rows) for stage in self.stages], done=done)
 
 
 class WeightedSum(Objective):
-    """Several objectives at once, each with its weight; its goal is that of the first part that has one.
+    """A weighted sum of objectives; its goal is that of the first part with a goal.
 
     Raises:
         PlanningError: there is no part.
@@ -256,7 +258,7 @@ class WeightedSum(Objective):
 
     def __init__(self, parts: Sequence[tuple[float, Objective]]) -> None:
         if not parts:
-            raise PlanningError("a weighted sum needs at least one objective; got none")
+            raise PlanningError("a weighted sum needs at least one objective; got none. Pass (weight, objective) pairs")
         self.parts = tuple(parts)
         self.goal = next((part.goal for _, part in self.parts if part.goal is not None), None)
         self.aims = any(part.aims for _, part in self.parts)
@@ -268,23 +270,23 @@ class WeightedSum(Objective):
         return torch.stack(costs).sum(0)
 
     def progress(self, context: Context, done: Int[Tensor, "B"] | None) -> Int[Tensor, "B"] | None:
-        """Return how many stages of the first part that has stages lie behind each environment; None without one."""
+        """Return how many stages of the first staged part each environment has completed; None if no part is staged."""
         return next((part.progress(context, done) for _, part in self.parts if part.staged), None)
 
     def since(self, done: Int[Tensor, "B"]) -> "WeightedSum":
-        """Return the objective of the stages that are left of that part, beside the others."""
+        """Return the sum with only the remaining stages of the first staged part; other parts stay the same."""
         first = next((number for number, (_, part) in enumerate(self.parts) if part.staged), None)
         parts = enumerate(self.parts)
         return WeightedSum([(weight, part.since(done) if place == first else part) for place, (weight, part) in parts])
 
     def select(self, rows: Tensor | slice) -> "WeightedSum":
-        """Return the objective for some environments."""
+        """Return the objective for the environments `rows`."""
         return WeightedSum([(weight, part.select(rows)) for weight, part in self.parts])
 
 
 @dataclass(frozen=True)
 class FunctionObjective(Objective):
-    """A plain function of rollouts as an objective; it holds nothing for each environment."""
+    """A plain function of rollouts as an objective; it must not depend on per-environment values."""
 
     function: Callable[[Rollouts], Tensor]
 
@@ -292,17 +294,18 @@ class FunctionObjective(Objective):
         """Return the function's cost of each candidate.
 
         Raises:
-            PlanningError: the function fails, as one does that holds something for each environment of a larger batch.
+            PlanningError: the function fails, for example because it stores values for each environment of a larger
+                batch.
         """
         try:
             return self.function(rollouts)
         except RuntimeError as error:
             raise PlanningError(
-                f"the objective failed on a part of the batch: {error}. If it holds something for each environment, "
-                f"subclass worldloom.core.seams.Objective and write select(rows)"
+                f"the objective failed on a part of the batch: {error}. If it stores per-environment values, "
+                f"subclass worldloom.core.seams.Objective and define select(rows)"
             ) from error
 
 
 def as_objective(objective: Objective | Callable[[Rollouts], Tensor]) -> Objective:
-    """Return the objective, or the one that a plain function stands for."""
+    """Return the objective, or a plain function wrapped as an objective."""
     return objective if isinstance(objective, Objective) else FunctionObjective(objective)

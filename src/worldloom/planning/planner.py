@@ -1,4 +1,4 @@
-"""The planner: one solver on one model, its answer checked outside the solver."""
+"""The planner: one solver on one model. It checks the solver's answer independently."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
@@ -19,9 +19,9 @@ from worldloom.planning.solvers import Solver
 class Planner:
     """Plans `horizon` blocks ahead for B environments at once.
 
-    `guardrails` hold for every plan that is returned, as predicted by the model, and again as predicted from `rechecks`
-    states that lie up to `noise` away from the current one (the standard deviation in each latent dimension).
-    `geometry` is needed by tree search alone; `bounds` of a block default to the model's.
+    Every returned plan satisfies the `guardrails`, as predicted from the current state and from `rechecks` perturbed
+    states. The perturbations are Gaussian with standard deviation `noise` in each latent dimension. Only tree search
+    needs `geometry`; the `bounds` of a block default to the model's.
     """
 
     model: WorldModel
@@ -38,11 +38,11 @@ class Planner:
         if self.horizon < 1:
             raise PlanningError(f"a plan needs a horizon of at least one block; got {self.horizon}")
         if self.rechecks < 0 or not 0 <= self.noise < float("inf"):
-            raise PlanningError(f"rechecks and their noise must be 0 or more; got {self.rechecks} and {self.noise}")
+            raise PlanningError(f"expected rechecks >= 0 and noise >= 0; got {self.rechecks} and {self.noise}")
         object.__setattr__(self, "guardrails", tuple(self.guardrails))
 
     def stretched(self, times: float) -> "Planner":
-        """Return the planner whose guardrails have `times` their margins."""
+        """Return the planner with the margins of its guardrails multiplied by `times`."""
         return self if times == 1 else replace(self, guardrails=[rail.stretched(times) for rail in self.guardrails])
 
     def plan(
@@ -55,16 +55,17 @@ class Planner:
         deadline: float | None = None,
         watch: Watch | None = None,
     ) -> Plan:
-        """Return the solver's plan with what it is predicted to cause, and at what cost.
+        """Return the solver's plan with its predicted latents, cost and violations.
 
-        `initial` are candidates to start from: a warm start, a policy's proposal. At `deadline`, in seconds of
-        `time.monotonic`, the search ends with the best plan so far. `watch` sees the candidates that are scored.
+        `initial` are candidates to start from, such as a warm start or a policy's proposal. At `deadline`, in seconds
+        of `time.monotonic`, the search ends with the best plan so far. `watch` is called with the candidates that are
+        scored.
 
         Raises:
-            PlanningError: the problem is stated wrongly, the initial candidates do not fit, or no candidate has a
+            PlanningError: the problem is invalid, the initial candidates have a wrong shape, or no candidate has a
                 finite cost.
-            NoFeasiblePlan: in some environment no plan was found that keeps every guardrail; the error holds the
-                plans of the others.
+            NoFeasiblePlan: in some environment, no plan was found that satisfies every guardrail; the error contains
+                the plans of all environments.
         """
         problem = PlanningProblem(
             self.model,
@@ -82,17 +83,18 @@ class Planner:
             got = (initial.shape[0], *initial.shape[2:])
             if initial.ndim != 4 or got != expected:
                 raise PlanningError(
-                    f"initial candidates must have shape ({expected[0]}, any, {expected[1]}, {expected[2]}); got "
+                    f"expected initial candidates of shape ({expected[0]}, any, {expected[1]}, {expected[2]}); got "
                     f"{tuple(initial.shape)}"
                 )
         with torch.inference_mode():
             plan = self._search(problem, problem, initial, generator)
             if self.noise and plan.refused and not problem.deadline.reached():
-                # The search goes to the very edge of what is allowed, where noise leads beyond it: stay off it.
+                # The search goes to the edge of what is allowed, where noise leads beyond it: search with tighter
+                # limits.
                 worst = {name: violation.max().item() for name, violation in plan.violations.items()}
                 again = self._search(problem.tightened(worst), problem, plan.actions[:, None], generator)
                 plan = _better(plan, again)
-            # Of both searches together.
+            # The totals of both searches.
             plan = replace(plan, cut_short=problem.deadline.cut_short, rollouts=problem.count.rollouts)
         cost = plan.cost
         if bad := plan.refused:
@@ -101,7 +103,7 @@ class Planner:
             row = int((~cost.isfinite()).nonzero()[0, 0])
             raise PlanningError(
                 f"the best plan found for environment {row} has cost {cost[row].item()}: the model or the objective "
-                f"gives values that are not finite. Check the observations and the training of the model"
+                f"returns values that are not finite. Check the observations and the training of the model"
             )
         return plan
 
@@ -125,7 +127,7 @@ class Planner:
     def _recheck(
         self, problem: PlanningProblem, rollouts: Rollouts, generator: torch.Generator
     ) -> dict[str, Float[Tensor, "B T"]]:
-        """Return the violations of the chosen plans: the worst of those predicted from here and from around here."""
+        """Return the violations of the chosen plans: the worst over the current and the perturbed states."""
         violations = violations_of(problem.guardrails, rollouts)
         for _ in range(self.rechecks if self.noise and problem.guardrails else 0):
             latents = problem.context.latents
@@ -139,7 +141,7 @@ class Planner:
 
 
 def _better(plan: Plan, again: Plan) -> Plan:
-    """Return the second plan where it holds and the first does not."""
+    """Return the second plan where it satisfies the guardrails and the first does not, else the first."""
     take = again.feasible & ~plan.feasible
 
     def chosen(new: Tensor, old: Tensor) -> Tensor:
@@ -154,11 +156,11 @@ def _better(plan: Plan, again: Plan) -> Plan:
 
 
 def _least_broken(plan: Plan, row: int) -> str:
-    """Say by what the best plan for an environment is refused."""
+    """Return a message that lists the guardrails that the best plan for an environment breaks."""
     worst = {name: violation[row].max().item() for name, violation in plan.violations.items()}
     broken = sorted((much, name) for name, much in worst.items() if not much <= 0)
     said = ", ".join(f"{name!r} by {much:.3g}" for much, name in broken)
     return (
-        f"no plan for environment {row} keeps every guardrail; the best found breaks {said}. Take the fallback, search "
-        f"with more samples or another horizon, or ask the owner of the guardrail"
+        f"no plan for environment {row} satisfies every guardrail; the best one breaks {said}. Use the fallback, "
+        f"search with more samples or a different horizon, or ask the owner of the guardrail to relax it"
     )

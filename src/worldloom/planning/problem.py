@@ -20,29 +20,29 @@ from worldloom.planning.objectives import as_objective
 
 _log = logging.getLogger(__name__)
 
-# Rows that a CPU predicts at a time: their activations stay in its second-level cache.
+# The number of rows that a CPU predicts at a time, so that their activations fit its second-level cache.
 _CPU_ROWS = 512
 
-# More than any plan that may be followed costs; a plan that breaks a guardrail ranks above it, the least broken first.
+# Above the cost of any allowed plan. A plan that breaks a guardrail ranks above it, the smallest violation first.
 FORBIDDEN = 1e6
 
-# Sees the candidates that a search scores, and by how much each breaks each guardrail.
+# Called with the candidates that a search scores, and their violations by guardrail.
 Watch = Callable[[Rollouts, Mapping[str, Float[Tensor, "B S T"]]], None]
 
 
 @dataclass
 class RolloutCount:
-    """How many candidates were rolled out."""
+    """The number of candidates that were rolled out."""
 
     rollouts: int = 0
 
 
 @dataclass
 class Deadline:
-    """When a search is to end, in seconds of `time.monotonic`; None is never.
+    """The time at which a search must end, in seconds of `time.monotonic`; None means never.
 
     Attributes:
-        cut_short: whether it ended a search.
+        cut_short: whether the deadline ended a search.
     """
 
     moment: float | None = None
@@ -52,7 +52,7 @@ class Deadline:
     def reached(self) -> bool:
         """Whether one more step of the search, if it takes as long as the last, would end too late.
 
-        A solver asks between its steps and never before the first, so that there always is a plan.
+        A solver calls this between its steps but not before the first, so that there is always a plan.
         """
         if self.moment is None:
             return False
@@ -65,7 +65,7 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Tightened(Guardrail):
-    """A guardrail that asks for `more` than another one."""
+    """A guardrail with the violation of another one plus `more`."""
 
     name: str
     rail: Guardrail
@@ -73,28 +73,28 @@ class Tightened(Guardrail):
 
     @property
     def of_actions(self) -> bool:
-        """Whether the other one looks at actions alone."""
+        """Whether the other guardrail depends on actions only."""
         return self.rail.of_actions
 
     def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return by how much it is broken."""
+        """Return the violation of the other guardrail plus `more`."""
         return self.rail.violation(rollouts) + self.more
 
     def select(self, rows: Tensor | slice) -> "Tightened":
-        """Return the guardrail for some environments."""
+        """Return the guardrail for the environments `rows`."""
         return Tightened(self.name, self.rail.select(rows), self.more)
 
 
 class PlanningProblem:
-    """Find actions of `horizon` blocks, within `bounds`, that make the objective small while every guardrail holds.
+    """Find actions of `horizon` blocks, within `bounds`, that minimise the objective and satisfy every guardrail.
 
-    A problem is not changed once it is stated. `geometry` is what tree search knows of the latent space; other solvers
-    need none. At `deadline` a search ends with the best plan so far. `watch` sees the candidates that are scored. A
-    plain function of rollouts will do as an objective if it holds nothing for each environment.
+    A problem is immutable. Only tree search needs `geometry`. At `deadline` a search ends with the best plan so far.
+    `watch` is called with the candidates that are scored. The objective may be a plain function of rollouts if it
+    stores no per-environment values.
 
     Raises:
         PlanningError: the context or the bounds do not fit the model, the horizon is below 1, or two guardrails have
-            one name.
+            the same name.
     """
 
     def __init__(
@@ -117,19 +117,19 @@ class PlanningProblem:
             raise PlanningError(f"a plan needs a horizon of at least one block; got {horizon}")
         if tuple(context.latents.shape[1:]) != expected:
             raise PlanningError(
-                f"the model plans from {expected[0]} frames with latents of {expected[1]}; got a context of shape "
+                f"expected a context of {expected[0]} frames with latents of size {expected[1]}; got shape "
                 f"{tuple(context.latents.shape)}. Encode it with the same model"
             )
         self.model, self.context, self.objective = model, context, as_objective(objective)
         self.guardrails = tuple(guardrails)
         names = [rail.name for rail in self.guardrails]
         if len(set(names)) < len(names):
-            raise PlanningError(f"guardrails are told apart by their names; got {names}. Give each a name of its own")
+            raise PlanningError(f"guardrail names must be unique; got {names}. Rename the guardrails that share a name")
         self.horizon, self.geometry, self.watch = horizon, geometry, watch
         self.bounds = ActionBounds.of(spec, context.latents.device) if bounds is None else bounds
         if self.bounds.low.shape != (spec.block_size,):
             raise PlanningError(
-                f"bounds must be of one block, {spec.block_size} values; got {tuple(self.bounds.low.shape)}"
+                f"expected bounds of one block, {spec.block_size} values; got shape {tuple(self.bounds.low.shape)}"
             )
         self.count = RolloutCount() if count is None else count
         self.deadline = Deadline() if deadline is None else deadline
@@ -141,7 +141,7 @@ class PlanningProblem:
 
     @property
     def device(self) -> torch.device:
-        """Where the latents lie, and so the actions."""
+        """The device of the latents and the actions."""
         return self.context.latents.device
 
     @property
@@ -154,16 +154,17 @@ class PlanningProblem:
         """The objective's goal.
 
         Raises:
-            PlanningError: the objective has none.
+            PlanningError: the objective has no goal.
         """
         if self.objective.goal is None:
             raise PlanningError(
-                "this solver searches toward a goal and the objective has none; use GoalObjective, or another solver"
+                "this solver searches toward a goal, but the objective has none; use GoalObjective or a different "
+                "solver"
             )
         return self.objective.goal
 
     def select(self, rows: Tensor | slice, *, horizon: int | None = None) -> "PlanningProblem":
-        """Return the problem of some environments, with the same count of rollouts and deadline."""
+        """Return the problem for the environments `rows`; it shares the rollout count and the deadline."""
         return self._with(
             context=self.context[rows],
             objective=self.objective.select(rows),
@@ -172,7 +173,7 @@ class PlanningProblem:
         )
 
     def tightened(self, by: Mapping[str, float]) -> "PlanningProblem":
-        """Return the problem with guardrails, by their names, that ask for so much more."""
+        """Return the problem with tighter guardrails: `by` maps names to violations, added with a factor of 1.5."""
         extra = {name: 1.5 * amount for name, amount in by.items() if 0 < amount < math.inf}
         return self._with(
             guardrails=[
@@ -181,7 +182,7 @@ class PlanningProblem:
         )
 
     def copy(self) -> "PlanningProblem":
-        """Return the same problem made of copies: outside inference mode, of tensors that autograd takes."""
+        """Return the problem with copied tensors, which autograd accepts if made outside inference mode."""
         bounds = ActionBounds(low=self.bounds.low.clone(), high=self.bounds.high.clone())
         return self.select(torch.arange(self.batch, device=self.device))._with(bounds=bounds)
 
@@ -189,11 +190,11 @@ class PlanningProblem:
         return PlanningProblem(**{**vars(self), **changes})
 
     def project(self, actions: Float[Tensor, "*axes A"]) -> Float[Tensor, "*axes A"]:
-        """Return the nearest actions that may be taken; see `worldloom.core.actions.project`."""
+        """Return the nearest actions that are allowed; see `worldloom.core.actions.project`."""
         return project(actions, self.model.spec, self.bounds)
 
     def imagine(self, context: Context, actions: Float[Tensor, "B S T A"]) -> Float[Tensor, "B S T D"]:
-        """Roll the model out from any context; the actions must be projected already."""
+        """Roll the model out from any context; the actions must already be projected."""
         self.count.rollouts += actions.shape[0] * actions.shape[1]
         parts = [
             self.model.rollout(context[rows], actions[rows, columns])
@@ -206,7 +207,7 @@ class PlanningProblem:
         return torch.cat(lines)
 
     def rollout(self, actions: Float[Tensor, "B S T A"]) -> Rollouts:
-        """Predict what the actions, projected, cause."""
+        """Project the actions and predict what they cause."""
         actions = self.project(actions)
         return Rollouts(context=self.context, actions=actions, latents=self.imagine(self.context, actions))
 
@@ -217,13 +218,13 @@ class PlanningProblem:
         best: int | None = None,
         below: Float[Tensor, "B"] | None = None,
     ) -> Float[Tensor, "B S"]:
-        """Return what candidates are ranked by, from one rollout: the cost, or more where a guardrail is broken.
+        """Return the rank of each candidate from one rollout: its cost, or more if it breaks a guardrail.
 
-        With `best`, only the lowest so many of each environment need be right: guardrails then judge candidates in the
-        order of their costs, and leave out those that cannot be among the best. With `below`, only ranks below it need
-        be right: guardrails then leave out a single candidate that costs as much or more.
+        With `best`, only the `best` lowest ranks of each environment are exact: guardrails then judge candidates in
+        order of cost and skip those that cannot be among the best. With `below` and a single candidate, only ranks
+        below it are exact: guardrails then skip the candidate if it costs as much or more.
         """
-        # Environments by groups, so that what is rolled out is scored while it lies in the cache.
+        # Group the environments so that rollouts are scored while they are in the cache.
         chunks = [rows for rows, _ in self._chunks(actions.shape[0], min(actions.shape[1], _CPU_ROWS))]
         if len(chunks) > 1:
             parts = [(rows, None if below is None else below[rows]) for rows in chunks]
@@ -241,11 +242,11 @@ class PlanningProblem:
         return rank(cost, every.amax(dim=(0, -1)) if len(every) else torch.zeros_like(cost))
 
     def _worst_of_the_best(self, rollouts: Rollouts, cost: Float[Tensor, "B S"], best: int) -> Float[Tensor, "B S"]:
-        """Return by how much guardrails are broken at worst, infinite for candidates that were not judged.
+        """Return the worst violation of each candidate; infinite for candidates that were not judged.
 
-        Guardrails of actions alone, which need no network, judge all candidates. The others judge, in each environment,
-        the cheapest of those that hold: half as many again as are asked for; where too few of these hold at a finite
-        cost, as many again; and then the rest.
+        Guardrails of actions only, which need no network, judge all candidates. In each environment, the others first
+        judge the `1.5 best` cheapest of those that satisfy the former. If fewer than `best` satisfy all guardrails at a
+        finite cost, they judge as many again, and then the rest.
         """
         swift = tuple(rail for rail in self.guardrails if rail.of_actions)
         others = tuple(rail for rail in self.guardrails if not rail.of_actions)
@@ -268,7 +269,7 @@ class PlanningProblem:
     def _worst_below(
         self, rollouts: Rollouts, cost: Float[Tensor, "B 1"], below: Float[Tensor, "B"]
     ) -> Float[Tensor, "B 1"]:
-        """Return by how much guardrails are broken at worst, infinite where the cost is not below."""
+        """Return the worst violation of each candidate; infinite if its cost is not below `below`."""
         worst = torch.full_like(cost, torch.inf)
         if len(rows := torch.nonzero(cost[:, 0] < below).flatten()):
             worst[rows] = self._worst_at(self.guardrails, rollouts, rows, torch.zeros_like(rows)[:, None])
@@ -278,7 +279,7 @@ class PlanningProblem:
     def _worst_at(
         rails: Sequence[Guardrail], rollouts: Rollouts, rows: Int[Tensor, "R"], places: Int[Tensor, "R K"]
     ) -> Float[Tensor, "R K"]:
-        """Return by how much guardrails are broken at worst by some candidates of some environments."""
+        """Return the worst violation of the candidates `places` in the environments `rows`."""
         context = rollouts.context
         if len(rows) < context.batch:
             context = context[rows]
@@ -287,26 +288,26 @@ class PlanningProblem:
         return judged(rails, Rollouts(context=context, actions=actions, latents=latents)).amax(dim=(0, -1))
 
     def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return by how much the most broken guardrail is broken at each step; 0 or less where all hold."""
+        """Return the largest violation at each step; 0 or less where all guardrails are satisfied."""
         every = judged(self.guardrails, rollouts)
         return every.amax(dim=0) if len(every) else torch.zeros_like(rollouts.latents[..., 0])
 
     def cost(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
-        """Return the cost of what was rolled out; one that is not a number counts as infinite.
+        """Return the cost of the rollouts; NaN counts as infinite.
 
         Raises:
-            PlanningError: the objective gives another shape.
+            PlanningError: the objective returns costs of the wrong shape.
         """
         cost = self.objective(rollouts)
         if cost.shape != rollouts.latents.shape[:2]:
             raise PlanningError(
-                f"the objective must give costs of shape {tuple(rollouts.latents.shape[:2])}; got {tuple(cost.shape)}. "
-                f"If it holds something for each environment, write its select(rows)"
+                f"expected costs of shape {tuple(rollouts.latents.shape[:2])} from the objective; got "
+                f"{tuple(cost.shape)}. If it stores per-environment values, define its select(rows)"
             )
         return cost.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
     def _chunks(self, batch: int, candidates: int) -> Iterator[tuple[slice, slice]]:
-        """Cut B x S into pieces, row after row, that suit the device."""
+        """Split B x S into pieces, row by row, that suit the device."""
         if self.device.type != "cpu" or batch * candidates <= _CPU_ROWS:
             yield slice(0, batch), slice(0, candidates)
             return
@@ -317,19 +318,19 @@ class PlanningProblem:
 
 
 def violations_of(guardrails: Sequence[Guardrail], rollouts: Rollouts) -> dict[str, Float[Tensor, "B S T"]]:
-    """Return by how much each guardrail is broken at each step; see `judged`."""
+    """Return the violation of each guardrail at each step, by name; see `judged`."""
     return _named(guardrails, judged(guardrails, rollouts))
 
 
 def judged(guardrails: Sequence[Guardrail], rollouts: Rollouts) -> Float[Tensor, "G B S T"]:
-    """Return by how much each guardrail is broken at each step.
+    """Return the violation of each guardrail at each step.
 
-    What cannot be judged is not safe: where the rollout or the violation is not a number, and where the guardrail
-    raises, the violation is infinite.
+    What cannot be judged counts as unsafe: the violation is infinite where the rollout or the violation is NaN, and
+    where the guardrail raises an exception.
     """
     if not guardrails:
         return rollouts.latents.new_zeros((0, *rollouts.latents.shape[:3]))
-    # A sum over values that are not all finite is not finite, and minus itself not a number; any other is 0.
+    # `total - total` is NaN where a latent is not finite, and 0 elsewhere.
     total, found = rollouts.latents.sum(dim=-1), []
     for rail in guardrails:
         try:
@@ -338,7 +339,7 @@ def judged(guardrails: Sequence[Guardrail], rollouts: Rollouts) -> Float[Tensor,
             _log.error("guardrail %r raised %s: %s; it counts as broken", rail.name, type(error).__name__, error)
             violation = torch.full_like(rollouts.latents[..., 0], torch.inf)
         found.append(violation)
-    # All at once: a search asks for this many times.
+    # One call for all guardrails, because a search does this many times.
     every = torch.stack(found).add_(total - total)
     return every.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
@@ -348,21 +349,22 @@ def _named(guardrails: Sequence[Guardrail], every: Float[Tensor, "G B S T"]) -> 
 
 
 def _numbers(violation: object, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-    """Return what a guardrail gave, with the dtype and device of the latents.
+    """Return a guardrail's violation with the dtype and device of the latents.
 
     Raises:
-        PlanningError: it is not a dense tensor of real numbers, or has another shape.
+        PlanningError: it is not a dense tensor of real numbers, or its shape is wrong.
     """
     shape = rollouts.latents.shape[:3]
     if not isinstance(violation, Tensor) or violation.is_complex() or violation.layout != torch.strided:
-        raise PlanningError(f"expected violations as a dense tensor of real numbers; got {type(violation).__name__}")
+        kind = f"{violation.dtype}, {violation.layout}" if isinstance(violation, Tensor) else type(violation).__name__
+        raise PlanningError(f"expected violations as a dense tensor of real numbers; got {kind}")
     if violation.shape != shape:
         raise PlanningError(f"expected violations of shape {tuple(shape)}; got {tuple(violation.shape)}")
     return violation.to(rollouts.latents)
 
 
 def rank(cost: Float[Tensor, "*axes"], violation: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
-    """Return the cost where no guardrail is broken, and a rank above `FORBIDDEN` elsewhere, the least broken lowest."""
+    """Return the cost if no guardrail is broken, else a rank above `FORBIDDEN` that grows with the violation."""
     beyond = FORBIDDEN * (1 + (violation / (1 + violation)).nan_to_num(nan=1.0))
     allowed = torch.where(cost.isfinite(), cost.clamp(max=FORBIDDEN), cost)
     return torch.where(violation <= 0, allowed, beyond)

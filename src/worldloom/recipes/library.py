@@ -1,4 +1,4 @@
-"""The recipes that worldloom ships, by name."""
+"""The recipes that worldloom includes, by name."""
 
 from collections.abc import Callable
 
@@ -20,14 +20,14 @@ def load_recipe(name: str) -> Recipe:
     """Return a recipe by name.
 
     Raises:
-        ConfigError: there is none of this name; the nearest is named.
+        ConfigError: no recipe has this name; the message suggests the nearest one.
     """
     return RECIPES[name]()
 
 
 @RECIPES.register("two-room")
 def two_room() -> Recipe:
-    """The demo: two rooms, the door drawn anew for each episode."""
+    """The demo: two rooms, with the door at a random place in each episode."""
     return Recipe(
         name="two-room",
         description="Two rooms in 64x64 RGB, the door's place drawn anew for each episode; 100 thousand frames.",
@@ -39,7 +39,7 @@ def two_room() -> Recipe:
 
 @RECIPES.register("four-rooms")
 def four_rooms() -> Recipe:
-    """Four rooms, their doors drawn anew for each episode."""
+    """Four rooms, with the doors at random places in each episode."""
     return Recipe(
         name="four-rooms",
         description="Four rooms in 64x64 RGB, the four doors drawn anew for each episode; 200 thousand frames.",
@@ -51,7 +51,7 @@ def four_rooms() -> Recipe:
 
 @RECIPES.register("closing-doors")
 def closing_doors() -> Recipe:
-    """Four rooms in which a door may close while one is under way."""
+    """Four rooms in which a door may close during an episode."""
     blind = FollowConfig(patience=10_000, arrival=1e6, learn=False)
     return Recipe(
         name="closing-doors",
@@ -61,7 +61,7 @@ def closing_doors() -> Recipe:
             env_kwargs={"vary": ["door_positions", "closing_door", "closing_step"]},
             episodes=3000,
         ),
-        # With half the training a shut door is taken for an open one half of the time.
+        # With half the training, a closed door is mistaken for an open one half of the time.
         model=JEPAConfig(encoder=PatchConv(hidden=512)),
         training=TrainingConfig(steps=8000, batch=160, horizon=3, validate_every=1000, checkpoint_every=1000),
         methods={
@@ -79,7 +79,7 @@ def closing_doors() -> Recipe:
 
 @RECIPES.register("maze")
 def maze() -> Recipe:
-    """A maze drawn anew for each episode, with goals more than 100 steps away: beyond a flat planner's horizon."""
+    """A random maze in each episode, with goals more than 100 steps away, beyond the horizon of a flat planner."""
     return Recipe(
         name="maze",
         description="Mazes in 64x64 RGB, the layout drawn anew for each episode; goals more than 100 steps away.",
@@ -91,9 +91,9 @@ def maze() -> Recipe:
 
 @RECIPES.register("long-maze")
 def long_maze() -> Recipe:
-    """Mazes with goals 100, 200 and 400 steps away, reached over landmarks of what was explored."""
+    """Mazes with goals 100, 200 and 400 steps away, reached over landmarks found by exploration."""
     thorough = CEM(samples=128, iterations=4, elites=12)
-    quick = CEM(samples=48, iterations=3, elites=6)  # explores as far as more samples, in half the time
+    quick = CEM(samples=48, iterations=3, elites=6)  # explores as far as with more samples, in half the time
     hierarchy = HierarchyMethod(solver=TreeSearch(), horizon=24)
     return Recipe(
         name="long-maze",
@@ -125,17 +125,17 @@ def long_maze() -> Recipe:
 
 @RECIPES.register("pits")
 def pits() -> Recipe:
-    """One room with three pits, drawn anew for each episode: who falls into one stays there."""
+    """One room with three pits at random places in each episode; an agent that falls into one stays there."""
     away = KeepIn(quantity="pit_depth", region=Box(high=(0.0,)), reason="an agent that falls into a pit cannot get out")
     depth = LabelledProbe(episodes=24_000, hidden=(128, 128), steps=8000, between=(-8.0, 4.0))
     return Recipe(
         name="pits",
         description="A room with three pits in 64x64 RGB, drawn anew for each episode; a fall ends it.",
-        # Many short episodes: how well a new place is read goes by how many others were seen.
+        # Many short episodes, because accuracy in a new layout depends on the number of other layouts in the data.
         collection=CollectionConfig(env_id="worldloom/Pits-v0", episodes=24_000, steps=14),
         model=JEPAConfig(encoder=PatchConv(hidden=512), latent_dim=128, block=2),
         training=TrainingConfig(steps=7000, batch=128, horizon=3, validate_every=1000, checkpoint_every=1000),
-        distance=DistanceConfig(hidden=(128, 64)),  # no worse than twice as wide (docs/log.md)
+        distance=DistanceConfig(hidden=(128, 64)),  # as good as twice the width (docs/log.md)
         probes={"pit_depth": depth, "position": LabelledProbe(episodes=2000)},
         rules=RuleLayer(owner="the recipe", risk=0.05, guardrails={"out of the pits": away}),
         methods={
@@ -159,7 +159,7 @@ def _with_history() -> TrainingConfig:
 
 @RECIPES.register("generic")
 def generic() -> Recipe:
-    """Any dataset: two frames of history, since one may not show velocities."""
+    """Any dataset: two frames of history, because one may not show velocities."""
     return Recipe(
         name="generic",
         description="Any dataset of pixels and/or vectors; two frames of history, for one may not show velocities.",

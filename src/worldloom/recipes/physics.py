@@ -1,4 +1,4 @@
-"""Recipes of the worlds on physics engines; the worlds need an extra, the recipes do not."""
+"""Recipes for physics simulations; the worlds need an optional dependency, the recipes do not."""
 
 from worldloom.agents import (
     CloningMethod,
@@ -19,7 +19,7 @@ from worldloom.recipes.library import RECIPES
 from worldloom.recipes.recipe import CollectionConfig, LabelledProbe, Recipe
 from worldloom.training import TrainingConfig, default_losses
 
-# 300 candidates, 10 times: contact is found by few of them.
+# 300 candidates, 10 iterations: only few candidates find contact.
 WIDE = CEM(samples=300, iterations=10, elites=30)
 
 
@@ -27,8 +27,8 @@ _SEARCH = CEM(samples=128, iterations=5, elites=16)
 
 
 def _slow_losses() -> dict[str, LossConfig]:
-    # A block is a slow feature, a hand a fast one: inverse dynamics alone keeps the hand and loses the block's angle,
-    # so it weighs less here, and covariance and temporal similarity more (docs/log.md).
+    # A block is a slow feature, a hand a fast one. Inverse dynamics by itself keeps the hand and loses the block's
+    # angle, so its weight is smaller here, and those of covariance and temporal similarity are larger (docs/log.md).
     return {
         **default_losses(),
         "covariance": Covariance(weight=0.3, samples="pooled"),
@@ -54,7 +54,7 @@ def _hierarchy(depth: int | None = None) -> HierarchyMethod:
 
 @RECIPES.register("pusht")
 def pusht() -> Recipe:
-    """PushT from logs of a hand that wanders about the block and aims at nothing."""
+    """PushT, from logs of a hand that moves around the block without a goal."""
     return Recipe(
         name="pusht",
         description="PushT in 64x64 RGB on pymunk, 360 thousand frames of a clumsy hand that aims at nothing.",
@@ -62,12 +62,12 @@ def pusht() -> Recipe:
             env_id="worldloom/PushT-v0", episodes=2400, steps=150, policy="near-object", num_envs=50
         ),
         model=JEPAConfig(block=2, context=2),
-        # Short windows, and more of them: the pose of the block differs between windows rather than within one.
+        # Short windows, and more of them, because the pose of the block varies between windows rather than within one.
         training=TrainingConfig(
             steps=20000, batch=160, horizon=2, losses=_slow_losses(), validate_every=4000, checkpoint_every=1000
         ),
         hierarchy=(CoarseConfig(stride=3),),
-        # Trained on two blocks ahead, the model is trusted for four.
+        # The model is trained to predict two blocks ahead and used for four.
         methods=_methods(horizon=4)
         | {
             "CEM of 3,000, latent L2": PlanMethod(solver=WIDE, horizon=4),
@@ -81,7 +81,7 @@ def pusht() -> Recipe:
 
 @RECIPES.register("reacher")
 def reacher() -> Recipe:
-    """A two-link arm, its torques a random walk."""
+    """A two-link arm driven by random-walk torques."""
     return Recipe(
         name="reacher",
         description="Gymnasium's two-link arm in 64x64 RGB on MuJoCo, 150 thousand frames of a random walk of torques.",
@@ -98,7 +98,7 @@ def reacher() -> Recipe:
 
 @RECIPES.register("point-maze")
 def point_maze() -> Recipe:
-    """A point with mass in a maze, its forces a random walk."""
+    """A point mass in a maze, driven by random-walk forces."""
     return Recipe(
         name="point-maze",
         description="A point with mass in a medium maze, 64x64 RGB on MuJoCo, 150 thousand frames of a random walk.",
@@ -108,7 +108,7 @@ def point_maze() -> Recipe:
         model=JEPAConfig(block=2, context=2),
         training=TrainingConfig(
             steps=3000,
-            # One frame shows no velocity, so that the action is read from three.
+            # One frame shows no velocity, so the action is inferred from three.
             losses={**default_losses(), "inverse-dynamics": InverseDynamics(weight=3.0, frames=3)},
             validate_every=1000,
             checkpoint_every=1000,
@@ -121,12 +121,12 @@ def point_maze() -> Recipe:
 
 @RECIPES.register("point-hazards-state")
 def point_hazards_state() -> Recipe:
-    """A point robot among hazards, from its state and lidar; it drove at random, through hazards too."""
+    """A point robot among hazards, from its state and lidar; its logs are random driving, through hazards too."""
     away = KeepIn(quantity="hazard_depth", region=Box(high=(0.0,)), reason="what lies in a hazard is harmed by it")
     return Recipe(
         name="point-hazards-state",
         description="A point robot among eight hazards from its state vector with lidar (no pixels) on MuJoCo.",
-        # Where the hazards lie stays the same: a model of this size does not keep what lidar tells of new places.
+        # The hazards stay in place, because a model of this size does not learn new layouts from lidar.
         collection=CollectionConfig(
             env_id="worldloom/PointHazards-v0", env_kwargs={"layout": 0}, episodes=4000, steps=50, num_envs=50
         ),
@@ -171,7 +171,7 @@ def _cube(name: str, description: str, protocol: str, encoder: EncoderConfig, **
 
 @RECIPES.register("cube-state")
 def cube_state() -> Recipe:
-    """OGBench's cube from its state, logged by an arm that fumbles and aims at nothing."""
+    """OGBench's cube from its state, logged by an arm that moves without a goal."""
     return _cube(
         "cube-state",
         "OGBench's single cube from its state vector (no pixels) on MuJoCo, 240 thousand frames of a fumbling arm.",
@@ -182,7 +182,7 @@ def cube_state() -> Recipe:
 
 @RECIPES.register("cube")
 def cube() -> Recipe:
-    """The same in pixels, where a GPU draws; the vector beside them is for the logging policy and not encoded."""
+    """The same cube in pixels, which need a GPU to render; the vector is for the logging policy and not encoded."""
     return _cube(
         "cube",
         "OGBench's single cube in 64x64 RGB on MuJoCo (needs a GPU to draw in time), the logs of cube-state.",

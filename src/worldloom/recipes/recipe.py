@@ -1,4 +1,4 @@
-"""A recipe: one complete, frozen configuration, from collecting to evaluating."""
+"""A recipe: one complete, frozen configuration, from data collection to evaluation."""
 
 from typing import Annotated, Any
 
@@ -31,19 +31,19 @@ class CollectionConfig(Config):
 
 
 class LabelledProbe(ProbeConfig):
-    """A probe of a label column (by default the one of its own name), fitted on so many labelled episodes."""
+    """A probe of a label column (by default the one with the probe's name), fitted on some labelled episodes."""
 
     label: str = ""
     episodes: int = Field(default=50, ge=4)
 
 
 class Recipe(Config):
-    """What `collect`, `train` and `evaluate` do. `collection` and `protocol` are None if the data come from elsewhere.
+    """The settings of `collect`, `train` and `evaluate`. For external data, `collection` and `protocol` are None.
 
-    `hierarchy` are coarser models. Each predicts several steps of the one before it, the first of the world model.
-    `probes` read named quantities off latents; planners use them only through guardrails and objectives.
-    `rules` is the uppermost layer of the rule set of its agents; lower layers may only tighten it.
-    `methods` are the rows of the table, in order; `default_method` is the one to act with.
+    `hierarchy` contains coarser models. Each predicts several steps of the one before it, the first those of the world
+    model. `probes` decode named quantities from latents; planners use them only through guardrails and objectives.
+    `rules` is the uppermost layer of the agents' rule set; lower layers may only tighten it. `methods` are the rows of
+    the results table, in order; `default_method` is used to act.
     """
 
     name: str
@@ -66,14 +66,16 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _check_default(self) -> "Recipe":
         if self.default_method not in self.methods:
-            raise ValueError(f"default_method {self.default_method!r}; {nearest(self.default_method, self.methods)}")
+            raise ValueError(
+                f"unknown default_method {self.default_method!r}; {nearest(self.default_method, self.methods)}"
+            )
         return self
 
     def method(self, name: str | None = None, *, guarded: bool = False) -> MethodConfig:
         """Return a method, by default `default_method`; with `guarded` it must obey the guardrails of a rule set.
 
         Raises:
-            ConfigError: there is no such method, or it obeys no guardrails.
+            ConfigError: no method has this name, or the method does not obey guardrails.
         """
         name = name or self.default_method
         if name not in self.methods:
@@ -81,7 +83,7 @@ class Recipe(Config):
         if guarded and not self.methods[name].guarded:
             able = next((title for title, other in self.methods.items() if other.guarded), None)
             raise ConfigError(
-                f"the method {name!r} does not obey guardrails, and the rule set has some; "
-                f"{f'choose {able!r}' if able else 'no method of the recipe does: add one that plans'}"
+                f"the method {name!r} does not obey guardrails, but the rule set has some; "
+                f"{f'choose {able!r}' if able else 'add a method that plans to the recipe'}"
             )
         return self.methods[name]

@@ -15,7 +15,7 @@ from worldloom.federation import LedgerHistory, Round, size
 from worldloom.reports.figures import COLOURS, Themed, colour, themed
 
 _LINES = ("-", "--", ":", "-.")
-_NAMED = 0.07  # the smallest share of a bar with room for its number
+_NAMED = 0.07  # the smallest fraction of a bar with room for its number
 _MEDIAN = "median"
 
 Points = Sequence[tuple[float | int, float | int]]
@@ -58,7 +58,7 @@ def loss_curves(history: LedgerHistory) -> Themed | None:
 
 
 def influence(history: LedgerHistory) -> Themed | None:
-    """Draw the weights of each round as a bar; None if there are none."""
+    """Draw the weights of each round as a bar; None if there are no weights."""
     if not any(round.weights for round in history.rounds):
         return None
 
@@ -160,7 +160,7 @@ def privacy_spent(history: LedgerHistory) -> Themed | None:
 def training_at_home(
     history: LedgerHistory, metrics: Mapping[str, Sequence[Mapping[str, float | int]]]
 ) -> Themed | None:
-    """Draw the training loss of each owner over its own steps; None if there is none."""
+    """Draw the training loss of each owner over its own steps; None if no owner has one."""
     lines = {
         name: list({line["step"]: line["loss"] for line in found if "loss" in line and "step" in line}.items())
         for name, found in metrics.items()
@@ -186,7 +186,7 @@ def training_at_home(
 
 
 def _judged(history: LedgerHistory, name: str) -> list[tuple[int, float, float]]:
-    """Return the rounds with a member's held-out loss before and after, and both losses."""
+    """Return the rounds with both losses of a member, before and after, and these losses."""
     judged = [(round.number, *round.losses[name]) for round in history.rounds if name in round.losses]
     return [(number, before, after) for number, before, after in judged if before is not None and after is not None]
 
@@ -273,10 +273,10 @@ def _name_lines(
 
 
 def _apart(wanted: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Return positions close to those wanted, with a gap between any two, all within 0 and 1 if they fit."""
+    """Return positions close to the wanted ones, at least `gap` apart, and within 0 and 1 if they fit."""
     names = sorted(wanted, key=lambda name: wanted[name])
     gap = min(gap, 1 / max(len(names) - 1, 1))
-    # Without the gaps below it, no position may be under the one before: neighbours that are get their mean.
+    # With the gaps subtracted, positions must not decrease; neighbours in the wrong order get their mean.
     groups: list[list[float]] = []
     for rank, name in enumerate(names):
         groups.append([wanted[name] - rank * gap])

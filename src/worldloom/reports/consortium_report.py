@@ -1,4 +1,4 @@
-"""The report of a consortium: its ledger as one HTML file that loads nothing from the network."""
+"""The report of a consortium: its ledger as one self-contained HTML file."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ from worldloom.reports.figures import COLOURS
 from worldloom.reports.page import embedded, render_page
 from worldloom.training import RunFolder
 
-_LARGEST = 2**16  # bytes of a file that may be a checkpoint
+_LARGEST = 2**16  # maximum bytes of a file that may be a checkpoint
 
 
 def write_consortium_report(
@@ -45,8 +45,8 @@ def write_consortium_report(
     Countersigned checkpoints are searched in the folder and in its `checkpoints`.
 
     Raises:
-        StorageError: there is no ledger, or the storage refuses; an earlier report is unchanged.
-        DataError: the ledger does not verify, alone or against a checkpoint; no report is written.
+        StorageError: there is no ledger, or the storage fails; an earlier report stays unchanged.
+        DataError: the ledger does not verify, by itself or against a checkpoint; no report is written.
     """
     write_text(Path(path), render_consortium_report(rounds, constitution, runs=runs))
 
@@ -56,7 +56,7 @@ def render_consortium_report(
 ) -> str:
     """Return the report as HTML; see `write_consortium_report`."""
     folder = Path(rounds)
-    stored = _checkpoints(folder)  # before the ledger, which may grow
+    stored = _checkpoints(folder)  # read before the ledger, which may grow
     checkpoints = [checkpoint for _, checkpoint in stored]
     records = read_ledger(folder / "ledger.jsonl", constitution, checkpoints, growing=True)
     history = read_history(records.entries(), constitution)
@@ -103,10 +103,10 @@ def render_consortium_report(
 
 
 def find_owners(folder: Path | str, constitution: Constitution) -> dict[str, Path]:
-    """Return the run folder of each member that has one below a folder, as NAME or NAME/run.
+    """Return the run folder of each member below a folder, as NAME or NAME/run; members without one are left out.
 
     Raises:
-        StorageError: no member has one.
+        StorageError: no member has a run folder.
     """
     found: dict[str, Path] = {}
     for name in constitution.members:
@@ -114,7 +114,7 @@ def find_owners(folder: Path | str, constitution: Constitution) -> dict[str, Pat
             if (path / "config.json").is_file():
                 found[name] = path
     if not found:
-        raise StorageError(f"{folder} has no run of a member; expected folders such as {path}. Check the path")
+        raise StorageError(f"{folder} has no run of a member; expected a folder such as {path}. Check the path")
     return found
 
 
@@ -126,14 +126,14 @@ def _checkpoints(folder: Path) -> list[tuple[str, dict[str, Any]]]:
         try:
             values = json.loads(content)
         except (ValueError, RecursionError):
-            continue  # another file
+            continue  # not a checkpoint
         if is_countersigned(values):
             found.append((path.name, values))
     return found
 
 
 def _bytes_of_base(folder: Path) -> int | None:
-    """Return the size of the base in float32 in bytes, or None if the folder has none."""
+    """Return the size of the base in float32 in bytes, or None if the folder has no base."""
     try:
         return sum(4 * tensor.numel() for tensor in RoundStore(folder).base(0).tensors.values())
     except (CheckpointError, StorageError):

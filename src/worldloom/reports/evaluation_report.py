@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML file, which holds everything it shows and needs no network."""
+"""The report of an evaluation: one self-contained HTML file."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -25,16 +25,15 @@ from worldloom.reports.figures import (
 from worldloom.reports.film import choose, episodes_video, to_size
 from worldloom.reports.page import data_uri, embedded, render_page
 
-_STRIP = 8  # frames in a picture strip, beside the goal
+_STRIP = 8  # frames in a picture strip, not counting the goal
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """What a report shows beside the results; every part is optional, and the report explains why it is missing.
+    """The optional parts of a report besides the results; the report explains why a part is missing.
 
-    `metrics` are the lines of metrics.jsonl. `baselines` name the methods for the comparison below the headline.
-    `absent` gives reasons for missing parts, by the name of the part: `metrics`, `latents`, `distance`, `paths` or
-    `episodes`.
+    `metrics` are the lines of metrics.jsonl. `baselines` are the methods for the comparison below the headline.
+    `absent` maps missing parts to reasons; its keys are `metrics`, `latents`, `distance`, `paths` and `episodes`.
     """
 
     metrics: Sequence[Mapping[str, float | int]] = ()
@@ -49,7 +48,7 @@ def write_report(path: Path, results: Results, data: ReportData | None = None) -
     """Write the report atomically.
 
     Raises:
-        StorageError: the file cannot be written; an older report is then unchanged.
+        StorageError: the file cannot be written; an older report then stays unchanged.
     """
     write_text(path, render_report(results, data or ReportData()))
 
@@ -83,10 +82,10 @@ def render_report(results: Results, data: ReportData) -> str:
         },
         absent={
             "by_distance": "there are too few episodes for bins, or the distance from start to goal is unknown.",
-            "metrics": "this report got no training metrics.",
-            "latents": "this report got no encoded frames with a position label.",
-            "distance": "this report got no measure of distance with a position label.",
-            "paths": "this report got no position label that a probe can predict.",
+            "metrics": "this report has no training metrics.",
+            "latents": "this report has no encoded frames with a position label.",
+            "distance": "this report has no measure of distance with a position label.",
+            "paths": "this report has no position label that a probe can predict.",
             "episodes": f"{video.absent}.",
             **data.absent,
         },
@@ -101,7 +100,7 @@ def render_report(results: Results, data: ReportData) -> str:
 
 
 def _ranked(results: Results) -> list[str]:
-    """Return the methods by their mean rate over splits, the best first; ties go to the shorter paths."""
+    """Return the methods by their mean rate over splits, the best first; ties are ordered by path length."""
 
     def merit(method: str) -> tuple[float, float]:
         rows = [row for row in results.rows if row.method == method]
@@ -111,7 +110,7 @@ def _ranked(results: Results) -> list[str]:
 
 
 def _headline(results: Results, best: str) -> str:
-    """Return one sentence about what the best method achieved on each split."""
+    """Return one sentence about the result of the best method on each split."""
     if not any(row.overall.successes for row in results.rows):
         return "No method reached a goal"
     rates = [(row.overall, row.split) for row in results.rows if row.method == best]
@@ -189,7 +188,7 @@ def _row(results: Results, row: Row) -> dict[str, Any]:
 
 
 def _wall_row(results: Results, method: str) -> dict[str, Any] | None:
-    """Return the rates with and without a wall, unless they equal the splits."""
+    """Return the rates with and without a wall, unless they equal those of the splits."""
     rows = [row for row in results.rows if row.method == method]
     if not any(len(row.by_wall) == 2 for row in rows):
         return None

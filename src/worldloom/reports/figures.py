@@ -16,7 +16,7 @@ from worldloom.core.errors import DataError
 from worldloom.evaluation import Results
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish, and three more; lighter on dark pages.
-# The template of the page uses the same.
+# The page template uses the same colours.
 _CYCLE = {
     "light": (
         "#0072b2",
@@ -68,16 +68,16 @@ class LatentMap:
     def __post_init__(self) -> None:
         if len(self.latents) != len(self.positions) or len(self.latents) < 3:
             raise DataError(
-                f"a latent map needs a position for each of at least three latents; got {len(self.latents)} latents "
+                f"a latent map needs at least three latents, each with a position; got {len(self.latents)} latents "
                 f"and {len(self.positions)} positions"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistanceMap:
-    """The distance of each of M positions to one goal, by one or more measures, named with their unit.
+    """The distance of each of M positions to one goal, by one or more named measures with units.
 
-    `picture` shows the room; one unit of the positions is one pixel of it.
+    `picture` shows the room; one unit of the positions is one pixel of the picture.
     """
 
     positions: Float[np.ndarray, "M 2"]
@@ -89,12 +89,12 @@ class DistanceMap:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictedPaths:
-    """P paths of N = T+1 positions: the true ones, and those of open-loop prediction, read by a probe."""
+    """P paths of N = T+1 positions: the true ones, and the open-loop predictions decoded by a probe."""
 
     true: Float[np.ndarray, "P N 2"]
     predicted: Float[np.ndarray, "P N 2"]
     pictures: UInt8[np.ndarray, "P H W C"] | None = None
-    steps: int = 1  # environment steps from one position to the next
+    steps: int = 1  # environment steps between positions
     unit: str = "px"
 
 
@@ -105,7 +105,7 @@ class _Panel(NamedTuple):
 
 
 def success_by_distance(results: Results) -> Themed | None:
-    """Draw success over goal distance with 95% intervals, a panel for each split that has several bins, or None."""
+    """Draw success over goal distance with 95% intervals, one panel per split with several bins; None if none has."""
     binned_splits = {split: results.bins(split) for split in results.protocol.splits}
     panels = {split: bins for split, bins in binned_splits.items() if bins is not None and len(bins.edges) > 2}
     if not panels:
@@ -117,7 +117,7 @@ def success_by_distance(results: Results) -> Themed | None:
             shown = [row for row in results.rows if row.split == split]
             for place, row in enumerate(shown):
                 groups = bins.split(row.episodes)
-                # Side by side, because intervals at the same distance would hide each other.
+                # Side by side, because intervals at the same distance would cover each other.
                 shift = (place - (len(shown) - 1) / 2) * 0.011 * (bins.edges[-1] - bins.edges[0])
                 rates = np.array([rate.rate for rate, _ in groups])
                 ends = np.array([rate.interval for rate, _ in groups])
@@ -140,7 +140,7 @@ def success_by_distance(results: Results) -> Themed | None:
 
 
 def training_curves(metrics: Sequence[Mapping[str, float | int]]) -> Themed | None:
-    """Draw the metrics of metrics.jsonl, a panel for each kind; None without any known metric."""
+    """Draw the metrics of metrics.jsonl, one panel per kind; None without known metrics."""
     names = list(dict.fromkeys(name for line in metrics for name in line))
     ratios: list[str] = [name for name in ("inverse_dynamics", "open_loop") if name in names]
     kinds = [
@@ -213,12 +213,12 @@ def distance_map(data: DistanceMap) -> Themed:
         if data.picture is not None:
             room = axes.pop(0)
             room.imshow(data.picture, extent=(x0, x1, y1, y0), interpolation="nearest")
-            room.set(title="the room, the goal circled", ylabel=_in("y", data.unit))
+            room.set(title="the room, with the goal circled", ylabel=_in("y", data.unit))
             place(room)
         for axis, (name, distances) in zip(axes, data.distances.items(), strict=True):
             image, across, down = binned(data.positions, distances, extent)
             shown = axis.pcolormesh(across, down, np.ma.masked_invalid(image), cmap=_MAP, rasterized=True)
-            # Contours show what colour alone does not: whether the distance goes around walls.
+            # Contours show whether the distance goes around walls, which colour does not show clearly.
             axis.contour(across, down, np.ma.masked_invalid(image), levels=8, colors="white", linewidths=0.7, alpha=0.8)
             bar = figure.colorbar(shown, ax=axis, shrink=0.7)
             bar.outline.set_visible(False)
@@ -236,7 +236,7 @@ def predicted_paths(data: PredictedPaths) -> Themed:
 
     def draw(figure: Figure, theme: str) -> None:
         grid = figure.add_gridspec(1, count + 1, width_ratios=[*[1.0] * count, 1.3])
-        # The picture is the same on a dark page, and so are the lines on it.
+        # The picture is the same on a dark page, so the lines on it use the colours for light pages.
         paper = theme if data.pictures is None else "light"
         for place in range(count):
             axis = figure.add_subplot(grid[0, place])
@@ -269,7 +269,7 @@ def predicted_paths(data: PredictedPaths) -> Themed:
 
 
 def themed(draw: Callable[[Figure, str], None], size: tuple[float, float]) -> Themed:
-    """Call `draw(figure, theme)` once for each theme and return both as SVG; matplotlib's state stays unchanged."""
+    """Call `draw(figure, theme)` for each theme and return both figures as SVG; matplotlib's state stays unchanged."""
     return Themed(*(_svg(draw, theme, size) for theme in ("light", "dark")))
 
 
@@ -311,7 +311,7 @@ def _style(theme: str) -> Any:
         "ytick.labelcolor": ink,
         "legend.frameon": False,
         "legend.labelcolor": ink,
-        "svg.hashsalt": "worldloom",  # the same figure gives the same bytes
+        "svg.hashsalt": "worldloom",  # makes the bytes of a figure reproducible
     }
 
 
@@ -356,13 +356,13 @@ def binned(
 ) -> tuple[Float[np.ndarray, "R C"], Float[np.ndarray, "C"], Float[np.ndarray, "R"]]:
     """Return the mean value in each cell of a grid (NaN without a value), and the cells' centres.
 
-    Positions on a grid keep their grid; a single cell without a value takes the mean of its neighbours.
+    Positions on a grid keep their grid; a single cell without a value gets the mean of its neighbours.
     """
     x0, x1, y0, y1 = extent
     distinct = [len(np.unique(positions[:, axis])) for axis in (0, 1)]
     gridded = distinct[0] * distinct[1] <= 2 * len(positions)
     cells = np.array(distinct if gridded else [int(np.clip(np.sqrt(len(positions) / 3), 4, 48))] * 2)
-    if gridded:  # the cells' centres are the positions
+    if gridded:  # the positions are the cells' centres
         low, high = positions.min(axis=0), positions.max(axis=0)
         margin = (high - low) / np.maximum(cells - 1, 1) / 2
         (x0, y0), (x1, y1) = low - margin, high + margin
@@ -378,7 +378,7 @@ def binned(
     rows, columns = image.shape
     neighbours = sum(measured[row : row + rows, column : column + columns].astype(int) for row, column in around)
     sums = sum(padded[row : row + rows, column : column + columns] for row, column in around)
-    holes = (count == 0) & (neighbours >= 7)  # a wall one cell wide has six, and stays empty
+    holes = (count == 0) & (neighbours >= 7)  # a wall one cell wide has six such neighbours, and stays empty
     image[holes] = (sums / np.maximum(neighbours, 1))[holes]
     across, down = ((np.arange(n) + 0.5) / n for n in cells)
     return image, x0 + (x1 - x0) * across, y0 + (y1 - y0) * down

@@ -1,4 +1,4 @@
-"""Videos of episodes: what the agent saw beside its goal, several episodes at once."""
+"""Videos of episodes: the agent's frames beside its goal, several episodes at once."""
 
 import io
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from worldloom.core.errors import DataError
 from worldloom.data import encode_video
 from worldloom.evaluation import Recording
 
-_CODECS = ("libx264", "h264", "libopenh264")  # H.264 encoders; which of them exist depends on the build of PyAV
+_CODECS = ("libx264", "h264", "libopenh264")  # H.264 encoders; the available ones depend on the build of PyAV
 _REACHED, _FAILED, _RUNNING, _PAPER, _INK = (0, 158, 115), (213, 94, 0), (140, 148, 156), (22, 26, 30), (228, 231, 234)
 
 
@@ -40,9 +40,9 @@ def choose(recordings: Sequence[Recording], method: str, *, successes: int = 4, 
 
 
 def episodes_video(recordings: Sequence[Recording], *, fps: int = 12, columns: int = 3) -> Video:
-    """Return an MP4 (H.264, yuv420p) of episodes side by side, each beside its goal; an ended one stands still.
+    """Return an MP4 (H.264, yuv420p) of episodes side by side, each beside its goal; an ended one shows its last frame.
 
-    A frame around an episode turns green when the goal is reached and orange when the budget is over.
+    The border of an episode turns green when the goal is reached and orange when the budget is used up.
     """
     import av
 
@@ -55,13 +55,13 @@ def episodes_video(recordings: Sequence[Recording], *, fps: int = 12, columns: i
     steps = max(recording.steps for recording in shown)
     first = _sheet(shown, 0, columns)
     file = io.BytesIO()
-    sheets = (_sheet(shown, step, columns) for step in [*range(steps + 1), *[steps] * fps])  # the last for a second
+    sheets = (_sheet(shown, step, columns) for step in [*range(steps + 1), *[steps] * fps])  # show the last for 1 s
     encode_video(file, sheets, rate=fps, codec=codec, options={"crf": "20"} if codec == "libx264" else {})
     return Video(data=file.getvalue(), width=first.shape[1], height=first.shape[0])
 
 
 def episodes_gif(recordings: Sequence[Recording], *, fps: int = 15, columns: int = 4) -> bytes:
-    """Return the same film as a GIF that repeats, for pages that show no video.
+    """Return the same video as a GIF that repeats, for pages that cannot show videos.
 
     Raises:
         DataError: no episode with pixels was recorded.
@@ -70,10 +70,10 @@ def episodes_gif(recordings: Sequence[Recording], *, fps: int = 15, columns: int
 
     shown = [recording for recording in recordings if recording.frames is not None]
     if not shown:
-        raise DataError("no episode with pixels was recorded; evaluate a world that gives pixels, with record > 0")
+        raise DataError("no episode with pixels was recorded; evaluate a world with pixels, with record > 0")
     steps = max(recording.steps for recording in shown)
     frames = [Image.fromarray(_sheet(shown, step, columns, foot=0)) for step in [*range(steps + 1), *[steps] * fps]]
-    palette = frames[-1].quantize(128)  # one for all, so that colours do not flicker
+    palette = frames[-1].quantize(128)  # one palette for all frames, so that colours do not flicker
     first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     file = io.BytesIO()
     first.save(file, "GIF", save_all=True, append_images=others, duration=1000 // fps, loop=0, optimize=True)
@@ -90,13 +90,13 @@ def _encodes(name: str) -> bool:
 
 
 def _sheet(recordings: Sequence[Recording], step: int, columns: int, *, foot: int = 64) -> UInt8[np.ndarray, "H W 3"]:
-    """Draw all episodes at a step; `foot` leaves room for the controls that players lay over a video."""
+    """Draw all episodes at one step; `foot` pixels are left empty for the controls of video players."""
     tiles = [_tile(recording, step) for recording in recordings]
     columns = min(columns, len(tiles))
     rows = -(-len(tiles) // columns)
     height, width = max(tile.shape[0] for tile in tiles), max(tile.shape[1] for tile in tiles)
     gap = 16
-    # H.264 with chroma subsampling needs even sides.
+    # H.264 with chroma subsampling needs even numbers of pixels.
     sheet = np.empty(((rows * (height + gap) + foot) // 2 * 2, (columns * (width + gap) + gap) // 2 * 2, 3), np.uint8)
     sheet[:] = _PAPER
     for place, tile in enumerate(tiles):
@@ -136,7 +136,7 @@ def _tile(recording: Recording, step: int) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def to_size(picture: UInt8[np.ndarray, "H W C"], side: int = 128) -> UInt8[np.ndarray, "h w 3"]:
-    """Return RGB whose shorter side has about `side` pixels, by repeating or omitting whole pixels."""
+    """Return RGB whose shorter side has about `side` pixels, by repeating or omitting pixels."""
     rgb = picture[..., :3] if picture.shape[-1] >= 3 else np.repeat(picture[..., :1], 3, axis=-1)
     shorter = min(rgb.shape[:2])
     if shorter > side:

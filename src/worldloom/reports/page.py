@@ -1,4 +1,4 @@
-"""Pages: one HTML file, which holds everything it shows and needs no network."""
+"""Pages: self-contained HTML files."""
 
 import base64
 from typing import Any
@@ -7,7 +7,7 @@ from worldloom.reports.figures import Themed
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Return a page as HTML from a template in this room; every value is escaped."""
+    """Return a page as HTML from a template in this folder; every value is escaped."""
     import jinja2
 
     environment = jinja2.Environment(

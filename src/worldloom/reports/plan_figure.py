@@ -24,7 +24,7 @@ class PlanFrame(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CandidatePaths:
-    """Places that P candidates and the chosen plan lead through, in pixels, and whether the candidates hold."""
+    """The paths of P candidates and the chosen plan, in pixels, and whether each candidate satisfies all guardrails."""
 
     candidates: Float[np.ndarray, "P T 2"]
     held: Bool[np.ndarray, "P"]
@@ -33,15 +33,15 @@ class CandidatePaths:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanFigure:
-    """What is drawn of a plan for one environment.
+    """The contents of the figure of a plan for one environment.
 
     Attributes:
-        frames: the pictures now, along the plan, and of the goal; the first is the background of `paths`.
-        violations: of each guardrail at each of T model steps, with its margin.
-        block: environment actions in a model step.
-        considered: how many candidates the search considered, and how many of them were `ruled_out`.
-        ruled_out_by: how many candidates each guardrail ruled out.
-        paths: None if the model's latents tell no places in the picture.
+        frames: the current picture, those along the plan, and the goal's; the first is the background of `paths`.
+        violations: the violation of each guardrail at each of T model steps, including its margin.
+        block: environment actions per model step.
+        considered: the number of candidates that the search considered; `ruled_out` of them broke a guardrail.
+        ruled_out_by: the number of candidates that each guardrail ruled out.
+        paths: None if positions in the picture cannot be decoded from the model's latents.
     """
 
     frames: Sequence[PlanFrame]
@@ -54,10 +54,10 @@ class PlanFigure:
 
 
 def draw_plan(plan: PlanFigure, path: Path) -> None:
-    """Write the picture as a PNG.
+    """Draw the figure and write it as a PNG.
 
     Raises:
-        StorageError: the disk is full or refuses.
+        StorageError: the disk is full or the file cannot be written.
     """
     figure = Figure(figsize=(11.0, 6.2), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=(1.0, 1.35))

@@ -1,4 +1,4 @@
-"""Conformance kits for the protocols of `worldloom.core`, and tiny fakes with a closed form."""
+"""Conformance kits for the protocols of `worldloom.core`, and small fakes with a closed form."""
 
 from worldloom.testing.conformance import check_world_model
 from worldloom.testing.linear_world import LinearWorld

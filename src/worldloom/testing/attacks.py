@@ -1,7 +1,7 @@
 """Attacks on a federation, to measure its privacy and its defences.
 
-Attacks of a curious reader of models and deltas (`membership_inference`, `reconstruct`), and of a malicious owner
-(`sign_flip`, `scale`, `backdoor`). A delta is a mapping of names to tensors.
+A curious reader of models and deltas attacks by `membership_inference` and `reconstruct`, a malicious owner by
+`sign_flip`, `scale` and `backdoor`. A delta is a mapping of names to tensors.
 """
 
 import math
@@ -37,20 +37,20 @@ class Likeness:
 def membership_inference(
     losses_members: Sequence[float] | Tensor, losses_others: Sequence[float] | Tensor, *, level: float = 0.95
 ) -> Inference:
-    """Return the AUROC of the attack that takes data with a low loss as training data.
+    """Return the AUROC of the attack that classifies data with a low loss as training data.
 
     The attack uses a threshold on the loss (Yeom et al. 2018); the AUROC covers all thresholds. The interval is method
     5 of Newcombe 2006, a score interval of the Mann-Whitney statistic that does not collapse at 0 and 1. It assumes
     independent losses, so pass one per episode, not one per overlapping window.
 
     Raises:
-        DataError: a side is empty, or a loss is NaN.
+        DataError: one of the groups is empty, or a loss is NaN.
     """
     members = np.asarray(losses_members, dtype=np.float64).reshape(-1)
     others = np.asarray(losses_others, dtype=np.float64).reshape(-1)
     m, n = len(members), len(others)
     if not m or not n or np.isnan(members).any() or np.isnan(others).any():
-        raise DataError(f"expected losses without NaN of members and of others; got {m} and {n} losses")
+        raise DataError(f"expected losses without NaN, of members and of non-members; got {m} and {n} losses")
     # The rank sum counts the pairs in which the member has the lower loss, ties by half.
     below = rankdata(np.concatenate([-members, -others]))[:m].sum() - m * (m + 1) / 2
     auroc = float(below / (m * n))
@@ -77,16 +77,16 @@ def reconstruct(delta: Mapping[str, Tensor], *, weight: str, bias: str) -> Tenso
         DataError: the layer is not in the delta, or its bias did not change.
     """
     if weight not in delta or bias not in delta:
-        raise DataError(f"expected {weight!r} and {bias!r} in the delta; it has {', '.join(sorted(delta))}")
+        raise DataError(f"expected {weight!r} and {bias!r} in the delta; got {', '.join(sorted(delta))}")
     rows, moved = delta[weight].detach().double(), delta[bias].detach().double()
     if moved.dim() != 1 or rows.dim() < 2 or len(rows) != len(moved):
         raise DataError(
-            f"expected a weight with a row for each value of the bias; got shapes {tuple(rows.shape)} of {weight!r} "
+            f"expected a weight with one row for each value of the bias; got shape {tuple(rows.shape)} of {weight!r} "
             f"and {tuple(moved.shape)} of {bias!r}"
         )
     power = moved.square().sum()
     if float(power) == 0:
-        raise DataError(f"{bias!r} did not change: its delta reveals nothing about the input")
+        raise DataError(f"{bias!r} did not change, so its delta reveals nothing about the input; use another delta")
     return torch.einsum("i,i...->...", moved, rows) / power
 
 
@@ -123,10 +123,10 @@ def backdoor(delta: Mapping[str, Tensor], target: Mapping[str, Tensor], *, stren
     Bagdasaryan et al. 2020).
 
     Raises:
-        DataError: the target has other tensors.
+        DataError: the target has different tensors.
     """
     if {name: value.shape for name, value in delta.items()} != {name: value.shape for name, value in target.items()}:
-        raise DataError("expected a target with the names and shapes of the delta")
+        raise DataError("expected a target with the names and shapes of the delta; got different ones")
     return {
         name: value + strength * (target[name].to(value.dtype) - value) if value.is_floating_point() else value.clone()
         for name, value in delta.items()

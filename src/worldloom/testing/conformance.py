@@ -1,4 +1,4 @@
-"""What `WorldModel` promises, as checks that any implementation can be run through."""
+"""The guarantees of `WorldModel`, as checks for any implementation."""
 
 import torch
 from torch import Tensor
@@ -10,18 +10,18 @@ _ATTRIBUTES = (*WorldModel.__annotations__, *(name for name in vars(WorldModel) 
 
 
 def check_world_model(model: WorldModel, *, seed: int = 0, tolerance: float = 1e-4) -> None:
-    """Raise `AssertionError` where `model` breaks a promise of `WorldModel`; the message names it.
+    """Raise `AssertionError` if `model` breaks a guarantee of `WorldModel`; the message names it.
 
-    Checked: that the model has every attribute of the seam, shapes and finiteness, the same result twice, that an
-    observation's latent depends on that observation alone, that a candidate's or an environment's prediction does not
-    depend on the others, that the first steps of a long rollout are the short rollout, that the first of the future
-    actions matters from the first step on and no later action does, and that inputs are left as they were. A trained or
-    untrained model will do; put modules in evaluation mode first. `tolerance` is absolute and relative.
+    The checks cover the attributes of `WorldModel`, shapes and finiteness, and that equal inputs give equal results. An
+    observation's latent depends on that observation only; the prediction of a candidate or an environment does not
+    depend on the others. The first steps of a long rollout equal a short rollout. The first future action changes the
+    first predicted frame. Inputs stay unchanged. The model may be untrained; put modules in evaluation mode first.
+    `tolerance` is absolute and relative.
     """
     missing = [name for name in _ATTRIBUTES if not hasattr(model, name)]
     assert not missing, (
-        f"a world model has {', '.join(_ATTRIBUTES)}; {type(model).__name__} lacks {', '.join(missing)}. Subclass "
-        f"worldloom.core.seams.WorldModel, which has a default for 'device', and write the others"
+        f"expected a world model with {', '.join(_ATTRIBUTES)}; {type(model).__name__} lacks {', '.join(missing)}. "
+        f"Subclass worldloom.core.seams.WorldModel, which has a default for 'device', and define the others"
     )
     spec, generator = model.spec, torch.Generator().manual_seed(seed)
     device = model.device
@@ -40,10 +40,10 @@ def check_world_model(model: WorldModel, *, seed: int = 0, tolerance: float = 1e
         kept = observations.map(torch.clone)
         latents = model.encode(observations)
         _check_latents("encode", latents, (batch, spec.context, spec.latent_dim))
-        assert same(latents, model.encode(observations)), "encode gave two results for the same observations"
+        assert same(latents, model.encode(observations)), "encode returned different results for the same observations"
         for row in range(batch):
             assert same(latents[row], model.encode(observations[row])), (
-                "encode depends on what else is in the batch, or does not take any leading axes; "
+                "encode depends on other observations in the batch, or does not accept any number of leading axes; "
                 "use no batch statistics in evaluation"
             )
         for before, after in ((kept.pixels, observations.pixels), (kept.vector, observations.vector)):
@@ -54,8 +54,8 @@ def check_world_model(model: WorldModel, *, seed: int = 0, tolerance: float = 1e
         kept_actions = actions.clone()
         futures = model.rollout(context, actions)
         _check_latents("rollout", futures, (batch, candidates, steps, spec.latent_dim))
-        assert torch.equal(actions, kept_actions), "rollout changed the actions that it was given"
-        assert same(futures, model.rollout(context, actions)), "rollout gave two results for the same actions"
+        assert torch.equal(actions, kept_actions), "rollout changed its actions in place"
+        assert same(futures, model.rollout(context, actions)), "rollout returned different results for the same actions"
         for candidate in range(candidates):
             alone = model.rollout(context, actions[:, candidate : candidate + 1])
             assert same(futures[:, candidate : candidate + 1], alone), "a candidate's future depends on the others"
@@ -69,15 +69,17 @@ def check_world_model(model: WorldModel, *, seed: int = 0, tolerance: float = 1e
             )
         other = torch.cat([draw(batch, candidates, 1), actions[:, :, 1:]], dim=2)
         moved = (model.rollout(context, other)[:, :, 0] - futures[:, :, 0]).abs().amax()
-        assert moved > 0, "the first action does not change the first predicted frame; actions[t] leaves frame t"
+        assert moved > 0, (
+            "the first action does not change the first predicted frame; actions[t] leads from frame t to t + 1"
+        )
 
 
 def _check_latents(name: str, latents: object, shape: tuple[int, ...]) -> None:
-    # A subclass of the seam that leaves a method out inherits one that returns None.
-    assert isinstance(latents, Tensor), f"{name} must return a tensor; got {type(latents).__name__}. Write {name}"
-    assert tuple(latents.shape) == shape, f"{name} must give shape {shape}; got {tuple(latents.shape)}"
-    assert latents.is_floating_point(), f"{name} must give floats; got {latents.dtype}"
-    assert bool(latents.isfinite().all()), f"{name} gave values that are not finite"
+    # A subclass of `WorldModel` inherits methods that return None for those it does not define.
+    assert isinstance(latents, Tensor), f"{name} must return a tensor; got {type(latents).__name__}. Define {name}"
+    assert tuple(latents.shape) == shape, f"{name} must return shape {shape}; got {tuple(latents.shape)}"
+    assert latents.is_floating_point(), f"{name} must return floats; got {latents.dtype}"
+    assert bool(latents.isfinite().all()), f"{name} returned values that are not finite"
 
 
 def _observations(spec: ModelSpec, axes: tuple[int, ...], generator: torch.Generator) -> Observations:

@@ -10,11 +10,10 @@ from worldloom.core.types import ActionSpec, Context, ModelSpec, Observations, O
 
 
 class LinearWorld:
-    """The world z' = z + B a, seen as it is: the latent is the observation vector.
+    """The world z' = z + B a, fully observed: the latent is the observation vector.
 
-    The gain B is (D, A) for one environment action; a block moves by the sum over its `block` actions.
-    With `context` > 1 the model takes a history and needs none of it. Bounds are the same for each
-    action dimension.
+    The gain B is (D, A) for one environment action; a block moves by the sum over its `block` actions. With `context` >
+    1 the model accepts a history and does not need it. The bounds are the same for each action dimension.
     """
 
     def __init__(
@@ -39,7 +38,7 @@ class LinearWorld:
 
     @property
     def device(self) -> torch.device:
-        """Where the gain lies."""
+        """The device of the gain."""
         return self.gain.device
 
     def encode(self, observations: Observations) -> Float[Tensor, "*axes D"]:

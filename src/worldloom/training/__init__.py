@@ -1,4 +1,4 @@
-"""Training: from frames to a world model, in a run folder that can be resumed and repeated."""
+"""Training of world models, in run folders that can be resumed and reproduced."""
 
 from worldloom.training.diagnostics import Alarm, alarms, diagnose, effective_rank
 from worldloom.training.linear_probe import LinearProbe, ProbeScore

@@ -1,4 +1,4 @@
-"""Whether the latents hold what planning needs: figures of a model, and alarms that say what to change."""
+"""Diagnostics of a model: figures that show whether its latents are good enough for planning, and alarms."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from worldloom.training.linear_probe import LinearProbe
 
 _FEATURES = 512  # random features of the inverse-dynamics probe
 
-# Where an alarm is raised. On Two Rooms every variant that keeps the agent is at 0.06 to 0.25 of the action's variance;
-# the one that loses it by 10 px, its rank healthy, at 0.67 with an R2 of 0.85 (benchmarks/RESULTS.md).
-_BLIND = 0.5  # inverse-dynamics error over the action's variance
-_READABLE = 0.75  # R2 of a label that moves within windows
+# Thresholds of alarms. On Two Rooms, variants whose latents contain the agent have an inverse-dynamics error of 0.06 to
+# 0.25. A variant with a high rank that loses the agent by 10 px has 0.67 and an R2 of 0.85 (benchmarks/RESULTS.md).
+_BLIND = 0.5  # inverse-dynamics error, as a share of the action's variance
+_READABLE = 0.75  # R2 of a label that changes within windows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Alarm:
-    """A fault of the latents, and what to change."""
+    """A problem of the latents: its name, a description, and what to change."""
 
     name: str
     message: str
@@ -31,17 +31,17 @@ class Alarm:
 
 @torch.no_grad()
 def diagnose(model: JEPA, fit: Windows, held_out: Windows) -> dict[str, float]:
-    """Measure a model in evaluation mode; probes are fitted on `fit` and everything is scored on `held_out`.
+    """Measure a model in evaluation mode. Probes are fitted on `fit`; all figures are measured on `held_out`.
 
-    - effective_rank: see `effective_rank`; latent_dimensions beside it.
-    - dead_dimensions: share of the latent dimensions with less than a tenth of the median std; latent_std_min.
-    - moving_share: share of the latents' variance that lies within windows; the rest tells windows apart.
-    - inverse_dynamics: error of reading the mean action of a block back from the latents around it, over that
-      action's variance: 0 is perfect, 1 is no better than the mean action.
-    - open_loop: squared error of the last predicted latent over that of standing still; 1 is no better.
-    - probe/LABEL/error, probe/LABEL/r2: a linear probe of each label that varies, on the model's state (the K
-      latents up to a frame); error in the label's unit. probe/LABEL/moving: as moving_share, of the label.
-    - open_loop/LABEL/H: the probe's error on the latents predicted H blocks ahead.
+    - effective_rank: see `effective_rank`; latent_dimensions: the number D.
+    - dead_dimensions: share of latent dimensions with a std below a tenth of the median; latent_std_min: lowest std.
+    - moving_share: share of the latents' variance that is within windows rather than between windows.
+    - inverse_dynamics: squared error of a block's mean action predicted from the latents around it, as a share of that
+      action's variance; 0 is perfect, 1 is as bad as predicting the mean.
+    - open_loop: squared error of the last predicted latent, divided by the error of predicting no change.
+    - probe/LABEL/error, probe/LABEL/r2: a linear probe of each label that varies, on the model's state (the K latents
+      up to a frame); the error is in the label's unit. probe/LABEL/moving: moving_share of the label.
+    - open_loop/LABEL/H: the probe's error on latents that are predicted H blocks ahead.
     """
     context = model.spec.context
     fitted, latents = model.encode(fit.observations), model.encode(held_out.observations)
@@ -93,11 +93,11 @@ def inverse_dynamics_error(
     latents: Float[Tensor, "B2 N D"],
     actions: Float[Tensor, "B2 M A"],
 ) -> float:
-    """Return the unexplained share of the variance of a block's mean action, read from K+1 latents around it.
+    """Return the unexplained share of the variance of a block's mean action, predicted from the K+1 latents around it.
 
-    It reads the mean because the order of the actions within a block leaves no trace at its end. The reader is ridge
-    regression on the latents, their differences and random ReLU features of both. Its closed form makes the figure
-    independent of a further training run.
+    The target is the mean, because the order of actions within a block has no effect on the frame after it. The
+    predictor is a ridge regression on the latents, their differences and random ReLU features of both. It has a closed
+    form, so the figure needs no further training.
     """
     frames = model.spec.context + 1
 
@@ -121,7 +121,7 @@ def inverse_dynamics_error(
 
 
 def alarms(figures: Mapping[str, float]) -> list[Alarm]:
-    """Return what the figures of `diagnose` say is wrong; empty for a model to plan with."""
+    """Return the problems that the figures of `diagnose` show; an empty list for a model that is good to plan with."""
     found = []
     rank, dimensions = figures["effective_rank"], figures["latent_dimensions"]
     collapsed = rank < min(2.0, 0.5 * dimensions) or figures["dead_dimensions"] > 0.5
@@ -143,21 +143,21 @@ def alarms(figures: Mapping[str, float]) -> list[Alarm]:
     ]
     blind = figures["inverse_dynamics"] > _BLIND
     if not collapsed and (blind or lost):
-        evidence = [f"{figures['moving_share']:.1%} of their variance lies within windows"]
-        evidence += [f"inverse-dynamics error is {figures['inverse_dynamics']:.2f} of the actions' variance"]
-        evidence += [f"a probe reads {name!r} with R2 {figures[f'probe/{name}/r2']:.2f}" for name in lost]
+        evidence = [f"{figures['moving_share']:.1%} of their variance is within windows"]
+        evidence += [f"the inverse-dynamics error is {figures['inverse_dynamics']:.2f} of the actions' variance"]
+        evidence += [f"a probe of {name!r} has an R2 of {figures[f'probe/{name}/r2']:.2f}" for name in lost]
         found.append(
             Alarm(
                 name="slow-features",
                 message=(
-                    f"the latents keep the background and lose what moves: {'; '.join(evidence)}, although their "
+                    f"the latents contain the background but not the moving objects: {'; '.join(evidence)}. Their "
                     f"effective rank is {rank:.1f}"
                 ),
                 remedy=(
-                    "if these figures still improve, train for more steps; else raise the weight of 'inverse-dynamics' "
-                    "(10 is usual), or set samples=\"centred\" in 'variance', "
-                    "'covariance' or 'sigreg'; if no single frame shows the velocity, raise the model's context to 2 "
-                    "and the frames of 'inverse-dynamics' to 3"
+                    "if these figures still improve, train for more steps; otherwise raise the weight of "
+                    "'inverse-dynamics' (for example to 10), or set samples=\"centred\" in 'variance', 'covariance' or "
+                    "'sigreg'; if velocities matter, raise the model's context to 2 and the frames of "
+                    "'inverse-dynamics' to 3"
                 ),
             )
         )
@@ -165,7 +165,7 @@ def alarms(figures: Mapping[str, float]) -> list[Alarm]:
         found.append(
             Alarm(
                 name="prediction",
-                message=f"open-loop predictions are worse than standing still ({figures['open_loop']:.2f} times)",
+                message=f"open-loop predictions have {figures['open_loop']:.2f} times the error of no change",
                 remedy="train for more steps, shorten the block, or raise the model's context to 2",
             )
         )

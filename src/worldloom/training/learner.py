@@ -1,4 +1,4 @@
-"""The model together with what trains it: one module, so that data parallelism wraps it whole."""
+"""The model and its losses as one module, so that data parallelism wraps them together."""
 
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from worldloom.training.training_config import TrainingConfig
 
 
 class Learner(nn.Module):
-    """Holds the model, the modules of the losses and, if configured, the target encoder."""
+    """The model, the modules of the losses and, if configured, the target encoder."""
 
     def __init__(self, model: JEPA, config: TrainingConfig) -> None:
         super().__init__()
@@ -23,8 +23,8 @@ class Learner(nn.Module):
             blocks = [module for module in model.modules() if isinstance(module, Block)]
             if not blocks:
                 raise ConfigError(
-                    "training.activation_checkpointing is for transformer blocks, and neither the encoder nor the "
-                    "predictor has any; take training.accumulate, which needs none, or set it to false"
+                    "training.activation_checkpointing needs transformer blocks, but neither the encoder nor the "
+                    "predictor has any; set it to false, and use training.accumulate to save memory"
                 )
             for block in blocks:
                 block.checkpointed = True
@@ -41,9 +41,9 @@ class Learner(nn.Module):
         actions: Float32[Tensor, "B N-1 A"],
         step: int,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """Compute the weighted sum to minimise, and each loss by its name, not weighted.
+        """Return the weighted sum of the losses, which training minimises, and each loss by name without its weight.
 
-        Each loss is that of the whole batch over all ranks. The windows arrive in parts because Fabric's wrapper treats
+        The losses cover the batch of all ranks. The windows are separate arguments because Fabric's wrapper treats
         frozen value objects as collections and tries to rebuild them.
         """
         windows = Windows(observations=Observations(pixels=pixels, vector=vector), actions=actions)
@@ -62,6 +62,6 @@ class Learner(nn.Module):
         return total, losses
 
     def after_step(self) -> None:
-        """Let the target encoder follow, once the optimiser has stepped."""
+        """Update the target encoder; call this after each optimiser step."""
         if self.target is not None:
             self.target.follow(self.model)

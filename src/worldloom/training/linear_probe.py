@@ -1,4 +1,4 @@
-"""A linear probe: measures how well labels can be read from latents."""
+"""Linear probes, which measure how well labels can be predicted from latents."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeScore:
-    """How well a probe reads labels: mean Euclidean error in their unit, and share of variance explained."""
+    """The accuracy of a probe: the mean Euclidean error in the label's unit, and the explained share of variance."""
 
     error: float
     r2: float
@@ -17,7 +17,7 @@ class ProbeScore:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbe:
-    """A linear map from latents to labels, fitted in closed form; a measure, not a part of the model."""
+    """A linear map from latents to labels, fitted in closed form. It is only a measurement, not part of the model."""
 
     weight: Float[Tensor, "D L"]
     bias: Float[Tensor, "L"]
@@ -26,7 +26,7 @@ class LinearProbe:
     def fit(
         cls, latents: Float[Tensor, "*axes D"], labels: Float[Tensor, "*axes L"], *, ridge: float = 1e-3
     ) -> "LinearProbe":
-        """Fit by ridge regression in double precision; `ridge` is relative to the mean variance of the latents."""
+        """Fit a ridge regression in double precision; `ridge` is relative to the mean variance of the latents."""
         inputs, outputs = latents.flatten(0, -2).double(), labels.flatten(0, -2).double()
         input_mean, output_mean = inputs.mean(0), outputs.mean(0)
         centred = inputs - input_mean
@@ -37,11 +37,11 @@ class LinearProbe:
         return cls(weight=weight.float(), bias=(output_mean - input_mean @ weight).float())
 
     def __call__(self, latents: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes L"]:
-        """Read labels from latents."""
+        """Predict labels from latents."""
         return latents @ self.weight + self.bias
 
     def score(self, latents: Float[Tensor, "*axes D"], labels: Float[Tensor, "*axes L"]) -> ProbeScore:
-        """Compare with the true labels; frames that the fit did not see make it honest."""
+        """Compare predictions with the true labels; use latents that were not used in the fit."""
         residual = (self(latents) - labels).flatten(0, -2)
         spread = (labels - labels.flatten(0, -2).mean(0)).flatten(0, -2)
         unexplained = residual.square().sum() / spread.square().sum().clamp_min(1e-12)

@@ -1,4 +1,4 @@
-"""Training, on one device or many: resumable at any step, with the same result."""
+"""The training loop, for one or several devices. A resumed run gives the same result as an uninterrupted one."""
 
 import functools
 import logging
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-_AHEAD = 8  # batches whose frames are read before they are drawn from a pool, at the least
+_AHEAD = 8  # minimum number of batches whose frames are prefetched for a pool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Segment:
-    """The steps of a training from `begin` to before `end`, which may lie beyond `TrainingConfig.steps`.
+    """The steps of a training run from `begin` (inclusive) to `end` (exclusive), which may exceed the configured steps.
 
-    At `begin`, and only there, the tensors in `base` replace those of the model; the optimiser's moments, the modules
-    of the losses and all other tensors stay. An interrupted segment resumes where it stopped. The learning rate follows
-    the steps from `at` (default: from `begin`), so that a member that missed rounds trains at the same rate as the
-    others. The schedule spans `schedule` steps (default: `TrainingConfig.steps`). Model tensors named in `fixed` do not
-    change.
+    At step `begin`, the tensors in `base` replace those of the model; all other tensors, the losses' modules and the
+    optimiser's moments do not change. An interrupted segment resumes at the step where it stopped. The learning rate is
+    that of the steps from `at` on (default: `begin`), so that a member that missed rounds has the same rate as the
+    others. The schedule has `schedule` steps (default: `TrainingConfig.steps`). Model tensors named in `fixed` are not
+    trained.
     """
 
     begin: int
@@ -59,7 +59,7 @@ class Segment:
 
     @property
     def shift(self) -> int:
-        """How many steps the schedule is ahead of the training."""
+        """The number of steps by which the schedule is ahead of training."""
         return 0 if self.at is None else self.at - self.begin
 
 
@@ -74,21 +74,21 @@ def fit(
     stretch: Segment | None = None,
     progress: Progress = SILENT,
 ) -> JEPA:
-    """Train a world model on the frames of `cache`, save it in the run folder and return it for evaluation.
+    """Train a world model on the frames of `cache`, save it in the run folder and return it in evaluation mode.
 
-    The batch of step t is drawn from (seed, t) alone. A killed and resumed run therefore ends with the same parameters
-    as an uninterrupted one on the same machine, and a run on several devices equals one on a single device up to
-    rounding. For several devices, start the program with torchrun or pass a launched `fabric`.
+    The batch of step t depends only on (seed, t). On one machine, a resumed run therefore gives the same parameters as
+    an uninterrupted one, and a run on several devices the same as on one device up to rounding. For several devices,
+    start the program with torchrun or pass a launched `fabric`.
 
-    Federated training runs one `stretch` at a time: the first with `resume` unset, each later one with it set. The
-    model is saved at the end of each.
+    Federated training runs one segment, `stretch`, at a time: the first without `resume`, later ones with it. The
+    model is saved at the end of each segment.
 
     Raises:
-        TrainingError: a loss is not finite (the last checkpoint is kept), or the folder is taken by another training.
-        CheckpointError: `resume` with another configuration or other data; or the stretch begins where the training
-            does not stand.
-        ConfigError: the processes do not fit the configuration, or do not agree on it or on the data.
-        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written; the message says how to resume.
+        TrainingError: a loss is not finite (the last checkpoint is kept), another process is training in the folder,
+            or the folder has checkpoints and `resume` is not set.
+        CheckpointError: with `resume`, the configuration or the data changed; or the run's step is not in the segment.
+        ConfigError: the number of processes does not match the configuration, or they have different settings or data.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint has been written; the message says how to resume.
     """
     retain_freed_memory()
     ranks = Ranks(fabric or make_fabric(config), config.timeout_minutes)
@@ -104,13 +104,13 @@ def fit(
 def held_out_losses(
     config: TrainingConfig, model_config: JEPAConfig, cache: Frames, run: RunFolder, base: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """Return what `fit` minimises, `total` and each loss by its name, on windows of held-out episodes.
+    """Return each loss by name, and their weighted sum as `total`, on windows of held-out episodes.
 
-    The state is the newest of the run's checkpoints, or an untrained one. The tensors of `base` replace its own, so
-    that bases can be compared. Latents are normalised by the windows' own statistics, as in training.
+    The model is that of the run's latest checkpoint, or an untrained one. The tensors of `base` replace its tensors, so
+    that bases can be compared. Latents are normalised by the statistics of these windows, as in training.
 
     Raises:
-        CheckpointError: the base is of another model, or the checkpoints of another training.
+        CheckpointError: the base belongs to a different model, or the checkpoints to a different training run.
     """
     ranks = Ranks(make_fabric(config), config.timeout_minutes)
     with _threads(config.threads):
@@ -124,7 +124,7 @@ class _Training:
         fabric = ranks.fabric
         if config.batch % fabric.world_size:
             raise ConfigError(
-                f"training.batch is {config.batch}; expected a multiple of the {fabric.world_size} devices"
+                f"training.batch must be a multiple of the {fabric.world_size} devices; got {config.batch}"
             )
         self.config, self.folder, self.ranks, self.fabric = config, run, ranks, fabric
         sampling = {"context": model_config.context, "horizon": config.horizon, "block": model_config.block}
@@ -134,12 +134,12 @@ class _Training:
         if config.pool_windows is not None:
             self.order = SlidingPool(len(self.sampler), config.pool_windows, seed=derive_seed(config.seed, "batches"))
         self.kept: list[Windows] | None = None
-        self.expected: int | None = None  # the turn of the pool up to which frames are read ahead
+        self.expected: int | None = None  # the turn of the pool for which frames were last prefetched
         held_out = validation[cache.lengths[validation] >= config.horizon * model_config.block]
         if len(validation) and not len(held_out):
             _logger.warning(
-                "none of the %d held-out episodes is long enough for a window; the figures of the latents are "
-                "measured on training episodes. Collect more or longer episodes, or shorten the horizon or the block",
+                "none of the %d held-out episodes is long enough for a window, so the diagnostics use training "
+                "episodes. Collect more or longer episodes, or shorten the horizon or the block",
                 len(validation),
             )
         self.held_out_sampler = WindowSampler(cache, **sampling, episodes=held_out if len(held_out) else training)
@@ -169,10 +169,10 @@ class _Training:
         self.schedule = config.model_copy(update={"steps": stretch.schedule or config.steps})
         self.fixed = [parameter for name, parameter in self.model.named_parameters() if name in stretch.fixed]
         wrapped = fabric.setup_module(self.learner)
-        self.optimizer = self._optimizer()  # after the module, whose parameters sharding replaces
+        self.optimizer = self._optimizer()  # after the module's setup, because sharding replaces its parameters
         optimizer = fabric.setup_optimizers(self.optimizer)
         if not resume and saved_steps(self.folder):
-            raise TrainingError(f"{self.folder.path} holds checkpoints already; resume it or choose another folder")
+            raise TrainingError(f"{self.folder.path} already has checkpoints; resume the run or choose another folder")
         done = load_state(self.folder, self.learner, self.optimizer, self.identity) if resume else 0
         self._begin(stretch, done)
         self.ranks.require_same({**self.identity, "steps done": done})
@@ -205,7 +205,7 @@ class _Training:
                         save_state(self.folder, finished, *state, write=fabric.is_global_zero)
                         self.ranks.wait()
                 if stop and finished < last:
-                    message = f"stopped after step {finished} of {last}; resume {self.folder.path} to go on"
+                    message = f"stopped after step {finished} of {last}; resume {self.folder.path} to continue"
                     _logger.warning(message)
                     raise KeyboardInterrupt(message)
         model = self._whole_model().eval()
@@ -215,7 +215,7 @@ class _Training:
         return model
 
     def losses(self, base: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the losses on held-out windows under a base."""
+        """Return the losses on held-out windows with a base."""
         done = load_state(self.folder, self.learner, self._optimizer(), self.identity)
         self._put(base)
         learner = self.learner.to(self.fabric.device).train()
@@ -238,25 +238,25 @@ class _Training:
         return self.schedule.learning_rate_at(max(0, step + self.shift))
 
     def _begin(self, stretch: Segment, done: int) -> None:
-        """Take the base of a stretch, where it begins here."""
+        """Check that `done` is in the segment, and load the segment's base at its first step."""
         if not stretch.begin <= done <= stretch.end:
             raise CheckpointError(
-                f"{self.folder.path} stands at step {done}; expected one of the stretch from {stretch.begin} to "
-                f"{stretch.end}. Restore its checkpoints, or begin the stretch where it stands"
+                f"{self.folder.path} is at step {done}; expected a step from {stretch.begin} to {stretch.end}. Restore "
+                f"its checkpoints, or start the segment at step {done}"
             )
         if done == stretch.begin:
             self._put(stretch.base)
 
     def _put(self, base: Mapping[str, Tensor]) -> None:
-        """Put tensors of the model in place of its own."""
+        """Replace tensors of the model."""
         state = self.model.state_dict()
         if unknown := sorted(set(base) - set(state)):
-            raise CheckpointError(f"the base has {unknown[0]!r}, which the model has not; expected the same model")
+            raise CheckpointError(f"the base has {unknown[0]!r}, but the model does not; use a base of the same model")
         for name, tensor in base.items():
             if tensor.shape != state[name].shape:
                 raise CheckpointError(
-                    f"the base's {name!r} is of shape {tuple(tensor.shape)}, the model's of "
-                    f"{tuple(state[name].shape)}; expected the same model"
+                    f"{name!r} of the base has shape {tuple(tensor.shape)}; expected {tuple(state[name].shape)}. Use a "
+                    f"base of the same model"
                 )
         with torch.no_grad():
             for name, tensor in base.items():
@@ -265,7 +265,7 @@ class _Training:
     def _step(
         self, wrapped: nn.Module, optimizer: Any, windows: Windows, step: int, meter: "_FigureMeter"
     ) -> dict[str, float]:
-        """Take one step of the optimiser, unless a figure is not finite."""
+        """Make one optimiser step, or raise `TrainingError` if a figure is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(step)
         self.learner.train()
@@ -278,7 +278,7 @@ class _Training:
             for parameter in self.fixed:
                 parameter.grad = None  # the optimiser skips tensors without a gradient
             norm = self.fabric.clip_gradients(wrapped, optimizer, max_norm=self.config.clip, error_if_nonfinite=False)
-            # One transfer for all figures; before the step, so that the parameters stay finite.
+            # One transfer for all figures, before the step, so that the parameters stay finite.
             assert norm is not None
             values = torch.stack([total, whole(norm), *losses.values()]).tolist()
         names = ["loss", "gradient_norm", *(f"loss/{name}" for name in losses)]
@@ -293,13 +293,13 @@ class _Training:
     def _not_finite(self, figures: Mapping[str, float], step: int) -> str:
         wrong = ", ".join(f"{name} = {value}" for name, value in figures.items() if not math.isfinite(value))
         return (
-            f"training stopped at step {step}: {wrong}; all figures: {figures}. The last checkpoint is kept in "
+            f"training stopped at step {step}: {wrong}; all figures: {figures}. The last checkpoint is in "
             f"{self.folder.checkpoint_directory}. Lower training.learning_rate ({self.config.learning_rate}) or "
-            f"training.clip ({self.config.clip}), or look for odd values in the data (worldloom data validate)"
+            f"training.clip ({self.config.clip}), or check the data with 'worldloom data validate'"
         )
 
     def _batch(self, step: int) -> Windows:
-        """Draw the whole batch, and read this rank's part of it: the number of ranks does not change the data."""
+        """Sample the batch of all ranks and read this rank's part, so the data does not depend on the ranks."""
         if self.order is None:
             generator = numpy_generator(self.config.seed, "batch", step, 0)
             batch = generator.integers(len(self.sampler), size=self.config.batch)
@@ -315,7 +315,7 @@ class _Training:
         return self.sampler.at(batch[first : first + size]).to(self.fabric.device)
 
     def _validate(self, step: int) -> None:
-        """Log the figures of the latents on held-out episodes; past half of the training, raise alarms."""
+        """Log the diagnostics on held-out episodes and, in the second half of training, their alarms."""
         model = self._whole_model()
         if not self.fabric.is_global_zero:
             return
@@ -331,7 +331,7 @@ class _Training:
         self.folder.write_diagnostics({"step": step, "figures": finite, "alarms": [asdict(alarm) for alarm in found]})
 
     def _validation(self) -> list[Windows]:
-        """Return the windows that figures are measured on, the same each time."""
+        """Return the windows for the diagnostics, which are always the same."""
         if self.kept is not None:
             return self.kept
         drawn = [
@@ -339,11 +339,11 @@ class _Training:
             for sampler, name in ((self.sampler, "fit"), (self.held_out_sampler, "held-out"))
         ]
         if self.order is not None:
-            self.kept = drawn  # they lie all over the data: read again, they would cost as many chunks
+            self.kept = drawn  # spread over all data, so reading them again would need as many chunks
         return drawn
 
     def _whole_model(self) -> JEPA:
-        """Return the model, or a copy of it where it lies in shards; all ranks must ask."""
+        """Return the model, or a full copy if it is sharded; all ranks must call this."""
         if self.config.strategy == "ddp":
             return self.model
         model = self.new_model()
@@ -352,7 +352,7 @@ class _Training:
 
 
 class _FigureMeter:
-    """Averages figures and measures where the time goes, between two logged steps."""
+    """Averages the figures between two logged steps, and measures the time of each phase."""
 
     def __init__(self, frames: int) -> None:
         self._frames = frames
@@ -373,7 +373,7 @@ class _FigureMeter:
         self._figures.append(figures)
 
     def take(self) -> dict[str, float]:
-        """Return the means, encoded frames a second and each phase's share of the time; begin anew."""
+        """Return the means, the encoded frames per second and each phase's share of the time; then reset."""
         seconds = time.perf_counter() - self._start
         means = {name: float(np.mean([step[name] for step in self._figures])) for name in self._figures[-1]}
         shares = {f"time/{name}": spent / seconds for name, spent in self._seconds.items()}
@@ -384,7 +384,7 @@ class _FigureMeter:
 
 @contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event, so that the step under way ends whole; a second one ends at once."""
+    """Turn the first Ctrl-C into an event, so that the current step completes; a second one stops at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

@@ -1,4 +1,4 @@
-"""Batches made ahead of time in a thread, so that the model does not wait for them."""
+"""Prefetching of batches in a thread, so that the model does not wait for them."""
 
 import threading
 from collections import deque
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 @contextmanager
 def prefetch(make: Callable[[int], T], steps: range, *, ahead: int = 2) -> Iterator[Callable[[], T]]:
-    """Yield a function that returns `make(step)` for one step after another, made up to `ahead` steps early.
+    """Yield a function that returns `make(step)` for one step after another, computed up to `ahead` steps in advance.
 
-    An error that `make` raises is raised where its result is asked for.
+    An error in `make` is raised by the call that would return its result.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     left = iter(steps)
@@ -24,7 +24,7 @@ def prefetch(make: Callable[[int], T], steps: range, *, ahead: int = 2) -> Itera
 
     def attempt(step: int) -> T:
         if failed.is_set():
-            raise CancelledError  # never asked for: the error before it comes first
+            raise CancelledError  # never returned, because the earlier error is raised first
         try:
             return make(step)
         except BaseException:

@@ -1,4 +1,4 @@
-"""Where a run came from: what is needed to repeat it."""
+"""The provenance of a run: everything that is needed to reproduce it."""
 
 import platform
 import subprocess
@@ -13,7 +13,7 @@ _PACKAGES = ("worldloom", "torch", "lightning-fabric", "numpy", "gymnasium", "py
 
 
 def describe_provenance(*, data_fingerprint: str, seeds: Mapping[str, int]) -> dict[str, Any]:
-    """Return, as JSON values: the data's fingerprint, commit, versions, hardware, threads and seeds."""
+    """Return the data's fingerprint, the commit, versions, hardware, threads and seeds as JSON values."""
     return {
         "data": data_fingerprint,
         "commit": git_commit(Path.cwd()),
@@ -24,7 +24,7 @@ def describe_provenance(*, data_fingerprint: str, seeds: Mapping[str, int]) -> d
 
 
 def git_commit(directory: Path) -> str | None:
-    """Return the commit that `directory` is at, with '+changes' where files differ from it, or None."""
+    """Return the commit of `directory`, with '+changes' if files differ from it, or None outside a repository."""
     try:
         commit = _git(directory, "rev-parse", "HEAD")
         changed = _git(directory, "status", "--porcelain", "--untracked-files=no")

@@ -1,4 +1,4 @@
-"""The processes of one training, one for each device: how they start together, wait for each other and fail."""
+"""The processes of a training run, one per device: launch, synchronisation and failures."""
 
 import atexit
 import inspect
@@ -28,21 +28,23 @@ T = TypeVar("T")
 
 
 def make_fabric(config: TrainingConfig) -> "Fabric":
-    """Make and launch what `config` asks for.
+    """Create and launch the `Fabric` that `config` describes.
 
     Raises:
-        ConfigError: torchrun did not start one process for each device, or what is asked for is not there.
+        ConfigError: torchrun did not start one process per device, or this machine does not support a setting.
     """
     launched = distributed.is_torchelastic_launched()
     if (world() if launched else 1) != config.devices:
         came = f"torchrun started {world()} processes" if launched else "the program was not started with torchrun"
         raise ConfigError(
-            f"training.devices is {config.devices} and {came}; start it with torchrun --nproc-per-node "
+            f"training.devices is {config.devices}, but {came}; start it with torchrun --nproc-per-node "
             f"{config.devices} on one machine, or set training.devices to the number of processes on all machines"
         )
     if config.strategy == "fsdp" and (config.devices == 1 or config.compile):
-        what = "one device has nothing to shard" if config.devices == 1 else "training.compile does not go with it"
-        raise ConfigError(f"training.strategy is fsdp and {what}; set it to ddp, or change the other")
+        what = "it needs several devices" if config.devices == 1 else "it does not support training.compile"
+        raise ConfigError(
+            f"training.strategy is fsdp, but {what}; set the strategy to ddp, or change the other setting"
+        )
     _check_machine(config)
     from lightning_fabric import Fabric
 
@@ -71,13 +73,13 @@ def make_fabric(config: TrainingConfig) -> "Fabric":
 
 
 def _leave() -> None:
-    """End the communication threads: one that still runs when the process ends would abort it."""
+    """End the communication threads, which would otherwise abort the process at its exit."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def _shard(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Shard every transformer block by itself, so that one at a time is whole, and the rest together."""
+    """Shard each transformer block separately, so that only one is unsharded at a time, and the rest together."""
     from torch.distributed.fsdp import fully_shard
 
     data_parallel = mesh["data_parallel"]
@@ -88,62 +90,62 @@ def _shard(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def _check_machine(config: TrainingConfig) -> None:
-    """Raise `ConfigError` for what this machine cannot do, before anything is read or compiled."""
+    """Raise `ConfigError` for settings that this machine does not support, before anything is read or compiled."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(name for name in there if there[name]) if config.accelerator == "auto" else config.accelerator
     if not there[device]:
         raise ConfigError(
-            f"training.accelerator is {device!r} and PyTorch finds no such device here; set it to auto or cpu, or "
-            f"install the driver and a build of PyTorch for it"
+            f"training.accelerator is {device!r}, but PyTorch finds no such device; set it to auto or cpu, or install "
+            f"the driver and a PyTorch build for it"
         )
     if config.precision == "16-mixed" and device == "cpu":
-        raise ConfigError("training.precision is 16-mixed, which needs a GPU; on a CPU take bf16-mixed or 32-true")
+        raise ConfigError("training.precision is 16-mixed, which needs a GPU; use bf16-mixed or 32-true on a CPU")
     if config.precision == "bf16-mixed" and device == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ConfigError("training.precision is bf16-mixed, which this GPU lacks; take 16-mixed or 32-true")
+        raise ConfigError("training.precision is bf16-mixed, which this GPU does not support; use 16-mixed or 32-true")
     compilers = [os.environ.get("CXX", "g++"), "clang++", "c++"]
     if config.compile and device == "cpu" and not any(shutil.which(name) for name in compilers):
         raise ConfigError(
-            f"training.compile needs a C++ compiler and none of {', '.join(compilers)} is on PATH; install one (apt "
-            f"install g++) or set training.compile to false"
+            f"training.compile needs a C++ compiler, but none of {', '.join(compilers)} is on PATH; install one (apt "
+            f"install g++), or set training.compile to false"
         )
 
 
 def _no_buffers() -> dict[str, Any]:
-    """Disable the exchange of buffers at each step: every rank computes the same running statistics."""
+    """Return options that disable the exchange of buffers, because all ranks compute the same running statistics."""
     names = inspect.signature(DistributedDataParallel).parameters
     return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
 
 
 class Ranks:
-    """The processes that `fabric` joins; a single one never waits.
+    """The processes of a Fabric, with synchronisation between them; a single process never waits.
 
     A rank that fails raises at once, which ends its process and torchrun. Ranks that wait for it raise `TrainingError`
-    after `timeout_minutes` at the latest.
+    within `timeout_minutes`.
     """
 
     def __init__(self, fabric: "Fabric", timeout_minutes: float) -> None:
         self.fabric = fabric
         self.rank, self.count = fabric.global_rank, fabric.world_size
         self.first, self.first_here = self.rank == 0, fabric.local_rank == 0
-        # Ranks wait over Gloo: it keeps no GPU busy, and it notices a process that ended.
+        # Ranks wait with Gloo, which does not keep a GPU busy and detects processes that have ended.
         timeout = timedelta(minutes=timeout_minutes)
         self._group = distributed.new_group(backend="gloo", timeout=timeout) if self.count > 1 else None
         self._timeout_minutes = timeout_minutes
 
     def wait(self) -> None:
-        """Wait until all ranks have reached this point.
+        """Wait until all ranks call this method.
 
         Raises:
-            TrainingError: a rank has ended, or does not arrive in time.
+            TrainingError: a rank has ended, or did not call it within the timeout.
         """
         self.any(False)
 
     def any(self, flag: bool) -> bool:
-        """Return whether `flag` holds on some rank."""
+        """Return whether `flag` is True on any rank."""
         return bool(self._most(int(flag)))
 
     def _most(self, number: int) -> int:
-        """Return the largest number of all ranks."""
+        """Return the maximum over all ranks."""
         if self._group is None:
             return number
         numbers = torch.tensor([number])
@@ -152,11 +154,11 @@ class Ranks:
         return int(numbers.item())
 
     def in_turn(self, work: Callable[[], T], *, ahead: bool) -> T:
-        """Run `work` on every rank: on those where `ahead` holds before the others.
+        """Run `work` on every rank, first on the ranks with `ahead` and then on the others.
 
         Raises:
-            TrainingError: it failed on another rank that was ahead; with the exit code of that rank's error, so that
-                torchrun shows the same code whichever process it sees end first.
+            TrainingError: `work` failed on another rank with `ahead`. The error has the exit code of that rank's error,
+                so that torchrun reports the same code whichever process ends first.
         """
         failure: WorldloomError | None = None
         if ahead:
@@ -168,16 +170,18 @@ class Ranks:
         if failure:
             raise failure
         if code:
-            other = TrainingError(f"rank {self.rank} ends: another process failed, and its message says why")
+            other = TrainingError(
+                f"rank {self.rank} stops because another process failed; fix the error in that process's message"
+            )
             other.exit_code = code
             raise other
         return result if ahead else work()
 
     def require_same(self, values: Mapping[str, Any]) -> None:
-        """Compare JSON values over the ranks.
+        """Check that JSON values are the same on all ranks.
 
         Raises:
-            ConfigError: they differ, as where a machine has other data or does not see the run folder.
+            ConfigError: they differ, for example because a machine has different data or no access to the run folder.
         """
         if self._group is None:
             return
@@ -190,23 +194,23 @@ class Ranks:
         wrong = [name for name, low, high in zip(names, least.tolist(), most.tolist(), strict=True) if low != high]
         if wrong:
             raise ConfigError(
-                f"the {self.count} processes do not agree on {', '.join(wrong)} (here, on rank {self.rank}: "
-                f"{', '.join(f'{name} = {values[name]!r}' for name in wrong)}); start the same command on the same "
-                f"data everywhere, with a run folder that all machines see"
+                f"the {self.count} processes do not agree on {', '.join(wrong)} (on rank {self.rank}: "
+                f"{', '.join(f'{name} = {values[name]!r}' for name in wrong)}); use the same command and the same data "
+                f"on all machines, with a shared run folder"
             )
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Turn the communication library's error about another rank that ended into a clear `TrainingError`."""
+        """Convert the communication library's error about a rank that ended to a clear `TrainingError`."""
         try:
             yield
         except RuntimeError as error:
             if self.count == 1 or not _is_communication(error):
                 raise
             raise TrainingError(
-                f"rank {self.rank} waited for another process in vain: it failed, and its message says why, or it "
-                f"took longer than training.timeout_minutes ({self._timeout_minutes:g}). What was saved is kept: "
-                f"resume the run. ({str(error).splitlines()[0]})"
+                f"rank {self.rank} waited for another process, which failed (see its message) or took longer than "
+                f"training.timeout_minutes ({self._timeout_minutes:g}). Checkpoints are kept: fix the cause and resume "
+                f"the run. ({str(error).splitlines()[0]})"
             ) from error
 
 

@@ -1,11 +1,11 @@
-"""The run folder: everything that one training leaves behind.
+"""The run folder, which contains all files of a training run.
 
-config.json        the configuration, whole, and the version of the format of this folder
+config.json        the complete configuration, and the format version of the folder
 provenance.json    data fingerprint, commit, versions, hardware, seeds
 metrics.jsonl      one line of figures for each logged step
-diagnostics.json   the last figures of the latents, and alarms
-tensorboard/       the same figures for TensorBoard, where the extra `tensorboard` is installed
-checkpoints/       what resuming needs; the last two
+diagnostics.json   the latest diagnostics of the latents, and alarms
+tensorboard/       the same figures for TensorBoard, if the extra `tensorboard` is installed
+checkpoints/       the last two checkpoints, for resuming
 model/             the trained model
 """
 
@@ -37,9 +37,9 @@ _KIND = "worldloom run"
 
 
 class RunFolder:
-    """One run's folder; made by `create` or `open`.
+    """The folder of one run; use `create` or `open`.
 
-    Under torchrun every rank makes one, and only the first of them writes.
+    Under torchrun every rank has a `RunFolder`, but only rank 0 writes files.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,34 +49,34 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path | str, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> "RunFolder":
-        """Make a folder with `config` and `provenance`, both JSON.
+        """Create a folder with `config` and `provenance`, both JSON.
 
         Raises:
-            StorageError: a run is there already, or the disk refuses.
+            StorageError: the folder already contains a run, or cannot be written.
         """
         run = cls(Path(path))
         if not run._writes:
             return run
         if (run.path / "config.json").exists():
-            raise StorageError(f"{run.path} holds a run already; resume it (--resume) or choose another folder")
+            raise StorageError(f"{run.path} already contains a run; resume it (--resume) or choose another folder")
         write_json(run.path / "provenance.json", dict(provenance))
-        run.reconfigure(config)  # last: what makes the folder a run
+        run.reconfigure(config)  # last, because config.json marks the folder as a run
         return run
 
     @classmethod
     def open(cls, path: Path | str) -> "RunFolder":
-        """Open a folder made before.
+        """Open an existing run folder.
 
         Raises:
-            StorageError: there is no run at `path`.
+            StorageError: `path` is not a run folder.
         """
         run = cls(Path(path))
         if not (run.path / "config.json").is_file():
-            raise StorageError(f"{run.path} is not a run: it has no config.json; check the path")
+            raise StorageError(f"{run.path} is not a run folder: it has no config.json; check the path")
         return run
 
     def withdraw(self) -> None:
-        """Undo `create` if nothing has been trained, so that the folder is free for another configuration."""
+        """Undo `create` if nothing was trained, so that the folder can be used for another configuration."""
         if self._writes and not any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints", "model")):
             with storage_errors(self.path):
                 for name in ("config.json", "provenance.json"):
@@ -88,47 +88,49 @@ class RunFolder:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What was given to `create` or, later, to `reconfigure`.
+        """The configuration from `create` or the latest `reconfigure`.
 
         Raises:
-            StorageError: config.json is damaged, or of another version of the format.
+            StorageError: config.json is damaged, or its format version is not supported.
         """
         return read_document(self.path / "config.json", _KIND)
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What was given to `create`."""
+        """The provenance from `create`."""
         provenance: dict[str, Any] = read_json(self.path / "provenance.json")
         return provenance
 
     @property
     def model_directory(self) -> Path:
-        """Where `save_model` and `load_model` find the model."""
+        """The directory for `save_model` and `load_model`."""
         return self.path / "model"
 
     @property
     def checkpoint_directory(self) -> Path:
-        """Where training keeps what resuming needs."""
+        """The directory of the checkpoints."""
         return self.path / "checkpoints"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for one training.
+        """Lock the folder for this process.
 
         Raises:
-            TrainingError: another process is training in it.
+            TrainingError: another process is training in the folder.
         """
         if not self._writes:
             yield
             return
-        other = TrainingError(f"another training is writing {self.path}; wait for it to end or choose another folder")
+        other = TrainingError(
+            f"another process is training in {self.path}; wait until it ends, or choose another folder"
+        )
         with exclusive_lock(self.path / ".lock", other):
             yield
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Append one line of figures to metrics.jsonl, and write them for TensorBoard where it is installed.
+        """Append one line of figures to metrics.jsonl, and write them for TensorBoard if it is installed.
 
-        Figures that are not finite are left out: JSON cannot hold them.
+        Figures that are not finite are left out, because JSON cannot represent them.
         """
         if not self._writes:
             return
@@ -136,17 +138,17 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         line = json.dumps({"step": step, **finite}, allow_nan=False) + "\n"
         with storage_errors(path), path.open("a", encoding="utf-8") as file:
-            file.write(line)  # one write and one flush: a reader sees whole lines
+            file.write(line)  # one write and one flush, so that readers get complete lines
         writer = self._writer(step)
         if writer is not None:
             for name, value in finite.items():
                 writer.add_scalar(name, value, step)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Read the logged lines; a last line cut off by a crash is left out.
+        """Read the logged lines; an incomplete last line (after a crash) is left out.
 
         Raises:
-            StorageError: another line is damaged.
+            StorageError: any other line is damaged.
         """
         path = self.path / "metrics.jsonl"
         if not path.is_file():
@@ -159,11 +161,13 @@ class RunFolder:
                 try:
                     lines.append(json.loads(line))
                 except ValueError as error:
-                    raise StorageError(f"line {number} of {path} is not whole JSON ({error}); delete it") from None
+                    raise StorageError(
+                        f"line {number} of {path} is not valid JSON ({error}); delete the line"
+                    ) from None
         return lines
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines past `step`, which a resumed training will write again."""
+        """Delete the lines after `step`, which a resumed run will write again."""
         if self._writes:
             kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
             write_text(self.path / "metrics.jsonl", "".join(kept))
@@ -174,12 +178,12 @@ class RunFolder:
             write_json(self.path / "diagnostics.json", dict(values))
 
     def diagnostics(self) -> dict[str, Any]:
-        """Read diagnostics.json; empty before training has written it."""
+        """Read diagnostics.json; an empty dictionary if training has not written it yet."""
         path = self.path / "diagnostics.json"
         return read_json(path) if path.is_file() else {}
 
     def close(self) -> None:
-        """Flush the figures for TensorBoard."""
+        """Flush and close the TensorBoard log."""
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None

@@ -1,4 +1,4 @@
-"""The state of a training: saved whole, restored exactly, the last two kept."""
+"""Checkpoints of the training state: model, losses and optimiser, restored exactly; the last two are kept."""
 
 import logging
 import re
@@ -26,12 +26,12 @@ def save_state(
     *,
     write: bool = True,
 ) -> None:
-    """Save the state after `step` steps; all but the last two states are deleted.
+    """Save the state after `step` steps, and delete all but the last two states.
 
-    All ranks call it, as each may hold a shard; only the rank with `write` writes.
+    All ranks must call this, because each may have a shard; only the rank with `write` writes files.
     """
     tensors = {f"learner/{name}": whole(tensor) for name, tensor in learner.state_dict().items()}
-    # In order: shards are gathered from all ranks one after another.
+    # Sorted, because all ranks must gather the shards in the same order.
     for index, state in sorted(optimizer.state_dict()["state"].items()):
         tensors |= {f"optimizer/{index}/{name}": whole(torch.as_tensor(state[name])) for name in sorted(state)}
     if not write:
@@ -42,7 +42,7 @@ def save_state(
 
 
 def saved_steps(run: RunFolder) -> list[int]:
-    """Return the steps that have a state, in order."""
+    """Return the steps with a saved state, in ascending order."""
     names = (path.name for path in run.checkpoint_directory.glob("step-*.json"))
     return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)\.json", name)))
 
@@ -50,20 +50,19 @@ def saved_steps(run: RunFolder) -> list[int]:
 def load_state(
     run: RunFolder, learner: nn.Module, optimizer: torch.optim.Optimizer, metadata: Mapping[str, Any]
 ) -> int:
-    """Restore the newest whole state into `learner` and `optimizer`; return how many steps it has made, or 0.
+    """Restore the latest valid state into `learner` and `optimizer`, and return its step, or 0 if there is none.
 
-    A damaged state is skipped for the one before it.
+    If a state is damaged, the one before it is used.
 
     Raises:
-        CheckpointError: the state is of another configuration or other data than `metadata` says, or every state
-            is damaged.
+        CheckpointError: the state's configuration or data differ from `metadata`, or every state is damaged.
     """
     damage: CheckpointError | None = None
     for step in reversed(saved_steps(run)):
         try:
             tensors, saved = load_tensors(_stem(run, step), kind=_KIND)
         except CheckpointError as error:
-            _logger.warning("passing over a checkpoint: %s", error)
+            _logger.warning("skipping a damaged checkpoint: %s", error)
             damage = error
             continue
         _compare(run, saved, metadata)
@@ -87,7 +86,7 @@ def _restore(tensors: Mapping[str, Tensor], learner: nn.Module, optimizer: torch
             index, _, field = name.partition("/")
             parameter = parameters[int(index)]
             if tensor.shape == parameter.shape:
-                # The fused optimiser walks parameter and moments in memory order: they must lie alike.
+                # The fused optimiser iterates in memory order, so parameter and moments need the same layout.
                 tensor = lay_like(tensor, parameter)
             optimizer_state.setdefault(int(index), {})[field] = tensor
     learner.load_state_dict(learner_state)
@@ -99,13 +98,14 @@ def _compare(run: RunFolder, saved: Mapping[str, Any], expected: Mapping[str, An
         before = saved.get(part)
         differing = "" if before == values else part
         if isinstance(before, Mapping) and isinstance(values, Mapping):
-            # Keys that only an earlier version compared are skipped.
+            # Keys that only an earlier version compared are ignored.
             keys = sorted(key for key in values if before.get(key) != values[key])
             differing = ", ".join(f"{part}.{key} was {before.get(key)!r}, is {values[key]!r}" for key in keys)
         if not differing:
             continue
         raise CheckpointError(
-            f"{run.path} cannot be resumed with another setting: {differing}. Restore it, or start a new run"
+            f"{run.path} cannot be resumed because its settings changed: {differing}. Use the old settings again, or "
+            f"start a new run"
         )
 
 

@@ -1,4 +1,4 @@
-"""How a world model is trained."""
+"""The configuration of training."""
 
 import math
 from typing import Literal
@@ -17,7 +17,7 @@ from worldloom.models.losses import (
     Variance,
 )
 
-# What may differ when a run is resumed: it changes no parameter, but for rounding.
+# Settings that may change when a run is resumed, because they affect the parameters only by rounding.
 FREE = frozenset({
     "log_every", "checkpoint_every", "validate_every", "validation_windows", "threads", "accelerator", "compile",
     "devices", "strategy", "timeout_minutes", "accumulate", "activation_checkpointing",
@@ -25,11 +25,11 @@ FREE = frozenset({
 
 
 def default_losses() -> dict[str, LossConfig]:
-    """Return the mix that was measured to work: open-loop prediction, VICReg terms and inverse dynamics."""
+    """Return the default losses, which worked best in our measurements."""
     return {
         "prediction": Prediction(),
         "variance": Variance(weight=4.0, samples="pooled"),
-        # A small weight: at 2, independent dimensions cost predictability
+        # A small weight, because at 2 the independent dimensions are less predictable
         # (docs/log.md).
         "covariance": Covariance(weight=0.03, samples="pooled"),
         "temporal-similarity": TemporalSimilarity(weight=1.0),
@@ -38,19 +38,27 @@ def default_losses() -> dict[str, LossConfig]:
 
 
 class TrainingConfig(Config):
-    """One training run; `batch` windows a step, over all devices together.
+    """The configuration of a training run.
 
-    `horizon` counts the blocks predicted open loop. `losses` is a named mapping: a name is also what its figure is
-    logged under. `pool_windows`, for data larger than the cache, draws from a pool of about that many windows that
-    slides over the data, each at most once a pass (see `worldloom.data.SlidingPool`), instead of drawing uniformly from
-    all windows. With `target`, predictions aim at a slowly following copy of the encoder. `schedule` "constant" holds
-    the rate for `constant_share` of the steps, then falls to 0 as a cosine; "one-cycle" rises for a tenth, then falls.
-    `accumulate` is the number of parts in which the frames of a batch are encoded: memory falls with it, time rises by
-    a third at most, and the gradient stays that of the whole batch, its statistics included (gradient caching, Gao et
-    al., arXiv 2101.06983). `activation_checkpointing` keeps only the inputs of transformer blocks for the gradient
-    (Chen et al., arXiv 1604.06174). `threads` of 0 leaves PyTorch's number as it is. `devices` counts those of all
-    machines; a process waits `timeout_minutes` for the others. With `strategy` "fsdp" each holds a shard of the
-    parameters and of the optimiser's state (Zhao et al., arXiv 2304.11277), for models that fill a device.
+    Attributes:
+        batch: the number of windows per step, over all devices.
+        horizon: the number of blocks that are predicted open loop.
+        losses: the losses by name; the names are also used in the log.
+        target: if set, the targets of predictions come from a moving average of the encoder.
+        pool_windows: for data larger than the cache: sample from a pool of about this many windows that slides over
+            the data, each at most once per pass (see `worldloom.data.SlidingPool`), instead of from all windows.
+        schedule: "constant" keeps the learning rate for `constant_share` of the steps, then decreases it to 0 as a
+            cosine; "one-cycle" increases it for a tenth of the steps, then decreases it.
+        devices: the number of devices on all machines.
+        strategy: with "fsdp", each device stores a shard of the parameters and of the optimiser's state (Zhao et al.,
+            arXiv 2304.11277), for models that fill a device.
+        threads: the number of CPU threads; 0 keeps PyTorch's number.
+        accumulate: the number of parts in which the frames of a batch are encoded. More parts need less memory and at
+            most a third more time; the gradient is still that of the complete batch, including its statistics
+            (gradient caching, Gao et al., arXiv 2101.06983).
+        activation_checkpointing: store only the inputs of transformer blocks for the gradient (Chen et al., arXiv
+            1604.06174).
+        timeout_minutes: how long a process waits for the others.
     """
 
     steps: int = Field(default=1000, ge=1)
@@ -91,9 +99,9 @@ class TrainingConfig(Config):
     def _check_losses(cls, losses: dict[str, LossConfig]) -> dict[str, LossConfig]:
         wrong = [name for name in losses if not name or "." in name]
         if wrong:
-            raise ValueError(f"loss names must not be empty or hold a dot; got {wrong}")
+            raise ValueError(f"loss names must not be empty or contain a dot; got {wrong}")
         if not any(loss.weight > 0 for loss in losses.values()):
-            raise ValueError("every loss has weight 0; give at least 'prediction' a weight")
+            raise ValueError("every loss has weight 0; set the weight of 'prediction' above 0")
         return losses
 
     def learning_rate_at(self, step: int) -> float:

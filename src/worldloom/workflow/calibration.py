@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import Agent
 from worldloom.core.seeds import derive_seed
-from worldloom.core.types import Context, Episode, Observations, Rollouts
+from worldloom.core.types import Context, Episode, Rollouts
 from worldloom.envs import Frame
 from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
 from worldloom.guardrails import (
@@ -32,7 +32,6 @@ from worldloom.guardrails import (
     write_margins,
 )
 from worldloom.heads import still
-from worldloom.models import JEPA
 from worldloom.workflow.run import Run
 from worldloom.workflow.session import Session, session_of
 
@@ -88,8 +87,9 @@ def calibrate(
         margins = Margins(values=shape, risk=risk, episodes=0)
         write_margins(path, margins, rules.rule_set, about)
         return margins
-    asked = PROTOCOLS[protocol or _protocol_of(run)]
-    asked = asked.customise(episodes=episodes, split=split)
+    if (title := protocol or run.recipe.protocol) is None:
+        raise ConfigError("the recipe has no protocol; name the protocol to calibrate in with --protocol")
+    asked = PROTOCOLS[title].customise(episodes=episodes, split=split)
     factor, history = 1.0, []
     for number in range(rounds):
         trial = Margins(values=factor * shape, risk=risk, episodes=episodes)
@@ -140,12 +140,6 @@ def _why_infinite(scores: Float[Tensor, "N"], risk: float, confidence: float) ->
         f"the fallback acted, because no plan kept the guardrails. Margins cannot reduce this to a risk of {risk:g}. "
         f"Declare another fallback, or state a larger risk"
     )
-
-
-def _protocol_of(run: Run) -> str:
-    if run.recipe.protocol is None:
-        raise ConfigError("the recipe has no protocol; name the protocol to calibrate in with --protocol")
-    return run.recipe.protocol
 
 
 def _quantities(run: Run) -> dict[str, str]:
@@ -228,7 +222,7 @@ def _shape(run: Run, rails: Sequence[BoundRail], horizon: int, risk: float, prog
             task.advance(1)
             episode = dataset.episode(number)
             if episode.steps >= needed:
-                found.append(_errors(episode, run.model, rails, _quantities(run), horizon))
+                found.append(_errors(episode, run, rails, horizon))
     if not found:
         raise DataError(
             f"expected a held-out episode at least as long as a plan, {needed} steps; got shorter ones. "
@@ -237,20 +231,13 @@ def _shape(run: Run, rails: Sequence[BoundRail], horizon: int, risk: float, prog
     return margin_shape(torch.cat(found), risk)
 
 
-def _errors(
-    episode: Episode, model: JEPA, rails: Sequence[BoundRail], labels: Mapping[str, str], horizon: int
-) -> Float[Tensor, "N G T"]:
+def _errors(episode: Episode, run: Run, rails: Sequence[BoundRail], horizon: int) -> Float[Tensor, "N G T"]:
     """Return the true violations minus the predicted ones, for every window of an episode.
 
     They are NaN for a guardrail that is already broken where the window begins.
     """
-    context, block = model.spec.context, model.spec.block
-    frames = Observations.from_numpy(
-        None if episode.pixels is None else episode.pixels[::block],
-        None if episode.vector is None else episode.vector[::block],
-    )
-    latents = model.encode(frames.to(model.device))
-    blocks = torch.from_numpy(episode.actions[: (len(latents) - 1) * block]).reshape(len(latents) - 1, -1).to(latents)
+    context, block = run.model.spec.context, run.model.spec.block
+    _, latents, blocks = run.encode(episode)
     starts = torch.arange(context - 1, len(latents) - horizon)
     before = Context(
         latents=latents[starts[:, None] + torch.arange(1 - context, 1)],
@@ -258,12 +245,12 @@ def _errors(
     )
     ahead = torch.arange(horizon)
     actions = blocks[starts[:, None] + ahead][:, None]
-    rollouts = Rollouts(context=before, actions=actions, latents=model.rollout(before, actions))
+    rollouts = Rollouts(context=before, actions=actions, latents=run.model.rollout(before, actions))
     seen = replace(rollouts, latents=latents[starts[:, None] + ahead + 1][:, None])
     steps = len(latents) * block - block + 1
     quantities = {
         name: torch.from_numpy(episode.labels[label][:steps])
-        for name, label in labels.items()
+        for name, label in _quantities(run).items()
         if label in episode.labels
     }
     bare = [bound.with_margin(0.0) for bound in rails]

@@ -117,7 +117,6 @@ def _held_out_frames(run: Run, progress: Progress) -> _HeldOutFrames:
         dataset, chosen = run.held_out()
     except (DataError, StorageError) as error:
         raise DataError(f"--explain shows frames of the training data, which cannot be read: {error}") from error
-    block = run.model.spec.block
     label: str | None = None
     latents: list[Float[Tensor, "_ D"]] = []
     frames: list[UInt8[np.ndarray, "_ H W C"]] = []
@@ -126,13 +125,12 @@ def _held_out_frames(run: Run, progress: Progress) -> _HeldOutFrames:
         for number in chosen[:_EPISODES]:
             episode = dataset.episode(number)
             label = label if frames else position_label([episode])
-            assert episode.pixels is not None
-            frames.append(episode.pixels[::block])
-            vector = None if episode.vector is None else episode.vector[::block]
-            there = Observations.from_numpy(frames[-1], vector).to(run.device)
-            latents.append(run.model.encode(there).cpu())
+            seen, there, _ = run.encode(episode)
+            assert seen.pixels is not None
+            frames.append(seen.pixels.numpy())
+            latents.append(there.cpu())
             if label is not None:
-                positions.append(torch.from_numpy(episode.labels[label][::block]))
+                positions.append(torch.from_numpy(episode.labels[label][:: run.model.spec.block]))
             task.advance()
     every, shape = torch.cat(latents), run.model.spec.observation.pixels
     probe = None

@@ -134,23 +134,15 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, resume: bool, r
         seeds = {"training": recipe.training.seed}
         return RunFolder.create(path, config, describe_provenance(data_fingerprint=fingerprint, seeds=seeds))
     folder = RunFolder.open(path)
-    # Parsed, so that an option that a later version added takes its default.
-    differ = differences(Recipe.parse(recipe_values(folder)).model_dump(mode="json"), config["recipe"])
+    recorded = Recipe.parse(recipe_values(folder))  # parsed, so that options of later versions take their defaults
+    differ = differences(recorded.model_dump(mode="json"), config["recipe"])
     # The methods, and how the data are read, do not change what was trained.
-    free = (
-        "methods.",
-        "data",
-        "default_method",
-        "protocol",
-        "description",
-        "rules",
-        *(f"training.{key}" for key in FREE),
-    )
+    free = ["methods.", "data", "default_method", "protocol", "description", "rules"]
+    free += [f"training.{key}" for key in FREE]
     # Added coarser models and probes are fitted on top.
-    recorded = Recipe.parse(recipe_values(folder))
-    free += ("hierarchy",) if recipe.hierarchy[: len(recorded.hierarchy)] == recorded.hierarchy else ()
-    free += ("probes",) if recorded.probes.items() <= recipe.probes.items() else ()
-    if wrong := [key for key in differ if not key.startswith(free)]:
+    free += ["hierarchy"] if recipe.hierarchy[: len(recorded.hierarchy)] == recorded.hierarchy else []
+    free += ["probes"] if recorded.probes.items() <= recipe.probes.items() else []
+    if wrong := [key for key in differ if not key.startswith(tuple(free))]:
         raise ConfigError(
             f"{path} was started with a different recipe; they differ in {', '.join(wrong[:8])}. Resume with the same "
             f"recipe and overrides, or choose another folder"
@@ -365,9 +357,7 @@ def _protocol(
 ) -> Protocol:
     source = run.environment
     env_id = source.get("id")
-    name = name or run.recipe.protocol
-    if name is None and success is None:
-        name = default_protocol(env_id)
+    name = name or run.recipe.protocol or (default_protocol(env_id) if success is None else None)
     if name is not None:
         if success is not None or goal_offset is not None:
             raise ConfigError(f"protocol {name!r} already defines success and goals; leave out success and goal_offset")

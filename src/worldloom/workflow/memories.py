@@ -9,7 +9,6 @@ from torch import Tensor
 
 from worldloom.core.errors import DataError
 from worldloom.core.progress import SILENT, Progress
-from worldloom.core.types import Observations
 from worldloom.data import EpisodeDataset
 from worldloom.memory import EpisodicMemory
 from worldloom.workflow.run import Run
@@ -43,19 +42,15 @@ def remember(run: Run, data: Path | str, memory: EpisodicMemory, *, progress: Pr
     with progress.task("remembering episodes", len(dataset), "episode") as task, torch.inference_mode():
         for number, stretch in zip(range(len(dataset)), memory.new_episodes(len(dataset)), strict=True):
             episode = dataset.episode(number)
-            steps = np.arange(0, episode.steps + 1, spec.block)
-            pixels, vector = (None if part is None else part[steps] for part in (episode.pixels, episode.vector))
-            observations = Observations.from_numpy(pixels, vector)
-            led = np.zeros((len(steps), spec.block_size), np.float32)
-            led[1:] = episode.actions[: steps[-1]].reshape(len(steps) - 1, spec.block_size)
+            observations, latents, blocks = run.encode(episode)
             memory.append(
-                run.model.encode(observations.to(run.device)),
-                episodes=np.full(len(steps), stretch),
-                steps=steps,
-                actions=torch.from_numpy(led),
+                latents,
+                episodes=np.full(len(latents), stretch),
+                steps=np.arange(len(latents)) * spec.block,
+                actions=torch.cat([torch.zeros(1, spec.block_size), blocks.cpu()]),
                 observations=observations,
             )
-            count += len(steps)
+            count += len(latents)
             task.advance()
     memory.flush()
     return count

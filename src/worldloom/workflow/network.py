@@ -121,7 +121,6 @@ def make_keys(folder: Path | str, name: str, hosts: tuple[str, ...] = ()) -> dic
         StorageError: a file exists already; a key is never overwritten.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     public = {"key": make_key(folder / f"{name}.pem")}
     if hosts:
         make_tls(folder / f"{name}-tls", hosts)

@@ -9,7 +9,7 @@ from worldloom.agents import CloningMethod, RandomMethod
 from worldloom.core.actions import Walk
 from worldloom.core.errors import CheckpointError, DataError, StorageError
 from worldloom.core.seeds import torch_generator
-from worldloom.core.types import Context, Episode, Observations
+from worldloom.core.types import Context, Episode
 from worldloom.heads import LatentEpisodes, dream
 from worldloom.planning import LatentL2
 from worldloom.reports import DistanceMap, LatentMap, PredictedPaths, ReportData
@@ -66,20 +66,10 @@ class _Shown:
     def __init__(self, run: Run, episodes: list[Episode], label: str) -> None:
         self._run, self._episodes = run, episodes
         self._model = run.model
-        block = self._model.spec.block
-        encoded, blocks, positions = [], [], []
         with torch.no_grad():
-            for episode in episodes:
-                count = episode.steps // block + 1
-                frames = Observations.from_numpy(
-                    None if episode.pixels is None else episode.pixels[: count * block : block],
-                    None if episode.vector is None else episode.vector[: count * block : block],
-                )
-                encoded.append(self._model.encode(frames))
-                blocks.append(torch.from_numpy(episode.actions[: (count - 1) * block].reshape(count - 1, -1)))
-                positions.append(torch.from_numpy(episode.labels[label][: count * block : block]))
-        self._latents, self._blocks, self._positions = encoded, blocks, positions
-        self.flat_latents, self.flat_positions = torch.cat(encoded), torch.cat(positions)
+            _, self._latents, self._blocks = zip(*map(run.encode, episodes), strict=True)
+        self._positions = [torch.from_numpy(episode.labels[label][:: self._model.spec.block]) for episode in episodes]
+        self.flat_latents, self.flat_positions = torch.cat(self._latents), torch.cat(self._positions)
         self._probe = LinearProbe.fit(self.flat_latents, self.flat_positions)
         frame = run.model.spec.observation.pixels
         self._in_pixels = frame is not None and in_pixels(self.flat_positions.numpy(), frame)

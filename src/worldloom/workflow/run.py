@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from worldloom.agents import AgentParts
 from worldloom.core.errors import StorageError
 from worldloom.core.files import read_json
 from worldloom.core.seams import Agent
+from worldloom.core.types import Episode, Observations
 from worldloom.data import EpisodeDataset
 from worldloom.evaluation import default_protocol
 from worldloom.guardrails import BoundRules, RuleSet
@@ -81,6 +84,16 @@ class Run:
         path = self.path / "heads.json"
         figures: dict[str, Any] = read_json(path) if path.is_file() else {}
         return figures
+
+    def encode(self, episode: Episode) -> tuple[Observations, Float[Tensor, "N D"], Float[Tensor, "M A"]]:
+        """Return the frames of an episode one block apart, their latents, and the M = N-1 blocks of actions between."""
+        spec = self.model.spec
+        pixels, vector = (None if part is None else part[:: spec.block] for part in (episode.pixels, episode.vector))
+        frames = Observations.from_numpy(pixels, vector)
+        latents = self.model.encode(frames.to(self.device))
+        count = len(latents) - 1
+        blocks = torch.from_numpy(episode.actions[: count * spec.block].reshape(count, spec.block_size))
+        return frames, latents, blocks.to(self.device)
 
     def held_out(self) -> tuple[EpisodeDataset, list[int]]:
         """Return the dataset, and the episodes that training did not see; all of them if none were held out.

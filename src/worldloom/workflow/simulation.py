@@ -208,29 +208,8 @@ def simulate(
     return Simulated(runs=runs, rounds=root / "rounds", card=root / "model_card.md", report=root / "report.html")
 
 
-def alone(
-    config: ConsortiumConfig, name: str, path: Path | str, data: Path | str, *, seed: int = 0,
-    progress: Progress = SILENT,
-) -> Run:  # fmt: skip
-    """Train an owner's model on its own logs alone, from the same initial base and for as many steps."""
-    steps = config.shared_steps + config.own_steps_of(name)
-    recipe = config.recipe_of(name, seed, steps=steps)
-    dataset = EpisodeDataset.open(data)
-    partition = PartitionConfig.parse(config.rules.get("partition", {}))
-    with closing(load_frames(dataset, recipe.data, progress=progress)) as frames:
-        folder = run_folder(recipe, dataset, Path(path), seed)
-        local = LocalTraining(
-            folder, frames, training=recipe.training, model=recipe.model, partition=partition, progress=progress
-        )
-        local.train("alone", local.without_statistics(local.untrained(seed)), steps)
-        run = Run(folder)
-        measure(run, frames, progress)
-    return run
-
-
 def _key(path: Path) -> SigningKey:
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         make_key(path)
     return SigningKey(path)
 

@@ -1,4 +1,4 @@
-"""Curiosity: explores what memory does not hold yet, as far as the model can imagine it, without reward or goal."""
+"""Curiosity: exploration of states that memory does not contain, guided by the model, without reward or goal."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ from worldloom.memory import Check, LandmarkGraph
 
 
 class CuriosityConfig(Config):
-    """How to look for new states; lengths in typical model steps.
+    """How to search for new states; lengths are in typical model steps.
 
     From each landmark the model imagines `walks` random walks of `horizon` blocks. A walk that ends farther than
     `novelty` from every landmark promises something new. The guide chooses the landmark with the largest promise per
-    block of the way there plus `overhead`, and then tries the newest end of its walks. Each try lowers the landmark's
-    promise. An imagined state that was not found promises nothing any more.
+    block of the way there, plus `overhead`, and then tries the most novel end of its walks. Each try lowers the
+    landmark's promise. An imagined state that was not found counts as no longer new.
     """
 
     walks: int = Field(default=16, ge=1)
@@ -38,19 +38,19 @@ class CuriosityConfig(Config):
 
 @dataclass
 class _Search:
-    """The target of one environment: a landmark, then a state imagined beyond it."""
+    """The target of one environment: a landmark, then an imagined state beyond it."""
 
     landmark: int
     beyond: Tensor | None = None
-    left: int = 0  # plans until another target is chosen
-    gap: float = np.inf  # the smallest so far to that state
-    stalled: int = 0  # plans since it became smaller
+    left: int = 0  # number of plans before another target is chosen
+    gap: float = np.inf  # the smallest distance so far to that state
+    stalled: int = 0  # number of plans since the gap became smaller
 
 
 class CuriosityGuide:
-    """Aims a planning agent at landmarks beyond which the model imagines states that memory does not hold.
+    """Aims a planning agent at landmarks from which the model imagines states that memory does not contain.
 
-    It has no goal: the latents given to `reset` say only how many environments there are.
+    It has no goal; `reset` uses only the number of goals.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class CuriosityGuide:
         self._generator = torch_generator(seed, "curiosity", device=model.device)
         self._travel = LandmarkGuide(graph, self.config.follow, check=check)
         self._searches: list[_Search | None] = []
-        self._imagined = 0  # landmarks from which walks were imagined
+        self._imagined = 0  # number of landmarks from which walks were imagined
         self._ends = torch.zeros(0, model.spec.latent_dim)
         self._owners = np.zeros(0, np.int64)
         self._gaps = np.zeros(0, np.float32)
@@ -75,17 +75,17 @@ class CuriosityGuide:
         self._refuted = self._ends
 
     def reset(self, goal: Float[Tensor, "B D"]) -> None:
-        """Begin in as many environments; keep what was imagined and tried before."""
+        """Begin in a new batch of environments; keep what was imagined and tried before."""
         self._travel.reset(goal)
         self._searches = [None] * len(goal)
 
     def select(self, places: Sequence[int]) -> None:
-        """Narrow to these environments, given by their places in the last batch, in this order."""
+        """Keep only these environments, given by their places in the last batch, in this order."""
         self._travel.select(places)
         self._searches = [self._searches[place] for place in places]
 
     def __call__(self, context: Context, followed: Plan | None, blocks: int) -> Float[Tensor, "B D"]:
-        """Return what each environment is to aim at."""
+        """Return the latents that each environment should aim at."""
         here, before = context.latents[:, -1], len(self.graph)
         places = self._travel.locate(here, followed, blocks)
         self._imagine()
@@ -101,10 +101,10 @@ class CuriosityGuide:
         return aims
 
     def promise(self) -> Float64[np.ndarray, "N"]:
-        """Return how much novelty each landmark promises; it is lower where it was tried.
+        """Return how much novelty each landmark promises, less for landmarks that were tried.
 
-        It is the largest square of the distance beyond `novelty` at which an imagined walk ends from all landmarks: the
-        far side of a door promises more than the other side of a corridor.
+        It is the squared distance beyond `novelty` of the most novel end of its walks. Squaring prefers one very new
+        state, such as the far side of a door, to slightly new ones, such as the other side of a corridor.
         """
         promise = np.zeros(len(self.graph))
         np.maximum.at(promise, self._owners, np.square(self._gaps - self.config.novelty, dtype=np.float64))
@@ -114,7 +114,7 @@ class CuriosityGuide:
     def _seek(
         self, row: int, place: int, new: bool, here: Float[Tensor, "D"], promise: Float64[np.ndarray, "N"]
     ) -> Tensor | None:
-        """Return the imagined state to try now, or None on the way to its landmark."""
+        """Return the imagined state to try now; None on the way to its landmark."""
         search = self._searches[row]
         if search is not None:
             search.left -= 1
@@ -126,7 +126,7 @@ class CuriosityGuide:
                     search.left = 0
             if search.left <= 0 or (search.beyond is not None and new):
                 if search.beyond is None:
-                    self._tries[search.landmark] += 1  # it could not be reached
+                    self._tries[search.landmark] += 1  # the landmark was not reached
                 elif not new:
                     self._refute(search.beyond)
                 search = None
@@ -146,7 +146,7 @@ class CuriosityGuide:
         return search.beyond
 
     def _imagine(self) -> None:
-        """Imagine walks from new landmarks, and forget ends that are no longer new."""
+        """Imagine walks from new landmarks, and drop ends that are no longer new."""
         graph, first = self.graph, self._imagined
         if len(graph) > first:
             fresh = graph.latents[first:]
@@ -163,7 +163,7 @@ class CuriosityGuide:
             self._ends, self._owners, self._gaps = self._ends[torch.from_numpy(new)], self._owners[new], self._gaps[new]
 
     def _refute(self, state: Float[Tensor, "D"]) -> None:
-        """Note that an imagined state was not found: states within a step of it promise nothing any more."""
+        """Record that an imagined state was not found: states within one step of it no longer count as new."""
         self._refuted = torch.cat([self._refuted, state[None]])
         self._gaps = np.minimum(self._gaps, self._gaps_to(self._ends, state[None]) * self.config.novelty)
 
@@ -174,7 +174,7 @@ class CuriosityGuide:
         return gaps
 
     def _walk_from(self, latents: Float[Tensor, "M D"]) -> Float[Tensor, "_ D"]:
-        """Return where imagined walks from these latents end, `walks` for each."""
+        """Return the ends of imagined walks from these latents, `walks` for each."""
         spec, config = self._model.spec, self.config
         bounds = ActionBounds.of(spec, self._model.device)
         ends = []
@@ -187,7 +187,7 @@ class CuriosityGuide:
         return torch.cat(ends)
 
     def _somewhere(self, place: int) -> Float[Tensor, "D"]:
-        """Return the end of one walk, where the model imagines nothing new any more."""
+        """Return the end of one walk from a landmark with no new states left."""
         ends = self._walk_from(self.graph.latents[place : place + 1])
         drawn = torch.randint(len(ends), (1,), generator=self._generator, device=self._model.device)
         chosen: Tensor = ends[int(drawn)]

@@ -1,4 +1,4 @@
-"""Far goals over coarser models: the first state of a coarser model's plan is the subgoal of the finer one."""
+"""Far goals with coarser models: the first state of a coarser model's plan is the subgoal of the finer model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from worldloom.planning import GoalObjective, LatentL2, Planner
 
 
 class HierarchyConfig(Config):
-    """How deep to plan; lengths in typical steps of the fast model.
+    """How deep to plan; lengths are in typical steps of the fast model.
 
-    If the fast model predicts no arrival within `arrival` of the goal, the agent follows the coarser model number
-    `depth` (0: never). With None it chooses at each decision. It then follows a coarser model only if that model
-    predicts to end within `ratio` of the gap that the model below predicts, and all models below predict to reach the
-    first state of its plan.
+    If the fast model predicts no arrival within `arrival` of the goal, the agent follows coarser model number `depth`
+    (0: never). With `depth=None` the agent chooses at each decision. It then follows a coarser model only if that model
+    predicts to end within `ratio` of the gap that the model below predicts, and all models below predict that they
+    reach the first state of its plan.
     """
 
     depth: int | None = Field(default=None, ge=0)
@@ -32,20 +32,20 @@ class HierarchyConfig(Config):
 
 @dataclass
 class _Leg:
-    """One environment on its way to a subgoal, or to the goal itself where there is none."""
+    """One environment on its way to a subgoal, or to the goal itself if there is no subgoal."""
 
     subgoal: Tensor | None = None
-    left: int = 0  # plans until it is thought over
+    left: int = 0  # number of plans before it is reconsidered
 
 
 class HierarchyGuide:
-    """Aims a planning agent at the first state of a coarser model's plan, itself aimed by a still coarser one.
+    """Aims a planning agent at the first state of a coarser model's plan, whose goal may come from a coarser one still.
 
-    `levels` are planners, the fast model's first; one step of the i-th is `strides[i]` blocks of the fast model.
-    `depths` says which one each environment follows, 0 for the fast model alone.
+    `levels` are planners, starting with the fast model's; one step of level i is `strides[i]` blocks of the fast model.
+    `depths` contains the level that each environment follows; 0 is the fast model only.
 
     Raises:
-        PlanningError: there is no coarser model, the strides do not fit, or the depth is more than there are.
+        PlanningError: there is no coarser model, the strides do not match the levels, or the depth exceeds them.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class HierarchyGuide:
         self.config = config or HierarchyConfig()
         if len(levels) < 2 or len(strides) != len(levels) or (self.config.depth or 0) >= len(levels):
             raise PlanningError(
-                f"a hierarchy of depth {self.config.depth} needs a planner for the fast model and one for each coarser "
-                f"one, and their strides; got {len(levels)} planners and {len(strides)} strides"
+                f"expected planners and strides for the fast model and at least {self.config.depth or 1} coarser ones; "
+                f"got {len(levels)} planners and {len(strides)} strides. Add coarser models or lower the depth"
             )
         self._levels, self._strides, self._step_length = list(levels), list(strides), step_length
         self._generator = torch_generator(seed, "hierarchy", device=levels[0].model.device)
@@ -70,22 +70,22 @@ class HierarchyGuide:
         self.depths: list[int] = []
 
     def reset(self, goal: Float[Tensor, "B D"]) -> None:
-        """Begin an episode toward a goal for each environment."""
+        """Begin an episode with a goal for each environment."""
         self._goal, self._legs = goal, [_Leg() for _ in goal]
         self.depths = [0] * len(goal)
 
     def select(self, places: Sequence[int]) -> None:
-        """Narrow to these environments, given by their places in the last batch, in this order."""
+        """Keep only these environments, given by their places in the last batch, in this order."""
         self._goal = self._goal[list(places)]
         self._legs = [self._legs[place] for place in places]
         self.depths = [self.depths[place] for place in places]
 
     def __call__(self, context: Context, followed: Plan | None, blocks: int) -> Float[Tensor, "B D"]:
-        """Return the subgoal of each environment, or its goal where no coarser model is followed."""
+        """Return the subgoal of each environment, or its goal if it follows no coarser model."""
         return self.aim(context, range(len(self._legs)))
 
     def aim(self, context: Context, rows: Sequence[int]) -> Float[Tensor, "_ D"]:
-        """Return what some of the environments are to aim at."""
+        """Return the latents that the environments `rows` should aim at."""
         due = []
         for row in rows:
             leg = self._legs[row]
@@ -127,7 +127,7 @@ class HierarchyGuide:
         return depth, subgoal
 
     def _foresee(self, level: int, context: Context, goal: Float[Tensor, "B D"]) -> tuple[Plan, Float[Tensor, "B"]]:
-        """Return a level's plan, and how near it comes to the goal."""
+        """Return a level's plan, and the smallest distance to the goal along it."""
         planner = self._levels[level]
         if level:
             context = still(context.latents[:, -1], planner.model)

@@ -1,4 +1,4 @@
-"""Far goals over landmarks: the next subgoal on the way, and the edges that have failed."""
+"""Far goals over landmarks: the next subgoal on the route, and the edges that have failed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,21 +16,21 @@ from worldloom.core.errors import PlanningError
 from worldloom.core.types import Context, Plan
 from worldloom.memory import Check, LandmarkGraph, Route
 
-_LOOKS = 7  # further appearances of a goal that are kept in a world that has changed
+_LOOKS = 7  # maximum number of further appearances of a goal in a world that has changed
 
 
 class FollowConfig(Config):
-    """How to follow a way over landmarks; lengths in typical model steps, costs in blocks.
+    """How to follow a route over landmarks; lengths are in typical model steps, costs in blocks.
 
     Attributes:
-        hops: the subgoal lies so many landmarks ahead.
-        near: a goal at most so many blocks away over landmarks is aimed at directly.
-        sight: so is a goal without a known way whose latent is at most so far away.
-        patience: after so many plans without progress the agent takes one landmark at a time; after as many again, the
-            edge to the next landmark counts as failed.
-        arrival: a plan that is not predicted to come so near to its landmark counts as without progress at once.
+        hops: the subgoal is this many landmarks ahead.
+        near: the agent aims directly at a goal that is at most this many blocks away over landmarks.
+        sight: it also aims directly at a goal without a known route whose latent is at most this far away.
+        patience: after this many plans without progress the agent follows one landmark at a time; after as many again,
+            the edge to the next landmark counts as failed.
+        arrival: a plan that is not predicted to come this close to its landmark counts as no progress at once.
         surprise: an observation farther than this from the last plan's prediction at a known place, and unlike anything
-            known around there, shows that the world has changed; None turns this off.
+            known around there, shows that the world has changed; None disables this.
         learn: whether observations on the way extend and change the graph.
     """
 
@@ -45,50 +45,50 @@ class FollowConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """What is known of the way to a goal: `blocks` to go, or the landmark that is the `nearest` known place to it.
+    """What is known of the route to a goal: its cost in `blocks`, and the landmark `nearest` to the goal.
 
-    "known": a way over landmarks leads there. "sight": it is near enough to plan for without one. "lost": a way was
-    known and has failed; the goal is aimed at itself. "unknown": it was never seen, or nothing that was seen leads to
-    it; the agent goes to the nearest known place and stays.
+    "known": a route over landmarks leads to the goal. "sight": the goal is near enough to plan without a route. "lost":
+    a known route has failed; the agent aims at the goal itself. "unknown": the goal was never observed, or no known
+    route leads to it; the agent goes to the nearest known place and stays.
     """
 
     kind: Literal["known", "sight", "lost", "unknown"]
     blocks: float
     nearest: int
-    gap: float  # from the nearest known place to the goal, in typical model steps
+    gap: float  # distance from the nearest known place to the goal, in typical model steps
 
 
 @runtime_checkable
 class Beyond(Guide, Protocol):
-    """A guide that chooses subgoals where no way is known."""
+    """A guide that chooses subgoals for environments without a known route."""
 
     def aim(self, context: Context, rows: Sequence[int]) -> Float[Tensor, "_ D"]:
-        """Return what these environments are to aim at."""
+        """Return the latents that the environments `rows` should aim at."""
         ...
 
 
 @dataclass
 class _Way:
-    """One environment on its way; the goal has several appearances if the world has changed on the way."""
+    """One environment's route; the goal has several appearances if the world has changed on the way."""
 
     goals: list[Tensor]
     route: Route | None
     at: int = -1
-    best: float = np.inf  # blocks to go, at the best moment since the way was found
-    waited: int = 0  # plans since then
-    careful: bool = False  # one landmark at a time
-    aim: int = -1  # the landmark that was aimed at last
-    vain: bool = False  # the last plan did not lead to it
-    known: bool = False  # once, in this episode
-    beyond: bool = False  # where landmarks lead no nearer to the goal
+    best: float = np.inf  # the fewest blocks to go since the route was found
+    waited: int = 0  # number of plans since then
+    careful: bool = False  # whether to follow one landmark at a time
+    aim: int = -1  # the landmark of the last plan
+    vain: bool = False  # whether the last plan was predicted not to reach it
+    known: bool = False  # whether a route was known in this episode
+    beyond: bool = False  # whether landmarks lead no closer to the goal
 
 
 class LandmarkGuide:
-    """Aims a planning agent at landmarks on the cheapest way to its goal.
+    """Aims a planning agent at landmarks on the cheapest route to its goal.
 
-    What was seen on the way joins the graph; an edge that leads nowhere is dropped, and the way is found anew.
-    Where no way is known, `beyond` aims from the nearest known place on, if there is one. `events` says in a word what
-    each environment met at the last plan: "arrived", "changed", "failed" or nothing.
+    States on the way join the graph; an edge that fails is dropped, and the route is searched again. Where no route is
+    known, `beyond` (if given) chooses subgoals from the nearest known place on. `events` contains the event of each
+    environment at the last plan: "arrived", "changed", "failed" or "".
     """
 
     def __init__(
@@ -105,11 +105,11 @@ class LandmarkGuide:
         self.events: list[str] = []
 
     def reset(self, goal: Float[Tensor, "B D"]) -> None:
-        """Begin an episode toward a goal for each environment."""
+        """Begin an episode with a goal for each environment."""
         if goal.shape[1] != self.graph.latents.shape[1]:
             raise PlanningError(
-                f"the graph holds latents of {self.graph.latents.shape[1]} and the goal has {goal.shape[1]}; build it "
-                f"with the same model"
+                f"expected a goal of {self.graph.latents.shape[1]} values, as in the landmark graph; got "
+                f"{goal.shape[1]}. Build the graph with the same model"
             )
         self._ways = [_Way(goals=[each], route=self.graph.route(each)) for each in goal]
         self.outlook = []
@@ -117,18 +117,18 @@ class LandmarkGuide:
             self._beyond.reset(goal)
 
     def select(self, places: Sequence[int]) -> None:
-        """Narrow to these environments, given by their places in the last batch, in this order."""
+        """Keep only these environments, given by their places in the last batch, in this order."""
         self._ways = [self._ways[place] for place in places]
         self.outlook = [self.outlook[place] for place in places] if self.outlook else []
         if self._beyond is not None:
             self._beyond.select(places)
 
     def redirect(self, row: int, goal: Float[Tensor, "D"]) -> None:
-        """Give one environment another goal on its way."""
+        """Change the goal of one environment during an episode."""
         self._ways[row] = _Way(goals=[goal], route=self.graph.route(goal), at=self._ways[row].at)
 
     def __call__(self, context: Context, followed: Plan | None, blocks: int) -> Float[Tensor, "B D"]:
-        """Return the subgoal of each environment; `outlook` then says what is known of each way."""
+        """Return the subgoal of each environment, and update `outlook`."""
         here = context.latents[:, -1]
         self.locate(here, followed, blocks)
         aims = self.aim(here)
@@ -139,13 +139,13 @@ class LandmarkGuide:
         return aims
 
     def _is_beyond(self, row: int) -> bool:
-        """Whether an environment without a known way has come to the nearest known place, or knows none."""
+        """Whether an environment without a known route is at the nearest known place, or has no known place."""
         way, unknown = self._ways[row], self.outlook[row].kind != "known"
         way.beyond = unknown and (way.beyond or way.aim in (way.at, -1))
         return way.beyond
 
     def aim(self, here: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """Return the subgoals once the environments are located."""
+        """Return the subgoals of environments that have been located."""
         aims, self.outlook = torch.empty_like(here), []
         for row, way in enumerate(self._ways):
             goal = min(way.goals, key=lambda each: float((here[row] - each.to(here)).norm()))
@@ -158,9 +158,9 @@ class LandmarkGuide:
         return aims
 
     def locate(self, here: Float[Tensor, "B D"], followed: Plan | None, blocks: int) -> list[int]:
-        """Locate the environments; return the landmark of each, -1 where it is at no known place.
+        """Locate the environments; return the landmark of each, or -1 if it is at no known place.
 
-        `followed` is the plan that led here, of which so many blocks were taken.
+        `followed` is the plan that led here; `blocks` of its blocks were executed.
         """
         self.events = [""] * len(here)
         if followed is not None:
@@ -180,7 +180,7 @@ class LandmarkGuide:
         return [way.at for way in self._ways]
 
     def _judge(self, followed: Plan) -> None:
-        """Note which plans were predicted not to arrive at the landmark that they aimed at."""
+        """Record which plans were predicted not to arrive at their landmark."""
         for row, way in enumerate(self._ways):
             if way.aim >= 0:
                 aim = self.graph.latents[way.aim].to(followed.latents)
@@ -188,9 +188,9 @@ class LandmarkGuide:
                 way.vain = gap > self.config.arrival
 
     def _notice(self, here: Float[Tensor, "B D"], predicted: Float[Tensor, "B D"], check: Check) -> None:
-        """Note which worlds have changed: the prediction lies among known places, but the observation does not.
+        """Record which worlds have changed: the prediction is close to known places, but the observation is not.
 
-        A step that a wall has stopped also misses its prediction, but along known places.
+        A step that a wall stopped also misses its prediction, but stays close to known places.
         """
         assert self.config.surprise is not None
         shifts = here - predicted
@@ -209,9 +209,9 @@ class LandmarkGuide:
             way.route, way.at, way.best, way.waited, way.careful = None, -1, np.inf, 0, False
 
     def _looks(self, goals: list[Tensor], shift: Float[Tensor, "D"]) -> list[Tensor]:
-        """Return how a goal may look now that its world has changed: its first appearance, and the latest others.
+        """Return the possible appearances of a goal after its world changed: the first one, and the latest others.
 
-        Appearances that hardly differ from another are left out; otherwise each change would double their number.
+        Appearances that are very similar to another are left out; otherwise each change would double their number.
         """
         looks = list(goals)
         for goal in goals:
@@ -245,7 +245,7 @@ class LandmarkGuide:
         return self._next(way), outlook
 
     def _watch(self, row: int, way: _Way) -> None:
-        """Note progress; without progress for too long, mark the current edge as failed and find another way."""
+        """Track progress; without progress for too long, mark the current edge as failed and find another route."""
         assert way.route is not None
         blocks = float(way.route.blocks[way.at])
         vain, way.vain = way.vain and way.aim == self._next(way), False
@@ -267,12 +267,12 @@ class LandmarkGuide:
         way.best = np.inf
 
     def _next(self, way: _Way) -> int:
-        """Return the landmark to aim at on a known way."""
+        """Return the landmark to aim at on a known route."""
         assert way.route is not None
         return way.route.ahead(way.at, 1 if way.careful else self.config.hops)
 
     def _nearest_reachable(self, way: _Way, goal: Float[Tensor, "D"]) -> int | None:
-        """Return the landmark nearest to the goal among those that can be reached from here."""
+        """Return the next landmark toward the reachable landmark that is nearest to the goal."""
         if way.at < 0:
             return None
         gaps = (self.graph.latents - goal.cpu()).norm(dim=1).numpy()

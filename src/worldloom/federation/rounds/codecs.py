@@ -90,11 +90,6 @@ class Codec(Component):
 CODECS: Registry[type[Codec]] = Registry("codec")
 
 
-def bytes_of(payload: Mapping[str, Tensor]) -> int:
-    """Return the size of a payload's tensors in bytes, without names and signatures."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in payload.values())
-
-
 @CODECS.register("float32")
 class Float32(Codec):
     """Single precision, without compression."""

@@ -66,10 +66,6 @@ class RoundStore:
             raise StorageError(f"the contribution of {owner} to round {number} is not at {path}; restore it")
         return partial(_tensor, path)
 
-    def owners(self, number: int) -> list[str]:
-        """Return the owners with stored contributions to a round."""
-        return sorted(path.stem for path in self.message(number, "x").parent.glob("*.msg"))
-
     def _stem(self, folder: str, number: int) -> Path:
         return self.path / folder / f"{number:05d}"
 

@@ -27,6 +27,7 @@ from typing import Any, Protocol, runtime_checkable
 from worldloom.core.errors import ConfigError, DataError, TrainingError
 from worldloom.core.extras import missing_extra
 from worldloom.core.files import exclusive_lock, storage_errors
+from worldloom.core.signing import write_key
 from worldloom.federation.transport import flower_process as child
 from worldloom.federation.transport.keys import Tls
 from worldloom.federation.transport.messages import Handler, Reply
@@ -531,8 +532,7 @@ class _Node:
         shared = self._home / "tasks.secret"
         with storage_errors(shared):
             shared.unlink(missing_ok=True)
-            with os.fdopen(os.open(shared, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(self._shared)
+        write_key(shared, self._shared)
         port = _free_port()
         self._address = f"127.0.0.1:{port}"
         self._process = _Process(

@@ -6,7 +6,6 @@ These keys only authenticate connections. A message is authenticated by the send
 
 import datetime
 import ipaddress
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.files import storage_errors
+from worldloom.core.signing import write_key
 
 _SKEW = datetime.timedelta(hours=1)  # so that a node with a clock that is behind accepts a new certificate
 _CA_DAYS = 3650
@@ -45,15 +45,14 @@ def make_node_keys(folder: Path | str, name: str) -> Path:
     paths = Path(folder) / f"{name}.ssh", Path(folder) / f"{name}.ssh.pub"
     _refuse_existing(*paths)
     secret = ec.generate_private_key(ec.SECP384R1())
-    _write(
+    write_key(
         paths[0],
         secret.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
         ),
-        mode=0o600,
     )
     public = secret.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    _write(paths[1], public + f" {name}\n".encode())
+    write_key(paths[1], public + f" {name}\n".encode(), mode=0o644)
     return paths[1]
 
 
@@ -84,8 +83,8 @@ def make_tls(folder: Path | str, hosts: Sequence[str] = ("localhost", "127.0.0.1
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
         .sign(signer, SHA384())
     )
-    _write(made.secret, _pem(secret), mode=0o600)
-    _write(made.certificate, certificate.public_bytes(serialization.Encoding.PEM))
+    write_key(made.secret, _pem(secret))
+    write_key(made.certificate, certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
     return made
 
 
@@ -114,8 +113,8 @@ def _authority(certificate: Path, secret: Path) -> tuple[Any, Any]:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(signer.public_key()), critical=False)
         .sign(signer, SHA384())
     )
-    _write(secret, _pem(signer), mode=0o600)
-    _write(certificate, known.public_bytes(serialization.Encoding.PEM))
+    write_key(secret, _pem(signer))
+    write_key(certificate, known.public_bytes(serialization.Encoding.PEM), mode=0o644)
     return signer, known
 
 
@@ -163,12 +162,3 @@ def _refuse_existing(*paths: Path) -> None:
     for path in paths:
         if path.exists():
             raise StorageError(f"{path} exists already; keys are never overwritten. Choose another folder or name")
-
-
-def _write(path: Path, content: bytes, *, mode: int = 0o644) -> None:
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The mode is set on creation, so that other users can never open a secret.
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(file, "wb") as opened:
-            opened.write(content)

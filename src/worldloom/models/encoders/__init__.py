@@ -1,4 +1,4 @@
-"""Encoders: observations to latents. A new one is one file here and a registered `EncoderConfig`."""
+"""Encoders from observations to latents. To add one, add a file here with a registered `EncoderConfig`."""
 
 from worldloom.models.encoders.encoder import ENCODERS, EncoderConfig, EncoderField
 from worldloom.models.encoders.fusion import Fusion, default_encoder

@@ -1,4 +1,4 @@
-"""What an encoder is, and the names that a configuration may use for one."""
+"""The interface of encoders, and the registry of their names."""
 
 from abc import abstractmethod
 from typing import Annotated
@@ -14,42 +14,42 @@ from worldloom.data import Statistics
 
 
 class EncoderConfig(Component):
-    """Builds a module that maps `Observations` with one leading axis R to latents (R, D).
+    """The configuration of an encoder, a module that maps `Observations` with one leading axis R to latents (R, D).
 
-    The model adds the batch norm at the output. Whatever the module needs from the statistics must be a buffer,
-    so that a checkpoint holds it.
+    The model adds the batch norm at the output. Values that the module needs from the statistics must be buffers, so
+    that checkpoints contain them.
     """
 
     @abstractmethod
     def build(self, observation: ObservationSpec, statistics: Statistics, latent_dim: int) -> nn.Module:
-        """Build the module; its parameters are drawn from PyTorch's default generator, seeded by the caller.
+        """Build the module. PyTorch's default generator, which the caller seeds, samples its parameters.
 
         Raises:
-            ConfigError: the observation holds nothing that this encoder reads.
+            ConfigError: the observation has no input for this encoder.
         """
 
 
 ENCODERS: Registry[type[EncoderConfig]] = Registry("encoder")
 
-# The field type of a configuration that holds an encoder: read by name, written whole.
+# The field type for an encoder in a configuration: `name` selects the class, and all options are written.
 EncoderField = Annotated[SerializeAsAny[EncoderConfig], BeforeValidator(component_of(ENCODERS))]
 
 
 def pixel_statistics(name: str, observation: ObservationSpec, statistics: Statistics) -> tuple[Tensor, Tensor]:
-    """Return the pixels' mean and std, or raise `ConfigError` where there are no pixels."""
+    """Return the pixels' mean and std, or raise `ConfigError` if there are no pixels."""
     if observation.pixels is None or statistics.pixel_mean is None or statistics.pixel_std is None:
         raise ConfigError(
-            f"encoder {name!r} reads pixels and the observation holds none; use encoder 'vector' "
+            f"encoder {name!r} needs pixels, but the observation has none; use encoder 'vector' "
             f"(model.encoder.name=vector)"
         )
     return statistics.pixel_mean, statistics.pixel_std
 
 
 def vector_statistics(name: str, observation: ObservationSpec, statistics: Statistics) -> tuple[Tensor, Tensor]:
-    """Return the vector's mean and std, or raise `ConfigError` where there is no vector."""
+    """Return the vector's mean and std, or raise `ConfigError` if there is no vector."""
     if not observation.vector or statistics.vector_mean is None or statistics.vector_std is None:
         raise ConfigError(
-            f"encoder {name!r} reads a vector and the observation holds none; use encoder 'patch-conv' "
+            f"encoder {name!r} needs a vector, but the observation has none; use encoder 'patch-conv' "
             f"(model.encoder.name=patch-conv)"
         )
     return statistics.vector_mean, statistics.vector_std

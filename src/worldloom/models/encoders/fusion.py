@@ -1,4 +1,4 @@
-"""An encoder of pixels and a vector together."""
+"""An encoder of observations with both pixels and a vector."""
 
 from typing import Literal
 
@@ -15,7 +15,7 @@ from worldloom.models.encoders.vector import VectorMLP
 
 @ENCODERS.register("fusion")
 class Fusion(EncoderConfig):
-    """Two encoders side by side, their outputs concatenated and projected."""
+    """An encoder that runs one encoder on pixels and one on the vector, and projects their concatenated outputs."""
 
     name: Literal["fusion"] = "fusion"
     pixels: EncoderField = PatchConv()
@@ -28,7 +28,7 @@ class Fusion(EncoderConfig):
 
 
 class FusionEncoder(nn.Module):
-    """The module of `Fusion`."""
+    """The module that `Fusion` builds."""
 
     def __init__(self, pixels: nn.Module, vector: nn.Module, *, latent_dim: int) -> None:
         super().__init__()
@@ -36,14 +36,14 @@ class FusionEncoder(nn.Module):
         self.project = nn.Linear(2 * latent_dim, latent_dim)
 
     def forward(self, observations: Observations) -> Float[Tensor, "R D"]:
-        """Encode frames and vectors."""
+        """Encode pixels and vectors."""
         both = torch.cat([self.pixels(observations), self.vector(observations)], dim=-1)
         latents: Tensor = self.project(torch.relu(both))
         return latents
 
 
 def default_encoder(observation: ObservationSpec) -> EncoderConfig:
-    """Return the encoder that suits what is observed, on a CPU."""
+    """Return the default encoder for an observation, chosen for CPUs."""
     if observation.pixels is None:
         return VectorMLP()
     return Fusion() if observation.vector else PatchConv()

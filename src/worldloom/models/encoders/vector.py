@@ -15,7 +15,7 @@ from worldloom.models.perceptron import MLP, Activation, Norm
 
 @ENCODERS.register("vector")
 class VectorMLP(EncoderConfig):
-    """Multi-layer perceptron over the standardised vector."""
+    """A multilayer perceptron on the standardised vector."""
 
     name: Literal["vector"] = "vector"
     hidden: tuple[int, ...] = (256, 256)
@@ -25,7 +25,7 @@ class VectorMLP(EncoderConfig):
     def build(self, observation: ObservationSpec, statistics: Statistics, latent_dim: int) -> nn.Module:
         """Build the module."""
         mean, std = vector_statistics(self.name, observation, statistics)
-        # An element that varies by rounding alone keeps about its own scale instead of turning into noise.
+        # An element that varies only by rounding keeps about its own scale instead of becoming amplified noise.
         constant = std <= 1e-4 * mean.abs() + 1e-6
         standardise = Standardise(mean, torch.where(constant, mean.abs().clamp_min(1), std))
         mlp = MLP((len(mean), *self.hidden, latent_dim), norm=self.norm, activation=self.activation)
@@ -33,14 +33,14 @@ class VectorMLP(EncoderConfig):
 
 
 class VectorEncoder(nn.Module):
-    """The module of `VectorMLP`."""
+    """The module that `VectorMLP` builds."""
 
     def __init__(self, standardise: Standardise, mlp: MLP) -> None:
         super().__init__()
         self.standardise, self.mlp = standardise, mlp
 
     def forward(self, observations: Observations) -> Float[Tensor, "R D"]:
-        """Encode vectors; any pixels beside them are not read."""
+        """Encode vectors; pixels in the observations are ignored."""
         assert observations.vector is not None
         latents: Tensor = self.mlp(self.standardise(observations.vector.to(torch.float32)))
         return latents

@@ -17,7 +17,7 @@ from worldloom.models.normalisation import PixelNormalisation
 
 @ENCODERS.register("vit")
 class ViT(EncoderConfig):
-    """Pre-norm transformer over patches, averaged at its end."""
+    """A pre-norm transformer on patches, with mean pooling at the end."""
 
     name: Literal["vit"] = "vit"
     patch: int = Field(default=8, ge=1)
@@ -29,7 +29,7 @@ class ViT(EncoderConfig):
     @model_validator(mode="after")
     def _check(self) -> "ViT":
         if self.width % self.heads or self.width % 4:
-            raise ValueError(f"width must be a multiple of heads ({self.heads}) and of 4; got {self.width}")
+            raise ValueError(f"'width' must be a multiple of 'heads' ({self.heads}) and of 4; got {self.width}")
         return self
 
     def build(self, observation: ObservationSpec, statistics: Statistics, latent_dim: int) -> nn.Module:
@@ -39,7 +39,7 @@ class ViT(EncoderConfig):
 
 
 class ViTEncoder(nn.Module):
-    """The module of `ViT`."""
+    """The module that `ViT` builds."""
 
     positions: Tensor
 
@@ -58,7 +58,7 @@ class ViTEncoder(nn.Module):
         self.out = nn.Linear(config.width, latent_dim)
 
     def forward(self, observations: Observations) -> Float[Tensor, "R D"]:
-        """Encode frames; any vector beside them is not read."""
+        """Encode pixels; a vector in the observations is ignored."""
         assert observations.pixels is not None
         tokens = self.embed(self.normalise(observations.pixels)).flatten(2).transpose(1, 2) + self.positions
         latents: Tensor = self.out(self.norm(self.blocks(tokens)).mean(1))
@@ -66,9 +66,9 @@ class ViTEncoder(nn.Module):
 
 
 def sincos_positions(rows: int, columns: int, width: int) -> Float[Tensor, "L W"]:
-    """Return fixed positions: sines and cosines of the row in one half of the width, of the column in the other.
+    """Return fixed position embeddings: sines and cosines of the row in the first half, of the column in the second.
 
-    `width` is a multiple of 4. Source: Vaswani et al. 2017, in two dimensions.
+    `width` must be a multiple of 4. Source: Vaswani et al. 2017, extended to two dimensions.
     """
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(width // 4) / (width // 4))
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")

@@ -1,4 +1,4 @@
-"""Losses of training: one module each. A new one is one file here and a registered `LossConfig`."""
+"""Training losses, one module each. To add one, add a file here with a registered `LossConfig`."""
 
 from worldloom.models.losses.covariance import Covariance
 from worldloom.models.losses.inverse_dynamics import InverseDynamics

@@ -1,4 +1,4 @@
-"""The action that led from one latent to the next, read back: what keeps the moving body in the latents."""
+"""Inverse dynamics: predicting the action between two latents, which keeps moving objects in the latents."""
 
 from typing import Literal
 
@@ -14,9 +14,9 @@ from worldloom.models.perceptron import MLP
 
 @LOSSES.register("inverse-dynamics")
 class InverseDynamics(LossConfig):
-    """A perceptron from `frames` consecutive latents to the block before the last of them.
+    """The error of a perceptron that predicts the last action block from `frames` consecutive latents.
 
-    Two frames suffice where one frame shows the state; use three for velocities, which no single frame shows.
+    Two frames are enough if a single frame shows the state; use three if velocities matter.
     """
 
     name: Literal["inverse-dynamics"] = "inverse-dynamics"
@@ -29,9 +29,7 @@ class InverseDynamics(LossConfig):
 
 
 class InverseDynamicsLoss(Loss):
-    """The module of `InverseDynamics`: mean squared error in units of the action's variance; 1 is no better than
-    the mean action.
-    """
+    """The module that `InverseDynamics` builds: the mean squared error, as a share of the action's variance."""
 
     def __init__(self, latent_dim: int, block_size: int, frames: int, hidden: tuple[int, ...]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a loss is, and the names that a configuration may use for one."""
+"""The interface of losses, and the registry of their names."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from worldloom.core.registry import Registry
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LossInputs:
-    """What losses are computed from: B windows of N = K+T frames, of this rank.
+    """The inputs of losses: this rank's B windows of N = K+T frames.
 
-    `predictions` are the open-loop ones of the last T frames and `targets` what they should be; `actions` are
-    normalised blocks between frames. `step` seeds what a loss draws, so that all ranks draw the same.
+    `predictions` are open-loop predictions of the last T frames, `targets` their target latents, and `actions` the
+    normalised blocks between frames. `step` seeds the random numbers of a loss, so that all ranks use the same ones.
     """
 
     latents: Float[Tensor, "B N D"]
@@ -31,11 +31,11 @@ Samples = Literal["frame", "pooled", "centred"]
 
 
 def draw_samples(latents: Float[Tensor, "B N D"], samples: Samples) -> Float[Tensor, "M G D"]:
-    """Return what a statistic over a batch is taken of: M samples in each of G groups.
+    """Return the samples of a batch statistic: M samples in each of G groups.
 
-    "frame": the windows are samples, one group for each frame of them. "pooled": every frame of every window is a
-    sample. "centred": pooled, less each window's mean, so that only what changes within a window counts; what is
-    static cannot satisfy the statistic in place of what moves (the slow-feature trap).
+    "frame": each window is a sample, with one group per frame position. "pooled": each frame of each window is a
+    sample. "centred": pooled, minus each window's mean, so that only changes within a window count. Static features
+    then cannot satisfy the statistic in place of moving ones (the slow-feature trap).
     """
     if samples == "centred":
         latents = latents - latents.mean(dim=1, keepdim=True)
@@ -43,15 +43,15 @@ def draw_samples(latents: Float[Tensor, "B N D"], samples: Samples) -> Float[Ten
 
 
 class Loss(nn.Module, ABC):
-    """A scalar of the whole batch over all ranks, see `worldloom.models.distributed`."""
+    """Base class of losses, which return one scalar for the batch of all ranks; see `worldloom.models.distributed`."""
 
     @abstractmethod
     def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
-        """Return the loss, not weighted."""
+        """Return the loss without its weight."""
 
 
 class LossConfig(Component):
-    """Builds a `Loss`; a weight of 0 leaves it out."""
+    """The configuration of a `Loss`; a weight of 0 disables the loss."""
 
     weight: float = Field(default=1.0, ge=0)
 
@@ -61,30 +61,30 @@ class LossConfig(Component):
 
 
 class Formula(LossConfig):
-    """A loss without parameters: its configuration computes it."""
+    """The configuration of a loss without parameters, which also computes the loss."""
 
     def build(self, *, latent_dim: int, block_size: int) -> Loss:
-        """Build the module, whatever the sizes."""
+        """Build the module; `sizes` are not used."""
         return FormulaLoss(self)
 
     @abstractmethod
     def compute(self, inputs: LossInputs) -> Float[Tensor, ""]:
-        """Return the loss, not weighted; see `Loss`."""
+        """Return the unweighted loss; see `Loss`."""
 
 
 class FormulaLoss(Loss):
-    """The module of a `Formula`."""
+    """The `nn.Module` that evaluates a `Formula`."""
 
     def __init__(self, formula: Formula) -> None:
         super().__init__()
         self.formula = formula
 
     def forward(self, inputs: LossInputs) -> Float[Tensor, ""]:
-        """Return the loss, not weighted."""
+        """Return the loss without its weight."""
         return self.formula.compute(inputs)
 
 
 LOSSES: Registry[type[LossConfig]] = Registry("loss")
 
-# The field type of a configuration that holds a loss: read by name, written whole.
+# The field type for a loss in a configuration: `name` selects the class, and all options are written.
 LossField = Annotated[SerializeAsAny[LossConfig], BeforeValidator(component_of(LOSSES))]

@@ -14,7 +14,7 @@ from worldloom.models.losses.loss import LOSSES, Formula, LossInputs
 class Prediction(Formula):
     """Mean squared error of the open-loop predictions.
 
-    With `stop_gradient` the encoder learns from what it predicts from, not from what is predicted.
+    With `stop_gradient`, the gradient flows to the encoder only through the context frames, not through the targets.
     """
 
     name: Literal["prediction"] = "prediction"

@@ -30,7 +30,7 @@ class SIGReg(Formula):
     samples: Samples = "frame"
 
     def compute(self, inputs: LossInputs) -> Float[Tensor, ""]:
-        """Return the mean statistic; projections are drawn from a generator seeded by the step."""
+        """Return the mean statistic; the step seeds the random projections."""
         spacing = self.limit / (self.knots - 1)
         knots = [index * spacing for index in range(self.knots)]
         # The integrand is even: each half counts twice, and so do all knots but the two at the ends.

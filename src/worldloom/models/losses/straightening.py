@@ -1,4 +1,4 @@
-"""Latent paths that bend little (temporal straightening, after Hénaff et al. 2019)."""
+"""Temporal straightening of latent paths, based on Hénaff et al. 2019."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ from worldloom.models.losses.loss import LOSSES, Formula, LossInputs
 
 @LOSSES.register("straightening")
 class Straightening(Formula):
-    """1 - the cosine between consecutive latent velocities, averaged; needs windows of three frames."""
+    """The mean of 1 - cosine between consecutive latent velocities; needs windows of at least three frames."""
 
     name: Literal["straightening"] = "straightening"
 

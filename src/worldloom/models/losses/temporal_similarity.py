@@ -1,4 +1,4 @@
-"""Latents that change slowly (Sobal et al., arXiv 2211.10831 and 2502.14819)."""
+"""Temporal similarity, which makes latents change slowly (Sobal et al., arXiv 2211.10831 and 2502.14819)."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ from worldloom.models.losses.loss import LOSSES, Formula, LossInputs
 
 @LOSSES.register("temporal-similarity")
 class TemporalSimilarity(Formula):
-    """Mean squared difference of consecutive latents; alone it invites the slow-feature trap."""
+    """The mean squared difference of consecutive latents. Without other losses it favours static features."""
 
     name: Literal["temporal-similarity"] = "temporal-similarity"
 

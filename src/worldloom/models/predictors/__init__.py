@@ -1,4 +1,4 @@
-"""Predictors: latents and actions to future latents. A new one is one file here and a registered config."""
+"""Predictors from latents and actions to future latents. To add one, add a file here with a registered config."""
 
 from worldloom.models.predictors.mlp import MLPPredictor
 from worldloom.models.predictors.predictor import PREDICTORS, Predictor, PredictorConfig, PredictorField

@@ -1,4 +1,4 @@
-"""A residual perceptron over the last latents and blocks."""
+"""A residual perceptron on the last latents and action blocks."""
 
 from typing import Literal
 
@@ -26,7 +26,7 @@ class MLPPredictor(PredictorConfig):
 
 
 class ResidualMLP(Predictor):
-    """The module of `MLPPredictor`."""
+    """The module that `MLPPredictor` builds."""
 
     def __init__(self, latent_dim: int, block_size: int, context: int, config: MLPPredictor) -> None:
         super().__init__()
@@ -40,14 +40,14 @@ class ResidualMLP(Predictor):
         past: Float[Tensor, "B K-1 A"],
         actions: Float[Tensor, "B S T A"],
     ) -> Float[Tensor, "B S T D"]:
-        """Unroll over a sliding history; see `Predictor`."""
+        """Predict step by step from a sliding history; see `Predictor`."""
         candidates = actions.shape[1]
         states, blocks = (
             [part.unsqueeze(1).expand(-1, candidates, -1) for part in known.unbind(1)] for known in (latents, past)
         )
         for block in actions.unbind(2):
             blocks.append(block)
-            # Multiplying each part by its own columns, the shared parts once, was measured to be no faster.
+            # Multiplying the shared parts only once, by their own columns, was not faster in measurements.
             history = torch.cat([*states[-self.context :], *blocks[-self.context :]], dim=-1)
             states.append(states[-1] + self.mlp(history))
         return torch.stack(states[latents.shape[1] :], dim=2)

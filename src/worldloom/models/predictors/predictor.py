@@ -1,4 +1,4 @@
-"""What a predictor is, and the names that a configuration may use for one."""
+"""The interface of predictors, and the registry of their names."""
 
 from abc import ABC, abstractmethod
 from typing import Annotated
@@ -12,7 +12,7 @@ from worldloom.core.registry import Registry
 
 
 class Predictor(nn.Module, ABC):
-    """Unrolls latents open loop; actions arrive normalised."""
+    """Base class of predictors, which predict latents open loop from normalised actions."""
 
     @abstractmethod
     def forward(
@@ -21,18 +21,18 @@ class Predictor(nn.Module, ABC):
         past: Float[Tensor, "B K-1 A"],
         actions: Float[Tensor, "B S T A"],
     ) -> Float[Tensor, "B S T D"]:
-        """Predict the T latents after K known ones for each of S candidates, feeding predictions back."""
+        """Predict the T latents after K known ones for each of S candidates; predictions are fed back as inputs."""
 
 
 class PredictorConfig(Component):
-    """Builds a `Predictor`."""
+    """The configuration of a `Predictor`."""
 
     @abstractmethod
     def build(self, *, latent_dim: int, block_size: int, context: int) -> Predictor:
-        """Build the module; its parameters are drawn from PyTorch's default generator, seeded by the caller."""
+        """Build the module. PyTorch's default generator, which the caller seeds, samples its parameters."""
 
 
 PREDICTORS: Registry[type[PredictorConfig]] = Registry("predictor")
 
-# The field type of a configuration that holds a predictor: read by name, written whole.
+# The field type for a predictor in a configuration: `name` selects the class, and all options are written.
 PredictorField = Annotated[SerializeAsAny[PredictorConfig], BeforeValidator(component_of(PREDICTORS))]

@@ -1,4 +1,4 @@
-"""A small causal transformer over the last latents, for GPUs and long contexts."""
+"""A small causal transformer on the last latents, for GPUs and long contexts."""
 
 from typing import Literal
 
@@ -13,7 +13,7 @@ from worldloom.models.predictors.predictor import PREDICTORS, Predictor, Predict
 
 @PREDICTORS.register("transformer")
 class TransformerPredictor(PredictorConfig):
-    """Each token is a latent together with the block that leaves it; the last token gives z' - z."""
+    """A causal transformer. Each token is a latent with the block after it; the last output is z' - z."""
 
     name: Literal["transformer"] = "transformer"
     depth: int = Field(default=2, ge=1)
@@ -23,7 +23,7 @@ class TransformerPredictor(PredictorConfig):
     @model_validator(mode="after")
     def _check(self) -> "TransformerPredictor":
         if self.width % self.heads:
-            raise ValueError(f"width must be a multiple of heads ({self.heads}); got {self.width}")
+            raise ValueError(f"'width' must be a multiple of 'heads' ({self.heads}); got {self.width}")
         return self
 
     def build(self, *, latent_dim: int, block_size: int, context: int) -> Predictor:
@@ -32,7 +32,7 @@ class TransformerPredictor(PredictorConfig):
 
 
 class CausalTransformer(Predictor):
-    """The module of `TransformerPredictor`."""
+    """The module that `TransformerPredictor` builds."""
 
     def __init__(self, latent_dim: int, block_size: int, context: int, config: TransformerPredictor) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class CausalTransformer(Predictor):
         past: Float[Tensor, "B K-1 A"],
         actions: Float[Tensor, "B S T A"],
     ) -> Float[Tensor, "B S T D"]:
-        """Unroll over a sliding history; see `Predictor`."""
+        """Predict step by step from a sliding history; see `Predictor`."""
         batch, candidates, steps, _ = actions.shape
         context = latents.shape[1]
         shared = latents.unsqueeze(1).expand(-1, candidates, -1, -1)

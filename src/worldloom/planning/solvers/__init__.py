@@ -1,4 +1,4 @@
-"""Solvers: searches for good actions. A new one is one file here and a registered `Solver`."""
+"""Solvers: searches for good actions. To add one, write one file here that registers a `Solver`."""
 
 from worldloom.planning.solvers.adam import Adam
 from worldloom.planning.solvers.cem import CEM

@@ -11,16 +11,16 @@ from worldloom.core.actions import Walk
 from worldloom.planning.problem import PlanningProblem, judged, rank
 from worldloom.planning.solvers.solver import SOLVERS, Solution, Solver, better_of, start
 
-_MOST = 1e3  # of a violation in the Lagrangian: what cannot be judged has an infinite one
+_MOST = 1e3  # cap on a violation in the Lagrangian, because one that cannot be judged is infinite
 
 
 @SOLVERS.register("adam")
 class Adam(Solver):
-    """Follow the cost's gradient with respect to the actions from several starts, by Adam (Kingma and Ba 2015).
+    """Descend the gradient of the cost with respect to the actions from several starts (Adam, Kingma and Ba 2015).
 
-    Actions are brought back within bounds after each step. The learning rate is in half ranges of an action; it
-    falls to 0 along a line. Guardrails join the cost by an augmented Lagrangian (Hestenes 1969; Powell 1969; for
-    inequalities Rockafellar 1973), each with a multiplier for each start; `stiffness` is its penalty on the square.
+    Actions are clamped to the bounds after each step. The learning rate is in half ranges of an action and falls
+    linearly to 0. Guardrails are added by an augmented Lagrangian (Hestenes 1969; Powell 1969; for inequalities
+    Rockafellar 1973) with one multiplier per guardrail and start; `stiffness` weights the squared violation.
     """
 
     name: Literal["adam"] = "adam"
@@ -34,7 +34,7 @@ class Adam(Solver):
         self, problem: PlanningProblem, *, initial: Float[Tensor, "B I T A"] | None, generator: torch.Generator
     ) -> Solution:
         """Solve; see `Solver`."""
-        # Planning runs in inference mode, whose tensors cannot be differentiated: leave it, with copies.
+        # Planning runs in inference mode, whose tensors cannot be differentiated: leave it and work on copies.
         with torch.inference_mode(False), torch.enable_grad():
             problem = problem.copy()
             given = start(problem, None if initial is None else initial.clone())

@@ -14,12 +14,12 @@ from worldloom.planning.solvers.solver import SOLVERS, Solution, Solver, agree, 
 
 @SOLVERS.register("cem")
 class CEM(Solver):
-    """Draw from a normal distribution, refit it to the elites, repeat (Rubinstein 1999).
+    """Sample from a normal distribution, refit it to the elites, repeat (Rubinstein 1999).
 
-    Deviations are in half ranges of an action. The share `held` of the noise's variance is common to a block's
-    actions: noise that differs at each step averages out and explores little. The share `walks` of the first
-    draw are persistent random walks. Stops early where in all environments the elites agree: every deviation is below
-    `stop_below`, or their costs differ by less than the share `stop_spread` of the best.
+    Deviations are in half ranges of an action. The actions of a block share the fraction `held` of the noise's
+    variance, because noise that is independent at each step averages out and explores little. The fraction `walks` of
+    the first samples are persistent random walks. The search stops early if the elites agree in all environments: every
+    deviation is below `stop_below`, or their costs differ by less than the fraction `stop_spread` of the best.
     """
 
     name: Literal["cem"] = "cem"

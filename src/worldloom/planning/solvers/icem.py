@@ -15,10 +15,10 @@ from worldloom.planning.solvers.solver import SOLVERS, Solution, Solver, agree, 
 class ICEM(Solver):
     """CEM with coloured noise along time, fewer samples in each iteration, kept elites and momentum.
 
-    `colour` is the exponent b of the noise's power spectrum 1 / f^b: 0 is white, 2 is brown. Each iteration
-    draws `decay` times fewer samples; the share `kept_elites` of the elites stands in the next draw; `momentum`
-    is the share of the old mean and deviation that stays. Deviations are in half ranges of an action. Stops early
-    where in all environments the elites agree: their costs differ by less than the share `stop_spread` of the best.
+    `colour` is the exponent b of the noise's power spectrum 1 / f^b: 0 is white, 2 is brown. Each iteration has
+    `decay` times fewer samples. The fraction `kept_elites` of the elites joins the next samples, and the fraction
+    `momentum` of the old mean and deviation is kept. Deviations are in half ranges of an action. The search stops early
+    if the costs of the elites differ by less than the fraction `stop_spread` of the best in all environments.
     """
 
     name: Literal["icem"] = "icem"
@@ -68,7 +68,8 @@ class ICEM(Solver):
 def colouring_matrix(steps: int, exponent: float) -> Float[Tensor, "L N"]:
     """Return the matrix that turns rows of white noise into noise of unit variance with spectrum 1 / f^exponent.
 
-    Twice as long as is used, so that the end does not lean on the beginning (Timmer and Koenig 1995).
+    The noise is generated at twice the length, so that its end does not correlate with its beginning (Timmer and
+    Koenig 1995).
     """
     frequency = torch.fft.rfftfreq(2 * steps)
     frequency[0] = frequency[1]

@@ -15,10 +15,10 @@ from worldloom.planning.solvers.solver import SOLVERS, Solution, Solver, better_
 class MPPI(Solver):
     """Move the plan by the noise of the samples, weighted by exp(-cost / temperature).
 
-    The paper's information-theoretic form: u <- u + sum_k w_k e_k with w = softmax(-(S + control u' Sigma^-1 e) /
-    temperature). The temperature is in standard deviations of the costs of one draw, so that it does not depend
-    on their unit; so is `control`. The noise's deviation, in half ranges of an action, is multiplied by `decay` in each
-    iteration; the share `held` of its variance is common to a block's actions.
+    This is the paper's information-theoretic form: u <- u + sum_k w_k e_k with w = softmax(-(S + control u' Sigma^-1 e)
+    / temperature). `temperature` and `control` are in standard deviations of the costs of one iteration, so they do not
+    depend on the unit of the cost. The noise's deviation, in half ranges of an action, is multiplied by `decay` in each
+    iteration; the actions of a block share the fraction `held` of its variance.
     """
 
     name: Literal["mppi"] = "mppi"
@@ -47,7 +47,7 @@ class MPPI(Solver):
             candidates = problem.project(plan[:, None] + noise)
             cost = problem.evaluate(candidates)
             best = better_of(best, candidates, cost)
-            taken = candidates - plan[:, None]  # the noise that the bounds let through
+            taken = candidates - plan[:, None]  # the noise that remains after clamping to the bounds
             control = ((plan - middle)[:, None] * taken / sigma.square()).sum((-2, -1))
             weights = torch.softmax(
                 -((cost - best.cost[:, None]) / spread(cost) + self.control * control) / self.temperature, 1

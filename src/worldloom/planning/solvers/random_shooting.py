@@ -14,7 +14,7 @@ from worldloom.planning.solvers.solver import SOLVERS, Solution, Solver, better_
 
 @SOLVERS.register("random-shooting")
 class RandomShooting(Solver):
-    """Evaluate persistent random walks once and take the best."""
+    """Evaluate persistent random walks once and return the best."""
 
     name: Literal["random-shooting"] = "random-shooting"
     samples: int = Field(default=256, ge=1)

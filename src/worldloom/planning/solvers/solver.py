@@ -1,4 +1,4 @@
-"""What a solver is, and the few lines that all of them share."""
+"""The base class of solvers, and the helpers that they share."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -16,38 +16,38 @@ from worldloom.planning.problem import FORBIDDEN, PlanningProblem
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """The chosen actions of each environment, and their cost in the solver's own measure."""
+    """The chosen actions of each environment, and their cost as the solver measures it."""
 
     actions: Float[Tensor, "B T A"]
     cost: Float[Tensor, "B"]
 
 
 class Solver(Component):
-    """A search for good actions: its own configuration, and a pure function of problem and generator.
+    """A search for good actions: a configuration with a method `solve`, which depends only on problem and generator.
 
-    A new solver is one file: subclass, `solve`, and `@SOLVERS.register(name)`.
+    To add a solver, write one file with a subclass, its `solve` and `@SOLVERS.register(name)`.
     """
 
     @abstractmethod
     def solve(
         self, problem: PlanningProblem, *, initial: Float[Tensor, "B I T A"] | None, generator: torch.Generator
     ) -> Solution:
-        """Return actions within the problem's bounds, in the solver's measure never worse than any of `initial`."""
+        """Return actions within the bounds; by the solver's measure, they are never worse than any of `initial`."""
 
 
 SOLVERS: Registry[type[Solver]] = Registry("solver")
 
-# The field type of a configuration that holds a solver: read by name, written whole.
+# The type of a configuration field with a solver: read by name, written in full.
 SolverField = Annotated[SerializeAsAny[Solver], BeforeValidator(component_of(SOLVERS))]
 
 
 def pick(candidates: Float[Tensor, "B S T A"], index: Tensor) -> Float[Tensor, "B K T A"]:
-    """Return the candidates with these places (B, K)."""
+    """Return the candidates at the places `index` (B, K)."""
     return candidates[torch.arange(len(index), device=index.device)[:, None], index]
 
 
 def better_of(best: Solution | None, candidates: Float[Tensor, "B S T A"], cost: Float[Tensor, "B S"]) -> Solution:
-    """Return the best so far, or the best of the candidates where that is better."""
+    """Return the better of `best` and the best candidate, for each environment."""
     lowest, index = cost.min(dim=1)
     actions = pick(candidates, index[:, None])[:, 0]
     if best is None:
@@ -59,16 +59,16 @@ def better_of(best: Solution | None, candidates: Float[Tensor, "B S T A"], cost:
 
 
 def agree(costs: Float[Tensor, "B K"], share: float) -> bool:
-    """Whether in every environment the elites' ascending costs differ by less than `share` of the best; never for 0.
+    """Whether the elites' ascending costs differ by less than `share` of the best in every environment; never for 0.
 
-    Elites of which one breaks a guardrail do not agree yet.
+    Elites do not agree if one of them breaks a guardrail.
     """
     settled = (costs[:, -1] - costs[:, 0] < share * costs[:, 0].abs()) & (costs[:, -1] <= FORBIDDEN)
     return share > 0 and bool(settled.all())
 
 
 def spread(costs: Float[Tensor, "B S"]) -> Float[Tensor, "B 1"]:
-    """Return the standard deviation of the costs of what may be followed; of all finite ones where nothing may."""
+    """Return the standard deviation of the costs of allowed candidates, or of all finite costs if none is allowed."""
     allowed = costs <= FORBIDDEN
     counted = torch.where(allowed.any(dim=1, keepdim=True), allowed, costs.isfinite())
     number = counted.sum(dim=1, keepdim=True).clamp_min(2)
@@ -80,7 +80,7 @@ def spread(costs: Float[Tensor, "B S"]) -> Float[Tensor, "B 1"]:
 
 
 def start(problem: PlanningProblem, initial: Float[Tensor, "B I T A"] | None) -> Float[Tensor, "B _ T A"]:
-    """Return the initial candidates, projected; the middle of the bounds if there are none."""
+    """Return the projected initial candidates; without any, the middle of the bounds."""
     if initial is not None and initial.shape[1]:
         return problem.project(initial)
     middle = (problem.bounds.low + problem.bounds.high) / 2
@@ -90,7 +90,7 @@ def start(problem: PlanningProblem, initial: Float[Tensor, "B I T A"] | None) ->
 def held_noise(
     problem: PlanningProblem, samples: int, held: float, generator: torch.Generator
 ) -> Float[Tensor, "B S T A"]:
-    """Return normal noise of unit variance, of which the share `held` is common to a block's actions."""
+    """Return normal noise of unit variance; the actions of a block share the fraction `held` of its variance."""
     spec = problem.model.spec
     axes = (problem.batch, samples, problem.horizon)
     each = torch.randn(*axes, spec.block, spec.action.size, generator=generator, device=problem.device)

@@ -1,4 +1,4 @@
-"""Two-sided search in imagination."""
+"""Two-sided search in the model's predictions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from worldloom.planning.problem import FORBIDDEN, PlanningProblem, rank
 from worldloom.planning.solvers.cem import CEM
 from worldloom.planning.solvers.solver import SOLVERS, Solution, Solver, SolverField, better_of
 
-# Pairs of nodes scored at a time on a CPU: their scores stay in its cache.
+# The number of node pairs that are scored at a time on a CPU, so that their scores fit its cache.
 _CPU_PAIRS = 2**20
 
 
@@ -27,20 +27,20 @@ Weight = Annotated[float, Field(gt=0)]
 
 @SOLVERS.register("tree-search")
 class TreeSearch(Solver):
-    """Imagine walks from the state and walks from the goal, and join the two that nearly meet.
+    """Imagine walks from the state and walks from the goal, and join two that nearly meet.
 
-    A pair of nodes costs the steps to the one, the steps from the other to the goal, and a weight times the squared
-    latent gap between them in typical step lengths. The branch from the goal is walked in reverse, its actions read
-    off its latents by inverse dynamics. Where the measured geometry says that dynamics cannot be reversed, all
-    branches start from the state.
+    The cost of a pair of nodes is the steps from the state to its first node, plus the steps from its second node to
+    the goal, plus a weight times the squared latent gap between them, in typical step lengths. The branch from the goal
+    is walked in reverse, with actions that inverse dynamics compute from its latents. If the measured geometry says
+    that dynamics cannot be reversed, all branches start from the state.
 
-    For each of `gap_weights` the best pairs of `checked` different branches, and the initial candidates, are rolled
-    out whole: a join through a wall, or a step that cannot be undone, is seen before it is taken. The plan is the
-    one that comes nearest in the fewest steps (by the first weight), cut where it does. A plan is as long as the
-    horizon: each side goes half of it. Branches end where they break a guardrail; a plan is judged with its rest.
+    For each of `gap_weights`, the best pairs of `checked` different branches are rolled out completely, and so are the
+    initial candidates. This detects a join through a wall, or a step that cannot be undone. The plan is the one that
+    comes nearest to the goal in the fewest steps (by the first weight), cut at its nearest state. Each side covers half
+    of the horizon. Branches end where they break a guardrail; guardrails judge the plan with its padding.
 
-    States nearer to the goal than `near` step lengths are left to `near_solver`, over at most `near_horizon`
-    blocks. The cost is in blocks; near the goal it is the objective's.
+    If a state is nearer to the goal than `near` step lengths, `near_solver` plans over at most `near_horizon` blocks.
+    The cost is in blocks; near the goal it is the objective's cost.
     """
 
     name: Literal["tree-search"] = "tree-search"
@@ -58,12 +58,13 @@ class TreeSearch(Solver):
         """Solve; see `Solver`.
 
         Raises:
-            PlanningError: the objective has no goal, or the planner was given no geometry.
+            PlanningError: the objective has no goal, or the planner has no geometry.
         """
         geometry = problem.geometry
         if geometry is None:
             raise PlanningError(
-                "tree search needs to know the latent space: give the planner what measure_geometry(...) returns"
+                "tree search needs the latent geometry; pass the result of measure_geometry(...) to the planner as "
+                "'geometry'"
             )
         if initial is None:
             initial = problem.latents.new_empty(problem.batch, 0, problem.horizon, len(problem.bounds.low))
@@ -113,7 +114,7 @@ class TreeSearch(Solver):
         plans, lengths = _assemble(forward, backward, joins, geometry, problem)
         plans = torch.cat([plans, initial], dim=1)
         lengths = torch.cat([lengths, torch.full_like(lengths[:, :1], problem.horizon).expand(-1, initial.shape[1])], 1)
-        # Roll the plans out whole: the cost is that of the best place to stop.
+        # Roll out the complete plans: the cost is that of the best place to stop.
         longest = int(lengths.max())
         latents = problem.imagine(problem.context, plans[:, :, :longest])
         steps = torch.arange(1, longest + 1, device=lengths.device)
@@ -146,7 +147,7 @@ class _Tree:
     root: Float[Tensor, "B D"]
     latents: Float[Tensor, "B N H D"]
     actions: Float[Tensor, "B N H A"]
-    broken: Bool[Tensor, "B N H"]  # where a guardrail is, here or before on the branch
+    broken: Bool[Tensor, "B N H"]  # whether a guardrail is broken at this node or before it on the branch
 
     @classmethod
     def bare(cls, root: Float[Tensor, "B D"]) -> "_Tree":
@@ -160,12 +161,12 @@ class _Tree:
 
     @property
     def steps(self) -> Float[Tensor, "B M"]:
-        """The steps to each node; more than any plan takes where a guardrail is broken on the way."""
+        """The steps to each node; more than any plan has if a guardrail is broken on the way."""
         along = torch.arange(1, self.latents.shape[2] + 1, device=self.root.device, dtype=self.root.dtype)
         return functional.pad(torch.where(self.broken, FORBIDDEN, along).flatten(1), (1, 0))
 
     def locate(self, node: Int[Tensor, "B K"]) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B K"]]:
-        """Return the branch and the steps of each node; the root counts as 0 steps along branch 0."""
+        """Return the branch and the number of steps of each node; the root is at 0 steps on branch 0."""
         depth = max(1, self.latents.shape[2])
         place = (node - 1).clamp_min(0)
         return place // depth, torch.where(node > 0, place % depth + 1, 0)
@@ -176,8 +177,8 @@ def _best_joins(
 ) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B K"]]:
     """Return, for each scale, the cheapest pair of each of the `count` best forward branches, as node numbers.
 
-    A cost is steps + steps + scale |f - b|^2, expanded so that one matrix product serves all scales, and one
-    minimum over the goal's side each.
+    A cost is steps + steps + scale |f - b|^2. It is expanded so that all scales share one matrix product; each scale
+    needs one minimum over the nodes of the goal's side.
     """
     ours, theirs = forward.nodes, backward.nodes
     ours_squared, theirs_squared = ours.square().sum(-1), theirs.square().sum(-1)[:, None]
@@ -195,7 +196,7 @@ def _best_joins(
     for found, scale in zip(minima, scales, strict=True):
         lowest, partner = (torch.cat(column) for column in zip(*found, strict=True))
         cost = lowest + scale * ours_squared + forward.steps
-        # The best node of each branch; the root stands for itself.
+        # The best node of each branch; the root is a branch of its own.
         along, step = cost[:, 1:].unflatten(1, (branches, depth)).min(-1)
         node = functional.pad(first + step, (1, 0))
         best = torch.cat([cost[:, :1], along], dim=1).topk(min(count, 1 + branches), dim=1, largest=False).indices
@@ -212,7 +213,7 @@ def _assemble(
     geometry: LatentGeometry,
     problem: PlanningProblem,
 ) -> tuple[Float[Tensor, "B K T A"], Int[Tensor, "B K"]]:
-    """Return the plan through each pair of nodes and its length: out along one branch, home along the other."""
+    """Return the plan through each pair of nodes, and its length: out along one branch, back along the other."""
     row = torch.arange(problem.batch, device=problem.device)[:, None]
     branch, out = forward.locate(joins[0])
     depth = forward.actions.shape[2]
@@ -236,7 +237,7 @@ def _assemble(
 def _rest_after(
     plans: Float[Tensor, "*axes T A"], length: Int[Tensor, "*axes"], problem: PlanningProblem
 ) -> Float[Tensor, "*axes T A"]:
-    """Return the plans with the actions nearest to zero after their lengths."""
+    """Return the plans with the actions nearest to zero from their lengths on."""
     rest = problem.project(torch.zeros_like(problem.bounds.low))
     over = torch.arange(plans.shape[-2], device=plans.device) >= length[..., None]
     return torch.where(over[..., None], rest, plans)

@@ -74,7 +74,7 @@ def test_a_stranger_and_a_false_key_do_not_sign(tmp_path: Path) -> None:
         read_constitution(path)
     ratify(path, "acme", keys["acme"])
     ratification_path(path, "dora").write_bytes(ratification_path(path, "bolt").read_bytes())
-    with pytest.raises(DataError, match="signed by dora"):
+    with pytest.raises(DataError, match="signed by non-members dora"):
         read_constitution(path)
 
 

@@ -464,7 +464,7 @@ def test_a_node_of_another_model_refuses_and_the_round_goes_on_without_it(tmp_pa
     records = Records(tmp_path / "rounds" / "ledger.jsonl")
     (refusal,) = [entry.body["facts"] for entry in records.entries("refusal")]
     assert refusal["owner"] == "south"
-    assert "expected the same model" in refusal["reason"]
+    assert "of the same model" in refusal["reason"]
     assert {tuple(entry.body["facts"]["weights"]) for entry in records.entries("round")} == {("east", "north")}
 
 

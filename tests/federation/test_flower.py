@@ -122,7 +122,7 @@ def test_the_authority_signs_again_and_only_with_its_own_key(tmp_path: Path) -> 
         path.unlink()
     other = make_tls(tmp_path / "other")
     shutil.copy(other.authority, first.authority)
-    with pytest.raises(DataError, match="is not the key of"):
+    with pytest.raises(DataError, match="is not the secret key of"):
         make_tls(tmp_path)
 
 

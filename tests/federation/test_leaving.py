@@ -204,7 +204,7 @@ def test_a_member_takes_over_from_a_coordinator_that_is_lost(tmp_path: Path) -> 
         succeed(store, tmp_path / "no", consortium.constitution, consortium.keys["east"])
     path = tmp_path / "north takes over"
     assert succeed(store, path, consortium.constitution, consortium.keys["north"]) == 2
-    with pytest.raises(StorageError, match="exists already"):
+    with pytest.raises(StorageError, match="already exists"):
         succeed(store, path, consortium.constitution, consortium.keys["north"])
     nodes = {name: consortium.node(name).handle for name in OWNERS}
     second = Coordinator(

@@ -115,7 +115,9 @@ class Deltas:
         """
         tensor, shape = self.sources[owner](name).detach().cpu().double(), self.shapes[name]
         if tuple(tensor.shape) != tuple(shape):
-            raise DataError(f"tensor {name!r} of {owner!r} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
+            raise DataError(
+                f"tensor {name!r} of {owner!r} has shape {tuple(tensor.shape)}, not {tuple(shape)}; leave {owner!r} out"
+            )
         check_finite(name, tensor, f" of {owner!r}")
         return tensor
 

@@ -57,7 +57,7 @@ class Base:
             check_finite(name, tensor, f" of {what}")
         found = fingerprint(tensors)
         if named is not None and found != named:
-            raise DataError(f"{what} has fingerprint {found[:16]}; expected {named[:16]}")
+            raise DataError(f"{what} has fingerprint {found[:16]}; expected {named[:16]}. Get that base")
         # A read-only view of a copy, so that it cannot change after these checks.
         on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         return cls(tensors=MappingProxyType(on_cpu), fingerprint=found)

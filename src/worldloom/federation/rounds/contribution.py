@@ -97,11 +97,13 @@ def check_facts(message: SignedMessage, number: int, base: str, constitution: Co
             raise DataError(f"the contribution of {message.sender} has {key} {body.get(key)!r}; expected {value!r}")
     if body.get("data_class") not in constitution.classes:
         raise DataError(
-            f"{message.sender} contributes a model trained on {body.get('data_class')} data; the constitution lets "
-            f"only {', '.join(constitution.classes)} data shape the base"
+            f"{message.sender} contributes a model trained on {body.get('data_class')} data; the constitution "
+            f"allows only {', '.join(constitution.classes)} data. Train on allowed data"
         )
     if type(body.get("frames")) is not int or body["frames"] < 0:
-        raise DataError(f"the contribution of {message.sender} needs a number of frames; got {body.get('frames')!r}")
+        raise DataError(
+            f"the contribution of {message.sender} needs an integer 'frames' of 0 or more; got {body.get('frames')!r}"
+        )
 
 
 def check_spent(message: SignedMessage, constitution: Constitution) -> None:
@@ -115,7 +117,7 @@ def check_spent(message: SignedMessage, constitution: Constitution) -> None:
         raise DataError(f"the contribution of {message.sender} needs a mapping 'spent'; got {spent!r}")
     if set(spent) - _SPENT or not all(isinstance(value, int | float | None) for value in spent.values()):
         raise DataError(
-            f"the privacy spent by {message.sender} has unexpected entries; expected numbers for no other keys than "
+            f"the privacy spent by {message.sender} has unexpected entries; expected only numbers with the keys "
             f"{', '.join(sorted(_SPENT))}"
         )
     if constitution.privacy is not None:

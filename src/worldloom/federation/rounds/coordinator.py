@@ -115,7 +115,7 @@ class Coordinator(Closing):
         result, after = self._trial(number, base, group)
         while before and (worse := _growth(before, after)) > self._constitution.quality.max_worse:
             _log.warning("round %d: held-out losses would grow by %.0f%%", number, 100 * worse)
-            reason = f"with it, held-out losses grow by {worse:.1%}"
+            reason = f"held-out losses would grow by {worse:.1%} with it"
             if secure:
                 reason += ", so the base does not change"
                 self.ledger.append("refusal", {"owner": THE_SUM, "reason": reason}, round=number)

@@ -79,7 +79,7 @@ class LocalTraining:
     def fine_tune(self, name: str, base: Base, steps: int, *, frozen: bool = False) -> None:
         """Train a base for some steps for the owner's own use, while the learning rate falls to 0.
 
-        They use the last part of the shared schedule, or a schedule of their own if they are more than its steps.
+        The learning rate follows the last `steps` of the shared schedule, or a longer schedule if `steps` exceeds it.
 
         Raises:
             CheckpointError, TrainingError: see `train`.

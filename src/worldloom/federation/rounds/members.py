@@ -121,7 +121,7 @@ class Members:
         return answers
 
     def mark_present(self, owners: Collection[str], number: int) -> None:
-        """Record in the ledger that members which had left take part again."""
+        """Record in the ledger which of these members had left and have returned."""
         for owner in sorted(self._left.intersection(owners)):
             self._left.discard(owner)
             self._ledger.append("return", {"owner": owner}, round=number)
@@ -175,7 +175,7 @@ class Members:
         if not isinstance(signed, dict) or set(signed) != CHECKPOINT:
             raise DataError("it has no valid checkpoint; run the same version on both sides")
         if checked(signed, self._constitution) != head or signed["key"] != message.key:
-            raise DataError("it countersigned a different ledger from the one that was sent")
+            raise DataError("it countersigned a different ledger from the one that was sent; compare both")
         return message
 
 

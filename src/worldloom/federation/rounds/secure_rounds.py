@@ -63,7 +63,7 @@ def session_of(
 
 
 def lasting(weights: Mapping[str, float], cap: float, least: int) -> dict[str, float]:
-    """Return weights scaled to a largest of 1, such that `cap` holds in every group of `least` or more owners.
+    """Return weights, the largest 1, so that in any group of `least` or more owners no share exceeds `cap`.
 
     Weights are clipped at the highest level for which this is true, so that later dropouts cannot break the cap.
 
@@ -180,7 +180,7 @@ class Transcript:
     def _masked(self, message: SignedMessage) -> bytes:
         if message.body.get("weight") != self.weights.get(message.sender):
             raise DataError(
-                f"{message.sender} has weight {message.body.get('weight')!r}, not the agreed one; leave it out"
+                f"{message.sender} has weight {message.body.get('weight')!r}, not the agreed weight; leave it out"
             )
         row = message.tensors.get("masked")
         if row is None or len(message.tensors) > 1 or row.dtype != torch.int64:
@@ -345,7 +345,7 @@ def reopen(
     """
     survived, done = _facts(records, "survivors", number), _facts(records, "sum", number)
     if survived is None or done is None:
-        raise DataError(f"the ledger has no sum of round {number}, so the next base cannot be recomputed")
+        raise DataError(f"the ledger has no sum of round {number}, so the next base cannot be recomputed; restore it")
     held = _again(path, survived, constitution, number, base)
     _hear_stored(path, held, "unmask", done["unmask"])
     total, _ = held.open()

@@ -239,7 +239,7 @@ def read_constitution(path: Path | str, *, require: Collection[str] | None = Non
             if file.name.startswith(before) and file.name.endswith(after)
         }
     if strangers := sorted(signers - set(constitution.members)):
-        raise DataError(f"{path} is signed by {', '.join(strangers)}, not members; remove their signatures")
+        raise DataError(f"{path} is signed by non-members {', '.join(strangers)}; remove their signatures")
     if missing := sorted(required - signers):
         raise DataError(f"{path} is not signed by {', '.join(missing)}; they must sign it before a round can run")
     for member in sorted(signers):

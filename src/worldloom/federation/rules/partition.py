@@ -12,7 +12,7 @@ from worldloom.core.errors import ConfigError, DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """The names of a state's tensors, each either shared or sovereign; made by `PartitionConfig.split`.
+    """The names of a state's tensors, each either shared or sovereign; create one with `PartitionConfig.split`.
 
     Raises:
         ConfigError: a name appears more than once.

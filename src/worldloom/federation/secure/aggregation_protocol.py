@@ -68,7 +68,9 @@ def split_secret(
     See Shamir 1979. `draw(n)` must return secret uniform integers from 0 to n - 1.
     """
     if not (1 <= threshold <= owners < prime and 0 <= secret < prime):
-        raise ConfigError(f"expected 1 <= threshold <= owners, and a secret below the prime; got {threshold}, {owners}")
+        raise ConfigError(
+            f"expected 1 <= threshold <= owners, and a secret below the prime; got {threshold=}, {owners=}"
+        )
     coefficients = [secret, *(draw(prime) for _ in range(threshold - 1))]
     shares = []
     for point in range(1, owners + 1):
@@ -287,7 +289,7 @@ class Masker:
         there = set(survivors)
         if not there <= set(self._shares) or self.owner not in there:
             raise DataError(
-                f"{sorted(there)} are not survivors: expected {self.owner} and others of {sorted(self._shares)}"
+                f"{sorted(there)} are not survivors: expected {self.owner}, and only names of {sorted(self._shares)}"
             )
         _enough(there, self.session, "sent their deltas")
         return {
@@ -374,12 +376,16 @@ class Unmasker:
         for owner in survivors:
             seed = self._secret(answers, "seeds", owner)
             if _commitment(seed, self.session) != shared[owner]["commitment"]:
-                raise DataError(f"the shares of the mask of {owner} do not recover it: one of them is wrong")
+                raise DataError(
+                    f"the shares of the mask of {owner} do not recover it: one of them is wrong; leave its sender out"
+                )
             total -= _own_mask(seed, self.session)
         for owner in sorted(set(shared) - set(survivors)):
             key = X25519PrivateKey.from_private_bytes(self._secret(answers, "keys", owner))
             if _public(key) != self.roster[owner]["mask"]:
-                raise DataError(f"the shares of the key of {owner} do not recover it: one of them is wrong")
+                raise DataError(
+                    f"the shares of the key of {owner} do not recover it: one of them is wrong; leave its sender out"
+                )
             for other in survivors:
                 # The mask that the missing owner would have added; the others have already subtracted it.
                 total += _pair_mask(key, owner, other, self.roster[other]["mask"], self.session)

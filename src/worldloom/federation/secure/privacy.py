@@ -69,9 +69,9 @@ def clip_and_noise(
         raise ConfigError(f"expected a share of the noise in (0, 1]; got {share}")
     for name, value in delta.items():
         if not value.is_floating_point():
-            raise DataError(f"noise cannot be added to {name}, which is {value.dtype}; declare it sovereign")
+            raise DataError(f"noise cannot be added to tensor {name!r}, which is {value.dtype}; declare it sovereign")
         if not bool(torch.isfinite(value).all()):
-            raise DataError(f"{name} of the delta has values that are not finite; check the training losses")
+            raise DataError(f"tensor {name!r} of the delta has values that are not finite; check the training losses")
     norm = delta_norm(delta)
     # Slightly below the clip, so that rounding to the tensors' dtype does not raise the norm above it.
     factor = 1.0 if norm <= config.clip else config.clip / norm * (1 - 1e-6)

@@ -85,7 +85,7 @@ clientapp = "nothing:app"
 
 @runtime_checkable
 class Nodes(Protocol):
-    """The methods of a Flower grid that are used."""
+    """The methods of a Flower grid that this module uses."""
 
     def get_nodes(self) -> Iterable[Any]:
         """Return the connected nodes."""

@@ -25,7 +25,7 @@ class Transport(Protocol):
     """Sends messages to nodes, and returns their answers."""
 
     def nodes(self) -> tuple[str, ...]:
-        """Return the names of the nodes that can be asked."""
+        """Return the names of the nodes that can receive messages."""
         ...
 
     def exchange(self, requests: Mapping[str, bytes], *, seconds: float, away: Collection[str] = ()) -> Iterator[Reply]:

@@ -193,7 +193,7 @@ def test_a_ledger_of_another_version_does_not_verify(files, tmp_path) -> None:
         ledger.append("constitution", {"format": 2, "fingerprint": constitution.fingerprint})
     verdict = verify_ledger(tmp_path / "ledger.jsonl", constitution)
     assert verdict.broken == 0
-    assert verdict.why == "states format 2 of the ledger; this version of worldloom reads format 1"
+    assert verdict.why == "has ledger format 2; this version of worldloom reads format 1"
 
 
 @pytest.mark.parametrize(("config", "key"), [(RuleLayer, "rules"), (Constitution, "constitution")])

@@ -104,7 +104,7 @@ def test_a_run_drives_the_plant_and_keeps_its_report(
         (2, {"--connect": "nowhere"}, "expected tcp://HOST:PORT or unix:PATH"),
         (6, {"--connect": "tcp://127.0.0.1:1"}, "no plant answers"),
         (3, {"vector": [1.0]}, "a vector of 2 values; got"),
-        (3, {"vector": "far"}, "not a list of numbers"),
+        (3, {"vector": "far"}, "must be a list of numbers"),
         (3, {"vektor": [1.0]}, "with 'vector', 'pixels' or both"),
         (4, {"--goal": "missing.json"}, "does not exist"),
         (3, {"--goal": "picture.png"}, "write the goal as JSON"),

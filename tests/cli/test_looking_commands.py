@@ -181,7 +181,7 @@ def test_what_cannot_be_planned_is_said(demo, refused, arguments, message) -> No
     [
         (("--method", "random", "--method", "tree serch"), "did you mean 'tree search'"),
         (("--protocol", "maze-far"), "did you mean 'maze-far@1'"),
-        (("--success", "position:3"), "leave out success"),
+        (("--success", "position:3"), "leave out 'success'"),
         (("--env-arg", "size"), "has no '='"),
     ],
 )

@@ -78,7 +78,7 @@ def test_once_ends_at_once_and_asks_for_a_ledger(chronicle, tmp_path) -> None:
     chronicle.begin()
     console = pipe()
     watch(chronicle.rounds, once=True, console=console)  # without a constitution too
-    assert console.file.getvalue().splitlines()[-1] == "round 0 begins, from base ba5e0"
+    assert console.file.getvalue().splitlines()[-1] == "round 0 begins from base ba5e0"
     with pytest.raises(StorageError, match="does not exist"):
         watch(tmp_path / "nowhere", once=True, console=console)
 

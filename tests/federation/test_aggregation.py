@@ -184,7 +184,7 @@ def test_krum_drops_the_bad_and_holds_the_cap_over_those_it_keeps() -> None:
     assert math.fsum(found.weights.values()) == pytest.approx(1)
     one = woven(Krum(bad=1, kept=1), deltas)
     assert any(torch.equal(one.tensors["w"], deltas[f"owner-{i}"]["w"]) for i in range(1, 5))
-    with pytest.raises(ConfigError, match="5 or more"):
+    with pytest.raises(ConfigError, match="at least 5 owners"):
         woven(Krum(bad=1), honest(4))
 
 

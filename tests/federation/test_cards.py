@@ -75,7 +75,7 @@ def test_what_cannot_be_trusted_is_private_and_says_why(
 ) -> None:
     data = tmp_path / "hall.lance"
     trusted = _signed(tmp_path, name="bolt" if case == "other owner" else "acme")
-    path, said = card_path(data), "beside it"
+    path, said = card_path(data), "it has no card"
     if case == "none":
         path.unlink()
     elif case == "changed":
@@ -93,7 +93,7 @@ def test_what_cannot_be_trusted_is_private_and_says_why(
         sign_file(path, tmp_path / "key.pem")
         said = "decode"
     else:
-        said = "this one is f2"
+        said = "this is f2"
     with caplog.at_level(logging.WARNING):
         card = card_of(data, trusted, fingerprint="f2" if case == "other data" else "f1")
     assert card.data_class == "private"
@@ -152,5 +152,5 @@ def test_the_guard_holds_in_what_training_reads_through() -> None:
 
 
 def test_a_card_of_other_data_opens_nothing() -> None:
-    with pytest.raises(DataError, match="these frames are of f1"):
+    with pytest.raises(DataError, match="these frames are from f1"):
         _ = guarded_frames(_frames(), _card(dataset="f2"), "base", _rules()).vector

@@ -84,7 +84,7 @@ def test_a_contribution_that_was_exchanged_is_found(woven, tmp_path) -> None:
     tensors = {name: tensor * 2 for name, tensor in message.tensors.items()}
     rounds.message(1, "east").write_bytes(seal("contribution", message.body, tensors, key=consortium.keys["east"]))
     try:
-        with pytest.raises(DataError, match="not the one that the ledger names"):
+        with pytest.raises(DataError, match="does not match the ledger"):
             recompute(rounds.path, consortium.constitution, into=tmp_path / "again")
     finally:
         rounds.message(1, "east").write_bytes(kept)
@@ -220,7 +220,7 @@ def test_a_pilots_base_is_one_file_and_fits_its_recipe(tmp_path) -> None:
     read = Base.load(tmp_path / "pilot", like=like)
     assert read.fingerprint == base.fingerprint == node.pilot(untrained).fingerprint != untrained.fingerprint
     name = next(iter(like))
-    with pytest.raises(DataError, match="do both sides run the same recipe"):
+    with pytest.raises(DataError, match="Use the same recipe"):
         Base.load(tmp_path / "pilot", like={**like, name: like[name][:-1]})
     with pytest.raises(DataError, match="lacks"):
         Base.load(tmp_path / "pilot", like={**like, "more": like[name]})
@@ -231,7 +231,7 @@ def test_a_pilots_base_is_one_file_and_fits_its_recipe(tmp_path) -> None:
 
 def test_a_pilot_needs_steps_and_goes_before_the_first_base(woven, tmp_path) -> None:
     consortium, last = woven
-    with pytest.raises(DataError, match="align_steps, which are 0"):
+    with pytest.raises(DataError, match="align_steps, which is 0"):
         consortium.node("north").pilot(last)
     late = Consortium(tmp_path, rules={"align_steps": 4, "rounds": 1})
     run(late)
@@ -292,7 +292,10 @@ def test_a_node_hears_a_coordinator_alone_and_its_own_constitution(woven) -> Non
     body = {"what": "train", "round": 0, "constitution": consortium.constitution.fingerprint}
     with pytest.raises(DataError, match="unknown sender"):
         node.handle(seal("ask", body, base.tensors, key=consortium.keys["east"]))
-    for changed, message in (({"constitution": "other"}, "another constitution"), ({"what": "send data"}, "asked to")):
+    for changed, message in (
+        ({"constitution": "other"}, "a different constitution"),
+        ({"what": "send data"}, "expected a request to"),
+    ):
         answer = node.handle(seal("ask", {**body, **changed}, base.tensors, key=consortium.keys["coordinator"]))
         refusal = unseal(answer, kind="refusal", known=consortium.constitution.known(), limit=10**9)
         assert message in refusal.body["why"]
@@ -316,7 +319,7 @@ def test_below_the_quorum_a_round_waits_for_members_and_keeps_what_came(tmp_path
     def gone(message: bytes) -> bytes:
         raise OSError("gone")
 
-    with pytest.raises(TrainingError, match="1 contributions and needs 2"):
+    with pytest.raises(TrainingError, match="1 contributions but needs 2"):
         run(consortium, {"east": gone, "south": gone})
     run(consortium, {"south": gone})
     stored = (tmp_path / "rounds" / "contributions" / "00000").glob("*.msg")
@@ -335,13 +338,13 @@ def test_a_replayed_contribution_is_refused(tmp_path) -> None:
         return node.handle(message)
 
     run(consortium, {"east": replays})
-    assert reasons(consortium) == ["a contribution of east has round 0; expected 1"]
+    assert reasons(consortium) == ["the contribution of east has round 0; expected 1"]
 
 
 def test_a_borrowed_contribution_is_refused(tmp_path) -> None:
     consortium = Consortium(tmp_path, rules={"rounds": 1})
     run(consortium, {"south": consortium.node("east").handle})
-    assert reasons(consortium) == ["south sent what east signed; expected its own"]
+    assert reasons(consortium) == ["south sent a message that east signed; expected one signed by south"]
 
 
 def test_what_private_data_taught_never_shapes_the_base(tmp_path) -> None:
@@ -377,7 +380,8 @@ def test_what_leaves_under_privacy_is_clipped_and_noisy_and_without_it_is_refuse
         return seal("contribution", {**said.body, "spent": {}}, said.tensors, key=consortium.keys["east"])
 
     run(consortium, {"east": plain})
-    assert reasons(consortium) == ["a contribution of east was not made private as the constitution requires"]
+    promised = "{'clip': 0.05, 'noise': 0.01, 'delta': 1e-05}"
+    assert reasons(consortium) == [f"the privacy of east is not as agreed; expected {promised}, got {{}}"]
     rounds = RoundStore(tmp_path / "rounds")
     delta = safetensors.torch.load_file(rounds.delta(0, "north"))
     count = sum(tensor.numel() for tensor in delta.values())
@@ -460,7 +464,7 @@ def test_a_node_of_another_model_refuses_and_the_round_goes_on_without_it(tmp_pa
     records = Records(tmp_path / "rounds" / "ledger.jsonl")
     (refusal,) = [entry.body["facts"] for entry in records.entries("refusal")]
     assert refusal["owner"] == "south"
-    assert "expected the same model" in refusal["reason"]
+    assert "of the same model" in refusal["reason"]
     assert {tuple(entry.body["facts"]["weights"]) for entry in records.entries("round")} == {("east", "north")}
 
 

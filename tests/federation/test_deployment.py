@@ -220,7 +220,7 @@ def test_the_rounds_are_completed_though_a_node_and_the_coordinator_were_killed(
 def test_a_node_whose_key_the_constitution_does_not_name_is_refused(deployment) -> None:
     party = deployment.parties["stranger"]
     assert party.process.returncode not in (0, None)
-    assert "does not know this node's key" in party.said()
+    assert "this node's key is in the constitution" in party.said()
     assert not (deployment.path / "stranger" / "answers").exists()
 
 

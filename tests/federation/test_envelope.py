@@ -69,7 +69,7 @@ def test_a_part_of_a_message_or_more_than_it_is_refused(key: SigningKey, data: s
     content = _message(key)
     with pytest.raises(DataError):
         _open(content[: data.draw(st.integers(0, len(content) - 1))], key)
-    with pytest.raises(DataError, match="claims"):
+    with pytest.raises(DataError, match="should have"):
         _open(content + data.draw(st.binary(min_size=1, max_size=9)), key)
 
 
@@ -77,7 +77,7 @@ def test_each_cause_is_named(key: SigningKey, tmp_path: Path) -> None:
     content = _message(key)
     make_key(tmp_path / "b.pem")
     stranger = SigningKey(tmp_path / "b.pem")
-    with pytest.raises(DataError, match=f"unknown sender, {stranger.public}"):
+    with pytest.raises(DataError, match=f"unknown sender with key {stranger.public}"):
         _open(_message(stranger), key)
     with pytest.raises(DataError, match="wrong magic"):
         _open(b"x" + content, key)
@@ -85,12 +85,12 @@ def test_each_cause_is_named(key: SigningKey, tmp_path: Path) -> None:
         _open(content, key, limit=len(content) - 1)
     with pytest.raises(DataError, match="expected a message of kind 'ask' from acme; got 'answer'"):
         _open(content, key, kind="ask")
-    with pytest.raises(DataError, match="truncated or lies"):
+    with pytest.raises(DataError, match="truncated or its header is wrong"):
         _open(content[:8] + struct.pack("<I", 2**32 - 1) + content[12:], key)
     (length,) = struct.unpack_from("<I", content, 8)
-    with pytest.raises(DataError, match="bad signature"):
+    with pytest.raises(DataError, match="invalid signature"):
         _open(content[: 12 + length] + bytes(64) + content[76 + length :], key)
-    with pytest.raises(DataError, match="digest differs"):
+    with pytest.raises(DataError, match="do not match its digest"):
         _open(content[:-1] + b"\x07", key)
 
 
@@ -101,7 +101,7 @@ def test_a_member_that_forges_its_own_message_is_refused(key: SigningKey) -> Non
     for wrong in ({"size": True}, {"size": "9"}, {"body": []}, {"kind": 3}, {"extra": 1}):
         with pytest.raises(DataError, match="header"):
             _open(_forged(key, **wrong), key)
-    with pytest.raises(DataError, match="claims 1000000000000"):
+    with pytest.raises(DataError, match="should have 1000000000000"):
         _open(_forged(key, size=10**12), key)
     entry = json.dumps({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]})
     for table in (f'{{"a":{entry},"a":{entry}}}', f'{{"a":{entry.replace("[1]", "[99]")}}}', "{", "\xff"):

@@ -98,7 +98,7 @@ def test_facts_of_any_form_are_told_without_a_fault(tmp_path, kind, facts) -> No
 
 
 def test_another_constitution_is_named(chronicle) -> None:
-    with pytest.raises(DataError, match="is of constitution abc, not of the given one"):
+    with pytest.raises(DataError, match="belongs to constitution abc, but the given one is"):
         read_history([entry("constitution", {"fingerprint": "abc"}, round=None)], chronicle.constitution)
 
 
@@ -107,8 +107,8 @@ def test_watching_tells_each_event_in_a_line_once(chronicle) -> None:
     assert watched.look() == []
     chronicle.begin()
     first = watched.look()
-    assert first[0].startswith("the ledger begins, with constitution")
-    assert first[1] == "round 0 begins, from base ba5e0"
+    assert first[0].startswith("the ledger begins with constitution")
+    assert first[1] == "round 0 begins from base ba5e0"
     chronicle.contribute(0, "north")
     chronicle.contribute(0, "south")
     chronicle.refuse(0, "vault", "it is\n\x1b[2Jprivate")
@@ -123,10 +123,10 @@ def test_watching_tells_each_event_in_a_line_once(chronicle) -> None:
     done, begins = watched.look()
     assert done.startswith("round 0 is done: held-out loss 8.00 -> 5.00; east 8.25 -> 5.16, north 8.00 -> 5.00")
     assert done.endswith("left out: south; 3.20 MB uploaded")
-    assert begins == "round 1 begins, from base ba5e1"
+    assert begins == "round 1 begins from base ba5e1"
     chronicle.weave(1, {})
     assert watched.look() == [
-        "round 1 leaves the base as it was: held-out loss 4.00 -> 3.08; east 4.12 -> 3.17, north 4.00 -> 3.08, "
+        "round 1 leaves the base unchanged: held-out loss 4.00 -> 3.08; east 4.12 -> 3.17, north 4.00 -> 3.08, "
         "south 4.25 -> 3.27, vault 4.38 -> 3.37; 0 B uploaded",
         "looms & sons: all 2 rounds are done; 3.20 MB uploaded so far; the last base is ba5e2",
     ]

@@ -96,7 +96,7 @@ def test_a_base_that_the_ledger_does_not_name_is_not_kept(tmp_path: Path) -> Non
     base = coordinator.run()
     coordinator.close()
     store = consortium.node("north").store
-    with pytest.raises(DataError, match="not the one that the ledger names"):
+    with pytest.raises(DataError, match="does not match the ledger"):
         store.save_base(0, Base.of({name: tensor + 1 for name, tensor in base.tensors.items()}))
     assert store.base()[0] == 1
 
@@ -204,7 +204,7 @@ def test_a_member_takes_over_from_a_coordinator_that_is_lost(tmp_path: Path) -> 
         succeed(store, tmp_path / "no", consortium.constitution, consortium.keys["east"])
     path = tmp_path / "north takes over"
     assert succeed(store, path, consortium.constitution, consortium.keys["north"]) == 2
-    with pytest.raises(StorageError, match="exists already"):
+    with pytest.raises(StorageError, match="already exists"):
         succeed(store, path, consortium.constitution, consortium.keys["north"])
     nodes = {name: consortium.node(name).handle for name in OWNERS}
     second = Coordinator(
@@ -244,10 +244,10 @@ def test_no_base_is_taken_that_the_ledger_does_not_name_for_its_round(tmp_path: 
     before = node.store.base()[0]
     for what in ("train", "store"):
         for number, tensors, ledger, why in (
-            (1, base, None, "without the ledger"),
-            (1, other, {"begin": 0, "lines": lines}, "not the one that the ledger names"),
-            (2, base, {"begin": 0, "lines": lines}, "not the one that the ledger names"),
-            (-1, base, {"begin": 0, "lines": lines}, "not the one that the ledger names"),
+            (1, base, None, "no ledger entries"),
+            (1, other, {"begin": 0, "lines": lines}, "does not match the ledger"),
+            (2, base, {"begin": 0, "lines": lines}, "does not match the ledger"),
+            (-1, base, {"begin": 0, "lines": lines}, "does not match the ledger"),
         ):
             body = {"what": what, "round": number, "constitution": consortium.constitution.fingerprint}
             body["base"] = tensors.fingerprint
@@ -299,7 +299,7 @@ def test_a_successor_needs_the_base_that_the_ledger_names(tmp_path: Path) -> Non
     store = consortium.node("north").store
     store.follow(0, coordinator.ledger.lines())  # and the base did not come any more
     coordinator.close()
-    with pytest.raises(DataError, match="the ledger names that of round 1"):
+    with pytest.raises(DataError, match="the newest in the ledger is that of round 1"):
         succeed(store, tmp_path / "new", consortium.constitution, consortium.keys["north"])
     assert not (tmp_path / "new").exists()
 

@@ -108,6 +108,6 @@ def test_after_a_write_that_failed_what_comes_is_checked_anew(looms: Looms, monk
 
 def test_of_no_ledger_nothing_is_countersigned(looms: Looms) -> None:
     store = looms.store()
-    with pytest.raises(DataError, match="no ledger came"):
+    with pytest.raises(DataError, match="the message has no ledger"):
         store.follow(0, [])
     assert store.seen is None

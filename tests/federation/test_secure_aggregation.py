@@ -315,7 +315,7 @@ def test_a_wrong_share_is_found_and_the_round_goes_on_without_it(part: str) -> N
         wrong = {**answers["bob"], part: {**answers["bob"][part], owner: f"{share:x}"}}
         unmasker = deepcopy(view.unmasker)
         take(unmasker, "unmask", [wrong, answers["ann"], answers["cho"], answers["dee"]])
-        with pytest.raises(DataError, match=f"{owner}.* do not give it"):
+        with pytest.raises(DataError, match=f"{owner}.* do not recover it"):
             unmasker.sum(["ann", "bob", "cho"])
         found = unmasker.sum(["ann", "cho", "dee"])
         torch.testing.assert_close(found["c"], plain_sum(given, there)["c"], rtol=0, atol=1e-6)
@@ -327,7 +327,7 @@ def test_an_answer_that_lacks_a_share_is_refused(part: str) -> None:
     there = view.until_masked(deltas(), gone=("eve",))
     answer = view.maskers["bob"].unmask(there)
     for wrong in ({}, {**answer[part], "mallory": "1"}, dict.fromkeys(answer[part], 5), None):
-        with pytest.raises(DataError, match="bob did not send a share"):
+        with pytest.raises(DataError, match="expected from bob shares"):
             view.unmasker.take("unmask", "bob", {**answer, part: wrong})
     view.unmasker.take("unmask", "bob", answer)
 
@@ -336,14 +336,14 @@ def test_bad_messages_are_refused_and_can_be_left_out() -> None:
     view, given = View(session()), deltas()
     roster = view.advertise()
     shared = {name: masker.share(roster) for name, masker in view.maskers.items()}
-    with pytest.raises(DataError, match="bob .*sent no share"):
+    with pytest.raises(DataError, match="bob .*a share for each of"):
         view.unmasker.take("share", "bob", {"owner": "bob", "commitment": "0", "shares": {}})
     take(view.unmasker, "share", shared.values())
-    with pytest.raises(DataError, match="sent one already"):
+    with pytest.raises(DataError, match="has answered already"):
         view.unmasker.take("share", "ann", shared["ann"])
     boxes = view.unmasker.inboxes
     masked = {name: view.maskers[name].mask(boxes[name], given[name]) for name in NAMES}
-    with pytest.raises(DataError, match="cho sent no masked delta"):
+    with pytest.raises(DataError, match="expected a masked delta of .* from cho"):
         view.unmasker.take("mask", "cho", {"owner": "cho", "masked": masked["cho"]["masked"][:-8]})
     with pytest.raises(DataError, match="not expected"):
         view.unmasker.take("mask", "mallory", {"owner": "mallory", "masked": masked["ann"]["masked"]})
@@ -354,21 +354,21 @@ def test_bad_messages_are_refused_and_can_be_left_out() -> None:
 
 def test_values_over_the_limit_are_refused() -> None:
     held = session(shapes={"x": (2,)})
-    with pytest.raises(DataError, match="over the limit of 1024"):
+    with pytest.raises(DataError, match="above the limit of 1024"):
         encode_delta({"x": torch.tensor([0.5, -1025.0])}, held)
     x = {"x": torch.tensor([0.5, -1024.0])}
     assert decode_sum(encode_delta(x, held), held)["x"].tolist() == [0.5, -1024.0]
     with pytest.raises(DataError, match="not finite"):
         encode_delta({"x": torch.tensor([np.nan, 1.0])}, held)
     for wrong in ({}, {"y": torch.zeros(2)}, {"x": torch.zeros(3)}):
-        with pytest.raises(DataError, match="other tensors"):
+        with pytest.raises(DataError, match="tensors differ from"):
             encode_delta(wrong, held)
 
 
 def test_a_session_in_which_halves_could_be_told_different_things_is_refused() -> None:
-    with pytest.raises(ConfigError, match="over half"):
+    with pytest.raises(ConfigError, match="more than half"):
         session(NAMES[:4], threshold=2)
-    with pytest.raises(ConfigError, match="over half"):
+    with pytest.raises(ConfigError, match="more than half"):
         session(NAMES[:2], threshold=3)
     key = KEYS["ann"].public_key().public_bytes_raw().hex()
     with pytest.raises(ConfigError, match="same key"):

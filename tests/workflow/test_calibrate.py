@@ -125,7 +125,9 @@ def test_margins_are_of_one_policy_and_method(folder: Path) -> None:
 
 
 def test_a_risk_that_so_few_episodes_cannot_tell_is_said(folder: Path) -> None:
-    with pytest.raises(DataError, match="2 episodes cannot show a risk of 0.3 at a confidence of 0.9: run at least 7"):
+    with pytest.raises(
+        DataError, match="2 episodes are too few to confirm a risk of 0.3 at a confidence of 0.9; use at least 7"
+    ):
         calibrate(Run.open(folder), split="in the open", episodes=2)
 
 
@@ -134,12 +136,12 @@ def test_only_what_uses_margins_is_calibrated(folder: Path, tmp_path: Path) -> N
     for method in ("random", "penalty", "no guardrail"):
         with pytest.raises(ConfigError, match="does not use margins"):
             calibrate(run, method=method)
-    with pytest.raises(ConfigError, match="nothing to calibrate"):
+    with pytest.raises(ConfigError, match="calibration needs a rule set"):
         calibrate(under(folder, tmp_path / "no rules", None))
     assert run.recipe.rules is not None
     nothing = run.recipe.rules.model_copy(update={"guardrails": {}})
     bare = under(folder, tmp_path / "no guardrails", nothing)
-    with pytest.raises(ConfigError, match="nothing to calibrate"):
+    with pytest.raises(ConfigError, match="calibration needs a rule set"):
         calibrate(bare)
     assert bare.agent("calibrated").planner.guardrails == ()  # no margin is missing
 

@@ -304,8 +304,8 @@ def test_the_usual_protocol_stands_for_a_run_else_the_last_evaluation(run) -> No
     [
         ({"methods": ["random", "tree serch"]}, "did you mean 'tree search'"),
         ({"protocol": "two-rooms@1"}, "did you mean 'two-room@1'"),
-        ({"success": "position:3"}, "leave out success"),
-        ({"goal_offset": 5}, "leave out success and goal_offset"),
+        ({"success": "position:3"}, "leave out 'success'"),
+        ({"goal_offset": 5}, "leave out 'success' and 'goal_offset'"),
     ],
 )
 def test_what_cannot_be_evaluated_is_said(run, options, message) -> None:

@@ -1,6 +1,6 @@
 """Federation (Tapestry): many owners train one shared world model, and keep their data and sovereign tensors.
 
-A coordinator talks to nodes through a `Transport`; `InProcess` is one, Flower another."""
+A coordinator talks to nodes through a `Transport`: `InProcess`, or Flower in a deployment."""
 
 from worldloom.federation.record.ledger import (
     Ledger,

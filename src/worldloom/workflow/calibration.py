@@ -1,4 +1,4 @@
-"""Calibration: margins for a rule set, shaped on held-out logs and scaled on the plans that a method chooses."""
+"""Calibrates a rule set's margins: their shape on held-out logs, their scale on plans that a method chooses."""
 
 import logging
 import math
@@ -36,8 +36,8 @@ from worldloom.workflow.run import Run
 from worldloom.workflow.session import Session, session_of
 
 _log = logging.getLogger(__name__)
-_LEAST = 1e-3  # the least score of a broken guardrail, and the least usual error in margins
-_GROWTH = 1.25, 1.5  # bounds on the growth of the factor in a round: plans change with the margins
+_LEAST = 1e-3  # the smallest score of a broken guardrail, and the smallest usual error in margins
+_GROWTH = 1.25, 1.5  # bounds on the factor's growth in a round, because plans change with the margins
 
 
 def calibrate(
@@ -54,28 +54,27 @@ def calibrate(
 ) -> Margins:
     """Calibrate the margins of a rule set for a method, and write them into the run folder.
 
-    The rule set is the session's, or the recipe's own. First, held-out logs give the margins their shape: for each
-    guardrail and step ahead, the conformal quantile of the true value minus the predicted one. Then the method acts in
-    episodes of the protocol, from seeds that no evaluation draws, with these margins multiplied by a factor. Each
-    episode gives a score: 0 if no guardrail was broken, else the least factor that would have refused the plan that
-    broke one, and infinite if the fallback acted instead of a plan. If the tolerance quantile of the scores is at most
-    the factor, then at this confidence the risk is kept in episodes like these, under plans that are chosen with these
-    margins. Otherwise the next round tries the quantile, limited to 1.25 to 1.5 times the factor, on fresh episodes.
+    The rule set is that of the session or of the recipe. The shape of the margins comes from held-out logs: for each
+    guardrail and step ahead, the conformal quantile of the true value minus the predicted value. Then the method acts
+    in episodes of the protocol, with seeds that evaluations never use, and with the margins multiplied by a factor.
+    Each episode has a score. The score is 0 if no guardrail was broken. Otherwise it is the smallest factor that would
+    have refused the plan that broke a guardrail, or infinite if the fallback acted instead of a plan. If the tolerance
+    quantile of the scores is at most the factor, the risk is met at this confidence, in such episodes and for plans
+    that are chosen with these margins. Otherwise the next round uses the quantile as its factor, limited to 1.25 to 1.5
+    times the previous factor, on new episodes.
 
-    A method whose guard is "per candidate" takes its margins from the logs alone.
+    For a method with the guard "per candidate", the margins come only from the logs.
 
     Raises:
-        ConfigError: there is no rule set, it states no risk, or the method uses no margins.
-        DataError: there are too few episodes for the risk, or no round found a sufficient factor.
+        ConfigError: there is no rule set, it has no risk, or the method does not use margins.
+        DataError: there are too few episodes for the risk, or no round found a large enough factor.
     """
     session = session_of(run)
     run, rules = session.run, session.rules
     name = method or run.recipe.default_method
     config = run.recipe.method(name)
     if rules is None or rules.rule_set.risk is None or not rules.rule_set.titles:
-        raise ConfigError(
-            "there is nothing to calibrate: expected a rule set with guardrails and a risk; name one with --rules"
-        )
+        raise ConfigError("calibration needs a rule set with guardrails and a risk; pass one with --rules")
     if not isinstance(config, PlannedMethod) or not uses_margins(config):
         raise ConfigError(
             f"the method {name!r} does not use margins; choose a method that plans with guard='calibrated'"
@@ -88,7 +87,7 @@ def calibrate(
         write_margins(path, margins, rules.rule_set, about)
         return margins
     if (title := protocol or run.recipe.protocol) is None:
-        raise ConfigError("the recipe has no protocol; name the protocol to calibrate in with --protocol")
+        raise ConfigError("the recipe has no protocol; choose one with --protocol")
     asked = PROTOCOLS[title].customise(episodes=episodes, split=split)
     factor, history = 1.0, []
     for number in range(rounds):
@@ -123,7 +122,7 @@ def calibrate(
 
 
 def uses_margins(method: MethodConfig) -> bool:
-    """Return whether a method applies guardrails with margins."""
+    """Return whether a method plans with calibrated margins."""
     return isinstance(method, PlannedMethod) and method.guarding in ("calibrated", "per candidate")
 
 
@@ -131,24 +130,24 @@ def _why_infinite(scores: Float[Tensor, "N"], risk: float, confidence: float) ->
     broken = int(scores.isinf().sum())
     if broken == 0:
         return (
-            f"{len(scores)} episodes cannot show a risk of {risk:g} at a confidence of {confidence:g}: run at least "
-            f"{math.ceil(math.log(1 - confidence) / math.log1p(-risk))}"
+            f"{len(scores)} episodes are too few to confirm a risk of {risk:g} at a confidence of {confidence:g}; use "
+            f"at least {math.ceil(math.log(1 - confidence) / math.log1p(-risk))}"
         )
     low, high = wilson_interval(broken, len(scores))
     return (
         f"in {broken} of {len(scores)} episodes (95% interval {low:.1%} to {high:.1%}) a guardrail was broken while "
-        f"the fallback acted, because no plan kept the guardrails. Margins cannot reduce this to a risk of {risk:g}. "
-        f"Declare another fallback, or state a larger risk"
+        f"the fallback acted, because no plan satisfied all guardrails. Larger margins cannot reduce this to a risk of "
+        f"{risk:g}. Choose another fallback, or declare a larger risk"
     )
 
 
 def _quantities(run: Run) -> dict[str, str]:
-    """Return the label of each probed quantity."""
+    """Return a mapping from probed quantities to their labels."""
     return {name: probe.label or name for name, probe in run.recipe.probes.items()}
 
 
 class _Scores:
-    """Scores each episode by the factor that would have refused the plan that first broke a guardrail in it."""
+    """Scores each episode by the factor that would have refused the first plan that broke a guardrail."""
 
     def __init__(self, run: Run, config: PlannedMethod, shape: Float[Tensor, "G T"], factor: float) -> None:
         self._model, self._labels = run.model, _quantities(run)
@@ -166,7 +165,7 @@ class _Scores:
         return [*self._done, *self._now.tolist()]
 
     def usual(self, risk: float) -> float:
-        """Return what the errors seen at the end of a block exceed with probability `risk`, in units of the margins."""
+        """Return the error at the end of a block that is exceeded with probability `risk`, in units of the margins."""
         found = torch.cat(self._errors) if self._errors else torch.ones(0)
         usual = conformal_quantile(found, risk)
         return max(usual, _LEAST) if math.isfinite(usual) else 1.0
@@ -177,7 +176,7 @@ class _Scores:
         self._agent, self._now, self._broken = agent.parts[""], np.zeros(size), np.zeros(size, bool)
 
     def saw(self, frame: Frame, step: int) -> None:
-        """Compare the world with what the plan that led here predicted."""
+        """Compare the observed state with the prediction of the plan that led to it."""
         assert self._agent is not None
         plan, rails = self._agent.plan, self._agent.rails
         quantities = {
@@ -188,7 +187,7 @@ class _Scores:
         told = [bound.rail.true(quantities) for bound in rails]
         known = [one.cpu().double() for one in told if one is not None]
         refused = np.isin(np.arange(len(frame.rows)), self._agent.refused)
-        if step % self._block == 0:  # for guardrails that no quantity tells of, and for the usual errors
+        if step % self._block == 0:  # for guardrails without a true quantity, and for the usual errors
             with torch.inference_mode():
                 here = self._model.encode(frame.observations.to(self._model.device))
                 if step > 0 and plan is not None:
@@ -205,7 +204,7 @@ class _Scores:
             return
         broken = (torch.stack(known).amax(dim=0) > 0).numpy()
         fresh = broken & ~self._broken[frame.rows]
-        if step > 0 and plan is not None:  # what was broken before the first action is no plan's fault
+        if step > 0 and plan is not None:  # a guardrail that is broken before the first action is not counted
             predicted = torch.stack([plan.violations[rail.name].cpu() for rail in rails], dim=1)
             score = np.where(refused, np.inf, refusing(predicted - self._factor * self._shape, self._shape).numpy())
             self._now[frame.rows[fresh]] = np.maximum(score[fresh], _LEAST)
@@ -225,7 +224,7 @@ def _shape(run: Run, rails: Sequence[BoundRail], horizon: int, risk: float, prog
                 found.append(_errors(episode, run, rails, horizon))
     if not found:
         raise DataError(
-            f"expected a held-out episode at least as long as a plan, {needed} steps; got shorter ones. "
+            f"expected a held-out episode of at least {needed} steps, the length of a plan; all are shorter. "
             f"Record longer episodes"
         )
     return margin_shape(torch.cat(found), risk)
@@ -234,7 +233,7 @@ def _shape(run: Run, rails: Sequence[BoundRail], horizon: int, risk: float, prog
 def _errors(episode: Episode, run: Run, rails: Sequence[BoundRail], horizon: int) -> Float[Tensor, "N G T"]:
     """Return the true violations minus the predicted ones, for every window of an episode.
 
-    They are NaN for a guardrail that is already broken where the window begins.
+    The difference is NaN for a guardrail that is already broken at the start of the window.
     """
     context, block = run.model.spec.context, run.model.spec.block
     _, latents, blocks = run.encode(episode)
@@ -261,7 +260,7 @@ def _errors(episode: Episode, run: Run, rails: Sequence[BoundRail], horizon: int
         if told is None:
             really.append(bound.violation(seen)[:, 0].cpu().float())
             continue
-        worst = told[1:].view(-1, block).amax(dim=1).float()  # along each block
+        worst = told[1:].view(-1, block).amax(dim=1).float()  # the worst value in each block
         truth = worst[starts[:, None] + ahead]
         really.append(truth.masked_fill((told[starts * block] > 0)[:, None], torch.nan))
     return torch.stack(really, dim=1) - predicted

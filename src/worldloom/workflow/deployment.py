@@ -1,4 +1,4 @@
-"""Deploying a run on a plant: reading the goal, checking that the run fits, and writing the report."""
+"""Deploys a run on a plant: reads the goal, checks that run and plant match, and writes the report."""
 
 import time
 from dataclasses import asdict
@@ -18,7 +18,7 @@ def read_goal(run: Run, path: Path) -> Goal:
     """Read a goal: a picture, or JSON with a `vector`, a picture as `pixels` (a path relative to the file), or both.
 
     Raises:
-        DataError: the goal does not have the form that the model was trained on.
+        DataError: the goal does not match the observations that the model was trained on.
     """
     spec = run.model.spec.observation
     if path.suffix.lower() != ".json":
@@ -38,9 +38,11 @@ def read_goal(run: Run, path: Path) -> Goal:
         try:
             vector = np.asarray(values["vector"], np.float32)
         except (TypeError, ValueError) as error:
-            raise DataError(f"the vector in {path} is not a list of numbers: {error}") from None
+            raise DataError(f"the vector in {path} must be a list of numbers: {error}") from None
         if vector.ndim != 1 or not np.isfinite(vector).all():
-            raise DataError(f"the vector in {path} must be a flat list of finite numbers; got shape {vector.shape}")
+            raise DataError(
+                f"the vector in {path} must be a flat list of finite numbers; got an array of shape {vector.shape}"
+            )
     if "pixels" in values and spec.pixels is not None:
         pixels = read_picture(path.parent / str(values["pixels"]), spec.pixels).pixels
     goal = Observations.from_numpy(None if pixels is None else pixels.numpy(), None if vector is None else vector[None])
@@ -49,7 +51,7 @@ def read_goal(run: Run, path: Path) -> Goal:
 
 
 def check_plant(run: Run, link: Link) -> None:
-    """Check that a plant gives the observations and takes the actions that the model was trained on.
+    """Check that a plant has the observations and actions that the model was trained on.
 
     Raises:
         DataError: they differ.
@@ -67,7 +69,7 @@ def check_plant(run: Run, link: Link) -> None:
 
 
 def store_report(run: Run, report: ControlReport) -> Path:
-    """Write the figures and the timeline of a deployment into the run folder; return their folder."""
+    """Write the report and the timeline of a deployment below the run folder; return their folder."""
     folder = run.path / "deployments" / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     write_json(folder / "report.json", report.to_json())
     draw_timeline(report, folder / "timeline.svg")

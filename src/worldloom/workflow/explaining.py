@@ -1,4 +1,4 @@
-"""A plan explained: the predicted future, each guardrail along it, and the candidates that were ruled out."""
+"""Explains a plan: the predicted future, each guardrail along it, and the candidates that were ruled out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,12 +20,12 @@ from worldloom.workflow.run import Run
 
 _EPISODES = 300
 _SHOWN = 6  # predicted frames
-_PATHS = 400  # candidates that are drawn
+_PATHS = 400  # candidates in the figure
 
 
 @dataclass
 class Considered:
-    """Collects the candidates that a search considers for one environment; it watches planning problems."""
+    """A callback that collects the candidates that a search considers for one environment."""
 
     ruled_out_by: dict[str, int] = field(default_factory=dict)
     count: int = 0
@@ -46,7 +46,7 @@ class Considered:
         self.held.append(~broken.cpu())
 
     def sample(self) -> tuple[Float[Tensor, "P T D"], Bool[Tensor, "P"]]:
-        """Return candidates drawn evenly over the search, and whether each keeps all guardrails."""
+        """Return candidates spaced evenly over the search, and whether each satisfies all guardrails."""
         paths, held = torch.cat(self.paths), torch.cat(self.held)
         chosen = torch.linspace(0, len(paths) - 1, min(_PATHS, len(paths))).long()
         return paths[chosen], held[chosen]
@@ -54,14 +54,14 @@ class Considered:
 
 @dataclass(frozen=True)
 class _HeldOutFrames:
-    """Held-out frames and their latents, to show a predicted latent by the most similar frame."""
+    """Held-out frames and their latents; a predicted latent is shown as the most similar frame."""
 
     latents: Float[Tensor, "N D"]
     frames: UInt8[np.ndarray, "N H W C"]
-    positions: LinearProbe | None  # if positions are places in the picture
+    positions: LinearProbe | None  # None unless positions are pixel coordinates
 
     def nearest(self, latents: Float[Tensor, "T D"]) -> tuple[UInt8[np.ndarray, "T H W C"], Float[Tensor, "T"]]:
-        """Return the most similar frame of each latent, and their distance."""
+        """Return the most similar frame to each latent, and its distance in latent space."""
         gaps, places = torch.cdist(latents.cpu(), self.latents).min(dim=1)
         return self.frames[places.numpy()], gaps
 
@@ -78,15 +78,15 @@ def explain(
 ) -> dict[str, Any]:
     """Draw a plan for one environment as a PNG, and return its figures.
 
-    The model predicts no pictures. A predicted state is shown by the most similar frame of held-out logs, with their
-    distance in typical model steps. `violations` are the worst of each guardrail along the plan, margin included.
+    The model does not predict pictures. A predicted state is shown as the most similar frame of held-out logs, with its
+    distance in typical model steps. `violations` has each guardrail's worst violation along the plan, with its margin.
 
     Raises:
-        DataError: the model sees no pictures, or the logs cannot be read.
+        DataError: the model has no pixel observations, or the logs cannot be read.
         StorageError: the picture cannot be written.
     """
     if observations.pixels is None or goal.observations.pixels is None:
-        raise DataError("--explain needs a model with pixel observations, and this model has none; leave it out")
+        raise DataError("--explain needs a model with pixel observations, and this model has none; leave out --explain")
     seen, block = _held_out_frames(run, progress), run.model.spec.block
     frames = [
         PlanFrame("now", observations.pixels[0].numpy(), "the observation"),
@@ -116,7 +116,7 @@ def _held_out_frames(run: Run, progress: Progress) -> _HeldOutFrames:
     try:
         dataset, chosen = run.held_out()
     except (DataError, StorageError) as error:
-        raise DataError(f"--explain shows frames of the training data, which cannot be read: {error}") from error
+        raise DataError(f"--explain needs frames of the training data, which cannot be read: {error}") from error
     label: str | None = None
     latents: list[Float[Tensor, "_ D"]] = []
     frames: list[UInt8[np.ndarray, "_ H W C"]] = []

@@ -1,4 +1,4 @@
-"""The main jobs: collect, train, evaluate and explore. Collecting and training can be interrupted and resumed."""
+"""The main jobs: collect, train, evaluate and explore. Collection and training can be interrupted and resumed."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ register_envs()
 
 
 def collect(recipe: Recipe, path: Path | str, *, progress: Progress = SILENT) -> EpisodeDataset:
-    """Collect the logs of a recipe; a partial dataset is completed.
+    """Collect the logs of a recipe, or complete a partial dataset.
 
     Raises:
         ConfigError: the recipe has no environment.
@@ -75,15 +75,15 @@ def train(
     resume: bool = False,
     progress: Progress = SILENT,
 ) -> Run:
-    """Train the world model and the heads on its frozen latents; with `resume`, continue an interrupted training.
+    """Train the world model, then the heads on its frozen latents; `resume` continues an interrupted run.
 
-    Under torchrun, every process calls it with the same arguments and a folder that all of them see. The first process
-    writes the folder, and fits the heads while the others wait.
+    Under torchrun, every process calls it with the same arguments and a shared folder. The first process writes the
+    folder, and fits the heads while the others wait.
 
     Raises:
-        StorageError: the folder holds a run and `resume` is not set, or the disk is full.
-        ConfigError: `resume` with another recipe (the keys that differ are named), or a probe's label is missing.
-        CheckpointError: `resume` with other data.
+        StorageError: the folder contains a run and `resume` is not set, or writing failed.
+        ConfigError: `resume` with a different recipe (the message lists the keys), or a probe's label is missing.
+        CheckpointError: `resume` with different data.
         DataError, TrainingError: see `worldloom.training.fit`.
     """
     if not isinstance(dataset, EpisodeDataset):
@@ -100,11 +100,11 @@ def train(
         _log.info("%s is complete", path)
         return run
     try:
-        # What one process decodes into a file, the others of its machine map.
+        # One process decodes the frames into a file; the others on its machine memory-map the file.
         cache = ranks.in_turn(lambda: load_frames(dataset, recipe.data, progress=progress), ahead=ranks.first_here)
         with closing(cache):
             if (folder.model_directory / "model.json").is_file():
-                load_model(folder.model_directory)  # whole, or an error
+                load_model(folder.model_directory)  # raises if it is incomplete
             else:
                 begun = folder.checkpoint_directory.is_dir()
                 fit(recipe.training, recipe.model, cache, folder, fabric=fabric, resume=begun, progress=progress)
@@ -134,12 +134,12 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, resume: bool, r
         seeds = {"training": recipe.training.seed}
         return RunFolder.create(path, config, describe_provenance(data_fingerprint=fingerprint, seeds=seeds))
     folder = RunFolder.open(path)
-    recorded = Recipe.parse(recipe_values(folder))  # parsed, so that options of later versions take their defaults
+    recorded = Recipe.parse(recipe_values(folder))  # parsed, so that options of later versions get their defaults
     differ = differences(recorded.model_dump(mode="json"), config["recipe"])
-    # The methods, and how the data are read, do not change what was trained.
+    # The methods, and the way data are read, do not affect the trained parameters.
     free = ["methods.", "data", "default_method", "protocol", "description", "rules"]
     free += [f"training.{key}" for key in FREE]
-    # Added coarser models and probes are fitted on top.
+    # Additional coarser models and probes are fitted later.
     free += ["hierarchy"] if recipe.hierarchy[: len(recorded.hierarchy)] == recorded.hierarchy else []
     free += ["probes"] if recorded.probes.items() <= recipe.probes.items() else []
     if wrong := [key for key in differ if not key.startswith(tuple(free))]:
@@ -201,7 +201,7 @@ def _train_heads(run: Run, cache: Frames, progress: Progress) -> None:
 
 
 def _fitted(run: Run, name: str) -> bool:
-    """Return whether a head is there; its JSON is written last."""
+    """Return whether a head is complete: its JSON file is written last."""
     return run.path.joinpath("heads", name).with_suffix(".json").is_file()
 
 
@@ -222,7 +222,7 @@ def _fit_probe(
     seed: int,
     progress: Progress,
 ) -> Probe:
-    """Fit a probe on frames one block apart of the first labelled episodes."""
+    """Fit a probe on frames of the first training episodes, one block apart."""
     label, block = config.label or name, model.spec.block
     chosen = training[cache.lengths[training] > block][: config.episodes]
     seen = encode_episodes(model, cache, episodes=chosen, progress=progress)
@@ -239,7 +239,7 @@ def _fit_probe(
 
 
 def _rank(run: Run, episodes: LatentEpisodes, pairs: int = 2048) -> dict[str, float]:
-    """Return rank correlations of the distances with the steps between states of the same held-out episodes.
+    """Return the rank correlations between distances and numbers of steps, for pairs of states in held-out episodes.
 
     A logged walk takes more steps than the shortest path, so only ranks are compared.
     """
@@ -268,14 +268,14 @@ def evaluate(
 ) -> Results:
     """Evaluate methods of a run and write `results.json` and `report.html`; see `report_path`.
 
-    In a session, agents obey its rules, except the baselines that obey none, and go on from what its memory holds.
-    `others` are agents from elsewhere, by the name of their row: see `worldloom.evaluation.ForeignPolicy`.
-    The protocol is the one named, or the recipe's, or that of the run's world, or one whose goals the logging policy
-    reached; for the last, `success` says what counts, such as `position:3`. `changes` are conventions to change: see
-    `worldloom.evaluation.Changes`.
+    In a session, agents obey its rules, except baselines that do not support rules, and they start with its memory.
+    `others` maps row names to agents of other libraries; see `worldloom.evaluation.ForeignPolicy`. The default protocol
+    is that of the recipe or, without `success`, of the run's environment. Without a protocol, each goal is a frame that
+    the logging policy reached, and `success` is the criterion, such as `position:3`. `changes` replace parts of the
+    protocol; see `worldloom.evaluation.Changes`.
 
     Raises:
-        ConfigError: there is no such protocol or method, or `success` is needed and missing.
+        ConfigError: the protocol or a method does not exist, or `success` is needed but missing.
         EnvironmentFailure: see `worldloom.evaluation.runner`.
     """
     from worldloom.reports import write_report  # takes half a second to load
@@ -285,7 +285,7 @@ def evaluate(
     run = session.run
     chosen = list(run.recipe.methods) if methods is None else list(methods)
     for name in chosen:
-        run.recipe.method(name)  # an unknown method is an error before anything runs
+        run.recipe.method(name)  # fail on an unknown method before any episode
     agents: dict[str, Callable[[], Agent]] = {name: partial(session.agent, name, compared=True) for name in chosen}
     agents |= others or {}
     results = evaluate_methods(
@@ -312,13 +312,13 @@ def explore(
     seed: int | None = None,
     progress: Progress = SILENT,
 ) -> int:
-    """Let an agent explore the worlds of a protocol's episodes, each for so many steps; return how many worlds it saw.
+    """Let an agent explore the world of each episode of a protocol for `steps` steps; return the number of worlds.
 
-    In a session with a memory, it remembers what it sees. `evaluate` with `exploration=0` and the same protocol, split,
-    episodes and seed then asks for far goals in the same worlds.
+    In a session with a memory, the agent stores its observations there. `evaluate` with `exploration=0` and the same
+    protocol, split, episodes and seed then uses the same worlds, with goals that are far away.
 
     Raises:
-        ConfigError: the method does not explore, or there is no such method, protocol or split.
+        ConfigError: the method does not explore, or the method, protocol or split does not exist.
     """
     session = session_of(run)
     name = method or session.run.recipe.default_method
@@ -332,8 +332,8 @@ def explore(
 def report_path(run: Run, results: Results) -> Path:
     """Return the path of the report of an evaluation.
 
-    The folder is named after the protocol. A digest is added if the conventions, the seed or the methods are not the
-    usual ones, so that no evaluation overwrites another.
+    The folder is named after the protocol. A digest is added if the protocol, the seed or the methods differ from
+    the defaults, so that evaluations do not overwrite each other.
     """
     protocol = results.protocol
     name = protocol.title.replace("/", "-")
@@ -360,17 +360,19 @@ def _protocol(
     name = name or run.recipe.protocol or (default_protocol(env_id) if success is None else None)
     if name is not None:
         if success is not None or goal_offset is not None:
-            raise ConfigError(f"protocol {name!r} already defines success and goals; leave out success and goal_offset")
+            raise ConfigError(
+                f"protocol {name!r} already defines success and goals; leave out 'success' and 'goal_offset'"
+            )
         return PROTOCOLS[name].customise(**changes)
     given = {key: value for key, value in changes.items() if value is not None}
     if "split" in given or "exploration" in given:
-        raise ConfigError("split and exploration need a named protocol; name one with --protocol")
+        raise ConfigError("split and exploration need a named protocol; choose one with --protocol")
     if env_id is None:
-        raise ConfigError("the dataset does not name its environment; name a protocol with --protocol")
+        raise ConfigError("the dataset does not name its environment; choose a protocol with --protocol")
     if success is None:
         raise ConfigError(
             f"{env_id} has no protocol; define success by a named vector and a tolerance, such as --success "
-            f"position:3, or by the environment's own success flag with --success env"
+            f"position:3, or use the environment's own success flag with --success env"
         )
     offset = goal_offset or 25
     logged: dict[str, Any] = {key: source[key] for key in ("policy", "policy_options") if source.get(key)}

@@ -1,4 +1,4 @@
-"""Filling and querying an episodic memory with the model of a run."""
+"""Fills and queries an episodic memory with the model of a run."""
 
 from pathlib import Path
 
@@ -15,28 +15,28 @@ from worldloom.workflow.run import Run
 
 
 def encode_picture(run: Run, path: Path, memory: EpisodicMemory) -> Float[Tensor, "1 D"]:
-    """Return the latent of a picture, as a query to a memory of the same model.
+    """Return the latent of a picture, to query a memory of the same model.
 
     Raises:
-        CheckpointError: the memory holds latents of another model.
-        DataError: the model takes more than pixels, or the picture has another size.
+        CheckpointError: the memory belongs to a different model.
+        DataError: the model needs more than pixels, or the picture has the wrong size.
     """
     memory.spec.check(run.model.spec, memory.path)
     return run.heads.examples([str(path)]).cpu()
 
 
 def remember(run: Run, data: Path | str, memory: EpisodicMemory, *, progress: Progress = SILENT) -> int:
-    """Append the episodes of a dataset to a memory, one memory for each block of actions; return how many.
+    """Append the episodes of a dataset to a memory, one record per block of actions; return the number of records.
 
     Raises:
-        DataError: the model takes other observations or actions than the dataset holds.
+        DataError: the dataset's observations or actions do not match the model.
     """
     spec = run.model.spec
     dataset = EpisodeDataset.open(data)
     if dataset.spec.observation != spec.observation or dataset.spec.action.size != spec.action.size:
         raise DataError(
             f"{data} has observations {dataset.spec.observation} and actions of {dataset.spec.action.size} values; the "
-            f"model expects {spec.observation} and {spec.action.size}. Use data with the shapes of the training data"
+            f"model expects {spec.observation} and {spec.action.size}. Use data with the training data's shapes"
         )
     count = 0
     with progress.task("remembering episodes", len(dataset), "episode") as task, torch.inference_mode():

@@ -1,4 +1,4 @@
-"""A consortium over the network: a coordinator and nodes, each on its owner's machine and from its own YAML file."""
+"""A consortium over the network: coordinator and nodes run on their owners' machines, each with its own YAML file."""
 
 import logging
 import threading
@@ -37,7 +37,7 @@ from worldloom.workflow.run import Run
 from worldloom.workflow.simulation import measure, member_recipe, open_node
 
 _log = logging.getLogger(__name__)
-_FLUSH_SECONDS = 3.0  # to send the last answer
+_FLUSH_SECONDS = 3.0  # time to send the last answer
 
 
 class CoordinatorAddress(Config):
@@ -48,7 +48,7 @@ class CoordinatorAddress(Config):
 
 
 class _PartyConfig(Config):
-    """The settings common to coordinators and nodes; paths are relative to the YAML file's folder."""
+    """The settings of both coordinators and nodes; paths are relative to the YAML file's folder."""
 
     constitution: Path
     key: Path
@@ -60,16 +60,16 @@ class _PartyConfig(Config):
     own_steps: int = Field(default=100, ge=0)
 
     def at(self, folder: Path | str) -> Any:
-        """Return the same settings with paths relative to `folder`, which holds the YAML file."""
+        """Return the same settings with paths relative to `folder`, the folder of the YAML file."""
         found = {name: Path(folder) / path for name, path in self if isinstance(path, Path)}
         return self.model_copy(update=found)
 
     def rules(self) -> Constitution:
-        """Return the constitution, signed by all members."""
+        """Read the constitution, and check that all members have signed it."""
         return read_constitution(self.constitution)
 
     def member_recipe(self, constitution: Constitution) -> Recipe:
-        """Return the recipe with the steps of all rounds."""
+        """Return the recipe with the number of steps of all rounds together."""
         steps = constitution.align_steps + constitution.rounds * constitution.inner_steps
         return member_recipe(self.recipe, self.overrides, steps=steps, stems=self.stems, seed=self.seed)
 
@@ -77,9 +77,9 @@ class _PartyConfig(Config):
 class NodeConfig(_PartyConfig):
     """A node: the owner's name, keys, data and recipe, and the coordinators' addresses in order of succession.
 
-    After the last round the owner fine-tunes for `own_steps`: all tensors, or with little data the sovereign ones. If
-    no coordinator can be reached for `alone_after_seconds`, the node trains alone, `alone_steps` at a time, until the
-    next message.
+    After the last round the owner fine-tunes for `own_steps`: all tensors or, for little data, only the sovereign ones.
+    If no coordinator can be reached for `alone_after_seconds`, the node trains alone, `alone_steps` at a time, until
+    the next message.
     """
 
     owner: str
@@ -101,8 +101,8 @@ class NodeConfig(_PartyConfig):
 class CoordinatorConfig(_PartyConfig):
     """A coordinator: its key, its certificate, its address, and the first base.
 
-    The first base is `initial`, a pilot's file, or untrained. Its shapes are those of the recipe's world, or of the
-    dataset `like`, of which only the shapes are read.
+    `initial` is a file with the first base, for example a pilot's. Without it, the first base is untrained. Its shapes
+    are those of the recipe's environment or, if set, of the dataset `like`.
     """
 
     tls: Path
@@ -113,12 +113,12 @@ class CoordinatorConfig(_PartyConfig):
 
 
 def make_keys(folder: Path | str, name: str, hosts: tuple[str, ...] = ()) -> dict[str, str]:
-    """Write a party's keys: one that signs its messages, and one of its connections or, with hosts, a certificate.
+    """Write a party's keys: a key that signs messages, and a key for connections or, with `hosts`, a TLS certificate.
 
-    Returns the public keys that the other parties need, as they appear in the constitution.
+    Returns the public keys that other parties need, in the form that the constitution uses.
 
     Raises:
-        StorageError: a file exists already; a key is never overwritten.
+        StorageError: a file exists already; keys are never overwritten.
     """
     folder = Path(folder)
     public = {"key": make_key(folder / f"{name}.pem")}
@@ -133,7 +133,7 @@ def coordinate(config: CoordinatorConfig, *, progress: Progress = SILENT) -> Pat
 
     Raises:
         ConfigError, DataError, StorageError: the constitution, the keys or the folder are invalid.
-        TrainingError: too few members contributed; their contributions are saved for the next start.
+        TrainingError: too few members contributed; the contributions are saved for the next start.
     """
     from worldloom.federation.transport.flower import serve
 
@@ -144,7 +144,7 @@ def coordinate(config: CoordinatorConfig, *, progress: Progress = SILENT) -> Pat
     if not connections:
         raise ConfigError(
             f"{config.constitution} has no 'connection' for any member; add the text of each member's .ssh.pub file, "
-            f"and let all members sign again"
+            f"and ask all members to sign again"
         )
     tls = Tls(authority=config.tls / "ca.pem", certificate=config.tls / "server.pem", secret=config.tls / "server.key")
     rounds = config.home / "rounds"
@@ -152,7 +152,7 @@ def coordinate(config: CoordinatorConfig, *, progress: Progress = SILENT) -> Pat
     initial = initial_base(recipe.model, spec, partition, seed=config.seed)
     if config.initial is not None:
         initial = Base.load(config.initial, like=initial.tensors)
-    elif not (rounds / "bases").is_dir():  # a coordinator that resumes or takes over has a base
+    elif not (rounds / "bases").is_dir():  # a coordinator that resumes or takes over already has a base
         check_has_a_pilot(recipe.model, spec, partition)
     with serve(config.home / "link", tls, connections, host=config.host, port=config.port) as transport:
         key = SigningKey(config.key)
@@ -176,7 +176,9 @@ def opened(config: NodeConfig, *, progress: Progress = SILENT) -> Iterator[Node]
         raise ConfigError(f"owner: {config.owner!r} is not a member in {config.constitution}; expected one of {known}")
     key = SigningKey(config.key)
     if key.public != constitution.members[config.owner].key:
-        raise DataError(f"the key of this node is not the key of {config.owner} in {config.constitution}; use that key")
+        raise DataError(
+            f"{config.key} is not the key of {config.owner} in {config.constitution}; set 'key' to that key"
+        )
     recipe, dataset = config.member_recipe(constitution), EpisodeDataset.open(config.data)
     with open_node(
         config.home, recipe, dataset, constitution, name=config.owner, key=key, seed=config.seed, progress=progress
@@ -185,10 +187,10 @@ def opened(config: NodeConfig, *, progress: Progress = SILENT) -> Iterator[Node]
 
 
 def pilot(config: NodeConfig, out: Path | str, *, progress: Progress = SILENT) -> str:
-    """Train alone for the constitution's `align_steps`, and write a base that all members can begin with.
+    """Train alone for the constitution's `align_steps`, write a base for all members, and return its fingerprint.
 
-    For owners whose conventions differ: all then average what one of them learned, and the others first train their
-    stems against it. Returns the base's fingerprint.
+    This is for owners with different conventions: the other owners first train their stems against the pilot's base, so
+    that the averaged models share its conventions.
 
     Raises:
         ConfigError, DataError, StorageError: see `opened`, `Node.pilot` and `Base.save_new`.
@@ -200,10 +202,11 @@ def pilot(config: NodeConfig, out: Path | str, *, progress: Progress = SILENT) -
 
 
 def take_part(config: NodeConfig, *, stop: threading.Event | None = None, progress: Progress = SILENT) -> Run:
-    """Answer the coordinator until the last base has come, then fine-tune it; return the run.
+    """Answer the coordinator until the last base has arrived, then fine-tune that base; return the run.
 
     Raises:
-        ConfigError: no coordinator could be reached within `timeout_seconds` each.
+        ConfigError: no coordinator could be reached, with `timeout_seconds` for each.
+        TrainingError: the node was stopped before the last base arrived.
         DataError, StorageError: see `opened`.
     """
     stop = stop or threading.Event()
@@ -214,7 +217,7 @@ def take_part(config: NodeConfig, *, stop: threading.Event | None = None, progre
         if node.store.number != last:
             _answer(node, config, last, stop)
         run = Run(node.own.run)
-        if node.has_left:  # meanwhile; the coordinator knows
+        if node.has_left:  # it left during the rounds, and the coordinator was told
             return run
         if node.store.number != last:
             raise TrainingError(
@@ -225,10 +228,10 @@ def take_part(config: NodeConfig, *, stop: threading.Event | None = None, progre
 
 
 def _answer(node: Node, config: NodeConfig, last: int, stop: threading.Event) -> None:
-    """Answer until the last base has come, the owner has left, or no coordinator can be reached."""
+    """Answer until the last base has arrived, the owner has left, or no coordinator can be reached."""
     from worldloom.federation.transport.flower import join
 
-    done = threading.Event()  # ends the present coordinator; `stop` ends the node
+    done = threading.Event()  # ends the connection to the current coordinator; `stop` ends the node
     heard = time.monotonic()
     after = config.alone_after_seconds
 
@@ -240,7 +243,7 @@ def _answer(node: Node, config: NodeConfig, last: int, stop: threading.Event) ->
         finally:
             heard = time.monotonic()
         over = node.store.number == last or node.has_left
-        if over or node.forked:  # the next coordinator may have the ledger that the others follow
+        if over or node.forked:  # after a fork, the next coordinator may have the correct ledger
             threading.Timer(_FLUSH_SECONDS, (stop if over else done).set).start()
         return reply
 
@@ -275,20 +278,20 @@ def _answer(node: Node, config: NodeConfig, last: int, stop: threading.Event) ->
 
 
 def leave(config: NodeConfig, into: Path | str, *, why: str = "", progress: Progress = SILENT) -> Run:
-    """Leave the consortium without permission, and export base, ledger, rules and the owner's run into one folder.
+    """Leave the consortium, and export base, ledger, rules and the owner's run into one folder.
 
-    Past contributions stay with the consortium. `come_back` undoes the exit.
+    Leaving needs no permission. Past contributions stay with the consortium. `come_back` undoes the exit.
 
     Raises:
         StorageError: the folder exists already.
-        DataError: no base came yet.
+        DataError: see `opened` and `Node.leave`.
     """
     into = Path(into)
     if into.exists():
         raise StorageError(f"{into} already exists; choose another folder for the export")
     with opened(config, progress=progress) as node:
         node.leave(why)
-        if node.store.number is not None:  # else there is no base to fine-tune
+        if node.store.number is not None:  # otherwise there is no base to fine-tune
             _fine_tune(node, config, progress)
         node.export(into, config.constitution)
     return Run(node.own.run)
@@ -305,7 +308,7 @@ def come_back(config: NodeConfig) -> None:
 
 
 def take_over(config: NodeConfig, coordinator: CoordinatorConfig) -> int:
-    """Make a member the coordinator, with its node's copies of base and ledger; return the next round.
+    """Make a member the coordinator, from its node's copies of base and ledger; return the next round.
 
     Raises:
         DataError, StorageError: see `worldloom.federation.succeed`.
@@ -323,9 +326,9 @@ def _fine_tune(node: Node, config: NodeConfig, progress: Progress) -> None:
 
 
 def _join_any(join: Any, config: NodeConfig, answer: Handler, stop: threading.Event, done: threading.Event) -> None:
-    """Join the first coordinator that can be reached, and the next one if it is lost.
+    """Join the first coordinator that can be reached, and the next one if the connection is lost.
 
-    A node that may train alone meanwhile never gives up; another node does once no coordinator could be reached.
+    If no coordinator can be reached, a node with `alone_after_seconds` tries again; other nodes raise `ConfigError`.
     """
     while not stop.is_set():
         causes = []
@@ -345,7 +348,7 @@ def _join_any(join: Any, config: NodeConfig, answer: Handler, stop: threading.Ev
                 _log.warning("%s: %s", place.address, error)
                 causes.append(str(error))
             else:
-                causes.append(f"{place.address} has a different ledger; check 'coordinators' and 'home'")
+                causes.append(f"{place.address} has a different ledger from this node; check 'coordinators' and 'home'")
             if stop.is_set():
                 return
         if config.alone_after_seconds is None:

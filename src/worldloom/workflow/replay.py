@@ -1,4 +1,4 @@
-"""Replaying decisions from the audit log of a run."""
+"""Replays decisions from a run's audit log."""
 
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from worldloom.workflow.run import Run
 
 
 def read_entry(folder: Path, index: int, *, progress: Progress = SILENT) -> tuple[Entry, Entry]:
-    """Return an entry of a log, and the last entry before it that describes the agent.
+    """Return an entry of a log, and the last earlier entry that describes the agent.
 
     Raises:
-        StorageError: there is no log.
-        DataError: there is no such entry, or an entry up to it does not verify.
+        StorageError: the log does not exist.
+        DataError: the entry does not exist, or an entry up to it does not verify.
     """
     opened: Entry | None = None
     for entry in log_entries(folder, progress=progress):
@@ -34,13 +34,13 @@ def read_entry(folder: Path, index: int, *, progress: Progress = SILENT) -> tupl
 def replay_entry(
     folder: Path, index: int, *, run: Path | None = None, progress: Progress = SILENT
 ) -> tuple[Plan, bool, dict[str, Any]]:
-    """Replay a decision of a log; return its plan, whether it is equal bit for bit, and the body of its entry.
+    """Replay a decision of a log; return its plan, whether the plan is bit-identical, and the body of its entry.
 
-    The agent is built from what the log records: the method, the layers of the rule set, and the margins. `run` is the
-    run folder, if it was moved since.
+    The agent is built from the method, the rule set's layers and the margins in the log. `run` is the run folder, if it
+    has been moved since.
 
     Raises:
-        DataError: the entry is not a decision, or the run holds another model now.
+        DataError: the entry is not a decision, or the run now contains a different model.
         StorageError: the run or the recorded situation is missing.
     """
     entry, opened = read_entry(folder, index, progress=progress)
@@ -48,7 +48,7 @@ def replay_entry(
     there = Run.open(run or about["run"])
     if there.model.spec.fingerprint != about["model"]:
         raise DataError(
-            f"the model in {there.path} is not the model that made the decision; name the run of that model with --run"
+            f"the model in {there.path} is not the model that made the decision; pass that model's run with --run"
         )
     layers, values = tuple(RuleLayer.parse(layer) for layer in about["layers"]), about["margins"]
     rules = there.bind(RuleSet(layers=layers)) if layers else None
@@ -56,7 +56,7 @@ def replay_entry(
     if rules is not None and values is not None:
         values = torch.tensor(values, dtype=torch.float32)
         margins = Margins(values=values, risk=rules.rule_set.risk or 0.5, episodes=0)
-    torch.set_num_threads(about["threads"])  # how sums are split among threads decides their last bit
+    torch.set_num_threads(about["threads"])  # the last bit of a sum depends on the number of threads
     parts = AgentParts(heads=there.heads, rules=rules, margins=margins)
     agent = parse_component(METHODS, about["method"]).build(parts, seed=0)
     plan, same = replay(folder, entry, agent.parts[entry.body.get("part", "")].decide, there.device)

@@ -1,4 +1,4 @@
-"""What the report of an evaluation shows of the run: its latents, its learned distance and its predictions."""
+"""The figures of a run for an evaluation's report: latents, learned distance and predictions."""
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ _PATHS = 6
 
 
 def report_data(run: Run) -> ReportData:
-    """Return what the report shows; it leaves out parts if the dataset is gone or has no 2-D position."""
+    """Return the figures for the report; parts are left out if the dataset cannot be read or has no 2-D position."""
     baselines = [
         name for name, method in run.recipe.methods.items() if isinstance(method, RandomMethod | CloningMethod)
     ]
@@ -44,7 +44,9 @@ def report_data(run: Run) -> ReportData:
     try:
         distance = shown.distance_map()
     except CheckpointError as error:
-        return without("the distance", error)  # training was interrupted; some methods do not need it
+        return without(
+            "the distance", error
+        )  # training was interrupted before the distance was fitted; some methods do not need it
     return ReportData(
         metrics=metrics,
         baselines=baselines,
@@ -55,13 +57,13 @@ def report_data(run: Run) -> ReportData:
 
 
 def position_label(episodes: list[Episode]) -> str | None:
-    """Return the label that gives positions: of the labels with two values, 'position' or the first by name."""
+    """Return the label of positions: of the labels with two values, 'position' or else the first by name."""
     flat = [name for name, values in (episodes[0].labels.items() if episodes else ()) if values.shape[1] == 2]
     return "position" if "position" in flat else next(iter(sorted(flat)), None)
 
 
 class _Shown:
-    """Some held-out episodes, encoded, with a probe of their positions."""
+    """Encoded held-out episodes, and a probe that reads positions from latents."""
 
     def __init__(self, run: Run, episodes: list[Episode], label: str) -> None:
         self._run, self._episodes = run, episodes
@@ -76,7 +78,7 @@ class _Shown:
         self.unit = "px" if self._in_pixels else ""
 
     def predicted_paths(self) -> PredictedPaths | None:
-        """Compare open-loop predictions, read by the probe, with the recorded positions."""
+        """Compare the positions in open-loop predictions, read by the probe, with the recorded ones."""
         context = self._model.spec.context
         longest = min(len(latents) for latents in self._latents)
         if longest <= context:
@@ -101,13 +103,13 @@ class _Shown:
         )
 
     def distance_map(self) -> DistanceMap:
-        """Measure the distance from imagined states of an episode to its last state; the probe reads positions."""
+        """Measure the distance from imagined states to an episode's last state; the probe reads their positions."""
         row = int(np.argmax([np.ptp(position.numpy()[:, 0]) for position in self._positions]))
         episode = LatentEpisodes.of([(self._latents[row], self._blocks[row])])
         generator = torch_generator(0, "distance-map")
         walk = Walk(slowest=1.0)
         states = self._latents[row][:1]
-        for _ in range(2):  # walks that begin where the first ones ended cover the room
+        for _ in range(2):  # a second set of walks, from the ends of the first, covers more of the room
             dreams = dream(self._model, episode, per_episode=128, horizon=24, walk=walk, generator=generator)
             states = torch.cat([states, dreams.latents.flatten(0, 1)])
         goal = self._latents[row][-1]
@@ -135,9 +137,9 @@ class _Shown:
 
 
 def in_pixels(positions: Float[np.ndarray, "N 2"], frame: tuple[int, int, int]) -> bool:
-    """Return whether positions can be pixels: inside the picture, and spread over a quarter of each side or more.
+    """Return whether positions may be in pixels: inside the picture, and spread over at least a quarter of each side.
 
-    Other positions are in metres, or in a simulator's own units.
+    Otherwise they are in metres, or in a simulator's own units.
     """
     height, width, _ = frame
     low, high = positions.min(axis=0), positions.max(axis=0)

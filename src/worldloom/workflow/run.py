@@ -1,4 +1,4 @@
-"""A run: what one training left behind."""
+"""A run: the results of one training, in a folder."""
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -24,12 +24,12 @@ from worldloom.training import RunFolder
 
 
 class Run:
-    """A run folder: what one training left behind. Its parts are loaded when they are first asked for.
+    """A run folder with the results of one training; its parts are loaded on first use.
 
-    A run holds nothing that must be closed. To act with a memory, an audit log or rules of your own, open a `Session`.
+    A run needs no closing. To act with a memory, an audit log or additional rules, open a `Session`.
 
     Raises:
-        CheckpointError: a part is missing, damaged, or was fitted on another model. Raised when it is asked for.
+        CheckpointError: on first use of a part that is missing, damaged, or was fitted on a different model.
     """
 
     def __init__(self, folder: RunFolder, *, device: torch.device | str | None = None) -> None:
@@ -39,7 +39,7 @@ class Run:
 
     @classmethod
     def open(cls, path: Path | str, *, device: torch.device | str | None = None) -> "Run":
-        """Open a run folder; `device` defaults to a GPU if there is one.
+        """Open a run folder; `device` defaults to a GPU if one is available.
 
         Raises:
             StorageError: there is no run at the path.
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def path(self) -> Path:
-        """The folder."""
+        """The path of the run folder."""
         return self.folder.path
 
     @cached_property
@@ -58,13 +58,13 @@ class Run:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Where the data came from: the `environment` of the dataset's spec, empty if nothing is known."""
+        """The `environment` of the dataset's spec, which describes the source of the data; empty if unknown."""
         environment: dict[str, Any] = self.folder.config["environment"]
         return environment
 
     @property
     def data(self) -> str:
-        """The dataset's path when the run was made."""
+        """The dataset's path at the time of training."""
         return str(self.folder.config["data"])
 
     @cached_property
@@ -80,13 +80,13 @@ class Run:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """The figures of the heads: held-out episodes, seconds, step length, rank correlations."""
+        """The figures of the heads: held-out episodes, fitting times in seconds, step length, rank correlations."""
         path = self.path / "heads.json"
         figures: dict[str, Any] = read_json(path) if path.is_file() else {}
         return figures
 
     def encode(self, episode: Episode) -> tuple[Observations, Float[Tensor, "N D"], Float[Tensor, "M A"]]:
-        """Return the frames of an episode one block apart, their latents, and the M = N-1 blocks of actions between."""
+        """Return an episode's frames, one block apart, their N latents, and the M = N - 1 blocks of actions between."""
         spec = self.model.spec
         pixels, vector = (None if part is None else part[:: spec.block] for part in (episode.pixels, episode.vector))
         frames = Observations.from_numpy(pixels, vector)
@@ -96,7 +96,7 @@ class Run:
         return frames, latents, blocks.to(self.device)
 
     def held_out(self) -> tuple[EpisodeDataset, list[int]]:
-        """Return the dataset, and the episodes that training did not see; all of them if none were held out.
+        """Return the dataset and the numbers of the held-out episodes; all episodes if none were held out.
 
         Raises:
             DataError, StorageError: the dataset cannot be read.
@@ -111,14 +111,14 @@ class Run:
         return None if own is None else self.bind(RuleSet(layers=(own,)))
 
     def bind(self, rules: RuleSet) -> BoundRules:
-        """Return a rule set bound to the heads, with the margins that were calibrated for it in the run folder."""
+        """Bind a rule set to the heads, with its calibrated margins from the run folder."""
         return BoundRules(rules, self.heads, self.path / "margins")
 
     def agent(self, method: str | None = None, *, seed: int = 0) -> Agent:
-        """Build an agent of a method, by default the recipe's. It obeys the recipe's own rules, if there are any.
+        """Build an agent for a method, by default the recipe's. The agent obeys the recipe's own rules, if it has any.
 
         Raises:
-            ConfigError: the recipe has no such method, or it has rules and the method obeys none.
+            ConfigError: the recipe has no such method, or it has rules and the method does not support rules.
         """
         config = self.recipe.method(method, guarded=self.rules is not None)
         return config.build(AgentParts(heads=self.heads, rules=self.rules), seed=seed)
@@ -128,12 +128,12 @@ class Run:
         return {path.parent.name: read_json(path) for path in sorted(self.path.glob("evaluation/*/results.json"))}
 
     def summary(self) -> dict[str, Any]:
-        """Return the figures by which runs are compared.
+        """Return the figures for a comparison of runs.
 
-        `success` is the mean rate of the default method over the splits of one `evaluation`: that of the recipe's
-        protocol, or of its world's, if it was run unchanged; otherwise the evaluation that was written last.
+        `success` is the default method's mean success rate over the splits of one `evaluation`. This is the evaluation
+        with the unchanged protocol of the recipe or its environment, or else the newest evaluation.
         """
-        recipe = recipe_values(self.folder)  # not parsed: a part may need a module that is not imported
+        recipe = recipe_values(self.folder)  # not parsed, because a component may need a module that is not imported
         metrics = self.folder.metrics()
         trained: dict[str, Any] = {}
         for line in metrics:
@@ -159,7 +159,7 @@ class Run:
         return {**summary, "success": _short(sum(rates[name]) / len(rates[name])), "evaluation": name}
 
     def _compared_by(self, evaluations: list[str]) -> str:
-        """Return the evaluation that `success` is taken from; see `summary`."""
+        """Return the name of the evaluation that `success` comes from; see `summary`."""
         usual = recipe_values(self.folder).get("protocol") or default_protocol(self.environment.get("id"))
         if usual is not None and (name := usual.replace("/", "-")) in evaluations:
             return name
@@ -167,10 +167,10 @@ class Run:
 
 
 def recipe_values(folder: RunFolder) -> dict[str, Any]:
-    """Return the recipe that a folder was made with, as JSON values.
+    """Return the recipe of a run folder as JSON values.
 
     Raises:
-        StorageError: the folder was made by `worldloom.training.fit` alone, without a recipe.
+        StorageError: the folder has no recipe, because it was written by `worldloom.training.fit`.
     """
     values = folder.config.get("recipe")
     if not isinstance(values, dict):
@@ -183,13 +183,13 @@ def recipe_values(folder: RunFolder) -> dict[str, Any]:
 
 
 def find_runs(root: Path) -> Iterator[Run]:
-    """Yield the runs of recipes below a folder, in the order of their paths. A damaged run raises when it is used.
+    """Yield the runs with a recipe below a folder, in the order of their paths. A damaged run raises on use.
 
     Raises:
-        StorageError: there is no such folder.
+        StorageError: the folder does not exist.
     """
     if not root.is_dir():
-        raise StorageError(f"{root} is not a folder; name the folder that contains your runs")
+        raise StorageError(f"{root} is not a folder; pass the folder that contains your runs")
     for config in sorted(root.rglob("config.json")):
         if (config.parent / "provenance.json").is_file() and _may_be_of_a_recipe(config):
             yield Run.open(config.parent)
@@ -203,7 +203,7 @@ def _may_be_of_a_recipe(config: Path) -> bool:
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return the keys, with dots, under which two configurations differ."""
+    """Return the dotted keys in which two configurations differ."""
     found: list[str] = []
     for key in sorted(set(ours) | set(theirs)):
         mine, other = ours.get(key), theirs.get(key)

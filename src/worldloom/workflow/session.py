@@ -1,4 +1,4 @@
-"""A session: a run in use, with rules, a memory and an audit log."""
+"""A session: a run with rules, a memory and an audit log."""
 
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,15 +16,15 @@ from worldloom.workflow.run import Run
 
 
 class Session:
-    """A run in use. It builds agents that obey its rules, write its memory and log their decisions; use it in `with`.
+    """A run with rules, a memory and an audit log, for use in a `with` statement.
 
-    `rules` is a rule set whose layers come below the recipe's own. `memory` is the directory of the episodic memory,
-    which is created if it is missing. `audit` is the directory of the audit log, which holds the decisions of one
-    agent.
+    Its agents obey the rules, write to the memory and log their decisions. The layers of `rules` are added below the
+    recipe's own layer. `memory` is the directory of the episodic memory, which is created if it is missing. `audit` is
+    the directory of the audit log, which records the decisions of one agent.
 
     Raises:
-        ConfigError: `rules` loosen those of the recipe.
-        StorageError, CheckpointError: the memory belongs to another model, or another process writes it.
+        ConfigError: `rules` loosen the recipe's rules.
+        StorageError, CheckpointError: the memory belongs to a different model, or another process is writing it.
     """
 
     def __init__(
@@ -45,23 +45,23 @@ class Session:
             self.memory = self._owned.enter_context(EpisodicMemory.open_or_create(memory, spec=run.model.spec))
 
     def agent(self, method: str | None = None, *, seed: int = 0, compared: bool = False) -> Agent:
-        """Build an agent of a method of the recipe, by default its `default_method`.
+        """Build an agent for a method of the recipe, by default its `default_method`.
 
-        Under rules the method must obey them, unless it is only `compared` with others that do.
+        If the session has rules, the method must support rules, unless it is only a baseline (`compared`).
 
         Raises:
-            ConfigError: the recipe has no such method, it obeys no rules and there are some, or see `build`.
+            ConfigError: the recipe has no such method, the method does not support the session's rules, or see `build`.
         """
         config = self.run.recipe.method(method, guarded=self.rules is not None and not compared)
         return self.build(config, seed=seed)
 
     def build(self, method: MethodConfig, *, seed: int = 0, margins: Margins | None = None) -> Agent:
-        """Build an agent of any method; `margins` replace those that were calibrated for it.
+        """Build an agent for any method; `margins` replace its calibrated margins.
 
         Raises:
-            ConfigError: the rules state a risk and no margins were calibrated, the guardrails contradict each other,
-                or there is an audit log and the method does not plan.
-            StorageError: another agent writes the audit log.
+            ConfigError: the rules have a risk but no margins were calibrated, guardrails contradict each other, or
+                there is an audit log and the method does not plan.
+            StorageError: another agent is writing the audit log.
         """
         parts = AgentParts(heads=self.run.heads, rules=self.rules, margins=margins, memory=self.memory)
         if self._audit is not None:
@@ -69,11 +69,11 @@ class Session:
         return method.build(parts, seed=seed)
 
     def _audit_log(self, folder: Path | str, method: MethodConfig, parts: AgentParts) -> AuditLog:
-        """Open the audit log of an agent, and write everything that its decisions depend on."""
+        """Open the audit log of an agent, and record everything that its decisions depend on."""
         if not isinstance(method, PlannedMethod):
             raise ConfigError(
-                f"the method {method.name!r} does not plan, and the audit log records only decisions of a planner; "
-                f"choose a planning method"
+                f"the method {method.name!r} does not plan, and the audit log records only plans; choose a method that "
+                f"plans, or leave out the audit log"
             )
         margins = method.margins(parts)
         layers = [] if self.rules is None else self.rules.rule_set.layers
@@ -100,5 +100,5 @@ class Session:
 
 
 def session_of(run: Run | Session) -> Session:
-    """Return the session, or one of the run alone, which holds nothing that must be closed."""
+    """Return the session itself, or a new session of a run, which needs no closing."""
     return run if isinstance(run, Session) else Session(run)

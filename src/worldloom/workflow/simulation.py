@@ -1,4 +1,4 @@
-"""A consortium simulated on one machine: owners of different worlds train one shared model, then fine-tune it."""
+"""Simulates a consortium on one machine: owners of different worlds train a shared model, then fine-tune it."""
 
 import json
 import logging
@@ -47,10 +47,10 @@ _log = logging.getLogger(__name__)
 
 
 class OwnerConfig(Config):
-    """One owner: the factors and other arguments of its world, its number of logged episodes, and their data class.
+    """One owner: the factors and other arguments of its world, the number of logged episodes, and their data class.
 
-    After the last round the owner fine-tunes its model for `own_steps`, by default those of the consortium: all of it,
-    or, with little data, the sovereign tensors.
+    After the last round the owner fine-tunes its model for `own_steps`, by default the consortium's number. `fine_tune`
+    selects all tensors or, for little data, only the sovereign ones.
     """
 
     factors: dict[str, Any] = Field(default_factory=dict)
@@ -62,11 +62,11 @@ class OwnerConfig(Config):
 
 
 class ConsortiumConfig(Config):
-    """Owners of worlds of one recipe, and their rules; `rules` are fields of `Constitution`.
+    """Owners with worlds of one recipe, and their rules; `rules` are fields of `Constitution`.
 
-    With `stems` each owner's pixels and actions pass through a small map of its own before the shared tensors. The
-    first base is the one that the `pilot` trains alone for `align_steps`; the other owners then train their stems
-    against it for as many steps. Without a pilot each owner would pull the shared tensors toward its own conventions.
+    With `stems` each owner's pixels and actions pass through the owner's own small input layers before the shared
+    tensors. The `pilot` trains the first base alone for `align_steps`; the other owners then train their stems against
+    this base for as many steps. Without a pilot each owner would pull the shared tensors toward its own conventions.
     After the last round each owner fine-tunes for `own_steps`, while the learning rate falls to 0.
     """
 
@@ -87,9 +87,12 @@ class ConsortiumConfig(Config):
         if taken := sorted(
             {"consortium", "members", "coordinators", "align_steps", "rounds", "inner_steps"} & set(self.rules)
         ):
-            raise ValueError(f"rules: {', '.join(taken)} are set from other keys of the consortium; remove them here")
+            raise ValueError(f"rules: {', '.join(taken)} are set by keys outside 'rules'; remove them from 'rules'")
         if self.pilot is not None and (self.pilot not in self.owners or not self.align_steps):
-            raise ValueError(f"pilot: expected one of {', '.join(self.owners)}, and align_steps; got {self.pilot!r}")
+            raise ValueError(
+                f"pilot: expected one of {', '.join(self.owners)}, and align_steps above 0; got {self.pilot!r} and "
+                f"align_steps {self.align_steps}"
+            )
         return self
 
     def own_steps_of(self, name: str) -> int:
@@ -98,11 +101,11 @@ class ConsortiumConfig(Config):
 
     @property
     def shared_steps(self) -> int:
-        """The steps that each owner trains before the last base."""
+        """The number of steps that each owner trains up to the last base."""
         return self.align_steps + self.rounds * self.inner_steps
 
     def recipe_of(self, name: str, seed: int, *, steps: int | None = None) -> Recipe:
-        """Return an owner's recipe, by default with the steps until the last base."""
+        """Return an owner's recipe; by default its steps are those up to the last base."""
         owner, collection = self.owners[name], load_recipe(self.recipe).collection
         world = {**(collection.env_kwargs if collection else {}), **owner.world}
         if owner.factors:
@@ -117,7 +120,7 @@ class ConsortiumConfig(Config):
 
 
 def member_recipe(name: str, overrides: Sequence[str], *, steps: int, stems: bool, seed: int) -> Recipe:
-    """Return a recipe with a member's number of steps, and with stems before the shared tensors."""
+    """Return a recipe with a member's number of steps and, if `stems`, with stems before the shared tensors."""
     recipe = load_recipe(name).override([
         f"training.steps={steps}",
         f"training.seed={seed}",
@@ -134,7 +137,7 @@ def member_recipe(name: str, overrides: Sequence[str], *, steps: int, stems: boo
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """The result of a simulation: the run of each owner, and the paths of rounds, model card and report."""
+    """The result of a simulation: each owner's run, and the paths of the rounds, the model card and the report."""
 
     runs: Mapping[str, Run]
     rounds: Path
@@ -150,13 +153,13 @@ def simulate(
     handlers: Mapping[str, Callable[[Handler, SigningKey], Handler]] | None = None,
     progress: Progress = SILENT,
 ) -> Simulated:
-    """Collect each owner's logs, sign the constitution for all, run the rounds, and fine-tune for each owner.
+    """Collect each owner's logs, sign the constitution for all members, run the rounds, and fine-tune for each owner.
 
-    Parts that exist already are reused, so that a killed simulation ends with the same result as an unbroken one.
-    `handlers` wrap an owner's node and may sign with the owner's key, to count messages or to attack.
+    Finished parts are reused, so that a killed simulation, when repeated, has the same result as an uninterrupted one.
+    Each of `handlers` wraps an owner's node and may sign with the owner's key, for example to simulate an attack.
 
     Raises:
-        ConfigError: the rules contradict themselves.
+        ConfigError: the rules contradict each other.
         DataError, StorageError, TrainingError: see `Coordinator`.
     """
     from worldloom.reports import write_consortium_report  # takes half a second to load
@@ -215,7 +218,7 @@ def _key(path: Path) -> SigningKey:
 
 
 def _constitution(config: ConsortiumConfig, path: Path, keys: Mapping[str, SigningKey]) -> Constitution:
-    """Write the constitution, sign it for every member, and read it back as each member would."""
+    """Write the constitution, sign it for every member, and read it back with all checks."""
     count = len(config.owners)
     rules = {"quorum": max(1, count - 1), "cap": min(1.0, 1.5 / max(1, count - 1)), **config.rules}
     constitution = Constitution.parse({
@@ -247,7 +250,7 @@ def open_node(
     seed: int,
     progress: Progress,
 ) -> Iterator[Node]:
-    """Open a member's node: its run folder below `home`, and its data behind the guard of their card."""
+    """Open a member's node with its run folder in `home`; only data that its card permits train the shared base."""
     card = card_of(dataset.path, {key.public: name})
     run, partition = run_folder(recipe, dataset, home / "run", seed), PartitionConfig.parse(constitution.partition)
     with closing(load_frames(dataset, recipe.data, progress=progress)) as frames:
@@ -261,7 +264,7 @@ def open_node(
 
 
 def run_folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, seed: int) -> RunFolder:
-    """Open an owner's run folder, or create it."""
+    """Open an owner's run folder; create it if it does not exist."""
     if (path / "config.json").is_file():
         return RunFolder.open(path)
     values = {
@@ -274,7 +277,7 @@ def run_folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, seed: int) -
 
 
 def measure(run: Run, frames: Frames, progress: Progress) -> None:
-    """Measure the latent geometry of a run, which tree search needs, unless it was measured for this model."""
+    """Measure a run's latent geometry, which tree search needs, unless it is already measured for this model."""
     known = {"model": run.model.spec.fingerprint}
     path = run.path / "measured.json"
     if path.is_file() and read_json(path) == known:

@@ -1,4 +1,4 @@
-"""One plan from a start to a goal, as JSON values."""
+"""Plans once from a start to a goal, and returns the plan as JSON values."""
 
 from pathlib import Path
 from typing import Any
@@ -28,19 +28,19 @@ def plan_once(
     picture: Path | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Plan once: between two pictures, or between a start and a goal that a protocol draws.
+    """Plan once, between two pictures or between a start and a goal from an episode of a protocol.
 
-    With a path for a `picture`, the plan is drawn there; see `worldloom.workflow.explaining.explain`.
+    If `picture` is a path, a figure of the plan is written there; see `worldloom.workflow.explaining.explain`.
 
     Returns:
-        `actions` (one list for each environment step), `cost`, `gap` and `predicted_gap` (the distance to the goal now
-        and at the predicted end of the plan, in typical model steps), `milliseconds` (of a second planning; the first
-        one warms up), `rollouts`, `refused` (whether no plan kept the guardrails, so that this is the fallback), and
-        `explained` with a picture.
+        `actions` (one list per environment step), `cost`, `gap` and `predicted_gap` (the distance to the goal now and
+        at the predicted end of the plan, in typical model steps), `milliseconds` (of a second call, after a warm-up),
+        `rollouts`, `refused` (whether no plan satisfied the guardrails, so that this is the fallback) and, with
+        `picture`, `explained`.
 
     Raises:
         ConfigError: only one of the pictures is given, or the method does not plan.
-        DataError: a picture does not have the size that the model was trained on.
+        DataError: a picture has the wrong size, or the model needs more than pixels.
     """
     from worldloom.workflow.explaining import Considered, explain  # takes half a second to load
 
@@ -49,7 +49,7 @@ def plan_once(
     agent: PlanningAgent | None = session.agent(method).parts.get("")
     if agent is None:
         raise ConfigError(
-            f"the method {method or run.recipe.default_method!r} does not plan; choose a planning method of the recipe"
+            f"the method {method or run.recipe.default_method!r} does not plan; choose a method that plans"
         )
     if (start is None) != (goal is None):
         raise ConfigError("expected both --start and --goal, or neither; got one of them")
@@ -65,7 +65,7 @@ def plan_once(
     assert situation is not None
     explained: dict[str, Any] = {}
     if picture is not None:
-        agent.decide(situation, watch=considered)  # the same plan again, and what was considered for it
+        agent.decide(situation, watch=considered)  # the same plan again, with the candidates that were considered
         explained = explain(run, picture, observations, target, plan, considered, progress=progress)
     with torch.no_grad():
         here, there = (run.model.encode(each.to(run.device)) for each in (observations, target.observations))
@@ -87,7 +87,7 @@ def _picture(run: Run, path: Path) -> Observations:
     expected = run.model.spec.observation.pixels
     if expected is None or run.model.spec.observation.vector:
         raise DataError(
-            "the model needs more than pixels, so pictures are not enough; name a protocol for start and goal with "
+            "the model needs more than pixels, so pictures are not enough; choose a protocol for start and goal with "
             "--protocol"
         )
     return read_picture(path, expected)
@@ -96,7 +96,7 @@ def _picture(run: Run, path: Path) -> Observations:
 def _drawn(run: Run, protocol: str | None, split: str | None, episode: int) -> tuple[Observations, Goal]:
     name = protocol or run.recipe.protocol or default_protocol(run.environment.get("id"))
     if name is None:
-        raise ConfigError("expected --start and --goal, or a --protocol that samples them; got neither")
+        raise ConfigError("expected --start and --goal, or a --protocol with start and goal; got neither")
     chosen = PROTOCOLS[name]
     split = split or next(iter(chosen.splits))
     if split not in chosen.splits:

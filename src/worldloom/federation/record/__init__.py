@@ -1,1 +1,1 @@
-"""What a consortium leaves behind: signed messages, the ledger, its history."""
+"""The records of a consortium: signed messages, the ledger and its history."""

@@ -1,8 +1,8 @@
 """Signed messages between nodes and coordinators: content, sender and integrity.
 
-A message is a magic, the length of the header, the header (canonical JSON: kind, body, size and digest of the payload,
-the sender's key), the sender's signature of all of that, and the payload in safetensors. Nothing in it runs code, and
-each size that it states is compared with the bytes that came before it is used.
+A message consists of a magic number, the length of the header, the header (canonical JSON: kind, body, size and digest
+of the payload, the sender's key), the sender's signature of all that, and the payload in safetensors. Reading a message
+executes no code. Every size in it is checked against the received bytes before use.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _FIELDS = {"kind", "body", "size", "digest", "key"}
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SignedMessage:
-    """A message of a known sender; `data` is all of it as it came, and `digest` the SHA-256 of that."""
+    """A message from a known sender; `data` is the complete message as received, and `digest` its SHA-256."""
 
     kind: str
     sender: str
@@ -41,10 +41,10 @@ class SignedMessage:
 
 
 def seal(kind: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor], *, key: SigningKey) -> bytes:
-    """Return a signed message; the same arguments give the same bytes.
+    """Return a signed message; the same arguments always produce the same bytes.
 
     Raises:
-        DataError: the body is not plain JSON, or holds a number that is not finite.
+        DataError: the body is not plain JSON, or contains a number that is not finite.
     """
     # Clones, because safetensors refuses tensors that share memory, as tied weights do.
     payload = save(
@@ -57,16 +57,16 @@ def seal(kind: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor], *, k
 
 
 def unseal(data: bytes, *, kind: str, known: Mapping[str, str], limit: int) -> SignedMessage:
-    """Open a message; `known` gives the name of each public key, `limit` the largest size in bytes.
+    """Open a message; `known` maps public keys to names, and `limit` is the largest size in bytes.
 
     Raises:
-        DataError: it is too large, truncated, changed, of another kind, or of an unknown sender; names which.
+        DataError: the message is too large, truncated, changed, of another kind, or from an unknown sender.
     """
     return _open(data, (kind,), known, limit)
 
 
 class Refusal(DataError):
-    """A node's signed refusal; `body` is all that it states."""
+    """A node's signed refusal; `body` is its content."""
 
     def __init__(self, message: SignedMessage) -> None:
         super().__init__(f"{message.sender} refuses: {message.body.get('why')}")
@@ -74,15 +74,15 @@ class Refusal(DataError):
 
 
 def unseal_answer(data: bytes, *, kind: str, sender: str, known: Mapping[str, str], limit: int) -> SignedMessage:
-    """Open the answer of a node, `sender`; see `unseal`.
+    """Open an answer from the node `sender`; see `unseal`.
 
     Raises:
-        Refusal: the node refuses; says why.
+        Refusal: the node refused; the error includes its reason.
         DataError: another sender signed it; or see `unseal`.
     """
     message = _open(data, (kind, "refusal"), known, limit)
     if message.sender != sender:
-        raise DataError(f"{sender} sent what {message.sender} signed; expected its own")
+        raise DataError(f"{sender} sent a message that {message.sender} signed; expected one signed by {sender}")
     if message.kind != kind:
         raise Refusal(message)
     return message
@@ -93,24 +93,30 @@ def _open(data: bytes, kinds: tuple[str, ...], known: Mapping[str, str], limit: 
         raise DataError(f"a message has {len(data)} bytes; expected at most {limit}. Send less, or raise the limit")
     start = len(_MAGIC) + _LENGTH.size
     if not data.startswith(_MAGIC):
-        raise DataError("the bytes are no message of this version (wrong magic); run the same version on both sides")
+        raise DataError("not a worldloom message of this version (wrong magic); run the same version on both sides")
     if len(data) < start:
-        raise DataError(f"a message is truncated: only {len(data)} bytes came. Ask for it again")
+        raise DataError(f"a message is truncated: only {len(data)} bytes arrived. Ask the sender to send it again")
     (length,) = _LENGTH.unpack_from(data, len(_MAGIC))
     if start + length + _SIGNATURE > len(data):
-        raise DataError(f"a message is truncated or lies: its header claims {length} bytes, {len(data)} came in all")
+        raise DataError(
+            f"a message is truncated or its header is wrong: header and signature should end at byte "
+            f"{start + length + _SIGNATURE}, but only {len(data)} bytes arrived. Ask the sender to send it again"
+        )
     values = _header(data[start : start + length])
     key, sender = values["key"], known.get(values["key"])
     if sender is None:
-        raise DataError(f"a message is of an unknown sender, {key}; only keys in the constitution are accepted")
+        raise DataError(f"a message is from an unknown sender with key {key}; expected a key in the constitution")
     signature = data[start + length : start + length + _SIGNATURE].hex()
     if not verified(data[: start + length], signature, key):
-        raise DataError(f"a message has a bad signature: it is not what {sender} signed. Ask for it again")
+        raise DataError(f"a message has an invalid signature: it is not what {sender} signed. Ask for it again")
     payload = data[start + length + _SIGNATURE :]
     if values["size"] != len(payload):
-        raise DataError(f"a message of {sender} claims {values['size']} bytes of tensors; {len(payload)} came")
+        raise DataError(
+            f"a message from {sender} should have {values['size']} bytes of tensors, but {len(payload)} arrived. "
+            f"Ask for it again"
+        )
     if values["digest"] != _digest(payload):
-        raise DataError(f"the tensors in a message of {sender} were changed: their digest differs. Ask again")
+        raise DataError(f"the tensors in a message from {sender} do not match its digest. Ask for the message again")
     if values["kind"] not in kinds:
         raise DataError(f"expected a message of kind {kinds[0]!r} from {sender}; got {values['kind']!r}")
     return SignedMessage(
@@ -127,9 +133,9 @@ def _open(data: bytes, kinds: tuple[str, ...], known: Mapping[str, str], limit: 
 def _header(text: bytes) -> dict[str, Any]:
     try:
         values = json.loads(text.decode("ascii"))
-        # Each value has one canonical text: this refuses duplicate keys and numbers that are not finite.
+        # Each value has one canonical form, so this check also refuses duplicate keys and non-finite numbers.
         if canonical(values).encode("ascii") != text:
-            raise ValueError("it is not canonical")
+            raise ValueError("it is not canonical JSON")
         if not isinstance(values, dict) or set(values) != _FIELDS:
             raise ValueError(f"expected exactly the keys {', '.join(sorted(_FIELDS))}")
         if not all(isinstance(values[name], str) for name in ("kind", "digest", "key")):
@@ -145,18 +151,20 @@ def _tensors(payload: bytes, sender: str) -> dict[str, Tensor]:
     try:
         (length,) = struct.unpack_from("<Q", payload)
         if length > len(payload) - 8:
-            raise ValueError(f"their header claims {length} bytes")
-        # safetensors silently takes the last of two tensors with one name.
+            raise ValueError(f"their header should have {length} bytes, but only {len(payload) - 8} follow")
+        # If two tensors have the same name, safetensors silently uses the last one.
         json.loads(payload[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique)
         return load(payload)
     except (SafetensorError, ValueError, KeyError, RecursionError, struct.error) as error:
-        raise DataError(f"the tensors in a message of {sender} cannot be read: {error}. Ask for it again") from None
+        raise DataError(
+            f"the tensors in a message from {sender} cannot be read: {error}. Ask for the message again"
+        ) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name is a duplicate")
+        raise ValueError("two tensors have the same name")
     return found
 
 

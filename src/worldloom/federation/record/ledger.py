@@ -1,7 +1,7 @@
 """The ledger of a consortium: signed, chained and countersigned events, never the data itself.
 
-The writer of an entry signs its content, its index and the hash of the entry before. The operator of a chain could
-still rewrite all of it; the checkpoints that members countersign and store detect that.
+The writer of an entry signs its content, its index and the hash of the previous entry. A coordinator could still
+rewrite the complete ledger; the checkpoints that members countersign and store detect that.
 """
 
 import base64
@@ -25,12 +25,12 @@ _BY_COORDINATORS = (
     "constitution", "base", "contribution", "refusal", "round", "session", "survivors", "sum", "succession",
 )  # fmt: skip
 KINDS = (*_BY_COORDINATORS, "checkpoint", "exit", "return", "recompute")
-"""The kinds of entries; only coordinators write those before the last four."""
+"""The kinds of entries. Members may write only the last four; coordinators may write all."""
 
 FORMAT = 1  # of the ledger
 _LARGEST_WORD = 2**13  # bytes of the signed message by which a member leaves
 _LARGEST = 2**16  # characters of the facts of an entry: enough for fingerprints and figures, not for data
-_LONGEST = _LARGEST + 2**10  # characters of its line, with signer and previous hash
+_LONGEST = _LARGEST + 2**10  # characters of the line of an entry, with signer and previous hash
 _FIELDS = {"kind", "round", "facts", "key", "signature"}
 _COUNTERSIGNED = "worldloom countersigned checkpoint"
 CHECKPOINT = {"kind", "format", "length", "hash", "key", "signature"}
@@ -54,10 +54,10 @@ class Records:
         self.path = Path(path)
 
     def entries(self, kind: str | None = None) -> Iterator[Entry]:
-        """Read the entries, or those of a kind, in order.
+        """Yield the entries in order, or only those of a kind.
 
         Raises:
-            DataError: an entry does not verify; it is named.
+            DataError: an entry does not verify; the message names the entry.
         """
         return (entry for entry in self._all() if kind is None or entry.body.get("kind") == kind)
 
@@ -65,7 +65,7 @@ class Records:
         return entries(self.path)
 
     def of(self, kind: str, round: int) -> list[Mapping[str, Any]]:
-        """Return the facts of a kind in a round; a succession discards those before it."""
+        """Return the facts of a round's entries of a kind, without those before a succession."""
         found: list[Mapping[str, Any]] = []
         for entry in self.entries():
             if entry.body["round"] == round and entry.body["kind"] in (kind, "succession"):
@@ -73,7 +73,7 @@ class Records:
         return found
 
     def newest_of(self, owner: str, *kinds: str) -> str | None:
-        """Return the kind of the newest entry about an owner, of these kinds; None if there is none."""
+        """Return the kind of the newest entry about an owner that is one of `kinds`, or None."""
         found = None
         for entry in self.entries():
             if entry.body["kind"] in kinds and entry.body["facts"].get("owner") == owner:
@@ -81,15 +81,15 @@ class Records:
         return found
 
     def lines(self, begin: int = 0) -> list[str]:
-        """Return the lines of all entries from the `begin`-th."""
+        """Return the lines of the entries from index `begin` on."""
         return [entry.line() for entry in itertools.islice(self.entries(), begin, None)]
 
     def bases(self) -> dict[int, Mapping[str, Any]]:
-        """Return the facts of the base of each round; the newest where a base was made twice."""
+        """Return the facts of each round's base; if a round has two bases, those of the newest."""
         return {entry.body["round"]: entry.body["facts"] for entry in self.entries("base")}
 
     def spent(self, owner: str) -> Mapping[str, Any]:
-        """Return the privacy that an owner had spent by its last contribution; empty if it never stated any."""
+        """Return the privacy that an owner's last contribution reports as spent; empty if none reports any."""
         spent: Mapping[str, Any] = {}
         for entry in self.entries("contribution"):
             if entry.body["facts"].get("owner") == owner:
@@ -101,8 +101,8 @@ class Ledger(Records, Closing):
     """Write access to a ledger, for one process at a time.
 
     Raises:
-        StorageError: another process writes it, or the storage refuses.
-        DataError: it does not verify.
+        StorageError: another process is writing the ledger, or it cannot be read or written.
+        DataError: the ledger does not verify.
     """
 
     def __init__(self, path: Path | str, key: SigningKey, *, durable: bool = True) -> None:
@@ -121,16 +121,19 @@ class Ledger(Records, Closing):
         Raises:
             DataError: the kind is unknown, the facts are too large or not plain JSON, or another process changed the
                 file since it was opened.
-            StorageError: the disk refuses; the ledger is unchanged.
+            StorageError: writing failed; the ledger is unchanged.
         """
         self._all()
         if kind not in KINDS:
             raise DataError(f"unknown kind of entry {kind!r}; expected one of {', '.join(KINDS)}")
         if (size := len(canonical(dict(facts)))) > _LARGEST:
-            raise DataError(f"the facts of an entry have {size} characters; expected at most {_LARGEST}: no data")
+            raise DataError(
+                f"the facts of an entry have {size} characters; expected at most {_LARGEST}. Record a fingerprint of "
+                f"the data instead"
+            )
         content = {"kind": kind, "round": round, "facts": dict(facts), "key": self._key.public}
         signature = self._key.sign(_signed(content, self.head.length, self.head.hash))
-        # As it will be read back: tuples become lists, and no caller shares a part of it.
+        # Stored in the form that is read back: tuples become lists, and the caller's objects are copied.
         entry = self._chain.append(json.loads(canonical({**content, "signature": signature})))
         self._written.append(entry)
         self._stat = self._stat_now()
@@ -140,7 +143,9 @@ class Ledger(Records, Closing):
         if self._stat_now() != self._stat:  # at first, or after another process wrote the file
             written = list(entries(self.path))
             if self.head != ChainHead(length=len(written), hash=written[-1].hash if written else NOTHING):
-                raise DataError(f"{self.path} was changed while it was open; save it as evidence, and restore a copy")
+                raise DataError(
+                    f"{self.path} was changed by another process; keep this file as evidence, and restore a copy"
+                )
             self._written, self._stat = written, self._stat_now()
         return tuple(self._written)
 
@@ -155,23 +160,23 @@ class Ledger(Records, Closing):
 
 
 def constitution_facts(constitution: Constitution) -> dict[str, Any]:
-    """Return the facts of the entry that begins a ledger: its format, and the constitution that it is kept under."""
+    """Return the facts of a ledger's first entry: its format and the constitution's fingerprint."""
     return {"format": FORMAT, "fingerprint": constitution.fingerprint}
 
 
 def countersign(head: ChainHead, key: SigningKey) -> dict[str, Any]:
-    """Return a checkpoint, which states that the signer saw a ledger of this length with this hash."""
+    """Return a checkpoint: the signer's statement that it received a ledger of this length with this hash."""
     values = {"kind": _COUNTERSIGNED, "format": 1, "length": head.length, "hash": head.hash, "key": key.public}
     return {**values, "signature": key.sign(canonical(values).encode("ascii"))}
 
 
 def is_countersigned(values: Any) -> bool:
-    """Whether values claim to be a countersigned checkpoint; `verify_ledger` checks whether they are one."""
+    """Return whether values are labelled as a countersigned checkpoint; `verify_ledger` checks the signature."""
     return isinstance(values, Mapping) and values.get("kind") == _COUNTERSIGNED
 
 
 class LedgerReader(Records):
-    """The valid entries of a ledger under a constitution, each checked once when it comes."""
+    """The valid entries of a ledger under a constitution; each entry is checked once, when it is read."""
 
     def __init__(self, path: Path | str, constitution: Constitution) -> None:
         super().__init__(path)
@@ -181,14 +186,14 @@ class LedgerReader(Records):
 
     @property
     def head(self) -> ChainHead:
-        """The number of entries taken, and the hash of the last."""
+        """The number of entries read so far, and the hash of the last one."""
         return ChainHead(length=len(self._taken), hash=self._hashes[-1])
 
     def take(self, lines: Iterable[bytes]) -> str:
-        """Take the lines that follow, up to the first broken one; return what is wrong with that line."""
+        """Read the next lines up to the first invalid one; return what is wrong with it, or an empty string."""
         for line in lines:
             if len(line) > _LONGEST:
-                return f"has {len(line)} characters; expected at most {_LONGEST}: no data"
+                return f"has {len(line)} characters; expected at most {_LONGEST}"
             entry, why = read_entry(line, self.head)
             if entry is not None:
                 why = _fault(entry, self.constitution, self._hashes)
@@ -199,7 +204,10 @@ class LedgerReader(Records):
         return ""
 
     def verdict(self, why: str = "", seen: Iterable[ChainHead] = ()) -> LedgerVerdict:
-        """Return whether all entries are valid, given what is wrong with the next line (`why`) and the `seen` heads."""
+        """Return the verdict on the entries read so far.
+
+        `why` is what is wrong with the next line, or empty; `seen` are the heads that members countersigned.
+        """
         length, seen = len(self._taken), list(seen)
         broken = length if why else None
         rewritten = [
@@ -207,14 +215,14 @@ class LedgerReader(Records):
         ]
         longest = max((one.length for one in seen), default=0)
         if rewritten:
-            broken, why = min(rewritten), "is not the one that a member countersigned: the ledger was rewritten"
+            broken, why = min(rewritten), "is not the entry that a member countersigned: the ledger was rewritten"
         elif not why and longest > length:
-            broken, why = length, f"and all after it are missing: a member countersigned {longest} entries"
+            broken, why = length, f"and all later entries are missing: a member countersigned {longest} entries"
         elif not why and length:
             *_, ratified = [None, *self.entries("constitution")]
             if ratified is None or ratified.body["facts"].get("fingerprint") != self.constitution.fingerprint:
                 broken = 0 if ratified is None else ratified.index
-                why = "does not name the constitution that is used to verify it"
+                why = "does not name the constitution that is used to verify the ledger"
         length = length if broken is None else broken
         return LedgerVerdict(
             length=length, head=ChainHead(length=length, hash=self._hashes[length]), broken=broken, why=why
@@ -227,7 +235,7 @@ class LedgerReader(Records):
 def verify_ledger(
     path: Path | str, constitution: Constitution, checkpoints: Collection[Mapping[str, Any]] = ()
 ) -> LedgerVerdict:
-    """Check every entry and signature, and that the entries that the checkpoints saw are still there.
+    """Verify every entry and signature, and check the ledger against countersigned checkpoints.
 
     Raises:
         StorageError: there is no such file.
@@ -243,9 +251,9 @@ def read_ledger(
     *,
     growing: bool = False,
 ) -> LedgerReader:
-    """Return the entries of a ledger that verifies; see `verify_ledger`.
+    """Verify a ledger, and return its entries; see `verify_ledger`.
 
-    If the ledger is `growing`, a last line that another process has not yet finished is left out.
+    With `growing`, an incomplete last line, which another process is still writing, is ignored.
 
     Raises:
         StorageError: there is no such file.
@@ -253,7 +261,10 @@ def read_ledger(
     """
     reading, verdict = _read(path, constitution, checkpoints, growing=growing)
     if verdict.broken is not None:
-        raise DataError(f"{path} does not verify: entry {verdict.broken} {verdict.why}")
+        raise DataError(
+            f"{path} does not verify: entry {verdict.broken} {verdict.why}. Restore the ledger from an intact copy; "
+            f"every node has one"
+        )
     return reading
 
 
@@ -268,7 +279,7 @@ def _read(
 
 
 def model_card(records: LedgerReader) -> str:
-    """Return the model card of the newest base in Markdown, made from a verified ledger; see `read_ledger`."""
+    """Return the model card of the newest base, in Markdown, from a verified ledger; see `read_ledger`."""
     constitution, head = records.constitution, records.head
     bases, contributions = records.bases(), list(records.entries("contribution"))
     used = [entry.body["facts"].get("weights") or {} for entry in records.entries("round")]
@@ -311,7 +322,7 @@ def _signed(content: Mapping[str, Any], index: int, previous: str) -> bytes:
 
 
 def _fault(entry: Entry, constitution: Constitution, hashes: list[str]) -> str:
-    """Return what is wrong with an entry whose hash is right; empty if nothing."""
+    """Return what is wrong with an entry that has a correct hash; an empty string if it is valid."""
     body = entry.body
     whole = isinstance(body, dict) and set(body) == _FIELDS and isinstance(body["facts"], dict)
     whole = whole and isinstance(body["key"], str) and isinstance(body["signature"], str)
@@ -319,7 +330,7 @@ def _fault(entry: Entry, constitution: Constitution, hashes: list[str]) -> str:
         return "is not an entry of a ledger"
     if body["kind"] == "constitution" and body["facts"].get("format") != FORMAT:
         found = body["facts"].get("format")
-        return f"states format {found!r} of the ledger; this version of worldloom reads format {FORMAT}"
+        return f"has ledger format {found!r}; this version of worldloom reads format {FORMAT}"
     signer = constitution.known().get(body["key"])
     if signer is None:
         return f"is signed by {body['key']}, a key that is not in the constitution"
@@ -334,16 +345,16 @@ def _fault(entry: Entry, constitution: Constitution, hashes: list[str]) -> str:
     try:
         seen = [checked(checkpoint, constitution) for checkpoint in found]
     except (DataError, TypeError):
-        return "holds a checkpoint that no member countersigned"
+        return "contains a checkpoint without a valid signature"
     if any(head.length >= len(hashes) or hashes[head.length] != head.hash for head in seen):
-        return "holds a checkpoint of another ledger"
+        return "contains a checkpoint of a different ledger"
     return ""
 
 
 def exit_facts(word: bytes, owner: str, number: int, constitution: Constitution) -> dict[str, Any] | None:
-    """Return the facts of an exit entry, made from the member's signed message; None if that is not an exit.
+    """Return the facts of an exit entry from the member's signed message; None if the message is not an exit.
 
-    The entry holds the message, so that nobody but the member can state its exit.
+    The entry contains the message, so that only the member itself can declare its exit.
     """
     try:
         message = unseal(word, kind="refusal", known=constitution.member_names(), limit=_LARGEST_WORD)
@@ -356,22 +367,22 @@ def exit_facts(word: bytes, owner: str, number: int, constitution: Constitution)
 
 
 def _exit_fault(body: Mapping[str, Any], constitution: Constitution) -> str:
-    """Return what is wrong with an exit that another party than the member signed; empty if nothing."""
+    """Return what is wrong with an exit entry that a coordinator signed; an empty string if it is valid."""
     facts = body["facts"]
     try:
         word = base64.b64decode(facts["word"], validate=True)
     except (KeyError, TypeError, ValueError):
-        return "is an exit without the member's own message"
+        return "is an exit without the member's signed message"
     if exit_facts(word, str(facts.get("owner")), body["round"], constitution) != facts:
-        return "is an exit that is not what the member stated"
+        return "is an exit that differs from the member's signed message"
     return ""
 
 
 def checked(checkpoint: Any, constitution: Constitution) -> ChainHead:
-    """Return the head that a checkpoint states.
+    """Verify a checkpoint, and return the head that it contains.
 
     Raises:
-        DataError: the constitution does not name its signer, or the signature is invalid.
+        DataError: the signer is not in the constitution, or the signature is invalid.
     """
     try:
         values = {name: checkpoint[name] for name in ("kind", "format", "length", "hash", "key")}
@@ -402,5 +413,5 @@ def _figure(value: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Return text that stays in its table cell and line, from any source."""
+    """Return text from any source, escaped so that it stays in one cell of a Markdown table."""
     return printable(value).replace("|", "\\|").replace("<", "&lt;")

@@ -1,7 +1,7 @@
-"""The history of the rounds, read from a ledger, in the form that a live view and a report show.
+"""The history of the rounds, read from a ledger for the live view and the report.
 
-Names and reasons come from other parties: entries of an unexpected form are skipped, and text becomes one printable
-line.
+Names and reasons come from other parties and are not trusted: entries of an unexpected form are skipped, and text is
+reduced to one printable line.
 """
 
 import math
@@ -26,13 +26,13 @@ class Contributed:
     bytes: int
     steps: int
     data_class: str
-    private: bool  # whether it states the privacy spent
-    epsilon: float | None  # what its owner had spent by then in all; None if unbounded
+    private: bool  # whether it reports the privacy spent
+    epsilon: float | None  # its owner's total so far; None if unbounded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """A contribution that does not count: it never came, or was refused, or was left out by the quality gate."""
+    """A contribution that does not count: it never arrived, was refused, or was left out by the quality gate."""
 
     owner: str
     reason: str
@@ -41,10 +41,10 @@ class Refused:
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One round: its contributions and refusals, and once it is `done`, the weights and the members' losses.
+    """One round: its contributions and refusals and, once it is `done`, the weights and the members' losses.
 
-    `losses` are held-out losses before and after the round, of each member that answered; `median` is of the median
-    member.
+    `losses` are the held-out losses before and after the round of each member that answered; `median` are those of the
+    median member.
     """
 
     number: int
@@ -59,7 +59,7 @@ class Round:
 
     @property
     def bytes(self) -> int:
-        """The bytes of all contributions to the round."""
+        """The total size of the contributions to the round, in bytes."""
         return sum(one.bytes for one in self.contributions.values())
 
     def state(self, owner: str) -> State:
@@ -71,20 +71,20 @@ class Round:
         return "refused" if self.reason(owner) else "waiting"
 
     def reason(self, owner: str) -> str:
-        """Return the newest reason why a member's contribution does not count; empty if there is none."""
+        """Return the newest reason why a member's contribution does not count, or an empty string."""
         return next((one.reason for one in reversed(self.refusals) if one.owner == owner), "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerHistory:
-    """All rounds so far; `total` is None without a constitution, which alone tells the number of rounds."""
+    """All rounds so far; `total` is the constitution's number of rounds, or None if no constitution was given."""
 
     consortium: str
     members: tuple[str, ...]
     total: int | None
     budget: float | None
     rounds: tuple[Round, ...]
-    bases: Mapping[int, str] = field(default_factory=dict)  # the fingerprint of each
+    bases: Mapping[int, str] = field(default_factory=dict)  # round -> fingerprint of its base
 
     @property
     def done(self) -> bool:
@@ -98,20 +98,20 @@ class LedgerHistory:
 
     @property
     def bytes(self) -> int:
-        """The bytes of all contributions so far."""
+        """The total size of the contributions so far, in bytes."""
         return sum(round.bytes for round in self.rounds)
 
     @property
     def private(self) -> bool:
-        """Whether any contribution states the privacy spent."""
+        """Whether any contribution reports the privacy spent."""
         return any(one.private for round in self.rounds for one in round.contributions.values())
 
     def sent(self, owner: str) -> int:
-        """Return the bytes of an owner's contributions so far."""
+        """Return how many bytes an owner has contributed so far."""
         return sum(round.contributions[owner].bytes for round in self.rounds if owner in round.contributions)
 
     def spent(self, owner: str) -> str:
-        """Return the epsilon that an owner has spent, as text; empty if it never stated any."""
+        """Return the epsilon that an owner has spent, as text; empty if the owner never reported it."""
         sent = [round.contributions[owner] for round in self.rounds if owner in round.contributions]
         last = next((one for one in reversed(sent) if one.private), None)
         return "" if last is None else "unbounded" if last.epsilon is None else f"{last.epsilon:.3g}"
@@ -131,10 +131,10 @@ class LedgerHistory:
 
 
 def read_history(entries: Iterable[Entry], constitution: Constitution | None = None) -> LedgerHistory:
-    """Read the entries of a ledger, from the first on.
+    """Return the history in the entries of a ledger, which start with its first.
 
     Raises:
-        DataError: the ledger is of another constitution.
+        DataError: the ledger belongs to a different constitution.
     """
     begun: dict[int, float] = {}
     bases: dict[int, str] = {}
@@ -144,8 +144,8 @@ def read_history(entries: Iterable[Entry], constitution: Constitution | None = N
         kind, number, facts = body.get("kind"), body.get("round"), _mapping(body.get("facts"))
         if kind == "constitution" and constitution is not None and facts.get("fingerprint") != constitution.fingerprint:
             raise DataError(
-                f"the ledger is of constitution {printable(facts.get('fingerprint'))[:64]}, not of the given one, "
-                f"{constitution.fingerprint}. Pass the constitution that its members signed"
+                f"the ledger belongs to constitution {printable(facts.get('fingerprint'))[:64]}, but the given one is "
+                f"{constitution.fingerprint}. Pass the constitution of this ledger"
             )
         if type(number) is not int:
             continue
@@ -174,7 +174,7 @@ def read_history(entries: Iterable[Entry], constitution: Constitution | None = N
 
 
 class LedgerWatch:
-    """Follows a folder of rounds while another process writes it; `history` is what was read so far.
+    """Follows the ledger of a folder of rounds while another process writes it; `history` is its state so far.
 
     Raises:
         DataError: see `read_history` and `Tail`.
@@ -187,7 +187,7 @@ class LedgerWatch:
         self.history = read_history((), constitution)
 
     def look(self) -> list[str]:
-        """Read what is new; return a line for each new event."""
+        """Read the new entries; return one line of text for each event."""
         if not (new := self._tail.new()):
             return []
         self._entries += new
@@ -196,19 +196,19 @@ class LedgerWatch:
 
 
 def describe(entry: Entry, history: LedgerHistory) -> str:
-    """Return one line about an entry of a history; empty for an entry of an unknown form."""
+    """Return a one-line description of an entry; empty if the entry has an unknown form."""
     body = _mapping(entry.body)
     kind, number, facts = body.get("kind"), body.get("round"), _mapping(body.get("facts"))
     owner = printable(facts.get("owner"))
     round = next((one for one in history.rounds if one.number == number), None)
     if kind == "constitution":
-        return f"the ledger begins, with constitution {printable(facts.get('fingerprint'))[:16]}"
+        return f"the ledger begins with constitution {printable(facts.get('fingerprint'))[:16]}"
     if kind == "base" and history.total is not None and number == history.total:
         return f"{history.headline()}; the last base is {history.bases[number][:16]}"
     if round is None:
         return "" if type(number) is int else printable(kind)
     if kind == "base":
-        return f"round {number} begins, from base {printable(facts.get('fingerprint'))[:16]}"
+        return f"round {number} begins from base {printable(facts.get('fingerprint'))[:16]}"
     if kind == "contribution" and owner in round.contributions:
         one = round.contributions[owner]
         spent = f", epsilon {one.epsilon:.3g} spent" if one.epsilon is not None else ""
@@ -220,7 +220,7 @@ def describe(entry: Entry, history: LedgerHistory) -> str:
         parts = [f"{name} {loss_change(*pair, '->')}" for name, pair in round.losses.items()]
         median = [f"held-out loss {loss_change(*round.median, '->')}"] if round.median else []
         left = [f"left out: {', '.join(round.left_out)}"] if round.left_out else []
-        result = "is done" if round.weights else "leaves the base as it was"
+        result = "is done" if round.weights else "leaves the base unchanged"
         figures = [*median, *([", ".join(parts)] if parts else []), *left, f"{size(round.bytes)} uploaded"]
         return f"round {number} {result}: {'; '.join(figures)}"
     return ""
@@ -233,7 +233,7 @@ def printable(value: Any) -> str:
 
 
 def size(count: float | int) -> str:
-    """Return a number of bytes with a suitable unit."""
+    """Return a number of bytes as text with a suitable unit."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= 0.9995 * scale:
             return f"{_three(count / scale)} {unit}"
@@ -241,7 +241,7 @@ def size(count: float | int) -> str:
 
 
 def duration(seconds: float | int) -> str:
-    """Return a time with suitable units."""
+    """Return a time in seconds as text with suitable units."""
     whole = round(max(seconds, 0.0))
     if whole < 60:
         return f"{whole} s"
@@ -252,12 +252,12 @@ def duration(seconds: float | int) -> str:
 
 
 def loss_change(before: float | None, after: float | None, arrow: str = "\N{RIGHTWARDS ARROW}") -> str:
-    """Return a held-out loss before and after a round; for logs and pipes of any encoding, pass an arrow in ASCII."""
+    """Return the held-out losses before and after a round as text; for output of any encoding, pass an ASCII arrow."""
     return f" {arrow} ".join("?" if value is None else _three(value) for value in (before, after))
 
 
 def _three(value: float | int) -> str:
-    """Return a number with three significant digits, and all digits before its point."""
+    """Return a number as text with three significant digits, or all digits of its integer part if that is longer."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     digits = 2 - math.floor(math.log10(abs(float(f"{value:.3g}"))))

@@ -1,1 +1,1 @@
-"""Rounds, plain or under secure aggregation: the coordinator, the nodes, and what passes between them."""
+"""Training rounds, with or without secure aggregation: coordinator, nodes, and their messages."""

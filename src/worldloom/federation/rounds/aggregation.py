@@ -1,8 +1,8 @@
 """Aggregation of the owners' deltas: capped weights, and means that are robust against a few bad deltas.
 
-Deltas are read tensor by tensor, owners in the order of their names, and summed in double precision: memory does not
-grow with what an owner sends, and a recomputation gives the same bits. Means, norms and distances hold at most two
-owners' tensors at a time; the median and the trimmed mean hold one tensor of every owner.
+Deltas are read one tensor at a time, with the owners in the order of their names, and summed in double precision, so
+that memory stays bounded and a recomputation is bit-identical. Means, norms and distances need at most two owners'
+tensors in memory; the median and the trimmed mean need one tensor of every owner.
 """
 
 import math
@@ -23,14 +23,14 @@ from worldloom.core.registry import Registry
 from worldloom.federation.rounds.base import check_finite
 
 Source = Callable[[str], Tensor]
-"""A reader of one tensor of an owner's delta by its name."""
+"""A function that reads one tensor of an owner's delta by name."""
 
 _ROUNDING = Fraction(1, 10**9)  # a cap of 1/3 as a float is a little less than a third
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Aggregate:
-    """The aggregated delta in single precision, each owner's weight in it, and notes on what was done to each delta."""
+    """The aggregated delta in single precision, each owner's weight in it, and notes such as clipping factors."""
 
     tensors: dict[str, Tensor]
     weights: Mapping[str, float]
@@ -38,13 +38,13 @@ class Aggregate:
 
 
 def capped(weights: Mapping[str, float], cap: float) -> dict[str, float]:
-    """Return weights that sum to 1, none above `cap`, those below it in their given proportions.
+    """Return weights that sum to 1 and do not exceed `cap`; weights below the cap keep their proportions.
 
-    The excess over the cap is shared among the others in proportion, until none exceeds it. The sums are exact, so
-    this holds for weights of any magnitude. A weight of 0 stays 0.
+    The excess over the cap is distributed among the other weights in proportion, until no weight exceeds the cap. Sums
+    are exact, so weights may have any magnitude. A weight of 0 stays 0.
 
     Raises:
-        ConfigError: a weight is negative or not finite, all are 0, or the owners are too few for the cap.
+        ConfigError: a weight is negative or not finite, all weights are 0, or there are too few owners for the cap.
     """
     wrong = {owner: weight for owner, weight in weights.items() if not (math.isfinite(weight) and weight >= 0)}
     if wrong:
@@ -55,15 +55,15 @@ def capped(weights: Mapping[str, float], cap: float) -> dict[str, float]:
     most = Fraction(cap)
     if len(free) * most < 1 - _ROUNDING:
         raise ConfigError(
-            f"{len(free)} owners of a weight above 0 cannot each have at most {cap} of the influence; expected a cap "
-            f"of {1 / len(free) if free else 1:.4g} or more, or more owners"
+            f"{len(free)} weights above 0, at most {cap} each, cannot sum to 1. Raise the cap to at least "
+            f"{1 / len(free) if free else 1:.4g}, or add owners"
         )
     share, found = Fraction(1), dict.fromkeys(weights, 0.0)
     while free:
         total = sum(free.values())
         over = [owner for owner, weight in free.items() if weight * share > most * total]
         if not over:
-            # Rounding to a float is monotone: what is at most the cap stays so.
+            # Rounding to a float is monotone, so a weight cannot rise above the cap.
             found.update({owner: float(weight * share / total) for owner, weight in free.items()})
             break
         for owner in over:
@@ -75,13 +75,13 @@ def capped(weights: Mapping[str, float], cap: float) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Deltas:
-    """The owners' deltas of a round, read tensor by tensor, and the weight of each.
+    """The owners' deltas of a round, read one tensor at a time, and the owners' weights.
 
-    Owners of weight 0 are never read. `cap` bounds an owner's weight where an aggregator drops some owners and the
-    others' weights grow.
+    The deltas of owners with weight 0 are never read. `cap` bounds the weights of the remaining owners when an
+    aggregator drops some.
 
     Raises:
-        ConfigError: the weights are not those of the owners, or do not sum to 1.
+        ConfigError: `sources` and `weights` have different owners, or the weights do not sum to 1.
     """
 
     sources: Mapping[str, Source]
@@ -94,7 +94,7 @@ class Deltas:
         if set(self.sources) != set(self.weights) or not abs(total - 1) < 1e-6 or min(self.weights.values()) < 0:
             raise ConfigError(
                 f"expected a weight of 0 or more for each of {sorted(self.sources)}, with sum 1; got "
-                f"{dict(self.weights)}: make them with `capped`"
+                f"{dict(self.weights)}. Compute them with `capped`"
             )
 
     @property
@@ -111,21 +111,23 @@ class Deltas:
         """Read one tensor in double precision.
 
         Raises:
-            DataError: it is not finite or has another shape; it and its owner are named.
+            DataError: the tensor is not finite or has a wrong shape; the message names it and its owner.
         """
         tensor, shape = self.sources[owner](name).detach().cpu().double(), self.shapes[name]
         if tuple(tensor.shape) != tuple(shape):
-            raise DataError(f"tensor {name!r} of {owner!r} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
+            raise DataError(
+                f"tensor {name!r} of {owner!r} has shape {tuple(tensor.shape)}, not {tuple(shape)}; leave {owner!r} out"
+            )
         check_finite(name, tensor, f" of {owner!r}")
         return tensor
 
     def mean(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
-        """Return the sum of each owner's tensor times its weight."""
+        """Return the weighted sum of the owners' deltas, in single precision."""
         tensors = {}
         for name in self.names:
             total = torch.zeros(self.shapes[name], dtype=torch.float64)
             for owner, weight in weights.items():
-                # Multiply, then add: a fused operation rounds differently on some machines.
+                # Multiply first, then add: a fused operation rounds differently on some machines.
                 total += self.read(owner, name).mul_(weight)
             tensors[name] = total.float()
         return tensors
@@ -135,7 +137,7 @@ class Deltas:
         return math.sqrt(math.fsum(_square(self.read(owner, name)) for name in self.names))
 
     def distances(self) -> dict[tuple[str, str], float]:
-        """Return the squared distance between any two owners' deltas."""
+        """Return the squared L2 distance between the deltas of each pair of owners."""
         owners = list(self.used)
         found = {(one, other): 0.0 for one in owners for other in owners}
         for name in self.names:
@@ -147,20 +149,20 @@ class Deltas:
         return found
 
     def ranked(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the owners' values (N, *shape) of a tensor in ascending order per coordinate, and their weights so."""
+        """Return the owners' values (N, *shape) of a tensor, sorted per coordinate, and the weights in this order."""
         values, order = torch.stack([self.read(owner, name) for owner in self.used]).sort(dim=0, stable=True)
         return values, torch.tensor(list(self.used.values()), dtype=torch.float64)[order]
 
 
 class Aggregator(Component):
-    """A way to make one delta of many."""
+    """A method that combines many deltas into one."""
 
     @abstractmethod
     def aggregate(self, deltas: Deltas) -> Aggregate:
         """Aggregate the deltas.
 
         Raises:
-            DataError: a tensor is not finite or has another shape; it and its owner are named.
+            DataError: a tensor is not finite or has a wrong shape; the message names it and its owner.
             ConfigError: there are too few owners.
         """
 
@@ -203,9 +205,9 @@ class ClippedMean(Aggregator):
 
 @AGGREGATORS.register("coordinate-median")
 class CoordinateMedian(Aggregator):
-    """The weighted median of each coordinate (Yin et al. 2018, arXiv 1803.01498); the mean of two that tie.
+    """The weighted median of each coordinate (Yin et al. 2018, arXiv 1803.01498); a tie gives their mean.
 
-    An owner of less than half of the weight cannot move a coordinate beyond the values of the others.
+    An owner with less than half of the weight cannot move a coordinate beyond the values of the others.
     """
 
     name: Literal["coordinate-median"] = "coordinate-median"
@@ -228,8 +230,8 @@ class CoordinateMedian(Aggregator):
 class TrimmedMean(Aggregator):
     """The weighted mean of each coordinate without the share `trim` of the owners at either end (Yin et al. 2018).
 
-    It tolerates as many bad owners as it trims at one end. The remaining weights of a coordinate are scaled to sum 1,
-    so a cap on the weights holds for all coordinates together, not for each.
+    It tolerates as many bad owners as it trims at one end. The remaining weights are scaled to sum to 1 in each
+    coordinate, so an owner's weight in one coordinate may exceed the cap.
     """
 
     name: Literal["trimmed-mean"] = "trimmed-mean"
@@ -238,7 +240,7 @@ class TrimmedMean(Aggregator):
     def aggregate(self, deltas: Deltas) -> Aggregate:
         """Aggregate; see `Aggregator`."""
         used = deltas.used
-        # As an exact decimal: 0.2 of 5 owners is 1, although the float 0.2 is not a fifth.
+        # Computed in exact decimals: 0.2 of 5 owners is 1, although the float 0.2 is not exactly 1/5.
         cut = math.floor(Fraction(str(self.trim)) * len(used))
         tensors = {}
         for name in deltas.names:
@@ -253,8 +255,8 @@ class TrimmedMean(Aggregator):
 class Krum(Aggregator):
     """The weighted mean of the deltas nearest to their neighbours (multi-Krum, Blanchard et al. 2017).
 
-    A delta's score is the sum of its squared distances to the n - bad - 2 nearest deltas; the `kept` deltas of lowest
-    score are averaged, by default n - bad. With `kept` of 1 this is Krum. It needs n >= 2 bad + 3 owners.
+    A delta's score is the sum of its squared distances to the n - bad - 2 nearest deltas. The `kept` deltas with the
+    lowest scores are averaged, by default n - bad of them. `kept=1` is Krum. It needs n >= 2 bad + 3 owners.
     """
 
     name: Literal["krum"] = "krum"
@@ -267,8 +269,8 @@ class Krum(Aggregator):
         owners = list(used)
         if len(owners) < 2 * self.bad + 3:
             raise ConfigError(
-                f"krum tolerates {self.bad} bad owners among {2 * self.bad + 3} or more; got {len(owners)}: lower "
-                f"'bad', raise the quorum, or choose another aggregator"
+                f"krum with bad={self.bad} needs at least {2 * self.bad + 3} owners; got {len(owners)}. Lower 'bad', "
+                f"raise the quorum, or choose another aggregator"
             )
         distances = deltas.distances()
         near = len(owners) - self.bad - 2
@@ -285,7 +287,7 @@ class Krum(Aggregator):
 
 
 def _square(tensor: Tensor) -> float:
-    # Pairwise sums in a fixed order: torch splits a long sum by its number of threads.
+    # Pairwise sums in a fixed order, because torch splits a long sum by its number of threads.
     flat = tensor.reshape(-1).square()
     while len(flat) > 1:
         if len(flat) % 2:

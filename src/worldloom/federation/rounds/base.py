@@ -1,7 +1,7 @@
-"""The shared base: the tensors that all members hold alike, and the fingerprint that names them.
+"""The shared base: the tensors that are the same for all members, and their fingerprint.
 
-A base is checked once where it comes in: from a file, from a message, from a pilot or from a round. Behind that point a
-`Base` travels as it is, and its fingerprint is read, not computed.
+A base is checked once, when it is read from a file or message, or made by a pilot or a round. After that neither the
+checks nor the fingerprint are computed again.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ _KIND = "shared-base"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Base:
-    """Shared tensors on the CPU, and their fingerprint; made by `Base.of` or `Base.load`, which check them."""
+    """Shared tensors on the CPU, and their fingerprint; create one with `Base.of` or `Base.load`, which check them."""
 
     tensors: Mapping[str, Tensor]
     fingerprint: str
@@ -41,13 +41,13 @@ class Base:
 
         Args:
             tensors: the shared tensors, which must be finite.
-            like: tensors whose names, shapes and dtypes are expected; their values do not matter.
-            named: the fingerprint that is expected.
-            what: how an error names the tensors.
+            like: tensors with the expected names, shapes and dtypes; their values are not used.
+            named: the expected fingerprint.
+            what: a description of the tensors for error messages.
 
         Raises:
-            DataError: names, shapes or dtypes are not those of `like`, a value is not finite, or the fingerprint is
-                not `named`.
+            DataError: names, shapes or dtypes differ from `like`, a value is not finite, or the fingerprint differs
+                from `named`.
         """
         if like is not None:
             check_names(tensors, like, what)
@@ -57,8 +57,8 @@ class Base:
             check_finite(name, tensor, f" of {what}")
         found = fingerprint(tensors)
         if named is not None and found != named:
-            raise DataError(f"{what} has fingerprint {found[:16]}; expected {named[:16]}")
-        # A view of a copy: nothing can be added to it after these checks.
+            raise DataError(f"{what} has fingerprint {found[:16]}; expected {named[:16]}. Get that base")
+        # A read-only view of a copy, so that it cannot change after these checks.
         on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         return cls(tensors=MappingProxyType(on_cpu), fingerprint=found)
 
@@ -75,18 +75,18 @@ class Base:
         return cls.of(load_tensors(Path(stem), kind=_KIND)[0], like=like, named=named, what=f"the base in {stem}")
 
     def save(self, stem: Path | str, about: Mapping[str, Any]) -> None:
-        """Write the base, with plain JSON about it, in place of what is there.
+        """Write the base with JSON metadata, and replace an earlier one.
 
         Raises:
-            StorageError: the disk refuses.
+            StorageError: writing failed.
         """
         save_tensors(stem, self.tensors, about, kind=_KIND)
 
     def save_new(self, stem: Path | str, about: Mapping[str, Any] | None = None) -> None:
-        """Write a base that rounds can begin with, such as a pilot's or a released one.
+        """Write a base that rounds can start from, such as a pilot's or a released one.
 
         Raises:
-            StorageError: a file is there already, or the disk refuses.
+            StorageError: the file exists already, or writing failed.
         """
         if Path(stem).with_suffix(".json").exists():
             raise StorageError(f"{stem} exists already; choose another name")
@@ -99,7 +99,7 @@ class Base:
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """Return the BLAKE2b-256, in hex, of sorted names, dtypes, shapes and bytes."""
+    """Return the BLAKE2b-256 hash, in hex, of the names, dtypes, shapes and bytes of tensors, sorted by name."""
     digest = hashlib.blake2b(digest_size=32)
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -110,41 +110,41 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 
 def check_names(found: Iterable[str], expected: Iterable[str], what: str) -> None:
-    """Refuse tensors whose names are not exactly those expected.
+    """Check that the names of tensors are exactly those expected.
 
     Raises:
-        DataError: it names what is missing and what is too many.
+        DataError: names are missing or unexpected; the message lists them.
     """
     found, expected = set(found), set(expected)
     missing, extra = sorted(expected - found), sorted(found - expected)
     if missing or extra:
         raise DataError(
-            f"{what} lacks {missing[:5]} and has {extra[:5]} too many; expected exactly the {len(expected)} tensors of "
-            f"one model and one partition: do both sides run the same recipe?"
+            f"{what} lacks {missing[:5]} and has unexpected {extra[:5]}; expected exactly {len(expected)} tensors. "
+            f"Use the same recipe and partition on both sides"
         )
 
 
 def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
-    """Refuse a tensor of another shape or dtype than `like`.
+    """Check that a tensor has the shape and dtype of `like`.
 
     Raises:
-        DataError: it names the tensor, what was expected and what came.
+        DataError: the shape or dtype differs; the message has both.
     """
     if tensor.shape != like.shape or tensor.dtype != like.dtype:
         raise DataError(
             f"tensor {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected {like.dtype} of shape "
-            f"{tuple(like.shape)}: do both sides run the same recipe and codec?"
+            f"{tuple(like.shape)}. Use the same recipe and codec on both sides"
         )
 
 
 def check_finite(name: str, tensor: Tensor, whose: str = "") -> None:
-    """Refuse NaN and infinity.
+    """Check that a tensor contains no NaN or infinity.
 
     Raises:
-        DataError: it names the tensor.
+        DataError: it does; the message names the tensor.
     """
     if not bool(torch.isfinite(tensor).all()):
         raise DataError(
-            f"tensor {name!r}{whose} holds values that are not finite; expected finite numbers: look at that owner's "
+            f"tensor {name!r}{whose} contains NaN or infinity; expected finite numbers. Check the owner's training "
             f"losses, and leave the contribution out"
         )

@@ -1,4 +1,4 @@
-"""Codecs that write a delta in fewer bytes; what a codec drops is added to the next delta (error feedback).
+"""Codecs that compress deltas; the part that a codec drops is added to the next delta (error feedback).
 
 Error feedback: Seide et al. 2014; Karimireddy et al. 2019 (arXiv 1901.09847).
 """
@@ -23,7 +23,7 @@ _SEPARATOR = "|"  # between a tensor's name and its part of a payload
 
 
 class Codec(Component):
-    """A way to write deltas, and to read them from senders that are not trusted."""
+    """A codec of deltas; `decode` accepts payloads of untrusted senders."""
 
     def encode(
         self,
@@ -32,11 +32,11 @@ class Codec(Component):
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the payload of delta + residual, and the new residual: what the payload drops.
+        """Return the payload of delta + residual, and the new residual, which is the part that the payload drops.
 
         Raises:
-            DataError: a tensor is not finite in single precision, or the residual is of other tensors.
-            ConfigError: rounding is stochastic and there is no generator.
+            DataError: a tensor is not finite in single precision, or the residual's names or shapes differ.
+            ConfigError: stochastic rounding without a generator.
         """
         if residual is not None:
             check_names(residual, delta, "the codec's residual")
@@ -44,13 +44,13 @@ class Codec(Component):
         left: dict[str, Tensor] = {}
         for name in sorted(delta):
             if _SEPARATOR in name:
-                raise DataError(f"tensor {name!r} has {_SEPARATOR!r} in its name, which is reserved for codecs")
+                raise DataError(f"tensor {name!r} has {_SEPARATOR!r} in its name, which codecs reserve; rename it")
             total = delta[name].detach().cpu().double()
             if residual is not None:
                 if residual[name].shape != total.shape:
                     raise DataError(
                         f"the codec's residual of {name!r} has shape {tuple(residual[name].shape)}; expected "
-                        f"{tuple(total.shape)}: start without a residual after a change of the model"
+                        f"{tuple(total.shape)}. Delete the residual after a change of the model"
                     )
                 total = total + residual[name].double()
             check_finite(name, total.float())
@@ -62,10 +62,10 @@ class Codec(Component):
     def decode(self, payload: Mapping[str, Tensor], like: Mapping[str, torch.Size]) -> dict[str, Tensor]:
         """Return the delta in single precision, with exactly the names and shapes of `like`, every value finite.
 
-        This is the trust boundary for contributions: nothing behind it checks them again.
+        This is the trust boundary for contributions: they are not checked again.
 
         Raises:
-            DataError: a part is missing, too many, of another dtype or size, out of range, or not finite.
+            DataError: a part is missing, unexpected, out of range, not finite, or has the wrong dtype or size.
         """
         check_names(payload, [name + _SEPARATOR + part for name in like for part in self._parts()], "a payload")
         found = {}
@@ -76,15 +76,15 @@ class Codec(Component):
 
     @abstractmethod
     def _parts(self) -> tuple[str, ...]:
-        """Return the names of the parts that one tensor is written in."""
+        """Return the names of the parts into which each tensor is encoded."""
 
     @abstractmethod
     def _pack(self, total: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """Return the parts of a tensor of double precision."""
+        """Encode a tensor in double precision, and return its parts."""
 
     @abstractmethod
     def _unpack(self, name: str, parts: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
-        """Return the tensor in single precision, every part checked."""
+        """Check every part, and return the tensor in single precision."""
 
 
 CODECS: Registry[type[Codec]] = Registry("codec")
@@ -92,7 +92,7 @@ CODECS: Registry[type[Codec]] = Registry("codec")
 
 @CODECS.register("float32")
 class Float32(Codec):
-    """Single precision, without loss."""
+    """Single precision, without compression."""
 
     name: Literal["float32"] = "float32"
 
@@ -108,10 +108,10 @@ class Float32(Codec):
 
 @CODECS.register("int8")
 class Int8(Codec):
-    """Steps of 1/127 of the largest magnitude of each row (first axis; a vector is one row).
+    """Multiples of a step: 1/127 of the largest magnitude in each row (first axis; a vector is one row).
 
-    The error of nearest rounding is at most half a step; that of stochastic rounding is below one step, and zero in the
-    mean. A row too small for a normal scale in single precision (about 1.5e-36) goes to the residual.
+    The error of nearest rounding is at most half a step. That of stochastic rounding is below one step, with mean zero.
+    A row below about 1.5e-36, too small for a normal scale in single precision, goes to the residual completely.
     """
 
     name: Literal["int8"] = "int8"
@@ -134,7 +134,7 @@ class Int8(Codec):
 
 @CODECS.register("top-k")
 class TopK(Codec):
-    """The `share` of each tensor's values that are largest in magnitude, at least one; `quantised`: in int8 steps."""
+    """The `share` of each tensor's values with the largest magnitude, at least one; `quantised` stores int8."""
 
     name: Literal["top-k"] = "top-k"
     share: float = Field(default=0.05, gt=0, le=1)
@@ -160,7 +160,7 @@ class TopK(Codec):
         index = _checked(name, parts["index"], torch.int32, size).long()
         if len(index) and (int(index[0]) < 0 or int(index[-1]) >= count or bool((index.diff() <= 0).any())):
             raise DataError(
-                f"the indices of {name!r} are not strictly ascending within 0 to {count - 1}; refuse the sender"
+                f"the indices of {name!r} are not strictly ascending within 0 to {count - 1}; leave this payload out"
             )
         values = _checked(name, parts["value"], torch.int8 if self.quantised else torch.float32, size)
         if self.quantised:
@@ -171,7 +171,7 @@ class TopK(Codec):
 
     def _count(self, count: int) -> int:
         if count >= 2**31:
-            raise DataError(f"a tensor has {count} values; top-k writes indices below 2^31: use another codec")
+            raise DataError(f"a tensor has {count} values, but top-k supports fewer than 2^31; use another codec")
         return min(count, max(1, math.ceil(self.share * count)))
 
 
@@ -182,7 +182,7 @@ def _rows(shape: Iterable[int]) -> tuple[int, int]:
 
 
 def _quantise(rows: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Return int8 values (R, C) and scales (R,) of rows; rounding is to nearest, or stochastic with a generator."""
+    """Return the int8 values (R, C) and scales (R,) of rows; with a generator, rounding is stochastic."""
     largest = rows.abs().amax(dim=1) if rows.shape[1] else rows.new_zeros(len(rows))
     scale = (largest / _LEVELS).float()
     # A subnormal scale is too coarse to be a step.
@@ -197,8 +197,8 @@ def _quantise(rows: Tensor, generator: torch.Generator | None) -> tuple[Tensor, 
 
 def _dequantise(name: str, values: Tensor, scale: Tensor) -> Tensor:
     if bool((values < -_LEVELS).any()) or bool((scale < 0).any()):
-        raise DataError(f"{name!r} has a step below -{_LEVELS} or a negative scale; refuse the sender")
-    # A scale that was rounded up may put the largest value just above the range of single precision.
+        raise DataError(f"{name!r} has a value below -{_LEVELS} or a negative scale; leave this payload out")
+    # If the scale was rounded up, the largest value may exceed the range of single precision.
     return (values.double() * scale.double()[:, None]).clamp(_FLOAT32.min, _FLOAT32.max).float()
 
 

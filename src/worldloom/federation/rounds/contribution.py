@@ -1,4 +1,4 @@
-"""A contribution: the change of the shared tensors that leaves an owner, and facts about it."""
+"""A contribution: the change of the shared tensors that an owner sends, and facts about it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from worldloom.federation.rules.partition import Partition
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Contribution:
-    """The delta of exactly the shared part of a partition; made by `Contribution.of`.
+    """The delta of the shared tensors of a partition; create one with `Contribution.of`.
 
     `base` is the fingerprint of the base that training started from, `data_class` the strictest class of the data.
 
     Raises:
-        DataError: a tensor is not shared, missing, of integers or not finite, or a count is negative.
+        DataError: a tensor is missing, not shared, not floating point or not finite, or a count is negative.
     """
 
     partition: Partition
@@ -40,19 +40,19 @@ class Contribution:
         check_names(self.tensors, self.partition.shared, "a contribution")
         for name, tensor in self.tensors.items():
             if not tensor.is_floating_point():
-                raise DataError(f"tensor {name!r} is {tensor.dtype}; expected floating point: integers have no mean")
+                raise DataError(f"tensor {name!r} is {tensor.dtype}; expected floating point. Declare it sovereign")
             check_finite(name, tensor)
         for name in ("round", "steps", "frames"):
             if getattr(self, name) < 0:
                 raise DataError(f"a contribution has {name} {getattr(self, name)}; expected 0 or more")
-        # A view of a copy: nothing can be added to it after this check.
+        # A read-only view of a copy, so that it cannot change after this check.
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
 
     @classmethod
     def of(
         cls, partition: Partition, before: Mapping[str, Tensor], after: Mapping[str, Tensor], **facts: Any
     ) -> "Contribution":
-        """Return `after - before` of the shared part with the other fields; other tensors of the states are ignored.
+        """Return a contribution with `after - before` of the shared tensors; other tensors of the states are ignored.
 
         Raises:
             DataError: the states differ in shapes or dtypes, or a difference is not finite.
@@ -65,7 +65,7 @@ class Contribution:
         return cls(partition=partition, tensors=delta, **facts)
 
     def body(self) -> dict[str, Any]:
-        """Return the facts beside the tensors, as JSON values."""
+        """Return the fields other than the tensors, as JSON values."""
         return {name: getattr(self, name) for name in ("owner", "round", "base", "steps", "frames", "data_class")}
 
 
@@ -73,11 +73,11 @@ _SPENT = {"clip", "noise", "delta", "round", "share", "in_sum", "epsilon"}
 
 
 def read_contribution(message: SignedMessage, number: int, base: Base, constitution: Constitution) -> dict[str, Tensor]:
-    """Return the delta of a member's contribution to a round: the trust boundary of the coordinator.
+    """Check a member's contribution to a round and return its delta; this is the coordinator's trust boundary.
 
     Raises:
-        DataError: the facts are of another round or base or of a class that may not shape the base, the privacy is not
-            as agreed, or the tensors are not a finite delta of the base's names and shapes.
+        DataError: the contribution is for another round or base, its data class may not shape the base, its privacy is
+            not as agreed, or the tensors are not a finite delta with the base's names and shapes.
     """
     check_facts(message, number, base.fingerprint, constitution)
     check_spent(message, constitution)
@@ -85,42 +85,44 @@ def read_contribution(message: SignedMessage, number: int, base: Base, constitut
 
 
 def check_facts(message: SignedMessage, number: int, base: str, constitution: Constitution) -> None:
-    """Refuse a contribution to another round or base, or of a data class that may not shape the base.
+    """Check the round, base, number of steps and data class of a contribution.
 
     Raises:
-        DataError: it names the member and the fact.
+        DataError: one of them is wrong; the message names the member.
     """
     body = message.body
     expected = {"owner": message.sender, "round": number, "base": base, "steps": constitution.inner_steps}
     for key, value in expected.items():
         if body.get(key) != value:
-            raise DataError(f"a contribution of {message.sender} has {key} {body.get(key)!r}; expected {value!r}")
+            raise DataError(f"the contribution of {message.sender} has {key} {body.get(key)!r}; expected {value!r}")
     if body.get("data_class") not in constitution.classes:
         raise DataError(
-            f"{message.sender} contributes a model trained on {body.get('data_class')} data; the constitution lets "
-            f"only {', '.join(constitution.classes)} data shape the base"
+            f"{message.sender} contributes a model trained on {body.get('data_class')} data; the constitution "
+            f"allows only {', '.join(constitution.classes)} data. Train on allowed data"
         )
     if type(body.get("frames")) is not int or body["frames"] < 0:
-        raise DataError(f"a contribution of {message.sender} does not state its number of frames")
+        raise DataError(
+            f"the contribution of {message.sender} needs an integer 'frames' of 0 or more; got {body.get('frames')!r}"
+        )
 
 
 def check_spent(message: SignedMessage, constitution: Constitution) -> None:
-    """Refuse a contribution that does not state the privacy it spent, or whose privacy is not as agreed.
+    """Check that a contribution reports the privacy it spent, and that its privacy is as agreed.
 
     Raises:
-        DataError: it names the member.
+        DataError: it does not; the message names the member.
     """
     spent = message.body.get("spent")
     if not isinstance(spent, dict):
-        raise DataError(f"a contribution of {message.sender} does not state the privacy it spent")
+        raise DataError(f"the contribution of {message.sender} needs a mapping 'spent'; got {spent!r}")
     if set(spent) - _SPENT or not all(isinstance(value, int | float | None) for value in spent.values()):
         raise DataError(
-            f"the privacy statement of {message.sender} has unexpected entries; expected numbers for "
-            f"{', '.join(sorted(_SPENT))} at most"
+            f"the privacy spent by {message.sender} has unexpected entries; expected only numbers with the keys "
+            f"{', '.join(sorted(_SPENT))}"
         )
     if constitution.privacy is not None:
         promised: dict[str, Any] = constitution.privacy.model_dump(mode="json", include={"clip", "noise", "delta"})
         if constitution.secure_aggregation:
             promised["share"] = 1 / constitution.threshold
         if any(spent.get(key) != value for key, value in promised.items()):
-            raise DataError(f"a contribution of {message.sender} was not made private as the constitution requires")
+            raise DataError(f"the privacy of {message.sender} is not as agreed; expected {promised}, got {dict(spent)}")

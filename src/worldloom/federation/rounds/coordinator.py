@@ -1,9 +1,9 @@
-"""The coordinator: rounds that survive a kill at any moment, and that anyone can compute again.
+"""The coordinator: it runs rounds that can be interrupted at any moment and recomputed by anyone.
 
-A round asks every member for its contribution to the base, waits for the timeout of the constitution, and aggregates
-what came into the next base. Its state is on disk before it proceeds: the base, each accepted contribution as it was
-signed, and the ledger, whose last entries tell where to resume. A base depends on the one before, the contributions and
-the constitution alone, so `recompute` gives it bit for bit.
+In a round the coordinator asks every member for its contribution, waits up to the constitution's timeout, and
+aggregates the received contributions into the next base. It writes its state to disk before each next step: the base,
+each accepted contribution as signed, and the ledger, which determines where to resume. A base depends only on the
+previous base, the contributions and the constitution, so `recompute` reproduces it bit for bit.
 """
 
 import logging
@@ -32,17 +32,17 @@ from worldloom.federation.rules.constitution import Constitution
 from worldloom.federation.transport.messages import Transport
 
 _log = logging.getLogger(__name__)
-_TRIES = 3  # exchanges in a round, where the quorum is not met
+_TRIES = 3  # exchanges in a round until the quorum is met
 
 
 class Coordinator(Closing):
     """Runs the rounds of a consortium over a transport.
 
-    `initial` is the base of the first round; a folder with rounds continues with its own.
+    `initial` is the base of the first round; in a folder that has rounds already, it is ignored.
 
     Raises:
         StorageError: another process coordinates in the folder.
-        DataError: the ledger does not verify or is of another constitution, or the key is not a coordinator's.
+        DataError: the ledger does not verify or belongs to another constitution, or the key is not a coordinator's.
     """
 
     def __init__(
@@ -56,9 +56,11 @@ class Coordinator(Closing):
         progress: Progress = SILENT,
     ) -> None:
         if key.public not in constitution.coordinator_keys().values():
-            raise DataError(f"{key.public} is not the key of a coordinator in the constitution; use one that it names")
+            raise DataError(
+                f"{key.public} is not the key of a coordinator in the constitution; use a key that it lists"
+            )
         self.rounds, self._constitution, self._progress = RoundStore(path), constitution, progress
-        self._newest: tuple[int, Base] | None = None  # the round whose base is known to be the published one
+        self._newest: tuple[int, Base] | None = None  # the newest published base and its round
         self.ledger = Ledger(self.rounds.ledger, key)
         with ExitStack() as stack:
             stack.callback(self.ledger.close)
@@ -82,7 +84,7 @@ class Coordinator(Closing):
         """Run the remaining rounds, and return the last base.
 
         Raises:
-            TrainingError: fewer members than the quorum contributed; run again when they are back.
+            TrainingError: fewer members than the quorum contributed; run again when more are connected.
         """
         last = self._constitution.rounds
         with self._progress.task("weaving", last, "round") as task:
@@ -96,7 +98,7 @@ class Coordinator(Closing):
         return base
 
     def _hand_over(self, number: int, base: Base) -> None:
-        """Send the last base to all members, unless all have confirmed that they have it."""
+        """Send the last base to all members, unless all have confirmed it."""
         *_, newest = self.ledger.entries()
         seen = newest.body["facts"].get("countersigned", []) if newest.body["kind"] == "checkpoint" else []
         if {one["key"] for one in seen} < set(self._constitution.member_names()):
@@ -105,20 +107,20 @@ class Coordinator(Closing):
     def run_round(self, number: int) -> None:
         """Run one round: collect contributions, aggregate, evaluate, and publish the next base."""
         base, secure = self._published(number), self._constitution.secure_aggregation
-        # The owners that count: by their factors in a sum, or by the frames that each trained on.
+        # The owners that count, with their weights in the sum or, without secure aggregation, their frames.
         whole: Mapping[str, Any] = (self._sums.gather if secure else self._gather)(number, base)
         if secure:
             self._members.mark_present(whole, number)
         before, group, left_out = self._judged(number, base), whole, list[str]()
         result, after = self._trial(number, base, group)
         while before and (worse := _growth(before, after)) > self._constitution.quality.max_worse:
-            _log.warning("round %d: held-out losses grow by %.0f%%", number, 100 * worse)
-            reason = f"with it, held-out losses grow by {worse:.1%}"
+            _log.warning("round %d: held-out losses would grow by %.0f%%", number, 100 * worse)
+            reason = f"held-out losses would grow by {worse:.1%} with it"
             if secure:
-                reason += ": the base stays as it is"
+                reason += ", so the base does not change"
                 self.ledger.append("refusal", {"owner": THE_SUM, "reason": reason}, round=number)
             if secure or len(group) - 1 < self._constitution.quorum:
-                # No owner of a sum can be left out, and no smaller group may decide: the base stays as it is.
+                # A secure sum cannot exclude an owner, and a group below the quorum may not decide.
                 result = next_base(self.rounds, number, base, self._constitution, None)
                 left_out, after = list(whole), before
                 break
@@ -131,7 +133,7 @@ class Coordinator(Closing):
         self._publish(number, base, result, left_out=left_out, before=before, after=after)
 
     def _trial(self, number: int, base: Base, group: Mapping[str, Any]) -> tuple[NextBase, dict[str, float]]:
-        """Return the base that follows from the contributions of a group, and the members' held-out losses under it."""
+        """Return the base that results from the contributions of a group, and the members' held-out losses with it."""
         if self._constitution.secure_aggregation:
             change = mean_of_sum(self.rounds, number, group)
         else:
@@ -149,7 +151,7 @@ class Coordinator(Closing):
         before: Mapping[str, float],
         after: Mapping[str, float],
     ) -> None:
-        """Save the next base, and record in the ledger how it was made."""
+        """Save the next base, and record in the ledger how it was computed."""
         self.rounds.save(number + 1, result.base, result.momentum)
         facts = {
             "weights": dict(result.weights),
@@ -157,7 +159,7 @@ class Coordinator(Closing):
             "left_out": left_out,
             "evaluation": _evaluation(before, after) if before else None,
         }
-        # A kill between the two entries leaves the first; this round then repeats with the same result.
+        # After a kill between the two entries, the round repeats with the same result and finds the first entry.
         if not self.ledger.of("round", number):
             self.ledger.append("round", facts, round=number)
         published = {"fingerprint": result.base.fingerprint, "previous": base.fingerprint}
@@ -165,21 +167,23 @@ class Coordinator(Closing):
         self._newest = number + 1, result.base
 
     def _published(self, number: int) -> Base:
-        """Return the base of a round; from disk only where this process did not make it.
+        """Return the base of a round, from memory or else from disk.
 
         Raises:
-            CheckpointError: the file is not the base that the ledger names.
+            CheckpointError: the file does not match the ledger.
         """
         if self._newest is None or self._newest[0] != number:
             try:
                 base = self.rounds.base(number, named=self.ledger.bases()[number]["fingerprint"])
             except DataError as error:
-                raise CheckpointError(f"the base of round {number} does not match the ledger: {error}") from None
+                raise CheckpointError(
+                    f"the base of round {number} does not match the ledger: {error}. Restore the file"
+                ) from None
             self._newest = number, base
         return self._newest[1]
 
     def _gather(self, number: int, base: Base) -> dict[str, int]:
-        """Return the owners that contributed, once they are enough, with the frames that each trained on."""
+        """Collect contributions until the quorum is met; return the number of training frames of each owner."""
         for _ in range(_TRIES):
             here = {facts["owner"] for facts in self.ledger.of("contribution", number)}
             missing = [node for node in self._members.nodes() if node not in here]
@@ -189,15 +193,15 @@ class Coordinator(Closing):
             if len(frames) >= self._constitution.quorum:
                 return frames
         raise TrainingError(
-            f"round {number} has {len(frames)} contributions and needs {self._constitution.quorum}; those are saved: "
-            f"start the coordinator again when more members are back"
+            f"round {number} has {len(frames)} contributions but needs {self._constitution.quorum}. They are saved; "
+            f"start the coordinator again when more members are connected"
         )
 
     def _accept(self, number: int, base: Base, message: SignedMessage) -> None:
-        """Check a contribution, and save it, as it came and as decoded, before the ledger names it.
+        """Check a contribution, save it both as received and as decoded, and then record it in the ledger.
 
         Raises:
-            DataError: it is not what was asked for.
+            DataError: the contribution is invalid; see `read_contribution`.
         """
         owner = message.sender
         delta = read_contribution(message, number, base, self._constitution)
@@ -209,16 +213,18 @@ class Coordinator(Closing):
         self._members.mark_present([owner], number)
 
     def _judged(self, number: int, base: Base) -> dict[str, float]:
-        """Return the held-out loss under a base of each member that answers."""
+        """Return each answering member's held-out loss with a base."""
         found = {}
         for node, verdict in self._members.ask("judge", number, base, kind="verdict").items():
             try:
                 if verdict.body.get("base") != base.fingerprint:
-                    raise DataError("the verdict is about another base")
+                    raise DataError(
+                        f"it is about base {str(verdict.body.get('base'))[:16]}; expected {base.fingerprint[:16]}"
+                    )
                 loss = verdict.body["losses"]["total"]
-                # A loss is a positive sum of squares: text, null and infinity are not valid.
+                # A loss is a positive sum of squares, so text, null and infinity are invalid.
                 if not isinstance(loss, int | float) or not 0 < loss < math.inf:
-                    raise DataError(f"its loss is {str(loss)[:40]}; expected a number above 0")
+                    raise DataError(f"its loss is {str(loss)[:40]}; expected a finite number above 0")
                 found[node] = float(loss)
             except (DataError, KeyError, TypeError) as error:
                 _log.warning("round %d: the verdict of %s is invalid: %s", number, node, error)
@@ -228,23 +234,23 @@ class Coordinator(Closing):
 def succeed(store: MemberStore, path: Path | str, constitution: Constitution, key: SigningKey) -> int:
     """Take over from a lost coordinator with a member's copies of base and ledger; return the next round.
 
-    The new folder is then a coordinator's. The rounds continue from the newest base; the outer optimiser starts
+    `path` becomes a coordinator's folder. The rounds continue from the newest base; the outer optimiser starts
     without momentum, and earlier bases cannot be recomputed from this folder.
 
     Raises:
-        DataError: the key is not a coordinator's, the ledger does not verify, or no base has come yet.
+        DataError: the key is not a coordinator's, the ledger does not verify, or the newest base is missing here.
         StorageError: the folder exists already.
     """
     names = {public: name for name, public in constitution.coordinator_keys().items()}
     if key.public not in names:
-        raise DataError(f"{key.public} is not the key of a coordinator; expected one of {', '.join(names.values())}")
+        raise DataError(f"{key.public} is not the key of a coordinator; expected a key of {', '.join(names.values())}")
     number, base = store.base()
     content = store.read()
     named = Records(store.ledger).bases()
     if number != max(named, default=None) or named[number]["fingerprint"] != base.fingerprint:
         raise DataError(
-            f"this member has the base of round {number}, but the ledger names that of round {max(named, default=0)}; "
-            f"a member that has that base must take over"
+            f"this member has the base of round {number}, but the newest in the ledger is that of round "
+            f"{max(named, default=0)}; a member that has the newest base must take over"
         )
     with whole_folder(Path(path)) as begun:
         made = RoundStore(begun)
@@ -257,7 +263,7 @@ def succeed(store: MemberStore, path: Path | str, constitution: Constitution, ke
 
 
 def _evaluation(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:
-    """Return the held-out losses for the ledger: of each member, and of the median member."""
+    """Return the held-out losses of each member and of the median member, for the ledger."""
     median = {"before": statistics.median(before.values()), "after": statistics.median(after.values())}
     return {**median, "owners": {name: [before.get(name), after.get(name)] for name in sorted({*before, *after})}}
 

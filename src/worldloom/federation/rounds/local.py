@@ -1,4 +1,4 @@
-"""An owner's training of the shared model on its own frames, by the same `fit` as everywhere."""
+"""An owner's training of the shared model on its own frames, with `worldloom.training.fit`."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from worldloom.training import RunFolder, Segment, TrainingConfig, fit, held_out
 class Trained:
     """The result of training from a base: the shared tensors before and after, the steps, and the number of frames.
 
-    `frames` counts each frame that training may draw once: how much data an owner has, not how often it was used.
+    `frames` counts each frame of the training episodes once, however often it was used.
     """
 
     before: Mapping[str, Tensor]
@@ -31,11 +31,11 @@ class Trained:
 
 
 class LocalTraining:
-    """The training of one owner, in a run folder of its own.
+    """The training of one owner, in its own run folder.
 
-    A segment of training is identified by its name and its base: asked for again, it resumes, or returns its result.
-    With another base under the same name it starts again from the present state. What is sovereign (the tensors that
-    `partition` names, the optimiser's moments, the modules of the losses) stays in the folder.
+    A segment of training is identified by its name and its base. A repeated call resumes the segment or returns its
+    result. With a different base under the same name, the segment starts again from the current state. Sovereign parts
+    (the sovereign tensors of `partition`, the optimiser's moments, the modules of the losses) stay in the folder.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class LocalTraining:
         schedule: int | None = None,
         frozen: bool = False,
     ) -> Trained:
-        """Train for some steps from a base; its tensors are exactly the shared part.
+        """Train for some steps from a base, which must contain exactly the shared tensors.
 
-        `at` is the step of the learning rate's schedule at which the segment begins, by default the training's own,
-        and `schedule` the schedule's length in steps. With `frozen` the base does not change.
+        `at` is the step of the learning-rate schedule at which the segment begins, by default the run's current step.
+        `schedule` is the schedule's length in steps. With `frozen` the shared tensors are not trained.
 
         Raises:
-            CheckpointError: the base is of another model.
+            CheckpointError: the base belongs to a different model.
             TrainingError: see `worldloom.training.fit`.
         """
         segment = self._read_segment()
@@ -79,7 +79,7 @@ class LocalTraining:
     def fine_tune(self, name: str, base: Base, steps: int, *, frozen: bool = False) -> None:
         """Train a base for some steps for the owner's own use, while the learning rate falls to 0.
 
-        They are the last steps of a training as long as the shared one, or a whole training if they are more.
+        The learning rate follows the last `steps` of the shared schedule, or a longer schedule if `steps` exceeds it.
 
         Raises:
             CheckpointError, TrainingError: see `train`.
@@ -90,7 +90,7 @@ class LocalTraining:
     def align(self, base: Base, steps: int) -> None:
         """Train the sovereign tensors against a frozen base; a second call does nothing.
 
-        Averages of models that each learned their owner's conventions are useless; averages of aligned models are not.
+        Models that each learned their owner's conventions cannot be averaged; aligned models can.
 
         Raises:
             CheckpointError, TrainingError: see `train`.
@@ -100,9 +100,9 @@ class LocalTraining:
             write_json(self._aligned, {"base": base.fingerprint, "steps": steps})
 
     def pilot(self, base: Base, steps: int) -> Base:
-        """Train for some steps from an untrained base, and return the result; the owner is aligned with it.
+        """Train for some steps from an untrained base, and return the result, to which this owner counts as aligned.
 
-        Shared statistics are those of this owner's frames.
+        Shared statistics are measured on this owner's frames.
 
         Raises:
             CheckpointError, TrainingError: see `train`.
@@ -112,9 +112,9 @@ class LocalTraining:
         return made
 
     def train_alone(self, name: str, base: Base, steps: int, *, at: int | None = None) -> None:
-        """Train for some steps from a base, or continue if the present state came from it.
+        """Train for some steps from a base, or continue if the current state was trained from it.
 
-        Each call trains for more steps, or resumes.
+        Each call trains for more steps, or resumes an interrupted segment.
 
         Raises:
             CheckpointError, TrainingError: see `train`.
@@ -125,7 +125,7 @@ class LocalTraining:
         self._resume(segment, base, at)
 
     def judge(self, base: Base) -> dict[str, float]:
-        """Return the losses of a base, with the sovereign tensors here, on episodes that are held out of training."""
+        """Return the losses of a base, with this owner's sovereign tensors, on held-out episodes."""
         return held_out_losses(self.training, self.model, self.frames, self.run, base.tensors)
 
     def untrained(self, seed: int) -> Base:
@@ -134,16 +134,16 @@ class LocalTraining:
 
     @cached_property
     def like(self) -> Mapping[str, Tensor]:
-        """The shared tensors of this model without their values: the names, shapes and dtypes of a base."""
+        """The shared tensors of this model on the meta device: the names, shapes and dtypes of a base."""
         return {name: tensor.to("meta") for name, tensor in self.untrained(seed=0).tensors.items()}
 
     @cached_property
     def shared_statistics(self) -> tuple[str, ...]:
-        """The names of the statistics that the partition shares; usually there are none."""
+        """The names of the statistics that the partition shares; by default there are none."""
         return _shared_statistics(self.model, self.frames.spec, self.partition)
 
     def without_statistics(self, base: Base) -> Base:
-        """Return the trained tensors of a base: the run's own statistics take the place of shared ones."""
+        """Return a base without its shared statistics; the run's own statistics are used instead."""
         if not self.shared_statistics:
             return base
         return Base.of({name: tensor for name, tensor in base.tensors.items() if name not in self.shared_statistics})
@@ -171,7 +171,7 @@ class LocalTraining:
         resume = self.run.checkpoint_directory.is_dir()
         put = {} if segment.get("continues") else dict(base.tensors)
         if resume:
-            # Statistics stay as in the first base: if another member changed them, the delta sent changes them back.
+            # Statistics stay as in the first base: if another member changed them, this delta changes them back.
             put = {name: tensor for name, tensor in put.items() if name not in self.shared_statistics}
         stretch = Segment(begin=segment["begin"], end=segment["end"], base=put, at=at, schedule=schedule, fixed=frozen)
         model = fit(
@@ -190,9 +190,9 @@ class LocalTraining:
 
 
 def initial_base(model: JEPAConfig, spec: DatasetSpec, partition: PartitionConfig, *, seed: int) -> Base:
-    """Return the shared part of an untrained model: it depends on the shapes of frames and the seed, on no data.
+    """Return the shared part of an untrained model; it depends only on the frames' shapes and the seed, not on data.
 
-    Shared statistics are units, and useless until a pilot measures them (`check_has_a_pilot`).
+    Shared statistics have placeholder values until a pilot measures them; see `check_has_a_pilot`.
     """
     state = _untrained(model, spec, seed).state_dict()
     return Base.of(partition.split(state).shared_of(state), what="the initial base")
@@ -201,7 +201,7 @@ def initial_base(model: JEPAConfig, spec: DatasetSpec, partition: PartitionConfi
 def _shared_statistics(model: JEPAConfig, spec: DatasetSpec, partition: PartitionConfig) -> tuple[str, ...]:
     """Return the names of the shared tensors that are measured on data, not trained.
 
-    Owners of shards of one world may share them, so that all see it through the same scales.
+    Owners with data of the same world may share them, so that all normalise their data in the same way.
     """
     untrained = _untrained(model, spec, 0)
     measured = {
@@ -214,15 +214,15 @@ def _shared_statistics(model: JEPAConfig, spec: DatasetSpec, partition: Partitio
 
 
 def check_has_a_pilot(model: JEPAConfig, spec: DatasetSpec, partition: PartitionConfig) -> None:
-    """Refuse a consortium that shares statistics and begins with an untrained base.
+    """Check that a consortium with an untrained first base shares no statistics.
 
     Raises:
-        ConfigError: it names one of the statistics.
+        ConfigError: it shares statistics; the message names one.
     """
     if shared := _shared_statistics(model, spec, partition):
         raise ConfigError(
             f"partition.shared matches {shared[0]!r}, which is measured on data, but the initial base is untrained; "
-            f"begin with a pilot's base (worldloom weave pilot), or name it in partition.sovereign"
+            f"start from a pilot's base ('worldloom weave pilot'), or add it to partition.sovereign"
         )
 
 

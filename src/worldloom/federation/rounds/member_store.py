@@ -1,6 +1,6 @@
-"""A member's copies of what it shares with its consortium: the ledger as it saw it, and the newest base.
+"""A member's copies of the ledger and of the newest base.
 
-With them it can show that a ledger was rewritten, train on alone, and coordinate in place of a lost coordinator.
+With them a member can prove that a ledger was rewritten, continue training alone, and replace a lost coordinator.
 """
 
 import logging
@@ -23,26 +23,25 @@ _LEDGER, _SEEN, _BASE, _RECEIVED = "ledger.jsonl", "countersigned.json", "base",
 
 
 class EntriesMissing(DataError):
-    """Ledger entries before those that came are not here; `length` is the number of entries here."""
+    """Earlier ledger entries are missing here; `length` is the number of entries in this copy."""
 
     def __init__(self, length: int) -> None:
-        super().__init__(f"the ledger is known here up to entry {length}; send the entries from there on")
+        super().__init__(f"this copy of the ledger has only {length} entries; send the entries from index {length} on")
         self.length = length
 
 
 class BaseMissing(DataError):
-    """A message names a base that it does not bring, and that is not here."""
+    """A message refers to a base that it does not contain, and that is not stored here."""
 
 
 class LedgerForked(DataError):
-    """The ledger that came is not the one that was countersigned."""
+    """The received ledger differs from the one that this member countersigned."""
 
 
 class MemberStore:
-    """A member's copy of the ledger, the head that it countersigned, and the newest base that it was given.
+    """A member's copy of the ledger, the head that it countersigned, and the newest base that it received.
 
-    `like` gives the names, shapes and dtypes of the base of the member's own model; without it a store takes no base
-    from messages.
+    `like` are tensors with the names, shapes and dtypes of the member's own base; received bases must match them.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class MemberStore:
     ) -> None:
         self.path, self._constitution, self._key, self._like = Path(path), constitution, key, like
         self.ledger = self.path / _LEDGER
-        self._read = LedgerReader(self.ledger, constitution), b""  # what was verified last
+        self._read = LedgerReader(self.ledger, constitution), b""  # the content that was verified last
         self._received: Base | None = None
 
     @property
@@ -65,30 +64,30 @@ class MemberStore:
         return checked(read_json(path), self._constitution) if path.is_file() else None
 
     def follow(self, begin: int, lines: Sequence[str]) -> dict[str, Any]:
-        """Append entries, the first of them the ledger's `begin`-th, and return the countersigned head.
+        """Append entries, the first with index `begin`, and return the countersigned head.
 
         Raises:
-            EntriesMissing: entries before them are not here.
-            DataError: they do not continue the ledger here, or do not verify; the ledger here is unchanged.
+            EntriesMissing: earlier entries are missing here.
+            DataError: the entries do not continue this copy, or do not verify; the copy is unchanged.
         """
         content = self._content()
         own = content.splitlines(keepends=True)
         if begin < 0 or begin > len(own):
             raise EntriesMissing(len(own))
         new = [line.encode("ascii", "replace") + b"\n" for line in lines]
-        known = own[begin : begin + len(new)]  # a delayed message may bring fewer entries than are here
+        known = own[begin : begin + len(new)]  # a delayed message may contain fewer entries than this copy
         if new[: len(known)] != known:
             raise LedgerForked(
-                "the ledger that came is not the one that this member countersigned: it was rewritten. Save both, "
-                "and ask the other members which one they know"
+                "the received ledger is not the one that this member countersigned: it was rewritten. Save both, and "
+                "ask the other members which one they have"
             )
         if added := b"".join(new[len(known) :]):
             content += added
             # Verified before it replaces the file.
-            self._verified(content, "the ledger that came")
+            self._verified(content, "the received ledger")
             write_atomic(self.ledger, lambda temporary: temporary.write_bytes(content))
         if not content:
-            raise DataError("no ledger came with the message, and none is known here; send it from its first entry")
+            raise DataError("the message has no ledger, and none is stored here; send the ledger from its first entry")
         checkpoint = countersign(self._verified(content, str(self.ledger)).head, self._key)
         write_json(self.path / _SEEN, checkpoint)
         return checkpoint
@@ -98,10 +97,10 @@ class MemberStore:
             return self.ledger.read_bytes() if self.ledger.is_file() else b""
 
     def _verified(self, content: bytes, what: str) -> LedgerReader:
-        """Verify a ledger, also against the countersigned head; entries that were verified before are not repeated.
+        """Verify a ledger, also against the countersigned head; entries that were verified before are skipped.
 
         Raises:
-            DataError: it does not verify.
+            DataError: the ledger does not verify.
         """
         reader, before = self._read
         if not content.startswith(before):
@@ -111,19 +110,21 @@ class MemberStore:
         seen = self.seen
         verdict = reader.verdict(why, [] if seen is None else [seen])
         if verdict.broken is not None:
-            raise DataError(f"{what} does not verify: entry {verdict.broken} {verdict.why}")
+            raise DataError(
+                f"{what} does not verify: entry {verdict.broken} {verdict.why}. Get an intact copy from another member"
+            )
         self._read = reader, content
         return reader
 
     def receive(self, named: str, tensors: Mapping[str, Tensor]) -> Base:
-        """Return the base that a message names by its fingerprint: it brings it, or an earlier message did.
+        """Return the base with the fingerprint `named`, from the tensors of this message or of an earlier one.
 
-        This is the trust boundary of a node: nothing behind it checks the base again. A received base, which may only
-        be a trial, is not the one that `base` returns.
+        This is a node's trust boundary: the base is not checked again. A received base may be only a trial; `base`
+        returns it only after `save_base`.
 
         Raises:
-            BaseMissing: neither message brought it.
-            DataError: the message brings another base, or one of another model, or one that is not finite.
+            BaseMissing: no message contained it.
+            DataError: the tensors have another fingerprint, belong to another model, or are not finite.
         """
         path = self.path / _RECEIVED
         if tensors:
@@ -133,32 +134,38 @@ class MemberStore:
         elif self._received is None or self._received.fingerprint != named:
             try:
                 self._received = Base.load(path, like=self._like, named=named)
-            except (CheckpointError, DataError) as error:  # missing, damaged or another: the coordinator sends it
+            except (
+                CheckpointError,
+                DataError,
+            ) as error:  # missing, damaged or a different base: the coordinator must send it
                 _log.info("%s", error)
-                raise BaseMissing(f"the base {named[:16]} is not here; send it") from None
+                raise BaseMissing(f"the base {named[:16]} is not stored here; send it") from None
         return self._received
 
     def save_base(self, number: int, base: Base) -> None:
-        """Store the base that a round begins with, in place of the one before.
+        """Store the base that a round starts from, and replace the previous one.
 
         Raises:
-            DataError: the ledger here does not name it as the base of that round, or a later base is here.
+            DataError: it is not the base of that round in the ledger, or a later base is stored already.
         """
         if not self.names(number, base.fingerprint):
-            raise DataError(f"the base that came for round {number} is not the one that the ledger names; send that")
+            raise DataError(
+                f"the base received for round {number} ({base.fingerprint[:16]}) does not match the ledger; the "
+                f"coordinator must send the base that the ledger names"
+            )
         if (newest := self.number) is not None and number < newest:
-            raise DataError(f"round {number} is over: the base of round {newest} is here")
+            raise DataError(f"round {number} is over: this node has the base of round {newest}; ask for that round")
         base.save(self.path / _BASE, {"round": number})
 
     def names(self, number: int, fingerprint: str) -> bool:
-        """Return whether the ledger here names a base, by its fingerprint, as that of a round."""
+        """Return whether a fingerprint is that of a round's base in this copy of the ledger."""
         content = self._content()
         bases = self._verified(content, str(self.ledger)).bases() if content else {}
         return number in bases and bases[number]["fingerprint"] == fingerprint
 
     @property
     def number(self) -> int | None:
-        """The round that begins with the newest base; None before a base came."""
+        """The round that starts from the newest base; None before the first base."""
         path = self.path / f"{_BASE}.json"
         if not path.is_file():
             return None
@@ -168,22 +175,22 @@ class MemberStore:
             raise CheckpointError(f"{path} is damaged ({error}); restore it, or wait for the next base") from None
 
     def base(self) -> tuple[int, Base]:
-        """Return the newest base, and the round that begins with it.
+        """Return the newest base, and the round that starts from it.
 
         Raises:
-            DataError: no base came yet.
-            CheckpointError: it is damaged.
+            DataError: no base has been received yet.
+            CheckpointError: the base is damaged.
         """
         if (number := self.number) is None:
-            raise DataError(f"{self.path} holds no base yet; take part in a round first")
+            raise DataError(f"{self.path} has no base yet; take part in a round first")
         return number, Base.load(self.path / _BASE)
 
     def read(self) -> bytes:
         """Return the ledger as it is stored, verified against the countersigned head.
 
         Raises:
-            StorageError: there is none.
-            DataError: it does not verify.
+            StorageError: no ledger is stored.
+            DataError: the ledger does not verify.
         """
         with storage_errors(self.ledger):
             content = self.ledger.read_bytes()

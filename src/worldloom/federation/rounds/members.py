@@ -1,4 +1,4 @@
-"""The coordinator's view of its members: asking them, what they have of ledger and base, and which of them left."""
+"""The coordinator's exchanges with its members, and its record of what each has received and which have left."""
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -18,21 +18,21 @@ _LONGEST_REASON = 1000  # characters
 
 
 class NoAnswer(DataError):
-    """Nothing came from a member."""
+    """A member sent no answer."""
 
 
 Answer = tuple[str, SignedMessage | DataError]
-"""A member, and its answer or the error in its place, such as a `Refusal`."""
+"""A member's name, and its answer or, in its place, an error such as a `Refusal`."""
 
 
 class Members:
-    """Asks all members, sends each the new ledger entries, and records the heads that they countersign."""
+    """Sends requests and new ledger entries to members, and records the heads that they countersign."""
 
     def __init__(self, constitution: Constitution, transport: Transport, ledger: Ledger, key: SigningKey) -> None:
         self._constitution, self._transport, self._ledger, self._key = constitution, transport, ledger, key
         self._names = constitution.member_names()
-        self._known: dict[str, int] = {}  # how many ledger entries a member has, as far as the coordinator knows
-        self._held: dict[str, str] = {}  # the fingerprint of the base that a member was sent last
+        self._known: dict[str, int] = {}  # member -> number of ledger entries that it confirmed
+        self._held: dict[str, str] = {}  # member -> fingerprint of the base that it was sent last
         self._left = {name for name in constitution.members if ledger.newest_of(name, "exit", "return") == "exit"}
 
     def nodes(self) -> list[str]:
@@ -40,10 +40,10 @@ class Members:
         return [node for node in self._transport.nodes() if node in self._constitution.members]
 
     def exchange(self, nodes: Collection[str], body: Mapping[str, Any], base: Base, *, kind: str) -> Iterator[Answer]:
-        """Ask members about a base; send each the ledger entries that are new to it, and the base if it lacks that.
+        """Send a request about a base to members, with the ledger entries and, if needed, the base that each lacks.
 
-        A member that turns out to lack more of the ledger, or the base, is asked again. Members that left are still
-        asked, in case they have returned, but the round does not wait for them.
+        If a member answers that it lacks more, the request is sent again with the missing part. Members that left are
+        asked too, in case they have returned, but the round does not wait for them.
         """
         asked = {**body, "constitution": self._constitution.fingerprint, "base": base.fingerprint}
         length = self._ledger.head.length  # entries that are added meanwhile are sent with the next exchange
@@ -70,7 +70,7 @@ class Members:
             nodes = behind
 
     def exchange_each(self, bodies: Mapping[str, Mapping[str, Any]], *, kind: str) -> Iterator[Answer]:
-        """Ask each member its own question, without ledger and base."""
+        """Send each member its own request, without ledger and base."""
         common = {"constitution": self._constitution.fingerprint}
         requests = {node: seal("ask", {**common, **body}, {}, key=self._key) for node, body in bodies.items()}
         return self._exchange(requests, kind)
@@ -84,9 +84,9 @@ class Members:
         phase: str = "",
         **facts: Any,
     ) -> dict[str, DataError | None]:
-        """Hand each answer to `accept`, which raises `DataError` where it refuses it; record refusals in the ledger.
+        """Pass each answer to `accept`, which raises `DataError` to refuse it; record refusals in the ledger.
 
-        Returns the members whose answers do not count, each with its error, or None if it has left.
+        Returns the members whose answers do not count, each with the error, or None for a member that has left.
         """
         failed: dict[str, DataError | None] = {}
         for node, answer in answers:
@@ -103,9 +103,9 @@ class Members:
         return failed
 
     def ask(self, what: str, number: int, base: Base, *, kind: str) -> dict[str, SignedMessage]:
-        """Return each member's answer, and append the checkpoints that came with them to the ledger.
+        """Return each member's answer, and append the checkpoints in the answers to the ledger.
 
-        A member whose answer is invalid, or follows another ledger than this one, is left out and logged.
+        Invalid answers, and answers with a checkpoint of a different ledger, are logged and left out.
         """
         head, answers = self._ledger.head, {}
         for node, answer in self.exchange(self.nodes(), {"what": what, "round": number}, base, kind=kind):
@@ -121,7 +121,7 @@ class Members:
         return answers
 
     def mark_present(self, owners: Collection[str], number: int) -> None:
-        """Record the members that had left and take part again."""
+        """Record in the ledger which of these members had left and have returned."""
         for owner in sorted(self._left.intersection(owners)):
             self._left.discard(owner)
             self._ledger.append("return", {"owner": owner}, round=number)
@@ -132,7 +132,7 @@ class Members:
             yield reply.node, self._open(reply, kind)
 
     def _open(self, reply: Reply, kind: str) -> SignedMessage | DataError:
-        """Check a reply where it comes in: signature, digest, size, kind and sender."""
+        """Check a reply on receipt: signature, digest, size, kind and sender."""
         if reply.data is None:
             return NoAnswer(reply.error)
         limit = self._constitution.largest_bytes
@@ -142,7 +142,7 @@ class Members:
             return error
 
     def _lacks(self, node: str, answer: DataError) -> bool:
-        """Note what a member says it lacks of the ledger or of the base; return whether it lacks any."""
+        """Record which part of ledger or base a member reports as missing; return whether it reports any."""
         if not isinstance(answer, Refusal):
             return False
         length: Any = answer.body.get("length")
@@ -155,7 +155,7 @@ class Members:
         return False
 
     def _has_left(self, node: str, answer: SignedMessage | DataError, number: int) -> bool:
-        """Return whether a member left, by its present message or an earlier one; the ledger records it once."""
+        """Return whether a member has left, by this answer or an earlier one; record a new exit in the ledger."""
         if isinstance(answer, NoAnswer) and node in self._left:
             _log.info("round %d: %s, which has left: %s", number, node, answer)
             return True
@@ -170,12 +170,12 @@ class Members:
         return True
 
     def _countersigned(self, message: SignedMessage, head: ChainHead) -> SignedMessage:
-        # What enters the ledger must verify: only a checkpoint of exactly what was sent.
+        # The ledger must stay valid: accept only a checkpoint of exactly the ledger that was sent.
         signed: Any = message.body.get("countersigned")
         if not isinstance(signed, dict) or set(signed) != CHECKPOINT:
-            raise DataError("it countersigned nothing, or more than a ledger")
+            raise DataError("it has no valid checkpoint; run the same version on both sides")
         if checked(signed, self._constitution) != head or signed["key"] != message.key:
-            raise DataError("it countersigned another ledger than the one that it was sent")
+            raise DataError("it countersigned a different ledger from the one that was sent; compare both")
         return message
 
 

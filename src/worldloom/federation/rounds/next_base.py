@@ -1,4 +1,4 @@
-"""From the contributions to a round to the next base: a deterministic function, which anyone can compute again."""
+"""The next base as a deterministic function of a round's contributions, so that anyone can recompute it."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -39,7 +39,7 @@ def aggregated(
 ) -> Aggregate | None:
     """Return the aggregated contributions to a round, or None if there are none.
 
-    `frames` gives the owners that count, and how many frames each trained on.
+    `frames` maps each owner that counts to the number of frames that it trained on.
 
     Raises:
         StorageError: a contribution is missing.
@@ -48,7 +48,7 @@ def aggregated(
         return None
     sources = {owner: store.source(number, owner) for owner in sorted(frames)}
     power = {"equal": 0.0, "frames": 1.0, "sqrt-frames": 0.5}[constitution.weighting]
-    # Fewer owners than a quorum (`recompute` without a member) may be too few for the cap: then weights are equal.
+    # If `recompute` leaves out a member, the owners may be too few for the cap; the weights are then equal.
     cap = max(constitution.cap, 1 / len(sources))
     weights = capped({owner: float(frames[owner]) ** power for owner in sources}, cap)
     deltas = Deltas(sources=sources, weights=weights, shapes=base.shapes, cap=constitution.cap)
@@ -56,9 +56,9 @@ def aggregated(
 
 
 def mean_of_sum(store: RoundStore, number: int, weights: Mapping[str, float]) -> Aggregate | None:
-    """Return the mean of a round under secure aggregation, or None if no sum could be opened.
+    """Return the mean of a round under secure aggregation, or None if no sum could be unmasked.
 
-    `weights` are the factors of the owners in the sum.
+    `weights` maps each owner to its weight in the sum.
 
     Raises:
         CheckpointError: the sum is missing or damaged.
@@ -73,7 +73,7 @@ def mean_of_sum(store: RoundStore, number: int, weights: Mapping[str, float]) ->
 def next_base(
     store: RoundStore, number: int, base: Base, constitution: Constitution, change: Aggregate | None
 ) -> NextBase:
-    """Return the base after a round: without a change that counts, it stays as it is."""
+    """Return the base after a round; if `change` is None, the base does not change."""
     momentum = store.momentum(number)
     if change is None:
         return NextBase(base=base, momentum=momentum)
@@ -89,34 +89,33 @@ def recompute(
     without: Collection[str] = (),
     progress: Progress = SILENT,
 ) -> dict[int, str]:
-    """Compute all bases again from the stored contributions, in another folder; return their fingerprints by round.
+    """Recompute all bases from the stored contributions, in another folder; return their fingerprints by round.
 
-    With all members they are those that the ledger names. With `without` they follow from the other members'
-    contributions alone, as these were made: from bases that the excluded members had contributed to. Each message is
-    checked as when it came. Under secure aggregation each sum is opened again from the masked contributions and the
-    secrets that members handed over.
+    With all members, the bases must equal those in the ledger. `without` excludes members. The contributions of the
+    others stay as they are, although they were trained from bases that the excluded members had influenced. Each
+    message is checked again. Under secure aggregation each sum is unmasked again, from the masked contributions and
+    the shares that members sent.
 
     Raises:
-        DataError: a message or base is not the one that the ledger names, or a member in a secure sum is to be
-            excluded.
+        DataError: a message or base does not match the ledger, or a member of a secure sum is excluded.
         StorageError: a contribution is missing, or the target is the source folder.
     """
     if Path(path).resolve() == Path(into).resolve():
-        raise StorageError(f"{into} is the source of the computation; choose another folder for the result")
+        raise StorageError(f"{into} contains the rounds themselves; choose another folder for the result")
     stored, made = RoundStore(path), RoundStore(into)
     records = Records(stored.ledger)
     again = _Recomputation(stored, made, records, constitution, without)
     published = {number: str(facts["fingerprint"]) for number, facts in records.bases().items()}
-    # A successor has the base that its rounds begin with, and nothing of the rounds before.
+    # The folder of a successor has the base that its rounds start from, but no earlier rounds.
     begun = max((entry.body["round"] for entry in records.entries("succession")), default=0)
     base = stored.base(begun, named=published[begun])
     made.save(begun, base, {})
     found = {begun: base.fingerprint}
-    # Of a round that ran twice, before and after a succession, the second run counts.
+    # If a round ran both before and after a succession, the second run counts.
     rounds = {entry.body["round"]: entry for entry in records.entries("round") if entry.body["round"] >= begun}
     with progress.task("recomputing", len(rounds), "round") as task:
         for number, entry in sorted(rounds.items()):
-            # Contributions were made from the published base, which differs from this one where a member is excluded.
+            # Contributions start from the published base; without a member the recomputed one differs.
             given = base if base.fingerprint == published[number] else stored.base(number, named=published[number])
             change = (again.sum if constitution.secure_aggregation else again.aggregate)(entry, given)
             result = next_base(made, number, base, constitution, change)
@@ -125,8 +124,8 @@ def recompute(
             found[number + 1] = base.fingerprint
             if not without and base.fingerprint != published[number + 1]:
                 raise DataError(
-                    f"the base of round {number + 1} is not the result of the contributions; base or contributions "
-                    f"changed"
+                    f"the base of round {number + 1} is not the result of the stored contributions; one of them was "
+                    f"changed. Restore the folder from a copy"
                 )
             task.advance()
     return found
@@ -134,7 +133,7 @@ def recompute(
 
 @dataclass(frozen=True)
 class _Recomputation:
-    """The change of a round, made again from what is stored; `given` is the base that contributions were made from."""
+    """Recomputes the change of a round from stored messages; `given` is the base that the contributions start from."""
 
     stored: RoundStore
     made: RoundStore
@@ -154,7 +153,7 @@ class _Recomputation:
             message = unseal_answer(data, kind="contribution", sender=owner, known=known, limit=limit)
             delta = read_contribution(message, number, given, self.constitution)
             if message.digest != recorded[owner]["message"]:
-                raise DataError(f"the contribution of {owner} to round {number} is not the one that the ledger names")
+                raise DataError(f"the contribution of {owner} to round {number} does not match the ledger; restore it")
             frames[owner] = recorded[owner]["frames"]
             self.made.save_delta(number, owner, delta)
         return aggregated(self.made, number, given, self.constitution, frames)
@@ -163,8 +162,8 @@ class _Recomputation:
         number, weights = entry.body["round"], entry.body["facts"]["weights"]
         if inside := sorted({*weights} & {*self.without}):
             raise DataError(
-                f"round {number} was summed under secure aggregation: nobody has the single contribution of "
-                f"{', '.join(inside)}, so it cannot be excluded. Train again without that member"
+                f"round {number} was summed under secure aggregation, so the single contribution of "
+                f"{', '.join(inside)} is not known and cannot be excluded. Train again without that member"
             )
         if weights:
             weights = reopen(self.stored.path, self.records, self.constitution, number, given, into=self.made.path)

@@ -1,7 +1,7 @@
-"""An owner's node: it answers a coordinator's messages, and everything else stays with the owner.
+"""An owner's node: it answers a coordinator's messages; everything else stays with the owner.
 
-A node stores, in its own folder, the run of its model, its answer to each round and the codec's residual. Asked again
-for the same round and base it gives the same answer, so that killing a node or a coordinator loses nothing.
+A node stores the run of its model, its answers to the newest rounds and the codec's residual in its own folder. A
+repeated request for the same round and base gets the same answer, so that killing a node or coordinator loses nothing.
 """
 
 import logging
@@ -31,17 +31,17 @@ from worldloom.models import load_tensors, save_tensors
 _log = logging.getLogger(__name__)
 _RESIDUAL = "codec-residual"
 _LONGEST_WHY = 500  # characters
-_STORED_ANSWERS = 3  # rounds: a coordinator that was set back by one asks for its answers again
+_STORED_ANSWERS = 3  # rounds: a coordinator that was rolled back by a round asks for old answers again
 
 
 class Node:
     """Answers a coordinator's messages; a transport calls `handle`, from any process.
 
-    `training` uses the data that may shape the base. `own`, by default the same, trains in the same run for the owner
-    alone, and may use other data too.
+    `training` uses only data that may shape the base. `own`, by default the same, trains the same run for the owner's
+    private use, and may use more data.
 
     Raises:
-        ConfigError: statistics are shared under privacy, whose noise would spoil them.
+        ConfigError: the partition shares statistics under privacy, where noise would corrupt them.
     """
 
     def __init__(
@@ -62,16 +62,16 @@ class Node:
         if privacy is not None and privacy.noise > 0 and training.shared_statistics:
             raise ConfigError(
                 f"partition.shared matches {training.shared_statistics[0]!r}, a statistic of the data, which the noise "
-                f"of privacy would spoil; name it in partition.sovereign"
+                f"of privacy would corrupt; add it to partition.sovereign"
             )
         self._coordinators = {public: title for title, public in constitution.coordinator_keys().items()}
         self.store = MemberStore(self.path / "consortium", constitution, key, like=training.like)
         self._left = self.path / "left.json"
-        self.forked = False  # whether the newest message came with another ledger than the one countersigned here
+        self.forked = False  # whether the newest message had a different ledger from the one countersigned here
         self._answers: dict[str, Callable[[SignedMessage], bytes]] = {"train": self._train}
         if constitution.secure_aggregation:
             sums = SecureNode(self.path / "secure", name=name, key=key, constitution=constitution)
-            # Not to train: the answer would be a delta that every reader sees.
+            # Without 'train': its answer would be a delta that is not masked.
             self._answers = {
                 "advertise": lambda asked: sums.advertise(asked, self._take(asked)[0], self._contribution),
                 "share": sums.share,
@@ -81,22 +81,22 @@ class Node:
         self._answers |= {"judge": self._judge, "store": self._store}
 
     def handle(self, data: bytes) -> bytes:
-        """Answer one message. If that fails, the answer is a signed refusal with the reason, and nothing is lost.
+        """Answer one message. If that fails, the answer is a signed refusal with the reason.
 
         Raises:
-            DataError: the message is not a coordinator's.
+            DataError: the message is not from a coordinator.
         """
         asked = unseal(data, kind="ask", known=self._coordinators, limit=self.constitution.largest_bytes)
         try:
             if asked.body.get("constitution") != self.constitution.fingerprint:
                 raise DataError(
-                    "the message is for another constitution than the one that this node signed; agree on one, and "
-                    "start both with it"
+                    "the message is for a different constitution from this node's; start coordinator and node with the "
+                    "same constitution"
                 )
             answer = self._answers.get(str(asked.body.get("what")))
             if answer is None:
-                raise DataError(f"a node can be asked to {', '.join(self._answers)}; got {asked.body.get('what')!r}")
-            # A message that comes again while the node works on it waits here, and then gets the same answer.
+                raise DataError(f"expected a request to {', '.join(self._answers)}; got {asked.body.get('what')!r}")
+            # A repeated message that arrives while the node works on it waits here, and then gets the same answer.
             with exclusive_lock(self.path / ".lock", None):
                 if self.has_left:
                     body = {"round": asked.body.get("round"), "constitution": self.constitution.fingerprint}
@@ -120,13 +120,16 @@ class Node:
         return self._left.is_file()
 
     def leave(self, why: str = "") -> None:
-        """Leave the consortium: from now on the node refuses every message, and says why. No permission is needed.
+        """Leave the consortium: from now on the node refuses every message, with the reason. This needs no permission.
 
         Raises:
             DataError: `why` is too long for the ledger.
         """
         if len(why) > _LONGEST_WHY:
-            raise DataError(f"why has {len(why)} characters; expected at most {_LONGEST_WHY}: all members store it")
+            raise DataError(
+                f"'why' has {len(why)} characters; expected at most {_LONGEST_WHY}, because every member stores it. "
+                f"Shorten it"
+            )
         with exclusive_lock(self.path / ".lock", None):
             write_json(self._left, {"left": True, "why": f"{self.name} left the consortium{': ' if why else ''}{why}"})
 
@@ -134,17 +137,17 @@ class Node:
         """Take part again, from the next round on.
 
         Raises:
-            DataError: it has not left.
+            DataError: the node has not left.
         """
         if not self.has_left:
-            raise DataError(f"{self.name} has not left; it still takes part")
+            raise DataError(f"{self.name} has not left, so it cannot return; it still takes part")
         self._left.unlink()
 
     def export(self, into: Path | str, rules: Path | str) -> None:
-        """Copy the owner's property into a new folder: run, base, ledger, and the constitution with its signatures.
+        """Copy the run, base and ledger, and the constitution with its signatures, into a new folder.
 
         Raises:
-            StorageError: the folder exists already, or the disk refuses.
+            StorageError: the folder exists already, or writing failed.
         """
         rules = Path(rules)
         with exclusive_lock(self.path / ".lock", None), whole_folder(Path(into)) as begun:
@@ -155,29 +158,31 @@ class Node:
                 shutil.copy2(file, begun / file.name)
 
     def pilot(self, base: Base) -> Base:
-        """Train alone from an untrained base for the `align_steps`; return what may be the first base of all members.
+        """Train alone from an untrained base for `align_steps`; return a candidate for the first base of all members.
 
-        It trains on data that may shape a base. Asked again it returns the same.
+        Only data that may shape a base is used. A repeated call returns the same base.
 
         Raises:
-            DataError: the constitution has no such steps, or a base came already.
+            DataError: the constitution's `align_steps` is 0, or a base was received already.
             TrainingError: see `worldloom.training.fit`.
         """
         steps = self.constitution.align_steps
         if not steps:
-            raise DataError("a pilot trains for the constitution's align_steps, which are 0; agree on some, and sign")
+            raise DataError(
+                "a pilot trains for the constitution's align_steps, which is 0; set it, and let all members sign again"
+            )
         with exclusive_lock(self.path / ".lock", None):
             if self.store.number is not None:
-                raise DataError(f"{self.name} has a base of this consortium already; a pilot must run before the first")
+                raise DataError(f"{self.name} has received a base already; run a pilot only before the first round")
             return self._training.pilot(base, steps)
 
     def fine_tune(self, steps: int, *, frozen: bool = False) -> None:
-        """Fine-tune the newest base for the owner for some steps, while the learning rate falls to 0; once.
+        """Fine-tune the newest base for the owner's own use, while the learning rate falls to 0.
 
-        With `frozen` the base does not change, and the sovereign tensors adapt to it.
+        With `frozen` only the sovereign tensors are trained. A repeated call with the same steps does nothing more.
 
         Raises:
-            DataError: no base came yet.
+            DataError: no base has been received yet.
             TrainingError: see `worldloom.training.fit`.
         """
         with exclusive_lock(self.path / ".lock", None):
@@ -186,14 +191,14 @@ class Node:
             self.own.fine_tune(f"fine-tune {steps} after round {number}", base, steps, frozen=frozen)
 
     def train_alone(self, steps: int, *, still: Callable[[], bool] = lambda: True) -> bool:
-        """Train on for the owner alone, as when the coordinator cannot be reached; return whether it did.
+        """Continue training without a coordinator, for example when none can be reached; return whether it trained.
 
-        Training starts from the newest base, or from what this owner already made of it. Its shared tensors stay here;
-        the next round begins with the base that comes. `still` is asked once the node is idle: whether the coordinator
-        is still out of reach.
+        Training starts from the newest base, or continues from earlier calls. The trained shared tensors are not sent;
+        the next round starts from the base that the coordinator sends. `still` is called once the node is idle; if it
+        returns False, the node does not train.
 
         Raises:
-            DataError: no base came yet.
+            DataError: no base has been received yet.
             TrainingError: see `worldloom.training.fit`.
         """
         with exclusive_lock(self.path / ".lock", None):
@@ -251,11 +256,11 @@ class Node:
         )
 
     def _spend(self, config: PrivacyConfig, number: int, in_sum: float | None) -> dict[str, Any]:
-        """Account for a round's privacy before anything of it can leave; return what is spent in all.
+        """Account for a round's privacy before its answer is sent; return the privacy spent so far.
 
-        Where the coordinator sees each contribution, this owner adds all of the noise. Under secure aggregation it adds
-        a share, and the noise `in_sum`, with that of the others, counts. A round is accounted for again if its answer
-        was lost with the process, because its first noise may have been seen.
+        Without secure aggregation the owner adds all of the noise. With it, the owner adds a share, and the noise
+        `in_sum`, which includes that of the others, is accounted for. If an answer was lost with the process, its round
+        is accounted for again, because the first answer may have been sent.
 
         Raises:
             PrivacyBudgetSpent: the budget is too small.
@@ -271,7 +276,7 @@ class Node:
 
     def _judge(self, asked: SignedMessage) -> bytes:
         (base, seen), number = self._take(asked), int(asked.body["round"])
-        if self.store.names(number, base.fingerprint):  # else it is a trial
+        if self.store.names(number, base.fingerprint):  # otherwise it is a trial
             self.store.save_base(number, base)
         losses = self._training.judge(base)
         body = {"round": number, "base": base.fingerprint, "losses": losses, "countersigned": seen}
@@ -283,7 +288,7 @@ class Node:
         return seal("receipt", {"round": number, "countersigned": seen}, {}, key=self._key)
 
     def _take(self, asked: SignedMessage) -> tuple[Base, dict[str, Any]]:
-        """Take the base and the ledger entries that came with a message; return the base and the countersigned head.
+        """Store the base and the ledger entries of a message; return the base and the countersigned head.
 
         Raises:
             DataError: the base or the entries are missing or invalid.
@@ -295,11 +300,11 @@ class Node:
             or type(entries.get("begin")) is not int
             or type(entries.get("lines")) is not list
         ):
-            raise DataError("a base came without the ledger that names it; run the same version on both sides")
+            raise DataError("the message has a base but no ledger entries; run the same version on both sides")
         return base, self.store.follow(entries["begin"], [str(line) for line in entries["lines"]])
 
     def _residual(self, number: int) -> dict[str, Tensor] | None:
-        """Return the codec's residual of the newest round before this one."""
+        """Return the codec's residual of the newest round before this one, or None."""
         rounds = [int(path.stem.split("-")[1]) for path in (self.path / "codec").glob("residual-?????.json")]
         before = [round for round in rounds if round < number]
         if not before:

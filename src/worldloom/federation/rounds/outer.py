@@ -1,4 +1,4 @@
-"""Outer optimisers: from a base and the mean delta of its owners to the next base; pure and deterministic."""
+"""Outer optimisers: pure, deterministic functions from a base and the owners' mean delta to the next base."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from worldloom.federation.rounds.base import Base, check_finite, check_names
 
 
 class Outer(Component):
-    """A step of the shared base."""
+    """An optimiser step on the shared base."""
 
     @abstractmethod
     def step(
@@ -22,7 +22,7 @@ class Outer(Component):
         """Return the next base and momentum; the momentum before the first step is empty.
 
         Raises:
-            DataError: the tensors are not of one model, or the step is not finite.
+            DataError: the tensors' names differ, or the step is not finite.
         """
 
 

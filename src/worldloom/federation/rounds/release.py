@@ -1,4 +1,4 @@
-"""The release of a base: the gates that it must pass to leave the consortium, and the files that go with it."""
+"""The release of a base: the constitution's conditions for it, and the files that are written."""
 
 import shutil
 from pathlib import Path
@@ -11,11 +11,11 @@ from worldloom.federation.rules.constitution import Constitution
 
 
 def unmet(path: Path | str, constitution: Constitution) -> list[str]:
-    """Return the constitution's gates that the newest base does not pass, each with its value and the one required.
+    """Return the release conditions that the newest base does not meet, each with the actual and required value.
 
     Raises:
         StorageError: there is no ledger.
-        DataError: it does not verify.
+        DataError: the ledger does not verify.
     """
     records, gates = read_ledger(Path(path) / "ledger.jsonl", constitution), constitution.release
     newest = max(records.bases(), default=0)
@@ -36,24 +36,24 @@ def unmet(path: Path | str, constitution: Constitution) -> list[str]:
     if len(contributors) < gates.contributors:
         found.append(f"{len(contributors)} members contributed; {gates.contributors} are required")
     if gates.max_loss is not None and not judged.get("after", float("inf")) <= gates.max_loss:
-        found.append(f"its held-out loss is {judged.get('after', 'unknown')}; at most {gates.max_loss} is required")
+        found.append(f"its held-out loss is {judged.get('after', 'unknown')}; the limit is {gates.max_loss}")
     if len(seen) < gates.countersigned:
-        found.append(f"{len(seen)} members countersigned a ledger that names it; {gates.countersigned} are required")
+        found.append(f"{len(seen)} members countersigned a ledger with it; {gates.countersigned} are required")
     return found
 
 
 def release(path: Path | str, constitution: Constitution, into: Path | str) -> Path:
-    """Write the newest base, its model card and the ledger into a new folder, if it passes every gate.
+    """Write the newest base, its model card and the ledger into a new folder, if every release condition is met.
 
-    A consortium with other rules or other members can begin with that base.
+    A consortium with other rules or members can start from this base.
 
     Raises:
-        DataError: it does not pass, and each gate is named; or the base is not the one that the ledger names.
-        StorageError: the folder exists already, or the disk refuses.
+        DataError: conditions are not met (the message lists them), or the base does not match the ledger.
+        StorageError: the folder exists already, or cannot be written.
     """
     path, into = Path(path), Path(into)
     if missing := unmet(path, constitution):
-        raise DataError(f"the base of {constitution.consortium} may not be released: {'; '.join(missing)}")
+        raise DataError(f"the base of {constitution.consortium} may not be released yet: {'; '.join(missing)}")
     records = read_ledger(path / "ledger.jsonl", constitution)
     bases = records.bases()
     number = max(bases)

@@ -25,7 +25,7 @@ class RoundStore:
         self.ledger = self.path / "ledger.jsonl"
 
     def base(self, number: int, *, named: str | None = None) -> Base:
-        """Return the base that a round begins with; `named` is the fingerprint that it must have.
+        """Return the base that a round starts from; `named` is its expected fingerprint.
 
         Raises:
             CheckpointError: the file is missing or damaged.
@@ -34,11 +34,11 @@ class RoundStore:
         return Base.load(self._stem("bases", number), named=named)
 
     def momentum(self, number: int) -> dict[str, Tensor]:
-        """Return the outer optimiser's momentum before a round; empty at the first."""
+        """Return the outer optimiser's momentum before a round; empty before the first round."""
         return load_tensors(self._stem("momenta", number), kind=_MOMENTUM)[0] if number else {}
 
     def save(self, number: int, base: Base, momentum: Mapping[str, Tensor]) -> None:
-        """Write what a round begins with."""
+        """Write the base and the momentum that a round starts from."""
         if number:
             save_tensors(self._stem("momenta", number), momentum, kind=_MOMENTUM)
         base.save(self._stem("bases", number), {"round": number})
@@ -48,15 +48,15 @@ class RoundStore:
         write_atomic(self.delta(number, owner), partial(safetensors.torch.save_file, dict(delta)))
 
     def message(self, number: int, owner: str) -> Path:
-        """Return the path of a contribution as it came."""
+        """Return the path of a contribution as received."""
         return self.path / "contributions" / f"{number:05d}" / f"{owner}.msg"
 
     def delta(self, number: int, owner: str) -> Path:
-        """Return the path of a contribution as it was decoded."""
+        """Return the path of a decoded contribution."""
         return self.path / "contributions" / f"{number:05d}" / f"{owner}.safetensors"
 
     def source(self, number: int, owner: str) -> Source:
-        """Return a reader of single tensors of a decoded contribution.
+        """Return a function that reads single tensors of a decoded contribution.
 
         Raises:
             StorageError: the contribution is missing.

@@ -1,11 +1,11 @@
-"""An owner's part of a secure sum: its answer in each phase, and its state between them.
+"""An owner's side of a secure sum: its answer in each phase, and the state between phases.
 
-Its secrets are on disk, readable by the owner only, so that a killed node can resume; they are deleted once it has
-helped to open the sum, or with its next session. An answer is on disk before it is sent: asked the same again, a node
-gives the same answer, and asked something else in that phase, it refuses.
+The secrets of a session are on disk, readable only by the owner, so that a killed node can resume. They are deleted
+after the node has helped to unmask the sum, or when it begins its next session. An answer is on disk before it is sent.
+A node answers a repeated request with the same bytes, and refuses a different request in the same phase.
 
-A node joins no session older than its newest. After it helped to open a sum of a round, it joins no other session of
-that round: the difference of two sums over different members would reveal single deltas.
+A node does not join a session older than its newest one. After it has helped to unmask a sum of a round, it joins no
+other session of that round, because the difference of two sums over different members would reveal single deltas.
 """
 
 import hashlib
@@ -35,13 +35,13 @@ from worldloom.models import delete_tensors, load_tensors, save_tensors
 _DELTA = "own-delta"
 
 Contribute = Callable[[int, Base], Contribution]
-"""Trains from a round's base; called again, it returns the same."""
+"""Trains from the base of a round; a repeated call returns the same contribution."""
 Spend = Callable[[PrivacyConfig, int, float], Mapping[str, Any]]
-"""Accounts for a round with this noise in its sum; returns what is spent in all."""
+"""Accounts for a round with this noise in its sum; returns the privacy spent so far."""
 
 
 class _SessionState(Config):
-    """The newest session of a node, and what it may never do again."""
+    """The newest session of a node, and a record of steps that it must not repeat."""
 
     session: SumSession
     constitution: str
@@ -51,16 +51,16 @@ class _SessionState(Config):
     masker: dict[str, Any] | None = None  # the secrets of the session; None once they are no longer needed
     weights: dict[str, float] = Field(default_factory=dict)
     answered: dict[str, str] = Field(default_factory=dict)  # phase -> digest of the request
-    helped: int = -1  # the newest round whose sum it helped to open
-    paid: dict[str, Any] = Field(default_factory=dict)  # the newest accounted round, its noise, what is spent
+    helped: int = -1  # the newest round whose sum it helped to unmask
+    paid: dict[str, Any] = Field(default_factory=dict)  # the newest accounted round, its noise, the privacy spent
 
 
 class AlreadyHelped(DataError):
-    """The node helped to open a sum of the round, and helps with no other."""
+    """The node helped to unmask a sum of this round, and must not help with a second one."""
 
 
 class SecureNode:
-    """Answers the phases of sums for one owner."""
+    """Answers the requests of secure sums for one owner."""
 
     def __init__(self, path: Path | str, *, name: str, key: SigningKey, constitution: Constitution) -> None:
         self.path, self.name = Path(path), name
@@ -71,7 +71,7 @@ class SecureNode:
         """Train, and return the public facts of the contribution, with the keys of a new session.
 
         Raises:
-            DataError: the session is an old one, or of a round whose sum was opened.
+            DataError: the session is older than the newest one, or a sum of its round was unmasked already.
         """
         number, attempt, _ = self._place(asked)
         state = self._load()
@@ -80,13 +80,13 @@ class SecureNode:
             return again
         if state is not None and number <= state.helped:
             raise AlreadyHelped(
-                f"{self.name} has helped to open a sum of round {state.helped}; another one of round {number} could "
-                f"reveal single contributions. Continue with the next round"
+                f"{self.name} has helped to unmask a sum of round {state.helped}; a second sum of round {number} "
+                f"could reveal single contributions. Continue with the next round"
             )
         if state is not None and (number, attempt) <= (state.round, state.attempt):
             raise DataError(
-                f"{self.name} has joined session {state.attempt} of round {state.round}, and joins no older one; "
-                f"begin a newer session"
+                f"{self.name} has joined session {state.attempt} of round {state.round}, and cannot join session "
+                f"{attempt} of round {number}; begin a newer session"
             )
         contribution = contribute(number, base)
         session = session_of(self._constitution, number, attempt, base.fingerprint, base.shapes)
@@ -107,10 +107,10 @@ class SecureNode:
         return self._answer(begun, asked, {**contribution.body(), "keys": keys}, {})
 
     def share(self, asked: SignedMessage) -> bytes:
-        """Encrypt shares of this session's secrets for all members that advertised.
+        """Encrypt shares of this session's secrets for all members that advertised keys.
 
         Raises:
-            DataError: too few advertised, or an advertisement is not what its member signed.
+            DataError: too few members advertised keys, or a signature is invalid.
         """
         state = self._current(asked)
         if (again := self._earlier(state, asked)) is not None:
@@ -124,11 +124,11 @@ class SecureNode:
         return self._answer(changed, asked, body, {})
 
     def mask(self, asked: SignedMessage, spend: Spend) -> bytes:
-        """Weight the delta, mask it and send it; under privacy it is clipped, noised and accounted for before.
+        """Return the weighted, masked delta; under privacy it is first clipped, noised and accounted for.
 
         Raises:
             PrivacyBudgetSpent: the budget is too small.
-            DataError: too few members shared, or a share was not encrypted for this owner.
+            DataError: too few members sent shares, or a share was not encrypted for this owner.
         """
         state = self._current(asked)
         if (again := self._earlier(state, asked)) is not None:
@@ -146,10 +146,10 @@ class SecureNode:
         return self._answer(state.model_copy(update={"masker": masker.state()}), asked, body, {"masked": row})
 
     def unmask(self, asked: SignedMessage) -> bytes:
-        """Send the shares that open the survivors' sum, and delete every secret of the session.
+        """Return the shares that unmask the survivors' sum, and delete every secret of the session.
 
         Raises:
-            DataError: the survivors are fewer than the threshold, or not those that it masked against.
+            DataError: the survivors are fewer than the threshold, or not members that this delta was masked against.
         """
         state = self._current(asked)
         answer = self._earlier(state, asked) or self._unmasked(state, asked)
@@ -159,14 +159,16 @@ class SecureNode:
     def _unmasked(self, state: _SessionState, asked: SignedMessage) -> bytes:
         survivors = asked.body.get("survivors")
         if not isinstance(survivors, list) or not all(isinstance(owner, str) for owner in survivors):
-            raise DataError("a request to unmask needs a list of the survivors; got none")
+            raise DataError(
+                "a request to unmask needs a list of names as 'survivors'; run the same version on both sides"
+            )
         body = self._masker(state).unmask(survivors)
         return self._answer(state.model_copy(update={"masker": None, "helped": state.round}), asked, body, {})
 
     def _paid(self, state: _SessionState, privacy: PrivacyConfig, spend: Spend) -> _SessionState:
-        """Account for a round once, because at most one sum of its sessions is ever opened.
+        """Account for a round once, because at most one sum of its sessions is ever unmasked.
 
-        A session whose noise is smaller than the accounted one is accounted for in addition.
+        If a later session has less noise than was accounted for, that session is accounted for as well.
         """
         noise = noise_of(privacy, self._constitution, self.name, state.weights)
         if state.paid.get("round") == state.round and state.paid["noise"] <= noise:
@@ -179,9 +181,13 @@ class SecureNode:
     def _place(self, asked: SignedMessage) -> tuple[int, int, str]:
         number, attempt, base = (asked.body.get(key) for key in ("round", "attempt", "base"))
         if type(number) is not int or type(attempt) is not int or not isinstance(base, str) or attempt < 0:
-            raise DataError("a phase of a sum must name round, attempt and base; run the same version on both sides")
+            raise DataError(
+                "a request of a secure sum needs round, attempt and base; run the same version on both sides"
+            )
         if not 0 <= number < self._constitution.rounds:
-            raise DataError(f"the constitution has {self._constitution.rounds} rounds; got round {number}")
+            raise DataError(
+                f"expected a round below {self._constitution.rounds}, as in the constitution; got round {number}"
+            )
         return number, attempt, base
 
     def _current(self, asked: SignedMessage) -> _SessionState:
@@ -200,16 +206,14 @@ class SecureNode:
 
     def _masker(self, state: _SessionState) -> Masker:
         if state.masker is None:
-            raise DataError(
-                f"{self.name} has helped to open this sum, and its secrets are deleted; begin a new session"
-            )
+            raise DataError(f"{self.name} has helped to unmask this sum and deleted its secrets; begin a new session")
         return Masker.of(state.masker, state.session, self._sign)
 
     def _earlier(self, state: _SessionState, asked: SignedMessage) -> bytes | None:
-        """Return the earlier answer to the same request.
+        """Return the stored answer to the same request, or None.
 
         Raises:
-            DataError: another request was answered in this phase.
+            DataError: a different request was answered in this phase.
         """
         what = str(asked.body["what"])
         before = state.answered.get(what)
@@ -217,8 +221,8 @@ class SecureNode:
             return None
         if before != _digest(asked):
             raise DataError(
-                f"{self.name} has answered another request to {what} in this session; a second answer could reveal its "
-                f"delta"
+                f"{self.name} has answered a different request to {what} in this session; a second answer could reveal "
+                f"its delta. Begin a new session"
             )
         with storage_errors(self._answer_path(what)):
             return self._answer_path(what).read_bytes()
@@ -226,11 +230,11 @@ class SecureNode:
     def _answer(
         self, state: _SessionState, asked: SignedMessage, body: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> bytes:
-        """Sign an answer and store it, with the state that follows from it."""
+        """Sign an answer, and store it together with the new state."""
         what = str(asked.body["what"])
         place = {"owner": self.name, "round": state.round, "attempt": state.attempt, "base": state.base}
         answer = seal(ANSWERS[what], {**body, **place}, tensors, key=self._key)
-        # The answer first: it is not sent before the state names it.
+        # The answer first: the state must never refer to an answer that is not on disk.
         write_atomic(self._answer_path(what), lambda temporary: temporary.write_bytes(answer))
         self._write(state.model_copy(update={"answered": {**state.answered, what: _digest(asked)}}))
         return answer
@@ -257,7 +261,9 @@ def _digest(asked: SignedMessage) -> str:
 def _mapping(asked: SignedMessage, key: str) -> dict[str, str]:
     found = asked.body.get(key)
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise DataError(f"a request to {asked.body['what']} needs a mapping of texts as {key!r}; got none")
+        raise DataError(
+            f"a request to {asked.body['what']} needs a mapping of strings as {key!r}; got {type(found).__name__}"
+        )
     return found
 
 
@@ -265,4 +271,6 @@ def _bytes(text: str) -> bytes:
     try:
         return bytes.fromhex(text)
     except ValueError:
-        raise DataError("an advertisement must be passed on as hexadecimal digits; got another text") from None
+        raise DataError(
+            "expected the advertisements in 'roster' as hexadecimal digits; run the same version on both sides"
+        ) from None

@@ -1,10 +1,10 @@
-"""Rounds under secure aggregation: the coordinator sees only sums of contributions.
+"""Rounds under secure aggregation: the coordinator receives only sums of contributions.
 
 A session is one attempt at the sum of a round. In each of its phases (`ANSWERS`) the coordinator asks all remaining
 members, and each sends a signed answer. The ledger records the start of a session, the members whose masked
-contributions are stored (the survivors), and the sum. A kill before the survivors are recorded costs the session, and
-the next one draws new keys and masks. After that the same session resumes, because members that help to open one sum of
-a round help with no other. A session without an opened sum is deleted when the next one starts.
+contributions are stored (the survivors), and the sum. If the coordinator is killed before the survivors are recorded,
+it starts a new session with new keys and masks. If it is killed later, the same session resumes, because members help
+to unmask only one sum of a round. A session without an unmasked sum is deleted when the next one starts.
 """
 
 import logging
@@ -34,24 +34,24 @@ from worldloom.federation.secure.privacy import PrivacyConfig, effective_noise
 from worldloom.models import load_tensors, save_tensors
 
 ANSWERS = dict(zip(PHASES, ("advertised", "shared", "masked", "unmasked"), strict=True))
-"""The phases of a session in order, and the kind of message that answers each."""
+"""The phases of a session in order, each with the kind of message that answers it."""
 
 THE_SUM = "the sum of all"
-"""The owner of refusals that concern no single member; no member can have this name."""
+"""The owner in refusals that do not concern a single member; no member can have this name."""
 
 _log = logging.getLogger(__name__)
 _SUM = "secure-sum"
-_TRIES = 3  # sessions in a round, while too few members stay to the end
-_GROUPS = 256  # groups of members whose shares are tried, where one of them sent a wrong share
+_TRIES = 3  # sessions in a round, if too few members complete one
+_GROUPS = 256  # groups of members whose shares are tried if one member sent a wrong share
 
 
 def session_of(
     constitution: Constitution, number: int, attempt: int, base: str, shapes: Mapping[str, tuple[int, ...]]
 ) -> SumSession:
-    """Return the session of an attempt at a round; every member derives the same one.
+    """Return the session of an attempt at a round; all members derive the same session.
 
-    Its owners are all members, present or not: with a threshold of over half of them, members that each help with one
-    sum of a round cannot open two.
+    Its owners are all members, even those that are not connected. Each member helps with only one sum of a round and
+    the threshold is over half of all members, so two sums of a round can never be unmasked.
     """
     name = canonical({"constitution": constitution.fingerprint, "round": number, "base": base, "attempt": attempt})
     return SumSession.parse({
@@ -63,18 +63,18 @@ def session_of(
 
 
 def lasting(weights: Mapping[str, float], cap: float, least: int) -> dict[str, float]:
-    """Return weights, the largest 1, such that among any `least` or more owners no share exceeds `cap`.
+    """Return weights, the largest 1, so that in any group of `least` or more owners no share exceeds `cap`.
 
-    Weights are clipped at the highest level for which this holds, so that a later dropout breaks no cap.
+    Weights are clipped at the highest level for which this is true, so that later dropouts cannot break the cap.
 
     Raises:
-        ConfigError: there are fewer owners, or a weight is not above 0.
+        ConfigError: there are fewer than `least` owners, or a weight is not above 0.
     """
     exact = {owner: Fraction(weight) for owner, weight in weights.items()}
     if len(exact) < least or min(exact.values(), default=Fraction(0)) <= 0:
         raise ConfigError(f"expected {least} or more weights above 0; got {dict(weights)}")
     share = max(Fraction(cap), Fraction(1, least))  # a cap of 1/3 as a float is a little less than a third
-    rest = sorted(exact.values())[: least - 1]  # the company in which the largest weight has the largest share
+    rest = sorted(exact.values())[: least - 1]  # the group in which the largest weight has its largest share
     level = max(exact.values())
     while level > share * (level + sum(min(weight, level) for weight in rest)):
         below = [weight for weight in rest if weight < level]
@@ -83,22 +83,22 @@ def lasting(weights: Mapping[str, float], cap: float, least: int) -> dict[str, f
 
 
 def weights_of(constitution: Constitution, frames: Mapping[str, int]) -> dict[str, float]:
-    """Return the factor of each owner's delta, from the frames that all announced."""
+    """Return the weight of each owner's delta, from the numbers of frames that the owners advertised."""
     power = {"equal": lambda count: 1.0, "frames": float, "sqrt-frames": math.sqrt}[constitution.weighting]
     return lasting({owner: power(count) for owner, count in frames.items()}, constitution.cap, constitution.threshold)
 
 
 def noise_of(config: PrivacyConfig, constitution: Constitution, owner: str, weights: Mapping[str, float]) -> float:
-    """Return the noise, in its own clips, that an owner can rely on: its own and that of the lightest others."""
+    """Return the noise that is sure to be in a sum, in the owner's clips: its own and that of the lightest others."""
     others = sorted(weight for name, weight in weights.items() if name != owner)[: constitution.threshold - 1]
     return effective_noise(config.noise, [weights[owner], *others], share=1 / constitution.threshold)
 
 
 class Transcript:
-    """The members' answers in a session, each checked when it comes, phase after phase.
+    """The members' answers in a session, each checked when it is received.
 
-    `shapes` are those of the base's tensors. A node checks the others' advertisements with it, the coordinator all
-    answers; `unmasker` holds what they say about the sum.
+    `shapes` are the shapes of the base's tensors. The coordinator checks all answers with a transcript, a node only the
+    other members' advertisements. `unmasker` computes the sum from the answers.
     """
 
     def __init__(
@@ -116,20 +116,20 @@ class Transcript:
         self._answers: dict[str, dict[str, SignedMessage]] = {what: {} for what in ANSWERS}
 
     def hear(self, what: str, node: str, data: bytes) -> None:
-        """Open a node's answer to a phase, and take it.
+        """Open, check and store a node's answer to a phase.
 
         Raises:
-            Refusal: it is a refusal.
-            DataError: it is not what was asked for.
+            Refusal: the node refused.
+            DataError: the answer is invalid.
         """
         known, limit = self._constitution.member_names(), self._constitution.largest_bytes
         self.take(what, unseal_answer(data, kind=ANSWERS[what], sender=node, known=known, limit=limit))
 
     def take(self, what: str, message: SignedMessage) -> None:
-        """Take an answer to a phase.
+        """Check and store an answer to a phase.
 
         Raises:
-            DataError: it is not what was asked for.
+            DataError: the answer is invalid.
         """
         node = message.sender
         for key, value in {"owner": node, **self.place}.items():
@@ -139,12 +139,12 @@ class Transcript:
         if what == "advertise":
             check_facts(message, self.round, self._base, self._constitution)
             if not message.body["frames"] and self._constitution.weighting != "equal":
-                raise DataError(f"{node} has no frames, and thus no weight; leave it out")
+                raise DataError(f"{node} has no training frames, so its weight would be 0; leave it out")
             said = message.body.get("keys")
         elif what == "mask":
             said = {"masked": self._masked(message)}
         self.unmasker.take(what, node, said)
-        # A masked contribution is as large as the model, and summed by now.
+        # Drop the tensors, which are as large as the model: the unmasker has already added them to the sum.
         self._answers[what][node] = replace(message, tensors={}, data=b"")
 
     def answers(self, what: str) -> dict[str, SignedMessage]:
@@ -157,16 +157,16 @@ class Transcript:
 
     @property
     def weights(self) -> dict[str, float]:
-        """The factor of the delta of each member that advertised."""
+        """The weight of the delta of each member that advertised keys."""
         return weights_of(
             self._constitution, {owner: answer.body["frames"] for owner, answer in self.answers("advertise").items()}
         )
 
     def open(self) -> tuple[dict[str, Tensor], list[str]]:
-        """Return the sum of the survivors' weighted deltas (float64), and the members whose shares opened it.
+        """Return the sum of the survivors' weighted deltas (float64), and the members whose shares unmasked it.
 
         Raises:
-            DataError: too few members sent their shares, or no group of them has the right ones.
+            DataError: too few members sent shares, or no large enough group has only correct shares.
         """
         wrong = None
         for group in islice(_groups(list(self.answers("unmask")), self.session.threshold), _GROUPS):
@@ -179,35 +179,37 @@ class Transcript:
 
     def _masked(self, message: SignedMessage) -> bytes:
         if message.body.get("weight") != self.weights.get(message.sender):
-            raise DataError(f"{message.sender} uses another weight than agreed; leave it out")
+            raise DataError(
+                f"{message.sender} has weight {message.body.get('weight')!r}, not the agreed weight; leave it out"
+            )
         row = message.tensors.get("masked")
         if row is None or len(message.tensors) > 1 or row.dtype != torch.int64:
-            raise DataError(f"{message.sender} sent no masked delta of integers; leave it out")
+            raise DataError(f"{message.sender} sent no masked delta; expected one int64 tensor 'masked'. Leave it out")
         check_spent(message, self._constitution)
         return row.numpy().tobytes()
 
 
 class SecureSums:
-    """The coordinator's part: one sum a round, whose messages are stored before the ledger names them."""
+    """The coordinator's side of secure sums, one per round; messages are stored before the ledger records them."""
 
     def __init__(self, path: Path, constitution: Constitution, *, ledger: Ledger, members: Members) -> None:
         self._path, self._constitution, self._ledger, self._members = path, constitution, ledger, members
-        self._helped = set[str]()  # members that helped to open a sum of this round that is lost here
+        self._helped = set[str]()  # members that helped to unmask a sum of this round that is lost here
 
     def gather(self, number: int, base: Base) -> dict[str, float]:
-        """Return the factor of each owner's delta in the sum of a round; empty if no sum can ever be opened.
+        """Return the weight of each owner's delta in the sum of a round; empty if no sum can be unmasked.
 
         Raises:
-            TrainingError: fewer members than the threshold took part; run again when they are back.
+            TrainingError: fewer members than the threshold took part; run again when more are connected.
         """
         if (done := _facts(self._ledger, "sum", number)) is not None:
             return dict(done["weights"])
         kinds = [entry.body["kind"] for entry in self._ledger.entries() if entry.body["round"] == number]
         if "survivors" in kinds and "succession" in kinds[kinds.index("survivors") :]:
-            reason = "it was begun by a coordinator that is lost, and members help with no other"
+            reason = "a lost coordinator began this sum, and members help to unmask only one sum of a round"
             return self._give_up(number, reason)
         self._helped = set[str]()
-        if (survived := _facts(self._ledger, "survivors", number)) is not None:  # its session is the last of the round
+        if (survived := _facts(self._ledger, "survivors", number)) is not None:  # this session is the last of the round
             held = _again(self._path, survived, self._constitution, number, base)
             for path in sorted(_file(self._path, held, "unmask", "x").parent.glob("*.msg")):
                 held.hear("unmask", path.stem, path.read_bytes())
@@ -223,16 +225,20 @@ class SecureSums:
             return self._opened(held)
         if len(self._constitution.members) - len(self._helped) < self._constitution.threshold:
             helped = ", ".join(sorted(self._helped))
-            return self._give_up(number, f"{helped} helped to open a sum that is lost, and help with no other")
-        raise TrainingError(f"round {number} has no sum: {why}. Start the coordinator again when more members are back")
+            return self._give_up(
+                number, f"{helped} helped to unmask a sum that is lost, and cannot help with a second one"
+            )
+        raise TrainingError(
+            f"round {number} has no sum: {why}. Start the coordinator again when more members are connected"
+        )
 
     def _give_up(self, number: int, reason: str) -> dict[str, float]:
-        facts = {"owner": THE_SUM, "reason": f"{reason[:900]}. The base stays as it is"}
+        facts = {"owner": THE_SUM, "reason": f"{reason[:900]}. The base does not change"}
         self._ledger.append("refusal", facts, round=number)
         return {}
 
     def _masked(self, number: int, base: Base) -> Transcript:
-        """Begin a session, and run it until the survivors are known.
+        """Start a session, and run it until the survivors are recorded.
 
         Raises:
             DataError: too few members took part.
@@ -257,10 +263,10 @@ class SecureSums:
         return held
 
     def _opened(self, held: Transcript) -> dict[str, float]:
-        """Ask the survivors to unmask, and store the sum; return their weights.
+        """Ask the survivors for their shares, and store the sum; return the survivors' weights.
 
         Raises:
-            TrainingError: too few have answered so far.
+            TrainingError: too few survivors have answered so far.
         """
         survivors, refused = held.unmasker.survivors, set[str]()
         for _ in range(_TRIES):
@@ -281,13 +287,13 @@ class SecureSums:
         waiting = set(survivors) - set(held.answers("unmask")) - refused
         if waiting and len(held.answers("unmask")) + len(waiting) >= held.session.threshold:
             raise TrainingError(
-                f"the sum of round {held.round} cannot be opened yet: {why}. Start the coordinator again when "
-                f"{', '.join(sorted(waiting))} are back"
+                f"the sum of round {held.round} cannot be unmasked yet: {why}. Start the coordinator again when "
+                f"{', '.join(sorted(waiting))} are connected"
             )
-        return self._give_up(held.round, f"it can never be opened: {why}")
+        return self._give_up(held.round, f"the sum can never be unmasked: {why}")
 
     def _ask(self, held: Transcript, what: str, bodies: Mapping[str, Mapping[str, Any]]) -> set[str]:
-        """Ask members for a phase; return those that refused or left."""
+        """Send members the requests of a phase; return those that refused or left."""
         bodies = {owner: {"what": what, **held.place, **body} for owner, body in bodies.items()}
         return self._collect(held, what, self._members.exchange_each(bodies, kind=ANSWERS[what]))
 
@@ -304,10 +310,10 @@ class SecureSums:
         return {*refusals, *(owner for owner, error in failed.items() if error is None)}
 
     def _accept(self, held: Transcript, what: str, message: SignedMessage) -> None:
-        """Check an answer, and store it as it came.
+        """Check an answer, and store it as received.
 
         Raises:
-            DataError: it is not what was asked for.
+            DataError: the answer is invalid.
         """
         held.take(what, message)
         path = _file(self._path, held, what, message.sender)
@@ -320,10 +326,10 @@ class SecureSums:
 
 
 def load_sum(path: Path, number: int) -> dict[str, Tensor]:
-    """Return the sum of a round's weighted deltas.
+    """Return the stored sum of a round's weighted deltas.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: the file is missing or damaged.
     """
     return load_tensors(_stem(path, number), kind=_SUM)[0]
 
@@ -331,20 +337,20 @@ def load_sum(path: Path, number: int) -> dict[str, Tensor]:
 def reopen(
     path: Path, records: Records, constitution: Constitution, number: int, base: Base, *, into: Path
 ) -> dict[str, float]:
-    """Open a round's sum again from the stored messages, and write it to another folder; return its owners' weights.
+    """Unmask a round's sum again from stored messages, and write it to another folder; return the owners' weights.
 
     Raises:
         StorageError: a message is missing.
-        DataError: a message or the sum is not the one that the ledger names.
+        DataError: a message or the sum does not match the ledger.
     """
     survived, done = _facts(records, "survivors", number), _facts(records, "sum", number)
     if survived is None or done is None:
-        raise DataError(f"the ledger names no sum of round {number}; its base cannot be computed again")
+        raise DataError(f"the ledger has no sum of round {number}, so the next base cannot be recomputed; restore it")
     held = _again(path, survived, constitution, number, base)
     _hear_stored(path, held, "unmask", done["unmask"])
     total, _ = held.open()
     if {fingerprint(total), fingerprint(load_sum(path, number))} != {done["fingerprint"]}:
-        raise DataError(f"the sum of round {number} is not the sum of the masked contributions; one of them changed")
+        raise DataError(f"the sum of round {number} is not the sum of the stored contributions; restore the folder")
     save_tensors(_stem(into, number), total, {"round": number}, kind=_SUM)
     return {owner: held.weights[owner] for owner in held.unmasker.survivors}
 
@@ -352,7 +358,7 @@ def reopen(
 def _again(
     path: Path, facts: Mapping[str, Any], constitution: Constitution, number: int, base: Base
 ) -> Transcript:  # fmt: skip
-    """Return a stored session up to the point where its survivors are known."""
+    """Return a stored session up to the point where its survivors are recorded."""
     held = Transcript(constitution, number, facts["attempt"], base.fingerprint, base.shapes)
     for what in ("advertise", "share", "mask"):
         _hear_stored(path, held, what, facts[what])
@@ -360,19 +366,19 @@ def _again(
 
 
 def _hear_stored(path: Path, held: Transcript, what: str, named: Mapping[str, str]) -> None:
-    """Take the stored answers to a phase that the ledger names by their digests."""
+    """Check the stored answers to a phase against the digests in the ledger."""
     for owner in named:
         held.hear(what, owner, _bytes(_file(path, held, what, owner)))
     found = held.digests(what)
     if wrong := sorted(owner for owner in named if found[owner] != named[owner]):
         raise DataError(
-            f"the {ANSWERS[what]} message of {', '.join(wrong)} in round {held.round} is not the one that the ledger "
-            f"names"
+            f"the {ANSWERS[what]} message of {', '.join(wrong)} in round {held.round} does not match the ledger; "
+            f"restore it from a copy"
         )
 
 
 def _facts(records: Records, kind: str, number: int) -> Mapping[str, Any] | None:
-    """Return the newest facts of a kind in a round."""
+    """Return the newest facts of a kind in a round, or None."""
     return next(reversed(records.of(kind, number)), None)
 
 

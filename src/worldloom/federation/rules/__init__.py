@@ -1,1 +1,1 @@
-"""What the members of a consortium agreed on: constitution, data cards, partition."""
+"""The rules that the members of a consortium agree on: constitution, data cards, partition."""

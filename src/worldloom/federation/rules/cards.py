@@ -1,7 +1,7 @@
 """Data cards: the permitted uses of a dataset, signed by its owner and enforced where the data is read.
 
-A card is beside its dataset, as `NAME.card.yaml` with `NAME.card.yaml.sig`, so that it does not change the data whose
-fingerprint it states. Data without a trusted card is private.
+A card and its signature are separate files next to the dataset (`NAME.card.yaml`, `NAME.card.yaml.sig`), so that
+signing a card does not change the dataset's fingerprint. Data without a trusted card is treated as private.
 """
 
 import logging
@@ -29,7 +29,7 @@ CLASSES: tuple[DataClass, ...] = ("open", "unique-open", "controlled", "sovereig
 
 
 class DataCard(Config):
-    """An owner's statement about a dataset: `dataset` is its fingerprint, `purposes` its permitted uses."""
+    """An owner's statement about a dataset: its fingerprint (`dataset`), class and permitted uses (`purposes`)."""
 
     dataset: str = Field(min_length=1)
     title: str = Field(min_length=1)
@@ -40,7 +40,7 @@ class DataCard(Config):
 
 
 class Permission(Config):
-    """Whether data may shape the shared base, whether only under privacy, and why."""
+    """Whether data may shape the shared base, whether that needs differential privacy, and the reason."""
 
     allowed: bool
     needs_privacy: bool
@@ -55,11 +55,11 @@ def card_path(dataset: Path | str) -> Path:
 def classify(
     dataset: Path | str, *, owner: str, data_class: DataClass, key: Path | str, title: str = "", licence: str = ""
 ) -> Path:
-    """Write and sign the card of a dataset, in place of an earlier one; return its path.
+    """Write and sign the card of a dataset, and return its path. An earlier card is replaced.
 
     Raises:
         StorageError: there is no such dataset, or the card cannot be written.
-        DataError: the key is no Ed25519 key.
+        DataError: the key is not an Ed25519 key.
     """
     path = card_path(dataset)
     card = DataCard(
@@ -75,9 +75,9 @@ def classify(
 
 
 def card_of(dataset: Path | str, trusted: Mapping[str, str], *, fingerprint: str | None = None) -> DataCard:
-    """Return the card of a dataset; without a trusted card, one of class private, with the cause in the log.
+    """Return the card of a dataset; without a trusted card, log the reason and return a card of class private.
 
-    `trusted` gives the owner of each public key. The dataset's fingerprint is computed unless it is given.
+    `trusted` maps public keys to owners. By default the dataset's `fingerprint` is computed.
 
     Raises:
         StorageError: there is no such dataset.
@@ -86,14 +86,16 @@ def card_of(dataset: Path | str, trusted: Mapping[str, str], *, fingerprint: str
     path = card_path(dataset)
     try:
         if not path.is_file():
-            raise StorageError(f"there is no {path.name} beside it; its owner can write and sign one")
+            raise StorageError(f"it has no card {path.name}; its owner can sign one with 'worldloom weave classify'")
         content, key = read_signed(path, trusted)
         card = parse_yaml(content, DataCard, source=str(path))
         owner = {public.strip().lower(): name for public, name in trusted.items()}[key]
         if card.owner != owner:
-            raise DataError(f"the card names {card.owner} as owner, but {owner} signed it")
+            raise DataError(f"the card names {card.owner} as owner, but {owner} signed it; the owner must sign it")
         if card.dataset != actual:
-            raise DataError(f"the card is of the dataset {card.dataset}; this one is {actual}")
+            raise DataError(
+                f"the card is for dataset {card.dataset}, but this is {actual}; its owner must sign a new card"
+            )
     except WorldloomError as error:
         _log.warning("%s is treated as private: %s", dataset, error)
         return DataCard(
@@ -103,12 +105,12 @@ def card_of(dataset: Path | str, trusted: Mapping[str, str], *, fingerprint: str
 
 
 def strictest(classes: Iterable[DataClass]) -> DataClass:
-    """Return the strictest of some classes; private if there are none."""
+    """Return the strictest of some data classes, or private if there are none."""
     return max(classes, key=CLASSES.index, default="private")
 
 
 def derive(cards: Iterable[DataCard], *, dataset: str, title: str, owner: str) -> DataCard:
-    """Return the card of data derived from several datasets: the strictest class, and the purposes common to all."""
+    """Return the card of data derived from several datasets: their strictest class and their common purposes."""
     sources = list(cards)
     common = set.intersection(*(set(card.purposes) for card in sources)) if sources else set()
     return DataCard(
@@ -122,14 +124,14 @@ def derive(cards: Iterable[DataCard], *, dataset: str, title: str, owner: str) -
 
 
 def may_shape_base(card: DataCard, constitution: Constitution) -> Permission:
-    """Return whether data with this card may shape the shared base under these rules."""
+    """Return whether data with this card may shape the shared base under a constitution."""
     needs = card.data_class == "controlled"
     if "base" not in card.purposes:
-        why = f"the card of {card.title!r} does not name 'base' among its purposes"
+        why = f"the card of {card.title!r} does not list 'base' in its purposes"
     elif card.data_class not in constitution.classes:
         why = f"{card.data_class} data may not shape the base of {constitution.consortium}"
     elif needs and constitution.privacy is None:
-        why = "controlled data may shape the base only under privacy, which the constitution does not set"
+        why = "controlled data may shape the base only under differential privacy, which the constitution does not set"
     else:
         how = " under privacy" if needs else ""
         return Permission(allowed=True, needs_privacy=needs, why=f"{card.data_class} data may shape the base{how}")
@@ -137,14 +139,14 @@ def may_shape_base(card: DataCard, constitution: Constitution) -> Permission:
 
 
 def guarded_frames(frames: Frames, card: DataCard, purpose: Purpose, constitution: Constitution) -> Frames:
-    """Return the frames, behind a guard that refuses reads where their card does not allow this purpose."""
+    """Return the frames; if their card does not allow this purpose, reading their values raises `DataError`."""
     known = card.dataset == frames.fingerprint
     refused: str | None = None
     if purpose == "private":
         if known and "private" not in card.purposes:
-            refused = f"the card of {card.title!r} does not name 'private'"
+            refused = f"the card of {card.title!r} does not list 'private' in its purposes"
     elif not known:
-        refused = f"the card is of the dataset {card.dataset}; these frames are of {frames.fingerprint}"
+        refused = f"the card is for dataset {card.dataset}, but these frames are from {frames.fingerprint}"
     else:
         permission = may_shape_base(card, constitution)
         refused = None if permission.allowed else permission.why
@@ -153,7 +155,7 @@ def guarded_frames(frames: Frames, card: DataCard, purpose: Purpose, constitutio
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class _Withheld(Frames):
-    """Frames that may not be read: the layout of the episodes is visible, their observations and actions are not."""
+    """Frames whose observations, actions and labels may not be read; the layout of the episodes stays visible."""
 
     frames: Frames
     refused: str
@@ -161,7 +163,7 @@ class _Withheld(Frames):
     def __getattribute__(self, name: str) -> Any:
         if name in ("pixels", "vector", "actions", "labels"):
             raise DataError(
-                f"this data may not be read: {self.refused}. Use it for the owner's own model, or ask its owner"
+                f"this data may not be read: {self.refused}. Use other data, or ask its owner for a card that allows it"
             )
         return super().__getattribute__(name)
 

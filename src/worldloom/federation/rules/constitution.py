@@ -19,20 +19,20 @@ Name = Annotated[str, StringConstraints(pattern=r"\A[a-z0-9][a-z0-9_-]{0,63}\z")
 Key = Annotated[str, StringConstraints(pattern=r"\A[0-9a-f]{64}\z")]
 
 _KIND = "worldloom constitution signature"
-_SIGNED_AS = b"worldloom constitution\n"  # so that the signature is valid for nothing else
+_SIGNED_AS = b"worldloom constitution\n"  # a prefix, so that the signature is not valid for other content
 _LARGEST = 2**20  # bytes
-_OF_SUMS = ("mean",)  # aggregations that need sums only; a clipped mean needs the norm of each contribution
+_OF_SUMS = ("mean",)  # aggregations that need only the sum; a clipped mean needs the norm of each contribution
 _MASKABLE = ("float32",)  # lossless codecs; masks are added to integers, not to a codec's parts
 _REMAINING = (
-    "secure aggregation still allows checks of signatures, round, base, data class and message shape, and of the "
-    "held-out loss of the new base; not of the size, direction or quality of one contribution"
+    "the coordinator can still check signatures, round, base, data class, message shape and the held-out loss of the "
+    "new base, but not the size, direction or quality of one contribution"
 )
 
 
 class Member(Config):
-    """A member and its public key; `connection` is the public key of its node's connections, if it has any.
+    """A member: `key` is the public key of its signatures, `connection` that of its node's connections, if any.
 
-    `connection` has OpenSSH's format: `worldloom weave keys` writes it to NAME.ssh.pub.
+    `connection` has OpenSSH's format; `worldloom weave keys` writes it to NAME.ssh.pub.
     """
 
     key: Key
@@ -53,10 +53,10 @@ class Quality(Config):
 
 
 class Release(Config):
-    """Gates before a base leaves the consortium; by default none.
+    """Conditions for the release of a base; by default there are none.
 
-    Minima of the rounds behind it, the members that contributed, and the members that countersigned a ledger that names
-    it; and the maximum of its held-out loss at the median member.
+    `rounds`, `contributors` and `countersigned` are minima: completed rounds, members that contributed, and members
+    that countersigned a ledger with this base. `max_loss` is the largest held-out loss at the median member.
     """
 
     rounds: int = Field(default=0, ge=0)
@@ -68,11 +68,11 @@ class Release(Config):
 class Constitution(Config):
     """The rules of a consortium.
 
-    Before its first round a member trains its sovereign tensors for `align_steps`, with the shared ones frozen.
+    Before its first round a member trains its sovereign tensors for `align_steps`, with the shared tensors frozen.
     `coordinators` are in order of succession: each is the name of a member, or a name and a key. `aggregation`,
-    `outer`, `codec` and `partition` are parsed by the component that they name. Under `secure_aggregation` the
-    coordinator sees sums of `threshold` contributions or more, and never a single one. `constitution` is the version of
-    the format.
+    `outer`, `codec` and `partition` configure the component that they name. Under `secure_aggregation` the coordinator
+    receives only sums of at least `threshold` contributions, never a single one. `constitution` is the version of the
+    format.
     """
 
     constitution: Literal[1] = 1
@@ -101,19 +101,19 @@ class Constitution(Config):
     def _consistent(self) -> "Constitution":
         count = len(self.members)
         if self.quorum > count:
-            raise ConfigError(f"quorum: {self.quorum} of {count} members; expected at most {count}. Lower the quorum")
-        for what, number in (("members", count), ("members of a quorum", self.quorum)):
+            raise ConfigError(f"quorum: {self.quorum} is above the {count} members; lower it to at most {count}")
+        for what, number in (("all", count), ("a quorum of", self.quorum)):
             if number * self.cap < 1 - 1e-9:  # the weights of a round sum to one
                 raise ConfigError(
-                    f"cap: {number} {what} with a weight of at most {self.cap} each cannot sum to 1; expected a cap of "
-                    f"at least {1 / number:.6g}. Raise the cap or the quorum"
+                    f"cap: the weights of {what} {number} members, at most {self.cap} each, cannot sum to 1. Raise the "
+                    f"cap to at least {1 / number:.6g}"
                 )
         for what, number in (
             ("contributors", self.release.contributors),
             ("countersigned", self.release.countersigned),
         ):
             if number > count:
-                raise ConfigError(f"release.{what}: {number} of {count} members; expected at most {count}. Lower it")
+                raise ConfigError(f"release.{what}: {number} is above the {count} members; lower it to at most {count}")
         for part in ("aggregation", "outer", "codec"):
             if not isinstance(getattr(self, part).get("name"), str):
                 raise ConfigError(f"{part}: expected a mapping with a 'name'; got {getattr(self, part)!r}")
@@ -122,19 +122,19 @@ class Constitution(Config):
         private = self.privacy is not None and self.privacy.noise > 0 and self.privacy.epsilon_budget is not None
         if "controlled" in self.classes and not private:
             raise ConfigError(
-                "classes: controlled data may shape the base only under privacy; set privacy with noise and an "
-                "epsilon_budget, or remove controlled data"
+                "classes: controlled data may shape the base only under differential privacy; set privacy with noise "
+                "and an epsilon_budget, or remove 'controlled'"
             )
         names = [one if isinstance(one, str) else one.name for one in self.coordinators]
         for one in self.coordinators:
             if isinstance(one, str) and one not in self.members:
                 raise ConfigError(f"coordinators: {one!r} is not a member; write its name and key, or name a member")
             if isinstance(one, ExternalCoordinator) and one.name in self.members:
-                raise ConfigError(f"coordinators: {one.name!r} is a member; write the name alone")
+                raise ConfigError(f"coordinators: {one.name!r} is a member; write only its name")
         keys = [member.key for member in self.members.values()]
         keys += [one.key for one in self.coordinators if isinstance(one, ExternalCoordinator)]
         if len(set(keys)) < len(keys) or len(set(names)) < len(names):
-            raise ConfigError("members, coordinators: a key or a name appears twice; each needs its own")
+            raise ConfigError("members, coordinators: a key or a name appears twice; give each party its own")
         return self
 
     def _can_be_summed(self) -> None:
@@ -146,24 +146,25 @@ class Constitution(Config):
             )
         if codec not in _MASKABLE:
             raise ConfigError(
-                f"codec: the numbers of {codec!r} cannot be summed under masks; secure_aggregation has its own integer "
+                f"codec: the output of {codec!r} cannot be summed under masks; secure_aggregation has its own integer "
                 f"encoding. Choose float32, or set secure_aggregation to false"
             )
         if len(self.members) < 3:
             raise ConfigError(
-                f"secure_aggregation: in a sum of {len(self.members)} a member can subtract its own part and learn "
-                f"the other's; expected 3 members or more"
+                f"secure_aggregation: with {len(self.members)} members, one could subtract its own contribution from "
+                f"the sum and learn the other's. Add members (at least 3), or set secure_aggregation to false"
             )
         inside = [one for one in self.coordinators if isinstance(one, str)]
         if inside and self.threshold < 3:
             raise ConfigError(
-                f"secure_aggregation: the coordinator {inside[0]!r} is a member, and could subtract its own part "
-                f"from a sum of {self.threshold}; raise the quorum to 3, or choose a coordinator that is not a member"
+                f"secure_aggregation: the coordinator {inside[0]!r} is a member, and could subtract its own "
+                f"contribution from a sum of {self.threshold}; raise the quorum to 3, or choose a coordinator that is "
+                f"not a member"
             )
 
     @property
     def threshold(self) -> int:
-        """The members that must stay to the end of a secure sum: at least the quorum, and over half of all."""
+        """The number of members that must complete a secure sum: at least the quorum, and over half of all members."""
         return max(self.quorum, len(self.members) // 2 + 1)
 
     @property
@@ -173,7 +174,7 @@ class Constitution(Config):
 
     @property
     def largest_bytes(self) -> int:
-        """The largest size of a message."""
+        """The largest size of a message, in bytes."""
         return int(self.largest_megabytes * 1_000_000)
 
     def member_keys(self) -> dict[str, str]:
@@ -181,7 +182,7 @@ class Constitution(Config):
         return {name: member.key for name, member in self.members.items()}
 
     def member_names(self) -> dict[str, str]:
-        """Return the name of the member behind each public key."""
+        """Return a mapping from public keys to members' names."""
         return {member.key: name for name, member in self.members.items()}
 
     def coordinator_keys(self) -> dict[str, str]:
@@ -192,23 +193,23 @@ class Constitution(Config):
         }
 
     def known(self) -> dict[str, str]:
-        """Return the name behind each public key, of members and coordinators."""
+        """Return a mapping from public keys to names, of members and coordinators."""
         return {key: name for name, key in {**self.member_keys(), **self.coordinator_keys()}.items()}
 
 
 def ratify(path: Path | str, member: str, key: SigningKey) -> Path:
-    """Sign a constitution in its present text, as one of its members; return the path of the signature.
+    """Sign the current text of a constitution as one of its members; return the path of the signature.
 
     Raises:
         ConfigError: the file is not a constitution.
-        DataError: there is no such member, or the key is not the member's.
+        DataError: `member` is not a member, or `key` is not the member's key.
     """
     content = _read(path)
     constitution = parse_yaml(content, Constitution, source=str(path))
     if member not in constitution.members:
         raise DataError(f"{member!r} is not a member in {path}; expected one of {', '.join(constitution.members)}")
     if constitution.members[member].key != key.public:
-        raise DataError(f"{path} names another key for {member} than {key.public}; sign with the key that it names")
+        raise DataError(f"{key.public} is not the key of {member} in {path}; sign with the key that it lists")
     where = ratification_path(path, member)
     write_document(where, _KIND, {"member": member, "key": key.public, "signature": key.sign(_SIGNED_AS + content)})
     return where
@@ -220,12 +221,12 @@ def ratification_path(path: Path | str, member: str) -> Path:
 
 
 def read_constitution(path: Path | str, *, require: Collection[str] | None = None) -> Constitution:
-    """Read a constitution that all its members signed, or those in `require`.
+    """Read a constitution and check that all its members, or those in `require`, have signed it.
 
     Raises:
         ConfigError: the file is not a constitution, or contradicts itself.
         StorageError: a signature is damaged, or of another kind or version.
-        DataError: a signature is missing, of another text, or of a signer that is not a member; the signer is named.
+        DataError: a signature is missing, is for a different text, or is not from a member.
     """
     content = _read(path)
     constitution = parse_yaml(content, Constitution, source=str(path))
@@ -238,17 +239,19 @@ def read_constitution(path: Path | str, *, require: Collection[str] | None = Non
             if file.name.startswith(before) and file.name.endswith(after)
         }
     if strangers := sorted(signers - set(constitution.members)):
-        raise DataError(f"{path} is signed by {', '.join(strangers)}, which it does not name; remove the signatures")
+        raise DataError(f"{path} is signed by non-members {', '.join(strangers)}; remove their signatures")
     if missing := sorted(required - signers):
-        raise DataError(f"{path} is not signed by {', '.join(missing)}; no round runs before they sign it")
+        raise DataError(f"{path} is not signed by {', '.join(missing)}; they must sign it before a round can run")
     for member in sorted(signers):
         where = ratification_path(path, member)
         values = read_document(where, _KIND)
         key = constitution.members[member].key
         if (values.get("member"), values.get("key")) != (member, key):
-            raise DataError(f"{where} is of another member or key; let {member} sign again")
+            raise DataError(f"{where} is for a different member or key; {member} must sign again")
         if not verified(_SIGNED_AS + content, str(values.get("signature")), key):
-            raise DataError(f"{path} was changed after {member} signed it. Restore it, or let all members sign again")
+            raise DataError(
+                f"{path} was changed after {member} signed it. Restore it, or ask all members to sign again"
+            )
     return constitution
 
 

@@ -1,4 +1,4 @@
-"""The partition of a world model's tensors: owners share some, and others never leave their owner."""
+"""The partition of a world model's tensors into shared ones and sovereign ones, which never leave their owner."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from worldloom.core.errors import ConfigError, DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """The names of a state's tensors, each either shared or sovereign; made by `PartitionConfig.split`.
+    """The names of a state's tensors, each either shared or sovereign; create one with `PartitionConfig.split`.
 
     Raises:
         ConfigError: a name appears more than once.
@@ -34,19 +34,19 @@ class Partition:
         """Return the shared part of a state.
 
         Raises:
-            DataError: the state lacks a tensor of it.
+            DataError: the state lacks a shared tensor.
         """
         if missing := [name for name in self.shared if name not in state]:
             raise DataError(
-                f"the state lacks {missing[:5]}; expected every tensor of its partition: is it of another recipe?"
+                f"the state lacks {missing[:5]}, which the partition shares; use a state of the same recipe"
             )
         return {name: state[name] for name in self.shared}
 
 
 class PartitionConfig(Config):
-    """Glob patterns of the names of shared and of sovereign tensors; where both match, sovereign wins.
+    """Glob patterns for the names of shared and sovereign tensors; a tensor that matches both is sovereign.
 
-    A tensor of integers, such as a count of batches, has no meaningful mean: it is always sovereign.
+    An integer tensor, such as a count of batches, is always sovereign, because its mean has no meaning.
     """
 
     shared: tuple[str, ...] = ("encoder.*", "predictor.*")
@@ -61,10 +61,10 @@ class PartitionConfig(Config):
     )
 
     def split(self, state: Mapping[str, Tensor]) -> Partition:
-        """Return the partition of a state: total and disjoint.
+        """Return the partition of a state: each tensor is either shared or sovereign.
 
         Raises:
-            ConfigError: a name matches no pattern: each tensor must be declared shared or sovereign.
+            ConfigError: the name of a tensor matches no pattern.
         """
         shared: list[str] = []
         sovereign: list[str] = []

@@ -1,1 +1,1 @@
-"""Mechanisms of privacy that know no consortium: clipping and noise, and sums under secure aggregation."""
+"""Privacy mechanisms that are independent of a consortium: clipping and noise, and secure aggregation of sums."""

@@ -1,19 +1,20 @@
-"""The secure aggregation protocol: sums of deltas without access to a single one, robust against dropouts.
+"""The secure aggregation protocol: it reveals only the sum of deltas, and tolerates dropouts.
 
-The protocol of Bonawitz et al. 2017 in four exchanges, by plain messages that any transport can carry:
+This is the protocol of Bonawitz et al. 2017 in four exchanges, with messages that are independent of the transport:
 
 1. advertise: each owner signs two fresh X25519 keys, one for masks and one to encrypt its shares.
-2. share: each splits its mask key and the seed of its own mask into Shamir shares, one for each owner, encrypted.
-3. mask: each adds its own mask and one pairwise mask per other owner, which the other subtracts, to its fixed-point
-   delta.
-4. unmask: the remaining owners send a share of the own mask of each owner that sent a masked delta, and a share of the
-   mask key of each that did not. With `threshold` of them the coordinator removes the masks that do not cancel.
+2. share: each owner splits its mask key and the seed of its own mask into Shamir shares, and encrypts one pair of
+   shares for each other owner.
+3. mask: each owner adds its own mask, and one pairwise mask per other owner, to its fixed-point delta. The other owner
+   subtracts the same pairwise mask.
+4. unmask: the remaining owners send one share per owner: of the seed if that owner sent a masked delta, otherwise of
+   its mask key. With `threshold` answers the coordinator removes the masks that do not cancel.
 
-An owner sends a share of one or the other secret, never of both, and answers each phase once. As the threshold is over
-half of the owners, a coordinator that sends them different lists still gets at most one secret of any owner, unless at
-least 2 threshold - n of the n owners help it. It learns the participants and the sum. Differential privacy must hide
-what the sum itself reveals. The protocol hides contributions but does not check them: a malicious owner can change a
-sum by any amount without being noticed.
+For each other owner, an owner sends a share of only one of the two secrets, and it answers each phase once. Because the
+threshold is over half of the owners, a coordinator that sends owners different lists still learns at most one secret of
+any owner, unless at least 2 threshold - n of the n owners help it. The coordinator learns the participants and the sum;
+only differential privacy can hide what the sum reveals. Contributions are hidden, so they cannot be checked: a
+malicious owner can change a sum by any amount without being noticed.
 """
 
 import hashlib
@@ -45,7 +46,7 @@ PHASES = ("advertise", "share", "mask", "unmask")
 """The phases of a session, in order."""
 
 PRIME = 2**521 - 1
-"""The field of the secret shares, well above every secret of 32 bytes."""
+"""The prime of the field of the secret shares; it is larger than any secret of 32 bytes."""
 
 _SECRET = 32  # bytes of a seed or a key
 _POINT = (PRIME.bit_length() + 7) // 8  # bytes of a share
@@ -62,12 +63,14 @@ def split_secret(
     prime: int = PRIME,
     draw: Callable[[int], int] = secrets.randbelow,
 ) -> list[int]:
-    """Return shares for the points 1, 2, ...: any `threshold` give the secret, fewer reveal nothing (Shamir 1979).
+    """Return shares for the points 1, 2, ...; any `threshold` of them recover the secret, fewer reveal nothing.
 
-    `draw(n)` must be uniform on 0 to n - 1 and secret.
+    See Shamir 1979. `draw(n)` must return secret uniform integers from 0 to n - 1.
     """
     if not (1 <= threshold <= owners < prime and 0 <= secret < prime):
-        raise ConfigError(f"expected 1 <= threshold <= owners, and a secret below the prime; got {threshold}, {owners}")
+        raise ConfigError(
+            f"expected 1 <= threshold <= owners, and a secret below the prime; got {threshold=}, {owners=}"
+        )
     coefficients = [secret, *(draw(prime) for _ in range(threshold - 1))]
     shares = []
     for point in range(1, owners + 1):
@@ -79,7 +82,7 @@ def split_secret(
 
 
 def join_secret(shares: Mapping[int, int], *, prime: int = PRIME) -> int:
-    """Return the secret of the shares at these points; fewer than the threshold give a meaningless number."""
+    """Recover the secret from shares by point; with fewer than the threshold the result is meaningless."""
     secret = 0
     for here, value in shares.items():
         above = below = 1
@@ -91,10 +94,11 @@ def join_secret(shares: Mapping[int, int], *, prime: int = PRIME) -> int:
 
 
 class SumSession(Config):
-    """What owners and coordinator agree on before a sum; a `name` (round, base, attempt) is never used twice.
+    """The parameters that owners and coordinator agree on before a sum; a `name` must never be used twice.
 
-    `owners` holds the Ed25519 key of each, in hexadecimal digits, and `shapes` the tensors of a delta. If fewer than
-    `threshold` owners, over half, stay to the end, nothing is revealed.
+    `name` contains round, base and attempt. `owners` maps each owner to its Ed25519 key in hexadecimal digits, `shapes`
+    the tensors of a delta to their shapes. `threshold` is over half of the owners; if fewer of them complete the
+    session, nothing is revealed.
     """
 
     name: str = Field(min_length=1)
@@ -106,55 +110,55 @@ class SumSession(Config):
     def _consistent(self) -> "SumSession":
         n = len(self.owners)
         if len({key.lower() for key in self.owners.values()}) < n:
-            raise ConfigError("two owners have the same key; each needs its own, or one could answer twice")
+            raise ConfigError("owners: two owners have the same key; give each owner its own")
         if not n < 2 * self.threshold <= 2 * n:
             raise ConfigError(
-                f"expected a threshold over half of the {n} owners and no more than all; got {self.threshold}. With "
+                f"threshold: expected more than half of the {n} owners, and at most {n}; got {self.threshold}. With "
                 f"half, a coordinator could unmask an owner by sending different lists to the two halves"
             )
         return self
 
     @property
     def names(self) -> list[str]:
-        """The owners in order; the first has the share of point 1."""
+        """The owners in alphabetical order; the first owner's share is that of point 1."""
         return sorted(self.owners)
 
     @property
     def size(self) -> int:
-        """The number of values of a delta."""
+        """The number of values in a delta."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
     def digest(self) -> bytes:
-        """The digest that binds every key to this session."""
+        """The SHA-256 of the session; every key and signature depends on it."""
         return hashlib.sha256(canonical(self.model_dump(mode="json")).encode("ascii")).digest()
 
 
 def encode_delta(delta: Mapping[str, Tensor], session: SumSession) -> NDArray[Any]:
-    """Return a delta as one row of integers modulo 2**64, each within half a step of 2**-24 of its value.
+    """Return a delta as one row of integers modulo 2**64, rounded to multiples of 2**-24.
 
     Raises:
-        DataError: the tensors are not those of the session, or a value is not finite or over the limit of 1024.
+        DataError: the tensors are not those of the session, or a value is not finite or above 1024 in magnitude.
     """
     shapes = {name: tuple(value.shape) for name, value in delta.items()}
     if shapes != dict(session.shapes):
         wrong = sorted(name for name in {*shapes, *session.shapes} if shapes.get(name) != session.shapes.get(name))
-        raise DataError(f"the delta has other tensors than the session: {', '.join(wrong)}")
+        raise DataError(f"the delta's tensors differ from the session's in {', '.join(wrong)}; use the same recipe")
     parts = [np.zeros(0)] + [delta[name].detach().cpu().double().reshape(-1).numpy() for name in sorted(shapes)]
     values = np.concatenate(parts)
     if not np.isfinite(values).all():
-        raise DataError("the delta has values that are not finite; it may not be sent")
+        raise DataError("the delta has values that are not finite; check the training losses")
     largest = float(np.abs(values).max(initial=0.0))
     if largest > _LIMIT:
         raise DataError(
-            f"a value of the delta is {largest:.4g}, over the limit of {_LIMIT:g}; lower the learning rate, or clip"
+            f"a value of the delta is {largest:.4g}, above the limit of {_LIMIT:g}; lower the learning rate, or clip"
         )
     # Two's complement represents negative numbers.
     return np.rint(values * 2.0**_FRACTION).astype(np.int64).astype(_UNSIGNED, casting="unsafe")
 
 
 def decode_sum(numbers: NDArray[Any], session: SumSession) -> dict[str, Tensor]:
-    """Return the tensors (float64) of a sum of encoded deltas."""
+    """Decode a sum of encoded deltas into tensors (float64)."""
     signed = numbers.astype(_UNSIGNED).view("<i8")
     values = torch.from_numpy(signed.astype(np.float64) / 2.0**_FRACTION)
     found, start = {}, 0
@@ -166,14 +170,14 @@ def decode_sum(numbers: NDArray[Any], session: SumSession) -> dict[str, Tensor]:
 
 
 class Masker:
-    """An owner's part in one sum: `advertise`, `share`, `mask`, `unmask`, each once and in this order.
+    """An owner's side of one sum: `advertise`, `share`, `mask`, `unmask`, each called once and in this order.
 
-    `sign` signs with the secret key of the owner in the session.
+    `sign` signs with the secret key that belongs to the owner's key in the session.
     """
 
     def __init__(self, owner: str, session: SumSession, sign: Callable[[bytes], bytes]) -> None:
         if owner not in session.owners:
-            raise ConfigError(f"{owner} is not an owner in the session; expected one of {', '.join(session.names)}")
+            raise ConfigError(f"{owner!r} is not an owner in the session; expected one of {', '.join(session.names)}")
         self.owner, self.session, self._sign = owner, session, sign
         self._stage = "advertise"
         self._mask_key, self._box_key = X25519PrivateKey.generate(), X25519PrivateKey.generate()
@@ -182,9 +186,9 @@ class Masker:
         self._shares: dict[str, tuple[int, int]] = {}  # owner -> shares of its mask key and of its seed
 
     def state(self) -> dict[str, Any]:
-        """Return the state as plain JSON, to resume after a kill. It holds every secret: delete it after the sum.
+        """Return the state as plain JSON, to resume after a kill. It contains every secret: delete it after the sum.
 
-        Never resume from a state that is older than an answer: the same masks on two deltas reveal both.
+        Never resume from a state that is older than the last answer: the same masks on two deltas reveal both.
         """
         return {
             "owner": self.owner,
@@ -198,7 +202,7 @@ class Masker:
 
     @classmethod
     def of(cls, state: Mapping[str, Any], session: SumSession, sign: Callable[[bytes], bytes]) -> "Masker":
-        """Return the masker with this state.
+        """Return a masker that continues from this state.
 
         Raises:
             DataError: the state is invalid.
@@ -216,23 +220,23 @@ class Masker:
         return found
 
     def advertise(self) -> dict[str, str]:
-        """Return the signed public keys, for everyone."""
+        """Return the signed public keys, which are sent to all owners."""
         self._begin("advertise", "share")
         keys = {"owner": self.owner, "mask": _public(self._mask_key), "box": _public(self._box_key)}
         return {**keys, "signature": self._sign(_claim(keys, self.session)).hex()}
 
     def share(self, roster: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Take the advertised keys of all owners, and return the encrypted shares, one for each other owner.
+        """Store the advertised keys of all owners; return the encrypted shares, one pair for each other owner.
 
         Raises:
-            DataError: the owners are too few or unknown, or did not sign their keys.
+            DataError: there are too few owners, one is unknown, or keys are not signed by their owner.
         """
         self._begin("share", "mask")
         _enough(roster, self.session, "advertised keys")
-        # Each owner signed its keys for this session: the coordinator cannot insert its own.
+        # Each owner signed its keys for this session, so the coordinator cannot insert its own keys.
         self._roster = {owner: check_keys(owner, keys, self.session) for owner, keys in roster.items()}
         if self._roster.get(self.owner, {}).get("mask") != _public(self._mask_key):
-            raise DataError(f"the roster has other keys for {self.owner} than it advertised; nothing is shared")
+            raise DataError(f"the roster does not have the keys that {self.owner} advertised; begin a new session")
         owners, threshold = self.session.names, self.session.threshold
         keys = split_secret(int.from_bytes(self._mask_key.private_bytes_raw(), "big"), len(owners), threshold)
         seeds = split_secret(int.from_bytes(self._seed, "big"), len(owners), threshold)
@@ -246,9 +250,9 @@ class Masker:
         return {"owner": self.owner, "commitment": _commitment(self._seed, self.session), "shares": sealed}
 
     def mask(self, inbox: Mapping[str, str], delta: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Take the shares that others encrypted for this owner, and return its masked delta.
+        """Decrypt the shares of the other owners, and return this owner's masked delta.
 
-        The delta gets a pairwise mask for each owner whose share came. To weight a delta, multiply it before.
+        The delta gets a pairwise mask for each owner in the inbox. To weight a delta, multiply it first.
 
         Raises:
             DataError: the shares are too few or not encrypted for this owner, or the delta cannot be encoded.
@@ -256,15 +260,17 @@ class Masker:
         self._begin("mask", "unmask")
         for sender, sealed in inbox.items():
             if sender == self.owner or sender not in self._roster:
-                raise DataError(f"{sender!r} is not another owner on the roster; nothing is sent")
+                raise DataError(f"{sender!r} is not another owner on the roster; begin a new session")
             try:
                 plain = self._box(sender, self.owner).decrypt(_NONCE, bytes.fromhex(sealed), None)
             except (InvalidTag, ValueError, TypeError):
                 raise DataError(
-                    f"the share from {sender} was not encrypted for {self.owner}; nothing is sent"
+                    f"the share from {sender} was not encrypted for {self.owner}; begin a new session"
                 ) from None
             if len(plain) != 2 * _POINT:
-                raise DataError(f"the share from {sender} has {len(plain)} bytes; expected {2 * _POINT}")
+                raise DataError(
+                    f"the share from {sender} has {len(plain)} bytes; expected {2 * _POINT}. Begin a new session"
+                )
             self._shares[sender] = (int.from_bytes(plain[:_POINT], "big"), int.from_bytes(plain[_POINT:], "big"))
         _enough(self._shares, self.session, "shared their keys")
         total = encode_delta(delta, self.session) + _own_mask(self._seed, self.session)
@@ -274,15 +280,17 @@ class Masker:
         return {"owner": self.owner, "masked": total.tobytes()}
 
     def unmask(self, survivors: Collection[str]) -> dict[str, Any]:
-        """Return a share of the own mask's seed of each survivor, and of the mask key of each other owner.
+        """Return a share of the seed of each survivor, and a share of the mask key of each other owner.
 
         Raises:
-            DataError: the survivors are too few to hide in their sum, or not owners that were masked against.
+            DataError: there are too few survivors, or some are not owners that this delta was masked against.
         """
         self._begin("unmask", "done")
         there = set(survivors)
         if not there <= set(self._shares) or self.owner not in there:
-            raise DataError(f"{sorted(there)} are not survivors of {sorted(self._shares)} with {self.owner}")
+            raise DataError(
+                f"{sorted(there)} are not survivors: expected {self.owner}, and only names of {sorted(self._shares)}"
+            )
         _enough(there, self.session, "sent their deltas")
         return {
             "owner": self.owner,
@@ -291,27 +299,27 @@ class Masker:
         }
 
     def _box(self, sender: str, recipient: str) -> ChaCha20Poly1305:
-        """Return the cipher of the only message between two owners: a key is used once, so the nonce is constant."""
+        """Return the cipher for the only message from one owner to another; one use per key allows a fixed nonce."""
         other = recipient if sender == self.owner else sender
         return ChaCha20Poly1305(
             _agree(self._box_key, self._roster[other]["box"], ["share", sender, recipient], self.session)
         )
 
     def _begin(self, stage: str, following: str) -> None:
-        # Any failure after this ends the session for this owner: no phase is ever answered twice.
+        # A later failure ends the session for this owner, because no phase may be answered twice.
         if self._stage != stage:
             raise DataError(
                 f"{self.owner} was asked to {stage} in {self.session.name!r}, but its next step is {self._stage}; "
-                f"an answer given twice could reveal its delta. Begin a new session"
+                f"a second answer could reveal its delta. Begin a new session"
             )
         self._stage = following
 
 
 class Unmasker:
-    """The coordinator's part in one sum: it takes each owner's answer to each phase, and opens the sum.
+    """The coordinator's side of one sum: it stores the owners' answers to each phase, and unmasks the sum.
 
-    Answers that never came, or were refused, are left out. `roster`, `inboxes` and `survivors` are what the owners are
-    sent next; they raise `DataError` if too few owners remain.
+    Missing and refused answers are left out. `roster`, `inboxes` and `survivors` are the contents of the next requests
+    to the owners; they raise `DataError` if too few owners remain.
     """
 
     def __init__(self, session: SumSession) -> None:
@@ -326,25 +334,25 @@ class Unmasker:
         }
 
     def take(self, phase: str, owner: str, message: Any) -> None:
-        """Take the answer of an owner to a phase.
+        """Check and store an owner's answer to a phase.
 
         Raises:
-            DataError: the owner is not expected or has answered already, or this is not what was asked for.
+            DataError: the owner is not expected or has answered already, or the answer is invalid.
         """
         before = PHASES.index(phase) - 1
         expected = self.session.owners if before < 0 else self._answers[PHASES[before]]
         if owner not in expected or owner in self._answers[phase]:
-            raise DataError(f"a message of {owner!r}, which is not expected or has sent one already; leave it out")
+            raise DataError(f"{owner!r} is not expected to {phase}, or has answered already; leave this message out")
         self._answers[phase][owner] = self._check[phase](owner, message)
 
     @property
     def roster(self) -> dict[str, dict[str, Any]]:
-        """The keys of all owners that advertised, to be sent to each of them."""
+        """The keys of all owners that advertised; send them to each of these owners."""
         return self._enough("advertise", "advertised keys")
 
     @property
     def inboxes(self) -> dict[str, dict[str, str]]:
-        """For each owner that shared, the shares that the others encrypted for it."""
+        """For each owner that sent shares, the shares that the others encrypted for it."""
         given = self._enough("share", "shared their keys")
         return {
             owner: {sender: message["shares"][owner] for sender, message in given.items() if sender != owner}
@@ -353,14 +361,14 @@ class Unmasker:
 
     @property
     def survivors(self) -> list[str]:
-        """The owners whose masked deltas came, to be sent to each of them."""
+        """The owners that sent masked deltas; send this list to each of them."""
         return sorted(self._enough("mask", "sent their deltas"))
 
     def sum(self, helpers: Collection[str]) -> dict[str, Tensor]:
-        """Return the sum of the survivors' deltas (float64), opened with the shares of these of them.
+        """Return the sum of the survivors' deltas (float64), unmasked with the shares of the owners in `helpers`.
 
         Raises:
-            DataError: too few helped, or their shares do not give the committed secrets.
+            DataError: there are too few helpers, or their shares do not recover the committed secrets.
         """
         answers = {owner: self._answers["unmask"][owner] for owner in helpers}
         _enough(answers, self.session, "helped to unmask")
@@ -368,14 +376,18 @@ class Unmasker:
         for owner in survivors:
             seed = self._secret(answers, "seeds", owner)
             if _commitment(seed, self.session) != shared[owner]["commitment"]:
-                raise DataError(f"the shares of the mask of {owner} do not give it: one of them is wrong")
+                raise DataError(
+                    f"the shares of the mask of {owner} do not recover it: one of them is wrong; leave its sender out"
+                )
             total -= _own_mask(seed, self.session)
         for owner in sorted(set(shared) - set(survivors)):
             key = X25519PrivateKey.from_private_bytes(self._secret(answers, "keys", owner))
             if _public(key) != self.roster[owner]["mask"]:
-                raise DataError(f"the shares of the key of {owner} do not give it: one of them is wrong")
+                raise DataError(
+                    f"the shares of the key of {owner} do not recover it: one of them is wrong; leave its sender out"
+                )
             for other in survivors:
-                # What the absent owner would have added; the others subtracted it already.
+                # The mask that the missing owner would have added; the others have already subtracted it.
                 total += _pair_mask(key, owner, other, self.roster[other]["mask"], self.session)
         return decode_sum(total, self.session)
 
@@ -385,7 +397,9 @@ class Unmasker:
             shares = {points[name]: int(answer[part][owner], 16) for name, answer in answers.items()}
             return join_secret(shares).to_bytes(_SECRET, "big")
         except (ValueError, OverflowError):
-            raise DataError(f"the shares of {owner} do not give its secret: one of them is missing or wrong") from None
+            raise DataError(
+                f"the shares of {owner} do not recover its secret: one of them is missing or wrong"
+            ) from None
 
     def _enough(self, phase: str, did: str) -> dict[str, Any]:
         _enough(self._answers[phase], self.session, did)
@@ -394,33 +408,33 @@ class Unmasker:
     def _shared(self, owner: str, message: Any) -> Any:
         others = set(self._answers["advertise"]) - {owner}
         if not isinstance(message.get("commitment"), str) or not _texts_for(message.get("shares"), others):
-            raise DataError(
-                f"{owner} does not commit to its mask, or sent no share for each of {sorted(others)}; leave it out"
-            )
+            raise DataError(f"{owner} must send a commitment, and a share for each of {sorted(others)}; leave it out")
         return message
 
     def _masked(self, owner: str, message: Any) -> None:
         data = message.get("masked")
         if not isinstance(data, bytes) or len(data) != self._total.nbytes:
-            raise DataError(f"{owner} sent no masked delta of {self.session.size} values; leave it out")
-        self._total += np.frombuffer(data, _UNSIGNED)  # a masked delta is as large as the model: only its sum stays
+            raise DataError(f"expected a masked delta of {self.session.size} values from {owner}; leave it out")
+        self._total += np.frombuffer(
+            data, _UNSIGNED
+        )  # a masked delta is as large as the model, so only the sum is stored
 
     def _unmasked(self, owner: str, message: Any) -> Any:
         survivors = set(self._answers["mask"])
         gone = set(self._answers["share"]) - survivors
         if not _texts_for(message.get("seeds"), survivors) or not _texts_for(message.get("keys"), gone):
             raise DataError(
-                f"{owner} did not send a share of the mask of each of {sorted(survivors)}, and of the key of each of "
-                f"{sorted(gone)}; the sum is opened without it"
+                f"expected from {owner} shares of the masks of {sorted(survivors)} and of the keys of {sorted(gone)}; "
+                f"the sum is unmasked without it"
             )
         return message
 
 
 def check_keys(owner: str, message: Any, session: SumSession) -> dict[str, Any]:
-    """Return the keys that an owner advertised.
+    """Check the keys that an owner advertised, and return them.
 
     Raises:
-        DataError: they are not signed by that owner for this session.
+        DataError: the keys are not signed by that owner for this session.
     """
     try:
         if message["owner"] != owner:
@@ -429,7 +443,7 @@ def check_keys(owner: str, message: Any, session: SumSession) -> dict[str, Any]:
         signer = Ed25519PublicKey.from_public_bytes(bytes.fromhex(session.owners[owner]))
         signer.verify(bytes.fromhex(str(message["signature"])), _claim(keys, session))
     except (KeyError, TypeError, ValueError, InvalidSignature):
-        raise DataError(f"the keys of {owner!r} are not signed by that owner for this session") from None
+        raise DataError(f"the keys of {owner!r} are not signed by that owner for this session; leave it out") from None
     return {**keys, "signature": str(message["signature"])}
 
 
@@ -437,14 +451,14 @@ _NONCE = bytes(12)
 
 
 def _texts_for(found: Any, owners: Collection[str]) -> bool:
-    """Return whether this is a mapping from exactly these owners to text."""
+    """Return whether `found` is a mapping from exactly these owners to strings."""
     return isinstance(found, dict) and set(found) == set(owners) and all(isinstance(x, str) for x in found.values())
 
 
 def _enough(there: Collection[str], session: SumSession, did: str) -> None:
     if len(there) < session.threshold:
         raise DataError(
-            f"only {len(there)} owners of {len(session.owners)} {did}, fewer than the threshold of "
+            f"only {len(there)} of {len(session.owners)} owners {did}, fewer than the threshold of "
             f"{session.threshold}; nothing is revealed. Begin a new session"
         )
 
@@ -458,17 +472,17 @@ def _commitment(seed: bytes, session: SumSession) -> str:
 
 
 def _agree(secret: X25519PrivateKey, public: str, use: Sequence[str], session: SumSession) -> bytes:
-    """Return the key that two owners share for one use (X25519, then HKDF)."""
+    """Return the secret that two owners share for one use (X25519, then HKDF)."""
     try:
         shared = secret.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(public)))
     except ValueError:
-        raise DataError(f"{public!r} is not a valid X25519 key") from None
+        raise DataError(f"{public!r} is not a valid X25519 key; begin a new session") from None
     info = json.dumps(["worldloom", *use]).encode("ascii")
     return HKDF(algorithm=SHA256(), length=_SECRET, salt=session.digest, info=info).derive(shared)
 
 
 def _stream(key: bytes, session: SumSession) -> NDArray[Any]:
-    """Return uniform numbers modulo 2**64; a key is used for one stream only, so its nonce may be constant."""
+    """Return uniform integers modulo 2**64; each key is used for only one stream, so the nonce is constant."""
     zeros = bytes(session.size * _UNSIGNED.itemsize)
     return np.frombuffer(Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor().update(zeros), _UNSIGNED)
 
@@ -479,7 +493,7 @@ def _own_mask(seed: bytes, session: SumSession) -> NDArray[Any]:
 
 
 def _pair_mask(secret: X25519PrivateKey, owner: str, other: str, public: str, session: SumSession) -> NDArray[Any]:
-    """Return the numbers that `owner` adds for `other`, which the other subtracts."""
+    """Return the pairwise mask that `owner` adds; `other` subtracts the same numbers."""
     mask = _stream(_agree(secret, public, ["mask", *sorted((owner, other))], session), session)
     return mask if owner < other else np.negative(mask)
 

@@ -1,9 +1,9 @@
 """Flower as the transport of a real deployment: `serve` for a coordinator, `join` for a node.
 
-Flower's SuperLink and SuperNode carry the messages over TLS between processes that are known by their keys. Usually a
-coordinator sends its nodes the program that they run. Here no program is sent, and none that is sent is run: a node
-passes the bytes of each message to the handler of its own process, and a coordinator holds its state in its own
-process. `flower_internals` lists the parts of Flower that this needs beyond its public API.
+Flower's SuperLink and SuperNode transmit the messages over TLS; nodes authenticate with their keys. Normally a Flower
+coordinator sends its nodes the program that they run. Here no program is sent, and a received program is never run: a
+node passes the bytes of each message to a handler in its own process, and the coordinator keeps its state in its own
+process. `flower_internals` lists the parts of Flower outside its public API that are used.
 """
 
 import logging
@@ -32,7 +32,7 @@ from worldloom.federation.transport import flower_process as child
 from worldloom.federation.transport.keys import Tls
 from worldloom.federation.transport.messages import Handler, Reply
 
-for _talkative in ("flwr", "httpx", "alembic"):  # one of them logs while it is imported
+for _talkative in ("flwr", "httpx", "alembic"):  # one of these packages logs during its import
     logging.getLogger(_talkative).setLevel(logging.WARNING)
 
 try:
@@ -47,7 +47,7 @@ except ImportError as error:
     raise ConfigError(missing_extra("weave", error)) from error
 
 _log = logging.getLogger(__name__)
-# A library does not print: Flower's messages go to the handlers of this process.
+# A library must not print: Flower's log messages go to the handlers of this process.
 for _handler in logging.getLogger("flwr").handlers[:]:
     logging.getLogger("flwr").removeHandler(_handler)
 
@@ -55,16 +55,16 @@ _RECORD = "worldloom"
 _POLL_SECONDS = 0.2
 _START_SECONDS = 120.0  # two busy cores take half a minute
 _STOP_SECONDS = 10.0
-_STEADY_SECONDS = 30.0  # a process that has run for so long has started successfully
-_RESTARTS = 3  # of a SuperLink that never ran for so long
+_STEADY_SECONDS = 30.0  # a process that has run for this long has started successfully
+_RESTARTS = 3  # of a SuperLink that never ran for that long
 _BACKOFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
 _AWAY_SECONDS = 20  # a SuperNode without its SuperLink ends after this time, and is restarted
-# Messages that a node's process lost when it ended: the node is asked again when it is back.
+# Errors for messages that a node's process lost when it ended: the message is sent again when the node is back.
 _LOST = (
     flower.ErrorCode.MESSAGE_UNAVAILABLE, flower.ErrorCode.REPLY_MESSAGE_UNAVAILABLE, flower.ErrorCode.NODE_UNAVAILABLE,
     flower.ErrorCode.CLIENT_APP_CRASHED,
 )  # fmt: skip
-# Flower needs a program for a run. This one raises an error if anybody runs it.
+# Flower requires a program for a run. This program only raises an error if it is run.
 _PROGRAM: dict[str, bytes | Path] = {
     "pyproject.toml": b"""\
 [project]
@@ -85,7 +85,7 @@ clientapp = "nothing:app"
 
 @runtime_checkable
 class Nodes(Protocol):
-    """The methods of a Flower grid that are used."""
+    """The methods of a Flower grid that this module uses."""
 
     def get_nodes(self) -> Iterable[Any]:
         """Return the connected nodes."""
@@ -96,15 +96,15 @@ class Nodes(Protocol):
         ...
 
     def pull_messages(self, message_ids: Sequence[str]) -> Iterable[Message]:
-        """Return the answers to messages that have come."""
+        """Return the answers that have arrived to these messages."""
         ...
 
 
 class FlowerTransport:
-    """Asks nodes through a Flower grid.
+    """A transport that sends messages through a Flower grid.
 
-    `names` are the nodes' names by their public keys (PEM). `grid` returns the present grid: a new one if the server
-    was restarted, and then all unanswered messages are sent again.
+    `names` maps the nodes' public keys (PEM) to their names. `grid` returns the current grid. After a restart of the
+    server it returns a new grid, and all unanswered messages are sent again.
     """
 
     def __init__(self, names: Mapping[bytes, str], grid: Callable[[], Nodes]) -> None:
@@ -115,17 +115,17 @@ class FlowerTransport:
         return tuple(sorted(self._names.values()))
 
     def exchange(self, requests: Mapping[str, bytes], *, seconds: float, away: Collection[str] = ()) -> Iterator[Reply]:
-        """Ask each node as soon as it is connected, and again after it connected anew; see `Transport`."""
+        """Send each node its message once it is connected, and again after it reconnects; see `Transport`."""
         deadline = time.monotonic() + seconds
         waiting = {node: data for node, data in requests.items() if node in self._names.values()}
         for node in sorted(set(requests) - set(waiting)):
-            yield Reply(node=node, data=None, error="no node of that name may connect")
-        since: dict[str, str] = {}  # node -> start of the connection on which it was asked
+            yield Reply(node=node, data=None, error="no registered node has this name")
+        since: dict[str, str] = {}  # node -> start of the connection on which its message was sent
         looking: dict[str, threading.Event] = {}  # node -> the event that ends the wait for its answer
         found: Queue[tuple[str, Message | Exception]] = Queue()
         grid, trouble = None, ""
         online: dict[str, Any] | None = None
-        # With many nodes each is polled less often.
+        # With many nodes, each node is polled less often.
         pause = _POLL_SECONDS * max(1.0, len(waiting) / 10)
         try:
             while waiting:
@@ -167,7 +167,7 @@ class FlowerTransport:
         for node in sorted(waiting):
             why = f"no answer within {seconds:g} s" if node in since else f"not connected within {seconds:g} s"
             if node in away and time.monotonic() < deadline:
-                why = "not connected, and not waited for"
+                why = "not connected; it has left, so the round does not wait for it"
             yield Reply(node=node, data=None, error=why + trouble)
 
     def _online(self, grid: Nodes) -> dict[str, Any]:
@@ -181,9 +181,10 @@ def _await(
     found: "Queue[tuple[str, Message | Exception]]",
     pause: float,
 ) -> threading.Event:
-    """Poll for the answer to a message in a thread of its own; return the event that ends the thread.
+    """Poll for the answer to a message in a separate thread; return the event that ends the thread.
 
-    If a node dies while it sends an answer, Flower waits long for the rest; other answers must not wait with it.
+    If a node dies while it sends an answer, Flower waits a long time for the rest. In one thread, this would delay the
+    answers of other nodes.
     """
 
     ended = threading.Event()
@@ -192,7 +193,7 @@ def _await(
         while not ended.wait(pause):
             try:
                 messages = list(grid.pull_messages([number]))
-            except Exception as error:  # any error: the exchange reports it if no answer comes
+            except Exception as error:  # any error: the exchange reports it if no answer arrives
                 found.put((node, error))
                 continue
             if messages:
@@ -204,7 +205,7 @@ def _await(
 
 
 def _all_of(found: "Queue[tuple[str, Message | Exception]]", seconds: float) -> "list[tuple[str, Message | Exception]]":
-    """Wait for an item of a queue, and return all items that are there."""
+    """Wait for an item in a queue, and return all items in it; none if the wait times out."""
     there = []
     with suppress(Empty):
         there.append(found.get(timeout=seconds))
@@ -222,27 +223,27 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 9443,
 ) -> Iterator[FlowerTransport]:
-    """Run a SuperLink while the block runs, and yield the transport over it.
+    """Run a SuperLink while the block runs, and yield a transport that uses it.
 
-    The next start needs nothing from `home`: the state is in the coordinator's ledger. A SuperLink that ends is
-    restarted at the next exchange; it ends with this process, even if that is killed.
+    Nothing in `home` is needed for the next start, because the state is in the coordinator's ledger. If the SuperLink
+    ends, it is restarted at the next exchange. It ends when this process ends or is killed.
 
     Args:
-        home: a folder for this process alone.
+        home: a folder that only this process uses.
         tls: see `make_tls`; if `host` means all interfaces, the certificate must include 127.0.0.1.
-        nodes: the public key of each node by its name, as text in OpenSSH's format. No other node can connect.
+        nodes: the nodes' names and public keys in OpenSSH's format. No other node can connect.
         host: the address to listen on.
         port: the port to listen on.
 
     Raises:
         ConfigError: another process serves from this folder, or the SuperLink does not start.
-        DataError: a public key is invalid, or two nodes have the same one.
+        DataError: a public key is invalid, or two nodes have the same key.
     """
     names: dict[bytes, str] = {}
     for name, text in nodes.items():
         public = _public(name, text)
         if public in names:
-            raise DataError(f"{name} and {names[public]} have the same public key; each node needs its own")
+            raise DataError(f"{name} and {names[public]} have the same public key; give each node its own")
         names[public] = name
     home = Path(home)
     busy = ConfigError(f"another process serves from {home}; stop it, or choose another folder")
@@ -267,26 +268,26 @@ def join(
 ) -> None:
     """Run a SuperNode, and answer the coordinator's messages in this process until `stop` is set.
 
-    A SuperNode that ends is restarted with growing pauses, as the coordinator may be away for a while. It ends with
-    this process, even if that is killed. Of an exception in a handler, the coordinator learns only the type; the rest
-    is logged here, because it may reveal private data. A process is either a node or a coordinator: Flower stores the
-    role per process.
+    If the SuperNode ends, it is restarted with growing delays, because the coordinator may be down for a while. It ends
+    when this process ends or is killed. If the handler raises, the coordinator receives only the exception's type; the
+    details are logged here, because they may contain private data. A process can be either a node or a coordinator,
+    because Flower stores the role per process.
 
     Args:
         handler: answers a message; it must check the sender itself.
-        home: a folder for this process alone.
+        home: a folder that only this process uses.
         server: the coordinator's address, `host:port`.
         authority: the certificate of the coordinator's authority; see `make_tls`.
         secret: this node's secret key; see `make_node_keys`.
         timeout_seconds: how long to try to reach the coordinator.
-        stop: ends the node when set, after the present message.
+        stop: ends the node when set, after the current message.
 
     Raises:
-        ConfigError: another process uses the folder; or for that long the coordinator could not be reached, or refused
-            the node's key.
+        ConfigError: another process uses the folder, or for `timeout_seconds` the coordinator could not be reached or
+            refused the node's key.
     """
     home, stop = Path(home), stop or threading.Event()
-    busy = ConfigError(f"another process is a node with {home}; stop it, or choose another folder")
+    busy = ConfigError(f"another process runs a node in {home}; stop it, or choose another folder")
     for path in (Path(authority), Path(secret)):
         with storage_errors(path):
             path.read_bytes()
@@ -299,7 +300,7 @@ def join(
 
 
 class _Process:
-    """A process of Flower in its own process group, which ends with this one."""
+    """A Flower process in its own process group; it ends when this process ends."""
 
     def __init__(self, which: str, arguments: Sequence[str], home: Path, **variables: str) -> None:
         (home / "flwr").mkdir(parents=True, exist_ok=True)
@@ -316,7 +317,7 @@ class _Process:
         self.began = time.monotonic()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                # -P: do not import from the folder of the file.
+                # -P: do not import modules from the script's folder.
                 [sys.executable, "-P", str(Path(child.__file__)), which, str(os.getpid()), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -334,7 +335,7 @@ class _Process:
         return time.monotonic() - self.began
 
     def last_output(self) -> str:
-        """Return the end of its output, on one line."""
+        """Return the end of the process's output, on one line."""
         with suppress(OSError):
             text = re.sub(r"\x1b\[[0-9;]*m", "", self._log.read_bytes()[-4000:].decode(errors="replace"))
             lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -353,7 +354,7 @@ class _Process:
 
 
 class _Link:
-    """A SuperLink, the nodes that it knows, and the single run in which they are asked."""
+    """A SuperLink, its registered nodes, and the single Flower run in which they receive messages."""
 
     def __init__(self, home: Path, tls: Tls, names: Mapping[bytes, str], host: str, port: int) -> None:
         self._home, self._tls, self._names, self._host, self._port = home, tls, names, host, port
@@ -367,7 +368,7 @@ class _Link:
         """Return the grid; restart the SuperLink if it has ended.
 
         Raises:
-            TrainingError: it ends repeatedly.
+            TrainingError: the SuperLink ends repeatedly.
         """
         if self._process is None or self._process.ended or self._grid is None:
             words = self._process.last_output() if self._process else ""
@@ -382,14 +383,14 @@ class _Link:
             except ConfigError as error:
                 raise TrainingError(str(error)) from None
         if self._grid is None:
-            raise TrainingError("Flower's SuperLink is not up")
+            raise TrainingError("Flower's SuperLink is not running; run again")
         return self._grid
 
     def start(self) -> None:
         """Start the SuperLink, register the nodes, and begin a run.
 
         Raises:
-            ConfigError: it does not start.
+            ConfigError: the SuperLink does not start.
         """
         for path in self._home.glob("superlink.db*"):
             path.unlink()
@@ -420,11 +421,11 @@ class _Link:
                 wanted = flower.AcquireTaskRequest(supported_task_types=[flower.TaskType.SERVER_APP])
                 found = runtime.AcquireTask(wanted)
             if not found.token:
-                raise ConfigError("Flower's SuperLink did not begin a run")
+                raise ConfigError("Flower's SuperLink did not start a run; start the coordinator again")
             self._grid = _Grid(self._here, authority, found.token, opening)
             self._heart = _heartbeat(self._grid.client)
             task = self._grid.client.PullTaskInput(flower.PullTaskInputRequest())
-            # Flower stores the run of all messages of a process here.
+            # Flower reads the run of every message of this process from here.
             flower.TaskIdentity.task_id, flower.TaskIdentity.run_id = task.task_id, task.run.run_id
             flower.TaskIdentity.node_id = task.context.node_id
             self._grid.set_run(flower.run_from_proto(task.run))
@@ -458,7 +459,7 @@ class _Link:
             try:
                 control.ListNodes(flower.ListNodesRequest())
             except httpx.TransportError as error:
-                # Waiting does not help against an invalid certificate.
+                # An invalid certificate does not become valid by waiting.
                 if process.ended or process.seconds > _START_SECONDS or "CERTIFICATE" in str(error):
                     words = process.last_output()
                     raise ConfigError(f"Flower's SuperLink does not start at {self._here} ({error}). {words}") from None
@@ -468,7 +469,7 @@ class _Link:
 
 
 class _Grid(flower.HttpGrid):
-    """The grid of a run, whose client sends the pass."""
+    """The grid of a run; its client sends the secret that the gate requires."""
 
     def __init__(self, address: str, authority: bytes, token: str, opening: "_Pass") -> None:
         super().__init__(address, False, authority, token=token)
@@ -477,7 +478,7 @@ class _Grid(flower.HttpGrid):
 
 
 class _Pass:
-    """Sends the pass that opens the gate of `flower_process`."""
+    """Adds the secret that the gate of `flower_process` requires to each request."""
 
     def __init__(self, secret: str) -> None:
         self._secret = secret
@@ -488,7 +489,7 @@ class _Pass:
 
 
 class _Node:
-    """A SuperNode, and the client that takes its messages."""
+    """A SuperNode, and the client that receives its messages."""
 
     def __init__(self, home: Path, server: str, authority: Path, secret: Path) -> None:
         self._home, self._server, self._authority, self._secret = home, server, authority, secret
@@ -512,8 +513,8 @@ class _Node:
             failing = process.began if failing is None else failing
             if time.monotonic() - failing > timeout:
                 raise ConfigError(
-                    f"for {timeout:g} s the coordinator at {self._server} was not reached, or does not know this "
-                    f"node's key; Flower's output: {words}"
+                    f"no connection to the coordinator at {self._server} for {timeout:g} s; check its address, and "
+                    f"that this node's key is in the constitution. Flower's output: {words}"
                 )
             _log.warning("Flower's SuperNode ended; it is restarted. Its output: %s", words)
             stop.wait(_BACKOFF_SECONDS[min(tries, len(_BACKOFF_SECONDS) - 1)])
@@ -556,7 +557,7 @@ class _Node:
             while not stop.is_set() and not process.ended:
                 try:
                     found = client.AcquireTask(wanted)
-                except httpx.HTTPError:  # it does not run yet, or has ended
+                except httpx.HTTPError:  # the SuperNode is still starting, or has ended
                     stop.wait(_POLL_SECONDS)
                     continue
                 if not found.token:
@@ -573,13 +574,13 @@ class _Node:
 
 
 def _client(kind: Any, address: str, authority: bytes | None, *interceptors: Any) -> Any:
-    """Return a client of Flower; without an authority's certificate the connection is not encrypted."""
+    """Return a Flower client; without an authority's certificate the connection is not encrypted."""
     version = flower.RuntimeVersionHttpInterceptor(component_name="worldloom")
     return kind.from_server_address(address, authority is None, authority, [version, *interceptors])
 
 
 def _answer(client: flower.RuntimeHttpClient, handler: Handler) -> None:
-    """Take a message and send its answer. The program that came with it is ignored."""
+    """Receive a message and send the answer. The program in the message is ignored."""
     heart = _heartbeat(client)
     status, details = flower.SubStatus.COMPLETED, ""
     try:
@@ -588,7 +589,7 @@ def _answer(client: flower.RuntimeHttpClient, handler: Handler) -> None:
             reply = Message(_carry(handler(_carried(message))), reply_to=message)
         except Exception as error:
             _log.exception("a message could not be answered")
-            details = f"{type(error).__name__}; the node's log says why"
+            details = f"{type(error).__name__}; see the node's log for details"
             status = flower.SubStatus.FAILED
             reply = Message(Error(code=flower.ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=details), reply_to=message)
         flower.push_message(client, reply, context)
@@ -614,7 +615,7 @@ def _ask(data: bytes, node: int, seconds: float) -> Message:
 
 
 def _carry(data: bytes) -> RecordDict:
-    # Flower splits arrays into chunks of some megabytes, but no other records.
+    # Flower splits only arrays into chunks of some megabytes, not other records.
     return RecordDict({_RECORD: ArrayRecord({"data": Array("uint8", (len(data),), "worldloom.bytes", data)})})
 
 
@@ -625,7 +626,7 @@ def _carried(message: Message) -> bytes:
     except KeyError:
         data = None
     if not isinstance(data, bytes):
-        raise DataError("a message through Flower has no bytes of worldloom; run the same version on both sides")
+        raise DataError("a Flower message has no content from worldloom; run the same version on both sides")
     return data
 
 
@@ -650,7 +651,9 @@ def _public(name: str, text: str) -> bytes:
     except (ValueError, UnsupportedAlgorithm) as error:
         raise DataError(f"{name}'s public key is invalid ({error}); use the text of its .ssh.pub file") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise DataError(f"{name}'s public key has another type; expected ECDSA on P-384, as made by weave keys")
+        raise DataError(
+            f"{name}'s public key has the wrong type; expected ECDSA on P-384. Create it with 'worldloom weave keys'"
+        )
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 

@@ -1,26 +1,26 @@
-"""Every part of Flower that is not in its public API (`flwr.app`) and is used here; its version is therefore pinned.
+"""All internals of Flower (outside its public API `flwr.app`) that are used here; its version is therefore pinned.
 
-Flower sends its nodes the program that they run. This project sends none and runs none, so it talks to SuperLink and
-SuperNode as Flower's own task processes do. `test_flower.py` names the tests that notice a change: "deployment" stands
-for `test_a_deployment_answers_refuses_strangers_and_survives_kills`, "killed" for
+Normally Flower sends its nodes the program that they run. This project sends and runs no program, so it talks to
+SuperLink and SuperNode as Flower's own task processes do. The tests in `test_flower.py` detect a change: "deployment"
+stands for `test_a_deployment_answers_refuses_strangers_and_survives_kills`, "killed" for
 `test_a_killed_coordinator_leaves_nothing_behind_and_another_takes_its_place`, "grid" for the exchanges over a grid that
 is a list, and "names" for `test_every_internal_of_flower_that_is_used_is_listed`.
 
 | part | reason | test |
 |---|---|---|
 | `ControlHttpClient`, `ListNodesRequest`, `RegisterNodeRequest`, `StartRunRequest` | register the nodes' keys and begin a run; the command line needs a login and a project folder | deployment |
-| `Fab`, `build_fab_from_files` | a run needs a program; this one only raises an error | deployment |
-| `RuntimeHttpClient`, `AcquireTaskRequest`, `TaskType` | take a task; Flower's own processes would run the program that comes with it | deployment |
+| `Fab`, `build_fab_from_files` | a run needs a program; the program used here only raises an error | deployment |
+| `RuntimeHttpClient`, `AcquireTaskRequest`, `TaskType` | acquire a task; Flower's own processes would run the program in it | deployment |
 | `PullTaskInputRequest`, `PushTaskOutputRequest`, `SubStatus`, `run_from_proto` | begin and end the coordinator's task | deployment, killed |
 | `SendTaskHeartbeatRequest`, `HeartbeatSender` | keep a task alive; Flower's own function interrupts the process on failure | deployment |
-| `HttpGrid` | send and receive messages; a subclass makes its client, which must send the pass | deployment |
+| `HttpGrid` | send and receive messages; a subclass creates its client, which must send the secret of the gate | deployment |
 | `RuntimeTokenHttpInterceptor`, `RuntimeVersionHttpInterceptor`, `SuperExecAuthHttpInterceptor` | authenticate the clients above | deployment |
 | `TaskIdentity` | every `Message` reads the run's ids from it, and Flower sets it only in its own processes: set in `flower.py` | deployment, grid |
 | `pull_task_input`, `push_message` | read a node's message and send its answer in Flower's chunks | deployment |
 | `ErrorCode` | distinguish lost messages from answers | grid |
 | `create_app`, `SuperLinkLifespan`, `_parse_superlink_lifespan_config` | run the SuperLink behind the gate; Flower has no hook for middleware (`flower_process.py`) | deployment |
 | `flower_supernode` | run the SuperNode in a process that ends with its parent (`flower_process.py`) | deployment, killed |
-| `HEARTBEAT_DEFAULT_INTERVAL` | replaced in two modules (`flower_process.py`): no option sets it, and a killed node may return only after two intervals | deployment |
+| `HEARTBEAT_DEFAULT_INTERVAL` | replaced in two modules (`flower_process.py`), because no option sets it and a killed node can reconnect only after two intervals | deployment |
 """  # noqa: E501
 
 from worldloom.core.errors import ConfigError

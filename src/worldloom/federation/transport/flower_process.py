@@ -1,7 +1,7 @@
 """The processes of SuperLink and SuperNode: `flower_process.py (superlink|supernode) PARENT [OPTION ...]`.
 
-It is run as a file, so that it loads neither worldloom nor torch. PARENT is the process that started it; it ends with
-that process, even if that is killed. See `flower_internals` for what it uses of Flower.
+The file is run as a script, so that it loads neither worldloom nor torch. PARENT is the id of the process that started
+it; the script ends when that process ends or is killed. `flower_internals` lists the parts of Flower that it uses.
 """
 
 import hmac
@@ -13,10 +13,10 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-PASS = "worldloom-pass"  # the header that opens all paths but those of nodes
+PASS = "worldloom-pass"  # the header with the secret that all paths except those of nodes require
 PASS_VARIABLE = "WORLDLOOM_PASS"
 _OPEN = "/v1/fleet/"
-_HEARTBEAT_SECONDS = 10  # a killed node may return after two of them; Flower's default is 30 s
+_HEARTBEAT_SECONDS = 10  # a killed node can reconnect after two intervals; Flower's default is 30 s
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -25,9 +25,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Gate:
-    """Opens the paths of nodes, where each call is signed by a node's key, to all, and the rest to the coordinator.
+    """ASGI middleware that lets only the coordinator call paths other than those of nodes.
 
-    Flower serves the calls that register nodes, start runs and send messages on the same port, without authentication.
+    On the paths of nodes, Flower checks the signature of a node's key. On the same port it also serves calls that
+    register nodes, start runs and send messages, without authentication; these need the coordinator's secret.
     """
 
     def __init__(self, app: App, secret: str) -> None:
@@ -82,7 +83,7 @@ def supernode() -> None:
 def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)  # so that a SuperNode deregisters, and may return at once
+    os.kill(os.getpid(), signal.SIGTERM)  # so that a SuperNode deregisters and can reconnect at once
     time.sleep(5)
     os._exit(1)
 

@@ -1,6 +1,7 @@
-"""The keys of a deployment: nodes' keys for the coordinator's server, and that server's TLS certificate.
+"""The keys of a deployment: nodes' keys for connections, and the TLS certificate of the coordinator's server.
 
-They only open connections. The Ed25519 key that signs a message (`worldloom.core.signing`) proves its sender.
+These keys only authenticate connections. A message is authenticated by the sender's Ed25519 key
+(`worldloom.core.signing`).
 """
 
 import datetime
@@ -20,13 +21,13 @@ from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.files import storage_errors
 from worldloom.core.signing import write_key
 
-_SKEW = datetime.timedelta(hours=1)  # so that a node whose clock is behind accepts a new certificate
+_SKEW = datetime.timedelta(hours=1)  # so that a node with a clock that is behind accepts a new certificate
 _CA_DAYS = 3650
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tls:
-    """The paths of the coordinator's certificate, its secret key, and the authority's certificate for the nodes."""
+    """Paths of the coordinator's certificate and secret key, and of the authority's certificate, which nodes need."""
 
     authority: Path
     certificate: Path
@@ -34,10 +35,9 @@ class Tls:
 
 
 def make_node_keys(folder: Path | str, name: str) -> Path:
-    """Write the keys with which a node opens connections: ECDSA on P-384, in OpenSSH's format.
+    """Write the keys for a node's connections (ECDSA on P-384, in OpenSSH's format); return the public key's path.
 
-    The secret key, NAME.ssh, stays with the node. The public one, NAME.ssh.pub, goes to the coordinator; its path is
-    returned.
+    The secret key, NAME.ssh, stays with the node. The public key, NAME.ssh.pub, goes to the coordinator.
 
     Raises:
         StorageError: a key exists already (keys are never overwritten), or cannot be written.
@@ -57,10 +57,10 @@ def make_node_keys(folder: Path | str, name: str) -> Path:
 
 
 def make_tls(folder: Path | str, hosts: Sequence[str] = ("localhost", "127.0.0.1"), days: int = 825) -> Tls:
-    """Write the certificate of a coordinator for its names or addresses, signed by its own authority.
+    """Write a coordinator's certificate for its host names or addresses, signed by its own authority.
 
-    To renew it, remove `server.pem` and `server.key` before the certificate expires, and call this again: the authority
-    in the folder signs again, so that nodes need no new file.
+    To renew the certificate, remove `server.pem` and `server.key`, and call this again. The same authority signs the
+    new certificate, so nodes need no new file.
 
     Raises:
         ConfigError: there is no host, or `days` is below 1.
@@ -68,7 +68,7 @@ def make_tls(folder: Path | str, hosts: Sequence[str] = ("localhost", "127.0.0.1
         DataError: the authority's files are damaged.
     """
     if not hosts or days < 1:
-        raise ConfigError(f"a certificate needs a host and at least one day; got {list(hosts)} and {days}")
+        raise ConfigError(f"expected at least one host and days >= 1; got hosts {list(hosts)} and days {days}")
     folder = Path(folder)
     made = Tls(authority=folder / "ca.pem", certificate=folder / "server.pem", secret=folder / "server.key")
     _refuse_existing(made.certificate, made.secret)
@@ -89,7 +89,7 @@ def make_tls(folder: Path | str, hosts: Sequence[str] = ("localhost", "127.0.0.1
 
 
 def _authority(certificate: Path, secret: Path) -> tuple[Any, Any]:
-    """Return the authority's secret key and certificate; create them if there are none."""
+    """Return the authority's secret key and certificate; create them if they do not exist."""
     if certificate.exists() and secret.exists():
         with storage_errors(certificate):
             contents = secret.read_bytes(), certificate.read_bytes()
@@ -98,10 +98,10 @@ def _authority(certificate: Path, secret: Path) -> tuple[Any, Any]:
             known = x509.load_pem_x509_certificate(contents[1])
         except (ValueError, TypeError) as error:
             raise DataError(
-                f"{certificate.parent} has no valid authority ({error}); restore ca.pem and ca.key"
+                f"{certificate.parent} has an invalid certificate authority ({error}); restore ca.pem and ca.key"
             ) from None
         if not isinstance(signer, ec.EllipticCurvePrivateKey) or known.public_key() != signer.public_key():
-            raise DataError(f"{secret} is not the key of {certificate}; restore the matching one")
+            raise DataError(f"{secret} is not the secret key of {certificate}; restore the matching key")
         return signer, known
     _refuse_existing(certificate, secret)
     signer = ec.generate_private_key(ec.SECP384R1())

@@ -1,4 +1,4 @@
-"""The seam between a coordinator and its nodes: an exchange of messages, independent of what carries the bytes."""
+"""The interface between a coordinator and its nodes: an exchange of messages, independent of the network."""
 
 import threading
 import time
@@ -8,12 +8,12 @@ from queue import Empty, Queue
 from typing import Protocol, runtime_checkable
 
 Handler = Callable[[bytes], bytes]
-"""A node's function from a message to its answer."""
+"""A node's function that maps a message to its answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """A node's answer, or None and the error."""
+    """A node's answer; without one, `data` is None and `error` has the reason."""
 
     node: str
     data: bytes | None
@@ -22,23 +22,23 @@ class Reply:
 
 @runtime_checkable
 class Transport(Protocol):
-    """Carries messages to nodes, and their answers back."""
+    """Sends messages to nodes, and returns their answers."""
 
     def nodes(self) -> tuple[str, ...]:
-        """Return the names of the nodes that can be asked."""
+        """Return the names of the nodes that can receive messages."""
         ...
 
     def exchange(self, requests: Mapping[str, bytes], *, seconds: float, away: Collection[str] = ()) -> Iterator[Reply]:
-        """Send each node its message, and yield the answers as they come.
+        """Send each node its message, and yield the answers as they arrive.
 
-        Nodes that did not answer within `seconds`, or could not, come last, with the error. Nodes in `away` are waited
-        for only while they are connected.
+        Nodes that failed or did not answer within `seconds` are yielded last, with the error. The exchange waits for
+        nodes in `away` only while they are connected.
         """
         ...
 
 
 class InProcess:
-    """Nodes of this process, asked one after another in a separate thread: for tests and simulation."""
+    """A transport to nodes in this process, for tests and simulation; a thread calls them one after another."""
 
     def __init__(self, handlers: Mapping[str, Handler]) -> None:
         self._handlers = dict(handlers)
@@ -48,7 +48,7 @@ class InProcess:
         return tuple(self._handlers)
 
     def exchange(self, requests: Mapping[str, bytes], *, seconds: float, away: Collection[str] = ()) -> Iterator[Reply]:
-        """Ask each node; all can be reached. See `Transport`."""
+        """Send each node its message; all nodes are reachable. See `Transport`."""
         answers: Queue[Reply] = Queue()
 
         def ask() -> None:

@@ -17,7 +17,7 @@ FRAMES = np.zeros((4, 5, 6, 3), np.uint8)
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"pixels": FRAMES[:3]}, "one action fewer than frames"),
+        ({"pixels": FRAMES[:3]}, "pixels has 3 frames for 3 actions; expected 4 frames"),
         ({"pixels": FRAMES.astype(np.float32)}, "must be uint8"),
         ({"vector": np.full((4, 1), np.nan, np.float32)}, "not finite at step 0"),
         ({"pixels": FRAMES, "actions": ACTIONS.astype(np.float64)}, "must be float32"),

@@ -13,7 +13,7 @@ from worldloom.core.types import ActionBounds, ModelSpec
 def project(actions: Float[Tensor, "*axes A"], spec: ModelSpec, bounds: ActionBounds) -> Float[Tensor, "*axes A"]:
     """Return the nearest allowed blocks: within the bounds, and one-hot if actions are discrete.
 
-    Gradients pass straight through a discrete choice.
+    Gradients use a straight-through estimator for a discrete choice.
     """
     actions = bounds.clamp(actions)
     if not spec.action.discrete:
@@ -25,10 +25,10 @@ def project(actions: Float[Tensor, "*axes A"], spec: ModelSpec, bounds: ActionBo
 
 
 class Walk(Config):
-    """A random walk of actions: its direction drifts by `drift` per environment step.
+    """A random walk of actions whose direction drifts by `drift` per environment step.
 
     At each step, direction and speed are resampled with probability `renewal`. The speed is between `slowest` and
-    `fastest`; 1 is half the range of an action in a typical dimension. Actions are clamped to the bounds.
+    `fastest`; a speed of 1 is about half the range of each action dimension. Actions are clamped to the bounds.
     """
 
     drift: float = Field(default=0.3, ge=0)
@@ -39,7 +39,10 @@ class Walk(Config):
     @model_validator(mode="after")
     def _check(self) -> "Walk":
         if self.slowest > self.fastest:
-            raise ValueError(f"'slowest' must not exceed 'fastest'; got {self.slowest} and {self.fastest}")
+            raise ValueError(
+                f"'slowest' must be at most 'fastest'; got slowest={self.slowest} and fastest={self.fastest}. Lower "
+                f"'slowest' or raise 'fastest'"
+            )
         return self
 
     def sample(

@@ -1,8 +1,8 @@
 """An append-only log in which every entry stores the hash of the previous one, so that changes are detected.
 
-A line is one entry as canonical JSON (sorted keys, no spaces, ASCII): its `index`, the `time` in seconds since 1970,
+Each line is one entry as canonical JSON (sorted keys, no spaces, ASCII): its `index`, the `time` in seconds since 1970,
 the `previous` hash, the `body`, and the `hash` (SHA-256) of the other four. A chain proves that no entry was changed,
-removed or inserted. Truncation and a complete rewrite are detected only against a `ChainHead` kept elsewhere.
+removed or inserted. Truncation and a complete rewrite are detected only if a `ChainHead` was stored elsewhere.
 """
 
 import hashlib
@@ -24,14 +24,14 @@ from worldloom.core.progress import SILENT, Progress
 
 _log = logging.getLogger(__name__)
 NOTHING = "0" * 64
-"""The hash that the first entry of a chain follows."""
+"""The `previous` hash of the first entry of a chain."""
 
 _DEEPEST = 32  # levels of nested mappings and lists
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChainHead:
-    """The length of a chain and the hash of its last entry. Keep it elsewhere to detect truncation."""
+    """The length of a chain and the hash of its last entry. Store the head elsewhere to detect truncation."""
 
     length: int
     hash: str
@@ -73,8 +73,8 @@ class Verdict:
 
     Attributes:
         head: the head of the valid entries.
-        broken: the index of the first invalid entry; None if all are valid.
-        why: what is wrong with that entry.
+        broken: the index of the first invalid entry; None if all entries are valid.
+        why: the reason why that entry is invalid; empty if all entries are valid.
     """
 
     head: ChainHead
@@ -86,15 +86,16 @@ def canonical(value: Any) -> str:
     """Return the canonical JSON text of a value.
 
     Raises:
-        DataError: the value contains something that JSON cannot represent (such as a number that is not finite), or
-            it is nested too deeply.
-            Parsers differ in the depth they accept, and a chain must be readable by all of them.
+        DataError: JSON cannot represent a part of the value (for example, a number that is not finite), or the value
+            is nested too deeply. The depth is limited because every JSON parser must be able to read a chain.
     """
     _check_depth(value, _DEEPEST)
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise DataError(f"expected an entry of plain JSON values with finite numbers; got: {error}") from None
+        raise DataError(
+            f"an entry must contain only plain JSON values and finite numbers ({error}); correct the entry"
+        ) from None
 
 
 def _check_depth(value: Any, left: int) -> None:
@@ -109,7 +110,7 @@ def _check_depth(value: Any, left: int) -> None:
 
 
 class Chain(Closing):
-    """A chain that is open for writing by one process. Each entry is on disk before `append` returns.
+    """A chain that is open for writing by one process. If `durable`, each entry is on disk before `append` returns.
 
     Raises:
         StorageError: another process is writing the chain, or the file cannot be opened.
@@ -138,7 +139,7 @@ class Chain(Closing):
         """Write an entry and return it.
 
         Raises:
-            DataError: the body is not plain JSON.
+            DataError: JSON cannot represent the body, or the body is nested too deeply.
             StorageError: the disk is full or the write failed; the chain is unchanged.
         """
         entry = Entry(index=self.head.length, time=round(time.time(), 6), previous=self.head.hash, body=body)
@@ -162,7 +163,7 @@ class Chain(Closing):
         self._release.close()
 
     def _cut_torn_end(self) -> None:
-        """Remove an unfinished last entry of a killed process; it was never acknowledged."""
+        """Remove the unfinished last entry of a killed process; `append` did not return for that entry."""
         if not self.path.exists():
             return
         content = self.path.read_bytes()
@@ -173,7 +174,7 @@ class Chain(Closing):
 
 
 class Tail:
-    """Reads a chain while another process writes it; each call of `new` returns the entries added since the last.
+    """Reads a chain while another process writes it. Each call of `new` returns the entries added since the last call.
 
     An incomplete last line is skipped until it is complete. The file is not locked.
     """
@@ -183,7 +184,7 @@ class Tail:
         self._offset, self._head = 0, _EMPTY
 
     def new(self) -> list[Entry]:
-        """Return the new entries, each verified; an empty list if the file does not exist yet.
+        """Return the new entries after their verification, or an empty list if the file does not exist yet.
 
         Raises:
             DataError: an entry does not verify, or entries that were read before have been removed.
@@ -195,7 +196,8 @@ class Tail:
         with storage_errors(self.path), self.path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < self._offset:
                 raise DataError(
-                    f"{self.path} became shorter: entries that were read were removed. Read it from the start"
+                    f"{self.path} became shorter: entries that were already read have been removed. Restore the file "
+                    f"from a copy"
                 )
             file.seek(self._offset)
             content = file.read()
@@ -221,12 +223,12 @@ def entries(path: Path | str, *, progress: Progress = SILENT) -> Iterator[Entry]
     with closing(_walk(Path(path), progress)) as walk:
         for index, (entry, why) in enumerate(walk):
             if entry is None:
-                raise DataError(f"{path} does not verify: entry {index} {why}")
+                raise DataError(f"{path} does not verify: entry {index} {why}. Restore the file from a copy")
             yield entry
 
 
 def verify(path: Path | str, *, kept: ChainHead | None = None, progress: Progress = SILENT) -> Verdict:
-    """Check every entry. With a `kept` head, also detect truncation and a complete rewrite.
+    """Verify every entry of a chain. With a `kept` head, also detect truncation and a complete rewrite.
 
     Raises:
         StorageError: the file does not exist.
@@ -262,7 +264,7 @@ def _walk(path: Path, progress: Progress) -> Generator[tuple[Entry | None, str],
 
 
 def read_entry(line: bytes, head: ChainHead) -> tuple[Entry | None, str]:
-    """Return (entry, "") of a line, or (None, why) if it is not the entry that follows `head`."""
+    """Return (entry, "") for a line, or (None, why) if the line is not the entry that follows `head`."""
     if not line.endswith(b"\n"):
         return None, "is truncated"
     try:

@@ -1,4 +1,4 @@
-"""Frozen, keyword-only configuration. An unknown key is an error that suggests the nearest valid name."""
+"""Frozen, keyword-only configuration. The error for an unknown key suggests the nearest valid name."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ ConfigT = TypeVar("ConfigT", bound="Config")
 
 
 class Config(BaseModel):
-    """Base class of every configuration. It is immutable and rejects unknown keys."""
+    """Base class of all configurations, which are immutable and reject unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -25,7 +25,8 @@ class Config(BaseModel):
         """Build the configuration from plain values, as read from JSON.
 
         Raises:
-            ConfigError: a key or value is wrong; the message gives each path, what was expected and what was found.
+            ConfigError: a key or value is wrong. The message gives the path of each wrong key or value, what was
+                expected and what was found.
         """
         try:
             return cls.model_validate(dict(values))
@@ -35,7 +36,7 @@ class Config(BaseModel):
     def override(self: ConfigT, assignments: Sequence[str]) -> ConfigT:
         """Return a copy with `a.b=value` assignments applied. Values that are not JSON are used as text.
 
-        `a.name=other` replaces a component by the component `other`, with its defaults.
+        `a.name=other` replaces the component `a` by the component `other` with default options.
 
         Raises:
             ConfigError: an assignment has no `=`, a key is unknown, or a value has the wrong type.
@@ -59,16 +60,21 @@ C = TypeVar("C", bound=Component)
 
 
 def parse_component(registry: Registry[type[C]], value: Any) -> C:
-    """Return the component that `value` describes: an instance, or a mapping with the `name` of a registered one."""
+    """Return the component that `value` describes.
+
+    `value` is a component, or a mapping with the `name` of a registered component.
+    """
     if isinstance(value, Component):
         return value  # type: ignore[return-value]
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        raise ConfigError(f"expected a {registry.kind} with a 'name'; got {value!r}")
+        raise ConfigError(
+            f"expected a {registry.kind} with a 'name'; got {value!r}. Registered names: {', '.join(registry)}"
+        )
     return registry[value["name"]].parse(value)
 
 
 def component_of(registry: Registry[type[C]]) -> Callable[[Any], C]:
-    """Return a validator for a field whose value is a component of the registry; errors keep their paths."""
+    """Return a validator for a field whose value is a component of the registry; errors contain key paths."""
 
     def parse(value: Any) -> C:
         try:
@@ -95,7 +101,7 @@ def component_of(registry: Registry[type[C]]) -> Callable[[Any], C]:
 
 
 def parse_value(text: str) -> Any:
-    """Parse `text` as JSON; return it unchanged if it is not JSON."""
+    """Parse `text` as JSON; return `text` unchanged if it is not JSON."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -109,7 +115,9 @@ def _assign(values: dict[str, Any], key: str, value: Any, config: Config) -> Non
     for depth, part in enumerate([*parents, last]):
         path = ".".join([*parents, last][: depth + 1])
         if not isinstance(node, dict):
-            raise ConfigError(f"unknown key {path!r}: {'.'.join(parents[:depth])!r} is a value without keys")
+            raise ConfigError(
+                f"unknown key {path!r}: {'.'.join(parents[:depth])!r} is a value without keys. Assign the value itself"
+            )
         # The last part may be a new key, because some fields are mappings; the config class rejects it otherwise.
         if part not in node and depth < len(parents):
             raise ConfigError(f"unknown key {path!r}; {nearest(part, node)}")
@@ -125,7 +133,7 @@ def _assign(values: dict[str, Any], key: str, value: Any, config: Config) -> Non
 
 
 def explain(cls: type[BaseModel], error: ValidationError) -> list[tuple[tuple[int | str, ...], str]]:
-    """Return, for each wrong value, its path and a message with the expected and the actual value."""
+    """Return the path of each wrong key or value, and a message with the expected and the actual value."""
     found = []
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])

@@ -38,7 +38,7 @@ class CheckpointError(WorldloomError):
 
 
 class EnvironmentFailure(WorldloomError):
-    """An environment that raised, or returned something that is not finite or of the wrong shape."""
+    """An environment that raised an error, or returned values that are not finite or have the wrong shape."""
 
     exit_code = 6
 
@@ -58,8 +58,8 @@ class PlanningError(WorldloomError):
 class NoFeasiblePlan(PlanningError):
     """No plan that satisfies every guardrail was found for the environments `rows` of the batch.
 
-    The message gives the violated guardrails and by how much. `plan` is the best plan found for all environments; do
-    not follow it for those in `rows`.
+    The message gives the violated guardrails and the amount of each violation. `plan` contains the best plan found for
+    every environment of the batch; do not follow the plans of the environments in `rows`.
     """
 
     exit_code = 9

@@ -1,4 +1,4 @@
-"""The extras of `pip install 'worldloom[EXTRA]'`: what each adds, and the error message if one is missing."""
+"""The extras of `pip install 'worldloom[EXTRA]'`: their features, and the error message for a missing extra."""
 
 import importlib
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from worldloom.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class Extra:
-    """An optional part: `promise` describes what it adds, `modules` are the modules that it installs."""
+    """An optional part of worldloom: `promise` describes its features, `modules` are the modules that it needs."""
 
     promise: str
     modules: tuple[str, ...]

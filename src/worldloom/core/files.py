@@ -15,7 +15,7 @@ from worldloom.core.errors import StorageError
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` on a temporary path beside `path`, flush it to the disk, and rename it into place.
+    """Call `write` on a temporary path beside `path`, flush the file to the disk, and rename it to `path`.
 
     Raises:
         StorageError: the disk is full or the write failed; an existing file at `path` is unchanged.
@@ -57,11 +57,11 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(content.decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise StorageError(f"{path} is not valid JSON ({error}); restore the file or delete it") from None
+        raise StorageError(f"{path} is not valid JSON ({error}); restore the file from a copy, or delete it") from None
 
 
 def write_document(path: Path, kind: str, values: Mapping[str, Any], *, version: int = 1) -> None:
-    """Write `values` as JSON, with two more keys: `kind`, and `format` for the version of the format."""
+    """Write `values` as JSON, with two added keys: `kind`, and `format`, the version of the format."""
     write_json(path, {"kind": kind, "format": version, **values})
 
 
@@ -83,17 +83,19 @@ def read_document(path: Path, kind: str, *, version: int = 1) -> dict[str, Any]:
 
 @contextmanager
 def storage_errors(path: Path | str) -> Iterator[None]:
-    """Convert operating system errors on `path` to `StorageError`, with a suggested fix."""
+    """Convert operating system errors on `path` to a `StorageError` whose message contains a remedy."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            remedy = "free some space and run the same command again: what was written before is kept"
-            raise StorageError(f"the disk is full while writing {path}; {remedy}") from error
+            remedy = "free some space and run the same command again. Files that are already complete are kept"
+            raise StorageError(f"cannot write {path}, because the disk is full; {remedy}") from error
         if isinstance(error, FileNotFoundError):
             raise StorageError(f"{path} does not exist; check the path") from error
         if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-            raise StorageError(f"no permission for {path}; change its owner or choose another path") from error
+            raise StorageError(
+                f"no permission to use {path}; change the permissions, or choose another path"
+            ) from error
         if isinstance(error, NotADirectoryError):
             raise StorageError(f"a parent of {path} is a file; expected a directory. Check the path") from error
         if isinstance(error, IsADirectoryError):
@@ -105,9 +107,9 @@ def storage_errors(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill, and rename it to `path` when the body succeeds.
+    """Yield an empty temporary folder, and rename the folder to `path` when the body succeeds.
 
-    `path` therefore never contains an incomplete folder.
+    `path` is therefore never an incomplete folder.
 
     Raises:
         StorageError: `path` already exists, or a read or write failed, also inside the body.
@@ -124,12 +126,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def exclusive_lock(path: Path, otherwise: Exception | None) -> Iterator[None]:
-    """Lock `path` for this process; the kernel releases the lock when the process ends, even if it is killed.
+    """Lock `path` for this process. The kernel releases the lock when the process ends, even if it is killed.
 
-    If `otherwise` is None, wait until the lock is free.
+    If another process has the lock, raise the exception `otherwise`; if `otherwise` is None, wait for the lock.
 
     Raises:
-        otherwise: another process has the lock.
         StorageError: the lock file cannot be created or locked.
     """
     with storage_errors(path):

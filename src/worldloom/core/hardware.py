@@ -25,7 +25,7 @@ def describe_hardware() -> dict[str, Any]:
 
 
 def matmul_peak(dtype: torch.dtype) -> float:
-    """Return the highest rate of 1024 x 1024 matrix products on the CPU, measured for about 0.4 s, in FLOP/s."""
+    """Return the highest rate in FLOP/s of 1024 x 1024 matrix products on the CPU. This takes about 0.4 s."""
     left = torch.ones(1024, 1024, dtype=dtype)
     best, end = float("inf"), time.perf_counter() + 0.4
     while time.perf_counter() < end:
@@ -36,9 +36,9 @@ def matmul_peak(dtype: torch.dtype) -> float:
 
 
 def retain_freed_memory() -> None:
-    """Make glibc keep freed blocks below 256 MiB for reuse; does nothing with another C library.
+    """Make glibc keep freed blocks below 256 MiB for reuse. With another C library, do nothing.
 
-    By default glibc returns large blocks to the kernel at once, and training then spends up to half of its time on
+    By default glibc returns large blocks to the kernel at once, and training then spends up to half of the time on
     page faults.
     """
     try:

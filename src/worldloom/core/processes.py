@@ -1,4 +1,7 @@
-"""The rank of this process and the number of processes, from torchrun's environment variables; else 0 and 1."""
+"""The rank of this process and the number of processes, from torchrun's environment variables.
+
+Without torchrun, the rank is 0 and the number of processes is 1.
+"""
 
 import os
 
@@ -9,10 +12,10 @@ def is_first() -> bool:
 
 
 def world() -> int:
-    """Return how many processes torchrun started, over all machines."""
+    """Return the number of processes that torchrun started on all machines."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def on_this_machine() -> int:
-    """Return how many processes torchrun started on this machine."""
+    """Return the number of processes that torchrun started on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

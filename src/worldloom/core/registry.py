@@ -18,7 +18,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """A mapping from name to entry. The error for an unknown name suggests the nearest valid one."""
+    """A mapping from name to entry. The error for an unknown name suggests the nearest valid name."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind

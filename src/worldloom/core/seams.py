@@ -5,7 +5,7 @@ callers never check whether a method exists. Conformance kits are in `worldloom.
 
 A batch shrinks when episodes end, and when a search splits it to fit the CPU cache. Index a value object of
 `worldloom.core.types` to select environments (`context[rows]`). `select(rows)` of an objective or a guardrail returns
-one for those environments; `select(rows)` of an agent changes the agent in place.
+an objective or a guardrail for those environments; `select(rows)` of an agent changes the agent in place.
 """
 
 from abc import ABC, abstractmethod
@@ -37,7 +37,7 @@ class WorldModel(Protocol):
         return torch.device("cpu")
 
     def encode(self, observations: Observations) -> Float[Tensor, "*axes D"]:
-        """Encode each observation; its latent does not depend on the rest of the batch."""
+        """Encode each observation. The latent of an observation does not depend on the rest of the batch."""
         ...
 
     def rollout(self, context: Context, actions: Float[Tensor, "B S T A"]) -> Float[Tensor, "B S T D"]:
@@ -49,9 +49,9 @@ class Objective(ABC):
     """A cost over predicted futures; lower is better.
 
     Attributes:
-        goal: the goal latents, for searches that need them; None if the objective has none.
-        aims: whether the objective defines its own goal and replaces the goal that the agent was given.
-        staged: whether the objective has several stages, some of which an environment may have completed.
+        goal: the goal latents, for searches that need them; None if the objective has no goal latents.
+        aims: whether the objective defines its own goal and replaces the goal passed to the agent.
+        staged: whether the objective has several stages, which an environment completes in order.
     """
 
     goal: Float[Tensor, "B D"] | None = None
@@ -70,7 +70,7 @@ class Objective(ABC):
         return self
 
     def progress(self, context: Context, done: Int[Tensor, "B"] | None) -> Int[Tensor, "B"] | None:
-        """Return how many stages each environment has completed: `done`, plus one if the next is reached now.
+        """Return the number of completed stages per environment: `done`, plus 1 if the next stage is reached now.
 
         The default, for an objective without stages, returns None.
         """
@@ -88,7 +88,7 @@ class Stage(Objective):
 
     @abstractmethod
     def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return the distance of each predicted state from fulfilling the stage; 0 or less if it is fulfilled."""
+        """Return the distance of each predicted state from fulfilling the stage; 0 or less means fulfilled."""
 
     def select(self, rows: Tensor | slice) -> "Stage":
         """Return the stage for the environments `rows`; see `Objective.select`."""
@@ -96,7 +96,7 @@ class Stage(Objective):
 
 
 class Guardrail(ABC):
-    """A hard limit on predicted futures. A plan that is predicted to break it is never followed, whatever its cost.
+    """A hard limit on predicted futures. A plan that is predicted to break the limit is never followed.
 
     Attributes:
         name: the name of the guardrail, unique within a rule set.
@@ -106,7 +106,7 @@ class Guardrail(ABC):
 
     @property
     def of_actions(self) -> bool:
-        """Whether the limit depends only on actions; a search checks such limits before those that need a network."""
+        """Whether the limit depends only on actions. A search checks such limits first; they need no network."""
         return False
 
     @abstractmethod
@@ -141,8 +141,9 @@ class Agent(ABC):
         narrows: whether `select` can reduce the agent to some environments. Other agents receive all environments of
             their batch until the last episode ends.
         explores: whether `explorer` returns an explorer for the agent.
-        statistics: one figure per plan since the agent was created, by name. Timing uses `plan_seconds` and
-            `plan_environments` (the number of environments of each plan), or the calls of `act` if they are missing.
+        statistics: for each name, one value per plan since the agent was created. Timings come from `plan_seconds`
+            and `plan_environments` (the number of environments of each plan). Without these names, the calls of `act`
+            are timed.
     """
 
     narrows: bool = False
@@ -166,7 +167,7 @@ class Agent(ABC):
         return
 
     def conclude(self, rows: Sequence[int], observations: Observations, outcomes: Sequence[str]) -> None:
-        """Receive the last observations and the outcomes of episodes that ended; `rows` index the last batch.
+        """Receive the last observations and the outcomes of episodes that ended, at `rows` of the last batch.
 
         An outcome is "reached", "limit broken", both joined by a comma, or "not reached".
         """
@@ -174,17 +175,17 @@ class Agent(ABC):
 
     @property
     def parts(self) -> Mapping[str, Any]:
-        """The `PlanningAgent` of each planning part, by its name in the audit log; "" chooses the actions."""
+        """The `PlanningAgent` of each planning part, by name in the audit log; the part "" chooses the actions."""
         return {}
 
     def explorer(self) -> Explorer:
         """Return an explorer that explores other environments and fills this agent's memory; see `explores`."""
-        raise NotImplementedError(f"{type(self).__name__} does not explore")
+        raise NotImplementedError(f"{type(self).__name__} does not explore; call 'explorer' only if 'explores' is True")
 
 
 @runtime_checkable
 class Metric(Protocol):
-    """The distance of latents from goals, broadcast against each other; 0 at the goal."""
+    """The distance between latents and goals, which are broadcast against each other; 0 at the goal."""
 
     def __call__(self, latents: Float[Tensor, "*#axes D"], goal: Float[Tensor, "*#axes D"]) -> Float[Tensor, "..."]:
         """Return one distance for each latent."""
@@ -193,7 +194,7 @@ class Metric(Protocol):
 
 @runtime_checkable
 class Quantity(Protocol):
-    """Predicts a physical quantity from latents, as a probe does."""
+    """Predicts a physical quantity from latents; a probe is an example."""
 
     def __call__(self, latents: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes L"]:
         """Return the quantity of each latent."""
@@ -202,10 +203,10 @@ class Quantity(Protocol):
 
 @runtime_checkable
 class Area(Protocol):
-    """A set of points: a region of `worldloom.guardrails`."""
+    """A set of points, such as a region of `worldloom.guardrails`."""
 
     def depth(self, points: Float[Tensor, "*axes L"]) -> Float[Tensor, "*axes"]:
-        """Return the Euclidean distance of each point to the edge; positive inside, negative outside."""
+        """Return the Euclidean distance from each point to the edge; positive inside, negative outside."""
         ...
 
 

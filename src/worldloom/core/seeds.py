@@ -9,7 +9,7 @@ import torch
 
 
 def derive_seed(root: int, *names: str | int) -> int:
-    """Return a 63-bit seed for the stream `names` under `root`; the same on every machine."""
+    """Return a 63-bit seed for the stream `names` under `root`. The seed is the same on every machine."""
     text = "/".join([str(root), *map(str, names)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
@@ -26,7 +26,7 @@ def torch_generator(root: int, *names: str | int, device: torch.device | str = "
 
 @contextmanager
 def seeded_weights(root: int, *names: str | int) -> Iterator[None]:
-    """Seed PyTorch's global CPU generator, which samples initial weights, from the stream `names` within the block."""
+    """Within the block, seed PyTorch's global CPU generator (for initial weights) from the stream `names`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(root, *names))
         yield

@@ -18,7 +18,7 @@ _LARGEST = 2**26  # bytes of a signed file, which is read into memory before its
 
 
 class SigningKey:
-    """A secret key, read from its PEM file; `public` is its public key, 64 hexadecimal digits.
+    """A secret key, read from a PEM file; `public` is the matching public key, 64 hexadecimal digits.
 
     Raises:
         StorageError: the file cannot be read.
@@ -107,27 +107,29 @@ def read_signed(path: Path | str, trusted: Collection[str]) -> tuple[bytes, str]
 
     Raises:
         StorageError: the file or its signature is missing.
-        DataError: the signature does not match the content, or its key is not trusted.
+        DataError: the signature is damaged or does not match the content, or the signer's key is not trusted.
     """
     where = signature_path(path)
     if not where.is_file():
-        raise StorageError(f"{path} is not signed: {where.name} does not exist beside it. Ask its owner to sign it")
+        raise StorageError(f"{path} is not signed: {where} does not exist. Ask the owner to sign the file")
     content, values = _read(path), read_document(where, _KIND)
     try:
         key, signature = values["key"], values["signature"]
         if not _is_hex(key, 32) or not _is_hex(signature, 64):
             raise ValueError("expected a key of 64 hexadecimal digits and a signature of 128")
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{where} is not a signature ({error}); ask the owner of {path} to sign it again") from None
+        raise DataError(
+            f"{where} is not a signature ({error}); ask the owner of {path} to sign the file again"
+        ) from None
     if not verified(content, signature, key):
         raise DataError(
             f"{path} does not match the signature of {key[:16]}...: one of the two files was changed or replaced. "
-            f"Ask the owner for both again"
+            f"Ask the owner for both files again"
         )
     if key.lower() not in {known.strip().lower() for known in trusted}:
         raise DataError(
-            f"{path} is signed by {key}, which is not a trusted key; if it is the owner's key, add it to the trusted "
-            f"keys"
+            f"{path} is signed by {key}, which is not a trusted key; if this key belongs to the owner, add it to the "
+            f"trusted keys"
         )
     return content, key.lower()
 
@@ -136,7 +138,9 @@ def _read(path: Path | str) -> bytes:
     with storage_errors(path), Path(path).open("rb") as file:
         content = file.read(_LARGEST + 1)
     if len(content) > _LARGEST:
-        raise DataError(f"{path} is larger than {_LARGEST} bytes; expected a rule set or a picture")
+        raise DataError(
+            f"{path} is larger than {_LARGEST} bytes; expected a rule set, a picture or a key. Check the path"
+        )
     return content
 
 

@@ -62,18 +62,20 @@ def _mapped(part: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ObservationSpec:
-    """The shape of one observation: pixels (H, W, C), a vector of this size, or both."""
+    """The shape of one observation: pixels (H, W, C), a vector of `vector` values, or both."""
 
     pixels: tuple[int, int, int] | None = None
     vector: int = 0
 
     def __post_init__(self) -> None:
         if self.pixels is None and self.vector == 0:
-            raise DataError("an observation has neither pixels nor a vector; expected at least one of them")
+            raise DataError(
+                "an observation has neither pixels nor a vector; expected at least one. Set 'pixels' or 'vector'"
+            )
         if self.vector < 0 or (self.pixels is not None and (len(self.pixels) != 3 or min(self.pixels) < 1)):
             raise DataError(
-                f"expected pixels of shape (H, W, C) and a vector of 0 or more values; got pixels {self.pixels} and "
-                f"vector {self.vector}"
+                f"expected pixels of shape (H, W, C) with positive sizes and a vector of at least 0 values; got pixels "
+                f"{self.pixels} and a vector of {self.vector}. Correct the observation's shape"
             )
 
     @classmethod
@@ -95,7 +97,7 @@ class ObservationSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ActionSpec:
-    """The bounds of one environment action. If `discrete`, its values are scores and the argmax is the choice."""
+    """The bounds of one environment action. If `discrete`, the action's values are scores; the argmax is the choice."""
 
     low: tuple[float, ...]
     high: tuple[float, ...]
@@ -110,7 +112,7 @@ class ActionSpec:
         ):
             raise DataError(
                 f"action bounds must be finite with low < high in each dimension; got low {self.low}, "
-                f"high {self.high}. Wrap the environment so that its actions are bounded"
+                f"high {self.high}. Wrap the environment so that its actions have finite bounds"
             )
 
     @classmethod
@@ -131,7 +133,10 @@ class ActionSpec:
         """
         values = np.asarray(action, np.float32).reshape(-1)
         if values.size != self.size or not np.isfinite(values).all():
-            raise DataError(f"expected an action of {self.size} finite values; got {action}")
+            raise DataError(
+                f"expected an action of {self.size} finite values; got {action}. Correct the code that computes the "
+                f"action"
+            )
         clipped: np.ndarray = np.clip(values, np.array(self.low, np.float32), np.array(self.high, np.float32))
         return clipped
 
@@ -140,7 +145,7 @@ class ActionSpec:
 class ModelSpec:
     """The shapes of a world model's inputs and outputs.
 
-    One model step is `block` environment actions. The model's state is `context` frames, one block apart.
+    One model step is `block` environment actions. The model's input is `context` frames, one block apart.
     `fingerprint` identifies the weights, so that latents of another model can be rejected.
     """
 
@@ -200,11 +205,13 @@ class Episode:
 
     def __post_init__(self) -> None:
         if self.pixels is None and self.vector is None:
-            raise DataError("an episode has neither pixels nor vectors; expected at least one of them")
+            raise DataError(
+                "an episode has neither pixels nor vectors; expected at least one of them. Record pixels or vectors"
+            )
         self._expect("actions", self.actions, np.float32, 2)
         frames = len(self.actions) + 1
         if frames < 2:
-            raise DataError("an episode needs at least one action and two frames; got no action")
+            raise DataError("an episode needs at least one action and two frames; got no action. Drop the episode")
         parts: list[tuple[str, np.ndarray | None, Any, int]] = [
             ("pixels", self.pixels, np.uint8, 4),
             ("vector", self.vector, np.float32, 2),
@@ -216,8 +223,8 @@ class Episode:
             self._expect(name, column, dtype, axes)
             if len(column) != frames:
                 raise DataError(
-                    f"{name} has {len(column)} frames for {len(self.actions)} actions; expected one action fewer than "
-                    f"frames. Repair or drop the episode"
+                    f"{name} has {len(column)} frames for {len(self.actions)} actions; expected {frames} frames. "
+                    f"Repair or drop the episode"
                 )
 
     @staticmethod
@@ -228,7 +235,7 @@ class Episode:
                 if isinstance(array, np.ndarray)
                 else f"a {type(array).__name__}"
             )
-            raise DataError(f"{name} must be {np.dtype(dtype)} with {axes} axes; got {came}")
+            raise DataError(f"{name} must be {np.dtype(dtype)} with {axes} axes; got {came}. Convert the array")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             step = int(np.argwhere(~np.isfinite(array))[0][0])
             raise DataError(f"{name} is not finite at step {step}; drop or repair the episode")
@@ -294,7 +301,10 @@ class ActionBounds:
 
     def __post_init__(self) -> None:
         if not bool((self.low < self.high).all()):
-            raise PlanningError(f"action bounds must have low < high; got {self.low} and {self.high}")
+            raise PlanningError(
+                f"action bounds must have low < high in each dimension; got low {self.low} and high {self.high}. "
+                f"Correct the bounds"
+            )
 
     @classmethod
     def of(cls, spec: ModelSpec, device: torch.device | str = "cpu") -> "ActionBounds":
@@ -316,8 +326,8 @@ class Plan(Batched):
 
     Attributes:
         violations: the violation of each guardrail at each step of the best plan found, by name. A guardrail is
-            satisfied if all its violations are 0 or less. If one is not satisfied, an agent replaces the actions by
-            those of its fallback; the violations remain those of the rejected plan.
+            satisfied if all its violations are 0 or less. If a guardrail is not satisfied, an agent replaces
+            the actions by fallback actions; `violations` still describes the rejected plan.
         cut_short: whether the deadline ended the search; the plan is then the best one found by the deadline.
         rollouts: the number of candidates that the search rolled out.
     """

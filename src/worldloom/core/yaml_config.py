@@ -24,7 +24,7 @@ def read_yaml(path: Path | str, kind: type[ConfigT]) -> ConfigT:
         ConfigError: see `parse_yaml`.
     """
     with storage_errors(path), Path(path).open("rb") as file:
-        content = file.read(_LARGEST + 1)  # one byte more than is read, so that a larger file is refused
+        content = file.read(_LARGEST + 1)  # one byte above the limit, so that a larger file is rejected
     return parse_yaml(content, kind, source=str(path))
 
 
@@ -35,7 +35,7 @@ def parse_yaml(text: str | bytes, kind: type[ConfigT], *, source: str = "the tex
     and duplicate keys are rejected.
 
     Raises:
-        ConfigError: the text is not valid; the message gives each line, what was expected and what was found.
+        ConfigError: the text is not valid; for each wrong line, the message gives what was expected and found.
     """
     values, lines = _load(text, source)
     try:
@@ -52,31 +52,34 @@ def _load(text: str | bytes, source: str) -> tuple[dict[str, Any], dict[Place, i
 
     content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if len(content) > _LARGEST:
-        raise ConfigError(
-            f"{source} is larger than {_LARGEST} bytes, the limit for a configuration; check the path, or shorten it"
-        )
+        raise ConfigError(f"{source} is larger than {_LARGEST} bytes, the limit for a configuration; shorten the text")
     try:
         text = text if isinstance(text, str) else content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{source} is not UTF-8 text ({error}); save it as UTF-8") from None
+        raise ConfigError(f"{source} is not UTF-8 text ({error}); save the text as UTF-8") from None
     try:
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             line = event.start_mark.line + 1
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST:
-                raise ConfigError(f"{source}, line {line}: nested too deeply; expected at most {_DEEPEST} levels")
+                raise ConfigError(f"{source}, line {line}: nested too deeply; use at most {_DEEPEST} levels")
             if getattr(event, "anchor", None) or getattr(event, "tag", None):
-                raise ConfigError(f"{source}, line {line}: anchors, aliases and tags are not allowed; write the value")
+                raise ConfigError(
+                    f"{source}, line {line}: anchors, aliases and tags are not allowed; write the value in full"
+                )
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{source}{where} is not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        raise ConfigError(
+            f"{source}{where} is not valid YAML ({getattr(error, 'problem', None) or error}); correct it"
+        ) from None
     lines: dict[Place, int] = {(): 1}
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(
-            f"{source}: expected a mapping of keys and values; got {'nothing' if node is None else node.id}"
+            f"{source}: expected a mapping of keys and values; got {'nothing' if node is None else node.id}. Write one "
+            f"'key: value' per line"
         )
     return _values(node, (), lines, source), lines
 
@@ -93,22 +96,22 @@ def _values(node: Any, place: Place, lines: dict[Place, int], source: str) -> An
             return yaml.SafeLoader("").construct_object(node)
         except (yaml.YAMLError, ValueError, OverflowError) as error:
             raise ConfigError(
-                f"{source}, line {node.start_mark.line + 1}: {node.value!r} is not a valid value: {error}"
+                f"{source}, line {node.start_mark.line + 1}: {node.value!r} is not a valid value ({error}); correct it"
             ) from None
     found: dict[str, Any] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
-            raise ConfigError(f"{source}, line {line}: a key must be plain text; got a {key.id}")
+            raise ConfigError(f"{source}, line {line}: a key must be plain text; got a {key.id}. Write a name")
         if key.value in found:
-            raise ConfigError(f"{source}, line {line}: the key {key.value!r} appears twice; remove one")
+            raise ConfigError(f"{source}, line {line}: the key {key.value!r} appears twice; remove one of the two")
         lines[(*place, key.value)] = line
         found[key.value] = _values(value, (*place, key.value), lines, source)
     return found
 
 
 def _line(lines: dict[Place, int], place: Place) -> int:
-    """Return the line of a path, or of the longest part of the path that is in the text."""
+    """Return the line of a path, or of the longest prefix of the path that is in the text."""
     while place not in lines:
         place = place[:-1]
     return lines[place]

@@ -1,9 +1,9 @@
 """A control loop on a plant's clock, with one command per period: a plan that is ready in time, or the safe action.
 
-Period k begins at start + k / rate on the monotonic clock, so errors do not accumulate. In each period the loop reads
-the newest observation, the agent plans in another thread, and the loop sends the action once it is ready. An action
-that is not ready by the deadline is a *miss*: the loop sends the safe action, and logs the miss with its time and
-cause. A second thread, the watchdog, sends the safe action if the loop sends nothing.
+Period k begins at start + k / rate on the monotonic clock, so timing errors do not accumulate. In each period the loop
+reads the newest observation, the agent plans in another thread, and the loop sends the action once it is ready. An
+action that is not ready by the deadline is a *miss*: the loop sends the safe action, and logs the miss with its time
+and cause. A second thread, the watchdog, sends the safe action if the loop sends nothing.
 """
 
 import logging
@@ -64,7 +64,7 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Miss:
-    """A period whose action was not ready by its deadline; `seconds` is the deadline's time since the loop's start."""
+    """A period whose action was not ready by the deadline; `seconds` is the deadline, counted from the loop's start."""
 
     period: int
     seconds: float
@@ -74,7 +74,7 @@ class Miss:
 
 @dataclass(kw_only=True)
 class Period:
-    """The record of one period; times are in seconds since its beginning."""
+    """The record of one period; times are in seconds since the beginning of the period."""
 
     number: int
     began: float = 0.0  # the time at which the loop woke up
@@ -105,7 +105,7 @@ class ControlReport:
     ended: str = "running"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures as JSON values. Times are in ms, except those of misses in seconds since the start."""
+        """Return the figures as JSON values. Times are in ms; the times of misses are in seconds since the start."""
         sent = [period.number / self.rate + period.sent for period in self.periods if period.sent is not None]
         wakes = [period.number / self.rate + period.began for period in self.periods]
         span = wakes[-1] - wakes[0] if len(wakes) > 1 else 0.0
@@ -138,13 +138,14 @@ class ControlReport:
 class ControlLoop:
     """Drives a plant with an agent, with one command per period.
 
-    `rate` defaults to the link's rate and must equal it, because the plant's own watchdog counts its periods.
-    `deadline` is in seconds after the beginning of a period, at most one period. `safe_action` (see `SafeAction`) has
-    no default; "hold" sends nothing before the first action. An observation older than `max_age` (default: two periods)
-    is not used, which also counts as a miss. A plan that is ready only in a later period is discarded. With
-    `late="use if fresh"` it is used in that period if its observation is not older than `max_age`. A period without an
-    observation for the agent is a gap in its history, so the agent is then reset with the same goal. `watchdog=False`
-    disables the watchdog thread. `on_period(report)` is called at the end of each period and must return at once.
+    `rate` must be the link's rate (the default), because the plant's watchdog counts periods at that rate. `deadline`
+    is in seconds after the beginning of a period, at most one period. `safe_action` (see `SafeAction`) has no default;
+    "hold" sends nothing before the first action. An observation older than `max_age` (default: two periods) is not
+    used; the period then also counts as a miss. A plan that is ready only in a later period is discarded. With
+    `late="use if fresh"`, the plan is used in the later period if the plan's observation is not older than `max_age`. A
+    period in which the agent gets no observation is a gap in the agent's history; the agent is then reset with the same
+    goal. `watchdog=False` disables the watchdog thread. `on_period(report)` is called at the end of each period and
+    must return at once.
 
     Raises:
         ConfigError: the rate differs from the link's, the deadline is not within a period, or the plant does not
@@ -203,14 +204,15 @@ class ControlLoop:
     def run(self, goal: Goal, *, duration: float | None = None) -> ControlReport:
         """Drive the plant toward a goal (a batch of one) for `duration` seconds, or until `stop` or Ctrl-C.
 
-        The last command is always the safe action. After an error, `report` contains the periods before it.
+        The last command is always the safe action. After an error, `report` contains the periods before the error.
 
         Raises:
             LinkError: the link broke.
-            WorldloomError: the agent raised.
+            ConfigError: the loop has already run.
+            WorldloomError: the agent raised an error.
         """
         if self.report.ended != "running" or self._schedule is not None:
-            raise ConfigError("a control loop can run only once; create a new one")
+            raise ConfigError("a control loop can run only once; create a new control loop")
         self._worker.aim(goal)
         # Python's interval for switching threads during planning; the default of 5 ms can be a tenth of a period.
         switching = sys.getswitchinterval()
@@ -222,7 +224,7 @@ class ControlLoop:
                 self._worker.prepare(reading)
             first = self._link.receive(max(2.0, 4 / self._rate))
             if first is None:
-                raise LinkError("no observation arrived at the start; check the plant")
+                raise LinkError("no observation arrived at the start; check that the plant sends observations")
             self._drive(first, duration)
             ended = "stopped" if self._asked_to_stop else "done"
         except KeyboardInterrupt:
@@ -323,7 +325,7 @@ class ControlLoop:
         return reading
 
     def _hear_of_overdue(self) -> None:
-        """Count actions that were sent in time but reached the plant late as misses."""
+        """Count actions as misses if they were sent in time but reached the plant late."""
         numbers, self._link.overdue = self._link.overdue, []
         for number in numbers:
             for period in reversed(self.report.periods[-200:]):
@@ -357,7 +359,10 @@ class ControlLoop:
         return None
 
     def _take_late(self, period: Period, due: float) -> str | None:
-        """Handle the plan of an earlier period that is not ready yet: use it if allowed, else discard it."""
+        """Use the unfinished plan of an earlier period if `late` allows it, else discard the plan.
+
+        Return the cause of a miss, or None.
+        """
         self._worker.mark_gap()
         asked = self._worker.asked
         if self._late == "use if fresh" and asked is not None:
@@ -368,7 +373,7 @@ class ControlLoop:
         return "the planner was still busy"
 
     def _command(self, period: Period, action: np.ndarray | None, kind: Command, answers: int | None = None) -> bool:
-        """Send one command for a period (None: the safe action); return False if it already has a command."""
+        """Send one command for a period (None: the safe action); return False if the period already has one."""
         with self._commanding:
             if self._commanded >= period.number:
                 return False
@@ -411,7 +416,7 @@ class ControlLoop:
                     self.report.watchdog.append((current, time.monotonic() - schedule.due(current)))
                     _log.warning("period %d: the watchdog sent the safe action", current)
             except WorldloomError as error:
-                _log.error("the watchdog cannot reach the plant; its own watchdog must act: %s", error)
+                _log.error("the loop's watchdog cannot reach the plant; the plant's own watchdog must act: %s", error)
                 return
             number = current + 1
 
@@ -423,13 +428,13 @@ class ControlLoop:
             with self._commanding:
                 self._link.send(values, kind="safe", answers=-1)
         except WorldloomError as error:
-            _log.error("the safe action could not be sent at the end; the plant's own watchdog must act: %s", error)
+            _log.error("the last safe action could not be sent; the plant's own watchdog must act: %s", error)
 
 
 def _safe_rule(
     safe_action: SafeAction, link: Link
 ) -> tuple[Callable[[PlantReading | None], np.ndarray] | None, np.ndarray | None]:
-    """Return the safe action's function, or None, and its current values; both are None for "hold"."""
+    """Return the function of the safe action (else None) and the current values; both are None for "hold"."""
     if isinstance(safe_action, str):
         if safe_action != "hold":
             raise ConfigError(f"'safe_action' must be 'hold', values or a function; got {safe_action!r}")
@@ -491,7 +496,7 @@ class _Worker:
             return self._request is not None
 
     def ask(self, reading: PlantReading, deadline: float) -> None:
-        """Request an action for an observation; an anytime agent stops by the deadline."""
+        """Request an action for an observation. An anytime agent ends its search by the deadline."""
         with self._changed:
             self._request, self._deadline = reading, deadline
             self.asked = reading
@@ -499,7 +504,7 @@ class _Worker:
             self._changed.notify_all()
 
     def mark_gap(self) -> None:
-        """Reset the agent before the next observation, because its history misses a period."""
+        """Reset the agent before the next observation, because a period is missing in the agent's history."""
         with self._changed:
             self._gap = True
 
@@ -514,7 +519,7 @@ class _Worker:
             return answer
 
     def times(self) -> list[float]:
-        """Return the durations in seconds of agent calls that ended since the last call of this method."""
+        """Return the durations in seconds of the agent calls that have ended since the last call of `times`."""
         with self._changed:
             times, self._times = self._times, []
             return times
@@ -547,7 +552,7 @@ class _Worker:
             except (
                 Exception
             ) as error:  # any error of an agent is raised in the loop's thread, after it sends the safe action
-                failure = PlanningError(f"the agent raised {type(error).__name__}: {error}")
+                failure = PlanningError(f"the agent raised {type(error).__name__}: {error}. Repair the agent")
                 failure.__cause__ = error
                 answer = _Answer(error=failure)
             with self._changed:
@@ -557,7 +562,7 @@ class _Worker:
 
 
 def _sleep_until(moment: float, stopping: threading.Event) -> None:
-    """Sleep until `moment`, to a fraction of a millisecond: the last part is a plain sleep, which is more precise."""
+    """Sleep until `moment`, precise to a fraction of a millisecond. A plain sleep at the end gives this precision."""
     while (left := moment - time.monotonic()) > 0 and not stopping.is_set():
         if left > 0.004:
             stopping.wait(left - 0.002)

@@ -25,9 +25,9 @@ from worldloom.deploy.wire import VERSION, Address, Connection, LinkError, WireM
 class PlantReading:
     """One observation of a plant.
 
-    `sequence` increases by one with each observation. `sent` is in seconds on the plant's monotonic clock, `arrived` on
-    the agent's. `episode` counts the resets since the agent connected. `safe` means that the plant is applying its own
-    safe action. `unanswered` counts the periods without an action since the plant started.
+    `sequence` increases by one with each observation. `sent` is in seconds of the plant's monotonic clock, `arrived` in
+    seconds of the agent's monotonic clock. `episode` counts the resets since the agent connected. `safe` means that the
+    plant is applying its own safe action. `unanswered` counts the periods without an action since the plant started.
     """
 
     pixels: np.ndarray | None = None  # uint8 (H, W, C)
@@ -47,7 +47,7 @@ class PlantReading:
         )
 
     def check(self, spec: ObservationSpec) -> None:
-        """Raise `LinkError` if the observation does not match the spec in the plant's greeting."""
+        """Raise `LinkError` if the observation does not match the spec in the plant's greeting, or is not finite."""
         pixels = None if self.pixels is None else self.pixels.shape
         vector = 0 if self.vector is None else self.vector.size
         wrong_type = (self.pixels is not None and self.pixels.dtype != np.uint8) or (
@@ -55,20 +55,22 @@ class PlantReading:
         )
         if pixels != spec.pixels or vector != spec.vector or wrong_type:
             raise LinkError(
-                f"observation {self.sequence} has pixels {pixels} and a vector of {vector} values; expected uint8 "
-                f"pixels {spec.pixels} and a float32 vector of {spec.vector}, as in the plant's greeting. Correct the "
-                f"plant's code"
+                f"observation {self.sequence} has a wrong shape or dtype: pixels {pixels} and a vector of {vector} "
+                f"values; expected uint8 pixels {spec.pixels} and a float32 vector of {spec.vector} values, as in the "
+                f"plant's greeting. Correct the plant's code"
             )
         if self.vector is not None and not np.isfinite(self.vector).all():
-            raise LinkError(f"observation {self.sequence} is not finite: {self.vector}; check the plant's sensors")
+            raise LinkError(
+                f"the vector of observation {self.sequence} is not finite: {self.vector}; check the plant's sensors"
+            )
 
 
 class Link(Closing, ABC):
-    """A connection to a plant: receives its newest observation and sends it actions. All methods are thread-safe.
+    """A connection to a plant, for the newest observation and for actions. All methods are thread-safe.
 
     `counts` counts observations: `received`; `unread` (replaced by a newer one before `receive` was called); `lost`
     (never arrived); and `out of order` (arrived late and dropped). `overdue` are the sequence numbers of observations
-    whose actions reached the plant after their period.
+    for which the action reached the plant after the observation's period.
     """
 
     observation: ObservationSpec
@@ -77,7 +79,9 @@ class Link(Closing, ABC):
 
     def __init__(self, observation: ObservationSpec, action: ActionSpec, rate: float) -> None:
         if not (np.isfinite(rate) and rate > 0):
-            raise LinkError(f"'rate' must be above 0 observations per second; got {rate}")
+            raise LinkError(
+                f"expected a finite 'rate' above 0, in observations per second; got {rate}. Correct the rate"
+            )
         self.observation, self.action, self.rate = observation, action, float(rate)
         self.counts: Counter[str] = Counter()
         self.overdue: list[int] = []
@@ -87,7 +91,7 @@ class Link(Closing, ABC):
         self._failure: LinkError | None = None
 
     def receive(self, timeout: float) -> PlantReading | None:
-        """Return the newest observation that was not returned yet, or None after `timeout` seconds without one.
+        """Return the newest observation, or None if no new observation arrives within `timeout` seconds.
 
         Raises:
             LinkError: the link is broken.
@@ -101,7 +105,9 @@ class Link(Closing, ABC):
 
     @abstractmethod
     def send(self, action: Float32[np.ndarray, "A"], *, kind: str = "agent", answers: int = -1) -> None:
-        """Send an action. The plant logs its `kind` and `answers`, the sequence number of the observation used for it.
+        """Send an action.
+
+        `answers` is the sequence number of the observation that the action is for. The plant logs `kind` and `answers`.
 
         Raises:
             LinkError: the link is broken.
@@ -109,7 +115,7 @@ class Link(Closing, ABC):
 
     @abstractmethod
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> None:
-        """Request a new episode; its observations follow once the plant is ready."""
+        """Request a new episode. The first observation of the episode follows once the plant is ready."""
 
     def close(self) -> None:
         """Close the link; the plant applies its own safe action."""
@@ -141,7 +147,8 @@ class Link(Closing, ABC):
 class CallbackLink(Link):
     """A link to a plant through two functions.
 
-    `read()` returns the next observation, or None if there is none yet. It is called in another thread and may block.
+    `read()` returns the next observation, or None if no new observation exists. `read` is called in another thread and
+    may block.
     `write(action)` applies an action and must return at once. Readings without a sequence number are numbered in the
     order of arrival.
     """
@@ -193,17 +200,17 @@ class CallbackLink(Link):
             except LinkError as error:
                 self._fail(error)
             except Exception as error:  # any error of the user's function is raised by the next `receive`
-                self._fail(LinkError(f"the function 'read' raised {type(error).__name__}: {error}. Repair it"))
+                self._fail(LinkError(f"the function 'read' raised {type(error).__name__}: {error}. Repair 'read'"))
 
 
 class SocketLink(Link):
     """A link to a plant through a socket, `tcp://host:port` or `unix:path`.
 
-    `connect_timeout` (seconds) is the time for the plant to accept the connection and to send its greeting. After
-    `silence` seconds without a message, the link counts as broken; each side sends heartbeats when it is idle.
+    The plant must accept the connection and send a greeting within `connect_timeout` seconds. A link is broken after
+    `silence` seconds without a message, so each side sends heartbeats when it is idle.
 
     Raises:
-        LinkError: no plant answers, or it uses a different wire format.
+        LinkError: no plant answers, or the plant uses a different wire format.
     """
 
     def __init__(self, address: str | Address, *, connect_timeout: float = 10.0, silence: float = 2.0) -> None:
@@ -221,8 +228,8 @@ class SocketLink(Link):
         except (KeyError, TypeError, ValueError, IndexError, DataError) as error:
             self._connection.close()
             raise LinkError(
-                f"the greeting of the plant at {address} has no valid observation, action and rate ({error!r}); see "
-                f"docs/deploy.md"
+                f"the greeting of the plant at {address} has no valid observation, action and rate ({error!r}). "
+                f"Correct the greeting as described in docs/deploy.md"
             ) from error
         except LinkError:
             self._connection.close()
@@ -268,8 +275,8 @@ class SocketLink(Link):
         message = self._connection.receive(timeout)
         if message is None:
             raise LinkError(
-                f"{self.address} accepted the connection but sent no greeting within {timeout:g} s; check whether "
-                f"another agent is connected"
+                f"{self.address} accepted the connection but sent no greeting within {timeout:g} s; disconnect "
+                f"other agents, or restart the plant"
             )
         if message.type != "hello" or message.fields.get("version") != VERSION:
             raise LinkError(
@@ -297,7 +304,7 @@ class SocketLink(Link):
                         f"the plant reports: {str(message.fields.get('message'))[:500]}. Check the plant's log"
                     )
                 elif message.type == "bye":
-                    raise LinkError("the plant ended the session; start it again")
+                    raise LinkError("the plant ended the session; start the plant again")
         except LinkError as error:
             self._fail(error)
         finally:
@@ -320,7 +327,8 @@ class SocketLink(Link):
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise LinkError(
-                f"an observation has no valid sequence number or time ({error!r}); see docs/deploy.md"
+                f"an observation has no valid sequence number or time ({error!r}). Correct the plant's messages as "
+                f"described in docs/deploy.md"
             ) from None
         overdue = fields.get("overdue")
         if isinstance(overdue, list):

@@ -19,15 +19,15 @@ _BOUND = 3.4e38  # finite float32 bounds, because the range of a sensor is unkno
 class LinkEnv(gymnasium.Env[Any, np.ndarray]):
     """A link as an environment: `step` sends the action and waits for the observation of the next period.
 
-    The plant runs on its own clock. A caller that steps more slowly than the rate misses periods. The info `missed`
-    counts them; the plant's watchdog acts in them, so the info `safe` is 1. Other infos are the plant's labels, `age`
-    (seconds between the arrival of an observation and the step that returns it) and `sequence`. The reward is always 0,
-    and episodes do not end by themselves. `reset` calls `on_reset(seed)`, if set (for example, to ask an operator),
-    then requests a new episode and waits `reset_timeout` seconds for it.
+    The plant runs on its own clock. A caller that steps more slowly than the rate misses periods. The info `missed` is
+    the number of missed periods. In missed periods the plant's watchdog acts, and the info `safe` is 1. Other infos are
+    the plant's labels, `sequence`, and `age`, the seconds from the arrival of an observation to the return of `step`.
+    The reward is always 0, and episodes do not end by themselves. `reset` calls `on_reset(seed)`, if set (for example,
+    to ask an operator), then requests a new episode and waits up to `reset_timeout` seconds for the first observation.
 
     Raises:
         LinkError: the link is broken, or no observation arrives within `timeout` seconds.
-        ConfigError: not exactly one of `address` and `link` is set.
+        ConfigError: both `address` and `link` are set, or neither.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # noqa: RUF012  Gymnasium's own type
@@ -63,7 +63,7 @@ class LinkEnv(gymnasium.Env[Any, np.ndarray]):
         return self._next(self._reset_timeout)
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Send the action, and return the next period's observation, with a reward of 0."""
+        """Send the action, and return the observation of the next period, with a reward of 0."""
         values = np.asarray(action)
         if self.link.action.discrete:
             values = np.eye(self.link.action.size)[int(values)]
@@ -84,7 +84,7 @@ class LinkEnv(gymnasium.Env[Any, np.ndarray]):
     def _next(self, timeout: float) -> tuple[Any, dict[str, Any]]:
         reading = self.link.receive(timeout)
         if reading is None:
-            raise LinkError(f"no observation arrived within {timeout:g} s; check the plant")
+            raise LinkError(f"no observation arrived within {timeout:g} s; check that the plant sends observations")
         missed = 0 if self._last is None else reading.sequence - self._last.sequence - 1
         self._last = reading
         parts = {"pixels": reading.pixels, "vector": reading.vector}

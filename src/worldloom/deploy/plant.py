@@ -40,12 +40,14 @@ class PlantLog:
 class PlantServer:
     """Serves a plant to one agent at a time.
 
-    `read()` returns the current `PlantReading`; `serve` calls it at the rate, in its own thread, while an agent is
-    connected. `write(action)` applies an action, and is called from other threads. The values `safe_action` are written
-    after a period without an action, when the agent disconnects, and at the end. `reset(seed)` starts an episode. The
-    server listens at once; for port 0, `address` then contains the actual port.
+    `read()` returns the current `PlantReading`. While an agent is connected, `serve` calls `read` at the rate, in the
+    thread that called `serve`. `write(action)` applies an action, and is called from several threads. The values
+    `safe_action` are written after a period without an action, when the agent disconnects, and at the end.
+    `reset(seed)` starts an episode. The server listens as soon as it is created. For port 0, the attribute `address`
+    contains the actual port.
 
     Raises:
+        DataError: the safe action has the wrong size, or is not finite.
         LinkError: the server cannot listen at the address.
     """
 
@@ -67,7 +69,9 @@ class PlantServer:
         self._observation, self._action, self._rate = observation, action, rate
         self._safe_action = np.asarray(safe_action, np.float32)
         if self._safe_action.shape != (action.size,) or not np.isfinite(self._safe_action).all():
-            raise DataError(f"'safe_action' must have {action.size} finite values; got {safe_action}")
+            raise DataError(
+                f"'safe_action' must have {action.size} finite values; got {safe_action}. Correct the values"
+            )
         self._name, self._silence = name, silence
         self.log = PlantLog()
         self._stop = threading.Event()
@@ -115,7 +119,9 @@ class PlantServer:
         hello = connection.receive(self._silence)
         if hello is None or hello.type != "hello" or hello.fields.get("version") != VERSION:
             connection.send(WireMessage(type="error", fields={"message": f"expected a greeting of version {VERSION}"}))
-            raise LinkError(f"the agent sent no greeting of version {VERSION}")
+            raise LinkError(
+                f"the agent sent no greeting of version {VERSION}; use the same version of worldloom on both sides"
+            )
         self.log.sessions += 1
         self._episode = self._resets = 0
         self._pending_reset = None
@@ -172,7 +178,7 @@ class PlantServer:
         connection.send(WireMessage(type="observation", fields=fields, arrays=arrays), timeout=self._silence)
 
     def _begin_episode(self, connection: Connection, ended: list[LinkError]) -> None:
-        """Call the reset function, which may wait for an operator, and send heartbeats meanwhile."""
+        """Call the reset function, and send heartbeats meanwhile, because the function may wait for an operator."""
         assert self._pending_reset is not None
         seed, number = self._pending_reset
         self._pending_reset = None
@@ -203,7 +209,9 @@ class PlantServer:
                 message = connection.receive(self._silence / 4)
                 if message is None:
                     if time.monotonic() - connection.received > self._silence:
-                        raise LinkError(f"the agent has sent nothing for {self._silence:g} s")
+                        raise LinkError(
+                            f"the agent has sent nothing for {self._silence:g} s; check the agent and the network"
+                        )
                 elif message.type == "action":
                     self._act(message)
                 elif message.type == "reset":

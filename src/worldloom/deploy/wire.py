@@ -2,8 +2,8 @@
 
 A message has three parts: a prefix of 16 bytes in network order (magic `WLNK`, version, 0, length of the header, length
 of the body); the header, a JSON object in UTF-8 with the message's `type` and its `arrays` as `[name, dtype, shape]`;
-and the body, the arrays one after the other, little-endian, in C order. docs/deploy.md lists the types.
-Reading runs no code from a message, and messages above the size limits are rejected before they are read.
+and the body, the arrays one after the other, little-endian, in C order. docs/deploy.md lists the message types.
+Reading never executes code from a message. Messages above the size limits are rejected before they are read.
 """
 
 import contextlib
@@ -53,7 +53,9 @@ def encode(message: WireMessage) -> bytes:
     described, parts = [], []
     for name, array in message.arrays.items():
         if array.dtype.name not in _DTYPES:
-            raise LinkError(f"array {name!r} has dtype {array.dtype}; expected one of {', '.join(_DTYPES)}. Convert it")
+            raise LinkError(
+                f"array {name!r} has dtype {array.dtype}; expected one of {', '.join(_DTYPES)}. Convert the array"
+            )
         described.append([name, array.dtype.name, list(array.shape)])
         parts.append(np.ascontiguousarray(array, _DTYPES[array.dtype.name]).tobytes())
     values = {**message.fields, "type": message.type, "arrays": described}
@@ -73,13 +75,13 @@ def decode(header: bytes, body: bytes) -> WireMessage:
         values = json.loads(header.decode("utf-8"), parse_constant=_no_constant)
         kind, described = values.pop("type"), values.pop("arrays")
         if not isinstance(kind, str):
-            raise ValueError("its type is not text")
+            raise ValueError("the type of the message is not text")
         arrays: dict[str, np.ndarray] = {}
         place = 0
         for name, dtype, shape in described:
             sides = [int(side) for side in shape]
             if not isinstance(name, str) or len(sides) > _AXES or min(sides, default=0) < 0:
-                raise ValueError(f"its header has an invalid array {[name, dtype, shape]}")
+                raise ValueError(f"the header contains an invalid array {[name, dtype, shape]}")
             count = int(np.prod(sides, dtype=object)) if sides else 1
             end = place + count * _DTYPES[dtype].itemsize
             if end > len(body):
@@ -87,31 +89,31 @@ def decode(header: bytes, body: bytes) -> WireMessage:
             arrays[name] = np.frombuffer(bytearray(body[place:end]), _DTYPES[dtype]).reshape(sides)
             place = end
         if place != len(body):
-            raise ValueError(f"its arrays have {place} bytes, but its body has {len(body)}")
+            raise ValueError(f"the arrays have {place} bytes, but the body has {len(body)} bytes")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise LinkError(
-            f"a message cannot be read ({type(error).__name__}: {str(error)[:200]}); correct the sender, which must "
-            f"use version {VERSION} of the format in docs/deploy.md"
+            f"a message cannot be read ({type(error).__name__}: {str(error)[:200]}); the sender must use version "
+            f"{VERSION} of the format in docs/deploy.md"
         ) from None
     return WireMessage(type=kind, fields=values, arrays=arrays)
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"the header contains {name}, which is not valid JSON")
 
 
 def _check_sizes(header: int, body: int) -> None:
     if header > HEADER_LIMIT or body > BODY_LIMIT:
         raise LinkError(
-            f"a message has a header of {header} bytes and a body of {body}; the limits are {HEADER_LIMIT} and "
-            f"{BODY_LIMIT}. Send smaller pictures, or check that the other side uses this format"
+            f"a message has a header of {header} bytes and a body of {body} bytes; the limits are {HEADER_LIMIT} and "
+            f"{BODY_LIMIT} bytes. Send smaller pictures, or check that the other side uses this format"
         )
 
 
 class Connection:
     """A socket that sends and receives complete messages, with a timeout for each call.
 
-    A message is an error if it stays incomplete for `silence` seconds. One thread can receive while others send.
+    A message that stays incomplete for `silence` seconds is an error. One thread can receive while others send.
     """
 
     def __init__(self, sock: socket.socket, *, silence: float = 2.0) -> None:
@@ -154,7 +156,7 @@ class Connection:
             self._sending.release()
 
     def receive(self, timeout: float) -> WireMessage | None:
-        """Return the next message, or None if none is complete after `timeout` seconds.
+        """Return the next message, or None if no message is complete after `timeout` seconds.
 
         Raises:
             LinkError: the other side disconnected, a message stays incomplete, or the data is not a message.
@@ -198,7 +200,7 @@ class Connection:
             raise self._broken(error) from error
         if not came:
             half = f" in the middle of a message ({len(self._bytes)} bytes arrived)" if self._bytes else ""
-            raise LinkError(f"the other side closed the connection{half}; start it again")
+            raise LinkError(f"the other side closed the connection{half}; start the other side again")
         self._bytes += came
         self._touched = time.monotonic()
 
@@ -209,7 +211,8 @@ class Connection:
         if magic != MAGIC or version != VERSION:
             came = f"version {version}" if magic == MAGIC else f"bytes {bytes(magic)!r}"
             raise LinkError(
-                f"expected messages of version {VERSION} that begin with {MAGIC!r}; got {came}. Check the address"
+                f"expected messages of version {VERSION} that begin with {MAGIC!r}; got {came}. Check the address, "
+                f"and use the same version of worldloom on both sides"
             )
         _check_sizes(header, body)
         end = _PREFIX.size + header + body
@@ -229,8 +232,8 @@ class Connection:
 
     def _broken(self, error: Exception) -> LinkError:
         if self._closed:
-            return LinkError("the connection was closed by this program; connect again")
-        return LinkError(f"the connection broke ({error}); check the other side and restart it")
+            return LinkError("the connection was closed by this program; open a new connection")
+        return LinkError(f"the connection broke ({error}); check and restart the other side")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +282,9 @@ class Address:
                 return sock
             except OSError as error:
                 if time.monotonic() + 0.05 >= until:
-                    raise LinkError(f"no plant answers at {self} ({error}); start it, or check the address") from error
+                    raise LinkError(
+                        f"no plant answers at {self} ({error}); start the plant, or check the address"
+                    ) from error
                 time.sleep(0.05)
 
     def listen(self) -> socket.socket:

@@ -1,4 +1,4 @@
-"""Gymnasium environments with named factors of variation, and `VectorWorld`, which steps several copies of one."""
+"""Gymnasium environments with named factors of variation, and `VectorWorld`, which runs environments in parallel."""
 
 from typing import TYPE_CHECKING, Any
 

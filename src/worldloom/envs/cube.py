@@ -1,6 +1,6 @@
 """OGBench's cube environment on MuJoCo: an arm with a gripper, a table and one cube. Goals are observations.
 
-The environment is that of Park et al., "OGBench" (2025), in data collection mode: arm and cube start at random places.
+The environment is from Park et al., "OGBench" (2025), in data collection mode: arm and cube start at random places.
 """
 
 import copy
@@ -24,13 +24,14 @@ _CAMERA = "front_pixels"  # OGBench's camera for pixel observations, in which th
 class CubeEnv(gymnasium.Env[Any, Any]):
     """A UR5e arm with a two-finger gripper above a table with one 4 cm cube (0.05 s per step).
 
-    Observation: a float32 vector of 28 values, OGBench's state; with `observation="pixels"`, uint8 pixels (size,
-    size, 3); with "both", a dictionary of the two. The vector contains the arm's joints (6, rad) and their
-    velocities (6); the effector's position (3) in decimetres from (0.425, 0, 0) m, cos and sin of its yaw; three
-    times the gripper's closing, from [0, 1]; its contact in [0, 1]; and the cube's position (3, as for the effector),
-    quaternion (4), cos and sin of its yaw. Action: 5 values in [-1, 1], relative to the effector: x, y, z (5 cm), yaw
-    (0.3 rad), closing of the gripper (1). Infos: `block` and `effector` (x, y, z) in metres. Arm and cube start
-    anywhere within OGBench's bounds. Episodes do not end by themselves. Images are rendered only if observed.
+    Observation: a float32 vector of 28 values, OGBench's state; with `observation="pixels"`, uint8 pixels (size, size,
+    3); with "both", a dictionary of pixels and vector. The vector contains the arm's joint angles (6, rad) and joint
+    velocities (6); the effector's position (3) in decimetres from (0.425, 0, 0) m, and cos and sin of the effector's
+    yaw; the gripper's closing in [0, 1], times 3; the gripper's contact in [0, 1]; the cube's position (3, in the units
+    of the effector's position), quaternion (4), and cos and sin of the cube's yaw. Action: 5 values in [-1, 1],
+    relative to the effector: x, y, z (5 cm), yaw (0.3 rad), closing of the gripper (1). Infos: `block` and `effector`
+    (x, y, z) in metres. Arm and cube start anywhere within OGBench's bounds. Episodes do not end by themselves. Images
+    are rendered only if observed.
 
     Raises:
         EnvironmentFailure: `ogbench` is not installed, an argument is out of range, or pixels are requested and no
@@ -96,9 +97,9 @@ _TEMPLATES = threading.local()  # one per thread, because the inverse kinematics
 
 
 def _load(*, draws: bool) -> Any:
-    """Return OGBench's environment with its own state. All copies in a thread share the compiled model.
+    """Return OGBench's environment with its own state. All environments in a thread share the compiled model.
 
-    Compilation takes a second, so it would take minutes for a hundred copies.
+    Compilation takes a second, so separate models for a hundred environments would take minutes.
     """
     mujoco = load_mujoco(draws=draws, extra="cube")
     template = getattr(_TEMPLATES, "world", None)

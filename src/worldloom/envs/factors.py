@@ -29,7 +29,7 @@ ClosingDoor = Literal["none", "up", "down", "left", "right"]
 
 @dataclass(frozen=True)
 class Draw:
-    """The sampling function of a factor that may vary; an annotation of its field."""
+    """The sampling function of a factor that may vary, used as an annotation of the factor's field."""
 
     value: Callable[[np.random.Generator], Any]
 
@@ -52,10 +52,10 @@ def _doors(rng: np.random.Generator) -> tuple[float, ...]:
 
 
 class RoomFactors(Config):
-    """The factors that all pixel environments share. The agent is a disc, but collides as its bounding square.
+    """The factors that all pixel environments share. The agent is a disc, but its collisions use the bounding square.
 
-    `action_turn` and `action_mirror` describe the agent's actuators. Before an action moves the agent, it is mirrored
-    (left and right exchanged), then turned clockwise in the frame by `action_turn` degrees.
+    `action_turn` and `action_mirror` describe the agent's actuators. An action is first mirrored (left and right
+    exchanged), then turned clockwise in the frame by `action_turn` degrees. The result moves the agent.
     """
 
     varies: ClassVar[tuple[str, ...]] = ()
@@ -79,28 +79,28 @@ class RoomFactors(Config):
         return {name: part.value for name, field in fields for part in field.metadata if isinstance(part, Draw)}
 
     def walls(self) -> Float64[np.ndarray, "M 4"]:
-        """Return the walls as rectangles (left, top, right, bottom); by default there are none."""
+        """Return the walls as rectangles (left, top, right, bottom). The default has no walls."""
         return np.zeros((0, 4))
 
     def rooms(self, points: Float64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "P"]:
-        """Return the index of the room that contains each point (x, y), -1 in a doorway; by default always 0."""
+        """Return the index of the room that contains each point (x, y), or -1 in a doorway. The default is 0."""
         return np.zeros(len(points), np.int64)
 
     def after(self, step: int) -> "RoomFactors":
-        """Return the factors that apply from this step of an episode on; the default returns `self`."""
+        """Return the factors that apply from this step of an episode onwards; the default returns `self`."""
         return self
 
     def convention(self) -> Float64[np.ndarray, "2 2"]:
-        """Return the matrix that maps an action (a column) to a motion to the right and down."""
+        """Return the matrix that maps an action (a column vector) to a motion (right, down)."""
         quarter = np.linalg.matrix_power(np.array([[0.0, -1.0], [1.0, 0.0]]), self.action_turn // 90)
         return quarter @ np.diag([-1.0 if self.action_mirror else 1.0, 1.0])
 
     def drift(self) -> tuple[float, float]:
-        """Return the drift per step in px, which is added to every motion."""
+        """Return the drift (right, down) in px per step. The simulator adds the drift to every motion."""
         return 0.0, 0.0
 
     def hazards(self) -> "Hazards | None":
-        """Return the pits at the start of an episode, or None if there are none."""
+        """Return the pits at the start of an episode, or None if the environment has no pits."""
         return None
 
     def _clearance(self) -> float:
@@ -115,7 +115,7 @@ WORLDS: Registry[type[RoomFactors]] = Registry("world of pixel rooms")
 class TwoRoomFactors(RoomFactors):
     """Two rooms separated by a wall with a door, or a single room if `wall` is False.
 
-    The agent's centre fits through the door within `door_size` px of `door_position`.
+    The agent's centre can pass through the door at up to `door_size` px from `door_position`.
     """
 
     varies = ("door_position",)
@@ -127,7 +127,7 @@ class TwoRoomFactors(RoomFactors):
     wall_axis: Annotated[Axis, Draw(lambda rng: str(rng.choice(["vertical", "horizontal"])))] = "vertical"
 
     def walls(self) -> Float64[np.ndarray, "M 4"]:
-        """Return the two parts of the wall; no rectangles without a wall."""
+        """Return the two parts of the wall, or no rectangles if `wall` is False."""
         if not self.wall:
             return np.zeros((0, 4))
         gap = self.door_size + self.agent_radius
@@ -135,7 +135,10 @@ class TwoRoomFactors(RoomFactors):
         return np.array([_turned(wall) if self.wall_axis == "horizontal" else wall for wall in walls])
 
     def rooms(self, points: Float64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "P"]:
-        """Return 0 on the left or top of the wall, 1 on the other side, -1 in the doorway; 0 without a wall."""
+        """Return for each point 0 (left of or above the wall), 1 (right or below) or -1 (in the doorway).
+
+        If `wall` is False, return 0 for every point.
+        """
         if not self.wall:
             return np.zeros(len(points), np.int64)
         across = points[:, 0 if self.wall_axis == "vertical" else 1] - self.wall_position
@@ -146,8 +149,8 @@ class TwoRoomFactors(RoomFactors):
 class FourRoomsFactors(RoomFactors):
     """Four rooms separated by a cross of two walls, whose four arms (up, down, left, right) have one door each.
 
-    The `closing_door` closes after `closing_step` steps of an episode, or later if the agent is in it, as soon as the
-    agent leaves. With `closing_step=0` it is closed from the start.
+    The `closing_door` closes after `closing_step` steps of an episode. If the agent is in the door at that step, the
+    door closes when the agent leaves. With `closing_step=0` the door is closed from the start.
     """
 
     varies = ("door_positions",)
@@ -158,7 +161,7 @@ class FourRoomsFactors(RoomFactors):
     closing_step: Annotated[int, Draw(lambda rng: int(rng.integers(0, 100)))] = Field(0, ge=0)
 
     def walls(self) -> Float64[np.ndarray, "M 4"]:
-        """Return the two parts of each arm; they touch if the door is closed."""
+        """Return the two parts of each arm. The two parts touch if the door between them is closed."""
         middle, thick = SIDE / 2, self.wall_thickness
         parts: list[tuple[float, float, float, float]] = []
         for number, (name, door) in enumerate(zip(DOORS, self.door_positions, strict=True)):
@@ -170,13 +173,13 @@ class FourRoomsFactors(RoomFactors):
         return np.array(parts)
 
     def after(self, step: int) -> "FourRoomsFactors":
-        """Return the factors that apply from this step of an episode on, with the door closed after its step."""
+        """Return the factors that apply from this step of an episode onwards; the door may have closed."""
         return (
             self if step < self.closing_step or self.closing_step == 0 else self.model_copy(update={"closing_step": 0})
         )
 
     def rooms(self, points: Float64[np.ndarray, "P 2"]) -> Int64[np.ndarray, "P"]:
-        """Return the quadrant, 0 to 3; -1 in a doorway."""
+        """Return the quadrant of each point, 0 to 3, or -1 in a doorway."""
         across = points - SIDE / 2
         quadrant = (across[:, 0] > 0) + 2 * (across[:, 1] > 0)
         return np.where((np.abs(across) < self._clearance()).any(axis=1), -1, quadrant)
@@ -184,7 +187,7 @@ class FourRoomsFactors(RoomFactors):
 
 @dataclass(frozen=True, kw_only=True)
 class Hazards:
-    """P round pits. The agent falls into a pit if its centre is within `pit_radius` of the pit's centre."""
+    """P round pits. The agent falls into a pit if the agent's centre is within `pit_radius` of the pit's centre."""
 
     factors: "PitsFactors"
     centres: Float64[np.ndarray, "P 2"]
@@ -204,9 +207,9 @@ class PitsFactors(RoomFactors):
     The episode then ends after `linger` steps, so that logs contain steps in which actions have no effect.
 
     Pits move at `pit_speed` px per step in the directions `pit_heading` (radians) and bounce off the edge. Starts and
-    goals are at least `pit_clearance` px from the pits' initial positions. The `wind` moves the agent by so many px
-    per step. If `shift_step` is above 0, from that step on the agent's speed is multiplied by `speed_after`, and the
-    wind is `wind_after`.
+    goals are at least `pit_clearance` px from the pits' initial positions. The `wind` (right, down) is the agent's
+    drift in px per step. If `shift_step` is above 0, then from that step onwards the agent's speed is multiplied by
+    `speed_after` and the wind is `wind_after`.
     """
 
     varies = ("pits",)
@@ -230,7 +233,7 @@ class PitsFactors(RoomFactors):
     wind_after: tuple[float, float] = (0.0, 0.0)
 
     def after(self, step: int) -> "PitsFactors":
-        """Return the factors that apply from this step of an episode on, with the changed speed and wind if due."""
+        """Return the factors that apply from this step of an episode onwards; speed and wind may have changed."""
         if step < self.shift_step or self.shift_step == 0:
             return self
         shifted = {"shift_step": 0, "agent_speed": self.agent_speed * self.speed_after, "wind": self.wind_after}
@@ -264,7 +267,7 @@ class MazeFactors(RoomFactors):
     agent_speed: Annotated[float, _uniform(1.0, 2.0)] = Field(1.25, gt=0, le=4)
     wall_thickness: Annotated[float, _uniform(1.5, 3.0)] = Field(2.0, ge=1, le=3)
     cells: Annotated[int, Draw(lambda rng: int(rng.integers(3, 6)))] = Field(5, ge=2, le=6)
-    # A label holds a layout exactly.
+    # A float32 label can represent every layout exactly.
     layout: Annotated[int, Draw(lambda rng: int(rng.integers(2**24)))] = Field(0, ge=0)
 
     def walls(self) -> Float64[np.ndarray, "M 4"]:

@@ -32,9 +32,9 @@ _FASTEST = 5.0  # m/s; the maximum speed of the maze's point along each axis
 
 
 class MuJoCoEnv(gymnasium.Env[Any, Any]):
-    """Base class of MuJoCo environments with one camera, `height` m above; copies share the model and its renderer.
+    """Base class of MuJoCo environments with one camera, `height` metres above the plane.
 
-    With `draws` unset, it works without OpenGL until something is drawn.
+    Environments with the same model share the model and its renderer. With `draws=False`, only rendering needs OpenGL.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}  # noqa: RUF012 - Gymnasium declares it so
@@ -87,10 +87,10 @@ class MuJoCoEnv(gymnasium.Env[Any, Any]):
 class ReacherEnv(MuJoCoEnv):
     """A two-link arm in the plane, with the physics of Gymnasium's Reacher-v5 (0.02 s per step).
 
-    Observation: uint8 pixels (size, size, 3); one frame does not show velocities. Action: a torque for each joint in
-    [-1, 1], scaled by `torque`, a fraction of Gymnasium's largest torque, under which the arm would spin. Infos:
-    `joints` (2) in radians within [-pi, pi), `fingertip` (x, y) in metres. Episodes start at rest with random joint
-    angles, and do not end by themselves.
+    Observation: uint8 pixels (size, size, 3); one frame does not show velocities. Action: one value in [-1, 1] for each
+    joint, multiplied by `torque`, which is a fraction of Gymnasium's largest torque. The largest torque would make the
+    arm spin. Infos: `joints` (2) in radians within [-pi, pi), `fingertip` (x, y) in metres. Episodes start at rest with
+    random joint angles, and do not end by themselves.
     """
 
     def __init__(self, size: int = 64, torque: float = 0.1, render_mode: str | None = None) -> None:
@@ -115,9 +115,9 @@ class ReacherEnv(MuJoCoEnv):
 class PointMazeEnv(MuJoCoEnv):
     """A point mass in a maze of 1 m cells, with the parameters of Gymnasium-Robotics' PointMaze.
 
-    `layout` is one of `LAYOUTS`. Observation: uint8 pixels (size, size, 3). Action: a force along x and y in
-    [-1, 1] times 100 N, applied for `substeps` of 0.01 s. Infos: `position` (x, y) in metres from the maze's centre.
-    Episodes do not end by themselves.
+    `layout` is one of `LAYOUTS`. Observation: uint8 pixels (size, size, 3). Action: two values in [-1, 1], the force
+    along x and y in units of 100 N, applied for `substeps` steps of 0.01 s. Infos: `position` (x, y) in metres from the
+    maze's centre. Episodes do not end by themselves.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ def _maze_model(layout: str) -> Any:
 
 
 def _centres(rows: tuple[str, ...], kind: str) -> np.ndarray:
-    """Return the centres (x, y) of the cells of a kind; the first row is at the top."""
+    """Return the centres (x, y) of the cells marked with `kind`; the first row is at the top."""
     height, width = len(rows), len(rows[0])
     return np.array(
         [

@@ -27,7 +27,8 @@ _TRIES = 10_000
 class PointHazardsTask(Config):
     """The requirements on a start and a goal.
 
-    `min_distance` is in metres. `obstructed` requires (True) or forbids (False) a hazard on the straight line between.
+    `min_distance` is in metres. `obstructed` requires (True) or forbids (False) a hazard on the straight line between
+    start and goal.
     """
 
     min_distance: float = Field(1.0, ge=0, lt=2)
@@ -40,15 +41,15 @@ class PointHazardsEnv(MuJoCoEnv):
     The hazards' positions are random in each episode, or fixed by the seed `layout`.
 
     The robot, the number and size of the hazards and the lidar follow Safety-Gymnasium's PointGoal1 (Ji et al., 2023),
-    without its vase and its rewards. Observation: a float32 vector of 23 values: position (2) in metres, cos and sin
-    of the heading, velocity (2) along and across the heading in m/s, turning rate in rad/s, and 16 lidar bins around
-    the robot. A bin is the closeness in [0, 1] of the nearest hazard there, 0 beyond 3 m; each hazard is shared by the
-    two bins nearest to its bearing. Action: 2 values in [-1, 1], drive and turn. Infos: `position` (2); `hazard_depth`
-    in metres, the distance from the robot's centre to the edge of the nearest hazard (negative outside); and `cost`,
-    1 inside a hazard. Hazards do not stop the robot. Episodes do not end by themselves.
+    without the vase and the rewards. Observation: a float32 vector of 23 values: position (2) in metres, cos and sin of
+    the heading, velocity (2) along and across the heading in m/s, turning rate in rad/s, and 16 lidar bins around the
+    robot. A bin is the closeness in [0, 1] of the nearest hazard in its direction, 0 beyond 3 m. A hazard counts in the
+    two bins nearest to the hazard's bearing. Action: 2 values in [-1, 1], drive and turn. Infos: `position` (2);
+    `hazard_depth` in metres, the distance from the robot's centre to the edge of the nearest hazard (negative outside);
+    and `cost`, 1 inside a hazard. Hazards do not stop the robot. Episodes do not end by themselves.
 
     `reset(options={"task": {...}})` also samples a goal (see `PointHazardsTask`) and adds to the infos: `goal`, the
-    observation at the goal at rest; `goal_position`; and `wall_between`, whether a hazard is on the straight line.
+    observation at the goal at rest; `goal_position`; and `wall_between`, whether a hazard is between start and goal.
 
     Raises:
         EnvironmentFailure: MuJoCo is not installed, or rendering is requested and no OpenGL is available.
@@ -81,7 +82,7 @@ class PointHazardsEnv(MuJoCoEnv):
             ):
                 break
         else:
-            raise ConfigError(f"found no start and goal with {wanted} in {_TRIES} tries; relax the options")
+            raise ConfigError(f"found no start and goal with {wanted} in {_TRIES} tries; relax the options of the task")
         infos: dict[str, Any] = {}
         if wanted is not None:
             self._put(goal, self.np_random.uniform(-np.pi, np.pi))
@@ -121,7 +122,7 @@ class PointHazardsEnv(MuJoCoEnv):
         return np.array([x, y, cos, sin, *velocity, turning, *lidar], np.float32)
 
     def _lidar(self, away: Float64[np.ndarray, "H 2"]) -> Float64[np.ndarray, "_"]:
-        """Return the closeness of the hazards, each shared by the two bins nearest to its bearing."""
+        """Return the lidar bins. Each hazard counts in the two bins nearest to the hazard's bearing."""
         bearing = np.arctan2(away[:, 1], away[:, 0]) % (2 * np.pi) / (2 * np.pi) * BINS
         close = np.clip(1 - np.linalg.norm(away, axis=1) / _SIGHT, 0, 1)
         first, share = bearing.astype(int), bearing % 1

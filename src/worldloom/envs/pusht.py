@@ -1,7 +1,7 @@
 """PushT: a disc pushes a T-shaped block on a table, with the physics of `gym-pusht` (pymunk).
 
-The task is that of Florence et al. (2021) and Chi et al., "Diffusion Policy" (2023), without its fixed target: goals
-are observations.
+The task is from Florence et al. (2021) and Chi et al., "Diffusion Policy" (2023), without the fixed target: goals are
+observations.
 """
 
 import os
@@ -21,12 +21,13 @@ _REACH = 100.0  # px from the disc to the target for an action of 1, the usual s
 
 
 class PushTEnv(gymnasium.Env[Any, Any]):
-    """The table seen from above; an action is the disc's target, relative to its position.
+    """PushT, seen from above. An action is the disc's target, relative to the disc's position.
 
-    Observation: uint8 pixels (size, size, 3), the table scaled by area. Action: (dx, dy) in [-1, 1], in units of
-    100 px of the 512 px table; a PD controller follows that target for 0.1 s. The disc keeps its velocity from step
-    to step, which one frame does not show; the block stops when nothing pushes it. Infos: `agent` (x, y) and `block`
-    (x, y) in px of the table, `angle` of the block in radians within [0, 2 pi). Episodes do not end by themselves.
+    Observation: uint8 pixels (size, size, 3), the table scaled by area. Action: (dx, dy) in [-1, 1], in units of 100 px
+    of the 512 px table; a PD controller moves the disc toward the target for 0.1 s. The disc keeps its velocity between
+    steps, but one frame does not show the velocity. The block stops when nothing pushes it. Infos: `agent` (x, y) and
+    `block` (x, y) in px of the table, `angle` of the block in radians within [0, 2 pi). Episodes do not end by
+    themselves.
 
     Raises:
         EnvironmentFailure: `gym-pusht` is not installed, or the size is out of range.
@@ -63,7 +64,7 @@ class PushTEnv(gymnasium.Env[Any, Any]):
         return self.render(), 0.0, False, False, self._infos()
 
     def render(self) -> UInt8[np.ndarray, "H W 3"]:
-        """Return the frame of the observation: pymunk's own colours, without the target of the original task."""
+        """Return the observed frame, in pymunk's own colours and without the target of the original task."""
         self._surface.fill((255, 255, 255))
         self._physics.space.debug_draw(self._options)
         whole = np.ascontiguousarray(self._pixels(self._surface).transpose(1, 0, 2))

@@ -21,10 +21,10 @@ _EGL_PLATFORM_DEVICE = 0x313F
 
 
 def choose_gl() -> str:
-    """Set MUJOCO_GL to `egl` if an EGL device works, else to `osmesa`; return its value. A value already set is kept.
+    """Set MUJOCO_GL to `egl` if an EGL device works, else to `osmesa`, and return the value. An existing value is kept.
 
     Raises:
-        EnvironmentFailure: neither is installed; the message says what to install.
+        EnvironmentFailure: neither EGL nor OSMesa works; the message says what to install.
     """
     chosen = os.environ.get("MUJOCO_GL")
     if chosen or not sys.platform.startswith("linux"):
@@ -40,7 +40,7 @@ def choose_gl() -> str:
 
 
 def load_mujoco(*, draws: bool = True, extra: str = "mujoco") -> Any:
-    """Return the module `mujoco`, with an OpenGL that needs no display; without `draws`, OpenGL may be missing.
+    """Return the module `mujoco`, set up to render without a display. With `draws=False`, OpenGL may be missing.
 
     Raises:
         EnvironmentFailure: `mujoco` (a module of `extra`) is missing, or `draws` is set and no OpenGL is available.
@@ -86,7 +86,7 @@ def _start(model: Any, size: int) -> Any:
     except Exception as error:  # each backend raises its own
         raise EnvironmentFailure(
             f"OpenGL with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} does not start ({error}). Import worldloom "
-            f"before mujoco, which selects its backend on import; if no backend is installed, {GL_REMEDY}"
+            f"before mujoco, because mujoco selects its backend on import. If no backend is installed, {GL_REMEDY}"
         ) from error
     for flag in ("mjRND_SHADOW", "mjRND_REFLECTION", "mjRND_SKYBOX", "mjRND_HAZE"):
         renderer.scene.flags[getattr(mujoco.mjtRndFlag, flag)] = 0

@@ -26,19 +26,19 @@ Infos = dict[str, Any]
 class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     """N rooms of one world. Observations are frames (N, size, size, 3), actions (N, 2) in [-1, 1] (x right, y down).
 
-    An action times `agent_speed` px moves the centre; the agent slides along walls. There is no reward (0.0), and an
-    episode ends only after `max_episode_steps` or in a deadly pit. Infos hold `position` (N, 2) in px, and every
-    numeric factor in `vary`; where there are pits, also `pit_positions` (N, 6), x and y of each, and `pit_depth` (N,),
-    how deep the agent's centre lies in one.
+    Each step moves the agent's centre by the action times `agent_speed` px; the agent slides along walls. The reward is
+    always 0.0. An episode ends only after `max_episode_steps` or in a deadly pit. Infos contain `position` (N, 2) in
+    px and every numeric factor in `vary`. With pits, infos also contain `pit_positions` (N, 6), the x and y of each
+    pit, and `pit_depth` (N,), the distance in px from the agent to the edge of the nearest pit (negative outside).
 
     Args:
-        world: "TwoRoom", "FourRooms", "Maze" or "Pits"; each id registered with Gymnasium sets it.
-        num_envs: N.
-        vary: the factors drawn anew for each episode, from the episode's seed; see the world's factors. The
-            default is the place of the doors, the layout of the maze, or the places of the pits.
-        factors: the values of others, where they are not the defaults.
+        world: "TwoRoom", "FourRooms", "Maze" or "Pits". Environment ids registered with Gymnasium set this argument.
+        num_envs: the number N of parallel environments.
+        vary: the factors that are resampled in each episode, from the episode's seed; see the factors of the world.
+            The default is the positions of the doors, the layout of the maze, or the positions of the pits.
+        factors: the values of fixed factors. All other factors that are not in `vary` have their default values.
         size: the side of a frame in pixels; the world itself is always 64 px wide.
-        max_episode_steps: after so many steps an episode is truncated.
+        max_episode_steps: the number of steps after which an episode is truncated; None means no limit.
         render_mode: None or "rgb_array".
 
     `reset(options=...)` accepts `factors`, values for the next episodes, and `task`, the fields of `TaskOptions`.
@@ -46,7 +46,7 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     (N, size, size, 3), `goal_position` (N, 2), `shortest_steps` (N,) and `wall_between` (N,).
 
     Raises:
-        ConfigError: a factor or option is unknown, a value is out of range, or the layout allows no such task.
+        ConfigError: a factor or option is unknown, a value is out of range, or no task satisfies the options.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012 - Gymnasium's own type
@@ -121,7 +121,9 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         """Move each agent; an environment whose episode has ended starts the next episode instead."""
         wanted: Float64[np.ndarray, "N 2"] = np.asarray(actions, np.float64)
         if wanted.shape != (self.num_envs, 2) or not np.isfinite(wanted).all():
-            raise ConfigError(f"expected finite actions of shape {(self.num_envs, 2)}; got {wanted.shape}: {wanted}")
+            raise ConfigError(
+                f"expected finite actions of shape {(self.num_envs, 2)}; got shape {wanted.shape}: {wanted}"
+            )
         again = np.flatnonzero(self._over)
         self._simulator.step(wanted, ~self._over)
         self._elapsed += 1

@@ -1,6 +1,6 @@
 """The simulator of the pixel environments: motion, collisions and rendering of a batch, in NumPy.
 
-Each environment's numbers are independent of the rest of the batch, bit for bit.
+An environment gives the same results, bit for bit, whatever the other environments of the batch are.
 """
 
 from dataclasses import replace
@@ -62,8 +62,8 @@ class Simulator:
     def step(self, actions: Float64[np.ndarray, "N 2"], moving: Bool[np.ndarray, "N"]) -> None:
         """Move the agents by their speed times `actions` in [-1, 1] (turned and mirrored), plus the wind.
 
-        Agents move along x, then along y. On each axis they stop exactly at the first wall, so that no speed passes
-        through a wall. Agents in a deadly pit do not move.
+        Agents move along x, then along y. On each axis they stop exactly at the first wall, so that even fast
+        agents cannot pass through walls. Agents in a deadly pit do not move.
         """
         self._fallen_for += moving & self.fallen
         going = moving & ~self.fallen
@@ -83,7 +83,7 @@ class Simulator:
                 self._measure(int(row))
 
     def lost(self) -> Bool[np.ndarray, "N"]:
-        """Return which episodes have ended by a fall into a pit."""
+        """Return, for each environment, whether the episode has ended because the agent fell into a pit."""
         lingers = np.array([0 if pits is None else pits.factors.linger for pits in self.hazards])
         return self.fallen & (self._fallen_for >= lingers)
 
@@ -134,7 +134,7 @@ def free(factors: RoomFactors, points: Float64[np.ndarray, "P 2"]) -> Bool[np.nd
 
 
 def _moved(pits: Hazards) -> Hazards:
-    """Return the pits one step later; they bounce off the edge."""
+    """Return the pits one step later. Pits bounce off the edge."""
     centres, velocities, radius = pits.centres + pits.velocities, pits.velocities, pits.factors.pit_radius
     outside = (centres < radius) | (centres > SIDE - radius)
     return replace(

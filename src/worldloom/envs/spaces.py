@@ -14,8 +14,9 @@ from worldloom.core.types import ActionSpec, Observations, ObservationSpec
 class ObservationAdapter:
     """Converts a batch of an environment's observations to pixels, a vector or both.
 
-    An unsigned-byte box with three axes (H, W, C) is the pixels. Other numeric boxes are flattened into the vector,
-    in the order of their sorted keys for a dictionary. `Discrete` parts become one-hot.
+    A box of unsigned bytes with three axes (H, W, C) becomes the pixels. Other numeric parts are flattened and
+    concatenated into the vector; the parts of a dictionary are in the order of their sorted keys. `Discrete` parts
+    become one-hot.
 
     Raises:
         EnvironmentFailure: the space has several images, or a part that is neither an image nor numeric.
@@ -55,18 +56,21 @@ class ObservationAdapter:
             pixels = np.asarray(parts[self._image_key])
             if pixels.dtype != np.uint8 or pixels.shape[1:] != self.spec.pixels:
                 raise EnvironmentFailure(
-                    f"{where}pixels must be uint8 of shape {self.spec.pixels}; got {pixels.dtype} of {pixels.shape[1:]}"
+                    f"{where}pixels must be uint8 of shape {self.spec.pixels}; got {pixels.dtype} of shape "
+                    f"{pixels.shape[1:]}. Correct the environment's observation space"
                 )
         if self._vectors:
             columns = [self._flatten(parts[key], part) for key, part in self._vectors]
             vector = np.concatenate(columns, axis=1)
             if vector.shape[1] != self.spec.vector:
                 raise EnvironmentFailure(
-                    f"{where}the observation vector must have {self.spec.vector} values; got {vector.shape[1]}"
+                    f"{where}the observation vector must have {self.spec.vector} values; got {vector.shape[1]}. "
+                    f"Correct the environment's observation space"
                 )
             if not np.isfinite(vector).all():
                 raise EnvironmentFailure(
-                    f"{where}the observation vector is not finite: {vector[~np.isfinite(vector).all(axis=1)][0]}"
+                    f"{where}the observation vector is not finite: {vector[~np.isfinite(vector).all(axis=1)][0]}. "
+                    f"Repair the environment"
                 )
         return Observations.from_numpy(pixels, vector)
 
@@ -91,7 +95,8 @@ class ActionAdapter:
             self.spec = ActionSpec(low=low, high=high)
         else:
             raise EnvironmentFailure(
-                f"the action space is {space}; expected a Box of floats or a Discrete space. Wrap the environment"
+                f"the action space is {space}; expected a Box of floats or a Discrete space. Convert the "
+                f"actions with a gymnasium.ActionWrapper"
             )
 
     def __call__(self, actions: np.ndarray, *, where: str = "") -> np.ndarray:
@@ -102,14 +107,16 @@ class ActionAdapter:
         """
         low, high = np.array(self.spec.low, np.float32), np.array(self.spec.high, np.float32)
         if actions.ndim != 2 or actions.shape[1] != self.spec.size:
-            raise DataError(f"{where}actions must have shape (B, {self.spec.size}); got {actions.shape}")
+            raise DataError(
+                f"{where}actions must have shape (B, {self.spec.size}); got {actions.shape}. Correct the policy"
+            )
         slack = 1e-5 * (high - low)
         inside = (actions >= low - slack) & (actions <= high + slack)  # False for NaN too
         if not inside.all():
             row = int(np.argwhere(~inside.all(axis=1))[0][0])
             raise DataError(
-                f"{where}action {actions[row]} of environment {row} is out of bounds or not finite; expected low "
-                f"{low} to high {high}. Clip it in the policy"
+                f"{where}action {actions[row]} of environment {row} is out of bounds or not finite; expected finite "
+                f"values from {low} to {high}. Correct the policy"
             )
         if isinstance(self._space, spaces.Discrete):
             choices: np.ndarray = actions.argmax(axis=1) + int(self._space.start)
@@ -121,10 +128,10 @@ class ActionAdapter:
 def make_vector_env(
     env_id: str, num_envs: int, *, native: bool = True, **kwargs: Any
 ) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
-    """Create `num_envs` copies of a registered environment.
+    """Create `num_envs` parallel environments with a registered id.
 
-    With `native`, the environment's own vectorised form is used if it has one and its `reset` accepts one seed for
-    each copy.
+    With `native`, the environment's own vectorised form is used if it exists and its `reset` accepts one seed for each
+    environment.
 
     `render_mode="rgb_array"` does not add pixels to an observation; wrap the environment with
     `gymnasium.wrappers.AddRenderObservation` to learn from rendered frames.
@@ -143,7 +150,7 @@ def make_vector_env(
     except (gymnasium.error.Error, TypeError, ImportError) as error:
         raise EnvironmentFailure(
             f"cannot create environment {env_id!r}: {str(error).rstrip('.?')}. Check the id and the arguments, and "
-            f"import the module that registers it (--import MODULE)"
+            f"import the module that registers the id (--import MODULE)"
         ) from error
 
 

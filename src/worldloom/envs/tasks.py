@@ -19,12 +19,12 @@ _AROUND = np.arange(64 * 64)[:, None] + np.array([64 * down + right for down, ri
 
 
 class TaskOptions(Config):
-    """The requirements on a start and a goal. Distances are in px, steps at full speed along the shortest path.
+    """The requirements on a start and a goal. Distances are in px; steps are at full speed along the shortest path.
 
     `split` requires start and goal in different rooms ("cross-room") or in the same room; the rooms of a maze are its
-    cells. `closes_after` closes a door after so many steps: the door that makes the path longest when closed, but
-    does not block it. `obstructed` requires (True) or forbids (False) a wall or a pit on the straight line between
-    them. `in_a_pit` places the goal or the start in a pit.
+    cells. `closes_after` is the number of steps after which a door closes. The door is chosen so that the path becomes
+    as long as possible, but is not blocked. `obstructed` requires (True) or forbids (False) a wall or a pit on the
+    straight line between start and goal. `in_a_pit` places the goal or the start in a pit.
     """
 
     split: Literal["any", "cross-room", "same-room"] = "any"
@@ -39,7 +39,7 @@ class TaskOptions(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A start and a goal (x, y) in px, the steps of the shortest path, and whether a wall or a pit is in between."""
+    """A start and a goal (x, y) in px, the steps of the shortest path, and whether a wall or a pit is between them."""
 
     start: Float64[np.ndarray, "2"]
     goal: Float64[np.ndarray, "2"]
@@ -48,12 +48,12 @@ class Task:
 
 
 def draw_task(factors: RoomFactors, options: TaskOptions, rng: np.random.Generator) -> Task:
-    """Sample a goal uniformly in free space, then a start uniformly among those that satisfy the options.
+    """Sample a goal uniformly in free space, then a start uniformly among the starts that satisfy the options.
 
-    Starts are at the centre of a pixel or, without limits on steps, anywhere in it.
+    Starts are at the centre of a pixel or, without limits on steps, anywhere in the pixel.
 
     Raises:
-        ConfigError: none of the goals tried has such a start in this layout.
+        ConfigError: no sampled goal has a start that satisfies the options, or `in_a_pit` is set without pits.
     """
     for _ in range(_GOALS):
         goal = draw_in_a_pit(factors, rng) if options.in_a_pit == "goal" else draw_free(factors, rng)
@@ -75,8 +75,8 @@ def draw_task(factors: RoomFactors, options: TaskOptions, rng: np.random.Generat
             continue
         return Task(start=start, goal=goal, shortest_steps=float(steps[_pixel(start)]), wall_between=between)
     raise ConfigError(
-        f"this layout has no start and goal with {options.model_dump(exclude_none=True)} ({_GOALS} goals tried); "
-        f"relax the options, or use another seed for another layout"
+        f"found no start and goal with {options.model_dump(exclude_none=True)} in this layout, with {_GOALS} goals "
+        f"tried. Relax the options, or use another seed to get another layout"
     )
 
 
@@ -84,10 +84,13 @@ def close_door(factors: RoomFactors, task: Task, step: int) -> RoomFactors:
     """Return factors in which a door on the task's path closes after `step` steps; see `TaskOptions`.
 
     Raises:
-        ConfigError: the environment has no such doors, or closing one makes the path no longer or blocks it.
+        ConfigError: the environment has no such doors, or no door lengthens the path without blocking it.
     """
     if not isinstance(factors, FourRoomsFactors):
-        raise ConfigError(f"'closes_after' needs the environment FourRooms; got {type(factors).__name__}")
+        raise ConfigError(
+            f"'closes_after' needs the environment FourRooms; got {type(factors).__name__}. Use FourRooms, or omit "
+            f"'closes_after'"
+        )
     rooms = {name: factors.model_copy(update={"closing_door": name, "closing_step": step}) for name in DOORS}
     lengths = {name: steps_from(room.after(step), task.goal)[_pixel(task.start)] for name, room in rooms.items()}
     longer = {name: length for name, length in lengths.items() if task.shortest_steps + 5 < length < np.inf}
@@ -116,7 +119,9 @@ def draw_in_a_pit(factors: RoomFactors, rng: np.random.Generator) -> Float64[np.
     """
     pits = factors.hazards()
     if pits is None:
-        raise ConfigError(f"'in_a_pit' needs the environment Pits; got {type(factors).__name__}")
+        raise ConfigError(
+            f"'in_a_pit' needs the environment Pits; got {type(factors).__name__}. Use Pits, or omit 'in_a_pit'"
+        )
     centre = pits.centres[int(rng.integers(len(pits.centres)))]
     angle, away = rng.uniform(0, 2 * np.pi), pits.factors.pit_radius * np.sqrt(rng.uniform(0, 0.81))
     inside = centre + away * np.array([np.cos(angle), np.sin(angle)])
@@ -125,12 +130,12 @@ def draw_in_a_pit(factors: RoomFactors, rng: np.random.Generator) -> Float64[np.
 
 
 def steps_from(factors: RoomFactors, goal: Float64[np.ndarray, "2"]) -> Float64[np.ndarray, "P"]:
-    """Return, for the centre of each pixel, the fewest steps to the goal at full speed; infinite if unreachable.
+    """Return the minimum number of steps from the centre of each pixel to the goal; infinite without a path.
 
-    This is a breadth-first search over pixels and their eight neighbours; both corners of a diagonal move must be
-    free. Each axis moves at full speed independently, so a diagonal move costs as much as a straight one. The number
-    of steps is the path length divided by the speed, exact to within a pixel at either end. It is a reference, not a
-    bound: a step that cuts the corner of a wall can make the best run about one step shorter.
+    This is a breadth-first search over pixels and their eight neighbours; both corners of a diagonal move must be free.
+    The agent moves at full speed along each axis independently, so a diagonal move costs as much as a straight one. The
+    number of steps is the path length divided by the speed, exact to within a pixel at either end. This number is a
+    reference, not a lower bound: a step that cuts the corner of a wall can make the best run about one step shorter.
     """
     open_ = free(factors, _GRID)
     joined = _joined(open_)
@@ -146,7 +151,7 @@ def steps_from(factors: RoomFactors, goal: Float64[np.ndarray, "2"]) -> Float64[
 
 
 def _joined(open_: Bool[np.ndarray, "P"]) -> Bool[np.ndarray, "P 8"]:
-    """Return which of its eight neighbours in `_AROUND` each pixel is connected to; none beyond the edge."""
+    """Return whether each pixel is connected to each of its eight neighbours in `_AROUND`; False beyond the edge."""
     cells = np.pad(open_.reshape(64, 64), 1)
 
     def moved(down: int, right: int) -> np.ndarray:

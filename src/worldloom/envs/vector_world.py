@@ -1,4 +1,4 @@
-"""`VectorWorld`: copies of a Gymnasium environment, with errors that name the episode and the step."""
+"""`VectorWorld`: parallel Gymnasium environments. Error messages give the episode and the step."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,20 +17,20 @@ from worldloom.core.registry import nearest
 from worldloom.core.types import Observations
 from worldloom.envs.spaces import ActionAdapter, ObservationAdapter, make_vector_env
 
-# Returns the beginning of an error message: the episode and step of one copy of the environment, or of all for None.
+# Returns the beginning of an error message: the episode and step of one environment, or of all environments for None.
 Where = Callable[[int | None], str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """The results of one step in the R environments `rows`; all arrays except those in `infos` have leading axis R."""
+    """The results of one step in the R environments `rows`. Arrays outside `infos` have the leading axis R."""
 
     observations: Observations  # axes (R,)
     rows: Int64[np.ndarray, "R"]  # their indices in the vectorised world
     terminated: Bool[np.ndarray, "R"]
     over: Bool[np.ndarray, "R"]  # terminated or truncated
     parts: Mapping[str, np.ndarray]  # the parts of a dictionary observation, (R, ...)
-    infos: Mapping[str, Any]  # of all copies
+    infos: Mapping[str, Any]  # of all environments
 
     def __getitem__(self, chosen: np.ndarray) -> "Frame":
         """Select some of the rows, by a mask or by indices."""
@@ -44,7 +44,7 @@ class Frame:
         )
 
     def info(self, name: str) -> np.ndarray | None:
-        """Return an info as (R, ...), or None if some row lacks it."""
+        """Return an info as (R, ...), or None if some row has no such info."""
         if name not in self.infos:
             return None
         mask = self.infos.get(f"_{name}")
@@ -54,7 +54,7 @@ class Frame:
         return value
 
     def numbers(self, name: str, who: str) -> np.ndarray:
-        """Return a numeric info as float64 (R, L); `who` is the part of the protocol that uses the name.
+        """Return a numeric info as float64 (R, L). Errors report `who`, the part of the protocol that uses the name.
 
         Raises:
             ConfigError: no numeric info has this name.
@@ -64,8 +64,9 @@ class Frame:
     def vector(self, names: Sequence[str], source: str, who: str) -> np.ndarray:
         """Return the named vectors, concatenated, as float64 (R, L); `who` is the part of the protocol that uses them.
 
-        `source` is "info", "observation" (a part of it, or its vector for an empty name), or "named" for an info or
-        else a part of the observation with that name.
+        `source` is "info", "observation" or "named". "observation" selects a part of the observation, or the
+        observation's vector if the name is empty. "named" selects an info, or a part of the observation if no info has
+        the name.
 
         Raises:
             ConfigError: no numeric vector has this name.
@@ -95,10 +96,11 @@ class Frame:
 
 
 class VectorWorld(Closing):
-    """`size` copies of a registered environment; close it, or use it in a `with` statement.
+    """`size` parallel environments with a registered id. Close the object, or use it in a `with` statement.
 
-    Copies whose episode has ended continue in the background in every autoreset mode; the last frame of an episode is
-    never replaced by the first frame of the next one. `native` uses the environment's own vectorised form if it exists.
+    Environments whose episode has ended continue in the background in every autoreset mode. The last frame of an
+    episode is never replaced by the first frame of the next episode. `native` uses the environment's own vectorised
+    form if it exists.
 
     Raises:
         EnvironmentFailure: the environment cannot be created, or its spaces are not supported.
@@ -114,7 +116,7 @@ class VectorWorld(Closing):
         self._observe = ObservationAdapter(self._envs.single_observation_space)
         self._convert = ActionAdapter(self._envs.single_action_space)
         self.observation, self.action = self._observe.spec, self._convert.spec
-        self.steps = np.zeros(size, np.int64)  # taken by each copy since the reset
+        self.steps = np.zeros(size, np.int64)  # of each environment since the reset
         self._stale = np.zeros(size, bool)
         self._first: Any = None  # what the last reset returned
         self._where: Where = lambda row: ""
@@ -138,7 +140,7 @@ class VectorWorld(Closing):
         return self._frame(observations, infos, rows, none, none)
 
     def replay(self, seeds: Sequence[int], actions: Sequence[np.ndarray], where: Where) -> Frame:
-        """Start one episode per seed, apply its own K actions (K, A) and return the last frames.
+        """Start one episode per seed, apply the K actions (K, A) of each episode, and return the last frames.
 
         This needs a `VectorWorld` created with `native=False`.
 
@@ -161,7 +163,7 @@ class VectorWorld(Closing):
                 ended = terminated or truncated
             if ended:
                 raise EnvironmentFailure(
-                    f"{where(row)}the episode ended before its start state, but not when the goal was recorded; take "
+                    f"{where(row)}the episode ended earlier than with the same seed and actions at recording. Take "
                     f"all randomness of the environment from self.np_random"
                 )
             for name in set(info) & set(infos):
@@ -172,7 +174,7 @@ class VectorWorld(Closing):
         return self._frame(batch, infos, frame.rows, frame.terminated, frame.over)
 
     def step(self, actions: np.ndarray, rows: Int64[np.ndarray, "R"], *, by: str = "") -> Frame:
-        """Apply one action in each environment (size, A) and return the frames of those in `rows`.
+        """Apply `actions` (size, A), one in each environment, and return the frames of the environments `rows`.
 
         Messages about a wrong action begin with `by`, the source of the actions.
 
@@ -183,7 +185,7 @@ class VectorWorld(Closing):
         self.steps += 1
         converted = self._convert(actions, where=f"{by}{self._where(None)}")
         if self._autoreset is AutoresetMode.DISABLED and self._stale.any():
-            # Their episodes have ended; without this reset the other copies could not be stepped.
+            # Their episodes have ended; without this reset the other environments could not be stepped.
             self._call(lambda: self._envs.reset(options={"reset_mask": self._stale}))
         observations, _, terminated, truncated, infos = self._call(lambda: self._envs.step(converted))
         terminated, truncated = np.asarray(terminated, bool), np.asarray(truncated, bool)
@@ -191,7 +193,7 @@ class VectorWorld(Closing):
         return self._frame(observations, infos, rows, terminated, truncated)
 
     def observe(self, batch: Any, rows: Int64[np.ndarray, "R"]) -> Observations:
-        """Convert the environment's observations of these rows; an error names the first wrong row."""
+        """Convert the environment's observations of these rows. An error message reports the first wrong row."""
         try:
             return self._observe(batch, where=self._where(None))
         except EnvironmentFailure:
@@ -209,7 +211,7 @@ class VectorWorld(Closing):
             )
 
     def labels(self, frame: Frame) -> dict[str, np.ndarray]:
-        """Return the numeric infos that all rows of a frame have, as float32 (R, L); others are omitted."""
+        """Return the numeric infos that all rows of a frame have, as float32 (R, L). Other infos are omitted."""
         labels: dict[str, np.ndarray] = {}
         for name, value in frame.infos.items():
             if name.startswith("_") or not isinstance(value, np.ndarray) or value.shape[:1] != (self.size,):
@@ -243,11 +245,11 @@ class VectorWorld(Closing):
     def _before_reset(
         self, taken: Any, infos: Mapping[str, Any], rows: Int64[np.ndarray, "R"], over: Bool[np.ndarray, "B"]
     ) -> tuple[Any, dict[str, Any]]:
-        """Replace the first frames of new episodes by the last frames of the episodes that ended."""
+        """Replace the first frame of each new episode by the last frame of the episode that ended."""
         if "final_obs" not in infos:
             raise EnvironmentFailure(
                 f"{self._where(None)}environment {self.id!r} has the autoreset mode SAME_STEP, but its infos have no "
-                f"'final_obs'; create it with the autoreset mode NEXT_STEP"
+                f"'final_obs'; create the environment with the autoreset mode NEXT_STEP"
             )
         places, ended = np.flatnonzero(over[rows]), rows[over[rows]]
         last = _take(infos["final_obs"], ended, self.size)
@@ -268,29 +270,31 @@ class VectorWorld(Closing):
             error, place = failure.__cause__, self._where(failure.args[0])
         except Exception as failure:
             error, place = failure, self._where(None)
-        raise EnvironmentFailure(f"{place}environment {self.id!r} raised {type(error).__name__}: {error}") from error
+        raise EnvironmentFailure(
+            f"{place}environment {self.id!r} raised {type(error).__name__}: {error}. Check the environment"
+        ) from error
 
 
 class _CopyFailure(Exception):
-    """Raised when one copy of the environment raises: its row is the argument, the original error the cause."""
+    """Raised when one of the environments raises. The argument is the environment's row; the cause is the error."""
 
 
 class _Copy(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """A wrapper that reports which copy of an environment raised."""
+    """A wrapper that reports which of the parallel environments raised an error."""
 
     def __init__(self, env: gymnasium.Env[Any, Any], row: int) -> None:
         super().__init__(env)
         self._row = row
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reset the copy."""
+        """Reset the environment."""
         try:
             return self.env.reset(seed=seed, options=options)
         except Exception as error:
             raise _CopyFailure(self._row) from error
 
     def step(self, action: Any) -> Any:
-        """Step the copy."""
+        """Step the environment."""
         try:
             return self.env.step(action)
         except Exception as error:
@@ -303,7 +307,9 @@ def _take(batch: Any, rows: Int64[np.ndarray, "R"], size: int) -> Any:
         return {key: _take(part, rows, size) for key, part in batch.items()}
     array = np.asarray(batch)
     if array.shape[:1] != (size,):
-        raise EnvironmentFailure(f"a batch of observations has shape {array.shape}; expected ({size}, ...)")
+        raise EnvironmentFailure(
+            f"a batch of observations has shape {array.shape}; expected ({size}, ...). Repair the environment"
+        )
     if array.dtype != object:
         return array[rows]
     items = [array[row] for row in rows]

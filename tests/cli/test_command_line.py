@@ -26,7 +26,7 @@ def test_the_version_and_the_help_name_every_command(worldloom) -> None:
         (4, "no dataset exists at nowhere", ("data", "inspect", "nowhere")),
         (4, "no dataset exists at nowhere", ("data", "validate", "nowhere")),
         (4, "no dataset exists at nowhere", ("data", "preview", "nowhere")),
-        (4, "no dataset exists at nowhere; check the path, or collect one", ("train", "nowhere", "--out", "run")),
+        (4, "no dataset exists at nowhere; check the path, or collect a dataset", ("train", "nowhere", "--out", "run")),
         (4, "is not a folder", ("runs", "list", "nowhere")),
         (4, "not a run", ("runs", "show", "nowhere")),
         (4, "not a run", ("plan", "nowhere")),

@@ -144,7 +144,7 @@ def test_a_mapped_cache_is_the_same_and_is_used_again(
     file.write_bytes(file.read_bytes()[:-1])
     with caplog.at_level(logging.WARNING):
         repaired = load_cache(dataset, "mmap", directory=tmp_path)
-    assert "writing it again" in caplog.text
+    assert "Decoding the frames again" in caplog.text
     assert np.array_equal(repaired.pixels, cache.pixels)
     with pytest.raises(ValueError, match="read-only"):
         repaired.pixels[0] = 0  # type: ignore[index]

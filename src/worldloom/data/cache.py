@@ -26,8 +26,8 @@ def load_cache(
     """Decode a dataset into memory ("ram") or into a memory-mapped file ("mmap").
 
     "auto" uses memory if the frames need less than a quarter of the available memory and torchrun runs no other
-    process on this machine. The file is in `directory` (default: PATH.cache beside the dataset) and is named after the
-    dataset's fingerprint. Later calls reuse the file; you can delete it at any time.
+    process on this machine. The memory-mapped file is in `directory` (default: PATH.cache beside the
+    dataset) and is named after the dataset's fingerprint. Later calls reuse the file; you can delete it at any time.
 
     Raises:
         DataError: a file of the dataset is missing, truncated or does not decode.
@@ -78,7 +78,7 @@ def _write_frames(dataset: EpisodeDataset, path: Path, size: int, progress: Prog
         _log.info("using the decoded frames in %s", path)
         return
     if path.exists():
-        _log.warning("%s has %d bytes, expected %d; writing it again", path, path.stat().st_size, size)
+        _log.warning("%s has %d bytes; expected %d. Decoding the frames again", path, path.stat().st_size, size)
     _log.info("decoding %d frames into %s (%.1f GiB)", dataset.frames, path, size / 2**30)
 
     # Plain writes raise on a full disk; writing through a mapping would kill the process.
@@ -94,7 +94,7 @@ def _default_directory(dataset: EpisodeDataset) -> Path:
     path = str(dataset.path)
     if "://" in path:
         raise DataError(
-            f"the frames of {path} do not fit into memory, and remote storage has no default cache directory; pass "
-            f"a directory, or stream the frames (data.mode=stream)"
+            f"a memory-mapped file of the frames of {path} has no default directory, because the dataset is on remote "
+            f"storage; pass 'directory', or stream the frames (data.mode=stream)"
         )
     return Path(f"{path.rstrip('/')}.cache")

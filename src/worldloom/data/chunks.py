@@ -27,9 +27,9 @@ _TOUCH_SECONDS = 60.0  # resolution of the time of last use
 class ChunkCache:
     """A cache of one dataset's chunks in `directory`/`name`; all datasets in `directory` share `budget` bytes.
 
-    Files are written atomically and checked when a process first opens them; a damaged file is deleted and fetched
-    again. The least recently used chunks of all datasets are deleted first. Several processes can share the directory,
-    and you can delete it at any time.
+    Files are written atomically and checked when a process first opens them; a damaged file is deleted, and
+    its chunk is fetched again. The least recently used chunks of all datasets are deleted first. Several processes can
+    share the directory, and you can delete it at any time.
 
     Raises:
         StorageError: the directory cannot be created.
@@ -55,7 +55,10 @@ class ChunkCache:
     def read(
         self, chunk: int, rows: Int64[np.ndarray, "n"], size: int, length: int, out: UInt8[np.ndarray, "n bytes"]
     ) -> bool:
-        """Read rows of a chunk of `length` rows of `size` bytes into `out`; False if it is missing or damaged."""
+        """Read rows of a chunk into `out`; return False if the chunk is missing or damaged.
+
+        The chunk has `length` rows of `size` bytes.
+        """
         try:
             with self.path(chunk).open("rb", buffering=0) as file:
                 return self._whole(chunk, file, size * length) and all(
@@ -85,7 +88,7 @@ class ChunkCache:
         return True
 
     def write(self, chunk: int, content: UInt8[np.ndarray, "bytes"]) -> None:
-        """Store a chunk, and delete others if the budget requires it.
+        """Store a chunk unless it exceeds the budget, and delete other chunks if the budget requires it.
 
         Raises:
             StorageError: the disk is full or cannot be written; the chunk is not stored.
@@ -112,7 +115,7 @@ class ChunkCache:
                 temporary.unlink(missing_ok=True)
 
     def evict(self, room: int = 0) -> None:
-        """Delete the least recently used chunks until `room` more bytes fit, and files left by killed processes."""
+        """Delete the least recently used chunks until `room` more bytes fit; delete files left by killed processes."""
         with exclusive_lock(self.directory / ".lock", None):
             found, total = [], room
             for file in self.directory.glob("*/*"):

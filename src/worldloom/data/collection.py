@@ -56,20 +56,22 @@ def collect(
 ) -> EpisodeDataset:
     """Collect episodes of at most `steps` steps until the dataset has `episodes` episodes.
 
-    An existing dataset with fewer episodes is completed. One with more is returned unchanged, with a warning.
+    An existing dataset with fewer episodes is completed. A dataset with more is returned unchanged, with a warning.
     `labels` are the info columns to keep; None keeps every numeric column of at most 256 values that is present in all
     steps. Each batch of `num_envs` episodes is one commit.
 
     Raises:
         ConfigError: `episodes`, `steps` or `num_envs` is below 1, or `policy` is unknown.
-        DataError: the dataset was collected with different arguments, a label is missing, or the policy raised or
-            returned an action out of bounds.
-        EnvironmentFailure: the environment raised, or returned values that are not finite. The frames before that, as
-            on Ctrl-C, are saved as shorter episodes with `truncated_by` in their metadata.
+        DataError: the dataset was collected with different arguments, a label is missing, or the policy raised an
+            exception or returned an action out of bounds.
+        EnvironmentFailure: the environment raised an exception, or returned values that are not finite. As on Ctrl-C,
+            the frames before the failure are saved as shorter episodes with `truncated_by` in their metadata.
         StorageError: the disk is full; committed episodes are kept.
     """
     if min(episodes, steps, num_envs) < 1:
-        raise ConfigError(f"expected values of at least 1; got episodes={episodes}, steps={steps}, num_envs={num_envs}")
+        raise ConfigError(
+            f"'episodes', 'steps' and 'num_envs' must be at least 1; got {episodes}, {steps} and {num_envs}"
+        )
     factory = POLICIES[policy]
     kwargs, options = dict(env_kwargs or {}), dict(policy_options or {})
     source = {"id": env_id, "kwargs": kwargs, "policy": policy, "policy_options": options, "seed": seed}
@@ -132,8 +134,7 @@ def _resume(
     except MissingDataset:
         if "://" not in str(path) and any(Path(path).glob("data/*.lance")):
             raise DataError(
-                f"{path} has data files but no _versions folder; restore that folder from a copy, or choose another "
-                f"path"
+                f"{path} has data files but no _versions folder; restore the folder from a copy, or choose another path"
             ) from None
         return None
     there = dataset.spec.environment
@@ -143,7 +144,7 @@ def _resume(
     if differences:
         raise DataError(
             f"{path} was collected with different arguments: {'; '.join(differences)}. Use the old arguments to "
-            f"complete it, or choose another path"
+            f"complete the dataset, or choose another path"
         )
     return dataset
 
@@ -155,12 +156,12 @@ def _commit(
     episodes: list[Episode],
     storage_options: dict[str, str] | None,
 ) -> EpisodeDataset:
-    """Append to the dataset after `before` has finished. Fails if `before` failed, so that no episodes are missing."""
+    """Wait for the commit `before`, then append. An error of `before` is raised, so that no episodes are missing."""
     dataset = before.result() if isinstance(before, Future) else before
     if dataset is None:
         dataset = EpisodeDataset.create(path, spec, storage_options=storage_options)
     dataset.append(episodes)
-    _log.info("%s: %d episodes", path, len(dataset))
+    _log.info("%s has %d episodes", path, len(dataset))
     return dataset
 
 
@@ -170,6 +171,6 @@ def _with_remedy(
     if not recorded:
         return EnvironmentFailure(f"{failure}. Repair the environment, then run the same command again")
     return EnvironmentFailure(
-        f"{failure}. The frames before that are in {path} (episodes {first} to {first + len(recorded) - 1}, "
+        f"{failure}. The frames before the failure are in {path} (episodes {first} to {first + len(recorded) - 1}, "
         f"truncated). Repair the environment, then run the same command again to continue with the next episode"
     )

@@ -18,7 +18,7 @@ _ABOVE = 0.1  # m; height at which the fingers clear the block
 
 @dataclass(frozen=True, kw_only=True)
 class _Bout:
-    """The target of a random number of steps; `place` is relative to the block unless `free`."""
+    """A target for a random number of steps; `place` is relative to the block unless `free` is set."""
 
     place: Float64[np.ndarray, "2"]
     height: float
@@ -31,8 +31,9 @@ class _Bout:
 class CubeWalkOptions(Config):
     """Options of the policy "cube-walk", with lengths in metres. The defaults are for OGBench's cube.
 
-    `effector` and `block` are the indices at which their positions (x, y, z) start in the observation vector. `scale`
-    is the vector's units per metre and `origin` its origin. `reach` is the distance of an action of 1.
+    `effector` and `block` are the indices in the observation vector at which the positions (x, y, z) of the effector
+    and the block start. Positions in the vector are relative to `origin` and multiplied by `scale`, the vector's units
+    per metre. `reach` is the distance that the effector moves for an action of 1.
     """
 
     effector: int = Field(default=12, ge=0)
@@ -53,13 +54,15 @@ class CubeWalkOptions(Config):
     @model_validator(mode="after")
     def _shares(self) -> "CubeWalkOptions":
         if self.grasp + self.elsewhere > 1:
-            raise ValueError(f"'grasp' plus 'elsewhere' must be at most 1; got {self.grasp} and {self.elsewhere}")
+            raise ValueError(
+                f"'grasp' plus 'elsewhere' must be at most 1; got {self.grasp} and {self.elsewhere}. Lower one"
+            )
         return self
 
 
 @register_policy("cube-walk", CubeWalkOptions)
 class CubeWalk:
-    """Moves in bouts of random length: to a place near the block, to the block to grasp it, or to a random place.
+    """A policy that moves an arm in bouts of random length: near the block, to grasp the block, or to a random place.
 
     The policy has no goal for the block. It reads only the positions of the effector and the block in the observation
     vector. The action is (x, y, z, yaw, closing of the gripper).
@@ -92,9 +95,9 @@ class CubeWalk:
         size = 0 if observations.vector is None else observations.vector.shape[1]
         if observations.vector is None or size < max(options.effector, options.block) + 3:
             raise DataError(
-                f"the policy 'cube-walk' reads three values of the observation vector from index {options.effector} "
-                f"and three from {options.block}; this environment has {size} values. Set the options 'effector' and "
-                f"'block', or use another policy"
+                f"the policy 'cube-walk' needs three values of the observation vector from index {options.effector} "
+                f"on, and three from index {options.block} on; the vector of this environment has {size} values. Set "
+                f"the options 'effector' and 'block' to smaller indices, or use another policy"
             )
         vector = observations.vector.numpy().astype(np.float64)
         effector, block = (
@@ -110,7 +113,7 @@ class CubeWalk:
         return actions
 
     def _draw(self, generator: np.random.Generator, grip: float) -> "_Bout":
-        """Sample a bout; one with a target anywhere keeps the gripper as it was."""
+        """Sample a bout; a bout with a random target keeps the gripper at `grip`."""
         options = self._options
         kind, height = generator.random(2)
         near, turn = options.spread * generator.standard_normal(2), float(generator.uniform(-1, 1))

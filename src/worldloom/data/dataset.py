@@ -31,7 +31,7 @@ _UPLOAD = 1e6  # bytes per second; the timeout of an append grows with its size
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Columns:
-    """All columns of a dataset except pixels, for N frames. `actions` is zero in the last row of an episode."""
+    """All columns of a dataset except pixels, for N frames. `actions` is zero in the last row of each episode."""
 
     vector: Float32[np.ndarray, "N V"] | None
     actions: Float32[np.ndarray, "N A"]
@@ -41,11 +41,11 @@ class Columns:
 class EpisodeDataset:
     """A dataset of episodes on any storage that Lance supports: a directory, or a URI such as s3://bucket/name.
 
-    Opening pins a version; reopen the dataset to read later appends of other processes. An append is one atomic commit
+    Opening pins a version; reopen the dataset to read what other processes append later. An append is one atomic commit
     of complete episodes, so a killed process never leaves a partial episode.
 
-    `timeout` limits each request to remote storage, in seconds. Opening and appending retry timed-out requests for
-    `retry_seconds`, so they end at the latest after the sum of both.
+    `timeout` is the limit for each request to remote storage, in seconds. Opening and appending repeat requests that
+    timed out for up to `retry_seconds`.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class EpisodeDataset:
         retry_seconds: float = RETRY_SECONDS,
         timeout: float = TIMEOUT,
     ) -> "EpisodeDataset":
-        """Open `version`, or the latest version if it is None.
+        """Open `version`, or the latest version if `version` is None.
 
         Raises:
             StorageError: `path` is not a dataset, or the storage cannot be read or does not answer.
@@ -119,8 +119,8 @@ class EpisodeDataset:
             or not np.array_equal(steps, np.arange(len(steps)) - np.repeat(starts, counts))
         ):
             raise DataError(
-                f"{self._location} has incomplete episodes; run 'worldloom data validate {self._location}' for the "
-                f"list, and restore the dataset from a copy"
+                f"{self._location} has incomplete episodes; run 'worldloom data validate {self._location}' to list "
+                f"them, and restore the dataset from a copy"
             )
         self._table, self.starts, self.lengths = table, starts, counts - 1
 
@@ -148,7 +148,7 @@ class EpisodeDataset:
             DataError: a frame does not decode or a value is not finite.
         """
         if not 0 <= index < len(self):
-            raise IndexError(f"episode {index} of {len(self)}")
+            raise IndexError(f"there is no episode {index}; the dataset has {len(self)} episodes, counted from 0")
         rows = np.arange(self.starts[index], self.starts[index] + self.lengths[index] + 1)
         table = self._take(rows)
         pixels = None
@@ -165,7 +165,7 @@ class EpisodeDataset:
         )
 
     def append(self, episodes: Iterable[Episode]) -> None:
-        """Append complete episodes in one commit, and pin the new version. All of them must fit into memory.
+        """Append complete episodes in one commit, and pin the new version. All episodes must fit into memory together.
 
         Raises:
             DataError: an episode does not match the spec, or another process appended since this dataset was opened.
@@ -175,7 +175,7 @@ class EpisodeDataset:
         def encode(number: int, episode: Any) -> pa.RecordBatch:
             if not isinstance(episode, Episode):
                 raise DataError(
-                    f"expected an Episode of worldloom.core.types; got {type(episode).__name__}. Convert it"
+                    f"expected an Episode of worldloom.core.types; got {type(episode).__name__}. Convert the data"
                 )
             layout.check_episode(episode, self.spec, f"episode {number}")
             return layout.episode_batch(episode, number, self.spec)
@@ -207,7 +207,7 @@ class EpisodeDataset:
         return added
 
     def _commit(self, added: list[Any]) -> Any:
-        """Add files to the dataset and return its table; safe to repeat if no answer arrived."""
+        """Add the written files to the dataset, and return the new table; can be repeated if no answer arrived."""
         import lance
         from lance.commit import CommitConflictError
 
@@ -248,9 +248,10 @@ class EpisodeDataset:
         return [json.loads(text) for text in self._first_rows("metadata")]
 
     def fingerprint(self) -> str:
-        """Return a digest of observations, actions, labels and metadata, in order. It does not depend on the commits.
+        """Return a digest of all observations, actions, labels and metadata, in order.
 
-        It combines the digests that were stored when episodes were appended; `validate` checks those.
+        The digest does not depend on how episodes were grouped into commits. It combines the digests that were stored
+        with the episodes, without computing them again; `validate` checks the stored digests.
         """
         spec = json.loads(self.spec.to_json())
         digest = hashlib.blake2b(digest_size=16)
@@ -279,7 +280,7 @@ class EpisodeDataset:
     def scan_pixels(
         self, *, batch: int = 1024, out: UInt8[np.ndarray, "N H W C"] | None = None
     ) -> Iterator[UInt8[np.ndarray, "n H W C"]]:
-        """Yield all decoded frames in order, at most `batch` at a time, as views of `out` if it is given."""
+        """Yield all decoded frames in order, at most `batch` at a time, as views of `out` if `out` is given."""
         row = 0
         with lance_errors(self._location, "read"):
             parts = self._table.to_batches(columns=["pixels"], batch_size=batch)
@@ -291,7 +292,7 @@ class EpisodeDataset:
                 yield pixels
 
     def versions(self) -> list[dict[str, Any]]:
-        """Return the history up to this version: number, time (ISO 8601) and frames."""
+        """Return the versions up to the open one, each with its number, time (ISO 8601) and number of frames."""
         with lance_errors(self._location, "read"):
             return [
                 {
@@ -329,7 +330,7 @@ class EpisodeDataset:
 
     def _shape(self) -> tuple[int, int, int]:
         if self.spec.observation.pixels is None:
-            raise DataError(f"{self._location} has no pixels; read its vectors with columns()")
+            raise DataError(f"{self._location} has no pixels; read the vectors with columns()")
         return self.spec.observation.pixels
 
 
@@ -348,7 +349,7 @@ def open_table(
 
     Raises:
         StorageError: `path` is not a dataset, or the storage cannot be read or does not answer.
-        DataError: the table is damaged, or has no such version.
+        DataError: the table is damaged, or `version` does not exist.
     """
     import lance
 

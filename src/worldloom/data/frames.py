@@ -24,7 +24,7 @@ class Pixels(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, rows: Any, /) -> Any:
-        """Return the frames of an integer, an integer array of any shape or a slice, as uint8 (*shape, H, W, C)."""
+        """Return the frames of `rows` (an integer, an integer array or a slice) as uint8 (*shape, H, W, C)."""
         ...
 
 
@@ -37,7 +37,7 @@ class ReadsAhead(Pixels, Protocol):
         ...
 
     def close(self) -> None:
-        """Stop reading; frames can no longer be read."""
+        """Stop reading in the background; frames can no longer be read."""
         ...
 
 
@@ -45,9 +45,9 @@ class ReadsAhead(Pixels, Protocol):
 class Frames(Closing):
     """All frames of a dataset: N frames of E episodes, one after the other. `close` stops reading in the background.
 
-    `starts` is the first frame of each episode and `lengths` its number of actions (one fewer than its frames).
-    `pixels` are decoded in memory, mapped from a file, or read from storage on demand. The last action of each episode
-    is zero and never used.
+    For each episode, `starts` contains the row of the first frame, and `lengths` the number of actions (one fewer than
+    frames). `pixels` are decoded in memory, mapped from a file, or read from storage on demand. The action in the last
+    row of each episode is zero and never used.
     """
 
     spec: DatasetSpec
@@ -77,7 +77,7 @@ class Frames(Closing):
 def split_episodes(
     episodes: int, validation_fraction: float, seed: int
 ) -> tuple[Int64[np.ndarray, "T"], Int64[np.ndarray, "V"]]:
-    """Split the episodes at random, from `seed`, and return those for training and for validation in ascending order.
+    """Split the episodes at random; return the episodes for training and for validation, each in ascending order.
 
     Neither part is empty unless the fraction is 0 or there is only one episode, which is then used for training.
 

@@ -16,7 +16,7 @@ _VERSIONS = 3  # number of latest versions in the summary
 def inspect(dataset: EpisodeDataset, *, progress: Progress = SILENT) -> dict[str, Any]:
     """Return a summary as JSON values: sizes, specifications, ranges, the share of moving frames and versions.
 
-    `moving_share` is the share of steps that change the observation, of at most 2,048 evenly spaced steps.
+    `moving_share` is the share of steps that change the observation, among at most 2,048 evenly spaced steps.
     """
     spec, columns = dataset.spec, dataset.columns()
     last = dataset.starts + dataset.lengths

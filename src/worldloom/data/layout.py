@@ -47,7 +47,7 @@ class Unanswered(StorageError):
 
 
 class Undecodable(DataError):
-    """A frame does not decode; `index` is its position among the given frames."""
+    """A frame does not decode; `index` is the position of the frame in the array."""
 
     def __init__(self, index: int, reason: str) -> None:
         super().__init__(f"frame {index} does not decode: {reason}")
@@ -60,7 +60,7 @@ def threads() -> int:
 
 
 def table_schema(spec: DatasetSpec) -> pa.Schema:
-    """Return the schema for `spec`; its metadata contain the format, the format version and the spec."""
+    """Return the table schema for `spec`; the schema's metadata contain the format, its version and the spec."""
     fields = [pa.field("episode", pa.int64(), nullable=False), pa.field("step", pa.int32(), nullable=False)]
     metadata = {"format": FORMAT, "version": str(VERSION), "spec": spec.to_json()}
     if spec.observation.pixels is not None:
@@ -89,7 +89,7 @@ def spec_of(schema: pa.Schema, path: str) -> DatasetSpec:
     if metadata.get("version") != str(VERSION):
         raise DataError(
             f"{path} has version {metadata.get('version')} of the dataset format; expected version {VERSION}. Use the "
-            f"worldloom version that wrote it, or collect the dataset again"
+            f"worldloom version that wrote the dataset, or collect the dataset again"
         )
     return DatasetSpec.from_json(metadata.get("spec", ""))
 
@@ -101,18 +101,24 @@ def check_episode(episode: Episode, spec: DatasetSpec, where: str) -> None:
     vector = 0 if episode.vector is None else episode.vector.shape[1]
     if pixels != observation.pixels:
         raise DataError(
-            f"{where} has pixels of shape {pixels}; expected {observation.pixels}, as in the dataset. Resize them"
+            f"{where} has pixels of shape {pixels}; expected {observation.pixels}, as in the dataset. Resize them, "
+            f"or leave them out if None is expected"
         )
     if vector != observation.vector:
-        raise DataError(f"{where} has {vector} values in its vector; expected {observation.vector}, as in the dataset")
+        raise DataError(
+            f"{where} has {vector} values in its vector; expected {observation.vector}, as in the dataset. Give the "
+            f"episode a vector of this size"
+        )
     if episode.actions.shape[1] != spec.action.size:
         raise DataError(
-            f"{where} has actions of {episode.actions.shape[1]} values; expected {spec.action.size}, as in the dataset"
+            f"{where} has actions of {episode.actions.shape[1]} values; expected {spec.action.size}, as in the "
+            f"dataset. Give the episode actions of this size"
         )
     sizes = {name: column.shape[1] for name, column in episode.labels.items()}
     if sizes != spec.labels:
         raise DataError(
-            f"{where} has labels {sizes}; expected {spec.labels}, as in the dataset. Add the missing labels"
+            f"{where} has labels {sizes}; expected {spec.labels}, as in the dataset. Give the episode exactly these "
+            f"labels, with these sizes"
         )
     inside = within_bounds(episode.actions, spec)
     if not inside.all():
@@ -124,7 +130,7 @@ def check_episode(episode: Episode, spec: DatasetSpec, where: str) -> None:
 
 
 def within_bounds(actions: Float32[np.ndarray, "T A"], spec: DatasetSpec) -> Bool[np.ndarray, "T"]:
-    """Return whether each action is finite and within bounds, up to rounding."""
+    """Return whether each action is finite and within the spec's bounds, up to rounding."""
     low, high = np.array(spec.action.low, np.float32), np.array(spec.action.high, np.float32)
     slack = BOUNDS_SLACK * (high - low)
     inside: np.ndarray = np.all((actions >= low - slack) & (actions <= high + slack), axis=1)
@@ -160,11 +166,11 @@ def metadata_json(metadata: Mapping[str, Any]) -> str:
     try:
         return json.dumps(dict(metadata), sort_keys=True, allow_nan=False, default=_plain)
     except (TypeError, ValueError) as error:
-        raise DataError(f"an episode's metadata must be JSON: {error}; use plain values only") from error
+        raise DataError(f"an episode's metadata must be JSON: {error}; use only JSON values") from error
 
 
 def arrays_digest(episode: Episode) -> str:
-    """Return a digest of an episode's frames, actions and labels, the same on every machine."""
+    """Return a digest of an episode's frames, actions and labels; every machine computes the same digest."""
     digest = hashlib.blake2b(digest_size=16)
     parts = {"pixels": episode.pixels, "vector": episode.vector, "actions": episode.actions}
     parts |= {f"label.{name}": column for name, column in sorted(episode.labels.items())}
@@ -176,7 +182,7 @@ def arrays_digest(episode: Episode) -> str:
 
 
 def episode_digest(arrays: str, metadata: str) -> str:
-    """Return the digest of an episode from the digest of its arrays and its stored metadata."""
+    """Return the digest of an episode, computed from the digest of its arrays and from its metadata as stored."""
     return hashlib.blake2b(f"{arrays} {metadata}".encode(), digest_size=16).hexdigest()
 
 
@@ -223,7 +229,7 @@ def floats_of(column: pa.Array | pa.ChunkedArray) -> tuple[Float32[np.ndarray, "
 
 @contextmanager
 def lance_errors(path: str, doing: Literal["read", "write"], *, remedy: str | None = None) -> Iterator[None]:
-    """Convert Lance's errors to worldloom's errors; `remedy` ends the message about a damaged table."""
+    """Convert Lance's errors to worldloom's errors; `remedy` is the last sentence about a damaged table."""
     try:
         with storage_errors(path):
             yield
@@ -234,19 +240,21 @@ def lance_errors(path: str, doing: Literal["read", "write"], *, remedy: str | No
 def _translate(path: str, doing: str, error: Exception, remedy: str) -> WorldloomError:
     text = str(error).split(", /")[0]  # the rest is a position in Lance's source
     if "Dataset at path" in text and "not found" in text:
-        return MissingDataset(f"no dataset exists at {path}; check the path, or collect one")
+        return MissingDataset(f"no dataset exists at {path}; check the path, or collect a dataset")
     if "NoSuchBucket" in text:
-        return StorageError(f"the bucket of {path} does not exist; check its name, the endpoint and the region")
+        return StorageError(
+            f"the bucket of {path} does not exist; check the bucket's name, the endpoint and the region"
+        )
     if "://" in path and any(sign in text for sign in _NETWORK):
         return Unanswered(
             f"cannot {doing} {path}: {text}. Check the network and the storage, then run the command again"
         )
     if "already exists" in text:
-        return DataError(f"{path} already contains a dataset; open it to append, or choose another path")
+        return DataError(f"{path} already contains a dataset; open it to append to it, or choose another path")
     if "Not a directory" in text:
         return StorageError(f"{path} or a parent of it is a file; expected a directory. Check the path")
     if "Permission denied" in text or "Read-only file system" in text:
-        return StorageError(f"no permission for {path}; change its owner or choose another path")
+        return StorageError(f"no permission to access {path}; change the permissions, or choose another path")
     signs = ("not found", "whole buffer", "too small", "corrupt", "magic", "decode", "invalid")
     remote = "://" in path
     if doing == "write" or (remote and not any(sign in text.lower() for sign in signs)):

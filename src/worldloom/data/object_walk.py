@@ -15,8 +15,8 @@ Colour = tuple[int, int, int]
 class ObjectWalkOptions(Config):
     """Options of the policy "near-object". The defaults are for PushT.
 
-    `radius` is a share of the frame's side. `gain` is the action for a distance of one side, before it is clipped to
-    the bounds.
+    `radius` is a share of the frame's side length. `gain` is the action for a distance of one side length, before the
+    action is clipped to the bounds.
     """
 
     hand: Colour = (65, 105, 225)
@@ -33,9 +33,9 @@ class ObjectWalkOptions(Config):
 
 @register_policy("near-object", ObjectWalkOptions)
 class ObjectWalk:
-    """Moves the hand straight to random places near the object, and so pushes the object from time to time.
+    """A policy that moves the hand straight to random places near the object, and so sometimes pushes the object.
 
-    The policy has no goal for the object, and reads only pixels. The action is a displacement of the hand (x, y).
+    The policy has no goal for the object, and it reads only pixels. The action is a displacement of the hand (x, y).
     """
 
     def __init__(self, action: ActionSpec, options: ObjectWalkOptions) -> None:
@@ -85,7 +85,7 @@ class ObjectWalk:
 
 
 def _centre(pixels: UInt8[np.ndarray, "B H W C"], colour: Colour, tolerance: int) -> Float64[np.ndarray, "B 2"]:
-    """Return the mean position (x, y) of a colour's pixels, as a share of the side; NaN if no pixel has the colour."""
+    """Return the mean (x, y) of the pixels with a colour, as shares of width and height; NaN if there are none."""
     near = (np.abs(pixels.astype(np.int16) - np.array(colour, np.int16)) <= tolerance).all(axis=3)
     count = near.sum(axis=(1, 2))
     rows, columns = near.sum(axis=2), near.sum(axis=1)

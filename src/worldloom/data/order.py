@@ -14,11 +14,11 @@ _PARTS = 16  # segments in the pool, and turns that a segment stays in it
 class SlidingPool:
     """An endless random order of windows, in which windows sampled close in time are close in storage.
 
-    Windows are split into segments of neighbours; the order of segments changes with each pass. The pool contains 16
-    segments, about `pool` windows, and at every turn one segment enters and one leaves. In each of its 16 turns, a
-    segment contributes a sixteenth of its windows, sampled without replacement; the windows of a turn are shuffled.
-    Each window therefore appears at most once per pass. Fewer windows than there are segments are left out of a pass,
-    different ones each time. Every draw is uniform over windows.
+    Windows are split into segments of neighbours; the order of the segments changes with each pass. The pool contains
+    16 segments, about `pool` windows; at every turn, one segment enters the pool and one leaves it. In each of its 16
+    turns, a segment contributes a sixteenth of its windows, sampled without replacement; the windows of a turn are
+    shuffled. Each window therefore appears at most once per pass. If the windows cannot be split into equal segments,
+    each pass leaves out a different remainder. Every draw is uniform over windows.
 
     The order has no state: it depends only on `seed` and the position.
 
@@ -58,11 +58,11 @@ class SlidingPool:
         return (offset + self.size * int(order[index]) + np.arange(self.size)) % self.windows
 
     def pool(self, turn: int) -> list[int]:
-        """Return the turns at which the segments of the pool at `turn` entered it, oldest first."""
+        """Return, for the segments in the pool at `turn`, the turns at which they entered the pool, oldest first."""
         return list(range(turn - _PARTS + 1, turn + 1))
 
     def coming(self, turn: int, draws: int) -> Int64[np.ndarray, "_"]:
-        """Return the windows to cache at `turn`: those in the pool, and those that enter within the next `draws` draws.
+        """Return the windows to cache at `turn`: the pool, and the windows that enter it in the next `draws` draws.
 
         At least two entering segments are included, so that storage has one turn to fetch a segment.
         """

@@ -23,7 +23,7 @@ def read_picture(path: Path, expected: tuple[int, int, int]) -> Observations:
         with storage_errors(path), Image.open(path) as image:
             pixels = np.array(image.convert("RGB" if expected[2] == 3 else "L"), np.uint8)
     except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow raises these for a damaged file
-        raise DataError(f"{path} is not a picture: {error}; expected a PNG of {expected[1]}x{expected[0]}") from None
+        raise DataError(f"{path} is not a picture: {error}. Use a PNG of {expected[1]}x{expected[0]}") from None
     pixels = pixels.reshape(1, *pixels.shape[:2], -1)
     if pixels.shape[1:] != expected:
         raise DataError(f"{path} has shape {pixels.shape[1:]}; the model expects {expected}. Resize the picture")
@@ -31,7 +31,7 @@ def read_picture(path: Path, expected: tuple[int, int, int]) -> Observations:
 
 
 def decode_picture(content: bytes | None, what: str) -> UInt8[np.ndarray, "H W C"]:
-    """Decode a picture in any of Pillow's formats; C is 1 for a grey picture, else 3. Errors begin with `what`.
+    """Decode a picture in any of Pillow's formats; C is 1 for a grey picture, else 3. Error messages begin with `what`.
 
     Raises:
         DataError: the content is not a picture.
@@ -40,7 +40,7 @@ def decode_picture(content: bytes | None, what: str) -> UInt8[np.ndarray, "H W C
         with Image.open(io.BytesIO(content or b"")) as opened:
             picture = np.asarray(opened.convert("L" if opened.mode == "L" else "RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{what} does not decode ({error}); restore it from a copy") from error
+        raise DataError(f"{what} does not decode ({error}); restore the file from a copy") from error
     return picture if picture.ndim == 3 else picture[..., None]
 
 

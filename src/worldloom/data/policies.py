@@ -22,7 +22,10 @@ POLICIES: Registry[Callable[..., Policy]] = Registry("policy")
 
 
 def register_policy(name: str, options: type[OptionsT]) -> Callable[[PolicyType[OptionsT]], PolicyType[OptionsT]]:
-    """Return a decorator that registers a class of (action, options); `options` parses what users give by name."""
+    """Return a decorator that registers a policy class with the constructor arguments (action, options).
+
+    Users pass the options by name; the class `options` parses them.
+    """
 
     def decorate(policy: PolicyType[OptionsT]) -> PolicyType[OptionsT]:
         POLICIES.register(name)(lambda action, **given: policy(action, options.parse(given)))
@@ -47,12 +50,14 @@ class DirectedWalkOptions(Config):
 
 
 class UniformOptions(Config):
-    """Options of the policy "uniform", which has none."""
+    """The empty options of the policy "uniform"."""
 
 
 @register_policy("directed-walk", DirectedWalkOptions)
 class DirectedWalk:
-    """Walks along a heading that drifts and sometimes changes at random, so that it covers more ground than noise.
+    """A policy that walks along a heading, which drifts and sometimes changes at random.
+
+    The walk covers more ground than independent random actions.
 
     For continuous actions of any dimension, the heading is a unit vector, and the action is heading times speed,
     scaled to the bounds. A discrete action is repeated until the heading changes.
@@ -94,7 +99,7 @@ class DirectedWalk:
 
 @register_policy("uniform", UniformOptions)
 class Uniform:
-    """Samples each action uniformly within the bounds, or each discrete choice with equal probability."""
+    """A policy that samples actions uniformly within the bounds, or discrete choices with equal probability."""
 
     def __init__(self, action: ActionSpec, options: UniformOptions) -> None:
         self._action = action
@@ -118,7 +123,7 @@ class Uniform:
 def scale_to_bounds(unit: Float64[np.ndarray, "B A"], action: ActionSpec) -> Float32[np.ndarray, "B A"]:
     """Map actions in [-1, 1] to the bounds, with -1 at the low bound and 1 at the high bound.
 
-    0 maps to 0 if 0 is between the bounds (it usually means rest), else to their midpoint.
+    An action of 0, which usually means rest, maps to 0 if 0 is between the bounds, else to the midpoint of the bounds.
     """
     low, high = np.array(action.low), np.array(action.high)
     middle = np.where((low < 0) & (high > 0), 0.0, (low + high) / 2)

@@ -22,7 +22,7 @@ _PAPER, _INK = (255, 255, 255), (60, 60, 60)
 
 
 def contact_sheet(dataset: EpisodeDataset, path: Path, *, episodes: int = 6, times: int = 8) -> None:
-    """Write a PNG with one row per episode, from its first to its last frame, with captions.
+    """Write a PNG with one row of captioned frames per episode, from the first to the last frame of the episode.
 
     Raises:
         DataError: the dataset has no pixels or no episodes.
@@ -84,7 +84,10 @@ def encode_video(
     container: str = "mp4",
     options: Mapping[str, str] | None = None,
 ) -> None:
-    """Encode RGB pictures of one size as a video, `rate` per second; other options as in FFmpeg."""
+    """Encode RGB pictures of the same size as a video with `rate` pictures per second.
+
+    The other arguments have the same meaning as in FFmpeg.
+    """
     import av
 
     with av.open(target, "w", format=container) as output:
@@ -145,5 +148,5 @@ def _with_pixels(dataset: EpisodeDataset) -> int:
     if dataset.spec.observation.pixels is None:
         raise DataError(f"{dataset.path} has no pixels to show; run 'worldloom data inspect {dataset.path}' instead")
     if len(dataset) == 0:
-        raise DataError(f"{dataset.path} has no episodes; collect some first")
+        raise DataError(f"{dataset.path} has no episodes; collect episodes first")
     return len(dataset)

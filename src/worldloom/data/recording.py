@@ -17,7 +17,7 @@ _LARGEST_LABEL = 256  # values; larger info columns are pictures or maps, kept o
 
 
 class RecordingBatch:
-    """Records the episodes with these `numbers`. After an interrupt at any moment, every recorded frame is complete."""
+    """A recorder of the episodes with these `numbers`. Every recorded frame is complete, even after an interrupt."""
 
     def __init__(self, world: VectorWorld, numbers: range, steps: int, labels: Mapping[str, int | None] | None) -> None:
         self._world, self._numbers, self._steps, self._wanted = world, numbers, steps, labels
@@ -38,7 +38,7 @@ class RecordingBatch:
 
         Raises:
             EnvironmentFailure: the environment failed; the message gives the episode and the step.
-            DataError: the policy `name` raised or returned an action out of bounds, or a requested label is missing.
+            DataError: the policy `name` failed or returned an action out of bounds, or a requested label is missing.
         """
         rows = np.arange(len(self._numbers))
         frame = self._world.reset(seeds, self._where)
@@ -71,7 +71,7 @@ class RecordingBatch:
             ) from error
 
     def episodes(self, seeds: list[int], policy: str, truncated_by: str | None = None) -> list[Episode]:
-        """Return the recorded episodes with at least two frames; `truncated_by` is stored in unfinished ones."""
+        """Return the recorded episodes with at least two frames; unfinished episodes get `truncated_by`."""
         found = []
         for row, number in enumerate(self._numbers):
             frames = int(self._frames[row])

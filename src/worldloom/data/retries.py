@@ -66,13 +66,13 @@ def with_retries(
     retried: tuple[type[Exception], ...] = (StorageError, DataError),
     stopped: threading.Event | None = None,
 ) -> T:
-    """Return the result of `call`; retry errors of the types `retried` for up to `seconds`.
+    """Return the result of `call`; after errors of the types `retried`, try again for up to `seconds`.
 
-    Pauses double from 0.2 to 10 s, with jitter. After four failures to decode, the stored data counts as damaged and
-    is not retried.
+    Pauses double from 0.2 to 10 s, with jitter. After four `DataError`s, the stored data counts as damaged, and the
+    last error is raised.
 
     Raises:
-        StorageError: the time is over, or `stopped` is set; the message gives the number of attempts.
+        StorageError: `seconds` have passed, or `stopped` is set; the message gives the number of attempts.
         DataError: the stored data is damaged.
     """
     stopped = stopped or threading.Event()
@@ -90,7 +90,8 @@ def with_retries(
             if stopped.is_set() or spent + pause > seconds:
                 raise StorageError(
                     f"{where} could not be {doing} in {attempt} attempts over {spent:.0f} s: {error}. Check the "
-                    f"network and the storage, then resume; or raise data.retry_seconds ({seconds:g})"
+                    f"network and the storage, then run the same command again, or increase data.retry_seconds (now "
+                    f"{seconds:g})"
                 ) from error
             _log.warning("%s: attempt %d failed (%s); next attempt in %.1f s", where, attempt, error, pause)
             stopped.wait(pause)

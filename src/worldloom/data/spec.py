@@ -10,9 +10,9 @@ from worldloom.core.types import ActionSpec, ObservationSpec
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """The shapes of observations and actions, the size of each label column, and the origin of the episodes.
+    """The specification of a dataset: observations, actions, label sizes, and the origin of the episodes.
 
-    `environment` is JSON; `collect` stores there the arguments that determine the content.
+    `environment` contains JSON values; `collect` stores the arguments in it that determine the episodes.
     """
 
     observation: ObservationSpec
@@ -23,14 +23,16 @@ class DatasetSpec:
     def __post_init__(self) -> None:
         for name, size in self.labels.items():
             if not name or size < 1:
-                raise DataError(f"label {name!r} has {size} values; expected a name and at least one value")
+                raise DataError(
+                    f"a label needs a name and at least one value; got {name!r} with {size} values. Correct the label"
+                )
 
     def to_json(self) -> str:
         """Return the spec as JSON with sorted keys."""
         try:
             return json.dumps(asdict(self), sort_keys=True, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise DataError(f"the dataset's environment must be JSON: {error}; use plain values only") from error
+            raise DataError(f"the dataset's environment must be JSON: {error}; use only JSON values") from error
 
     @classmethod
     def from_json(cls, text: str) -> "DatasetSpec":

@@ -19,7 +19,7 @@ _CHUNK = 64  # frames that are summed at once
 class Statistics:
     """Mean and standard deviation of each pixel and channel (0 to 255), vector value and action value.
 
-    A constant value has a standard deviation of 0; apply a lower limit before you divide by it.
+    A constant value has a standard deviation of 0; apply a lower limit before you divide by a deviation.
     """
 
     pixel_mean: Float32[Tensor, "H W C"] | None
@@ -55,7 +55,7 @@ def compute_statistics(
     """
     chosen = np.arange(len(cache.lengths)) if episodes is None else episodes
     if len(chosen) == 0:
-        raise DataError("there are no episodes to compute statistics from; collect some first")
+        raise DataError("there are no episodes to compute statistics from; collect or select episodes")
     frames = np.concatenate([np.arange(cache.starts[e], cache.starts[e] + cache.lengths[e] + 1) for e in chosen])
     last = np.zeros(len(cache.actions), bool)
     last[cache.starts + cache.lengths] = True

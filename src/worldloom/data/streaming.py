@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 class DataConfig(Config):
-    """How training reads its data. These settings do not change the trained parameters.
+    """Settings for reading the training data. They do not change the trained parameters.
 
     `mode`: "cache" decodes everything before training, "stream" reads during training, and "auto" streams only remote
     datasets. `cache_dir` (default: worldloom/chunks in XDG_CACHE_HOME or ~/.cache) is shared by processes and datasets,
@@ -58,10 +58,10 @@ def load_frames(dataset: EpisodeDataset, config: DataConfig | None = None, *, pr
 
 
 def stream_frames(dataset: EpisodeDataset, config: DataConfig | None = None) -> Frames:
-    """Return the frames of a dataset, read from its storage on demand; training windows equal those of `load_cache`.
+    """Return the frames of a dataset, read from storage on demand; `load_cache` gives the same training windows.
 
     Vectors, actions and labels are kept in memory. Prefetching starts at once with the first chunk, up to the budget
-    of the disk cache; requested chunks have priority. `close` stops it.
+    of the disk cache; requested chunks have priority. `close` stops the prefetching.
 
     Raises:
         StorageError: the storage does not answer within `retry_seconds`.
@@ -121,11 +121,11 @@ class StreamedPixels:
         Raises:
             IndexError: a row does not exist.
             StorageError: the storage did not answer within `retry_seconds`.
-            DataError: a frame does not decode, after several attempts.
+            DataError: a frame did not decode in several attempts.
         """
         wanted = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
         if wanted.size and not -len(self) <= wanted.min() <= wanted.max() < len(self):
-            raise IndexError(f"rows {wanted.min()} to {wanted.max()} of {len(self)}")
+            raise IndexError(f"rows {wanted.min()} to {wanted.max()} are out of range; there are {len(self)} rows")
         flat = wanted.reshape(-1).astype(np.int64)
         unique, inverse = np.unique(np.where(flat < 0, flat + len(self), flat), return_inverse=True)
         out = np.empty((len(unique), self._size), np.uint8)
@@ -149,7 +149,7 @@ class StreamedPixels:
         return (out if same else out[inverse.reshape(-1)]).reshape(*wanted.shape, *self.shape[1:])
 
     def expect(self, spans: Int64[np.ndarray, "S 2"]) -> None:
-        """Prefetch the chunks of these spans of rows (first and last row of each) instead of those queued before.
+        """Prefetch the chunks with these spans of rows (first and last row of each); cancel earlier requests.
 
         Chunks that do not fit into the cache are left out, with a warning.
         """
@@ -181,7 +181,9 @@ class StreamedPixels:
             self._change.notify_all()
             for future in self._pending.values():
                 if not future.done():
-                    future.set_exception(StorageError(f"{self._dataset.path} was closed during a read; open it again"))
+                    future.set_exception(
+                        StorageError(f"{self._dataset.path} was closed during a read; open the dataset again")
+                    )
             self._pending.clear()
         for thread in self._threads:
             thread.join()
@@ -194,11 +196,11 @@ class StreamedPixels:
         try:
             return ChunkCache(directory, f"{fingerprint}-{self._length}", int(config.cache_gib * 2**30))
         except (StorageError, OSError) as error:
-            _log.warning("no disk cache: %s. Chunks are cached in memory, up to data.memory_mib", error)
+            _log.warning("the disk cache cannot be used: %s. Chunks are cached in memory, up to data.memory_mib", error)
             return None
 
     def _fit(self) -> int:
-        """Return how many chunks certainly fit: eviction on disk deletes an eighth of the budget more than needed."""
+        """Return the number of chunks that fit; eviction on disk may leave an eighth of the budget empty."""
         disk = self._disk
         return self._held if disk is None else int(disk.budget * 7 / 8) // (self._length * self._size)
 
@@ -224,7 +226,7 @@ class StreamedPixels:
     def _ask(self, chunk: int) -> "Future[UInt8[np.ndarray, 'n bytes']]":
         with self._change:
             if self._closed.is_set():
-                raise StorageError(f"{self._dataset.path} is closed; open it again")
+                raise StorageError(f"{self._dataset.path} is closed; open the dataset again")
             if chunk not in self._pending:
                 self._pending[chunk] = Future()
                 heapq.heappush(self._queue, (0, chunk))
@@ -286,7 +288,9 @@ class StreamedPixels:
             try:
                 disk.write(chunk, content.reshape(-1))
             except (StorageError, OSError) as error:
-                _log.warning("disk cache disabled: %s. Chunks are cached in memory, up to data.memory_mib", error)
+                _log.warning(
+                    "the disk cache is disabled: %s. Chunks are cached in memory, up to data.memory_mib", error
+                )
                 with self._change:
                     self._disk = None
             else:

@@ -24,7 +24,7 @@ _REPAIR = "repair the episode at its source, and write the dataset again"
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One problem of a dataset: its place, a description, and what to do about it."""
+    """A problem of a dataset: its place, a description and a remedy."""
 
     where: str
     what: str
@@ -61,7 +61,9 @@ def validate(
                 lost = f"episode {expected}" if number == expected + 1 else f"episodes {expected} to {number - 1}"
                 problems.append(Problem(where=lost, what=what, remedy=_RESTORE))
             elif number < expected:
-                what = f"its number does not follow {expected - 1}; perhaps two processes appended at the same time"
+                what = (
+                    f"it follows episode {expected - 1}, out of order; perhaps two processes appended at the same time"
+                )
                 problems.append(Problem(where=f"episode {number}", what=what, remedy=_REPAIR))
             expected = number + 1
             problems += _check(found, number, spec, seen)
@@ -72,7 +74,7 @@ def validate(
 def _episodes(table: Any, path: str) -> Iterator[pa.Table | Problem]:
     """Yield the rows of each episode, or a problem for a damaged file.
 
-    An episode is a run of rows with one number; it is split at each step 0.
+    An episode is a run of rows with the same number; a run is split at each step 0.
     """
     rest: pa.Table | None = None
     for fragment in table.get_fragments():
@@ -149,7 +151,7 @@ def _check(rows: pa.Table, number: int, spec: DatasetSpec, seen: dict[str, int])
     if layout.episode_digest(arrays, metadata) != rows["digest"][0].as_py():
         report("it was changed after it was written: its digest does not match", _RESTORE)
     if arrays in seen:
-        report(f"it is identical to episode {seen[arrays]}", "remove one of them, and check that their seeds differ")
+        report(f"it is identical to episode {seen[arrays]}", "remove one of the two, and check the seeds of both")
     seen.setdefault(arrays, number)
     return problems
 

@@ -14,10 +14,10 @@ _log = logging.getLogger(__name__)
 
 
 class WindowSampler:
-    """Samples windows of `context` + `horizon` frames, `block` steps apart, from all episodes or from `episodes`.
+    """A sampler of windows of `context` + `horizon` frames, `block` steps apart, from all episodes or from `episodes`.
 
-    A window is identified by its current frame, the last of its context. It may start before its episode: the first
-    frame is then repeated, with zero actions, so that a model with history can recognise the start of an episode.
+    A window is identified by its current frame, the last frame of its context. If a window starts before its episode,
+    the episode's first frame is repeated, with zero actions. A model with history can thus recognise the start.
     All windows are equally likely; episodes that are too short for a window are left out.
 
     Raises:
@@ -62,7 +62,7 @@ class WindowSampler:
         return self.at(generator.integers(len(self), size=batch))
 
     def at(self, windows: Int[np.ndarray, "B"]) -> Windows:
-        """Return the windows with these numbers, 0 to `len(self)` - 1, in order of episode and time."""
+        """Return the windows with these numbers; windows are numbered from 0, by episode and then by time."""
         frames, actions, real = self._rows(windows)
         taken = self._cache.actions[actions]
         taken[~real] = 0.0
@@ -84,7 +84,7 @@ class WindowSampler:
     def _rows(
         self, windows: Int[np.ndarray, "B"]
     ) -> tuple[Int64[np.ndarray, "B N"], Int64[np.ndarray, "B M K"], Bool[np.ndarray, "B M K"]]:
-        """Return the rows of frames, the rows of actions, and which of these actions are in the episode."""
+        """Return the rows of the frames, the rows of the actions, and a mask of the actions inside the episode."""
         episode = np.searchsorted(self._ends, windows, side="right")
         current = windows - (self._ends - self._counts)[episode]
         start = self._starts[episode]

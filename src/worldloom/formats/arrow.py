@@ -35,7 +35,7 @@ def is_binary(kind: pa.DataType) -> bool:
 
 
 def numbers(column: pa.ChunkedArray, name: str, where: str) -> Float32[np.ndarray, "R n"]:
-    """Return a column of numbers, or of lists of one length, as (R, n); missing values become NaN.
+    """Return a column of numbers, or of lists of the same length, as (R, n); missing values become NaN.
 
     Raises:
         DataError: the column contains something else, or lists of different lengths.
@@ -48,7 +48,7 @@ def numbers(column: pa.ChunkedArray, name: str, where: str) -> Float32[np.ndarra
             row = int(np.flatnonzero(lengths != lengths[0])[0])
             raise DataError(
                 f"{where}: the lists of column {name!r} have {known[0]} to {known[-1]} values (row {row} differs from "
-                f"row 0); expected lists of the same length in all rows"
+                f"row 0); expected lists of the same length in all rows. Repair the rows"
             )
         size = int(known[0]) if len(known) else int(getattr(kind, "list_size", 1))
         kind = kind.value_type
@@ -58,7 +58,9 @@ def numbers(column: pa.ChunkedArray, name: str, where: str) -> Float32[np.ndarra
         else:
             whole = whole.flatten()
     if not (is_number(kind) or pa.types.is_null(kind)):
-        raise DataError(f"{where}: column {name!r} is {column.type}; expected numbers, or lists of numbers")
+        raise DataError(
+            f"{where}: column {name!r} is {column.type}; expected numbers, or lists of numbers. Convert the column"
+        )
     values: np.ndarray = whole.cast(pa.float64()).to_numpy(zero_copy_only=False)
     return values.astype(np.float32).reshape(len(column), size)
 

@@ -36,7 +36,7 @@ class NoteGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """The result of a conversion, over all its runs, with notes about everything that was not converted.
+    """The result of a conversion: totals over all its runs, and notes about everything that was not converted.
 
     `bytes` is the size of the decoded arrays; `resumed` is the number of episodes that earlier runs wrote; `seconds`
     is the duration of the last run.
@@ -106,9 +106,11 @@ def convert(
     the error in a note, instead of stopping the conversion. A resumed conversion can set `skip_damaged` too.
 
     Raises:
-        DataError: the source is damaged, or the target belongs to a different conversion or, without `resume`, exists.
+        DataError: the source is damaged, the target belongs to a different conversion, or the target exists and
+            `resume` is false.
         ConfigError: an option or the name of a format is wrong.
-        StorageError: the disk is full; written episodes are kept."""
+        StorageError: the source does not exist, or the disk is full; written episodes are kept.
+    """
     start = time.perf_counter()
     source_path, target_path = Path(source_path), Path(target_path)
     read, write = read or ReadOptions(), write or WriteOptions()
@@ -287,7 +289,8 @@ class _Journal:
         if differences:
             raise DataError(
                 f"{self._target} belongs to a different conversion: {'; '.join(differences)}. Use the old source and "
-                f"options to resume it, or choose another target. Changed source files count as a different source"
+                f"options to resume that conversion, or choose another target. Changed source files count as a "
+                f"different source"
             )
 
 
@@ -295,7 +298,7 @@ def _indices(episodes: range | None, count: int, path: Path) -> range:
     if episodes is None:
         return range(count)
     if episodes.step < 1 or (len(episodes) and not (episodes[0] >= 0 and episodes[-1] < count)):
-        raise ConfigError(f"{path} has {count} episodes; got {episodes}. Use a range within 0 to {count}")
+        raise ConfigError(f"{path} has {count} episodes; got {episodes}. Use an ascending range within 0 to {count}")
     return episodes
 
 

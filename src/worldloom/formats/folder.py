@@ -56,7 +56,10 @@ class _Roles:
 
 
 class FolderSource(Source):
-    """A source over a folder, with one episode per name. A name without a video or a table is skipped, with a note."""
+    """A source that reads a folder, with one episode per name.
+
+    A name without a video or a table is skipped, with a note.
+    """
 
     format = "folder"
 
@@ -83,7 +86,7 @@ class FolderSource(Source):
         if not self._whole:
             raise DataError(
                 f"{path} has {len(self._videos)} videos and {len(self._tables)} tables, but no video and table of the "
-                f"same name; expected, for example, episode.mp4 and episode.csv"
+                f"same name. Give them the same name, for example episode.mp4 and episode.csv"
             )
         first = self._tables[self._whole[0]]
         self._roles = self._choose(_read_table(first), first)
@@ -119,7 +122,7 @@ class FolderSource(Source):
                 continue  # `read` raises or notes it
 
     def read(self, index: int) -> list[Episode]:
-        """Return the parts of an episode between gaps."""
+        """Return an episode, split at its gaps."""
         name = self._names[index]
         for files, kind in ((self._tables, "table"), (self._videos, "video")):
             if name not in files and (kind == "table" or self._pictures):
@@ -164,7 +167,7 @@ class FolderSource(Source):
         if log.metadata is not None and log.times is not None:  # written by worldloom: a row is a frame
             if len(camera) != rows:
                 raise DataError(
-                    f"{video} is truncated: it has {len(camera)} frames, expected {rows}. Restore it from a copy"
+                    f"{video} is truncated: it has {len(camera)} frames, expected {rows}. Restore the video from a copy"
                 )
             return log.times, log.times
         if log.times is None:
@@ -221,7 +224,10 @@ class FolderSource(Source):
         for column in [*needed, *([columns.timestamp] if columns.timestamp else [])]:
             if column not in table.column_names:
                 there = ", ".join(table.column_names)
-                raise DataError(f"{file} has no column {column!r}, but the first table has; it has {there}")
+                raise DataError(
+                    f"{file} has no column {column!r}, but the first table has this column; got {there}. Use the same "
+                    f"columns in all tables"
+                )
         parts = {column: numbers(table[column], column, str(file)) for column in needed}
         metadata = None
         text = (table.schema.metadata or {}).get(OWN.encode())
@@ -240,7 +246,10 @@ class FolderSource(Source):
             stamps = column.cast(pa.timestamp("ns", tz=column.type.tz)).cast(pa.int64()).to_numpy()
             return np.asarray(stamps / 1e9, np.float64)
         if not (is_number(column.type) or pa.types.is_null(column.type)):
-            raise DataError(f"{file}: timestamps have type {column.type}; expected numbers, or Parquet timestamps")
+            raise DataError(
+                f"{file}: timestamps have type {column.type}; expected numbers, or Parquet timestamps. Convert "
+                f"the column"
+            )
         values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
         return np.asarray(values * _SECONDS[self.options.columns.get("unit", "s")], np.float64)
 
@@ -253,12 +262,13 @@ class FolderSource(Source):
         for what, (came, expected) in sizes.items():
             if came != expected:
                 raise DataError(
-                    f"{self._tables[name]}: {what} have {came} values; expected {expected}, as in the first table"
+                    f"{self._tables[name]}: {what} have {came} values; expected {expected}, as in the first table. "
+                    f"Use the same columns in all tables"
                 )
 
 
 class FolderSink(Sink):
-    """Writes `000000.mp4` (lossless: .mkv), then `000000.parquet` for each episode, and finally `worldloom.json`."""
+    """A sink that writes `000000.mp4` (lossless: .mkv) and `000000.parquet` per episode, and last `worldloom.json`."""
 
     layout = "a folder of videos"
     encoded, lossy_codec = True, LOSSY_CODEC
@@ -299,7 +309,7 @@ def _detects(path: Path) -> bool:
         tables = _files(path, TABLE_SUFFIXES)
         videos = _files(path, VIDEO_SUFFIXES)
     except DataError:
-        return True  # opening says what is wrong
+        return True  # opening reports the problem
     return bool(set(videos) & set(tables)) or ((path / OWN_FILE).is_file() and bool(tables))
 
 
@@ -318,7 +328,7 @@ def _files(path: Path, suffixes: Sequence[str]) -> Mapping[str, Path]:
 def _read_table(file: Path) -> pa.Table:
     with table_errors(file, "a table"):
         if file.stat().st_size == 0:
-            raise DataError(f"{file} is empty; expected a table with an action column. Restore or remove it")
+            raise DataError(f"{file} is empty; expected a table with an action column. Restore or remove the file")
         return pq.read_table(file, partitioning=None) if file.suffix == ".parquet" else csv.read_csv(file)
 
 

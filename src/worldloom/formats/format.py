@@ -66,11 +66,11 @@ class WriteOptions(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What a source reads of its files, from which `Source.describe` makes the spec.
+    """A description of what a source reads, from which `Source.describe` derives the spec.
 
     `vector` and `labels` map each column, in order, to its number of values. `bounds` are the action bounds that the
-    format stores; `range` is the range of the data, if the format stores that instead. `own` is the spec in files that
-    worldloom wrote; its bounds and environment take precedence.
+    format stores; `range` is the range of the data, if the format stores the range instead of bounds. `own` is the
+    spec in files that worldloom wrote; the bounds and environment of `own` take precedence.
     """
 
     files: Iterable[Path]  # the files that the fingerprint covers
@@ -87,18 +87,18 @@ class Contents:
 
 
 class Source(Closing, ABC):
-    """A foreign dataset, opened for reading; a context manager.
+    """A dataset of another format, opened for reading; a context manager.
 
-    `fingerprint` is a cheap digest of the names, sizes and times of its files. `notes` is filled on opening and by
-    `read`. Reading an episode again returns the same. An option in `refused` is an error, because of `reason`: a format
-    must not ignore what it cannot honour.
+    `fingerprint` is a cheap digest of the names, sizes and times of the dataset's files. `notes` are added on opening
+    and by `read`. Reading an episode twice returns equal results. Options in `refused` raise an error that contains
+    `reason`, because a format must not silently ignore an option.
 
     Raises:
-        DataError, StorageError: the data is of another format, or damaged.
+        DataError, StorageError: the data has a different format, or is damaged.
         ConfigError: an option does not fit the data.
     """
 
-    format: str  # its name
+    format: str  # the name of the format
     spec: DatasetSpec
     fingerprint: str
     notes: list[Note]
@@ -120,7 +120,7 @@ class Source(Closing, ABC):
 
     @abstractmethod
     def begin(self) -> None:
-        """Open the files, choose what is read, and set `spec` and `fingerprint`, as `describe` does."""
+        """Open the files, choose what to read, and set `spec` and `fingerprint`, usually by calling `describe`."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -128,7 +128,7 @@ class Source(Closing, ABC):
 
     @abstractmethod
     def read(self, index: int) -> list[Episode]:
-        """Return a source episode as one Episode, several if it is split at gaps, or none (with a note) if unusable.
+        """Return a source episode as a list: one Episode, several if split at gaps, none (with a note) if unusable.
 
         Raises:
             DataError: the episode is damaged beyond repair; the message names the file.
@@ -152,7 +152,7 @@ class Source(Closing, ABC):
         self.note("info", f"{self.path}: the last action of each episode has no following frame and is left out.")
 
     def choose_camera(self, cameras: Sequence[str]) -> str | None:
-        """Return the image key that the options select, or the only one, or None.
+        """Return the selected image key; without a selection, the only image key, or None if there is none.
 
         Raises:
             ConfigError: there are several cameras and none is selected, or the selected one does not exist.
@@ -172,7 +172,7 @@ class Source(Closing, ABC):
         return cameras[0] if cameras else None
 
     def choose_vector(self, columns: Iterable[str]) -> list[str]:
-        """Return the columns of the observation vector: those that the options select, in order, or all, sorted.
+        """Return the columns of the observation vector: the selected columns in order, by default all, sorted.
 
         Raises:
             ConfigError: a selected column does not exist.
@@ -211,17 +211,19 @@ class Source(Closing, ABC):
         self._columns = list(contents.vector)
 
     def _bounds(self, size: int, found: Bounds | None, *, stated: bool, discrete: bool) -> ActionSpec:
-        """Return the action bounds of the options, or else those found; a range of the data adds a note.
+        """Return the action bounds in the options, or by default `found`; add a note if these are a range of the data.
 
-        The options can set only one of the two bounds. A dimension with a constant value gets a range of 1 around it.
+        The options may set one bound or both. A dimension with a constant value gets a range of 1 around the value.
         """
         given = {"action_low": self.options.action_low, "action_high": self.options.action_high}
         for name, values in given.items():
             if values is not None and len(values) != size:
-                raise ConfigError(f"{name} has {len(values)} values; expected {size}, as in the actions of {self.path}")
+                raise ConfigError(
+                    f"{name!r} has {len(values)} values; expected {size}, one per action dimension of {self.path}"
+                )
         missing = [name for name, values in given.items() if values is None]
         if found is None and missing:
-            raise DataError(f"{self.path} has no actions and no action bounds; set action_low and action_high")
+            raise DataError(f"{self.path} has no actions and no action bounds; set 'action_low' and 'action_high'")
         low, high = (
             np.array(bound, np.float64) for bound in found or (self.options.action_low, self.options.action_high)
         )
@@ -239,18 +241,18 @@ class Source(Closing, ABC):
         return ActionSpec(low=tuple(map(float, low)), high=tuple(map(float, high)), discrete=discrete)
 
     def fit(self, frames: UInt8[np.ndarray, "N H W C"], where: str) -> UInt8[np.ndarray, "N H2 W2 C2"]:
-        """Return frames in the size of the spec, and with one channel where it has one.
+        """Return frames resized as the options specify, with one channel if the spec has one.
 
         Raises:
-            DataError: the shape still differs from the spec.
+            DataError: the resulting shape differs from the spec.
         """
         frames, expected = resize(frames, self.options.size), self.spec.observation.pixels
         if expected is not None and expected[2] == 1:
             frames = frames[..., :1]
         if frames.shape[1:] != expected:
             raise DataError(
-                f"{where} has frames of shape {frames.shape[1:]}; expected {expected}, as the metadata state or the "
-                f"first episode has. Give one size for all with --size HxW"
+                f"{where} has frames of shape {frames.shape[1:]}; expected {expected}, as in the metadata or the first "
+                f"episode. Set one size for all frames with --size HxW; the number of channels must match"
             )
         return frames
 
@@ -265,9 +267,9 @@ class Source(Closing, ABC):
         labels: Mapping[str, np.ndarray],
         metadata: Mapping[str, Any],
     ) -> list[Episode]:
-        """Return a list with one Episode, or an empty list (with a note) if it is too short or not finite.
+        """Return a list with one Episode, or, with a note, an empty list if the episode is too short or not finite.
 
-        `columns` hold those of the vector; pixels are made to `fit`. `where` names the episode in notes and errors.
+        `columns` must contain the vector columns. Pixels are passed through `fit`. Notes and errors contain `where`.
 
         Raises:
             DataError: the parts do not match each other.
@@ -298,22 +300,26 @@ class Source(Closing, ABC):
                 )
             ]
         except DataError as error:
-            raise DataError(f"{where} is damaged or has a different layout: {error}") from error
+            raise DataError(
+                f"{where} is not a valid episode: {error}. Restore the file from a copy, or convert without this "
+                f"episode (--skip-damaged)"
+            ) from error
 
 
 class Sink(Closing, ABC):
-    """A dataset opened for writing; a context manager, which keeps complete episodes if an error occurs.
+    """A dataset opened for writing; a context manager. If an error occurs, complete episodes are kept.
 
-    `written` is the number of whole episodes that the dataset held when it was opened; with `resume`, the sink
-    continues what an earlier one began at `path`. Whole episodes are saved together once they reach `most_bytes`
-    (decoded) or `most_episodes`. A process killed at any moment leaves only whole episodes, in order.
+    `written` is the number of complete episodes in the dataset when the sink was opened. With `resume`, the sink
+    continues a dataset that an earlier sink started at `path`. Episodes are saved together once their decoded size
+    reaches `most_bytes` or their number reaches `most_episodes`. If the process is killed, the dataset contains only
+    complete episodes, in order.
 
-    `layout` names what is written in messages. Labels with a name in `reserved` or with the character `forbidden`
-    are errors. If pictures are `encoded`, they must have 1 or 3 channels. `lossy_codec` is the codec for pixels unless
+    `layout` is the name of the format in messages. A label must not have a name in `reserved` or contain the character
+    `forbidden`. If `encoded` is set, pictures must have 1 or 3 channels. `lossy_codec` is the codec for pixels unless
     the option `lossless` is set; None means that pixels are stored without loss.
 
     Raises:
-        DataError: something else is at `path`, or the format cannot store such data.
+        DataError: `path` contains different data, or the format cannot store data with this spec.
         ConfigError: an option does not fit the format.
     """
 
@@ -394,11 +400,11 @@ class Sink(Closing, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A layout of data that other projects use.
+    """A dataset format: its name, and the functions that detect, read and write it.
 
-    `detects` returns whether a path looks like this format; it reads little, and raises nothing for foreign data.
-    `open` and `create` are as the constructors of `Source` and `Sink`; without `create`, the format can be read only.
-    `lossless_pixels`: with the default options, pixels come back unchanged.
+    `detects` returns whether a path looks like this format. It reads little, and it does not fail on other data.
+    `open` and `create` have the arguments of the constructors of `Source` and `Sink`; a format without `create` is
+    read-only. `lossless_pixels` is set if writing with the default options keeps pixels unchanged.
     """
 
     name: str
@@ -425,7 +431,7 @@ def add_format(
     *,
     lossless_pixels: bool = True,
 ) -> None:
-    """Register the format that `source` names, with the sink that writes it; see `Format`."""
+    """Register the format with the name `source.format`, its source and its sink; see `Format`."""
     FORMATS.register(source.format)(
         Format(
             name=source.format,
@@ -446,7 +452,7 @@ def refuse(options: ReadOptions, names: Sequence[str], why: str) -> None:
 
 
 def count_files(place: Callable[[int], Path]) -> int:
-    """Return how many of the files `place(0)`, `place(1)` and so on exist, up to the first that is missing."""
+    """Return the number of files that exist in the sequence `place(0)`, `place(1)`, ..., before the first gap."""
     return next(number for number in itertools.count() if not place(number).exists())
 
 
@@ -458,7 +464,7 @@ def only_one(found: Sequence[Path], path: Path, kind: str) -> Path:
     """
     if len(found) != 1:
         names = ", ".join(each.name for each in found) or "none"
-        raise DataError(f"{path} has these {kind}: {names}; expected one. Use the path of the one to read")
+        raise DataError(f"{path} has these {kind}: {names}; expected one. Use the path of a single one")
     return found[0]
 
 
@@ -479,9 +485,9 @@ def natural(name: str) -> list[tuple[int, int | str]]:
 
 
 def action_range(actions: Iterable[np.ndarray], size: int) -> Bounds | None:
-    """Return the minimum and maximum finite value of each dimension of actions (n, `size`), or None without any.
+    """Return the minimum and maximum finite value of each dimension of actions (n, `size`).
 
-    Actions with a different shape are ignored.
+    Return None if a dimension has no finite value. Actions with a different shape are ignored.
     """
     low, high = np.full(size, np.inf), np.full(size, -np.inf)
     for part in actions:
@@ -497,7 +503,7 @@ def chosen(camera: str | None, vector: Mapping[str, int]) -> dict[str, Any]:
 
 
 def spec_values(spec: DatasetSpec) -> dict[str, Any]:
-    """Return the form in which worldloom stores a spec in the files that it writes."""
+    """Return a spec as the JSON values that worldloom stores in the files it writes."""
     return {"spec": json.loads(spec.to_json())}
 
 
@@ -518,12 +524,12 @@ def decoded_bytes(episode: Episode) -> int:
 
 
 def flat(column: np.ndarray) -> Float32[np.ndarray, "N n"]:
-    """Return a column (N, ...) as float32 with one value axis."""
+    """Flatten a column (N, ...) to float32 (N, n)."""
     return np.asarray(two_axes(column), np.float32)
 
 
 def two_axes(column: np.ndarray) -> Shaped[np.ndarray, "N n"]:
-    """Return a column (N, ...) with one value axis; N may be 0."""
+    """Flatten a column (N, ...) to (N, n); N may be 0."""
     return column.reshape(len(column), int(np.prod(column.shape[1:])))
 
 

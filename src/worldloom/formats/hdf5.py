@@ -49,7 +49,7 @@ def hdf5_errors(path: Path) -> Iterator[None]:
                 f"{path} is compressed with a filter that is not installed; run: pip install hdf5plugin"
             ) from error
         raise DataError(
-            f"{path} is not a valid HDF5 file ({text}); it may be truncated. Restore it from a copy"
+            f"{path} is not a valid HDF5 file ({text}); it may be truncated. Restore the file from a copy"
         ) from error
 
 
@@ -74,12 +74,12 @@ def is_image(shape: tuple[int, ...], dtype: Any) -> bool:
 
 
 def width(column: Any) -> int:
-    """Return the number of values in a row of a column."""
+    """Return the number of values in each row of a column."""
     return int(np.prod(column.shape[1:]))
 
 
 def own_attribute(holder: Any) -> dict[str, Any]:
-    """Return the values that worldloom wrote to the attributes of a group or file; an empty dictionary without any."""
+    """Return the values that worldloom wrote to the attributes of a group or file, or {} if there are none."""
     text = holder.attrs.get(OWN)
     if text is None:
         return {}
@@ -88,7 +88,7 @@ def own_attribute(holder: Any) -> dict[str, Any]:
 
 
 def own_metadata(column: Any) -> dict[str, Any]:
-    """Return the metadata of an episode, which worldloom wrote to a column as JSON."""
+    """Return an episode's metadata from the JSON text in a column that worldloom wrote."""
     values: dict[str, Any] = json.loads(column.asstr()[()])
     return values
 
@@ -106,7 +106,7 @@ def json_or_text(value: Any) -> Any:
 
 
 class Hdf5Source(Source):
-    """Base class of sources that read one HDF5 file, `main`, which is open as `file`."""
+    """Base class of sources that read one HDF5 file: `main` is the path, and `file` is the open file."""
 
     refused = (*CLOCK, "columns")
     reason = "this layout has no timestamps, and its column names are fixed"

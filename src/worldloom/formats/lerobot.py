@@ -37,7 +37,7 @@ from worldloom.formats.video import FrameStream, frame_times
 
 
 class LeRobotSource(Source):
-    """A source over a LeRobot dataset. Consecutive episodes in the same files are read in one pass."""
+    """A source that reads a LeRobot dataset. Consecutive episodes in the same files are read in one pass."""
 
     refused = ("columns",)
     reason = "LeRobot's layout has fixed column names"
@@ -108,7 +108,7 @@ class LeRobotSource(Source):
                 continue  # `read` raises or notes it
 
     def read(self, index: int) -> list[Episode]:
-        """Return the parts of an episode between gaps."""
+        """Return an episode, split at its gaps."""
         entry = self._layout.entries[index]
         where = f"{entry.data}: episode {entry.episode}"
         numeric = [*self._vector, *self._labels]
@@ -148,15 +148,15 @@ class LeRobotSource(Source):
             for name in [*names, "episode_index"]:
                 if name not in there:
                     raise DataError(
-                        f"{entry.data} has no column {name!r}, but {INFO} lists it; it has {', '.join(there)}. Restore "
-                        f"the file from a copy"
+                        f"{entry.data} has no column {name!r}, but {INFO} lists this column; got {', '.join(there)}. "
+                        f"Restore both files from a copy"
                     )
             wanted = [*names, "episode_index", *(name for name in ("timestamp", "frame_index") if name in there)]
             if file.metadata.num_rows < entry.first + entry.length:
                 raise DataError(
                     f"{entry.data} has {file.metadata.num_rows} rows, but episode {entry.episode} needs rows "
-                    f"{entry.first} to {entry.first + entry.length}: the file is truncated or has a different version. "
-                    f"Restore it from a copy"
+                    f"{entry.first} to {entry.first + entry.length}. The file is truncated, or does not match the "
+                    f"metadata; restore both from a copy"
                 )
             end = entry.first + entry.length
             groups = range(np.searchsorted(starts, entry.first, side="right") - 1, np.searchsorted(starts, end))
@@ -178,7 +178,7 @@ class LeRobotSource(Source):
         return self._opened(path)[0].read_row_group(group, columns=list(names))
 
     def _numbers(self, table: pa.Table, name: str, where: str) -> Float32[np.ndarray, "R n"]:
-        """Return a feature, flattened; missing values become NaN."""
+        """Return a feature, flattened to (R, n); missing values become NaN."""
         column = table[name].combine_chunks()
         size = width(self._layout.features[name])
         kind = column.type
@@ -186,7 +186,8 @@ class LeRobotSource(Source):
             column = column.flatten()
         if not (is_number(column.type) or pa.types.is_null(column.type)):
             raise DataError(
-                f"{where}: column {name!r} has type {kind}; expected numbers, or lists of numbers without nulls"
+                f"{where}: column {name!r} has type {kind}; expected numbers, or lists of numbers without nulls. "
+                f"Repair the column"
             )
         values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
         if len(values) != table.num_rows * size:
@@ -198,7 +199,7 @@ class LeRobotSource(Source):
         return numbers
 
     def _clock(self, table: pa.Table, where: str) -> Float64[np.ndarray, "R"]:
-        """Return the time of each row in seconds: the exact row / fps if all timestamps agree, else the timestamps."""
+        """Return the time of each row in seconds: row / fps if the timestamps agree with it, else the timestamps."""
         ideal = np.arange(table.num_rows) / self._layout.fps
         if "timestamp" not in table.column_names:
             return ideal
@@ -207,7 +208,8 @@ class LeRobotSource(Source):
             column = column.flatten()
         if not is_number(column.type) or len(column) != table.num_rows:
             raise DataError(
-                f"{where}: column 'timestamp' has type {table['timestamp'].type}; expected one number per row"
+                f"{where}: column 'timestamp' has type {table['timestamp'].type}; expected one number per row. "
+                f"Restore the file from a copy"
             )
         times: np.ndarray = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
         return ideal if np.allclose(times, ideal, rtol=1e-6, atol=0.01 / self._layout.fps) else times
@@ -240,8 +242,8 @@ class LeRobotSource(Source):
         if count != len(wanted) or np.abs(stamps[nearest] - wanted).max() > half:
             raise DataError(
                 f"{file} has {count} frames for episode {entry.episode}; expected a frame for each of its "
-                f"{len(wanted)} rows from {wanted[0]:.4g} s to {wanted[-1]:.4g} s. The video is truncated or has a "
-                f"different version; restore it from a copy"
+                f"{len(wanted)} rows from {wanted[0]:.4g} s to {wanted[-1]:.4g} s. The video is truncated, or "
+                f"does not match the rows; restore both from a copy"
             )
         if self._stream is None or self._stream.path != file:
             if self._stream is not None:
@@ -252,7 +254,8 @@ class LeRobotSource(Source):
     def _images(self, column: Any, rows: Int64[np.ndarray, "N"], where: str) -> UInt8[np.ndarray, "N H W 3"]:
         if not pa.types.is_struct(column.type) or {"bytes", "path"} - {each.name for each in column.type}:
             raise DataError(
-                f"{where}: column {self._camera!r} has type {column.type}; expected pictures (bytes and path)"
+                f"{where}: column {self._camera!r} has type {column.type}; expected pictures (bytes and path). "
+                f"Convert the column"
             )
         pictures: list[np.ndarray] = []
         for row in rows:
@@ -266,8 +269,8 @@ class LeRobotSource(Source):
             picture = resize(to_rgb(decode_picture(content, what))[None], self.options.size)[0]
             if pictures and picture.shape != pictures[0].shape:
                 raise DataError(
-                    f"{what} has shape {picture.shape}; expected {pictures[0].shape}, as before. Resize all pictures "
-                    f"with --size HxW"
+                    f"{what} has shape {picture.shape}; expected {pictures[0].shape}, as in the rows before. Resize "
+                    f"all pictures with --size HxW"
                 )
             pictures.append(picture)
         return np.stack(pictures)
@@ -281,25 +284,25 @@ def _open_rows(path: Path) -> tuple[pq.ParquetFile, Int64[np.ndarray, "_"]]:
 
 
 class LeRobotSourceV2(LeRobotSource):
-    """A source over a LeRobot dataset of version 2.0 or 2.1."""
+    """A source that reads LeRobot datasets of versions 2.0 and 2.1."""
 
     major, format = "v2", "lerobot-v21"
 
 
 class LeRobotSourceV3(LeRobotSource):
-    """A source over a LeRobot dataset of version 3.0."""
+    """A source that reads LeRobot datasets of version 3.0."""
 
     major, format = "v3", "lerobot-v3"
 
 
 def _states(major: str, path: Path) -> bool:
-    """Look for meta/info.json and its version; unknown ones count as v3, so that opening refuses them."""
+    """Return whether meta/info.json has this major version; unknown versions count as v3, and opening refuses them."""
     if not (path / INFO).is_file():
         return False
     try:
         info = read_json(path / INFO)
     except StorageError:
-        return major == "v3"  # opening says what is wrong
+        return major == "v3"  # opening reports the problem
     if not isinstance(info, dict) or "codebase_version" not in info:
         return False
     return str(info["codebase_version"]).startswith("v2") == (major == "v2")

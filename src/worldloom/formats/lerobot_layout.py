@@ -43,7 +43,7 @@ VERSIONS = {"v2": ("v2.1", "v2.0"), "v3": ("v3.0",)}
 class EpisodePlace:
     """The place of an episode: `length` rows of the Parquet file `data` from row `first` on, and its videos.
 
-    `videos` maps each camera to a file and the second at which the episode starts in it.
+    `videos` maps each camera to a video file and to the time in seconds at which the episode starts in that file.
     """
 
     episode: int
@@ -69,7 +69,7 @@ class Layout:
         """Read the metadata of a dataset of version `v2` or `v3`.
 
         Raises:
-            DataError: the version is not supported, or the metadata are damaged or have a different layout.
+            DataError: the version is not supported, or the metadata are damaged or do not follow the layout.
         """
         info = read_json(root / INFO)
         version = str(info.get("codebase_version")) if isinstance(info, dict) else "none"
@@ -83,16 +83,14 @@ class Layout:
             features = dict(info["features"])
             fps = float(info["fps"])
             if not (np.isfinite(fps) and fps > 0):
-                raise DataError(f"{root / INFO} has fps {fps}; expected a positive number. Correct it")
+                raise DataError(f"{root / INFO} has fps {fps}; expected a positive number. Correct the file")
             for feature in features.values():
                 tuple(feature["shape"])
                 str(feature["dtype"])
         cameras = [name for name, feature in features.items() if feature["dtype"] == "video"]
         entries = (_entries_v2 if major == "v2" else _entries_v3)(root, info, cameras)
         if not entries:
-            raise DataError(
-                f"{root} has no episodes; expected at least one in meta/episodes. Restore meta/ from a copy"
-            )
+            raise DataError(f"{root} has no episodes; expected at least one in its metadata. Restore meta/ from a copy")
         spec = spec_in(read_json(root / OWN) if (root / OWN).exists() else {})
         return cls(fps=fps, features=features, entries=entries, range=_range(root), spec=spec)
 
@@ -103,7 +101,8 @@ def _layout_errors(path: Path) -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DataError(
-            f"{path} is damaged or has a different layout ({type(error).__name__}: {error}); restore it from a copy"
+            f"{path} does not follow LeRobot's layout ({type(error).__name__}: {error}). Restore the dataset from a "
+            f"copy, or write the dataset again with LeRobot"
         ) from error
 
 
@@ -144,14 +143,14 @@ def _entries_v3(root: Path, info: Mapping[str, Any], cameras: list[str]) -> list
             entries.append(_place(row, data, first - starts[data], videos))
             if last - first != entries[-1].length:
                 raise DataError(
-                    f"{folder}: episode {entries[-1].episode} has length {entries[-1].length} and rows {first} to "
-                    f"{last}; the metadata are damaged. Restore them"
+                    f"{folder}: episode {entries[-1].episode} has length {entries[-1].length} but rows {first} to "
+                    f"{last}; the metadata are damaged. Restore them from a copy"
                 )
     return entries
 
 
 def _named(root: Path, info: Mapping[str, Any], pattern: str, **names: Any) -> Path:
-    """Return the path that a pattern of info.json gives for these names."""
+    """Fill these names into a path pattern of info.json, and return the path."""
     return inside(root, str(info[pattern]).format(**names), root / INFO)
 
 
@@ -174,7 +173,7 @@ def _place(row: Mapping[str, Any], data: Path, first: int, videos: Mapping[str, 
 
 
 def read_rows(file: Path, *, stats: bool = False) -> list[dict[str, Any]]:
-    """Return the rows of a file of meta/episodes without the statistics, or only the statistics if `stats`."""
+    """Return the rows of a file of meta/episodes without the statistics; with `stats`, return only the statistics."""
     with table_errors(file, "Parquet"), pq.ParquetFile(file) as opened:
         names = [name for name in opened.schema_arrow.names if name.startswith("stats/") == stats]
         rows: list[dict[str, Any]] = opened.read(columns=names).to_pylist()
@@ -202,7 +201,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def _range(root: Path) -> Bounds | None:
-    """Return the minimum and maximum of actions from the statistics, or None."""
+    """Return the minimum and maximum of actions from the statistics, or None if the statistics lack them."""
     stated: list[dict[str, Any]] = []
     if (root / "meta" / "stats.json").exists():
         stated.append(read_json(root / "meta" / "stats.json"))
@@ -218,7 +217,7 @@ def _range(root: Path) -> Bounds | None:
 
 
 def inside(root: Path, name: str, stated: Path) -> Path:
-    """Return the path `name`, which the file `stated` contains; the path must be inside the dataset `root`."""
+    """Return the path of the file `name`, to which `stated` refers; the path must be inside the dataset `root`."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise DataError(f"{stated} refers to the file {name!r} outside of the dataset; correct the path")
     return root / name
@@ -241,7 +240,9 @@ def picture_shape(feature: Mapping[str, Any], name: str, path: Path) -> tuple[in
     """Return the height and width of a camera; some datasets have the channels first."""
     shape = [int(size) for size in feature["shape"]]
     if len(shape) != 3:
-        raise DataError(f"{path / INFO}: feature {name!r} has shape {shape}; expected height, width and channels")
+        raise DataError(
+            f"{path / INFO}: feature {name!r} has shape {shape}; expected height, width and channels. Correct the file"
+        )
     names = [str(each) for each in feature.get("names") or []]
     first = names[0].startswith("channel") if len(names) == 3 else shape[2] not in (1, 3, 4)
     return (shape[1], shape[2]) if first else (shape[0], shape[1])

@@ -42,7 +42,7 @@ Stats = dict[str, dict[str, Any]]  # feature -> min, max, mean, std, count, as l
 
 
 class LeRobotSink(Sink):
-    """Base class of both versions: features, rows, statistics, and the metadata files."""
+    """Base class of the sinks for both versions: features, rows, statistics and metadata files."""
 
     version: str
 
@@ -54,7 +54,7 @@ class LeRobotSink(Sink):
         """Claim the path, and count the episodes that an earlier run wrote."""
         path, options = self.path, self.options
         if options.fps != int(options.fps):
-            raise ConfigError(f"LeRobot needs an integer frame rate; got fps={options.fps}")
+            raise ConfigError(f"LeRobot needs an integer frame rate; got fps={options.fps}. Set fps to an integer")
         self.fps, self.lossless = int(options.fps), options.lossless
         self.video = self.spec.observation.pixels is not None and not options.lossless
         there = read_json(path / OWN) if (path / OWN).exists() else None
@@ -75,7 +75,7 @@ class LeRobotSink(Sink):
 
     @abstractmethod
     def resumed(self) -> list[dict[str, Any]]:
-        """Return the lines of meta/episodes of the episodes that an earlier run wrote."""
+        """Return the entries of meta/episodes for the episodes that an earlier run wrote."""
 
     @abstractmethod
     def _stats(self) -> list[Stats]:
@@ -187,12 +187,12 @@ class LeRobotSink(Sink):
 
 
 class LeRobotSinkV2(LeRobotSink):
-    """Writes version 2.1. The Parquet file of an episode, written after its video, marks it as complete."""
+    """A sink for version 2.1. The Parquet file of an episode is written last, and marks the episode as complete."""
 
     version = "v2.1"
 
     def resumed(self) -> list[dict[str, Any]]:
-        """Return the lines of the Parquet files."""
+        """Return the lines of meta/episodes.jsonl, read from the metadata of the Parquet files."""
         count = count_files(lambda number: self._file(V2_DATA, number))
         self._lines = [self._described(number, "worldloom") for number in range(count)]
         return self._lines
@@ -212,7 +212,7 @@ class LeRobotSinkV2(LeRobotSink):
         return values
 
     def save(self, episodes: list[Episode]) -> None:
-        """Write the video of an episode, then its table."""
+        """Write the video of an episode, then the table."""
         (episode,), number = episodes, self.saved
         task = self.task(episode)
         table, stats = self.table(episode, number, task)
@@ -244,9 +244,9 @@ class LeRobotSinkV2(LeRobotSink):
 
 
 class LeRobotSinkV3(LeRobotSink):
-    """Writes version 3.0, with up to 64 MiB or 64 episodes per file.
+    """A sink for version 3.0, with up to 64 MiB or 64 episodes per file.
 
-    A file of meta/episodes, written last, marks its episodes as complete.
+    A file in meta/episodes is written last, and marks its episodes as complete.
     """
 
     version = "v3.0"
@@ -261,7 +261,7 @@ class LeRobotSinkV3(LeRobotSink):
         return self.path / f"meta/episodes/chunk-{number // CHUNK:03d}/file-{number % CHUNK:03d}.parquet"
 
     def save(self, episodes: list[Episode]) -> None:
-        """Write a file of episodes and their video, and last their metadata."""
+        """Write the video and the table of these episodes, and last their file in meta/episodes."""
         place = {"chunk_index": self._files // CHUNK, "file_index": self._files % CHUNK}
         tables: list[pa.Table] = []
         rows: list[dict[str, Any]] = []

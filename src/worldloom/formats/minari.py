@@ -38,7 +38,7 @@ _MOST = 4096  # maximum number of values of an observation that is not a picture
 
 
 class MinariSource(Hdf5Source):
-    """A source over a Minari dataset, in the order of episode numbers.
+    """A source that reads a Minari dataset, in the order of episode numbers.
 
     `Discrete` values become one-hot; values that are not numeric are left out, with a note.
     """
@@ -63,8 +63,8 @@ class MinariSource(Hdf5Source):
         stated = self._metadata.get("total_episodes")
         if not self._episodes or (stated is not None and int(stated) != len(self._episodes)):
             raise DataError(
-                f"{self.main} has {len(self._episodes)} episodes; expected {stated}, as in {METADATA}. The file is "
-                f"empty or truncated; restore it from a copy"
+                f"{self.main} has {len(self._episodes)} episodes; expected {stated}, as in {METADATA}, and at "
+                f"least one. The file is empty or truncated; restore the file from a copy"
             )
         first = self.file[self._episodes[0]]
         own = spec_in(own_attribute(self.file))
@@ -185,7 +185,8 @@ class MinariSource(Hdf5Source):
         if not isinstance(column, h5py().Dataset) or column.dtype.kind not in "fiub":
             came = "is missing" if column is None else f"is {getattr(column, 'dtype', 'a group')}"
             raise DataError(
-                f"{where}/{place} {came}; expected numbers, as in the spaces in {METADATA}. Restore both from a copy"
+                f"{where}/{place} {came}; expected numbers, as in the spaces in {METADATA}. Restore both files "
+                f"from a copy"
             )
         numbers: np.ndarray = column[()]
         return numbers
@@ -197,12 +198,14 @@ class MinariSource(Hdf5Source):
             choices = column.reshape(-1).astype(np.int64) - int(space.get("start", 0))
             if len(choices) != len(column) or ((choices < 0) | (choices >= width)).any():
                 raise DataError(
-                    f"{where} has a choice outside of its space of {width} choices; restore the file from a copy"
+                    f"{where} does not have one of {width} choices in each row, as in {METADATA}; restore the file "
+                    f"from a copy"
                 )
             return np.eye(width, dtype=np.float32)[choices]
         if column.ndim == 0 or int(np.prod(column.shape[1:])) != width:
             raise DataError(
-                f"{where} has shape {column.shape}; expected {width} values per row, as in {METADATA}. Restore it"
+                f"{where} has shape {column.shape}; expected {width} values per row, as in {METADATA}. Restore "
+                f"the file from a copy"
             )
         return flat(column)
 
@@ -229,13 +232,14 @@ class MinariSource(Hdf5Source):
             column = np.stack(pictures) if len({picture.shape for picture in pictures}) == 1 else np.zeros((0, 0))
         if column.dtype != np.uint8 or column.shape[1:] != shape:
             raise DataError(
-                f"{where} is {column.dtype} of shape {column.shape}; expected uint8 pictures of shape {shape}"
+                f"{where} is {column.dtype} of shape {column.shape}; expected uint8 pictures of shape {shape}. "
+                f"Restore the file from a copy"
             )
         return column.reshape(len(column), *(*shape, 1)[:3])
 
 
 class MinariSink(PartsSink):
-    """Writes `data/main_data.hdf5` and, last, `data/metadata.json`, with extra entries for labels and metadata.
+    """A sink that writes `data/main_data.hdf5` and, last, `data/metadata.json`; labels and metadata are extra entries.
 
     Pixels and a vector become a dictionary of observations. Rewards, which Minari requires, are zeros.
     """
@@ -334,7 +338,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         raise DataError(f"{path / METADATA} has no data_format, so it is not Minari metadata; check the path")
     if metadata["data_format"] != "hdf5":
         raise DataError(
-            f"{path} has data_format {metadata['data_format']!r}; expected 'hdf5'. Save it as HDF5 with minari"
+            f"{path} has data_format {metadata['data_format']!r}; expected 'hdf5'. Save the dataset as HDF5 with minari"
         )
     return metadata
 

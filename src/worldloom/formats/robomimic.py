@@ -29,7 +29,7 @@ _UNIT = 1.0 + 1e-6  # robomimic expects actions in [-1, 1]
 
 
 class RobomimicSource(Hdf5Source):
-    """A source over a robomimic file, in the order of demo numbers; `next_obs`, if it exists, adds the last frame."""
+    """A source that reads a robomimic file, in the order of demo numbers; `next_obs`, if present, adds a last frame."""
 
     format = "robomimic"
 
@@ -79,7 +79,8 @@ class RobomimicSource(Hdf5Source):
         action = first["actions"]
         if action.ndim != 2 or action.dtype.kind not in "fiub":
             raise DataError(
-                f"{self.path}: {action.name} is {action.dtype} of shape {action.shape}; expected numbers (T, A)"
+                f"{self.path}: {action.name} is {action.dtype} of shape {action.shape}; expected numbers of shape "
+                f"(T, A). Check the file"
             )
         size = int(action.shape[1])
         found = action_range(self.actions(), size) if own is None else None
@@ -121,14 +122,20 @@ class RobomimicSource(Hdf5Source):
             wanted = [name for name in (self._camera, *self._vector) if name is not None]
             for name in ("actions", *(f"obs/{name}" for name in wanted)):
                 if name not in group:
-                    raise DataError(f"{where} has no {name}, but the first demo has; restore it, or leave the demo out")
+                    raise DataError(
+                        f"{where} has no {name}, unlike the first demo. Restore the file, or leave the demo out"
+                    )
             actions = np.asarray(group["actions"][()])
             if actions.ndim != 2 or actions.dtype.kind not in "fiub" or actions.shape[1] != self.spec.action.size:
                 size = self.spec.action.size
-                raise DataError(f"{where}/actions is {actions.dtype} of shape {actions.shape}; expected (T, {size})")
+                raise DataError(
+                    f"{where}/actions is {actions.dtype} of shape {actions.shape}; expected (T, {size}). Restore the "
+                    f"file from a copy"
+                )
             if self._closing != ("next_obs" in group):
                 raise DataError(
-                    f"either {where} or the first demo has no next_obs; convert demos with and without it separately"
+                    f"only one of {where} and the first demo has next_obs; convert demos with and without next_obs "
+                    f"separately"
                 )
             columns = {name: self._column(group, name, len(actions), where) for name in wanted}
             labels = {name: (group["labels"] if self._own else group)[name][()] for name in self._labels}
@@ -156,7 +163,9 @@ class RobomimicSource(Hdf5Source):
             )
         if self._closing:
             if name not in group["next_obs"] or len(group["next_obs"][name]) != steps:
-                raise DataError(f"{where}/next_obs/{name} does not have {steps} rows; restore the file from a copy")
+                raise DataError(
+                    f"{where}/next_obs/{name} is missing, or does not have {steps} rows; restore the file from a copy"
+                )
             column = np.concatenate([column, np.asarray(group["next_obs"][name][-1:])])
         return column
 
@@ -174,7 +183,7 @@ class RobomimicSource(Hdf5Source):
 
 
 class RobomimicSink(PartsSink):
-    """Writes obs and next_obs with keys `image` and `vector`, and extra entries for labels and metadata.
+    """A sink that writes obs and next_obs with keys `image` and `vector`, and extra entries for labels and metadata.
 
     For robomimic's loaders, rewards are zeros, and dones are zeros with a final one.
     """

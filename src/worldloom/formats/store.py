@@ -10,7 +10,7 @@ from worldloom.formats.format import CLOCK, Sink, Source, add_format
 
 
 class StoreSource(Source):
-    """A source over an `EpisodeDataset`."""
+    """A source that reads an `EpisodeDataset`."""
 
     format = "worldloom"
     refused = ("camera", "vector", *CLOCK, "action_low", "action_high", "columns")
@@ -37,12 +37,12 @@ class StoreSource(Source):
 
 
 class StoreSink(Sink):
-    """Appends to an `EpisodeDataset`, with one commit per 128 MiB of decoded data or 256 episodes."""
+    """A sink that appends to an `EpisodeDataset`, with one commit per 128 MiB of decoded data or 256 episodes."""
 
     most_bytes, most_episodes = 2**27, 256
 
     def places(self) -> list[Path]:
-        """Do nothing: creating a dataset already refuses an existing one."""
+        """Return no paths, because creating a dataset fails if the dataset exists."""
         return []
 
     def begin(self, *, resume: bool) -> int:
@@ -75,4 +75,4 @@ def _detects(path: Path) -> bool:
     return metadata.get(b"format") == FORMAT.encode()
 
 
-add_format(StoreSource, StoreSink, _detects, "worldloom's own store: a Lance table, a row a frame")
+add_format(StoreSource, StoreSink, _detects, "worldloom's own store: a Lance table with one row per frame")

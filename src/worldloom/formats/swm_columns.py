@@ -29,7 +29,7 @@ Columns = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]  # by name: shape 
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenColumns:
-    """The columns that are read."""
+    """The columns that a source reads: the camera, the vector columns and the labels."""
 
     camera: str | None
     vector: list[str]
@@ -58,7 +58,7 @@ class ChosenColumns:
 
 
 def choose_columns(source: Source, columns: Columns, own: DatasetSpec | None) -> ChosenColumns:
-    """Choose what is read by the source's options, with notes of what is left out.
+    """Choose the columns to read, using the source's options, and add notes about the columns that are left out.
 
     The vector consists of `observation` and `proprio` or, without these and without pictures, of `state`. Other numeric
     columns are labels, except rewards and counters.

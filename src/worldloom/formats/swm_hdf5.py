@@ -28,7 +28,7 @@ from worldloom.formats.swm_columns import (
 
 
 class SwmHdf5Source(Hdf5Source):
-    """A source over one HDF5 file, or a directory with one such file."""
+    """A source that reads an HDF5 file, or a directory that contains one such file."""
 
     format = "swm-hdf5"
 
@@ -44,7 +44,9 @@ class SwmHdf5Source(Hdf5Source):
                 raise DataError(f"{where} has no column {name!r}; it has {', '.join(file) or 'none'}. Check the file")
         self._lengths, self._offsets = (np.asarray(file[name][()], np.int64) for name in (LENGTH, OFFSET))
         if len(self._lengths) != len(self._offsets):
-            raise DataError(f"{where} has {len(self._lengths)} lengths but {len(self._offsets)} offsets; restore it")
+            raise DataError(
+                f"{where} has {len(self._lengths)} lengths but {len(self._offsets)} offsets; restore the file"
+            )
         columns = {
             name: (column.shape, column.dtype)
             for name, column in file.items()
@@ -54,12 +56,15 @@ class SwmHdf5Source(Hdf5Source):
         for name, (shape, _) in columns.items():
             if len(shape) == 0 or shape[0] < rows:
                 raise DataError(
-                    f"{where}: column {name!r} has shape {shape}, but the episodes need {rows} rows; it is truncated. "
-                    f"Restore the file from a copy"
+                    f"{where}: column {name!r} has shape {shape}, but the episodes need {rows} rows. Restore the "
+                    f"file from a copy"
                 )
         shape, dtype = columns[ACTION]
         if len(shape) > 2 or dtype.kind not in "fiub":
-            raise DataError(f"{where}: column 'action' is {dtype} of shape {shape}; expected numbers of shape (N, A)")
+            raise DataError(
+                f"{where}: column 'action' is {dtype} of shape {shape}; expected numbers of shape (N, A). "
+                f"Convert the column"
+            )
         self._text = [name for name, (_, dtype) in columns.items() if dtype.kind in "OSU"]
         own = spec_in(own_attribute(file))
         numbers = {name: column for name, column in columns.items() if name not in self._text}
@@ -68,7 +73,7 @@ class SwmHdf5Source(Hdf5Source):
         self.describe(self._chosen.contents(numbers, files=[self.path], pixels=pixels, own=own))
 
     def actions(self) -> Iterator[np.ndarray]:
-        """Yield the actions of each episode except its last."""
+        """Yield each episode's actions, without its last action."""
         for offset, length in zip(self._offsets, self._lengths, strict=True):
             yield two_axes(self.file[ACTION][offset : offset + length - 1])
 
@@ -100,13 +105,13 @@ class SwmHdf5Source(Hdf5Source):
 
 
 class SwmHdf5Sink(PartsSink):
-    """Writes `pixels`, `observation`, `action` and labels under their names; the last action is zeros."""
+    """A sink that writes `pixels`, `observation`, `action` and a column per label; the last actions are zeros."""
 
     layout = "stable-worldmodel's layout"
     reserved = (*RESERVED, LENGTH, OFFSET)
 
     def assemble(self, file: Any, episodes: Iterator[Episode]) -> None:
-        """Write the columns, one episode at a time, with one chunk per row like stable-worldmodel."""
+        """Write the columns, one episode at a time. Each row is one HDF5 chunk, the same as in stable-worldmodel."""
         lengths: list[int] = []
         for episode in episodes:
             columns = {PIXELS: episode.pixels, VECTOR: episode.vector, ACTION: with_last_action(episode)}

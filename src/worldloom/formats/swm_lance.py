@@ -33,7 +33,7 @@ QUALITY = 95  # JPEG quality, the same as stable-worldmodel's
 
 
 class SwmLanceSource(Source):
-    """A source over one table, or a directory with one. Columns have the same roles as in the HDF5 files."""
+    """A source that reads a table, or a directory with one table. Columns have the same roles as in the HDF5 files."""
 
     format = "swm-lance"
     refused = (*CLOCK, "columns")
@@ -45,11 +45,13 @@ class SwmLanceSource(Source):
         schema = self._lance.schema
         for name in (EPISODE, STEP, ACTION):
             if name not in schema.names:
-                raise DataError(f"{self.path} has no column {name!r}; it has {', '.join(schema.names) or 'none'}")
+                raise DataError(
+                    f"{self.path} has no column {name!r}; it has {', '.join(schema.names) or 'none'}. Check the path"
+                )
         if not _width(schema.field(ACTION).type):
             raise DataError(
-                f"{self.path}: column 'action' has type {schema.field(ACTION).type}; expected lists of numbers of one "
-                f"length"
+                f"{self.path}: column 'action' has type {schema.field(ACTION).type}; expected lists of numbers of the "
+                f"same length. Convert the column"
             )
         text = (schema.metadata or {}).get(OWN)
         self._own = None if text is None else DatasetSpec.from_json(text.decode())
@@ -110,7 +112,7 @@ class SwmLanceSource(Source):
             return self._lance.take(list(range(first, last)), columns=names)
 
     def actions(self) -> Iterator[np.ndarray]:
-        """Yield the actions of each episode except its last."""
+        """Yield each episode's actions, without its last action."""
         for first, last in zip(self._starts[:-1], self._starts[1:], strict=True):
             if last - first > 1:
                 yield numbers(self._rows(int(first), int(last) - 1, [ACTION])[ACTION], ACTION, str(self.path))
@@ -149,12 +151,14 @@ class SwmLanceSource(Source):
             what = f"{where}: the picture of {self._chosen.camera!r} in step {row}"
             pictures.append(decode_picture(value.as_py(), what))
             if pictures[-1].shape != pictures[0].shape:
-                raise DataError(f"{what} has a different shape from the first; repair the table")
+                raise DataError(
+                    f"{what} has a different shape from the first picture; resize the pictures in the table"
+                )
         return np.stack(pictures)
 
 
 class SwmLanceSink(Sink):
-    """Appends to a table, with one atomic commit per 64 MiB of decoded data or 256 episodes."""
+    """A sink that appends to a table, with one atomic commit per 64 MiB of decoded data or 256 episodes."""
 
     layout = "stable-worldmodel's Lance layout"
     reserved, forbidden = RESERVED, "."
@@ -162,7 +166,7 @@ class SwmLanceSink(Sink):
     most_bytes, most_episodes = 2**26, 256
 
     def locate(self, path: Path) -> Path:
-        """Return `path`, or the table of its name in it where it does not end in .lance."""
+        """Return `path` if it ends in .lance, else the path of a table with the same name in the directory `path`."""
         return path if path.suffix == ".lance" else path / f"{path.name}.lance"
 
     def begin(self, *, resume: bool) -> int:
@@ -231,7 +235,7 @@ def _tables(path: Path) -> list[Path]:
 
 
 def _width(kind: pa.DataType) -> int:
-    """Return the number of values in a row of a column; 0 unless it contains numbers or lists of a fixed length."""
+    """Return the number of values in a row of a column; 0 unless the rows are numbers or lists of a fixed length."""
     if pa.types.is_fixed_size_list(kind):
         return int(kind.list_size) if is_number(kind.value_type) else 0
     return int(is_number(kind))

@@ -22,7 +22,7 @@ STEADY = 1.5  # ratio of the longest to the shortest period above which a rate c
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AlignedSteps:
-    """N steps without a gap: the camera frame, the row of the log and the time of each.
+    """N steps without a gap: the camera frame, the row of the log and the time of each step.
 
     `actions[k]` is the action between steps k and k + 1.
     """
@@ -57,7 +57,7 @@ def aligned_episodes(
     observed: bool,
     until: float | None = None,
 ) -> list[Episode]:
-    """Return an Episode for each part of a source episode between gaps, using the source's options.
+    """Split a source episode at its gaps, using the source's options, and return an Episode for each part.
 
     `pixels` reads the camera frames with the given numbers; it is called once for all parts. `align` describes the
     other arguments.
@@ -107,17 +107,17 @@ def align(
     until: float | None = None,
     episode: int | None = None,
 ) -> tuple[list[AlignedSteps], list[Note]]:
-    """Return the parts of an episode between gaps, in order, and notes about frames and rows that were left out.
+    """Split an episode at its gaps; return the parts in order, and notes about frames and rows that were left out.
 
     Each camera frame is a step; with `rate`, there are `rate` steps per second from the first frame on, each with the
     nearest frame. `how="hold"` uses the action in force at a frame. `how="mean"` uses the time average of the actions
     until the next frame, so that velocities add up to the same distance. A gap longer than `gap` median periods, in
     frames or in rows, ends a part. The last row is in force for one median period, or until the time `until`. Frames
-    without a row in force are left out, except a frame at the end of the last row, which shows the result of its
-    action. If rows also contain observations (`observed`), that frame is left out too.
+    without a row in force are left out. A frame at the end of the last row is kept, because it shows the result of the
+    last action, unless rows also contain observations (`observed`).
 
     Raises:
-        DataError: a timestamp is not finite, or timestamps decrease, except for one repeated or swapped timestamp.
+        DataError: a timestamp is not finite, or more than one timestamp is repeated or swapped.
     """
     kept_frames, notes = _increasing(frame_times, f"{where}: the camera", episode)
     kept_rows, more = _increasing(row_times, f"{where}: the log", episode)
@@ -182,7 +182,7 @@ def by_count(frames: int, rows: int, where: str) -> None:
     """Check that a log without timestamps has as many rows as the video has frames, or one fewer.
 
     Raises:
-        DataError: the numbers differ otherwise, so it is unknown which row belongs to which frame.
+        DataError: the numbers differ in another way, so that rows cannot be matched with frames.
     """
     if frames - rows not in (0, 1):
         raise DataError(
@@ -194,11 +194,11 @@ def by_count(frames: int, rows: int, where: str) -> None:
 def _increasing(
     times: Float64[np.ndarray, "n"], what: str, episode: int | None
 ) -> tuple[Int64[np.ndarray, "m"], list[Note]]:
-    """Return the indices of increasing timestamps: all, or all but one, with a note."""
+    """Return the indices of increasing timestamps; leave out one repeated or swapped timestamp, with a note."""
     everything = np.arange(len(times))
     if not np.isfinite(times).all():
         row = int(np.flatnonzero(~np.isfinite(times))[0])
-        raise DataError(f"{what} has no finite timestamp in row {row}; repair it or drop the row")
+        raise DataError(f"{what} has no finite timestamp in row {row}; repair the timestamp or drop the row")
     falls = np.flatnonzero(np.diff(times) <= 0)
     if not len(falls):
         return everything, []
@@ -209,9 +209,9 @@ def _increasing(
             sentence = f"{what} has one repeated or swapped timestamp; row {row} ({times[row]:.6g} s) is left out."
             return kept, [Note(kind="dropped", what=sentence, episode=episode)]
     raise DataError(
-        f"{what} has timestamps that do not increase {len(falls)} times, first from {times[fall]:.6f} s in row {fall} "
-        f"to {times[fall + 1]:.6f} s in row {fall + 1}; only one repeated or swapped timestamp can be repaired. Sort "
-        f"the rows, or split them into several episodes"
+        f"{what} has timestamps that do not increase in {len(falls)} places, first from {times[fall]:.6f} s in row "
+        f"{fall} to {times[fall + 1]:.6f} s in row {fall + 1}; only one repeated or swapped timestamp can be repaired. "
+        f"Sort the rows, or split them into several episodes"
     )
 
 

@@ -30,8 +30,8 @@ def frame_times(path: Path) -> Float64[np.ndarray, "n"]:
         raise DataError(f"{path} has frames without a presentation time; convert it to an .mp4 or .mkv file")
     if not stamps or len(stamps) < promised:
         raise DataError(
-            f"{path} is truncated: it has {len(stamps)} frames, expected {promised} from its header. Restore it from a "
-            f"copy"
+            f"{path} is truncated: it has {len(stamps)} frames, expected {promised} from its header. Restore the video "
+            f"from a copy"
         )
     ticks = np.sort(np.array(stamps, np.int64))
     times: np.ndarray = (ticks - ticks[0]) * base
@@ -91,7 +91,8 @@ class FrameStream:
                 there += 1
         if out is None or there < len(numbers):
             raise DataError(
-                f"{self.path} decodes only up to frame {self._next - 1}; frame {numbers[there]} is missing. Restore it"
+                f"{self.path} decodes only up to frame {self._next - 1}; frame {numbers[there]} is missing. Restore "
+                f"the video from a copy"
             )
         return out
 
@@ -114,7 +115,7 @@ class FrameStream:
         if shape != self._shape:
             raise DataError(
                 f"{self.path} changes its frame size from {self._shape} to {shape} (height, width) at frame {number}; "
-                f"expected one size. Convert it to one size, or split it there"
+                f"expected one size. Resize all frames, or split the video there"
             )
         self._last, self._next = (number, frame), number + 1
         return True
@@ -157,6 +158,6 @@ def _video_errors(path: Path) -> Iterator[None]:
         yield
     except av.FFmpegError as error:
         raise DataError(
-            f"{path} cannot be read as a video ({error.strerror}): it is truncated, damaged or not a video. Restore it "
-            f"from a copy"
+            f"{path} cannot be read as a video ({error.strerror}): the file is truncated, damaged or not a video. "
+            f"Restore the file from a copy"
         ) from error

@@ -167,7 +167,7 @@ def test_a_part_that_nobody_registered_asks_for_its_module(pixel_case, tmp_path,
     save_model(tmp_path, model)
     assert isinstance(load_model(tmp_path).config.encoder, Foreign)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="unknown encoder 'foreign'.*import that module first"):
+    with pytest.raises(CheckpointError, match="unknown encoder 'foreign'.*Import the modules"):
         load_model(tmp_path)
 
 

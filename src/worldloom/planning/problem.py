@@ -338,7 +338,9 @@ def judged(guardrails: Sequence[Guardrail], rollouts: Rollouts) -> Float[Tensor,
         try:
             violation = _numbers(rail.violation(rollouts), rollouts)
         except Exception as error:
-            _log.error("guardrail %r counts as broken: it raised %s: %s", rail.name, type(error).__name__, error)
+            _log.error(
+                "guardrail %r raised %s: %s; the guardrail counts as broken", rail.name, type(error).__name__, error
+            )
             violation = torch.full_like(rollouts.latents[..., 0], torch.inf)
         found.append(violation)
     # One call for all guardrails, because a search does this many times.

@@ -81,5 +81,5 @@ def test_a_saved_model_is_the_same_and_belongs_to_the_one_below(
 
 
 def test_episodes_shorter_than_a_step_are_refused(world: WallWorld) -> None:
-    with pytest.raises(DataError, match="the longest episode has 3 states"):
+    with pytest.raises(DataError, match="the longest episode or dream has 3 states"):
         fit_coarse(world, world.episodes(length=2), CONFIG, seed=0)

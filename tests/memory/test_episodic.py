@@ -381,7 +381,7 @@ def test_versions_that_cannot_be_read_say_so(tmp_path: Path) -> None:
     path = tmp_path / "m"
     made(path).close()
     versioned(path, 9)
-    with pytest.raises(DataError, match="version 9.*install the version of worldloom that wrote it"):
+    with pytest.raises(DataError, match="version 9.*install the version of worldloom that wrote the memory"):
         EpisodicMemory.open(path, spec=SPEC)
     with pytest.raises(DataError, match="cannot convert it to version"):
         migrate(path)

@@ -135,7 +135,7 @@ def truncate_json(directory: Path) -> None:
     [
         (tamper_tensors, "damaged or was changed"),
         (truncate_tensors, "damaged or was changed"),
-        (remove_tensors, "is missing; restore it"),
+        (remove_tensors, "is missing; restore the file"),
         (truncate_json, "not valid JSON"),
         (edit(format=99), "has format 99; expected format 1"),
         (edit(metadata={}), "its checksum does not match"),
@@ -153,7 +153,7 @@ def test_a_missing_checkpoint_and_another_kind_are_told_apart(tmp_path) -> None:
     with pytest.raises(CheckpointError, match="no world-model checkpoint exists at"):
         load_model(tmp_path)
     save_tensors(tmp_path / "model", {"a": torch.zeros(1)}, kind="distance")
-    with pytest.raises(CheckpointError, match="is a distance; expected a world-model"):
+    with pytest.raises(CheckpointError, match="contains a distance; expected a world-model"):
         load_model(tmp_path)
 
 
@@ -167,7 +167,7 @@ def test_a_part_that_nobody_registered_asks_for_its_module(pixel_case, tmp_path,
     save_model(tmp_path, model)
     assert isinstance(load_model(tmp_path).config.encoder, Foreign)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="unknown encoder 'foreign'.*import that module first"):
+    with pytest.raises(CheckpointError, match="unknown encoder 'foreign'.*Import the modules"):
         load_model(tmp_path)
 
 

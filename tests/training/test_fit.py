@@ -139,7 +139,7 @@ def test_resuming_with_another_setting_or_other_data_is_refused(unbroken, cache)
     with pytest.raises(CheckpointError, match="model.latent_dim was 8, is 4"):
         resume(model=MODEL.override(["latent_dim=4"]))
     other = replace(cache, fingerprint="other")
-    with pytest.raises(CheckpointError, match="its settings changed: data"):
+    with pytest.raises(CheckpointError, match="its settings or data changed: data"):
         resume(data=other)
 
 

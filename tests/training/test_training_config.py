@@ -70,7 +70,7 @@ def test_the_one_cycle_schedule_peaks_after_a_tenth() -> None:
     ("override", "told"),
     [
         ("accelerator=cuda", "accelerator is 'cuda', but PyTorch finds no such device"),
-        ("strategy=fsdp", "it needs several devices"),
+        ("strategy=fsdp", "which needs several devices"),
         ("precision=16-mixed", "use bf16-mixed or 32-true"),
         ("compile=true", r"needs a C\+\+ compiler, but none of .*g\+\+.* is on PATH"),
     ],

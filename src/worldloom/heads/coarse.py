@@ -28,10 +28,10 @@ _BOUND = 2.0  # on each value of a macro-action, which has mean 0 and variance 1
 
 
 class CoarseConfig(FitConfig):
-    """The network and its fit; one step of the coarse model covers `stride` steps of the model below.
+    """The configuration of a `CoarseModel` and its fit; each coarse step covers `stride` steps of the model below.
 
-    A macro-action has `code` values. The data are extended by `dreams` imagined walks per episode, each `dream_horizon`
-    steps of the model below long.
+    A macro-action has `code` values. The data are extended by `dreams` imagined walks per episode. Each walk has
+    `dream_horizon` steps of the model below.
     """
 
     stride: int = Field(default=4, ge=2)
@@ -101,7 +101,7 @@ class CoarseModel(Head[CoarseConfig]):
         return torch.stack(predicted, dim=2)
 
     def coarsen(self, episodes: LatentEpisodes, *, offset: int = 0) -> LatentEpisodes:
-        """Convert episodes of the model below to episodes of the coarse model, starting at frame `offset` of each.
+        """Convert episodes of the model below to episodes of the coarse model, starting at frame `offset`.
 
         Raises:
             DataError: no episode is longer than one coarse step.
@@ -135,11 +135,11 @@ def fit_coarse(
 ) -> CoarseModel:
     """Fit the macro-action encoder and the predictor together, on the episodes and on dreams of the model below.
 
-    The loss covers two open-loop steps, the second from the prediction of the first, so that predictions can be
-    chained.
+    The loss covers two open-loop steps. The second step starts from the prediction of the first, so that the model
+    learns to chain predictions.
 
     Raises:
-        DataError: no episode and no dream is as long as one coarse step.
+        DataError: all episodes, or the dreams, are shorter than one coarse step.
     """
     generator = torch_generator(seed, "coarse", device=episodes.latents.device)
     with seeded_weights(seed, "coarse", "weights"):
@@ -173,8 +173,8 @@ def _windows(
     longest = episodes.latents.shape[1]
     if longest <= stride:
         raise DataError(
-            f"the longest episode has {longest} states, but one step of the coarse model covers {stride} blocks; "
-            f"collect longer episodes or lower 'stride'"
+            f"the longest episode or dream has {longest} states, but one step of the coarse model covers {stride} "
+            f"blocks; lower 'stride', or collect longer episodes and raise 'dream_horizon'"
         )
     # Padded by one step, so that the last step of an episode also has a (masked) second one.
     states = functional.pad(episodes.latents, (0, 0, 0, stride))

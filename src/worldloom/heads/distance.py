@@ -21,12 +21,12 @@ from worldloom.models import MLP, Activation, Norm, hidden_layer
 
 
 class DistanceConfig(FitConfig):
-    """The network and its fit.
+    """The configuration of a `TemporalDistance` and its fit.
 
-    With probability `same_line`, a goal is a later state of the same line (an episode or a dream). Otherwise it is any
-    state of any line in the same layout or, with probability `anywhere`, any state of all data. Use `anywhere` only
-    if all episodes have the same layout, because other goals are unreachable. Distances are capped at `longest`
-    environment steps.
+    With probability `same_line`, a goal is a later state of the same line (an episode or a dream). Otherwise the goal
+    is any state of any line in the same layout or, with probability `anywhere`, any state of all data. Use `anywhere`
+    only if all episodes have the same layout, because goals in a different layout are unreachable. Distances are capped
+    at `longest` environment steps.
     """
 
     hidden: tuple[int, ...] = Field(default=(256, 128), min_length=1)
@@ -86,10 +86,10 @@ def fit_distance(
 ) -> TemporalDistance:
     """Fit a temporal distance by expectile bootstrapping.
 
-    The target of d(z, g) is a low expectile of 1 + d(z', g) over the next states z'. It selects the shortest of the
-    paths in the data (Kostrikov et al., arXiv 2110.06169, for values). A goal k steps later on the same line bounds the
-    target by k. Where layouts differ between episodes, no path leads from one to another, so goals come from the same
-    episode and from dreams in its layout.
+    The target of d(z, g) is a low expectile of 1 + d(z', g) over the next states z'. A low expectile selects the
+    shortest of the paths in the data (Kostrikov et al., arXiv 2110.06169, use a high one for values). A goal k steps
+    later on the same line bounds the target by k. If layouts differ between episodes, no path leads from one layout to
+    another. Goals then come from the same episode and from dreams in its layout.
     """
     spec, device = model.spec, episodes.latents.device
     generator = torch_generator(seed, "distance", device=device)

@@ -24,8 +24,9 @@ _REACH = 3  # maximum number of blocks to a target
 class Reversibility:
     """How well inverse dynamics undo a walk.
 
-    `displacement` is the mean latent distance of the walks, `gap` the mean distance that is left after walking back.
-    Dynamics count as reversible if at most 40% of the displacement is left.
+    `displacement` is the mean latent distance between the start and the end of the walks. `gap` is the mean distance
+    from the start that remains after walking back. Dynamics count as reversible if `gap` is at most 40% of
+    `displacement`.
     """
 
     gap: float
@@ -110,7 +111,7 @@ class LatentGeometry(Head[InverseModelConfig]):
 
     @classmethod
     def build(cls, model: WorldModel, config: InverseModelConfig, **figures: Any) -> "LatentGeometry":
-        """Build it from the saved figures, with untrained inverse dynamics."""
+        """Build the geometry from the saved figures, with untrained inverse dynamics."""
         return cls(
             step_length=figures["step_length"],
             inverse=InverseModel(model.spec, config),

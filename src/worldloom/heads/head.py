@@ -34,7 +34,8 @@ class FitConfig(Config):
 class Head(nn.Module, Generic[ConfigT]):
     """A module fitted on a world model; a subclass defines its kind, configuration and tensors.
 
-    The file of a head contains these, the version of the format and the fingerprint of the world model.
+    The files of a head contain its kind, configuration and tensors, the version of the format, and the fingerprint of
+    the world model.
     """
 
     kind: ClassVar[str]
@@ -43,7 +44,7 @@ class Head(nn.Module, Generic[ConfigT]):
 
     @classmethod
     def build(cls: type[HeadT], model: WorldModel, config: Any, **figures: Any) -> HeadT:
-        """Build an untrained head of this model; `figures` are the values that `figures()` returned at the save."""
+        """Build an untrained head of this model; `figures` are the values that `figures()` returned before saving."""
         return cls(model.spec, config, **figures)
 
     def figures(self) -> dict[str, Any]:
@@ -53,7 +54,7 @@ class Head(nn.Module, Generic[ConfigT]):
     def fit(self, loss: Callable[[int], Tensor], progress: Progress) -> float:
         """Minimise `loss(step)`, a scalar, by AdamW with a warm-up and a cosine schedule.
 
-        Leaves the head in evaluation mode and returns the mean loss of the last tenth of the steps.
+        Return the mean loss of the last tenth of the steps, and leave the head in evaluation mode.
 
         Raises:
             TrainingError: the loss is not finite.

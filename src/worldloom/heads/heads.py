@@ -57,7 +57,7 @@ class Heads:
 
     @cached_property
     def hierarchy(self) -> list[tuple[CoarseModel, LatentGeometry]]:
-        """The coarser models with their geometry. Each model predicts several steps of the one before it."""
+        """The coarser models with their geometry. One step of a model covers several steps of the model before it."""
         levels: list[tuple[CoarseModel, LatentGeometry]] = []
         for level in range(1, self._levels + 1):
             coarse = CoarseModel.load(self.stem(f"coarse-{level}"), levels[-1][0] if levels else self.model)

@@ -16,7 +16,7 @@ from worldloom.models import MLP
 
 
 class InverseModelConfig(FitConfig):
-    """The network and its fit; `dreams` imagined walks per episode extend the data."""
+    """The configuration of an `InverseModel` and its fit; `dreams` imagined walks per episode extend the data."""
 
     hidden: tuple[int, ...] = Field(default=(256, 256), min_length=1)
     steps: int = Field(default=800, ge=1)
@@ -72,7 +72,7 @@ def fit_inverse_model(
     seed: int,
     progress: Progress = SILENT,
 ) -> InverseModel:
-    """Fit on the transitions of the episodes and of imagined walks that start from their states."""
+    """Fit an inverse model on the transitions of the episodes and of imagined walks from states of the episodes."""
     device = episodes.latents.device
     generator = torch_generator(seed, "inverse", device=device)
     parts = [episodes.transitions()]

@@ -78,7 +78,7 @@ def dream(
     walk: Walk,
     generator: torch.Generator,
 ) -> LatentEpisodes:
-    """Imagine walks of `horizon` blocks that start from random states of each episode, in its layout.
+    """Imagine walks of `horizon` blocks that start from random states of each episode, in the episode's layout.
 
     Dream `e * per_episode + i` is the i-th of episode e; its first latent is the start state.
     """
@@ -117,10 +117,12 @@ def encode_episodes(
     frames_at_once: int = 1024,
     progress: Progress = SILENT,
 ) -> LatentEpisodes:
-    """Encode every `block`-th frame of the episodes from frame `offset` on; leave out episodes that are too short.
+    """Encode every `block`-th frame of each episode, starting at frame `offset`.
+
+    Episodes with fewer than two such frames are left out.
 
     Raises:
-        DataError: no episode has two such frames.
+        DataError: every episode has fewer than two such frames.
     """
     block = model.spec.block
     device = model.device

@@ -18,7 +18,7 @@ from worldloom.models import MLP
 
 
 class ProbeConfig(FitConfig):
-    """The network and its fit; the fraction `held_out` of the labelled frames is not fitted but measures the error.
+    """The configuration of a `Probe` and its fit; the fraction `held_out` of the episodes only measures the error.
 
     `between` clips the labels to a range, so that the network resolves the values that matter, such as those near the
     edge of a hazard.
@@ -35,7 +35,7 @@ class ProbeConfig(FitConfig):
     def _check_between(self) -> "ProbeConfig":
         if self.between is not None and not self.between[0] < self.between[1]:
             raise ValueError(
-                f"'between' needs a lower end below its upper end; got {list(self.between)}. Swap or move them"
+                f"'between' needs a lower end below the upper end; got {list(self.between)}. Swap the ends, or move one"
             )
         return self
 
@@ -43,8 +43,8 @@ class ProbeConfig(FitConfig):
 class Probe(Head[ProbeConfig]):
     """Decodes a named quantity of `size` values from latents, in the unit of its labels.
 
-    `errors` are its Euclidean errors on held-out frames, ascending. They do not apply to latents that are unlike its
-    `support`, a sample of the latents of the fit.
+    `errors` are the probe's Euclidean errors on held-out frames, in ascending order. The errors do not apply to latents
+    that are unlike the probe's `support`, a sample of the latents of the fit.
     """
 
     kind = "probe"
@@ -77,7 +77,7 @@ class Probe(Head[ProbeConfig]):
         return out
 
     def error(self, risk: float) -> float:
-        """Return a bound on the error: a new frame of the same kind exceeds it with probability at most `risk`.
+        """Return a bound on the error; an exchangeable new frame exceeds this bound with probability at most `risk`.
 
         This is the split-conformal quantile (Vovk et al. 2005): the k-th smallest of n held-out errors with
         k = ceil((n + 1)(1 - risk)), or infinity if n is too small for this risk.
@@ -106,7 +106,7 @@ def fit_probe(
     if len(names) < 4:
         raise DataError(
             f"a probe needs labelled frames from at least 4 episodes, some for the fit and some to measure its error; "
-            f"got {len(names)} episodes. Label more of them"
+            f"got {len(names)} episodes. Label frames of more episodes"
         )
     if not bool(values.isfinite().all()):
         raise DataError("expected finite labels; got NaN or infinity. Leave out the frames that have no label")

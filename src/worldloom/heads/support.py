@@ -19,13 +19,13 @@ _AT_ONCE = 8192
 
 
 class SupportConfig(Config):
-    """The number of latents of the data that serve as references."""
+    """The configuration of a `Support`: the number of latents of the data that serve as references."""
 
     references: int = 128
 
 
 class Support(Head[SupportConfig]):
-    """A sample of the data's latents; a latent farther than `known` from all of them is unlike the data."""
+    """A sample of the data's latents; a latent farther than `known` from the complete sample is unlike the data."""
 
     kind = "support"
     config_type = SupportConfig
@@ -39,7 +39,7 @@ class Support(Head[SupportConfig]):
         self.register_buffer("known", torch.tensor(known, device=references.device))
 
     def gap(self, latents: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes"]:
-        """Return the distance to the nearest reference in units of `known`; up to 1 counts as known."""
+        """Return the distance to the nearest reference in units of `known`; a latent with a gap up to 1 is known."""
         return nearest_gap(latents, self.references) / self.known
 
     def measure(self, others: Float[Tensor, "M D"]) -> None:
@@ -49,7 +49,7 @@ class Support(Head[SupportConfig]):
 
     @classmethod
     def build(cls, model: WorldModel, config: SupportConfig, **figures: Any) -> "Support":
-        """Build it with all references zero, to be loaded."""
+        """Build a support whose references are zero until they are loaded."""
         return cls(torch.zeros(config.references, model.spec.latent_dim))
 
 
@@ -75,7 +75,7 @@ def measure_support(episodes: LatentEpisodes, *, seed: int, progress: Progress =
 def nearest_gap(latents: Float[Tensor, "*axes D"], references: Float[Tensor, "N D"]) -> Float[Tensor, "*axes"]:
     """Return the distance of each latent to the nearest reference.
 
-    Computed by one matrix product; distances below its rounding error are returned as 0.
+    Distances are computed by matrix products; distances below their rounding error are returned as 0.
     """
     flat, references = latents.reshape(-1, latents.shape[-1]), references.to(latents)
     theirs = torch.linalg.vector_norm(references, dim=1).square()

@@ -41,7 +41,7 @@ _EVERYTHING = Where()
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recalled:
-    """The memories nearest to each of Q queries, nearest first; missing ones have id -1 and distance infinity."""
+    """The k memories nearest to each of Q queries, nearest first; unused places have id -1 and distance infinity."""
 
     ids: Int64[np.ndarray, "Q k"]
     distances: Float32[np.ndarray, "Q k"]  # Euclidean, in latent space
@@ -78,7 +78,7 @@ class EpisodicMemory(Closing):
 
         path = Path(path)
         if (path / TABLE).exists():
-            raise StorageError(f"{path} already contains a memory; open it, or choose another directory")
+            raise StorageError(f"{path} already contains a memory; open that memory, or choose another directory")
         with memory_errors(path, "write"):
             path.mkdir(parents=True, exist_ok=True)
             lance.write_dataset(MemorySpec.of(spec, config or MemoryConfig()).schema().empty_table(), path / TABLE)
@@ -159,7 +159,7 @@ class EpisodicMemory(Closing):
         if count == 0:
             return np.zeros(0, np.int64)
         if outcomes is not None and len(outcomes) != count:
-            raise DataError(f"got {len(outcomes)} outcomes for {count} memories; pass one for each, '' for none")
+            raise DataError(f"got {len(outcomes)} outcomes for {count} memories; pass one per memory ('' if unknown)")
         memories = Memories(
             ids=np.arange(self._next, self._next + count),
             times=np.full(count, time.time()) if times is None else times,
@@ -193,7 +193,7 @@ class EpisodicMemory(Closing):
     def flush(self) -> None:
         """Move the journal into the table, forget memories above the capacity, and maintain the table and its index.
 
-        Call it between episodes, because it takes from milliseconds to a few seconds.
+        Call this method between episodes, because a flush takes from milliseconds to a few seconds.
         """
         self._commit()
         capacity = self.spec.config.capacity
@@ -221,7 +221,7 @@ class EpisodicMemory(Closing):
         return Recalled(ids=ids, distances=distances)
 
     def read(self, where: Where = _EVERYTHING, *, newest: int | None = None) -> Memories:
-        """Return the selected memories in the order of their ids, or only the `newest` of them."""
+        """Return the selected memories in the order of their ids, or only the last `newest` selected memories."""
         memories = self._gather(where.holds(self._pending), where.sql())
         memories = memories[np.argsort(memories.ids)]
         return memories if newest is None else memories[max(0, len(memories) - newest) :]
@@ -230,7 +230,7 @@ class EpisodicMemory(Closing):
         """Return memories by their ids, in the given order.
 
         Raises:
-            DataError: one of them does not exist; it may have been forgotten.
+            DataError: a memory does not exist, for example because it was forgotten.
         """
         memories = self._gather(np.isin(self._pending.ids, ids), _among(ids))
         return memories[self._places(ids, memories.ids)]
@@ -239,12 +239,15 @@ class EpisodicMemory(Closing):
         """Return the frames or thumbnails of memories.
 
         Raises:
-            DataError: the memory has no frames.
+            DataError: no frames of these memories were stored.
         """
         shape = self.spec.frame_shape
         frames = None if shape is None else self._kept(ids)[0]
         if shape is None or frames is None or frames.null_count:
-            raise DataError(f"{self.path} has no frames of these memories; append memories with their observations")
+            raise DataError(
+                f"{self.path} has no frames of these memories. Use a memory whose 'frames' are 'whole' or 'thumbnail', "
+                f"and append observations with the memories"
+            )
         pixels = np.empty((len(ids), *shape), np.uint8)
         decode_frames(frames, pixels)
         return pixels
@@ -253,7 +256,7 @@ class EpisodicMemory(Closing):
         """Return the observations of memories, at full size.
 
         Raises:
-            DataError: the observations were not stored, or only as thumbnails.
+            DataError: the observations were not stored, or were stored only as thumbnails.
         """
         if self.spec.config.frames != "whole":
             raise DataError(
@@ -271,7 +274,7 @@ class EpisodicMemory(Closing):
         return Observations.from_numpy(None if self.spec.frame_shape is None else self.pictures(ids), vector)
 
     def refresh(self) -> bool:
-        """Read what other processes have written since; return whether anything changed."""
+        """Read the changes that other processes have written since the last read; return whether there were any."""
         before = self._table.version, self._pending.ids.tolist()
         if not self.writable:
             self._open_journal()
@@ -279,7 +282,7 @@ class EpisodicMemory(Closing):
         return before != (self._table.version, self._pending.ids.tolist())
 
     def prune(self, keep: int, *, seed: int = 0, progress: Progress = SILENT) -> int:
-        """Forget all but `keep` memories; see `worldloom.memory.forgetting`. Return how many were forgotten."""
+        """Forget all but `keep` memories (see `worldloom.memory.forgetting`); return the number of forgotten ones."""
         self._writer()
         self._commit()
         memories = self.read()
@@ -293,10 +296,10 @@ class EpisodicMemory(Closing):
         return len(gone)
 
     def reencode(self, model: WorldModel, *, progress: Progress = SILENT, batch: int = 1024) -> None:
-        """Replace all latents by those of another model, in one commit.
+        """Encode all memories with another model and replace their latents, in one commit.
 
         Raises:
-            DataError: full-size observations were not stored, or the model expects different ones.
+            DataError: full-size observations were not stored, or the model expects different observations or blocks.
         """
         import lance
 
@@ -306,7 +309,7 @@ class EpisodicMemory(Closing):
             raise DataError(
                 f"{self.path} has observations {self.spec.observation} and blocks of {self.spec.block_size} values, "
                 f"but the model expects {model.spec.observation} and blocks of {model.spec.block_size}. Choose a model "
-                f"that fits"
+                f"with the same observations and blocks"
             )
         spec = MemorySpec.of(model.spec, self.spec.config)
         ids = self.read().ids
@@ -334,14 +337,16 @@ class EpisodicMemory(Closing):
 
     @property
     def _pending(self) -> Memories:
-        """The memories of the journal, as one value."""
+        """All memories of the journal."""
         if len(self._parts) != 1:
             self._parts = [Memories.concatenate([_none(self.spec), *self._parts])]
         return self._parts[0]
 
     def _writer(self) -> Journal:
         if not self.writable or self._journal is None:
-            raise StorageError(f"{self.path} is open for reading; open it with writable=True to change it")
+            raise StorageError(
+                f"the memory {self.path} is closed or open for reading only; open the memory with writable=True"
+            )
         return self._journal
 
     def _open_journal(self) -> None:
@@ -379,7 +384,9 @@ class EpisodicMemory(Closing):
             )
         for name in ("latents", "actions", "times"):
             if not np.isfinite(getattr(memories, name)).all():
-                raise DataError(f"the {name} of a memory are not finite; nothing was appended. Check the model's input")
+                raise DataError(
+                    f"the {name} of a memory are not finite; nothing was appended. Check how the {name} are computed"
+                )
 
     def _commit(self) -> None:
         import lance
@@ -448,7 +455,7 @@ class EpisodicMemory(Closing):
         found[found] = among[order[places[found]]] == ids[found]
         if not found.all():
             raise DataError(
-                f"{self.path} has no memory {int(ids[~found][0])}; it may have been forgotten. Recall again"
+                f"{self.path} has no memory {int(ids[~found][0])}; the memory may have been forgotten. Recall again"
             )
         return order[places]
 
@@ -467,8 +474,8 @@ def open_records(path: Path) -> Any:
 def write_lock(path: Path) -> AbstractContextManager[None]:
     """Lock the memory at `path` for one writer."""
     other = StorageError(
-        f"another process writes the memory {path}; wait until it ends, open the memory for reading, or choose another "
-        f"directory"
+        f"another process writes to the memory {path}; wait until that process ends, open the memory for reading, or "
+        f"choose another directory"
     )
     return exclusive_lock(path / ".lock", other)
 

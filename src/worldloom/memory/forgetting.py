@@ -1,9 +1,9 @@
 """Selects what a full memory forgets: redundant memories, never a complete region.
 
 Memories are assigned to cells around centres from greedy k-centre search (Gonzalez, 1985: within twice the smallest
-possible radius). The most crowded cells lose memories first, each its oldest and least surprising ones. The centres,
-the newest, the most surprising and those with an outcome are protected, as long as these four groups are at most half
-of the memories kept.
+possible radius). The most crowded cells lose memories first, beginning with the oldest and least surprising ones. The
+centres, the newest memories, the most surprising ones and the ones with an outcome are protected, as long as these four
+groups are at most half of the memories kept.
 """
 
 import numpy as np
@@ -55,7 +55,7 @@ def _protected(memories: Memories, keep: int, centres: Int64[np.ndarray, "C"]) -
 
 
 def _spread(latents: Float[Tensor, "M D"], count: int) -> Int64[np.ndarray, "C"]:
-    """Return centres by greedy k-centre search: each is the farthest from the earlier ones."""
+    """Return centres by greedy k-centre search: each centre is the latent farthest from all earlier centres."""
     chosen = [0]
     gaps = (latents - latents[0]).square().sum(dim=1)
     while len(chosen) < count and float(gaps.max()) > 0:

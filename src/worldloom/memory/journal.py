@@ -24,7 +24,7 @@ CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NU
 
 
 class Journal:
-    """The pending rows, and the counters for ids and episodes.
+    """An SQLite file with the memories that are not in the table yet, and with counters for ids and episodes.
 
     Raises:
         DataError: the file is damaged.
@@ -87,7 +87,7 @@ class Journal:
         )
 
     def kept(self, spec: MemorySpec) -> tuple[Int64[np.ndarray, "M"], pa.Array, pa.Array | None]:
-        """Return the ids of the pending memories, their frames (null for none) and their vectors."""
+        """Return the ids, frames and vectors of the pending memories; missing frames and vectors are null."""
         with self._errors():
             rows = self._database.execute("SELECT id, pixels, vector FROM pending ORDER BY id").fetchall()
         ids = np.array([row[0] for row in rows], np.int64)
@@ -99,7 +99,7 @@ class Journal:
         return ids, frames, float_lists(vectors, null=np.array([row[2] is None for row in rows], bool))
 
     def clear(self, last: int) -> None:
-        """Delete the rows up to an id, which are in the table."""
+        """Delete the rows with ids up to `last`, after they were committed to the table."""
         with self._transaction():
             self._database.execute("DELETE FROM pending WHERE id <= ?", (last,))
 
@@ -110,7 +110,7 @@ class Journal:
         return 0 if row is None else int(row[0])
 
     def advance(self, name: str, value: int) -> None:
-        """Set a counter to a value."""
+        """Set the counter `name` to `value`."""
         with self._transaction():
             self._count(name, value)
 
@@ -151,16 +151,16 @@ class Journal:
         except sqlite3.OperationalError as error:
             text = str(error)
             if "full" in text:
-                remedy = "free some space and append again: earlier appends are stored, this one is not"
+                remedy = "free some space and append again: earlier appends are stored, but this append is not"
             elif "readonly" in text or "unable to open" in text:
-                remedy = "make its directory writable, or copy the memory to a writable directory"
+                remedy = "make the directory writable, or copy the memory to a writable directory"
             else:
                 remedy = "check the storage, then try again"
             raise StorageError(f"cannot use the memory's journal {self.path}: {text}; {remedy}") from error
         except sqlite3.DatabaseError as error:
             raise DataError(
-                f"the memory's journal {self.path} is damaged ({error}); restore it from a copy, or move it away. The "
-                f"table is not affected, but memories since the last flush are only in the journal"
+                f"the memory's journal {self.path} is damaged ({error}); restore the file from a copy, or move it "
+                f"away. The table is not affected, but memories since the last flush are only in the journal"
             ) from error
 
 

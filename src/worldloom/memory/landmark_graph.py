@@ -26,13 +26,13 @@ Check = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class LandmarkConfig(Config):
-    """Lengths are latent distances in typical model steps, costs are in blocks.
+    """The configuration of a landmark graph. Lengths are latent distances in typical model steps; costs are in blocks.
 
-    A state farther than `spacing` from every landmark becomes a landmark; a state farther than `reach` from all of
-    them is unknown. Landmarks within `link` of each other may be joined by prediction. Each failure adds `penalty`
-    blocks to the cost of an edge, and `forgive` failures in a row remove it; a predicted edge is removed by the first
-    failure. Parallel edges, whose ends are within `blame` of those of the failed edge, fail with it, because a wall
-    is likely to block them all. Where steps can be undone, the reverse edges fail too.
+    A state farther than `spacing` from every landmark becomes a landmark; a state farther than `reach` from every
+    landmark is unknown. Landmarks within `link` of each other may be joined by prediction. Each failure adds `penalty`
+    blocks to the cost of an edge, and `forgive` failures in a row remove the edge; a predicted edge is removed by the
+    first failure. Edges whose ends are within `blame` of the ends of a failed edge fail too, because the same wall is
+    likely to block all of them. Where steps can be undone, the reverse edges fail too.
     """
 
     spacing: float = Field(default=1.0, gt=0)
@@ -45,23 +45,26 @@ class LandmarkConfig(Config):
     @model_validator(mode="after")
     def _ordered(self) -> "LandmarkConfig":
         if self.reach < self.spacing:
-            raise ValueError(f"expected reach >= spacing; got reach {self.reach} and spacing {self.spacing}")
+            raise ValueError(
+                f"expected reach >= spacing; got reach {self.reach} and spacing {self.spacing}. Raise 'reach' or lower "
+                f"'spacing'"
+            )
         return self
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Route:
-    """The cheapest path from each landmark to one goal: its cost in `blocks` (infinity: no path) and the next `hop`."""
+    """The cheapest path from each landmark to one goal: its cost in `blocks` (infinite: no path) and the next `hop`."""
 
     blocks: Float64[np.ndarray, "N"]
     hop: Int64[np.ndarray, "N"]  # -1 at the goal, and where no path is known
 
     def knows(self, landmark: int) -> bool:
-        """Return whether a path leads from the landmark; one added after the search is unknown."""
+        """Return whether a path leads from the landmark; False for landmarks that were added after the search."""
         return landmark < len(self.blocks) and bool(np.isfinite(self.blocks[landmark]))
 
     def ahead(self, landmark: int, hops: int) -> int:
-        """Return the landmark `hops` hops along the path, or the last one."""
+        """Return the landmark `hops` hops along the path, or the goal's landmark if the path is shorter."""
         for _ in range(hops):
             if self.hop[landmark] < 0:
                 break
@@ -151,7 +154,7 @@ class LandmarkGraph:
     def learn(
         self, latents: Float[Tensor, "M D"], lines: Int64[np.ndarray, "M"], steps: Int64[np.ndarray, "M"]
     ) -> None:
-        """Add recorded states: `lines` numbers continuous experience, `steps` counts model blocks within each line."""
+        """Add recorded states of several lines (continuous experience); `steps` counts the blocks within each line."""
         order = np.lexsort((steps, lines))
         lines, steps = lines[order], steps[order]
         place = np.arange(len(lines)) - np.searchsorted(lines, lines)  # the position within its line
@@ -165,10 +168,11 @@ class LandmarkGraph:
                 previous[some] = self.add(latents[order[some]], before, blocks=float(blocks))
 
     def link(self, check: Check, landmarks: Sequence[int] | None = None, *, among: bool = False) -> int:
-        """Join close landmarks of one world that have no edge, if `check` believes it; return the number of new edges.
+        """Add the edges that `check` believes between close landmarks of the same world; return the number of them.
 
-        `landmarks` limits the search to pairs with one of these or, with `among`, to pairs of these in any world.
-        Separate worlds are never joined by prediction, because only experience distinguishes worlds that look similar.
+        With `landmarks`, only pairs that include one of these landmarks are searched; with `among`, both landmarks of a
+        pair must be among them, but may be in different worlds. Otherwise, separate worlds are never joined by
+        prediction, because only experience distinguishes worlds that look similar.
         """
         if len(self) < 2:
             return 0
@@ -196,9 +200,9 @@ class LandmarkGraph:
         return added
 
     def route(self, *goals: Float[Tensor, "D"]) -> Route | None:
-        """Find the cheapest path from every landmark to the goal, which may have several appearances.
+        """Find the cheapest path from every landmark to one goal; `goals` are the latents of its appearances.
 
-        Returns None if no appearance is near a landmark.
+        Return None if no appearance is near a landmark.
         """
         from scipy.sparse.csgraph import dijkstra
 
@@ -311,7 +315,7 @@ class LandmarkGraph:
         return graph, int(metadata["memories"])
 
     def _place(self, latent: Float[Tensor, "D"], first: int) -> int:
-        """Return the landmark of a state that landmarks before `first` do not cover: a recently added or a new one."""
+        """Return a landmark for a state that landmarks before `first` do not cover: a later landmark or a new one."""
         if len(self) > first:
             gaps = (self.latents[first:] - latent).norm(dim=1) / self.step_length
             if gaps.min() <= self.config.spacing:
@@ -362,7 +366,7 @@ class LandmarkGraph:
         return believed
 
     def _backwards(self) -> Any:
-        """Return the costs as a sparse matrix from target to source, so one search from a goal serves all sources."""
+        """Return the costs as a sparse matrix from target to source: one search from a goal then serves all sources."""
         from scipy.sparse import csr_matrix
 
         if self._matrix is None or self._matrix.shape[0] != len(self):

@@ -71,7 +71,7 @@ def draw_memories(memory: EpisodicMemory, ids: Int64[np.ndarray, "M"], captions:
 
 
 def export(memory: EpisodicMemory, path: Path, *, progress: Progress = SILENT) -> int:
-    """Write all memories to a `.parquet` or `.jsonl` file for other tools; return how many.
+    """Write all memories to a `.parquet` or `.jsonl` file for other tools; return the number of memories.
 
     Parquet files also contain the stored frames, as PNG in the column `image`; JSON lines contain all other columns.
 

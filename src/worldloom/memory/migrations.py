@@ -25,7 +25,7 @@ MIGRATIONS: Mapping[int, Migration] = MappingProxyType({})
 def migrate(
     path: Path | str, migrations: Mapping[int, Migration] = MIGRATIONS, *, progress: Progress = SILENT
 ) -> list[int]:
-    """Bring a memory to the current version of the format; return all versions it had, oldest first.
+    """Convert a memory to the current version of the format; return the old, intermediate and new versions in order.
 
     Raises:
         DataError: the memory is newer than this version of worldloom, or too old for it.
@@ -41,7 +41,7 @@ def migrate(
             if step is None:
                 raise DataError(
                     f"{path} has version {versions[-1]} of the memory format; this version of worldloom cannot convert "
-                    f"it to version {records.VERSION}. Use the version of worldloom that wrote it"
+                    f"it to version {records.VERSION}. Use the version of worldloom that wrote the memory"
                 )
             with records.memory_errors(path, "write"):
                 lance.write_dataset(step(open_records(path)), path / TABLE, mode="overwrite")

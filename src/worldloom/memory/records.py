@@ -25,13 +25,13 @@ THUMBNAIL = 32  # the longer side of a thumbnail, in pixels
 
 
 class MemoryConfig(Config):
-    """What a memory stores, and how much.
+    """The configuration of a memory: which observations are stored, and how many memories.
 
-    `frames` is `whole` (another model can encode them), `thumbnail` (for people) or none. Above `capacity` memories,
+    `frames` is `whole` (another model can encode them), `thumbnail` (for people) or `none`. Above `capacity` memories,
     redundant ones are forgotten (see `worldloom.memory.forgetting`). `durable` flushes each append to the disk, so that
-    even a power cut does not lose it. An append that brings the journal to `flush_every` memories moves them into the
-    table. From `index_from` memories on, an index answers `recall` from `probes` of its cells; below that, and for
-    memories that are not indexed yet, the search is exact.
+    even a power cut loses no memory. An append that brings the journal to `flush_every` memories moves them into the
+    table. With `index_from` or more memories, `recall` searches `probes` cells of an index. With fewer memories, and
+    for memories that are not indexed yet, the search is exact.
     """
 
     frames: Literal["whole", "thumbnail", "none"] = "whole"
@@ -44,7 +44,7 @@ class MemoryConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySpec:
-    """What a memory contains: latents of one model (its fingerprint), observations, and its configuration."""
+    """The content of a memory: the fingerprint of the model, the sizes of the stored values, and the configuration."""
 
     model: str
     latent_dim: int
@@ -65,7 +65,7 @@ class MemorySpec:
 
     @property
     def frame_shape(self) -> tuple[int, int, int] | None:
-        """The shape (H, W, C) of the stored frames, or None."""
+        """The shape (H, W, C) of the stored frames, or None if no frames are stored."""
         pixels = self.observation.pixels
         if pixels is None or self.config.frames == "none":
             return None
@@ -83,9 +83,9 @@ class MemorySpec:
         """Raise `CheckpointError` if the latents are of another model."""
         if self.model != model.fingerprint:
             raise CheckpointError(
-                f"{path} has latents of model {self.model[:12]!r}, but this model is {model.fingerprint[:12]!r}; their "
-                f"latents cannot be compared. Run 'worldloom memory reencode {path} RUN' with the run of this model, "
-                f"or choose another directory"
+                f"{path} has latents of model {self.model[:12]!r}, but this model is {model.fingerprint[:12]!r}; the "
+                f"latents of different models cannot be compared. Run 'worldloom memory reencode {path} RUN' with the "
+                f"run of this model, or choose another directory"
             )
 
     def schema(self) -> pa.Schema:
@@ -119,7 +119,7 @@ class MemorySpec:
         if version > VERSION:
             raise DataError(
                 f"{path} has version {version} of the memory format, but this version of worldloom reads up to "
-                f"{VERSION}; install the version of worldloom that wrote it"
+                f"{VERSION}; install the version of worldloom that wrote the memory"
             )
         if version < VERSION:
             raise DataError(
@@ -154,7 +154,7 @@ class Memories:
 
     `ids` grow with each append and are never reused; `times` are seconds since 1970. `episodes` number continuous
     experience, and `steps` count environment steps within each episode. `actions` are the blocks that led to the state
-    (zeros at the start of an episode). `surprises` are NaN if not measured; `outcomes` are "" if there is none.
+    (zeros at the start of an episode). `surprises` are NaN where they were not measured; `outcomes` may be "".
     """
 
     ids: Int64[np.ndarray, "M"]

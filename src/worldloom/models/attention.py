@@ -8,9 +8,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)) of four times the width (Vaswani et al. 2017; pre-norm).
+    """A pre-norm transformer block (Vaswani et al. 2017): x + attention(norm(x)), then x + MLP(norm(x)).
 
-    With `checkpointed`, training stores only the block's input and recomputes the activations for the gradient.
+    The hidden layer of the MLP is four times as wide as the block. With `checkpointed`, training stores only the
+    block's input and recomputes the activations for the gradient.
     """
 
     checkpointed = False

@@ -31,7 +31,7 @@ def save_tensors(
 ) -> str:
     """Write `STEM.json` and `STEM-<digest>.safetensors`; return the BLAKE2 digest of the tensor file.
 
-    `kind` is the type of content, which `load_tensors` checks; `metadata` is JSON.
+    `kind` is the type of content; `load_tensors` requires the same kind. `metadata` contains JSON values.
 
     Raises:
         StorageError: the disk is full or the write failed; files saved earlier under this stem are unchanged.
@@ -62,7 +62,7 @@ def load_tensors(
 
 
 def delete_tensors(stem: Path | str) -> None:
-    """Delete the files that `save_tensors` wrote, the JSON first, so that an incomplete pair is never read."""
+    """Delete the files that `save_tensors` wrote; the JSON file first, so that an incomplete pair is never read."""
     stem = Path(stem)
     with storage_errors(stem):
         _json_path(stem).unlink(missing_ok=True)
@@ -71,7 +71,7 @@ def delete_tensors(stem: Path | str) -> None:
 
 
 def save_model(directory: Path | str, model: JEPA, extra: Mapping[str, Any] | None = None) -> str:
-    """Save the model in `directory`, set its fingerprint and return it; `extra` is JSON."""
+    """Save the model and the JSON values `extra` in `directory`; set and return the model's fingerprint."""
     metadata = {
         "config": model.config.model_dump(mode="json"),
         "observation": asdict(model.spec.observation),
@@ -84,7 +84,7 @@ def save_model(directory: Path | str, model: JEPA, extra: Mapping[str, Any] | No
 
 
 def load_model(directory: Path | str, device: torch.device | str = "cpu") -> JEPA:
-    """Read a model, in evaluation mode.
+    """Load a model onto `device`, in evaluation mode.
 
     Raises:
         CheckpointError: see `load_tensors`; or a part of the model is not registered or has a different version.
@@ -96,8 +96,8 @@ def load_model(directory: Path | str, device: torch.device | str = "cpu") -> JEP
         config = JEPAConfig.parse(metadata["config"])
     except ConfigError as error:
         raise CheckpointError(
-            f"the model in {_json_path(stem)} cannot be built: {error}. If a part comes from your own module, import "
-            f"that module first (--import MODULE)"
+            f"the model in {_json_path(stem)} cannot be built: {error}. Import the modules that define your own parts "
+            f"(--import MODULE), or use the version of worldloom that wrote the model"
         ) from None
     observation = ObservationSpec.from_json(metadata["observation"])
     action = ActionSpec.from_json(metadata["action"])
@@ -120,15 +120,20 @@ def _read(stem: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         payload = path.read_bytes()
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; restore it or use an earlier checkpoint") from None
+        raise CheckpointError(
+            f"{path} is missing; restore the file from a copy, or use an earlier checkpoint"
+        ) from None
     if _digest(payload) != body["digest"]:
         raise CheckpointError(
-            f"{path} is damaged or was changed: its digest does not match {_json_path(stem)}. Restore it or train again"
+            f"{path} is damaged or was changed: its digest differs from the digest in {_json_path(stem)}. Restore both "
+            f"files from a copy, or train again"
         )
     try:
         return safetensors.torch.load(payload), body
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file ({error}); restore it or train again") from None
+        raise CheckpointError(
+            f"{path} is not a safetensors file ({error}); restore the file from a copy, or train again"
+        ) from None
 
 
 def _read_body(stem: Path, kind: str) -> dict[str, Any]:
@@ -142,17 +147,19 @@ def _read_body(stem: Path, kind: str) -> dict[str, Any]:
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         found = body.get("format") if isinstance(body, dict) else None
         raise CheckpointError(
-            f"{path} has format {found!r}; expected format {FORMAT}. Use the version of worldloom that wrote it, or "
-            f"train again"
+            f"{path} has format {found!r}; expected format {FORMAT}. Check the path, use the version of worldloom that "
+            f"wrote the file, or train again"
         )
     checksum = body.pop("checksum", None)
     if checksum != _checksum(body):
-        raise CheckpointError(f"{path} is damaged or was changed: its checksum does not match. Restore it from a copy")
+        raise CheckpointError(
+            f"{path} is damaged or was changed: its checksum does not match its content. Restore the file from a copy"
+        )
     if body["kind"] != kind:
-        raise CheckpointError(f"{path} is a {body['kind']}; expected a {kind}. Check the path")
+        raise CheckpointError(f"{path} contains a {body['kind']}; expected a {kind}. Check the path")
     if Path(body["tensors"]).name != body["tensors"]:
         raise CheckpointError(
-            f"{path} refers to tensors outside of its directory: {body['tensors']!r}. Restore it from a copy"
+            f"{path} refers to tensors outside of its directory: {body['tensors']!r}. Restore the file from a copy"
         )
     return body
 

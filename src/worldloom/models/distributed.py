@@ -52,23 +52,23 @@ def mean_over_ranks(values: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
 
 
 def _sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Return whether the tensor is sharded, without importing `torch.distributed.tensor`, which takes a second."""
+    """Return whether the tensor is sharded; do not import `torch.distributed.tensor`, because that takes a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the full tensor of a sharded one; other tensors are returned unchanged. All ranks must call it."""
+    """Return a sharded tensor as a full tensor, and other tensors unchanged. All ranks must call this function."""
     return tensor.full_tensor() if _sharded(tensor) else tensor
 
 
 def shard(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, which shares its memory."""
+    """Return this rank's shard as a view; a tensor that is not sharded is returned unchanged."""
     return tensor.to_local() if _sharded(tensor) else tensor
 
 
 def lay_like(tensor: Tensor, model: Tensor) -> Tensor:
-    """Return a copy of a full tensor with the memory layout, and the sharding over ranks, of `model`."""
+    """Return a copy of the full `tensor` with the memory layout of `model` and with the same sharding over ranks."""
     if _sharded(model):
         from torch.distributed.tensor import distribute_tensor
 

@@ -25,10 +25,10 @@ _ENCODE_AT_ONCE = 1024  # frames per call in evaluation, which limits the memory
 class JEPAConfig(Config):
     """The configuration of a model. One model step is `block` environment actions (frame skip).
 
-    The model's state is `context` frames, one block apart: use 1 if a single frame shows the state, and more if it does
-    not (velocities). Without an `encoder`, the default for the observation is used. With `action_stem`, a learned
-    linear map converts the environment's actions to shared actions of this size, so that owners with different actions
-    can share the rest of the model.
+    The model's state is `context` frames, one block apart: use 1 if a single frame shows the complete state, and 2 or
+    more if velocities matter. Without an `encoder`, the default encoder for the observation is used. With
+    `action_stem`, a learned linear map converts the environment's actions to shared actions with this number of values.
+    Owners with different actions can then share the rest of the model.
     """
 
     encoder: EncoderField | None = PatchConv()
@@ -41,7 +41,7 @@ class JEPAConfig(Config):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WindowOutputs:
-    """The outputs of a model for training windows: latents of all frames, and open-loop predictions of the last T."""
+    """The outputs of a model for training windows: all latents, and open-loop predictions of the last T latents."""
 
     latents: Float[Tensor, "B N D"]
     predictions: Float[Tensor, "B T D"]
@@ -54,8 +54,8 @@ class JEPA(nn.Module):
     The encoder ends with a batch norm without affine parameters, so each latent dimension has mean 0 and variance 1
     over the data. `spec.fingerprint` is set when the weights are saved or loaded.
 
-    In training, frames are encoded in `parts` parts. With more than one, only the latents are stored and each part is
-    encoded again for its gradient, so that memory contains the activations of only one part.
+    In training, frames are encoded in `parts` parts. With more than one part, only the latents are stored, and each
+    part is encoded a second time for its gradient. Memory then contains the activations of only one part.
     """
 
     def __init__(
@@ -140,12 +140,13 @@ def build_jepa(
     """Build an untrained model on the CPU; its weights depend only on `seed`.
 
     Raises:
-        ConfigError: the observation has no input for the encoder, or the statistics do not match the actions.
+        ConfigError: the observation does not contain the input that the encoder needs, or the statistics do not match
+            the actions.
     """
     if len(statistics.action_mean) != action.size:
         raise ConfigError(
             f"the statistics have {len(statistics.action_mean)} action dimensions; expected {action.size}. Compute "
-            f"them from the same data"
+            f"the statistics from the model's training data"
         )
     spec = ModelSpec(
         observation=observation, action=action, block=config.block, context=config.context, latent_dim=config.latent_dim

@@ -12,7 +12,7 @@ _MOMENTUM, _EPSILON = 0.1, 1e-5  # of the batch norm of latents
 
 
 class PixelNormalisation(nn.Module):
-    """(pixel - mean) / std for each pixel and channel, padded with zeros to multiples of `patch`.
+    """Normalises frames: (value - mean) / std for each pixel and channel, padded with zeros to multiples of `patch`.
 
     A pixel that the agent covers in a share p of the frames has std c sqrt(p) for a contrast c. The division scales
     such a rare visit to 1 / sqrt(p), so that a small moving object counts as much as large static walls. A pixel
@@ -56,7 +56,7 @@ class PixelNormalisation(nn.Module):
 
 
 class Standardise(nn.Module):
-    """(x - mean) / std along the last axis."""
+    """Standardises values along the last axis: (x - mean) / std."""
 
     shift: Tensor
     scale: Tensor
@@ -72,7 +72,7 @@ class Standardise(nn.Module):
 
 
 class LatentNorm(nn.Module):
-    """Batch norm without affine parameters: statistics of all ranks' batch in training, running ones in evaluation."""
+    """Batch norm without affine parameters, with statistics over all ranks in training and running ones otherwise."""
 
     running_mean: Tensor
     running_variance: Tensor

@@ -24,7 +24,7 @@ def hidden_layer(width: int, norm: Norm, activation: Activation) -> list[nn.Modu
 
 
 class MLP(nn.Module):
-    """A multilayer perceptron; `sizes` include input and output, with `norm` and `activation` between the layers."""
+    """A multilayer perceptron. `sizes` include input and output; `norm` and `activation` follow each hidden layer."""
 
     def __init__(self, sizes: Sequence[int], norm: Norm = "none", activation: Activation = "relu") -> None:
         super().__init__()

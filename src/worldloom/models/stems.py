@@ -16,8 +16,8 @@ _SPEED = 20.0
 class PixelStem(nn.Module):
     """Scales frames to the input size of a shared encoder, and mixes their channels.
 
-    The mixing is folded into the following convolution. As a separate layer it would need the gradient of complete
-    frames, which makes training several times slower.
+    The mixing is folded into the following convolution. A separate layer would need the gradient of complete frames and
+    make training several times slower.
     """
 
     def __init__(self, channels: int, size: tuple[int, int, int]) -> None:

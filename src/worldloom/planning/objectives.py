@@ -16,8 +16,8 @@ from worldloom.core.types import Context, Rollouts
 class LatentL2:
     """Euclidean distance between latents, in units of `step_length`, the typical length of one model step.
 
-    The distance is not squared, so its gradient is as large far from the goal as near it. It misleads where a wall is
-    between state and goal.
+    The distance is not squared, so its gradient is as large far from the goal as near it. The distance is misleading if
+    a wall is between state and goal.
     """
 
     step_length: float = 1.0
@@ -54,7 +54,7 @@ class GoalObjective(_Reach):
     within: float = 0.0
 
     def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return how much farther than `within` each predicted state is from the goal."""
+        """Return the distance of each predicted state from the goal, minus `within`."""
         return self.metric(rollouts.latents, self.goal[:, None, None]) - self.within
 
     def select(self, rows: Tensor | slice) -> "GoalObjective":
@@ -64,7 +64,7 @@ class GoalObjective(_Reach):
 
 @dataclass(frozen=True, kw_only=True)
 class VectorGoal(_Reach):
-    """A probed quantity comes within `within` of a target, in the quantity's unit; the target is (L,) or (B, L)."""
+    """Bring a probed quantity within `within` of a target, in the quantity's unit; `target` is (L,) or (B, L)."""
 
     quantity: Quantity
     target: Float[Tensor, "*B L"]
@@ -72,7 +72,7 @@ class VectorGoal(_Reach):
     last_weight: float = 1.0
 
     def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return how much farther than `within` each predicted state is from the target."""
+        """Return the distance of each predicted state from the target, minus `within`."""
         target = self.target if self.target.ndim == 1 else self.target[:, None, None]
         gaps: Tensor = (self.quantity(rollouts.latents) - target).norm(dim=-1)
         return gaps - self.within
@@ -84,20 +84,20 @@ class VectorGoal(_Reach):
 
 @dataclass(frozen=True, kw_only=True)
 class RegionGoal(_Reach):
-    """A probed quantity enters a region."""
+    """Bring a probed quantity into a region."""
 
     quantity: Quantity
     region: Area
     last_weight: float = 1.0
 
     def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return how far outside the region each predicted state is."""
+        """Return the distance of each predicted state from the region, or minus its depth inside the region."""
         return -self.region.depth(self.quantity(rollouts.latents))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effort(Objective):
-    """The mean square of all actions, in their own unit."""
+    """The mean square of all actions, in environment units."""
 
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, "B S"]:
         """Return the cost of each candidate."""
@@ -108,7 +108,7 @@ class Effort(Objective):
 class Smoothness(Objective):
     """The mean squared change of the actions from one environment step to the next; an action has `size` values.
 
-    The first action is compared with the last one executed, if the context contains it.
+    The first action is compared with the last executed action, if the context contains one.
     """
 
     size: int
@@ -143,9 +143,9 @@ class Elapsed(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Avoid(Objective):
-    """Avoid breaking a guardrail: its mean violation over the plan, up to the step where `until` is reached.
+    """A penalty for breaking a guardrail: the mean violation over the plan, up to the step where `until` is reached.
 
-    This is a cost, not a limit: a plan may break the guardrail if that pays off.
+    This is a cost, not a limit: a plan may break the guardrail if that lowers the total cost.
     """
 
     rail: Guardrail
@@ -166,7 +166,7 @@ class Avoid(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class InformationGain(Objective):
-    """Seek states where separately trained models disagree: minus the mean spread of predictions, in step lengths."""
+    """Seek states where separately trained models disagree: the cost is minus their mean spread, in step lengths."""
 
     models: tuple[WorldModel, ...]
     step_length: float
@@ -184,12 +184,12 @@ class InformationGain(Objective):
 class InOrder(Objective):
     """Reach stages in order: a stage counts only after the step in which the stage before it was reached.
 
-    Each stage that a plan does not reach costs `unreached`. The first of them also adds its distance: the mean from the
-    step where the stage before it was reached, plus the final one. In environment b, the first `done[b]` stages have
-    been reached already.
+    Each stage that a plan does not reach costs `unreached`. The first unreached stage also adds its distance: the mean
+    distance from the step where the stage before it was reached, plus the final distance. In environment b, the first
+    `done[b]` stages have been reached already.
 
     Raises:
-        PlanningError: there is no stage.
+        PlanningError: `stages` is empty.
     """
 
     aims = staged = True
@@ -227,7 +227,7 @@ class InOrder(Objective):
         return cost
 
     def progress(self, context: Context, done: Int[Tensor, "B"] | None) -> Int[Tensor, "B"]:
-        """Return how many stages each environment has completed, given its present state."""
+        """Return the number of completed stages of each environment: `done`, and those that its state completes now."""
         here = Rollouts(
             context=context,
             actions=context.latents.new_zeros(context.batch, 1, 1, 0),
@@ -250,10 +250,10 @@ class InOrder(Objective):
 
 
 class WeightedSum(Objective):
-    """A weighted sum of objectives; its goal is that of the first part with a goal.
+    """A weighted sum of objectives; the goal of the sum is the goal of the first part that has one.
 
     Raises:
-        PlanningError: there is no part.
+        PlanningError: `parts` is empty.
     """
 
     def __init__(self, parts: Sequence[tuple[float, Objective]]) -> None:
@@ -270,7 +270,7 @@ class WeightedSum(Objective):
         return torch.stack(costs).sum(0)
 
     def progress(self, context: Context, done: Int[Tensor, "B"] | None) -> Int[Tensor, "B"] | None:
-        """Return how many stages of the first staged part each environment has completed; None if no part is staged."""
+        """Return the number of completed stages of the first staged part, per environment; None without such a part."""
         return next((part.progress(context, done) for _, part in self.parts if part.staged), None)
 
     def since(self, done: Int[Tensor, "B"]) -> "WeightedSum":
@@ -301,8 +301,8 @@ class FunctionObjective(Objective):
             return self.function(rollouts)
         except RuntimeError as error:
             raise PlanningError(
-                f"the objective failed on a part of the batch: {error}. If it stores per-environment values, "
-                f"subclass worldloom.core.seams.Objective and define select(rows)"
+                f"the objective failed on a part of the batch: {error}. Correct the function; if the function stores "
+                f"per-environment values, subclass worldloom.core.seams.Objective and define select(rows)"
             ) from error
 
 

@@ -21,7 +21,7 @@ class Planner:
 
     Every returned plan satisfies the `guardrails`, as predicted from the current state and from `rechecks` perturbed
     states. The perturbations are Gaussian with standard deviation `noise` in each latent dimension. Only tree search
-    needs `geometry`; the `bounds` of a block default to the model's.
+    needs `geometry`. Without `bounds`, the action bounds of the model are used.
     """
 
     model: WorldModel
@@ -36,9 +36,13 @@ class Planner:
 
     def __post_init__(self) -> None:
         if self.horizon < 1:
-            raise PlanningError(f"a plan needs a horizon of at least one block; got {self.horizon}")
+            raise PlanningError(
+                f"expected a horizon of at least one block; got {self.horizon}. Choose a longer horizon"
+            )
         if self.rechecks < 0 or not 0 <= self.noise < float("inf"):
-            raise PlanningError(f"expected rechecks >= 0 and noise >= 0; got {self.rechecks} and {self.noise}")
+            raise PlanningError(
+                f"expected rechecks >= 0 and a finite noise >= 0; got rechecks {self.rechecks} and noise {self.noise}"
+            )
         object.__setattr__(self, "guardrails", tuple(self.guardrails))
 
     def stretched(self, times: float) -> "Planner":
@@ -103,7 +107,7 @@ class Planner:
             row = int((~cost.isfinite()).nonzero()[0, 0])
             raise PlanningError(
                 f"the best plan found for environment {row} has cost {cost[row].item()}: the model or the objective "
-                f"returns values that are not finite. Check the observations and the training of the model"
+                f"returns values that are not finite. Check the observations, the objective and the model's training"
             )
         return plan
 
@@ -141,7 +145,7 @@ class Planner:
 
 
 def _better(plan: Plan, again: Plan) -> Plan:
-    """Return the second plan where it satisfies the guardrails and the first does not, else the first."""
+    """Return `again` for the environments where only `again` satisfies the guardrails, and `plan` for all others."""
     take = again.feasible & ~plan.feasible
 
     def chosen(new: Tensor, old: Tensor) -> Tensor:
@@ -161,6 +165,6 @@ def _least_broken(plan: Plan, row: int) -> str:
     broken = sorted((much, name) for name, much in worst.items() if not much <= 0)
     said = ", ".join(f"{name!r} by {much:.3g}" for much, name in broken)
     return (
-        f"no plan for environment {row} satisfies every guardrail; the best one breaks {said}. Use the fallback, "
+        f"no plan for environment {row} satisfies every guardrail; the best plan breaks {said}. Use the fallback, "
         f"search with more samples or a different horizon, or ask the owner of the guardrail to relax it"
     )

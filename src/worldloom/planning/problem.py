@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 # The number of rows that a CPU predicts at a time, so that their activations fit its second-level cache.
 _CPU_ROWS = 512
 
-# Above the cost of any allowed plan. A plan that breaks a guardrail ranks above it, the smallest violation first.
+# Above the cost of any allowed plan. The penalised cost of a plan that breaks a guardrail is higher.
 FORBIDDEN = 1e6
 
 # Called with the candidates that a search scores, and their violations by guardrail.
@@ -50,7 +50,7 @@ class Deadline:
     _step_began: float = field(default_factory=time.monotonic, repr=False)
 
     def reached(self) -> bool:
-        """Whether one more step of the search, if it takes as long as the last, would end too late.
+        """Return whether the next step of the search would end too late if it takes as long as the last step.
 
         A solver calls this between its steps but not before the first, so that there is always a plan.
         """
@@ -65,7 +65,7 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Tightened(Guardrail):
-    """A guardrail with the violation of another one plus `more`."""
+    """A stricter version of the guardrail `rail`: its violation is the violation of `rail` plus `more`."""
 
     name: str
     rail: Guardrail
@@ -73,11 +73,11 @@ class Tightened(Guardrail):
 
     @property
     def of_actions(self) -> bool:
-        """Whether the other guardrail depends on actions only."""
+        """Whether `rail` depends only on actions."""
         return self.rail.of_actions
 
     def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return the violation of the other guardrail plus `more`."""
+        """Return the violation of `rail` plus `more`."""
         return self.rail.violation(rollouts) + self.more
 
     def select(self, rows: Tensor | slice) -> "Tightened":
@@ -114,11 +114,11 @@ class PlanningProblem:
         spec = model.spec
         expected = (spec.context, spec.latent_dim)
         if horizon < 1:
-            raise PlanningError(f"a plan needs a horizon of at least one block; got {horizon}")
+            raise PlanningError(f"expected a horizon of at least one block; got {horizon}. Choose a longer horizon")
         if tuple(context.latents.shape[1:]) != expected:
             raise PlanningError(
                 f"expected a context of {expected[0]} frames with latents of size {expected[1]}; got shape "
-                f"{tuple(context.latents.shape)}. Encode it with the same model"
+                f"{tuple(context.latents.shape)}. Encode the context with the model of this problem"
             )
         self.model, self.context, self.objective = model, context, as_objective(objective)
         self.guardrails = tuple(guardrails)
@@ -129,7 +129,8 @@ class PlanningProblem:
         self.bounds = ActionBounds.of(spec, context.latents.device) if bounds is None else bounds
         if self.bounds.low.shape != (spec.block_size,):
             raise PlanningError(
-                f"expected bounds of one block, {spec.block_size} values; got shape {tuple(self.bounds.low.shape)}"
+                f"expected bounds of shape ({spec.block_size},), for the values of one block; got shape "
+                f"{tuple(self.bounds.low.shape)}. Repeat the bounds of one action for each action of the block"
             )
         self.count = RolloutCount() if count is None else count
         self.deadline = Deadline() if deadline is None else deadline
@@ -164,7 +165,7 @@ class PlanningProblem:
         return self.objective.goal
 
     def select(self, rows: Tensor | slice, *, horizon: int | None = None) -> "PlanningProblem":
-        """Return the problem for the environments `rows`; it shares the rollout count and the deadline."""
+        """Return the problem for the environments `rows`; both problems share the rollout count and the deadline."""
         return self._with(
             context=self.context[rows],
             objective=self.objective.select(rows),
@@ -173,7 +174,7 @@ class PlanningProblem:
         )
 
     def tightened(self, by: Mapping[str, float]) -> "PlanningProblem":
-        """Return the problem with tighter guardrails: `by` maps names to violations, added with a factor of 1.5."""
+        """Return the problem with tighter guardrails, which add 1.5 times the violations in `by` (by name)."""
         extra = {name: 1.5 * amount for name, amount in by.items() if 0 < amount < math.inf}
         return self._with(
             guardrails=[
@@ -182,7 +183,7 @@ class PlanningProblem:
         )
 
     def copy(self) -> "PlanningProblem":
-        """Return the problem with copied tensors, which autograd accepts if made outside inference mode."""
+        """Return a copy with cloned tensors. Clones made outside inference mode can be used with autograd."""
         bounds = ActionBounds(low=self.bounds.low.clone(), high=self.bounds.high.clone())
         return self.select(torch.arange(self.batch, device=self.device))._with(bounds=bounds)
 
@@ -218,11 +219,11 @@ class PlanningProblem:
         best: int | None = None,
         below: Float[Tensor, "B"] | None = None,
     ) -> Float[Tensor, "B S"]:
-        """Return the rank of each candidate from one rollout: its cost, or more if it breaks a guardrail.
+        """Return a penalised cost per candidate: its cost, or a value above `FORBIDDEN` that grows with its violation.
 
-        With `best`, only the `best` lowest ranks of each environment are exact: guardrails then judge candidates in
-        order of cost and skip those that cannot be among the best. With `below` and a single candidate, only ranks
-        below it are exact: guardrails then skip the candidate if it costs as much or more.
+        With `best`, only the `best` lowest values of each environment are exact. Guardrails are then evaluated in order
+        of cost, and not for candidates that cannot be among the best. With `below` and one candidate, guardrails are
+        not evaluated for candidates whose cost is at least `below`; only values under `below` are exact.
         """
         # Group the environments so that rollouts are scored while they are in the cache.
         chunks = [rows for rows, _ in self._chunks(actions.shape[0], min(actions.shape[1], _CPU_ROWS))]
@@ -244,9 +245,9 @@ class PlanningProblem:
     def _worst_of_the_best(self, rollouts: Rollouts, cost: Float[Tensor, "B S"], best: int) -> Float[Tensor, "B S"]:
         """Return the worst violation of each candidate; infinite for candidates that were not judged.
 
-        Guardrails of actions only, which need no network, judge all candidates. In each environment, the others first
-        judge the `1.5 best` cheapest of those that satisfy the former. If fewer than `best` satisfy all guardrails at a
-        finite cost, they judge as many again, and then the rest.
+        Guardrails that depend only on actions need no network and judge all candidates. In each environment, the other
+        guardrails then judge the `1.5 best` cheapest candidates that satisfy the first group. If fewer than `best`
+        candidates satisfy all guardrails at a finite cost, the next `1.5 best` are judged, and then all others.
         """
         swift = tuple(rail for rail in self.guardrails if rail.of_actions)
         others = tuple(rail for rail in self.guardrails if not rail.of_actions)
@@ -302,7 +303,8 @@ class PlanningProblem:
         if cost.shape != rollouts.latents.shape[:2]:
             raise PlanningError(
                 f"expected costs of shape {tuple(rollouts.latents.shape[:2])} from the objective; got "
-                f"{tuple(cost.shape)}. If it stores per-environment values, define its select(rows)"
+                f"{tuple(cost.shape)}. Return one cost per candidate; if the objective stores per-environment values, "
+                f"also define its select(rows)"
             )
         return cost.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
@@ -325,8 +327,8 @@ def violations_of(guardrails: Sequence[Guardrail], rollouts: Rollouts) -> dict[s
 def judged(guardrails: Sequence[Guardrail], rollouts: Rollouts) -> Float[Tensor, "G B S T"]:
     """Return the violation of each guardrail at each step.
 
-    What cannot be judged counts as unsafe: the violation is infinite where the rollout or the violation is NaN, and
-    where the guardrail raises an exception.
+    States that cannot be judged count as unsafe: the violation is infinite where the rollout or the violation is NaN,
+    and where the guardrail raises an exception.
     """
     if not guardrails:
         return rollouts.latents.new_zeros((0, *rollouts.latents.shape[:3]))
@@ -336,7 +338,9 @@ def judged(guardrails: Sequence[Guardrail], rollouts: Rollouts) -> Float[Tensor,
         try:
             violation = _numbers(rail.violation(rollouts), rollouts)
         except Exception as error:
-            _log.error("guardrail %r raised %s: %s; it counts as broken", rail.name, type(error).__name__, error)
+            _log.error(
+                "guardrail %r raised %s: %s; the guardrail counts as broken", rail.name, type(error).__name__, error
+            )
             violation = torch.full_like(rollouts.latents[..., 0], torch.inf)
         found.append(violation)
     # One call for all guardrails, because a search does this many times.
@@ -352,7 +356,7 @@ def _numbers(violation: object, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
     """Return a guardrail's violation with the dtype and device of the latents.
 
     Raises:
-        PlanningError: it is not a dense tensor of real numbers, or its shape is wrong.
+        PlanningError: the violation is not a dense tensor of real numbers, or its shape is wrong.
     """
     shape = rollouts.latents.shape[:3]
     if not isinstance(violation, Tensor) or violation.is_complex() or violation.layout != torch.strided:
@@ -364,7 +368,7 @@ def _numbers(violation: object, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
 
 
 def rank(cost: Float[Tensor, "*axes"], violation: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
-    """Return the cost if no guardrail is broken, else a rank above `FORBIDDEN` that grows with the violation."""
+    """Return the cost if no guardrail is broken, else a value above `FORBIDDEN` that grows with the violation."""
     beyond = FORBIDDEN * (1 + (violation / (1 + violation)).nan_to_num(nan=1.0))
     allowed = torch.where(cost.isfinite(), cost.clamp(max=FORBIDDEN), cost)
     return torch.where(violation <= 0, allowed, beyond)

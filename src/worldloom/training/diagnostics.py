@@ -131,7 +131,7 @@ def alarms(figures: Mapping[str, float]) -> list[Alarm]:
                 name="collapse",
                 message=(
                     f"the latents have collapsed: effective rank {rank:.1f} of {dimensions:.0f} dimensions, "
-                    f"{figures['dead_dimensions']:.0%} of them dead"
+                    f"and {figures['dead_dimensions']:.0%} of the dimensions are dead"
                 ),
                 remedy="raise the weights of 'variance' and 'covariance', or add 'sigreg' with weight 0.1",
             )
@@ -143,15 +143,15 @@ def alarms(figures: Mapping[str, float]) -> list[Alarm]:
     ]
     blind = figures["inverse_dynamics"] > _BLIND
     if not collapsed and (blind or lost):
-        evidence = [f"{figures['moving_share']:.1%} of their variance is within windows"]
+        evidence = [f"{figures['moving_share']:.1%} of the latents' variance is within windows"]
         evidence += [f"the inverse-dynamics error is {figures['inverse_dynamics']:.2f} of the actions' variance"]
         evidence += [f"a probe of {name!r} has an R2 of {figures[f'probe/{name}/r2']:.2f}" for name in lost]
         found.append(
             Alarm(
                 name="slow-features",
                 message=(
-                    f"the latents contain the background but not the moving objects: {'; '.join(evidence)}. Their "
-                    f"effective rank is {rank:.1f}"
+                    f"the latents contain the background but not the moving objects: {'; '.join(evidence)}. The "
+                    f"effective rank of the latents is {rank:.1f}"
                 ),
                 remedy=(
                     "if these figures still improve, train for more steps; otherwise raise the weight of "
@@ -165,7 +165,7 @@ def alarms(figures: Mapping[str, float]) -> list[Alarm]:
         found.append(
             Alarm(
                 name="prediction",
-                message=f"open-loop predictions have {figures['open_loop']:.2f} times the error of no change",
+                message=f"open-loop predictions have {figures['open_loop']:.2f} times the error of assuming no change",
                 remedy="train for more steps, shorten the block, or raise the model's context to 2",
             )
         )

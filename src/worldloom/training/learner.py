@@ -24,7 +24,8 @@ class Learner(nn.Module):
             if not blocks:
                 raise ConfigError(
                     "training.activation_checkpointing needs transformer blocks, but neither the encoder nor the "
-                    "predictor has any; set it to false, and use training.accumulate to save memory"
+                    "predictor has any; set training.activation_checkpointing to false, and save memory with "
+                    "training.accumulate instead"
                 )
             for block in blocks:
                 block.checkpointed = True

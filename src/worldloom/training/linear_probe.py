@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeScore:
-    """The accuracy of a probe: the mean Euclidean error in the label's unit, and the explained share of variance."""
+    """The accuracy of a probe: the mean Euclidean error in the label's unit, and the R2 of the label."""
 
     error: float
     r2: float
@@ -17,7 +17,7 @@ class ProbeScore:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbe:
-    """A linear map from latents to labels, fitted in closed form. It is only a measurement, not part of the model."""
+    """A linear map from latents to labels, fitted in closed form. The probe measures a model but is not part of it."""
 
     weight: Float[Tensor, "D L"]
     bias: Float[Tensor, "L"]

@@ -41,13 +41,13 @@ _AHEAD = 8  # minimum number of batches whose frames are prefetched for a pool
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Segment:
-    """The steps of a training run from `begin` (inclusive) to `end` (exclusive), which may exceed the configured steps.
+    """The steps of a training run from `begin` (inclusive) to `end` (exclusive).
 
-    At step `begin`, the tensors in `base` replace those of the model; all other tensors, the losses' modules and the
-    optimiser's moments do not change. An interrupted segment resumes at the step where it stopped. The learning rate is
-    that of the steps from `at` on (default: `begin`), so that a member that missed rounds has the same rate as the
-    others. The schedule has `schedule` steps (default: `TrainingConfig.steps`). Model tensors named in `fixed` are not
-    trained.
+    `end` may exceed the configured steps. At step `begin`, the tensors in `base` replace the model's tensors of the
+    same names; all other tensors, the losses' modules and the optimiser's moments do not change. An interrupted segment
+    resumes at the step where it stopped. The learning rate is scheduled as if the segment began at step `at` (default:
+    `begin`). A federation member that missed rounds then has the same rate as the others. The schedule has `schedule`
+    steps (default: `TrainingConfig.steps`). Model tensors named in `fixed` are not trained.
     """
 
     begin: int
@@ -80,14 +80,15 @@ def fit(
     an uninterrupted one, and a run on several devices the same as on one device up to rounding. For several devices,
     start the program with torchrun or pass a launched `fabric`.
 
-    Federated training runs one segment, `stretch`, at a time: the first without `resume`, later ones with it. The
-    model is saved at the end of each segment.
+    Federated training runs one segment, `stretch`, at a time: the first segment without `resume`, later segments with
+    `resume`. The model is saved at the end of each segment.
 
     Raises:
         TrainingError: a loss is not finite (the last checkpoint is kept), another process is training in the folder,
             or the folder has checkpoints and `resume` is not set.
         CheckpointError: with `resume`, the configuration or the data changed; or the run's step is not in the segment.
-        ConfigError: the number of processes does not match the configuration, or they have different settings or data.
+        ConfigError: the number of processes does not match the configuration, or the processes have different settings
+            or data.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint has been written; the message says how to resume.
     """
     retain_freed_memory()
@@ -106,8 +107,9 @@ def held_out_losses(
 ) -> dict[str, float]:
     """Return each loss by name, and their weighted sum as `total`, on windows of held-out episodes.
 
-    The model is that of the run's latest checkpoint, or an untrained one. The tensors of `base` replace its tensors, so
-    that bases can be compared. Latents are normalised by the statistics of these windows, as in training.
+    The model comes from the run's latest checkpoint; without a checkpoint, the model is untrained. The tensors of
+    `base` then replace the model's tensors, so that bases can be compared. Latents are normalised by the statistics of
+    these windows, as in training.
 
     Raises:
         CheckpointError: the base belongs to a different model, or the checkpoints to a different training run.
@@ -124,7 +126,8 @@ class _Training:
         fabric = ranks.fabric
         if config.batch % fabric.world_size:
             raise ConfigError(
-                f"training.batch must be a multiple of the {fabric.world_size} devices; got {config.batch}"
+                f"training.batch must be a multiple of the number of devices ({fabric.world_size}); got "
+                f"{config.batch}. Change training.batch or training.devices"
             )
         self.config, self.folder, self.ranks, self.fabric = config, run, ranks, fabric
         sampling = {"context": model_config.context, "horizon": config.horizon, "block": model_config.block}
@@ -242,7 +245,7 @@ class _Training:
         if not stretch.begin <= done <= stretch.end:
             raise CheckpointError(
                 f"{self.folder.path} is at step {done}; expected a step from {stretch.begin} to {stretch.end}. Restore "
-                f"its checkpoints, or start the segment at step {done}"
+                f"the run's checkpoints, or start the segment at step {done}"
             )
         if done == stretch.begin:
             self._put(stretch.base)
@@ -251,7 +254,9 @@ class _Training:
         """Replace tensors of the model."""
         state = self.model.state_dict()
         if unknown := sorted(set(base) - set(state)):
-            raise CheckpointError(f"the base has {unknown[0]!r}, but the model does not; use a base of the same model")
+            raise CheckpointError(
+                f"the base has a tensor {unknown[0]!r}, but the model has no such tensor; use a base of the same model"
+            )
         for name, tensor in base.items():
             if tensor.shape != state[name].shape:
                 raise CheckpointError(
@@ -343,7 +348,7 @@ class _Training:
         return drawn
 
     def _whole_model(self) -> JEPA:
-        """Return the model, or a full copy if it is sharded; all ranks must call this."""
+        """Return the model, or a full copy of a sharded model; all ranks must call this method."""
         if self.config.strategy == "ddp":
             return self.model
         model = self.new_model()
@@ -384,7 +389,7 @@ class _FigureMeter:
 
 @contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event, so that the current step completes; a second one stops at once."""
+    """Turn the first Ctrl-C into an event, so that the current step completes; a second Ctrl-C stops at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

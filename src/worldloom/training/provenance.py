@@ -24,7 +24,7 @@ def describe_provenance(*, data_fingerprint: str, seeds: Mapping[str, int]) -> d
 
 
 def git_commit(directory: Path) -> str | None:
-    """Return the commit of `directory`, with '+changes' if files differ from it, or None outside a repository."""
+    """Return the commit of `directory`, or None outside a repository; '+changes' marks uncommitted changes."""
     try:
         commit = _git(directory, "rev-parse", "HEAD")
         changed = _git(directory, "status", "--porcelain", "--untracked-files=no")

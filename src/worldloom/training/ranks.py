@@ -37,13 +37,15 @@ def make_fabric(config: TrainingConfig) -> "Fabric":
     if (world() if launched else 1) != config.devices:
         came = f"torchrun started {world()} processes" if launched else "the program was not started with torchrun"
         raise ConfigError(
-            f"training.devices is {config.devices}, but {came}; start it with torchrun --nproc-per-node "
-            f"{config.devices} on one machine, or set training.devices to the number of processes on all machines"
+            f"training.devices is {config.devices}, but {came}; start the program with torchrun so that there is "
+            f"one process per device (on one machine: torchrun --nproc-per-node {config.devices}), or change "
+            f"training.devices"
         )
     if config.strategy == "fsdp" and (config.devices == 1 or config.compile):
-        what = "it needs several devices" if config.devices == 1 else "it does not support training.compile"
+        what = "needs several devices" if config.devices == 1 else "does not support training.compile"
         raise ConfigError(
-            f"training.strategy is fsdp, but {what}; set the strategy to ddp, or change the other setting"
+            f"training.strategy is fsdp, which {what}; set training.strategy to ddp, or use several devices without "
+            f"training.compile"
         )
     _check_machine(config)
     from lightning_fabric import Fabric
@@ -79,7 +81,7 @@ def _leave() -> None:
 
 
 def _shard(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Shard each transformer block separately, so that only one is unsharded at a time, and the rest together."""
+    """Shard the transformer blocks one by one, so that only one block is unsharded at a time, and the rest together."""
     from torch.distributed.fsdp import fully_shard
 
     data_parallel = mesh["data_parallel"]
@@ -95,8 +97,8 @@ def _check_machine(config: TrainingConfig) -> None:
     device = next(name for name in there if there[name]) if config.accelerator == "auto" else config.accelerator
     if not there[device]:
         raise ConfigError(
-            f"training.accelerator is {device!r}, but PyTorch finds no such device; set it to auto or cpu, or install "
-            f"the driver and a PyTorch build for it"
+            f"training.accelerator is {device!r}, but PyTorch finds no such device; set training.accelerator to auto "
+            f"or cpu, or install the driver and a PyTorch build for this device"
         )
     if config.precision == "16-mixed" and device == "cpu":
         raise ConfigError("training.precision is 16-mixed, which needs a GPU; use bf16-mixed or 32-true on a CPU")
@@ -105,8 +107,8 @@ def _check_machine(config: TrainingConfig) -> None:
     compilers = [os.environ.get("CXX", "g++"), "clang++", "c++"]
     if config.compile and device == "cpu" and not any(shutil.which(name) for name in compilers):
         raise ConfigError(
-            f"training.compile needs a C++ compiler, but none of {', '.join(compilers)} is on PATH; install one (apt "
-            f"install g++), or set training.compile to false"
+            f"training.compile needs a C++ compiler, but none of {', '.join(compilers)} is on PATH; install a compiler "
+            f"(apt install g++), or set training.compile to false"
         )
 
 
@@ -136,7 +138,7 @@ class Ranks:
         """Wait until all ranks call this method.
 
         Raises:
-            TrainingError: a rank has ended, or did not call it within the timeout.
+            TrainingError: a rank has ended, or did not call this method within the timeout.
         """
         self.any(False)
 
@@ -171,7 +173,7 @@ class Ranks:
             raise failure
         if code:
             other = TrainingError(
-                f"rank {self.rank} stops because another process failed; fix the error in that process's message"
+                f"rank {self.rank} stops because another process failed; fix the error that the other process reports"
             )
             other.exit_code = code
             raise other
@@ -181,7 +183,8 @@ class Ranks:
         """Check that JSON values are the same on all ranks.
 
         Raises:
-            ConfigError: they differ, for example because a machine has different data or no access to the run folder.
+            ConfigError: the values differ, for example because a machine has different data or cannot access the run
+                folder.
         """
         if self._group is None:
             return

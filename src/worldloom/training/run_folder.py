@@ -72,7 +72,7 @@ class RunFolder:
         """
         run = cls(Path(path))
         if not (run.path / "config.json").is_file():
-            raise StorageError(f"{run.path} is not a run folder: it has no config.json; check the path")
+            raise StorageError(f"{run.path} is not a run folder, because it has no config.json; check the path")
         return run
 
     def withdraw(self) -> None:
@@ -128,7 +128,7 @@ class RunFolder:
             yield
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Append one line of figures to metrics.jsonl, and write them for TensorBoard if it is installed.
+        """Append one line of figures to metrics.jsonl, and also write the figures for TensorBoard if it is installed.
 
         Figures that are not finite are left out, because JSON cannot represent them.
         """

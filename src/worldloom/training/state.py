@@ -28,7 +28,7 @@ def save_state(
 ) -> None:
     """Save the state after `step` steps, and delete all but the last two states.
 
-    All ranks must call this, because each may have a shard; only the rank with `write` writes files.
+    All ranks must call this function, because each may have a shard; only the rank with `write` writes files.
     """
     tensors = {f"learner/{name}": whole(tensor) for name, tensor in learner.state_dict().items()}
     # Sorted, because all ranks must gather the shards in the same order.
@@ -50,9 +50,9 @@ def saved_steps(run: RunFolder) -> list[int]:
 def load_state(
     run: RunFolder, learner: nn.Module, optimizer: torch.optim.Optimizer, metadata: Mapping[str, Any]
 ) -> int:
-    """Restore the latest valid state into `learner` and `optimizer`, and return its step, or 0 if there is none.
+    """Restore the latest valid state into `learner` and `optimizer`, and return the step of this state.
 
-    If a state is damaged, the one before it is used.
+    If a state is damaged, the previous state is used. Without any saved state, nothing is restored and 0 is returned.
 
     Raises:
         CheckpointError: the state's configuration or data differ from `metadata`, or every state is damaged.
@@ -104,8 +104,8 @@ def _compare(run: RunFolder, saved: Mapping[str, Any], expected: Mapping[str, An
         if not differing:
             continue
         raise CheckpointError(
-            f"{run.path} cannot be resumed because its settings changed: {differing}. Use the old settings again, or "
-            f"start a new run"
+            f"{run.path} cannot be resumed because its settings or data changed: {differing}. Use the old settings and "
+            f"the old data, or start a new run"
         )
 
 

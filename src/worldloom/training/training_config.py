@@ -45,20 +45,21 @@ class TrainingConfig(Config):
         horizon: the number of blocks that are predicted open loop.
         losses: the losses by name; the names are also used in the log.
         target: if set, the targets of predictions come from a moving average of the encoder.
-        pool_windows: for data larger than the cache: sample from a pool of about this many windows that slides over
-            the data, each at most once per pass (see `worldloom.data.SlidingPool`), instead of from all windows.
+        pool_windows: for data larger than the cache: sample from a pool of about this many windows, instead of from all
+            windows. The pool slides over the data; each window is used at most once per pass (see
+            `worldloom.data.SlidingPool`).
         schedule: "constant" keeps the learning rate for `constant_share` of the steps, then decreases it to 0 as a
             cosine; "one-cycle" increases it for a tenth of the steps, then decreases it.
         devices: the number of devices on all machines.
         strategy: with "fsdp", each device stores a shard of the parameters and of the optimiser's state (Zhao et al.,
-            arXiv 2304.11277), for models that fill a device.
+            arXiv 2304.11277), for models that are too large for one device.
         threads: the number of CPU threads; 0 keeps PyTorch's number.
         accumulate: the number of parts in which the frames of a batch are encoded. More parts need less memory and at
             most a third more time; the gradient is still that of the complete batch, including its statistics
             (gradient caching, Gao et al., arXiv 2101.06983).
         activation_checkpointing: store only the inputs of transformer blocks for the gradient (Chen et al., arXiv
             1604.06174).
-        timeout_minutes: how long a process waits for the others.
+        timeout_minutes: the maximum time for which a process waits for the others.
     """
 
     steps: int = Field(default=1000, ge=1)
@@ -99,9 +100,9 @@ class TrainingConfig(Config):
     def _check_losses(cls, losses: dict[str, LossConfig]) -> dict[str, LossConfig]:
         wrong = [name for name in losses if not name or "." in name]
         if wrong:
-            raise ValueError(f"loss names must not be empty or contain a dot; got {wrong}")
+            raise ValueError(f"loss names must not be empty or contain a dot; got {wrong}. Rename these losses")
         if not any(loss.weight > 0 for loss in losses.values()):
-            raise ValueError("every loss has weight 0; set the weight of 'prediction' above 0")
+            raise ValueError("every loss has weight 0; set the weight of at least one loss above 0")
         return losses
 
     def learning_rate_at(self, step: int) -> float:

@@ -25,7 +25,7 @@ class EncoderConfig(Component):
         """Build the module. PyTorch's default generator, which the caller seeds, samples its parameters.
 
         Raises:
-            ConfigError: the observation has no input for this encoder.
+            ConfigError: the observation does not contain the input that this encoder needs.
         """
 
 

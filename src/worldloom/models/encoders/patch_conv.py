@@ -33,10 +33,10 @@ class _Convolutions(EncoderConfig):
 
 @ENCODERS.register("patch-conv")
 class PatchConv(_Convolutions):
-    """A patch convolution, convolutions with stride 2, and a hidden layer, with ReLU between.
+    """A patch convolution, convolutions with stride 2, and a hidden layer, with ReLU activations between them.
 
     `channels` are the widths of the patch convolution and of each later convolution. `kernel` is the kernel size of the
-    later ones; 2 merges neighbours without overlap, and was both faster and more accurate in our measurements.
+    later convolutions. Kernels of size 2 do not overlap; they were faster and more accurate in our measurements.
     """
 
     name: Literal["patch-conv"] = "patch-conv"
@@ -50,7 +50,7 @@ class PatchConv(_Convolutions):
 
 @ENCODERS.register("stemmed-patch-conv")
 class StemmedPatchConv(_Convolutions):
-    """`PatchConv` after a stem, for owners with different cameras; all layers after the stem have the same size.
+    """`PatchConv` after a stem. Owners with different cameras need different stems, but can share the other layers.
 
     The stem mixes the normalised channels and scales frames to `size` (height, width, channels).
     """
@@ -67,7 +67,7 @@ class StemmedPatchConv(_Convolutions):
         if any(side % self.stride for side in self.size[:2]):
             raise ConfigError(
                 f"'size' must have a height and width that are multiples of {self.stride}, the total stride of the "
-                f"convolutions; got {self.size}"
+                f"convolutions; got {self.size}. Change 'size', 'patch' or the number of 'channels'"
             )
         normalise = PixelNormalisation(*pixel_statistics(self.name, observation, statistics))
         stem = PixelStem(normalise.size[2], self.size)
@@ -75,7 +75,7 @@ class StemmedPatchConv(_Convolutions):
 
 
 class PatchConvEncoder(nn.Module):
-    """The module that `PatchConv` builds and, with a stem, `StemmedPatchConv`.
+    """The module that `PatchConv` builds without a stem and `StemmedPatchConv` with a stem.
 
     `size` is the (height, width, channels) input shape of the convolutions.
     """

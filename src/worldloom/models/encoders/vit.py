@@ -66,7 +66,7 @@ class ViTEncoder(nn.Module):
 
 
 def sincos_positions(rows: int, columns: int, width: int) -> Float[Tensor, "L W"]:
-    """Return fixed position embeddings: sines and cosines of the row in the first half, of the column in the second.
+    """Return fixed position embeddings: the first half encodes the row by sines and cosines, the second the column.
 
     `width` must be a multiple of 4. Source: Vaswani et al. 2017, extended to two dimensions.
     """

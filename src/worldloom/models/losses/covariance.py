@@ -21,7 +21,7 @@ class Covariance(Formula):
     samples: Samples = "frame"
 
     def compute(self, inputs: LossInputs) -> Float[Tensor, ""]:
-        """Return the mean over the groups of samples."""
+        """Return the mean of the term over the groups of samples."""
         latents = gather(draw_samples(inputs.latents, self.samples)).transpose(0, 1)  # G M D
         centred = latents - latents.mean(dim=1, keepdim=True)
         covariance = centred.mT @ centred / (latents.shape[1] - 1)

@@ -61,10 +61,10 @@ class LossConfig(Component):
 
 
 class Formula(LossConfig):
-    """The configuration of a loss without parameters, which also computes the loss."""
+    """The configuration of a loss without parameters. The configuration itself computes the loss."""
 
     def build(self, *, latent_dim: int, block_size: int) -> Loss:
-        """Build the module; `sizes` are not used."""
+        """Build the module; the sizes are not used."""
         return FormulaLoss(self)
 
     @abstractmethod

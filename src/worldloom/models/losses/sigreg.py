@@ -15,11 +15,11 @@ from worldloom.models.losses.loss import LOSSES, Formula, LossInputs, Samples, d
 
 @LOSSES.register("sigreg")
 class SIGReg(Formula):
-    """Epps-Pulley statistic of random one-dimensional projections against the standard normal.
+    """Epps-Pulley statistic of random one-dimensional projections against the standard normal distribution.
 
-    For each projection x: the batch size times the integral over [-limit, limit] of
-    |mean exp(itx) - exp(-t^2/2)|^2 exp(-t^2/2) dt, by the trapezoid rule; averaged over projections.
-    `stride` takes every so many frames of the window; for `samples` see `draw_samples`.
+    For each projection x, the statistic is the batch size times the integral over [-limit, limit] of
+    |mean exp(itx) - exp(-t^2/2)|^2 exp(-t^2/2) dt, by the trapezoid rule. The loss is the mean over projections.
+    Only every `stride`-th frame of a window is used; for `samples` see `draw_samples`.
     """
 
     name: Literal["sigreg"] = "sigreg"

@@ -12,7 +12,7 @@ from worldloom.models.losses.loss import LOSSES, Formula, LossInputs
 
 @LOSSES.register("temporal-similarity")
 class TemporalSimilarity(Formula):
-    """The mean squared difference of consecutive latents. Without other losses it favours static features."""
+    """The mean squared difference of consecutive latents. Without other losses, this loss favours static features."""
 
     name: Literal["temporal-similarity"] = "temporal-similarity"
 

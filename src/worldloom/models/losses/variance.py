@@ -15,7 +15,7 @@ _EPSILON = 1e-4
 
 @LOSSES.register("variance")
 class Variance(Formula):
-    """Hinge on the std of each dimension over the batch: the mean of max(0, target - sqrt(var + epsilon)).
+    """A hinge loss on the std of each dimension over the batch: the mean of max(0, target - sqrt(var + epsilon)).
 
     For `samples` see `draw_samples`.
     """
@@ -25,6 +25,6 @@ class Variance(Formula):
     samples: Samples = "frame"
 
     def compute(self, inputs: LossInputs) -> Float[Tensor, ""]:
-        """Return the mean hinge."""
+        """Return the mean over dimensions and groups of samples."""
         std = torch.sqrt(gather(draw_samples(inputs.latents, self.samples)).var(dim=0) + _EPSILON)
         return torch.relu(self.target - std).mean()

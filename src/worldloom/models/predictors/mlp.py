@@ -13,7 +13,7 @@ from worldloom.models.predictors.predictor import PREDICTORS, Predictor, Predict
 
 @PREDICTORS.register("mlp")
 class MLPPredictor(PredictorConfig):
-    """z' = z + MLP([the last K latents, the K-1 blocks between them, the next block])."""
+    """A residual perceptron: z' = z + MLP([the last K latents, the K-1 blocks between them, the next block])."""
 
     name: Literal["mlp"] = "mlp"
     hidden: tuple[int, ...] = Field(default=(256, 256), min_length=1)

@@ -18,7 +18,7 @@ _MOST = 1e3  # cap on a violation in the Lagrangian, because one that cannot be 
 class Adam(Solver):
     """Descend the gradient of the cost with respect to the actions from several starts (Adam, Kingma and Ba 2015).
 
-    Actions are clamped to the bounds after each step. The learning rate is in half ranges of an action and falls
+    Actions are clamped to the bounds after each step. The learning rate is in units of half an action's range and falls
     linearly to 0. Guardrails are added by an augmented Lagrangian (Hestenes 1969; Powell 1969; for inequalities
     Rockafellar 1973) with one multiplier per guardrail and start; `stiffness` weights the squared violation.
     """
@@ -33,7 +33,7 @@ class Adam(Solver):
     def solve(
         self, problem: PlanningProblem, *, initial: Float[Tensor, "B I T A"] | None, generator: torch.Generator
     ) -> Solution:
-        """Solve; see `Solver`."""
+        """Search by gradient descent; see `Solver.solve`."""
         # Planning runs in inference mode, whose tensors cannot be differentiated: leave it and work on copies.
         with torch.inference_mode(False), torch.enable_grad():
             problem = problem.copy()

@@ -14,12 +14,12 @@ from worldloom.planning.solvers.solver import SOLVERS, Solution, Solver, agree, 
 
 @SOLVERS.register("cem")
 class CEM(Solver):
-    """Sample from a normal distribution, refit it to the elites, repeat (Rubinstein 1999).
+    """Sample from a normal distribution, refit the distribution to the elites, and repeat (Rubinstein 1999).
 
-    Deviations are in half ranges of an action. The actions of a block share the fraction `held` of the noise's
+    Deviations are in units of half an action's range. The actions of a block share the fraction `held` of the noise's
     variance, because noise that is independent at each step averages out and explores little. The fraction `walks` of
     the first samples are persistent random walks. The search stops early if the elites agree in all environments: every
-    deviation is below `stop_below`, or their costs differ by less than the fraction `stop_spread` of the best.
+    deviation is below `stop_below`, or their costs differ by less than the fraction `stop_spread` of the lowest cost.
     """
 
     name: Literal["cem"] = "cem"
@@ -37,7 +37,7 @@ class CEM(Solver):
     def solve(
         self, problem: PlanningProblem, *, initial: Float[Tensor, "B I T A"] | None, generator: torch.Generator
     ) -> Solution:
-        """Solve; see `Solver`."""
+        """Search by refitting the distribution; see `Solver.solve`."""
         spec, bounds = problem.model.spec, problem.bounds
         half = (bounds.high - bounds.low) / 2
         kept = start(problem, initial)

@@ -15,10 +15,10 @@ from worldloom.planning.solvers.solver import SOLVERS, Solution, Solver, agree, 
 class ICEM(Solver):
     """CEM with coloured noise along time, fewer samples in each iteration, kept elites and momentum.
 
-    `colour` is the exponent b of the noise's power spectrum 1 / f^b: 0 is white, 2 is brown. Each iteration has
-    `decay` times fewer samples. The fraction `kept_elites` of the elites joins the next samples, and the fraction
-    `momentum` of the old mean and deviation is kept. Deviations are in half ranges of an action. The search stops early
-    if the costs of the elites differ by less than the fraction `stop_spread` of the best in all environments.
+    `colour` is the exponent b of the noise's power spectrum 1 / f^b: 0 is white, 2 is brown. Each iteration has `decay`
+    times fewer samples. The fraction `kept_elites` of the elites joins the next samples, and the fraction `momentum` of
+    the old mean and deviation is kept. Deviations are in units of half an action's range. The search stops early if, in
+    all environments, the elites' costs differ by less than the fraction `stop_spread` of the lowest cost.
     """
 
     name: Literal["icem"] = "icem"
@@ -35,7 +35,7 @@ class ICEM(Solver):
     def solve(
         self, problem: PlanningProblem, *, initial: Float[Tensor, "B I T A"] | None, generator: torch.Generator
     ) -> Solution:
-        """Solve; see `Solver`."""
+        """Search by refitting the distribution; see `Solver.solve`."""
         spec = problem.model.spec
         half = (problem.bounds.high - problem.bounds.low) / 2
         kept = start(problem, initial)

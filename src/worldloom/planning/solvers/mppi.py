@@ -17,8 +17,8 @@ class MPPI(Solver):
 
     This is the paper's information-theoretic form: u <- u + sum_k w_k e_k with w = softmax(-(S + control u' Sigma^-1 e)
     / temperature). `temperature` and `control` are in standard deviations of the costs of one iteration, so they do not
-    depend on the unit of the cost. The noise's deviation, in half ranges of an action, is multiplied by `decay` in each
-    iteration; the actions of a block share the fraction `held` of its variance.
+    depend on the unit of the cost. The noise's deviation, in units of half an action's range, is multiplied by `decay`
+    in each iteration. The actions of a block share the fraction `held` of the noise's variance.
     """
 
     name: Literal["mppi"] = "mppi"
@@ -33,7 +33,7 @@ class MPPI(Solver):
     def solve(
         self, problem: PlanningProblem, *, initial: Float[Tensor, "B I T A"] | None, generator: torch.Generator
     ) -> Solution:
-        """Solve; see `Solver`."""
+        """Search by weighted averages of noise; see `Solver.solve`."""
         middle = (problem.bounds.low + problem.bounds.high) / 2
         half = (problem.bounds.high - problem.bounds.low) / 2
         kept = start(problem, initial)

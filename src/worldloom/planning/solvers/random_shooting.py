@@ -23,7 +23,7 @@ class RandomShooting(Solver):
     def solve(
         self, problem: PlanningProblem, *, initial: Float[Tensor, "B I T A"] | None, generator: torch.Generator
     ) -> Solution:
-        """Solve; see `Solver`."""
+        """Search among random walks; see `Solver.solve`."""
         shape = (problem.batch, self.samples, problem.horizon)
         walks = self.walk.sample(problem.model.spec, problem.bounds, shape, generator)
         candidates = torch.cat([start(problem, initial), walks], dim=1)

@@ -16,14 +16,14 @@ from worldloom.planning.problem import FORBIDDEN, PlanningProblem
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """The chosen actions of each environment, and their cost as the solver measures it."""
+    """The chosen actions of each environment, and the cost of these actions by the solver's measure."""
 
     actions: Float[Tensor, "B T A"]
     cost: Float[Tensor, "B"]
 
 
 class Solver(Component):
-    """A search for good actions: a configuration with a method `solve`, which depends only on problem and generator.
+    """A search for good actions: a configuration with a method `solve`, whose result depends only on its arguments.
 
     To add a solver, write one file with a subclass, its `solve` and `@SOLVERS.register(name)`.
     """
@@ -32,7 +32,7 @@ class Solver(Component):
     def solve(
         self, problem: PlanningProblem, *, initial: Float[Tensor, "B I T A"] | None, generator: torch.Generator
     ) -> Solution:
-        """Return actions within the bounds; by the solver's measure, they are never worse than any of `initial`."""
+        """Return actions within the bounds. By the solver's measure, no `initial` candidate is better."""
 
 
 SOLVERS: Registry[type[Solver]] = Registry("solver")
@@ -42,7 +42,7 @@ SolverField = Annotated[SerializeAsAny[Solver], BeforeValidator(component_of(SOL
 
 
 def pick(candidates: Float[Tensor, "B S T A"], index: Tensor) -> Float[Tensor, "B K T A"]:
-    """Return the candidates at the places `index` (B, K)."""
+    """Return the candidates at the positions `index` (B, K)."""
     return candidates[torch.arange(len(index), device=index.device)[:, None], index]
 
 
@@ -59,9 +59,9 @@ def better_of(best: Solution | None, candidates: Float[Tensor, "B S T A"], cost:
 
 
 def agree(costs: Float[Tensor, "B K"], share: float) -> bool:
-    """Whether the elites' ascending costs differ by less than `share` of the best in every environment; never for 0.
+    """Return whether the elites' ascending costs differ by less than `share` of the lowest cost in every environment.
 
-    Elites do not agree if one of them breaks a guardrail.
+    Elites do not agree if `share` is 0 or if one of the elites breaks a guardrail.
     """
     settled = (costs[:, -1] - costs[:, 0] < share * costs[:, 0].abs()) & (costs[:, -1] <= FORBIDDEN)
     return share > 0 and bool(settled.all())
@@ -80,7 +80,7 @@ def spread(costs: Float[Tensor, "B S"]) -> Float[Tensor, "B 1"]:
 
 
 def start(problem: PlanningProblem, initial: Float[Tensor, "B I T A"] | None) -> Float[Tensor, "B _ T A"]:
-    """Return the projected initial candidates; without any, the middle of the bounds."""
+    """Return the projected initial candidates, or the middle of the bounds if there are no initial candidates."""
     if initial is not None and initial.shape[1]:
         return problem.project(initial)
     middle = (problem.bounds.low + problem.bounds.high) / 2

@@ -27,20 +27,21 @@ Weight = Annotated[float, Field(gt=0)]
 
 @SOLVERS.register("tree-search")
 class TreeSearch(Solver):
-    """Imagine walks from the state and walks from the goal, and join two that nearly meet.
+    """Imagine walks from the state and walks from the goal, and join two walks that nearly meet.
 
-    The cost of a pair of nodes is the steps from the state to its first node, plus the steps from its second node to
-    the goal, plus a weight times the squared latent gap between them, in typical step lengths. The branch from the goal
-    is walked in reverse, with actions that inverse dynamics compute from its latents. If the measured geometry says
-    that dynamics cannot be reversed, all branches start from the state.
+    The cost of a pair of nodes is the steps from the state to the first node, plus the steps from the second node to
+    the goal, plus a weight times the squared latent gap between the nodes, in typical step lengths. A branch from the
+    goal is walked in reverse, with actions that inverse dynamics compute from the branch's latents. If the measured
+    geometry says that dynamics cannot be reversed, all branches start from the state.
 
     For each of `gap_weights`, the best pairs of `checked` different branches are rolled out completely, and so are the
-    initial candidates. This detects a join through a wall, or a step that cannot be undone. The plan is the one that
-    comes nearest to the goal in the fewest steps (by the first weight), cut at its nearest state. Each side covers half
-    of the horizon. Branches end where they break a guardrail; guardrails judge the plan with its padding.
+    initial candidates. This detects a join through a wall, or a step that cannot be undone. A rollout that stops at a
+    state costs its steps plus the first weight times the squared gap to the goal; the plan is the cheapest rollout, cut
+    at its cheapest state and padded. Each side covers half of the horizon. Branches end where they break a guardrail.
+    Guardrails judge the padded plan.
 
     If a state is nearer to the goal than `near` step lengths, `near_solver` plans over at most `near_horizon` blocks.
-    The cost is in blocks; near the goal it is the objective's cost.
+    The returned cost is in blocks; near the goal, the cost of the objective is returned instead.
     """
 
     name: Literal["tree-search"] = "tree-search"
@@ -55,7 +56,7 @@ class TreeSearch(Solver):
     def solve(
         self, problem: PlanningProblem, *, initial: Float[Tensor, "B I T A"] | None, generator: torch.Generator
     ) -> Solution:
-        """Solve; see `Solver`.
+        """Search from both sides; see `Solver.solve`.
 
         Raises:
             PlanningError: the objective has no goal, or the planner has no geometry.
@@ -237,7 +238,7 @@ def _assemble(
 def _rest_after(
     plans: Float[Tensor, "*axes T A"], length: Int[Tensor, "*axes"], problem: PlanningProblem
 ) -> Float[Tensor, "*axes T A"]:
-    """Return the plans with the actions nearest to zero from their lengths on."""
+    """Return the plans with all actions after each plan's length replaced by the allowed action nearest to zero."""
     rest = problem.project(torch.zeros_like(problem.bounds.low))
     over = torch.arange(plans.shape[-2], device=plans.device) >= length[..., None]
     return torch.where(over[..., None], rest, plans)

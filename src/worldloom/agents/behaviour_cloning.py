@@ -71,7 +71,7 @@ class CloningPolicy(Head[CloningConfig]):
         """Encode observations or goals.
 
         Raises:
-            DataError: the observations differ from those of the training data.
+            DataError: the observations differ in kind or size from the training data.
         """
         self.observation.check(observations)
         latents: Tensor = self.norm(self.encoder(observations))

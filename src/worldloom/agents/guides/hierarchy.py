@@ -110,7 +110,7 @@ class HierarchyGuide:
         return torch.stack([goal if subgoal is None else subgoal for subgoal, goal in legs])
 
     def _choose(self, context: Context, goal: Float[Tensor, "B D"]) -> tuple[Int[Tensor, "B"], Float[Tensor, "B D"]]:
-        """Return how deep to plan for each environment, and the subgoal of the fast model."""
+        """Return each environment's level (0: the fast model only), and the subgoal of the fast model."""
         wanted, ratio = self.config.depth, self.config.ratio
         depth, subgoal = torch.zeros(len(goal), dtype=torch.long, device=goal.device), goal.clone()
         near = self._foresee(0, context, goal)[1]

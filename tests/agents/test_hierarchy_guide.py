@@ -119,5 +119,7 @@ def test_landmarks_fall_back_on_it_where_no_way_is_known() -> None:
 )
 def test_levels_that_are_not_there_are_refused(strides: list[int], config: HierarchyConfig | None) -> None:
     levels = [Planner(world_of(1.0), SEARCH, horizon=2)] * len(strides)
-    with pytest.raises(PlanningError, match="expected planners and strides for the fast model"):
+    with pytest.raises(PlanningError, match="expected the planners of the fast model"):
         HierarchyGuide(levels, strides, config, step_length=1.0)
+    with pytest.raises(PlanningError, match="expected one stride for each planner"):
+        HierarchyGuide([*levels, levels[0]], strides, config, step_length=1.0)

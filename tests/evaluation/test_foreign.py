@@ -193,5 +193,5 @@ def test_pictures_of_other_layouts_and_sizes_are_brought_to_the_models() -> None
         assert np.abs(observations.pixels[0].numpy() - expected).max() <= 0.5
     with pytest.raises(DataError, match="before they are standardised"):
         policy.get_action({"pixels": as_bytes / 100.0 - 1, "goal": as_bytes})
-    with pytest.raises(DataError, match="no 'goal'; it has pixels"):
+    with pytest.raises(DataError, match="no key 'goal'; its keys are pixels"):
         policy.get_action({"pixels": as_bytes})

@@ -112,8 +112,8 @@ def test_every_convention_is_written_out() -> None:
     [
         ({"budget": None}, "exactly one of 'budget' and 'budget_over_shortest'"),
         ({"budget_over_shortest": 2.0}, "exactly one of 'budget' and 'budget_over_shortest'"),
-        ({"goal_source": "logged-policy"}, "needs a goal_offset"),
-        ({"splits": {"a": {"goal_offset": 3}}}, "set goal_source 'logged-policy'"),
+        ({"goal_source": "logged-policy"}, "need a goal_offset"),
+        ({"splits": {"a": {"goal_offset": 3}}}, "Set goal_source 'logged-policy'"),
         ({"splits": {}}, "at least 1"),
         ({"budgets": 3}, "did you mean 'budget'"),
         ({"success": {"source": "info"}}, "needs a name"),

@@ -187,7 +187,7 @@ def test_other_protocols_and_methods_are_not_pooled(
     other = evaluate(protocol.customise(budget=9), {"homing": agents["homing"], "still": agents["still"]})
     with pytest.raises(ConfigError, match="under one protocol"):
         pool([results, other])
-    with pytest.raises(ConfigError, match="cannot pool methods"):
+    with pytest.raises(ConfigError, match="cannot pool '"):
         pool([results, evaluate(protocol, {"homing": agents["homing"]})])
     with pytest.raises(ConfigError, match="at least one"):
         pool([])

@@ -154,7 +154,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(shift: float) -> None
 
 def test_losses_that_are_none_are_refused() -> None:
     for members, others in (([], [1.0]), ([1.0], []), ([math.nan], [1.0])):
-        with pytest.raises(DataError, match="expected losses"):
+        with pytest.raises(DataError, match="expected at least one loss of a member"):
             membership_inference(members, others)
 
 

@@ -189,7 +189,7 @@ def test_a_quantity_without_a_probe_is_said_with_the_nearest() -> None:
 
 def test_a_region_of_another_size_is_refused() -> None:
     rule = KeepIn(quantity="place", region=Ball(centre=(0.0,), radius=2.0))
-    with pytest.raises(ConfigError, match="with 1 values, but its probe has 2"):
+    with pytest.raises(ConfigError, match="with 1 values, but the run's probe has 2"):
         rule.bind("stay", "a", KNOWN)
 
 

@@ -93,7 +93,7 @@ def test_a_subclass_of_the_seam_has_its_defaults_and_is_told_what_it_left_out() 
     ("broken", "message"),
     [
         (_BatchNormalised, "encode depends on other observations in the batch"),
-        (_SeesOtherCandidates, "candidate's future depends on the others"),
+        (_SeesOtherCandidates, "candidate's future depends on other candidates"),
         (_SeesTheFuture, "first 1 of 5 steps differ"),
         (_ActsLate, "first action does not change the first predicted frame"),
         (_IncludesThePresent, "rollout must return shape"),

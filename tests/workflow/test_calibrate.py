@@ -116,7 +116,7 @@ def test_margins_are_of_one_policy_and_method(folder: Path) -> None:
         ("risk", None),
     ):
         path.write_text(json.dumps({**values, key: wrong}))
-        with pytest.raises(StorageError, match="calibrate the rule set again"):
+        with pytest.raises(StorageError, match="Run 'worldloom calibrate' with this rule set"):
             margins_of(run, "per candidate")
     path.write_text(json.dumps(values))
     found = margins_of(run, "per candidate")

@@ -39,11 +39,11 @@ def log_path(folder: Path | str) -> Path:
 
 
 def log_entries(folder: Path | str, *, progress: Progress = SILENT) -> Iterator[Entry]:
-    """Read the entries of an audit log, and verify each before it is yielded.
+    """Read the entries of an audit log; each entry is verified before it is yielded.
 
     Raises:
         StorageError: the folder has no log.
-        DataError: an entry does not verify, or has a different version of the format.
+        DataError: an entry does not verify, or has an unknown format version.
     """
     for entry in entries(log_path(folder), progress=progress):
         if entry.body.get("event") == "opened" and entry.body.get("format") != _FORMAT:
@@ -76,13 +76,13 @@ class AuditLog(Closing):
         self.chain.append({"event": "opened", "format": _FORMAT, **about})
 
     def part(self, name: str) -> "AuditLog":
-        """Return a writer to the same log for another part of the agent, by its name."""
+        """Return a writer to the same log for the part of the agent with this name."""
         other = copy.copy(self)
         other._before, other._part = None, {"part": name}
         return other
 
     def begin(self, goal: Goal) -> None:
-        """Record the start of episodes, with the digest of their goals."""
+        """Record the start of episodes and the digest of their goals."""
         self._before = None
         pictures = [part for part in (goal.observations.pixels, goal.observations.vector) if part is not None]
         self._write("began", {"environments": len(pictures[0]), "goal": _digest(pictures)})
@@ -98,9 +98,10 @@ class AuditLog(Closing):
     def ended(
         self, places: Sequence[int], here: Float[Tensor, "E D"], outcomes: Sequence[str], *, block: int, whole: bool
     ) -> None:
-        """Record how the episodes of some environments ended, in a block of the last plan, and the latents `here`.
+        """Record how the episodes of some environments ended, with their final latents `here`.
 
-        The plan's prediction is compared only if the `whole` block was executed.
+        They ended in the block `block` of the last plan. The distance of the latents from the plan's prediction is
+        recorded only if the `whole` block was executed.
         """
         happened = None
         if self._before is not None:
@@ -110,9 +111,9 @@ class AuditLog(Closing):
         self._write("ended", {"environments": list(places), "outcomes": list(outcomes), "happened": happened})
 
     def decided(self, observations: Observations, situation: Situation, plan: Plan, *, block: int, whole: bool) -> None:
-        """Record a decision, and the outcome of the one before.
+        """Record a decision, and the outcome of the previous decision.
 
-        The previous plan, if any, was followed into this block, and to the block's end if `whole`.
+        The previous plan, if any, was followed into the block `block`, and to the end of that block if `whole`.
         """
         self._write("decided", {
             "situation": self._keep(observations, situation),
@@ -183,7 +184,9 @@ def read_situation(
     with storage_errors(path):
         payload = path.read_bytes()
     if hashlib.sha256(payload).hexdigest() != digest:
-        raise DataError(f"{path} was changed: its digest differs from the one in the log. Keep both as evidence")
+        raise DataError(
+            f"{path} was changed: its digest differs from the one in the log. Keep the file and the log as evidence"
+        )
     tensors = safetensors.torch.load(payload)
     there = {name: tensor if name == "randomness" else tensor.to(device) for name, tensor in tensors.items()}
     observations = Observations(pixels=tensors.get("pixels"), vector=tensors.get("vector"))
@@ -193,7 +196,7 @@ def read_situation(
 
 
 def damaged_situations(folder: Path | str, *, progress: Progress = SILENT) -> list[int]:
-    """Return the numbers of entries whose situation is missing or was changed."""
+    """Return the indices of the entries whose situation is missing or was changed."""
     damaged = []
     for entry in log_entries(folder, progress=progress):
         if entry.body.get("event") != "decided":

@@ -22,7 +22,7 @@ from worldloom.models.encoders import EncoderConfig, EncoderField, default_encod
 
 
 class CloningConfig(FitConfig):
-    """The network and its fit; without an `encoder`, the default for the observation is used.
+    """The policy's network and its training; without an `encoder`, the default for the observation is used.
 
     A goal is a frame of the same episode, sampled uniformly from the next `reach` steps.
     """
@@ -37,7 +37,7 @@ class CloningConfig(FitConfig):
 class CloningPolicy(Head[CloningConfig]):
     """Maps (observation, goal observation) to the next environment action, within bounds.
 
-    It has its own encoder and does not use the world model whose fingerprint its file contains.
+    The policy has its own encoder and does not use a world model, although its file contains the model's fingerprint.
     """
 
     kind = "behaviour-cloning"
@@ -56,12 +56,12 @@ class CloningPolicy(Head[CloningConfig]):
         self._spec = ModelSpec(observation=observation, action=action, block=1, context=1, latent_dim=config.latent_dim)
 
     def figures(self) -> dict[str, Any]:
-        """Return the observations and actions of the policy."""
+        """Return the specifications of the policy's observations and actions."""
         return {"observation": asdict(self.observation), "action": asdict(self.action)}
 
     @classmethod
     def build(cls, model: WorldModel, config: CloningConfig, **figures: Any) -> "CloningPolicy":
-        """Build an untrained policy for these observations and actions."""
+        """Build an untrained policy for the observations and actions that `figures` specifies."""
         observation = ObservationSpec.from_json(figures["observation"])
         action = ActionSpec.from_json(figures["action"])
         # The statistics are buffers, loaded with the tensors; only their shapes matter here.
@@ -71,14 +71,14 @@ class CloningPolicy(Head[CloningConfig]):
         """Encode observations or goals.
 
         Raises:
-            DataError: the observations differ from those of the training data.
+            DataError: the observations differ in kind or size from the training data.
         """
         self.observation.check(observations)
         latents: Tensor = self.norm(self.encoder(observations))
         return latents
 
     def normalised(self, state: Float[Tensor, "B D"], goal: Float[Tensor, "B D"]) -> Float[Tensor, "B A"]:
-        """Return the action in half ranges from the middle of the bounds, the unit of the loss."""
+        """Return the action as in the loss: its offset from the middle of the bounds, in units of half their range."""
         action: Tensor = self.head(torch.cat([state, goal], dim=-1))
         return action
 

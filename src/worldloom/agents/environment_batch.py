@@ -7,7 +7,7 @@ from worldloom.core.types import Goal, Observations
 
 
 class EnvironmentBatch:
-    """Stores the number of environments, and checks that observations have it."""
+    """Stores the number of environments, and checks that each batch of observations has this number."""
 
     def __init__(self) -> None:
         self._size: int | None = None
@@ -17,12 +17,13 @@ class EnvironmentBatch:
         axes = goal.observations.axes
         if len(axes) != 1 or axes[0] < 1:
             raise PlanningError(
-                f"expected goals with one leading axis of environments; got axes {axes}. Add it: goal[None]"
+                f"expected goals with one leading axis, for at least one environment; got leading axes {axes}. For a "
+                f"single goal without this axis, pass goal[None]"
             )
         self._size = axes[0]
 
     def check(self, observations: Observations) -> None:
-        """Raise `PlanningError` if no episode was started, or the number of observations differs from that of goals."""
+        """Raise `PlanningError` if no episode was started, or there are not as many observations as goals."""
         if self._size is None:
             raise PlanningError("act was called before reset; call reset(goal) at the start of an episode")
         if observations.axes != (self._size,):
@@ -32,9 +33,12 @@ class EnvironmentBatch:
             )
 
     def select(self, rows: Sequence[int]) -> list[int]:
-        """Keep only these environments, given by their places; return the places as a list."""
+        """Keep only the environments at these places of the batch; return the places as a list."""
         size, places = self._size, [int(row) for row in rows]
         if size is None or not places or not all(0 <= place < size for place in places):
-            raise PlanningError(f"cannot select environments {places} of {size}; pass indices in the last batch")
+            raise PlanningError(
+                f"expected at least one index below {size or 0}, the size of the last batch; got {places}. Pass "
+                f"indices of that batch; without a batch, first call reset(goal)"
+            )
         self._size = len(places)
         return places

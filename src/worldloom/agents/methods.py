@@ -38,8 +38,8 @@ class AgentParts:
     Attributes:
         heads: the world model and the heads that were fitted on it.
         rules: the rule set that the agent obeys, bound to the heads.
-        margins: margins to use instead of those calibrated for the rules and the method.
-        memory: the agent's episodic memory; without one it forgets everything when it ends.
+        margins: margins that replace the margins calibrated for the rules and the method.
+        memory: the agent's episodic memory; without a memory, the agent forgets everything when it ends.
         auditor: records each decision.
     """
 
@@ -55,7 +55,7 @@ class MethodConfig(Component):
 
     @property
     def guarded(self) -> bool:
-        """Whether its agents obey the guardrails of a rule set."""
+        """Whether the method's agents obey the guardrails of a rule set."""
         return False
 
     @abstractmethod
@@ -63,7 +63,7 @@ class MethodConfig(Component):
         """Build the agent.
 
         Raises:
-            CheckpointError: a head that it needs is missing, damaged, or was fitted on another model.
+            CheckpointError: a head that the agent needs is missing, damaged, or was fitted on another model.
             ConfigError: a setting does not fit the run.
         """
 
@@ -86,7 +86,7 @@ class RandomMethod(MethodConfig):
 
 @METHODS.register("behaviour-cloning")
 class CloningMethod(MethodConfig):
-    """Goal-conditioned imitation of the same data, from observations, with its own encoder."""
+    """Goal-conditioned imitation of the world model's training data, with a separate encoder."""
 
     name: Literal["behaviour-cloning"] = "behaviour-cloning"
 
@@ -122,12 +122,12 @@ class PlannedMethod(MethodConfig):
 
     @property
     def guarding(self) -> Guard:
-        """How it applies the guardrails of a rule set."""
+        """How the method applies guardrails; one of `Guard`."""
         return "calibrated"
 
     @property
     def guarded(self) -> bool:
-        """Whether its agents obey the guardrails of a rule set."""
+        """Whether the method's agents obey the guardrails of a rule set."""
         return self.guarding == "calibrated"
 
     @property
@@ -145,7 +145,7 @@ class PlannedMethod(MethodConfig):
         """Return the guardrails of the rule set as the method applies them.
 
         Raises:
-            ConfigError: the rule set has a risk, but no margins were calibrated for this method; or see
+            ConfigError: the rule set has a risk, but no margins were calibrated for this method. See also
                 `BoundRules.rails`.
         """
         rules = parts.rules
@@ -157,8 +157,8 @@ class PlannedMethod(MethodConfig):
         margins = self.margins(parts)
         if margins is None:
             raise ConfigError(
-                f"the rule set has a risk of {stated.risk:g}, but no margins were calibrated for it with this "
-                f"method. Run 'worldloom calibrate' first, or remove the risk from the rule set"
+                f"the rule set has a risk of {stated.risk:g}, but no margins were calibrated for this rule set "
+                f"and method. Run 'worldloom calibrate' first, or remove the risk from the rule set"
             )
         return rules.rails(margins)
 
@@ -199,8 +199,8 @@ class PlannedMethod(MethodConfig):
     ) -> PlanningAgent:
         """Build an agent that plans under the rule set.
 
-        `toward` returns the objective of reaching latents; the rule set and the weighted `costs` add to it, unless
-        `objective` replaces it. `replan` is in environment steps; 0 means one block.
+        `toward` returns the objective of reaching latents. The objectives of the rule set and the weighted `costs` are
+        added, unless `objective` replaces them all. `replan` is in environment steps; 0 means one block.
         """
         rails, rules = self.rails(parts), parts.rules
 
@@ -246,7 +246,7 @@ class PlanMethod(PlannedMethod):
 
     @property
     def guarding(self) -> Guard:
-        """How it applies the guardrails of a rule set."""
+        """How the method applies guardrails; one of `Guard`."""
         return self.guard
 
     def build(self, parts: AgentParts, *, seed: int) -> Agent:
@@ -290,7 +290,7 @@ class HierarchyMethod(PlannedMethod):
         """
         if not heads.hierarchy:
             raise ConfigError(
-                "the method 'hierarchy' needs coarser models, but the recipe trains none. Add some, such as "
+                "the method 'hierarchy' needs coarser models, but the recipe trains none. Add at least one, such as "
                 'hierarchy=[{"stride": 4}], and resume training in the same folder'
             )
         levels, strides = [self.planner(heads)], [1]
@@ -302,11 +302,11 @@ class HierarchyMethod(PlannedMethod):
 
 @METHODS.register("landmarks")
 class LandmarkMethod(PlannedMethod):
-    """Model predictive control over landmarks of observed states, for far goals. It can explore before a goal is set.
+    """Model predictive control over landmarks of observed states, for far goals.
 
-    Exploration obeys the guardrails of the rule set too; it uses the solver `exploring`, or `solver` if that is None.
-    Where no route to the goal is known, `beyond` (if given) chooses subgoals. The graph is kept in the agent's memory;
-    an agent without a memory keeps it until it ends.
+    The agent can explore before a goal is set. Exploration obeys the guardrails of the rule set too; it uses the solver
+    `exploring`, or `solver` if `exploring` is None. Where no route to the goal is known, `beyond` (if given) chooses
+    subgoals. The graph is kept in the agent's memory; an agent without a memory keeps the graph until the agent ends.
     """
 
     name: Literal["landmarks"] = "landmarks"

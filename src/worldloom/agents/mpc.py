@@ -44,14 +44,14 @@ class Guide(Protocol):
     def __call__(self, context: Context, followed: Plan | None, blocks: int) -> Float[Tensor, "B D"]:
         """Return the subgoal of each environment; called once before each plan.
 
-        `followed` is the last plan, of which `blocks` complete blocks were executed; None at the start of an episode.
+        `followed` is the last plan, or None at the start of an episode; `blocks` complete blocks of it were executed.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class AgentState(Batched):
-    """What an agent stores for each environment during an episode: its goal, its history and the last decision.
+    """The state of each environment during an episode: the goal, the history and the last decision.
 
     `plan` is the decision in `situation`; `safe` is the state in which each environment last had a plan that satisfied
     the guardrails. All three are None before the first plan.
@@ -136,7 +136,7 @@ class PlanningAgent(Agent):
 
     @property
     def parts(self) -> Mapping[str, "PlanningAgent"]:
-        """The agent itself, named "", and the one that explores, named "exploring"."""
+        """The agent itself, under the name "", and the exploring agent (if any), under "exploring"."""
         return {"": self} if self._explorer is None else {"": self, "exploring": self._explorer.planning}
 
     @property
@@ -194,7 +194,7 @@ class PlanningAgent(Agent):
         self._auditor.ended(rows, here, outcomes, block=block, whole=whole)
 
     def explorer(self) -> Explorer:
-        """Return the explorer, which adds to the same memory from other environments; see `explores`."""
+        """Return an agent that explores other environments and adds to the same memory; see `explores`."""
         if self._explorer is None:
             return super().explorer()
         self._explorer.begin()
@@ -204,12 +204,15 @@ class PlanningAgent(Agent):
         """Return the next environment action of the plan; replan when it is time.
 
         Raises:
-            PlanningError: `reset` was not called, or the number of environments is not that of the last `reset`.
+            PlanningError: `reset` was not called, or the last `reset` had a different number of environments.
         """
         return self.act_by(math.inf, observations)
 
     def act_by(self, deadline: float, observations: Observations) -> Float[Tensor, "B A"]:
-        """Return the next action of the best plan found by `deadline`, in seconds of `time.monotonic`; see `act`."""
+        """Return the next action of the best plan that is found by `deadline`; see `act`.
+
+        `deadline` is in seconds of `time.monotonic`.
+        """
         self._batch.check(observations)
         assert self._state is not None
         state = replace(self._state, history=self._state.history.seen(observations))
@@ -268,7 +271,7 @@ class PlanningAgent(Agent):
     ) -> Plan:
         """Return the plan to follow; without a deadline, it depends only on the situation.
 
-        `objective` is the objective of the situation's goal, if it exists already; `watch` is called with the
+        `objective` is the objective of the situation's goal, if it was built before; `watch` is called with the
         candidates that the search scores.
         """
         self._generator.set_state(situation.randomness)
@@ -318,7 +321,10 @@ class PlanningAgent(Agent):
     def _initial(
         self, state: AgentState, context: Context, goal: Float[Tensor, "B D"]
     ) -> Float[Tensor, "B I T A"] | None:
-        """Return the last plan, shifted by the executed steps with its last action repeated, and the proposals."""
+        """Return the plans that a search starts from: the last plan and the proposals.
+
+        The last plan is shifted by the executed steps, and its last action is repeated.
+        """
         candidates: list[Tensor] = []
         if state.plan is not None:
             steps = self._steps(state.plan.actions)
@@ -330,7 +336,7 @@ class PlanningAgent(Agent):
         return torch.cat(candidates, dim=1) if candidates else None
 
     def _into(self, steps: int) -> tuple[int, bool]:
-        """Return the block of a plan that `steps` environment steps lead into, and whether they complete it."""
+        """Return the block of a plan that `steps` environment steps lead into, and whether they complete that block."""
         block = self._model.spec.block
         return (steps - 1) // block, steps % block == 0
 

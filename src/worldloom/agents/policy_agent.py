@@ -12,7 +12,7 @@ from worldloom.core.types import Goal, Observations
 
 
 class PolicyAgent(Agent):
-    """Executes the actions that a policy returns, and calls it again with a new observation after the last one.
+    """Executes the actions that a policy returns, then calls the policy with a new observation.
 
     `encode` returns latents (B, D) of observations and goals. `policy` returns the next N environment actions (B, N, A)
     for latents and goal latents.
@@ -42,7 +42,7 @@ class PolicyAgent(Agent):
         """Return the next environment action.
 
         Raises:
-            PlanningError: `reset` was not called, or the number of environments is not that of the last `reset`.
+            PlanningError: `reset` was not called, or the last `reset` had a different number of environments.
         """
         self._batch.check(observations)
         if not self._coming:

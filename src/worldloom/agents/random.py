@@ -13,7 +13,7 @@ _STEPS = 64  # steps sampled at a time
 
 
 class RandomAgent(PolicyAgent):
-    """Samples uniform actions or, with a `walk`, the persistent motion with which data are collected."""
+    """Samples uniform actions or, with a `walk`, the persistent random motion of data collection."""
 
     def __init__(self, action: ActionSpec, *, walk: Walk | None = None, seed: int = 0) -> None:
         # A block is one environment step, and there are no observations.

@@ -33,11 +33,11 @@ _PROBLEMS_AT_ONCE = 128
 
 
 class ReactiveConfig(FitConfig):
-    """The network and what it imitates.
+    """The reactive policy's network, and the plans and logs that it imitates.
 
     `teacher` solves `problems` of going from one imagined or recorded state to another in the same layout, over at most
     `horizon` blocks. The policy imitates every step of the plans that come within `arrival` step lengths of their
-    goals. The fraction `hindsight` of a batch comes from the episodes: a recorded block, with a later state as its
+    goals. The fraction `hindsight` of a batch comes from the episodes: recorded blocks, each with a later state as its
     goal.
     """
 
@@ -86,8 +86,8 @@ def fit_reactive(
     seen_states, seen_goals, seen_blocks = _hindsight(episodes, config, generator)
     if len(states) < 2:
         _log.warning(
-            "none of the teacher's %d plans arrives: the reactive policy imitates only the episodes. Train the world "
-            "model longer, or increase the teacher's horizon",
+            "none of the teacher's %d plans reached its goal: the reactive policy imitates only the episodes. Train "
+            "the world model longer, or increase the teacher's horizon",
             config.problems,
         )
         states, goals, blocks = seen_states, seen_goals, seen_blocks
@@ -115,7 +115,7 @@ def _lessons(
     generator: torch.Generator,
     progress: Progress,
 ) -> tuple[Float[Tensor, "M D"], Float[Tensor, "M D"], Float[Tensor, "M A"]]:
-    """Return states along the teacher's plans, their goals, and the blocks from there."""
+    """Return states along the teacher's plans, their goals, and the blocks planned in these states."""
     planner = Planner(model, config.teacher, horizon=config.horizon, geometry=geometry)
     metric = LatentL2(geometry.step_length)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -142,7 +142,7 @@ def _lessons(
 def _somewhere(
     model: WorldModel, layouts: LatentEpisodes, config: ReactiveConfig, generator: torch.Generator
 ) -> Float[Tensor, "E D"]:
-    """Return a late state of a walk from a recorded state of each episode; two such states are often far apart."""
+    """Return, for each episode, a late state of an imagined random walk; two such states are often far apart."""
     walks = dream(model, layouts, per_episode=1, horizon=config.horizon, walk=config.walk, generator=generator)
     early = config.horizon // 2
     late = early + _below(config.horizon + 1 - early, len(layouts), generator)
@@ -152,7 +152,7 @@ def _somewhere(
 def _hindsight(
     episodes: LatentEpisodes, config: ReactiveConfig, generator: torch.Generator
 ) -> tuple[Float[Tensor, "M D"], Float[Tensor, "M D"], Float[Tensor, "M A"]]:
-    """Return states of the episodes, states up to `horizon` blocks later, and the blocks that were recorded there."""
+    """Return recorded states, later states within `horizon` blocks, and the blocks recorded in the earlier ones."""
     count = config.problems * config.horizon
     episode = _below(len(episodes), count, generator)
     last = episodes.lengths[episode] - 1

@@ -1,4 +1,4 @@
-"""Writes an agent's experience to its episodic memory while it acts, and restores its landmarks from it."""
+"""Writes an agent's experience to its episodic memory while it acts, and restores its landmarks from the memory."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -76,10 +76,10 @@ def recall_landmarks(
     block: int,
     check: Check | None = None,
 ) -> LandmarkGraph:
-    """Return the landmarks of a memory: the saved ones, extended by the memories since then.
+    """Return the landmarks of a memory: the saved landmarks, extended by the memories that were added later.
 
-    They are rebuilt from the memories if none were saved, or if their configuration differs from that of `empty`. Only
-    saved landmarks include failed edges.
+    If no landmarks were saved, or their configuration is not the configuration of `empty`, they are rebuilt from all
+    memories. Only saved landmarks include failed edges.
     """
     graph, seen = _saved(memory, empty) or (empty, 0)
     memories = memory.read(Where())

@@ -24,14 +24,16 @@ def verify(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Check every entry and situation; report the first changed one with exit code 3."""
+    """Check every entry and situation; if one is missing or was changed, report the first one and exit with code 3."""
     from worldloom.agents import damaged_situations, log_path
 
     head = None
     if kept is not None:
         length, colon, digest = kept.partition(":")
         if not colon or not length.isdigit():
-            raise ConfigError(f"expected --kept LENGTH:HASH, as 'worldloom audit verify' prints it; got {kept!r}")
+            raise ConfigError(
+                f"expected --kept LENGTH:HASH, as an earlier 'worldloom audit verify' printed it; got {kept!r}"
+            )
         head = chain.ChainHead(length=int(length), hash=digest)
     bars = progress()
     verdict = chain.verify(log_path(log), kept=head, progress=bars)
@@ -39,7 +41,8 @@ def verify(
         raise DataError(f"{log}: entry {verdict.broken} {verdict.why}; restore the log from an intact copy")
     if damaged := damaged_situations(log, progress=bars):
         raise DataError(
-            f"{log}: the recorded situation of entry {damaged[0]} is missing or was changed; restore it from a copy"
+            f"{log}: the recorded situation of entry {damaged[0]} is missing or was changed. "
+            f"Restore the file in situations/ from a copy"
         )
     answer(
         json,
@@ -107,6 +110,7 @@ def replay_entry(
         answer(json, {"same": same, "first": first, "logged": body["first"]}, line)
     if not same:
         raise DataError(
-            f"{log}: the replay of entry {entry} differs: first actions {first}, logged {body['first']}. Replay it on "
-            f"the same machine, with the same versions and number of threads; if it still differs, the record is false"
+            f"{log}: the replay of entry {entry} differs: first actions {first}, logged {body['first']}. Repeat "
+            f"the replay on the same machine, with the same versions and number of threads. If it still differs, the "
+            f"record is false"
         )

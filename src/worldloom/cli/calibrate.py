@@ -15,7 +15,7 @@ def calibrate(
         list[str] | None, typer.Option(help="A planning method of the recipe; by default, all that use margins.")
     ] = None,
     protocol: Annotated[
-        str | None, typer.Option(help="The protocol to calibrate in; by default, that of the run.")
+        str | None, typer.Option(help="The protocol to calibrate in; by default, the run's protocol.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="One split of the protocol; by default, all.")] = None,
     episodes: Annotated[int, typer.Option(min=2, help="Episodes of each split, in each round.")] = 200,

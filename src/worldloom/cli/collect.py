@@ -51,7 +51,9 @@ def collect(
     import_modules(imports)
     base = load_recipe(world).collection if world in RECIPES else CollectionConfig(env_id=world)
     if base is None:
-        raise ConfigError(f"recipe {world!r} has no environment; give a Gymnasium id, such as worldloom/TwoRoom-v0")
+        raise ConfigError(
+            f"recipe {world!r} has no environment to collect from. Pass a Gymnasium id, such as worldloom/TwoRoom-v0"
+        )
     given: dict[str, Any] = {"episodes": episodes, "steps": steps, "policy": policy, "num_envs": num_envs, "seed": seed}
     given |= {"policy_options": key_values(policy_option, "--policy-option") or None}
     given |= {"env_kwargs": key_values(env_arg, "--env-arg") or None}

@@ -68,7 +68,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 class _ProgressMeter:
     """Counts one task and formats its rate and figures.
 
-    The first advance may be work of an earlier process, which took no time here, so the rate does not include it.
+    The rate leaves out the first advance, because that may be the work of an earlier process.
     """
 
     def __init__(self, unit: str) -> None:
@@ -90,14 +90,14 @@ class _ProgressMeter:
 
 
 class BarProgress:
-    """Progress bars with a count, a rate and the time left; a nested task has its bar below."""
+    """Progress bars with a count, a rate and the time left; the bar of a nested task is below the outer bar."""
 
     def __init__(self) -> None:
         self._bars: RichProgress | None = None
 
     @contextmanager
     def task(self, description: str, total: int, unit: str = "it") -> Iterator[ProgressTask]:
-        """Open a bar. An outer bar stays on the screen when it ends; a nested one is removed."""
+        """Open a bar. An outer bar stays on the screen when its task ends; a nested bar is removed."""
         if (bars := self._bars) is not None:
             task = bars.add_task(description, total=total, figures="")
             try:
@@ -129,7 +129,7 @@ class _Bar:
 
 
 class LineProgress:
-    """A plain line every ten seconds and at the end; a nested task reports its end only after ten seconds."""
+    """Plain lines: one every ten seconds and one at the end. A nested task reports its end only after ten seconds."""
 
     interval = 10.0
 

@@ -39,7 +39,7 @@ def validate(path: Dataset, json: Json = False) -> None:
 @app.command()
 def preview(
     path: Dataset,
-    out: Annotated[Path | None, typer.Option(help="The folder to write to; by default that of the dataset.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write to; by default, the dataset's folder.")] = None,
     json: Json = False,
 ) -> None:
     """Write a contact sheet (PNG) and a video (MP4) of a dataset."""

@@ -48,7 +48,8 @@ def deploy(
 ) -> None:
     """Drive a real plant towards a goal at a fixed rate; a late plan is replaced by the declared safe action.
 
-    Ctrl-C stops it and applies the safe action. The report and its timeline are written into the run folder.
+    Ctrl-C stops the control loop and applies the safe action. The report and its timeline are written into the run
+    folder.
     """
     from worldloom.deploy import ControlLoop, SocketLink
     from worldloom.workflow import check_plant, read_goal, store_report

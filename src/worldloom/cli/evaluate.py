@@ -86,11 +86,14 @@ def _foreign(name: str, run: "Run") -> Callable[[], "Agent"]:
     options.import_modules([module])
     make = getattr(sys.modules[module], factory, None)
     if not callable(make):
-        raise ConfigError(f"--policy {name}: module {module!r} has no factory {factory!r}; expected MODULE:FACTORY")
+        raise ConfigError(
+            f"--policy {name}: module {module!r} has no callable {factory!r}; expected MODULE:FACTORY. Check both names"
+        )
     policy = make()
     if not isinstance(policy, InfoPolicy):
         raise ConfigError(
-            f"--policy {name}: expected an object with get_action(info) from the factory; got {type(policy).__name__}"
+            f"--policy {name}: expected an object with get_action(info) from the factory; got {type(policy).__name__}. "
+            f"Define get_action"
         )
     return lambda: ForeignPolicy(policy, run.model.spec.action)
 

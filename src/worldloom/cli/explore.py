@@ -13,9 +13,9 @@ def explore(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     memory: Annotated[Path, typer.Option(help="The directory of the memory; created if it is missing.")],
     steps: Annotated[int, typer.Option(min=1, help="Steps in each world.")] = 2000,
-    method: Annotated[str | None, typer.Option(help="A method that explores; by default, that of the recipe.")] = None,
+    method: Annotated[str | None, typer.Option(help="A method that explores; by default, the recipe's choice.")] = None,
     protocol: Annotated[
-        str | None, typer.Option(help="The protocol of the worlds; by default, that of the run.")
+        str | None, typer.Option(help="The protocol of the worlds; by default, the run's protocol.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="One split of the protocol; by default, all.")] = None,
     episodes: Annotated[int | None, typer.Option(min=1, help="The number of worlds of each split.")] = None,
@@ -24,7 +24,7 @@ def explore(
     imports: Imports = None,
     json: Json = False,
 ) -> None:
-    """Explore the worlds of a protocol's episodes by curiosity, and remember them.
+    """Explore the worlds of a protocol's episodes by curiosity, and remember what was observed.
 
     Then run 'worldloom evaluate RUN --memory MEMORY --exploration 0' with the same protocol, split, episodes and seed
     to evaluate far goals in the same worlds.

@@ -70,7 +70,7 @@ def recall(
     out: Annotated[Path | None, typer.Option(help="Draw the memories into this PNG.")] = None,
     json: Json = False,
 ) -> None:
-    """Show the newest memories, or those similar to a memory or to a picture."""
+    """Show the newest memories, or the memories most similar to a memory or to a picture."""
     import numpy as np
     import torch
 
@@ -78,7 +78,10 @@ def recall(
     from worldloom.workflow import Run, encode_picture
 
     if (image is None) != (run is None) or (image is not None and like is not None):
-        raise ConfigError("give --id, or --image together with --run, or none of them for the newest memories")
+        raise ConfigError(
+            "expected --id only, --image together with --run, or none of these for the newest memories; got another "
+            "combination. Add or remove options"
+        )
     where = Where(
         since=_moment(since, "--since"),
         until=_moment(until, "--until"),

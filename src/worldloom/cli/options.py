@@ -43,7 +43,7 @@ Unsigned = Annotated[
 
 
 def import_modules(names: list[str] | None) -> None:
-    """Import modules by name; the working directory is on the import path."""
+    """Import modules by name, also from the working directory."""
     if names and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     for name in names or []:
@@ -55,7 +55,7 @@ def import_modules(names: list[str] | None) -> None:
 
 
 def key_values(assignments: list[str] | None, option: str) -> dict[str, Any]:
-    """Parse `key=value` options; values are JSON, else text."""
+    """Parse `key=value` options; a value that is not JSON is text."""
     values: dict[str, Any] = {}
     for assignment in assignments or []:
         key, equals, text = assignment.partition("=")
@@ -74,7 +74,7 @@ def set_threads(count: int) -> None:
 
 
 def trusted_keys(trust: list[str] | None, unsigned: bool) -> set[str] | None:
-    """Return the public keys that may sign, given directly or in files with one key per line; None skips the check.
+    """Return the public keys that may sign, given directly or in files with one key per line; None if unsigned.
 
     A key may be limited to one layer, as `LAYER:KEY`.
     """
@@ -85,8 +85,8 @@ def trusted_keys(trust: list[str] | None, unsigned: bool) -> set[str] | None:
         lines = Path(given).read_text("utf-8").split() if Path(given).is_file() else [given]
         if wrong := [line for line in lines if not _KEY.fullmatch(line)]:
             raise ConfigError(
-                f"--trust {given}: expected public keys of 64 hexadecimal digits, optionally after operator:, site: or "
-                f"community:; got {wrong[0]!r}"
+                f"--trust {given}: expected public keys of 64 hexadecimal digits, each optionally with the prefix "
+                f"operator:, site: or community:; got {wrong[0]!r}"
             )
         keys |= {line.lower() for line in lines}
     if not keys:

@@ -28,7 +28,7 @@ def sign(
     key: Annotated[Path, typer.Option(help="The secret key.")],
     json: Json = False,
 ) -> None:
-    """Sign rule sets and the pictures that they forbid; write each signature beside its file."""
+    """Sign the layers of a rule set and the pictures that they forbid; write each signature beside the signed file."""
     from worldloom.guardrails import RuleLayer
 
     signatures = []

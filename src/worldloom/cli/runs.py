@@ -48,7 +48,7 @@ def compare(runs: Annotated[list[Path], typer.Argument(help="Two or more run fol
     from worldloom.workflow import Run
 
     if len(runs) < 2:
-        raise ConfigError(f"expected at least two run folders to compare; got only {runs[0]}. Add another one")
+        raise ConfigError(f"expected at least two run folders to compare; got only {runs[0]}. Add another run folder")
     columns = []
     for path in runs:
         opened = Run.open(path)

@@ -28,7 +28,7 @@ def simulate(
     threads: Threads = 0,
     json: Json = False,
 ) -> None:
-    """Simulate a consortium on this machine, each owner in its own folder; run it again to resume."""
+    """Simulate a consortium on this machine, each owner in its own folder; run the command again to resume."""
     from worldloom.federation import Records
     from worldloom.workflow import ConsortiumConfig, simulate
 
@@ -70,7 +70,7 @@ def watch(
 ) -> None:
     """Show the rounds as they run, from any terminal that can read their folder, until the last round ends or Ctrl-C.
 
-    With --json, it prints one JSON line for each change; with --once too, one document of the current state.
+    --json prints one JSON line for each change; --json with --once prints one document of the current state.
     """
     from worldloom.cli.weave_watch import watch, watch_json
     from worldloom.federation import read_constitution
@@ -111,7 +111,7 @@ def keys(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Create the keys of a node, or with --host those of a coordinator; print the entry for the constitution."""
+    """Create the keys of a node or, with --host, of a coordinator; print the entry for the constitution."""
     from worldloom.workflow import make_keys
 
     made = make_keys(out, name, tuple(host or ()))
@@ -131,7 +131,7 @@ def classify(
     licence: Annotated[str, typer.Option(help="The licence of the data.")] = "",
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Write and sign the data card of a dataset; without a card its data cannot shape the base."""
+    """Write and sign the data card of a dataset. Data without a card cannot shape the base."""
     from worldloom.federation import CLASSES, classify
 
     known = {name: name for name in CLASSES}
@@ -143,7 +143,7 @@ def classify(
 
 @app.command()
 def coordinator(party: Party, json: Json = False) -> None:
-    """Run the remaining rounds with the members that connect; start it again to resume."""
+    """Run the remaining rounds with the members that connect; run the command again to resume."""
     from worldloom.cli.weave_watch import live
     from worldloom.federation import Records
     from worldloom.workflow import CoordinatorConfig, coordinate
@@ -174,7 +174,7 @@ def pilot(
 
 @app.command()
 def node(party: Party, threads: Threads = 0, json: Json = False) -> None:
-    """Take part as an owner until the last base has arrived and is fine-tuned; start it again to resume."""
+    """Take part as an owner until the last base is received and fine-tuned; run the command again to resume."""
     from worldloom.workflow import NodeConfig, take_part
 
     set_threads(threads)
@@ -190,7 +190,7 @@ def exit(
     threads: Threads = 0,
     json: Json = False,
 ) -> None:
-    """Leave the consortium and export everything of yours; this needs no permission and no connection."""
+    """Leave the consortium, and export your run, base, ledger and rules. No permission or connection is needed."""
     from worldloom.workflow import NodeConfig, leave
 
     set_threads(threads)
@@ -278,7 +278,7 @@ def release(
 
 @ledger.command()
 def verify(rounds: Rounds, constitution: Rules, json: Json = False) -> None:
-    """Check every entry and signature; report the first invalid one with exit code 3."""
+    """Check every entry and signature; if one is invalid, report the first one and exit with code 3."""
     from worldloom.federation import read_constitution, verify_ledger
 
     verdict = verify_ledger(rounds / "ledger.jsonl", read_constitution(constitution))

@@ -30,7 +30,7 @@ _REASON = 160  # maximum characters of a reason in the table; lines and the repo
 def watch(
     rounds: Path, constitution: Constitution | None = None, *, once: bool = False, console: Console = out
 ) -> None:
-    """Show the rounds in a folder until the last is done, or Ctrl-C; with `once`, only their current state.
+    """Show the rounds in a folder until the last round is done, or Ctrl-C; with `once`, show their state and return.
 
     Raises:
         StorageError: there is no ledger, and `once` is set.
@@ -50,7 +50,7 @@ def watch(
 
 
 def watch_json(rounds: Path, constitution: Constitution | None = None, *, once: bool = False) -> None:
-    """Print one JSON line for each change until the last round is done, or Ctrl-C; with `once`, the current state.
+    """Print a JSON line for each change until the last round is done, or Ctrl-C; with `once`, print only the state.
 
     Raises:
         StorageError, DataError: see `watch`.
@@ -72,7 +72,7 @@ def watch_json(rounds: Path, constitution: Constitution | None = None, *, once: 
 
 @contextmanager
 def live(rounds: Path, constitution: Constitution | None = None, *, console: Console = err) -> Iterator[None]:
-    """Show the rounds in a folder while the body, in this process, runs them; a thread reads the ledger.
+    """Show the rounds in a folder while the body of the `with` statement runs them; a thread reads the ledger.
 
     Earlier rounds appear as one line. The view never stops the work: read errors are logged. A terminal shows
     only one live view, so the body must not draw progress bars.
@@ -141,7 +141,7 @@ def _said(round: Round, name: str, now: float) -> str:
 
 
 def _past(history: LedgerHistory, width: int) -> Table:
-    """Return the held-out losses of the newest rounds, as many as fit."""
+    """Return the held-out losses of as many of the newest rounds as fit."""
     judged = [round for round in history.rounds if round.median]
     names = [name for name in history.members if any(name in round.losses for round in judged)]
     first = max(len(name) for name in ["median", *names])

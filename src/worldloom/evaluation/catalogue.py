@@ -16,7 +16,7 @@ def register_protocol(protocol: Protocol) -> Protocol:
 
 
 def default_protocol(env_id: str | None) -> str | None:
-    """Return the title of a world's default protocol: with its own goals, else with the nearest logged goals."""
+    """Return the title of a world's default protocol: with the world's own goals, or else the nearest logged goals."""
 
     def rank(title: str) -> tuple[int, str]:
         splits = PROTOCOLS[title].splits.values()
@@ -60,7 +60,7 @@ _WITHIN_3_PIXELS = SuccessRule(source="info", name="position", radius=3.0, unit=
 
 
 def _register(name: str, world: str, splits: Mapping[str, Split | Mapping[str, Any]], **conventions: Any) -> None:
-    """Register a protocol of one of our worlds; each split is a `Split`, or only its task.
+    """Register a protocol of one of our worlds; each split is a `Split` or the task of one.
 
     By default, the agent must come within 3 pixels of a goal at least 10 pixels away; `conventions` override this.
     """

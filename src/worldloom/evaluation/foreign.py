@@ -33,11 +33,11 @@ class ForeignPolicy(Agent):
     """An `Agent` that wraps another library's policy.
 
     `info` has `pixels` and `goal` (E, 1, H, W, C) as bytes; the observation vector as `vector_name` and
-    `goal_VECTOR_NAME` (E, 1, V); `action` (E, 1, A), the last action, NaN at the start; `step_idx` and `terminated`
-    (E, 1); and the flag `_needs_flush` (E,), true in the first call of an episode. If the policy has `set_env`, it is
-    called before each batch of episodes, with an object that has `num_envs`, `action_space` and `single_action_space`.
-    If the policy has a `seed`, `set_seed` is called with it, once for each batch size. The policy receives all
-    environments until the end of the batch, including those with finished episodes.
+    `goal_VECTOR_NAME` (E, 1, V); `action` (E, 1, A), the last action, NaN at the start; `step_idx` (E, 1); `terminated`
+    (E, 1); and the flag `_needs_flush` (E,), true in the first call of an episode. If the policy has a method
+    `set_env`, the method is called before each batch of episodes with an object that has `num_envs`, `action_space` and
+    `single_action_space`. If the policy has a `seed`, its `set_seed` is called with this seed once for each batch size.
+    The policy receives all environments until the end of the batch, including those with finished episodes.
 
     Raises:
         DataError: the policy's actions are not finite or do not have shape (E, A).
@@ -106,10 +106,10 @@ class LentPolicy:
     """Makes our agents usable by another library's evaluator, through `get_action(info)`.
 
     `make` returns an agent for a batch of environments. Pixels may be bytes or floats in [0, 1], channels first or
-    last, of any size; they are resized to the model's by area averaging. The vector is the concatenation of the keys
-    `vector`. An environment starts a new episode if its `step_idx` decreases, its goal changes, or `_needs_flush` is
-    true while `step_idx`, if given, has not increased, because stable-worldmodel leaves that flag set after a reset. If
-    `terminated` is true, the action is zero.
+    last, of any size; they are resized to the model's picture size by area averaging. The vector is the concatenation
+    of the arrays that the keys `vector` name. An environment starts a new episode if its `step_idx` decreases, if its
+    goal changes, or if `_needs_flush` is true and `step_idx` (if given) has not increased; the last condition is needed
+    because stable-worldmodel leaves that flag set after a reset. If `terminated` is true, the action is zero.
 
     Raises:
         DataError: `info` lacks a key, or an array has a wrong shape.
@@ -129,7 +129,7 @@ class LentPolicy:
         self._steps: np.ndarray | None = None
 
     def set_env(self, env: Any) -> None:
-        """Forget all episodes; the environments themselves are ignored."""
+        """Forget all episodes; `env` is ignored."""
         self._groups, self._goal, self._steps = [], None, None
 
     def get_action(self, info: Mapping[str, Any], **options: Any) -> Float32[np.ndarray, "E A"]:
@@ -210,11 +210,15 @@ def _latest(info: Mapping[str, Any], name: str) -> np.ndarray:
     """Return the last moment of the array `name`, (E, ...)."""
     if name not in info:
         known = ", ".join(sorted(key for key in info if not key.startswith("_")))
-        raise DataError(f"the evaluator's info has no {name!r}; it has {known}. Add the key, or choose other names")
+        raise DataError(
+            f"the evaluator's info has no key {name!r}; its keys are {known}. Add the key, or use these names"
+        )
     value = info[name]
     array: np.ndarray = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
     if array.ndim < 2:
-        raise DataError(f"expected info {name!r} with axes (environments, time, ...); got shape {array.shape}")
+        raise DataError(
+            f"expected info {name!r} with axes (environments, time, ...); got shape {array.shape}. Add the axes"
+        )
     return array[:, -1]
 
 
@@ -223,7 +227,10 @@ def _as_pixels(array: np.ndarray, shape: tuple[int, int, int], name: str) -> UIn
 
     height, width, channels = shape
     if array.ndim != 4 or channels not in (array.shape[1], array.shape[3]):
-        raise DataError(f"expected pictures with {channels} channels in info {name!r}; got shape {array.shape[1:]}")
+        raise DataError(
+            f"expected pictures with {channels} channels in info {name!r}; got shape {array.shape[1:]}. Pass "
+            f"(H, W, C) or (C, H, W)"
+        )
     if array.shape[3] != channels:
         array = array.transpose(0, 2, 3, 1)
     if array.dtype != np.uint8:

@@ -62,11 +62,13 @@ def goal_policy_generator(episode_seed: int) -> np.random.Generator:
 
 
 def draw_tasks(protocol: Protocol, split: str, world: VectorWorld, first: int, where: str) -> tuple[Tasks, int]:
-    """Return as many starts and goals as `world` has copies, and the index after the last one used.
+    """Draw one start and goal per environment in `world`, from episode index `first` on.
+
+    Also return the next unused index.
 
     Raises:
         ConfigError: too few goals of the logging policy are far enough from their starts.
-        EnvironmentFailure: the world fails, or does not provide its goal.
+        EnvironmentFailure: the world fails, or does not provide a goal.
     """
     if protocol.goal_source == "world":
         seeds = [protocol.episode_seed(split, first + row) for row in range(world.size)]
@@ -105,8 +107,8 @@ def _world_tasks(protocol: Protocol, split: str, world: VectorWorld, seeds: list
         budgets = np.ceil(protocol.budget_over_shortest * shortest).astype(int)
     else:
         raise EnvironmentFailure(
-            f"{where}: the budget is a multiple of the shortest path, which the world does not provide; give a budget "
-            f"in steps"
+            f"{where}: the budget is a multiple of the shortest path, but the world does not provide this path. "
+            f"Set a budget in steps"
         )
     return Tasks(
         seeds=tuple(seeds),
@@ -172,7 +174,7 @@ class _Drawn:
 def _follow_policy(
     protocol: Protocol, split: str, world: VectorWorld, first: int, where: str
 ) -> Iterator[_Drawn | None]:
-    """Run the logging policy for one episode per copy; yield None if the episode ended before the goal."""
+    """Run the logging policy for one episode per environment; yield None for episodes that ended before the goal."""
     from worldloom.data import POLICIES
 
     seeds = [protocol.episode_seed(split, first + row) for row in range(world.size)]
@@ -224,7 +226,7 @@ def _nothing(world: VectorWorld) -> tuple[np.ndarray, ...]:
 
 
 def measured(protocol: Protocol, world: VectorWorld, frame: Frame) -> Float64[np.ndarray, "R L"] | None:
-    """Return the success rule's vector of each row, or None if the environment decides success.
+    """Return, for each row, the vector that the success rule compares; None if the environment decides success.
 
     Raises:
         EnvironmentFailure: a value is not finite.

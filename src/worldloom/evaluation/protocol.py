@@ -18,7 +18,7 @@ from worldloom.envs import Frame
 
 
 class Condition(Config):
-    """A further named vector of `size` values that must come within its own `radius` of the goal's.
+    """A further named vector of `size` values that must come within its own `radius` of the same vector at the goal.
 
     With a `period`, differences are taken around a circle of this circumference: 2 pi for an angle in radians.
     """
@@ -36,13 +36,13 @@ class Condition(Config):
 
 
 class SuccessRule(Config):
-    """When an episode has succeeded.
+    """The rule that decides when an episode has succeeded.
 
     With `source="environment"`, the environment decides. Otherwise the vector `name` must come within `radius` of the
     same vector at the goal. The vector is an info or a part of the observation (all of it if `name` is empty); with
-    `source="named"` it is whichever of the two has the name. Several names joined by "+" form one vector. The
-    conditions `also` must be satisfied at the same moment. With `largest`, each value by itself must come within
-    `radius`, instead of the Euclidean distance. With a `period`, differences are taken around a circle.
+    `source="named"` it is the info or the part, whichever has the name. Several names joined by "+" form one vector.
+    The conditions `also` must be satisfied at the same moment. With `largest`, the largest difference of a value
+    replaces the Euclidean distance. With a `period`, differences are taken around a circle.
     """
 
     source: Literal["named", "info", "observation", "environment"] = "named"
@@ -58,7 +58,10 @@ class SuccessRule(Config):
         if self.source in ("named", "info") and not self.name:
             raise ValueError(f"a success rule with source {self.source!r} needs a name; set 'name'")
         if self.also and (self.source == "environment" or not self.radius):
-            raise ValueError("further conditions in 'also' need a first one with a radius above 0; set 'radius'")
+            raise ValueError(
+                f"the conditions in 'also' need a first condition with a measured source and a radius above 0; got "
+                f"source {self.source!r} and radius {self.radius}. Set both, or remove 'also'"
+            )
         return self
 
     @property
@@ -77,9 +80,9 @@ class SuccessRule(Config):
     def distance(
         self, values: Float[np.ndarray, "*#rows L"], goal: Float[np.ndarray, "*#rows L"]
     ) -> Float[np.ndarray, "..."]:
-        """Return the distance between vectors and those of the goal; at most `radius` is a success.
+        """Return the distance between vectors and the goal's vectors; a distance of at most `radius` is a success.
 
-        With further conditions it is the largest distance, each scaled by `radius` over its own radius.
+        With further conditions, it is the largest of their distances, each scaled by `radius` / (its own radius).
         """
         difference = values - goal
         end = difference.shape[-1]
@@ -161,10 +164,11 @@ class Split(Config):
     """Episodes that are counted together.
 
     `task` is passed to the world's `reset(options={"task": ...})`. If the world has no goals of its own, the logging
-    policy acts for `goal_offset` steps to reach the goal. Before the start it acts for a number of steps sampled
-    uniformly from 0 to `start_steps`, so that episodes start in the middle of its behaviour. A method that explores may
-    act for `exploration` steps in each episode's world from its start; then it is reset to the start and receives the
-    goal. Other methods do not explore. `exploration_task` contains the task options that differ during exploration.
+    policy acts for `goal_offset` steps to reach the goal. Before the start, the policy acts for a number of steps
+    sampled uniformly from 0 to `start_steps`, so that episodes start in the middle of its behaviour. A method that
+    explores may act for `exploration` steps in each episode's world; then the world is reset to the start, and the
+    method receives the goal. Other methods do not explore. `exploration_task` contains the task options that differ
+    during exploration.
     """
 
     episodes: int = Field(default=100, ge=1)
@@ -178,7 +182,8 @@ class Split(Config):
 class Changes(TypedDict, total=False):
     """Conventions that `Protocol.customise` changes; None keeps a convention unchanged.
 
-    `split` keeps only one split; `exploration` is the number of steps in each episode's world before it has a goal.
+    `split` keeps only one split; `exploration` is the number of steps in each episode's world before a method receives
+    the goal.
     """
 
     budget: int | None
@@ -195,10 +200,10 @@ class Protocol(Config):
     `goal_source` is the `world` or the `logged-policy`. In the latter case, the goal is the policy's frame after
     `goal_offset` steps from the same reset seed, so it is reachable. The budget is a number of environment steps, or a
     multiple of the shortest path if the world provides it. `min_distance` is the minimum distance between start and
-    goal by the vector of the success rule; by default, logged goals are farther than its radius. With `count_solved`,
-    logged goals that the start already satisfies are kept and count as successes, as is common in the field. Goals
-    depend only on `seed`, the split and the protocol's name. An episode that breaks one of the `limits` is not stopped,
-    but counted.
+    goal by the vector of the success rule; by default, logged goals are farther away than the rule's radius. With
+    `count_solved`, logged goals that the start already satisfies are kept and count as successes, as is common in the
+    field. Goals depend only on `seed`, the split and the protocol's name. Episodes that break one of the `limits` are
+    counted, and continue.
     """
 
     name: str
@@ -221,25 +226,30 @@ class Protocol(Config):
     @model_validator(mode="after")
     def _consistent(self) -> "Protocol":
         if (self.budget is None) == (self.budget_over_shortest is None):
-            raise ValueError("expected exactly one of 'budget' and 'budget_over_shortest'; got both or neither")
+            raise ValueError(
+                f"expected exactly one of 'budget' and 'budget_over_shortest'; got {self.budget} and "
+                f"{self.budget_over_shortest}. Set one, and remove the other"
+            )
         logged = self.goal_source == "logged-policy"
         for name, split in self.splits.items():
             if logged and (split.goal_offset is None or split.task):
                 raise ValueError(
-                    f"split {name!r} has goals of the logged policy, which needs a goal_offset and no task; set "
-                    f"goal_offset and remove task"
+                    f"split {name!r} uses goals of the logging policy, which need a goal_offset and no task; got "
+                    f"goal_offset {split.goal_offset} and task {split.task}. Set goal_offset, and remove task"
                 )
             if not logged and (split.goal_offset is not None or split.start_steps):
                 raise ValueError(
-                    f"split {name!r} has a goal_offset or start_steps; set goal_source 'logged-policy', or remove them"
+                    f"split {name!r} has goal_offset {split.goal_offset} and start_steps {split.start_steps}, which "
+                    f"only goals of the logging policy use. Set goal_source 'logged-policy', or remove both"
                 )
         if self.count_solved and (not logged or self.min_distance is not None):
             raise ValueError(
-                "count_solved needs goals of the logged policy and no min_distance; set goal_source, or remove one"
+                f"'count_solved' needs goal_source 'logged-policy' and no min_distance; got {self.goal_source!r} and "
+                f"min_distance {self.min_distance}. Change these, or remove 'count_solved'"
             )
         if logged and self.budget is None:
             raise ValueError(
-                "the shortest path to goals of the logged policy is unknown; set 'budget' to a number of steps"
+                "the shortest path to goals of the logging policy is unknown; set 'budget' to a number of steps"
             )
         return self
 
@@ -282,7 +292,7 @@ class Protocol(Config):
     def episode_seed(self, split: str, index: int) -> int:
         """Return the reset seed of one episode, from the stream "evaluation", which training never uses.
 
-        It is below 2**31, so that every simulator accepts it and every JSON reader keeps it exactly.
+        The seed is below 2**31, so that every simulator accepts it and every JSON reader keeps it exactly.
         """
         return derive_seed(self.seed, "evaluation", self.name, self.version, split, index) % 2**31
 
@@ -297,7 +307,7 @@ class Protocol(Config):
         return any(split.start_steps for split in self.splits.values())
 
     def customise(self, **changes: Unpack[Changes]) -> "Protocol":
-        """Return the protocol with changed conventions; its name changes too, unless only the seed differs.
+        """Return the protocol with changed conventions; its name ends in "-custom", unless only the seed differs.
 
         Raises:
             ConfigError: a convention or the split does not exist, or a value is out of range.
@@ -405,7 +415,7 @@ class Protocol(Config):
 
 
 def _around(difference: np.ndarray, period: float) -> np.ndarray:
-    """Return the differences, the shorter way around a circle if there is a period."""
+    """Return the differences; with a period, along the shorter arc of the circle."""
     return (difference + period / 2) % period - period / 2 if period else difference
 
 

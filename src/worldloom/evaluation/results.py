@@ -17,7 +17,7 @@
 - `episodes`: `index`, `seed`, `success`, `steps`, `budget`, `shortest_steps`, `start_distance`, `end_distance`,
   `wall_between`, `task` (digest of start and goal), `violations` (steps at which a limit was broken).
 
-Figures computed from the episodes are written for readers, and computed again when the file is read.
+Figures that are computed from the episodes are written for other readers; `Results.read` recomputes them.
 """
 
 import math
@@ -40,7 +40,7 @@ _KIND = "worldloom results"
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeResult:
-    """One episode. `steps` are environment steps, until success or in total; distances are by the success rule."""
+    """One episode. `steps` counts environment steps up to success or the end; the success rule measures distances."""
 
     index: int
     seed: int
@@ -104,7 +104,7 @@ class Latency:
 
     @classmethod
     def of(cls, basis: str, seconds: Sequence[float], environments: Sequence[int]) -> "Latency | None":
-        """Summarise decisions, each of `seconds` for a number of `environments`; None without decisions."""
+        """Summarise decisions by the `seconds` and the number of `environments` of each; None if there are none."""
         if not seconds:
             return None
         total, each = np.array(seconds) * 1e3, np.array(seconds) * 1e3 / np.array(environments)
@@ -164,7 +164,7 @@ class _Summary:
 
     @property
     def by_wall(self) -> list[SuccessRate]:
-        """Success with and without a wall between start and goal; empty if the world does not provide it."""
+        """Success with and without a wall between start and goal; empty if the world does not report walls."""
         groups = [
             SuccessRate.of(label, [episode for episode in self.episodes if episode.wall_between is wall])
             for label, wall in (("wall between", True), ("no wall between", False))
@@ -189,7 +189,7 @@ class DistanceBins:
 
     @classmethod
     def of(cls, episodes: Sequence[EpisodeResult], unit: str = "") -> "DistanceBins | None":
-        """Choose up to five bins with similar counts by shortest path, else by distance; None if neither is known."""
+        """Choose up to five bins with similar counts, by shortest path or else distance; None if neither is known."""
         for measure, attribute in (
             ("shortest path (steps)", "shortest_steps"),
             (f"start-goal distance{f' ({unit})' if unit else ''}", "start_distance"),
@@ -258,7 +258,10 @@ class Results:
         for row in self.rows:
             if (row.method, row.split) == (method, split):
                 return row
-        raise ConfigError(f"no row for method {method!r} and split {split!r}; methods: {', '.join(self.methods)}")
+        raise ConfigError(
+            f"no row for method {method!r} and split {split!r}; the rows are "
+            f"{', '.join(f'{row.method!r} on {row.split!r}' for row in self.rows)}. Choose one of these"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `results.json`."""
@@ -360,7 +363,7 @@ class Results:
 
 @dataclass(frozen=True, kw_only=True)
 class PooledRow(_Summary):
-    """One method on one split over several trained models; `episodes` are those of all `runs`."""
+    """One method on one split over several trained models; `episodes` are the episodes of all `runs`."""
 
     runs: tuple[Row, ...]
 
@@ -423,7 +426,7 @@ def pool(results: Sequence[Results]) -> PooledResults:
         ConfigError: there are no evaluations, or their protocols or methods differ.
     """
     if not results:
-        raise ConfigError("expected at least one evaluation to pool; got none")
+        raise ConfigError("expected at least one evaluation to pool; got none. Pass their results")
     first = results[0]
     for other in results[1:]:
         if other.protocol.fingerprint != first.protocol.fingerprint:
@@ -433,8 +436,9 @@ def pool(results: Sequence[Results]) -> PooledResults:
             )
         if {(row.method, row.split) for row in other.rows} != {(row.method, row.split) for row in first.rows}:
             raise ConfigError(
-                f"cannot pool methods {', '.join(first.methods)} with {', '.join(other.methods)}; evaluate the same "
-                f"methods"
+                f"cannot pool {', '.join(f'{row.method!r} on {row.split!r}' for row in first.rows)} with "
+                f"{', '.join(f'{row.method!r} on {row.split!r}' for row in other.rows)}. Evaluate the same methods on "
+                f"the same splits"
             )
     return PooledResults(
         protocol=first.protocol,
@@ -495,7 +499,7 @@ def _number(value: float | None) -> str:
 
 
 def _edges(values: np.ndarray) -> tuple[float, ...]:
-    """Return edges of up to five bins with about 15 values or more each, in round numbers."""
+    """Return round numbers as the edges of up to five bins, each with at least about 15 values."""
     low, high = float(values.min()), float(values.max())
     count = int(np.clip(len(values) // 15, 1, 5))
     scale = 10.0 ** math.floor(math.log10(max(high - low, 1e-9) / 10))

@@ -25,10 +25,10 @@ _RECORDING_BYTES = 256 * 2**20  # limit on the frames in memory while a batch ru
 
 @runtime_checkable
 class Witness(Protocol):
-    """Observes an agent during an evaluation, with the world's infos, which the agent does not receive."""
+    """Observes an agent during an evaluation. It also receives the world's infos, but the agent does not."""
 
     def begin(self, agent: Agent, size: int) -> None:
-        """Begin episodes in `size` environments; the agent has their goals."""
+        """Begin episodes in `size` environments; the agent has the goals of these episodes."""
         ...
 
     def saw(self, frame: Frame, step: int) -> None:
@@ -51,8 +51,8 @@ def evaluate(
     """Evaluate each method on each split, up to `batch` environments at a time.
 
     Each factory is called once and returns an agent that acts for a batch; see `worldloom.core.seams.Agent` for its
-    optional methods. An agent with `plan_seconds` in its statistics is timed by its plans, any other by its calls of
-    `act`. The first `record` successes and the first `record` failures of each row become recordings. `model` is the
+    optional methods. An agent with `plan_seconds` in its statistics is timed by its plans, any other agent by its calls
+    of `act`. The first `record` successes and the first `record` failures of each row become recordings. `model` is the
     fingerprint of the weights. A `witness` observes the episodes.
 
     Raises:
@@ -114,7 +114,9 @@ def explore(
     """
     seen = 0
     if not agent.explores:
-        raise ConfigError(f"{type(agent).__name__} does not explore; choose an agent that does, such as LandmarkAgent")
+        raise ConfigError(
+            f"{type(agent).__name__} does not explore; choose the agent of a method that does, such as landmarks"
+        )
     for split, conventions in protocol.splits.items():
         with progress.task(f"{split}: exploring", conventions.episodes * steps, "step") as task:
             place, left = 0, conventions.episodes
@@ -236,7 +238,7 @@ class _MethodRun:
 
 
 class _Audience:
-    """Selects the observations for the agent: the running environments if it narrows, else the complete batch."""
+    """Selects the observations for an agent: from running environments if the agent `narrows`, or else from all."""
 
     def __init__(self, agent: Agent, first: Observations) -> None:
         self._agent = agent
@@ -308,7 +310,7 @@ class _Film:
 
 
 class _Clock:
-    """Times decisions: by the agent's own statistics of its plans, else by its calls of `act`."""
+    """Times decisions by the agent's own statistics of its plans or, without these, by calls of `act`."""
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
@@ -338,7 +340,7 @@ class _Clock:
 def _verdict(
     protocol: protocols.Protocol, tasks: Tasks, world: VectorWorld, frame: Frame
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return which rows have succeeded, and the distance of each to its goal if that is measured."""
+    """Return which rows have succeeded, and each row's distance to the goal (None if distances are not measured)."""
     values = measured(protocol, world, frame)
     if values is None or tasks.target is None:
         for name in ("success", "is_success"):

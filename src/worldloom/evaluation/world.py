@@ -7,7 +7,7 @@ from worldloom.evaluation.protocol import Protocol
 
 
 def open_world(protocol: Protocol, size: int) -> VectorWorld:
-    """Return `size` copies of a protocol's environment; close them, or use them in a `with` statement."""
+    """Return `size` parallel environments of a protocol; close them, or use them in a `with` statement."""
     return VectorWorld(protocol.env_id, size, protocol.env_kwargs, native=not protocol.replays)
 
 

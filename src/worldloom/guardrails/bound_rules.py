@@ -20,7 +20,7 @@ from worldloom.heads import Heads
 
 
 class BoundRules:
-    """A rule set bound to the heads of a run; `folder` contains its calibrated margins.
+    """A rule set bound to the heads of a run; `folder` contains the calibrated margins.
 
     Raises:
         ConfigError: a rule needs a head that the run does not have, or the guardrails contradict each other. Raised
@@ -36,7 +36,7 @@ class BoundRules:
         return tuple(rule.rail.bind(rule.title, rule.owner, self._heads) for rule in self.rule_set.stated())
 
     def rails(self, margins: Margins | None = None) -> tuple[BoundRail, ...]:
-        """Return the guardrails, with calibrated `margins` added to their own; check once that they are consistent.
+        """Return the guardrails, with `margins` added to their own margins, and check once that they are consistent.
 
         Raises:
             ConfigError: see `BoundRules`.
@@ -58,7 +58,7 @@ class BoundRules:
         return build_objective(every, self._heads, goal, usual)
 
     def margins(self, method: Mapping[str, Any]) -> Margins | None:
-        """Return the margins calibrated for a method, given by its settings; None if there are none.
+        """Return the margins that were calibrated for the method with these settings, or None if there are none.
 
         Raises:
             StorageError: the file is damaged.

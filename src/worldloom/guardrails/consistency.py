@@ -16,13 +16,13 @@ _STATES = 512
 
 
 def check_consistent(guardrails: Sequence[Guardrail], model: WorldModel, support: Support) -> None:
-    """Check that some known state satisfies the guardrails when the agent does nothing.
+    """Check that the guardrails do not contradict each other.
 
-    Each guardrail, each pair and all of them together must be satisfied in some state of the data, as the model
-    predicts it under the action nearest to zero.
+    For each guardrail, each pair, and all together, the data must contain a state from which the prediction for the
+    action nearest to zero violates none of them.
 
     Raises:
-        ConfigError: no state satisfies them; the message names the guardrail or the pair.
+        ConfigError: there is no such state for a guardrail, a pair or all together; the message names the guardrails.
     """
     if not guardrails:
         return
@@ -39,7 +39,8 @@ def check_consistent(guardrails: Sequence[Guardrail], model: WorldModel, support
     for name, kept in holds.items():
         if not bool(kept.any()):
             raise ConfigError(
-                f"the guardrail {name!r} is satisfied {said}. Ask its owner to relax it, or recalibrate its margin"
+                f"the guardrail {name!r} is satisfied {said}. Ask the guardrail's owner to relax "
+                f"it, or recalibrate the margins"
             )
     for (one, first), (other, second) in combinations(holds.items(), 2):
         if not bool((first & second).any()):

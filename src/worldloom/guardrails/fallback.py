@@ -1,4 +1,4 @@
-"""Fallbacks: how an agent acts when no plan satisfies its guardrails; declared beforehand."""
+"""Fallbacks, declared beforehand: how an agent acts when no plan satisfies the guardrails."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class Fallback(Component):
         """Check that the fallback fits a model; the default accepts every model.
 
         Raises:
-            ConfigError: it does not fit.
+            ConfigError: the fallback does not fit the model.
         """
 
     @abstractmethod
@@ -58,7 +58,7 @@ FallbackField = Annotated[SerializeAsAny[Fallback], BeforeValidator(component_of
 
 @FALLBACKS.register("stop")
 class Stop(Fallback):
-    """Repeat one declared environment action; without a declared action, the one nearest to zero."""
+    """Repeat one environment action: the declared one, or the action nearest to zero if none is declared."""
 
     name: Literal["stop"] = "stop"
     action: tuple[float, ...] | None = None
@@ -67,20 +67,20 @@ class Stop(Fallback):
         """Check that the action has the right size and is within bounds.
 
         Raises:
-            ConfigError: it has the wrong size or is out of bounds.
+            ConfigError: the action has the wrong size or is out of bounds.
         """
         if self.action is None:
             return
         if len(self.action) != spec.action.size:
             raise ConfigError(
-                f"the fallback's action has {len(self.action)} values; expected {spec.action.size}, as in the world's "
-                f"actions"
+                f"the fallback's action has {len(self.action)} values; expected {spec.action.size}, the size of "
+                f"the world's actions. Declare an action of this size"
             )
         action, bounds = torch.tensor(self.action).repeat(spec.block), ActionBounds.of(spec)
         if not torch.allclose(bounds.clamp(action), action):
             raise ConfigError(
                 f"the fallback's action {self.action} is out of bounds; expected values from {spec.action.low} to "
-                f"{spec.action.high}. Declare an action within them"
+                f"{spec.action.high}. Declare an action within these bounds"
             )
 
     def plan(self, infeasible: Infeasible) -> Plan:
@@ -102,7 +102,10 @@ class _Toward(Fallback):
         """Return the state to plan toward."""
 
     def plan(self, infeasible: Infeasible) -> Plan:
-        """Plan toward the state. If no plan satisfies the guardrails, use the least bad; stop if it is not finite."""
+        """Plan toward the state.
+
+        If no plan satisfies the guardrails, use the plan with the smallest violations; stop if that plan is not finite.
+        """
         toward = infeasible.objective(self.state(infeasible))
         try:
             plan = infeasible.planner.plan(
@@ -131,7 +134,7 @@ class Hold(_Toward):
 
 @FALLBACKS.register("retreat")
 class Retreat(_Toward):
-    """Go back to the last state from which a plan satisfied the guardrails, with the smallest violations on the way."""
+    """Go toward the last state from which a plan satisfied the guardrails, with the smallest violations on the way."""
 
     name: Literal["retreat"] = "retreat"
 

@@ -1,11 +1,11 @@
 """Margins with a guarantee: bounds on the prediction errors of guardrails along the plans that a search chooses.
 
 A search picks the candidate that looks best, and among similar candidates the one whose prediction is most
-optimistic. A guarantee for each single candidate is therefore none for the chosen one: if each of k candidates is
-wrongly admitted with probability a, at least one is with probability up to 1 - (1 - a)^k. Instead, each calibration
-episode has one score: the smallest factor on the margins that refuses the plan that broke a guardrail in the episode.
-With the calibrated margins, a new episode of the same kind then breaks a guardrail with at most the stated
-probability, whatever the search does.
+optimistic. A guarantee for each single candidate therefore does not extend to the chosen candidate: if each of k
+candidates is wrongly admitted with probability a, at least one of them is admitted with probability up to
+1 - (1 - a)^k. Instead, each calibration episode has one score: the smallest factor on the margins with which the plan
+that broke a guardrail in the episode is refused. If a new episode is exchangeable with the calibration episodes, it
+breaks a guardrail with at most the stated probability, whatever the search does.
 """
 
 import itertools
@@ -29,11 +29,12 @@ _KIND = "worldloom margins"
 
 @dataclass(frozen=True, kw_only=True)
 class Margins:
-    """The amount added to each guardrail's predicted violation at each step of a plan, and its guarantee.
+    """Margins, added to each guardrail's predicted violation at each step of a plan, and their guarantee.
 
-    In at most the fraction `risk` of episodes of the same kind, under the same planner, a chosen plan breaks a
-    guardrail that it was predicted to satisfy. `usual` is the quantile at the same risk of the errors seen one replan
-    later, in units of the margins; recalibration compares errors with it.
+    In episodes that are exchangeable with the calibration episodes and use the same planner, a chosen plan breaks a
+    guardrail that it was predicted to satisfy in at most the fraction `risk` of episodes. `usual` is the quantile, at
+    the same risk, of the prediction errors one replan later, in units of the margins; recalibration compares new errors
+    with `usual`.
     """
 
     values: Float[Tensor, "G T"]
@@ -60,9 +61,10 @@ def write_margins(path: Path, margins: Margins, rules: RuleSet, about: Mapping[s
 
 
 def read_margins(path: Path, rules: RuleSet, *, model: str, method: Mapping[str, Any]) -> Margins:
-    """Read the margins of this rule set, model (its fingerprint) and method; see `write_margins`.
+    """Read the margins of a rule set and a method, for the model with the fingerprint `model`; see `write_margins`.
 
-    `method` contains the settings that margins depend on: all except `recalibrate`, which widens them later.
+    `method` contains the settings that margins depend on: all except `recalibrate`, because recalibration only widens
+    margins later.
 
     Raises:
         StorageError: the file is damaged, or belongs to a different rule set, model or method.
@@ -70,23 +72,25 @@ def read_margins(path: Path, rules: RuleSet, *, model: str, method: Mapping[str,
     values = read_document(path, _KIND)
     try:
         if values["rules"] != rules.fingerprint:
-            raise ValueError("it belongs to a different rule set")
+            raise ValueError("it contains margins for a different rule set")
         calibrated = {key: value for key, value in dict(values["method"]).items() if key != "recalibrate"}
         if values["model"] != model or calibrated != dict(method):
-            raise ValueError("it belongs to a different model or method")
+            raise ValueError("it contains margins for a different model or method")
         margins = torch.tensor(values["values"], dtype=torch.float32)
         if margins.ndim != 2 or len(margins) != len(rules.titles) or not bool((margins >= 0).all()):
-            raise ValueError(f"expected a margin of 0 or more for each step of {len(rules.titles)} guardrails")
+            raise ValueError(f"expected margins of at least 0 for {len(rules.titles)} guardrails, in one row each")
         usual = float(values["usual"])
         if not 0 < usual < math.inf:
             raise ValueError(f"expected a finite 'usual' above 0; got {usual}")
         return Margins(values=margins, risk=float(values["risk"]), episodes=int(values["episodes"]), usual=usual)
     except (KeyError, TypeError, ValueError) as error:
-        raise StorageError(f"{path} has no margins for this rule set ({error}); calibrate the rule set again") from None
+        raise StorageError(
+            f"{path} is not usable: {error}. Run 'worldloom calibrate' with this rule set, model and method"
+        ) from None
 
 
 def conformal_quantile(scores: Float[Tensor, "N"], risk: float) -> float:
-    """Return a bound that a new score of the same kind exceeds with probability at most `risk` (Vovk et al. 2005).
+    """Return a bound that a new exchangeable score exceeds with probability at most `risk` (Vovk et al. 2005).
 
     The bound is the k-th smallest of n scores with k = ceil((n + 1)(1 - risk)). It is infinite if k > n, because n
     scores are too few for this risk.
@@ -104,12 +108,13 @@ def conformal_quantile(scores: Float[Tensor, "N"], risk: float) -> float:
 
 
 def tolerance_quantile(scores: Float[Tensor, "N"], risk: float, confidence: float) -> float:
-    """Return a bound that a new score exceeds with probability at most `risk`, at this confidence over calibrations.
+    """Return a bound on new scores that keeps `risk` in the fraction `confidence` of calibrations.
 
-    The conformal quantile keeps the risk on average over calibrations; this bound keeps it in all but a fraction 1 -
-    `confidence` of them (a one-sided tolerance limit, Wilks 1941; training-conditional validity, Vovk 2012). It is the
-    score that k others exceed. Here k is the largest number for which a binomial variable of n trials at rate `risk` is
-    at most k with probability at most 1 - `confidence`. Without such a k, the bound is infinite.
+    The conformal quantile keeps the risk only on average over calibrations. With this bound, the probability that a
+    calibration keeps the risk is at least `confidence` (a one-sided tolerance limit, Wilks 1941; training-conditional
+    validity, Vovk 2012). The bound is the score that k other scores exceed, where k is the largest number for which a
+    binomial variable of n trials at rate `risk` is at most k with probability at most 1 - `confidence`. If no k
+    satisfies this, the bound is infinite.
 
     Raises:
         DataError: the risk or the confidence is not between 0 and 1, or a score is NaN.
@@ -125,11 +130,12 @@ def tolerance_quantile(scores: Float[Tensor, "N"], risk: float, confidence: floa
 
 
 def margin_shape(errors: Float[Tensor, "N G T"], risk: float, *, least: float = 1e-3) -> Float[Tensor, "G T"]:
-    """Return margins that the errors on sections of logs exceed with probability at most `risk`, each considered alone.
+    """Return margins; an error on a section of logs exceeds its margin with probability at most `risk`.
 
-    An error is the true violation minus the predicted one; NaN errors are left out. The margin is the conformal
-    quantile for each guardrail and step. It bounds the error of any single candidate, but not of the one that a search
-    chooses. Margins never decrease along a plan, and none is below `least` times the largest.
+    An error is the true violation minus the predicted one; NaN errors are left out. For each guardrail
+    and step, the margin is the conformal quantile of the errors. The margin bounds the error of any single candidate,
+    but does not bound the error of the candidate that a search chooses. Margins never decrease along a plan, and no
+    margin is below `least` times the largest margin.
 
     Raises:
         DataError: there are too few sections for this risk.
@@ -149,27 +155,31 @@ def margin_shape(errors: Float[Tensor, "N G T"], risk: float, *, least: float = 
 
 
 def refusing(predicted: Float[Tensor, "N G T"], shape: Float[Tensor, "G T"]) -> Float[Tensor, "N"]:
-    """Return, for each plan, the smallest factor on margins of this shape that refuses the plan."""
+    """Return, for each plan, the smallest factor on margins of this shape with which the plan is refused."""
     return (-predicted / shape).amin(dim=(1, 2)).nan_to_num(nan=math.inf)
 
 
 class AdaptiveMargin:
-    """A margin that adapts to the errors it receives, for when they drift (Angelopoulos et al., arXiv 2307.16895).
+    """A margin that adapts to errors whose distribution drifts (Angelopoulos et al., arXiv 2307.16895).
 
-    It tracks a quantile: an error beyond the margin increases it by `rate` x (1 - risk), any other error decreases it
-    by `rate` x risk. If errors are between 0 and b, then after t errors the fraction beyond the margin differs from the
-    risk by at most (b + rate) / (rate x t), whatever the errors are.
+    The margin tracks a quantile: an error beyond the margin increases the margin by `rate` x (1 - risk); any other
+    error decreases the margin by `rate` x risk. If errors are between 0 and b, then after t errors the fraction beyond
+    the margin differs from the risk by at most (b + rate) / (rate x t), whatever the errors are.
     """
 
     def __init__(self, margin: float, *, risk: float, rate: float) -> None:
         if not 0 < risk < 1 or not 0 < rate < math.inf or not math.isfinite(margin):
             raise DataError(
-                f"expected a finite margin, a risk between 0 and 1 and a rate above 0; got {margin}, {risk} and {rate}"
+                f"expected a finite margin, a risk between 0 and 1 and a finite rate above 0; got margin {margin}, "
+                f"risk {risk} and rate {rate}"
             )
         self.margin, self.risk, self.rate = margin, risk, rate
 
     def update(self, *errors: float) -> float:
-        """Update the margin with simultaneous errors; return the fraction beyond it. NaN counts as beyond."""
+        """Update the margin with simultaneous errors.
+
+        Returns the fraction of the errors that are NaN or above the margin before the update.
+        """
         beyond = sum(not error <= self.margin for error in errors) / len(errors)
         self.margin += self.rate * (beyond - self.risk)
         return beyond

@@ -30,10 +30,10 @@ class ObjectiveConfig(Component):
 
     @abstractmethod
     def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Objective:
-        """Return the cost for a model, without its weight; `goal` contains the goal latents of the agent.
+        """Return the unweighted cost for the model of `heads`; `goal` contains the goal latents of the agent.
 
         Raises:
-            ConfigError: the run lacks a head that the objective needs, or the head has a different size.
+            ConfigError: the run lacks a head that the objective needs, or the head has the wrong size.
         """
 
 
@@ -43,7 +43,7 @@ ObjectiveField = Annotated[SerializeAsAny[ObjectiveConfig], BeforeValidator(comp
 
 @OBJECTIVES.register("goal")
 class GoalConfig(ObjectiveConfig):
-    """Reach the agent's goal; nearer than `within` step lengths counts as reached."""
+    """Reach the agent's goal to within `within` step lengths."""
 
     name: Literal["goal"] = "goal"
     within: float = Field(default=0.0, ge=0)
@@ -100,7 +100,7 @@ class SequenceConfig(ObjectiveConfig):
 
 @OBJECTIVES.register("avoid")
 class AvoidConfig(ObjectiveConfig):
-    """Avoid breaking a guardrail: each step costs its violation, up to the stage `until` if there is one."""
+    """Avoid breaking a guardrail: each step costs the violation, until the stage `until` (if given) is reached."""
 
     name: Literal["avoid"] = "avoid"
     rail: RailField
@@ -141,7 +141,7 @@ class SmoothnessConfig(ObjectiveConfig):
 
 @OBJECTIVES.register("time")
 class TimeConfig(ObjectiveConfig):
-    """The fraction of the plan before a stage is reached."""
+    """The fraction of the plan's steps before a stage is reached."""
 
     name: Literal["time"] = "time"
     until: ObjectiveField
@@ -170,7 +170,7 @@ def build_objective(
     """Return the weighted sum of objectives; if none of them defines what to reach, `usual` is added.
 
     Raises:
-        ConfigError: the run lacks a head that an objective needs, or the head has a different size.
+        ConfigError: the run lacks a head that an objective needs, or the head has the wrong size.
     """
     parts = [(config.weight, config.build(title, heads, goal)) for title, config in configs.items()]
     if not any(part.aims for _, part in parts):
@@ -181,5 +181,7 @@ def build_objective(
 def _stage(config: ObjectiveConfig, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Stage:
     stage = config.build(title, heads, goal)
     if not isinstance(stage, Stage):
-        raise ConfigError(f"{title!r}: a {config.name!r} cannot be a stage; use a goal, a vector or a region")
+        raise ConfigError(
+            f"{title!r}: the objective {config.name!r} cannot be a stage; use 'goal', 'vector' or 'region'"
+        )
     return stage

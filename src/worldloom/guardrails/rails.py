@@ -1,8 +1,9 @@
 """Guardrails: hard limits on predicted futures, over probed quantities, latents and actions.
 
-A rail is configuration that computes its own violation. `bind` adds what it reads (probes, latents, models), a title,
-an owner and a margin. The result is the `Guardrail` of a planner: it is satisfied where its violation is <= 0. The
-margin, the calibrated bound on prediction errors, is added to every violation.
+A rail is the configuration of a guardrail, with a method that computes the violation. `bind` adds the inputs of that
+method (probes, latents, models), a title, an owner and a margin, and returns the `Guardrail` for a planner. A guardrail
+is satisfied where its violation is <= 0. The margin, the calibrated bound on prediction errors, is added to every
+violation.
 """
 
 import functools
@@ -28,10 +29,10 @@ _BETWEEN = 4  # places judged along each block, because a hazard may be narrower
 
 
 class Rail(Component):
-    """A guardrail as data; a new one is a subclass with `reads`, `violation` and `_tightens`, in `GUARDRAILS`.
+    """A guardrail as data. A new one is a subclass with `reads`, `violation` and `_tightens`, added to `GUARDRAILS`.
 
     `reason` explains the rule to people; `margin` is added to the calibrated margin. A rail that
-    depends on actions only sets `of_actions`, so that a search evaluates it before rails that need a network.
+    depends only on actions sets `of_actions`, so that a search evaluates it before rails that need a network.
     """
 
     of_actions: ClassVar[bool] = False
@@ -41,7 +42,7 @@ class Rail(Component):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The files whose content is part of the limit; they must be signed too."""
+        """The files whose content is part of the limit; these files must be signed too."""
         return ()
 
     @abstractmethod
@@ -49,27 +50,27 @@ class Rail(Component):
         """Return the further arguments of `violation`, such as probes.
 
         Raises:
-            ConfigError: the run lacks one of them, or it has a different size; the message contains `title`.
+            ConfigError: the run lacks one of these inputs, or one has the wrong size; the message contains `title`.
         """
 
     @abstractmethod
     def violation(self, rollouts: Rollouts, *reads: Any) -> Float[Tensor, "B S T"]:
-        """Return how much each predicted step violates the limit, without margin."""
+        """Return the violation of the limit at each predicted step, without margin."""
 
     def true(self, quantities: Mapping[str, Float[Tensor, "R _"]]) -> Float[Tensor, "R"] | None:
-        """Return how much measured quantities violate the limit; None if they do not determine it."""
+        """Return the violation by measured quantities, or None if the quantities do not determine the violation."""
         return None
 
     @abstractmethod
     def _tightens(self, other: Any) -> bool:
-        """Whether this rail implies `other`, of the same kind; margins are not compared."""
+        """Whether this rail implies `other`, a rail of the same class; margins are not compared."""
 
     def tightens(self, other: "Rail") -> bool:
-        """Whether this rail implies the other one, margins included; false if that is unknown."""
+        """Whether this rail with its margin implies the other rail with its margin; false if that is unknown."""
         return type(self) is type(other) and self.margin >= other.margin and self._tightens(other)
 
     def bind(self, title: str, owner: str, heads: Heads) -> "BoundRail":
-        """Return the guardrail for a model.
+        """Return the guardrail, bound to a title, an owner and the heads of a model.
 
         Raises:
             ConfigError: see `reads`.
@@ -77,7 +78,7 @@ class Rail(Component):
         return self.over(title, *self.reads(title, heads), owner=owner)
 
     def over(self, title: str, *reads: Any, owner: str = "") -> "BoundRail":
-        """Return the guardrail with the given arguments of `violation`; see `violation` of its class."""
+        """Return the guardrail, with `reads` as the further arguments of `violation`."""
         return BoundRail(name=title, owner=owner, rail=self, reads=reads, margin=self.margin)
 
 
@@ -85,7 +86,7 @@ class Rail(Component):
 class BoundRail(Guardrail):
     """A rail bound to a title, an owner, the arguments of its `violation`, and a margin.
 
-    `margin` is one number for all predicted steps, or has shape (T,); its last value applies to all later steps.
+    `margin` is one number for all predicted steps, or a tensor (T,) whose last value applies to all later steps.
     """
 
     name: str
@@ -96,11 +97,11 @@ class BoundRail(Guardrail):
 
     @property
     def of_actions(self) -> bool:
-        """Whether it depends on actions only."""
+        """Whether the guardrail depends only on actions."""
         return self.rail.of_actions
 
     def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return how much each predicted step violates the limit, margin included."""
+        """Return the violation at each predicted step, with the margin added."""
         raw = self.rail.violation(rollouts, *self.reads)
         if isinstance(self.margin, Tensor):
             return raw + self.margins(raw.shape[-1]).to(raw)
@@ -126,7 +127,7 @@ RailField = Annotated[SerializeAsAny[Rail], BeforeValidator(component_of(GUARDRA
 
 
 class _Regional(Rail):
-    """A limit on a probed quantity by a region; the violation is `sign` times the depth inside the region."""
+    """A region that limits a probed quantity; the violation is `sign` times the depth inside the region."""
 
     sign: ClassVar[int]
 
@@ -142,7 +143,7 @@ class _Regional(Rail):
         return _known((self.sign * self.region.depth(_way(probe, rollouts))).amax(dim=-1), probe, rollouts)
 
     def true(self, quantities: Mapping[str, Float[Tensor, "R _"]]) -> Float[Tensor, "R"] | None:
-        """Return how much the limit is violated."""
+        """Return the violation by the measured quantity."""
         return self.sign * self.region.depth(quantities[self.quantity]) if self.quantity in quantities else None
 
 
@@ -185,12 +186,12 @@ class KeepAway(Rail):
         return probe, probe_of(heads, title, self.other, probe.size)
 
     def violation(self, rollouts: Rollouts, probe: Probe, other: Probe) -> Float[Tensor, "B S T"]:
-        """Return how much closer than allowed they come along each block."""
+        """Return, for each block, by how much the smallest distance falls below `distance`."""
         apart = (_way(probe, rollouts) - _way(other, rollouts)).norm(dim=-1).amin(dim=-1)
         return _known(_known(self.distance - apart, probe, rollouts), other, rollouts)
 
     def true(self, quantities: Mapping[str, Float[Tensor, "R _"]]) -> Float[Tensor, "R"] | None:
-        """Return how much closer than allowed they are."""
+        """Return by how much the distance between the two quantities falls below `distance`."""
         if not {self.quantity, self.other} <= set(quantities):
             return None
         apart: Tensor = (quantities[self.quantity] - quantities[self.other]).norm(dim=-1)
@@ -203,7 +204,7 @@ class KeepAway(Rail):
 
 @GUARDRAILS.register("unlike")
 class Unlike(Rail):
-    """Predicted states stay unlike these pictures: farther than `distance` step lengths from the latent of each."""
+    """Each predicted state is more than `distance` step lengths away from the latents of all these pictures."""
 
     name: Literal["unlike"] = "unlike"
     pictures: tuple[str, ...] = Field(min_length=1)
@@ -221,7 +222,7 @@ class Unlike(Rail):
     def violation(
         self, rollouts: Rollouts, examples: Float[Tensor, "N D"], step_length: float
     ) -> Float[Tensor, "B S T"]:
-        """Return, in step lengths, how much closer each predicted latent is to a picture than `distance` allows."""
+        """Return by how many step lengths the distance to the nearest picture falls below `distance`."""
         return self.distance - nearest_gap(rollouts.latents, examples) / step_length
 
     def _tightens(self, other: Any) -> bool:
@@ -232,7 +233,7 @@ class Unlike(Rail):
 class Familiar(Rail):
     """Predicted states stay near the data.
 
-    The gap to the nearest reference latent is at most `times` the 99th percentile of that gap within the data.
+    The gap is the distance to the nearest reference latent. It is at most `times` the 99th percentile within the data.
     """
 
     name: Literal["familiar"] = "familiar"
@@ -246,7 +247,7 @@ class Familiar(Rail):
     def violation(
         self, rollouts: Rollouts, data: Float[Tensor, "N D"], distance: float, step_length: float
     ) -> Float[Tensor, "B S T"]:
-        """Return, in step lengths, how much farther from the data each predicted latent is than allowed."""
+        """Return by how many step lengths the gap of each predicted latent exceeds the allowed gap."""
         return nearest_gap(rollouts.latents, data) / step_length - distance
 
     def _tightens(self, other: Any) -> bool:
@@ -255,7 +256,7 @@ class Familiar(Rail):
 
 @GUARDRAILS.register("agreed")
 class Agreed(Rail):
-    """Predictions stay within `spread` step lengths of those of separately trained models, given by their `runs`."""
+    """Predictions differ by at most `spread` step lengths from the predictions of the separately trained `runs`."""
 
     name: Literal["agreed"] = "agreed"
     runs: tuple[str, ...] = Field(min_length=1)
@@ -266,7 +267,7 @@ class Agreed(Rail):
         return heads.geometry.step_length, tuple(heads.peer(run) for run in self.runs)
 
     def violation(self, rollouts: Rollouts, step_length: float, models: Sequence[WorldModel]) -> Float[Tensor, "B S T"]:
-        """Return, in step lengths, how much the greatest difference between predictions exceeds `spread`."""
+        """Return by how many step lengths the largest difference between predictions exceeds `spread`."""
         gaps = [(model.rollout(rollouts.context, rollouts.actions) - rollouts.latents).norm(dim=-1) for model in models]
         worst: Tensor = torch.stack(gaps).amax(dim=0) / step_length
         return worst - self.spread
@@ -277,7 +278,7 @@ class Agreed(Rail):
 
 @GUARDRAILS.register("returnable")
 class Returnable(Rail):
-    """Actions stay reversible: the way back from every predicted state to the current one has at most `steps` steps."""
+    """Actions stay reversible: the way back from every predicted state to the current one is at most `steps` long."""
 
     name: Literal["returnable"] = "returnable"
     steps: float = Field(gt=0)
@@ -287,7 +288,7 @@ class Returnable(Rail):
         return (heads.distance,)
 
     def violation(self, rollouts: Rollouts, back: Metric) -> Float[Tensor, "B S T"]:
-        """Return how many steps the way back is too long, by the learned temporal distance."""
+        """Return by how many steps the learned temporal distance of the way back exceeds `steps`."""
         return back(rollouts.latents, rollouts.context.latents[:, None, -1:]) - self.steps
 
     def _tightens(self, other: Any) -> bool:
@@ -316,22 +317,25 @@ class Magnitude(_OfActions):
     name: Literal["magnitude"] = "magnitude"
 
     def violation(self, rollouts: Rollouts, size: int) -> Float[Tensor, "B S T"]:
-        """Return how much the longest action of each block exceeds the limit."""
+        """Return by how much the largest action norm in each block exceeds the limit."""
         longest: Tensor = torch.linalg.vector_norm(_actions(rollouts, size), dim=-1).amax(dim=-1)
         return longest - self.limit
 
 
 @GUARDRAILS.register("rate")
 class Rate(_OfActions):
-    """Consecutive environment actions differ by at most `limit` (Euclidean).
+    """Consecutive environment actions differ by at most `limit` in the Euclidean norm.
 
-    The first action of a plan is compared with the last one executed, if the context contains it.
+    The first action of a plan is compared with the last executed action, if the context contains it.
     """
 
     name: Literal["rate"] = "rate"
 
     def violation(self, rollouts: Rollouts, size: int) -> Float[Tensor, "B S T"]:
-        """Return how much the greatest change within each block, and into it, exceeds the limit."""
+        """Return by how much the largest action change in each block exceeds the limit.
+
+        The change from the previous block's last action counts.
+        """
         actions = _actions(rollouts, size)
         line = actions.flatten(2, 3)
         taken = rollouts.context.taken
@@ -343,18 +347,18 @@ class Rate(_OfActions):
 class Custom(Rail):
     """Any limit in Python: a function of rollouts that returns violations (B, S, T), or (B, S) for complete plans.
 
-    The function receives copies, which it may change in place.
+    The function receives copies of the rollouts, and may change the copies in place.
     """
 
     name: Literal["custom"] = "custom"
     function: Callable[[Rollouts], Tensor]
 
     def reads(self, title: str, heads: Heads) -> tuple[()]:
-        """Return nothing."""
+        """Return no arguments: the function receives only the rollouts."""
         return ()
 
     def violation(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return the function's violations; a violation (B, S) counts at the last step."""
+        """Return the function's violations; a violation of shape (B, S) counts at the last step."""
         found = self.function(replace(rollouts, actions=rollouts.actions.clone(), latents=rollouts.latents.clone()))
         shape = rollouts.latents.shape[:3]
         if found.ndim == 2:
@@ -376,23 +380,24 @@ def probe_of(heads: Heads, title: str, quantity: str, size: int | None = None) -
     """Return the probe of a quantity, for the rule with this title.
 
     Raises:
-        ConfigError: the run has no such probe, or its size is different.
+        ConfigError: the run has no such probe, or the probe does not have `size` values.
     """
     if quantity not in heads.probes:
         raise ConfigError(
             f"{title!r} uses {quantity!r}, but the run has no probe of that name; {nearest(quantity, heads.probes)}. "
-            f"Add it to the recipe's probes and resume training in the same folder"
+            f"Correct the name, or add the probe to the recipe and resume training in the same folder"
         )
     probe = heads.probes[quantity]
     if size is not None and probe.size != size:
         raise ConfigError(
-            f"{title!r} uses {quantity!r} with {size} values, but its probe has {probe.size}; change the rule's size"
+            f"{title!r} uses {quantity!r} with {size} values, but the run's probe has {probe.size}. Write the "
+            f"rule for {probe.size} values"
         )
     return probe
 
 
 def _way(probe: Probe, rollouts: Rollouts) -> Float[Tensor, "B S T P L"]:
-    """Return the quantity at P places along each block, the last at its end, by linear interpolation."""
+    """Return the quantity at P places along each block by linear interpolation; the last place is the block's end."""
     latents = rollouts.latents
     now = rollouts.context.latents[:, None, -1:].to(latents).expand(-1, latents.shape[1], -1, -1)
     values = probe(torch.cat([now, latents], dim=2))
@@ -402,7 +407,7 @@ def _way(probe: Probe, rollouts: Rollouts) -> Float[Tensor, "B S T P L"]:
 def _known(violation: Float[Tensor, "B S T"], probe: Probe, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
     """Return the violation, raised above 0 wherever a latent is outside the probe's calibration.
 
-    There it is at least the relative excess of the latent's gap over the known one.
+    There the violation is at least the relative excess of the latent's gap over the largest gap in the calibration.
     """
     excess = probe.support.gap(rollouts.latents) - 1
     return torch.where(excess > 0, torch.maximum(violation, excess), violation)
@@ -410,7 +415,7 @@ def _known(violation: Float[Tensor, "B S T"], probe: Probe, rollouts: Rollouts) 
 
 @functools.cache
 def _shares(count: int, device: torch.device) -> Float[Tensor, "_ 1"]:
-    """Return `count` equal fractions of a way, the last of them 1."""
+    """Return the fractions 1 / `count`, 2 / `count`, ..., 1."""
     with torch.inference_mode(False):  # the cached tensor is used outside inference mode too, by gradient solvers
         return torch.arange(1, count + 1, device=device)[:, None] / count
 

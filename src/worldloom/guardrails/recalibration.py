@@ -19,10 +19,10 @@ from worldloom.planning import violations_of
 class Recalibration:
     """Tracks the prediction errors of an agent from its own observations, and stretches its margins.
 
-    At each replan, the violations of the observed states are compared with the predicted ones, in units of the margins.
-    `AdaptiveMargin` tracks the quantile of these errors, starting from `usual`, their quantile in calibration. The
-    margins are multiplied by its growth, and never fall below the calibrated ones. All environments of the agent share
-    one quantile, and each episode begins with the calibrated margins.
+    At each replan, the violations of the observed states are compared with the predicted violations, in units of the
+    margins. `AdaptiveMargin` tracks the quantile of these errors, starting from `usual`, the quantile in calibration.
+    The margins are multiplied by the quantile's growth, and never fall below the calibrated margins. All environments
+    of the agent share one quantile, and each episode begins with the calibrated margins.
 
     Raises:
         PlanningError: `rate`, the tracking rate in units of `usual`, is not above 0.
@@ -43,11 +43,11 @@ class Recalibration:
 
     @property
     def stretch(self) -> float:
-        """The factor by which the calibrated margins are multiplied, 1 or more."""
+        """The factor by which the calibrated margins are multiplied; at least 1."""
         return max(1.0, self._tracker.margin / self._usual)
 
     def see(self, plan: Plan, before: Float[Tensor, "B D"], here: Float[Tensor, "B D"]) -> None:
-        """Compare what a plan that began at `before` predicted of its first block with the latents `here`."""
+        """Compare the observed latents `here` with a plan's prediction for its first block, which began at `before`."""
         seen = seen_violations(self._rails, plan, 0, still(before, self._model), here)
         self._tracker.update(*errors_seen(self._rails, plan, 0, seen, self.stretch).tolist())
 
@@ -55,9 +55,9 @@ class Recalibration:
 def seen_violations(
     rails: Sequence[BoundRail], plan: Plan, block: int, before: Context, here: Float[Tensor, "B D"]
 ) -> dict[str, Float[Tensor, "B"]]:
-    """Return the violations of the state `here`, observed at the end of a block of a plan, without margins.
+    """Return each guardrail's violation, without margin, in the state `here` at the end of a block of a plan.
 
-    As in a plan, the violation is infinite where a guardrail cannot judge.
+    As in a plan, the violation is infinite where it cannot be computed.
     """
     actions = plan.actions[:, None, block : block + 1]
     rollouts = Rollouts(context=before, actions=actions, latents=here[:, None, None])
@@ -68,9 +68,9 @@ def seen_violations(
 def errors_seen(
     rails: Sequence[BoundRail], plan: Plan, block: int, seen: Mapping[str, Float[Tensor, "B"]], stretch: float = 1.0
 ) -> Float[Tensor, "B"]:
-    """Return the largest excess of observed over predicted violations across guardrails, in units of their margins.
+    """Return the largest excess of observed over predicted violations, in units of each guardrail's margin.
 
-    `stretch` is the factor on the margins when the plan was made.
+    `stretch` is the factor by which the margins were multiplied when the plan was made.
     """
     found = torch.stack([seen[rail.name] for rail in rails], dim=1)
     margins = torch.stack([rail.margins(plan.actions.shape[1]) for rail in rails])[:, block].to(found)

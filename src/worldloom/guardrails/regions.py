@@ -26,7 +26,7 @@ class Region(Component):
 
     @abstractmethod
     def depth(self, points: Float[Tensor, "*axes L"]) -> Float[Tensor, "*axes"]:
-        """Return how deep points are inside the region, as the Euclidean distance to its edge; negative outside."""
+        """Return the depth of points in the region: the Euclidean distance to the region's edge, negative outside."""
 
     @abstractmethod
     def within(self, other: "Region") -> bool:
@@ -51,7 +51,7 @@ class Ball(Region):
         return len(self.centre)
 
     def depth(self, points: Float[Tensor, "*axes L"]) -> Float[Tensor, "*axes"]:
-        """Return how deep points are inside the ball; negative outside."""
+        """Return the depth of points in the ball; negative outside."""
         away: Tensor = (points - points.new_tensor(self.centre)).norm(dim=-1)
         return self.radius - away
 
@@ -72,7 +72,7 @@ class Ball(Region):
 
 @REGIONS.register("box")
 class Box(Region):
-    """All points between two corners; a null value leaves that side open, a missing corner all its sides."""
+    """All points between two corners; a null value or a missing corner leaves the sides that it would bound open."""
 
     name: Literal["box"] = "box"
     low: tuple[float | None, ...] = ()
@@ -93,7 +93,7 @@ class Box(Region):
 
     @cached_property
     def corners(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """The corners, infinite on the open sides."""
+        """The corners; open sides have infinite values."""
         low = tuple(-math.inf if side is None else side for side in self.low or (None,) * self.size)
         high = tuple(math.inf if side is None else side for side in self.high or (None,) * self.size)
         return low, high
@@ -104,7 +104,7 @@ class Box(Region):
         return len(self.low or self.high)
 
     def depth(self, points: Float[Tensor, "*axes L"]) -> Float[Tensor, "*axes"]:
-        """Return how deep points are inside the box; negative outside."""
+        """Return the depth of points in the box; negative outside."""
         low, high = (_point(corner, points.device, points.dtype) for corner in self.corners)
         beyond = torch.maximum(low - points, points - high)
         if beyond.shape[-1] == 1:
@@ -131,6 +131,6 @@ class Box(Region):
 
 @functools.lru_cache(maxsize=256)
 def _point(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Float[Tensor, "L"]:
-    """Return a point as a tensor, cached because a search asks for the same one many times."""
+    """Return a point as a tensor, cached because a search uses the same point many times."""
     with torch.inference_mode(False):  # the cached tensor is used outside inference mode too, by gradient solvers
         return torch.tensor(values, device=device, dtype=dtype)

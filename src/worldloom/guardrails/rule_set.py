@@ -1,4 +1,4 @@
-"""Rule sets: guardrails, objectives and a fallback as data, in layers that may only tighten those above them."""
+"""Rule sets: guardrails, objectives and a fallback as data, in layers; each may only tighten the layers above it."""
 
 import hashlib
 from collections.abc import Collection, Sequence
@@ -24,8 +24,8 @@ class RuleLayer(Config):
     """One layer of a rule set: the rules of one `owner`.
 
     `guardrails` are hard limits; `objectives` are weighed against the goal. `risk` is the accepted fraction of episodes
-    in which a guardrail is broken; margins are calibrated to keep it. `fallback` is how the agent acts when no plan
-    satisfies the guardrails.
+    in which a guardrail is broken; margins are calibrated to keep this risk. `fallback` is how the agent acts when no
+    plan satisfies the guardrails.
     """
 
     rules: Literal[1] = 1
@@ -58,7 +58,8 @@ class RuleSet:
     """The layers of a rule set, the uppermost first; each may only tighten the layers above it.
 
     Raises:
-        ConfigError: the layers are out of order, or one loosens a layer above it; the message names layer and key.
+        ConfigError: the layers are out of order, or one loosens a layer above it; the message names the layer and the
+            rule.
     """
 
     layers: tuple[RuleLayer, ...]
@@ -70,7 +71,7 @@ class RuleSet:
         if order != sorted(set(order)):
             raise ConfigError(
                 f"expected the layers of a rule set in the order {', '.join(LAYERS)}, each at most once; got "
-                f"{', '.join(layer.layer for layer in self.layers)}"
+                f"{', '.join(layer.layer for layer in self.layers)}. Pass the files in this order"
             )
         for place, lower in enumerate(self.layers):
             for upper in self.layers[:place]:
@@ -78,7 +79,7 @@ class RuleSet:
 
     @property
     def risk(self) -> float | None:
-        """The accepted fraction of episodes in which a guardrail is broken: the smallest of the layers."""
+        """The accepted fraction of episodes in which a guardrail is broken: the smallest value of any layer."""
         return min((layer.risk for layer in self.layers if layer.risk is not None), default=None)
 
     @property
@@ -93,7 +94,7 @@ class RuleSet:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def stated(self) -> list[StatedRule]:
-        """Return each guardrail from the lowest layer that has it, which is the tightest version."""
+        """Return the tightest version of each guardrail, from the lowest layer that contains it."""
         found = {
             title: StatedRule(title=title, rail=rail, owner=layer.owner, layer=layer.layer)
             for layer in self.layers
@@ -113,7 +114,8 @@ def _check_tightens(lower: RuleLayer, upper: RuleLayer) -> None:
     def loosens(what: str, mine: object, theirs: object) -> ConfigError:
         return ConfigError(
             f"the {lower.layer} layer of {lower.owner!r} loosens {what}: it has {mine}, but the {upper.layer} layer of "
-            f"{upper.owner!r} has {theirs}. A lower layer may only tighten the layers above it"
+            f"{upper.owner!r} has {theirs}. A lower layer may only tighten the layers above it: change or remove the "
+            f"entry in the {lower.layer} layer"
         )
 
     for title, theirs in upper.guardrails.items():
@@ -150,8 +152,8 @@ def read_rules(paths: Sequence[Path | str], *, trusted: Collection[str] | None) 
         able = {key.rpartition(":")[2].lower() for key in trusted if key.rpartition(":")[0] in ("", layer.layer)}
         if signer not in able:
             raise DataError(
-                f"{path} is a layer of the {layer.layer}, but its signing key {signer} is trusted only for another "
-                f"layer; have the {layer.layer} sign it"
+                f"{path} is a layer of the {layer.layer}, but the key that signed the file, {signer}, is trusted only "
+                f"for another layer. Have the {layer.layer} sign the file"
             )
         for file in layer.files:
             read_signed(file, able)

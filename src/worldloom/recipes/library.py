@@ -125,7 +125,7 @@ def long_maze() -> Recipe:
 
 @RECIPES.register("pits")
 def pits() -> Recipe:
-    """One room with three pits at random places in each episode; an agent that falls into one stays there."""
+    """One room with three pits at random places in each episode; an agent that falls into a pit stays there."""
     away = KeepIn(quantity="pit_depth", region=Box(high=(0.0,)), reason="an agent that falls into a pit cannot get out")
     depth = LabelledProbe(episodes=24_000, hidden=(128, 128), steps=8000, between=(-8.0, 4.0))
     return Recipe(
@@ -159,7 +159,7 @@ def _with_history() -> TrainingConfig:
 
 @RECIPES.register("generic")
 def generic() -> Recipe:
-    """Any dataset: two frames of history, because one may not show velocities."""
+    """Any dataset, with two frames of history, because a single frame may not show velocities."""
     return Recipe(
         name="generic",
         description="Any dataset of pixels and/or vectors; two frames of history, for one may not show velocities.",

@@ -1,4 +1,4 @@
-"""Recipes for physics simulations; the worlds need an optional dependency, the recipes do not."""
+"""Recipes for physics simulations; only the worlds need an optional dependency."""
 
 from worldloom.agents import (
     CloningMethod,
@@ -121,7 +121,7 @@ def point_maze() -> Recipe:
 
 @RECIPES.register("point-hazards-state")
 def point_hazards_state() -> Recipe:
-    """A point robot among hazards, from its state and lidar; its logs are random driving, through hazards too."""
+    """A point robot among hazards, observed by state and lidar; its logs are random driving, also through hazards."""
     away = KeepIn(quantity="hazard_depth", region=Box(high=(0.0,)), reason="what lies in a hazard is harmed by it")
     return Recipe(
         name="point-hazards-state",
@@ -182,7 +182,7 @@ def cube_state() -> Recipe:
 
 @RECIPES.register("cube")
 def cube() -> Recipe:
-    """The same cube in pixels, which need a GPU to render; the vector is for the logging policy and not encoded."""
+    """OGBench's cube in pixels. Rendering needs a GPU. Only the logging policy uses the state vector."""
     return _cube(
         "cube",
         "OGBench's single cube in 64x64 RGB on MuJoCo (needs a GPU to draw in time), the logs of cube-state.",

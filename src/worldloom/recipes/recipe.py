@@ -31,7 +31,7 @@ class CollectionConfig(Config):
 
 
 class LabelledProbe(ProbeConfig):
-    """A probe of a label column (by default the one with the probe's name), fitted on some labelled episodes."""
+    """A probe of a label column (by default, the column with the probe's name), fitted on labelled episodes."""
 
     label: str = ""
     episodes: int = Field(default=50, ge=4)
@@ -40,10 +40,10 @@ class LabelledProbe(ProbeConfig):
 class Recipe(Config):
     """The settings of `collect`, `train` and `evaluate`. For external data, `collection` and `protocol` are None.
 
-    `hierarchy` contains coarser models. Each predicts several steps of the one before it, the first those of the world
-    model. `probes` decode named quantities from latents; planners use them only through guardrails and objectives.
-    `rules` is the uppermost layer of the agents' rule set; lower layers may only tighten it. `methods` are the rows of
-    the results table, in order; `default_method` is used to act.
+    `hierarchy` contains coarser models. Each one predicts several steps of the model before it; the first predicts
+    steps of the world model. `probes` decode named quantities from latents; planners use them only through guardrails
+    and objectives. `rules` is the uppermost layer of the agents' rule set; lower layers may only tighten it. `methods`
+    are the rows of the results table, in order; `default_method` is used to act.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Recipe(Config):
         return self
 
     def method(self, name: str | None = None, *, guarded: bool = False) -> MethodConfig:
-        """Return a method, by default `default_method`; with `guarded` it must obey the guardrails of a rule set.
+        """Return a method, by default `default_method`; with `guarded`, the method must obey guardrails.
 
         Raises:
             ConfigError: no method has this name, or the method does not obey guardrails.

@@ -22,9 +22,9 @@ Points = Sequence[tuple[float | int, float | int]]
 
 
 def loss_curves(history: LedgerHistory) -> Themed | None:
-    """Draw the held-out loss of each member by base: solid lines are rounds, dotted ones are local training.
+    """Draw the held-out loss of each member by base; solid lines are rounds, dotted lines are local training.
 
-    A ledger without the members' losses gives that of the median member. None if there are no losses.
+    If the ledger has no losses of members, draw the loss of the median member. Return None if there are no losses.
     """
     curves = {name: _judged(history, name) for name in history.members}
     if not any(curves.values()):
@@ -58,7 +58,7 @@ def loss_curves(history: LedgerHistory) -> Themed | None:
 
 
 def influence(history: LedgerHistory) -> Themed | None:
-    """Draw the weights of each round as a bar; None if there are no weights."""
+    """Draw each round's weights as a bar; return None if there are no weights."""
     if not any(round.weights for round in history.rounds):
         return None
 
@@ -76,7 +76,7 @@ def influence(history: LedgerHistory) -> Themed | None:
 
 
 def bytes_up(history: LedgerHistory, base: int | None) -> Themed | None:
-    """Draw the bytes uploaded per round, and their sum beside that of float32 gradients at each step.
+    """Draw the bytes uploaded per round, and their sum beside the bytes of float32 gradients at each step.
 
     `base` is the size of the base in bytes.
     """
@@ -120,13 +120,16 @@ def bytes_up(history: LedgerHistory, base: int | None) -> Themed | None:
 
 
 def gradients(history: LedgerHistory, base: int, round: Round | None = None) -> int:
-    """Return the bytes of float32 gradients of a base at each step of the contributions to a round, or to all."""
+    """Return the bytes that float32 gradients of a base would need.
+
+    Gradients are counted at each step of the contributions to one round, or to all rounds if `round` is None.
+    """
     rounds = history.rounds if round is None else (round,)
     return sum(base * one.steps for round in rounds for one in round.contributions.values())
 
 
 def privacy_spent(history: LedgerHistory) -> Themed | None:
-    """Draw the epsilon that each owner has spent, and the budget; None if no epsilon is bounded."""
+    """Draw the epsilon that each owner has spent, and the budget; return None if no epsilon is bounded."""
     lines = {
         name: [
             (round.number, one.epsilon)
@@ -160,7 +163,7 @@ def privacy_spent(history: LedgerHistory) -> Themed | None:
 def training_at_home(
     history: LedgerHistory, metrics: Mapping[str, Sequence[Mapping[str, float | int]]]
 ) -> Themed | None:
-    """Draw the training loss of each owner over its own steps; None if no owner has one."""
+    """Draw the training loss of each owner over its own steps; return None if no owner has a training loss."""
     lines = {
         name: list({line["step"]: line["loss"] for line in found if "loss" in line and "step" in line}.items())
         for name, found in metrics.items()
@@ -186,7 +189,7 @@ def training_at_home(
 
 
 def _judged(history: LedgerHistory, name: str) -> list[tuple[int, float, float]]:
-    """Return the rounds with both losses of a member, before and after, and these losses."""
+    """Return the rounds with a member's losses before and after the round, and both losses."""
     judged = [(round.number, *round.losses[name]) for round in history.rounds if name in round.losses]
     return [(number, before, after) for number, before, after in judged if before is not None and after is not None]
 
@@ -203,7 +206,7 @@ def _height(names: int) -> float:
 def _stacked(
     axis: Axes, history: LedgerHistory, theme: str, parts: Sequence[Mapping[str, float]], *, named: bool
 ) -> None:
-    """Draw a stacked bar per round, with the owners' names beside the last; the axis limits are set before."""
+    """Draw a stacked bar per round, with the owners' names beside the last bar. Set the axis limits first."""
     numbers = [round.number for round in history.rounds]
     owners = [name for name in history.members if any(part.get(name) for part in parts)]
     floor = np.zeros(len(parts))
@@ -273,7 +276,7 @@ def _name_lines(
 
 
 def _apart(wanted: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Return positions close to the wanted ones, at least `gap` apart, and within 0 and 1 if they fit."""
+    """Return positions near the wanted positions, at least `gap` apart, and within [0, 1] if they fit."""
     names = sorted(wanted, key=lambda name: wanted[name])
     gap = min(gap, 1 / max(len(names) - 1, 1))
     # With the gaps subtracted, positions must not decrease; neighbours in the wrong order get their mean.

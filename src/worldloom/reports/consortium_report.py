@@ -42,10 +42,10 @@ def write_consortium_report(
 ) -> None:
     """Write the report of a folder of rounds, which may still be in progress; `runs` are the owners' runs.
 
-    Countersigned checkpoints are searched in the folder and in its `checkpoints`.
+    Countersigned checkpoints are read from the folder and from its subfolder `checkpoints`.
 
     Raises:
-        StorageError: there is no ledger, or the storage fails; an earlier report stays unchanged.
+        StorageError: there is no ledger, or the storage fails. An earlier report is not changed.
         DataError: the ledger does not verify, by itself or against a checkpoint; no report is written.
     """
     write_text(Path(path), render_consortium_report(rounds, constitution, runs=runs))
@@ -103,7 +103,7 @@ def render_consortium_report(
 
 
 def find_owners(folder: Path | str, constitution: Constitution) -> dict[str, Path]:
-    """Return the run folder of each member below a folder, as NAME or NAME/run; members without one are left out.
+    """Return the run folder of each member: NAME or NAME/run below `folder`; members without a run are left out.
 
     Raises:
         StorageError: no member has a run folder.
@@ -272,7 +272,7 @@ def _cost(history: LedgerHistory, rules: Constitution, base: int | None) -> str:
 
 
 def _refusals(history: LedgerHistory) -> list[dict[str, str]]:
-    """Return refusals and exclusions with their reasons; rounds with the same cause share a row."""
+    """Return refusals and exclusions with their reasons; rounds with the same causes share a row."""
     rounds: dict[tuple[str, str, str], dict[int, None]] = {}
     for round in history.rounds:
         causes = [(one.owner, "left out" if one.left_out else "refused", one.reason) for one in round.refusals]

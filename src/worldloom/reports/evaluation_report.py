@@ -48,7 +48,7 @@ def write_report(path: Path, results: Results, data: ReportData | None = None) -
     """Write the report atomically.
 
     Raises:
-        StorageError: the file cannot be written; an older report then stays unchanged.
+        StorageError: the file cannot be written. An older report is not changed.
     """
     write_text(path, render_report(results, data or ReportData()))
 
@@ -119,7 +119,7 @@ def _headline(results: Results, best: str) -> str:
 
 
 def _comparison(results: Results, best: str, baselines: Sequence[str]) -> str:
-    """Return a comparison of the best method with the next one, on the split where they differ most."""
+    """Return a comparison of the best method with the next method, on the split where both differ most."""
     others = [method for method in _ranked(results) if method != best]
     rivals = [method for method in others if method in baselines] or others
     if not rivals:
@@ -188,7 +188,7 @@ def _row(results: Results, row: Row) -> dict[str, Any]:
 
 
 def _wall_row(results: Results, method: str) -> dict[str, Any] | None:
-    """Return the rates with and without a wall, unless they equal those of the splits."""
+    """Return a method's rates with and without a wall; None if they equal the rates of the splits."""
     rows = [row for row in results.rows if row.method == method]
     if not any(len(row.by_wall) == 2 for row in rows):
         return None

@@ -59,7 +59,7 @@ class Themed(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LatentMap:
-    """Encoded frames and their positions in `unit`; in pixels, y points downward."""
+    """Encoded frames and their positions in `unit`; if the unit is pixels, y points downward."""
 
     latents: Float[np.ndarray, "N D"]
     positions: Float[np.ndarray, "N 2"]
@@ -69,7 +69,7 @@ class LatentMap:
         if len(self.latents) != len(self.positions) or len(self.latents) < 3:
             raise DataError(
                 f"a latent map needs at least three latents, each with a position; got {len(self.latents)} latents "
-                f"and {len(self.positions)} positions"
+                f"and {len(self.positions)} positions. Pass as many positions as latents"
             )
 
 
@@ -105,7 +105,7 @@ class _Panel(NamedTuple):
 
 
 def success_by_distance(results: Results) -> Themed | None:
-    """Draw success over goal distance with 95% intervals, one panel per split with several bins; None if none has."""
+    """Draw success over goal distance with 95% intervals, per split; None if no split has several bins."""
     binned_splits = {split: results.bins(split) for split in results.protocol.splits}
     panels = {split: bins for split, bins in binned_splits.items() if bins is not None and len(bins.edges) > 2}
     if not panels:
@@ -140,7 +140,7 @@ def success_by_distance(results: Results) -> Themed | None:
 
 
 def training_curves(metrics: Sequence[Mapping[str, float | int]]) -> Themed | None:
-    """Draw the metrics of metrics.jsonl, one panel per kind; None without known metrics."""
+    """Draw the metrics of metrics.jsonl, one panel per kind; return None if no metric is known."""
     names = list(dict.fromkeys(name for line in metrics for name in line))
     ratios: list[str] = [name for name in ("inverse_dynamics", "open_loop") if name in names]
     kinds = [
@@ -356,7 +356,7 @@ def binned(
 ) -> tuple[Float[np.ndarray, "R C"], Float[np.ndarray, "C"], Float[np.ndarray, "R"]]:
     """Return the mean value in each cell of a grid (NaN without a value), and the cells' centres.
 
-    Positions on a grid keep their grid; a single cell without a value gets the mean of its neighbours.
+    If the positions are on a grid, its cells are used. A single cell without a value gets its neighbours' mean.
     """
     x0, x1, y0, y1 = extent
     distinct = [len(np.unique(positions[:, axis])) for axis in (0, 1)]

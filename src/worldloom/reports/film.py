@@ -40,9 +40,10 @@ def choose(recordings: Sequence[Recording], method: str, *, successes: int = 4, 
 
 
 def episodes_video(recordings: Sequence[Recording], *, fps: int = 12, columns: int = 3) -> Video:
-    """Return an MP4 (H.264, yuv420p) of episodes side by side, each beside its goal; an ended one shows its last frame.
+    """Return an MP4 (H.264, yuv420p) of episodes side by side, each beside its goal.
 
-    The border of an episode turns green when the goal is reached and orange when the budget is used up.
+    An episode that has ended shows its last frame. The border of an episode turns green when the goal is reached and
+    orange when the budget is used up.
     """
     import av
 
@@ -61,7 +62,7 @@ def episodes_video(recordings: Sequence[Recording], *, fps: int = 12, columns: i
 
 
 def episodes_gif(recordings: Sequence[Recording], *, fps: int = 15, columns: int = 4) -> bytes:
-    """Return the same video as a GIF that repeats, for pages that cannot show videos.
+    """Return the video of `episodes_video` as a GIF that repeats, for pages that cannot show videos.
 
     Raises:
         DataError: no episode with pixels was recorded.
@@ -70,7 +71,9 @@ def episodes_gif(recordings: Sequence[Recording], *, fps: int = 15, columns: int
 
     shown = [recording for recording in recordings if recording.frames is not None]
     if not shown:
-        raise DataError("no episode with pixels was recorded; evaluate a world with pixels, with record > 0")
+        raise DataError(
+            "no episode with pixels was recorded; evaluate a world with pixels, and call evaluate() with record > 0"
+        )
     steps = max(recording.steps for recording in shown)
     frames = [Image.fromarray(_sheet(shown, step, columns, foot=0)) for step in [*range(steps + 1), *[steps] * fps]]
     palette = frames[-1].quantize(128)  # one palette for all frames, so that colours do not flicker
@@ -136,7 +139,7 @@ def _tile(recording: Recording, step: int) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def to_size(picture: UInt8[np.ndarray, "H W C"], side: int = 128) -> UInt8[np.ndarray, "h w 3"]:
-    """Return RGB whose shorter side has about `side` pixels, by repeating or omitting pixels."""
+    """Return the picture in RGB, resized to about `side` pixels on the shorter side by repeating or omitting pixels."""
     rgb = picture[..., :3] if picture.shape[-1] >= 3 else np.repeat(picture[..., :1], 3, axis=-1)
     shorter = min(rgb.shape[:2])
     if shorter > side:

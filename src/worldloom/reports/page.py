@@ -7,7 +7,7 @@ from worldloom.reports.figures import Themed
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Return a page as HTML from a template in this folder; every value is escaped."""
+    """Return an HTML page from a template in this folder; every value is escaped."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -21,7 +21,7 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def embedded(figure: Themed | None) -> dict[str, str] | None:
-    """Return data URIs of a figure for light and dark pages."""
+    """Return the data URIs of a figure for light and dark pages; None without a figure."""
     if figure is None:
         return None
     return {theme: data_uri("image/svg+xml", content) for theme, content in figure._asdict().items()}

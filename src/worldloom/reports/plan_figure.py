@@ -24,7 +24,7 @@ class PlanFrame(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CandidatePaths:
-    """The paths of P candidates and the chosen plan, in pixels, and whether each candidate satisfies all guardrails."""
+    """The paths of P candidates and of the plan in pixels, and whether each candidate satisfies all guardrails."""
 
     candidates: Float[np.ndarray, "P T 2"]
     held: Bool[np.ndarray, "P"]
@@ -36,9 +36,9 @@ class PlanFigure:
     """The contents of the figure of a plan for one environment.
 
     Attributes:
-        frames: the current picture, those along the plan, and the goal's; the first is the background of `paths`.
+        frames: the current picture, the pictures along the plan, and the goal; the first is the background of `paths`.
         violations: the violation of each guardrail at each of T model steps, including its margin.
-        block: environment actions per model step.
+        block: the number of environment actions per model step.
         considered: the number of candidates that the search considered; `ruled_out` of them broke a guardrail.
         ruled_out_by: the number of candidates that each guardrail ruled out.
         paths: None if positions in the picture cannot be decoded from the model's latents.

@@ -41,7 +41,7 @@ def membership_inference(
 
     The attack uses a threshold on the loss (Yeom et al. 2018); the AUROC covers all thresholds. The interval is method
     5 of Newcombe 2006, a score interval of the Mann-Whitney statistic that does not collapse at 0 and 1. It assumes
-    independent losses, so pass one per episode, not one per overlapping window.
+    independent losses, so pass one loss per episode: overlapping windows are dependent.
 
     Raises:
         DataError: one of the groups is empty, or a loss is NaN.
@@ -50,7 +50,11 @@ def membership_inference(
     others = np.asarray(losses_others, dtype=np.float64).reshape(-1)
     m, n = len(members), len(others)
     if not m or not n or np.isnan(members).any() or np.isnan(others).any():
-        raise DataError(f"expected losses without NaN, of members and of non-members; got {m} and {n} losses")
+        raise DataError(
+            f"expected at least one loss of a member and of a non-member, none of them NaN; got {m} losses of members "
+            f"({np.isnan(members).sum()} NaN) and {n} of non-members ({np.isnan(others).sum()} NaN). Add losses to an "
+            f"empty group, and leave out NaN"
+        )
     # The rank sum counts the pairs in which the member has the lower loss, ties by half.
     below = rankdata(np.concatenate([-members, -others]))[:m].sum() - m * (m + 1) / 2
     auroc = float(below / (m * n))
@@ -67,22 +71,24 @@ def membership_inference(
 
 
 def reconstruct(delta: Mapping[str, Tensor], *, weight: str, bias: str) -> Tensor:
-    """Return the input of a linear or patch layer that its delta reveals, in the shape of one row of the weight.
+    """Return the input that the delta of a linear or patch layer reveals, in the shape of one row of the weight.
 
-    For one input x each row of the weight's gradient is x times the bias' gradient (Phong et al. 2018). The same holds
-    for the delta after plain gradient descent at any learning rate. The rows are combined by least squares. With
-    several inputs or patches, the result is their mean weighted by the gradients.
+    For one input x, each row of the weight's gradient is x times the bias gradient of that row (Phong et al. 2018).
+    This is also true of the delta after plain gradient descent at any learning rate. The rows are combined by least
+    squares. With several inputs or patches, the result is their mean weighted by the gradients.
 
     Raises:
-        DataError: the layer is not in the delta, or its bias did not change.
+        DataError: the delta lacks the weight or the bias, their shapes do not match, or the bias did not change.
     """
     if weight not in delta or bias not in delta:
-        raise DataError(f"expected {weight!r} and {bias!r} in the delta; got {', '.join(sorted(delta))}")
+        raise DataError(
+            f"expected {weight!r} and {bias!r} in the delta; it has {', '.join(sorted(delta))}. Choose two of these"
+        )
     rows, moved = delta[weight].detach().double(), delta[bias].detach().double()
     if moved.dim() != 1 or rows.dim() < 2 or len(rows) != len(moved):
         raise DataError(
             f"expected a weight with one row for each value of the bias; got shape {tuple(rows.shape)} of {weight!r} "
-            f"and {tuple(moved.shape)} of {bias!r}"
+            f"and {tuple(moved.shape)} of {bias!r}. Choose the weight and the bias of one layer"
         )
     power = moved.square().sum()
     if float(power) == 0:
@@ -91,7 +97,7 @@ def reconstruct(delta: Mapping[str, Tensor], *, weight: str, bias: str) -> Tenso
 
 
 def likeness(found: Tensor, truth: Tensor, *, peak: float = 1.0) -> Likeness:
-    """Return the similarity of `found` to `truth`, whose values span `peak`.
+    """Return the similarity of `found` to `truth`; `peak` is the range of the values.
 
     Raises:
         DataError: the shapes differ.
@@ -107,26 +113,28 @@ def likeness(found: Tensor, truth: Tensor, *, peak: float = 1.0) -> Likeness:
 
 
 def sign_flip(delta: Mapping[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]:
-    """Return the delta times `-factor`, which undoes the training."""
+    """Return the delta times `-factor`: an attack that undoes the training."""
     return scale(delta, -factor)
 
 
 def scale(delta: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """Return the delta times `factor`, which dominates the others."""
+    """Return the delta times `factor`: an attack that dominates the other deltas."""
     return {name: value * factor if value.is_floating_point() else value.clone() for name, value in delta.items()}
 
 
 def backdoor(delta: Mapping[str, Tensor], target: Mapping[str, Tensor], *, strength: float = 1.0) -> dict[str, Tensor]:
-    """Return the delta moved towards a target: `strength` 1 gives the target itself.
+    """Return the delta moved towards a target; with `strength` 1, the result is the target.
 
-    With the number of owners as strength, and small honest deltas, the mean is close to the target (model replacement,
-    Bagdasaryan et al. 2020).
+    If `strength` is the number of owners and the honest deltas are small, the mean of all deltas is close to the target
+    (model replacement, Bagdasaryan et al. 2020).
 
     Raises:
-        DataError: the target has different tensors.
+        DataError: the tensors of the target have different names or shapes.
     """
     if {name: value.shape for name, value in delta.items()} != {name: value.shape for name, value in target.items()}:
-        raise DataError("expected a target with the names and shapes of the delta; got different ones")
+        raise DataError(
+            "expected a target with the names and shapes of the delta; got different ones. Build both from one model"
+        )
     return {
         name: value + strength * (target[name].to(value.dtype) - value) if value.is_floating_point() else value.clone()
         for name, value in delta.items()

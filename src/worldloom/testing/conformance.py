@@ -10,13 +10,13 @@ _ATTRIBUTES = (*WorldModel.__annotations__, *(name for name in vars(WorldModel) 
 
 
 def check_world_model(model: WorldModel, *, seed: int = 0, tolerance: float = 1e-4) -> None:
-    """Raise `AssertionError` if `model` breaks a guarantee of `WorldModel`; the message names it.
+    """Raise `AssertionError` if `model` breaks a guarantee of `WorldModel`; the message names the guarantee.
 
     The checks cover the attributes of `WorldModel`, shapes and finiteness, and that equal inputs give equal results. An
     observation's latent depends on that observation only; the prediction of a candidate or an environment does not
-    depend on the others. The first steps of a long rollout equal a short rollout. The first future action changes the
-    first predicted frame. Inputs stay unchanged. The model may be untrained; put modules in evaluation mode first.
-    `tolerance` is absolute and relative.
+    depend on other candidates or environments. The first steps of a long rollout equal a short rollout. The first
+    future action changes the first predicted frame. Inputs stay unchanged. The model may be untrained; put modules in
+    evaluation mode first. `tolerance` is absolute and relative.
     """
     missing = [name for name in _ATTRIBUTES if not hasattr(model, name)]
     assert not missing, (
@@ -47,25 +47,30 @@ def check_world_model(model: WorldModel, *, seed: int = 0, tolerance: float = 1e
                 "use no batch statistics in evaluation"
             )
         for before, after in ((kept.pixels, observations.pixels), (kept.vector, observations.vector)):
-            assert before is None or (after is not None and torch.equal(before, after)), "encode changed its input"
+            assert before is None or (after is not None and torch.equal(before, after)), (
+                "encode changed its input in place; work on a copy"
+            )
 
         context = Context(latents=latents, actions=draw(batch, spec.context - 1))
         actions = draw(batch, candidates, steps)
         kept_actions = actions.clone()
         futures = model.rollout(context, actions)
         _check_latents("rollout", futures, (batch, candidates, steps, spec.latent_dim))
-        assert torch.equal(actions, kept_actions), "rollout changed its actions in place"
+        assert torch.equal(actions, kept_actions), "rollout changed its actions in place; work on a copy"
         assert same(futures, model.rollout(context, actions)), "rollout returned different results for the same actions"
         for candidate in range(candidates):
             alone = model.rollout(context, actions[:, candidate : candidate + 1])
-            assert same(futures[:, candidate : candidate + 1], alone), "a candidate's future depends on the others"
+            assert same(futures[:, candidate : candidate + 1], alone), (
+                "a candidate's future depends on other candidates"
+            )
         for row in range(batch):
             alone = model.rollout(context[row : row + 1], actions[row : row + 1])
-            assert same(futures[row : row + 1], alone), "an environment's future depends on the others"
+            assert same(futures[row : row + 1], alone), "an environment's future depends on others"
         for length in range(1, steps):
             prefix = model.rollout(context, actions[:, :, :length])
             assert same(futures[:, :, :length], prefix), (
-                f"the first {length} of {steps} steps differ from a rollout of {length} steps"
+                f"the first {length} of {steps} steps differ from a rollout of {length} steps; "
+                "let no step depend on later actions"
             )
         other = torch.cat([draw(batch, candidates, 1), actions[:, :, 1:]], dim=2)
         moved = (model.rollout(context, other)[:, :, 0] - futures[:, :, 0]).abs().amax()

@@ -12,8 +12,9 @@ from worldloom.core.types import ActionSpec, Context, ModelSpec, Observations, O
 class LinearWorld:
     """The world z' = z + B a, fully observed: the latent is the observation vector.
 
-    The gain B is (D, A) for one environment action; a block moves by the sum over its `block` actions. With `context` >
-    1 the model accepts a history and does not need it. The bounds are the same for each action dimension.
+    B (D, A) is the effect of one environment action; one model step adds B times the sum of the `block` actions in a
+    block. With `context` > 1, the model accepts a history but ignores it. The bounds are the same for each action
+    dimension.
     """
 
     def __init__(
@@ -47,6 +48,6 @@ class LinearWorld:
         return observations.vector
 
     def rollout(self, context: Context, actions: Float[Tensor, "B S T A"]) -> Float[Tensor, "B S T D"]:
-        """Return z + B (a_1 + ... + a_t) for each t."""
+        """Return z + B (a_1 + ... + a_t) for each t, where a_i is the sum of the actions in block i."""
         moves: Tensor = actions.unflatten(-1, (self.spec.block, -1)).sum(-2) @ self.gain.T
         return context.latents[:, -1, None, None] + moves.cumsum(2)

@@ -23,9 +23,10 @@ class CuriosityConfig(Config):
     """How to search for new states; lengths are in typical model steps.
 
     From each landmark the model imagines `walks` random walks of `horizon` blocks. A walk that ends farther than
-    `novelty` from every landmark promises something new. The guide chooses the landmark with the largest promise per
-    block of the way there, plus `overhead`, and then tries the most novel end of its walks. Each try lowers the
-    landmark's promise. An imagined state that was not found counts as no longer new.
+    `novelty` from every landmark gives its landmark a promise (see `CuriosityGuide.promise`). The guide chooses the
+    landmark with the largest ratio of promise to cost: the blocks of the way there plus `overhead`. It then tries the
+    most novel end of this landmark's walks. Each try lowers the landmark's promise. An imagined state that was tried
+    but not found no longer counts as new.
     """
 
     walks: int = Field(default=16, ge=1)
@@ -50,7 +51,7 @@ class _Search:
 class CuriosityGuide:
     """Aims a planning agent at landmarks from which the model imagines states that memory does not contain.
 
-    It has no goal; `reset` uses only the number of goals.
+    The guide has no goal; `reset` uses only the number of goals.
     """
 
     def __init__(
@@ -101,10 +102,11 @@ class CuriosityGuide:
         return aims
 
     def promise(self) -> Float64[np.ndarray, "N"]:
-        """Return how much novelty each landmark promises, less for landmarks that were tried.
+        """Return the novelty that each landmark promises; each try lowers the landmark's promise.
 
-        It is the squared distance beyond `novelty` of the most novel end of its walks. Squaring prefers one very new
-        state, such as the far side of a door, to slightly new ones, such as the other side of a corridor.
+        A landmark's promise is (gap - `novelty`) squared, where the gap is the distance from the most novel end of its
+        walks to the nearest landmark. Squaring prefers one very new state, such as the far side of a door, to slightly
+        new ones, such as the other side of a corridor.
         """
         promise = np.zeros(len(self.graph))
         np.maximum.at(promise, self._owners, np.square(self._gaps - self.config.novelty, dtype=np.float64))
@@ -114,7 +116,7 @@ class CuriosityGuide:
     def _seek(
         self, row: int, place: int, new: bool, here: Float[Tensor, "D"], promise: Float64[np.ndarray, "N"]
     ) -> Tensor | None:
-        """Return the imagined state to try now; None on the way to its landmark."""
+        """Return the imagined state to try now, or None on the way to the landmark from which it was imagined."""
         search = self._searches[row]
         if search is not None:
             search.left -= 1
@@ -187,7 +189,7 @@ class CuriosityGuide:
         return torch.cat(ends)
 
     def _somewhere(self, place: int) -> Float[Tensor, "D"]:
-        """Return the end of one walk from a landmark with no new states left."""
+        """Return the end of one imagined walk from a landmark that has no new states left."""
         ends = self._walk_from(self.graph.latents[place : place + 1])
         drawn = torch.randint(len(ends), (1,), generator=self._generator, device=self._model.device)
         chosen: Tensor = ends[int(drawn)]

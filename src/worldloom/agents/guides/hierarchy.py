@@ -20,9 +20,9 @@ class HierarchyConfig(Config):
     """How deep to plan; lengths are in typical steps of the fast model.
 
     If the fast model predicts no arrival within `arrival` of the goal, the agent follows coarser model number `depth`
-    (0: never). With `depth=None` the agent chooses at each decision. It then follows a coarser model only if that model
-    predicts to end within `ratio` of the gap that the model below predicts, and all models below predict that they
-    reach the first state of its plan.
+    (0: never). With `depth=None`, the agent chooses the model at each decision. A coarser model is followed only if the
+    gap to the goal that it predicts is below `ratio` times the gap that the model below predicts, and all models below
+    predict that they reach the first state of the coarser plan.
     """
 
     depth: int | None = Field(default=None, ge=0)
@@ -39,13 +39,15 @@ class _Leg:
 
 
 class HierarchyGuide:
-    """Aims a planning agent at the first state of a coarser model's plan, whose goal may come from a coarser one still.
+    """Aims a planning agent at the first state of a coarser model's plan.
 
-    `levels` are planners, starting with the fast model's; one step of level i is `strides[i]` blocks of the fast model.
+    The goal of that plan may in turn be the first state of a still coarser model's plan. `levels` are planners,
+    starting with the planner of the fast model; one step of level i is `strides[i]` blocks of the fast model.
     `depths` contains the level that each environment follows; 0 is the fast model only.
 
     Raises:
-        PlanningError: there is no coarser model, the strides do not match the levels, or the depth exceeds them.
+        PlanningError: there is no coarser model, the strides do not match the levels, or the depth exceeds the coarser
+            models.
     """
 
     def __init__(
@@ -58,10 +60,15 @@ class HierarchyGuide:
         seed: int = 0,
     ) -> None:
         self.config = config or HierarchyConfig()
-        if len(levels) < 2 or len(strides) != len(levels) or (self.config.depth or 0) >= len(levels):
+        if len(strides) != len(levels):
             raise PlanningError(
-                f"expected planners and strides for the fast model and at least {self.config.depth or 1} coarser ones; "
-                f"got {len(levels)} planners and {len(strides)} strides. Add coarser models or lower the depth"
+                f"expected one stride for each planner; got {len(levels)} planners and {len(strides)} strides. Pass "
+                f"both for each level"
+            )
+        if len(levels) < 2 or (self.config.depth or 0) >= len(levels):
+            raise PlanningError(
+                f"expected the planners of the fast model and of at least {self.config.depth or 1} coarser models; got "
+                f"{len(levels)} planners. Add coarser models{', or lower the depth' if self.config.depth else ''}"
             )
         self._levels, self._strides, self._step_length = list(levels), list(strides), step_length
         self._generator = torch_generator(seed, "hierarchy", device=levels[0].model.device)
@@ -81,7 +88,7 @@ class HierarchyGuide:
         self.depths = [self.depths[place] for place in places]
 
     def __call__(self, context: Context, followed: Plan | None, blocks: int) -> Float[Tensor, "B D"]:
-        """Return the subgoal of each environment, or its goal if it follows no coarser model."""
+        """Return the subgoal of each environment, or the goal of an environment that follows no coarser model."""
         return self.aim(context, range(len(self._legs)))
 
     def aim(self, context: Context, rows: Sequence[int]) -> Float[Tensor, "_ D"]:
@@ -103,7 +110,7 @@ class HierarchyGuide:
         return torch.stack([goal if subgoal is None else subgoal for subgoal, goal in legs])
 
     def _choose(self, context: Context, goal: Float[Tensor, "B D"]) -> tuple[Int[Tensor, "B"], Float[Tensor, "B D"]]:
-        """Return how deep to plan for each environment, and the subgoal of the fast model."""
+        """Return each environment's level (0: the fast model only), and the subgoal of the fast model."""
         wanted, ratio = self.config.depth, self.config.ratio
         depth, subgoal = torch.zeros(len(goal), dtype=torch.long, device=goal.device), goal.clone()
         near = self._foresee(0, context, goal)[1]

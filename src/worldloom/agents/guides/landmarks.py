@@ -25,12 +25,12 @@ class FollowConfig(Config):
     Attributes:
         hops: the subgoal is this many landmarks ahead.
         near: the agent aims directly at a goal that is at most this many blocks away over landmarks.
-        sight: it also aims directly at a goal without a known route whose latent is at most this far away.
-        patience: after this many plans without progress the agent follows one landmark at a time; after as many again,
-            the edge to the next landmark counts as failed.
-        arrival: a plan that is not predicted to come this close to its landmark counts as no progress at once.
-        surprise: an observation farther than this from the last plan's prediction at a known place, and unlike anything
-            known around there, shows that the world has changed; None disables this.
+        sight: without a known route, the agent aims directly at a goal whose latent is at most this far away.
+        patience: after this many plans without progress, the agent follows one landmark at a time; after the same
+            number of further plans without progress, the edge to the next landmark counts as failed.
+        arrival: a plan that is not predicted to come this close to its landmark uses up the patience at once.
+        surprise: the world has changed if the last plan predicted a known place, but the observation is farther than
+            this from the prediction and unlike all known states around that place; None disables this.
         learn: whether observations on the way extend and change the graph.
     """
 
@@ -45,7 +45,7 @@ class FollowConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """What is known of the route to a goal: its cost in `blocks`, and the landmark `nearest` to the goal.
+    """The state of the route to a goal: its `kind`, the cost in `blocks`, and the landmark `nearest` to the goal.
 
     "known": a route over landmarks leads to the goal. "sight": the goal is near enough to plan without a route. "lost":
     a known route has failed; the agent aims at the goal itself. "unknown": the goal was never observed, or no known
@@ -86,9 +86,9 @@ class _Way:
 class LandmarkGuide:
     """Aims a planning agent at landmarks on the cheapest route to its goal.
 
-    States on the way join the graph; an edge that fails is dropped, and the route is searched again. Where no route is
-    known, `beyond` (if given) chooses subgoals from the nearest known place on. `events` contains the event of each
-    environment at the last plan: "arrived", "changed", "failed" or "".
+    States on the way are added to the graph; an edge that fails is dropped, and the route is searched again. Where no
+    route is known, the agent goes to the nearest known place; from there, `beyond` (if given) chooses subgoals.
+    `events` contains the event of each environment at the last plan: "arrived", "changed", "failed" or "".
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class LandmarkGuide:
         return aims
 
     def locate(self, here: Float[Tensor, "B D"], followed: Plan | None, blocks: int) -> list[int]:
-        """Locate the environments; return the landmark of each, or -1 if it is at no known place.
+        """Locate the environments; return the landmark of each, or -1 for an environment at no known place.
 
         `followed` is the plan that led here; `blocks` of its blocks were executed.
         """
@@ -209,7 +209,7 @@ class LandmarkGuide:
             way.route, way.at, way.best, way.waited, way.careful = None, -1, np.inf, 0, False
 
     def _looks(self, goals: list[Tensor], shift: Float[Tensor, "D"]) -> list[Tensor]:
-        """Return the possible appearances of a goal after its world changed: the first one, and the latest others.
+        """Return the possible appearances of a goal after its world changed: the first, and the latest of the others.
 
         Appearances that are very similar to another are left out; otherwise each change would double their number.
         """
@@ -224,7 +224,7 @@ class LandmarkGuide:
     def _aim(
         self, row: int, way: _Way, here: Float[Tensor, "D"], goal: Float[Tensor, "D"]
     ) -> tuple[int | None, Outlook]:
-        """Return the landmark to aim at, or None for the goal itself."""
+        """Return the landmark to aim at (None for the goal itself), and the outlook."""
         graph, config = self.graph, self.config
         if way.at >= 0 and (way.route is None or not way.route.knows(way.at)):
             way.route = graph.route(*way.goals)

@@ -75,7 +75,7 @@ def test_what_cannot_be_trusted_is_private_and_says_why(
 ) -> None:
     data = tmp_path / "hall.lance"
     trusted = _signed(tmp_path, name="bolt" if case == "other owner" else "acme")
-    path, said = card_path(data), "it has no card"
+    path, said = card_path(data), "the dataset has no card"
     if case == "none":
         path.unlink()
     elif case == "changed":

@@ -165,7 +165,10 @@ class _Scores:
         return [*self._done, *self._now.tolist()]
 
     def usual(self, risk: float) -> float:
-        """Return the error at the end of a block that is exceeded with probability `risk`, in units of the margins."""
+        """Return the prediction error that is exceeded with probability `risk` at the end of a block.
+
+        The error is in units of the margins.
+        """
         found = torch.cat(self._errors) if self._errors else torch.ones(0)
         usual = conformal_quantile(found, risk)
         return max(usual, _LEAST) if math.isfinite(usual) else 1.0
@@ -224,8 +227,8 @@ def _shape(run: Run, rails: Sequence[BoundRail], horizon: int, risk: float, prog
                 found.append(_errors(episode, run, rails, horizon))
     if not found:
         raise DataError(
-            f"expected a held-out episode of at least {needed} steps, the length of a plan; all are shorter. "
-            f"Record longer episodes"
+            f"expected a held-out episode of at least {needed} steps, the length of a context and a plan; all are "
+            f"shorter. Record longer episodes"
         )
     return margin_shape(torch.cat(found), risk)
 

@@ -77,13 +77,13 @@ def train(
 ) -> Run:
     """Train the world model, then the heads on its frozen latents; `resume` continues an interrupted run.
 
-    Under torchrun, every process calls it with the same arguments and a shared folder. The first process writes the
-    folder, and fits the heads while the others wait.
+    Under torchrun, every process calls this function with the same arguments and a shared folder. The first process
+    writes the folder, and fits the heads while the other processes wait.
 
     Raises:
         StorageError: the folder contains a run and `resume` is not set, or writing failed.
-        ConfigError: `resume` with a different recipe (the message lists the keys), or a probe's label is missing.
-        CheckpointError: `resume` with different data.
+        ConfigError: a resumed run has a different recipe (the message lists the keys), or a probe's label is missing.
+        CheckpointError: a resumed run has different data.
         DataError, TrainingError: see `worldloom.training.fit`.
     """
     if not isinstance(dataset, EpisodeDataset):

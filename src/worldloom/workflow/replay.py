@@ -28,7 +28,10 @@ def read_entry(folder: Path, index: int, *, progress: Progress = SILENT) -> tupl
             opened = entry
         if entry.index == index and opened is not None:
             return entry, opened
-    raise DataError(f"{folder} has no entry {index}; 'worldloom audit show' lists the entries")
+    raise DataError(
+        f"{folder} has no entry {index} that follows a description of the agent; 'worldloom audit show' lists the "
+        "entries"
+    )
 
 
 def replay_entry(

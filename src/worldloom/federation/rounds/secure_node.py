@@ -41,7 +41,7 @@ Spend = Callable[[PrivacyConfig, int, float], Mapping[str, Any]]
 
 
 class _SessionState(Config):
-    """The newest session of a node, and a record of steps that it must not repeat."""
+    """The newest session of a node, and a record of the steps that the node must not repeat."""
 
     session: SumSession
     constitution: str
@@ -186,7 +186,8 @@ class SecureNode:
             )
         if not 0 <= number < self._constitution.rounds:
             raise DataError(
-                f"expected a round below {self._constitution.rounds}, as in the constitution; got round {number}"
+                f"expected a round below {self._constitution.rounds}, as in the constitution; got round {number}. "
+                f"Use the same constitution on both sides"
             )
         return number, attempt, base
 
@@ -262,7 +263,8 @@ def _mapping(asked: SignedMessage, key: str) -> dict[str, str]:
     found = asked.body.get(key)
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise DataError(
-            f"a request to {asked.body['what']} needs a mapping of strings as {key!r}; got {type(found).__name__}"
+            f"a request to {asked.body['what']} needs a mapping of strings as {key!r}; got {type(found).__name__}. Run "
+            f"the same version on both sides"
         )
     return found
 

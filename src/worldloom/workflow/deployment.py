@@ -26,8 +26,7 @@ def read_goal(run: Run, path: Path) -> Goal:
         if goal is None or spec.vector:
             raise DataError(
                 f"the goal {path} is not JSON, but the model expects a vector of {spec.vector} values; write the "
-                "goal as "
-                f'JSON: {{"vector": [...]}}, with "pixels" if the model also uses them'
+                f'goal as JSON: {{"vector": [...]}}, with "pixels" if the model also uses them'
             )
         return Goal(observations=goal)
     values = read_json(path)

@@ -101,7 +101,7 @@ class NodeConfig(_PartyConfig):
 class CoordinatorConfig(_PartyConfig):
     """A coordinator: its key, its certificate, its address, and the first base.
 
-    `initial` is a file with the first base, for example a pilot's. Without it, the first base is untrained.
+    `initial` is a file with the first base, for example a pilot's. Without `initial`, the first base is untrained.
     An untrained base has the shapes of the dataset `like` or, if `like` is not set, of the recipe's environment.
     """
 

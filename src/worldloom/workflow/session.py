@@ -19,7 +19,7 @@ class Session:
     """A run with rules, a memory and an audit log, for use in a `with` statement.
 
     Its agents obey the rules, write to the memory and log their decisions. The layers of `rules` are added below the
-    recipe's own layer. `memory` is the directory of the episodic memory, which is created if it is missing. `audit` is
+    recipe's own layer. `memory` is the directory of the episodic memory; a missing directory is created. `audit` is
     the directory of the audit log, which records the decisions of one agent.
 
     Raises:

@@ -115,7 +115,7 @@ def _open(data: bytes, kinds: tuple[str, ...], known: Mapping[str, str], limit: 
     if sender is None:
         raise DataError(
             f"a message is from an unknown sender with key {key}; expected a key in the constitution. "
-            f"Use the same constitution on both sides, and the key that it lists for the sender"
+            f"Use the same constitution on both sides, and sign with a key that it lists"
         )
     signature = data[start + length : start + length + _SIGNATURE].hex()
     if not verified(data[: start + length], signature, key):

@@ -58,7 +58,7 @@ class Records:
         self.path = Path(path)
 
     def entries(self, kind: str | None = None) -> Iterator[Entry]:
-        """Yield the entries in order, or only those of a kind.
+        """Yield the entries in order, or only the entries of one kind.
 
         Raises:
             DataError: an entry does not verify; the message names the entry.
@@ -105,7 +105,7 @@ class Ledger(Records, Closing):
     """Write access to a ledger, for one process at a time.
 
     Raises:
-        StorageError: another process is writing the ledger, or it cannot be read or written.
+        StorageError: another process is writing the ledger, or the ledger cannot be read or written.
         DataError: the ledger does not verify.
     """
 
@@ -210,8 +210,8 @@ class LedgerReader(Records):
     def verdict(self, why: str = "", seen: Iterable[ChainHead] = ()) -> LedgerVerdict:
         """Return the verdict on the entries read so far.
 
-        `why` describes what is wrong with the next line; it is empty if no invalid line follows. `seen` are the heads
-        that members countersigned.
+        `why` describes what is wrong with the next line, and is empty if the next line is valid or missing. `seen` are
+        the heads that members countersigned.
         """
         length, seen = len(self._taken), list(seen)
         broken = length if why else None
@@ -399,7 +399,7 @@ def checked(checkpoint: Any, constitution: Constitution) -> ChainHead:
     if not signed or not whole or checkpoint["key"] not in constitution.known():
         raise DataError(
             "a checkpoint is incomplete, was changed, or is not signed with a key in the constitution; ask the "
-            "member that countersigned it for an unchanged copy"
+            "member that signed the checkpoint for an unchanged copy"
         )
     return ChainHead(length=values["length"], hash=values["hash"])
 

@@ -93,7 +93,7 @@ class LedgerHistory:
 
     @property
     def current(self) -> Round | None:
-        """The round in progress or, if none is, the last round; None before the first round."""
+        """The newest round, whether in progress or done; None before the first round."""
         return self.rounds[-1] if self.rounds else None
 
     @property
@@ -257,7 +257,7 @@ def loss_change(before: float | None, after: float | None, arrow: str = "\N{RIGH
 
 
 def _three(value: float | int) -> str:
-    """Return a number as text with three significant digits, or all digits of its integer part if that is longer."""
+    """Return a number as text with three significant digits, or all digits of a longer integer part."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     digits = 2 - math.floor(math.log10(abs(float(f"{value:.3g}"))))

@@ -110,7 +110,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 
 def check_names(found: Iterable[str], expected: Iterable[str], what: str) -> None:
-    """Check that the names of tensors are exactly those expected.
+    """Check that tensors have exactly the expected names.
 
     Raises:
         DataError: names are missing or unexpected; the message lists them.
@@ -145,6 +145,6 @@ def check_finite(name: str, tensor: Tensor, whose: str = "") -> None:
     """
     if not bool(torch.isfinite(tensor).all()):
         raise DataError(
-            f"tensor {name!r}{whose} contains NaN or infinity; expected finite numbers. Discard it, and check the "
-            f"losses of the training that produced it"
+            f"tensor {name!r}{whose} contains NaN or infinity; expected finite numbers. Discard the tensor, and "
+            f"check the losses of the training that produced it"
         )

@@ -89,7 +89,7 @@ def check_facts(message: SignedMessage, number: int, base: str, constitution: Co
     """Check the round, base, number of steps and data class of a contribution.
 
     Raises:
-        DataError: one of them is wrong; the message names the member.
+        DataError: one of these values is wrong; the message names the member.
     """
     body = message.body
     expected = {"owner": message.sender, "round": number, "base": base, "steps": constitution.inner_steps}

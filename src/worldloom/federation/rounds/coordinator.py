@@ -38,7 +38,7 @@ _TRIES = 3  # exchanges in a round until the quorum is met
 class Coordinator(Closing):
     """Runs the rounds of a consortium over a transport.
 
-    `initial` is the base of the first round; in a folder that has rounds already, it is ignored.
+    `initial` is the base of the first round; it is ignored in a folder that already has rounds.
 
     Raises:
         StorageError: another process coordinates in the folder.
@@ -252,8 +252,8 @@ def succeed(store: MemberStore, path: Path | str, constitution: Constitution, ke
     named = Records(store.ledger).bases()
     if number != max(named, default=None) or named[number]["fingerprint"] != base.fingerprint:
         raise DataError(
-            f"this member's base of round {number} is not the newest base in the ledger, which is for round "
-            f"{max(named, default=0)}; let a member that has the newest base take over"
+            f"this member's base of round {number} is not the base of round {max(named, default=0)} in the ledger; let "
+            f"a member that has the newest base take over"
         )
     with whole_folder(Path(path)) as begun:
         made = RoundStore(begun)

@@ -21,7 +21,7 @@ from worldloom.training import RunFolder, Segment, TrainingConfig, fit, held_out
 class Trained:
     """The result of training from a base: the shared tensors before and after, the steps, and the number of frames.
 
-    `frames` counts each frame of the training episodes once, however often it was used.
+    `frames` counts each frame of the training episodes once, however often training used the frame.
     """
 
     before: Mapping[str, Tensor]
@@ -63,7 +63,7 @@ class LocalTraining:
         schedule: int | None = None,
         frozen: bool = False,
     ) -> Trained:
-        """Train for some steps from a base, which must contain exactly the shared tensors.
+        """Train for some steps from a base; the base must contain exactly the shared tensors.
 
         `at` is the step of the learning-rate schedule at which the segment begins, by default the run's current step.
         `schedule` is the schedule's length in steps. With `frozen` the shared tensors are not trained.

@@ -31,7 +31,7 @@ class EntriesMissing(DataError):
 
 
 class BaseMissing(DataError):
-    """A message refers to a base that it does not contain, and that is not stored here."""
+    """A message refers to a base that is neither in the message nor stored here."""
 
 
 class LedgerForked(DataError):
@@ -78,8 +78,8 @@ class MemberStore:
         known = own[begin : begin + len(new)]  # a delayed message may contain fewer entries than this copy
         if new[: len(known)] != known:
             raise LedgerForked(
-                "the received ledger is not the one that this member countersigned: it was rewritten. Save both, and "
-                "ask the other members which one they have"
+                "the received ledger is not the one that this member countersigned: it was rewritten. Save both "
+                "ledgers, and ask the other members which one they have"
             )
         if added := b"".join(new[len(known) :]):
             content += added
@@ -176,7 +176,9 @@ class MemberStore:
         try:
             return int(read_json(path)["metadata"]["round"])
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); restore it, or wait for the next base") from None
+            raise CheckpointError(
+                f"{path} is damaged ({error}); restore it from a copy, or wait for the next base"
+            ) from None
 
     def base(self) -> tuple[int, Base]:
         """Return the newest base, and the round that starts from it.

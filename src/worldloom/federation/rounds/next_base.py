@@ -124,8 +124,8 @@ def recompute(
             found[number + 1] = base.fingerprint
             if not without and base.fingerprint != published[number + 1]:
                 raise DataError(
-                    f"the base of round {number + 1} is not the result of the stored contributions; one of them was "
-                    f"changed. Restore the folder from a copy"
+                    f"the base of round {number + 1} is not the result of the stored contributions; a contribution "
+                    f"or the base was changed. Restore the folder from a copy"
                 )
             task.advance()
     return found

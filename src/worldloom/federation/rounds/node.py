@@ -174,7 +174,8 @@ class Node:
         steps = self.constitution.align_steps
         if not steps:
             raise DataError(
-                "a pilot trains for the constitution's align_steps, which is 0; set it, and let all members sign again"
+                "a pilot trains for the constitution's align_steps, which is 0; set align_steps, and let all members "
+                "sign again"
             )
         with exclusive_lock(self.path / ".lock", None):
             if self.store.number is not None:
@@ -309,7 +310,7 @@ class Node:
         return base, self.store.follow(entries["begin"], [str(line) for line in entries["lines"]])
 
     def _residual(self, number: int) -> dict[str, Tensor] | None:
-        """Return the codec's residual of the newest round before this one, or None."""
+        """Return the codec's residual of the newest round before this one, or None if there is none."""
         rounds = [int(path.stem.split("-")[1]) for path in (self.path / "codec").glob("residual-?????.json")]
         before = [round for round in rounds if round < number]
         if not before:

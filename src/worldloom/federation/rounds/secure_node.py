@@ -71,7 +71,7 @@ class SecureNode:
         """Train, and return the public facts of the contribution, with the keys of a new session.
 
         Raises:
-            DataError: the session is older than the newest one, or a sum of its round was unmasked already.
+            DataError: the node has joined a newer session, or a sum of this round was unmasked already.
         """
         number, attempt, _ = self._place(asked)
         state = self._load()
@@ -124,7 +124,7 @@ class SecureNode:
         return self._answer(changed, asked, body, {})
 
     def mask(self, asked: SignedMessage, spend: Spend) -> bytes:
-        """Return the weighted, masked delta; under privacy it is first clipped, noised and accounted for.
+        """Return the weighted, masked delta; under privacy the delta is first clipped, noised and accounted for.
 
         Raises:
             PrivacyBudgetSpent: the budget is too small.
@@ -211,7 +211,7 @@ class SecureNode:
         return Masker.of(state.masker, state.session, self._sign)
 
     def _earlier(self, state: _SessionState, asked: SignedMessage) -> bytes | None:
-        """Return the stored answer to the same request, or None.
+        """Return the stored answer to the same request, or None if there is none.
 
         Raises:
             DataError: a different request was answered in this phase.

@@ -191,7 +191,7 @@ class Transcript:
         if message.body.get("weight") != self.weights.get(message.sender):
             raise DataError(
                 f"the contribution of {message.sender} has weight {message.body.get('weight')!r}; expected "
-                f"{self.weights.get(message.sender)!r}. Leave it out"
+                f"{self.weights.get(message.sender)!r}. Leave the contribution out"
             )
         row = message.tensors.get("masked")
         if row is None or len(message.tensors) > 1 or row.dtype != torch.int64:
@@ -307,7 +307,7 @@ class SecureSums:
         return self._give_up(held.round, f"the sum can never be unmasked: {why}")
 
     def _ask(self, held: Transcript, what: str, bodies: Mapping[str, Mapping[str, Any]]) -> set[str]:
-        """Send members the requests of a phase; return those that refused or left."""
+        """Send members the requests of a phase; return the members that refused or left."""
         bodies = {owner: {"what": what, **held.place, **body} for owner, body in bodies.items()}
         return self._collect(held, what, self._members.exchange_each(bodies, kind=ANSWERS[what]))
 

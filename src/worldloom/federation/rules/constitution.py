@@ -33,7 +33,7 @@ class Member(Config):
     """A member of a consortium.
 
     `key` is the public key that verifies the member's signatures. `connection` is the public key with which its node
-    connects, in OpenSSH's format; it is empty in a simulation. `worldloom weave keys` writes it to NAME.ssh.pub.
+    connects, in OpenSSH's format, or empty in a simulation. `worldloom weave keys` writes NAME.ssh.pub with this key.
     """
 
     key: Key

@@ -139,7 +139,7 @@ def encode_delta(delta: Mapping[str, Tensor], session: SumSession) -> NDArray[An
     """Return a delta as one row of integers modulo 2**64, rounded to multiples of 2**-24.
 
     Raises:
-        DataError: the tensors are not those of the session, or a value is not finite or above 1024 in magnitude.
+        DataError: the tensors differ from the session's, or a value is not finite or above 1024 in magnitude.
     """
     shapes = {name: tuple(value.shape) for name, value in delta.items()}
     if shapes != dict(session.shapes):
@@ -188,7 +188,9 @@ class Masker:
         self._shares: dict[str, tuple[int, int]] = {}  # owner -> shares of its mask key and of its seed
 
     def state(self) -> dict[str, Any]:
-        """Return the state as plain JSON, to resume after a kill. Delete it after the sum: it has every secret.
+        """Return the state as plain JSON, to resume after a kill.
+
+        The state contains every secret: delete the state after the sum.
 
         Never resume from a state that is older than the last answer: the same masks on two deltas reveal both.
         """
@@ -355,7 +357,7 @@ class Unmasker:
 
     @property
     def inboxes(self) -> dict[str, dict[str, str]]:
-        """For each owner that sent shares, the shares that the others encrypted for it."""
+        """For each owner that sent shares, the shares that the other owners encrypted for this owner."""
         given = self._enough("share", "shared their keys")
         return {
             owner: {sender: message["shares"][owner] for sender, message in given.items() if sender != owner}

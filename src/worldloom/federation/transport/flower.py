@@ -522,8 +522,8 @@ class _Node:
             failing = process.began if failing is None else failing
             if time.monotonic() - failing > timeout:
                 raise ConfigError(
-                    f"no connection to the coordinator at {self._server} for {timeout:g} s; check its address, and "
-                    f"that this node's key is in the constitution. Flower's output: {words}"
+                    f"no connection to the coordinator at {self._server} for {timeout:g} s; check this address, "
+                    f"and that this node's key is in the constitution. Flower's output: {words}"
                 )
             _log.warning("Flower's SuperNode ended and is restarted; its output: %s", words)
             stop.wait(_BACKOFF_SECONDS[min(tries, len(_BACKOFF_SECONDS) - 1)])

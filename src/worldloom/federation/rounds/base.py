@@ -119,7 +119,7 @@ def check_names(found: Iterable[str], expected: Iterable[str], what: str) -> Non
     missing, extra = sorted(expected - found), sorted(found - expected)
     if missing or extra:
         raise DataError(
-            f"{what} has missing tensors {missing[:5]} and unexpected tensors {extra[:5]}; expected {len(expected)} "
+            f"{what} lacks tensors {missing[:5]} and has unexpected tensors {extra[:5]}; expected {len(expected)} "
             f"tensors. Use the same recipe and partition on both sides"
         )
 

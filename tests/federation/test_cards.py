@@ -75,7 +75,7 @@ def test_what_cannot_be_trusted_is_private_and_says_why(
 ) -> None:
     data = tmp_path / "hall.lance"
     trusted = _signed(tmp_path, name="bolt" if case == "other owner" else "acme")
-    path, said = card_path(data), "it has no card"
+    path, said = card_path(data), "the dataset has no card"
     if case == "none":
         path.unlink()
     elif case == "changed":
@@ -87,13 +87,13 @@ def test_what_cannot_be_trusted_is_private_and_says_why(
     elif case == "stranger":
         trusted, said = {}, "not a trusted key"
     elif case == "other owner":
-        said = "bolt signed it"
+        said = "bolt signed the card"
     elif case == "no card":
         path.write_bytes(b"title: \xff")
         sign_file(path, tmp_path / "key.pem")
         said = "decode"
     else:
-        said = "this is f2"
+        said = "this is dataset f2"
     with caplog.at_level(logging.WARNING):
         card = card_of(data, trusted, fingerprint="f2" if case == "other data" else "f1")
     assert card.data_class == "private"

@@ -361,7 +361,7 @@ def test_who_is_away_is_waited_for_only_while_it_is_connected(grid: Grid, monkey
     replies = {one.node: one for one in over(grid).exchange(asked, seconds=60.0, away=("north", "south"))}
     assert time.monotonic() - begun < 30
     assert replies["north"] == Reply(
-        node="north", data=None, error="not connected; it has left, so the round does not wait for it"
+        node="north", data=None, error="not connected; the node has left, so the round does not wait for it"
     )
     assert all(replies[name].data is not None for name in ("east", "south"))
 
@@ -587,7 +587,7 @@ def test_a_port_that_is_taken_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with (
-            pytest.raises(ConfigError, match="choose another port"),
+            pytest.raises(ConfigError, match="choose another host or port"),
             serve(tmp_path / "link", make_tls(tmp_path), {}, port=taken.getsockname()[1]),
         ):
             pass

@@ -146,7 +146,7 @@ def test_a_folder_that_holds_a_run_is_not_written_over(recipe, dataset, run, unt
 def test_another_recipe_is_refused_and_what_differs_is_named(recipe, dataset, run, assignment) -> None:
     before = read_json(run.path / "config.json")
     key, _ = assignment.split("=")
-    with pytest.raises(ConfigError, match=f"a different recipe; they differ in {key}. "):
+    with pytest.raises(ConfigError, match=f"a different recipe; the recipes differ in {key}. "):
         workflow.train(recipe.override([assignment]), dataset, run.path, resume=True)
     assert read_json(run.path / "config.json") == before
 

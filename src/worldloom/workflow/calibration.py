@@ -54,7 +54,7 @@ def calibrate(
 ) -> Margins:
     """Calibrate the margins of a rule set for a method, and write them into the run folder.
 
-    The rule set is that of the session or of the recipe. The shape of the margins comes from held-out logs: for each
+    The rule set comes from the session or from the recipe. The shape of the margins comes from held-out logs: for each
     guardrail and step ahead, the conformal quantile of the true value minus the predicted value. Then the method acts
     in episodes of the protocol, with seeds that evaluations never use, and with the margins multiplied by a factor.
     Each episode has a score. The score is 0 if no guardrail was broken. Otherwise it is the smallest factor that would
@@ -66,7 +66,7 @@ def calibrate(
     For a method with the guard "per candidate", the margins come only from the logs.
 
     Raises:
-        ConfigError: there is no rule set, it has no risk, or the method does not use margins.
+        ConfigError: there is no rule set, the rule set has no risk, or the method does not use margins.
         DataError: there are too few episodes for the risk, or no round found a large enough factor.
     """
     session = session_of(run)
@@ -165,7 +165,10 @@ class _Scores:
         return [*self._done, *self._now.tolist()]
 
     def usual(self, risk: float) -> float:
-        """Return the error at the end of a block that is exceeded with probability `risk`, in units of the margins."""
+        """Return the prediction error that is exceeded with probability `risk` at the end of a block.
+
+        The error is in units of the margins.
+        """
         found = torch.cat(self._errors) if self._errors else torch.ones(0)
         usual = conformal_quantile(found, risk)
         return max(usual, _LEAST) if math.isfinite(usual) else 1.0
@@ -224,8 +227,8 @@ def _shape(run: Run, rails: Sequence[BoundRail], horizon: int, risk: float, prog
                 found.append(_errors(episode, run, rails, horizon))
     if not found:
         raise DataError(
-            f"expected a held-out episode of at least {needed} steps, the length of a plan; all are shorter. "
-            f"Record longer episodes"
+            f"expected a held-out episode of at least {needed} steps, the length of a context and a plan; all are "
+            f"shorter. Record longer episodes"
         )
     return margin_shape(torch.cat(found), risk)
 

@@ -25,7 +25,8 @@ def read_goal(run: Run, path: Path) -> Goal:
         goal = read_picture(path, spec.pixels) if spec.pixels is not None else None
         if goal is None or spec.vector:
             raise DataError(
-                f'the model expects a vector of {spec.vector} values; write the goal as JSON: {{"vector": [...]}}'
+                f"the goal {path} is not JSON, but the model expects a vector of {spec.vector} values; write the "
+                f'goal as JSON: {{"vector": [...]}}, with "pixels" if the model also uses them'
             )
         return Goal(observations=goal)
     values = read_json(path)
@@ -54,7 +55,7 @@ def check_plant(run: Run, link: Link) -> None:
     """Check that a plant has the observations and actions that the model was trained on.
 
     Raises:
-        DataError: they differ.
+        DataError: the observations or the actions differ.
     """
     spec = run.model.spec
     for name, ours, theirs in (

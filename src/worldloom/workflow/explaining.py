@@ -79,7 +79,8 @@ def explain(
     """Draw a plan for one environment as a PNG, and return its figures.
 
     The model does not predict pictures. A predicted state is shown as the most similar frame of held-out logs, with its
-    distance in typical model steps. `violations` has each guardrail's worst violation along the plan, with its margin.
+    distance in typical model steps. `violations` has each guardrail's worst violation along the plan; the violation
+    includes the guardrail's margin.
 
     Raises:
         DataError: the model has no pixel observations, or the logs cannot be read.
@@ -116,7 +117,10 @@ def _held_out_frames(run: Run, progress: Progress) -> _HeldOutFrames:
     try:
         dataset, chosen = run.held_out()
     except (DataError, StorageError) as error:
-        raise DataError(f"--explain needs frames of the training data, which cannot be read: {error}") from error
+        raise DataError(
+            f"--explain needs frames of the training data, but the data cannot be read: {error}. Restore the "
+            f"dataset, or leave out --explain"
+        ) from error
     label: str | None = None
     latents: list[Float[Tensor, "_ D"]] = []
     frames: list[UInt8[np.ndarray, "_ H W C"]] = []

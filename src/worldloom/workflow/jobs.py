@@ -77,13 +77,13 @@ def train(
 ) -> Run:
     """Train the world model, then the heads on its frozen latents; `resume` continues an interrupted run.
 
-    Under torchrun, every process calls it with the same arguments and a shared folder. The first process writes the
-    folder, and fits the heads while the others wait.
+    Under torchrun, every process calls this function with the same arguments and a shared folder. The first process
+    writes the folder, and fits the heads while the other processes wait.
 
     Raises:
         StorageError: the folder contains a run and `resume` is not set, or writing failed.
-        ConfigError: `resume` with a different recipe (the message lists the keys), or a probe's label is missing.
-        CheckpointError: `resume` with different data.
+        ConfigError: a resumed run has a different recipe (the message lists the keys), or a probe's label is missing.
+        CheckpointError: a resumed run has different data.
         DataError, TrainingError: see `worldloom.training.fit`.
     """
     if not isinstance(dataset, EpisodeDataset):
@@ -144,8 +144,8 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, resume: bool, r
     free += ["probes"] if recorded.probes.items() <= recipe.probes.items() else []
     if wrong := [key for key in differ if not key.startswith(tuple(free))]:
         raise ConfigError(
-            f"{path} was started with a different recipe; they differ in {', '.join(wrong[:8])}. Resume with the same "
-            f"recipe and overrides, or choose another folder"
+            f"{path} was started with a different recipe; the recipes differ in {', '.join(wrong[:8])}. Resume with "
+            f"the same recipe and overrides, or choose another folder"
         )
     if (before := folder.provenance["data"]) != fingerprint:
         raise CheckpointError(
@@ -268,10 +268,10 @@ def evaluate(
 ) -> Results:
     """Evaluate methods of a run and write `results.json` and `report.html`; see `report_path`.
 
-    In a session, agents obey its rules, except baselines that do not support rules, and they start with its memory.
-    `others` maps row names to agents of other libraries; see `worldloom.evaluation.ForeignPolicy`. The default protocol
-    is that of the recipe or, without `success`, of the run's environment. Without a protocol, each goal is a frame that
-    the logging policy reached, and `success` is the criterion, such as `position:3`. `changes` replace parts of the
+    In a session, agents start with its memory and obey its rules, except baselines that do not support rules. `others`
+    maps row names to agents of other libraries; see `worldloom.evaluation.ForeignPolicy`. The default protocol comes
+    from the recipe or, without `success`, from the run's environment. Without a protocol, each goal is a frame that the
+    logging policy reached, and `success` is the criterion, such as `position:3`. `changes` replace parts of the
     protocol; see `worldloom.evaluation.Changes`.
 
     Raises:

@@ -36,7 +36,8 @@ def remember(run: Run, data: Path | str, memory: EpisodicMemory, *, progress: Pr
     if dataset.spec.observation != spec.observation or dataset.spec.action.size != spec.action.size:
         raise DataError(
             f"{data} has observations {dataset.spec.observation} and actions of {dataset.spec.action.size} values; the "
-            f"model expects {spec.observation} and {spec.action.size}. Use data with the training data's shapes"
+            f"model expects observations {spec.observation} and actions of {spec.action.size} values. Use data with "
+            f"these shapes"
         )
     count = 0
     with progress.task("remembering episodes", len(dataset), "episode") as task, torch.inference_mode():

@@ -48,7 +48,7 @@ class CoordinatorAddress(Config):
 
 
 class _PartyConfig(Config):
-    """The settings of both coordinators and nodes; paths are relative to the YAML file's folder."""
+    """The settings that coordinators and nodes have in common; paths are relative to the YAML file's folder."""
 
     constitution: Path
     key: Path
@@ -101,8 +101,8 @@ class NodeConfig(_PartyConfig):
 class CoordinatorConfig(_PartyConfig):
     """A coordinator: its key, its certificate, its address, and the first base.
 
-    `initial` is a file with the first base, for example a pilot's. Without it, the first base is untrained. Its shapes
-    are those of the recipe's environment or, if set, of the dataset `like`.
+    `initial` is a file with the first base, for example a pilot's. Without `initial`, the first base is untrained.
+    An untrained base has the shapes of the dataset `like` or, if `like` is not set, of the recipe's environment.
     """
 
     tls: Path
@@ -177,7 +177,8 @@ def opened(config: NodeConfig, *, progress: Progress = SILENT) -> Iterator[Node]
     key = SigningKey(config.key)
     if key.public != constitution.members[config.owner].key:
         raise DataError(
-            f"{config.key} is not the key of {config.owner} in {config.constitution}; set 'key' to that key"
+            f"{config.key} is not the key of {config.owner} in {config.constitution}; set 'key' to the file of the "
+            f"key that the constitution lists"
         )
     recipe, dataset = config.member_recipe(constitution), EpisodeDataset.open(config.data)
     with open_node(
@@ -207,7 +208,7 @@ def take_part(config: NodeConfig, *, stop: threading.Event | None = None, progre
     Raises:
         ConfigError: no coordinator could be reached, with `timeout_seconds` for each.
         TrainingError: the node was stopped before the last base arrived.
-        DataError, StorageError: see `opened`.
+        DataError, StorageError: the owner has left the consortium; or see `opened`.
     """
     stop = stop or threading.Event()
     with opened(config, progress=progress) as node:

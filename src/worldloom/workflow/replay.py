@@ -20,7 +20,7 @@ def read_entry(folder: Path, index: int, *, progress: Progress = SILENT) -> tupl
 
     Raises:
         StorageError: the log does not exist.
-        DataError: the entry does not exist, or an entry up to it does not verify.
+        DataError: the entry does not exist, or this entry or an earlier one does not verify.
     """
     opened: Entry | None = None
     for entry in log_entries(folder, progress=progress):
@@ -28,7 +28,10 @@ def read_entry(folder: Path, index: int, *, progress: Progress = SILENT) -> tupl
             opened = entry
         if entry.index == index and opened is not None:
             return entry, opened
-    raise DataError(f"{folder} has no entry {index}; 'worldloom audit show' lists the entries")
+    raise DataError(
+        f"{folder} has no entry {index} that follows a description of the agent; 'worldloom audit show' lists the "
+        "entries"
+    )
 
 
 def replay_entry(

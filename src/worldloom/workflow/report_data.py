@@ -57,7 +57,10 @@ def report_data(run: Run) -> ReportData:
 
 
 def position_label(episodes: list[Episode]) -> str | None:
-    """Return the label of positions: of the labels with two values, 'position' or else the first by name."""
+    """Return the label of positions; None if no label has two values.
+
+    This is 'position', if it has two values, or else the first label by name that has two values.
+    """
     flat = [name for name, values in (episodes[0].labels.items() if episodes else ()) if values.shape[1] == 2]
     return "position" if "position" in flat else next(iter(sorted(flat)), None)
 

@@ -86,7 +86,7 @@ class Run:
         return figures
 
     def encode(self, episode: Episode) -> tuple[Observations, Float[Tensor, "N D"], Float[Tensor, "M A"]]:
-        """Return an episode's frames, one block apart, their N latents, and the M = N - 1 blocks of actions between."""
+        """Return N frames of an episode, one block apart, their latents, and the M = N - 1 action blocks in between."""
         spec = self.model.spec
         pixels, vector = (None if part is None else part[:: spec.block] for part in (episode.pixels, episode.vector))
         frames = Observations.from_numpy(pixels, vector)
@@ -106,7 +106,7 @@ class Run:
 
     @cached_property
     def rules(self) -> BoundRules | None:
-        """The recipe's own rules, bound to the heads; None if it has none."""
+        """The recipe's own rules, bound to the heads; None if the recipe has no rules."""
         own = self.recipe.rules
         return None if own is None else self.bind(RuleSet(layers=(own,)))
 
@@ -115,10 +115,10 @@ class Run:
         return BoundRules(rules, self.heads, self.path / "margins")
 
     def agent(self, method: str | None = None, *, seed: int = 0) -> Agent:
-        """Build an agent for a method, by default the recipe's. The agent obeys the recipe's own rules, if it has any.
+        """Build an agent for a method, by default the recipe's default method; the agent obeys the recipe's own rules.
 
         Raises:
-            ConfigError: the recipe has no such method, or it has rules and the method does not support rules.
+            ConfigError: the recipe has no such method, or the recipe has rules and the method does not support rules.
         """
         config = self.recipe.method(method, guarded=self.rules is not None)
         return config.build(AgentParts(heads=self.heads, rules=self.rules), seed=seed)
@@ -170,7 +170,7 @@ def recipe_values(folder: RunFolder) -> dict[str, Any]:
     """Return the recipe of a run folder as JSON values.
 
     Raises:
-        StorageError: the folder has no recipe, because it was written by `worldloom.training.fit`.
+        StorageError: the recipe is incomplete, or the folder has none because `worldloom.training.fit` wrote it.
     """
     values = folder.config.get("recipe")
     if not isinstance(values, dict):
@@ -183,7 +183,7 @@ def recipe_values(folder: RunFolder) -> dict[str, Any]:
 
 
 def find_runs(root: Path) -> Iterator[Run]:
-    """Yield the runs with a recipe below a folder, in the order of their paths. A damaged run raises on use.
+    """Yield the runs with a recipe below a folder, in the order of their paths. A damaged run raises an error on use.
 
     Raises:
         StorageError: the folder does not exist.

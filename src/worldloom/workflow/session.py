@@ -19,7 +19,7 @@ class Session:
     """A run with rules, a memory and an audit log, for use in a `with` statement.
 
     Its agents obey the rules, write to the memory and log their decisions. The layers of `rules` are added below the
-    recipe's own layer. `memory` is the directory of the episodic memory, which is created if it is missing. `audit` is
+    recipe's own layer. `memory` is the directory of the episodic memory; a missing directory is created. `audit` is
     the directory of the audit log, which records the decisions of one agent.
 
     Raises:
@@ -47,7 +47,7 @@ class Session:
     def agent(self, method: str | None = None, *, seed: int = 0, compared: bool = False) -> Agent:
         """Build an agent for a method of the recipe, by default its `default_method`.
 
-        If the session has rules, the method must support rules, unless it is only a baseline (`compared`).
+        If the session has rules, the method must support rules, unless `compared` is set, for a baseline.
 
         Raises:
             ConfigError: the recipe has no such method, the method does not support the session's rules, or see `build`.
@@ -56,7 +56,7 @@ class Session:
         return self.build(config, seed=seed)
 
     def build(self, method: MethodConfig, *, seed: int = 0, margins: Margins | None = None) -> Agent:
-        """Build an agent for any method; `margins` replace its calibrated margins.
+        """Build an agent for any method; `margins` replace the method's calibrated margins.
 
         Raises:
             ConfigError: the rules have a risk but no margins were calibrated, guardrails contradict each other, or
@@ -100,5 +100,5 @@ class Session:
 
 
 def session_of(run: Run | Session) -> Session:
-    """Return the session itself, or a new session of a run, which needs no closing."""
+    """Return the session itself, or a new session of a run; the new session does not need to be closed."""
     return run if isinstance(run, Session) else Session(run)

@@ -87,7 +87,7 @@ def _picture(run: Run, path: Path) -> Observations:
     expected = run.model.spec.observation.pixels
     if expected is None or run.model.spec.observation.vector:
         raise DataError(
-            "the model needs more than pixels, so pictures are not enough; choose a protocol for start and goal with "
+            "the model does not use only pixels, so pictures are not enough; choose a protocol for start and goal with "
             "--protocol"
         )
     return read_picture(path, expected)

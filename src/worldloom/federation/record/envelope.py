@@ -60,7 +60,7 @@ def unseal(data: bytes, *, kind: str, known: Mapping[str, str], limit: int) -> S
     """Open a message; `known` maps public keys to names, and `limit` is the largest size in bytes.
 
     Raises:
-        DataError: the message is too large, truncated, changed, of another kind, or from an unknown sender.
+        DataError: the message is too large, was truncated or changed, has a wrong kind, or is from an unknown sender.
     """
     return _open(data, (kind,), known, limit)
 
@@ -78,11 +78,14 @@ def unseal_answer(data: bytes, *, kind: str, sender: str, known: Mapping[str, st
 
     Raises:
         Refusal: the node refused; the error includes its reason.
-        DataError: another sender signed it; or see `unseal`.
+        DataError: a different sender signed the answer, or the answer is invalid as in `unseal`.
     """
     message = _open(data, (kind, "refusal"), known, limit)
     if message.sender != sender:
-        raise DataError(f"{sender} sent a message that {message.sender} signed; expected one signed by {sender}")
+        raise DataError(
+            f"{sender} sent a message that {message.sender} signed; expected one signed by {sender}. "
+            f"Start each node with its own key"
+        )
     if message.kind != kind:
         raise Refusal(message)
     return message
@@ -90,10 +93,15 @@ def unseal_answer(data: bytes, *, kind: str, sender: str, known: Mapping[str, st
 
 def _open(data: bytes, kinds: tuple[str, ...], known: Mapping[str, str], limit: int) -> SignedMessage:
     if len(data) > limit:
-        raise DataError(f"a message has {len(data)} bytes; expected at most {limit}. Send less, or raise the limit")
+        raise DataError(
+            f"a message has {len(data)} bytes; expected at most {limit}. Send less, or raise "
+            f"largest_megabytes in the constitution"
+        )
     start = len(_MAGIC) + _LENGTH.size
     if not data.startswith(_MAGIC):
-        raise DataError("not a worldloom message of this version (wrong magic); run the same version on both sides")
+        raise DataError(
+            "a message does not start with the magic number of this version; run the same worldloom on both sides"
+        )
     if len(data) < start:
         raise DataError(f"a message is truncated: only {len(data)} bytes arrived. Ask the sender to send it again")
     (length,) = _LENGTH.unpack_from(data, len(_MAGIC))
@@ -105,20 +113,29 @@ def _open(data: bytes, kinds: tuple[str, ...], known: Mapping[str, str], limit: 
     values = _header(data[start : start + length])
     key, sender = values["key"], known.get(values["key"])
     if sender is None:
-        raise DataError(f"a message is from an unknown sender with key {key}; expected a key in the constitution")
+        raise DataError(
+            f"a message is from an unknown sender with key {key}; expected a key in the constitution. "
+            f"Use the same constitution on both sides, and sign with a key that it lists"
+        )
     signature = data[start + length : start + length + _SIGNATURE].hex()
     if not verified(data[: start + length], signature, key):
-        raise DataError(f"a message has an invalid signature: it is not what {sender} signed. Ask for it again")
+        raise DataError(f"a message does not have a valid signature of {sender}; ask {sender} to send it again")
     payload = data[start + length + _SIGNATURE :]
     if values["size"] != len(payload):
         raise DataError(
             f"a message from {sender} should have {values['size']} bytes of tensors, but {len(payload)} arrived. "
-            f"Ask for it again"
+            f"Ask {sender} to send the message again"
         )
     if values["digest"] != _digest(payload):
-        raise DataError(f"the tensors in a message from {sender} do not match its digest. Ask for the message again")
+        raise DataError(
+            f"the tensors in a message from {sender} do not match the digest in its header. "
+            f"Ask {sender} to send the message again"
+        )
     if values["kind"] not in kinds:
-        raise DataError(f"expected a message of kind {kinds[0]!r} from {sender}; got {values['kind']!r}")
+        raise DataError(
+            f"expected a message of kind {kinds[0]!r} from {sender}; got {values['kind']!r}. "
+            f"Run the same version on both sides"
+        )
     return SignedMessage(
         kind=values["kind"],
         sender=sender,
@@ -141,7 +158,7 @@ def _header(text: bytes) -> dict[str, Any]:
         if not all(isinstance(values[name], str) for name in ("kind", "digest", "key")):
             raise ValueError("kind, digest and key must be text")
         if type(values["size"]) is not int or not isinstance(values["body"], dict):
-            raise ValueError("size must be an integer and body a mapping")
+            raise ValueError("size must be an integer, and body must be a mapping")
     except (ValueError, RecursionError, DataError) as error:
         raise DataError(f"the header of a message is invalid: {error}. Ask for the message again") from None
     return values
@@ -151,7 +168,9 @@ def _tensors(payload: bytes, sender: str) -> dict[str, Tensor]:
     try:
         (length,) = struct.unpack_from("<Q", payload)
         if length > len(payload) - 8:
-            raise ValueError(f"their header should have {length} bytes, but only {len(payload) - 8} follow")
+            raise ValueError(
+                f"the header of the tensors should have {length} bytes, but only {len(payload) - 8} follow"
+            )
         # If two tensors have the same name, safetensors silently uses the last one.
         json.loads(payload[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique)
         return load(payload)

@@ -39,7 +39,11 @@ CHECKPOINT = {"kind", "format", "length", "hash", "key", "signature"}
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerVerdict:
-    """The result of verification: `length` valid entries, and the index of the first `broken` one with the reason."""
+    """The result of verifying a ledger.
+
+    `length` is the number of valid entries. `broken` is the index of the first invalid entry, or None if all are valid,
+    and `why` describes what is wrong with that entry.
+    """
 
     length: int
     head: ChainHead
@@ -54,7 +58,7 @@ class Records:
         self.path = Path(path)
 
     def entries(self, kind: str | None = None) -> Iterator[Entry]:
-        """Yield the entries in order, or only those of a kind.
+        """Yield the entries in order, or only the entries of one kind.
 
         Raises:
             DataError: an entry does not verify; the message names the entry.
@@ -65,7 +69,7 @@ class Records:
         return entries(self.path)
 
     def of(self, kind: str, round: int) -> list[Mapping[str, Any]]:
-        """Return the facts of a round's entries of a kind, without those before a succession."""
+        """Return the facts of a round's entries of one kind, without entries before the round's last succession."""
         found: list[Mapping[str, Any]] = []
         for entry in self.entries():
             if entry.body["round"] == round and entry.body["kind"] in (kind, "succession"):
@@ -73,7 +77,7 @@ class Records:
         return found
 
     def newest_of(self, owner: str, *kinds: str) -> str | None:
-        """Return the kind of the newest entry about an owner that is one of `kinds`, or None."""
+        """Return the kind of the newest entry of these kinds about an owner; None if there is no such entry."""
         found = None
         for entry in self.entries():
             if entry.body["kind"] in kinds and entry.body["facts"].get("owner") == owner:
@@ -85,11 +89,11 @@ class Records:
         return [entry.line() for entry in itertools.islice(self.entries(), begin, None)]
 
     def bases(self) -> dict[int, Mapping[str, Any]]:
-        """Return the facts of each round's base; if a round has two bases, those of the newest."""
+        """Return the facts of each round's base; for a round with two bases, the facts of the newer base."""
         return {entry.body["round"]: entry.body["facts"] for entry in self.entries("base")}
 
     def spent(self, owner: str) -> Mapping[str, Any]:
-        """Return the privacy that an owner's last contribution reports as spent; empty if none reports any."""
+        """Return the spent privacy that an owner reported last; empty if no contribution of the owner reports it."""
         spent: Mapping[str, Any] = {}
         for entry in self.entries("contribution"):
             if entry.body["facts"].get("owner") == owner:
@@ -101,7 +105,7 @@ class Ledger(Records, Closing):
     """Write access to a ledger, for one process at a time.
 
     Raises:
-        StorageError: another process is writing the ledger, or it cannot be read or written.
+        StorageError: another process is writing the ledger, or the ledger cannot be read or written.
         DataError: the ledger does not verify.
     """
 
@@ -190,7 +194,7 @@ class LedgerReader(Records):
         return ChainHead(length=len(self._taken), hash=self._hashes[-1])
 
     def take(self, lines: Iterable[bytes]) -> str:
-        """Read the next lines up to the first invalid one; return what is wrong with it, or an empty string."""
+        """Read lines up to the first invalid line; return what is wrong with that line, or an empty string."""
         for line in lines:
             if len(line) > _LONGEST:
                 return f"has {len(line)} characters; expected at most {_LONGEST}"
@@ -206,7 +210,8 @@ class LedgerReader(Records):
     def verdict(self, why: str = "", seen: Iterable[ChainHead] = ()) -> LedgerVerdict:
         """Return the verdict on the entries read so far.
 
-        `why` is what is wrong with the next line, or empty; `seen` are the heads that members countersigned.
+        `why` describes what is wrong with the next line, and is empty if the next line is valid or missing. `seen` are
+        the heads that members countersigned.
         """
         length, seen = len(self._taken), list(seen)
         broken = length if why else None
@@ -382,7 +387,7 @@ def checked(checkpoint: Any, constitution: Constitution) -> ChainHead:
     """Verify a checkpoint, and return the head that it contains.
 
     Raises:
-        DataError: the signer is not in the constitution, or the signature is invalid.
+        DataError: the checkpoint is incomplete, the signer is not in the constitution, or the signature is invalid.
     """
     try:
         values = {name: checkpoint[name] for name in ("kind", "format", "length", "hash", "key")}
@@ -393,7 +398,8 @@ def checked(checkpoint: Any, constitution: Constitution) -> ChainHead:
         signed = whole = False
     if not signed or not whole or checkpoint["key"] not in constitution.known():
         raise DataError(
-            "a checkpoint has no valid signature of a key in the constitution; ask the member for its own file"
+            "a checkpoint is incomplete, was changed, or is not signed with a key in the constitution; ask the "
+            "member that signed the checkpoint for an unchanged copy"
         )
     return ChainHead(length=values["length"], hash=values["hash"])
 

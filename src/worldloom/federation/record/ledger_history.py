@@ -43,8 +43,8 @@ class Refused:
 class Round:
     """One round: its contributions and refusals and, once it is `done`, the weights and the members' losses.
 
-    `losses` are the held-out losses before and after the round of each member that answered; `median` are those of the
-    median member.
+    `losses` has the held-out losses of each member that answered, before and after the round; `median` has the losses
+    of the median member.
     """
 
     number: int
@@ -93,7 +93,7 @@ class LedgerHistory:
 
     @property
     def current(self) -> Round | None:
-        """The round in progress, or the last one; None before the first."""
+        """The newest round, whether in progress or done; None before the first round."""
         return self.rounds[-1] if self.rounds else None
 
     @property
@@ -107,7 +107,7 @@ class LedgerHistory:
         return any(one.private for round in self.rounds for one in round.contributions.values())
 
     def sent(self, owner: str) -> int:
-        """Return how many bytes an owner has contributed so far."""
+        """Return the number of bytes that an owner has contributed so far."""
         return sum(round.contributions[owner].bytes for round in self.rounds if owner in round.contributions)
 
     def spent(self, owner: str) -> str:
@@ -131,7 +131,7 @@ class LedgerHistory:
 
 
 def read_history(entries: Iterable[Entry], constitution: Constitution | None = None) -> LedgerHistory:
-    """Return the history in the entries of a ledger, which start with its first.
+    """Return the history of the rounds from the entries of a ledger, beginning with its first entry.
 
     Raises:
         DataError: the ledger belongs to a different constitution.
@@ -174,7 +174,7 @@ def read_history(entries: Iterable[Entry], constitution: Constitution | None = N
 
 
 class LedgerWatch:
-    """Follows the ledger of a folder of rounds while another process writes it; `history` is its state so far.
+    """Follows the ledger in a folder of rounds while another process writes it; `history` has the rounds so far.
 
     Raises:
         DataError: see `read_history` and `Tail`.
@@ -252,12 +252,12 @@ def duration(seconds: float | int) -> str:
 
 
 def loss_change(before: float | None, after: float | None, arrow: str = "\N{RIGHTWARDS ARROW}") -> str:
-    """Return the held-out losses before and after a round as text; for output of any encoding, pass an ASCII arrow."""
+    """Return the losses before and after a round as text; pass an ASCII `arrow` if the output may not be Unicode."""
     return f" {arrow} ".join("?" if value is None else _three(value) for value in (before, after))
 
 
 def _three(value: float | int) -> str:
-    """Return a number as text with three significant digits, or all digits of its integer part if that is longer."""
+    """Return a number as text with three significant digits, or all digits of a longer integer part."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     digits = 2 - math.floor(math.log10(abs(float(f"{value:.3g}"))))

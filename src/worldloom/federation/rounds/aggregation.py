@@ -48,9 +48,9 @@ def capped(weights: Mapping[str, float], cap: float) -> dict[str, float]:
     """
     wrong = {owner: weight for owner, weight in weights.items() if not (math.isfinite(weight) and weight >= 0)}
     if wrong:
-        raise ConfigError(f"expected finite weights of 0 or more; got {wrong}")
+        raise ConfigError(f"expected finite weights of 0 or more; got {wrong}. Correct these weights")
     if not 0 < cap <= 1:
-        raise ConfigError(f"expected a cap above 0 and at most 1; got {cap}")
+        raise ConfigError(f"expected a cap above 0 and at most 1; got {cap}. Correct the cap")
     free = {owner: Fraction(weight) for owner, weight in sorted(weights.items()) if weight > 0}
     most = Fraction(cap)
     if len(free) * most < 1 - _ROUNDING:
@@ -78,7 +78,7 @@ class Deltas:
     """The owners' deltas of a round, read one tensor at a time, and the owners' weights.
 
     The deltas of owners with weight 0 are never read. `cap` bounds the weights of the remaining owners when an
-    aggregator drops some.
+    aggregator drops some owners.
 
     Raises:
         ConfigError: `sources` and `weights` have different owners, or the weights do not sum to 1.
@@ -93,7 +93,7 @@ class Deltas:
         total = math.fsum(self.weights.values())
         if set(self.sources) != set(self.weights) or not abs(total - 1) < 1e-6 or min(self.weights.values()) < 0:
             raise ConfigError(
-                f"expected a weight of 0 or more for each of {sorted(self.sources)}, with sum 1; got "
+                f"expected weights of 0 or more for {sorted(self.sources)} that sum to 1; got "
                 f"{dict(self.weights)}. Compute them with `capped`"
             )
 
@@ -111,7 +111,7 @@ class Deltas:
         """Read one tensor in double precision.
 
         Raises:
-            DataError: the tensor is not finite or has a wrong shape; the message names it and its owner.
+            DataError: the tensor is not finite or has a wrong shape; the message names the tensor and its owner.
         """
         tensor, shape = self.sources[owner](name).detach().cpu().double(), self.shapes[name]
         if tuple(tensor.shape) != tuple(shape):
@@ -162,7 +162,7 @@ class Aggregator(Component):
         """Aggregate the deltas.
 
         Raises:
-            DataError: a tensor is not finite or has a wrong shape; the message names it and its owner.
+            DataError: a tensor is not finite or has a wrong shape; the message names the tensor and its owner.
             ConfigError: there are too few owners.
         """
 
@@ -205,9 +205,9 @@ class ClippedMean(Aggregator):
 
 @AGGREGATORS.register("coordinate-median")
 class CoordinateMedian(Aggregator):
-    """The weighted median of each coordinate (Yin et al. 2018, arXiv 1803.01498); a tie gives their mean.
+    """The weighted median of each coordinate (Yin et al. 2018, arXiv 1803.01498); if two values tie, their mean.
 
-    An owner with less than half of the weight cannot move a coordinate beyond the values of the others.
+    An owner with less than half of the weight cannot move a coordinate out of the range of the other owners' values.
     """
 
     name: Literal["coordinate-median"] = "coordinate-median"
@@ -228,9 +228,10 @@ class CoordinateMedian(Aggregator):
 
 @AGGREGATORS.register("trimmed-mean")
 class TrimmedMean(Aggregator):
-    """The weighted mean of each coordinate without the share `trim` of the owners at either end (Yin et al. 2018).
+    """The weighted mean of each coordinate, without the lowest and highest values (Yin et al. 2018).
 
-    It tolerates as many bad owners as it trims at one end. The remaining weights are scaled to sum to 1 in each
+    At each end, the values of a share `trim` of the owners are dropped. The mean tolerates as many bad owners as are
+    dropped at one end. The remaining weights are scaled to sum to 1 in each
     coordinate, so an owner's weight in one coordinate may exceed the cap.
     """
 
@@ -255,8 +256,9 @@ class TrimmedMean(Aggregator):
 class Krum(Aggregator):
     """The weighted mean of the deltas nearest to their neighbours (multi-Krum, Blanchard et al. 2017).
 
-    A delta's score is the sum of its squared distances to the n - bad - 2 nearest deltas. The `kept` deltas with the
-    lowest scores are averaged, by default n - bad of them. `kept=1` is Krum. It needs n >= 2 bad + 3 owners.
+    With n owners, a delta's score is the sum of its squared distances to the n - bad - 2 nearest deltas. The `kept`
+    deltas with the lowest scores are averaged, by default n - bad deltas. `kept=1` is Krum. At least 2 bad + 3 owners
+    are needed.
     """
 
     name: Literal["krum"] = "krum"

@@ -57,7 +57,7 @@ class Base:
             check_finite(name, tensor, f" of {what}")
         found = fingerprint(tensors)
         if named is not None and found != named:
-            raise DataError(f"{what} has fingerprint {found[:16]}; expected {named[:16]}. Get that base")
+            raise DataError(f"{what} has fingerprint {found[:16]}; expected {named[:16]}. Get the expected base")
         # A read-only view of a copy, so that it cannot change after these checks.
         on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         return cls(tensors=MappingProxyType(on_cpu), fingerprint=found)
@@ -110,7 +110,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 
 def check_names(found: Iterable[str], expected: Iterable[str], what: str) -> None:
-    """Check that the names of tensors are exactly those expected.
+    """Check that tensors have exactly the expected names.
 
     Raises:
         DataError: names are missing or unexpected; the message lists them.
@@ -119,8 +119,8 @@ def check_names(found: Iterable[str], expected: Iterable[str], what: str) -> Non
     missing, extra = sorted(expected - found), sorted(found - expected)
     if missing or extra:
         raise DataError(
-            f"{what} lacks {missing[:5]} and has unexpected {extra[:5]}; expected exactly {len(expected)} tensors. "
-            f"Use the same recipe and partition on both sides"
+            f"{what} lacks tensors {missing[:5]} and has unexpected tensors {extra[:5]}; expected {len(expected)} "
+            f"tensors. Use the same recipe and partition on both sides"
         )
 
 
@@ -128,7 +128,7 @@ def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
     """Check that a tensor has the shape and dtype of `like`.
 
     Raises:
-        DataError: the shape or dtype differs; the message has both.
+        DataError: the shape or dtype differs.
     """
     if tensor.shape != like.shape or tensor.dtype != like.dtype:
         raise DataError(
@@ -141,10 +141,10 @@ def check_finite(name: str, tensor: Tensor, whose: str = "") -> None:
     """Check that a tensor contains no NaN or infinity.
 
     Raises:
-        DataError: it does; the message names the tensor.
+        DataError: a value is NaN or infinite; the message names the tensor.
     """
     if not bool(torch.isfinite(tensor).all()):
         raise DataError(
-            f"tensor {name!r}{whose} contains NaN or infinity; expected finite numbers. Check the owner's training "
-            f"losses, and leave the contribution out"
+            f"tensor {name!r}{whose} contains NaN or infinity; expected finite numbers. Discard the tensor, and "
+            f"check the losses of the training that produced it"
         )

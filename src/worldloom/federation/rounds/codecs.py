@@ -32,11 +32,11 @@ class Codec(Component):
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the payload of delta + residual, and the new residual, which is the part that the payload drops.
+        """Encode delta + residual; return the payload, and as the new residual the part that the payload drops.
 
         Raises:
             DataError: a tensor is not finite in single precision, or the residual's names or shapes differ.
-            ConfigError: stochastic rounding without a generator.
+            ConfigError: stochastic rounding was chosen, but no generator was passed.
         """
         if residual is not None:
             check_names(residual, delta, "the codec's residual")
@@ -50,7 +50,7 @@ class Codec(Component):
                 if residual[name].shape != total.shape:
                     raise DataError(
                         f"the codec's residual of {name!r} has shape {tuple(residual[name].shape)}; expected "
-                        f"{tuple(total.shape)}. Delete the residual after a change of the model"
+                        f"{tuple(total.shape)}. If the model was changed, delete the residual"
                     )
                 total = total + residual[name].double()
             check_finite(name, total.float())
@@ -60,9 +60,9 @@ class Codec(Component):
         return payload, left
 
     def decode(self, payload: Mapping[str, Tensor], like: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """Return the delta in single precision, with exactly the names and shapes of `like`, every value finite.
+        """Return the delta in single precision, with exactly the names and shapes of `like` and only finite values.
 
-        This is the trust boundary for contributions: they are not checked again.
+        This is the trust boundary for contributions: later code does not check them again.
 
         Raises:
             DataError: a part is missing, unexpected, out of range, not finite, or has the wrong dtype or size.
@@ -110,8 +110,9 @@ class Float32(Codec):
 class Int8(Codec):
     """Multiples of a step: 1/127 of the largest magnitude in each row (first axis; a vector is one row).
 
-    The error of nearest rounding is at most half a step. That of stochastic rounding is below one step, with mean zero.
-    A row below about 1.5e-36, too small for a normal scale in single precision, goes to the residual completely.
+    The error of nearest rounding is at most half a step. The error of stochastic rounding is below one step, with mean
+    zero. If all magnitudes of a row are below about 1.5e-36, its scale would not be a normal number in single
+    precision, so the complete row goes to the residual.
     """
 
     name: Literal["int8"] = "int8"
@@ -134,7 +135,10 @@ class Int8(Codec):
 
 @CODECS.register("top-k")
 class TopK(Codec):
-    """The `share` of each tensor's values with the largest magnitude, at least one; `quantised` stores int8."""
+    """The `share` of each tensor's values with the largest magnitude, but at least one value.
+
+    With `quantised` the values are stored as int8.
+    """
 
     name: Literal["top-k"] = "top-k"
     share: float = Field(default=0.05, gt=0, le=1)
@@ -197,7 +201,7 @@ def _quantise(rows: Tensor, generator: torch.Generator | None) -> tuple[Tensor, 
 
 def _dequantise(name: str, values: Tensor, scale: Tensor) -> Tensor:
     if bool((values < -_LEVELS).any()) or bool((scale < 0).any()):
-        raise DataError(f"{name!r} has a value below -{_LEVELS} or a negative scale; leave this payload out")
+        raise DataError(f"tensor {name!r} has a value below -{_LEVELS} or a negative scale; leave this payload out")
     # If the scale was rounded up, the largest value may exceed the range of single precision.
     return (values.double() * scale.double()[:, None]).clamp(_FLOAT32.min, _FLOAT32.max).float()
 

@@ -21,7 +21,8 @@ from worldloom.federation.rules.partition import Partition
 class Contribution:
     """The delta of the shared tensors of a partition; create one with `Contribution.of`.
 
-    `base` is the fingerprint of the base that training started from, `data_class` the strictest class of the data.
+    `base` is the fingerprint of the base that training started from, and `data_class` is the strictest class of the
+    data.
 
     Raises:
         DataError: a tensor is missing, not shared, not floating point or not finite, or a count is negative.
@@ -88,13 +89,16 @@ def check_facts(message: SignedMessage, number: int, base: str, constitution: Co
     """Check the round, base, number of steps and data class of a contribution.
 
     Raises:
-        DataError: one of them is wrong; the message names the member.
+        DataError: one of these values is wrong; the message names the member.
     """
     body = message.body
     expected = {"owner": message.sender, "round": number, "base": base, "steps": constitution.inner_steps}
     for key, value in expected.items():
         if body.get(key) != value:
-            raise DataError(f"the contribution of {message.sender} has {key} {body.get(key)!r}; expected {value!r}")
+            raise DataError(
+                f"the contribution of {message.sender} has {key} {body.get(key)!r}; expected {value!r}. "
+                f"Use the coordinator's constitution, and train in the current round"
+            )
     if body.get("data_class") not in constitution.classes:
         raise DataError(
             f"{message.sender} contributes a model trained on {body.get('data_class')} data; the constitution "
@@ -102,27 +106,34 @@ def check_facts(message: SignedMessage, number: int, base: str, constitution: Co
         )
     if type(body.get("frames")) is not int or body["frames"] < 0:
         raise DataError(
-            f"the contribution of {message.sender} needs an integer 'frames' of 0 or more; got {body.get('frames')!r}"
+            f"the contribution of {message.sender} needs an integer 'frames' of 0 or more; got "
+            f"{body.get('frames')!r}. Run the same version on both sides"
         )
 
 
 def check_spent(message: SignedMessage, constitution: Constitution) -> None:
-    """Check that a contribution reports the privacy it spent, and that its privacy is as agreed.
+    """Check that a contribution reports the spent privacy, with the settings of the constitution.
 
     Raises:
-        DataError: it does not; the message names the member.
+        DataError: the report is missing, invalid or has different settings; the message names the member.
     """
     spent = message.body.get("spent")
     if not isinstance(spent, dict):
-        raise DataError(f"the contribution of {message.sender} needs a mapping 'spent'; got {spent!r}")
+        raise DataError(
+            f"the contribution of {message.sender} needs a mapping 'spent'; got {spent!r}. "
+            f"Run the same version on both sides"
+        )
     if set(spent) - _SPENT or not all(isinstance(value, int | float | None) for value in spent.values()):
         raise DataError(
             f"the privacy spent by {message.sender} has unexpected entries; expected only numbers with the keys "
-            f"{', '.join(sorted(_SPENT))}"
+            f"{', '.join(sorted(_SPENT))}. Run the same version on both sides"
         )
     if constitution.privacy is not None:
         promised: dict[str, Any] = constitution.privacy.model_dump(mode="json", include={"clip", "noise", "delta"})
         if constitution.secure_aggregation:
             promised["share"] = 1 / constitution.threshold
         if any(spent.get(key) != value for key, value in promised.items()):
-            raise DataError(f"the privacy of {message.sender} is not as agreed; expected {promised}, got {dict(spent)}")
+            raise DataError(
+                f"the privacy of {message.sender} is not as agreed; expected {promised}, got {dict(spent)}. "
+                f"Use the coordinator's constitution"
+            )

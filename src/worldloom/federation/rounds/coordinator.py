@@ -38,7 +38,7 @@ _TRIES = 3  # exchanges in a round until the quorum is met
 class Coordinator(Closing):
     """Runs the rounds of a consortium over a transport.
 
-    `initial` is the base of the first round; in a folder that has rounds already, it is ignored.
+    `initial` is the base of the first round; it is ignored in a folder that already has rounds.
 
     Raises:
         StorageError: another process coordinates in the folder.
@@ -57,7 +57,7 @@ class Coordinator(Closing):
     ) -> None:
         if key.public not in constitution.coordinator_keys().values():
             raise DataError(
-                f"{key.public} is not the key of a coordinator in the constitution; use a key that it lists"
+                f"{key.public} is not the key of a coordinator in the constitution; use the key of a coordinator"
             )
         self.rounds, self._constitution, self._progress = RoundStore(path), constitution, progress
         self._newest: tuple[int, Base] | None = None  # the newest published base and its round
@@ -66,7 +66,7 @@ class Coordinator(Closing):
             stack.callback(self.ledger.close)
             first = next(self.ledger.entries("constitution"), None)
             if first is not None and first.body["facts"].get("fingerprint") != constitution.fingerprint:
-                raise DataError(f"{path} belongs to another constitution; choose another folder for this one")
+                raise DataError(f"{path} belongs to a different constitution; choose another folder for these rounds")
             if first is None:
                 self.ledger.append("constitution", constitution_facts(constitution))
             self._members = Members(constitution, transport, self.ledger, key)
@@ -133,7 +133,7 @@ class Coordinator(Closing):
         self._publish(number, base, result, left_out=left_out, before=before, after=after)
 
     def _trial(self, number: int, base: Base, group: Mapping[str, Any]) -> tuple[NextBase, dict[str, float]]:
-        """Return the base that results from the contributions of a group, and the members' held-out losses with it."""
+        """Return the base that results from the contributions of a group, and the members' losses with this base."""
         if self._constitution.secure_aggregation:
             change = mean_of_sum(self.rounds, number, group)
         else:
@@ -167,7 +167,7 @@ class Coordinator(Closing):
         self._newest = number + 1, result.base
 
     def _published(self, number: int) -> Base:
-        """Return the base of a round, from memory or else from disk.
+        """Return the base of a round, from memory or from disk.
 
         Raises:
             CheckpointError: the file does not match the ledger.
@@ -177,7 +177,7 @@ class Coordinator(Closing):
                 base = self.rounds.base(number, named=self.ledger.bases()[number]["fingerprint"])
             except DataError as error:
                 raise CheckpointError(
-                    f"the base of round {number} does not match the ledger: {error}. Restore the file"
+                    f"the base of round {number} does not match the ledger: {error}. Restore its file from a copy"
                 ) from None
             self._newest = number, base
         return self._newest[1]
@@ -193,8 +193,8 @@ class Coordinator(Closing):
             if len(frames) >= self._constitution.quorum:
                 return frames
         raise TrainingError(
-            f"round {number} has {len(frames)} contributions but needs {self._constitution.quorum}. They are saved; "
-            f"start the coordinator again when more members are connected"
+            f"round {number} has {len(frames)} contributions but needs {self._constitution.quorum}. The "
+            f"contributions are saved; start the coordinator again when more members are connected"
         )
 
     def _accept(self, number: int, base: Base, message: SignedMessage) -> None:
@@ -219,12 +219,13 @@ class Coordinator(Closing):
             try:
                 if verdict.body.get("base") != base.fingerprint:
                     raise DataError(
-                        f"it is about base {str(verdict.body.get('base'))[:16]}; expected {base.fingerprint[:16]}"
+                        f"expected a loss with base {base.fingerprint[:16]}; got base "
+                        f"{str(verdict.body.get('base'))[:16]}"
                     )
                 loss = verdict.body["losses"]["total"]
                 # A loss is a positive sum of squares, so text, null and infinity are invalid.
                 if not isinstance(loss, int | float) or not 0 < loss < math.inf:
-                    raise DataError(f"its loss is {str(loss)[:40]}; expected a finite number above 0")
+                    raise DataError(f"expected a finite loss above 0; got {str(loss)[:40]}")
                 found[node] = float(loss)
             except (DataError, KeyError, TypeError) as error:
                 _log.warning("round %d: the verdict of %s is invalid: %s", number, node, error)
@@ -234,23 +235,25 @@ class Coordinator(Closing):
 def succeed(store: MemberStore, path: Path | str, constitution: Constitution, key: SigningKey) -> int:
     """Take over from a lost coordinator with a member's copies of base and ledger; return the next round.
 
-    `path` becomes a coordinator's folder. The rounds continue from the newest base; the outer optimiser starts
-    without momentum, and earlier bases cannot be recomputed from this folder.
+    `path` becomes the new coordinator's folder of rounds. The rounds continue from the newest base; the outer optimiser
+    starts without momentum, and earlier bases cannot be recomputed from this folder.
 
     Raises:
-        DataError: the key is not a coordinator's, the ledger does not verify, or the newest base is missing here.
+        DataError: the key is not a coordinator's, the ledger does not verify, or the member lacks the newest base.
         StorageError: the folder exists already.
     """
     names = {public: name for name, public in constitution.coordinator_keys().items()}
     if key.public not in names:
-        raise DataError(f"{key.public} is not the key of a coordinator; expected a key of {', '.join(names.values())}")
+        raise DataError(
+            f"{key.public} is not the key of a coordinator; use the key of one of {', '.join(names.values())}"
+        )
     number, base = store.base()
     content = store.read()
     named = Records(store.ledger).bases()
     if number != max(named, default=None) or named[number]["fingerprint"] != base.fingerprint:
         raise DataError(
-            f"this member has the base of round {number}, but the newest in the ledger is that of round "
-            f"{max(named, default=0)}; a member that has the newest base must take over"
+            f"this member's base of round {number} is not the base of round {max(named, default=0)} in the ledger; let "
+            f"a member that has the newest base take over"
         )
     with whole_folder(Path(path)) as begun:
         made = RoundStore(begun)

@@ -21,7 +21,7 @@ from worldloom.training import RunFolder, Segment, TrainingConfig, fit, held_out
 class Trained:
     """The result of training from a base: the shared tensors before and after, the steps, and the number of frames.
 
-    `frames` counts each frame of the training episodes once, however often it was used.
+    `frames` counts each frame of the training episodes once, however often training used the frame.
     """
 
     before: Mapping[str, Tensor]
@@ -33,9 +33,10 @@ class Trained:
 class LocalTraining:
     """The training of one owner, in its own run folder.
 
-    A segment of training is identified by its name and its base. A repeated call resumes the segment or returns its
-    result. With a different base under the same name, the segment starts again from the current state. Sovereign parts
-    (the sovereign tensors of `partition`, the optimiser's moments, the modules of the losses) stay in the folder.
+    A segment of training is identified by its name and its base. A repeated call resumes the segment, or returns the
+    result of a finished one. With a different base under the same name, the segment starts again from the current
+    state. Sovereign parts (the sovereign tensors of `partition`, the optimiser's moments, the modules of the losses)
+    stay in the folder.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class LocalTraining:
         schedule: int | None = None,
         frozen: bool = False,
     ) -> Trained:
-        """Train for some steps from a base, which must contain exactly the shared tensors.
+        """Train for some steps from a base; the base must contain exactly the shared tensors.
 
         `at` is the step of the learning-rate schedule at which the segment begins, by default the run's current step.
         `schedule` is the schedule's length in steps. With `frozen` the shared tensors are not trained.
@@ -100,9 +101,9 @@ class LocalTraining:
             write_json(self._aligned, {"base": base.fingerprint, "steps": steps})
 
     def pilot(self, base: Base, steps: int) -> Base:
-        """Train for some steps from an untrained base, and return the result, to which this owner counts as aligned.
+        """Train for some steps from an untrained base, and return the trained base.
 
-        Shared statistics are measured on this owner's frames.
+        This owner then counts as aligned to the trained base. Shared statistics are measured on this owner's frames.
 
         Raises:
             CheckpointError, TrainingError: see `train`.
@@ -112,7 +113,7 @@ class LocalTraining:
         return made
 
     def train_alone(self, name: str, base: Base, steps: int, *, at: int | None = None) -> None:
-        """Train for some steps from a base, or continue if the current state was trained from it.
+        """Train for some steps from a base, or continue if the current state was trained from that base.
 
         Each call trains for more steps, or resumes an interrupted segment.
 
@@ -217,12 +218,12 @@ def check_has_a_pilot(model: JEPAConfig, spec: DatasetSpec, partition: Partition
     """Check that a consortium with an untrained first base shares no statistics.
 
     Raises:
-        ConfigError: it shares statistics; the message names one.
+        ConfigError: the partition shares statistics; the message names one.
     """
     if shared := _shared_statistics(model, spec, partition):
         raise ConfigError(
             f"partition.shared matches {shared[0]!r}, which is measured on data, but the initial base is untrained; "
-            f"start from a pilot's base ('worldloom weave pilot'), or add it to partition.sovereign"
+            f"start from a pilot's base ('worldloom weave pilot'), or add the tensor to partition.sovereign"
         )
 
 

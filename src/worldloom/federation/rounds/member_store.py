@@ -23,7 +23,7 @@ _LEDGER, _SEEN, _BASE, _RECEIVED = "ledger.jsonl", "countersigned.json", "base",
 
 
 class EntriesMissing(DataError):
-    """Earlier ledger entries are missing here; `length` is the number of entries in this copy."""
+    """A member's copy of the ledger lacks earlier entries; `length` is the number of entries in the copy."""
 
     def __init__(self, length: int) -> None:
         super().__init__(f"this copy of the ledger has only {length} entries; send the entries from index {length} on")
@@ -31,7 +31,7 @@ class EntriesMissing(DataError):
 
 
 class BaseMissing(DataError):
-    """A message refers to a base that it does not contain, and that is not stored here."""
+    """A message refers to a base that is neither in the message nor stored here."""
 
 
 class LedgerForked(DataError):
@@ -67,7 +67,7 @@ class MemberStore:
         """Append entries, the first with index `begin`, and return the countersigned head.
 
         Raises:
-            EntriesMissing: earlier entries are missing here.
+            EntriesMissing: this copy lacks earlier entries.
             DataError: the entries do not continue this copy, or do not verify; the copy is unchanged.
         """
         content = self._content()
@@ -78,8 +78,8 @@ class MemberStore:
         known = own[begin : begin + len(new)]  # a delayed message may contain fewer entries than this copy
         if new[: len(known)] != known:
             raise LedgerForked(
-                "the received ledger is not the one that this member countersigned: it was rewritten. Save both, and "
-                "ask the other members which one they have"
+                "the received ledger is not the one that this member countersigned: it was rewritten. Save both "
+                "ledgers, and ask the other members which one they have"
             )
         if added := b"".join(new[len(known) :]):
             content += added
@@ -87,7 +87,9 @@ class MemberStore:
             self._verified(content, "the received ledger")
             write_atomic(self.ledger, lambda temporary: temporary.write_bytes(content))
         if not content:
-            raise DataError("the message has no ledger, and none is stored here; send the ledger from its first entry")
+            raise DataError(
+                "the message has no ledger entries, and no ledger is stored here; send all entries from the first"
+            )
         checkpoint = countersign(self._verified(content, str(self.ledger)).head, self._key)
         write_json(self.path / _SEEN, checkpoint)
         return checkpoint
@@ -123,7 +125,7 @@ class MemberStore:
         returns it only after `save_base`.
 
         Raises:
-            BaseMissing: no message contained it.
+            BaseMissing: no message contained the base.
             DataError: the tensors have another fingerprint, belong to another model, or are not finite.
         """
         path = self.path / _RECEIVED
@@ -146,7 +148,7 @@ class MemberStore:
         """Store the base that a round starts from, and replace the previous one.
 
         Raises:
-            DataError: it is not the base of that round in the ledger, or a later base is stored already.
+            DataError: the ledger names a different base for that round, or a later base is stored already.
         """
         if not self.names(number, base.fingerprint):
             raise DataError(
@@ -154,11 +156,13 @@ class MemberStore:
                 f"coordinator must send the base that the ledger names"
             )
         if (newest := self.number) is not None and number < newest:
-            raise DataError(f"round {number} is over: this node has the base of round {newest}; ask for that round")
+            raise DataError(
+                f"round {number} is over: this node has the base of round {newest}; send requests for round {newest}"
+            )
         base.save(self.path / _BASE, {"round": number})
 
     def names(self, number: int, fingerprint: str) -> bool:
-        """Return whether a fingerprint is that of a round's base in this copy of the ledger."""
+        """Return whether this copy of the ledger names a base with this fingerprint for a round."""
         content = self._content()
         bases = self._verified(content, str(self.ledger)).bases() if content else {}
         return number in bases and bases[number]["fingerprint"] == fingerprint
@@ -172,7 +176,9 @@ class MemberStore:
         try:
             return int(read_json(path)["metadata"]["round"])
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); restore it, or wait for the next base") from None
+            raise CheckpointError(
+                f"{path} is damaged ({error}); restore it from a copy, or wait for the next base"
+            ) from None
 
     def base(self) -> tuple[int, Base]:
         """Return the newest base, and the round that starts from it.

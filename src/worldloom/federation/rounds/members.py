@@ -40,10 +40,10 @@ class Members:
         return [node for node in self._transport.nodes() if node in self._constitution.members]
 
     def exchange(self, nodes: Collection[str], body: Mapping[str, Any], base: Base, *, kind: str) -> Iterator[Answer]:
-        """Send a request about a base to members, with the ledger entries and, if needed, the base that each lacks.
+        """Send members a request about a base, with the ledger entries that each member lacks and, if needed, the base.
 
-        If a member answers that it lacks more, the request is sent again with the missing part. Members that left are
-        asked too, in case they have returned, but the round does not wait for them.
+        If a member answers that something is still missing, the request is sent again with the missing part. Members
+        that left are asked too, in case they have returned, but the round does not wait for them.
         """
         asked = {**body, "constitution": self._constitution.fingerprint, "base": base.fingerprint}
         length = self._ledger.head.length  # entries that are added meanwhile are sent with the next exchange
@@ -121,7 +121,7 @@ class Members:
         return answers
 
     def mark_present(self, owners: Collection[str], number: int) -> None:
-        """Record in the ledger which of these members had left and have returned."""
+        """Record in the ledger the return of those members that had left."""
         for owner in sorted(self._left.intersection(owners)):
             self._left.discard(owner)
             self._ledger.append("return", {"owner": owner}, round=number)
@@ -142,7 +142,7 @@ class Members:
             return error
 
     def _lacks(self, node: str, answer: DataError) -> bool:
-        """Record which part of ledger or base a member reports as missing; return whether it reports any."""
+        """Return whether an answer reports missing ledger entries or a missing base, and record what is missing."""
         if not isinstance(answer, Refusal):
             return False
         length: Any = answer.body.get("length")
@@ -155,9 +155,9 @@ class Members:
         return False
 
     def _has_left(self, node: str, answer: SignedMessage | DataError, number: int) -> bool:
-        """Return whether a member has left, by this answer or an earlier one; record a new exit in the ledger."""
+        """Return whether a member has left, and record a new exit in the ledger."""
         if isinstance(answer, NoAnswer) and node in self._left:
-            _log.info("round %d: %s, which has left: %s", number, node, answer)
+            _log.info("round %d: %s has left the consortium: %s", number, node, answer)
             return True
         if not isinstance(answer, Refusal):
             return False
@@ -173,9 +173,11 @@ class Members:
         # The ledger must stay valid: accept only a checkpoint of exactly the ledger that was sent.
         signed: Any = message.body.get("countersigned")
         if not isinstance(signed, dict) or set(signed) != CHECKPOINT:
-            raise DataError("it has no valid checkpoint; run the same version on both sides")
+            raise DataError("the answer has no valid checkpoint; run the same version on both sides")
         if checked(signed, self._constitution) != head or signed["key"] != message.key:
-            raise DataError("it countersigned a different ledger from the one that was sent; compare both")
+            raise DataError(
+                "the answer countersigns a different ledger from the one that was sent; compare both ledgers"
+            )
         return message
 
 

@@ -39,7 +39,7 @@ def aggregated(
 ) -> Aggregate | None:
     """Return the aggregated contributions to a round, or None if there are none.
 
-    `frames` maps each owner that counts to the number of frames that it trained on.
+    `frames` maps each included owner to its number of training frames.
 
     Raises:
         StorageError: a contribution is missing.
@@ -91,10 +91,10 @@ def recompute(
 ) -> dict[int, str]:
     """Recompute all bases from the stored contributions, in another folder; return their fingerprints by round.
 
-    With all members, the bases must equal those in the ledger. `without` excludes members. The contributions of the
-    others stay as they are, although they were trained from bases that the excluded members had influenced. Each
-    message is checked again. Under secure aggregation each sum is unmasked again, from the masked contributions and
-    the shares that members sent.
+    With all members, the recomputed bases must equal the bases in the ledger. `without` excludes members. The
+    contributions of the others stay as they are, although they were trained from bases that the excluded members had
+    influenced. Each message is checked again. Under secure aggregation each sum is unmasked again, from the masked
+    contributions and the shares that members sent.
 
     Raises:
         DataError: a message or base does not match the ledger, or a member of a secure sum is excluded.
@@ -124,8 +124,8 @@ def recompute(
             found[number + 1] = base.fingerprint
             if not without and base.fingerprint != published[number + 1]:
                 raise DataError(
-                    f"the base of round {number + 1} is not the result of the stored contributions; one of them was "
-                    f"changed. Restore the folder from a copy"
+                    f"the base of round {number + 1} is not the result of the stored contributions; a contribution "
+                    f"or the base was changed. Restore the folder from a copy"
                 )
             task.advance()
     return found
@@ -153,7 +153,9 @@ class _Recomputation:
             message = unseal_answer(data, kind="contribution", sender=owner, known=known, limit=limit)
             delta = read_contribution(message, number, given, self.constitution)
             if message.digest != recorded[owner]["message"]:
-                raise DataError(f"the contribution of {owner} to round {number} does not match the ledger; restore it")
+                raise DataError(
+                    f"the contribution of {owner} to round {number} does not match the ledger; restore it from a copy"
+                )
             frames[owner] = recorded[owner]["frames"]
             self.made.save_delta(number, owner, delta)
         return aggregated(self.made, number, given, self.constitution, frames)

@@ -37,8 +37,8 @@ _STORED_ANSWERS = 3  # rounds: a coordinator that was rolled back by a round ask
 class Node:
     """Answers a coordinator's messages; a transport calls `handle`, from any process.
 
-    `training` uses only data that may shape the base. `own`, by default the same, trains the same run for the owner's
-    private use, and may use more data.
+    `training` uses only data that may shape the base. `own` trains the same run for the owner's private use, and
+    may use more data; by default it is `training`.
 
     Raises:
         ConfigError: the partition shares statistics under privacy, where noise would corrupt them.
@@ -95,7 +95,10 @@ class Node:
                 )
             answer = self._answers.get(str(asked.body.get("what")))
             if answer is None:
-                raise DataError(f"expected a request to {', '.join(self._answers)}; got {asked.body.get('what')!r}")
+                raise DataError(
+                    f"expected a request to {', '.join(self._answers)}; got {asked.body.get('what')!r}. "
+                    f"Run the same version on both sides"
+                )
             # A repeated message that arrives while the node works on it waits here, and then gets the same answer.
             with exclusive_lock(self.path / ".lock", None):
                 if self.has_left:
@@ -140,7 +143,9 @@ class Node:
             DataError: the node has not left.
         """
         if not self.has_left:
-            raise DataError(f"{self.name} has not left, so it cannot return; it still takes part")
+            raise DataError(
+                f"{self.name} has not left the consortium, so it cannot return; start its node to take part"
+            )
         self._left.unlink()
 
     def export(self, into: Path | str, rules: Path | str) -> None:
@@ -169,7 +174,8 @@ class Node:
         steps = self.constitution.align_steps
         if not steps:
             raise DataError(
-                "a pilot trains for the constitution's align_steps, which is 0; set it, and let all members sign again"
+                "a pilot trains for the constitution's align_steps, which is 0; set align_steps, and let all members "
+                "sign again"
             )
         with exclusive_lock(self.path / ".lock", None):
             if self.store.number is not None:
@@ -258,9 +264,9 @@ class Node:
     def _spend(self, config: PrivacyConfig, number: int, in_sum: float | None) -> dict[str, Any]:
         """Account for a round's privacy before its answer is sent; return the privacy spent so far.
 
-        Without secure aggregation the owner adds all of the noise. With it, the owner adds a share, and the noise
-        `in_sum`, which includes that of the others, is accounted for. If an answer was lost with the process, its round
-        is accounted for again, because the first answer may have been sent.
+        Without secure aggregation the owner adds all of the noise. With secure aggregation the owner adds a share, and
+        `in_sum`, the noise of all owners in the sum, is accounted for. If the process ended and its answer was lost,
+        the round is accounted for again, because that answer may have been sent.
 
         Raises:
             PrivacyBudgetSpent: the budget is too small.
@@ -304,7 +310,7 @@ class Node:
         return base, self.store.follow(entries["begin"], [str(line) for line in entries["lines"]])
 
     def _residual(self, number: int) -> dict[str, Tensor] | None:
-        """Return the codec's residual of the newest round before this one, or None."""
+        """Return the codec's residual of the newest round before this one, or None if there is none."""
         rounds = [int(path.stem.split("-")[1]) for path in (self.path / "codec").glob("residual-?????.json")]
         before = [round for round in rounds if round < number]
         if not before:

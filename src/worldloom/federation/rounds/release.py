@@ -32,13 +32,13 @@ def unmet(path: Path | str, constitution: Constitution) -> list[str]:
     }
     found = []
     if newest < gates.rounds:
-        found.append(f"it has {newest} rounds; {gates.rounds} are required")
+        found.append(f"{newest} rounds are done; {gates.rounds} are required")
     if len(contributors) < gates.contributors:
         found.append(f"{len(contributors)} members contributed; {gates.contributors} are required")
     if gates.max_loss is not None and not judged.get("after", float("inf")) <= gates.max_loss:
-        found.append(f"its held-out loss is {judged.get('after', 'unknown')}; the limit is {gates.max_loss}")
+        found.append(f"the held-out loss is {judged.get('after', 'unknown')}; the limit is {gates.max_loss}")
     if len(seen) < gates.countersigned:
-        found.append(f"{len(seen)} members countersigned a ledger with it; {gates.countersigned} are required")
+        found.append(f"{len(seen)} members countersigned a ledger with this base; {gates.countersigned} are required")
     return found
 
 
@@ -53,7 +53,10 @@ def release(path: Path | str, constitution: Constitution, into: Path | str) -> P
     """
     path, into = Path(path), Path(into)
     if missing := unmet(path, constitution):
-        raise DataError(f"the base of {constitution.consortium} may not be released yet: {'; '.join(missing)}")
+        raise DataError(
+            f"the base of {constitution.consortium} may not be released yet: {'; '.join(missing)}. "
+            f"Continue the rounds, or agree on other conditions"
+        )
     records = read_ledger(path / "ledger.jsonl", constitution)
     bases = records.bases()
     number = max(bases)

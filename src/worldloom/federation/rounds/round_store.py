@@ -63,7 +63,9 @@ class RoundStore:
         """
         path = self.delta(number, owner)
         if not path.is_file():
-            raise StorageError(f"the contribution of {owner} to round {number} is not at {path}; restore it")
+            raise StorageError(
+                f"the contribution of {owner} to round {number} is not at {path}; restore it from a copy"
+            )
         return partial(_tensor, path)
 
     def _stem(self, folder: str, number: int) -> Path:

@@ -41,7 +41,7 @@ Spend = Callable[[PrivacyConfig, int, float], Mapping[str, Any]]
 
 
 class _SessionState(Config):
-    """The newest session of a node, and a record of steps that it must not repeat."""
+    """The newest session of a node, and a record of the steps that the node must not repeat."""
 
     session: SumSession
     constitution: str
@@ -71,7 +71,7 @@ class SecureNode:
         """Train, and return the public facts of the contribution, with the keys of a new session.
 
         Raises:
-            DataError: the session is older than the newest one, or a sum of its round was unmasked already.
+            DataError: the node has joined a newer session, or a sum of this round was unmasked already.
         """
         number, attempt, _ = self._place(asked)
         state = self._load()
@@ -124,7 +124,7 @@ class SecureNode:
         return self._answer(changed, asked, body, {})
 
     def mask(self, asked: SignedMessage, spend: Spend) -> bytes:
-        """Return the weighted, masked delta; under privacy it is first clipped, noised and accounted for.
+        """Return the weighted, masked delta; under privacy the delta is first clipped, noised and accounted for.
 
         Raises:
             PrivacyBudgetSpent: the budget is too small.
@@ -186,7 +186,8 @@ class SecureNode:
             )
         if not 0 <= number < self._constitution.rounds:
             raise DataError(
-                f"expected a round below {self._constitution.rounds}, as in the constitution; got round {number}"
+                f"expected a round below {self._constitution.rounds}, as in the constitution; got round {number}. "
+                f"Use the same constitution on both sides"
             )
         return number, attempt, base
 
@@ -210,7 +211,7 @@ class SecureNode:
         return Masker.of(state.masker, state.session, self._sign)
 
     def _earlier(self, state: _SessionState, asked: SignedMessage) -> bytes | None:
-        """Return the stored answer to the same request, or None.
+        """Return the stored answer to the same request, or None if there is none.
 
         Raises:
             DataError: a different request was answered in this phase.
@@ -262,7 +263,8 @@ def _mapping(asked: SignedMessage, key: str) -> dict[str, str]:
     found = asked.body.get(key)
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise DataError(
-            f"a request to {asked.body['what']} needs a mapping of strings as {key!r}; got {type(found).__name__}"
+            f"a request to {asked.body['what']} needs a mapping of strings as {key!r}; got {type(found).__name__}. Run "
+            f"the same version on both sides"
         )
     return found
 

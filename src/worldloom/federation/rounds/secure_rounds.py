@@ -63,16 +63,20 @@ def session_of(
 
 
 def lasting(weights: Mapping[str, float], cap: float, least: int) -> dict[str, float]:
-    """Return weights, the largest 1, so that in any group of `least` or more owners no share exceeds `cap`.
+    """Return weights, scaled so that the largest is 1, with which later dropouts cannot break the cap.
 
-    Weights are clipped at the highest level for which this is true, so that later dropouts cannot break the cap.
+    Weights are clipped at the highest level at which, in any group of at least `least` owners, no owner's share of the
+    weight exceeds `cap`.
 
     Raises:
         ConfigError: there are fewer than `least` owners, or a weight is not above 0.
     """
     exact = {owner: Fraction(weight) for owner, weight in weights.items()}
     if len(exact) < least or min(exact.values(), default=Fraction(0)) <= 0:
-        raise ConfigError(f"expected {least} or more weights above 0; got {dict(weights)}")
+        raise ConfigError(
+            f"expected at least {least} weights, all above 0; got {dict(weights)}. Leave out owners with weight 0, "
+            f"and wait for more owners"
+        )
     share = max(Fraction(cap), Fraction(1, least))  # a cap of 1/3 as a float is a little less than a third
     rest = sorted(exact.values())[: least - 1]  # the group in which the largest weight has its largest share
     level = max(exact.values())
@@ -89,7 +93,10 @@ def weights_of(constitution: Constitution, frames: Mapping[str, int]) -> dict[st
 
 
 def noise_of(config: PrivacyConfig, constitution: Constitution, owner: str, weights: Mapping[str, float]) -> float:
-    """Return the noise that is sure to be in a sum, in the owner's clips: its own and that of the lightest others."""
+    """Return the noise that is sure to be in a sum, in units of the owner's clip.
+
+    This is the owner's noise, and the noise of the other owners with the lowest weights.
+    """
     others = sorted(weight for name, weight in weights.items() if name != owner)[: constitution.threshold - 1]
     return effective_noise(config.noise, [weights[owner], *others], share=1 / constitution.threshold)
 
@@ -97,8 +104,8 @@ def noise_of(config: PrivacyConfig, constitution: Constitution, owner: str, weig
 class Transcript:
     """The members' answers in a session, each checked when it is received.
 
-    `shapes` are the shapes of the base's tensors. The coordinator checks all answers with a transcript, a node only the
-    other members' advertisements. `unmasker` computes the sum from the answers.
+    `shapes` are the shapes of the base's tensors. The coordinator checks all answers with a transcript; a node checks
+    only the other members' advertisements. `unmasker` computes the sum from the answers.
     """
 
     def __init__(
@@ -134,12 +141,15 @@ class Transcript:
         node = message.sender
         for key, value in {"owner": node, **self.place}.items():
             if message.body.get(key) != value:
-                raise DataError(f"the answer of {node} has {key} {message.body.get(key)!r}; expected {value!r}")
+                raise DataError(
+                    f"the answer of {node} has {key} {message.body.get(key)!r}; expected {value!r}. "
+                    f"Leave this answer out"
+                )
         said: Any = message.body
         if what == "advertise":
             check_facts(message, self.round, self._base, self._constitution)
             if not message.body["frames"] and self._constitution.weighting != "equal":
-                raise DataError(f"{node} has no training frames, so its weight would be 0; leave it out")
+                raise DataError(f"{node} has no training frames, so its weight would be 0; leave {node} out")
             said = message.body.get("keys")
         elif what == "mask":
             said = {"masked": self._masked(message)}
@@ -166,7 +176,7 @@ class Transcript:
         """Return the sum of the survivors' weighted deltas (float64), and the members whose shares unmasked it.
 
         Raises:
-            DataError: too few members sent shares, or no large enough group has only correct shares.
+            DataError: too few members sent shares, or every group of at least the threshold has a wrong share.
         """
         wrong = None
         for group in islice(_groups(list(self.answers("unmask")), self.session.threshold), _GROUPS):
@@ -180,17 +190,21 @@ class Transcript:
     def _masked(self, message: SignedMessage) -> bytes:
         if message.body.get("weight") != self.weights.get(message.sender):
             raise DataError(
-                f"{message.sender} has weight {message.body.get('weight')!r}, not the agreed weight; leave it out"
+                f"the contribution of {message.sender} has weight {message.body.get('weight')!r}; expected "
+                f"{self.weights.get(message.sender)!r}. Leave the contribution out"
             )
         row = message.tensors.get("masked")
         if row is None or len(message.tensors) > 1 or row.dtype != torch.int64:
-            raise DataError(f"{message.sender} sent no masked delta; expected one int64 tensor 'masked'. Leave it out")
+            raise DataError(
+                f"{message.sender} did not send one int64 tensor 'masked' as its masked delta; leave "
+                f"{message.sender} out"
+            )
         check_spent(message, self._constitution)
         return row.numpy().tobytes()
 
 
 class SecureSums:
-    """The coordinator's side of secure sums, one per round; messages are stored before the ledger records them."""
+    """The coordinator's side of secure sums, one sum per round; messages are stored before the ledger records them."""
 
     def __init__(self, path: Path, constitution: Constitution, *, ledger: Ledger, members: Members) -> None:
         self._path, self._constitution, self._ledger, self._members = path, constitution, ledger, members
@@ -293,7 +307,7 @@ class SecureSums:
         return self._give_up(held.round, f"the sum can never be unmasked: {why}")
 
     def _ask(self, held: Transcript, what: str, bodies: Mapping[str, Mapping[str, Any]]) -> set[str]:
-        """Send members the requests of a phase; return those that refused or left."""
+        """Send members the requests of a phase; return the members that refused or left."""
         bodies = {owner: {"what": what, **held.place, **body} for owner, body in bodies.items()}
         return self._collect(held, what, self._members.exchange_each(bodies, kind=ANSWERS[what]))
 
@@ -345,12 +359,17 @@ def reopen(
     """
     survived, done = _facts(records, "survivors", number), _facts(records, "sum", number)
     if survived is None or done is None:
-        raise DataError(f"the ledger has no sum of round {number}, so the next base cannot be recomputed; restore it")
+        raise DataError(
+            f"the ledger has no sum of round {number}, so the next base cannot be recomputed; restore "
+            f"the ledger from a copy"
+        )
     held = _again(path, survived, constitution, number, base)
     _hear_stored(path, held, "unmask", done["unmask"])
     total, _ = held.open()
     if {fingerprint(total), fingerprint(load_sum(path, number))} != {done["fingerprint"]}:
-        raise DataError(f"the sum of round {number} is not the sum of the stored contributions; restore the folder")
+        raise DataError(
+            f"the sum of round {number} is not the sum of the stored contributions; restore the folder from a copy"
+        )
     save_tensors(_stem(into, number), total, {"round": number}, kind=_SUM)
     return {owner: held.weights[owner] for owner in held.unmasker.survivors}
 
@@ -378,7 +397,7 @@ def _hear_stored(path: Path, held: Transcript, what: str, named: Mapping[str, st
 
 
 def _facts(records: Records, kind: str, number: int) -> Mapping[str, Any] | None:
-    """Return the newest facts of a kind in a round, or None."""
+    """Return the newest facts of a kind in a round, or None if there are none."""
     return next(reversed(records.of(kind, number)), None)
 
 

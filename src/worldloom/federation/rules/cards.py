@@ -58,7 +58,7 @@ def classify(
     """Write and sign the card of a dataset, and return its path. An earlier card is replaced.
 
     Raises:
-        StorageError: there is no such dataset, or the card cannot be written.
+        StorageError: the dataset does not exist, or the card cannot be written.
         DataError: the key is not an Ed25519 key.
     """
     path = card_path(dataset)
@@ -80,21 +80,25 @@ def card_of(dataset: Path | str, trusted: Mapping[str, str], *, fingerprint: str
     `trusted` maps public keys to owners. By default the dataset's `fingerprint` is computed.
 
     Raises:
-        StorageError: there is no such dataset.
+        StorageError: the dataset does not exist.
     """
     actual = EpisodeDataset.open(dataset).fingerprint() if fingerprint is None else fingerprint
     path = card_path(dataset)
     try:
         if not path.is_file():
-            raise StorageError(f"it has no card {path.name}; its owner can sign one with 'worldloom weave classify'")
+            raise StorageError(
+                f"the dataset has no card {path.name}; its owner can sign one with 'worldloom weave classify'"
+            )
         content, key = read_signed(path, trusted)
         card = parse_yaml(content, DataCard, source=str(path))
         owner = {public.strip().lower(): name for public, name in trusted.items()}[key]
         if card.owner != owner:
-            raise DataError(f"the card names {card.owner} as owner, but {owner} signed it; the owner must sign it")
+            raise DataError(
+                f"the card names {card.owner} as the owner, but {owner} signed the card; {card.owner} must sign it"
+            )
         if card.dataset != actual:
             raise DataError(
-                f"the card is for dataset {card.dataset}, but this is {actual}; its owner must sign a new card"
+                f"the card is for dataset {card.dataset}, but this is dataset {actual}; its owner must sign a new card"
             )
     except WorldloomError as error:
         _log.warning("%s is treated as private: %s", dataset, error)

@@ -30,9 +30,10 @@ _REMAINING = (
 
 
 class Member(Config):
-    """A member: `key` is the public key of its signatures, `connection` that of its node's connections, if any.
+    """A member of a consortium.
 
-    `connection` has OpenSSH's format; `worldloom weave keys` writes it to NAME.ssh.pub.
+    `key` is the public key that verifies the member's signatures. `connection` is the public key with which its node
+    connects, in OpenSSH's format, or empty in a simulation. `worldloom weave keys` writes NAME.ssh.pub with this key.
     """
 
     key: Key
@@ -55,8 +56,9 @@ class Quality(Config):
 class Release(Config):
     """Conditions for the release of a base; by default there are none.
 
-    `rounds`, `contributors` and `countersigned` are minima: completed rounds, members that contributed, and members
-    that countersigned a ledger with this base. `max_loss` is the largest held-out loss at the median member.
+    `rounds`, `contributors` and `countersigned` are the smallest numbers of completed rounds, of members that
+    contributed, and of members that countersigned a ledger with this base. `max_loss` is the largest held-out loss at
+    the median member.
     """
 
     rounds: int = Field(default=0, ge=0)
@@ -134,7 +136,9 @@ class Constitution(Config):
         keys = [member.key for member in self.members.values()]
         keys += [one.key for one in self.coordinators if isinstance(one, ExternalCoordinator)]
         if len(set(keys)) < len(keys) or len(set(names)) < len(names):
-            raise ConfigError("members, coordinators: a key or a name appears twice; give each party its own")
+            raise ConfigError(
+                "members, coordinators: a key or a name appears twice; give each party its own key and name"
+            )
         return self
 
     def _can_be_summed(self) -> None:
@@ -193,7 +197,7 @@ class Constitution(Config):
         }
 
     def known(self) -> dict[str, str]:
-        """Return a mapping from public keys to names, of members and coordinators."""
+        """Return a mapping from the public keys of members and coordinators to their names."""
         return {key: name for name, key in {**self.member_keys(), **self.coordinator_keys()}.items()}
 
 
@@ -209,7 +213,9 @@ def ratify(path: Path | str, member: str, key: SigningKey) -> Path:
     if member not in constitution.members:
         raise DataError(f"{member!r} is not a member in {path}; expected one of {', '.join(constitution.members)}")
     if constitution.members[member].key != key.public:
-        raise DataError(f"{key.public} is not the key of {member} in {path}; sign with the key that it lists")
+        raise DataError(
+            f"{key.public} is not the key of {member} in {path}; sign with the key that the file lists for {member}"
+        )
     where = ratification_path(path, member)
     write_document(where, _KIND, {"member": member, "key": key.public, "signature": key.sign(_SIGNED_AS + content)})
     return where
@@ -225,7 +231,7 @@ def read_constitution(path: Path | str, *, require: Collection[str] | None = Non
 
     Raises:
         ConfigError: the file is not a constitution, or contradicts itself.
-        StorageError: a signature is damaged, or of another kind or version.
+        StorageError: a signature file is damaged, or has a different kind or version.
         DataError: a signature is missing, is for a different text, or is not from a member.
     """
     content = _read(path)

@@ -69,7 +69,8 @@ def split_secret(
     """
     if not (1 <= threshold <= owners < prime and 0 <= secret < prime):
         raise ConfigError(
-            f"expected 1 <= threshold <= owners, and a secret below the prime; got {threshold=}, {owners=}"
+            f"expected 1 <= threshold <= owners, and a secret below the prime; got {threshold=}, {owners=}. Correct "
+            f"the threshold, or use a smaller secret"
         )
     coefficients = [secret, *(draw(prime) for _ in range(threshold - 1))]
     shares = []
@@ -82,7 +83,7 @@ def split_secret(
 
 
 def join_secret(shares: Mapping[int, int], *, prime: int = PRIME) -> int:
-    """Recover the secret from shares by point; with fewer than the threshold the result is meaningless."""
+    """Recover the secret from shares, keyed by point; with fewer shares than the threshold the result is wrong."""
     secret = 0
     for here, value in shares.items():
         above = below = 1
@@ -96,9 +97,9 @@ def join_secret(shares: Mapping[int, int], *, prime: int = PRIME) -> int:
 class SumSession(Config):
     """The parameters that owners and coordinator agree on before a sum; a `name` must never be used twice.
 
-    `name` contains round, base and attempt. `owners` maps each owner to its Ed25519 key in hexadecimal digits, `shapes`
-    the tensors of a delta to their shapes. `threshold` is over half of the owners; if fewer of them complete the
-    session, nothing is revealed.
+    `name` contains round, base and attempt. `owners` maps each owner to its Ed25519 key in hexadecimal digits. `shapes`
+    maps the names of a delta's tensors to their shapes. `threshold` is over half of the owners; if fewer of them
+    complete the session, nothing is revealed.
     """
 
     name: str = Field(min_length=1)
@@ -120,7 +121,7 @@ class SumSession(Config):
 
     @property
     def names(self) -> list[str]:
-        """The owners in alphabetical order; the first owner's share is that of point 1."""
+        """The owners in alphabetical order; the first owner receives the share for point 1."""
         return sorted(self.owners)
 
     @property
@@ -138,7 +139,7 @@ def encode_delta(delta: Mapping[str, Tensor], session: SumSession) -> NDArray[An
     """Return a delta as one row of integers modulo 2**64, rounded to multiples of 2**-24.
 
     Raises:
-        DataError: the tensors are not those of the session, or a value is not finite or above 1024 in magnitude.
+        DataError: the tensors differ from the session's, or a value is not finite or above 1024 in magnitude.
     """
     shapes = {name: tuple(value.shape) for name, value in delta.items()}
     if shapes != dict(session.shapes):
@@ -151,7 +152,8 @@ def encode_delta(delta: Mapping[str, Tensor], session: SumSession) -> NDArray[An
     largest = float(np.abs(values).max(initial=0.0))
     if largest > _LIMIT:
         raise DataError(
-            f"a value of the delta is {largest:.4g}, above the limit of {_LIMIT:g}; lower the learning rate, or clip"
+            f"a value of the delta is {largest:.4g}, above the limit of {_LIMIT:g}; lower the learning rate, or clip "
+            "the delta"
         )
     # Two's complement represents negative numbers.
     return np.rint(values * 2.0**_FRACTION).astype(np.int64).astype(_UNSIGNED, casting="unsafe")
@@ -186,7 +188,9 @@ class Masker:
         self._shares: dict[str, tuple[int, int]] = {}  # owner -> shares of its mask key and of its seed
 
     def state(self) -> dict[str, Any]:
-        """Return the state as plain JSON, to resume after a kill. It contains every secret: delete it after the sum.
+        """Return the state as plain JSON, to resume after a kill.
+
+        The state contains every secret: delete the state after the sum.
 
         Never resume from a state that is older than the last answer: the same masks on two deltas reveal both.
         """
@@ -229,7 +233,7 @@ class Masker:
         """Store the advertised keys of all owners; return the encrypted shares, one pair for each other owner.
 
         Raises:
-            DataError: there are too few owners, one is unknown, or keys are not signed by their owner.
+            DataError: there are too few owners, an owner is unknown, or keys are not signed by their owner.
         """
         self._begin("share", "mask")
         _enough(roster, self.session, "advertised keys")
@@ -289,7 +293,8 @@ class Masker:
         there = set(survivors)
         if not there <= set(self._shares) or self.owner not in there:
             raise DataError(
-                f"{sorted(there)} are not survivors: expected {self.owner}, and only names of {sorted(self._shares)}"
+                f"{sorted(there)} cannot be the survivors: expected {self.owner} and names from "
+                f"{sorted(self._shares)} only. Begin a new session"
             )
         _enough(there, self.session, "sent their deltas")
         return {
@@ -352,7 +357,7 @@ class Unmasker:
 
     @property
     def inboxes(self) -> dict[str, dict[str, str]]:
-        """For each owner that sent shares, the shares that the others encrypted for it."""
+        """For each owner that sent shares, the shares that the other owners encrypted for this owner."""
         given = self._enough("share", "shared their keys")
         return {
             owner: {sender: message["shares"][owner] for sender, message in given.items() if sender != owner}
@@ -377,14 +382,16 @@ class Unmasker:
             seed = self._secret(answers, "seeds", owner)
             if _commitment(seed, self.session) != shared[owner]["commitment"]:
                 raise DataError(
-                    f"the shares of the mask of {owner} do not recover it: one of them is wrong; leave its sender out"
+                    f"the shares of the mask of {owner} do not recover the mask: at least one share is wrong. Use "
+                    f"the shares of other owners"
                 )
             total -= _own_mask(seed, self.session)
         for owner in sorted(set(shared) - set(survivors)):
             key = X25519PrivateKey.from_private_bytes(self._secret(answers, "keys", owner))
             if _public(key) != self.roster[owner]["mask"]:
                 raise DataError(
-                    f"the shares of the key of {owner} do not recover it: one of them is wrong; leave its sender out"
+                    f"the shares of the key of {owner} do not recover the key: at least one share is wrong. Use the "
+                    f"shares of other owners"
                 )
             for other in survivors:
                 # The mask that the missing owner would have added; the others have already subtracted it.
@@ -398,7 +405,8 @@ class Unmasker:
             return join_secret(shares).to_bytes(_SECRET, "big")
         except (ValueError, OverflowError):
             raise DataError(
-                f"the shares of {owner} do not recover its secret: one of them is missing or wrong"
+                f"the shares of {owner} do not recover its secret: at least one share is missing or wrong. Use the "
+                f"shares of other owners"
             ) from None
 
     def _enough(self, phase: str, did: str) -> dict[str, Any]:
@@ -408,13 +416,15 @@ class Unmasker:
     def _shared(self, owner: str, message: Any) -> Any:
         others = set(self._answers["advertise"]) - {owner}
         if not isinstance(message.get("commitment"), str) or not _texts_for(message.get("shares"), others):
-            raise DataError(f"{owner} must send a commitment, and a share for each of {sorted(others)}; leave it out")
+            raise DataError(
+                f"{owner} must send a commitment, and a share for each of {sorted(others)}; leave {owner} out"
+            )
         return message
 
     def _masked(self, owner: str, message: Any) -> None:
         data = message.get("masked")
         if not isinstance(data, bytes) or len(data) != self._total.nbytes:
-            raise DataError(f"expected a masked delta of {self.session.size} values from {owner}; leave it out")
+            raise DataError(f"expected a masked delta of {self.session.size} values from {owner}; leave {owner} out")
         self._total += np.frombuffer(
             data, _UNSIGNED
         )  # a masked delta is as large as the model, so only the sum is stored
@@ -424,8 +434,8 @@ class Unmasker:
         gone = set(self._answers["share"]) - survivors
         if not _texts_for(message.get("seeds"), survivors) or not _texts_for(message.get("keys"), gone):
             raise DataError(
-                f"expected from {owner} shares of the masks of {sorted(survivors)} and of the keys of {sorted(gone)}; "
-                f"the sum is unmasked without it"
+                f"{owner} must send shares of the masks of {sorted(survivors)} and of the keys of {sorted(gone)}; "
+                f"the sum is unmasked without the shares from {owner}"
             )
         return message
 
@@ -443,7 +453,9 @@ def check_keys(owner: str, message: Any, session: SumSession) -> dict[str, Any]:
         signer = Ed25519PublicKey.from_public_bytes(bytes.fromhex(session.owners[owner]))
         signer.verify(bytes.fromhex(str(message["signature"])), _claim(keys, session))
     except (KeyError, TypeError, ValueError, InvalidSignature):
-        raise DataError(f"the keys of {owner!r} are not signed by that owner for this session; leave it out") from None
+        raise DataError(
+            f"the keys of {owner!r} are not signed by that owner for this session; leave {owner!r} out"
+        ) from None
     return {**keys, "signature": str(message["signature"])}
 
 

@@ -33,8 +33,8 @@ class PrivacyConfig(Config):
     """Clipping, noise and budget; the protected unit is an owner.
 
     `clip` is the largest L2 norm of an owner's shared delta over all tensors. `noise` is the standard deviation of the
-    noise on the sum of the deltas, in clips; with 0, deltas are only clipped and epsilon is infinite. `epsilon_budget`
-    bounds the epsilon at `delta` of all rounds together.
+    noise on the sum of the deltas, in units of `clip`; with 0, deltas are only clipped and epsilon is infinite.
+    `epsilon_budget` bounds the epsilon of all rounds together, at `delta`.
     """
 
     clip: float = Field(gt=0)
@@ -66,7 +66,7 @@ def clip_and_noise(
         DataError: a value is not finite, or a tensor is not floating point.
     """
     if not 0 < share <= 1:
-        raise ConfigError(f"expected a share of the noise in (0, 1]; got {share}")
+        raise ConfigError(f"expected a share of the noise above 0 and at most 1; got {share}. Correct the share")
     for name, value in delta.items():
         if not value.is_floating_point():
             raise DataError(f"noise cannot be added to tensor {name!r}, which is {value.dtype}; declare it sovereign")
@@ -100,15 +100,17 @@ def effective_noise(noise: float, weights: Sequence[float], *, share: float = 1.
         ConfigError: a weight is negative or not finite, or none is above 0.
     """
     if not weights or min(weights) < 0 or max(weights) == 0 or not all(math.isfinite(weight) for weight in weights):
-        raise ConfigError(f"expected finite weights of 0 or more, at least one above 0; got {list(weights)}")
+        raise ConfigError(
+            f"expected finite weights of 0 or more, at least one above 0; got {list(weights)}. Correct these weights"
+        )
     return noise * math.sqrt(share * sum(weight**2 for weight in weights)) / max(weights)
 
 
 def gaussian_epsilon(noise: float, delta: float) -> float:
     """Return the smallest epsilon at `delta` of one Gaussian mechanism; `noise` is in units of the sensitivity.
 
-    This solves the exact condition of Balle and Wang 2018 (theorem 8) for epsilon. T rounds with noise s each equal one
-    round with noise s / sqrt(T) (Dong, Roth and Su 2022).
+    This solves the exact condition of Balle and Wang 2018 (theorem 8) for epsilon. T rounds, each with noise s, equal
+    one round with noise s / sqrt(T) (Dong, Roth and Su 2022).
     """
     from scipy.optimize import brentq
     from scipy.special import log_ndtr
@@ -164,7 +166,7 @@ class Accountant:
 
         A `sample_rate` below 1 improves privacy only if each owner is sampled independently with this probability
         (Poisson sampling) and observers do not learn which owners were sampled. It needs Opacus. `noise` defaults to
-        that of the config; see `effective_noise`.
+        the noise of the config; see `effective_noise`.
 
         Raises:
             PrivacyBudgetSpent: the budget is too small; nothing was counted.

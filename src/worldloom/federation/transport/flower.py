@@ -167,7 +167,7 @@ class FlowerTransport:
         for node in sorted(waiting):
             why = f"no answer within {seconds:g} s" if node in since else f"not connected within {seconds:g} s"
             if node in away and time.monotonic() < deadline:
-                why = "not connected; it has left, so the round does not wait for it"
+                why = "not connected; the node has left, so the round does not wait for it"
             yield Reply(node=node, data=None, error=why + trouble)
 
     def _online(self, grid: Nodes) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def _await(
 
 
 def _all_of(found: "Queue[tuple[str, Message | Exception]]", seconds: float) -> "list[tuple[str, Message | Exception]]":
-    """Wait for an item in a queue, and return all items in it; none if the wait times out."""
+    """Wait for an item in a queue, and return all items in it; an empty list if none arrives in time."""
     there = []
     with suppress(Empty):
         there.append(found.get(timeout=seconds))
@@ -375,15 +375,18 @@ class _Link:
             steady = self._process is not None and self._process.seconds >= _STEADY_SECONDS
             self._short = 0 if steady else self._short + 1
             if self._short > _RESTARTS:
-                raise TrainingError(f"Flower's SuperLink ends repeatedly ({words}); free its port and run again")
-            _log.warning("Flower's SuperLink ended (%s); it is restarted", words)
+                raise TrainingError(
+                    f"Flower's SuperLink ends repeatedly; correct the cause that its output shows, then start the "
+                    f"coordinator again. Its output: {words}"
+                )
+            _log.warning("Flower's SuperLink ended and is restarted; its output: %s", words)
             self.stop()
             try:
                 self.start()
             except ConfigError as error:
                 raise TrainingError(str(error)) from None
         if self._grid is None:
-            raise TrainingError("Flower's SuperLink is not running; run again")
+            raise TrainingError("Flower's SuperLink is not running; start the coordinator again")
         return self._grid
 
     def start(self) -> None:
@@ -432,7 +435,10 @@ class _Link:
         except httpx.HTTPError as error:
             words = self._process.last_output()
             self.stop()
-            raise ConfigError(f"Flower's SuperLink at {self._here} does not answer: {error}. {words}") from None
+            raise ConfigError(
+                f"Flower's SuperLink at {self._here} does not answer ({error}); start the coordinator "
+                f"again. Its output: {words}"
+            ) from None
         except BaseException:
             self.stop()
             raise
@@ -462,7 +468,10 @@ class _Link:
                 # An invalid certificate does not become valid by waiting.
                 if process.ended or process.seconds > _START_SECONDS or "CERTIFICATE" in str(error):
                     words = process.last_output()
-                    raise ConfigError(f"Flower's SuperLink does not start at {self._here} ({error}). {words}") from None
+                    raise ConfigError(
+                        f"Flower's SuperLink does not start at {self._here} ({error}); check "
+                        f"the address and the TLS files. Its output: {words}"
+                    ) from None
                 time.sleep(_POLL_SECONDS)
             else:
                 return
@@ -513,10 +522,10 @@ class _Node:
             failing = process.began if failing is None else failing
             if time.monotonic() - failing > timeout:
                 raise ConfigError(
-                    f"no connection to the coordinator at {self._server} for {timeout:g} s; check its address, and "
-                    f"that this node's key is in the constitution. Flower's output: {words}"
+                    f"no connection to the coordinator at {self._server} for {timeout:g} s; check this address, "
+                    f"and that this node's key is in the constitution. Flower's output: {words}"
                 )
-            _log.warning("Flower's SuperNode ended; it is restarted. Its output: %s", words)
+            _log.warning("Flower's SuperNode ended and is restarted; its output: %s", words)
             stop.wait(_BACKOFF_SECONDS[min(tries, len(_BACKOFF_SECONDS) - 1)])
             tries += 1
 
@@ -649,7 +658,7 @@ def _public(name: str, text: str) -> bytes:
     try:
         key = load_ssh_public_key(text.strip().encode())
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise DataError(f"{name}'s public key is invalid ({error}); use the text of its .ssh.pub file") from None
+        raise DataError(f"{name}'s public key is invalid ({error}); use the text of the node's .ssh.pub file") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
         raise DataError(
             f"{name}'s public key has the wrong type; expected ECDSA on P-384. Create it with 'worldloom weave keys'"
@@ -667,7 +676,9 @@ def _await_port(host: str, port: int) -> None:
                 found.bind((host, port))
             except OSError as error:
                 if time.monotonic() - begun > _STOP_SECONDS:
-                    raise ConfigError(f"cannot listen on {host}:{port} ({error}); choose another port") from None
+                    raise ConfigError(
+                        f"cannot listen on {host}:{port} ({error}); choose another host or port"
+                    ) from None
             else:
                 return
         time.sleep(_POLL_SECONDS)

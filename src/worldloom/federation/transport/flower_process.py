@@ -25,7 +25,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Gate:
-    """ASGI middleware that lets only the coordinator call paths other than those of nodes.
+    """ASGI middleware that lets only the coordinator call paths that are not for nodes.
 
     On the paths of nodes, Flower checks the signature of a node's key. On the same port it also serves calls that
     register nodes, start runs and send messages, without authentication; these need the coordinator's secret.

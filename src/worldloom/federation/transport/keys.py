@@ -161,4 +161,6 @@ def _pem(secret: Any) -> bytes:
 def _refuse_existing(*paths: Path) -> None:
     for path in paths:
         if path.exists():
-            raise StorageError(f"{path} exists already; keys are never overwritten. Choose another folder or name")
+            raise StorageError(
+                f"{path} exists already; keys and certificates are never overwritten. Choose another folder or name"
+            )

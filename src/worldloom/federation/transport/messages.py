@@ -13,7 +13,7 @@ Handler = Callable[[bytes], bytes]
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """A node's answer; without one, `data` is None and `error` has the reason."""
+    """A node's answer; if there is no answer, `data` is None and `error` has the reason."""
 
     node: str
     data: bytes | None

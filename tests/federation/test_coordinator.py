@@ -471,7 +471,7 @@ def test_a_node_of_another_model_refuses_and_the_round_goes_on_without_it(tmp_pa
 def test_another_constitution_or_key_does_not_go_on_in_the_folder(woven, tmp_path) -> None:
     consortium, _ = woven
     other = Consortium(consortium.path, rules={"quorum": 3})
-    with pytest.raises(DataError, match="another constitution"):
+    with pytest.raises(DataError, match="a different constitution"):
         other.coordinator()
     consortium.keys = {**consortium.keys, "coordinator": consortium.keys["east"]}
     with pytest.raises(DataError, match="not the key of a coordinator"):

@@ -299,7 +299,7 @@ def test_a_successor_needs_the_base_that_the_ledger_names(tmp_path: Path) -> Non
     store = consortium.node("north").store
     store.follow(0, coordinator.ledger.lines())  # and the base did not come any more
     coordinator.close()
-    with pytest.raises(DataError, match="the newest in the ledger is that of round 1"):
+    with pytest.raises(DataError, match="is not the base of round 1 in the ledger"):
         succeed(store, tmp_path / "new", consortium.constitution, consortium.keys["north"])
     assert not (tmp_path / "new").exists()
 

@@ -44,7 +44,7 @@ def test_each_gate_that_is_not_passed_is_named_and_nothing_is_written(tmp_path: 
     assert [any(word in why for why in found) for word in ("1 rounds", "held-out loss", "members contributed")] == [
         True, True, False
     ]  # fmt: skip
-    with pytest.raises(DataError, match="may not be released yet: it has 1 rounds; 2 are required"):
+    with pytest.raises(DataError, match="may not be released yet: 1 rounds are done; 2 are required"):
         release(tmp_path / "c" / "rounds", consortium.constitution, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -54,7 +54,7 @@ def test_a_ledger_that_no_member_countersigned_since_is_not_enough(tmp_path: Pat
     coordinator = consortium.coordinator()
     coordinator.run_round(0)  # and the last base has not been handed over yet
     assert unmet(tmp_path / "rounds", consortium.constitution) == [
-        "0 members countersigned a ledger with it; 1 are required"
+        "0 members countersigned a ledger with this base; 1 are required"
     ]
     coordinator.run()
     coordinator.close()

@@ -206,7 +206,7 @@ def test_errors_of_the_storage_are_told_apart(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(lance.fragment, "write_fragments", fail)
 
     raising("LanceError(IO): No space left on device (os error 28), /lance/writer.rs:254:9")
-    with pytest.raises(StorageError, match=r"the disk is full .*free some space"):
+    with pytest.raises(StorageError, match=r"the disk is full; free some space"):
         dataset.append([make_episode(1)])
     raising("LanceError(IO): Permission denied (os error 13), /lance/writer.rs:254:9")
     with pytest.raises(StorageError, match="no permission"):

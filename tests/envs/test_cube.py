@@ -182,7 +182,7 @@ def test_the_fumbling_arm_says_what_it_cannot_move_or_see() -> None:
         POLICIES["cube-walk"](ACTION, grasp=0.7, elsewhere=0.7)
     walker = POLICIES["cube-walk"](ACTION)
     walker.reset([np.random.default_rng(0)])
-    with pytest.raises(DataError, match=r"index 12 and three from 19; this environment has 4"):
+    with pytest.raises(DataError, match=r"12 on, and three from index 19 on; the vector of this environment has 4"):
         walker.act(Observations.from_numpy(None, np.zeros((1, 4), np.float32)))
     with pytest.raises(DataError, match="this environment has 0"):
         walker.act(Observations.from_numpy(np.zeros((1, 8, 8, 3), np.uint8), None))

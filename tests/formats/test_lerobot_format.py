@@ -280,7 +280,7 @@ DATA, VIDEO = "data/chunk-000/file-000.parquet", f"videos/{TOP}/chunk-000/file-0
         (
             edit_info(lambda info: info["features"].update({"observation.x": {"dtype": "float32", "shape": [1]}})),
             DataError,
-            "no column 'observation.x', but meta/info.json lists this column",
+            "no column 'observation.x'; got",
         ),
         (
             edit_info(lambda info: info["features"][TOP].update(shape=[32, 64, 3])),

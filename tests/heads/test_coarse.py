@@ -47,7 +47,7 @@ def test_episodes_are_seen_a_stride_apart_and_those_too_short_left_out(coarse: C
     seen = coarse.coarsen(LatentEpisodes(latents=latents, blocks=blocks, lengths=torch.tensor([6, 3])), offset=1)
     assert seen.lengths.tolist() == [2]
     assert torch.equal(seen.latents[0], latents[0, [1, 4]])
-    with pytest.raises(DataError, match="no episode is longer than 3 blocks"):
+    with pytest.raises(DataError, match="every episode is shorter than 3 blocks"):
         coarse.coarsen(LatentEpisodes(latents=latents, blocks=blocks, lengths=torch.tensor([3, 3])))
 
 

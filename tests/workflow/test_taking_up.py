@@ -189,7 +189,7 @@ def test_coarser_models_are_learned_on_top_of_a_complete_run_and_the_rest_is_kep
     agent.reset(Goal(observations=observations[[1, 0]]))
     assert agent.act(observations).shape == (2, 2)
     # Another one in place of what was learned is another recipe.
-    with pytest.raises(ConfigError, match="they differ in hierarchy"):
+    with pytest.raises(ConfigError, match="the recipes differ in hierarchy"):
         workflow.train(recipe, dataset, run.path, resume=True)
 
 
@@ -206,7 +206,7 @@ def test_probes_are_learned_on_top_of_a_complete_run(recipe, dataset, run, untou
     assert probe.size == 2
     assert len(probe.errors) > 0
     assert digests(run.path) == before
-    with pytest.raises(ConfigError, match="they differ in probes"):
+    with pytest.raises(ConfigError, match="the recipes differ in probes"):
         workflow.train(recipe, dataset, run.path, resume=True)
 
 

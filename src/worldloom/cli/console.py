@@ -129,7 +129,8 @@ class _Bar:
 
 
 class LineProgress:
-    """Plain lines: one every ten seconds and one at the end. A nested task reports its end only after ten seconds."""
+    """Plain lines: one every ten seconds and one at the end. A nested task writes its last line
+    only if it took at least ten seconds."""
 
     interval = 10.0
 

@@ -148,8 +148,8 @@ class LeRobotSource(Source):
             for name in [*names, "episode_index"]:
                 if name not in there:
                     raise DataError(
-                        f"{entry.data} has no column {name!r}, but {INFO} lists this column; got {', '.join(there)}. "
-                        f"Restore both files from a copy"
+                        f"{entry.data} has no column {name!r}; got {', '.join(there)}. Restore it and {INFO} from a "
+                        f"copy"
                     )
             wanted = [*names, "episode_index", *(name for name in ("timestamp", "frame_index") if name in there)]
             if file.metadata.num_rows < entry.first + entry.length:

@@ -195,11 +195,12 @@ class MinariSource(Hdf5Source):
         """Return a column as float32 (N, size); discrete choices become one-hot."""
         width = _size(space)
         if space["type"] == "Discrete":
-            choices = column.reshape(-1).astype(np.int64) - int(space.get("start", 0))
+            start = int(space.get("start", 0))
+            choices = column.reshape(-1).astype(np.int64) - start
             if len(choices) != len(column) or ((choices < 0) | (choices >= width)).any():
                 raise DataError(
-                    f"{where} does not have one of {width} choices in each row, as in {METADATA}; restore the file "
-                    f"from a copy"
+                    f"{where}: expected one integer from {start} to {start + width - 1} in each row, as in {METADATA}; "
+                    f"got other values, or several in a row. Restore the file from a copy"
                 )
             return np.eye(width, dtype=np.float32)[choices]
         if column.ndim == 0 or int(np.prod(column.shape[1:])) != width:

@@ -204,7 +204,7 @@ class KeepAway(Rail):
 
 @GUARDRAILS.register("unlike")
 class Unlike(Rail):
-    """Each predicted state is more than `distance` step lengths away from the latents of all these pictures."""
+    """Each predicted state is more than `distance` step lengths away from the latents of each of the `pictures`."""
 
     name: Literal["unlike"] = "unlike"
     pictures: tuple[str, ...] = Field(min_length=1)

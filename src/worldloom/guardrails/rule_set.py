@@ -71,7 +71,8 @@ class RuleSet:
         if order != sorted(set(order)):
             raise ConfigError(
                 f"expected the layers of a rule set in the order {', '.join(LAYERS)}, each at most once; got "
-                f"{', '.join(layer.layer for layer in self.layers)}. Pass the files in this order"
+                f"{', '.join(layer.layer for layer in self.layers)}. Pass the files in "
+                f"the expected order, and set 'layer' in each file (default: operator)"
             )
         for place, lower in enumerate(self.layers):
             for upper in self.layers[:place]:

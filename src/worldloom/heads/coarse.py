@@ -104,7 +104,7 @@ class CoarseModel(Head[CoarseConfig]):
         """Convert episodes of the model below to episodes of the coarse model, starting at frame `offset`.
 
         Raises:
-            DataError: no episode is longer than one coarse step.
+            DataError: every episode is shorter than one coarse step.
         """
         stride, found = self.config.stride, []
         with torch.inference_mode():
@@ -119,8 +119,8 @@ class CoarseModel(Head[CoarseConfig]):
                 found.append((ends.clone(), self.macro(ends[:-1], chunks).clamp(-_BOUND, _BOUND).clone()))
         if not found:
             raise DataError(
-                f"no episode is longer than {stride} blocks, one step of the coarse model; collect longer episodes or "
-                f"lower 'stride'"
+                f"every episode is shorter than {stride} blocks, one step of the coarse model; collect longer episodes "
+                f"or lower 'stride'"
             )
         return LatentEpisodes.of(found)
 

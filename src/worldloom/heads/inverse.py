@@ -16,7 +16,10 @@ from worldloom.models import MLP
 
 
 class InverseModelConfig(FitConfig):
-    """The configuration of an `InverseModel` and its fit; `dreams` imagined walks per episode extend the data."""
+    """The configuration of an `InverseModel` and its fit.
+
+    `dreams` is the number of imagined walks per episode that are added to the training data.
+    """
 
     hidden: tuple[int, ...] = Field(default=(256, 256), min_length=1)
     steps: int = Field(default=800, ge=1)

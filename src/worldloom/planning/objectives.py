@@ -182,11 +182,11 @@ class InformationGain(Objective):
 
 @dataclass(frozen=True)
 class InOrder(Objective):
-    """Reach stages in order: a stage counts only after the step in which the stage before it was reached.
+    """Reach stages in order: a stage counts only from the step in which the previous stage was reached.
 
-    Each stage that a plan does not reach costs `unreached`. The first unreached stage also adds its distance: the mean
-    distance from the step where the stage before it was reached, plus the final distance. In environment b, the first
-    `done[b]` stages have been reached already.
+    Each stage that a plan does not reach costs `unreached`. The first unreached stage also costs its mean distance over
+    the steps that count, plus its distance at the last step. In environment b, the first `done[b]` stages have been
+    reached already.
 
     Raises:
         PlanningError: `stages` is empty.

@@ -76,9 +76,9 @@ def fit(
 ) -> JEPA:
     """Train a world model on the frames of `cache`, save it in the run folder and return it in evaluation mode.
 
-    The batch of step t depends only on (seed, t). On one machine, a resumed run therefore gives the same parameters as
-    an uninterrupted one, and a run on several devices the same as on one device up to rounding. For several devices,
-    start the program with torchrun or pass a launched `fabric`.
+    The batch of step t depends only on (seed, t). A resumed run therefore gives the same parameters as an uninterrupted
+    run on the same machine. A run on several devices gives the same parameters as a run on one device, up to rounding.
+    For several devices, start the program with torchrun or pass a launched `fabric`.
 
     Federated training runs one segment, `stretch`, at a time: the first segment without `resume`, later segments with
     `resume`. The model is saved at the end of each segment.

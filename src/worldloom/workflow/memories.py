@@ -26,7 +26,8 @@ def encode_picture(run: Run, path: Path, memory: EpisodicMemory) -> Float[Tensor
 
 
 def remember(run: Run, data: Path | str, memory: EpisodicMemory, *, progress: Progress = SILENT) -> int:
-    """Append the episodes of a dataset to a memory, one record per block of actions; return the number of records.
+    """Append the episodes of a dataset to a memory, one record per frame that the model sees; return
+    their number.
 
     Raises:
         DataError: the dataset's observations or actions do not match the model.

@@ -96,7 +96,10 @@ def _picture(run: Run, path: Path) -> Observations:
 def _drawn(run: Run, protocol: str | None, split: str | None, episode: int) -> tuple[Observations, Goal]:
     name = protocol or run.recipe.protocol or default_protocol(run.environment.get("id"))
     if name is None:
-        raise ConfigError("expected --start and --goal, or a --protocol with start and goal; got neither")
+        raise ConfigError(
+            f"the run has no default protocol; pass two pictures with --start and --goal, or --protocol with one of "
+            f"{', '.join(PROTOCOLS)}"
+        )
     chosen = PROTOCOLS[name]
     split = split or next(iter(chosen.splits))
     if split not in chosen.splits:

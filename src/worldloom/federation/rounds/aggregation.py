@@ -205,9 +205,10 @@ class ClippedMean(Aggregator):
 
 @AGGREGATORS.register("coordinate-median")
 class CoordinateMedian(Aggregator):
-    """The weighted median of each coordinate (Yin et al. 2018, arXiv 1803.01498); if two values tie, their mean.
+    """The weighted median of each coordinate (Yin et al. 2018, arXiv 1803.01498).
 
-    An owner with less than half of the weight cannot move a coordinate out of the range of the other owners' values.
+    If the cumulative weight is exactly half at a value, the median is the mean of that value and the next one. An owner
+    with less than half of the weight cannot move a coordinate out of the range of the other owners' values.
     """
 
     name: Literal["coordinate-median"] = "coordinate-median"

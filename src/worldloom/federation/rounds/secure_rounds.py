@@ -391,8 +391,8 @@ def _hear_stored(path: Path, held: Transcript, what: str, named: Mapping[str, st
     found = held.digests(what)
     if wrong := sorted(owner for owner in named if found[owner] != named[owner]):
         raise DataError(
-            f"the {ANSWERS[what]} message of {', '.join(wrong)} in round {held.round} does not match the ledger; "
-            f"restore it from a copy"
+            f"the stored answers of {', '.join(wrong)} to the request to {what} in round {held.round} do not match the "
+            f"ledger; restore {', '.join(str(_file(path, held, what, owner)) for owner in wrong)} from a copy"
         )
 
 

@@ -192,7 +192,8 @@ class Masker:
 
         The state contains every secret: delete the state after the sum.
 
-        Never resume from a state that is older than the last answer: the same masks on two deltas reveal both.
+        Never resume from a state that is older than the last answer: a second answer with the same masks could reveal
+        the delta.
         """
         return {
             "owner": self.owner,

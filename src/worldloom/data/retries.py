@@ -17,6 +17,7 @@ _log = logging.getLogger(__name__)
 
 _DAMAGED_ATTEMPTS = 4  # failures to decode after which the stored data counts as damaged
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0  # seconds
+_jitter = random.Random()  # not the global generator: its sequence belongs to the user
 
 
 def with_timeout(call: Callable[[], T], where: str, timeout: float) -> T:
@@ -83,7 +84,7 @@ def with_retries(
             return call()
         except retried as error:
             damaged += isinstance(error, DataError)
-            pause = random.uniform(0.5, 1.0) * min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE)
+            pause = _jitter.uniform(0.5, 1.0) * min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE)
             spent = time.monotonic() - began
             if damaged >= _DAMAGED_ATTEMPTS:
                 raise

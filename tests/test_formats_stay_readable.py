@@ -1,7 +1,7 @@
-"""One committed file of each format of the project, version 1: each is still read, and a version to come is refused.
+"""Reads one committed file of each of the project's formats, version 1, and checks that other versions are refused.
 
-`tests/fixtures/formats_v1/make.py` wrote them. Their content is compared with `expected.json` beside them, within
-rounding, because another processor rounds otherwise.
+`tests/fixtures/formats_v1/make.py` wrote the files. The test compares their content with `expected.json` within a
+tolerance, because processors round differently.
 """
 
 import shutil

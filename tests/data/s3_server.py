@@ -1,11 +1,13 @@
 """A local S3 server, and a proxy before it that does what networks do."""
 
+import multiprocessing
 import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 
 import boto3
 from moto.server import ThreadedMotoServer
@@ -28,11 +30,17 @@ def options_for(port: int) -> dict[str, str]:
 
 @contextmanager
 def s3_server() -> Iterator[int]:
-    """Give the port of a server that holds an empty bucket."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    """Give the port of a server that holds an empty bucket.
+
+    The server has its own process: it draws from `random`, which hypothesis watches in this one.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    server = context.Process(target=_serve, args=(sender,), daemon=True)
     server.start()
-    _, port = server.get_host_and_port()
     try:
+        assert receiver.poll(60), "the S3 server did not start within 60 s"
+        port = receiver.recv()
         boto3.client(
             "s3",
             endpoint_url=f"http://127.0.0.1:{port}",
@@ -42,7 +50,15 @@ def s3_server() -> Iterator[int]:
         ).create_bucket(Bucket=BUCKET)
         yield port
     finally:
-        server.stop()
+        server.kill()
+        server.join()
+
+
+def _serve(sender: Connection) -> None:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    sender.send(server.get_host_and_port()[1])
+    threading.Event().wait()
 
 
 class FaultyProxy:

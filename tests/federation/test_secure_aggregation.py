@@ -265,7 +265,7 @@ def test_owners_that_are_put_away_and_taken_up_between_all_steps_give_the_same_s
         again("ann").unmask(there)
     state = view.maskers["ann"].state()
     for wrong in ({}, {**state, "mask": "00"}, {**state, "seed": 3}, {**state, "owner": "mallory"}):
-        with pytest.raises(DataError, match="state of a masker is invalid"):
+        with pytest.raises(DataError, match="state of an owner in the secure sum is invalid"):
             Masker.of(wrong, view.session, KEYS["ann"].sign)
 
 

@@ -184,7 +184,7 @@ def test_columns_may_be_named_and_lists(tmp_path: Path) -> None:
         ({"action.x": [{"x": 1.0}] * 12}, "column 'action.x' is struct"),
         ({"timestamp": ["noon"] * 12}, "timestamps have type string; expected numbers"),
         ({"action.x": None, "action.y": None}, "no column 'action' or 'action.*'; it has timestamp"),
-        ({"timestamp": [0.0, 0.1, 0.2, 0.1, 0.0, *np.arange(7) / 10]}, "do not increase in 3 places, first from 0.2"),
+        ({"timestamp": [0.0, 0.1, 0.2, 0.1, 0.0, *np.arange(7) / 10]}, "do not increase in 3 place.s., first from 0.2"),
         ({"timestamp": [0.0, None, *np.arange(2, 12) / 10]}, "no finite timestamp in row 1"),
     ],
 )

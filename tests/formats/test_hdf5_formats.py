@@ -109,7 +109,7 @@ def test_what_robomimic_needs_is_written(tmp_path: Path) -> None:
     [
         (lambda demo: demo.__delitem__("actions"), "data/demo_1 has no actions"),
         (lambda demo: demo.__delitem__("obs/robot0_eef_pos"), "data/demo_1 has no obs/robot0_eef_pos"),
-        (lambda demo: demo.__delitem__("next_obs"), "and the first demo has next_obs"),
+        (lambda demo: demo.__delitem__("next_obs"), "has no next_obs, unlike"),
         (lambda demo: demo.attrs.__setitem__("num_samples", 9), "has 4 actions but num_samples 9"),
         (lambda demo: replace(demo, "obs/robot0_eef_pos", np.zeros((3, 3))), "has 3 rows for 4 actions"),
         (lambda demo: replace(demo, "actions", np.zeros((4, 3))), r"actions is float64 of shape \(4, 3\); expected"),

@@ -256,7 +256,7 @@ def test_something_else_at_the_target_is_refused(tmp_path: Path) -> None:
     make_store(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "there", target_format="minari")
     other = DatasetSpec(observation=SPEC.observation, action=SPEC.action)
-    with pytest.raises(DataError, match="contains different data"):
+    with pytest.raises(DataError, match="other columns or settings"):
         FORMATS["minari"].create(tmp_path / "there", other, WriteOptions(), resume=True)
     with pytest.raises(DataError, match="already exists"):
         FORMATS["minari"].create(tmp_path / "there", SPEC, WriteOptions(), resume=False)

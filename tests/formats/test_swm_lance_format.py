@@ -148,7 +148,7 @@ def spoil(name: str, row: int, value: Any) -> Callable[[dict[str, Any]], None]:
     ("change", "message"),
     [
         (lambda made: made.pop("action"), "has no column 'action'; it has"),
-        (lambda made: made.update(action=pa.array(["a"] * 16)), "'action' has type string; expected lists of numbers"),
+        (lambda made: made.update(action=pa.array(["a"] * 16)), "'action' has type string; expected a list of numbers"),
         (spoil("episode_idx", 9, 0), "episode_idx decreases from 1 to 0 in row 9"),
         (spoil("step_idx", 7, 9), "step_idx is 9 in row 7; expected 2"),
         (spoil("pixels", 6, b"no picture"), "episode 1: the picture of 'pixels' in step 1 does not decode"),
@@ -198,5 +198,5 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="already exists"):
         FORMATS[NAME].create(tmp_path / "x", SPEC, WriteOptions(), resume=False)
     other = DatasetSpec(observation=SPEC.observation, action=SPEC.action)
-    with pytest.raises(DataError, match="contains different data"):
+    with pytest.raises(DataError, match="other columns or settings"):
         FORMATS[NAME].create(tmp_path / "x", other, WriteOptions(), resume=True)

@@ -4,7 +4,8 @@ import torch
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.types import Context
 from worldloom.data import Statistics
-from worldloom.models import JEPA, JEPAConfig, build_jepa
+from worldloom.heads import Heads
+from worldloom.models import JEPA, JEPAConfig, build_jepa, save_model
 from worldloom.models.encoders import Fusion, PatchConv, VectorMLP, ViT
 from worldloom.models.predictors import MLPPredictor, TransformerPredictor
 from worldloom.testing import check_world_model
@@ -183,3 +184,25 @@ def test_an_action_stem_undoes_another_convention(pixel_case) -> None:
     with torch.no_grad():
         model.action_stem.mix.weight.copy_(turn.T @ model.action_stem.mix.weight)
     torch.testing.assert_close(model.rollout(context, turned), straight, rtol=1e-4, atol=1e-5)
+
+
+def test_models_encode_alike_only_with_the_same_encoder_context_and_block(pixel_case) -> None:
+    ours, other = build(pixel_case), build(pixel_case)
+    with torch.no_grad():
+        next(other.predictor.parameters()).add_(1)
+    assert ours.encodes_like(other)
+    assert not ours.encodes_like(build(pixel_case, context=3))
+    with torch.no_grad():
+        next(other.encoder.parameters()).add_(1)
+    assert not ours.encodes_like(other)
+
+
+def test_a_run_with_another_encoder_is_no_peer(pixel_case, tmp_path) -> None:
+    ours, other = build(pixel_case), build(pixel_case)
+    save_model(tmp_path / "same" / "model", other, {})
+    assert Heads(tmp_path, ours).peer(str(tmp_path / "same")).encodes_like(ours)
+    with torch.no_grad():
+        next(other.encoder.parameters()).add_(1)
+    save_model(tmp_path / "other" / "model", other, {})
+    with pytest.raises(ConfigError, match="different encoder"):
+        Heads(tmp_path, ours).peer(str(tmp_path / "other"))

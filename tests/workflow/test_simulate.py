@@ -66,7 +66,7 @@ def test_shared_statistics_are_those_of_the_pilots_frames_and_need_one(tmp_path:
     rules = "rules: {partition: {shared: [encoder.*, predictor.*, normalise_actions.*], sovereign: [norm.*]}, "
     text = CONSORTIUM.replace("rules: {", rules)
     config = parse_yaml(text, ConsortiumConfig, source="here")
-    with pytest.raises(ConfigError, match=r"'encoder.normalise.scale', which is measured on data"):
+    with pytest.raises(ConfigError, match=r"'encoder.normalise.scale' is a statistic that is measured on data"):
         simulate(config, tmp_path / "without")
     config = parse_yaml(text + "pilot: east\nalign_steps: 2\n", ConsortiumConfig, source="here")
     woven = simulate(config, tmp_path / "with")

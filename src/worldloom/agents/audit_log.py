@@ -221,8 +221,8 @@ def replay(
     _, situation = read_situation(folder, entry, device)
     if entry.body.get("cut short"):
         raise DataError(
-            f"entry {entry.index} was cut short by its deadline, so it depends on the clock and cannot be repeated. "
-            f"Use 'worldloom audit show' to see its prediction"
+            f"a deadline ended the search of the decision in entry {entry.index}, so the decision depends on the clock "
+            f"and cannot be repeated. Use 'worldloom audit show' to see the recorded plan"
         )
     plan = decide(situation)
     violations = [plan.violations[name] for name in sorted(plan.violations)]

@@ -159,7 +159,10 @@ class PartsSink(Sink):
             with opened_hdf5(self.main) as file:
                 own = own_attribute(file)
             if own.get("spec") != spec_values(self.spec)["spec"]:
-                raise DataError(f"{self.main} contains different data; choose another path")
+                raise DataError(
+                    f"{self.main} already contains data with other columns or settings than the data to write; choose "
+                    f"another path"
+                )
             self._clean()
             return int(own["episodes"])
         with storage_errors(self.parts):

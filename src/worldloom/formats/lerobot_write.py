@@ -61,12 +61,15 @@ class LeRobotSink(Sink):
         wanted = {**spec_values(self.spec), "version": self.version, "write": options.model_dump(mode="json")}
         if there is None:
             if path.exists() and any(path.iterdir()):
-                raise DataError(f"{path} contains different data; choose another path")
+                raise DataError(f"{path} already contains other files; choose another path")
             with storage_errors(path):
                 path.mkdir(parents=True, exist_ok=True)
             write_json(path / OWN, wanted)
         elif there != wanted:
-            raise DataError(f"{path} contains different data, or was started with other options; choose another path")
+            raise DataError(
+                f"{path} already contains data with other columns, settings or options than the data to write; choose "
+                f"another path"
+            )
         rows = self.resumed()
         tasks = [task for row in rows for task in row["tasks"]]
         self.tasks = {task: number for number, task in enumerate(dict.fromkeys(tasks))}

@@ -134,8 +134,8 @@ class RobomimicSource(Hdf5Source):
                 )
             if self._closing != ("next_obs" in group):
                 raise DataError(
-                    f"only one of {where} and the first demo has next_obs; convert demos with and without next_obs "
-                    f"separately"
+                    f"{where} has {'no ' if self._closing else ''}next_obs, unlike the first demo; convert demos with "
+                    f"and without next_obs separately"
                 )
             columns = {name: self._column(group, name, len(actions), where) for name in wanted}
             labels = {name: (group["labels"] if self._own else group)[name][()] for name in self._labels}

@@ -50,8 +50,8 @@ class SwmLanceSource(Source):
                 )
         if not _width(schema.field(ACTION).type):
             raise DataError(
-                f"{self.path}: column 'action' has type {schema.field(ACTION).type}; expected lists of numbers of the "
-                f"same length. Convert the column"
+                f"{self.path}: column 'action' has type {schema.field(ACTION).type}; expected a list of numbers in "
+                f"each row, of the same length in all rows. Convert the column"
             )
         text = (schema.metadata or {}).get(OWN)
         self._own = None if text is None else DatasetSpec.from_json(text.decode())
@@ -184,7 +184,10 @@ class SwmLanceSink(Sink):
             return 0
         table = open_table(self.path)
         if (table.schema.metadata or {}).get(OWN) != spec.to_json().encode():
-            raise DataError(f"{self.path} contains different data; choose another path")
+            raise DataError(
+                f"{self.path} already contains data with other columns or settings than the data to write; choose "
+                f"another path"
+            )
         with lance_errors(str(self.path), "read"):
             column = table.to_table(columns=[EPISODE])[EPISODE].to_numpy()
         return int(column.max(initial=-1)) + 1

@@ -209,7 +209,7 @@ def _increasing(
             sentence = f"{what} has one repeated or swapped timestamp; row {row} ({times[row]:.6g} s) is left out."
             return kept, [Note(kind="dropped", what=sentence, episode=episode)]
     raise DataError(
-        f"{what} has timestamps that do not increase in {len(falls)} places, first from {times[fall]:.6f} s in row "
+        f"{what} has timestamps that do not increase in {len(falls)} place(s), first from {times[fall]:.6f} s in row "
         f"{fall} to {times[fall + 1]:.6f} s in row {fall + 1}; only one repeated or swapped timestamp can be repaired. "
         f"Sort the rows, or split them into several episodes"
     )

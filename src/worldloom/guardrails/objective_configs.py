@@ -30,7 +30,7 @@ class ObjectiveConfig(Component):
 
     @abstractmethod
     def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Objective:
-        """Return the unweighted cost for the model of `heads`; `goal` contains the goal latents of the agent.
+        """Return the objective, without its weight, for the model of `heads`; `goal` contains the agent's goal latents.
 
         Raises:
             ConfigError: the run lacks a head that the objective needs, or the head has the wrong size.

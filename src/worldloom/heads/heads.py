@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from worldloom.core.errors import DataError
+from worldloom.core.errors import ConfigError, DataError
 from worldloom.data import read_picture
 from worldloom.heads.coarse import CoarseModel
 from worldloom.heads.distance import TemporalDistance
@@ -80,9 +80,16 @@ class Heads:
         return torch.cat(every)
 
     def peer(self, run: str) -> JEPA:
-        """Return the world model of another run, given by its folder.
+        """Return the world model of another run with the same encoder, given by its folder.
 
         Raises:
             CheckpointError: the folder has no model, or the model is damaged.
+            ConfigError: the other model has a different encoder, so its latents cannot be compared with this model's.
         """
-        return load_model(Path(run) / "model", self.model.device)
+        other = load_model(Path(run) / "model", self.model.device)
+        if not self.model.encodes_like(other):
+            raise ConfigError(
+                f"the run {run} has a different encoder, so its predictions cannot be compared with this run's; name "
+                f"runs whose training kept this encoder"
+            )
+        return other

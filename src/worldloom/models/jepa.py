@@ -78,6 +78,17 @@ class JEPA(nn.Module):
         shared = config.action_stem
         self.action_stem = None if shared is None else ActionStem(spec.action.size, shared)
 
+    def encodes_like(self, other: "JEPA") -> bool:
+        """Return whether both models have the same encoder, context and block, so that latents can be compared."""
+        ours, theirs = ({**one.encoder.state_dict(), **one.norm.state_dict()} for one in (self, other))
+        shapes = [(one.spec.action, one.spec.block, one.spec.context) for one in (self, other)]
+        return (
+            self.config.encoder == other.config.encoder
+            and shapes[0] == shapes[1]
+            and ours.keys() == theirs.keys()
+            and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+        )
+
     @property
     def device(self) -> torch.device:
         """The device of the parameters."""

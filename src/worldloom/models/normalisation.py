@@ -14,11 +14,12 @@ _MOMENTUM, _EPSILON = 0.1, 1e-5  # of the batch norm of latents
 class PixelNormalisation(nn.Module):
     """Normalises frames: (value - mean) / std for each pixel and channel, padded with zeros to multiples of `patch`.
 
-    A pixel that the agent covers in a share p of the frames has std c sqrt(p) for a contrast c. The division scales
-    such a rare visit to 1 / sqrt(p), so that a small moving object counts as much as large static walls. A pixel
-    without a visit in the sample has std 0. The std is therefore limited from below to half the median std of the
-    varying pixels, so that a first visit looks like at most two visits elsewhere. The limit is at least one grey level
-    (of 255), because smaller values are quantisation noise.
+    A pixel that the agent covers in a share p of the frames has std c sqrt(p) for a contrast c. Division by
+    this std gives the covered pixel a value of about 1 / sqrt(p): the rarer the visit, the larger the value. A small
+    moving object then counts as much as large static walls. A pixel that the agent never covers in the sample has std
+    0. Each std is therefore at least half the median std of the varying pixels. The first visit to such a pixel then
+    has at most twice the value of a visit to a typical pixel. The limit is at least one grey level (of 255), because
+    smaller values are quantisation noise.
     """
 
     scale: Tensor

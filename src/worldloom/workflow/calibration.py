@@ -116,8 +116,9 @@ def calibrate(
             raise DataError(_why_infinite(scores, risk, confidence))
         factor = min(max(needed, _GROWTH[0] * factor), _GROWTH[1] * factor)
     raise DataError(
-        f"calibration did not converge in {rounds} rounds: the last factor was {history[-1]['factor']:.3g}, but "
-        f"{needed:.3g} is required. Use more rounds or episodes, or a larger risk"
+        f"calibration did not converge in {rounds} rounds: the last round multiplied the margins by "
+        f"{history[-1]['factor']:.3g}, but a factor of {needed:.3g} is required. Use more rounds (--rounds) or "
+        f"episodes (--episodes), or state a larger risk in the rule set"
     )
 
 

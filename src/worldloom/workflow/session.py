@@ -100,5 +100,5 @@ class Session:
 
 
 def session_of(run: Run | Session) -> Session:
-    """Return the session itself, or a new session of a run; the new session does not need to be closed."""
+    """Return a session unchanged; for a run, return a new session, which does not need to be closed."""
     return run if isinstance(run, Session) else Session(run)

@@ -41,7 +41,10 @@ class Contribution:
         check_names(self.tensors, self.partition.shared, "a contribution")
         for name, tensor in self.tensors.items():
             if not tensor.is_floating_point():
-                raise DataError(f"tensor {name!r} is {tensor.dtype}; expected floating point. Declare it sovereign")
+                raise DataError(
+                    f"tensor {name!r} is {tensor.dtype}; expected floating point. "
+                    f"Keep the tensor local: add it to partition.sovereign"
+                )
             check_finite(name, tensor)
         for name in ("round", "steps", "frames"):
             if getattr(self, name) < 0:

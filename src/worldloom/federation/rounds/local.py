@@ -222,8 +222,9 @@ def check_has_a_pilot(model: JEPAConfig, spec: DatasetSpec, partition: Partition
     """
     if shared := _shared_statistics(model, spec, partition):
         raise ConfigError(
-            f"partition.shared matches {shared[0]!r}, which is measured on data, but the initial base is untrained; "
-            f"start from a pilot's base ('worldloom weave pilot'), or add the tensor to partition.sovereign"
+            f"the shared tensor {shared[0]!r} is a statistic that is measured on data, but the initial base is "
+            f"untrained and has no measured values. Let one owner train the initial base ('worldloom weave pilot'), "
+            f"or keep the tensor local: add it to partition.sovereign"
         )
 
 

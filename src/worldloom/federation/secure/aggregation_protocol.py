@@ -221,7 +221,10 @@ class Masker:
             found._roster = {owner: dict(keys) for owner, keys in state["roster"].items()}
             found._shares = {owner: (int(key, 16), int(seed, 16)) for owner, (key, seed) in state["shares"].items()}
         except (AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:
-            raise DataError(f"the state of a masker is invalid ({error}); begin a new session") from None
+            raise DataError(
+                f"the saved state of an owner in the secure sum is invalid ({error}); begin a new session of "
+                f"the secure sum"
+            ) from None
         return found
 
     def advertise(self) -> dict[str, str]:

@@ -32,7 +32,7 @@ class TransformerPredictor(PredictorConfig):
 
 
 class CausalTransformer(Predictor):
-    """The module that `TransformerPredictor` builds."""
+    """Predicts the next latent from the latents and actions so far, by attention to earlier steps only."""
 
     def __init__(self, latent_dim: int, block_size: int, context: int, config: TransformerPredictor) -> None:
         super().__init__()

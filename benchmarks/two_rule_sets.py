@@ -23,7 +23,7 @@ from worldloom.cli.options import set_threads
 from worldloom.core.files import write_json
 from worldloom.core.hardware import describe_hardware
 from worldloom.core.seams import Agent
-from worldloom.core.signing import make_key, sign_file
+from worldloom.core.signing import Domain, make_key, sign_file
 from worldloom.envs import Frame
 from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
 from worldloom.guardrails import read_rules
@@ -126,7 +126,7 @@ def signed(text: str) -> Any:
         path, key = Path(folder) / "policy.yaml", Path(folder) / "key.pem"
         path.write_text(text)
         public = make_key(key)
-        sign_file(path, key)
+        sign_file(path, key, Domain.RULE_LAYER)
         return read_rules([path], trusted={public})
 
 

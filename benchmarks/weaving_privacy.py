@@ -30,7 +30,7 @@ import argparse
 import logging
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from worldloom.cli.console import print_table, progress
 from worldloom.core.errors import TrainingError
 from worldloom.core.files import write_json
 from worldloom.core.seeds import numpy_generator, torch_generator
+from worldloom.core.signing import Domain
 from worldloom.core.types import ActionSpec, Observations, ObservationSpec, Windows
 from worldloom.data import DatasetSpec, Frames, WindowSampler, compute_statistics
 from worldloom.federation import (
@@ -375,7 +376,11 @@ def summed(deltas: Mapping[str, State], name: str) -> dict[str, Tensor]:
         shapes={key: tuple(value.shape) for key, value in next(iter(deltas.values())).items()},
         threshold=len(deltas),
     )
-    maskers, unmasker = {owner: Masker(owner, session, keys[owner].sign) for owner in deltas}, Unmasker(session)
+
+    def signs(owner: str) -> Callable[[bytes], bytes]:
+        return lambda content: keys[owner].sign(Domain.MASK_KEYS.value + content)
+
+    maskers, unmasker = {owner: Masker(owner, session, signs(owner)) for owner in deltas}, Unmasker(session)
     for owner, masker in maskers.items():
         unmasker.take("advertise", owner, masker.advertise())
     for owner, masker in maskers.items():

@@ -1,7 +1,8 @@
-"""Reads one committed file of each of the project's formats, version 1, and checks that other versions are refused.
+"""Reads one committed file of each of the project's formats, and checks that other versions are refused.
 
-`tests/fixtures/formats_v1/make.py` wrote the files. The test compares their content with `expected.json` within a
-tolerance, because processors round differently.
+`tests/fixtures/formats_v1/make.py` wrote the files of version 1, and `formats_v2/make.py` those of version 2.
+Signatures and ledgers of version 1 are refused, because they do not say what was signed. The test compares the content
+with `expected.json` within a tolerance, because processors round differently.
 """
 
 import shutil
@@ -25,13 +26,17 @@ from worldloom.guardrails import RuleLayer, read_rules
 from worldloom.memory import EpisodicMemory
 from worldloom.workflow import Run, replay_entry
 
-FILES = Path(__file__).parent / "fixtures" / "formats_v1"
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def copied(version: int, folder: Path) -> Path:
+    """A copy, since opening some of the files makes locks beside them."""
+    return Path(shutil.copytree(FIXTURES / f"formats_v{version}", folder / f"v{version}"))
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """A copy, since opening some of the files makes locks beside them."""
-    return Path(shutil.copytree(FILES, tmp_path / "files"))
+    return copied(1, tmp_path)
 
 
 def read_dataset(files: Path) -> dict[str, Any]:
@@ -144,11 +149,15 @@ READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "margins": read_margins,
     "memory": read_memory,
     "audit log": read_audit_log,
+    "constitution": read_signed_constitution,
+}
+SECOND: dict[str, Callable[[Path], dict[str, Any]]] = {
     "rule set": read_rule_set,
     "constitution": read_signed_constitution,
     "ledger": read_ledger,
     "contributions": read_contributions,
 }
+CASES = [(1, name) for name in READERS] + [(2, name) for name in SECOND]
 
 
 def alike(found: Any, expected: Any) -> bool:
@@ -162,10 +171,23 @@ def alike(found: Any, expected: Any) -> bool:
     return bool(found == expected)
 
 
-@pytest.mark.parametrize("name", READERS)
-def test_a_file_of_version_1_is_read(files, name) -> None:
-    found, expected = READERS[name](files), read_json(files / "expected.json")[name]
+@pytest.mark.parametrize(("version", "name"), CASES)
+def test_a_file_of_each_version_is_read(tmp_path, version, name) -> None:
+    files = copied(version, tmp_path)
+    found, expected = (READERS if version == 1 else SECOND)[name](files), read_json(files / "expected.json")[name]
     assert alike(found, expected), f"{found}\nexpected {expected}"
+
+
+def test_a_signature_without_a_domain_is_refused(files) -> None:
+    with pytest.raises(
+        StorageError, match=r"format 1; expected .* format 2\. Ask the owner of .* to sign the file again"
+    ):
+        read_rule_set(files)
+
+
+def test_a_ledger_without_domains_is_refused(files) -> None:
+    found = verify_ledger(files / "consortium" / "rounds" / "ledger.jsonl", constitution_of(files))
+    assert (found.broken, found.why) == (0, "has ledger format 1; this version of worldloom reads format 2")
 
 
 @pytest.mark.parametrize(("name", "pattern"), [("run", "run/config.json"), ("margins", "run/margins/*.json")])
@@ -190,10 +212,10 @@ def test_a_ledger_of_another_version_does_not_verify(files, tmp_path) -> None:
     values["members"]["north"]["key"] = key.public
     constitution = Constitution.parse({**values, "coordinators": ["north"]})
     with Ledger(tmp_path / "ledger.jsonl", key) as ledger:
-        ledger.append("constitution", {"format": 2, "fingerprint": constitution.fingerprint})
+        ledger.append("constitution", {"format": 3, "fingerprint": constitution.fingerprint})
     verdict = verify_ledger(tmp_path / "ledger.jsonl", constitution)
     assert verdict.broken == 0
-    assert verdict.why == "has ledger format 2; this version of worldloom reads format 1"
+    assert verdict.why == "has ledger format 3; this version of worldloom reads format 2"
 
 
 @pytest.mark.parametrize(("config", "key"), [(RuleLayer, "rules"), (Constitution, "constitution")])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worldloom.core.errors import DataError, StorageError
-from worldloom.core.signing import SigningKey, make_key, read_signed, sign_file, signature_path, verified
+from worldloom.core.signing import Domain, SigningKey, make_key, read_signed, sign_file, signature_path, verified
 
 
 @pytest.fixture(scope="module")
@@ -17,13 +17,13 @@ def signed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     path = folder / "policy.yaml"
     path.write_bytes(b"owner: Acme\nrisk: 0.05\n")
     public = make_key(folder / "secret.pem")
-    sign_file(path, folder / "secret.pem")
+    sign_file(path, folder / "secret.pem", Domain.RULE_LAYER)
     return path, public
 
 
 def test_what_was_signed_is_read_with_its_signer(signed: tuple[Path, str]) -> None:
     path, public = signed
-    assert read_signed(path, [public.upper()]) == (path.read_bytes(), public)
+    assert read_signed(path, [public.upper()], Domain.RULE_LAYER) == (path.read_bytes(), public)
 
 
 def test_a_secret_key_is_for_its_owner_alone_and_never_written_over(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_a_changed_byte_is_found_wherever_it_is(signed: tuple[Path, str], data: 
     other.write_bytes(bytes(content))
     signature_path(other).write_bytes(signature_path(path).read_bytes())
     with pytest.raises(DataError, match="changed"):
-        read_signed(other, [public])
+        read_signed(other, [public], Domain.RULE_LAYER)
 
 
 @given(st.data())
@@ -62,29 +62,29 @@ def test_a_changed_signature_is_refused(signed: tuple[Path, str], data: st.DataO
     except ValueError:
         same = False
     if same or changed.lower() == text:
-        assert read_signed(other, [public])[1] == public
+        assert read_signed(other, [public], Domain.RULE_LAYER)[1] == public
     else:
         with pytest.raises((DataError, StorageError)):
-            read_signed(other, [public])
+            read_signed(other, [public], Domain.RULE_LAYER)
 
 
 def test_a_stranger_is_refused_and_named(signed: tuple[Path, str], tmp_path: Path) -> None:
     path, public = signed
     with pytest.raises(DataError, match=f"{public}, which is not a trusted key"):
-        read_signed(path, [make_key(tmp_path / "another.pem")])
+        read_signed(path, [make_key(tmp_path / "another.pem")], Domain.RULE_LAYER)
 
 
 def test_what_is_not_signed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "policy.yaml").write_text("owner: Acme\n")
     with pytest.raises(StorageError, match="not signed"):
-        read_signed(tmp_path / "policy.yaml", [])
+        read_signed(tmp_path / "policy.yaml", [], Domain.RULE_LAYER)
 
 
 def test_a_key_of_another_kind_does_not_sign(tmp_path: Path) -> None:
     (tmp_path / "policy.yaml").write_text("owner: Acme\n")
     (tmp_path / "key.pem").write_text("-----BEGIN nothing-----\n")
     with pytest.raises(DataError, match="not a secret key"):
-        sign_file(tmp_path / "policy.yaml", tmp_path / "key.pem")
+        sign_file(tmp_path / "policy.yaml", tmp_path / "key.pem", Domain.RULE_LAYER)
     assert not signature_path(tmp_path / "policy.yaml").exists()
 
 
@@ -94,13 +94,45 @@ def test_a_signature_is_of_one_content_by_one_key(
 ) -> None:
     key = SigningKey(signed[0].with_name("secret.pem"))
     assert key.public == signed[1]
-    signature = key.sign(content)
-    assert verified(content, signature, key.public)
+    signature = key.sign(content, Domain.DATA_CARD)
+    assert verified(content, signature, key.public, Domain.DATA_CARD)
     changed = bytearray(content + b".")
     changed[place % len(changed)] ^= bits
-    assert not verified(bytes(changed), signature, key.public)
+    assert not verified(bytes(changed), signature, key.public, Domain.DATA_CARD)
     other = bytearray(bytes.fromhex(signature))
     other[place % 64] ^= bits
-    assert not verified(content, other.hex(), key.public)
-    assert not verified(content, signature[:-1] + " ", key.public)
-    assert not verified(content, signature, signature[:64])
+    assert not verified(content, other.hex(), key.public, Domain.DATA_CARD)
+    assert not verified(content, signature[:-1] + " ", key.public, Domain.DATA_CARD)
+    assert not verified(content, signature, signature[:64], Domain.DATA_CARD)
+
+
+@given(content=st.binary(max_size=80), made=st.sampled_from(Domain), read=st.sampled_from(Domain))
+def test_a_signature_is_valid_in_its_own_domain_only(
+    signed: tuple[Path, str], content: bytes, made: Domain, read: Domain
+) -> None:
+    key = SigningKey(signed[0].with_name("secret.pem"))
+    assert verified(content, key.sign(content, made), key.public, read) == (made is read)
+    # Nor does content that imitates another domain help, wherever the signed bytes are split.
+    imitated = read.value + content
+    assert not verified(content, key.sign(imitated, made), key.public, read)
+
+
+def test_no_domain_begins_with_another_one() -> None:
+    for one in Domain:
+        assert not [other for other in Domain if other is not one and other.value.startswith(one.value)]
+
+
+def test_a_file_signed_for_one_purpose_serves_no_other(signed: tuple[Path, str]) -> None:
+    path, public = signed
+    with pytest.raises(DataError, match="signed as 'rule layer'; expected 'data card'"):
+        read_signed(path, [public], Domain.DATA_CARD)
+    where = signature_path(path)
+    before = where.read_text()
+    relabelled = path.with_name("relabelled.yaml")
+    relabelled.write_bytes(path.read_bytes())
+    signature_path(relabelled).write_text(before.replace('"rule layer"', '"data card"'))
+    with pytest.raises(DataError, match="does not match the signature"):
+        read_signed(relabelled, [public], Domain.DATA_CARD)
+    with pytest.raises(DataError, match="already signed as 'rule layer'"):  # signing must not destroy another signature
+        sign_file(path, path.with_name("secret.pem"), Domain.PICTURE)
+    assert where.read_text() == before

@@ -1,6 +1,7 @@
 """The attacks work where nothing protects, fail where something does, and poison what averages blindly."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from worldloom.core.errors import DataError
+from worldloom.core.signing import Domain
 from worldloom.federation import PrivacyConfig, clip_and_noise
 from worldloom.federation.secure.aggregation_protocol import Masker, SumSession, Unmasker, decode_sum
 from worldloom.federation.secure.privacy import delta_norm
@@ -80,7 +82,11 @@ def test_under_secure_aggregation_a_frame_cannot_be_read_off_what_the_coordinato
         shapes={name: tuple(value.shape) for name, value in deltas["ann"].items()},
         threshold=2,
     )
-    maskers, unmasker = {name: Masker(name, session, keys[name].sign) for name in names}, Unmasker(session)
+
+    def signs(name: str) -> Callable[[bytes], bytes]:
+        return lambda content: keys[name].sign(Domain.MASK_KEYS.value + content)
+
+    maskers, unmasker = {name: Masker(name, session, signs(name)) for name in names}, Unmasker(session)
     for name, masker in maskers.items():
         unmasker.take("advertise", name, masker.advertise())
     for name, masker in maskers.items():

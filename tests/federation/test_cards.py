@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worldloom.core.errors import DataError
-from worldloom.core.signing import make_key, sign_file
+from worldloom.core.signing import Domain, make_key, sign_file
 from worldloom.core.types import ActionSpec, ObservationSpec
 from worldloom.data import DatasetSpec, Frames, WindowSampler
 from worldloom.federation import (
@@ -60,7 +60,7 @@ def _signed(folder: Path, name: str = "acme", **changed: Any) -> dict[str, str]:
     path = card_path(folder / "hall.lance")
     path.write_text(yaml.safe_dump(_card(**changed).model_dump(mode="json")))
     public = make_key(folder / "key.pem")
-    sign_file(path, folder / "key.pem")
+    sign_file(path, folder / "key.pem", Domain.DATA_CARD)
     return {public: name}
 
 
@@ -69,7 +69,9 @@ def test_a_signed_card_is_believed(tmp_path: Path) -> None:
     assert card_of(tmp_path / "hall.lance", trusted, fingerprint="f1") == _card()
 
 
-@pytest.mark.parametrize("case", ["none", "changed", "unsigned", "stranger", "other data", "other owner", "no card"])
+@pytest.mark.parametrize(
+    "case", ["none", "changed", "unsigned", "stranger", "other data", "other owner", "no card", "picture"]
+)
 def test_what_cannot_be_trusted_is_private_and_says_why(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str
 ) -> None:
@@ -88,9 +90,13 @@ def test_what_cannot_be_trusted_is_private_and_says_why(
         trusted, said = {}, "not a trusted key"
     elif case == "other owner":
         said = "bolt signed the card"
+    elif case == "picture":  # as if a rule layer of its owner had listed the card as a picture
+        path.with_name(f"{path.name}.sig").unlink()
+        sign_file(path, tmp_path / "key.pem", Domain.PICTURE)
+        said = "signed as 'picture'; expected 'data card'"
     elif case == "no card":
         path.write_bytes(b"title: \xff")
-        sign_file(path, tmp_path / "key.pem")
+        sign_file(path, tmp_path / "key.pem", Domain.DATA_CARD)
         said = "decode"
     else:
         said = "this is dataset f2"

@@ -10,6 +10,7 @@ from consortium import MODEL, OWNERS, Consortium, bytes_of, points
 
 import worldloom.federation.rounds.round_store as store_module
 from worldloom.core.errors import CheckpointError, ConfigError, DataError, StorageError, TrainingError
+from worldloom.core.signing import Domain
 from worldloom.federation import (
     Base,
     PartitionConfig,
@@ -518,8 +519,9 @@ def forged(consortium: Consortium, name: str, kind: str, body: dict, tensors) ->
     (length,) = struct.unpack_from("<I", whole, 8)
     values = json.loads(whole[12 : 12 + length])
     header = json.dumps({**values, "body": body}, sort_keys=True, separators=(",", ":")).encode("ascii")
-    said = whole[:8] + struct.pack("<I", len(header)) + header
-    return said + bytes.fromhex(consortium.keys[name].sign(said)) + whole[12 + length + 64 :]
+    said = struct.pack("<I", len(header)) + header
+    signature = consortium.keys[name].sign(said, Domain.MESSAGE)
+    return whole[:8] + said + bytes.fromhex(signature) + whole[12 + length + 64 :]
 
 
 @pytest.mark.parametrize("change", [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from worldloom.core.chain import canonical
 from worldloom.core.errors import DataError
-from worldloom.core.signing import SigningKey, make_key
+from worldloom.core.signing import Domain, SigningKey, make_key
 from worldloom.federation.record import envelope
 from worldloom.federation.record.envelope import SignedMessage, seal, unseal
 
@@ -41,8 +41,8 @@ def _forged(key: SigningKey, payload: bytes = b"", **changed: object) -> bytes:
 
 
 def _signed(key: SigningKey, header: bytes, payload: bytes = b"") -> bytes:
-    said = b"WLWEAVE\x01" + struct.pack("<I", len(header)) + header
-    return said + bytes.fromhex(key.sign(said)) + payload
+    said = struct.pack("<I", len(header)) + header
+    return b"WLWEAVE\x01" + said + bytes.fromhex(key.sign(said, Domain.MESSAGE)) + payload
 
 
 def test_what_was_sealed_is_read_with_its_sender(key: SigningKey) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from itertools import combinations, product
 from typing import Any
@@ -17,6 +17,7 @@ from scipy.stats import chisquare, ks_2samp
 from torch import Tensor
 
 from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.signing import Domain
 from worldloom.federation.secure.aggregation_protocol import (
     PRIME,
     Masker,
@@ -31,6 +32,10 @@ from worldloom.federation.secure.aggregation_protocol import (
 NAMES = ("ann", "bob", "cho", "dee", "eve")
 KEYS = {name: Ed25519PrivateKey.generate() for name in NAMES}
 SHAPES = {"a.weight": (3, 4), "b": (), "c": (5,)}
+
+
+def signs(name: str) -> Callable[[bytes], bytes]:
+    return lambda content: KEYS[name].sign(Domain.MASK_KEYS.value + content)
 
 
 def session(owners: Iterable[str] = NAMES, threshold: int = 3, shapes: Any = None) -> SumSession:
@@ -58,7 +63,7 @@ class View:
 
     def __init__(self, held: SumSession) -> None:
         self.session = held
-        self.maskers = {name: Masker(name, held, KEYS[name].sign) for name in held.owners}
+        self.maskers = {name: Masker(name, held, signs(name)) for name in held.owners}
         self.unmasker = Unmasker(held)
         self.masked: dict[str, bytes] = {}
         self.answers: dict[str, dict[str, Any]] = {}
@@ -157,7 +162,7 @@ def test_owners_answer_once_and_in_order() -> None:
     with pytest.raises(DataError, match="reveal its delta"):
         view.maskers["ann"].unmask(["ann", "bob", "cho"])
     with pytest.raises(DataError, match="reveal its delta"):
-        Masker("ann", view.session, KEYS["ann"].sign).unmask(there)
+        Masker("ann", view.session, signs("ann")).unmask(there)
 
 
 def test_the_coordinator_never_holds_both_secrets_of_an_owner_even_when_it_lies() -> None:
@@ -249,7 +254,7 @@ def test_owners_that_are_put_away_and_taken_up_between_all_steps_give_the_same_s
 
     def again(name: str) -> Masker:
         state = json.loads(json.dumps(view.maskers[name].state()))
-        view.maskers[name] = Masker.of(state, view.session, KEYS[name].sign)
+        view.maskers[name] = Masker.of(state, view.session, signs(name))
         return view.maskers[name]
 
     take(view.unmasker, "advertise", [again(name).advertise() for name in NAMES])
@@ -266,7 +271,7 @@ def test_owners_that_are_put_away_and_taken_up_between_all_steps_give_the_same_s
     state = view.maskers["ann"].state()
     for wrong in ({}, {**state, "mask": "00"}, {**state, "seed": 3}, {**state, "owner": "mallory"}):
         with pytest.raises(DataError, match="state of an owner in the secure sum is invalid"):
-            Masker.of(wrong, view.session, KEYS["ann"].sign)
+            Masker.of(wrong, view.session, signs("ann"))
 
 
 def test_keys_that_the_coordinator_puts_in_are_refused() -> None:
@@ -277,7 +282,7 @@ def test_keys_that_the_coordinator_puts_in_are_refused() -> None:
         maskers["ann"].share(forged)
     # Nor do keys of another session serve: they were signed for that one.
     other = view.session.model_copy(update={"name": "round 2"})
-    masker = Masker("ann", other, KEYS["ann"].sign)
+    masker = Masker("ann", other, signs("ann"))
     masker.advertise()
     with pytest.raises(DataError, match="not signed"):
         masker.share(roster)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worldloom.core.errors import ConfigError, DataError, StorageError
-from worldloom.core.signing import make_key, sign_file
+from worldloom.core.signing import Domain, make_key, sign_file
 from worldloom.guardrails import Hold, RuleLayer, RuleSet, Stop, read_rules
 
 OPERATOR = """
@@ -124,7 +124,7 @@ def test_only_what_a_trusted_owner_signed_is_kept(tmp_path: Path) -> None:
     owner, stranger = make_key(tmp_path / "owner.pem"), make_key(tmp_path / "stranger.pem")
     with pytest.raises(StorageError, match="not signed"):
         read_rules([path], trusted={owner})
-    sign_file(path, tmp_path / "owner.pem")
+    sign_file(path, tmp_path / "owner.pem", Domain.RULE_LAYER)
     assert read_rules([path], trusted={owner, stranger}).risk == 0.05
     with pytest.raises(DataError, match="not a trusted key"):
         read_rules([path], trusted={stranger})
@@ -136,7 +136,7 @@ def test_only_what_a_trusted_owner_signed_is_kept(tmp_path: Path) -> None:
 def test_a_key_that_is_trusted_for_one_layer_does_not_speak_as_another(tmp_path: Path) -> None:
     path = write(tmp_path, "policy.yaml", OPERATOR)
     public = make_key(tmp_path / "owner.pem")
-    sign_file(path, tmp_path / "owner.pem")
+    sign_file(path, tmp_path / "owner.pem", Domain.RULE_LAYER)
     assert read_rules([path], trusted={f"operator:{public}"}).risk == 0.05
     with pytest.raises(DataError, match="is a layer of the operator"):
         read_rules([path], trusted={f"community:{public}", f"site:{public}"})
@@ -154,10 +154,10 @@ def test_a_forbidden_picture_cannot_be_exchanged(tmp_path: Path, stated: str) ->
     picture.write_bytes(b"a fire")
     path = write(tmp_path, "policy.yaml", f"owner: Acme Works\n{stated.replace('PICTURE', str(picture))}\n")
     owner = make_key(tmp_path / "owner.pem")
-    sign_file(path, tmp_path / "owner.pem")
+    sign_file(path, tmp_path / "owner.pem", Domain.RULE_LAYER)
     with pytest.raises(StorageError, match=r"fire\.png is not signed"):
         read_rules([path], trusted={owner})
-    sign_file(picture, tmp_path / "owner.pem")
+    sign_file(picture, tmp_path / "owner.pem", Domain.PICTURE)
     assert read_rules([path], trusted={owner}).layers[0].files == [str(picture)]
     picture.write_bytes(b"a meadow")
     with pytest.raises(DataError, match=r"fire\.png does not match the signature"):
@@ -172,6 +172,6 @@ def test_a_file_without_end_is_not_read_to_its_end(tmp_path: Path) -> None:
         read_rules([path], trusted=None)
     make_key(tmp_path / "owner.pem")
     with pytest.raises(DataError, match="larger than"):
-        sign_file(path, tmp_path / "owner.pem")
+        sign_file(path, tmp_path / "owner.pem", Domain.RULE_LAYER)
     with pytest.raises(DataError, match="larger than"):
         read_rules([path], trusted=set())

@@ -7,7 +7,7 @@ import typer
 
 from worldloom.cli.console import answer, table
 from worldloom.cli.options import Json, Trust, Unsigned, trusted_keys
-from worldloom.core.signing import make_key, sign_file
+from worldloom.core.signing import Domain, make_key, sign_file
 from worldloom.core.yaml_config import read_yaml
 
 app = typer.Typer(help="Sign, verify and show rule sets: guardrails, objectives and fallbacks.", no_args_is_help=True)
@@ -34,7 +34,8 @@ def sign(
     signatures = []
     for file in files:
         rules = read_yaml(file, RuleLayer)  # do not sign an invalid rule set
-        signatures += [str(sign_file(path, key)) for path in [*map(Path, dict.fromkeys(rules.files)), file]]
+        signatures += [str(sign_file(picture, key, Domain.PICTURE)) for picture in dict.fromkeys(rules.files)]
+        signatures.append(str(sign_file(file, key, Domain.RULE_LAYER)))
     answer(json, {"signatures": signatures}, *signatures)
 
 

@@ -65,8 +65,14 @@ def write_document(path: Path, kind: str, values: Mapping[str, Any], *, version:
     write_json(path, {"kind": kind, "format": version, **values})
 
 
-def read_document(path: Path, kind: str, *, version: int = 1) -> dict[str, Any]:
-    """Return the values that `write_document` wrote, without `kind` and `format`.
+def read_document(
+    path: Path,
+    kind: str,
+    *,
+    version: int = 1,
+    remedy: str = "Check the path, or use the version of worldloom that wrote the file",
+) -> dict[str, Any]:
+    """Return the values that `write_document` wrote, without `kind` and `format`; `remedy` ends the error message.
 
     Raises:
         StorageError: the file is missing or damaged, or has a different kind or format version.
@@ -76,7 +82,7 @@ def read_document(path: Path, kind: str, *, version: int = 1) -> dict[str, Any]:
     if found != (kind, version):
         raise StorageError(
             f"{path} has kind {found[0]!r} and format {found[1]!r}; expected kind {kind!r} and format {version}. "
-            f"Check the path, or use the version of worldloom that wrote the file"
+            f"{remedy}"
         )
     return dict(values)
 

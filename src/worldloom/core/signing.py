@@ -1,20 +1,45 @@
-"""Signatures of files (Ed25519), which show who signed a file and that it has not changed since.
+"""Signatures (Ed25519), which show who signed some content, what for, and that it has not changed since.
 
-A signature is a JSON file beside the signed file. It contains the signer's public key and the signature of the file's
-content. A secret key is a PEM file that only its owner can read. A public key is 64 hexadecimal digits.
+Every signature belongs to a `Domain`, the kind of content that was signed. A signature is valid only in its domain, so
+nobody can pass off a signed picture as a signed data card.
+
+The signature of a file is a JSON file beside it. This JSON file contains the signer's public key, the domain and the
+signature of the file's content. A secret key is a PEM file that only its owner can read. A public key is 64 hexadecimal
+digits.
 """
 
 import os
 import re
 from collections.abc import Collection
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from worldloom.core.errors import DataError, StorageError
-from worldloom.core.files import read_document, storage_errors, write_document
+from worldloom.core.files import read_document, read_json, storage_errors, write_document
 
 _KIND = "worldloom signature"
+_FORMAT = 2  # format 1 had no domains
 _LARGEST = 2**26  # bytes of a signed file, which is read into memory before its signature is checked
+
+
+class Domain(Enum):
+    """What is signed. The value precedes the content in the signed bytes; no value is a prefix of another one."""
+
+    RULE_LAYER = b"worldloom rule layer\n"
+    PICTURE = b"worldloom picture\n"
+    MARGINS = b"worldloom margins\n"
+    DATA_CARD = b"worldloom data card\n"
+    CONSTITUTION = b"worldloom constitution\n"
+    LEDGER_ENTRY = b"worldloom ledger entry\n"
+    CHECKPOINT = b"worldloom ledger checkpoint\n"
+    MESSAGE = b"WLWEAVE\x01"
+    MASK_KEYS = b"worldloom secure aggregation\0"
+
+    @property
+    def title(self) -> str:
+        """The name of the domain in files and messages."""
+        return self.name.lower().replace("_", " ")
 
 
 class SigningKey:
@@ -29,21 +54,25 @@ class SigningKey:
         self._secret = _secret(path)
         self.public = _public(self._secret)
 
-    def sign(self, content: bytes) -> str:
-        """Return the signature of the content, 128 hexadecimal digits."""
-        signature: bytes = self._secret.sign(content)
+    def sign(self, content: bytes, domain: Domain) -> str:
+        """Return the signature of the content in a domain, 128 hexadecimal digits."""
+        signature: bytes = self._secret.sign(domain.value + content)
         return signature.hex()
 
 
-def verified(content: bytes, signature_hex: str, public_hex: str) -> bool:
-    """Return whether the key signed exactly this content; False also if the signature or the key is malformed."""
+def verified(content: bytes, signature_hex: str, public_hex: str, domain: Domain) -> bool:
+    """Return whether the key signed exactly this content in this domain.
+
+    A malformed signature or key gives False.
+    """
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     if not _is_hex(signature_hex, 64) or not _is_hex(public_hex, 32):
         return False
     try:
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_hex)).verify(bytes.fromhex(signature_hex), content)
+        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_hex))
+        key.verify(bytes.fromhex(signature_hex), domain.value + content)
     except (InvalidSignature, ValueError):
         return False
     return True
@@ -82,16 +111,22 @@ def write_key(path: Path | str, content: bytes, *, mode: int = 0o600) -> None:
             opened.write(content)
 
 
-def sign_file(path: Path | str, key: Path | str) -> Path:
-    """Sign the current content of a file, and return the path of the signature.
+def sign_file(path: Path | str, key: Path | str, domain: Domain) -> Path:
+    """Sign the current content of a file in a domain, and return the path of the signature.
 
     Raises:
         StorageError: a file cannot be read or written.
-        DataError: the key is not an Ed25519 key.
+        DataError: the key is not an Ed25519 key, or the file has a signature of another domain.
     """
-    signer, content = SigningKey(key), _read(path)
-    signature = signature_path(path)
-    write_document(signature, _KIND, {"key": signer.public, "signature": signer.sign(content)})
+    signer, content, signature = SigningKey(key), _read(path), signature_path(path)
+    found = read_json(signature) if signature.is_file() else None
+    if isinstance(found, dict) and found.get("domain", domain.title) != domain.title:
+        raise DataError(
+            f"{path} is already signed as {found['domain']!r}, and signing it as {domain.title!r} would replace that "
+            f"signature. Check the path, or delete {signature}"
+        )
+    values = {"key": signer.public, "domain": domain.title, "signature": signer.sign(content, domain)}
+    write_document(signature, _KIND, values, version=_FORMAT)
     return signature
 
 
@@ -100,28 +135,35 @@ def signature_path(path: Path | str) -> Path:
     return Path(path).with_name(f"{Path(path).name}.sig")
 
 
-def read_signed(path: Path | str, trusted: Collection[str]) -> tuple[bytes, str]:
+def read_signed(path: Path | str, trusted: Collection[str], domain: Domain) -> tuple[bytes, str]:
     """Return the content of a file and the public key of its signer, which must be one of `trusted`.
 
     The file is read only once, so the returned content is the verified content.
 
     Raises:
-        StorageError: the file or its signature is missing.
-        DataError: the signature is damaged or does not match the content, or the signer's key is not trusted.
+        StorageError: the file or its signature is missing, or the signature has an old format.
+        DataError: the signature is damaged, is of another domain or does not match the content, or the signer's key is
+            not trusted.
     """
     where = signature_path(path)
     if not where.is_file():
         raise StorageError(f"{path} is not signed: {where} does not exist. Ask the owner to sign the file")
-    content, values = _read(path), read_document(where, _KIND)
+    again = f"Ask the owner of {path} to sign the file again"
+    content, values = _read(path), read_document(where, _KIND, version=_FORMAT, remedy=again)
     try:
-        key, signature = values["key"], values["signature"]
+        key, signed_as, signature = values["key"], values["domain"], values["signature"]
         if not _is_hex(key, 32) or not _is_hex(signature, 64):
             raise ValueError("expected a key of 64 hexadecimal digits and a signature of 128")
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{where} is not a signature ({error}); ask the owner of {path} to sign the file again"
         ) from None
-    if not verified(content, signature, key):
+    if signed_as != domain.title:
+        raise DataError(
+            f"{path} is signed as {signed_as!r}; expected {domain.title!r}. Check the path, or ask the owner to sign "
+            f"the file as {domain.title!r}"
+        )
+    if not verified(content, signature, key, domain):
         raise DataError(
             f"{path} does not match the signature of {key[:16]}...: one of the two files was changed or replaced. "
             f"Ask the owner for both files again"

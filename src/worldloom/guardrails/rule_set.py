@@ -11,7 +11,7 @@ from pydantic import Field
 from worldloom.core.chain import canonical
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.core.signing import read_signed
+from worldloom.core.signing import Domain, read_signed
 from worldloom.core.yaml_config import parse_yaml, read_yaml
 from worldloom.guardrails.fallback import Fallback, FallbackField
 from worldloom.guardrails.objective_configs import ObjectiveField
@@ -148,7 +148,7 @@ def read_rules(paths: Sequence[Path | str], *, trusted: Collection[str] | None) 
         if trusted is None:
             layers.append(read_yaml(path, RuleLayer))
             continue
-        content, signer = read_signed(path, {key.rpartition(":")[2] for key in trusted})
+        content, signer = read_signed(path, {key.rpartition(":")[2] for key in trusted}, Domain.RULE_LAYER)
         layer = parse_yaml(content, RuleLayer, source=str(path))
         able = {key.rpartition(":")[2].lower() for key in trusted if key.rpartition(":")[0] in ("", layer.layer)}
         if signer not in able:
@@ -157,6 +157,6 @@ def read_rules(paths: Sequence[Path | str], *, trusted: Collection[str] | None) 
                 f"for another layer. Have the {layer.layer} sign the file"
             )
         for file in layer.files:
-            read_signed(file, able)
+            read_signed(file, able, Domain.PICTURE)
         layers.append(layer)
     return RuleSet(layers=tuple(layers))

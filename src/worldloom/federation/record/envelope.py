@@ -19,9 +19,9 @@ from torch import Tensor
 
 from worldloom.core.chain import canonical
 from worldloom.core.errors import DataError
-from worldloom.core.signing import SigningKey, verified
+from worldloom.core.signing import Domain, SigningKey, verified
 
-_MAGIC = b"WLWEAVE\x01"
+_MAGIC = Domain.MESSAGE.value
 _LENGTH = struct.Struct("<I")
 _SIGNATURE = 64  # bytes
 _FIELDS = {"kind", "body", "size", "digest", "key"}
@@ -52,8 +52,8 @@ def seal(kind: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor], *, k
     )
     values = {"kind": kind, "body": dict(body), "size": len(payload), "digest": _digest(payload), "key": key.public}
     header = canonical(values).encode("ascii")
-    said = _MAGIC + _LENGTH.pack(len(header)) + header
-    return said + bytes.fromhex(key.sign(said)) + payload
+    said = _LENGTH.pack(len(header)) + header
+    return _MAGIC + said + bytes.fromhex(key.sign(said, Domain.MESSAGE)) + payload
 
 
 def unseal(data: bytes, *, kind: str, known: Mapping[str, str], limit: int) -> SignedMessage:
@@ -118,7 +118,7 @@ def _open(data: bytes, kinds: tuple[str, ...], known: Mapping[str, str], limit: 
             f"Use the same constitution on both sides, and sign with a key that it lists"
         )
     signature = data[start + length : start + length + _SIGNATURE].hex()
-    if not verified(data[: start + length], signature, key):
+    if not verified(data[len(_MAGIC) : start + length], signature, key, Domain.MESSAGE):
         raise DataError(f"a message does not have a valid signature of {sender}; ask {sender} to send it again")
     payload = data[start + length + _SIGNATURE :]
     if values["size"] != len(payload):

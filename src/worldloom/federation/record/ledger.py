@@ -16,7 +16,7 @@ from worldloom.core.chain import NOTHING, Chain, ChainHead, Entry, canonical, en
 from worldloom.core.closing import Closing
 from worldloom.core.errors import DataError
 from worldloom.core.files import storage_errors
-from worldloom.core.signing import SigningKey, verified
+from worldloom.core.signing import Domain, SigningKey, verified
 from worldloom.federation.record.envelope import unseal
 from worldloom.federation.record.ledger_history import printable
 from worldloom.federation.rules.constitution import Constitution
@@ -27,7 +27,7 @@ _BY_COORDINATORS = (
 KINDS = (*_BY_COORDINATORS, "checkpoint", "exit", "return", "recompute")
 """The kinds of entries. Members may write only the last four; coordinators may write all."""
 
-FORMAT = 1  # of the ledger
+FORMAT = 2  # of the ledger and of checkpoints; format 1 signed without domains
 _LARGEST_WORD = 2**13  # bytes of the signed message by which a member leaves
 _LARGEST = 2**16  # characters of the facts of an entry: enough for fingerprints and figures, not for data
 _LONGEST = _LARGEST + 2**10  # characters of the line of an entry, with signer and previous hash
@@ -136,7 +136,7 @@ class Ledger(Records, Closing):
                 f"the data instead"
             )
         content = {"kind": kind, "round": round, "facts": dict(facts), "key": self._key.public}
-        signature = self._key.sign(_signed(content, self.head.length, self.head.hash))
+        signature = self._key.sign(_signed(content, self.head.length, self.head.hash), Domain.LEDGER_ENTRY)
         # Stored in the form that is read back: tuples become lists, and the caller's objects are copied.
         entry = self._chain.append(json.loads(canonical({**content, "signature": signature})))
         self._written.append(entry)
@@ -170,8 +170,8 @@ def constitution_facts(constitution: Constitution) -> dict[str, Any]:
 
 def countersign(head: ChainHead, key: SigningKey) -> dict[str, Any]:
     """Return a checkpoint: the signer's statement that it received a ledger of this length with this hash."""
-    values = {"kind": _COUNTERSIGNED, "format": 1, "length": head.length, "hash": head.hash, "key": key.public}
-    return {**values, "signature": key.sign(canonical(values).encode("ascii"))}
+    values = {"kind": _COUNTERSIGNED, "format": FORMAT, "length": head.length, "hash": head.hash, "key": key.public}
+    return {**values, "signature": key.sign(canonical(values).encode("ascii"), Domain.CHECKPOINT)}
 
 
 def is_countersigned(values: Any) -> bool:
@@ -342,7 +342,7 @@ def _fault(entry: Entry, constitution: Constitution, hashes: list[str]) -> str:
     if body["kind"] in _BY_COORDINATORS and body["key"] not in constitution.coordinator_keys().values():
         return f"is a {body['kind']} signed by {signer}, which is not a coordinator"
     content = {name: body[name] for name in ("kind", "round", "facts", "key")}
-    if not verified(_signed(content, entry.index, entry.previous), body["signature"], body["key"]):
+    if not verified(_signed(content, entry.index, entry.previous), body["signature"], body["key"], Domain.LEDGER_ENTRY):
         return f"is not what {signer} signed"
     if body["kind"] == "exit" and signer != body["facts"].get("owner"):
         return _exit_fault(body, constitution)
@@ -391,8 +391,9 @@ def checked(checkpoint: Any, constitution: Constitution) -> ChainHead:
     """
     try:
         values = {name: checkpoint[name] for name in ("kind", "format", "length", "hash", "key")}
-        signed = verified(canonical(values).encode("ascii"), checkpoint["signature"], checkpoint["key"])
-        whole = (values["kind"], values["format"]) == (_COUNTERSIGNED, 1) and type(values["length"]) is int
+        content = canonical(values).encode("ascii")
+        signed = verified(content, checkpoint["signature"], checkpoint["key"], Domain.CHECKPOINT)
+        whole = (values["kind"], values["format"]) == (_COUNTERSIGNED, FORMAT) and type(values["length"]) is int
         whole = whole and values["length"] >= 0
     except (KeyError, TypeError):
         signed = whole = False

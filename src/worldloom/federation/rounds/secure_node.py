@@ -22,7 +22,7 @@ from worldloom.core.chain import canonical
 from worldloom.core.config import Config
 from worldloom.core.errors import DataError
 from worldloom.core.files import read_json, storage_errors, write_atomic, write_json
-from worldloom.core.signing import SigningKey
+from worldloom.core.signing import Domain, SigningKey
 from worldloom.federation.record.envelope import SignedMessage, seal
 from worldloom.federation.rounds.base import Base
 from worldloom.federation.rounds.contribution import Contribution
@@ -249,7 +249,7 @@ class SecureNode:
             self.path.chmod(0o700)
 
     def _sign(self, content: bytes) -> bytes:
-        return bytes.fromhex(self._key.sign(content))
+        return bytes.fromhex(self._key.sign(content, Domain.MASK_KEYS))
 
     def _answer_path(self, what: str) -> Path:
         return self.path / f"{ANSWERS[what]}.msg"

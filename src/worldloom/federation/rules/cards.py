@@ -15,7 +15,7 @@ from pydantic import Field
 from worldloom.core.config import Config
 from worldloom.core.errors import DataError, StorageError, WorldloomError
 from worldloom.core.files import write_json
-from worldloom.core.signing import read_signed, sign_file
+from worldloom.core.signing import Domain, read_signed, sign_file
 from worldloom.core.yaml_config import parse_yaml
 from worldloom.data import EpisodeDataset, Frames
 from worldloom.federation.rules.constitution import Constitution, Name
@@ -70,7 +70,7 @@ def classify(
         licence=licence,
     )
     write_json(path, card.model_dump(mode="json"))  # JSON is YAML
-    sign_file(path, key)
+    sign_file(path, key, Domain.DATA_CARD)
     return path
 
 
@@ -89,7 +89,7 @@ def card_of(dataset: Path | str, trusted: Mapping[str, str], *, fingerprint: str
             raise StorageError(
                 f"the dataset has no card {path.name}; its owner can sign one with 'worldloom weave classify'"
             )
-        content, key = read_signed(path, trusted)
+        content, key = read_signed(path, trusted, Domain.DATA_CARD)
         card = parse_yaml(content, DataCard, source=str(path))
         owner = {public.strip().lower(): name for public, name in trusted.items()}[key]
         if card.owner != owner:

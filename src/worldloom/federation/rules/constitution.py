@@ -11,7 +11,7 @@ from worldloom.core.chain import canonical
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.files import read_document, storage_errors, write_document
-from worldloom.core.signing import SigningKey, verified
+from worldloom.core.signing import Domain, SigningKey, verified
 from worldloom.core.yaml_config import parse_yaml
 from worldloom.federation.secure.privacy import PrivacyConfig
 
@@ -19,7 +19,6 @@ Name = Annotated[str, StringConstraints(pattern=r"\A[a-z0-9][a-z0-9_-]{0,63}\z")
 Key = Annotated[str, StringConstraints(pattern=r"\A[0-9a-f]{64}\z")]
 
 _KIND = "worldloom constitution signature"
-_SIGNED_AS = b"worldloom constitution\n"  # a prefix, so that the signature is not valid for other content
 _LARGEST = 2**20  # bytes
 _OF_SUMS = ("mean",)  # aggregations that need only the sum; a clipped mean needs the norm of each contribution
 _MASKABLE = ("float32",)  # lossless codecs; masks are added to integers, not to a codec's parts
@@ -217,7 +216,8 @@ def ratify(path: Path | str, member: str, key: SigningKey) -> Path:
             f"{key.public} is not the key of {member} in {path}; sign with the key that the file lists for {member}"
         )
     where = ratification_path(path, member)
-    write_document(where, _KIND, {"member": member, "key": key.public, "signature": key.sign(_SIGNED_AS + content)})
+    signature = key.sign(content, Domain.CONSTITUTION)
+    write_document(where, _KIND, {"member": member, "key": key.public, "signature": signature})
     return where
 
 
@@ -254,7 +254,7 @@ def read_constitution(path: Path | str, *, require: Collection[str] | None = Non
         key = constitution.members[member].key
         if (values.get("member"), values.get("key")) != (member, key):
             raise DataError(f"{where} is for a different member or key; {member} must sign again")
-        if not verified(_SIGNED_AS + content, str(values.get("signature")), key):
+        if not verified(content, str(values.get("signature")), key, Domain.CONSTITUTION):
             raise DataError(
                 f"{path} was changed after {member} signed it. Restore it, or ask all members to sign again"
             )

@@ -26,8 +26,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from cryptography.exceptions import InvalidSignature, InvalidTag
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
@@ -41,6 +40,7 @@ from torch import Tensor
 from worldloom.core.chain import canonical
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.signing import Domain, verified
 
 PHASES = ("advertise", "share", "mask", "unmask")
 """The phases of a session, in order."""
@@ -174,7 +174,7 @@ def decode_sum(numbers: NDArray[Any], session: SumSession) -> dict[str, Tensor]:
 class Masker:
     """An owner's side of one sum: `advertise`, `share`, `mask`, `unmask`, each called once and in this order.
 
-    `sign` signs with the secret key that belongs to the owner's key in the session.
+    `sign` signs with the secret key that belongs to the owner's key in the session, in the domain `MASK_KEYS`.
     """
 
     def __init__(self, owner: str, session: SumSession, sign: Callable[[bytes], bytes]) -> None:
@@ -454,9 +454,9 @@ def check_keys(owner: str, message: Any, session: SumSession) -> dict[str, Any]:
         if message["owner"] != owner:
             raise ValueError
         keys = {"owner": owner, "mask": str(message["mask"]), "box": str(message["box"])}
-        signer = Ed25519PublicKey.from_public_bytes(bytes.fromhex(session.owners[owner]))
-        signer.verify(bytes.fromhex(str(message["signature"])), _claim(keys, session))
-    except (KeyError, TypeError, ValueError, InvalidSignature):
+        if not verified(_claim(keys, session), message["signature"], session.owners[owner], Domain.MASK_KEYS):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
         raise DataError(
             f"the keys of {owner!r} are not signed by that owner for this session; leave {owner!r} out"
         ) from None
@@ -480,7 +480,7 @@ def _enough(there: Collection[str], session: SumSession, did: str) -> None:
 
 
 def _claim(keys: Mapping[str, str], session: SumSession) -> bytes:
-    return b"worldloom secure aggregation\0" + session.digest + canonical(dict(keys)).encode("ascii")
+    return session.digest + canonical(dict(keys)).encode("ascii")
 
 
 def _commitment(seed: bytes, session: SumSession) -> str:

@@ -1,5 +1,6 @@
 """What each guardrail limits, and by how much it says that it is broken."""
 
+import copy
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from worldloom.core.errors import DataError, NoFeasiblePlan, PlanningError
+from worldloom.core.errors import CheckpointError, DataError, NoFeasiblePlan, PlanningError
 from worldloom.core.types import Context, Rollouts
 from worldloom.guardrails import (
     Agreed,
@@ -99,6 +100,28 @@ def test_what_a_probe_does_not_know_is_broken() -> None:
     violation = rail.violation(rolled(straight(2.0, 0.0)))[0, 0]
     assert violation[0] < 0
     assert violation[1:].tolist() == pytest.approx([1 / 3, 1.0])
+
+
+@given(
+    value=st.sampled_from([torch.nan, torch.inf, -torch.inf, -1.0, 0.0]),
+    where=st.sampled_from(["known", "references"]),
+    place=st.integers(0, 1),
+)
+def test_a_probe_whose_support_is_not_finite_knows_nothing(value: float, where: str, place: int) -> None:
+    probe = exact()
+    assert (violations_of([_post(probe)], rolled(straight(2.0, 0.0)))["post"] < 0).all()
+    if where == "known":
+        probe.support.known.fill_(value)
+    elif abs(value) <= 1:
+        return
+    else:
+        probe.support.references[0, place] = value
+    found = violations_of([_post(probe)], rolled(straight(2.0, 0.0)))["post"]
+    assert (found > 0).all()
+
+
+def _post(probe: Probe) -> BoundRail:
+    return KeepOut(quantity="place", region=Ball(centre=(0.0, 50.0), radius=0.2)).over("post", probe)
 
 
 def test_margins_are_added_for_each_step_and_the_last_goes_on() -> None:
@@ -237,6 +260,27 @@ def test_a_probe_is_kept_with_its_model(probe: Probe, tmp_path) -> None:
     assert torch.equal(loaded(latents), probe(latents))
     assert loaded.error(0.1) == probe.error(0.1)
     assert torch.equal(loaded.support.gap(latents), probe.support.gap(latents))
+
+
+@pytest.mark.parametrize("name", ["mean", "scale", "errors", "support.references", "support.known"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_probe_with_values_that_are_not_finite_is_not_loaded(probe: Probe, tmp_path, name: str, value: float) -> None:
+    broken, world = copy.deepcopy(probe), LinearWorld(torch.eye(5).tolist())
+    broken.state_dict()[name].view(-1)[0] = value
+    broken.save(tmp_path / "place", world)
+    with pytest.raises(
+        CheckpointError, match=r"expected finite values in '.*'; got NaN or infinity; fit the head again"
+    ):
+        Probe.load(tmp_path / "place", world)
+
+
+@pytest.mark.parametrize("known", [0.0, -1.0])
+def test_a_probe_that_knows_everything_is_not_loaded(probe: Probe, tmp_path, known: float) -> None:
+    broken, world = copy.deepcopy(probe), LinearWorld(torch.eye(5).tolist())
+    broken.support.known.fill_(known)
+    broken.save(tmp_path / "place", world)
+    with pytest.raises(CheckpointError, match="largest known gap above 0"):
+        Probe.load(tmp_path / "place", world)
 
 
 def test_frames_of_one_episode_are_not_on_both_sides() -> None:

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from worldloom.core.errors import CheckpointError, TrainingError
+from worldloom.core.errors import CheckpointError, DataError, TrainingError
 from worldloom.core.progress import SILENT
 from worldloom.core.types import ModelSpec
-from worldloom.heads import FitConfig, Head
+from worldloom.heads import FitConfig, Head, InverseModel, InverseModelConfig, LatentGeometry, Reversibility
 from worldloom.models import MLP, Activation, Norm, load_tensors, save_tensors
 from worldloom.testing import LinearWorld
 
@@ -85,3 +85,14 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, change: dict[str, object],
     save_tensors(tmp_path / "product", tensors, {**metadata, **change}, kind="test-product")
     with pytest.raises(CheckpointError, match=message):
         Product.load(tmp_path / "product", WORLD)
+
+
+@pytest.mark.parametrize("step_length", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_geometry_whose_unit_of_limits_is_no_length_is_refused(step_length: float) -> None:
+    geometry = LatentGeometry(
+        step_length=step_length,
+        inverse=InverseModel(WORLD.spec, InverseModelConfig(hidden=(4,))),
+        reversibility=Reversibility(gap=0.1, displacement=1.0),
+    )
+    with pytest.raises(DataError, match="step length"):
+        geometry.check()

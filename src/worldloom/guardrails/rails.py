@@ -405,12 +405,13 @@ def _way(probe: Probe, rollouts: Rollouts) -> Float[Tensor, "B S T P L"]:
 
 
 def _known(violation: Float[Tensor, "B S T"], probe: Probe, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-    """Return the violation, raised above 0 wherever a latent is outside the probe's calibration.
+    """Return the violation, raised above 0 wherever a latent is not known to be inside the probe's calibration.
 
-    There the violation is at least the relative excess of the latent's gap over the largest gap in the calibration.
+    There the violation is at least the relative excess of the latent's gap over the largest gap in the calibration. A
+    gap that is NaN gives NaN, which counts as broken.
     """
     excess = probe.support.gap(rollouts.latents) - 1
-    return torch.where(excess > 0, torch.maximum(violation, excess), violation)
+    return torch.where(excess <= 0, violation, torch.maximum(violation, excess))
 
 
 @functools.cache

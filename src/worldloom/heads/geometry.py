@@ -1,5 +1,6 @@
 """The geometry of a latent space, measured on data: the length of a step, and whether steps can be undone."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from worldloom.core.actions import Walk
+from worldloom.core.errors import DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
 from worldloom.core.seeds import torch_generator
@@ -108,6 +110,15 @@ class LatentGeometry(Head[InverseModelConfig]):
     def figures(self) -> dict[str, Any]:
         """Return the step length and the reversibility."""
         return {"step_length": self.step_length, "reversibility": asdict(self.reversibility)}
+
+    def check(self) -> None:
+        """Check that all tensors and figures are finite, and that the step length, a unit of limits, is above 0."""
+        super().check()
+        values = (self.step_length, self.reversibility.gap, self.reversibility.displacement)
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+            raise DataError(f"expected a finite step length and reversibility; got {values}")
+        if self.step_length <= 0:
+            raise DataError(f"expected a step length above 0; got {self.step_length:g}")
 
     @classmethod
     def build(cls, model: WorldModel, config: InverseModelConfig, **figures: Any) -> "LatentGeometry":

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from worldloom.core.config import Config
-from worldloom.core.errors import CheckpointError, ConfigError, TrainingError
+from worldloom.core.errors import CheckpointError, ConfigError, DataError, TrainingError
 from worldloom.core.progress import Progress
 from worldloom.core.seams import WorldModel
 from worldloom.models import load_tensors, save_tensors
@@ -50,6 +50,19 @@ class Head(nn.Module, Generic[ConfigT]):
     def figures(self) -> dict[str, Any]:
         """Return the JSON values that the file contains besides the configuration and the tensors."""
         return {}
+
+    def check(self) -> None:
+        """Check that the head can answer: all its tensors are finite. Subclasses add what else their answers need.
+
+        Raises:
+            DataError: a value makes the answers meaningless.
+        """
+        for name, tensor in self.state_dict().items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise DataError(f"expected finite values in {name!r}; got NaN or infinity")
+        for part in self.children():
+            if isinstance(part, Head):
+                part.check()
 
     def fit(self, loss: Callable[[int], Tensor], progress: Progress) -> float:
         """Minimise `loss(step)`, a scalar, by AdamW with a warm-up and a cosine schedule.
@@ -105,7 +118,8 @@ class Head(nn.Module, Generic[ConfigT]):
         """Load a head that `save` wrote, onto the model's device and in evaluation mode.
 
         Raises:
-            CheckpointError: the head is missing, damaged, of a different kind or version, or belongs to another model.
+            CheckpointError: the head is missing, damaged, of a different kind or version, contains values that are not
+                finite, or belongs to another model.
         """
         device = model.device
         tensors, metadata = load_tensors(stem, kind=cls.kind, device=device)
@@ -123,6 +137,9 @@ class Head(nn.Module, Generic[ConfigT]):
             config = cls.config_type.parse(metadata["config"])
             head = cls.build(model, config, **metadata["figures"]).to(device)
             head.load_state_dict(tensors)
+            head.check()
         except (ConfigError, RuntimeError) as error:
             raise CheckpointError(f"{stem} does not match its configuration: {error}; fit the head again") from None
+        except DataError as error:
+            raise CheckpointError(f"{stem} cannot be used: {error}; fit the head again") from None
         return head.eval()

@@ -39,13 +39,28 @@ class Support(Head[SupportConfig]):
         self.register_buffer("known", torch.tensor(known, device=references.device))
 
     def gap(self, latents: Float[Tensor, "*axes D"]) -> Float[Tensor, "*axes"]:
-        """Return the distance to the nearest reference in units of `known`; a latent with a gap up to 1 is known."""
-        return nearest_gap(latents, self.references) / self.known
+        """Return the distance to the nearest reference in units of `known`; a latent with a gap up to 1 is known.
+
+        If `known` is not a finite number above 0, no latent is known.
+        """
+        usable = self.known.isfinite() & (self.known > 0)
+        return torch.where(usable, nearest_gap(latents, self.references) / self.known, torch.inf)
+
+    def check(self) -> None:
+        """Check that all tensors are finite, and that `known` is above 0: otherwise no latent would be unknown."""
+        super().check()
+        if not bool(self.known > 0):
+            raise DataError(f"expected a largest known gap above 0; got {float(self.known):g}")
 
     def measure(self, others: Float[Tensor, "M D"]) -> None:
-        """Set `known` from the gaps of other latents of the same data."""
+        """Set `known` from the gaps of other latents of the same data.
+
+        Raises:
+            DataError: a latent is not finite.
+        """
         self.known.fill_(1.0)
         self.known.copy_(self.gap(others).quantile(_FAR).clamp_min(1e-6))
+        self.check()
 
     @classmethod
     def build(cls, model: WorldModel, config: SupportConfig, **figures: Any) -> "Support":

@@ -1,12 +1,16 @@
 """For all tests: how long an example of a property takes says nothing on a machine that others use too."""
 
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+os.environ["WORLDLOOM_STATE"] = tempfile.mkdtemp(prefix="worldloom-state-")  # not the user's own
 
 settings.register_profile("worldloom", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("worldloom")

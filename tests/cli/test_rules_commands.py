@@ -38,6 +38,19 @@ def test_a_policy_is_signed_shown_and_kept(demo, worldloom, refused, policy, tmp
     assert "changed" in refused(3, *plan, "--trust", key)
 
 
+def test_an_older_version_is_read_again_only_on_purpose(worldloom, refused, policy, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLDLOOM_STATE", str(tmp_path / "state"))
+    key = worldloom("rules", "key", str(tmp_path / "key.pem")).out.strip()
+    assert "no 'version'" in worldloom("rules", "sign", str(policy), "--key", str(tmp_path / "key.pem")).out
+    newer = tmp_path / "newer.yaml"
+    newer.write_text(POLICY + "version: 1\n")
+    assert "note" not in worldloom("rules", "sign", str(newer), "--key", str(tmp_path / "key.pem")).out
+    assert "version 1" in worldloom("rules", "show", str(newer), "--trust", key).out
+    assert "version 1 of this rule layer was read before" in refused(3, "rules", "show", str(policy), "--trust", key)
+    assert "version none, is accepted" in worldloom("rules", "revert", str(policy), "--trust", key).out
+    assert worldloom("rules", "show", str(policy), "--trust", key).code == 0
+
+
 def test_a_method_that_keeps_no_policy_does_not_act_under_one(demo, refused, policy) -> None:
     said = refused(2, "plan", demo.run, "--method", "random", "--rules", str(policy), "--unsigned")
     assert "does not obey guardrails" in said

@@ -31,12 +31,14 @@ def sign(
     """Sign the layers of a rule set and the pictures that they forbid; write each signature beside the signed file."""
     from worldloom.guardrails import RuleLayer
 
-    signatures = []
+    signatures, notes = [], []
     for file in files:
         rules = read_yaml(file, RuleLayer)  # do not sign an invalid rule set
         signatures += [str(sign_file(picture, key, Domain.PICTURE)) for picture in dict.fromkeys(rules.files)]
         signatures.append(str(sign_file(file, key, Domain.RULE_LAYER)))
-    answer(json, {"signatures": signatures}, *signatures)
+        if not rules.version:
+            notes.append(f"note: {file} has no 'version', so an older copy of it cannot be detected")
+    answer(json, {"signatures": signatures, "notes": notes}, *signatures, *notes)
 
 
 @app.command()
@@ -48,6 +50,7 @@ def show(files: Files, trust: Trust = None, unsigned: Unsigned = False, json: Js
     keys = ["title", "kind", "owner", "layer", "reason"]
     rows = [[rule.title, rule.rail.name, rule.owner, rule.layer, rule.rail.reason] for rule in rules.stated()]
     found = {
+        "layers": [layer.model_dump(include={"layer", "owner", "name", "version"}) for layer in rules.layers],
         "fingerprint": rules.fingerprint,
         "risk": rules.risk,
         "guardrails": [dict(zip(keys, row, strict=True)) for row in rows],
@@ -56,8 +59,20 @@ def show(files: Files, trust: Trust = None, unsigned: Unsigned = False, json: Js
     answer(
         json,
         found,
+        *(f"{layer.layer}: {layer.owner}, version {layer.version or 'none'}" for layer in rules.layers),
         table("guardrails", ["", *keys[1:]], rows),
         f"risk: {'none' if rules.risk is None else f'{rules.risk:g}'}",
         f"fallback: {'stop' if rules.fallback is None else rules.fallback.name}",
         f"fingerprint: {rules.fingerprint}; {'signatures were not checked' if unsigned else 'all layers are signed'}",
     )
+
+
+@app.command()
+def revert(files: Files, trust: Trust = None, json: Json = False) -> None:
+    """Accept these versions of a rule set from now on, even if newer ones were read before."""
+    from worldloom.guardrails import read_rules
+
+    rules = read_rules(files, trusted=trusted_keys(trust, unsigned=False), revert=True)
+    layers = [layer.model_dump(include={"layer", "owner", "name", "version"}) for layer in rules.layers]
+    lines = [f"{layer.layer}: {layer.owner}, version {layer.version or 'none'}, is accepted" for layer in rules.layers]
+    answer(json, {"layers": layers}, *lines)

@@ -16,6 +16,7 @@ from worldloom.core.yaml_config import parse_yaml, read_yaml
 from worldloom.guardrails.fallback import Fallback, FallbackField
 from worldloom.guardrails.objective_configs import ObjectiveField
 from worldloom.guardrails.rails import RailField
+from worldloom.guardrails.rule_versions import SignedLayer, check_versions
 
 LAYERS = ("operator", "site", "community")
 
@@ -26,11 +27,17 @@ class RuleLayer(Config):
     `guardrails` are hard limits; `objectives` are weighed against the goal. `risk` is the accepted fraction of episodes
     in which a guardrail is broken; margins are calibrated to keep this risk. `fallback` is how the agent acts when no
     plan satisfies the guardrails.
+
+    `version` grows with each change that the owner signs, so that an older file is refused once a newer one was used;
+    0 means that the layer has no version. `name` tells layers with versions of their own apart, if one owner signs
+    several. `rules` is the version of the format.
     """
 
     rules: Literal[1] = 1
     layer: Literal["operator", "site", "community"] = "operator"
     owner: str = Field(min_length=1)
+    name: str = ""
+    version: int = Field(default=0, ge=0, lt=2**53)
     risk: float | None = Field(default=None, gt=0, lt=1)
     guardrails: dict[str, RailField] = Field(default_factory=dict)
     objectives: dict[str, ObjectiveField] = Field(default_factory=dict)
@@ -90,8 +97,8 @@ class RuleSet:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the layers."""
-        text = canonical([layer.model_dump(mode="json") for layer in self.layers])
+        """A digest of the layers, which does not depend on their names and versions."""
+        text = canonical([layer.model_dump(mode="json", exclude={"name", "version"}) for layer in self.layers])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def stated(self) -> list[StatedRule]:
@@ -131,19 +138,22 @@ def _check_tightens(lower: RuleLayer, upper: RuleLayer) -> None:
         raise loosens(f"the objective {again[0]!r}", "a definition of its own", "one already")
 
 
-def read_rules(paths: Sequence[Path | str], *, trusted: Collection[str] | None) -> RuleSet:
+def read_rules(paths: Sequence[Path | str], *, trusted: Collection[str] | None, revert: bool = False) -> RuleSet:
     """Read the layers of a rule set from files, uppermost first; a key in `trusted` must have signed each file.
 
     `LAYER:KEY` trusts a key for one layer only, so that a community cannot act as the operator. The pictures that a
     layer forbids must be signed too, because they are part of the rule. With `trusted=None` signatures are not checked;
     use this for experiments only.
 
+    The newest version of each signed layer is remembered for the user (`state_folder`). An older layer is refused,
+    unless `revert` is set: then the versions of these files count as the newest from now on.
+
     Raises:
         StorageError: a file, or its signature, is missing.
-        DataError: a signature is wrong, or its key is not trusted.
+        DataError: a signature is wrong, its key is not trusted, or a newer version of a layer was used before.
         ConfigError: a line is invalid (the message names it), or the layers contradict each other.
     """
-    layers = []
+    layers, signed = [], []
     for path in paths:
         if trusted is None:
             layers.append(read_yaml(path, RuleLayer))
@@ -156,7 +166,10 @@ def read_rules(paths: Sequence[Path | str], *, trusted: Collection[str] | None) 
                 f"{path} is a layer of the {layer.layer}, but the key that signed the file, {signer}, is trusted only "
                 f"for another layer. Have the {layer.layer} sign the file"
             )
-        for file in layer.files:
-            read_signed(file, able, Domain.PICTURE)
+        pictures = [read_signed(file, able, Domain.PICTURE)[0] for file in layer.files]
+        series = (signer, layer.layer, layer.owner, layer.name)
+        signed.append(SignedLayer.of(path, content, pictures, series=series, version=layer.version))
         layers.append(layer)
-    return RuleSet(layers=tuple(layers))
+    rules = RuleSet(layers=tuple(layers))
+    check_versions(signed, revert=revert)
+    return rules

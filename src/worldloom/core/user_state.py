@@ -1,0 +1,65 @@
+"""What worldloom stores for a user, across all runs: the user's own key, and the versions of rule sets seen so far."""
+
+import os
+from pathlib import Path
+
+from worldloom.core.errors import StorageError
+from worldloom.core.files import exclusive_lock, storage_errors
+from worldloom.core.signing import SigningKey, make_key
+
+FOLDER = "WORLDLOOM_STATE"
+"""The environment variable that names another folder for the state."""
+
+
+def state_folder() -> Path:
+    """Return the folder of the user's state.
+
+    This is `$WORLDLOOM_STATE` if set, otherwise `$XDG_STATE_HOME/worldloom`, otherwise `~/.local/state/worldloom`.
+
+    Raises:
+        StorageError: none of these variables is set, and the user has no home directory.
+    """
+    if chosen := os.environ.get(FOLDER):
+        return Path(chosen)
+    if base := os.environ.get("XDG_STATE_HOME"):
+        return Path(base) / "worldloom"
+    try:
+        return Path.home() / ".local" / "state" / "worldloom"
+    except RuntimeError:
+        raise StorageError(f"the user has no home directory; set {FOLDER} to a folder for the user's state") from None
+
+
+def own_key() -> SigningKey:
+    """Return the user's own key, which is created on first use.
+
+    Raises:
+        StorageError: the key cannot be read or written.
+        DataError: the file does not contain a key.
+    """
+    path = _key_path()
+    try:
+        with exclusive_lock(path.with_name(f".{path.name}.lock"), None):  # two processes may begin at the same time
+            if not path.exists():
+                make_key(path)
+    except StorageError as error:
+        raise StorageError(
+            f"{error}. The folder {path.parent} stores your key; {FOLDER} can name another one"
+        ) from None
+    return SigningKey(path)
+
+
+def own_public_key() -> str | None:
+    """Return the public part of the user's own key, or None if the user has no key yet.
+
+    Raises:
+        StorageError: the key cannot be read.
+        DataError: the file does not contain a key.
+    """
+    path = _key_path()
+    with storage_errors(path):
+        exists = path.exists()
+    return SigningKey(path).public if exists else None
+
+
+def _key_path() -> Path:
+    return state_folder() / "key.pem"

@@ -23,6 +23,7 @@ from worldloom.core.types import Observations
 from worldloom.data import EpisodeDataset
 from worldloom.federation import Constitution, Ledger, Records, read_constitution, recompute, verify_ledger
 from worldloom.guardrails import RuleLayer, read_rules
+from worldloom.guardrails.rule_versions import SignedLayer, check_versions
 from worldloom.memory import EpisodicMemory
 from worldloom.workflow import Run, replay_entry
 
@@ -83,7 +84,13 @@ def read_heads(files: Path) -> dict[str, Any]:
 
 
 def read_margins(files: Path) -> dict[str, Any]:
-    run = Run.open(files / "run")
+    """Margins of version 2 are for the run of version 1."""
+    if not (files / "run").exists():
+        shutil.copytree(FIXTURES / "formats_v1" / "run", files / "run")
+        shutil.rmtree(files / "run" / "margins")
+        shutil.copytree(files / "margins", files / "run" / "margins")
+    (path,) = (files / "run" / "margins").iterdir()
+    run = Run.open(files / "run", trusted=[read_json(path).get("key", "0" * 64)])
     rules = run.bind(read_rules([files / "rules" / "rules.yaml"], trusted=None))
     margins = rules.margins(run.recipe.method("guarded").calibrated_as)
     return {"values": margins.values.tolist(), "risk": margins.risk, "episodes": margins.episodes}
@@ -120,6 +127,18 @@ def read_rule_set(files: Path) -> dict[str, Any]:
     return {"fingerprint": rules.fingerprint, "titles": rules.titles, "risk": rules.risk}
 
 
+def read_rule_versions(files: Path) -> dict[str, Any]:
+    """The record knows version 3 of the rule layer, so version 2 is refused."""
+    rules, key = files / "rules" / "rules.yaml", read_json(files / "rules" / "rules.yaml.sig")["key"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLDLOOM_STATE", str(files / "state"))
+        version = read_rules([rules], trusted=[key]).layers[0].version
+        older = SignedLayer.of(rules, b"", [], series=(key, "operator", "the lab", ""), version=version - 1)
+        with pytest.raises(DataError) as refused:
+            check_versions([older])
+    return {"version": version, "older": str(refused.value).removeprefix(str(rules))}
+
+
 def constitution_of(files: Path) -> Constitution:
     return read_constitution(files / "consortium" / "constitution.yaml")
 
@@ -146,13 +165,14 @@ READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "dataset": read_dataset,
     "run": read_run,
     "heads": read_heads,
-    "margins": read_margins,
     "memory": read_memory,
     "audit log": read_audit_log,
     "constitution": read_signed_constitution,
 }
 SECOND: dict[str, Callable[[Path], dict[str, Any]]] = {
     "rule set": read_rule_set,
+    "margins": read_margins,
+    "rule versions": read_rule_versions,
     "constitution": read_signed_constitution,
     "ledger": read_ledger,
     "contributions": read_contributions,
@@ -190,12 +210,16 @@ def test_a_ledger_without_domains_is_refused(files) -> None:
     assert (found.broken, found.why) == (0, "has ledger format 1; this version of worldloom reads format 2")
 
 
-@pytest.mark.parametrize(("name", "pattern"), [("run", "run/config.json"), ("margins", "run/margins/*.json")])
-def test_a_document_of_another_version_is_refused(files, name, pattern) -> None:
-    (path,) = files.glob(pattern)
+def test_a_document_of_another_version_is_refused(files) -> None:
+    path = files / "run" / "config.json"
     write_json(path, {**read_json(path), "format": 2})
     with pytest.raises(StorageError, match=r"format 2; expected .* format 1"):
-        READERS[name](files)
+        read_run(files)
+
+
+def test_margins_without_a_signature_are_refused(files) -> None:
+    with pytest.raises(StorageError, match=r"format 1; expected .* format 2\. Run 'worldloom calibrate'"):
+        read_margins(files)
 
 
 def test_an_audit_log_of_another_version_is_refused(tmp_path) -> None:

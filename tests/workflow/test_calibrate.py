@@ -1,20 +1,25 @@
 """Margins are measured where they will be needed, kept with what they are for, and refused for anything else."""
 
 import json
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from worldloom import workflow
 from worldloom.agents import HierarchyMethod, LandmarkMethod, PlannedMethod, log_path
-from worldloom.core.chain import entries
+from worldloom.core.chain import canonical, entries
 from worldloom.core.errors import ConfigError, DataError, StorageError
+from worldloom.core.signing import Domain, SigningKey, make_key
 from worldloom.core.types import Goal, Observations
+from worldloom.core.user_state import own_key
 from worldloom.data import EpisodeDataset
 from worldloom.guardrails import Box, Margins, RuleLayer, RuleSet
 from worldloom.heads import CoarseConfig
+from worldloom.models import load_tensors, save_tensors
 from worldloom.planning.solvers import CEM
 from worldloom.recipes import Recipe, load_recipe
 from worldloom.workflow import Run, Session, calibrate, replay_entry
@@ -176,3 +181,97 @@ def test_what_plans_for_far_goals_keeps_guardrails_and_can_be_made_again(
     decided = [entry for entry in entries(log_path(tmp_path / "log")) if entry.body["event"] == "decided"]
     assert [entry.body.get("part") for entry in decided] == (["exploring", None] if method == "landmarks" else [None])
     assert all(replay_entry(tmp_path / "log", entry.index)[1] for entry in decided)
+
+
+@pytest.fixture
+def calibrated(folder: Path, tmp_path: Path) -> Path:
+    """A run with margins of the method 'per candidate', which the user's own key signed."""
+    calibrate(Run.open(folder), method="per candidate")
+    return Path(shutil.copytree(folder, tmp_path / "run"))
+
+
+def signed_again(path: Path, key: SigningKey, **changed: Any) -> None:
+    """Write what a calibration by the holder of a key would write."""
+    values = {**json.loads(path.read_text()), **changed, "key": key.public}
+    content = {name: value for name, value in values.items() if name not in ("kind", "format", "signature")}
+    signature = key.sign(canonical(content).encode("ascii"), Domain.MARGINS)
+    path.write_text(json.dumps({**values, "signature": signature}))
+
+
+CHANGES: dict[str, Any] = {
+    "zeros": {"values": [[0.0] * 6]}, "one step": {"values": [[1.0]]}, "no steps": {"values": [[]]},
+    "negative": {"values": [[-1.0] * 6]}, "nan": {"values": [[math.nan] * 6]}, "inf": {"values": [[math.inf] * 6]},
+    "risk": {"risk": 0.99}, "risk nan": {"risk": math.nan}, "episodes": {"episodes": -5},
+    "titles": {"guardrails": ["x"]}, "usual": {"usual": 1e30}, "no inputs": {"inputs": {}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_margins_that_were_changed_are_refused(calibrated: Path, name: str) -> None:
+    run = Run.open(calibrated)
+    path = margins_path(run, "per candidate")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **CHANGES[name]}))
+    with pytest.raises(StorageError, match="Run 'worldloom calibrate' with this rule set"):
+        margins_of(run, "per candidate")
+
+
+@pytest.mark.parametrize("name", ["one step", "no steps", "negative", "risk", "episodes", "titles"])
+def test_margins_are_held_against_the_rule_set_even_if_they_are_signed(calibrated: Path, name: str) -> None:
+    run = Run.open(calibrated)
+    signed_again(margins_path(run, "per candidate"), own_key(), **CHANGES[name])
+    with pytest.raises(StorageError, match="Run 'worldloom calibrate' with this rule set"):
+        margins_of(run, "per candidate")
+
+
+@pytest.mark.parametrize("head", ["probe-pit_depth", "support", "geometry", "distance"])
+def test_margins_count_only_for_the_heads_that_they_were_measured_with(calibrated: Path, head: str) -> None:
+    assert margins_of(Run.open(calibrated), "per candidate") is not None
+    kind = {"probe-pit_depth": "probe", "geometry": "latent-geometry", "distance": "temporal-distance"}.get(head, head)
+    tensors, metadata = load_tensors(calibrated / "heads" / head, kind=kind)
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    save_tensors(calibrated / "heads" / head, {**tensors, name: tensors[name] + 1.0}, metadata, kind=kind)
+    with pytest.raises(StorageError, match=f"what it was measured with has changed: {head}"):
+        margins_of(Run.open(calibrated), "per candidate")
+
+
+def test_a_head_that_was_added_later_changes_no_margins(calibrated: Path) -> None:
+    run = Run.open(calibrated)
+    probes = {**run.recipe.probes, "again": run.recipe.probes["pit_depth"].model_copy(update={"label": "pit_depth"})}
+    run = workflow.train(run.recipe.model_copy(update={"probes": probes}), run.data, calibrated, resume=True)
+    assert margins_of(run, "per candidate") is not None
+
+
+def test_margins_of_another_user_count_if_their_key_is_trusted(calibrated: Path, tmp_path: Path, monkeypatch) -> None:
+    run = Run.open(calibrated)
+    other = make_key(tmp_path / "other.pem")
+    signed_again(margins_path(run, "per candidate"), SigningKey(tmp_path / "other.pem"))
+    for trusted in ((), {f"site:{other}"}):
+        with pytest.raises(StorageError, match=f"signed by {other}, which is neither your own key nor a trusted one"):
+            margins_of(Run.open(calibrated, trusted=trusted), "per candidate")
+    for trusted in ({other}, {f"operator:{other}"}, None):
+        assert margins_of(Run.open(calibrated, trusted=trusted), "per candidate") is not None
+    monkeypatch.setenv("WORLDLOOM_STATE", str(tmp_path / "empty"))  # a user who has never calibrated
+    assert margins_of(Run.open(calibrated, trusted={other}), "per candidate") is not None
+    assert not (tmp_path / "empty").exists()
+
+
+def test_the_models_and_pictures_of_rules_are_part_of_what_margins_are_bound_to(calibrated: Path) -> None:
+    run = Run.open(calibrated)
+    peer, picture = Path(shutil.copytree(calibrated, calibrated / "peer")), calibrated / "fire.png"
+    picture.write_bytes(b"a fire")
+    layer = RuleLayer.parse({
+        "owner": "Acme",
+        "guardrails": {
+            "alike": {"name": "agreed", "runs": [str(peer)], "spread": 1},
+            "never": {"name": "unlike", "pictures": [str(picture)], "distance": 1},
+        },
+        "objectives": {"learn": {"name": "information", "runs": [str(peer)]}},
+    })  # fmt: skip
+    before = run.bind(RuleSet(layers=(layer,))).inputs()
+    picture.write_bytes(b"a meadow")
+    tensors, metadata = load_tensors(peer / "model" / "model", kind="world-model")
+    save_tensors(
+        peer / "model" / "model", {key: value + 1 for key, value in tensors.items()}, metadata, kind="world-model"
+    )
+    after = run.bind(RuleSet(layers=(layer,))).inputs()
+    assert {name for name in before if before[name] != after[name]} == {f"file {picture}", f"run {peer}"}

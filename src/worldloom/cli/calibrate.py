@@ -21,6 +21,9 @@ def calibrate(
     episodes: Annotated[int, typer.Option(min=2, help="Episodes of each split, in each round.")] = 200,
     rounds: Annotated[int, typer.Option(min=1, help="The maximum number of rounds.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="The root of the seeds of the calibration.")] = 0,
+    key: Annotated[
+        Path | None, typer.Option(help="The secret key that signs the margins; by default, your own key.")
+    ] = None,
     rules: options.Rules = None,
     trust: options.Trust = None,
     unsigned: options.Unsigned = False,
@@ -29,8 +32,11 @@ def calibrate(
     json: options.Json = False,
 ) -> None:
     """Calibrate the margins of a rule set for the plans that a method chooses, and write them into the run folder."""
+    from worldloom.core.signing import SigningKey
+    from worldloom.core.user_state import own_key
     from worldloom.workflow import calibrate, uses_margins
 
+    signer = own_key() if key is None else SigningKey(key)
     with options.open_session(run, threads, imports, rules, trust, unsigned) as session:
         methods = session.run.recipe.methods
         found = {
@@ -42,6 +48,7 @@ def calibrate(
                 episodes=episodes,
                 rounds=rounds,
                 seed=seed,
+                key=signer,
                 progress=progress(),
             )
             for name in method or [name for name, config in methods.items() if uses_margins(config)]
@@ -55,4 +62,9 @@ def calibrate(
             for title, values in zip(titles, margins.values.tolist(), strict=True)
         ]
         tables.append(table(f"{name}: margins at a risk of {margins.risk:g}", ["model steps ahead", *steps], rows))
-    answer(json, {name: {"risk": one.risk, "margins": one.values.tolist()} for name, one in found.items()}, *tables)
+    answer(
+        json,
+        {name: {"risk": one.risk, "margins": one.values.tolist(), "key": signer.public} for name, one in found.items()},
+        *tables,
+        f"signed with {signer.public}; on other machines, trust these margins with --trust {signer.public}",
+    )

@@ -34,11 +34,13 @@ Rules = Annotated[
 Trust = Annotated[
     list[str] | None,
     typer.Option(
-        "--trust", metavar="[LAYER:]KEY", help="A public key that may sign the rule set, or a file of such keys."
+        "--trust",
+        metavar="[LAYER:]KEY",
+        help="A public key that may sign the rule set and margins, or a file of such keys.",
     ),
 ]
 Unsigned = Annotated[
-    bool, typer.Option("--unsigned", help="Skip the signature check of the rule set, for experiments.")
+    bool, typer.Option("--unsigned", help="Skip the signature check of the rule set and the margins, for experiments.")
 ]
 
 
@@ -116,5 +118,6 @@ def open_session(
     from worldloom.guardrails import read_rules
     from worldloom.workflow import Run, Session
 
-    rule_set = read_rules(rules, trusted=trusted_keys(trust, unsigned)) if rules else None
-    return Session(Run.open(run), rules=rule_set, memory=memory, audit=audit)
+    trusted = trusted_keys(trust, unsigned) if rules or trust or unsigned else set()
+    rule_set = read_rules(rules, trusted=trusted) if rules else None
+    return Session(Run.open(run, trusted=trusted), rules=rule_set, memory=memory, audit=audit)

@@ -1,7 +1,7 @@
 """A rule set bound to a run: its guardrails and objectives for one model, and their calibrated margins."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,25 +10,33 @@ from jaxtyping import Float
 from torch import Tensor
 
 from worldloom.core.chain import canonical
+from worldloom.core.files import storage_errors
 from worldloom.core.seams import Objective
+from worldloom.core.user_state import own_public_key
 from worldloom.guardrails.consistency import check_consistent
 from worldloom.guardrails.margins import Margins, read_margins
 from worldloom.guardrails.objective_configs import build_objective
 from worldloom.guardrails.rails import BoundRail
-from worldloom.guardrails.rule_set import RuleSet
+from worldloom.guardrails.rule_set import RuleSet, keys_for
 from worldloom.heads import Heads
+from worldloom.models import stored_digest
 
 
 class BoundRules:
     """A rule set bound to the heads of a run; `folder` contains the calibrated margins.
+
+    Margins count if the user's own key signed them, or a key in `trusted` that may sign every layer. With
+    `trusted=None` their signature is not checked; use this for experiments only.
 
     Raises:
         ConfigError: a rule needs a head that the run does not have, or the guardrails contradict each other. Raised
             on first use of the guardrails.
     """
 
-    def __init__(self, rule_set: RuleSet, heads: Heads, folder: Path) -> None:
-        self.rule_set, self._heads, self._folder = rule_set, heads, folder
+    def __init__(
+        self, rule_set: RuleSet, heads: Heads, folder: Path, *, trusted: Collection[str] | None = frozenset()
+    ) -> None:
+        self.rule_set, self._heads, self._folder, self._trusted = rule_set, heads, folder, trusted
         self._judged: dict[bytes, tuple[BoundRail, ...]] = {}
 
     @cached_property
@@ -61,12 +69,35 @@ class BoundRules:
         """Return the margins that were calibrated for the method with these settings, or None if there are none.
 
         Raises:
-            StorageError: the file is damaged.
+            StorageError: the file is damaged, is not signed with a trusted key, or was measured with other heads.
         """
         path = self.margins_path(method)
         if not path.is_file():
             return None
-        return read_margins(path, self.rule_set, model=self._heads.model.spec.fingerprint, method=method)
+        return read_margins(path, self.rule_set, method=method, inputs=self.inputs(), signers=self._signers())
+
+    def inputs(self) -> dict[str, str]:
+        """Return digests of everything besides rule set and method that margins depend on.
+
+        These are the model, the heads that planners and guardrails read, the pictures that guardrails and objectives
+        name, and the models of other runs that they name.
+        """
+        found = self._heads.digests()
+        for layer in self.rule_set.layers:
+            for file in layer.files:
+                with storage_errors(file):
+                    found[f"file {file}"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+            for run in layer.peers:
+                found[f"run {run}"] = str(stored_digest(Path(run) / "model" / "model"))
+        return found
+
+    def _signers(self) -> set[str] | None:
+        """Return the keys that may sign the margins; None if signatures are not checked."""
+        if self._trusted is None:
+            return None
+        able = [keys_for(layer.layer, self._trusted) for layer in self.rule_set.layers]
+        own = own_public_key()
+        return set.intersection(*able) | ({own} if own is not None else set())
 
     def margins_path(self, method: Mapping[str, Any]) -> Path:
         """Return the path of the margins for a method; each rule set, model and method has its own file."""

@@ -10,7 +10,7 @@ breaks a guardrail with at most the stated probability, whatever the search does
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
-from worldloom.core.errors import DataError, StorageError
+from worldloom.core.chain import canonical
+from worldloom.core.config import Config
+from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.files import read_document, write_document
+from worldloom.core.signing import Domain, SigningKey, verified
 from worldloom.guardrails.rule_set import RuleSet
 
 _KIND = "worldloom margins"
+_FORMAT = 2  # format 1 had no signature, and was bound only to the rule set, the model and the method
+_REMEDY = "Run 'worldloom calibrate' with this rule set, model and method"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,50 +49,92 @@ class Margins:
     usual: float = 1.0
 
 
-def write_margins(path: Path, margins: Margins, rules: RuleSet, about: Mapping[str, Any]) -> None:
-    """Write margins atomically; `about` records how they were calibrated."""
-    write_document(
-        path,
-        _KIND,
-        {
-            "rules": rules.fingerprint,
-            "guardrails": rules.titles,
-            "risk": margins.risk,
-            "episodes": margins.episodes,
-            "usual": margins.usual,
-            "values": margins.values.tolist(),
-            **about,
-        },
+class _MarginsFile(Config):
+    """The content of a file of margins, without its signature."""
+
+    rules: str
+    guardrails: tuple[str, ...]
+    method: dict[str, Any]
+    inputs: dict[str, str]
+    risk: float = Field(gt=0, lt=1)
+    episodes: int = Field(ge=0)
+    usual: float = Field(gt=0)
+    values: tuple[tuple[NonNegativeFloat, ...], ...]
+    protocol: str | None = None
+    confidence: float | None = Field(default=None, gt=0, lt=1)
+    rounds: tuple[dict[str, Any], ...] = ()
+
+
+def write_margins(path: Path, margins: Margins, rules: RuleSet, about: Mapping[str, Any], key: SigningKey) -> None:
+    """Sign margins and write them atomically.
+
+    `about` contains the `method` and the `inputs` (see `read_margins`), and optionally how the margins were calibrated:
+    `protocol`, `confidence` and `rounds`.
+    """
+    file = _MarginsFile(
+        rules=rules.fingerprint,
+        guardrails=tuple(rules.titles),
+        risk=margins.risk,
+        episodes=margins.episodes,
+        usual=margins.usual,
+        values=tuple(map(tuple, margins.values.tolist())),
+        **about,
     )
+    values = {**file.model_dump(mode="json", exclude_defaults=True), "key": key.public}
+    signature = key.sign(canonical(values).encode("ascii"), Domain.MARGINS)
+    write_document(path, _KIND, {**values, "signature": signature}, version=_FORMAT)
 
 
-def read_margins(path: Path, rules: RuleSet, *, model: str, method: Mapping[str, Any]) -> Margins:
-    """Read the margins of a rule set and a method, for the model with the fingerprint `model`; see `write_margins`.
+def read_margins(
+    path: Path, rules: RuleSet, *, method: Mapping[str, Any], inputs: Mapping[str, str], signers: Collection[str] | None
+) -> Margins:
+    """Read the margins of a rule set and a method; see `write_margins`.
 
     `method` contains the settings that margins depend on: all except `recalibrate`, because recalibration only widens
-    margins later.
+    margins later. `inputs` are digests of what the margins were measured with, by name; inputs that were added since
+    are ignored. One of the keys `signers` must have signed the file; None skips the check.
 
     Raises:
-        StorageError: the file is damaged, or belongs to a different rule set, model or method.
+        StorageError: the file is damaged, is not signed with one of these keys, or belongs to a different rule set,
+            method or input.
     """
-    values = read_document(path, _KIND)
     try:
-        if values["rules"] != rules.fingerprint:
+        values = read_document(path, _KIND, version=_FORMAT, remedy=_REMEDY)
+        signature = values.pop("signature", None)
+        if signers is not None:
+            _check_signature(values, signature, signers)
+        values.pop("key", None)
+        file = _MarginsFile.parse(values)
+        if file.rules != rules.fingerprint or list(file.guardrails) != rules.titles:
             raise ValueError("it contains margins for a different rule set")
-        calibrated = {key: value for key, value in dict(values["method"]).items() if key != "recalibrate"}
-        if values["model"] != model or calibrated != dict(method):
-            raise ValueError("it contains margins for a different model or method")
-        margins = torch.tensor(values["values"], dtype=torch.float32)
-        if margins.ndim != 2 or len(margins) != len(rules.titles) or not bool((margins >= 0).all()):
-            raise ValueError(f"expected margins of at least 0 for {len(rules.titles)} guardrails, in one row each")
-        usual = float(values["usual"])
-        if not 0 < usual < math.inf:
-            raise ValueError(f"expected a finite 'usual' above 0; got {usual}")
-        return Margins(values=margins, risk=float(values["risk"]), episodes=int(values["episodes"]), usual=usual)
-    except (KeyError, TypeError, ValueError) as error:
-        raise StorageError(
-            f"{path} is not usable: {error}. Run 'worldloom calibrate' with this rule set, model and method"
-        ) from None
+        if file.risk != rules.risk:
+            raise ValueError(f"its risk is {file.risk:g}, but the risk of the rule set is {rules.risk}")
+        if {name: value for name, value in file.method.items() if name != "recalibrate"} != dict(method):
+            raise ValueError("it contains margins for a different method")
+        if changed := [name for name, digest in file.inputs.items() if inputs.get(name) != digest]:
+            raise ValueError(f"what it was measured with has changed: {', '.join(changed)}")
+        steps = {len(row) for row in file.values}
+        if len(file.values) != len(rules.titles) or steps != {method["horizon"]}:
+            raise ValueError(
+                f"expected {len(rules.titles)} rows of {method['horizon']} margins, one for each guardrail"
+            )
+    except (ConfigError, DataError, KeyError, ValueError) as error:
+        raise StorageError(f"{path} is not usable: {error}. {_REMEDY}") from None
+    margins = torch.tensor(file.values, dtype=torch.float32)
+    return Margins(values=margins, risk=file.risk, episodes=file.episodes, usual=file.usual)
+
+
+def _check_signature(values: Mapping[str, Any], signature: Any, signers: Collection[str]) -> None:
+    key = values.get("key")
+    if not isinstance(key, str) or not verified(
+        canonical(dict(values)).encode("ascii"), signature, key, Domain.MARGINS
+    ):
+        raise ValueError("its signature is missing, or it was changed after it was signed")
+    if key not in signers:
+        raise ValueError(
+            f"it is signed by {key}, which is neither your own key nor a trusted one. If you trust this key, add "
+            f"--trust {key}"
+        )
 
 
 def conformal_quantile(scores: Float[Tensor, "N"], risk: float) -> float:

@@ -28,6 +28,11 @@ class ObjectiveConfig(Component):
         """The files whose content is part of the objective; see `Rail.files`."""
         return ()
 
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """The folders of other runs whose models are part of the objective."""
+        return ()
+
     @abstractmethod
     def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> Objective:
         """Return the objective, without its weight, for the model of `heads`; `goal` contains the agent's goal latents.
@@ -111,6 +116,11 @@ class AvoidConfig(ObjectiveConfig):
         """The files of the guardrail."""
         return self.rail.files
 
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """The runs of the guardrail."""
+        return self.rail.peers
+
     def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> planning.Avoid:
         """Return the cost for a model."""
         until = None if self.until is None else _stage(self.until, f"{title}, until", heads, goal)
@@ -157,6 +167,11 @@ class InformationConfig(ObjectiveConfig):
 
     name: Literal["information"] = "information"
     runs: tuple[str, ...] = Field(min_length=1)
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """The runs."""
+        return self.runs
 
     def build(self, title: str, heads: Heads, goal: Float[Tensor, "B D"]) -> planning.InformationGain:
         """Return the cost for a model."""

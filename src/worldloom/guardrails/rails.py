@@ -45,6 +45,11 @@ class Rail(Component):
         """The files whose content is part of the limit; these files must be signed too."""
         return ()
 
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """The folders of other runs whose models are part of the limit."""
+        return ()
+
     @abstractmethod
     def reads(self, title: str, heads: Heads) -> tuple[Any, ...]:
         """Return the further arguments of `violation`, such as probes.
@@ -261,6 +266,11 @@ class Agreed(Rail):
     name: Literal["agreed"] = "agreed"
     runs: tuple[str, ...] = Field(min_length=1)
     spread: float = Field(gt=0)
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """The runs."""
+        return self.runs
 
     def reads(self, title: str, heads: Heads) -> tuple[float, tuple[WorldModel, ...]]:
         """Return the step length, and the models of the runs."""

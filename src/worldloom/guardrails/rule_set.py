@@ -14,8 +14,8 @@ from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.signing import Domain, read_signed
 from worldloom.core.yaml_config import parse_yaml, read_yaml
 from worldloom.guardrails.fallback import Fallback, FallbackField
-from worldloom.guardrails.objective_configs import ObjectiveField
-from worldloom.guardrails.rails import RailField
+from worldloom.guardrails.objective_configs import ObjectiveConfig, ObjectiveField
+from worldloom.guardrails.rails import Rail, RailField
 from worldloom.guardrails.rule_versions import SignedLayer, check_versions
 
 LAYERS = ("operator", "site", "community")
@@ -48,6 +48,12 @@ class RuleLayer(Config):
         """Other files whose content is part of the layer, such as pictures."""
         rails = [file for rail in self.guardrails.values() for file in rail.files]
         return rails + [file for objective in self.objectives.values() for file in objective.files]
+
+    @property
+    def peers(self) -> list[str]:
+        """The folders of other runs whose models are part of the layer."""
+        parts: list[Rail | ObjectiveConfig] = [*self.guardrails.values(), *self.objectives.values()]
+        return [run for part in parts for run in part.peers]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +144,11 @@ def _check_tightens(lower: RuleLayer, upper: RuleLayer) -> None:
         raise loosens(f"the objective {again[0]!r}", "a definition of its own", "one already")
 
 
+def keys_for(layer: str, trusted: Collection[str]) -> set[str]:
+    """Return those of the trusted keys, each `KEY` or `LAYER:KEY`, that may sign a layer."""
+    return {key.rpartition(":")[2].lower() for key in trusted if key.rpartition(":")[0] in ("", layer)}
+
+
 def read_rules(paths: Sequence[Path | str], *, trusted: Collection[str] | None, revert: bool = False) -> RuleSet:
     """Read the layers of a rule set from files, uppermost first; a key in `trusted` must have signed each file.
 
@@ -160,7 +171,7 @@ def read_rules(paths: Sequence[Path | str], *, trusted: Collection[str] | None, 
             continue
         content, signer = read_signed(path, {key.rpartition(":")[2] for key in trusted}, Domain.RULE_LAYER)
         layer = parse_yaml(content, RuleLayer, source=str(path))
-        able = {key.rpartition(":")[2].lower() for key in trusted if key.rpartition(":")[0] in ("", layer.layer)}
+        able = keys_for(layer.layer, trusted)
         if signer not in able:
             raise DataError(
                 f"{path} is a layer of the {layer.layer}, but the key that signed the file, {signer}, is trusted only "

@@ -15,7 +15,7 @@ from worldloom.heads.distance import TemporalDistance
 from worldloom.heads.geometry import LatentGeometry
 from worldloom.heads.probe import Probe
 from worldloom.heads.support import Support
-from worldloom.models import JEPA, load_model
+from worldloom.models import JEPA, load_model, stored_digest
 
 
 class Heads:
@@ -63,6 +63,24 @@ class Heads:
             coarse = CoarseModel.load(self.stem(f"coarse-{level}"), levels[-1][0] if levels else self.model)
             levels.append((coarse, LatentGeometry.load(self.stem(f"coarse-{level}-geometry"), coarse)))
         return levels
+
+    def digests(self) -> dict[str, str]:
+        """Return a digest of the run's model and of each head that a planner or a guardrail may read, by name.
+
+        Baselines are left out. Heads that the run does not have are missing.
+
+        Raises:
+            CheckpointError: the file of a head is damaged.
+        """
+        names = ["geometry", "distance", "support", "reactive", *(f"probe-{name}" for name in self._probe_names)]
+        for level in range(1, self._levels + 1):
+            names += [f"coarse-{level}", f"coarse-{level}-geometry"]
+        found = {name: stored_digest(self.stem(name)) for name in names}
+        found["model"] = stored_digest(self._folder.parent / "model" / "model")
+        return {
+            "weights": self.model.spec.fingerprint,
+            **{name: digest for name, digest in found.items() if digest is not None},
+        }
 
     def examples(self, names: Sequence[str]) -> Float[Tensor, "N D"]:
         """Return the latents of picture files, given by their paths.

@@ -1,7 +1,14 @@
 """World models: encoders, predictors, training losses and checkpoints."""
 
 from worldloom.models.attention import Block
-from worldloom.models.checkpoint import delete_tensors, load_model, load_tensors, save_model, save_tensors
+from worldloom.models.checkpoint import (
+    delete_tensors,
+    load_model,
+    load_tensors,
+    save_model,
+    save_tensors,
+    stored_digest,
+)
 from worldloom.models.distributed import alone, lay_like, whole
 from worldloom.models.jepa import JEPA, JEPAConfig, WindowOutputs, build_jepa
 from worldloom.models.normalisation import LatentNorm, PixelNormalisation, Standardise
@@ -30,5 +37,6 @@ __all__ = [
     "load_tensors",
     "save_model",
     "save_tensors",
+    "stored_digest",
     "whole",
 ]

@@ -61,6 +61,16 @@ def load_tensors(
     return {name: tensor.to(device) for name, tensor in tensors.items()}, body["metadata"]
 
 
+def stored_digest(stem: Path | str) -> str | None:
+    """Return the digest of everything that `save_tensors` wrote under this stem, or None if there is nothing.
+
+    Raises:
+        CheckpointError: the JSON file is damaged, or has a different version.
+    """
+    stem = Path(stem)
+    return _checksum(_read_body(stem)) if _json_path(stem).is_file() else None
+
+
 def delete_tensors(stem: Path | str) -> None:
     """Delete the files that `save_tensors` wrote; the JSON file first, so that an incomplete pair is never read."""
     stem = Path(stem)
@@ -136,10 +146,10 @@ def _read(stem: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from None
 
 
-def _read_body(stem: Path, kind: str) -> dict[str, Any]:
+def _read_body(stem: Path, kind: str | None = None) -> dict[str, Any]:
     path = _json_path(stem)
     if not path.is_file():
-        raise CheckpointError(f"no {kind} checkpoint exists at {path}; check the path, or train first")
+        raise CheckpointError(f"no {kind or 'such'} checkpoint exists at {path}; check the path, or train first")
     try:
         body = read_json(path)
     except StorageError as error:
@@ -155,7 +165,7 @@ def _read_body(stem: Path, kind: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is damaged or was changed: its checksum does not match its content. Restore the file from a copy"
         )
-    if body["kind"] != kind:
+    if kind is not None and body["kind"] != kind:
         raise CheckpointError(f"{path} contains a {body['kind']}; expected a {kind}. Check the path")
     if Path(body["tensors"]).name != body["tensors"]:
         raise CheckpointError(

@@ -17,7 +17,9 @@ from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import Agent
 from worldloom.core.seeds import derive_seed
+from worldloom.core.signing import SigningKey
 from worldloom.core.types import Context, Episode, Rollouts
+from worldloom.core.user_state import own_key
 from worldloom.envs import Frame
 from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
 from worldloom.guardrails import (
@@ -50,6 +52,7 @@ def calibrate(
     rounds: int = 8,
     confidence: float = 0.9,
     seed: int = 0,
+    key: SigningKey | None = None,
     progress: Progress = SILENT,
 ) -> Margins:
     """Calibrate the margins of a rule set for a method, and write them into the run folder.
@@ -63,7 +66,8 @@ def calibrate(
     that are chosen with these margins. Otherwise the next round uses the quantile as its factor, limited to 1.25 to 1.5
     times the previous factor, on new episodes.
 
-    For a method with the guard "per candidate", the margins come only from the logs.
+    For a method with the guard "per candidate", the margins come only from the logs. The margins are signed with `key`,
+    by default the user's own key.
 
     Raises:
         ConfigError: there is no rule set, the rule set has no risk, or the method does not use margins.
@@ -79,12 +83,12 @@ def calibrate(
         raise ConfigError(
             f"the method {name!r} does not use margins; choose a method that plans with guard='calibrated'"
         )
-    risk, path = rules.rule_set.risk, rules.margins_path(config.calibrated_as)
+    risk, path, signer = rules.rule_set.risk, rules.margins_path(config.calibrated_as), key or own_key()
+    about: dict[str, Any] = {"method": config.model_dump(mode="json"), "inputs": rules.inputs()}
     shape = _shape(run, rules.rails(), config.horizon, risk, progress)
-    about: dict[str, Any] = {"method": config.model_dump(mode="json"), "model": run.model.spec.fingerprint}
     if config.guarding == "per candidate":
         margins = Margins(values=shape, risk=risk, episodes=0)
-        write_margins(path, margins, rules.rule_set, about)
+        write_margins(path, margins, rules.rule_set, about, signer)
         return margins
     if (title := protocol or run.recipe.protocol) is None:
         raise ConfigError("the recipe has no protocol; choose one with --protocol")
@@ -110,7 +114,7 @@ def calibrate(
         if needed <= factor:
             margins = replace(trial, usual=witness.usual(risk))
             about |= {"protocol": drawn.title, "confidence": confidence, "rounds": history}
-            write_margins(path, margins, rules.rule_set, about)
+            write_margins(path, margins, rules.rule_set, about, signer)
             return margins
         if math.isinf(needed):
             raise DataError(_why_infinite(scores, risk, confidence))

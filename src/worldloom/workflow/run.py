@@ -1,6 +1,6 @@
 """A run: the results of one training, in a folder."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,25 +26,39 @@ from worldloom.training import RunFolder
 class Run:
     """A run folder with the results of one training; its parts are loaded on first use.
 
+    Margins in the folder count if the user's own key signed them, or a key in `trusted`; see `BoundRules`.
+
     A run needs no closing. To act with a memory, an audit log or additional rules, open a `Session`.
 
     Raises:
         CheckpointError: on first use of a part that is missing, damaged, or was fitted on a different model.
     """
 
-    def __init__(self, folder: RunFolder, *, device: torch.device | str | None = None) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        device: torch.device | str | None = None,
+        trusted: Collection[str] | None = frozenset(),
+    ) -> None:
+        self.folder, self._trusted = folder, trusted
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(default if device is None else device)
 
     @classmethod
-    def open(cls, path: Path | str, *, device: torch.device | str | None = None) -> "Run":
-        """Open a run folder; `device` defaults to a GPU if one is available.
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        device: torch.device | str | None = None,
+        trusted: Collection[str] | None = frozenset(),
+    ) -> "Run":
+        """Open a run folder; `device` defaults to a GPU if one is available. For `trusted`, see `BoundRules`.
 
         Raises:
             StorageError: there is no run at the path.
         """
-        return cls(RunFolder.open(path), device=device)
+        return cls(RunFolder.open(path), device=device, trusted=trusted)
 
     @property
     def path(self) -> Path:
@@ -112,7 +126,7 @@ class Run:
 
     def bind(self, rules: RuleSet) -> BoundRules:
         """Bind a rule set to the heads, with its calibrated margins from the run folder."""
-        return BoundRules(rules, self.heads, self.path / "margins")
+        return BoundRules(rules, self.heads, self.path / "margins", trusted=self._trusted)
 
     def agent(self, method: str | None = None, *, seed: int = 0) -> Agent:
         """Build an agent for a method, by default the recipe's default method; the agent obeys the recipe's own rules.

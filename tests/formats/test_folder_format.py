@@ -1,3 +1,4 @@
+import struct
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.types import ActionSpec, ObservationSpec
 from worldloom.data import DatasetSpec, EpisodeDataset
 from worldloom.formats import FORMATS, WriteOptions, convert
-from worldloom.formats.video import frame_times, read_frames, write_video
+from worldloom.formats.video import FrameStream, frame_times, presentation, write_video
 
 HEIGHT, WIDTH = 32, 48
 
@@ -31,12 +32,19 @@ def numbers(pixels: np.ndarray | None) -> list[int]:
     return np.rint(pixels[:, 8, 8].mean(axis=-1) / 4).astype(int).tolist()
 
 
-def film(path: Path, times: list[float] | None = None, *, count: int = 12, frames: np.ndarray | None = None) -> None:
+def film(
+    path: Path,
+    times: list[float] | None = None,
+    *,
+    count: int = 12,
+    frames: np.ndarray | None = None,
+    b_frames: int = 3,
+) -> None:
     """A video whose frames stand at these times (default: ten a second)."""
     frames = shades(count if times is None else len(times)) if frames is None else frames
     times = [index / 10 for index in range(len(frames))] if times is None else times
     with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream("libx264", rate=10, options={"crf": "1"})
+        stream: Any = container.add_stream("libx264", rate=10, options={"crf": "1", "bf": str(b_frames)})
         stream.pix_fmt, stream.height, stream.width = "yuv444p", HEIGHT, WIDTH
         stream.codec_context.time_base = Fraction(1, 1000)
         for picture, time in zip(frames, times, strict=True):
@@ -357,11 +365,11 @@ def natural() -> np.ndarray:
 def test_the_stated_quality_of_video(frames: np.ndarray, least: float, tmp_path: Path) -> None:
     defaults = WriteOptions()
     write_video(tmp_path / "a.mp4", frames, fps=10.0, crf=defaults.crf, lossless=False)
-    back = read_frames(tmp_path / "a.mp4", np.arange(len(frames)))
+    back = FrameStream(tmp_path / "a.mp4").read(np.arange(len(frames)))
     errors = np.square(frames.astype(np.float64) - back).mean(axis=(1, 2, 3))
     assert 10 * np.log10(255**2 / errors.max()) >= least
     write_video(tmp_path / "a.mkv", frames, fps=10.0, crf=defaults.crf, lossless=True)
-    assert np.array_equal(read_frames(tmp_path / "a.mkv", np.arange(len(frames))), frames)
+    assert np.array_equal(FrameStream(tmp_path / "a.mkv").read(np.arange(len(frames))), frames)
 
 
 def test_pictures_may_be_left_out(tmp_path: Path) -> None:
@@ -408,4 +416,91 @@ def test_what_a_video_cannot_hold(tmp_path: Path) -> None:
 def test_frames_asked_for_backwards_are_refused_and_not_waited_for(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", np.zeros((4, 32, 32, 3), np.uint8), fps=10.0, crf=18, lossless=False)
     with pytest.raises(AssertionError, match="sort their numbers"):
-        read_frames(tmp_path / "a.mp4", np.array([2, 1]))
+        FrameStream(tmp_path / "a.mp4").read(np.array([2, 1]))
+
+
+def turn(path: Path, *matrix: int) -> None:
+    """Write the rotation part (a, b, c, d) of the display matrix into a track header, as a phone does."""
+    content = bytearray(path.read_bytes())
+    at = content.find(b"tkhd")
+    start = at + 4 + 4 + (32 if content[at + 4] else 20) + 16
+    a, b, c, d = (value * 65536 for value in matrix)
+    content[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("matrix", "shown"),
+    [
+        ((0, 1, -1, 0), lambda frame: np.rot90(frame, -1)),
+        ((-1, 0, 0, -1), lambda frame: np.rot90(frame, 2)),
+        ((0, -1, 1, 0), np.rot90),
+        ((-1, 0, 0, 1), lambda frame: frame[:, ::-1]),
+        ((0, 1, 1, 0), lambda frame: frame.transpose(1, 0, 2)),
+    ],
+)
+def test_the_display_matrix_of_a_phone_is_applied(matrix: tuple[int, ...], shown: Any, tmp_path: Path) -> None:
+    frames = np.zeros((12, HEIGHT, WIDTH, 3), np.uint8)
+    frames[:, : HEIGHT // 2, :, 0], frames[:, :, : WIDTH // 4, 1] = 200, 120
+    film(tmp_path / "run.mp4", frames=frames)
+    turn(tmp_path / "run.mp4", *matrix)
+    log(tmp_path / "run.csv")
+    (episode,), notes, spec = read_all(tmp_path)
+    expected = shown(frames[0])
+    assert spec.observation.pixels == expected.shape
+    assert episode.pixels is not None
+    assert np.abs(episode.pixels[0].astype(int) - expected).max() < 6
+    assert any("turned or mirrored, as the display matrix" in note for note in notes)
+    (small,), _, _ = read_all(tmp_path, size=(16, 20))
+    assert small.pixels is not None
+    corners = expected[:: len(expected) - 1, :: expected.shape[1] - 1]
+    assert np.abs(small.pixels[0, ::15, ::19].astype(int) - corners).max() < 30
+
+
+def test_an_oblique_display_matrix_is_refused(tmp_path: Path) -> None:
+    film(tmp_path / "run.mp4")
+    turn(tmp_path / "run.mp4", 1, 1, -1, 1)
+    log(tmp_path / "run.csv")
+    with pytest.raises(DataError, match="does not turn by a multiple of 90 degrees"):
+        read_all(tmp_path)
+
+
+def trim(path: Path, start: float) -> None:
+    """Start the presentation at `start` seconds (negative: later than the file) without encoding again."""
+    whole = path.rename(path.with_stem("whole"))
+    with av.open(str(whole)) as source, av.open(str(path), "w", options={"movflags": "faststart"}) as target:
+        given = source.streams.video[0]
+        stream = target.add_stream_from_template(given)
+        for packet in source.demux(given):
+            if packet.dts is not None and packet.pts is not None and given.time_base is not None:
+                shift = round(start / float(given.time_base))
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
+                target.mux(packet)
+    whole.unlink()
+
+
+@pytest.mark.parametrize("frames_between", [0, 2])
+def test_an_edit_list_hides_frames_and_starts_the_clock(frames_between: int, tmp_path: Path) -> None:
+    film(tmp_path / "run.mp4", b_frames=frames_between)
+    trim(tmp_path / "run.mp4", 0.4)
+    log(tmp_path / "run.csv", 8)
+    (episode,), notes, _ = read_all(tmp_path)
+    assert numbers(episode.pixels) == list(range(4, 12))
+    assert episode.actions[:, 0].tolist() == list(range(7))
+    assert any("4 frames are left out, because its edit list hides them" in note for note in notes)
+    content = (tmp_path / "run.mp4").read_bytes()
+    (tmp_path / "run.mp4").write_bytes(content[: -len(content) // 20])  # an edit list excuses no truncation
+    with pytest.raises(DataError, match="truncated"):
+        read_all(tmp_path)
+
+
+@pytest.mark.parametrize("frames_between", [0, 2])
+def test_an_edit_list_delays_the_video(frames_between: int, tmp_path: Path) -> None:
+    film(tmp_path / "run.mp4", b_frames=frames_between)
+    trim(tmp_path / "run.mp4", -0.5)
+    shown = presentation(tmp_path / "run.mp4")
+    assert np.allclose(shown.times, 0.5 + np.arange(12) / 10)
+    assert shown.hidden == 0
+    log(tmp_path / "run.csv", 17)
+    (episode,), _, _ = read_all(tmp_path)
+    assert episode.actions[:, 0].tolist() == list(range(5, 16))

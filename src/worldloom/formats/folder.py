@@ -6,6 +6,7 @@ and `label.*`. Lists of a fixed length are several values. `ReadOptions.columns`
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,15 @@ from worldloom.formats.format import (
     with_last_action,
 )
 from worldloom.formats.timebase import AlignedSteps, Log, aligned_episodes, by_count
-from worldloom.formats.video import LOSSY_CODEC, VIDEO_SUFFIXES, frame_shape, frame_times, read_frames, write_video
+from worldloom.formats.video import (
+    LOSSY_CODEC,
+    TURNED,
+    VIDEO_SUFFIXES,
+    FrameStream,
+    frame_shape,
+    presentation,
+    write_video,
+)
 
 TABLE_SUFFIXES = (".parquet", ".csv")
 OWN_FILE, OWN = "worldloom.json", "worldloom"
@@ -146,14 +155,18 @@ class FolderSource(Source):
             log,
             row_times=row_times,
             camera_times=camera_times,
-            pixels=None if video is None else lambda numbers: self._frames(video, numbers),
+            pixels=None if video is None else lambda numbers: self._frames(video, numbers, index),
             metadata=metadata,
             observed=bool(log.columns or log.labels),
             until=float(camera_times[-1]) if log.times is None else None,
         )
 
-    def _frames(self, video: Path, numbers: Int64[np.ndarray, "N"]) -> UInt8[np.ndarray, "N H W C"]:
-        return self.fit(read_frames(video, numbers, self.options.size), str(video))
+    def _frames(self, video: Path, numbers: Int64[np.ndarray, "N"], index: int) -> UInt8[np.ndarray, "N H W C"]:
+        with closing(FrameStream(video)) as stream:
+            frames = stream.read(numbers, self.options.size)
+        if stream.turned:
+            self.note("info", f"{video}: {TURNED}.", index)
+        return self.fit(frames, str(video))
 
     def _times(
         self, log: Log, video: Path | None, index: int
@@ -163,7 +176,12 @@ class FolderSource(Source):
         if video is None:
             times = np.arange(rows, dtype=np.float64) if log.times is None else log.times
             return times, times
-        camera = frame_times(video)
+        shown = presentation(video)
+        camera = shown.times
+        if shown.hidden:
+            self.note(
+                "dropped", f"{video}: {shown.hidden} frames are left out, because its edit list hides them.", index
+            )
         if log.metadata is not None and log.times is not None:  # written by worldloom: a row is a frame
             if len(camera) != rows:
                 raise DataError(

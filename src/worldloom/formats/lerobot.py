@@ -33,7 +33,7 @@ from worldloom.formats.lerobot_layout import (
 )
 from worldloom.formats.lerobot_write import LeRobotSinkV2, LeRobotSinkV3
 from worldloom.formats.timebase import Log, aligned_episodes
-from worldloom.formats.video import FrameStream, frame_times
+from worldloom.formats.video import TURNED, FrameStream, frame_times
 
 
 class LeRobotSource(Source):
@@ -132,7 +132,7 @@ class LeRobotSource(Source):
             log,
             row_times=times,
             camera_times=times,
-            pixels=None if self._camera is None else lambda rows: self._pixels(entry, table, times, rows, where),
+            pixels=None if self._camera is None else lambda rows: self._pixels(entry, table, times, rows, where, index),
             metadata=lambda _: dict(entry.metadata),
             observed=True,
         )
@@ -221,13 +221,14 @@ class LeRobotSource(Source):
         times: Float64[np.ndarray, "R"],
         rows: Int64[np.ndarray, "N"],
         where: str,
+        index: int,
     ) -> UInt8[np.ndarray, "N H W C"]:
         if self._camera in entry.videos:
-            return self._video(entry, times, rows)
+            return self._video(entry, times, rows, index)
         return self._images(table[self._camera].combine_chunks(), rows, where)
 
     def _video(
-        self, entry: EpisodePlace, times: Float64[np.ndarray, "R"], rows: Int64[np.ndarray, "N"]
+        self, entry: EpisodePlace, times: Float64[np.ndarray, "R"], rows: Int64[np.ndarray, "N"], index: int
     ) -> UInt8[np.ndarray, "N H W 3"]:
         """Return the frame nearest in time for each of these rows."""
         file, start = entry.videos[self._camera or ""]
@@ -249,7 +250,10 @@ class LeRobotSource(Source):
             if self._stream is not None:
                 self._stream.close()
             self._stream = FrameStream(file)
-        return self._stream.read(nearest[rows], self.options.size)
+        frames = self._stream.read(nearest[rows], self.options.size)
+        if self._stream.turned:
+            self.note("info", f"{file}: {TURNED}.", index)
+        return frames
 
     def _images(self, column: Any, rows: Int64[np.ndarray, "N"], where: str) -> UInt8[np.ndarray, "N H W 3"]:
         if not pa.types.is_struct(column.type) or {"bytes", "path"} - {each.name for each in column.type}:

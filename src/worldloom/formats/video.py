@@ -1,7 +1,8 @@
 """Video files through PyAV: a reader of times and frames, with one frame in memory at a time, and a writer."""
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,55 +15,69 @@ from worldloom.core.files import write_atomic
 from worldloom.data import encode_video, resize
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm")
+TURNED = "the frames are turned or mirrored, as the display matrix of the video requires"
 LOSSY_CODEC = "H.264 at crf {crf}"  # the codec of `write_video`
 
 
-def frame_times(path: Path) -> Float64[np.ndarray, "n"]:
-    """Return the presentation time of each frame in seconds from the first frame, without decoding.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Presentation:
+    """The frames of a video as a player shows them: their times in seconds, in order.
+
+    Time 0 is the start of playback. The first frame is at 0, or later if an edit list (MP4, MOV) delays the video.
+    `hidden` is the number of frames in the file that an edit list hides.
+    """
+
+    times: Float64[np.ndarray, "n"]
+    hidden: int
+
+
+def presentation(path: Path) -> Presentation:
+    """Return the times at which a player shows the frames of a video, without decoding them.
 
     Raises:
         DataError: the file cannot be read, has no video, is truncated, or has frames without a time.
     """
-    with _opened(path) as (container, stream):
-        stamps = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
-        promised, base = stream.frames, float(stream.time_base)
+    present, stamps, promised, base = _stamps(path)
+    if present < promised:  # an edit list may leave out frames at the end
+        present = _stamps(path, ignore_editlist=True)[0]
     if any(stamp is None for stamp in stamps):
         raise DataError(f"{path} has frames without a presentation time; convert it to an .mp4 or .mkv file")
-    if not stamps or len(stamps) < promised:
+    if present == 0 or present < promised:
         raise DataError(
-            f"{path} is truncated: it has {len(stamps)} frames, expected {promised} from its header. Restore the video "
+            f"{path} is truncated: it has {present} frames, expected {promised} from its header. Restore the video "
             f"from a copy"
         )
+    if not stamps:
+        raise DataError(f"{path}: the edit list hides all {present} frames; export the video again")
     ticks = np.sort(np.array(stamps, np.int64))
-    times: np.ndarray = (ticks - ticks[0]) * base
-    return times
+    delayed = ticks[0] > 0 and min(_stamps(path, ignore_editlist=True)[1], default=ticks[0]) != ticks[0]
+    times: np.ndarray = (ticks - (0 if delayed else ticks[0])) * base
+    return Presentation(times=times, hidden=max(present - len(ticks), 0))
+
+
+def frame_times(path: Path) -> Float64[np.ndarray, "n"]:
+    """Return the time of each frame in seconds; see `presentation`."""
+    return presentation(path).times
 
 
 def frame_shape(path: Path) -> tuple[int, int]:
-    """Return the height and width in a video's header."""
-    with _opened(path) as (_, stream):
+    """Return the height and width at which a player shows a video."""
+    with suppress(DataError), closing(FrameStream(path)) as stream:
+        height, width, _ = stream.read(np.array([0])).shape[1:]
+        return height, width
+    with _opened(path) as (_, stream):  # reading the frames reports why they do not decode
         return int(stream.height), int(stream.width)
 
 
-def read_frames(
-    path: Path, numbers: Int64[np.ndarray, "N"], size: tuple[int, int] | None = None
-) -> UInt8[np.ndarray, "N H W 3"]:
-    """Return the frames with these numbers in presentation order, resized to `size` (H, W).
-
-    The numbers must be ascending; a repeated number repeats a frame.
-
-    Raises:
-        DataError: a frame is missing or does not decode, or the frame size changes within the video.
-    """
-    with closing(FrameStream(path)) as stream:
-        return stream.read(numbers, size)
-
-
 class FrameStream:
-    """A video reader that decodes forward; a request for an earlier frame restarts from the first frame."""
+    """A video reader that decodes forward; a request for an earlier frame restarts from the first frame.
+
+    Frames are as a player shows them. Frames that an edit list hides have no number, and a display matrix turns or
+    mirrors the rest. `turned` is set once that has happened.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.turned = path, False
         self._context: Any = None
         self._frames: Iterator[Any] = iter(())
         self._next = 0
@@ -72,7 +87,14 @@ class FrameStream:
     def read(
         self, numbers: Int64[np.ndarray, "N"], size: tuple[int, int] | None = None
     ) -> UInt8[np.ndarray, "N H W 3"]:
-        """Return the frames with these numbers; see `read_frames`."""
+        """Return the frames with these numbers in presentation order, resized to `size` (H, W).
+
+        The numbers must be ascending; a repeated number repeats a frame.
+
+        Raises:
+            DataError: a frame is missing or does not decode, the frame size changes within the video, or the display
+                matrix turns frames by an angle that is not a multiple of 90 degrees.
+        """
         assert (np.diff(numbers) >= 0).all(), "frames are decoded forward; sort their numbers"
         if self._context is None or (len(numbers) and numbers[0] < (self._last[0] if self._last else 0)):
             self._begin()
@@ -83,7 +105,7 @@ class FrameStream:
                 if not self._advance():
                     break
                 continue
-            picture = resize(self._last[1].to_ndarray(format="rgb24")[None], size)[0]
+            picture = resize(self._upright(self._last[1])[None], size)[0]
             if out is None:
                 out = np.empty((len(numbers), *picture.shape), np.uint8)
             while there < len(numbers) and numbers[there] == self._last[0]:
@@ -120,6 +142,13 @@ class FrameStream:
         self._last, self._next = (number, frame), number + 1
         return True
 
+    def _upright(self, frame: Any) -> UInt8[np.ndarray, "H W 3"]:
+        """Return a frame as a player shows it, turned and mirrored by its display matrix."""
+        picture: np.ndarray = frame.to_ndarray(format="rgb24")
+        across, down, swapped = _orientation(frame, self.path)
+        self.turned = self.turned or (across, down, swapped) != (1, 1, False)
+        return (picture.transpose(1, 0, 2) if swapped else picture)[::down, ::across]
+
     def close(self) -> None:
         """Close the file; the next read opens it again."""
         context, self._context = self._context, None
@@ -140,14 +169,45 @@ def write_video(path: Path, frames: UInt8[np.ndarray, "N H W 3"], *, fps: float,
     write_atomic(path, lambda temporary: encode_video(str(temporary), frames, rate=rate, **kind))
 
 
+def _stamps(path: Path, *, ignore_editlist: bool = False) -> tuple[int, list[Any], int, float]:
+    """Return the number of frames in the file, the stamps of the shown frames, the header's number, and the unit."""
+    with _opened(path, {"ignore_editlist": "1"} if ignore_editlist else {}) as (container, stream):
+        packets = [(packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.size]
+        stamps = [stamp for stamp, hidden in packets if not hidden]
+        return len(packets), stamps, int(stream.frames), float(stream.time_base)
+
+
+def _orientation(frame: Any, path: Path) -> tuple[int, int, bool]:
+    """Return the steps through the columns and rows of a frame (1 or -1), and whether rows and columns are swapped.
+
+    A display matrix maps the coded position (p, q) to the shown position x = a p + c q, y = b p + d q.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return 1, 1, False
+    a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(matrix), np.int32)[:5])
+    swapped = abs(a) + abs(d) < abs(b) + abs(c)
+    across, down, other = (c, b, abs(a) + abs(d)) if swapped else (a, d, abs(b) + abs(c))
+    if other > 0.01 * (abs(across) + abs(down)):
+        raise DataError(
+            f"{path} has a display matrix that does not turn by a multiple of 90 degrees ({a}, {b}, {c}, {d}); "
+            f"expected 0, 90, 180 or 270 degrees. Encode the video again with upright frames"
+        )
+    return -1 if across < 0 else 1, -1 if down < 0 else 1, swapped
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+def _opened(path: Path, options: dict[str, str] | None = None) -> Iterator[tuple[Any, Any]]:
     import av
 
-    with _video_errors(path), av.open(str(path)) as container:
-        if not container.streams.video:
+    with _video_errors(path), av.open(str(path), options=options) as container:
+        # A cover picture is a video stream too.
+        streams = [
+            each for each in container.streams.video if not each.disposition & av.stream.Disposition.attached_pic
+        ]
+        if not streams:
             raise DataError(f"{path} has no video stream; check the file")
-        yield container, container.streams.video[0]
+        yield container, streams[0]
 
 
 @contextmanager

@@ -12,9 +12,8 @@ from pathlib import Path
 from worldloom import workflow
 from worldloom.agents import PlanningAgent
 from worldloom.cli.console import print_table, progress
-from worldloom.cli.options import set_threads
 from worldloom.core.files import write_json
-from worldloom.core.hardware import describe_hardware
+from worldloom.core.hardware import describe_hardware, set_threads
 from worldloom.core.seams import Agent
 from worldloom.data import load_cache
 from worldloom.evaluation import PROTOCOLS, evaluate

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from worldloom.agents import PlanningAgent, log_path
 from worldloom.cli.console import print_table, progress
-from worldloom.cli.options import set_threads
 from worldloom.core.chain import entries
 from worldloom.core.files import write_json
-from worldloom.core.hardware import describe_hardware
+from worldloom.core.hardware import describe_hardware, set_threads
 from worldloom.core.seams import Agent
 from worldloom.core.types import Goal, Observations
 from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval

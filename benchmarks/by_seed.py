@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from worldloom.cli.options import set_threads
 from worldloom.core.files import read_json, write_json
-from worldloom.core.hardware import describe_hardware
+from worldloom.core.hardware import describe_hardware, set_threads
 from worldloom.data import EpisodeDataset
 
 

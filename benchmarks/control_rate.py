@@ -21,9 +21,8 @@ import torch
 from worldloom import workflow
 from worldloom.agents import AgentParts, MethodConfig, PlanMethod, ReactiveMethod
 from worldloom.cli.console import print_table, progress
-from worldloom.cli.options import set_threads
 from worldloom.core.files import write_json
-from worldloom.core.hardware import describe_hardware
+from worldloom.core.hardware import describe_hardware, set_threads
 from worldloom.core.types import Goal, Observations
 from worldloom.evaluation import PROTOCOLS, Protocol, draw_tasks, evaluate, open_world, pool
 from worldloom.planning.solvers import CEM, TreeSearch

@@ -14,9 +14,8 @@ import numpy as np
 from scipy import stats
 
 from worldloom.cli.console import print_table, progress
-from worldloom.cli.options import set_threads
 from worldloom.core.files import write_json
-from worldloom.core.hardware import describe_hardware
+from worldloom.core.hardware import describe_hardware, set_threads
 from worldloom.core.types import Observations
 from worldloom.data import POLICIES
 from worldloom.evaluation import PROTOCOLS, draw_tasks, open_world

@@ -16,9 +16,8 @@ import torch
 
 from worldloom.agents import AgentParts, PlanMethod
 from worldloom.cli.console import print_table
-from worldloom.cli.options import set_threads
 from worldloom.core.files import write_json
-from worldloom.core.hardware import describe_hardware
+from worldloom.core.hardware import describe_hardware, set_threads
 from worldloom.core.types import Goal
 from worldloom.evaluation import PROTOCOLS, draw_tasks, open_world
 from worldloom.guardrails import RuleLayer, RuleSet

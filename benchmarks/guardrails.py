@@ -21,10 +21,9 @@ from typing import Any
 from worldloom import workflow
 from worldloom.agents import PlanMethod
 from worldloom.cli.console import print_table, progress
-from worldloom.cli.options import set_threads
 from worldloom.core.errors import DataError
 from worldloom.core.files import read_json, write_json
-from worldloom.core.hardware import describe_hardware
+from worldloom.core.hardware import describe_hardware, set_threads
 from worldloom.evaluation import PROTOCOLS, evaluate, wilson_interval
 from worldloom.recipes import load_recipe
 from worldloom.workflow import Run, Session, calibrate

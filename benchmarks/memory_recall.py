@@ -16,10 +16,9 @@ import numpy as np
 import torch
 
 from worldloom.cli.console import progress
-from worldloom.cli.options import set_threads
 from worldloom.core.actions import Walk
 from worldloom.core.files import read_json, write_json
-from worldloom.core.hardware import describe_hardware
+from worldloom.core.hardware import describe_hardware, set_threads
 from worldloom.core.types import ActionBounds, ActionSpec, ModelSpec, ObservationSpec
 from worldloom.data import EpisodeDataset
 from worldloom.heads import still

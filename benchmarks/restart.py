@@ -28,7 +28,7 @@ RESULTS = Path(__file__).parent / "results" / "restart.json"
 _EXPLORER = """
 import sys, time
 from worldloom.cli.console import progress
-from worldloom.cli.options import set_threads
+from worldloom.core.hardware import set_threads
 from worldloom.workflow import Run, Session
 from worldloom import workflow
 set_threads(1)

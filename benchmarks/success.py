@@ -17,8 +17,8 @@ from pathlib import Path
 
 from worldloom import workflow
 from worldloom.cli.console import print_table, progress
-from worldloom.cli.options import set_threads
 from worldloom.core.files import write_json
+from worldloom.core.hardware import set_threads
 from worldloom.data import EpisodeDataset
 from worldloom.evaluation import Results, pool, table_rows
 from worldloom.recipes import load_recipe

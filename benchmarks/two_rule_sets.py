@@ -19,9 +19,8 @@ from matplotlib.patches import Circle, Rectangle
 from worldloom import workflow
 from worldloom.agents import PlanMethod
 from worldloom.cli.console import print_table, progress
-from worldloom.cli.options import set_threads
 from worldloom.core.files import write_json
-from worldloom.core.hardware import describe_hardware
+from worldloom.core.hardware import describe_hardware, set_threads
 from worldloom.core.seams import Agent
 from worldloom.core.signing import Domain, make_key, sign_file
 from worldloom.envs import Frame

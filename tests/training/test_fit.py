@@ -17,10 +17,11 @@ from blob_world import blob_cache, make_cache
 from train_blobs import CONFIG, MODEL, STEPS, train
 
 from worldloom.core.errors import CheckpointError, ConfigError, TrainingError
+from worldloom.core.hardware import use_threads
 from worldloom.models import JEPAConfig, load_model, load_tensors
 from worldloom.models.encoders import VectorMLP
 from worldloom.models.losses import LOSSES
-from worldloom.training import RunFolder, Segment, TrainingConfig, fit, held_out_losses, saved_steps
+from worldloom.training import RunFolder, Segment, TrainingConfig, fit, held_out_losses, loop, saved_steps
 
 HERE = Path(__file__).parent
 
@@ -350,3 +351,51 @@ def test_held_out_losses_tell_a_good_base_from_a_spoiled_one_and_leave_the_run_a
     assert good["prediction"] < spoiled["prediction"]
     assert good["total"] < spoiled["total"]
     assert kept == {path: path.read_bytes() for path in run.checkpoint_directory.iterdir()}
+
+
+@pytest.mark.parametrize("chosen", [1, 2])
+def test_a_run_measures_its_threads_records_them_and_resumes_with_them(cache, tmp_path, monkeypatch, chosen) -> None:
+    steps, measured = 100, []
+    free = CONFIG.override(["threads=0", f"steps={steps}", "checkpoint_every=50"])
+
+    def measure(work):
+        measured.append(work())
+        return {1: 1.0, 2: 2.0 if chosen == 1 else 0.5}
+
+    def threads_in_training(run, config, **options):
+        seen = []
+        log = run.log
+        monkeypatch.setattr(run, "log", lambda *given: (seen.append(torch.get_num_threads()), log(*given)))
+        fit(config, MODEL, cache, run, **options)
+        return set(seen)
+
+    monkeypatch.setattr(loop, "time_threads", measure)
+    with use_threads(2):
+        ours = RunFolder.create(tmp_path / "ours", {}, {})
+        assert threads_in_training(ours, free) == {chosen}
+        assert ours.threads == chosen
+        fixed = RunFolder.create(tmp_path / "fixed", {}, {})
+        assert threads_in_training(fixed, free.override([f"threads={chosen}"])) == {chosen}
+        # Measuring changes nothing: the parameters are those of a run with this number from the start.
+        first, second = (
+            load_tensors(run.checkpoint_directory / f"step-{steps:08d}", kind="training-state")[0]
+            for run in (ours, fixed)
+        )
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+        monkeypatch.setattr(loop, "time_threads", lambda work: pytest.fail("a resumed run measured"))
+        broken = RunFolder.create(tmp_path / "broken", {}, ours.provenance)
+        segment = Segment(begin=0, end=50, base={})
+        fit(free.override(["threads=2"]), MODEL, cache, broken, stretch=segment)
+        longer = Segment(begin=0, end=steps, base={})
+        assert threads_in_training(broken, free, resume=True, stretch=longer) == {chosen}
+    assert len(measured) == 1
+
+
+def test_a_training_that_becomes_much_slower_says_so_once(caplog) -> None:
+    pace = loop._Pace()
+    with use_threads(2):
+        for step, seconds in enumerate([3.0, 1.0, 1.0, 2.5, 1.0, 2.5, 2.5, 2.5, 2.5, 1.0, 3.0, 3.0, 3.0]):
+            pace.check(step, seconds)
+    assert [record.args[0] for record in caplog.records] == [7, 12]
+    assert "resume with --threads 1" in caplog.text

@@ -25,7 +25,9 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe, such as training.steps=500."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads for PyTorch; 0 uses all cores.")]
+Threads = Annotated[
+    int, typer.Option("--threads", min=0, help="CPU threads for PyTorch; 0 measures which number is fastest.")
+]
 Audit = Annotated[Path | None, typer.Option("--audit", help="A directory for the log of every decision of the agent.")]
 Rules = Annotated[
     list[Path] | None,
@@ -68,11 +70,10 @@ def key_values(assignments: list[str] | None, option: str) -> dict[str, Any]:
 
 
 def set_threads(count: int) -> None:
-    """Set PyTorch's number of threads; 0 leaves PyTorch's default."""
-    import torch
+    """Set PyTorch's number of threads; with 0, each long job measures which number is fastest."""
+    from worldloom.core import hardware
 
-    if count:
-        torch.set_num_threads(count)
+    hardware.set_threads(count)
 
 
 def trusted_keys(trust: list[str] | None, unsigned: bool) -> set[str] | None:

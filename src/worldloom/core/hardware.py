@@ -1,8 +1,10 @@
-"""The hardware that a measurement ran on."""
+"""The hardware that a measurement ran on, and the number of CPU threads that is fastest on it now."""
 
 import ctypes
 import platform
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,74 @@ def describe_hardware() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "accelerator": gpu,
     }
+
+
+_fixed = 0  # the number of threads that the user chose for this process; 0 if jobs measure
+
+
+def set_threads(count: int) -> None:
+    """Set PyTorch's number of CPU threads for this process; with 0, each long job measures which number is fastest."""
+    global _fixed
+    _fixed = count
+    if count:
+        torch.set_num_threads(count)
+
+
+def choosable_threads() -> int:
+    """Return the most CPU threads that a job may choose; 0 if `set_threads` or PyTorch's number leaves no choice."""
+    most: int = torch.get_num_threads()
+    return 0 if _fixed or most == 1 else most
+
+
+@contextmanager
+def use_threads(count: int) -> Iterator[None]:
+    """Run a block with `count` CPU threads; 0 changes nothing."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def time_threads(work: Callable[[], object], *, seconds: float = 1.5) -> dict[int, float]:
+    """Measure `work` with 1, 2, 4, ... CPU threads, up to PyTorch's number; return the mean seconds of one call.
+
+    The result is empty if there is nothing to choose; see `choosable_threads`.
+    The numbers of threads take turns, so that all of them are measured under the same load. This takes about `seconds`,
+    or three turns if they take longer. A number that needs three times as long as another is dropped.
+    """
+    most = choosable_threads()
+    if not most:
+        return {}
+    counts = sorted({*(2**power for power in range(most.bit_length())), most})
+    spent: dict[int, list[float]] = {count: [] for count in counts}
+
+    def turn() -> None:
+        for count, calls in spent.items():
+            torch.set_num_threads(count)
+            start = time.perf_counter()
+            work()
+            calls.append(time.perf_counter() - start)
+
+    with use_threads(most):
+        turn()  # the first calls allocate memory and start threads
+        for calls in spent.values():
+            calls.clear()
+        end = time.perf_counter() + seconds
+        while len(next(iter(spent.values()))) < 3 or time.perf_counter() < end:
+            turn()
+            best = min(sum(calls) for calls in spent.values())
+            spent = {count: calls for count, calls in spent.items() if sum(calls) <= 3 * best}
+            if len(spent) == 1:
+                break
+    return {count: sum(calls) / len(calls) for count, calls in spent.items()}
+
+
+def fastest_threads(times: dict[int, float]) -> int:
+    """Return the fewest threads that are within 5% of the best of `time_threads`; 0 if nothing was measured."""
+    return min((count for count, mean in times.items() if mean <= 1.05 * min(times.values())), default=0)
 
 
 def matmul_peak(dtype: torch.dtype) -> float:

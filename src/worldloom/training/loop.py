@@ -1,5 +1,6 @@
 """The training loop, for one or several devices. A resumed run gives the same result as an uninterrupted one."""
 
+import copy
 import functools
 import logging
 import math
@@ -17,7 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from worldloom.core.errors import CheckpointError, ConfigError, TrainingError
-from worldloom.core.hardware import retain_freed_memory
+from worldloom.core.hardware import (
+    choosable_threads,
+    fastest_threads,
+    retain_freed_memory,
+    time_threads,
+    use_threads,
+)
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seeds import derive_seed, numpy_generator, seeded_weights
 from worldloom.core.types import Windows
@@ -36,6 +43,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
+_LEAST_MEASURED = 100  # steps; in a shorter training, measuring would take longer than it saves
 _AHEAD = 8  # minimum number of batches whose frames are prefetched for a pool
 
 
@@ -80,6 +88,9 @@ def fit(
     run on the same machine. A run on several devices gives the same parameters as a run on one device, up to rounding.
     For several devices, start the program with torchrun or pass a launched `fabric`.
 
+    If `config.threads` is 0, a run of at least 100 steps on one CPU measures at its start which number of threads is
+    fastest, and records the number in the run folder. The parameters depend on this number by rounding.
+
     Federated training runs one segment, `stretch`, at a time: the first segment without `resume`, later segments with
     `resume`. The model is saved at the end of each segment.
 
@@ -95,7 +106,7 @@ def fit(
     ranks = Ranks(fabric or make_fabric(config), config.timeout_minutes)
     progress = progress if ranks.first else SILENT
     stretch = stretch or Segment(begin=0, end=config.steps, base={})
-    with run.lock(), _threads(config.threads), ranks.watch():
+    with run.lock(), use_threads(config.threads), ranks.watch():
         try:
             return _Training(config, model_config, cache, run, ranks).run(resume, stretch, progress)
         finally:
@@ -115,7 +126,7 @@ def held_out_losses(
         CheckpointError: the base belongs to a different model, or the checkpoints to a different training run.
     """
     ranks = Ranks(make_fabric(config), config.timeout_minutes)
-    with _threads(config.threads):
+    with use_threads(config.threads):
         return _Training(config, model_config, cache, run, ranks).losses(base)
 
 
@@ -171,6 +182,7 @@ class _Training:
         self.shift = stretch.shift
         self.schedule = config.model_copy(update={"steps": stretch.schedule or config.steps})
         self.fixed = [parameter for name, parameter in self.model.named_parameters() if name in stretch.fixed]
+        self._choose_threads(last - stretch.begin, resume)
         wrapped = fabric.setup_module(self.learner)
         self.optimizer = self._optimizer()  # after the module's setup, because sharding replaces its parameters
         optimizer = fabric.setup_optimizers(self.optimizer)
@@ -182,6 +194,7 @@ class _Training:
         if fabric.is_global_zero:
             self.folder.forget_after(done)
         meter = _FigureMeter(config.batch * (self.model.spec.context + config.horizon))
+        pace = _Pace()
         with (
             _interrupts() as interrupted,
             prefetch(self._batch, range(done, last)) as next_batch,
@@ -197,6 +210,7 @@ class _Training:
                 finished = step + 1
                 if finished % config.log_every == 0 or finished == last:
                     with meter.phase("log"):
+                        pace.check(finished, meter.seconds_per_step)
                         self.folder.log(finished, {**meter.take(), "learning_rate": self._rate(step)})
                 if finished % config.validate_every == 0 or finished == last:
                     with meter.phase("validate"):
@@ -216,6 +230,27 @@ class _Training:
             save_model(self.folder.model_directory, model, {"steps": last})
         self.ranks.wait()
         return model
+
+    def _choose_threads(self, steps: int, resume: bool) -> None:
+        """Set the number of CPU threads to the recorded number or, in a new run, to the fastest number."""
+        one_cpu = self.fabric.world_size == 1 and self.fabric.device.type == "cpu"
+        if self.config.threads or self.config.compile or not (one_cpu and choosable_threads()):
+            return
+        if not resume and steps >= _LEAST_MEASURED:
+            windows, learner = self._batch(0), copy.deepcopy(self.learner).train()
+            observations = windows.observations
+
+            def work() -> None:
+                with self.fabric.autocast():
+                    total, _ = learner(observations.pixels, observations.vector, windows.actions, 0)
+                total.backward()
+
+            with torch.random.fork_rng(devices=[]):
+                times = time_threads(work)
+            self.folder.record_threads(fastest_threads(times), times)
+        recorded = self.folder.threads
+        if recorded is not None:
+            torch.set_num_threads(min(recorded, choosable_threads()))
 
     def losses(self, base: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the losses on held-out windows with a base."""
@@ -377,6 +412,11 @@ class _FigureMeter:
     def add(self, figures: dict[str, float]) -> None:
         self._figures.append(figures)
 
+    @property
+    def seconds_per_step(self) -> float:
+        """The mean time of a step since the last `take`, without waiting, logging, validation and checkpoints."""
+        return sum(self._seconds[name] for name in ("forward", "backward", "optimizer")) / len(self._figures)
+
     def take(self) -> dict[str, float]:
         """Return the means, the encoded frames per second and each phase's share of the time; then reset."""
         seconds = time.perf_counter() - self._start
@@ -385,6 +425,33 @@ class _FigureMeter:
         rate = self._frames * len(self._figures) / seconds
         self._reset()
         return {**means, "frames_per_second": rate, **shares}
+
+
+class _Pace:
+    """Warns when training has become much slower than it was."""
+
+    _SLOW, _PATIENCE = 2.0, 3  # times as long as the fastest interval, in successive intervals
+
+    def __init__(self) -> None:
+        self._best, self._slow = math.inf, 0
+
+    def check(self, step: int, seconds: float) -> None:
+        """Take the mean time of a step in the last interval; warn once for each slow period."""
+        self._best = min(self._best, seconds)
+        self._slow = self._slow + 1 if seconds > self._SLOW * self._best else 0
+        if self._slow != self._PATIENCE:
+            return
+        threads = torch.get_num_threads()
+        remedy = (
+            ""
+            if threads == 1
+            else (f" One thread is disturbed less than {threads}: press Ctrl-C once, and resume with --threads 1")
+        )
+        _logger.warning(
+            "step %d: a training step takes %.0f ms, but it took %.0f ms before. Other processes probably use the CPU; "
+            "end them, or let training continue more slowly.%s",
+            step, 1e3 * seconds, 1e3 * self._best, remedy,
+        )  # fmt: skip
 
 
 @contextmanager
@@ -405,14 +472,3 @@ def _interrupts() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

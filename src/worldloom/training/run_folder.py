@@ -1,7 +1,7 @@
 """The run folder, which contains all files of a training run.
 
 config.json        the complete configuration, and the format version of the folder
-provenance.json    data fingerprint, commit, versions, hardware, seeds
+provenance.json    data fingerprint, commit, versions, hardware, seeds, the number of threads that was fastest
 metrics.jsonl      one line of figures for each logged step
 diagnostics.json   the latest diagnostics of the latents, and alarms
 tensorboard/       the same figures for TensorBoard, if the extra `tensorboard` is installed
@@ -100,6 +100,18 @@ class RunFolder:
         """The provenance from `create`."""
         provenance: dict[str, Any] = read_json(self.path / "provenance.json")
         return provenance
+
+    @property
+    def threads(self) -> int | None:
+        """The number of CPU threads that the run measured and chose; None if the run did not measure."""
+        chosen: int | None = self.provenance.get("threads", {}).get("chosen")
+        return chosen
+
+    def record_threads(self, chosen: int, seconds: Mapping[int, float]) -> None:
+        """Add the chosen number of CPU threads to the provenance, with the mean seconds of a step for each number."""
+        measured = {str(count): round(mean, 5) for count, mean in seconds.items()}
+        provenance = {**self.provenance, "threads": {"chosen": chosen, "seconds_per_step": measured}}
+        write_json(self.path / "provenance.json", provenance)
 
     @property
     def model_directory(self) -> Path:

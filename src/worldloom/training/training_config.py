@@ -53,7 +53,7 @@ class TrainingConfig(Config):
         devices: the number of devices on all machines.
         strategy: with "fsdp", each device stores a shard of the parameters and of the optimiser's state (Zhao et al.,
             arXiv 2304.11277), for models that are too large for one device.
-        threads: the number of CPU threads; 0 keeps PyTorch's number.
+        threads: the number of CPU threads; 0 measures which number is fastest (see `fit`).
         accumulate: the number of parts in which the frames of a batch are encoded. More parts need less memory and at
             most a third more time; the gradient is still that of the complete batch, including its statistics
             (gradient caching, Gao et al., arXiv 2101.06983).

@@ -35,7 +35,7 @@ from worldloom.guardrails import (
 )
 from worldloom.heads import still
 from worldloom.workflow.run import Run
-from worldloom.workflow.session import Session, session_of
+from worldloom.workflow.session import Session, fast_planning, session_of
 
 _log = logging.getLogger(__name__)
 _LEAST = 1e-3  # the smallest score of a broken guardrail, and the smallest usual error in margins
@@ -99,7 +99,8 @@ def calibrate(
         drawn = asked.customise(seed=derive_seed(seed, "calibration", number) % 2**31)
         witness = _Scores(run, config, shape, factor)
         build = partial(session.build, config, margins=trial, seed=number)
-        results = evaluate(drawn, {name: build}, record=0, witness=witness, progress=progress)
+        with fast_planning(run):
+            results = evaluate(drawn, {name: build}, record=0, witness=witness, progress=progress)
         scores = torch.tensor(witness.scores())
         needed = tolerance_quantile(scores, risk, confidence)
         history.append({

@@ -18,6 +18,7 @@ from worldloom import data
 from worldloom.agents import fit_behaviour_cloning, fit_reactive
 from worldloom.core.errors import CheckpointError, ConfigError, WorldloomError
 from worldloom.core.files import write_json
+from worldloom.core.hardware import choosable_threads, use_threads
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.registry import nearest
 from worldloom.core.seams import Agent, WorldModel
@@ -45,7 +46,7 @@ from worldloom.planning import LatentL2
 from worldloom.recipes import LabelledProbe, Recipe
 from worldloom.training import FREE, Ranks, RunFolder, describe_provenance, fit, make_fabric
 from worldloom.workflow.run import Run, differences, recipe_values
-from worldloom.workflow.session import Session, session_of
+from worldloom.workflow.session import Session, fast_planning, session_of
 
 _log = logging.getLogger(__name__)
 
@@ -111,7 +112,8 @@ def train(
 
             def beside() -> None:
                 if ranks.first:
-                    with alone():
+                    threads = recipe.training.threads or min(folder.threads or 0, choosable_threads())
+                    with alone(), use_threads(threads):
                         _train_heads(run, cache, progress)
 
             ranks.in_turn(beside, ahead=ranks.first)
@@ -288,14 +290,15 @@ def evaluate(
         run.recipe.method(name)  # fail on an unknown method before any episode
     agents: dict[str, Callable[[], Agent]] = {name: partial(session.agent, name, compared=True) for name in chosen}
     agents |= others or {}
-    results = evaluate_methods(
-        _protocol(run, protocol, success, goal_offset, **changes),
-        agents,
-        model=run.model.spec.fingerprint,
-        training_seed=run.recipe.training.seed,
-        provenance=run.folder.provenance,
-        progress=progress,
-    )
+    with fast_planning(run):
+        results = evaluate_methods(
+            _protocol(run, protocol, success, goal_offset, **changes),
+            agents,
+            model=run.model.spec.fingerprint,
+            training_seed=run.recipe.training.seed,
+            provenance=run.folder.provenance,
+            progress=progress,
+        )
     results.write(report_path(run, results).with_name("results.json"))
     write_report(report_path(run, results), results, report_data(run))
     return results
@@ -326,7 +329,8 @@ def explore(
     if not agent.explores:
         raise ConfigError(f"the method {name!r} does not explore; choose a method that explores, such as landmarks")
     chosen = _protocol(session.run, protocol, split=split, episodes=episodes, seed=seed, exploration=0)
-    return explore_worlds(chosen, agent, steps, progress=progress)
+    with fast_planning(session.run):
+        return explore_worlds(chosen, agent, steps, progress=progress)
 
 
 def report_path(run: Run, results: Results) -> Path:

@@ -1,15 +1,19 @@
 """A session: a run with rules, a memory and an audit log."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import worldloom
-from worldloom.agents import AgentParts, AuditLog, MethodConfig, PlannedMethod
+from worldloom.agents import AgentParts, AuditLog, MethodConfig, PlanMethod, PlannedMethod
 from worldloom.core.errors import ConfigError
+from worldloom.core.hardware import choosable_threads, fastest_threads, time_threads, use_threads
 from worldloom.core.seams import Agent
+from worldloom.core.types import Goal, Observations
 from worldloom.guardrails import Margins, RuleSet
 from worldloom.memory import EpisodicMemory
 from worldloom.workflow.run import Run
@@ -97,6 +101,30 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def fast_planning(run: Run, environments: int = 8) -> Iterator[None]:
+    """Run a block with the number of CPU threads that plans fastest for a number of environments (see `time_threads`).
+
+    The measured plans are between blank observations, and only their time is used.
+    """
+    if run.device.type != "cpu" or not choosable_threads():
+        yield
+        return
+    observation = run.model.spec.observation
+    blank = Observations.from_numpy(
+        None if observation.pixels is None else np.zeros((environments, *observation.pixels), np.uint8),
+        np.zeros((environments, observation.vector), np.float32) if observation.vector else None,
+    )
+    agent = PlanMethod().build(AgentParts(heads=run.heads), seed=0)
+
+    def plan() -> None:
+        agent.reset(Goal(observations=blank))
+        agent.act(blank)
+
+    with use_threads(fastest_threads(time_threads(plan, seconds=0.5))):
+        yield
 
 
 def session_of(run: Run | Session) -> Session:

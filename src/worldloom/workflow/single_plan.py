@@ -13,7 +13,7 @@ from worldloom.core.types import Goal, Observations
 from worldloom.data import read_picture
 from worldloom.evaluation import PROTOCOLS, default_protocol, draw_tasks, open_world
 from worldloom.workflow.run import Run
-from worldloom.workflow.session import Session, session_of
+from worldloom.workflow.session import Session, fast_planning, session_of
 
 
 def plan_once(
@@ -46,26 +46,29 @@ def plan_once(
 
     session = session_of(run)
     run = session.run
-    agent: PlanningAgent | None = session.agent(method).parts.get("")
-    if agent is None:
-        raise ConfigError(
-            f"the method {method or run.recipe.default_method!r} does not plan; choose a method that plans"
-        )
     if (start is None) != (goal is None):
         raise ConfigError("expected both --start and --goal, or neither; got one of them")
     if start is not None and goal is not None:
         observations, target = _picture(run, start), Goal(observations=_picture(run, goal))
     else:
         observations, target = _drawn(run, protocol, split, episode)
-    for _ in range(2):
-        agent.reset(target)
-        agent.act(observations)
-    plan, situation, considered = agent.plan, agent.situation, Considered()
-    assert plan is not None
-    assert situation is not None
+    considered = Considered()
+    with fast_planning(run, environments=1):
+        agent: PlanningAgent | None = session.agent(method).parts.get("")
+        if agent is None:
+            raise ConfigError(
+                f"the method {method or run.recipe.default_method!r} does not plan; choose a method that plans"
+            )
+        for _ in range(2):
+            agent.reset(target)
+            agent.act(observations)
+        plan, situation = agent.plan, agent.situation
+        assert plan is not None
+        assert situation is not None
+        if picture is not None:
+            agent.decide(situation, watch=considered)  # the same plan again, with the candidates that were considered
     explained: dict[str, Any] = {}
     if picture is not None:
-        agent.decide(situation, watch=considered)  # the same plan again, with the candidates that were considered
         explained = explain(run, picture, observations, target, plan, considered, progress=progress)
     with torch.no_grad():
         here, there = (run.model.encode(each.to(run.device)) for each in (observations, target.observations))

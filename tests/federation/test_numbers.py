@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import tempfile
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 
 from worldloom.cli.main import app
 from worldloom.cli.weave_watch import live, picture, watch, watch_json
+from worldloom.core.chain import canonical
 from worldloom.core.errors import DataError, WorldloomError
 from worldloom.federation import (
     Base,
@@ -279,6 +281,19 @@ def test_a_delta_out_of_range_is_a_refusal_with_its_cause(tmp_path, rules) -> No
     with contextlib.closing(consortium.coordinator(handlers)) as coordinator:
         coordinator.run()
     assert any("east: tensor" in why and "at most 1.27e+30" in why for why in reasons(consortium))
+
+
+@pytest.mark.parametrize("shape", [[2**63, 0], [2**64 - 1, 0], [2**62, 2**62, 0], [10**400, 0], [-1, 0], [0.5, 0]])
+def test_a_size_out_of_range_of_a_tensor_is_an_invalid_message(tmp_path, shape) -> None:
+    consortium = Consortium(tmp_path, rules=RULES)
+    text = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    payload = len(text).to_bytes(8, "little") + text
+    values = {"kind": "contribution", "body": {}, "size": len(payload), "digest": hashlib.sha256(payload).hexdigest()}
+    header = canonical({**values, "key": consortium.keys["east"].public}).encode("ascii")
+    said = b"WLWEAVE\x01" + len(header).to_bytes(4, "little") + header
+    data = said + bytes.fromhex(consortium.keys["east"].sign(said)) + payload
+    with pytest.raises(DataError, match="the tensors in a message from east cannot be read"):
+        unseal(data, kind="contribution", known=consortium.constitution.known(), limit=10**6)
 
 
 def test_a_sum_that_is_not_finite_is_a_refusal_of_its_member_with_the_cause(tmp_path) -> None:

@@ -176,7 +176,8 @@ def _tensors(payload: bytes, sender: str) -> dict[str, Tensor]:
         # If two tensors have the same name, safetensors silently uses the last one.
         json.loads(payload[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique)
         return load(payload)
-    except (SafetensorError, ValueError, KeyError, RecursionError, struct.error) as error:
+    # For a size above 2**63, torch raises TypeError or RuntimeError.
+    except (SafetensorError, ValueError, KeyError, TypeError, ArithmeticError, RuntimeError, struct.error) as error:
         raise DataError(
             f"the tensors in a message from {sender} cannot be read: {error}. Ask for the message again"
         ) from None

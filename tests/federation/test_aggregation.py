@@ -130,7 +130,7 @@ def test_an_owner_of_weight_0_is_not_read(by: Aggregator) -> None:
     assert away(woven(by, deltas, **{"owner-2": 0.0})) < 0.5
 
 
-@pytest.mark.parametrize("attack", [-1.0, -20.0, 1e6, -1e30])
+@pytest.mark.parametrize("attack", [-1.0, -20.0, 1e6, -1e28])
 @pytest.mark.parametrize("by", [CoordinateMedian(), TrimmedMean(trim=0.2), Krum(bad=1)], ids=lambda by: by.name)
 def test_one_bad_owner_of_five_cannot_carry_the_others_away(by: Aggregator, attack: float) -> None:
     deltas = honest(5)

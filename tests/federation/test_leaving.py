@@ -244,10 +244,10 @@ def test_no_base_is_taken_that_the_ledger_does_not_name_for_its_round(tmp_path: 
     before = node.store.base()[0]
     for what in ("train", "store"):
         for number, tensors, ledger, why in (
-            (1, base, None, "no ledger entries"),
+            (1, base, None, "ledger: Field required"),
             (1, other, {"begin": 0, "lines": lines}, "does not match the ledger"),
             (2, base, {"begin": 0, "lines": lines}, "does not match the ledger"),
-            (-1, base, {"begin": 0, "lines": lines}, "does not match the ledger"),
+            (3, base, {"begin": 0, "lines": lines}, "does not match the ledger"),
         ):
             body = {"what": what, "round": number, "constitution": consortium.constitution.fingerprint}
             body["base"] = tensors.fingerprint

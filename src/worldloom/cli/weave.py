@@ -291,14 +291,17 @@ def verify(rounds: Rounds, constitution: Rules, json: Json = False) -> None:
 @ledger.command()
 def show(rounds: Rounds, json: Json = False) -> None:
     """Show the entries of a ledger; its hash chain is verified while reading."""
-    from worldloom.federation import Records
+    from worldloom.federation import Records, printable
 
     found = [entry.body for entry in Records(rounds / "ledger.jsonl").entries()]
     rows = []
     for body in found:
         facts = body["facts"]
-        said = facts.get("owner") or facts.get("fingerprint", "")[:16] or ", ".join(facts.get("weights", {}))
-        rows.append([body["kind"], "-" if body["round"] is None else str(body["round"]), said, facts.get("reason", "")])
+        weights = facts.get("weights")
+        subject = facts.get("owner") or str(facts.get("fingerprint", ""))[:16]
+        subject = subject or ", ".join(weights if isinstance(weights, dict) else [])
+        number = "-" if body["round"] is None else str(body["round"])
+        rows.append([body["kind"], number, printable(subject), printable(facts.get("reason"))])
     entries = [{key: body[key] for key in ("kind", "round", "facts")} for body in found]
     answer(json, {"entries": entries}, table("ledger", ["kind", "round", "subject", "reason"], rows))
 

@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 NOTHING = "0" * 64
 """The `previous` hash of the first entry of a chain."""
 
+_LATEST = 1e11  # seconds since 1970, about the year 5000; later times cannot be shown
 _DEEPEST = 32  # levels of nested mappings and lists
 
 
@@ -270,6 +271,8 @@ def read_entry(line: bytes, head: ChainHead) -> tuple[Entry | None, str]:
     try:
         values = json.loads(line.decode("ascii"))
         entry = Entry(index=values["index"], time=values["time"], previous=values["previous"], body=values["body"])
+        if type(entry.index) is not int or type(entry.time) not in (int, float) or abs(entry.time) > _LATEST:
+            return None, "is not an entry of a chain"
         same = entry.line().encode("ascii") + b"\n" == line
     except (ValueError, KeyError, TypeError, RecursionError, DataError):
         return None, "is not an entry of a chain"

@@ -20,6 +20,7 @@ from torch import Tensor
 from worldloom.core.chain import canonical
 from worldloom.core.errors import DataError
 from worldloom.core.signing import Domain, SigningKey, verified
+from worldloom.federation.record.bodies import check_answer
 
 _MAGIC = Domain.MESSAGE.value
 _LENGTH = struct.Struct("<I")
@@ -74,11 +75,11 @@ class Refusal(DataError):
 
 
 def unseal_answer(data: bytes, *, kind: str, sender: str, known: Mapping[str, str], limit: int) -> SignedMessage:
-    """Open an answer from the node `sender`; see `unseal`.
+    """Open an answer from the node `sender`, and check its body; see `unseal` and `check_answer`.
 
     Raises:
         Refusal: the node refused; the error includes its reason.
-        DataError: a different sender signed the answer, or the answer is invalid as in `unseal`.
+        DataError: a different sender signed the answer, or the answer or its body is invalid.
     """
     message = _open(data, (kind, "refusal"), known, limit)
     if message.sender != sender:
@@ -86,6 +87,7 @@ def unseal_answer(data: bytes, *, kind: str, sender: str, known: Mapping[str, st
             f"{sender} sent a message that {message.sender} signed; expected one signed by {sender}. "
             f"Start each node with its own key"
         )
+    check_answer(message.kind, message.body, sender)
     if message.kind != kind:
         raise Refusal(message)
     return message
@@ -174,7 +176,8 @@ def _tensors(payload: bytes, sender: str) -> dict[str, Tensor]:
         # If two tensors have the same name, safetensors silently uses the last one.
         json.loads(payload[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique)
         return load(payload)
-    except (SafetensorError, ValueError, KeyError, RecursionError, struct.error) as error:
+    # For a size above 2**63, torch raises TypeError or RuntimeError.
+    except (SafetensorError, ValueError, KeyError, TypeError, ArithmeticError, RuntimeError, struct.error) as error:
         raise DataError(
             f"the tensors in a message from {sender} cannot be read: {error}. Ask for the message again"
         ) from None

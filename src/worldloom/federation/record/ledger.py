@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from worldloom.core.chain import NOTHING, Chain, ChainHead, Entry, canonical, entries, read_entry
 from worldloom.core.closing import Closing
 from worldloom.core.errors import DataError
@@ -20,6 +22,7 @@ from worldloom.core.signing import Domain, SigningKey, verified
 from worldloom.federation.record.envelope import unseal
 from worldloom.federation.record.ledger_history import printable
 from worldloom.federation.rules.constitution import Constitution
+from worldloom.federation.rules.ranges import Number, Share, within
 
 _BY_COORDINATORS = (
     "constitution", "base", "contribution", "refusal", "round", "session", "survivors", "sum", "succession",
@@ -28,6 +31,7 @@ KINDS = (*_BY_COORDINATORS, "checkpoint", "exit", "return", "recompute")
 """The kinds of entries. Members may write only the last four; coordinators may write all."""
 
 FORMAT = 2  # of the ledger and of checkpoints; format 1 signed without domains
+_NUMBER, _SHARE = TypeAdapter(Number), TypeAdapter(Share)
 _LARGEST_WORD = 2**13  # bytes of the signed message by which a member leaves
 _LARGEST = 2**16  # characters of the facts of an entry: enough for fingerprints and figures, not for data
 _LONGEST = _LARGEST + 2**10  # characters of the line of an entry, with signer and previous hash
@@ -90,7 +94,12 @@ class Records:
 
     def bases(self) -> dict[int, Mapping[str, Any]]:
         """Return the facts of each round's base; for a round with two bases, the facts of the newer base."""
-        return {entry.body["round"]: entry.body["facts"] for entry in self.entries("base")}
+        found = self.entries("base")
+        return {
+            entry.body["round"]: entry.body["facts"]
+            for entry in found
+            if within(_NUMBER, entry.body["round"]) is not None
+        }
 
     def spent(self, owner: str) -> Mapping[str, Any]:
         """Return the spent privacy that an owner reported last; empty if no contribution of the owner reports it."""
@@ -287,8 +296,8 @@ def model_card(records: LedgerReader) -> str:
     """Return the model card of the newest base, in Markdown, from a verified ledger; see `read_ledger`."""
     constitution, head = records.constitution, records.head
     bases, contributions = records.bases(), list(records.entries("contribution"))
-    used = [entry.body["facts"].get("weights") or {} for entry in records.entries("round")]
-    newest = max(bases, default=None, key=lambda number: -1 if number is None else number)
+    used = [_mapping(entry.body["facts"].get("weights")) for entry in records.entries("round")]
+    newest = max(bases, default=None)
     base = "none yet" if newest is None else f"`{_cell(bases[newest].get('fingerprint'))}` (round {newest})"
     lines = [
         f"# {_cell(constitution.consortium)}",
@@ -305,7 +314,7 @@ def model_card(records: LedgerReader) -> str:
     for owner in sorted({str(entry.body["facts"].get("owner")) for entry in contributions}):
         own = [entry.body for entry in contributions if str(entry.body["facts"].get("owner")) == owner]
         classes = ", ".join(sorted({str(body["facts"].get("data_class")) for body in own}))
-        weights = [weights[owner] for weights in used if isinstance(weights.get(owner), int | float)]
+        weights = [weight for weights in used if (weight := within(_SHARE, weights.get(owner))) is not None]
         weight = f"{sum(weights) / len(weights):.4g}" if weights else "none"
         rounds = len({body["round"] for body in own})
         cells = [owner, classes, rounds, weight, _figures(records.spent(owner)) or "none"]
@@ -403,6 +412,10 @@ def checked(checkpoint: Any, constitution: Constitution) -> ChainHead:
             "member that signed the checkpoint for an unchanged copy"
         )
     return ChainHead(length=values["length"], hash=values["hash"])
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _figures(values: Any) -> str:

@@ -1,7 +1,8 @@
 """The history of the rounds, read from a ledger for the live view and the report.
 
-Names and reasons come from other parties and are not trusted: entries of an unexpected form are skipped, and text is
-reduced to one printable line.
+Names, reasons and numbers come from other parties and are not trusted: entries of an unexpected form are skipped, text
+is reduced to one printable line, and a number outside its range (`worldloom.federation.rules.ranges`) counts as
+missing.
 """
 
 import math
@@ -10,10 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 from worldloom.core.chain import Entry, Tail
 from worldloom.core.errors import DataError
 from worldloom.federation.rules.constitution import Constitution
+from worldloom.federation.rules.ranges import Count, Epsilon, Loss, Number, Share, within
 
+_COUNT, _EPSILON, _LOSS, _NUMBER, _SHARE = (TypeAdapter(kind) for kind in (Count, Epsilon, Loss, Number, Share))
 State = Literal["waiting", "contributed", "refused", "left out"]
 
 
@@ -141,13 +146,14 @@ def read_history(entries: Iterable[Entry], constitution: Constitution | None = N
     by_round: dict[int, list[Entry]] = {}
     for entry in entries:
         body = _mapping(entry.body)
-        kind, number, facts = body.get("kind"), body.get("round"), _mapping(body.get("facts"))
+        kind, facts = body.get("kind"), _mapping(body.get("facts"))
+        number: int | None = within(_NUMBER, body.get("round"))
         if kind == "constitution" and constitution is not None and facts.get("fingerprint") != constitution.fingerprint:
             raise DataError(
                 f"the ledger belongs to constitution {printable(facts.get('fingerprint'))[:64]}, but the given one is "
                 f"{constitution.fingerprint}. Pass the constitution of this ledger"
             )
-        if type(number) is not int:
+        if number is None or (constitution is not None and number > constitution.rounds):
             continue
         if kind == "base":
             bases[number] = printable(facts.get("fingerprint"))
@@ -204,7 +210,7 @@ def describe(entry: Entry, history: LedgerHistory) -> str:
     if kind == "constitution":
         return f"the ledger begins with constitution {printable(facts.get('fingerprint'))[:16]}"
     if kind == "base" and history.total is not None and number == history.total:
-        return f"{history.headline()}; the last base is {history.bases[number][:16]}"
+        return f"{history.headline()}; the last base is {history.bases.get(number, '')[:16]}"
     if round is None:
         return "" if type(number) is int else printable(kind)
     if kind == "base":
@@ -214,7 +220,7 @@ def describe(entry: Entry, history: LedgerHistory) -> str:
         spent = f", epsilon {one.epsilon:.3g} spent" if one.epsilon is not None else ""
         return f"round {number}: {owner} contributed {size(one.bytes)} after {duration(one.seconds)}{spent}"
     if kind == "refusal":
-        came = owner in round.contributions and round.contributions[owner].index < entry.index
+        came = owner in round.contributions and round.contributions[owner].index < entry.index and "what" not in facts
         return f"round {number}: {owner} is {'left out' if came else 'refused'}: {printable(facts.get('reason'))}"
     if kind == "round":
         parts = [f"{name} {loss_change(*pair, '->')}" for name, pair in round.losses.items()]
@@ -269,28 +275,30 @@ def _round(number: int, began: float | None, entries: Iterable[Entry]) -> Round:
     refusals: list[Refused] = []
     made: Mapping[str, Any] | None = None
     for entry in entries:
-        facts = _mapping(entry.body["facts"])
+        facts = _mapping(entry.body.get("facts"))
         owner = printable(facts.get("owner"))
         if entry.body["kind"] == "contribution":
             spent = _mapping(facts.get("spent"))
             contributions[owner] = Contributed(
                 index=entry.index,
                 seconds=0.0 if began is None else max(0.0, entry.time - began),
-                bytes=int(_number(facts.get("bytes")) or 0),
-                steps=int(_number(facts.get("steps")) or 0),
+                bytes=within(_COUNT, facts.get("bytes")) or 0,
+                steps=within(_COUNT, facts.get("steps")) or 0,
                 data_class=printable(facts.get("data_class")),
                 private=bool(spent),
-                epsilon=_number(spent.get("epsilon")),
+                epsilon=within(_EPSILON, spent.get("epsilon")),
             )
         elif entry.body["kind"] == "refusal":
             reason = printable(facts.get("reason")) or "no reason given"
-            refusals.append(Refused(owner=owner, reason=reason, left_out=owner in contributions))
+            # With "what" an answer to another request was refused, not the contribution.
+            came = owner in contributions and "what" not in facts
+            refusals.append(Refused(owner=owner, reason=reason, left_out=came))
         else:
             made = facts
     result = made or {}
     left_out = result.get("left_out")
     judged = _mapping(result.get("evaluation"))
-    before, after = _number(judged.get("before")), _number(judged.get("after"))
+    before, after = within(_LOSS, judged.get("before")), within(_LOSS, judged.get("after"))
     return Round(
         number=number,
         began=began,
@@ -300,11 +308,11 @@ def _round(number: int, began: float | None, entries: Iterable[Entry]) -> Round:
         weights={
             printable(name): weight
             for name, value in _mapping(result.get("weights")).items()
-            if (weight := _number(value)) is not None
+            if (weight := within(_SHARE, value)) is not None
         },
         left_out=tuple(map(printable, left_out)) if isinstance(left_out, list) else (),
         losses={
-            printable(name): (_number(pair[0]), _number(pair[1]))
+            printable(name): (within(_LOSS, pair[0]), within(_LOSS, pair[1]))
             for name, pair in _mapping(judged.get("owners")).items()
             if isinstance(pair, list) and len(pair) == 2
         },
@@ -314,7 +322,3 @@ def _round(number: int, began: float | None, entries: Iterable[Entry]) -> Round:
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

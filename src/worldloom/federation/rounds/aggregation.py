@@ -20,7 +20,7 @@ from torch import Tensor
 from worldloom.core.config import Component
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.registry import Registry
-from worldloom.federation.rounds.base import check_finite
+from worldloom.federation.rounds.base import check_values
 
 Source = Callable[[str], Tensor]
 """A function that reads one tensor of an owner's delta by name."""
@@ -118,7 +118,7 @@ class Deltas:
             raise DataError(
                 f"tensor {name!r} of {owner!r} has shape {tuple(tensor.shape)}, not {tuple(shape)}; leave {owner!r} out"
             )
-        check_finite(name, tensor, f" of {owner!r}")
+        check_values(name, tensor, f" of {owner!r}")
         return tensor
 
     def mean(self, weights: Mapping[str, float]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ checks nor the fingerprint are computed again.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from worldloom.core.errors import DataError, StorageError
+from worldloom.federation.rules.ranges import LARGEST_VALUE
 from worldloom.models import load_tensors, save_tensors
 
 _KIND = "shared-base"
@@ -54,7 +56,7 @@ class Base:
         for name, tensor in tensors.items():
             if like is not None:
                 check_like(name, tensor, like[name])
-            check_finite(name, tensor, f" of {what}")
+            check_values(name, tensor, f" of {what}")
         found = fingerprint(tensors)
         if named is not None and found != named:
             raise DataError(f"{what} has fingerprint {found[:16]}; expected {named[:16]}. Get the expected base")
@@ -137,14 +139,20 @@ def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
         )
 
 
-def check_finite(name: str, tensor: Tensor, whose: str = "") -> None:
-    """Check that a tensor contains no NaN or infinity.
+def check_values(name: str, tensor: Tensor, whose: str = "") -> None:
+    """Check that the values of a tensor are finite, and at most `LARGEST_VALUE` in magnitude.
 
     Raises:
-        DataError: a value is NaN or infinite; the message names the tensor.
+        DataError: a value is NaN, infinite or too large; the message names the tensor.
     """
-    if not bool(torch.isfinite(tensor).all()):
+    if not tensor.numel():
+        return
+    low, high = (float(value) for value in tensor.aminmax())  # NaN if a value is NaN
+    if not -LARGEST_VALUE <= low <= high <= LARGEST_VALUE:
+        found = (
+            f"values from {low:.3g} to {high:.3g}" if math.isfinite(low) and math.isfinite(high) else "NaN or infinity"
+        )
         raise DataError(
-            f"tensor {name!r}{whose} contains NaN or infinity; expected finite numbers. Discard the tensor, and "
-            f"check the losses of the training that produced it"
+            f"tensor {name!r}{whose} contains {found}; expected finite numbers of at most {LARGEST_VALUE:.3g} in "
+            f"magnitude. Discard the tensor, and check the losses of the training that produced it"
         )

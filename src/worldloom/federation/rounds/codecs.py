@@ -15,7 +15,7 @@ from torch import Tensor
 from worldloom.core.config import Component
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.registry import Registry
-from worldloom.federation.rounds.base import check_finite, check_like, check_names
+from worldloom.federation.rounds.base import check_like, check_names, check_values
 
 _LEVELS = 127  # symmetric: -128 is not used
 _FLOAT32 = torch.finfo(torch.float32)
@@ -53,14 +53,14 @@ class Codec(Component):
                         f"{tuple(total.shape)}. If the model was changed, delete the residual"
                     )
                 total = total + residual[name].double()
-            check_finite(name, total.float())
+            check_values(name, total.float())
             parts = self._pack(total, generator)
             left[name] = (total - self._unpack(name, parts, total.shape).double()).float()
             payload.update({name + _SEPARATOR + part: tensor.contiguous() for part, tensor in parts.items()})
         return payload, left
 
     def decode(self, payload: Mapping[str, Tensor], like: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """Return the delta in single precision, with exactly the names and shapes of `like` and only finite values.
+        """Return the delta in single precision, with exactly the names and shapes of `like` and only values in range.
 
         This is the trust boundary for contributions: later code does not check them again.
 
@@ -72,6 +72,7 @@ class Codec(Component):
         for name, shape in like.items():
             parts = {part: payload[name + _SEPARATOR + part] for part in self._parts()}
             found[name] = self._unpack(name, parts, torch.Size(shape))
+            check_values(name, found[name])
         return found
 
     @abstractmethod
@@ -209,5 +210,5 @@ def _dequantise(name: str, values: Tensor, scale: Tensor) -> Tensor:
 def _checked(name: str, tensor: Tensor, dtype: torch.dtype, shape: Iterable[int]) -> Tensor:
     check_like(name, tensor, torch.empty(tuple(shape), dtype=dtype, device="meta"))
     if tensor.is_floating_point():
-        check_finite(name, tensor)
+        check_values(name, tensor)
     return tensor

@@ -1,20 +1,23 @@
 """A contribution: the change of the shared tensors that an owner sends, and facts about it."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from worldloom.core.config import parse_component
 from worldloom.core.errors import DataError
 from worldloom.federation.record.envelope import SignedMessage
-from worldloom.federation.rounds.base import Base, check_finite, check_like, check_names
+from worldloom.federation.rounds.base import Base, check_like, check_names, check_values
 from worldloom.federation.rounds.codecs import CODECS
 from worldloom.federation.rules.constitution import Constitution
 from worldloom.federation.rules.partition import Partition
+from worldloom.federation.rules.ranges import Count, within
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,7 +48,7 @@ class Contribution:
                     f"tensor {name!r} is {tensor.dtype}; expected floating point. "
                     f"Keep the tensor local: add it to partition.sovereign"
                 )
-            check_finite(name, tensor)
+            check_values(name, tensor)
         for name in ("round", "steps", "frames"):
             if getattr(self, name) < 0:
                 raise DataError(f"a contribution has {name} {getattr(self, name)}; expected 0 or more")
@@ -73,7 +76,7 @@ class Contribution:
         return {name: getattr(self, name) for name in ("owner", "round", "base", "steps", "frames", "data_class")}
 
 
-_SPENT = {"clip", "noise", "delta", "round", "share", "in_sum", "epsilon"}
+_COUNT = TypeAdapter(Count)
 
 
 def read_contribution(message: SignedMessage, number: int, base: Base, constitution: Constitution) -> dict[str, Tensor]:
@@ -107,30 +110,31 @@ def check_facts(message: SignedMessage, number: int, base: str, constitution: Co
             f"{message.sender} contributes a model trained on {body.get('data_class')} data; the constitution "
             f"allows only {', '.join(constitution.classes)} data. Train on allowed data"
         )
-    if type(body.get("frames")) is not int or body["frames"] < 0:
+    check_frames(message.sender, body.get("frames"), constitution)
+
+
+def check_frames(owner: str, frames: Any, constitution: Constitution) -> None:
+    """Check an owner's number of training frames, from which its weight is computed.
+
+    Raises:
+        DataError: the number is not in the range of `Count`, or the weight would be 0.
+    """
+    if within(_COUNT, frames) is None:
         raise DataError(
-            f"the contribution of {message.sender} needs an integer 'frames' of 0 or more; got "
-            f"{body.get('frames')!r}. Run the same version on both sides"
+            f"the contribution of {owner} has {reprlib.repr(frames)} frames; expected an integer from 0 to 10**15. "
+            f"Run the same version on both sides"
         )
+    if not frames and constitution.weighting != "equal":
+        raise DataError(f"{owner} has no training frames, so its weight would be 0; leave {owner} out")
 
 
 def check_spent(message: SignedMessage, constitution: Constitution) -> None:
-    """Check that a contribution reports the spent privacy, with the settings of the constitution.
+    """Check that a contribution reports the spent privacy with the settings of the constitution.
 
     Raises:
-        DataError: the report is missing, invalid or has different settings; the message names the member.
+        DataError: the settings differ; the message names the member.
     """
-    spent = message.body.get("spent")
-    if not isinstance(spent, dict):
-        raise DataError(
-            f"the contribution of {message.sender} needs a mapping 'spent'; got {spent!r}. "
-            f"Run the same version on both sides"
-        )
-    if set(spent) - _SPENT or not all(isinstance(value, int | float | None) for value in spent.values()):
-        raise DataError(
-            f"the privacy spent by {message.sender} has unexpected entries; expected only numbers with the keys "
-            f"{', '.join(sorted(_SPENT))}. Run the same version on both sides"
-        )
+    spent = message.body["spent"]
     if constitution.privacy is not None:
         promised: dict[str, Any] = constitution.privacy.model_dump(mode="json", include={"clip", "noise", "delta"})
         if constitution.secure_aggregation:

@@ -7,32 +7,45 @@ previous base, the contributions and the constitution, so `recompute` reproduces
 """
 
 import logging
-import math
 import statistics
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from worldloom.core.closing import Closing
-from worldloom.core.errors import CheckpointError, DataError, TrainingError
+from worldloom.core.errors import CheckpointError, ConfigError, DataError, TrainingError
 from worldloom.core.files import whole_folder, write_atomic
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.signing import SigningKey
 from worldloom.federation.record.envelope import SignedMessage
 from worldloom.federation.record.ledger import Ledger, Records, constitution_facts
 from worldloom.federation.rounds.base import Base
-from worldloom.federation.rounds.contribution import read_contribution
+from worldloom.federation.rounds.contribution import check_frames, read_contribution
 from worldloom.federation.rounds.member_store import MemberStore
-from worldloom.federation.rounds.members import Members
+from worldloom.federation.rounds.members import LONGEST_REASON, Members
 from worldloom.federation.rounds.next_base import NextBase, aggregated, mean_of_sum, next_base
 from worldloom.federation.rounds.round_store import RoundStore
 from worldloom.federation.rounds.secure_rounds import THE_SUM, SecureSums
 from worldloom.federation.rules.constitution import Constitution
+from worldloom.federation.rules.ranges import Loss, within
 from worldloom.federation.transport.messages import Transport
 
 _log = logging.getLogger(__name__)
 _TRIES = 3  # exchanges in a round until the quorum is met
+_LOSS = TypeAdapter(Loss)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """A candidate for the next base, and each answering member's loss with it; `failure` says why there is none."""
+
+    result: NextBase
+    after: Mapping[str, float] = field(default_factory=dict)
+    failure: str = ""
 
 
 class Coordinator(Closing):
@@ -112,52 +125,75 @@ class Coordinator(Closing):
         if secure:
             self._members.mark_present(whole, number)
         before, group, left_out = self._judged(number, base), whole, list[str]()
-        result, after = self._trial(number, base, group)
-        while before and (worse := _growth(before, after)) > self._constitution.quality.max_worse:
-            _log.warning("round %d: held-out losses would grow by %.0f%%", number, 100 * worse)
-            reason = f"held-out losses would grow by {worse:.1%} with it"
-            if secure:
-                reason += ", so the base does not change"
-                self.ledger.append("refusal", {"owner": THE_SUM, "reason": reason}, round=number)
-            if secure or len(group) - 1 < self._constitution.quorum:
-                # A secure sum cannot exclude an owner, and a group below the quorum may not decide.
-                result = next_base(self.rounds, number, base, self._constitution, None)
-                left_out, after = list(whole), before
-                break
+        trial = self._trial(number, base, group)
+        while reason := self._fault(number, before, trial):
             others = {owner: {name: count for name, count in group.items() if name != owner} for owner in group}
-            trials = {owner: self._trial(number, base, rest) for owner, rest in others.items()}
-            culprit = min(trials, key=lambda owner: _growth(before, trials[owner][1]))
+            if secure or len(group) - 1 < self._constitution.quorum:
+                others = {}  # a secure sum cannot exclude an owner, and a group below the quorum may not decide
+            trials = {owner: self._trial(number, base, rest, partial=True) for owner, rest in others.items()}
+            possible = [owner for owner, one in trials.items() if not one.failure]
+            if not possible:
+                if secure or trial.failure:
+                    reason += ", so the base does not change"
+                    self.ledger.append("refusal", {"owner": THE_SUM, "reason": reason}, round=number)
+                unchanged = next_base(self.rounds, number, base, self._constitution, None)
+                left_out, trial = list(whole), _Trial(result=unchanged, after=before)
+                break
+            culprit = min(possible, key=lambda owner: _growth(before, trials[owner].after))
             left_out.append(culprit)
             self.ledger.append("refusal", {"owner": culprit, "reason": reason}, round=number)
-            (result, after), group = trials[culprit], others[culprit]
-        self._publish(number, base, result, left_out=left_out, before=before, after=after)
+            trial, group = trials[culprit], others[culprit]
+        self._publish(number, base, trial, left_out=left_out, before=before)
 
-    def _trial(self, number: int, base: Base, group: Mapping[str, Any]) -> tuple[NextBase, dict[str, float]]:
-        """Return the base that results from the contributions of a group, and the members' losses with this base."""
-        if self._constitution.secure_aggregation:
-            change = mean_of_sum(self.rounds, number, group)
-        else:
-            change = aggregated(self.rounds, number, base, self._constitution, group)
-        result = next_base(self.rounds, number, base, self._constitution, change)
-        return result, self._judged(number, result.base)
+    def _trial(self, number: int, base: Base, group: Mapping[str, Any], *, partial: bool = False) -> "_Trial":
+        """Return the base that results from the contributions of a group, and the members' losses with this base.
+
+        The trial has failed if the contributions cannot be combined, for example because the result is not finite. A
+        `partial` group also fails if it has too few owners for the aggregator.
+
+        Raises:
+            ConfigError: all contributions together have too few owners for the aggregator.
+        """
+        try:
+            if self._constitution.secure_aggregation:
+                change = mean_of_sum(self.rounds, number, group)
+            else:
+                change = aggregated(self.rounds, number, base, self._constitution, group)
+            result = next_base(self.rounds, number, base, self._constitution, change)
+        except (ArithmeticError, ConfigError, DataError) as error:
+            if isinstance(error, ConfigError) and not partial:
+                raise
+            unchanged = next_base(self.rounds, number, base, self._constitution, None)
+            return _Trial(result=unchanged, failure=f"{type(error).__name__}: {error}")
+        return _Trial(result=result, after=self._judged(number, result.base))
+
+    def _fault(self, number: int, before: Mapping[str, float], trial: "_Trial") -> str:
+        """Return why a trial may not decide; an empty string if it may."""
+        if trial.failure:
+            _log.warning("round %d: %s", number, trial.failure)
+            return f"the next base cannot be computed with it: {trial.failure}"[:LONGEST_REASON]
+        if before and (worse := _growth(before, trial.after)) > self._constitution.quality.max_worse:
+            _log.warning("round %d: held-out losses would grow by %.0f%%", number, 100 * worse)
+            return f"held-out losses would grow by {worse:.1%} with it"
+        return ""
 
     def _publish(
         self,
         number: int,
         base: Base,
-        result: NextBase,
+        trial: "_Trial",
         *,
         left_out: list[str],
         before: Mapping[str, float],
-        after: Mapping[str, float],
     ) -> None:
         """Save the next base, and record in the ledger how it was computed."""
+        result = trial.result
         self.rounds.save(number + 1, result.base, result.momentum)
         facts = {
             "weights": dict(result.weights),
             "notes": {owner: dict(note) for owner, note in result.notes.items()},
             "left_out": left_out,
-            "evaluation": _evaluation(before, after) if before else None,
+            "evaluation": _evaluation(before, trial.after) if before else None,
         }
         # After a kill between the two entries, the round repeats with the same result and finds the first entry.
         if not self.ledger.of("round", number):
@@ -185,17 +221,35 @@ class Coordinator(Closing):
     def _gather(self, number: int, base: Base) -> dict[str, int]:
         """Collect contributions until the quorum is met; return the number of training frames of each owner."""
         for _ in range(_TRIES):
-            here = {facts["owner"] for facts in self.ledger.of("contribution", number)}
+            here = self._counted(number)
             missing = [node for node in self._members.nodes() if node not in here]
             answers = self._members.exchange(missing, {"what": "train", "round": number}, base, kind="contribution")
             self._members.collect(answers, number, lambda message: self._accept(number, base, message))
-            frames = {facts["owner"]: facts["frames"] for facts in self.ledger.of("contribution", number)}
+            frames = self._counted(number)
             if len(frames) >= self._constitution.quorum:
                 return frames
         raise TrainingError(
             f"round {number} has {len(frames)} contributions but needs {self._constitution.quorum}. The "
             f"contributions are saved; start the coordinator again when more members are connected"
         )
+
+    def _counted(self, number: int) -> dict[str, int]:
+        """Return the number of training frames of each owner whose contribution to a round is recorded and counts.
+
+        An earlier version of the program may have recorded a number that is refused today.
+        """
+        found: dict[str, int] = {}
+        for facts in self.ledger.of("contribution", number):
+            owner = facts["owner"]
+            try:
+                check_frames(owner, facts["frames"], self._constitution)
+            except DataError as error:
+                refusal = {"owner": owner, "reason": str(error)[:LONGEST_REASON]}
+                if refusal not in self.ledger.of("refusal", number):
+                    self.ledger.append("refusal", refusal, round=number)
+            else:
+                found[owner] = facts["frames"]
+        return found
 
     def _accept(self, number: int, base: Base, message: SignedMessage) -> None:
         """Check a contribution, save it both as received and as decoded, and then record it in the ledger.
@@ -222,13 +276,12 @@ class Coordinator(Closing):
                         f"expected a loss with base {base.fingerprint[:16]}; got base "
                         f"{str(verdict.body.get('base'))[:16]}"
                     )
-                loss = verdict.body["losses"]["total"]
-                # A loss is a positive sum of squares, so text, null and infinity are invalid.
-                if not isinstance(loss, int | float) or not 0 < loss < math.inf:
-                    raise DataError(f"expected a finite loss above 0; got {str(loss)[:40]}")
+                loss = verdict.body["losses"].get("total")
+                if within(_LOSS, loss) is None:
+                    raise DataError(f"expected a total loss above 0 and up to 1e30; got {loss!r}")
                 found[node] = float(loss)
-            except (DataError, KeyError, TypeError) as error:
-                _log.warning("round %d: the verdict of %s is invalid: %s", number, node, error)
+            except DataError as error:
+                self._members.refuse(node, "judge", error, number)
         return found
 
 
@@ -272,5 +325,9 @@ def _evaluation(before: Mapping[str, float], after: Mapping[str, float]) -> dict
 
 
 def _growth(before: Mapping[str, float], after: Mapping[str, float]) -> float:
-    """Return the relative growth of the loss at the median member; a missing answer counts as infinite loss."""
-    return statistics.median(after.get(node, float("inf")) / loss - 1 for node, loss in before.items())
+    """Return the relative growth of the loss at the median member; a missing answer counts as infinite loss.
+
+    Without any losses before, the growth is 0.
+    """
+    growth = [after.get(node, float("inf")) / loss - 1 for node, loss in before.items()]
+    return statistics.median(growth) if growth else 0.0

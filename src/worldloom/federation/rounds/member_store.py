@@ -165,7 +165,7 @@ class MemberStore:
         """Return whether this copy of the ledger names a base with this fingerprint for a round."""
         content = self._content()
         bases = self._verified(content, str(self.ledger)).bases() if content else {}
-        return number in bases and bases[number]["fingerprint"] == fingerprint
+        return number in bases and bases[number].get("fingerprint") == fingerprint
 
     @property
     def number(self) -> int | None:

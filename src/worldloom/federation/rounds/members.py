@@ -14,7 +14,8 @@ from worldloom.federation.rules.constitution import Constitution
 from worldloom.federation.transport.messages import Reply, Transport
 
 _log = logging.getLogger(__name__)
-_LONGEST_REASON = 1000  # characters
+LONGEST_REASON = 1000
+"""The largest number of characters of a reason in the ledger."""
 
 
 class NoAnswer(DataError):
@@ -83,29 +84,32 @@ class Members:
         *,
         phase: str = "",
         **facts: Any,
-    ) -> dict[str, DataError | None]:
+    ) -> dict[str, Exception | None]:
         """Pass each answer to `accept`, which raises `DataError` to refuse it; record refusals in the ledger.
+
+        An arithmetic error in `accept` is a refusal too, because only the answer can have caused the error.
 
         Returns the members whose answers do not count, each with the error, or None for a member that has left.
         """
-        failed: dict[str, DataError | None] = {}
+        failed: dict[str, Exception | None] = {}
         for node, answer in answers:
             if self._has_left(node, answer, number):
                 failed[node] = None
                 continue
             try:
                 accept(_message(answer))
-            except DataError as error:
+            except (DataError, ArithmeticError) as error:
                 failed[node] = error
                 _log.warning("round %d: %s%s: %s", number, phase, node, error)
-                refusal = {"owner": node, "reason": f"{phase}{error}"[:_LONGEST_REASON], **facts}
+                refusal = {"owner": node, "reason": f"{phase}{error}"[:LONGEST_REASON], **facts}
                 self._ledger.append("refusal", refusal, round=number)
         return failed
 
     def ask(self, what: str, number: int, base: Base, *, kind: str) -> dict[str, SignedMessage]:
         """Return each member's answer, and append the checkpoints in the answers to the ledger.
 
-        Invalid answers, and answers with a checkpoint of a different ledger, are logged and left out.
+        Answers that are missing or invalid, or have a checkpoint of a different ledger, are left out; invalid ones are
+        recorded in the ledger (see `refuse`).
         """
         head, answers = self._ledger.head, {}
         for node, answer in self.exchange(self.nodes(), {"what": what, "round": number}, base, kind=kind):
@@ -114,11 +118,24 @@ class Members:
                 answers[node] = self._countersigned(_message(answer), head)
             except DataError as error:
                 self._known.pop(node, None)
-                _log.warning("round %d: the answer of %s does not count: %s", number, node, error)
+                if isinstance(error, NoAnswer | Refusal):
+                    _log.warning("round %d: the answer of %s does not count: %s", number, node, error)
+                else:
+                    self.refuse(node, what, error, number)
         if answers:
             seen = [answer.body["countersigned"] for _, answer in sorted(answers.items())]
             self._ledger.append("checkpoint", {"countersigned": seen}, round=number)
         return answers
+
+    def refuse(self, owner: str, what: str, why: Exception, number: int) -> None:
+        """Record, once per round and reason, that a member's answer to a request other than a contribution is invalid.
+
+        `what` is the request.
+        """
+        _log.warning("round %d: the answer of %s to %s does not count: %s", number, owner, what, why)
+        refusal = {"owner": owner, "reason": f"{what}: {why}"[:LONGEST_REASON], "what": what}
+        if refusal not in self._ledger.of("refusal", number):
+            self._ledger.append("refusal", refusal, round=number)
 
     def mark_present(self, owners: Collection[str], number: int) -> None:
         """Record in the ledger the return of those members that had left."""
@@ -145,8 +162,7 @@ class Members:
         """Return whether an answer reports missing ledger entries or a missing base, and record what is missing."""
         if not isinstance(answer, Refusal):
             return False
-        length: Any = answer.body.get("length")
-        if type(length) is int and length >= 0:
+        if (length := answer.body.get("length")) is not None:
             self._known[node] = length
             return True
         if answer.body.get("lacks") is True and node in self._held:

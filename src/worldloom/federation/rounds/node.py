@@ -17,6 +17,7 @@ from worldloom.core.config import parse_component
 from worldloom.core.errors import ConfigError, DataError, WorldloomError
 from worldloom.core.files import exclusive_lock, read_json, storage_errors, whole_folder, write_atomic, write_json
 from worldloom.core.signing import SigningKey
+from worldloom.federation.record.bodies import check_ask
 from worldloom.federation.record.envelope import SignedMessage, seal, unseal
 from worldloom.federation.rounds.base import Base
 from worldloom.federation.rounds.codecs import CODECS
@@ -87,6 +88,7 @@ class Node:
             DataError: the message is not from a coordinator.
         """
         asked = unseal(data, kind="ask", known=self._coordinators, limit=self.constitution.largest_bytes)
+        number: int | None = None
         try:
             if asked.body.get("constitution") != self.constitution.fingerprint:
                 raise DataError(
@@ -99,16 +101,18 @@ class Node:
                     f"expected a request to {', '.join(self._answers)}; got {asked.body.get('what')!r}. "
                     f"Run the same version on both sides"
                 )
+            check_ask(asked.body)
+            number = asked.body["round"]
             # A repeated message that arrives while the node works on it waits here, and then gets the same answer.
             with exclusive_lock(self.path / ".lock", None):
                 if self.has_left:
-                    body = {"round": asked.body.get("round"), "constitution": self.constitution.fingerprint}
-                    return seal("refusal", {**body, **read_json(self._left)}, {}, key=self._key)
+                    left = {"round": number, "constitution": self.constitution.fingerprint}
+                    return seal("refusal", {**left, **read_json(self._left)}, {}, key=self._key)
                 return answer(asked)
-        except WorldloomError as error:
+        except (WorldloomError, ArithmeticError) as error:
             _log.warning("%s refuses: %s", self.name, error)
             self.forked = isinstance(error, LedgerForked)
-            body = {"round": asked.body.get("round"), "why": str(error)}
+            body: dict[str, Any] = {"round": number, "why": str(error)}
             if isinstance(error, EntriesMissing):
                 body["length"] = error.length
             if isinstance(error, BaseMissing):
@@ -221,7 +225,7 @@ class Node:
 
     def _train(self, asked: SignedMessage) -> bytes:
         base, _ = self._take(asked)
-        number = int(asked.body["round"])
+        number = asked.body["round"]
         stored = self.path / "answers" / f"{number:05d}-{base.fingerprint[:16]}.msg"
         if stored.is_file():
             with storage_errors(stored):
@@ -281,7 +285,7 @@ class Node:
         return {**spent, "epsilon": epsilon if math.isfinite(epsilon) else None}
 
     def _judge(self, asked: SignedMessage) -> bytes:
-        (base, seen), number = self._take(asked), int(asked.body["round"])
+        (base, seen), number = self._take(asked), asked.body["round"]
         if self.store.names(number, base.fingerprint):  # otherwise it is a trial
             self.store.save_base(number, base)
         losses = self._training.judge(base)
@@ -289,7 +293,7 @@ class Node:
         return seal("verdict", body, {}, key=self._key)
 
     def _store(self, asked: SignedMessage) -> bytes:
-        (base, seen), number = self._take(asked), int(asked.body["round"])
+        (base, seen), number = self._take(asked), asked.body["round"]
         self.store.save_base(number, base)
         return seal("receipt", {"round": number, "countersigned": seen}, {}, key=self._key)
 
@@ -299,15 +303,9 @@ class Node:
         Raises:
             DataError: the base or the entries are missing or invalid.
         """
-        base = self.store.receive(str(asked.body.get("base")), asked.tensors)
-        entries = asked.body.get("ledger")
-        if (
-            not isinstance(entries, dict)
-            or type(entries.get("begin")) is not int
-            or type(entries.get("lines")) is not list
-        ):
-            raise DataError("the message has a base but no ledger entries; run the same version on both sides")
-        return base, self.store.follow(entries["begin"], [str(line) for line in entries["lines"]])
+        base = self.store.receive(asked.body["base"], asked.tensors)
+        entries = asked.body["ledger"]
+        return base, self.store.follow(entries["begin"], entries["lines"])
 
     def _residual(self, number: int) -> dict[str, Tensor] | None:
         """Return the codec's residual of the newest round before this one, or None if there is none."""

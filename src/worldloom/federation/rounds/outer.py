@@ -9,7 +9,7 @@ from torch import Tensor
 
 from worldloom.core.config import Component
 from worldloom.core.registry import Registry
-from worldloom.federation.rounds.base import Base, check_finite, check_names
+from worldloom.federation.rounds.base import Base, check_names, check_values
 
 
 class Outer(Component):
@@ -68,7 +68,7 @@ class DiLoCo(Outer):
             speed = self.momentum * momentum[name].double() + gradient if momentum else gradient
             moved[name] = _moved(tensor, -self.learning_rate * (gradient + self.momentum * speed))
             speeds[name] = speed.float()
-            check_finite(name, speeds[name], " of the outer momentum")
+            check_values(name, speeds[name], " of the outer momentum")
         return Base.of(moved, what="the next base"), speeds
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from worldloom.core.errors import DataError
 from worldloom.core.files import whole_folder, write_text
 from worldloom.federation.record.ledger import model_card, read_ledger
+from worldloom.federation.record.ledger_history import read_history
 from worldloom.federation.rounds.round_store import RoundStore
 from worldloom.federation.rules.constitution import Constitution
 
@@ -19,15 +20,15 @@ def unmet(path: Path | str, constitution: Constitution) -> list[str]:
     """
     records, gates = read_ledger(Path(path) / "ledger.jsonl", constitution), constitution.release
     newest = max(records.bases(), default=0)
-    rounds = [entry.body["facts"] for entry in records.entries("round") if entry.body["round"] < newest]
-    contributors = {owner for facts in rounds for owner, weight in facts["weights"].items() if weight > 0}
-    judged = (rounds[-1].get("evaluation") if rounds else None) or {}
+    rounds = [round for round in read_history(records.entries(), constitution).rounds if round.number < newest]
+    contributors = {owner for round in rounds for owner, weight in round.weights.items() if weight > 0}
+    loss = rounds[-1].median[1] if rounds and rounds[-1].median else None
     named = max((entry.index for entry in records.entries("base") if entry.body["round"] == newest), default=0)
     members = set(constitution.member_keys().values())
     seen = members & {
         checkpoint["key"]
         for entry in records.entries("checkpoint")
-        for checkpoint in entry.body["facts"]["countersigned"]
+        for checkpoint in entry.body["facts"].get("countersigned", [])
         if checkpoint["length"] > named
     }
     found = []
@@ -35,8 +36,8 @@ def unmet(path: Path | str, constitution: Constitution) -> list[str]:
         found.append(f"{newest} rounds are done; {gates.rounds} are required")
     if len(contributors) < gates.contributors:
         found.append(f"{len(contributors)} members contributed; {gates.contributors} are required")
-    if gates.max_loss is not None and not judged.get("after", float("inf")) <= gates.max_loss:
-        found.append(f"the held-out loss is {judged.get('after', 'unknown')}; the limit is {gates.max_loss}")
+    if gates.max_loss is not None and (loss is None or loss > gates.max_loss):
+        found.append(f"the held-out loss is {'unknown' if loss is None else loss}; the limit is {gates.max_loss}")
     if len(seen) < gates.countersigned:
         found.append(f"{len(seen)} members countersigned a ledger with this base; {gates.countersigned} are required")
     return found

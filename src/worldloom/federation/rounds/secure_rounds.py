@@ -7,6 +7,7 @@ it starts a new session with new keys and masks. If it is killed later, the same
 to unmask only one sum of a round. A session without an unmasked sum is deleted when the next one starts.
 """
 
+import hashlib
 import logging
 import math
 import shutil
@@ -148,8 +149,6 @@ class Transcript:
         said: Any = message.body
         if what == "advertise":
             check_facts(message, self.round, self._base, self._constitution)
-            if not message.body["frames"] and self._constitution.weighting != "equal":
-                raise DataError(f"{node} has no training frames, so its weight would be 0; leave {node} out")
             said = message.body.get("keys")
         elif what == "mask":
             said = {"masked": self._masked(message)}
@@ -386,14 +385,14 @@ def _again(
 
 def _hear_stored(path: Path, held: Transcript, what: str, named: Mapping[str, str]) -> None:
     """Check the stored answers to a phase against the digests in the ledger."""
-    for owner in named:
-        held.hear(what, owner, _bytes(_file(path, held, what, owner)))
-    found = held.digests(what)
-    if wrong := sorted(owner for owner in named if found[owner] != named[owner]):
+    stored = {owner: _bytes(_file(path, held, what, owner)) for owner in named}
+    if wrong := sorted(owner for owner, data in stored.items() if hashlib.sha256(data).hexdigest() != named[owner]):
         raise DataError(
             f"the stored answers of {', '.join(wrong)} to the request to {what} in round {held.round} do not match the "
             f"ledger; restore {', '.join(str(_file(path, held, what, owner)) for owner in wrong)} from a copy"
         )
+    for owner, data in stored.items():
+        held.hear(what, owner, data)
 
 
 def _facts(records: Records, kind: str, number: int) -> Mapping[str, Any] | None:

@@ -13,6 +13,7 @@ from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.files import read_document, storage_errors, write_document
 from worldloom.core.signing import Domain, SigningKey, verified
 from worldloom.core.yaml_config import parse_yaml
+from worldloom.federation.rules.ranges import Count, Magnitude, Number, Seconds
 from worldloom.federation.secure.privacy import PrivacyConfig
 
 Name = Annotated[str, StringConstraints(pattern=r"\A[a-z0-9][a-z0-9_-]{0,63}\z")]  # used in file names
@@ -49,7 +50,7 @@ class ExternalCoordinator(Config):
 class Quality(Config):
     """The quality gate: the largest relative growth of the held-out loss that a contribution may cause."""
 
-    max_worse: float = Field(default=0.1, ge=0)
+    max_worse: float = Field(default=0.1, ge=0, le=1e30)
 
 
 class Release(Config):
@@ -60,10 +61,10 @@ class Release(Config):
     the median member.
     """
 
-    rounds: int = Field(default=0, ge=0)
-    contributors: int = Field(default=0, ge=0)
-    max_loss: float | None = None
-    countersigned: int = Field(default=0, ge=0)
+    rounds: Number = 0
+    contributors: Number = 0
+    max_loss: Magnitude | None = None
+    countersigned: Number = 0
 
 
 class Constitution(Config):
@@ -80,11 +81,11 @@ class Constitution(Config):
     consortium: str = Field(min_length=1)
     members: dict[Name, Member] = Field(min_length=1)
     coordinators: tuple[Name | ExternalCoordinator, ...] = Field(min_length=1)
-    rounds: int = Field(gt=0)
-    inner_steps: int = Field(gt=0)
-    align_steps: int = Field(default=0, ge=0)
+    rounds: Annotated[Number, Field(gt=0)]
+    inner_steps: Annotated[Count, Field(gt=0)]
+    align_steps: Count = 0
     quorum: int = Field(gt=0)
-    timeout_seconds: float = Field(default=600.0, gt=0)
+    timeout_seconds: Seconds = 600.0
     cap: float = Field(gt=0, le=1)
     weighting: Literal["equal", "frames", "sqrt-frames"] = "equal"
     aggregation: dict[str, Any] = Field(default_factory=lambda: {"name": "clipped-mean"})
@@ -95,7 +96,7 @@ class Constitution(Config):
     secure_aggregation: bool = False
     quality: Quality = Quality()
     classes: tuple[Literal["open", "unique-open", "controlled"], ...] = ("open", "unique-open")
-    largest_megabytes: float = Field(default=1024.0, gt=0)
+    largest_megabytes: float = Field(default=1024.0, gt=0, le=1e6)
     release: Release = Release()
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ import math
 import secrets
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -23,6 +23,12 @@ from worldloom.core.extras import require
 # More than Opacus' own orders: with much noise, the best order is large.
 _ORDERS = [1 + tenth / 10 for tenth in range(1, 100)] + [float(order) for order in (*range(11, 65), 96, 128, 256, 512)]
 _MOST = 1e6  # larger epsilons guarantee nothing and count as infinite
+_LEAST = 1e-9  # with less noise, epsilon is always larger than that
+
+Clip = Annotated[float, Field(gt=0, le=1e12)]
+"""The largest L2 norm of a delta."""
+Noise = Annotated[float, Field(ge=0, le=1e6)]
+"""The standard deviation of noise, in units of the clip."""
 
 
 class PrivacyBudgetSpent(DataError):
@@ -37,8 +43,8 @@ class PrivacyConfig(Config):
     `epsilon_budget` bounds the epsilon of all rounds together, at `delta`.
     """
 
-    clip: float = Field(gt=0)
-    noise: float = Field(ge=0)
+    clip: Clip
+    noise: Noise
     delta: float = Field(default=1e-5, gt=0, lt=1)
     epsilon_budget: float | None = Field(default=None, gt=0)
 
@@ -133,8 +139,8 @@ def gaussian_epsilon(noise: float, delta: float) -> float:
 class Event(Config):
     """A number of identical rounds: their noise, and the probability that an owner takes part in each."""
 
-    rounds: int = Field(ge=1, strict=True)
-    noise: float = Field(ge=0)
+    rounds: int = Field(ge=1, le=10**9, strict=True)
+    noise: Noise
     sample_rate: float = Field(gt=0, le=1)
 
 
@@ -193,7 +199,7 @@ class Accountant:
 def _epsilon(events: Sequence[Event], delta: float) -> float:
     if not events:
         return 0.0
-    if any(event.noise == 0 for event in events):
+    if any(event.noise < _LEAST for event in events):
         return math.inf
     # Exact without sampling. With sampling it is an upper bound, because taking part less often never costs more.
     everyone = gaussian_epsilon(1 / math.sqrt(sum(event.rounds / event.noise**2 for event in events)), delta)

@@ -1,0 +1,249 @@
+"""The bodies of all messages between nodes and coordinators: their keys, types and ranges.
+
+A body is checked once, when its message arrives; see `worldloom.federation.rules.ranges`. A key that its model lacks is
+refused, so a new number is checked or it does not travel.
+"""
+
+import reprlib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import StringConstraints, ValidationError
+
+from worldloom.core.config import Config
+from worldloom.core.errors import DataError
+from worldloom.core.registry import nearest
+from worldloom.federation.rules.ranges import Count, Epsilon, Length, Magnitude, Number, Share
+from worldloom.federation.secure.privacy import Clip, Noise
+
+_LONGEST = 600  # characters of an error, because the sender chooses its length
+_Short = Annotated[str, StringConstraints(max_length=4096)]  # a name, key, hash, signature or share
+
+
+class Body(Config, strict=True):
+    """The body of a message; numbers must have exactly the stated type (1 is not true, and not "1")."""
+
+
+class Checkpoint(Body):
+    """A countersigned head of a ledger."""
+
+    kind: _Short
+    format: Literal[1]
+    length: Length
+    hash: _Short
+    key: _Short
+    signature: _Short
+
+
+class Spent(Body):
+    """The privacy that an owner has spent; empty without differential privacy."""
+
+    clip: Clip | None = None
+    noise: Noise | None = None
+    delta: Share | None = None
+    round: Number | None = None
+    share: Share | None = None
+    in_sum: Noise | None = None
+    epsilon: Epsilon | None = None
+
+
+class _Trained(Body):
+    """The public facts of an owner's training in a round."""
+
+    owner: _Short
+    round: Number
+    base: _Short
+    steps: Count
+    frames: Count
+    data_class: _Short
+
+
+class ContributionBody(_Trained):
+    """The facts of a contribution; the delta is in the tensors."""
+
+    spent: Spent
+
+
+class VerdictBody(Body):
+    """The losses of a base on held-out episodes."""
+
+    round: Number
+    base: _Short
+    losses: dict[str, Magnitude]
+    countersigned: Checkpoint
+
+
+class ReceiptBody(Body):
+    """The confirmation that the last base is stored."""
+
+    round: Number
+    countersigned: Checkpoint
+
+
+class RefusalBody(Body):
+    """The reason why a node does not answer, and what it lacks; `left` means that the owner left the consortium."""
+
+    round: Number | None
+    why: str
+    length: Length | None = None
+    lacks: bool = False
+    helped: bool = False
+    left: bool = False
+    constitution: _Short | None = None
+
+
+class _InSession(Body):
+    """An answer in a session of a secure sum."""
+
+    owner: _Short
+    round: Number
+    attempt: Number
+    base: _Short
+
+
+class SessionKeys(Body):
+    """The keys of an owner in a session, with its signature."""
+
+    owner: _Short
+    mask: _Short
+    box: _Short
+    signature: _Short
+
+
+class AdvertisedBody(_Trained):
+    """The facts of a contribution to a secure sum, and the keys of the session."""
+
+    attempt: Number
+    keys: SessionKeys
+
+
+class SharedBody(_InSession):
+    """The encrypted shares of an owner's secrets, by recipient."""
+
+    commitment: _Short
+    shares: dict[str, _Short]
+
+
+class MaskedBody(_InSession):
+    """The weight of a masked delta, which is in the tensors."""
+
+    weight: Share
+    spent: Spent
+
+
+class UnmaskedBody(_InSession):
+    """The shares that unmask a sum, by owner."""
+
+    seeds: dict[str, _Short]
+    keys: dict[str, _Short]
+
+
+class LedgerLines(Body):
+    """Entries of the ledger, the first with index `begin`."""
+
+    begin: Length
+    lines: list[str]
+
+
+class _Ask(Body):
+    """A request of a coordinator."""
+
+    what: _Short
+    constitution: _Short
+
+
+class RoundAsk(_Ask):
+    """A request to train from a base, to judge it, or to store it; the base is in the tensors."""
+
+    round: Number
+    base: _Short
+    ledger: LedgerLines
+
+
+class AdvertiseAsk(RoundAsk):
+    """A request to train from a base, and to begin a session of a secure sum."""
+
+    attempt: Number
+
+
+class _SessionAsk(_Ask):
+    """A request in a session of a secure sum."""
+
+    round: Number
+    attempt: Number
+    base: _Short
+
+
+class ShareAsk(_SessionAsk):
+    """A request to share secrets; `roster` has the advertisements of all owners, as hexadecimal digits."""
+
+    roster: dict[str, str]
+
+
+class MaskAsk(_SessionAsk):
+    """A request for a masked delta; `inbox` has the encrypted shares by sender."""
+
+    inbox: dict[str, _Short]
+
+
+class UnmaskAsk(_SessionAsk):
+    """A request to unmask the sum of the survivors."""
+
+    survivors: list[str]
+
+
+ANSWERS: Mapping[str, type[Body]] = {
+    "contribution": ContributionBody,
+    "verdict": VerdictBody,
+    "receipt": ReceiptBody,
+    "refusal": RefusalBody,
+    "advertised": AdvertisedBody,
+    "shared": SharedBody,
+    "masked": MaskedBody,
+    "unmasked": UnmaskedBody,
+}
+"""The body of each kind of answer."""
+
+ASKS: Mapping[str, type[Body]] = {
+    "train": RoundAsk,
+    "judge": RoundAsk,
+    "store": RoundAsk,
+    "advertise": AdvertiseAsk,
+    "share": ShareAsk,
+    "mask": MaskAsk,
+    "unmask": UnmaskAsk,
+}
+"""The body of each request, by what it asks for."""
+
+
+def check_answer(kind: str, body: Mapping[str, Any], sender: str) -> None:
+    """Check the body of an answer.
+
+    Raises:
+        DataError: the kind is unknown, or a key, type or range is wrong; the message names the sender and the key.
+    """
+    if kind not in ANSWERS:
+        raise DataError(f"{sender} sent a message of unknown kind {kind!r}; {nearest(kind, ANSWERS)}")
+    _check(ANSWERS[kind], body, f"the {kind} of {sender}")
+
+
+def check_ask(body: Mapping[str, Any]) -> None:
+    """Check the body of a request; `body["what"]` must be a key of `ASKS`.
+
+    Raises:
+        DataError: a key, type or range is wrong; the message names the key.
+    """
+    _check(ASKS[body["what"]], body, f"the request to {body['what']}")
+
+
+def _check(model: type[Body], body: Mapping[str, Any], what: str) -> None:
+    try:
+        model.model_validate(dict(body))
+    except ValidationError as error:
+        found = [
+            f"{'.'.join(map(str, item['loc']))}: {item['msg']}; got {reprlib.repr(item['input'])}"
+            for item in error.errors(include_url=False)[:3]
+        ]
+        raise DataError(
+            f"{what} is invalid: {'; '.join(found)[:_LONGEST]}. Run the same version on both sides"
+        ) from None

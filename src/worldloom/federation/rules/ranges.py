@@ -1,0 +1,37 @@
+"""The ranges of all numbers that other parties may state; a number outside its range is refused where it arrives.
+
+The ranges are far wider than honest values, and narrow enough that sums, products and conversions of numbers within
+them never overflow. Integers stay below 2**53, so every JSON parser reads them exactly.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+Count = Annotated[int, Field(ge=0, le=10**15)]
+"""A number of frames, steps or bytes."""
+Number = Annotated[int, Field(ge=0, le=10**6)]
+"""The number of a round, or of an attempt at a round."""
+Length = Annotated[int, Field(ge=0, le=10**12)]
+"""A number of ledger entries."""
+Share = Annotated[float, Field(ge=0, le=1)]
+"""A weight or another share of a whole."""
+Epsilon = Annotated[float, Field(ge=0, le=1e6)]
+"""Spent privacy; a larger epsilon guarantees nothing and is reported as null."""
+Magnitude = Annotated[float, Field(ge=-1e30, le=1e30)]
+"""A part of a loss, or another figure without a narrower range."""
+Loss = Annotated[float, Field(gt=0, le=1e30)]
+"""A loss, which is a positive sum of squares."""
+Seconds = Annotated[float, Field(gt=0, le=366 * 86400)]
+"""A waiting time; a year is below the longest wait of the operating system."""
+
+LARGEST_VALUE = 2.0**100
+"""The largest magnitude of a value of a tensor, about 1e30: sums over all rounds stay finite in single precision."""
+
+
+def within(kind: Any, value: Any) -> Any:
+    """Return a value if it has the type and range of the pydantic `TypeAdapter` `kind`, otherwise None."""
+    try:
+        return kind.validate_python(value, strict=True)
+    except ValidationError:
+        return None

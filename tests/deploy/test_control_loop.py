@@ -106,6 +106,24 @@ class Counting(Agent):
         return torch.tensor([[self.given[-1]]])
 
 
+class Limited(Counting):
+    """Jumps between its bounds; its guardrails permit actions up to 0.6, and changes of up to 0.2."""
+
+    def __init__(self, slow: Callable[[int], bool] = lambda n: False) -> None:
+        super().__init__(slow)
+        self.resumed: list[float] = []
+
+    def act(self, observations: Observations) -> torch.Tensor:
+        return super().act(observations) * 0 + (1.0 if self.calls % 8 < 4 else -1.0)
+
+    def resume(self, taken: torch.Tensor) -> None:
+        self.resumed.append(float(taken[0, 0]))
+
+    def limited(self, action: np.ndarray, taken: np.ndarray | None) -> np.ndarray:
+        action = action.clip(-0.6, 0.6)
+        return action if taken is None else action.clip(taken - 0.2, taken + 0.2)
+
+
 def loop_of(agent: Any, link: SocketLink, **options: Any) -> ControlLoop:
     return ControlLoop(agent, link, **{"deadline": 0.8 * PERIOD, "safe_action": SAFE} | options)
 
@@ -237,6 +255,33 @@ def test_a_function_is_given_the_last_observation(plant: Plant, link: SocketLink
     used = {round(-0.001 * (period.observation + 1), 4) for period in report.periods}
     assert {value for value in plant.written if -0.25 < value < 0} <= used
     assert len({value for value in plant.written if -0.25 < value < 0}) > 3
+
+
+@pytest.mark.parametrize("safe", [SAFE, "hold", lambda reading: np.array([1.0 if reading else 0.0])])
+def test_every_command_obeys_the_agents_guardrails_on_actions(
+    link: SocketLink, safe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+    send = link.send
+
+    def noted(action: np.ndarray, **options: Any) -> None:
+        given.append(float(action[0]))
+        send(action, **options)
+
+    monkeypatch.setattr(link, "send", noted)
+    agent = Limited(slow=lambda n: n == 12)
+    report = loop_of(agent, link, safe_action=safe).run(GOAL, duration=40 * PERIOD)
+    assert {"agent", "safe"} <= {period.kind for period in report.periods}
+    assert len(given) > 20
+    assert max(map(abs, given)) <= 0.6 + 1e-6
+    assert np.abs(np.diff(given)).max() <= 0.2 + 1e-6
+    assert agent.resumed  # after a gap, the agent knows what was applied last
+    assert set(agent.resumed) <= set(given)
+
+
+def test_a_safe_action_that_the_guardrails_forbid_is_refused(link: SocketLink) -> None:
+    with pytest.raises(ConfigError, match=r"do not permit the safe action \[-0.75\].*nearest permitted .* \[-0.6"):
+        loop_of(Limited(), link, safe_action=[-0.75])
 
 
 def test_the_watchdog_acts_where_the_loop_itself_is_stuck(plant: Plant, link: SocketLink) -> None:

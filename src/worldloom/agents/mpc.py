@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from worldloom.agents.audit_log import AuditLog
@@ -19,7 +20,7 @@ from worldloom.core.errors import NoFeasiblePlan, PlanningError
 from worldloom.core.seams import Agent, Explorer, Objective, WorldModel
 from worldloom.core.seeds import torch_generator
 from worldloom.core.types import Batched, Context, Goal, Observations, Plan
-from worldloom.guardrails import BoundRail, Fallback, Infeasible, Recalibration, Stop
+from worldloom.guardrails import ActionLimits, BoundRail, Fallback, Infeasible, Recalibration, Stop
 from worldloom.planning import Planner, Watch, as_objective
 
 _STATISTICS = ("plan_seconds", "plan_environments", "plan_rollouts", "plan_cut_short", "plan_refused")
@@ -76,7 +77,8 @@ class PlanningAgent(Agent):
         proposer: proposes further plans to start from (mode 2).
         guide: replaces the goal by a subgoal for each plan.
         observer: remembers the observations at each plan.
-        fallback: acts when no plan satisfies the planner's guardrails.
+        fallback: acts when no plan satisfies the planner's guardrails; its actions are corrected where they break a
+            guardrail on actions.
         toward: returns the objective of being at a state, for the fallback; `objective` by default.
         auditor: records each decision before the agent acts on it; an exception that it raises stops the agent.
         recalibration: stretches the margins of the guardrails while errors are larger than in calibration.
@@ -128,6 +130,7 @@ class PlanningAgent(Agent):
         self._fallback, self._auditor, self._recalibration = fallback or Stop(), auditor, recalibration
         self._explorer, self.explores = explorer, explorer is not None
         self._fallback.check(model.spec)
+        self._limits = ActionLimits(planner.guardrails, model.spec, bounds=planner.bounds, device=model.device)
         self._generator = torch_generator(seed, "planning-agent", device=model.device)
         self._batch = EnvironmentBatch()
         self._state: AgentState | None = None
@@ -174,6 +177,17 @@ class PlanningAgent(Agent):
             self.guide.reset(latents)
         if self._observer is not None:
             self._observer.begin(len(latents))
+
+    def resume(self, taken: Float[Tensor, "B A"]) -> None:
+        """Receive, after `reset`, the environment actions that were applied last."""
+        assert self._state is not None
+        self._state = replace(self._state, history=replace(self._state.history, taken=taken))
+
+    def limited(
+        self, action: Float32[np.ndarray, "A"], taken: Float32[np.ndarray, "A"] | None
+    ) -> Float32[np.ndarray, "A"]:
+        """Return the nearest environment action that satisfies the guardrails on actions after `taken`."""
+        return self._limits.after(action, taken)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these environments, given by their places in the last batch, in this order."""
@@ -314,6 +328,10 @@ class PlanningAgent(Agent):
             deadline=deadline,
         )
         instead = self._fallback.plan(infeasible)
+        permitted = self._limits.nearest(instead.actions, infeasible.context)
+        if permitted is not instead.actions:
+            predicted = self._model.rollout(infeasible.context, permitted[:, None])[:, 0]
+            instead = replace(instead, actions=permitted, latents=predicted)
         actions, latents, cost = plan.actions.clone(), plan.latents.clone(), plan.cost.clone()
         actions[rows], latents[rows], cost[rows] = instead.actions, instead.latents, instead.cost
         return replace(plan, actions=actions, latents=latents, cost=cost, cut_short=plan.cut_short or instead.cut_short)

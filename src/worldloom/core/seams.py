@@ -162,6 +162,20 @@ class Agent(ABC):
         """Return the best action found by `deadline`, in seconds of `time.monotonic`; the default calls `act`."""
         return self.act(observations)
 
+    def resume(self, taken: Float[Tensor, "B A"]) -> None:
+        """Receive, after `reset`, the environment actions that were applied last, for limits on their changes."""
+        return
+
+    def limited(
+        self, action: Float32[np.ndarray, "A"], taken: Float32[np.ndarray, "A"] | None
+    ) -> Float32[np.ndarray, "A"]:
+        """Return the nearest environment action that the agent's guardrails on actions permit after `taken`.
+
+        A caller that replaces an action of the agent, for example by a safe action, must pass the replacement through
+        this method. The default returns the action unchanged.
+        """
+        return action
+
     def select(self, rows: Sequence[int]) -> None:
         """Keep only the environments with these indices in the last batch, in this order; see `narrows`."""
         return

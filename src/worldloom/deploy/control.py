@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from worldloom.core.errors import ConfigError, DataError, PlanningError, WorldloomError
 from worldloom.core.seams import Agent
@@ -147,9 +148,12 @@ class ControlLoop:
     goal. `watchdog=False` disables the watchdog thread. `on_period(report)` is called at the end of each period and
     must return at once.
 
+    Every command satisfies the agent's guardrails on actions, the safe action included: under a limit on changes of
+    the action, the commands approach the safe action step by step.
+
     Raises:
-        ConfigError: the rate differs from the link's, the deadline is not within a period, or the plant does not
-            accept the safe action.
+        ConfigError: the rate differs from the link's, the deadline is not within a period, or the plant or the agent's
+            guardrails do not accept the safe action.
     """
 
     def __init__(
@@ -179,18 +183,24 @@ class ControlLoop:
         self._late, self._max_age = late, 2 * period if max_age is None else max_age
         self._guarded, self._on_period = watchdog, on_period
         self._safe_rule, self._safe = _safe_rule(safe_action, link)
+        if self._safe is not None and not np.allclose(nearest := agent.limited(self._safe, None), self._safe, atol=0):
+            raise ConfigError(
+                f"the agent's guardrails do not permit the safe action {self._safe.tolist()}; the nearest permitted "
+                f"action is {np.round(nearest, 6).tolist()}. Declare a safe action that the guardrails permit"
+            )
         described = "a function" if callable(safe_action) else str(safe_action)
         self.report = ControlReport(rate=self._rate, deadline=deadline, safe_action=described, late=late)
         self._stopping, self._asked_to_stop = threading.Event(), False
         self._commanding = threading.Lock()
         self._schedule: Schedule | None = None
         self._commanded = -1  # the last period with a command
-        self._last: np.ndarray | None = None
+        self._last: np.ndarray | None = None  # the agent's last action
+        self._applied: np.ndarray | None = None  # the last command
         self._period = Period(number=-1)
         self._unanswered_before: int | None = None
         self.reading: PlantReading | None = None
         """The latest reading that a period used."""
-        self._worker = _Worker(agent)
+        self._agent, self._worker = agent, _Worker(agent)
 
     def stop(self) -> None:
         """Stop `run` cleanly. Signal handlers and other threads can call this."""
@@ -311,7 +321,7 @@ class ControlLoop:
         elif worker.busy:
             cause = self._take_late(period, due)
         else:
-            worker.ask(reading, now + _PLANNING_SHARE * (due - now))
+            worker.ask(reading, now + _PLANNING_SHARE * (due - now), self._applied)
             cause = self._take(period, due, "agent")
         if cause is not None:
             self._command(period, None, "safe")
@@ -381,12 +391,21 @@ class ControlLoop:
             values = self._safe_values() if action is None else action
             if values is None:
                 return True
-            self._link.send(values, kind=kind, answers=period.observation if answers is None else answers)
+            permitted = self._send(values, kind, period.observation if answers is None else answers)
             if kind in ("agent", "late"):
-                self._last = values
+                self._last = permitted
+                if not np.array_equal(permitted, values):
+                    self._worker.mark_gap()  # the agent's history contains an action that was not applied
             assert self._schedule is not None
             period.sent, period.kind = time.monotonic() - self._schedule.begins(period.number), kind
             return True
+
+    def _send(self, values: np.ndarray, kind: str, answers: int) -> np.ndarray:
+        """Send the nearest action that the agent's guardrails on actions permit, and return it."""
+        permitted = self._agent.limited(values, self._applied)
+        self._link.send(permitted, kind=kind, answers=answers)
+        self._applied = permitted
+        return permitted
 
     def _safe_values(self) -> np.ndarray | None:
         return self._last if self._safe is None else self._safe
@@ -426,7 +445,7 @@ class ControlLoop:
             return
         try:
             with self._commanding:
-                self._link.send(values, kind="safe", answers=-1)
+                self._send(values, "safe", -1)
         except WorldloomError as error:
             _log.error("the last safe action could not be sent; the plant's own watchdog must act: %s", error)
 
@@ -465,6 +484,7 @@ class _Worker:
         self._changed = threading.Condition()
         self._request: PlantReading | None = None
         self._deadline = float("inf")
+        self._applied: np.ndarray | None = None
         self._answer: _Answer | None = None
         self._times: list[float] = []
         self._gap = self._aimed = self._stopped = False
@@ -495,10 +515,13 @@ class _Worker:
         with self._changed:
             return self._request is not None
 
-    def ask(self, reading: PlantReading, deadline: float) -> None:
-        """Request an action for an observation. An anytime agent ends its search by the deadline."""
+    def ask(self, reading: PlantReading, deadline: float, applied: np.ndarray | None) -> None:
+        """Request an action for an observation, after the command `applied`.
+
+        An anytime agent ends its search by the deadline.
+        """
         with self._changed:
-            self._request, self._deadline = reading, deadline
+            self._request, self._deadline, self._applied = reading, deadline, applied
             self.asked = reading
             self._answer = None
             self._changed.notify_all()
@@ -537,12 +560,15 @@ class _Worker:
                 if self._stopped:
                     return
                 request, deadline, gap, aimed = self._request, self._deadline, self._gap, self._aimed
+                applied = self._applied
                 self._gap = self._aimed = False
             assert request is not None
             began = time.monotonic()
             try:
                 if gap or aimed:
                     self._begin()
+                    if applied is not None:
+                        self._agent.resume(torch.from_numpy(applied)[None])
                     self.restarts += gap
                 observations = request.observations()
                 action = self._agent.act_by(deadline, observations)[0].detach().cpu().numpy()

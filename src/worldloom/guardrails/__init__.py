@@ -1,5 +1,6 @@
 """Guardrails: hard limits on plans, as rule sets that their owners sign, with calibrated margins."""
 
+from worldloom.guardrails.action_limits import ActionLimits
 from worldloom.guardrails.bound_rules import BoundRules
 from worldloom.guardrails.consistency import check_consistent
 from worldloom.guardrails.fallback import FALLBACKS, Fallback, Hold, Infeasible, Retreat, Stop
@@ -37,6 +38,7 @@ __all__ = [
     "GUARDRAILS",
     "OBJECTIVES",
     "REGIONS",
+    "ActionLimits",
     "AdaptiveMargin",
     "Agreed",
     "Ball",

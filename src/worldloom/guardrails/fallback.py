@@ -39,7 +39,15 @@ class Infeasible:
 
 
 class Fallback(Component):
-    """A way to act when no plan satisfies every guardrail; a new one is a subclass, registered in `FALLBACKS`."""
+    """A way to act when no plan satisfies every guardrail; a new one is a subclass, registered in `FALLBACKS`.
+
+    The agent corrects the actions of `plan` where they break a guardrail on actions.
+    """
+
+    @property
+    def declared(self) -> tuple[float, ...] | None:
+        """The environment action that the fallback always takes, or None if it does not declare one."""
+        return None
 
     def check(self, spec: ModelSpec) -> None:
         """Check that the fallback fits a model; the default accepts every model.
@@ -62,6 +70,11 @@ class Stop(Fallback):
 
     name: Literal["stop"] = "stop"
     action: tuple[float, ...] | None = None
+
+    @property
+    def declared(self) -> tuple[float, ...] | None:
+        """The declared action."""
+        return self.action
 
     def check(self, spec: ModelSpec) -> None:
         """Check that the action has the right size and is within bounds.

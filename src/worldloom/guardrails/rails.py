@@ -7,6 +7,7 @@ violation.
 """
 
 import functools
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,8 @@ class Rail(Component):
     """A guardrail as data. A new one is a subclass with `reads`, `violation` and `_tightens`, added to `GUARDRAILS`.
 
     `reason` explains the rule to people; `margin` is added to the calibrated margin. A rail that
-    depends only on actions sets `of_actions`, so that a search evaluates it before rails that need a network.
+    depends only on actions sets `of_actions`, so that a search evaluates it before rails that need a network, and so
+    that fallbacks and safe actions obey it too.
     """
 
     of_actions: ClassVar[bool] = False
@@ -49,6 +51,20 @@ class Rail(Component):
     def peers(self) -> tuple[str, ...]:
         """The folders of other runs whose models are part of the limit."""
         return ()
+
+    @property
+    def longest(self) -> float:
+        """The largest Euclidean norm of an environment action that the rail permits; infinite if it sets none."""
+        return math.inf
+
+    @property
+    def largest_change(self) -> float:
+        """The largest norm of the change between consecutive environment actions; infinite if the rail sets none."""
+        return math.inf
+
+    def forbids(self, action: Sequence[float]) -> bool:
+        """Whether the rail forbids an environment action in every situation."""
+        return math.hypot(*action) > self.longest * (1 + 1e-6)
 
     @abstractmethod
     def reads(self, title: str, heads: Heads) -> tuple[Any, ...]:
@@ -121,6 +137,10 @@ class BoundRail(Guardrail):
     def with_margin(self, margin: float | Float[Tensor, "_"]) -> "BoundRail":
         """Return the same guardrail with a different margin."""
         return replace(self, margin=margin)
+
+    def stated(self) -> "BoundRail":
+        """Return the same guardrail with only the margin that its owner stated."""
+        return self.with_margin(self.rail.margin)
 
     def stretched(self, times: float) -> "BoundRail":
         """Return the same guardrail with its margin multiplied by `times`."""
@@ -326,6 +346,11 @@ class Magnitude(_OfActions):
 
     name: Literal["magnitude"] = "magnitude"
 
+    @property
+    def longest(self) -> float:
+        """The limit, less the margin."""
+        return max(self.limit - self.margin, 0.0)
+
     def violation(self, rollouts: Rollouts, size: int) -> Float[Tensor, "B S T"]:
         """Return by how much the largest action norm in each block exceeds the limit."""
         longest: Tensor = torch.linalg.vector_norm(_actions(rollouts, size), dim=-1).amax(dim=-1)
@@ -340,6 +365,11 @@ class Rate(_OfActions):
     """
 
     name: Literal["rate"] = "rate"
+
+    @property
+    def largest_change(self) -> float:
+        """The limit, less the margin."""
+        return max(self.limit - self.margin, 0.0)
 
     def violation(self, rollouts: Rollouts, size: int) -> Float[Tensor, "B S T"]:
         """Return by how much the largest action change in each block exceeds the limit.

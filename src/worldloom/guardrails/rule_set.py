@@ -71,8 +71,8 @@ class RuleSet:
     """The layers of a rule set, the uppermost first; each may only tighten the layers above it.
 
     Raises:
-        ConfigError: the layers are out of order, or one loosens a layer above it; the message names the layer and the
-            rule.
+        ConfigError: the layers are out of order, one loosens a layer above it, or a guardrail forbids the action that a
+            fallback declares; the message names the layers and the rule.
     """
 
     layers: tuple[RuleLayer, ...]
@@ -90,6 +90,7 @@ class RuleSet:
         for place, lower in enumerate(self.layers):
             for upper in self.layers[:place]:
                 _check_tightens(lower, upper)
+        _check_fallback(self.layers)
 
     @property
     def risk(self) -> float | None:
@@ -147,6 +148,22 @@ def _check_tightens(lower: RuleLayer, upper: RuleLayer) -> None:
 def keys_for(layer: str, trusted: Collection[str]) -> set[str]:
     """Return those of the trusted keys, each `KEY` or `LAYER:KEY`, that may sign a layer."""
     return {key.rpartition(":")[2].lower() for key in trusted if key.rpartition(":")[0] in ("", layer)}
+
+
+def _check_fallback(layers: Sequence[RuleLayer]) -> None:
+    """Raise an error if a guardrail of any layer forbids the action that a fallback declares."""
+    for layer in layers:
+        action = None if layer.fallback is None else layer.fallback.declared
+        if action is None:
+            continue
+        for other in layers:
+            for title, rail in other.guardrails.items():
+                if rail.forbids(action):
+                    raise ConfigError(
+                        f"the fallback of the {layer.layer} layer of {layer.owner!r} takes the action {list(action)}, "
+                        f"but the guardrail {title!r} of the {other.layer} layer of {other.owner!r} forbids it. "
+                        f"Declare an action that the guardrail allows"
+                    )
 
 
 def read_rules(paths: Sequence[Path | str], *, trusted: Collection[str] | None, revert: bool = False) -> RuleSet:

@@ -35,7 +35,7 @@ def test_nan_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content", [b'{"x": 1, ', b"\xff\xfe\x00"])
+@pytest.mark.parametrize("content", [b'{"x": 1, ', b"\xff\xfe\x00", b"9" * 5000, b"[" * 5000 + b"]" * 5000])
 def test_a_cut_or_damaged_file_is_not_read_as_whole(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "cut.json").write_bytes(content)
     with pytest.raises(StorageError, match="not valid JSON"):

@@ -1,7 +1,9 @@
 """What people write is read as plain values, and every mistake has its line."""
 
 import contextlib
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -23,6 +25,11 @@ class Policy(Config):
     owner: str
     rules: tuple[Rule, ...] = ()
     options: dict[str, int] = Field(default_factory=dict)
+
+
+class Loose(Config):
+    owner: str
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 TEXT = """\
@@ -66,14 +73,38 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         ("limit: 2.5", "limit: !!python/object/apply:os.system [ls]", r"line 4: anchors, aliases and tags"),
         ("limit: 2.5", "limit: [2.5", r"line \d+ is not valid YAML"),
         ("owner: the site", "? [a, b]\n: 1", r"line 1: a key must be plain text; got a sequence"),
-        ("limit: 2.5", "limit: .nan", r"line 4: rules.0.limit: .*finite"),
+        ("limit: 2.5", "limit: .nan", r"line 4: '.nan' is not a finite number"),
+        ("limit: 2.5", "limit: 1e999", r"line 4: '1e999' is larger than any number"),
+        ("limit: 2.5", "limit: 1." + "0" * 5000, r"line 4: '1.0{98}...' has 5002 characters"),
+        ("limit: 2.5", "limit: true", r"line 4: rules.0.limit: expected a number.*got True"),
+        ("tries: 3", f"tries: {2**63}", r"line 8: options.tries: expected a whole number of at most"),
         ("limit: 2.5", "limit: 2026-13-45", r"line 4"),
-        ("limit: 2.5", f"limit: {':'.join(['1'] * 200)}.0", r"line 4: .* is not a valid value"),
+        ("limit: 2.5", f"limit: {':'.join(['1'] * 200)}.0", r"line 4: .* means different things"),
+        ("name: wall", '"caf\u00e9": 1, "cafe\u0301": 1', r"line 6: the key .* appears twice"),
+        ("name: wall", '"wa\\u200bll": 1', r"line 6: the key .* contains \\u200b"),
+        ("owner: the site", 'owner: "\\e[2J"', r"line 1: .* contains the character \\x1b"),
     ],
 )
 def test_every_mistake_has_its_line(old: str, new: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_yaml(TEXT.replace(old, new), Policy)
+
+
+@pytest.mark.parametrize(
+    "word", ["1:30", "010", "-010", "08", "1_000", "0b11", "0o17", "00.5", "yes", "Off", "2026-01-31", "=", "0_8.5"]
+)
+def test_words_that_versions_of_yaml_read_differently_are_refused(word: str) -> None:
+    for kind in (Policy, Loose):
+        with pytest.raises(ConfigError, match=r"line 2: .* means different things.*in quotes"):
+            parse_yaml(f"owner: site\noptions: {{tries: {word}}}\n", kind)
+    assert parse_yaml(f"owner: site\noptions: {{tries: '{word}'}}\n", Loose).options == {"tries": word}
+
+
+@given(st.one_of(st.integers(-(2**63) + 1, 2**63 - 1), st.floats(allow_nan=False, allow_infinity=False)))
+def test_every_number_is_read_as_json_reads_it(number: float) -> None:
+    read = parse_yaml(f"owner: site\noptions: {{tries: {json.dumps(number)}}}\n", Loose).options["tries"]
+    assert read == number
+    assert type(read) is type(number)
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "word"])

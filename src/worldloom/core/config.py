@@ -1,24 +1,46 @@
 """Frozen, keyword-only configuration. The error for an unknown key suggests the nearest valid name."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from worldloom.core.errors import ConfigError
+from worldloom.core.errors import ConfigError, StorageError
+from worldloom.core.json_text import parse_json
 from worldloom.core.registry import Registry, nearest
 
 _SAID = "said_by_a_component"
+_LARGEST_WHOLE = 2**63 - 1
+_SHOWN = 200  # characters of a wrong value in a message
 
 ConfigT = TypeVar("ConfigT", bound="Config")
+T = TypeVar("T")
 
 
 class Config(BaseModel):
     """Base class of all configurations, which are immutable and reject unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _plain_numbers(cls: type[ConfigT], values: Any, handler: Callable[[Any], ConfigT]) -> ConfigT:
+        """Refuse `true` and `false` as numbers, which pydantic reads as 1 and 0, and whole numbers beyond 64 bits."""
+        made = handler(values)
+        given = values if isinstance(values, Mapping) else {}
+        wrong = [each for name in given for each in _misread(given[name], getattr(made, name, None), (name,))]
+        if wrong:
+            raise ValidationError.from_exception_data(
+                cls.__name__,
+                [
+                    InitErrorDetails(
+                        type=PydanticCustomError("misread", "{said}", {"said": said}), loc=place, input=value
+                    )
+                    for place, said, value in wrong
+                ],
+            )
+        return made
 
     @classmethod
     def parse(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
@@ -103,9 +125,39 @@ def component_of(registry: Registry[type[C]]) -> Callable[[Any], C]:
 def parse_value(text: str) -> Any:
     """Parse `text` as JSON; return `text` unchanged if it is not JSON."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return parse_json(text)
+    except ValueError:
         return text
+
+
+def check_shape(values: Any, shape: type[T], source: object) -> T:
+    """Return the values of a file if they have the shape of a `TypedDict` or another type that pydantic can check.
+
+    Raises:
+        StorageError: a value is missing or has the wrong type; the message gives its path.
+    """
+    try:
+        checked: T = TypeAdapter(shape).validate_python(values)
+    except ValidationError as error:
+        said = "; ".join(what for _, what in explain(BaseModel, error)[:3])
+        raise StorageError(f"{source} is damaged: {said}. Restore the file from a copy") from None
+    return checked
+
+
+def _misread(given: Any, made: Any, place: tuple[int | str, ...]) -> Iterator[tuple[tuple[int | str, ...], str, Any]]:
+    """Yield the place, the mistake and the value of each number in `made` that `given` does not say plainly."""
+    if isinstance(made, int | float) and not isinstance(made, bool):
+        if isinstance(given, bool):
+            yield place, "expected a number; write a number, or remove the key", given
+        elif isinstance(made, int) and abs(made) > _LARGEST_WHOLE:
+            yield place, f"expected a whole number of at most {_LARGEST_WHOLE}", given
+    elif isinstance(given, Mapping) and isinstance(made, Mapping):
+        for key, part in given.items():
+            if key in made:
+                yield from _misread(part, made[key], (*place, key))
+    elif isinstance(given, list | tuple) and isinstance(made, list | tuple) and len(given) == len(made):
+        for index, (part, other) in enumerate(zip(given, made, strict=True)):
+            yield from _misread(part, other, (*place, index))
 
 
 def _assign(values: dict[str, Any], key: str, value: Any, config: Config) -> None:
@@ -144,9 +196,14 @@ def explain(cls: type[BaseModel], error: ValidationError) -> list[tuple[tuple[in
             fields = _fields_at(cls, [str(part) for part in item["loc"][:-1]])
             said = f"unknown key {path!r}; {nearest(str(item['loc'][-1]), fields)}"
         else:
-            said = f"{path or cls.__name__}: {item['msg']}; got {item.get('input')!r}"
+            said = f"{path or cls.__name__}: {item['msg']}; got {_short(item.get('input'))}"
         found.append((item["loc"], said))
     return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _fields_at(cls: type[BaseModel], path: Sequence[str]) -> list[str]:

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from worldloom.core.errors import StorageError
+from worldloom.core.json_text import parse_json
+
+_LARGEST_JSON = 2**28  # bytes, far more than the results of the largest evaluation
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -46,18 +49,30 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON from `path`.
+def read_json(path: Path, *, strict: bool = True) -> Any:
+    """Read JSON from `path`; see `parse_json` for the limits and for `strict`.
 
     Raises:
-        StorageError: the file is missing, unreadable or not valid JSON.
+        StorageError: the file is missing, unreadable, too large or not valid JSON.
     """
-    with storage_errors(path):
-        content = path.read_bytes()
+    content = read_bytes(path, _LARGEST_JSON)
     try:
-        return json.loads(content.decode("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return parse_json(content, strict=strict)
+    except ValueError as error:
         raise StorageError(f"{path} is not valid JSON ({error}); restore the file from a copy, or delete it") from None
+
+
+def read_bytes(path: Path, largest: int) -> bytes:
+    """Read a file of at most `largest` bytes.
+
+    Raises:
+        StorageError: the file is missing, unreadable or larger.
+    """
+    with storage_errors(path), path.open("rb") as file:
+        content = file.read(largest + 1)  # one byte above the limit, so that a larger file is refused
+    if len(content) > largest:
+        raise StorageError(f"{path} is larger than {largest} bytes, the limit for this kind of file; check the path")
+    return content
 
 
 def write_document(path: Path, kind: str, values: Mapping[str, Any], *, version: int = 1) -> None:

@@ -1,5 +1,11 @@
-"""Configurations in YAML, read as plain values. An error message gives the line of every mistake."""
+"""Configurations in YAML, read as plain values. An error message gives the line of every mistake.
 
+A plain word means what it means in JSON and YAML 1.2. Words that YAML 1.1, which many programs still read, takes for
+something else (`1:30` for 90, `010` for 8, `yes` for true, a date) are refused.
+"""
+
+import math
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -8,9 +14,20 @@ from pydantic import ValidationError
 from worldloom.core.config import Config, explain
 from worldloom.core.errors import ConfigError
 from worldloom.core.files import storage_errors
+from worldloom.core.text import comparable, hidden_character
 
 _LARGEST = 2**20  # bytes, far more than a configuration written by hand
 _DEEPEST = 64
+_DIGITS = 100  # characters of a number
+_CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None} | {
+    word: truth
+    for truth, words in ((True, ("true", "True", "TRUE")), (False, ("false", "False", "FALSE")))
+    for word in words
+}
+_WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+)")
+_REAL = re.compile(r"[-+]?(0|[1-9][0-9]*|(?=\.[0-9]))(\.[0-9]*)?([eE][-+]?[0-9]+)?")
+_INFINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_LIKE_A_NUMBER = re.compile(r"[-+]?(0o?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?|0b[01_]+)")  # read in different ways
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 Place = tuple[int | str, ...]
@@ -31,8 +48,8 @@ def read_yaml(path: Path | str, kind: type[ConfigT]) -> ConfigT:
 def parse_yaml(text: str | bytes, kind: type[ConfigT], *, source: str = "the text") -> ConfigT:
     """Build a configuration from YAML; bytes are decoded as UTF-8.
 
-    Only plain values are read. Tags (which can construct objects), anchors (which can expand a small text enormously)
-    and duplicate keys are rejected.
+    Only plain values are read. Tags (which can construct objects), anchors (which can expand a small text enormously),
+    duplicate keys, control characters and words that versions of YAML read differently are rejected.
 
     Raises:
         ConfigError: the text is not valid; for each wrong line, the message gives what was expected and found.
@@ -93,21 +110,56 @@ def _values(node: Any, place: Place, lines: dict[Place, int], source: str) -> An
         return [_values(item, (*place, index), lines, source) for index, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
         try:
-            return yaml.SafeLoader("").construct_object(node)
-        except (yaml.YAMLError, ValueError, OverflowError) as error:
-            raise ConfigError(
-                f"{source}, line {node.start_mark.line + 1}: {node.value!r} is not a valid value ({error}); correct it"
-            ) from None
+            return _word(node)
+        except ValueError as error:
+            shown = node.value if len(node.value) <= _DIGITS else f"{node.value[:_DIGITS]}..."
+            raise ConfigError(f"{source}, line {node.start_mark.line + 1}: {shown!r} {error}") from None
     found: dict[str, Any] = {}
+    seen: set[str] = set()
     for key, value in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
             raise ConfigError(f"{source}, line {line}: a key must be plain text; got a {key.id}. Write a name")
-        if key.value in found:
+        if comparable(key.value) in seen:
             raise ConfigError(f"{source}, line {line}: the key {key.value!r} appears twice; remove one of the two")
+        seen.add(comparable(key.value))
+        if (hidden := hidden_character(key.value)) is not None:
+            raise ConfigError(f"{source}, line {line}: the key {key.value!r} contains {hidden}; remove this character")
         lines[(*place, key.value)] = line
         found[key.value] = _values(value, (*place, key.value), lines, source)
     return found
+
+
+def _word(node: Any) -> Any:
+    """Return the value of a scalar.
+
+    Raises:
+        ValueError: versions of YAML read the word differently, or the number is not finite or has too many digits.
+    """
+    word: str = node.value
+    if node.style is not None:  # in quotes, or a block of text
+        if (hidden := hidden_character(word)) is not None:
+            raise ValueError(f"contains the character {hidden}; remove it")
+        return word
+    if word in _CONSTANTS:
+        return _CONSTANTS[word]
+    if _INFINITE.fullmatch(word):
+        raise ValueError("is not a finite number; write a finite number, or put text in quotes")
+    if (whole := _WHOLE.fullmatch(word)) or _REAL.fullmatch(word):
+        if len(word) > _DIGITS:
+            raise ValueError(f"has {len(word)} characters; expected a number of at most {_DIGITS} characters")
+        value = int(word, 0) if whole else float(word)
+        if not math.isfinite(value):
+            raise ValueError("is larger than any number that can be stored; write a finite number")
+        return value
+    if _LIKE_A_NUMBER.fullmatch(word) or not node.tag.endswith(":str"):
+        raise ValueError(
+            "means different things in different versions of YAML; write a number in plain decimal digits, a truth "
+            "value as true or false, and anything else in quotes"
+        )
+    if (hidden := hidden_character(word)) is not None:
+        raise ValueError(f"contains the character {hidden}; remove it")
+    return word
 
 
 def _line(lines: dict[Place, int], place: Place) -> int:

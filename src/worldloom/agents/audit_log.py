@@ -8,6 +8,7 @@ its entry, so that the decision can be reproduced.
 import copy
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ def read_situation(
         StorageError: the situation is missing.
     """
     digest = entry.body.get("situation")
-    if entry.body.get("event") != "decided" or not isinstance(digest, str):
+    if entry.body.get("event") != "decided" or not _is_digest(digest):
         raise DataError(f"entry {entry.index} does not record a decision; choose an entry whose event is 'decided'")
     path = Path(folder) / _SITUATIONS / f"{digest}.safetensors"
     with storage_errors(path):
@@ -201,8 +202,9 @@ def damaged_situations(folder: Path | str, *, progress: Progress = SILENT) -> li
     for entry in log_entries(folder, progress=progress):
         if entry.body.get("event") != "decided":
             continue
-        path = Path(folder) / _SITUATIONS / f"{entry.body.get('situation')}.safetensors"
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != entry.body.get("situation"):
+        digest = entry.body.get("situation")
+        path = Path(folder) / _SITUATIONS / f"{digest}.safetensors"
+        if not _is_digest(digest) or not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             damaged.append(entry.index)
     return damaged
 
@@ -228,6 +230,10 @@ def replay(
     violations = [plan.violations[name] for name in sorted(plan.violations)]
     same = _digest([plan.actions, plan.latents, *violations]) == entry.body["plan"]
     return plan, same and list(plan.refused) == entry.body["refused"]
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _digest(tensors: Sequence[Tensor]) -> str:

@@ -7,7 +7,7 @@ from pydantic import AfterValidator
 from worldloom.core.errors import ConfigError
 from worldloom.core.text import hidden_character
 
-_LONGEST = 100  # bytes, so that a suffix still fits into the 255 bytes of a file name
+_LONGEST = 200  # bytes, so that a suffix still fits into the 255 bytes of a file name
 
 
 def _part(name: str) -> str:

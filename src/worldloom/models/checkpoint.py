@@ -18,6 +18,7 @@ from torch import Tensor
 
 from worldloom.core.errors import CheckpointError, ConfigError, StorageError
 from worldloom.core.files import read_json, storage_errors, write_atomic, write_json
+from worldloom.core.names import path_name
 from worldloom.core.types import ActionSpec, ObservationSpec
 from worldloom.data import Statistics
 from worldloom.models.jepa import JEPA, JEPAConfig, build_jepa
@@ -167,10 +168,12 @@ def _read_body(stem: Path, kind: str | None = None) -> dict[str, Any]:
         )
     if kind is not None and body["kind"] != kind:
         raise CheckpointError(f"{path} contains a {body['kind']}; expected a {kind}. Check the path")
-    if Path(body["tensors"]).name != body["tensors"]:
+    try:
+        path_name(str(body.get("tensors")), "the tensors' file")
+    except ConfigError as error:
         raise CheckpointError(
-            f"{path} refers to tensors outside of its directory: {body['tensors']!r}. Restore the file from a copy"
-        )
+            f"{path} refers to tensors outside of its directory: {error}. Restore the file from a copy"
+        ) from None
     return body
 
 

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from worldloom.agents import METHODS, CloningConfig, MethodConfig, ReactiveConfig, default_methods
 from worldloom.core.config import Config, component_of
 from worldloom.core.errors import ConfigError
+from worldloom.core.names import PathName
 from worldloom.core.registry import nearest
 from worldloom.data import DataConfig
 from worldloom.guardrails import RuleLayer
@@ -55,7 +56,7 @@ class Recipe(Config):
     inverse: InverseModelConfig = InverseModelConfig()
     distance: DistanceConfig = DistanceConfig()
     hierarchy: tuple[CoarseConfig, ...] = ()
-    probes: dict[str, LabelledProbe] = Field(default_factory=dict)
+    probes: dict[PathName, LabelledProbe] = Field(default_factory=dict)
     rules: RuleLayer | None = None
     reactive: ReactiveConfig = ReactiveConfig()
     cloning: CloningConfig = CloningConfig()

@@ -19,6 +19,7 @@ from worldloom.agents import fit_behaviour_cloning, fit_reactive
 from worldloom.core.errors import CheckpointError, ConfigError, WorldloomError
 from worldloom.core.files import write_json
 from worldloom.core.hardware import choosable_threads, use_threads
+from worldloom.core.names import path_name
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.registry import nearest
 from worldloom.core.seams import Agent, WorldModel
@@ -340,7 +341,7 @@ def report_path(run: Run, results: Results) -> Path:
     the defaults, so that evaluations do not overwrite each other.
     """
     protocol = results.protocol
-    name = protocol.title.replace("/", "-")
+    name = path_name(protocol.title.replace("/", "-"), "the protocol")
     methods = sorted({row.method for row in results.rows})
     if (
         protocol.title not in PROTOCOLS

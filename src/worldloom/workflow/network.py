@@ -12,6 +12,7 @@ from pydantic import Field
 
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError, DataError, StorageError, TrainingError, WorldloomError
+from worldloom.core.names import path_name
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.signing import SigningKey, make_key
 from worldloom.data import DatasetSpec, EpisodeDataset
@@ -118,9 +119,10 @@ def make_keys(folder: Path | str, name: str, hosts: tuple[str, ...] = ()) -> dic
     Returns the public keys that other parties need, in the form that the constitution uses.
 
     Raises:
+        ConfigError: the name could point into another folder.
         StorageError: a file exists already; keys are never overwritten.
     """
-    folder = Path(folder)
+    folder, name = Path(folder), path_name(name, "the name")
     public = {"key": make_key(folder / f"{name}.pem")}
     if hosts:
         make_tls(folder / f"{name}-tls", hosts)

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from worldloom.core.chain import Tail
 from worldloom.core.config import Config
 from worldloom.core.files import read_json, write_json, write_text
+from worldloom.core.names import PathName
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seeds import derive_seed
 from worldloom.core.signing import SigningKey, make_key
@@ -44,6 +45,7 @@ from worldloom.workflow.jobs import collect
 from worldloom.workflow.run import Run
 
 _log = logging.getLogger(__name__)
+_RESERVED = {"coordinator", "keys", "rounds"}  # the coordinator's key, and folders beside those of the owners
 
 
 class OwnerConfig(Config):
@@ -73,7 +75,7 @@ class ConsortiumConfig(Config):
     consortium: str = Field(min_length=1)
     recipe: str = "two-room"
     overrides: tuple[str, ...] = ()
-    owners: dict[str, OwnerConfig] = Field(min_length=1)
+    owners: dict[PathName, OwnerConfig] = Field(min_length=1)
     pilot: str | None = None
     align_steps: int = Field(default=0, ge=0)
     rounds: int = Field(default=24, ge=1)
@@ -88,6 +90,8 @@ class ConsortiumConfig(Config):
             {"consortium", "members", "coordinators", "align_steps", "rounds", "inner_steps"} & set(self.rules)
         ):
             raise ValueError(f"rules: {', '.join(taken)} are set by keys outside 'rules'; remove them from 'rules'")
+        if reserved := sorted(_RESERVED & set(self.owners)):
+            raise ValueError(f"owners: {reserved[0]!r} is the name of a part of the simulation; choose another name")
         if self.pilot is not None and (self.pilot not in self.owners or not self.align_steps):
             raise ValueError(
                 f"pilot: expected one of {', '.join(self.owners)}, and align_steps above 0; got {self.pilot!r} and "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from worldloom.core.errors import StorageError
 from worldloom.core.files import storage_errors, write_atomic
+from worldloom.core.names import path_name
 from worldloom.federation.rounds.aggregation import Source
 from worldloom.federation.rounds.base import Base
 from worldloom.models import load_tensors, save_tensors
@@ -49,11 +50,11 @@ class RoundStore:
 
     def message(self, number: int, owner: str) -> Path:
         """Return the path of a contribution as received."""
-        return self.path / "contributions" / f"{number:05d}" / f"{owner}.msg"
+        return self.path / "contributions" / f"{number:05d}" / f"{path_name(owner, 'owner')}.msg"
 
     def delta(self, number: int, owner: str) -> Path:
         """Return the path of a decoded contribution."""
-        return self.path / "contributions" / f"{number:05d}" / f"{owner}.safetensors"
+        return self.path / "contributions" / f"{number:05d}" / f"{path_name(owner, 'owner')}.safetensors"
 
     def source(self, number: int, owner: str) -> Source:
         """Return a function that reads single tensors of a decoded contribution.

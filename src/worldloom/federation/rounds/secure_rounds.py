@@ -24,6 +24,7 @@ from torch import Tensor
 from worldloom.core.chain import canonical
 from worldloom.core.errors import ConfigError, DataError, TrainingError
 from worldloom.core.files import storage_errors, write_atomic
+from worldloom.core.names import path_name
 from worldloom.federation.record.envelope import Refusal, SignedMessage, unseal_answer
 from worldloom.federation.record.ledger import Ledger, Records
 from worldloom.federation.rounds.base import Base, fingerprint
@@ -412,7 +413,7 @@ def _stem(path: Path, number: int) -> Path:
 
 
 def _file(path: Path, held: Transcript, what: str, owner: str) -> Path:
-    return path / "sessions" / f"{held.round:05d}-{held.attempt:03d}" / what / f"{owner}.msg"
+    return path / "sessions" / f"{held.round:05d}-{held.attempt:03d}" / what / f"{path_name(owner, 'owner')}.msg"
 
 
 def _bytes(path: Path) -> bytes:

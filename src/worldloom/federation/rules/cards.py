@@ -58,17 +58,18 @@ def classify(
     """Write and sign the card of a dataset, and return its path. An earlier card is replaced.
 
     Raises:
+        ConfigError: the owner is not a valid name.
         StorageError: the dataset does not exist, or the card cannot be written.
         DataError: the key is not an Ed25519 key.
     """
     path = card_path(dataset)
-    card = DataCard(
-        dataset=EpisodeDataset.open(dataset).fingerprint(),
-        title=title or Path(dataset).name,
-        owner=owner,
-        data_class=data_class,
-        licence=licence,
-    )
+    card = DataCard.parse({
+        "dataset": EpisodeDataset.open(dataset).fingerprint(),
+        "title": title or Path(dataset).name,
+        "owner": owner,
+        "data_class": data_class,
+        "licence": licence,
+    })  # fmt: skip
     write_json(path, card.model_dump(mode="json"))  # JSON is YAML
     sign_file(path, key, Domain.DATA_CARD)
     return path

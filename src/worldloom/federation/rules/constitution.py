@@ -11,12 +11,13 @@ from worldloom.core.chain import canonical
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.files import read_document, storage_errors, write_document
+from worldloom.core.names import PathName
 from worldloom.core.signing import Domain, SigningKey, verified
 from worldloom.core.yaml_config import parse_yaml
 from worldloom.federation.rules.ranges import Count, Magnitude, Number, Seconds
 from worldloom.federation.secure.privacy import PrivacyConfig
 
-Name = Annotated[str, StringConstraints(pattern=r"\A[a-z0-9][a-z0-9_-]{0,63}\z")]  # used in file names
+Name = Annotated[PathName, StringConstraints(pattern=r"\A[a-z0-9][a-z0-9_-]{0,63}\z")]
 Key = Annotated[str, StringConstraints(pattern=r"\A[0-9a-f]{64}\z")]
 
 _KIND = "worldloom constitution signature"

@@ -19,6 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.files import storage_errors
+from worldloom.core.names import path_name
 from worldloom.core.signing import write_key
 
 _SKEW = datetime.timedelta(hours=1)  # so that a node with a clock that is behind accepts a new certificate
@@ -40,8 +41,10 @@ def make_node_keys(folder: Path | str, name: str) -> Path:
     The secret key, NAME.ssh, stays with the node. The public key, NAME.ssh.pub, goes to the coordinator.
 
     Raises:
+        ConfigError: the name could point into another folder.
         StorageError: a key exists already (keys are never overwritten), or cannot be written.
     """
+    path_name(name, "the name")
     paths = Path(folder) / f"{name}.ssh", Path(folder) / f"{name}.ssh.pub"
     _refuse_existing(*paths)
     secret = ec.generate_private_key(ec.SECP384R1())

@@ -52,6 +52,13 @@ def read_dataset(files: Path) -> dict[str, Any]:
     }
 
 
+def test_a_dataset_of_version_2_has_the_content_of_version_1(files: Path) -> None:
+    found, expected = read_dataset(FILES.with_name("formats_v2")), read_dataset(files)
+    assert found.pop("fingerprint") == "b5ae7e5909187303a4c42735145cec12"
+    assert expected.pop("fingerprint") != "b5ae7e5909187303a4c42735145cec12"
+    assert found == expected
+
+
 def latents(run: Run, files: Path) -> torch.Tensor:
     pixels = EpisodeDataset.open(files / "dataset").episode(0).pixels
     with torch.inference_mode():

@@ -69,14 +69,16 @@ def test_a_server_that_never_answers_is_given_up() -> None:
 @pytest.mark.timeout(60)
 def test_reading_and_appending_end_when_the_server_falls_silent(proxy: FaultyProxy, uri: str, tmp_path: Path) -> None:
     options = options_for(proxy.port)
-    dataset = EpisodeDataset.open(uri, storage_options=options, retry_seconds=1.0, timeout=1.0)
+    dataset, fresh = (
+        EpisodeDataset.open(uri, storage_options=options, retry_seconds=1.0, timeout=1.0) for _ in range(2)
+    )
     config = DataConfig(cache_dir=str(tmp_path), cache_gib=0.0, retry_seconds=1.0)
     with stream_frames(dataset, config) as frames:
         assert frames.pixels is not None
         proxy.fault = lambda _: "hang"
         with pytest.raises(StorageError, match="retry_seconds"):
             frames.pixels[np.arange(3)]
-    for read in (dataset.columns, dataset.fingerprint, lambda: dataset.episode(0), lambda: next(dataset.scan_pixels())):
+    for read in (fresh.columns, fresh.fingerprint, lambda: dataset.episode(0), lambda: next(dataset.scan_pixels())):
         with pytest.raises(Unanswered):
             read()
     with pytest.raises(StorageError, match="could not be written in"):

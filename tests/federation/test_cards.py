@@ -4,7 +4,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import lance
 import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 from hypothesis import given
@@ -12,14 +14,15 @@ from hypothesis import strategies as st
 
 from worldloom.core.errors import DataError
 from worldloom.core.signing import Domain, make_key, sign_file
-from worldloom.core.types import ActionSpec, ObservationSpec
-from worldloom.data import DatasetSpec, Frames, WindowSampler
+from worldloom.core.types import ActionSpec, Episode, ObservationSpec
+from worldloom.data import DatasetSpec, EpisodeDataset, Frames, WindowSampler
 from worldloom.federation import (
     CLASSES,
     Constitution,
     DataCard,
     card_of,
     card_path,
+    classify,
     derive,
     guarded_frames,
     may_shape_base,
@@ -160,3 +163,21 @@ def test_the_guard_holds_in_what_training_reads_through() -> None:
 def test_a_card_of_other_data_opens_nothing() -> None:
     with pytest.raises(DataError, match="these frames are from f1"):
         _ = guarded_frames(_frames(), _card(dataset="f2"), "base", _rules()).vector
+
+
+def test_a_card_does_not_count_for_content_that_was_exchanged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, spec = tmp_path / "hall.lance", _frames().spec
+    vector = np.arange(12, dtype=np.float32).reshape(6, 2)
+    EpisodeDataset.create(path, spec).append([Episode(vector=vector, actions=np.zeros((5, 1), np.float32))])
+    public = make_key(tmp_path / "key.pem")
+    classify(path, owner="acme", data_class="open", key=tmp_path / "key.pem")
+    assert card_of(path, {public: "acme"}).data_class == "open"
+
+    table = lance.dataset(str(path)).to_table()
+    columns = {**table.to_pydict(), "vector": (vector + 1).tolist()}  # with the digests of the signed content
+    lance.write_dataset(pa.table(columns, schema=table.schema), str(path), mode="overwrite", schema=table.schema)
+    with caplog.at_level(logging.WARNING):
+        assert card_of(path, {public: "acme"}).data_class == "private"
+    assert "was changed after it was written" in caplog.text
+    with pytest.raises(DataError, match="was changed after it was written"):
+        classify(path, owner="acme", data_class="open", key=tmp_path / "key.pem")

@@ -11,6 +11,11 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_first_here() -> bool:
+    """Return whether this process has rank 0 among the processes on this machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def world() -> int:
     """Return the number of processes that torchrun started on all machines."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -11,10 +11,11 @@ from jaxtyping import UInt8
 
 from worldloom.core.errors import DataError
 from worldloom.core.files import write_atomic
-from worldloom.core.processes import on_this_machine
+from worldloom.core.processes import is_first_here, on_this_machine
 from worldloom.core.progress import SILENT, Progress
 from worldloom.data.dataset import EpisodeDataset
 from worldloom.data.frames import Frames
+from worldloom.data.layout import empty_frames
 
 Mode = Literal["auto", "ram", "mmap"]
 _log = logging.getLogger(__name__)
@@ -27,14 +28,15 @@ def load_cache(
 
     "auto" uses memory if the frames need less than a quarter of the available memory and torchrun runs no other
     process on this machine. The memory-mapped file is in `directory` (default: PATH.cache beside the
-    dataset) and is named after the dataset's fingerprint. Later calls reuse the file; you can delete it at any time.
+    dataset) and is named after the dataset's fingerprint. Later calls reuse the file, if it contains the frames of the
+    dataset; you can delete it at any time.
 
     Raises:
-        DataError: a file of the dataset is missing, truncated or does not decode.
+        DataError: a file of the dataset is missing, truncated or changed, or does not decode.
         StorageError: the disk is full.
     """
-    fingerprint = dataset.fingerprint()
     columns = dataset.columns()
+    fingerprint = dataset.fingerprint()
     pixels = None
     if dataset.spec.observation.pixels is not None:
         shape = (dataset.frames, *dataset.spec.observation.pixels)
@@ -45,14 +47,15 @@ def load_cache(
             )  # several processes share one mapped file, so that the frames are decoded once
             mode = "ram" if alone and size < psutil.virtual_memory().available / 4 else "mmap"
         if mode == "ram" or size == 0:  # an empty file cannot be mapped
-            pixels = np.empty(shape, np.uint8)
+            pixels = empty_frames(dataset.frames, dataset.spec.observation.pixels, str(dataset.path))
             for _ in _decode(dataset, progress, pixels):
                 pass
         else:
             path = (directory or _default_directory(dataset)) / f"{fingerprint}.frames"
-            _write_frames(dataset, path, size, progress)
-            # A plain view: indexing np.memmap itself is slower and returns np.memmap.
-            pixels = np.asarray(np.memmap(path, np.uint8, mode="r", shape=shape))
+            pixels = _known_frames(dataset, path, shape, progress)
+            if pixels is None:
+                _write_frames(dataset, path, size, progress)
+                pixels = _mapped(path, shape)
     return Frames(
         spec=dataset.spec,
         fingerprint=fingerprint,
@@ -72,13 +75,34 @@ def _decode(
             task.advance(len(part))
 
 
+def _known_frames(
+    dataset: EpisodeDataset, path: Path, shape: tuple[int, ...], progress: Progress
+) -> UInt8[np.ndarray, "N H W C"] | None:
+    """Return the frames in a file of an earlier call, or None if the file is missing or contains other frames."""
+    if not path.exists():
+        return None
+    there, size = path.stat().st_size, int(np.prod(shape))
+    if there != size:
+        _log.warning("%s has %d bytes; expected %d. Decoding the frames again", path, there, size)
+        return None
+    pixels = _mapped(path, shape)
+    if is_first_here():  # the other processes of this machine map the same file
+        try:
+            dataset.check_frames(pixels, progress=progress)
+        except DataError as error:
+            _log.warning("%s is damaged: %s. Decoding the frames again", path, error)
+            return None
+    _log.info("using the decoded frames in %s", path)
+    return pixels
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> UInt8[np.ndarray, "N H W C"]:
+    # A plain view: indexing np.memmap itself is slower and returns np.memmap.
+    return np.asarray(np.memmap(path, np.uint8, mode="r", shape=shape))
+
+
 def _write_frames(dataset: EpisodeDataset, path: Path, size: int, progress: Progress) -> None:
-    """Write all decoded frames, unless a file of the right size exists."""
-    if path.exists() and path.stat().st_size == size:
-        _log.info("using the decoded frames in %s", path)
-        return
-    if path.exists():
-        _log.warning("%s has %d bytes; expected %d. Decoding the frames again", path, path.stat().st_size, size)
+    """Write all decoded frames."""
     _log.info("decoding %d frames into %s (%.1f GiB)", dataset.frames, path, size / 2**30)
 
     # Plain writes raise on a full disk; writing through a mapping would kill the process.

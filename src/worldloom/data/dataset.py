@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pyarrow as pa
 from jaxtyping import Float32, Int, UInt8
 
 from worldloom.core.errors import DataError
+from worldloom.core.progress import SILENT, Progress
 from worldloom.core.types import Episode
 from worldloom.data import layout
 from worldloom.data.layout import Unanswered, floats_of, lance_errors
@@ -37,12 +39,33 @@ class Columns:
     actions: Float32[np.ndarray, "N A"]
     labels: dict[str, Float32[np.ndarray, "N _"]]
 
+    def of(self, rows: slice) -> "Columns":
+        """Return the columns of some rows."""
+        return Columns(
+            vector=None if self.vector is None else self.vector[rows],
+            actions=self.actions[rows],
+            labels={name: column[rows] for name, column in self.labels.items()},
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Contents:
+    """All columns but the pixels, checked; `digests` are those of the episodes, and `frames` those of the frames."""
+
+    columns: Columns
+    metadata: list[str]
+    digests: list[str]
+    frames: UInt8[np.ndarray, "N 16"] | None
+
 
 class EpisodeDataset:
     """A dataset of episodes on any storage that Lance supports: a directory, or a URI such as s3://bucket/name.
 
     Opening pins a version; reopen the dataset to read what other processes append later. An append is one atomic commit
     of complete episodes, so a killed process never leaves a partial episode.
+
+    Everything that is read is checked against the digests that were stored with the episodes, and raises `DataError` if
+    it was changed since.
 
     `timeout` is the limit for each request to remote storage, in seconds. Opening and appending repeat requests that
     timed out for up to `retry_seconds`.
@@ -61,7 +84,8 @@ class EpisodeDataset:
         self._location = str(path)
         self._storage_options = storage_options
         self.retry_seconds, self.timeout = retry_seconds, timeout
-        self.spec = layout.spec_of(table.schema, self._location)
+        self.spec, self.format_version = layout.spec_of(table.schema, self._location)
+        self._reading = Lock()
         self._pin(table)
 
     @classmethod
@@ -108,8 +132,8 @@ class EpisodeDataset:
         return with_retries(attempt, str(path), retry_seconds, doing="opened", retried=(Unanswered,))
 
     def _pin(self, table: Any) -> None:
-        rows = self._whole(table, ["step"])  # opens every file, which detects truncated files
-        steps = rows["step"].to_numpy().astype(np.int64)
+        rows = self._whole(table, ["episode", "step"])  # opens every file, which detects truncated files
+        numbers, steps = rows["episode"].to_numpy(), rows["step"].to_numpy().astype(np.int64)
         starts = np.flatnonzero(steps == 0)
         counts = np.diff(np.append(starts, len(steps)))
         begins_whole = len(steps) == 0 or steps[0] == 0
@@ -117,12 +141,14 @@ class EpisodeDataset:
             not begins_whole
             or (counts < 2).any()
             or not np.array_equal(steps, np.arange(len(steps)) - np.repeat(starts, counts))
+            or not np.array_equal(numbers, np.repeat(np.arange(len(starts)), counts))
         ):
             raise DataError(
                 f"{self._location} has incomplete episodes; run 'worldloom data validate {self._location}' to list "
                 f"them, and restore the dataset from a copy"
             )
         self._table, self.starts, self.lengths = table, starts, counts - 1
+        self._contents: _Contents | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -145,24 +171,83 @@ class EpisodeDataset:
 
         Raises:
             IndexError: the dataset has no episode with this index.
-            DataError: a frame does not decode or a value is not finite.
+            DataError: a frame does not decode, a value is not finite, or the episode was changed.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"there is no episode {index}; the dataset has {len(self)} episodes, counted from 0")
         rows = np.arange(self.starts[index], self.starts[index] + self.lengths[index] + 1)
         table = self._take(rows)
-        pixels = None
-        if self.spec.observation.pixels is not None:
-            pixels = np.empty((len(rows), *self.spec.observation.pixels), np.uint8)
-            _decode(table["pixels"].combine_chunks(), pixels, rows, self._location)
         columns = decode_columns(table, self.spec)
+        pixels = frames = None
+        if self.spec.observation.pixels is not None:
+            pixels = layout.empty_frames(len(rows), self.spec.observation.pixels, self._location)
+            frames = None if self._episodes_only else layout.digests_of(table["frame_digest"])
+            _decode(table["pixels"].combine_chunks(), pixels, rows, self._location, frames)
+        metadata = table["metadata"][0].as_py()
+        self._check(index, pixels if frames is None else frames, columns, metadata, table["digest"][0].as_py())
         return Episode(
             pixels=pixels,
             vector=columns.vector,
             actions=columns.actions[:-1],
             labels=columns.labels,
-            metadata=json.loads(table["metadata"][0].as_py()),
+            metadata=json.loads(metadata),
         )
+
+    def _check(
+        self, index: int, frames: np.ndarray | None, columns: Columns, metadata: str | None, digest: str | None
+    ) -> None:
+        """Raise `DataError` if an episode does not match its digest."""
+        arrays = layout.arrays_digest(frames, columns.vector, columns.actions[:-1], columns.labels)
+        if metadata is None or layout.episode_digest(arrays, metadata) != digest:
+            raise DataError(
+                f"{self._location}: episode {index} was changed after it was written: its digest does not match. "
+                f"Restore the dataset from a copy; 'worldloom data validate {self._location}' lists the damage"
+            )
+
+    def _checked(self) -> _Contents:
+        """Read everything but the pixels, once, and check it.
+
+        Raises:
+            DataError: an episode was changed after it was written.
+        """
+        with self._reading:
+            if self._contents is not None:
+                return self._contents
+            names = [field.name for field in self._table.schema if field.name not in ("episode", "step", "pixels")]
+            table = self._whole(self._table, names)
+            columns, frames = decode_columns(table, self.spec), None
+            columns.actions[self.starts + self.lengths] = 0.0
+            metadata, digests = (table[name].take(pa.array(self.starts)).to_pylist() for name in ("metadata", "digest"))
+            if self._episodes_only:
+                frames = self._digest_frames()
+            else:
+                frames = layout.digests_of(table["frame_digest"]) if "frame_digest" in names else None
+                for index, digest in enumerate(digests):
+                    rows = slice(self.starts[index], self.starts[index] + self.lengths[index] + 1)
+                    part = None if frames is None else frames[rows]
+                    self._check(index, part, columns.of(rows), metadata[index], digest)
+            self._contents = _Contents(columns=columns, metadata=metadata, digests=digests, frames=frames)
+            return self._contents
+
+    @property
+    def _episodes_only(self) -> bool:
+        """Whether only whole episodes can be checked."""
+        return self.format_version == 1 and self.spec.observation.pixels is not None
+
+    def _digest_frames(self) -> UInt8[np.ndarray, "N 16"]:
+        """Read and check all episodes, and return the digests of their frames."""
+        _log.warning(
+            "%s has version 1 of the dataset format, and is read once more to check it; convert it with 'worldloom "
+            "data convert %s NEW'",
+            self._location,
+            self._location,
+        )
+        parts = [np.zeros((0, layout.FRAME_DIGEST), np.uint8)]
+        for index in range(len(self)):
+            pixels = self.episode(index).pixels
+            assert pixels is not None
+            parts.append(layout.frame_digests(pixels))
+        return np.concatenate(parts)
 
     def append(self, episodes: Iterable[Episode]) -> None:
         """Append complete episodes in one commit, and pin the new version. All episodes must fit into memory together.
@@ -171,6 +256,11 @@ class EpisodeDataset:
             DataError: an episode does not match the spec, or another process appended since this dataset was opened.
             StorageError: the disk is full or the storage cannot be written; nothing is appended.
         """
+        if self.format_version != layout.VERSION:
+            raise DataError(
+                f"{self._location} has version {self.format_version} of the dataset format, which is read but no "
+                f"longer written. Convert it with 'worldloom data convert {self._location} NEW', and append to NEW"
+            )
 
         def encode(number: int, episode: Any) -> pa.RecordBatch:
             if not isinstance(episode, Episode):
@@ -245,49 +335,72 @@ class EpisodeDataset:
 
     def metadata(self) -> list[dict[str, Any]]:
         """Return the metadata of each episode."""
-        return [json.loads(text) for text in self._first_rows("metadata")]
+        return [json.loads(text) for text in self._checked().metadata]
 
     def fingerprint(self) -> str:
         """Return a digest of all observations, actions, labels and metadata, in order.
 
         The digest does not depend on how episodes were grouped into commits. It combines the digests that were stored
-        with the episodes, without computing them again; `validate` checks the stored digests.
+        with the episodes. Reading checks the content against these; `verify` reads and checks everything.
         """
         spec = json.loads(self.spec.to_json())
         digest = hashlib.blake2b(digest_size=16)
         digest.update(json.dumps([spec["observation"], spec["action"], spec["labels"]], sort_keys=True).encode())
-        for text in self._first_rows("digest"):
-            digest.update(text.encode())
+        contents = self._contents
+        digests = self._first_rows("digest") if contents is None else contents.digests
+        for text in digests:
+            digest.update(str(text).encode())
         return digest.hexdigest()
 
+    def verify(self, *, progress: Progress = SILENT) -> str:
+        """Read everything, check it against the digests, and return the fingerprint.
+
+        Raises:
+            DataError: a frame does not decode, or an episode was changed after it was written.
+        """
+        self._checked()
+        if self.spec.observation.pixels is not None:
+            with progress.task("check", self.frames, "frames") as task:
+                for part in self.scan_pixels():
+                    task.advance(len(part))
+        return self.fingerprint()
+
     def columns(self) -> Columns:
-        """Return all columns except pixels, for all frames."""
-        spec = self.spec
-        names = ["action"]
-        if spec.observation.vector:
-            names.append("vector")
-        if spec.labels:
-            names.append("label")
-        return decode_columns(self._whole(self._table, names), spec)
+        """Return all columns except pixels, for all frames.
+
+        Raises:
+            DataError: an episode was changed after it was written.
+        """
+        return self._checked().columns
 
     def pixels(self, rows: Int[np.ndarray, "n"]) -> UInt8[np.ndarray, "n H W C"]:
-        """Return the decoded frames of these rows; repeated rows are read only once."""
+        """Return the decoded frames of these rows; repeated rows are read only once.
+
+        Raises:
+            DataError: a frame does not decode, or was changed after it was written.
+        """
         unique, inverse = np.unique(rows, return_inverse=True)
-        out = np.empty((len(unique), *self._shape()), np.uint8)
-        _decode(self._take(unique, ["pixels"])["pixels"].combine_chunks(), out, unique, self._location)
+        out = layout.empty_frames(len(unique), self._shape(), self._location)
+        column = self._take(unique, ["pixels"])["pixels"].combine_chunks()
+        _decode(column, out, unique, self._location, self._frame_digests()[unique])
         return out if len(unique) == len(rows) and np.array_equal(unique, rows) else out[inverse]
 
     def scan_pixels(
         self, *, batch: int = 1024, out: UInt8[np.ndarray, "N H W C"] | None = None
     ) -> Iterator[UInt8[np.ndarray, "n H W C"]]:
-        """Yield all decoded frames in order, at most `batch` at a time, as views of `out` if `out` is given."""
-        row = 0
+        """Yield all decoded frames in order, at most `batch` at a time, as views of `out` if `out` is given.
+
+        Raises:
+            DataError: a frame does not decode, or was changed after it was written.
+        """
+        row, shape, digests = 0, self._shape(), self._frame_digests()
         with lance_errors(self._location, "read"):
             parts = self._table.to_batches(columns=["pixels"], batch_size=batch)
             for part in each_with_timeout(iter(parts), self._location, self.timeout):
                 rows = np.arange(row, row + part.num_rows)
-                pixels = np.empty((len(rows), *self._shape()), np.uint8) if out is None else out[row : row + len(rows)]
-                _decode(part["pixels"], pixels, rows, self._location)
+                part_out = None if out is None else out[row : row + len(rows)]
+                pixels = layout.empty_frames(len(rows), shape, self._location) if part_out is None else part_out
+                _decode(part["pixels"], pixels, rows, self._location, digests[rows])
                 row += len(rows)
                 yield pixels
 
@@ -309,6 +422,22 @@ class EpisodeDataset:
         with lance_errors(self._location, "read"):
             files = [file for fragment in self._table.get_fragments() for file in fragment.data_files()]
         return sum(file.file_size_bytes or 0 for file in files)
+
+    def check_frames(self, pixels: UInt8[np.ndarray, "N H W C"], *, progress: Progress = SILENT) -> None:
+        """Raise `DataError` unless these are the decoded frames of the dataset, for example from a cache."""
+        digests = self._frame_digests()
+        with progress.task("check", len(pixels), "frames") as task:
+            for first in range(0, len(pixels), 1024):
+                part = layout.frame_digests(pixels[first : first + 1024])
+                wrong = np.flatnonzero((part != digests[first : first + 1024]).any(axis=1))
+                if len(wrong):
+                    raise DataError(f"frame {first + wrong[0]} of {self._location} was changed")
+                task.advance(len(part))
+
+    def _frame_digests(self) -> UInt8[np.ndarray, "N 16"]:
+        frames = self._checked().frames
+        assert frames is not None, "the dataset has no pixels"
+        return frames
 
     def _first_rows(self, column: str) -> list[str]:
         """Return a column's text in the first row of each episode."""
@@ -379,11 +508,17 @@ def decode_columns(table: pa.Table, spec: DatasetSpec) -> Columns:
     )
 
 
-def _decode(frames: pa.Array, out: UInt8[np.ndarray, "n H W C"], rows: Int[np.ndarray, "n"], path: str) -> None:
+def _decode(
+    frames: pa.Array,
+    out: UInt8[np.ndarray, "n H W C"],
+    rows: Int[np.ndarray, "n"],
+    path: str,
+    digests: UInt8[np.ndarray, "n 16"] | None,
+) -> None:
     try:
-        layout.decode_frames(frames, out)
-    except layout.Undecodable as error:
+        layout.decode_frames(frames, out, digests)
+    except layout.BadFrame as error:
         raise DataError(
-            f"{path}: the frame in row {rows[error.index]} does not decode: {error.reason}. Restore the dataset from a "
-            f"copy; 'worldloom data validate {path}' lists the damage"
+            f"{path}: the frame in row {rows[error.index]} {error.reason}. Restore the dataset from a copy; 'worldloom "
+            f"data validate {path}' lists the damage"
         ) from error

@@ -7,7 +7,6 @@ import numpy as np
 
 from worldloom.core.progress import SILENT, Progress
 from worldloom.data.dataset import EpisodeDataset
-from worldloom.data.layout import VERSION
 
 _PAIRS = 2048  # pairs of consecutive frames that are compared
 _VERSIONS = 3  # number of latest versions in the summary
@@ -25,7 +24,7 @@ def inspect(dataset: EpisodeDataset, *, progress: Progress = SILENT) -> dict[str
     pixels = int(np.prod(spec.observation.pixels)) if spec.observation.pixels is not None else 0
     return {
         "path": str(dataset.path),
-        "format_version": VERSION,
+        "format_version": dataset.format_version,
         "fingerprint": dataset.fingerprint(),
         "episodes": len(dataset),
         "steps": int(dataset.lengths.sum()),

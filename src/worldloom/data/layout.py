@@ -2,13 +2,17 @@
 
 Columns: episode (int64); step (int32); pixels (the raw bytes, compressed with zstd); vector and action (fixed-size
 lists of float32; action is null in an episode's last row); label (a struct with one fixed-size list per label, read
-as `label.NAME`); metadata (JSON text) and digest (of the complete episode), both set on step 0 and null elsewhere.
+as `label.NAME`); frame_digest (of the row's pixels); metadata (JSON text) and digest (of the complete episode), both
+set on step 0 and null elsewhere. The schema's metadata contain a digest of the spec.
+
+An episode's digest covers its frame digests, so a reader checks any frame without reading the rest of the episode.
+Version 1 had no frame digests: an episode's digest covers its pixels, and only whole episodes can be checked.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -23,7 +27,9 @@ from worldloom.core.types import Episode
 from worldloom.data.spec import DatasetSpec
 
 FORMAT = "worldloom.dataset"
-VERSION = 1
+VERSION = 2
+_VERSIONS = ("1", "2")  # that are read
+FRAME_DIGEST = 16  # bytes
 BOUNDS_SLACK = 1e-5  # share of the range that is tolerated as rounding
 
 # Parts of messages about network failures; these do not indicate damage, even if they contain "decode".
@@ -46,11 +52,15 @@ class Unanswered(StorageError):
     """Remote storage did not answer, or answered incompletely; a later attempt may succeed."""
 
 
-class Undecodable(DataError):
-    """A frame does not decode; `index` is the position of the frame in the array."""
+class ChangedSpec(DataError):
+    """The spec or the columns of a dataset were changed after the dataset was created."""
+
+
+class BadFrame(DataError):
+    """A frame does not decode or does not match its digest; `index` is the position of the frame in the array."""
 
     def __init__(self, index: int, reason: str) -> None:
-        super().__init__(f"frame {index} does not decode: {reason}")
+        super().__init__(f"frame {index} {reason}")
         self.index, self.reason = index, reason
 
 
@@ -59,10 +69,10 @@ def threads() -> int:
     return min(8, os.cpu_count() or 1)
 
 
-def table_schema(spec: DatasetSpec) -> pa.Schema:
+def table_schema(spec: DatasetSpec, version: int = VERSION) -> pa.Schema:
     """Return the table schema for `spec`; the schema's metadata contain the format, its version and the spec."""
     fields = [pa.field("episode", pa.int64(), nullable=False), pa.field("step", pa.int32(), nullable=False)]
-    metadata = {"format": FORMAT, "version": str(VERSION), "spec": spec.to_json()}
+    metadata = {"format": FORMAT, "version": str(version), "spec": spec.to_json()}
     if spec.observation.pixels is not None:
         fields.append(pa.field("pixels", pa.large_binary(), nullable=False))
         layout = {"codec": "zstd", "dtype": "uint8", "shape": list(spec.observation.pixels)}
@@ -73,25 +83,50 @@ def table_schema(spec: DatasetSpec) -> pa.Schema:
     if spec.labels:
         children = [pa.field(name, float_list(size), nullable=False) for name, size in spec.labels.items()]
         fields.append(pa.field("label", pa.struct(children), nullable=False))
+    if version > 1:
+        if spec.observation.pixels is not None:
+            fields.append(pa.field("frame_digest", pa.binary(FRAME_DIGEST), nullable=False))
+        metadata["digest"] = _metadata_digest(metadata)
     fields += [pa.field("metadata", pa.string()), pa.field("digest", pa.string())]
     return pa.schema(fields, metadata=metadata)
 
 
-def spec_of(schema: pa.Schema, path: str) -> DatasetSpec:
-    """Return the spec stored in a table.
+def spec_of(schema: pa.Schema, path: str) -> tuple[DatasetSpec, int]:
+    """Return the spec stored in a table, and the version of the table's format.
 
     Raises:
-        DataError: the table is not a worldloom dataset, or its format version is not supported.
+        DataError: the table is not a worldloom dataset, its format version is not supported, or its spec or its
+            columns were changed.
     """
-    metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+    metadata = {
+        key.decode(errors="replace"): value.decode(errors="replace") for key, value in (schema.metadata or {}).items()
+    }
     if metadata.get("format") != FORMAT:
         raise DataError(f"{path} is a Lance table but not a worldloom dataset; check the path")
-    if metadata.get("version") != str(VERSION):
+    version = metadata.get("version")
+    if version not in _VERSIONS:
         raise DataError(
-            f"{path} has version {metadata.get('version')} of the dataset format; expected version {VERSION}. Use the "
+            f"{path} has version {version} of the dataset format; expected version {' or '.join(_VERSIONS)}. Use the "
             f"worldloom version that wrote the dataset, or collect the dataset again"
         )
-    return DatasetSpec.from_json(metadata.get("spec", ""))
+    digest = metadata.pop("digest", None)
+    if version != "1" and digest != _metadata_digest(metadata):
+        raise ChangedSpec(
+            f"the spec of {path} was changed after it was written: its digest does not match. Restore the dataset from "
+            f"a copy"
+        )
+    spec = DatasetSpec.from_json(metadata.get("spec", ""))
+    if not schema.equals(table_schema(spec, int(version))):
+        raise ChangedSpec(
+            f"the columns of {path} ({', '.join(schema.names)}) do not match the dataset's spec. Restore the dataset "
+            f"from a copy"
+        )
+    return spec, int(version)
+
+
+def _metadata_digest(metadata: Mapping[str, str]) -> str:
+    """Return the digest of the other values of a schema's metadata."""
+    return hashlib.blake2b(json.dumps(dict(metadata), sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def check_episode(episode: Episode, spec: DatasetSpec, where: str) -> None:
@@ -154,8 +189,15 @@ def episode_batch(episode: Episode, number: int, spec: DatasetSpec) -> pa.Record
     if spec.labels:
         lists = [float_lists(episode.labels[name]) for name in spec.labels]
         columns["label"] = pa.StructArray.from_arrays(lists, fields=list(schema.field("label").type))
+    frames_digests = None
+    if episode.pixels is not None:
+        frames_digests = frame_digests(episode.pixels)
+        columns["frame_digest"] = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(FRAME_DIGEST), frames, [None, pa.py_buffer(frames_digests.tobytes())]
+        )
     metadata = metadata_json(episode.metadata)
-    first = {"metadata": metadata, "digest": episode_digest(arrays_digest(episode), metadata)}
+    arrays = arrays_digest(frames_digests, episode.vector, episode.actions, episode.labels)
+    first = {"metadata": metadata, "digest": episode_digest(arrays, metadata)}
     for name, text in first.items():
         columns[name] = pa.array([text, *[None] * (frames - 1)], pa.string())
     return pa.record_batch([columns[name] for name in schema.names], schema=schema)
@@ -169,11 +211,37 @@ def metadata_json(metadata: Mapping[str, Any]) -> str:
         raise DataError(f"an episode's metadata must be JSON: {error}; use only JSON values") from error
 
 
-def arrays_digest(episode: Episode) -> str:
-    """Return a digest of an episode's frames, actions and labels; every machine computes the same digest."""
+def frame_digests(pixels: UInt8[np.ndarray, "n H W C"]) -> UInt8[np.ndarray, "n 16"]:
+    """Return the digest of each frame, computed in parallel threads."""
+    out = np.empty((len(pixels), FRAME_DIGEST), np.uint8)
+    flat = np.ascontiguousarray(pixels).reshape(len(pixels), -1)
+
+    def digest(rows: range) -> None:
+        for row in rows:
+            out[row] = _frame_digest(flat[row].data)
+
+    _in_threads(digest, len(pixels))
+    return out
+
+
+def _frame_digest(content: Any) -> UInt8[np.ndarray, "16"]:
+    # Processors have instructions for SHA-256, which make it twice as fast as BLAKE2b.
+    return np.frombuffer(hashlib.sha256(content).digest()[:FRAME_DIGEST], np.uint8)
+
+
+def arrays_digest(
+    frames: UInt8[np.ndarray, "n *_"] | None,
+    vector: Float32[np.ndarray, "n V"] | None,
+    actions: Float32[np.ndarray, "n-1 A"],
+    labels: Mapping[str, Float32[np.ndarray, "n _"]],
+) -> str:
+    """Return a digest of an episode's arrays, which is the same on every machine.
+
+    `frames` are the frame digests; for version 1 of the format, the pixels themselves.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    parts = {"pixels": episode.pixels, "vector": episode.vector, "actions": episode.actions}
-    parts |= {f"label.{name}": column for name, column in sorted(episode.labels.items())}
+    parts = {"pixels" if frames is None or frames.ndim > 2 else "frames": frames, "vector": vector, "actions": actions}
+    parts |= {f"label.{name}": column for name, column in sorted(labels.items())}
     for name, array in parts.items():
         if array is not None:
             digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
@@ -186,32 +254,66 @@ def episode_digest(arrays: str, metadata: str) -> str:
     return hashlib.blake2b(f"{arrays} {metadata}".encode(), digest_size=16).hexdigest()
 
 
-def decode_frames(frames: pa.Array, out: UInt8[np.ndarray, "n H W C"]) -> None:
-    """Decompress frames into `out`, in parallel threads.
+def decode_frames(
+    frames: pa.Array, out: UInt8[np.ndarray, "n H W C"], digests: UInt8[np.ndarray, "n 16"] | None = None
+) -> None:
+    """Decompress frames into `out`, and check them against their `digests`, in parallel threads.
 
     Raises:
-        Undecodable: a frame does not decode, or has the wrong size.
+        BadFrame: a frame does not decode, has the wrong size, or does not match its digest.
     """
     size = int(np.prod(out.shape[1:]))
     assert out.flags.c_contiguous
     whole = out.reshape(-1).data
 
-    def decode(first: int) -> None:
-        for index in range(first, min(first + _CHUNK, len(out))):
+    def decode(rows: range) -> None:
+        for index in rows:
+            place = whole[index * size : (index + 1) * size]
             try:
-                whole[index * size : (index + 1) * size] = _CODEC.decompress(
-                    frames[index].as_buffer(), size, asbytes=True
-                )
+                place[:] = _CODEC.decompress(frames[index].as_buffer(), size, asbytes=True)
             except (OSError, ValueError) as error:
-                raise Undecodable(index, f"expected {size} bytes of zstd ({error})") from error
+                raise BadFrame(index, f"does not decode: expected {size} bytes of zstd ({error})") from error
+            if digests is not None and (_frame_digest(place) != digests[index]).any():
+                raise BadFrame(index, "was changed after it was written: its digest does not match")
 
-    chunks = range(0, len(out), _CHUNK)
-    if len(chunks) == 1:
-        decode(0)
-    elif chunks:
+    _in_threads(decode, len(out))
+
+
+def _in_threads(work: Callable[[range], None], count: int) -> None:
+    """Call `work` on ranges that cover `count` rows, in parallel threads."""
+    parts = [range(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK)]
+    if len(parts) <= 1:
+        for part in parts:
+            work(part)
+    else:
         with ThreadPoolExecutor(threads()) as pool:
-            for _ in pool.map(decode, chunks):
+            for _ in pool.map(work, parts):
                 pass
+
+
+def empty_frames(count: int, shape: tuple[int, int, int], path: str) -> UInt8[np.ndarray, "n H W C"]:
+    """Return an uninitialised array for frames.
+
+    Raises:
+        DataError: the frames do not fit into memory.
+    """
+    try:
+        return np.empty((count, *shape), np.uint8)
+    except (MemoryError, ValueError) as error:
+        raise DataError(
+            f"{path}: {count} frames of shape {shape} do not fit into memory ({error}). Stream the dataset "
+            f"(data.mode=stream), or use smaller frames"
+        ) from error
+
+
+def digests_of(column: pa.Array | pa.ChunkedArray) -> UInt8[np.ndarray, "n 16"]:
+    """Return a column of frame digests as an array."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    content = column.buffers()[1] or b""  # no buffer without rows
+    first, last = column.offset * FRAME_DIGEST, (column.offset + len(column)) * FRAME_DIGEST
+    digests: np.ndarray = np.frombuffer(content, np.uint8)[first:last].reshape(len(column), FRAME_DIGEST).copy()
+    return digests
 
 
 def floats_of(column: pa.Array | pa.ChunkedArray) -> tuple[Float32[np.ndarray, "n size"], Bool[np.ndarray, "n"]]:

@@ -69,8 +69,8 @@ def stream_frames(dataset: EpisodeDataset, config: DataConfig | None = None) -> 
     """
     config = config or DataConfig()
     where, spec = str(dataset.path), dataset.spec
-    fingerprint = with_retries(dataset.fingerprint, where, config.retry_seconds)
     columns = with_retries(dataset.columns, where, config.retry_seconds)
+    fingerprint = with_retries(dataset.fingerprint, where, config.retry_seconds)
     return Frames(
         spec=spec,
         fingerprint=fingerprint,

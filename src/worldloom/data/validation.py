@@ -11,7 +11,6 @@ import pyarrow as pa
 
 from worldloom.core.errors import DataError
 from worldloom.core.progress import SILENT, Progress
-from worldloom.core.types import Episode
 from worldloom.data import layout
 from worldloom.data.dataset import TIMEOUT, decode_columns, open_table
 from worldloom.data.layout import floats_of, lance_errors
@@ -41,10 +40,10 @@ def validate(
         DataError: the dataset cannot be opened, or its format version is not supported.
     """
     table = open_table(path, storage_options=storage_options)
-    spec = layout.spec_of(table.schema, str(path))
-    if not table.schema.equals(layout.table_schema(spec)):
-        what = f"the columns ({', '.join(table.schema.names)}) do not match the dataset's spec"
-        return [Problem(where=str(path), what=what, remedy=_RESTORE)]
+    try:
+        spec, _ = layout.spec_of(table.schema, str(path))
+    except layout.ChangedSpec as error:
+        return [Problem(where=str(path), what=str(error), remedy=_RESTORE)]
     with lance_errors(str(path), "read"):
         rows = with_timeout(table.count_rows, str(path), TIMEOUT)
     problems: list[Problem] = []
@@ -133,21 +132,28 @@ def _check(rows: pa.Table, number: int, spec: DatasetSpec, seen: dict[str, int])
     for name, column in named.items():
         if column is not None and not np.isfinite(column).all():
             report(f"{name} is not finite at steps {_some(steps[~np.isfinite(column).all(axis=1)])}")
-    pixels = None
+    pixels = frames = None
     if spec.observation.pixels is not None:
         pixels = np.empty((len(rows), *spec.observation.pixels), np.uint8)
         try:
             layout.decode_frames(rows["pixels"].combine_chunks(), pixels)
-        except layout.Undecodable as error:
-            report(f"the frame at step {steps[error.index]} does not decode: {error.reason}", _RESTORE)
+        except layout.BadFrame as error:
+            report(f"the frame at step {steps[error.index]} {error.reason}", _RESTORE)
+        else:
+            frames = pixels
+            if "frame_digest" in rows.column_names:
+                frames = layout.frame_digests(pixels)
+                wrong = (frames != layout.digests_of(rows["frame_digest"])).any(axis=1)
+                if wrong.any():
+                    report(
+                        f"it was changed after it was written, in the frames at steps {_some(steps[wrong])}", _RESTORE
+                    )
     metadata = rows["metadata"][0].as_py()
     if not _is_json_object(metadata):
         report("its metadata is missing or is not a JSON object", _RESTORE)
     if problems:
         return problems
-    arrays = layout.arrays_digest(
-        Episode(pixels=pixels, vector=columns.vector, actions=columns.actions[:-1], labels=columns.labels)
-    )
+    arrays = layout.arrays_digest(frames, columns.vector, columns.actions[:-1], columns.labels)
     if layout.episode_digest(arrays, metadata) != rows["digest"][0].as_py():
         report("it was changed after it was written: its digest does not match", _RESTORE)
     if arrays in seen:

@@ -255,9 +255,9 @@ def open_node(
     progress: Progress,
 ) -> Iterator[Node]:
     """Open a member's node with its run folder in `home`; only data that its card permits train the shared base."""
-    card = card_of(dataset.path, {key.public: name})
     run, partition = run_folder(recipe, dataset, home / "run", seed), PartitionConfig.parse(constitution.partition)
     with closing(load_frames(dataset, recipe.data, progress=progress)) as frames:
+        card = card_of(dataset.path, {key.public: name}, fingerprint=frames.fingerprint)
         own, shaping = (
             LocalTraining(
                 run, part, training=recipe.training, model=recipe.model, partition=partition, progress=progress

@@ -60,11 +60,11 @@ def classify(
     Raises:
         ConfigError: the owner is not a valid name.
         StorageError: the dataset does not exist, or the card cannot be written.
-        DataError: the key is not an Ed25519 key.
+        DataError: the dataset was changed after it was written, or the key is not an Ed25519 key.
     """
     path = card_path(dataset)
     card = DataCard.parse({
-        "dataset": EpisodeDataset.open(dataset).fingerprint(),
+        "dataset": EpisodeDataset.open(dataset).verify(),
         "title": title or Path(dataset).name,
         "owner": owner,
         "data_class": data_class,
@@ -78,12 +78,15 @@ def classify(
 def card_of(dataset: Path | str, trusted: Mapping[str, str], *, fingerprint: str | None = None) -> DataCard:
     """Return the card of a dataset; without a trusted card, log the reason and return a card of class private.
 
-    `trusted` maps public keys to owners. By default the dataset's `fingerprint` is computed.
+    `trusted` maps public keys to owners. The whole dataset is read and checked, because a card counts only for the
+    content that it was signed for. If the data are frames of `load_frames`, which are checked when they are read, pass
+    their `fingerprint` instead.
 
     Raises:
         StorageError: the dataset does not exist.
     """
-    actual = EpisodeDataset.open(dataset).fingerprint() if fingerprint is None else fingerprint
+    opened = EpisodeDataset.open(dataset) if fingerprint is None else None
+    actual = fingerprint if opened is None else opened.fingerprint()
     path = card_path(dataset)
     try:
         if not path.is_file():
@@ -101,6 +104,8 @@ def card_of(dataset: Path | str, trusted: Mapping[str, str], *, fingerprint: str
             raise DataError(
                 f"the card is for dataset {card.dataset}, but this is dataset {actual}; its owner must sign a new card"
             )
+        if opened is not None:
+            opened.verify()
     except WorldloomError as error:
         _log.warning("%s is treated as private: %s", dataset, error)
         return DataCard(

@@ -28,7 +28,7 @@ class Checkpoint(Body):
     """A countersigned head of a ledger."""
 
     kind: _Short
-    format: Literal[1]
+    format: Literal[2]
     length: Length
     hash: _Short
     key: _Short

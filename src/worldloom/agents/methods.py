@@ -13,6 +13,7 @@ from torch import Tensor
 
 from worldloom.agents.audit_log import AuditLog
 from worldloom.agents.behaviour_cloning import BehaviourCloningAgent, CloningPolicy
+from worldloom.agents.guarded_policy import GuardedPolicy
 from worldloom.agents.guides.curiosity import CuriosityConfig, CuriosityGuide
 from worldloom.agents.guides.hierarchy import HierarchyConfig, HierarchyGuide
 from worldloom.agents.guides.landmarks import FollowConfig, LandmarkGuide
@@ -23,7 +24,7 @@ from worldloom.agents.remembering import Rememberer, recall_landmarks
 from worldloom.core.config import Component
 from worldloom.core.errors import ConfigError
 from worldloom.core.registry import Registry
-from worldloom.core.seams import Agent, Metric, Objective
+from worldloom.core.seams import Agent, Metric, Objective, Policy
 from worldloom.guardrails import BoundRail, BoundRules, Margins, Recalibration
 from worldloom.heads import Heads, predict_arrival
 from worldloom.memory import EpisodicMemory, LandmarkConfig, LandmarkGraph
@@ -129,6 +130,11 @@ class PlannedMethod(MethodConfig):
     def guarded(self) -> bool:
         """Whether the method's agents obey the guardrails of a rule set."""
         return self.guarding == "calibrated"
+
+    def guarded_policy(self, parts: AgentParts, policy: Policy, *, seed: int = 0) -> GuardedPolicy:
+        """Return a logging policy that obeys the rule set as this method applies it; see `GuardedPolicy`."""
+        toward = partial(GoalObjective, LatentL2(parts.heads.geometry.step_length))
+        return GuardedPolicy(policy, partial(self.planning_agent, parts, toward, solver=CEM(), replan=1, seed=seed))
 
     @property
     def calibrated_as(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ def calibrate(
     rules: options.Rules = None,
     trust: options.Trust = None,
     unsigned: options.Unsigned = False,
+    simulator: options.Simulator = False,
     threads: options.Threads = 0,
     imports: options.Imports = None,
     json: options.Json = False,
@@ -37,7 +38,7 @@ def calibrate(
     from worldloom.workflow import calibrate, uses_margins
 
     signer = own_key() if key is None else SigningKey(key)
-    with options.open_session(run, threads, imports, rules, trust, unsigned) as session:
+    with options.open_session(run, threads, imports, rules, trust, unsigned, simulator=simulator) as session:
         methods = session.run.recipe.methods
         found = {
             name: calibrate(

@@ -52,6 +52,7 @@ def evaluate(
     rules: options.Rules = None,
     trust: options.Trust = None,
     unsigned: options.Unsigned = False,
+    simulator: options.Simulator = False,
     threads: options.Threads = 0,
     imports: options.Imports = None,
     json: options.Json = False,
@@ -59,7 +60,9 @@ def evaluate(
     """Evaluate a run and its baselines on goals from seeds that training never used, and write a report."""
     from worldloom import workflow
 
-    with options.open_session(run, threads, imports, rules, trust, unsigned, memory=memory) as session:
+    with options.open_session(
+        run, threads, imports, rules, trust, unsigned, memory=memory, simulator=simulator
+    ) as session:
         results = workflow.evaluate(
             session,
             protocol=protocol,

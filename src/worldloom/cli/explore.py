@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from worldloom.cli.console import answer, progress
-from worldloom.cli.options import Imports, Json, Threads, open_session
+from worldloom.cli.options import Imports, Json, Simulator, Threads, open_session
 
 
 def explore(
@@ -20,6 +20,7 @@ def explore(
     split: Annotated[str | None, typer.Option(help="One split of the protocol; by default, all.")] = None,
     episodes: Annotated[int | None, typer.Option(min=1, help="The number of worlds of each split.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The root of the seeds of the worlds.")] = None,
+    simulator: Simulator = False,
     threads: Threads = 0,
     imports: Imports = None,
     json: Json = False,
@@ -31,7 +32,7 @@ def explore(
     """
     from worldloom import workflow
 
-    with open_session(run, threads, imports, memory=memory) as session:
+    with open_session(run, threads, imports, memory=memory, simulator=simulator) as session:
         seen = workflow.explore(
             session,
             steps,

@@ -45,6 +45,13 @@ Unsigned = Annotated[
     bool, typer.Option("--unsigned", help="Skip the signature check of the rule set and the margins, for experiments.")
 ]
 
+Simulator = Annotated[
+    bool,
+    typer.Option(
+        "--simulator", help="Under a rule set: declare that the world is a simulator, if the world declares nothing."
+    ),
+]
+
 
 def import_modules(names: list[str] | None) -> None:
     """Import modules by name, also from the working directory."""
@@ -109,6 +116,7 @@ def open_session(
     *,
     memory: Path | None = None,
     audit: Path | None = None,
+    simulator: bool = False,
 ) -> "Session":
     """Open a run with the rules, memory and audit log of a command.
 
@@ -121,4 +129,4 @@ def open_session(
 
     trusted = trusted_keys(trust, unsigned) if rules or trust or unsigned else set()
     rule_set = read_rules(rules, trusted=trusted) if rules else None
-    return Session(Run.open(run, trusted=trusted), rules=rule_set, memory=memory, audit=audit)
+    return Session(Run.open(run, trusted=trusted), rules=rule_set, memory=memory, audit=audit, simulator=simulator)

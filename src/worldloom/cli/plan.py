@@ -25,6 +25,7 @@ def plan(
     rules: options.Rules = None,
     trust: options.Trust = None,
     unsigned: options.Unsigned = False,
+    simulator: options.Simulator = False,
     audit: options.Audit = None,
     threads: options.Threads = 0,
     imports: options.Imports = None,
@@ -33,7 +34,9 @@ def plan(
     """Plan once from a start to a goal; show the actions, their predicted cost and the planning time."""
     from worldloom.workflow import plan_once
 
-    with options.open_session(run, threads, imports, rules, trust, unsigned, audit=audit) as session:
+    with options.open_session(
+        run, threads, imports, rules, trust, unsigned, audit=audit, simulator=simulator
+    ) as session:
         made = plan_once(
             session,
             start=start,

@@ -30,7 +30,7 @@ class LinkEnv(gymnasium.Env[Any, np.ndarray]):
         ConfigError: both `address` and `link` are set, or neither.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # noqa: RUF012  Gymnasium's own type
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "simulator": False}  # noqa: RUF012  Gymnasium's own type
 
     def __init__(
         self,

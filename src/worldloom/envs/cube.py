@@ -38,7 +38,7 @@ class CubeEnv(gymnasium.Env[Any, Any]):
             OpenGL is available.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 - Gymnasium declares it so
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20, "simulator": True}  # noqa: RUF012 - Gymnasium declares it so
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ class MuJoCoEnv(gymnasium.Env[Any, Any]):
     Environments with the same model share the model and its renderer. With `draws=False`, only rendering needs OpenGL.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}  # noqa: RUF012 - Gymnasium declares it so
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 50, "simulator": True}  # noqa: RUF012 - Gymnasium declares it so
 
     def __init__(
         self, model: Callable[[], Any], *, substeps: int, height: float, size: int, draws: bool = True

@@ -55,7 +55,7 @@ class PointHazardsEnv(MuJoCoEnv):
         EnvironmentFailure: MuJoCo is not installed, or rendering is requested and no OpenGL is available.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 - Gymnasium declares it so
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10, "simulator": True}  # noqa: RUF012 - Gymnasium declares it so
 
     def __init__(self, layout: int | None = None, size: int = 64, render_mode: str | None = None) -> None:
         self.render_mode = render_mode

@@ -33,7 +33,7 @@ class PushTEnv(gymnasium.Env[Any, Any]):
         EnvironmentFailure: `gym-pusht` is not installed, or the size is out of range.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 - Gymnasium declares it so
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10, "simulator": True}  # noqa: RUF012 - Gymnasium declares it so
 
     def __init__(self, size: int = 64, render_mode: str | None = None) -> None:
         if not 8 <= size <= _TABLE:

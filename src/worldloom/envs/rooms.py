@@ -53,6 +53,7 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         "render_modes": ["rgb_array"],
         "render_fps": 10,
         "autoreset_mode": AutoresetMode.NEXT_STEP,
+        "simulator": True,
     }
 
     def __init__(
@@ -189,7 +190,11 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
 class RoomEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """A single environment of `RoomsVectorEnv`, with the same arguments except `num_envs`."""
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 - Gymnasium's own type
+    metadata: dict[str, Any] = {  # noqa: RUF012 - Gymnasium's own type
+        "render_modes": ["rgb_array"],
+        "render_fps": 10,
+        "simulator": True,
+    }
 
     def __init__(self, world: str, *, render_mode: str | None = None, **kwargs: Any) -> None:
         self._batch = RoomsVectorEnv(world, render_mode=render_mode, **kwargs)

@@ -121,6 +121,15 @@ class VectorWorld(Closing):
         self._first: Any = None  # what the last reset returned
         self._where: Where = lambda row: ""
 
+    @property
+    def simulator(self) -> bool | None:
+        """What the environment declares under "simulator" in its metadata; None if it declares nothing.
+
+        A simulator can run in several copies, and nothing outside the program moves when it is stepped.
+        """
+        declared = self._envs.metadata.get("simulator")
+        return declared if isinstance(declared, bool) else None
+
     def close(self) -> None:
         """Close the environments."""
         self._envs.close()

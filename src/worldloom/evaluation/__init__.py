@@ -19,10 +19,11 @@ from worldloom.evaluation.results import (
     table_rows,
 )
 from worldloom.evaluation.runner import Witness, evaluate, explore
-from worldloom.evaluation.world import naming, open_world
+from worldloom.evaluation.world import ActingRules, Worlds, naming, open_world
 
 __all__ = [
     "PROTOCOLS",
+    "ActingRules",
     "Changes",
     "Condition",
     "DistanceBins",
@@ -42,6 +43,7 @@ __all__ = [
     "SuccessRate",
     "SuccessRule",
     "Witness",
+    "Worlds",
     "default_protocol",
     "draw_tasks",
     "evaluate",

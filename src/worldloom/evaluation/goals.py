@@ -1,14 +1,15 @@
 """Starts and goals, sampled once and shared by all methods."""
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float64
 
 from worldloom.core.errors import ConfigError, EnvironmentFailure
+from worldloom.core.seams import Policy
 from worldloom.core.seeds import derive_seed
 from worldloom.core.types import Goal, Observations
 from worldloom.envs import Frame, VectorWorld
@@ -31,6 +32,11 @@ class Tasks:
     budgets: np.ndarray  # (B,) environment steps
     before: tuple[np.ndarray, ...]  # (K, A) each: the actions from the reset to the start
     digests: tuple[str, ...]  # of each start and goal observation
+    exact: bool = True  # whether each start must have the same digest again
+
+    def unrepeated(self) -> "Tasks":
+        """Return the same tasks, for a world that cannot repeat a start exactly."""
+        return replace(self, exact=False)
 
     def begin(self, protocol: Protocol, split: str, world: VectorWorld, where: str) -> Frame:
         """Reset the world to the starts.
@@ -48,7 +54,7 @@ class Tasks:
 
     def _check(self, start: Frame, where: str) -> None:
         for row, seed in enumerate(self.seeds):
-            if _digest(start.observations[row], self.goal.observations[row]) != self.digests[row]:
+            if self.exact and _digest(start.observations[row], self.goal.observations[row]) != self.digests[row]:
                 raise EnvironmentFailure(
                     f"{where}, episode seed {seed}: a second reset with the same seed returned a different "
                     f"observation, so goals may be unreachable and methods may have different starts. Take all "
@@ -61,10 +67,19 @@ def goal_policy_generator(episode_seed: int) -> np.random.Generator:
     return np.random.default_rng(derive_seed(episode_seed, "goal-policy"))
 
 
-def draw_tasks(protocol: Protocol, split: str, world: VectorWorld, first: int, where: str) -> tuple[Tasks, int]:
+def draw_tasks(
+    protocol: Protocol,
+    split: str,
+    world: VectorWorld,
+    first: int,
+    where: str,
+    *,
+    guard: Callable[[Policy], Policy] | None = None,
+) -> tuple[Tasks, int]:
     """Draw one start and goal per environment in `world`, from episode index `first` on.
 
-    Also return the next unused index.
+    Also return the next unused index. If a `guard` is given, it replaces the logging policy by one that obeys a rule
+    set.
 
     Raises:
         ConfigError: too few goals of the logging policy are far enough from their starts.
@@ -73,7 +88,7 @@ def draw_tasks(protocol: Protocol, split: str, world: VectorWorld, first: int, w
     if protocol.goal_source == "world":
         seeds = [protocol.episode_seed(split, first + row) for row in range(world.size)]
         return _world_tasks(protocol, split, world, seeds, where), first + world.size
-    return _logged_tasks(protocol, split, world, first, where)
+    return _logged_tasks(protocol, split, world, first, where, guard)
 
 
 def _world_tasks(protocol: Protocol, split: str, world: VectorWorld, seeds: list[int], where: str) -> Tasks:
@@ -123,7 +138,14 @@ def _world_tasks(protocol: Protocol, split: str, world: VectorWorld, seeds: list
     )
 
 
-def _logged_tasks(protocol: Protocol, split: str, world: VectorWorld, first: int, where: str) -> tuple[Tasks, int]:
+def _logged_tasks(
+    protocol: Protocol,
+    split: str,
+    world: VectorWorld,
+    first: int,
+    where: str,
+    guard: Callable[[Policy], Policy] | None,
+) -> tuple[Tasks, int]:
     drawn: list[_Drawn] = []
     index = first
     while len(drawn) < world.size:
@@ -132,7 +154,7 @@ def _logged_tasks(protocol: Protocol, split: str, world: VectorWorld, first: int
                 f"{where}: only {len(drawn)} of {index - first} goals of the policy {protocol.policy!r} are more than "
                 f"{protocol.least_distance} from their starts; use a larger goal_offset or a smaller tolerance"
             )
-        for candidate in _follow_policy(protocol, split, world, index, where):
+        for candidate in _follow_policy(protocol, split, world, index, where, guard):
             index += 1
             if candidate is None:
                 continue
@@ -172,13 +194,19 @@ class _Drawn:
 
 
 def _follow_policy(
-    protocol: Protocol, split: str, world: VectorWorld, first: int, where: str
+    protocol: Protocol,
+    split: str,
+    world: VectorWorld,
+    first: int,
+    where: str,
+    guard: Callable[[Policy], Policy] | None,
 ) -> Iterator[_Drawn | None]:
     """Run the logging policy for one episode per environment; yield None for episodes that ended before the goal."""
     from worldloom.data import POLICIES
 
     seeds = [protocol.episode_seed(split, first + row) for row in range(world.size)]
-    policy = POLICIES[protocol.policy](world.action, **protocol.policy_options)
+    policy: Policy = POLICIES[protocol.policy](world.action, **protocol.policy_options)
+    policy = policy if guard is None else guard(policy)
     policy.reset([goal_policy_generator(seed) for seed in seeds])
     offset = protocol.splits[split].goal_offset
     assert offset is not None

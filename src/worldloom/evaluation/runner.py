@@ -1,8 +1,9 @@
 """Runs methods over the splits of a protocol, all on the same starts and goals."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,8 +19,9 @@ from worldloom.envs import Frame, VectorWorld
 from worldloom.evaluation import protocol as protocols
 from worldloom.evaluation.goals import Tasks, draw_tasks, measured
 from worldloom.evaluation.results import EpisodeResult, Latency, Recording, Results, Row
-from worldloom.evaluation.world import open_world
+from worldloom.evaluation.world import ActingRules, Worlds
 
+_log = logging.getLogger(__name__)
 _RECORDING_BYTES = 256 * 2**20  # limit on the frames in memory while a batch runs; only a few episodes are kept
 
 
@@ -46,6 +48,7 @@ def evaluate(
     training_seed: int | None = None,
     provenance: Mapping[str, Any] | None = None,
     witness: Witness | None = None,
+    rules: ActingRules | None = None,
     progress: Progress = SILENT,
 ) -> Results:
     """Evaluate each method on each split, up to `batch` environments at a time.
@@ -53,10 +56,12 @@ def evaluate(
     Each factory is called once and returns an agent that acts for a batch; see `worldloom.core.seams.Agent` for its
     optional methods. An agent with `plan_seconds` in its statistics is timed by its plans, any other agent by its calls
     of `act`. The first `record` successes and the first `record` failures of each row become recordings. `model` is the
-    fingerprint of the weights. A `witness` observes the episodes.
+    fingerprint of the weights. A `witness` observes the episodes. A plant runs one episode at a time. Under `rules`,
+    methods that may not act on it are skipped with a warning, and listed in the results' provenance as `skipped`.
 
     Raises:
-        ConfigError: there is no method, the batch is below 1, or a factory returns something other than an `Agent`.
+        ConfigError: there is no method, the batch is below 1, a factory returns something other than an `Agent`, or see
+            `Worlds` and `Worlds.skipped`.
         EnvironmentFailure: an environment raises an exception, returns values that are not finite, or starts
             differently for the same seed; the message contains the method, the split and the episode's seed.
         DataError: a method returns an action that is out of bounds or not finite.
@@ -68,18 +73,20 @@ def evaluate(
     agents: dict[str, Agent] = {}
     rows: list[Row] = []
     recordings: list[Recording] = []
-    with ExitStack() as stack:
-        worlds: dict[int, VectorWorld] = {}
+    with Worlds(protocol, batch, rules) as worlds:
+        skipped = worlds.skipped(list(methods))
+        for name, why in skipped.items():
+            _log.warning("method %r is skipped: %s", name, why)
+        methods = {name: factory for name, factory in methods.items() if name not in skipped}
         for split, conventions in protocol.splits.items():
             chunks: list[Tasks] = []
             place, left = 0, conventions.episodes
             with progress.task(f"{split}: drawing goals", left, "episode") as task:
                 while left:
-                    size = min(batch, left)
-                    if size not in worlds:
-                        worlds[size] = stack.enter_context(open_world(protocol, size))
-                    tasks, place = draw_tasks(protocol, split, worlds[size], place, f"drawing goals of split {split!r}")
-                    chunks.append(tasks)
+                    size = min(worlds.batch, left)
+                    where = f"drawing goals of split {split!r}"
+                    tasks, place = draw_tasks(protocol, split, worlds.of(size), place, where, guard=worlds.guard)
+                    chunks.append(tasks if worlds.repeats else tasks.unrepeated())
                     left -= size
                     task.advance(size)
             for name, factory in methods.items():
@@ -88,7 +95,7 @@ def evaluate(
                 with progress.task(f"{split}: {name}", conventions.episodes, "episode") as task:
                     run = _MethodRun(protocol, split, name, agents[name], record, task, witness)
                     for tasks in chunks:
-                        run.episodes_of(tasks, worlds[len(tasks.seeds)])
+                        run.episodes_of(tasks, worlds.of(len(tasks.seeds)))
                 rows.append(run.row())
                 recordings.extend(run.recordings)
     return Results(
@@ -97,18 +104,24 @@ def evaluate(
         hardware=describe_hardware(),
         model=model,
         training_seed=training_seed,
-        provenance=dict(provenance or {}),
+        provenance={**(provenance or {}), **({"skipped": skipped} if skipped else {})},
         recordings=tuple(recordings),
     )
 
 
 def explore(
-    protocol: protocols.Protocol, agent: Agent, steps: int, *, batch: int = 50, progress: Progress = SILENT
+    protocol: protocols.Protocol,
+    agent: Agent,
+    steps: int,
+    *,
+    batch: int = 50,
+    rules: ActingRules | None = None,
+    progress: Progress = SILENT,
 ) -> int:
     """Let an agent explore the worlds of a protocol's episodes, each for `steps` steps; return the number of worlds.
 
     Raises:
-        ConfigError: the agent does not explore.
+        ConfigError: the agent does not explore, or see `Worlds`.
         EnvironmentFailure: an environment raises an exception, or returns values that are not finite.
         DataError: the agent returns an action that is out of bounds or not finite.
     """
@@ -117,16 +130,18 @@ def explore(
         raise ConfigError(
             f"{type(agent).__name__} does not explore; choose the agent of a method that does, such as landmarks"
         )
-    for split, conventions in protocol.splits.items():
-        with progress.task(f"{split}: exploring", conventions.episodes * steps, "step") as task:
-            place, left = 0, conventions.episodes
-            while left:
-                size = min(batch, left)
-                with open_world(protocol, size) as world:
-                    tasks, place = draw_tasks(protocol, split, world, place, f"drawing the worlds of split {split!r}")
+    with Worlds(protocol, batch, rules) as worlds:
+        for split, conventions in protocol.splits.items():
+            with progress.task(f"{split}: exploring", conventions.episodes * steps, "step") as task:
+                place, left = 0, conventions.episodes
+                while left:
+                    size = min(worlds.batch, left)
+                    where, world = f"drawing the worlds of split {split!r}", worlds.of(size)
+                    tasks, place = draw_tasks(protocol, split, world, place, where, guard=worlds.guard)
+                    tasks = tasks if worlds.repeats else tasks.unrepeated()
                     _explore(protocol, split, tasks, world, agent, steps, f"split {split!r}", task)
-                left -= size
-            seen += conventions.episodes
+                    left -= size
+                seen += conventions.episodes
     return seen
 
 

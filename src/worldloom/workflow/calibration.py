@@ -99,8 +99,9 @@ def calibrate(
         drawn = asked.customise(seed=derive_seed(seed, "calibration", number) % 2**31)
         witness = _Scores(run, config, shape, factor)
         build = partial(session.build, config, margins=trial, seed=number)
+        acting = session.acting(guarding=config, margins=trial)
         with fast_planning(run):
-            results = evaluate(drawn, {name: build}, record=0, witness=witness, progress=progress)
+            results = evaluate(drawn, {name: build}, record=0, witness=witness, rules=acting, progress=progress)
         scores = torch.tensor(witness.scores())
         needed = tolerance_quantile(scores, risk, confidence)
         history.append({

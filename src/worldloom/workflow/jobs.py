@@ -271,14 +271,16 @@ def evaluate(
 ) -> Results:
     """Evaluate methods of a run and write `results.json` and `report.html`; see `report_path`.
 
-    In a session, agents start with its memory and obey its rules, except baselines that do not support rules. `others`
-    maps row names to agents of other libraries; see `worldloom.evaluation.ForeignPolicy`. The default protocol comes
-    from the recipe or, without `success`, from the run's environment. Without a protocol, each goal is a frame that the
-    logging policy reached, and `success` is the criterion, such as `position:3`. `changes` replace parts of the
-    protocol; see `worldloom.evaluation.Changes`.
+    In a session, agents start with its memory and obey its rules, except baselines that do not support rules; on a
+    plant (see `worldloom.evaluation.Worlds`), these baselines are skipped. `others` maps row names to agents of other
+    libraries; see `worldloom.evaluation.ForeignPolicy`. The default protocol comes from the recipe or, without
+    `success`, from the run's environment. Without a protocol, each goal is a frame that the logging policy reached, and
+    `success` is the criterion, such as `position:3`. `changes` replace parts of the protocol; see
+    `worldloom.evaluation.Changes`.
 
     Raises:
-        ConfigError: the protocol or a method does not exist, or `success` is needed but missing.
+        ConfigError: the protocol or a method does not exist, `success` is needed but missing, or one of `methods` or
+            `others` does not obey the session's rules and the world is a plant.
         EnvironmentFailure: see `worldloom.evaluation.runner`.
     """
     from worldloom.reports import write_report  # takes half a second to load
@@ -298,6 +300,7 @@ def evaluate(
             model=run.model.spec.fingerprint,
             training_seed=run.recipe.training.seed,
             provenance=run.folder.provenance,
+            rules=session.acting(chosen=methods or (), others=list(others or {})),
             progress=progress,
         )
     results.write(report_path(run, results).with_name("results.json"))
@@ -331,7 +334,7 @@ def explore(
         raise ConfigError(f"the method {name!r} does not explore; choose a method that explores, such as landmarks")
     chosen = _protocol(session.run, protocol, split=split, episodes=episodes, seed=seed, exploration=0)
     with fast_planning(session.run):
-        return explore_worlds(chosen, agent, steps, progress=progress)
+        return explore_worlds(chosen, agent, steps, rules=session.acting(), progress=progress)
 
 
 def report_path(run: Run, results: Results) -> Path:

@@ -1,6 +1,6 @@
 """A session: a run with rules, a memory and an audit log."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +12,9 @@ import worldloom
 from worldloom.agents import AgentParts, AuditLog, MethodConfig, PlanMethod, PlannedMethod
 from worldloom.core.errors import ConfigError
 from worldloom.core.hardware import choosable_threads, fastest_threads, time_threads, use_threads
-from worldloom.core.seams import Agent
+from worldloom.core.seams import Agent, Policy
 from worldloom.core.types import Goal, Observations
+from worldloom.evaluation import ActingRules
 from worldloom.guardrails import Margins, RuleSet
 from worldloom.memory import EpisodicMemory
 from worldloom.workflow.run import Run
@@ -24,7 +25,8 @@ class Session:
 
     Its agents obey the rules, write to the memory and log their decisions. The layers of `rules` are added below the
     recipe's own layer. `memory` is the directory of the episodic memory; a missing directory is created. `audit` is
-    the directory of the audit log, which records the decisions of one agent.
+    the directory of the audit log, which records the decisions of one agent. `simulator` declares that a world is a
+    simulator if the world itself declares nothing (see `worldloom.evaluation.Worlds`).
 
     Raises:
         ConfigError: `rules` loosen the recipe's rules.
@@ -38,8 +40,9 @@ class Session:
         rules: RuleSet | None = None,
         memory: Path | str | None = None,
         audit: Path | str | None = None,
+        simulator: bool = False,
     ) -> None:
-        self.run, self.rules, self._audit = run, run.rules, audit
+        self.run, self.rules, self._audit, self._simulator = run, run.rules, audit, simulator
         if rules is not None:
             own = run.recipe.rules
             self.rules = run.bind(rules if own is None else RuleSet(layers=(own, *rules.layers)))
@@ -71,6 +74,37 @@ class Session:
         if self._audit is not None:
             parts = replace(parts, auditor=self._audit_log(self._audit, method, parts))
         return method.build(parts, seed=seed)
+
+    def acting(
+        self,
+        *,
+        chosen: Collection[str] = (),
+        others: Collection[str] = (),
+        guarding: MethodConfig | None = None,
+        margins: Margins | None = None,
+    ) -> ActingRules | None:
+        """Return what may act on a plant under the session's rules; None without rules.
+
+        `chosen` are the methods that the user chose, and `others` are agents of other libraries. `guarding` is the
+        method, with the `margins`, whose guardrails the logging policy obeys; by default, the recipe's default method
+        or the first method that obeys guardrails.
+        """
+        if self.rules is None:
+            return None
+        methods = self.run.recipe.methods
+
+        def guard(policy: Policy) -> Policy:
+            able = [guarding] if guarding is not None else [methods[self.run.recipe.default_method], *methods.values()]
+            method = next((each for each in able if isinstance(each, PlannedMethod) and each.guarded), None)
+            if method is None:
+                raise ConfigError(
+                    "goals of the logging policy need a method that plans under the rule set, but the recipe has none; "
+                    "add a method with guard='calibrated' to the recipe"
+                )
+            return method.guarded_policy(AgentParts(heads=self.run.heads, rules=self.rules, margins=margins), policy)
+
+        names = [name for name, config in methods.items() if config.guarded and name not in others]
+        return ActingRules(methods=names, chosen=[*chosen, *others], guard=guard, simulator=self._simulator)
 
     def _audit_log(self, folder: Path | str, method: MethodConfig, parts: AgentParts) -> AuditLog:
         """Open the audit log of an agent, and record everything that its decisions depend on."""

@@ -11,7 +11,7 @@ from worldloom.core.progress import SILENT, Progress
 from worldloom.core.registry import nearest
 from worldloom.core.types import Goal, Observations
 from worldloom.data import read_picture
-from worldloom.evaluation import PROTOCOLS, default_protocol, draw_tasks, open_world
+from worldloom.evaluation import PROTOCOLS, Worlds, default_protocol, draw_tasks
 from worldloom.workflow.run import Run
 from worldloom.workflow.session import Session, fast_planning, session_of
 
@@ -51,7 +51,7 @@ def plan_once(
     if start is not None and goal is not None:
         observations, target = _picture(run, start), Goal(observations=_picture(run, goal))
     else:
-        observations, target = _drawn(run, protocol, split, episode)
+        observations, target = _drawn(session, protocol, split, episode)
     considered = Considered()
     with fast_planning(run, environments=1):
         agent: PlanningAgent | None = session.agent(method).parts.get("")
@@ -96,7 +96,8 @@ def _picture(run: Run, path: Path) -> Observations:
     return read_picture(path, expected)
 
 
-def _drawn(run: Run, protocol: str | None, split: str | None, episode: int) -> tuple[Observations, Goal]:
+def _drawn(session: Session, protocol: str | None, split: str | None, episode: int) -> tuple[Observations, Goal]:
+    run = session.run
     name = protocol or run.recipe.protocol or default_protocol(run.environment.get("id"))
     if name is None:
         raise ConfigError(
@@ -107,6 +108,8 @@ def _drawn(run: Run, protocol: str | None, split: str | None, episode: int) -> t
     split = split or next(iter(chosen.splits))
     if split not in chosen.splits:
         raise ConfigError(f"protocol {name} has no split {split!r}; {nearest(split, chosen.splits)}")
-    with open_world(chosen, 1) as world:
-        tasks, _ = draw_tasks(chosen, split, world, episode, f"drawing episode {episode} of {split!r}")
+    with Worlds(chosen, 1, session.acting()) as worlds:
+        world, where = worlds.of(1), f"drawing episode {episode} of {split!r}"
+        tasks, _ = draw_tasks(chosen, split, world, episode, where, guard=worlds.guard)
+        tasks = tasks if worlds.repeats else tasks.unrepeated()
         return tasks.begin(chosen, split, world, "plan").observations, tasks.goal

@@ -1,7 +1,7 @@
 """World models: encoders, predictors, training losses and checkpoints."""
 
 from worldloom.models.attention import Block
-from worldloom.models.checkpoint import delete_tensors, load_model, load_tensors, save_model, save_tensors
+from worldloom.models.checkpoint import build_from, delete_tensors, load_model, load_tensors, save_model, save_tensors
 from worldloom.models.distributed import alone, lay_like, whole
 from worldloom.models.jepa import JEPA, JEPAConfig, WindowOutputs, build_jepa
 from worldloom.models.normalisation import LatentNorm, PixelNormalisation, Standardise
@@ -22,6 +22,7 @@ __all__ = [
     "TargetEncoder",
     "WindowOutputs",
     "alone",
+    "build_from",
     "build_jepa",
     "delete_tensors",
     "hidden_layer",

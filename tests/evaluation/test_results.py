@@ -81,9 +81,13 @@ def test_a_write_that_fails_leaves_the_old_file(
         (lambda value: value.update(format=2), "format 1"),
         (lambda value: value.update(kind="something"), "kind 'worldloom results'"),
         (lambda value: value["rows"][1].update(successes=12), "the file was changed"),
-        (lambda value: value.pop("hardware"), "are incomplete"),
-        (lambda value: value["rows"][0]["episodes"][0].pop("seed"), "are incomplete"),
-        (lambda value: value["protocol"].pop("budget"), "are incomplete"),
+        (lambda value: value.pop("hardware"), "is damaged: hardware: Field required"),
+        (lambda value: value["rows"][0]["episodes"][0].pop("seed"), "is damaged: rows.0.episodes.0.seed"),
+        (
+            lambda value: value["rows"][0]["episodes"][0].update(success="maybe"),
+            "is damaged: .*success",
+        ),
+        (lambda value: value["protocol"].pop("budget"), "the protocol is damaged"),
     ],
 )
 def test_a_file_that_is_not_whole_or_was_changed_is_refused(results: Results, change: Any, message: str) -> None:

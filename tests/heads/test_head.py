@@ -76,7 +76,7 @@ def test_a_file_holds_what_the_head_states_and_the_models_fingerprint(tmp_path: 
         ({"version": 2}, "has version 2; this version of worldloom reads test-product heads of version 1"),
         ({"model": "another"}, "was fitted on model 'another', .*; fit the head again, or load the model"),
         ({"config": {"norm": "none", "width": 3}}, "does not match its configuration: unknown key 'width'"),
-        ({"config": {"norm": "layer"}}, "does not match its configuration"),
+        ({"config": {"norm": "layer"}}, "do not match the model in its configuration"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:

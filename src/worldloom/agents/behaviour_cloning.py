@@ -11,6 +11,7 @@ from torch import Tensor
 
 from worldloom.agents.policy_agent import PolicyAgent
 from worldloom.core.actions import project
+from worldloom.core.config import Size, Sizes
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
 from worldloom.core.seeds import numpy_generator, seeded_weights
@@ -28,8 +29,8 @@ class CloningConfig(FitConfig):
     """
 
     encoder: EncoderField | None = None
-    latent_dim: int = Field(default=64, ge=1)
-    hidden: tuple[int, ...] = Field(default=(256, 256), min_length=1)
+    latent_dim: Size = 64
+    hidden: Sizes = Field(default=(256, 256), min_length=1)
     reach: int = Field(default=50, ge=1)
     batch: int = Field(default=256, ge=2)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from worldloom.agents.policy_agent import PolicyAgent
 from worldloom.core.actions import Walk
+from worldloom.core.config import Sizes
 from worldloom.core.errors import PlanningError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
@@ -41,7 +42,7 @@ class ReactiveConfig(FitConfig):
     goal.
     """
 
-    hidden: tuple[int, ...] = Field(default=(256, 256), min_length=1)
+    hidden: Sizes = Field(default=(256, 256), min_length=1)
     teacher: SolverField = TreeSearch(branches=32, near=0.0)
     problems: int = Field(default=2048, ge=1)
     horizon: int = Field(default=20, ge=1)

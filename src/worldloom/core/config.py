@@ -1,12 +1,12 @@
 """Frozen, keyword-only configuration. The error for an unknown key suggests the nearest valid name."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from worldloom.core.errors import ConfigError, StorageError
+from worldloom.core.errors import ConfigError, StorageError, WorldloomError
 from worldloom.core.json_text import parse_json
 from worldloom.core.registry import Registry, nearest
 
@@ -16,6 +16,14 @@ _SHOWN = 200  # characters of a wrong value in a message
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 T = TypeVar("T")
+
+# Bounds far above any model that fits into a machine, so that the number of parameters can be computed.
+Size = Annotated[int, Field(ge=1, le=65_536)]
+"""One side of a layer, of a window or of a picture."""
+Depth = Annotated[int, Field(ge=1, le=1024)]
+"""A number of layers."""
+Sizes = Annotated[tuple[Size, ...], Field(max_length=64)]
+"""The sizes of consecutive layers."""
 
 
 class Config(BaseModel):
@@ -130,17 +138,23 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def check_shape(values: Any, shape: type[T], source: object) -> T:
-    """Return the values of a file if they have the shape of a `TypedDict` or another type that pydantic can check.
+class Shape(BaseModel):
+    """The keys of a file that the code relies on, and their types; a file may have other keys."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+def check_shape(values: Any, shape: type[T], source: object, error: type[WorldloomError] = StorageError) -> T:
+    """Return the values of a file as a `Shape`, or as another type that pydantic can check.
 
     Raises:
-        StorageError: a value is missing or has the wrong type; the message gives its path.
+        StorageError: (or `error`) a value is missing or has the wrong type; the message gives its path.
     """
     try:
         checked: T = TypeAdapter(shape).validate_python(values)
-    except ValidationError as error:
-        said = "; ".join(what for _, what in explain(BaseModel, error)[:3])
-        raise StorageError(f"{source} is damaged: {said}. Restore the file from a copy") from None
+    except ValidationError as wrong:
+        said = "; ".join(what for _, what in explain(BaseModel, wrong)[:3])
+        raise error(f"{source} is damaged: {said}. Restore the file from a copy") from None
     return checked
 
 
@@ -196,7 +210,9 @@ def explain(cls: type[BaseModel], error: ValidationError) -> list[tuple[tuple[in
             fields = _fields_at(cls, [str(part) for part in item["loc"][:-1]])
             said = f"unknown key {path!r}; {nearest(str(item['loc'][-1]), fields)}"
         else:
-            said = f"{path or cls.__name__}: {item['msg']}; got {_short(item.get('input'))}"
+            said = f"{path or cls.__name__}: {item['msg']}"
+            if item["type"] != "missing":
+                said += f"; got {_short(item.get('input'))}"
         found.append((item["loc"], said))
     return found
 

@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from worldloom.core.errors import StorageError
+from worldloom.core.errors import StorageError, WorldloomError
 from worldloom.core.json_text import parse_json
+from worldloom.core.text import one_line
 
 _LARGEST_JSON = 2**28  # bytes, far more than the results of the largest evaluation
+_SAID = 300  # characters of the cause in a message
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -124,6 +126,22 @@ def storage_errors(path: Path | str) -> Iterator[None]:
         if isinstance(error, FileExistsError):
             raise StorageError(f"{path} already exists; choose another path or remove it") from error
         raise
+
+
+@contextmanager
+def reading(
+    path: Path | str, error: type[WorldloomError] = StorageError, remedy: str = "restore the file from a copy"
+) -> Iterator[None]:
+    """Convert what fails while the content of a file is interpreted to one error that names the file.
+
+    Use this where a file was read without fault, but its values may have other types or sizes than the code expects.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as cause:
+        said = one_line(str(cause))
+        said = said if len(said) <= _SAID else f"{said[:_SAID]}..."
+        raise error(f"{path} is damaged ({type(cause).__name__}: {said}); {remedy}") from cause
 
 
 @contextmanager

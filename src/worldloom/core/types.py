@@ -17,9 +17,12 @@ import torch
 from jaxtyping import Bool, Float, Float32, UInt8
 from torch import Tensor
 
+from worldloom.core.config import Shape, check_shape
 from worldloom.core.errors import DataError, PlanningError
 
 BatchedT = TypeVar("BatchedT", bound="Batched")
+
+_LARGEST, _LARGEST_VECTOR = 65_536, 2**24  # bounds with which the size of a model can be computed
 
 
 class Batched:
@@ -60,6 +63,17 @@ def _mapped(part: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return part
 
 
+class _ObservationValues(Shape):
+    pixels: tuple[int, int, int] | None
+    vector: int
+
+
+class _ActionValues(Shape):
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    discrete: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObservationSpec:
     """The shape of one observation: pixels (H, W, C), a vector of `vector` values, or both."""
@@ -72,17 +86,23 @@ class ObservationSpec:
             raise DataError(
                 "an observation has neither pixels nor a vector; expected at least one. Set 'pixels' or 'vector'"
             )
-        if self.vector < 0 or (self.pixels is not None and (len(self.pixels) != 3 or min(self.pixels) < 1)):
+        sides = (1, 1, 1) if self.pixels is None else self.pixels
+        if not 0 <= self.vector <= _LARGEST_VECTOR or len(sides) != 3 or not 1 <= min(sides) <= max(sides) <= _LARGEST:
             raise DataError(
-                f"expected pixels of shape (H, W, C) with positive sizes and a vector of at least 0 values; got pixels "
-                f"{self.pixels} and a vector of {self.vector}. Correct the observation's shape"
+                f"expected pixels of shape (H, W, C) with sizes from 1 to {_LARGEST} and a vector of 0 to "
+                f"{_LARGEST_VECTOR} values; got pixels {self.pixels} and a vector of {self.vector}. Correct the "
+                f"observation's shape"
             )
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ObservationSpec":
-        """Return the specification from the JSON form of its `dataclasses.asdict`."""
-        pixels = values["pixels"]
-        return cls(pixels=None if pixels is None else (pixels[0], pixels[1], pixels[2]), vector=values["vector"])
+        """Return the specification from the JSON form of its `dataclasses.asdict`.
+
+        Raises:
+            DataError: a value is missing, or has the wrong type or size.
+        """
+        read = check_shape(values, _ObservationValues, "the observation's specification", DataError)
+        return cls(pixels=read.pixels, vector=read.vector)
 
     def check(self, observations: "Observations") -> None:
         """Raise `DataError` if the observations do not have this shape."""
@@ -117,8 +137,13 @@ class ActionSpec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ActionSpec":
-        """Return the specification from the JSON form of its `dataclasses.asdict`."""
-        return cls(low=tuple(values["low"]), high=tuple(values["high"]), discrete=bool(values["discrete"]))
+        """Return the specification from the JSON form of its `dataclasses.asdict`.
+
+        Raises:
+            DataError: a value is missing, or has the wrong type or size.
+        """
+        read = check_shape(values, _ActionValues, "the specification of the actions", DataError)
+        return cls(low=read.low, high=read.high, discrete=read.discrete)
 
     @property
     def size(self) -> int:

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 import worldloom
+from worldloom.core.config import Shape, check_shape
 from worldloom.core.errors import ConfigError, StorageError
 from worldloom.core.files import read_json, write_json
 from worldloom.evaluation.intervals import wilson_interval
@@ -116,6 +117,24 @@ class Latency:
             p50_ms=float(np.percentile(each, 50)),
             p95_ms=float(np.percentile(each, 95)),
         )
+
+
+class _RowValues(Shape):
+    method: str
+    split: str
+    episodes: tuple[EpisodeResult, ...]
+    latency: Latency | None
+    n: int
+    successes: int
+
+
+class _ResultsValues(Shape):
+    protocol: dict[str, Any]
+    rows: tuple[_RowValues, ...]
+    hardware: dict[str, Any]
+    model: str
+    training_seed: int | None
+    provenance: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,35 +339,29 @@ class Results:
         if not isinstance(value, Mapping) or value.get("kind") != _KIND or value.get("format") != FORMAT:
             found = (value.get("kind"), value.get("format")) if isinstance(value, Mapping) else type(value).__name__
             raise StorageError(f"{where}: expected kind {_KIND!r} in format {FORMAT}; got {found}. Evaluate again")
+        read = check_shape(value, _ResultsValues, where)
+        fields = {key: item for key, item in read.protocol.items() if key in Protocol.model_fields}
         try:
-            fields = {key: item for key, item in value["protocol"].items() if key in Protocol.model_fields}
-            results = cls(
-                protocol=Protocol.parse(fields),
-                rows=tuple(
-                    Row(
-                        method=row["method"],
-                        split=row["split"],
-                        episodes=tuple(EpisodeResult(**episode) for episode in row["episodes"]),
-                        latency=Latency(**row["latency"]) if row["latency"] else None,
-                    )
-                    for row in value["rows"]
-                ),
-                hardware=value["hardware"],
-                model=value["model"],
-                training_seed=value["training_seed"],
-                provenance=value["provenance"],
-            )
-            for row, given in zip(results.rows, value["rows"], strict=True):
-                if (row.overall.n, row.overall.successes) != (given["n"], given["successes"]):
-                    raise StorageError(
-                        f"{where}: the row of {row.method!r} on {row.split!r} has {given['successes']} successes of "
-                        f"{given['n']}, but its episodes have {row.overall.successes} of {row.overall.n}; the file was "
-                        f"changed. Evaluate again"
-                    )
-        except (KeyError, TypeError, AttributeError, ConfigError) as error:
-            raise StorageError(
-                f"{where}: the results are incomplete ({type(error).__name__}: {error}). Evaluate again"
-            ) from error
+            protocol = Protocol.parse(fields)
+        except ConfigError as error:
+            raise StorageError(f"{where}: the protocol is damaged ({error}). Evaluate again") from error
+        results = cls(
+            protocol=protocol,
+            rows=tuple(
+                Row(method=row.method, split=row.split, episodes=row.episodes, latency=row.latency) for row in read.rows
+            ),
+            hardware=read.hardware,
+            model=read.model,
+            training_seed=read.training_seed,
+            provenance=read.provenance,
+        )
+        for row, given in zip(results.rows, read.rows, strict=True):
+            if (row.overall.n, row.overall.successes) != (given.n, given.successes):
+                raise StorageError(
+                    f"{where}: the row of {row.method!r} on {row.split!r} has {given.successes} successes of "
+                    f"{given.n}, but its episodes have {row.overall.successes} of {row.overall.n}; the file was "
+                    f"changed. Evaluate again"
+                )
         return results
 
     def write(self, path: Path) -> None:

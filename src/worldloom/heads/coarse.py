@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from worldloom.core.actions import Walk
+from worldloom.core.config import Size, Sizes
 from worldloom.core.errors import DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
@@ -34,9 +35,9 @@ class CoarseConfig(FitConfig):
     `dream_horizon` steps of the model below.
     """
 
-    stride: int = Field(default=4, ge=2)
-    code: int = Field(default=4, ge=1)
-    hidden: tuple[int, ...] = Field(default=(512, 512), min_length=1)
+    stride: int = Field(default=4, ge=2, le=65_536)
+    code: Size = 4
+    hidden: Sizes = Field(default=(512, 512), min_length=1)
     steps: int = Field(default=3000, ge=1)
     dreams: int = Field(default=2, ge=0)
     dream_horizon: int = Field(default=12, ge=1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from worldloom.core.actions import Walk
+from worldloom.core.config import Sizes
 from worldloom.core.errors import DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import Metric, WorldModel
@@ -29,7 +30,7 @@ class DistanceConfig(FitConfig):
     at `longest` environment steps.
     """
 
-    hidden: tuple[int, ...] = Field(default=(256, 128), min_length=1)
+    hidden: Sizes = Field(default=(256, 128), min_length=1)
     norm: Norm = "none"
     activation: Activation = "relu"
     steps: int = Field(default=2000, ge=1)

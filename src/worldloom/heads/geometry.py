@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import Field
 from torch import Tensor
 
 from worldloom.core.actions import Walk
-from worldloom.core.errors import DataError
+from worldloom.core.config import Shape, check_shape
+from worldloom.core.errors import CheckpointError, DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
 from worldloom.core.seeds import torch_generator
@@ -96,6 +98,11 @@ def predict_arrival(
     return arrived.clamp_max(_REACH), arrived.isfinite()
 
 
+class _GeometryFigures(Shape):
+    step_length: float = Field(ge=0)
+    reversibility: Reversibility
+
+
 class LatentGeometry(Head[InverseModelConfig]):
     """The typical length of a model step, inverse dynamics, and whether dynamics can be reversed."""
 
@@ -123,10 +130,9 @@ class LatentGeometry(Head[InverseModelConfig]):
     @classmethod
     def build(cls, model: WorldModel, config: InverseModelConfig, **figures: Any) -> "LatentGeometry":
         """Build the geometry from the saved figures, with untrained inverse dynamics."""
+        read = check_shape(figures, _GeometryFigures, "the geometry", CheckpointError)
         return cls(
-            step_length=figures["step_length"],
-            inverse=InverseModel(model.spec, config),
-            reversibility=Reversibility(**figures["reversibility"]),
+            step_length=read.step_length, inverse=InverseModel(model.spec, config), reversibility=read.reversibility
         )
 
 

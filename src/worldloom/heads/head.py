@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from worldloom.core.config import Config
+from worldloom.core.config import Config, Shape, check_shape
 from worldloom.core.errors import CheckpointError, ConfigError, DataError, TrainingError
 from worldloom.core.progress import Progress
 from worldloom.core.seams import WorldModel
-from worldloom.models import load_tensors, save_tensors
+from worldloom.models import build_from, load_tensors, save_tensors
 
 VERSION = 1  # version of the file format
 _WEIGHT_DECAY = 1e-4
@@ -29,6 +29,13 @@ class FitConfig(Config):
     steps: int = Field(default=1000, ge=1)
     batch: int = Field(default=512, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
+
+
+class _HeadFile(Shape):
+    version: int
+    model: str
+    config: dict[str, Any]
+    figures: dict[str, Any]
 
 
 class Head(nn.Module, Generic[ConfigT]):
@@ -123,9 +130,10 @@ class Head(nn.Module, Generic[ConfigT]):
         """
         device = model.device
         tensors, metadata = load_tensors(stem, kind=cls.kind, device=device)
-        if metadata.get("version") != VERSION:
+        check_shape(metadata, _HeadFile, stem, CheckpointError)
+        if metadata["version"] != VERSION:
             raise CheckpointError(
-                f"{stem} has version {metadata.get('version')!r}; this version of worldloom reads {cls.kind} heads of "
+                f"{stem} has version {metadata['version']!r}; this version of worldloom reads {cls.kind} heads of "
                 f"version {VERSION}. Fit the head again"
             )
         if metadata["model"] != model.spec.fingerprint:
@@ -135,11 +143,11 @@ class Head(nn.Module, Generic[ConfigT]):
             )
         try:
             config = cls.config_type.parse(metadata["config"])
-            head = cls.build(model, config, **metadata["figures"]).to(device)
-            head.load_state_dict(tensors)
-            head.check()
-        except (ConfigError, RuntimeError) as error:
+            head = build_from(tensors, lambda: cls.build(model, config, **metadata["figures"]), stem).to(device)
+        except (ConfigError, DataError) as error:
             raise CheckpointError(f"{stem} does not match its configuration: {error}; fit the head again") from None
+        try:
+            head.check()
         except DataError as error:
             raise CheckpointError(f"{stem} cannot be used: {error}; fit the head again") from None
         return head.eval()

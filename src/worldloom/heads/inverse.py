@@ -6,6 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from worldloom.core.actions import Walk, project
+from worldloom.core.config import Sizes
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
 from worldloom.core.seeds import seeded_weights, torch_generator
@@ -21,7 +22,7 @@ class InverseModelConfig(FitConfig):
     `dreams` is the number of imagined walks per episode that are added to the training data.
     """
 
-    hidden: tuple[int, ...] = Field(default=(256, 256), min_length=1)
+    hidden: Sizes = Field(default=(256, 256), min_length=1)
     steps: int = Field(default=800, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
     dreams: int = Field(default=2, ge=0)

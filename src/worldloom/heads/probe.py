@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from worldloom.core.config import Sizes
 from worldloom.core.errors import DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
@@ -24,7 +25,7 @@ class ProbeConfig(FitConfig):
     edge of a hazard.
     """
 
-    hidden: tuple[int, ...] = Field(default=(256,), min_length=1)
+    hidden: Sizes = Field(default=(256,), min_length=1)
     steps: int = Field(default=1500, ge=1)
     batch: int = Field(default=256, ge=1)
     held_out: float = Field(default=0.3, gt=0, lt=1)

@@ -2,6 +2,7 @@
 
 from worldloom.models.attention import Block
 from worldloom.models.checkpoint import (
+    build_from,
     delete_tensors,
     load_model,
     load_tensors,
@@ -29,6 +30,7 @@ __all__ = [
     "TargetEncoder",
     "WindowOutputs",
     "alone",
+    "build_from",
     "build_jepa",
     "delete_tensors",
     "hidden_layer",

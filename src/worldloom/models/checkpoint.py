@@ -6,25 +6,43 @@ leaves either the old pair of files or the new one.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from worldloom.core.config import Shape, check_shape
 from worldloom.core.errors import CheckpointError, ConfigError, StorageError
-from worldloom.core.files import read_json, storage_errors, write_atomic, write_json
-from worldloom.core.names import path_name
+from worldloom.core.files import read_json, reading, storage_errors, write_atomic, write_json
+from worldloom.core.names import PathName
 from worldloom.core.types import ActionSpec, ObservationSpec
 from worldloom.data import Statistics
 from worldloom.models.jepa import JEPA, JEPAConfig, build_jepa
+from worldloom.models.size import shapes_of
 
 FORMAT = 1
 _MODEL = "world-model"
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class _Body(Shape):
+    format: int
+    kind: str
+    tensors: PathName
+    digest: str
+    metadata: dict[str, Any]
+
+
+class _ModelFile(Shape):
+    config: dict[str, Any]
+    observation: dict[str, Any]
+    action: dict[str, Any]
 
 
 def save_tensors(
@@ -103,6 +121,7 @@ def load_model(directory: Path | str, device: torch.device | str = "cpu") -> JEP
     stem = Path(directory) / "model"
     tensors, body = _read(stem, _MODEL)
     metadata = body["metadata"]
+    check_shape(metadata, _ModelFile, _json_path(stem), CheckpointError)
     try:
         config = JEPAConfig.parse(metadata["config"])
     except ConfigError as error:
@@ -113,16 +132,35 @@ def load_model(directory: Path | str, device: torch.device | str = "cpu") -> JEP
     observation = ObservationSpec.from_json(metadata["observation"])
     action = ActionSpec.from_json(metadata["action"])
     # The statistics are buffers, which the tensors contain; only their shapes matter here.
-    model = build_jepa(config, observation, action, Statistics.unit(observation, action), seed=0)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"the tensors of {stem} do not match the model in its configuration: {error}. A part of the model probably "
-            f"has a different version; install the version that wrote the checkpoint"
-        ) from None
+    model = build_from(
+        tensors, lambda: build_jepa(config, observation, action, Statistics.unit(observation, action), seed=0), stem
+    )
     model.set_fingerprint(body["digest"])
     return model.to(device).eval()
+
+
+def build_from(tensors: Mapping[str, Tensor], build: Callable[[], ModuleT], stem: Path | str) -> ModuleT:
+    """Build a module and load its tensors.
+
+    The sizes that its configuration asks for are compared with the tensors before memory is allocated for the module.
+
+    Raises:
+        CheckpointError: the module cannot be built, or has other tensors or other shapes.
+    """
+    with reading(stem, CheckpointError, "restore the files from a copy, or train again"):
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        expected = shapes_of(build)
+        if expected is not None and expected != found:
+            differ = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+            name = differ[0]
+            raise CheckpointError(
+                f"the tensors of {stem} do not match the model in its configuration: {name!r} has shape "
+                f"{found.get(name)}, expected {expected.get(name)} ({len(differ)} differ). A part of the model "
+                f"probably has a different version; install the version that wrote the checkpoint"
+            )
+        module = build()
+        module.load_state_dict(tensors)
+    return module
 
 
 def _read(stem: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -166,14 +204,9 @@ def _read_body(stem: Path, kind: str | None = None) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is damaged or was changed: its checksum does not match its content. Restore the file from a copy"
         )
-    if kind is not None and body["kind"] != kind:
-        raise CheckpointError(f"{path} contains a {body['kind']}; expected a {kind}. Check the path")
-    try:
-        path_name(str(body.get("tensors")), "the tensors' file")
-    except ConfigError as error:
-        raise CheckpointError(
-            f"{path} refers to tensors outside of its directory: {error}. Restore the file from a copy"
-        ) from None
+    if kind is not None and body.get("kind") != kind:
+        raise CheckpointError(f"{path} contains a {body.get('kind')}; expected a {kind}. Check the path")
+    check_shape(body, _Body, path, CheckpointError)
     return body
 
 

@@ -5,11 +5,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from worldloom.core.config import Config
+from worldloom.core.config import Config, Size
 from worldloom.core.errors import ConfigError
 from worldloom.core.seeds import seeded_weights
 from worldloom.core.types import ActionSpec, Context, ModelSpec, Observations, ObservationSpec, Windows
@@ -17,6 +16,7 @@ from worldloom.data import Statistics
 from worldloom.models.encoders import EncoderField, PatchConv, default_encoder
 from worldloom.models.normalisation import LatentNorm, Standardise
 from worldloom.models.predictors import MLPPredictor, Predictor, PredictorField
+from worldloom.models.size import check_size
 from worldloom.models.stems import ActionStem
 
 _ENCODE_AT_ONCE = 1024  # frames per call in evaluation, which limits the memory for encoding a complete dataset
@@ -33,10 +33,10 @@ class JEPAConfig(Config):
 
     encoder: EncoderField | None = PatchConv()
     predictor: PredictorField = MLPPredictor()
-    latent_dim: int = Field(default=64, ge=1)
-    block: int = Field(default=4, ge=1)
-    context: int = Field(default=1, ge=1)
-    action_stem: int | None = Field(default=None, ge=1)
+    latent_dim: Size = 64
+    block: Size = 4
+    context: Size = 1
+    action_stem: Size | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -151,14 +151,21 @@ def build_jepa(
     """Build an untrained model on the CPU; its weights depend only on `seed`.
 
     Raises:
-        ConfigError: the observation does not contain the input that the encoder needs, or the statistics do not match
-            the actions.
+        ConfigError: the observation does not contain the input that the encoder needs, the statistics do not match the
+            actions, or the parameters do not fit into the memory of this machine.
     """
     if len(statistics.action_mean) != action.size:
         raise ConfigError(
             f"the statistics have {len(statistics.action_mean)} action dimensions; expected {action.size}. Compute "
             f"the statistics from the model's training data"
         )
+    check_size(lambda: _build(config, observation, action, Statistics.unit(observation, action), seed))
+    return _build(config, observation, action, statistics, seed)
+
+
+def _build(
+    config: JEPAConfig, observation: ObservationSpec, action: ActionSpec, statistics: Statistics, seed: int
+) -> JEPA:
     spec = ModelSpec(
         observation=observation, action=action, block=config.block, context=config.context, latent_dim=config.latent_dim
     )

@@ -27,7 +27,8 @@ class PixelNormalisation(nn.Module):
 
     def __init__(self, mean: Float[Tensor, "H W C"], std: Float[Tensor, "H W C"], patch: int = 1) -> None:
         super().__init__()
-        varying = std[std > 1]
+        # On the meta device, where only the size of a model is computed, there are no values to compare.
+        varying = std[:0] if std.is_meta else std[std > 1]
         floor = max(1.0, 0.5 * varying.median().item()) if len(varying) else 1.0
         scale = 1 / std.clamp_min(floor)
         height, width, _ = mean.shape

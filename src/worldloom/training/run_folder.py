@@ -17,6 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ConfigDict, Field
+
+from worldloom.core.config import Shape, check_shape
 from worldloom.core.errors import StorageError, TrainingError
 from worldloom.core.files import (
     exclusive_lock,
@@ -27,6 +30,7 @@ from worldloom.core.files import (
     write_json,
     write_text,
 )
+from worldloom.core.json_text import parse_json
 from worldloom.core.processes import is_first
 
 if TYPE_CHECKING:
@@ -34,6 +38,30 @@ if TYPE_CHECKING:
 
 
 _KIND = "worldloom run"
+
+
+class _Provenance(Shape):
+    data: str
+
+
+class _Line(Shape):
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float]
+
+    step: int
+
+
+class _Lines(Shape):
+    lines: tuple[_Line, ...]
+
+
+class _Alarm(Shape):
+    name: str
+
+
+class _Diagnostics(Shape):
+    figures: dict[str, float] = Field(default_factory=dict)
+    alarms: tuple[_Alarm, ...] = ()
 
 
 class RunFolder:
@@ -97,8 +125,14 @@ class RunFolder:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """The provenance from `create`."""
-        provenance: dict[str, Any] = read_json(self.path / "provenance.json")
+        """The provenance from `create`.
+
+        Raises:
+            StorageError: provenance.json is missing or damaged.
+        """
+        path = self.path / "provenance.json"
+        provenance: dict[str, Any] = read_json(path)
+        check_shape(provenance, _Provenance, path)
         return provenance
 
     @property
@@ -171,11 +205,12 @@ class RunFolder:
         for number, line in enumerate(content.splitlines(keepends=True), 1):
             if line.endswith(b"\n"):
                 try:
-                    lines.append(json.loads(line))
+                    lines.append(parse_json(line))
                 except ValueError as error:
                     raise StorageError(
                         f"line {number} of {path} is not valid JSON ({error}); delete the line"
                     ) from None
+        check_shape({"lines": lines}, _Lines, path)
         return lines
 
     def forget_after(self, step: int) -> None:
@@ -190,9 +225,15 @@ class RunFolder:
             write_json(self.path / "diagnostics.json", dict(values))
 
     def diagnostics(self) -> dict[str, Any]:
-        """Read diagnostics.json; an empty dictionary if training has not written it yet."""
+        """Read diagnostics.json; an empty dictionary if training has not written it yet.
+
+        Raises:
+            StorageError: diagnostics.json is damaged.
+        """
         path = self.path / "diagnostics.json"
-        return read_json(path) if path.is_file() else {}
+        diagnostics: dict[str, Any] = read_json(path) if path.is_file() else {}
+        check_shape(diagnostics, _Diagnostics, path)
+        return diagnostics
 
     def close(self) -> None:
         """Flush and close the TensorBoard log."""

@@ -3,13 +3,15 @@
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from worldloom.agents import AgentParts
+from worldloom.core.config import Shape, check_shape
 from worldloom.core.errors import StorageError
 from worldloom.core.files import read_json
 from worldloom.core.seams import Agent
@@ -21,6 +23,30 @@ from worldloom.heads import Heads
 from worldloom.models import JEPA, load_model
 from worldloom.recipes import Recipe
 from worldloom.training import RunFolder
+
+
+class _Environment(Shape):
+    id: str | None = None
+
+
+class _Trained(Shape):
+    environment: _Environment
+    data: str
+
+
+class _Figures(Shape):
+    held_out: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    complete: bool = False
+
+
+class _Row(Shape):
+    method: str
+    split: str
+    rate: float
+
+
+class _Evaluated(Shape):
+    rows: list[_Row]
 
 
 class Run:
@@ -73,13 +99,19 @@ class Run:
     @property
     def environment(self) -> dict[str, Any]:
         """The `environment` of the dataset's spec, which describes the source of the data; empty if unknown."""
-        environment: dict[str, Any] = self.folder.config["environment"]
+        environment: dict[str, Any] = self._config["environment"]
         return environment
 
     @property
     def data(self) -> str:
         """The dataset's path at the time of training."""
-        return str(self.folder.config["data"])
+        return str(self._config["data"])
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        config = self.folder.config
+        check_shape(config, _Trained, self.path / "config.json")
+        return config
 
     @cached_property
     def model(self) -> JEPA:
@@ -97,6 +129,7 @@ class Run:
         """The figures of the heads: held-out episodes, fitting times in seconds, step length, rank correlations."""
         path = self.path / "heads.json"
         figures: dict[str, Any] = read_json(path) if path.is_file() else {}
+        check_shape(figures, _Figures, path)
         return figures
 
     def encode(self, episode: Episode) -> tuple[Observations, Float[Tensor, "N D"], Float[Tensor, "M A"]]:
@@ -139,7 +172,10 @@ class Run:
 
     def evaluations(self) -> dict[str, dict[str, Any]]:
         """Return the results of each evaluation, by the name of its folder (see `report_path`)."""
-        return {path.parent.name: read_json(path) for path in sorted(self.path.glob("evaluation/*/results.json"))}
+        found = {path: read_json(path) for path in sorted(self.path.glob("evaluation/*/results.json"))}
+        for path, results in found.items():
+            check_shape(results, _Evaluated, path)
+        return {path.parent.name: results for path, results in found.items()}
 
     def summary(self) -> dict[str, Any]:
         """Return the figures for a comparison of runs.
@@ -211,7 +247,8 @@ def find_runs(root: Path) -> Iterator[Run]:
 
 def _may_be_of_a_recipe(config: Path) -> bool:
     try:
-        return "recipe" in read_json(config)
+        values = read_json(config)
+        return not isinstance(values, dict) or "recipe" in values
     except StorageError:
         return True
 

@@ -1,7 +1,7 @@
 """A convolutional encoder whose first layer has non-overlapping patches, which is fast on CPUs."""
 
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from worldloom.core.config import Size
 from worldloom.core.errors import ConfigError
 from worldloom.core.types import Observations, ObservationSpec
 from worldloom.data import Statistics
@@ -16,12 +17,10 @@ from worldloom.models.encoders.encoder import ENCODERS, EncoderConfig, pixel_sta
 from worldloom.models.normalisation import PixelNormalisation
 from worldloom.models.stems import PixelStem
 
-Size = Annotated[int, Field(ge=1)]
-
 
 class _Convolutions(EncoderConfig):
     patch: Size = 8
-    channels: tuple[Size, ...] = Field(default=(64, 64), min_length=1)
+    channels: tuple[Size, ...] = Field(default=(64, 64), min_length=1, max_length=16)
     kernel: Literal[2, 3] = 2
     hidden: Size = 256
 

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from worldloom.core.config import Sizes
 from worldloom.core.types import Observations, ObservationSpec
 from worldloom.data import Statistics
 from worldloom.models.encoders.encoder import ENCODERS, EncoderConfig, vector_statistics
@@ -18,7 +19,7 @@ class VectorMLP(EncoderConfig):
     """A multilayer perceptron on the standardised vector."""
 
     name: Literal["vector"] = "vector"
-    hidden: tuple[int, ...] = (256, 256)
+    hidden: Sizes = (256, 256)
     norm: Norm = "none"
     activation: Activation = "relu"
 

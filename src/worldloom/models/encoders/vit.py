@@ -8,6 +8,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from worldloom.core.config import Depth, Size
 from worldloom.core.types import Observations, ObservationSpec
 from worldloom.data import Statistics
 from worldloom.models.attention import Block
@@ -20,10 +21,10 @@ class ViT(EncoderConfig):
     """A pre-norm transformer on patches, with mean pooling at the end."""
 
     name: Literal["vit"] = "vit"
-    patch: int = Field(default=8, ge=1)
-    depth: int = Field(default=6, ge=1)
-    width: int = Field(default=192, ge=4)
-    heads: int = Field(default=3, ge=1)
+    patch: Size = 8
+    depth: Depth = 6
+    width: int = Field(default=192, ge=4, le=65_536)
+    heads: Size = 3
     positions: Literal["learned", "sincos"] = "learned"
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from worldloom.core.config import Sizes
 from worldloom.models.perceptron import MLP, Activation, Norm
 from worldloom.models.predictors.predictor import PREDICTORS, Predictor, PredictorConfig
 
@@ -16,7 +17,7 @@ class MLPPredictor(PredictorConfig):
     """A residual perceptron: z' = z + MLP([the last K latents, the K-1 blocks between them, the next block])."""
 
     name: Literal["mlp"] = "mlp"
-    hidden: tuple[int, ...] = Field(default=(256, 256), min_length=1)
+    hidden: Sizes = Field(default=(256, 256), min_length=1)
     norm: Norm = "none"
     activation: Activation = "relu"
 

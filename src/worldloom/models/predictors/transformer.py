@@ -4,9 +4,10 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
+from worldloom.core.config import Depth, Size
 from worldloom.models.attention import Block
 from worldloom.models.predictors.predictor import PREDICTORS, Predictor, PredictorConfig
 
@@ -16,9 +17,9 @@ class TransformerPredictor(PredictorConfig):
     """A causal transformer. Each token is a latent with the block after it; the last output is z' - z."""
 
     name: Literal["transformer"] = "transformer"
-    depth: int = Field(default=2, ge=1)
-    width: int = Field(default=128, ge=1)
-    heads: int = Field(default=4, ge=1)
+    depth: Depth = 2
+    width: Size = 128
+    heads: Size = 4
 
     @model_validator(mode="after")
     def _check(self) -> "TransformerPredictor":

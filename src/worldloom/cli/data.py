@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from worldloom.cli.console import answer, progress, table, values_table
-from worldloom.cli.options import Json, key_values
+from worldloom.cli.options import Json, PictureAxes, PictureRange, key_values, picture_options
 from worldloom.core.errors import DataError
 
 app = typer.Typer(help="Inspect, validate, preview and convert datasets.", no_args_is_help=True)
@@ -79,6 +79,8 @@ def convert(
         typer.Option(help="A column of the observation vector, in order; by default, all numeric columns."),
     ] = None,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Resize frames, by area averaging.")] = None,
+    picture_axes: PictureAxes = None,
+    picture_range: PictureRange = None,
     rate: Annotated[float | None, typer.Option(help="Steps per second; by default, the camera's rate.")] = None,
     actions: Annotated[
         str,
@@ -112,6 +114,7 @@ def convert(
             "camera": camera,
             "vector": vector,
             "size": None if size is None else size.lower().split("x"),
+            "pictures": picture_options(picture_axes, picture_range),
             "rate": rate,
             "actions": actions,
             "gap": gap,

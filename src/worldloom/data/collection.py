@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from worldloom.core.errors import ConfigError, DataError, EnvironmentFailure
+from worldloom.core.picture_layout import PictureOptions
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import Policy
 from worldloom.core.seeds import derive_seed, numpy_generator
@@ -51,6 +52,7 @@ def collect(
     seed: int,
     env_kwargs: Mapping[str, Any] | None = None,
     labels: Sequence[str] | None = None,
+    pictures: PictureOptions | None = None,
     storage_options: dict[str, str] | None = None,
     progress: Progress = SILENT,
 ) -> EpisodeDataset:
@@ -58,7 +60,8 @@ def collect(
 
     An existing dataset with fewer episodes is completed. A dataset with more is returned unchanged, with a warning.
     `labels` are the info columns to keep; None keeps every numeric column of at most 256 values that is present in all
-    steps. Each batch of `num_envs` episodes is one commit.
+    steps. `pictures` says how pictures are stored, if this is not clear from the observation space. Each batch of
+    `num_envs` episodes is one commit.
 
     Raises:
         ConfigError: `episodes`, `steps` or `num_envs` is below 1, or `policy` is unknown.
@@ -76,6 +79,8 @@ def collect(
     kwargs, options = dict(env_kwargs or {}), dict(policy_options or {})
     source = {"id": env_id, "kwargs": kwargs, "policy": policy, "policy_options": options, "seed": seed}
     source |= {"steps": steps, "labels": None if labels is None else sorted(labels)}
+    if pictures is not None:  # left out otherwise, so that datasets of earlier versions can be completed
+        source["pictures"] = pictures.model_dump()
     source = json.loads(metadata_json(source))
     dataset = _resume(path, source, storage_options)
     done = 0 if dataset is None else len(dataset)
@@ -95,7 +100,7 @@ def collect(
         for first in range(done, episodes, num_envs):
             numbers = range(first, min(first + num_envs, episodes))
             if len(numbers) not in worlds:
-                world = stack.enter_context(VectorWorld(env_id, len(numbers), kwargs))
+                world = stack.enter_context(VectorWorld(env_id, len(numbers), kwargs, pictures=pictures))
                 worlds[len(numbers)] = world, factory(world.action, **options)
             world, actor = worlds[len(numbers)]
             batch = RecordingBatch(world, numbers, steps, wanted)

@@ -63,6 +63,12 @@ class Run:
         return environment
 
     @property
+    def picture_values(self) -> tuple[float, float] | None:
+        """The values that became 0 and 255 in the dataset's pixels; None if the pictures were bytes."""
+        values = (self.environment.get("pictures") or {}).get("range")
+        return None if values is None else (float(values[0]), float(values[1]))
+
+    @property
     def data(self) -> str:
         """The dataset's path at the time of training."""
         return str(self.folder.config["data"])

@@ -90,7 +90,7 @@ def _picture(run: Run, path: Path) -> Observations:
             "the model does not use only pixels, so pictures are not enough; choose a protocol for start and goal with "
             "--protocol"
         )
-    return read_picture(path, expected)
+    return read_picture(path, expected, values=run.picture_values)
 
 
 def _drawn(run: Run, protocol: str | None, split: str | None, episode: int) -> tuple[Observations, Goal]:

@@ -9,6 +9,7 @@ import typer
 from worldloom.cli.console import answer, progress, table, values_table
 from worldloom.cli.options import Json, PictureAxes, PictureRange, key_values, picture_options
 from worldloom.core.errors import DataError
+from worldloom.core.files import require_writable
 
 app = typer.Typer(help="Inspect, validate, preview and convert datasets.", no_args_is_help=True)
 Dataset = Annotated[Path, typer.Argument(help="The directory of the dataset.")]
@@ -47,6 +48,7 @@ def preview(
 
     dataset, target = EpisodeDataset.open(path), out or path.parent
     sheet, film = target / f"{path.name}.png", target / f"{path.name}.mp4"
+    require_writable(sheet)
     contact_sheet(dataset, sheet)
     video(dataset, film, progress=progress())
     answer(json, {"contact_sheet": sheet, "video": film}, f"wrote {sheet}", f"wrote {film}")

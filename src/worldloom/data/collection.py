@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from worldloom.core.errors import ConfigError, DataError, EnvironmentFailure
+from worldloom.core.files import require_writable
 from worldloom.core.picture_layout import PictureOptions
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import Policy
@@ -69,12 +70,14 @@ def collect(
             exception or returned an action out of bounds.
         EnvironmentFailure: the environment raised an exception, or returned values that are not finite. As on Ctrl-C,
             the frames before the failure are saved as shorter episodes with `truncated_by` in their metadata.
-        StorageError: the disk is full; committed episodes are kept.
+        StorageError: `path` cannot be written (found before the first episode), or the disk is full; committed episodes
+            are kept.
     """
     if min(episodes, steps, num_envs) < 1:
         raise ConfigError(
             f"'episodes', 'steps' and 'num_envs' must be at least 1; got {episodes}, {steps} and {num_envs}"
         )
+    require_writable(path)
     factory = POLICIES[policy]
     kwargs, options = dict(env_kwargs or {}), dict(policy_options or {})
     source = {"id": env_id, "kwargs": kwargs, "policy": policy, "policy_options": options, "seed": seed}

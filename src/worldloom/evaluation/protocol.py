@@ -329,7 +329,7 @@ class Protocol(Config):
         if "budget" in given:
             values.update(budget=given["budget"], budget_over_shortest=None)
         values["env_kwargs"] |= given.get("env_kwargs", {})
-        if Protocol.parse(values) != self:
+        if Protocol.parse(values) != self and not self.name.endswith("-custom"):
             values["name"] = f"{self.name}-custom"
         return Protocol.parse({**values, "seed": given.get("seed", self.seed)})
 

@@ -7,11 +7,12 @@ import torch
 
 from worldloom.agents import PlanningAgent
 from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.files import require_writable
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.registry import nearest
 from worldloom.core.types import Goal, Observations
 from worldloom.data import read_picture
-from worldloom.evaluation import PROTOCOLS, default_protocol, draw_tasks, open_world
+from worldloom.evaluation import PROTOCOLS, draw_tasks, open_world
 from worldloom.workflow.run import Run
 from worldloom.workflow.session import Session, session_of
 
@@ -46,6 +47,8 @@ def plan_once(
 
     session = session_of(run)
     run = session.run
+    if picture is not None:
+        require_writable(picture)
     agent: PlanningAgent | None = session.agent(method).parts.get("")
     if agent is None:
         raise ConfigError(
@@ -94,16 +97,15 @@ def _picture(run: Run, path: Path) -> Observations:
 
 
 def _drawn(run: Run, protocol: str | None, split: str | None, episode: int) -> tuple[Observations, Goal]:
-    name = protocol or run.recipe.protocol or default_protocol(run.environment.get("id"))
-    if name is None:
+    chosen = run.usual_protocol if protocol is None else PROTOCOLS[protocol]
+    if chosen is None:
         raise ConfigError(
             f"the run has no default protocol; pass two pictures with --start and --goal, or --protocol with one of "
             f"{', '.join(PROTOCOLS)}"
         )
-    chosen = PROTOCOLS[name]
     split = split or next(iter(chosen.splits))
     if split not in chosen.splits:
-        raise ConfigError(f"protocol {name} has no split {split!r}; {nearest(split, chosen.splits)}")
+        raise ConfigError(f"protocol {chosen.title} has no split {split!r}; {nearest(split, chosen.splits)}")
     with open_world(chosen, 1) as world:
         tasks, _ = draw_tasks(chosen, split, world, episode, f"drawing episode {episode} of {split!r}")
         return tasks.begin(chosen, split, world, "plan").observations, tasks.goal

@@ -20,6 +20,7 @@ Size = Annotated[int, Field(ge=1)]
 
 
 class _Convolutions(EncoderConfig):
+    sees = frozenset({"pixels"})
     patch: Size = 8
     channels: tuple[Size, ...] = Field(default=(64, 64), min_length=1)
     kernel: Literal[2, 3] = 2

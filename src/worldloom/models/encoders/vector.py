@@ -17,6 +17,7 @@ from worldloom.models.perceptron import MLP, Activation, Norm
 class VectorMLP(EncoderConfig):
     """A multilayer perceptron on the standardised vector."""
 
+    sees = frozenset({"vector"})
     name: Literal["vector"] = "vector"
     hidden: tuple[int, ...] = (256, 256)
     norm: Norm = "none"

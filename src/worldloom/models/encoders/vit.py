@@ -19,6 +19,7 @@ from worldloom.models.normalisation import PixelNormalisation
 class ViT(EncoderConfig):
     """A pre-norm transformer on patches, with mean pooling at the end."""
 
+    sees = frozenset({"pixels"})
     name: Literal["vit"] = "vit"
     patch: int = Field(default=8, ge=1)
     depth: int = Field(default=6, ge=1)

@@ -11,6 +11,7 @@ from data_samples import PushWorld, register
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from worldloom.core.errors import ConfigError, DataError, EnvironmentFailure, StorageError
+from worldloom.core.picture_layout import PictureOptions
 from worldloom.core.progress import ProgressTask
 from worldloom.core.types import ActionSpec, Observations
 from worldloom.data import POLICIES, EpisodeDataset, collect, episode_seed, policy_generator, validate
@@ -271,3 +272,37 @@ def test_a_write_that_fails_leaves_no_gap_and_the_rest_is_completed(
     assert len(EpisodeDataset.open(tmp_path / "d")) == 1
     completed = collect(tmp_path / "d", **ARGUMENTS)
     assert completed.fingerprint() == collect(tmp_path / "whole", **ARGUMENTS).fingerprint()
+
+
+class DepthWorld(PushWorld):
+    """Shows its state as a depth in millimetres, stored as 16-bit pictures."""
+
+    observation_space = gymnasium.spaces.Box(0, 65535, (32, 40), np.uint16)
+
+    def reset(self, *, seed=None, options=None):
+        observation, info = super().reset(seed=seed)
+        return self._depth(observation), info
+
+    def step(self, action):
+        observation, *rest = super().step(action)
+        return self._depth(observation), *rest
+
+    def _depth(self, observation: Any) -> np.ndarray:
+        return np.full((32, 40), 1000 + 100 * observation["state"][0], np.uint16)
+
+
+def test_pictures_that_are_not_bytes_are_collected_in_the_stated_range_or_refused(tmp_path: Path) -> None:
+    gymnasium.register("tests/Depth-v0", entry_point=DepthWorld)
+    arguments = ARGUMENTS | {"env_id": "tests/Depth-v0"}
+    with pytest.raises(EnvironmentFailure, match=r"\(32, 40\) with uint16 values.*--picture-range LOW:HIGH"):
+        collect(tmp_path / "none", **arguments)
+    dataset = collect(tmp_path / "d", **arguments, pictures=PictureOptions(range=(0.0, 2550.0)))
+    assert dataset.spec.observation.pixels == (32, 40, 1)
+    assert dataset.spec.environment["pictures"] == {"axes": None, "range": [0.0, 2550.0]}
+    for number in range(len(dataset)):
+        episode = dataset.episode(number)
+        assert episode.pixels is not None
+        place = episode.labels["place"][:, 0] / 2
+        np.testing.assert_allclose(episode.pixels[:, 0, 0, 0], 100 + 10 * place, atol=1)
+    with pytest.raises(DataError, match="pictures was"):
+        collect(tmp_path / "d", **arguments | {"episodes": 9}, pictures=PictureOptions(range=(0.0, 100.0)))

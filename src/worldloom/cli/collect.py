@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from worldloom.cli.console import answer, progress
-from worldloom.cli.options import Imports, Json, import_modules, key_values
+from worldloom.cli.options import Imports, Json, PictureAxes, PictureRange, import_modules, key_values, picture_options
 from worldloom.core.errors import ConfigError
 
 
@@ -35,6 +35,8 @@ def collect(
         int | None, typer.Option(min=1, help="The number of environments to step in parallel [100].")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The root of the seeds of all episodes [0].")] = None,
+    picture_axes: PictureAxes = None,
+    picture_range: PictureRange = None,
     imports: Imports = None,
     json: Json = False,
 ) -> None:
@@ -58,5 +60,6 @@ def collect(
     given |= {"policy_options": key_values(policy_option, "--policy-option") or None}
     given |= {"env_kwargs": key_values(env_arg, "--env-arg") or None}
     options = base.model_dump() | {name: value for name, value in given.items() if value is not None}
-    dataset = collect_episodes(out, **options, labels=label, progress=progress())
+    pictures = picture_options(picture_axes, picture_range)
+    dataset = collect_episodes(out, **options, labels=label, pictures=pictures, progress=progress())
     answer(json, inspect(dataset) if json else None, f"{out}: {len(dataset)} episodes, {dataset.frames:,} frames")

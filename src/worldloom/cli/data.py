@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from worldloom.cli.console import answer, progress, table, values_table
-from worldloom.cli.options import Json, key_values
+from worldloom.cli.options import Json, PictureAxes, PictureRange, key_values, picture_options
 from worldloom.core.errors import DataError
+from worldloom.core.files import require_writable
 
 app = typer.Typer(help="Inspect, validate, preview and convert datasets.", no_args_is_help=True)
 Dataset = Annotated[Path, typer.Argument(help="The directory of the dataset.")]
@@ -47,6 +48,7 @@ def preview(
 
     dataset, target = EpisodeDataset.open(path), out or path.parent
     sheet, film = target / f"{path.name}.png", target / f"{path.name}.mp4"
+    require_writable(sheet)
     contact_sheet(dataset, sheet)
     video(dataset, film, progress=progress())
     answer(json, {"contact_sheet": sheet, "video": film}, f"wrote {sheet}", f"wrote {film}")
@@ -79,6 +81,8 @@ def convert(
         typer.Option(help="A column of the observation vector, in order; by default, all numeric columns."),
     ] = None,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Resize frames, by area averaging.")] = None,
+    picture_axes: PictureAxes = None,
+    picture_range: PictureRange = None,
     rate: Annotated[float | None, typer.Option(help="Steps per second; by default, the camera's rate.")] = None,
     actions: Annotated[
         str,
@@ -112,6 +116,7 @@ def convert(
             "camera": camera,
             "vector": vector,
             "size": None if size is None else size.lower().split("x"),
+            "pictures": picture_options(picture_axes, picture_range),
             "rate": rate,
             "actions": actions,
             "gap": gap,

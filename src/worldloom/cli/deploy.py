@@ -9,6 +9,7 @@ import typer
 from worldloom.cli.console import Shown, answer, err, table
 from worldloom.cli.options import Audit, Imports, Json, Rules, Trust, Unsigned, open_session
 from worldloom.core.errors import ConfigError
+from worldloom.core.files import require_writable
 
 
 def deploy(
@@ -57,6 +58,7 @@ def deploy(
     if late not in ("discard", "use"):
         raise ConfigError(f"expected --late discard or use; got {late!r}")
     with open_session(run, threads, imports, rules, trust, unsigned, memory=memory, audit=audit) as session:
+        require_writable(session.run.path / "deployments" / "report.json")
         target = read_goal(session.run, goal)
         agent = session.agent(method, seed=seed)
         with SocketLink(connect) as link:

@@ -12,6 +12,7 @@ from worldloom.core.config import parse_value
 from worldloom.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from worldloom.core.picture_layout import PictureOptions
     from worldloom.workflow import Session
 
 _KEY = re.compile("((operator|site|community):)?[0-9a-fA-F]{64}")
@@ -25,6 +26,22 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe, such as training.steps=500."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+PictureAxes = Annotated[
+    str | None,
+    typer.Option(
+        "--picture-axes",
+        metavar="AXES",
+        help="The order of a picture's axes, such as chw: h height, w width, c channels, s stacked frames.",
+    ),
+]
+PictureRange = Annotated[
+    str | None,
+    typer.Option(
+        "--picture-range",
+        metavar="LOW:HIGH",
+        help="For pictures that are not bytes: the values that become 0 and 255.",
+    ),
+]
 Threads = Annotated[
     int, typer.Option("--threads", min=0, help="CPU threads for PyTorch; 0 measures which number is fastest.")
 ]
@@ -74,6 +91,15 @@ def key_values(assignments: list[str] | None, option: str) -> dict[str, Any]:
             raise ConfigError(f"{option} {assignment!r} has no '='; expected KEY=VALUE")
         values[key] = parse_value(text)
     return values
+
+
+def picture_options(axes: str | None, limits: str | None) -> "PictureOptions | None":
+    """Parse `--picture-axes` and `--picture-range`; None if neither is set."""
+    from worldloom.core.picture_layout import PictureOptions
+
+    if axes is None and limits is None:
+        return None
+    return PictureOptions.parse({"axes": axes, "range": None if limits is None else limits.split(":")})
 
 
 def set_threads(count: int) -> None:

@@ -8,6 +8,7 @@ import typer
 from worldloom.cli.console import answer, progress, table
 from worldloom.cli.options import Json, Threads, set_threads
 from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.files import require_writable
 from worldloom.core.registry import nearest
 from worldloom.core.signing import SigningKey, make_key
 from worldloom.core.yaml_config import read_yaml
@@ -93,6 +94,7 @@ def report(
     from worldloom.federation import read_constitution
     from worldloom.reports import find_owners, write_consortium_report
 
+    require_writable(out)
     rules = read_constitution(constitution)
     write_consortium_report(out, rounds, rules, runs={} if runs is None else find_owners(runs, rules))
     answer(json, {"report": out}, f"report: {out}")
@@ -168,6 +170,7 @@ def pilot(
     from worldloom.workflow import NodeConfig, pilot
 
     set_threads(threads)
+    require_writable(out)
     base = pilot(read_yaml(party, NodeConfig).at(party.parent), out, progress=progress())
     answer(json, {"base": base, "path": out}, f"{out}: the base {base}; send it to the coordinator")
 
@@ -257,6 +260,7 @@ def recompute(
     """Recompute every base from the stored contributions of all members, or without some of them."""
     from worldloom.federation import read_constitution, recompute
 
+    require_writable(into)
     found = recompute(rounds, read_constitution(constitution), into=into, without=without or (), progress=progress())
     lines = [f"round {number}: {base}" for number, base in found.items()]
     answer(json, found, *lines, f"without {', '.join(without)}" if without else "all match the ledger")

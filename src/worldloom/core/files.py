@@ -51,6 +51,32 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def require_writable(*paths: Path | str) -> None:
+    """Check that files or directories can be created at these paths, before the work whose results they will contain.
+
+    Nothing is created: the nearest existing parent of each path is checked. URIs are not checked.
+
+    Raises:
+        StorageError: a path is on a read-only disk, there is no permission to write, or a parent is a file.
+    """
+    for path in paths:
+        if "://" in str(path):
+            continue
+        place = Path(path).absolute()
+        while not place.is_dir():
+            if place.is_file() and place != Path(path).absolute():
+                raise StorageError(f"cannot write {path}, because {place} is a file. Choose another path")
+            place = place.parent
+        try:
+            with storage_errors(path), tempfile.TemporaryFile(dir=place):
+                pass
+        except (StorageError, OSError) as error:
+            raise StorageError(
+                f"cannot write {path}: {place} is read-only or not yours to write ({error.__cause__ or error}). Change "
+                f"the permissions, or choose another path"
+            ) from error
+
+
 def read_json(path: Path, *, strict: bool = True) -> Any:
     """Read JSON from `path`; see `parse_json` for the limits and for `strict`.
 

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from worldloom.core.errors import ConfigError, DataError, EnvironmentFailure
+from worldloom.core.files import require_writable
+from worldloom.core.picture_layout import PictureOptions
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import Policy
 from worldloom.core.seeds import derive_seed, numpy_generator
@@ -51,6 +53,7 @@ def collect(
     seed: int,
     env_kwargs: Mapping[str, Any] | None = None,
     labels: Sequence[str] | None = None,
+    pictures: PictureOptions | None = None,
     storage_options: dict[str, str] | None = None,
     progress: Progress = SILENT,
 ) -> EpisodeDataset:
@@ -58,7 +61,8 @@ def collect(
 
     An existing dataset with fewer episodes is completed. A dataset with more is returned unchanged, with a warning.
     `labels` are the info columns to keep; None keeps every numeric column of at most 256 values that is present in all
-    steps. Each batch of `num_envs` episodes is one commit.
+    steps. `pictures` says how pictures are stored, if this is not clear from the observation space. Each batch of
+    `num_envs` episodes is one commit.
 
     Raises:
         ConfigError: `episodes`, `steps` or `num_envs` is below 1, or `policy` is unknown.
@@ -66,16 +70,20 @@ def collect(
             exception or returned an action out of bounds.
         EnvironmentFailure: the environment raised an exception, or returned values that are not finite. As on Ctrl-C,
             the frames before the failure are saved as shorter episodes with `truncated_by` in their metadata.
-        StorageError: the disk is full; committed episodes are kept.
+        StorageError: `path` cannot be written (found before the first episode), or the disk is full; committed episodes
+            are kept.
     """
     if min(episodes, steps, num_envs) < 1:
         raise ConfigError(
             f"'episodes', 'steps' and 'num_envs' must be at least 1; got {episodes}, {steps} and {num_envs}"
         )
+    require_writable(path)
     factory = POLICIES[policy]
     kwargs, options = dict(env_kwargs or {}), dict(policy_options or {})
     source = {"id": env_id, "kwargs": kwargs, "policy": policy, "policy_options": options, "seed": seed}
     source |= {"steps": steps, "labels": None if labels is None else sorted(labels)}
+    if pictures is not None:  # left out otherwise, so that datasets of earlier versions can be completed
+        source["pictures"] = pictures.model_dump()
     source = json.loads(metadata_json(source))
     dataset = _resume(path, source, storage_options)
     done = 0 if dataset is None else len(dataset)
@@ -95,7 +103,7 @@ def collect(
         for first in range(done, episodes, num_envs):
             numbers = range(first, min(first + num_envs, episodes))
             if len(numbers) not in worlds:
-                world = stack.enter_context(VectorWorld(env_id, len(numbers), kwargs))
+                world = stack.enter_context(VectorWorld(env_id, len(numbers), kwargs, pictures=pictures))
                 worlds[len(numbers)] = world, factory(world.action, **options)
             world, actor = worlds[len(numbers)]
             batch = RecordingBatch(world, numbers, steps, wanted)

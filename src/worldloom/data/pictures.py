@@ -9,39 +9,81 @@ from PIL import Image, UnidentifiedImageError
 
 from worldloom.core.errors import DataError
 from worldloom.core.files import storage_errors
+from worldloom.core.picture_layout import PictureOptions, picture_layout
 from worldloom.core.types import Observations
 
 
-def read_picture(path: Path, expected: tuple[int, int, int]) -> Observations:
+def read_picture(
+    path: Path, expected: tuple[int, int, int], *, values: tuple[float, float] | None = None
+) -> Observations:
     """Read a picture file as a batch of one observation of shape `expected` (H, W, C).
+
+    `values` are those that become 0 and 255 if the picture has more than 8 bits, for example depth in millimetres.
 
     Raises:
         StorageError: the file does not exist or cannot be read.
-        DataError: the file is not a picture, or has a different shape.
+        DataError: the file is not a picture, has a different shape, or has more than 8 bits and `values` is not set.
     """
     try:
         with storage_errors(path), Image.open(path) as image:
-            pixels = np.array(image.convert("RGB" if expected[2] == 3 else "L"), np.uint8)
+            if _is_deep(image) and values is None:
+                raise DataError(
+                    f"{path} has {image.mode} values rather than bytes, and the model was trained on bytes. Convert "
+                    f"the picture to 8 bits in the same way as the pictures of the training data"
+                )
+            deep = _deep(image, str(path), values)
+            pixels = np.array(image.convert("RGB" if expected[2] == 3 else "L"), np.uint8) if deep is None else deep
     except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow raises these for a damaged file
         raise DataError(f"{path} is not a picture: {error}. Use a PNG of {expected[1]}x{expected[0]}") from None
     pixels = pixels.reshape(1, *pixels.shape[:2], -1)
+    if deep is not None:
+        pixels = pixels.repeat(expected[2], axis=3)
     if pixels.shape[1:] != expected:
         raise DataError(f"{path} has shape {pixels.shape[1:]}; the model expects {expected}. Resize the picture")
     return Observations.from_numpy(pixels, None)
 
 
-def decode_picture(content: bytes | None, what: str) -> UInt8[np.ndarray, "H W C"]:
+def decode_picture(
+    content: bytes | None, what: str, *, values: tuple[float, float] | None = None
+) -> UInt8[np.ndarray, "H W C"]:
     """Decode a picture in any of Pillow's formats; C is 1 for a grey picture, else 3. Error messages begin with `what`.
 
+    `values` are those that become 0 and 255 if the picture has more than 8 bits.
+
     Raises:
-        DataError: the content is not a picture.
+        DataError: the content is not a picture, or `values` is not set and the picture has more than 8 bits, or the
+            other way round.
     """
     try:
         with Image.open(io.BytesIO(content or b"")) as opened:
-            picture = np.asarray(opened.convert("L" if opened.mode == "L" else "RGB"))
+            deep = _deep(opened, what, values)
+            if deep is None and values is not None:
+                raise DataError(f"{what} has 8 bits per channel and is not scaled. Leave out --picture-range")
+            picture = np.asarray(opened.convert("L" if opened.mode == "L" else "RGB")) if deep is None else deep
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{what} does not decode ({error}); restore the file from a copy") from error
     return picture if picture.ndim == 3 else picture[..., None]
+
+
+def _deep(image: Image.Image, what: str, values: tuple[float, float] | None) -> UInt8[np.ndarray, "H W"] | None:
+    """Return a grey picture with more than 8 bits, scaled to bytes; None for a picture with 8 bits per channel.
+
+    Raises:
+        DataError: the values are unknown, or a coloured picture has more than 8 bits.
+    """
+    if _is_deep(image):
+        stored = np.asarray(image)
+        options = PictureOptions(range=values)
+        layout = picture_layout(stored.shape, stored.dtype, what, options=options, sample=stored)
+        return layout.convert(stored[None], what)[0, ..., 0]
+    if any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):  # Pillow would drop the lower bits in silence
+        raise DataError(f"{what} has 16 bits per colour; expected 8. Convert the picture to 8 bits per colour")
+    return None
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Return whether a grey picture has more than 8 bits, for example 16-bit depth."""
+    return image.mode in ("F", "I") or image.mode.startswith("I;")
 
 
 def encode_picture(frame: UInt8[np.ndarray, "H W C"], *, jpeg_quality: int | None = None) -> bytes:

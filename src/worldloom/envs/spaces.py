@@ -8,30 +8,32 @@ import numpy as np
 from gymnasium import spaces
 
 from worldloom.core.errors import DataError, EnvironmentFailure
+from worldloom.core.picture_layout import PictureOptions, is_picture, picture_layout
 from worldloom.core.types import ActionSpec, Observations, ObservationSpec
 
 
 class ObservationAdapter:
     """Converts a batch of an environment's observations to pixels, a vector or both.
 
-    A box of unsigned bytes with three axes (H, W, C) becomes the pixels. Other numeric parts are flattened and
-    concatenated into the vector; the parts of a dictionary are in the order of their sorted keys. `Discrete` parts
-    become one-hot.
+    A box of pictures (see `core.picture_layout`) becomes the pixels; `pictures` says how they are stored if this is not
+    clear from the space. Other numeric parts are flattened and concatenated into the vector; the parts of a dictionary
+    are in the order of their sorted keys. `Discrete` parts become one-hot.
 
     Raises:
-        EnvironmentFailure: the space has several images, or a part that is neither an image nor numeric.
+        EnvironmentFailure: the space has several images, or a part that is neither an image nor numeric; or it is not
+            clear how pictures are stored.
     """
 
-    def __init__(self, space: spaces.Space[Any]) -> None:
+    def __init__(self, space: spaces.Space[Any], *, pictures: PictureOptions | None = None) -> None:
         parts = sorted(space.spaces.items()) if isinstance(space, spaces.Dict) else [("", space)]
-        images = [(key, part) for key, part in parts if _is_image(part)]
+        images = [(key, part) for key, part in parts if isinstance(part, spaces.Box) and _is_image(part, pictures)]
         if len(images) > 1:
             raise EnvironmentFailure(
                 f"the observation has {len(images)} images ({', '.join(key for key, _ in images)}); expected at "
                 f"most one. Keep one with gymnasium.wrappers.FilterObservation"
             )
         self._image_key = images[0][0] if images else None
-        self._vectors = [(key, part) for key, part in parts if not _is_image(part)]
+        self._vectors = [(key, part) for key, part in parts if not _is_image(part, pictures)]
         for key, part in self._vectors:
             if not isinstance(part, spaces.Box | spaces.Discrete | spaces.MultiBinary):
                 raise EnvironmentFailure(
@@ -40,8 +42,22 @@ class ObservationAdapter:
                 )
         pixels: tuple[int, int, int] | None = None
         if images:
-            height, width, channels = images[0][1].shape or (0, 0, 0)
-            pixels = (height, width, channels)
+            self._picture = images[0][1]
+            what = f"the observation {self._image_key!r}" if self._image_key else "the observation"
+            try:
+                self._layout = picture_layout(
+                    self._picture.shape, self._picture.dtype, what, options=pictures, stated=_stated(self._picture)
+                )
+            except DataError as error:
+                raise EnvironmentFailure(
+                    f"{error}. To learn from the values as a vector, wrap the environment with "
+                    f"gymnasium.wrappers.FlattenObservation"
+                ) from error
+            pixels = self._layout.pixels
+        elif pictures is not None:
+            raise EnvironmentFailure(
+                f"the observation space {space} has no pictures. Leave out --picture-axes and --picture-range"
+            )
         self.spec = ObservationSpec(pixels=pixels, vector=sum(spaces.flatdim(part) for _, part in self._vectors))
 
     def __call__(self, batch: Any, *, where: str = "") -> Observations:
@@ -53,12 +69,16 @@ class ObservationAdapter:
         parts = batch if isinstance(batch, Mapping) else {"": batch}
         pixels = vector = None
         if self._image_key is not None:
-            pixels = np.asarray(parts[self._image_key])
-            if pixels.dtype != np.uint8 or pixels.shape[1:] != self.spec.pixels:
+            stored = np.asarray(parts[self._image_key])
+            if stored.dtype != self._picture.dtype or stored.shape[1:] != self._picture.shape:
                 raise EnvironmentFailure(
-                    f"{where}pixels must be uint8 of shape {self.spec.pixels}; got {pixels.dtype} of shape "
-                    f"{pixels.shape[1:]}. Correct the environment's observation space"
+                    f"{where}pixels must be {self._picture.dtype} of shape {self._picture.shape}; got {stored.dtype} "
+                    f"of shape {stored.shape[1:]}. Correct the environment's observation space"
                 )
+            try:
+                pixels = self._layout.convert(stored, f"{where}the observation")
+            except DataError as error:
+                raise EnvironmentFailure(str(error)) from error
         if self._vectors:
             columns = [self._flatten(parts[key], part) for key, part in self._vectors]
             vector = np.concatenate(columns, axis=1)
@@ -163,5 +183,11 @@ def _takes_a_seed_for_each(envs: Any) -> bool:
     return True
 
 
-def _is_image(space: spaces.Space[Any]) -> bool:
-    return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
+def _is_image(space: spaces.Space[Any], pictures: PictureOptions | None) -> bool:
+    return isinstance(space, spaces.Box) and is_picture(space.shape, space.dtype, pictures)
+
+
+def _stated(space: spaces.Box) -> tuple[float, float] | None:
+    """Return the bounds of a box, if they are the same for all values."""
+    low, high = space.low, space.high
+    return (float(low.min()), float(high.max())) if low.min() == low.max() and high.min() == high.max() else None

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int64
 
 from worldloom.core.closing import Closing
 from worldloom.core.errors import ConfigError, EnvironmentFailure
+from worldloom.core.picture_layout import PictureOptions
 from worldloom.core.registry import nearest
 from worldloom.core.types import Observations
 from worldloom.envs.spaces import ActionAdapter, ObservationAdapter, make_vector_env
@@ -100,20 +101,28 @@ class VectorWorld(Closing):
 
     Environments whose episode has ended continue in the background in every autoreset mode. The last frame of an
     episode is never replaced by the first frame of the next episode. `native` uses the environment's own vectorised
-    form if it exists.
+    form if it exists. `pictures` says how pictures are stored, if this is not clear from the observation space.
 
     Raises:
         EnvironmentFailure: the environment cannot be created, or its spaces are not supported.
     """
 
-    def __init__(self, env_id: str, size: int, kwargs: Mapping[str, Any] | None = None, *, native: bool = True) -> None:
+    def __init__(
+        self,
+        env_id: str,
+        size: int,
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        native: bool = True,
+        pictures: PictureOptions | None = None,
+    ) -> None:
         self.id, self.size = env_id, size
         # Any: Gymnasium's types allow one seed for a batch, but vector environments accept a list.
         self._envs: Any = make_vector_env(env_id, size, native=native, **(kwargs or {}))
         if isinstance(self._envs, SyncVectorEnv):
             self._envs.envs = [_Copy(env, row) for row, env in enumerate(self._envs.envs)]
         self._autoreset = AutoresetMode(self._envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
-        self._observe = ObservationAdapter(self._envs.single_observation_space)
+        self._observe = ObservationAdapter(self._envs.single_observation_space, pictures=pictures)
         self._convert = ActionAdapter(self._envs.single_action_space)
         self.observation, self.action = self._observe.spec, self._convert.spec
         self.steps = np.zeros(size, np.int64)  # of each environment since the reset

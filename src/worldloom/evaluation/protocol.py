@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError
+from worldloom.core.picture_layout import PictureOptions
 from worldloom.core.registry import nearest
 from worldloom.core.seeds import derive_seed
 from worldloom.envs import Frame
@@ -203,13 +204,14 @@ class Protocol(Config):
     goal by the vector of the success rule; by default, logged goals are farther away than the rule's radius. With
     `count_solved`, logged goals that the start already satisfies are kept and count as successes, as is common in the
     field. Goals depend only on `seed`, the split and the protocol's name. Episodes that break one of the `limits` are
-    counted, and continue.
+    counted, and continue. `pictures` says how the world's pictures are stored, if this is not clear from its space.
     """
 
     name: str
     version: int = Field(default=1, ge=1)
     env_id: str
     env_kwargs: dict[str, Any] = Field(default_factory=dict)
+    pictures: PictureOptions | None = None
     goal_source: Literal["world", "logged-policy"] = "world"
     splits: dict[str, Split] = Field(min_length=1)
     policy: str = "directed-walk"
@@ -266,7 +268,7 @@ class Protocol(Config):
         for name in ("largest", "period", "also"):
             if not getattr(self.success, name):
                 del values["success"][name]
-        for name in ("count_solved", "limits"):
+        for name in ("count_solved", "limits", "pictures"):
             if not getattr(self, name):
                 del values[name]
         for split in values["splits"].values():
@@ -327,7 +329,7 @@ class Protocol(Config):
         if "budget" in given:
             values.update(budget=given["budget"], budget_over_shortest=None)
         values["env_kwargs"] |= given.get("env_kwargs", {})
-        if Protocol.parse(values) != self:
+        if Protocol.parse(values) != self and not self.name.endswith("-custom"):
             values["name"] = f"{self.name}-custom"
         return Protocol.parse({**values, "seed": given.get("seed", self.seed)})
 

@@ -115,7 +115,9 @@ class Worlds(Closing):
 
 def open_world(protocol: Protocol, size: int) -> VectorWorld:
     """Return `size` parallel environments of a protocol; close them, or use them in a `with` statement."""
-    return VectorWorld(protocol.env_id, size, protocol.env_kwargs, native=not protocol.replays)
+    return VectorWorld(
+        protocol.env_id, size, protocol.env_kwargs, native=not protocol.replays, pictures=protocol.pictures
+    )
 
 
 def naming(world: VectorWorld, seeds: Sequence[int], where: str) -> Where:

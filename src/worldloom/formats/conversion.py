@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from worldloom.core.errors import ConfigError, DataError, StorageError
-from worldloom.core.files import read_json, storage_errors, write_json, write_text
+from worldloom.core.files import read_json, require_writable, storage_errors, write_json, write_text
 from worldloom.core.progress import SILENT, Progress, ProgressTask
 from worldloom.data import check_episode
 from worldloom.formats.format import FORMATS, Format, Note, ReadOptions, Sink, Source, WriteOptions, decoded_bytes
@@ -123,6 +123,7 @@ def convert(
         raise ConfigError(f"format {writer.name!r} cannot be written; choose one of {writable}")
     if not source_path.exists():
         raise StorageError(f"{source_path} does not exist; check the path")
+    require_writable(target_path, target_path.with_name(f"{target_path.name}.conversion.json"))
     with reader.open(source_path, read) as source:
         indices = _indices(episodes, len(source), source_path)
         identity = {

@@ -76,6 +76,7 @@ class FolderSource(Source):
         """Find the files, and choose the columns from the first table."""
         path, options = self.path, self.options
         refuse(options, ["camera"] if options.camera != NO_CAMERA else [], "a folder has one video per episode")
+        refuse(options, ["pictures"], "a folder has videos, whose frames are bytes")
         if unknown := sorted(set(options.columns) - set(ROLES)):
             raise ConfigError(f"unknown column role {unknown[0]!r}; {nearest(unknown[0], ROLES)}")
         if options.columns.get("unit", "s") not in _SECONDS:

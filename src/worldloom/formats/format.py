@@ -22,6 +22,7 @@ from worldloom.core.closing import Closing
 from worldloom.core.config import Config
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.files import storage_errors
+from worldloom.core.picture_layout import PictureLayout, PictureOptions, is_picture, picture_layout
 from worldloom.core.registry import Registry, nearest
 from worldloom.core.types import ActionSpec, Episode, ObservationSpec
 from worldloom.data import DatasetSpec, check_episode, resize
@@ -47,6 +48,7 @@ class ReadOptions(Config):
     camera: str | None = None  # image key, required if there are several; "none" leaves the pixels out
     vector: list[str] | None = None  # columns of the observation vector, in order; None: all numeric ones, sorted
     size: tuple[int, int] | None = None  # (H, W): frames are resized by area averaging
+    pictures: PictureOptions | None = None  # how pictures are stored, if this is not clear from the files
     rate: float | None = Field(None, gt=0)  # steps per second; None: the camera's rate
     actions: Literal["hold", "mean"] = "hold"  # how actions with their own clock are aligned; see `align`
     gap: float = Field(4.0, gt=1)  # an episode is split at gaps longer than this many median periods
@@ -104,6 +106,7 @@ class Source(Closing, ABC):
     notes: list[Note]
     refused: Sequence[str] = ()
     reason: str = ""
+    _layout: PictureLayout | None = None
 
     def __init__(self, path: Path, options: ReadOptions) -> None:
         refuse(options, self.refused, self.reason)
@@ -171,6 +174,93 @@ class Source(Closing, ABC):
             )
         return cameras[0] if cameras else None
 
+    def pictures_among(
+        self, columns: Mapping[str, tuple[Sequence[int], Any]], *, others: bool = False
+    ) -> tuple[set[str], list[str]]:
+        """Return the columns that are pictures, and those of them that may be the camera.
+
+        `columns` are observations: the shape (without the time axis) and dtype of each. A column in the option `vector`
+        is no picture. Pictures that are not bytes may be the camera if the options select a camera or a range, or if
+        there is nothing else to observe (`others`: there are other observations). Otherwise a note says how to select
+        them.
+        """
+        options = self.options
+        numeric = {name for name, (_, dtype) in columns.items() if np.dtype(dtype).kind in "fiub"}
+        pictures = {
+            name
+            for name in numeric - set(options.vector or ())
+            if is_picture(columns[name][0], columns[name][1], options.pictures)
+        }
+        scaled = {name for name in pictures if np.dtype(columns[name][1]) != np.uint8}
+        if options.camera is not None:
+            return pictures, sorted(pictures)
+        if options.pictures is not None and options.pictures.range is not None:
+            return pictures, sorted(scaled)
+        if not scaled or not (others or numeric - scaled):
+            return pictures, sorted(pictures)
+        for name in sorted(scaled):
+            shape, dtype = columns[name]
+            self.note(
+                "dropped",
+                f"{self.path}: the pictures {name} of shape {tuple(shape)} are left out, because they are {dtype} "
+                f"rather than bytes. Use them with --camera {name} --picture-range LOW:HIGH, or as numbers with "
+                f"--vector {name}.",
+            )
+        return pictures, sorted(pictures - scaled)
+
+    def lay_out(
+        self,
+        shape: Sequence[int],
+        dtype: Any,
+        what: str,
+        *,
+        own: bool = False,
+        stated: tuple[float, float] | None = None,
+        sample: np.ndarray | None = None,
+    ) -> PictureLayout:
+        """Return how the camera's pictures are stored, and add a note if the pixels differ from the stored values.
+
+        `own`: worldloom wrote the pictures. `core.picture_layout` describes the other arguments.
+
+        Raises:
+            DataError: it is not clear how the pictures are stored.
+        """
+        options = PictureOptions(axes="hwc") if own else self.options.pictures
+        self._layout = picture_layout(shape, dtype, what, options=options, stated=stated, sample=sample)
+        if self._layout.changes:
+            self.note("info", f"{what}: the pictures {self._layout.changes}.")
+        return self._layout
+
+    def to_pixels(self, stored: Shaped[np.ndarray, "N ..."], where: str, index: int) -> UInt8[np.ndarray, "N H W C"]:
+        """Return stored pictures as pixels, with a note about values that are clipped.
+
+        Raises:
+            DataError: the pictures do not have the layout of `lay_out`.
+        """
+        assert self._layout is not None
+        if outside := self._layout.outside(stored):
+            what = (
+                f"{where}: {outside} of {stored.size} values of the pictures are outside of the range and are clipped."
+            )
+            self.note("info", what, index)
+        return self._layout.convert(stored, where)
+
+    def picture_values(self, what: str) -> tuple[float, float] | None:
+        """Return the values of encoded pictures that become 0 and 255, with a note if they are set.
+
+        Raises:
+            ConfigError: an order of axes is set, which encoded pictures do not need.
+        """
+        options = self.options.pictures
+        if options is None:
+            return None
+        if options.axes is not None:
+            raise ConfigError(f"{what} are encoded pictures, whose axes are known. Leave out --picture-axes")
+        if options.range is not None:
+            self._layout = PictureLayout(shape=(1, 1), axes="hw", range=options.range)
+            self.note("info", f"{what}: the pictures {self._layout.changes}; values outside are clipped.")
+        return options.range
+
     def choose_vector(self, columns: Iterable[str]) -> list[str]:
         """Return the columns of the observation vector: the selected columns in order, by default all, sorted.
 
@@ -201,6 +291,8 @@ class Source(Closing, ABC):
             pixels = (*(self.options.size or pixels[:2]), pixels[2])
         environment = dict(contents.environment if own is None else own.environment)
         environment |= {"format": self.format, "source": contents.source or self.path.name}
+        if self._layout is not None and self._layout.changes:
+            environment["pictures"] = {"axes": self._layout.axes, "range": self._layout.range}
         self.spec = DatasetSpec(
             observation=ObservationSpec(pixels=pixels, vector=sum(contents.vector.values())),
             action=self._bounds(contents.action, found, stated=bounds is not None, discrete=discrete),

@@ -68,11 +68,6 @@ def is_hdf5(path: Path) -> bool:
         return file.read(8) == b"\x89HDF\r\n\x1a\n"
 
 
-def is_image(shape: tuple[int, ...], dtype: Any) -> bool:
-    """Return whether a column with this shape (N, ...) and dtype contains pictures with channels last."""
-    return len(shape) == 4 and dtype == np.uint8 and shape[-1] in (1, 3, 4)
-
-
 def width(column: Any) -> int:
     """Return the number of values in each row of a column."""
     return int(np.prod(column.shape[1:]))

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float32, Float64, Int64, UInt8
 
-from worldloom.core.errors import DataError, StorageError
+from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.files import read_json, storage_errors
 from worldloom.core.types import Episode
 from worldloom.data import decode_picture, resize, to_rgb
@@ -43,20 +43,25 @@ class LeRobotSource(Source):
     reason = "LeRobot's layout has fixed column names"
     major: str  # version
     _stream: FrameStream | None = None  # the video that was read last
+    _values: tuple[float, float] | None = None  # of encoded pictures with more than 8 bits
 
     def begin(self) -> None:
         """Read the metadata, and choose among the features."""
         path = self.path
-        self._layout = layout = Layout.read(path, self.major)
+        self._meta = layout = Layout.read(path, self.major)
         self._opened = lru_cache(maxsize=1)(_open_rows)
         self._group = lru_cache(maxsize=2)(self._read_group)
         self._frame_times = lru_cache(maxsize=1)(frame_times)
         self._shared = Counter(file for entry in layout.entries for file, _ in entry.videos.values())
         features, own = layout.features, layout.spec
-        cameras = [name for name, feature in features.items() if feature["dtype"] in ("video", "image")]
         sizes = {name: width(feature) for name, feature in features.items() if is_numeric(feature)}
-        self._camera = self.choose_camera(cameras)
-        self._vector = self.choose_vector(name for name in sizes if name.startswith("observation"))
+        observed = {name for name in sizes if name.startswith("observation")}
+        encoded = [name for name, feature in features.items() if feature["dtype"] in ("video", "image")]
+        pictures, cameras = self.pictures_among(
+            {name: (features[name]["shape"], features[name]["dtype"]) for name in observed}, others=bool(encoded)
+        )
+        self._camera = self.choose_camera([*encoded, *cameras])
+        self._vector = self.choose_vector(observed - pictures)
         self._actions = sorted((name for name in sizes if name.partition(".")[0] == "action"), key=natural)
         if not self._actions:
             raise DataError(
@@ -71,8 +76,15 @@ class LeRobotSource(Source):
         vector = {name: sizes[name] for name in self._vector}
         pixels: tuple[int, int, int] | None = None
         if self._camera is not None:
-            height, across = picture_shape(features[self._camera], self._camera, path)
-            pixels = (height, across, own.observation.pixels[2] if own and own.observation.pixels else 3)
+            feature, what = features[self._camera], f"{path}: feature {self._camera!r}"
+            if self._camera in pictures:
+                pixels = self.lay_out(feature["shape"], feature["dtype"], what).pixels
+            else:
+                height, across = picture_shape(feature, self._camera, path)
+                pixels = (height, across, own.observation.pixels[2] if own and own.observation.pixels else 3)
+                self._values = self.picture_values(what)
+                if self._values is not None and feature["dtype"] == "video":
+                    raise ConfigError(f"{what} is a video, whose frames are bytes. Leave out --picture-range")
         files = {entry.data for entry in layout.entries}
         files |= {file for entry in layout.entries for key, (file, _) in entry.videos.items() if key == self._camera}
         files |= set((path / "meta").rglob("*.json*")) | set((path / "meta").rglob("*.parquet"))
@@ -90,7 +102,7 @@ class LeRobotSource(Source):
         )
 
     def __len__(self) -> int:
-        return len(self._layout.entries)
+        return len(self._meta.entries)
 
     def close(self) -> None:
         """Close the files."""
@@ -100,7 +112,7 @@ class LeRobotSource(Source):
 
     def actions(self) -> Iterator[np.ndarray]:
         """Yield the actions of each episode that can be read."""
-        for entry in self._layout.entries:
+        for entry in self._meta.entries:
             try:
                 table = self._rows(entry, self._actions)
                 yield self._joined_actions(table, str(entry.data))
@@ -109,7 +121,7 @@ class LeRobotSource(Source):
 
     def read(self, index: int) -> list[Episode]:
         """Return an episode, split at its gaps."""
-        entry = self._layout.entries[index]
+        entry = self._meta.entries[index]
         where = f"{entry.data}: episode {entry.episode}"
         numeric = [*self._vector, *self._labels]
         pictures = [self._camera] if self._camera is not None and self._camera not in entry.videos else []
@@ -180,7 +192,7 @@ class LeRobotSource(Source):
     def _numbers(self, table: pa.Table, name: str, where: str) -> Float32[np.ndarray, "R n"]:
         """Return a feature, flattened to (R, n); missing values become NaN."""
         column = table[name].combine_chunks()
-        size = width(self._layout.features[name])
+        size = width(self._meta.features[name])
         kind = column.type
         while is_list(column.type) and column.null_count == 0:
             column = column.flatten()
@@ -200,7 +212,7 @@ class LeRobotSource(Source):
 
     def _clock(self, table: pa.Table, where: str) -> Float64[np.ndarray, "R"]:
         """Return the time of each row in seconds: row / fps if the timestamps agree with it, else the timestamps."""
-        ideal = np.arange(table.num_rows) / self._layout.fps
+        ideal = np.arange(table.num_rows) / self._meta.fps
         if "timestamp" not in table.column_names:
             return ideal
         column = table["timestamp"].combine_chunks()
@@ -212,7 +224,7 @@ class LeRobotSource(Source):
                 f"Restore the file from a copy"
             )
         times: np.ndarray = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
-        return ideal if np.allclose(times, ideal, rtol=1e-6, atol=0.01 / self._layout.fps) else times
+        return ideal if np.allclose(times, ideal, rtol=1e-6, atol=0.01 / self._meta.fps) else times
 
     def _pixels(
         self,
@@ -225,6 +237,9 @@ class LeRobotSource(Source):
     ) -> UInt8[np.ndarray, "N H W C"]:
         if self._camera in entry.videos:
             return self._video(entry, times, rows, index)
+        if self._camera is not None and is_numeric(feature := self._meta.features[self._camera]):
+            stored = self._numbers(table, self._camera, where)[rows].astype(feature["dtype"])
+            return self.to_pixels(stored.reshape(-1, *feature["shape"]), where, entry.episode)
         return self._images(table[self._camera].combine_chunks(), rows, where)
 
     def _video(
@@ -236,7 +251,7 @@ class LeRobotSource(Source):
             file.stat()
         stamps = self._frame_times(file)
         wanted = start + times
-        half = 0.5 / self._layout.fps
+        half = 0.5 / self._meta.fps
         between = int(((stamps > wanted[0] - half) & (stamps < wanted[-1] + half)).sum())
         count = len(stamps) if self._shared[file] == 1 else between
         nearest = np.searchsorted((stamps[1:] + stamps[:-1]) / 2, wanted)
@@ -270,7 +285,7 @@ class LeRobotSource(Source):
                 file = inside(self.path, str(value["path"]), self.path / INFO)
                 with storage_errors(file):
                     content = file.read_bytes()
-            picture = resize(to_rgb(decode_picture(content, what))[None], self.options.size)[0]
+            picture = resize(to_rgb(decode_picture(content, what, values=self._values))[None], self.options.size)[0]
             if pictures and picture.shape != pictures[0].shape:
                 raise DataError(
                     f"{what} has shape {picture.shape}; expected {pictures[0].shape}, as in the rows before. Resize "

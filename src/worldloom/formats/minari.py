@@ -14,6 +14,7 @@ import numpy as np
 
 from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import read_json, write_json
+from worldloom.core.picture_layout import PictureLayout
 from worldloom.core.types import Episode
 from worldloom.data import decode_picture, metadata_json
 from worldloom.formats.format import Bounds, Contents, add_format, chosen, flat, natural, spec_in, two_axes
@@ -33,7 +34,6 @@ METADATA, MAIN = "metadata.json", "main_data.hdf5"
 VERSION = "0.5.4"  # the Minari version whose layout is written
 _ALONE = "observation"  # the name of an observation that is not a dictionary
 SCORES = "scores"  # worldloom's scores of discrete actions, if they are not one-hot
-_LEAST = 32  # minimum height and width of a picture without channels
 _MOST = 4096  # maximum number of values of an observation that is not a picture
 
 
@@ -72,10 +72,14 @@ class MinariSource(Hdf5Source):
         self._own = own
         self._leaves = {name: space for name, (_, space) in found.items()}
         self._places = {name: place for name, (place, _) in found.items()}
-        cameras = sorted(name for name, space in self._leaves.items() if _is_image(space))
+        boxes = {name: space for name, space in self._leaves.items() if space.get("type") == "Box"}
+        pictures, cameras = self.pictures_among(
+            {name: (space["shape"], space["dtype"]) for name, space in boxes.items()},
+            others=any(_size(space) for name, space in self._leaves.items() if name not in boxes),
+        )
         sizes = {name: _size(space) for name, space in self._leaves.items()}
         self._camera = self.choose_camera(cameras)
-        self._vector = self.choose_vector(name for name, size in sizes.items() if name not in cameras and size)
+        self._vector = self.choose_vector(name for name, size in sizes.items() if name not in pictures and size)
         left = sorted({*sizes} - {*self._vector, self._camera})
         self.note_left_out("observations", left, "not chosen, or not numeric")
         if own is None:
@@ -84,11 +88,19 @@ class MinariSource(Hdf5Source):
         pixels: tuple[int, int, int] | None = None
         self._jpeg = False
         if self._camera is not None:
-            shape = self._leaves[self._camera]["shape"]
-            pixels = (int(shape[0]), int(shape[1]), int(shape[2]) if len(shape) > 2 else 1)
+            space = self._leaves[self._camera]
+            shape = space["shape"]
             # Some versions do not record the encoding; raw pictures have one axis more than their space (time).
             stored = first.get(self._places[self._camera])
             self._jpeg = stored is not None and len(stored.shape) <= len(shape)
+            if self._jpeg:
+                self.picture_values(f"{where}: {self._camera}")
+                self._layout = PictureLayout(shape=(*shape, 1)[:3], axes="hwc")
+            else:
+                what = f"{where}: observation {self._camera!r}"
+                self.lay_out(shape, space["dtype"], what, own=own is not None, stated=_stated(space))
+            assert self._layout is not None
+            pixels = self._layout.pixels
         if self._jpeg:
             self.note(
                 "info",
@@ -164,7 +176,7 @@ class MinariSource(Hdf5Source):
                 column = self._numbers(group, place, where)
                 columns[leaf] = self._encode(column, self._leaves[leaf], f"{where}/{place}")
                 self._check(columns[leaf], steps, f"{where}/{place}")
-            pixels = None if self._camera is None else self._pictures(group, steps, where)
+            pixels = None if self._camera is None else self._pictures(group, steps, where, index)
             labels = {} if self._own is None else {key: group[f"labels/{key}"][()] for key in self._own.labels}
             if self._own is not None:
                 metadata = own_metadata(group[OWN])
@@ -217,26 +229,26 @@ class MinariSource(Hdf5Source):
                 f"Restore the file from a copy"
             )
 
-    def _pictures(self, group: Any, steps: int, where: str) -> np.ndarray:
+    def _pictures(self, group: Any, steps: int, where: str, index: int) -> np.ndarray:
         camera = str(self._camera)
         place = self._places[camera]
-        shape = tuple(self._leaves[camera]["shape"])
+        assert self._layout is not None
+        shape, dtype = self._layout.shape, np.uint8 if self._jpeg else self._leaves[camera]["dtype"]
         column = group[place][()] if self._jpeg else self._numbers(group, place, where)
         where = f"{where}/{place}"
         self._check(column, steps, where)
         if self._jpeg:
-            shape = (*shape, 1)[:3]
             pictures = [
                 decode_picture(np.asarray(content, np.uint8).tobytes(), f"{where}: row {row}")
                 for row, content in enumerate(column)
             ]
             column = np.stack(pictures) if len({picture.shape for picture in pictures}) == 1 else np.zeros((0, 0))
-        if column.dtype != np.uint8 or column.shape[1:] != shape:
+        if column.dtype != dtype or column.shape[1:] != shape:
             raise DataError(
-                f"{where} is {column.dtype} of shape {column.shape}; expected uint8 pictures of shape {shape}. "
+                f"{where} is {column.dtype} of shape {column.shape}; expected {dtype} pictures of shape {shape}. "
                 f"Restore the file from a copy"
             )
-        return column.reshape(len(column), *(*shape, 1)[:3])
+        return self.to_pixels(column, where, index)
 
 
 class MinariSink(PartsSink):
@@ -359,11 +371,10 @@ def _leaves(
         yield from _leaves(part, f"{name}.{key}" if name else key, f"{place}/{where}")
 
 
-def _is_image(space: Mapping[str, Any]) -> bool:
-    if space.get("type") != "Box" or space.get("dtype") != "uint8":
-        return False
-    shape = space["shape"]
-    return (len(shape) == 3 and shape[-1] in (1, 3, 4)) or (len(shape) == 2 and min(shape) >= _LEAST)
+def _stated(space: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the bounds of a box, if they are the same for all values."""
+    low, high = (np.asarray(space[side], np.float64) for side in ("low", "high"))
+    return (float(low.min()), float(high.max())) if low.min() == low.max() and high.min() == high.max() else None
 
 
 def _size(space: Mapping[str, Any]) -> int:

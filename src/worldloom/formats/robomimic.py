@@ -17,7 +17,6 @@ from worldloom.formats.hdf5 import (
     PartsSink,
     hdf5_errors,
     is_hdf5,
-    is_image,
     json_or_text,
     opened_hdf5,
     own_attribute,
@@ -51,9 +50,11 @@ class RobomimicSource(Hdf5Source):
             )
         own = spec_in(own_attribute(data))
         observed = first["obs"]
-        cameras = sorted(key for key, column in observed.items() if is_image(column.shape, column.dtype))
+        pictures, cameras = self.pictures_among(
+            {key: (column.shape[1:], column.dtype) for key, column in observed.items()}
+        )
         numeric = [
-            key for key, column in observed.items() if key not in cameras and _is_table(column.shape, column.dtype)
+            key for key, column in observed.items() if key not in pictures and _is_table(column.shape, column.dtype)
         ]
         self._own = own is not None
         self._camera, self._vector = self.choose_camera(cameras), self.choose_vector(numeric)
@@ -85,6 +86,16 @@ class RobomimicSource(Hdf5Source):
         size = int(action.shape[1])
         found = action_range(self.actions(), size) if own is None else None
         unit = found is not None and bool(np.all(np.abs(found) <= _UNIT))
+        layout = None
+        if self._camera is not None:
+            images = observed[self._camera]
+            layout = self.lay_out(
+                images.shape[1:],
+                images.dtype,
+                f"{self.path}: obs/{self._camera}",
+                own=own is not None,
+                sample=images[:8],
+            )
         vector = {name: width(observed[name]) for name in self._vector}
         environment = chosen(self._camera, vector)
         if "env_args" in data.attrs:
@@ -95,7 +106,7 @@ class RobomimicSource(Hdf5Source):
                 action=size,
                 bounds=([-1.0] * size, [1.0] * size) if unit else None,
                 range=found,
-                pixels=None if self._camera is None else observed[self._camera].shape[1:],
+                pixels=None if layout is None else layout.pixels,
                 vector=vector,
                 labels={name: width(first["labels"][name] if own else first[name]) for name in self._labels},
                 environment=environment,
@@ -148,7 +159,7 @@ class RobomimicSource(Hdf5Source):
         return self.episode(
             index,
             where,
-            pixels=None if self._camera is None else columns[self._camera],
+            pixels=None if self._camera is None else self.to_pixels(columns[self._camera], where, index),
             columns=columns,
             actions=actions.astype(np.float32)[: None if self._closing else -1],
             labels=labels,

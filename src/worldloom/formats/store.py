@@ -13,8 +13,8 @@ class StoreSource(Source):
     """A source that reads an `EpisodeDataset`."""
 
     format = "worldloom"
-    refused = ("camera", "vector", *CLOCK, "action_low", "action_high", "columns")
-    reason = "a worldloom dataset has one camera, one vector and one time base, and stores its bounds"
+    refused = ("camera", "vector", "pictures", *CLOCK, "action_low", "action_high", "columns")
+    reason = "a worldloom dataset has one camera of bytes, one vector and one time base, and stores its bounds"
 
     def begin(self) -> None:
         """Open the dataset."""

@@ -4,7 +4,7 @@ A row is a frame. Row t contains the observation at step t and the action taken 
 the last row of an episode; stable-worldmodel stores a copy of the first action or NaN there.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ import numpy as np
 from worldloom.core.types import Episode
 from worldloom.data import DatasetSpec, metadata_json
 from worldloom.formats.format import Contents, Source, chosen
-from worldloom.formats.hdf5 import is_image
 
 LENGTH, OFFSET, ACTION, PIXELS, VECTOR = "ep_len", "ep_offset", "action", "pixels", "observation"
 METADATA = "worldloom_metadata"  # a text column with JSON in the first row of an episode
 OBSERVED = ("observation", "proprio")  # columns that an agent observes; the others are simulator state
 REWARDS = ("reward", "terminated", "truncated", "done", "success")
 COUNTERS = ("ep_idx", "episode_idx", "step_idx")
+_UNSEEN = (LENGTH, OFFSET, ACTION, *REWARDS, *COUNTERS)
 RESERVED = (ACTION, PIXELS, VECTOR, METADATA, *REWARDS, *COUNTERS)  # names that labels cannot have
 _MOST = 256  # maximum number of values of a label
 
@@ -63,12 +63,13 @@ def choose_columns(source: Source, columns: Columns, own: DatasetSpec | None) ->
     The vector consists of `observation` and `proprio` or, without these and without pictures, of `state`. Other numeric
     columns are labels, except rewards and counters.
     """
-    cameras = [name for name, column in columns.items() if is_image(*column)]
+    usable = {name: (shape[1:], dtype) for name, (shape, dtype) in columns.items() if name not in _UNSEEN}
+    pictures, cameras = source.pictures_among(usable)
     if own is not None and own.observation.pixels is None:
         cameras = []
     camera = source.choose_camera(cameras)
     if own is None:
-        observed, labels = _roles(columns)
+        observed, labels = _roles(columns, pictures)
         left = {*columns} - {*observed, *labels}
     else:
         observed, labels, left = [VECTOR] if own.observation.vector else [], list(own.labels), set()
@@ -90,17 +91,14 @@ def metadata_column(episode: Episode) -> list[str]:
     return [metadata_json(episode.metadata), *[""] * episode.steps]
 
 
-def _roles(columns: Columns) -> tuple[list[str], list[str]]:
+def _roles(columns: Columns, pictures: Collection[str]) -> tuple[list[str], list[str]]:
     """Return the observation columns and the label columns."""
     numeric = [
         name
         for name, (shape, dtype) in columns.items()
-        if dtype.kind in "fiub"
-        and name not in (LENGTH, OFFSET, ACTION, *REWARDS, *COUNTERS)
-        and int(np.prod(shape[1:])) <= _MOST
-        and not is_image(shape, dtype)
+        if dtype.kind in "fiub" and name not in (*_UNSEEN, *pictures) and int(np.prod(shape[1:])) <= _MOST
     ]
     observed = [name for name in OBSERVED if name in numeric]
-    if not observed and not any(is_image(*column) for column in columns.values()):
+    if not observed and not pictures:
         observed = ["state"] if "state" in numeric else numeric
     return observed, [name for name in sorted(numeric) if name not in observed]

@@ -69,7 +69,11 @@ class SwmHdf5Source(Hdf5Source):
         own = spec_in(own_attribute(file))
         numbers = {name: column for name, column in columns.items() if name not in self._text}
         self._chosen = choose_columns(self, numbers, own)
-        pixels = columns[self._chosen.camera][0][1:] if self._chosen.camera else None
+        pixels: tuple[int, int, int] | None = None
+        if (camera := self._chosen.camera) is not None:
+            shape, dtype = columns[camera]
+            what, sample = f"{where}: column {camera!r}", file[camera][:8]
+            pixels = self.lay_out(shape[1:], dtype, what, own=own is not None, sample=sample).pixels
         self.describe(self._chosen.contents(numbers, files=[self.path], pixels=pixels, own=own))
 
     def actions(self) -> Iterator[np.ndarray]:
@@ -86,17 +90,18 @@ class SwmHdf5Source(Hdf5Source):
         rows, chosen = slice(first, first + length), self._chosen
         with hdf5_errors(self.path):
             columns = {name: np.asarray(self.file[name][rows]) for name in (*chosen.vector, *chosen.labels)}
-            pixels = None if chosen.camera is None else self.file[chosen.camera][rows]
+            stored = None if chosen.camera is None else self.file[chosen.camera][rows]
             actions = flat(self.file[ACTION][rows])
             metadata: dict[str, Any] = {"index": index}
             if METADATA in self.file and length:
                 metadata = json.loads(self.file[METADATA].asstr()[first] or "{}")
             elif length:
                 metadata |= {name: str(self.file[name].asstr()[first]) for name in self._text}
+        where = f"{self.path}: episode {index}"
         return self.episode(
             index,
-            f"{self.path}: episode {index}",
-            pixels=pixels,
+            where,
+            pixels=None if stored is None else self.to_pixels(stored, where, index),
             columns=columns,
             actions=actions[:-1],
             labels={name: columns[name] for name in chosen.labels},

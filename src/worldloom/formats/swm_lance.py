@@ -67,6 +67,7 @@ class SwmLanceSource(Source):
             elif field.name not in (*self._text, METADATA):
                 columns[field.name] = ((1,), np.dtype(object))
         self._chosen = choose_columns(self, columns, self._own)
+        self._values = self.picture_values(str(self.path))
         files = (file for file in self.path.rglob("*") if file.is_file())
         shape = self._picture_shape()
         self.describe(self._chosen.contents(columns, files=files, pixels=shape, own=self._own))
@@ -149,7 +150,7 @@ class SwmLanceSource(Source):
         pictures: list[np.ndarray] = []
         for row, value in enumerate(column):
             what = f"{where}: the picture of {self._chosen.camera!r} in step {row}"
-            pictures.append(decode_picture(value.as_py(), what))
+            pictures.append(decode_picture(value.as_py(), what, values=self._values))
             if pictures[-1].shape != pictures[0].shape:
                 raise DataError(
                     f"{what} has a different shape from the first picture; resize the pictures in the table"

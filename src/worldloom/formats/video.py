@@ -139,6 +139,11 @@ class FrameStream:
                 f"{self.path} changes its frame size from {self._shape} to {shape} (height, width) at frame {number}; "
                 f"expected one size. Resize all frames, or split the video there"
             )
+        if frame.format.name.startswith("gray") and (bits := frame.format.components[0].bits) > 8:
+            raise DataError(
+                f"{self.path} has {bits} bits of grey, such as depth, of which only 8 would be read. Convert the video "
+                f"to 8 bits with the range that you need, or leave it out with --camera none"
+            )
         self._last, self._next = (number, frame), number + 1
         return True
 

@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from PIL import Image
 
 from worldloom.core.errors import ConfigError
-from worldloom.core.files import write_atomic
+from worldloom.core.files import require_writable, write_atomic
 from worldloom.core.progress import SILENT, Progress
 from worldloom.data import to_rgb, write_sheet
 from worldloom.memory.episodic import EpisodicMemory
@@ -82,6 +82,7 @@ def export(memory: EpisodicMemory, path: Path, *, progress: Progress = SILENT) -
     writers = {".parquet": _write_parquet, ".jsonl": _write_lines}
     if path.suffix not in writers:
         raise ConfigError(f"expected a file name that ends in .parquet or .jsonl; got {path}")
+    require_writable(path)
     memories = memory.read()
     with progress.task(f"exporting to {path.name}", len(memories), "memory") as task:
         batches = [memories[first : first + _BATCH] for first in range(0, len(memories), _BATCH)]

@@ -28,7 +28,7 @@ from worldloom.core.hardware import (
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seeds import derive_seed, numpy_generator, seeded_weights
 from worldloom.core.types import Windows
-from worldloom.data import Frames, SlidingPool, WindowSampler, compute_statistics
+from worldloom.data import Frames, SlidingPool, WindowSampler, compute_statistics, require_variation
 from worldloom.models import JEPA, JEPAConfig, alone, build_jepa, lay_like, save_model, whole
 from worldloom.training.diagnostics import alarms, diagnose
 from worldloom.training.learner import Learner
@@ -95,6 +95,7 @@ def fit(
     `resume`. The model is saved at the end of each segment.
 
     Raises:
+        DataError: nothing that is observed moves, or no action differs; see `worldloom.data.require_variation`.
         TrainingError: a loss is not finite (the last checkpoint is kept), another process is training in the folder,
             or the folder has checkpoints and `resume` is not set.
         CheckpointError: with `resume`, the configuration or the data changed; or the run's step is not in the segment.
@@ -143,6 +144,7 @@ class _Training:
         self.config, self.folder, self.ranks, self.fabric = config, run, ranks, fabric
         sampling = {"context": model_config.context, "horizon": config.horizon, "block": model_config.block}
         training, validation = cache.split(config.validation_share, config.seed)
+        self.cache, self.episodes = cache, training
         self.sampler = WindowSampler(cache, **sampling, episodes=training)
         self.order = None
         if config.pool_windows is not None:
@@ -177,6 +179,11 @@ class _Training:
             "data": cache.fingerprint,
         }
 
+    def _require_variation(self) -> None:
+        encoder = self.model.config.encoder
+        sees = {"pixels", "vector"} if encoder is None else encoder.sees
+        require_variation(self.cache, self.episodes, pixels="pixels" in sees, vector="vector" in sees)
+
     def run(self, resume: bool, stretch: Segment, progress: Progress) -> JEPA:
         config, fabric, last = self.config, self.fabric, stretch.end
         self.shift = stretch.shift
@@ -191,6 +198,8 @@ class _Training:
         done = load_state(self.folder, self.learner, self.optimizer, self.identity) if resume else 0
         self._begin(stretch, done)
         self.ranks.require_same({**self.identity, "steps done": done})
+        if not done:
+            self._require_variation()
         if fabric.is_global_zero:
             self.folder.forget_after(done)
         meter = _FigureMeter(config.batch * (self.model.spec.context + config.horizon))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from worldloom.agents import MethodConfig, PlanMethod, PlannedMethod, PlanningAgent
 from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.files import require_writable
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import Agent
 from worldloom.core.seeds import derive_seed
@@ -84,15 +85,17 @@ def calibrate(
             f"the method {name!r} does not use margins; choose a method that plans with guard='calibrated'"
         )
     risk, path, signer = rules.rule_set.risk, rules.margins_path(config.calibrated_as), key or own_key()
+    require_writable(path)
     about: dict[str, Any] = {"method": config.model_dump(mode="json"), "inputs": rules.inputs()}
     shape = _shape(run, rules.rails(), config.horizon, risk, progress)
     if config.guarding == "per candidate":
         margins = Margins(values=shape, risk=risk, episodes=0)
         write_margins(path, margins, rules.rule_set, about, signer)
         return margins
-    if (title := protocol or run.recipe.protocol) is None:
-        raise ConfigError("the recipe has no protocol; choose one with --protocol")
-    asked = PROTOCOLS[title].customise(episodes=episodes, split=split)
+    usual = run.usual_protocol if protocol is None else PROTOCOLS[protocol]
+    if usual is None:
+        raise ConfigError("the world of the data has no protocol; choose one with --protocol")
+    asked = usual.customise(episodes=episodes, split=split)
     factor, history = 1.0, []
     for number in range(rounds):
         trial = Margins(values=factor * shape, risk=risk, episodes=episodes)

@@ -22,7 +22,7 @@ def read_goal(run: Run, path: Path) -> Goal:
     """
     spec = run.model.spec.observation
     if path.suffix.lower() != ".json":
-        goal = read_picture(path, spec.pixels) if spec.pixels is not None else None
+        goal = read_picture(path, spec.pixels, values=run.picture_values) if spec.pixels is not None else None
         if goal is None or spec.vector:
             raise DataError(
                 f"the goal {path} is not JSON, but the model expects a vector of {spec.vector} values; write the "
@@ -45,7 +45,8 @@ def read_goal(run: Run, path: Path) -> Goal:
                 f"the vector in {path} must be a flat list of finite numbers; got an array of shape {vector.shape}"
             )
     if "pixels" in values and spec.pixels is not None:
-        pixels = read_picture(path.parent / str(values["pixels"]), spec.pixels).pixels
+        file = path.parent / str(values["pixels"])
+        pixels = read_picture(file, spec.pixels, values=run.picture_values).pixels
     goal = Observations.from_numpy(None if pixels is None else pixels.numpy(), None if vector is None else vector[None])
     spec.check(goal)
     return Goal(observations=goal)

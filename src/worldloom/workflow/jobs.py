@@ -17,7 +17,7 @@ from jaxtyping import Int64
 from worldloom import data
 from worldloom.agents import fit_behaviour_cloning, fit_reactive
 from worldloom.core.errors import CheckpointError, ConfigError, WorldloomError
-from worldloom.core.files import write_json
+from worldloom.core.files import require_writable, write_json
 from worldloom.core.hardware import choosable_threads, use_threads
 from worldloom.core.names import path_name
 from worldloom.core.progress import SILENT, Progress
@@ -26,7 +26,7 @@ from worldloom.core.seams import Agent, WorldModel
 from worldloom.core.seeds import torch_generator
 from worldloom.data import EpisodeDataset, Frames, load_frames
 from worldloom.envs import register_envs
-from worldloom.evaluation import PROTOCOLS, Changes, Protocol, Results, default_protocol, gym_protocol
+from worldloom.evaluation import PROTOCOLS, Changes, Protocol, Results, gym_protocol
 from worldloom.evaluation import evaluate as evaluate_methods
 from worldloom.evaluation import explore as explore_worlds
 from worldloom.heads import (
@@ -88,6 +88,7 @@ def train(
         CheckpointError: a resumed run has different data.
         DataError, TrainingError: see `worldloom.training.fit`.
     """
+    require_writable(path)
     if not isinstance(dataset, EpisodeDataset):
         dataset = EpisodeDataset.open(dataset, retry_seconds=recipe.data.retry_seconds)
     for name, probe in recipe.probes.items():
@@ -273,8 +274,8 @@ def evaluate(
 
     In a session, agents start with its memory and obey its rules, except baselines that do not support rules; on a
     plant (see `worldloom.evaluation.Worlds`), these baselines are skipped. `others` maps row names to agents of other
-    libraries; see `worldloom.evaluation.ForeignPolicy`. The default protocol comes from the recipe or, without
-    `success`, from the run's environment. Without a protocol, each goal is a frame that the logging policy reached, and
+    libraries; see `worldloom.evaluation.ForeignPolicy`. The default protocol is that of the world of the data; see
+    `Run.usual_protocol`. Without a protocol, each goal is a frame that the logging policy reached, and
     `success` is the criterion, such as `position:3`. `changes` replace parts of the protocol; see
     `worldloom.evaluation.Changes`.
 
@@ -288,6 +289,7 @@ def evaluate(
 
     session = session_of(run)
     run = session.run
+    require_writable(run.path / "evaluation" / "report.html")
     chosen = list(run.recipe.methods) if methods is None else list(methods)
     for name in chosen:
         run.recipe.method(name)  # fail on an unknown method before any episode
@@ -365,18 +367,26 @@ def _protocol(
 ) -> Protocol:
     source = run.environment
     env_id = source.get("id")
-    name = name or run.recipe.protocol or (default_protocol(env_id) if success is None else None)
+    chosen = None
     if name is not None:
+        chosen = PROTOCOLS[name]
+    elif success is None or run.has_protocol:
+        chosen = run.usual_protocol
+    if chosen is not None:
         if success is not None or goal_offset is not None:
             raise ConfigError(
-                f"protocol {name!r} already defines success and goals; leave out 'success' and 'goal_offset'"
+                f"protocol {chosen.title!r} already defines success and goals; leave out 'success' and 'goal_offset'"
             )
-        return PROTOCOLS[name].customise(**changes)
+        return chosen.customise(**changes)
     given = {key: value for key, value in changes.items() if value is not None}
     if "split" in given or "exploration" in given:
         raise ConfigError("split and exploration need a named protocol; choose one with --protocol")
     if env_id is None:
-        raise ConfigError("the dataset does not name its environment; choose a protocol with --protocol")
+        usual = run.recipe.protocol
+        raise ConfigError(
+            f"the dataset does not name its environment; choose a protocol with --protocol"
+            f"{f', such as {usual}, the protocol of the recipe' if usual else ''}"
+        )
     if success is None:
         raise ConfigError(
             f"{env_id} has no protocol; define success by a named vector and a tolerance, such as --success "
@@ -384,6 +394,6 @@ def _protocol(
         )
     offset = goal_offset or 25
     logged: dict[str, Any] = {key: source[key] for key in ("policy", "policy_options") if source.get(key)}
-    conventions: dict[str, Any] = {"budget": 2 * offset, **logged, **given}
+    conventions: dict[str, Any] = {"budget": 2 * offset, "pictures": source.get("pictures"), **logged, **given}
     conventions["env_kwargs"] = {**(source.get("kwargs") or {}), **(changes.get("env_kwargs") or {})}
     return gym_protocol(env_id, success=success, goal_offset=offset, **conventions)

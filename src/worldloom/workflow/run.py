@@ -14,10 +14,11 @@ from worldloom.agents import AgentParts
 from worldloom.core.config import Shape, check_shape
 from worldloom.core.errors import StorageError
 from worldloom.core.files import read_json
+from worldloom.core.picture_layout import PictureOptions
 from worldloom.core.seams import Agent
 from worldloom.core.types import Episode, Observations
 from worldloom.data import EpisodeDataset
-from worldloom.evaluation import default_protocol
+from worldloom.evaluation import PROTOCOLS, Protocol, default_protocol
 from worldloom.guardrails import BoundRules, RuleSet
 from worldloom.heads import Heads
 from worldloom.models import JEPA, load_model
@@ -101,6 +102,39 @@ class Run:
         """The `environment` of the dataset's spec, which describes the source of the data; empty if unknown."""
         environment: dict[str, Any] = self._config["environment"]
         return environment
+
+    @property
+    def has_protocol(self) -> bool:
+        """Whether the recipe's protocol is for the world in which the data were collected."""
+        title = self.recipe.protocol
+        return title is not None and PROTOCOLS[title].env_id == self.environment.get("id")
+
+    @property
+    def usual_protocol(self) -> Protocol | None:
+        """The protocol for the world in which the data were collected; None if the world has none, or is unknown.
+
+        This is the recipe's protocol if it has the same environment, else the environment's default protocol. If the
+        environment had other arguments than usual during collection, the protocol has these, and a name in "-custom".
+        """
+        own = self.recipe.protocol if self.has_protocol else None
+        if (title := own or default_protocol(self.environment.get("id"))) is None:
+            return None
+        protocol, collection = PROTOCOLS[title], self.recipe.collection
+        arguments: dict[str, Any] = self.environment.get("kwargs") or {}
+        usual = protocol.env_kwargs if own is None or collection is None else collection.env_kwargs
+        pictures = self.environment.get("pictures")
+        if arguments == usual and pictures is None:
+            return protocol
+        changed: dict[str, Any] = {"env_kwargs": arguments, "name": f"{protocol.name}-custom"}
+        if pictures is not None:
+            changed["pictures"] = PictureOptions.parse(pictures)
+        return protocol.model_copy(update=changed)
+
+    @property
+    def picture_values(self) -> tuple[float, float] | None:
+        """The values that became 0 and 255 in the dataset's pixels; None if the pictures were bytes."""
+        values = (self.environment.get("pictures") or {}).get("range")
+        return None if values is None else (float(values[0]), float(values[1]))
 
     @property
     def data(self) -> str:
@@ -210,7 +244,10 @@ class Run:
 
     def _compared_by(self, evaluations: list[str]) -> str:
         """Return the name of the evaluation that `success` comes from; see `summary`."""
-        usual = recipe_values(self.folder).get("protocol") or default_protocol(self.environment.get("id"))
+        env_id = self.environment.get("id")
+        usual: str | None = recipe_values(self.folder).get("protocol")
+        if usual is None or usual not in PROTOCOLS or PROTOCOLS[usual].env_id != env_id:
+            usual = default_protocol(env_id)
         if usual is not None and (name := usual.replace("/", "-")) in evaluations:
             return name
         return max(evaluations, key=lambda name: (self.path / "evaluation" / name / "results.json").stat().st_mtime_ns)

@@ -7,11 +7,12 @@ import torch
 
 from worldloom.agents import PlanningAgent
 from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.files import require_writable
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.registry import nearest
 from worldloom.core.types import Goal, Observations
 from worldloom.data import read_picture
-from worldloom.evaluation import PROTOCOLS, Worlds, default_protocol, draw_tasks
+from worldloom.evaluation import PROTOCOLS, Worlds, draw_tasks
 from worldloom.workflow.run import Run
 from worldloom.workflow.session import Session, fast_planning, session_of
 
@@ -46,6 +47,8 @@ def plan_once(
 
     session = session_of(run)
     run = session.run
+    if picture is not None:
+        require_writable(picture)
     if (start is None) != (goal is None):
         raise ConfigError("expected both --start and --goal, or neither; got one of them")
     if start is not None and goal is not None:
@@ -93,21 +96,19 @@ def _picture(run: Run, path: Path) -> Observations:
             "the model does not use only pixels, so pictures are not enough; choose a protocol for start and goal with "
             "--protocol"
         )
-    return read_picture(path, expected)
+    return read_picture(path, expected, values=run.picture_values)
 
 
 def _drawn(session: Session, protocol: str | None, split: str | None, episode: int) -> tuple[Observations, Goal]:
-    run = session.run
-    name = protocol or run.recipe.protocol or default_protocol(run.environment.get("id"))
-    if name is None:
+    chosen = session.run.usual_protocol if protocol is None else PROTOCOLS[protocol]
+    if chosen is None:
         raise ConfigError(
             f"the run has no default protocol; pass two pictures with --start and --goal, or --protocol with one of "
             f"{', '.join(PROTOCOLS)}"
         )
-    chosen = PROTOCOLS[name]
     split = split or next(iter(chosen.splits))
     if split not in chosen.splits:
-        raise ConfigError(f"protocol {name} has no split {split!r}; {nearest(split, chosen.splits)}")
+        raise ConfigError(f"protocol {chosen.title} has no split {split!r}; {nearest(split, chosen.splits)}")
     with Worlds(chosen, 1, session.acting()) as worlds:
         world, where = worlds.of(1), f"drawing episode {episode} of {split!r}"
         tasks, _ = draw_tasks(chosen, split, world, episode, where, guard=worlds.guard)

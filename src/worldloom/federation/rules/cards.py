@@ -14,7 +14,7 @@ from pydantic import Field
 
 from worldloom.core.config import Config
 from worldloom.core.errors import DataError, StorageError, WorldloomError
-from worldloom.core.files import write_json
+from worldloom.core.files import require_writable, write_json
 from worldloom.core.signing import Domain, read_signed, sign_file
 from worldloom.core.yaml_config import parse_yaml
 from worldloom.data import EpisodeDataset, Frames
@@ -63,6 +63,7 @@ def classify(
         DataError: the dataset was changed after it was written, or the key is not an Ed25519 key.
     """
     path = card_path(dataset)
+    require_writable(path)
     card = DataCard.parse({
         "dataset": EpisodeDataset.open(dataset).verify(),
         "title": title or Path(dataset).name,

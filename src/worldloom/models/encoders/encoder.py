@@ -1,7 +1,7 @@
 """The interface of encoders, and the registry of their names."""
 
 from abc import abstractmethod
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
@@ -17,8 +17,10 @@ class EncoderConfig(Component):
     """The configuration of an encoder, a module that maps `Observations` with one leading axis R to latents (R, D).
 
     The model adds the batch norm at the output. Values that the module needs from the statistics must be buffers, so
-    that checkpoints contain them.
+    that checkpoints contain them. `sees` names the parts of the observation that the module uses.
     """
+
+    sees: ClassVar[frozenset[str]] = frozenset({"pixels", "vector"})
 
     @abstractmethod
     def build(self, observation: ObservationSpec, statistics: Statistics, latent_dim: int) -> nn.Module:

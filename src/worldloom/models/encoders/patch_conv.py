@@ -19,6 +19,7 @@ from worldloom.models.stems import PixelStem
 
 
 class _Convolutions(EncoderConfig):
+    sees = frozenset({"pixels"})
     patch: Size = 8
     channels: tuple[Size, ...] = Field(default=(64, 64), min_length=1, max_length=16)
     kernel: Literal[2, 3] = 2

@@ -18,6 +18,7 @@ from worldloom.models.perceptron import MLP, Activation, Norm
 class VectorMLP(EncoderConfig):
     """A multilayer perceptron on the standardised vector."""
 
+    sees = frozenset({"vector"})
     name: Literal["vector"] = "vector"
     hidden: Sizes = (256, 256)
     norm: Norm = "none"

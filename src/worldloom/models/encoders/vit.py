@@ -20,6 +20,7 @@ from worldloom.models.normalisation import PixelNormalisation
 class ViT(EncoderConfig):
     """A pre-norm transformer on patches, with mean pooling at the end."""
 
+    sees = frozenset({"pixels"})
     name: Literal["vit"] = "vit"
     patch: Size = 8
     depth: Depth = 6

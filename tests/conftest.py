@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from forging import contribution
+
 os.environ["WORLDLOOM_STATE"] = tempfile.mkdtemp(prefix="worldloom-state-")  # not the user's own
 
 settings.register_profile("worldloom", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -54,8 +56,8 @@ class Chronicle:
             "coordinators": [{"name": "chair", "key": self.keys["chair"].public}],
             "rounds": 2,
             "inner_steps": 10,
-            "quorum": 2,
-            "cap": 0.5,
+            "quorum": 1,
+            "cap": 1.0,
             "privacy": {"clip": 1.0, "noise": 0.8, "epsilon_budget": 8.0},
             **rules,
         })  # fmt: skip
@@ -72,19 +74,29 @@ class Chronicle:
 
         self.ledger.append("constitution", constitution_facts(self.constitution))
         self.ledger.append("base", {"fingerprint": "ba5e0"}, round=0)
+        self.base = "ba5e0"
 
     def contribute(self, number: int, owner: str, *, size: int = 1_600_000, epsilon: float | None = None) -> None:
         spent = {"clip": 1.0, "noise": 0.8, "delta": 1e-5, "round": number, "epsilon": epsilon or 1.5 * (number + 1)}
-        facts = {"owner": owner, "steps": 10, "frames": 90, "data_class": "open", "spent": spent, "bytes": size}
-        self.ledger.append("contribution", {**facts, "message": "cd"}, round=number)
+        facts = contribution(
+            self.constitution, self.keys[owner], owner, number, self.base, self.ledger.head, steps=10, spent=spent,
+            size=size,
+        )  # fmt: skip
+        self.ledger.append("contribution", facts, round=number)
 
     def refuse(self, number: int, owner: str, reason: str) -> None:
         self.ledger.append("refusal", {"owner": owner, "reason": reason}, round=number)
 
     def weave(
-        self, number: int, weights: Mapping[str, float], *, left_out: Sequence[str] = (), first: float = 8
+        self,
+        number: int,
+        weights: Mapping[str, float],
+        *,
+        left_out: Sequence[str] = (),
+        first: float = 8,
+        losses: Mapping[str, list[float]] | None = None,
     ) -> None:
-        losses = {
+        losses = losses or {
             name: [(first + place / 4) / (number + 1), (first + place / 4) / (number + 1.6)]
             for place, name in enumerate(self.owners)
         }
@@ -92,7 +104,8 @@ class Chronicle:
         evaluation = {**middle, "owners": losses}
         facts = {"weights": dict(weights), "notes": {}, "left_out": list(left_out), "evaluation": evaluation}
         self.ledger.append("round", facts, round=number)
-        self.ledger.append("base", {"fingerprint": f"ba5e{number + 1}"}, round=number + 1)
+        before, self.base = self.base, f"ba5e{number + 1}" if weights else self.base
+        self.ledger.append("base", {"fingerprint": self.base, "previous": before}, round=number + 1)
 
     def two_rounds(self, reason: str = "it is of private data") -> None:
         """Write all of it: one owner never comes, and one is left out of the second round."""

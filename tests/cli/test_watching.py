@@ -77,10 +77,10 @@ def test_a_pipe_gets_a_line_for_each_event_and_the_end_ends_it(chronicle) -> Non
 def test_once_ends_at_once_and_asks_for_a_ledger(chronicle, tmp_path) -> None:
     chronicle.begin()
     console = pipe()
-    watch(chronicle.rounds, once=True, console=console)  # without a constitution too
+    watch(chronicle.rounds, chronicle.constitution, once=True, console=console)
     assert console.file.getvalue().splitlines()[-1] == "round 0 begins from base ba5e0"
     with pytest.raises(StorageError, match="does not exist"):
-        watch(tmp_path / "nowhere", once=True, console=console)
+        watch(tmp_path / "nowhere", chronicle.constitution, once=True, console=console)
 
 
 def test_the_view_of_a_coordinators_own_rounds_ends_with_them(chronicle) -> None:
@@ -107,7 +107,10 @@ def test_the_view_never_stops_the_work(chronicle, caplog) -> None:
         done = True
     assert done
     assert "entry 2 is not an entry of a chain" in caplog.text
-    with pytest.raises(DataError, match="entry 2"), live(chronicle.rounds, console=pipe()):
+    with (
+        pytest.raises(DataError, match="entry 2"),
+        live(chronicle.rounds, chronicle.constitution, console=pipe()),
+    ):
         pass
 
 

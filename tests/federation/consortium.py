@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from worldloom.core.signing import SigningKey, make_key
 from worldloom.core.types import ActionSpec, ObservationSpec
@@ -19,6 +20,7 @@ from worldloom.federation import (
     LocalTraining,
     Node,
     PartitionConfig,
+    Trained,
     initial_base,
 )
 from worldloom.models import JEPAConfig
@@ -132,4 +134,50 @@ class Consortium:
             key=self.keys["coordinator"],
             transport=InProcess(every),
             initial=initial or initial_base(MODEL, points().spec, self.partition, seed=0),
+        )
+
+
+class Drawn(LocalTraining):
+    """Trains nothing: what it makes of a base is drawn from its owner's name and the round, or `given`."""
+
+    shared_statistics = ()
+    like: Mapping[str, Tensor] = {}
+
+    def __init__(self, quick: "Quick", name: str) -> None:
+        self.partition, self._quick, self._name = quick.partition, quick, name
+        self.like = initial_base(MODEL, points().spec, quick.partition, seed=0).tensors
+
+    def train(self, name: str, base: Base, steps: int, *, at: int | None = None) -> Trained:
+        number = int(name.split()[1])
+        delta = self._quick.given.get(self._name) or drawn(self._name, number, base.tensors)
+        zeros = {
+            key: torch.zeros_like(tensor) for key, tensor in base.tensors.items()
+        }  # so that the delta is not rounded
+        return Trained(before=zeros, after=delta, steps=steps, frames=self._quick.frames.get(self._name, 100))
+
+    def judge(self, base: Base) -> dict[str, float]:
+        return {"total": self._quick.loss(base)}
+
+
+def drawn(name: str, number: int, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    source = torch.Generator().manual_seed(10 * number + OWNERS.index(name))
+    return {key: 0.1 * torch.randn(tensor.shape, generator=source) for key, tensor in sorted(like.items())}
+
+
+@dataclass
+class Quick(Consortium):
+    """A consortium in which nobody trains, so that a round takes a moment."""
+
+    given: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    frames: dict[str, int] = field(default_factory=dict)
+    loss: Callable[[Base], float] = lambda base: 1.0
+
+    def node(self, name: str) -> Node:
+        return Node(
+            self.path / name,
+            Drawn(self, name),
+            name=name,
+            key=self.keys[name],
+            constitution=self.constitution,
+            data_class=self.classes.get(name, "open"),
         )

@@ -128,7 +128,7 @@ def test_watching_tells_each_event_in_a_line_once(chronicle) -> None:
     assert watched.look() == [
         "round 1 leaves the base unchanged: held-out loss 4.00 -> 3.08; east 4.12 -> 3.17, north 4.00 -> 3.08, "
         "south 4.25 -> 3.27, vault 4.38 -> 3.37; 0 B uploaded",
-        "looms & sons: all 2 rounds are done; 3.20 MB uploaded so far; the last base is ba5e2",
+        "looms & sons: all 2 rounds are done; 3.20 MB uploaded so far; the last base is ba5e1",
     ]
     assert watched.look() == []
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forging import contribution
 from worldloom.core.chain import Chain
 from worldloom.core.errors import DataError
 from worldloom.core.signing import SigningKey, make_key
@@ -23,7 +24,8 @@ from worldloom.federation import (
     verify_ledger,
 )
 from worldloom.federation.record.envelope import seal
-from worldloom.federation.record.ledger import checked, constitution_facts, exit_facts
+from worldloom.federation.record.ledger import constitution_facts
+from worldloom.federation.record.statements import checked, exit_facts
 
 
 class World:
@@ -36,21 +38,25 @@ class World:
             self.keys[name] = SigningKey(folder / f"{name}.pem")
         members = {name: {"key": self.keys[name].public} for name in ("acme", "bolt")}
         values = {"consortium": "Looms", "members": members, "coordinators": ["acme"], "rounds": 3, "inner_steps": 5}
-        self.rules = Constitution.parse({**values, "quorum": 2, "cap": 0.5})
+        self.rules = Constitution.parse({**values, "quorum": 1, "cap": 1.0})
         self.path = self.write(folder / "ledger.jsonl")
         self.verify = functools.partial(verify_ledger, constitution=self.rules)
 
-    def write(self, path: Path, weight: float = 0.5) -> Path:
-        facts = {"owner": "bolt", "data_class": "open", "weight": weight, "fingerprint": "cd"}
+    def write(self, path: Path, frames: int = 90) -> Path:
         with Ledger(path, self.keys["acme"], durable=False) as ledger:
             ledger.append("constitution", constitution_facts(self.rules))
             ledger.append("base", {"fingerprint": "ab"}, round=0)
-            ledger.append("contribution", {**facts, "spent": {"epsilon": 1.5}}, round=0)
+            facts = self.contribution(ledger, "bolt", frames=frames, spent={"epsilon": 1.5})
+            ledger.append("contribution", facts, round=0)
             ledger.append("refusal", {"owner": "acme", "reason": "late | 9 s"}, round=0)
             evaluation = {"after": 0.25, "owners": {"bolt": [2.0, 0.5], "acme": [None, 0.25]}}
-            ledger.append("round", {"evaluation": evaluation, "weights": {"bolt": 0.25}}, round=0)
-            ledger.append("base", {"fingerprint": "ef"}, round=1)
+            ledger.append("round", {"evaluation": evaluation, "weights": {"bolt": 0.25}, "left_out": []}, round=0)
+            ledger.append("base", {"fingerprint": "ef", "previous": "ab"}, round=1)
         return path
+
+    def contribution(self, ledger: Ledger, name: str, **changed: Any) -> dict[str, Any]:
+        """Return the facts of a member's contribution to the first round."""
+        return contribution(self.rules, self.keys[name], name, 0, "ab", ledger.head, **changed)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +94,7 @@ def test_a_chain_made_anew_without_the_key_is_found(world: World, tmp_path: Path
     entries = list(Records(world.path).entries())
     with Chain(tmp_path / "forged.jsonl", durable=False) as chain:
         for entry in entries:
-            facts = {**entry.body["facts"], **({"weight": 0.1} if entry.index == 2 else {})}
+            facts = {**entry.body["facts"], **({"frames": 91} if entry.index == 2 else {})}
             chain.append({**entry.body, "facts": facts})
     verdict = world.verify(tmp_path / "forged.jsonl")
     # The hash of the first entry has its time in it, so the signature of the second is the first not to fit.
@@ -139,7 +145,7 @@ def test_a_countersigned_checkpoint_shows_a_history_written_anew_or_cut(world: W
     assert checked(stored, world.rules) == head
     seen = [countersign(head, world.keys["bolt"])]
     assert world.verify(world.path, checkpoints=seen).broken is None
-    anew = world.write(tmp_path / "anew.jsonl", weight=0.1)
+    anew = world.write(tmp_path / "anew.jsonl", frames=9)
     assert world.verify(anew).broken is None  # by itself it is as good as the true one
     assert "rewritten" in world.verify(anew, checkpoints=seen).why
     cut = tmp_path / "cut.jsonl"
@@ -158,7 +164,8 @@ def test_a_false_checkpoint_is_refused(world: World, tmp_path: Path) -> None:
     _append(path, world.keys["acme"], "checkpoint", {"countersigned": [true]})
     assert world.verify(path).broken is None
     _append(path, world.keys["acme"], "checkpoint", {"countersigned": [seen]})
-    assert (world.verify(path).broken, world.verify(path).why) == (7, "contains a checkpoint of a different ledger")
+    why = "contains a checkpoint of a different ledger: bolt countersigned 6 entries"
+    assert (world.verify(path).broken, world.verify(path).why) == (7, why)
 
 
 def test_a_ledger_of_other_rules_does_not_verify(world: World) -> None:
@@ -206,6 +213,6 @@ def test_the_card_says_who_contributed_and_is_not_written_from_a_false_ledger(wo
     assert "- Round 0: after 0.25, owners (acme None to 0.25, bolt 2 to 0.5)" in card
     assert "- Round 0: acme: late \\| 9 s" in card
     false = tmp_path / "false.jsonl"
-    false.write_bytes(world.path.read_bytes().replace(b'"weight":0.5', b'"weight":0.1'))
+    false.write_bytes(world.path.read_bytes().replace(b'"frames":90', b'"frames":91'))
     with pytest.raises(DataError, match="entry 2"):
         read_ledger(false, world.rules)

@@ -4,7 +4,6 @@ coordinator never sees a single delta."""
 import itertools
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from consortium import MODEL, OWNERS, Consortium, bytes_of, points
+from consortium import MODEL, OWNERS, Consortium, Quick, bytes_of, drawn
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -22,13 +21,10 @@ from worldloom.core.errors import ConfigError, DataError, TrainingError
 from worldloom.federation import (
     Base,
     Ledger,
-    LocalTraining,
     Node,
     Records,
     RoundStore,
-    Trained,
     fingerprint,
-    initial_base,
     recompute,
     verify_ledger,
 )
@@ -45,52 +41,6 @@ STEP = 2.0**-24  # of the whole numbers that deltas are written in
 IDLE = "encoder.mlp.layers.2.bias"  # before a batch norm: its gradient is rounding alone, which Adam makes steps of
 
 Handler = Callable[[bytes], bytes]
-
-
-class Drawn(LocalTraining):
-    """Trains nothing: what it makes of a base is drawn from its owner's name and the round, or `given`."""
-
-    shared_statistics = ()
-    like: Mapping[str, Tensor] = {}
-
-    def __init__(self, quick: "Quick", name: str) -> None:
-        self.partition, self._quick, self._name = quick.partition, quick, name
-        self.like = initial_base(MODEL, points().spec, quick.partition, seed=0).tensors
-
-    def train(self, name: str, base: Base, steps: int, *, at: int | None = None) -> Trained:
-        number = int(name.split()[1])
-        delta = self._quick.given.get(self._name) or drawn(self._name, number, base.tensors)
-        zeros = {
-            key: torch.zeros_like(tensor) for key, tensor in base.tensors.items()
-        }  # so that the delta is not rounded
-        return Trained(before=zeros, after=delta, steps=steps, frames=self._quick.frames.get(self._name, 100))
-
-    def judge(self, base: Base) -> dict[str, float]:
-        return {"total": self._quick.loss(base)}
-
-
-def drawn(name: str, number: int, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    source = torch.Generator().manual_seed(10 * number + OWNERS.index(name))
-    return {key: 0.1 * torch.randn(tensor.shape, generator=source) for key, tensor in sorted(like.items())}
-
-
-@dataclass
-class Quick(Consortium):
-    """A consortium in which nobody trains, so that a round takes a moment."""
-
-    given: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    frames: dict[str, int] = field(default_factory=dict)
-    loss: Callable[[Base], float] = lambda base: 1.0
-
-    def node(self, name: str) -> Node:
-        return Node(
-            self.path / name,
-            Drawn(self, name),
-            name=name,
-            key=self.keys[name],
-            constitution=self.constitution,
-            data_class=self.classes.get(name, "open"),
-        )
 
 
 def quick(path: Path, keys: Path | None = None, **changed: Any) -> Quick:
@@ -496,7 +446,9 @@ def test_who_helped_to_open_a_sum_goes_into_no_other_of_that_round(tmp_path) -> 
     changed = {"attempt": 1, "base": fingerprint(other)}
     assert "could reveal single contributions" in probe.refused("east", "advertise", other, **changed)
     with Ledger(tmp_path / "rounds" / "ledger.jsonl", probe.consortium.keys["coordinator"]) as ledger:
-        ledger.append("base", {"fingerprint": fingerprint(base)}, round=1)
+        nobody = {"weights": {}, "notes": {}, "left_out": [], "evaluation": None}
+        ledger.append("round", nobody, round=0)
+        ledger.append("base", {"fingerprint": fingerprint(base), "previous": fingerprint(base)}, round=1)
         told = {"begin": 0, "lines": ledger.lines()}
     assert probe.ask("east", "advertise", round=1, attempt=0, ledger=told).kind == "advertised"
     assert "could reveal single contributions" in probe.refused("east", "advertise", attempt=1)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,6 +83,8 @@ def altered(consortium: Consortium, number: int, ends: list[dict[str, torch.Tens
 
 @pytest.fixture(autouse=True)
 def _fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A contribution names the head of the ledger, in whose entries is the time.
+    monkeypatch.setattr("worldloom.core.chain.time", SimpleNamespace(time=lambda: 0.0))
     monkeypatch.setattr(worldloom.federation.rounds.local, "fit", worldloom.federation.rounds.local.fit)
 
 

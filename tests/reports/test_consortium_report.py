@@ -104,8 +104,8 @@ def test_reasons_and_names_of_others_are_text_and_not_markup(chronicle) -> None:
     bad = "<script>alert(1)</script><img src='http://evil/x'>\x1b[2J"
     chronicle.refuse(0, "vault", bad)
     chronicle.refuse(0, bad + "$x_", bad)
-    chronicle.contribute(0, "$\\frac<b>", size=100)
-    chronicle.weave(0, {"$\\frac<b>": 1.0, "north": 0.0})
+    chronicle.contribute(0, "north")
+    chronicle.weave(0, {"north": 1.0}, losses={"$\\frac<b>": [1.0, 0.5]})
     found = page(chronicle)
     assert "script" not in found.tags
     assert found.tags.count("b") == 1  # the mark of the verdict

@@ -1,17 +1,20 @@
 """`worldloom weave`: federated training of one model by many owners, its constitution and its ledger."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from worldloom.cli.console import answer, progress, table
 from worldloom.cli.options import Json, Threads, set_threads
-from worldloom.core.errors import ConfigError, DataError
-from worldloom.core.files import require_writable
+from worldloom.core.errors import ConfigError, DataError, StorageError
+from worldloom.core.files import read_json, require_writable
 from worldloom.core.registry import nearest
 from worldloom.core.signing import SigningKey, make_key
 from worldloom.core.yaml_config import read_yaml
+
+if TYPE_CHECKING:
+    from worldloom.federation import Constitution
 
 app = typer.Typer(help="Train one world model among many owners (Tapestry).", no_args_is_help=True)
 ledger = typer.Typer(help="Verify and show the ledger of a consortium.", no_args_is_help=True)
@@ -19,6 +22,29 @@ app.add_typer(ledger, name="ledger")
 
 Rounds = Annotated[Path, typer.Argument(help="The folder of the rounds.")]
 Rules = Annotated[Path, typer.Option(help="The constitution, signed by its members.")]
+
+
+FoundRules = Annotated[
+    Path | None,
+    typer.Option(help="The constitution, signed by its members; by default constitution.yaml beside ROUNDS."),
+]
+
+
+def _rules(rounds: Path, constitution: Path | None) -> "Constitution":
+    """Return the constitution that verifies the ledger in a folder.
+
+    Raises:
+        StorageError: no constitution was given, and there is none beside the folder.
+    """
+    from worldloom.federation import read_constitution
+
+    path = constitution or rounds.parent / "constitution.yaml"
+    if constitution is None and not path.is_file():
+        raise StorageError(
+            f"{path} does not exist, and without a constitution the ledger's signatures cannot be verified; pass "
+            f"--constitution"
+        )
+    return read_constitution(path)
 
 
 @app.command()
@@ -30,12 +56,12 @@ def simulate(
     json: Json = False,
 ) -> None:
     """Simulate a consortium on this machine, each owner in its own folder; run the command again to resume."""
-    from worldloom.federation import Records
+    from worldloom.federation import read_constitution, read_ledger
     from worldloom.workflow import ConsortiumConfig, simulate
 
     set_threads(threads)
     made = simulate(read_yaml(consortium, ConsortiumConfig), out, seed=seed, progress=progress())
-    records = Records(made.rounds / "ledger.jsonl")
+    records = read_ledger(made.rounds / "ledger.jsonl", read_constitution(out / "constitution.yaml"))
     told = [(entry.body["round"], entry.body["facts"]) for entry in records.entries("round")]
     found = {
         "rounds": [{"round": number, **facts} for number, facts in told],
@@ -63,21 +89,18 @@ def simulate(
 @app.command()
 def watch(
     rounds: Rounds,
-    constitution: Annotated[
-        Path | None, typer.Option(help="The constitution, to show the total number of rounds.")
-    ] = None,
+    constitution: FoundRules = None,
     once: Annotated[bool, typer.Option("--once", help="Show the current state, and exit.")] = False,
     json: Json = False,
 ) -> None:
-    """Show the rounds as they run, from any terminal that can read their folder, until the last round ends or Ctrl-C.
+    """Verify and show the rounds as they run, from any terminal that can read their folder, until the last one ends.
 
     --json prints one JSON line for each change; --json with --once prints one document of the current state.
     """
     from worldloom.cli.weave_watch import watch, watch_json
-    from worldloom.federation import read_constitution
 
     look = watch_json if json else watch
-    look(rounds, None if constitution is None else read_constitution(constitution), once=once)
+    look(rounds, _rules(rounds, constitution), once=once)
 
 
 @app.command()
@@ -147,13 +170,13 @@ def classify(
 def coordinator(party: Party, json: Json = False) -> None:
     """Run the remaining rounds with the members that connect; run the command again to resume."""
     from worldloom.cli.weave_watch import live
-    from worldloom.federation import Records
+    from worldloom.federation import read_ledger
     from worldloom.workflow import CoordinatorConfig, coordinate
 
     config = read_yaml(party, CoordinatorConfig).at(party.parent)
     with live(config.home / "rounds", config.rules()):
         rounds = coordinate(config)
-    bases = Records(rounds / "ledger.jsonl").bases()
+    bases = read_ledger(rounds / "ledger.jsonl", config.rules()).bases()
     last = max(bases)
     base = bases[last]["fingerprint"]
     answer(json, {"rounds": rounds, "round": last, "base": base}, f"{rounds}: the base after {last} rounds is {base}")
@@ -293,11 +316,12 @@ def verify(rounds: Rounds, constitution: Rules, json: Json = False) -> None:
 
 
 @ledger.command()
-def show(rounds: Rounds, json: Json = False) -> None:
-    """Show the entries of a ledger; its hash chain is verified while reading."""
-    from worldloom.federation import Records, printable
+def show(rounds: Rounds, constitution: FoundRules = None, json: Json = False) -> None:
+    """Verify a ledger, and show its entries."""
+    from worldloom.federation import printable, read_ledger
 
-    found = [entry.body for entry in Records(rounds / "ledger.jsonl").entries()]
+    records = read_ledger(rounds / "ledger.jsonl", _rules(rounds, constitution), growing=True)
+    found = [entry.body for entry in records.entries()]
     rows = []
     for body in found:
         facts = body["facts"]
@@ -308,6 +332,38 @@ def show(rounds: Rounds, json: Json = False) -> None:
         rows.append([body["kind"], number, printable(subject), printable(facts.get("reason"))])
     entries = [{key: body[key] for key in ("kind", "round", "facts")} for body in found]
     answer(json, {"entries": entries}, table("ledger", ["kind", "round", "subject", "reason"], rows))
+
+
+@ledger.command()
+def compare(
+    rounds: Rounds,
+    heads: Annotated[list[Path], typer.Argument(help="The heads that members signed: their files countersigned.json.")],
+    constitution: Rules,
+    json: Json = False,
+) -> None:
+    """Check that other members have seen the same ledger; ROUNDS may also be a node's folder 'consortium'.
+
+    Members send each other the file consortium/countersigned.json of their nodes. If a head is not on this ledger, the
+    coordinator showed different ledgers, and the command exits with code 3.
+    """
+    from worldloom.federation import LedgerForked, compare_heads, read_constitution, read_ledger
+
+    reader = read_ledger(rounds / "ledger.jsonl", read_constitution(constitution), growing=True)
+    found = compare_heads(reader, [read_json(path) for path in heads])
+    for path, (name, head, result) in zip(heads, found, strict=True):
+        if result == "different":
+            raise LedgerForked(
+                f"{name} signed a ledger of {head.length} entries with the hash {head.hash}, which is not the hash in "
+                f"{rounds}. There are two ledgers: keep this folder and {path} as evidence, and stop the rounds",
+                path,
+            )
+    described = {
+        "same": "the same ledger",
+        "ahead": f"longer than this ledger ({reader.head.length} entries); compare again in that member's folder",
+    }
+    rows = [[name, str(head.length), described[result]] for name, head, result in found]
+    values = [{"member": name, "length": head.length, "result": result} for name, head, result in found]
+    answer(json, {"heads": values}, table("heads", ["member", "entries", "result"], rows))
 
 
 @ledger.command()

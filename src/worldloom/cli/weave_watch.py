@@ -27,14 +27,12 @@ _STYLES = {"waiting": "dim", "contributed": "green", "refused": "red", "left out
 _REASON = 160  # maximum characters of a reason in the table; lines and the report show all of it
 
 
-def watch(
-    rounds: Path, constitution: Constitution | None = None, *, once: bool = False, console: Console = out
-) -> None:
+def watch(rounds: Path, constitution: Constitution, *, once: bool = False, console: Console = out) -> None:
     """Show the rounds in a folder until the last round is done, or Ctrl-C; with `once`, show their state and return.
 
     Raises:
         StorageError: there is no ledger, and `once` is set.
-        DataError: the ledger does not verify, or belongs to a different constitution.
+        DataError: the ledger does not verify under the constitution.
     """
     watched = LedgerWatch(rounds, constitution)
     if once:
@@ -49,7 +47,7 @@ def watch(
             look()
 
 
-def watch_json(rounds: Path, constitution: Constitution | None = None, *, once: bool = False) -> None:
+def watch_json(rounds: Path, constitution: Constitution, *, once: bool = False) -> None:
     """Print a JSON line for each change until the last round is done, or Ctrl-C; with `once`, print only the state.
 
     Raises:
@@ -71,14 +69,14 @@ def watch_json(rounds: Path, constitution: Constitution | None = None, *, once: 
 
 
 @contextmanager
-def live(rounds: Path, constitution: Constitution | None = None, *, console: Console = err) -> Iterator[None]:
+def live(rounds: Path, constitution: Constitution, *, console: Console = err) -> Iterator[None]:
     """Show the rounds in a folder while the body of the `with` statement runs them; a thread reads the ledger.
 
     Earlier rounds appear as one line. The view never stops the work: read errors are logged. A terminal shows
     only one live view, so the body must not draw progress bars.
 
     Raises:
-        DataError: the existing ledger does not verify, or belongs to a different constitution.
+        DataError: the existing ledger does not verify under the constitution.
     """
     watched, stop = LedgerWatch(rounds, constitution), threading.Event()
     if watched.look() and not console.is_terminal:

@@ -4,17 +4,16 @@ A coordinator talks to nodes through a `Transport`: `InProcess`, or Flower in a 
 
 from worldloom.federation.record.ledger import (
     Ledger,
+    LedgerReader,
     LedgerVerdict,
     Records,
-    countersign,
-    is_countersigned,
+    compare_heads,
     model_card,
     read_ledger,
     verify_ledger,
 )
 from worldloom.federation.record.ledger_history import (
     LedgerHistory,
-    LedgerWatch,
     Round,
     duration,
     loss_change,
@@ -22,13 +21,15 @@ from worldloom.federation.record.ledger_history import (
     read_history,
     size,
 )
+from worldloom.federation.record.ledger_watch import LedgerWatch
+from worldloom.federation.record.statements import countersign, is_countersigned
 from worldloom.federation.rounds.aggregation import AGGREGATORS, Aggregate, Aggregator, Deltas, capped
 from worldloom.federation.rounds.base import Base, fingerprint
 from worldloom.federation.rounds.codecs import CODECS, Codec
 from worldloom.federation.rounds.contribution import Contribution
 from worldloom.federation.rounds.coordinator import Coordinator, succeed
 from worldloom.federation.rounds.local import LocalTraining, Trained, check_has_a_pilot, initial_base
-from worldloom.federation.rounds.member_store import MemberStore
+from worldloom.federation.rounds.member_store import LedgerForked, LedgerRefused, MemberStore
 from worldloom.federation.rounds.next_base import recompute
 from worldloom.federation.rounds.node import Node
 from worldloom.federation.rounds.outer import OUTER, Outer
@@ -71,7 +72,10 @@ __all__ = [
     "Handler",
     "InProcess",
     "Ledger",
+    "LedgerForked",
     "LedgerHistory",
+    "LedgerReader",
+    "LedgerRefused",
     "LedgerVerdict",
     "LedgerWatch",
     "LocalTraining",
@@ -98,6 +102,7 @@ __all__ = [
     "check_has_a_pilot",
     "classify",
     "clip_and_noise",
+    "compare_heads",
     "countersign",
     "derive",
     "duration",

@@ -209,6 +209,7 @@ def take_part(config: NodeConfig, *, stop: threading.Event | None = None, progre
 
     Raises:
         ConfigError: no coordinator could be reached, with `timeout_seconds` for each.
+        LedgerRefused: a coordinator showed an invalid ledger, or different ledgers to different members.
         TrainingError: the node was stopped before the last base arrived.
         DataError, StorageError: the owner has left the consortium; or see `opened`.
     """
@@ -246,7 +247,7 @@ def _answer(node: Node, config: NodeConfig, last: int, stop: threading.Event) ->
         finally:
             heard = time.monotonic()
         over = node.store.number == last or node.has_left
-        if over or node.forked:  # after a fork, the next coordinator may have the correct ledger
+        if over or node.fault is not None:  # the next coordinator may have the correct ledger
             threading.Timer(_FLUSH_SECONDS, (stop if over else done).set).start()
         return reply
 
@@ -274,7 +275,7 @@ def _answer(node: Node, config: NodeConfig, last: int, stop: threading.Event) ->
     watch = threading.Thread(target=train_alone, name="worldloom-alone", daemon=True)
     watch.start()
     try:
-        _join_any(join, config, answer, stop, done)
+        _join_any(join, node, config, answer, stop, done)
     finally:
         ended.set()
         watch.join()
@@ -328,15 +329,22 @@ def _fine_tune(node: Node, config: NodeConfig, progress: Progress) -> None:
     measure(Run(node.own.run), node.own.frames, progress)
 
 
-def _join_any(join: Any, config: NodeConfig, answer: Handler, stop: threading.Event, done: threading.Event) -> None:
+def _join_any(
+    join: Any, node: Node, config: NodeConfig, answer: Handler, stop: threading.Event, done: threading.Event
+) -> None:
     """Join the first coordinator that can be reached, and the next one if the connection is lost.
 
-    If no coordinator can be reached, a node with `alone_after_seconds` tries again; other nodes raise `ConfigError`.
+    If no coordinator can be reached, a node with `alone_after_seconds` tries again.
+
+    Raises:
+        ConfigError: no coordinator can be reached.
+        LedgerRefused: the last coordinator that could be reached showed an invalid or different ledger.
     """
     while not stop.is_set():
-        causes = []
+        causes, fault = list[str](), None
         for place in config.coordinators:
             done.clear()
+            node.fault = None
             try:
                 join(
                     answer,
@@ -350,10 +358,14 @@ def _join_any(join: Any, config: NodeConfig, answer: Handler, stop: threading.Ev
             except ConfigError as error:
                 _log.warning("%s: %s", place.address, error)
                 causes.append(str(error))
-            else:
-                causes.append(f"{place.address} has a different ledger from this node; check 'coordinators' and 'home'")
+            if node.fault is not None:
+                evidence = node.fault.evidence
+                fault = type(node.fault)(f"{place.address}: {node.fault}. The evidence is in {evidence}", evidence)
+                causes.append(str(fault))
             if stop.is_set():
                 return
+        if config.alone_after_seconds is None and fault is not None:
+            raise fault
         if config.alone_after_seconds is None:
             raise ConfigError(f"no coordinator could be joined: {'; '.join(causes)}")
 

@@ -8,13 +8,16 @@ import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 
 from worldloom.core.config import Config
 from worldloom.core.errors import DataError
 from worldloom.core.registry import nearest
 from worldloom.federation.rules.ranges import Count, Epsilon, Length, Magnitude, Number, Share
 from worldloom.federation.secure.privacy import Clip, Noise
+
+CONTRIBUTION_FORMAT = 2
+"""The version of the format of contributions. In version 1 they named neither a constitution nor a head."""
 
 _LONGEST = 600  # characters of an error, because the sender chooses its length
 _Short = Annotated[str, StringConstraints(max_length=4096)]  # a name, key, hash, signature or share
@@ -35,6 +38,13 @@ class Checkpoint(Body):
     signature: _Short
 
 
+class SeenHead(Body):
+    """The length of a ledger, and the hash of its newest entry."""
+
+    length: Annotated[Length, Field(ge=1)]
+    hash: _Short
+
+
 class Spent(Body):
     """The privacy that an owner has spent; empty without differential privacy."""
 
@@ -48,8 +58,11 @@ class Spent(Body):
 
 
 class _Trained(Body):
-    """The public facts of an owner's training in a round."""
+    """The public facts of an owner's training in a round; `seen` is the head of the ledger that it had seen."""
 
+    format: Literal[2]
+    constitution: _Short
+    seen: SeenHead
     owner: _Short
     round: Number
     base: _Short
@@ -95,6 +108,7 @@ class RefusalBody(Body):
 class _InSession(Body):
     """An answer in a session of a secure sum."""
 
+    constitution: _Short
     owner: _Short
     round: Number
     attempt: Number

@@ -30,7 +30,10 @@ _FIELDS = {"kind", "body", "size", "digest", "key"}
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SignedMessage:
-    """A message from a known sender; `data` is the complete message as received, and `digest` its SHA-256."""
+    """A message from a known sender; `data` is the complete message as received, and `digest` its SHA-256.
+
+    `statement` is the signed part: the message without its tensors. `size` is the number of bytes of the message.
+    """
 
     kind: str
     sender: str
@@ -39,6 +42,8 @@ class SignedMessage:
     tensors: Mapping[str, Tensor]
     data: bytes
     digest: str
+    statement: bytes
+    size: int
 
 
 def seal(kind: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor], *, key: SigningKey) -> bytes:
@@ -64,6 +69,18 @@ def unseal(data: bytes, *, kind: str, known: Mapping[str, str], limit: int) -> S
         DataError: the message is too large, was truncated or changed, has a wrong kind, or is from an unknown sender.
     """
     return _open(data, (kind,), known, limit)
+
+
+def read_statement(data: bytes, *, kind: str, known: Mapping[str, str], limit: int) -> SignedMessage:
+    """Open a message's `statement`: the tensors are missing, but their size and digest are signed; see `unseal`.
+
+    Raises:
+        DataError: the statement is too large, was changed, has a wrong kind, or is from an unknown sender.
+    """
+    values, sender, end = _signed_part(data, (kind,), known, limit)
+    if end != len(data):
+        raise DataError(f"a statement of {sender} has {len(data)} bytes; expected {end}. Ask {sender} for it again")
+    return _message(values, sender, data, {}, data)
 
 
 class Refusal(DataError):
@@ -94,6 +111,41 @@ def unseal_answer(data: bytes, *, kind: str, sender: str, known: Mapping[str, st
 
 
 def _open(data: bytes, kinds: tuple[str, ...], known: Mapping[str, str], limit: int) -> SignedMessage:
+    values, sender, end = _signed_part(data, kinds, known, limit)
+    payload = data[end:]
+    if values["size"] != len(payload):
+        raise DataError(
+            f"a message from {sender} should have {values['size']} bytes of tensors, but {len(payload)} arrived. "
+            f"Ask {sender} to send the message again"
+        )
+    if values["digest"] != _digest(payload):
+        raise DataError(
+            f"the tensors in a message from {sender} do not match the digest in its header. "
+            f"Ask {sender} to send the message again"
+        )
+    return _message(values, sender, data[:end], _tensors(payload, sender), data)
+
+
+def _message(
+    values: Mapping[str, Any], sender: str, statement: bytes, tensors: Mapping[str, Tensor], data: bytes
+) -> SignedMessage:
+    return SignedMessage(
+        kind=values["kind"],
+        sender=sender,
+        key=values["key"],
+        body=values["body"],
+        tensors=tensors,
+        data=data,
+        digest=hashlib.sha256(data).hexdigest(),
+        statement=statement,
+        size=len(statement) + values["size"],
+    )
+
+
+def _signed_part(
+    data: bytes, kinds: tuple[str, ...], known: Mapping[str, str], limit: int
+) -> tuple[dict[str, Any], str, int]:
+    """Check the header and signature of a message; return the header, the sender, and where the signed part ends."""
     if len(data) > limit:
         raise DataError(
             f"a message has {len(data)} bytes; expected at most {limit}. Send less, or raise "
@@ -107,10 +159,11 @@ def _open(data: bytes, kinds: tuple[str, ...], known: Mapping[str, str], limit: 
     if len(data) < start:
         raise DataError(f"a message is truncated: only {len(data)} bytes arrived. Ask the sender to send it again")
     (length,) = _LENGTH.unpack_from(data, len(_MAGIC))
-    if start + length + _SIGNATURE > len(data):
+    end = start + length + _SIGNATURE
+    if end > len(data):
         raise DataError(
             f"a message is truncated or its header is wrong: header and signature should end at byte "
-            f"{start + length + _SIGNATURE}, but only {len(data)} bytes arrived. Ask the sender to send it again"
+            f"{end}, but only {len(data)} bytes arrived. Ask the sender to send it again"
         )
     values = _header(data[start : start + length])
     key, sender = values["key"], known.get(values["key"])
@@ -119,34 +172,14 @@ def _open(data: bytes, kinds: tuple[str, ...], known: Mapping[str, str], limit: 
             f"a message is from an unknown sender with key {key}; expected a key in the constitution. "
             f"Use the same constitution on both sides, and sign with a key that it lists"
         )
-    signature = data[start + length : start + length + _SIGNATURE].hex()
-    if not verified(data[len(_MAGIC) : start + length], signature, key, Domain.MESSAGE):
+    if not verified(data[len(_MAGIC) : start + length], data[start + length : end].hex(), key, Domain.MESSAGE):
         raise DataError(f"a message does not have a valid signature of {sender}; ask {sender} to send it again")
-    payload = data[start + length + _SIGNATURE :]
-    if values["size"] != len(payload):
-        raise DataError(
-            f"a message from {sender} should have {values['size']} bytes of tensors, but {len(payload)} arrived. "
-            f"Ask {sender} to send the message again"
-        )
-    if values["digest"] != _digest(payload):
-        raise DataError(
-            f"the tensors in a message from {sender} do not match the digest in its header. "
-            f"Ask {sender} to send the message again"
-        )
     if values["kind"] not in kinds:
         raise DataError(
             f"expected a message of kind {kinds[0]!r} from {sender}; got {values['kind']!r}. "
             f"Run the same version on both sides"
         )
-    return SignedMessage(
-        kind=values["kind"],
-        sender=sender,
-        key=key,
-        body=values["body"],
-        tensors=_tensors(payload, sender),
-        data=data,
-        digest=hashlib.sha256(data).hexdigest(),
-    )
+    return values, sender, end
 
 
 def _header(text: bytes) -> dict[str, Any]:

@@ -1,16 +1,17 @@
 """The ledger of a consortium: signed, chained and countersigned events, never the data itself.
 
-The writer of an entry signs its content, its index and the hash of the previous entry. A coordinator could still
-rewrite the complete ledger; the checkpoints that members countersign and store detect that.
+The writer of an entry signs its content, its index and the hash of the previous entry. A contribution or exit also
+contains what the member itself signed, and a contribution names the head of the ledger that its member had seen. A
+coordinator could still rewrite the complete ledger, or show different ledgers to different members; the heads that
+members sign and store detect that.
 """
 
-import base64
 import itertools
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
@@ -19,8 +20,9 @@ from worldloom.core.closing import Closing
 from worldloom.core.errors import DataError
 from worldloom.core.files import storage_errors
 from worldloom.core.signing import Domain, SigningKey, verified
-from worldloom.federation.record.envelope import unseal
 from worldloom.federation.record.ledger_history import printable
+from worldloom.federation.record.ledger_rules import Fork, LedgerRules
+from worldloom.federation.record.statements import checked, exit_fault
 from worldloom.federation.rules.constitution import Constitution
 from worldloom.federation.rules.ranges import Number, Share, within
 
@@ -30,15 +32,16 @@ _BY_COORDINATORS = (
 KINDS = (*_BY_COORDINATORS, "checkpoint", "exit", "return", "recompute")
 """The kinds of entries. Members may write only the last four; coordinators may write all."""
 
-FORMAT = 2  # of the ledger and of checkpoints; format 1 signed without domains
+FORMAT = 3
+"""The version of the ledger's format. In format 1 signatures had no domain; in 1 and 2 members signed no entries."""
+
+THE_SUM = "the sum of all"
+"""The owner in refusals that do not concern a single member; no member can have this name."""
+
 _NUMBER, _SHARE = TypeAdapter(Number), TypeAdapter(Share)
-_LARGEST_WORD = 2**13  # bytes of the signed message by which a member leaves
 _LARGEST = 2**16  # characters of the facts of an entry: enough for fingerprints and figures, not for data
 _LONGEST = _LARGEST + 2**10  # characters of the line of an entry, with signer and previous hash
 _FIELDS = {"kind", "round", "facts", "key", "signature"}
-_COUNTERSIGNED = "worldloom countersigned checkpoint"
-CHECKPOINT = {"kind", "format", "length", "hash", "key", "signature"}
-"""The exact keys of a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +58,12 @@ class LedgerVerdict:
     why: str = ""
 
 
+Outcome = Literal["open", "counted", "refused", "left", "dropped"]
+"""What became of a contribution. It was dropped if its round is over, and the ledger says nothing about it."""
+
+
 class Records:
-    """Read access to a ledger."""
+    """Read access to a ledger of which only the hash chain is verified; `read_ledger` also verifies all signatures."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -128,6 +135,11 @@ class Ledger(Records, Closing):
         """The length of the ledger, and the hash of its last entry."""
         return self._chain.head
 
+    def has(self, head: ChainHead) -> bool:
+        """Return whether a head lies on the chain."""
+        entries = tuple(self._all())
+        return 1 <= head.length <= len(entries) and entries[head.length - 1].hash == head.hash
+
     def append(self, kind: str, facts: Mapping[str, Any], *, round: int | None = None) -> Entry:
         """Sign an entry, write it and return it.
 
@@ -177,17 +189,6 @@ def constitution_facts(constitution: Constitution) -> dict[str, Any]:
     return {"format": FORMAT, "fingerprint": constitution.fingerprint}
 
 
-def countersign(head: ChainHead, key: SigningKey) -> dict[str, Any]:
-    """Return a checkpoint: the signer's statement that it received a ledger of this length with this hash."""
-    values = {"kind": _COUNTERSIGNED, "format": FORMAT, "length": head.length, "hash": head.hash, "key": key.public}
-    return {**values, "signature": key.sign(canonical(values).encode("ascii"), Domain.CHECKPOINT)}
-
-
-def is_countersigned(values: Any) -> bool:
-    """Return whether values are labelled as a countersigned checkpoint; `verify_ledger` checks the signature."""
-    return isinstance(values, Mapping) and values.get("kind") == _COUNTERSIGNED
-
-
 class LedgerReader(Records):
     """The valid entries of a ledger under a constitution; each entry is checked once, when it is read."""
 
@@ -195,12 +196,16 @@ class LedgerReader(Records):
         super().__init__(path)
         self.constitution = constitution
         self._taken: list[Entry] = []
-        self._hashes = [NOTHING]  # at each length
+        self._rules = LedgerRules(constitution)
 
     @property
     def head(self) -> ChainHead:
         """The number of entries read so far, and the hash of the last one."""
-        return ChainHead(length=len(self._taken), hash=self._hashes[-1])
+        return self._rules.head
+
+    def has(self, head: ChainHead) -> bool:
+        """Return whether a head lies on the chain of the entries read so far."""
+        return self._rules.has(head)
 
     def take(self, lines: Iterable[bytes]) -> str:
         """Read lines up to the first invalid line; return what is wrong with that line, or an empty string."""
@@ -208,13 +213,36 @@ class LedgerReader(Records):
             if len(line) > _LONGEST:
                 return f"has {len(line)} characters; expected at most {_LONGEST}"
             entry, why = read_entry(line, self.head)
-            if entry is not None:
-                why = _fault(entry, self.constitution, self._hashes)
-            if entry is None or why:
+            if entry is None or (why := self.add(entry)):
                 return why
-            self._taken.append(entry)
-            self._hashes.append(entry.hash)
         return ""
+
+    def add(self, entry: Entry) -> str:
+        """Take the next entry of the chain, if it is valid; return what is wrong with it, or an empty string."""
+        if why := _fault(entry, self):
+            return why
+        self._taken.append(entry)
+        self._rules.add(entry)
+        return ""
+
+    def fit_fault(self, body: Mapping[str, Any]) -> str:
+        """Return why the next entry does not fit to the entries before it; see `LedgerRules`."""
+        return self._rules.fault(body)
+
+    def outcome(self, owner: str, number: int) -> tuple[Outcome, str]:
+        """Return what became of a member's contribution to a round, and the reason if it does not count."""
+        if not (rounds := self.of("round", number)):
+            return "open", ""
+        reasons = [
+            printable(facts.get("reason"))
+            for facts in self.of("refusal", number)
+            if facts.get("owner") in (owner, THE_SUM) and "what" not in facts  # other answers than contributions
+        ]
+        if owner in rounds[-1].get("weights", {}):
+            return "counted", ""
+        if owner in rounds[-1].get("left_out", []) or reasons:
+            return "refused", reasons[-1] if reasons else "the quality gate left all contributions out"
+        return ("left", "") if self.newest_of(owner, "exit", "return") == "exit" else ("dropped", "")
 
     def verdict(self, why: str = "", seen: Iterable[ChainHead] = ()) -> LedgerVerdict:
         """Return the verdict on the entries read so far.
@@ -222,24 +250,20 @@ class LedgerReader(Records):
         `why` describes what is wrong with the next line, and is empty if the next line is valid or missing. `seen` are
         the heads that members countersigned.
         """
-        length, seen = len(self._taken), list(seen)
+        length, seen = self.head.length, list(seen)
         broken = length if why else None
-        rewritten = [
-            one.length - 1 for one in seen if 0 < one.length <= length and self._hashes[one.length] != one.hash
-        ]
+        rewritten = [one.length - 1 for one in seen if 0 < one.length <= length and not self.has(one)]
         longest = max((one.length for one in seen), default=0)
         if rewritten:
-            broken, why = min(rewritten), "is not the entry that a member countersigned: the ledger was rewritten"
+            broken, why = min(rewritten), Fork("is not the entry that a member countersigned: the ledger was rewritten")
         elif not why and longest > length:
             broken, why = length, f"and all later entries are missing: a member countersigned {longest} entries"
-        elif not why and length:
-            *_, ratified = [None, *self.entries("constitution")]
-            if ratified is None or ratified.body["facts"].get("fingerprint") != self.constitution.fingerprint:
-                broken = 0 if ratified is None else ratified.index
-                why = "does not name the constitution that is used to verify the ledger"
         length = length if broken is None else broken
         return LedgerVerdict(
-            length=length, head=ChainHead(length=length, hash=self._hashes[length]), broken=broken, why=why
+            length=length,
+            head=ChainHead(length=length, hash=self._rules.hash_at(length)),
+            broken=broken,
+            why=why,
         )
 
     def _all(self) -> Iterable[Entry]:
@@ -275,21 +299,52 @@ def read_ledger(
     """
     reading, verdict = _read(path, constitution, checkpoints, growing=growing)
     if verdict.broken is not None:
-        raise DataError(
-            f"{path} does not verify: entry {verdict.broken} {verdict.why}. Restore the ledger from an intact copy; "
-            f"every node has one"
-        )
+        raise broken(path, verdict.broken, verdict.why)
     return reading
 
 
+def broken(path: Path | str, index: int, why: str) -> DataError:
+    """Return the error for a ledger whose entry `index` is invalid."""
+    return DataError(
+        f"{path} does not verify: entry {index} {why}. Pass the constitution of this ledger, or restore the ledger "
+        f"from an intact copy; every node has one"
+    )
+
+
 def _read(
-    path: Path | str, constitution: Constitution, checkpoints: Collection[Mapping[str, Any]], *, growing: bool = False
+    path: Path | str,
+    constitution: Constitution,
+    checkpoints: Collection[Mapping[str, Any]],
+    *,
+    growing: bool = False,
 ) -> tuple[LedgerReader, LedgerVerdict]:
     seen = [checked(checkpoint, constitution) for checkpoint in checkpoints]
     reading = LedgerReader(path, constitution)
     with storage_errors(path), Path(path).open("rb") as file:
         why = reading.take(line for line in file if not growing or line.endswith(b"\n"))
     return reading, reading.verdict(why, seen)
+
+
+Comparison = Literal["same", "ahead", "different"]
+"""How a signed head compares with a ledger: on its chain, beyond its end, or on a different chain."""
+
+
+def compare_heads(
+    reader: LedgerReader, checkpoints: Collection[Mapping[str, Any]]
+) -> list[tuple[str, ChainHead, Comparison]]:
+    """Compare the heads that members signed with a ledger; return each signer's name and head, and the result.
+
+    Raises:
+        DataError: a checkpoint is invalid.
+    """
+    names, found = reader.constitution.known(), list[tuple[str, ChainHead, Comparison]]()
+    for checkpoint in checkpoints:
+        head = checked(checkpoint, reader.constitution)
+        ahead = head.length > reader.head.length
+        found.append(
+            (names[checkpoint["key"]], head, "ahead" if ahead else "same" if reader.has(head) else "different")
+        )
+    return found
 
 
 def model_card(records: LedgerReader) -> str:
@@ -335,83 +390,41 @@ def _signed(content: Mapping[str, Any], index: int, previous: str) -> bytes:
     return canonical({**content, "index": index, "previous": previous}).encode("ascii")
 
 
-def _fault(entry: Entry, constitution: Constitution, hashes: list[str]) -> str:
-    """Return what is wrong with an entry that has a correct hash; an empty string if it is valid."""
-    body = entry.body
+def _fault(entry: Entry, reader: LedgerReader) -> str:
+    """Return what is wrong with the next entry, which has a correct hash; an empty string if it is valid."""
+    body, constitution = entry.body, reader.constitution
     whole = isinstance(body, dict) and set(body) == _FIELDS and isinstance(body["facts"], dict)
     whole = whole and isinstance(body["key"], str) and isinstance(body["signature"], str)
     if not whole or body["kind"] not in KINDS or type(body["round"]) not in (int, type(None)):
         return "is not an entry of a ledger"
-    if body["kind"] == "constitution" and body["facts"].get("format") != FORMAT:
-        found = body["facts"].get("format")
-        return f"has ledger format {found!r}; this version of worldloom reads format {FORMAT}"
+    if (body["kind"] == "constitution") != (entry.index == 0):
+        return f"is a {body['kind']}; expected the constitution as the first entry, and nowhere else"
+    if body["kind"] == "constitution" and (found := body["facts"].get("format")) != FORMAT:
+        return (
+            f"has ledger format {printable(found)[:20]}; this version of worldloom reads format {FORMAT}. Read the "
+            f"ledger with the version that wrote it, and begin new rounds from its last base"
+        )
     signer = constitution.known().get(body["key"])
     if signer is None:
-        return f"is signed by {body['key']}, a key that is not in the constitution"
+        return f"is signed by {printable(body['key'])[:64]}, a key that is not in the constitution"
     if body["kind"] in _BY_COORDINATORS and body["key"] not in constitution.coordinator_keys().values():
         return f"is a {body['kind']} signed by {signer}, which is not a coordinator"
     content = {name: body[name] for name in ("kind", "round", "facts", "key")}
     if not verified(_signed(content, entry.index, entry.previous), body["signature"], body["key"], Domain.LEDGER_ENTRY):
         return f"is not what {signer} signed"
+    if body["kind"] == "constitution" and body["facts"].get("fingerprint") != constitution.fingerprint:
+        return "names a different constitution from the one that is used to verify the ledger"
     if body["kind"] == "exit" and signer != body["facts"].get("owner"):
-        return _exit_fault(body, constitution)
+        return exit_fault(body["facts"], body["round"], constitution)
     found = body["facts"].get("countersigned", []) if body["kind"] == "checkpoint" else []
     try:
         seen = [checked(checkpoint, constitution) for checkpoint in found]
     except (DataError, TypeError):
         return "contains a checkpoint without a valid signature"
-    if any(head.length >= len(hashes) or hashes[head.length] != head.hash for head in seen):
-        return "contains a checkpoint of a different ledger"
-    return ""
-
-
-def exit_facts(word: bytes, owner: str, number: int, constitution: Constitution) -> dict[str, Any] | None:
-    """Return the facts of an exit entry from the member's signed message; None if the message is not an exit.
-
-    The entry contains the message, so that only the member itself can declare its exit.
-    """
-    try:
-        message = unseal(word, kind="refusal", known=constitution.member_names(), limit=_LARGEST_WORD)
-    except DataError:
-        return None
-    stated = (message.sender, *(message.body.get(key) for key in ("round", "constitution", "left")))
-    if stated != (owner, number, constitution.fingerprint, True):
-        return None
-    return {"owner": owner, "reason": str(message.body.get("why")), "word": base64.b64encode(word).decode("ascii")}
-
-
-def _exit_fault(body: Mapping[str, Any], constitution: Constitution) -> str:
-    """Return what is wrong with an exit entry that a coordinator signed; an empty string if it is valid."""
-    facts = body["facts"]
-    try:
-        word = base64.b64decode(facts["word"], validate=True)
-    except (KeyError, TypeError, ValueError):
-        return "is an exit without the member's signed message"
-    if exit_facts(word, str(facts.get("owner")), body["round"], constitution) != facts:
-        return "is an exit that differs from the member's signed message"
-    return ""
-
-
-def checked(checkpoint: Any, constitution: Constitution) -> ChainHead:
-    """Verify a checkpoint, and return the head that it contains.
-
-    Raises:
-        DataError: the checkpoint is incomplete, the signer is not in the constitution, or the signature is invalid.
-    """
-    try:
-        values = {name: checkpoint[name] for name in ("kind", "format", "length", "hash", "key")}
-        content = canonical(values).encode("ascii")
-        signed = verified(content, checkpoint["signature"], checkpoint["key"], Domain.CHECKPOINT)
-        whole = (values["kind"], values["format"]) == (_COUNTERSIGNED, FORMAT) and type(values["length"]) is int
-        whole = whole and values["length"] >= 0
-    except (KeyError, TypeError):
-        signed = whole = False
-    if not signed or not whole or checkpoint["key"] not in constitution.known():
-        raise DataError(
-            "a checkpoint is incomplete, was changed, or is not signed with a key in the constitution; ask the "
-            "member that signed the checkpoint for an unchanged copy"
-        )
-    return ChainHead(length=values["length"], hash=values["hash"])
+    if other := [one for one, head in zip(found, seen, strict=True) if not reader.has(head)]:
+        name = constitution.known()[other[0]["key"]]
+        return Fork(f"contains a checkpoint of a different ledger: {name} countersigned {other[0]['length']} entries")
+    return reader.fit_fault(body)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

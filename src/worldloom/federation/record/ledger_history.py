@@ -8,12 +8,11 @@ missing.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from worldloom.core.chain import Entry, Tail
+from worldloom.core.chain import Entry
 from worldloom.core.errors import DataError
 from worldloom.federation.rules.constitution import Constitution
 from worldloom.federation.rules.ranges import Count, Epsilon, Loss, Number, Share, within
@@ -177,28 +176,6 @@ def read_history(entries: Iterable[Entry], constitution: Constitution | None = N
         rounds=rounds,
         bases=bases,
     )
-
-
-class LedgerWatch:
-    """Follows the ledger in a folder of rounds while another process writes it; `history` has the rounds so far.
-
-    Raises:
-        DataError: see `read_history` and `Tail`.
-    """
-
-    def __init__(self, rounds: Path | str, constitution: Constitution | None = None) -> None:
-        self.ledger = Path(rounds) / "ledger.jsonl"
-        self._tail, self._constitution = Tail(self.ledger), constitution
-        self._entries: list[Entry] = []
-        self.history = read_history((), constitution)
-
-    def look(self) -> list[str]:
-        """Read the new entries; return one line of text for each event."""
-        if not (new := self._tail.new()):
-            return []
-        self._entries += new
-        self.history = read_history(self._entries, self._constitution)
-        return [line for entry in new if (line := describe(entry, self.history))]
 
 
 def describe(entry: Entry, history: LedgerHistory) -> str:

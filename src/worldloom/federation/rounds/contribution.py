@@ -13,6 +13,7 @@ from torch import Tensor
 from worldloom.core.config import parse_component
 from worldloom.core.errors import DataError
 from worldloom.federation.record.envelope import SignedMessage
+from worldloom.federation.record.statements import check_origin
 from worldloom.federation.rounds.base import Base, check_like, check_names, check_values
 from worldloom.federation.rounds.codecs import CODECS
 from worldloom.federation.rules.constitution import Constitution
@@ -83,9 +84,10 @@ def read_contribution(message: SignedMessage, number: int, base: Base, constitut
     """Check a member's contribution to a round and return its delta; this is the coordinator's trust boundary.
 
     Raises:
-        DataError: the contribution is for another round or base, its data class may not shape the base, its privacy is
-            not as agreed, or the tensors are not a finite delta with the base's names and shapes.
+        DataError: the contribution is for another consortium, round or base, its data class may not shape the base, its
+            privacy is not as agreed, or the tensors are not a finite delta with the base's names and shapes.
     """
+    check_origin(message, constitution)
     check_facts(message, number, base.fingerprint, constitution)
     check_spent(message, constitution)
     return parse_component(CODECS, constitution.codec).decode(message.tensors, base.shapes)

@@ -22,14 +22,15 @@ from worldloom.core.files import whole_folder, write_atomic
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.signing import SigningKey
 from worldloom.federation.record.envelope import SignedMessage
-from worldloom.federation.record.ledger import Ledger, Records, constitution_facts
+from worldloom.federation.record.ledger import THE_SUM, Ledger, LedgerReader, constitution_facts, read_ledger
+from worldloom.federation.record.statements import SignedContribution
 from worldloom.federation.rounds.base import Base
 from worldloom.federation.rounds.contribution import check_frames, read_contribution
 from worldloom.federation.rounds.member_store import MemberStore
 from worldloom.federation.rounds.members import LONGEST_REASON, Members
 from worldloom.federation.rounds.next_base import NextBase, aggregated, mean_of_sum, next_base
 from worldloom.federation.rounds.round_store import RoundStore
-from worldloom.federation.rounds.secure_rounds import THE_SUM, SecureSums
+from worldloom.federation.rounds.secure_rounds import SecureSums
 from worldloom.federation.rules.constitution import Constitution
 from worldloom.federation.rules.ranges import Loss, within
 from worldloom.federation.transport.messages import Transport
@@ -77,10 +78,9 @@ class Coordinator(Closing):
         self.ledger = Ledger(self.rounds.ledger, key)
         with ExitStack() as stack:
             stack.callback(self.ledger.close)
-            first = next(self.ledger.entries("constitution"), None)
-            if first is not None and first.body["facts"].get("fingerprint") != constitution.fingerprint:
-                raise DataError(f"{path} belongs to a different constitution; choose another folder for these rounds")
-            if first is None:
+            if self.ledger.head.length:
+                read_ledger(self.rounds.ledger, constitution)
+            else:
                 self.ledger.append("constitution", constitution_facts(constitution))
             self._members = Members(constitution, transport, self.ledger, key)
             self._sums = SecureSums(self.rounds.path, constitution, ledger=self.ledger, members=self._members)
@@ -120,6 +120,9 @@ class Coordinator(Closing):
     def run_round(self, number: int) -> None:
         """Run one round: collect contributions, aggregate, evaluate, and publish the next base."""
         base, secure = self._published(number), self._constitution.secure_aggregation
+        if done := self.ledger.of("round", number):  # the coordinator was killed before it recorded the next base
+            self._publish_base(number, base, self._recorded(number, base, done[-1]))
+            return
         # The owners that count, with their weights in the sum or, without secure aggregation, their frames.
         whole: Mapping[str, Any] = (self._sums.gather if secure else self._gather)(number, base)
         if secure:
@@ -195,9 +198,23 @@ class Coordinator(Closing):
             "left_out": left_out,
             "evaluation": _evaluation(before, trial.after) if before else None,
         }
-        # After a kill between the two entries, the round repeats with the same result and finds the first entry.
-        if not self.ledger.of("round", number):
-            self.ledger.append("round", facts, round=number)
+        self.ledger.append("round", facts, round=number)
+        self._publish_base(number, base, result)
+
+    def _recorded(self, number: int, base: Base, facts: Mapping[str, Any]) -> NextBase:
+        """Return the result of a round that is recorded in the ledger."""
+        names, change = facts["weights"], None
+        if names and self._constitution.secure_aggregation:
+            change = mean_of_sum(self.rounds, number, self.ledger.of("sum", number)[-1]["weights"])
+        elif names:
+            frames = {one["owner"]: one["frames"] for one in self.ledger.of("contribution", number)}
+            group = {owner: frames[owner] for owner in names}
+            change = aggregated(self.rounds, number, base, self._constitution, group)
+        result = next_base(self.rounds, number, base, self._constitution, change)
+        self.rounds.save(number + 1, result.base, result.momentum)
+        return result
+
+    def _publish_base(self, number: int, base: Base, result: NextBase) -> None:
         published = {"fingerprint": result.base.fingerprint, "previous": base.fingerprint}
         self.ledger.append("base", published, round=number + 1)
         self._newest = number + 1, result.base
@@ -259,11 +276,11 @@ class Coordinator(Closing):
         """
         owner = message.sender
         delta = read_contribution(message, number, base, self._constitution)
+        signed = SignedContribution.of([message.statement], number, self._constitution)
+        self._members.check_seen(owner, signed.seen)
         write_atomic(self.rounds.message(number, owner), lambda temporary: temporary.write_bytes(message.data))
         self.rounds.save_delta(number, owner, delta)
-        facts = {key: message.body[key] for key in ("owner", "steps", "frames", "data_class", "spent")}
-        facts |= {"message": message.digest, "bytes": len(message.data)}
-        self.ledger.append("contribution", facts, round=number)
+        self.ledger.append("contribution", signed.facts, round=number)
         self._members.mark_present([owner], number)
 
     def _judged(self, number: int, base: Base) -> dict[str, float]:
@@ -302,7 +319,9 @@ def succeed(store: MemberStore, path: Path | str, constitution: Constitution, ke
         )
     number, base = store.base()
     content = store.read()
-    named = Records(store.ledger).bases()
+    reader = LedgerReader(store.ledger, constitution)
+    reader.take(content.splitlines(keepends=True))
+    named = reader.bases()
     if number != max(named, default=None) or named[number]["fingerprint"] != base.fingerprint:
         raise DataError(
             f"this member's base of round {number} is not the base of round {max(named, default=0)} in the ledger; let "

@@ -1,8 +1,10 @@
 """A member's copies of the ledger and of the newest base.
 
-With them a member can prove that a ledger was rewritten, continue training alone, and replace a lost coordinator.
+With them a member can prove that a ledger was rewritten, continue training alone, and replace a lost coordinator. If a
+coordinator shows a ledger that this copy cannot accept, the member stores the entries that prove it.
 """
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +14,17 @@ from torch import Tensor
 
 from worldloom.core.chain import ChainHead
 from worldloom.core.errors import CheckpointError, DataError
-from worldloom.core.files import read_json, storage_errors, write_atomic, write_json
+from worldloom.core.files import read_json, storage_errors, write_atomic, write_document, write_json
 from worldloom.core.signing import SigningKey
-from worldloom.federation.record.ledger import LedgerReader, checked, countersign
+from worldloom.federation.record.ledger import LedgerReader, LedgerVerdict
+from worldloom.federation.record.ledger_rules import Fork
+from worldloom.federation.record.statements import checked, countersign
 from worldloom.federation.rounds.base import Base
 from worldloom.federation.rules.constitution import Constitution
 
 _log = logging.getLogger(__name__)
+_EVIDENCE = "worldloom evidence against a coordinator"
+_MOST, _LONGEST = 100, 2**17  # files of evidence, and characters of an entry in them
 _LEDGER, _SEEN, _BASE, _RECEIVED = "ledger.jsonl", "countersigned.json", "base", "received"
 
 
@@ -34,8 +40,16 @@ class BaseMissing(DataError):
     """A message refers to a base that is neither in the message nor stored here."""
 
 
-class LedgerForked(DataError):
-    """The received ledger differs from the one that this member countersigned."""
+class LedgerRefused(DataError):
+    """The received ledger breaks a rule; `evidence` is the file with the entry that the coordinator signed."""
+
+    def __init__(self, message: str, evidence: Path) -> None:
+        super().__init__(message)
+        self.evidence = evidence
+
+
+class LedgerForked(LedgerRefused):
+    """There are two ledgers: the received one differs from this copy, or from what another member has signed."""
 
 
 class MemberStore:
@@ -54,7 +68,7 @@ class MemberStore:
     ) -> None:
         self.path, self._constitution, self._key, self._like = Path(path), constitution, key, like
         self.ledger = self.path / _LEDGER
-        self._read = LedgerReader(self.ledger, constitution), b""  # the content that was verified last
+        self._read = LedgerReader(self.ledger, self._constitution), b""  # the content that was verified last
         self._received: Base | None = None
 
     @property
@@ -68,7 +82,9 @@ class MemberStore:
 
         Raises:
             EntriesMissing: this copy lacks earlier entries.
-            DataError: the entries do not continue this copy, or do not verify; the copy is unchanged.
+            LedgerForked: the entries do not continue this copy, or another member has signed a different ledger.
+            LedgerRefused: the entries do not verify; the copy is unchanged.
+            DataError: there are no entries, or this copy is damaged.
         """
         content = self._content()
         own = content.splitlines(keepends=True)
@@ -76,14 +92,18 @@ class MemberStore:
             raise EntriesMissing(len(own))
         new = [line.encode("ascii", "replace") + b"\n" for line in lines]
         known = own[begin : begin + len(new)]  # a delayed message may contain fewer entries than this copy
-        if new[: len(known)] != known:
-            raise LedgerForked(
-                "the received ledger is not the one that this member countersigned: it was rewritten. Save both "
-                "ledgers, and ask the other members which one they have"
-            )
+        if other := [place for place, line in enumerate(known) if new[place] != line]:
+            place = begin + other[0]
+            why = f"the received ledger is not the one that this member countersigned: entry {place} was rewritten"
+            raise self._refused(LedgerForked, why, place, received=new[other[0]], held=known[other[0]])
         if added := b"".join(new[len(known) :]):
             content += added
             # Verified before it replaces the file.
+            verdict = self._take(content)
+            if (index := verdict.broken) is not None and len(own) <= index < begin + len(new):
+                why = f"the received ledger does not verify: entry {index} {verdict.why}"
+                kind = LedgerForked if isinstance(verdict.why, Fork) else LedgerRefused
+                raise self._refused(kind, why, index, received=new[index - begin])
             self._verified(content, "the received ledger")
             write_atomic(self.ledger, lambda temporary: temporary.write_bytes(content))
         if not content:
@@ -104,6 +124,14 @@ class MemberStore:
         Raises:
             DataError: the ledger does not verify.
         """
+        verdict = self._take(content)
+        if verdict.broken is not None:
+            raise DataError(
+                f"{what} does not verify: entry {verdict.broken} {verdict.why}. Get an intact copy from another member"
+            )
+        return self._read[0]
+
+    def _take(self, content: bytes) -> LedgerVerdict:
         reader, before = self._read
         if not content.startswith(before):
             reader, before = LedgerReader(self.ledger, self._constitution), b""
@@ -111,12 +139,40 @@ class MemberStore:
         why = reader.take(content[len(before) :].splitlines(keepends=True))
         seen = self.seen
         verdict = reader.verdict(why, [] if seen is None else [seen])
-        if verdict.broken is not None:
-            raise DataError(
-                f"{what} does not verify: entry {verdict.broken} {verdict.why}. Get an intact copy from another member"
-            )
-        self._read = reader, content
-        return reader
+        if verdict.broken is None:
+            self._read = reader, content
+        return verdict
+
+    def _refused(
+        self, kind: type[LedgerRefused], why: str, index: int, *, received: bytes, held: bytes | None = None
+    ) -> LedgerRefused:
+        path = self.save_evidence(why, index, received=received, held=held)
+        return kind(f"{why}. Compare ledgers with the other members: 'worldloom weave ledger compare'", path)
+
+    def save_evidence(self, why: str, index: int, *, received: bytes, held: bytes | None = None) -> Path:
+        """Write a file that proves a fault of a coordinator; return its path.
+
+        The file contains the entry `index` as the coordinator signed it, the different entry in this copy if there is
+        one, and the head that this member countersigned.
+        """
+        name = hashlib.sha256(received).hexdigest()[:16]
+        path = self.path / f"evidence-{index:06d}-{name}.json"
+        values = {
+            "constitution": self._constitution.fingerprint,
+            "why": why,
+            "index": index,
+            "received": received[:_LONGEST].decode("ascii", "replace"),
+            "held": None if held is None else held.decode("ascii", "replace"),
+            "countersigned": read_json(self.path / _SEEN) if (self.path / _SEEN).is_file() else None,
+        }
+        if not path.is_file() and len(list(self.path.glob("evidence-*.json"))) < _MOST:
+            write_document(path, _EVIDENCE, values)
+        return path
+
+    @property
+    def records(self) -> LedgerReader:
+        """The verified entries of this copy."""
+        return self._verified(self._content(), str(self.ledger))
 
     def receive(self, named: str, tensors: Mapping[str, Tensor]) -> Base:
         """Return the base with the fingerprint `named`, from the tensors of this message or of an earlier one.
@@ -163,9 +219,8 @@ class MemberStore:
 
     def names(self, number: int, fingerprint: str) -> bool:
         """Return whether this copy of the ledger names a base with this fingerprint for a round."""
-        content = self._content()
-        bases = self._verified(content, str(self.ledger)).bases() if content else {}
-        return number in bases and bases[number].get("fingerprint") == fingerprint
+        bases = self.records.bases()
+        return number in bases and bases[number]["fingerprint"] == fingerprint
 
     @property
     def number(self) -> int | None:

@@ -8,7 +8,9 @@ from worldloom.core.chain import ChainHead
 from worldloom.core.errors import DataError
 from worldloom.core.signing import SigningKey
 from worldloom.federation.record.envelope import Refusal, SignedMessage, seal, unseal_answer
-from worldloom.federation.record.ledger import CHECKPOINT, Ledger, checked, exit_facts
+from worldloom.federation.record.ledger import Ledger
+from worldloom.federation.record.ledger_history import printable
+from worldloom.federation.record.statements import CHECKPOINT, checked, exit_facts
 from worldloom.federation.rounds.base import Base
 from worldloom.federation.rules.constitution import Constitution
 from worldloom.federation.transport.messages import Reply, Transport
@@ -136,6 +138,18 @@ class Members:
         refusal = {"owner": owner, "reason": f"{what}: {why}"[:LONGEST_REASON], "what": what}
         if refusal not in self._ledger.of("refusal", number):
             self._ledger.append("refusal", refusal, round=number)
+
+    def check_seen(self, owner: str, seen: ChainHead) -> None:
+        """Check that the head in a member's contribution lies on the ledger's chain.
+
+        Raises:
+            DataError: the member has seen a different ledger.
+        """
+        if not self._ledger.has(seen):
+            raise DataError(
+                f"{owner} has seen a different ledger, of {seen.length} entries with the hash "
+                f"{printable(seen.hash)[:64]}; compare both ledgers with 'worldloom weave ledger compare'"
+            )
 
     def mark_present(self, owners: Collection[str], number: int) -> None:
         """Record in the ledger the return of those members that had left."""

@@ -14,7 +14,8 @@ from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import storage_errors
 from worldloom.core.progress import SILENT, Progress
 from worldloom.federation.record.envelope import unseal_answer
-from worldloom.federation.record.ledger import Records
+from worldloom.federation.record.ledger import LedgerReader, read_ledger
+from worldloom.federation.record.statements import SignedContribution
 from worldloom.federation.rounds.aggregation import AGGREGATORS, Aggregate, Deltas, capped
 from worldloom.federation.rounds.base import Base
 from worldloom.federation.rounds.contribution import read_contribution
@@ -97,13 +98,14 @@ def recompute(
     contributions and the shares that members sent.
 
     Raises:
-        DataError: a message or base does not match the ledger, or a member of a secure sum is excluded.
+        DataError: the ledger does not verify, a message, base or weight does not match it, or a member of a secure sum
+            is excluded.
         StorageError: a contribution is missing, or the target is the source folder.
     """
     if Path(path).resolve() == Path(into).resolve():
         raise StorageError(f"{into} contains the rounds themselves; choose another folder for the result")
     stored, made = RoundStore(path), RoundStore(into)
-    records = Records(stored.ledger)
+    records = read_ledger(stored.ledger, constitution)
     again = _Recomputation(stored, made, records, constitution, without)
     published = {number: str(facts["fingerprint"]) for number, facts in records.bases().items()}
     # The folder of a successor has the base that its rounds start from, but no earlier rounds.
@@ -112,7 +114,9 @@ def recompute(
     made.save(begun, base, {})
     found = {begun: base.fingerprint}
     # If a round ran both before and after a succession, the second run counts.
-    rounds = {entry.body["round"]: entry for entry in records.entries("round") if entry.body["round"] >= begun}
+    # After a kill, the base of the last round may not have been recorded yet.
+    woven = [entry for entry in records.entries("round") if entry.body["round"] >= begun]
+    rounds = {entry.body["round"]: entry for entry in woven if entry.body["round"] + 1 in published}
     with progress.task("recomputing", len(rounds), "round") as task:
         for number, entry in sorted(rounds.items()):
             # Contributions start from the published base; without a member the recomputed one differs.
@@ -127,6 +131,11 @@ def recompute(
                     f"the base of round {number + 1} is not the result of the stored contributions; a contribution "
                     f"or the base was changed. Restore the folder from a copy"
                 )
+            if not without and dict(result.weights) != entry.body["facts"]["weights"]:
+                raise DataError(
+                    f"the weights of round {number} in the ledger are not the weights of the stored contributions; ask "
+                    f"the coordinator why it recorded other weights"
+                )
             task.advance()
     return found
 
@@ -137,7 +146,7 @@ class _Recomputation:
 
     stored: RoundStore
     made: RoundStore
-    records: Records
+    records: LedgerReader
     constitution: Constitution
     without: Collection[str]
 
@@ -152,7 +161,7 @@ class _Recomputation:
                 data = self.stored.message(number, owner).read_bytes()
             message = unseal_answer(data, kind="contribution", sender=owner, known=known, limit=limit)
             delta = read_contribution(message, number, given, self.constitution)
-            if message.digest != recorded[owner]["message"]:
+            if SignedContribution.statements(recorded[owner]) != [message.statement]:
                 raise DataError(
                     f"the contribution of {owner} to round {number} does not match the ledger; restore it from a copy"
                 )

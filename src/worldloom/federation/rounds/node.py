@@ -13,17 +13,19 @@ from typing import Any
 
 from torch import Tensor
 
+from worldloom.core.chain import Entry
 from worldloom.core.config import parse_component
 from worldloom.core.errors import ConfigError, DataError, WorldloomError
 from worldloom.core.files import exclusive_lock, read_json, storage_errors, whole_folder, write_atomic, write_json
 from worldloom.core.signing import SigningKey
 from worldloom.federation.record.bodies import check_ask
 from worldloom.federation.record.envelope import SignedMessage, seal, unseal
+from worldloom.federation.record.statements import origin
 from worldloom.federation.rounds.base import Base
 from worldloom.federation.rounds.codecs import CODECS
 from worldloom.federation.rounds.contribution import Contribution
 from worldloom.federation.rounds.local import LocalTraining
-from worldloom.federation.rounds.member_store import BaseMissing, EntriesMissing, LedgerForked, MemberStore
+from worldloom.federation.rounds.member_store import BaseMissing, EntriesMissing, LedgerRefused, MemberStore
 from worldloom.federation.rounds.secure_node import AlreadyHelped, SecureNode
 from worldloom.federation.rules.constitution import Constitution
 from worldloom.federation.secure.privacy import Accountant, PrivacyConfig, clip_and_noise, secret_generator
@@ -68,13 +70,16 @@ class Node:
         self._coordinators = {public: title for title, public in constitution.coordinator_keys().items()}
         self.store = MemberStore(self.path / "consortium", constitution, key, like=training.like)
         self._left = self.path / "left.json"
-        self.forked = False  # whether the newest message had a different ledger from the one countersigned here
+        self.fault: LedgerRefused | None = None  # what was wrong with the ledger that a coordinator sent last
+        self._settled = set[int]()  # rounds whose record in the ledger was compared with what this node sent
+        self._losses: dict[str, set[float]] = {}  # fingerprint of a base -> the losses that this node sent
+        self._sums: SecureNode | None = None
         self._answers: dict[str, Callable[[SignedMessage], bytes]] = {"train": self._train}
         if constitution.secure_aggregation:
-            sums = SecureNode(self.path / "secure", name=name, key=key, constitution=constitution)
+            sums = self._sums = SecureNode(self.path / "secure", name=name, key=key, constitution=constitution)
             # Without 'train': its answer would be a delta that is not masked.
             self._answers = {
-                "advertise": lambda asked: sums.advertise(asked, self._take(asked)[0], self._contribution),
+                "advertise": lambda asked: sums.advertise(asked, *self._take(asked), self._contribution),
                 "share": sums.share,
                 "mask": lambda asked: sums.mask(asked, self._spend),
                 "unmask": sums.unmask,
@@ -111,7 +116,9 @@ class Node:
                 return answer(asked)
         except (WorldloomError, ArithmeticError) as error:
             _log.warning("%s refuses: %s", self.name, error)
-            self.forked = isinstance(error, LedgerForked)
+            self.fault = error if isinstance(error, LedgerRefused) else None
+            if self.fault is not None:
+                _log.error("%s stores the evidence in %s", self.name, self.fault.evidence)
             body: dict[str, Any] = {"round": number, "why": str(error)}
             if isinstance(error, EntriesMissing):
                 body["length"] = error.length
@@ -224,8 +231,7 @@ class Node:
             training.align(base, self.constitution.align_steps)
 
     def _train(self, asked: SignedMessage) -> bytes:
-        base, _ = self._take(asked)
-        number = asked.body["round"]
+        (base, seen), number = self._take(asked), asked.body["round"]
         stored = self.path / "answers" / f"{number:05d}-{base.fingerprint[:16]}.msg"
         if stored.is_file():
             with storage_errors(stored):
@@ -238,7 +244,8 @@ class Node:
             tensors = clip_and_noise(tensors, self.constitution.privacy, secret_generator())
         payload, residual = parse_component(CODECS, self.constitution.codec).encode(tensors, self._residual(number))
         save_tensors(self._residual_stem(number), residual, {"round": number}, kind=_RESIDUAL)
-        answer = seal("contribution", {**contribution.body(), "spent": dict(spent)}, payload, key=self._key)
+        body = {**contribution.body(), **origin(self.constitution, seen), "spent": dict(spent)}
+        answer = seal("contribution", body, payload, key=self._key)
         write_atomic(stored, lambda temporary: temporary.write_bytes(answer))
         for old in sorted(stored.parent.glob("*.msg"))[:-_STORED_ANSWERS]:
             old.unlink(missing_ok=True)
@@ -289,6 +296,7 @@ class Node:
         if self.store.names(number, base.fingerprint):  # otherwise it is a trial
             self.store.save_base(number, base)
         losses = self._training.judge(base)
+        self._losses.setdefault(base.fingerprint, set()).add(losses["total"])
         body = {"round": number, "base": base.fingerprint, "losses": losses, "countersigned": seen}
         return seal("verdict", body, {}, key=self._key)
 
@@ -305,7 +313,42 @@ class Node:
         """
         base = self.store.receive(asked.body["base"], asked.tensors)
         entries = asked.body["ledger"]
-        return base, self.store.follow(entries["begin"], entries["lines"])
+        seen = self.store.follow(entries["begin"], entries["lines"])
+        self._compare()
+        return base, seen
+
+    def _compare(self) -> None:
+        """Compare what the ledger says about this member with what it sent, and report differences."""
+        records = self.store.records
+        rounds = [entry for entry in records.entries("round") if entry.body["round"] not in self._settled]
+        if not rounds:
+            return
+        sent, bases = self._sent(), records.bases()
+        for entry in rounds:
+            number, facts = entry.body["round"], entry.body["facts"]
+            self._settled.add(number)
+            outcome, reason = records.outcome(self.name, number) if number in sent else ("counted", "")
+            if outcome == "refused":
+                _log.warning("round %d: the contribution of %s does not count: %s", number, self.name, reason)
+            if outcome == "dropped":
+                self._accuse(f"has neither the contribution of {self.name} nor a reason for its refusal", entry)
+            judged = (facts.get("evaluation") or {}).get("owners", {}).get(self.name)
+            judged_bases = [str(bases[which]["fingerprint"]) for which in (number, number + 1) if which in bases]
+            for loss, base in zip(judged or [], judged_bases, strict=False):
+                if loss is not None and base in self._losses and loss not in self._losses[base]:
+                    self._accuse(f"has a held-out loss of {self.name} that {self.name} did not send", entry)
+
+    def _accuse(self, why: str, entry: Entry) -> None:
+        """Report and store an entry with which a coordinator misrepresents this member."""
+        why = f"entry {entry.index} of the ledger, round {entry.body['round']}, {why}"
+        evidence = self.store.save_evidence(why, entry.index, received=f"{entry.line()}\n".encode("ascii"))
+        _log.error("%s; the coordinator is at fault. The evidence is in %s", why, evidence)
+
+    def _sent(self) -> set[int]:
+        """Return the newest rounds to which this node sent a contribution."""
+        if self._sums is not None:
+            return set() if self._sums.advertised is None else {self._sums.advertised}
+        return {int(path.name.partition("-")[0]) for path in (self.path / "answers").glob("*.msg")}
 
     def _residual(self, number: int) -> dict[str, Tensor] | None:
         """Return the codec's residual of the newest round before this one, or None if there is none."""

@@ -24,6 +24,7 @@ from worldloom.core.errors import DataError
 from worldloom.core.files import read_json, storage_errors, write_atomic, write_json
 from worldloom.core.signing import Domain, SigningKey
 from worldloom.federation.record.envelope import SignedMessage, seal
+from worldloom.federation.record.statements import origin
 from worldloom.federation.rounds.base import Base
 from worldloom.federation.rounds.contribution import Contribution
 from worldloom.federation.rounds.secure_rounds import ANSWERS, Transcript, noise_of, session_of
@@ -67,8 +68,10 @@ class SecureNode:
         self._key, self._constitution = key, constitution
         self._where, self._delta = self.path / "session.json", self.path / "delta"
 
-    def advertise(self, asked: SignedMessage, base: Base, contribute: Contribute) -> bytes:
+    def advertise(self, asked: SignedMessage, base: Base, seen: Mapping[str, Any], contribute: Contribute) -> bytes:
         """Train, and return the public facts of the contribution, with the keys of a new session.
+
+        `seen` is the head of the ledger that this node countersigned last.
 
         Raises:
             DataError: the node has joined a newer session, or a sum of this round was unmasked already.
@@ -104,7 +107,14 @@ class SecureNode:
             helped=-1 if state is None else state.helped,
             paid={} if state is None else state.paid,
         )
-        return self._answer(begun, asked, {**contribution.body(), "keys": keys}, {})
+        body = {**contribution.body(), **origin(self._constitution, seen), "keys": keys}
+        return self._answer(begun, asked, body, {})
+
+    @property
+    def advertised(self) -> int | None:
+        """The round of the newest session in which this node advertised its contribution; None before the first."""
+        state = self._load()
+        return None if state is None or "advertise" not in state.answered else state.round
 
     def share(self, asked: SignedMessage) -> bytes:
         """Encrypt shares of this session's secrets for all members that advertised keys.
@@ -225,6 +235,7 @@ class SecureNode:
         """Sign an answer, and store it together with the new state."""
         what = str(asked.body["what"])
         place = {"owner": self.name, "round": state.round, "attempt": state.attempt, "base": state.base}
+        place["constitution"] = state.constitution
         answer = seal(ANSWERS[what], {**body, **place}, tensors, key=self._key)
         # The answer first: the state must never refer to an answer that is not on disk.
         write_atomic(self._answer_path(what), lambda temporary: temporary.write_bytes(answer))

@@ -26,7 +26,8 @@ from worldloom.core.errors import ConfigError, DataError, TrainingError
 from worldloom.core.files import storage_errors, write_atomic
 from worldloom.core.names import path_name
 from worldloom.federation.record.envelope import Refusal, SignedMessage, unseal_answer
-from worldloom.federation.record.ledger import Ledger, Records
+from worldloom.federation.record.ledger import THE_SUM, Ledger, LedgerReader, Records
+from worldloom.federation.record.statements import SignedContribution, seen_in
 from worldloom.federation.rounds.base import Base, fingerprint
 from worldloom.federation.rounds.contribution import check_facts, check_spent
 from worldloom.federation.rounds.members import Answer, Members
@@ -37,9 +38,6 @@ from worldloom.models import load_tensors, save_tensors
 
 ANSWERS = dict(zip(PHASES, ("advertised", "shared", "masked", "unmasked"), strict=True))
 """The phases of a session in order, each with the kind of message that answers it."""
-
-THE_SUM = "the sum of all"
-"""The owner in refusals that do not concern a single member; no member can have this name."""
 
 _log = logging.getLogger(__name__)
 _SUM = "secure-sum"
@@ -141,7 +139,8 @@ class Transcript:
             DataError: the answer is invalid.
         """
         node = message.sender
-        for key, value in {"owner": node, **self.place}.items():
+        expected = {"owner": node, "constitution": self._constitution.fingerprint, **self.place}
+        for key, value in expected.items():
             if message.body.get(key) != value:
                 raise DataError(
                     f"the answer of {node} has {key} {message.body.get(key)!r}; expected {value!r}. "
@@ -329,14 +328,15 @@ class SecureSums:
         Raises:
             DataError: the answer is invalid.
         """
+        if what == "advertise":
+            self._members.check_seen(message.sender, seen_in(message))
         held.take(what, message)
         path = _file(self._path, held, what, message.sender)
         write_atomic(path, lambda temporary: temporary.write_bytes(message.data))
         if what == "mask":
-            body = held.answers("advertise")[message.sender].body
-            facts = {key: body[key] for key in ("owner", "steps", "frames", "data_class", "attempt")}
-            facts |= {"spent": message.body["spent"], "message": message.digest, "bytes": len(message.data)}
-            self._ledger.append("contribution", facts, round=held.round)
+            said = [held.answers("advertise")[message.sender].statement, message.statement]
+            signed = SignedContribution.of(said, held.round, self._constitution)
+            self._ledger.append("contribution", signed.facts, round=held.round)
 
 
 def load_sum(path: Path, number: int) -> dict[str, Tensor]:
@@ -349,7 +349,7 @@ def load_sum(path: Path, number: int) -> dict[str, Tensor]:
 
 
 def reopen(
-    path: Path, records: Records, constitution: Constitution, number: int, base: Base, *, into: Path
+    path: Path, records: LedgerReader, constitution: Constitution, number: int, base: Base, *, into: Path
 ) -> dict[str, float]:
     """Unmask a round's sum again from stored messages, and write it to another folder; return the owners' weights.
 

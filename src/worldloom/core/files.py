@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from worldloom.core.errors import StorageError
+from worldloom.core.untrusted import written
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -31,6 +32,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
                 os.fsync(file.fileno())
             temporary.chmod(0o644)
             temporary.replace(path)
+            written(path)
         finally:
             temporary.unlink(missing_ok=True)
         _sync_directory(path.parent)

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from worldloom.core.errors import DataError
+from worldloom.core.errors import DataError, WorldloomError
 from worldloom.core.files import storage_errors
 from worldloom.core.types import Observations
+from worldloom.core.untrusted import try_files
 
 
 def read_picture(path: Path, expected: tuple[int, int, int]) -> Observations:
@@ -19,10 +20,13 @@ def read_picture(path: Path, expected: tuple[int, int, int]) -> Observations:
         StorageError: the file does not exist or cannot be read.
         DataError: the file is not a picture, or has a different shape.
     """
+    try_files("picture", [path])
     try:
         with storage_errors(path), Image.open(path) as image:
             pixels = np.array(image.convert("RGB" if expected[2] == 3 else "L"), np.uint8)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow raises these for a damaged file
+    except WorldloomError:
+        raise
+    except Exception as error:  # Pillow raises many types for a damaged file
         raise DataError(f"{path} is not a picture: {error}. Use a PNG of {expected[1]}x{expected[0]}") from None
     pixels = pixels.reshape(1, *pixels.shape[:2], -1)
     if pixels.shape[1:] != expected:
@@ -39,7 +43,7 @@ def decode_picture(content: bytes | None, what: str) -> UInt8[np.ndarray, "H W C
     try:
         with Image.open(io.BytesIO(content or b"")) as opened:
             picture = np.asarray(opened.convert("L" if opened.mode == "L" else "RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow raises many types for damaged content
         raise DataError(f"{what} does not decode ({error}); restore the file from a copy") from error
     return picture if picture.ndim == 3 else picture[..., None]
 

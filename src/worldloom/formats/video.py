@@ -11,6 +11,7 @@ from jaxtyping import Float64, Int64, UInt8
 
 from worldloom.core.errors import DataError
 from worldloom.core.files import write_atomic
+from worldloom.core.untrusted import try_files
 from worldloom.data import encode_video, resize
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm")
@@ -144,6 +145,7 @@ def write_video(path: Path, frames: UInt8[np.ndarray, "N H W 3"], *, fps: float,
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     import av
 
+    try_files("video", [path])
     with _video_errors(path), av.open(str(path)) as container:
         if not container.streams.video:
             raise DataError(f"{path} has no video stream; check the file")

@@ -105,7 +105,10 @@ def smooth_pixels(frames: int) -> np.ndarray:
 class SplitSource(Source):
     """Twelve source episodes; episode i gives i % 3 Episodes, and a note where it gives none."""
 
+    format = "split"
+
     def __init__(self, delay: float) -> None:
+        self.path = Path("made up")
         self.spec, self.fingerprint, self.notes, self._delay = SPEC, "split", [], delay
         self.notes.append(Note(kind="dropped", what="Rewards are left out."))
         self.reads: list[int] = []

@@ -7,6 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def one_line(error: BaseException) -> str:
+    """Return the message of a library's error without line breaks."""
+    return " ".join(str(error).split())
+
+
 class WorldloomError(Exception):
     """Base class of all errors raised by worldloom; `exit_code` is the exit status of the CLI."""
 

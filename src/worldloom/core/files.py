@@ -14,6 +14,7 @@ from typing import Any
 from worldloom.core.errors import StorageError, WorldloomError
 from worldloom.core.json_text import parse_json
 from worldloom.core.text import one_line
+from worldloom.core.untrusted import written
 
 _LARGEST_JSON = 2**28  # bytes, far more than the results of the largest evaluation
 _SAID = 300  # characters of the cause in a message
@@ -36,6 +37,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
                 os.fsync(file.fileno())
             temporary.chmod(0o644)
             temporary.replace(path)
+            written(path)
         finally:
             temporary.unlink(missing_ok=True)
         _sync_directory(path.parent)

@@ -3,7 +3,7 @@
 from worldloom.data.cache import load_cache
 from worldloom.data.collection import collect, episode_seed, policy_generator
 from worldloom.data.cube_walk import CubeWalkOptions
-from worldloom.data.dataset import Columns, EpisodeDataset, open_table
+from worldloom.data.dataset import Columns, EpisodeDataset, open_table, table_written
 from worldloom.data.frames import Frames, Pixels
 from worldloom.data.inspection import inspect
 from worldloom.data.layout import (
@@ -70,6 +70,7 @@ __all__ = [
     "require_variation",
     "resize",
     "stream_frames",
+    "table_written",
     "to_rgb",
     "validate",
     "video",

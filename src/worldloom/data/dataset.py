@@ -19,6 +19,7 @@ from jaxtyping import Float32, Int, UInt8
 from worldloom.core.errors import DataError
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.types import Episode
+from worldloom.core.untrusted import table_files, try_files, written_table
 from worldloom.data import layout
 from worldloom.data.layout import Unanswered, floats_of, lance_errors
 from worldloom.data.retries import each_with_timeout, with_retries, with_timeout
@@ -105,6 +106,7 @@ class EpisodeDataset:
             table = with_timeout(
                 lambda: lance.write_dataset(empty, where, storage_options=storage_options), where, TIMEOUT
             )
+        table_written(path)
         return cls(path, table, storage_options)
 
     @classmethod
@@ -279,7 +281,9 @@ class EpisodeDataset:
             with_retries, where=self._location, seconds=self.retry_seconds, doing="written", retried=(Unanswered,)
         )
         added = retry(lambda: self._write(batches, self.timeout + size / _UPLOAD))
-        self._pin(retry(lambda: self._commit(added)))
+        table = retry(lambda: self._commit(added))
+        table_written(self.path)
+        self._pin(table)
         _log.debug("appended %d episodes to %s as version %d", len(batches), self._location, self.version)
 
     def _write(self, batches: list[pa.RecordBatch], timeout: float) -> list[Any]:
@@ -476,6 +480,9 @@ def open_table(
 ) -> Any:
     """Open the Lance table at `path`, by default its latest version.
 
+    Files on this machine that are not known are first read in a child process, see `worldloom.core.untrusted`. Files on
+    remote storage are not.
+
     Raises:
         StorageError: `path` is not a dataset, or the storage cannot be read or does not answer.
         DataError: the table is damaged, or `version` does not exist.
@@ -483,11 +490,15 @@ def open_table(
     import lance
 
     where = str(path)
+    if (local := _local(path)) is not None:
+        try_files("lance", table_files(local), table=local, version=version)
     try:
         with lance_errors(where, "read"):
-            return with_timeout(
+            table = with_timeout(
                 lambda: lance.dataset(where, version=version, storage_options=storage_options), where, timeout
             )
+            assert table.schema is not None  # parsed here, where its errors are converted
+            return table
     except layout.MissingDataset:
         if version is None:
             raise
@@ -496,6 +507,17 @@ def open_table(
             f"{where} has no version {version}; expected 1 to {latest}. 'worldloom data inspect {where}' lists the "
             f"versions"
         ) from None
+
+
+def table_written(path: str | Path) -> None:
+    """Record that this process wrote to the Lance table at `path`; `open_table` then knows the table's files."""
+    if (local := _local(path)) is not None:
+        written_table(local)
+
+
+def _local(path: str | Path) -> Path | None:
+    where = str(path).removeprefix("file://")
+    return None if "://" in where else Path(where)
 
 
 def decode_columns(table: pa.Table, spec: DatasetSpec) -> Columns:

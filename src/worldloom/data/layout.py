@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float32, UInt8
 
-from worldloom.core.errors import DataError, StorageError, WorldloomError
+from worldloom.core.errors import DataError, StorageError, WorldloomError, one_line
 from worldloom.core.files import storage_errors
 from worldloom.core.types import Episode
 from worldloom.data.spec import DatasetSpec
@@ -337,10 +337,14 @@ def lance_errors(path: str, doing: Literal["read", "write"], *, remedy: str | No
             yield
     except (OSError, ValueError, RuntimeError) as error:  # Arrow's errors are among these
         raise _translate(path, doing, error, remedy or _REMEDY.format(path=path)) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a library in Rust; not a subclass of Exception
+            raise
+        raise _translate(path, "read", RuntimeError(str(error)), remedy or _REMEDY.format(path=path)) from error
 
 
 def _translate(path: str, doing: str, error: Exception, remedy: str) -> WorldloomError:
-    text = str(error).split(", /")[0]  # the rest is a position in Lance's source
+    text = one_line(error).split(", /")[0]  # the rest is a position in Lance's source
     if "Dataset at path" in text and "not found" in text:
         return MissingDataset(f"no dataset exists at {path}; check the path, or collect a dataset")
     if "NoSuchBucket" in text:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from worldloom.core.errors import DataError
+from worldloom.core.errors import DataError, WorldloomError
 from worldloom.core.files import storage_errors
 from worldloom.core.picture_layout import PictureOptions, picture_layout
 from worldloom.core.types import Observations
+from worldloom.core.untrusted import try_files
 
 
 def read_picture(
@@ -24,6 +25,7 @@ def read_picture(
         StorageError: the file does not exist or cannot be read.
         DataError: the file is not a picture, has a different shape, or has more than 8 bits and `values` is not set.
     """
+    try_files("picture", [path])
     try:
         with storage_errors(path), Image.open(path) as image:
             if _is_deep(image) and values is None:
@@ -33,7 +35,9 @@ def read_picture(
                 )
             deep = _deep(image, str(path), values)
             pixels = np.array(image.convert("RGB" if expected[2] == 3 else "L"), np.uint8) if deep is None else deep
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow raises these for a damaged file
+    except WorldloomError:
+        raise
+    except Exception as error:  # Pillow raises many types for a damaged file
         raise DataError(f"{path} is not a picture: {error}. Use a PNG of {expected[1]}x{expected[0]}") from None
     pixels = pixels.reshape(1, *pixels.shape[:2], -1)
     if deep is not None:
@@ -60,7 +64,9 @@ def decode_picture(
             if deep is None and values is not None:
                 raise DataError(f"{what} has 8 bits per channel and is not scaled. Leave out --picture-range")
             picture = np.asarray(opened.convert("L" if opened.mode == "L" else "RGB")) if deep is None else deep
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except WorldloomError:
+        raise
+    except Exception as error:  # Pillow raises many types for damaged content
         raise DataError(f"{what} does not decode ({error}); restore the file from a copy") from error
     return picture if picture.ndim == 3 else picture[..., None]
 

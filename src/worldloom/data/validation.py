@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from worldloom.core.errors import DataError
 from worldloom.core.progress import SILENT, Progress
+from worldloom.core.untrusted import HarmfulFile
 from worldloom.data import layout
 from worldloom.data.dataset import TIMEOUT, decode_columns, open_table
 from worldloom.data.layout import floats_of, lance_errors
@@ -39,7 +40,10 @@ def validate(
         StorageError: `path` is not a dataset, or the storage does not answer.
         DataError: the dataset cannot be opened, or its format version is not supported.
     """
-    table = open_table(path, storage_options=storage_options)
+    try:
+        table = open_table(path, storage_options=storage_options)
+    except HarmfulFile as error:
+        return [Problem(where=f"file {error.file}", what=f"reading it in a child process {error.why}", remedy=_RESTORE)]
     try:
         spec, _ = layout.spec_of(table.schema, str(path))
     except layout.ChangedSpec as error:

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float32
 
-from worldloom.core.errors import DataError
+from worldloom.core.errors import DataError, one_line
 from worldloom.core.files import storage_errors, write_atomic
 
 
@@ -72,7 +72,7 @@ def table_errors(path: Path, kind: str) -> Iterator[None]:
         with storage_errors(path):
             yield
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as {kind} ({error}); restore the file from a copy") from error
+        raise DataError(f"{path} cannot be read as {kind} ({one_line(error)}); restore the file from a copy") from error
 
 
 def write_parquet(path: Path, table: pa.Table, **options: int) -> None:

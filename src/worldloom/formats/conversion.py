@@ -20,7 +20,17 @@ from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.files import read_json, require_writable, storage_errors, write_json, write_text
 from worldloom.core.progress import SILENT, Progress, ProgressTask
 from worldloom.data import check_episode
-from worldloom.formats.format import FORMATS, Format, Note, ReadOptions, Sink, Source, WriteOptions, decoded_bytes
+from worldloom.formats.format import (
+    FORMATS,
+    Format,
+    Note,
+    ReadOptions,
+    Sink,
+    Source,
+    WriteOptions,
+    decoded_bytes,
+    foreign_errors,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +85,7 @@ def detect(path: Path) -> Format:
     """
     if not path.exists():
         raise StorageError(f"{path} does not exist; check the path")
-    found = [FORMATS[name] for name in FORMATS if FORMATS[name].detects(path)]
+    found = [FORMATS[name] for name in FORMATS if _detects(FORMATS[name], path)]
     if len(found) == 1:
         return found[0]
     if found:
@@ -83,6 +93,11 @@ def detect(path: Path) -> Format:
         raise DataError(f"{path} matches several formats ({names}); choose one with --from FORMAT")
     looked = "; ".join(f"{name}: {FORMATS[name].description}" for name in FORMATS)
     raise DataError(f"{path} has no known format. Known formats: {looked}. Check the path, or use --from FORMAT")
+
+
+def _detects(format: Format, path: Path) -> bool:
+    with foreign_errors(path, format.name):
+        return format.detects(path)
 
 
 def convert(
@@ -193,7 +208,8 @@ def _carry(
 def _carry_one(source: Source, sink: Sink, index: int, skip: int, journal: "_Journal", skip_damaged: bool) -> _Entry:
     before = len(source.notes)
     try:
-        parts = source.read(index)
+        with foreign_errors(source.path, source.format):
+            parts = source.read(index)
         for part in parts:
             check_episode(part, source.spec, f"source episode {index}")
     except DataError as error:

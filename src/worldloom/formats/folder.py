@@ -21,6 +21,7 @@ from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.files import read_json, storage_errors, write_json
 from worldloom.core.registry import nearest
 from worldloom.core.types import Episode
+from worldloom.core.untrusted import try_files
 from worldloom.data import float_lists, metadata_json, to_rgb
 from worldloom.formats.arrow import is_binary, is_number, is_text, numbers, table_errors, write_parquet
 from worldloom.formats.format import (
@@ -98,6 +99,8 @@ class FolderSource(Source):
                 f"{path} has {len(self._videos)} videos and {len(self._tables)} tables, but no video and table of the "
                 f"same name. Give them the same name, for example episode.mp4 and episode.csv"
             )
+        try_files("parquet", (table for table in self._tables.values() if table.suffix.lower() == ".parquet"))
+        try_files("video", self._videos.values() if self._pictures else ())
         first = self._tables[self._whole[0]]
         self._roles = self._choose(_read_table(first), first)
         self.note_left_out("columns", self._roles.left, "select them with --columns")
@@ -348,6 +351,8 @@ def _read_table(file: Path) -> pa.Table:
     with table_errors(file, "a table"):
         if file.stat().st_size == 0:
             raise DataError(f"{file} is empty; expected a table with an action column. Restore or remove the file")
+        if file.suffix == ".parquet":
+            try_files("parquet", [file])
         return pq.read_table(file, partitioning=None) if file.suffix == ".parquet" else csv.read_csv(file)
 
 

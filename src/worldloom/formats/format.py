@@ -10,6 +10,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from pydantic import Field
 
 from worldloom.core.closing import Closing
 from worldloom.core.config import Config
-from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.errors import ConfigError, DataError, WorldloomError, one_line
 from worldloom.core.files import storage_errors
 from worldloom.core.picture_layout import PictureLayout, PictureOptions, is_picture, picture_layout
 from worldloom.core.registry import Registry, nearest
@@ -112,7 +113,8 @@ class Source(Closing, ABC):
         refuse(options, self.refused, self.reason)
         self.path, self.options, self.notes = self.locate(path), options, []
         try:
-            self.begin()
+            with foreign_errors(self.path, self.format):
+                self.begin()
         except BaseException:
             self.close()
             raise
@@ -534,6 +536,20 @@ def add_format(
             lossless_pixels=lossless_pixels,
         )
     )
+
+
+@contextmanager
+def foreign_errors(path: Path, format: str) -> Iterator[None]:
+    """Convert errors of other types, which damaged or unusual files cause in the code that reads them."""
+    try:
+        yield
+    except (WorldloomError, AssertionError):
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{path} does not follow the layout of the format {format!r}, or is damaged ({type(error).__name__}: "
+            f"{one_line(error)}). Restore it from a copy, or write it again"
+        ) from error
 
 
 def refuse(options: ReadOptions, names: Sequence[str], why: str) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.errors import ConfigError, DataError, one_line
 from worldloom.core.extras import require
 from worldloom.core.files import storage_errors, write_atomic
 from worldloom.core.types import Episode
+from worldloom.core.untrusted import try_files
 from worldloom.data import metadata_json
 from worldloom.formats.format import CLOCK, Sink, Source, count_files, spec_values
 
@@ -43,7 +44,7 @@ def hdf5_errors(path: Path) -> Iterator[None]:
         with storage_errors(path):
             yield
     except (OSError, KeyError, RuntimeError) as error:
-        text = str(error).strip("'\"")
+        text = one_line(error).strip("'\"")
         if "filter" in text or "plugin" in text:
             raise ConfigError(
                 f"{path} is compressed with a filter that is not installed; run: pip install hdf5plugin"
@@ -56,6 +57,7 @@ def hdf5_errors(path: Path) -> Iterator[None]:
 @contextmanager
 def opened_hdf5(path: Path) -> Iterator[Any]:
     """Open an HDF5 file for reading; HDF5's errors are converted, also inside the block."""
+    try_files("hdf5", [path])
     with hdf5_errors(path), h5py().File(path, "r") as file:
         yield file
 
@@ -109,6 +111,7 @@ class Hdf5Source(Source):
 
     def begin(self) -> None:
         """Open and describe the file."""
+        try_files("hdf5", [self.main])
         with hdf5_errors(self.main):
             self.file = h5py().File(self.main, "r")
             self.describe_file()

@@ -17,6 +17,7 @@ from jaxtyping import Float32, Float64, Int64, UInt8
 from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.files import read_json, storage_errors
 from worldloom.core.types import Episode
+from worldloom.core.untrusted import try_files
 from worldloom.data import decode_picture, resize, to_rgb
 from worldloom.formats.arrow import is_list, is_number, table_errors
 from worldloom.formats.format import Contents, Source, add_format, chosen, natural
@@ -86,7 +87,10 @@ class LeRobotSource(Source):
                 if self._values is not None and feature["dtype"] == "video":
                     raise ConfigError(f"{what} is a video, whose frames are bytes. Leave out --picture-range")
         files = {entry.data for entry in layout.entries}
-        files |= {file for entry in layout.entries for key, (file, _) in entry.videos.items() if key == self._camera}
+        videos = {file for entry in layout.entries for key, (file, _) in entry.videos.items() if key == self._camera}
+        try_files("parquet", files)  # all at once, because each child process takes time to start
+        try_files("video", videos)
+        files |= videos
         files |= set((path / "meta").rglob("*.json*")) | set((path / "meta").rglob("*.parquet"))
         self.describe(
             Contents(
@@ -297,6 +301,7 @@ class LeRobotSource(Source):
 
 def _open_rows(path: Path) -> tuple[pq.ParquetFile, Int64[np.ndarray, "_"]]:
     """Open a Parquet file; return it and the first row of each row group."""
+    try_files("parquet", [path])
     file = pq.ParquetFile(path)
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
     return file, np.cumsum([0, *sizes])

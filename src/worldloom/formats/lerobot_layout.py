@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from worldloom.core.errors import DataError
 from worldloom.core.files import read_json, storage_errors
+from worldloom.core.untrusted import try_files
 from worldloom.data import DatasetSpec
 from worldloom.formats.arrow import table_errors
 from worldloom.formats.format import Bounds, spec_in
@@ -174,6 +175,7 @@ def _place(row: Mapping[str, Any], data: Path, first: int, videos: Mapping[str, 
 
 def read_rows(file: Path, *, stats: bool = False) -> list[dict[str, Any]]:
     """Return the rows of a file of meta/episodes without the statistics; with `stats`, return only the statistics."""
+    try_files("parquet", [file])
     with table_errors(file, "Parquet"), pq.ParquetFile(file) as opened:
         names = [name for name in opened.schema_arrow.names if name.startswith("stats/") == stats]
         rows: list[dict[str, Any]] = opened.read(columns=names).to_pylist()

@@ -22,6 +22,7 @@ from worldloom.data import (
     float_lists,
     lance_errors,
     open_table,
+    table_written,
 )
 from worldloom.formats.arrow import is_binary, is_number, is_text, numbers
 from worldloom.formats.format import CLOCK, Sink, Source, add_format, only_one, with_last_action
@@ -202,6 +203,7 @@ class SwmLanceSink(Sink):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             table = pa.Table.from_batches(batches, self._schema)
             lance.write_dataset(table, str(self.path), mode="append" if self._there else "create")
+            table_written(self.path)
         self._there = True
 
     def _batch(self, episode: Episode, number: int) -> pa.RecordBatch:

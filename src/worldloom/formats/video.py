@@ -12,6 +12,7 @@ from jaxtyping import Float64, Int64, UInt8
 
 from worldloom.core.errors import DataError
 from worldloom.core.files import write_atomic
+from worldloom.core.untrusted import try_files
 from worldloom.data import encode_video, resize
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm")
@@ -205,6 +206,7 @@ def _orientation(frame: Any, path: Path) -> tuple[int, int, bool]:
 def _opened(path: Path, options: dict[str, str] | None = None) -> Iterator[tuple[Any, Any]]:
     import av
 
+    try_files("video", [path])
     with _video_errors(path), av.open(str(path), options=options) as container:
         # A cover picture is a video stream too.
         streams = [

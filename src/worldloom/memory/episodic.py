@@ -26,7 +26,8 @@ from worldloom.core.files import exclusive_lock, storage_errors
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
 from worldloom.core.types import ModelSpec, Observations
-from worldloom.data import MissingDataset, compress_frames, decode_frames, floats_of, resize
+from worldloom.core.untrusted import table_files, try_files
+from worldloom.data import MissingDataset, compress_frames, decode_frames, floats_of, resize, table_written
 from worldloom.memory import forgetting
 from worldloom.memory.journal import Journal
 from worldloom.memory.records import COLUMNS, Memories, MemoryConfig, MemorySpec, Where, memory_errors
@@ -82,12 +83,14 @@ class EpisodicMemory(Closing):
         with memory_errors(path, "write"):
             path.mkdir(parents=True, exist_ok=True)
             lance.write_dataset(MemorySpec.of(spec, config or MemoryConfig()).schema().empty_table(), path / TABLE)
+            table_written(path / TABLE)
         return cls.open(path, spec=spec, writable=True)
 
     @classmethod
     def open(cls, path: Path | str, *, spec: ModelSpec | None, writable: bool = False) -> "EpisodicMemory":
         """Open a memory, and check that its latents are of the model of `spec`; None skips the check."""
         path = Path(path)
+        try_files("lance", table_files(path / TABLE), table=path / TABLE)
         held = MemorySpec.read(open_records(path).schema, path)
         if spec is not None:
             held.check(spec, path)
@@ -112,6 +115,7 @@ class EpisodicMemory(Closing):
         try:
             if self.writable and self._journal is not None:
                 self._commit()
+                table_written(self.path / TABLE)
         finally:
             if self._journal is not None:
                 self._journal.close()

@@ -1,0 +1,208 @@
+"""Files of unknown origin: libraries read them first in a child process, because some files end the process.
+
+Readers in native code can ask for too much memory, abort or crash on a damaged file, which no `except` catches. The
+child (untrusted_child.py) reads each file with limits on memory and time. If the child ends early, `try_files` raises
+an error that names the file. An ordinary error in the child is ignored: the caller meets it again, in its own words.
+
+A file is tried once. Files are known if this process wrote them, or if they were tried before and their size, times
+and inode have not changed. What was tried is remembered across processes: in worldloom/tried in XDG_CACHE_HOME (default
+~/.cache), a folder that you can delete at any time.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from worldloom.core.errors import DataError
+
+_log = logging.getLogger(__name__)
+
+Kind = Literal["lance", "hdf5", "video", "picture", "parquet"]
+MEMORY = 8 * 2**30  # bytes of address space of the child
+_SECONDS, _RATE = 300.0, 2e6  # time limit: seconds, and bytes per second in addition
+_MOST_KNOWN, _MOST_LISTS = 100_000, 1000
+_CHILD = Path(__file__).with_name("untrusted_child.py")
+_FEW_THREADS = {
+    "LANCE_CPU_THREADS": "2",
+    "LANCE_IO_THREADS": "2",
+    "MALLOC_ARENA_MAX": "2",
+    "OMP_NUM_THREADS": "1",
+    "RUST_BACKTRACE": "0",
+    "TOKIO_WORKER_THREADS": "2",
+}
+
+
+class HarmfulFile(DataError):
+    """A file that must not be opened, because it ended a child process; `file` is its path."""
+
+    def __init__(self, file: str, why: str) -> None:
+        super().__init__(
+            f"{file} is damaged, or was made to do harm: reading it in a child process {why}. Restore the file from a "
+            f"copy"
+        )
+        self.file, self.why = file, why
+
+
+Stamp = tuple[int, int, int, int]  # size, modification time, change time, inode
+_known: OrderedDict[str, Stamp] = OrderedDict()
+_lock = threading.Lock()
+
+
+def try_files(kind: Kind, files: Iterable[Path], *, table: Path | None = None, version: int | None = None) -> None:
+    """Read files in a child process, unless they are known.
+
+    For kind "lance", `files` are those of the table in the directory `table`, which is read at `version`.
+
+    Raises:
+        HarmfulFile: the child ended early; the message names the file and the cause.
+    """
+    stamps = _stamps(files)
+    if not _unknown(stamps):
+        return
+    root = table if table is not None else Path(os.path.commonpath(stamps))
+    with _remembered(root) as list_file:
+        unknown = _unknown(stamps)
+        if not unknown:
+            return
+        size = sum(stamps[file][0] for file in unknown)
+        request: dict[str, Any] = {"kind": kind, "files": unknown, "memory": MEMORY, "seconds": _SECONDS + size / _RATE}
+        if table is not None:
+            request |= {"table": str(table.absolute()), "version": version, "known": sorted(set(stamps) - set(unknown))}
+        _try(request)
+        _remember(stamps)
+        if list_file is not None:
+            with suppress(OSError):
+                _write(list_file, json.dumps(stamps))
+
+
+def table_files(table: Path) -> list[Path]:
+    """Return the files of a Lance table that readers open."""
+    folders = [entry for entry in _entries(table) if entry.is_dir() and entry.name != "_transactions"]
+    return sorted(Path(root) / name for folder in folders for root, _, names in os.walk(folder.path) for name in names)
+
+
+def written(*files: Path) -> None:
+    """Record files that this process has written; they are not tried."""
+    _remember(_stamps(files))
+
+
+def written_table(table: Path) -> None:
+    """Record the new files of a Lance table to which this process has written."""
+    written(*(file for file in table_files(table.absolute()) if str(file) not in _known))
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:
+        return []
+
+
+def _try(request: dict[str, Any]) -> None:
+    environment = {**os.environ, **_FEW_THREADS, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-P", str(_CHILD)]  # -P: the names of modules beside the child hide those of Python
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(request).encode(),
+            capture_output=True,
+            env=environment,
+            timeout=request["seconds"] + 30,
+            check=False,
+        )
+        out, code, errors = done.stdout, done.returncode, done.stderr.decode(errors="replace")
+    except subprocess.TimeoutExpired as error:
+        out, code, errors = error.stdout or b"", -signal.SIGALRM, ""
+    except OSError as error:
+        _log.warning("files of unknown origin are read without a child process, which cannot start: %s", error)
+        return
+    said: dict[str, str] = {}
+    for line in out.decode("ascii", errors="replace").splitlines():
+        what, _, text = line.partition(" ")
+        if what in ("file", "refused", "done"):  # what else a library may print is skipped
+            with suppress(ValueError):
+                said[what] = str(json.loads(text))
+    if "done" in said:
+        return
+    file = said.get("file")
+    if file is None and code > 0:  # the child did not start to read, for example because a module is missing
+        _log.warning("files of unknown origin are read without a child process, which failed: %s", errors.strip())
+        return
+    raise HarmfulFile(file or request["files"][0], said.get("refused") or _cause(code, errors, request))
+
+
+def _cause(code: int, errors: str, request: dict[str, Any]) -> str:
+    if code == -signal.SIGALRM:
+        return f"took more than {request['seconds']:.0f} s"
+    asked = next((line.strip() for line in errors.splitlines() if line.startswith("memory allocation")), None)
+    if code == -signal.SIGKILL:
+        asked = "perhaps for lack of memory"
+    name = signal.Signals(-code).name if -code in {each.value for each in signal.Signals} else f"exit code {code}"
+    return f"ended that process with {name}" + (f" ({asked})" if asked else "")
+
+
+def _stamps(files: Iterable[Path]) -> dict[str, Stamp]:
+    """Return the stamp of each file that exists, by absolute path."""
+    stamps: dict[str, Stamp] = {}
+    for file in files:
+        with suppress(OSError):
+            stat = file.stat()
+            stamps[str(file.absolute())] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+    return stamps
+
+
+def _unknown(stamps: dict[str, Stamp]) -> list[str]:
+    return [file for file, stamp in stamps.items() if _known.get(file) != stamp]
+
+
+def _remember(stamps: dict[str, Stamp]) -> None:
+    with _lock:
+        for file, stamp in stamps.items():
+            _known[file] = stamp
+            _known.move_to_end(file)
+        while len(_known) > _MOST_KNOWN:
+            _known.popitem(last=False)
+
+
+@contextmanager
+def _remembered(root: Path) -> Iterator[Path | None]:
+    """Read what other processes tried below `root`, and lock the list, so that only one process tries its files."""
+    import fcntl
+
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "worldloom" / "tried"
+    name = hashlib.blake2b(os.fsencode(root.absolute()), digest_size=16).hexdigest()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / f"{name}.lock").open("a")
+    except OSError:  # without a cache, every process tries the files again
+        yield None
+        return
+    with lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        path = folder / f"{name}.json"
+        with suppress(OSError, ValueError, TypeError):
+            _remember({str(file): tuple(stamp) for file, stamp in json.loads(path.read_bytes()).items()})
+        yield path
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a list, and delete old ones. An incomplete list does no harm, so nothing is flushed to the disk."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(text)
+    Path(file.name).replace(path)
+    lists = sorted(path.parent.iterdir(), key=lambda each: each.stat().st_mtime)
+    for old in lists[: max(0, len(lists) - 2 * _MOST_LISTS)]:
+        old.unlink(missing_ok=True)

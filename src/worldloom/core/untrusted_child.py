@@ -1,0 +1,170 @@
+"""The child process of untrusted.py: reads files with limits, and says before each which one it reads.
+
+It is run as a script and imports nothing of worldloom, because importing PyTorch would take seconds.
+"""
+
+import importlib
+import json
+import resource
+import signal
+import struct
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+_SLAB = 2**25  # bytes read at a time
+_MOST_EXPANSION = 2000  # of a file's size by decompression; deflate, the densest common filter, reaches 1032
+_FRAMES = 8  # of a video that are decoded
+
+
+class Refused(Exception):
+    """The file must not be read by the parent."""
+
+
+def say(what: str, text: str = "") -> None:
+    """Write a line of ASCII to the parent."""
+    sys.stdout.write(f"{what} {json.dumps(text)}\n")
+    sys.stdout.flush()
+
+
+def check_footer(path: str) -> None:
+    """Refuse a Lance file whose footer points outside of the file; a truncated file has no footer."""
+    with Path(path).open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 40))
+        footer = file.read()
+    if len(footer) < 40 or not footer.endswith(b"LANC"):
+        return
+    if path.endswith(".manifest"):
+        inside = struct.unpack("<Q", footer[-16:-8])[0] < size
+    else:
+        *places, buffers, columns = struct.unpack("<QQQII", footer[:32])
+        inside = max(places) < size and 16 * (buffers + columns) < size
+    if not inside:
+        raise Refused("found a footer that points outside of the file")
+
+
+def lance_table(request: dict[str, Any]) -> None:
+    """Read all columns of a table's files that are not known, and check the buffers of the rows."""
+    import lance
+
+    for file in request["files"]:
+        say("file", file)
+        check_footer(file)
+    manifests = [file for file in request["files"] if file.endswith(".manifest")]
+    say("file", (manifests or [request["table"]])[-1])
+    table = lance.dataset(request["table"], version=request["version"])
+    assert table.schema is not None
+    known = {file.rpartition("/")[2] for file in request["known"]}
+    for fragment in table.get_fragments():
+        names = [file.path for file in fragment.data_files()]
+        if all(name in known for name in names):
+            continue
+        say("file", f"{request['table']}/data/{names[0]}" if names else request["table"])
+        with suppress(Exception):  # the caller finds out which of its files cannot be read
+            for batch in fragment.to_batches(batch_size=1024, batch_readahead=2):
+                batch.validate(full=True)
+
+
+def hdf5(path: str) -> None:
+    """Read all attributes and values."""
+    import h5py
+
+    with suppress(ImportError):
+        importlib.import_module("hdf5plugin")
+    size = Path(path).stat().st_size
+    with h5py.File(path, "r") as file:
+
+        def visit(name: str, item: Any) -> None:
+            for key in item.attrs:
+                with suppress(OSError, KeyError, RuntimeError, TypeError, ValueError):
+                    item.attrs[key]
+            if not isinstance(item, h5py.Dataset) or item.shape is None:
+                return
+            width = item.dtype.itemsize
+            for length in item.shape:
+                width *= length
+            if width > _MOST_EXPANSION * size + 2**20:
+                raise Refused(f"found {name!r}, which claims {width:,} bytes in a file of {size:,}")
+            with suppress(OSError, KeyError, RuntimeError, TypeError, ValueError):
+                if not item.shape or not width:
+                    item[()]
+                    return
+                rows = max(1, _SLAB * item.shape[0] // width)
+                for first in range(0, item.shape[0], rows):
+                    item[first : first + rows]
+
+        file.visititems(visit)
+
+
+def video(path: str) -> None:
+    """Read all packets, and decode the first frames."""
+    import av
+
+    av.logging.set_level(av.logging.PANIC)
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        for _, frame in zip(range(_FRAMES), container.decode(stream), strict=False):
+            frame.to_ndarray(format="rgb24")
+    with av.open(path) as container:
+        for _ in container.demux(container.streams.video[0]):
+            pass
+
+
+def picture(path: str) -> None:
+    """Decode a picture."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.load()
+
+
+def parquet(path: str) -> None:
+    """Read all columns, and check the buffers of the rows."""
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(path)
+    for batch in file.iter_batches():
+        batch.validate(full=True)
+
+
+READERS: dict[str, Callable[[str], None]] = {"hdf5": hdf5, "video": video, "picture": picture, "parquet": parquet}
+
+
+def guarded(read: Callable[[Any], None], argument: Any) -> None:
+    """Call a reader; only errors that the parent must not meet end the process."""
+    try:
+        read(argument)
+    except Refused as error:
+        say("refused", str(error))
+        sys.exit(3)
+    except MemoryError:
+        say("refused", "needed more memory than the limit")
+        sys.exit(3)
+    except Exception:
+        pass
+    except BaseException as error:  # a panic of a library in Rust, which is no Exception
+        say("refused", "failed inside a library: " + " ".join(str(error).split())[:200])
+        sys.exit(3)
+
+
+def main() -> None:
+    """Read the files of the request on standard input."""
+    request = json.load(sys.stdin)
+    signal.alarm(int(request["seconds"]))
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (request["memory"], request["memory"]))
+    if request["kind"] == "lance":
+        guarded(lance_table, request)
+    else:
+        for file in request["files"]:
+            say("file", file)
+            guarded(READERS[request["kind"]], file)
+    say("done")
+
+
+if __name__ == "__main__":
+    main()

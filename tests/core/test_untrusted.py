@@ -1,0 +1,121 @@
+"""A file that ends the process that reads it ends a child; the parent names the file."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from worldloom.core import untrusted
+from worldloom.core.untrusted import HarmfulFile, try_files, written
+
+READ = """
+import json, os, signal, sys, time
+request = json.load(sys.stdin)
+print("file", json.dumps(request["files"][-1]), flush=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "a\u00e9\u2028.mp4"
+    path.write_bytes(b"not a video")
+    return path
+
+
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Count the child processes."""
+    run, started = subprocess.run, []
+
+    def counting(*arguments: object, **options: object) -> object:
+        started.append(1)
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(untrusted.subprocess, "run", counting)
+    return started
+
+
+def child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(READ + code)
+    monkeypatch.setattr(untrusted, "_CHILD", script)
+
+
+@pytest.mark.parametrize(
+    ("code", "cause"),
+    [
+        ("os.abort()", "SIGABRT"),
+        ("print('memory allocation of 68 bytes failed', file=sys.stderr); os.abort()", "memory allocation of 68 bytes"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL .perhaps for lack of memory"),
+        ("os._exit(7)", "exit code 7"),
+        ("print('refused \"found a trap\"')", "found a trap"),
+        ("signal.alarm(1); time.sleep(60)", "took more than 300 s"),
+    ],
+)
+def test_however_the_child_ends_the_file_is_named(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, cause: str
+) -> None:
+    child(monkeypatch, tmp_path, code)
+    with pytest.raises(HarmfulFile, match=cause) as caught:
+        try_files("video", [file])
+    assert str(file) in str(caught.value)
+    with pytest.raises(HarmfulFile):  # it is still not known
+        try_files("video", [file])
+
+
+def test_a_child_that_cannot_start_keeps_nobody_from_reading(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(untrusted, "_CHILD", tmp_path / "missing.py")
+    try_files("video", [file])
+    assert "without a child process" in caplog.text
+    monkeypatch.setattr(untrusted.sys, "executable", str(tmp_path / "nothing"))
+    file.write_bytes(b"changed")
+    try_files("video", [file])
+
+
+def test_a_file_is_tried_once_until_it_changes(file: Path, starts: list[int]) -> None:
+    for _ in range(2):
+        try_files("video", [file, file.with_name("missing.mp4")])  # an ordinary error is left to the caller
+        assert len(starts) == 1
+    untrusted._known.clear()  # as in another process
+    try_files("video", [file])
+    assert len(starts) == 1
+    stat = file.stat()
+    file.write_bytes(b"NOT a video")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    try_files("video", [file])
+    assert len(starts) == 2
+
+
+def test_what_this_process_wrote_is_not_tried(file: Path, starts: list[int]) -> None:
+    written(file)
+    try_files("video", [file])
+    assert not starts
+
+
+@pytest.mark.parametrize("kind", ["lance", "hdf5", "video", "picture", "parquet"])
+def test_the_child_does_not_import_torch_and_limits_its_memory(kind: str, tmp_path: Path) -> None:
+    import json
+
+    request = {"kind": kind, "files": [str(tmp_path / "x")], "memory": 2**33, "seconds": 60}
+    request |= {"table": str(tmp_path / "x"), "version": None, "known": []}
+    code = (
+        f"import runpy, sys, resource; runpy.run_path({str(untrusted._CHILD)!r}, run_name='__main__'); "
+        f"assert 'torch' not in sys.modules and 'worldloom' not in sys.modules; "
+        f"assert resource.getrlimit(resource.RLIMIT_AS)[0] == 2**33"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], input=json.dumps(request), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == 'done ""'

@@ -19,7 +19,7 @@ _MOST_EXPANSION = 2000  # of a file's size by decompression; deflate, the denses
 _FRAMES = 8  # of a video that are decoded
 
 
-class Refused(Exception):
+class ClaimsTooMuch(Exception):
     """The file must not be read by the parent."""
 
 
@@ -43,7 +43,7 @@ def check_footer(path: str) -> None:
         *places, buffers, columns = struct.unpack("<QQQII", footer[:32])
         inside = max(places) < size and 16 * (buffers + columns) < size
     if not inside:
-        raise Refused("found a footer that points outside of the file")
+        raise ClaimsTooMuch("found a footer that points outside of the file")
 
 
 def lance_table(request: dict[str, Any]) -> None:
@@ -87,7 +87,7 @@ def hdf5(path: str) -> None:
             for length in item.shape:
                 width *= length
             if width > _MOST_EXPANSION * size + 2**20:
-                raise Refused(f"found {name!r}, which claims {width:,} bytes in a file of {size:,}")
+                raise ClaimsTooMuch(f"found {name!r}, which claims {width:,} bytes in a file of {size:,}")
             with suppress(OSError, KeyError, RuntimeError, TypeError, ValueError):
                 if not item.shape or not width:
                     item[()]
@@ -137,7 +137,7 @@ def guarded(read: Callable[[Any], None], argument: Any) -> None:
     """Call a reader; only errors that the parent must not meet end the process."""
     try:
         read(argument)
-    except Refused as error:
+    except ClaimsTooMuch as error:
         say("refused", str(error))
         sys.exit(3)
     except MemoryError:

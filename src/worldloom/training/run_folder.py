@@ -44,7 +44,7 @@ class _Provenance(Shape):
     data: str
 
 
-class _Line(Shape):
+class _MetricsLine(Shape):
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, float]
 
@@ -52,7 +52,7 @@ class _Line(Shape):
 
 
 class _Lines(Shape):
-    lines: tuple[_Line, ...]
+    lines: tuple[_MetricsLine, ...]
 
 
 class _Alarm(Shape):

@@ -30,7 +30,7 @@ class _Environment(Shape):
     id: str | None = None
 
 
-class _Trained(Shape):
+class _RunConfig(Shape):
     environment: _Environment
     data: str
 
@@ -144,7 +144,7 @@ class Run:
     @property
     def _config(self) -> dict[str, Any]:
         config = self.folder.config
-        check_shape(config, _Trained, self.path / "config.json")
+        check_shape(config, _RunConfig, self.path / "config.json")
         return config
 
     @cached_property

@@ -25,14 +25,17 @@ from worldloom.models.encoders import EncoderConfig, EncoderField, default_encod
 class CloningConfig(FitConfig):
     """The policy's network and its training; without an `encoder`, the default for the observation is used.
 
-    A goal is a frame of the same episode, sampled uniformly from the next `reach` steps.
+    A step of training uses `batch` groups of frames. A group is a frame and `goals` frames that are sampled uniformly
+    from the next `reach` steps of its episode. Each frame of a group is a state whose goals are the later frames, so a
+    frame that was encoded once is used in several pairs.
     """
 
     encoder: EncoderField | None = None
     latent_dim: Size = 64
     hidden: Sizes = Field(default=(256, 256), min_length=1)
     reach: int = Field(default=50, ge=1)
-    batch: int = Field(default=256, ge=2)
+    goals: int = Field(default=2, ge=1)
+    batch: int = Field(default=85, ge=2)
 
 
 class CloningPolicy(Head[CloningConfig]):
@@ -110,6 +113,7 @@ def fit_behaviour_cloning(
     frames = np.concatenate([cache.starts[e] + np.arange(cache.lengths[e]) for e in chosen])
     lasts = np.repeat(cache.starts[chosen] + cache.lengths[chosen], cache.lengths[chosen])
     low, high = np.array(action.low, np.float32), np.array(action.high, np.float32)
+    states, aims = np.triu_indices(config.goals + 1, 1)
 
     def look(rows: np.ndarray) -> Observations:
         return Observations.from_numpy(
@@ -119,12 +123,15 @@ def fit_behaviour_cloning(
 
     def loss(step: int) -> Tensor:
         drawn = generator.integers(len(frames), size=config.batch)
-        rows = frames[drawn]
-        ahead = np.minimum(lasts[drawn] - rows, config.reach)
-        goals = rows + 1 + (generator.random(config.batch) * ahead).astype(np.int64)
-        states, aims = policy.encode(look(np.concatenate([rows, goals]))).chunk(2)
-        taken = 2 * (cache.actions[rows] - low) / (high - low) - 1
-        return (policy.normalised(states, aims) - torch.from_numpy(taken).to(device)).square().mean()
+        ahead = np.minimum(lasts[drawn] - frames[drawn], config.reach)
+        goals = 1 + (generator.random((config.batch, config.goals)) * ahead[:, None]).astype(np.int64)
+        rows = frames[drawn][:, None] + np.sort(np.pad(goals, ((0, 0), (1, 0))))
+        latents = policy.encode(look(rows.ravel())).unflatten(0, rows.shape)
+        distinct = rows[:, states] < rows[:, aims]  # two goals can be the same frame
+        taken = 2 * (cache.actions[rows[:, states]][distinct] - low) / (high - low) - 1
+        pairs = torch.from_numpy(distinct).to(device)
+        predicted = policy.normalised(latents[:, states][pairs], latents[:, aims][pairs])
+        return (predicted - torch.from_numpy(taken).to(device)).square().mean()
 
     policy.fit(loss, progress)
     return policy

@@ -2,6 +2,9 @@
 
 import ast
 import asyncio
+import base64
+import datetime
+import json
 import os
 import re
 import shutil
@@ -14,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +28,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
 
 from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.federation import Tls, make_node_keys, make_tls
@@ -32,16 +37,17 @@ pytest.importorskip("flwr", reason="needs pip install 'worldloom[weave]'")
 
 import httpx
 from flwr.app import Error, Message
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, TIMESTAMP_HEADER, ErrorCode
 from flwr.proto.control_pb2 import RegisterNodeRequest
 from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
 from worldloom.federation import Reply, Transport
 from worldloom.federation.transport import flower_internals
 from worldloom.federation.transport.flower import FlowerTransport, _carried, _carry, _public, join, serve
-from worldloom.federation.transport.flower_process import PASS, Gate
+from worldloom.federation.transport.flower_process import PASS, Door, Gate, Limits
 
 NODE = """
 import sys
@@ -185,10 +191,73 @@ def _handshake(server: Tls, authority: bytes, host: str) -> str:
 # -- the gate --------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Arrival:
+    """A request that arrives at the gate in pieces, and what became of it."""
+
+    path: str = "/v1/fleet/push-object"
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    pieces: list[bytes] = field(default_factory=list)
+    reached: list[bytes] = field(default_factory=list)  # the bodies that the app got
+    sent: list[Any] = field(default_factory=list)
+    read: int = 0
+
+    async def app(self, scope: Any, receive: Any, send: Any) -> None:
+        body = b""
+        while (event := await receive())["more_body"]:
+            body += event["body"]
+        self.reached.append(body + event["body"])
+
+    async def receive(self) -> Any:
+        piece = self.pieces[self.read] if self.pieces else b""
+        self.read += 1
+        return {"type": "http.request", "body": piece, "more_body": self.read < len(self.pieces)}
+
+    async def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+    def at(self, gate: Gate, kind: str = "http") -> "Arrival":
+        gate._app = self.app
+        scope = {"type": kind, "path": self.path, "headers": self.headers, "client": ("192.0.2.1", 5)}
+        asyncio.run(gate(scope, self.receive, self.send))
+        return self
+
+    @property
+    def status(self) -> int:
+        return int(self.sent[0]["status"]) if self.sent else 200
+
+    @property
+    def why(self) -> str:
+        return str(json.loads(self.sent[1]["body"])["detail"])
+
+
+NODE_KEY = ec.generate_private_key(ec.SECP384R1())
+
+
+def pem_of(secret: ec.EllipticCurvePrivateKey) -> bytes:
+    return secret.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def signed(secret: ec.EllipticCurvePrivateKey = NODE_KEY, *, late: float = 0.0, stamp: str = "") -> list[Any]:
+    """Return the headers by which Flower's nodes sign a request."""
+    now = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=late)
+    signature = secret.sign(now.isoformat().encode(), ec.ECDSA(SHA256()))
+    values = (
+        (FLEET_HTTP_PUBLIC_KEY_HEADER, base64.b64encode(pem_of(secret))),
+        (TIMESTAMP_HEADER, (stamp or now.isoformat()).encode()),
+        (FLEET_HTTP_SIGNATURE_HEADER, base64.b64encode(signature)),
+    )
+    return [(name.encode(), value) for name, value in values]
+
+
+def gate(*, message: int = 1000, clock: Any = time.monotonic) -> Gate:
+    limits = Limits(keys=(pem_of(NODE_KEY).decode(),), message=message)
+    return Gate(Arrival().app, "secret", limits, clock=clock)
+
+
 @pytest.mark.parametrize(
     ("path", "shown", "passes"),
     [
-        ("/v1/fleet/activate-node", None, True),
         ("/v1/control/register-node", None, False),
         ("/v1/control/start-run", b"guess", False),
         ("/v1/runtime/acquire-task", b"", False),
@@ -202,21 +271,102 @@ def _handshake(server: Tls, authority: bytes, host: str) -> str:
 def test_the_gate_lets_all_to_what_nodes_use_and_the_coordinator_to_the_rest(
     path: str, shown: bytes | None, passes: bool
 ) -> None:
-    reached: list[str] = []
-    sent: list[Any] = []
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        reached.append(scope["path"])
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
     headers = [] if shown is None else [(PASS.encode(), shown)]
-    asyncio.run(Gate(app, "secret")({"type": "http", "path": path, "headers": headers}, None, send))  # type: ignore[arg-type]
-    assert bool(reached) is passes
-    assert [message.get("status") for message in sent][:1] == ([] if passes else [403])
-    asyncio.run(Gate(app, "secret")({"type": "websocket", "path": path, "headers": headers}, None, send))  # type: ignore[arg-type]
-    assert len(reached) == passes
+    came = Arrival(path, headers).at(gate())
+    assert bool(came.reached) is passes
+    assert came.status == (200 if passes else 403)
+    assert not Arrival(path, headers).at(gate(), "websocket").reached
+
+
+@pytest.mark.parametrize(
+    ("headers", "why"),
+    [
+        ([], "the key is not that of a node"),
+        ([(b"flwr-public-key", b"\xff not base64")], "the key is not that of a node"),
+        (signed(ec.generate_private_key(ec.SECP384R1())), "the key is not that of a node"),
+        (signed()[:1], "not signed with the node's key"),
+        (signed(stamp=datetime.datetime.now(datetime.UTC).isoformat()), "not signed with the node's key"),
+        (signed(late=400), "the clocks of node and coordinator differ by 400 s"),
+        (signed(late=-400), "the clocks of node and coordinator differ by 400 s"),
+    ],
+)
+def test_of_a_request_without_a_nodes_key_no_byte_is_read(headers: list[Any], why: str) -> None:
+    came = Arrival(headers=headers, pieces=[bytes(300)] * 10).at(gate())
+    assert (came.reached, came.read, came.status) == ([], 0, 401)
+    assert why in came.why
+    assert (b"connection", b"close") in came.sent[0]["headers"]
+
+
+@pytest.mark.parametrize("path", ["/v1/fleet/push-object", "/v1/fleet/push-messages", "/v1/fleet/activate-node"])
+@pytest.mark.parametrize("message", [1000, 40_000_000])
+def test_a_body_is_read_up_to_what_the_model_needs_and_no_further(path: str, message: int) -> None:
+    limit = gate(message=message)._limits.body(path)
+    whole = Arrival(path, signed(), [bytes(limit // 2), bytes(limit - limit // 2)]).at(gate(message=message))
+    assert (whole.status, [len(body) for body in whole.reached]) == (200, [limit])
+    stated = [*signed(), (b"content-length", str(limit + 1).encode())]
+    for headers, read in ((stated, 0), (signed(), 3)):
+        came = Arrival(path, headers, [bytes(limit // 2)] * 10).at(gate(message=message))
+        assert (came.reached, came.read, came.status) == ([], read, 413)
+        assert f"expected at most {limit}" in came.why
+    # A piece of a message fits, and a list of its pieces.
+    assert limit > (min(message, FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE) if path.endswith("object") else message // 2**16)
+
+
+def test_a_node_that_asks_too_often_waits_while_others_do_not() -> None:
+    now = [0.0]
+    there = gate(clock=lambda: now[0])
+    burst = int(there._limits.requests_at_once)
+    statuses = [Arrival(headers=signed()).at(there).status for _ in range(burst + 2)]
+    assert statuses == [200] * burst + [503] * 2
+    now[0] += 0.1
+    assert [Arrival(headers=signed()).at(there).status for _ in range(11)] == [200] * 10 + [503]
+    assert Arrival(path="/v1/runtime/x", headers=[(PASS.encode(), b"secret")]).at(there).status == 200
+
+
+def test_the_door_takes_a_limited_number_and_those_go_first_that_were_not_welcomed() -> None:
+    limits = Limits(keys=(), message=0)
+    most = 2 * limits.connections  # from this machine
+    inside = []
+    with Door(socket.AF_INET, limits) as door:
+        door.bind(("127.0.0.1", 0))
+        door.listen(200)
+        outside = [socket.create_connection(door.getsockname()) for _ in range(most + 3)]
+        for number in range(most):
+            guest, address = door.accept()
+            inside.append(guest)
+            if number in (1, 2):
+                door.welcome(address)
+        held = list(door.guests)
+        assert len(held) == most
+        inside += [door.accept()[0] for _ in range(3)]
+        assert len(door.guests) == most
+        assert [name in door.guests for name in held[:6]] == [False, True, True, False, False, True]
+        assert outside[0].recv(1) == b""  # it was closed
+        for name in list(door.guests):
+            door.welcome(name)
+        late = socket.create_connection(door.getsockname())
+        with pytest.raises(ConnectionAbortedError):
+            door.accept()
+        assert late.recv(1) == b""
+        door.guests[held[1]].close()
+        again = socket.create_connection(door.getsockname())
+        inside.append(door.accept()[0])
+        for one in [*outside, *inside, late, again]:
+            one.close()
+        assert not door.guests
+
+
+def test_the_door_slows_down_an_address_and_keeps_places_for_others() -> None:
+    now = [0.0]
+    limits = Limits(keys=("x",), message=0)
+    with Door(socket.AF_INET, limits, clock=lambda: now[0]) as door:
+        took = [door._admits("192.0.2.1", "192.0.2.9") for _ in range(limits.connections + 5)]
+        assert took == [True] * limits.connections + [False] * 5
+        assert door._admits("192.0.2.2", "192.0.2.9")
+        assert all(door._admits("192.0.2.9", "192.0.2.9") for _ in range(1000))  # the coordinator itself
+        now[0] += 1.0
+        took = [door._admits("192.0.2.1", "192.0.2.9") for _ in range(10)]
+        assert took == [True] * 7 + [False] * 3
 
 
 # -- what is used of Flower ------------------------------------------------------------------------------------------
@@ -550,6 +700,40 @@ def test_a_deployment_answers_refuses_strangers_and_survives_kills(deployment: D
             process.kill()
             process.wait()
     assert _until_none(deployment.folder) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_who_has_no_key_takes_no_memory_and_keeps_no_node_out(deployment: Deployment) -> None:
+    with serve(
+        deployment.folder / "link", deployment.tls, deployment.public("north"), port=deployment.port, largest=20_000_000
+    ) as transport:
+        (link,) = [each for each in _of(deployment.folder / "link") if "superlink" in each.cmdline()]
+        before = link.memory_info().rss
+        trusting = ssl.create_default_context(cafile=str(deployment.tls.authority))
+
+        def connected() -> ssl.SSLSocket:
+            raw = socket.create_connection(("127.0.0.1", deployment.port), timeout=20)
+            return trusting.wrap_socket(raw, server_hostname="127.0.0.1")
+
+        for length in (b"content-length: 300000000\r\n\r\n", b"transfer-encoding: chunked\r\n\r\n"):
+            head = b"POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\ncontent-type: application/protobuf\r\n" + length
+            with connected() as stranger, suppress(OSError):
+                stranger.sendall(head)
+                for _ in range(300):
+                    stranger.sendall(b"f4240\r\n" + bytes(1_000_000) + b"\r\n")
+        with connected() as stranger, suppress(OSError):
+            stranger.sendall(b"GET / HTTP/1.1\r\n")
+            for number in range(2000):
+                stranger.sendall(b"x%d: " % number + b"a" * 50_000 + b"\r\n")
+        assert link.memory_info().rss - before < 50_000_000
+        held = [socket.create_connection(("127.0.0.1", deployment.port), timeout=20) for _ in range(300)]
+        deployment.node("north")
+        large = os.urandom(12_000_000)
+        (reply,) = transport.exchange({"north": large}, seconds=120.0)
+        assert (reply.data, reply.error) == (b"north:" + large, "")
+        for one in held:
+            one.close()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A consortium over the network: coordinator and nodes run on their owners' machines, each with its own YAML file."""
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -156,7 +157,9 @@ def coordinate(config: CoordinatorConfig, *, progress: Progress = SILENT) -> Pat
         initial = Base.load(config.initial, like=initial.tensors)
     elif not (rounds / "bases").is_dir():  # a coordinator that resumes or takes over already has a base
         check_has_a_pilot(recipe.model, spec, partition)
-    with serve(config.home / "link", tls, connections, host=config.host, port=config.port) as transport:
+    largest = _largest_message(initial, constitution)
+    link = config.home / "link"
+    with serve(link, tls, connections, host=config.host, port=config.port, largest=largest) as transport:
         key = SigningKey(config.key)
         with Coordinator(
             rounds, constitution, key=key, transport=transport, initial=initial, progress=progress
@@ -368,6 +371,24 @@ def _join_any(
             raise fault
         if config.alone_after_seconds is None:
             raise ConfigError(f"no coordinator could be joined: {'; '.join(causes)}")
+
+
+def _largest_message(base: Base, constitution: Constitution) -> int:
+    """Return the size that the largest message of an honest node can have, in bytes.
+
+    No codec needs more than 8 bytes per value, and neither does a masked delta.
+
+    Raises:
+        ConfigError: the constitution allows less than the base itself has.
+    """
+    values = sum(tensor.numel() for tensor in base.tensors.values())
+    if 4 * values > constitution.largest_bytes:
+        raise ConfigError(
+            f"largest_megabytes: {constitution.largest_megabytes:g} is too small for this model, whose base has "
+            f"{4e-6 * values:.3g} MB; raise it to at least {1 + math.ceil(1e-5 * values)}, and ask all members to sign "
+            f"again"
+        )
+    return min(constitution.largest_bytes, 8 * values + 2**11 * len(base.tensors) + 2**20)
 
 
 def _spec(config: CoordinatorConfig, recipe: Recipe) -> DatasetSpec:

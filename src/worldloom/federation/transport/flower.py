@@ -222,6 +222,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 9443,
+    largest: int = 2**30,
 ) -> Iterator[FlowerTransport]:
     """Run a SuperLink while the block runs, and yield a transport that uses it.
 
@@ -234,6 +235,7 @@ def serve(
         nodes: the nodes' names and public keys in OpenSSH's format. No other node can connect.
         host: the address to listen on.
         port: the port to listen on.
+        largest: the size of the largest message in bytes; the memory that the SuperLink uses for a request follows it.
 
     Raises:
         ConfigError: another process serves from this folder, or the SuperLink does not start.
@@ -248,7 +250,8 @@ def serve(
     home = Path(home)
     busy = ConfigError(f"another process serves from {home}; stop it, or choose another folder")
     with exclusive_lock(home / ".lock", busy):
-        link = _Link(home, tls, names, host, port)
+        limits = child.Limits(keys=tuple(public.decode() for public in names), message=largest)
+        link = _Link(home, tls, names, host, port, limits)
         try:
             link.start()
             yield FlowerTransport(names, link.grid)
@@ -356,8 +359,11 @@ class _Process:
 class _Link:
     """A SuperLink, its registered nodes, and the single Flower run in which they receive messages."""
 
-    def __init__(self, home: Path, tls: Tls, names: Mapping[bytes, str], host: str, port: int) -> None:
+    def __init__(
+        self, home: Path, tls: Tls, names: Mapping[bytes, str], host: str, port: int, limits: child.Limits
+    ) -> None:
         self._home, self._tls, self._names, self._host, self._port = home, tls, names, host, port
+        self._limits = limits
         self._here = f"{'127.0.0.1' if host in ('0.0.0.0', '') else '[::1]' if host == '::' else host}:{port}"
         self._process: _Process | None = None
         self._grid: _Grid | None = None
@@ -399,7 +405,10 @@ class _Link:
             path.unlink()
         shutil.rmtree(self._home / "flwr", ignore_errors=True)
         _await_port(self._host, self._port)
-        secret = secrets.token_hex(32)
+        secret, limits = secrets.token_hex(32), self._home / "limits.json"
+        with storage_errors(limits):
+            limits.parent.mkdir(parents=True, exist_ok=True)
+            self._limits.save(limits)
         self._process = _Process(
             "superlink",
             [
@@ -409,7 +418,7 @@ class _Link:
                 *("--database", str(self._home / "superlink.db"), "--disable-runtime-dependency-installation"),
             ],
             self._home,
-            **{child.PASS_VARIABLE: secret},
+            **{child.PASS_VARIABLE: secret, child.LIMITS_VARIABLE: str(limits.absolute())},
         )
         with storage_errors(self._tls.authority):
             authority = self._tls.authority.read_bytes()

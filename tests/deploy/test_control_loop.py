@@ -21,7 +21,7 @@ from worldloom.core.errors import ConfigError, PlanningError
 from worldloom.core.seams import Agent
 from worldloom.core.types import ActionSpec, Goal, Observations, ObservationSpec
 from worldloom.deploy import ControlLoop, ControlReport, SocketLink, draw_timeline
-from worldloom.deploy.control import Schedule
+from worldloom.deploy.control import Miss, Period, Schedule
 from worldloom.deploy.link import PlantReading
 from worldloom.deploy.plant import PlantServer
 from worldloom.deploy.wire import LinkError
@@ -417,3 +417,17 @@ def test_the_report_is_json_and_is_drawn(plant: Plant, link: SocketLink, tmp_pat
     json.dumps(ControlReport(rate=20.0, deadline=0.04, safe_action="hold", late="discard").to_json(), allow_nan=False)
     draw_timeline(report, tmp_path / "t.svg")
     assert "deadlines missed" in (tmp_path / "t.svg").read_text() or (tmp_path / "t.svg").stat().st_size > 5000
+
+
+def test_a_report_of_a_long_run_keeps_its_newest_periods_and_counts_all() -> None:
+    report = ControlReport(rate=20.0, deadline=0.04, safe_action="hold", late="discard")
+    for number in range(230_000):
+        report.periods.append(Period(number=number, began=0.001, sent=0.01, kind="safe" if number < 10 else "agent"))
+    report.misses.append(Miss(period=3, seconds=0.1, cause="the plan was late", observation=3))
+    report.skipped += range(2**40)  # a plant that jumps in its numbers
+    figures = report.to_json()
+    assert len(report.periods) <= 110_000
+    assert (figures["periods"], figures["commands"]) == (230_000, {"safe": 10, "agent": 229_990})
+    assert [miss["period"] for miss in figures["missed"]] == [3]
+    assert figures["rate_held"] == 20.0
+    assert len(figures["skipped_observations"]) <= 110_000

@@ -113,8 +113,8 @@ class _Live:
         self._next += self._every
         plan = f"plan {1e3 * report.plans[-1]:.1f} ms" if report.plans else "no plan yet"
         err.print(
-            f"{seconds:6.0f} s  {len(report.periods)} periods  {plan}  missed {len(report.misses)}  "
-            f"watchdog {len(report.watchdog)}",
+            f"{seconds:6.0f} s  {report.periods.total} periods  {plan}  missed {report.misses.total}  "
+            f"watchdog {report.watchdog.total}",
             end="\r" if err.is_terminal else "\n",
         )
 

@@ -10,7 +10,6 @@ import logging
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -22,12 +21,15 @@ from worldloom.core.errors import ConfigError, DataError, PlanningError, Worldlo
 from worldloom.core.seams import Agent
 from worldloom.core.types import Goal
 from worldloom.deploy.link import Link, PlantReading
+from worldloom.deploy.newest import Newest
+from worldloom.deploy.sparing_log import SparingLog
 from worldloom.deploy.wire import LinkError
 
 _log = logging.getLogger(__name__)
 
 # The share of the time before the deadline that the agent may use for planning; the rest is for sending the action.
 _PLANNING_SHARE = 0.8
+_KEPT = 100_000  # entries of each list of a report
 
 
 SafeAction = Literal["hold"] | Sequence[float] | Callable[[PlantReading | None], np.ndarray]
@@ -87,18 +89,24 @@ class Period:
 
 @dataclass(kw_only=True)
 class ControlReport:
-    """The record of a control loop's run; `to_json` returns its figures."""
+    """The record of a control loop's run; `to_json` returns its figures.
+
+    Each list keeps its newest 100,000 entries, more than an hour at 20 Hz; misses and acts of the watchdog have lists
+    of their own and so are kept for longer. Counts cover the complete run, percentiles the periods that are kept.
+    """
 
     rate: float
     deadline: float
     safe_action: str
     late: str
-    periods: list[Period] = field(default_factory=list)
-    misses: list[Miss] = field(default_factory=list)
-    plans: list[float] = field(default_factory=list)  # duration of each call of the agent in seconds
-    watchdog: list[tuple[int, float]] = field(default_factory=list)  # period, seconds after the deadline
-    stale: list[int] = field(default_factory=list)  # periods that used an observation of an earlier period
-    skipped: list[int] = field(default_factory=list)  # observations that no period used
+    periods: Newest[Period] = field(default_factory=lambda: Newest(_KEPT, key=lambda period: period.kind or "none"))
+    misses: Newest[Miss] = field(default_factory=lambda: Newest(_KEPT, key=lambda miss: miss.cause))
+    plans: Newest[float] = field(default_factory=lambda: Newest(_KEPT))  # duration of each call of the agent in seconds
+    watchdog: Newest[tuple[int, float]] = field(
+        default_factory=lambda: Newest(_KEPT)
+    )  # period, seconds after the deadline
+    stale: Newest[int] = field(default_factory=lambda: Newest(_KEPT))  # periods with an observation of an earlier one
+    skipped: Newest[int] = field(default_factory=lambda: Newest(_KEPT))  # observations that no period used
     unanswered: int = 0  # periods without a command, counted by the plant
     start: float = 0.0  # the beginning of period 0 on the monotonic clock
     restarts: int = 0  # number of agent resets after gaps in its history
@@ -111,16 +119,16 @@ class ControlReport:
         wakes = [period.number / self.rate + period.began for period in self.periods]
         span = wakes[-1] - wakes[0] if len(wakes) > 1 else 0.0
         return {
-            "periods": len(self.periods),
+            "periods": self.periods.total,
             "rate": self.rate,
             "rate_held": round((self.periods[-1].number - self.periods[0].number) / span, 4) if span > 0 else None,
             "deadline_ms": round(1e3 * self.deadline, 3),
             "safe_action": self.safe_action,
             "late_plans": self.late,
             "ended": self.ended,
-            "commands": dict(Counter(period.kind or "none" for period in self.periods)),
-            "misses": len(self.misses),
-            "miss_causes": dict(Counter(miss.cause for miss in self.misses)),
+            "commands": dict(self.periods.kinds),
+            "misses": self.misses.total,
+            "miss_causes": dict(self.misses.kinds),
             "missed": [asdict(miss) | {"seconds": round(miss.seconds, 4)} for miss in self.misses],
             "jitter_ms": _percentiles([period.began for period in self.periods]),
             "plan_ms": _percentiles(self.plans),
@@ -128,7 +136,7 @@ class ControlReport:
             "observation_age_ms": _percentiles([period.age for period in self.periods if period.age is not None]),
             "longest_without_command_ms": round(1e3 * float(np.diff(sent).max()), 3) if len(sent) > 1 else None,
             "watchdog_acts": [[number, round(1e3 * after, 3)] for number, after in self.watchdog],
-            "stale_observations": len(self.stale),
+            "stale_observations": self.stale.total,
             "skipped_observations": self.skipped,
             "unanswered_by_plant": self.unanswered,
             "agent_restarts": self.restarts,
@@ -200,6 +208,7 @@ class ControlLoop:
         self._unanswered_before: int | None = None
         self.reading: PlantReading | None = None
         """The latest reading that a period used."""
+        self._misses_said, self._watchdog_said = SparingLog(_log), SparingLog(_log)
         self._agent, self._worker = agent, _Worker(agent)
 
     def stop(self) -> None:
@@ -413,7 +422,7 @@ class ControlLoop:
     def _missed(self, number: int, cause: str, observation: int) -> None:
         seconds = number / self._rate + self._deadline
         self.report.misses.append(Miss(period=number, seconds=seconds, cause=cause, observation=observation))
-        _log.warning("period %d, %.3f s: deadline missed, %s", number, seconds, cause)
+        self._misses_said.log(logging.WARNING, "period %d, %.3f s: deadline missed, %s", number, seconds, cause)
 
     def _watch(self) -> None:
         """Send the safe action in each period in which the loop sent nothing until shortly after the deadline."""
@@ -433,7 +442,7 @@ class ControlLoop:
             try:
                 if self._commanded < current and self._command(period, None, "watchdog"):
                     self.report.watchdog.append((current, time.monotonic() - schedule.due(current)))
-                    _log.warning("period %d: the watchdog sent the safe action", current)
+                    self._watchdog_said.log(logging.WARNING, "period %d: the watchdog sent the safe action", current)
             except WorldloomError as error:
                 _log.error("the loop's watchdog cannot reach the plant; the plant's own watchdog must act: %s", error)
                 return

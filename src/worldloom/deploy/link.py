@@ -20,6 +20,10 @@ from worldloom.core.errors import DataError
 from worldloom.core.types import ActionSpec, Observations, ObservationSpec
 from worldloom.deploy.wire import VERSION, Address, Connection, LinkError, WireMessage
 
+_RATES = 1e-3, 1e5  # Hz
+_COUNT = 2**53  # limit of the counts that a plant sends
+_OVERDUE = 1024  # late answers that are kept until someone asks
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlantReading:
@@ -78,9 +82,10 @@ class Link(Closing, ABC):
     rate: float
 
     def __init__(self, observation: ObservationSpec, action: ActionSpec, rate: float) -> None:
-        if not (np.isfinite(rate) and rate > 0):
+        if not _RATES[0] <= rate <= _RATES[1]:
             raise LinkError(
-                f"expected a finite 'rate' above 0, in observations per second; got {rate}. Correct the rate"
+                f"expected a 'rate' from {_RATES[0]:g} to {_RATES[1]:g} observations per second; got {rate}. Correct "
+                f"the rate"
             )
         self.observation, self.action, self.rate = observation, action, float(rate)
         self.counts: Counter[str] = Counter()
@@ -314,6 +319,10 @@ class SocketLink(Link):
         fields, arrays = message.fields, dict(message.arrays)
         pixels, vector = arrays.pop("pixels", None), arrays.pop("vector", None)
         try:
+            if any(abs(int(fields.get(name, 0))) >= _COUNT for name in ("sequence", "episode", "unanswered")):
+                raise ValueError("a count is too large")
+            if not np.isfinite(float(fields["time"])):
+                raise ValueError("the time is not finite")
             reading = PlantReading(
                 pixels=pixels,
                 vector=vector,
@@ -332,7 +341,7 @@ class SocketLink(Link):
             ) from None
         overdue = fields.get("overdue")
         if isinstance(overdue, list):
-            self.overdue += [number for number in overdue if isinstance(number, int)]
+            self.overdue = [*self.overdue, *(number for number in overdue if isinstance(number, int))][-_OVERDUE:]
         if reading.episode >= self._awaited:
             self._put(reading)
         else:

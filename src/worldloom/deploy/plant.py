@@ -4,6 +4,7 @@ The plant's watchdog does not depend on the agent: after a period without an act
 that hangs, crashes or is disconnected therefore cannot keep the plant moving.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -16,25 +17,44 @@ import numpy as np
 from worldloom.core.errors import DataError
 from worldloom.core.types import ActionSpec, ObservationSpec
 from worldloom.deploy.link import PlantReading, greeting
-from worldloom.deploy.wire import VERSION, Address, Connection, LinkError, WireMessage
+from worldloom.deploy.lobby import Lobby
+from worldloom.deploy.newest import Newest
+from worldloom.deploy.sparing_log import SparingLog
+from worldloom.deploy.wire import Address, Connection, LinkError, WireMessage
 
 _log = logging.getLogger(__name__)
+_ROUTINE, _SAFETY = 10_000, 100_000  # entries of the log that are kept
+_KINDS = frozenset({"agent", "late", "safe", "watchdog", "environment"})
+_MESSAGES = 20, 100  # an agent may send 20 messages in each period, and 100 per second in any case
+_SEEDS = 2**63
+_OWN_FAULT = "the plant's own code raised an error; the session ends with the safe action"
 
 
 @dataclass
 class PlantLog:
-    """A log of the plant's events, with times in seconds on the plant's monotonic clock."""
+    """A log of the plant's events, with times in seconds on the plant's monotonic clock.
 
-    observations: list[tuple[int, float]] = field(default_factory=list)  # sequence, time sent
-    actions: list[tuple[int, str, float]] = field(default_factory=list)  # sequence of the observation, kind, arrival
-    safe: list[tuple[int, float]] = field(default_factory=list)  # sequence without an action, time of the safe action
+    Only the newest observations and actions are kept (10,000), and the newest safe actions (100,000). The attribute
+    `total` of each list counts all.
+    """
+
+    observations: Newest[tuple[int, float]] = field(default_factory=lambda: Newest(_ROUTINE))  # sequence, time sent
+    actions: Newest[tuple[int, str, float]] = field(
+        default_factory=lambda: Newest(_ROUTINE)
+    )  # sequence of the observation, kind, arrival
+    safe: Newest[tuple[int, float]] = field(
+        default_factory=lambda: Newest(_SAFETY)
+    )  # sequence without an action, time of the safe action
     late: int = 0  # periods in which the plant sent its observation late
     refused: int = 0  # rejected actions: wrong shape or dtype, or not finite
+    failed: int = 0  # safe actions that could not be applied, because `write` raised an error
     sessions: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the log as JSON values."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        """Return the log as JSON values, with the number of all events as `totals`."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        totals = {name: part.total for name, part in values.items() if isinstance(part, Newest)}
+        return {**values, "totals": totals}
 
 
 class PlantServer:
@@ -45,6 +65,10 @@ class PlantServer:
     `safe_action` are written after a period without an action, when the agent disconnects, and at the end.
     `reset(seed)` starts an episode. The server listens as soon as it is created. For port 0, the attribute `address`
     contains the actual port.
+
+    If `read`, `write` or `reset` raises an error, the server applies the safe action, logs the error, tells the agent
+    and ends the session; then it serves the next agent. An agent that has sent no action for `idle` seconds must leave
+    if another one waits.
 
     Raises:
         DataError: the safe action has the wrong size, or is not finite.
@@ -64,6 +88,7 @@ class PlantServer:
         reset: Callable[[int | None], object] | None = None,
         name: str = "",
         silence: float = 2.0,
+        idle: float = 5.0,
     ) -> None:
         self._read, self._write, self._reset = read, write, reset
         self._observation, self._action, self._rate = observation, action, rate
@@ -72,7 +97,9 @@ class PlantServer:
             raise DataError(
                 f"'safe_action' must have {action.size} finite values; got {safe_action}. Correct the values"
             )
-        self._name, self._silence = name, silence
+        self._name, self._silence, self._idle = name, silence, idle
+        self._said, self._unsafe = SparingLog(_log), SparingLog(_log)
+        self._acted = 0.0  # the time of the last action or the begin of the episode
         self.log = PlantLog()
         self._stop = threading.Event()
         self._applying = threading.Lock()
@@ -94,35 +121,29 @@ class PlantServer:
 
     def serve(self) -> PlantLog:
         """Serve until `stop`. When an agent disconnects, apply the safe action and wait for the next agent."""
-        self._listener.settimeout(0.1)
-        try:
-            while not self._stop.is_set():
-                try:
-                    sock, _ = self._listener.accept()
-                except TimeoutError:
-                    continue
-                connection = Connection(sock, silence=self._silence)
-                try:
-                    self._session(connection)
-                except LinkError as error:
-                    _log.warning("the agent disconnected: %s", error)
-                finally:
-                    self._apply_safe()
-                    connection.close()
-        finally:
-            self._apply_safe()
-            self._listener.close()
+        hello = greeting(self._observation, self._action, self._rate, self._safe_action, self._name)
+        with Lobby(self._listener, hello, silence=self._silence) as lobby:
+            try:
+                while not self._stop.is_set():
+                    connection = lobby.next(0.1)
+                    if connection is None:
+                        if not self._safe:  # `write` failed before
+                            self._apply_safe()
+                        continue
+                    try:
+                        self._session(connection, lobby)
+                    except LinkError as error:
+                        self._said.log(logging.WARNING, "the agent disconnected: %s", error)
+                    finally:
+                        self._apply_safe()
+                        connection.close()
+            finally:
+                self._apply_safe()
         return self.log
 
-    def _session(self, connection: Connection) -> None:
-        connection.send(greeting(self._observation, self._action, self._rate, self._safe_action, self._name))
-        hello = connection.receive(self._silence)
-        if hello is None or hello.type != "hello" or hello.fields.get("version") != VERSION:
-            connection.send(WireMessage(type="error", fields={"message": f"expected a greeting of version {VERSION}"}))
-            raise LinkError(
-                f"the agent sent no greeting of version {VERSION}; use the same version of worldloom on both sides"
-            )
+    def _session(self, connection: Connection, lobby: Lobby) -> None:
         self.log.sessions += 1
+        self._acted = time.monotonic()
         self._episode = self._resets = 0
         self._pending_reset = None
         ended: list[LinkError] = []
@@ -133,7 +154,15 @@ class PlantServer:
         for thread in threads:
             thread.start()
         try:
-            self._run(connection, ended)
+            self._run(connection, ended, lobby)
+        except LinkError as error:
+            self._tell(connection, error)
+            raise
+        except Exception as error:
+            self._said.log(logging.ERROR, "%s", _OWN_FAULT, trace=True)
+            failure = _own_fault(error)
+            self._tell(connection, failure)
+            raise failure from error
         finally:
             ended.append(LinkError("the session is over"))
             self._arm(float("inf"))
@@ -143,12 +172,19 @@ class PlantServer:
         if len(ended) > 1:
             raise ended[0]
 
-    def _run(self, connection: Connection, ended: list[LinkError]) -> None:
+    def _tell(self, connection: Connection, error: LinkError) -> None:
+        """Tell the agent why its session ends, if it still listens."""
+        with contextlib.suppress(LinkError):
+            connection.send(WireMessage(type="error", fields={"message": str(error)[:500]}), timeout=0.1)
+
+    def _run(self, connection: Connection, ended: list[LinkError], lobby: Lobby) -> None:
         start, period, count = time.monotonic(), 1 / self._rate, 0
         while not self._stop.is_set() and not ended:
             if self._pending_reset is not None:
                 self._begin_episode(connection, ended)
                 start, count = time.monotonic(), 0
+            if time.monotonic() - self._acted > self._idle and lobby.waiting:
+                raise LinkError(f"the agent sent no action for {self._idle:g} s while another agent waits")
             self._observe(connection)
             count += 1
             now = time.monotonic()
@@ -168,7 +204,7 @@ class PlantServer:
         now = time.monotonic()
         fields: dict[str, Any] = {"sequence": self._sequence, "time": now, "episode": self._episode, "safe": self._safe}
         overdue, self._overdue = self._overdue, []
-        fields |= {"unanswered": len(self.log.safe), "overdue": overdue}
+        fields |= {"unanswered": self.log.safe.total, "overdue": overdue}
         self.log.observations.append((self._sequence, now))
         self._sequence += 1
         self._began = now
@@ -201,12 +237,19 @@ class PlantServer:
         finally:
             done.set()
             beating.join()
-        self._episode = number
+        self._episode, self._acted = number, time.monotonic()
 
     def _listen(self, connection: Connection, ended: list[LinkError]) -> None:
+        allowed = max(_MESSAGES[0] * self._rate, _MESSAGES[1])
+        second, count = time.monotonic(), 0
         try:
             while not self._stop.is_set():
                 message = connection.receive(self._silence / 4)
+                count += message is not None
+                if time.monotonic() - second > 1:
+                    second, count = time.monotonic(), 0
+                if count > allowed:
+                    raise LinkError(f"the agent sent more than {allowed:g} messages in a second; send one per period")
                 if message is None:
                     if time.monotonic() - connection.received > self._silence:
                         raise LinkError(
@@ -216,13 +259,24 @@ class PlantServer:
                     self._act(message)
                 elif message.type == "reset":
                     seed = message.fields.get("seed")
+                    if seed is not None and (type(seed) is not int or not 0 <= seed < _SEEDS):
+                        raise LinkError(f"the seed of a reset must be an integer from 0 to {_SEEDS - 1}, or null")
                     self._resets += 1
-                    self._pending_reset = (seed if isinstance(seed, int) else None, self._resets)
+                    self._pending_reset = (seed, self._resets)
                 elif message.type == "bye":
-                    raise LinkError("the agent ended the session")
+                    self._apply_safe()
+                    ended.append(LinkError("the agent ended the session"))
+                    return
         except LinkError as error:
-            ended.append(error)
-            self._apply_safe()  # at once, not at the end of the period
+            failure = error
+        except Exception as error:
+            self._said.log(logging.ERROR, "%s", _OWN_FAULT, trace=True)
+            failure = _own_fault(error)
+        else:
+            return
+        self._apply_safe()  # at once, not at the end of the period
+        self._tell(connection, failure)
+        ended.append(failure)
 
     def _act(self, message: WireMessage) -> None:
         now = time.monotonic()
@@ -238,12 +292,13 @@ class PlantServer:
             return
         bounded = self._action.clip(action)
         with self._applying:
+            self._safe = False  # also if `write` fails halfway
             self._write(bounded)
-            self._safe = False
         # The action is valid until the end of the next period, in case the sensor hangs and no observation follows.
         self._arm(self._began + 2 / self._rate)
-        answers = answers if isinstance(answers, int) else -1
-        self.log.actions.append((answers, str(kind)[:32], now))
+        self._acted = now
+        answers = answers if type(answers) is int and abs(answers) < 2**53 else -1
+        self.log.actions.append((answers, kind if isinstance(kind, str) and kind in _KINDS else "other", now))
         if answers >= 0 and kind == "agent" and (answers != self._sequence - 1 or now > self._began + 1 / self._rate):
             self._overdue = [*self._overdue, answers][-64:]
 
@@ -267,5 +322,14 @@ class PlantServer:
 
     def _apply_safe(self) -> None:
         with self._applying:
-            self._write(self._safe_action)
-            self._safe = True
+            try:
+                self._write(self._safe_action)
+                self._safe = True
+            except Exception:  # the watchdog must go on, so that it tries again in the next period
+                self._safe = False
+                self.log.failed += 1
+                self._unsafe.log(logging.ERROR, "the safe action could not be applied", trace=True)
+
+
+def _own_fault(error: Exception) -> LinkError:
+    return LinkError(f"the plant's own code raised {type(error).__name__}: {error}. Repair the plant's code")

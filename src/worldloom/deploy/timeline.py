@@ -41,7 +41,9 @@ def draw_timeline(report: ControlReport, path: Path) -> None:
     axis.set_xlim(0, max(1.0, float(periods.max(initial=0) + 1) / report.rate))
     axis.set_xlabel("seconds since the start")
     axis.set_ylabel("ms after the\nbeginning of a period")
-    axis.set_title(f"{len(periods)} periods at {report.rate:g} Hz, {len(report.misses)} deadlines missed", color=_INK)
+    axis.set_title(
+        f"{report.periods.total} periods at {report.rate:g} Hz, {report.misses.total} deadlines missed", color=_INK
+    )
     axis.grid(color=_FAINT, linewidth=0.5)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="svg", metadata={"Date": None}))

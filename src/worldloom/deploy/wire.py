@@ -102,25 +102,26 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"the header contains {name}, which is not valid JSON")
 
 
-def _check_sizes(header: int, body: int) -> None:
-    if header > HEADER_LIMIT or body > BODY_LIMIT:
+def _check_sizes(header: int, body: int, body_limit: int = BODY_LIMIT) -> None:
+    if header > HEADER_LIMIT or body > body_limit:
         raise LinkError(
             f"a message has a header of {header} bytes and a body of {body} bytes; the limits are {HEADER_LIMIT} and "
-            f"{BODY_LIMIT} bytes. Send smaller pictures, or check that the other side uses this format"
+            f"{body_limit} bytes. Send smaller pictures, or check that the other side uses this format"
         )
 
 
 class Connection:
     """A socket that sends and receives complete messages, with a timeout for each call.
 
-    A message that stays incomplete for `silence` seconds is an error. One thread can receive while others send.
+    A message that stays incomplete for `silence` seconds is an error, and so is a received message whose body is longer
+    than `body_limit` bytes; the body of such a message is not read. One thread can receive while others send.
     """
 
-    def __init__(self, sock: socket.socket, *, silence: float = 2.0) -> None:
+    def __init__(self, sock: socket.socket, *, silence: float = 2.0, body_limit: int = BODY_LIMIT) -> None:
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket, self._silence = sock, silence
+        self._socket, self._silence, self._body_limit = sock, silence, body_limit
         self._bytes = bytearray()
         self._touched = time.monotonic()
         self._sending = threading.Lock()
@@ -165,7 +166,6 @@ class Connection:
         while True:
             message = self._whole()
             if message is not None:
-                self.received = time.monotonic()
                 return message
             now = time.monotonic()
             if self._bytes and now - self._touched > self._silence:
@@ -178,6 +178,18 @@ class Connection:
                 return None
             if ready:
                 self._fill()
+
+    def poll(self) -> WireMessage | None:
+        """Return the next message, or None if no complete message has arrived.
+
+        Raises:
+            LinkError: see `receive`.
+        """
+        return self.receive(0.0)
+
+    def fileno(self) -> int:
+        """Return the file descriptor of the socket, for `select`; -1 if it is closed."""
+        return self._socket.fileno()
 
     def finish(self) -> None:
         """Tell the other side that no more data will be sent; receiving is still possible."""
@@ -214,12 +226,13 @@ class Connection:
                 f"expected messages of version {VERSION} that begin with {MAGIC!r}; got {came}. Check the address, "
                 f"and use the same version of worldloom on both sides"
             )
-        _check_sizes(header, body)
+        _check_sizes(header, body, self._body_limit)
         end = _PREFIX.size + header + body
         if len(self._bytes) < end:
             return None
         data = bytes(self._bytes[_PREFIX.size : end])
         del self._bytes[:end]
+        self.received = time.monotonic()
         return decode(data[:header], data[header:])
 
     def _wait(self, *, write: bool, seconds: float) -> bool:
@@ -296,10 +309,28 @@ class Address:
         try:
             if not self.path:
                 return socket.create_server((self.host, self.port), backlog=4)
-            Path(self.path).unlink(missing_ok=True)
+            self._clear_path()
             sock = socket.socket(socket.AF_UNIX)
             sock.bind(self.path)
             sock.listen(4)
         except OSError as error:
             raise LinkError(f"cannot listen at {self} ({error}); choose another address") from error
         return sock
+
+    def _clear_path(self) -> None:
+        """Remove the socket that a plant which has ended left at the path; never remove anything else."""
+        path = Path(self.path)
+        if not path.exists() and not path.is_symlink():
+            return
+        if path.is_symlink() or not path.is_socket():
+            raise LinkError(f"{path} exists and is not a socket; choose another address, or remove the file yourself")
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(0.5)
+            try:
+                probe.connect(self.path)
+            except ConnectionRefusedError:  # nobody listens any more
+                path.unlink(missing_ok=True)
+                return
+            except OSError as error:
+                raise LinkError(f"cannot tell whether a plant listens at {self} ({error}); choose another") from error
+        raise LinkError(f"another plant listens at {self}; end it, or choose another address")

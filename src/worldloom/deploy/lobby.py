@@ -1,0 +1,149 @@
+"""Where agents wait for a plant: many may connect, and the first that greets properly is served."""
+
+import contextlib
+import logging
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from worldloom.core.closing import Closing
+from worldloom.deploy.sparing_log import SparingLog
+from worldloom.deploy.wire import VERSION, Connection, LinkError, WireMessage
+
+_log = logging.getLogger(__name__)
+_WAITING = 8  # connections at a time, besides the agent that is served
+_BODY = 64 * 1024  # bytes; an agent sends only actions
+_TICK = 0.05  # seconds
+_PATIENCE = 0.25  # seconds until a silent connection is greeted first
+
+
+@dataclass(kw_only=True)
+class _Guest:
+    connection: Connection
+    came: float
+    greeted: float | None = None  # when the plant's greeting was sent
+    ready: bool = False  # whether the agent's greeting has arrived
+
+
+class Lobby(Closing):
+    """Accepts connections in a thread of its own, and listens to all of them at once for their greetings.
+
+    While no agent is served, the first agent that has greeted gets the plant's greeting and is served next. A
+    connection that says nothing for a quarter of a second gets the plant's greeting too, in case it waits for that, and
+    is closed if its own does not arrive within `silence` seconds. While an agent is served, the others wait. At most
+    eight connections wait: a new one replaces the oldest that has not greeted, or is closed if all have.
+    """
+
+    def __init__(self, listener: socket.socket, greeting: WireMessage, *, silence: float) -> None:
+        self._listener, self._greeting, self._silence = listener, greeting, silence
+        self._guests: list[_Guest] = []
+        self._chosen: _Guest | None = None
+        self._free = False
+        self._changed = threading.Condition()
+        self._closing, self._said = threading.Event(), SparingLog(_log)
+        listener.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name="worldloom-plant-lobby", daemon=True)
+        self._thread.start()
+
+    def next(self, timeout: float) -> Connection | None:
+        """Return the connection of the next agent, after both greetings, or None if none is ready in time."""
+        with self._changed:
+            self._free = True
+            self._changed.wait_for(lambda: self._chosen is not None, timeout)
+            guest, self._chosen = self._chosen, None
+            return None if guest is None else guest.connection
+
+    @property
+    def waiting(self) -> bool:
+        """Whether another agent has sent its greeting and waits."""
+        with self._changed:
+            return any(guest.ready for guest in self._guests)
+
+    def close(self) -> None:
+        """Close the listener and all connections that wait."""
+        self._closing.set()
+        self._thread.join()
+        self._listener.close()
+        for guest in [*self._guests, *([] if self._chosen is None else [self._chosen])]:
+            guest.connection.close()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            try:
+                self._step()
+            except Exception:  # a fault here must not leave the plant without its server
+                self._said.log(logging.ERROR, "the plant's lobby failed; it goes on", trace=True)
+                self._closing.wait(_TICK)
+
+    def _step(self) -> None:
+        watched: list[socket.socket | Connection] = [self._listener]
+        watched += [guest.connection for guest in self._guests if not guest.ready]
+        readable = select.select(watched, [], [], _TICK)[0]
+        if self._listener in readable:
+            self._accept()
+        for guest in [guest for guest in self._guests if guest.connection in readable]:
+            self._guarded(guest, self._hear)
+        now = time.monotonic()
+        for guest in [guest for guest in self._guests if not guest.ready]:
+            if guest.greeted is None and self._free and now - guest.came > _PATIENCE:
+                self._guarded(guest, self._greet)
+            elif guest.greeted is not None and now - guest.greeted > self._silence:
+                self._drop(guest, f"no greeting of version {VERSION} came within {self._silence:g} s")
+        ready = next((guest for guest in self._guests if guest.ready), None)
+        if self._free and ready is not None:
+            self._guarded(ready, self._choose)
+
+    def _choose(self, guest: _Guest) -> None:
+        if guest.greeted is None:
+            self._greet(guest)
+        with self._changed:
+            self._guests.remove(guest)
+            self._chosen, self._free = guest, False
+            self._changed.notify_all()
+        for other in [other for other in self._guests if other.greeted is not None]:
+            self._drop(other, "another agent was faster", tell=True)  # it would wait in vain for observations
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # the client is gone already
+            sock, _ = self._listener.accept()
+            if len(self._guests) >= _WAITING:
+                silent = next((guest for guest in self._guests if not guest.ready), None)
+                if silent is None:
+                    sock.close()
+                    return
+                self._drop(silent, "too many connections wait")
+            connection = Connection(sock, silence=self._silence, body_limit=_BODY)
+            with self._changed:
+                self._guests.append(_Guest(connection=connection, came=time.monotonic()))
+
+    def _greet(self, guest: _Guest) -> None:
+        guest.connection.send(self._greeting, timeout=_TICK)
+        guest.greeted = time.monotonic()
+
+    def _hear(self, guest: _Guest) -> None:
+        hello = guest.connection.poll()
+        if hello is None:
+            return
+        if hello.type != "hello" or hello.fields.get("version") != VERSION:
+            said = f"expected a greeting of version {VERSION}"
+            guest.connection.send(WireMessage(type="error", fields={"message": said}), timeout=_TICK)
+            raise LinkError(f"{said}; use the same version of worldloom on both sides")
+        guest.ready = True
+
+    def _guarded(self, guest: _Guest, step: Callable[[_Guest], None]) -> None:
+        try:
+            step(guest)
+        except LinkError as error:
+            self._drop(guest, str(error))
+
+    def _drop(self, guest: _Guest, why: str, *, tell: bool = False) -> None:
+        with self._changed:
+            self._guests.remove(guest)
+        if tell:
+            with contextlib.suppress(LinkError):
+                guest.connection.send(WireMessage(type="error", fields={"message": f"{why}; connect again"}), timeout=0)
+        guest.connection.close()
+        self._said.log(logging.WARNING, "a connection to the plant was closed: %s", why)

@@ -14,6 +14,8 @@ from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.signing import SigningKey
 from worldloom.data import EpisodeDataset
 from worldloom.federation import (
+    LedgerForked,
+    Node,
     PartitionConfig,
     Release,
     RoundStore,
@@ -292,6 +294,20 @@ def test_a_node_goes_to_the_next_coordinator_where_one_is_lost(tmp_path) -> None
     with pytest.raises(RuntimeError, match="enough"):
         _join_any(tired(join, 3), alone, lambda data: data, threading.Event(), threading.Event())
     assert asked == ["first:1"] * 3
+
+
+def test_a_node_that_saw_two_ledgers_ends_with_the_error_and_the_evidence(tmp_path) -> None:
+    seats = [{"address": f"{name}:1", "authority": "ca.pem"} for name in ("first", "second")]
+    config, node = NodeConfig.parse({**PARTY, "coordinators": seats}), Node.__new__(Node)
+
+    def join(answer, *, server, **options) -> None:
+        if server != "first:1":
+            raise ConfigError(f"{server} is not there")
+        node.fault = LedgerForked("there are two ledgers", tmp_path / "evidence.json")
+
+    with pytest.raises(LedgerForked, match="first:1: there are two ledgers. The evidence is in .*evidence") as found:
+        _join_any(join, config, lambda data: data, threading.Event(), threading.Event(), node=node)
+    assert found.value.evidence == tmp_path / "evidence.json"
 
 
 def tired(join, times: int):

@@ -3,11 +3,9 @@
 import functools
 import json
 import shutil
-import threading
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +17,7 @@ from hypothesis import strategies as st
 
 from forging import rewritten
 from worldloom.core.chain import Entry
-from worldloom.core.errors import ConfigError, DataError, TrainingError
+from worldloom.core.errors import DataError, TrainingError
 from worldloom.core.files import read_document, read_json
 from worldloom.federation import (
     Base,
@@ -36,7 +34,6 @@ from worldloom.federation import (
     verify_ledger,
 )
 from worldloom.federation.record.envelope import SignedMessage, seal, unseal, unseal_answer
-from worldloom.workflow.network import _join_any
 
 FEDAVG = {"rounds": 2, "outer": {"name": "fedavg"}}
 
@@ -409,24 +406,3 @@ KINDS = ("base", "contribution", "round", "session", "survivors", "sum", "succes
 def test_whatever_a_coordinator_signs_is_judged_without_an_exception(begun, kind, number, facts) -> None:
     who, entries = begun
     assert isinstance(reader(who, entries).fit_fault({"kind": kind, "round": number, "facts": facts}), str)
-
-
-def test_a_node_without_another_coordinator_ends_with_the_error_and_the_evidence(tmp_path) -> None:
-    who = consortium(tmp_path)
-    north = who.node("north")
-    places = [SimpleNamespace(address=f"hub:{port}", authority=tmp_path) for port in (1, 2)]
-    config = SimpleNamespace(
-        coordinators=places, home=tmp_path, connection=tmp_path, timeout_seconds=1.0, alone_after_seconds=None
-    )
-    found = LedgerForked("there are two ledgers", tmp_path / "evidence.json")
-
-    def join(answer: Any, *, server: str, **options: Any) -> None:
-        if server == "hub:2":
-            raise ConfigError("hub:2 cannot be reached")
-        north.fault = found
-
-    with pytest.raises(
-        LedgerForked, match="hub:1: there are two ledgers. The evidence is in .*evidence.json"
-    ) as raised:
-        _join_any(join, north, config, lambda data: data, threading.Event(), threading.Event())
-    assert raised.value.evidence == found.evidence

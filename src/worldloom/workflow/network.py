@@ -278,7 +278,7 @@ def _answer(node: Node, config: NodeConfig, last: int, stop: threading.Event) ->
     watch = threading.Thread(target=train_alone, name="worldloom-alone", daemon=True)
     watch.start()
     try:
-        _join_any(join, node, config, answer, stop, done)
+        _join_any(join, config, answer, stop, done, node=node)
     finally:
         ended.set()
         watch.join()
@@ -333,9 +333,15 @@ def _fine_tune(node: Node, config: NodeConfig, progress: Progress) -> None:
 
 
 def _join_any(
-    join: Any, node: Node, config: NodeConfig, answer: Handler, stop: threading.Event, done: threading.Event
+    join: Any,
+    config: NodeConfig,
+    answer: Handler,
+    stop: threading.Event,
+    done: threading.Event,
+    *,
+    node: Node | None = None,
 ) -> None:
-    """Join the first coordinator that can be reached, and the next one if the connection is lost.
+    """Join the first coordinator that can be reached, and the next one if the connection or `node`'s trust is lost.
 
     If no coordinator can be reached, a node with `alone_after_seconds` tries again.
 
@@ -347,7 +353,8 @@ def _join_any(
         causes, fault = list[str](), None
         for place in config.coordinators:
             done.clear()
-            node.fault = None
+            if node is not None:
+                node.fault = None
             try:
                 join(
                     answer,
@@ -361,7 +368,7 @@ def _join_any(
             except ConfigError as error:
                 _log.warning("%s: %s", place.address, error)
                 causes.append(str(error))
-            if node.fault is not None:
+            if node is not None and node.fault is not None:
                 evidence = node.fault.evidence
                 fault = type(node.fault)(f"{place.address}: {node.fault}. The evidence is in {evidence}", evidence)
                 causes.append(str(fault))

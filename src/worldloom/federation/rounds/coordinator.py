@@ -25,7 +25,7 @@ from worldloom.federation.record.envelope import SignedMessage
 from worldloom.federation.record.ledger import THE_SUM, Ledger, LedgerReader, constitution_facts, read_ledger
 from worldloom.federation.record.statements import SignedContribution
 from worldloom.federation.rounds.base import Base
-from worldloom.federation.rounds.contribution import check_frames, read_contribution
+from worldloom.federation.rounds.contribution import read_contribution
 from worldloom.federation.rounds.member_store import MemberStore
 from worldloom.federation.rounds.members import LONGEST_REASON, Members
 from worldloom.federation.rounds.next_base import NextBase, aggregated, mean_of_sum, next_base
@@ -251,22 +251,8 @@ class Coordinator(Closing):
         )
 
     def _counted(self, number: int) -> dict[str, int]:
-        """Return the number of training frames of each owner whose contribution to a round is recorded and counts.
-
-        An earlier version of the program may have recorded a number that is refused today.
-        """
-        found: dict[str, int] = {}
-        for facts in self.ledger.of("contribution", number):
-            owner = facts["owner"]
-            try:
-                check_frames(owner, facts["frames"], self._constitution)
-            except DataError as error:
-                refusal = {"owner": owner, "reason": str(error)[:LONGEST_REASON]}
-                if refusal not in self.ledger.of("refusal", number):
-                    self.ledger.append("refusal", refusal, round=number)
-            else:
-                found[owner] = facts["frames"]
-        return found
+        """Return the number of training frames of each owner whose contribution to a round is recorded."""
+        return {facts["owner"]: facts["frames"] for facts in self.ledger.of("contribution", number)}
 
     def _accept(self, number: int, base: Base, message: SignedMessage) -> None:
         """Check a contribution, save it both as received and as decoded, and then record it in the ledger.

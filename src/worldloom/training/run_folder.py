@@ -44,15 +44,15 @@ class _Provenance(Shape):
     data: str
 
 
-class _Line(Shape):
+class _MetricsLine(Shape):
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, float]
 
     step: int
 
 
-class _Lines(Shape):
-    lines: tuple[_Line, ...]
+class _MetricsFile(Shape):
+    lines: tuple[_MetricsLine, ...]
 
 
 class _Alarm(Shape):
@@ -198,7 +198,7 @@ class RunFolder:
                     raise StorageError(
                         f"line {number} of {path} is not valid JSON ({error}); delete the line"
                     ) from None
-        check_shape({"lines": lines}, _Lines, path)
+        check_shape({"lines": lines}, _MetricsFile, path)
         return lines
 
     def forget_after(self, step: int) -> None:

@@ -30,8 +30,11 @@ FILES = Path(__file__).parent / "fixtures" / "formats_v1"
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """A copy, since opening some of the files makes locks beside them."""
-    return Path(shutil.copytree(FILES, tmp_path / "files"))
+    """A copy, since opening some of the files makes locks beside them; a repository does not keep their permissions."""
+    files = Path(shutil.copytree(FILES, tmp_path / "files"))
+    (files / "memory").chmod(0o700)
+    (files / "memory" / "journal.sqlite").chmod(0o600)
+    return files
 
 
 def read_dataset(files: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from worldloom.core.errors import DataError, StorageError
-from worldloom.core.files import read_document, storage_errors, write_document
+from worldloom.core.files import check_private, read_document, storage_errors, write_document
 
 _KIND = "worldloom signature"
 _LARGEST = 2**26  # bytes of a signed file, which is read into memory before its signature is checked
@@ -21,7 +21,7 @@ class SigningKey:
     """A secret key, read from a PEM file; `public` is the matching public key, 64 hexadecimal digits.
 
     Raises:
-        StorageError: the file cannot be read.
+        StorageError: the file cannot be read, or other users can read it.
         DataError: the file does not contain an Ed25519 key.
     """
 
@@ -159,6 +159,7 @@ def _secret(path: Path | str) -> Any:
         raise DataError(f"{path} is not a secret key ({error}); create one with 'worldloom rules key'") from None
     if not isinstance(secret, Ed25519PrivateKey):
         raise DataError(f"{path} is not an Ed25519 key; create one with 'worldloom rules key'")
+    check_private(path)
     return secret
 
 

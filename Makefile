@@ -21,10 +21,10 @@ fast: $(ALL)
 clean-demo:
 	rm -rf runs/demo
 
-$(DEMO): requirements.lock pyproject.toml
+$(DEMO): requirements.lock requirements-torch.lock pyproject.toml
 	scripts/setup "$(PYTHON)" "$(VENV)"
 	touch $@
 
-$(ALL): requirements.lock pyproject.toml
+$(ALL): requirements.lock requirements-torch.lock pyproject.toml
 	scripts/setup "$(PYTHON)" "$(VENV)" --all
 	touch $(DEMO) $@

@@ -38,7 +38,11 @@ def copied(version: int, folder: Path) -> Path:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    return copied(1, tmp_path)
+    """The files of version 1; a repository does not keep the permissions of a memory."""
+    files = copied(1, tmp_path)
+    (files / "memory").chmod(0o700)
+    (files / "memory" / "journal.sqlite").chmod(0o600)
+    return files
 
 
 def read_dataset(files: Path) -> dict[str, Any]:

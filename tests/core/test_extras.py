@@ -57,12 +57,21 @@ def test_a_run_is_logged_without_tensorboard(tmp_path: Path, monkeypatch: pytest
     assert not (run.path / "tensorboard").exists()
 
 
-def test_the_lock_pins_whatever_an_installation_brings() -> None:
-    lines = (ROOT / "requirements.lock").read_text().split()
-    pinned = {canonicalize_name(line.partition("==")[0]) for line in lines}
+def lock() -> tuple[dict[str, int], dict[str, int]]:
+    """Return the number of hashes of each package of the demo, and of each other package."""
+    demo, _, others = (ROOT / "requirements.lock").read_text().partition("# Extras")
+    entries = (
+        re.findall(r"^([A-Za-z0-9._-]+)==\S+((?: \\\n    --hash=sha256:[0-9a-f]{64})*)$", part, re.M)
+        for part in (demo, others)
+    )
+    first, rest = ({canonicalize_name(name): hashes.count("--hash") for name, hashes in part} for part in entries)
+    return first, rest
+
+
+def brought_by(*roots: str) -> set[str]:
+    """Return the names of the packages that these requirements bring, themselves included."""
     found: set[str] = set()
-    waiting = [Requirement(text) for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]]
-    waiting += [Requirement(text) for name in EXTRAS for text in PROJECT["optional-dependencies"][name]]
+    waiting = [Requirement(text) for text in roots]
     seen: set[str] = set()
     while waiting:
         wanted = waiting.pop()
@@ -80,11 +89,21 @@ def test_the_lock_pins_whatever_an_installation_brings() -> None:
             for each in brought
             if each.marker is None or any(each.marker.evaluate({"extra": extra}) for extra in extras)
         ]
-    unpinned = {name for name in found - pinned if not name.startswith(("nvidia-", "cuda-", "triton"))}
-    assert not unpinned
+    return {name for name in found if not name.startswith(("nvidia-", "cuda-", "triton"))} - {"torch"}
 
 
-def test_the_library_is_light_without_extras() -> None:
-    modules = {module for extra in EXTRAS.values() for module in extra.modules}
-    program = f"import sys, worldloom.recipes, worldloom.federation; sys.exit(bool({modules} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=120).returncode == 0
+def test_the_lock_pins_whatever_an_installation_brings() -> None:
+    demo, others = lock()
+    optional = PROJECT["optional-dependencies"]
+    assert brought_by(*PROJECT["dependencies"]) <= set(demo)
+    assert brought_by(*optional["dev"], *(text for name in EXTRAS for text in optional[name])) <= {*demo, *others}
+    assert (ROOT / "requirements-torch.lock").read_text().startswith("torch==")
+
+
+def test_every_pin_of_the_lock_has_hashes_and_the_constraints_have_none() -> None:
+    demo, others = lock()
+    assert min([*demo.values(), *others.values()]) > 0
+    pins = subprocess.run([ROOT / "scripts" / "pins"], capture_output=True, text=True, check=True).stdout.split()
+    assert {canonicalize_name(pin.partition("==")[0]) for pin in pins} == {*demo, *others, "torch"}
+    assert len(pins) == len(demo) + len(others) + 1
+    assert "--hash" not in "".join(pins)

@@ -35,6 +35,17 @@ def test_a_secret_key_is_for_its_owner_alone_and_never_written_over(tmp_path: Pa
     assert (tmp_path / "key.pem").read_bytes() == before
 
 
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o660])
+def test_a_key_that_others_can_read_is_refused_with_the_command_that_helps(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "a key.pem"
+    make_key(path)
+    path.chmod(mode)
+    with pytest.raises(StorageError, match=f"other users may use .*{mode:03o}.*run: chmod -R go= '.*a key.pem'"):
+        SigningKey(path)
+    path.chmod(0o600)
+    SigningKey(path)
+
+
 @given(st.data())
 def test_a_changed_byte_is_found_wherever_it_is(signed: tuple[Path, str], data: st.DataObject) -> None:
     path, public = signed

@@ -1,6 +1,7 @@
 """What leaves an owner depends on what is shared alone, not on what is sovereign nor on frames that nothing reads."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 import time
@@ -90,9 +91,7 @@ def _fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def keys_of(path: Path, consortium: Consortium) -> None:
     """Give a consortium to come the keys of another."""
-    (path / "keys").mkdir(parents=True)
-    for file in (consortium.path / "keys").iterdir():
-        (path / "keys" / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(consortium.path / "keys", path / "keys")
 
 
 @pytest.mark.parametrize("codec", ["float32", "int8", "top-k"])

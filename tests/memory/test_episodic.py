@@ -427,15 +427,38 @@ def test_a_full_disk_refuses_the_append_and_keeps_the_rest(tmp_path: Path) -> No
         assert memory.read().ids.tolist() == list(range(len(kept) + 1))
 
 
+def test_no_other_user_can_read_a_memory(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    path.mkdir(mode=0o755)
+    with made(path) as memory:
+        fill(memory, 3)
+        assert path.stat().st_mode & 0o077 == 0
+        files = list(path.glob("journal.sqlite*"))
+        assert len(files) > 1
+        assert [file.stat().st_mode & 0o077 for file in files] == [0] * len(files)
+    for shared, mode in ((path, 0o755), (path / "journal.sqlite", 0o640)):
+        before = shared.stat().st_mode
+        shared.chmod(mode)
+        for writable in (False, True):
+            with pytest.raises(StorageError, match=f"other users may use .* {mode:03o}.*run: chmod -R go= "):
+                EpisodicMemory.open(path, spec=SPEC, writable=writable)
+        shared.chmod(before)
+    with EpisodicMemory.open(path, spec=SPEC) as memory:
+        assert len(memory) == 3
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX users")
 def test_a_directory_that_cannot_be_written_can_be_read(tmp_path: Path) -> None:
     path = tmp_path / "m"
     with made(path) as memory:
         fill(memory, 3)
+    user = 65534 if os.geteuid() == 0 else os.geteuid()
     for folder, _, files in os.walk(path):
         for name in files:
-            (Path(folder) / name).chmod(0o444)
-        Path(folder).chmod(0o555)
+            os.chown(Path(folder) / name, user, -1)
+            (Path(folder) / name).chmod(0o400)
+        os.chown(folder, user, -1)
+        Path(folder).chmod(0o500)
     for parent in path.parents:
         if parent.stat().st_uid == os.geteuid() and parent != Path("/"):
             parent.chmod(parent.stat().st_mode | 0o055)
@@ -456,7 +479,7 @@ except StorageError as error:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
     for folder, _, _ in os.walk(path):
-        Path(folder).chmod(0o755)
+        Path(folder).chmod(0o700)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("3\n")
     assert "no permission" in done.stdout

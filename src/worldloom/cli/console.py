@@ -1,23 +1,49 @@
 """Terminal output: progress, tables and errors. Only the CLI prints."""
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from worldloom.core.progress import Progress, ProgressTask
+from worldloom.core.text import one_line, printable
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+
+class SafeConsole(Console):
+    """A console on which text cannot act as commands to the terminal, whichever party wrote the text."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Yield the segments of an object, with control and invisible characters as escapes."""
+        for segment in super().render(renderable, options):
+            safe = segment.text if segment.control else printable(segment.text)
+            yield segment if safe == segment.text else Segment(safe, segment.style)
+
+
+class SafeFormatter(logging.Formatter):
+    """Formats each record on one line, and its traceback below, with control and invisible characters as escapes."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """Return the line."""
+        return one_line(super().formatMessage(record))
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line and the traceback."""
+        return printable(super().format(record))
+
+
+out = SafeConsole(highlight=False)
+err = SafeConsole(stderr=True, highlight=False)
 
 Shown = str | Text | Table
 """A part of a command's output for people."""
@@ -40,7 +66,9 @@ def show(*shown: Shown) -> None:
     """Print tables and lines; lines are neither wrapped nor parsed as markup, so paths can be copied completely."""
     for part in shown:
         if isinstance(part, Table) and not out.is_terminal:
-            Console(highlight=False, width=160).print(part)  # a pipe has no width of its own; do not cut columns there
+            SafeConsole(highlight=False, width=160).print(
+                part
+            )  # a pipe has no width of its own; do not cut columns there
         else:
             out.print(part, markup=False, soft_wrap=not isinstance(part, Table))
 
@@ -51,7 +79,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     for index, column in enumerate(columns):
         made.add_column(escape(column), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        made.add_row(*map(escape, row))
+        made.add_row(*(escape(printable(cell)) for cell in row))
     return made
 
 
@@ -106,7 +134,7 @@ class BarProgress:
                 bars.remove_task(task)
             return
         columns = (
-            TextColumn("{task.description:<28}"),
+            TextColumn("{task.description:<28}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),

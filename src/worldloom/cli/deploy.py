@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.control import Control
+from rich.segment import ControlType
 
 from worldloom.cli.console import Shown, answer, err, table
 from worldloom.cli.options import Audit, Imports, Json, Rules, Trust, Unsigned, open_session
@@ -115,8 +117,10 @@ class _Live:
         err.print(
             f"{seconds:6.0f} s  {report.periods.total} periods  {plan}  missed {report.misses.total}  "
             f"watchdog {report.watchdog.total}",
-            end="\r" if err.is_terminal else "\n",
+            end="" if err.is_terminal else "\n",
         )
+        if err.is_terminal:
+            err.control(Control(ControlType.CARRIAGE_RETURN))  # the next line of figures replaces this one
 
 
 def _safe_action(text: str, size: int) -> Any:

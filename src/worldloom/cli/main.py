@@ -2,6 +2,8 @@
 
 import logging
 import sys
+import traceback
+from types import TracebackType
 
 import typer
 
@@ -23,8 +25,10 @@ from worldloom.cli import (
     train,
     weave,
 )
+from worldloom.cli.console import SafeFormatter
 from worldloom.core.errors import StorageError, WorldloomError
 from worldloom.core.processes import is_first
+from worldloom.core.text import one_line, printable
 
 app = typer.Typer(
     name="worldloom",
@@ -52,7 +56,9 @@ def _options(
 ) -> None:
     level = logging.INFO if verbose or debug else logging.WARNING
     # Of several processes of torchrun, only the first logs.
-    logging.basicConfig(level=level if is_first() else logging.ERROR, format="%(levelname)s %(message)s")
+    logging.basicConfig(level=level if is_first() else logging.ERROR)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(SafeFormatter("%(levelname)s %(message)s"))
     if debug:
         logging.getLogger("worldloom").setLevel(logging.DEBUG)
 
@@ -74,14 +80,19 @@ app.add_typer(runs.app, name="runs")
 app.add_typer(weave.app, name="weave")
 
 
+def _unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(printable("".join(traceback.format_exception(kind, error, trace))))
+
+
 def main() -> None:
     """Run the command line; each expected failure is one message on standard error and an exit code."""
+    sys.excepthook = _unexpected
     try:
         app(prog_name="worldloom")
     except (WorldloomError, OSError) as error:
         if "--debug" in sys.argv:
             raise
-        typer.secho(f"error: {error}", fg="red", err=True)
+        typer.secho(f"error: {one_line(str(error))}", fg="red", err=True)
         sys.exit(error.exit_code if isinstance(error, WorldloomError) else StorageError.exit_code)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != 130:  # Typer's code for Ctrl-C

@@ -71,9 +71,12 @@ Simulator = Annotated[
 
 
 def import_modules(names: list[str] | None) -> None:
-    """Import modules by name, also from the working directory."""
+    """Import modules by name, also from the working directory.
+
+    The working directory comes last, so that no file in it replaces a module that is installed.
+    """
     if names and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+        sys.path.append(str(Path.cwd()))
     for name in names or []:
         try:
             importlib.import_module(name)

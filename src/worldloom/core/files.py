@@ -4,7 +4,9 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -130,6 +132,31 @@ def read_document(
             f"{remedy}"
         )
     return dict(values)
+
+
+def check_private(path: Path | str) -> None:
+    """Check that no other user can use a file or folder that holds a secret or an owner's observations.
+
+    Raises:
+        StorageError: other users have permissions, or the path does not exist.
+    """
+    with storage_errors(path):
+        mode = stat.S_IMODE(Path(path).stat().st_mode)
+    if mode & 0o077:
+        raise StorageError(
+            f"other users may use {path} (its permissions are {mode:03o}); run: chmod -R go= {shlex.quote(str(path))}"
+        )
+
+
+def make_private(path: Path | str) -> None:
+    """Create a folder that only its owner can use; an existing folder becomes one.
+
+    Raises:
+        StorageError: the folder cannot be created, or belongs to another user.
+    """
+    with storage_errors(path):
+        Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
+        Path(path).chmod(0o700)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from worldloom.core.errors import DataError, StorageError
-from worldloom.core.files import read_document, read_json, storage_errors, write_document
+from worldloom.core.files import check_private, read_document, read_json, storage_errors, write_document
 
 _KIND = "worldloom signature"
 _FORMAT = 2  # format 1 had no domains
@@ -46,7 +46,7 @@ class SigningKey:
     """A secret key, read from a PEM file; `public` is the matching public key, 64 hexadecimal digits.
 
     Raises:
-        StorageError: the file cannot be read.
+        StorageError: the file cannot be read, or other users can read it.
         DataError: the file does not contain an Ed25519 key.
     """
 
@@ -201,6 +201,7 @@ def _secret(path: Path | str) -> Any:
         raise DataError(f"{path} is not a secret key ({error}); create one with 'worldloom rules key'") from None
     if not isinstance(secret, Ed25519PrivateKey):
         raise DataError(f"{path} is not an Ed25519 key; create one with 'worldloom rules key'")
+    check_private(path)
     return secret
 
 

@@ -10,6 +10,9 @@ _HIDDEN = re.compile(
     "\U000e0000-\U000e0fff]"
 )
 
+# The characters that begin a construct within a line, a colon of an address, and the dot of `www.`.
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>|~&$#@{}]|:(?=\S)|(?<=www)\.", re.IGNORECASE)
+
 
 def hidden_character(text: str) -> str | None:
     """Return the first control or invisible character of a text as an escape such as `\\x1b`, or None."""
@@ -28,6 +31,11 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """Return the text as `printable` does, but on one line, so that it cannot pass for another line of output."""
     return printable(re.sub(r"\s*[\n\r\u2028\u2029]\s*", " ", text.strip()).replace("\t", " "))
+
+
+def markdown(text: str) -> str:
+    """Return the text on one line, with escapes so that Markdown shows it as it is: no links, pictures or HTML."""
+    return _MARKDOWN.sub(lambda found: "&lt;" if found.group() == "<" else f"\\{found.group()}", one_line(text))
 
 
 def comparable(text: str) -> str:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from worldloom.core.errors import DataError
+from worldloom.core.json_text import parse_json
 from worldloom.core.types import ActionSpec, ObservationSpec
 
 
@@ -42,14 +43,14 @@ class DatasetSpec:
             DataError: the text is not a valid spec.
         """
         try:
-            values = json.loads(text)
+            values = parse_json(text)
             return cls(
                 observation=ObservationSpec.from_json(values["observation"]),
                 action=ActionSpec.from_json(values["action"]),
                 labels=values["labels"],
                 environment=values["environment"],
             )
-        except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             raise DataError(
                 f"the dataset's spec is damaged ({type(error).__name__}: {error}); restore the dataset from a copy"
             ) from error

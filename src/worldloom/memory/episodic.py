@@ -22,7 +22,7 @@ from torch import Tensor
 
 from worldloom.core.closing import Closing
 from worldloom.core.errors import DataError, StorageError
-from worldloom.core.files import exclusive_lock, storage_errors
+from worldloom.core.files import check_private, exclusive_lock, make_private, storage_errors
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
 from worldloom.core.types import ModelSpec, Observations
@@ -80,18 +80,24 @@ class EpisodicMemory(Closing):
         path = Path(path)
         if (path / TABLE).exists():
             raise StorageError(f"{path} already contains a memory; open that memory, or choose another directory")
+        make_private(path)
         with memory_errors(path, "write"):
-            path.mkdir(parents=True, exist_ok=True)
             lance.write_dataset(MemorySpec.of(spec, config or MemoryConfig()).schema().empty_table(), path / TABLE)
             table_written(path / TABLE)
         return cls.open(path, spec=spec, writable=True)
 
     @classmethod
     def open(cls, path: Path | str, *, spec: ModelSpec | None, writable: bool = False) -> "EpisodicMemory":
-        """Open a memory, and check that its latents are of the model of `spec`; None skips the check."""
+        """Open a memory, and check that its latents are of the model of `spec`; None skips the check.
+
+        Raises:
+            StorageError: the memory does not exist, is open for writing elsewhere, or other users can read it.
+            CheckpointError: the latents are of another model.
+        """
         path = Path(path)
         try_files("lance", table_files(path / TABLE), table=path / TABLE)
         held = MemorySpec.read(open_records(path).schema, path)
+        check_private(path)
         if spec is not None:
             held.check(spec, path)
         with ExitStack() as stack:

@@ -1,5 +1,6 @@
 """The journal: appended memories that are not in the table yet, in SQLite with a write-ahead log."""
 
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import pyarrow as pa
 from jaxtyping import Float32, Int64
 
 from worldloom.core.errors import DataError, StorageError
+from worldloom.core.files import check_private, storage_errors
 from worldloom.data import float_lists
 from worldloom.memory.records import Memories, MemorySpec
 
@@ -28,13 +30,17 @@ class Journal:
 
     Raises:
         DataError: the file is damaged.
-        StorageError: the disk is full, or the directory cannot be written.
+        StorageError: the disk is full, the directory cannot be written, or other users can read the file.
     """
 
     def __init__(self, path: Path, *, writable: bool, durable: bool = False) -> None:
         self.path = path
         with self._errors():
+            if path.exists():
+                check_private(path)
             if writable:
+                with storage_errors(path):
+                    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite would let others read the file
                 self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
                 self._database.execute("PRAGMA journal_mode = WAL")
                 # With NORMAL, an append survives the end of the process, but not a power cut.

@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float32, Float64, Int64, Shaped
 from pydantic import Field
 
 from worldloom.core.config import Config
-from worldloom.core.errors import CheckpointError, DataError
+from worldloom.core.errors import CheckpointError, ConfigError, DataError
+from worldloom.core.json_text import parse_json
 from worldloom.core.types import ModelSpec, ObservationSpec
 from worldloom.data import float_list, float_lists, floats_of, lance_errors
 
@@ -127,7 +128,7 @@ class MemorySpec:
                 f"run 'worldloom memory migrate {path}', which keeps every memory"
             )
         try:
-            values = json.loads(metadata["spec"])
+            values = parse_json(metadata["spec"])
             return cls(
                 model=values["model"],
                 latent_dim=values["latent_dim"],
@@ -135,7 +136,7 @@ class MemorySpec:
                 observation=ObservationSpec.from_json(values["observation"]),
                 config=MemoryConfig.parse(values["config"]),
             )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, ValueError, ConfigError) as error:
             raise DataError(
                 f"the spec in {path} is damaged ({type(error).__name__}: {error}); restore it from a copy"
             ) from error

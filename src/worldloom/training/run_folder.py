@@ -51,7 +51,7 @@ class _MetricsLine(Shape):
     step: int
 
 
-class _Lines(Shape):
+class _MetricsFile(Shape):
     lines: tuple[_MetricsLine, ...]
 
 
@@ -210,7 +210,7 @@ class RunFolder:
                     raise StorageError(
                         f"line {number} of {path} is not valid JSON ({error}); delete the line"
                     ) from None
-        check_shape({"lines": lines}, _Lines, path)
+        check_shape({"lines": lines}, _MetricsFile, path)
         return lines
 
     def forget_after(self, step: int) -> None:

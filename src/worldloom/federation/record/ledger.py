@@ -20,6 +20,7 @@ from worldloom.core.closing import Closing
 from worldloom.core.errors import DataError
 from worldloom.core.files import storage_errors
 from worldloom.core.signing import Domain, SigningKey, verified
+from worldloom.core.text import markdown, one_line
 from worldloom.federation.record.ledger_history import printable
 from worldloom.federation.record.ledger_rules import Fork, LedgerRules
 from worldloom.federation.record.statements import checked, exit_fault
@@ -353,7 +354,7 @@ def model_card(records: LedgerReader) -> str:
     bases, contributions = records.bases(), list(records.entries("contribution"))
     used = [_mapping(entry.body["facts"].get("weights")) for entry in records.entries("round")]
     newest = max(bases, default=None)
-    base = "none yet" if newest is None else f"`{_cell(bases[newest].get('fingerprint'))}` (round {newest})"
+    base = "none yet" if newest is None else f"{_code(bases[newest].get('fingerprint'))} (round {newest})"
     lines = [
         f"# {_cell(constitution.consortium)}",
         "",
@@ -446,5 +447,9 @@ def _figure(value: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Return text from any source, escaped so that it stays in one cell of a Markdown table."""
-    return printable(value).replace("|", "\\|").replace("<", "&lt;")
+    """Return text from any source, escaped so that Markdown shows it as it is, in one cell of a table."""
+    return markdown("" if value is None else str(value))
+
+
+def _code(value: Any) -> str:
+    return f"`{one_line(str(value)).replace('`', '')}`"

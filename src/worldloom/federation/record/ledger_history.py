@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from worldloom.core.chain import Entry
 from worldloom.core.errors import DataError
+from worldloom.core.text import one_line
 from worldloom.federation.rules.constitution import Constitution
 from worldloom.federation.rules.ranges import Count, Epsilon, Loss, Number, Share, within
 
@@ -210,9 +211,8 @@ def describe(entry: Entry, history: LedgerHistory) -> str:
 
 
 def printable(value: Any) -> str:
-    """Return text from any source as one line that is safe to print: no control characters, no escapes."""
-    text = "" if value is None else str(value)
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    """Return a value of a ledger as text that is safe to print; see `one_line`. None is empty."""
+    return one_line("" if value is None else str(value))
 
 
 def size(count: float | int) -> str:

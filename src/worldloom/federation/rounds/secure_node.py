@@ -21,7 +21,7 @@ from torch import Tensor
 from worldloom.core.chain import canonical
 from worldloom.core.config import Config
 from worldloom.core.errors import DataError
-from worldloom.core.files import read_json, storage_errors, write_atomic, write_json
+from worldloom.core.files import make_private, read_json, storage_errors, write_atomic, write_json
 from worldloom.core.signing import Domain, SigningKey
 from worldloom.federation.record.envelope import SignedMessage, seal
 from worldloom.federation.record.statements import origin
@@ -95,7 +95,7 @@ class SecureNode:
         session = session_of(self._constitution, number, attempt, base.fingerprint, base.shapes)
         masker = Masker(self.name, session, self._sign)
         keys = masker.advertise()
-        self._make_private()
+        make_private(self.path)
         save_tensors(self._delta, contribution.tensors, {"round": number}, kind=_DELTA)
         begun = _SessionState(
             session=session,
@@ -244,11 +244,6 @@ class SecureNode:
 
     def _write(self, state: _SessionState) -> None:
         write_json(self._where, state.model_dump(mode="json"))
-
-    def _make_private(self) -> None:
-        with storage_errors(self.path):
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.path.chmod(0o700)
 
     def _sign(self, content: bytes) -> bytes:
         return bytes.fromhex(self._key.sign(content, Domain.MASK_KEYS))

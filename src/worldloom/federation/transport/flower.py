@@ -26,7 +26,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from worldloom.core.errors import ConfigError, DataError, TrainingError
 from worldloom.core.extras import missing_extra
-from worldloom.core.files import exclusive_lock, storage_errors
+from worldloom.core.files import check_private, exclusive_lock, storage_errors
 from worldloom.core.signing import write_key
 from worldloom.federation.transport import flower_process as child
 from worldloom.federation.transport.keys import Tls
@@ -248,6 +248,7 @@ def serve(
             raise DataError(f"{name} and {names[public]} have the same public key; give each node its own")
         names[public] = name
     home = Path(home)
+    check_private(tls.secret)
     busy = ConfigError(f"another process serves from {home}; stop it, or choose another folder")
     with exclusive_lock(home / ".lock", busy):
         limits = child.Limits(keys=tuple(public.decode() for public in names), message=largest)
@@ -294,6 +295,7 @@ def join(
     for path in (Path(authority), Path(secret)):
         with storage_errors(path):
             path.read_bytes()
+    check_private(secret)
     with exclusive_lock(home / ".lock", busy):
         node = _Node(home, server, Path(authority), Path(secret))
         try:
@@ -306,7 +308,8 @@ class _Process:
     """A Flower process in its own process group; it ends when this process ends."""
 
     def __init__(self, which: str, arguments: Sequence[str], home: Path, **variables: str) -> None:
-        (home / "flwr").mkdir(parents=True, exist_ok=True)
+        with storage_errors(home):
+            (home / "flwr").mkdir(parents=True, exist_ok=True)
         kept = {name: value for name, value in os.environ.items() if not name.startswith("FLWR_")}
         environment = kept | {
             "FLWR_HOME": str((home / "flwr").absolute()),
@@ -318,7 +321,7 @@ class _Process:
         }
         self._log, self.which = home / f"{which}.log", which
         self.began = time.monotonic()
-        with self._log.open("wb") as log:
+        with storage_errors(self._log), self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 # -P: do not import modules from the script's folder.
                 [sys.executable, "-P", str(Path(child.__file__)), which, str(os.getpid()), *arguments],
@@ -327,6 +330,7 @@ class _Process:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
+                umask=0o077,  # logs and the database of the process are its owner's
             )
 
     @property

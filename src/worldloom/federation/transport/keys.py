@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from worldloom.core.errors import ConfigError, DataError, StorageError
-from worldloom.core.files import storage_errors
+from worldloom.core.files import check_private, storage_errors
 from worldloom.core.names import path_name
 from worldloom.core.signing import write_key
 
@@ -96,6 +96,7 @@ def _authority(certificate: Path, secret: Path) -> tuple[Any, Any]:
     if certificate.exists() and secret.exists():
         with storage_errors(certificate):
             contents = secret.read_bytes(), certificate.read_bytes()
+        check_private(secret)
         try:
             signer = serialization.load_pem_private_key(contents[0], password=None)
             known = x509.load_pem_x509_certificate(contents[1])

@@ -161,6 +161,70 @@ def test_stamps_of_another_epoch_or_unit(tmp_path: Path) -> None:
         assert episode.actions[:, 0].tolist() == list(range(11))
 
 
+@pytest.mark.parametrize(("unit", "factor"), [("ms", 1e3), ("us", 1e6), ("ns", 1e9)])
+@pytest.mark.parametrize("epoch", [0, 1_700_000_000])
+def test_a_unit_that_is_not_stated_is_recognised(unit: str, factor: float, epoch: int, tmp_path: Path) -> None:
+    film(tmp_path / "run.mp4")
+    # One more than a whole number, because float64 cannot hold every nanosecond since 1970.
+    stamps = epoch * int(factor) + np.arange(12) * int(factor / 10) + 1
+    log(tmp_path / "run.parquet", timestamp=pa.array(stamps, pa.int64()))
+    with pytest.raises(DataError, match=rf"video 1.1 s, so that .* in {unit} rather than .*--columns unit={unit}, or"):
+        read_all(tmp_path)
+    (episode,), _, _ = read_all(tmp_path, columns={"unit": unit})
+    assert episode.actions[:, 0].tolist() == list(range(11))
+
+
+def test_a_long_log_in_seconds_is_accepted_if_the_unit_is_stated(tmp_path: Path) -> None:
+    film(tmp_path / "run.mp4")
+    log(tmp_path / "run.csv", 2000)
+    with pytest.raises(DataError, match="or --columns unit=s if they are seconds"):
+        read_all(tmp_path)
+    (episode,), _, _ = read_all(tmp_path, columns={"unit": "s"})
+    assert episode.steps == 11
+
+
+def test_single_precision_cannot_hold_the_time_since_1970(tmp_path: Path) -> None:
+    film(tmp_path / "run.mp4")
+    stamps = 1_700_000_000 + np.arange(12) / 10
+    log(tmp_path / "run.parquet", timestamp=pa.array(stamps, pa.float32()))
+    with pytest.raises(DataError, match="times near 1.7e.* in float, whose resolution there is 128: too coarse"):
+        read_all(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rate", "start", "message"),
+    [
+        (5.0, 0.0, "the log has 5 rows per second and the video 10 .* more than half a frame from row 1 on"),
+        (9.0, 0.0, "the log has 9 rows per second and the video 10 .* more than half a frame from row 5 on"),
+        (10.0, 0.3, "the log starts 0.3 s after the video, and stays as far apart .a late start"),
+        (10.0, -0.2, "the log starts 0.2 s before the video"),
+    ],
+)
+@pytest.mark.parametrize("rows", [12, 11])
+def test_a_row_for_each_frame_at_other_times_is_settled_by_an_option(
+    rate: float, start: float, message: str, rows: int, tmp_path: Path
+) -> None:
+    film(tmp_path / "run.mp4")
+    log(tmp_path / "run.csv", rows, rate=rate, start=start)
+    with pytest.raises(
+        DataError, match=rf"{rows} rows and the video 12 frames, but .*{message}.*--pair number.*--pair time"
+    ):
+        read_all(tmp_path)
+    (episode,), _, _ = read_all(tmp_path, pair="number")
+    assert numbers(episode.pixels) == list(range(12))
+    assert episode.actions[:, 0].tolist() == list(range(11))
+    (episode, *_), _, _ = read_all(tmp_path, pair="time")
+    assert episode.actions[0, 0] == max(0, -start * rate)
+
+
+def test_small_differences_of_clocks_are_no_difference(tmp_path: Path) -> None:
+    film(tmp_path / "run.mp4")
+    log(tmp_path / "run.csv", start=0.04)  # less than half a frame
+    assert read_all(tmp_path)[0]
+    with pytest.raises(ConfigError, match="'pair' needs videos"):
+        read_all(tmp_path, camera="none", pair="number")
+
+
 def test_columns_may_be_named_and_lists(tmp_path: Path) -> None:
     film(tmp_path / "run.mp4")
     log(

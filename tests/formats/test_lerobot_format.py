@@ -318,6 +318,27 @@ def test_a_gap_in_the_timestamps_splits(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda stamp: 1.5 * stamp, "rates differ: .* drift apart by .* more than half a frame from row"),
+        (lambda stamp: stamp + 0.1, "starts 0.1 s after the video, and stays as far apart .a late start"),
+        (lambda stamp: 1000 * stamp, "seem to be in ms; expected seconds"),
+    ],
+)
+def test_times_that_do_not_fit_the_video_say_how_and_rows_may_be_paired_by_number(
+    change: Callable[[float], float], message: str, copy: Path
+) -> None:
+    edit_rows("timestamp", lambda stamps: [change(stamp) for stamp in stamps])(copy)
+    with pytest.raises(DataError, match=rf"{message}.*--pair number"):
+        read_all("lerobot-v3", copy, camera=TOP)
+    episodes, _, _ = read_all("lerobot-v3", copy, camera=TOP, pair="number")
+    usual, _, _ = read_all("lerobot-v3", FIXTURE, camera=TOP)
+    for ours, theirs in zip(episodes, usual, strict=True):
+        assert np.array_equal(ours.pixels, theirs.pixels)
+        assert np.array_equal(ours.actions, theirs.actions)
+
+
+@pytest.mark.parametrize(
     ("damage", "message"),
     [
         (

@@ -108,7 +108,8 @@ def test_hold_and_mean_by_hand() -> None:
     camera, log = clock(4, 10), clock(8, 20)
     (held,), notes = run(camera, log)
     assert held.actions[:, 0].tolist() == [0, 2, 4]
-    outside = ("dropped", "log 7: 1 of 8 rows are left out: they are before or after the video.")
+    clocks = "the camera runs from 0 s to 0.3 s, the log from 0 s to 0.35 s"
+    outside = ("dropped", f"log 7: 1 of 8 rows are left out: they are before or after the video ({clocks}).")
     assert notes == [("info", "log 7: the log is faster than the steps: 4 of 7 rows are used."), outside]
     (mean,), notes = run(camera, log, how="mean")
     assert mean.actions[:, 0].tolist() == [0.5, 2.5, 4.5]

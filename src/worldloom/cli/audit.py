@@ -9,6 +9,7 @@ from worldloom.cli.console import answer, progress, table, values_table
 from worldloom.cli.options import Imports, Json, import_modules
 from worldloom.core import chain
 from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.files import require_writable
 
 app = typer.Typer(help="Verify, show and replay the decisions of an agent.", no_args_is_help=True)
 
@@ -64,6 +65,8 @@ def show(
     """Show the decisions, entry by entry; each entry is verified."""
     from worldloom.agents import log_entries, read_situation
 
+    if picture is not None:
+        require_writable(picture)
     if picture is not None and entry is None:
         raise ConfigError("--picture needs an entry; add --entry NUMBER")
     chosen = [each for each in log_entries(log) if entry in (None, each.index)]

@@ -89,6 +89,13 @@ def convert(
         typer.Option(help="For logs faster than the frames: hold (the action at the frame) or mean (for velocities)."),
     ] = "hold",
     gap: Annotated[float, typer.Option(help="Split an episode at gaps longer than this many median periods.")] = 4.0,
+    pair: Annotated[
+        str | None,
+        typer.Option(
+            metavar="time|number",
+            help="Whether the row of a frame is the one at its time or the one with its number, if they differ.",
+        ),
+    ] = None,
     low: Annotated[str | None, typer.Option(metavar="A,B,...", help="Lower bounds of the actions.")] = None,
     high: Annotated[str | None, typer.Option(metavar="A,B,...", help="Upper bounds of the actions.")] = None,
     columns: Annotated[
@@ -120,6 +127,7 @@ def convert(
             "rate": rate,
             "actions": actions,
             "gap": gap,
+            "pair": pair,
             "action_low": None if low is None else low.split(","),
             "action_high": None if high is None else high.split(","),
             "columns": {role: str(names) for role, names in key_values(columns, "--columns").items()},

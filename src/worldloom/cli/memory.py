@@ -12,6 +12,7 @@ import typer
 from worldloom.cli.console import answer, progress, table, values_table
 from worldloom.cli.options import Json
 from worldloom.core.errors import ConfigError
+from worldloom.core.files import require_writable
 
 app = typer.Typer(help="Build, inspect and maintain the episodic memory of an agent.", no_args_is_help=True)
 Memory = Annotated[Path, typer.Argument(help="The directory of the memory.")]
@@ -82,6 +83,8 @@ def recall(
             "expected --id only, --image together with --run, or none of these for the newest memories; got another "
             "combination. Add or remove options"
         )
+    if out is not None:
+        require_writable(out)
     where = Where(
         since=_moment(since, "--since"),
         until=_moment(until, "--until"),

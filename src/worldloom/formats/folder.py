@@ -37,7 +37,15 @@ from worldloom.formats.format import (
     spec_values,
     with_last_action,
 )
-from worldloom.formats.timebase import AlignedSteps, Log, aligned_episodes, by_count
+from worldloom.formats.timebase import (
+    AlignedSteps,
+    Log,
+    aligned_episodes,
+    by_count,
+    check_pairs,
+    timestamps,
+    unit_of,
+)
 from worldloom.formats.video import (
     LOSSY_CODEC,
     TURNED,
@@ -102,7 +110,12 @@ class FolderSource(Source):
         try_files("parquet", (table for table in self._tables.values() if table.suffix.lower() == ".parquet"))
         try_files("video", self._videos.values() if self._pictures else ())
         first = self._tables[self._whole[0]]
-        self._roles = self._choose(_read_table(first), first)
+        table = _read_table(first)
+        self._roles = self._choose(table, first)
+        stamps = self._roles.timestamp
+        self._unit_known = "unit" in options.columns or stamps is None or not is_number(table[stamps].type)
+        if not self._pictures and options.pair is not None:
+            raise ConfigError("the option 'pair' needs videos, which are left out here. Leave it out")
         self.note_left_out("columns", self._roles.left, "select them with --columns")
         if own is None:
             self.note(
@@ -147,7 +160,7 @@ class FolderSource(Source):
             self.note("skipped", f"{where} is skipped: it has no rows.", index)
             return []
         video = self._videos[name] if self._pictures else None
-        row_times, camera_times = self._times(log, video, index)
+        row_times, camera_times = self._times(log, video, index, where)
 
         def metadata(stretch: AlignedSteps) -> dict[str, Any]:
             return {"name": name, "start": float(stretch.times[0])} if log.metadata is None else log.metadata
@@ -162,7 +175,7 @@ class FolderSource(Source):
             pixels=None if video is None else lambda numbers: self._frames(video, numbers, index),
             metadata=metadata,
             observed=bool(log.columns or log.labels),
-            until=float(camera_times[-1]) if log.times is None else None,
+            until=float(camera_times[-1]) if log.times is None or self.options.pair == "number" else None,
         )
 
     def _frames(self, video: Path, numbers: Int64[np.ndarray, "N"], index: int) -> UInt8[np.ndarray, "N H W C"]:
@@ -173,12 +186,14 @@ class FolderSource(Source):
         return self.fit(frames, str(video))
 
     def _times(
-        self, log: Log, video: Path | None, index: int
+        self, log: Log, video: Path | None, index: int, where: str
     ) -> tuple[Float64[np.ndarray, "R"], Float64[np.ndarray, "F"]]:
         """Return the times of the rows and of the frames, on one clock."""
         rows = len(log.actions)
         if video is None:
             times = np.arange(rows, dtype=np.float64) if log.times is None else log.times
+            if self.options.rate is not None and rows > 1:  # else only the order of the times counts
+                self._check_unit(times, (rows - 1) / self.options.rate, where, "the steps")
             return times, times
         shown = presentation(video)
         camera = shown.times
@@ -192,10 +207,11 @@ class FolderSource(Source):
                     f"{video} is truncated: it has {len(camera)} frames, expected {rows}. Restore the video from a copy"
                 )
             return log.times, log.times
-        if log.times is None:
+        if log.times is None or self.options.pair == "number":
             by_count(len(camera), rows, str(video))
             return camera[:rows], camera
         times = log.times
+        self._check_unit(times, float(camera[-1]), where, "the video")
         finite = times[np.isfinite(times)]
         if len(finite) and (finite.min() > camera[-1] + 1.0 or finite.max() < -1.0):
             what = (
@@ -204,7 +220,19 @@ class FolderSource(Source):
             )
             self.note("repaired", what, index)
             times = times - finite[0]
+        if self.options.pair is None:
+            check_pairs(times, camera, where)
         return times, camera
+
+    def _check_unit(self, times: Float64[np.ndarray, "R"], seconds: float, where: str, what: str) -> None:
+        """Raise `DataError` if times without a stated unit do not seem to be seconds, compared with `what`."""
+        span = float(np.ptp(times)) if len(times) and np.isfinite(times).all() else 0.0
+        if not self._unit_known and (unit := unit_of(span, seconds)) is not None:
+            raise DataError(
+                f"{where}: the timestamps span {span:.6g} and {what} {seconds:.4g} s, so that the timestamps seem to "
+                f"be in {unit} rather than seconds. State the unit with --columns unit={unit}, or --columns unit=s "
+                f"if they are seconds"
+            )
 
     def _choose(self, table: pa.Table, file: Path) -> _Roles:
         names = list(table.column_names)
@@ -272,7 +300,7 @@ class FolderSource(Source):
                 f"{file}: timestamps have type {column.type}; expected numbers, or Parquet timestamps. Convert "
                 f"the column"
             )
-        values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        values = timestamps(column, f"{file}: the timestamp column")
         return np.asarray(values * _SECONDS[self.options.columns.get("unit", "s")], np.float64)
 
     def _check_sizes(self, log: Log, name: str) -> None:

@@ -29,7 +29,7 @@ from worldloom.core.types import ActionSpec, Episode, ObservationSpec
 from worldloom.data import DatasetSpec, check_episode, resize
 
 NO_CAMERA = "none"  # value of `ReadOptions.camera` that leaves the pixels out
-CLOCK = ("rate", "actions", "gap")  # options for data with timestamps
+CLOCK = ("rate", "actions", "gap", "pair")  # options for data with timestamps
 Kind = Literal["dropped", "repaired", "skipped", "info"]
 Bounds = tuple[Sequence[float], Sequence[float]]  # low and high, with one value per action dimension
 
@@ -53,6 +53,7 @@ class ReadOptions(Config):
     rate: float | None = Field(None, gt=0)  # steps per second; None: the camera's rate
     actions: Literal["hold", "mean"] = "hold"  # how actions with their own clock are aligned; see `align`
     gap: float = Field(4.0, gt=1)  # an episode is split at gaps longer than this many median periods
+    pair: Literal["time", "number"] | None = None  # how rows find their frames; None: by time, if this is not in doubt
     action_low: list[float] | None = None  # bounds; None: those of the format, else the range of the data, with a note
     action_high: list[float] | None = None
     columns: dict[str, str] = Field(default_factory=dict)  # names of columns, for formats without fixed names

@@ -33,7 +33,7 @@ from worldloom.formats.lerobot_layout import (
     width,
 )
 from worldloom.formats.lerobot_write import LeRobotSinkV2, LeRobotSinkV3
-from worldloom.formats.timebase import Log, aligned_episodes
+from worldloom.formats.timebase import Log, aligned_episodes, clock_difference, timestamps, unit_of
 from worldloom.formats.video import TURNED, FrameStream, frame_times
 
 
@@ -217,7 +217,7 @@ class LeRobotSource(Source):
     def _clock(self, table: pa.Table, where: str) -> Float64[np.ndarray, "R"]:
         """Return the time of each row in seconds: row / fps if the timestamps agree with it, else the timestamps."""
         ideal = np.arange(table.num_rows) / self._meta.fps
-        if "timestamp" not in table.column_names:
+        if "timestamp" not in table.column_names or self.options.pair == "number":
             return ideal
         column = table["timestamp"].combine_chunks()
         if is_list(column.type):
@@ -227,7 +227,14 @@ class LeRobotSource(Source):
                 f"{where}: column 'timestamp' has type {table['timestamp'].type}; expected one number per row. "
                 f"Restore the file from a copy"
             )
-        times: np.ndarray = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        times = timestamps(column, f"{where}: column 'timestamp'")
+        steps = np.diff(times)
+        if len(steps) and (unit := unit_of(float(np.median(steps)), 1 / self._meta.fps)) is not None:
+            raise DataError(
+                f"{where}: the timestamps are {np.median(steps):.6g} apart at {self._meta.fps:g} frames per second, so "
+                f"that they seem to be in {unit}; expected seconds. Convert them, or use --pair number if the k-th row "
+                f"belongs to the k-th frame"
+            )
         return ideal if np.allclose(times, ideal, rtol=1e-6, atol=0.01 / self._meta.fps) else times
 
     def _pixels(
@@ -259,7 +266,15 @@ class LeRobotSource(Source):
         between = int(((stamps > wanted[0] - half) & (stamps < wanted[-1] + half)).sum())
         count = len(stamps) if self._shared[file] == 1 else between
         nearest = np.searchsorted((stamps[1:] + stamps[:-1]) / 2, wanted)
-        if count != len(wanted) or np.abs(stamps[nearest] - wanted).max() > half:
+        numbered = self._numbered(entry, stamps)
+        if numbered is not None and self.options.pair == "number":
+            nearest = numbered
+        elif count != len(wanted) or np.abs(stamps[nearest] - wanted).max() > half:
+            if numbered is not None and (said := clock_difference(wanted, stamps[numbered])) is not None:
+                raise DataError(
+                    f"{file} has a frame for each of the {len(wanted)} rows of episode {entry.episode}, but {said}. If "
+                    f"row k belongs to frame k, use --pair number; otherwise correct the timestamps"
+                )
             raise DataError(
                 f"{file} has {count} frames for episode {entry.episode}; expected a frame for each of its "
                 f"{len(wanted)} rows from {wanted[0]:.4g} s to {wanted[-1]:.4g} s. The video is truncated, or "
@@ -273,6 +288,16 @@ class LeRobotSource(Source):
         if self._stream.turned:
             self.note("info", f"{file}: {TURNED}.", index)
         return frames
+
+    def _numbered(self, entry: EpisodePlace, stamps: Float64[np.ndarray, "F"]) -> Int64[np.ndarray, "R"] | None:
+        """Return the frame of each row of an episode by number; None if the number of frames does not fit."""
+        file, start = entry.videos[self._camera or ""]
+        half = 0.5 / self._meta.fps
+        first = 0 if self._shared[file] == 1 else int(np.searchsorted(stamps, start - half))
+        count = len(stamps)
+        if self._shared[file] > 1:
+            count = int(np.searchsorted(stamps, start + (entry.length - 1) / self._meta.fps + half)) - first
+        return first + np.arange(entry.length) if count == entry.length else None
 
     def _images(self, column: Any, rows: Int64[np.ndarray, "N"], where: str) -> UInt8[np.ndarray, "N H W 3"]:
         if not pa.types.is_struct(column.type) or {"bytes", "path"} - {each.name for each in column.type}:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float32, Float64, Int64, UInt8
 
 from worldloom.core.errors import DataError
@@ -170,12 +171,91 @@ def align(
             )
             stretches.append(stretch)
     if not in_force.all():
-        note("dropped", f"{int((~in_force).sum())} of {len(camera)} frames are left out: they have no action")
+        note(
+            "dropped",
+            f"{int((~in_force).sum())} of {len(camera)} frames are left out: they have no action (the camera runs from "
+            f"{camera[0]:.4g} s to {camera[-1]:.4g} s, the log from {log[0]:.4g} s to {log[-1]:.4g} s)",
+        )
     before, after = int((log < camera[0] - slack).sum()), int((log > camera[-1] + slack).sum())
     outside = max(before - 1, 0) + after  # the last row before the first frame is in force at it
     if outside and stretches:
-        note("dropped", f"{outside} of {len(log)} rows are left out: they are before or after the video")
+        note(
+            "dropped",
+            f"{outside} of {len(log)} rows are left out: they are before or after the video (the camera runs from "
+            f"{camera[0]:.4g} s to {camera[-1]:.4g} s, the log from {log[0]:.4g} s to {log[-1]:.4g} s)",
+        )
     return stretches, notes
+
+
+def clock_difference(rows: Float64[np.ndarray, "n"], frames: Float64[np.ndarray, "n"]) -> str | None:
+    """Return how the times of rows differ from the times of the frames with the same numbers.
+
+    None: they differ by at most half a median period of the frames.
+    """
+    if len(frames) < 2:
+        return None
+    away, half = rows - frames, float(np.median(np.diff(frames))) / 2
+    far = np.flatnonzero(np.abs(away) > half)
+    if not len(far):
+        return None
+    lasts = [float(times[-1] - times[0]) for times in (rows, frames)]
+    line = np.polynomial.Polynomial.fit(frames, away, 1)(frames)
+    if np.abs(away - np.median(away)).max() <= half:
+        side = "after" if away[0] > 0 else "before"
+        return f"the log starts {abs(np.median(away)):.4g} s {side} the video, and stays as far apart (a late start)"
+    if np.abs(away - line).max() <= half and min(lasts) > 0:
+        log, camera = ((len(rows) - 1) / last for last in lasts)
+        return (
+            f"their rates differ: the log has {log:.4g} rows per second and the video {camera:.4g} frames per second. "
+            f"The clocks drift apart by {abs(away[-1] - away[0]):.4g} s in {lasts[1]:.4g} s, by more than half a frame "
+            f"from row {far[0]} on"
+        )
+    return (
+        f"their times differ by up to {np.abs(away).max():.4g} s, and by more than half a frame from row {far[0]} on "
+        f"(row {rows[far[0]]:.4f} s, frame {frames[far[0]]:.4f} s)"
+    )
+
+
+def check_pairs(rows: Float64[np.ndarray, "R"], frames: Float64[np.ndarray, "F"], where: str) -> None:
+    """Check that time and number agree on which row belongs to which frame, if there is a row for each frame.
+
+    Raises:
+        DataError: there are as many rows as frames, or one fewer, but at different times.
+    """
+    if len(frames) - len(rows) not in (0, 1) or not (np.diff(rows) > 0).all():
+        return
+    if (difference := clock_difference(rows, frames[: len(rows)])) is not None:
+        raise DataError(
+            f"{where}: the log has {len(rows)} rows and the video {len(frames)} frames, but {difference}. If row k "
+            f"belongs to frame k, use --pair number. If the times are right, use --pair time"
+        )
+
+
+def unit_of(span: float, seconds: float) -> str | None:
+    """Return the unit of times that span `span` of it in `seconds` seconds: ms, us or ns; None if it may be seconds."""
+    ratio = span / seconds if seconds > 0 else 0.0
+    return None if ratio < 100 else ("ms", "us", "ns")[min(max(round(np.log10(ratio) / 3), 1), 3) - 1]
+
+
+def timestamps(column: pa.Array | pa.ChunkedArray, what: str) -> Float64[np.ndarray, "R"]:
+    """Return a column of numbers as float64; missing values become NaN. Error messages begin with `what`.
+
+    Raises:
+        DataError: the column is of single precision, which is too coarse for the times in it.
+    """
+    # Unchecked, because Arrow otherwise refuses nanoseconds since 1970; float64 keeps them to 256 ns.
+    values: np.ndarray = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    finite = values[np.isfinite(values)]
+    if len(finite) > 1 and column.type in (pa.float32(), pa.float16()):
+        kind = column.type.to_pandas_dtype()
+        resolution, period = float(np.spacing(kind(np.abs(finite).max()))), float(np.ptp(finite)) / (len(finite) - 1)
+        if resolution > period / 2:
+            raise DataError(
+                f"{what} has times near {finite[0]:.6g} in {column.type}, whose resolution there is {resolution:.4g}: "
+                f"too coarse for rows that are {period:.4g} apart on average. Store the times as float64 or integers, "
+                f"or subtract the first before rounding"
+            )
+    return values
 
 
 def by_count(frames: int, rows: int, where: str) -> None:

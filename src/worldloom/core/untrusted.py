@@ -29,7 +29,7 @@ from worldloom.core.errors import DataError
 _log = logging.getLogger(__name__)
 
 Kind = Literal["lance", "hdf5", "video", "picture", "parquet"]
-MEMORY = 8 * 2**30  # bytes of address space of the child
+MEMORY = 8 * 2**30  # bytes of address space of the child, in addition to twice the largest file
 _SECONDS, _RATE = 300.0, 2e6  # time limit: seconds, and bytes per second in addition
 _MOST_KNOWN, _MOST_LISTS = 100_000, 1000
 _CHILD = Path(__file__).with_name("untrusted_child.py")
@@ -75,8 +75,9 @@ def try_files(kind: Kind, files: Iterable[Path], *, table: Path | None = None, v
         unknown = _unknown(stamps)
         if not unknown:
             return
-        size = sum(stamps[file][0] for file in unknown)
-        request: dict[str, Any] = {"kind": kind, "files": unknown, "memory": MEMORY, "seconds": _SECONDS + size / _RATE}
+        sizes = [stamps[file][0] for file in unknown]
+        memory, seconds = MEMORY + 2 * max(sizes), _SECONDS + sum(sizes) / _RATE
+        request: dict[str, Any] = {"kind": kind, "files": unknown, "memory": memory, "seconds": seconds}
         if table is not None:
             request |= {"table": str(table.absolute()), "version": version, "known": sorted(set(stamps) - set(unknown))}
         _try(request)

@@ -19,7 +19,7 @@ _MOST_EXPANSION = 2000  # of a file's size by decompression; deflate, the denses
 _FRAMES = 8  # of a video that are decoded
 
 
-class ClaimsTooMuch(Exception):
+class Harmful(Exception):
     """The file must not be read by the parent."""
 
 
@@ -27,6 +27,11 @@ def say(what: str, text: str = "") -> None:
     """Write a line of ASCII to the parent."""
     sys.stdout.write(f"{what} {json.dumps(text)}\n")
     sys.stdout.flush()
+
+
+def rows_at_a_time(rows: int, size: int) -> int:
+    """Return how many rows of a table make a slab, so that tables of large pictures need little memory."""
+    return max(1, min(1024, _SLAB * rows // max(size, 1)))
 
 
 def check_footer(path: str) -> None:
@@ -43,7 +48,7 @@ def check_footer(path: str) -> None:
         *places, buffers, columns = struct.unpack("<QQQII", footer[:32])
         inside = max(places) < size and 16 * (buffers + columns) < size
     if not inside:
-        raise ClaimsTooMuch("found a footer that points outside of the file")
+        raise Harmful("found a footer that points outside of the file")
 
 
 def lance_table(request: dict[str, Any]) -> None:
@@ -64,7 +69,9 @@ def lance_table(request: dict[str, Any]) -> None:
             continue
         say("file", f"{request['table']}/data/{names[0]}" if names else request["table"])
         with suppress(Exception):  # the caller finds out which of its files cannot be read
-            for batch in fragment.to_batches(batch_size=1024, batch_readahead=2):
+            size = sum(Path(request["table"], "data", name).stat().st_size for name in names)
+            rows = rows_at_a_time(fragment.count_rows(), size)
+            for batch in fragment.to_batches(batch_size=rows, batch_readahead=2):
                 batch.validate(full=True)
 
 
@@ -87,7 +94,7 @@ def hdf5(path: str) -> None:
             for length in item.shape:
                 width *= length
             if width > _MOST_EXPANSION * size + 2**20:
-                raise ClaimsTooMuch(f"found {name!r}, which claims {width:,} bytes in a file of {size:,}")
+                raise Harmful(f"found {name!r}, which claims {width:,} bytes in a file of {size:,}")
             with suppress(OSError, KeyError, RuntimeError, TypeError, ValueError):
                 if not item.shape or not width:
                     item[()]
@@ -126,7 +133,7 @@ def parquet(path: str) -> None:
     import pyarrow.parquet
 
     file = pyarrow.parquet.ParquetFile(path)
-    for batch in file.iter_batches():
+    for batch in file.iter_batches(rows_at_a_time(file.metadata.num_rows, Path(path).stat().st_size)):
         batch.validate(full=True)
 
 
@@ -137,7 +144,7 @@ def guarded(read: Callable[[Any], None], argument: Any) -> None:
     """Call a reader; only errors that the parent must not meet end the process."""
     try:
         read(argument)
-    except ClaimsTooMuch as error:
+    except Harmful as error:
         say("refused", str(error))
         sys.exit(3)
     except MemoryError:

@@ -50,7 +50,7 @@ class Columns:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Contents:
+class _Checked:
     """All columns but the pixels, checked; `digests` are those of the episodes, and `frames` those of the frames."""
 
     columns: Columns
@@ -150,7 +150,7 @@ class EpisodeDataset:
                 f"them, and restore the dataset from a copy"
             )
         self._table, self.starts, self.lengths = table, starts, counts - 1
-        self._contents: _Contents | None = None
+        self._contents: _Checked | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -206,7 +206,7 @@ class EpisodeDataset:
                 f"Restore the dataset from a copy; 'worldloom data validate {self._location}' lists the damage"
             )
 
-    def _checked(self) -> _Contents:
+    def _checked(self) -> _Checked:
         """Read everything but the pixels, once, and check it.
 
         Raises:
@@ -228,7 +228,7 @@ class EpisodeDataset:
                     rows = slice(self.starts[index], self.starts[index] + self.lengths[index] + 1)
                     part = None if frames is None else frames[rows]
                     self._check(index, part, columns.of(rows), metadata[index], digest)
-            self._contents = _Contents(columns=columns, metadata=metadata, digests=digests, frames=frames)
+            self._contents = _Checked(columns=columns, metadata=metadata, digests=digests, frames=frames)
             return self._contents
 
     @property

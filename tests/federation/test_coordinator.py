@@ -1,4 +1,6 @@
 import shutil
+import subprocess
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -106,9 +108,7 @@ def test_nothing_sovereign_is_in_what_a_node_says(woven) -> None:
 
 def like(whole: Consortium, path: Path) -> Consortium:
     """Return another consortium with the same keys, hence the same constitution and messages."""
-    for key in (whole.path / "keys").iterdir():
-        (path / "keys").mkdir(exist_ok=True)
-        (path / "keys" / key.name).write_bytes(key.read_bytes())
+    shutil.copytree(whole.path / "keys", path / "keys")
     return Consortium(path)
 
 
@@ -457,6 +457,28 @@ def test_a_disk_that_is_full_ends_the_round_and_loses_nothing(woven, tmp_path, m
     again.close()
     assert ended.fingerprint == last.fingerprint
     assert verify_ledger(tmp_path / "rounds" / "ledger.jsonl", broken.constitution).broken is None
+
+
+@pytest.mark.parametrize("pages", [4, 5, 7, 10])
+def test_wherever_a_real_disk_is_full_the_error_says_so(woven, tmp_path, pages) -> None:
+    consortium, last = woven
+    shutil.copytree(consortium.path / "keys", tmp_path / "keys")
+    broken, rounds = Consortium(tmp_path), tmp_path / "rounds"
+    rounds.mkdir()
+    small = ["mount", "-t", "tmpfs", "-o", f"size={4 * pages}k", "tmpfs", str(rounds)]
+    if subprocess.run(small, check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        with pytest.raises(StorageError, match="the disk is full; free some space"):
+            run(broken)
+        for thread in threading.enumerate():  # the nodes go on with what they were asked
+            if thread.name == "worldloom-nodes":
+                thread.join()
+        subprocess.run(["mount", "-o", "remount,size=4m", str(rounds)], check=True)
+        assert run(broken).fingerprint == last.fingerprint
+        assert verify_ledger(rounds / "ledger.jsonl", broken.constitution).broken is None
+    finally:
+        subprocess.run(["umount", str(rounds)], check=True)
 
 
 def test_a_node_of_another_model_refuses_and_the_round_goes_on_without_it(tmp_path) -> None:

@@ -41,7 +41,7 @@ _KIND = "worldloom run"
 
 
 class _Provenance(Shape):
-    data: str
+    data: str = ""
 
 
 class _MetricsLine(Shape):

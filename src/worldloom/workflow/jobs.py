@@ -151,7 +151,7 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, resume: bool, r
             f"{path} was started with a different recipe; the recipes differ in {', '.join(wrong[:8])}. Resume with "
             f"the same recipe and overrides, or choose another folder"
         )
-    if (before := folder.provenance["data"]) != fingerprint:
+    if (before := folder.provenance.get("data", "")) != fingerprint:
         raise CheckpointError(
             f"{path} was started on different data (fingerprint {before[:12]}, now {fingerprint[:12]}); resume with "
             f"the original dataset, {folder.config['data']}, or choose another folder"

@@ -46,7 +46,8 @@ class RoundStore:
 
     def save_delta(self, number: int, owner: str, delta: Mapping[str, Tensor]) -> None:
         """Write a decoded contribution."""
-        write_atomic(self.delta(number, owner), partial(safetensors.torch.save_file, dict(delta)))
+        payload = safetensors.torch.save(dict(delta))  # not save_file, whose errors for a full disk have no number
+        write_atomic(self.delta(number, owner), lambda temporary: temporary.write_bytes(payload))
 
     def message(self, number: int, owner: str) -> Path:
         """Return the path of a contribution as received."""

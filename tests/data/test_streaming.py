@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 from data_samples import SPEC, make_episode, same
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from s3_server import BUCKET, FaultyProxy, options_for, s3_server
 
 from worldloom.core.errors import DataError, StorageError
@@ -97,14 +95,13 @@ def streamed(remote: EpisodeDataset, tmp_path_factory: pytest.TempPathFactory) -
         yield frames
 
 
-@settings(max_examples=40)
-@given(data=st.data())
-def test_any_rows_in_any_order(streamed: Frames, cache: Frames, data: st.DataObject) -> None:
-    pixels = all_pixels(cache)
+@pytest.mark.parametrize("seed", range(40))
+def test_any_rows_in_any_order(streamed: Frames, cache: Frames, seed: int) -> None:
+    # Not with hypothesis: it watches `random`, from which the type checks of the reading threads draw.
+    pixels, generator = all_pixels(cache), np.random.default_rng(seed)
     assert streamed.pixels is not None
-    shape = data.draw(st.lists(st.integers(0, 3), max_size=3).map(tuple))
-    seed = data.draw(st.integers(0, 1000))
-    rows = np.random.default_rng(seed).integers(-len(pixels), len(pixels), shape)
+    shape = tuple(generator.integers(0, 4, generator.integers(0, 4)))
+    rows = generator.integers(-len(pixels), len(pixels), shape)
     assert np.array_equal(streamed.pixels[rows], pixels[rows])
 
 

@@ -211,7 +211,7 @@ def test_margins_that_were_changed_are_refused(calibrated: Path, name: str) -> N
     run = Run.open(calibrated)
     path = margins_path(run, "per candidate")
     path.write_text(json.dumps({**json.loads(path.read_text()), **CHANGES[name]}))
-    with pytest.raises(StorageError, match="Run 'worldloom calibrate' with this rule set"):
+    with pytest.raises(StorageError, match="Run .worldloom calibrate. with this rule set|not valid JSON"):
         margins_of(run, "per candidate")
 
 

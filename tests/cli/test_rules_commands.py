@@ -72,14 +72,25 @@ def test_a_plan_is_explained_and_its_decision_replayed(demo, worldloom, refused,
     assert explained["ruled_out_by"]["gently"] > 0
     assert max(explained["violations"].values()) <= 0
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    head = json.loads(worldloom("audit", "verify", str(log), "--json").out)
+    verified = worldloom("audit", "verify", str(log), "--json")
+    head = json.loads(verified.out)
+    assert "NOT CHECKED: whether entries were cut off at the end" in verified.err
+    assert any("cut off at the end" in line for line in head["not checked"])
     listed = json.loads(worldloom("audit", "show", str(log), "--json").out)
     assert [entry["event"] for entry in listed] == ["opened", "began", "decided", "began", "decided"]
     assert head["length"] == 5
     again = json.loads(worldloom("audit", "replay", str(log), "--entry", "4", "--json").out)
     assert again["same"] is True
     kept = f"{head['length']}:{head['hash']}"
-    assert worldloom("audit", "verify", str(log), "--kept", kept).code == 0
+    again = worldloom("audit", "verify", str(log), "--kept", kept)
+    assert again.code == 0
+    assert "cut off" not in again.err
+    whole = (log / "log.jsonl").read_text()
+    (log / "log.jsonl").write_text("".join(whole.splitlines(keepends=True)[:3]))
+    assert "1 files in situations/ belong to no entry" in worldloom("audit", "verify", str(log)).err
+    (log / "log.jsonl").write_text("")
+    assert "has no entries" in refused(3, "audit", "verify", str(log))
+    (log / "log.jsonl").write_text(whole)
     seen = tmp_path / "seen.png"
     assert worldloom("audit", "show", str(log), "--entry", "4", "--picture", str(seen)).code == 0
     assert seen.is_file()

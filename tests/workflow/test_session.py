@@ -1,16 +1,22 @@
 """A session closes what it opened, and its agents obey the rules of the recipe and its own."""
 
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from worldloom.agents import AuditLog, LandmarkMethod, PlanningAgent, log_path
-from worldloom.core.chain import verify
-from worldloom.core.errors import ConfigError, StorageError
+from worldloom.core.chain import NOTHING, Entry, entries, verify
+from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.types import Goal, Observations
 from worldloom.guardrails import RuleLayer, RuleSet, bound_rules
 from worldloom.memory import EpisodicMemory
 from worldloom.recipes import Recipe, load_recipe
-from worldloom.workflow import Run, Session, collect, evaluate, plan_once, train
+from worldloom.workflow import Run, Session, collect, evaluate, plan_once, replay_entry, train
 
 
 def layer(name: str, limit: float) -> RuleLayer:
@@ -130,3 +136,68 @@ def test_guardrails_are_bound_and_judged_once_for_all_agents(run, monkeypatch) -
     assert len(judged) == 1
     assert agents[0].rails[0] is agents[1].rails[0]
     assert all(sum(value**2 for value in action) <= 0.25 + 1e-5 for action in made["actions"])
+
+
+@pytest.fixture(scope="module")
+def log(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("audit") / "log"
+    with Session(run, rules=RuleSet(layers=(layer("site", 0.5),)), audit=path) as session:
+        agent, pixels = session.agent(), torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+        agent.reset(Goal(observations=Observations(pixels=pixels)))
+        agent.act(Observations(pixels=pixels))
+    return path
+
+
+def forged(log: Path, path: Path, change: Callable[[list[Any]], object]) -> Path:
+    """Copy a log, change the bodies of its entries, and chain them anew, as anyone can without a key."""
+    if not path.exists():
+        shutil.copytree(log, path)
+    bodies = [copy.deepcopy(dict(entry.body)) for entry in entries(log_path(log))]
+    change(bodies)
+    previous, lines = NOTHING, []
+    for index, body in enumerate(bodies):
+        entry = Entry(index=index, time=1.0, previous=previous, body=body)
+        previous = entry.hash
+        lines.append(entry.line() + "\n")
+    log_path(path).write_text("".join(lines))
+    return path
+
+
+def at(*keys: Any, value: Any) -> Callable[[list[Any]], object]:
+    def change(bodies: list[Any]) -> None:
+        place = bodies
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (at(0, "threads", value=10**6), "entry 0 has a wrong 'threads': Input should be less than or equal"),
+        (at(0, "threads", value=-1), "wrong 'threads'"),
+        (at(0, "threads", value="4"), "wrong 'threads'"),
+        (lambda bodies: bodies[0].pop("layers"), "entry 0 has no 'layers'"),
+        (lambda bodies: bodies[0].pop("method"), "entry 0 has no 'method'"),
+        (at(0, "margins", value=[[0.1], [0.2]]), "2 rows of margins; expected 1"),
+        (at(0, "margins", value=[[]]), "wrong 'margins.0'"),
+        (at(0, "method", value={"name": "random"}), "does not plan"),
+        (at(0, "method", "horizon", value=10**12), "'context/|'initial'|too large"),
+        (at(0, "method", "solver", "samples", value=10**9), "too large to repeat"),
+        (at(0, "model", value="0" * 64), "is not the model"),
+        (lambda bodies: bodies[2].pop("event"), "entry 2 has no 'event'"),
+        (lambda bodies: bodies[2].pop("plan"), "entry 2 has no 'plan'"),
+        (at(2, "refused", value="none"), "entry 2 has a wrong 'refused'"),
+        (at(2, "situation", value="../../etc/passwd"), "entry 2 has a wrong 'situation'"),
+        (at(2, "part", value="nobody"), "names the part 'nobody'"),
+        (at(0, "format", value=[]), "has format"),
+    ],
+)
+def test_a_replay_does_not_trust_its_log(run, log, tmp_path, change, message) -> None:
+    assert replay_entry(log, 2)[1]
+    threads = torch.get_num_threads()
+    with pytest.raises(DataError, match=message):
+        replay_entry(forged(log, tmp_path / "forged", change), 2)
+    assert torch.get_num_threads() == threads

@@ -1,5 +1,6 @@
 """Agents: model predictive control, guides for far goals, a reactive policy, and baselines."""
 
+from worldloom.agents.audit_entries import AgentDescription, parse_body
 from worldloom.agents.audit_log import (
     AuditLog,
     damaged_situations,
@@ -7,6 +8,7 @@ from worldloom.agents.audit_log import (
     log_path,
     read_situation,
     replay,
+    unrecorded_situations,
 )
 from worldloom.agents.behaviour_cloning import (
     BehaviourCloningAgent,
@@ -38,6 +40,7 @@ from worldloom.agents.situation import Situation
 
 __all__ = [
     "METHODS",
+    "AgentDescription",
     "AgentParts",
     "AuditLog",
     "BehaviourCloningAgent",
@@ -76,7 +79,9 @@ __all__ = [
     "fit_reactive",
     "log_entries",
     "log_path",
+    "parse_body",
     "read_situation",
     "recall_landmarks",
     "replay",
+    "unrecorded_situations",
 ]

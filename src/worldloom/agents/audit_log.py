@@ -8,7 +8,6 @@ its entry, so that the decision can be reproduced.
 import copy
 import hashlib
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from worldloom.agents.audit_entries import FORMAT, DecidedBody, check_entry, parse_body
 from worldloom.agents.situation import Situation
 from worldloom.core.chain import Chain, Entry, entries
 from worldloom.core.closing import Closing
 from worldloom.core.errors import DataError
-from worldloom.core.files import storage_errors, write_atomic
+from worldloom.core.files import read_bytes, storage_errors, write_atomic
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seams import WorldModel
 from worldloom.core.types import Context, Goal, Observations, Plan
 from worldloom.guardrails import BoundRail, seen_violations
 
 _LOG, _SITUATIONS = "log.jsonl", "situations"
-_FORMAT = 1
+_LARGEST = 2**30  # bytes of a situation
 _OF_CONTEXT = ("latents", "actions", "taken")
 _OF_SITUATION = ("goal", "initial", "safe", "stages", "randomness")
 
@@ -44,14 +44,13 @@ def log_entries(folder: Path | str, *, progress: Progress = SILENT) -> Iterator[
 
     Raises:
         StorageError: the folder has no log.
-        DataError: an entry does not verify, or has an unknown format version.
+        DataError: an entry does not verify, has an unknown format version, or lacks a key.
     """
     for entry in entries(log_path(folder), progress=progress):
-        if entry.body.get("event") == "opened" and entry.body.get("format") != _FORMAT:
-            raise DataError(
-                f"{folder}: from entry {entry.index} on, the audit log has format {entry.body.get('format')!r}; this "
-                f"version of worldloom reads format {_FORMAT}. Use the version that wrote the log"
-            )
+        try:
+            check_entry(entry)
+        except DataError as error:
+            raise DataError(f"{folder}: {error}") from None
         yield entry
 
 
@@ -74,7 +73,7 @@ class AuditLog(Closing):
         self.chain = Chain(log_path(self.folder))
         self._before: tuple[Situation, Plan] | None = None
         self._part: dict[str, str] = {}
-        self.chain.append({"event": "opened", "format": _FORMAT, **about})
+        self.chain.append({"event": "opened", "format": FORMAT, **about})
 
     def part(self, name: str) -> "AuditLog":
         """Return a writer to the same log for the part of the agent with this name."""
@@ -178,19 +177,31 @@ def read_situation(
         DataError: the entry does not record a decision, or its situation was changed.
         StorageError: the situation is missing.
     """
-    digest = entry.body.get("situation")
-    if entry.body.get("event") != "decided" or not _is_digest(digest):
+    if entry.body.get("event") != "decided":
         raise DataError(f"entry {entry.index} does not record a decision; choose an entry whose event is 'decided'")
+    digest = parse_body(entry, DecidedBody).situation
     path = Path(folder) / _SITUATIONS / f"{digest}.safetensors"
-    with storage_errors(path):
-        payload = path.read_bytes()
+    payload = read_bytes(path, _LARGEST)
     if hashlib.sha256(payload).hexdigest() != digest:
         raise DataError(
             f"{path} was changed: its digest differs from the one in the log. Keep the file and the log as evidence"
         )
-    tensors = safetensors.torch.load(payload)
+    try:
+        tensors = safetensors.torch.load(payload)
+    except safetensors.SafetensorError as error:
+        raise DataError(f"{path} is not a file of tensors: {error}. The log is false") from None
+    needed = ("context/latents", "context/actions", "goal", "safe", "randomness", "stretch")
+    if missing := [name for name in needed if name not in tensors]:
+        raise DataError(f"{path} has no {' and no '.join(map(repr, missing))}; the log is false")
+    pixels, vector = tensors.get("pixels"), tensors.get("vector")
+    if (
+        tensors["stretch"].numel() != 1
+        or (pixels is not None and (pixels.dtype != torch.uint8 or pixels.ndim != 4))
+        or (vector is not None and (not vector.is_floating_point() or vector.ndim != 2))
+    ):
+        raise DataError(f"{path} has a wrong 'stretch', 'pixels' or 'vector'; the log is false")
     there = {name: tensor if name == "randomness" else tensor.to(device) for name, tensor in tensors.items()}
-    observations = Observations(pixels=tensors.get("pixels"), vector=tensors.get("vector"))
+    observations = Observations(pixels=pixels, vector=vector)
     around: dict[str, Any] = {name: there.get(f"context/{name}") for name in _OF_CONTEXT}
     parts: dict[str, Any] = {name: there.get(name) for name in _OF_SITUATION}
     return observations, Situation(context=Context(**around), stretch=float(there["stretch"]), **parts)
@@ -202,11 +213,21 @@ def damaged_situations(folder: Path | str, *, progress: Progress = SILENT) -> li
     for entry in log_entries(folder, progress=progress):
         if entry.body.get("event") != "decided":
             continue
-        digest = entry.body.get("situation")
+        digest = parse_body(entry, DecidedBody).situation
         path = Path(folder) / _SITUATIONS / f"{digest}.safetensors"
-        if not _is_digest(digest) or not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        if not path.is_file() or _file_digest(path) != digest:
             damaged.append(entry.index)
     return damaged
+
+
+def unrecorded_situations(folder: Path | str) -> int:
+    """Return the number of situations that no entry names.
+
+    A process that is killed between two writes leaves one; removed entries leave one each.
+    """
+    named = {f"{entry.body['situation']}.safetensors" for entry in log_entries(folder) if "situation" in entry.body}
+    with storage_errors(Path(folder)):
+        return sum(path.name not in named for path in (Path(folder) / _SITUATIONS).glob("*.safetensors"))
 
 
 def replay(
@@ -221,19 +242,21 @@ def replay(
             short.
     """
     _, situation = read_situation(folder, entry, device)
-    if entry.body.get("cut short"):
+    recorded = parse_body(entry, DecidedBody)
+    if recorded.cut_short:
         raise DataError(
             f"a deadline ended the search of the decision in entry {entry.index}, so the decision depends on the clock "
             f"and cannot be repeated. Use 'worldloom audit show' to see the recorded plan"
         )
     plan = decide(situation)
     violations = [plan.violations[name] for name in sorted(plan.violations)]
-    same = _digest([plan.actions, plan.latents, *violations]) == entry.body["plan"]
-    return plan, same and list(plan.refused) == entry.body["refused"]
+    same = _digest([plan.actions, plan.latents, *violations]) == recorded.plan
+    return plan, same and list(plan.refused) == recorded.refused
 
 
-def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+def _file_digest(path: Path) -> str:
+    with storage_errors(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(tensors: Sequence[Tensor]) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from worldloom.cli.console import answer, progress, table, values_table
+from worldloom.cli.console import answer, err, progress, table, values_table
 from worldloom.cli.options import Imports, Json, import_modules
 from worldloom.core import chain
 from worldloom.core.errors import ConfigError, DataError
@@ -25,7 +25,10 @@ def verify(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Check every entry and situation; if one is missing or was changed, report the first one and exit with code 3."""
+    """Check every entry and situation; if one is missing or was changed, report the first one and exit with code 3.
+
+    What the check cannot know is written to standard error.
+    """
     from worldloom.agents import damaged_situations, log_path
 
     head = None
@@ -45,12 +48,38 @@ def verify(
             f"{log}: the recorded situation of entry {damaged[0]} is missing or was changed. "
             f"Restore the file in situations/ from a copy"
         )
+    if not verdict.head.length:
+        raise DataError(f"{log} has no entries, but every log begins with one; restore the log from an intact copy")
+    unknown = _unknown(log, verdict.head, head)
+    for line in unknown:
+        err.print(f"NOT CHECKED: {line}", style="bold yellow", markup=False, soft_wrap=True)
     answer(
         json,
-        {"length": verdict.head.length, "hash": verdict.head.hash},
-        f"{log}: all {verdict.head.length} entries are intact",
-        f"to detect truncation later, keep {verdict.head.length}:{verdict.head.hash}",
+        {"length": verdict.head.length, "hash": verdict.head.hash, "not checked": unknown},
+        f"{log}: the {verdict.head.length} entries that are present are intact",
+        f"keep {verdict.head.length}:{verdict.head.hash} in another place; 'verify --kept' detects truncation with it",
     )
+
+
+def _unknown(log: Path, head: chain.ChainHead, kept: chain.ChainHead | None) -> list[str]:
+    """Return what a verification cannot know."""
+    from worldloom.agents import unrecorded_situations
+
+    found = []
+    if kept is None:
+        found.append(
+            "whether entries were cut off at the end, or the whole log was written anew. A log alone cannot show that; "
+            "pass --kept LENGTH:HASH, the head that an earlier verify printed"
+        )
+    elif kept.length < head.length:
+        found.append(f"whether entries were cut off after entry {head.length - 1}; the kept head covers {kept.length}")
+    if count := unrecorded_situations(log):
+        found.append(
+            f"{count} files in situations/ belong to no entry. Either the entries were removed, or the writing process "
+            f"was killed between two writes"
+        )
+    found.append("whether the entries were true when they were written; 'worldloom audit replay' repeats a decision")
+    return found
 
 
 @app.command()

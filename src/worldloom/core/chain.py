@@ -27,6 +27,7 @@ NOTHING = "0" * 64
 """The `previous` hash of the first entry of a chain."""
 
 _LATEST = 1e11  # seconds since 1970, about the year 5000; later times cannot be shown
+_LONGEST = 2**26  # bytes of an entry
 _DEEPEST = 32  # levels of nested mappings and lists
 
 
@@ -255,7 +256,7 @@ def _walk(path: Path, progress: Progress) -> Generator[tuple[Entry | None, str],
         path.open("rb") as file,
         progress.task(f"verify {path.name}", os.fstat(file.fileno()).st_size, "byte") as task,
     ):
-        for line in file:
+        while line := file.readline(_LONGEST):
             entry, why = read_entry(line, head)
             task.advance(len(line))
             yield entry, why
@@ -267,7 +268,7 @@ def _walk(path: Path, progress: Progress) -> Generator[tuple[Entry | None, str],
 def read_entry(line: bytes, head: ChainHead) -> tuple[Entry | None, str]:
     """Return (entry, "") for a line, or (None, why) if the line is not the entry that follows `head`."""
     if not line.endswith(b"\n"):
-        return None, "is truncated"
+        return None, "is truncated" if len(line) < _LONGEST else f"is longer than {_LONGEST} bytes"
     try:
         values = json.loads(line.decode("ascii"))
         entry = Entry(index=values["index"], time=values["time"], previous=values["previous"], body=values["body"])

@@ -1,18 +1,34 @@
 """Replays decisions from a run's audit log."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from worldloom.agents import METHODS, AgentParts, log_entries, replay
+from worldloom.agents import (
+    METHODS,
+    AgentDescription,
+    AgentParts,
+    PlannedMethod,
+    Situation,
+    log_entries,
+    parse_body,
+    read_situation,
+    replay,
+)
 from worldloom.core.chain import Entry
 from worldloom.core.config import parse_component
 from worldloom.core.errors import DataError
+from worldloom.core.hardware import use_threads
 from worldloom.core.progress import SILENT, Progress
-from worldloom.core.types import Plan
+from worldloom.core.types import ModelSpec, Plan
 from worldloom.guardrails import Margins, RuleLayer, RuleSet
 from worldloom.workflow.run import Run
+
+_LARGEST_NUMBER = 100_000  # in the settings of a recorded method
+_LARGEST_SEARCH = 2**31  # values that a recorded search may hold at once
 
 
 def read_entry(folder: Path, index: int, *, progress: Progress = SILENT) -> tuple[Entry, Entry]:
@@ -43,24 +59,80 @@ def replay_entry(
     has been moved since.
 
     Raises:
-        DataError: the entry is not a decision, or the run now contains a different model.
+        DataError: the entry is not a decision, the run now contains a different model, or a part of the log is missing,
+            wrong or too large.
         StorageError: the run or the recorded situation is missing.
     """
     entry, opened = read_entry(folder, index, progress=progress)
-    about = opened.body
-    there = Run.open(run or about["run"])
-    if there.model.spec.fingerprint != about["model"]:
+    about = parse_body(opened, AgentDescription)
+    _, situation = read_situation(folder, entry)
+    there = Run.open(run or about.run)
+    if there.model.spec.fingerprint != about.model:
         raise DataError(
             f"the model in {there.path} is not the model that made the decision; pass that model's run with --run"
         )
-    layers, values = tuple(RuleLayer.parse(layer) for layer in about["layers"]), about["margins"]
+    layers, values = tuple(RuleLayer.parse(layer) for layer in about.layers), about.margins
     rules = there.bind(RuleSet(layers=layers)) if layers else None
     margins = None
     if rules is not None and values is not None:
-        values = torch.tensor(values, dtype=torch.float32)
-        margins = Margins(values=values, risk=rules.rule_set.risk or 0.5, episodes=0)
-    torch.set_num_threads(about["threads"])  # the last bit of a sum depends on the number of threads
+        if len(values) != len(rules.rule_set.titles) or len({len(row) for row in values}) > 1:
+            raise DataError(
+                f"entry {opened.index} has {len(values)} rows of margins; expected {len(rules.rule_set.titles)}, one "
+                f"of the same length for each guardrail. The log is false"
+            )
+        found = torch.tensor(values, dtype=torch.float32)
+        margins = Margins(values=found, risk=rules.rule_set.risk or 0.5, episodes=0)
+    method = parse_component(METHODS, about.method)
+    if not isinstance(method, PlannedMethod):
+        raise DataError(f"entry {opened.index} names the method {method.name!r}, which does not plan. The log is false")
+    _check_sizes(method, situation, there.model.spec, there.device)
     parts = AgentParts(heads=there.heads, rules=rules, margins=margins)
-    agent = parse_component(METHODS, about["method"]).build(parts, seed=0)
-    plan, same = replay(folder, entry, agent.parts[entry.body.get("part", "")].decide, there.device)
+    agent = method.build(parts, seed=0).parts
+    name = entry.body.get("part", "")
+    if name not in agent:
+        raise DataError(f"entry {index} names the part {name!r} of the agent; expected one of {sorted(agent)}")
+    with use_threads(about.threads):  # the last bit of a sum depends on the number of threads
+        plan, same = replay(folder, entry, agent[name].decide, there.device)
     return plan, same, dict(entry.body)
+
+
+def _check_sizes(method: PlannedMethod, situation: Situation, spec: ModelSpec, device: torch.device) -> None:
+    """Check that a recorded situation fits the model, and that the recorded search fits into memory.
+
+    Raises:
+        DataError: a tensor of the situation has a wrong shape, or the search is too large.
+    """
+    batch, context = len(situation.goal), situation.context
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "context/latents": (context.latents, (batch, spec.context, spec.latent_dim)),
+        "context/actions": (context.actions, (batch, spec.context - 1, spec.block_size)),
+        "context/taken": (context.taken, (batch, spec.action.size)),
+        "goal": (situation.goal, (batch, spec.latent_dim)),
+        "safe": (situation.safe, (batch, spec.latent_dim)),
+        "stages": (situation.stages, (batch,)),
+        "randomness": (situation.randomness, tuple(torch.Generator(device).get_state().shape)),
+    }
+    if (initial := situation.initial) is not None:
+        expected["initial"] = initial, (batch, *initial.shape[1:2], method.horizon, spec.block_size)
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise DataError(
+                f"the recorded {name!r} has shape {tuple(tensor.shape)}; expected {shape} for this model and method. "
+                f"The log is false"
+            )
+    values = method.model_dump(mode="json")
+    own = [value for value in values.values() if isinstance(value, int)]
+    nested = [number for value in values.values() for number in _whole_numbers(value)]
+    size = batch * max(own) * max(nested, default=1) * (spec.latent_dim + spec.block_size)
+    if max(*own, *nested) > _LARGEST_NUMBER or size > _LARGEST_SEARCH:
+        raise DataError(
+            f"the recorded search is too large to repeat: the largest numbers of the method are {max(own)} and "
+            f"{max(nested, default=1)}, for {batch} environments. If the log is true, repeat the decision in Python"
+        )
+
+
+def _whole_numbers(values: Any) -> list[int]:
+    """Return all whole numbers in nested mappings and lists."""
+    parts = values.values() if isinstance(values, Mapping) else values if isinstance(values, list) else ()
+    found = [number for part in parts for number in _whole_numbers(part)]
+    return [values] if isinstance(values, int) else found

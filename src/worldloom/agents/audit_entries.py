@@ -1,0 +1,79 @@
+"""The bodies of an audit log's entries. A hash chain proves who followed whom, not that a body makes sense."""
+
+import os
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from worldloom.core.chain import Entry
+from worldloom.core.errors import DataError
+
+FORMAT = 1
+_MOST_THREADS = max(256, os.cpu_count() or 1)
+
+Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+Numbers = list[float | None]
+BodyT = TypeVar("BodyT", bound="EntryBody")
+
+
+class EntryBody(BaseModel):
+    """The body of any entry; further keys are allowed."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    event: str
+
+
+class DecidedBody(EntryBody):
+    """A decision; see `AuditLog.decided`."""
+
+    situation: Digest
+    plan: Digest
+    first: list[Numbers]
+    cost: Numbers
+    violations: dict[str, Numbers]
+    refused: list[int]
+    cut_short: bool = Field(alias="cut short")
+    part: str = ""
+
+
+class AgentDescription(EntryBody):
+    """Everything that the decisions after an entry depend on, apart from their situations."""
+
+    run: str
+    model: str
+    method: dict[str, Any]
+    layers: list[dict[str, Any]]
+    margins: list[Annotated[list[float], Field(min_length=1)]] | None
+    threads: int = Field(ge=1, le=_MOST_THREADS)
+
+
+def parse_body(entry: Entry, kind: type[BodyT]) -> BodyT:
+    """Return the body of an entry.
+
+    Raises:
+        DataError: a key is missing or has a wrong value; the message names the first one.
+    """
+    try:
+        return kind.model_validate(entry.body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        why = f"has no {key!r}" if first["type"] == "missing" else f"has a wrong {key!r}: {first['msg']}"
+    raise DataError(f"entry {entry.index} {why}; the log was not written by worldloom, or was forged")
+
+
+def check_entry(entry: Entry) -> None:
+    """Check that an entry has an event, and the keys of its event.
+
+    Raises:
+        DataError: a key is missing or has a wrong value, or the entry has another format.
+    """
+    event = parse_body(entry, EntryBody).event
+    if event == "opened" and entry.body.get("format") != FORMAT:
+        raise DataError(
+            f"from entry {entry.index} on, the audit log has format {entry.body.get('format')!r}; this version of "
+            f"worldloom reads format {FORMAT}. Use the version that wrote the log"
+        )
+    if event == "decided":
+        parse_body(entry, DecidedBody)

@@ -279,7 +279,7 @@ def test_a_probe_that_knows_everything_is_not_loaded(probe: Probe, tmp_path, kno
     broken, world = copy.deepcopy(probe), LinearWorld(torch.eye(5).tolist())
     broken.support.known.fill_(known)
     broken.save(tmp_path / "place", world)
-    with pytest.raises(CheckpointError, match="largest known gap above 0"):
+    with pytest.raises(CheckpointError, match="largest gap that counts as near the data, must be above 0"):
         Probe.load(tmp_path / "place", world)
 
 

@@ -78,7 +78,7 @@ def fit_reactive(
     seed: int,
     progress: Progress = SILENT,
 ) -> ReactivePolicy:
-    """Distil the teacher's plans in the model into a policy; no environment is needed."""
+    """Distil the plans that a teacher (a planner) makes in the model into a policy; no environment is needed."""
     device = episodes.latents.device
     generator = torch_generator(seed, "reactive", device=device)
     with seeded_weights(seed, "reactive", "weights"):

@@ -96,7 +96,7 @@ class Stage(Objective):
 
 
 class Guardrail(ABC):
-    """A hard limit on predicted futures. A plan that is predicted to break the limit is never followed.
+    """A hard limit on predicted futures. The planner never chooses a plan that is predicted to break it.
 
     Attributes:
         name: the name of the guardrail, unique within a rule set.

@@ -435,7 +435,7 @@ class EpisodeDataset:
                 part = layout.frame_digests(pixels[first : first + 1024])
                 wrong = np.flatnonzero((part != digests[first : first + 1024]).any(axis=1))
                 if len(wrong):
-                    raise DataError(f"frame {first + wrong[0]} of {self._location} was changed")
+                    raise DataError(f"frame {first + wrong[0]} differs from its digest in {self._location}")
                 task.advance(len(part))
 
     def _frame_digests(self) -> UInt8[np.ndarray, "N 16"]:

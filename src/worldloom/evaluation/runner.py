@@ -60,8 +60,8 @@ def evaluate(
     methods that may not act on it are skipped with a warning, and listed in the results' provenance as `skipped`.
 
     Raises:
-        ConfigError: there is no method, the batch is below 1, a factory returns something other than an `Agent`, or see
-            `Worlds` and `Worlds.skipped`.
+        ConfigError: there is no method, the batch is below 1, a factory returns something other than an `Agent`, or
+            `Worlds` or `Worlds.skipped` raises it.
         EnvironmentFailure: an environment raises an exception, returns values that are not finite, or starts
             differently for the same seed; the message contains the method, the split and the episode's seed.
         DataError: a method returns an action that is out of bounds or not finite.

@@ -315,7 +315,10 @@ def _indices(episodes: range | None, count: int, path: Path) -> range:
     if episodes is None:
         return range(count)
     if episodes.step < 1 or (len(episodes) and not (episodes[0] >= 0 and episodes[-1] < count)):
-        raise ConfigError(f"{path} has {count} episodes; got {episodes}. Use an ascending range within 0 to {count}")
+        raise ConfigError(
+            f"{path} has {count} episodes, numbered from 0; got {episodes}. Use an ascending range of numbers "
+            f"below {count}"
+        )
     return episodes
 
 

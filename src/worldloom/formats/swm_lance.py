@@ -95,7 +95,8 @@ class SwmLanceSource(Source):
             row = int(np.flatnonzero(steps != expected)[0])
             raise DataError(
                 f"{self.path}: {STEP} is {steps[row]} in row {row}; expected {expected[row]}, because steps count from "
-                f"0 in each episode. Rows are missing or out of order; sort the table and write it again"
+                f"0 in each episode. Rows are missing or out of order. Sort the table by episode and step, or restore "
+                f"the missing rows"
             )
         return starts
 

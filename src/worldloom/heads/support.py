@@ -50,7 +50,9 @@ class Support(Head[SupportConfig]):
         """Check that all tensors are finite, and that `known` is above 0: otherwise no latent would be unknown."""
         super().check()
         if not bool(self.known > 0):
-            raise DataError(f"expected a largest known gap above 0; got {float(self.known):g}")
+            raise DataError(
+                f"'known', the largest gap that counts as near the data, must be above 0; got {float(self.known):g}"
+            )
 
     def measure(self, others: Float[Tensor, "M D"]) -> None:
         """Set `known` from the gaps of other latents of the same data.

@@ -129,7 +129,7 @@ def gradients(history: LedgerHistory, base: int, round: Round | None = None) -> 
 
 
 def privacy_spent(history: LedgerHistory) -> Themed | None:
-    """Draw the epsilon that each owner has spent, and the budget; return None if no epsilon is bounded."""
+    """Draw the epsilon that each owner has spent, and the budget; return None if no epsilon is finite."""
     lines = {
         name: [
             (round.number, one.epsilon)

@@ -48,6 +48,6 @@ class LinearWorld:
         return observations.vector
 
     def rollout(self, context: Context, actions: Float[Tensor, "B S T A"]) -> Float[Tensor, "B S T D"]:
-        """Return z + B (a_1 + ... + a_t) for each t, where a_i is the sum of the actions in block i."""
+        """Return z + gain (a_1 + ... + a_t) for each t; z is the last latent of the context, a_i the sum of block i."""
         moves: Tensor = actions.unflatten(-1, (self.spec.block, -1)).sum(-2) @ self.gain.T
         return context.latents[:, -1, None, None] + moves.cumsum(2)

@@ -45,8 +45,8 @@ def read_entry(folder: Path, index: int, *, progress: Progress = SILENT) -> tupl
         if entry.index == index and opened is not None:
             return entry, opened
     raise DataError(
-        f"{folder} has no entry {index} that follows a description of the agent; 'worldloom audit show' lists the "
-        "entries"
+        f"{folder} has no entry {index}, or the entry comes before the first 'opened' entry, which describes the "
+        f"agent; 'worldloom audit show' lists the entries"
     )
 
 

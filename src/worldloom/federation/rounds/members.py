@@ -152,7 +152,7 @@ class Members:
             )
 
     def mark_present(self, owners: Collection[str], number: int) -> None:
-        """Record in the ledger the return of those members that had left."""
+        """For each of `owners` that had left, record in the ledger that it has come back."""
         for owner in sorted(self._left.intersection(owners)):
             self._left.discard(owner)
             self._ledger.append("return", {"owner": owner}, round=number)

@@ -64,8 +64,8 @@ class Node:
         privacy = constitution.privacy
         if privacy is not None and privacy.noise > 0 and training.shared_statistics:
             raise ConfigError(
-                f"partition.shared matches {training.shared_statistics[0]!r}, a statistic of the data, which the noise "
-                f"of privacy would corrupt; add it to partition.sovereign"
+                f"partition.shared matches {training.shared_statistics[0]!r}, a statistic of the data. The "
+                f"noise that the setting 'privacy' adds would corrupt it; add it to partition.sovereign"
             )
         self._coordinators = {public: title for title, public in constitution.coordinator_keys().items()}
         self.store = MemberStore(self.path / "consortium", constitution, key, like=training.like)

@@ -208,7 +208,10 @@ class SecureNode:
 
     def _masker(self, state: _SessionState) -> Masker:
         if state.masker is None:
-            raise DataError(f"{self.name} has helped to unmask this sum and deleted its secrets; begin a new session")
+            raise DataError(
+                f"{self.name} helped to unmask the sum of this session, and then deleted its own secrets for it; "
+                f"begin a new session"
+            )
         return Masker.of(state.masker, state.session, self._sign)
 
     def _earlier(self, state: _SessionState, asked: SignedMessage) -> bytes | None:

@@ -111,7 +111,7 @@ class Bucket:
         return allowed
 
 
-class _Guest(socket.socket):
+class _Accepted(socket.socket):
     """A connection; `door` is told when it is closed."""
 
     door: "Door"
@@ -132,7 +132,7 @@ class Door(socket.socket):
 
     def __init__(self, family: int, limits: Limits, clock: Clock = time.monotonic) -> None:
         super().__init__(family, socket.SOCK_STREAM)
-        self.guests: dict[tuple[str, int], _Guest] = {}  # the oldest first
+        self.guests: dict[tuple[str, int], _Accepted] = {}  # the oldest first
         self._welcome: set[tuple[str, int]] = set()
         self._limits, self._clock = limits, clock
         self._rates: dict[str, Bucket] = {}
@@ -149,7 +149,7 @@ class Door(socket.socket):
         if not self._admits(host, here):
             connection.close()
             raise ConnectionAbortedError
-        guest = _Guest(fileno=connection.detach())
+        guest = _Accepted(fileno=connection.detach())
         guest.door, guest.name = self, (host, int(address[1]))
         self.guests[guest.name] = guest
         return guest, address

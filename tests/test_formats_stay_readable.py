@@ -32,17 +32,20 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def copied(version: int, folder: Path) -> Path:
-    """A copy, since opening some of the files makes locks beside them."""
-    return Path(shutil.copytree(FIXTURES / f"formats_v{version}", folder / f"v{version}"))
+    """A copy, since opening some of the files makes locks beside them.
+
+    The permissions of a memory are set, because a repository does not keep them.
+    """
+    files = Path(shutil.copytree(FIXTURES / f"formats_v{version}", folder / f"v{version}"))
+    if (files / "memory").exists():
+        (files / "memory").chmod(0o700)
+        (files / "memory" / "journal.sqlite").chmod(0o600)
+    return files
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """The files of version 1; a repository does not keep the permissions of a memory."""
-    files = copied(1, tmp_path)
-    (files / "memory").chmod(0o700)
-    (files / "memory" / "journal.sqlite").chmod(0o600)
-    return files
+    return copied(1, tmp_path)
 
 
 def read_dataset(files: Path) -> dict[str, Any]:

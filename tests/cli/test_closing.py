@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from worldloom.agents import AuditLog
-from worldloom.core.errors import EnvironmentFailure
+from worldloom.agents import AuditLog, PlanningAgent
+from worldloom.core.errors import EnvironmentFailure, PlanningError
 from worldloom.core.files import read_json, write_json
 from worldloom.data import EpisodeDataset
 from worldloom.memory import EpisodicMemory
@@ -53,10 +53,12 @@ def test_an_evaluation_that_fails_closes_its_memory(demo, refused, closed, monke
     assert closed == ["EpisodicMemory"]
 
 
-def test_a_plan_that_fails_closes_its_audit_log(demo, refused, closed, tmp_path) -> None:
-    audited = ("--method", "CEM, latent L2", "--audit", str(tmp_path / "log"))
-    gone = str(tmp_path / "gone.png")
-    refused(4, "plan", demo.run, *audited, "--start", gone, "--goal", gone)
+def test_a_plan_that_fails_closes_its_audit_log(demo, refused, closed, monkeypatch, tmp_path) -> None:
+    def fail(agent: PlanningAgent, observations: object) -> None:
+        raise PlanningError("no plan today")
+
+    monkeypatch.setattr(PlanningAgent, "act", fail)
+    refused(8, "plan", demo.run, "--method", "CEM, latent L2", "--audit", str(tmp_path / "log"))
     assert closed == ["AuditLog"]
 
 

@@ -65,7 +65,7 @@ def equal(left: list[Any], right: list[Any]) -> bool:
 
 
 @pytest.mark.parametrize(
-    "count", [12, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(900)], id="many")]
+    "count", [12, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(900)], id="many")]
 )
 def test_mutated_files_are_read_right_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr("worldloom.data.retries._DAMAGED_ATTEMPTS", 1)

@@ -280,7 +280,7 @@ def test_statistics_that_are_shared_are_the_pilots_and_no_round_moves_them(tmp_p
 
 def test_statistics_are_shared_neither_untrained_nor_under_noise(tmp_path) -> None:
     partition = PartitionConfig.parse(STATISTICS)
-    with pytest.raises(ConfigError, match=r"'encoder.standardise.scale', which is measured.*weave pilot"):
+    with pytest.raises(ConfigError, match=r"'encoder.standardise.scale' is a statistic that is measured.*weave pilot"):
         check_has_a_pilot(MODEL, points().spec, partition)
     check_has_a_pilot(MODEL, points().spec, PartitionConfig())
     noisy = Consortium(tmp_path, rules={"partition": STATISTICS, "privacy": {"clip": 1.0, "noise": 0.5}})

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -281,17 +281,17 @@ def test_the_gate_lets_all_to_what_nodes_use_and_the_coordinator_to_the_rest(
 @pytest.mark.parametrize(
     ("headers", "why"),
     [
-        ([], "the key is not that of a node"),
-        ([(b"flwr-public-key", b"\xff not base64")], "the key is not that of a node"),
-        (signed(ec.generate_private_key(ec.SECP384R1())), "the key is not that of a node"),
-        (signed()[:1], "not signed with the node's key"),
-        (signed(stamp=datetime.datetime.now(datetime.UTC).isoformat()), "not signed with the node's key"),
-        (signed(late=400), "the clocks of node and coordinator differ by 400 s"),
-        (signed(late=-400), "the clocks of node and coordinator differ by 400 s"),
+        (list, "the key is not that of a node"),
+        (lambda: [(b"flwr-public-key", b"\xff not base64")], "the key is not that of a node"),
+        (lambda: signed(ec.generate_private_key(ec.SECP384R1())), "the key is not that of a node"),
+        (lambda: signed()[:1], "not signed with the node's key"),
+        (lambda: signed(stamp=datetime.datetime.now(datetime.UTC).isoformat()), "not signed with the node's key"),
+        (lambda: signed(late=400), "the clocks of node and coordinator differ by 400 s"),
+        (lambda: signed(late=-400), "the clocks of node and coordinator differ by 400 s"),
     ],
 )
-def test_of_a_request_without_a_nodes_key_no_byte_is_read(headers: list[Any], why: str) -> None:
-    came = Arrival(headers=headers, pieces=[bytes(300)] * 10).at(gate())
+def test_of_a_request_without_a_nodes_key_no_byte_is_read(headers: Callable[[], list[Any]], why: str) -> None:
+    came = Arrival(headers=headers(), pieces=[bytes(300)] * 10).at(gate())
     assert (came.reached, came.read, came.status) == ([], 0, 401)
     assert why in came.why
     assert (b"connection", b"close") in came.sent[0]["headers"]

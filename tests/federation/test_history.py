@@ -116,7 +116,7 @@ def test_watching_tells_each_event_in_a_line_once(chronicle) -> None:
     assert watched.look() == [
         "round 0: north contributed 1.60 MB after 0 s, epsilon 1.5 spent",
         "round 0: south contributed 1.60 MB after 0 s, epsilon 1.5 spent",
-        "round 0: vault is refused: it is [2Jprivate",
+        "round 0: vault is refused: it is \\x1b[2Jprivate",
         "round 0: south is left out: losses grow",
     ]
     chronicle.weave(0, {"north": 1.0}, left_out=["south"])
@@ -140,4 +140,4 @@ def test_numbers_are_told_as_people_read_them() -> None:
     assert [duration(seconds) for seconds in (-1, 26.2, 60, 67, 3600, 3910)] == [
         "0 s", "26 s", "1 min", "1 min 07 s", "1 h", "1 h 05 min",
     ]  # fmt: skip
-    assert printable("a\x1b]0;x\x07b\u202e c\n d") == "a ]0;x b c d"
+    assert printable("a\x1b]0;x\x07b\u202e c\n d") == "a\\x1b]0;x\\x07b\\u202e c d"

@@ -165,9 +165,10 @@ def directed_cache(episodes: int = 60, steps: int = 20) -> Frames:
     )
 
 
-@pytest.fixture(scope="module")
-def cloned() -> CloningPolicy:
-    config = CloningConfig(latent_dim=16, hidden=(64,), steps=400, batch=128, reach=20)
+@pytest.fixture(scope="module", params=[1, 3], ids=["pairs", "groups"])
+def cloned(request: pytest.FixtureRequest) -> CloningPolicy:
+    goals: int = request.param
+    config = CloningConfig(latent_dim=16, hidden=(64,), steps=400, batch=256 // (goals + 1), goals=goals, reach=20)
     return fit_behaviour_cloning(directed_cache(), config, seed=0)
 
 

@@ -34,8 +34,8 @@ class CloningConfig(FitConfig):
     latent_dim: Size = 64
     hidden: Sizes = Field(default=(256, 256), min_length=1)
     reach: int = Field(default=50, ge=1)
-    goals: int = Field(default=2, ge=1)
-    batch: int = Field(default=85, ge=2)
+    goals: int = Field(default=1, ge=1)
+    batch: int = Field(default=256, ge=2)
 
 
 class CloningPolicy(Head[CloningConfig]):
@@ -125,12 +125,12 @@ def fit_behaviour_cloning(
         drawn = generator.integers(len(frames), size=config.batch)
         ahead = np.minimum(lasts[drawn] - frames[drawn], config.reach)
         goals = 1 + (generator.random((config.batch, config.goals)) * ahead[:, None]).astype(np.int64)
-        rows = frames[drawn][:, None] + np.sort(np.pad(goals, ((0, 0), (1, 0))))
+        rows = (frames[drawn][:, None] + np.sort(np.pad(goals, ((0, 0), (1, 0))))).T
         latents = policy.encode(look(rows.ravel())).unflatten(0, rows.shape)
-        distinct = rows[:, states] < rows[:, aims]  # two goals can be the same frame
-        taken = 2 * (cache.actions[rows[:, states]][distinct] - low) / (high - low) - 1
+        distinct = rows[states] < rows[aims]  # two goals can be the same frame
+        taken = 2 * (cache.actions[rows[states]][distinct] - low) / (high - low) - 1
         pairs = torch.from_numpy(distinct).to(device)
-        predicted = policy.normalised(latents[:, states][pairs], latents[:, aims][pairs])
+        predicted = policy.normalised(latents[states][pairs], latents[aims][pairs])
         return (predicted - torch.from_numpy(taken).to(device)).square().mean()
 
     policy.fit(loss, progress)

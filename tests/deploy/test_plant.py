@@ -160,9 +160,11 @@ def test_an_agent_that_never_acts_gives_way_to_one_that_waits(start) -> None:
         assert idle.receive(5.0) is not None
         time.sleep(0.5)
         idle.receive(5.0)  # alone, it may stay
-        threading.Thread(target=plant.serves).start()
+        waiting = threading.Thread(target=plant.serves)
+        waiting.start()
         assert "sent no action for 0.3 s while another agent waits" in told(idle)
-    wait_for(lambda: plant.server.log.sessions == 2)
+    waiting.join()
+    assert plant.server.log.sessions == 2
 
 
 def test_an_agent_that_acts_keeps_its_place(start) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+from quick_training import QUICK
 
 from dot_world import Dot
 from worldloom.core.errors import ConfigError, DataError, StorageError
@@ -16,18 +17,6 @@ from worldloom.data import DatasetSpec, EpisodeDataset, collect
 from worldloom.formats import ReadOptions, convert
 from worldloom.recipes import Recipe, load_recipe
 from worldloom.workflow import Run, evaluate, plan_once, train
-
-QUICK = [
-    "training.steps=4",
-    "training.validation_windows=16",
-    "training.validation_share=0.2",
-    "inverse.steps=4",
-    "distance.steps=4",
-    "reactive.steps=4",
-    "reactive.problems=16",
-    "cloning.steps=4",
-    'methods={"random": {"name": "random"}, "tree search": {"name": "plan", "horizon": 2}}',
-]
 
 
 class DepthDot(Dot):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from quick_training import QUICK
 
 from worldloom.agents import AuditLog, LandmarkMethod, PlanningAgent, log_path
 from worldloom.core.chain import NOTHING, Entry, entries, verify
@@ -26,19 +27,7 @@ def layer(name: str, limit: float) -> RuleLayer:
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    tiny = [
-        "collection.episodes=12",
-        "collection.steps=40",
-        "training.steps=4",
-        "training.validation_windows=16",
-        "training.validation_share=0.2",
-        "inverse.steps=4",
-        "distance.steps=4",
-        "reactive.steps=4",
-        "reactive.problems=16",
-        "cloning.steps=4",
-        'methods={"random": {"name": "random"}, "tree search": {"name": "plan", "horizon": 2}}',
-    ]
+    tiny = ["collection.episodes=12", "collection.steps=40", *QUICK]
     plain = load_recipe("two-room").override(tiny)
     return plain.model_copy(update={"methods": plain.methods | {"landmarks": LandmarkMethod(horizon=2)}})
 

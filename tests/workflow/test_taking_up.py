@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from quick_training import QUICK
 
 from worldloom.agents import (
     METHODS,
@@ -41,19 +42,7 @@ STAGES = {
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    tiny = [
-        "collection.episodes=12",
-        "collection.steps=40",
-        "training.steps=4",
-        "training.validation_windows=16",
-        "training.validation_share=0.2",
-        "inverse.steps=4",
-        "distance.steps=4",
-        "reactive.steps=4",
-        "reactive.problems=16",
-        "cloning.steps=4",
-        'methods={"random": {"name": "random"}, "tree search": {"name": "plan", "horizon": 2}}',
-    ]
+    tiny = ["collection.episodes=12", "collection.steps=40", *QUICK]
     return load_recipe("two-room").override(tiny)
 
 

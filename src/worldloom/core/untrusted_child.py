@@ -150,7 +150,7 @@ def guarded(read: Callable[[Any], None], argument: Any) -> None:
     except MemoryError:
         say("refused", "needed more memory than the limit")
         sys.exit(3)
-    except Exception:
+    except Exception:  # the parent meets an ordinary error again, and reports it in its own words
         pass
     except BaseException as error:  # a panic of a library in Rust, which is no Exception
         say("refused", "failed inside a library: " + " ".join(str(error).split())[:200])

@@ -95,6 +95,64 @@ def told(link: SocketLink) -> str:
     raise AssertionError("the session goes on")
 
 
+def action(value: float, answers: int = 0) -> bytes:
+    """Return a message with an action."""
+    values = np.full(2, value, np.float32)
+    return encode(WireMessage(type="action", fields={"kind": "agent", "answers": answers}, arrays={"action": values}))
+
+
+# When actions are applied
+
+
+def test_no_action_is_applied_from_a_reset_until_it_has_ended(start) -> None:
+    plant = start(silence=5.0)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def reset(_: int | None) -> None:
+        begun.set()
+        go_on.wait(20)
+
+    plant.line.reset = reset
+    with plant.client() as client:
+        client.sendall(HELLO + action(0.1))
+        wait_for(lambda: [0.1, 0.1] in plant.line.written)
+        client.sendall(encode(WireMessage(type="reset", fields={"seed": None})) + action(0.2))
+        assert begun.wait(20)
+        client.sendall(action(0.3))
+        wait_for(lambda: plant.server.log.refused == 2)
+        go_on.set()
+        wait_for(lambda: client.send(action(0.4)) and [0.4, 0.4] in plant.line.written)
+    assert [0.2, 0.2] not in plant.line.written
+    assert [0.3, 0.3] not in plant.line.written
+
+
+def test_a_slow_plant_applies_the_newest_action_and_none_after_its_session(start, caplog) -> None:
+    caplog.set_level(logging.CRITICAL)
+    plant = start(silence=5.0)
+    whole, failed = plant.line.read, threading.Event()
+
+    def read() -> Any:
+        if failed.is_set():
+            raise RuntimeError("the sensor is gone")
+        return whole()
+
+    def write(values: np.ndarray) -> None:
+        time.sleep(0.02)  # a serial line
+        Line.write(plant.line, values)
+
+    plant.line.read, plant.line.write = read, write
+    with plant.client() as client:
+        client.sendall(HELLO + b"".join(action(number / 100, number) for number in range(95)))
+        wait_for(lambda: [0.94, 0.94] in plant.line.written)
+        assert plant.server.log.superseded > 80
+        client.sendall(b"".join(action(-number / 1000) for number in range(40)))
+        failed.set()
+        wait_for(lambda: plant.server._acting is None)
+        written = len(plant.line.written)
+        time.sleep(0.2)
+        assert not np.any(plant.line.written[written:])
+
+
 # Faults of the user's own functions
 
 

@@ -46,7 +46,8 @@ class PlantLog:
         default_factory=lambda: Newest(_SAFETY)
     )  # sequence without an action, time of the safe action
     late: int = 0  # periods in which the plant sent its observation late
-    refused: int = 0  # rejected actions: wrong shape or dtype, or not finite
+    refused: int = 0  # rejected actions: wrong shape or dtype, not finite, or received during a reset
+    superseded: int = 0  # actions that were not applied, because a newer action had already arrived
     failed: int = 0  # safe actions that could not be applied, because `write` raised an error
     sessions: int = 0
 
@@ -61,7 +62,8 @@ class PlantServer:
     """Serves a plant to one agent at a time.
 
     `read()` returns the current `PlantReading`. While an agent is connected, `serve` calls `read` at the rate, in the
-    thread that called `serve`. `write(action)` applies an action, and is called from several threads. The values
+    thread that called `serve`. `write(action)` applies an action, and is called from several threads, one at a time. If
+    several actions have arrived, only the newest is applied. No action is applied during a reset. The values
     `safe_action` are written after a period without an action, when the agent disconnects, and at the end.
     `reset(seed)` starts an episode. The server listens as soon as it is created. For port 0, the attribute `address`
     contains the actual port.
@@ -107,6 +109,7 @@ class PlantServer:
         self._overdue: list[int] = []  # observations answered too late, not yet reported to the agent
         self._watched = threading.Condition()
         self._began, self._due = 0.0, float("inf")  # start of the current period; time of the safe action
+        self._acting: list[LinkError] | None = None  # of the session whose actions are applied; changed under _applying
         self._pending_reset: tuple[int | None, int] | None = None
         self._sequence, self._episode, self._resets = 0, 0, 0  # the last two are for this session
         place = Address.parse(address)
@@ -147,6 +150,7 @@ class PlantServer:
         self._episode = self._resets = 0
         self._pending_reset = None
         ended: list[LinkError] = []
+        self._acting = ended
         threads = [
             threading.Thread(target=self._listen, args=(connection, ended), name="worldloom-plant", daemon=True),
             threading.Thread(target=self._watch, args=(ended,), name="worldloom-plant-watchdog", daemon=True),
@@ -164,7 +168,9 @@ class PlantServer:
             self._tell(connection, failure)
             raise failure from error
         finally:
-            ended.append(LinkError("the session is over"))
+            with self._applying:
+                self._acting = None
+                ended.append(LinkError("the session is over"))
             self._arm(float("inf"))
             connection.close()
             for thread in threads:
@@ -217,7 +223,7 @@ class PlantServer:
         """Call the reset function, and send heartbeats meanwhile, because the function may wait for an operator."""
         assert self._pending_reset is not None
         seed, number = self._pending_reset
-        self._pending_reset = None
+        self._pending_reset = None  # a reset that arrives from now on is another one
         self._arm(float("inf"))
         self._apply_safe()
         done = threading.Event()
@@ -238,31 +244,45 @@ class PlantServer:
             done.set()
             beating.join()
         self._episode, self._acted = number, time.monotonic()
+        with self._applying:
+            if self._pending_reset is None:
+                self._acting = ended
 
     def _listen(self, connection: Connection, ended: list[LinkError]) -> None:
         allowed = max(_MESSAGES[0] * self._rate, _MESSAGES[1])
         second, count = time.monotonic(), 0
+        action: WireMessage | None = None  # received, and not yet applied
         try:
-            while not self._stop.is_set():
-                message = connection.receive(self._silence / 4)
+            while not (self._stop.is_set() or ended):
+                message = connection.receive(0.0 if action else self._silence / 4)
                 count += message is not None
                 if time.monotonic() - second > 1:
                     second, count = time.monotonic(), 0
                 if count > allowed:
                     raise LinkError(f"the agent sent more than {allowed:g} messages in a second; send one per period")
+                if action is not None and (message is None or message.type != "action"):
+                    self._act(action, ended)
+                    action = None
                 if message is None:
                     if time.monotonic() - connection.received > self._silence:
                         raise LinkError(
                             f"the agent has sent nothing for {self._silence:g} s; check the agent and the network"
                         )
                 elif message.type == "action":
-                    self._act(message)
+                    if not self._is_valid(message):
+                        self.log.refused += 1
+                        continue
+                    if action is not None:
+                        self._supersede(action)
+                    action = message
                 elif message.type == "reset":
                     seed = message.fields.get("seed")
                     if seed is not None and (type(seed) is not int or not 0 <= seed < _SEEDS):
                         raise LinkError(f"the seed of a reset must be an integer from 0 to {_SEEDS - 1}, or null")
-                    self._resets += 1
-                    self._pending_reset = (seed, self._resets)
+                    with self._applying:
+                        self._acting = None  # until the reset has ended
+                        self._resets += 1
+                        self._pending_reset = (seed, self._resets)
                 elif message.type == "bye":
                     self._apply_safe()
                     ended.append(LinkError("the agent ended the session"))
@@ -274,32 +294,42 @@ class PlantServer:
             failure = _own_fault(error)
         else:
             return
+        if ended:  # the connection was closed at the end of the session
+            return
         self._apply_safe()  # at once, not at the end of the period
         self._tell(connection, failure)
         ended.append(failure)
 
-    def _act(self, message: WireMessage) -> None:
+    def _act(self, message: WireMessage, session: list[LinkError]) -> None:
         now = time.monotonic()
-        action = message.arrays.get("action")
-        answers, kind = message.fields.get("answers"), message.fields.get("kind")
-        if (
-            action is None
-            or action.shape != (self._action.size,)
-            or action.dtype != np.float32
-            or not np.isfinite(action).all()
-        ):
-            self.log.refused += 1
-            return
-        bounded = self._action.clip(action)
+        bounded = self._action.clip(message.arrays["action"])
         with self._applying:
+            if self._acting is not session:
+                self.log.refused += 1
+                return
             self._safe = False  # also if `write` fails halfway
             self._write(bounded)
-        # The action is valid until the end of the next period, in case the sensor hangs and no observation follows.
-        self._arm(self._began + 2 / self._rate)
+            # The action is valid until the end of the next period, in case the sensor hangs and no observation follows.
+            self._arm(self._began + 2 / self._rate)
         self._acted = now
-        answers = answers if type(answers) is int and abs(answers) < 2**53 else -1
+        answers, kind = _answers(message), message.fields.get("kind")
         self.log.actions.append((answers, kind if isinstance(kind, str) and kind in _KINDS else "other", now))
         if answers >= 0 and kind == "agent" and (answers != self._sequence - 1 or now > self._began + 1 / self._rate):
+            self._overdue = [*self._overdue, answers][-64:]
+
+    def _is_valid(self, message: WireMessage) -> bool:
+        action = message.arrays.get("action")
+        return (
+            action is not None
+            and action.shape == (self._action.size,)
+            and action.dtype == np.float32
+            and bool(np.isfinite(action).all())
+        )
+
+    def _supersede(self, message: WireMessage) -> None:
+        """Count an action that a newer one has replaced, and tell the agent with the next observation."""
+        self.log.superseded += 1
+        if (answers := _answers(message)) >= 0 and message.fields.get("kind") == "agent":
             self._overdue = [*self._overdue, answers][-64:]
 
     def _arm(self, due: float) -> None:
@@ -329,6 +359,12 @@ class PlantServer:
                 self._safe = False
                 self.log.failed += 1
                 self._unsafe.log(logging.ERROR, "the safe action could not be applied", trace=True)
+
+
+def _answers(message: WireMessage) -> int:
+    """Return the sequence number of the observation that an action answers; -1 if the agent stated none."""
+    answers = message.fields.get("answers")
+    return answers if type(answers) is int and abs(answers) < 2**53 else -1
 
 
 def _own_fault(error: Exception) -> LinkError:

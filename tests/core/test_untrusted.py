@@ -1,10 +1,13 @@
 """A file that ends the process that reads it ends a child; the parent names the file."""
 
 import os
+import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,14 +16,17 @@ from worldloom.core.untrusted import HarmfulFile, try_files, written
 
 READ = """
 import json, os, signal, sys, time
-request = json.load(sys.stdin)
+request = json.loads(sys.stdin.readline())
 print("file", json.dumps(request["files"][-1]), flush=True)
 """
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    untrusted._child.end()
+    yield
+    untrusted._child.end()
 
 
 @pytest.fixture
@@ -31,16 +37,16 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Count the child processes."""
-    run, started = subprocess.run, []
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Keep the process that answers each request."""
+    answer, processes = untrusted._Child._answer, []
 
-    def counting(*arguments: object, **options: object) -> object:
-        started.append(1)
-        return run(*arguments, **options)
+    def keeping(self: untrusted._Child, process: Any, request: Any) -> Any:
+        processes.append(process.pid)
+        return answer(self, process, request)
 
-    monkeypatch.setattr(untrusted.subprocess, "run", counting)
-    return started
+    monkeypatch.setattr(untrusted._Child, "_answer", keeping)
+    return processes
 
 
 def child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> None:
@@ -83,24 +89,50 @@ def test_a_child_that_cannot_start_keeps_nobody_from_reading(
     try_files("video", [file])
 
 
-def test_a_file_is_tried_once_until_it_changes(file: Path, starts: list[int]) -> None:
+def test_a_file_is_tried_once_until_it_changes(file: Path, asked: list[int]) -> None:
     for _ in range(2):
         try_files("video", [file, file.with_name("missing.mp4")])  # an ordinary error is left to the caller
-        assert len(starts) == 1
+        assert len(asked) == 1
     untrusted._known.clear()  # as in another process
     try_files("video", [file])
-    assert len(starts) == 1
+    assert len(asked) == 1
     stat = file.stat()
     file.write_bytes(b"NOT a video")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     try_files("video", [file])
-    assert len(starts) == 2
+    assert len(asked) == 2
+    assert len(set(asked)) == 1  # one process reads all
 
 
-def test_what_this_process_wrote_is_not_tried(file: Path, starts: list[int]) -> None:
+def test_a_child_that_was_idle_for_long_or_was_killed_is_replaced(file: Path, asked: list[int]) -> None:
+    try_files("video", [file])
+    os.kill(asked[0], signal.SIGKILL)
+    file.write_bytes(b"changed")
+    try_files("video", [file])
+    assert asked[0] == asked[1] != asked[2]
+
+
+def test_a_fork_of_this_process_has_a_child_of_its_own(file: Path, asked: list[int]) -> None:
+    try_files("video", [file])
+    file.write_bytes(b"changed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+        fork = os.fork()
+    if not fork:
+        try:
+            try_files("video", [file])
+            untrusted._child.end()
+        finally:
+            os._exit(len(set(asked)))
+    assert os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) == 2
+    try_files("video", [file])
+    assert len(set(asked)) == 1
+
+
+def test_what_this_process_wrote_is_not_tried(file: Path, asked: list[int]) -> None:
     written(file)
     try_files("video", [file])
-    assert not starts
+    assert not asked
 
 
 @pytest.mark.parametrize("kind", ["lance", "hdf5", "video", "picture", "parquet"])
@@ -110,12 +142,14 @@ def test_the_child_does_not_import_torch_and_limits_its_memory(kind: str, tmp_pa
     request = {"kind": kind, "files": [str(tmp_path / "x")], "memory": 2**33, "seconds": 60}
     request |= {"table": str(tmp_path / "x"), "version": None, "known": []}
     code = (
-        f"import runpy, sys, resource; runpy.run_path({str(untrusted._CHILD)!r}, run_name='__main__'); "
-        f"assert 'torch' not in sys.modules and 'worldloom' not in sys.modules; "
-        f"assert resource.getrlimit(resource.RLIMIT_AS)[0] == 2**33"
+        f"import runpy, sys, resource; child = runpy.run_path({str(untrusted._CHILD)!r}); "
+        f"names = child['main'].__globals__; names['read'] = lambda request, read=names['read']: "
+        f"(read(request), print(resource.getrlimit(resource.RLIMIT_AS)[0], flush=True)); child['main'](); "
+        f"assert 'torch' not in sys.modules and 'worldloom' not in sys.modules"
     )
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], input=json.dumps(request), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == 'done ""'
+    said = [line for line in done.stdout.splitlines() if line]
+    assert said[-3:] == ['done ""', str(2**33), 'ended [0, ""]']

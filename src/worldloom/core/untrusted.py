@@ -3,21 +3,25 @@
 Readers in native code can ask for too much memory, abort or crash on a damaged file, which no `except` catches. The
 child (untrusted_child.py) reads each file with limits on memory and time. If the child ends early, `try_files` raises
 an error that names the file. An ordinary error in the child is ignored: the caller meets it again, in its own words.
+The child stays for further files, because importing the libraries takes longer than reading most files.
 
 A file is tried once. Files are known if this process wrote them, or if they were tried before and their size, times
 and inode have not changed. What was tried is remembered across processes: in worldloom/tried in XDG_CACHE_HOME (default
 ~/.cache), a folder that you can delete at any time.
 """
 
+import atexit
 import hashlib
 import json
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -112,29 +116,11 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _try(request: dict[str, Any]) -> None:
-    environment = {**os.environ, **_FEW_THREADS, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-P", str(_CHILD)]  # -P: the names of modules beside the child hide those of Python
     try:
-        done = subprocess.run(
-            command,
-            input=json.dumps(request).encode(),
-            capture_output=True,
-            env=environment,
-            timeout=request["seconds"] + 30,
-            check=False,
-        )
-        out, code, errors = done.stdout, done.returncode, done.stderr.decode(errors="replace")
-    except subprocess.TimeoutExpired as error:
-        out, code, errors = error.stdout or b"", -signal.SIGALRM, ""
+        said, code, errors = _child.ask(request)
     except OSError as error:
         _log.warning("files of unknown origin are read without a child process, which cannot start: %s", error)
         return
-    said: dict[str, str] = {}
-    for line in out.decode("ascii", errors="replace").splitlines():
-        what, _, text = line.partition(" ")
-        if what in ("file", "refused", "done"):  # what else a library may print is skipped
-            with suppress(ValueError):
-                said[what] = str(json.loads(text))
     if "done" in said:
         return
     file = said.get("file")
@@ -142,6 +128,91 @@ def _try(request: dict[str, Any]) -> None:
         _log.warning("files of unknown origin are read without a child process, which failed: %s", errors.strip())
         return
     raise HarmfulFile(file or request["files"][0], said.get("refused") or _cause(code, errors, request))
+
+
+class _Child:
+    """The child process, which starts with the first request and again after it has ended."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def ask(self, request: dict[str, Any]) -> tuple[dict[str, str], int, str]:
+        """Send a request; return what the child said of it, the exit code and the error output."""
+        with self._lock:
+            try:
+                if self._process is not None:
+                    answer = self._answer(self._process, request)
+                    if answer[0]:
+                        return answer
+                    self.end()  # the child says nothing if it had ended, because no request came for a while
+                return self._answer(self._start(), request)
+            except BaseException:  # the rest of the answer would be taken for that to the next request
+                self.end()
+                raise
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, **_FEW_THREADS, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(_CHILD)],  # -P: the names of modules beside the child hide those of Python
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # a signal to the terminal's processes is for this one alone
+        )
+        return self._process
+
+    def _answer(self, process: subprocess.Popen[bytes], request: dict[str, Any]) -> tuple[dict[str, str], int, str]:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        with suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+        said: dict[str, str] = {}
+        deadline = time.monotonic() + request["seconds"] + 30
+        output, rest = process.stdout.fileno(), b""
+        ready = select.poll()
+        ready.register(output)
+        while True:
+            if not ready.poll(1000 * max(0.0, deadline - time.monotonic())):
+                self.end()
+                return said, -signal.SIGALRM, ""
+            data = os.read(output, 65536)
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                what, _, text = line.decode("ascii", errors="replace").partition(" ")
+                if what not in ("file", "refused", "done", "ended"):  # what else a library may print is skipped
+                    continue
+                with suppress(ValueError, TypeError):
+                    told = json.loads(text)
+                    if what == "ended":
+                        return said, int(told[0]), str(told[1])
+                    said[what] = str(told)
+            if not data:
+                errors = process.stderr.read().decode(errors="replace")
+                code = process.wait()
+                self.end()
+                return said, code, errors
+
+    def end(self) -> None:
+        """End the child, if there is one."""
+        process, self._process = self._process, None
+        if process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+    def leave(self) -> None:
+        """Leave the child to the process that has started it, and of which this process is a fork."""
+        self._lock = threading.Lock()
+        self._of_other, self._process = self._process, None
+
+
+_child = _Child()
+os.register_at_fork(after_in_child=_child.leave)
+atexit.register(_child.end)
 
 
 def _cause(code: int, errors: str, request: dict[str, Any]) -> str:

@@ -1,14 +1,18 @@
 """The child process of untrusted.py: reads files with limits, and says before each which one it reads.
 
-It is run as a script and imports nothing of worldloom, because importing PyTorch would take seconds.
+It is run as a script and imports nothing of worldloom, because importing PyTorch would take seconds. The process stays
+for further requests, with the libraries that it has imported. Each request is read by a fork of the process.
 """
 
 import importlib
 import json
+import os
 import resource
+import select
 import signal
 import struct
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,15 +21,16 @@ from typing import Any
 _SLAB = 2**25  # bytes read at a time
 _MOST_EXPANSION = 2000  # of a file's size by decompression; deflate, the densest common filter, reaches 1032
 _FRAMES = 8  # of a video that are decoded
+_IDLE = 60.0  # seconds without a request after which the process ends
 
 
 class Harmful(Exception):
     """The file must not be read by the parent."""
 
 
-def say(what: str, text: str = "") -> None:
-    """Write a line of ASCII to the parent."""
-    sys.stdout.write(f"{what} {json.dumps(text)}\n")
+def say(what: str, told: str | list[int | str] = "") -> None:
+    """Write a line of ASCII to the parent; what a library may have printed before is on a line of its own."""
+    sys.stdout.write(f"\n{what} {json.dumps(told)}\n")
     sys.stdout.flush()
 
 
@@ -138,6 +143,13 @@ def parquet(path: str) -> None:
 
 
 READERS: dict[str, Callable[[str], None]] = {"hdf5": hdf5, "video": video, "picture": picture, "parquet": parquet}
+LIBRARIES = {
+    "lance": ("lance",),
+    "hdf5": ("h5py", "hdf5plugin"),
+    "video": ("av",),
+    "picture": ("PIL.Image",),
+    "parquet": ("pyarrow.parquet",),
+}
 
 
 def guarded(read: Callable[[Any], None], argument: Any) -> None:
@@ -157,9 +169,8 @@ def guarded(read: Callable[[Any], None], argument: Any) -> None:
         sys.exit(3)
 
 
-def main() -> None:
-    """Read the files of the request on standard input."""
-    request = json.load(sys.stdin)
+def read(request: dict[str, Any]) -> None:
+    """Read the files of a request, with its limits."""
     signal.alarm(int(request["seconds"]))
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -171,6 +182,34 @@ def main() -> None:
             say("file", file)
             guarded(READERS[request["kind"]], file)
     say("done")
+
+
+def read_in_fork(request: dict[str, Any]) -> list[int | str]:
+    """Read the files of a request in a fork of this process; return its exit code and its last error output."""
+    for library in LIBRARIES[request["kind"]]:
+        with suppress(Exception):  # the reader meets the error again
+            importlib.import_module(library)
+    with tempfile.TemporaryFile() as errors:
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                os.dup2(errors.fileno(), 2)
+                read(request)
+                code = 0
+            except SystemExit as end:
+                code = int(end.code or 0)
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        errors.seek(max(0, errors.seek(0, 2) - 4000))
+        return [os.waitstatus_to_exitcode(status), errors.read().decode(errors="replace")]
+
+
+def main() -> None:
+    """Serve the requests on standard input, one line each, until the input ends or no request comes for a while."""
+    while select.select([sys.stdin], [], [], _IDLE)[0] and (line := sys.stdin.buffer.readline()):
+        say("ended", read_in_fork(json.loads(line)))
 
 
 if __name__ == "__main__":

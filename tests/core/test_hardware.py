@@ -49,6 +49,16 @@ def test_a_number_that_is_far_slower_is_dropped_soon(monkeypatch: pytest.MonkeyP
     assert clock.calls[2] == 2  # one call to warm up, and one that is measured
 
 
+@pytest.mark.parametrize(("one", "turns"), [(2.0, 3), (1.0, 10)])
+def test_the_measurement_ends_soon_if_one_number_is_clearly_fastest(
+    one: float, turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(one=one, two=1.0)
+    monkeypatch.setattr(hardware, "time", clock)
+    time_threads(clock.work, seconds=20.0)
+    assert clock.calls[1:] == [1 + turns, 1 + turns]
+
+
 def test_a_number_that_the_user_chose_is_not_measured() -> None:
     set_threads(2)
     assert time_threads(lambda: pytest.fail("measured")) == {}

@@ -60,7 +60,8 @@ def time_threads(work: Callable[[], object], *, seconds: float = 1.5) -> dict[in
 
     The result is empty if there is nothing to choose; see `choosable_threads`.
     The numbers of threads take turns, so that all of them are measured under the same load. This takes about `seconds`,
-    or three turns if they take longer. A number that needs three times as long as another is dropped.
+    or three turns if they take longer. A number that needs three times as long as another is dropped. The measurement
+    ends after three turns if the slowest call with one number was faster than each call with the other numbers.
     """
     most = choosable_threads()
     if not most:
@@ -84,9 +85,14 @@ def time_threads(work: Callable[[], object], *, seconds: float = 1.5) -> dict[in
             turn()
             best = min(sum(calls) for calls in spent.values())
             spent = {count: calls for count, calls in spent.items() if sum(calls) <= 3 * best}
-            if len(spent) == 1:
+            if len(spent) == 1 or (len(next(iter(spent.values()))) >= 3 and _one_is_fastest(list(spent.values()))):
                 break
     return {count: sum(calls) / len(calls) for count, calls in spent.items()}
+
+
+def _one_is_fastest(spent: list[list[float]]) -> bool:
+    fastest, *others = sorted(spent, key=sum)
+    return all(max(fastest) < min(calls) for calls in others)
 
 
 def fastest_threads(times: dict[int, float]) -> int:

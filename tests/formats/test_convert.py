@@ -291,7 +291,7 @@ def test_what_cannot_be_asked_for(tmp_path: Path, split: SplitFormat) -> None:
         convert(tmp_path / "ours", tmp_path / "t", target_format="split")
     with pytest.raises(ConfigError, match="unknown format 'robomimc'; did you mean 'robomimic'"):
         convert(tmp_path / "ours", tmp_path / "t", target_format="robomimc")
-    for options in ({"rate": 3.0}, {"gap": 2.0}, {"actions": "mean"}, {"columns": {"action": "x"}}):
+    for options in ({"rate": 3.0}, {"gap": 2.0}, {"actions": "mean"}, {"columns": {"unit": "ms"}}):
         for name in ("worldloom", "robomimic", "swm-hdf5"):
             with pytest.raises(ConfigError, match=f"option '{next(iter(options))}' is not supported"):
                 FORMATS[name].open(tmp_path / "ours", ReadOptions.parse(options))

@@ -255,7 +255,7 @@ def test_columns_may_be_named_and_lists(tmp_path: Path) -> None:
         ({"action.x": [[1.0]] * 11 + [[1.0, 2.0]]}, "lists of column 'action.x' have 1 to 2 values .row 11 differs"),
         ({"action.x": [{"x": 1.0}] * 12}, "column 'action.x' is struct"),
         ({"timestamp": ["noon"] * 12}, "timestamps have type string; expected numbers"),
-        ({"action.x": None, "action.y": None}, "no column 'action' or 'action.*'; it has timestamp"),
+        ({"action.x": None, "action.y": None}, "no numeric column 'action' or 'actions'; it has timestamp"),
         ({"timestamp": [0.0, 0.1, 0.2, 0.1, 0.0, *np.arange(7) / 10]}, "do not increase in 3 place.s., first from 0.2"),
         ({"timestamp": [0.0, None, *np.arange(2, 12) / 10]}, "no finite timestamp in row 1"),
     ],
@@ -568,3 +568,53 @@ def test_an_edit_list_delays_the_video(frames_between: int, tmp_path: Path) -> N
     log(tmp_path / "run.csv", 17)
     (episode,), _, _ = read_all(tmp_path)
     assert episode.actions[:, 0].tolist() == list(range(5, 16))
+
+
+ROWS = [(k / 10, k / 4, -k / 4) for k in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("separator", "decimal", "named"),
+    [(";", ",", "semicolons as separators and decimal commas"), (";", ".", "semicolons"), ("\t", ".", "tabs")],
+)
+def test_tables_of_spreadsheets_are_read(separator: str, decimal: str, named: str, tmp_path: Path) -> None:
+    film(tmp_path / "run.mp4")
+    rows = [
+        ["timestamp", "action.x", "action.y"],
+        *[[str(value).replace(".", decimal) for value in row] for row in ROWS],
+    ]
+    (tmp_path / "run.csv").write_text("\ufeff" + "\r\n".join(separator.join(row) for row in rows), "utf-8")
+    (episode,), notes, _ = read_all(tmp_path)
+    assert episode.actions.tolist() == [[x, y] for _, x, y in ROWS[:-1]]
+    assert any(note.startswith("guessed") and named in note for note in notes)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_another_encoding_is_named(encoding: str, tmp_path: Path) -> None:
+    film(tmp_path / "run.mp4")
+    (tmp_path / "run.csv").write_text("timestamp,action.größe\n0.0,1.0\n0.1,2.0\n", encoding)
+    with pytest.raises(DataError, match="run.csv is not encoded as UTF-8 .* Latin-1"):
+        read_all(tmp_path)
+
+
+def test_suffixes_in_capitals_and_linked_folders(tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    film(real / "run.mp4")
+    log(real / "run.parquet", **{"observation.utm": 5e6 + 0.01 * np.arange(12)})
+    (real / "run.parquet").rename(real / "run.PARQUET")
+    (tmp_path / "linked").symlink_to(real)
+    (episode,), notes, _ = read_all(tmp_path / "linked")
+    assert episode.steps == 11
+    assert any("observation.utm loses precision" in note for note in notes)
+    assert convert(tmp_path / "linked", tmp_path / "store").episodes == 1
+
+
+def test_an_integer_key_in_a_table_is_a_choice(tmp_path: Path) -> None:
+    film(tmp_path / "run.mp4")
+    log(tmp_path / "run.csv", **{"action.x": None, "action.y": None, "action": np.arange(12) % 3})
+    (episode,), _, spec = read_all(tmp_path)
+    assert (spec.action.discrete, spec.action.size) == (True, 3)
+    assert episode.actions.argmax(axis=1).tolist() == [step % 3 for step in range(11)]
+    (episode,), _, _ = read_all(tmp_path, columns={"action": "action"})
+    assert episode.actions[:, 0].tolist() == [step % 3 for step in range(11)]

@@ -232,9 +232,9 @@ def test_what_stable_worldmodel_needs_is_written(tmp_path: Path) -> None:
             lambda file: replace(file, "pixels", np.zeros((9, 4, 4, 3), np.uint8)),
             "'pixels' .* need 16 rows. Restore",
         ),
-        (lambda file: file.__delitem__("action"), "no column 'action'"),
+        (lambda file: file.__delitem__("action"), "no numeric column 'action'"),
         (lambda file: replace(file, "ep_len", np.array([5, 8])), "2 lengths but 3 offsets"),
-        (lambda file: replace(file, "action", np.array([b"a"] * 16)), r"'action' is \|S1 of shape \(16,\); expected"),
+        (lambda file: replace(file, "action", np.array([b"a"] * 16)), "no numeric column 'action'; it has"),
     ],
 )
 def test_a_damaged_swm_file_is_refused(damage: Any, message: str, tmp_path: Path) -> None:
@@ -280,3 +280,157 @@ def test_without_h5py_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setitem(__import__("sys").modules, "h5py", None)
     with pytest.raises(ConfigError, match=r"pip install 'worldloom\[hdf5\]'"):
         read_all("robomimic", tmp_path / "x.hdf5")
+
+
+def nested_file(path: Path, **columns: np.ndarray) -> Path:
+    """Three demos of 12 steps with these columns, named by their paths with `__` for `/`."""
+    generator = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        for number in range(3):
+            demo = file.create_group(f"data/demo_{number}")
+            demo["actions"] = generator.uniform(-1, 1, (12, 7))
+            for name, column in columns.items():
+                demo[name.replace("__", "/")] = column
+    return path
+
+
+def test_groups_beside_columns_are_left_out_and_can_be_chosen(tmp_path: Path) -> None:
+    rows = np.arange(108.0).reshape(12, 9)
+    path = nested_file(
+        tmp_path / "lab.hdf5", obs__joint_pos=rows, obs__datagen__eef=rows[:, :2], states__robot__joints=rows[:, :3]
+    )
+    episodes, notes, spec = read_all("robomimic", path)
+    assert [episode.steps for episode in episodes] == [11, 11, 11]
+    assert (spec.observation, spec.labels) == (ObservationSpec(vector=9), {})
+    assert any("observations datagen/eef are left out" in note for note in notes)
+    assert any("states/robot/joints are left out" in note for note in notes)
+    chosen = {"observation": "datagen/eef, joint_pos", "label": "states/robot/joints"}
+    (episode, *_), _, spec = read_all("robomimic", path, columns=chosen)
+    assert episode.vector is not None
+    assert episode.vector[2].tolist() == [*rows[2, :2], *rows[2]]
+    assert episode.labels["states/robot/joints"][2].tolist() == rows[2, :3].tolist()
+
+
+def test_groups_alone_are_observed(tmp_path: Path) -> None:
+    rows = np.arange(36.0).reshape(12, 3)
+    path = nested_file(tmp_path / "lab.hdf5", obs__policy__joints=rows, obs__policy__eef=rows + 1)
+    (episode, *_), notes, _ = read_all("robomimic", path)
+    assert episode.vector is not None
+    assert episode.vector[1].tolist() == [4, 5, 6, 3, 4, 5]
+    assert any(note.startswith("guessed") and "policy/eef, policy/joints" in note for note in notes)
+
+
+def varying(group: Any, name: str) -> None:
+    column = group.create_dataset(name, (12,), dtype=h5py.vlen_dtype(np.float64))
+    for row in range(12):
+        column[row] = np.zeros(row + 1)
+
+
+ODD = {
+    "a scalar": lambda group, name: group.create_dataset(name, data=3.0),
+    "empty": lambda group, name: group.create_dataset(name, data=h5py.Empty("f")),
+    "rows of varying length": varying,
+    "text": lambda group, name: group.create_dataset(name, data=["a"] * 12, dtype=h5py.string_dtype()),
+    "a dead link": lambda group, name: group.__setitem__(name, h5py.SoftLink("/nowhere")),
+    "no demo has one row per action": lambda group, name: group.create_dataset(name, data=np.zeros((1, 3))),
+    "not chosen, or not numeric": lambda group, name: group.create_dataset(name, data=np.zeros((12, 3), complex)),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_what_is_no_column_of_numbers_is_left_out(what: str, tmp_path: Path) -> None:
+    path = nested_file(tmp_path / "lab.hdf5", obs__joints=np.ones((12, 2)))
+    with h5py.File(path, "a") as file:
+        for number in range(3):
+            ODD[what](file[f"data/demo_{number}/obs"], "odd")
+        file["data/remark"] = "not a demo"
+    episodes, notes, spec = read_all("robomimic", path)
+    assert (len(episodes), spec.observation) == (3, ObservationSpec(vector=2))
+    assert any("odd are left out" in note and what in note for note in notes)
+    assert any("remark are left out" in note for note in notes)
+
+
+def test_attributes_that_json_lacks_are_read(tmp_path: Path) -> None:
+    path = nested_file(tmp_path / "lab.hdf5", obs__joints=np.ones((12, 2)))
+    with h5py.File(path, "a") as file:
+        demo = file["data/demo_0"].attrs
+        demo["empty"], demo["nan"], demo["texts"] = h5py.Empty("f"), np.nan, np.array([b"a", b"b"])
+        demo["num_samples"] = h5py.Empty("i")
+        file["data"].attrs["env_args"] = h5py.Empty("f")
+    (episode, *_), _, spec = read_all("robomimic", path)
+    assert episode.metadata["attributes"] == {"empty": None, "nan": "nan", "texts": ["a", "b"]}
+    assert spec.environment["env_args"] is None
+    assert convert(path, tmp_path / "t").episodes == 3
+
+
+def test_other_columns_of_swm_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "d.h5"
+    path.write_bytes(COLLECTED.read_bytes())
+    with h5py.File(path, "a") as file:
+        file["ep_seed"], file["fps"], file["stats/mean"] = np.arange(3), 10.0, np.zeros(2)
+        file["gone"] = h5py.SoftLink("/nowhere")
+    episodes, notes, spec = read_all("swm-hdf5", path)
+    assert ([episode.steps for episode in episodes], spec.labels) == ([4, 7, 2], {"state": 5})
+    text = "\n".join(notes)
+    assert "ep_seed, stats/mean are left out (fewer than the 16 rows" in text
+    assert "fps are left out (a scalar)" in text
+    assert "gone are left out (a dead link)" in text
+
+
+def test_actions_in_a_group_are_joined(tmp_path: Path) -> None:
+    path = nested_file(tmp_path / "lab.hdf5", obs__joints=np.ones((12, 2)))
+    with h5py.File(path, "a") as file:
+        for number in range(3):
+            demo = file[f"data/demo_{number}"]
+            arm = demo["actions"][()]
+            del demo["actions"]
+            demo["actions/arm"], demo["actions/hand"] = arm, np.full((12, 1), 0.5)
+    (episode, *_), notes, _ = read_all("robomimic", path)
+    assert episode.actions[:, 7].tolist() == [0.5] * 11
+    assert any(note.startswith("guessed") and "actions/arm, actions/hand" in note for note in notes)
+
+
+@pytest.mark.parametrize("one_axis", [True, False])
+def test_integer_choices_are_discrete(one_axis: bool, tmp_path: Path) -> None:
+    path = nested_file(tmp_path / "keys.hdf5", obs__joints=np.ones((12, 2)))
+    keys = np.arange(12) % 4
+    with h5py.File(path, "a") as file:
+        for number in range(3):
+            replace(file[f"data/demo_{number}"], "actions", keys if one_axis else keys[:, None])
+    (episode, *_), notes, spec = read_all("robomimic", path)
+    assert spec.action == ActionSpec(low=(0.0,) * 4, high=(1.0,) * 4, discrete=True)
+    assert episode.actions.argmax(axis=1).tolist() == keys[:-1].tolist()
+    assert any(
+        note.startswith("guessed") and "integer from 0 to 3, which is read as a choice" in note for note in notes
+    )
+    _, notes, spec = read_all("robomimic", path, columns={"action": "actions"})
+    assert (spec.action.discrete, spec.action.size) == (False, 1)
+    assert not any(note.startswith("guessed") for note in notes)
+    _, _, spec = read_all("robomimic", path, action_low=[0.0], action_high=[5.0])
+    assert spec.action == ActionSpec(low=(0.0,), high=(5.0,))
+
+
+def test_totals_and_fine_numbers_of_hdf5_are_said(tmp_path: Path) -> None:
+    metres = (500_000 + 0.001 * np.arange(12))[:, None]
+    path = nested_file(tmp_path / "lab.hdf5", obs__utm=metres, obs__counts=2**25 + np.arange(24).reshape(12, 2))
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["total"] = 99
+        file["mask/train"] = np.array([b"demo_0", b"demo_7"])
+    _, notes, _ = read_all("robomimic", path)
+    text = "\n".join(notes)
+    assert "states a total of 99 rows, but its demos have 36" in text
+    assert "demos demo_7 are left out (named in 'mask', but not in the file)" in text
+    assert "utm loses precision in value 0" in text
+    assert "counts loses precision in value" in text
+
+
+def test_rows_of_no_and_of_several_episodes_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "d.h5"
+    path.write_bytes(COLLECTED.read_bytes())
+    with h5py.File(path, "a") as file:
+        replace(file, "ep_len", np.array([5, 7, 2]))
+        replace(file, "ep_offset", np.array([0, 4, 12]))
+    _, notes, _ = read_all("swm-hdf5", path)
+    text = "\n".join(notes)
+    assert "3 rows are left out, because they belong to no episode" in text
+    assert "1 rows belong to several episodes" in text

@@ -276,7 +276,7 @@ DATA, VIDEO = "data/chunk-000/file-000.parquet", f"videos/{TOP}/chunk-000/file-0
         (edit_info(lambda info: info.pop("data_path")), DataError, "KeyError: 'data_path'"),
         (edit_info(lambda info: info.update(data_path="../x")), DataError, "outside of the dataset"),
         (edit_info(lambda info: info.update(fps=0)), DataError, "has fps 0.0"),
-        (edit_info(lambda info: info["features"].pop("action")), DataError, "has no feature 'action'"),
+        (edit_info(lambda info: info["features"].pop("action")), DataError, "has no numeric column 'action'"),
         (
             edit_info(lambda info: info["features"].update({"observation.x": {"dtype": "float32", "shape": [1]}})),
             DataError,
@@ -391,3 +391,127 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="settings or options than"):
         format.create(tmp_path / "x", SPEC, WriteOptions(lossless=True), resume=True)
     assert format.create(tmp_path / "x", SPEC, WriteOptions(), resume=True).written == 1
+
+
+def plain_dataset(root: Path, features: dict[str, Any], rows: int = 8) -> Path:
+    """Two episodes of version 2.1; each feature is an array (rows, n)."""
+    stated: dict[str, Any] = {name: {"dtype": "int64", "shape": [1]} for name in ("frame_index", "episode_index")}
+    (root / "meta").mkdir(parents=True)
+    (root / "data/chunk-000").mkdir(parents=True)
+    for name, example in features.items():
+        stated[name] = {"dtype": str(example.dtype), "shape": list(example.shape[1:]) or [1], "names": None}
+    info = {"codebase_version": "v2.1", "fps": 10, "features": stated, "chunks_size": 1000}
+    info |= {"data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet", "total_episodes": 2}
+    (root / "meta/info.json").write_text(json.dumps(info | {"total_frames": 2 * rows}))
+    lines = [
+        json.dumps({"episode_index": number, "tasks": ["push\u2028it"], "length": rows}, ensure_ascii=False)
+        for number in (0, 1)
+    ]
+    (root / "meta/episodes.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for number in (0, 1):
+        table: dict[str, Any] = {"frame_index": np.arange(rows), "episode_index": np.full(rows, number)}
+        table |= {name: list(example) for name, example in features.items()}
+        pq.write_table(pa.table(table), root / f"data/chunk-000/episode_{number:06d}.parquet")
+    return root
+
+
+def signal(rows: int, size: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-1, 1, (rows, size)).astype(np.float32)
+
+
+def test_other_names_are_guessed_and_noted(tmp_path: Path) -> None:
+    features = {"state": signal(8, 4), "actions": signal(8, 2, 1), "effort": signal(8, 3, 2)}
+    root = plain_dataset(tmp_path / "d", features)
+    (episode, _), notes, spec = read_all("lerobot-v21", root)
+    assert (spec.observation.vector, spec.action.size) == (4, 2)
+    assert episode.actions.tolist() == features["actions"][:-1].tolist()
+    assert episode.metadata["tasks"] == ["push\u2028it"]
+    guesses = [note for note in notes if note.startswith("guessed")]
+    assert any("the action is taken from actions. Name other columns with --columns" in note for note in guesses)
+    assert any("the vector is taken from state," in note for note in guesses)
+    named = {"action": "effort", "observation": "state,actions", "label": "effort"}
+    (episode, _), notes, spec = read_all("lerobot-v21", root, columns=named)
+    assert (spec.observation.vector, spec.action.size, spec.labels) == (6, 3, {"effort": 3})
+    assert not any(note.startswith("guessed") for note in notes)
+    with pytest.raises(ConfigError, match="no numeric column 'efort'; did you mean 'effort'"):
+        read_all("lerobot-v21", root, columns={"action": "efort"})
+    with pytest.raises(ConfigError, match="role 'unit' of the option 'columns' is not supported here"):
+        read_all("lerobot-v21", root, columns={"unit": "ms"})
+    with pytest.raises(ConfigError, match="both name columns"):
+        read_all("lerobot-v21", root, columns={"observation": "state"}, vector=["state"])
+
+
+def test_an_action_that_others_repeat_stands_alone(tmp_path: Path) -> None:
+    action = signal(8, 7)
+    features = {"observation.state": signal(8, 4), "action": action}
+    features |= {"action.cartesian": action[:, :6], "action.gripper": action[:, 6:]}
+    root = plain_dataset(tmp_path / "d", features)
+    _, notes, spec = read_all("lerobot-v21", root)
+    assert spec.action.size == 7
+    assert any(note.startswith("guessed") and "action.cartesian, action.gripper are left out" in note for note in notes)
+    (episode, _), _, spec = read_all("lerobot-v21", root, columns={"action": "action.gripper"})
+    assert episode.actions.tolist() == action[:-1, 6:].tolist()
+    del features["action"]
+    _, notes, spec = read_all("lerobot-v21", plain_dataset(tmp_path / "parts", features))
+    assert spec.action.size == 7
+    assert any("the action joins action.cartesian (6), action.gripper (1)" in note for note in notes)
+
+
+def test_integer_choices_of_lerobot(tmp_path: Path) -> None:
+    keys = np.array([[0], [3], [1], [2], [0], [3], [1], [2]])
+    features = {"observation.state": signal(8, 4), "action": keys}
+    (episode, _), notes, spec = read_all("lerobot-v21", plain_dataset(tmp_path / "d", features))
+    assert (spec.action.discrete, spec.action.size, spec.environment["choices"]) == (True, 4, [0, 3])
+    assert episode.actions.argmax(axis=1).tolist() == keys[:-1, 0].tolist()
+    features["action"] = keys.astype(np.float32)
+    root = plain_dataset(tmp_path / "floats", features)
+    assert not read_all("lerobot-v21", root)[2].action.discrete
+    assert read_all("lerobot-v21", root, columns={"choice": "action"})[2].action.discrete
+    features["action"] = 100 * keys
+    _, notes, spec = read_all("lerobot-v21", plain_dataset(tmp_path / "ticks", features))
+    assert not spec.action.discrete
+    assert any(note.startswith("guessed") and "read as numbers, between which a planner" in note for note in notes)
+    features["action"] = keys + 0.5
+    with pytest.raises(DataError, match=r"the action in row 0 is 0.5; expected an integer from 0 to 3"):
+        read_all("lerobot-v21", plain_dataset(tmp_path / "halves", features), columns={"choice": "action"})
+
+
+def test_without_an_observation_the_features_are_named(tmp_path: Path) -> None:
+    features = {"joints": signal(8, 4), "action": signal(8, 2)}
+    with pytest.raises(DataError, match="nothing to observe.* numeric columns: action, joints"):
+        read_all("lerobot-v21", plain_dataset(tmp_path / "d", features))
+
+
+def test_counts_that_disagree_are_said(tmp_path: Path) -> None:
+    root = plain_dataset(tmp_path / "d", {"observation.state": signal(8, 4), "action": signal(8, 2)})
+    episodes = root / "meta/episodes.jsonl"
+    lines = episodes.read_text("utf-8").split("\n")
+    episodes.write_text("\n".join([lines[0], lines[0], lines[1].replace('"length": 8', '"length": 6'), ""]), "utf-8")
+    found, notes, _ = read_all("lerobot-v21", root)
+    assert [episode.steps for episode in found] == [7, 5]
+    text = "\n".join(notes)
+    assert "1 episodes are stated twice" in text
+    assert "has total_frames 16, but the episodes make 14" in text
+    assert "episode_000001.parquet: the last 2 rows are left out" in text
+    episodes.write_text("\n".join([lines[0], lines[0].replace('"length": 8', '"length": 6'), ""]), "utf-8")
+    with pytest.raises(DataError, match="states episode 0 twice, with different values"):
+        read_all("lerobot-v21", root)
+
+
+def test_linked_folders_are_read(copy: Path, tmp_path: Path) -> None:
+    ours, _, _ = read_all("lerobot-v3", copy, camera=TOP)
+    for folder in ("meta/episodes/chunk-000", "data"):
+        (copy / folder).rename(tmp_path / folder.replace("/", "-"))
+        (copy / folder).symlink_to(tmp_path / folder.replace("/", "-"))
+    (copy / "meta/episodes/loop").symlink_to(copy / "meta/episodes")
+    linked, _, _ = read_all("lerobot-v3", copy, camera=TOP)
+    assert [differences(a, b) for a, b in zip(ours, linked, strict=True)] == [[]] * len(ours)
+
+
+def test_numbers_too_fine_for_float32_are_said(tmp_path: Path) -> None:
+    metres = (5_400_000 + 0.05 * np.arange(8))[:, None]
+    features = {"observation.position": metres, "observation.local": metres - 5_400_000, "action": signal(8, 2)}
+    _, notes, _ = read_all("lerobot-v21", plain_dataset(tmp_path / "d", features))
+    (first, _) = [note for note in notes if "loses precision" in note]
+    assert "observation.position loses precision in value 0" in first
+    assert "change by 0.05 per step" in first

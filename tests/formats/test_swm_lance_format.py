@@ -147,7 +147,7 @@ def spoil(name: str, row: int, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda made: made.pop("action"), "has no column 'action'; it has"),
+        (lambda made: made.pop("action"), "has no numeric column 'action'; it has"),
         (lambda made: made.update(action=pa.array(["a"] * 16)), "'action' has type string; expected a list of numbers"),
         (spoil("episode_idx", 9, 0), "episode_idx decreases from 1 to 0 in row 9"),
         (spoil("step_idx", 7, 9), "step_idx is 9 in row 7; expected 2"),

@@ -211,6 +211,8 @@ def test_held_out_episodes_too_short_for_a_window_stop_nothing(cache, tmp_path, 
     run = RunFolder.create(tmp_path / "run", {}, {})
     fit(CONFIG.override(["steps=2"]), MODEL, replace(cache, lengths=lengths), run)
     assert "none of the 2 held-out episodes is long enough for a window" in caplog.text
+    steps = CONFIG.horizon * MODEL.block
+    assert f"of 10 episodes 2 are shorter than a window of {steps} steps and are not trained on" in caplog.text
     assert run.diagnostics()["figures"]
 
 

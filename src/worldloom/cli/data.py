@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from worldloom.cli.console import answer, progress, table, values_table
-from worldloom.cli.options import Json, PictureAxes, PictureRange, key_values, picture_options
-from worldloom.core.errors import DataError
+from worldloom.cli.options import Json, PictureAxes, PictureRange, picture_options
+from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.files import require_writable
 
 app = typer.Typer(help="Inspect, validate, preview and convert datasets.", no_args_is_help=True)
@@ -100,7 +100,11 @@ def convert(
     high: Annotated[str | None, typer.Option(metavar="A,B,...", help="Upper bounds of the actions.")] = None,
     columns: Annotated[
         list[str] | None,
-        typer.Option(metavar="ROLE=NAME,...", help="Columns of a folder: timestamp, unit, action, observation, label."),
+        typer.Option(
+            metavar="ROLE=NAME,...",
+            help="The columns of a role: action, choice (a discrete action), observation, label or camera; for a "
+            "folder also timestamp and unit.",
+        ),
     ] = None,
     fps: Annotated[float, typer.Option(help="Frames per second, for targets with a clock.")] = 10.0,
     crf: Annotated[int, typer.Option(help="Quality of H.264 for video targets, from 0 (best) to 51.")] = 18,
@@ -130,7 +134,7 @@ def convert(
             "pair": pair,
             "action_low": None if low is None else low.split(","),
             "action_high": None if high is None else high.split(","),
-            "columns": {role: str(names) for role, names in key_values(columns, "--columns").items()},
+            "columns": _roles(columns),
         }
     )
     report = convert_data(
@@ -151,3 +155,14 @@ def convert(
     rows = [[group.kind, str(group.count), group.example] for group in report.groups()]
     notes = [table("notes", ["kind", "count", "first example"], rows)] if rows else []
     answer(json, report.to_json(), summary, *notes)
+
+
+def _roles(assignments: list[str] | None) -> dict[str, str]:
+    """Return the columns of each role; a role that is named several times has the columns of all."""
+    columns: dict[str, str] = {}
+    for assignment in assignments or []:
+        role, equals, names = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--columns {assignment!r} has no '='; expected ROLE=NAME,NAME")
+        columns[role] = f"{columns[role]},{names}" if role in columns else names
+    return columns

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jaxtyping import Float32
+from jaxtyping import Float64
 
 from worldloom.core.errors import DataError, one_line
 from worldloom.core.files import storage_errors, write_atomic
@@ -24,6 +24,12 @@ def is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind))
 
 
+def is_integer(kind: pa.DataType) -> bool:
+    """Return whether a column contains integers or booleans, or lists of them."""
+    kind = kind.value_type if is_list(kind) else kind
+    return bool(pa.types.is_integer(kind) or pa.types.is_boolean(kind))
+
+
 def is_text(kind: pa.DataType) -> bool:
     """Return whether a column contains text."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
@@ -34,7 +40,7 @@ def is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def numbers(column: pa.ChunkedArray, name: str, where: str) -> Float32[np.ndarray, "R n"]:
+def numbers(column: pa.ChunkedArray, name: str, where: str) -> Float64[np.ndarray, "R n"]:
     """Return a column of numbers, or of lists of the same length, as (R, n); missing values become NaN.
 
     Raises:
@@ -62,7 +68,7 @@ def numbers(column: pa.ChunkedArray, name: str, where: str) -> Float32[np.ndarra
             f"{where}: column {name!r} is {column.type}; expected numbers, or lists of numbers. Convert the column"
         )
     values: np.ndarray = whole.cast(pa.float64()).to_numpy(zero_copy_only=False)
-    return values.astype(np.float32).reshape(len(column), size)
+    return values.reshape(len(column), size)
 
 
 @contextmanager

@@ -290,7 +290,7 @@ class _Journal:
         lines = []
         with storage_errors(self._path):
             text = self._path.read_text(encoding="utf-8", errors="replace")
-        for line in text.splitlines():
+        for line in text.split("\n"):
             try:
                 lines.append(json.loads(line))
             except json.JSONDecodeError:

@@ -1,13 +1,14 @@
 """A folder of videos, each with a table of the same name: `NAME.mp4` and `NAME.parquet` or `NAME.csv`.
 
 Columns: `timestamp` (seconds from the video's first frame), `action` or `action.*`, `observation` or `observation.*`,
-and `label.*`. Lists of a fixed length are several values. `ReadOptions.columns` sets other column names.
+and `label.*`. Lists of a fixed length are several values. `ReadOptions.columns` names other columns.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from worldloom.core.registry import nearest
 from worldloom.core.types import Episode
 from worldloom.core.untrusted import try_files
 from worldloom.data import float_lists, metadata_json, to_rgb
-from worldloom.formats.arrow import is_binary, is_number, is_text, numbers, table_errors, write_parquet
+from worldloom.formats.arrow import is_binary, is_integer, is_number, is_text, numbers, table_errors, write_parquet
 from worldloom.formats.format import (
     NO_CAMERA,
     Contents,
@@ -58,7 +59,6 @@ from worldloom.formats.video import (
 
 TABLE_SUFFIXES = (".parquet", ".csv")
 OWN_FILE, OWN = "worldloom.json", "worldloom"
-ROLES = ("timestamp", "unit", "action", "observation", "label")
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
 
@@ -80,14 +80,14 @@ class FolderSource(Source):
     """
 
     format = "folder"
+    roles = ("timestamp", "unit", "action", "choice", "observation", "label")
+    reason = "a folder has one video per episode"
 
     def begin(self) -> None:
         """Find the files, and choose the columns from the first table."""
         path, options = self.path, self.options
         refuse(options, ["camera"] if options.camera != NO_CAMERA else [], "a folder has one video per episode")
         refuse(options, ["pictures"], "a folder has videos, whose frames are bytes")
-        if unknown := sorted(set(options.columns) - set(ROLES)):
-            raise ConfigError(f"unknown column role {unknown[0]!r}; {nearest(unknown[0], ROLES)}")
         if options.columns.get("unit", "s") not in _SECONDS:
             raise ConfigError(f"unknown timestamp unit {options.columns['unit']!r}; {nearest('', _SECONDS)}")
         own = spec_in(read_json(path / OWN_FILE) if (path / OWN_FILE).is_file() else {})
@@ -110,7 +110,9 @@ class FolderSource(Source):
         try_files("parquet", (table for table in self._tables.values() if table.suffix.lower() == ".parquet"))
         try_files("video", self._videos.values() if self._pictures else ())
         first = self._tables[self._whole[0]]
-        table = _read_table(first)
+        table, separated = _read_table(first)
+        if separated:
+            self.note("guessed", f"{first} is read with {separated}; so are the other tables like it.")
         self._roles = self._choose(table, first)
         stamps = self._roles.timestamp
         self._unit_known = "unit" in options.columns or stamps is None or not is_number(table[stamps].type)
@@ -122,12 +124,14 @@ class FolderSource(Source):
                 "info", f"{path}: actions without a following frame, such as the last of an episode, are left out."
             )
         sample = self._parse(self._whole[0])
+        self._action_size = sample.actions.shape[1]
         columns = {key: value for key, value in asdict(self._roles).items() if key != "left"}
         channels = own.observation.pixels[2] if own and own.observation.pixels else 3
         self.describe(
             Contents(
                 files=[*self._videos.values(), *self._tables.values(), *([path / OWN_FILE] if own else [])],
-                action=sample.actions.shape[1],
+                action=self._action_size,
+                integer=all(is_integer(table.schema.field(column).type) for column in self._roles.action),
                 pixels=(*frame_shape(self._videos[self._whole[0]]), channels) if self._pictures else None,
                 vector={name: column.shape[1] for name, column in sample.columns.items()},
                 labels={name: column.shape[1] for name, column in sample.labels.items()},
@@ -154,8 +158,9 @@ class FolderSource(Source):
             if name not in files and (kind == "table" or self._pictures):
                 self.note("skipped", f"{self.path / name} is skipped: it has no {kind}.", index)
                 return []
-        log, where = self._parse(name), str(self._tables[name])
+        log, where = self._parse(name, index), str(self._tables[name])
         self._check_sizes(log, name)
+        log = replace(log, actions=self.encode(log.actions, where))
         if len(log.actions) == 0:
             self.note("skipped", f"{where} is skipped: it has no rows.", index)
             return []
@@ -236,27 +241,18 @@ class FolderSource(Source):
 
     def _choose(self, table: pa.Table, file: Path) -> _Roles:
         names = list(table.column_names)
-        given = {role: text.split(",") for role, text in self.options.columns.items() if role != "unit"}
-        for role, chosen in given.items():
-            for name in chosen:
+        for role in self.options.columns:
+            for name in [] if role == "unit" else self.named(role) or []:
                 if name not in names:
                     raise ConfigError(f"{file} has no column {name!r} for {role}; {nearest(name, names)}")
-
-        def pick(role: str) -> list[str]:
-            found = [name for name in names if name == role or name.startswith(f"{role}.")]
-            return given.get(role, sorted(found, key=natural))
-
-        timestamp = given.get("timestamp", [name for name in names if name == "timestamp"])
-        action, observation, label = pick("action"), pick("observation"), pick("label")
-        if not action:
-            raise DataError(
-                f"{file} has no column 'action' or 'action.*'; it has {', '.join(names)}. Select the action columns "
-                f"with --columns action=NAME,NAME"
-            )
-        kinds = {name: table.schema.field(name).type for name in observation}
+        kinds = {name: table.schema.field(name).type for name in names}
         numeric = [name for name, kind in kinds.items() if not (is_text(kind) or is_binary(kind))]
-        if "observation" not in given:
-            observation = self.choose_vector(numeric)
+        timestamp = self.named("timestamp") or [name for name in names if name == "timestamp"]
+        action = self.choose_actions(names, file=file)
+        observed = [name for name in numeric if name == "observation" or name.startswith("observation.")]
+        observation = self.choose_vector(observed, numeric)
+        labelled = [name for name in names if name == "label" or name.startswith("label.")]
+        label = self.choose_labels(sorted(labelled, key=natural), names)
         left = [name for name in names if name not in {*timestamp, *action, *observation, *label}]
         return _Roles(
             timestamp=timestamp[0] if timestamp else None,
@@ -266,9 +262,10 @@ class FolderSource(Source):
             left=left,
         )
 
-    def _parse(self, name: str) -> Log:
+    def _parse(self, name: str, index: int | None = None) -> Log:
+        """Return a table; `index` is the episode's index in notes about the table."""
         file = self._tables[name]
-        table = _read_table(file)
+        table, _ = _read_table(file)
         columns = self._roles
         needed = [*columns.action, *columns.observation, *columns.label]
         for column in [*needed, *([columns.timestamp] if columns.timestamp else [])]:
@@ -278,7 +275,8 @@ class FolderSource(Source):
                     f"{file} has no column {column!r}, but the first table has this column; got {there}. Use the same "
                     f"columns in all tables"
                 )
-        parts = {column: numbers(table[column], column, str(file)) for column in needed}
+        where = str(file)
+        parts = {column: self.single(numbers(table[column], column, where), column, where, index) for column in needed}
         metadata = None
         text = (table.schema.metadata or {}).get(OWN.encode())
         if text is not None:
@@ -305,7 +303,7 @@ class FolderSource(Source):
 
     def _check_sizes(self, log: Log, name: str) -> None:
         sizes = {
-            "actions": (log.actions.shape[1], self.spec.action.size),
+            "actions": (log.actions.shape[1], self._action_size),
             "observations": (sum(column.shape[1] for column in log.columns.values()), self.spec.observation.vector),
             **{f"label {key}": (column.shape[1], self.spec.labels[key]) for key, column in log.labels.items()},
         }
@@ -368,20 +366,39 @@ def _files(path: Path, suffixes: Sequence[str]) -> Mapping[str, Path]:
     found: dict[str, Path] = {}
     with storage_errors(path):
         for file in sorted(path.iterdir()):
-            if file.suffix.lower() in suffixes and not file.name.startswith("."):
+            if file.suffix.lower() in suffixes and not file.name.startswith(".") and not file.is_dir():
                 if file.stem in found:
                     raise DataError(f"{path} has both {found[file.stem].name} and {file.name}; remove one of them")
                 found[file.stem] = file
     return found
 
 
-def _read_table(file: Path) -> pa.Table:
+def _read_table(file: Path) -> tuple[pa.Table, str]:
+    """Return a table, and a description of the separator if it is not a comma."""
     with table_errors(file, "a table"):
+        content = file.read_bytes() if file.suffix.lower() == ".csv" else b""
         if file.stat().st_size == 0:
             raise DataError(f"{file} is empty; expected a table with an action column. Restore or remove the file")
-        if file.suffix == ".parquet":
+        if file.suffix.lower() == ".parquet":
             try_files("parquet", [file])
-        return pq.read_table(file, partitioning=None) if file.suffix == ".parquet" else csv.read_csv(file)
+            return pq.read_table(file, partitioning=None), ""
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{file} is not encoded as UTF-8 (byte {error.start}); it may be Latin-1, Windows-1252 or UTF-16. Save "
+                f"the table as UTF-8"
+            ) from error
+        header, _, rest = text.partition("\n")
+        separator = max(",;\t", key=header.count)  # the first of several
+        comma = separator == ";" and re.search(r"(^|;)-?\d+,\d+\s*(;|$)", rest[:4096], re.MULTILINE) is not None
+        read = csv.read_csv(
+            pa.BufferReader(content),
+            parse_options=csv.ParseOptions(delimiter=separator),
+            convert_options=csv.ConvertOptions(decimal_point="," if comma else "."),
+        )
+    named = {",": "", ";": "semicolons as separators", "\t": "tabs as separators"}[separator]
+    return read, f"{named} and decimal commas" if comma else named
 
 
 add_format(

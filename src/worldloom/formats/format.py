@@ -7,6 +7,7 @@ and N - 1 actions, because no frame follows its last action, unless the format s
 import hashlib
 import itertools
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -30,13 +31,17 @@ from worldloom.data import DatasetSpec, check_episode, resize
 
 NO_CAMERA = "none"  # value of `ReadOptions.camera` that leaves the pixels out
 CLOCK = ("rate", "actions", "gap", "pair")  # options for data with timestamps
-Kind = Literal["dropped", "repaired", "skipped", "info"]
+ROLES = ("action", "choice", "observation", "label", "camera", "timestamp", "unit")  # keys of `ReadOptions.columns`
+Kind = Literal["dropped", "repaired", "skipped", "guessed", "info"]
+_MOST_CHOICES = 32  # integers up to this number are taken for choices
+_MOST_NAMED_CHOICES = 4096
+_LOST = 0.1  # a rounding error above this share of the median change is noted
 Bounds = tuple[Sequence[float], Sequence[float]]  # low and high, with one value per action dimension
 
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """A note about data that was left out, repaired or skipped; `what` is a complete sentence that names the place."""
+    """A note about data that was left out, repaired, skipped or guessed; `what` is a sentence that names the place."""
 
     kind: Kind
     what: str
@@ -56,7 +61,7 @@ class ReadOptions(Config):
     pair: Literal["time", "number"] | None = None  # how rows find their frames; None: by time, if this is not in doubt
     action_low: list[float] | None = None  # bounds; None: those of the format, else the range of the data, with a note
     action_high: list[float] | None = None
-    columns: dict[str, str] = Field(default_factory=dict)  # names of columns, for formats without fixed names
+    columns: dict[str, str] = Field(default_factory=dict)  # for each role (see `ROLES`), names joined by commas
 
 
 class WriteOptions(Config):
@@ -78,7 +83,8 @@ class Contents:
     """
 
     files: Iterable[Path]  # the files that the fingerprint covers
-    action: int  # number of values of an action
+    action: int  # number of values of an action in the files
+    integer: bool = False  # whether the files store actions as integers
     discrete: bool = False
     bounds: Bounds | None = None
     range: Bounds | None = None
@@ -107,11 +113,20 @@ class Source(Closing, ABC):
     fingerprint: str
     notes: list[Note]
     refused: Sequence[str] = ()
+    roles: Sequence[str] = ()
     reason: str = ""
     _layout: PictureLayout | None = None
+    _choices: tuple[int, int] | None = None  # the lowest and highest value of an action that is a choice
 
     def __init__(self, path: Path, options: ReadOptions) -> None:
         refuse(options, self.refused, self.reason)
+        for role in options.columns:
+            if role not in ROLES:
+                raise ConfigError(f"unknown column role {role!r}; {nearest(role, ROLES)}")
+            if role not in self.roles:
+                raise ConfigError(
+                    f"the role {role!r} of the option 'columns' is not supported here: {self.reason}. Leave it out"
+                )
         self.path, self.options, self.notes = self.locate(path), options, []
         try:
             with foreign_errors(self.path, self.format):
@@ -157,13 +172,31 @@ class Source(Closing, ABC):
         """Add a note that the action in an episode's last row is left out."""
         self.note("info", f"{self.path}: the last action of each episode has no following frame and is left out.")
 
+    def named(self, role: str) -> list[str] | None:
+        """Return the columns that the options name for a role, or None.
+
+        Raises:
+            ConfigError: --vector or --camera names columns too.
+        """
+        text = self.options.columns.get(role)
+        if text is None:
+            return None
+        other = {"observation": self.options.vector, "camera": self.options.camera}.get(role)
+        if other is not None:
+            raise ConfigError(
+                f"the role {role!r} of 'columns' and '{'vector' if role == 'observation' else 'camera'}' both name "
+                f"columns; leave one out"
+            )
+        return [name.strip() for name in text.split(",") if name.strip()]
+
     def choose_camera(self, cameras: Sequence[str]) -> str | None:
         """Return the selected image key; without a selection, the only image key, or None if there is none.
 
         Raises:
             ConfigError: there are several cameras and none is selected, or the selected one does not exist.
         """
-        chosen = self.options.camera
+        named = self.named("camera")
+        chosen = self.options.camera if named is None else ",".join(named)
         if chosen == NO_CAMERA:
             return None
         if chosen is not None:
@@ -191,11 +224,11 @@ class Source(Closing, ABC):
         numeric = {name for name, (_, dtype) in columns.items() if np.dtype(dtype).kind in "fiub"}
         pictures = {
             name
-            for name in numeric - set(options.vector or ())
+            for name in numeric - set(options.vector or self.named("observation") or ())
             if is_picture(columns[name][0], columns[name][1], options.pictures)
         }
         scaled = {name for name in pictures if np.dtype(columns[name][1]) != np.uint8}
-        if options.camera is not None:
+        if options.camera is not None or "camera" in options.columns:
             return pictures, sorted(pictures)
         if options.pictures is not None and options.pictures.range is not None:
             return pictures, sorted(scaled)
@@ -264,46 +297,201 @@ class Source(Closing, ABC):
             self.note("info", f"{what}: the pictures {self._layout.changes}; values outside are clipped.")
         return options.range
 
-    def choose_vector(self, columns: Iterable[str]) -> list[str]:
-        """Return the columns of the observation vector: the selected columns in order, by default all, sorted.
+    def choose_vector(self, columns: Iterable[str], others: Iterable[str] = ()) -> list[str]:
+        """Return the columns of the observation vector: the selected columns in order, by default `columns`, sorted.
 
         Raises:
-            ConfigError: a selected column does not exist.
+            ConfigError: a selected column is neither in `columns` nor in `others`.
         """
-        there = sorted(columns)
-        if self.options.vector is None:
-            return there
-        for name in self.options.vector:
+        default = sorted(columns)
+        self._selectable = sorted({*default, *others})  # for the error if nothing is observed
+        named = self.named("observation")
+        selected = self.options.vector if named is None else named
+        if selected is None:
+            return default
+        return self._existing(selected, self._selectable, "numeric observation column")
+
+    def choose_actions(
+        self, numeric: Iterable[str], guesses: Sequence[str] = ("action", "actions"), file: Path | None = None
+    ) -> list[str]:
+        """Return the columns of the action: the named ones in order, by default those of the first guess that exists.
+
+        `guess` describes which columns a guess matches. A note says what was guessed. `file` is the file that lacks the
+        columns, for the error.
+
+        Raises:
+            ConfigError: a named column does not exist.
+            DataError: no column is named and no guess matches.
+        """
+        there = list(numeric)
+        if {"action", "choice"} <= {*self.options.columns}:
+            raise ConfigError("the roles 'action' and 'choice' of 'columns' exclude each other; leave one out")
+        named = self.named("action") or self.named("choice")
+        if named is not None:
+            return self._existing(named, there, "numeric column")
+        found, parts = guess(guesses, there)
+        if not found:
+            raise DataError(
+                f"{file or self.path} has no numeric column {' or '.join(map(repr, guesses))}; it has "
+                f"{', '.join(there) or 'none'}. Name the columns of the action with --columns action=NAME,NAME"
+            )
+        if parts:
+            self.note(
+                "guessed",
+                f"{self.path}: the action is {found[0]!r} alone; {', '.join(parts)} are left out, because they may "
+                f"repeat it. Name other columns with --columns action=NAME,NAME.",
+            )
+        elif found[0].partition(".")[0] != guesses[0]:
+            self.note(
+                "guessed",
+                f"{self.path}: the action is taken from {', '.join(found)}. Name other columns with "
+                f"--columns action=NAME,NAME.",
+            )
+        return found
+
+    def choose_labels(self, default: Iterable[str], numeric: Iterable[str]) -> list[str]:
+        """Return the label columns: the named ones in order, by default `default`.
+
+        Raises:
+            ConfigError: a named column does not exist.
+        """
+        named = self.named("label")
+        return list(default) if named is None else self._existing(named, list(numeric), "numeric column")
+
+    def _existing(self, names: Sequence[str], there: Sequence[str], kind: str) -> list[str]:
+        for name in names:
             if name not in there:
-                raise ConfigError(f"{self.path} has no numeric observation column {name!r}; {nearest(name, there)}")
-        return list(self.options.vector)
+                raise ConfigError(f"{self.path} has no {kind} {name!r}; {nearest(name, there)}")
+        return list(names)
 
     def describe(self, contents: Contents) -> None:
         """Set `spec` and `fingerprint`. If the format stores no action bounds, read all actions to find their range.
 
         Raises:
-            ConfigError: the bounds in the options have the wrong size.
-            DataError: there are neither action bounds nor actions.
+            ConfigError: the bounds in the options have the wrong size, or the options name roles of a dataset whose
+                files state them.
+            DataError: there are neither action bounds nor actions, or nothing is observed.
         """
         own = contents.own
+        if own is not None and self.options.columns:
+            raise ConfigError(
+                f"worldloom wrote {self.path}, and the files state the role of each column; leave out 'columns'"
+            )
+        if contents.pixels is None and not contents.vector:
+            raise DataError(
+                f"{self.path} has nothing to observe: no pixels and no vector were chosen. Name the columns with "
+                f"--vector NAME or --camera NAME; numeric columns: {', '.join(self._selectable) or 'none'}"
+            )
         bounds = contents.bounds if own is None else (own.action.low, own.action.high)
         found = bounds or contents.range or action_range(self.actions(), contents.action)
         discrete = contents.discrete or (own is not None and own.action.discrete)
+        size = contents.action
+        environment = dict(contents.environment if own is None else own.environment)
+        if own is None and not discrete:
+            self._choices = self._find_choices(contents, contents.range or found)
+        if self._choices is not None:
+            low, high = self._choices
+            discrete, size, environment["choices"] = True, high - low + 1, [low, high]
+            bounds = found = ([0.0] * size, [1.0] * size)
         pixels = contents.pixels
         if pixels is not None:
             pixels = (*(self.options.size or pixels[:2]), pixels[2])
-        environment = dict(contents.environment if own is None else own.environment)
         environment |= {"format": self.format, "source": contents.source or self.path.name}
         if self._layout is not None and self._layout.changes:
             environment["pictures"] = {"axes": self._layout.axes, "range": self._layout.range}
         self.spec = DatasetSpec(
             observation=ObservationSpec(pixels=pixels, vector=sum(contents.vector.values())),
-            action=self._bounds(contents.action, found, stated=bounds is not None, discrete=discrete),
+            action=self._bounds(size, found, stated=bounds is not None, discrete=discrete),
             labels=dict(contents.labels),
             environment=environment,
         )
         self.fingerprint = digest_files(contents.files, self.path)
         self._columns = list(contents.vector)
+
+    def _find_choices(self, contents: Contents, found: Bounds | None) -> tuple[int, int] | None:
+        """Return the lowest and highest value of actions if they are choices, as named or guessed, else None."""
+        named = self.options.columns.get("choice")
+        if named is not None and contents.action != 1:
+            raise ConfigError(
+                f"the role 'choice' expects one column of one value; {named} has {contents.action} values"
+            )
+        if named is None and not contents.integer:
+            return None
+        ways = "Name the column with --columns choice=NAME if its values are choices"
+        if named is None and (self.options.action_low is not None or self.options.action_high is not None):
+            return None  # numbers, because they have bounds
+        low, high = (0, 0) if found is None or contents.action != 1 else (int(found[0][0]), int(found[1][0]))
+        limit = _MOST_CHOICES if named is None else _MOST_NAMED_CHOICES
+        fits = low < high < low + limit and (named is not None or (low >= 0 and high < limit))
+        if fits and (named is not None or "action" not in self.options.columns):
+            if named is None:
+                self.note(
+                    "guessed",
+                    f"{self.path}: the action is one integer from {low} to {high}, which is read as a choice, not as a "
+                    f"number. Name the column with --columns action=NAME if it is a number.",
+                )
+            return low, high
+        if named is not None:
+            raise DataError(
+                f"{self.path}: the values of {named} are {low} to {high}; expected choices, which are at "
+                f"least two and at most {limit} consecutive integers. Use --columns action={named} for numbers"
+            )
+        if "action" not in self.options.columns:
+            self.note(
+                "guessed",
+                f"{self.path}: the actions are integers and are read as numbers, between which a planner chooses any "
+                f"value. {ways}.",
+            )
+        return None
+
+    def single(
+        self, values: Shaped[np.ndarray, "n m"], name: str, where: str, index: int | None
+    ) -> Float32[np.ndarray, "n m"]:
+        """Return a column as float32; if that loses what the column says, add a note, unless `index` is None."""
+        with np.errstate(over="ignore"):
+            rounded = np.asarray(values, np.float32)
+        if index is None or values.dtype.itemsize < 4 or values.dtype == np.float32 or len(values) < 2:
+            return rounded
+        exact = np.asarray(values, np.float64)
+        with np.errstate(invalid="ignore"):
+            error, steps = np.nan_to_num(np.abs(exact - rounded), posinf=0.0), np.abs(np.diff(exact, axis=0))
+        for number in range(values.shape[1]):
+            changes = steps[:, number][steps[:, number] > 0]
+            worst = float(error[:, number].max())
+            if len(changes) and worst > _LOST * (change := float(np.median(changes))):
+                value = float(exact[int(error[:, number].argmax()), number])
+                self.note(
+                    "info",
+                    f"{where}: {name} loses precision in value {number}: float32 rounds {value:.10g} by {worst:.2g}, "
+                    f"and the values change by {change:.2g} per step. Subtract an offset before converting.",
+                    index,
+                )
+        return rounded
+
+    def encode(self, actions: np.ndarray, where: str) -> np.ndarray:
+        """Return actions (n, A) as the spec has them: choices one-hot, and numbers unchanged.
+
+        A missing choice (NaN) becomes a row of NaN.
+
+        Raises:
+            DataError: an action is not one of the choices.
+        """
+        if self._choices is None:
+            return actions
+        low, high = self._choices
+        values = np.asarray(actions, np.float64)[:, 0]
+        known = np.isfinite(values)
+        wrong = known & ((values != np.rint(values)) | (values < low) | (values > high))
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise DataError(
+                f"{where}: the action in row {row} is {values[row]:g}; expected an integer from {low} to {high}, "
+                f"because actions are choices. Use --columns action=NAME if they are numbers"
+            )
+        codes = np.where(known, values - low, 0).astype(np.int64)
+        encoded: np.ndarray = np.eye(high - low + 1, dtype=np.float32)[codes]
+        encoded[~known] = np.nan
+        return encoded
 
     def _bounds(self, size: int, found: Bounds | None, *, stated: bool, discrete: bool) -> ActionSpec:
         """Return the action bounds in the options, or by default `found`; add a note if these are a range of the data.
@@ -372,9 +560,10 @@ class Source(Closing, ABC):
         if len(actions) < 1:
             self.note("skipped", f"{where} is skipped: it has no action between two frames.", index)
             return []
-        vector = [flat(columns[name]) for name in self._columns]
+        vector = [self.single(two_axes(columns[name]), name, where, index) for name in self._columns]
+        actions = self.single(actions, "the action", where, index)
         joined = np.ascontiguousarray(np.concatenate(vector, axis=1)) if vector else None
-        flat_labels = {name: flat(column) for name, column in labels.items()}
+        flat_labels = {name: self.single(two_axes(column), name, where, index) for name, column in labels.items()}
         named = {"actions": actions, "the vector": joined}
         named |= {f"label {name!r}": column for name, column in flat_labels.items()}
         for name, column in named.items():
@@ -389,7 +578,7 @@ class Source(Closing, ABC):
                 Episode(
                     pixels=frames,
                     vector=joined,
-                    actions=np.asarray(actions, np.float32),
+                    actions=actions,
                     labels=flat_labels,
                     metadata=metadata,
                 )
@@ -560,6 +749,22 @@ def refuse(options: ReadOptions, names: Sequence[str], why: str) -> None:
             raise ConfigError(f"the option {name!r} is not supported here: {why}. Leave it out")
 
 
+def guess(names: Sequence[str], columns: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the columns that match the first of `names` with a match, and columns that may repeat them.
+
+    A name matches the column with this name, whose parts `name.*` or `name/*` may repeat it, or otherwise these parts,
+    in natural order.
+    """
+    there = list(columns)
+    for name in names:
+        parts = sorted((each for each in there if each.startswith((f"{name}.", f"{name}/"))), key=natural)
+        if name in there:
+            return [name], parts
+        if parts:
+            return parts, []
+    return [], []
+
+
 def count_files(place: Callable[[int], Path]) -> int:
     """Return the number of files that exist in the sequence `place(0)`, `place(1)`, ..., before the first gap."""
     return next(number for number in itertools.count() if not place(number).exists())
@@ -575,6 +780,17 @@ def only_one(found: Sequence[Path], path: Path, kind: str) -> Path:
         names = ", ".join(each.name for each in found) or "none"
         raise DataError(f"{path} has these {kind}: {names}; expected one. Use the path of a single one")
     return found[0]
+
+
+def files_below(path: Path) -> list[Path]:
+    """Return all files below a directory, sorted; links to directories are followed once."""
+    found: list[Path] = []
+    seen = {path.resolve()}
+    for folder, folders, names in os.walk(path, followlinks=True):
+        folders[:] = [name for name in folders if Path(folder, name).resolve() not in seen]
+        seen |= {Path(folder, name).resolve() for name in folders}
+        found += [Path(folder, name) for name in names]
+    return sorted(file for file in found if file.is_file())
 
 
 def digest_files(paths: Iterable[Path], root: Path) -> str:

@@ -8,7 +8,7 @@ import importlib
 import json
 import shutil
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,74 @@ def width(column: Any) -> int:
     return int(np.prod(column.shape[1:]))
 
 
+def arrays(group: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the arrays with rows below a group by path, and a reason for each entry that is none.
+
+    Entries without rows are scalars, empty datasets, text, rows of varying length, and dead links.
+    """
+    found: dict[str, Any] = {}
+    odd: dict[str, str] = {}
+    seen: set[Any] = set()
+
+    def walk(parent: Any, prefix: str) -> None:
+        for name in parent:
+            path = f"{prefix}{name}"
+            entry = entry_of(parent, name)
+            if entry is None:
+                odd[path] = "a dead link"
+            elif isinstance(entry, h5py().Group):
+                place = h5py().h5o.get_info(entry.id).addr
+                if place not in seen:  # a link may lead back to a parent
+                    seen.add(place)
+                    walk(entry, f"{path}/")
+            elif not isinstance(entry, h5py().Dataset):
+                odd[path] = "not an array"
+            elif entry.shape is None:
+                odd[path] = "empty"
+            elif entry.dtype.kind in "SU" or h5py().check_string_dtype(entry.dtype) is not None:
+                odd[path] = "text"
+            elif entry.dtype.kind == "O":
+                odd[path] = "rows of varying length, or links"
+            elif entry.shape == ():
+                odd[path] = "a scalar"
+            else:
+                found[path] = entry
+
+    walk(group, "")
+    return found, odd
+
+
+def entry_of(group: Any, name: str) -> Any:
+    """Return an entry of a group, or None if the entry is missing or a dead link."""
+    try:
+        return group[name]
+    except (KeyError, OSError, RuntimeError):
+        return None
+
+
+def group_names(group: Any) -> list[str]:
+    """Return the names of the groups in a group."""
+    return [name for name in group if isinstance(entry_of(group, name), h5py().Group)]
+
+
+def attributes(holder: Any) -> dict[str, Any]:
+    """Return the attributes of a group or file as JSON values; an empty or unsupported one becomes None."""
+    values = {}
+    for name in holder.attrs:
+        try:
+            values[name] = json_or_text(holder.attrs[name])
+        except (OSError, TypeError, ValueError, KeyError):
+            values[name] = None
+    return values
+
+
+def whole_number(holder: Any, name: str) -> int | None:
+    """Return an attribute that is a whole number, or None if the attribute is missing or something else."""
+    value = attributes(holder).get(name)
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    return int(value) if isinstance(value, int | float) and value == int(value) else None
+
+
 def own_attribute(holder: Any) -> dict[str, Any]:
     """Return the values that worldloom wrote to the attributes of a group or file, or {} if there are none."""
     text = holder.attrs.get(OWN)
@@ -91,22 +159,39 @@ def own_metadata(column: Any) -> dict[str, Any]:
 
 
 def json_or_text(value: Any) -> Any:
-    """Return an attribute as a JSON value: parsed if it is JSON, else as text, a number or a list."""
-    if isinstance(value, bytes):
-        value = value.decode(errors="replace")
-    if isinstance(value, str):
+    """Return an attribute as a JSON value: parsed if it is JSON, else as text, a number or a list.
+
+    Numbers that are not finite become text, and other values that JSON does not have become None.
+    """
+    if isinstance(value, str | bytes):
+        text = value.decode(errors="replace") if isinstance(value, bytes) else value
         try:
-            return json.loads(value)
-        except json.JSONDecodeError:
-            return value
-    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+            return _plain(json.loads(text))
+        except (json.JSONDecodeError, RecursionError):
+            return text
+    return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray) and value.dtype.kind != "V":
+        value = value.tolist()
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, float) and not np.isfinite(value):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    return value if isinstance(value, str | bool | int | float) else None
 
 
 class Hdf5Source(Source):
     """Base class of sources that read one HDF5 file: `main` is the path, and `file` is the open file."""
 
-    refused = (*CLOCK, "columns")
-    reason = "this layout has no timestamps, and its column names are fixed"
+    refused = CLOCK
+    roles: Sequence[str] = ("action", "choice", "observation", "label", "camera")
+    reason = "this layout has no timestamps"
     file: Any = None
 
     def begin(self) -> None:

@@ -20,8 +20,9 @@ from worldloom.core.types import Episode
 from worldloom.core.untrusted import try_files
 from worldloom.data import decode_picture, resize, to_rgb
 from worldloom.formats.arrow import is_list, is_number, table_errors
-from worldloom.formats.format import Contents, Source, add_format, chosen, natural
+from worldloom.formats.format import Bounds, Contents, Source, add_format, chosen, files_below, guess
 from worldloom.formats.lerobot_layout import (
+    ACTION,
     COUNTERS,
     INFO,
     LABEL,
@@ -36,12 +37,14 @@ from worldloom.formats.lerobot_write import LeRobotSinkV2, LeRobotSinkV3
 from worldloom.formats.timebase import Log, aligned_episodes, clock_difference, timestamps, unit_of
 from worldloom.formats.video import TURNED, FrameStream, frame_times
 
+STATES = ("state", "states", "proprio")  # names of features for the vector if none has the prefix `observation`
+
 
 class LeRobotSource(Source):
     """A source that reads a LeRobot dataset. Consecutive episodes in the same files are read in one pass."""
 
-    refused = ("columns",)
-    reason = "LeRobot's layout has fixed column names"
+    roles = ("action", "choice", "observation", "label", "camera")
+    reason = "LeRobot's timestamps have a fixed column and unit"
     major: str  # version
     _stream: FrameStream | None = None  # the video that was read last
     _values: tuple[float, float] | None = None  # of encoded pictures with more than 8 bits
@@ -54,21 +57,31 @@ class LeRobotSource(Source):
         self._group = lru_cache(maxsize=2)(self._read_group)
         self._frame_times = lru_cache(maxsize=1)(frame_times)
         self._shared = Counter(file for entry in layout.entries for file, _ in entry.videos.values())
+        self._ends = {entry.data: 0 for entry in layout.entries}
+        for entry in layout.entries:
+            self._ends[entry.data] = max(self._ends[entry.data], entry.first + entry.length)
+        for remark in layout.remarks:
+            self.note("info", remark)
         features, own = layout.features, layout.spec
         sizes = {name: width(feature) for name, feature in features.items() if is_numeric(feature)}
-        observed = {name for name in sizes if name.startswith("observation")}
+        numeric = [name for name in sizes if name not in COUNTERS]
+        observed = {name for name in numeric if name.startswith("observation")}
         encoded = [name for name, feature in features.items() if feature["dtype"] in ("video", "image")]
         pictures, cameras = self.pictures_among(
             {name: (features[name]["shape"], features[name]["dtype"]) for name in observed}, others=bool(encoded)
         )
         self._camera = self.choose_camera([*encoded, *cameras])
-        self._vector = self.choose_vector(observed - pictures)
-        self._actions = sorted((name for name in sizes if name.partition(".")[0] == "action"), key=natural)
-        if not self._actions:
-            raise DataError(
-                f"{path / INFO} has no feature 'action'; it has {', '.join(features) or 'none'}. Check the dataset"
+        self._vector = self._choose_observations(
+            [name for name in numeric if name not in pictures], guessing=own is None
+        )
+        self._actions = self.choose_actions(numeric, file=path / INFO)
+        self._labels = self.choose_labels((name for name in sizes if name.startswith(LABEL)), numeric)
+        if own is None and len(self._actions) > 1 and not self.options.columns:
+            self.note(
+                "guessed",
+                f"{path}: the action joins {', '.join(f'{name} ({sizes[name]})' for name in self._actions)}. If they "
+                f"repeat each other, name some of them with --columns action=NAME,NAME.",
             )
-        self._labels = [name for name in sizes if name.startswith(LABEL)]
         left = sorted({*features} - {*self._vector, *self._actions, *self._labels, *COUNTERS, self._camera})
         self.note_left_out("features", left, "not chosen, rewards, or not numeric")
         if own is None:
@@ -91,12 +104,13 @@ class LeRobotSource(Source):
         try_files("parquet", files)  # all at once, because each child process takes time to start
         try_files("video", videos)
         files |= videos
-        files |= set((path / "meta").rglob("*.json*")) | set((path / "meta").rglob("*.parquet"))
+        files |= {file for file in files_below(path / "meta") if file.suffix.startswith((".json", ".parquet"))}
         self.describe(
             Contents(
                 files=[file for file in files if file.exists()],
                 action=size,
-                range=layout.range if layout.range is not None and len(layout.range[0]) == size else None,
+                integer=all(np.dtype(features[name]["dtype"]).kind in "iub" for name in self._actions),
+                range=layout.range if self._actions == [ACTION] and _fits(layout.range, size) else None,
                 pixels=pixels,
                 vector=vector,
                 labels={name.removeprefix(LABEL): sizes[name] for name in self._labels},
@@ -104,6 +118,20 @@ class LeRobotSource(Source):
                 own=own,
             )
         )
+
+    def _choose_observations(self, numeric: list[str], *, guessing: bool) -> list[str]:
+        """Return the features of the vector: `observation*`, or, with a note, a feature that is named like a state."""
+        default = [name for name in numeric if name.startswith("observation")]
+        asked = self.options.vector is not None or "observation" in self.options.columns
+        if not default and guessing and not asked:
+            default, _ = guess(STATES, numeric)
+            if default:
+                self.note(
+                    "guessed",
+                    f"{self.path}: the vector is taken from {', '.join(default)}, because no feature has the prefix "
+                    f"'observation'. Name other features with --columns observation=NAME,NAME.",
+                )
+        return self.choose_vector(default, numeric)
 
     def __len__(self) -> int:
         return len(self._meta.entries)
@@ -133,11 +161,14 @@ class LeRobotSource(Source):
         if table.num_rows == 0:
             self.note("skipped", f"{where} is skipped: it has no rows.", index)
             return []
-        columns = {name: self._numbers(table, name, where) for name in numeric}
+        surplus = self._opened(entry.data)[0].metadata.num_rows - self._ends[entry.data]
+        if surplus and entry.first + entry.length == self._ends[entry.data]:
+            self.note("dropped", f"{entry.data}: the last {surplus} rows are left out; no episode has them.", index)
+        columns = {name: self._numbers(table, name, where, index) for name in numeric}
         times = self._clock(table, where)
         log = Log(
             times=times,
-            actions=self._joined_actions(table, where),
+            actions=self.encode(self._joined_actions(table, where, index), where),
             columns={name: columns[name] for name in self._vector},
             labels={name.removeprefix(LABEL): columns[name] for name in self._labels},
         )
@@ -153,8 +184,8 @@ class LeRobotSource(Source):
             observed=True,
         )
 
-    def _joined_actions(self, table: pa.Table, where: str) -> Float32[np.ndarray, "R A"]:
-        return np.concatenate([self._numbers(table, name, where) for name in self._actions], axis=1)
+    def _joined_actions(self, table: pa.Table, where: str, index: int | None = None) -> Float32[np.ndarray, "R A"]:
+        return np.concatenate([self._numbers(table, name, where, index) for name in self._actions], axis=1)
 
     def _rows(self, entry: EpisodePlace, names: list[str]) -> pa.Table:
         """Return the rows of an episode; a row group with several episodes is decoded once."""
@@ -193,7 +224,7 @@ class LeRobotSource(Source):
     def _read_group(self, path: Path, group: int, names: tuple[str, ...]) -> pa.Table:
         return self._opened(path)[0].read_row_group(group, columns=list(names))
 
-    def _numbers(self, table: pa.Table, name: str, where: str) -> Float32[np.ndarray, "R n"]:
+    def _numbers(self, table: pa.Table, name: str, where: str, index: int | None) -> Float32[np.ndarray, "R n"]:
         """Return a feature, flattened to (R, n); missing values become NaN."""
         column = table[name].combine_chunks()
         size = width(self._meta.features[name])
@@ -211,8 +242,7 @@ class LeRobotSource(Source):
                 f"{where}: column {name!r} has {len(values)} values in {table.num_rows} rows; expected {size} per row, "
                 f"as in {INFO}. Restore both files from a copy"
             )
-        numbers: np.ndarray = values.astype(np.float32).reshape(table.num_rows, size)
-        return numbers
+        return self.single(values.reshape(table.num_rows, size), name, where, index)
 
     def _clock(self, table: pa.Table, where: str) -> Float64[np.ndarray, "R"]:
         """Return the time of each row in seconds: row / fps if the timestamps agree with it, else the timestamps."""
@@ -249,7 +279,7 @@ class LeRobotSource(Source):
         if self._camera in entry.videos:
             return self._video(entry, times, rows, index)
         if self._camera is not None and is_numeric(feature := self._meta.features[self._camera]):
-            stored = self._numbers(table, self._camera, where)[rows].astype(feature["dtype"])
+            stored = self._numbers(table, self._camera, where, None)[rows].astype(feature["dtype"])
             return self.to_pixels(stored.reshape(-1, *feature["shape"]), where, entry.episode)
         return self._images(table[self._camera].combine_chunks(), rows, where)
 
@@ -322,6 +352,10 @@ class LeRobotSource(Source):
                 )
             pictures.append(picture)
         return np.stack(pictures)
+
+
+def _fits(bounds: Bounds | None, size: int) -> bool:
+    return bounds is not None and len(bounds[0]) == size
 
 
 def _open_rows(path: Path) -> tuple[pq.ParquetFile, Int64[np.ndarray, "_"]]:

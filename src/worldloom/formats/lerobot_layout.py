@@ -5,6 +5,7 @@ one video per camera for every episode. Version 3.0 has several episodes in each
 and the seconds of each. Row k contains the frame at its timestamp, and the action taken there.
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from worldloom.core.files import read_json, storage_errors
 from worldloom.core.untrusted import try_files
 from worldloom.data import DatasetSpec
 from worldloom.formats.arrow import table_errors
-from worldloom.formats.format import Bounds, spec_in
+from worldloom.formats.format import Bounds, files_below, spec_in
 
 INFO, OWN = Path("meta/info.json"), Path("meta/worldloom.json")
 METADATA = "worldloom_metadata"  # worldloom's metadata of an episode, as JSON text
@@ -57,12 +58,16 @@ class EpisodePlace:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The metadata of a dataset; `range` is the minimum and maximum of actions, if the statistics contain them."""
+    """The metadata of a dataset; `range` is the minimum and maximum of actions, if the statistics contain them.
+
+    `remarks` are sentences about counts in the metadata that disagree.
+    """
 
     fps: float
     features: Mapping[str, Mapping[str, Any]]
     entries: list[EpisodePlace]
     range: Bounds | None
+    remarks: list[str]
     spec: DatasetSpec | None  # if worldloom wrote the dataset
 
     @classmethod
@@ -93,7 +98,20 @@ class Layout:
         if not entries:
             raise DataError(f"{root} has no episodes; expected at least one in its metadata. Restore meta/ from a copy")
         spec = spec_in(read_json(root / OWN) if (root / OWN).exists() else {})
-        return cls(fps=fps, features=features, entries=entries, range=_range(root), spec=spec)
+        remarks = []
+        once = [entry for entry, after in zip(entries, [*entries[1:], None], strict=True) if entry != after]
+        if len(once) < len(entries):
+            twice = len(entries) - len(once)
+            remarks.append(f"{root}: {twice} episodes are stated twice in the metadata; each is read once.")
+        for entry, after in itertools.pairwise(once):
+            if entry.episode == after.episode:
+                raise DataError(
+                    f"{root} states episode {entry.episode} twice, with different values. Restore meta/ from a copy"
+                )
+        for name, count in (("total_episodes", len(once)), ("total_frames", sum(entry.length for entry in once))):
+            if isinstance(info.get(name), int) and info[name] != count:
+                remarks.append(f"{root / INFO} has {name} {info[name]}, but the episodes make {count}.")
+        return cls(fps=fps, features=features, entries=once, range=_range(root), remarks=remarks, spec=spec)
 
 
 @contextmanager
@@ -121,7 +139,7 @@ def _entries_v2(root: Path, info: Mapping[str, Any], cameras: list[str]) -> list
 
 def _entries_v3(root: Path, info: Mapping[str, Any], cameras: list[str]) -> list[EpisodePlace]:
     folder = root / "meta" / "episodes"
-    files = sorted(folder.rglob("*.parquet"))
+    files = [file for file in files_below(folder) if file.suffix == ".parquet"]
     if not files:
         raise DataError(
             f"{folder} has no Parquet files; expected chunk-000/file-000.parquet. Restore meta/ from a copy"
@@ -187,7 +205,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     with storage_errors(file):
         text = file.read_text(encoding="utf-8", errors="replace")
     lines = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # `splitlines` also splits at U+2028 inside a text
         if not line.strip():
             continue
         try:

@@ -22,6 +22,8 @@ from worldloom.formats.hdf5 import (
     OWN,
     Hdf5Source,
     PartsSink,
+    attributes,
+    group_names,
     h5py,
     hdf5_errors,
     json_or_text,
@@ -44,6 +46,8 @@ class MinariSource(Hdf5Source):
     """
 
     format = "minari"
+    roles = ("observation", "label", "camera")
+    reason = "the metadata state the space of the actions, and the layout has no timestamps"
 
     def locate(self, path: Path) -> Path:
         """Return the directory of the two files, and read the metadata."""
@@ -59,9 +63,9 @@ class MinariSource(Hdf5Source):
     def describe_file(self) -> None:
         """Choose the observations from the spaces in the metadata."""
         where = self.path
-        self._episodes = sorted((name for name in self.file if name.startswith("episode_")), key=natural)
+        self._episodes = sorted((name for name in group_names(self.file) if name.startswith("episode_")), key=natural)
         stated = self._metadata.get("total_episodes")
-        if not self._episodes or (stated is not None and int(stated) != len(self._episodes)):
+        if not self._episodes or (stated is not None and stated != len(self._episodes)):
             raise DataError(
                 f"{self.main} has {len(self._episodes)} episodes; expected {stated}, as in {METADATA}, and at "
                 f"least one. The file is empty or truncated; restore the file from a copy"
@@ -78,9 +82,12 @@ class MinariSource(Hdf5Source):
             others=any(_size(space) for name, space in self._leaves.items() if name not in boxes),
         )
         sizes = {name: _size(space) for name, space in self._leaves.items()}
+        numeric = [name for name, size in sizes.items() if name not in pictures and size]
+        named = self.choose_labels([], numeric)
         self._camera = self.choose_camera(cameras)
-        self._vector = self.choose_vector(name for name, size in sizes.items() if name not in pictures and size)
-        left = sorted({*sizes} - {*self._vector, self._camera})
+        self._vector = self.choose_vector([name for name in numeric if name not in named], named)
+        labels = {name: sizes[name] for name in named} if own is None else own.labels
+        left = sorted({*sizes} - {*self._vector, *named, self._camera})
         self.note_left_out("observations", left, "not chosen, or not numeric")
         if own is None:
             names = [name for name in ("rewards", "terminations", "truncations", "infos") if name in first]
@@ -92,7 +99,7 @@ class MinariSource(Hdf5Source):
             shape = space["shape"]
             # Some versions do not record the encoding; raw pictures have one axis more than their space (time).
             stored = first.get(self._places[self._camera])
-            self._jpeg = stored is not None and len(stored.shape) <= len(shape)
+            self._jpeg = isinstance(stored, h5py().Dataset) and len(stored.shape or ()) <= len(shape)
             if self._jpeg:
                 self.picture_values(f"{where}: {self._camera}")
                 self._layout = PictureLayout(shape=(*shape, 1)[:3], axes="hwc")
@@ -133,7 +140,7 @@ class MinariSource(Hdf5Source):
                 bounds=bounds,
                 pixels=pixels,
                 vector=vector,
-                labels={} if own is None else own.labels,
+                labels=labels,
                 environment=environment,
                 own=own,
                 source=where.parent.name,
@@ -171,17 +178,19 @@ class MinariSource(Hdf5Source):
                 actions = flat(group[SCORES][()])
             steps = len(actions)
             columns = {}
-            for leaf in self._vector:
+            for leaf in [*self._vector, *([] if self._own else self.spec.labels)]:
                 place = self._places[leaf]
                 column = self._numbers(group, place, where)
                 columns[leaf] = self._encode(column, self._leaves[leaf], f"{where}/{place}")
                 self._check(columns[leaf], steps, f"{where}/{place}")
             pixels = None if self._camera is None else self._pictures(group, steps, where, index)
-            labels = {} if self._own is None else {key: group[f"labels/{key}"][()] for key in self._own.labels}
+            labels = {
+                key: columns[key] if self._own is None else group[f"labels/{key}"][()] for key in self.spec.labels
+            }
             if self._own is not None:
                 metadata = own_metadata(group[OWN])
             else:
-                metadata = {"episode": name} | {key: _plain(value) for key, value in group.attrs.items() if key != "id"}
+                metadata = {"episode": name} | {key: value for key, value in attributes(group).items() if key != "id"}
         return self.episode(
             index,
             where,
@@ -204,7 +213,7 @@ class MinariSource(Hdf5Source):
         return numbers
 
     def _encode(self, column: np.ndarray, space: Mapping[str, Any], where: str) -> np.ndarray:
-        """Return a column as float32 (N, size); discrete choices become one-hot."""
+        """Return a column as (N, size); discrete choices become one-hot."""
         width = _size(space)
         if space["type"] == "Discrete":
             start = int(space.get("start", 0))
@@ -220,7 +229,7 @@ class MinariSource(Hdf5Source):
                 f"{where} has shape {column.shape}; expected {width} values per row, as in {METADATA}. Restore "
                 f"the file from a copy"
             )
-        return flat(column)
+        return two_axes(column)
 
     def _check(self, column: np.ndarray, steps: int, where: str) -> None:
         if len(column) != steps + 1:
@@ -392,14 +401,6 @@ def _size(space: Mapping[str, Any]) -> int:
 
 def _box(dtype: str, low: np.ndarray, high: np.ndarray) -> dict[str, Any]:
     return {"type": "Box", "dtype": dtype, "shape": list(low.shape), "low": low.tolist(), "high": high.tolist()}
-
-
-def _plain(value: Any) -> Any:
-    """Return an attribute as a JSON value."""
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    plain = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
-    return plain if isinstance(plain, int | str) or np.isfinite(plain).all() else str(plain)
 
 
 add_format(MinariSource, MinariSink, _detects, "a dataset of Minari: data/metadata.json and data/main_data.hdf5")

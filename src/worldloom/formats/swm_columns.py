@@ -29,8 +29,9 @@ Columns = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]  # by name: shape 
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenColumns:
-    """The columns that a source reads: the camera, the vector columns and the labels."""
+    """The columns that a source reads: the action, the camera, the vector columns and the labels."""
 
+    action: list[str]
     camera: str | None
     vector: list[str]
     labels: list[str]
@@ -48,7 +49,8 @@ class ChosenColumns:
         vector = {name: sizes[name] for name in self.vector}
         return Contents(
             files=files,
-            action=sizes[ACTION],
+            action=sum(sizes[name] for name in self.action),
+            integer=all(columns[name][1].kind in "iub" for name in self.action),
             pixels=pixels,
             vector=vector,
             labels={name: sizes[name] for name in self.labels},
@@ -65,25 +67,28 @@ def choose_columns(source: Source, columns: Columns, own: DatasetSpec | None) ->
     """
     usable = {name: (shape[1:], dtype) for name, (shape, dtype) in columns.items() if name not in _UNSEEN}
     pictures, cameras = source.pictures_among(usable)
+    action = source.choose_actions(_numeric(columns, [*COUNTERS, LENGTH, OFFSET, *pictures]), (ACTION,))
     if own is not None and own.observation.pixels is None:
         cameras = []
     camera = source.choose_camera(cameras)
     if own is None:
-        observed, labels = _roles(columns, pictures)
+        observed, labels = _roles(columns, pictures, action)
         left = {*columns} - {*observed, *labels}
     else:
         observed, labels, left = [VECTOR] if own.observation.vector else [], list(own.labels), set()
     every = [*observed, *labels]
     if camera is None and not observed:
         observed = ["state"] if "state" in labels else labels
-    vector = source.choose_vector(observed if source.options.vector is None else every)
+    vector = source.choose_vector(observed, every)
+    others = [name for name in every if name not in vector]
+    labels = source.choose_labels(others, others)
     rewards = sorted(left & {*REWARDS})
     source.note_left_out("columns", rewards, "worldloom learns without rewards")
-    others = sorted({*left, *cameras} - {ACTION, camera, *REWARDS, *COUNTERS})
-    source.note_left_out("columns", others, f"not chosen, not numeric or more than {_MOST} values")
+    rest = sorted({*left, *cameras, *others} - {*action, *labels, camera, *REWARDS, *COUNTERS})
+    source.note_left_out("columns", rest, f"not chosen, not numeric or more than {_MOST} values")
     if own is None:
         source.note_last_action()
-    return ChosenColumns(camera=camera, vector=vector, labels=[name for name in every if name not in vector])
+    return ChosenColumns(action=action, camera=camera, vector=vector, labels=labels)
 
 
 def metadata_column(episode: Episode) -> list[str]:
@@ -91,14 +96,18 @@ def metadata_column(episode: Episode) -> list[str]:
     return [metadata_json(episode.metadata), *[""] * episode.steps]
 
 
-def _roles(columns: Columns, pictures: Collection[str]) -> tuple[list[str], list[str]]:
+def _roles(columns: Columns, pictures: Collection[str], action: Collection[str]) -> tuple[list[str], list[str]]:
     """Return the observation columns and the label columns."""
-    numeric = [
-        name
-        for name, (shape, dtype) in columns.items()
-        if dtype.kind in "fiub" and name not in (*_UNSEEN, *pictures) and int(np.prod(shape[1:])) <= _MOST
-    ]
+    numeric = _numeric(columns, [*_UNSEEN, *pictures, *action])
     observed = [name for name in OBSERVED if name in numeric]
     if not observed and not pictures:
         observed = ["state"] if "state" in numeric else numeric
     return observed, [name for name in sorted(numeric) if name not in observed]
+
+
+def _numeric(columns: Columns, but: Collection[str]) -> list[str]:
+    return [
+        name
+        for name, (shape, dtype) in columns.items()
+        if dtype.kind in "fiub" and name not in but and int(np.prod(shape[1:])) <= _MOST
+    ]

@@ -12,16 +12,18 @@ import numpy as np
 
 from worldloom.core.errors import DataError
 from worldloom.core.types import Episode
-from worldloom.formats.format import add_format, flat, only_one, spec_in, two_axes, with_last_action
-from worldloom.formats.hdf5 import Hdf5Source, PartsSink, h5py, hdf5_errors, is_hdf5, opened_hdf5, own_attribute
+from worldloom.formats.format import add_format, only_one, spec_in, two_axes, with_last_action
+from worldloom.formats.hdf5 import Hdf5Source, PartsSink, arrays, h5py, hdf5_errors, is_hdf5, opened_hdf5, own_attribute
 from worldloom.formats.swm_columns import (
     ACTION,
     LENGTH,
     METADATA,
+    OBSERVED,
     OFFSET,
     PIXELS,
     RESERVED,
     VECTOR,
+    Columns,
     choose_columns,
     metadata_column,
 )
@@ -38,37 +40,39 @@ class SwmHdf5Source(Hdf5Source):
 
     def describe_file(self) -> None:
         """Check the columns, and choose among them."""
-        file, where = self.file, self.path
-        for name in (LENGTH, OFFSET, ACTION):
+        file, where, own = self.file, self.path, spec_in(own_attribute(self.file))
+        for name in (LENGTH, OFFSET):
             if name not in file:
                 raise DataError(f"{where} has no column {name!r}; it has {', '.join(file) or 'none'}. Check the file")
-        self._lengths, self._offsets = (np.asarray(file[name][()], np.int64) for name in (LENGTH, OFFSET))
+        found, odd = arrays(file)
+        for name in (LENGTH, OFFSET):
+            if name not in found or found[name].dtype.kind not in "iu" or found[name].ndim != 1:
+                raise DataError(f"{where}: column {name!r} has no whole number for each episode. Restore the file")
+        self._lengths, self._offsets = (found[name][()].astype(np.int64) for name in (LENGTH, OFFSET))
         if len(self._lengths) != len(self._offsets):
             raise DataError(
                 f"{where} has {len(self._lengths)} lengths but {len(self._offsets)} offsets; restore the file"
             )
         columns = {
             name: (column.shape, column.dtype)
-            for name, column in file.items()
+            for name, column in found.items()
             if name not in (LENGTH, OFFSET, METADATA)
         }
         rows = int((self._lengths + self._offsets).max(initial=0))
-        for name, (shape, _) in columns.items():
-            if len(shape) == 0 or shape[0] < rows:
-                raise DataError(
-                    f"{where}: column {name!r} has shape {shape}, but the episodes need {rows} rows. Restore the "
-                    f"file from a copy"
-                )
-        shape, dtype = columns[ACTION]
-        if len(shape) > 2 or dtype.kind not in "fiub":
+        short = {name for name, (shape, _) in columns.items() if shape[0] < rows}
+        for name in sorted(short & {ACTION, PIXELS, *OBSERVED, *(own.labels if own else ())}):
             raise DataError(
-                f"{where}: column 'action' is {dtype} of shape {shape}; expected numbers of shape (N, A). "
-                f"Convert the column"
+                f"{where}: column {name!r} has shape {columns[name][0]}, but the episodes need {rows} rows. Restore "
+                f"the file from a copy"
             )
-        self._text = [name for name, (_, dtype) in columns.items() if dtype.kind in "OSU"]
-        own = spec_in(own_attribute(file))
-        numbers = {name: column for name, column in columns.items() if name not in self._text}
+        numbers = {name: column for name, column in columns.items() if name not in short}
+        text = [name for name, why in odd.items() if why == "text" and name != METADATA]
+        self._text = [name for name in text if file[name].shape and len(file[name]) >= rows]
+        for reason in sorted({*odd.values()} - {"text"}):
+            self.note_left_out("entries", sorted(name for name, why in odd.items() if why == reason), reason)
+        self.note_left_out("columns", sorted(short), f"fewer than the {rows} rows of the episodes")
         self._chosen = choose_columns(self, numbers, own)
+        self._note_counts(numbers, rows)
         pixels: tuple[int, int, int] | None = None
         if (camera := self._chosen.camera) is not None:
             shape, dtype = columns[camera]
@@ -76,10 +80,31 @@ class SwmHdf5Source(Hdf5Source):
             pixels = self.lay_out(shape[1:], dtype, what, own=own is not None, sample=sample).pixels
         self.describe(self._chosen.contents(numbers, files=[self.path], pixels=pixels, own=own))
 
+    def _note_counts(self, columns: Columns, rows: int) -> None:
+        """Add notes about rows that no episode has, and rows that several episodes have."""
+        taken = np.zeros(max(rows, 0) + 1, np.int64)
+        for offset, length in zip(self._offsets, self._lengths, strict=True):
+            if offset < 0 or length < 0:
+                raise DataError(
+                    f"{self.path} has an episode with offset {offset} and length {length}; expected numbers of at "
+                    f"least 0. Restore the file from a copy"
+                )
+            taken[offset] += 1
+            taken[offset + length] -= 1
+        uses = np.cumsum(taken)[:rows]
+        surplus = max([rows, *(int(shape[0]) for shape, _ in columns.values())]) - rows + int((uses == 0).sum())
+        if surplus:
+            self.note("dropped", f"{self.path}: {surplus} rows are left out, because they belong to no episode.")
+        if (uses > 1).any():
+            self.note("info", f"{self.path}: {int((uses > 1).sum())} rows belong to several episodes.")
+
     def actions(self) -> Iterator[np.ndarray]:
         """Yield each episode's actions, without its last action."""
         for offset, length in zip(self._offsets, self._lengths, strict=True):
-            yield two_axes(self.file[ACTION][offset : offset + length - 1])
+            yield self._joined_actions(slice(int(offset), int(offset) + max(int(length) - 1, 0)))
+
+    def _joined_actions(self, rows: slice) -> np.ndarray:
+        return np.concatenate([two_axes(self.file[name][rows]) for name in self._chosen.action], axis=1)
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -91,7 +116,7 @@ class SwmHdf5Source(Hdf5Source):
         with hdf5_errors(self.path):
             columns = {name: np.asarray(self.file[name][rows]) for name in (*chosen.vector, *chosen.labels)}
             stored = None if chosen.camera is None else self.file[chosen.camera][rows]
-            actions = flat(self.file[ACTION][rows])
+            actions = self._joined_actions(rows)
             metadata: dict[str, Any] = {"index": index}
             if METADATA in self.file and length:
                 metadata = json.loads(self.file[METADATA].asstr()[first] or "{}")
@@ -103,7 +128,7 @@ class SwmHdf5Source(Hdf5Source):
             where,
             pixels=None if stored is None else self.to_pixels(stored, where, index),
             columns=columns,
-            actions=actions[:-1],
+            actions=self.encode(actions[:-1], where),
             labels={name: columns[name] for name in chosen.labels},
             metadata=metadata,
         )

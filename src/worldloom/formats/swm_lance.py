@@ -24,8 +24,8 @@ from worldloom.data import (
     open_table,
     table_written,
 )
-from worldloom.formats.arrow import is_binary, is_number, is_text, numbers
-from worldloom.formats.format import CLOCK, Sink, Source, add_format, only_one, with_last_action
+from worldloom.formats.arrow import is_binary, is_integer, is_number, is_text, numbers
+from worldloom.formats.format import CLOCK, Sink, Source, add_format, files_below, only_one, with_last_action
 from worldloom.formats.swm_columns import ACTION, METADATA, PIXELS, RESERVED, VECTOR, choose_columns, metadata_column
 
 EPISODE, STEP = "episode_idx", "step_idx"
@@ -37,19 +37,24 @@ class SwmLanceSource(Source):
     """A source that reads a table, or a directory with one table. Columns have the same roles as in the HDF5 files."""
 
     format = "swm-lance"
-    refused = (*CLOCK, "columns")
-    reason = "this layout has no timestamps, and its column names are fixed"
+    refused = CLOCK
+    roles = ("action", "choice", "observation", "label", "camera")
+    reason = "this layout has no timestamps"
 
     def begin(self) -> None:
         """Open the table, check its columns, and choose among them."""
         self._lance = open_table(self.path)
         schema = self._lance.schema
-        for name in (EPISODE, STEP, ACTION):
+        for name in (EPISODE, STEP):
             if name not in schema.names:
                 raise DataError(
                     f"{self.path} has no column {name!r}; it has {', '.join(schema.names) or 'none'}. Check the path"
                 )
-        if not _width(schema.field(ACTION).type):
+        if (
+            ACTION in schema.names
+            and not _width(schema.field(ACTION).type)
+            and not {*self.options.columns} & {*self.roles[:2]}
+        ):
             raise DataError(
                 f"{self.path}: column 'action' has type {schema.field(ACTION).type}; expected a list of numbers in "
                 f"each row, of the same length in all rows. Convert the column"
@@ -64,12 +69,13 @@ class SwmLanceSource(Source):
             if is_binary(field.type):
                 columns[field.name] = ((1, 1, 1, 3), np.dtype(np.uint8))
             elif self._widths[field.name]:
-                columns[field.name] = ((1, self._widths[field.name]), np.dtype(np.float32))
+                kind = np.int64 if is_integer(field.type) else np.float32
+                columns[field.name] = ((1, self._widths[field.name]), np.dtype(kind))
             elif field.name not in (*self._text, METADATA):
                 columns[field.name] = ((1,), np.dtype(object))
         self._chosen = choose_columns(self, columns, self._own)
         self._values = self.picture_values(str(self.path))
-        files = (file for file in self.path.rglob("*") if file.is_file())
+        files = files_below(self.path)
         shape = self._picture_shape()
         self.describe(self._chosen.contents(columns, files=files, pixels=shape, own=self._own))
 
@@ -118,7 +124,10 @@ class SwmLanceSource(Source):
         """Yield each episode's actions, without its last action."""
         for first, last in zip(self._starts[:-1], self._starts[1:], strict=True):
             if last - first > 1:
-                yield numbers(self._rows(int(first), int(last) - 1, [ACTION])[ACTION], ACTION, str(self.path))
+                yield self._joined_actions(self._rows(int(first), int(last) - 1, self._chosen.action), str(self.path))
+
+    def _joined_actions(self, table: pa.Table, where: str) -> np.ndarray:
+        return np.concatenate([numbers(table[name], name, where) for name in self._chosen.action], axis=1)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -127,9 +136,10 @@ class SwmLanceSource(Source):
         """Return an episode."""
         first, last = int(self._starts[index]), int(self._starts[index + 1])
         where = f"{self.path}: episode {index}"
-        chosen, numeric = self._chosen, [*self._chosen.vector, *self._chosen.labels, ACTION]
+        chosen, numeric = self._chosen, [*self._chosen.vector, *self._chosen.labels]
         own = [METADATA] if self._own is not None else []
-        table = self._rows(first, last, [*numeric, *self._text, *own, *([chosen.camera] if chosen.camera else [])])
+        pictures = [chosen.camera] if chosen.camera else []
+        table = self._rows(first, last, [*{*numeric, *chosen.action, *self._text, *own, *pictures}])
         columns = {name: numbers(table[name], name, where) for name in numeric}
         if self._own is not None:
             metadata: dict[str, Any] = json.loads(table[METADATA][0].as_py() or "{}")
@@ -143,7 +153,7 @@ class SwmLanceSource(Source):
             where,
             pixels=pixels,
             columns=columns,
-            actions=columns[ACTION][:-1],
+            actions=self.encode(self._joined_actions(table, where)[:-1], where),
             labels={name: columns[name] for name in chosen.labels},
             metadata=metadata,
         )

@@ -109,7 +109,10 @@ def fit(
     stretch = stretch or Segment(begin=0, end=config.steps, base={})
     with run.lock(), use_threads(config.threads), ranks.watch():
         try:
-            return _Training(config, model_config, cache, run, ranks).run(resume, stretch, progress)
+            training = _Training(config, model_config, cache, run, ranks)
+            if ranks.first and stretch.begin == 0:
+                _warn_of_short_episodes(cache, config.horizon * model_config.block)
+            return training.run(resume, stretch, progress)
         finally:
             run.close()
 
@@ -129,6 +132,18 @@ def held_out_losses(
     ranks = Ranks(make_fabric(config), config.timeout_minutes)
     with use_threads(config.threads):
         return _Training(config, model_config, cache, run, ranks).losses(base)
+
+
+def _warn_of_short_episodes(cache: Frames, steps: int) -> None:
+    short = int((cache.lengths < steps).sum())
+    if short:
+        _logger.warning(
+            "of %d episodes %d are shorter than a window of %d steps and are not trained on; shorten the horizon or "
+            "the block to use them",
+            len(cache.lengths),
+            short,
+            steps,
+        )
 
 
 class _Training:

@@ -1,10 +1,12 @@
 """A wire that is listened to: it stands between a node and the coordinator, and keeps what TLS hides from others."""
 
 import json
+import select
 import socket
 import ssl
 import struct
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,35 +56,41 @@ class Wire:
                 return
             threading.Thread(target=self._carry, args=(raw,), daemon=True).start()
 
+    # One thread carries both directions: before Python 3.13, two threads must not read and write one TLS connection.
     def _carry(self, raw: socket.socket) -> None:
         sent, received = bytearray(), bytearray()
         self.connections.append((sent, received))
-        try:
-            with (
-                self._server.wrap_socket(raw, server_side=True) as node,
-                socket.create_connection(("127.0.0.1", self.port)) as far,
-                self._client.wrap_socket(far, server_hostname="127.0.0.1") as coordinator,
-            ):
-                up = threading.Thread(target=self._pump, args=(node, coordinator, sent), daemon=True)
-                up.start()
-                self._pump(coordinator, node, received)
-        except OSError:
-            raw.close()
-
-    @staticmethod
-    def _pump(source: ssl.SSLSocket, sink: ssl.SSLSocket, kept: bytearray) -> None:
-        try:
-            while data := source.recv(65536):
-                kept += data
-                sink.sendall(data)
-        except (OSError, ValueError):
-            pass
-        finally:
-            for end in (source, sink):
-                try:
-                    end.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    continue
+        with (
+            raw,
+            suppress(OSError),
+            self._server.wrap_socket(raw, server_side=True) as node,
+            socket.create_connection(("127.0.0.1", self.port)) as far,
+            self._client.wrap_socket(far, server_hostname="127.0.0.1") as coordinator,
+        ):
+            ways = {node: (coordinator, sent), coordinator: (node, received)}
+            open_still = True
+            while open_still:
+                for source in select.select(list(ways), [], [])[0]:
+                    data, open_still = _receive(source)
+                    sink, kept = ways[source]
+                    kept += data
+                    sink.sendall(data)
+                    if not open_still:
+                        break
 
     def close(self) -> None:
         self._listening.close()
+
+
+def _receive(source: ssl.SSLSocket) -> tuple[bytes, bool]:
+    """Return what has arrived, and whether the connection is still open."""
+    data = b""
+    source.settimeout(0)
+    try:
+        while part := source.recv(65536):
+            data += part
+    except ssl.SSLWantReadError:
+        return data, True
+    finally:
+        source.settimeout(None)
+    return data, False

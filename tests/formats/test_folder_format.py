@@ -251,7 +251,7 @@ def test_columns_may_be_named_and_lists(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"action.x": ["a"] * 12}, "column 'action.x' is string; expected numbers"),
+        ({"action.x": ["a"] * 12}, "column 'action.x' is string, for example 'a'; expected numbers"),
         ({"action.x": [[1.0]] * 11 + [[1.0, 2.0]]}, "lists of column 'action.x' have 1 to 2 values .row 11 differs"),
         ({"action.x": [{"x": 1.0}] * 12}, "column 'action.x' is struct"),
         ({"timestamp": ["noon"] * 12}, "timestamps have type string; expected numbers"),
@@ -587,6 +587,13 @@ def test_tables_of_spreadsheets_are_read(separator: str, decimal: str, named: st
     (episode,), notes, _ = read_all(tmp_path)
     assert episode.actions.tolist() == [[x, y] for _, x, y in ROWS[:-1]]
     assert any(note.startswith("guessed") and named in note for note in notes)
+
+
+def test_a_column_of_text_is_refused_with_the_text(tmp_path: Path) -> None:
+    film(tmp_path / "run.mp4")
+    (tmp_path / "run.csv").write_text("timestamp,action.x\n0.0,1.0\n0.1,2.0.0\n")
+    with pytest.raises(DataError, match=r"column 'action.x' is string, for example '2\.0\.0'; expected numbers"):
+        read_all(tmp_path)
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])

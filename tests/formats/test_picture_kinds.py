@@ -152,6 +152,7 @@ def test_arrays_are_read_as_pictures_by_one_rule(name: str, kind: str, tmp_path:
         (episode,), notes, spec = read_all(name, path)  # not selected: left out, and that is said
         assert spec.observation.pixels is None
         assert any(f"{camera} of shape (32, 32) are left out, because they are float32" in note for note in notes)
+        assert sum(camera in note for note in notes) == 1
         with pytest.raises(DataError, match="--picture-axes hwc has 3 letters"):
             read_all(name, path, camera=camera, pictures={"range": (0, 1), "axes": "hwc"})
 

@@ -12,6 +12,7 @@ and inode have not changed. What was tried is remembered across processes: in wo
 
 import atexit
 import hashlib
+import io
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from worldloom.core.errors import DataError
 
@@ -35,6 +36,7 @@ _log = logging.getLogger(__name__)
 Kind = Literal["lance", "hdf5", "video", "picture", "parquet"]
 MEMORY = 8 * 2**30  # bytes of address space of the child, in addition to twice the largest file
 _SECONDS, _RATE = 300.0, 2e6  # time limit: seconds, and bytes per second in addition
+_CHECKS = b"2:"  # raise the number when the child checks more, so that files are tried again
 _MOST_KNOWN, _MOST_LISTS = 100_000, 1000
 _CHILD = Path(__file__).with_name("untrusted_child.py")
 _FEW_THREADS = {
@@ -50,11 +52,8 @@ _FEW_THREADS = {
 class HarmfulFile(DataError):
     """A file that must not be opened, because it ended a child process; `file` is its path."""
 
-    def __init__(self, file: str, why: str) -> None:
-        super().__init__(
-            f"{file} is damaged, or was made to do harm: reading it in a child process {why}. Restore the file from a "
-            f"copy"
-        )
+    def __init__(self, file: str, why: str, remedy: str = "Restore the file from a copy") -> None:
+        super().__init__(f"{file} is damaged, or was made to do harm: reading it in a child process {why}. {remedy}")
         self.file, self.why = file, why
 
 
@@ -127,7 +126,8 @@ def _try(request: dict[str, Any]) -> None:
     if file is None and code > 0:  # the child did not start to read, for example because a module is missing
         _log.warning("files of unknown origin are read without a child process, which failed: %s", errors.strip())
         return
-    raise HarmfulFile(file or request["files"][0], said.get("refused") or _cause(code, errors, request))
+    refused = said.get("refused") or [_cause(code, errors, request)]
+    raise HarmfulFile(str(file or request["files"][0]), *map(str, refused))
 
 
 class _Child:
@@ -135,9 +135,10 @@ class _Child:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._errors: IO[bytes] = io.BytesIO()  # the error output of the process
         self._lock = threading.Lock()
 
-    def ask(self, request: dict[str, Any]) -> tuple[dict[str, str], int, str]:
+    def ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], int, str]:
         """Send a request; return what the child said of it, the exit code and the error output."""
         with self._lock:
             try:
@@ -152,25 +153,25 @@ class _Child:
                 raise
 
     def _start(self) -> subprocess.Popen[bytes]:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - it is open as long as the child
         environment = {**os.environ, **_FEW_THREADS, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(_CHILD)],  # -P: the names of modules beside the child hide those of Python
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors.fileno(),  # a pipe could fill, and stop the child
             env=environment,
             start_new_session=True,  # a signal to the terminal's processes is for this one alone
         )
         return self._process
 
-    def _answer(self, process: subprocess.Popen[bytes], request: dict[str, Any]) -> tuple[dict[str, str], int, str]:
+    def _answer(self, process: subprocess.Popen[bytes], request: dict[str, Any]) -> tuple[dict[str, Any], int, str]:
         assert process.stdin is not None
         assert process.stdout is not None
-        assert process.stderr is not None
         with suppress(BrokenPipeError):
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
-        said: dict[str, str] = {}
+        said: dict[str, Any] = {}
         deadline = time.monotonic() + request["seconds"] + 30
         output, rest = process.stdout.fileno(), b""
         ready = select.poll()
@@ -189,10 +190,11 @@ class _Child:
                     told = json.loads(text)
                     if what == "ended":
                         return said, int(told[0]), str(told[1])
-                    said[what] = str(told)
+                    said[what] = told
             if not data:
-                errors = process.stderr.read().decode(errors="replace")
                 code = process.wait()
+                self._errors.seek(0)
+                errors = self._errors.read(4000).decode(errors="replace")
                 self.end()
                 return said, code, errors
 
@@ -203,11 +205,12 @@ class _Child:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
+        self._errors.close()
 
     def leave(self) -> None:
         """Leave the child to the process that has started it, and of which this process is a fork."""
         self._lock = threading.Lock()
-        self._of_other, self._process = self._process, None
+        self._of_other, self._process, self._errors = (self._process, self._errors), None, io.BytesIO()
 
 
 _child = _Child()
@@ -254,7 +257,7 @@ def _remembered(root: Path) -> Iterator[Path | None]:
     import fcntl
 
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "worldloom" / "tried"
-    name = hashlib.blake2b(os.fsencode(root.absolute()), digest_size=16).hexdigest()
+    name = hashlib.blake2b(_CHECKS + os.fsencode(root.absolute()), digest_size=16).hexdigest()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / f"{name}.lock").open("a")

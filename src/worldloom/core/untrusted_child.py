@@ -13,7 +13,8 @@ import signal
 import struct
 import sys
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,17 @@ from typing import Any
 _SLAB = 2**25  # bytes read at a time
 _MOST_EXPANSION = 2000  # of a file's size by decompression; deflate, the densest common filter, reaches 1032
 _FRAMES = 8  # of a video that are decoded
+# Other formats start programs (EPS), or name further files or addresses to read (playlists).
+PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+VIDEO_FORMATS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi", "protocol_whitelist": "file"}
 _IDLE = 60.0  # seconds without a request after which the process ends
 
 
 class Harmful(Exception):
-    """The file must not be read by the parent."""
+    """The file must not be read by the parent; the second argument says what to do, if it is not to restore a copy."""
 
 
-def say(what: str, told: str | list[int | str] = "") -> None:
+def say(what: str, told: str | Sequence[int | str] = "") -> None:
     """Write a line of ASCII to the parent; what a library may have printed before is on a line of its own."""
     sys.stdout.write(f"\n{what} {json.dumps(told)}\n")
     sys.stdout.flush()
@@ -80,6 +84,29 @@ def lance_table(request: dict[str, Any]) -> None:
                 batch.validate(full=True)
 
 
+def refuse_other_files(item: Any) -> None:
+    """Refuse an HDF5 group or dataset that takes values from another file, which may be any file of the user."""
+    import h5py
+
+    others: list[tuple[str, str]] = []
+    if isinstance(item, h5py.Group):
+        for name in item:
+            try:
+                link = item.get(name, getlink=True)
+            except TypeError:
+                raise Harmful(f"found {item.name!r}, which has a link of an unknown type") from None
+            if isinstance(link, h5py.ExternalLink):
+                others.append((f"{item.name.rstrip('/')}/{name}", link.filename))
+    elif isinstance(item, h5py.Dataset):
+        sources = [name for name, *_ in item.external or ()]
+        sources += [source.file_name for source in item.virtual_sources()] if item.is_virtual else []
+        others = [(item.name, source) for source in sources if source != "."]
+    for name, other in others:
+        raise Harmful(
+            f"found that {name!r} takes its values from another file, {other!r}", "Copy the values into this file"
+        )
+
+
 def hdf5(path: str) -> None:
     """Read all attributes and values."""
     import h5py
@@ -90,6 +117,7 @@ def hdf5(path: str) -> None:
     with h5py.File(path, "r") as file:
 
         def visit(name: str, item: Any) -> None:
+            refuse_other_files(item)
             for key in item.attrs:
                 with suppress(OSError, KeyError, RuntimeError, TypeError, ValueError):
                     item.attrs[key]
@@ -108,6 +136,7 @@ def hdf5(path: str) -> None:
                 for first in range(0, item.shape[0], rows):
                     item[first : first + rows]
 
+        visit("/", file)
         file.visititems(visit)
 
 
@@ -116,11 +145,11 @@ def video(path: str) -> None:
     import av
 
     av.logging.set_level(av.logging.PANIC)
-    with av.open(path) as container:
+    with av.open(path, options=VIDEO_FORMATS) as container:
         stream = container.streams.video[0]
         for _, frame in zip(range(_FRAMES), container.decode(stream), strict=False):
             frame.to_ndarray(format="rgb24")
-    with av.open(path) as container:
+    with av.open(path, options=VIDEO_FORMATS) as container:
         for _ in container.demux(container.streams.video[0]):
             pass
 
@@ -129,7 +158,7 @@ def picture(path: str) -> None:
     """Decode a picture."""
     from PIL import Image
 
-    with Image.open(path) as image:
+    with Image.open(path, formats=PICTURE_FORMATS) as image:
         image.load()
 
 
@@ -157,15 +186,15 @@ def guarded(read: Callable[[Any], None], argument: Any) -> None:
     try:
         read(argument)
     except Harmful as error:
-        say("refused", str(error))
+        say("refused", list(error.args))
         sys.exit(3)
     except MemoryError:
-        say("refused", "needed more memory than the limit")
+        say("refused", ["needed more memory than the limit"])
         sys.exit(3)
     except Exception:  # the parent meets an ordinary error again, and reports it in its own words
         pass
     except BaseException as error:  # a panic of a library in Rust, which is no Exception
-        say("refused", "failed inside a library: " + " ".join(str(error).split())[:200])
+        say("refused", ["failed inside a library: " + " ".join(str(error).split())[:200]])
         sys.exit(3)
 
 
@@ -189,6 +218,7 @@ def read_in_fork(request: dict[str, Any]) -> list[int | str]:
     for library in LIBRARIES[request["kind"]]:
         with suppress(Exception):  # the reader meets the error again
             importlib.import_module(library)
+    warnings.simplefilter("ignore")  # Lance warns of forks, because its threads end; before the fork it has none
     with tempfile.TemporaryFile() as errors:
         pid = os.fork()
         if not pid:

@@ -12,6 +12,9 @@ from worldloom.core.files import storage_errors
 from worldloom.core.picture_layout import PictureOptions, picture_layout
 from worldloom.core.types import Observations
 from worldloom.core.untrusted import try_files
+from worldloom.core.untrusted_child import PICTURE_FORMATS
+
+_MOST_PIXELS = 2**26  # of one picture, before anything is decoded
 
 
 def read_picture(
@@ -27,7 +30,8 @@ def read_picture(
     """
     try_files("picture", [path])
     try:
-        with storage_errors(path), Image.open(path) as image:
+        with storage_errors(path), Image.open(path, formats=PICTURE_FORMATS) as image:
+            _check_size(image)
             if _is_deep(image) and values is None:
                 raise DataError(
                     f"{path} has {image.mode} values rather than bytes, and the model was trained on bytes. Convert "
@@ -50,8 +54,9 @@ def read_picture(
 def decode_picture(
     content: bytes | None, what: str, *, values: tuple[float, float] | None = None
 ) -> UInt8[np.ndarray, "H W C"]:
-    """Decode a picture in any of Pillow's formats; C is 1 for a grey picture, else 3. Error messages begin with `what`.
+    """Decode a PNG, JPEG, TIFF, WebP, BMP, GIF or PPM picture; C is 1 for a grey picture, else 3.
 
+    Error messages begin with `what`.
     `values` are those that become 0 and 255 if the picture has more than 8 bits.
 
     Raises:
@@ -59,7 +64,8 @@ def decode_picture(
             other way round.
     """
     try:
-        with Image.open(io.BytesIO(content or b"")) as opened:
+        with Image.open(io.BytesIO(content or b""), formats=PICTURE_FORMATS) as opened:
+            _check_size(opened)
             deep = _deep(opened, what, values)
             if deep is None and values is not None:
                 raise DataError(f"{what} has 8 bits per channel and is not scaled. Leave out --picture-range")
@@ -69,6 +75,12 @@ def decode_picture(
     except Exception as error:  # Pillow raises many types for damaged content
         raise DataError(f"{what} does not decode ({error}); restore the file from a copy") from error
     return picture if picture.ndim == 3 else picture[..., None]
+
+
+def _check_size(image: Image.Image) -> None:
+    """Check the size in a picture's header. Pillow's own limit is higher, and below it only warns."""
+    if image.width * image.height > _MOST_PIXELS:
+        raise ValueError(f"it has {image.width}x{image.height} pixels; at most {_MOST_PIXELS:,} are read")
 
 
 def _deep(image: Image.Image, what: str, values: tuple[float, float] | None) -> UInt8[np.ndarray, "H W"] | None:

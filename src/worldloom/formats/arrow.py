@@ -1,5 +1,6 @@
 """Helpers for columns of Arrow tables and for Parquet files."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,10 +66,18 @@ def numbers(column: pa.ChunkedArray, name: str, where: str) -> Float64[np.ndarra
             whole = whole.flatten()
     if not (is_number(kind) or pa.types.is_null(kind)):
         raise DataError(
-            f"{where}: column {name!r} is {column.type}; expected numbers, or lists of numbers. Convert the column"
+            f"{where}: column {name!r} is {column.type}{_example(whole)}; expected numbers, or lists of numbers. "
+            f"Convert the column"
         )
     values: np.ndarray = whole.cast(pa.float64()).to_numpy(zero_copy_only=False)
     return values.reshape(len(column), size)
+
+
+def _example(values: pa.Array) -> str:
+    """Return the first text that is not a number as part of an error message; empty if there is none."""
+    texts = (value for value in values.slice(0, 1000).to_pylist() if isinstance(value, str))
+    odd = next((text for text in texts if not re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", text)), None)
+    return "" if odd is None else f", for example {odd[:40]!r}"
 
 
 @contextmanager

@@ -128,6 +128,7 @@ class Source(Closing, ABC):
                     f"the role {role!r} of the option 'columns' is not supported here: {self.reason}. Leave it out"
                 )
         self.path, self.options, self.notes = self.locate(path), options, []
+        self._noted: set[str] = set()  # pictures that a note of their own says are left out
         try:
             with foreign_errors(self.path, self.format):
                 self.begin()
@@ -164,8 +165,8 @@ class Source(Closing, ABC):
         self.notes.append(Note(kind=kind, what=what, episode=episode))
 
     def note_left_out(self, kind: str, names: Iterable[str], why: str) -> None:
-        """Add a note about parts that are left out, if there are any."""
-        if shown := ", ".join(names):
+        """Add a note about parts that are left out, if there are any that have no note of their own."""
+        if shown := ", ".join(name for name in names if name not in self._noted):
             self.note("dropped", f"{self.path}: the {kind} {shown} are left out ({why}).")
 
     def note_last_action(self) -> None:
@@ -234,6 +235,7 @@ class Source(Closing, ABC):
             return pictures, sorted(scaled)
         if not scaled or not (others or numeric - scaled):
             return pictures, sorted(pictures)
+        self._noted |= scaled
         for name in sorted(scaled):
             shape, dtype = columns[name]
             self.note(

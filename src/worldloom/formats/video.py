@@ -13,6 +13,7 @@ from jaxtyping import Float64, Int64, UInt8
 from worldloom.core.errors import DataError
 from worldloom.core.files import write_atomic
 from worldloom.core.untrusted import try_files
+from worldloom.core.untrusted_child import VIDEO_FORMATS
 from worldloom.data import encode_video, resize
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm")
@@ -207,7 +208,7 @@ def _opened(path: Path, options: dict[str, str] | None = None) -> Iterator[tuple
     import av
 
     try_files("video", [path])
-    with _video_errors(path), av.open(str(path), options=options) as container:
+    with _video_errors(path), av.open(str(path), options={**VIDEO_FORMATS, **(options or {})}) as container:
         # A cover picture is a video stream too.
         streams = [
             each for each in container.streams.video if not each.disposition & av.stream.Disposition.attached_pic

@@ -31,10 +31,25 @@ def test_an_episode_that_does_not_fit_is_refused(parts: dict[str, np.ndarray], m
         Episode(**{"actions": ACTIONS, **parts})
 
 
-@pytest.mark.parametrize(("low", "high"), [((0.0,), (0.0,)), ((-np.inf,), (0.0,)), ((), ()), ((0.0,), (1.0, 1.0))])
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        ((0.0,), (0.0,)),
+        ((-np.inf,), (0.0,)),
+        ((), ()),
+        ((0.0,), (1.0, 1.0)),
+        ((-1e300,), (1e300,)),
+        ((1.0,), (1.0 + 1e-12,)),
+    ],
+)
 def test_action_bounds_are_finite_and_ordered(low: tuple[float, ...], high: tuple[float, ...]) -> None:
     with pytest.raises(DataError, match="bounds"):
         ActionSpec(low=low, high=high)
+
+
+def test_an_action_has_a_largest_size() -> None:
+    with pytest.raises(DataError, match="an action has 65,537 values; at most 65,536 are supported"):
+        ActionSpec(low=(0.0,) * 65_537, high=(1.0,) * 65_537)
 
 
 @pytest.mark.parametrize("parts", [{"vector": -1}, {"pixels": (8, 0, 3)}])

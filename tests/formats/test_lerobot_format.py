@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -235,6 +236,14 @@ def edit_info(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]
     return damage
 
 
+def edit_length(length: str) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        file = path / "meta/episodes.jsonl"
+        file.write_text(re.sub(r'"length": \d+', f'"length": {length}', file.read_text(), count=1))
+
+    return damage
+
+
 def cut(name: str) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
         content = (path / name).read_bytes()
@@ -351,6 +360,14 @@ def test_times_that_do_not_fit_the_video_say_how_and_rows_may_be_paired_by_numbe
             "has 7 frames for episode 2; .* its 10 rows",
         ),
         (cut("meta/episodes.jsonl"), "episodes.jsonl: line 3 is not valid JSON"),
+        (edit_length("101.9"), "length is 101.9; expected an integer from 0 on"),
+        (edit_length("-1"), "length is -1; expected an integer"),
+        (edit_length("true"), "length is True; expected an integer"),
+        (edit_info(lambda info: info.update(chunks_size=-3)), "chunks_size is -3; expected an integer"),
+        (edit_info(lambda info: info.update(data_path="{episode_index:>999999999}")), "expected names in braces"),
+        (edit_info(lambda info: info.update(data_path="{episode_index.__class__}")), "expected names in braces"),
+        (edit_info(lambda info: info.update(data_path="{other}")), "KeyError: 'other'"),
+        (edit_info(lambda info: info.update(data_path=None)), "data_path is None; expected a text"),
         (cut("data/chunk-000/episode_000001.parquet"), "episode_000001.parquet cannot be read as Parquet"),
     ],
 )

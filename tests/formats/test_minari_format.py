@@ -250,6 +250,24 @@ def test_a_damaged_dataset_is_named(tmp_path: Path) -> None:
     refused(lambda data: edit(data / metadata, total_episodes=9), DataError, "has 4 episodes; expected 9")
     refused(lambda data: edit(data / metadata, data_format="arrow"), DataError, "data_format 'arrow'; expected 'hdf5'")
     refused(lambda data: edit(data / metadata, action_space=None), DataError, "has no action_space")
+    many = json.dumps({"type": "Discrete", "n": 10**9})
+    refused(lambda data: edit(data / metadata, action_space=many), DataError, "an action has 1,000,000,000 values")
+
+
+def test_counts_that_disagree_have_a_note(tmp_path: Path) -> None:
+    make_store(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "there", target_format="minari")
+    path = tmp_path / "there" / "data"
+    assert not any("total_steps" in note for note in read_all(tmp_path / "there")[1])
+    edit(path / "metadata.json", total_steps=999)
+    with h5py.File(path / "main_data.hdf5", "r+") as file:
+        file["episode_1"].attrs["total_steps"] = 77
+        file["episode_2"].attrs["id"] = 0
+        file["episode_3"].attrs["id"] = np.nan
+    notes = "\n".join(read_all(tmp_path / "there")[1])
+    assert "has total_steps 999, but the episodes have" in notes
+    assert "total_steps differs from the number of actions in episode_1." in notes
+    assert "several episodes have the same id" in notes
 
 
 def test_something_else_at_the_target_is_refused(tmp_path: Path) -> None:

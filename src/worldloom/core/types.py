@@ -23,6 +23,7 @@ from worldloom.core.errors import DataError, PlanningError
 BatchedT = TypeVar("BatchedT", bound="Batched")
 
 _LARGEST, _LARGEST_VECTOR = 65_536, 2**24  # bounds with which the size of a model can be computed
+MOST_ACTION_VALUES = 65_536
 
 
 class Batched:
@@ -124,15 +125,15 @@ class ActionSpec:
     discrete: bool = False
 
     def __post_init__(self) -> None:
-        pairs = list(zip(self.low, self.high, strict=False))
-        if (
-            not pairs
-            or len(self.low) != len(self.high)
-            or not all(np.isfinite(pair).all() and pair[0] < pair[1] for pair in pairs)
-        ):
+        if self.size > MOST_ACTION_VALUES:
+            raise DataError(f"an action has {self.size:,} values; at most {MOST_ACTION_VALUES:,} are supported")
+        with np.errstate(over="ignore"):
+            low, high = np.array(self.low, np.float32), np.array(self.high, np.float32)
+        if not low.size or low.shape != high.shape or not (np.isfinite([low, high]).all() and (low < high).all()):
             raise DataError(
-                f"action bounds must be finite with low < high in each dimension; got low {self.low}, "
-                f"high {self.high}. Wrap the environment so that its actions have finite bounds"
+                f"action bounds must be finite with low < high in each dimension, in single precision; got low "
+                f"{_some(self.low)}, high {_some(self.high)}. Wrap the environment so that its actions have finite "
+                f"bounds"
             )
 
     @classmethod
@@ -164,6 +165,10 @@ class ActionSpec:
             )
         clipped: np.ndarray = np.clip(values, np.array(self.low, np.float32), np.array(self.high, np.float32))
         return clipped
+
+
+def _some(values: tuple[float, ...]) -> str:
+    return f"({', '.join(map(str, values[:8]))}{', ...' if len(values) > 8 else ''})"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from gymnasium import spaces
 
 from worldloom.core.errors import DataError, EnvironmentFailure
 from worldloom.core.picture_layout import PictureOptions, is_picture, picture_layout
-from worldloom.core.types import ActionSpec, Observations, ObservationSpec
+from worldloom.core.types import MOST_ACTION_VALUES, ActionSpec, Observations, ObservationSpec
 
 
 class ObservationAdapter:
@@ -109,6 +109,8 @@ class ActionAdapter:
     def __init__(self, space: spaces.Space[Any]) -> None:
         self._space = space
         if isinstance(space, spaces.Discrete):
+            if space.n > MOST_ACTION_VALUES:
+                raise EnvironmentFailure(f"the action space is {space}; at most {MOST_ACTION_VALUES:,} choices fit")
             self.spec = ActionSpec(low=(0.0,) * int(space.n), high=(1.0,) * int(space.n), discrete=True)
         elif isinstance(space, spaces.Box) and np.issubdtype(space.dtype or np.float32, np.floating):
             low, high = (tuple(float(x) for x in bound.reshape(-1)) for bound in (space.low, space.high))

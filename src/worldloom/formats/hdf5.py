@@ -140,7 +140,7 @@ def whole_number(holder: Any, name: str) -> int | None:
     """Return an attribute that is a whole number, or None if the attribute is missing or something else."""
     value = attributes(holder).get(name)
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
-    return int(value) if isinstance(value, int | float) and value == int(value) else None
+    return int(value) if isinstance(value, int | float) and abs(value) < 2**53 and value == int(value) else None
 
 
 def own_attribute(holder: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ and the seconds of each. Row k contains the frame at its timestamp, and the acti
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -128,10 +129,12 @@ def _layout_errors(path: Path) -> Iterator[None]:
 def _entries_v2(root: Path, info: Mapping[str, Any], cameras: list[str]) -> list[EpisodePlace]:
     file = root / "meta" / "episodes.jsonl"
     entries = []
-    for line in sorted(read_lines(file), key=lambda line: int(line.get("episode_index", 0))):
-        with _layout_errors(file):
-            number = int(line["episode_index"])
-            names = {"episode_chunk": number // int(info.get("chunks_size", CHUNK)), "episode_index": number}
+    with _layout_errors(file):
+        lines = sorted(read_lines(file), key=lambda line: _whole(line, "episode_index"))
+        for line in lines:
+            number = _whole(line, "episode_index")
+            names = {"episode_chunk": number // max(1, _whole({"chunks_size": CHUNK, **info}, "chunks_size"))}
+            names["episode_index"] = number
             videos = {key: (_named(root, info, "video_path", video_key=key, **names), 0.0) for key in cameras}
             entries.append(_place(line, _named(root, info, "data_path", **names), 0, videos))
     return entries
@@ -147,18 +150,19 @@ def _entries_v3(root: Path, info: Mapping[str, Any], cameras: list[str]) -> list
     rows = [row for file in files for row in read_rows(file)]
     entries: list[EpisodePlace] = []
     with _layout_errors(folder):
-        rows.sort(key=lambda row: int(row["episode_index"]))
+        rows.sort(key=lambda row: _whole(row, "episode_index"))
         starts: dict[Path, int] = {}  # the row of the dataset with which a file begins
         for row in rows:
             data = _named(root, info, "data_path", **_numbered(row, "data"))
-            starts[data] = min(starts.get(data, int(row["dataset_from_index"])), int(row["dataset_from_index"]))
+            first = _whole(row, "dataset_from_index")
+            starts[data] = min(starts.get(data, first), first)
         for row in rows:
             data = _named(root, info, "data_path", **_numbered(row, "data"))
             videos = {}
             for key in cameras:
                 video = _named(root, info, "video_path", video_key=key, **_numbered(row, f"videos/{key}"))
                 videos[key] = (video, float(row[f"videos/{key}/from_timestamp"]))
-            first, last = int(row["dataset_from_index"]), int(row["dataset_to_index"])
+            first, last = _whole(row, "dataset_from_index"), _whole(row, "dataset_to_index")
             entries.append(_place(row, data, first - starts[data], videos))
             if last - first != entries[-1].length:
                 raise DataError(
@@ -169,21 +173,44 @@ def _entries_v3(root: Path, info: Mapping[str, Any], cameras: list[str]) -> list
 
 
 def _named(root: Path, info: Mapping[str, Any], pattern: str, **names: Any) -> Path:
-    """Fill these names into a path pattern of info.json, and return the path."""
-    return inside(root, str(info[pattern]).format(**names), root / INFO)
+    """Fill these names into a path pattern of info.json, and return the path.
+
+    Only `{NAME}` and `{NAME:0Nd}` are replaced, because other format specifications can read attributes, or fill all
+    memory with spaces.
+    """
+    text = info[pattern]
+    if not isinstance(text, str):
+        raise TypeError(f"{pattern} is {text!r}; expected a text")
+
+    def fill(found: re.Match[str]) -> str:
+        value = names[found["name"]]
+        return str(value) if found["digits"] is None else f"{value:0{int(found['digits'])}d}"
+
+    path = re.sub(r"\{(?P<name>\w+)(?::0(?P<digits>[1-9])d)?\}", fill, text)
+    if "{" in path or "}" in path:
+        raise ValueError(f"{pattern} is {text!r}; expected names in braces, such as {{episode_index:06d}}")
+    return inside(root, path, root / INFO)
+
+
+def _whole(row: Mapping[str, Any], name: str) -> int:
+    """Return an integer of the metadata that is at least 0."""
+    value = row[name]
+    if type(value) is not int or not 0 <= value < 2**53:
+        raise ValueError(f"{name} is {value!r}; expected an integer from 0 on")
+    return value
 
 
 def _numbered(row: Mapping[str, Any], prefix: str) -> dict[str, int]:
-    return {name: int(row[f"{prefix}/{name}"]) for name in ("chunk_index", "file_index")}
+    return {name: _whole(row, f"{prefix}/{name}") for name in ("chunk_index", "file_index")}
 
 
 def _place(row: Mapping[str, Any], data: Path, first: int, videos: Mapping[str, tuple[Path, float]]) -> EpisodePlace:
     """Return the location of the episode that a row of meta/episodes describes."""
-    number, own = int(row["episode_index"]), row.get(METADATA)
+    number, own = _whole(row, "episode_index"), row.get(METADATA)
     foreign = {"episode": number, "tasks": [str(task) for task in row.get("tasks") or []]}
     return EpisodePlace(
         episode=number,
-        length=int(row["length"]),
+        length=_whole(row, "length"),
         data=data,
         first=first,
         videos=videos,

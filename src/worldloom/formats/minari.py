@@ -15,7 +15,7 @@ import numpy as np
 from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import read_json, write_json
 from worldloom.core.picture_layout import PictureLayout
-from worldloom.core.types import Episode
+from worldloom.core.types import MOST_ACTION_VALUES, Episode
 from worldloom.data import decode_picture, metadata_json
 from worldloom.formats.format import Bounds, Contents, add_format, chosen, flat, natural, spec_in, two_axes
 from worldloom.formats.hdf5 import (
@@ -30,6 +30,7 @@ from worldloom.formats.hdf5 import (
     opened_hdf5,
     own_attribute,
     own_metadata,
+    whole_number,
 )
 
 METADATA, MAIN = "metadata.json", "main_data.hdf5"
@@ -71,6 +72,7 @@ class MinariSource(Hdf5Source):
                 f"least one. The file is empty or truncated; restore the file from a copy"
             )
         first = self.file[self._episodes[0]]
+        self._compare_counts()
         own = spec_in(own_attribute(self.file))
         found = {name or _ALONE: (place, space) for name, place, space in _leaves(self._space("observation_space"))}
         self._own = own
@@ -115,6 +117,8 @@ class MinariSource(Hdf5Source):
             )
         self._action = self._space("action_space")
         size = _size(self._action)
+        if size > MOST_ACTION_VALUES:
+            raise DataError(f"{where}: an action has {size:,} values; at most {MOST_ACTION_VALUES:,} are supported")
         if size == 0 or self._action["type"] not in ("Box", "Discrete"):
             raise DataError(
                 f"{where}: the action space is {self._action.get('type')}; expected a Box or a Discrete space. Record "
@@ -146,6 +150,29 @@ class MinariSource(Hdf5Source):
                 source=where.parent.name,
             )
         )
+
+    def _compare_counts(self) -> None:
+        """Add notes about numbers of steps, and of episodes, that differ from the actions in the file."""
+        total, different, ids = 0, [], []
+        for name in self._episodes:
+            group = self.file[name]
+            column = group.get("actions")
+            steps = len(column) if isinstance(column, h5py().Dataset) and column.shape else 0
+            total += steps
+            if whole_number(group, "total_steps") not in (None, steps):
+                different.append(name)
+            ids.append(whole_number(group, "id"))
+        stated = self._metadata.get("total_steps")
+        if type(stated) is int and stated != total:
+            self.note(
+                "info", f"{self.path / METADATA} has total_steps {stated}, but the episodes have {total} actions."
+            )
+        if different:
+            shown = ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
+            self.note("info", f"{self.main}: total_steps differs from the number of actions in {shown}.")
+        known = [each for each in ids if each is not None]
+        if len({*known}) < len(known):
+            self.note("info", f"{self.main}: several episodes have the same id.")
 
     def _space(self, name: str) -> dict[str, Any]:
         text = self._metadata.get(name)

@@ -38,7 +38,8 @@ from worldloom.cli.main import main as worldloom
 for module in ("torch", "gymnasium", "h5py", "av", "PIL.Image", "pyarrow.parquet", "safetensors.torch", "pydantic"):
     importlib.import_module(module)
 
-FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures" / "formats_v1"
+VERSIONS = Path(__file__).parents[1] / "tests" / "fixtures"
+FIXTURES, FIXTURES_2, FIXTURES_3 = (VERSIONS / f"formats_v{number}" for number in (1, 2, 3))
 MEMORY, SECONDS = 4 * 2**30, 60  # limits of one case
 SUFFIXES = {"robomimic": ".hdf5", "swm-hdf5": ".h5", "swm-lance": ".lance"}
 EXOTIC: list[Any] = [
@@ -61,7 +62,7 @@ def targets(work: Path) -> Iterator[Target]:
     """Yield the targets; foreign formats are written to `work` first."""
     rules = "FOLDER/rules/rules.yaml"
     yield Target(
-        name="dataset", source=FIXTURES, damaged="dataset/**/*",
+        name="dataset", source=FIXTURES_2, damaged="dataset/**/*",
         commands=(
             "data validate FOLDER/dataset", "data inspect FOLDER/dataset", "data convert FOLDER/dataset FOLDER/c"),
     )  # fmt: skip
@@ -83,20 +84,19 @@ def targets(work: Path) -> Iterator[Target]:
             "audit replay FOLDER/audit-log --entry 2 --run FOLDER/run",
         ),
     )  # fmt: skip
-    key = json.loads((FIXTURES / "rules/rules.yaml.sig").read_text())["key"]
+    key = json.loads((FIXTURES_2 / "rules/rules.yaml.sig").read_text())["key"]
     yield Target(
-        name="rule set", source=FIXTURES, damaged="rules/*",
+        name="rule set", source=FIXTURES_2, damaged="rules/*",
         commands=(f"rules show {rules} --trust {key}", f"rules show {rules} --unsigned"),
     )  # fmt: skip
-    constitution, rounds = "FOLDER/consortium/constitution.yaml", "FOLDER/consortium/rounds"
-    yield Target(
-        name="consortium", source=FIXTURES, damaged="consortium/**/*",
-        commands=(
-            f"weave ledger verify {rounds} --constitution {constitution}", f"weave ledger show {rounds}",
-            f"weave recompute {rounds} --constitution {constitution} --into FOLDER/computed",
-            f"weave report {rounds} --constitution {constitution} --out FOLDER/report.html",
-        ),
-    )  # fmt: skip
+    rounds, signed = "FOLDER/rounds", "FOLDER/rounds --constitution FOLDER/constitution.yaml"
+    recompute = f"weave recompute {signed} --into FOLDER/computed"
+    ledger = (f"weave ledger verify {signed}", f"weave ledger show {rounds}", recompute,
+              f"weave report {signed} --out FOLDER/report.html")  # fmt: skip
+    yield Target(name="ledger", source=FIXTURES_3 / "plain", commands=ledger)
+    yield Target(name="secure ledger", source=FIXTURES_3 / "secure", commands=ledger)
+    yield Target(name="message", source=FIXTURES_3 / "plain", damaged="**/*.msg", commands=(recompute,))
+    yield Target(name="constitution", source=FIXTURES_3 / "plain", damaged="*.yaml*", commands=ledger[:2])
     for format in ("lerobot-v21", "lerobot-v3", "minari", "robomimic", "swm-hdf5", "swm-lance", "folder"):
         source = work / format / "source"
         data = f"FOLDER/data{SUFFIXES.get(format, '')}"

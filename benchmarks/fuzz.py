@@ -261,10 +261,17 @@ def end_of(commands: list[str]) -> str:
     return told or f"exit {os.waitstatus_to_exitcode(status)} without a word"
 
 
+def copy_private(source: Path, folder: Path) -> None:
+    """Copy a folder; only this user may use the copy, as worldloom demands of memories."""
+    shutil.copytree(source, folder)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(path.stat().st_mode & 0o700)
+
+
 def fuzz(target: Target, seconds: float, seed: int, work: Path, keep: Path | None) -> Counter[str]:
     """Run cases for a number of seconds; return the counts of their ends."""
     found: Counter[str] = Counter()
-    shutil.copytree(target.source, work / "case")
+    copy_private(target.source, work / "case")
     if (end := end_of([line.replace("FOLDER", str(work / "case")) for line in target.commands])) != "ok":
         sys.exit(f"{target.name}: the commands fail on files without damage: {end}")
     shutil.rmtree(work / "case")
@@ -272,7 +279,7 @@ def fuzz(target: Target, seconds: float, seed: int, work: Path, keep: Path | Non
     while time.monotonic() < until:
         generator = random.Random(f"{seed} {target.name} {case}")
         folder = work / "case"
-        shutil.copytree(target.source, folder)
+        copy_private(target.source, folder)
         files = sorted(path for path in folder.glob(target.damaged) if path.is_file())
         chosen = generator.choice(files)
         told = damage(chosen, generator)

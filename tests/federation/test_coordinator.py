@@ -386,7 +386,9 @@ def test_what_leaves_under_privacy_is_clipped_and_noisy_and_without_it_is_refuse
     run(consortium, {"east": plain})
     promised = "{'clip': 0.05, 'noise': 0.01, 'delta': 1e-05}"
     (reason,) = reasons(consortium)
-    assert reason.startswith(f"the privacy of east is not as agreed; expected {promised}, got {{}}. ")
+    assert reason.startswith(
+        f"the privacy settings of east are not those of the constitution; expected {promised}, got {{}}. "
+    )
     rounds = RoundStore(tmp_path / "rounds")
     delta = safetensors.torch.load_file(rounds.delta(0, "north"))
     count = sum(tensor.numel() for tensor in delta.values())

@@ -288,7 +288,7 @@ def test_a_round_accounts_for_every_contribution(tmp_path) -> None:
         lying.ledger.append("round", facts, round=0)
         lines = lying.ledger.lines()
     with pytest.raises(
-        LedgerRefused, match="is a round of east, north; members signed contributions: east, north, south"
+        LedgerRefused, match="is a round of east, north; the members that signed contributions are east, north, south"
     ):
         south.store.follow(0, lines)
 

@@ -1,7 +1,7 @@
 """The bodies of all messages between nodes and coordinators: their keys, types and ranges.
 
-A body is checked once, when its message arrives; see `worldloom.federation.rules.ranges`. A key that its model lacks is
-refused, so a new number is checked or it does not travel.
+A body is checked once, when its message arrives; see `worldloom.federation.rules.ranges`. A key that is not declared
+here is refused, so every number that is sent has a declared range.
 """
 
 import reprlib
@@ -94,7 +94,11 @@ class ReceiptBody(Body):
 
 
 class RefusalBody(Body):
-    """The reason why a node does not answer, and what it lacks; `left` means that the owner left the consortium."""
+    """The reason why a node does not answer, and what it lacks.
+
+    `length` is the number of ledger entries that it has, and `lacks` means that it has no copy of the base. `helped`
+    means that it has helped to unmask a sum of this round, and `left` that the owner left the consortium.
+    """
 
     round: Number | None
     why: str

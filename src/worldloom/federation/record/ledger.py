@@ -60,7 +60,7 @@ class LedgerVerdict:
 
 
 Outcome = Literal["open", "counted", "refused", "left", "dropped"]
-"""What became of a contribution. It was dropped if its round is over, and the ledger says nothing about it."""
+"""What became of a contribution. "left": its member left; "dropped": its round ended, and no entry accounts for it."""
 
 
 class Records:
@@ -227,7 +227,7 @@ class LedgerReader(Records):
         return ""
 
     def fit_fault(self, body: Mapping[str, Any]) -> str:
-        """Return why the next entry does not fit to the entries before it; see `LedgerRules`."""
+        """Return why the next entry does not fit the entries before it; see `LedgerRules`."""
         return self._rules.fault(body)
 
     def outcome(self, owner: str, number: int) -> tuple[Outcome, str]:
@@ -327,13 +327,13 @@ def _read(
 
 
 Comparison = Literal["same", "ahead", "different"]
-"""How a signed head compares with a ledger: on its chain, beyond its end, or on a different chain."""
+"""Where a signed head lies: on the ledger's chain ("same"), beyond its end ("ahead"), or on another ("different")."""
 
 
 def compare_heads(
     reader: LedgerReader, checkpoints: Collection[Mapping[str, Any]]
 ) -> list[tuple[str, ChainHead, Comparison]]:
-    """Compare the heads that members signed with a ledger; return each signer's name and head, and the result.
+    """Compare a ledger with the heads that members signed; return each signer's name and head, and the result.
 
     Raises:
         DataError: a checkpoint is invalid.

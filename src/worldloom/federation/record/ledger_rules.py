@@ -1,9 +1,10 @@
 """The rules by which the entries of a ledger fit together, so that a reader need not trust the coordinator.
 
-A contribution is what its member signed, for the base of its round and for this very ledger. A round accounts for every
-contribution. A base changes only by a round with contributions of at least a quorum. If the quorum is more than half of
-the members, two ledgers can therefore differ in one round only, and at most one of them continues: a member contributes
-to a round only after it has seen the round's base in its ledger, and it accepts only one ledger.
+An entry about a contribution contains exactly what the member signed, for the base of that round and for this ledger.
+The entry that ends a round names every contribution that was not refused. A base changes only by a round with
+contributions of at least a quorum. If the quorum is more than half of the members, two ledgers can therefore differ in
+one round only, and at most one of them continues: a member contributes to a round only after it has seen the round's
+base in its ledger, and a member accepts only one ledger.
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ class LedgerRules:
     def __init__(self, constitution: Constitution) -> None:
         self._constitution = constitution
         self._hashes = [NOTHING]  # at each length
-        self._round, self._base, self._named = -1, "", 0  # the newest base, and the ledger's length that names it
+        self._round, self._base, self._named = -1, "", 0  # the newest base, and the ledger's length with its entry
         self._begin()
 
     def _begin(self) -> None:
@@ -65,7 +66,7 @@ class LedgerRules:
         if kind == "contribution":
             return self._contribution_fault(number, facts)
         if kind == "succession" and facts.get("base") != self._base:
-            return "is a succession with a base that the ledger does not name"
+            return "is a succession whose base is not the newest base in the ledger"
         if kind in ("survivors", "sum"):
             return self._sum_fault(kind, facts)
         return self._round_fault(facts) if kind == "round" else ""
@@ -95,7 +96,7 @@ class LedgerRules:
         if number == 0:
             return ""
         if self._changed is None:
-            return f"is a base without an entry for round {self._round}"
+            return f"is a base, but no entry before it ends round {self._round}"
         if facts.get("previous") != self._base:
             return "is a base that does not follow the previous base"
         if not self._changed and facts.get("fingerprint") != self._base:
@@ -120,13 +121,16 @@ class LedgerRules:
     def _sum_fault(self, kind: str, facts: Mapping[str, Any]) -> str:
         attempt = facts.get("attempt")
         if kind == "survivors" and not all(isinstance(facts.get(what), Mapping) for what in ("advertise", "share")):
-            return "is a list of survivors without the digests of their answers"
+            return "names survivors, but not the digests of their answers"
         if kind == "sum" and not isinstance(facts.get("unmask"), Mapping):
             return "is a sum without the digests of the answers that unmasked it"
         owners = {owner for owner, of in self._contributed if of == attempt}
         named = _names(facts.get("mask" if kind == "survivors" else "weights"))
         if named != owners or len(owners) < self._constitution.threshold:
-            return f"is a {kind} of {_list(named)}; members signed contributions: {_list(owners)}"
+            return (
+                f"is a {kind} of {_list(named)}; the members that signed contributions are {_list(owners)}, and at "
+                f"least {self._constitution.threshold} are required"
+            )
         return ""
 
     def _round_fault(self, facts: Mapping[str, Any]) -> str:
@@ -135,12 +139,12 @@ class LedgerRules:
         if not isinstance(weights, Mapping) or not isinstance(left_out, list):
             return "is a round without a mapping 'weights' and a list 'left_out'"
         if not _is_evaluation(facts.get("evaluation")):
-            return "is a round whose 'evaluation' is not the losses of its members"
+            return "is a round whose 'evaluation' does not contain a loss before and after for each member"
         weights, left_out = _names(weights), {str(owner) for owner in left_out}
         owners = (self._summed or set()) if secure else {owner for owner, _ in self._contributed}
         named = weights | left_out
         if weights & left_out or not owners - self._refused <= named <= owners:
-            return f"is a round of {_list(named)}; members signed contributions: {_list(owners)}"
+            return f"is a round of {_list(named)}; the members that signed contributions are {_list(owners)}"
         least = self._constitution.threshold if secure else self._constitution.quorum
         if weights and len(weights) < least:
             return f"is a round of only {len(weights)} members; the constitution requires {least}"
@@ -148,7 +152,7 @@ class LedgerRules:
 
 
 def _is_evaluation(value: Any) -> bool:
-    """Whether a value is None, or has the losses before and after a round of each member."""
+    """Return whether a value is None, or contains each member's losses before and after a round."""
     if value is None:
         return True
     owners = value.get("owners", {}) if isinstance(value, Mapping) else None

@@ -82,8 +82,8 @@ class SignedContribution:
     def of(cls, statements: Sequence[bytes], number: int, constitution: Constitution) -> "SignedContribution":
         """Verify a member's statements about its contribution to a round.
 
-        There is one statement, of the contribution; under secure aggregation there are two, of the answers to
-        `advertise` and to `mask`.
+        A statement is the signed part of a message. There is one, from the contribution; under secure aggregation there
+        are two, from the answers to `advertise` and to `mask`.
 
         Raises:
             DataError: a statement is not signed by the member, belongs to another consortium, round or base, or is
@@ -91,7 +91,10 @@ class SignedContribution:
         """
         kinds = ("advertised", "masked") if constitution.secure_aggregation else ("contribution",)
         if len(statements) != len(kinds):
-            raise DataError(f"a contribution has {len(statements)} statements of its member; expected {len(kinds)}")
+            raise DataError(
+                f"the number of messages in it that the member signed is {len(statements)}; expected {len(kinds)} "
+                f"({' and '.join(kinds)})"
+            )
         known = constitution.member_names()
         said = [
             read_statement(statement, kind=kind, known=known, limit=_LARGEST)
@@ -106,11 +109,17 @@ class SignedContribution:
             expected |= {"base": first.body.get("base"), "attempt": first.body.get("attempt")}
             wrong = [name for name, value in expected.items() if message.body.get(name) != value]
             if wrong or message.sender != first.sender:
-                raise DataError(f"a statement of {message.sender} has a different {', '.join(wrong) or 'sender'}")
+                raise DataError(
+                    f"a message that {message.sender} signed does not belong to this contribution: it has a different "
+                    f"{', '.join(wrong) or 'sender'}"
+                )
         names = ["owner", "steps", "frames", "data_class", *(["attempt"] if len(kinds) > 1 else [])]
         facts = {name: first.body[name] for name in names} | {"spent": last.body["spent"], "bytes": last.size}
         if not len(last.statement) <= last.size <= constitution.largest_bytes:
-            raise DataError(f"the contribution of {first.sender} has {last.size} bytes; expected fewer")
+            raise DataError(
+                f"the contribution of {first.sender} states {last.size} bytes; expected {len(last.statement)} to "
+                f"{constitution.largest_bytes}"
+            )
         texts = [base64.b64encode(statement).decode("ascii") for statement in statements]
         return cls(facts={**facts, "statements": texts}, base=first.body["base"], seen=seen_in(first))
 

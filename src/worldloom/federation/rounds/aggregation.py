@@ -232,8 +232,8 @@ class TrimmedMean(Aggregator):
     """The weighted mean of each coordinate, without the lowest and highest values (Yin et al. 2018).
 
     At each end, the values of a share `trim` of the owners are dropped. The mean tolerates as many bad owners as are
-    dropped at one end. The remaining weights are scaled to sum to 1 in each
-    coordinate, so an owner's weight in one coordinate may exceed the cap.
+    dropped at one end. The remaining weights are scaled to sum to 1 in each coordinate, so an owner's weight in one
+    coordinate may exceed the cap.
     """
 
     name: Literal["trimmed-mean"] = "trimmed-mean"

@@ -85,7 +85,8 @@ def read_contribution(message: SignedMessage, number: int, base: Base, constitut
 
     Raises:
         DataError: the contribution is for another consortium, round or base, its data class may not shape the base, its
-            privacy is not as agreed, or the tensors are not a finite delta with the base's names and shapes.
+            privacy settings are not those of the constitution, or the tensors are not a finite delta with the base's
+            names and shapes.
     """
     check_origin(message, constitution)
     check_facts(message, number, base.fingerprint, constitution)
@@ -143,6 +144,6 @@ def check_spent(message: SignedMessage, constitution: Constitution) -> None:
             promised["share"] = 1 / constitution.threshold
         if any(spent.get(key) != value for key, value in promised.items()):
             raise DataError(
-                f"the privacy of {message.sender} is not as agreed; expected {promised}, got {dict(spent)}. "
-                f"Use the coordinator's constitution"
+                f"the privacy settings of {message.sender} are not those of the constitution; expected {promised}, got "
+                f"{dict(spent)}. Use the coordinator's constitution"
             )

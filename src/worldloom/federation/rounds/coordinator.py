@@ -1,8 +1,8 @@
 """The coordinator: it runs rounds that can be interrupted at any moment and recomputed by anyone.
 
 In a round the coordinator asks every member for its contribution, waits up to the constitution's timeout, and
-aggregates the received contributions into the next base. It writes its state to disk before each next step: the base,
-each accepted contribution as signed, and the ledger, which determines where to resume. A base depends only on the
+aggregates the received contributions into the next base. After each step it writes its state to disk: the base, each
+accepted contribution as signed, and the ledger, which determines where to resume. A base depends only on the
 previous base, the contributions and the constitution, so `recompute` reproduces it bit for bit.
 """
 
@@ -42,7 +42,10 @@ _LOSS = TypeAdapter(Loss)
 
 @dataclass(frozen=True, kw_only=True)
 class _Trial:
-    """A candidate for the next base, and each answering member's loss with it; `failure` says why there is none."""
+    """A candidate for the next base, and each answering member's loss with this candidate.
+
+    `failure` says why no candidate could be computed; `result` then contains the unchanged base.
+    """
 
     result: NextBase
     after: Mapping[str, float] = field(default_factory=dict)
@@ -132,7 +135,7 @@ class Coordinator(Closing):
         while reason := self._fault(number, before, trial):
             others = {owner: {name: count for name, count in group.items() if name != owner} for owner in group}
             if secure or len(group) - 1 < self._constitution.quorum:
-                others = {}  # a secure sum cannot exclude an owner, and a group below the quorum may not decide
+                others = {}  # a secure sum cannot exclude an owner; a group below the quorum may not change a base
             trials = {owner: self._trial(number, base, rest, partial=True) for owner, rest in others.items()}
             possible = [owner for owner, one in trials.items() if not one.failure]
             if not possible:
@@ -171,7 +174,7 @@ class Coordinator(Closing):
         return _Trial(result=result, after=self._judged(number, result.base))
 
     def _fault(self, number: int, before: Mapping[str, float], trial: "_Trial") -> str:
-        """Return why a trial may not decide; an empty string if it may."""
+        """Return why the base of a trial may not become the next base; an empty string if it may."""
         if trial.failure:
             _log.warning("round %d: %s", number, trial.failure)
             return f"the next base cannot be computed with it: {trial.failure}"[:LONGEST_REASON]

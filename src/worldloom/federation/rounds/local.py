@@ -172,7 +172,7 @@ class LocalTraining:
         resume = self.run.checkpoint_directory.is_dir()
         put = {} if segment.get("continues") else dict(base.tensors)
         if resume:
-            # Statistics stay as in the first base: if another member changed them, this delta changes them back.
+            # Shared statistics stay as in the first base: if another member changes them, this delta reverses that.
             put = {name: tensor for name, tensor in put.items() if name not in self.shared_statistics}
         stretch = Segment(begin=segment["begin"], end=segment["end"], base=put, at=at, schedule=schedule, fixed=frozen)
         model = fit(

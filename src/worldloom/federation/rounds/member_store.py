@@ -119,7 +119,7 @@ class MemberStore:
             return self.ledger.read_bytes() if self.ledger.is_file() else b""
 
     def _verified(self, content: bytes, what: str) -> LedgerReader:
-        """Verify a ledger, also against the countersigned head; entries that were verified before are skipped.
+        """Verify a ledger, also against the countersigned head; entries that were verified before are not read again.
 
         Raises:
             DataError: the ledger does not verify.
@@ -177,8 +177,8 @@ class MemberStore:
     def receive(self, named: str, tensors: Mapping[str, Tensor]) -> Base:
         """Return the base with the fingerprint `named`, from the tensors of this message or of an earlier one.
 
-        This is a node's trust boundary: the base is not checked again. A received base may be only a trial; `base`
-        returns it only after `save_base`.
+        This is a node's trust boundary: later code does not check the base again. The base may be only a trial, so
+        `MemberStore.base` does not return it before `save_base`.
 
         Raises:
             BaseMissing: no message contained the base.

@@ -64,8 +64,8 @@ class Node:
         privacy = constitution.privacy
         if privacy is not None and privacy.noise > 0 and training.shared_statistics:
             raise ConfigError(
-                f"partition.shared matches {training.shared_statistics[0]!r}, a statistic of the data. The "
-                f"noise that the setting 'privacy' adds would corrupt it; add it to partition.sovereign"
+                f"partition.shared matches {training.shared_statistics[0]!r}, a statistic of the data. The noise that "
+                f"the setting 'privacy' adds would corrupt this tensor; add the tensor to partition.sovereign"
             )
         self._coordinators = {public: title for title, public in constitution.coordinator_keys().items()}
         self.store = MemberStore(self.path / "consortium", constitution, key, like=training.like)
@@ -141,8 +141,8 @@ class Node:
         """
         if len(why) > _LONGEST_WHY:
             raise DataError(
-                f"'why' has {len(why)} characters; expected at most {_LONGEST_WHY}, because every member stores it. "
-                f"Shorten it"
+                f"'why' has {len(why)} characters; expected at most {_LONGEST_WHY}, because every member stores this "
+                f"text. Shorten the text"
             )
         with exclusive_lock(self.path / ".lock", None):
             write_json(self._left, {"left": True, "why": f"{self.name} left the consortium{': ' if why else ''}{why}"})
@@ -275,9 +275,9 @@ class Node:
     def _spend(self, config: PrivacyConfig, number: int, in_sum: float | None) -> dict[str, Any]:
         """Account for a round's privacy before its answer is sent; return the privacy spent so far.
 
-        Without secure aggregation the owner adds all of the noise. With secure aggregation the owner adds a share, and
-        `in_sum`, the noise of all owners in the sum, is accounted for. If the process ended and its answer was lost,
-        the round is accounted for again, because that answer may have been sent.
+        Without secure aggregation the owner adds all of the noise, and `in_sum` is None. With secure aggregation the
+        owner adds a share of the noise; the account then uses `in_sum`, the least noise of the sum (see `noise_of`). If
+        the process ends before the result is stored, the next call accounts for the round again.
 
         Raises:
             PrivacyBudgetSpent: the budget is too small.

@@ -63,10 +63,10 @@ def session_of(
 
 
 def lasting(weights: Mapping[str, float], cap: float, least: int) -> dict[str, float]:
-    """Return weights, scaled so that the largest is 1, with which later dropouts cannot break the cap.
+    """Return weights, scaled so that the largest is 1, that keep the cap even if owners drop out later.
 
-    Weights are clipped at the highest level at which, in any group of at least `least` owners, no owner's share of the
-    weight exceeds `cap`.
+    The weights are clipped at the highest level for which no owner's share of the weight exceeds `cap`, in any group of
+    at least `least` owners.
 
     Raises:
         ConfigError: there are fewer than `least` owners, or a weight is not above 0.
@@ -93,9 +93,10 @@ def weights_of(constitution: Constitution, frames: Mapping[str, int]) -> dict[st
 
 
 def noise_of(config: PrivacyConfig, constitution: Constitution, owner: str, weights: Mapping[str, float]) -> float:
-    """Return the noise that is sure to be in a sum, in units of the owner's clip.
+    """Return the least noise that a sum with this owner can contain, relative to its sensitivity.
 
-    This is the owner's noise, and the noise of the other owners with the lowest weights.
+    A sum has at least `threshold` owners. It contains the least noise if, besides this owner, these are the owners with
+    the lowest weights. For the sensitivity see `effective_noise`.
     """
     others = sorted(weight for name, weight in weights.items() if name != owner)[: constitution.threshold - 1]
     return effective_noise(config.noise, [weights[owner], *others], share=1 / constitution.threshold)
@@ -175,7 +176,8 @@ class Transcript:
         """Return the sum of the survivors' weighted deltas (float64), and the members whose shares unmasked it.
 
         Raises:
-            DataError: too few members sent shares, or every group of at least the threshold has a wrong share.
+            DataError: too few members sent shares, or each group that was tried (of at least `threshold` members)
+                contains a wrong share.
         """
         wrong = None
         for group in islice(_groups(list(self.answers("unmask")), self.session.threshold), _GROUPS):

@@ -79,9 +79,9 @@ def classify(
 def card_of(dataset: Path | str, trusted: Mapping[str, str], *, fingerprint: str | None = None) -> DataCard:
     """Return the card of a dataset; without a trusted card, log the reason and return a card of class private.
 
-    `trusted` maps public keys to owners. The whole dataset is read and checked, because a card counts only for the
-    content that it was signed for. If the data are frames of `load_frames`, which are checked when they are read, pass
-    their `fingerprint` instead.
+    `trusted` maps public keys to owners. The whole dataset is read and checked, because a card is valid only for the
+    content for which it was signed. If `load_frames` has read and checked the data already, pass the `fingerprint` of
+    its frames instead.
 
     Raises:
         StorageError: the dataset does not exist.

@@ -23,7 +23,7 @@ Key = Annotated[str, StringConstraints(pattern=r"\A[0-9a-f]{64}\z")]
 _KIND = "worldloom constitution signature"
 _LARGEST = 2**20  # bytes
 _OF_SUMS = ("mean",)  # aggregations that need only the sum; a clipped mean needs the norm of each contribution
-_MASKABLE = ("float32",)  # lossless codecs; masks are added to integers, not to a codec's parts
+_MASKABLE = ("float32",)  # codecs with a single part; masks are added to integers, not to a codec's parts
 _REMAINING = (
     "the coordinator can still check signatures, round, base, data class, message shape and the held-out loss of the "
     "new base, but not the size, direction or quality of one contribution"
@@ -72,10 +72,10 @@ class Constitution(Config):
     """The rules of a consortium.
 
     Before its first round a member trains its sovereign tensors for `align_steps`, with the shared tensors frozen.
-    `coordinators` are in order of succession: each is the name of a member, or a name and a key. `aggregation`,
-    `outer`, `codec` and `partition` configure the component that they name. Under `secure_aggregation` the coordinator
-    receives only sums of at least `threshold` contributions, never a single one. `constitution` is the version of the
-    format.
+    `coordinators` are in order of succession: each is the name of a member, or a name and a key. `aggregation`, `outer`
+    and `codec` each name a component and set its options; `partition` contains patterns of tensors' names. Under
+    `secure_aggregation` the coordinator receives only sums of at least `threshold` contributions, never a single one.
+    `constitution` is the version of the format.
     """
 
     constitution: Literal[1] = 1
@@ -163,8 +163,8 @@ class Constitution(Config):
         if inside and self.threshold < 3:
             raise ConfigError(
                 f"secure_aggregation: the coordinator {inside[0]!r} is a member, and could subtract its own "
-                f"contribution from a sum of {self.threshold}; raise the quorum to 3, or choose a coordinator that is "
-                f"not a member"
+                f"contribution from a sum of only {self.threshold}; raise the quorum to 3, or choose a coordinator "
+                f"that is not a member"
             )
 
     @property

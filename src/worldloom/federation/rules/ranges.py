@@ -23,7 +23,7 @@ Magnitude = Annotated[float, Field(ge=-1e30, le=1e30)]
 Loss = Annotated[float, Field(gt=0, le=1e30)]
 """A loss, which is a positive sum of squares."""
 Seconds = Annotated[float, Field(gt=0, le=366 * 86400)]
-"""A waiting time; a year is below the longest wait of the operating system."""
+"""A waiting time; the limit of a year is below the longest wait that the operating system allows."""
 
 LARGEST_VALUE = 2.0**100
 """The largest magnitude of a value of a tensor, about 1e30: sums over all rounds stay finite in single precision."""

@@ -114,8 +114,8 @@ class SumSession(Config):
             raise ConfigError("owners: two owners have the same key; give each owner its own")
         if not n < 2 * self.threshold <= 2 * n:
             raise ConfigError(
-                f"threshold: expected more than half of the {n} owners, and at most {n}; got {self.threshold}. With "
-                f"half, a coordinator could unmask an owner by sending different lists to the two halves"
+                f"threshold: expected more than half of the {n} owners, and at most {n}; got {self.threshold}. If half "
+                f"of the owners sufficed, a coordinator could unmask an owner by sending different lists to two halves"
             )
         return self
 

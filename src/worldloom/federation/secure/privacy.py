@@ -23,7 +23,7 @@ from worldloom.core.extras import require
 # More than Opacus' own orders: with much noise, the best order is large.
 _ORDERS = [1 + tenth / 10 for tenth in range(1, 100)] + [float(order) for order in (*range(11, 65), 96, 128, 256, 512)]
 _MOST = 1e6  # larger epsilons guarantee nothing and count as infinite
-_LEAST = 1e-9  # with less noise, epsilon is always larger than that
+_LEAST = 1e-9  # with less noise, epsilon always exceeds _MOST
 
 Clip = Annotated[float, Field(gt=0, le=1e12)]
 """The largest L2 norm of a delta."""
@@ -99,8 +99,8 @@ def delta_norm(delta: Mapping[str, Tensor]) -> float:
 def effective_noise(noise: float, weights: Sequence[float], *, share: float = 1.0) -> float:
     """Return the noise of a weighted sum of noised deltas, relative to its sensitivity (largest weight times clip).
 
-    With n equal weights and `share=1/n` this is `noise`; with unequal weights it is less. The accountant needs this
-    value.
+    With n equal weights and `share=1/n` this is `noise`; with unequal weights it is less. Pass this value to
+    `Accountant.spend`.
 
     Raises:
         ConfigError: a weight is negative or not finite, or none is above 0.

@@ -235,7 +235,7 @@ def serve(
         nodes: the nodes' names and public keys in OpenSSH's format. No other node can connect.
         host: the address to listen on.
         port: the port to listen on.
-        largest: the size of the largest message in bytes; the memory that the SuperLink uses for a request follows it.
+        largest: the size of the largest message in bytes; it limits the memory that a request to the SuperLink uses.
 
     Raises:
         ConfigError: another process serves from this folder, or the SuperLink does not start.

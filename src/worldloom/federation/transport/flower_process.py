@@ -125,9 +125,10 @@ class _Accepted(socket.socket):
 class Door(socket.socket):
     """A listening socket that accepts a limited number of connections.
 
-    The number is limited in total, per address, and per address and second. If there are too many, the oldest one that
-    has not been welcomed is closed, because the gate has accepted no request on it. Connections from this machine,
-    such as the coordinator's, are counted apart and have no rate, so that others cannot keep them out.
+    The number is limited in total, per address, and per address and second. If there are too many, the oldest
+    connection that is not `welcome` is closed: one on which the gate has accepted no request. Connections from this
+    machine, such as the coordinator's, are counted separately and may arrive at any rate, so that others cannot keep
+    them out.
     """
 
     def __init__(self, family: int, limits: Limits, clock: Clock = time.monotonic) -> None:
@@ -189,12 +190,12 @@ class Door(socket.socket):
 
 
 class Gate:
-    """ASGI middleware that lets only the coordinator call paths that are not for nodes, and nodes only what they need.
+    """ASGI middleware that limits calls: nodes may call only the paths for nodes, and only the coordinator all others.
 
-    On the paths of nodes, Flower checks the signature of a node's key, but reads the whole request before. The gate
-    checks the signature first, and then reads at most as many bytes as an honest request has. On the same port Flower
-    also serves calls that register nodes, start runs and send messages, without authentication; these need the
-    coordinator's secret.
+    On the paths of nodes, Flower checks the signature of a node's key only after it has read the whole request. The
+    gate checks the signature first, and then reads at most as many bytes as an honest request has. On the same port
+    Flower also serves calls that register nodes, start runs and send messages, without authentication; the gate
+    requires the coordinator's secret for these.
     """
 
     def __init__(
@@ -253,7 +254,7 @@ class Gate:
         except (InvalidSignature, ValueError, TypeError, OverflowError):
             return "the request is not signed with the node's key; use the secret key of this node"
         if apart > _CLOCKS_SECONDS:
-            return f"the clocks of node and coordinator differ by {apart:.0f} s; set them"
+            return f"the clocks of node and coordinator differ by {apart:.0f} s; set both clocks"
         return ""
 
     def _welcome(self, scope: Scope) -> None:
@@ -290,7 +291,7 @@ async def _read(receive: Receive, limit: int) -> bytes | None:
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
-    """Return a function that gives the app a body that was read already, and then what comes after it."""
+    """Return a `receive` for the app: first the body, which was read already, and then all later events."""
     events: list[MutableMapping[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def read() -> MutableMapping[str, Any]:

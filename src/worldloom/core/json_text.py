@@ -1,4 +1,4 @@
-"""JSON from files and messages, with limits on depth and on the digits of numbers."""
+"""JSON from files and messages, with limits on nesting depth and on the number of digits in a number."""
 
 import json
 from typing import Any

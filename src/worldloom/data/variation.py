@@ -28,8 +28,8 @@ def require_variation(
     actions = frames.actions[inside]
     if not len(actions) or (actions == actions[0]).all():
         raise DataError(
-            f"no action ever differs: all {count} actions are {_short(actions[:1])}, so their effect cannot be "
-            f"learned. Check the action columns, and record different actions"
+            f"all {count} actions are equal, {_short(actions[:1])}, so their effect cannot be learned. "
+            f"Check the action columns, and record different actions"
         )
     seen: dict[str, bool] = {}  # the parts that are used, and whether they move
     if vector and frames.vector is not None:

@@ -76,7 +76,7 @@ class Lobby(Closing):
             try:
                 self._step()
             except Exception:  # a fault here must not leave the plant without its server
-                self._said.log(logging.ERROR, "the plant's lobby failed; it goes on", trace=True)
+                self._said.log(logging.ERROR, "the plant's lobby raised an error and continues", trace=True)
                 self._closing.wait(_TICK)
 
     def _step(self) -> None:

@@ -118,7 +118,7 @@ def test_a_damaged_record_is_no_empty_record(owner: Owner, state: Path, content:
 def test_without_a_place_to_remember_a_version_it_is_not_accepted(owner: Owner, monkeypatch) -> None:
     monkeypatch.setenv("WORLDLOOM_STATE", "/dev/null/state")
     owner.read(owner.layer(0))
-    with pytest.raises(StorageError, match="WORLDLOOM_STATE can name another one"):
+    with pytest.raises(StorageError, match="set WORLDLOOM_STATE to use another"):
         owner.read(owner.layer(1))
 
 

@@ -49,7 +49,7 @@ def verify(
             f"Restore the file in situations/ from a copy"
         )
     if not verdict.head.length:
-        raise DataError(f"{log} has no entries, but every log begins with one; restore the log from an intact copy")
+        raise DataError(f"{log} has no entries; a complete log has at least one. Restore the log from an intact copy")
     unknown = _unknown(log, verdict.head, head)
     for line in unknown:
         err.print(f"NOT CHECKED: {line}", style="bold yellow", markup=False, soft_wrap=True)
@@ -68,7 +68,7 @@ def _unknown(log: Path, head: chain.ChainHead, kept: chain.ChainHead | None) -> 
     found = []
     if kept is None:
         found.append(
-            "whether entries were cut off at the end, or the whole log was written anew. A log alone cannot show that; "
+            "whether entries were cut off at the end, or the whole log was rewritten. A log alone cannot show that; "
             "pass --kept LENGTH:HASH, the head that an earlier verify printed"
         )
     elif kept.length < head.length:
@@ -88,7 +88,9 @@ def show(
     entry: Annotated[
         int | None, typer.Option(min=0, help="Show this entry in full; by default, one line for each entry.")
     ] = None,
-    picture: Annotated[Path | None, typer.Option(help="Write the frame of that entry's observation (PNG).")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write the frame that the agent observed at --entry (PNG).")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show the decisions, entry by entry; each entry is verified."""

@@ -21,7 +21,7 @@ from worldloom.core.text import one_line, printable
 
 
 class SafeConsole(Console):
-    """A console on which text cannot act as commands to the terminal, whichever party wrote the text."""
+    """A console that escapes control characters, so that no party's text can send commands to the terminal."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         """Yield the segments of an object, with control and invisible characters as escapes."""

@@ -93,7 +93,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="time|number",
-            help="Whether the row of a frame is the one at its time or the one with its number, if they differ.",
+            help="Pair frames and rows of the log by time or by number, if the results differ.",
         ),
     ] = None,
     low: Annotated[str | None, typer.Option(metavar="A,B,...", help="Lower bounds of the actions.")] = None,

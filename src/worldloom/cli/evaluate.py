@@ -21,15 +21,20 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     protocol: Annotated[
         str | None,
-        typer.Option(help="A named protocol; by default, the world's, or goals that the logging policy reached."),
+        typer.Option(
+            help="A named protocol; by default, the world's protocol, or goals that the logging policy reached."
+        ),
     ] = None,
     success: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME:TOLERANCE|env", help="For other worlds: a named vector and its tolerance, such as position:3."
+            metavar="NAME:TOLERANCE|env",
+            help="For worlds without a protocol: a named vector and its tolerance, such as position:3.",
         ),
     ] = None,
-    goal_offset: Annotated[int | None, typer.Option(min=1, help="For other worlds: steps from start to goal.")] = None,
+    goal_offset: Annotated[
+        int | None, typer.Option(min=1, help="For worlds without a protocol: steps from start to goal.")
+    ] = None,
     budget: Annotated[int | None, typer.Option(min=1, help="The maximum number of steps of an episode.")] = None,
     episodes: Annotated[int | None, typer.Option(min=1, help="Episodes in each split.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The root of the seeds of the evaluation.")] = None,

@@ -55,7 +55,7 @@ def _options(
     debug: bool = typer.Option(False, "--debug", help="Show the full traceback of an error."),
 ) -> None:
     level = logging.INFO if verbose or debug else logging.WARNING
-    # Of several processes of torchrun, only the first logs.
+    # If torchrun starts several processes, only the first one logs below the level ERROR.
     logging.basicConfig(level=level if is_first() else logging.ERROR)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(SafeFormatter("%(levelname)s %(message)s"))

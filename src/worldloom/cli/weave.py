@@ -31,7 +31,7 @@ FoundRules = Annotated[
 
 
 def _rules(rounds: Path, constitution: Path | None) -> "Constitution":
-    """Return the constitution that verifies the ledger in a folder.
+    """Return the constitution under which the ledger in a folder is verified.
 
     Raises:
         StorageError: no constitution was given, and there is none beside the folder.

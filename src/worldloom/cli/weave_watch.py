@@ -134,7 +134,7 @@ def _said(round: Round, name: str, now: float) -> str:
     if state == "waiting":
         over = "" if round.began is None or round.done else f", {duration(now - round.began)}"
         return "did not answer" if round.done else f"waiting{over}"
-    why = round.reason(name) or "no group of contributions passed the quality gate, the base stays as it was"
+    why = round.reason(name) or "no group of contributions passed the quality gate, so the base is unchanged"
     return textwrap.shorten(f"{state}: {why}", _REASON, placeholder=" ...")
 
 

@@ -139,7 +139,7 @@ def parse_value(text: str) -> Any:
 
 
 class Shape(BaseModel):
-    """The keys of a file that the code relies on, and their types; a file may have other keys."""
+    """The keys that the code needs from a file, with their types (not a tensor shape); a file may have other keys."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -159,7 +159,7 @@ def check_shape(values: Any, shape: type[T], source: object, error: type[Worldlo
 
 
 def _misread(given: Any, made: Any, place: tuple[int | str, ...]) -> Iterator[tuple[tuple[int | str, ...], str, Any]]:
-    """Yield the place, the mistake and the value of each number in `made` that `given` does not say plainly."""
+    """Yield place, mistake and given value of each number in `made` that was given as a boolean or exceeds 64 bits."""
     if isinstance(made, int | float) and not isinstance(made, bool):
         if isinstance(given, bool):
             yield place, "expected a number; write a number, or remove the key", given
@@ -177,7 +177,7 @@ def _misread(given: Any, made: Any, place: tuple[int | str, ...]) -> Iterator[tu
 def _assign(values: dict[str, Any], key: str, value: Any, config: Config) -> None:
     *parents, last = key.split(".")
     node: Any = values
-    there: Any = config  # what `node` was written from
+    there: Any = config  # the configuration whose values `node` contains
     for depth, part in enumerate([*parents, last]):
         path = ".".join([*parents, last][: depth + 1])
         if not isinstance(node, dict):

@@ -149,7 +149,7 @@ def check_private(path: Path | str) -> None:
 
 
 def make_private(path: Path | str) -> None:
-    """Create a folder that only its owner can use; an existing folder becomes one.
+    """Create a folder that only its owner can use, or give an existing folder these permissions.
 
     Raises:
         StorageError: the folder cannot be created, or belongs to another user.
@@ -187,9 +187,10 @@ def storage_errors(path: Path | str) -> Iterator[None]:
 def reading(
     path: Path | str, error: type[WorldloomError] = StorageError, remedy: str = "restore the file from a copy"
 ) -> Iterator[None]:
-    """Convert what fails while the content of a file is interpreted to one error that names the file.
+    """Convert any exception from interpreting the content of a file to one error that names the file.
 
-    Use this where a file was read without fault, but its values may have other types or sizes than the code expects.
+    Use this where a file was read without an error, but its values may not have the types or sizes that the code
+    expects.
     """
     try:
         yield
@@ -206,7 +207,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     `path` is therefore never an incomplete folder.
 
     Raises:
-        StorageError: `path` already exists, or a read or write failed, also inside the body.
+        StorageError: `path` already exists, or a read or write failed, here or in the body of the `with` statement.
     """
     if path.exists():
         raise StorageError(f"{path} already exists; choose another folder")

@@ -26,7 +26,7 @@ def describe_hardware() -> dict[str, Any]:
     }
 
 
-_fixed = 0  # the number of threads that the user chose for this process; 0 if jobs measure
+_fixed = 0  # the number of threads that the user chose for this process; 0 if each job measures the fastest
 
 
 def set_threads(count: int) -> None:
@@ -38,7 +38,7 @@ def set_threads(count: int) -> None:
 
 
 def choosable_threads() -> int:
-    """Return the most CPU threads that a job may choose; 0 if `set_threads` or PyTorch's number leaves no choice."""
+    """Return the most CPU threads that a job may choose; 0 if `set_threads` set it, or PyTorch uses one."""
     most: int = torch.get_num_threads()
     return 0 if _fixed or most == 1 else most
 
@@ -59,9 +59,10 @@ def time_threads(work: Callable[[], object], *, seconds: float = 1.5) -> dict[in
     """Measure `work` with 1, 2, 4, ... CPU threads, up to PyTorch's number; return the mean seconds of one call.
 
     The result is empty if there is nothing to choose; see `choosable_threads`.
-    The numbers of threads take turns, so that all of them are measured under the same load. This takes about `seconds`,
-    or three turns if they take longer. A number that needs three times as long as another is dropped. The measurement
-    ends after three turns if the slowest call with one number was faster than each call with the other numbers.
+    The measurement alternates between the numbers of threads, so that the machine's load affects all of them. It takes
+    about `seconds`, or three rounds if these take longer. A number that needs three times as long as another is
+    dropped. The measurement ends after three rounds if the slowest call with one number was faster than every call with
+    the other numbers.
     """
     most = choosable_threads()
     if not most:

@@ -1,4 +1,4 @@
-"""JSON from files and messages, with limits on depth and on the digits of numbers."""
+"""JSON from files and messages, with limits on nesting depth and on the number of digits in a number."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ _FLOAT_DIGITS = 1000  # of any other number
 def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
     """Return the value of a JSON text; bytes are decoded as UTF-8.
 
-    If not `strict`, numbers that are not finite are read, as Python and other libraries write them.
+    If not `strict`, NaN and infinities are accepted, as Python and other libraries write them.
 
     Raises:
         ValueError: the text is not JSON, is nested too deeply, or contains a number that cannot be used. The message

@@ -17,8 +17,8 @@ from worldloom.core.errors import DataError
 
 MOST_CHANNELS = 16  # an axis with more values is not an axis of channels, nor of stacked frames
 _USUAL_CHANNELS = (1, 3, 4)
-_LEAST_SIDE = 32  # minimum height and width of pictures that only their shape shows to be pictures
-_KNOWN_RANGES = ((0.0, 1.0), (0.0, 255.0))  # values that a space states for pictures which were bytes before
+_LEAST_SIDE = 32  # minimum height and width of arrays that count as pictures because of their shape alone
+_KNOWN_RANGES = ((0.0, 1.0), (0.0, 255.0))  # ranges that a space states for pictures that were converted from bytes
 
 
 class PictureOptions(Config):
@@ -114,9 +114,9 @@ class PictureLayout:
 def is_picture(shape: Sequence[int], dtype: Any, options: PictureOptions | None = None) -> bool:
     """Return whether values with this shape (without a time axis) and dtype are pictures.
 
-    Bytes with three axes are pictures. Other values, and other numbers of axes, are pictures if height and width are
-    at least 32, and if all other axes have at most 16 values. With `options.axes`, bytes of any size are pictures if
-    they have this number of axes.
+    Bytes with three axes are pictures. Other arrays with 2 to 4 axes are pictures if their two longest axes (height and
+    width) have at least 32 values, and all other axes at most 16. If `options.axes` is given, bytes with as many axes
+    as it has letters are pictures at any size.
     """
     if np.dtype(dtype).kind not in "fiub" or not 2 <= len(shape) <= 4 or min(shape) < 1:
         return False

@@ -121,7 +121,7 @@ class Guardrail(ABC):
         return self
 
     def stretched(self, times: float) -> "Guardrail":
-        """Return the guardrail with its margin multiplied by `times`; the default has no margin and returns `self`."""
+        """Return the guardrail with its margin multiplied by `times`; the default, without a margin, returns `self`."""
         return self
 
 
@@ -163,7 +163,7 @@ class Agent(ABC):
         return self.act(observations)
 
     def resume(self, taken: Float[Tensor, "B A"]) -> None:
-        """Receive, after `reset`, the environment actions that were applied last, for limits on their changes."""
+        """Receive, after `reset`, the last applied environment actions, which limits on changes of actions need."""
         return
 
     def limited(

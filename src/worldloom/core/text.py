@@ -10,7 +10,7 @@ _HIDDEN = re.compile(
     "\U000e0000-\U000e0fff]"
 )
 
-# The characters that begin a construct within a line, a colon of an address, and the dot of `www.`.
+# The characters that begin Markdown syntax within a line, the colon of a URL, and the dot of `www.`.
 _MARKDOWN = re.compile(r"[\\`*_\[\]<>|~&$#@{}]|:(?=\S)|(?<=www)\.", re.IGNORECASE)
 
 

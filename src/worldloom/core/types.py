@@ -22,7 +22,7 @@ from worldloom.core.errors import DataError, PlanningError
 
 BatchedT = TypeVar("BatchedT", bound="Batched")
 
-_LARGEST, _LARGEST_VECTOR = 65_536, 2**24  # bounds with which the size of a model can be computed
+_LARGEST, _LARGEST_VECTOR = 65_536, 2**24  # upper bounds, so that the size of a model can be computed
 MOST_ACTION_VALUES = 65_536
 
 

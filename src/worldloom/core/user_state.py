@@ -42,9 +42,7 @@ def own_key() -> SigningKey:
             if not path.exists():
                 make_key(path)
     except StorageError as error:
-        raise StorageError(
-            f"{error}. The folder {path.parent} stores your key; {FOLDER} can name another one"
-        ) from None
+        raise StorageError(f"{error}. The folder {path.parent} stores your key; set {FOLDER} to use another") from None
     return SigningKey(path)
 
 

@@ -1,7 +1,7 @@
 """Configurations in YAML, read as plain values. An error message gives the line of every mistake.
 
-A plain word means what it means in JSON and YAML 1.2. Words that YAML 1.1, which many programs still read, takes for
-something else (`1:30` for 90, `010` for 8, `yes` for true, a date) are refused.
+An unquoted word has the same meaning as in JSON and YAML 1.2. Many programs still use YAML 1.1, so words that YAML 1.1
+reads differently (`1:30` as 90, `010` as 8, `yes` as true, dates) are refused.
 """
 
 import math

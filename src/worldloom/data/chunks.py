@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 _MAGIC = b"wlchunk1"
 _HEADER = len(_MAGIC) + 16  # the magic, then blake2b of the content
 _STALE_SECONDS = 3600.0  # temporary files older than this were left by a killed process
-_LOOK = 64  # chunks written between two scans for chunks of other processes; meanwhile the budget may be exceeded
+_LOOK = 64  # chunks written between two scans for chunks of other processes; the budget may be exceeded until a scan
 _TOUCH_SECONDS = 60.0  # resolution of the time of last use
 
 

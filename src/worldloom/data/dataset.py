@@ -65,8 +65,8 @@ class EpisodeDataset:
     Opening pins a version; reopen the dataset to read what other processes append later. An append is one atomic commit
     of complete episodes, so a killed process never leaves a partial episode.
 
-    Everything that is read is checked against the digests that were stored with the episodes, and raises `DataError` if
-    it was changed since.
+    All content that is read is checked against the digests that were stored with the episodes; content that was changed
+    since then raises `DataError`.
 
     `timeout` is the limit for each request to remote storage, in seconds. Opening and appending repeat requests that
     timed out for up to `retry_seconds`.
@@ -239,7 +239,7 @@ class EpisodeDataset:
     def _digest_frames(self) -> UInt8[np.ndarray, "N 16"]:
         """Read and check all episodes, and return the digests of their frames."""
         _log.warning(
-            "%s has version 1 of the dataset format, and is read once more to check it; convert it with 'worldloom "
+            "%s has version 1 of the dataset format, so the check must read all of it; convert it with 'worldloom "
             "data convert %s NEW'",
             self._location,
             self._location,
@@ -301,7 +301,7 @@ class EpisodeDataset:
         return added
 
     def _commit(self, added: list[Any]) -> Any:
-        """Add the written files to the dataset, and return the new table; can be repeated if no answer arrived."""
+        """Add the written files to the dataset, and return the new table. If no answer arrived, call this again."""
         import lance
         from lance.commit import CommitConflictError
 
@@ -480,8 +480,8 @@ def open_table(
 ) -> Any:
     """Open the Lance table at `path`, by default its latest version.
 
-    Files on this machine that are not known are first read in a child process, see `worldloom.core.untrusted`. Files on
-    remote storage are not.
+    Local files of unknown origin are first read in a child process (see `worldloom.core.untrusted`); files on remote
+    storage are not.
 
     Raises:
         StorageError: `path` is not a dataset, or the storage cannot be read or does not answer.

@@ -22,7 +22,7 @@ def read_picture(
 ) -> Observations:
     """Read a picture file as a batch of one observation of shape `expected` (H, W, C).
 
-    `values` are those that become 0 and 255 if the picture has more than 8 bits, for example depth in millimetres.
+    If the picture has more than 8 bits, `values` are those that become 0 and 255, for example depths in millimetres.
 
     Raises:
         StorageError: the file does not exist or cannot be read.
@@ -56,12 +56,11 @@ def decode_picture(
 ) -> UInt8[np.ndarray, "H W C"]:
     """Decode a PNG, JPEG, TIFF, WebP, BMP, GIF or PPM picture; C is 1 for a grey picture, else 3.
 
-    Error messages begin with `what`.
-    `values` are those that become 0 and 255 if the picture has more than 8 bits.
+    If the picture has more than 8 bits, `values` are those that become 0 and 255. Error messages begin with `what`.
 
     Raises:
-        DataError: the content is not a picture, or `values` is not set and the picture has more than 8 bits, or the
-            other way round.
+        DataError: the content is not a picture, has more than 8 bits and no `values` are set, has 8 bits and `values`
+            are set, or is coloured with more than 8 bits.
     """
     try:
         with Image.open(io.BytesIO(content or b""), formats=PICTURE_FORMATS) as opened:

@@ -1,4 +1,4 @@
-"""The check that data vary: a model of data in which nothing moves, or no action differs, cannot be of use."""
+"""The check that data vary. No useful model can be learned if nothing moves, or if all actions are equal."""
 
 import numpy as np
 from jaxtyping import Int
@@ -12,7 +12,7 @@ _CHUNK = 64  # frames that are compared at once
 def require_variation(
     frames: Frames, episodes: Int[np.ndarray, "T"], *, pixels: bool = True, vector: bool = True
 ) -> None:
-    """Check that actions differ, and that something that is observed moves, in these episodes.
+    """Check that, in these episodes, actions differ and at least one observed value changes.
 
     `pixels` and `vector` say which parts of the observation the model uses. Pixels are read until the first change, so
     the check is fast for data that vary.
@@ -28,8 +28,8 @@ def require_variation(
     actions = frames.actions[inside]
     if not len(actions) or (actions == actions[0]).all():
         raise DataError(
-            f"no action ever differs: all {count} actions are {_short(actions[:1])}, so their effect cannot be "
-            f"learned. Check the action columns, and record different actions"
+            f"all {count} actions are equal, {_short(actions[:1])}, so their effect cannot be learned. "
+            f"Check the action columns, and record different actions"
         )
     seen: dict[str, bool] = {}  # the parts that are used, and whether they move
     if vector and frames.vector is not None:

@@ -105,7 +105,7 @@ class ControlReport:
     watchdog: Newest[tuple[int, float]] = field(
         default_factory=lambda: Newest(_KEPT)
     )  # period, seconds after the deadline
-    stale: Newest[int] = field(default_factory=lambda: Newest(_KEPT))  # periods with an observation of an earlier one
+    stale: Newest[int] = field(default_factory=lambda: Newest(_KEPT))  # periods without a new observation
     skipped: Newest[int] = field(default_factory=lambda: Newest(_KEPT))  # observations that no period used
     unanswered: int = 0  # periods without a command, counted by the plant
     start: float = 0.0  # the beginning of period 0 on the monotonic clock
@@ -156,8 +156,8 @@ class ControlLoop:
     goal. `watchdog=False` disables the watchdog thread. `on_period(report)` is called at the end of each period and
     must return at once.
 
-    Every command satisfies the agent's guardrails on actions, the safe action included: under a limit on changes of
-    the action, the commands approach the safe action step by step.
+    Every command, including the safe action, satisfies the agent's guardrails on actions. With a limit on changes of
+    the action, the commands therefore approach the safe action step by step.
 
     Raises:
         ConfigError: the rate differs from the link's, the deadline is not within a period, or the plant or the agent's
@@ -223,7 +223,8 @@ class ControlLoop:
     def run(self, goal: Goal, *, duration: float | None = None) -> ControlReport:
         """Drive the plant toward a goal (a batch of one) for `duration` seconds, or until `stop` or Ctrl-C.
 
-        The last command is always the safe action. After an error, `report` contains the periods before the error.
+        The last command is the safe action or, with a limit on changes, the permitted action nearest to it. After an
+        error, `report` contains the periods before the error.
 
         Raises:
             LinkError: the link broke.
@@ -350,7 +351,7 @@ class ControlLoop:
             for period in reversed(self.report.periods[-200:]):
                 missed = any(miss.period == period.number for miss in self.report.misses[-200:])
                 if period.observation == number and period.kind == "agent" and not missed:
-                    self._missed(period.number, "it came late to the plant", number)
+                    self._missed(period.number, "the action reached the plant late", number)
 
     def _take(self, period: Period, due: float, kind: Command) -> str | None:
         """Wait until `due` for the agent's action and send it; return the cause of a miss, or None."""

@@ -22,7 +22,7 @@ from worldloom.deploy.wire import VERSION, Address, Connection, LinkError, WireM
 
 _RATES = 1e-3, 1e5  # Hz
 _COUNT = 2**53  # limit of the counts that a plant sends
-_OVERDUE = 1024  # late answers that are kept until someone asks
+_OVERDUE = 1024  # overdue sequence numbers that are kept until the control loop reads them
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,7 +74,7 @@ class Link(Closing, ABC):
 
     `counts` counts observations: `received`; `unread` (replaced by a newer one before `receive` was called); `lost`
     (never arrived); and `out of order` (arrived late and dropped). `overdue` are the sequence numbers of observations
-    for which the action reached the plant after the observation's period.
+    whose action reached the plant after the observation's period.
     """
 
     observation: ObservationSpec

@@ -1,4 +1,4 @@
-"""Where agents wait for a plant: many may connect, and the first that greets properly is served."""
+"""The lobby of a plant: several agents may connect, and the first one that sends a valid greeting is served."""
 
 import contextlib
 import logging
@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 _WAITING = 8  # connections at a time, besides the agent that is served
 _BODY = 64 * 1024  # bytes; an agent sends only actions
 _TICK = 0.05  # seconds
-_PATIENCE = 0.25  # seconds until a silent connection is greeted first
+_PATIENCE = 0.25  # seconds until the plant greets a silent connection first
 
 
 @dataclass(kw_only=True)
@@ -29,12 +29,13 @@ class _Guest:
 
 
 class Lobby(Closing):
-    """Accepts connections in a thread of its own, and listens to all of them at once for their greetings.
+    """Accepts connections in its own thread, and waits for the greetings of all of them at once.
 
-    While no agent is served, the first agent that has greeted gets the plant's greeting and is served next. A
-    connection that says nothing for a quarter of a second gets the plant's greeting too, in case it waits for that, and
-    is closed if its own does not arrive within `silence` seconds. While an agent is served, the others wait. At most
-    eight connections wait: a new one replaces the oldest that has not greeted, or is closed if all have.
+    While no agent is served, the first agent whose greeting arrives gets the plant's greeting, and is served next. Some
+    agents wait for the plant's greeting, so a connection that is silent for a quarter of a second gets it first. This
+    connection is closed if its own greeting does not arrive within `silence` seconds, or if another agent is served.
+    All other connections wait. At most eight connections wait: a new connection replaces the oldest one without a
+    greeting. If all eight have sent a greeting, the new connection is closed.
     """
 
     def __init__(self, listener: socket.socket, greeting: WireMessage, *, silence: float) -> None:
@@ -49,7 +50,7 @@ class Lobby(Closing):
         self._thread.start()
 
     def next(self, timeout: float) -> Connection | None:
-        """Return the connection of the next agent, after both greetings, or None if none is ready in time."""
+        """Return the connection of the next agent, after both greetings, or None after `timeout` seconds."""
         with self._changed:
             self._free = True
             self._changed.wait_for(lambda: self._chosen is not None, timeout)
@@ -75,7 +76,7 @@ class Lobby(Closing):
             try:
                 self._step()
             except Exception:  # a fault here must not leave the plant without its server
-                self._said.log(logging.ERROR, "the plant's lobby failed; it goes on", trace=True)
+                self._said.log(logging.ERROR, "the plant's lobby raised an error and continues", trace=True)
                 self._closing.wait(_TICK)
 
     def _step(self) -> None:
@@ -104,7 +105,7 @@ class Lobby(Closing):
             self._chosen, self._free = guest, False
             self._changed.notify_all()
         for other in [other for other in self._guests if other.greeted is not None]:
-            self._drop(other, "another agent was faster", tell=True)  # it would wait in vain for observations
+            self._drop(other, "another agent was faster", tell=True)  # it expects observations, which it would not get
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # the client is gone already

@@ -69,8 +69,8 @@ class PlantServer:
     contains the actual port.
 
     If `read`, `write` or `reset` raises an error, the server applies the safe action, logs the error, tells the agent
-    and ends the session; then it serves the next agent. An agent that has sent no action for `idle` seconds must leave
-    if another one waits.
+    and ends the session; then it serves the next agent. If another agent waits, an agent that has sent no action
+    for `idle` seconds is disconnected.
 
     Raises:
         DataError: the safe action has the wrong size, or is not finite.
@@ -101,7 +101,7 @@ class PlantServer:
             )
         self._name, self._silence, self._idle = name, silence, idle
         self._said, self._unsafe = SparingLog(_log), SparingLog(_log)
-        self._acted = 0.0  # the time of the last action or the begin of the episode
+        self._acted = 0.0  # the time of the last action or of the beginning of the episode
         self.log = PlantLog()
         self._stop = threading.Event()
         self._applying = threading.Lock()
@@ -179,7 +179,7 @@ class PlantServer:
             raise ended[0]
 
     def _tell(self, connection: Connection, error: LinkError) -> None:
-        """Tell the agent why its session ends, if it still listens."""
+        """Tell the agent why its session ends, if the connection still works."""
         with contextlib.suppress(LinkError):
             connection.send(WireMessage(type="error", fields={"message": str(error)[:500]}), timeout=0.1)
 
@@ -214,7 +214,7 @@ class PlantServer:
         self.log.observations.append((self._sequence, now))
         self._sequence += 1
         self._began = now
-        # The observation that ends an unanswered period must not postpone its safe action.
+        # The observation that ends an unanswered period must not postpone that period's safe action.
         if self._due == float("inf") or self._due > now + 0.5 / self._rate:
             self._arm(now + 1 / self._rate)
         connection.send(WireMessage(type="observation", fields=fields, arrays=arrays), timeout=self._silence)

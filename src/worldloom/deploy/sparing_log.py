@@ -1,4 +1,4 @@
-"""Log messages that an event can cause without end: the first are logged, and then one in a hundred."""
+"""A limit on repeated log messages: the first hundred are logged, and then one in a hundred."""
 
 import logging
 

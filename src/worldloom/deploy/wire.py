@@ -318,7 +318,7 @@ class Address:
         return sock
 
     def _clear_path(self) -> None:
-        """Remove the socket that a plant which has ended left at the path; never remove anything else."""
+        """Remove the socket of a plant that has ended from the path; never remove any other file."""
         path = Path(self.path)
         if not path.exists() and not path.is_symlink():
             return
@@ -332,5 +332,7 @@ class Address:
                 path.unlink(missing_ok=True)
                 return
             except OSError as error:
-                raise LinkError(f"cannot tell whether a plant listens at {self} ({error}); choose another") from error
+                raise LinkError(
+                    f"cannot tell if a plant listens at {self} ({error}); choose another address"
+                ) from error
         raise LinkError(f"another plant listens at {self}; end it, or choose another address")

@@ -34,7 +34,8 @@ _FASTEST = 5.0  # m/s; the maximum speed of the maze's point along each axis
 class MuJoCoEnv(gymnasium.Env[Any, Any]):
     """Base class of MuJoCo environments with one camera, `height` metres above the plane.
 
-    Environments with the same model share the model and its renderer. With `draws=False`, only rendering needs OpenGL.
+    Environments with the same model share the model and its renderer. If there is no OpenGL, creating the environment
+    raises an error; with `draws=False`, only rendering raises it.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50, "simulator": True}  # noqa: RUF012 - Gymnasium declares it so

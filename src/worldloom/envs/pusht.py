@@ -23,7 +23,7 @@ _REACH = 100.0  # px from the disc to the target for an action of 1, the usual s
 class PushTEnv(gymnasium.Env[Any, Any]):
     """PushT, seen from above. An action is the disc's target, relative to the disc's position.
 
-    Observation: uint8 pixels (size, size, 3), the table scaled by area. Action: (dx, dy) in [-1, 1], in units of 100 px
+    Observation: uint8 pixels (size, size, 3), scaled by area averaging. Action: (dx, dy) in [-1, 1], in units of 100 px
     of the 512 px table; a PD controller moves the disc toward the target for 0.1 s. The disc keeps its velocity between
     steps, but one frame does not show the velocity. The block stops when nothing pushes it. Infos: `agent` (x, y) and
     `block` (x, y) in px of the table, `angle` of the block in radians within [0, 2 pi). Episodes do not end by

@@ -41,7 +41,7 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         max_episode_steps: the number of steps after which an episode is truncated; None means no limit.
         render_mode: None or "rgb_array".
 
-    `reset(options=...)` accepts `factors`, values for the next episodes, and `task`, the fields of `TaskOptions`.
+    `reset(options=...)` accepts `factors` (values for the next episodes) and `task` (the fields of `TaskOptions`).
     With `task`, a start and a goal are sampled, and the infos of the reset contain `goal`, the frames at the goals
     (N, size, size, 3), `goal_position` (N, 2), `shortest_steps` (N,) and `wall_between` (N,).
 
@@ -147,7 +147,7 @@ class RoomsVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         draws = self.factors_type.draws()
         check_names(self.factors_type, tuple(given), {})
         for attempt in range(_LAYOUTS):
-            # Every varying factor is sampled, even if its value is given, so that this changes no other factor.
+            # Every varying factor is sampled, even if a value is given, so that other factors stay the same.
             drawn = {name: draws[name](rng) for name in sorted(self._vary)}
             factors = self.factors_type.parse({**self._fixed, **drawn, **given})
             try:

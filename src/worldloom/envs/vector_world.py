@@ -203,7 +203,7 @@ class VectorWorld(Closing):
         self.steps += 1
         converted = self._convert(actions, where=f"{by}{self._where(None)}")
         if self._autoreset is AutoresetMode.DISABLED and self._stale.any():
-            # Their episodes have ended; without this reset the other environments could not be stepped.
+            # Environments whose episodes have ended must be reset, because the batch is stepped as a whole.
             self._call(lambda: self._envs.reset(options={"reset_mask": self._stale}))
         observations, _, terminated, truncated, infos = self._call(lambda: self._envs.step(converted))
         terminated, truncated = np.asarray(terminated, bool), np.asarray(truncated, bool)

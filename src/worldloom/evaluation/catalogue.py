@@ -16,7 +16,10 @@ def register_protocol(protocol: Protocol) -> Protocol:
 
 
 def default_protocol(env_id: str | None) -> str | None:
-    """Return the title of a world's default protocol: with the world's own goals, or else the nearest logged goals."""
+    """Return the title of a world's default protocol: with the world's own goals, else with the nearest logged ones.
+
+    None means that the world has no protocol.
+    """
 
     def rank(title: str) -> tuple[int, str]:
         splits = PROTOCOLS[title].splits.values()
@@ -155,7 +158,7 @@ _register_field(
     "Reacher-v0",
     SuccessRule(source="info", name="joints", radius=0.05, unit="rad", largest=True, period=2 * math.pi),
 )
-# A quarter of a cell. Gymnasium-Robotics uses 0.45 m, which many goals 25 steps ahead satisfy at the start.
+# A quarter of a cell. With Gymnasium-Robotics' 0.45 m, many starts would already satisfy a goal 25 steps ahead.
 _register_field(
     "point-maze",
     "PointMaze-v0",

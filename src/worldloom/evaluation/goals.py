@@ -32,7 +32,7 @@ class Tasks:
     budgets: np.ndarray  # (B,) environment steps
     before: tuple[np.ndarray, ...]  # (K, A) each: the actions from the reset to the start
     digests: tuple[str, ...]  # of each start and goal observation
-    exact: bool = True  # whether each start must have the same digest again
+    exact: bool = True  # whether a repeated start must have the same digest as before
 
     def unrepeated(self) -> "Tasks":
         """Return the same tasks, for a world that cannot repeat a start exactly."""
@@ -78,7 +78,7 @@ def draw_tasks(
 ) -> tuple[Tasks, int]:
     """Draw one start and goal per environment in `world`, from episode index `first` on.
 
-    Also return the next unused index. If a `guard` is given, it replaces the logging policy by one that obeys a rule
+    Also return the next unused index. If `guard` is given, it converts the logging policy to one that obeys a rule
     set.
 
     Raises:

@@ -134,8 +134,8 @@ class SuccessRule(Config):
         """Return the rule as text."""
         if self.source == "environment":
             return (
-                "the environment decides: its info 'success', otherwise its info 'is_success', otherwise 'terminated' "
-                "if it has neither"
+                "the environment decides by its info 'success', by its info 'is_success' if it has no 'success', or "
+                "by 'terminated' if it has neither"
             )
         place = "info or observation" if self.source == "named" else self.source
         what = f"'{self.name}' ({place})" if self.name else "the observation vector"
@@ -376,8 +376,9 @@ class Protocol(Config):
             return []
         each = "; ".join(f"{name}: {count} steps" for name, count in steps.items())
         return [
-            f"Exploration: before it receives the goal, a method that explores acts in each episode's world from the "
-            f"start ({each}), with observations only, and is then reset to it. Other methods do not explore."
+            f"Exploration: before a method that explores receives the goal, it acts in each episode's world from the "
+            f"start ({each}), with observations only. The world is then reset to the start. Other methods do not "
+            f"explore."
             + "".join(
                 f" During exploration, {_json(split.exploration_task)} overrides the task options of {name}."
                 for name, split in self.splits.items()

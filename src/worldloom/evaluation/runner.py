@@ -27,7 +27,7 @@ _RECORDING_BYTES = 256 * 2**20  # limit on the frames in memory while a batch ru
 
 @runtime_checkable
 class Witness(Protocol):
-    """Observes an agent during an evaluation. It also receives the world's infos, but the agent does not."""
+    """Observes an agent during an evaluation. Unlike the agent, it also receives the world's infos."""
 
     def begin(self, agent: Agent, size: int) -> None:
         """Begin episodes in `size` environments; the agent has the goals of these episodes."""
@@ -57,7 +57,7 @@ def evaluate(
     optional methods. An agent with `plan_seconds` in its statistics is timed by its plans, any other agent by its calls
     of `act`. The first `record` successes and the first `record` failures of each row become recordings. `model` is the
     fingerprint of the weights. A `witness` observes the episodes. A plant runs one episode at a time. Under `rules`,
-    methods that may not act on it are skipped with a warning, and listed in the results' provenance as `skipped`.
+    methods that may not act on a plant are skipped with a warning, and listed in the results' provenance as `skipped`.
 
     Raises:
         ConfigError: there is no method, the batch is below 1, a factory returns something other than an `Agent`, or
@@ -275,7 +275,7 @@ class _Audience:
         return self._latest
 
     def places(self, frame: Frame) -> np.ndarray:
-        """Return the places of a frame's environments in the agent's actions."""
+        """Return the rows of the agent's actions that belong to the environments of a frame."""
         return np.arange(len(frame.rows)) if self._agent.narrows else frame.rows
 
     def concludes(self, frame: Frame, ended: Mapping[int, EpisodeResult]) -> None:

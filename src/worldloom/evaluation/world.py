@@ -12,13 +12,13 @@ from worldloom.evaluation.protocol import Protocol
 
 @dataclass(frozen=True, kw_only=True)
 class ActingRules:
-    """What may act under a rule set. It restricts only worlds that are not simulators.
+    """What may act under a rule set. These rules restrict only worlds that are not simulators.
 
     Attributes:
         methods: the names of the methods that obey the rule set.
-        chosen: the names of methods that the user chose. If one of them may not act, that is an error; other methods
-            are skipped.
-        guard: returns a policy that follows a logging policy as far as the rule set permits.
+        chosen: the names of methods that the user chose. An error is raised if one of them may not act; other methods
+            that may not act are skipped.
+        guard: converts a logging policy to one that follows it as far as the rule set permits.
         simulator: whether a world that declares nothing counts as a simulator.
     """
 

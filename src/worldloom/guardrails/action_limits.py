@@ -1,4 +1,4 @@
-"""Action limits: the guardrails that depend only on actions, for every action that no search has checked.
+"""Action limits: apply the guardrails that depend only on actions to every action that no search has checked.
 
 Fallbacks, safe actions and logged policies do not come from a search under the guardrails. Limits on actions need no
 prediction, so these actions can be corrected exactly.
@@ -21,11 +21,11 @@ from worldloom.planning import violations_of
 
 _log = logging.getLogger(__name__)
 _SLACK = 1e-6  # relative; covers the rounding of a norm in float32
-_SHARES = 32  # places judged between two sequences of actions
+_SHARES = 32  # candidates between two sequences of actions
 
 
 class ActionLimits:
-    """The guardrails on actions of an agent, without calibrated margins: there is no prediction error in an action.
+    """An agent's guardrails on actions, without calibrated margins, because actions have no prediction errors.
 
     `bounds` are the bounds of an action block, by default those of the model.
     """
@@ -48,8 +48,8 @@ class ActionLimits:
     def nearest(self, actions: Float[Tensor, "B T A"], context: Context) -> Float[Tensor, "B T A"]:
         """Return the actions, corrected in each environment where they break a limit or are not finite.
 
-        `Magnitude` and `Rate` are always satisfied. If another limit cannot be satisfied, the result breaks it as
-        little as possible, and an error is logged.
+        Continuous actions then satisfy `Magnitude` and `Rate`. If no candidate satisfies all limits, the result is the
+        candidate with the smallest violation, and an error is logged.
         """
         if not self._rails:
             return actions
@@ -144,7 +144,7 @@ class ActionLimits:
         return torch.where(action.norm(dim=-1, keepdim=True) > limit, rest + way * share.clamp(0, 1), action)
 
     def _near(self, action: Float[Tensor, "B E"], taken: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
-        """Return the action or, if it is too far from `taken`, the farthest allowed one on the way to it."""
+        """Return the action or, if it is too far from `taken`, the farthest allowed one on the way to the action."""
         if math.isinf(self._change):
             return action
         way = action - taken

@@ -25,8 +25,8 @@ from worldloom.models import stored_digest
 class BoundRules:
     """A rule set bound to the heads of a run; `folder` contains the calibrated margins.
 
-    Margins count if the user's own key signed them, or a key in `trusted` that may sign every layer. With
-    `trusted=None` their signature is not checked; use this for experiments only.
+    Margins are accepted only if the user's own key, or a key in `trusted` that may sign every layer, has signed them.
+    With `trusted=None`, their signature is not checked; use this for experiments only.
 
     Raises:
         ConfigError: a rule needs a head that the run does not have, or the guardrails contradict each other. Raised

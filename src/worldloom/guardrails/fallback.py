@@ -108,7 +108,7 @@ class Stop(Fallback):
 
 
 class _Toward(Fallback):
-    """Plan toward a state with the smallest violations on the way."""
+    """Plan toward a state, with the smallest violations on the way."""
 
     @abstractmethod
     def state(self, infeasible: Infeasible) -> Float[Tensor, "B D"]:
@@ -128,7 +128,7 @@ class _Toward(Fallback):
             plan = error.plan
             assert isinstance(plan, Plan)
         lost = ~plan.actions.isfinite().flatten(1).all(dim=1)
-        if bool(lost.any()):  # where nothing can be judged, the least broken plan may not be finite
+        if bool(lost.any()):  # if violations cannot be computed, the plan with the smallest ones may not be finite
             still = Stop().plan(infeasible)
             plan = replace(plan, actions=torch.where(lost[:, None, None], still.actions, plan.actions))
         return plan

@@ -3,9 +3,9 @@
 A search picks the candidate that looks best, and among similar candidates the one whose prediction is most
 optimistic. A guarantee for each single candidate therefore does not extend to the chosen candidate: if each of k
 candidates is wrongly admitted with probability a, at least one of them is admitted with probability up to
-1 - (1 - a)^k. Instead, each calibration episode has one score: the smallest factor on the margins with which the plan
-that broke a guardrail in the episode is refused. If a new episode is exchangeable with the calibration episodes, it
-breaks a guardrail with at most the stated probability, whatever the search does.
+1 - (1 - a)^k. Instead, each calibration episode has one score: the factor on the margins above which the plan that
+broke a guardrail in the episode is refused. If a new episode is exchangeable with the calibration episodes, it breaks a
+guardrail with at most the stated probability, whatever the search does.
 """
 
 import itertools
@@ -39,8 +39,8 @@ class Margins:
 
     In episodes that are exchangeable with the calibration episodes and use the same planner, a chosen plan breaks a
     guardrail that it was predicted to satisfy in at most the fraction `risk` of episodes. `usual` is the quantile, at
-    the same risk, of the prediction errors one replan later, in units of the margins; recalibration compares new errors
-    with `usual`.
+    the same risk, of the prediction errors observed at the end of each block, in units of the margins; recalibration
+    compares new errors with `usual`.
     """
 
     values: Float[Tensor, "G T"]
@@ -91,7 +91,7 @@ def read_margins(
     """Read the margins of a rule set and a method; see `write_margins`.
 
     `method` contains the settings that margins depend on: all except `recalibrate`, because recalibration only widens
-    margins later. `inputs` are digests of what the margins were measured with, by name; inputs that were added since
+    margins later. `inputs` are digests of what margins depend on, by name; inputs that the file does not contain
     are ignored. One of the keys `signers` must have signed the file; None skips the check.
 
     Raises:
@@ -112,7 +112,7 @@ def read_margins(
         if {name: value for name, value in file.method.items() if name != "recalibrate"} != dict(method):
             raise ValueError("it contains margins for a different method")
         if changed := [name for name, digest in file.inputs.items() if inputs.get(name) != digest]:
-            raise ValueError(f"what it was measured with has changed: {', '.join(changed)}")
+            raise ValueError(f"these inputs have changed since it was measured: {', '.join(changed)}")
         steps = {len(row) for row in file.values}
         if len(file.values) != len(rules.titles) or steps != {method["horizon"]}:
             raise ValueError(
@@ -156,7 +156,7 @@ def conformal_quantile(scores: Float[Tensor, "N"], risk: float) -> float:
 
 
 def tolerance_quantile(scores: Float[Tensor, "N"], risk: float, confidence: float) -> float:
-    """Return a bound on new scores that keeps `risk` in the fraction `confidence` of calibrations.
+    """Return a bound that new scores exceed at a rate up to `risk`, in the fraction `confidence` of calibrations.
 
     The conformal quantile keeps the risk only on average over calibrations. With this bound, the probability that a
     calibration keeps the risk is at least `confidence` (a one-sided tolerance limit, Wilks 1941; training-conditional
@@ -203,7 +203,7 @@ def margin_shape(errors: Float[Tensor, "N G T"], risk: float, *, least: float = 
 
 
 def refusing(predicted: Float[Tensor, "N G T"], shape: Float[Tensor, "G T"]) -> Float[Tensor, "N"]:
-    """Return, for each plan, the smallest factor on margins of this shape with which the plan is refused."""
+    """Return, for each plan, the factor on margins of this shape above which the plan is refused."""
     return (-predicted / shape).amin(dim=(1, 2)).nan_to_num(nan=math.inf)
 
 

@@ -26,7 +26,7 @@ from worldloom.core.types import Rollouts
 from worldloom.guardrails.regions import RegionField
 from worldloom.heads import Heads, Probe, nearest_gap
 
-_BETWEEN = 4  # places judged along each block, because a hazard may be narrower than a block is long
+_BETWEEN = 4  # places at which each block is checked, because a hazard may be narrower than a block is long
 
 
 class Rail(Component):
@@ -79,7 +79,7 @@ class Rail(Component):
         """Return the violation of the limit at each predicted step, without margin."""
 
     def true(self, quantities: Mapping[str, Float[Tensor, "R _"]]) -> Float[Tensor, "R"] | None:
-        """Return the violation by measured quantities, or None if the quantities do not determine the violation."""
+        """Return the violation computed from measured quantities, or None if these do not determine the violation."""
         return None
 
     @abstractmethod
@@ -168,7 +168,7 @@ class _Regional(Rail):
         return _known((self.sign * self.region.depth(_way(probe, rollouts))).amax(dim=-1), probe, rollouts)
 
     def true(self, quantities: Mapping[str, Float[Tensor, "R _"]]) -> Float[Tensor, "R"] | None:
-        """Return the violation by the measured quantity."""
+        """Return the violation computed from the measured quantity."""
         return self.sign * self.region.depth(quantities[self.quantity]) if self.quantity in quantities else None
 
 
@@ -258,7 +258,8 @@ class Unlike(Rail):
 class Familiar(Rail):
     """Predicted states stay near the data.
 
-    The gap is the distance to the nearest reference latent. It is at most `times` the 99th percentile within the data.
+    The gap of a latent is its distance to the nearest reference latent. The gap of each predicted latent is at most
+    `times` x g, where g is the 99th percentile of the gaps of data that are not references.
     """
 
     name: Literal["familiar"] = "familiar"
@@ -385,7 +386,9 @@ class Rate(_OfActions):
 
 
 class Custom(Rail):
-    """Any limit in Python: a function of rollouts that returns violations (B, S, T), or (B, S) for complete plans.
+    """Any limit in Python: a function of rollouts that returns violations.
+
+    It returns one violation per predicted step, of shape (B, S, T), or one per plan, of shape (B, S).
 
     The function receives copies of the rollouts, and may change the copies in place.
     """
@@ -445,9 +448,9 @@ def _way(probe: Probe, rollouts: Rollouts) -> Float[Tensor, "B S T P L"]:
 
 
 def _known(violation: Float[Tensor, "B S T"], probe: Probe, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-    """Return the violation, raised above 0 wherever a latent is not known to be inside the probe's calibration.
+    """Return the violation, raised above 0 for each latent that is unlike the probe's `support`.
 
-    There the violation is at least the relative excess of the latent's gap over the largest gap in the calibration. A
+    For such a latent, the violation is at least the amount by which the gap, in units of `Support.known`, exceeds 1. A
     gap that is NaN gives NaN, which counts as broken.
     """
     excess = probe.support.gap(rollouts.latents) - 1

@@ -21,11 +21,11 @@ class Recalibration:
 
     At each replan, the violations of the observed states are compared with the predicted violations, in units of the
     margins. `AdaptiveMargin` tracks the quantile of these errors, starting from `usual`, the quantile in calibration.
-    The margins are multiplied by the quantile's growth, and never fall below the calibrated margins. All environments
-    of the agent share one quantile, and each episode begins with the calibrated margins.
+    The margins are multiplied by the tracked quantile divided by `usual`, and never fall below the calibrated margins.
+    All environments of the agent share one quantile, and each episode begins with the calibrated margins.
 
     Raises:
-        PlanningError: `rate`, the tracking rate in units of `usual`, is not above 0.
+        PlanningError: `rate`, the tracking rate in units of `usual`, is not a finite number above 0.
     """
 
     def __init__(

@@ -29,8 +29,8 @@ class RuleLayer(Config):
     plan satisfies the guardrails.
 
     `version` grows with each change that the owner signs, so that an older file is refused once a newer one was used;
-    0 means that the layer has no version. `name` tells layers with versions of their own apart, if one owner signs
-    several. `rules` is the version of the format.
+    0 means that the layer has no version. If one owner signs several layers, `name` distinguishes
+    them, so that each has its own versions. `rules` is the version of the format.
     """
 
     rules: Literal[1] = 1

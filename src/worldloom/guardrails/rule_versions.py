@@ -63,7 +63,7 @@ def check_versions(layers: Sequence[SignedLayer], *, revert: bool = False) -> No
     """Check that no layer is older than the newest one that the user has seen, and remember the new versions.
 
     With `revert`, the versions of these layers are accepted whatever was seen before, and count as the newest from now
-    on. A layer without a version (0) is remembered only as older than all others.
+    on. A layer without a version (0) is not remembered, and counts as older than every version.
 
     Raises:
         DataError: a layer is older, or has the same version but other content.
@@ -83,7 +83,7 @@ def check_versions(layers: Sequence[SignedLayer], *, revert: bool = False) -> No
             write_document(path, _KIND, _Versions(newest=newest).model_dump(mode="json"))
     except StorageError as error:
         raise StorageError(
-            f"{error}. The folder {path.parent} stores the newest versions of rule sets; {FOLDER} can name another one"
+            f"{error}. The folder {path.parent} stores the newest versions of rule sets; set {FOLDER} to use another"
         ) from None
 
 

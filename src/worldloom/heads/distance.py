@@ -50,7 +50,8 @@ class DistanceConfig(FitConfig):
 class TemporalDistance(Head[DistanceConfig]):
     """The number of environment steps from a latent to a goal: at least 0, not symmetric.
 
-    The first layer has one part for latents and one for goals, so a goal shared by many candidates is multiplied once.
+    The first layer has one part for latents and one for goals, so the goal's part is computed
+    only once for all candidates that share a goal.
     """
 
     kind = "temporal-distance"

@@ -119,7 +119,7 @@ class LatentGeometry(Head[InverseModelConfig]):
         return {"step_length": self.step_length, "reversibility": asdict(self.reversibility)}
 
     def check(self) -> None:
-        """Check that all tensors and figures are finite, and that the step length, a unit of limits, is above 0."""
+        """Check that all tensors and figures are finite, and that the step length, which is a unit, is above 0."""
         super().check()
         values = (self.step_length, self.reversibility.gap, self.reversibility.displacement)
         if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):

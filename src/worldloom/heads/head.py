@@ -59,7 +59,7 @@ class Head(nn.Module, Generic[ConfigT]):
         return {}
 
     def check(self) -> None:
-        """Check that the head can answer: all its tensors are finite. Subclasses add what else their answers need.
+        """Check that the head's answers can be meaningful: all its tensors are finite. Subclasses add further checks.
 
         Raises:
             DataError: a value makes the answers meaningless.

@@ -47,7 +47,7 @@ class Support(Head[SupportConfig]):
         return torch.where(usable, nearest_gap(latents, self.references) / self.known, torch.inf)
 
     def check(self) -> None:
-        """Check that all tensors are finite, and that `known` is above 0: otherwise no latent would be unknown."""
+        """Check that all tensors are finite, and that `known` is above 0; otherwise no latent would be known."""
         super().check()
         if not bool(self.known > 0):
             raise DataError(
@@ -55,7 +55,7 @@ class Support(Head[SupportConfig]):
             )
 
     def measure(self, others: Float[Tensor, "M D"]) -> None:
-        """Set `known` from the gaps of other latents of the same data.
+        """Set the threshold `known` to the 99th percentile of the gaps of `others`, data that are not references.
 
         Raises:
             DataError: a latent is not finite.
@@ -71,7 +71,7 @@ class Support(Head[SupportConfig]):
 
 
 def measure_support(episodes: LatentEpisodes, *, seed: int, progress: Progress = SILENT) -> Support:
-    """Sample references uniformly from the data's latents, and measure `known` on other latents of the data.
+    """Sample references uniformly from the data's latents, and measure `known` on latents that are not references.
 
     Raises:
         DataError: there are fewer than two latents.

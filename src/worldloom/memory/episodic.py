@@ -161,7 +161,7 @@ class EpisodicMemory(Closing):
         outcomes: Sequence[str] | None = None,
         observations: Observations | None = None,
     ) -> Int64[np.ndarray, "M"]:
-        """Store memories; return their ids once they survive the end of this process. See `Memories` for the columns.
+        """Store memories, so that they survive the end of this process; return their ids. Columns: see `Memories`.
 
         `times` defaults to now. Observations are needed to show memories, or to encode them with another model.
         """
@@ -465,7 +465,8 @@ class EpisodicMemory(Closing):
         found[found] = among[order[places[found]]] == ids[found]
         if not found.all():
             raise DataError(
-                f"{self.path} has no memory {int(ids[~found][0])}; the memory may have been forgotten. Recall again"
+                f"{self.path} has no memory with id {int(ids[~found][0])}; that memory may have been forgotten. Use "
+                f"ids from a new recall"
             )
         return order[places]
 

@@ -1,4 +1,4 @@
-"""The planner: one solver on one model. It checks the solver's answer independently."""
+"""The planner applies a solver to a model, and itself computes the cost and violations of the solver's plan."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace

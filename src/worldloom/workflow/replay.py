@@ -78,13 +78,16 @@ def replay_entry(
         if len(values) != len(rules.rule_set.titles) or len({len(row) for row in values}) > 1:
             raise DataError(
                 f"entry {opened.index} has {len(values)} rows of margins; expected {len(rules.rule_set.titles)}, one "
-                f"of the same length for each guardrail. The log is false"
+                f"of the same length for each guardrail. The log was not written by worldloom, or was forged"
             )
         found = torch.tensor(values, dtype=torch.float32)
         margins = Margins(values=found, risk=rules.rule_set.risk or 0.5, episodes=0)
     method = parse_component(METHODS, about.method)
     if not isinstance(method, PlannedMethod):
-        raise DataError(f"entry {opened.index} names the method {method.name!r}, which does not plan. The log is false")
+        raise DataError(
+            f"entry {opened.index} names the method {method.name!r}, which does not plan; the log was not written by "
+            f"worldloom, or was forged"
+        )
     _check_sizes(method, situation, there.model.spec, there.device)
     parts = AgentParts(heads=there.heads, rules=rules, margins=margins)
     agent = method.build(parts, seed=0).parts
@@ -118,7 +121,7 @@ def _check_sizes(method: PlannedMethod, situation: Situation, spec: ModelSpec, d
         if tensor is not None and tuple(tensor.shape) != shape:
             raise DataError(
                 f"the recorded {name!r} has shape {tuple(tensor.shape)}; expected {shape} for this model and method. "
-                f"The log is false"
+                f"The log was not written by worldloom, or was forged"
             )
     values = method.model_dump(mode="json")
     own = [value for value in values.values() if isinstance(value, int)]
@@ -127,7 +130,7 @@ def _check_sizes(method: PlannedMethod, situation: Situation, spec: ModelSpec, d
     if max(*own, *nested) > _LARGEST_NUMBER or size > _LARGEST_SEARCH:
         raise DataError(
             f"the recorded search is too large to repeat: the largest numbers of the method are {max(own)} and "
-            f"{max(nested, default=1)}, for {batch} environments. If the log is true, repeat the decision in Python"
+            f"{max(nested, default=1)}, for {batch} environments. If you trust the log, repeat the decision in Python"
         )
 
 

@@ -1,8 +1,8 @@
 """The audit log: each decision of an agent, its inputs, prediction, chosen plan and broken guardrails, and the outcome.
 
 A log is a directory. `log.jsonl` is a hash-chained file (see `worldloom.core.chain`) with one entry per decision,
-written to disk before the agent acts on it. `situations/` contains all inputs of each decision, named by the digest in
-its entry, so that the decision can be reproduced.
+written to disk before the agent acts on it. `situations/` contains all inputs of each decision, in a file named by the
+digest in the decision's entry, so that the decision can be reproduced.
 """
 
 import copy
@@ -240,9 +240,9 @@ def unrecorded_situations(folder: Path | str) -> int:
 def replay(
     folder: Path | str, entry: Entry, decide: Callable[[Situation], Plan], device: torch.device | str
 ) -> tuple[Plan, bool]:
-    """Repeat a decision with `decide`, the method of a `PlanningAgent`.
+    """Repeat a recorded decision with `decide`, which is `PlanningAgent.decide`.
 
-    Returns the plan, and whether its actions, predictions and violations are identical bit for bit.
+    Returns the plan, and whether its actions, predictions and violations are bit-identical to the recorded ones.
 
     Raises:
         DataError: the entry does not record a decision, its situation was changed, or a deadline cut the decision

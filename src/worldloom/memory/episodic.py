@@ -51,7 +51,8 @@ class Recalled:
 class EpisodicMemory(Closing):
     """Memories of one model in a directory: one process may write at a time, any number may read.
 
-    A reader has a snapshot from when it was opened or refreshed, which stays valid for at least ten minutes.
+    A reader sees the memory as it was when the reader was opened or refreshed. This snapshot stays valid for at least
+    ten minutes.
 
     Raises:
         StorageError: the directory has no memory, cannot be read or written, or another process is writing.
@@ -88,7 +89,7 @@ class EpisodicMemory(Closing):
 
     @classmethod
     def open(cls, path: Path | str, *, spec: ModelSpec | None, writable: bool = False) -> "EpisodicMemory":
-        """Open a memory, and check that its latents are of the model of `spec`; None skips the check.
+        """Open a memory, and check that its latents come from the model of `spec`; None skips the check.
 
         Raises:
             StorageError: the memory does not exist, is open for writing elsewhere, or other users can read it.

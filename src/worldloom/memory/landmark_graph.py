@@ -200,7 +200,7 @@ class LandmarkGraph:
         return added
 
     def route(self, *goals: Float[Tensor, "D"]) -> Route | None:
-        """Find the cheapest path from every landmark to one goal; `goals` are the latents of its appearances.
+        """Find the cheapest path from every landmark to one goal; `goals` are the latents of the goal's appearances.
 
         Return None if no appearance is near a landmark.
         """

@@ -19,9 +19,9 @@ from worldloom.planning.solvers import Solver
 class Planner:
     """Plans `horizon` blocks ahead for B environments at once.
 
-    Every returned plan satisfies the `guardrails`, as predicted from the current state and from `rechecks` perturbed
-    states. The perturbations are Gaussian with standard deviation `noise` in each latent dimension. Only tree search
-    needs `geometry`. Without `bounds`, the action bounds of the model are used.
+    Every returned plan satisfies the `guardrails`, as predicted from the current state and, with `noise`, from
+    `rechecks` perturbed states. The perturbations are Gaussian with standard deviation `noise` in each latent
+    dimension. Only tree search needs `geometry`. Without `bounds`, the action bounds of the model are used.
     """
 
     model: WorldModel

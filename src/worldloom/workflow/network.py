@@ -79,9 +79,9 @@ class _PartyConfig(Config):
 class NodeConfig(_PartyConfig):
     """A node: the owner's name, keys, data and recipe, and the coordinators' addresses in order of succession.
 
-    After the last round the owner fine-tunes for `own_steps`: all tensors or, for little data, only the sovereign ones.
-    If no coordinator can be reached for `alone_after_seconds`, the node trains alone, `alone_steps` at a time, until
-    the next message.
+    After the last round the owner fine-tunes for `own_steps`; `fine_tune` selects all tensors or, for little data, only
+    the sovereign ones. If no coordinator can be reached for `alone_after_seconds`, the node trains alone, `alone_steps`
+    at a time, until a coordinator sends a message.
     """
 
     owner: str
@@ -196,7 +196,7 @@ def pilot(config: NodeConfig, out: Path | str, *, progress: Progress = SILENT) -
     """Train alone for the constitution's `align_steps`, write a base for all members, and return its fingerprint.
 
     This is for owners with different conventions: the other owners first train their stems against the pilot's base, so
-    that the averaged models share its conventions.
+    that the averaged models share the pilot's conventions.
 
     Raises:
         ConfigError, DataError, StorageError: see `opened`, `Node.pilot` and `Base.save_new`.

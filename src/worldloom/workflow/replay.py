@@ -53,7 +53,7 @@ def read_entry(folder: Path, index: int, *, progress: Progress = SILENT) -> tupl
 def replay_entry(
     folder: Path, index: int, *, run: Path | None = None, progress: Progress = SILENT
 ) -> tuple[Plan, bool, dict[str, Any]]:
-    """Replay a decision of a log; return its plan, whether the plan is bit-identical, and the body of its entry.
+    """Replay a logged decision; return the plan, whether it is bit-identical to the recorded one, and the entry's body.
 
     The agent is built from the method, the rule set's layers and the margins in the log. `run` is the run folder, if it
     has been moved since.

@@ -83,7 +83,7 @@ class Session:
         guarding: MethodConfig | None = None,
         margins: Margins | None = None,
     ) -> ActingRules | None:
-        """Return what may act on a plant under the session's rules; None without rules.
+        """Return which methods may act on a plant under the session's rules (see `ActingRules`); None without rules.
 
         `chosen` are the methods that the user chose, and `others` are agents of other libraries. `guarding`, with
         `margins`, is the method that guards the logging policy. By default this is the recipe's default method or, if

@@ -138,7 +138,7 @@ class MemorySpec:
             )
         except (KeyError, TypeError, ValueError, ConfigError) as error:
             raise DataError(
-                f"the spec in {path} is damaged ({type(error).__name__}: {error}); restore it from a copy"
+                f"the spec in {path} is damaged ({type(error).__name__}: {error}); restore the memory from a copy"
             ) from error
 
 

@@ -95,7 +95,7 @@ def calibrate(
         return margins
     usual = run.usual_protocol if protocol is None else PROTOCOLS[protocol]
     if usual is None:
-        raise ConfigError("the world of the data has no protocol; choose one with --protocol")
+        raise ConfigError("the world in which the data were collected has no protocol; choose one with --protocol")
     asked = usual.customise(episodes=episodes, split=split)
     factor, history = 1.0, []
     for number in range(rounds):
@@ -238,8 +238,8 @@ def _shape(run: Run, rails: Sequence[BoundRail], horizon: int, risk: float, prog
                 found.append(_errors(episode, run, rails, horizon))
     if not found:
         raise DataError(
-            f"expected a held-out episode of at least {needed} steps, the length of a context and a plan; all are "
-            f"shorter. Record longer episodes"
+            f"expected a held-out episode of at least {needed} steps, the length of a context and a plan together; "
+            f"all are shorter. Record longer episodes"
         )
     return margin_shape(torch.cat(found), risk)
 

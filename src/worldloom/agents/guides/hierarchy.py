@@ -63,7 +63,7 @@ class HierarchyGuide:
         if len(strides) != len(levels):
             raise PlanningError(
                 f"expected one stride for each planner; got {len(levels)} planners and {len(strides)} strides. Pass "
-                f"both for each level"
+                f"a planner and a stride for each level"
             )
         if len(levels) < 2 or (self.config.depth or 0) >= len(levels):
             raise PlanningError(

@@ -129,7 +129,7 @@ def _check_sizes(method: PlannedMethod, situation: Situation, spec: ModelSpec, d
     size = batch * max(own) * max(nested, default=1) * (spec.latent_dim + spec.block_size)
     if max(*own, *nested) > _LARGEST_NUMBER or size > _LARGEST_SEARCH:
         raise DataError(
-            f"the recorded search is too large to repeat: the largest number in the method's settings is {max(own)}, in "
+            f"the recorded search is too large to repeat: the largest number in the settings is {max(own)}, in "
             f"nested settings {max(nested, default=1)}, for {batch} environments. If you trust the log, repeat the "
             f"decision in Python"
         )

@@ -27,7 +27,7 @@ class PixelStem(nn.Module):
         self._size = (height, width)
         self.mix = nn.Conv2d(
             channels, shared, 1, bias=False
-        )  # no bias: the input has mean 0, and the next layer has one
+        )  # no bias: the input has mean 0, and the next layer has a bias
         with torch.no_grad():
             self.mix.weight.copy_(torch.eye(shared, channels)[:, :, None, None] / _SPEED)
 

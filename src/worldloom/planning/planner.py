@@ -93,8 +93,7 @@ class Planner:
         with torch.inference_mode():
             plan = self._search(problem, problem, initial, generator)
             if self.noise and plan.refused and not problem.deadline.reached():
-                # The search goes to the edge of what is allowed, where noise leads beyond it: search with tighter
-                # limits.
+                # Plans at the edge of the guardrails break them under noise, so search again with tighter guardrails.
                 worst = {name: violation.max().item() for name, violation in plan.violations.items()}
                 again = self._search(problem.tightened(worst), problem, plan.actions[:, None], generator)
                 plan = _better(plan, again)

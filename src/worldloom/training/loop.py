@@ -439,7 +439,7 @@ class _FigureMeter:
 class _Pace:
     """Warns when training has become much slower than it was."""
 
-    _SLOW, _PATIENCE = 2.0, 3  # times as long as the fastest interval, in successive intervals
+    _SLOW, _PATIENCE = 2.0, 3  # slow: this many times the fastest interval; this many intervals in a row
 
     def __init__(self) -> None:
         self._best, self._slow = math.inf, 0

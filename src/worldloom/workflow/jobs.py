@@ -141,7 +141,7 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, resume: bool, r
         seeds = {"training": recipe.training.seed}
         return RunFolder.create(path, config, describe_provenance(data_fingerprint=fingerprint, seeds=seeds))
     folder = RunFolder.open(path)
-    recorded = Recipe.parse(recipe_values(folder))  # parsed, so that options of later versions get their defaults
+    recorded = Recipe.parse(recipe_values(folder))  # parsed, so that options added since get defaults
     differ = differences(recorded.model_dump(mode="json"), config["recipe"])
     # The methods, and the way data are read, do not affect the trained parameters.
     free = ["methods.", "data", "default_method", "protocol", "description", "rules"]

@@ -153,7 +153,7 @@ def test_wrong_use_is_refused() -> None:
     agent.reset(Goal(observations=look(torch.zeros(2, 2))))
     with pytest.raises(PlanningError, match="2 environments"):
         agent.act(look(torch.zeros(3, 2)))
-    with pytest.raises(PlanningError, match="expected at least one index below 2"):
+    with pytest.raises(PlanningError, match="expected one or more indices from 0 to below 2"):
         agent.select([2])
     with pytest.raises(PlanningError, match="expected replan from 1 to 6"):
         agent_of(world, Spy(), replan=7)

@@ -71,7 +71,7 @@ def test_what_cannot_be_done_is_said(demo, refused, remembered, tmp_path) -> Non
     assert "there is no memory" in refused(4, "memory", "inspect", str(tmp_path / "none"))
     assert ".parquet or .jsonl" in refused(2, "memory", "export", remembered, str(tmp_path / "m.csv"))
     assert "expected --since as a time" in refused(2, "memory", "recall", remembered, "--since", "yesterday")
-    assert "no memory 999999" in refused(3, "memory", "recall", remembered, "--id", "999999")
+    assert "no memory with id 999999" in refused(3, "memory", "recall", remembered, "--id", "999999")
     assert "--image together with --run" in refused(2, "memory", "recall", remembered, "--image", "a.png")
 
 

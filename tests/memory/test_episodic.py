@@ -260,7 +260,7 @@ def test_thumbnails_show_but_do_not_encode(tmp_path: Path) -> None:
         assert memory.pictures(np.array([0])).shape == (1, 32, 24, 3)
         with pytest.raises(DataError, match="frames='thumbnail'"):
             memory.observations(np.array([0]))
-        with pytest.raises(DataError, match="no memory 7"):
+        with pytest.raises(DataError, match="no memory with id 7"):
             memory.pictures(np.array([7]))
 
 

@@ -186,7 +186,9 @@ def test_probes_are_learned_on_top_of_a_complete_run(recipe, dataset, run, untou
     untouched("fit", *STAGES)
     before = digests(run.path)
     tiny = '"episodes": 8, "steps": 5'
-    with pytest.raises(ConfigError, match="reads the label 'positoin'; did you mean 'position'"):
+    with pytest.raises(
+        ConfigError, match="needs the label 'positoin', which the dataset does not have; did you mean 'position'"
+    ):
         workflow.train(recipe.override([f'probes={{"positoin": {{{tiny}}}}}']), dataset, run.path, resume=True)
     wanted = recipe.override([f'probes={{"place": {{"label": "position", {tiny}}}}}'])
     workflow.train(recipe, dataset, run.path, resume=True)

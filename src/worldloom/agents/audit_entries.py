@@ -1,4 +1,4 @@
-"""The bodies of an audit log's entries. A hash chain proves who followed whom, not that a body makes sense."""
+"""The bodies of an audit log's entries. The hash chain shows that no entry was changed, but not that it is valid."""
 
 import os
 from typing import Annotated, Any, TypeVar
@@ -38,7 +38,7 @@ class DecidedBody(EntryBody):
 
 
 class AgentDescription(EntryBody):
-    """Everything that the decisions after an entry depend on, apart from their situations."""
+    """The body of an 'opened' entry: all that the decisions after it depend on, apart from their situations."""
 
     run: str
     model: str
@@ -67,7 +67,7 @@ def check_entry(entry: Entry) -> None:
     """Check that an entry has an event, and the keys of its event.
 
     Raises:
-        DataError: a key is missing or has a wrong value, or the entry has another format.
+        DataError: a key is missing or has a wrong value, or the log's format version is not supported.
     """
     event = parse_body(entry, EntryBody).event
     if event == "opened" and entry.body.get("format") != FORMAT:

@@ -1,8 +1,8 @@
 """The audit log: each decision of an agent, its inputs, prediction, chosen plan and broken guardrails, and the outcome.
 
 A log is a directory. `log.jsonl` is a hash-chained file (see `worldloom.core.chain`) with one entry per decision,
-written to disk before the agent acts on it. `situations/` contains all inputs of each decision, named by the digest in
-its entry, so that the decision can be reproduced.
+written to disk before the agent acts on it. `situations/` contains all inputs of each decision, in a file named by the
+digest in the decision's entry, so that the decision can be reproduced.
 """
 
 import copy
@@ -76,7 +76,7 @@ class AuditLog(Closing):
         self.chain.append({"event": "opened", "format": FORMAT, **about})
 
     def part(self, name: str) -> "AuditLog":
-        """Return a writer to the same log for the part of the agent with this name."""
+        """Return a writer to the same log whose entries name this part of the agent."""
         other = copy.copy(self)
         other._before, other._part = None, {"part": name}
         return other
@@ -100,8 +100,8 @@ class AuditLog(Closing):
     ) -> None:
         """Record how the episodes of some environments ended, with their final latents `here`.
 
-        They ended in the block `block` of the last plan. The distance of the latents from the plan's prediction is
-        recorded only if the `whole` block was executed.
+        The episodes ended in block `block` of the last plan. The distance between the final and the predicted latents
+        is recorded only if the complete block was executed (`whole`).
         """
         happened = None
         if self._before is not None:
@@ -113,7 +113,8 @@ class AuditLog(Closing):
     def decided(self, observations: Observations, situation: Situation, plan: Plan, *, block: int, whole: bool) -> None:
         """Record a decision, and the outcome of the previous decision.
 
-        The previous plan, if any, was followed into the block `block`, and to the end of that block if `whole`.
+        `block` is the last block of the previous plan (if any) that was executed, `whole` whether it was executed to
+        its end.
         """
         self._write("decided", {
             "situation": self._keep(observations, situation),
@@ -189,17 +190,23 @@ def read_situation(
     try:
         tensors = safetensors.torch.load(payload)
     except safetensors.SafetensorError as error:
-        raise DataError(f"{path} is not a file of tensors: {error}. The log is false") from None
+        raise DataError(
+            f"{path} is not a file of tensors ({error}); the log was not written by worldloom, or was forged"
+        ) from None
     needed = ("context/latents", "context/actions", "goal", "safe", "randomness", "stretch")
     if missing := [name for name in needed if name not in tensors]:
-        raise DataError(f"{path} has no {' and no '.join(map(repr, missing))}; the log is false")
+        raise DataError(
+            f"{path} has no {' and no '.join(map(repr, missing))}; the log was not written by worldloom, or was forged"
+        )
     pixels, vector = tensors.get("pixels"), tensors.get("vector")
     if (
         tensors["stretch"].numel() != 1
         or (pixels is not None and (pixels.dtype != torch.uint8 or pixels.ndim != 4))
         or (vector is not None and (not vector.is_floating_point() or vector.ndim != 2))
     ):
-        raise DataError(f"{path} has a wrong 'stretch', 'pixels' or 'vector'; the log is false")
+        raise DataError(
+            f"{path} has a wrong 'stretch', 'pixels' or 'vector'; the log was not written by worldloom, or was forged"
+        )
     there = {name: tensor if name == "randomness" else tensor.to(device) for name, tensor in tensors.items()}
     observations = Observations(pixels=pixels, vector=vector)
     around: dict[str, Any] = {name: there.get(f"context/{name}") for name in _OF_CONTEXT}
@@ -223,7 +230,7 @@ def damaged_situations(folder: Path | str, *, progress: Progress = SILENT) -> li
 def unrecorded_situations(folder: Path | str) -> int:
     """Return the number of situations that no entry names.
 
-    A process that is killed between two writes leaves one; removed entries leave one each.
+    A process that is killed after it wrote a situation, but before the entry, leaves one. So does each removed entry.
     """
     named = {f"{entry.body['situation']}.safetensors" for entry in log_entries(folder) if "situation" in entry.body}
     with storage_errors(Path(folder)):
@@ -233,9 +240,9 @@ def unrecorded_situations(folder: Path | str) -> int:
 def replay(
     folder: Path | str, entry: Entry, decide: Callable[[Situation], Plan], device: torch.device | str
 ) -> tuple[Plan, bool]:
-    """Repeat a decision with `decide`, the method of a `PlanningAgent`.
+    """Repeat a recorded decision with `decide`, which is `PlanningAgent.decide`.
 
-    Returns the plan, and whether its actions, predictions and violations are identical bit for bit.
+    Returns the plan, and whether its actions, predictions and violations are bit-identical to the recorded ones.
 
     Raises:
         DataError: the entry does not record a decision, its situation was changed, or a deadline cut the decision

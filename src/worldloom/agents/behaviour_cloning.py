@@ -26,8 +26,8 @@ class CloningConfig(FitConfig):
     """The policy's network and its training; without an `encoder`, the default for the observation is used.
 
     A step of training uses `batch` groups of frames. A group is a frame and `goals` frames that are sampled uniformly
-    from the next `reach` steps of its episode. Each frame of a group is a state whose goals are the later frames, so a
-    frame that was encoded once is used in several pairs.
+    from the next `reach` steps of its episode. Each frame of a group is a state whose goals are the group's later
+    frames, so a frame is encoded once for several pairs.
     """
 
     encoder: EncoderField | None = None

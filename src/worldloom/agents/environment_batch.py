@@ -37,8 +37,8 @@ class EnvironmentBatch:
         size, places = self._size, [int(row) for row in rows]
         if size is None or not places or not all(0 <= place < size for place in places):
             raise PlanningError(
-                f"expected at least one index below {size or 0}, the size of the last batch; got {places}. Pass "
-                f"indices of that batch; without a batch, first call reset(goal)"
+                f"expected one or more indices from 0 to below {size or 0}, the size of the last batch; got {places}. "
+                f"Pass indices of that batch; without a batch, first call reset(goal)"
             )
         self._size = len(places)
         return places

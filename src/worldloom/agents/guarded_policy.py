@@ -1,4 +1,4 @@
-"""A logging policy under a rule set: it follows the policy wherever a plan under the guardrails permits it."""
+"""A logging policy under a rule set: its actions are replaced where no plan under the guardrails begins with them."""
 
 from collections.abc import Callable
 
@@ -30,10 +30,10 @@ class _Wish(Objective):
 
 
 class GuardedPolicy(Policy):
-    """Replaces each action of a policy by the nearest one that begins a plan under the guardrails (a safety filter).
+    """A safety filter: replaces each action of a policy by the nearest one that can start a plan under the guardrails.
 
-    `build(objective=..., proposer=...)` returns the planning agent, with its guardrails, margins and fallback. It must
-    replan at every environment step. Where no plan satisfies the guardrails, its fallback acts.
+    `build(objective=..., proposer=...)` returns the planning agent, with its guardrails, margins and fallback. The
+    agent must replan at every environment step. Where no plan satisfies the guardrails, the agent's fallback acts.
     """
 
     def __init__(self, policy: Policy, build: Callable[..., PlanningAgent]) -> None:
@@ -60,7 +60,7 @@ class GuardedPolicy(Policy):
         return actions
 
     def _propose(self, context: Context, goal: Float[Tensor, "B D"], horizon: int) -> Float[Tensor, "B I T A"]:
-        """Return two plans that begin with the wish: it repeats, or the actions nearest to zero follow."""
+        """Return two plans that begin with the wished action: it repeats, or the actions nearest to zero follow it."""
         spec = self._model.spec
         repeated = self._wish.repeat(1, spec.block)[:, None].repeat(1, horizon, 1)
         once = torch.zeros_like(repeated)

@@ -52,7 +52,7 @@ class AgentParts:
 
 
 class MethodConfig(Component):
-    """The configuration of one kind of agent. A new one is a subclass with `build`, registered in `METHODS`."""
+    """The configuration of one kind of agent. To add a kind, register a subclass with `build` in `METHODS`."""
 
     @property
     def guarded(self) -> bool:
@@ -238,8 +238,9 @@ class PlanMethod(PlannedMethod):
 
     `metric` is latent L2 or the learned temporal distance. `replan` is in environment steps; 0 means one block. With
     `propose`, the search also starts from the reactive policy's plan (mode 2). `guard` selects how the guardrails of a
-    rule set are applied: as limits with margins calibrated for the chosen plans, or, as baselines, with per-candidate
-    margins, without margins, as a cost of `penalty` times the violation, or not at all.
+    rule set are applied: "calibrated" as limits, with margins calibrated for the chosen plans. The other values are
+    baselines: "per candidate" margins, "uncalibrated" (no margins), "penalty" (a cost of `penalty` times the violation)
+    or "none".
     """
 
     name: Literal["plan"] = "plan"

@@ -74,12 +74,12 @@ class PlanningAgent(Agent):
         objective: returns the objective of reaching goal latents (B, D).
         replan: the number of environment steps between plans. Each search starts from the last plan, shifted by the
             steps that were executed.
-        proposer: proposes further plans to start from (mode 2).
+        proposer: proposes further plans for the search to start from (mode 2).
         guide: replaces the goal by a subgoal for each plan.
         observer: remembers the observations at each plan.
         fallback: acts when no plan satisfies the planner's guardrails; its actions are corrected where they break a
             guardrail on actions.
-        toward: returns the objective of being at a state, for the fallback; `objective` by default.
+        toward: returns the objective of reaching a state, for the fallback; `objective` by default.
         auditor: records each decision before the agent acts on it; an exception that it raises stops the agent.
         recalibration: stretches the margins of the guardrails while errors are larger than in calibration.
         explorer: explores for this agent, if a protocol includes exploration.
@@ -186,7 +186,7 @@ class PlanningAgent(Agent):
     def limited(
         self, action: Float32[np.ndarray, "A"], taken: Float32[np.ndarray, "A"] | None
     ) -> Float32[np.ndarray, "A"]:
-        """Return the nearest environment action that satisfies the guardrails on actions after `taken`."""
+        """Return the nearest environment action that satisfies the guardrails on actions; `taken` precedes it."""
         return self._limits.after(action, taken)
 
     def select(self, rows: Sequence[int]) -> None:
@@ -215,7 +215,7 @@ class PlanningAgent(Agent):
         return self._explorer
 
     def act(self, observations: Observations) -> Float[Tensor, "B A"]:
-        """Return the next environment action of the plan; replan when it is time.
+        """Return the next environment action of the plan; replan every `replan` environment steps.
 
         Raises:
             PlanningError: `reset` was not called, or the last `reset` had a different number of environments.
@@ -285,7 +285,7 @@ class PlanningAgent(Agent):
     ) -> Plan:
         """Return the plan to follow; without a deadline, it depends only on the situation.
 
-        `objective` is the objective of the situation's goal, if it was built before; `watch` is called with the
+        `objective` is the objective of the situation's goal, if it is already built; `watch` is called with the
         candidates that the search scores.
         """
         self._generator.set_state(situation.randomness)

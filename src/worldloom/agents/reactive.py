@@ -36,10 +36,9 @@ _PROBLEMS_AT_ONCE = 128
 class ReactiveConfig(FitConfig):
     """The reactive policy's network, and the plans and logs that it imitates.
 
-    `teacher` solves `problems` of going from one imagined or recorded state to another in the same layout, over at most
-    `horizon` blocks. The policy imitates every step of the plans that come within `arrival` step lengths of their
-    goals. The fraction `hindsight` of a batch comes from the episodes: recorded blocks, each with a later state as its
-    goal.
+    `teacher` makes `problems` plans of `horizon` blocks, each from one imagined state to another in the same layout. If
+    a plan comes within `arrival` step lengths of its goal, the policy imitates the plan up to there. The fraction
+    `hindsight` of a batch comes from the episodes: recorded blocks, each with a later state as its goal.
     """
 
     hidden: Sizes = Field(default=(256, 256), min_length=1)

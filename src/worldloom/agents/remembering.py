@@ -16,7 +16,7 @@ from worldloom.memory import Check, EpisodicMemory, LandmarkGraph, Where
 class Rememberer:
     """Appends a memory of each environment at each plan, and saves the landmarks when an episode begins.
 
-    A memory is stored before the agent acts. `events` contains the last event of each environment.
+    A memory is stored before the agent acts. `events` returns the last event of each environment.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ def recall_landmarks(
 ) -> LandmarkGraph:
     """Return the landmarks of a memory: the saved landmarks, extended by the memories that were added later.
 
-    If no landmarks were saved, or their configuration is not the configuration of `empty`, they are rebuilt from all
-    memories. Only saved landmarks include failed edges.
+    If no landmarks were saved, or their configuration differs from that of `empty`, the landmarks are rebuilt from all
+    memories. Rebuilt landmarks contain no failed edges.
     """
     graph, seen = _saved(memory, empty) or (empty, 0)
     memories = memory.read(Where())

@@ -51,7 +51,8 @@ class Recalled:
 class EpisodicMemory(Closing):
     """Memories of one model in a directory: one process may write at a time, any number may read.
 
-    A reader has a snapshot from when it was opened or refreshed, which stays valid for at least ten minutes.
+    A reader sees the memory as it was when the reader was opened or refreshed. This snapshot stays valid for at least
+    ten minutes.
 
     Raises:
         StorageError: the directory has no memory, cannot be read or written, or another process is writing.
@@ -88,7 +89,7 @@ class EpisodicMemory(Closing):
 
     @classmethod
     def open(cls, path: Path | str, *, spec: ModelSpec | None, writable: bool = False) -> "EpisodicMemory":
-        """Open a memory, and check that its latents are of the model of `spec`; None skips the check.
+        """Open a memory, and check that its latents come from the model of `spec`; None skips the check.
 
         Raises:
             StorageError: the memory does not exist, is open for writing elsewhere, or other users can read it.
@@ -161,7 +162,7 @@ class EpisodicMemory(Closing):
         outcomes: Sequence[str] | None = None,
         observations: Observations | None = None,
     ) -> Int64[np.ndarray, "M"]:
-        """Store memories; return their ids once they survive the end of this process. See `Memories` for the columns.
+        """Store memories, so that they survive the end of this process; return their ids. Columns: see `Memories`.
 
         `times` defaults to now. Observations are needed to show memories, or to encode them with another model.
         """
@@ -465,7 +466,8 @@ class EpisodicMemory(Closing):
         found[found] = among[order[places[found]]] == ids[found]
         if not found.all():
             raise DataError(
-                f"{self.path} has no memory {int(ids[~found][0])}; the memory may have been forgotten. Recall again"
+                f"{self.path} has no memory with id {int(ids[~found][0])}; that memory may have been forgotten. Use "
+                f"ids from a new recall"
             )
         return order[places]
 

@@ -1,9 +1,9 @@
 """Selects what a full memory forgets: redundant memories, never a complete region.
 
 Memories are assigned to cells around centres from greedy k-centre search (Gonzalez, 1985: within twice the smallest
-possible radius). The most crowded cells lose memories first, beginning with the oldest and least surprising ones. The
-centres, the newest memories, the most surprising ones and the ones with an outcome are protected, as long as these four
-groups are at most half of the memories kept.
+possible radius). The most crowded cells lose memories first, beginning with the oldest and least surprising ones. Four
+groups are protected, in this order, until they fill half of the memories kept: the centres, the newest memories, the
+most surprising ones, and those with an outcome.
 """
 
 import numpy as np
@@ -27,7 +27,7 @@ def choose(memories: Memories, keep: int, generator: np.random.Generator) -> Boo
     centres = sample[_spread(latents[torch.from_numpy(sample)], max(1, min(1024, keep // 8)))]
     cells = _nearest(latents, latents[torch.from_numpy(centres)])
     first = _protected(memories, keep, centres)
-    # The rank of a memory in its cell: protected ones first, then by novelty and surprise.
+    # The rank of a memory in its cell: protected ones first, then recent and surprising ones.
     age = np.argsort(np.argsort(-memories.ids)) / count
     calm = np.argsort(np.argsort(-np.nan_to_num(memories.surprises, nan=-np.inf), kind="stable")) / count
     order = np.lexsort((age + calm, ~first, cells))
@@ -35,7 +35,8 @@ def choose(memories: Memories, keep: int, generator: np.random.Generator) -> Boo
     rank = np.empty(count, np.int64)
     rank[order] = np.arange(count) - begins
     rank[first] = -1
-    # Each cell keeps the same number, the largest for which all fit; the rest comes from the next rank.
+    # Each cell keeps the same number of memories, the largest for which all fit; the remaining places go to the next
+    # rank.
     kept: np.ndarray = np.zeros(count, bool)
     kept[np.lexsort((age, rank))[:keep]] = True
     return kept

@@ -60,7 +60,7 @@ class Route:
     hop: Int64[np.ndarray, "N"]  # -1 at the goal, and where no path is known
 
     def knows(self, landmark: int) -> bool:
-        """Return whether a path leads from the landmark; False for landmarks that were added after the search."""
+        """Return whether a path leads from the landmark to the goal; False for landmarks added after the search."""
         return landmark < len(self.blocks) and bool(np.isfinite(self.blocks[landmark]))
 
     def ahead(self, landmark: int, hops: int) -> int:
@@ -126,7 +126,7 @@ class LandmarkGraph:
         *,
         blocks: float = 1.0,
     ) -> Int64[np.ndarray, "B"]:
-        """Add a state for each of B lines of experience; return the landmarks that represent them.
+        """Add the next state of each of B lines of experience; return the landmarks that represent these states.
 
         `previous` are the landmarks of the states `blocks` earlier, -1 at the start of a line.
         """
@@ -134,7 +134,7 @@ class LandmarkGraph:
         landmarks, gaps = self.nearest(latents)
         first = len(self)
         if previous is not None and (previous >= 0).any():
-            # Among similar places, prefer the one in the world of the line.
+            # Among similar places, prefer one in the world of the line's previous landmark.
             worlds, lines = self._worlds(), torch.from_numpy(previous.clip(0))
             own = torch.cdist(latents, self.latents) / self.step_length
             own[(worlds[lines][:, None] != worlds) | torch.from_numpy(previous < 0)[:, None]] = torch.inf
@@ -168,7 +168,7 @@ class LandmarkGraph:
                 previous[some] = self.add(latents[order[some]], before, blocks=float(blocks))
 
     def link(self, check: Check, landmarks: Sequence[int] | None = None, *, among: bool = False) -> int:
-        """Add the edges that `check` believes between close landmarks of the same world; return the number of them.
+        """Add the edges that `check` believes between close landmarks of the same world; return their number.
 
         With `landmarks`, only pairs that include one of these landmarks are searched; with `among`, both landmarks of a
         pair must be among them, but may be in different worlds. Otherwise, separate worlds are never joined by
@@ -200,7 +200,7 @@ class LandmarkGraph:
         return added
 
     def route(self, *goals: Float[Tensor, "D"]) -> Route | None:
-        """Find the cheapest path from every landmark to one goal; `goals` are the latents of its appearances.
+        """Find the cheapest path from every landmark to one goal; `goals` are the latents of the goal's appearances.
 
         Return None if no appearance is near a landmark.
         """
@@ -250,11 +250,11 @@ class LandmarkGraph:
         return distances
 
     def changed(self, landmark: int, shift: Float[Tensor, "D"], check: Check) -> None:
-        """Record that the world of a landmark now looks different: all its latents moved by `shift`.
+        """Record that the world of a landmark now looks different: all latents of this world moved by `shift`.
 
-        A large change adds a second copy of that world, with the edges that `check` believes after the shift; for
-        example, no edge leads through a closed door. Both copies are kept. After a change smaller than the spacing,
-        edges that are no longer believed are removed, and edges that are believed again are restored.
+        A change larger than the spacing adds a copy of that world, with the edges that `check` believes after the
+        shift; for example, no edge leads through a closed door. Both copies are kept. After a smaller change, edges
+        that are no longer believed are removed, and edges that are believed again are restored.
         """
         shift, worlds = shift.detach().cpu().float(), self._worlds().numpy()
         world = np.flatnonzero(worlds == worlds[landmark])
@@ -272,7 +272,7 @@ class LandmarkGraph:
     def save(self, stem: Path | str, *, memories: int = 0) -> None:
         """Write the graph as `STEM.json` and its tensors; see `worldloom.models.checkpoint.save_tensors`.
 
-        `memories` is the number of memories from which the graph has learned; `load` returns it.
+        The graph has learned from all memories with ids below `memories`; `load` returns this number.
         """
         count = len(self._rows)
         tensors = {
@@ -294,7 +294,7 @@ class LandmarkGraph:
 
     @classmethod
     def load(cls, stem: Path | str, spec: ModelSpec) -> tuple["LandmarkGraph", int]:
-        """Load a graph that `save` wrote; return it and the number of memories from which it has learned.
+        """Load a graph that `save` wrote; return the graph, and the number `memories` that was saved with it.
 
         Raises:
             CheckpointError: the file is missing or damaged, or contains latents of another model.

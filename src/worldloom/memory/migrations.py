@@ -1,6 +1,6 @@
 """Migrations from older versions of the memory's format, one version at a time; each is one commit of the table.
 
-A change of the columns or their meaning raises `records.VERSION` by one and adds a migration to it.
+If you change the columns or their meaning, raise `records.VERSION` by one and add a migration to the new version.
 """
 
 from collections.abc import Callable, Mapping

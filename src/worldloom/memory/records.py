@@ -138,7 +138,7 @@ class MemorySpec:
             )
         except (KeyError, TypeError, ValueError, ConfigError) as error:
             raise DataError(
-                f"the spec in {path} is damaged ({type(error).__name__}: {error}); restore it from a copy"
+                f"the spec in {path} is damaged ({type(error).__name__}: {error}); restore the memory from a copy"
             ) from error
 
 
@@ -153,9 +153,10 @@ def format_version(metadata: dict[str, str], path: Path) -> int:
 class Memories:
     """M memories as columns, in the order of their ids unless noted otherwise.
 
-    `ids` grow with each append and are never reused; `times` are seconds since 1970. `episodes` number continuous
-    experience, and `steps` count environment steps within each episode. `actions` are the blocks that led to the state
-    (zeros at the start of an episode). `surprises` are NaN where they were not measured; `outcomes` may be "".
+    `ids` grow with each append and are never reused; `times` are seconds since 1970. `episodes` number stretches of
+    continuous experience, and `steps` count environment steps within each episode. `actions` are the blocks that led to
+    the state (zeros at the start of an episode). `surprises` are NaN where they were not measured; `outcomes` may be
+    "".
     """
 
     ids: Int64[np.ndarray, "M"]

@@ -142,10 +142,10 @@ def load_model(directory: Path | str, device: torch.device | str = "cpu") -> JEP
 def build_from(tensors: Mapping[str, Tensor], build: Callable[[], ModuleT], stem: Path | str) -> ModuleT:
     """Build a module and load its tensors.
 
-    The sizes that its configuration asks for are compared with the tensors before memory is allocated for the module.
+    Before memory is allocated, the tensor shapes of the module that `build` would return are compared with `tensors`.
 
     Raises:
-        CheckpointError: the module cannot be built, or has other tensors or other shapes.
+        CheckpointError: the module cannot be built, or its tensors differ from `tensors` in name or shape.
     """
     with reading(stem, CheckpointError, "restore the files from a copy, or train again"):
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -1,8 +1,8 @@
 """Batch statistics and parameters that are distributed over several ranks.
 
 `gather` and `mean_over_ranks` are differentiable, and their backward passes are the true adjoints: each rank receives
-the gradient of all ranks' losses for its inputs. After data parallelism averages the gradients, the result is the
-gradient of a single rank with the complete batch. Without a process group, both return their input.
+the gradient of all ranks' losses with respect to its own inputs. After data parallelism averages the gradients, the
+result is the gradient of a single rank with the complete batch. Without a process group, both return their input.
 """
 
 import sys
@@ -72,7 +72,7 @@ def lay_like(tensor: Tensor, model: Tensor) -> Tensor:
     if _sharded(model):
         from torch.distributed.tensor import distribute_tensor
 
-        # Every rank has the whole and takes its part: nothing is sent.
+        # Every rank has the full tensor and takes its shard, so nothing is sent.
         return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
     return torch.empty_like(model, requires_grad=False).copy_(tensor)
 

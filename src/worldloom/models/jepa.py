@@ -79,7 +79,7 @@ class JEPA(nn.Module):
         self.action_stem = None if shared is None else ActionStem(spec.action.size, shared)
 
     def encodes_like(self, other: "JEPA") -> bool:
-        """Return whether both models have the same encoder, context and block, so that latents can be compared."""
+        """Return whether both models have the same encoder, actions, context and block, so latents can be compared."""
         ours, theirs = ({**one.encoder.state_dict(), **one.norm.state_dict()} for one in (self, other))
         shapes = [(one.spec.action, one.spec.block, one.spec.context) for one in (self, other)]
         return (

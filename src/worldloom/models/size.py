@@ -13,19 +13,19 @@ _log = logging.getLogger(__name__)
 
 
 def shapes_of(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]] | None:
-    """Return the shapes of the tensors of the module that `build` builds, without memory for them.
+    """Return the tensor shapes of the module that `build` returns, without allocating memory for the tensors.
 
-    Returns None for a module that cannot be built without memory, for example one that computes with its weights.
+    Returns None for a module that cannot be built in this way, for example because it computes with its weights.
     """
     built = _without_memory(build)
     return None if built is None else {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
 
 
 def check_size(build: Callable[[], nn.Module]) -> None:
-    """Check that the module that `build` builds fits into the memory of this machine.
+    """Check that the module that `build` returns fits into the memory of this machine.
 
     Raises:
-        ConfigError: the parameters need more memory than the machine has, whatever else it does.
+        ConfigError: the parameters need more than the machine's total memory.
     """
     built = _without_memory(build)
     if built is None:
@@ -45,7 +45,7 @@ def _without_memory(build: Callable[[], nn.Module]) -> nn.Module | None:
             return build()
     except WorldloomError:
         raise
-    except Exception as error:  # a part of the user's, which may do anything
+    except Exception as error:  # a user's own part may raise anything
         if "overflow" in str(error).lower():
             raise ConfigError(f"the model is too large for any machine ({error}); lower the sizes in 'model'") from None
         _log.debug("the size of a module is unknown: %s", error)

@@ -1,8 +1,9 @@
 """Stems: small linear maps from one owner's sensors and actions to the inputs of a shared model.
 
 Owners with different cameras or action conventions can then share the rest of the model. Stems start as the identity,
-as far as the sizes allow. Their weights are stored divided by `_SPEED`. Adam changes each weight by about the learning
-rate per step, which is enough for one of thousands of weights, but too slow for a map that must rotate by 180 degrees.
+as far as the sizes allow. Their weights are stored divided by `_SPEED`, so that a step of Adam changes the map `_SPEED`
+times as much. Adam changes each stored weight by about the learning rate per step. This is enough for one of thousands
+of weights, but too slow for a map that may have to rotate by 180 degrees.
 """
 
 import torch
@@ -26,7 +27,7 @@ class PixelStem(nn.Module):
         self._size = (height, width)
         self.mix = nn.Conv2d(
             channels, shared, 1, bias=False
-        )  # no bias: the input has mean 0, and the next layer has one
+        )  # no bias: the input has mean 0, and the next layer has a bias
         with torch.no_grad():
             self.mix.weight.copy_(torch.eye(shared, channels)[:, :, None, None] / _SPEED)
 

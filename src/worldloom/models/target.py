@@ -35,7 +35,7 @@ class TargetEncoder(nn.Module):
 
     @torch.no_grad()
     def follow(self, model: JEPA) -> None:
-        """Move the weights toward the model's weights by 1 - decay; buffers do not change."""
+        """Move the weights toward the model's weights by the fraction 1 - decay; buffers do not change."""
         online = nn.Sequential(model.encoder, model.norm)
         targets, sources = ([shard(each) for each in part.parameters()] for part in (self.encoder, online))
         torch._foreach_lerp_(targets, sources, 1 - self.decay)

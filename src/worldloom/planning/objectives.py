@@ -91,7 +91,7 @@ class RegionGoal(_Reach):
     last_weight: float = 1.0
 
     def away(self, rollouts: Rollouts) -> Float[Tensor, "B S T"]:
-        """Return the distance of each predicted state from the region, or minus its depth inside the region."""
+        """Return the distance of each predicted state from the region or, inside the region, minus its depth."""
         return -self.region.depth(self.quantity(rollouts.latents))
 
 

@@ -1,4 +1,4 @@
-"""The planner: one solver on one model. It checks the solver's answer independently."""
+"""The planner applies a solver to a model, and itself computes the cost and violations of the solver's plan."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
@@ -19,9 +19,9 @@ from worldloom.planning.solvers import Solver
 class Planner:
     """Plans `horizon` blocks ahead for B environments at once.
 
-    Every returned plan satisfies the `guardrails`, as predicted from the current state and from `rechecks` perturbed
-    states. The perturbations are Gaussian with standard deviation `noise` in each latent dimension. Only tree search
-    needs `geometry`. Without `bounds`, the action bounds of the model are used.
+    Every returned plan satisfies the `guardrails`, as predicted from the current state and, with `noise`, from
+    `rechecks` perturbed states. The perturbations are Gaussian with standard deviation `noise` in each latent
+    dimension. Only tree search needs `geometry`. Without `bounds`, the action bounds of the model are used.
     """
 
     model: WorldModel
@@ -93,8 +93,7 @@ class Planner:
         with torch.inference_mode():
             plan = self._search(problem, problem, initial, generator)
             if self.noise and plan.refused and not problem.deadline.reached():
-                # The search goes to the edge of what is allowed, where noise leads beyond it: search with tighter
-                # limits.
+                # Plans at the edge of the guardrails break them under noise, so search again with tighter guardrails.
                 worst = {name: violation.max().item() for name, violation in plan.violations.items()}
                 again = self._search(problem.tightened(worst), problem, plan.actions[:, None], generator)
                 plan = _better(plan, again)

@@ -174,7 +174,7 @@ class PlanningProblem:
         )
 
     def tightened(self, by: Mapping[str, float]) -> "PlanningProblem":
-        """Return the problem with tighter guardrails, which add 1.5 times the violations in `by` (by name)."""
+        """Return the problem with tighter guardrails: 1.5 times the violation in `by` (by name) is added to each."""
         extra = {name: 1.5 * amount for name, amount in by.items() if 0 < amount < math.inf}
         return self._with(
             guardrails=[
@@ -222,8 +222,8 @@ class PlanningProblem:
         """Return a penalised cost per candidate: its cost, or a value above `FORBIDDEN` that grows with its violation.
 
         With `best`, only the `best` lowest values of each environment are exact. Guardrails are then evaluated in order
-        of cost, and not for candidates that cannot be among the best. With `below` and one candidate, guardrails are
-        not evaluated for candidates whose cost is at least `below`; only values under `below` are exact.
+        of cost, and not for candidates that cannot be among the best. With `below` and one candidate per environment,
+        guardrails are not evaluated where the cost is at least `below`; only lower values are exact.
         """
         # Group the environments so that rollouts are scored while they are in the cache.
         chunks = [rows for rows, _ in self._chunks(actions.shape[0], min(actions.shape[1], _CPU_ROWS))]
@@ -309,7 +309,7 @@ class PlanningProblem:
         return cost.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
     def _chunks(self, batch: int, candidates: int) -> Iterator[tuple[slice, slice]]:
-        """Split B x S into pieces, row by row, that suit the device."""
+        """Split B x S, row by row, into pieces of a size that suits the device."""
         if self.device.type != "cpu" or batch * candidates <= _CPU_ROWS:
             yield slice(0, batch), slice(0, candidates)
             return

@@ -30,7 +30,7 @@ def two_room() -> Recipe:
     """The demo: two rooms, with the door at a random place in each episode."""
     return Recipe(
         name="two-room",
-        description="Two rooms in 64x64 RGB, the door's place drawn anew for each episode; 100 thousand frames.",
+        description="Two rooms in 64x64 RGB, with the door at a random place in each episode; 100 thousand frames.",
         collection=CollectionConfig(env_id="worldloom/TwoRoom-v0"),
         training=TrainingConfig(steps=800),
         protocol="two-room@1",
@@ -42,7 +42,7 @@ def four_rooms() -> Recipe:
     """Four rooms, with the doors at random places in each episode."""
     return Recipe(
         name="four-rooms",
-        description="Four rooms in 64x64 RGB, the four doors drawn anew for each episode; 200 thousand frames.",
+        description="Four rooms in 64x64 RGB, with doors at random places in each episode; 200 thousand frames.",
         collection=CollectionConfig(env_id="worldloom/FourRooms-v0", episodes=2000),
         training=TrainingConfig(steps=1500),
         protocol="four-rooms@1",
@@ -55,13 +55,13 @@ def closing_doors() -> Recipe:
     blind = FollowConfig(patience=10_000, arrival=1e6, learn=False)
     return Recipe(
         name="closing-doors",
-        description="Four rooms whose doors are drawn anew for each episode, and of which one may close in the middle.",
+        description="Four rooms with doors at random places in each episode; one door may close during the episode.",
         collection=CollectionConfig(
             env_id="worldloom/FourRooms-v0",
             env_kwargs={"vary": ["door_positions", "closing_door", "closing_step"]},
             episodes=3000,
         ),
-        # With half the training, a closed door is mistaken for an open one half of the time.
+        # With half the training steps, the model mistakes a closed door for an open one half of the time.
         model=JEPAConfig(encoder=PatchConv(hidden=512)),
         training=TrainingConfig(steps=8000, batch=160, horizon=3, validate_every=1000, checkpoint_every=1000),
         methods={
@@ -82,7 +82,7 @@ def maze() -> Recipe:
     """A random maze in each episode, with goals more than 100 steps away, beyond the horizon of a flat planner."""
     return Recipe(
         name="maze",
-        description="Mazes in 64x64 RGB, the layout drawn anew for each episode; goals more than 100 steps away.",
+        description="Mazes in 64x64 RGB, with a random layout in each episode; goals more than 100 steps away.",
         collection=CollectionConfig(env_id="worldloom/Maze-v0", episodes=2000),
         training=TrainingConfig(steps=1500),
         protocol="maze-far@1",
@@ -97,7 +97,7 @@ def long_maze() -> Recipe:
     hierarchy = HierarchyMethod(solver=TreeSearch(), horizon=24)
     return Recipe(
         name="long-maze",
-        description="Mazes of 6x6 cells and a slow agent, drawn anew for each episode; goals 100 to 400 steps away.",
+        description="Random mazes of 6x6 cells with a slow agent; goals 100 to 400 steps away.",
         collection=CollectionConfig(
             env_id="worldloom/Maze-v0",
             env_kwargs={"factors": {"cells": 6, "agent_speed": 0.6}},
@@ -130,7 +130,7 @@ def pits() -> Recipe:
     depth = LabelledProbe(episodes=24_000, hidden=(128, 128), steps=8000, between=(-8.0, 4.0))
     return Recipe(
         name="pits",
-        description="A room with three pits in 64x64 RGB, drawn anew for each episode; a fall ends it.",
+        description="A room with three pits in 64x64 RGB, at random places in each episode; a fall ends the episode.",
         # Many short episodes, because accuracy in a new layout depends on the number of other layouts in the data.
         collection=CollectionConfig(env_id="worldloom/Pits-v0", episodes=24_000, steps=14),
         model=JEPAConfig(encoder=PatchConv(hidden=512), latent_dim=128, block=2),
@@ -162,7 +162,7 @@ def generic() -> Recipe:
     """Any dataset, with two frames of history, because a single frame may not show velocities."""
     return Recipe(
         name="generic",
-        description="Any dataset of pixels and/or vectors; two frames of history, for one may not show velocities.",
+        description="Any dataset of pixels, vectors or both; two frames of history, as one may not show velocities.",
         model=JEPAConfig(context=2, encoder=None),
         training=_with_history(),
     )

@@ -27,8 +27,9 @@ _SEARCH = CEM(samples=128, iterations=5, elites=16)
 
 
 def _slow_losses() -> dict[str, LossConfig]:
-    # A block is a slow feature, a hand a fast one. Inverse dynamics by itself keeps the hand and loses the block's
-    # angle, so its weight is smaller here, and those of covariance and temporal similarity are larger (docs/log.md).
+    # The block is a slow feature, the hand a fast one. Inverse dynamics alone keeps the hand in the latents and loses
+    # the block's angle. So its weight is smaller here, and the weights of covariance and temporal similarity are larger
+    # (docs/log.md).
     return {
         **default_losses(),
         "covariance": Covariance(weight=0.3, samples="pooled"),
@@ -57,7 +58,7 @@ def pusht() -> Recipe:
     """PushT, from logs of a hand that moves around the block without a goal."""
     return Recipe(
         name="pusht",
-        description="PushT in 64x64 RGB on pymunk, 360 thousand frames of a clumsy hand that aims at nothing.",
+        description="PushT in 64x64 RGB on pymunk, 360 thousand frames of a hand that moves without a goal.",
         collection=CollectionConfig(
             env_id="worldloom/PushT-v0", episodes=2400, steps=150, policy="near-object", num_envs=50
         ),
@@ -174,7 +175,7 @@ def cube_state() -> Recipe:
     """OGBench's cube from its state, logged by an arm that moves without a goal."""
     return _cube(
         "cube-state",
-        "OGBench's single cube from its state vector (no pixels) on MuJoCo, 240 thousand frames of a fumbling arm.",
+        "OGBench's single cube from its state vector (no pixels) on MuJoCo, 240 thousand frames without a goal.",
         "cube-25@1",
         VectorMLP(),
     )
@@ -185,7 +186,7 @@ def cube() -> Recipe:
     """OGBench's cube in pixels. Rendering needs a GPU. Only the logging policy uses the state vector."""
     return _cube(
         "cube",
-        "OGBench's single cube in 64x64 RGB on MuJoCo (needs a GPU to draw in time), the logs of cube-state.",
+        "OGBench's single cube in 64x64 RGB on MuJoCo, with the actions of cube-state; rendering needs a GPU.",
         "cube-pixels-25@1",
         PatchConv(),
         observation="both",

@@ -44,7 +44,7 @@ class Recipe(Config):
     `hierarchy` contains coarser models. Each one predicts several steps of the model before it; the first predicts
     steps of the world model. `probes` decode named quantities from latents; planners use them only through guardrails
     and objectives. `rules` is the uppermost layer of the agents' rule set; lower layers may only tighten it. `methods`
-    are the rows of the results table, in order; `default_method` is used to act.
+    are the rows of the results table, in order; `default_method` is the one that acts unless another is chosen.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Recipe(Config):
         if guarded and not self.methods[name].guarded:
             able = next((title for title, other in self.methods.items() if other.guarded), None)
             raise ConfigError(
-                f"the method {name!r} does not obey guardrails, but the rule set has some; "
+                f"the method {name!r} does not obey guardrails, but the rule set contains guardrails; "
                 f"{f'choose {able!r}' if able else 'add a method that plans to the recipe'}"
             )
         return self.methods[name]

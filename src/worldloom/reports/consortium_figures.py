@@ -22,7 +22,7 @@ Points = Sequence[tuple[float | int, float | int]]
 
 
 def loss_curves(history: LedgerHistory) -> Themed | None:
-    """Draw the held-out loss of each member by base; solid lines are rounds, dotted lines are local training.
+    """Draw the held-out loss of each member by base; solid lines are rounds, dotted ones local training.
 
     If the ledger has no losses of members, draw the loss of the median member. Return None if there are no losses.
     """
@@ -58,7 +58,7 @@ def loss_curves(history: LedgerHistory) -> Themed | None:
 
 
 def influence(history: LedgerHistory) -> Themed | None:
-    """Draw each round's weights as a bar; return None if there are no weights."""
+    """Draw the owners' weights in each round as a stacked bar; return None if there are no weights."""
     if not any(round.weights for round in history.rounds):
         return None
 
@@ -76,7 +76,7 @@ def influence(history: LedgerHistory) -> Themed | None:
 
 
 def bytes_up(history: LedgerHistory, base: int | None) -> Themed | None:
-    """Draw the bytes uploaded per round, and their sum beside the bytes of float32 gradients at each step.
+    """Draw the bytes uploaded per round, and their sum beside the sum for float32 gradients at each step.
 
     `base` is the size of the base in bytes.
     """
@@ -189,7 +189,7 @@ def training_at_home(
 
 
 def _judged(history: LedgerHistory, name: str) -> list[tuple[int, float, float]]:
-    """Return the rounds with a member's losses before and after the round, and both losses."""
+    """Return (round, loss before, loss after) for each round with both losses of a member."""
     judged = [(round.number, *round.losses[name]) for round in history.rounds if name in round.losses]
     return [(number, before, after) for number, before, after in judged if before is not None and after is not None]
 

@@ -191,7 +191,7 @@ def _rules(rules: Constitution) -> list[str]:
         f"{weights[rules.weighting]}, none above {rules.cap:.3g}, and applied by {rules.outer['name']}.",
         f"A contribution that raises the held-out loss of the median member by more than "
         f"{rules.quality.max_worse:.0%} is left out. Data of the classes {' and '.join(rules.classes)} may shape the "
-        f"base; other data trains its owner's model alone.",
+        f"base; other data trains only its owner's model.",
     ]
     if (privacy := rules.privacy) is None:
         text.append("No noise is added: there is no differential privacy.")
@@ -276,7 +276,7 @@ def _refusals(history: LedgerHistory) -> list[dict[str, str]]:
     rounds: dict[tuple[str, str, str], dict[int, None]] = {}
     for round in history.rounds:
         causes = [(one.owner, "left out" if one.left_out else "refused", one.reason) for one in round.refusals]
-        why = "no group of contributions passed the quality gate; the base stayed as it was"
+        why = "no group of contributions passed the quality gate; the base did not change"
         left = {owner for owner, what, _ in causes if what == "left out"}
         causes += [(owner, "left out", why) for owner in round.left_out if owner not in left]
         for cause in causes:

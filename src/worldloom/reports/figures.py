@@ -356,7 +356,7 @@ def binned(
 ) -> tuple[Float[np.ndarray, "R C"], Float[np.ndarray, "C"], Float[np.ndarray, "R"]]:
     """Return the mean value in each cell of a grid (NaN without a value), and the cells' centres.
 
-    If the positions are on a grid, its cells are used. A single cell without a value gets its neighbours' mean.
+    If the positions are on a grid, its cells are used. An isolated cell without a value gets its neighbours' mean.
     """
     x0, x1, y0, y1 = extent
     distinct = [len(np.unique(positions[:, axis])) for axis in (0, 1)]

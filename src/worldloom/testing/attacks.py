@@ -1,7 +1,7 @@
 """Attacks on a federation, to measure its privacy and its defences.
 
 A curious reader of models and deltas attacks by `membership_inference` and `reconstruct`, a malicious owner by
-`sign_flip`, `scale` and `backdoor`. A delta is a mapping of names to tensors.
+`sign_flip`, `scale` and `backdoor`. A delta, the change that an owner contributes, maps names to tensors.
 """
 
 import math

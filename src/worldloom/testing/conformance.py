@@ -65,7 +65,7 @@ def check_world_model(model: WorldModel, *, seed: int = 0, tolerance: float = 1e
             )
         for row in range(batch):
             alone = model.rollout(context[row : row + 1], actions[row : row + 1])
-            assert same(futures[row : row + 1], alone), "an environment's future depends on others"
+            assert same(futures[row : row + 1], alone), "an environment's future depends on other environments"
         for length in range(1, steps):
             prefix = model.rollout(context, actions[:, :, :length])
             assert same(futures[:, :, :length], prefix), (

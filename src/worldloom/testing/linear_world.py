@@ -12,8 +12,8 @@ from worldloom.core.types import ActionSpec, Context, ModelSpec, Observations, O
 class LinearWorld:
     """The world z' = z + B a, fully observed: the latent is the observation vector.
 
-    B (D, A) is the effect of one environment action; one model step adds B times the sum of the `block` actions in a
-    block. With `context` > 1, the model accepts a history but ignores it. The bounds are the same for each action
+    B is `gain` (D, A), the effect of one environment action; one model step adds B times the sum of the `block` actions
+    in a block. With `context` > 1, the model accepts a history but ignores it. The bounds are the same for each action
     dimension.
     """
 

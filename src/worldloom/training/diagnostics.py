@@ -15,7 +15,8 @@ from worldloom.training.linear_probe import LinearProbe
 _FEATURES = 512  # random features of the inverse-dynamics probe
 
 # Thresholds of alarms. On Two Rooms, variants whose latents contain the agent have an inverse-dynamics error of 0.06 to
-# 0.25. A variant with a high rank that loses the agent by 10 px has 0.67 and an R2 of 0.85 (benchmarks/RESULTS.md).
+# 0.25. A variant with a high rank, whose probe places the agent 10 px off, has 0.67 and an R2 of 0.85
+# (benchmarks/RESULTS.md).
 _BLIND = 0.5  # inverse-dynamics error, as a share of the action's variance
 _READABLE = 0.75  # R2 of a label that changes within windows
 
@@ -121,7 +122,7 @@ def inverse_dynamics_error(
 
 
 def alarms(figures: Mapping[str, float]) -> list[Alarm]:
-    """Return the problems that the figures of `diagnose` show; an empty list for a model that is good to plan with."""
+    """Return the problems that the figures of `diagnose` show; the list is empty if the model is fit for planning."""
     found = []
     rank, dimensions = figures["effective_rank"], figures["latent_dimensions"]
     collapsed = rank < min(2.0, 0.5 * dimensions) or figures["dead_dimensions"] > 0.5

@@ -54,8 +54,8 @@ class Segment:
     `end` may exceed the configured steps. At step `begin`, the tensors in `base` replace the model's tensors of the
     same names; all other tensors, the losses' modules and the optimiser's moments do not change. An interrupted segment
     resumes at the step where it stopped. The learning rate is scheduled as if the segment began at step `at` (default:
-    `begin`). A federation member that missed rounds then has the same rate as the others. The schedule has `schedule`
-    steps (default: `TrainingConfig.steps`). Model tensors named in `fixed` are not trained.
+    `begin`), so that a federation member that missed rounds has the same rate as the others. The schedule has
+    `schedule` steps (default: `TrainingConfig.steps`). Model tensors named in `fixed` are not trained.
     """
 
     begin: int
@@ -89,13 +89,13 @@ def fit(
     For several devices, start the program with torchrun or pass a launched `fabric`.
 
     If `config.threads` is 0, a run of at least 100 steps on one CPU measures at its start which number of threads is
-    fastest, and records the number in the run folder. The parameters depend on this number by rounding.
+    fastest, and records the number in the run folder. This number affects the parameters only by rounding.
 
     Federated training runs one segment, `stretch`, at a time: the first segment without `resume`, later segments with
     `resume`. The model is saved at the end of each segment.
 
     Raises:
-        DataError: nothing that is observed moves, or no action differs; see `worldloom.data.require_variation`.
+        DataError: the observations never change, or all actions are equal; see `worldloom.data.require_variation`.
         TrainingError: a loss is not finite (the last checkpoint is kept), another process is training in the folder,
             or the folder has checkpoints and `resume` is not set.
         CheckpointError: with `resume`, the configuration or the data changed; or the run's step is not in the segment.
@@ -310,7 +310,7 @@ class _Training:
             self._put(stretch.base)
 
     def _put(self, base: Mapping[str, Tensor]) -> None:
-        """Replace tensors of the model."""
+        """Replace the model's tensors that `base` names."""
         state = self.model.state_dict()
         if unknown := sorted(set(base) - set(state)):
             raise CheckpointError(
@@ -370,7 +370,7 @@ class _Training:
         else:
             first = step * self.config.batch
             turn = self.order.turn(first)
-            if turn != self.expected:  # at each turn of the pool, have read what is in it and what comes next
+            if turn != self.expected:  # prefetch the frames in the pool and those that come next
                 self.expected = turn
                 self.sampler.expect(self.order.coming(turn, _AHEAD * self.config.batch))
             batch = self.order.draws(first, self.config.batch)
@@ -454,7 +454,7 @@ class _FigureMeter:
 class _Pace:
     """Warns when training has become much slower than it was."""
 
-    _SLOW, _PATIENCE = 2.0, 3  # times as long as the fastest interval, in successive intervals
+    _SLOW, _PATIENCE = 2.0, 3  # slow: this many times the fastest interval; this many intervals in a row
 
     def __init__(self) -> None:
         self._best, self._slow = math.inf, 0
@@ -469,7 +469,7 @@ class _Pace:
         remedy = (
             ""
             if threads == 1
-            else (f" One thread is disturbed less than {threads}: press Ctrl-C once, and resume with --threads 1")
+            else (" Other processes slow a single thread less: press Ctrl-C once, and resume with --threads 1")
         )
         _logger.warning(
             "step %d: a training step takes %.0f ms, but it took %.0f ms before. Other processes probably use the CPU; "

@@ -214,7 +214,7 @@ class RunFolder:
         return lines
 
     def forget_after(self, step: int) -> None:
-        """Delete the lines after `step`, which a resumed run will write again."""
+        """Delete the logged lines of steps after `step`, which a resumed run will write again."""
         if self._writes:
             kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
             write_text(self.path / "metrics.jsonl", "".join(kept))

@@ -29,8 +29,7 @@ def default_losses() -> dict[str, LossConfig]:
     return {
         "prediction": Prediction(),
         "variance": Variance(weight=4.0, samples="pooled"),
-        # A small weight, because at 2 the independent dimensions are less predictable
-        # (docs/log.md).
+        # A small weight, because a weight of 2 makes the dimensions independent but less predictable (docs/log.md).
         "covariance": Covariance(weight=0.03, samples="pooled"),
         "temporal-similarity": TemporalSimilarity(weight=1.0),
         "inverse-dynamics": InverseDynamics(weight=3.0),

@@ -39,7 +39,7 @@ from worldloom.workflow.run import Run
 from worldloom.workflow.session import Session, fast_planning, session_of
 
 _log = logging.getLogger(__name__)
-_LEAST = 1e-3  # the smallest score of a broken guardrail, and the smallest usual error in margins
+_LEAST = 1e-3  # the smallest score of an episode with a broken guardrail; also the smallest usual error, in margins
 _GROWTH = 1.25, 1.5  # bounds on the factor's growth in a round, because plans change with the margins
 
 
@@ -61,18 +61,19 @@ def calibrate(
     The rule set comes from the session or from the recipe. The shape of the margins comes from held-out logs: for each
     guardrail and step ahead, the conformal quantile of the true value minus the predicted value. Then the method acts
     in episodes of the protocol, with seeds that evaluations never use, and with the margins multiplied by a factor.
-    Each episode has a score. The score is 0 if no guardrail was broken. Otherwise it is the smallest factor that would
-    have refused the plan that broke a guardrail, or infinite if the fallback acted instead of a plan. If the tolerance
-    quantile of the scores is at most the factor, the risk is met at this confidence, in such episodes and for plans
-    that are chosen with these margins. Otherwise the next round uses the quantile as its factor, limited to 1.25 to 1.5
-    times the previous factor, on new episodes.
+    Each episode has a score. The score is 0 if no guardrail was broken. Otherwise it is the smallest factor with which
+    the margins would have refused the first plan that broke a guardrail, or infinite if the fallback acted instead of a
+    plan. If the tolerance quantile of the scores is at most the factor, the risk is met at this confidence, in such
+    episodes and for plans that are chosen with these margins. Otherwise the next round uses the quantile as its factor,
+    limited to 1.25 to 1.5 times the previous factor, on new episodes.
 
     For a method with the guard "per candidate", the margins come only from the logs. The margins are signed with `key`,
     by default the user's own key.
 
     Raises:
         ConfigError: there is no rule set, the rule set has no risk, or the method does not use margins.
-        DataError: there are too few episodes for the risk, or no round found a large enough factor.
+        DataError: there are too few episodes for the risk, the fallback broke guardrails in too many of them, or no
+            round found a large enough factor.
     """
     session = session_of(run)
     run, rules = session.run, session.rules
@@ -94,7 +95,7 @@ def calibrate(
         return margins
     usual = run.usual_protocol if protocol is None else PROTOCOLS[protocol]
     if usual is None:
-        raise ConfigError("the world of the data has no protocol; choose one with --protocol")
+        raise ConfigError("the world in which the data were collected has no protocol; choose one with --protocol")
     asked = usual.customise(episodes=episodes, split=split)
     factor, history = 1.0, []
     for number in range(rounds):
@@ -237,8 +238,8 @@ def _shape(run: Run, rails: Sequence[BoundRail], horizon: int, risk: float, prog
                 found.append(_errors(episode, run, rails, horizon))
     if not found:
         raise DataError(
-            f"expected a held-out episode of at least {needed} steps, the length of a context and a plan; all are "
-            f"shorter. Record longer episodes"
+            f"expected a held-out episode of at least {needed} steps, the length of a context and a plan together; "
+            f"all are shorter. Record longer episodes"
         )
     return margin_shape(torch.cat(found), risk)
 

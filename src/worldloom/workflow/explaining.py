@@ -148,7 +148,7 @@ def _future(run: Run, plan: Plan, seen: _HeldOutFrames) -> list[PlanFrame]:
     places = np.unique(np.linspace(0, horizon - 1, min(_SHOWN, horizon)).round().astype(int))
     frames, gaps = seen.nearest(plan.latents[0, places.tolist()])
     return [
-        PlanFrame(f"in {(place + 1) * block} actions", frame, f"like this to {gap / step:.1f} steps")
+        PlanFrame(f"in {(place + 1) * block} actions", frame, f"{gap / step:.1f} steps from the prediction")
         for place, frame, gap in zip(places, frames, gaps.tolist(), strict=True)
     ]
 

@@ -93,7 +93,10 @@ def train(
         dataset = EpisodeDataset.open(dataset, retry_seconds=recipe.data.retry_seconds)
     for name, probe in recipe.probes.items():
         if (label := probe.label or name) not in dataset.spec.labels:
-            raise ConfigError(f"probe {name!r} reads the label {label!r}; {nearest(label, dataset.spec.labels)}")
+            raise ConfigError(
+                f"probe {name!r} needs the label {label!r}, which the dataset does not have; "
+                f"{nearest(label, dataset.spec.labels)}"
+            )
     fabric = make_fabric(recipe.training)
     ranks = Ranks(fabric, recipe.training.timeout_minutes)
     progress = progress if ranks.first else SILENT
@@ -107,7 +110,7 @@ def train(
         cache = ranks.in_turn(lambda: load_frames(dataset, recipe.data, progress=progress), ahead=ranks.first_here)
         with closing(cache):
             if (folder.model_directory / "model.json").is_file():
-                load_model(folder.model_directory)  # raises if it is incomplete
+                load_model(folder.model_directory)  # raises if the model is incomplete
             else:
                 begun = folder.checkpoint_directory.is_dir()
                 fit(recipe.training, recipe.model, cache, folder, fabric=fabric, resume=begun, progress=progress)
@@ -138,7 +141,7 @@ def _folder(recipe: Recipe, dataset: EpisodeDataset, path: Path, resume: bool, r
         seeds = {"training": recipe.training.seed}
         return RunFolder.create(path, config, describe_provenance(data_fingerprint=fingerprint, seeds=seeds))
     folder = RunFolder.open(path)
-    recorded = Recipe.parse(recipe_values(folder))  # parsed, so that options of later versions get their defaults
+    recorded = Recipe.parse(recipe_values(folder))  # parsed, so that options added since get defaults
     differ = differences(recorded.model_dump(mode="json"), config["recipe"])
     # The methods, and the way data are read, do not affect the trained parameters.
     free = ["methods.", "data", "default_method", "protocol", "description", "rules"]
@@ -274,9 +277,9 @@ def evaluate(
 
     In a session, agents start with its memory and obey its rules, except baselines that do not support rules; on a
     plant (see `worldloom.evaluation.Worlds`), these baselines are skipped. `others` maps row names to agents of other
-    libraries; see `worldloom.evaluation.ForeignPolicy`. The default protocol is that of the world of the data; see
-    `Run.usual_protocol`. Without a protocol, each goal is a frame that the logging policy reached, and
-    `success` is the criterion, such as `position:3`. `changes` replace parts of the protocol; see
+    libraries; see `worldloom.evaluation.ForeignPolicy`. The default protocol is the one for the world in which the data
+    were collected; see `Run.usual_protocol`. Without a protocol, each goal is a frame that the logging policy reached,
+    and `success` is the criterion, such as `position:3`. `changes` replace parts of the protocol; see
     `worldloom.evaluation.Changes`.
 
     Raises:
@@ -324,7 +327,7 @@ def explore(
     """Let an agent explore the world of each episode of a protocol for `steps` steps; return the number of worlds.
 
     In a session with a memory, the agent stores its observations there. `evaluate` with `exploration=0` and the same
-    protocol, split, episodes and seed then uses the same worlds, with goals that are far away.
+    protocol, split, episodes and seed then uses the same worlds, with the protocol's goals.
 
     Raises:
         ConfigError: the method does not explore, or the method, protocol or split does not exist.

@@ -26,8 +26,7 @@ def encode_picture(run: Run, path: Path, memory: EpisodicMemory) -> Float[Tensor
 
 
 def remember(run: Run, data: Path | str, memory: EpisodicMemory, *, progress: Progress = SILENT) -> int:
-    """Append the episodes of a dataset to a memory, one record per frame that the model sees; return
-    their number.
+    """Append the episodes of a dataset to a memory, one record per frame that the model sees; return the record count.
 
     Raises:
         DataError: the dataset's observations or actions do not match the model.

@@ -71,7 +71,7 @@ class _PartyConfig(Config):
         return read_constitution(self.constitution)
 
     def member_recipe(self, constitution: Constitution) -> Recipe:
-        """Return the recipe with the number of steps of all rounds together."""
+        """Return the recipe with the number of steps up to the last base."""
         steps = constitution.align_steps + constitution.rounds * constitution.inner_steps
         return member_recipe(self.recipe, self.overrides, steps=steps, stems=self.stems, seed=self.seed)
 
@@ -79,9 +79,9 @@ class _PartyConfig(Config):
 class NodeConfig(_PartyConfig):
     """A node: the owner's name, keys, data and recipe, and the coordinators' addresses in order of succession.
 
-    After the last round the owner fine-tunes for `own_steps`: all tensors or, for little data, only the sovereign ones.
-    If no coordinator can be reached for `alone_after_seconds`, the node trains alone, `alone_steps` at a time, until
-    the next message.
+    After the last round the owner fine-tunes for `own_steps`; `fine_tune` selects all tensors or, for little data, only
+    the sovereign ones. If no coordinator can be reached for `alone_after_seconds`, the node trains alone, `alone_steps`
+    at a time, until a coordinator sends a message.
     """
 
     owner: str
@@ -196,7 +196,7 @@ def pilot(config: NodeConfig, out: Path | str, *, progress: Progress = SILENT) -
     """Train alone for the constitution's `align_steps`, write a base for all members, and return its fingerprint.
 
     This is for owners with different conventions: the other owners first train their stems against the pilot's base, so
-    that the averaged models share its conventions.
+    that the averaged models share the pilot's conventions.
 
     Raises:
         ConfigError, DataError, StorageError: see `opened`, `Node.pilot` and `Base.save_new`.
@@ -305,7 +305,7 @@ def leave(config: NodeConfig, into: Path | str, *, why: str = "", progress: Prog
 
 
 def come_back(config: NodeConfig) -> None:
-    """Take part again, from the next round on.
+    """Rejoin the consortium from the next round on.
 
     Raises:
         DataError: the owner has not left.
@@ -341,7 +341,7 @@ def _join_any(
     *,
     node: Node | None = None,
 ) -> None:
-    """Join the first coordinator that can be reached, and the next one if the connection or `node`'s trust is lost.
+    """Join the first coordinator that can be reached; if its connection or ledger fails, join the next one.
 
     If no coordinator can be reached, a node with `alone_after_seconds` tries again.
 
@@ -381,12 +381,12 @@ def _join_any(
 
 
 def _largest_message(base: Base, constitution: Constitution) -> int:
-    """Return the size that the largest message of an honest node can have, in bytes.
+    """Return the maximum size of a message of an honest node, in bytes.
 
     No codec needs more than 8 bytes per value, and neither does a masked delta.
 
     Raises:
-        ConfigError: the constitution allows less than the base itself has.
+        ConfigError: the constitution allows only messages that are smaller than the base itself.
     """
     values = sum(tensor.numel() for tensor in base.tensors.values())
     if 4 * values > constitution.largest_bytes:

@@ -53,7 +53,7 @@ def read_entry(folder: Path, index: int, *, progress: Progress = SILENT) -> tupl
 def replay_entry(
     folder: Path, index: int, *, run: Path | None = None, progress: Progress = SILENT
 ) -> tuple[Plan, bool, dict[str, Any]]:
-    """Replay a decision of a log; return its plan, whether the plan is bit-identical, and the body of its entry.
+    """Replay a logged decision; return the plan, whether it is bit-identical to the recorded one, and the entry's body.
 
     The agent is built from the method, the rule set's layers and the margins in the log. `run` is the run folder, if it
     has been moved since.
@@ -78,13 +78,16 @@ def replay_entry(
         if len(values) != len(rules.rule_set.titles) or len({len(row) for row in values}) > 1:
             raise DataError(
                 f"entry {opened.index} has {len(values)} rows of margins; expected {len(rules.rule_set.titles)}, one "
-                f"of the same length for each guardrail. The log is false"
+                f"of the same length for each guardrail. The log was not written by worldloom, or was forged"
             )
         found = torch.tensor(values, dtype=torch.float32)
         margins = Margins(values=found, risk=rules.rule_set.risk or 0.5, episodes=0)
     method = parse_component(METHODS, about.method)
     if not isinstance(method, PlannedMethod):
-        raise DataError(f"entry {opened.index} names the method {method.name!r}, which does not plan. The log is false")
+        raise DataError(
+            f"entry {opened.index} names the method {method.name!r}, which does not plan; the log was not written by "
+            f"worldloom, or was forged"
+        )
     _check_sizes(method, situation, there.model.spec, there.device)
     parts = AgentParts(heads=there.heads, rules=rules, margins=margins)
     agent = method.build(parts, seed=0).parts
@@ -118,7 +121,7 @@ def _check_sizes(method: PlannedMethod, situation: Situation, spec: ModelSpec, d
         if tensor is not None and tuple(tensor.shape) != shape:
             raise DataError(
                 f"the recorded {name!r} has shape {tuple(tensor.shape)}; expected {shape} for this model and method. "
-                f"The log is false"
+                f"The log was not written by worldloom, or was forged"
             )
     values = method.model_dump(mode="json")
     own = [value for value in values.values() if isinstance(value, int)]
@@ -126,8 +129,9 @@ def _check_sizes(method: PlannedMethod, situation: Situation, spec: ModelSpec, d
     size = batch * max(own) * max(nested, default=1) * (spec.latent_dim + spec.block_size)
     if max(*own, *nested) > _LARGEST_NUMBER or size > _LARGEST_SEARCH:
         raise DataError(
-            f"the recorded search is too large to repeat: the largest numbers of the method are {max(own)} and "
-            f"{max(nested, default=1)}, for {batch} environments. If the log is true, repeat the decision in Python"
+            f"the recorded search is too large to repeat: the largest number in the settings is {max(own)}, in "
+            f"nested settings {max(nested, default=1)}, for {batch} environments. If you trust the log, repeat the "
+            f"decision in Python"
         )
 
 

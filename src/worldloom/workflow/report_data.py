@@ -57,9 +57,9 @@ def report_data(run: Run) -> ReportData:
 
 
 def position_label(episodes: list[Episode]) -> str | None:
-    """Return the label of positions; None if no label has two values.
+    """Return the label of positions; None if no label is two-dimensional.
 
-    This is 'position', if it has two values, or else the first label by name that has two values.
+    This is 'position' if that label is two-dimensional, or else the first two-dimensional label by name.
     """
     flat = [name for name, values in (episodes[0].labels.items() if episodes else ()) if values.shape[1] == 2]
     return "position" if "position" in flat else next(iter(sorted(flat)), None)

@@ -53,7 +53,7 @@ class _Evaluated(Shape):
 class Run:
     """A run folder with the results of one training; its parts are loaded on first use.
 
-    Margins in the folder count if the user's own key signed them, or a key in `trusted`; see `BoundRules`.
+    Margins in the folder are used only if the user's own key or a key in `trusted` signed them; see `BoundRules`.
 
     A run needs no closing. To act with a memory, an audit log or additional rules, open a `Session`.
 
@@ -114,7 +114,8 @@ class Run:
         """The protocol for the world in which the data were collected; None if the world has none, or is unknown.
 
         This is the recipe's protocol if it has the same environment, else the environment's default protocol. If the
-        environment had other arguments than usual during collection, the protocol has these, and a name in "-custom".
+        data were collected with other environment arguments than usual, or with picture options, the protocol has these
+        too, and its name ends in "-custom".
         """
         own = self.recipe.protocol if self.has_protocol else None
         if (title := own or default_protocol(self.environment.get("id"))) is None:
@@ -214,8 +215,8 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """Return the figures for a comparison of runs.
 
-        `success` is the default method's mean success rate over the splits of one `evaluation`. This is the evaluation
-        with the unchanged protocol of the recipe or its environment, or else the newest evaluation.
+        `success` is the default method's mean success rate over the splits of one `evaluation`. That is the evaluation
+        with the unchanged protocol of the recipe or its environment or, if there is none, the newest.
         """
         recipe = recipe_values(self.folder)  # not parsed, because a component may need a module that is not imported
         metrics = self.folder.metrics()

@@ -54,7 +54,7 @@ class Session:
     def agent(self, method: str | None = None, *, seed: int = 0, compared: bool = False) -> Agent:
         """Build an agent for a method of the recipe, by default its `default_method`.
 
-        If the session has rules, the method must support rules, unless `compared` is set, for a baseline.
+        If the session has rules, the method must support rules, unless `compared` marks the agent as a baseline.
 
         Raises:
             ConfigError: the recipe has no such method, the method does not support the session's rules, or see `build`.
@@ -83,11 +83,11 @@ class Session:
         guarding: MethodConfig | None = None,
         margins: Margins | None = None,
     ) -> ActingRules | None:
-        """Return what may act on a plant under the session's rules; None without rules.
+        """Return which methods may act on a plant under the session's rules (see `ActingRules`); None without rules.
 
-        `chosen` are the methods that the user chose, and `others` are agents of other libraries. `guarding` is the
-        method, with the `margins`, whose guardrails the logging policy obeys; by default, the recipe's default method
-        or the first method that obeys guardrails.
+        `chosen` are the methods that the user chose, and `others` are agents of other libraries. `guarding`, with
+        `margins`, is the method that guards the logging policy. By default this is the recipe's default method or, if
+        that does not obey guardrails, the first method that does.
         """
         if self.rules is None:
             return None

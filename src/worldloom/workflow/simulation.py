@@ -109,7 +109,7 @@ class ConsortiumConfig(Config):
         return self.align_steps + self.rounds * self.inner_steps
 
     def recipe_of(self, name: str, seed: int, *, steps: int | None = None) -> Recipe:
-        """Return an owner's recipe; by default with the steps up to the last base."""
+        """Return an owner's recipe with a number of steps, by default those up to the last base."""
         owner, collection = self.owners[name], load_recipe(self.recipe).collection
         world = {**(collection.env_kwargs if collection else {}), **owner.world}
         if owner.factors:

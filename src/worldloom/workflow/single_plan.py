@@ -36,8 +36,8 @@ def plan_once(
     Returns:
         `actions` (one list per environment step), `cost`, `gap` and `predicted_gap` (the distance to the goal now and
         at the predicted end of the plan, in typical model steps), `milliseconds` (of a second call, after a warm-up),
-        `rollouts`, `refused` (whether no plan satisfied the guardrails, so that this is the fallback) and, with
-        `picture`, `explained`.
+        `rollouts`, `refused` (whether no plan satisfied the guardrails, so that the actions are the fallback's) and,
+        with `picture`, `explained`.
 
     Raises:
         ConfigError: only one of the pictures is given, or the method does not plan.
@@ -93,8 +93,8 @@ def _picture(run: Run, path: Path) -> Observations:
     expected = run.model.spec.observation.pixels
     if expected is None or run.model.spec.observation.vector:
         raise DataError(
-            "the model does not use only pixels, so pictures are not enough; choose a protocol for start and goal with "
-            "--protocol"
+            "the model does not observe only pixels, so pictures cannot define start and goal; take both from a "
+            "protocol with --protocol"
         )
     return read_picture(path, expected, values=run.picture_values)
 

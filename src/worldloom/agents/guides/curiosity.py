@@ -24,9 +24,9 @@ class CuriosityConfig(Config):
 
     From each landmark the model imagines `walks` random walks of `horizon` blocks. A walk that ends farther than
     `novelty` from every landmark gives its landmark a promise (see `CuriosityGuide.promise`). The guide chooses the
-    landmark with the largest ratio of promise to cost: the blocks of the way there plus `overhead`. It then tries the
-    most novel end of this landmark's walks. Each try lowers the landmark's promise. An imagined state that was tried
-    but not found no longer counts as new.
+    landmark with the largest ratio of promise to cost, which is the blocks of the way there plus `overhead`. It then
+    tries the most novel end of this landmark's walks. Each try lowers the landmark's promise. An imagined state that
+    was tried but not found no longer counts as new.
     """
 
     walks: int = Field(default=16, ge=1)
@@ -44,8 +44,8 @@ class _Search:
     landmark: int
     beyond: Tensor | None = None
     left: int = 0  # number of plans before another target is chosen
-    gap: float = np.inf  # the smallest distance so far to that state
-    stalled: int = 0  # number of plans since the gap became smaller
+    gap: float = np.inf  # the smallest distance so far to `beyond`
+    stalled: int = 0  # number of plans since the gap last fell by more than a tenth
 
 
 class CuriosityGuide:
@@ -102,11 +102,11 @@ class CuriosityGuide:
         return aims
 
     def promise(self) -> Float64[np.ndarray, "N"]:
-        """Return the novelty that each landmark promises; each try lowers the landmark's promise.
+        """Return each landmark's promise: how new the states are that the model imagines from it.
 
-        A landmark's promise is (gap - `novelty`) squared, where the gap is the distance from the most novel end of its
-        walks to the nearest landmark. Squaring prefers one very new state, such as the far side of a door, to slightly
-        new ones, such as the other side of a corridor.
+        A landmark's promise is ((gap - `novelty`) / (1 + tries))^2, where the gap is the distance from the most novel
+        end of its walks to the nearest landmark. Squaring prefers one very new state, such as the far side of a door,
+        to slightly new ones, such as the other side of a corridor.
         """
         promise = np.zeros(len(self.graph))
         np.maximum.at(promise, self._owners, np.square(self._gaps - self.config.novelty, dtype=np.float64))

@@ -20,9 +20,9 @@ class HierarchyConfig(Config):
     """How deep to plan; lengths are in typical steps of the fast model.
 
     If the fast model predicts no arrival within `arrival` of the goal, the agent follows coarser model number `depth`
-    (0: never). With `depth=None`, the agent chooses the model at each decision. A coarser model is followed only if the
-    gap to the goal that it predicts is below `ratio` times the gap that the model below predicts, and all models below
-    predict that they reach the first state of the coarser plan.
+    (0: never). With `depth=None`, the agent chooses the model at each decision, and follows a coarser model only under
+    two conditions: the gap to the goal that it predicts is below `ratio` times the gap predicted without it, and each
+    finer model predicts to come within `arrival` of the first state of the plan above its own.
     """
 
     depth: int | None = Field(default=None, ge=0)
@@ -35,7 +35,7 @@ class _Leg:
     """One environment on its way to a subgoal, or to the goal itself if there is no subgoal."""
 
     subgoal: Tensor | None = None
-    left: int = 0  # number of plans before it is reconsidered
+    left: int = 0  # number of plans before a subgoal is chosen again
 
 
 class HierarchyGuide:
@@ -46,8 +46,8 @@ class HierarchyGuide:
     `depths` contains the level that each environment follows; 0 is the fast model only.
 
     Raises:
-        PlanningError: there is no coarser model, the strides do not match the levels, or the depth exceeds the coarser
-            models.
+        PlanningError: there is no coarser model, the strides do not match the levels, or the depth exceeds the number
+            of coarser models.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class HierarchyGuide:
         if len(strides) != len(levels):
             raise PlanningError(
                 f"expected one stride for each planner; got {len(levels)} planners and {len(strides)} strides. Pass "
-                f"both for each level"
+                f"a planner and a stride for each level"
             )
         if len(levels) < 2 or (self.config.depth or 0) >= len(levels):
             raise PlanningError(

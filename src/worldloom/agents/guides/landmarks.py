@@ -28,9 +28,10 @@ class FollowConfig(Config):
         sight: without a known route, the agent aims directly at a goal whose latent is at most this far away.
         patience: after this many plans without progress, the agent follows one landmark at a time; after the same
             number of further plans without progress, the edge to the next landmark counts as failed.
-        arrival: a plan that is not predicted to come this close to its landmark uses up the patience at once.
-        surprise: the world has changed if the last plan predicted a known place, but the observation is farther than
-            this from the prediction and unlike all known states around that place; None disables this.
+        arrival: a plan whose prediction does not come this close to its landmark uses up the patience at once.
+        surprise: a distance between prediction and observation. The world counts as changed if the last plan predicted
+            a known place, the observation is farther than `surprise` from the prediction, and the observation is unlike
+            the known states around that place. None disables the check.
         learn: whether observations on the way extend and change the graph.
     """
 
@@ -78,7 +79,7 @@ class _Way:
     waited: int = 0  # number of plans since then
     careful: bool = False  # whether to follow one landmark at a time
     aim: int = -1  # the landmark of the last plan
-    vain: bool = False  # whether the last plan was predicted not to reach it
+    vain: bool = False  # whether the last plan was predicted not to reach `aim`
     known: bool = False  # whether a route was known in this episode
     beyond: bool = False  # whether landmarks lead no closer to the goal
 

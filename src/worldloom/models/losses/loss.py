@@ -14,7 +14,7 @@ from worldloom.core.registry import Registry
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LossInputs:
-    """The inputs of losses: this rank's B windows of N = K+T frames.
+    """The inputs of losses: this rank's B windows of N = K+T frames (K of context, T predicted).
 
     `predictions` are open-loop predictions of the last T frames, `targets` their target latents, and `actions` the
     normalised blocks between frames. `step` seeds the random numbers of a loss, so that all ranks use the same ones.

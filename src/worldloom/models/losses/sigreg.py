@@ -33,7 +33,7 @@ class SIGReg(Formula):
         """Return the mean statistic; the step seeds the random projections."""
         spacing = self.limit / (self.knots - 1)
         knots = [index * spacing for index in range(self.knots)]
-        # The integrand is even: each half counts twice, and so do all knots but the two at the ends.
+        # The integrand is even, so [0, limit] counts twice. The trapezoid rule halves the weights of both end knots.
         weights = [2 * spacing * math.exp(-(knot**2) / 2) for knot in knots]
         weights[0] /= 2
         weights[-1] /= 2

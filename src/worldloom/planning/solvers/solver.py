@@ -37,7 +37,7 @@ class Solver(Component):
 
 SOLVERS: Registry[type[Solver]] = Registry("solver")
 
-# The type of a configuration field with a solver: read by name, written in full.
+# The field type for a solver in a configuration: `name` selects the class, and all options are written.
 SolverField = Annotated[SerializeAsAny[Solver], BeforeValidator(component_of(SOLVERS))]
 
 
@@ -59,7 +59,7 @@ def better_of(best: Solution | None, candidates: Float[Tensor, "B S T A"], cost:
 
 
 def agree(costs: Float[Tensor, "B K"], share: float) -> bool:
-    """Return whether the elites' ascending costs differ by less than `share` of the lowest cost in every environment.
+    """Return whether, in all environments, the elites' ascending costs differ by less than `share` times the lowest.
 
     Elites do not agree if `share` is 0 or if one of the elites breaks a guardrail.
     """

@@ -94,13 +94,17 @@ class ReceiptBody(Body):
 
 
 class RefusalBody(Body):
-    """The reason why a node does not answer, and what it lacks; `left` means that the owner left the consortium."""
+    """The reason why a node does not answer, and what it lacks; `left` means that the owner left the consortium.
+
+    `sender` is the member whose share in a secure sum this node cannot use.
+    """
 
     round: Number | None
     why: str
     length: Length | None = None
     lacks: bool = False
     helped: bool = False
+    sender: _Short | None = None
     left: bool = False
     constitution: _Short | None = None
 

@@ -21,6 +21,7 @@ from worldloom.core.signing import Domain
 from worldloom.federation.secure.aggregation_protocol import (
     PRIME,
     Masker,
+    SumLost,
     SumSession,
     Unmasker,
     decode_sum,
@@ -413,3 +414,41 @@ def test_a_split_that_makes_no_sense_is_refused() -> None:
     for secret, owners, threshold in ((PRIME, 3, 2), (1, 3, 4), (1, 3, 0), (-1, 3, 2)):
         with pytest.raises(ConfigError, match="threshold"):
             split_secret(secret, owners, threshold)
+
+
+@pytest.mark.parametrize("key", ["00" * 32, "ab", "zz" * 32, "AB" * 32, "01" + "00" * 31])
+@pytest.mark.parametrize("part", ["mask", "box"])
+def test_keys_that_nobody_can_use_are_refused_from_their_owner(part: str, key: str) -> None:
+    from worldloom.federation.secure.aggregation_protocol import _claim
+
+    view = View(session())
+    keys = {name: text for name, text in view.maskers["eve"].advertise().items() if name != "signature"} | {part: key}
+    with pytest.raises(DataError, match="'eve' sent an invalid X25519 key"):
+        view.unmasker.take("advertise", "eve", {**keys, "signature": signs("eve")(_claim(keys, view.session)).hex()})
+
+
+@pytest.mark.parametrize(("owners", "liars", "certain"), [(24, 2, True), (20, 3, True), (24, 5, True), (11, 4, False)])
+def test_wrong_shares_of_several_helpers_do_not_matter(owners: int, liars: int, certain: bool) -> None:
+    names = [f"o{number:02d}" for number in range(owners)]
+    KEYS.update({name: Ed25519PrivateKey.generate() for name in names})
+    view = View(session(names, owners // 2 + 1, {"x": (4,)}))
+    given = {name: {"x": torch.full((4,), float(place))} for place, name in enumerate(names)}
+    there = view.until_masked(given, gone=names[-1:])
+    answers = {name: view.maskers[name].unmask(there) for name in there}
+    for name in names[:liars]:
+        answers[name]["seeds"] = {owner: f"{int(share, 16) ^ 1:x}" for owner, share in answers[name]["seeds"].items()}
+        answers[name]["keys"] = dict.fromkeys(answers[name]["keys"], "no number")
+    take(view.unmasker, "unmask", answers.values())
+    found = view.unmasker.sum(there)
+    assert torch.equal(found["x"], torch.full((4,), float(sum(range(owners - 1))), dtype=torch.float64))
+    assert view.unmasker.wrong == (set(names[:liars]) if certain else set())
+
+
+def test_an_owner_whose_shares_do_not_fit_its_commitment_is_named() -> None:
+    view = View(session())
+    there = view.until_masked(deltas())
+    shared = view.unmasker._answers["share"]
+    shared["eve"] = {**shared["eve"], "commitment": "0" * 64}
+    with pytest.raises(SumLost, match="eve do not recover") as caught:
+        view.finish(there)
+    assert caught.value.owners == ["eve"]

@@ -5,6 +5,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from worldloom.federation import (
 )
 from worldloom.federation.record.envelope import SignedMessage, seal, unseal
 from worldloom.federation.rounds.secure_node import SecureNode
-from worldloom.federation.rounds.secure_rounds import THE_SUM, Transcript, lasting, load_sum
+from worldloom.federation.rounds.secure_rounds import THE_SUM, Transcript, lasting, load_sum, suspended
 from worldloom.federation.secure.aggregation_protocol import PRIME, _own_mask, join_secret
 from worldloom.federation.secure.privacy import gaussian_epsilon
 from worldloom.models import save_tensors
@@ -621,6 +622,71 @@ def test_a_wrong_share_is_found_and_the_sum_is_opened_by_the_others(tmp_path) ->
     near(run(consortium, {"east": lies}), mean_of(consortium))
     (facts,) = said(consortium, "sum")
     assert set(facts["unmask"]) == {"north", "south"}
+
+
+def lying(consortium: Consortium, phase: str, change: Callable[[dict[str, Any]], Any]) -> Handler:
+    """Return the node of east, which changes its answers in a phase before it signs them."""
+    node, kinds = consortium.node("east"), {"advertise": "advertised", "share": "shared", "mask": "masked"}
+
+    def lies(message: bytes) -> bytes:
+        answer = node.handle(message)
+        if what_of(consortium, message) != phase or b'"refusal"' in answer[:200]:
+            return answer
+        told = unseal(answer, kind=kinds[phase], known=consortium.constitution.known(), limit=10**9)
+        body = dict(told.body)
+        change(body)
+        return seal(told.kind, body, told.tensors, key=consortium.keys["east"])
+
+    return lies
+
+
+@pytest.mark.parametrize("shares", [{"north", "south"}, {"north"}])
+def test_a_member_whose_shares_nobody_can_use_is_left_out_of_the_next_sums(tmp_path, shares) -> None:
+    consortium = quick(tmp_path, rules={"rounds": 3})
+
+    def change(body: dict[str, Any]) -> None:
+        body["shares"] = {owner: "00" * 150 if owner in shares else text for owner, text in body["shares"].items()}
+
+    run(consortium, {"east": lying(consortium, "share", change)})
+    first, second, third = (set(facts["weights"]) for facts in said(consortium, "sum"))
+    assert first == ({"north", "south"} if len(shares) == 2 else {"east", "south"})
+    assert second == {"north", "south"}  # east is suspended
+    assert third in ({"north", "south"}, {"east", "south"})  # and tried again
+    assert any(facts.get("said_by") == "north" and facts["owner"] == "east" for facts in said(consortium, "refusal"))
+    assert verify_ledger(consortium.path / "rounds" / "ledger.jsonl", consortium.constitution).broken is None
+
+
+def test_a_member_with_a_wrong_commitment_costs_one_sum_and_is_suspended(tmp_path) -> None:
+    consortium = quick(tmp_path, rules={"rounds": 2})
+    found = run(consortium, {"east": lying(consortium, "share", lambda body: body.update(commitment="0" * 64))})
+    (facts,) = said(consortium, "sum")
+    assert set(facts["weights"]) == {"north", "south"}
+    near(found, mean_of(consortium, ("north", "south"), 1))
+    assert {facts["owner"] for facts in said(consortium, "refusal") if facts.get("broken")} == {"east"}
+
+
+def test_a_member_that_accuses_several_others_is_suspended_itself(tmp_path) -> None:
+    path = tmp_path / "ledger.jsonl"
+
+    def complaint(by: str, owner: str) -> dict[str, Any]:
+        return {"owner": owner, "reason": "mask", "said_by": by}
+
+    class Told(Records):
+        def __init__(self, told: list[tuple[int, dict[str, Any]]]) -> None:
+            super().__init__(path)
+            self._told = told
+
+        def entries(self, kind: str | None = None) -> Any:
+            return [SimpleNamespace(body={"round": number, "facts": facts}) for number, facts in self._told]
+
+    told = [(0, complaint("east", "north"))]
+    assert suspended(Told(told), 0) == suspended(Told(told), 1) == {"north"}
+    assert suspended(Told(told), 2) == set()
+    told.append((1, complaint("east", "south")))
+    assert suspended(Told(told), 2) == {"east"}
+    told += [(2, complaint("south", "east")), (5, {"owner": "east", "reason": "", "broken": True})]
+    assert suspended(Told(told), 9) == {"east"}
+    assert suspended(Told(told), 10) == set()
 
 
 @pytest.mark.parametrize(

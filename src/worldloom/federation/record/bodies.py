@@ -97,7 +97,8 @@ class RefusalBody(Body):
     """The reason why a node does not answer, and what it lacks.
 
     `length` is the number of ledger entries that it has, and `lacks` means that it has no copy of the base. `helped`
-    means that it has helped to unmask a sum of this round, and `left` that the owner left the consortium.
+    means that it has helped to unmask a sum of this round, and `left` that the owner left the consortium. `sender` is
+    the member whose share in a secure sum this node cannot use.
     """
 
     round: Number | None
@@ -105,6 +106,7 @@ class RefusalBody(Body):
     length: Length | None = None
     lacks: bool = False
     helped: bool = False
+    sender: _Short | None = None
     left: bool = False
     constitution: _Short | None = None
 

@@ -28,6 +28,7 @@ from worldloom.federation.rounds.local import LocalTraining
 from worldloom.federation.rounds.member_store import BaseMissing, EntriesMissing, LedgerRefused, MemberStore
 from worldloom.federation.rounds.secure_node import AlreadyHelped, SecureNode
 from worldloom.federation.rules.constitution import Constitution
+from worldloom.federation.secure.aggregation_protocol import WrongShare
 from worldloom.federation.secure.privacy import Accountant, PrivacyConfig, clip_and_noise, secret_generator
 from worldloom.models import load_tensors, save_tensors
 
@@ -126,6 +127,8 @@ class Node:
                 body["lacks"] = True
             if isinstance(error, AlreadyHelped):
                 body["helped"] = True
+            if isinstance(error, WrongShare):
+                body["sender"] = error.sender
             return seal("refusal", body, {}, key=self._key)
 
     @property

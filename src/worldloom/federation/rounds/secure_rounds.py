@@ -11,10 +11,9 @@ import hashlib
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fractions import Fraction
-from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from worldloom.federation.rounds.base import Base, fingerprint
 from worldloom.federation.rounds.contribution import check_facts, check_spent
 from worldloom.federation.rounds.members import Answer, Members
 from worldloom.federation.rules.constitution import Constitution
-from worldloom.federation.secure.aggregation_protocol import PHASES, SumSession, Unmasker
+from worldloom.federation.secure.aggregation_protocol import PHASES, SumLost, SumSession, Unmasker
 from worldloom.federation.secure.privacy import PrivacyConfig, effective_noise
 from worldloom.models import load_tensors, save_tensors
 
@@ -42,7 +41,7 @@ ANSWERS = dict(zip(PHASES, ("advertised", "shared", "masked", "unmasked"), stric
 _log = logging.getLogger(__name__)
 _SUM = "secure-sum"
 _TRIES = 3  # sessions in a round, if too few members complete one
-_GROUPS = 256  # groups of members whose shares are tried if one member sent a wrong share
+_BROKEN = "its shares do not recover the secret that it committed to"
 
 
 def session_of(
@@ -176,17 +175,12 @@ class Transcript:
         """Return the sum of the survivors' weighted deltas (float64), and the members whose shares unmasked it.
 
         Raises:
-            DataError: too few members sent shares, or each group that was tried (of at least `threshold` members)
-                contains a wrong share.
+            DataError: too few members sent shares, or too many of them are wrong; see `Unmasker.sum`.
         """
-        wrong = None
-        for group in islice(_groups(list(self.answers("unmask")), self.session.threshold), _GROUPS):
-            try:
-                return self.unmasker.sum(group), group
-            except DataError as error:
-                wrong = wrong or error
-        assert wrong is not None
-        raise wrong
+        helpers = list(self.answers("unmask"))
+        total = self.unmasker.sum(helpers)
+        honest = [helper for helper in helpers if helper not in self.unmasker.wrong]
+        return total, honest if len(honest) >= self.session.threshold else helpers
 
     def _masked(self, message: SignedMessage) -> bytes:
         if message.body.get("weight") != self.weights.get(message.sender):
@@ -202,6 +196,27 @@ class Transcript:
             )
         check_spent(message, self._constitution)
         return row.numpy().tobytes()
+
+
+def suspended(records: Records, number: int) -> set[str]:
+    """Return the members that do not take part in sums of a round, because of faults that the ledger records.
+
+    A member whose shares do not recover its secrets is at fault. If a member cannot use another member's share, nobody
+    else can tell which of the two lies: the sender counts as at fault, unless the accuser has accused more members than
+    have accused the sender. A member at fault misses the rest of the round, and then 1, 2, 4, ... rounds.
+    """
+    said: dict[str, dict[str, int]] = {}  # sender -> accuser -> the round of the newest complaint
+    faults: dict[str, list[int]] = {}  # member -> rounds
+    for entry in records.entries("refusal"):
+        facts, round = entry.body["facts"], entry.body["round"]
+        if "said_by" in facts:
+            said.setdefault(facts["owner"], {})[facts["said_by"]] = round
+            by = facts["said_by"]
+            accused = sum(by in accusers for accusers in said.values())
+            faults.setdefault(by if accused > len(said[facts["owner"]]) else facts["owner"], []).append(round)
+        elif facts.get("broken") is True:
+            faults.setdefault(facts["owner"], []).append(round)
+    return {owner for owner, rounds in faults.items() if number <= max(rounds) + 2 ** min(len({*rounds}) - 1, 30)}
 
 
 class SecureSums:
@@ -267,7 +282,8 @@ class SecureSums:
         facts = {"attempt": attempt, "threshold": held.session.threshold, "session": held.session.digest.hex()}
         self._ledger.append("session", facts, round=number)
         body = {"what": "advertise", **held.place}
-        answers = self._members.exchange(self._members.nodes(), body, base, kind=ANSWERS["advertise"])
+        nodes = self._trusted(number)
+        answers = self._members.exchange(nodes, body, base, kind=ANSWERS["advertise"])
         self._collect(held, "advertise", answers)
         roster = {owner: _bytes(_file(self._path, held, "advertise", owner)).hex() for owner in held.unmasker.roster}
         self._ask(held, "share", {owner: {"roster": roster} for owner in roster})
@@ -292,6 +308,8 @@ class SecureSums:
             except DataError as error:
                 why = error
                 continue
+            for owner in sorted(held.unmasker.wrong):
+                _log.warning("round %d: %s sent a wrong share, which was not needed", held.round, owner)
             save_tensors(_stem(self._path, held.round), total, {"round": held.round}, kind=_SUM)
             weights = {owner: held.weights[owner] for owner in survivors}
             digests = held.digests("unmask")
@@ -305,7 +323,25 @@ class SecureSums:
                 f"the sum of round {held.round} cannot be unmasked yet: {why}. Start the coordinator again when "
                 f"{', '.join(sorted(waiting))} are connected"
             )
+        for owner in why.owners if isinstance(why, SumLost) else ():
+            facts = {"owner": owner, "reason": f"unmask: {_BROKEN}", "attempt": held.attempt, "broken": True}
+            self._ledger.append("refusal", facts, round=held.round)
         return self._give_up(held.round, f"the sum can never be unmasked: {why}")
+
+    def _trusted(self, number: int) -> list[str]:
+        """Return the nodes that take part in the next session of a round; see `suspended`.
+
+        All nodes take part if the others would be too few.
+        """
+        nodes = list(self._members.nodes())
+        out = suspended(self._ledger, number)
+        trusted = [node for node in nodes if node not in out]
+        if len(trusted) < self._constitution.threshold:
+            return nodes
+        if len(trusted) < len(nodes):
+            names = ", ".join(sorted(set(nodes) - set(trusted)))
+            _log.warning("round %d: the sum is formed without %s, because of faults in earlier sums", number, names)
+        return trusted
 
     def _ask(self, held: Transcript, what: str, bodies: Mapping[str, Mapping[str, Any]]) -> set[str]:
         """Send members the requests of a phase; return the members that refused or left."""
@@ -321,6 +357,11 @@ class SecureSums:
             attempt=held.attempt,
         )
         refusals = {owner: error for owner, error in failed.items() if isinstance(error, Refusal)}
+        for owner, error in refusals.items():
+            sender = error.body.get("sender")
+            if what == "mask" and sender in held.unmasker.inboxes and sender != owner:
+                facts = {"owner": sender, "reason": f"mask: {owner} cannot use the share from {sender}"}
+                self._ledger.append("refusal", {**facts, "attempt": held.attempt, "said_by": owner}, round=held.round)
         self._helped |= {owner for owner, error in refusals.items() if error.body.get("helped") is True}
         return {*refusals, *(owner for owner, error in failed.items() if error is None)}
 
@@ -401,13 +442,6 @@ def _hear_stored(path: Path, held: Transcript, what: str, named: Mapping[str, st
 def _facts(records: Records, kind: str, number: int) -> Mapping[str, Any] | None:
     """Return the newest facts of a kind in a round, or None if there are none."""
     return next(reversed(records.of(kind, number)), None)
-
-
-def _groups(owners: list[str], least: int) -> Iterator[list[str]]:
-    """Yield all owners, then smaller groups, down to the size `least`."""
-    yield owners
-    for size in range(len(owners) - 1, least - 1, -1):
-        yield from map(list, combinations(owners, size))
 
 
 def _stem(path: Path, number: int) -> Path:

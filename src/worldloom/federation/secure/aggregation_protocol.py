@@ -17,11 +17,16 @@ only differential privacy can hide what the sum reveals. Contributions are hidde
 malicious owner can change a sum by any amount without being noticed.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import math
+import random
+import re
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -51,6 +56,7 @@ PRIME = 2**521 - 1
 _SECRET = 32  # bytes of a seed or a key
 _POINT = (PRIME.bit_length() + 7) // 8  # bytes of a share
 _FRACTION = 24  # deltas are sent as multiples of 2**-24 ...
+_GROUPS = 1000  # groups of shares that are tried for one secret
 _LIMIT = 1024.0  # ... up to this magnitude, so that a sum of up to 2**28 owners fits into 64 bits
 _UNSIGNED = np.dtype("<u8")  # sums are taken modulo 2**64
 
@@ -84,14 +90,19 @@ def split_secret(
 
 def join_secret(shares: Mapping[int, int], *, prime: int = PRIME) -> int:
     """Recover the secret from shares, keyed by point; with fewer shares than the threshold the result is wrong."""
-    secret = 0
+    return _value_at(0, shares, prime)
+
+
+def _value_at(point: int, shares: Mapping[int, int], prime: int) -> int:
+    """Return the value at a point of the polynomial through shares (Lagrange interpolation)."""
+    found = 0
     for here, value in shares.items():
         above = below = 1
         for other in shares:
             if other != here:
-                above, below = above * other % prime, below * (other - here) % prime
-        secret = (secret + value * above * pow(below, -1, prime)) % prime
-    return secret
+                above, below = above * (other - point) % prime, below * (other - here) % prime
+        found = (found + value * above * pow(below, -1, prime)) % prime
+    return found
 
 
 class SumSession(Config):
@@ -169,6 +180,22 @@ def decode_sum(numbers: NDArray[Any], session: SumSession) -> dict[str, Tensor]:
         found[name] = values[start : start + math.prod(shape)].reshape(shape)
         start += math.prod(shape)
     return found
+
+
+class WrongShare(DataError):
+    """A share that its recipient cannot use; `sender` is the owner that sent it, or whose message was changed."""
+
+    def __init__(self, sender: str, why: str) -> None:
+        super().__init__(f"{why}; begin a new session")
+        self.sender = sender
+
+
+class SumLost(DataError):
+    """A sum that these helpers cannot unmask; `owners` sent shares or a commitment that are wrong for certain."""
+
+    def __init__(self, why: str, owners: Collection[str]) -> None:
+        super().__init__(why)
+        self.owners = sorted(owners)
 
 
 class Masker:
@@ -263,7 +290,8 @@ class Masker:
         The delta gets a pairwise mask for each owner in the inbox. To weight a delta, multiply it first.
 
         Raises:
-            DataError: the shares are too few or not encrypted for this owner, or the delta cannot be encoded.
+            WrongShare: a share is not encrypted for this owner.
+            DataError: the shares are too few, or the delta cannot be encoded.
         """
         self._begin("mask", "unmask")
         for sender, sealed in inbox.items():
@@ -272,13 +300,9 @@ class Masker:
             try:
                 plain = self._box(sender, self.owner).decrypt(_NONCE, bytes.fromhex(sealed), None)
             except (InvalidTag, ValueError, TypeError):
-                raise DataError(
-                    f"the share from {sender} was not encrypted for {self.owner}; begin a new session"
-                ) from None
+                raise WrongShare(sender, f"the share from {sender} was not encrypted for {self.owner}") from None
             if len(plain) != 2 * _POINT:
-                raise DataError(
-                    f"the share from {sender} has {len(plain)} bytes; expected {2 * _POINT}. Begin a new session"
-                )
+                raise WrongShare(sender, f"the share from {sender} has {len(plain)} bytes; expected {2 * _POINT}")
             self._shares[sender] = (int.from_bytes(plain[:_POINT], "big"), int.from_bytes(plain[_POINT:], "big"))
         _enough(self._shares, self.session, "shared their keys")
         total = encode_delta(delta, self.session) + _own_mask(self._seed, self.session)
@@ -333,6 +357,7 @@ class Unmasker:
 
     def __init__(self, session: SumSession) -> None:
         self.session = session
+        self.wrong: set[str] = set()  # helpers of the last `sum` that sent a wrong share
         self._answers: dict[str, dict[str, Any]] = {phase: {} for phase in PHASES}
         self._total = np.zeros(session.size, _UNSIGNED)
         self._check: dict[str, Callable[[str, Any], Any]] = {
@@ -376,42 +401,78 @@ class Unmasker:
     def sum(self, helpers: Collection[str]) -> dict[str, Tensor]:
         """Return the sum of the survivors' deltas (float64), unmasked with the shares of the owners in `helpers`.
 
+        A secret is recovered if enough of its shares are right: commitments and public keys show which. Helpers that
+        sent a wrong share for certain are then in `wrong`.
+
         Raises:
-            DataError: there are too few helpers, or their shares do not recover the committed secrets.
+            DataError: there are too few helpers.
+            SumLost: the shares of a secret do not recover it. The error names the secret's owner if at least
+                `threshold` helpers sent right shares of other secrets.
         """
         answers = {owner: self._answers["unmask"][owner] for owner in helpers}
         _enough(answers, self.session, "helped to unmask")
+        self.wrong, right, lost = set(), set[str](), list[str]()
         total, survivors, shared = self._total.copy(), self.survivors, self._answers["share"]
+
+        def secret_of(part: str, owner: str, is_right: Callable[[bytes], bool]) -> bytes | None:
+            shares: dict[str, int] = {}
+            for name, answer in answers.items():
+                with contextlib.suppress(ValueError):
+                    shares[name] = int(answer[part][owner], 16) % PRIME
+            found = self._recover(shares, is_right)
+            if found is None:
+                lost.append(owner)
+                return None
+            secret, agreeing = found
+            # Two polynomials with this secret that differ agree in less than threshold - 1 shares, so another group of
+            # helpers cannot agree as well. With fewer that agree, liars could make honest helpers look wrong.
+            if 2 * len(agreeing) - len(answers) >= self.session.threshold - 1:
+                right.update(agreeing)
+                self.wrong |= set(answers) - agreeing
+            return secret
+
         for owner in survivors:
-            seed = self._secret(answers, "seeds", owner)
-            if _commitment(seed, self.session) != shared[owner]["commitment"]:
-                raise DataError(
-                    f"the shares of the mask of {owner} do not recover the mask: at least one share is wrong. Use "
-                    f"the shares of other owners"
-                )
-            total -= _own_mask(seed, self.session)
+            seed = secret_of("seeds", owner, partial(self._is_seed, shared[owner]["commitment"]))
+            if seed is not None:
+                total -= _own_mask(seed, self.session)
         for owner in sorted(set(shared) - set(survivors)):
-            key = X25519PrivateKey.from_private_bytes(self._secret(answers, "keys", owner))
-            if _public(key) != self.roster[owner]["mask"]:
-                raise DataError(
-                    f"the shares of the key of {owner} do not recover the key: at least one share is wrong. Use the "
-                    f"shares of other owners"
-                )
-            for other in survivors:
-                # The mask that the missing owner would have added; the others have already subtracted it.
-                total += _pair_mask(key, owner, other, self.roster[other]["mask"], self.session)
+            secret = secret_of("keys", owner, partial(_is_key_of, self.roster[owner]["mask"]))
+            if secret is not None:
+                key = X25519PrivateKey.from_private_bytes(secret)
+                for other in survivors:
+                    # The mask that the missing owner would have added; the others have already subtracted it.
+                    total += _pair_mask(key, owner, other, self.roster[other]["mask"], self.session)
+        if lost:
+            certain = lost if len(right - self.wrong) >= self.session.threshold else []
+            raise SumLost(
+                f"the shares of {', '.join(lost)} do not recover the secrets; at least one share is missing or wrong",
+                certain,
+            )
         return decode_sum(total, self.session)
 
-    def _secret(self, answers: Mapping[str, Mapping[str, Any]], part: str, owner: str) -> bytes:
+    def _is_seed(self, commitment: str, seed: bytes) -> bool:
+        return _commitment(seed, self.session) == commitment
+
+    def _recover(self, shares: Mapping[str, int], is_right: Callable[[bytes], bool]) -> tuple[bytes, set[str]] | None:
+        """Return a secret, and the owners whose shares agree with it; None if no tried group of shares recovers it.
+
+        All shares are tried first, then groups as large as the threshold: first without owners that sent a wrong share
+        of another secret.
+        """
         points = {name: point for point, name in enumerate(self.session.names, 1)}
-        try:
-            shares = {points[name]: int(answer[part][owner], 16) for name, answer in answers.items()}
-            return join_secret(shares).to_bytes(_SECRET, "big")
-        except (ValueError, OverflowError):
-            raise DataError(
-                f"the shares of {owner} do not recover its secret: at least one share is missing or wrong. Use the "
-                f"shares of other owners"
-            ) from None
+        trusted = sorted(name for name in shares if name not in self.wrong)
+        for group in itertools.chain([trusted], *(
+            _groups(names, self.session.threshold) for names in (trusted, sorted(shares))
+        )):  # fmt: skip
+            if len(group) < self.session.threshold:
+                continue
+            joined = {points[name]: shares[name] for name in group}
+            number = join_secret(joined)
+            if number >> 8 * _SECRET or not is_right(secret := number.to_bytes(_SECRET, "big")):
+                continue
+            others = set(shares) - set(group)
+            return secret, {*group, *(x for x in others if _value_at(points[x], joined, PRIME) == shares[x])}
+        return None
 
     def _enough(self, phase: str, did: str) -> dict[str, Any]:
         _enough(self._answers[phase], self.session, did)
@@ -448,7 +509,7 @@ def check_keys(owner: str, message: Any, session: SumSession) -> dict[str, Any]:
     """Check the keys that an owner advertised, and return them.
 
     Raises:
-        DataError: the keys are not signed by that owner for this session.
+        DataError: the keys are not signed by that owner for this session, or are not valid.
     """
     try:
         if message["owner"] != owner:
@@ -460,10 +521,38 @@ def check_keys(owner: str, message: Any, session: SumSession) -> dict[str, Any]:
         raise DataError(
             f"the keys of {owner!r} are not signed by that owner for this session; leave {owner!r} out"
         ) from None
+    for name in ("mask", "box"):
+        if not _is_public_key(keys[name]):
+            raise DataError(f"{owner!r} sent an invalid X25519 key {keys[name][:64]!r}; leave {owner!r} out")
     return {**keys, "signature": str(message["signature"])}
 
 
 _NONCE = bytes(12)
+
+
+def _is_key_of(public: str, key: bytes) -> bool:
+    return _public(X25519PrivateKey.from_private_bytes(key)) == public
+
+
+def _is_public_key(text: str) -> bool:
+    """Return whether a text is an X25519 key with which every owner can agree on a secret."""
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        return False
+    try:  # a key of low order gives the same secret to everybody, which is an error
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(text)))
+    except ValueError:
+        return False
+    return True
+
+
+def _groups(owners: list[str], size: int) -> Iterator[list[str]]:
+    """Yield groups of owners: all of them if there are at most `_GROUPS`, otherwise as many that are drawn."""
+    if math.comb(len(owners), size) <= _GROUPS:
+        yield from map(list, itertools.combinations(owners, size))
+        return
+    draw = random.Random(0)
+    for _ in range(_GROUPS):
+        yield draw.sample(owners, size)
 
 
 def _texts_for(found: Any, owners: Collection[str]) -> bool:

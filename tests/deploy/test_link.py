@@ -135,6 +135,16 @@ def test_an_end_in_the_middle_is_said_and_pieces_are_put_together(pair: tuple[Co
         connection.receive(1.0)
 
 
+def test_a_message_that_is_complete_is_read_however_late(pair: tuple[Connection, socket.socket]) -> None:
+    connection, peer = pair
+    data = encode(WireMessage(type="x"))
+    peer.sendall(data[:9])
+    assert connection.poll() is None
+    peer.sendall(data[9:])
+    connection._touched -= 60.0  # the caller was busy
+    assert connection.poll() is not None
+
+
 def test_a_peer_that_takes_nothing_does_not_hold_up_the_sender(pair: tuple[Connection, socket.socket]) -> None:
     connection, _ = pair
     with pytest.raises(LinkError, match="accepted no data"):
@@ -147,8 +157,33 @@ def test_addresses() -> None:
     for text in ("", "tcp://x", "x:1", "udp://x:1", "tcp://x:99999", "unix:"):
         with pytest.raises(ConfigError, match="expected tcp://HOST:PORT or unix:PATH"):
             Address.parse(text)
+    assert str(Address.parse("unix:///a/b")) == "unix:/a/b"
     with pytest.raises(LinkError, match="no plant answers"):
         SocketLink("unix:/nowhere/at/all", connect_timeout=0.1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("unix://", "tcp://[]:80", "tcp://[[]]:80", "tcp:// :80"),  # an empty host stands for all network interfaces
+        *("tcp://127.0.0.1:²", "tcp://h:" + "9" * 5000, "tcp://h:-1", "tcp://h:80:", "tcp://h: 80"),
+        *("tcp://plant..local:7777", f"tcp://{'x' * 70}:80", "tcp://\udc80:80", "tcp://a\0b:80", "tcp://a\nb:80"),
+        *("unix:a\0b", "unix:\ud800"),
+    ],
+)
+def test_a_text_that_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected tcp://HOST:PORT or unix:PATH"):
+        Address.parse(text)
+
+
+@given(st.sampled_from(["", "tcp://", "unix:"]).flatmap(lambda kind: st.text(max_size=90).map(kind.__add__)))
+def test_an_address_names_one_host_or_one_path(text: str) -> None:
+    try:
+        address = Address.parse(text)
+    except ConfigError:
+        return
+    assert bool(address.host) != bool(address.path)
+    assert Address.parse(str(address)) == address or text.startswith("unix:////")
 
 
 # The agent's end, against a plant that is written by hand

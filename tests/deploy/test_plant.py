@@ -153,6 +153,76 @@ def test_a_slow_plant_applies_the_newest_action_and_none_after_its_session(start
         assert not np.any(plant.line.written[written:])
 
 
+HEARTBEAT = encode(WireMessage(type="heartbeat", fields={"time": 0.0}))
+
+
+def slow_down(plant: Serving, seconds: float) -> None:
+    """Let each action but the safe one take some time, as over a serial line."""
+
+    def write(values: np.ndarray) -> None:
+        time.sleep(seconds if values.any() else 0.0)
+        Line.write(plant.line, values)
+
+    plant.line.write = write
+
+
+def test_heartbeats_between_actions_make_no_queue_of_them(start) -> None:
+    plant = start(silence=5.0)
+    slow_down(plant, 0.02)
+    with plant.client() as client:
+        client.sendall(HELLO + b"".join(action(number / 100) + HEARTBEAT for number in range(45)))
+        wait_for(lambda: [0.44, 0.44] in plant.line.written)
+        assert plant.server.log.superseded > 35
+
+
+def test_a_write_that_takes_longer_than_the_silence_is_not_the_agents_silence(start) -> None:
+    plant = start(silence=0.5)
+    slow_down(plant, 0.8)
+    with plant.client() as client:
+        client.sendall(HELLO + action(0.1))
+        for _ in range(12):
+            time.sleep(0.1)
+            client.sendall(HEARTBEAT)
+        client.sendall(action(0.2))
+        wait_for(lambda: [0.2, 0.2] in plant.line.written)
+        assert plant.server.log.sessions == 1
+
+
+def test_a_reset_waits_until_the_safe_action_is_applied(start, caplog) -> None:
+    caplog.set_level(logging.CRITICAL)
+    plant = start()
+    resets: list[int | None] = []
+    whole, plant.line.reset = plant.line.write, resets.append
+
+    def broken(values: np.ndarray) -> None:
+        raise RuntimeError("the motor is hot")
+
+    with SocketLink(plant.address) as link:
+        assert link.receive(5.0) is not None
+        plant.line.write = broken
+        link.reset(seed=3)
+        wait_for(lambda: plant.server.log.failed > 3)
+        assert not resets
+        plant.line.write = whole
+        reading = link.receive(20.0)
+        assert reading is not None
+        assert reading.episode == 1
+    assert resets == [3]
+
+
+def test_an_agent_hears_nothing_of_the_late_answers_of_the_one_before(start) -> None:
+    plant = start()
+    with plant.client() as client:
+        client.sendall(HELLO)
+        wait_for(lambda: plant.server.log.observations.total)
+        client.sendall(b"".join(action(0.1, answers) for answers in range(20)))
+    wait_for(lambda: plant.server._acting is None)
+    assert plant.server.log.superseded
+    with SocketLink(plant.address) as link:
+        assert link.receive(5.0) is not None
+        assert link.overdue == []
+
+
 # Faults of the user's own functions
 
 

@@ -338,6 +338,8 @@ def test_commits_are_made_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_names_sort_as_people_count() -> None:
     names = ["demo_10", "demo_9", "demo_0", "b2a", "b10"]
     assert sorted(names, key=natural) == ["b2a", "b10", "demo_0", "demo_9", "demo_10"]
+    odd = ["demo_²", "demo_" + "9" * 5000, "demo_7"]
+    assert sorted(odd, key=natural) == ["demo_7", "demo_" + "9" * 5000, "demo_²"]
 
 
 def test_frames_are_resized_by_averaging_areas(tmp_path: Path) -> None:

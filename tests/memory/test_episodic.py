@@ -321,7 +321,7 @@ def test_a_full_memory_forgets_down_to_nine_tenths(tmp_path: Path) -> None:
         assert ids[-1] == 499
 
 
-def versioned(path: Path, version: int) -> None:
+def versioned(path: Path, version: int | str) -> None:
     """Write a memory's table anew, as if of another version."""
     table = lance.dataset(path / "records.lance").to_table()
     metadata = {**table.schema.metadata, b"version": str(version).encode()}
@@ -385,6 +385,10 @@ def test_versions_that_cannot_be_read_say_so(tmp_path: Path) -> None:
         EpisodicMemory.open(path, spec=SPEC)
     with pytest.raises(DataError, match="cannot convert it to version"):
         migrate(path)
+    for version in ("", "²", "9" * 5000, "-1"):
+        versioned(path, version)
+        with pytest.raises(DataError, match="not a worldloom memory"):
+            EpisodicMemory.open(path, spec=SPEC)
 
 
 def test_damage_is_told_and_what_is_whole_stays(tmp_path: Path) -> None:

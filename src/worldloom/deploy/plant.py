@@ -8,8 +8,9 @@ import contextlib
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -106,16 +107,16 @@ class PlantServer:
         self._stop = threading.Event()
         self._applying = threading.Lock()
         self._safe = True
-        self._overdue: list[int] = []  # observations answered too late, not yet reported to the agent
+        self._overdue: deque[int] = deque(maxlen=64)  # observations answered too late, not yet reported to the agent
         self._watched = threading.Condition()
         self._began, self._due = 0.0, float("inf")  # start of the current period; time of the safe action
         self._acting: list[LinkError] | None = None  # of the session whose actions are applied; changed under _applying
-        self._pending_reset: tuple[int | None, int] | None = None
+        self._pending_reset: tuple[int | None, int] | None = None  # changed under _applying
         self._sequence, self._episode, self._resets = 0, 0, 0  # the last two are for this session
         place = Address.parse(address)
         self._listener = place.listen()
         if not place.path:
-            place = Address(host=place.host, port=self._listener.getsockname()[1])
+            place = replace(place, port=self._listener.getsockname()[1])
         self.address = str(place)
 
     def stop(self) -> None:
@@ -149,6 +150,7 @@ class PlantServer:
         self._acted = time.monotonic()
         self._episode = self._resets = 0
         self._pending_reset = None
+        self._overdue.clear()
         ended: list[LinkError] = []
         self._acting = ended
         threads = [
@@ -174,7 +176,7 @@ class PlantServer:
             self._arm(float("inf"))
             connection.close()
             for thread in threads:
-                thread.join(timeout=1.0)
+                thread.join()
         if len(ended) > 1:
             raise ended[0]
 
@@ -186,8 +188,7 @@ class PlantServer:
     def _run(self, connection: Connection, ended: list[LinkError], lobby: Lobby) -> None:
         start, period, count = time.monotonic(), 1 / self._rate, 0
         while not self._stop.is_set() and not ended:
-            if self._pending_reset is not None:
-                self._begin_episode(connection, ended)
+            if self._pending_reset is not None and self._begin_episode(connection, ended):
                 start, count = time.monotonic(), 0
             if time.monotonic() - self._acted > self._idle and lobby.waiting:
                 raise LinkError(f"the agent sent no action for {self._idle:g} s while another agent waits")
@@ -209,7 +210,7 @@ class PlantServer:
                 arrays[name] = part
         now = time.monotonic()
         fields: dict[str, Any] = {"sequence": self._sequence, "time": now, "episode": self._episode, "safe": self._safe}
-        overdue, self._overdue = self._overdue, []
+        overdue = [self._overdue.popleft() for _ in range(len(self._overdue))]
         fields |= {"unanswered": self.log.safe.total, "overdue": overdue}
         self.log.observations.append((self._sequence, now))
         self._sequence += 1
@@ -219,13 +220,12 @@ class PlantServer:
             self._arm(now + 1 / self._rate)
         connection.send(WireMessage(type="observation", fields=fields, arrays=arrays), timeout=self._silence)
 
-    def _begin_episode(self, connection: Connection, ended: list[LinkError]) -> None:
-        """Call the reset function, and send heartbeats meanwhile, because the function may wait for an operator."""
-        assert self._pending_reset is not None
-        seed, number = self._pending_reset
-        self._pending_reset = None  # a reset that arrives from now on is another one
-        self._arm(float("inf"))
-        self._apply_safe()
+    def _begin_episode(self, connection: Connection, ended: list[LinkError]) -> bool:
+        """Apply the safe action and call the reset function. Send heartbeats meanwhile, because both may take long.
+
+        Return False if the safe action could not be applied. The reset then waits, because an operator may enter the
+        cell during a reset.
+        """
         done = threading.Event()
 
         def beat() -> None:
@@ -238,6 +238,14 @@ class PlantServer:
         beating = threading.Thread(target=beat, daemon=True)
         beating.start()
         try:
+            self._apply_safe()
+            if not self._safe:
+                return False
+            self._arm(float("inf"))
+            with self._applying:
+                assert self._pending_reset is not None
+                seed, number = self._pending_reset
+                self._pending_reset = None  # a reset that arrives from now on is another one
             if self._reset is not None:
                 self._reset(seed)
         finally:
@@ -247,6 +255,7 @@ class PlantServer:
         with self._applying:
             if self._pending_reset is None:
                 self._acting = ended
+        return True
 
     def _listen(self, connection: Connection, ended: list[LinkError]) -> None:
         allowed = max(_MESSAGES[0] * self._rate, _MESSAGES[1])
@@ -255,20 +264,21 @@ class PlantServer:
         try:
             while not (self._stop.is_set() or ended):
                 message = connection.receive(0.0 if action else self._silence / 4)
-                count += message is not None
-                if time.monotonic() - second > 1:
-                    second, count = time.monotonic(), 0
-                if count > allowed:
-                    raise LinkError(f"the agent sent more than {allowed:g} messages in a second; send one per period")
-                if action is not None and (message is None or message.type != "action"):
+                if action is not None and (message is None or message.type in ("reset", "bye")):
                     self._act(action, ended)
                     action = None
+                elif message is None and time.monotonic() - connection.received > self._silence:
+                    raise LinkError(
+                        f"the agent has sent nothing for {self._silence:g} s; check the agent and the network"
+                    )
                 if message is None:
-                    if time.monotonic() - connection.received > self._silence:
-                        raise LinkError(
-                            f"the agent has sent nothing for {self._silence:g} s; check the agent and the network"
-                        )
-                elif message.type == "action":
+                    continue
+                if time.monotonic() - second > 1:
+                    second, count = time.monotonic(), 0
+                count += 1
+                if count > allowed:
+                    raise LinkError(f"the agent sent more than {allowed:g} messages in a second; send one per period")
+                if message.type == "action":
                     if not self._is_valid(message):
                         self.log.refused += 1
                         continue
@@ -315,7 +325,7 @@ class PlantServer:
         answers, kind = _answers(message), message.fields.get("kind")
         self.log.actions.append((answers, kind if isinstance(kind, str) and kind in _KINDS else "other", now))
         if answers >= 0 and kind == "agent" and (answers != self._sequence - 1 or now > self._began + 1 / self._rate):
-            self._overdue = [*self._overdue, answers][-64:]
+            self._overdue.append(answers)
 
     def _is_valid(self, message: WireMessage) -> bool:
         action = message.arrays.get("action")
@@ -330,7 +340,7 @@ class PlantServer:
         """Count an action that a newer one has replaced, and tell the agent with the next observation."""
         self.log.superseded += 1
         if (answers := _answers(message)) >= 0 and message.fields.get("kind") == "agent":
-            self._overdue = [*self._overdue, answers][-64:]
+            self._overdue.append(answers)
 
     def _arm(self, due: float) -> None:
         with self._watched:

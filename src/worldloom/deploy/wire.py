@@ -8,6 +8,8 @@ Reading never executes code from a message. Messages above the size limits are r
 
 import contextlib
 import json
+import os
+import re
 import select
 import socket
 import struct
@@ -167,17 +169,17 @@ class Connection:
             message = self._whole()
             if message is not None:
                 return message
+            if self._wait(write=False, seconds=until - time.monotonic()):
+                self._fill()
+                continue
             now = time.monotonic()
             if self._bytes and now - self._touched > self._silence:
                 raise LinkError(
                     f"a message is incomplete: {len(self._bytes)} bytes arrived, but no more within "
                     f"{self._silence:g} s. Restart the other side"
                 )
-            ready = self._wait(write=False, seconds=until - now)
-            if not ready and time.monotonic() >= until:
+            if now >= until:
                 return None
-            if ready:
-                self._fill()
 
     def poll(self) -> WireMessage | None:
         """Return the next message, or None if no complete message has arrived.
@@ -251,11 +253,26 @@ class Connection:
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
-    """The address of a plant, `tcp://host:port` or `unix:path`."""
+    """The address of a plant, `tcp://host:port` or `unix:path`; either `host` or `path` is empty.
+
+    Raises:
+        ConfigError: both or neither are empty, or one cannot be the name of a host, a port or a path.
+    """
 
     host: str = ""
     port: int = 0
     path: str = ""
+
+    def __post_init__(self) -> None:
+        # An empty host would stand for all network interfaces.
+        valid = bool(self.host) != bool(self.path) and 0 <= self.port < 65536 and "\0" not in self.host + self.path
+        try:
+            self.host.encode("idna")
+            os.fsencode(self.path)
+        except UnicodeError:
+            valid = False
+        if not valid:
+            raise ConfigError(f"invalid address {str(self)!r}; expected tcp://HOST:PORT or unix:PATH")
 
     @classmethod
     def parse(cls, text: str) -> "Address":
@@ -264,11 +281,10 @@ class Address:
         Raises:
             ConfigError: the text is not an address.
         """
-        if text.startswith("unix:") and len(text) > 5:
-            return cls(path=text.removeprefix("unix:").removeprefix("//"))
-        host, colon, port = text.removeprefix("tcp://").rpartition(":")
-        if text.startswith("tcp://") and colon and host and port.isdigit() and int(port) < 65536:
-            return cls(host=host.strip("[]"), port=int(port))
+        if unix := re.fullmatch(r"unix:(?://)?+([^\0]+)", text):
+            return cls(path=unix[1])
+        if tcp := re.fullmatch(r"tcp://(\[\S+\]|[^\s\[\]]+):([0-9]{1,5})", text):
+            return cls(host=tcp[1].strip("[]"), port=int(tcp[2]))
         raise ConfigError(f"invalid address {text!r}; expected tcp://HOST:PORT or unix:PATH")
 
     def __str__(self) -> str:

@@ -808,7 +808,8 @@ def digest_files(paths: Iterable[Path], root: Path) -> str:
 
 def natural(name: str) -> list[tuple[int, int | str]]:
     """Return a sort key that puts `demo_9` before `demo_10`."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
+    parts = re.split(r"(\d{1,99})", name)  # limited, because `int` rejects texts of more than 4,300 digits
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part]
 
 
 def action_range(actions: Iterable[np.ndarray], size: int) -> Bounds | None:

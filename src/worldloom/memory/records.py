@@ -2,6 +2,7 @@
 
 import json
 import operator
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -144,9 +145,10 @@ class MemorySpec:
 
 def format_version(metadata: dict[str, str], path: Path) -> int:
     """Return the version of the format; raise `DataError` if the table is not a memory."""
-    if metadata.get("format") != FORMAT or not metadata.get("version", "").isdigit():
+    version = metadata.get("version", "")
+    if metadata.get("format") != FORMAT or not re.fullmatch("[0-9]{1,9}", version):
         raise DataError(f"{path} is a Lance table but not a worldloom memory; check the path")
-    return int(metadata["version"])
+    return int(version)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

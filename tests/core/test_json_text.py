@@ -26,6 +26,7 @@ def test_plain_values_are_read_as_they_were_written(value: object) -> None:
     [
         ('{"a": 1,\n"b": ' + "9" * 5000 + "}", r"line 2: 9{20}\.\.\. has 5000 digits"),
         ('{"a":\n1.' + "0" * 5000 + "}", r"line 2: .* has 5002 digits"),
+        ('{"a": 1,\n"b": {"c": 1, "c": 2}}', r'line 2: "c" is twice in an object'),
         ("[1,\n1e999]", r"line 2: 1e999 is larger than any number"),
         ("[\n\nNaN]", r"line 3: NaN is not valid JSON"),
         ("[" * 65 + "]" * 65, "nested too deeply"),

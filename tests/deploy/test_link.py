@@ -290,6 +290,13 @@ def test_a_useless_greeting_is_said(tmp_path: Path, field: str, value: Any) -> N
         Hand(tmp_path / "s", hello=WireMessage(type="hello", fields={**hello.fields, field: value}))
 
 
+def test_pictures_that_no_message_can_carry_are_refused(tmp_path: Path) -> None:
+    hello = greeting(OBSERVATION, ACTION, 20.0, np.zeros(2, np.float32), "hand")
+    large = {"observation": {"pixels": [40000, 40000, 3], "vector": 0}}
+    with pytest.raises(LinkError, match="4,800,000,000 bytes; a message has at most"):
+        Hand(tmp_path / "s", hello=WireMessage(type="hello", fields={**hello.fields, **large}))
+
+
 def test_another_version_is_said(tmp_path: Path) -> None:
     with pytest.raises(LinkError, match="expected a greeting of version 1"):
         Hand(tmp_path / "s", hello=WireMessage(type="hello", fields={"version": 9}))

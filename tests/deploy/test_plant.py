@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from line_plant import ACTION, OBSERVATION, Line
 
+from worldloom.core.errors import DataError
 from worldloom.deploy import LinkError, PlantServer, SocketLink
 from worldloom.deploy.newest import Newest
 from worldloom.deploy.plant import PlantLog
@@ -35,10 +36,9 @@ class Serving:
             observation=OBSERVATION,
             action=ACTION,
             rate=50.0,
-            safe_action=np.zeros(2, np.float32),
             address=f"unix:{path}",
             reset=lambda seed: self.line.reset(seed),
-            **{"silence": 1.0, **options},
+            **{"silence": 1.0, "safe_action": np.zeros(2, np.float32), **options},
         )
         self.thread = threading.Thread(target=self.server.serve)
         self.thread.start()
@@ -221,6 +221,27 @@ def test_an_agent_hears_nothing_of_the_late_answers_of_the_one_before(start) -> 
     with SocketLink(plant.address) as link:
         assert link.receive(5.0) is not None
         assert link.overdue == []
+
+
+def test_a_driver_that_changes_its_argument_does_not_change_the_safe_action(start) -> None:
+    values = np.full(2, 0.25, np.float32)
+    plant = start(safe_action=values)
+    values[:] = 1.0
+
+    def write(action: np.ndarray) -> None:
+        action *= 10
+        plant.line.written.append(action.tolist())
+
+    plant.line.write = write
+    with plant.client() as client:
+        client.sendall(HELLO)
+        wait_for(lambda: len(plant.line.written) > 5)
+    assert plant.line.written[-1] == [2.5, 2.5]
+
+
+def test_a_safe_action_out_of_bounds_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="must lie within the action's bounds"):
+        Serving(tmp_path / "s", safe_action=np.full(2, 1.5, np.float32))
 
 
 # Faults of the user's own functions

@@ -185,6 +185,37 @@ def test_bounds_without_zero_and_margins_of_the_owner() -> None:
     assert found.min() >= 0.2
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.floats(1e-6, 1e300), min_size=1, max_size=2),
+    st.floats(1e-6, 1e14),
+    st.lists(st.floats(-1, 1), min_size=2, max_size=2),
+    st.one_of(st.just(math.nan), st.just(math.inf), st.floats(-1e38, 1e38)),
+)
+def test_any_limit_and_any_bounds_give_a_finite_action_that_is_permitted(
+    limits: list[float], bound: float, start: list[float], odd: float
+) -> None:
+    spec = LinearWorld(low=-bound, high=bound).spec
+    rails = [kind(limit=limit).over(kind.__name__, 2) for kind, limit in zip((Magnitude, Rate), limits, strict=False)]
+    taken = np.array(start, np.float32) * np.float32(min(bound, limits[0] / 2))
+    asked = np.array([odd, bound], np.float32)
+    found = ActionLimits(rails, spec).after(asked, taken).astype(np.float64)
+    assert np.isfinite(found).all()
+    if not np.array_equal(found, asked):
+        assert (np.abs(found) <= np.float32(bound)).all()
+    assert math.hypot(*found) <= limits[0] * (1 + 1e-5)
+    if len(limits) == 2:
+        far = math.hypot(*(found - taken))
+        assert far <= limits[1] * (1 + 1e-5) + 1e-6 * math.hypot(*taken)
+
+
+@pytest.mark.parametrize("bound", [1e-20, 1e20])
+def test_bounds_in_which_lengths_cannot_be_computed_are_refused(bound: float) -> None:
+    with pytest.raises(ConfigError, match="Use other units for actions"):
+        ActionLimits([Magnitude(limit=0.3).over("m", 2)], LinearWorld(low=-bound, high=bound).spec)
+    ActionLimits([], LinearWorld(low=-bound, high=bound).spec)
+
+
 def test_a_choice_stays_a_choice() -> None:
     spec = ModelSpec(
         observation=ObservationSpec(vector=1),

@@ -1,11 +1,12 @@
 """What each guardrail limits, and by how much it says that it is broken."""
 
 import copy
+import itertools
 import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -54,6 +55,23 @@ def straight(x: float, y: float, blocks: int = 3) -> Tensor:
 
 
 points = st.tuples(st.floats(-5, 5), st.floats(-5, 5))
+
+
+@given(points, st.tuples(st.floats(0.1, 5), st.floats(0.1, 5)), points, st.floats(0.1, 12))
+def test_a_box_is_in_a_ball_if_its_corners_are(
+    low: tuple[float, float], size: tuple[float, float], centre: tuple[float, float], radius: float
+) -> None:
+    box = Box(low=low, high=tuple(side + more for side, more in zip(low, size, strict=True)))
+    corners = itertools.product(*zip(*box.corners, strict=True))
+    farthest = max(math.dist(corner, centre) for corner in corners)
+    assume(abs(farthest - radius) > 1e-9)
+    assert box.within(Ball(centre=centre, radius=radius)) == (farthest < radius)
+
+
+def test_boxes_of_many_values_are_compared_at_once() -> None:
+    box = Box(low=(0.0,) * 1000, high=(1.0,) * 1000)
+    assert box.within(Ball(centre=(0.5,) * 1000, radius=16.0))
+    assert not box.within(Ball(centre=(0.5,) * 1000, radius=15.0))
 
 
 @given(points, points, st.floats(0.1, 5))

@@ -42,8 +42,18 @@ def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
             raise refused(literal, "is not valid JSON; expected a finite number")
         return float(literal)
 
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if strict and len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise refused(json.dumps(twice), "is twice in an object; expected each key once")
+        return found
+
     try:
-        value = json.loads(content, parse_int=whole, parse_float=real, parse_constant=constant)
+        value = json.loads(
+            content, parse_int=whole, parse_float=real, parse_constant=constant, object_pairs_hook=unique
+        )
         _check_depth(value, _DEEPEST)
     except RecursionError:
         raise ValueError(f"it is nested too deeply; expected at most {_DEEPEST} levels") from None

@@ -347,11 +347,14 @@ class ControlLoop:
     def _hear_of_overdue(self) -> None:
         """Count actions as misses if they were sent in time but reached the plant late."""
         numbers, self._link.overdue = self._link.overdue, []
+        if not numbers:
+            return
+        missed = {miss.period for miss in self.report.misses[-200:]}
+        recent = (period for period in self.report.periods[-200:] if period.kind == "agent")
+        answered = {period.observation: period.number for period in recent if period.number not in missed}
         for number in numbers:
-            for period in reversed(self.report.periods[-200:]):
-                missed = any(miss.period == period.number for miss in self.report.misses[-200:])
-                if period.observation == number and period.kind == "agent" and not missed:
-                    self._missed(period.number, "the action reached the plant late", number)
+            if (period := answered.pop(number, None)) is not None:
+                self._missed(period, "the action reached the plant late", number)
 
     def _take(self, period: Period, due: float, kind: Command) -> str | None:
         """Wait until `due` for the agent's action and send it; return the cause of a miss, or None."""

@@ -4,6 +4,7 @@
 wire format of `worldloom.deploy.wire`; `worldloom.deploy.plant` is the other end.
 """
 
+import math
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -18,7 +19,7 @@ from jaxtyping import Float32
 from worldloom.core.closing import Closing
 from worldloom.core.errors import DataError
 from worldloom.core.types import ActionSpec, Observations, ObservationSpec
-from worldloom.deploy.wire import VERSION, Address, Connection, LinkError, WireMessage
+from worldloom.deploy.wire import BODY_LIMIT, VERSION, Address, Connection, LinkError, WireMessage
 
 _RATES = 1e-3, 1e5  # Hz
 _COUNT = 2**53  # limit of the counts that a plant sends
@@ -225,6 +226,7 @@ class SocketLink(Link):
         try:
             self._connection.send(WireMessage(type="hello", fields={"version": VERSION, "role": "agent"}))
             self.hello = self._greeting(connect_timeout)
+            _check_size(ObservationSpec.from_json(self.hello["observation"]))
             super().__init__(
                 ObservationSpec.from_json(self.hello["observation"]),
                 ActionSpec.from_json(self.hello["action"]),
@@ -347,6 +349,13 @@ class SocketLink(Link):
         else:
             self.counts["before the reset"] += 1
             self._last = max(self._last, reading.sequence)
+
+
+def _check_size(observation: ObservationSpec) -> None:
+    """Check that an observation fits into a message, before anything of its size is made."""
+    size = 4 * observation.vector + (0 if observation.pixels is None else math.prod(observation.pixels))
+    if size > BODY_LIMIT:
+        raise DataError(f"an observation has {size:,} bytes; a message has at most {BODY_LIMIT:,}")
 
 
 def greeting(

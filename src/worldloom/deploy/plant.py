@@ -74,7 +74,7 @@ class PlantServer:
     for `idle` seconds is disconnected.
 
     Raises:
-        DataError: the safe action has the wrong size, or is not finite.
+        DataError: the safe action has the wrong size, is not finite, or is out of bounds.
         LinkError: the server cannot listen at the address.
     """
 
@@ -95,10 +95,15 @@ class PlantServer:
     ) -> None:
         self._read, self._write, self._reset = read, write, reset
         self._observation, self._action, self._rate = observation, action, rate
-        self._safe_action = np.asarray(safe_action, np.float32)
+        self._safe_action = np.array(safe_action, np.float32)
         if self._safe_action.shape != (action.size,) or not np.isfinite(self._safe_action).all():
             raise DataError(
                 f"'safe_action' must have {action.size} finite values; got {safe_action}. Correct the values"
+            )
+        if not np.array_equal(action.clip(self._safe_action), self._safe_action):
+            raise DataError(
+                f"'safe_action' must lie within the action's bounds, {action.low} to {action.high}; got {safe_action}. "
+                f"Correct the values"
             )
         self._name, self._silence, self._idle = name, silence, idle
         self._said, self._unsafe = SparingLog(_log), SparingLog(_log)
@@ -363,7 +368,7 @@ class PlantServer:
     def _apply_safe(self) -> None:
         with self._applying:
             try:
-                self._write(self._safe_action)
+                self._write(self._safe_action.copy())  # `write` may change its argument
                 self._safe = True
             except Exception:  # the watchdog must go on, so that it tries again in the next period
                 self._safe = False

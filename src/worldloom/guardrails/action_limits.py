@@ -14,6 +14,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from worldloom.core.actions import project
+from worldloom.core.errors import ConfigError
 from worldloom.core.seams import Guardrail
 from worldloom.core.types import ActionBounds, Context, ModelSpec, Rollouts
 from worldloom.guardrails.rails import BoundRail
@@ -21,6 +22,7 @@ from worldloom.planning import violations_of
 
 _log = logging.getLogger(__name__)
 _SLACK = 1e-6  # relative; covers the rounding of a norm in float32
+_SHORTEST, _LONGEST = 1e-12, 1e15  # lengths of actions whose squares neither vanish nor overflow in float32
 _SHARES = 32  # candidates between two sequences of actions
 
 
@@ -28,6 +30,9 @@ class ActionLimits:
     """An agent's guardrails on actions, without calibrated margins, because actions have no prediction errors.
 
     `bounds` are the bounds of an action block, by default those of the model.
+
+    Raises:
+        ConfigError: lengths of actions within the bounds cannot be computed.
     """
 
     def __init__(
@@ -44,6 +49,17 @@ class ActionLimits:
         self._length = min((rail.rail.longest for rail in bound), default=math.inf)
         self._change = min((rail.rail.largest_change for rail in bound), default=math.inf)
         self._spec, self._bounds = spec, bounds or ActionBounds.of(spec, device)
+        low, high = self._bounds.low.double(), self._bounds.high.double()
+        longest = math.hypot(*torch.maximum(low.abs(), high.abs()).tolist())
+        if self._length >= longest:  # no action within the bounds is longer
+            self._length = math.inf
+        if self._change >= 2 * longest:
+            self._change = math.inf
+        if bound and not _SHORTEST < longest < _LONGEST:
+            raise ConfigError(
+                f"guardrails on actions need actions between {_SHORTEST:g} and {_LONGEST:g}, because lengths are "
+                f"computed in single precision; the bounds allow a length of {longest:g}. Use other units for actions"
+            )
 
     def nearest(self, actions: Float[Tensor, "B T A"], context: Context) -> Float[Tensor, "B T A"]:
         """Return the actions, corrected in each environment where they break a limit or are not finite.

@@ -4,7 +4,6 @@ import functools
 import math
 from abc import abstractmethod
 from functools import cached_property
-from itertools import product
 from typing import Annotated, Literal
 
 import torch
@@ -123,9 +122,8 @@ class Box(Region):
                 mine <= theirs for theirs, mine in zip(other_high, high, strict=True)
             )
         if isinstance(other, Ball):
-            return all(
-                math.dist(corner, other.centre) <= other.radius for corner in product(*zip(low, high, strict=True))
-            )
+            sides = zip(low, high, other.centre, strict=True)
+            return math.hypot(*(max(abs(lo - at), abs(hi - at)) for lo, hi, at in sides)) <= other.radius
         return False
 
 

@@ -1,17 +1,27 @@
 """Deploys a run on a plant: reads the goal, checks that run and plant match, and writes the report."""
 
+import itertools
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from worldloom.core.errors import DataError
-from worldloom.core.files import read_json, write_json
+from worldloom.core.config import Config
+from worldloom.core.errors import ConfigError, DataError
+from worldloom.core.files import read_json, storage_errors, write_json
 from worldloom.core.types import Goal, Observations
 from worldloom.data import read_picture
 from worldloom.deploy import ControlReport, Link, draw_timeline
 from worldloom.workflow.run import Run
+
+
+class _GoalFile(Config):
+    """A goal as JSON."""
+
+    vector: tuple[float, ...] | None = None
+    pixels: str | None = None
 
 
 def read_goal(run: Run, path: Path) -> Goal:
@@ -30,23 +40,20 @@ def read_goal(run: Run, path: Path) -> Goal:
             )
         return Goal(observations=goal)
     values = read_json(path)
-    if not isinstance(values, dict) or (unknown := sorted(set(values) - {"vector", "pixels"})):
-        raise DataError(
-            f"{path}: expected a JSON object with 'vector', 'pixels' or both; got {unknown or type(values).__name__}"
-        )
+    if not isinstance(values, dict):
+        raise DataError(f"{path}: expected a JSON object with 'vector', 'pixels' or both; got {type(values).__name__}")
+    try:
+        stated = _GoalFile.parse(values)
+    except ConfigError as error:
+        raise DataError(f"{path}: expected a goal with 'vector', 'pixels' or both: {error}") from None
     vector = pixels = None
-    if "vector" in values:
-        try:
-            vector = np.asarray(values["vector"], np.float32)
-        except (TypeError, ValueError) as error:
-            raise DataError(f"the vector in {path} must be a list of numbers: {error}") from None
-        if vector.ndim != 1 or not np.isfinite(vector).all():
-            raise DataError(
-                f"the vector in {path} must be a flat list of finite numbers; got an array of shape {vector.shape}"
-            )
-    if "pixels" in values and spec.pixels is not None:
-        file = path.parent / str(values["pixels"])
-        pixels = read_picture(file, spec.pixels, values=run.picture_values).pixels
+    if stated.vector is not None:
+        with np.errstate(over="ignore"):
+            vector = np.array(stated.vector, np.float32)
+        if not np.isfinite(vector).all():
+            raise DataError(f"the vector in {path} has numbers above {np.finfo(np.float32).max:g}; correct them")
+    if stated.pixels is not None and spec.pixels is not None:
+        pixels = read_picture(path.parent / stated.pixels, spec.pixels, values=run.picture_values).pixels
     goal = Observations.from_numpy(None if pixels is None else pixels.numpy(), None if vector is None else vector[None])
     spec.check(goal)
     return Goal(observations=goal)
@@ -72,7 +79,12 @@ def check_plant(run: Run, link: Link) -> None:
 
 def store_report(run: Run, report: ControlReport) -> Path:
     """Write the report and the timeline of a deployment below the run folder; return their folder."""
-    folder = run.path / "deployments" / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    named = run.path / "deployments" / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    for number in itertools.count(2):
+        folder = named if number == 2 else named.with_name(f"{named.name}-{number - 1}")
+        with storage_errors(folder), suppress(FileExistsError):  # of a deployment that ended in the same second
+            folder.mkdir(parents=True)
+            break
     write_json(folder / "report.json", report.to_json())
     draw_timeline(report, folder / "timeline.svg")
     return folder

@@ -20,6 +20,19 @@ def policy(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_file_that_is_named_like_a_key_does_not_replace_it(worldloom, refused, policy, tmp_path, monkeypatch) -> None:
+    good, evil = (worldloom("rules", "key", str(tmp_path / f"{name}.pem")).out.strip() for name in ("good", "evil"))
+    worldloom("rules", "sign", str(policy), "--key", str(tmp_path / "evil.pem"))
+    monkeypatch.chdir(tmp_path)
+    for name in (good, f"operator:{good}"):
+        (tmp_path / name).write_text(f"{good} {evil}")
+        assert "not a trusted key" in refused(3, "rules", "show", str(policy), "--trust", name)
+    (tmp_path / "keys.txt").write_bytes(b"\xff\xfe\x00")
+    assert "is not a text file" in refused(2, "rules", "show", str(policy), "--trust", "keys.txt")
+    (tmp_path / "keys.txt").write_text(evil)
+    worldloom("rules", "show", str(policy), "--trust", "keys.txt")
+
+
 def test_a_policy_is_signed_shown_and_kept(demo, worldloom, refused, policy, tmp_path) -> None:
     plan = ["plan", demo.run, "--method", "CEM, latent L2", "--rules", str(policy), "--json"]
     assert "no key is trusted" in refused(2, *plan)

@@ -96,6 +96,39 @@ def test_an_entry_that_was_never_finished_is_cut_off(tmp_path: Path, caplog: pyt
     assert "removed an unfinished last entry" in caplog.text
 
 
+def test_a_last_entry_that_lacks_only_its_newline_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    written(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with Chain(path) as chain:
+        assert chain.head.length == 5
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("before", [b"", b"whole"])
+@pytest.mark.parametrize("end", [b"\x00" * 1000, b'{"weights": [1, 2, 3]}', b"a text"])
+def test_a_file_of_something_else_is_neither_cut_nor_continued(tmp_path: Path, before: bytes, end: bytes) -> None:
+    path = tmp_path / "log.jsonl"
+    if before:
+        written(path)
+        before = path.read_bytes()
+    path.write_bytes(before + end)
+    with pytest.raises(DataError, match="another program wrote it"):
+        Chain(path)
+    assert path.read_bytes() == before + end
+
+
+def test_a_tampered_chain_keeps_its_torn_end(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    written(path)
+    content = path.read_bytes().replace(b"entry 2", b"entry X") + b'{"body":{"said"'
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="entry 2 was changed"):
+        Chain(path)
+    assert path.read_bytes() == content
+
+
 def append_for_ever(path: str, told) -> None:
     with Chain(path, durable=False) as chain:
         while True:

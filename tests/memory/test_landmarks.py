@@ -1,6 +1,7 @@
 """The landmark graph: what it covers, the ways it knows, what it stops believing, and what it keeps on disk."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from worldloom.core.errors import CheckpointError, ConfigError, PlanningError
 from worldloom.memory import LandmarkConfig, LandmarkGraph
+from worldloom.models import load_tensors, save_tensors
 from worldloom.testing import LinearWorld
 
 SPEC = LinearWorld().spec
@@ -247,3 +249,27 @@ def test_bad_values_are_refused() -> None:
         LandmarkGraph(SPEC, step_length=0.0, reversible=True)
     with pytest.raises(ConfigError, match="expected reach >= spacing"):
         LandmarkConfig.parse({"spacing": 3.0, "reach": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda tensors: tensors.pop("ends"), "'ends' is missing"),
+        (lambda tensors: tensors.update(ends=tensors["ends"] - 7), "does not exist"),
+        (lambda tensors: tensors.update(visits=tensors["visits"][:-1]), "'visits' is torch.int64 of shape"),
+        (lambda tensors: tensors.update(blocks=tensors["blocks"] - 99), "negative cost"),
+        (lambda tensors: tensors.update(kinds=tensors["kinds"] + 9), "unknown kind"),
+        (lambda tensors: tensors["latents"].fill_(torch.nan), "not finite"),
+    ],
+)
+def test_a_damaged_graph_is_refused(change: Any, why: str, tmp_path: Path) -> None:
+    line_of(4).save(tmp_path / "whole")
+    tensors, metadata = load_tensors(tmp_path / "whole", kind="landmark-graph")
+    change(tensors)
+    save_tensors(tmp_path / "damaged", tensors, metadata, kind="landmark-graph")
+    with pytest.raises(CheckpointError, match=why):
+        LandmarkGraph.load(tmp_path / "damaged", SPEC)
+    del metadata["step_length"]
+    save_tensors(tmp_path / "less", tensors, metadata, kind="landmark-graph")
+    with pytest.raises(CheckpointError, match="step_length"):
+        LandmarkGraph.load(tmp_path / "less", SPEC)

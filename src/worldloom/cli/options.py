@@ -10,11 +10,13 @@ import typer
 
 from worldloom.core.config import parse_value
 from worldloom.core.errors import ConfigError
+from worldloom.core.files import storage_errors
 
 if TYPE_CHECKING:
     from worldloom.core.picture_layout import PictureOptions
     from worldloom.workflow import Session
 
+_KEY_FILE = 1_000_000  # bytes of a file of keys
 _KEY = re.compile("((operator|site|community):)?[0-9a-fA-F]{64}")
 
 Imports = Annotated[
@@ -121,7 +123,7 @@ def trusted_keys(trust: list[str] | None, unsigned: bool) -> set[str] | None:
         return None
     keys: set[str] = set()
     for given in trust or []:
-        lines = Path(given).read_text("utf-8").split() if Path(given).is_file() else [given]
+        lines = [given] if _KEY.fullmatch(given) else _lines_of(Path(given))  # a file must not replace a key
         if wrong := [line for line in lines if not _KEY.fullmatch(line)]:
             raise ConfigError(
                 f"--trust {given}: expected public keys of 64 hexadecimal digits, each optionally with the prefix "
@@ -133,6 +135,23 @@ def trusted_keys(trust: list[str] | None, unsigned: bool) -> set[str] | None:
             "no key is trusted to sign the rule set; add one with --trust KEY, or skip the check with --unsigned"
         )
     return keys
+
+
+def _lines_of(path: Path) -> list[str]:
+    """Return the words in a file of keys; the path itself if there is no such file."""
+    if not path.is_file():
+        return [str(path)]
+    with storage_errors(path), path.open("rb") as file:
+        content = file.read(_KEY_FILE + 1)
+    try:
+        lines = content.decode("utf-8").split()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a text file; expected public keys, one per line") from None
+    if len(content) > _KEY_FILE or not lines:
+        raise ConfigError(
+            f"{path} has {'no keys' if not lines else 'too many bytes'}; expected public keys, one per line"
+        )
+    return lines
 
 
 def open_session(

@@ -23,6 +23,7 @@ from worldloom.core.files import exclusive_lock, storage_errors
 from worldloom.core.progress import SILENT, Progress
 
 _log = logging.getLogger(__name__)
+_TRUNCATED, _BEGINNING = "is truncated", b'{"body":'
 NOTHING = "0" * 64
 """The `previous` hash of the first entry of a chain."""
 
@@ -125,8 +126,9 @@ class Chain(Closing):
         with ExitStack() as stack:
             stack.enter_context(exclusive_lock(self.path.with_name(f".{self.path.name}.lock"), busy))
             with storage_errors(self.path):
-                self._cut_torn_end()
                 verdict = verify(self.path) if self.path.exists() else Verdict(head=_EMPTY)
+                if verdict.why == _TRUNCATED:
+                    verdict = Verdict(head=self._mend_end(verdict.head))
                 if verdict.broken is not None:
                     raise DataError(
                         f"{self.path} does not verify: entry {verdict.broken} {verdict.why}. Keep the file as "
@@ -164,15 +166,30 @@ class Chain(Closing):
         """Close the file and release its lock."""
         self._release.close()
 
-    def _cut_torn_end(self) -> None:
-        """Remove the unfinished last entry of a killed process; `append` did not return for that entry."""
-        if not self.path.exists():
-            return
+    def _mend_end(self, head: ChainHead) -> ChainHead:
+        """Remove the unfinished last entry of a killed process, after valid entries; return the head.
+
+        `append` did not return for that entry. A complete entry without its newline is kept.
+
+        Raises:
+            DataError: the end of the file is not the beginning of an entry, so the file may not be a chain.
+        """
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            _log.warning("%s: removed an unfinished last entry (%d bytes)", self.path, len(content) - whole)
-            os.truncate(self.path, whole)
+        torn = content[whole:]
+        entry, _ = read_entry(torn + b"\n", head)
+        if entry is not None:
+            with self.path.open("ab") as file:
+                file.write(b"\n")
+            return entry.head
+        if not torn.startswith(_BEGINNING[: len(torn)]):
+            raise DataError(
+                f"{self.path} ends with {len(torn)} bytes that are not the beginning of an entry, so another program "
+                f"wrote it. Choose another path"
+            )
+        _log.warning("%s: removed an unfinished last entry (%d bytes)", self.path, len(torn))
+        os.truncate(self.path, whole)
+        return head
 
 
 class Tail:
@@ -268,7 +285,7 @@ def _walk(path: Path, progress: Progress) -> Generator[tuple[Entry | None, str],
 def read_entry(line: bytes, head: ChainHead) -> tuple[Entry | None, str]:
     """Return (entry, "") for a line, or (None, why) if the line is not the entry that follows `head`."""
     if not line.endswith(b"\n"):
-        return None, "is truncated" if len(line) < _LONGEST else f"is longer than {_LONGEST} bytes"
+        return None, _TRUNCATED if len(line) < _LONGEST else f"is longer than {_LONGEST} bytes"
     try:
         values = json.loads(line.decode("ascii"))
         entry = Entry(index=values["index"], time=values["time"], previous=values["previous"], body=values["body"])

@@ -21,7 +21,7 @@ from worldloom.core.errors import DataError
 from worldloom.core.types import ActionSpec, Observations, ObservationSpec
 from worldloom.deploy.wire import BODY_LIMIT, VERSION, Address, Connection, LinkError, WireMessage
 
-_RATES = 1e-3, 1e5  # Hz
+RATES = 1e-3, 1e5  # Hz
 _COUNT = 2**53  # limit of the counts that a plant sends
 _OVERDUE = 1024  # overdue sequence numbers that are kept until the control loop reads them
 
@@ -83,9 +83,9 @@ class Link(Closing, ABC):
     rate: float
 
     def __init__(self, observation: ObservationSpec, action: ActionSpec, rate: float) -> None:
-        if not _RATES[0] <= rate <= _RATES[1]:
+        if not RATES[0] <= rate <= RATES[1]:
             raise LinkError(
-                f"expected a 'rate' from {_RATES[0]:g} to {_RATES[1]:g} observations per second; got {rate}. Correct "
+                f"expected a 'rate' from {RATES[0]:g} to {RATES[1]:g} observations per second; got {rate}. Correct "
                 f"the rate"
             )
         self.observation, self.action, self.rate = observation, action, float(rate)

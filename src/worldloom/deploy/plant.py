@@ -17,7 +17,7 @@ import numpy as np
 
 from worldloom.core.errors import DataError
 from worldloom.core.types import ActionSpec, ObservationSpec
-from worldloom.deploy.link import PlantReading, greeting
+from worldloom.deploy.link import RATES, PlantReading, greeting
 from worldloom.deploy.lobby import Lobby
 from worldloom.deploy.newest import Newest
 from worldloom.deploy.sparing_log import SparingLog
@@ -74,7 +74,8 @@ class PlantServer:
     for `idle` seconds is disconnected.
 
     Raises:
-        DataError: the safe action has the wrong size, is not finite, or is out of bounds.
+        DataError: the safe action has the wrong size, is not finite, or is out of bounds; or the rate or a time is not
+            possible.
         LinkError: the server cannot listen at the address.
     """
 
@@ -95,6 +96,10 @@ class PlantServer:
     ) -> None:
         self._read, self._write, self._reset = read, write, reset
         self._observation, self._action, self._rate = observation, action, rate
+        if not RATES[0] <= rate <= RATES[1]:
+            raise DataError(f"'rate' must be from {RATES[0]:g} to {RATES[1]:g} Hz; got {rate}")
+        if not (0 < silence < float("inf") and 0 < idle < float("inf")):
+            raise DataError(f"'silence' and 'idle' must be positive numbers of seconds; got {silence} and {idle}")
         self._safe_action = np.array(safe_action, np.float32)
         if self._safe_action.shape != (action.size,) or not np.isfinite(self._safe_action).all():
             raise DataError(

@@ -1,6 +1,6 @@
 """Landmarks: latents that cover the observed states, with edges from experience or prediction."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from worldloom.core.config import Config
-from worldloom.core.errors import CheckpointError, PlanningError
+from worldloom.core.config import Config, Shape, check_shape
+from worldloom.core.errors import CheckpointError, ConfigError, PlanningError
 from worldloom.core.types import ModelSpec
 from worldloom.models import load_tensors, save_tensors
 
@@ -50,6 +50,47 @@ class LandmarkConfig(Config):
                 f"'spacing'"
             )
         return self
+
+
+class _Saved(Shape):
+    """The metadata that `LandmarkGraph.save` writes."""
+
+    model: str
+    memories: int = Field(ge=0)
+    config: dict[str, Any]
+    step_length: float = Field(gt=0)
+    reversible: bool
+
+
+def _fault(tensors: Mapping[str, Tensor], dim: int) -> str:
+    """Return why tensors are not those of a saved graph; an empty string if they are."""
+    landmarks = len(tensors.get("latents", ()))
+    edges = len(tensors.get("ends", ()))
+    expected = {
+        "latents": (torch.float32, (landmarks, dim)),
+        "visits": (torch.int64, (landmarks,)),
+        "ends": (torch.int64, (edges, 2)),
+        "blocks": (torch.float32, (edges,)),
+        "kinds": (torch.int8, (edges,)),
+        "failures": (torch.int16, (edges,)),
+    }
+    for name, (kind, shape) in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.dtype != kind or tuple(tensor.shape) != shape:
+            came = "is missing" if tensor is None else f"is {tensor.dtype} of shape {tuple(tensor.shape)}"
+            return f"{name!r} {came}; expected {kind} of shape {shape}"
+    ends, kinds = tensors["ends"], tensors["kinds"]
+    if not tensors["latents"].isfinite().all():
+        return "a landmark is not finite"
+    if edges and not (int(ends.min()) >= 0 and int(ends.max()) < landmarks):
+        return "an edge ends at a landmark that does not exist"
+    if not (tensors["blocks"].isfinite().all() and (tensors["blocks"] >= 0).all()):
+        return "an edge has a negative cost"
+    if not ((kinds >= EXPERIENCED) & (kinds <= PREDICTED)).all():
+        return "an edge is of an unknown kind"
+    if (tensors["failures"] < 0).any() or (tensors["visits"] < 0).any():
+        return "a count is negative"
+    return ""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -300,19 +341,25 @@ class LandmarkGraph:
             CheckpointError: the file is missing or damaged, or contains latents of another model.
         """
         tensors, metadata = load_tensors(stem, kind=_KIND)
-        if metadata["model"] != spec.fingerprint:
+        stated = check_shape(metadata, _Saved, stem, CheckpointError)
+        if stated.model != spec.fingerprint:
             raise CheckpointError(
-                f"{stem} has landmarks of model {metadata['model'][:12]!r}, but this model is "
+                f"{stem} has landmarks of model {stated.model[:12]!r}, but this model is "
                 f"{spec.fingerprint[:12]!r}; rebuild the graph from memories of this model"
             )
-        config = LandmarkConfig.parse(metadata["config"])
-        graph = cls(spec, config, step_length=metadata["step_length"], reversible=metadata["reversible"])
+        if why := _fault(tensors, spec.latent_dim):
+            raise CheckpointError(f"{stem} is damaged: {why}. Rebuild the graph from the memories")
+        try:
+            config = LandmarkConfig.parse(stated.config)
+        except ConfigError as error:
+            raise CheckpointError(f"{stem} is damaged: {error}. Rebuild the graph from the memories") from None
+        graph = cls(spec, config, step_length=stated.step_length, reversible=stated.reversible)
         graph._latents = tensors["latents"]
         graph.visits = tensors["visits"].numpy()
         graph._ends, graph._blocks = tensors["ends"].numpy(), tensors["blocks"].numpy()
         graph._kinds, graph._failures = tensors["kinds"].numpy(), tensors["failures"].numpy()
         graph._rows = {(int(source), int(target)): row for row, (source, target) in enumerate(graph._ends)}
-        return graph, int(metadata["memories"])
+        return graph, stated.memories
 
     def _place(self, latent: Float[Tensor, "D"], first: int) -> int:
         """Return a landmark for a state that landmarks before `first` do not cover: a later landmark or a new one."""

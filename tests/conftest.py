@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -100,12 +101,12 @@ class Chronicle:
             name: [(first + place / 4) / (number + 1), (first + place / 4) / (number + 1.6)]
             for place, name in enumerate(self.owners)
         }
-        middle = {"before": first / (number + 1), "after": first / (number + 1.6)}
-        evaluation = {**middle, "owners": losses}
+        before, after = (statistics.median(times) for times in zip(*losses.values(), strict=True))
+        evaluation = {"before": before, "after": after, "owners": losses}
         facts = {"weights": dict(weights), "notes": {}, "left_out": list(left_out), "evaluation": evaluation}
         self.ledger.append("round", facts, round=number)
-        before, self.base = self.base, f"ba5e{number + 1}" if weights else self.base
-        self.ledger.append("base", {"fingerprint": self.base, "previous": before}, round=number + 1)
+        previous, self.base = self.base, f"ba5e{number + 1}" if weights else self.base
+        self.ledger.append("base", {"fingerprint": self.base, "previous": previous}, round=number + 1)
 
     def two_rounds(self, reason: str = "it is of private data") -> None:
         """Write all of it: one owner never comes, and one is left out of the second round."""

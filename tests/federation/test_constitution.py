@@ -8,9 +8,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from worldloom.core.chain import ChainHead
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.signing import SigningKey, make_key
-from worldloom.federation import Constitution, ratify, read_constitution
+from worldloom.federation import Constitution, Ledger, countersign, ratify, read_constitution
 from worldloom.federation.rules.constitution import ratification_path
 
 _SUMS = {"secure_aggregation": True, "aggregation": {"name": "mean"}, "quorum": 3}
@@ -40,6 +41,26 @@ def test_rules_that_all_signed_are_read(tmp_path: Path) -> None:
     rules = read_constitution(path)
     assert rules.coordinator_keys() == {"acme": keys["acme"].public}
     assert rules.known() == {key.public: name for name, key in keys.items()}
+
+
+def test_a_consortium_has_only_as_many_members_as_an_entry_of_the_ledger_has_room_for(tmp_path: Path) -> None:
+    names = [f"{place:03d}".ljust(64, "x") for place in range(151)]
+    members = {name: {"key": f"{place:064x}"} for place, name in enumerate(names)}
+    with pytest.raises(ConfigError, match="members: .*at most 150"):
+        Constitution.parse(_values(members=members, coordinators=[names[0]]))
+    del members[names.pop()]
+    Constitution.parse(_values(members=members, coordinators=[names[0]]))
+    make_key(tmp_path / "key.pem")
+    key, digest, figure = SigningKey(tmp_path / "key.pem"), "0" * 64, -1.2345678901234567e-300
+    note = {"norm": figure, "factor": figure}
+    pairs = {"before": figure, "after": figure, "owners": {name: [figure, figure] for name in names}}
+    with Ledger(tmp_path / "ledger.jsonl", key) as ledger:
+        head = ChainHead(length=10**9, hash=digest)
+        ledger.append("checkpoint", {"countersigned": [countersign(head, key) for _ in names]}, round=0)
+        weights = {"weights": dict.fromkeys(names, figure), "left_out": [], "notes": dict.fromkeys(names, note)}
+        ledger.append("round", {**weights, "evaluation": pairs}, round=0)
+        answers = {what: dict.fromkeys(names, digest) for what in ("advertise", "share", "mask")}
+        ledger.append("survivors", {"attempt": 9, **answers}, round=0)
 
 
 def test_who_has_not_signed_is_named(tmp_path: Path) -> None:

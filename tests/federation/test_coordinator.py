@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from consortium import MODEL, OWNERS, Consortium, bytes_of, points
+from consortium import MODEL, OWNERS, Consortium, Quick, bytes_of, points
 
 import worldloom.federation.rounds.round_store as store_module
 from worldloom.core.errors import CheckpointError, ConfigError, DataError, StorageError, TrainingError
@@ -368,6 +368,49 @@ def test_a_privacy_budget_ends_the_rounds_and_the_ledger_says_what_was_spent(tmp
     assert {facts["owner"] for facts in first} == set(OWNERS)
     assert all(facts["spent"]["epsilon"] == pytest.approx(once) for facts in first)
     assert all("budget" in reason for reason in reasons(consortium))
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_lost_count_of_spent_privacy_does_not_begin_again(tmp_path, secure) -> None:
+    privacy = {"clip": 1.0, "noise": 3.0, "delta": 1e-5, "epsilon_budget": 3.0}
+    rules = {"rounds": 6, "privacy": privacy, "aggregation": {"name": "mean"}, "secure_aggregation": secure}
+    consortium = Quick(tmp_path, rules={"outer": {"name": "fedavg"}, **rules})
+    nodes = {name: consortium.node(name) for name in OWNERS}
+
+    def weave() -> list[float]:
+        with closing(consortium.coordinator({name: node.handle for name, node in nodes.items()})) as coordinator:
+            with pytest.raises(TrainingError):
+                coordinator.run()
+            found = [entry.body["facts"] for entry in coordinator.ledger.entries("contribution")]
+        return [facts["spent"]["epsilon"] for facts in found if facts["owner"] == "north"]
+
+    spent = weave()
+    assert spent == sorted(set(spent))
+    (tmp_path / "north" / "privacy.json").unlink()
+    (tmp_path / "east" / "privacy.json").write_text("[]")
+    (tmp_path / "south" / "privacy.json").write_text("{}")
+    assert weave() == spent
+    assert any("state is invalid" in reason for reason in reasons(consortium))
+
+
+def test_a_member_that_reports_less_spent_privacy_than_before_is_refused_and_no_reader_takes_it(tmp_path) -> None:
+    privacy = {"clip": 1.0, "noise": 3.0, "delta": 1e-5}
+    rules = {"rounds": 2, "privacy": privacy, "outer": {"name": "fedavg"}}
+    consortium = Quick(tmp_path, rules=rules)
+    nodes = {name: consortium.node(name) for name in OWNERS}
+    with closing(consortium.coordinator({name: node.handle for name, node in nodes.items()})) as coordinator:
+        coordinator.run_round(0)
+        spend = nodes["east"]._spend
+        nodes["east"]._spend = lambda *of: {**spend(*of), "epsilon": 0.5}
+        base = coordinator.rounds.base(1)
+        assert set(coordinator._gather(1, base)) == {"north", "south"}
+        coordinator._members.check_spent = lambda *of: None
+        (answer,) = coordinator._members.exchange(["east"], {"what": "train", "round": 1}, base, kind="contribution")
+        coordinator._accept(1, base, answer[1])
+    (reason,) = reasons(consortium)
+    assert reason.startswith("east reports a spent epsilon of 0.5, but has reported 1.27 before")
+    why = verify_ledger(tmp_path / "rounds" / "ledger.jsonl", consortium.constitution).why
+    assert why == "is a contribution of east that reports less spent privacy than an earlier one"
 
 
 def test_what_leaves_under_privacy_is_clipped_and_noisy_and_without_it_is_refused(tmp_path) -> None:

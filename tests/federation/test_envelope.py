@@ -13,7 +13,7 @@ from worldloom.core.chain import canonical
 from worldloom.core.errors import DataError
 from worldloom.core.signing import Domain, SigningKey, make_key
 from worldloom.federation.record import envelope
-from worldloom.federation.record.envelope import SignedMessage, seal, unseal
+from worldloom.federation.record.envelope import SignedMessage, seal, unseal, unseal_answer
 
 _LIMIT = 10_000
 
@@ -92,6 +92,23 @@ def test_each_cause_is_named(key: SigningKey, tmp_path: Path) -> None:
         _open(content[: 12 + length] + bytes(64) + content[76 + length :], key)
     with pytest.raises(DataError, match="do not match the digest"):
         _open(content[:-1] + b"\x07", key)
+
+
+def test_what_a_member_may_send_in_a_header_and_what_errors_quote_of_it_is_limited(key: SigningKey) -> None:
+    def answer(data: bytes) -> SignedMessage:
+        return unseal_answer(data, kind="verdict", sender="acme", known={key.public: "acme"}, limit=10**8)
+
+    with pytest.raises(DataError, match="the header of a message has 3000[0-9]{3} bytes; expected at most 2097152"):
+        answer(seal("refusal", {"round": 0, "why": "x" * 3_000_000}, {}, key=key))
+    for data in (
+        seal("refusal", {"round": 0, "why": "x" * 30_000}, {}, key=key),
+        seal("x" * 30_000, {}, {}, key=key),
+        seal("verdict", {"x" * 30_000: 1}, {}, key=key),
+        _signed(key, canonical({"kind": "verdict", "body": {}, "size": 0, "digest": "", "key": "x" * 30_000}).encode()),
+    ):
+        with pytest.raises(DataError) as refused:
+            answer(data)
+        assert len(str(refused.value)) < 1000
 
 
 def test_a_member_that_forges_its_own_message_is_refused(key: SigningKey) -> None:

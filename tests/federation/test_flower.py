@@ -4,6 +4,7 @@ import ast
 import asyncio
 import base64
 import datetime
+import gc
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from asyncio import sslproto
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -367,6 +369,30 @@ def test_the_door_slows_down_an_address_and_keeps_places_for_others() -> None:
         now[0] += 1.0
         took = [door._admits("192.0.2.1", "192.0.2.9") for _ in range(10)]
         assert took == [True] * 7 + [False] * 3
+
+
+def test_what_broken_handshakes_leave_is_collected_without_waiting_for_python() -> None:
+    """Each leaves an `SSLProtocol` with its buffers in a cycle."""
+
+    async def served(count: int) -> int:
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        with Door(socket.AF_INET, Limits(keys=(), message=0)) as door:
+            door.bind(("127.0.0.1", 0))
+            server = await asyncio.start_server(lambda *_: None, sock=door, ssl=tls)
+            for _ in range(count):
+                reader, writer = await asyncio.open_connection(*door.getsockname())
+                writer.write(b"\x16\x03\x01\x40\x00" + bytes(3000))
+                await reader.read()
+                writer.close()
+            server.close()
+        return sum(isinstance(one, sslproto.SSLProtocol) for one in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert asyncio.run(served(300)) <= 100
+    finally:
+        gc.enable()
 
 
 # -- what is used of Flower ------------------------------------------------------------------------------------------

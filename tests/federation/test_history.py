@@ -51,7 +51,7 @@ def test_the_story_sums_what_the_entries_say(chronicle) -> None:
     assert story.current.weights == {"north": 0.5, "east": 0.5}
     assert story.current.left_out == ("south",)
     assert story.rounds[0].losses["north"] == (8.0, 5.0)
-    assert story.rounds[0].median == (8.0, 5.0)
+    assert story.rounds[0].median == (8.375, 5.234375)
     assert [(one.owner, one.left_out) for one in story.current.refusals] == [("vault", False), ("south", True)]
 
 
@@ -121,12 +121,12 @@ def test_watching_tells_each_event_in_a_line_once(chronicle) -> None:
     ]
     chronicle.weave(0, {"north": 1.0}, left_out=["south"])
     done, begins = watched.look()
-    assert done.startswith("round 0 is done: held-out loss 8.00 -> 5.00; east 8.25 -> 5.16, north 8.00 -> 5.00")
+    assert done.startswith("round 0 is done: held-out loss 8.38 -> 5.23; east 8.25 -> 5.16, north 8.00 -> 5.00")
     assert done.endswith("left out: south; 3.20 MB uploaded")
     assert begins == "round 1 begins from base ba5e1"
     chronicle.weave(1, {})
     assert watched.look() == [
-        "round 1 leaves the base unchanged: held-out loss 4.00 -> 3.08; east 4.12 -> 3.17, north 4.00 -> 3.08, "
+        "round 1 leaves the base unchanged: held-out loss 4.19 -> 3.22; east 4.12 -> 3.17, north 4.00 -> 3.08, "
         "south 4.25 -> 3.27, vault 4.38 -> 3.37; 0 B uploaded",
         "looms & sons: all 2 rounds are done; 3.20 MB uploaded so far; the last base is ba5e1",
     ]

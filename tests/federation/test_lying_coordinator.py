@@ -1,5 +1,6 @@
 """A coordinator that forges, drops, or shows two ledgers is found out by the members, with evidence."""
 
+import base64
 import functools
 import json
 import shutil
@@ -23,6 +24,7 @@ from worldloom.federation import (
     Base,
     Coordinator,
     InProcess,
+    Ledger,
     LedgerForked,
     LedgerReader,
     LedgerRefused,
@@ -33,7 +35,7 @@ from worldloom.federation import (
     recompute,
     verify_ledger,
 )
-from worldloom.federation.record.envelope import SignedMessage, seal, unseal, unseal_answer
+from worldloom.federation.record.envelope import SignedMessage, read_statement, seal, unseal, unseal_answer
 
 FEDAVG = {"rounds": 2, "outer": {"name": "fedavg"}}
 
@@ -127,7 +129,7 @@ def test_forged_contributions_of_members_that_hear_another_ledger_are_found(tmp_
         (found,) = evidence(node)
         assert json.loads(found["received"])["body"]["kind"] == "contribution"
         assert found["countersigned"]["length"] == 2
-        assert any(f"{name} stores the evidence" in one.message for one in caplog.records)
+        assert any(f"{name} does not accept the ledger. The evidence is" in one.message for one in caplog.records)
     assert "is not a contribution that a member signed" in str(nodes["north"].fault)
 
 
@@ -277,6 +279,236 @@ def test_a_loss_that_a_member_did_not_send_is_reported_by_its_node(tmp_path) -> 
         lying.run()
     assert ["a held-out loss of south" in found["why"] for found in evidence(nodes["south"])] == [True, True]
     assert not evidence(nodes["north"])
+
+
+class Invents(Coordinator):
+    """Writes an evaluation that its members' answers do not give."""
+
+    def changed(self, evaluation: dict[str, Any]) -> dict[str, Any]:
+        return {**evaluation, "owners": {name: [1.0, 0.01] for name in OWNERS}, "after": 0.01}
+
+    def _publish(self, *arguments: Any, **options: Any) -> None:
+        append = self.ledger.append
+
+        def invents(kind: str, facts: Mapping[str, Any], **more: Any) -> Any:
+            if kind == "round":
+                facts = {**facts, "evaluation": self.changed(dict(facts["evaluation"]))}
+            return append(kind, facts, **more)
+
+        self.ledger.append = invents
+        try:
+            super()._publish(*arguments, **options)
+        finally:
+            self.ledger.append = append
+
+
+class Splits(Invents):
+    """Sends the record of a round before the base that follows it."""
+
+    def _publish_base(self, number: int, base: Base, result: Any) -> None:
+        asked = {"what": "judge", "round": number}
+        assert len(list(self._members.exchange(OWNERS, asked, base, kind="verdict"))) == 3
+        super()._publish_base(number, base, result)
+
+
+@pytest.mark.parametrize("kind", [Invents, Splits])
+def test_invented_losses_are_reported_after_a_restart_and_if_the_base_comes_later(tmp_path, kind) -> None:
+    who = consortium(tmp_path)
+    nodes = {name: who.node(name) for name in OWNERS}
+    with closing(coordinator(who, nodes, kind=kind)) as lying:
+        lying.run_round(0)
+    nodes = {name: who.node(name) for name in OWNERS}
+    with closing(coordinator(who, nodes, kind=kind)) as lying:
+        lying.run_round(1)
+    for name, node in nodes.items():
+        assert [f"a held-out loss of {name}" in found["why"] for found in evidence(node)] == [True]
+
+
+def test_a_loss_of_a_member_that_was_not_asked_is_reported(tmp_path) -> None:
+    who = consortium(tmp_path)
+    nodes = {name: who.node(name) for name in OWNERS}
+    with closing(coordinator(who, nodes)) as lying:
+        ask = lying._members.ask
+
+        def without_east(what: str, *arguments: Any, **options: Any) -> Any:
+            lying._members.nodes = lambda: ["north", "south"] if what == "judge" else list(OWNERS)
+            try:
+                return ask(what, *arguments, **options)
+            finally:
+                del lying._members.nodes
+
+        lying._members.ask = without_east
+        judged = lying._judged
+        lying._judged = lambda number, base: {**judged(number, base), "east": 1.0}
+        lying.run()
+    assert ["a held-out loss of east" in found["why"] for found in evidence(nodes["east"])] == [True, True]
+    assert not evidence(nodes["north"])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"after": 0.001}, {"before": 0.9}, {"after": True}, {"owners": {"north": [1.0, None]}},
+        {"owners": {"stranger": [1.0, 1.0]}}, {"owners": {"north": [True, 1.0]}}, {"owners": {}},
+        {"owners": {"north": [-1.0, -1.0]}, "before": -1.0, "after": -1.0},
+    ],
+)  # fmt: skip
+def test_an_evaluation_has_the_medians_of_its_members(tmp_path, changed) -> None:
+    who = consortium(tmp_path)
+    nodes = {name: who.node(name) for name in OWNERS}
+
+    class Lies(Invents):
+        def changed(self, evaluation: dict[str, Any]) -> dict[str, Any]:
+            return {**evaluation, **changed}
+
+    with closing(coordinator(who, nodes, kind=Lies)) as lying:
+        lying.run_round(0)
+        lying._members.ask("store", 1, lying.rounds.base(1), kind="receipt")
+    assert all("whose 'evaluation' is not the losses of its members" in str(node.fault) for node in nodes.values())
+
+
+def test_a_contribution_is_not_left_out_without_a_recorded_reason(tmp_path) -> None:
+    who = consortium(tmp_path)
+    nodes = {name: who.node(name) for name in OWNERS}
+    with closing(coordinator(who, nodes)) as lying:
+        trial, publish = lying._trial, lying._publish
+        lying._trial = lambda number, base, group: trial(number, base, {one: group[one] for one in ("north", "south")})
+        lying._publish = lambda *arguments, **options: publish(*arguments, **{**options, "left_out": ["east"]})
+        lying.run_round(0)
+        lying._members.ask("store", 1, lying.rounds.base(1), kind="receipt")
+    assert "leaves out east without a recorded reason" in str(nodes["east"].fault)
+
+
+def away_and_back(who: Quick, nodes: Mapping[str, Node]) -> dict[str, Any]:
+    """Run three rounds in which east leaves and returns; return the facts of its exit."""
+    with closing(coordinator(who, nodes)) as true:
+        true.run_round(0)
+        nodes["east"].leave("holiday")
+        true.run_round(1)
+        nodes["east"].come_back()
+        true.run_round(2)
+        told = [entry.body["kind"] for entry in true.ledger.entries() if entry.body["facts"].get("owner") == "east"]
+        assert told == ["contribution", "exit", "contribution", "return"]
+        return dict(next(true.ledger.entries("exit")).body["facts"])
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_an_exit_is_not_repeated_later(tmp_path, number) -> None:
+    who = consortium(tmp_path, rounds=4)
+    nodes = {name: who.node(name) for name in OWNERS}
+    left = away_and_back(who, nodes)
+    assert not any(evidence(node) for node in nodes.values())
+    with closing(coordinator(who, nodes)) as lying:
+        lying.ledger.append("exit", left, round=number)
+        assert not lying._judged(3, lying.rounds.base(3))
+    assert all("exit" in str(node.fault) for node in nodes.values())
+
+
+def test_an_exit_that_was_held_back_is_reported_by_its_node(tmp_path) -> None:
+    """Other readers cannot know that the member returned."""
+    who = consortium(tmp_path)
+    nodes = {name: who.node(name) for name in OWNERS}
+    with closing(coordinator(who, nodes)) as lying:
+        base = lying.rounds.base(0)
+        nodes["east"].leave("holiday")
+        append, held = lying.ledger.append, []
+        lying.ledger.append = lambda kind, facts, **more: (
+            held.append(facts) if kind == "exit" else append(kind, facts, **more)
+        )
+        with pytest.raises(AttributeError):  # the exit has no entry
+            lying._judged(0, base)
+        lying.ledger.append = append
+        lying._members._left = {}
+        nodes["east"].come_back()
+        assert set(lying._judged(0, base)) == set(OWNERS)
+        lying.ledger.append("exit", held[0], round=0)
+        lying._judged(0, base)
+    assert verify_ledger(tmp_path / "rounds" / "ledger.jsonl", who.constitution).broken is None
+    assert ["says that east left, which east did not" in found["why"] for found in evidence(nodes["east"])] == [True]
+
+
+def test_a_member_that_left_returns_only_by_a_contribution_after_its_exit(tmp_path) -> None:
+    who = consortium(tmp_path)
+    nodes = {name: who.node(name) for name in OWNERS}
+    with closing(coordinator(who, nodes)) as lying:
+        base = lying.rounds.base(0)
+        lying._gather(0, base)
+        (old,) = [dict(one) for one in lying.ledger.of("contribution", 0) if one["owner"] == "east"]
+        nodes["east"].leave("holiday")
+        lying._judged(0, base)
+        true = list(lying.ledger.entries())
+        for kind, facts, why in (
+            ("return", {"owner": "east"}, "return of east, which did not sign a contribution after an exit"),
+            ("return", {"owner": "north"}, "return of north, which did not sign"),
+            ("return", {"owner": "nobody\x1b[2J"}, r"return of nobody\x1b[2J, which"),
+            ("contribution", old, "is a second contribution of east"),
+            ("exit", dict(next(lying.ledger.entries("exit")).body["facts"]), "repeats an earlier exit of east"),
+        ):
+            assert why in reader(who, true).fit_fault({"kind": kind, "round": 0, "facts": facts})
+
+
+def test_a_member_that_leaves_twice_in_a_round_for_the_same_reason_stops_nobody(tmp_path) -> None:
+    who = consortium(tmp_path)
+    nodes = {name: who.node(name) for name in OWNERS}
+    with closing(coordinator(who, nodes)) as true:
+        nodes["east"].leave()
+        assert set(true._judged(0, true.rounds.base(0))) == {"north", "south"}
+        nodes["east"].come_back()
+        assert set(true._gather(0, true.rounds.base(0))) == set(OWNERS)
+        nodes["east"].leave()
+        true.run()
+    assert verify_ledger(tmp_path / "rounds" / "ledger.jsonl", who.constitution).broken is None
+    assert not any(evidence(node) for node in nodes.values())
+
+
+@pytest.mark.parametrize("kind", ["refusal", "checkpoint", "exit", "return"])
+@pytest.mark.parametrize("number", [None, -5, 1, 10**4000])
+def test_every_entry_belongs_to_the_round_that_runs(begun, kind, number) -> None:
+    who, entries = begun
+    facts = {"owner": "north", "reason": "late"}
+    assert "expected round 0" in reader(who, entries).fit_fault({"kind": kind, "round": number, "facts": facts})
+
+
+def test_only_coordinators_write_entries_and_only_about_members(begun) -> None:
+    who, entries = begun
+    facts = {"owner": "nobody", "reason": "late"}
+    assert "of no member" in reader(who, entries).fit_fault({"kind": "refusal", "round": 0, "facts": facts})
+    path = who.path / "by-a-member.jsonl"
+    path.write_text("".join(f"{entry.line()}\n" for entry in entries))
+    with Ledger(path, who.keys["north"]) as ledger:
+        ledger.append("refusal", {"owner": "north", "reason": "late"}, round=0)
+    assert "signed by north, which is not a coordinator" in verify_ledger(path, who.constitution).why
+
+
+def test_evidence_of_unsigned_lines_leaves_room_for_that_of_two_ledgers(tmp_path, caplog) -> None:
+    who = consortium(tmp_path)
+    nodes = {name: who.node(name) for name in OWNERS}
+    with closing(coordinator(who, nodes)) as first:
+        first.run_round(0)
+        base = first._published(1)
+    with closing(coordinator(who, {}, "other")) as second:
+        other = second.ledger.lines()
+    north = nodes["north"]
+    body = {"what": "judge", "round": 1, "constitution": who.constitution.fingerprint, "base": base.fingerprint}
+
+    def receives(begin: int, lines: list[str]) -> None:
+        asked = seal("ask", {**body, "ledger": {"begin": begin, "lines": lines}}, {}, key=who.keys["coordinator"])
+        unseal(north.handle(asked), kind="refusal", known=who.constitution.known(), limit=10**7)
+
+    for place in range(20):
+        receives(north.store.records.head.length, [f'{{"junk":{place}}}'])
+    assert len(evidence(north)) == 10
+    assert "No evidence is stored, because there is enough already" in caplog.text
+    receives(0, other)
+    found = next(one for one in evidence(north) if one["held"] is not None)
+    assert north.fault is not None
+    assert north.fault.evidence is not None
+    assert found["received"] == other[0] + "\n"
+    # The request proves also what the coordinator sent without signing it as an entry.
+    junk = next(one for one in evidence(north) if one["held"] is None)
+    request = base64.b64decode(junk["request"])
+    said = read_statement(request, kind="ask", known=who.constitution.known(), limit=10**7)
+    assert f"{said.body['ledger']['lines'][0]}\n" == junk["received"]
 
 
 def test_a_round_accounts_for_every_contribution(tmp_path) -> None:

@@ -162,6 +162,9 @@ def test_the_state_goes_through_json() -> None:
     for wrong in ({"rounds": 0, "noise": 1.0, "sample_rate": 1.0}, {"rounds": 1}, {"rounds": 1.5, "noise": 1.0}):
         with pytest.raises(DataError, match="state is invalid"):
             Accountant(config(), [wrong])
+    for state in ({}, "", None, {"rounds": 1}):
+        with pytest.raises(DataError, match="state is invalid"):
+            Accountant(config(), state)
 
 
 def test_unequal_weights_leave_the_heaviest_owner_less_noise() -> None:

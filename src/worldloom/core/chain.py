@@ -284,6 +284,14 @@ def _walk(path: Path, progress: Progress) -> Generator[tuple[Entry | None, str],
 
 def read_entry(line: bytes, head: ChainHead) -> tuple[Entry | None, str]:
     """Return (entry, "") for a line, or (None, why) if the line is not the entry that follows `head`."""
+    entry, why = parse_entry(line)
+    if entry is not None and (entry.index, entry.previous) != (head.length, head.hash):
+        return None, "does not follow the previous entry"
+    return entry, why
+
+
+def parse_entry(line: bytes) -> tuple[Entry | None, str]:
+    """Return (entry, "") for a line, or (None, why) if the line is not an entry of any chain."""
     if not line.endswith(b"\n"):
         return None, _TRUNCATED if len(line) < _LONGEST else f"is longer than {_LONGEST} bytes"
     try:
@@ -296,6 +304,4 @@ def read_entry(line: bytes, head: ChainHead) -> tuple[Entry | None, str]:
         return None, "is not an entry of a chain"
     if not same:
         return None, "was changed: its hash does not match"
-    if (entry.index, entry.previous) != (head.length, head.hash):
-        return None, "does not follow the previous entry"
     return entry, ""

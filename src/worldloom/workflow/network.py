@@ -369,8 +369,7 @@ def _join_any(
                 _log.warning("%s: %s", place.address, error)
                 causes.append(str(error))
             if node is not None and node.fault is not None:
-                evidence = node.fault.evidence
-                fault = type(node.fault)(f"{place.address}: {node.fault}. The evidence is in {evidence}", evidence)
+                fault = type(node.fault)(f"{place.address}: {node.fault}. {node.fault.place}", node.fault.evidence)
                 causes.append(str(fault))
             if stop.is_set():
                 return

@@ -102,7 +102,7 @@ class RefusalBody(Body):
     """
 
     round: Number | None
-    why: str
+    why: _Short
     length: Length | None = None
     lacks: bool = False
     helped: bool = False

@@ -7,6 +7,7 @@ executes no code. Every size in it is checked against the received bytes before 
 
 import hashlib
 import json
+import reprlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ from torch import Tensor
 from worldloom.core.chain import canonical
 from worldloom.core.errors import DataError
 from worldloom.core.signing import Domain, SigningKey, verified
+from worldloom.core.text import one_line
 from worldloom.federation.record.bodies import check_answer
 
 _MAGIC = Domain.MESSAGE.value
 _LENGTH = struct.Struct("<I")
 _SIGNATURE = 64  # bytes
 _FIELDS = {"kind", "body", "size", "digest", "key"}
+_LARGEST_ANSWER = 2**21  # bytes of an answer's header: room for a share for each member; lists of entries are longer
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,7 +101,7 @@ def unseal_answer(data: bytes, *, kind: str, sender: str, known: Mapping[str, st
         Refusal: the node refused; the error includes its reason.
         DataError: a different sender signed the answer, or the answer or its body is invalid.
     """
-    message = _open(data, (kind, "refusal"), known, limit)
+    message = _open(data, (kind, "refusal"), known, limit, header=_LARGEST_ANSWER)
     if message.sender != sender:
         raise DataError(
             f"{sender} sent a message that {message.sender} signed; expected one signed by {sender}. "
@@ -110,8 +113,10 @@ def unseal_answer(data: bytes, *, kind: str, sender: str, known: Mapping[str, st
     return message
 
 
-def _open(data: bytes, kinds: tuple[str, ...], known: Mapping[str, str], limit: int) -> SignedMessage:
-    values, sender, end = _signed_part(data, kinds, known, limit)
+def _open(
+    data: bytes, kinds: tuple[str, ...], known: Mapping[str, str], limit: int, *, header: int | None = None
+) -> SignedMessage:
+    values, sender, end = _signed_part(data, kinds, known, limit, header)
     payload = data[end:]
     if values["size"] != len(payload):
         raise DataError(
@@ -143,9 +148,12 @@ def _message(
 
 
 def _signed_part(
-    data: bytes, kinds: tuple[str, ...], known: Mapping[str, str], limit: int
+    data: bytes, kinds: tuple[str, ...], known: Mapping[str, str], limit: int, header: int | None = None
 ) -> tuple[dict[str, Any], str, int]:
-    """Check the header and signature of a message; return the header, the sender, and where the signed part ends."""
+    """Check the header and signature of a message; return the header, the sender, and where the signed part ends.
+
+    `limit` and `header` are the largest sizes of the message and of its header, in bytes.
+    """
     if len(data) > limit:
         raise DataError(
             f"a message has {len(data)} bytes; expected at most {limit}. Send less, or raise "
@@ -160,6 +168,10 @@ def _signed_part(
         raise DataError(f"a message is truncated: only {len(data)} bytes arrived. Ask the sender to send it again")
     (length,) = _LENGTH.unpack_from(data, len(_MAGIC))
     end = start + length + _SIGNATURE
+    if header is not None and length > header:
+        raise DataError(
+            f"the header of a message has {length} bytes; expected at most {header}. Run the same version on both sides"
+        )
     if end > len(data):
         raise DataError(
             f"a message is truncated or its header is wrong: header and signature should end at byte "
@@ -169,14 +181,14 @@ def _signed_part(
     key, sender = values["key"], known.get(values["key"])
     if sender is None:
         raise DataError(
-            f"a message is from an unknown sender with key {key}; expected a key in the constitution. "
+            f"a message is from an unknown sender with key {one_line(key[:64])}; expected a key in the constitution. "
             f"Use the same constitution on both sides, and sign with a key that it lists"
         )
     if not verified(data[len(_MAGIC) : start + length], data[start + length : end].hex(), key, Domain.MESSAGE):
         raise DataError(f"a message does not have a valid signature of {sender}; ask {sender} to send it again")
     if values["kind"] not in kinds:
         raise DataError(
-            f"expected a message of kind {kinds[0]!r} from {sender}; got {values['kind']!r}. "
+            f"expected a message of kind {kinds[0]!r} from {sender}; got {reprlib.repr(values['kind'])}. "
             f"Run the same version on both sides"
         )
     return values, sender, end

@@ -1,6 +1,6 @@
 """The ledger of a consortium: signed, chained and countersigned events, never the data itself.
 
-The writer of an entry signs its content, its index and the hash of the previous entry. A contribution or exit also
+The coordinator signs the content of an entry, its index and the hash of the previous entry. A contribution or exit also
 contains what the member itself signed, and a contribution names the head of the ledger that its member had seen. A
 coordinator could still rewrite the complete ledger, or show different ledgers to different members; the heads that
 members sign and store detect that.
@@ -15,29 +15,26 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from worldloom.core.chain import NOTHING, Chain, ChainHead, Entry, canonical, entries, read_entry
+from worldloom.core.chain import NOTHING, Chain, ChainHead, Entry, canonical, entries, parse_entry, read_entry
 from worldloom.core.closing import Closing
 from worldloom.core.errors import DataError
 from worldloom.core.files import storage_errors
 from worldloom.core.signing import Domain, SigningKey, verified
 from worldloom.core.text import markdown, one_line
 from worldloom.federation.record.ledger_history import printable
-from worldloom.federation.record.ledger_rules import Fork, LedgerRules
-from worldloom.federation.record.statements import checked, exit_fault
+from worldloom.federation.record.ledger_rules import THE_SUM, Fork, LedgerRules
+from worldloom.federation.record.statements import checked
 from worldloom.federation.rules.constitution import Constitution
 from worldloom.federation.rules.ranges import Number, Share, within
 
-_BY_COORDINATORS = (
+KINDS = (
     "constitution", "base", "contribution", "refusal", "round", "session", "survivors", "sum", "succession",
+    "checkpoint", "exit", "return",
 )  # fmt: skip
-KINDS = (*_BY_COORDINATORS, "checkpoint", "exit", "return", "recompute")
-"""The kinds of entries. Members may write only the last four; coordinators may write all."""
+"""The kinds of entries. Only coordinators write entries."""
 
 FORMAT = 3
 """The version of the ledger's format. In format 1 signatures had no domain; in 1 and 2 members signed no entries."""
-
-THE_SUM = "the sum of all"
-"""The owner in refusals that do not concern a single member; no member can have this name."""
 
 _NUMBER, _SHARE = TypeAdapter(Number), TypeAdapter(Share)
 _LARGEST = 2**16  # characters of the facts of an entry: enough for fingerprints and figures, not for data
@@ -88,12 +85,15 @@ class Records:
                 found = [*found, entry.body["facts"]] if entry.body["kind"] == kind else []
         return found
 
-    def newest_of(self, owner: str, *kinds: str) -> str | None:
-        """Return the kind of the newest entry of these kinds about an owner; None if there is no such entry."""
+    def exit_of(self, owner: str, before: int | None = None) -> Entry | None:
+        """Return the exit of an owner that has not returned; None for other owners.
+
+        If `before` is given, only the first `before` entries count.
+        """
         found = None
-        for entry in self.entries():
-            if entry.body["kind"] in kinds and entry.body["facts"].get("owner") == owner:
-                found = str(entry.body["kind"])
+        for entry in itertools.islice(self.entries(), before):
+            if entry.body["kind"] in ("exit", "return") and entry.body["facts"].get("owner") == owner:
+                found = entry if entry.body["kind"] == "exit" else None
         return found
 
     def lines(self, begin: int = 0) -> list[str]:
@@ -232,18 +232,22 @@ class LedgerReader(Records):
 
     def outcome(self, owner: str, number: int) -> tuple[Outcome, str]:
         """Return what became of a member's contribution to a round, and the reason if it does not count."""
-        if not (rounds := self.of("round", number)):
+        made = [entry for entry in self.entries("round") if entry.body["round"] == number]
+        if not made:
             return "open", ""
+        facts = made[-1].body["facts"]
         reasons = [
-            printable(facts.get("reason"))
-            for facts in self.of("refusal", number)
-            if facts.get("owner") in (owner, THE_SUM) and "what" not in facts  # other answers than contributions
+            printable(refusal.get("reason"))
+            for refusal in self.of("refusal", number)
+            if refusal.get("owner") in (owner, THE_SUM) and "what" not in refusal  # other answers than contributions
         ]
-        if owner in rounds[-1].get("weights", {}):
+        if owner in facts["weights"]:
             return "counted", ""
-        if owner in rounds[-1].get("left_out", []) or reasons:
+        if owner in facts["left_out"] or reasons:
             return "refused", reasons[-1] if reasons else "the quality gate left all contributions out"
-        return ("left", "") if self.newest_of(owner, "exit", "return") == "exit" else ("dropped", "")
+        if left := self.exit_of(owner, made[-1].index):
+            return "left", f"by the ledger {owner} left in round {left.body['round']}, and has not returned"
+        return "dropped", ""
 
     def verdict(self, why: str = "", seen: Iterable[ChainHead] = ()) -> LedgerVerdict:
         """Return the verdict on the entries read so far.
@@ -394,9 +398,7 @@ def _signed(content: Mapping[str, Any], index: int, previous: str) -> bytes:
 def _fault(entry: Entry, reader: LedgerReader) -> str:
     """Return what is wrong with the next entry, which has a correct hash; an empty string if it is valid."""
     body, constitution = entry.body, reader.constitution
-    whole = isinstance(body, dict) and set(body) == _FIELDS and isinstance(body["facts"], dict)
-    whole = whole and isinstance(body["key"], str) and isinstance(body["signature"], str)
-    if not whole or body["kind"] not in KINDS or type(body["round"]) not in (int, type(None)):
+    if not _is_of_ledgers(body):
         return "is not an entry of a ledger"
     if (body["kind"] == "constitution") != (entry.index == 0):
         return f"is a {body['kind']}; expected the constitution as the first entry, and nowhere else"
@@ -405,18 +407,10 @@ def _fault(entry: Entry, reader: LedgerReader) -> str:
             f"has ledger format {printable(found)[:20]}; this version of worldloom reads format {FORMAT}. Read the "
             f"ledger with the version that wrote it, and begin new rounds from its last base"
         )
-    signer = constitution.known().get(body["key"])
-    if signer is None:
-        return f"is signed by {printable(body['key'])[:64]}, a key that is not in the constitution"
-    if body["kind"] in _BY_COORDINATORS and body["key"] not in constitution.coordinator_keys().values():
-        return f"is a {body['kind']} signed by {signer}, which is not a coordinator"
-    content = {name: body[name] for name in ("kind", "round", "facts", "key")}
-    if not verified(_signed(content, entry.index, entry.previous), body["signature"], body["key"], Domain.LEDGER_ENTRY):
-        return f"is not what {signer} signed"
+    if why := _signature_fault(entry, constitution):
+        return why
     if body["kind"] == "constitution" and body["facts"].get("fingerprint") != constitution.fingerprint:
         return "names a different constitution from the one that is used to verify the ledger"
-    if body["kind"] == "exit" and signer != body["facts"].get("owner"):
-        return exit_fault(body["facts"], body["round"], constitution)
     found = body["facts"].get("countersigned", []) if body["kind"] == "checkpoint" else []
     try:
         seen = [checked(checkpoint, constitution) for checkpoint in found]
@@ -426,6 +420,31 @@ def _fault(entry: Entry, reader: LedgerReader) -> str:
         name = constitution.known()[other[0]["key"]]
         return Fork(f"contains a checkpoint of a different ledger: {name} countersigned {other[0]['length']} entries")
     return reader.fit_fault(body)
+
+
+def is_signed(line: bytes, constitution: Constitution) -> bool:
+    """Whether a line is an entry that a coordinator signed, whatever the ledger that it belongs to."""
+    entry, _ = parse_entry(line)
+    return entry is not None and _is_of_ledgers(entry.body) and not _signature_fault(entry, constitution)
+
+
+def _is_of_ledgers(body: Any) -> bool:
+    whole = isinstance(body, dict) and set(body) == _FIELDS and isinstance(body["facts"], dict)
+    whole = whole and isinstance(body["key"], str) and isinstance(body["signature"], str)
+    return whole and body["kind"] in KINDS and type(body["round"]) in (int, type(None))
+
+
+def _signature_fault(entry: Entry, constitution: Constitution) -> str:
+    body = entry.body
+    signer = constitution.known().get(body["key"])
+    if signer is None:
+        return f"is signed by {printable(body['key'])[:64]}, a key that is not in the constitution"
+    if body["key"] not in constitution.coordinator_keys().values():
+        return f"is a {body['kind']} signed by {signer}, which is not a coordinator"
+    content = {name: body[name] for name in ("kind", "round", "facts", "key")}
+    if not verified(_signed(content, entry.index, entry.previous), body["signature"], body["key"], Domain.LEDGER_ENTRY):
+        return f"is not what {signer} signed"
+    return ""
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -22,7 +22,8 @@ from worldloom.core.files import whole_folder, write_atomic
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.signing import SigningKey
 from worldloom.federation.record.envelope import SignedMessage
-from worldloom.federation.record.ledger import THE_SUM, Ledger, LedgerReader, constitution_facts, read_ledger
+from worldloom.federation.record.ledger import Ledger, LedgerReader, constitution_facts, read_ledger
+from worldloom.federation.record.ledger_rules import THE_SUM
 from worldloom.federation.record.statements import SignedContribution
 from worldloom.federation.rounds.base import Base
 from worldloom.federation.rounds.contribution import read_contribution
@@ -128,8 +129,6 @@ class Coordinator(Closing):
             return
         # The owners that count, with their weights in the sum or, without secure aggregation, their frames.
         whole: Mapping[str, Any] = (self._sums.gather if secure else self._gather)(number, base)
-        if secure:
-            self._members.mark_present(whole, number)
         before, group, left_out = self._judged(number, base), whole, list[str]()
         trial = self._trial(number, base, group)
         while reason := self._fault(number, before, trial):
@@ -267,10 +266,11 @@ class Coordinator(Closing):
         delta = read_contribution(message, number, base, self._constitution)
         signed = SignedContribution.of([message.statement], number, self._constitution)
         self._members.check_seen(owner, signed.seen)
+        self._members.check_spent(owner, signed.facts["spent"])
         write_atomic(self.rounds.message(number, owner), lambda temporary: temporary.write_bytes(message.data))
         self.rounds.save_delta(number, owner, delta)
         self.ledger.append("contribution", signed.facts, round=number)
-        self._members.mark_present([owner], number)
+        self._members.mark_present(owner, signed.seen, number)
 
     def _judged(self, number: int, base: Base) -> dict[str, float]:
         """Return each answering member's held-out loss with a base."""

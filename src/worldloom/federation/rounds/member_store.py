@@ -4,6 +4,7 @@ With them a member can prove that a ledger was rewritten, continue training alon
 coordinator shows a ledger that this copy cannot accept, the member stores the entries that prove it.
 """
 
+import base64
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from worldloom.core.chain import ChainHead
 from worldloom.core.errors import CheckpointError, DataError
 from worldloom.core.files import read_json, storage_errors, write_atomic, write_document, write_json
 from worldloom.core.signing import SigningKey
-from worldloom.federation.record.ledger import LedgerReader, LedgerVerdict
+from worldloom.federation.record.ledger import LedgerReader, LedgerVerdict, is_signed
 from worldloom.federation.record.ledger_rules import Fork
 from worldloom.federation.record.statements import checked, countersign
 from worldloom.federation.rounds.base import Base
@@ -24,7 +25,10 @@ from worldloom.federation.rules.constitution import Constitution
 
 _log = logging.getLogger(__name__)
 _EVIDENCE = "worldloom evidence against a coordinator"
-_MOST, _LONGEST = 100, 2**17  # files of evidence, and characters of an entry in them
+_LONGEST, _LONGEST_REQUEST = 2**17, 2**20  # characters of an entry in evidence, and bytes of a request
+
+# Files of evidence. A coordinator cannot use up the places of what proves most: that it signed two ledgers.
+_MOST_UNSIGNED, _MOST_SIGNED, _MOST_FORKS = 10, 50, 100
 _LEDGER, _SEEN, _BASE, _RECEIVED = "ledger.jsonl", "countersigned.json", "base", "received"
 
 
@@ -41,11 +45,24 @@ class BaseMissing(DataError):
 
 
 class LedgerRefused(DataError):
-    """The received ledger breaks a rule; `evidence` is the file with the entry that the coordinator signed."""
+    """The received ledger breaks a rule.
 
-    def __init__(self, message: str, evidence: Path) -> None:
+    `evidence` is the file that proves it, or None if there is too much evidence already.
+    """
+
+    def __init__(self, message: str, evidence: Path | None) -> None:
         super().__init__(message)
         self.evidence = evidence
+
+    @property
+    def place(self) -> str:
+        """A sentence that says where the evidence is."""
+        return place_of(self.evidence)
+
+
+def place_of(evidence: Path | None) -> str:
+    """Return a sentence that says where evidence is."""
+    return f"The evidence is in {evidence}" if evidence else "No evidence is stored, because there is enough already"
 
 
 class LedgerForked(LedgerRefused):
@@ -77,8 +94,10 @@ class MemberStore:
         path = self.path / _SEEN
         return checked(read_json(path), self._constitution) if path.is_file() else None
 
-    def follow(self, begin: int, lines: Sequence[str]) -> dict[str, Any]:
+    def follow(self, begin: int, lines: Sequence[str], *, request: bytes = b"") -> dict[str, Any]:
         """Append entries, the first with index `begin`, and return the countersigned head.
+
+        `request` is the signed part of the coordinator's message that contains the entries.
 
         Raises:
             EntriesMissing: this copy lacks earlier entries.
@@ -95,7 +114,8 @@ class MemberStore:
         if other := [place for place, line in enumerate(known) if new[place] != line]:
             place = begin + other[0]
             why = f"the received ledger is not the one that this member countersigned: entry {place} was rewritten"
-            raise self._refused(LedgerForked, why, place, received=new[other[0]], held=known[other[0]])
+            both = {"received": new[other[0]], "held": known[other[0]]}
+            raise self._refused(LedgerForked, why, place, request=request, **both)
         if added := b"".join(new[len(known) :]):
             content += added
             # Verified before it replaces the file.
@@ -103,7 +123,7 @@ class MemberStore:
             if (index := verdict.broken) is not None and len(own) <= index < begin + len(new):
                 why = f"the received ledger does not verify: entry {index} {verdict.why}"
                 kind = LedgerForked if isinstance(verdict.why, Fork) else LedgerRefused
-                raise self._refused(kind, why, index, received=new[index - begin])
+                raise self._refused(kind, why, index, request=request, received=new[index - begin])
             self._verified(content, "the received ledger")
             write_atomic(self.ledger, lambda temporary: temporary.write_bytes(content))
         if not content:
@@ -143,30 +163,47 @@ class MemberStore:
             self._read = reader, content
         return verdict
 
-    def _refused(
-        self, kind: type[LedgerRefused], why: str, index: int, *, received: bytes, held: bytes | None = None
-    ) -> LedgerRefused:
-        path = self.save_evidence(why, index, received=received, held=held)
+    def _refused(self, kind: type[LedgerRefused], why: str, index: int, **lines: bytes) -> LedgerRefused:
+        path = self.save_evidence(why, index, fork=kind is LedgerForked, **lines)
         return kind(f"{why}. Compare ledgers with the other members: 'worldloom weave ledger compare'", path)
 
-    def save_evidence(self, why: str, index: int, *, received: bytes, held: bytes | None = None) -> Path:
+    def save_evidence(
+        self,
+        why: str,
+        index: int,
+        *,
+        received: bytes,
+        held: bytes | None = None,
+        request: bytes = b"",
+        fork: bool = False,
+    ) -> Path | None:
         """Write a file that proves a fault of a coordinator; return its path.
 
-        The file contains the entry `index` as the coordinator signed it, the different entry in this copy if there is
-        one, and the head that this member countersigned.
+        The file contains the received entry `index`, the different entry in this copy if there is one, the signed part
+        of the coordinator's message if the entry came just now, and the head that this member countersigned.
+
+        Returns None if the entry is not in the file because there are too many files already. A `fork`, which proves
+        that there are two ledgers, may take the most places, and an entry without the coordinator's signature the
+        fewest.
         """
         name = hashlib.sha256(received).hexdigest()[:16]
         path = self.path / f"evidence-{index:06d}-{name}.json"
+        if path.is_file():
+            return path
+        signed = is_signed(received, self._constitution)
+        most = _MOST_UNSIGNED if not signed else _MOST_FORKS if fork else _MOST_SIGNED
+        if len(list(self.path.glob("evidence-*.json"))) >= most:
+            return None
         values = {
             "constitution": self._constitution.fingerprint,
             "why": why,
             "index": index,
             "received": received[:_LONGEST].decode("ascii", "replace"),
             "held": None if held is None else held.decode("ascii", "replace"),
+            "request": base64.b64encode(request).decode("ascii") if len(request) <= _LONGEST_REQUEST else "",
             "countersigned": read_json(self.path / _SEEN) if (self.path / _SEEN).is_file() else None,
         }
-        if not path.is_file() and len(list(self.path.glob("evidence-*.json"))) < _MOST:
-            write_document(path, _EVIDENCE, values)
+        write_document(path, _EVIDENCE, values)
         return path
 
     @property

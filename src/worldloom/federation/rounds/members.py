@@ -10,6 +10,7 @@ from worldloom.core.signing import SigningKey
 from worldloom.federation.record.envelope import Refusal, SignedMessage, seal, unseal_answer
 from worldloom.federation.record.ledger import Ledger
 from worldloom.federation.record.ledger_history import printable
+from worldloom.federation.record.ledger_rules import epsilon_in
 from worldloom.federation.record.statements import CHECKPOINT, checked, exit_facts
 from worldloom.federation.rounds.base import Base
 from worldloom.federation.rules.constitution import Constitution
@@ -17,7 +18,7 @@ from worldloom.federation.transport.messages import Reply, Transport
 
 _log = logging.getLogger(__name__)
 LONGEST_REASON = 1000
-"""The largest number of characters of a reason in the ledger."""
+"""The largest number of characters of a reason in the ledger and in a log, because a member chooses its length."""
 
 
 class NoAnswer(DataError):
@@ -36,7 +37,8 @@ class Members:
         self._names = constitution.member_names()
         self._known: dict[str, int] = {}  # member -> number of ledger entries that it confirmed
         self._held: dict[str, str] = {}  # member -> fingerprint of the base that it was sent last
-        self._left = {name for name in constitution.members if ledger.newest_of(name, "exit", "return") == "exit"}
+        exits = {name: ledger.exit_of(name) for name in constitution.members}
+        self._left = {name: exit.index for name, exit in exits.items() if exit}  # member that left -> entry of its exit
 
     def nodes(self) -> list[str]:
         """Return the members that the transport can reach."""
@@ -102,8 +104,9 @@ class Members:
                 accept(_message(answer))
             except (DataError, ArithmeticError) as error:
                 failed[node] = error
-                _log.warning("round %d: %s%s: %s", number, phase, node, error)
-                refusal = {"owner": node, "reason": f"{phase}{error}"[:LONGEST_REASON], **facts}
+                reason = f"{phase}{error}"[:LONGEST_REASON]
+                _log.warning("round %d: %s: %s", number, node, reason)
+                refusal = {"owner": node, "reason": reason, **facts}
                 self._ledger.append("refusal", refusal, round=number)
         return failed
 
@@ -121,7 +124,8 @@ class Members:
             except DataError as error:
                 self._known.pop(node, None)
                 if isinstance(error, NoAnswer | Refusal):
-                    _log.warning("round %d: the answer of %s does not count: %s", number, node, error)
+                    why = str(error)[:LONGEST_REASON]
+                    _log.warning("round %d: the answer of %s does not count: %s", number, node, why)
                 else:
                     self.refuse(node, what, error, number)
         if answers:
@@ -134,8 +138,9 @@ class Members:
 
         `what` is the request.
         """
-        _log.warning("round %d: the answer of %s to %s does not count: %s", number, owner, what, why)
-        refusal = {"owner": owner, "reason": f"{what}: {why}"[:LONGEST_REASON], "what": what}
+        reason = f"{what}: {why}"[:LONGEST_REASON]
+        _log.warning("round %d: the answer of %s does not count: %s", number, owner, reason)
+        refusal = {"owner": owner, "reason": reason, "what": what}
         if refusal not in self._ledger.of("refusal", number):
             self._ledger.append("refusal", refusal, round=number)
 
@@ -151,14 +156,30 @@ class Members:
                 f"{printable(seen.hash)[:64]}; compare both ledgers with 'worldloom weave ledger compare'"
             )
 
-    def mark_present(self, owners: Collection[str], number: int) -> None:
-        """For each of `owners` that had left, record in the ledger that it has come back."""
-        for owner in sorted(self._left.intersection(owners)):
-            self._left.discard(owner)
+    def check_spent(self, owner: str, spent: Mapping[str, Any]) -> None:
+        """Check that the privacy that a member reports as spent has not fallen.
+
+        Raises:
+            DataError: an earlier contribution reports more.
+        """
+        before, now = epsilon_in(self._ledger.spent(owner)), epsilon_in(spent)
+        if now < before:
+            raise DataError(
+                f"{owner} reports a spent epsilon of {now:.4g}, but has reported {before:.4g} before; restore its "
+                f"folder, which counts the spent privacy, from a copy"
+            )
+
+    def mark_present(self, owner: str, seen: ChainHead, number: int) -> None:
+        """If a member had left, record in the ledger that it has returned.
+
+        `seen` is the head in its contribution to this round. A contribution from before the exit is not a return.
+        """
+        if owner in self._left and seen.length > self._left[owner]:
+            del self._left[owner]
             self._ledger.append("return", {"owner": owner}, round=number)
 
     def _exchange(self, requests: Mapping[str, bytes], kind: str) -> Iterator[Answer]:
-        seconds, away = self._constitution.timeout_seconds, self._left.intersection(requests)
+        seconds, away = self._constitution.timeout_seconds, self._left.keys() & requests.keys()
         for reply in self._transport.exchange(requests, seconds=seconds, away=away):
             yield reply.node, self._open(reply, kind)
 
@@ -195,8 +216,9 @@ class Members:
         if facts is None:
             return False
         if node not in self._left:
-            self._left.add(node)
-            self._ledger.append("exit", facts, round=number)
+            if any(entry.body["facts"]["word"] == facts["word"] for entry in self._ledger.entries("exit")):
+                return False  # it left, returned and left in one round: the ledger has this exit, so this is a refusal
+            self._left[node] = self._ledger.append("exit", facts, round=number).index
         return True
 
     def _countersigned(self, message: SignedMessage, head: ChainHead) -> SignedMessage:

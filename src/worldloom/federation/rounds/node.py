@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from worldloom.core.chain import Entry
+from worldloom.core.chain import canonical
 from worldloom.core.config import parse_component
 from worldloom.core.errors import ConfigError, DataError, WorldloomError
 from worldloom.core.files import exclusive_lock, read_json, storage_errors, whole_folder, write_atomic, write_json
@@ -26,7 +26,9 @@ from worldloom.federation.rounds.codecs import CODECS
 from worldloom.federation.rounds.contribution import Contribution
 from worldloom.federation.rounds.local import LocalTraining
 from worldloom.federation.rounds.member_store import BaseMissing, EntriesMissing, LedgerRefused, MemberStore
+from worldloom.federation.rounds.members import LONGEST_REASON
 from worldloom.federation.rounds.secure_node import AlreadyHelped, SecureNode
+from worldloom.federation.rounds.self_check import SelfCheck
 from worldloom.federation.rules.constitution import Constitution
 from worldloom.federation.secure.aggregation_protocol import WrongShare
 from worldloom.federation.secure.privacy import Accountant, PrivacyConfig, clip_and_noise, secret_generator
@@ -72,8 +74,7 @@ class Node:
         self.store = MemberStore(self.path / "consortium", constitution, key, like=training.like)
         self._left = self.path / "left.json"
         self.fault: LedgerRefused | None = None  # what was wrong with the ledger that a coordinator sent last
-        self._settled = set[int]()  # rounds whose record in the ledger was compared with what this node sent
-        self._losses: dict[str, set[float]] = {}  # fingerprint of a base -> the losses that this node sent
+        self._check = SelfCheck(self.path / "self-check.json", name, self.store)
         self._sums: SecureNode | None = None
         self._answers: dict[str, Callable[[SignedMessage], bytes]] = {"train": self._train}
         if constitution.secure_aggregation:
@@ -119,8 +120,8 @@ class Node:
             _log.warning("%s refuses: %s", self.name, error)
             self.fault = error if isinstance(error, LedgerRefused) else None
             if self.fault is not None:
-                _log.error("%s stores the evidence in %s", self.name, self.fault.evidence)
-            body: dict[str, Any] = {"round": number, "why": str(error)}
+                _log.error("%s does not accept the ledger. %s", self.name, self.fault.place)
+            body: dict[str, Any] = {"round": number, "why": str(error)[:LONGEST_REASON]}
             if isinstance(error, EntriesMissing):
                 body["length"] = error.length
             if isinstance(error, BaseMissing):
@@ -160,7 +161,9 @@ class Node:
             raise DataError(
                 f"{self.name} has not left the consortium, so it cannot return; start its node to take part"
             )
-        self._left.unlink()
+        with exclusive_lock(self.path / ".lock", None):
+            self._check.returns()
+            self._left.unlink()
 
     def export(self, into: Path | str, rules: Path | str) -> None:
         """Copy the run, base and ledger, and the constitution with its signatures, into a new folder.
@@ -287,6 +290,8 @@ class Node:
         """
         path = self.path / "privacy.json"
         accountant = Accountant(config, read_json(path) if path.is_file() else [])
+        # If the file was lost or replaced by an older one, the ledger still has what was sent.
+        accountant = max(accountant, Accountant(config, self._recorded()), key=lambda one: one.epsilon)
         epsilon = accountant.spend(noise=in_sum)
         write_json(path, accountant.state())
         spent: dict[str, Any] = {"clip": config.clip, "noise": config.noise, "delta": config.delta, "round": number}
@@ -294,12 +299,22 @@ class Node:
             spent |= {"share": 1 / self.constitution.threshold, "in_sum": in_sum}
         return {**spent, "epsilon": epsilon if math.isfinite(epsilon) else None}
 
+    def _recorded(self) -> list[dict[str, Any]]:
+        """Return the payments of this owner in the ledger, in the form of the accountant's state.
+
+        Several attempts at a secure sum share one payment, and a coordinator that takes over records one again.
+        """
+        entries = self.store.records.entries("contribution")
+        own = [entry.body["facts"]["spent"] for entry in entries if entry.body["facts"]["owner"] == self.name]
+        paid = {canonical(spent): spent.get("in_sum", spent["noise"]) for spent in own}
+        return [{"rounds": 1, "noise": noise, "sample_rate": 1.0} for noise in paid.values()]
+
     def _judge(self, asked: SignedMessage) -> bytes:
         (base, seen), number = self._take(asked), asked.body["round"]
         if self.store.names(number, base.fingerprint):  # otherwise it is a trial
             self.store.save_base(number, base)
         losses = self._training.judge(base)
-        self._losses.setdefault(base.fingerprint, set()).add(losses["total"])
+        self._check.sends_loss(base.fingerprint, losses["total"])
         body = {"round": number, "base": base.fingerprint, "losses": losses, "countersigned": seen}
         return seal("verdict", body, {}, key=self._key)
 
@@ -316,36 +331,10 @@ class Node:
         """
         base = self.store.receive(asked.body["base"], asked.tensors)
         entries = asked.body["ledger"]
-        seen = self.store.follow(entries["begin"], entries["lines"])
-        self._compare()
+        self._check.begin()
+        seen = self.store.follow(entries["begin"], entries["lines"], request=asked.statement)
+        self._check.compare(self._sent())
         return base, seen
-
-    def _compare(self) -> None:
-        """Compare what the ledger says about this member with what it sent, and report differences."""
-        records = self.store.records
-        rounds = [entry for entry in records.entries("round") if entry.body["round"] not in self._settled]
-        if not rounds:
-            return
-        sent, bases = self._sent(), records.bases()
-        for entry in rounds:
-            number, facts = entry.body["round"], entry.body["facts"]
-            self._settled.add(number)
-            outcome, reason = records.outcome(self.name, number) if number in sent else ("counted", "")
-            if outcome == "refused":
-                _log.warning("round %d: the contribution of %s does not count: %s", number, self.name, reason)
-            if outcome == "dropped":
-                self._accuse(f"has neither the contribution of {self.name} nor a reason for its refusal", entry)
-            judged = (facts.get("evaluation") or {}).get("owners", {}).get(self.name)
-            judged_bases = [str(bases[which]["fingerprint"]) for which in (number, number + 1) if which in bases]
-            for loss, base in zip(judged or [], judged_bases, strict=False):
-                if loss is not None and base in self._losses and loss not in self._losses[base]:
-                    self._accuse(f"has a held-out loss of {self.name} that {self.name} did not send", entry)
-
-    def _accuse(self, why: str, entry: Entry) -> None:
-        """Report and store an entry with which a coordinator misrepresents this member."""
-        why = f"entry {entry.index} of the ledger, round {entry.body['round']}, {why}"
-        evidence = self.store.save_evidence(why, entry.index, received=f"{entry.line()}\n".encode("ascii"))
-        _log.error("%s; the coordinator is at fault. The evidence is in %s", why, evidence)
 
     def _sent(self) -> set[int]:
         """Return the newest rounds to which this node sent a contribution."""

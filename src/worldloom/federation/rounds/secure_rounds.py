@@ -25,7 +25,8 @@ from worldloom.core.errors import ConfigError, DataError, TrainingError
 from worldloom.core.files import storage_errors, write_atomic
 from worldloom.core.names import path_name
 from worldloom.federation.record.envelope import Refusal, SignedMessage, unseal_answer
-from worldloom.federation.record.ledger import THE_SUM, Ledger, LedgerReader, Records
+from worldloom.federation.record.ledger import Ledger, LedgerReader, Records
+from worldloom.federation.record.ledger_rules import THE_SUM
 from worldloom.federation.record.statements import SignedContribution, seen_in
 from worldloom.federation.rounds.base import Base, fingerprint
 from worldloom.federation.rounds.contribution import check_facts, check_spent
@@ -373,6 +374,8 @@ class SecureSums:
         """
         if what == "advertise":
             self._members.check_seen(message.sender, seen_in(message))
+        if what == "mask":
+            self._members.check_spent(message.sender, message.body["spent"])
         held.take(what, message)
         path = _file(self._path, held, what, message.sender)
         write_atomic(path, lambda temporary: temporary.write_bytes(message.data))
@@ -380,6 +383,7 @@ class SecureSums:
             said = [held.answers("advertise")[message.sender].statement, message.statement]
             signed = SignedContribution.of(said, held.round, self._constitution)
             self._ledger.append("contribution", signed.facts, round=held.round)
+            self._members.mark_present(message.sender, signed.seen, held.round)
 
 
 def load_sum(path: Path, number: int) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ Key = Annotated[str, StringConstraints(pattern=r"\A[0-9a-f]{64}\z")]
 
 _KIND = "worldloom constitution signature"
 _LARGEST = 2**20  # bytes
+_MOST_MEMBERS = 150  # an entry of the ledger has room for the digests and figures of so many
 _OF_SUMS = ("mean",)  # aggregations that need only the sum; a clipped mean needs the norm of each contribution
 _MASKABLE = ("float32",)  # codecs with a single part; masks are added to integers, not to a codec's parts
 _REMAINING = (
@@ -80,7 +81,7 @@ class Constitution(Config):
 
     constitution: Literal[1] = 1
     consortium: str = Field(min_length=1)
-    members: dict[Name, Member] = Field(min_length=1)
+    members: dict[Name, Member] = Field(min_length=1, max_length=_MOST_MEMBERS)
     coordinators: tuple[Name | ExternalCoordinator, ...] = Field(min_length=1)
     rounds: Annotated[Number, Field(gt=0)]
     inner_steps: Annotated[Count, Field(gt=0)]

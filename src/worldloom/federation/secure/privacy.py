@@ -9,7 +9,7 @@ if owners are sampled, from Opacus' Renyi accountant, which is an upper bound.
 import math
 import secrets
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -153,14 +153,14 @@ class Accountant:
         DataError: the state is invalid.
     """
 
-    def __init__(self, config: PrivacyConfig, state: Iterable[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, config: PrivacyConfig, state: Sequence[Mapping[str, Any]] = ()) -> None:
         self.config = config
         try:
+            if not isinstance(state, list | tuple):
+                raise TypeError("expected a list")
             self._events = [Event.parse(entry) for entry in state]
         except (TypeError, ValueError, ConfigError) as error:
-            raise DataError(
-                f"the privacy accountant's state is invalid ({error}); restore it from the ledger"
-            ) from None
+            raise DataError(f"the privacy accountant's state is invalid ({error}); restore it from a copy") from None
 
     @property
     def epsilon(self) -> float:

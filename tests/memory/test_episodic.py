@@ -487,3 +487,19 @@ except StorageError as error:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("3\n")
     assert "no permission" in done.stdout
+
+
+def test_a_memory_whose_creation_was_interrupted_is_created_again(tmp_path: Path, monkeypatch) -> None:
+    import lance
+
+    def interrupted(_: object, target: Path, **__: object) -> None:
+        (target / "_versions").mkdir(parents=True)
+        (target / "data").mkdir()
+        raise OSError("LanceError(IO): No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(lance, "write_dataset", interrupted)
+        with pytest.raises(StorageError):
+            EpisodicMemory.open_or_create(tmp_path / "memory", spec=SPEC)
+    with EpisodicMemory.open_or_create(tmp_path / "memory", spec=SPEC) as memory:
+        assert len(memory) == 0

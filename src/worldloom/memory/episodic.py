@@ -79,7 +79,7 @@ class EpisodicMemory(Closing):
         import lance
 
         path = Path(path)
-        if (path / TABLE).exists():
+        if _exists(path):
             raise StorageError(f"{path} already contains a memory; open that memory, or choose another directory")
         make_private(path)
         with memory_errors(path, "write"):
@@ -113,7 +113,7 @@ class EpisodicMemory(Closing):
         cls, path: Path | str, *, spec: ModelSpec, config: MemoryConfig | None = None
     ) -> "EpisodicMemory":
         """Open a memory for writing, or create it with `config`."""
-        if (Path(path) / TABLE).exists():
+        if _exists(Path(path)):
             return cls.open(path, spec=spec, writable=True)
         return cls.create(path, spec=spec, config=config)
 
@@ -470,6 +470,11 @@ class EpisodicMemory(Closing):
                 f"ids from a new recall"
             )
         return order[places]
+
+
+def _exists(path: Path) -> bool:
+    """Return whether the table of a memory has a version; without one, its creation was interrupted."""
+    return any((path / TABLE / "_versions").glob("*.manifest"))
 
 
 def open_records(path: Path) -> Any:

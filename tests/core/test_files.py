@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from worldloom.core.errors import StorageError
-from worldloom.core.files import read_json, storage_errors, write_atomic, write_json
+from worldloom.core.files import beside, read_json, storage_errors, write_atomic, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path: Path) -> None:
@@ -50,3 +50,13 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_other_errors_pass_through() -> None:
     with pytest.raises(OSError, match="odd"), storage_errors("x"):
         raise OSError(errno.EIO, "odd")
+
+
+def test_a_file_beside_a_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "logs" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "logs")
+    assert beside(Path("other"), ".json") == Path("other.json")
+    for same in (Path(), Path("inner/.."), tmp_path / "logs"):
+        assert beside(same, ".json") == tmp_path / "logs.json"
+    with pytest.raises(StorageError, match="/ has no name"):
+        beside(Path("/"), ".json")

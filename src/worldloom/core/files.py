@@ -219,6 +219,18 @@ def whole_folder(path: Path) -> Iterator[Path]:
         begun.rename(path)
 
 
+def beside(path: Path, ending: str) -> Path:
+    """Return the path of a file next to a file or folder, with the name and an ending; `.` and `..` have names too.
+
+    Raises:
+        StorageError: the path is the root folder, which has no name.
+    """
+    named = path if path.name not in ("", "..") else Path(os.path.normpath(path.absolute()))
+    if not named.name:
+        raise StorageError(f"{path} has no name, so that nothing can be written next to it; choose another path")
+    return named.with_name(f"{named.name}{ending}")
+
+
 @contextmanager
 def exclusive_lock(path: Path, otherwise: Exception | None) -> Iterator[None]:
     """Lock `path` for this process. The kernel releases the lock when the process ends, even if it is killed.

@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 Kind = Literal["lance", "hdf5", "video", "picture", "parquet"]
 MEMORY = 8 * 2**30  # bytes of address space of the child, in addition to twice the largest file
 _SECONDS, _RATE = 300.0, 2e6  # time limit: seconds, and bytes per second in addition
+_LANCE = ("_deletions", "_indices", "_versions", "data")  # the folders of a Lance table that readers open
 _CHECKS = b"2:"  # raise the number when the child checks more, so that files are tried again
 _MOST_KNOWN, _MOST_LISTS = 100_000, 1000
 _CHILD = Path(__file__).with_name("untrusted_child.py")
@@ -92,7 +93,7 @@ def try_files(kind: Kind, files: Iterable[Path], *, table: Path | None = None, v
 
 def table_files(table: Path) -> list[Path]:
     """Return the files of a Lance table that readers open."""
-    folders = [entry for entry in _entries(table) if entry.is_dir() and entry.name != "_transactions"]
+    folders = [entry for entry in _entries(table) if entry.is_dir() and entry.name in _LANCE]
     return sorted(Path(root) / name for folder in folders for root, _, names in os.walk(folder.path) for name in names)
 
 

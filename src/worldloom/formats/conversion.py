@@ -9,6 +9,7 @@ both cases no episode is lost or repeated.
 
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from worldloom.core.errors import ConfigError, DataError, StorageError
-from worldloom.core.files import read_json, require_writable, storage_errors, write_json, write_text
+from worldloom.core.files import beside, read_json, require_writable, storage_errors, write_json, write_text
 from worldloom.core.progress import SILENT, Progress, ProgressTask
 from worldloom.data import check_episode
 from worldloom.formats.format import (
@@ -129,7 +130,7 @@ def convert(
     start = time.perf_counter()
     source_path, target_path = Path(source_path), Path(target_path)
     read, write = read or ReadOptions(), write or WriteOptions()
-    if source_path.resolve() == target_path.resolve():
+    if os.path.realpath(source_path) == os.path.realpath(target_path):
         raise ConfigError(f"source and target are both {source_path}; choose a different target")
     reader = detect(source_path) if source_format is None else FORMATS[source_format]
     writer = FORMATS[target_format or "worldloom"]
@@ -138,7 +139,7 @@ def convert(
         raise ConfigError(f"format {writer.name!r} cannot be written; choose one of {writable}")
     if not source_path.exists():
         raise StorageError(f"{source_path} does not exist; check the path")
-    require_writable(target_path, target_path.with_name(f"{target_path.name}.conversion.json"))
+    require_writable(target_path, beside(target_path, ".conversion.json"))
     with reader.open(source_path, read) as source:
         indices = _indices(episodes, len(source), source_path)
         identity = {
@@ -235,8 +236,8 @@ class _Journal:
 
     def __init__(self, target: Path, identity: dict[str, Any]) -> None:
         self._target, self._identity = target, identity
-        self._path = target.with_name(f"{target.name}.convert.jsonl")
-        self._report = target.with_name(f"{target.name}.conversion.json")
+        self._path = beside(target, ".convert.jsonl")
+        self._report = beside(target, ".conversion.json")
 
     def finished(self) -> ConversionReport | None:
         """Return the report of a complete conversion, or None."""

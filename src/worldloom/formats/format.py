@@ -787,10 +787,10 @@ def only_one(found: Sequence[Path], path: Path, kind: str) -> Path:
 def files_below(path: Path) -> list[Path]:
     """Return all files below a directory, sorted; links to directories are followed once."""
     found: list[Path] = []
-    seen = {path.resolve()}
+    seen = {os.path.realpath(path)}
     for folder, folders, names in os.walk(path, followlinks=True):
-        folders[:] = [name for name in folders if Path(folder, name).resolve() not in seen]
-        seen |= {Path(folder, name).resolve() for name in folders}
+        folders[:] = [name for name in folders if os.path.realpath(Path(folder, name)) not in seen]
+        seen |= {os.path.realpath(Path(folder, name)) for name in folders}
         found += [Path(folder, name) for name in names]
     return sorted(file for file in found if file.is_file())
 

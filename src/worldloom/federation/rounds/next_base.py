@@ -1,6 +1,7 @@
 """The next base as a deterministic function of a round's contributions, so that anyone can recompute it."""
 
 import math
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +103,7 @@ def recompute(
             is excluded.
         StorageError: a contribution is missing, or the target is the source folder.
     """
-    if Path(path).resolve() == Path(into).resolve():
+    if os.path.realpath(path) == os.path.realpath(into):
         raise StorageError(f"{into} contains the rounds themselves; choose another folder for the result")
     stored, made = RoundStore(path), RoundStore(into)
     records = read_ledger(stored.ledger, constitution)

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from worldloom.core.config import Config
 from worldloom.core.errors import DataError, StorageError, WorldloomError
-from worldloom.core.files import require_writable, write_json
+from worldloom.core.files import beside, require_writable, write_json
 from worldloom.core.signing import Domain, read_signed, sign_file
 from worldloom.core.yaml_config import parse_yaml
 from worldloom.data import EpisodeDataset, Frames
@@ -49,7 +49,7 @@ class Permission(Config):
 
 def card_path(dataset: Path | str) -> Path:
     """Return the path of the card of a dataset."""
-    return Path(dataset).with_name(f"{Path(dataset).name}.card.yaml")
+    return beside(Path(dataset), ".card.yaml")
 
 
 def classify(

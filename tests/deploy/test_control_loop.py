@@ -303,6 +303,26 @@ def test_the_watchdog_acts_where_the_loop_itself_is_stuck(plant: Plant, link: So
     assert unnoticed(report, plant) == set()
 
 
+def test_the_watchdog_goes_on_after_an_error(plant: Plant, link: SocketLink, monkeypatch, caplog) -> None:
+    send, failed = link.send, []
+
+    def glitch(action: np.ndarray, *, kind: str = "agent", answers: int = -1) -> None:
+        if kind == "watchdog" and not failed:
+            failed.append(1)
+            raise OSError("the bus is off")
+        send(action, kind=kind, answers=answers)
+
+    def block(report: ControlReport) -> None:
+        if len(report.periods) == 5:
+            time.sleep(10 * PERIOD)
+
+    monkeypatch.setattr(link, "send", glitch)
+    report = loop_of(Counting(), link, on_period=block).run(GOAL, duration=1.2)
+    assert failed
+    assert len(report.watchdog) >= 4
+    assert "the loop's watchdog cannot reach the plant" in caplog.text
+
+
 def test_without_a_watchdog_the_plants_own_acts(plant: Plant, link: SocketLink) -> None:
     def block(report: ControlReport) -> None:
         if len(report.periods) == 5:

@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 # The share of the time before the deadline that the agent may use for planning; the rest is for sending the action.
 _PLANNING_SHARE = 0.8
 _KEPT = 100_000  # entries of each list of a report
+_WATCHDOG_FAILED = "the loop's watchdog cannot reach the plant; the plant's own watchdog must act: %s"
 
 
 SafeAction = Literal["hold"] | Sequence[float] | Callable[[PlantReading | None], np.ndarray]
@@ -209,6 +210,7 @@ class ControlLoop:
         self.reading: PlantReading | None = None
         """The latest reading that a period used."""
         self._misses_said, self._watchdog_said = SparingLog(_log), SparingLog(_log)
+        self._watchdog_failed = SparingLog(_log)
         self._agent, self._worker = agent, _Worker(agent)
 
     def stop(self) -> None:
@@ -447,9 +449,8 @@ class ControlLoop:
                 if self._commanded < current and self._command(period, None, "watchdog"):
                     self.report.watchdog.append((current, time.monotonic() - schedule.due(current)))
                     self._watchdog_said.log(logging.WARNING, "period %d: the watchdog sent the safe action", current)
-            except WorldloomError as error:
-                _log.error("the loop's watchdog cannot reach the plant; the plant's own watchdog must act: %s", error)
-                return
+            except Exception as error:  # also of the user's `write`; the watchdog tries again in the next period
+                self._watchdog_failed.log(logging.ERROR, _WATCHDOG_FAILED, error)
             number = current + 1
 
     def _leave_safe(self) -> None:
@@ -459,7 +460,7 @@ class ControlLoop:
         try:
             with self._commanding:
                 self._send(values, "safe", -1)
-        except WorldloomError as error:
+        except Exception as error:
             _log.error("the last safe action could not be sent; the plant's own watchdog must act: %s", error)
 
 

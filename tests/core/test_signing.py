@@ -1,6 +1,7 @@
 """Who signed a file is known, and every change to it is found."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from worldloom.core.errors import DataError, StorageError
 from worldloom.core.signing import Domain, SigningKey, make_key, read_signed, sign_file, signature_path, verified
+from worldloom.core.user_state import own_key, own_public_key
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,39 @@ def test_a_secret_key_is_for_its_owner_alone_and_never_written_over(tmp_path: Pa
     with pytest.raises(StorageError, match="never overwritten"):
         make_key(tmp_path / "key.pem")
     assert (tmp_path / "key.pem").read_bytes() == before
+
+
+def test_a_key_that_could_not_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match="full"):
+            make_key(tmp_path / "keys" / "key.pem")
+    assert not any((tmp_path / "keys").iterdir())
+    make_key(tmp_path / "keys" / "key.pem")
+
+
+@pytest.mark.parametrize("kind", ["empty", "garbage", "folder", "link to nothing"])
+def test_a_damaged_key_of_the_user_is_told_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("WORLDLOOM_STATE", str(tmp_path))
+    path = tmp_path / "key.pem"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "link to nothing":
+        path.symlink_to(tmp_path / "nothing")
+    else:
+        path.touch(0o600)
+        path.write_text("" if kind == "empty" else "garbage")
+    for read in (own_key, own_public_key):
+        with pytest.raises(DataError, match="your own key, is damaged or not a file. Delete it"):
+            read()
+    path.rmdir() if kind == "folder" else path.unlink()
+    assert own_public_key() is None
+    assert own_key().public == own_public_key()
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o660])

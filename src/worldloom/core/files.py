@@ -42,7 +42,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             written(path)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -254,7 +254,8 @@ def exclusive_lock(path: Path, otherwise: Exception | None) -> Iterator[None]:
         yield
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Flush the entries of a directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

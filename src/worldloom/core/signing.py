@@ -10,13 +10,14 @@ digits.
 
 import os
 import re
+import secrets
 from collections.abc import Collection
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from worldloom.core.errors import DataError, StorageError
-from worldloom.core.files import check_private, read_document, read_json, storage_errors, write_document
+from worldloom.core.files import check_private, read_document, read_json, storage_errors, sync_directory, write_document
 
 _KIND = "worldloom signature"
 _FORMAT = 2  # format 1 had no domains
@@ -96,19 +97,26 @@ def make_key(path: Path | str) -> str:
 
 
 def write_key(path: Path | str, content: bytes, *, mode: int = 0o600) -> None:
-    """Create a file with permissions `mode` from the start, so that no other user can open a secret.
+    """Create a file atomically, with permissions `mode` from the start, so that no other user can open a secret.
 
     Raises:
         StorageError: the file already exists, or cannot be written.
     """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with storage_errors(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as opened:
+                opened.write(content)
+                opened.flush()
+                os.fsync(opened.fileno())
+            os.link(temporary, path)  # fails if the path exists; a rename would replace it
         except FileExistsError:
             raise StorageError(f"{path} already exists; keys are never overwritten. Choose another path") from None
-        with os.fdopen(file, "wb") as opened:
-            opened.write(content)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_directory(path.parent)
 
 
 def sign_file(path: Path | str, key: Path | str, domain: Domain) -> Path:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from worldloom.core.errors import StorageError
+from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import exclusive_lock, storage_errors
 from worldloom.core.signing import SigningKey, make_key
 
@@ -39,11 +39,11 @@ def own_key() -> SigningKey:
     path = _key_path()
     try:
         with exclusive_lock(path.with_name(f".{path.name}.lock"), None):  # two processes may begin at the same time
-            if not path.exists():
+            if not os.path.lexists(path):
                 make_key(path)
     except StorageError as error:
         raise StorageError(f"{error}. The folder {path.parent} stores your key; set {FOLDER} to use another") from None
-    return SigningKey(path)
+    return _read_key(path)
 
 
 def own_public_key() -> str | None:
@@ -55,8 +55,20 @@ def own_public_key() -> str | None:
     """
     path = _key_path()
     with storage_errors(path):
-        exists = path.exists()
-    return SigningKey(path).public if exists else None
+        exists = os.path.lexists(path)
+    return _read_key(path).public if exists else None
+
+
+def _read_key(path: Path) -> SigningKey:
+    try:
+        if path.is_file():
+            return SigningKey(path)
+    except DataError:
+        pass
+    raise DataError(
+        f"{path}, your own key, is damaged or not a file. Delete it; a new key is made when it is needed. Margins that "
+        f"the old key signed must then be calibrated again"
+    )
 
 
 def _key_path() -> Path:

@@ -3,6 +3,7 @@
 import json
 import os
 import sqlite3
+import sqlite3
 import subprocess
 import sys
 from collections import deque
@@ -503,3 +504,17 @@ def test_a_memory_whose_creation_was_interrupted_is_created_again(tmp_path: Path
             EpisodicMemory.open_or_create(tmp_path / "memory", spec=SPEC)
     with EpisodicMemory.open_or_create(tmp_path / "memory", spec=SPEC) as memory:
         assert len(memory) == 0
+
+
+def test_a_journal_with_a_query_of_its_own_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    with made(path) as memory:
+        fill(memory, 50)
+    with sqlite3.connect(path / "journal.sqlite") as database:
+        database.execute("DROP TABLE pending")
+        endless = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT x FROM r"
+        database.execute(f"CREATE VIEW pending AS {endless}")
+    database.close()
+    for writable in (False, True):
+        with pytest.raises(DataError, match="has the view 'pending', which worldloom does not write"):
+            EpisodicMemory.open(path, spec=SPEC, writable=writable)

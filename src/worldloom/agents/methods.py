@@ -363,7 +363,7 @@ def _reactive(heads: Heads) -> ReactivePolicy:
 
 
 def default_methods() -> dict[str, MethodConfig]:
-    """Return the baselines and planners of every results table."""
+    """Return the methods of a recipe that does not set `methods`: the standard baselines and planners."""
     return {
         "random": RandomMethod(),
         "behaviour cloning": CloningMethod(),

@@ -364,7 +364,7 @@ class PlanningAgent(Agent):
 
 
 class ExploringAgent:
-    """Explores B environments at once, without a goal; the guide of `planning` aims at new states."""
+    """Explores B environments at once, without a goal: acts through `planning`, whose guide sets new states as goals."""
 
     def __init__(self, planning: PlanningAgent) -> None:
         self.planning, self._begun = planning, False

@@ -251,7 +251,8 @@ class Protocol(Config):
             )
         if logged and self.budget is None:
             raise ValueError(
-                "the shortest path to goals of the logging policy is unknown; set 'budget' to a number of steps"
+                "'budget_over_shortest' needs the shortest path to the goal, which is unknown for goals of the logging "
+                "policy; set 'budget' to a number of steps instead"
             )
         return self
 

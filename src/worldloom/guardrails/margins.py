@@ -37,10 +37,10 @@ _REMEDY = "Run 'worldloom calibrate' with this rule set, model and method"
 class Margins:
     """Margins, added to each guardrail's predicted violation at each step of a plan, and their guarantee.
 
-    In episodes that are exchangeable with the calibration episodes and use the same planner, a chosen plan breaks a
-    guardrail that it was predicted to satisfy in at most the fraction `risk` of episodes. `usual` is the quantile, at
-    the same risk, of the prediction errors observed at the end of each block, in units of the margins; recalibration
-    compares new errors with `usual`.
+    Take episodes that are exchangeable with the calibration episodes and use the same planner. In at most the fraction
+    `risk` of them, a chosen plan breaks a guardrail that it was predicted to satisfy. `usual` is the prediction error
+    that is exceeded at the end of a block with probability `risk`, in units of the margins. Recalibration compares new
+    errors with it.
     """
 
     values: Float[Tensor, "G T"]

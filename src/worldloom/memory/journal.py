@@ -42,6 +42,7 @@ class Journal:
                 with storage_errors(path):
                     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite would let others read the file
                 self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+                self._check_schema(self._database)
                 self._database.execute("PRAGMA journal_mode = WAL")
                 # With NORMAL, an append survives the end of the process, but not a power cut.
                 self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
@@ -127,6 +128,7 @@ class Journal:
         where = f"file:{quote(str(self.path.resolve()))}?mode=ro"
         database = sqlite3.connect(where, uri=True, isolation_level=None, check_same_thread=False)
         try:
+            self._check_schema(database)
             database.execute("SELECT count(*) FROM pending")
         except sqlite3.OperationalError:
             # In a read-only directory, SQLite cannot create the index of its log. It does not need one if the log is
@@ -135,8 +137,19 @@ class Journal:
             log = self.path.with_name(f"{self.path.name}-wal")
             if log.exists() and log.stat().st_size:
                 raise
-            return sqlite3.connect(f"{where}&immutable=1", uri=True, isolation_level=None, check_same_thread=False)
+            database = sqlite3.connect(f"{where}&immutable=1", uri=True, isolation_level=None, check_same_thread=False)
+            self._check_schema(database)
         return database
+
+    def _check_schema(self, database: sqlite3.Connection) -> None:
+        """Refuse views and triggers, which run what the file's author wrote, for example a query without end."""
+        odd = database.execute("SELECT type, name FROM sqlite_master WHERE type NOT IN ('table', 'index')").fetchall()
+        if odd:
+            database.close()
+            raise DataError(
+                f"the memory's journal {self.path} has the {odd[0][0]} {odd[0][1][:50]!r}, which worldloom does not "
+                f"write. Restore the file from a copy, or move it away"
+            )
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

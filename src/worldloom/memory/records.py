@@ -210,7 +210,7 @@ class Memories:
         }
 
     def arrow(self, spec: MemorySpec, frames: pa.Array | None, vectors: pa.Array | None) -> pa.Table:
-        """Return the rows of a table, with their frames and vectors."""
+        """Return these memories as an Arrow table with the columns of `spec`, including frames and vectors."""
         columns = {**self.columns(), "pixels": frames, "vector": vectors}
         schema = spec.schema()
         return pa.table({name: columns[name] for name in schema.names}, schema=schema)

@@ -94,8 +94,8 @@ class ConsortiumConfig(Config):
             raise ValueError(f"owners: {reserved[0]!r} is the name of a part of the simulation; choose another name")
         if self.pilot is not None and (self.pilot not in self.owners or not self.align_steps):
             raise ValueError(
-                f"pilot: expected one of {', '.join(self.owners)}, and align_steps above 0; got {self.pilot!r} and "
-                f"align_steps {self.align_steps}"
+                f"pilot: expected an owner ({', '.join(self.owners)}) and a value of align_steps above 0; got pilot "
+                f"{self.pilot!r} and align_steps {self.align_steps}"
             )
         return self
 

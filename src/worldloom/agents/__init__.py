@@ -1,9 +1,10 @@
 """Agents: model predictive control, guides for far goals, a reactive policy, and baselines."""
 
-from worldloom.agents.audit_entries import AgentDescription, parse_body
+from worldloom.agents.audit_entries import AgentDescription, DecidedBody, EntryBody, WentOnBody, parse_body
 from worldloom.agents.audit_log import (
     AuditLog,
     damaged_situations,
+    happened_after,
     log_entries,
     log_path,
     read_situation,
@@ -50,6 +51,8 @@ __all__ = [
     "CloningPolicy",
     "CuriosityConfig",
     "CuriosityGuide",
+    "DecidedBody",
+    "EntryBody",
     "ExploringAgent",
     "FollowConfig",
     "Guide",
@@ -73,10 +76,12 @@ __all__ = [
     "ReactivePolicy",
     "Rememberer",
     "Situation",
+    "WentOnBody",
     "damaged_situations",
     "default_methods",
     "fit_behaviour_cloning",
     "fit_reactive",
+    "happened_after",
     "log_entries",
     "log_path",
     "parse_body",

@@ -125,13 +125,13 @@ def read_audit_log(files: Path) -> dict[str, Any]:
     found = list(log_entries(files / "audit-log"))
     decided = next(entry for entry in found if entry.body["event"] == "decided")
     observations, situation = read_situation(files / "audit-log", decided)
-    plan, _, _ = replay_entry(files / "audit-log", decided.index, run=files / "run")
+    again = replay_entry(files / "audit-log", decided.index, run=files / "run")
     return {
         "events": [entry.body["event"] for entry in found],
         "pixels": list(observations.pixels.shape),
         "goal": situation.goal.tolist(),
         "recorded": decided.body["first"],
-        "replayed": plan.actions[:, 0].tolist(),
+        "replayed": again.plan.actions[:, 0].tolist(),
     }
 
 

@@ -84,8 +84,7 @@ def test_each_decision_can_be_made_again_bit_for_bit(folder: Path) -> None:
     agent = agent_of(None, seed=99)  # what it draws comes from the log
     for entry in entries(log_path(folder)):
         if entry.body["event"] == "decided":
-            _, same = replay(folder, entry, agent.decide, "cpu")
-            assert same
+            assert not replay(folder, entry, agent.decide, WORLD)[1]
 
 
 def test_another_agent_does_not_decide_the_same(folder: Path) -> None:
@@ -96,8 +95,7 @@ def test_another_agent_does_not_decide_the_same(folder: Path) -> None:
         lambda goal: GoalObjective(LatentL2(), goal),
         replan=1,
     )
-    _, same = replay(folder, entry, other.decide, "cpu")
-    assert not same
+    assert "plan" in replay(folder, entry, other.decide, WORLD)[1]
 
 
 def test_how_episodes_end_is_written_with_what_is_seen_there(tmp_path: Path) -> None:
@@ -188,8 +186,7 @@ def test_parts_of_an_agent_write_into_one_log_and_are_told_apart(tmp_path: Path)
     assert [entry.body.get("part", "") for entry in found[1:]] == ["", "", "exploring", "exploring", "", ""]
     for entry in found:
         if entry.body["event"] == "decided":
-            _, same = replay(tmp_path / "log", entry, agent_of(None, seed=7).decide, "cpu")
-            assert same
+            assert not replay(tmp_path / "log", entry, agent_of(None, seed=7).decide, WORLD)[1]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -215,10 +212,10 @@ def test_a_situation_that_was_changed_or_is_gone_is_not_replayed(folder: Path) -
     try:
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(DataError, match="was changed"):
-            replay(folder, entry, agent_of(None).decide, "cpu")
+            replay(folder, entry, agent_of(None).decide, WORLD)
         path.unlink()
         with pytest.raises(StorageError):
-            replay(folder, entry, agent_of(None).decide, "cpu")
+            replay(folder, entry, agent_of(None).decide, WORLD)
         assert damaged_situations(folder) == [entry.index]
     finally:
         path.write_bytes(content)
@@ -232,7 +229,7 @@ def test_what_the_clock_cut_short_is_not_made_again(tmp_path: Path) -> None:
     entry = list(entries(log_path(tmp_path)))[-1]
     assert entry.body["cut short"]
     with pytest.raises(DataError, match="clock"):
-        replay(tmp_path, entry, agent_of(None).decide, "cpu")
+        replay(tmp_path, entry, agent_of(None).decide, WORLD)
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -269,7 +266,7 @@ def test_whichever_search_the_clock_ends_or_leaves_out_the_decision_was_cut_shor
 def test_an_entry_that_is_no_decision_is_not_replayed(folder: Path) -> None:
     first = next(iter(entries(log_path(folder))))
     with pytest.raises(DataError, match="does not record a decision"):
-        replay(folder, first, agent_of(None).decide, "cpu")
+        replay(folder, first, agent_of(None).decide, WORLD)
 
 
 def test_nothing_is_done_that_could_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import sqlite3
-import sqlite3
 import subprocess
 import sys
 from collections import deque

@@ -1,18 +1,20 @@
 """A session closes what it opened, and its agents obey the rules of the recipe and its own."""
 
 import copy
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from quick_training import QUICK
 
 from worldloom.agents import AuditLog, LandmarkMethod, PlanningAgent, log_path
 from worldloom.core.chain import NOTHING, Entry, entries, verify
-from worldloom.core.errors import ConfigError, DataError, StorageError
+from worldloom.core.errors import ConfigError, DataError, StorageError, WorldloomError
 from worldloom.core.types import Goal, Observations
 from worldloom.guardrails import RuleLayer, RuleSet, bound_rules
 from worldloom.memory import EpisodicMemory
@@ -137,6 +139,100 @@ def log(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def story(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The log of two environments with three decisions; one environment goes on after the second."""
+    path = tmp_path_factory.mktemp("audit") / "story"
+    looks = torch.randint(0, 256, (4, 2, 64, 64, 3), dtype=torch.uint8)
+    with Session(run, rules=RuleSet(layers=(layer("site", 0.5),)), audit=path) as session:
+        agent = session.agent()
+        agent.reset(Goal(observations=Observations(pixels=looks[3])))
+        for rows, look in (((0, 1), looks[0]), ((0, 1), looks[1]), ((1,), looks[2, 1:])):
+            if len(rows) == 1:
+                agent.select(rows)
+            made = len(agent.statistics["plan_seconds"])
+            while len(agent.statistics["plan_seconds"]) == made:
+                agent.act(Observations(pixels=look))
+    return path
+
+
+def decisions(log: Path) -> list[Entry]:
+    return [entry for entry in entries(log_path(log)) if entry.body["event"] == "decided"]
+
+
+def test_a_replay_confirms_what_an_honest_log_says(story) -> None:
+    found = [replay_entry(story, entry.index) for entry in decisions(story)]
+    assert [one.differ for one in found] == [[], [], []]
+    assert found[2].body["happened"]["gap"] is None or len(found[2].body["happened"]["gap"]) == 1
+    assert "the observation" in found[0].unchecked[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("violations", {"gently": [-9.0, -9.0]}),
+        ("violations", {}),
+        ("first", [[0.0, 0.0], [0.0, 0.0]]),
+        ("cost", [0.0, 0.0]),
+        ("actions", "0" * 64),
+        ("plan", "0" * 64),
+        ("refused", [1]),
+        ("stretch", 7.0),
+        ("happened", {"gap": [0.0, 0.0], "seen": {"gently": [-9.0, -9.0]}}),
+        ("happened", None),
+        ("approved by", "the inspector"),
+    ],
+)
+def test_a_replay_names_what_is_false_in_an_entry(story, tmp_path, name: str, value: Any) -> None:
+    second = decisions(story)[1].index
+    false = forged(story, tmp_path / "forged", at(second, name, value=value))
+    assert replay_entry(false, second).differ == [name]
+
+
+@pytest.mark.parametrize("path", ["a" * 10_000, "a\0b", "/"])
+def test_a_recorded_run_that_cannot_be_opened_is_said(log, tmp_path, path: str) -> None:
+    with pytest.raises(WorldloomError):
+        replay_entry(forged(log, tmp_path / "forged", at(0, "run", value=path)), 2)
+
+
+def test_a_search_from_too_many_plans_is_not_repeated(story, tmp_path) -> None:
+    many = lambda tensors: tensors.update(initial=tensors["initial"].repeat(1, 1100, 1, 1))  # noqa: E731
+    index = situated(story, tmp_path / "forged", many)
+    with pytest.raises(DataError, match="too large to repeat"):
+        replay_entry(tmp_path / "forged", index)
+
+
+def situated(story: Path, path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> int:
+    """Copy a log with another situation of its second decision, and return the entry's index."""
+    entry = decisions(story)[1]
+    tensors = safetensors.torch.load_file(story / "situations" / f"{entry.body['situation']}.safetensors")
+    change(tensors)
+    content = safetensors.torch.save(tensors)
+    digest = hashlib.sha256(content).hexdigest()
+    forged(story, path, at(entry.index, "situation", value=digest))
+    (path / "situations" / f"{digest}.safetensors").write_bytes(content)
+    return entry.index
+
+
+def test_a_replay_finds_another_picture_beside_a_decision(story, tmp_path) -> None:
+    black = situated(story, tmp_path / "a", lambda tensors: tensors["pixels"].zero_())
+    assert replay_entry(tmp_path / "a", black).differ == ["observation"]
+    gone = situated(story, tmp_path / "b", lambda tensors: tensors.pop("pixels"))
+    with pytest.raises(DataError, match="the recorded observation has no pixels"):
+        replay_entry(tmp_path / "b", gone)
+    one = situated(story, tmp_path / "c", lambda tensors: tensors.update(pixels=tensors["pixels"][:1]))
+    with pytest.raises(DataError, match=r"the recorded 'pixels' has shape \(1, 64, 64, 3\)"):
+        replay_entry(tmp_path / "c", one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bool, torch.int64, torch.float16])
+@pytest.mark.parametrize("name", ["context/latents", "context/actions", "goal", "safe", "initial", "randomness"])
+def test_a_situation_of_other_dtypes_is_refused(story, tmp_path, name: str, dtype: torch.dtype) -> None:
+    index = situated(story, tmp_path / "f", lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(DataError, match=f"has a tensor '{name}' of {dtype} with"):
+        replay_entry(tmp_path / "f", index)
+
+
 def forged(log: Path, path: Path, change: Callable[[list[Any]], object]) -> Path:
     """Copy a log, change the bodies of its entries, and chain them anew, as anyone can without a key."""
     if not path.exists():
@@ -175,9 +271,13 @@ def at(*keys: Any, value: Any) -> Callable[[list[Any]], object]:
         (at(0, "method", value={"name": "random"}), "does not plan"),
         (at(0, "method", "horizon", value=10**12), "'context/|'initial'|too large"),
         (at(0, "method", "solver", "samples", value=10**9), "too large to repeat"),
+        (lambda bodies: bodies[0]["method"]["solver"].update(samples=99_999, iterations=999), "too large to repeat"),
+        (at(0, "layers", 0, "guardrails", value=dict.fromkeys(map(str, range(300)))), "more than 256 parts"),
         (at(0, "model", value="0" * 64), "is not the model"),
         (lambda bodies: bodies[2].pop("event"), "entry 2 has no 'event'"),
         (lambda bodies: bodies[2].pop("plan"), "entry 2 has no 'plan'"),
+        (at(2, "event", value="decided "), "entry 2 has the unknown event 'decided '; expected opened, began"),
+        (at(1, "goal", value=5), "entry 1 has a wrong 'goal'"),
         (at(2, "refused", value="none"), "entry 2 has a wrong 'refused'"),
         (at(2, "situation", value="../../etc/passwd"), "entry 2 has a wrong 'situation'"),
         (at(2, "part", value="nobody"), "names the part 'nobody'"),
@@ -185,7 +285,7 @@ def at(*keys: Any, value: Any) -> Callable[[list[Any]], object]:
     ],
 )
 def test_a_replay_does_not_trust_its_log(run, log, tmp_path, change, message) -> None:
-    assert replay_entry(log, 2)[1]
+    assert not replay_entry(log, 2).differ
     threads = torch.get_num_threads()
     with pytest.raises(DataError, match=message):
         replay_entry(forged(log, tmp_path / "forged", change), 2)

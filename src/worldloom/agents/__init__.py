@@ -1,9 +1,10 @@
 """Agents: model predictive control, guides for far goals, a reactive policy, and baselines."""
 
-from worldloom.agents.audit_entries import AgentDescription, parse_body
+from worldloom.agents.audit_entries import FORGED, AgentDescription, DecidedBody, EntryBody, WentOnBody, parse_body
 from worldloom.agents.audit_log import (
     AuditLog,
     damaged_situations,
+    happened_after,
     log_entries,
     log_path,
     read_situation,
@@ -39,6 +40,7 @@ from worldloom.agents.remembering import Rememberer, recall_landmarks
 from worldloom.agents.situation import Situation
 
 __all__ = [
+    "FORGED",
     "METHODS",
     "AgentDescription",
     "AgentParts",
@@ -50,6 +52,8 @@ __all__ = [
     "CloningPolicy",
     "CuriosityConfig",
     "CuriosityGuide",
+    "DecidedBody",
+    "EntryBody",
     "ExploringAgent",
     "FollowConfig",
     "Guide",
@@ -73,10 +77,12 @@ __all__ = [
     "ReactivePolicy",
     "Rememberer",
     "Situation",
+    "WentOnBody",
     "damaged_situations",
     "default_methods",
     "fit_behaviour_cloning",
     "fit_reactive",
+    "happened_after",
     "log_entries",
     "log_path",
     "parse_body",

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from worldloom.agents.audit_entries import FORMAT, DecidedBody, check_entry, parse_body
+from worldloom.agents.audit_entries import FORGED, FORMAT, DecidedBody, check_entry, parse_body
 from worldloom.agents.situation import Situation
-from worldloom.core.chain import Chain, Entry, entries
+from worldloom.core.chain import Chain, Entry, canonical, entries
 from worldloom.core.closing import Closing
 from worldloom.core.errors import DataError
 from worldloom.core.files import read_bytes, storage_errors, write_atomic
@@ -30,7 +30,22 @@ from worldloom.guardrails import BoundRail, seen_violations
 
 _LOG, _SITUATIONS = "log.jsonl", "situations"
 _LARGEST = 2**30  # bytes of a situation
+_ROUNDING = 1e-4  # of an observation's encoding, relative
+_NOT_REPEATED = ("event", "part", "situation", "happened")  # of an entry
 _OF_CONTEXT = ("latents", "actions", "taken")
+_TENSORS = {  # of a situation: dtype and number of axes
+    "pixels": (torch.uint8, 4),
+    "vector": (torch.float32, 2),
+    "context/latents": (torch.float32, 3),
+    "context/actions": (torch.float32, 3),
+    "context/taken": (torch.float32, 2),
+    "goal": (torch.float32, 2),
+    "initial": (torch.float32, 4),
+    "safe": (torch.float32, 2),
+    "stages": (torch.int64, 1),
+    "randomness": (torch.uint8, 1),
+    "stretch": (torch.float64, 1),
+}
 _OF_SITUATION = ("goal", "initial", "safe", "stages", "randomness")
 
 
@@ -107,7 +122,7 @@ class AuditLog(Closing):
         if self._before is not None:
             situation, plan = self._before
             rows = list(places)
-            happened = self._compared(situation[rows], plan[rows], here, block=block, whole=whole)
+            happened = happened_after(self._guardrails, situation[rows], plan[rows], here, block=block, whole=whole)
         self._write("ended", {"environments": list(places), "outcomes": list(outcomes), "happened": happened})
 
     def decided(self, observations: Observations, situation: Situation, plan: Plan, *, block: int, whole: bool) -> None:
@@ -118,14 +133,7 @@ class AuditLog(Closing):
         """
         self._write("decided", {
             "situation": self._keep(observations, situation),
-            "actions": _digest([plan.actions]),
-            "plan": _digest([plan.actions, plan.latents, *(plan.violations[name] for name in sorted(plan.violations))]),
-            "first": [_numbers(row) for row in plan.actions[:, 0]],
-            "cost": _numbers(plan.cost),
-            "violations": {name: _numbers(violation.amax(dim=1)) for name, violation in plan.violations.items()},
-            "refused": list(plan.refused),
-            "cut short": plan.cut_short,
-            "stretch": situation.stretch,
+            **_decision(situation, plan),
             "happened": self._happened(situation, block=block, whole=whole),
         })  # fmt: skip
         self._before = situation, plan
@@ -138,15 +146,8 @@ class AuditLog(Closing):
         """Return the latent distance of the outcome from the last plan's prediction, and the observed violations."""
         if self._before is None or len(self._before[0].goal) != len(now.goal):
             return None
-        return self._compared(*self._before, now.context.latents[:, -1], block=block, whole=whole)
-
-    def _compared(
-        self, before: Situation, plan: Plan, here: Float[Tensor, "B D"], *, block: int, whole: bool
-    ) -> dict[str, Any]:
-        with torch.inference_mode():
-            found = seen_violations(self._guardrails, plan, block, before.context, here)
-        gap = _numbers((here - plan.latents[:, block]).norm(dim=1)) if whole else None
-        return {"gap": gap, "seen": {name: _numbers(violation) for name, violation in found.items()}}
+        here = now.context.latents[:, -1]
+        return happened_after(self._guardrails, *self._before, here, block=block, whole=whole)
 
     def _write(self, event: str, body: Mapping[str, Any]) -> None:
         self.chain.append({"event": event, **self._part, **body})
@@ -167,6 +168,26 @@ class AuditLog(Closing):
         if not path.is_file():
             write_atomic(path, lambda temporary: temporary.write_bytes(payload))
         return digest
+
+
+def happened_after(
+    guardrails: Sequence[BoundRail],
+    before: Situation,
+    plan: Plan,
+    here: Float[Tensor, "B D"],
+    *,
+    block: int,
+    whole: bool,
+) -> dict[str, Any]:
+    """Return what an entry says of the outcome of the plan that was made in the situation `before`.
+
+    It says how far the state `here` at the end of a block of the plan is from the prediction, if the `whole` block was
+    executed, and by how much `here` breaks each guardrail.
+    """
+    with torch.inference_mode():
+        found = seen_violations(guardrails, plan, block, before.context, here)
+    gap = _numbers((here - plan.latents[:, block]).norm(dim=1)) if whole else None
+    return {"gap": gap, "seen": {name: _numbers(violation) for name, violation in found.items()}}
 
 
 def read_situation(
@@ -190,25 +211,21 @@ def read_situation(
     try:
         tensors = safetensors.torch.load(payload)
     except safetensors.SafetensorError as error:
-        raise DataError(
-            f"{path} is not a file of tensors ({error}); the log was not written by worldloom, or was forged"
-        ) from None
+        raise DataError(f"{path} is not a file of tensors ({error}); {FORGED}") from None
     needed = ("context/latents", "context/actions", "goal", "safe", "randomness", "stretch")
     if missing := [name for name in needed if name not in tensors]:
-        raise DataError(
-            f"{path} has no {' and no '.join(map(repr, missing))}; the log was not written by worldloom, or was forged"
-        )
-    pixels, vector = tensors.get("pixels"), tensors.get("vector")
-    if (
-        tensors["stretch"].numel() != 1
-        or (pixels is not None and (pixels.dtype != torch.uint8 or pixels.ndim != 4))
-        or (vector is not None and (not vector.is_floating_point() or vector.ndim != 2))
-    ):
-        raise DataError(
-            f"{path} has a wrong 'stretch', 'pixels' or 'vector'; the log was not written by worldloom, or was forged"
-        )
+        raise DataError(f"{path} has no {' and no '.join(map(repr, missing))}; {FORGED}")
+    for name, tensor in tensors.items():
+        expected = _TENSORS.get(name)
+        if (tensor.dtype, tensor.ndim) != expected:
+            raise DataError(
+                f"{path} has a tensor {name[:80]!r} of {tensor.dtype} with {tensor.ndim} axes; expected {expected}; "
+                f"{FORGED}"
+            )
+    if tensors["stretch"].numel() != 1:
+        raise DataError(f"{path} has {tensors['stretch'].numel()} values of 'stretch'; expected one; {FORGED}")
     there = {name: tensor if name == "randomness" else tensor.to(device) for name, tensor in tensors.items()}
-    observations = Observations(pixels=pixels, vector=vector)
+    observations = Observations(pixels=tensors.get("pixels"), vector=tensors.get("vector"))
     around: dict[str, Any] = {name: there.get(f"context/{name}") for name in _OF_CONTEXT}
     parts: dict[str, Any] = {name: there.get(name) for name in _OF_SITUATION}
     return observations, Situation(context=Context(**around), stretch=float(there["stretch"]), **parts)
@@ -238,27 +255,50 @@ def unrecorded_situations(folder: Path | str) -> int:
 
 
 def replay(
-    folder: Path | str, entry: Entry, decide: Callable[[Situation], Plan], device: torch.device | str
-) -> tuple[Plan, bool]:
-    """Repeat a recorded decision with `decide`, which is `PlanningAgent.decide`.
+    folder: Path | str, entry: Entry, decide: Callable[[Situation], Plan], model: WorldModel
+) -> tuple[Plan, list[str]]:
+    """Repeat a decision with `decide`, the method of a `PlanningAgent`.
 
-    Returns the plan, and whether its actions, predictions and violations are bit-identical to the recorded ones.
+    Returns the plan, and the names of the parts of the entry that are not identical, bit for bit, to the repeated
+    decision. "observation" is one of them if the model does not encode the recorded observation as the recorded state.
+    The entry's `happened`, which depends on the previous decision, is not compared.
 
     Raises:
         DataError: the entry does not record a decision, its situation was changed, or a deadline cut the decision
             short.
     """
-    _, situation = read_situation(folder, entry, device)
-    recorded = parse_body(entry, DecidedBody)
-    if recorded.cut_short:
+    observations, situation = read_situation(folder, entry, model.device)
+    if parse_body(entry, DecidedBody).cut_short:
         raise DataError(
             f"a deadline ended the search of the decision in entry {entry.index}, so the decision depends on the clock "
             f"and cannot be repeated. Use 'worldloom audit show' to see the recorded plan"
         )
     plan = decide(situation)
-    violations = [plan.violations[name] for name in sorted(plan.violations)]
-    same = _digest([plan.actions, plan.latents, *violations]) == recorded.plan
-    return plan, same and list(plan.refused) == recorded.refused
+    again = _decision(situation, plan)
+    recorded = {name: value for name, value in entry.body.items() if name not in _NOT_REPEATED}
+    names = sorted(again.keys() | recorded.keys())
+    differ = [name for name in names if canonical([again.get(name)]) != canonical([recorded.get(name)])]
+    here = situation.context.latents[:, -1]
+    with torch.inference_mode():
+        encoded = model.encode(observations.to(model.device))
+    alike = encoded.shape == here.shape and ((encoded - here).norm(dim=1) <= _ROUNDING * here.norm(dim=1)).all()
+    if not bool(alike):
+        differ.append("observation")
+    return plan, differ
+
+
+def _decision(situation: Situation, plan: Plan) -> dict[str, Any]:
+    """Return what an entry says of a decision."""
+    return {
+        "actions": _digest([plan.actions]),
+        "plan": _digest([plan.actions, plan.latents, *(plan.violations[name] for name in sorted(plan.violations))]),
+        "first": [_numbers(row) for row in plan.actions[:, 0]],
+        "cost": _numbers(plan.cost),
+        "violations": {name: _numbers(violation.amax(dim=1)) for name, violation in plan.violations.items()},
+        "refused": list(plan.refused),
+        "cut short": plan.cut_short,
+        "stretch": situation.stretch,
+    }
 
 
 def _file_digest(path: Path) -> str:

@@ -143,6 +143,11 @@ class PlanningAgent(Agent):
         return {"": self} if self._explorer is None else {"": self, "exploring": self._explorer.planning}
 
     @property
+    def followed(self) -> tuple[int, bool]:
+        """The block of a plan in which the agent plans again, and whether it completes that block."""
+        return self._into(self._replan)
+
+    @property
     def rails(self) -> tuple[BoundRail, ...]:
         """The guardrails of the rule set, with their calibrated margins."""
         return tuple(rail for rail in self.planner.guardrails if isinstance(rail, BoundRail))
@@ -271,7 +276,7 @@ class PlanningAgent(Agent):
         for name, figure in zip(_STATISTICS, figures, strict=True):
             self.statistics[name].append(float(figure))
         if self._auditor is not None:
-            block, whole = self._into(self._replan)
+            block, whole = self.followed
             self._auditor.decided(observations, situation, plan, block=block, whole=whole)
         return replace(state, situation=situation, plan=plan, safe=safe)
 
@@ -364,7 +369,7 @@ class PlanningAgent(Agent):
 
 
 class ExploringAgent:
-    """Explores B environments at once, without a goal: acts through `planning`, whose guide sets new states as goals."""
+    """Explores B environments at once, without a goal: acts through `planning`, whose guide sets new goals."""
 
     def __init__(self, planning: PlanningAgent) -> None:
         self.planning, self._begun = planning, False

@@ -1,5 +1,7 @@
 """`worldloom audit`: verify, show and replay the recorded decisions of an agent."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +11,7 @@ from worldloom.cli.console import answer, err, progress, table, values_table
 from worldloom.cli.options import Imports, Json, import_modules
 from worldloom.core import chain
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.core.files import require_writable
+from worldloom.core.files import require_writable, storage_errors
 
 app = typer.Typer(help="Verify, show and replay the decisions of an agent.", no_args_is_help=True)
 
@@ -31,14 +33,7 @@ def verify(
     """
     from worldloom.agents import damaged_situations, log_path
 
-    head = None
-    if kept is not None:
-        length, colon, digest = kept.partition(":")
-        if not colon or not length.isdigit():
-            raise ConfigError(
-                f"expected --kept LENGTH:HASH, as an earlier 'worldloom audit verify' printed it; got {kept!r}"
-            )
-        head = chain.ChainHead(length=int(length), hash=digest)
+    head = None if kept is None else _head(kept)
     bars = progress()
     verdict = chain.verify(log_path(log), kept=head, progress=bars)
     if verdict.broken is not None:
@@ -51,14 +46,18 @@ def verify(
     if not verdict.head.length:
         raise DataError(f"{log} has no entries; a complete log has at least one. Restore the log from an intact copy")
     unknown = _unknown(log, verdict.head, head)
-    for line in unknown:
-        err.print(f"NOT CHECKED: {line}", style="bold yellow", markup=False, soft_wrap=True)
+    _tell_unchecked(unknown)
     answer(
         json,
         {"length": verdict.head.length, "hash": verdict.head.hash, "not checked": unknown},
         f"{log}: the {verdict.head.length} entries that are present are intact",
         f"keep {verdict.head.length}:{verdict.head.hash} in another place; 'verify --kept' detects truncation with it",
     )
+
+
+def _tell_unchecked(lines: Sequence[str]) -> None:
+    for line in lines:
+        err.print(f"NOT CHECKED: {line}", style="bold yellow", markup=False, soft_wrap=True)
 
 
 def _unknown(log: Path, head: chain.ChainHead, kept: chain.ChainHead | None) -> list[str]:
@@ -82,6 +81,15 @@ def _unknown(log: Path, head: chain.ChainHead, kept: chain.ChainHead | None) -> 
     return found
 
 
+def _head(text: str) -> chain.ChainHead:
+    parts = re.fullmatch("([1-9][0-9]{0,15}):([0-9a-f]{64})", text.strip().lower())
+    if parts is None:
+        raise ConfigError(
+            f"expected --kept LENGTH:HASH, as an earlier 'worldloom audit verify' printed it; got {text!r}"
+        )
+    return chain.ChainHead(length=int(parts[1]), hash=parts[2])
+
+
 @app.command()
 def show(
     log: Log,
@@ -94,7 +102,7 @@ def show(
     json: Json = False,
 ) -> None:
     """Show the decisions, entry by entry; each entry is verified."""
-    from worldloom.agents import log_entries, read_situation
+    from worldloom.agents import DecidedBody, log_entries, parse_body, read_situation
 
     if picture is not None:
         require_writable(picture)
@@ -104,24 +112,30 @@ def show(
     if entry is not None and not chosen:
         raise DataError(f"{log} has no entry {entry}; run 'worldloom audit show' without --entry to list them")
     if picture is not None:
-        from PIL import Image
+        from worldloom.data import encode_picture, to_rgb
 
         observations, _ = read_situation(log, chosen[0])
-        if observations.pixels is None:
+        if observations.pixels is None or not observations.pixels.numel():
             raise DataError(f"entry {entry} has no picture, because its observation has no pixels; leave out --picture")
-        Image.fromarray(observations.pixels[0].numpy()).save(picture, format="PNG")
+        content = encode_picture(to_rgb(observations.pixels[0].numpy()))
+        with storage_errors(picture):
+            picture.write_bytes(content)
     found = [{"index": each.index, "time": each.time, **each.body} for each in chosen]
     if entry is not None:
         answer(json, found, values_table(f"entry {entry}", chosen[0].body))
         return
     rows = []
     for each in chosen:
-        body = each.body
-        worst = body.get("violations") or {}
-        margins = ", ".join(
-            f"{name} {values[0]:+.3g}" for name, values in worst.items() if values and values[0] is not None
-        )
-        rows.append([str(each.index), str(body["event"]), margins, str(body.get("refused", ""))])
+        margins = refused = ""
+        if each.body["event"] == "decided":
+            body = parse_body(each, DecidedBody)
+            margins = ", ".join(
+                f"{name} {values[0]:+.3g}"
+                for name, values in body.violations.items()
+                if values and values[0] is not None
+            )
+            refused = str(body.refused)
+        rows.append([str(each.index), str(each.body["event"]), margins, refused])
     answer(json, found, table(str(log), ["entry", "event", "worst violation (first environment)", "refused"], rows))
 
 
@@ -137,14 +151,15 @@ def replay_entry(
     from worldloom.workflow import replay_entry as again
 
     import_modules(imports)
-    plan, same, body = again(log, entry, run=run, progress=progress())
-    first = plan.actions[:, 0].tolist()
-    if json or same:
-        line = f"entry {entry}: actions, predictions and violations are equal bit for bit"
-        answer(json, {"same": same, "first": first, "logged": body["first"]}, line)
-    if not same:
+    found = again(log, entry, run=run, progress=progress())
+    _tell_unchecked(found.unchecked)
+    if json or not found.differ:
+        value = {"same": not found.differ, "differ": found.differ, "not checked": found.unchecked}
+        first = {"first": found.plan.actions[:, 0].tolist(), "logged": found.body["first"]}
+        line = f"entry {entry}: the repeated decision equals the entry bit for bit, and the observation fits its state"
+        answer(json, value | first, line)
+    if found.differ:
         raise DataError(
-            f"{log}: the replay of entry {entry} differs: first actions {first}, logged {body['first']}. Repeat "
-            f"the replay on the same machine, with the same versions and number of threads. If it still differs, the "
-            f"record is false"
+            f"{log}: the replay of entry {entry} differs in: {', '.join(found.differ)}. Repeat the replay on the same "
+            f"machine, with the same versions and number of threads. If it still differs, the record is false"
         )

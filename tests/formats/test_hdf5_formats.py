@@ -179,7 +179,7 @@ def test_an_hdf5_file_of_the_other_layout_is_refused(tmp_path: Path) -> None:
     path = robomimic_file(tmp_path / "lift.hdf5", demos=1)
     with pytest.raises(DataError, match="no column 'ep_len'; it has data, mask"):
         read_all("swm-hdf5", path)
-    with pytest.raises(DataError, match="object 'data' doesn't exist"):
+    with pytest.raises(DataError, match="has no demos; expected the groups"):
         read_all("robomimic", COLLECTED)
 
 
@@ -434,3 +434,88 @@ def test_rows_of_no_and_of_several_episodes_are_said(tmp_path: Path) -> None:
     text = "\n".join(notes)
     assert "3 rows are left out, because they belong to no episode" in text
     assert "1 rows belong to several episodes" in text
+
+
+def referring_file(folder: Path, steps: int = 12) -> Path:
+    """A robomimic file whose arrays are references to arrays of `raw.hdf5`, which has the usual layout."""
+    nested_file(folder / "raw.hdf5", obs__joints=np.arange(24.0).reshape(12, 2))
+    with h5py.File(folder / "raw.hdf5") as raw, h5py.File(folder / "all.hdf5", "w") as file:
+        for number in range(3):
+            for name in ("actions", "obs/joints"):
+                stored = raw[f"data/demo_{number}/{name}"]
+                layout = h5py.VirtualLayout((steps, *stored.shape[1:]), stored.dtype)
+                layout[:12] = h5py.VirtualSource("raw.hdf5", stored.name, stored.shape)
+                file.require_group(f"data/demo_{number}").create_virtual_dataset(name, layout)
+    return folder / "all.hdf5"
+
+
+def cut_source(folder: Path) -> None:
+    with h5py.File(folder / "raw.hdf5", "a") as raw:
+        replace(raw["data/demo_1"], "actions", raw["data/demo_1/actions"][:5])
+
+
+def test_virtual_datasets_are_read_from_their_sources(tmp_path: Path) -> None:
+    (episode, *_), notes, _ = read_all("robomimic", referring_file(tmp_path))
+    assert episode.vector is not None
+    assert episode.vector.ravel().tolist() == list(range(24))
+    assert not any("written" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "raw.hdf5").unlink(), "demo_0/actions is a virtual dataset, whose .* is missing"),
+        (cut_source, r"demo_1/actions is a virtual dataset, whose .* has shape \(5, \d+\) and is too short"),
+        (lambda folder: referring_file(folder, 15), "of which .* values have no source"),
+    ],
+)
+def test_virtual_datasets_without_their_sources_are_refused(change: Any, message: str, tmp_path: Path) -> None:
+    path = referring_file(tmp_path)
+    change(tmp_path)
+    with pytest.raises(DataError, match=message):
+        read_all("robomimic", path)
+
+
+def test_a_small_file_may_refer_to_a_large_one(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "raw.h5", "w") as raw:
+        raw["pixels"] = np.random.default_rng(0).integers(0, 256, (4000, 64, 64, 3), np.uint8)
+    with h5py.File(tmp_path / "all.h5", "w") as file:
+        layout = h5py.VirtualLayout((4000, 64, 64, 3), np.uint8)
+        layout[:] = h5py.VirtualSource("raw.h5", "pixels", layout.shape)
+        file.create_virtual_dataset("pixels", layout)
+        file["action"], file["ep_len"], file["ep_offset"] = np.zeros((4000, 1)), [2000, 2000], [0, 2000]
+    with FORMATS["swm-hdf5"].open(tmp_path / "all.h5", ReadOptions()) as source:
+        assert source.read(1)[0].steps == 1999
+
+
+def test_files_beside_the_file_must_be_whole(tmp_path: Path) -> None:
+    path = nested_file(tmp_path / "lab.hdf5", obs__joints=np.ones((12, 2)))
+    values = np.arange(24.0).reshape(12, 2)
+    with h5py.File(path, "a") as file:
+        for number in range(3):
+            obs = file[f"data/demo_{number}/obs"]
+            del obs["joints"]
+            place = (str(tmp_path / f"{number}.raw"), 0, values.nbytes)
+            obs.create_dataset("joints", shape=(12, 2), dtype="f8", external=[place])[...] = values
+    assert len(read_all("robomimic", path)[0]) == 3
+    (tmp_path / "1.raw").write_bytes(values.tobytes()[:100])
+    with pytest.raises(DataError, match=r"demo_1/obs/joints .* in the file .*1.raw, which has 100 bytes, expected 192"):
+        read_all("robomimic", path)
+
+
+def test_rows_that_were_never_written_are_said(tmp_path: Path) -> None:
+    path = nested_file(tmp_path / "lab.hdf5", obs__joints=np.ones((12, 2)))
+    with h5py.File(path, "a") as file:
+        demo = file["data/demo_1"]
+        for name in ("actions", "obs/joints"):
+            stored = demo[name][()]
+            del demo[name]
+            demo.create_dataset(name, (40, stored.shape[1]), stored.dtype, chunks=(4, stored.shape[1]))[:12] = stored
+        file["data/demo_2/obs"].move("joints", "old")
+        file["data/demo_2/obs"].create_dataset("joints", (12, 2), np.float64)
+    _, notes, _ = read_all("robomimic", path)
+    text = "\n".join(notes)
+    assert "data/demo_1/actions: 7 of 10 chunks were never written and are read as 0" in text
+    assert "data/demo_1/obs/joints: 7 of 10 chunks" in text
+    assert "data/demo_2/obs/joints: all values were never written" in text
+    assert "demo_0" not in text

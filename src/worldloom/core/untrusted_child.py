@@ -86,8 +86,16 @@ def hdf5(path: str) -> None:
 
     with suppress(ImportError):
         importlib.import_module("hdf5plugin")
-    size = Path(path).stat().st_size
+    folder, size = Path(path).parent, Path(path).stat().st_size
     with h5py.File(path, "r") as file:
+
+        def elsewhere(item: Any) -> int:
+            """Return the size of the files in which an array is stored, if it only refers to them."""
+            names = {name for name, _, _ in item.external or ()}
+            if item.is_virtual:
+                names |= {source.file_name for source in item.virtual_sources()}
+            places = {place for name in names for place in (folder / name, Path(name)) if place.is_file()}
+            return sum(place.stat().st_size for place in places)
 
         def visit(name: str, item: Any) -> None:
             for key in item.attrs:
@@ -98,7 +106,7 @@ def hdf5(path: str) -> None:
             width = item.dtype.itemsize
             for length in item.shape:
                 width *= length
-            if width > _MOST_EXPANSION * size + 2**20:
+            if width > _MOST_EXPANSION * (size + elsewhere(item)) + 2**20:
                 raise Harmful(f"found {name!r}, which claims {width:,} bytes in a file of {size:,}")
             with suppress(OSError, KeyError, RuntimeError, TypeError, ValueError):
                 if not item.shape or not width:

@@ -6,9 +6,11 @@ its own small file (PATH.parts/000000.h5), and the last step assembles these int
 
 import importlib
 import json
+import math
+import os
 import shutil
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,80 @@ def entry_of(group: Any, name: str) -> Any:
         return None
 
 
+def check_stored(column: Any, where: str) -> None:
+    """Check that the values of an array in other files exist, because HDF5 returns fill values for those that do not.
+
+    Raises:
+        DataError: a file or an array of a virtual dataset, or an external file, is missing or too short, or a virtual
+            dataset has values without a source.
+    """
+    folder = Path(column.file.filename).parent
+    remedy = "Move the files back to where they were written, or write the dataset again without references"
+    for name, offset, size in column.external or ():
+        there = _beside(name, folder)
+        if there is None or there.stat().st_size < offset + size:
+            came = "is missing" if there is None else f"has {there.stat().st_size} bytes, expected {offset + size}"
+            raise DataError(f"{where} is stored in the file {name}, which {came}. {remedy}")
+    if not column.is_virtual:
+        return
+    mapped = 0
+    for source in column.virtual_sources():
+        name, place = source.file_name, source.dset_name
+        if "%b" in name:  # a pattern of names, of which HDF5 reads the files that exist
+            return
+        there = Path(column.file.filename) if name == "." else _beside(name, folder)
+        shape = None if there is None else _stored_shape(column.file, there, place)
+        what = f"{where} is a virtual dataset, whose source {place!r} in {name}"
+        if shape is None:
+            raise DataError(f"{what} is missing. {remedy}")
+        try:
+            values = source.vspace.get_select_npoints()
+            last = source.src_space.get_select_bounds()[1]
+        except RuntimeError:  # a selection of unlimited size
+            return
+        except ValueError:  # all values of the source
+            last = [size - 1 for size in shape] if values <= math.prod(shape) else shape
+        if any(end >= size for end, size in zip(last, shape, strict=True)):
+            raise DataError(f"{what} has shape {shape} and is too short. {remedy}")
+        mapped += values
+    if mapped < column.size:
+        raise DataError(
+            f"{where} is a virtual dataset, of which {column.size - mapped} of {column.size} values have no source. "
+            f"Correct the mapping"
+        )
+
+
+def unwritten(column: Any) -> str | None:
+    """Return the share of an array that was never written, and that HDF5 returns as fill values; None if there is none.
+
+    The share is a number of chunks, or "all values" for arrays without chunks.
+    """
+    if column.is_virtual or column.external or not column.size:
+        return None
+    if column.chunks is None:
+        return None if column.id.get_storage_size() else "all values"
+    chunks = math.prod(-(-size // chunk) for size, chunk in zip(column.shape, column.chunks, strict=True))
+    missing = chunks - column.id.get_num_chunks()
+    return f"{missing} of {chunks} chunks" if missing > 0 else None
+
+
+def _stored_shape(referring: Any, path: Path, place: str) -> tuple[int, ...] | None:
+    """Return the shape of an array in the file `path`, to which an open file refers; None if there is no such array."""
+    low = h5py()
+    try:
+        # Not with `File`, which on closing also closes what HDF5 itself has opened in this file.
+        file = low.h5f.open(os.fsencode(path), low.h5f.ACC_RDONLY, referring.id.get_access_plist())
+        shape: tuple[int, ...] = low.h5d.open(file, place.encode()).shape
+    except (KeyError, OSError, RuntimeError, TypeError):
+        return None
+    return shape
+
+
+def _beside(name: str, folder: Path) -> Path | None:
+    """Return a file that an HDF5 file in `folder` refers to, or None if HDF5 would not find the file."""
+    return next((place for place in (folder / name, Path(name)) if place.is_file()), None)
+
+
 def group_names(group: Any) -> list[str]:
     """Return the names of the groups in a group."""
     return [name for name in group if isinstance(entry_of(group, name), h5py().Group)]
@@ -209,6 +285,17 @@ class Hdf5Source(Source):
     @abstractmethod
     def describe_file(self) -> None:
         """Choose the columns to read, and set `spec` and `fingerprint`."""
+
+    def note_unwritten(self, group: Any, places: Iterable[str], where: str, index: int | None = None) -> None:
+        """Add a note for each array of a group that was not completely written."""
+        for place in places:
+            if isinstance(column := entry_of(group, place), h5py().Dataset) and (share := unwritten(column)):
+                self.note(
+                    "info",
+                    f"{where}/{place}: {share} were never written and are read as {column.fillvalue}. If the episode "
+                    f"is shorter than its arrays, cut the arrays before converting.",
+                    index,
+                )
 
     def close(self) -> None:
         """Close the file."""

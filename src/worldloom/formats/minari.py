@@ -23,6 +23,7 @@ from worldloom.formats.hdf5 import (
     Hdf5Source,
     PartsSink,
     attributes,
+    check_stored,
     group_names,
     h5py,
     hdf5_errors,
@@ -190,6 +191,7 @@ class MinariSource(Hdf5Source):
             if self._own is not None:
                 metadata = own_metadata(group[OWN])
             else:
+                self.note_unwritten(group, ["actions", *(self._places[leaf] for leaf in columns)], where, index)
                 metadata = {"episode": name} | {key: value for key, value in attributes(group).items() if key != "id"}
         return self.episode(
             index,
@@ -209,6 +211,7 @@ class MinariSource(Hdf5Source):
                 f"{where}/{place} {came}; expected numbers, as in the spaces in {METADATA}. Restore both files "
                 f"from a copy"
             )
+        check_stored(column, f"{where}/{place}")
         numbers: np.ndarray = column[()]
         return numbers
 
@@ -243,6 +246,7 @@ class MinariSource(Hdf5Source):
         place = self._places[camera]
         assert self._layout is not None
         shape, dtype = self._layout.shape, np.uint8 if self._jpeg else self._leaves[camera]["dtype"]
+        check_stored(group[place], f"{where}/{place}")
         column = group[place][()] if self._jpeg else self._numbers(group, place, where)
         where = f"{where}/{place}"
         self._check(column, steps, where)

@@ -179,7 +179,7 @@ def test_an_hdf5_file_of_the_other_layout_is_refused(tmp_path: Path) -> None:
     path = robomimic_file(tmp_path / "lift.hdf5", demos=1)
     with pytest.raises(DataError, match="no column 'ep_len'; it has data, mask"):
         read_all("swm-hdf5", path)
-    with pytest.raises(DataError, match="object 'data' doesn't exist"):
+    with pytest.raises(DataError, match="has no demos; expected the groups"):
         read_all("robomimic", COLLECTED)
 
 
@@ -434,3 +434,21 @@ def test_rows_of_no_and_of_several_episodes_are_said(tmp_path: Path) -> None:
     text = "\n".join(notes)
     assert "3 rows are left out, because they belong to no episode" in text
     assert "1 rows belong to several episodes" in text
+
+
+def test_rows_that_were_never_written_are_said(tmp_path: Path) -> None:
+    path = nested_file(tmp_path / "lab.hdf5", obs__joints=np.ones((12, 2)))
+    with h5py.File(path, "a") as file:
+        demo = file["data/demo_1"]
+        for name in ("actions", "obs/joints"):
+            stored = demo[name][()]
+            del demo[name]
+            demo.create_dataset(name, (40, stored.shape[1]), stored.dtype, chunks=(4, stored.shape[1]))[:12] = stored
+        file["data/demo_2/obs"].move("joints", "old")
+        file["data/demo_2/obs"].create_dataset("joints", (12, 2), np.float64)
+    _, notes, _ = read_all("robomimic", path)
+    text = "\n".join(notes)
+    assert "data/demo_1/actions: 7 of 10 chunks were never written and are read as 0" in text
+    assert "data/demo_1/obs/joints: 7 of 10 chunks" in text
+    assert "data/demo_2/obs/joints: all values were never written" in text
+    assert "demo_0" not in text

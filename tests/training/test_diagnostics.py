@@ -26,6 +26,12 @@ def test_effective_rank_counts_equal_directions(rank) -> None:
     assert effective_rank(corners @ basis + 7) == pytest.approx(rank, rel=1e-3)
 
 
+def test_the_effective_rank_of_what_is_not_finite_is_not_a_number() -> None:
+    latents = torch.randn(10, 3)
+    latents[4, 1] = torch.inf
+    assert math.isnan(effective_rank(latents))
+
+
 def test_effective_rank_of_unequal_directions_is_the_exponential_of_their_entropy() -> None:
     latents = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))

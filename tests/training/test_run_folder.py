@@ -121,3 +121,9 @@ def test_provenance_says_what_is_needed_to_repeat_a_run(tmp_path) -> None:
     assert provenance["hardware"]["threads"] >= 1
     json.dumps(provenance, allow_nan=False)
     assert git_commit(tmp_path) is None
+
+
+def test_figures_that_are_not_finite_are_read_back(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", {}, {})
+    run.write_diagnostics({"step": 4, "figures": {"open_loop": None, "effective_rank": 2.0}, "alarms": []})
+    assert run.diagnostics()["figures"] == {"open_loop": None, "effective_rank": 2.0}

@@ -1,5 +1,8 @@
 """Runs on the data of another world, data that cannot be learned from, and places that cannot be written."""
 
+import dataclasses
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,18 @@ from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.files import require_writable
 from worldloom.core.picture_layout import PictureOptions
 from worldloom.core.types import ActionSpec, Episode, ObservationSpec
-from worldloom.data import DatasetSpec, EpisodeDataset, collect
+from worldloom.data import (
+    DatasetSpec,
+    EpisodeDataset,
+    collect,
+    compute_statistics,
+    load_frames,
+    require_plausible,
+)
 from worldloom.formats import ReadOptions, convert
+from worldloom.memory import EpisodicMemory
 from worldloom.recipes import Recipe, load_recipe
-from worldloom.workflow import Run, evaluate, plan_once, train
+from worldloom.workflow import Run, evaluate, plan_once, remember, train
 
 
 class DepthDot(Dot):
@@ -191,3 +202,50 @@ def test_a_read_only_place_is_named() -> None:
 def test_what_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
     require_writable(tmp_path / "a" / "b", tmp_path, "s3://bucket/data")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("episode", "value"), [(0, 3e38), (5, -1e25)])
+def test_a_value_of_a_failed_sensor_is_found_before_the_first_step(episode: int, value: float, tmp_path: Path) -> None:
+    made, glitch = dataset(tmp_path / "data"), EpisodeDataset.create(tmp_path / "glitch", SPEC)
+    episodes = [made.episode(number) for number in range(len(made))]
+    assert episodes[episode].vector is not None
+    vector = episodes[episode].vector.copy()
+    vector[7, 1] = value
+    episodes[episode] = dataclasses.replace(episodes[episode], vector=vector)
+    glitch.append(episodes)
+    recipe = load_recipe("generic").override([*QUICK, "model.encoder.name=fusion", "training.horizon=2"])
+    with pytest.raises(DataError, match=re.escape(f"hand is {value:.4g} at step 7 of episode {episode}; the mean is")):
+        train(recipe, glitch, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_column_that_is_constant_but_in_one_episode_is_no_failure(tmp_path: Path) -> None:
+    made, rare = dataset(tmp_path / "data"), EpisodeDataset.create(tmp_path / "rare", SPEC)
+    for number in range(len(made)):
+        vector = np.array(made.episode(number).vector)
+        vector[:, 1] = 1e6 + 1e5 * (number == 3)
+        rare.append([dataclasses.replace(made.episode(number), vector=vector)])
+    cache = load_frames(rare)
+    for held_out in range(len(made)):
+        others = np.delete(np.arange(len(made)), held_out)
+        require_plausible(cache, compute_statistics(cache, seed=0, episodes=others))
+
+
+def test_a_memory_takes_only_the_columns_of_the_runs_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = dataset(tmp_path / "data")
+    recipe = load_recipe("generic").override([*QUICK, "training.horizon=2"])
+    run = train(recipe, made, tmp_path / "run")
+    for name, columns in (("swapped", ["hand", "arm"]), ("renamed", ["qpos0", "qpos1"])):
+        environment = {"vector": [[column, 1] for column in columns]}
+        EpisodeDataset.create(tmp_path / name, dataclasses.replace(SPEC, environment=environment)).append(
+            [made.episode(0)]
+        )
+    with EpisodicMemory.open_or_create(tmp_path / "memory", spec=run.model.spec) as memory:
+        with pytest.raises(DataError, match="columns hand, arm, but the model was trained on arm, hand, in this"):
+            remember(run, tmp_path / "swapped", memory)
+        with caplog.at_level(logging.WARNING):
+            assert remember(run, tmp_path / "renamed", memory)
+        assert "has the columns qpos0, qpos1, and the model was trained on arm, hand" in caplog.text
+        caplog.clear()
+        assert remember(run, tmp_path / "data", memory)
+        assert not caplog.text

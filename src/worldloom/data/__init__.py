@@ -27,7 +27,7 @@ from worldloom.data.spec import DatasetSpec
 from worldloom.data.statistics import Statistics, compute_statistics
 from worldloom.data.streaming import DataConfig, load_frames, stream_frames
 from worldloom.data.validation import Problem, validate
-from worldloom.data.variation import require_variation
+from worldloom.data.variation import require_plausible, require_variation
 from worldloom.data.windows import WindowSampler
 
 __all__ = [
@@ -67,6 +67,7 @@ __all__ = [
     "open_table",
     "policy_generator",
     "read_picture",
+    "require_plausible",
     "require_variation",
     "resize",
     "stream_frames",

@@ -1,12 +1,14 @@
-"""The check that data vary. No useful model can be learned if nothing moves, or if all actions are equal."""
+"""Checks before training: data in which nothing moves, all actions are equal, or a value is absurd, are of no use."""
 
 import numpy as np
 from jaxtyping import Int
 
 from worldloom.core.errors import DataError
 from worldloom.data.frames import Frames, Pixels
+from worldloom.data.statistics import Statistics
 
 _CHUNK = 64  # frames that are compared at once
+_FARTHEST, _LARGEST = 1e9, 1e18  # standard deviations from the mean; a value whose square overflows in float32
 
 
 def require_variation(
@@ -48,6 +50,42 @@ def require_variation(
             f"all pixels are constant: every frame of {len(episodes)} episodes is the same picture. Check the camera, "
             f"or leave the pixels out (worldloom data convert --camera none)"
         )
+
+
+def require_plausible(frames: Frames, statistics: Statistics) -> None:
+    """Check that no value of the vector, in any episode, is so far from the others that a model would not be finite.
+
+    Raises:
+        DataError: a value is beyond 1e18, or more than a billion standard deviations from the mean in `statistics`.
+    """
+    if frames.vector is None or statistics.vector_mean is None or statistics.vector_std is None:
+        return
+    mean, std = (each.numpy().astype(np.float64) for each in (statistics.vector_mean, statistics.vector_std))
+    scale = np.maximum(std, 1e-6 * np.maximum(1.0, np.abs(mean)))  # a constant column may change in another episode
+    lowest, highest = frames.vector.min(axis=0), frames.vector.max(axis=0)
+    for number in range(len(mean)):
+        value = float(max(lowest[number], highest[number], key=lambda each, at=number: abs(each - mean[at])))
+        if abs(value) > _LARGEST or abs(value - mean[number]) > _FARTHEST * scale[number]:
+            row = int(np.flatnonzero(frames.vector[:, number] == np.float32(value))[0])
+            episode = int(np.searchsorted(frames.starts, row, side="right")) - 1
+            raise DataError(
+                f"{_column(frames, number)} is {value:.4g} at step {row - int(frames.starts[episode])} of episode "
+                f"{episode}; the mean is {mean[number]:.4g}, the standard deviation {std[number]:.4g}. A sensor has "
+                f"failed there, or a missing value is stored as a number. Correct the value, or leave out the episode "
+                f"or the column"
+            )
+
+
+def _column(frames: Frames, number: int) -> str:
+    """Return a name for a value of the vector."""
+    columns = frames.spec.environment.get("vector")
+    names = [
+        str(column[0]) if column[1] == 1 else f"{column[0]}[{index}]"
+        for column in (columns if isinstance(columns, list) else [])
+        if isinstance(column, list) and len(column) == 2 and isinstance(column[1], int)
+        for index in range(column[1])
+    ]
+    return names[number] if len(names) == frames.spec.observation.vector else f"value {number} of the vector"
 
 
 def _moves(pixels: Pixels, episodes: list[slice]) -> bool:

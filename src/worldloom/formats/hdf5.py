@@ -6,9 +6,10 @@ its own small file (PATH.parts/000000.h5), and the last step assembles these int
 
 import importlib
 import json
+import math
 import shutil
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,20 @@ def entry_of(group: Any, name: str) -> Any:
         return None
 
 
+def unwritten(column: Any) -> str | None:
+    """Return the share of an array that was never written, and that HDF5 returns as fill values; None if there is none.
+
+    The share is a number of chunks, or "all values" for arrays without chunks.
+    """
+    if column.is_virtual or column.external or not column.size:
+        return None
+    if column.chunks is None:
+        return None if column.id.get_storage_size() else "all values"
+    chunks = math.prod(-(-size // chunk) for size, chunk in zip(column.shape, column.chunks, strict=True))
+    missing = chunks - column.id.get_num_chunks()
+    return f"{missing} of {chunks} chunks" if missing > 0 else None
+
+
 def group_names(group: Any) -> list[str]:
     """Return the names of the groups in a group."""
     return [name for name in group if isinstance(entry_of(group, name), h5py().Group)]
@@ -209,6 +224,17 @@ class Hdf5Source(Source):
     @abstractmethod
     def describe_file(self) -> None:
         """Choose the columns to read, and set `spec` and `fingerprint`."""
+
+    def note_unwritten(self, group: Any, places: Iterable[str], where: str, index: int | None = None) -> None:
+        """Add a note for each array of a group that was not completely written."""
+        for place in places:
+            if isinstance(column := entry_of(group, place), h5py().Dataset) and (share := unwritten(column)):
+                self.note(
+                    "info",
+                    f"{where}/{place}: {share} were never written and are read as {column.fillvalue}. If the episode "
+                    f"is shorter than its arrays, cut the arrays before converting.",
+                    index,
+                )
 
     def close(self) -> None:
         """Close the file."""

@@ -217,6 +217,7 @@ class MinariSource(Hdf5Source):
             if self._own is not None:
                 metadata = own_metadata(group[OWN])
             else:
+                self.note_unwritten(group, ["actions", *(self._places[leaf] for leaf in columns)], where, index)
                 metadata = {"episode": name} | {key: value for key, value in attributes(group).items() if key != "id"}
         return self.episode(
             index,

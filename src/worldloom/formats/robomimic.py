@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ class RobomimicSource(Hdf5Source):
 
     def describe_file(self) -> None:
         """Choose the columns from the first demo with actions."""
-        data = self.file["data"]
+        data = entry_of(self.file, "data")
         groups = group_names(data) if isinstance(data, h5py().Group) else []
         self._demos = sorted((name for name in groups if name.startswith("demo") or ACTIONS in data[name]), key=natural)
         if not self._demos:
@@ -216,11 +215,15 @@ class RobomimicSource(Hdf5Source):
             self.note("info", f"{self.path} states a total of {total} rows, but its demos have {rows}.")
 
     def actions(self) -> Iterator[np.ndarray]:
-        """Yield the actions of each demo with numeric actions."""
+        """Yield the actions of each demo with numeric actions; raise the first error if no demo has any."""
+        errors: list[DataError] = []
         for demo in self._demos:
-            group = self.file["data"][demo]
-            with suppress(DataError):  # `read` raises it
-                yield self._joined_actions(group, f"{self.path}: data/{demo}")
+            try:
+                yield self._joined_actions(self.file["data"][demo], f"{self.path}: data/{demo}")
+            except DataError as error:  # `read` raises it again
+                errors.append(error)
+        if len(errors) == len(self._demos):
+            raise errors[0]
 
     def __len__(self) -> int:
         return len(self._demos)
@@ -251,6 +254,8 @@ class RobomimicSource(Hdf5Source):
             if stated is not None and stated != steps:
                 raise DataError(f"{where} has {steps} actions but num_samples {stated}; restore the file from a copy")
             metadata = self._metadata(group, demo)
+            used = [*self._actions, *(self._places[name] for name in wanted), *self._label_places.values()]
+            self.note_unwritten(group, used, where, index)
         return self.episode(
             index,
             where,

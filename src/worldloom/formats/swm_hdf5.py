@@ -13,7 +13,16 @@ import numpy as np
 from worldloom.core.errors import DataError
 from worldloom.core.types import Episode
 from worldloom.formats.format import add_format, only_one, spec_in, two_axes, with_last_action
-from worldloom.formats.hdf5 import Hdf5Source, PartsSink, arrays, h5py, hdf5_errors, is_hdf5, opened_hdf5, own_attribute
+from worldloom.formats.hdf5 import (
+    Hdf5Source,
+    PartsSink,
+    arrays,
+    h5py,
+    hdf5_errors,
+    is_hdf5,
+    opened_hdf5,
+    own_attribute,
+)
 from worldloom.formats.swm_columns import (
     ACTION,
     LENGTH,
@@ -71,7 +80,8 @@ class SwmHdf5Source(Hdf5Source):
         for reason in sorted({*odd.values()} - {"text"}):
             self.note_left_out("entries", sorted(name for name, why in odd.items() if why == reason), reason)
         self.note_left_out("columns", sorted(short), f"fewer than the {rows} rows of the episodes")
-        self._chosen = choose_columns(self, numbers, own)
+        self._chosen = chosen = choose_columns(self, numbers, own)
+        self.note_unwritten(file, [*chosen.action, *chosen.vector], str(where))
         self._note_counts(numbers, rows)
         pixels: tuple[int, int, int] | None = None
         if (camera := self._chosen.camera) is not None:

@@ -1,5 +1,6 @@
 """Diagnostics of a model: figures that show whether its latents are good enough for planning, and alarms."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -80,7 +81,12 @@ def diagnose(model: JEPA, fit: Windows, held_out: Windows) -> dict[str, float]:
 
 
 def effective_rank(latents: Float[Tensor, "N D"]) -> float:
-    """Return exp of the entropy of the normalised singular values (RankMe; Garrido et al., arXiv 2210.02885)."""
+    """Return exp of the entropy of the normalised singular values (RankMe; Garrido et al., arXiv 2210.02885).
+
+    The result is NaN if a latent is not finite.
+    """
+    if not bool(latents.isfinite().all()):
+        return math.nan
     centred = (latents - latents.mean(dim=0)).double()
     values = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0).sqrt()
     shares = values / values.sum().clamp_min(1e-12)

@@ -28,7 +28,7 @@ from worldloom.core.hardware import (
 from worldloom.core.progress import SILENT, Progress
 from worldloom.core.seeds import derive_seed, numpy_generator, seeded_weights
 from worldloom.core.types import Windows
-from worldloom.data import Frames, SlidingPool, WindowSampler, compute_statistics, require_variation
+from worldloom.data import Frames, SlidingPool, WindowSampler, compute_statistics, require_plausible, require_variation
 from worldloom.models import JEPA, JEPAConfig, alone, build_jepa, lay_like, save_model, whole
 from worldloom.training.diagnostics import alarms, diagnose
 from worldloom.training.learner import Learner
@@ -95,7 +95,8 @@ def fit(
     `resume`. The model is saved at the end of each segment.
 
     Raises:
-        DataError: the observations never change, or all actions are equal; see `worldloom.data.require_variation`.
+        DataError: the observations never change, all actions are equal, or a value is absurd; see
+            `worldloom.data.require_variation` and `require_plausible`.
         TrainingError: a loss is not finite (the last checkpoint is kept), another process is training in the folder,
             or the folder has checkpoints and `resume` is not set.
         CheckpointError: with `resume`, the configuration or the data changed; or the run's step is not in the segment.
@@ -174,12 +175,13 @@ class _Training:
                 len(validation),
             )
         self.held_out_sampler = WindowSampler(cache, **sampling, episodes=held_out if len(held_out) else training)
+        self.statistics = compute_statistics(cache, seed=config.seed, episodes=training)
         self.new_model = functools.partial(
             build_jepa,
             model_config,
             cache.spec.observation,
             cache.spec.action,
-            compute_statistics(cache, seed=config.seed, episodes=training),
+            self.statistics,
             seed=config.seed,
         )
         self.model = self.new_model()
@@ -194,10 +196,12 @@ class _Training:
             "data": cache.fingerprint,
         }
 
-    def _require_variation(self) -> None:
+    def _check_data(self) -> None:
         encoder = self.model.config.encoder
         sees = {"pixels", "vector"} if encoder is None else encoder.sees
         require_variation(self.cache, self.episodes, pixels="pixels" in sees, vector="vector" in sees)
+        if "vector" in sees:
+            require_plausible(self.cache, self.statistics)
 
     def run(self, resume: bool, stretch: Segment, progress: Progress) -> JEPA:
         config, fabric, last = self.config, self.fabric, stretch.end
@@ -214,7 +218,7 @@ class _Training:
         self._begin(stretch, done)
         self.ranks.require_same({**self.identity, "steps done": done})
         if not done:
-            self._require_variation()
+            self._check_data()
         if fabric.is_global_zero:
             self.folder.forget_after(done)
         meter = _FigureMeter(config.batch * (self.model.spec.context + config.horizon))

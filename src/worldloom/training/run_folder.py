@@ -60,7 +60,7 @@ class _Alarm(Shape):
 
 
 class _Diagnostics(Shape):
-    figures: dict[str, float] = Field(default_factory=dict)
+    figures: dict[str, float | None] = Field(default_factory=dict)  # None: not finite
     alarms: tuple[_Alarm, ...] = ()
 
 

@@ -73,7 +73,7 @@ def test_a_method_that_keeps_no_policy_does_not_act_under_one(demo, refused, pol
 def test_what_nothing_satisfies_is_found_before_anything_acts(demo, refused, policy) -> None:
     policy.write_text(POLICY.replace("times: 50", "times: 0.000001"))
     said = refused(2, "plan", demo.run, "--method", "CEM, latent L2", "--rules", str(policy), "--unsigned")
-    assert "'known' is satisfied in none of" in said
+    assert "satisfies the guardrail 'known'" in said
 
 
 def test_a_plan_is_explained_and_its_decision_replayed(demo, worldloom, refused, policy, tmp_path) -> None:

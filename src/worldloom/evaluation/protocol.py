@@ -60,8 +60,8 @@ class SuccessRule(Config):
             raise ValueError(f"a success rule with source {self.source!r} needs a name; set 'name'")
         if self.also and (self.source == "environment" or not self.radius):
             raise ValueError(
-                f"the conditions in 'also' need a first condition with a measured source and a radius above 0; got "
-                f"source {self.source!r} and radius {self.radius}. Set both, or remove 'also'"
+                f"'also' needs a success rule with source 'named', 'info' or 'observation' and a radius above 0; got "
+                f"source {self.source!r} and radius {self.radius}. Change these, or remove 'also'"
             )
         return self
 

@@ -66,10 +66,12 @@ class MinariSource(Hdf5Source):
         where = self.path
         self._episodes = sorted((name for name in group_names(self.file) if name.startswith("episode_")), key=natural)
         stated = self._metadata.get("total_episodes")
-        if not self._episodes or (stated is not None and stated != len(self._episodes)):
+        if not self._episodes:
+            raise DataError(f"{self.main} has no episodes; expected at least one. Restore the file from a copy")
+        if stated is not None and stated != len(self._episodes):
             raise DataError(
-                f"{self.main} has {len(self._episodes)} episodes; expected {stated}, as in {METADATA}, and at "
-                f"least one. The file is empty or truncated; restore the file from a copy"
+                f"{self.main} has {len(self._episodes)} episodes; expected {stated}, the total_episodes in {METADATA}. "
+                f"Restore both files from a copy"
             )
         first = self.file[self._episodes[0]]
         self._compare_counts()

@@ -35,21 +35,22 @@ def check_consistent(guardrails: Sequence[Guardrail], model: WorldModel, support
         rollouts = Rollouts(context=context, actions=actions, latents=model.rollout(context, actions))
         found = violations_of(guardrails, rollouts)
     holds = {name: (violation <= 0).all(dim=-1)[:, 0] for name, violation in found.items()}
-    said = f"in none of {len(states)} states of the data, even if the agent does nothing"
+    none = f"none of {len(states)} states of the data satisfies"
+    idle = ", even if the agent does nothing"
     for name, kept in holds.items():
         if not bool(kept.any()):
             raise ConfigError(
-                f"the guardrail {name!r} is satisfied {said}. Ask the guardrail's owner to relax "
-                f"it, or recalibrate the margins"
+                f"{none} the guardrail {name!r}{idle}. Ask the guardrail's owner to relax it, or recalibrate the "
+                f"margins"
             )
     for (one, first), (other, second) in combinations(holds.items(), 2):
         if not bool((first & second).any()):
             raise ConfigError(
-                f"the guardrails {one!r} and {other!r} contradict each other: each is satisfied in some states, but "
-                f"both are satisfied {said}. Ask their owners to relax one of them"
+                f"the guardrails {one!r} and {other!r} contradict each other: some states satisfy one "
+                f"of them, but {none} both{idle}. Ask their owners to relax one of them"
             )
     if not bool(torch.stack(list(holds.values())).all(dim=0).any()):
         raise ConfigError(
-            f"the guardrails {', '.join(map(repr, holds))} are satisfied together {said}. Ask their owners to relax "
-            f"one of them"
+            f"the guardrails {', '.join(map(repr, holds))} contradict each other: {none} all of them{idle}. Ask their "
+            f"owners to relax one of them"
         )

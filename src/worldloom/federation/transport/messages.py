@@ -31,8 +31,9 @@ class Transport(Protocol):
     def exchange(self, requests: Mapping[str, bytes], *, seconds: float, away: Collection[str] = ()) -> Iterator[Reply]:
         """Send each node its message, and yield the answers as they arrive.
 
-        Nodes that failed or did not answer within `seconds` are yielded last, with the error. The exchange waits for
-        nodes in `away` only while they are connected.
+        Nodes that failed or did not answer within `seconds` are yielded last, with the error. `away` has the nodes that
+        have left. If only such nodes have not answered and none of them is connected, the exchange ends before
+        `seconds` have passed.
         """
         ...
 

@@ -230,7 +230,7 @@ def test_margins_count_only_for_the_heads_that_they_were_measured_with(calibrate
     tensors, metadata = load_tensors(calibrated / "heads" / head, kind=kind)
     name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
     save_tensors(calibrated / "heads" / head, {**tensors, name: tensors[name] + 1.0}, metadata, kind=kind)
-    with pytest.raises(StorageError, match=f"these inputs have changed since it was measured: {head}"):
+    with pytest.raises(StorageError, match=f"these inputs have changed since the margins were calibrated: {head}"):
         margins_of(Run.open(calibrated), "per candidate")
 
 

@@ -213,7 +213,7 @@ class PlanningAgent(Agent):
         self._auditor.ended(rows, here, outcomes, block=block, whole=whole)
 
     def explorer(self) -> Explorer:
-        """Return an agent that explores other environments and adds to the same memory; see `explores`."""
+        """Return an agent for environments of its own, which adds to this agent's memory; see `explores`."""
         if self._explorer is None:
             return super().explorer()
         self._explorer.begin()

@@ -193,7 +193,7 @@ class Agent(ABC):
         return {}
 
     def explorer(self) -> Explorer:
-        """Return an explorer that explores other environments and fills this agent's memory; see `explores`."""
+        """Return an explorer for environments of its own, which fills this agent's memory; see `explores`."""
         raise NotImplementedError(f"{type(self).__name__} does not explore; call 'explorer' only if 'explores' is True")
 
 

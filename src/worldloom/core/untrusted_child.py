@@ -61,7 +61,7 @@ def check_footer(path: str) -> None:
 
 
 def lance_table(request: dict[str, Any]) -> None:
-    """Read all columns of a table's files that are not known, and check the buffers of the rows."""
+    """Read all columns of each fragment of a table that has an unknown file, and check the buffers of its rows."""
     import lance
 
     for file in request["files"]:

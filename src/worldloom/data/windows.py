@@ -38,14 +38,15 @@ class WindowSampler:
             raise DataError(f"'episodes' must be within 0 to {len(lengths) - 1}; got {chosen.min()} to {chosen.max()}")
         counts = np.maximum(lengths[chosen] - block * horizon + 1, 0)
         if not counts.any():
-            there = (
-                f"episodes have {lengths[chosen].min()} to {lengths[chosen].max()}"
-                if len(chosen)
-                else "there are no episodes"
-            )
+            if not len(chosen):
+                raise DataError(
+                    f"there are no episodes; expected at least one with {block * horizon} steps (horizon {horizon}, "
+                    f"block {block}). Collect episodes"
+                )
             raise DataError(
                 f"no episode is long enough: a window of horizon {horizon} and block {block} needs {block * horizon} "
-                f"steps, but {there}. Shorten the horizon or the block, or collect longer episodes"
+                f"steps, but episodes have {lengths[chosen].min()} to {lengths[chosen].max()}. Shorten the horizon or "
+                f"the block, or collect longer episodes"
             )
         if not counts.all():
             _log.info("%d of %d episodes are too short for a window", int((counts == 0).sum()), len(chosen))

@@ -216,10 +216,10 @@ class Source(Closing, ABC):
     ) -> tuple[set[str], list[str]]:
         """Return the columns that are pictures, and those of them that may be the camera.
 
-        `columns` are observations: the shape (without the time axis) and dtype of each. A column in the option `vector`
-        is no picture. Pictures that are not bytes may be the camera if the options select a camera or a range, or if
-        there is nothing else to observe (`others`: there are other observations). Otherwise a note says how to select
-        them.
+        `columns` maps each observation column to its shape (without the time axis) and its dtype. `others` states that
+        there are observations besides `columns`. A column in the option `vector` is no picture. Pictures that are not
+        bytes may be the camera in two cases: the options select a camera or a range, or there is nothing else to
+        observe. Otherwise a note says how to select them.
         """
         options = self.options
         numeric = {name for name, (_, dtype) in columns.items() if np.dtype(dtype).kind in "fiub"}

@@ -112,7 +112,7 @@ def read_margins(
         if {name: value for name, value in file.method.items() if name != "recalibrate"} != dict(method):
             raise ValueError("it contains margins for a different method")
         if changed := [name for name, digest in file.inputs.items() if inputs.get(name) != digest]:
-            raise ValueError(f"these inputs have changed since it was measured: {', '.join(changed)}")
+            raise ValueError(f"these inputs have changed since the margins were calibrated: {', '.join(changed)}")
         steps = {len(row) for row in file.values}
         if len(file.values) != len(rules.titles) or steps != {method["horizon"]}:
             raise ValueError(

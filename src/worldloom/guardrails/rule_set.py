@@ -169,9 +169,9 @@ def _check_fallback(layers: Sequence[RuleLayer]) -> None:
 def read_rules(paths: Sequence[Path | str], *, trusted: Collection[str] | None, revert: bool = False) -> RuleSet:
     """Read the layers of a rule set from files, uppermost first; a key in `trusted` must have signed each file.
 
-    `LAYER:KEY` trusts a key for one layer only, so that a community cannot act as the operator. The pictures that a
-    layer forbids must be signed too, because they are part of the rule. With `trusted=None` signatures are not checked;
-    use this for experiments only.
+    A plain `KEY` may sign any layer; `LAYER:KEY` may sign only that layer (operator, site or community). A community's
+    key then cannot sign the operator's layer. The pictures that a layer forbids must be signed too, because they are
+    part of the rule. With `trusted=None` signatures are not checked; use this for experiments only.
 
     The newest version of each signed layer is remembered for the user (`state_folder`). An older layer is refused,
     unless `revert` is set: then the versions of these files count as the newest from now on.

@@ -215,7 +215,7 @@ def _shared_statistics(model: JEPAConfig, spec: DatasetSpec, partition: Partitio
 
 
 def check_has_a_pilot(model: JEPAConfig, spec: DatasetSpec, partition: PartitionConfig) -> None:
-    """Check that a consortium with an untrained first base shares no statistics.
+    """Check that a consortium whose initial base is untrained shares no statistics, because that base has none.
 
     Raises:
         ConfigError: the partition shares statistics; the message names one.

@@ -95,8 +95,8 @@ def weights_of(constitution: Constitution, frames: Mapping[str, int]) -> dict[st
 def noise_of(config: PrivacyConfig, constitution: Constitution, owner: str, weights: Mapping[str, float]) -> float:
     """Return the least noise that a sum with this owner can contain, relative to its sensitivity.
 
-    A sum has at least `threshold` owners. It contains the least noise if, besides this owner, these are the owners with
-    the lowest weights. For the sensitivity see `effective_noise`.
+    A sum has at least `threshold` owners. The noise is least if the sum has exactly `threshold` owners: this owner and
+    the others with the lowest weights. For the sensitivity see `effective_noise`.
     """
     others = sorted(weight for name, weight in weights.items() if name != owner)[: constitution.threshold - 1]
     return effective_noise(config.noise, [weights[owner], *others], share=1 / constitution.threshold)

@@ -64,7 +64,8 @@ def require_plausible(frames: Frames, statistics: Statistics) -> None:
     scale = np.maximum(std, 1e-6 * np.maximum(1.0, np.abs(mean)))  # a constant column may change in another episode
     lowest, highest = frames.vector.min(axis=0), frames.vector.max(axis=0)
     for number in range(len(mean)):
-        value = float(max(lowest[number], highest[number], key=lambda each, at=number: abs(each - mean[at])))
+        low, high = float(lowest[number]), float(highest[number])
+        value = high if high - mean[number] > mean[number] - low else low
         if abs(value) > _LARGEST or abs(value - mean[number]) > _FARTHEST * scale[number]:
             row = int(np.flatnonzero(frames.vector[:, number] == np.float32(value))[0])
             episode = int(np.searchsorted(frames.starts, row, side="right")) - 1

@@ -353,3 +353,21 @@ def test_frames_are_resized_by_averaging_areas(tmp_path: Path) -> None:
         assert whole.pixels is not None
         means = whole.pixels.astype(np.float64).reshape(len(whole.pixels), 8, 2, 8, 3, 3).mean(axis=(2, 4))
         assert np.abs(small.pixels - means).max() <= 1.0
+
+
+@pytest.mark.parametrize("name", ["swm-hdf5", "swm-lance"])
+def test_hidden_files_in_a_folder_are_ignored(name: str, tmp_path: Path) -> None:
+    make_store(tmp_path / "ours")
+    suffix = {"swm-hdf5": ".h5", "swm-lance": ".lance"}[name]
+    convert(tmp_path / "ours", tmp_path / "there" / f"data{suffix}", target_format=name)
+    (tmp_path / "there" / f"._data{suffix}").write_bytes(b"\0\5\26\7")
+    for report in (tmp_path / "there").glob("*.json"):
+        report.unlink()
+    assert detect(tmp_path / "there").name == name
+    assert convert(tmp_path / "there", tmp_path / "back").episodes == 4
+
+
+def test_a_pointer_of_git_lfs_is_no_unknown_format(tmp_path: Path) -> None:
+    (tmp_path / "can.hdf5").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n", "utf-8")
+    with pytest.raises(DataError, match="can.hdf5 is a pointer of Git LFS"):
+        detect(tmp_path / "can.hdf5")

@@ -625,3 +625,70 @@ def test_an_integer_key_in_a_table_is_a_choice(tmp_path: Path) -> None:
     assert episode.actions.argmax(axis=1).tolist() == [step % 3 for step in range(11)]
     (episode,), _, _ = read_all(tmp_path, columns={"action": "action"})
     assert episode.actions[:, 0].tolist() == [step % 3 for step in range(11)]
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("timestamp,action.x,action.x,note", "several columns named action.x; rename"),
+        ("timestamp,action.x,note,note", "several columns named note; rename"),
+        ("0.0,1.5,-2,3e-1", "run.csv has no header: its first row is 0.0, 1.5, -2, 3e-1. Write a first row"),
+    ],
+)
+def test_headers_that_are_not_clear_are_named(header: str, message: str, tmp_path: Path) -> None:
+    film(tmp_path / "run.mp4", count=3)
+    (tmp_path / "run.csv").write_text(f"{header}\n0.0,1.0,2.0,3.0\n0.1,1.0,2.0,3.0\n0.2,2.0,2.0,3.0\n", "utf-8")
+    with pytest.raises(DataError, match=message):
+        read_all(tmp_path)
+
+
+def test_parquet_with_two_columns_of_one_name_is_named(tmp_path: Path) -> None:
+    film(tmp_path / "run.mp4", count=3)
+    columns = [pa.array([0.0, 0.1, 0.2])] * 3
+    pq.write_table(pa.Table.from_arrays(columns, names=["timestamp", "action.x", "action.x"]), tmp_path / "run.parquet")
+    with pytest.raises(DataError, match="several columns named action.x"):
+        read_all(tmp_path)
+
+
+@pytest.mark.parametrize("header", ["timestamp, action.x ,  action.y", '"timestamp", "action.x", "action.y"'])
+def test_blanks_in_a_header_are_ignored(header: str, tmp_path: Path) -> None:
+    film(tmp_path / "run.mp4", count=3)
+    (tmp_path / "run.csv").write_text(f"{header}\n0.0, 1.0, 5.0\n0.1, 2.0, 6.0\n0.2, 3.0, 7.0\n", "utf-8")
+    (episode,), _, _ = read_all(tmp_path)
+    assert episode.actions.tolist() == [[1, 5], [2, 6]]
+
+
+def test_a_table_of_several_episodes_is_refused(tmp_path: Path) -> None:
+    film(tmp_path / "run.mp4")
+    log(tmp_path / "run.csv", timestamp=None, episode_index=np.repeat([0, 1, 2], 4))
+    with pytest.raises(DataError, match="run.csv has rows of 3 episodes, according to its column 'episode_index'"):
+        read_all(tmp_path)
+    assert len(read_all(tmp_path, columns={"label": "episode_index"})[0]) == 1
+    log(tmp_path / "run.csv", episode_index=np.full(12, 7))
+    assert len(read_all(tmp_path)[0]) == 1
+
+
+def test_a_column_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    film(tmp_path / "run.mp4")
+    log(tmp_path / "run.parquet", **{"observation.arm": np.ones(12), "observation.force": np.full(12, np.nan)})
+    episodes, notes, _ = read_all(tmp_path)
+    assert episodes == []
+    assert any("skipped: observation.force has a value that is not finite" in note for note in notes)
+
+
+def test_of_several_videos_in_a_file_the_first_is_read_and_that_is_said(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "run.mkv"), "w") as container:
+        streams: list[Any] = [container.add_stream("libx264", rate=10, options={"crf": "1"}) for _ in range(2)]
+        for stream in streams:
+            stream.pix_fmt, stream.height, stream.width = "yuv444p", HEIGHT, WIDTH
+        for number, picture in enumerate(shades(12)):
+            for stream, shown in zip(streams, (picture, picture[::-1] // 2), strict=True):
+                frame = av.VideoFrame.from_ndarray(shown, format="rgb24")
+                frame.pts, frame.time_base = number, Fraction(1, 10)
+                container.mux(stream.encode(frame))
+        for stream in streams:
+            container.mux(stream.encode())
+    log(tmp_path / "run.csv")
+    (episode,), notes, _ = read_all(tmp_path)
+    assert numbers(episode.pixels) == list(range(12))
+    assert any(note.startswith("guessed") and "the first of 2 videos in the file is read" in note for note in notes)

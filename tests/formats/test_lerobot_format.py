@@ -532,3 +532,38 @@ def test_numbers_too_fine_for_float32_are_said(tmp_path: Path) -> None:
     (first, _) = [note for note in notes if "loses precision" in note]
     assert "observation.position loses precision in value 0" in first
     assert "change by 0.05 per step" in first
+
+
+def overlapping(root: Path) -> None:
+    """Let episode 1 begin where episode 0 begins, as a faulty merge of datasets does."""
+    for file in (root / "meta/episodes").rglob("*.parquet"):
+        table = pq.read_table(file)
+        place = table.column_names.index(f"videos/{TOP}/from_timestamp")
+        times = table.column(place).to_pylist()
+        times[1] = times[0]
+        pq.write_table(table.set_column(place, table.schema.field(place), pa.array(times)), file)
+
+
+def test_two_episodes_with_one_stretch_of_video_are_refused(copy: Path, tmp_path: Path) -> None:
+    overlapping(copy)
+    with pytest.raises(DataError, match="episodes 0 and 1 have the same stretch of the video"):
+        read_all("lerobot-v3", copy, camera=TOP)
+    assert read_all("lerobot-v3", copy, camera="none")[0]
+    report = convert(copy, tmp_path / "store", read=ReadOptions(camera=TOP), skip_damaged=True)
+    assert report.episodes == report.source_episodes - 2
+
+
+@pytest.mark.parametrize("name", ["data", "videos", "meta/episodes"])
+def test_pointers_of_git_lfs_are_named(name: str, copy: Path) -> None:
+    for file in (copy / name).rglob("file-*"):
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n", "utf-8")
+    with pytest.raises(DataError, match="is a pointer of Git LFS, not the file itself.*run 'git lfs pull'"):
+        read_all("lerobot-v3", copy, camera=TOP)
+
+
+def test_hidden_files_beside_the_files_are_ignored(copy: Path) -> None:
+    before, _, _ = read_all("lerobot-v3", copy, camera=TOP)
+    for file in [file for file in copy.rglob("*") if file.is_file()]:
+        file.with_name(f"._{file.name}").write_bytes(b"\0\5\26\7")
+    after, _, _ = read_all("lerobot-v3", copy, camera=TOP)
+    assert [differences(a, b) for a, b in zip(before, after, strict=True)] == [[]] * len(before)

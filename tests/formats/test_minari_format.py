@@ -222,7 +222,7 @@ def test_values_that_are_not_finite_skip_their_episode(tmp_path: Path) -> None:
         file["episode_2/observations/vector"][4, 1] = np.nan
     episodes, notes, _ = read_all(tmp_path / "there")
     assert len(episodes) == 3
-    assert "episode_2 is skipped: the vector has a value that is not finite" in notes[0]
+    assert "episode_2 is skipped: vector has a value that is not finite" in notes[0]
 
 
 def edit(path: Path, **values: Any) -> None:

@@ -225,3 +225,16 @@ def test_a_video_of_depth_is_refused(tmp_path: Path) -> None:
         read_all("folder", tmp_path)
     with pytest.raises(ConfigError, match="'pictures' is not supported here"):
         read_all("folder", tmp_path, pictures={"range": (0, 9)})
+
+
+def test_pictures_of_phones_are_turned_as_their_orientation_says(tmp_path: Path) -> None:
+    shown = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    for orientation, stored in ((3, np.rot90(shown, 2)), (5, shown.transpose(1, 0, 2)), (6, np.rot90(shown, 1))):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / f"{orientation}.png"
+        Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
+        assert np.array_equal(decode_picture(path.read_bytes(), "picture"), shown)
+        pixels = read_picture(path, (20, 30, 3)).pixels
+        assert pixels is not None
+        assert np.array_equal(pixels[0].numpy(), shown)

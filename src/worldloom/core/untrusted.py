@@ -38,6 +38,7 @@ MEMORY = 8 * 2**30  # bytes of address space of the child, in addition to twice 
 _SECONDS, _RATE = 300.0, 2e6  # time limit: seconds, and bytes per second in addition
 _LANCE = ("_deletions", "_indices", "_versions", "data")  # the folders of a Lance table that readers open
 _CHECKS = b"2:"  # raise the number when the child checks more, so that files are tried again
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _MOST_KNOWN, _MOST_LISTS = 100_000, 1000
 _CHILD = Path(__file__).with_name("untrusted_child.py")
 _FEW_THREADS = {
@@ -70,10 +71,13 @@ def try_files(kind: Kind, files: Iterable[Path], *, table: Path | None = None, v
 
     Raises:
         HarmfulFile: the child ended early; the message names the file and the cause.
+        DataError: a file is a pointer of Git LFS.
     """
     stamps = _stamps(files)
     if not _unknown(stamps):
         return
+    for file in _unknown(stamps):
+        refuse_pointer(Path(file))
     root = table if table is not None else Path(os.path.commonpath(stamps))
     with _remembered(root) as list_file:
         unknown = _unknown(stamps)
@@ -89,6 +93,16 @@ def try_files(kind: Kind, files: Iterable[Path], *, table: Path | None = None, v
         if list_file is not None:
             with suppress(OSError):
                 _write(list_file, json.dumps(stamps))
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raise `DataError` if a file is the text that Git stores in place of a file that Git LFS has not fetched."""
+    with suppress(OSError), file.open("rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise DataError(
+                f"{file} is a pointer of Git LFS, not the file itself. Install git-lfs, and run 'git lfs pull' in the "
+                f"repository that the file comes from"
+            )
 
 
 def table_files(table: Path) -> list[Path]:

@@ -160,7 +160,7 @@ def check_episode(episode: Episode, spec: DatasetSpec, where: str) -> None:
         step = int(np.flatnonzero(~inside)[0])
         raise DataError(
             f"{where} has action {episode.actions[step]} at step {step}; expected low {spec.action.low} to high "
-            f"{spec.action.high}. Clip the action, or widen the bounds in the dataset's spec"
+            f"{spec.action.high}. Clip the action, or state the true bounds (--low and --high when converting)"
         )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 from worldloom.core.errors import DataError, WorldloomError
 from worldloom.core.files import storage_errors
@@ -37,6 +37,7 @@ def read_picture(
                     f"{path} has {image.mode} values rather than bytes, and the model was trained on bytes. Convert "
                     f"the picture to 8 bits in the same way as the pictures of the training data"
                 )
+            _turn_upright(image, str(path))
             deep = _deep(image, str(path), values)
             pixels = np.array(image.convert("RGB" if expected[2] == 3 else "L"), np.uint8) if deep is None else deep
     except WorldloomError:
@@ -65,6 +66,7 @@ def decode_picture(
     try:
         with Image.open(io.BytesIO(content or b""), formats=PICTURE_FORMATS) as opened:
             _check_size(opened)
+            _turn_upright(opened, what)
             deep = _deep(opened, what, values)
             if deep is None and values is not None:
                 raise DataError(f"{what} has 8 bits per channel and is not scaled. Leave out --picture-range")
@@ -86,16 +88,26 @@ def _deep(image: Image.Image, what: str, values: tuple[float, float] | None) -> 
     """Return a grey picture with more than 8 bits, scaled to bytes; None for a picture with 8 bits per channel.
 
     Raises:
-        DataError: the values are unknown, or a coloured picture has more than 8 bits.
+        DataError: the values are unknown.
     """
     if _is_deep(image):
         stored = np.asarray(image)
         options = PictureOptions(range=values)
         layout = picture_layout(stored.shape, stored.dtype, what, options=options, sample=stored)
         return layout.convert(stored[None], what)[0, ..., 0]
-    if any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):  # Pillow would drop the lower bits in silence
-        raise DataError(f"{what} has 16 bits per colour; expected 8. Convert the picture to 8 bits per colour")
     return None
+
+
+def _turn_upright(image: Image.Image, what: str) -> None:
+    """Turn and mirror a picture as its EXIF orientation requires, which photos of phones have.
+
+    Raises:
+        DataError: a coloured picture has more than 8 bits.
+    """
+    if not _is_deep(image) and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
+        # Pillow would drop the lower bits in silence.
+        raise DataError(f"{what} has 16 bits per colour; expected 8. Convert the picture to 8 bits per colour")
+    ImageOps.exif_transpose(image, in_place=True)
 
 
 def _is_deep(image: Image.Image) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.files import beside, read_json, require_writable, storage_errors, write_json, write_text
 from worldloom.core.progress import SILENT, Progress, ProgressTask
+from worldloom.core.untrusted import refuse_pointer
 from worldloom.data import check_episode
 from worldloom.formats.format import (
     FORMATS,
@@ -82,7 +83,7 @@ def detect(path: Path) -> Format:
 
     Raises:
         StorageError: `path` does not exist.
-        DataError: no format matches, or several do; the message lists the formats.
+        DataError: no format matches, or several do (the message lists the formats), or `path` is a pointer of Git LFS.
     """
     if not path.exists():
         raise StorageError(f"{path} does not exist; check the path")
@@ -92,6 +93,8 @@ def detect(path: Path) -> Format:
     if found:
         names = ", ".join(format.name for format in found)
         raise DataError(f"{path} matches several formats ({names}); choose one with --from FORMAT")
+    if path.is_file():
+        refuse_pointer(path)
     looked = "; ".join(f"{name}: {FORMATS[name].description}" for name in FORMATS)
     raise DataError(f"{path} has no known format. Known formats: {looked}. Check the path, or use --from FORMAT")
 

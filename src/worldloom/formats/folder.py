@@ -6,6 +6,7 @@ and `label.*`. Lists of a fixed length are several values. `ReadOptions.columns`
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -49,7 +50,6 @@ from worldloom.formats.timebase import (
 )
 from worldloom.formats.video import (
     LOSSY_CODEC,
-    TURNED,
     VIDEO_SUFFIXES,
     FrameStream,
     frame_shape,
@@ -59,6 +59,7 @@ from worldloom.formats.video import (
 
 TABLE_SUFFIXES = (".parquet", ".csv")
 OWN_FILE, OWN = "worldloom.json", "worldloom"
+EPISODES = frozenset({"episode", "episode_id", "episode_idx", "episode_index", "ep_idx", "traj_id", "trajectory_id"})
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
 
@@ -186,8 +187,8 @@ class FolderSource(Source):
     def _frames(self, video: Path, numbers: Int64[np.ndarray, "N"], index: int) -> UInt8[np.ndarray, "N H W C"]:
         with closing(FrameStream(video)) as stream:
             frames = stream.read(numbers, self.options.size)
-        if stream.turned:
-            self.note("info", f"{video}: {TURNED}.", index)
+        for kind, what in stream.remarks:
+            self.note(kind, f"{video}: {what}.", index)
         return self.fit(frames, str(video))
 
     def _times(
@@ -276,6 +277,12 @@ class FolderSource(Source):
                     f"columns in all tables"
                 )
         where = str(file)
+        for column in sorted(EPISODES.intersection(columns.left, table.column_names)):
+            if (count := len(table[column].unique())) > 1:
+                raise DataError(
+                    f"{file} has rows of {count} episodes, according to its column {column!r}; expected the rows of "
+                    f"one. Write a table for each episode, or rename the column if it is something else"
+                )
         parts = {column: self.single(numbers(table[column], column, where), column, where, index) for column in needed}
         metadata = None
         text = (table.schema.metadata or {}).get(OWN.encode())
@@ -381,6 +388,7 @@ def _read_table(file: Path) -> tuple[pa.Table, str]:
             raise DataError(f"{file} is empty; expected a table with an action column. Restore or remove the file")
         if file.suffix.lower() == ".parquet":
             try_files("parquet", [file])
+            _check_names(pq.read_schema(file).names, file)
             return pq.read_table(file, partitioning=None), ""
         try:
             text = content.decode("utf-8-sig")
@@ -397,8 +405,21 @@ def _read_table(file: Path) -> tuple[pa.Table, str]:
             parse_options=csv.ParseOptions(delimiter=separator),
             convert_options=csv.ConvertOptions(decimal_point="," if comma else "."),
         )
+    read = read.rename_columns([name.strip().strip('"') for name in read.column_names])  # "t", "x": a blank each
+    _check_names(read.column_names, file)
     named = {",": "", ";": "semicolons as separators", "\t": "tabs as separators"}[separator]
     return read, f"{named} and decimal commas" if comma else named
+
+
+def _check_names(names: Sequence[str], file: Path) -> None:
+    """Raise `DataError` if a name stands twice, or if all names are numbers, as in a table without a header."""
+    if len(twice := [name for name, count in Counter(names).items() if count > 1]):
+        raise DataError(f"{file} has several columns named {', '.join(twice)}; rename or remove all but one of each")
+    if names and all(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", name) for name in names):
+        raise DataError(
+            f"{file} has no header: its first row is {', '.join(names)}. Write a first row with the names of the "
+            f"columns, such as timestamp,action.x,observation.x"
+        )
 
 
 add_format(

@@ -566,10 +566,11 @@ class Source(Closing, ABC):
         actions = self.single(actions, "the action", where, index)
         joined = np.ascontiguousarray(np.concatenate(vector, axis=1)) if vector else None
         flat_labels = {name: self.single(two_axes(column), name, where, index) for name, column in labels.items()}
-        named = {"actions": actions, "the vector": joined}
+        named: dict[str, np.ndarray] = {"actions": actions}
+        named |= dict(zip(self._columns, vector, strict=True))
         named |= {f"label {name!r}": column for name, column in flat_labels.items()}
         for name, column in named.items():
-            if column is not None and not np.isfinite(column).all():
+            if not np.isfinite(column).all():
                 step = int(np.flatnonzero(~np.isfinite(column).all(axis=1))[0])
                 reason = f"{name} has a value that is not finite (missing, NaN or infinite) at step {step}"
                 self.note("skipped", f"{where} is skipped: {reason}.", index)
@@ -785,13 +786,16 @@ def only_one(found: Sequence[Path], path: Path, kind: str) -> Path:
 
 
 def files_below(path: Path) -> list[Path]:
-    """Return all files below a directory, sorted; links to directories are followed once."""
+    """Return all files below a directory, sorted, but hidden ones; links to directories are followed once.
+
+    File managers write hidden files, such as the `._NAME` of macOS on foreign disks.
+    """
     found: list[Path] = []
     seen = {os.path.realpath(path)}
     for folder, folders, names in os.walk(path, followlinks=True):
         folders[:] = [name for name in folders if os.path.realpath(Path(folder, name)) not in seen]
         seen |= {os.path.realpath(Path(folder, name)) for name in folders}
-        found += [Path(folder, name) for name in names]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
     return sorted(file for file in found if file.is_file())
 
 

@@ -3,6 +3,7 @@
 lerobot_layout.py describes the layout; lerobot_write.py contains the writers.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache, partial
@@ -35,7 +36,7 @@ from worldloom.formats.lerobot_layout import (
 )
 from worldloom.formats.lerobot_write import LeRobotSinkV2, LeRobotSinkV3
 from worldloom.formats.timebase import Log, aligned_episodes, clock_difference, timestamps, unit_of
-from worldloom.formats.video import TURNED, FrameStream, frame_times
+from worldloom.formats.video import FrameStream, frame_times
 
 STATES = ("state", "states", "proprio")  # names of features for the vector if none has the prefix `observation`
 
@@ -71,6 +72,7 @@ class LeRobotSource(Source):
             {name: (features[name]["shape"], features[name]["dtype"]) for name in observed}, others=bool(encoded)
         )
         self._camera = self.choose_camera([*encoded, *cameras])
+        self._sharing = self._find_sharing()
         self._vector = self._choose_observations(
             [name for name in numeric if name not in pictures], guessing=own is None
         )
@@ -290,6 +292,12 @@ class LeRobotSource(Source):
         file, start = entry.videos[self._camera or ""]
         with storage_errors(file):
             file.stat()
+        if (other := self._sharing.get(entry.episode)) is not None:
+            raise DataError(
+                f"{file}: episodes {entry.episode} and {other} have the same stretch of the video (episode "
+                f"{entry.episode} starts at {start:.4g} s), so one of them would get the frames of the other. Correct "
+                f"from_timestamp in the metadata, or merge the datasets again"
+            )
         stamps = self._frame_times(file)
         wanted = start + times
         half = 0.5 / self._meta.fps
@@ -315,9 +323,24 @@ class LeRobotSource(Source):
                 self._stream.close()
             self._stream = FrameStream(file)
         frames = self._stream.read(nearest[rows], self.options.size)
-        if self._stream.turned:
-            self.note("info", f"{file}: {TURNED}.", index)
+        for kind, what in self._stream.remarks:
+            self.note(kind, f"{file}: {what}.", index)
         return frames
+
+    def _find_sharing(self) -> dict[int, int]:
+        """Return, for each episode whose frames another episode has too, that other episode."""
+        places: dict[Path, list[tuple[float, EpisodePlace]]] = {}
+        for entry in self._meta.entries:
+            if self._camera in entry.videos:
+                file, start = entry.videos[self._camera or ""]
+                places.setdefault(file, []).append((start, entry))
+        found: dict[int, int] = {}
+        for stretches in places.values():
+            stretches.sort(key=lambda stretch: stretch[0])
+            for (first, before), (then, after) in itertools.pairwise(stretches):
+                if then < first + (before.length - 0.5) / self._meta.fps:
+                    found |= {before.episode: after.episode, after.episode: before.episode}
+        return found
 
     def _numbered(self, entry: EpisodePlace, stamps: Float64[np.ndarray, "F"]) -> Int64[np.ndarray, "R"] | None:
         """Return the frame of each row of an episode by number; None if the number of frames does not fit."""

@@ -179,7 +179,7 @@ def _detects(path: Path) -> bool:
 
 
 def _files(path: Path) -> list[Path]:
-    return [path] if not path.is_dir() else sorted([*path.glob("*.h5"), *path.glob("*.hdf5")])
+    return [path] if not path.is_dir() else sorted([*path.glob("[!.]*.h5"), *path.glob("[!.]*.hdf5")])
 
 
 def _extend(file: Any, name: str, column: np.ndarray) -> None:

@@ -248,7 +248,7 @@ def _detects(path: Path) -> bool:
 
 
 def _tables(path: Path) -> list[Path]:
-    return [path] if (path / "_versions").is_dir() else sorted(path.glob("*.lance"))
+    return [path] if (path / "_versions").is_dir() else sorted(path.glob("[!.]*.lance"))
 
 
 def _width(kind: pa.DataType) -> int:

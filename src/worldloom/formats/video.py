@@ -5,7 +5,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8
@@ -75,11 +75,11 @@ class FrameStream:
     """A video reader that decodes forward; a request for an earlier frame restarts from the first frame.
 
     Frames are as a player shows them. Frames that an edit list hides have no number, and a display matrix turns or
-    mirrors the rest. `turned` is set once that has happened.
+    mirrors the rest. `turned` is set once that has happened. A file with several videos is read from the first one.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.turned = path, False
+        self.path, self.turned, self._videos = path, False, 1
         self._context: Any = None
         self._frames: Iterator[Any] = iter(())
         self._next = 0
@@ -120,10 +120,23 @@ class FrameStream:
             )
         return out
 
+    @property
+    def remarks(self) -> list[tuple[Literal["info", "guessed"], str]]:
+        """What a user should know of the frames that were read: kinds of notes, and sentences without a full stop."""
+        said: list[tuple[Literal["info", "guessed"], str]] = []
+        if self.turned:
+            said.append(("info", TURNED))
+        if self._videos > 1:
+            said.append(
+                ("guessed", f"the first of {self._videos} videos in the file is read. Split the file to read another")
+            )
+        return said
+
     def _begin(self) -> None:
         self.close()
         self._context = _opened(self.path)
         container, stream = self._context.__enter__()
+        self._videos = len(_shown(container))
         stream.thread_type = "AUTO"
         self._frames = container.decode(stream)
 
@@ -209,13 +222,17 @@ def _opened(path: Path, options: dict[str, str] | None = None) -> Iterator[tuple
 
     try_files("video", [path])
     with _video_errors(path), av.open(str(path), options={**VIDEO_FORMATS, **(options or {})}) as container:
-        # A cover picture is a video stream too.
-        streams = [
-            each for each in container.streams.video if not each.disposition & av.stream.Disposition.attached_pic
-        ]
+        streams = _shown(container)
         if not streams:
             raise DataError(f"{path} has no video stream; check the file")
         yield container, streams[0]
+
+
+def _shown(container: Any) -> list[Any]:
+    """Return the video streams without cover pictures, which are video streams too."""
+    from av.stream import Disposition
+
+    return [each for each in container.streams.video if not each.disposition & Disposition.attached_pic]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from worldloom.core.chain import ChainHead
 from worldloom.core.errors import ConfigError, DataError
 from worldloom.core.signing import SigningKey, make_key
-from worldloom.federation import Constitution, Ledger, countersign, ratify, read_constitution
+from worldloom.federation import Constitution, Ledger, check_rules, countersign, ratify, read_constitution
 from worldloom.federation.rules.constitution import ratification_path
 
 _SUMS = {"secure_aggregation": True, "aggregation": {"name": "mean"}, "quorum": 3}
@@ -61,6 +61,25 @@ def test_a_consortium_has_only_as_many_members_as_an_entry_of_the_ledger_has_roo
         ledger.append("round", {**weights, "evaluation": pairs}, round=0)
         answers = {what: dict.fromkeys(names, digest) for what in ("advertise", "share", "mask")}
         ledger.append("survivors", {"attempt": 9, **answers}, round=0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"aggregation": {"name": "nosuch"}}, "aggregation: unknown"),
+        ({"aggregation": {"name": "clipped-mean", "limt": 1}}, "aggregation: .*limt"),
+        ({"aggregation": {"name": "krum"}}, "aggregation: krum with bad=1 needs at least 5 owners, but there are 3"),
+        ({"outer": {"name": "diloco", "learning_rate": -5}}, "outer: .*learning_rate"),
+        ({"codec": {"name": "int8", "rounding": "up"}}, "codec: .*rounding"),
+        ({"partition": {"nosuch": []}}, "partition: .*nosuch"),
+        ({"partition": {"shared": []}}, "no tensor is shared"),
+        ({"privacy": {**_PRIVACY, "epsilon_budget": 1e-9}}, "not even one round fits into the budget"),
+    ],
+)
+def test_what_a_constitution_names_is_checked_before_anybody_trains(changed: dict[str, Any], why: str) -> None:
+    check_rules(Constitution.parse(_values()))
+    with pytest.raises(ConfigError, match=why):
+        check_rules(Constitution.parse(_values(**changed)))
 
 
 def test_who_has_not_signed_is_named(tmp_path: Path) -> None:

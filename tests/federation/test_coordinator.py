@@ -408,7 +408,7 @@ def test_a_member_that_reports_less_spent_privacy_than_before_is_refused_and_no_
         (answer,) = coordinator._members.exchange(["east"], {"what": "train", "round": 1}, base, kind="contribution")
         coordinator._accept(1, base, answer[1])
     (reason,) = reasons(consortium)
-    assert reason.startswith("east reports a spent epsilon of 0.5, but has reported 1.27 before")
+    assert reason.startswith("east reports a spent epsilon of 0.5, but has reported 1.271 before")
     why = verify_ledger(tmp_path / "rounds" / "ledger.jsonl", consortium.constitution).why
     assert why == "is a contribution of east that reports less spent privacy than an earlier one"
 

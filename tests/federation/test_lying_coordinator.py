@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from forging import rewritten
 from worldloom.core.chain import Entry
-from worldloom.core.errors import DataError, TrainingError
+from worldloom.core.errors import DataError, StorageError, TrainingError
 from worldloom.core.files import read_document, read_json
 from worldloom.federation import (
     Base,
@@ -570,6 +570,17 @@ def test_weights_that_a_coordinator_invents_are_found_when_bases_are_recomputed(
         recompute(tmp_path / "rounds", who.constitution, into=tmp_path / "again")
 
 
+def test_recomputed_bases_do_not_replace_those_of_a_coordinator(tmp_path) -> None:
+    who = consortium(tmp_path)
+    with closing(coordinator(who, {name: who.node(name) for name in OWNERS})) as true:
+        true.run_round(0)
+    coordinator(who, {}, "other").close()
+    with pytest.raises(StorageError, match="other contains the rounds of a coordinator; choose another folder"):
+        recompute(tmp_path / "rounds", who.constitution, into=tmp_path / "other")
+    for _ in range(2):
+        recompute(tmp_path / "rounds", who.constitution, into=tmp_path / "again")
+
+
 def test_a_member_that_answers_after_a_kill_does_not_change_a_round_that_is_recorded(tmp_path) -> None:
     who = consortium(tmp_path)
     nodes = {name: who.node(name) for name in OWNERS}
@@ -627,9 +638,9 @@ def test_no_fact_of_a_contribution_is_changed_without_the_key_of_its_member(begu
 
 NAMES = (
     "fingerprint", "previous", "weights", "left_out", "evaluation", "attempt", "mask", "base", "owner", "statements",
-    "unmask", "advertise", "share",
+    "unmask", "advertise", "share", "word", "reason",
 )  # fmt: skip
-KINDS = ("base", "contribution", "round", "session", "survivors", "sum", "succession", "refusal")
+KINDS = ("base", "contribution", "round", "session", "survivors", "sum", "succession", "refusal", "exit", "return")
 
 
 @given(

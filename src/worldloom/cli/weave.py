@@ -266,8 +266,9 @@ def ratify(
     json: Json = False,
 ) -> None:
     """Sign the current text of a constitution as one of its members; write the signature beside it."""
-    from worldloom.federation import ratify
+    from worldloom.federation import Constitution, check_rules, ratify
 
+    check_rules(read_yaml(constitution, Constitution))
     signature = ratify(constitution, member, SigningKey(key))
     answer(json, {"signature": signature}, str(signature))
 

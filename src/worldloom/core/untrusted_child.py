@@ -166,9 +166,12 @@ def parquet(path: str) -> None:
     """Read all columns, and check the buffers of the rows."""
     import pyarrow.parquet
 
-    file = pyarrow.parquet.ParquetFile(path)
-    for batch in file.iter_batches(rows_at_a_time(file.metadata.num_rows, Path(path).stat().st_size)):
+    file, size, total = pyarrow.parquet.ParquetFile(path), Path(path).stat().st_size, 0
+    for batch in file.iter_batches(rows_at_a_time(file.metadata.num_rows, size)):
         batch.validate(full=True)
+        total += batch.nbytes
+        if total > _MOST_EXPANSION * size + 2**26:
+            raise Harmful(f"found that its {file.metadata.num_rows:,} rows need more than {total:,} bytes")
 
 
 READERS: dict[str, Callable[[str], None]] = {"hdf5": hdf5, "video": video, "picture": picture, "parquet": parquet}

@@ -20,7 +20,7 @@ from worldloom.data.layout import (
 )
 from worldloom.data.object_walk import ObjectWalkOptions
 from worldloom.data.order import SlidingPool
-from worldloom.data.pictures import decode_picture, encode_picture, read_picture, resize
+from worldloom.data.pictures import decode_picture, encode_picture, read_picture, resize, room_for
 from worldloom.data.policies import POLICIES
 from worldloom.data.preview import contact_sheet, encode_video, to_rgb, video, write_sheet
 from worldloom.data.spec import DatasetSpec
@@ -70,6 +70,7 @@ __all__ = [
     "require_plausible",
     "require_variation",
     "resize",
+    "room_for",
     "stream_frames",
     "table_written",
     "to_rgb",

@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import psutil
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
@@ -73,9 +74,30 @@ def decode_picture(
             picture = np.asarray(opened.convert("L" if opened.mode == "L" else "RGB")) if deep is None else deep
     except WorldloomError:
         raise
+    except MemoryError:
+        raise DataError(f"{what} needs more memory than is free; resize the picture") from None
     except Exception as error:  # Pillow raises many types for damaged content
         raise DataError(f"{what} does not decode ({error}); restore the file from a copy") from error
     return picture if picture.ndim == 3 else picture[..., None]
+
+
+def room_for(count: int, picture: UInt8[np.ndarray, "H W C"], what: str) -> UInt8[np.ndarray, "count H W C"]:
+    """Return an array for this number of pictures like `picture`. Error messages begin with `what`.
+
+    Raises:
+        DataError: there is not enough memory; files of some kilobytes can ask for any number of gigabytes.
+    """
+    size = count * picture.nbytes
+    try:
+        if size > psutil.virtual_memory().available:
+            raise MemoryError
+        return np.empty((count, *picture.shape), np.uint8)
+    except MemoryError:
+        height, width = picture.shape[:2]
+        raise DataError(
+            f"{what}: {count} pictures of {height}x{width} need {size / 1e9:.1f} GB, more than the free memory. Resize "
+            f"them with --size HxW, or split the episode"
+        ) from None
 
 
 def _check_size(image: Image.Image) -> None:

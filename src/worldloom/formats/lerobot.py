@@ -19,7 +19,7 @@ from worldloom.core.errors import ConfigError, DataError, StorageError
 from worldloom.core.files import read_json, storage_errors
 from worldloom.core.types import Episode
 from worldloom.core.untrusted import try_files
-from worldloom.data import decode_picture, resize, to_rgb
+from worldloom.data import decode_picture, resize, room_for, to_rgb
 from worldloom.formats.arrow import is_list, is_number, table_errors
 from worldloom.formats.format import Bounds, Contents, Source, add_format, chosen, files_below, guess
 from worldloom.formats.lerobot_layout import (
@@ -358,8 +358,8 @@ class LeRobotSource(Source):
                 f"{where}: column {self._camera!r} has type {column.type}; expected pictures (bytes and path). "
                 f"Convert the column"
             )
-        pictures: list[np.ndarray] = []
-        for row in rows:
+        out: np.ndarray | None = None
+        for place, row in enumerate(rows):
             what = f"{where}: the picture of {self._camera!r} in row {row}"
             value = column[int(row)].as_py() or {}
             content = value.get("bytes")
@@ -368,13 +368,16 @@ class LeRobotSource(Source):
                 with storage_errors(file):
                     content = file.read_bytes()
             picture = resize(to_rgb(decode_picture(content, what, values=self._values))[None], self.options.size)[0]
-            if pictures and picture.shape != pictures[0].shape:
+            if out is None:
+                out = room_for(len(rows), picture, where)
+            if picture.shape != out.shape[1:]:
                 raise DataError(
-                    f"{what} has shape {picture.shape}; expected {pictures[0].shape}, as in the rows before. Resize "
-                    f"all pictures with --size HxW"
+                    f"{what} has shape {picture.shape}; expected {out.shape[1:]}, as in the rows before. Resize all "
+                    f"pictures with --size HxW"
                 )
-            pictures.append(picture)
-        return np.stack(pictures)
+            out[place] = picture
+        assert out is not None, "an episode has rows"
+        return out
 
 
 def _fits(bounds: Bounds | None, size: int) -> bool:

@@ -39,6 +39,7 @@ V2_DATA = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
 V2_VIDEO = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
 V3_DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 V3_VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+_MOST_EPISODES = 2**20  # in one file, because all are kept in memory
 VERSIONS = {"v2": ("v2.1", "v2.0"), "v3": ("v3.0",)}
 
 
@@ -222,6 +223,11 @@ def read_rows(file: Path, *, stats: bool = False) -> list[dict[str, Any]]:
     """Return the rows of a file of meta/episodes without the statistics; with `stats`, return only the statistics."""
     try_files("parquet", [file])
     with table_errors(file, "Parquet"), pq.ParquetFile(file) as opened:
+        if opened.metadata.num_rows > _MOST_EPISODES:
+            raise DataError(
+                f"{file} has {opened.metadata.num_rows:,} rows, one per episode; at most {_MOST_EPISODES:,} are read. "
+                f"Split the dataset"
+            )
         names = [name for name in opened.schema_arrow.names if name.startswith("stats/") == stats]
         rows: list[dict[str, Any]] = opened.read(columns=names).to_pylist()
     return rows

@@ -16,7 +16,7 @@ from worldloom.core.errors import DataError, StorageError
 from worldloom.core.files import read_json, write_json
 from worldloom.core.picture_layout import PictureLayout
 from worldloom.core.types import MOST_ACTION_VALUES, Episode
-from worldloom.data import decode_picture, metadata_json
+from worldloom.data import decode_picture, metadata_json, room_for
 from worldloom.formats.format import Bounds, Contents, add_format, chosen, flat, natural, spec_in, two_axes
 from worldloom.formats.hdf5 import (
     OWN,
@@ -277,11 +277,15 @@ class MinariSource(Hdf5Source):
         where = f"{where}/{place}"
         self._check(column, steps, where)
         if self._jpeg:
-            pictures = [
-                decode_picture(np.asarray(content, np.uint8).tobytes(), f"{where}: row {row}")
-                for row, content in enumerate(column)
-            ]
-            column = np.stack(pictures) if len({picture.shape for picture in pictures}) == 1 else np.zeros((0, 0))
+            stored, column = column, room_for(len(column), np.empty(shape, np.uint8), where)
+            for row, content in enumerate(stored):
+                picture = decode_picture(np.asarray(content, np.uint8).tobytes(), f"{where}: row {row}")
+                if picture.shape != shape:
+                    raise DataError(
+                        f"{where}: the picture in row {row} has shape {picture.shape}; expected {shape}, as in "
+                        f"{METADATA}. Restore the file from a copy"
+                    )
+                column[row] = picture
         if column.dtype != dtype or column.shape[1:] != shape:
             raise DataError(
                 f"{where} is {column.dtype} of shape {column.shape}; expected {dtype} pictures of shape {shape}. "

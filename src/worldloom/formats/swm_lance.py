@@ -22,6 +22,7 @@ from worldloom.data import (
     float_lists,
     lance_errors,
     open_table,
+    room_for,
     table_written,
 )
 from worldloom.formats.arrow import is_binary, is_integer, is_number, is_text, numbers
@@ -159,15 +160,19 @@ class SwmLanceSource(Source):
         )
 
     def _decode(self, column: pa.ChunkedArray, where: str) -> np.ndarray:
-        pictures: list[np.ndarray] = []
+        out: np.ndarray | None = None
         for row, value in enumerate(column):
             what = f"{where}: the picture of {self._chosen.camera!r} in step {row}"
-            pictures.append(decode_picture(value.as_py(), what, values=self._values))
-            if pictures[-1].shape != pictures[0].shape:
+            picture = decode_picture(value.as_py(), what, values=self._values)
+            if out is None:
+                out = room_for(len(column), picture, where)
+            if picture.shape != out.shape[1:]:
                 raise DataError(
                     f"{what} has a different shape from the first picture; resize the pictures in the table"
                 )
-        return np.stack(pictures)
+            out[row] = picture
+        assert out is not None, "an episode has rows"
+        return out
 
 
 class SwmLanceSink(Sink):

@@ -14,7 +14,7 @@ from worldloom.core.errors import DataError
 from worldloom.core.files import write_atomic
 from worldloom.core.untrusted import try_files
 from worldloom.core.untrusted_child import VIDEO_FORMATS
-from worldloom.data import encode_video, resize
+from worldloom.data import encode_video, resize, room_for
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm")
 TURNED = "the frames are turned or mirrored, as the display matrix of the video requires"
@@ -94,8 +94,8 @@ class FrameStream:
         The numbers must be ascending; a repeated number repeats a frame.
 
         Raises:
-            DataError: a frame is missing or does not decode, the frame size changes within the video, or the display
-                matrix turns frames by an angle that is not a multiple of 90 degrees.
+            DataError: a frame is missing or does not decode, the frames need too much memory, the frame size changes
+                within the video, or the display matrix turns frames by an angle that is not a multiple of 90 degrees.
         """
         assert (np.diff(numbers) >= 0).all(), "frames are decoded forward; sort their numbers"
         if self._context is None or (len(numbers) and numbers[0] < (self._last[0] if self._last else 0)):
@@ -109,7 +109,7 @@ class FrameStream:
                 continue
             picture = resize(self._upright(self._last[1])[None], size)[0]
             if out is None:
-                out = np.empty((len(numbers), *picture.shape), np.uint8)
+                out = room_for(len(numbers), picture, str(self.path))
             while there < len(numbers) and numbers[there] == self._last[0]:
                 out[there] = picture
                 there += 1

@@ -266,13 +266,18 @@ class Krum(Aggregator):
     bad: int = Field(default=1, ge=0)
     kept: int | None = Field(default=None, ge=1)
 
+    @property
+    def least(self) -> int:
+        """The number of owners that are needed."""
+        return 2 * self.bad + 3
+
     def aggregate(self, deltas: Deltas) -> Aggregate:
         """Aggregate; see `Aggregator`."""
         used = deltas.used
         owners = list(used)
         if len(owners) < 2 * self.bad + 3:
             raise ConfigError(
-                f"krum with bad={self.bad} needs at least {2 * self.bad + 3} owners; got {len(owners)}. Lower 'bad', "
+                f"krum with bad={self.bad} needs at least {self.least} owners; got {len(owners)}. Lower 'bad', "
                 f"raise the quorum, or choose another aggregator"
             )
         distances = deltas.distances()

@@ -31,6 +31,7 @@ from worldloom.federation.rounds.member_store import MemberStore
 from worldloom.federation.rounds.members import LONGEST_REASON, Members
 from worldloom.federation.rounds.next_base import NextBase, aggregated, mean_of_sum, next_base
 from worldloom.federation.rounds.round_store import RoundStore
+from worldloom.federation.rounds.rule_check import check_rules
 from worldloom.federation.rounds.secure_rounds import SecureSums
 from worldloom.federation.rules.constitution import Constitution
 from worldloom.federation.rules.ranges import Loss, within
@@ -60,6 +61,7 @@ class Coordinator(Closing):
 
     Raises:
         StorageError: another process coordinates in the folder.
+        ConfigError: the constitution names an invalid component; see `check_rules`.
         DataError: the ledger does not verify or belongs to another constitution, or the key is not a coordinator's.
     """
 
@@ -77,6 +79,7 @@ class Coordinator(Closing):
             raise DataError(
                 f"{key.public} is not the key of a coordinator in the constitution; use the key of a coordinator"
             )
+        check_rules(constitution)
         self.rounds, self._constitution, self._progress = RoundStore(path), constitution, progress
         self._newest: tuple[int, Base] | None = None  # the newest published base and its round
         self.ledger = Ledger(self.rounds.ledger, key)

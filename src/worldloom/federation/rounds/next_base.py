@@ -101,11 +101,13 @@ def recompute(
     Raises:
         DataError: the ledger does not verify, a message, base or weight does not match it, or a member of a secure sum
             is excluded.
-        StorageError: a contribution is missing, or the target is the source folder.
+        StorageError: a contribution is missing, or the target is the folder of a coordinator.
     """
     if os.path.realpath(path) == os.path.realpath(into):
         raise StorageError(f"{into} contains the rounds themselves; choose another folder for the result")
     stored, made = RoundStore(path), RoundStore(into)
+    if made.ledger.exists():
+        raise StorageError(f"{into} contains the rounds of a coordinator; choose another folder for the result")
     records = read_ledger(stored.ledger, constitution)
     again = _Recomputation(stored, made, records, constitution, without)
     published = {number: str(facts["fingerprint"]) for number, facts in records.bases().items()}

@@ -27,6 +27,7 @@ from worldloom.federation.rounds.contribution import Contribution
 from worldloom.federation.rounds.local import LocalTraining
 from worldloom.federation.rounds.member_store import BaseMissing, EntriesMissing, LedgerRefused, MemberStore
 from worldloom.federation.rounds.members import LONGEST_REASON
+from worldloom.federation.rounds.rule_check import check_rules
 from worldloom.federation.rounds.secure_node import AlreadyHelped, SecureNode
 from worldloom.federation.rounds.self_check import SelfCheck
 from worldloom.federation.rules.constitution import Constitution
@@ -64,6 +65,7 @@ class Node:
         self.path, self.name, self.constitution = Path(path), name, constitution
         self._training, self.own, self._key = training, own or training, key
         self._class = data_class
+        check_rules(constitution)
         privacy = constitution.privacy
         if privacy is not None and privacy.noise > 0 and training.shared_statistics:
             raise ConfigError(

@@ -71,7 +71,7 @@ class SelfCheck:
         for number in rounds:
             if number in sent:
                 self._compare_contribution(records, made[number])
-            judged = (made[number].body["facts"]["evaluation"] or {}).get("owners", {}).get(self._name, [])
+            judged = (made[number].body["facts"].get("evaluation") or {}).get("owners", {}).get(self._name, [])
             for loss, base in zip(judged, (bases[number], bases[number + 1]), strict=False):
                 if loss is not None and loss not in state.losses.get(base, []):
                     self._accuse(f"has a held-out loss of {self._name} that {self._name} did not send", made[number])

@@ -97,7 +97,9 @@ class Constitution(Config):
     privacy: PrivacyConfig | None = None
     secure_aggregation: bool = False
     quality: Quality = Quality()
-    classes: tuple[Literal["open", "unique-open", "controlled"], ...] = ("open", "unique-open")
+    classes: tuple[Literal["open", "unique-open", "controlled"], ...] = Field(
+        default=("open", "unique-open"), min_length=1
+    )
     largest_megabytes: float = Field(default=1024.0, gt=0, le=1e6)
     release: Release = Release()
 

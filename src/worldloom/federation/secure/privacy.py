@@ -153,7 +153,7 @@ class Accountant:
         DataError: the state is invalid.
     """
 
-    def __init__(self, config: PrivacyConfig, state: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, config: PrivacyConfig, state: Any = ()) -> None:
         self.config = config
         try:
             if not isinstance(state, list | tuple):

@@ -1,0 +1,56 @@
+"""A small file cannot take all memory: what it would grow to is an error that says what to do."""
+
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from format_samples import make_store, read_all
+
+from worldloom.core.errors import DataError
+from worldloom.core.untrusted import HarmfulFile, try_files
+from worldloom.data import room_for
+from worldloom.formats import WriteOptions, convert, lerobot_layout
+
+
+@pytest.mark.parametrize("kind", ["folder", "lerobot-v21", "lerobot-v3", "swm-lance"])
+def test_pictures_that_do_not_fit_into_memory_are_an_error_that_names_the_size(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_store(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "there", target_format=kind, write=WriteOptions(lossless="v3" not in kind))
+    read_all(kind, tmp_path / "there")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(1000))
+    with pytest.raises(DataError, match=r"pictures of 16x24 need 0\.0 GB, more than the free memory.*--size HxW"):
+        read_all(kind, tmp_path / "there")
+
+
+def test_what_numpy_cannot_allocate_is_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise MemoryError
+
+    picture = np.zeros((2, 2, 3), np.uint8)
+    assert room_for(5, picture, "log").shape == (5, 2, 2, 3)
+    monkeypatch.setattr(np, "empty", full)
+    with pytest.raises(DataError, match="log: 5 pictures of 2x2 need"):
+        room_for(5, picture, "log")
+
+
+def test_a_parquet_file_whose_rows_grow_far_beyond_its_size_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": ["x" * 2**19] * 600}), path)
+    assert path.stat().st_size < 2**16
+    with pytest.raises(HarmfulFile, match="600 rows need more than"):
+        try_files("parquet", [path])
+
+
+def test_more_episodes_than_memory_is_for_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "there", target_format="lerobot-v3")
+    monkeypatch.setattr(lerobot_layout, "_MOST_EPISODES", 1)
+    with pytest.raises(DataError, match="rows, one per episode; at most 1 are read"):
+        read_all("lerobot-v3", tmp_path / "there")

@@ -331,8 +331,8 @@ class LeRobotSource(Source):
         """Return, for each episode whose frames another episode has too, that other episode."""
         places: dict[Path, list[tuple[float, EpisodePlace]]] = {}
         for entry in self._meta.entries:
-            if self._camera in entry.videos:
-                file, start = entry.videos[self._camera or ""]
+            if (video := entry.videos.get(self._camera or "")) is not None:
+                file, start = video
                 places.setdefault(file, []).append((start, entry))
         found: dict[int, int] = {}
         for stretches in places.values():

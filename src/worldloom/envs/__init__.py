@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from worldloom.envs.factors import FourRoomsFactors, MazeFactors, PitsFactors, RoomFactors, TwoRoomFactors
-from worldloom.envs.registration import register_envs
+from worldloom.envs.registration import declares_plant, register_envs
 from worldloom.envs.rendering import GL_REMEDY
 from worldloom.envs.rooms import RoomEnv, RoomsVectorEnv
 from worldloom.envs.tasks import Task, TaskOptions
@@ -25,6 +25,7 @@ __all__ = [
     "TwoRoomFactors",
     "VectorWorld",
     "Where",
+    "declares_plant",
     "register_envs",
 ]
 

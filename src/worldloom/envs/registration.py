@@ -1,6 +1,7 @@
 """Registers the environments with Gymnasium when `worldloom.envs` is imported."""
 
 import gymnasium
+from gymnasium.envs.registration import load_env_creator
 
 from worldloom.envs.factors import WORLDS
 
@@ -29,3 +30,15 @@ def register_envs() -> None:
         if env_id not in gymnasium.registry:
             # The environments check themselves; Gymnasium's checker would also render every copy.
             gymnasium.register(env_id, entry_point=entry_point, disable_env_checker=True)
+
+
+def declares_plant(env_id: str) -> bool:
+    """Return whether a registered environment declares that it is not a simulator. The environment is not created."""
+    spec = gymnasium.registry.get(env_id)
+    if spec is None or not isinstance(spec.entry_point, str):
+        return False
+    try:
+        metadata = getattr(load_env_creator(spec.entry_point), "metadata", {})
+    except ImportError:  # creating it says which package is missing
+        return False
+    return metadata.get("simulator") is False

@@ -25,7 +25,7 @@ from worldloom.core.registry import nearest
 from worldloom.core.seams import Agent, WorldModel
 from worldloom.core.seeds import torch_generator
 from worldloom.data import EpisodeDataset, Frames, load_frames
-from worldloom.envs import register_envs
+from worldloom.envs import declares_plant, register_envs
 from worldloom.evaluation import PROTOCOLS, Changes, Protocol, Results, gym_protocol
 from worldloom.evaluation import evaluate as evaluate_methods
 from worldloom.evaluation import explore as explore_worlds
@@ -398,5 +398,13 @@ def _protocol(
     offset = goal_offset or 25
     logged: dict[str, Any] = {key: source[key] for key in ("policy", "policy_options") if source.get(key)}
     conventions: dict[str, Any] = {"budget": 2 * offset, "pictures": source.get("pictures"), **logged, **given}
-    conventions["env_kwargs"] = {**(source.get("kwargs") or {}), **(changes.get("env_kwargs") or {})}
+    stored, named = source.get("kwargs") or {}, changes.get("env_kwargs") or {}
+    if declares_plant(env_id):
+        if not named:
+            raise ConfigError(
+                f"the data are from {env_id} with {stored}, which is not a simulator. A file must not choose what is "
+                f"driven: name the arguments yourself, such as --env-arg address=tcp://HOST:PORT"
+            )
+        stored = {}
+    conventions["env_kwargs"] = {**stored, **named}
     return gym_protocol(env_id, success=success, goal_offset=offset, **conventions)

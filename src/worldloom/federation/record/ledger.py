@@ -326,7 +326,8 @@ def _read(
     seen = [checked(checkpoint, constitution) for checkpoint in checkpoints]
     reading = LedgerReader(path, constitution)
     with storage_errors(path), Path(path).open("rb") as file:
-        why = reading.take(line for line in file if not growing or line.endswith(b"\n"))
+        lines = iter(lambda: file.readline(_LONGEST + 1), b"")  # a line of any length is not read whole
+        why = reading.take(line for line in lines if not growing or line.endswith(b"\n") or len(line) > _LONGEST)
     return reading, reading.verdict(why, seen)
 
 

@@ -4,6 +4,8 @@ A card and its signature are separate files next to the dataset (`NAME.card.yaml
 signing a card does not change the dataset's fingerprint. Data without a trusted card is treated as private.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -29,7 +31,11 @@ CLASSES: tuple[DataClass, ...] = ("open", "unique-open", "controlled", "sovereig
 
 
 class DataCard(Config):
-    """An owner's statement about a dataset: its fingerprint (`dataset`), class and permitted uses (`purposes`)."""
+    """An owner's statement about a dataset: its fingerprint (`dataset`), class and permitted uses (`purposes`).
+
+    `environment` is a digest of what the dataset says about its world, which the fingerprint does not cover. Cards of
+    earlier versions of worldloom lack it.
+    """
 
     dataset: str = Field(min_length=1)
     title: str = Field(min_length=1)
@@ -37,6 +43,7 @@ class DataCard(Config):
     data_class: DataClass
     licence: str = ""
     purposes: tuple[Purpose, ...] = ("base", "private")
+    environment: str = ""
 
 
 class Permission(Config):
@@ -64,8 +71,10 @@ def classify(
     """
     path = card_path(dataset)
     require_writable(path)
+    opened = EpisodeDataset.open(dataset)
     card = DataCard.parse({
-        "dataset": EpisodeDataset.open(dataset).verify(),
+        "dataset": opened.verify(),
+        "environment": _environment(opened),
         "title": title or Path(dataset).name,
         "owner": owner,
         "data_class": data_class,
@@ -105,6 +114,11 @@ def card_of(dataset: Path | str, trusted: Mapping[str, str], *, fingerprint: str
             raise DataError(
                 f"the card is for dataset {card.dataset}, but this is dataset {actual}; its owner must sign a new card"
             )
+        if card.environment and card.environment != _environment(opened or EpisodeDataset.open(dataset)):
+            raise DataError(
+                "what the dataset says about its environment was changed after its owner signed the card; the owner "
+                "must sign a new card"
+            )
         if opened is not None:
             opened.verify()
     except WorldloomError as error:
@@ -113,6 +127,11 @@ def card_of(dataset: Path | str, trusted: Mapping[str, str], *, fingerprint: str
             dataset=actual, title="without a card", owner="unknown", data_class="private", purposes=("private",)
         )
     return card
+
+
+def _environment(dataset: EpisodeDataset) -> str:
+    text = json.dumps(json.loads(dataset.spec.to_json())["environment"], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def strictest(classes: Iterable[DataClass]) -> DataClass:

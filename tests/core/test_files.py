@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from worldloom.core.errors import StorageError
-from worldloom.core.files import beside, read_json, storage_errors, write_atomic, write_json
+from worldloom.core.files import beside, make_private, read_json, storage_errors, write_atomic, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path: Path) -> None:
@@ -60,3 +60,13 @@ def test_a_file_beside_a_folder_has_its_name(tmp_path: Path, monkeypatch: pytest
         assert beside(same, ".json") == tmp_path / "logs.json"
     with pytest.raises(StorageError, match="/ has no name"):
         beside(Path("/"), ".json")
+
+
+def test_a_folder_with_content_keeps_its_permissions(tmp_path: Path) -> None:
+    make_private(tmp_path / "new")
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    make_private(tmp_path / "new")
+    tmp_path.chmod(0o755)
+    with pytest.raises(StorageError, match="other users may use"):
+        make_private(tmp_path)
+    assert tmp_path.stat().st_mode & 0o777 == 0o755

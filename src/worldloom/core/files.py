@@ -149,14 +149,18 @@ def check_private(path: Path | str) -> None:
 
 
 def make_private(path: Path | str) -> None:
-    """Create a folder that only its owner can use, or give an existing folder these permissions.
+    """Create a folder that only its owner can use, or give an existing empty folder these permissions.
 
     Raises:
-        StorageError: the folder cannot be created, or belongs to another user.
+        StorageError: the folder cannot be created, belongs to another user, or has content that other users may use.
     """
+    folder = Path(path)
     with storage_errors(path):
-        Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
-        Path(path).chmod(0o700)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if any(folder.iterdir()):  # the permissions of somebody's folder, or even of the root folder, are not changed
+            check_private(folder)
+        else:
+            folder.chmod(0o700)
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,14 @@ def test_a_folder_with_content_keeps_its_permissions(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="other users may use"):
         make_private(tmp_path)
     assert tmp_path.stat().st_mode & 0o777 == 0o755
+
+
+def test_folders_and_devices_are_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "folder").mkdir()
+    for name, what in (("pipe", "a device"), ("link", "a device"), ("folder", "a folder")):
+        with pytest.raises(StorageError, match=f"{name} is {what}, not a file"):
+            write_json(tmp_path / name, {})
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link", "pipe"]

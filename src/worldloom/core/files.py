@@ -26,9 +26,13 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` on a temporary path beside `path`, flush the file to the disk, and rename it to `path`.
 
     Raises:
-        StorageError: the disk is full or the write failed; an existing file at `path` is unchanged.
+        StorageError: the disk is full or the write failed, or `path` is a folder or a device; whatever is at `path` is
+            unchanged.
     """
     with storage_errors(path):
+        if path.exists() and not path.is_file():  # a rename would replace a device such as /dev/null
+            what = "a folder" if path.is_dir() else "a device"
+            raise StorageError(f"{path} is {what}, not a file; choose another path")
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.close(descriptor)

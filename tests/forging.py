@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,18 @@ def contribution(
     body |= origin(constitution, {"length": seen.length, "hash": seen.hash})
     statement = signed("contribution", {**body, **changed}, key, size=size)
     return dict(SignedContribution.of([statement], number, constitution).facts)
+
+
+def chained(path: Path, bodies: Iterable[Mapping[str, Any]]) -> None:
+    """Write a chain of these bodies, as anyone can without a key."""
+    from worldloom.core.chain import NOTHING, Entry
+
+    previous, lines = NOTHING, []
+    for index, body in enumerate(bodies):
+        entry = Entry(index=index, time=1.0, previous=previous, body=body)
+        previous = entry.hash
+        lines.append(entry.line() + "\n")
+    path.write_text("".join(lines))
 
 
 def rewritten(path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from forging import chained
 from worldloom.agents import AuditLog, PlanningAgent, log_path
-from worldloom.core.chain import NOTHING, Entry, entries
+from worldloom.core.chain import NOTHING, entries
 from worldloom.core.types import Goal, Observations
 from worldloom.planning import GoalObjective, LatentL2, Planner
 from worldloom.planning.solvers import CEM
@@ -67,12 +68,7 @@ def test_a_head_is_checked_before_it_is_compared(log, worldloom, refused) -> Non
 def test_what_an_entry_says_besides_its_event_breaks_no_table(log, worldloom, value: Any) -> None:
     bodies = [{**entry.body} for entry in entries(log_path(log))]
     bodies[1] |= {"violations": value, "refused": value}
-    previous, lines = NOTHING, []
-    for index, body in enumerate(bodies):
-        entry = Entry(index=index, time=1.0, previous=previous, body=body)
-        previous = entry.hash
-        lines.append(entry.line() + "\n")
-    log_path(log).write_text("".join(lines))
+    chained(log_path(log), bodies)
     shown = worldloom("audit", "show", str(log))
     assert shown.code == 0
     assert "began" in shown.out

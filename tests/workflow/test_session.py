@@ -12,8 +12,9 @@ import safetensors.torch
 import torch
 from quick_training import QUICK
 
+from forging import chained
 from worldloom.agents import AuditLog, LandmarkMethod, PlanningAgent, log_path
-from worldloom.core.chain import NOTHING, Entry, entries, verify
+from worldloom.core.chain import Entry, entries, verify
 from worldloom.core.errors import ConfigError, DataError, StorageError, WorldloomError
 from worldloom.core.types import Goal, Observations
 from worldloom.guardrails import RuleLayer, RuleSet, bound_rules
@@ -239,12 +240,7 @@ def forged(log: Path, path: Path, change: Callable[[list[Any]], object]) -> Path
         shutil.copytree(log, path)
     bodies = [copy.deepcopy(dict(entry.body)) for entry in entries(log_path(log))]
     change(bodies)
-    previous, lines = NOTHING, []
-    for index, body in enumerate(bodies):
-        entry = Entry(index=index, time=1.0, previous=previous, body=body)
-        previous = entry.hash
-        lines.append(entry.line() + "\n")
-    log_path(path).write_text("".join(lines))
+    chained(log_path(path), bodies)
     return path
 
 

@@ -11,7 +11,7 @@ from worldloom.cli.console import answer, err, progress, table, values_table
 from worldloom.cli.options import Imports, Json, import_modules
 from worldloom.core import chain
 from worldloom.core.errors import ConfigError, DataError
-from worldloom.core.files import require_writable, storage_errors
+from worldloom.core.files import require_writable, write_atomic
 
 app = typer.Typer(help="Verify, show and replay the decisions of an agent.", no_args_is_help=True)
 
@@ -118,8 +118,7 @@ def show(
         if observations.pixels is None or not observations.pixels.numel():
             raise DataError(f"entry {entry} has no picture, because its observation has no pixels; leave out --picture")
         content = encode_picture(to_rgb(observations.pixels[0].numpy()))
-        with storage_errors(picture):
-            picture.write_bytes(content)
+        write_atomic(picture, lambda temporary: temporary.write_bytes(content))
     found = [{"index": each.index, "time": each.time, **each.body} for each in chosen]
     if entry is not None:
         answer(json, found, values_table(f"entry {entry}", chosen[0].body))

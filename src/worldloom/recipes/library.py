@@ -41,7 +41,7 @@ def two_room() -> Recipe:
         description="Two rooms in 64x64 RGB, with the door at a random place in each episode; 100 thousand frames.",
         collection=CollectionConfig(env_id="worldloom/TwoRoom-v0"),
         training=TrainingConfig(steps=800),
-        cloning=CloningConfig(goals=2, batch=85),  # as good as 256 pairs, in half the time (docs/log.md)
+        cloning=CloningConfig(goals=2, batch=85),  # about half the time of 256 pairs (docs/log.md)
         protocol="two-room@1",
     )
 

@@ -151,6 +151,7 @@ class EpisodeDataset:
             )
         self._table, self.starts, self.lengths = table, starts, counts - 1
         self._contents: _Checked | None = None
+        self._decoded: UInt8[np.ndarray, "N 16"] | None = None  # digests of compressed frames that were checked
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -386,7 +387,11 @@ class EpisodeDataset:
         unique, inverse = np.unique(rows, return_inverse=True)
         out = layout.empty_frames(len(unique), self._shape(), self._location)
         column = self._take(unique, ["pixels"])["pixels"].combine_chunks()
-        _decode(column, out, unique, self._location, self._frame_digests()[unique])
+        if self._decoded is None:
+            self._decoded = np.zeros((self.frames, layout.FRAME_DIGEST), np.uint8)
+        checked = self._decoded[unique]
+        _decode(column, out, unique, self._location, self._frame_digests()[unique], checked)
+        self._decoded[unique] = checked
         return out if len(unique) == len(rows) and np.array_equal(unique, rows) else out[inverse]
 
     def scan_pixels(
@@ -536,9 +541,10 @@ def _decode(
     rows: Int[np.ndarray, "n"],
     path: str,
     digests: UInt8[np.ndarray, "n 16"] | None,
+    checked: UInt8[np.ndarray, "n 16"] | None = None,
 ) -> None:
     try:
-        layout.decode_frames(frames, out, digests)
+        layout.decode_frames(frames, out, digests, checked)
     except layout.BadFrame as error:
         raise DataError(
             f"{path}: the frame in row {rows[error.index]} {error.reason}. Restore the dataset from a copy; 'worldloom "

@@ -5,7 +5,7 @@ lists of float32; action is null in an episode's last row); label (a struct with
 as `label.NAME`); frame_digest (of the row's pixels); metadata (JSON text) and digest (of the complete episode), both
 set on step 0 and null elsewhere. The schema's metadata contain a digest of the spec.
 
-An episode's digest covers its frame digests, so a reader checks any frame without reading the rest of the episode.
+An episode's digest covers the digests of its frames, so a reader can check one frame without decoding the others.
 Version 1 had no frame digests: an episode's digest covers its pixels, and only whole episodes can be checked.
 """
 
@@ -125,7 +125,7 @@ def spec_of(schema: pa.Schema, path: str) -> tuple[DatasetSpec, int]:
 
 
 def _metadata_digest(metadata: Mapping[str, str]) -> str:
-    """Return the digest of the other values of a schema's metadata."""
+    """Return the digest of a schema's metadata, which must not yet contain the digest itself."""
     return hashlib.blake2b(json.dumps(dict(metadata), sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -346,7 +346,7 @@ def floats_of(column: pa.Array | pa.ChunkedArray) -> tuple[Float32[np.ndarray, "
 
 @contextmanager
 def lance_errors(path: str, doing: Literal["read", "write"], *, remedy: str | None = None) -> Iterator[None]:
-    """Convert Lance's errors to worldloom's errors; `remedy` is the last sentence about a damaged table."""
+    """Convert Lance's errors to worldloom's errors; `remedy` ends the message about a damaged table."""
     try:
         with storage_errors(path):
             yield

@@ -65,7 +65,7 @@ _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
 @dataclass(frozen=True, kw_only=True)
 class _Roles:
-    """The names of the columns for each role, in order; `left` are the unused columns."""
+    """The names of the columns for each role, in order; `left` contains the unused columns."""
 
     timestamp: str | None
     action: list[str]
@@ -412,7 +412,7 @@ def _read_table(file: Path) -> tuple[pa.Table, str]:
 
 
 def _check_names(names: Sequence[str], file: Path) -> None:
-    """Raise `DataError` if a name stands twice, or if all names are numbers, as in a table without a header."""
+    """Raise `DataError` if a name appears twice, or if all names are numbers, as in a table without a header."""
     if len(twice := [name for name, count in Counter(names).items() if count > 1]):
         raise DataError(f"{file} has several columns named {', '.join(twice)}; rename or remove all but one of each")
     if names and all(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", name) for name in names):

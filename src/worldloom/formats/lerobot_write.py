@@ -51,7 +51,7 @@ class LeRobotSink(Sink):
     encoded, lossy_codec = True, LOSSY_CODEC
 
     def begin(self, *, resume: bool) -> int:
-        """Claim the path, and count the episodes that an earlier run wrote."""
+        """Prepare the path, and return the number of episodes that an earlier run wrote."""
         path, options = self.path, self.options
         if options.fps != int(options.fps):
             raise ConfigError(f"LeRobot needs an integer frame rate; got fps={options.fps}. Set fps to an integer")

@@ -99,9 +99,10 @@ class Frame:
 class VectorWorld(Closing):
     """`size` parallel environments with a registered id. Close the object, or use it in a `with` statement.
 
-    Environments whose episode has ended continue in the background in every autoreset mode. The last frame of an
-    episode is never replaced by the first frame of the next episode. `native` uses the environment's own vectorised
-    form if it exists. `pictures` says how pictures are stored, if this is not clear from the observation space.
+    In every autoreset mode, an environment whose episode has ended is still stepped together with the others; leave it
+    out of `rows` to ignore it. The last frame of an episode is never replaced by the first frame of the next episode.
+    `native` uses the environment's own vectorised form if it exists. `pictures` says how pictures are stored, if this
+    is not clear from the observation space.
 
     Raises:
         EnvironmentFailure: the environment cannot be created, or its spaces are not supported.

@@ -1,7 +1,8 @@
 """Batch statistics and parameters that are distributed over several ranks.
 
 `gather` and `mean_over_ranks` are differentiable, and their backward passes are the true adjoints: each rank receives
-the gradient of all ranks' losses with respect to its own inputs. After data parallelism averages the gradients, the
+the gradient of the sum of all ranks' losses with respect to its own inputs. After data parallelism averages the
+gradients over the ranks, the
 result is the gradient of a single rank with the complete batch. Without a process group, both return their input.
 """
 

@@ -88,8 +88,9 @@ def fit(
     run on the same machine. A run on several devices gives the same parameters as a run on one device, up to rounding.
     For several devices, start the program with torchrun or pass a launched `fabric`.
 
-    If `config.threads` is 0, a run of at least 100 steps on one CPU measures at its start which number of threads is
-    fastest, and records the number in the run folder. This number affects the parameters only by rounding.
+    If `config.threads` is 0, a new run of at least 100 steps in one process on the CPU, without `compile`, measures at
+    its start which number of threads is fastest, and records the number in the run folder. This number affects the
+    parameters only by rounding.
 
     Federated training runs one segment, `stretch`, at a time: the first segment without `resume`, later segments with
     `resume`. The model is saved at the end of each segment.

@@ -156,7 +156,7 @@ class Ranks:
         return int(numbers.item())
 
     def in_turn(self, work: Callable[[], T], *, ahead: bool) -> T:
-        """Run `work` on every rank, first on the ranks with `ahead` and then on the others.
+        """Run `work` on every rank, first on the ranks with `ahead` and then on the others; return its result.
 
         Raises:
             TrainingError: `work` failed on another rank with `ahead`. The error has the exit code of that rank's error,

@@ -70,7 +70,7 @@ class Objective(ABC):
         return self
 
     def progress(self, context: Context, done: Int[Tensor, "B"] | None) -> Int[Tensor, "B"] | None:
-        """Return the number of completed stages per environment: `done`, and those that its state completes now.
+        """Return how many stages each environment has completed: `done`, plus those that its state completes now.
 
         If `done` is None, no stage is completed yet. The default, for an objective without stages, returns None.
         """

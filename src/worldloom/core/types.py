@@ -126,7 +126,10 @@ class ActionSpec:
 
     def __post_init__(self) -> None:
         if self.size > MOST_ACTION_VALUES:
-            raise DataError(f"an action has {self.size:,} values; at most {MOST_ACTION_VALUES:,} are supported")
+            raise DataError(
+                f"an action has {self.size:,} values; at most {MOST_ACTION_VALUES:,} are supported. Use actions with "
+                f"fewer values"
+            )
         with np.errstate(over="ignore"):
             low, high = np.array(self.low, np.float32), np.array(self.high, np.float32)
         if not low.size or low.shape != high.shape or not (np.isfinite([low, high]).all() and (low < high).all()):

@@ -2,9 +2,9 @@
 
 Libraries in native code can ask for too much memory, abort or crash on a damaged file, which no `except` catches. The
 child (untrusted_child.py) reads each file with limits on memory and time. If the child ends early, `try_files` raises
-an error that names the file. An ordinary exception in the child is ignored, because reading the file again in this
-process raises it again, and the caller then reports it in its own words.
-The child keeps running for further files, because importing the libraries takes longer than reading most files.
+an error that names the file. An ordinary exception in the child is ignored: reading the file in this process raises it
+again, and the caller reports it. The child keeps running for further files, because importing the libraries takes
+longer than reading most files.
 
 A file is *tried* (read in the child) once. A file is *known*, and not tried, if this process wrote it, or if it was
 tried before and its size, times and inode have not changed. The list of tried files is kept across processes, in

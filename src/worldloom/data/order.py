@@ -18,8 +18,8 @@ class SlidingPool:
     contains 16 segments, about `pool` windows. The order consists of turns: at every turn, one segment enters the pool
     and one leaves it, so a segment stays for 16 turns. In each of them, it contributes a sixteenth of its windows,
     sampled without replacement; the windows of a turn are shuffled. Each window therefore appears at most once per
-    pass. If the windows cannot be split into equal segments,
-    each pass leaves out a different remainder. Every draw is uniform over windows.
+    pass. If the windows cannot be split into equal segments, each pass leaves out a different remainder. Every draw is
+    uniform over windows.
 
     The order has no state: it depends only on `seed` and the position.
 

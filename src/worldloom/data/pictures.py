@@ -102,7 +102,7 @@ def room_for(count: int, picture: UInt8[np.ndarray, "H W C"], what: str) -> UInt
 
 
 def _check_size(image: Image.Image) -> None:
-    """Raise `ValueError` if the header states too many pixels. Pillow's limit is higher, and first only warns."""
+    """Raise `ValueError` if the header states too many pixels; Pillow's own limit is higher."""
     if image.width * image.height > _MOST_PIXELS:
         raise ValueError(f"it has {image.width}x{image.height} pixels; at most {_MOST_PIXELS:,} are read")
 

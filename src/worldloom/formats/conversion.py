@@ -2,10 +2,9 @@
 
 At every moment the target contains the first n episodes of the conversion. Reading is deterministic, so a resumed
 conversion needs only n to find the missing episodes. *Before* the target episodes of a source episode are written, the
-journal beside the target (PATH.convert.jsonl) records how many they are.
-A resumed conversion therefore starts at the right source episode and
-skips only episodes that the target already contains. After a kill, the journal may be behind or ahead of the target; in
-both cases no episode is lost or repeated.
+journal beside the target (PATH.convert.jsonl) records how many they are. A resumed conversion therefore starts at the
+right source episode and skips only episodes that the target already contains. If the process is killed, the journal may
+be behind or ahead of the target; in both cases no episode is lost or repeated.
 """
 
 import json

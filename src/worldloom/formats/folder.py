@@ -231,7 +231,7 @@ class FolderSource(Source):
         return times, camera
 
     def _check_unit(self, times: Float64[np.ndarray, "R"], seconds: float, where: str, what: str) -> None:
-        """Raise `DataError` if times without a stated unit do not seem to be seconds, compared with `what`."""
+        """Raise `DataError` if times without a stated unit seem not to be in seconds: `what` lasts `seconds` seconds."""
         span = float(np.ptp(times)) if len(times) and np.isfinite(times).all() else 0.0
         if not self._unit_known and (unit := unit_of(span, seconds)) is not None:
             raise DataError(
@@ -264,7 +264,7 @@ class FolderSource(Source):
         )
 
     def _parse(self, name: str, index: int | None = None) -> Log:
-        """Return a table; `index` is the episode's index in notes about the table."""
+        """Read a table as a `Log`; `index` is the episode's index in notes about the table."""
         file = self._tables[name]
         table, _ = _read_table(file)
         columns = self._roles
@@ -323,7 +323,7 @@ class FolderSource(Source):
 
 
 class FolderSink(Sink):
-    """A sink that writes `000000.mp4` (lossless: .mkv) and `000000.parquet` per episode, and last `worldloom.json`."""
+    """A sink that writes `000000.mp4` (lossless: .mkv) and `000000.parquet` per episode, then `worldloom.json`."""
 
     layout = "a folder of videos"
     encoded, lossy_codec = True, LOSSY_CODEC

@@ -1,8 +1,8 @@
 """Writers of LeRobot datasets, versions 2.1 and 3.0; lerobot_layout.py describes the layout.
 
 worldloom's spec is stored in `meta/worldloom.json`, which LeRobot ignores. Labels are features `label.NAME`. The last
-row of an episode has a zero action. Pictures are H.264 in yuv444p or, lossless, PNG in the Parquet files (dtype
-`image`).
+row of an episode has a zero action. Pictures are stored as H.264 video in yuv444p or, if lossless, as PNG in the
+Parquet files (dtype `image`).
 """
 
 import json

@@ -120,7 +120,10 @@ class MinariSource(Hdf5Source):
         self._action = self._space("action_space")
         size = _size(self._action)
         if size > MOST_ACTION_VALUES:
-            raise DataError(f"{where}: an action has {size:,} values; at most {MOST_ACTION_VALUES:,} are supported")
+            raise DataError(
+                f"{where}: an action has {size:,} values; at most {MOST_ACTION_VALUES:,} are supported. Record actions "
+                f"with fewer values"
+            )
         if size == 0 or self._action["type"] not in ("Box", "Discrete"):
             raise DataError(
                 f"{where}: the action space is {self._action.get('type')}; expected a Box or a Discrete space. Record "

@@ -232,7 +232,7 @@ def check_pairs(rows: Float64[np.ndarray, "R"], frames: Float64[np.ndarray, "F"]
 
 
 def unit_of(span: float, seconds: float) -> str | None:
-    """Return the unit (ms, us, ns) of timestamps that span `span` of it in `seconds` seconds; None if it may be s."""
+    """Return the unit (ms, us or ns) of timestamps that grow by `span` in `seconds` seconds; None if it may be s."""
     ratio = span / seconds if seconds > 0 else 0.0
     return None if ratio < 100 else ("ms", "us", "ns")[min(max(round(np.log10(ratio) / 3), 1), 3) - 1]
 

@@ -69,7 +69,7 @@ def measure_reversibility(
 
 
 def still(latents: Tensor, model: WorldModel) -> Context:
-    """Return the context of an agent that has stood still at each of these latents (B, D)."""
+    """Return contexts of agents that have stood still, one at each of these latents (B, D)."""
     size = model.spec.context
     return Context(
         latents=latents[:, None].expand(-1, size, -1),

@@ -2,7 +2,7 @@
 
 A directory contains `records.lance` (the table), `journal.sqlite` (memories not yet in the table) and `.lock` (held by
 the writer). An append is a transaction of the journal. A flush commits the rows to the table, then deletes them from
-the journal. Each memory is therefore always in at least one of the two. A reader counts a memory in both once.
+the journal. Each memory is therefore always in at least one of the two; a reader counts a memory in both only once.
 """
 
 import logging

@@ -2,8 +2,8 @@
 
 `gather` and `mean_over_ranks` are differentiable, and their backward passes are the true adjoints: each rank receives
 the gradient of the sum of all ranks' losses with respect to its own inputs. After data parallelism averages the
-gradients over the ranks, the
-result is the gradient of a single rank with the complete batch. Without a process group, both return their input.
+gradients, the result is the gradient of a single rank with the complete batch. Without a process group, both functions
+return their input.
 """
 
 import sys

@@ -75,7 +75,7 @@ class Verdict:
     """The result of a verification.
 
     Attributes:
-        head: the head of the valid entries.
+        head: the head of the chain up to its last valid entry.
         broken: the index of the first invalid entry; None if all entries are valid.
         why: the reason why that entry is invalid; empty if all entries are valid.
     """

@@ -50,7 +50,7 @@ class Objective(ABC):
 
     Attributes:
         goal: the goal latents, for searches that need them; None if the objective has no goal latents.
-        aims: whether the objective defines its own goal and replaces the goal passed to the agent.
+        aims: whether the objective defines its own goal, which replaces the goal passed to the agent.
         staged: whether the objective has several stages, which an environment completes in order.
     """
 
@@ -138,8 +138,8 @@ class Agent(ABC):
     """Acts in B environments at once; one environment is a batch of one.
 
     Attributes:
-        narrows: whether `select` can reduce the agent to some environments. Other agents receive all environments of
-            their batch until the last episode ends.
+        narrows: whether `select` can reduce the agent to some environments. If not, the agent receives all environments
+            of its batch until the last episode ends.
         explores: whether `explorer` returns an explorer for the agent.
         statistics: for each name, one value per plan since the agent was created. An evaluation takes its timings from
             `plan_seconds` and `plan_environments` (the number of environments of each plan). If these names are

@@ -27,7 +27,7 @@ MOST_ACTION_VALUES = 65_536
 
 
 class Batched:
-    """Base class of frozen dataclasses whose tensors share their leading axes; `value[rows]` indexes all of them.
+    """Base class of frozen dataclasses whose tensors share their leading axes; `value[rows]` indexes every tensor.
 
     Tensors are indexed in fields, tuples, mappings and other `Batched` values. Other values, and the fields named in
     `whole`, belong to the whole batch and do not change.

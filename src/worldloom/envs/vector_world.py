@@ -55,7 +55,7 @@ class Frame:
         return value
 
     def numbers(self, name: str, who: str) -> np.ndarray:
-        """Return a numeric info as float64 (R, L). Errors report `who`, the part of the protocol that uses the name.
+        """Return a numeric info as float64 (R, L). Errors name `who`, the part of the protocol that uses the info.
 
         Raises:
             ConfigError: no numeric info has this name.

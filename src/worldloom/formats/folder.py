@@ -231,7 +231,7 @@ class FolderSource(Source):
         return times, camera
 
     def _check_unit(self, times: Float64[np.ndarray, "R"], seconds: float, where: str, what: str) -> None:
-        """Raise `DataError` if times without a stated unit seem not to be in seconds: `what` lasts `seconds` seconds."""
+        """Raise `DataError` if times without a stated unit seem not to be seconds; `what` lasts `seconds` s."""
         span = float(np.ptp(times)) if len(times) and np.isfinite(times).all() else 0.0
         if not self._unit_known and (unit := unit_of(span, seconds)) is not None:
             raise DataError(

@@ -59,7 +59,7 @@ class ReadOptions(Config):
     rate: float | None = Field(None, gt=0)  # steps per second; None: the camera's rate
     actions: Literal["hold", "mean"] = "hold"  # how actions with their own clock are aligned; see `align`
     gap: float = Field(4.0, gt=1)  # an episode is split at gaps longer than this many median periods
-    pair: Literal["time", "number"] | None = None  # how rows find their frames; None: by time, if this is not in doubt
+    pair: Literal["time", "number"] | None = None  # how rows match frames; None: by time, if number does not disagree
     action_low: list[float] | None = None  # bounds; None: those of the format, else the range of the data, with a note
     action_high: list[float] | None = None
     columns: dict[str, str] = Field(default_factory=dict)  # for each role (see `ROLES`), names joined by commas
@@ -608,8 +608,8 @@ class Sink(Closing, ABC):
     """A dataset opened for writing; a context manager. If an error occurs, complete episodes are kept.
 
     `written` is the number of complete episodes in the dataset when the sink was opened. With `resume`, the sink
-    continues a dataset that an earlier sink started at `path`. Episodes are saved together once their decoded size
-    reaches `most_bytes` or their number reaches `most_episodes`. If the process is killed, the dataset contains only
+    continues a dataset that an earlier sink started at `path`. Pending episodes are saved together once their decoded
+    size reaches `most_bytes` or their number `most_episodes`. If the process is killed, the dataset contains only
     complete episodes, in order.
 
     `layout` is the name of the format in messages. A label must not have a name in `reserved` or contain the character

@@ -69,7 +69,7 @@ def shard(tensor: Tensor) -> Tensor:
 
 
 def lay_like(tensor: Tensor, model: Tensor) -> Tensor:
-    """Return a copy of the full `tensor` with the memory layout of `model` and with the same sharding over ranks."""
+    """Return a copy of the full `tensor`, with the memory layout and the sharding over ranks of the tensor `model`."""
     if _sharded(model):
         from torch.distributed.tensor import distribute_tensor
 

@@ -125,8 +125,8 @@ def held_out_losses(
     """Return each loss by name, and their weighted sum as `total`, on windows of held-out episodes.
 
     The model comes from the run's latest checkpoint; without a checkpoint, the model is untrained. The tensors of
-    `base` then replace the model's tensors, so that bases can be compared. Latents are normalised by the statistics of
-    these windows, as in training.
+    `base` then replace the model's tensors of the same names, so that several bases can be compared with one model.
+    Latents are normalised by the statistics of these windows, as in training.
 
     Raises:
         CheckpointError: the base belongs to a different model, or the checkpoints to a different training run.

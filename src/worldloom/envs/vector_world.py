@@ -295,7 +295,7 @@ class VectorWorld(Closing):
 
 
 class _CopyFailure(Exception):
-    """Raised when one of the environments raises. The argument is the environment's row; the cause is the error."""
+    """One of the environments raised an error. The argument is the environment's row; the cause is the error."""
 
 
 class _Copy(gymnasium.Wrapper[Any, Any, Any, Any]):
